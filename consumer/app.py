@@ -1,0 +1,120 @@
+"""App: the service, its handlers and its resources. Registration only: nothing here connects to anything."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Literal, TypeVar
+
+from consumer.core.errors import RegistrationError
+from consumer.core.handler import Function, Handler, build
+from consumer.core.retry import Retry
+from consumer.tx import Tx
+
+F = TypeVar("F", bound=Function)
+Lifespan = Callable[["App"], AbstractAsyncContextManager[Any]]
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
+
+
+class App:
+    """A service: the Kafka group that it consumes as, and the scope of its message ids.
+
+    name: the group id, and part of the ledger's keys. Two Apps apply a message once each; renaming one makes every
+    message new to it. lifespan: an async context manager function that takes the App and yields a mapping of the
+    application's own resources (or one object); handlers get them by annotation or by parameter name. It is entered
+    in every worker process before the first message and left after the last.
+    """
+
+    def __init__(self, name: str, *, lifespan: Lifespan | None = None) -> None:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise RegistrationError(f"App({name!r}): 1 to 200 of the characters a-z A-Z 0-9 . _ -")
+        if lifespan is not None and not callable(lifespan):
+            raise RegistrationError("lifespan= takes a function: an async context manager that is given the App")
+        self.name = name
+        self._lifespan = lifespan
+        self._handlers: dict[str, Handler] = {}
+
+    def handler(
+        self,
+        *topics: str,
+        message_id: str | Callable[[Any], object] | None = None,
+        name: str | None = None,
+        order: Literal["key", "partition", "none"] = "key",
+        concurrency: int = 1,
+        batch: int | None = None,
+        retry: Retry | None = None,
+        idempotent: bool = True,
+        **unknown: Any,
+    ) -> Callable[[F], F]:
+        """Register an async function for one or more topics.
+
+        message_id: ``"header:NAME"``, ``"field:path.to"`` or a function of the value; by default header ``message-id``,
+        else ``ce_id``, else the offset, which does not recognise a message that its producer sent twice.
+        name: the handler's identity in the ledger, by default the function's name; changing it makes every message
+        new. order: what keeps its order, ``"key"``, ``"partition"`` or ``"none"``. concurrency: messages of different
+        keys handled at the same time, for handlers that wait for something slow. batch: hand over a list of at most so
+        many messages. retry: see `Retry`. idempotent: False opts out of the ledger: the handler is called at least
+        once and may not ask for a Tx.
+
+        Raises RegistrationError for a handler that cannot work, naming its place. The function is returned unchanged.
+        """
+        options: dict[str, Any] = {
+            "message_id": message_id,
+            "name": name,
+            "order": order,
+            "concurrency": concurrency,
+            "batch": batch,
+            "retry": retry,
+            "idempotent": idempotent,
+            **unknown,
+        }
+
+        def register(function: F) -> F:
+            built = build(function, topics, options, Tx)
+            other = self._handlers.get(built.name)
+            if other is not None:
+                raise RegistrationError(
+                    f"{built.place}: two handlers are named {built.name!r}, the other one at {other.place}: "
+                    "give one of them another name with name="
+                )
+            self._handlers[built.name] = built
+            return function
+
+        return register
+
+    @property
+    def handlers(self) -> Mapping[str, Handler]:
+        """The registered handlers by name, in the order of their registration."""
+        return self._handlers
+
+    @property
+    def topics(self) -> list[str]:
+        """The topics that any handler takes, sorted."""
+        return sorted({topic for each in self._handlers.values() for topic in each.topics})
+
+    def by_topic(self) -> dict[str, list[Handler]]:
+        """The handlers of each topic."""
+        found: dict[str, list[Handler]] = {topic: [] for topic in self.topics}
+        for each in self._handlers.values():
+            for topic in each.topics:
+                found[topic].append(each)
+        return found
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Enter the lifespan and hand its resources to the handlers. Raises RegistrationError for one that is missing."""
+        if self._lifespan is None:
+            self._bind({})
+            yield
+            return
+        async with self._lifespan(self) as resources:
+            if resources is None:
+                resources = {}
+            self._bind(resources if isinstance(resources, Mapping) else {type(resources).__name__.lower(): resources})
+            yield
+
+    def _bind(self, resources: Mapping[str, object]) -> None:
+        for each in self._handlers.values():
+            each.bind(resources)

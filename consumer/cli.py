@@ -1,0 +1,552 @@
+"""The `consumer` command. Turns arguments into calls and answers into text; decides nothing.
+
+Exit codes: 0 a good answer, 1 the answer is no (unknown, not up to date, restarts did not help), 2 it could not start or
+could not tell. Every error is one line on standard error; a traceback shows with CONSUMER_LOG_LEVEL=debug.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import json
+import typing
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import SecretStr
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from consumer import ledger, logs, report, schema
+from consumer.app import App
+from consumer.core.errors import Misconfigured, ServiceUnavailable
+from consumer.core.identity import DefaultId, OffsetId
+from consumer.core.message import Partition
+from consumer.kafka import KafkaError, Source
+from consumer.loading import load_app
+from consumer.process import run as run_loop
+from consumer.settings import Settings, load
+
+cli = typer.Typer(
+    name="consumer",
+    help="Consume Kafka topics with each message's effects applied exactly once.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Every flag can be set in the environment: CONSUMER_ and its name, as shown beside it.",
+)
+dlq = typer.Typer(help="Dead letters: messages that could not be applied, kept with their bytes.", no_args_is_help=True)
+cli.add_typer(dlq, name="dlq")
+
+out = Console()
+err = Console(stderr=True, soft_wrap=True)
+
+AppPath = Annotated[str, typer.Argument(metavar="APP", help='the App, as "module:attribute"', show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+_SERVICES = ("kafka_", "postgres_dsn", "postgres_pooler")
+_POSTGRES = ("postgres_dsn", "postgres_pooler")
+_SHORT = {"grace_seconds": "--grace", "wait_seconds": "--wait"}
+
+
+def main() -> None:
+    """Entry of the command."""
+    cli(prog_name="consumer")
+
+
+class _Refused(Exception):  # noqa: N818 - carries an exit code through typer
+    """The answer is no."""
+
+
+def command(
+    app: typer.Typer, name: str, settings: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """A command whose settings (all whose names begin with one of `settings`) are flags, and whose errors are one line."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., None]:
+        own = [
+            each for each in inspect.signature(function, eval_str=True).parameters.values() if each.name != "settings"
+        ]
+        fields = (
+            {each: field for each, field in Settings.model_fields.items() if each.startswith(settings)}
+            if settings
+            else {}
+        )
+
+        @functools.wraps(function)
+        def call(**given: Any) -> None:
+            flags = {each: given.pop(each) for each in fields}
+            try:
+                if "settings" in inspect.signature(function).parameters:
+                    given["settings"] = load(**flags)
+                result = function(**given)
+                if inspect.iscoroutine(result):
+                    result = run_loop(result)
+            except _Refused as refused:
+                _fail(str(refused), 1)
+            except (Misconfigured, ledger.Outage) as error:
+                _fail(str(error), 2)
+            except (KafkaError, TimeoutError) as error:
+                _fail(f"Kafka: {str(error) or type(error).__name__}", 2)
+            except KeyboardInterrupt:
+                _fail("interrupted", 130)
+            else:
+                raise typer.Exit(result or 0)
+
+        options = [_option(each, field) for each, field in fields.items()]
+        call.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        call.__annotations__ = {each.name: each.annotation for each in [*own, *options]}
+        app.command(name)(call)
+        return call
+
+    return register
+
+
+def _option(name: str, field: Any) -> inspect.Parameter:
+    kinds = [each for each in typing.get_args(field.annotation) or (field.annotation,) if each is not type(None)]
+    if typing.get_origin(field.annotation) is typing.Literal or any(
+        typing.get_origin(each) is typing.Literal for each in kinds
+    ):
+        kind: Any = str
+        choices = typing.get_args(field.annotation)
+        text = f"{field.description}: {', '.join(map(str, choices))}"
+    else:
+        kind = str if SecretStr in kinds else kinds[0]
+        text = field.description or ""
+    flag = f"--{name.replace('_', '-')}"
+    flags = [flag, f"--no-{flag[2:]}"] if kind is bool else [flag]
+    if name in _SHORT:
+        flags.insert(0, _SHORT[name])
+    declaration = "/".join(flags) if kind is bool else None
+    default = "" if field.default is None or field.is_required() else f" [default: {field.default}]"
+    option = typer.Option(
+        *([declaration] if declaration else flags),
+        help=f"{text}{default} (CONSUMER_{name.upper()})",
+        show_default=False,
+        rich_help_panel="Settings",
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _fail(text: str, code: int) -> typing.NoReturn:
+    line = " ".join(text.split())
+    err.print(
+        f"[bold red]consumer:[/] {escape(line)}" if err.is_terminal else f"consumer: {line}",
+        markup=err.is_terminal,
+        highlight=False,
+    )
+    raise typer.Exit(code)
+
+
+def _print_json(found: object) -> None:
+    print(json.dumps(found, indent=2, default=str))
+
+
+# -- run --------------------------------------------------------------------------------------------------------------
+
+
+@command(
+    cli,
+    "run",
+    (
+        "kafka_",
+        "postgres_",
+        "redis_",
+        "precheck_",
+        "lanes",
+        "batch_",
+        "buffer_",
+        "parked_",
+        "grace_",
+        "wait_",
+        "watchdog_",
+        "restarts_",
+        "log_",
+    ),
+)
+def run(
+    app: AppPath,
+    settings: Settings,
+    workers: Annotated[
+        int, typer.Option("--workers", "-w", min=1, max=256, envvar="CONSUMER_WORKERS", help="worker processes")
+    ] = 1,
+) -> Any:
+    """Run worker processes until SIGTERM or Ctrl-C, which drains them; a second one ends them at once.
+
+    Each worker is a member of the Kafka group named like the App. Check the configuration first with
+    `consumer migrate --check` and `consumer status APP`.
+    """
+    logs.configure(settings.log_level, settings.log_format)
+    loaded = load_app(app)
+    return _run(app, loaded, workers, settings)
+
+
+async def _run(path: str, app: App, workers: int, settings: Settings) -> int:
+    from consumer.supervisor import Supervisor
+
+    # Before any process is started: what is wrong for one worker is wrong for all, and one line tells it.
+    await _ready(app, settings)
+    return await Supervisor(path, app.name, workers, settings).run()
+
+
+async def _ready(app: App, settings: Settings) -> None:
+    async def resources() -> None:
+        async with app.running():
+            pass
+
+    settings.dsn  # noqa: B018 - raises when there is none
+    await resources()
+    await _postgres_ready(settings)
+    if settings.redis_url is not None:
+        from consumer.precheck import Precheck
+
+        precheck = Precheck(settings.redis_url.get_secret_value(), app.name, 1, 1)
+        try:
+            await precheck.start("")
+        finally:
+            await precheck.stop()
+    source = Source(settings, None)
+    await source.start(settings.wait_seconds)
+    try:
+        missing = [topic for topic, found in (await source.partitions(app.topics)).items() if not found]
+    finally:
+        await source.stop(5)
+    for topic in missing:
+        logs.event(30, "topic does not exist yet; it is consumed as soon as it does", topic=topic)
+    for handler in app.handlers.values():
+        if isinstance(handler.rule, OffsetId) and handler.idempotent:
+            from consumer.worker import OFFSET_IDS
+
+            logs.event(30, OFFSET_IDS, handler=handler.name)
+
+
+async def _postgres_ready(settings: Settings) -> None:
+    deadline = asyncio.get_running_loop().time() + settings.wait_seconds
+    told = False
+    while True:
+        try:
+            (await ledger.Session.open(settings)).close()
+            return
+        except ledger.Outage as error:
+            if asyncio.get_running_loop().time() + 0.5 > deadline:
+                raise ServiceUnavailable(f"{error} (waited {settings.wait_seconds:g} s)") from None
+            if not told:
+                logs.event(30, "waiting for postgresql", place=ledger.where(settings.dsn))
+            told = True
+            await asyncio.sleep(0.5)
+
+
+# -- migrate ----------------------------------------------------------------------------------------------------------
+
+
+@command(cli, "migrate", (*_POSTGRES, "wait_"))
+def migrate(
+    settings: Settings,
+    sql: Annotated[bool, typer.Option("--sql", help="print the SQL and change nothing")] = False,
+    check: Annotated[bool, typer.Option("--check", help="change nothing; exit 1 when something is to be done")] = False,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--file", help="your own SQL, run after ours in the same transaction; write it so that it may run again"
+        ),
+    ] = None,
+    new_epoch: Annotated[
+        bool,
+        typer.Option(
+            "--new-epoch", help="declare that the database was put back from a copy of its disk: Redis's marks end"
+        ),
+    ] = False,
+) -> Any:
+    """Create or update the ledger's tables (schema "consumer"). Safe when several run at once."""
+    if sql:
+        print(schema.as_sql(), end="")
+        return 0
+    own = []
+    for path in file or []:
+        try:
+            own.append(path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise Misconfigured(f"--file {path}: {error}") from None
+    return _migrate(settings, check, own, new_epoch)
+
+
+async def _migrate(settings: Settings, check: bool, own: list[str], new_epoch: bool) -> int:
+    connection = await _connected(settings)
+    try:
+        if check:
+            todo = await schema.pending(connection)
+            for each in todo:
+                print(f"pending: {each.version:04} {each.name}")
+            print("the schema is not up to date: run `consumer migrate`" if todo else "the schema is up to date")
+            return 1 if todo else 0
+        done = await schema.migrate(connection, *own)
+        if new_epoch:
+            await connection.execute("update consumer.installation set nonce = gen_random_uuid()")
+    except Exception as error:
+        if ledger.sqlstate_of(error) is None:
+            raise
+        raise Misconfigured(f"{ledger.where(settings.dsn)}: {error} (nothing was changed)") from None
+    finally:
+        connection.terminate()
+    for each in done:
+        print(f"applied: {each.version:04} {each.name}")
+    print("the schema is up to date" + (f"; {len(own)} file(s) of your own were run" if own else ""))
+    return 0
+
+
+async def _connected(settings: Settings) -> Any:
+    """A connection, waited for."""
+    deadline = asyncio.get_running_loop().time() + settings.wait_seconds
+    while True:
+        try:
+            return await ledger.connect(settings)
+        except ledger.Outage as error:
+            if asyncio.get_running_loop().time() + 0.5 > deadline:
+                raise ServiceUnavailable(f"{error} (waited {settings.wait_seconds:g} s)") from None
+            await asyncio.sleep(0.5)
+
+
+async def _with_ledger(settings: Settings, ask: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
+    connection = await _connected(settings)
+    try:
+        await ledger.describe(connection, settings)
+        return await ask(connection)
+    finally:
+        connection.terminate()
+
+
+# -- looking at it ----------------------------------------------------------------------------------------------------
+
+
+@command(cli, "status", (*_SERVICES, "wait_"))
+def status(app: AppPath, settings: Settings, as_json: AsJson = False) -> Any:
+    """Positions and lag of every partition, and what became of the messages of every handler."""
+    return _status(load_app(app), settings, as_json)
+
+
+async def _status(app: App, settings: Settings, as_json: bool) -> int:
+    source = Source(settings, None)
+    await source.start(settings.wait_seconds)
+
+    async def ask(connection: Any) -> tuple[Any, Any]:
+        return await report.handler_counts(connection, app), await report.partition_lags(connection, source, app)
+
+    try:
+        handlers, (partitions, missing) = await _with_ledger(settings, ask)
+    finally:
+        await source.stop(5)
+    if as_json:
+        _print_json({"app": app.name, "handlers": handlers, "partitions": partitions, "missing_topics": missing})
+        return 0
+    table = Table(
+        "topic", "partition", *_right("position", "end", "lag"), title=f"{app.name}: partitions", title_justify="left"
+    )
+    for each in partitions:
+        position = "–" if each["position"] is None else f"{each['position']:,}"
+        table.add_row(each["topic"], str(each["partition"]), position, f"{each['end']:,}", f"{each['lag']:,}")
+    out.print(table)
+    for topic in missing:
+        out.print(f"topic {topic} does not exist", markup=False)
+    table = Table(
+        "handler",
+        *_right("applied", "duplicates", "dead letters", "skipped"),
+        "duplicates by cause",
+        title="handlers",
+        title_justify="left",
+    )
+    for name, each in handlers.items():
+        causes = ", ".join(f"{cause} {count:,}" for cause, count in each["duplicates"].items() if count)
+        table.add_row(
+            escape(name),
+            f"{each['applied']:,}",
+            f"{sum(each['duplicates'].values()):,}",
+            f"{each['dead_lettered']:,}",
+            f"{each['skipped']:,}",
+            causes,
+        )
+    out.print(table)
+    return 0
+
+
+def _right(*names: str) -> list[Any]:
+    from rich.table import Column
+
+    return [Column(name, justify="right") for name in names]
+
+
+@command(cli, "show", (*_POSTGRES, "wait_"))
+def show(
+    message_id: Annotated[
+        str, typer.Argument(metavar="MESSAGE_ID", help="the id as its producer sent it", show_default=False)
+    ],
+    settings: Settings,
+    hexadecimal: Annotated[bool, typer.Option("--hex", help="MESSAGE_ID is the id's bytes in hexadecimal")] = False,
+    as_json: AsJson = False,
+) -> Any:
+    """What became of a message: when, from where, by which handler; exit 1 when it is unknown."""
+    wanted: str | bytes = message_id
+    if hexadecimal:
+        try:
+            wanted = bytes.fromhex(message_id)
+        except ValueError:
+            raise Misconfigured(f"--hex {message_id}: not hexadecimal") from None
+    return _show(wanted, settings, as_json)
+
+
+async def _show(wanted: str | bytes, settings: Settings, as_json: bool) -> int:
+    found = await _with_ledger(settings, lambda connection: report.find_message(connection, wanted))
+    if as_json:
+        _print_json(found)
+        return 0 if found["handlers"] else 1
+    if not found["handlers"]:
+        out.print("unknown: no handler has applied this id, and it is no dead letter", markup=False)
+        return 1
+    for each in found["handlers"]:
+        line = f"{each['state']} by {each['app']}/{each['handler']} at {each['at']} from {each['topic']}:{each['partition']}:{each['offset']}"
+        if each["dead_letter"]:
+            line += f" ({each['reason']}; consumer dlq show {each['dead_letter']})"
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+@command(dlq, "list", (*_POSTGRES, "wait_"))
+def dlq_list(
+    settings: Settings,
+    app: Annotated[str | None, typer.Option("--app", help="only of the App with this name")] = None,
+    handler: Annotated[str | None, typer.Option("--handler", help="only of this handler")] = None,
+    topic: Annotated[str | None, typer.Option("--topic", help="only from this topic")] = None,
+    reason: Annotated[str | None, typer.Option("--reason", help="only for this reason")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="the newest so many")] = 50,
+    as_json: AsJson = False,
+) -> Any:
+    """The newest dead letters, without their payloads."""
+    return _dlq_list(settings, app, handler, topic, reason, limit, as_json)
+
+
+async def _dlq_list(
+    settings: Settings,
+    app: str | None,
+    handler: str | None,
+    topic: str | None,
+    reason: str | None,
+    limit: int,
+    as_json: bool,
+) -> int:
+    found = await _with_ledger(settings, lambda c: report.dead_letters(c, app, handler, topic, reason, limit))
+    if as_json:
+        _print_json(found)
+        return 0
+    if not found:
+        out.print("no dead letters")
+        return 0
+    table = Table("number", "app/handler", "from", "reason", "error", *_right("attempts"), "died at")
+    for each in found:
+        table.add_row(
+            str(each["dead_letter"]),
+            escape(f"{each['app']}/{each['handler']}"),
+            f"{each['topic']}:{each['partition']}:{each['offset']}",
+            each["reason"],
+            escape(each["error"][:80]),
+            str(each["attempts"]),
+            each["died_at"][:19],
+        )
+    out.print(table)
+    return 0
+
+
+@command(dlq, "show", (*_POSTGRES, "wait_"))
+def dlq_show(
+    number: Annotated[
+        int, typer.Argument(metavar="NUMBER", help="as `consumer dlq list` shows it", show_default=False)
+    ],
+    settings: Settings,
+    as_json: AsJson = False,
+) -> Any:
+    """One dead letter, with its bytes and headers."""
+    return _dlq_show(number, settings, as_json)
+
+
+async def _dlq_show(number: int, settings: Settings, as_json: bool) -> int:
+    found = await _with_ledger(settings, lambda connection: report.dead_letter(connection, number))
+    if found is None:
+        raise _Refused(f"no dead letter {number}: see `consumer dlq list`")
+    if as_json:
+        _print_json(found)
+        return 0
+    for name, value in found.items():
+        out.print(
+            f"{name:12} {value if isinstance(value, str | int) else json.dumps(value)}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    return 0
+
+
+@command(cli, "positions", (*_SERVICES, "wait_"))
+def positions(
+    app: AppPath,
+    settings: Settings,
+    topic: Annotated[str | None, typer.Option("--topic", help="the topic to move")] = None,
+    partition: Annotated[int | None, typer.Option("--partition", min=0, help="the partition to move")] = None,
+    to: Annotated[str | None, typer.Option("--to", help="an offset, earliest or latest")] = None,
+    as_json: AsJson = False,
+) -> Any:
+    """Show the positions in PostgreSQL, or move one; running workers notice and go on from there.
+
+    These count, not the group's offsets in Kafka. Going back applies nothing twice: the ids are in the ledger. Going
+    forward skips what lies between, for good.
+    """
+    if (topic, partition, to).count(None) not in (0, 3):
+        raise Misconfigured("to move a position, give all of --topic, --partition and --to")
+    loaded = load_app(app)
+    if topic is None or partition is None or to is None:
+        return _status(loaded, settings, as_json)
+    if topic not in loaded.topics:
+        raise Misconfigured(f"{app} has no handler of topic {topic!r} (it has: {', '.join(loaded.topics)})")
+    return _move(loaded, Partition(topic, partition), to, settings, as_json)
+
+
+async def _move(app: App, partition: Partition, to: str, settings: Settings, as_json: bool) -> int:
+    source = Source(settings, None)
+    await source.start(settings.wait_seconds)
+    try:
+        if partition not in (await source.partitions([partition.topic]))[partition.topic]:
+            raise Misconfigured(f"topic {partition.topic!r} has no partition {partition.partition}")
+        first, end = (await source.beginnings([partition]))[partition], (await source.ends([partition]))[partition]
+    finally:
+        await source.stop(5)
+    if to not in ("earliest", "latest") and not to.isdecimal():
+        raise Misconfigured(f"--to {to}: an offset, earliest or latest")
+    offset = {"earliest": first, "latest": end}.get(to)
+    offset = int(to) if offset is None else offset
+    if not first <= offset <= end:
+        raise Misconfigured(f"--to {offset}: the log holds {first} to {end}")
+    before = await _with_ledger(settings, lambda c: report.move_position(c, app.name, partition, offset))
+    found = {"topic": partition.topic, "partition": partition.partition, "before": before, "position": offset}
+    if as_json:
+        _print_json(found)
+    else:
+        print(f"{partition.topic}:{partition.partition} moved from {'–' if before is None else before} to {offset}")
+    return 0
+
+
+@command(cli, "demo")
+def demo(
+    payments: Annotated[int, typer.Option("--payments", min=100, max=1_000_000, help="messages to produce")] = 20_000,
+    workers: Annotated[int, typer.Option("--workers", min=2, max=8, help="worker processes")] = 2,
+    as_json: AsJson = False,
+) -> Any:
+    """Produce payments with duplicates, kill a worker in the middle, and show that every balance is right.
+
+    Starts an embedded broker, PostgreSQL and Valkey of its own, and removes them at the end.
+    """
+    from consumer.demo import Demo
+
+    return Demo(payments, workers, as_json=as_json).run()

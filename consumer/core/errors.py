@@ -1,0 +1,49 @@
+"""Every error that the framework raises, one branch per reaction.
+
+    ConsumerError
+      Misconfigured          stop at start: one line for the person at the terminal, exit code 2
+        RegistrationError    a handler or an App that cannot work, found where it is written
+        ServiceUnavailable   a service that did not answer within --wait
+      Unreadable             the message's own fault before its handler ran: a dead letter, never retried
+      TransactionMisuse      a handler asked its Tx for something that would break the guarantee
+      Reject                 raised by handlers: a dead letter at once
+
+Knows nothing of the drivers' own exceptions: `sqlstate.py` sorts those.
+"""
+
+from __future__ import annotations
+
+
+class ConsumerError(Exception):
+    """Base of every error raised by this package."""
+
+
+class Misconfigured(ConsumerError):
+    """The program cannot start as it is configured. The text says what to change."""
+
+
+class RegistrationError(Misconfigured):
+    """A handler or an App was declared in a way that cannot work. Raised at import, before anything runs."""
+
+
+class ServiceUnavailable(Misconfigured):
+    """Kafka or PostgreSQL did not answer in the time given by ``--wait``."""
+
+
+class Unreadable(ConsumerError):
+    """A message that cannot be identified or decoded. `reason` is one of `outcome.Reason`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class TransactionMisuse(ConsumerError):
+    """A handler tried to control its transaction, or used a Tx after its handler had returned."""
+
+
+class Reject(ConsumerError):  # noqa: N818 - the name is part of the public interface: `raise Reject("no such payment")`
+    """Raise it in a handler to make the message a dead letter at once, without a retry.
+
+    The text is kept with the dead letter. Nothing that the handler wrote for this message is stored.
+    """

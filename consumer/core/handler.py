@@ -1,0 +1,281 @@
+"""A registered handler: its options, checked, and its call plan, compiled once.
+
+Knows signatures and annotations; knows no connection. Resources (the lifespan's) are bound when the worker starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import re
+import typing
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeAlias
+
+import msgspec
+
+from consumer.core import decode, identity
+from consumer.core.errors import RegistrationError
+from consumer.core.message import Message
+from consumer.core.retry import Retry
+
+Call: TypeAlias = Callable[[Any, Any, Any], Awaitable[object]]  # (value, message, tx)
+Function: TypeAlias = Callable[..., Awaitable[object]]
+
+ORDERS = ("key", "partition", "none")
+OPTIONS = ("message_id", "name", "order", "concurrency", "batch", "retry", "idempotent")
+_NAME = re.compile(r"[^\s\x00-\x1f]{1,200}")
+_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resource:
+    """A parameter that the lifespan fills, by its annotation or its name."""
+
+    name: str
+    annotation: Any
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Handler:
+    """One handler of an App. `number` is its place in the ledger, known once the worker has read it."""
+
+    name: str
+    topics: tuple[str, ...]
+    function: Function
+    place: str  # file:line, for errors
+    rule: identity.IdRule
+    order: str
+    concurrency: int
+    batch: int | None
+    retry: Retry
+    idempotent: bool
+    value_type: Any
+    decoder: decode.Decoder
+    takes_none: bool
+    wants_message: bool
+    wants_tx: bool
+    parameters: tuple[str | Resource, ...]  # "value" | "message" | "tx" | Resource, in the order of the signature
+    call: Call | None = None  # set by bind()
+    number: int = -1
+
+    @property
+    def needs_value_for_id(self) -> bool:
+        """Whether the message must be decoded before it can be identified."""
+        return isinstance(self.rule, identity.FieldId | identity.CallableId)
+
+    def bind(self, resources: Mapping[str, object]) -> None:
+        """Compile the call, with the lifespan's resources in their places. Raises RegistrationError for a missing one."""
+        kinds: list[str | object] = []
+        for parameter in self.parameters:
+            kinds.append(parameter if isinstance(parameter, str) else _Bound(self._find(parameter, resources)))
+        self.call = _compile(self.function, kinds)
+
+    def _find(self, wanted: Resource, resources: Mapping[str, object]) -> object:
+        if isinstance(wanted.annotation, type):
+            fitting = [value for value in resources.values() if isinstance(value, wanted.annotation)]
+            if len(fitting) == 1:
+                return fitting[0]
+        if wanted.name in resources:
+            return resources[wanted.name]
+        has = ", ".join(sorted(resources)) or "nothing"
+        raise RegistrationError(
+            f"{self.place}: handler {self.name!r} asks for {wanted.name!r}, and the lifespan yields {has}: "
+            f'yield {{"{wanted.name}": …}} from the App\'s lifespan'
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Bound:
+    value: object
+
+
+def _compile(function: Function, kinds: list[Any]) -> Call:
+    """A call without a loop for the shapes that nearly all handlers have."""
+    match kinds:
+        case ["value"]:
+            return lambda value, message, tx: function(value)
+        case ["value", "tx"]:
+            return lambda value, message, tx: function(value, tx)
+        case ["message"]:
+            return lambda value, message, tx: function(message)
+        case ["message", "tx"]:
+            return lambda value, message, tx: function(message, tx)
+
+    def call(value: Any, message: Any, tx: Any) -> Awaitable[object]:
+        given = {"value": value, "message": message, "tx": tx}
+        return function(*[each.value if isinstance(each, _Bound) else given[each] for each in kinds])
+
+    return call
+
+
+def place_of(function: object) -> str:
+    """file:line of a function, for an error that names it."""
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(function)
+
+
+def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any], tx_type: type) -> Handler:
+    """Check a handler's options and signature. Raises RegistrationError, naming the place and what to write instead."""
+    place = place_of(function)
+    name = options.get("name") or getattr(function, "__name__", "")
+
+    def wrong(problem: str) -> RegistrationError:
+        return RegistrationError(f"{place}: handler {name!r}: {problem}")
+
+    for option in options:
+        if option not in OPTIONS:
+            near = difflib.get_close_matches(option, OPTIONS, 1)
+            raise wrong(
+                f"unknown option {option!r}"
+                + (f", did you mean {near[0]!r}?" if near else "")
+                + f" (there are: {', '.join(OPTIONS)})"
+            )
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise wrong("name= must be text of 1 to 200 characters without spaces")
+    if not topics:
+        raise wrong('name at least one topic: @app.handler("payments")')
+    for topic in topics:
+        if not isinstance(topic, str) or not _TOPIC.fullmatch(topic) or topic in (".", ".."):
+            raise wrong(f"topic {topic!r}: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
+    if len(set(topics)) != len(topics):
+        raise wrong("a topic is named twice")
+    if not inspect.iscoroutinefunction(inspect.unwrap(function)):
+        raise wrong("must be an `async def` function")
+
+    order = options.get("order", "key")
+    if order not in ORDERS:
+        raise wrong(f"order={order!r}: one of {', '.join(map(repr, ORDERS))}")
+    concurrency = options.get("concurrency", 1)
+    if isinstance(concurrency, bool) or not isinstance(concurrency, int) or not 1 <= concurrency <= 1000:
+        raise wrong(f"concurrency={concurrency!r}: a whole number from 1 to 1000")
+    batch = options.get("batch")
+    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+        raise wrong(f"batch={batch!r}: the most messages for one call, a whole number of at least 1")
+    if batch is not None and concurrency > 1:
+        raise wrong("batch= and concurrency= exclude each other: one call takes the whole batch")
+    retry = options.get("retry") or Retry()
+    if not isinstance(retry, Retry):
+        raise wrong(f"retry={retry!r}: a Retry(attempts=…, base=…, cap=…)")
+    idempotent = options.get("idempotent", True)
+    if not isinstance(idempotent, bool):
+        raise wrong(f"idempotent={idempotent!r}: True or False")
+    try:
+        rule = identity.parse_rule(options.get("message_id"))
+    except RegistrationError as error:
+        raise wrong(str(error)) from None
+
+    parameters, value_type, wants_message = _signature(function, batch, tx_type, wrong)
+    if not idempotent and "tx" in parameters:
+        raise wrong(
+            "idempotent=False opts out of the ledger, so there is no transaction to hand over: "
+            "drop the Tx parameter, or drop idempotent=False"
+        )
+    if isinstance(rule, identity.FieldId):
+        _check_field(rule.path[0], value_type, wrong)
+    try:
+        decoder = decode.decoder(value_type)
+    except RegistrationError as error:
+        raise wrong(str(error)) from None
+    return Handler(
+        name=name,
+        topics=topics,
+        function=function,
+        place=place,
+        rule=rule,
+        order=order,
+        concurrency=concurrency,
+        batch=batch,
+        retry=retry,
+        idempotent=idempotent,
+        value_type=value_type,
+        decoder=decoder,
+        takes_none=decode.takes_none(value_type),
+        wants_message=wants_message,
+        wants_tx="tx" in parameters,
+        parameters=parameters,
+    )
+
+
+def _signature(
+    function: Function, batch: int | None, tx_type: type, wrong: Callable[[str], RegistrationError]
+) -> tuple[tuple[str | Resource, ...], Any, bool]:
+    """The call plan: what each parameter is filled with, the declared type of the value, and whether it is a Message."""
+    hints = _hints(function, wrong)
+    plan: list[str | Resource] = []
+    declared: Any = inspect.Parameter.empty
+    wants_message = False
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise wrong(f"parameter {parameter.name!r}: use plain positional parameters, each with an annotation")
+        hint = hints.get(parameter.name, inspect.Parameter.empty)
+        if hint is inspect.Parameter.empty:
+            raise wrong(f"parameter {parameter.name!r} has no annotation: the annotation says what to fill it with")
+        if hint is tx_type:
+            if "tx" in plan:
+                raise wrong("asks for two Tx: there is one transaction")
+            plan.append("tx")
+            continue
+        item = _list_item(hint) if batch is not None and declared is inspect.Parameter.empty else None
+        if batch is not None and declared is inspect.Parameter.empty:
+            if item is None:
+                raise wrong(f"batch= hands over a list: annotate {parameter.name!r} as list[T]")
+            hint = item
+        message_type = _message_value(hint)
+        if declared is inspect.Parameter.empty:
+            wants_message = message_type is not None
+            declared = message_type if message_type is not None else hint
+            plan.append("message" if wants_message else "value")
+        elif message_type is not None:
+            raise wrong("asks for the message twice: Message[T] holds the value as .value")
+        else:
+            plan.append(Resource(parameter.name, hint))
+    if declared is inspect.Parameter.empty:
+        raise wrong("takes no message: its first parameter is the payload, for example `payment: Payment`")
+    return tuple(plan), declared, wants_message
+
+
+def _hints(function: Function, wrong: Callable[[str], RegistrationError]) -> dict[str, Any]:
+    inner = inspect.unwrap(function)
+    closure = inspect.getclosurevars(inner).nonlocals if inspect.isfunction(inner) else {}
+    try:
+        return typing.get_type_hints(inner, localns=dict(closure), include_extras=False)
+    except NameError as error:
+        raise wrong(f"annotation not found: {error}. Types of a handler must be at the top of its module") from None
+    except TypeError as error:
+        raise wrong(f"annotation that is no type: {error}") from None
+
+
+def _list_item(hint: Any) -> Any | None:
+    if hint is list:
+        return dict
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is list else None
+
+
+def _message_value(hint: Any) -> Any | None:
+    """T of Message[T]; bytes for a bare Message; None for anything else."""
+    if hint is Message:
+        return bytes
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Message else None
+
+
+def _check_field(field: str, declared: Any, wrong: Callable[[str], RegistrationError]) -> None:
+    """A misspelt message_id="field:…" would make every message a dead letter: say so now, where the type tells."""
+    names: list[str] = []
+    if isinstance(declared, type) and issubclass(declared, msgspec.Struct):
+        names = list(declared.__struct_fields__)
+    elif dataclasses.is_dataclass(declared):
+        names = [each.name for each in dataclasses.fields(declared)]
+    elif isinstance(declared, type) and hasattr(declared, "model_fields"):
+        names = list(declared.model_fields)
+    elif typing.is_typeddict(declared):
+        names = list(declared.__annotations__)
+    elif declared in (bytes, str, int, float, bool):
+        raise wrong(f"message_id='field:{field}' needs a payload with fields, and it is {declared.__name__}")
+    if names and field not in names:
+        near = difflib.get_close_matches(field, names, 1)
+        raise wrong(
+            f"message_id='field:{field}': {getattr(declared, '__name__', declared)} has no such field"
+            + (f", did you mean {near[0]!r}?" if near else f" (there are: {', '.join(names)})")
+        )

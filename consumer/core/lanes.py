@@ -1,0 +1,299 @@
+"""Which messages run next, and up to where everything is settled.
+
+Knows partitions, offsets, keys and times as numbers; knows no Kafka, no database, no clock. A Lane serves some
+partitions with one connection, one batch at a time. It keeps three laws:
+
+- **order**: two messages of one unit of order (a key of one handler, or its partition) never run in the wrong order.
+  A message whose attempt failed is *parked*; later ones of its unit queue behind it; all others go on.
+- **position**: the position of a partition never passes a message that some handler has not settled.
+- **bounds**: nothing is taken while as many messages are parked as the limit says.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from consumer.core.handler import Handler
+from consumer.core.message import Partition, Record
+from consumer.core.outcome import Outcome
+
+UNDECODED = object()
+
+
+class Delivery:
+    """One record for one handler: the unit of work, of attempts and of outcomes."""
+
+    __slots__ = ("attempts", "fingerprint", "handler", "id", "outcome", "parked", "record", "value")
+
+    def __init__(self, handler: Handler, record: Record) -> None:
+        self.handler = handler
+        self.record = record
+        self.id = b""  # set when identified
+        self.fingerprint = 0
+        self.value: object = UNDECODED
+        self.attempts = 0
+        self.parked = False  # its offset is among the open ones
+        self.outcome: Outcome | None = None  # settled before any transaction: unreadable, skipped, known to Redis
+
+    @property
+    def partition(self) -> Partition:
+        return Partition(self.record.topic, self.record.partition)
+
+    def unit(self) -> Hashable:
+        """What keeps its order. A message without a key is ordered with nothing, as in Kafka's own contract."""
+        record, order = self.record, self.handler.order
+        if order == "key" and record.key is not None:
+            return (self.handler.name, record.topic, record.partition, record.key)
+        if order == "partition":
+            return (self.handler.name, record.topic, record.partition)
+        return (self.handler.name, record.topic, record.partition, record.offset, None)
+
+
+class Move(NamedTuple):
+    """A partition's position, from what this worker last knew to what is settled now."""
+
+    partition: Partition
+    previous: int
+    next: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """Deliveries to settle in one transaction. `ends`: where each partition's frontier stands once they are settled."""
+
+    deliveries: list[Delivery]
+    ends: dict[Partition, int]
+
+    def split(self) -> tuple[Batch, Batch]:
+        """Two halves to settle one after the other; the first half's ends stay below everything in the second."""
+        middle = len(self.deliveries) // 2
+        head, tail = self.deliveries[:middle], self.deliveries[middle:]
+        ends = dict(self.ends)
+        for delivery in tail:
+            partition = delivery.partition
+            if not delivery.parked and partition in ends:
+                ends[partition] = min(ends[partition], delivery.record.offset)
+        return Batch(head, ends), Batch(tail, self.ends)
+
+
+@dataclass(slots=True)
+class _Queue:
+    """What is known of one partition."""
+
+    frontier: int  # everything below was taken, and is settled or open
+    position: int  # as this worker last wrote or read it
+    fetched: deque[Record] = field(default_factory=deque)
+    fetched_bytes: int = 0
+    received: int = 0  # offset after the last record added
+    open: dict[int, int] = field(default_factory=dict)  # offset -> deliveries parked
+
+
+class Lane:
+    """Partitions that share a connection. Add records, take a batch, settle it; nothing else changes its state."""
+
+    def __init__(self, handlers: Mapping[str, Sequence[Handler]], parked_max: int) -> None:
+        self._handlers = handlers
+        self._parked_max = parked_max
+        self._queues: dict[Partition, _Queue] = {}
+        self._ready: deque[Delivery] = deque()  # once behind a failed message, now free to run
+        self._chains: dict[Hashable, deque[Delivery]] = {}  # unit -> the failed message and those behind it
+        self._due: dict[Hashable, float] = {}  # unit -> time of the next attempt
+        self._parked = 0
+
+    # -- partitions come and go -------------------------------------------------------------------------------------
+
+    def open(self, partition: Partition, position: int) -> None:
+        """Begin a partition at `position`, forgetting whatever was known of it."""
+        self.close(partition)
+        self._queues[partition] = _Queue(frontier=position, position=position, received=position)
+
+    def close(self, partition: Partition) -> None:
+        """Forget a partition: its fetched records, and those parked (they will be delivered again to its owner)."""
+        self._queues.pop(partition, None)
+        self._ready = deque(each for each in self._ready if each.partition != partition)
+        for unit, chain in list(self._chains.items()):
+            kept = deque(each for each in chain if each.partition != partition)
+            if not kept:
+                del self._chains[unit], self._due[unit]
+            elif len(kept) < len(chain):
+                self._chains[unit] = kept
+        self._parked = len(self._ready) + sum(map(len, self._chains.values()))
+
+    @property
+    def partitions(self) -> list[Partition]:
+        return list(self._queues)
+
+    def position(self, partition: Partition) -> int:
+        """The position as this worker last wrote or read it."""
+        return self._queues[partition].position
+
+    def received(self, partition: Partition) -> int | None:
+        """The offset to fetch from next, or None for a partition that is not open."""
+        queue = self._queues.get(partition)
+        return queue.received if queue else None
+
+    # -- records come in --------------------------------------------------------------------------------------------
+
+    def add(self, partition: Partition, records: Sequence[Record]) -> tuple[int, int]:
+        """Queue fetched records, in offset order. Returns how many messages and bytes were kept.
+
+        Records of a partition that is not open, and those below what was received already, are dropped.
+        """
+        queue = self._queues.get(partition)
+        if queue is None:
+            return 0, 0
+        if records and records[0].offset < queue.received:
+            records = [each for each in records if each.offset >= queue.received]
+        if not records:
+            return 0, 0
+        size = sum(len(each.value or b"") for each in records)
+        queue.fetched.extend(records)
+        queue.fetched_bytes += size
+        queue.received = records[-1].offset + 1
+        return len(records), size
+
+    def skip_to(self, partition: Partition, offset: int) -> None:
+        """Note that the log holds nothing to deliver below `offset` (transaction markers, aborted or compacted records)."""
+        queue = self._queues.get(partition)
+        if queue and not queue.fetched and offset > queue.received:
+            queue.received = offset
+
+    @property
+    def fetched(self) -> tuple[int, int]:
+        """Messages and bytes that wait to be taken."""
+        return (
+            sum(len(queue.fetched) for queue in self._queues.values()),
+            sum(queue.fetched_bytes for queue in self._queues.values()),
+        )
+
+    @property
+    def parked(self) -> int:
+        """Deliveries that wait for another attempt, or behind one."""
+        return self._parked
+
+    # -- batches go out ---------------------------------------------------------------------------------------------
+
+    def take(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
+        """The next batch, or None. A retry that is due runs alone, so that it can fail alone."""
+        for unit, due in self._due.items():
+            if due <= now:
+                return Batch([self._chains[unit][0]], {})
+        deliveries: list[Delivery] = []
+        ends: dict[Partition, int] = {}
+        while self._ready and len(deliveries) < messages_max:
+            deliveries.append(self._ready.popleft())
+        room_bytes = bytes_max
+        for partition, queue in self._queues.items():
+            if self._parked >= self._parked_max:
+                break
+            handlers = self._handlers.get(partition.topic, ())
+            while queue.fetched and len(deliveries) < messages_max and (room_bytes > 0 or not deliveries):
+                record = queue.fetched.popleft()
+                size = len(record.value or b"")
+                queue.fetched_bytes -= size
+                room_bytes -= size
+                for handler in handlers:
+                    delivery = Delivery(handler, record)
+                    if not self._chains or not self._queue_behind(delivery):
+                        deliveries.append(delivery)
+                ends[partition] = record.offset + 1
+            if not queue.fetched and queue.received > queue.frontier:
+                ends[partition] = queue.received
+        # A later partition comes first next time, so that a busy one does not starve it.
+        if len(ends) and len(self._queues) > 1:
+            first = next(iter(self._queues))
+            self._queues[first] = self._queues.pop(first)
+        return Batch(deliveries, ends) if deliveries or ends else None
+
+    def _queue_behind(self, delivery: Delivery) -> bool:
+        chain = self._chains.get(delivery.unit())
+        if chain is None:
+            return False
+        chain.append(delivery)
+        self._hold(delivery)
+        return True
+
+    def _hold(self, delivery: Delivery) -> None:
+        queue = self._queues.get(delivery.partition)
+        if queue is not None and not delivery.parked:
+            delivery.parked = True
+            self._parked += 1
+            queue.open[delivery.record.offset] = queue.open.get(delivery.record.offset, 0) + 1
+
+    def next_due(self) -> float | None:
+        """When the earliest retry is due."""
+        return min(self._due.values(), default=None)
+
+    # -- and are settled --------------------------------------------------------------------------------------------
+
+    def moves(self, batch: Batch, parked: Iterable[Delivery]) -> list[Move]:
+        """What the positions become when `batch` is settled but for the deliveries in `parked`. Changes nothing."""
+        staying = set(parked)
+        opened: dict[Partition, dict[int, int]] = {}
+        for delivery in batch.deliveries:
+            if delivery.parked != (delivery in staying):
+                counts = opened.get(delivery.partition)
+                if counts is None:
+                    queue = self._queues.get(delivery.partition)
+                    counts = opened[delivery.partition] = dict(queue.open) if queue else {}
+                offset = delivery.record.offset
+                counts[offset] = counts.get(offset, 0) + (1 if delivery in staying else -1)
+        found: list[Move] = []
+        for partition in {*batch.ends, *opened}:
+            queue = self._queues.get(partition)
+            if queue is None:
+                continue
+            counts = opened.get(partition, queue.open)
+            frontier = max(queue.frontier, batch.ends.get(partition, queue.frontier))
+            position = min((offset for offset, count in counts.items() if count > 0), default=frontier)
+            if position != queue.position:
+                found.append(Move(partition, queue.position, position))
+        return found
+
+    def settle(self, batch: Batch, parked: Mapping[Delivery, float], moves: Sequence[Move]) -> None:
+        """Record what a committed transaction has settled.
+
+        parked: the deliveries that are not settled, with the time of their next attempt; those that only wait behind a
+        failed one of their unit are among them (their own time does not count).
+        """
+        failed: dict[Hashable, list[Delivery]] = {}
+        for delivery in batch.deliveries:
+            if delivery in parked:
+                self._hold(delivery)
+                failed.setdefault(delivery.unit(), []).append(delivery)
+            elif delivery.parked:
+                self._release(delivery)
+                chain = self._chains.get(delivery.unit())
+                if chain is not None and chain[0] is delivery:
+                    chain.popleft()
+                    self._ready.extendleft(reversed(chain))
+                    del self._chains[delivery.unit()], self._due[delivery.unit()]
+        for unit, deliveries in failed.items():
+            if unit not in self._chains:  # else its head has failed once more and keeps its place
+                behind = [each for each in self._ready if each.unit() == unit]
+                self._ready = deque(each for each in self._ready if each.unit() != unit)
+                self._chains[unit] = deque([*deliveries, *behind])
+            self._due[unit] = parked[deliveries[0]]
+        for partition, end in batch.ends.items():
+            queue = self._queues.get(partition)
+            if queue is not None:
+                queue.frontier = max(queue.frontier, end)
+        for move in moves:
+            queue = self._queues.get(move.partition)
+            if queue is not None:
+                queue.position = move.next
+
+    def _release(self, delivery: Delivery) -> None:
+        delivery.parked = False
+        self._parked -= 1
+        queue = self._queues.get(delivery.partition)
+        if queue is not None:
+            offset = delivery.record.offset
+            left = queue.open.get(offset, 0) - 1
+            if left > 0:
+                queue.open[offset] = left
+            else:
+                queue.open.pop(offset, None)

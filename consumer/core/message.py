@@ -1,0 +1,74 @@
+"""What travels: a record as the log gives it, and the Message that a handler sees.
+
+Knows the shape of a Kafka record, not the client that read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+
+class Partition(NamedTuple):
+    """A partition of a topic; equal to the clients' own (topic, partition) tuples."""
+
+    topic: str
+    partition: int
+
+
+class Record(Protocol):
+    """What is read of a record. aiokafka's ConsumerRecord fits as it is, so no message is copied."""
+
+    @property
+    def topic(self) -> str: ...
+    @property
+    def partition(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def timestamp(self) -> int: ...
+    @property
+    def key(self) -> bytes | None: ...
+    @property
+    def value(self) -> bytes | None: ...
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes | None]]: ...
+
+
+class Message(msgspec.Struct, Generic[T], frozen=True):
+    """A message and where it came from. Ask for it by annotating a parameter ``Message[T]``.
+
+    `value` is decoded to T. `headers` keeps order and repeated names. `timestamp` is the record's, in milliseconds
+    since 1970 UTC, set by the producer or the broker: do not assume that it grows with the offset.
+    `id` is the 16-byte identity as hexadecimal text, the same for every delivery of the message.
+    """
+
+    id: str
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    headers: tuple[tuple[str, bytes | None], ...]
+    timestamp: int
+    value: T
+
+
+class RawRecord(msgspec.Struct, frozen=True):
+    """A record that the client could not read, kept byte for byte so that it can be a dead letter.
+
+    `headers` have their keys decoded with surrogateescape: encode them back the same way for the raw bytes.
+    `fault` says what is wrong with it; it is empty for a sound record that shared a batch with such a one.
+    """
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes | None], ...]
+    fault: str

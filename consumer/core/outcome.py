@@ -1,0 +1,72 @@
+"""How a message ends for one handler: a closed set, matched exhaustively wherever it is read.
+
+Knows no table and no counter: `once.py` turns outcomes into rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeAlias
+
+
+class Cause(StrEnum):
+    """Why a message was recognised as a duplicate."""
+
+    BATCH = "batch"  # the same id stood earlier in the same batch
+    PRECHECK = "precheck"  # Redis had the mark of a committed transaction
+    LEDGER = "ledger"  # PostgreSQL's unique key answered
+    DEAD_LETTER = "dead_letter"  # its first delivery is a dead letter
+
+
+class Reason(StrEnum):
+    """Why a message is a dead letter."""
+
+    UNREADABLE = "unreadable"  # not the declared type
+    NO_VALUE = "no_value"  # a null value for a handler that does not take None
+    NO_MESSAGE_ID = "no_message_id"  # none where one is required, or an empty one
+    AMBIGUOUS_MESSAGE_ID = "ambiguous_message_id"  # several id headers
+    BAD_HEADER = "bad_header"  # a header key that is not UTF-8
+    ID_CONFLICT = "id_conflict"  # the id was used before with another payload
+    REJECTED = "rejected"  # the handler raised Reject
+    FAILED = "failed"  # the handler kept raising
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The handler's effects are stored, together with the claim."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """Nothing to do: this id is settled already, for this handler."""
+
+    cause: Cause
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """Kept in PostgreSQL with its reason and bytes; the handler left no effects."""
+
+    reason: Reason
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Seen by a handler that opted out of the guarantee."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """The attempt failed; the message waits for its next one and holds its place."""
+
+    delay_seconds: float
+    error: str
+
+
+Outcome: TypeAlias = Applied | Duplicate | Dead | Skipped | Parked
+
+APPLIED = Applied()
+SKIPPED = Skipped()
+DUPLICATE = {cause: Duplicate(cause) for cause in Cause}

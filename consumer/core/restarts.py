@@ -1,0 +1,48 @@
+"""Whether a worker process that ended is started again, and when. Knows ends and times; knows no process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class RestartAfter:
+    """Start it again after this many seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Restarts do not help: end the other workers and exit non-zero."""
+
+    why: str
+
+
+Decision: TypeAlias = RestartAfter | GiveUp
+
+EXIT_MISCONFIGURED = 2
+
+
+@dataclass(slots=True)
+class Restarts:
+    """The policy for one worker slot: exponential backoff, forgotten after a healthy run."""
+
+    in_a_row_max: int = 5
+    healthy_seconds: float = 30.0
+    first_seconds: float = 0.5
+    longest_seconds: float = 15.0
+    _in_a_row: int = field(default=0, init=False)
+
+    def ended(self, ran_seconds: float, exit_code: int) -> Decision:
+        """Decide on a worker that ended although nobody asked it to.
+
+        exit_code: as of a process, negative for a signal. A worker that found itself misconfigured is not tried again.
+        """
+        if exit_code == EXIT_MISCONFIGURED:
+            return GiveUp("it cannot start as it is configured")
+        self._in_a_row = 1 if ran_seconds >= self.healthy_seconds else self._in_a_row + 1
+        if self._in_a_row > self.in_a_row_max:
+            return GiveUp(f"{self._in_a_row} ends in a row, each within {self.healthy_seconds:g} s of its start")
+        return RestartAfter(min(self.longest_seconds, self.first_seconds * 2.0 ** (self._in_a_row - 1)))

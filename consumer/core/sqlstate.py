@@ -1,0 +1,46 @@
+"""What a database error means for the message that met it. Knows SQLSTATE codes; knows no driver.
+
+The table follows PostgreSQL's own classes (documentation, appendix A) and its advice on which to retry (section 13.5).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Meaning(Enum):
+    """One reaction each."""
+
+    CONFLICT = "conflict"  # run the batch again at once, with jitter: nobody's fault
+    OUTAGE = "outage"  # drop the connection, wait, run again: never counted against a message
+    MESSAGE = "message"  # counts as an attempt of the message
+    DEPLOYMENT = "deployment"  # the schema or the rights do not fit the code
+
+
+_EXACT = {
+    "40001": Meaning.CONFLICT,  # serialization_failure
+    "40P01": Meaning.CONFLICT,  # deadlock_detected
+    "55P03": Meaning.CONFLICT,  # lock_not_available: lock_timeout
+    "57014": Meaning.CONFLICT,  # query_canceled: statement_timeout, pg_cancel_backend
+    "25006": Meaning.OUTAGE,  # read_only_sql_transaction: a standby, or an old primary
+    "25P03": Meaning.OUTAGE,  # idle_in_transaction_session_timeout
+    "25P04": Meaning.OUTAGE,  # transaction_timeout
+    "XX000": Meaning.OUTAGE,  # internal_error
+}
+_CLASSES = {
+    "08": Meaning.OUTAGE,  # connection exception
+    "53": Meaning.OUTAGE,  # insufficient resources: disk full, too many connections
+    "57": Meaning.OUTAGE,  # operator intervention: shutdown, crash, cannot connect now
+    "58": Meaning.OUTAGE,  # system error
+    "XX": Meaning.OUTAGE,  # internal error, corruption
+    "40": Meaning.CONFLICT,  # transaction rollback
+    "28": Meaning.DEPLOYMENT,  # invalid authorization
+    "3D": Meaning.DEPLOYMENT,  # invalid catalog name
+    "3F": Meaning.DEPLOYMENT,  # invalid schema name
+    "42": Meaning.DEPLOYMENT,  # syntax error or access rule violation
+}
+
+
+def meaning(sqlstate: str) -> Meaning:
+    """The meaning of a five-character SQLSTATE. Anything that is not listed counts as the message's own fault."""
+    return _EXACT.get(sqlstate) or _CLASSES.get(sqlstate[:2]) or Meaning.MESSAGE

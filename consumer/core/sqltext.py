@@ -1,0 +1,78 @@
+"""Refuses SQL that would end or open a transaction. Knows SQL's quoting rules; does not know what a statement does.
+
+Not a parser: it finds the first word of every statement of a text, skipping comments, quoted text and dollar quotes.
+A COMMIT hidden in a function or a DO block needs no check here: PostgreSQL refuses it inside a transaction block (2D000).
+"""
+
+from __future__ import annotations
+
+import re
+
+from consumer.core.errors import TransactionMisuse
+
+_FORBIDDEN = frozenset({"begin", "start", "commit", "end", "rollback", "abort", "savepoint", "release", "discard"})
+_CHECKED_MAX = 4096
+
+_SKIP = re.compile(
+    r"""
+      --[^\n]*                              # comment to the end of the line
+    | /\*                                   # block comment: nests, closed by hand below
+    | [eE]'(?:[^'\\]|''|\\.)*(?:'|\Z)       # escape string
+    | '(?:[^']|'')*(?:'|\Z)                 # string
+    | "(?:[^"]|"")*(?:"|\Z)                 # quoted name
+    | \$(?P<tag>[^\W\d]\w*)?\$              # dollar quote: closed by hand below
+    | [^\W\d][\w$]*                         # word
+    | ;
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+_checked: set[str] = set()
+
+
+def refuse_transaction_control(sql: str) -> None:
+    """Raise TransactionMisuse when any statement of `sql` controls the transaction. Remembers texts it has passed."""
+    if sql in _checked:
+        return
+    for words in first_words(sql):
+        if words[0] in _FORBIDDEN or words == ("prepare", "transaction") or words == ("set", "transaction"):
+            raise TransactionMisuse(
+                f"{words[0].upper()} in a handler: the framework commits the claim and the effect together. "
+                "Use tx.savepoint() for a part that may fail, or raise Reject to store nothing"
+            )
+    if len(_checked) >= _CHECKED_MAX:  # SQL built anew for each message: forget rather than grow
+        _checked.clear()
+    _checked.add(sql)
+
+
+def first_words(sql: str) -> list[tuple[str, ...]]:
+    """The first two words of each statement of `sql`, in lower case."""
+    statements: list[tuple[str, ...]] = []
+    words: tuple[str, ...] = ()
+    position = 0
+    while found := _SKIP.search(sql, position):
+        token, position = found[0], found.end()
+        if token == "/*":
+            position = _after_comment(sql, position)
+        elif token[0] == "$":
+            end = sql.find(token, position)
+            position = len(sql) if end < 0 else end + len(token)
+        elif token == ";":
+            statements += [words] if words else []
+            words = ()
+        elif (token[0].isalpha() or token[0] == "_") and "'" not in token and len(words) < 2:
+            words += (token.lower(),)
+    return statements + ([words] if words else [])
+
+
+def _after_comment(sql: str, position: int) -> int:
+    depth = 1
+    while depth:
+        opened, closed = sql.find("/*", position), sql.find("*/", position)
+        if closed < 0:
+            return len(sql)
+        if 0 <= opened < closed:
+            depth, position = depth + 1, opened + 2
+        else:
+            depth, position = depth - 1, closed + 2
+    return position

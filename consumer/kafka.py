@@ -1,0 +1,378 @@
+"""Kafka as the worker sees it: poll, seek, commit, and two callbacks at a rebalance. The only file that imports aiokafka.
+
+Knows the client and its traps (measured or read in aiokafka 0.14); knows no handler and no database.
+
+- A rebalance runs in the background, is eager, and is not held up by polling: what a callback must drain, it drains.
+- `getmany` is never cancelled: that would switch the client's own liveness check off for good. Ours is core/watchdog.py.
+- When `getmany` raises, the records that it had already taken out are gone from the client, and its position may be past
+  them. So after any exception every partition is sought back to what was really received.
+- `commit()` without offsets would commit what was handed out. Offsets are always given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.client import AIOKafkaClient, ConnectionGroup, CoordinationType
+from aiokafka.codec import gzip_decode, lz4_decode, snappy_decode, zstd_decode
+from aiokafka.conn import AIOKafkaConnection
+from aiokafka.consumer.fetcher import PartitionRecords
+from aiokafka.errors import (
+    AuthenticationFailedError,
+    IllegalStateError,
+    OffsetOutOfRangeError,
+)
+from aiokafka.errors import KafkaError as KafkaError
+from aiokafka.helpers import create_ssl_context
+from aiokafka.protocol.fetch import FetchRequest
+from aiokafka.protocol.group import LeaveGroupRequest
+from aiokafka.record.memory_records import MemoryRecords
+
+from consumer.core import rawrecord
+from consumer.core.errors import Misconfigured, ServiceUnavailable
+from consumer.core.message import Partition, RawRecord, Record
+from consumer.logs import describe, event
+from consumer.settings import Settings
+
+REBALANCE_SECONDS = 60  # how long the group waits for every member to have drained
+_REQUEST_SECONDS = 10
+_READ_COMMITTED = 1
+_DECOMPRESS: dict[int, Callable[[bytes], bytes]] = {
+    0: bytes,
+    1: gzip_decode,
+    2: snappy_decode,
+    3: lz4_decode,
+    4: zstd_decode,
+}
+
+Callback = Callable[[set[Partition]], Awaitable[None]]
+
+
+class LogTruncated(Exception):  # noqa: N818 - a state of the log, not a fault of the program
+    """Records were removed before they were read, or the log is not the one that the position belongs to."""
+
+    def __init__(self, partition: Partition, position: int) -> None:
+        super().__init__(f"{partition.topic}:{partition.partition} does not hold offset {position}")
+        self.partition = partition
+        self.position = position
+
+
+def connection_options(settings: Settings) -> dict[str, Any]:
+    """What every client of this broker needs. Raises Misconfigured for unusable certificates."""
+    options: dict[str, Any] = {
+        "bootstrap_servers": settings.kafka_bootstrap_servers,
+        "security_protocol": settings.kafka_security_protocol,
+        "client_id": "idempotent-consumer",
+    }
+    if "SSL" in settings.kafka_security_protocol.replace("SASL", ""):
+        try:
+            options["ssl_context"] = create_ssl_context(
+                cafile=settings.kafka_security_ca_file,
+                certfile=settings.kafka_security_cert_file,
+                keyfile=settings.kafka_security_key_file,
+            )
+        except (OSError, ssl.SSLError) as error:
+            raise Misconfigured(f"CONSUMER_KAFKA_SECURITY_CA_FILE, _CERT_FILE or _KEY_FILE: {error}") from None
+    if settings.kafka_security_protocol.startswith("SASL"):
+        if settings.kafka_sasl_username is None or settings.kafka_sasl_password is None:
+            raise Misconfigured("SASL needs CONSUMER_KAFKA_SASL_USERNAME and CONSUMER_KAFKA_SASL_PASSWORD")
+        options |= {
+            "sasl_mechanism": settings.kafka_sasl_mechanism,
+            "sasl_plain_username": settings.kafka_sasl_username,
+            "sasl_plain_password": settings.kafka_sasl_password.get_secret_value(),
+        }
+    return options
+
+
+async def started(make: Callable[[], Any], settings: Settings, wait_seconds: float) -> Any:
+    """A started client, waited for. Raises ServiceUnavailable after `wait_seconds`, Misconfigured for wrong credentials."""
+    servers = settings.kafka_bootstrap_servers
+    deadline = asyncio.get_running_loop().time() + wait_seconds
+    pause = 0.2
+    while True:
+        client = make()
+        try:
+            await client.start()
+            return client
+        except ValueError as error:
+            raise Misconfigured(f"CONSUMER_KAFKA_BOOTSTRAP_SERVERS={servers}: {error}") from None
+        except (KafkaError, OSError, AssertionError) as error:
+            if await _refuses_credentials(settings):
+                raise Misconfigured(
+                    f"Kafka at {servers} refused the SASL credentials: CONSUMER_KAFKA_SASL_USERNAME, _PASSWORD"
+                ) from None
+            if asyncio.get_running_loop().time() + pause > deadline:
+                why = str(error) or type(error).__name__
+                raise ServiceUnavailable(
+                    f"Kafka at {servers} did not answer within {wait_seconds:g} s: {why}"
+                ) from None
+            with suppress(Exception):
+                await client.stop()
+        await asyncio.sleep(pause)
+        pause = min(2.0, pause * 2)
+
+
+async def _refuses_credentials(settings: Settings) -> bool:
+    """Whether the first broker turns us away. While bootstrapping the client reports that like a broker that is down."""
+    if not settings.kafka_security_protocol.startswith("SASL"):
+        return False
+    host, _, port = settings.kafka_bootstrap_servers.split(",")[0].strip().rpartition(":")
+    options = {name: value for name, value in connection_options(settings).items() if name != "bootstrap_servers"}
+    connection = AIOKafkaConnection(host, int(port), request_timeout_ms=5000, **options)
+    try:
+        await asyncio.wait_for(connection.connect(), 5)
+    except AuthenticationFailedError:
+        return True
+    except (KafkaError, OSError, TimeoutError):
+        return False
+    finally:
+        connection.close()
+    return False
+
+
+class Source:
+    """One member of a consumer group, or a reader without one."""
+
+    def __init__(self, settings: Settings, group: str | None) -> None:
+        self._settings = settings
+        self._group = group
+        self._consumer: AIOKafkaConsumer | None = None
+        self._raw: dict[Partition, RawRecord] = {}
+
+    def _make(self) -> AIOKafkaConsumer:
+        settings = self._settings
+        session = int(settings.kafka_session_timeout_seconds * 1000)
+        return AIOKafkaConsumer(
+            **connection_options(settings),
+            group_id=self._group,
+            enable_auto_commit=False,
+            isolation_level="read_committed",
+            auto_offset_reset="none",
+            session_timeout_ms=session,
+            heartbeat_interval_ms=min(int(settings.kafka_heartbeat_seconds * 1000), session // 3),
+            rebalance_timeout_ms=REBALANCE_SECONDS * 1000,
+            # Full buffers stop the polling for as long as a batch takes; a member that does nothing is found otherwise.
+            max_poll_interval_ms=24 * 3600 * 1000,
+            metadata_max_age_ms=10_000,  # new topics and partitions are noticed within this time
+            max_partition_fetch_bytes=settings.kafka_partition_fetch_bytes_max,
+            request_timeout_ms=40_000,
+        )
+
+    async def start(self, wait_seconds: float) -> None:
+        """Connect. Raises ServiceUnavailable or Misconfigured."""
+        self._consumer = await started(self._make, self._settings, wait_seconds)
+
+    @property
+    def consumer(self) -> AIOKafkaConsumer:
+        assert self._consumer is not None, "start() comes first"
+        return self._consumer
+
+    def subscribe(self, topics: Sequence[str], on_revoked: Callback, on_assigned: Callback) -> None:
+        """Join the group. A topic that does not exist yet is consumed as soon as it does."""
+        self.consumer.subscribe(topics=list(topics), listener=_Listener(on_revoked, on_assigned))
+
+    def assign(self, partitions: Iterable[Partition]) -> None:
+        """Read these partitions, without a group."""
+        self.consumer.assign([TopicPartition(*each) for each in partitions])
+
+    @property
+    def member_id(self) -> str:
+        """The member id in the group, empty before the first join."""
+        coordinator = getattr(self.consumer, "_coordinator", None)
+        return getattr(coordinator, "member_id", "") or ""
+
+    async def poll(
+        self, timeout_seconds: float, received: Callable[[Partition], int | None]
+    ) -> dict[Partition, Sequence[Record]]:
+        """Fetched records by partition, in offset order. Never cancel it.
+
+        received: the next offset wanted, for partitions that are being consumed. Raises LogTruncated for a partition
+        whose position the log does not hold; it is paused then. A record with a header key that is not UTF-8 comes as
+        a RawRecord in its place.
+        """
+        try:
+            found = await self.consumer.getmany(timeout_ms=int(timeout_seconds * 1000))
+        except OffsetOutOfRangeError as error:
+            self._seek_back(received)
+            partition, position = next(iter(error.args[0].items()))
+            with suppress(IllegalStateError):
+                self.consumer.pause(TopicPartition(*partition))
+            raise LogTruncated(Partition(*partition), position) from None
+        except UnicodeDecodeError as error:
+            self._seek_back(received)
+            return await self._with_bad_header(error, received)
+        except BaseException:
+            self._seek_back(received)
+            raise
+        return found  # type: ignore[no-any-return]
+
+    def _seek_back(self, received: Callable[[Partition], int | None]) -> None:
+        for each in self.consumer.assignment():
+            offset = received(Partition(*each))
+            if offset is not None:
+                self.consumer.seek(each, offset)
+
+    async def _with_bad_header(
+        self, error: UnicodeDecodeError, received: Callable[[Partition], int | None]
+    ) -> dict[Partition, Sequence[Record]]:
+        """The records up to and including the one that the client could not read, read by ourselves.
+
+        The client does not say which record it was, only, on the stack of its exception, which partition. So that
+        partition is fetched again from where we are, and the batch at fault is parsed without trusting its header keys.
+        """
+        partition = _partition_on_stack(error.__traceback__)
+        wanted = received(partition) if partition is not None else None
+        if partition is None or wanted is None:
+            raise error
+        log, aborted = await self._fetch_raw(partition, wanted)
+        tp = TopicPartition(*partition)
+        reader = PartitionRecords(tp, MemoryRecords(log), aborted, wanted, None, None, True, _READ_COMMITTED)
+        found: list[Record] = []
+        try:
+            found.extend(reader)  # what stands before it, with aborted transactions left out
+        except UnicodeDecodeError:
+            for header, body in rawrecord.batches(log):
+                if header.last_offset >= reader.next_fetch_offset:
+                    entries = rawrecord.entries(header, _DECOMPRESS[header.codec](body))
+                    found += [_raw(partition, each) for each in entries if each.offset >= reader.next_fetch_offset]
+                    break
+        if found:
+            self.consumer.seek(tp, found[-1].offset + 1)
+        return {partition: found}
+
+    async def _fetch_raw(self, partition: Partition, offset: int) -> tuple[bytes, Any]:
+        """The log from `offset` on as bytes, and the aborted transactions in it."""
+        client: AIOKafkaClient = self.consumer._client  # no public way to bytes
+        most = self._settings.kafka_partition_fetch_bytes_max
+        wanted = [(partition.topic, [(partition.partition, offset, most)])]
+        request = FetchRequest(500, 1, most, _READ_COMMITTED, wanted, rack_id="")
+        response = await client.send(client.cluster.leader_for_partition(TopicPartition(*partition)), request)
+        _, _, _, _, _, aborted, *_, log = response.topics[0][1][0]
+        return bytes(log), aborted
+
+    # -- positions --------------------------------------------------------------------------------------------------
+
+    def is_assigned(self, partition: Partition) -> bool:
+        return TopicPartition(*partition) in self.consumer.assignment()
+
+    def hold(self, partition: Partition) -> None:
+        """Do not fetch a partition until `go_on`. Its position is set to something, so that the client asks nobody."""
+        with suppress(IllegalStateError):
+            self.consumer.pause(TopicPartition(*partition))
+            self.consumer.seek(TopicPartition(*partition), 0)
+
+    def go_on(self, partition: Partition, offset: int) -> None:
+        """Fetch a partition from `offset`."""
+        with suppress(IllegalStateError):
+            self.consumer.seek(TopicPartition(*partition), offset)
+            self.consumer.resume(TopicPartition(*partition))
+
+    async def position(self, partition: Partition) -> int | None:
+        """The next offset that the client will hand out: past markers and aborted records, which it hands to nobody."""
+        with suppress(IllegalStateError):
+            return int(await self.consumer.position(TopicPartition(*partition)))
+        return None
+
+    async def committed(self, partition: Partition) -> int | None:
+        """The group's committed offset. Raises KafkaError."""
+        offset = await asyncio.wait_for(self.consumer.committed(TopicPartition(*partition)), _REQUEST_SECONDS)
+        return None if offset is None else int(offset)
+
+    async def beginnings(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        """First offsets that the log holds. Raises KafkaError."""
+        found = await asyncio.wait_for(
+            self.consumer.beginning_offsets([TopicPartition(*each) for each in partitions]), _REQUEST_SECONDS
+        )
+        return {Partition(*each): offset for each, offset in found.items()}
+
+    async def ends(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        """Ends of the log as far as it is committed. Raises KafkaError."""
+        found = await asyncio.wait_for(
+            self.consumer.end_offsets([TopicPartition(*each) for each in partitions]), _REQUEST_SECONDS
+        )
+        return {Partition(*each): offset for each, offset in found.items()}
+
+    async def partitions(self, topics: Iterable[str]) -> dict[str, list[Partition]]:
+        """The partitions of each topic, none for a topic that does not exist. Raises KafkaError."""
+        cluster = await asyncio.wait_for(self.consumer._client.fetch_all_metadata(), _REQUEST_SECONDS)
+        return {
+            topic: [Partition(topic, each) for each in sorted(cluster.partitions_for_topic(topic) or ())]
+            for topic in topics
+        }
+
+    async def commit(self, positions: Mapping[Partition, int]) -> bool:
+        """Copy positions to Kafka. Best effort: False when a rebalance or an outage came between, which is normal."""
+        wanted = {TopicPartition(*each): offset for each, offset in positions.items() if self.is_assigned(each)}
+        if not wanted:
+            return True
+        try:
+            await asyncio.wait_for(self.consumer.commit(wanted), 5)
+        except (KafkaError, TimeoutError) as error:
+            event(logging.DEBUG, "offset commit failed; positions are in PostgreSQL", error=describe(error))
+            return False
+        return True
+
+    async def stop(self, timeout_seconds: float) -> None:
+        """Leave the group and disconnect, or give up after the timeout."""
+        if self._consumer is not None:
+            with suppress(Exception):
+                await asyncio.wait_for(self._consumer.stop(), timeout_seconds)
+
+
+class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Hands rebalances to the worker. The client logs and swallows exceptions, so the worker's callbacks raise none."""
+
+    def __init__(self, on_revoked: Callback, on_assigned: Callback) -> None:
+        self._on_revoked = on_revoked
+        self._on_assigned = on_assigned
+
+    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
+        await self._on_revoked({Partition(*each) for each in revoked})
+
+    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
+        await self._on_assigned({Partition(*each) for each in assigned})
+
+
+def _partition_on_stack(trace: TracebackType | None) -> Partition | None:
+    """The partition that `fetched_records` was working on when it raised."""
+    found = None
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == "fetched_records":
+            found = trace.tb_frame.f_locals.get("tp")
+        trace = trace.tb_next
+    return Partition(*found) if found is not None else None
+
+
+def _raw(partition: Partition, entry: rawrecord.Entry) -> RawRecord:
+    escaped = any("\udc80" <= each <= "\udcff" for key, _ in entry.headers for each in key)
+    return RawRecord(
+        topic=partition.topic,
+        partition=partition.partition,
+        offset=entry.offset,
+        timestamp=entry.timestamp,
+        key=entry.key,
+        value=entry.value,
+        headers=entry.headers,
+        fault="a header key is not UTF-8" if escaped else "",
+    )
+
+
+async def leave_group(settings: Settings, group: str, member_id: str) -> None:
+    """Take a dead process out of its group, so that its partitions move at once instead of after the session timeout.
+
+    Raises KafkaError or OSError when that cannot be done: then the session timeout does it.
+    """
+    client = AIOKafkaClient(**connection_options(settings))
+    try:
+        await client.bootstrap()
+        node = await client.coordinator_lookup(CoordinationType.GROUP, group)
+        await client.send(node, LeaveGroupRequest(group, member_id), group=ConnectionGroup.COORDINATION)
+    finally:
+        await client.close()

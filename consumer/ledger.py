@@ -1,0 +1,386 @@
+"""The ledger in PostgreSQL: claims, positions, outcomes, dead letters, and the epoch. The only file that imports asyncpg.
+
+Knows SQL and transactions; knows no Kafka and no Redis. One Session is one connection. BEGIN and COMMIT are plain
+statements and their tags are read, because a driver's transaction object hides a COMMIT that the server answered with
+ROLLBACK (measured with asyncpg 0.32: no error, nothing stored).
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import asyncpg
+from asyncpg.pgproto.pgproto import UUID
+
+from consumer.core.errors import ConsumerError, Misconfigured
+from consumer.core.lanes import Delivery, Move
+from consumer.core.message import Partition
+from consumer.core.outcome import Dead
+from consumer.core.sqlstate import Meaning, meaning
+from consumer.settings import Settings
+
+SCHEMA_VERSION = 1  # the migration this code needs; migrations/ holds them
+
+_CLAIM = """
+with offered as materialized (
+    select * from unnest($1::int2[], $2::uuid[], $3::int8[], $4::int2[], $5::int4[], $6::int8[], $7::bool[])
+        with ordinality as o(handler, id, fingerprint, topic, partition, "offset", applied, place)
+), claimed as (
+    insert into consumer.ledger (handler, id, fingerprint, topic, partition, "offset", applied_at)
+    select handler, id, fingerprint, topic, partition, "offset", case when applied then now() end
+    from offered order by handler, id
+    on conflict on constraint ledger_claim do nothing
+    returning handler, id
+)
+select place from offered o where not exists (select from claimed c where c.handler = o.handler and c.id = o.id)
+"""
+_WHAT_STANDS = """
+select o.place, l.fingerprint, l.applied_at is null
+from unnest($1::int2[], $2::uuid[]) with ordinality as o(handler, id, place)
+join consumer.ledger l using (handler, id)
+"""
+_UNCLAIM = "delete from consumer.ledger l using unnest($1::int2[], $2::uuid[]) as o(handler, id) where (l.handler, l.id) = (o.handler, o.id)"
+_BURY = """
+update consumer.ledger l set applied_at = null
+from unnest($1::int2[], $2::uuid[]) as o(handler, id) where (l.handler, l.id) = (o.handler, o.id)
+"""
+_DEAD_LETTER = """
+insert into consumer.dead_letters (handler, id, fingerprint, topic, partition, "offset", "timestamp", key, value,
+                                   header_keys, header_values, reason, error, attempts)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
+on conflict (handler, id, fingerprint) do nothing
+"""
+_CLOSE = """
+with moved as (
+    update consumer.positions p set next_offset = m.next, updated_at = now()
+    from unnest($2::text[], $3::int4[], $4::int8[], $5::int8[]) as m(topic, partition, previous, next)
+    where p.app = $1 and p.topic = m.topic and p.partition = m.partition and p.next_offset = m.previous
+    returning 1
+), counted as (
+    insert into consumer.outcomes as t (handler, topic, partition, outcome, count)
+    select * from unnest($6::int2[], $7::int2[], $8::int4[], $9::text[], $10::int8[])
+    on conflict (handler, topic, partition, outcome) do update set count = t.count + excluded.count
+)
+select count(*) from moved
+"""
+_DESCRIBE = """
+select pg_is_in_recovery() as standby,
+       (select system_identifier from pg_control_system()) as system,
+       case when not pg_is_in_recovery() then substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) end as timeline,
+       to_regclass('consumer.schema_versions') is not null as migrated
+"""
+
+
+class Outage(ConsumerError):
+    """PostgreSQL cannot do it now, or nobody knows whether it did: drop the connection, wait, run again."""
+
+
+class Conflict(ConsumerError):
+    """Two transactions met: run the batch again at once."""
+
+
+class Fenced(ConsumerError):
+    """A position is not what this worker last wrote: another owner moved it, or the database went back in time."""
+
+
+class SchemaMissing(Misconfigured):
+    """The schema is missing or older than this code: run `consumer migrate`."""
+
+
+class Standing(NamedTuple):
+    """What the ledger holds for an id that was claimed before."""
+
+    fingerprint: int
+    dead: bool
+
+
+def meaning_of(error: BaseException) -> Meaning:
+    """What an error from a statement means. Errors that are not the database's count as the message's."""
+    if isinstance(error, asyncpg.PostgresError):
+        if getattr(error, "constraint_name", None) == "ledger_claim":
+            return Meaning.CONFLICT  # a concurrent REINDEX may let a conflict through as an error
+        return meaning(error.sqlstate or "")
+    if isinstance(error, asyncpg.InternalClientError):
+        return Meaning.OUTAGE
+    return Meaning.MESSAGE
+
+
+def sqlstate_of(error: BaseException) -> str | None:
+    """The SQLSTATE of a database error, for logs."""
+    return error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
+
+
+def where(dsn: str) -> str:
+    """The server and database that a DSN names, without user or password, for messages to people."""
+    parts = urlsplit(dsn)
+    return f"PostgreSQL at {parts.hostname or 'the local socket'}:{parts.port or 5432}{parts.path}"
+
+
+async def connect(settings: Settings) -> asyncpg.Connection[Any]:
+    """A connection for the command line: no limits of a worker. Raises Misconfigured or Outage, naming the place."""
+    dsn = settings.dsn
+    try:
+        return await asyncpg.connect(
+            dsn,
+            timeout=10,
+            statement_cache_size=0 if settings.postgres_pooler else 100,
+            server_settings=None if settings.postgres_pooler else _session_settings(settings),
+        )
+    except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
+        # InvalidPasswordError is among them: waiting does not heal any of these.
+        raise Misconfigured(f"{where(dsn)}: {error}") from None
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InternalClientError) as error:
+        if isinstance(error, asyncpg.PostgresError) and meaning_of(error) is Meaning.DEPLOYMENT:
+            raise Misconfigured(f"{where(dsn)}: {error}") from None
+        raise Outage(f"{where(dsn)}: {str(error) or type(error).__name__}") from None
+    except (ValueError, asyncpg.InterfaceError) as error:
+        raise Misconfigured(f"CONSUMER_POSTGRES_DSN: {error}") from None
+
+
+def _session_settings(settings: Settings) -> dict[str, str]:
+    return {
+        "application_name": "idempotent-consumer",
+        "lock_timeout": f"{settings.postgres_lock_timeout_seconds * 1000:.0f}",
+        "idle_in_transaction_session_timeout": f"{settings.postgres_idle_in_transaction_timeout_seconds * 1000:.0f}",
+        "synchronous_commit": "on",  # a role or database that turned it off would lose settled messages
+        "tcp_keepalives_idle": "10",
+        "tcp_keepalives_interval": "5",
+        "tcp_keepalives_count": "4",
+    }
+
+
+class Session:
+    """One worker connection. Every method but `close` raises Outage when the connection is lost."""
+
+    def __init__(self, connection: asyncpg.Connection[Any], settings: Settings, epoch: str) -> None:
+        self.connection = connection
+        self.epoch = epoch
+        limits = _session_settings(settings) if settings.postgres_pooler else {}
+        # Behind a pooler the session is not ours: limits travel with each transaction, and nothing outlives it.
+        local = "".join(
+            f"; set local {name} = '{value}'" for name, value in limits.items() if not name.startswith(("tcp", "app"))
+        )
+        self._begin = f"begin isolation level read committed{local}"
+
+    @classmethod
+    async def open(cls, settings: Settings) -> Session:
+        """Connect and check that this is a primary with the schema. Raises Outage, Misconfigured or SchemaMissing."""
+        connection = await connect(settings)
+        try:
+            _detect_dead_peers(connection)
+            epoch = await describe(connection, settings)
+        except BaseException:
+            connection.terminate()
+            raise
+        return cls(connection, settings, epoch)
+
+    @property
+    def is_usable(self) -> bool:
+        return not self.connection.is_closed()
+
+    async def begin(self) -> None:
+        await self.connection.execute(self._begin)
+
+    async def rollback(self) -> None:
+        """Undo everything. A connection on which that fails is ended, which undoes it too."""
+        try:
+            if self.connection.is_in_transaction():
+                await self.connection.execute("rollback")
+        except Exception:
+            self.connection.terminate()
+
+    async def commit(self) -> None:
+        """Make it durable, or raise.
+
+        Raises Outage when the outcome is unknown (the answer did not come): the connection is dropped and the batch
+        runs again from the top, where its claims give the answer. Never cancel or time out this call: PostgreSQL may
+        be committing. Other database errors here are definite rollbacks (a deferred constraint, a serialization failure).
+        """
+        try:
+            tag = await self.connection.execute("commit")
+        except BaseException as error:
+            if isinstance(error, asyncpg.PostgresError) and meaning_of(error) in (Meaning.MESSAGE, Meaning.CONFLICT):
+                raise
+            self.connection.terminate()
+            if isinstance(error, Exception):
+                raise Outage("the outcome of a COMMIT is unknown") from error
+            raise
+        if tag != "COMMIT":
+            raise AssertionError(f"COMMIT was answered with {tag}: a failed statement was not noticed")
+
+    def close(self) -> None:
+        """End the connection at once; an open transaction is undone by the server."""
+        self.connection.terminate()
+
+    # -- the batch --------------------------------------------------------------------------------------------------
+
+    async def claim(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, Standing]:
+        """Claim every id in one statement; returns those that were claimed before, with what stands in the ledger.
+
+        A claim that another transaction holds is waited for, until that one commits or rolls back. The ids must be
+        distinct for each handler. Sorted by key, so that two batches cannot wait for each other here.
+        """
+        lost = await self.connection.fetch(
+            _CLAIM,
+            [each.handler.number for each in deliveries],
+            [UUID(each.id) for each in deliveries],
+            [each.fingerprint for each in deliveries],
+            [topics[each.record.topic] for each in deliveries],
+            [each.record.partition for each in deliveries],
+            [each.record.offset for each in deliveries],
+            [each.outcome is None for each in deliveries],
+        )
+        if not lost:
+            return {}
+        losers = [deliveries[row[0] - 1] for row in lost]
+        # A second statement, because it sees what a concurrent transaction has committed while the first one waited.
+        rows = await self.connection.fetch(_WHAT_STANDS, *_keys(losers))
+        if len(rows) != len(losers):
+            raise Conflict("a claim vanished between two statements")
+        return {losers[row[0] - 1]: Standing(row[1], row[2]) for row in rows}
+
+    async def unclaim(self, deliveries: Sequence[Delivery]) -> None:
+        """Take back claims of this transaction, for messages that will be tried again."""
+        await self.connection.execute(_UNCLAIM, *_keys(deliveries))
+
+    async def bury(
+        self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
+    ) -> None:
+        """Keep dead letters. `claimed`: those whose claim was made in this transaction, maybe as applied."""
+        if claimed:
+            await self.connection.execute(_BURY, *_keys(claimed))
+        letters = [_letter(each, verdict, attempts.get(each, each.attempts)) for each, verdict in dead.items()]
+        await self.connection.executemany(_DEAD_LETTER, letters)
+
+    async def close_batch(
+        self, app: str, moves: Sequence[Move], counts: Mapping[tuple[int, int, int, str], int]
+    ) -> None:
+        """Write the positions, each only if it still is what this worker last knew, and count the outcomes.
+
+        counts: (handler, topic, partition, outcome) -> messages. Raises Fenced when a position has moved.
+        """
+        moved = await self.connection.fetchval(
+            _CLOSE,
+            app,
+            [move.partition.topic for move in moves],
+            [move.partition.partition for move in moves],
+            [move.previous for move in moves],
+            [move.next for move in moves],
+            *(list(column) for column in zip(*[(*key, n) for key, n in sorted(counts.items())], strict=True))
+            if counts
+            else ([], [], [], [], []),
+        )
+        if moved != len(moves):
+            raise Fenced("a position was moved by another worker, or the database went back in time")
+
+    # -- names and positions ----------------------------------------------------------------------------------------
+
+    async def numbers(
+        self, app: str, handlers: Iterable[str], topics: Iterable[str]
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """The numbers of handlers and topics, given on first sight."""
+        # Only what is missing is inserted: an upsert would burn a number of a small range at every start.
+        await self.connection.execute(
+            """insert into consumer.handlers (app, name) select $1, n from unnest($2::text[]) n
+               where not exists (select from consumer.handlers h where h.app = $1 and h.name = n)
+               on conflict do nothing""",
+            app,
+            sorted(handlers),
+        )
+        await self.connection.execute(
+            """insert into consumer.topics (name) select n from unnest($1::text[]) n
+               where not exists (select from consumer.topics t where t.name = n) on conflict do nothing""",
+            sorted(topics),
+        )
+        found = await self.connection.fetch("select name, handler from consumer.handlers where app = $1", app)
+        known = await self.connection.fetch("select name, topic from consumer.topics")
+        return {row[0]: row[1] for row in found}, {row[0]: row[1] for row in known}
+
+    async def positions(self, app: str, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        """The positions that are known, of the partitions asked for."""
+        rows = await self.connection.fetch(
+            """select p.topic, p.partition, p.next_offset from consumer.positions p
+               join unnest($2::text[], $3::int4[]) as w(topic, partition) using (topic, partition) where p.app = $1""",
+            app,
+            [each.topic for each in partitions],
+            [each.partition for each in partitions],
+        )
+        return {Partition(row[0], row[1]): row[2] for row in rows}
+
+    async def begin_positions(self, app: str, starts: Mapping[Partition, int]) -> None:
+        """Write first positions. One that another worker has written in the meantime stays as it is."""
+        await self.connection.executemany(
+            "insert into consumer.positions (app, topic, partition, next_offset) values ($1, $2, $3, $4) on conflict do nothing",
+            [(app, partition.topic, partition.partition, offset) for partition, offset in starts.items()],
+        )
+
+
+async def describe(connection: asyncpg.Connection[Any], settings: Settings) -> str:
+    """The epoch of the database behind a connection.
+
+    System identifier and timeline change when the server is another one, or was restored or promoted; the nonce when
+    the schema was made anew. They do not change when the files of a server are put back without recovery (a snapshot of
+    a disk): then run `consumer migrate --new-epoch`. Raises Outage for a standby, SchemaMissing for a missing or old schema.
+    """
+    row = await connection.fetchrow(_DESCRIBE)
+    assert row is not None
+    if row["standby"]:
+        raise Outage(f"{where(settings.dsn)} is a standby: it cannot be written to")
+    if not row["migrated"]:
+        raise SchemaMissing(f"{where(settings.dsn)} has no ledger yet: run `consumer migrate`")
+    version = await connection.fetchval("select max(version) from consumer.schema_versions")
+    if version is None or version < SCHEMA_VERSION:
+        raise SchemaMissing(
+            f"{where(settings.dsn)}: the ledger is at version {version or 0} and this code needs {SCHEMA_VERSION}: run `consumer migrate`"
+        )
+    nonce = await connection.fetchval("select nonce from consumer.installation")
+    return f"{row['system']:x}-{row['timeline']}-{nonce.hex[:12]}"
+
+
+def _keys(deliveries: Sequence[Delivery]) -> tuple[list[int], list[UUID]]:
+    return [each.handler.number for each in deliveries], [UUID(each.id) for each in deliveries]
+
+
+def _letter(delivery: Delivery, verdict: Dead, attempts: int) -> tuple[Any, ...]:
+    record = delivery.record
+    return (
+        delivery.handler.number,
+        UUID(delivery.id),
+        delivery.fingerprint,
+        record.topic,
+        record.partition,
+        record.offset,
+        record.timestamp,
+        record.key,
+        record.value,
+        [key.encode("utf-8", "surrogateescape") for key, _ in record.headers],
+        [value for _, value in record.headers],
+        verdict.reason.value,
+        verdict.error.replace("\x00", "\\0").encode("utf-8", "replace").decode(),  # what text in PostgreSQL can hold
+        attempts,
+    )
+
+
+def _detect_dead_peers(connection: asyncpg.Connection[Any]) -> None:
+    """Let the kernel end a connection whose peer is gone, so that nothing, a COMMIT included, waits for hours.
+
+    Linux knows all of these options; elsewhere those that exist are set.
+    """
+    transport = getattr(connection, "_transport", None)
+    plain = transport.get_extra_info("socket") if transport is not None else None
+    if plain is None or plain.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    with suppress(OSError):
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (
+            ("TCP_KEEPIDLE", 10),
+            ("TCP_KEEPINTVL", 5),
+            ("TCP_KEEPCNT", 4),
+            ("TCP_USER_TIMEOUT", 30_000),
+        ):
+            if hasattr(socket, option):
+                plain.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

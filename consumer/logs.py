@@ -1,0 +1,82 @@
+"""Structured logs: one event a line, as text on a terminal and as JSON otherwise.
+
+An event is a short text and fields. Fields are names, counts, places and durations; payloads, keys, message ids and
+the texts of exceptions are not among them (they are in the dead letters, where access is controlled).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+log = logging.getLogger("consumer")
+
+
+def event(level: int, text: str, /, **fields: Any) -> None:
+    """Log an event with fields. The text is constant: what varies goes into the fields."""
+    if log.isEnabledFor(level):
+        log.log(level, text, extra={"fields": fields})
+
+
+def configure(level: str, style: str, stream: TextIO | None = None) -> None:
+    """Send logs to `stream` (stderr by default). level: debug … error. style: auto, text or json."""
+    stream = stream or sys.stderr
+    handler = logging.StreamHandler(stream)
+    as_text = style == "text" or (style == "auto" and stream.isatty())
+    handler.setFormatter(_Text() if as_text else _Json())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    log.setLevel(level.upper())
+    # The client tells of every rebalance and every refused connection; what matters of that is an event of ours.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL if level != "debug" else logging.INFO)
+
+
+def _clean(value: Any) -> Any:
+    """One line, printable, short: a name from outside must not forge a line or drive a terminal."""
+    if isinstance(value, str):
+        return "".join(each if each.isprintable() else "?" for each in value[:500])
+    return value
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": _clean(record.getMessage()),
+            "pid": record.process,
+        }
+        line |= {name: _clean(value) for name, value in getattr(record, "fields", {}).items()}
+        if record.exc_info and record.exc_info[0] is not None:
+            line["error"] = _where(record)
+        return json.dumps(line, default=str)
+
+
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S.%f")[:-3]
+        fields = "".join(f" {name}={_clean(value)}" for name, value in getattr(record, "fields", {}).items())
+        error = f" error={_where(record)}" if record.exc_info and record.exc_info[0] is not None else ""
+        return f"{time} {record.levelname.lower():7} [{record.process}] {_clean(record.getMessage())}{fields}{error}"
+
+
+def _where(record: logging.LogRecord) -> str:
+    """Type and place of an exception, without its text."""
+    assert record.exc_info
+    return describe(record.exc_info[1])
+
+
+def describe(error: BaseException | None) -> str:
+    """Type and innermost place of an exception, without its text, which may quote a payload."""
+    if error is None:
+        return "unknown"
+    frame, place = error.__traceback__, ""
+    while frame is not None:
+        place = f" at {frame.tb_frame.f_code.co_filename.rsplit('/', 2)[-1]}:{frame.tb_lineno}"
+        frame = frame.tb_next
+    return f"{type(error).__name__}{place}"

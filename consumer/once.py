@@ -1,0 +1,499 @@
+"""The guarantee: a batch becomes one transaction that holds the claims, the handlers' effects and the positions.
+
+Knows a Session and handlers; knows no Kafka and no Redis. Read `apply` first: it is the whole promise in one screen.
+What it does not know: whether a COMMIT whose answer was lost has happened. Then the batch runs again from the top, and
+its claims tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from consumer.core.decode import explain
+from consumer.core.errors import Reject, TransactionMisuse, Unreadable
+from consumer.core.handler import Handler
+from consumer.core.identity import (
+    CallableId,
+    DefaultId,
+    FieldId,
+    HeaderId,
+    OffsetId,
+    fingerprint,
+    from_headers,
+    from_value,
+    offset_id,
+)
+from consumer.core.lanes import UNDECODED, Batch, Delivery, Lane, Move
+from consumer.core.message import Message, RawRecord
+from consumer.core.outcome import DUPLICATE, SKIPPED, Applied, Cause, Dead, Duplicate, Outcome, Parked, Reason, Skipped
+from consumer.core.sqlstate import Meaning
+from consumer.ledger import Conflict, Fenced, Outage, Session, meaning_of
+from consumer.tx import Scope, Tx
+
+SAVEPOINTS_MAX = 64  # more subtransactions than this in one transaction slow the whole server down
+
+Step = Callable[[str], None]
+
+
+class Isolate(Exception):  # noqa: N818 - not an error of anybody: an instruction to the caller
+    """The transaction is lost to a message's fault, and it is not known, or not repairable, which: run in smaller parts."""
+
+
+class HandlerCancelled(Exception):  # noqa: N818 - the text of a dead letter
+    """The handler was cancelled from within."""
+
+
+@dataclass(slots=True)
+class Names:
+    """The application's name and the numbers that stand for names in the ledger."""
+
+    app: str
+    topics: Mapping[str, int]
+
+
+@dataclass(slots=True)
+class Settlement:
+    """What a transaction did, for the caller to record once it is committed."""
+
+    outcomes: dict[Delivery, Outcome] = field(default_factory=dict)  # those that are not simply applied
+    applied: list[Delivery] = field(default_factory=list)
+    parked: dict[Delivery, float] = field(default_factory=dict)  # seconds until the next attempt; 0 behind another
+    attempts: dict[Delivery, int] = field(default_factory=dict)
+    errors: list[tuple[Delivery, BaseException]] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
+
+
+async def apply(
+    session: Session, names: Names, lane: Lane, batch: Batch, *, careful: bool, draw: Callable[[], float], step: Step
+) -> Settlement:
+    """Settle a batch in one transaction: all of it, or nothing.
+
+    careful: a savepoint around every message, so that one failure costs one message (at most SAVEPOINTS_MAX of them).
+    Raises Isolate when the batch must be cut smaller or run carefully, Conflict to run it again at once, Outage when
+    PostgreSQL cannot say, Fenced when a partition is no longer ours. The connection is left without a transaction,
+    or dropped.
+    """
+    done = Settlement()
+    claims = _distinct(batch.deliveries, done)
+    run = _Run(session, done, careful, draw)
+    theirs = False  # whose statement a failure comes from: the handlers', or our own
+    try:
+        await session.begin()
+        step("begun")
+        # Claim first: a concurrent duplicate waits here on the unique key, before any work of it was done.
+        standing = await session.claim(claims, names.topics) if claims else {}
+        step("claimed")
+        fresh = _sort_out(claims, standing, done)
+        theirs = True
+        await run.handlers(fresh)
+        await run.scope.flush()
+        theirs = False
+        step("handled")
+        retracted = [each for each in fresh if each in done.parked]
+        if retracted:
+            await session.unclaim(retracted)
+        dead = {each: verdict for each, verdict in done.outcomes.items() if isinstance(verdict, Dead)}
+        if dead:
+            await session.bury(dead, done.attempts, claimed=[each for each in fresh if each in dead])
+        done.applied = [each for each in fresh if each not in done.outcomes]
+        done.moves = lane.moves(batch, done.parked)
+        await session.close_batch(names.app, done.moves, _count(names, done.outcomes))
+        step("before_commit")
+        theirs = True
+        await session.commit()
+        step("committed")
+    except (Isolate, Conflict, Outage, Fenced):
+        await session.rollback()
+        raise
+    except Exception as error:
+        await session.rollback()
+        if not session.is_usable:
+            raise Outage(str(error)) from error
+        match meaning_of(error):
+            case Meaning.CONFLICT:
+                raise Conflict(str(error)) from error
+            case Meaning.OUTAGE:
+                session.close()
+                raise Outage(str(error)) from error
+            case Meaning.MESSAGE | Meaning.DEPLOYMENT:
+                # A deferred write or a constraint checked at COMMIT: some message of the batch, unknown which.
+                if theirs:
+                    raise Isolate from error
+                raise  # our own statement: the rights or the schema do not fit this code
+    except BaseException:
+        session.close()  # cancelled: what was sent is undone by the server; a COMMIT on its way decides for itself
+        raise
+    return done
+
+
+def verdict(delivery: Delivery, error: BaseException, draw: Callable[[], float]) -> tuple[Parked | Dead, int]:
+    """What a failed attempt means for its message, and how many attempts it has now had."""
+    attempts = delivery.attempts + 1
+    if isinstance(error, Reject):
+        return Dead(Reason.REJECTED, str(error)), attempts
+    if isinstance(error, Unreadable):
+        return Dead(Reason(error.reason), str(error)), delivery.attempts
+    text = f"{type(error).__name__}: {error}"
+    delay = delivery.handler.retry.delay_seconds(error, attempts, draw())
+    return (Dead(Reason.FAILED, text) if delay is None else Parked(delay, text)), attempts
+
+
+def identify(deliveries: Iterable[Delivery]) -> set[str]:
+    """Give every delivery its id and fingerprint; those that cannot be identified become dead letters.
+
+    Returns the topics of messages that were identified by their offset for want of anything better.
+    """
+    weak: set[str] = set()
+    record = None
+    print_of_record = 0
+    for delivery in deliveries:
+        handler = delivery.handler
+        if delivery.record is not record:
+            record = delivery.record
+            print_of_record = fingerprint(record.value)
+        delivery.fingerprint = print_of_record
+        try:
+            delivery.id, by_offset = _id_of(delivery, handler)
+            if by_offset:
+                weak.add(record.topic)
+        except Unreadable as error:
+            if not delivery.id:
+                delivery.id = offset_id(record)
+            if handler.idempotent:
+                delivery.outcome = Dead(Reason(error.reason), str(error))
+    return weak
+
+
+def _id_of(delivery: Delivery, handler: Handler) -> tuple[bytes, bool]:
+    """The id, and whether it is the offset's because the message has none."""
+    record = delivery.record
+    found: bytes | None
+    by_offset = False
+    if isinstance(record, RawRecord) and record.fault:
+        raise Unreadable(Reason.BAD_HEADER, record.fault)
+    match handler.rule:
+        case DefaultId():
+            found = from_headers(record, "message-id") or from_headers(record, "ce_id")
+            if found is None:
+                found, by_offset = offset_id(record), handler.idempotent
+        case OffsetId():
+            found = offset_id(record)
+        case HeaderId(name):
+            found = from_headers(record, name)
+            if found is None:
+                raise Unreadable(Reason.NO_MESSAGE_ID, f"no {name!r} header")
+        case FieldId() | CallableId() as rule:
+            found = from_value(rule, decoded(delivery))
+    if record.value is None and not handler.takes_none:
+        delivery.id = found
+        raise Unreadable(Reason.NO_VALUE, "a null value, and the handler does not take None")
+    return found, by_offset
+
+
+def decoded(delivery: Delivery) -> Any:
+    """The value as the handler declares it, decoded at most once. Raises Unreadable."""
+    if delivery.value is UNDECODED:
+        raw = delivery.record.value
+        if raw is None:
+            if not delivery.handler.takes_none:
+                raise Unreadable(Reason.NO_VALUE, "a null value, and the handler does not take None")
+            delivery.value = None
+        else:
+            try:
+                delivery.value = delivery.handler.decoder(raw)
+            except Exception as error:  # whatever a type's own code raises: these bytes are not of that type
+                raise Unreadable(Reason.UNREADABLE, explain(error)) from error
+    return delivery.value
+
+
+def _distinct(deliveries: Sequence[Delivery], done: Settlement) -> list[Delivery]:
+    """The deliveries to claim: the first of each id. The others end here, as duplicates or as conflicts."""
+    first: dict[tuple[int, bytes], Delivery] = {}
+    for delivery in deliveries:
+        match delivery.outcome:
+            case None | Dead() if delivery.handler.idempotent:
+                key = (delivery.handler.number, delivery.id)
+                earlier = first.setdefault(key, delivery)
+                if earlier is delivery:
+                    continue
+                done.outcomes[delivery] = (
+                    DUPLICATE[Cause.BATCH] if earlier.fingerprint == delivery.fingerprint else _conflict()
+                )
+            case Parked(delay):
+                done.outcomes[delivery] = delivery.outcome
+                done.parked[delivery] = delay
+            case Dead() | Duplicate() | Skipped():
+                done.outcomes[delivery] = delivery.outcome
+            case None | Applied():
+                raise AssertionError("a handler without a ledger row is settled before the transaction")
+    return list(first.values())
+
+
+def _sort_out(claims: Sequence[Delivery], standing: Mapping[Delivery, Any], done: Settlement) -> list[Delivery]:
+    """Those whose claim was won. The others are duplicates, or an id used again with another payload."""
+    fresh: list[Delivery] = []
+    for delivery in claims:
+        earlier = standing.get(delivery)
+        if earlier is None:
+            fresh.append(delivery)
+            if delivery.outcome is not None:
+                done.outcomes[delivery] = delivery.outcome  # a dead letter before its handler ran
+        elif earlier.fingerprint != delivery.fingerprint:
+            done.outcomes[delivery] = _conflict()
+        else:
+            done.outcomes[delivery] = DUPLICATE[Cause.DEAD_LETTER if earlier.dead else Cause.LEDGER]
+    return fresh
+
+
+def _conflict() -> Dead:
+    return Dead(Reason.ID_CONFLICT, "this message id was used before with another payload")
+
+
+def _count(names: Names, outcomes: Mapping[Delivery, Outcome]) -> dict[tuple[int, int, int, str], int]:
+    counts: dict[tuple[int, int, int, str], int] = {}
+    for delivery, outcome in outcomes.items():
+        match outcome:
+            case Duplicate(cause):
+                label = f"duplicate:{cause.value}"
+            case Dead():
+                label = "dead_lettered"
+            case Skipped():
+                label = "skipped"
+            case Applied() | Parked():
+                continue
+        key = (delivery.handler.number, names.topics[delivery.record.topic], delivery.record.partition, label)
+        counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """The messages of one call of a batch handler. Their writes keep the order of the calls."""
+
+    handler: Handler
+
+    def unit(self) -> Hashable:
+        return ("batch", self.handler.name)
+
+
+class _Run:
+    """Calls the handlers of one transaction, and finds out what became of every message."""
+
+    def __init__(self, session: Session, done: Settlement, careful: bool, draw: Callable[[], float]) -> None:
+        self.session = session
+        self.scope = Scope(session.connection)
+        self.done = done
+        self.careful = careful
+        self.draw = draw
+        self.blocked: set[Hashable] = set()  # units whose message failed: later ones wait behind it
+
+    async def handlers(self, fresh: Sequence[Delivery]) -> None:
+        """Run every fresh message, each handler's in the order of its units."""
+        by_handler: dict[Handler, list[Delivery]] = {}
+        for delivery in fresh:
+            if delivery.outcome is None:
+                by_handler.setdefault(delivery.handler, []).append(delivery)
+        for handler, deliveries in by_handler.items():
+            if handler.batch is not None:
+                readable = [each for each in deliveries if self._readable(each)]
+                for start in range(0, len(readable), handler.batch):
+                    await self._call_batch(handler, readable[start : start + handler.batch])
+            elif handler.concurrency > 1 and not self.careful:
+                await in_chains(deliveries, handler.concurrency, self._one)
+            else:
+                for delivery in deliveries:
+                    await self._one(delivery)
+
+    async def _one(self, delivery: Delivery) -> None:
+        handler = delivery.handler
+        if self.blocked and delivery.unit() in self.blocked:
+            self._wait_behind(delivery)
+            return
+        tx = Tx(self.scope, delivery)
+        try:
+            value = decoded(delivery)
+            await self._call(handler, _message(delivery) if handler.wants_message else value, tx)
+        except Exception as error:
+            await self._failed(delivery, tx, error)
+
+    async def _call_batch(self, handler: Handler, deliveries: list[Delivery]) -> None:
+        """One call for many messages. One that fails is called again with halves, down to the message at fault."""
+        if self.blocked:
+            behind = [each for each in deliveries if each.unit() in self.blocked]
+            for each in behind:
+                self._wait_behind(each)
+            deliveries = [each for each in deliveries if each not in behind]
+        if not deliveries:
+            return
+        tx = Tx(self.scope, _Chunk(handler))
+        values = [_message(each) if handler.wants_message else each.value for each in deliveries]
+        try:
+            await self._call(handler, values, tx)
+        except Exception as error:
+            if len(deliveries) == 1:
+                await self._failed(deliveries[0], tx, error)
+                return
+            self._check_fault(tx, error)
+            middle = len(deliveries) // 2
+            await self._call_batch(handler, deliveries[:middle])
+            await self._call_batch(handler, deliveries[middle:])
+
+    async def _call(self, handler: Handler, argument: Any, tx: Tx) -> None:
+        """Call the handler, and raise if what it did cannot be stored, whether or not it says so."""
+        assert handler.call is not None
+        name = None
+        if self.careful:
+            await self.scope.flush()
+            name = self.scope.savepoint_name()
+            await self.session.connection.execute(f"savepoint {name}")
+        try:
+            try:
+                await handler.call(argument, argument, tx)
+            except asyncio.CancelledError as error:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise  # we are being stopped
+                raise HandlerCancelled("the handler was cancelled from within") from error
+            except SystemExit as error:
+                raise HandlerCancelled(f"the handler called sys.exit({error.code!r})") from error
+            finally:
+                tx.close()
+            if tx.error is not None:
+                raise tx.error  # swallowed by the handler: PostgreSQL would store nothing of it
+            if not self.session.connection.is_in_transaction():
+                raise TransactionMisuse("the handler's statements ended the transaction")
+            if name is not None:
+                await self.scope.flush()
+        except Exception:
+            tx.discard()
+            if name is not None and self.session.is_usable:
+                await self.session.connection.execute(f"rollback to savepoint {name}")
+                self.scope.flush_error, tx.touched = None, False
+            raise
+        if name is not None:
+            await self.session.connection.execute(f"release savepoint {name}")
+
+    def _check_fault(self, tx: Tx, error: BaseException) -> None:
+        """Raise when the transaction, and not only this message, has failed."""
+        if not self.session.is_usable:
+            raise Outage(str(error)) from error
+        for cause in (self.scope.flush_error, tx.error, error):
+            match meaning_of(cause) if cause is not None else Meaning.MESSAGE:
+                case Meaning.CONFLICT:
+                    raise Conflict(str(cause)) from cause
+                case Meaning.OUTAGE:
+                    self.session.close()
+                    raise Outage(str(cause)) from cause
+                case Meaning.MESSAGE | Meaning.DEPLOYMENT:
+                    pass
+        if self.scope.flush_error is not None or tx.touched or not self.session.connection.is_in_transaction():
+            raise Isolate from error
+
+    async def _failed(self, delivery: Delivery, tx: Tx, error: Exception) -> None:
+        self._check_fault(tx, error)
+        outcome, attempts = verdict(delivery, error, self.draw)
+        self.done.outcomes[delivery] = outcome
+        self.done.attempts[delivery] = attempts
+        self.done.errors.append((delivery, error))
+        if isinstance(outcome, Parked):
+            self.done.parked[delivery] = outcome.delay_seconds
+            self.blocked.add(delivery.unit())
+
+    def _wait_behind(self, delivery: Delivery) -> None:
+        self.done.outcomes[delivery] = Parked(0.0, "waits behind a failed message of its key")
+        self.done.parked[delivery] = 0.0
+
+    def _readable(self, delivery: Delivery) -> bool:
+        try:
+            decoded(delivery)
+        except Unreadable as error:
+            self.done.outcomes[delivery], self.done.attempts[delivery] = verdict(delivery, error, self.draw)
+            self.done.errors.append((delivery, error))
+            return False
+        return True
+
+
+async def in_chains(
+    deliveries: Iterable[Delivery], limit: int, run_one: Callable[[Delivery], Coroutine[Any, Any, None]]
+) -> None:
+    """Run at most `limit` messages at a time, those of one unit one after the other. The first exception ends all."""
+    chains: dict[Hashable, list[Delivery]] = {}
+    for delivery in deliveries:
+        chains.setdefault(delivery.unit(), []).append(delivery)
+    waiting = iter(chains.values())
+
+    async def work() -> None:
+        for chain in waiting:
+            for delivery in chain:
+                await run_one(delivery)
+
+    tasks = [asyncio.create_task(work()) for _ in range(min(limit, len(chains)))]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _message(delivery: Delivery) -> Message[Any]:
+    record = delivery.record
+    return Message(
+        id=delivery.id.hex(),
+        topic=record.topic,
+        partition=record.partition,
+        offset=record.offset,
+        key=record.key,
+        headers=tuple(record.headers),
+        timestamp=record.timestamp,
+        value=decoded(delivery),
+    )
+
+
+async def observe(deliveries: Iterable[Delivery], draw: Callable[[], float]) -> list[tuple[Delivery, BaseException]]:
+    """Run the handlers that opted out, before any transaction. Returns what failed.
+
+    Their messages end as skipped. One that fails is retried by its policy and then a dead letter, like any other; a
+    batch that fails as a whole is called again message by message.
+    """
+    errors: list[tuple[Delivery, BaseException]] = []
+    by_handler: dict[Handler, list[Delivery]] = {}
+    for delivery in deliveries:
+        if not delivery.handler.idempotent and delivery.outcome is None:
+            by_handler.setdefault(delivery.handler, []).append(delivery)
+
+    async def one(delivery: Delivery) -> None:
+        try:
+            await _observe(delivery.handler, [delivery])
+            delivery.outcome = SKIPPED
+        except Exception as error:
+            delivery.outcome, delivery.attempts = verdict(delivery, error, draw)
+            errors.append((delivery, error))
+
+    for handler, wanted in by_handler.items():
+        if handler.batch is None:
+            await in_chains(wanted, handler.concurrency, one)
+            continue
+        for start in range(0, len(wanted), handler.batch):
+            chunk = wanted[start : start + handler.batch]
+            try:
+                await _observe(handler, chunk)
+            except Exception:
+                await in_chains(chunk, 1, one)
+            else:
+                for delivery in chunk:
+                    delivery.outcome = SKIPPED
+    return errors
+
+
+async def _observe(handler: Handler, deliveries: Sequence[Delivery]) -> None:
+    for delivery in deliveries:
+        if isinstance(delivery.record, RawRecord) and delivery.record.fault:
+            raise Unreadable(Reason.BAD_HEADER, delivery.record.fault)
+    values = [_message(each) if handler.wants_message else decoded(each) for each in deliveries]
+    argument = values if handler.batch is not None else values[0]
+    assert handler.call is not None
+    await handler.call(argument, argument, None)

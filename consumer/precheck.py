@@ -1,0 +1,195 @@
+"""The pre-check in Redis: a hint that a message was settled before. Written after the COMMIT, asked before it, fails open.
+
+Knows marks and a budget; knows no PostgreSQL. The only file that imports redis. A mark says: in this epoch of the
+database, this handler has committed this id with this payload. It may be missing at any time (a flush, an eviction, an
+outage); it is never wrong, because it names the epoch, and an epoch that ended takes its marks with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+
+import redis.asyncio as redis
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError, RedisError, ResponseError
+from redis.retry import Retry
+
+from consumer.core.breaker import Breaker, Sampler
+from consumer.core.errors import Misconfigured
+from consumer.core.handler import Handler
+from consumer.core.lanes import Delivery
+from consumer.core.outcome import DUPLICATE, Cause
+from consumer.logs import describe, event
+
+_CONNECT_SECONDS = 1.0
+_MARKS_WAITING_MAX = 8  # batches; more than that are not marked, which costs one claim each later
+
+
+class Untrusted(RedisError):
+    """An answer that does not belong to its question. The connection is dropped and nothing is believed."""
+
+
+class Precheck:
+    """Asks and marks within a budget. No method raises because of Redis."""
+
+    def __init__(self, url: str, app: str, budget_seconds: float, window_seconds: float) -> None:
+        try:
+            self._redis = redis.Redis.from_url(
+                url,
+                retry=Retry(NoBackoff(), 0),
+                socket_timeout=_CONNECT_SECONDS,
+                socket_connect_timeout=_CONNECT_SECONDS,
+                decode_responses=False,
+            )
+        except ValueError as error:
+            raise Misconfigured(f"CONSUMER_REDIS_URL: {error}") from None
+        self._app = app
+        self._budget = budget_seconds
+        self._window = window_seconds
+        self._epoch = ""
+        self._breaker = Breaker()
+        self._samplers: dict[str, Sampler] = {}
+        self._marking: set[asyncio.Task[None]] = set()
+        self._probe: asyncio.Task[None] | None = None
+
+    async def start(self, epoch: str) -> None:
+        """Connect. Raises Misconfigured for a refused password; any other trouble only opens the breaker."""
+        self._epoch = epoch
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                await self._try()
+        except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
+            raise Misconfigured(f"CONSUMER_REDIS_URL: Redis refused the credentials: {error}") from None
+        except (RedisError, OSError, TimeoutError) as error:
+            self._failed(error)
+
+    def new_epoch(self, epoch: str) -> None:
+        """The database is another one, or went back in time: the marks so far count no more."""
+        self._epoch = epoch
+
+    async def stop(self) -> None:
+        """Let marks on their way arrive within the budget, and disconnect."""
+        if self._marking:
+            await asyncio.wait(self._marking, timeout=self._budget)
+        for task in [*self._marking, *([self._probe] if self._probe else [])]:
+            task.cancel()
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                await self._redis.aclose()
+        except (RedisError, OSError, TimeoutError):
+            pass
+
+    async def check(self, deliveries: Sequence[Delivery], now_seconds: float) -> None:
+        """Settle as duplicates those that Redis knows. now_seconds: wall clock; skew only costs hits."""
+        if self._breaker.is_open:
+            return
+        asked: dict[Handler, list[Delivery]] = {}
+        for delivery in deliveries:
+            if delivery.outcome is None and delivery.handler.idempotent:
+                asked.setdefault(delivery.handler, []).append(delivery)
+        asked = {handler: wanted for handler, wanted in asked.items() if self._sampler(handler).should_ask()}
+        if not asked:
+            return
+        bucket = int(now_seconds // self._window)
+        nonce = os.urandom(8)
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.execute_command("ECHO", nonce)
+        for handler, wanted in asked.items():
+            members = [_member(each) for each in wanted]
+            for key in (self._key(handler, bucket), self._key(handler, bucket - 1)):
+                pipe.execute_command("SMISMEMBER", key, *members)
+        try:
+            async with asyncio.timeout(self._budget):
+                answers = await pipe.execute()
+            if answers[0] != nonce:
+                raise Untrusted("an answer to another question")
+        except (RedisError, OSError, TimeoutError) as error:
+            self._failed(error)
+            return
+        for number, (handler, wanted) in enumerate(asked.items()):
+            current, previous = answers[1 + 2 * number], answers[2 + 2 * number]
+            if len(current) != len(wanted) or len(previous) != len(wanted):
+                self._failed(Untrusted("an answer of another length"))
+                return
+            hits = 0
+            for delivery, in_current, in_previous in zip(wanted, current, previous, strict=True):
+                if in_current or in_previous:
+                    delivery.outcome = DUPLICATE[Cause.PRECHECK]
+                    hits += 1
+            self._sampler(handler).observed(len(wanted), hits)
+
+    def mark(self, applied: Sequence[Delivery], epoch: str, now_seconds: float) -> None:
+        """Mark what was committed in `epoch`, in the background. Call it only after the COMMIT was answered."""
+        if self._breaker.is_open or not applied or len(self._marking) >= _MARKS_WAITING_MAX:
+            return
+        by_handler: dict[Handler, list[bytes]] = {}
+        for delivery in applied:
+            by_handler.setdefault(delivery.handler, []).append(_member(delivery))
+        bucket = int(now_seconds // self._window)
+        pipe = self._redis.pipeline(transaction=False)
+        for handler, members in by_handler.items():
+            key = self._key(handler, bucket, epoch)
+            pipe.execute_command("SADD", key, *members)
+            pipe.execute_command("EXPIRE", key, int(self._window * 2))
+        task = asyncio.get_running_loop().create_task(self._send(pipe))
+        self._marking.add(task)
+        task.add_done_callback(self._marking.discard)
+
+    async def _send(self, pipe: redis.client.Pipeline) -> None:
+        try:
+            async with asyncio.timeout(self._budget):
+                await pipe.execute()
+        except (RedisError, OSError, TimeoutError) as error:
+            self._failed(error)
+
+    async def marked(self) -> None:
+        """Wait until the marks that are on their way have arrived, or were given up."""
+        while self._marking:
+            await asyncio.wait(set(self._marking))
+
+    def _key(self, handler: Handler, bucket: int, epoch: str | None = None) -> str:
+        return f"consumer:{epoch or self._epoch}:{self._app}:{handler.name}:{bucket}"
+
+    def _sampler(self, handler: Handler) -> Sampler:
+        return self._samplers.setdefault(handler.name, Sampler())
+
+    def _failed(self, error: Exception) -> None:
+        """Open the breaker; a probe in the background closes it. Nobody else waits for Redis until then."""
+        if not self._breaker.is_open:
+            event(logging.WARNING, "pre-check off: redis does not answer; going on without it", error=describe(error))
+        pause = self._breaker.failed()
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.get_running_loop().create_task(self._probing(pause))
+
+    async def _probing(self, pause_seconds: float) -> None:
+        while True:
+            await asyncio.sleep(pause_seconds)
+            try:
+                await self._redis.connection_pool.disconnect()
+                async with asyncio.timeout(_CONNECT_SECONDS):
+                    await self._try()
+            except (RedisError, OSError, TimeoutError):
+                pause_seconds = self._breaker.failed()
+            else:
+                self._breaker.succeeded()
+                event(logging.INFO, "pre-check on: redis answers again")
+                return
+
+    async def _try(self) -> None:
+        """What a batch needs: to ask and to write. A Redis that is full or read-only fails here, as it would there."""
+        key = f"consumer:probe:{self._app}"
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.execute_command("SMISMEMBER", key, b"probe")
+        pipe.execute_command("SADD", key, b"probe")
+        pipe.execute_command("EXPIRE", key, 60)
+        answers = await pipe.execute()
+        if len(answers) != 3:
+            raise ResponseError("an answer of another length")
+
+
+def _member(delivery: Delivery) -> bytes:
+    """Id and payload together: an id that is used again with another payload must not look known."""
+    return delivery.id + delivery.fingerprint.to_bytes(8, "big", signed=True)

@@ -1,0 +1,99 @@
+"""A worker process: what the supervisor starts. Not for people: `consumer run` is.
+
+Knows its two pipes: orders come in on standard input ("drain", or its end, which says that the supervisor is gone), and
+reports go out as JSON lines on a descriptor of their own. Settings come through the environment, so that no secret is
+in a list of processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from consumer import logs
+from consumer.core.errors import Misconfigured
+from consumer.core.restarts import EXIT_MISCONFIGURED
+from consumer.loading import load_app
+from consumer.logs import describe, event
+from consumer.settings import Settings, load
+from consumer.worker import Stalled, Worker
+
+EXIT_FAILED = 1
+EXIT_STALLED = 75
+_SECOND_SIGNAL_SECONDS = 0.5  # sooner than that it is the same order, arriving by two ways
+
+
+def main() -> None:
+    """Entry of `python -m consumer.process APP FD`."""
+    path, descriptor = sys.argv[1], int(sys.argv[2])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the supervisor passes it on
+    try:
+        settings = load()
+        logs.configure(settings.log_level, settings.log_format)
+        code = run(_work(path, settings, descriptor))
+    except Misconfigured as error:
+        logs.log.error(str(error))
+        code = EXIT_MISCONFIGURED
+    sys.stdout.flush()
+    os._exit(code)  # not sys.exit: a thread or a task that a handler left behind must not keep the process
+
+
+def run(main_coroutine: Any) -> Any:
+    """asyncio.run, on uvloop where there is one."""
+    try:
+        import uvloop
+    except ImportError:  # the platform has none
+        return asyncio.run(main_coroutine)
+    return uvloop.run(main_coroutine)
+
+
+async def _work(path: str, settings: Settings, descriptor: int) -> int:
+    worker = Worker(load_app(path), settings, report=lambda found: _send(descriptor, found))
+    loop = asyncio.get_running_loop()
+    ordered_at = 0.0
+
+    def stop() -> None:
+        nonlocal ordered_at
+        if ordered_at and time.monotonic() - ordered_at > _SECOND_SIGNAL_SECONDS:
+            os._exit(128 + signal.SIGTERM)
+        if not ordered_at:
+            ordered_at = time.monotonic()
+            worker.stop()
+            loop.call_later(settings.grace_seconds + 5, os._exit, EXIT_FAILED)
+
+    def order() -> None:
+        if os.read(0, 100) == b"":
+            loop.remove_reader(0)
+        stop()
+
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    loop.add_reader(0, order)
+    try:
+        await worker.run()
+    except Misconfigured:
+        raise
+    except Stalled as error:
+        event(logging.ERROR, str(error))
+        return EXIT_STALLED
+    except Exception as error:
+        event(logging.ERROR, "worker failed", error=describe(error))
+        logs.log.debug("worker failed", exc_info=True)
+        return EXIT_FAILED
+    return 0
+
+
+def _send(descriptor: int, found: dict[str, Any]) -> None:
+    try:
+        os.write(descriptor, json.dumps(found).encode() + b"\n")
+    except OSError:
+        pass  # the supervisor is gone; standard input says so too
+
+
+if __name__ == "__main__":
+    main()

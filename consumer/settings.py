@@ -1,0 +1,101 @@
+"""Every limit and address, read once from the environment (prefix CONSUMER_) and from flags of the same names.
+
+Knows names, units and bounds; opens nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from consumer.core.errors import Misconfigured
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseSettings):
+    """All settings, with their units in their names. Unknown CONSUMER_ variables are left alone."""
+
+    model_config = SettingsConfigDict(env_prefix="CONSUMER_", frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    kafka_bootstrap_servers: str = Field("127.0.0.1:9092", description="Kafka brokers, host:port, comma-separated")
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="how to talk to Kafka"
+    )
+    kafka_security_ca_file: str | None = Field(None, description="CA certificates for Kafka's TLS (default: system's)")
+    kafka_security_cert_file: str | None = Field(None, description="client certificate for Kafka's TLS")
+    kafka_security_key_file: str | None = Field(None, description="key of the client certificate")
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        "PLAIN", description="SASL mechanism"
+    )
+    kafka_sasl_username: str | None = Field(None, description="SASL user")
+    kafka_sasl_password: SecretStr | None = Field(None, description="SASL password; prefer the environment to the flag")
+    kafka_session_timeout_seconds: Positive = Field(
+        30, description="how long Kafka waits for a lost machine; a lost process is reported by its supervisor at once"
+    )
+    kafka_heartbeat_seconds: Positive = Field(0.5, description="how often a worker asks whether it must rebalance")
+    kafka_commit_interval_seconds: Positive = Field(1, description="how often positions are copied to Kafka")
+    kafka_partition_fetch_bytes_max: Count = Field(1 << 20, description="most bytes fetched from a partition at once")
+
+    postgres_dsn: SecretStr | None = Field(None, description="PostgreSQL, postgresql://user@host/database (required)")
+    postgres_pooler: bool = Field(False, description="PostgreSQL is behind PgBouncer in transaction mode")
+    postgres_lock_timeout_seconds: Positive = Field(10, description="longest wait for another transaction's lock")
+    postgres_idle_in_transaction_timeout_seconds: Positive = Field(
+        60, description="PostgreSQL ends a worker's transaction that was silent for so long (a stopped process)"
+    )
+
+    redis_url: SecretStr | None = Field(
+        None, description="Redis for the pre-check, redis://host:6379/0 (absent: without)"
+    )
+    precheck_budget_ms: Positive = Field(50, description="longest wait for Redis before going on without it")
+    precheck_window_hours: Positive = Field(24, description="how long a mark is kept, at least")
+
+    lanes: Annotated[int, Field(ge=1, le=16)] = Field(2, description="PostgreSQL connections, and batches, at a time")
+    batch_messages_max: Count = Field(2000, description="most messages in one transaction")
+    batch_bytes_max: Count = Field(4 << 20, description="most payload bytes in one transaction")
+    buffer_messages_max: Count = Field(20_000, description="most messages fetched and not yet settled")
+    buffer_bytes_max: Count = Field(64 << 20, description="most payload bytes fetched and not yet settled")
+    parked_messages_max: Count = Field(1000, description="most messages waiting for a retry, or behind one, in a lane")
+
+    grace_seconds: Positive = Field(25, description="longest drain after SIGTERM")
+    wait_seconds: Annotated[float, Field(ge=0)] = Field(
+        30, description="longest wait for Kafka and PostgreSQL at start"
+    )
+    watchdog_seconds: Positive = Field(60, description="a worker that should move and does not for so long is ended")
+    restarts_max: Annotated[int, Field(ge=0)] = Field(5, description="restarts in a row before giving up on a worker")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, JSON otherwise")
+
+    @property
+    def dsn(self) -> str:
+        """The DSN in clear. Raises Misconfigured without one."""
+        if self.postgres_dsn is None or not self.postgres_dsn.get_secret_value():
+            raise Misconfigured(
+                "no PostgreSQL: set CONSUMER_POSTGRES_DSN (or --postgres-dsn) to postgresql://user@host/database"
+            )
+        return self.postgres_dsn.get_secret_value()
+
+    def dump(self) -> dict[str, str]:
+        """The settings as environment variables, secrets in clear: for a child process only, never for a log."""
+        found: dict[str, str] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if value is not None:
+                text = value.get_secret_value() if isinstance(value, SecretStr) else value
+                found[f"CONSUMER_{name.upper()}"] = str(text)
+        return found
+
+
+def load(**flags: Any) -> Settings:
+    """Settings from the environment, overridden by the flags that are not None.
+
+    Raises Misconfigured, one line that names each variable and never its value.
+    """
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        problems = [f"CONSUMER_{'_'.join(map(str, each['loc'])).upper()}: {each['msg']}" for each in error.errors()]
+        raise Misconfigured("; ".join(problems)) from None

@@ -1,0 +1,190 @@
+"""The parent of the worker processes: starts, restarts, and ends them. Consumes nothing itself.
+
+Knows processes, pipes and signals; what to do about an end is decided in core/restarts.py. A worker that dies is taken
+out of its group at once, so that its partitions do not wait for the session timeout. What it does not know: whether a
+worker makes progress; it only sees that its event loop turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from consumer.core.restarts import EXIT_MISCONFIGURED, GiveUp, RestartAfter, Restarts
+from consumer.kafka import leave_group
+from consumer.logs import describe, event
+from consumer.settings import Settings
+
+_LEAVE_SECONDS = 5.0
+_AFTER_GRACE_SECONDS = 2.0
+
+
+@dataclass(slots=True, eq=False)
+class _Child:
+    """One running worker process."""
+
+    slot: int
+    process: asyncio.subprocess.Process
+    started_at: float
+    beat_at: float
+    member: str = ""
+    readers: list[asyncio.Task[None]] = field(default_factory=list)
+
+
+class Supervisor:
+    """`run` returns the exit code: 0 after a clean stop, 1 when restarts did not help, 2 for a configuration that cannot work."""
+
+    def __init__(self, path: str, app_name: str, workers: int, settings: Settings) -> None:
+        self._path = path
+        self._group = app_name
+        self._workers = workers
+        self._settings = settings
+        self._children: dict[int, _Child] = {}
+        self._stopping = asyncio.Event()
+        self._at_once = asyncio.Event()
+        self._code = 0
+
+    async def run(self) -> int:
+        """Keep the workers running until a signal comes, or until restarts do not help."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+        slots = [asyncio.create_task(self._keep(slot)) for slot in range(self._workers)]
+        try:
+            await asyncio.gather(*slots)
+        finally:
+            for child in self._children.values():
+                with suppress(ProcessLookupError):
+                    child.process.kill()
+        return self._code
+
+    def _signalled(self, number: int) -> None:
+        if self._stopping.is_set():
+            event(logging.WARNING, "second signal: ending the workers at once")
+            self._code = 128 + number
+            self._at_once.set()
+            return
+        event(logging.INFO, "stopping: workers drain", signal=signal.Signals(number).name, again="ends them at once")
+        self._stopping.set()
+
+    async def _keep(self, slot: int) -> None:
+        """One slot: a worker, and another one after it, until the order to stop."""
+        restarts = Restarts(in_a_row_max=self._settings.restarts_max)
+        while not self._stopping.is_set():
+            child = await self._start(slot)
+            code = await self._until_it_ends(child)
+            await self._bury(child, code)
+            if self._stopping.is_set():
+                self._code = self._code or (1 if code > 0 else 0)
+                return
+            match restarts.ended(time.monotonic() - child.started_at, code):
+                case RestartAfter(seconds):
+                    event(
+                        logging.WARNING,
+                        "worker ended; starting another",
+                        worker=slot,
+                        **_end(code),
+                        after_seconds=seconds,
+                    )
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._stopping.wait(), seconds)
+                case GiveUp(why):
+                    event(logging.ERROR, "giving up: the other workers are ended", worker=slot, why=why, **_end(code))
+                    self._code = EXIT_MISCONFIGURED if code == EXIT_MISCONFIGURED else 1
+                    self._stopping.set()
+                case decision:
+                    assert_never(decision)
+
+    async def _start(self, slot: int) -> _Child:
+        reports, report_to = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "consumer.process",
+                self._path,
+                str(report_to),
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=(report_to,),
+                env=os.environ | self._settings.dump() | {"CONSUMER_WORKER": str(slot)},
+            )
+        finally:
+            os.close(report_to)
+        now = time.monotonic()
+        child = self._children[slot] = _Child(slot, process, now, now)
+        child.readers.append(asyncio.create_task(self._listen(child, reports)))
+        event(logging.INFO, "worker process started", worker=slot, worker_pid=process.pid)
+        return child
+
+    async def _listen(self, child: _Child, descriptor: int) -> None:
+        reader = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", 0)
+        )
+        while line := await reader.readline():
+            with suppress(ValueError, AttributeError):
+                child.member = json.loads(line).get("member") or child.member
+            child.beat_at = time.monotonic()
+
+    async def _until_it_ends(self, child: _Child) -> int:
+        """Wait for the process; pass on the order to stop, and end it when it does not obey or does not beat."""
+        ended = asyncio.create_task(child.process.wait())
+        stopping = asyncio.create_task(self._stopping.wait())
+        at_once = asyncio.create_task(self._at_once.wait())
+        patience = max(self._settings.watchdog_seconds, 10.0)
+        try:
+            while not stopping.done():
+                await asyncio.wait({ended, stopping}, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+                if ended.done():
+                    return ended.result()
+                if time.monotonic() - child.beat_at > patience:
+                    event(
+                        logging.ERROR,
+                        "worker does not beat: its event loop is blocked or stopped; ending it",
+                        worker=child.slot,
+                    )
+                    child.process.kill()
+                    return await ended
+            if child.process.stdin is not None:
+                with suppress(OSError):
+                    child.process.stdin.write(b"drain\n")
+            seconds = self._settings.grace_seconds + _AFTER_GRACE_SECONDS
+            await asyncio.wait({ended, at_once}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                if not at_once.done():
+                    event(logging.ERROR, "worker did not drain in time: ending it", worker=child.slot)
+                    self._code = self._code or 1
+                child.process.kill()
+            return await ended
+        finally:
+            stopping.cancel()
+            at_once.cancel()
+
+    async def _bury(self, child: _Child, code: int) -> None:
+        """Take a dead worker out of the group. One that left by itself is not in it any more, which does no harm."""
+        await asyncio.gather(*child.readers)  # what it reported to the last
+        self._children.pop(child.slot, None)
+        if code == 0 or not child.member:
+            return
+        try:
+            async with asyncio.timeout(_LEAVE_SECONDS):
+                await leave_group(self._settings, self._group, child.member)
+        except Exception as error:  # Kafka is away: then the session timeout does it
+            event(logging.WARNING, "could not take the dead worker out of its group", error=describe(error))
+        else:
+            event(logging.INFO, "dead worker taken out of its group", worker=child.slot)
+
+
+def _end(code: int) -> dict[str, object]:
+    if code < 0:
+        with suppress(ValueError):
+            return {"killed_by": signal.Signals(-code).name}
+    return {"exit_code": code}

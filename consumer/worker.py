@@ -1,0 +1,572 @@
+"""One worker process: fetch, settle, mark, commit; rebalance, retry, drain. The thin shell around the decisions in core/.
+
+Knows Kafka, PostgreSQL and Redis by their files; decides nothing about a message's fate itself. A worker waits for any
+service that is away, for as long as it takes: an outage is not counted against a message. What it does not know: whether
+it still owns its partitions. It need not, because the claims and the positions in PostgreSQL answer that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from consumer import once
+from consumer.app import App
+from consumer.core.errors import ConsumerError
+from consumer.core.lanes import Batch, Delivery, Lane
+from consumer.core.message import Partition
+from consumer.core.outcome import Dead, Parked
+from consumer.core.watchdog import Watchdog
+from consumer.kafka import KafkaError, LogTruncated, Source
+from consumer.ledger import Conflict, Fenced, Outage, Session, sqlstate_of
+from consumer.logs import describe, event
+from consumer.precheck import Precheck
+from consumer.settings import Settings
+
+POLL_SECONDS = 0.5
+DRAIN_SECONDS_MAX = 20.0  # of a rebalance; below the time that the group waits for its members
+_BACKOFF_SECONDS = (0.1, 5.0)
+_BEAT_SECONDS = 1.0
+_LOOP_LAG_SECONDS = 2.0
+
+OFFSET_IDS = (
+    "messages without an id: their offset is used, which does not recognise a message that was produced twice, "
+    "copied to another topic or restored; set a message-id header, or message_id= of the handler"
+)
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class Stalled(ConsumerError):
+    """Alive but not consuming: the process ends, and its supervisor starts another."""
+
+
+@dataclass(slots=True)
+class _Lane:
+    """A lane, its connection and what it is doing."""
+
+    number: int
+    state: Lane
+    session: Session | None
+    idle: asyncio.Event
+    wake: asyncio.Event
+
+
+class Worker:
+    """A member of the App's consumer group. `run` returns when `stop` was called and everything in flight is settled.
+
+    report: called with small dictionaries about the worker's health, for its supervisor. step: called with the name of
+    each step of the flow as it is passed, for tests that end the process there.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        settings: Settings,
+        *,
+        report: Report = lambda _: None,
+        step: once.Step = lambda _: None,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._app = app
+        self._settings = settings
+        self._report = report
+        self._step = step
+        self._draw = draw
+        self._source = Source(settings, app.name)
+        self._names = once.Names(app.name, {})
+        self._precheck: Precheck | None = None
+        self._control: Session | None = None
+        self._epoch = ""
+        handlers = app.by_topic()
+        self._lanes = [
+            _Lane(n, Lane(handlers, settings.parked_messages_max), None, asyncio.Event(), asyncio.Event())
+            for n in range(settings.lanes)
+        ]
+        self._lane_of: dict[Partition, _Lane] = {}
+        self._unopened: set[Partition] = set()
+        self._truncated: set[Partition] = set()
+        self._to_open = asyncio.Event()
+        self._room = asyncio.Event()
+        self._generation = 0
+        self._holding = True  # no batch is taken while partitions come and go
+        self._stopping = asyncio.Event()
+        self._dirty: dict[Partition, int] = {}
+        self._settled = 0
+        self._waiting_for_postgres = 0
+        self._told_of_offset_ids: set[str] = set()
+
+    # -- life -------------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Drain: settle what is in flight, copy positions to Kafka, leave the group. May be called again, or early."""
+        self._stopping.set()
+        for lane in self._lanes:
+            lane.wake.set()
+        self._room.set()
+
+    async def run(self) -> None:
+        """Work until `stop` is called. Raises Misconfigured, Stalled, or whatever ended a part of the worker."""
+        async with self._app.running():
+            try:
+                await self._start()
+                await self._work()
+            finally:
+                await self._end()
+
+    async def _start(self) -> None:
+        self._control = await self._session()
+        if self._control is None:
+            return
+        self._epoch = self._control.epoch
+        numbers, topics = await self._control.numbers(self._app.name, self._app.handlers, self._app.topics)
+        for name, handler in self._app.handlers.items():
+            handler.number = numbers[name]
+        self._names = once.Names(self._app.name, topics)
+        settings = self._settings
+        if settings.redis_url is not None:
+            self._precheck = Precheck(
+                settings.redis_url.get_secret_value(),
+                self._app.name,
+                settings.precheck_budget_ms / 1000,
+                settings.precheck_window_hours * 3600,
+            )
+            await self._precheck.start(self._epoch)
+        await self._source.start(float("inf"))
+        self._source.subscribe(self._app.topics, self._on_revoked, self._on_assigned)
+        event(
+            logging.INFO, "worker started", app=self._app.name, topics=",".join(self._app.topics), lanes=settings.lanes
+        )
+
+    async def _work(self) -> None:
+        parts = [self._feed(), self._open_partitions(), self._commit_now_and_then(), self._watch(), self._beat()]
+        tasks: list[asyncio.Task[None]] = [
+            asyncio.create_task(each) for each in [*parts, *map(self._run_lane, self._lanes)]
+        ]
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait([stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()  # a part that ended on its own has failed: raise why
+            await self._drain(self._settings.grace_seconds * 0.8)
+        finally:
+            stopping.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(stopping, *tasks, return_exceptions=True)
+
+    async def _end(self) -> None:
+        await self._source.stop(5)
+        for session in [self._control, *(lane.session for lane in self._lanes)]:
+            if session is not None:
+                session.close()
+        if self._precheck is not None:
+            await self._precheck.stop()
+        event(logging.INFO, "worker stopped", batches=self._settled)
+
+    async def _session(self) -> Session | None:
+        """A connection to the primary, waited for; None when the worker stops first."""
+        pause, told = _BACKOFF_SECONDS[0], False
+        self._waiting_for_postgres += 1
+        try:
+            while not self._stopping.is_set():
+                try:
+                    session = await Session.open(self._settings)
+                except Outage as error:
+                    if not told:
+                        event(logging.WARNING, "waiting for postgresql", error=describe(error.__cause__ or error))
+                    told = True
+                    await self._pause(pause * (0.5 + self._draw() / 2))
+                    pause = min(_BACKOFF_SECONDS[1], pause * 2)
+                else:
+                    if told:
+                        event(logging.INFO, "postgresql is back")
+                    return session
+        finally:
+            self._waiting_for_postgres -= 1
+        return None
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but not beyond the order to stop."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+
+    # -- records come in --------------------------------------------------------------------------------------------
+
+    async def _feed(self) -> None:
+        settings = self._settings
+        pause = _BACKOFF_SECONDS[0]
+        while not self._stopping.is_set():
+            messages, size = self._buffered()
+            if messages >= settings.buffer_messages_max or size >= settings.buffer_bytes_max:
+                self._room.clear()
+                await self._room.wait()
+                continue
+            try:
+                found = await self._source.poll(POLL_SECONDS, self._received)
+            except LogTruncated as error:
+                self._truncated.add(error.partition)
+                event(
+                    logging.ERROR,
+                    "partition stopped: the log does not hold its position",
+                    topic=error.partition.topic,
+                    partition=error.partition.partition,
+                    position=error.position,
+                    do="see `consumer positions --help`",
+                )
+                continue
+            except KafkaError as error:
+                event(logging.WARNING, "waiting for kafka", error=describe(error))
+                await self._pause(pause)
+                pause = min(_BACKOFF_SECONDS[1], pause * 2)
+                continue
+            pause = _BACKOFF_SECONDS[0]
+            for partition, records in found.items():
+                lane = self._lane_of.get(partition)
+                if lane is None or not records:
+                    continue  # not open yet: it will be sought to its position
+                kept, _ = lane.state.add(partition, records)
+                if kept:
+                    event(
+                        logging.DEBUG,
+                        "fetched",
+                        topic=partition.topic,
+                        partition=partition.partition,
+                        first=records[0].offset,
+                        last=records[-1].offset,
+                        count=kept,
+                    )
+                    lane.wake.set()
+            if found:
+                self._step("fetched")
+
+    def _received(self, partition: Partition) -> int | None:
+        lane = self._lane_of.get(partition)
+        return lane.state.received(partition) if lane is not None else None
+
+    def _buffered(self) -> tuple[int, int]:
+        counts = [lane.state.fetched for lane in self._lanes]
+        return sum(each[0] for each in counts), sum(each[1] for each in counts)
+
+    # -- batches go through -----------------------------------------------------------------------------------------
+
+    async def _run_lane(self, lane: _Lane) -> None:
+        settings = self._settings
+        while True:
+            batch = None
+            if not self._holding and not self._stopping.is_set():
+                batch = lane.state.take(time.monotonic(), settings.batch_messages_max, settings.batch_bytes_max)
+            if batch is None:
+                lane.idle.set()
+                lane.wake.clear()
+                due = lane.state.next_due()
+                with suppress(TimeoutError):
+                    timeout = max(0.001, due - time.monotonic()) if due is not None and not self._holding else None
+                    await asyncio.wait_for(lane.wake.wait(), timeout)
+                continue
+            lane.idle.clear()
+            self._room.set()
+            await self._settle(lane, batch)
+
+    async def _settle(self, lane: _Lane, batch: Batch) -> None:
+        """Settle a batch whatever happens, unless its partitions go away first: then its next owner does."""
+        generation = self._generation
+        for topic in once.identify(batch.deliveries) - self._told_of_offset_ids:
+            self._told_of_offset_ids.add(topic)
+            event(logging.WARNING, OFFSET_IDS, topic=topic)
+        if self._precheck is not None:
+            await self._precheck.check(batch.deliveries, time.time())
+            self._step("prechecked")
+        for delivery, error in await once.observe(batch.deliveries, self._draw):
+            self._tell_failure(delivery, error)
+        parts = [(batch, False)]  # what is left to settle, and whether with a savepoint for each message
+        conflicts = 0
+        while parts:
+            part, careful = parts.pop()
+            if lane.session is None or not lane.session.is_usable:
+                lane.session = await self._session()
+                if lane.session is None or generation != self._generation:
+                    return
+                if lane.session.epoch != self._epoch:
+                    await self._new_epoch(lane.session.epoch)
+                    return
+            try:
+                done = await once.apply(
+                    lane.session, self._names, lane.state, part, careful=careful, draw=self._draw, step=self._step
+                )
+            except once.Isolate as isolate:
+                parts += self._smaller(part, careful, isolate.__cause__)
+            except Conflict:
+                conflicts += 1
+                parts.append((part, careful))
+                await asyncio.sleep(min(1.0, 0.005 * 2.0 ** min(conflicts, 8)) * (0.5 + self._draw() / 2))
+            except Outage as error:
+                event(
+                    logging.WARNING, "postgresql lost; the batch runs again", error=describe(error.__cause__ or error)
+                )
+                parts.append((part, careful))
+                if generation != self._generation:
+                    return
+            except Fenced:
+                event(logging.WARNING, "positions have moved: reading them again", lane=lane.number)
+                self._reopen(lane)
+                return
+            else:
+                self._settled_part(lane, part, done)
+
+    def _smaller(self, part: Batch, careful: bool, cause: BaseException | None) -> list[tuple[Batch, bool]]:
+        """How to run a failed batch again, so that the message at fault is found and all others are kept."""
+        if len(part.deliveries) == 1:
+            [delivery] = part.deliveries
+            error = cause or Conflict("unknown")
+            delivery.outcome, delivery.attempts = once.verdict(delivery, error, self._draw)
+            self._tell_failure(delivery, error)
+            return [(part, True)]
+        if careful or len(part.deliveries) > once.SAVEPOINTS_MAX:
+            head, tail = part.split()
+            return [(tail, careful), (head, careful)]
+        return [(part, True)]
+
+    def _settled_part(self, lane: _Lane, part: Batch, done: once.Settlement) -> None:
+        now = time.monotonic()
+        for delivery, attempts in done.attempts.items():
+            delivery.attempts = attempts
+        for delivery, error in done.errors:
+            self._tell_failure(delivery, error, done.outcomes[delivery])
+        for delivery in done.parked:
+            delivery.outcome = None
+        lane.state.settle(part, {each: now + delay for each, delay in done.parked.items()}, done.moves)
+        self._settled += 1
+        for move in done.moves:
+            self._dirty[move.partition] = move.next
+        if self._precheck is not None and lane.session is not None:
+            self._precheck.mark(done.applied, lane.session.epoch, time.time())
+            self._step("marked")
+
+    def _tell_failure(self, delivery: Delivery, error: BaseException, outcome: object = None) -> None:
+        outcome = outcome or delivery.outcome
+        record = delivery.record
+        fields = {
+            "handler": delivery.handler.name,
+            "topic": record.topic,
+            "partition": record.partition,
+            "offset": record.offset,
+            "error": describe(error),
+            "sqlstate": sqlstate_of(error),
+        }
+        if isinstance(outcome, Dead):
+            event(logging.WARNING, "dead letter", reason=outcome.reason.value, do="consumer dlq list", **fields)
+        elif isinstance(outcome, Parked):
+            event(
+                logging.WARNING,
+                "handler failed; the message is tried again",
+                attempts=delivery.attempts,
+                delay_seconds=round(outcome.delay_seconds, 3),
+                **fields,
+            )
+
+    # -- partitions come and go -------------------------------------------------------------------------------------
+
+    async def _on_assigned(self, assigned: set[Partition]) -> None:
+        """Only notes what to open: the client sends no heartbeat while this runs, and PostgreSQL may be away."""
+        self._generation += 1
+        self._lane_of = {each: self._lanes[n % len(self._lanes)] for n, each in enumerate(sorted(assigned))}
+        self._unopened = set(assigned)
+        for partition in assigned:
+            self._source.hold(partition)
+        self._holding = False
+        self._to_open.set()
+
+    async def _on_revoked(self, revoked: set[Partition]) -> None:
+        """Finish what is in flight; forget the rest, which the next owner reads again."""
+        if revoked:
+            event(logging.INFO, "partitions revoked", count=len(revoked))
+            self._step("revoked")
+        with suppress(Exception):
+            await self._drain(min(DRAIN_SECONDS_MAX, self._settings.grace_seconds))
+
+    async def _drain(self, seconds: float) -> None:
+        """No new batch, wait for those in flight, copy positions to Kafka, and forget the partitions."""
+        self._holding = True
+        self._generation += 1
+        self._unopened.clear()
+        self._truncated.clear()
+        for lane in self._lanes:
+            lane.wake.set()
+        waits = [asyncio.create_task(lane.idle.wait()) for lane in self._lanes]
+        done, late = await asyncio.wait(waits, timeout=seconds)
+        if late:
+            event(logging.WARNING, "drain took too long: open transactions are undone", seconds=round(seconds, 1))
+            for lane in self._lanes:
+                if not lane.idle.is_set() and lane.session is not None:
+                    lane.session.close()
+            await asyncio.wait(late, timeout=2)
+        for task in waits:
+            task.cancel()
+        await self._commit()
+        for lane in self._lanes:
+            for partition in lane.state.partitions:
+                lane.state.close(partition)
+        self._lane_of.clear()
+        self._room.set()
+
+    def _reopen(self, lane: _Lane) -> None:
+        """Forget what was read of a lane's partitions, and begin again at the positions that PostgreSQL has."""
+        for partition in lane.state.partitions:
+            lane.state.close(partition)
+            self._source.hold(partition)
+            self._unopened.add(partition)
+        self._to_open.set()
+
+    async def _new_epoch(self, epoch: str) -> None:
+        """The database is another one, or went back in time: what is in flight means nothing there."""
+        event(logging.WARNING, "another epoch of postgresql: positions are read again", epoch=epoch)
+        self._epoch = epoch
+        self._generation += 1
+        if self._precheck is not None:
+            self._precheck.new_epoch(epoch)
+        for lane in self._lanes:
+            if lane.session is not None and lane.session.epoch != epoch:
+                lane.session.close()
+            self._reopen(lane)
+
+    async def _open_partitions(self) -> None:
+        """Give every assigned partition its position from PostgreSQL. Waits for services for as long as it takes."""
+        pause = _BACKOFF_SECONDS[0]
+        while True:
+            await self._to_open.wait()
+            self._to_open.clear()
+            wanted, generation = sorted(self._unopened), self._generation
+            if not wanted:
+                continue
+            try:
+                positions = await self._positions(wanted)
+            except (Outage, KafkaError, TimeoutError, OSError) as error:
+                event(logging.WARNING, "positions cannot be read yet", error=describe(error))
+                await self._pause(pause)
+                pause = min(_BACKOFF_SECONDS[1], pause * 2)
+                self._to_open.set()
+                continue
+            pause = _BACKOFF_SECONDS[0]
+            if generation != self._generation or positions is None:
+                self._to_open.set()
+                continue
+            for partition in wanted:
+                self._lane_of[partition].state.open(partition, positions[partition])
+                self._source.go_on(partition, positions[partition])
+                self._unopened.discard(partition)
+            event(logging.INFO, "partitions opened", count=len(wanted))
+            self._report({"opened": len(wanted)})
+
+    async def _positions(self, wanted: list[Partition]) -> Mapping[Partition, int] | None:
+        """PostgreSQL's positions; where it has none, Kafka's commit; where that has none, the beginning of the log."""
+        if self._control is None or not self._control.is_usable:
+            self._control = await self._session()
+            if self._control is None:
+                return None
+        control = self._control
+        if control.epoch != self._epoch:
+            await self._new_epoch(control.epoch)
+            return None
+        try:
+            known = await control.positions(self._app.name, wanted)
+            committed = {each: await self._source.committed(each) for each in wanted}
+            if missing := [each for each in wanted if each not in known]:
+                beginnings = await self._source.beginnings(missing)
+                starts = {
+                    each: committed[each] if committed[each] is not None else beginnings[each] for each in missing
+                }
+                await control.begin_positions(self._app.name, {each: int(start or 0) for each, start in starts.items()})
+                known |= await control.positions(self._app.name, missing)
+        except (KafkaError, TimeoutError):
+            raise
+        except Exception as error:
+            control.close()
+            raise Outage(str(error)) from error
+        for partition, position in known.items():
+            group = committed[partition]
+            if group is not None and group != position:
+                # Behind is normal after a crash: Kafka's commit is a copy, made now and then. Ahead is not.
+                event(
+                    logging.WARNING if group > position else logging.INFO,
+                    "kafka's committed offset differs from the position in postgresql, which counts",
+                    topic=partition.topic,
+                    partition=partition.partition,
+                    kafka=group,
+                    postgresql=position,
+                    do="offsets reset with Kafka's tools have no effect: use `consumer positions`",
+                )
+        return known
+
+    # -- beside the flow --------------------------------------------------------------------------------------------
+
+    async def _commit(self) -> None:
+        dirty, self._dirty = self._dirty, {}
+        if not dirty:
+            return
+        self._step("before_offset_commit")
+        if await self._source.commit(dirty):
+            self._step("after_offset_commit")
+        else:
+            self._dirty = dirty | self._dirty
+
+    async def _commit_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.kafka_commit_interval_seconds)
+            if self._holding:
+                continue
+            for lane in self._lanes:
+                for partition in lane.state.partitions:
+                    # Markers and aborted records are handed to nobody: without this, the position would stop below them.
+                    position = await self._source.position(partition)
+                    if position is not None and position > (lane.state.received(partition) or position):
+                        lane.state.skip_to(partition, position)
+                        lane.wake.set()
+            if not self._holding:
+                await self._commit()
+
+    async def _watch(self) -> None:
+        """Find out that nothing is fetched although there is something, which the client does not tell."""
+        watchdog = Watchdog()
+        interval = min(10.0, self._settings.watchdog_seconds / 4)
+        while True:
+            await asyncio.sleep(interval)
+            messages, size = self._buffered()
+            full = messages >= self._settings.buffer_messages_max or size >= self._settings.buffer_bytes_max
+            received: dict[Partition, int] = {}
+            if not self._holding and not full:
+                for partition, lane in self._lane_of.items():
+                    offset = lane.state.received(partition)
+                    if offset is not None and partition not in self._truncated:
+                        received[partition] = offset
+            try:
+                ends = await self._source.ends(list(received)) if received else {}
+            except (KafkaError, TimeoutError, OSError):
+                watchdog = Watchdog()  # an outage of Kafka is waited for
+                continue
+            now = time.monotonic()
+            if watchdog.fetching_stalled_seconds(now, received, ends) > self._settings.watchdog_seconds:
+                raise Stalled(
+                    f"nothing was fetched for {self._settings.watchdog_seconds:g} s although there is something"
+                )
+            busy = any(not lane.idle.is_set() for lane in self._lanes) and not self._waiting_for_postgres
+            stalled = watchdog.settling_stalled_seconds(now, self._settled, has_work=busy)
+            if stalled > self._settings.watchdog_seconds:
+                event(logging.WARNING, "a batch takes long: does a handler hang?", seconds=round(stalled))
+
+    async def _beat(self) -> None:
+        """Tell the supervisor that the event loop turns, and who we are in the group."""
+        while True:
+            before = time.monotonic()
+            self._report({"member": self._source.member_id, "batches": self._settled})
+            await asyncio.sleep(_BEAT_SECONDS)
+            lag = time.monotonic() - before - _BEAT_SECONDS
+            if lag > _LOOP_LAG_SECONDS:
+                event(logging.WARNING, "the event loop was blocked: a handler does not await", seconds=round(lag, 1))
