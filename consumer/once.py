@@ -62,7 +62,7 @@ class Settlement:
     applied: list[Delivery] = field(default_factory=list)
     parked: dict[Delivery, float] = field(default_factory=dict)  # seconds until the next attempt; 0 behind another
     attempts: dict[Delivery, int] = field(default_factory=dict)
-    errors: list[tuple[Delivery, BaseException]] = field(default_factory=list)
+    errors: dict[Delivery, BaseException] = field(default_factory=dict)  # of attempts that failed
     moves: list[Move] = field(default_factory=list)
 
 
@@ -397,7 +397,7 @@ class _Run:
         outcome, attempts = verdict(delivery, error, self.draw)
         self.done.outcomes[delivery] = outcome
         self.done.attempts[delivery] = attempts
-        self.done.errors.append((delivery, error))
+        self.done.errors[delivery] = error
         if isinstance(outcome, Parked):
             self.done.parked[delivery] = outcome.delay_seconds
             self.blocked.add(delivery.unit())
@@ -411,7 +411,7 @@ class _Run:
             decoded(delivery)
         except Unreadable as error:
             self.done.outcomes[delivery], self.done.attempts[delivery] = verdict(delivery, error, self.draw)
-            self.done.errors.append((delivery, error))
+            self.done.errors[delivery] = error
             return False
         return True
 

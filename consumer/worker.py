@@ -21,7 +21,7 @@ from consumer.app import App
 from consumer.core.errors import ConsumerError
 from consumer.core.lanes import Batch, Delivery, Lane
 from consumer.core.message import Partition
-from consumer.core.outcome import Dead, Parked
+from consumer.core.outcome import Dead, Outcome, Parked
 from consumer.core.watchdog import Watchdog
 from consumer.kafka import KafkaError, LogTruncated, Source
 from consumer.ledger import Conflict, Fenced, Outage, Session, sqlstate_of
@@ -34,6 +34,7 @@ DRAIN_SECONDS_MAX = 20.0  # of a rebalance; below the time that the group waits 
 _BACKOFF_SECONDS = (0.1, 5.0)
 _BEAT_SECONDS = 1.0
 _LOOP_LAG_SECONDS = 2.0
+_TOLD_MAX = 20  # failures of one batch, one line each
 
 OFFSET_IDS = (
     "messages without an id: their offset is used, which does not recognise a message that was produced twice, "
@@ -285,7 +286,7 @@ class Worker:
             await self._precheck.check(batch.deliveries, time.time())
             self._step("prechecked")
         for delivery, error in await once.observe(batch.deliveries, self._draw):
-            self._tell_failure(delivery, error)
+            self._tell_failure(delivery, error, delivery.outcome)
         parts = [(batch, False)]  # what is left to settle, and whether with a savepoint for each message
         conflicts = 0
         while parts:
@@ -327,7 +328,8 @@ class Worker:
             [delivery] = part.deliveries
             error = cause or Conflict("unknown")
             delivery.outcome, delivery.attempts = once.verdict(delivery, error, self._draw)
-            self._tell_failure(delivery, error)
+            if isinstance(delivery.outcome, Parked):
+                self._tell_failure(delivery, error, delivery.outcome)
             return [(part, True)]
         if careful or len(part.deliveries) > once.SAVEPOINTS_MAX:
             head, tail = part.split()
@@ -338,8 +340,7 @@ class Worker:
         now = time.monotonic()
         for delivery, attempts in done.attempts.items():
             delivery.attempts = attempts
-        for delivery, error in done.errors:
-            self._tell_failure(delivery, error, done.outcomes[delivery])
+        self._tell_failures(done)
         for delivery in done.parked:
             delivery.outcome = None
         lane.state.settle(part, {each: now + delay for each, delay in done.parked.items()}, done.moves)
@@ -350,17 +351,23 @@ class Worker:
             self._precheck.mark(done.applied, lane.session.epoch, time.time())
             self._step("marked")
 
-    def _tell_failure(self, delivery: Delivery, error: BaseException, outcome: object = None) -> None:
-        outcome = outcome or delivery.outcome
+    def _tell_failures(self, done: once.Settlement) -> None:
+        told = [each for each, outcome in done.outcomes.items() if isinstance(outcome, Dead) or each in done.errors]
+        for delivery in told[:_TOLD_MAX]:
+            self._tell_failure(delivery, done.errors.get(delivery), done.outcomes[delivery])
+        if len(told) > _TOLD_MAX:
+            event(logging.WARNING, "more messages failed in the same batch", count=len(told) - _TOLD_MAX)
+
+    def _tell_failure(self, delivery: Delivery, error: BaseException | None, outcome: Outcome | None) -> None:
         record = delivery.record
-        fields = {
+        fields: dict[str, Any] = {
             "handler": delivery.handler.name,
             "topic": record.topic,
             "partition": record.partition,
             "offset": record.offset,
-            "error": describe(error),
-            "sqlstate": sqlstate_of(error),
         }
+        if error is not None:
+            fields |= {"error": describe(error), "sqlstate": sqlstate_of(error)}
         if isinstance(outcome, Dead):
             event(logging.WARNING, "dead letter", reason=outcome.reason.value, do="consumer dlq list", **fields)
         elif isinstance(outcome, Parked):
