@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import redis.asyncio as redis
 from redis.backoff import NoBackoff
@@ -35,7 +35,14 @@ class Untrusted(RedisError):
 class Precheck:
     """Asks and marks within a budget. No method raises because of Redis."""
 
-    def __init__(self, url: str, app: str, budget_seconds: float, window_seconds: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        app: str,
+        budget_seconds: float,
+        window_seconds: float,
+        step: Callable[[str], None] = lambda _: None,
+    ) -> None:
         try:
             self._redis = redis.Redis.from_url(
                 url,
@@ -49,6 +56,7 @@ class Precheck:
         self._app = app
         self._budget = budget_seconds
         self._window = window_seconds
+        self._step = step
         self._epoch = ""
         self._breaker = Breaker()
         self._samplers: dict[str, Sampler] = {}
@@ -144,11 +152,8 @@ class Precheck:
                 await pipe.execute()
         except (RedisError, OSError, TimeoutError) as error:
             self._failed(error)
-
-    async def marked(self) -> None:
-        """Wait until the marks that are on their way have arrived, or were given up."""
-        while self._marking:
-            await asyncio.wait(set(self._marking))
+        else:
+            self._step("marked")
 
     def _key(self, handler: Handler, bucket: int, epoch: str | None = None) -> str:
         return f"consumer:{epoch or self._epoch}:{self._app}:{handler.name}:{bucket}"

@@ -137,6 +137,7 @@ class Worker:
                 self._app.name,
                 settings.precheck_budget_ms / 1000,
                 settings.precheck_window_hours * 3600,
+                self._step,
             )
             await self._precheck.start(self._epoch)
         await self._source.start(float("inf"))
@@ -349,7 +350,6 @@ class Worker:
             self._dirty[move.partition] = move.next
         if self._precheck is not None and lane.session is not None:
             self._precheck.mark(done.applied, lane.session.epoch, time.time())
-            self._step("marked")
 
     def _tell_failures(self, done: once.Settlement) -> None:
         told = [each for each, outcome in done.outcomes.items() if isinstance(outcome, Dead) or each in done.errors]

@@ -1,0 +1,639 @@
+"""The laws of a Lane, against a naive model that keeps the whole log and a set of what is settled."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from consumer import App
+from consumer.core.handler import Handler
+from consumer.core.lanes import Batch, Delivery, Lane
+from consumer.core.message import Partition
+
+Order = Literal["key", "partition", "none"]
+Name = tuple[str, int]  # of a delivery: handler and offset
+
+P0, P1, Q0 = Partition("pay", 0), Partition("pay", 1), Partition("ship", 0)
+LARGE = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Rec:
+    """A record, and the opening of its partition in which it was handed to the lane."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None = b""
+    timestamp: int = 0
+    headers: tuple[tuple[str, bytes | None], ...] = ()
+    opening: int = 0
+
+
+def handlers_of(orders: Mapping[str, Sequence[Order]]) -> dict[str, list[Handler]]:
+    """One handler for each order named of each topic."""
+    app = App("test")
+    for topic, names in orders.items():
+        for number, order in enumerate(names):
+
+            async def handle(payload: bytes) -> None: ...
+
+            app.handler(topic, name=f"{topic}-{number}-{order}", order=order)(handle)
+    return app.by_topic()
+
+
+def rec(offset: int, key: bytes | None = b"k", at: Partition = P0, size: int = 0) -> Rec:
+    return Rec(at.topic, at.partition, offset, key, b"x" * size)
+
+
+def lane_of(*orders: Order, parked_max: int = 1000, at: Sequence[Partition] = (P0,), position: int = 0) -> Lane:
+    lane = Lane(handlers_of({each.topic: orders or ("key",) for each in at}), parked_max)
+    for each in at:
+        lane.open(each, position)
+    return lane
+
+
+def take(lane: Lane, now: float = 0.0, messages_max: int = 1000, bytes_max: int = LARGE) -> Batch:
+    batch = lane.take(now, messages_max, bytes_max)
+    assert batch is not None
+    return batch
+
+
+def settle(lane: Lane, batch: Batch, parked: Mapping[Delivery, float] | None = None) -> None:
+    parked = parked or {}
+    lane.settle(batch, parked, lane.moves(batch, parked))
+
+
+def offsets(batch: Batch) -> list[int]:
+    return [each.record.offset for each in batch.deliveries]
+
+
+# -- the machine --------------------------------------------------------------------------------------------------------
+
+ORDERS: dict[str, Sequence[Order]] = {"pay": ("key", "partition"), "ship": ("none", "key")}
+PARKED_MAX = 6
+HANDLERS_MAX = 2
+
+
+@dataclass
+class Model:
+    """What is true of one partition: the log, and what was settled since it was opened."""
+
+    log: list[Rec] = field(default_factory=list)
+    end: int = 0  # of the log
+    stored: int = 0  # the position as PostgreSQL has it
+    openings: int = 0
+    is_open: bool = False
+    opened_at: int = 0
+    received: int = 0
+    taken: int = 0  # records below were taken
+    settled: set[Name] = field(default_factory=set)
+
+
+class LaneMachine(RuleBasedStateMachine):
+    """Takes batches and settles them as once.py does: a message behind a failed one of its unit is not run.
+
+    That holds over all parts of a batch that was cut, too: `blocked` lives as long as the batch.
+    """
+
+    @initialize()
+    def begin(self) -> None:
+        self.handlers = handlers_of(ORDERS)
+        self.lane = Lane(self.handlers, PARKED_MAX)
+        self.models = {each: Model() for each in (P0, P1, Q0)}
+        self.now = 0.0
+        self.parts: list[Batch] = []  # of the batch in flight, the next one last
+        self.blocked: set[Hashable] = set()
+
+    # What happens outside: the log grows, the client fetches, time passes.
+
+    @rule(
+        at=st.sampled_from([P0, P1, Q0]),
+        keys=st.lists(st.sampled_from([b"a", b"b", b"c", None]), min_size=1, max_size=6),
+        gaps=st.lists(st.integers(0, 3), min_size=6, max_size=6),
+        size=st.integers(0, 40),
+    )
+    def the_log_grows(self, at: Partition, keys: list[bytes | None], gaps: list[int], size: int) -> None:
+        model = self.models[at]
+        for key, gap in zip(keys, gaps, strict=False):
+            model.log.append(rec(model.end + gap, key, at, size))
+            model.end += gap + 1
+
+    @rule(at=st.sampled_from([P0, P1, Q0]), most=st.integers(1, 8), again=st.integers(0, 4))
+    def records_are_fetched(self, at: Partition, most: int, again: int) -> None:
+        """again: the client hands over records that it has handed over before."""
+        model = self.models[at]
+        wanted = [each for each in model.log if each.offset >= model.received - again][: most + again]
+        opened = [
+            Rec(each.topic, each.partition, each.offset, each.key, each.value, opening=model.openings)
+            for each in wanted
+        ]
+        kept, size = self.lane.add(at, opened)
+        new = [each for each in opened if each.offset >= model.received] if model.is_open else []
+        assert (kept, size) == (len(new), sum(len(each.value or b"") for each in new))
+        if new:
+            model.received = new[-1].offset + 1
+        assert self.lane.received(at) == (model.received if model.is_open else None)
+
+    @rule(at=st.sampled_from([P0, P1, Q0]), gap=st.integers(1, 4))
+    def the_log_holds_nothing_more_for_a_while(self, at: Partition, gap: int) -> None:
+        """Transaction markers at the end of the log: the client's position moves, and no record comes."""
+        model = self.models[at]
+        if model.is_open and model.received >= model.end:
+            model.end += gap
+            self.lane.skip_to(at, model.end)
+            if self.lane.received(at) != model.received:
+                assert all(each.offset < model.taken for each in model.log)
+                model.received = model.end
+
+    @rule(seconds=st.sampled_from([0.5, 1.0, 5.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    # Partitions come and go, between batches.
+
+    @precondition(lambda self: not self.parts)
+    @rule(at=st.sampled_from([P0, P1, Q0]), back=st.sampled_from([0, 0, 0, 3]))
+    def a_partition_is_opened_or_opened_again(self, at: Partition, back: int) -> None:
+        model = self.models[at]
+        position = max(0, model.stored - back)  # back: positions rewound, for a replay
+        self.lane.open(at, position)
+        model.is_open, model.openings = True, model.openings + 1
+        model.opened_at = model.received = model.taken = model.stored = position
+        model.settled.clear()
+
+    @precondition(lambda self: not self.parts)
+    @rule(at=st.sampled_from([P0, P1, Q0]))
+    def a_partition_is_closed(self, at: Partition) -> None:
+        self.lane.close(at)
+        self.models[at].is_open = False
+        assert self.lane.received(at) is None
+        assert at not in self.lane.partitions
+
+    @precondition(lambda self: self.parts)
+    @rule()
+    def a_batch_in_flight_is_lost_and_all_is_read_again(self) -> None:
+        self.parts.clear()
+        for at, model in self.models.items():
+            if model.is_open:
+                self.a_partition_is_opened_or_opened_again(at, 0)
+
+    # Batches go out and are settled, whole or in halves.
+
+    @precondition(lambda self: not self.parts)
+    @rule(messages_max=st.integers(1, 8), bytes_max=st.sampled_from([1, 50, LARGE]))
+    def a_batch_is_taken(self, messages_max: int, bytes_max: int) -> None:
+        due = self.lane.next_due()
+        parked, buffered = self.lane.parked, self.lane.fetched
+        batch = self.lane.take(self.now, messages_max, bytes_max)
+        if due is not None and due <= self.now:
+            assert batch is not None and len(batch.deliveries) == 1 and not batch.ends
+        elif parked >= PARKED_MAX:
+            assert self.lane.fetched == buffered, "records were taken although enough are parked"
+            assert batch is not None or due is not None, "nobody will ever make room"
+        else:
+            assert batch is not None or buffered == (0, 0), "keys that did not fail are delayed"
+        if batch is not None:
+            assert len(batch.deliveries) < messages_max + HANDLERS_MAX
+            self.check_what_was_taken(batch)
+            self.parts, self.blocked = [batch], set()
+
+    def check_what_was_taken(self, batch: Batch) -> None:
+        """Of the records now taken, a delivery is in the batch unless one of its unit waits from before."""
+        inside = {(each.handler.name, each.partition, each.record.offset): each for each in batch.deliveries}
+        assert len(inside) == len(batch.deliveries)
+        for at, end in batch.ends.items():
+            model = self.models[at]
+            waiting = {
+                each.unit() for each in self.unsettled(at, model.taken) if (each.handler.name, at, each.record.offset) not in inside
+            }
+            for record in model.log:
+                if model.taken <= record.offset < end:
+                    for handler in self.handlers[at.topic]:
+                        is_free = Delivery(handler, record).unit() not in waiting
+                        assert ((handler.name, at, record.offset) in inside) == is_free
+            model.taken = max(model.taken, end)
+            assert model.taken <= model.received
+
+    def unsettled(self, at: Partition, below: int) -> list[Delivery]:
+        model = self.models[at]
+        return [
+            Delivery(handler, record)
+            for record in model.log
+            if model.opened_at <= record.offset < below
+            for handler in self.handlers[at.topic]
+            if (handler.name, record.offset) not in model.settled
+        ]
+
+    @precondition(lambda self: self.parts and len(self.parts[-1].deliveries) > 1)
+    @rule()
+    def a_part_is_cut_in_halves(self) -> None:
+        whole = self.parts.pop()
+        head, tail = whole.split()
+        assert head.deliveries + tail.deliveries == whole.deliveries
+        assert head.deliveries and tail.deliveries
+        self.parts += [tail, head]
+
+    @precondition(lambda self: self.parts)
+    @rule(failing=st.sets(st.integers(0, 15), max_size=6), delay=st.sampled_from([0.0, 1.0, 5.0]))
+    def a_part_is_settled(self, failing: set[int], delay: float) -> None:
+        part = self.parts.pop()
+        parked: dict[Delivery, float] = {}
+        for number, delivery in enumerate(part.deliveries):
+            if delivery.unit() in self.blocked:
+                parked[delivery] = self.now
+            elif number in failing:
+                parked[delivery] = self.now + delay
+                self.blocked.add(delivery.unit())
+            else:
+                self.apply(delivery)
+        moves = self.lane.moves(part, parked)
+        assert moves == self.lane.moves(part, parked), "asking for the moves changes nothing"
+        self.lane.settle(part, parked, moves)
+        for move in moves:
+            assert move.previous == self.models[move.partition].stored
+            assert move.next > move.previous, "a position goes back"
+            self.models[move.partition].stored = move.next
+        self.check_positions()
+
+    def apply(self, delivery: Delivery) -> None:
+        at, offset = delivery.partition, delivery.record.offset
+        model = self.models[at]
+        assert isinstance(delivery.record, Rec)
+        assert model.is_open and delivery.record.opening == model.openings, "a delivery outlived its partition"
+        assert (delivery.handler.name, offset) not in model.settled, "applied twice"
+        earlier = [each for each in self.unsettled(at, offset) if each.unit() == delivery.unit()]
+        assert not earlier, "applied before an earlier message of its unit"
+        model.settled.add((delivery.handler.name, offset))
+
+    def check_positions(self) -> None:
+        """At the first message that is not settled, or in the gap before it."""
+        for at, model in self.models.items():
+            if model.is_open:
+                first = min((each.record.offset for each in self.unsettled(at, model.end)), default=model.received)
+                first = min(first, model.received)
+                last = max((r.offset for r in model.log if r.offset < first), default=-1)
+                assert model.stored <= first, "a position passed a message that is not settled"
+                assert model.stored >= max(model.opened_at, last + 1), "a position lags behind what is settled"
+                assert self.lane.position(at) == model.stored
+
+    @invariant()
+    def what_is_parked_is_what_was_taken_and_is_not_settled(self) -> None:
+        if hasattr(self, "lane") and not self.parts:
+            opened = [(at, model) for at, model in self.models.items() if model.is_open]
+            assert self.lane.parked == sum(len(self.unsettled(at, model.taken)) for at, model in opened)
+            assert self.lane.parked == 0 or self.lane.next_due() is not None or self.lane.take(-1.0, 0, 0) is None
+
+    @invariant()
+    def what_is_fetched_is_what_was_received_and_is_not_taken(self) -> None:
+        if hasattr(self, "lane") and not self.parts:
+            waiting = [
+                record
+                for model in self.models.values()
+                if model.is_open
+                for record in model.log
+                if model.taken <= record.offset < model.received
+            ]
+            assert self.lane.fetched == (len(waiting), sum(len(each.value or b"") for each in waiting))
+
+    def teardown(self) -> None:
+        """When nothing fails any more, everything drains, and every position is where the log ends."""
+        if not hasattr(self, "lane"):
+            return
+        for _ in range(10_000):
+            while self.parts:
+                self.a_part_is_settled(set(), 0)
+            for at in self.models:
+                self.records_are_fetched(at, 8, 0)
+            self.a_batch_is_taken(5, LARGE)
+            if not self.parts:
+                due = self.lane.next_due()
+                if due is None:
+                    break
+                assert due > self.now
+                self.now = due
+        else:
+            raise AssertionError("it never drains")
+        assert self.lane.parked == 0
+        assert self.lane.fetched == (0, 0)
+        for at, model in self.models.items():
+            if model.is_open:
+                assert not self.unsettled(at, model.end)
+                assert self.lane.position(at) == model.received
+
+
+class TestLaneAgainstItsModel(LaneMachine.TestCase):  # type: ignore[misc, name-defined]
+    settings = settings(max_examples=250, stateful_step_count=40)
+
+
+# -- cases worth a name -------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_message_holds_its_place_and_only_its_keys() -> None:
+    lane = lane_of()
+    lane.add(P0, [rec(0, b"a"), rec(1, b"b"), rec(2, b"a"), rec(3, None)])
+    batch = take(lane)
+    settle(lane, batch, {batch.deliveries[0]: 9.0, batch.deliveries[2]: 0.0})
+    assert lane.position(P0) == 0
+    lane.add(P0, [rec(4, b"a"), rec(5, b"b")])
+    later = take(lane)
+    assert offsets(later) == [5]
+    settle(lane, later)
+    assert lane.take(8.9, 100, LARGE) is None
+    assert lane.next_due() == 9.0
+    retry = take(lane, now=9.0)
+    assert offsets(retry) == [0]
+    settle(lane, retry)
+    assert lane.position(P0) == 2
+    rest = take(lane, now=9.0)
+    assert offsets(rest) == [2, 4]
+    settle(lane, rest)
+    assert lane.position(P0) == 6
+    assert lane.parked == 0
+
+
+def test_order_partition_makes_everything_wait_and_order_none_nothing() -> None:
+    for order, expected in [("partition", []), ("none", [1])]:
+        lane = lane_of(order)  # type: ignore[arg-type]
+        lane.add(P0, [rec(0)])
+        batch = take(lane)
+        settle(lane, batch, {batch.deliveries[0]: 9.0})
+        lane.add(P0, [rec(1)])
+        assert offsets(take(lane)) == expected
+
+
+def test_messages_without_a_key_are_ordered_with_nothing() -> None:
+    lane = lane_of("key")
+    lane.add(P0, [rec(0, None)])
+    batch = take(lane)
+    settle(lane, batch, {batch.deliveries[0]: 9.0})
+    lane.add(P0, [rec(1, None)])
+    assert offsets(take(lane)) == [1]
+
+
+def test_an_empty_key_is_a_key() -> None:
+    lane = lane_of("key")
+    lane.add(P0, [rec(0, b"")])
+    batch = take(lane)
+    settle(lane, batch, {batch.deliveries[0]: 9.0})
+    lane.add(P0, [rec(1, b"")])
+    assert offsets(take(lane)) == []
+
+
+def test_one_handler_that_fails_holds_the_position_and_not_the_other_handler() -> None:
+    lane = lane_of("key", "key")
+    lane.add(P0, [rec(0)])
+    batch = take(lane)
+    first, second = batch.deliveries
+    settle(lane, batch, {first: 9.0})
+    assert lane.position(P0) == 0
+    lane.add(P0, [rec(1)])
+    assert [(each.handler, each.record.offset) for each in take(lane).deliveries] == [(second.handler, 1)]
+
+
+def test_the_same_key_of_two_partitions_is_two_units() -> None:
+    lane = lane_of(at=(P0, P1))
+    lane.add(P0, [rec(0)])
+    batch = take(lane)
+    settle(lane, batch, {batch.deliveries[0]: 9.0})
+    lane.add(P1, [rec(0, at=P1)])
+    assert [each.partition for each in take(lane).deliveries] == [P1]
+
+
+def test_a_record_for_nobody_to_receive_still_moves_the_position() -> None:
+    lane = lane_of(position=5)
+    lane.skip_to(P0, 9)
+    batch = take(lane)
+    assert batch.deliveries == []
+    settle(lane, batch)
+    assert lane.position(P0) == 9
+
+
+def test_skipping_never_goes_back_nor_over_records_that_wait() -> None:
+    lane = lane_of(position=5)
+    lane.skip_to(P0, 3)
+    assert lane.received(P0) == 5
+    lane.add(P0, [rec(7)])
+    lane.skip_to(P0, 20)
+    assert lane.received(P0) == 8
+    lane.skip_to(P1, 20)  # not open: not an error
+    assert lane.received(P1) is None
+
+
+def test_records_below_what_was_received_are_dropped() -> None:
+    lane = lane_of(position=5)
+    assert lane.add(P0, [rec(3), rec(4)]) == (0, 0)
+    assert lane.add(P0, [rec(4), rec(5, size=7), rec(8, size=1)]) == (2, 8)
+    assert lane.add(P0, [rec(8)]) == (0, 0)
+    assert lane.add(P1, [rec(0, at=P1)]) == (0, 0)
+    assert offsets(take(lane)) == [5, 8]
+
+
+def test_a_batch_stays_within_its_messages_and_its_bytes_but_holds_at_least_one() -> None:
+    lane = lane_of()
+    lane.add(P0, [rec(n, size=10) for n in range(10)])
+    for messages_max, bytes_max, expected in [(3, LARGE, [0, 1, 2]), (100, 20, [3, 4]), (100, 1, [5]), (1, LARGE, [6])]:
+        batch = take(lane, messages_max=messages_max, bytes_max=bytes_max)
+        assert offsets(batch) == expected
+        settle(lane, batch)
+
+
+def test_a_busy_partition_does_not_starve_another() -> None:
+    lane = lane_of(at=(P0, P1))
+    seen = set()
+    for n in range(4):
+        lane.add(P0, [rec(10 * n + m, None) for m in range(10)])
+        lane.add(P1, [rec(10 * n + m, None, P1) for m in range(10)])
+        batch = take(lane, messages_max=5)
+        seen |= {each.partition for each in batch.deliveries}
+        settle(lane, batch)
+    assert seen == {P0, P1}
+
+
+def test_opening_again_forgets_what_was_fetched_and_parked() -> None:
+    lane = lane_of()
+    lane.add(P0, [rec(0), rec(1, b"z")])
+    batch = take(lane)
+    settle(lane, batch, {batch.deliveries[0]: 1.0})
+    lane.add(P0, [rec(2)])
+    lane.open(P0, 0)
+    assert (lane.parked, lane.fetched, lane.next_due(), lane.received(P0), lane.position(P0)) == (0, (0, 0), None, 0, 0)
+    assert lane.take(99, 100, LARGE) is None
+
+
+def test_closing_one_partition_keeps_what_is_parked_of_another() -> None:
+    lane = lane_of(at=(P0, P1))
+    lane.add(P0, [rec(0)])
+    lane.add(P1, [rec(0, at=P1)])
+    batch = take(lane)
+    settle(lane, batch, dict.fromkeys(batch.deliveries, 1.0))
+    lane.close(P0)
+    assert lane.parked == 1
+    assert [each.partition for each in take(lane, now=1.0).deliveries] == [P1]
+
+
+def test_a_retry_runs_alone_and_keeps_its_place_when_it_fails_again() -> None:
+    lane = lane_of()
+    lane.add(P0, [rec(0), rec(1)])
+    batch = take(lane)
+    settle(lane, batch, {batch.deliveries[0]: 1.0, batch.deliveries[1]: 0.0})
+    for attempt in range(1, 5):
+        retry = take(lane, now=attempt)
+        assert offsets(retry) == [0]
+        settle(lane, retry, {retry.deliveries[0]: attempt + 1.0})
+        assert lane.parked == 2
+    settle(lane, take(lane, now=9))
+    assert offsets(take(lane, now=9)) == [1]
+
+
+def test_nothing_is_taken_from_the_log_while_enough_is_parked_and_retries_go_on() -> None:
+    lane = lane_of(parked_max=2)
+    lane.add(P0, [rec(0, b"a"), rec(1, b"b")])
+    batch = take(lane)
+    settle(lane, batch, dict.fromkeys(batch.deliveries, 5.0))
+    lane.add(P0, [rec(2, b"c")])
+    assert lane.take(0, 100, LARGE) is None
+    settle(lane, take(lane, now=5))
+    settle(lane, take(lane, now=5))
+    assert offsets(take(lane, now=5)) == [2]
+
+
+def test_taking_parks_no_more_than_the_limit() -> None:
+    lane = lane_of(parked_max=3)
+    lane.add(P0, [rec(0)])
+    batch = take(lane)
+    settle(lane, batch, {batch.deliveries[0]: 9.0})
+    lane.add(P0, [rec(n) for n in range(1, 500)])
+    lane.take(0, 100, LARGE)
+    assert lane.parked <= 3
+
+
+def test_the_first_half_of_a_batch_ends_below_everything_of_the_second() -> None:
+    lane = lane_of("key", "none")
+    lane.add(P0, [rec(0), rec(4), rec(9)])
+    head, tail = take(lane).split()
+    assert [(each.handler.order, each.record.offset) for each in head.deliveries] == [("key", 0), ("none", 0), ("key", 4)]
+    settle(lane, head)
+    assert lane.position(P0) == 4
+    settle(lane, tail)
+    assert lane.position(P0) == 10
+
+
+def test_a_failure_in_the_second_half_queues_behind_one_of_the_first() -> None:
+    lane = lane_of()
+    lane.add(P0, [rec(0), rec(1)])
+    head, tail = take(lane).split()
+    settle(lane, head, {head.deliveries[0]: 1.0})
+    settle(lane, tail, {tail.deliveries[0]: 0.0})  # it only waits: its own time does not count
+    assert lane.parked == 2
+    assert lane.next_due() == 1.0
+    settle(lane, take(lane, now=1.0))
+    settle(lane, take(lane, now=1.0))
+    assert (lane.parked, lane.position(P0)) == (0, 2)
+
+
+def test_a_batch_settled_after_its_partition_was_closed_leaves_nothing_behind() -> None:
+    lane = lane_of()
+    lane.add(P0, [rec(0), rec(1)])
+    batch = take(lane)
+    moves = lane.moves(batch, {batch.deliveries[0]: 1.0, batch.deliveries[1]: 0.0})
+    lane.close(P0)
+    lane.settle(batch, {batch.deliveries[0]: 1.0, batch.deliveries[1]: 0.0}, moves)
+    assert (lane.parked, lane.next_due()) == (0, None)
+    assert lane.take(99, 100, LARGE) is None
+
+
+def test_a_batch_settled_after_its_partition_was_opened_again_does_not_touch_the_new_opening() -> None:
+    lane = lane_of()
+    lane.add(P0, [rec(0), rec(1, b"z")])
+    batch = take(lane)
+    moves = lane.moves(batch, {batch.deliveries[1]: 1.0})
+    lane.open(P0, 0)
+    lane.settle(batch, {batch.deliveries[1]: 1.0}, moves)
+    assert (lane.position(P0), lane.parked, lane.next_due()) == (0, 0, None)
+    lane.add(P0, [rec(0), rec(1, b"z")])
+    again = take(lane)
+    assert offsets(again) == [0, 1]
+    assert [each.next for each in lane.moves(again, again.deliveries)] == [], "nothing of it is settled yet"
+
+
+def test_closing_a_partition_does_not_miscount_what_is_in_flight_of_another() -> None:
+    lane = lane_of(at=(P0, P1))
+    lane.add(P0, [rec(0), rec(1)])
+    batch = take(lane)
+    settle(lane, batch, {batch.deliveries[0]: 1.0, batch.deliveries[1]: 0.0})
+    settle(lane, take(lane, now=1))
+    behind = take(lane, now=1)
+    assert offsets(behind) == [1]
+    lane.close(P1)
+    settle(lane, behind)
+    assert lane.parked == 0
+
+
+def test_a_delivery_of_the_second_half_does_not_overtake_a_failure_of_the_first() -> None:
+    """With once.apply itself, and a session that stores nothing: the worker cuts a batch whose fault is not found."""
+    from consumer import once
+
+    ran: list[int] = []
+    app = App("test")
+
+    @app.handler("pay", order="key")
+    async def handle(payload: bytes) -> None:
+        ran.append(len(payload))
+        if len(payload) == 1 and ran.count(1) == 1:
+            raise ValueError("the first attempt of the first message")
+
+    for each in app.handlers.values():
+        each.bind({})
+    lane = Lane(app.by_topic(), 100)
+    lane.open(P0, 0)
+    lane.add(P0, [rec(0, size=1), rec(1, size=2)])
+    now = 0.0
+    for _ in range(10):
+        batch = lane.take(now, 100, LARGE)
+        now += 1000
+        if batch is None:
+            break
+        once.identify(batch.deliveries)
+        for part in batch.split() if len(batch.deliveries) > 1 else (batch,):
+            coroutine = once.apply(
+                _Nowhere(),  # type: ignore[arg-type]
+                once.Names("test", {"pay": 1}),
+                lane,
+                part,
+                careful=False,
+                draw=lambda: 0.5,
+                step=lambda _: None,
+            )
+            with pytest.raises(StopIteration) as returned:  # nothing of it waits: no loop is needed
+                coroutine.send(None)
+            done: once.Settlement = returned.value.value
+            lane.settle(part, {each: now + delay for each, delay in done.parked.items()}, done.moves)
+    assert ran == [1, 1, 2]
+
+
+class _Nowhere:
+    """A Session, and its connection, that agrees to everything."""
+
+    is_usable = True
+
+    @property
+    def connection(self) -> _Nowhere:
+        return self
+
+    def is_in_transaction(self) -> bool:
+        return True
+
+    async def claim(self, *_: Any) -> dict[Delivery, Any]:
+        return {}
+
+    async def nothing(self, *_: Any, **__: Any) -> None: ...
+
+    begin = commit = rollback = unclaim = bury = close_batch = execute = nothing

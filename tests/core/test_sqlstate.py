@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consumer.core.sqlstate import Meaning, meaning
+
+TABLE = {
+    Meaning.CONFLICT: "40001 40P01 40002 40003 55P03 57014",
+    Meaning.OUTAGE: "08000 08003 08006 08001 08P01 57P01 57P02 57P03 57P05 25006 25P03 25P04 53100 53200 53300 "
+    "58000 58030 XX000 XX001 XX002",
+    Meaning.MESSAGE: "22001 22003 22012 22P02 23502 23503 23505 23514 23P01 P0001 25P02 2D000 21000 0A000 55000 55006",
+    Meaning.DEPLOYMENT: "42601 42501 42P01 42703 42883 28000 28P01 3D000 3F000",
+}
+
+
+@pytest.mark.parametrize(("expected", "code"), [(each, code) for each, codes in TABLE.items() for code in codes.split()])
+def test_a_code_means_what_the_design_says(expected: Meaning, code: str) -> None:
+    assert meaning(code) is expected
+
+
+@given(st.sampled_from(["08", "53", "58"]), st.text("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", min_size=3, max_size=3))
+def test_no_code_of_an_outage_class_counts_against_a_message(group: str, rest: str) -> None:
+    assert meaning(group + rest) is Meaning.OUTAGE
+
+
+@given(st.text(max_size=8))
+def test_any_text_has_a_meaning(code: str) -> None:
+    assert isinstance(meaning(code), Meaning)
+
+
+def test_what_is_not_listed_is_the_messages_own_fault() -> None:
+    assert meaning("") is Meaning.MESSAGE
+    assert meaning("99999") is Meaning.MESSAGE
