@@ -174,7 +174,9 @@ async def letters(dsn: str) -> list[dict[str, Any]]:
 class Command:
     """A `consumer` command as a process of its own, with its log lines."""
 
-    def __init__(self, arguments: Sequence[str], settings: Settings, cwd: Path, environment: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self, arguments: Sequence[str], settings: Settings, cwd: Path, environment: Mapping[str, str] = {}
+    ) -> None:
         clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "consumer", *arguments],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient
 from crash_worker import app_of
 from harness import ROOT, Sent, consume_all, counts, migrated, new_topic, produce, query, settings_for, until, value
 
@@ -51,6 +52,15 @@ async def ended(process: subprocess.Popen[bytes]) -> int:
     return process.wait()
 
 
+async def is_committed(servers: str, group: str) -> bool:
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
+    await admin.start()
+    try:
+        return bool(await admin.list_consumer_group_offsets(group))
+    finally:
+        await admin.close()
+
+
 async def each_effect_is_there_once(dsn: str, up_to: int) -> None:
     rows = await query(dsn, "select id, count(*) from effects group by id")
     assert {row[0] for row in rows} == {f"{name} {n}" for name in ("settle", "record") for n in range(up_to)}
@@ -65,16 +75,18 @@ async def test_a_crash_loses_nothing_and_doubles_nothing(
 ) -> None:
     await migrated(database)
     topic = await new_topic(kafka.bootstrap_servers, 2)
-    settings = settings_for(database, kafka.bootstrap_servers, redis_url, batch_messages_max=15)
+    settings = settings_for(
+        database, kafka.bootstrap_servers, redis_url, batch_messages_max=15, kafka_session_timeout_seconds=2
+    )
     app = app_of(topic, f"crash-{uuid.uuid4().hex[:8]}")
     await produce(kafka.bootstrap_servers, topic, messages())
     process = crashing(settings, topic, app.name, step, nth, tmp_path / "log")
     if nth > 1:  # a second round of messages, so that every step comes again
 
-        async def begun() -> bool:
-            return process.poll() is not None or bool(await value(database, "select count(*) from effects"))
+        async def through() -> bool:
+            return process.poll() is not None or await is_committed(kafka.bootstrap_servers, app.name)
 
-        await until("the first effects", begun)
+        await until("the first round's offsets to be committed", through)
         await produce(kafka.bootstrap_servers, topic, messages(40))
     assert await ended(process) == 137
     await consume_all(app, settings)
@@ -86,7 +98,9 @@ async def test_a_crash_loses_nothing_and_doubles_nothing(
 async def test_a_crash_while_partitions_are_revoked(kafka: Any, database: str, redis_url: str, tmp_path: Path) -> None:
     await migrated(database)
     topic = await new_topic(kafka.bootstrap_servers, 4)
-    settings = settings_for(database, kafka.bootstrap_servers, redis_url, batch_messages_max=5)
+    settings = settings_for(
+        database, kafka.bootstrap_servers, redis_url, batch_messages_max=5, kafka_session_timeout_seconds=2
+    )
     app = app_of(topic, f"crash-{uuid.uuid4().hex[:8]}")
     process = crashing(settings, topic, app.name, "revoked", 1, tmp_path / "log")
 

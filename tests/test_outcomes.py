@@ -98,7 +98,10 @@ async def test_a_message_delivered_twice_is_applied_once(place: Place) -> None:
     await place.send(topic, payment("a"), payment("b", 2))  # in another run, too
     await consume_all(app, place.settings())
     assert await place.effects() == [("a", 1, 10), ("b", 2, 10)]
-    assert await query(place.dsn, "select id, balance from accounts where balance <> 0 order by id") == [(1, 10), (2, 10)]
+    assert await query(place.dsn, "select id, balance from accounts where balance <> 0 order by id") == [
+        (1, 10),
+        (2, 10),
+    ]
     found = (await counts(app, place.dsn))["settle"]
     assert found["applied"] == 2
     assert sum(found["duplicates"].values()) == 3
@@ -166,7 +169,9 @@ async def test_an_id_of_any_length_and_any_bytes_works(place: Place, size: int) 
     assert len(await place.effects()) == 1
 
 
-async def test_messages_that_cannot_be_read_are_dead_letters_with_their_bytes_and_the_partition_goes_on(place: Place) -> None:
+async def test_messages_that_cannot_be_read_are_dead_letters_with_their_bytes_and_the_partition_goes_on(
+    place: Place,
+) -> None:
     topic = await place.topic()
     app = app_of(topic, message_id="header:message-id")
     await place.send(
@@ -186,7 +191,9 @@ async def test_messages_that_cannot_be_read_are_dead_letters_with_their_bytes_an
         "unreadable", "unreadable", "no_message_id", "ambiguous_message_id", "no_message_id", "no_value",
     ]  # fmt: skip
     assert await place.effects() == [("good", 1, 10)]
-    rows = await query(place.dsn, 'select value, header_keys, header_values, "offset" from consumer.dead_letters order by 4')
+    rows = await query(
+        place.dsn, 'select value, header_keys, header_values, "offset" from consumer.dead_letters order by 4'
+    )
     assert rows[0] == (b"\xff not json", [b"message-id"], [b"1"], 0)
     found = (await counts(app, place.dsn))["settle"]
     assert found["duplicates"]["dead_letter"] == 1
@@ -210,7 +217,9 @@ async def test_an_id_from_a_field_and_from_a_function(place: Place) -> None:
     assert await place.reasons() == ["no_message_id", "no_message_id"]
 
 
-async def test_without_any_id_the_offset_counts_and_one_warning_says_what_that_misses(place: Place, caplog: Any) -> None:
+async def test_without_any_id_the_offset_counts_and_one_warning_says_what_that_misses(
+    place: Place, caplog: Any
+) -> None:
     topic = await place.topic()
     app = app_of(topic)
     body = {"id": "x", "account": 1, "amount": 1}
@@ -306,14 +315,18 @@ async def test_a_handler_that_raises_costs_its_own_message_only(place: Place) ->
     assert runs.count("p3") == 1  # a message that only deferred is taken out of its batch; the others are not run again
 
 
-async def test_a_message_that_fails_twice_and_then_succeeds_is_applied_once_and_in_order_of_its_key(place: Place) -> None:
+async def test_a_message_that_fails_twice_and_then_succeeds_is_applied_once_and_in_order_of_its_key(
+    place: Place,
+) -> None:
     topic = await place.topic()
     app = App("again")
     failures = {"a2": 2}
 
     @app.handler(topic, retry=Retry(attempts=5, base=0.05, cap=0.1))
     async def settle(payment: Payment, tx: Tx) -> None:
-        await tx.execute("insert into effects select $1, $2, count(*) from effects where account = $2", payment.id, payment.account)
+        await tx.execute(
+            "insert into effects select $1, $2, count(*) from effects where account = $2", payment.id, payment.account
+        )
         if failures.get(payment.id, 0):
             failures[payment.id] -= 1
             raise RuntimeError("not yet")
@@ -343,7 +356,9 @@ async def test_retry_on_names_the_exceptions_worth_another_attempt(place: Place)
 
 
 @pytest.mark.parametrize("neighbours", [0, 5, 150])
-async def test_a_swallowed_database_error_never_marks_a_message_without_its_effect(place: Place, neighbours: int) -> None:
+async def test_a_swallowed_database_error_never_marks_a_message_without_its_effect(
+    place: Place, neighbours: int
+) -> None:
     topic = await place.topic()
     app = App("swallower")
 
@@ -383,7 +398,9 @@ async def test_a_deferred_write_that_fails_is_found_among_many(place: Place) -> 
 async def test_a_constraint_checked_at_commit_costs_its_own_message_only(place: Place) -> None:
     await query(place.dsn, "create table parents (id int primary key)")
     await query(place.dsn, "insert into parents select generate_series(0, 98)")
-    await query(place.dsn, "alter table effects add foreign key (account) references parents deferrable initially deferred")
+    await query(
+        place.dsn, "alter table effects add foreign key (account) references parents deferrable initially deferred"
+    )
     topic = await place.topic()
     app = app_of(topic, retry=Retry(attempts=1))
     await place.send(topic, *[payment(f"p{n}", account=n) for n in range(100)])
@@ -511,7 +528,9 @@ async def test_a_batch_handler_gets_lists_without_duplicates_and_one_bad_message
         if any(each.id == "p77" for each in entries):
             raise ValueError
 
-    await place.send(topic, *[payment(f"p{n}", account=n % 90) for n in range(120)], payment("p3", 3), Sent(b"?", id="bad"))
+    await place.send(
+        topic, *[payment(f"p{n}", account=n % 90) for n in range(120)], payment("p3", 3), Sent(b"?", id="bad")
+    )
     await consume_all(app, place.settings())
     assert len(await place.effects()) == 119
     assert max(sizes) <= 50

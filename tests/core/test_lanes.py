@@ -212,7 +212,9 @@ class LaneMachine(RuleBasedStateMachine):
         for at, end in batch.ends.items():
             model = self.models[at]
             waiting = {
-                each.unit() for each in self.unsettled(at, model.taken) if (each.handler.name, at, each.record.offset) not in inside
+                each.unit()
+                for each in self.unsettled(at, model.taken)
+                if (each.handler.name, at, each.record.offset) not in inside
             }
             for record in model.log:
                 if model.taken <= record.offset < end:
@@ -519,7 +521,11 @@ def test_the_first_half_of_a_batch_ends_below_everything_of_the_second() -> None
     lane = lane_of("key", "none")
     lane.add(P0, [rec(0), rec(4), rec(9)])
     head, tail = take(lane).split()
-    assert [(each.handler.order, each.record.offset) for each in head.deliveries] == [("key", 0), ("none", 0), ("key", 4)]
+    assert [(each.handler.order, each.record.offset) for each in head.deliveries] == [
+        ("key", 0),
+        ("none", 0),
+        ("key", 4),
+    ]
     settle(lane, head)
     assert lane.position(P0) == 4
     settle(lane, tail)

@@ -15,7 +15,9 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize(("expected", "code"), [(each, code) for each, codes in TABLE.items() for code in codes.split()])
+@pytest.mark.parametrize(
+    ("expected", "code"), [(each, code) for each, codes in TABLE.items() for code in codes.split()]
+)
 def test_a_code_means_what_the_design_says(expected: Meaning, code: str) -> None:
     assert meaning(code) is expected
 

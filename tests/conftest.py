@@ -1,0 +1,56 @@
+"""Real services, started once a run on free ports; a database of its own for every test, a Valkey of its own on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from services import Kafka
+
+from consumer.embedded import Postgres, Valkey
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[Kafka]:
+    with Kafka() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    # Processes are killed here, machines are not: without fsync the same guarantees hold, and the disk is left alone.
+    with Postgres({"fsync": "off"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[Valkey]:
+    with Valkey() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(valkey: Valkey) -> str:
+    """Shared: marks of one test mean nothing to another, since each has an epoch of its own."""
+    return valkey.url
+
+
+@pytest.fixture
+def own_valkey() -> Iterator[Valkey]:
+    """A Valkey that the test may stop, freeze or fill."""
+    with Valkey() as server:
+        yield server
+
+
+@pytest.fixture
+async def database(postgres: Postgres) -> str:
+    """The address of an empty database."""
+    name = f"test_{uuid4().hex[:12]}"
+    connection = await asyncpg.connect(postgres.dsn())
+    try:
+        await connection.execute(f"create database {name}")
+    finally:
+        await connection.close()
+    return postgres.dsn(name)
