@@ -23,8 +23,8 @@ from rich.table import Table
 
 from consumer import ledger, logs, report, schema
 from consumer.app import App
-from consumer.core.errors import Misconfigured, ServiceUnavailable
-from consumer.core.identity import DefaultId, OffsetId
+from consumer.core.errors import ConsumerError, Misconfigured, ServiceUnavailable
+from consumer.core.identity import OffsetId
 from consumer.core.message import Partition
 from consumer.kafka import KafkaError, Source
 from consumer.loading import load_app
@@ -58,7 +58,7 @@ def main() -> None:
     cli(prog_name="consumer")
 
 
-class _Refused(Exception):  # noqa: N818 - carries an exit code through typer
+class _Refused(Exception):
     """The answer is no."""
 
 
@@ -88,12 +88,14 @@ def command(
                     result = run_loop(result)
             except _Refused as refused:
                 _fail(str(refused), 1)
-            except (Misconfigured, ledger.Outage) as error:
+            except ConsumerError as error:
                 _fail(str(error), 2)
             except (KafkaError, TimeoutError) as error:
                 _fail(f"Kafka: {str(error) or type(error).__name__}", 2)
             except KeyboardInterrupt:
                 _fail("interrupted", 130)
+            except asyncio.CancelledError:
+                _fail("terminated", 143)
             else:
                 raise typer.Exit(result or 0)
 
@@ -348,7 +350,7 @@ async def _status(app: App, settings: Settings, as_json: bool) -> int:
         "topic", "partition", *_right("position", "end", "lag"), title=f"{app.name}: partitions", title_justify="left"
     )
     for each in partitions:
-        position = "–" if each["position"] is None else f"{each['position']:,}"
+        position = "-" if each["position"] is None else f"{each['position']:,}"
         table.add_row(each["topic"], str(each["partition"]), position, f"{each['end']:,}", f"{each['lag']:,}")
     out.print(table)
     for topic in missing:
@@ -533,7 +535,7 @@ async def _move(app: App, partition: Partition, to: str, settings: Settings, as_
     if as_json:
         _print_json(found)
     else:
-        print(f"{partition.topic}:{partition.partition} moved from {'–' if before is None else before} to {offset}")
+        print(f"{partition.topic}:{partition.partition} moved from {'-' if before is None else before} to {offset}")
     return 0
 
 
@@ -547,6 +549,6 @@ def demo(
 
     Starts an embedded broker, PostgreSQL and Valkey of its own, and removes them at the end.
     """
-    from consumer.demo import Demo
+    from consumer.demo import Demo  # its servers are an extra
 
     return Demo(payments, workers, as_json=as_json).run()

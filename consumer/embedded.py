@@ -87,7 +87,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 # Not in the terminal's group: Ctrl-C is for the one who started it, who then stops it in order.
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - called from the main thread only
+                preexec_fn=die_with_parent,
                 **self.identity(),
             )
 
@@ -192,7 +192,7 @@ class Postgres(Server):
         if os.geteuid() == 0:
             for each in (data, secret):
                 os.chown(each, *_nobody())
-        command = [self._install / "bin" / "initdb", "-D", data, "-U", "demo", "-A", "scram-sha-256"]
+        command: list[str | Path] = [self._install / "bin" / "initdb", "-D", data, "-U", "demo", "-A", "scram-sha-256"]
         done = subprocess.run(
             [*command, f"--pwfile={secret}", "-E", "UTF8", "--no-locale", "--no-sync", "--no-instructions"],
             capture_output=True,
@@ -203,7 +203,7 @@ class Postgres(Server):
         )
         secret.unlink()
         if done.returncode:
-            raise EmbeddedUnavailable(f"initdb failed: {done.stderr[-500:].decode()}")
+            raise EmbeddedUnavailable(f"initdb failed: {bytes(done.stderr)[-500:].decode()}")
 
     def command(self) -> Sequence[str | Path]:
         options = {
@@ -217,7 +217,14 @@ class Postgres(Server):
         return [self._install / "bin" / "postgres", "-D", self.directory / "data", *settings]
 
     def answers(self) -> bool:
-        command = [self._install / "bin" / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]
+        command: list[str | Path] = [
+            self._install / "bin" / "pg_isready",
+            "-q",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            str(self.port),
+        ]
         return subprocess.run(command, env=self.environment(), check=False).returncode == 0
 
     def identity(self) -> dict[str, Any]:
@@ -342,6 +349,7 @@ def _load_prctl() -> Callable[..., int] | None:
 _prctl = _load_prctl()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """For `preexec_fn`: the kernel ends the child when the thread that started it ends (Linux; nothing elsewhere)."""
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

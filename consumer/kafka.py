@@ -14,12 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.client import AIOKafkaClient, ConnectionGroup, CoordinationType
 from aiokafka.codec import gzip_decode, lz4_decode, snappy_decode, zstd_decode
 from aiokafka.conn import AIOKafkaConnection
@@ -55,7 +56,7 @@ _DECOMPRESS: dict[int, Callable[[bytes], bytes]] = {
 Callback = Callable[[set[Partition]], Awaitable[None]]
 
 
-class LogTruncated(Exception):  # noqa: N818 - a state of the log, not a fault of the program
+class LogTruncated(Exception):
     """Records were removed before they were read, or the log is not the one that the position belongs to."""
 
     def __init__(self, partition: Partition, position: int) -> None:
@@ -362,6 +363,30 @@ def _raw(partition: Partition, entry: rawrecord.Entry) -> RawRecord:
         headers=entry.headers,
         fault="a header key is not UTF-8" if escaped else "",
     )
+
+
+@asynccontextmanager
+async def producing(settings: Settings) -> AsyncIterator[AIOKafkaProducer]:
+    """A producer; on leaving, what was sent is acknowledged by all replicas in sync, or an error is raised."""
+    producer = await started(
+        lambda: AIOKafkaProducer(**connection_options(settings), acks="all", linger_ms=5),
+        settings,
+        settings.wait_seconds,
+    )
+    try:
+        yield producer
+        await producer.flush()
+    finally:
+        await producer.stop()
+
+
+async def create_topic(settings: Settings, topic: str, partitions: int) -> None:
+    """Create a topic with one replica. Raises KafkaError."""
+    admin = await started(lambda: AIOKafkaAdminClient(**connection_options(settings)), settings, settings.wait_seconds)
+    try:
+        await admin.create_topics([NewTopic(topic, partitions, 1)])
+    finally:
+        await admin.close()
 
 
 async def leave_group(settings: Settings, group: str, member_id: str) -> None:

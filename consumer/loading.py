@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import traceback
+from pathlib import Path
 
 from consumer.app import App
 from consumer.core.errors import Misconfigured
@@ -20,7 +20,7 @@ def load_app(path: str) -> App:
     module_name, colon, attribute = path.partition(":")
     if not colon or not module_name or not attribute:
         raise Misconfigured(f'{path!r} does not name an App: use "module:attribute", for example "handlers:app"')
-    here = os.getcwd()
+    here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:

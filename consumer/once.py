@@ -38,11 +38,11 @@ SAVEPOINTS_MAX = 64  # more subtransactions than this in one transaction slow th
 Step = Callable[[str], None]
 
 
-class Isolate(Exception):  # noqa: N818 - not an error of anybody: an instruction to the caller
+class Isolate(Exception):
     """The transaction is lost to a message's fault, and it is not known, or not repairable, which: run in smaller parts."""
 
 
-class HandlerCancelled(Exception):  # noqa: N818 - the text of a dead letter
+class HandlerCancelled(Exception):
     """The handler was cancelled from within."""
 
 

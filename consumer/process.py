@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from consumer import logs
@@ -89,10 +90,8 @@ async def _work(path: str, settings: Settings, descriptor: int) -> int:
 
 
 def _send(descriptor: int, found: dict[str, Any]) -> None:
-    try:
+    with suppress(OSError):  # the supervisor is gone; standard input says so too
         os.write(descriptor, json.dumps(found).encode() + b"\n")
-    except OSError:
-        pass  # the supervisor is gone; standard input says so too
 
 
 if __name__ == "__main__":

@@ -408,7 +408,7 @@ class Worker:
         for lane in self._lanes:
             lane.wake.set()
         waits = [asyncio.create_task(lane.idle.wait()) for lane in self._lanes]
-        done, late = await asyncio.wait(waits, timeout=seconds)
+        _, late = await asyncio.wait(waits, timeout=seconds)
         if late:
             event(logging.WARNING, "drain took too long: open transactions are undone", seconds=round(seconds, 1))
             for lane in self._lanes:

@@ -178,16 +178,17 @@ class Command:
         self, arguments: Sequence[str], settings: Settings, cwd: Path, environment: Mapping[str, str] = {}
     ) -> None:
         clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "consumer", *arguments],
-            cwd=cwd,
-            env={**clean, **settings.dump(), "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=(cwd / "stderr.log").open("wb"),
-            text=True,
-        )
         self._log = cwd / "stderr.log"
+        with self._log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "consumer", *arguments],
+                cwd=cwd,
+                env={**clean, **settings.dump(), "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
 
     def events(self) -> list[dict[str, Any]]:
         """What was logged so far, as JSON lines."""

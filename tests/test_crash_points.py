@@ -34,11 +34,12 @@ def messages(start: int = 0) -> list[Sent]:
 
 def crashing(settings: Settings, topic: str, app: str, step: str, nth: int, log: Path) -> subprocess.Popen[bytes]:
     clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "crash_worker.py"), topic, app, step, str(nth)],
-        env={**clean, **settings.dump(), "PYTHONPATH": str(ROOT)},
-        stderr=log.open("ab"),
-    )
+    with log.open("ab") as stderr:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "crash_worker.py"), topic, app, step, str(nth)],
+            env={**clean, **settings.dump(), "PYTHONPATH": str(ROOT)},
+            stderr=stderr,
+        )
 
 
 async def ended(process: subprocess.Popen[bytes]) -> int:

@@ -135,8 +135,9 @@ async def test_marks_of_a_database_that_was_made_anew_are_not_believed(place: Pl
     await consume_all(app, place.settings())
     for statement in ("drop schema consumer cascade", "truncate effects"):
         await query(place.dsn, statement)
-    from consumer import schema
     import asyncpg
+
+    from consumer import schema
 
     connection = await asyncpg.connect(place.dsn)
     await schema.migrate(connection)

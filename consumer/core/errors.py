@@ -42,7 +42,7 @@ class TransactionMisuse(ConsumerError):
     """A handler tried to control its transaction, or used a Tx after its handler had returned."""
 
 
-class Reject(ConsumerError):  # noqa: N818 - the name is part of the public interface: `raise Reject("no such payment")`
+class Reject(ConsumerError):
     """Raise it in a handler to make the message a dead letter at once, without a retry.
 
     The text is kept with the dead letter. Nothing that the handler wrote for this message is stored.

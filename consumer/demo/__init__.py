@@ -1,0 +1,382 @@
+"""`consumer demo`: a run on real input, from an empty machine to a proof, with a worker killed in the middle.
+
+Starts servers of its own, produces payments of which some are sent twice, runs `consumer run` as anybody would, kills a
+worker while a batch is in its hands, and compares what PostgreSQL holds with what was produced. All numbers are counted:
+what was produced by the producer, what became of it by the ledger, what was read twice from the workers' own logs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+from uuid import UUID, uuid4
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from consumer import ledger, report, schema
+from consumer.core.errors import ConsumerError
+from consumer.demo.application import app
+from consumer.embedded import Postgres, Tansu, Valkey, die_with_parent
+from consumer.kafka import create_topic, producing
+from consumer.settings import Settings, load
+
+TOPIC = "payments"
+PARTITIONS = 8
+ACCOUNTS = 1000
+DUPLICATES_PERCENT = 10
+_PRODUCE_SECONDS = 8.0  # a pace at which one can watch, and workers have something in hand when one is killed
+_CHUNK = 200
+_SETTLE_SECONDS = 40.0
+_STOP_SECONDS = 20.0
+_TABLES = f"""
+create table payments (payment_id uuid not null, account int not null, amount bigint not null);
+create table accounts (account int primary key, balance bigint not null default 0);
+insert into accounts (account) select generate_series(0, {ACCOUNTS - 1});
+"""
+
+
+class DemoFailed(ConsumerError):
+    """It could not be carried out, which says nothing about the numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Payment:
+    """A message to produce. elsewhere: a repetition that goes to another partition than the first."""
+
+    payment_id: UUID
+    account: int
+    amount: int
+    elsewhere: bool = False
+
+
+@dataclass(slots=True)
+class Findings:
+    """What was counted. Sums are in cents."""
+
+    produced: int = 0
+    distinct: int = 0
+    applied: int = 0
+    payments_stored: int = 0
+    duplicates_by_batch: int = 0  # twice in one batch
+    duplicates_by_precheck: int = 0
+    duplicates_by_ledger: int = 0
+    dead_lettered: int = 0
+    redelivered_after_kill: int = 0
+    balance_sum: int = 0
+    balance_sum_expected: int = 0
+    accounts_wrong: int = 0
+    seconds: float = 0.0
+
+    @property
+    def agree(self) -> bool:
+        """Whether every effect is there once, and every message accounted for."""
+        duplicates = self.duplicates_by_batch + self.duplicates_by_precheck + self.duplicates_by_ledger
+        return (
+            self.applied == self.payments_stored == self.distinct
+            and self.applied + duplicates == self.produced
+            and self.dead_lettered == 0
+            and self.balance_sum == self.balance_sum_expected
+            and self.accounts_wrong == 0
+        )
+
+
+def plan(count: int, chance: random.Random) -> list[Payment]:
+    """`count` payments in the order of their production, DUPLICATES_PERCENT of which repeat an earlier one.
+
+    Half of the repetitions follow at once, as a producer's own retry would, and half come much later; every other one
+    goes to another partition, where another worker may have it in hand at the same time.
+    """
+    repeats = count * DUPLICATES_PERCENT // 100
+    firsts = [
+        Payment(uuid4(), chance.randrange(ACCOUNTS), chance.randrange(1, 100_000)) for _ in range(count - repeats)
+    ]
+    placed: list[tuple[float, Payment]] = [(float(n), each) for n, each in enumerate(firsts)]
+    for n, at in enumerate(chance.sample(range(len(firsts)), repeats)):
+        first = firsts[at]
+        later = chance.uniform(0, 50) if n % 2 else chance.uniform(0, len(firsts) - at)
+        placed.append((at + later, Payment(first.payment_id, first.account, first.amount, elsewhere=n % 4 < 2)))
+    placed.sort(key=lambda each: each[0])
+    return [each for _, each in placed]
+
+
+class _Reads:
+    """What the killed worker had read, and which of it others read after that: from the workers' logs."""
+
+    def __init__(self) -> None:
+        self._by_pid: dict[int, set[tuple[int, int]]] = {}  # partition and offset
+        self._victims: set[tuple[int, int]] = set()
+        self.again: set[tuple[int, int]] = set()
+
+    def add(self, pid: int, partition: int, first: int, last: int) -> None:
+        read = {(partition, offset) for offset in range(first, last + 1)}
+        self._by_pid.setdefault(pid, set()).update(read)
+        self.again |= self._victims & read
+
+    def killed(self, pid: int) -> None:
+        self._victims = self._by_pid.get(pid, set())
+
+
+class Demo:
+    """One demonstration. `run` returns the exit code: 0 when everything agrees, 1 when not."""
+
+    def __init__(self, payments: int, workers: int, *, as_json: bool = False) -> None:
+        self._payments = plan(payments, random.Random())  # noqa: S311 - amounts, not secrets
+        self._workers = workers
+        self._as_json = as_json
+        self._console = Console(stderr=as_json)
+        self._found = Findings()
+        self._reads = _Reads()
+        self._worker_pids: dict[int, int] = {}  # slot -> pid of the process in it
+        self._victim = 0
+        self._armed = False  # kill the next worker that reports a batch
+        self._opened: set[int] = set()  # pids of workers that have partitions
+        self._all_opened = asyncio.Event()
+        self._expected: dict[int, int] = {}  # balance of each account
+        self._errors: list[str] = []
+        self._started_at = time.monotonic()
+
+    async def run(self) -> int:
+        """Carry it out. Raises EmbeddedUnavailable, DemoFailed. What was started is ended in any case."""
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        async with AsyncExitStack() as stack:
+            for name in [each for each in os.environ if each.startswith("CONSUMER_")]:
+                del os.environ[name]  # settings for other servers than these
+            self._tell("starting a broker (Tansu), PostgreSQL 18 and Valkey on free ports of this machine")
+            # Started in this thread, since they die with the thread that started them.
+            postgres, valkey, tansu = (stack.enter_context(each()) for each in (Postgres, Valkey, Tansu))
+            settings = load(
+                kafka_bootstrap_servers=tansu.bootstrap_servers,
+                postgres_dsn=postgres.dsn(),
+                redis_url=valkey.url,
+                kafka_session_timeout_seconds=6,
+                log_level="debug",
+                log_format="json",
+            )
+            connection = await ledger.connect(settings)
+            stack.callback(connection.terminate)
+            await schema.migrate(connection, _TABLES)
+            await create_topic(settings, TOPIC, PARTITIONS)
+            bars = stack.enter_context(self._bars())
+            process = await stack.enter_async_context(self._consumer_run(settings))
+            await self._carry_out(settings, connection, process, bars)
+            await self._stop(process)
+            await self._count(connection)
+        self._found.seconds = round(time.monotonic() - self._started_at, 1)
+        self._show()
+        return 0 if self._found.agree else 1
+
+    # -- the run ----------------------------------------------------------------------------------------------------
+
+    async def _carry_out(
+        self, settings: Settings, connection: Any, process: asyncio.subprocess.Process, bars: Progress
+    ) -> None:
+        total = len(self._payments)
+        produced = bars.add_task("produced", total=total)
+        settled = bars.add_task("settled", total=total)
+        producer = asyncio.create_task(self._produce(settings, bars, produced))
+        deadline = time.monotonic() + _PRODUCE_SECONDS + _SETTLE_SECONDS
+        done = 0
+        try:
+            while done < total:
+                if producer.done():
+                    producer.result()
+                if process.returncode is not None:
+                    raise DemoFailed(f"`consumer run` ended with {process.returncode}: {' | '.join(self._errors[-3:])}")
+                if time.monotonic() > deadline:
+                    raise DemoFailed(f"only {done} of {total} messages were settled: {' | '.join(self._errors[-3:])}")
+                await asyncio.sleep(0.1)  # the pace of the display
+                counts = (await report.handler_counts(connection, app))["settle"]
+                done = counts["applied"] + sum(counts["duplicates"].values()) + counts["dead_lettered"]
+                bars.update(settled, completed=done, description=_of(counts))
+                if self._victim == 0 and done > total * 0.4:
+                    self._armed = True
+        finally:
+            producer.cancel()
+            await asyncio.gather(producer, return_exceptions=True)
+
+    async def _produce(self, settings: Settings, bars: Progress, task: TaskID) -> None:
+        expected: dict[int, int] = {}
+        seen: set[UUID] = set()
+        pace = _PRODUCE_SECONDS * _CHUNK / len(self._payments)
+        async with producing(settings) as producer:
+            await self._all_opened.wait()
+            self._tell(f"producing {len(self._payments):,} payments, {DUPLICATES_PERCENT} % of them twice")
+            for start in range(0, len(self._payments), _CHUNK):
+                due = time.monotonic() + pace
+                sent = []
+                for each in self._payments[start : start + _CHUNK]:
+                    body = {"payment_id": str(each.payment_id), "account": each.account, "amount": each.amount}
+                    sent.append(
+                        await producer.send(
+                            TOPIC,
+                            json.dumps(body).encode(),
+                            key=str(each.account).encode(),
+                            partition=(each.account + each.elsewhere) % PARTITIONS,
+                            headers=[("message-id", str(each.payment_id).encode())],
+                        )
+                    )
+                await asyncio.gather(*sent)
+                for each in self._payments[start : start + _CHUNK]:
+                    self._found.produced += 1
+                    if each.payment_id not in seen:
+                        seen.add(each.payment_id)
+                        expected[each.account] = expected.get(each.account, 0) + each.amount
+                bars.update(task, completed=self._found.produced)
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+        self._expected = expected
+        self._found.distinct = len(seen)
+        self._found.balance_sum_expected = sum(expected.values())
+
+    @asynccontextmanager
+    async def _consumer_run(self, settings: Settings) -> AsyncIterator[asyncio.subprocess.Process]:
+        """`consumer run` in a process of its own; ended when the block is left, whatever happens."""
+        command = ["consumer", "run", "consumer.demo.application:app", "--workers", str(self._workers)]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            *command,
+            env=os.environ | settings.dump(),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for us, who then end it in order
+            preexec_fn=die_with_parent,
+        )
+        listener = asyncio.create_task(self._listen(process))
+        try:
+            self._tell(f"`{' '.join(command)}` is process {process.pid}")
+            yield process
+        finally:
+            if process.returncode is None:
+                process.terminate()
+                try:
+                    await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+                except TimeoutError:
+                    process.kill()
+                    await process.wait()
+            await asyncio.gather(listener, return_exceptions=True)
+
+    async def _listen(self, process: asyncio.subprocess.Process) -> None:
+        """Read the log: who reads what. Kills the worker whose turn it is, at the moment when it has a batch in hand."""
+        assert process.stderr is not None
+        async for line in process.stderr:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                self._errors.append(line.decode("utf-8", "replace").strip())
+                continue
+            text = entry.get("event", "")
+            if text == "fetched":
+                self._reads.add(entry["pid"], entry["partition"], entry["first"], entry["last"])
+                if self._armed and entry["pid"] in self._worker_pids.values():
+                    self._kill(entry["pid"])
+            elif text == "worker process started":
+                self._worker_pids[entry["worker"]] = entry["worker_pid"]
+                self._tell(f"worker {entry['worker']} is process {entry['worker_pid']}")
+            elif text == "partitions opened":
+                self._opened.add(entry["pid"])
+                if len(self._opened) == self._workers:
+                    self._all_opened.set()
+            elif text == "worker ended; starting another":
+                self._tell(
+                    f"worker {entry['worker']} ended ({entry.get('killed_by', 'by itself')}): starting another one"
+                )
+            if entry.get("level") in ("error", "warning"):
+                self._errors.append(text)
+
+    def _kill(self, pid: int) -> None:
+        self._armed = False
+        os.kill(pid, signal.SIGKILL)
+        self._victim = pid
+        self._reads.killed(pid)
+        self._tell(f"SIGKILL to process {pid}, with a batch in its hands")
+
+    async def _stop(self, process: asyncio.subprocess.Process) -> None:
+        process.terminate()
+        code = await asyncio.wait_for(process.wait(), _STOP_SECONDS + 10)
+        if code != 0:
+            raise DemoFailed(f"`consumer run` did not stop cleanly: {code}: {' | '.join(self._errors[-3:])}")
+
+    async def _count(self, connection: Any) -> None:
+        """Everything from PostgreSQL, after the last worker has gone."""
+        if self._victim == 0:
+            raise DemoFailed("no worker was killed: nothing was shown")
+        found = self._found
+        counts = (await report.handler_counts(connection, app))["settle"]
+        found.applied, found.dead_lettered = counts["applied"], counts["dead_lettered"]
+        causes = counts["duplicates"]
+        found.duplicates_by_batch, found.duplicates_by_precheck = causes["batch"], causes["precheck"]
+        found.duplicates_by_ledger = causes["ledger"]
+        found.payments_stored = await connection.fetchval("select count(*) from payments")
+        balances = dict(await connection.fetch("select account, balance from accounts"))
+        found.balance_sum = int(sum(balances.values()))
+        found.accounts_wrong = sum(balance != self._expected.get(each, 0) for each, balance in balances.items())
+        found.redelivered_after_kill = len(self._reads.again)
+
+    # -- what is shown ----------------------------------------------------------------------------------------------
+
+    def _bars(self) -> Progress:
+        columns: Sequence[Any] = (
+            TextColumn("{task.description:60}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        return Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+
+    def _tell(self, text: str) -> None:
+        self._console.print(
+            f"{time.monotonic() - self._started_at:5.1f} s  {text}", highlight=False, markup=False, soft_wrap=True
+        )
+
+    def _show(self) -> None:
+        found = self._found
+        if self._as_json:
+            print(json.dumps({**asdict(found), "agree": found.agree}, indent=2))
+            return
+        table = Table(show_header=False, title=f"{found.produced:,} payments", title_justify="left")
+        table.add_column()
+        table.add_column(justify="right")
+        for label, value in (
+            ("produced", f"{found.produced:,}"),
+            ("distinct", f"{found.distinct:,}"),
+            ("applied", f"{found.applied:,}"),
+            ("duplicates stopped within a batch", f"{found.duplicates_by_batch:,}"),
+            ("duplicates stopped by the pre-check (Redis)", f"{found.duplicates_by_precheck:,}"),
+            ("duplicates stopped by the ledger (PostgreSQL)", f"{found.duplicates_by_ledger:,}"),
+            ("redelivered after the kill", f"{found.redelivered_after_kill:,}"),
+            ("sum of balances", _money(found.balance_sum)),
+            ("expected sum", _money(found.balance_sum_expected)),
+            ("accounts with a wrong balance", f"{found.accounts_wrong:,}"),
+        ):
+            table.add_row(label, value)
+        self._console.print(table)
+        if found.agree:
+            self._console.print(f"[bold green]every payment was applied exactly once[/]  ({found.seconds} s)")
+        else:
+            self._console.print("[bold red]the numbers do not agree[/]")
+
+
+def _of(counts: dict[str, Any]) -> str:
+    duplicates = counts["duplicates"]
+    return (
+        f"settled: {counts['applied']:,} applied, duplicates: {duplicates['batch']:,} batch, "
+        f"{duplicates['precheck']:,} pre-check, {duplicates['ledger']:,} ledger"
+    )
+
+
+def _money(cents: int) -> str:
+    return f"{cents // 100:,}.{cents % 100:02}"

@@ -1,0 +1,29 @@
+"""The application that the demo runs: one handler, as the README shows it."""
+
+from uuid import UUID
+
+import msgspec
+
+from consumer import App, Tx
+
+app = App("demo")
+
+
+class Payment(msgspec.Struct):
+    """A payment into an account. amount: cents."""
+
+    payment_id: UUID
+    account: int
+    amount: int
+
+
+@app.handler("payments")
+async def settle(payment: Payment, tx: Tx) -> None:
+    """No key, no check, no `on conflict`: were a payment applied twice, the balance would show it."""
+    tx.defer(
+        "insert into payments values ($1, $2, $3)",
+        payment.payment_id,
+        payment.account,
+        payment.amount,
+    )
+    tx.defer("update accounts set balance = balance + $2 where account = $1", payment.account, payment.amount)

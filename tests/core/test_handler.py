@@ -1,0 +1,263 @@
+"""A handler that cannot work is refused where it is written: a RegistrationError that begins with the file and line of
+the handler and says what to write instead. A handler that is accepted is called with exactly what its annotations ask
+for, in the order of its signature, and with the lifespan's resources by annotation or by name.
+"""
+
+from __future__ import annotations
+
+import linecache
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import wraps
+from typing import Any, Protocol, TypedDict
+
+import msgspec
+import pytest
+
+from consumer import App, Message, RegistrationError, Retry, Tx
+
+
+class Payment(msgspec.Struct):
+    id: str
+    payer: str = ""
+
+
+class Pool: ...
+
+
+class Mailer: ...
+
+
+class Sender(Protocol):
+    def send(self) -> None: ...
+
+
+class Options(TypedDict):
+    limit: int
+
+
+async def fine(payment: Payment) -> None: ...
+async def text(payment: str) -> None: ...
+async def takes_tx(payment: Payment, tx: Tx) -> None: ...
+async def takes_list(payments: list[Payment]) -> None: ...
+async def two_tx(payment: Payment, tx: Tx, again: Tx) -> None: ...
+async def nothing() -> None: ...
+async def only_tx(tx: Tx) -> None: ...
+async def bare(payment) -> None: ...  # type: ignore[no-untyped-def]
+async def star(payment: Payment, *rest: Pool) -> None: ...
+async def stars(payment: Payment, **rest: Pool) -> None: ...
+async def keyword(payment: Payment, *, pool: Pool) -> None: ...
+async def twice(payment: Payment, message: Message[Payment]) -> None: ...
+async def nowhere(payment: Nowhere) -> None: ...  # type: ignore[name-defined]  # noqa: F821
+async def three(payment: 3) -> None: ...  # type: ignore[valid-type]
+async def misspelt(payment: msgspec.Strukt) -> None: ...  # type: ignore[name-defined]
+async def half(payment: "dict[1:") -> None: ...  # type: ignore[valid-type]  # noqa: F722
+def plain(payment: Payment) -> None: ...
+async def generator(payment: Payment) -> AsyncIterator[None]:
+    yield
+
+
+Case = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], str]
+T = ("payments",)
+WRONG: list[Case] = [
+    (nothing, T, {}, "takes no message"),
+    (only_tx, T, {}, "takes no message"),
+    (bare, T, {}, "'payment' has no annotation"),
+    (star, T, {}, "'rest': use plain positional"),
+    (stars, T, {}, "'rest': use plain positional"),
+    (keyword, T, {}, "'pool': use plain positional"),
+    (twice, T, {}, "asks for the message twice"),
+    (two_tx, T, {}, "two Tx"),
+    (nowhere, T, {}, "'Nowhere' is not defined"),
+    (three, T, {}, "cannot decode JSON to 3"),
+    (plain, T, {}, "`async def`"),
+    (generator, T, {}, "`async def`"),
+    (fine, T, {"concurency": 2}, "unknown option 'concurency', did you mean 'concurrency'?"),
+    (fine, T, {"xyz": 2}, "unknown option 'xyz' (there are: message_id, name, "),
+    (fine, T, {"name": "a b"}, "name="),
+    (fine, T, {"name": "x" * 201}, "name="),
+    (fine, T, {"name": 7}, "name="),
+    (fine, (), {}, "at least one topic"),
+    *[
+        (fine, (topic,), {}, "topic " + repr(topic))
+        for topic in ("", "a b", "a/b", ".", "..", "x" * 250, "é", "a\n", 7)
+    ],
+    (fine, ("a", "b", "a"), {}, "a topic is named twice"),
+    *[(fine, T, {"order": each}, "one of 'key', 'partition', 'none'") for each in ("keys", None, [])],
+    *[(fine, T, {"concurrency": each}, "concurrency=") for each in (0, -1, 1001, True, 1.0, "2", None)],
+    *[(takes_list, T, {"batch": each}, "batch=") for each in (0, -1, True, 1.0, "2")],
+    (takes_list, T, {"batch": 10, "concurrency": 2}, "exclude each other"),
+    (fine, T, {"batch": 10}, "annotate 'payment' as list[T]"),
+    *[(fine, T, {"retry": each}, "a Retry(attempts=") for each in (3, "3", {"attempts": 3})],
+    *[(fine, T, {"idempotent": each}, "True or False") for each in (None, 0, "no")],
+    (takes_tx, T, {"idempotent": False}, "drop the Tx parameter, or drop idempotent=False"),
+    *[(fine, T, {"message_id": each}, '"header:NAME"') for each in ("id", "", 7)],
+    (fine, T, {"message_id": "field:payr"}, "no such field, did you mean 'payer'?"),
+    (fine, T, {"message_id": "field:xyz.id"}, "no such field (there are: id, payer)"),
+    (text, T, {"message_id": "field:id"}, "needs a payload with fields, and it is str"),
+]
+UNPLACED: list[Case] = [
+    (misspelt, T, {}, "Strukt"),
+    (half, T, {}, "dict[1:"),
+    (fine, T, {"retry": 0}, "a Retry(attempts="),
+    (fine, T, {"retry": False}, "a Retry(attempts="),
+    (fine, T, {"name": ""}, "name="),
+]
+BUG = pytest.mark.xfail(strict=True, reason="accepted silently, or an error that does not name the handler's place")
+
+
+@pytest.mark.parametrize(
+    ("function", "topics", "options", "says"), [*WRONG, *[pytest.param(*each, marks=BUG) for each in UNPLACED]]
+)
+def test_a_handler_that_cannot_work_is_refused_at_its_place(
+    function: Callable[..., Any], topics: tuple[str, ...], options: dict[str, Any], says: str
+) -> None:
+    app = App("shop")
+    with pytest.raises(RegistrationError) as caught:
+        app.handler(*topics, **options)(function)
+    place = re.match(r"(.+):(\d+): handler ", str(caught.value))
+    assert place and place[1] == __file__
+    assert f"def {function.__name__}(" in linecache.getline(place[1], int(place[2]))
+    assert says in str(caught.value)
+    assert not app.handlers
+
+
+def test_two_handlers_of_one_name_are_refused_with_both_places_and_the_first_stays() -> None:
+    app = App("shop")
+    app.handler("a", name="x")(fine)
+    with pytest.raises(RegistrationError) as caught:
+        app.handler("b", name="x")(takes_tx)
+    for function in (fine, takes_tx):
+        assert f"{__file__}:{function.__code__.co_firstlineno}" in str(caught.value)
+    assert app.handlers["x"].function is fine
+
+
+@BUG
+def test_a_decorator_without_its_call_is_refused() -> None:
+    with pytest.raises(RegistrationError):
+        App("shop").handler(fine)  # type: ignore[arg-type]
+
+
+@BUG
+def test_a_handler_that_speaks_of_itself_can_be_registered_inside_a_function() -> None:
+    app = App("shop")
+
+    @app.handler("payments")
+    async def own(payment: Payment) -> object:
+        return own
+
+    assert "own" in app.handlers
+
+
+async def v(value: Payment) -> None: ...
+async def v_t(value: Payment, tx: Tx) -> None: ...
+async def t_v(tx: Tx, value: Payment) -> None: ...
+async def m(message: Message[Payment]) -> None: ...
+async def m_t(message: Message[Payment], tx: Tx) -> None: ...
+async def t_m(tx: Tx, message: Message) -> None: ...  # type: ignore[type-arg]
+async def v_p(value: Payment, any_name: Pool) -> None: ...
+async def v_t_n_p(value: Payment, tx: Tx, limit: int | None, p: Pool) -> None: ...
+async def m_n(message: Message[Payment], limit: object) -> None: ...
+async def one_of_two(value: Payment, mail_two: Mailer) -> None: ...
+async def b_t(values: list[Payment], tx: Tx) -> None: ...
+async def b_m(messages: list[Message[Payment]]) -> None: ...
+
+
+MAILER = Mailer()
+RESOURCES = {"pool": Pool(), "limit": 5, "mail_one": Mailer(), "mail_two": MAILER}
+SHAPES: list[tuple[Any, str, dict[str, Any]]] = [
+    (v, "v", {}),
+    (v_t, "v t", {}),
+    (t_v, "t v", {}),
+    (m, "m", {}),
+    (m_t, "m t", {}),
+    (t_m, "t m", {}),
+    (v_p, "v pool", {}),
+    (v_t_n_p, "v t limit pool", {}),
+    (m_n, "m limit", {}),
+    (one_of_two, "v mail_two", {}),
+    (b_t, "v t", {"batch": 2}),
+    (b_m, "m", {"batch": 2}),
+]
+
+
+def recording(stub: Any) -> Any:
+    """The function with its signature and a body that returns what it was given; decorated, as handlers may be."""
+
+    @wraps(stub)
+    async def call(*given: object) -> list[object]:
+        return list(given)
+
+    return call
+
+
+def yielding(resources: Any) -> Any:
+    @asynccontextmanager
+    async def lifespan(app: App) -> AsyncIterator[Any]:
+        yield resources
+
+    return lifespan
+
+
+@pytest.mark.parametrize(("stub", "gets", "options"), SHAPES)
+async def test_the_call_hands_over_what_the_signature_asks_for(stub: Any, gets: str, options: dict[str, Any]) -> None:
+    app = App("shop", lifespan=yielding(RESOURCES))
+    function = recording(stub)
+    assert app.handler("payments", **options)(function) is function
+    handler = app.handlers[stub.__name__]
+    given = {"v": object(), "m": object(), "t": object(), **RESOURCES}
+    async with app.running():
+        assert handler.call is not None
+        assert await handler.call(given["v"], given["m"], given["t"]) == [given[each] for each in gets.split()]
+    assert (handler.wants_tx, handler.wants_message) == ("t" in gets.split(), "m" in gets.split())
+    assert handler.value_type is (bytes if stub is t_m else Payment)
+
+
+async def test_a_single_resource_needs_no_mapping() -> None:
+    app = App("shop", lifespan=yielding(MAILER))
+    app.handler("payments")(recording(one_of_two))
+    async with app.running():
+        call = app.handlers["one_of_two"].call
+        assert call is not None and await call(1, 2, 3) == [1, MAILER]
+
+
+@pytest.mark.parametrize("resources", [None, {}, {"mail_one": 1}, {"a": Mailer(), "b": Mailer()}, Pool()], ids=str)
+async def test_a_resource_that_the_lifespan_does_not_yield_stops_the_start(resources: Any) -> None:
+    app = App("shop", lifespan=yielding(resources) if resources is not None else None)
+    app.handler("payments")(one_of_two)
+    with pytest.raises(RegistrationError) as caught:
+        async with app.running():
+            pytest.fail("started")
+    assert str(caught.value).startswith(f"{__file__}:{one_of_two.__code__.co_firstlineno}: handler 'one_of_two'")
+    assert "'mail_two'" in str(caught.value)
+    for name in resources if isinstance(resources, dict) else []:
+        assert name in str(caught.value)
+
+
+async def by_protocol(payment: Payment, sender: Sender) -> None: ...
+async def by_typed_dict(payment: Payment, options: Options) -> None: ...
+async def by_any(payment: Payment, options: Any) -> None: ...
+
+
+@BUG
+@pytest.mark.parametrize("stub", [by_protocol, by_typed_dict, by_any])
+async def test_a_resource_of_a_type_that_isinstance_refuses_is_found_by_name(stub: Any) -> None:
+    app = App("shop", lifespan=yielding({"sender": MAILER, "options": {"limit": 1}}))
+    app.handler("payments")(stub)
+    async with app.running():
+        pass
+
+
+def test_what_is_registered_is_what_the_options_say() -> None:
+    retry = Retry(attempts=1)
+    app = App("shop")
+    app.handler("b", "a", name="x", order="none", concurrency=1000, retry=retry, idempotent=False)(fine)
+    app.handler("a", batch=1)(takes_list)
+    x = app.handlers["x"]
+    assert (x.topics, x.order, x.concurrency, x.retry, x.idempotent) == (("b", "a"), "none", 1000, retry, False)
+    assert {topic: [each.name for each in found] for topic, found in app.by_topic().items()} == {
+        "a": ["x", "takes_list"],
+        "b": ["x"],
+    }
+    assert app.topics == ["a", "b"]
