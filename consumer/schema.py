@@ -79,7 +79,8 @@ async def pending(connection: Any) -> list[Migration]:
 async def migrate(connection: Any, *own: str) -> list[Migration]:
     """Apply what is pending, and then the SQL texts `own`, all in one transaction. Returns what was applied.
 
-    Safe when several run at once: they wait for each other, and the later ones find nothing to do.
+    Safe when several run at once: they wait for each other, and the later ones find nothing to do. Raises Misconfigured
+    when `own` would land in our schema.
     """
     async with connection.transaction():
         await connection.execute(f"select pg_advisory_xact_lock({_LOCK})")
@@ -93,6 +94,12 @@ async def migrate(connection: Any, *own: str) -> list[Migration]:
                 each.version,
                 each.name,
                 each.checksum,
+            )
+        if own and await connection.fetchval("select current_schema()") == "consumer":
+            # A role named like our schema: "$user" leads the search path, and your tables would land among ours.
+            raise Misconfigured(
+                "the first schema of this role's search path is `consumer`, which is ours: use a role of another name, "
+                "or `alter role … set search_path = public`"
             )
         for text in own:
             await connection.execute(text)

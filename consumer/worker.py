@@ -116,15 +116,16 @@ class Worker:
         """Work until `stop` is called. Raises Misconfigured, Stalled, or whatever ended a part of the worker."""
         async with self._app.running():
             try:
-                await self._start()
-                await self._work()
+                if await self._start():
+                    await self._work()
             finally:
                 await self._end()
 
-    async def _start(self) -> None:
+    async def _start(self) -> bool:
+        """Connect to everything; False when the order to stop came first."""
         self._control = await self._session()
         if self._control is None:
-            return
+            return False
         self._epoch = self._control.epoch
         numbers, topics = await self._control.numbers(self._app.name, self._app.handlers, self._app.topics)
         for name, handler in self._app.handlers.items():
@@ -140,11 +141,19 @@ class Worker:
                 self._step,
             )
             await self._precheck.start(self._epoch)
-        await self._source.start(float("inf"))
+        starting = asyncio.create_task(self._source.start(float("inf")))
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not starting.done():
+            starting.cancel()
+            return False
+        starting.result()
         self._source.subscribe(self._app.topics, self._on_revoked, self._on_assigned)
         event(
             logging.INFO, "worker started", app=self._app.name, topics=",".join(self._app.topics), lanes=settings.lanes
         )
+        return True
 
     async def _work(self) -> None:
         parts = [self._feed(), self._open_partitions(), self._commit_now_and_then(), self._watch(), self._beat()]

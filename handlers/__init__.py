@@ -1,4 +1,4 @@
-"""A small payments domain: five topics, six handlers. Run it with `consumer run handlers:app`.
+"""A small payments domain: four topics, six handlers. Run it with `consumer run handlers:app`.
 
 An application imports from `consumer` alone. Importing a module of handlers registers them.
 """

@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
+from harness import Place, migrated
 from services import Kafka
 
 from consumer.embedded import Postgres, Valkey
@@ -54,3 +55,10 @@ async def database(postgres: Postgres) -> str:
     finally:
         await connection.close()
     return postgres.dsn(name)
+
+
+@pytest.fixture
+async def place(kafka: Kafka, database: str, redis_url: str) -> Place:
+    """The services, with the ledger and the tables of harness.TABLES made."""
+    await migrated(database)
+    return Place(kafka.bootstrap_servers, database, redis_url)

@@ -171,6 +171,31 @@ async def letters(dsn: str) -> list[dict[str, Any]]:
         await connection.close()
 
 
+class Place:
+    """The services of one test: a database of its own, and as many topics as it asks for."""
+
+    def __init__(self, kafka: str, dsn: str, redis_url: str) -> None:
+        self.kafka = kafka
+        self.dsn = dsn
+        self.redis_url = redis_url
+
+    def settings(self, **more: Any) -> Settings:
+        return settings_for(self.dsn, self.kafka, more.pop("redis_url", self.redis_url), **more)
+
+    async def topic(self, partitions: int = 1, **configs: str) -> str:
+        return await new_topic(self.kafka, partitions, **configs)
+
+    async def send(self, topic: str, *messages: Sent) -> None:
+        await produce(self.kafka, topic, messages)
+
+    async def effects(self) -> list[tuple[Any, ...]]:
+        return await query(self.dsn, "select id, account, amount from effects order by id")
+
+    async def reasons(self) -> list[str]:
+        found = sorted(await letters(self.dsn), key=lambda each: (each["topic"], each["partition"], each["offset"]))
+        return [each["reason"] for each in found]
+
+
 class Command:
     """A `consumer` command as a process of its own, with its log lines."""
 
@@ -183,7 +208,12 @@ class Command:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "consumer", *arguments],
                 cwd=cwd,
-                env={**clean, **settings.dump(), "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", **environment},
+                env={
+                    **clean,
+                    **settings.dump(),
+                    "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests", cwd])),
+                    **environment,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -229,9 +259,12 @@ class Command:
 
 
 @asynccontextmanager
-async def running(arguments: Sequence[str], settings: Settings, cwd: Path) -> AsyncIterator[Command]:
+async def running(
+    arguments: Sequence[str], settings: Settings, cwd: Path, **environment: str
+) -> AsyncIterator[Command]:
     """A command that is ended at the latest when the block is left."""
-    command = Command(arguments, settings, cwd)
+    cwd.mkdir(exist_ok=True)
+    command = Command(arguments, settings, cwd, environment)
     try:
         yield command
     finally:

@@ -211,6 +211,7 @@ def test_compose_addresses_agree(monkeypatch: pytest.MonkeyPatch, services: dict
             f"postgresql://{postgres['POSTGRES_USER']}:{postgres['POSTGRES_PASSWORD']}"
             f"@postgres:5432/{postgres['POSTGRES_DB']}"
         )
+    assert postgres["POSTGRES_USER"] != "consumer", "the search path would begin with the ledger's schema"
     redis = load_settings(monkeypatch, services["workers"]["environment"]).redis_url
     requirepass = services["valkey"]["command"][services["valkey"]["command"].index("--requirepass") + 1]
     assert redis is not None

@@ -14,22 +14,19 @@ import msgspec
 import pydantic
 import pytest
 from harness import (
+    Place,
     Sent,
     consume_all,
     counts,
     drained,
     letters,
-    migrated,
-    new_topic,
-    produce,
     query,
-    settings_for,
     until,
     value,
     working,
 )
 
-from consumer import App, Message, Reject, Retry, Settings, Tx
+from consumer import App, Message, Reject, Retry, Tx
 
 QUICK = Retry(attempts=3, base=0.01, cap=0.05)
 INSERT = "insert into effects values ($1, $2, $3)"
@@ -40,37 +37,6 @@ class Payment(msgspec.Struct):
     id: str
     account: int
     amount: int
-
-
-class Place:
-    """The services of one test: a database of its own, and as many topics as it asks for."""
-
-    def __init__(self, kafka: str, dsn: str, redis_url: str) -> None:
-        self.kafka = kafka
-        self.dsn = dsn
-        self.redis_url = redis_url
-
-    def settings(self, **more: Any) -> Settings:
-        return settings_for(self.dsn, self.kafka, more.pop("redis_url", self.redis_url), **more)
-
-    async def topic(self, partitions: int = 1, **configs: str) -> str:
-        return await new_topic(self.kafka, partitions, **configs)
-
-    async def send(self, topic: str, *messages: Sent) -> None:
-        await produce(self.kafka, topic, messages)
-
-    async def effects(self) -> list[tuple[Any, ...]]:
-        return await query(self.dsn, "select id, account, amount from effects order by id")
-
-    async def reasons(self) -> list[str]:
-        found = sorted(await letters(self.dsn), key=lambda each: (each["topic"], each["partition"], each["offset"]))
-        return [each["reason"] for each in found]
-
-
-@pytest.fixture
-async def place(kafka: Any, database: str, redis_url: str) -> Place:
-    await migrated(database)
-    return Place(kafka.bootstrap_servers, database, redis_url)
 
 
 def app_of(topic: str, **options: Any) -> App:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypedDict
 import msgspec
 import pytest
 
-from consumer import App, Message, RegistrationError, Retry, Tx
+from consumer import App, Message, RegistrationError, Tx
 
 
 class Payment(msgspec.Struct):
@@ -48,6 +48,7 @@ async def bare(payment) -> None: ...  # type: ignore[no-untyped-def]
 async def star(payment: Payment, *rest: Pool) -> None: ...
 async def stars(payment: Payment, **rest: Pool) -> None: ...
 async def keyword(payment: Payment, *, pool: Pool) -> None: ...
+async def bare_message(message: Message) -> None: ...  # type: ignore[type-arg]
 async def twice(payment: Payment, message: Message[Payment]) -> None: ...
 async def nowhere(payment: Nowhere) -> None: ...  # type: ignore[name-defined]  # noqa: F821
 async def three(payment: 3) -> None: ...  # type: ignore[valid-type]
@@ -150,36 +151,23 @@ def test_a_handler_that_speaks_of_itself_can_be_registered_inside_a_function() -
     assert "own" in app.handlers
 
 
+# Each is named after what it is to be given: v(alue), m(essage), t(x), or a resource of that name.
 async def v(value: Payment) -> None: ...
 async def v_t(value: Payment, tx: Tx) -> None: ...
 async def t_v(tx: Tx, value: Payment) -> None: ...
 async def m(message: Message[Payment]) -> None: ...
 async def m_t(message: Message[Payment], tx: Tx) -> None: ...
-async def t_m(tx: Tx, message: Message) -> None: ...  # type: ignore[type-arg]
-async def v_p(value: Payment, any_name: Pool) -> None: ...
-async def v_t_n_p(value: Payment, tx: Tx, limit: int | None, p: Pool) -> None: ...
-async def m_n(message: Message[Payment], limit: object) -> None: ...
-async def one_of_two(value: Payment, mail_two: Mailer) -> None: ...
-async def b_t(values: list[Payment], tx: Tx) -> None: ...
-async def b_m(messages: list[Message[Payment]]) -> None: ...
+async def v_pool(value: Payment, any_name: Pool) -> None: ...
+async def v_t_limit_pool(value: Payment, tx: Tx, limit: int | None, p: Pool) -> None: ...
+async def m_limit(message: Message[Payment], limit: object) -> None: ...
+async def v_two(value: Payment, two: Mailer) -> None: ...
+async def batch_v_t(values: list[Payment], tx: Tx) -> None: ...
+async def batch_m(messages: list[Message[Payment]]) -> None: ...
 
 
+SHAPES = [v, v_t, t_v, m, m_t, v_pool, v_t_limit_pool, m_limit, v_two, batch_v_t, batch_m]
 MAILER = Mailer()
-RESOURCES = {"pool": Pool(), "limit": 5, "mail_one": Mailer(), "mail_two": MAILER}
-SHAPES: list[tuple[Any, str, dict[str, Any]]] = [
-    (v, "v", {}),
-    (v_t, "v t", {}),
-    (t_v, "t v", {}),
-    (m, "m", {}),
-    (m_t, "m t", {}),
-    (t_m, "t m", {}),
-    (v_p, "v pool", {}),
-    (v_t_n_p, "v t limit pool", {}),
-    (m_n, "m limit", {}),
-    (one_of_two, "v mail_two", {}),
-    (b_t, "v t", {"batch": 2}),
-    (b_m, "m", {"batch": 2}),
-]
+RESOURCES = {"pool": Pool(), "limit": 5, "one": Mailer(), "two": MAILER}
 
 
 def recording(stub: Any) -> Any:
@@ -200,37 +188,43 @@ def yielding(resources: Any) -> Any:
     return lifespan
 
 
-@pytest.mark.parametrize(("stub", "gets", "options"), SHAPES)
-async def test_the_call_hands_over_what_the_signature_asks_for(stub: Any, gets: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("stub", SHAPES)
+async def test_the_call_hands_over_what_the_signature_asks_for(stub: Any) -> None:
     app = App("shop", lifespan=yielding(RESOURCES))
     function = recording(stub)
-    assert app.handler("payments", **options)(function) is function
+    assert app.handler("payments", batch=2 if stub in (batch_v_t, batch_m) else None)(function) is function
     handler = app.handlers[stub.__name__]
     given = {"v": object(), "m": object(), "t": object(), **RESOURCES}
+    wanted = stub.__name__.removeprefix("batch_").split("_")
     async with app.running():
         assert handler.call is not None
-        assert await handler.call(given["v"], given["m"], given["t"]) == [given[each] for each in gets.split()]
-    assert (handler.wants_tx, handler.wants_message) == ("t" in gets.split(), "m" in gets.split())
-    assert handler.value_type is (bytes if stub is t_m else Payment)
+        assert await handler.call(given["v"], given["m"], given["t"]) == [given[each] for each in wanted]
+    assert (handler.wants_tx, handler.wants_message, handler.value_type) == ("t" in wanted, "m" in wanted, Payment)
+
+
+def test_a_message_without_its_type_holds_bytes() -> None:
+    app = App("shop")
+    app.handler("payments")(bare_message)
+    assert app.handlers["bare_message"].decoder(b"\xff") == b"\xff"
 
 
 async def test_a_single_resource_needs_no_mapping() -> None:
     app = App("shop", lifespan=yielding(MAILER))
-    app.handler("payments")(recording(one_of_two))
+    app.handler("payments")(recording(v_two))
     async with app.running():
-        call = app.handlers["one_of_two"].call
+        call = app.handlers["v_two"].call
         assert call is not None and await call(1, 2, 3) == [1, MAILER]
 
 
-@pytest.mark.parametrize("resources", [None, {}, {"mail_one": 1}, {"a": Mailer(), "b": Mailer()}, Pool()], ids=str)
+@pytest.mark.parametrize("resources", [None, {}, {"one": 1}, {"a": Mailer(), "b": Mailer()}, Pool()], ids=str)
 async def test_a_resource_that_the_lifespan_does_not_yield_stops_the_start(resources: Any) -> None:
     app = App("shop", lifespan=yielding(resources) if resources is not None else None)
-    app.handler("payments")(one_of_two)
+    app.handler("payments")(v_two)
     with pytest.raises(RegistrationError) as caught:
         async with app.running():
             pytest.fail("started")
-    assert str(caught.value).startswith(f"{__file__}:{one_of_two.__code__.co_firstlineno}: handler 'one_of_two'")
-    assert "'mail_two'" in str(caught.value)
+    assert str(caught.value).startswith(f"{__file__}:{v_two.__code__.co_firstlineno}: handler 'v_two'")
+    assert "'two'" in str(caught.value)
     for name in resources if isinstance(resources, dict) else []:
         assert name in str(caught.value)
 
@@ -247,17 +241,3 @@ async def test_a_resource_of_a_type_that_isinstance_refuses_is_found_by_name(stu
     app.handler("payments")(stub)
     async with app.running():
         pass
-
-
-def test_what_is_registered_is_what_the_options_say() -> None:
-    retry = Retry(attempts=1)
-    app = App("shop")
-    app.handler("b", "a", name="x", order="none", concurrency=1000, retry=retry, idempotent=False)(fine)
-    app.handler("a", batch=1)(takes_list)
-    x = app.handlers["x"]
-    assert (x.topics, x.order, x.concurrency, x.retry, x.idempotent) == (("b", "a"), "none", 1000, retry, False)
-    assert {topic: [each.name for each in found] for topic, found in app.by_topic().items()} == {
-        "a": ["x", "takes_list"],
-        "b": ["x"],
-    }
-    assert app.topics == ["a", "b"]
