@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Literal, TypeVar
 
 from consumer.core.errors import RegistrationError
-from consumer.core.handler import Function, Handler, build
+from consumer.core.handler import Function, Handler, build, place_of
 from consumer.core.retry import Retry
 from consumer.tx import Tx
 
@@ -60,6 +60,9 @@ class App:
 
         Raises RegistrationError for a handler that cannot work, naming its place. The function is returned unchanged.
         """
+        for topic in topics:
+            if callable(topic):
+                raise RegistrationError(f'{place_of(topic)}: name the topic: @app.handler("payments")')
         options: dict[str, Any] = {
             "message_id": message_id,
             "name": name,

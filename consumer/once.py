@@ -35,6 +35,8 @@ from consumer.tx import Scope, Tx
 
 SAVEPOINTS_MAX = 64  # more subtransactions than this in one transaction slow the whole server down
 
+BEHIND = Parked(0.0, "waits behind a failed message of its key")
+
 Step = Callable[[str], None]
 
 
@@ -77,7 +79,7 @@ async def apply(
     or dropped.
     """
     done = Settlement()
-    claims = _distinct(batch.deliveries, done)
+    claims = _distinct(batch.deliveries, lane, done)
     run = _Run(session, done, careful, draw)
     theirs = False  # whose statement a failure comes from: the handlers', or our own
     try:
@@ -209,11 +211,13 @@ def decoded(delivery: Delivery) -> Any:
     return delivery.value
 
 
-def _distinct(deliveries: Sequence[Delivery], done: Settlement) -> list[Delivery]:
-    """The deliveries to claim: the first of each id. The others end here, as duplicates or as conflicts."""
+def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> list[Delivery]:
+    """The deliveries to claim: the first of each id. The others end here, as duplicates or as conflicts, or wait."""
     first: dict[tuple[int, bytes], Delivery] = {}
     for delivery in deliveries:
         match delivery.outcome:
+            case None if lane.waits(delivery):
+                _wait_behind(delivery, done)
             case None | Dead() if delivery.handler.idempotent:
                 key = (delivery.handler.number, delivery.id)
                 earlier = first.setdefault(key, delivery)
@@ -246,6 +250,11 @@ def _sort_out(claims: Sequence[Delivery], standing: Mapping[Delivery, Any], done
         else:
             done.outcomes[delivery] = DUPLICATE[Cause.DEAD_LETTER if earlier.dead else Cause.LEDGER]
     return fresh
+
+
+def _wait_behind(delivery: Delivery, done: Settlement) -> None:
+    done.outcomes[delivery] = BEHIND
+    done.parked[delivery] = 0.0
 
 
 def _conflict() -> Dead:
@@ -310,7 +319,7 @@ class _Run:
     async def _one(self, delivery: Delivery) -> None:
         handler = delivery.handler
         if self.blocked and delivery.unit() in self.blocked:
-            self._wait_behind(delivery)
+            _wait_behind(delivery, self.done)
             return
         tx = Tx(self.scope, delivery)
         try:
@@ -324,7 +333,7 @@ class _Run:
         if self.blocked:
             behind = [each for each in deliveries if each.unit() in self.blocked]
             for each in behind:
-                self._wait_behind(each)
+                _wait_behind(each, self.done)
             deliveries = [each for each in deliveries if each not in behind]
         if not deliveries:
             return
@@ -402,10 +411,6 @@ class _Run:
             self.done.parked[delivery] = outcome.delay_seconds
             self.blocked.add(delivery.unit())
 
-    def _wait_behind(self, delivery: Delivery) -> None:
-        self.done.outcomes[delivery] = Parked(0.0, "waits behind a failed message of its key")
-        self.done.parked[delivery] = 0.0
-
     def _readable(self, delivery: Delivery) -> bool:
         try:
             decoded(delivery)
@@ -460,18 +465,24 @@ async def observe(deliveries: Iterable[Delivery], draw: Callable[[], float]) -> 
     batch that fails as a whole is called again message by message.
     """
     errors: list[tuple[Delivery, BaseException]] = []
+    blocked: set[Hashable] = set()  # units whose message failed: later ones wait behind it
     by_handler: dict[Handler, list[Delivery]] = {}
     for delivery in deliveries:
         if not delivery.handler.idempotent and delivery.outcome is None:
             by_handler.setdefault(delivery.handler, []).append(delivery)
 
     async def one(delivery: Delivery) -> None:
+        if blocked and delivery.unit() in blocked:
+            delivery.outcome = BEHIND
+            return
         try:
             await _observe(delivery.handler, [delivery])
             delivery.outcome = SKIPPED
         except Exception as error:
             delivery.outcome, delivery.attempts = verdict(delivery, error, draw)
             errors.append((delivery, error))
+            if isinstance(delivery.outcome, Parked):
+                blocked.add(delivery.unit())
 
     for handler, wanted in by_handler.items():
         if handler.batch is None:

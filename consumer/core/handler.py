@@ -11,6 +11,7 @@ import inspect
 import re
 import typing
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import msgspec
@@ -74,7 +75,10 @@ class Handler:
 
     def _find(self, wanted: Resource, resources: Mapping[str, object]) -> object:
         if isinstance(wanted.annotation, type):
-            fitting = [value for value in resources.values() if isinstance(value, wanted.annotation)]
+            try:
+                fitting = [value for value in resources.values() if isinstance(value, wanted.annotation)]
+            except TypeError:  # a Protocol, a TypedDict, Any: types that cannot be asked
+                fitting = []
             if len(fitting) == 1:
                 return fitting[0]
         if wanted.name in resources:
@@ -119,7 +123,9 @@ def place_of(function: object) -> str:
 def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any], tx_type: type) -> Handler:
     """Check a handler's options and signature. Raises RegistrationError, naming the place and what to write instead."""
     place = place_of(function)
-    name = options.get("name") or getattr(function, "__name__", "")
+    name = options.get("name")
+    if name is None:
+        name = getattr(function, "__name__", "")
 
     def wrong(problem: str) -> RegistrationError:
         return RegistrationError(f"{place}: handler {name!r}: {problem}")
@@ -155,7 +161,9 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
         raise wrong(f"batch={batch!r}: the most messages for one call, a whole number of at least 1")
     if batch is not None and concurrency > 1:
         raise wrong("batch= and concurrency= exclude each other: one call takes the whole batch")
-    retry = options.get("retry") or Retry()
+    retry = options.get("retry")
+    if retry is None:
+        retry = Retry()
     if not isinstance(retry, Retry):
         raise wrong(f"retry={retry!r}: a Retry(attempts=…, base=…, cap=…)")
     idempotent = options.get("idempotent", True)
@@ -212,17 +220,18 @@ def _signature(
         hint = hints.get(parameter.name, inspect.Parameter.empty)
         if hint is inspect.Parameter.empty:
             raise wrong(f"parameter {parameter.name!r} has no annotation: the annotation says what to fill it with")
-        if hint is tx_type:
+        bare = decode.bare(hint)
+        if bare is tx_type:
             if "tx" in plan:
                 raise wrong("asks for two Tx: there is one transaction")
             plan.append("tx")
             continue
-        item = _list_item(hint) if batch is not None and declared is inspect.Parameter.empty else None
+        item = _list_item(bare) if batch is not None and declared is inspect.Parameter.empty else None
         if batch is not None and declared is inspect.Parameter.empty:
             if item is None:
                 raise wrong(f"batch= hands over a list: annotate {parameter.name!r} as list[T]")
-            hint = item
-        message_type = _message_value(hint)
+            hint, bare = item, decode.bare(item)
+        message_type = _message_value(bare)
         if declared is inspect.Parameter.empty:
             wants_message = message_type is not None
             declared = message_type if message_type is not None else hint
@@ -230,7 +239,7 @@ def _signature(
         elif message_type is not None:
             raise wrong("asks for the message twice: Message[T] holds the value as .value")
         else:
-            plan.append(Resource(parameter.name, hint))
+            plan.append(Resource(parameter.name, bare))
     if declared is inspect.Parameter.empty:
         raise wrong("takes no message: its first parameter is the payload, for example `payment: Payment`")
     return tuple(plan), declared, wants_message
@@ -238,12 +247,16 @@ def _signature(
 
 def _hints(function: Function, wrong: Callable[[str], RegistrationError]) -> dict[str, Any]:
     inner = inspect.unwrap(function)
-    closure = inspect.getclosurevars(inner).nonlocals if inspect.isfunction(inner) else {}
+    closure: dict[str, Any] = {}
+    if inspect.isfunction(inner):
+        for name, cell in zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True):
+            with suppress(ValueError):  # a name of the enclosing function that has no value yet, such as this handler's
+                closure[name] = cell.cell_contents
     try:
-        return typing.get_type_hints(inner, localns=dict(closure), include_extras=False)
+        return typing.get_type_hints(inner, localns=closure, include_extras=True)
     except NameError as error:
         raise wrong(f"annotation not found: {error}. Types of a handler must be at the top of its module") from None
-    except TypeError as error:
+    except Exception as error:
         raise wrong(f"annotation that is no type: {error}") from None
 
 
@@ -263,6 +276,7 @@ def _message_value(hint: Any) -> Any | None:
 def _check_field(field: str, declared: Any, wrong: Callable[[str], RegistrationError]) -> None:
     """A misspelt message_id="field:…" would make every message a dead letter: say so now, where the type tells."""
     names: list[str] = []
+    declared = decode.bare(declared)
     if isinstance(declared, type) and issubclass(declared, msgspec.Struct):
         names = list(declared.__struct_fields__)
     elif dataclasses.is_dataclass(declared):

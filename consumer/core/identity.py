@@ -7,6 +7,7 @@ At 10**8 hashed ids the chance of any collision is about 1.5e-23 (birthday bound
 
 from __future__ import annotations
 
+import inspect
 from binascii import unhexlify
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,10 +68,10 @@ def parse_rule(option: object) -> IdRule:
             return HeaderId(rest)
         if kind == "field" and rest and all(rest.split(".")):
             return FieldId(tuple(rest.split(".")))
-    elif callable(option):
+    elif callable(option) and not inspect.iscoroutinefunction(option):
         return CallableId(option)
     raise RegistrationError(
-        f'message_id={option!r}: use "header:NAME", "field:path.to", "offset" or a function of the value'
+        f'message_id={option!r}: use "header:NAME", "field:path.to", "offset" or a plain function of the value'
     )
 
 
@@ -123,7 +124,7 @@ def from_value(rule: FieldId | CallableId, value: object) -> bytes:
             for step in path:
                 try:
                     found = found[step] if isinstance(found, dict) else getattr(found, step)
-                except (KeyError, AttributeError):
+                except Exception:  # a property may raise anything
                     raise Unreadable(Reason.NO_MESSAGE_ID, f"no field {'.'.join(path)!r}") from None
             return from_object(found, f"the field {'.'.join(path)!r}")
         case CallableId(function):
@@ -143,7 +144,10 @@ def from_object(found: object, what: str) -> bytes:
     if isinstance(found, bytes) and found:
         return message_id(found)
     if isinstance(found, int) and not isinstance(found, bool):
-        return message_id(str(found).encode())
+        try:
+            return message_id(str(found).encode())
+        except ValueError:
+            raise Unreadable(Reason.NO_MESSAGE_ID, f"{what} is a number of too many digits") from None
     if found is None or found in ("", b""):
         raise Unreadable(Reason.NO_MESSAGE_ID, f"{what} is empty")
     raise Unreadable(Reason.NO_MESSAGE_ID, f"{what} is a {type(found).__name__}: use text, bytes, int or UUID")

@@ -62,10 +62,15 @@ class Move(NamedTuple):
 
 @dataclass(slots=True)
 class Batch:
-    """Deliveries to settle in one transaction. `ends`: where each partition's frontier stands once they are settled."""
+    """Deliveries to settle in one transaction.
+
+    ends: where each partition's frontier stands once they are settled. openings: which opening of each partition they
+    were taken from; of a partition that was closed or opened again since, nothing is recorded.
+    """
 
     deliveries: list[Delivery]
     ends: dict[Partition, int]
+    openings: Mapping[Partition, int]
 
     def split(self) -> tuple[Batch, Batch]:
         """Two halves to settle one after the other; the first half's ends stay below everything in the second."""
@@ -76,19 +81,21 @@ class Batch:
             partition = delivery.partition
             if not delivery.parked and partition in ends:
                 ends[partition] = min(ends[partition], delivery.record.offset)
-        return Batch(head, ends), Batch(tail, self.ends)
+        return Batch(head, ends, self.openings), Batch(tail, self.ends, self.openings)
 
 
 @dataclass(slots=True)
 class _Queue:
     """What is known of one partition."""
 
+    opening: int  # number of this opening of the partition
     frontier: int  # everything below was taken, and is settled or open
     position: int  # as this worker last wrote or read it
     fetched: deque[Record] = field(default_factory=deque)
     fetched_bytes: int = 0
     received: int = 0  # offset after the last record added
     open: dict[int, int] = field(default_factory=dict)  # offset -> deliveries parked
+    parked: int = 0  # deliveries, in all
 
 
 class Lane:
@@ -101,26 +108,23 @@ class Lane:
         self._ready: deque[Delivery] = deque()  # once behind a failed message, now free to run
         self._chains: dict[Hashable, deque[Delivery]] = {}  # unit -> the failed message and those behind it
         self._due: dict[Hashable, float] = {}  # unit -> time of the next attempt
-        self._parked = 0
+        self._openings = 0
 
     # -- partitions come and go -------------------------------------------------------------------------------------
 
     def open(self, partition: Partition, position: int) -> None:
         """Begin a partition at `position`, forgetting whatever was known of it."""
         self.close(partition)
-        self._queues[partition] = _Queue(frontier=position, position=position, received=position)
+        self._openings += 1
+        self._queues[partition] = _Queue(self._openings, frontier=position, position=position, received=position)
 
     def close(self, partition: Partition) -> None:
         """Forget a partition: its fetched records, and those parked (they will be delivered again to its owner)."""
         self._queues.pop(partition, None)
         self._ready = deque(each for each in self._ready if each.partition != partition)
         for unit, chain in list(self._chains.items()):
-            kept = deque(each for each in chain if each.partition != partition)
-            if not kept:
+            if chain[0].partition == partition:  # a unit never spans two
                 del self._chains[unit], self._due[unit]
-            elif len(kept) < len(chain):
-                self._chains[unit] = kept
-        self._parked = len(self._ready) + sum(map(len, self._chains.values()))
 
     @property
     def partitions(self) -> list[Partition]:
@@ -172,7 +176,7 @@ class Lane:
     @property
     def parked(self) -> int:
         """Deliveries that wait for another attempt, or behind one."""
-        return self._parked
+        return sum(queue.parked for queue in self._queues.values())
 
     # -- batches go out ---------------------------------------------------------------------------------------------
 
@@ -180,24 +184,32 @@ class Lane:
         """The next batch, or None. A retry that is due runs alone, so that it can fail alone."""
         for unit, due in self._due.items():
             if due <= now:
-                return Batch([self._chains[unit][0]], {})
+                return Batch([self._chains[unit][0]], {}, self._now_open())
         deliveries: list[Delivery] = []
         ends: dict[Partition, int] = {}
         while self._ready and len(deliveries) < messages_max:
             deliveries.append(self._ready.popleft())
         room_bytes = bytes_max
+        room_parked = self._parked_max - self.parked
         for partition, queue in self._queues.items():
-            if self._parked >= self._parked_max:
+            if room_parked <= 0:
                 break
             handlers = self._handlers.get(partition.topic, ())
-            while queue.fetched and len(deliveries) < messages_max and (room_bytes > 0 or not deliveries):
+            while (
+                queue.fetched
+                and room_parked > 0
+                and len(deliveries) < messages_max
+                and (room_bytes > 0 or not deliveries)
+            ):
                 record = queue.fetched.popleft()
                 size = len(record.value or b"")
                 queue.fetched_bytes -= size
                 room_bytes -= size
                 for handler in handlers:
                     delivery = Delivery(handler, record)
-                    if not self._chains or not self._queue_behind(delivery):
+                    if self._chains and self._queue_behind(delivery):
+                        room_parked -= 1
+                    else:
                         deliveries.append(delivery)
                 ends[partition] = record.offset + 1
             if not queue.fetched and queue.received > queue.frontier:
@@ -206,21 +218,33 @@ class Lane:
         if len(ends) and len(self._queues) > 1:
             first = next(iter(self._queues))
             self._queues[first] = self._queues.pop(first)
-        return Batch(deliveries, ends) if deliveries or ends else None
+        return Batch(deliveries, ends, self._now_open()) if deliveries or ends else None
+
+    def _now_open(self) -> dict[Partition, int]:
+        return {partition: queue.opening for partition, queue in self._queues.items()}
+
+    def _queue_of(self, batch: Batch, partition: Partition) -> _Queue | None:
+        """The partition as the batch knew it; None when it was closed, or opened again, since."""
+        queue = self._queues.get(partition)
+        return queue if queue is not None and queue.opening == batch.openings.get(partition) else None
+
+    def waits(self, delivery: Delivery) -> bool:
+        """Whether a message of its unit before it has failed, in an earlier part of the same batch for example."""
+        chain = self._chains.get(delivery.unit()) if self._chains else None
+        return chain is not None and chain[0] is not delivery
 
     def _queue_behind(self, delivery: Delivery) -> bool:
         chain = self._chains.get(delivery.unit())
         if chain is None:
             return False
         chain.append(delivery)
-        self._hold(delivery)
+        self._hold(self._queues[delivery.partition], delivery)
         return True
 
-    def _hold(self, delivery: Delivery) -> None:
-        queue = self._queues.get(delivery.partition)
-        if queue is not None and not delivery.parked:
+    def _hold(self, queue: _Queue, delivery: Delivery) -> None:
+        if not delivery.parked:
             delivery.parked = True
-            self._parked += 1
+            queue.parked += 1
             queue.open[delivery.record.offset] = queue.open.get(delivery.record.offset, 0) + 1
 
     def next_due(self) -> float | None:
@@ -237,13 +261,13 @@ class Lane:
             if delivery.parked != (delivery in staying):
                 counts = opened.get(delivery.partition)
                 if counts is None:
-                    queue = self._queues.get(delivery.partition)
+                    queue = self._queue_of(batch, delivery.partition)
                     counts = opened[delivery.partition] = dict(queue.open) if queue else {}
                 offset = delivery.record.offset
                 counts[offset] = counts.get(offset, 0) + (1 if delivery in staying else -1)
         found: list[Move] = []
         for partition in {*batch.ends, *opened}:
-            queue = self._queues.get(partition)
+            queue = self._queue_of(batch, partition)
             if queue is None:
                 continue
             counts = opened.get(partition, queue.open)
@@ -257,43 +281,50 @@ class Lane:
         """Record what a committed transaction has settled.
 
         parked: the deliveries that are not settled, with the time of their next attempt; those that only wait behind a
-        failed one of their unit are among them (their own time does not count).
+        failed one of their unit are among them (their own time does not count). Of partitions that were closed since
+        the batch was taken, nothing is recorded: their next owner reads their messages again.
         """
         failed: dict[Hashable, list[Delivery]] = {}
         for delivery in batch.deliveries:
+            queue = self._queue_of(batch, delivery.partition)
+            if queue is None:
+                continue
             if delivery in parked:
-                self._hold(delivery)
+                self._hold(queue, delivery)
                 failed.setdefault(delivery.unit(), []).append(delivery)
             elif delivery.parked:
-                self._release(delivery)
+                self._release(queue, delivery)
                 chain = self._chains.get(delivery.unit())
                 if chain is not None and chain[0] is delivery:
                     chain.popleft()
                     self._ready.extendleft(reversed(chain))
                     del self._chains[delivery.unit()], self._due[delivery.unit()]
         for unit, deliveries in failed.items():
-            if unit not in self._chains:  # else its head has failed once more and keeps its place
-                behind = [each for each in self._ready if each.unit() == unit]
+            chain = self._chains.get(unit)
+            if chain is None:
+                # The first failure of the unit: what was free to run after it waits again.
+                chain = deque(each for each in self._ready if each.unit() == unit)
                 self._ready = deque(each for each in self._ready if each.unit() != unit)
-                self._chains[unit] = deque([*deliveries, *behind])
-            self._due[unit] = parked[deliveries[0]]
+            # Parts of a batch are settled one by one, so these may come after, or between, those that wait already.
+            waiting = {*chain, *deliveries}
+            self._chains[unit] = chain = deque(sorted(waiting, key=lambda each: each.record.offset))
+            if chain[0] in parked:
+                self._due[unit] = parked[chain[0]]
         for partition, end in batch.ends.items():
-            queue = self._queues.get(partition)
+            queue = self._queue_of(batch, partition)
             if queue is not None:
                 queue.frontier = max(queue.frontier, end)
         for move in moves:
-            queue = self._queues.get(move.partition)
+            queue = self._queue_of(batch, move.partition)
             if queue is not None:
                 queue.position = move.next
 
-    def _release(self, delivery: Delivery) -> None:
+    def _release(self, queue: _Queue, delivery: Delivery) -> None:
         delivery.parked = False
-        self._parked -= 1
-        queue = self._queues.get(delivery.partition)
-        if queue is not None:
-            offset = delivery.record.offset
-            left = queue.open.get(offset, 0) - 1
-            if left > 0:
-                queue.open[offset] = left
-            else:
-                queue.open.pop(offset, None)
+        queue.parked -= 1
+        offset = delivery.record.offset
+        left = queue.open.get(offset, 0) - 1
+        if left > 0:
+            queue.open[offset] = left
+        else:
+            queue.open.pop(offset, None)

@@ -48,7 +48,7 @@ def batches(log: bytes) -> Iterator[tuple[BatchHeader, bytes]]:
             log, position
         )
         end = position + LOG_OVERHEAD_BYTES + length
-        if magic != 2 or end > len(log):
+        if magic != 2 or not position + HEADER_BYTES <= end <= len(log):
             return
         header = BatchHeader(
             base,

@@ -45,4 +45,4 @@ class Restarts:
         self._in_a_row = 1 if ran_seconds >= self.healthy_seconds else self._in_a_row + 1
         if self._in_a_row > self.in_a_row_max:
             return GiveUp(f"{self._in_a_row} ends in a row, each within {self.healthy_seconds:g} s of its start")
-        return RestartAfter(min(self.longest_seconds, self.first_seconds * 2.0 ** (self._in_a_row - 1)))
+        return RestartAfter(min(self.longest_seconds, self.first_seconds * 2.0 ** min(self._in_a_row - 1, 30)))

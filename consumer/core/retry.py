@@ -23,14 +23,17 @@ class Retry:
     on: tuple[type[BaseException], ...] = (Exception,)
 
     def __post_init__(self) -> None:
-        if isinstance(self.on, type):
-            object.__setattr__(self, "on", (self.on,))
+        kinds = (self.on,) if isinstance(self.on, type) else self.on
+        if not isinstance(kinds, tuple | list) or not all(
+            isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds
+        ):
+            raise ValueError(f"Retry(on={self.on!r}): a tuple of exception classes")
+        object.__setattr__(self, "on", tuple(kinds))
         if isinstance(self.attempts, bool) or not isinstance(self.attempts, int) or self.attempts < 1:
             raise ValueError(f"Retry(attempts={self.attempts!r}): a whole number of at least 1")
-        if not (0 <= self.base <= self.cap):
+        numbers = all(isinstance(each, int | float) for each in (self.base, self.cap))
+        if not numbers or not 0 <= self.base <= self.cap:
             raise ValueError(f"Retry(base={self.base!r}, cap={self.cap!r}): seconds, 0 <= base <= cap")
-        if not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in self.on):
-            raise ValueError("Retry(on=…): exception classes")
 
     def delay_seconds(self, error: BaseException, attempts: int, draw: float) -> float | None:
         """Seconds until the next attempt, or None when there is none.

@@ -15,13 +15,14 @@ _CHECKED_MAX = 4096
 
 _SKIP = re.compile(
     r"""
-      --[^\n]*                              # comment to the end of the line
+      --[^\n\r]*                            # comment to the end of the line
     | /\*                                   # block comment: nests, closed by hand below
-    | [eE]'(?:[^'\\]|''|\\.)*(?:'|\Z)       # escape string
+    | [eE]'(?:[^'\\]|''|\\.)*(?:'|\Z)       # escape string; goes on after a newline
+      (?:\s*[\n\r]\s*'(?:[^'\\]|''|\\.)*(?:'|\Z))*
     | '(?:[^']|'')*(?:'|\Z)                 # string
     | "(?:[^"]|"")*(?:"|\Z)                 # quoted name
-    | \$(?P<tag>[^\W\d]\w*)?\$              # dollar quote: closed by hand below
-    | [^\W\d][\w$]*                         # word
+    | \$(?:[A-Za-z_\x80-\U0010ffff][A-Za-z_0-9\x80-\U0010ffff]*)?\$   # dollar quote: closed by hand below
+    | [A-Za-z_\x80-\U0010ffff][A-Za-z_0-9$\x80-\U0010ffff]*          # word: any character beyond ASCII may be in one
     | ;
     """,
     re.VERBOSE | re.DOTALL,
@@ -46,9 +47,10 @@ def refuse_transaction_control(sql: str) -> None:
 
 
 def first_words(sql: str) -> list[tuple[str, ...]]:
-    """The first two words of each statement of `sql`, in lower case."""
+    """The first two words of each statement of `sql`, in lower case. The body of a function is no statement of it."""
     statements: list[tuple[str, ...]] = []
     words: tuple[str, ...] = ()
+    word, depth = "", 0  # the word before; how deep in `begin atomic … end`, where CASE has an END of its own
     position = 0
     while found := _SKIP.search(sql, position):
         token, position = found[0], found.end()
@@ -58,10 +60,17 @@ def first_words(sql: str) -> list[tuple[str, ...]]:
             end = sql.find(token, position)
             position = len(sql) if end < 0 else end + len(token)
         elif token == ";":
-            statements += [words] if words else []
-            words = ()
-        elif (token[0].isalpha() or token[0] == "_") and "'" not in token and len(words) < 2:
-            words += (token.lower(),)
+            if not depth:
+                statements += [words] if words else []
+                words = ()
+        elif token[0] not in "-'\"" and "'" not in token:
+            before, word = word, token.lower()
+            if depth:
+                depth += (word == "case") - (word == "end")
+            elif words[:1] == ("create",) and (before, word) == ("begin", "atomic"):
+                depth = 1
+            if len(words) < 2:
+                words += (word,)
     return statements + ([words] if words else [])
 
 
