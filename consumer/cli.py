@@ -82,7 +82,8 @@ def command(
             flags = {each: given.pop(each) for each in fields}
             try:
                 if "settings" in inspect.signature(function).parameters:
-                    given["settings"] = load(**flags)
+                    given["settings"] = own_settings = load(**flags)
+                    logs.configure(own_settings.log_level, own_settings.log_format)
                 result = function(**given)
                 if inspect.iscoroutine(result):
                     result = run_loop(result)
@@ -184,7 +185,6 @@ def run(
     Each worker is a member of the Kafka group named like the App. Check the configuration first with
     `consumer migrate --check` and `consumer status APP`.
     """
-    logs.configure(settings.log_level, settings.log_format)
     loaded = load_app(app)
     return _run(app, loaded, workers, settings)
 

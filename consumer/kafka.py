@@ -29,6 +29,7 @@ from aiokafka.errors import (
     AuthenticationFailedError,
     IllegalStateError,
     OffsetOutOfRangeError,
+    SaslAuthenticationFailed,
 )
 from aiokafka.errors import KafkaError as KafkaError
 from aiokafka.helpers import create_ssl_context
@@ -98,13 +99,16 @@ async def started(make: Callable[[], Any], settings: Settings, wait_seconds: flo
     deadline = asyncio.get_running_loop().time() + wait_seconds
     pause = 0.2
     while True:
-        client = make()
+        client = None
         try:
+            client = make()
             await client.start()
             return client
         except ValueError as error:
+            await _discard(client)
             raise Misconfigured(f"CONSUMER_KAFKA_BOOTSTRAP_SERVERS={servers}: {error}") from None
         except (KafkaError, OSError, AssertionError) as error:
+            await _discard(client)
             if await _refuses_credentials(settings):
                 raise Misconfigured(
                     f"Kafka at {servers} refused the SASL credentials: CONSUMER_KAFKA_SASL_USERNAME, _PASSWORD"
@@ -114,10 +118,15 @@ async def started(make: Callable[[], Any], settings: Settings, wait_seconds: flo
                 raise ServiceUnavailable(
                     f"Kafka at {servers} did not answer within {wait_seconds:g} s: {why}"
                 ) from None
-            with suppress(Exception):
-                await client.stop()
         await asyncio.sleep(pause)
         pause = min(2.0, pause * 2)
+
+
+async def _discard(client: Any) -> None:
+    """Stop what did not start: else the client complains of it when it is collected."""
+    if client is not None:
+        with suppress(Exception):
+            await (client.close() if isinstance(client, AIOKafkaAdminClient) else client.stop())
 
 
 async def _refuses_credentials(settings: Settings) -> bool:
@@ -129,7 +138,7 @@ async def _refuses_credentials(settings: Settings) -> bool:
     connection = AIOKafkaConnection(host, int(port), request_timeout_ms=5000, **options)
     try:
         await asyncio.wait_for(connection.connect(), 5)
-    except AuthenticationFailedError:
+    except (AuthenticationFailedError, SaslAuthenticationFailed):
         return True
     except (KafkaError, OSError, TimeoutError):
         return False

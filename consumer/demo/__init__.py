@@ -203,6 +203,7 @@ class Demo:
                 bars.update(settled, completed=done, description=_of(counts))
                 if self._victim == 0 and done > total * 0.4:
                     self._armed = True
+            await producer  # it may still be counting what all others have dealt with
         finally:
             producer.cancel()
             await asyncio.gather(producer, return_exceptions=True)

@@ -1,0 +1,151 @@
+"""ARCHITECTURE.md is true: the tree is the disk's, and every import follows the table."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import consumer
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "consumer"
+
+# From the bottom up: a module imports from its own line's left and from the lines above it, from nothing else.
+LAYERS = [
+    "core",
+    "logs",
+    "settings",
+    "schema",
+    "embedded",
+    "tx",
+    "kafka",
+    "ledger",
+    "precheck",
+    "app",
+    "once",
+    "report",
+    "loading",
+    "worker",
+    "process",
+    "supervisor",
+    "demo",
+    "cli",
+    "__main__",
+]
+
+# Libraries and who may import them. Those of the standard library are free, outside the core.
+LIBRARIES = {
+    "aiokafka": {"kafka"},
+    "asyncpg": {"ledger"},
+    "redis": {"precheck"},
+    "msgspec": {"core", "demo"},
+    "pydantic": {"core", "settings", "cli"},
+    "pydantic_settings": {"settings"},
+    "typer": {"cli"},
+    "rich": {"cli", "demo"},
+    "uvloop": {"process"},
+}
+IMPURE = {
+    "asyncio",
+    "datetime",
+    "os",
+    "random",
+    "secrets",
+    "socket",
+    "subprocess",
+    "threading",
+    "time",
+    "logging",
+    "io",
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules that a file imports, with the names taken from `consumer` as modules of it."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        match node:
+            case ast.Import(names):
+                yield from (each.name for each in names)
+            case ast.ImportFrom(module, names, 0) if module == "consumer":
+                yield from (f"consumer.{each.name}" for each in names)
+            case ast.ImportFrom(module, _, 0):
+                assert module is not None
+                yield module
+            case ast.ImportFrom():
+                pytest.fail(f"{path}: a relative import")
+
+
+def part_of(path: Path) -> str:
+    """The line of LAYERS that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = [each for each in sorted(PACKAGE.rglob("*.py")) if each != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_import_follows_the_table(path: Path) -> None:
+    part = part_of(path)
+    assert part in LAYERS, "a new module: give it its place in LAYERS"
+    below = LAYERS[: LAYERS.index(part) + 1]
+    for module in imports(path):
+        top, _, rest = module.partition(".")
+        if top == "consumer":
+            if path.name == "application.py":  # an application's imports: what `consumer` itself offers
+                assert rest in consumer.__all__, f"{path} imports {module}"
+            else:
+                assert rest.split(".")[0] in below, f"{path} imports {module}, which stands above it"
+        elif top not in sys.stdlib_module_names:
+            assert part in LIBRARIES.get(top, ()), f"{path} imports {top}"
+        elif part == "core":
+            assert top not in IMPURE, f"{path}: the core knows no {top}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "handlers").glob("*.py")), ids=lambda path: path.name)
+def test_applications_import_from_consumer_alone(path: Path) -> None:
+    for module in imports(path):
+        top, _, rest = module.partition(".")
+        if top == "consumer":
+            assert rest in consumer.__all__, f"{path} imports {module}"
+        else:
+            assert top in {"handlers", "msgspec"} or top in sys.stdlib_module_names
+
+
+def test_the_tree_is_the_disks() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    block = re.search(r"```tree\n(.*?)```", text, re.DOTALL)
+    assert block
+    told = [line.split()[0] for line in block[1].splitlines() if line.strip()]
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    on_disk = {each for each in listed.stdout.split() if (ROOT / each).exists()}
+    covered: set[str] = set()
+    for name in told:
+        found = {each for each in on_disk if each.startswith(name)} if name.endswith("/") else {name} & on_disk
+        assert found, f"ARCHITECTURE.md names {name}, which is not there"
+        covered |= found
+    assert sorted(on_disk - covered) == []
+    assert len(told) == len(set(told))
+
+
+def test_every_module_opens_with_its_promise() -> None:
+    for path in FILES:
+        assert (path.name == "__init__.py" and not path.read_text()) or ast.get_docstring(
+            ast.parse(path.read_text("utf-8"))
+        ), path
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for name in consumer.__all__:
+        assert getattr(consumer, name).__doc__, name

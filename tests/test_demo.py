@@ -1,0 +1,100 @@
+"""`consumer demo`, small: its numbers agree, a wrong balance shows, and nothing of it is left, also after Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from consumer.demo import DUPLICATES_PERCENT, Findings, plan
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that PostgreSQL's own user can reach, as those of pytest are not."""
+    with TemporaryDirectory(dir="/tmp") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        yield directory
+
+
+def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "consumer", "demo", *arguments],
+        env={**os.environ, "TMPDIR": str(directory), "CONSUMER_POSTGRES_DSN": "postgresql://not.this.one/x"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def left_behind(directory: Path) -> list[str]:
+    """Directories of its servers, and processes that work in them."""
+    found = [each.name for each in directory.iterdir()]
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(directory) in process.read_text():
+                found.append(process.read_text())
+        except OSError:
+            continue
+    return found
+
+
+def test_its_numbers_agree_and_it_removes_what_it_started(place: Path) -> None:
+    process = start(place, "--payments", "3000", "--json")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    found = json.loads(output)
+    assert found["produced"] == 3000
+    assert found["distinct"] == found["applied"] == found["payments_stored"] == 2700
+    stopped = [found[f"duplicates_by_{each}"] for each in ("batch", "precheck", "ledger")]
+    assert sum(stopped) == 300
+    assert found["balance_sum"] == found["balance_sum_expected"] > 0
+    assert found["agree"] is True
+    assert "SIGKILL" in errors
+    assert left_behind(place) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ended_early_it_leaves_nothing(place: Path, number: signal.Signals) -> None:
+    process = start(place)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "producing" in line:
+            break
+    assert left_behind(place) != []
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in errors
+    deadline = time.monotonic() + 10
+    while left := left_behind(place):
+        assert time.monotonic() < deadline, left
+
+
+def test_a_wrong_number_is_not_called_agreement() -> None:
+    good = Findings(produced=10, distinct=9, applied=9, payments_stored=9, duplicates_by_ledger=1)
+    assert good.agree
+    for name in ("produced", "applied", "payments_stored", "dead_lettered", "balance_sum", "accounts_wrong"):
+        setattr(good, name, getattr(good, name) + 1)
+        assert not good.agree, name
+        setattr(good, name, getattr(good, name) - 1)
+
+
+def test_the_plan_holds_the_duplicates_it_promises() -> None:
+    planned = plan(1000, random.Random(1))
+    assert len(planned) == 1000
+    repeated = Counter(each.payment_id for each in planned)
+    assert len(repeated) == 1000 - 1000 * DUPLICATES_PERCENT // 100
+    assert set(repeated.values()) == {1, 2}
+    assert any(each.elsewhere for each in planned)
