@@ -7,7 +7,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from harness import ROOT, Sent, consume_all, counts, letters, migrated, new_topic, produce, query, settings_for, value
+from harness import (
+    ROOT,
+    Place,
+    Sent,
+    consume_all,
+    counts,
+    letters,
+    migrated,
+    new_topic,
+    produce,
+    query,
+    settings_for,
+    value,
+)
 from services import Kafka
 
 from consumer import App
@@ -19,6 +32,21 @@ def renamed(monkeypatch: pytest.MonkeyPatch) -> Iterator[App]:
     """The app as a group of its own, since its topics have fixed names and Kafka is shared by all tests."""
     monkeypatch.setattr(app, "name", f"billing-{uuid.uuid4().hex[:8]}")
     yield app
+
+
+async def test_the_readmes_first_handler_works_as_it_stands(place: Place) -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    code = text.split("```python\n", 1)[1].split("```", 1)[0]
+    topic = await place.topic()
+    module: dict[str, Any] = {"__name__": "shop"}
+    exec(code.replace('"payments"', repr(topic)), module)  # a topic of this test's own
+    await query(place.dsn, "create table payments (payment_id uuid, account int, amount int)")
+    await query(place.dsn, "alter table accounts rename column id to account")
+    _, sent = payment(7, 1000)
+    await place.send(topic, sent, sent)
+    await consume_all(module["app"], place.settings())
+    assert await query(place.dsn, "select account, amount from payments") == [(7, 1000)]
+    assert await value(place.dsn, "select balance from accounts where account = 7") == 1000
 
 
 def payment(account: int, amount: int) -> tuple[str, Sent]:
