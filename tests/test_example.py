@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,27 +25,31 @@ from harness import (
 from services import Kafka
 
 from consumer import App
-from handlers import app
+from consumer.loading import load_app
+from handlers import app as billing
 
 
 @pytest.fixture
 def renamed(monkeypatch: pytest.MonkeyPatch) -> Iterator[App]:
     """The app as a group of its own, since its topics have fixed names and Kafka is shared by all tests."""
-    monkeypatch.setattr(app, "name", f"billing-{uuid.uuid4().hex[:8]}")
-    yield app
+    monkeypatch.setattr(billing, "name", f"billing-{uuid.uuid4().hex[:8]}")
+    yield billing
 
 
-async def test_the_readmes_first_handler_works_as_it_stands(place: Place) -> None:
+async def test_the_readmes_first_handler_works_as_it_stands(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     code = text.split("```python\n", 1)[1].split("```", 1)[0]
     topic = await place.topic()
-    module: dict[str, Any] = {"__name__": "shop"}
-    exec(code.replace('"payments"', repr(topic)), module)  # a topic of this test's own
+    (tmp_path / "readme_shop.py").write_text(code.replace('"payments"', repr(topic)))  # a topic of this test's own
+    monkeypatch.chdir(tmp_path)
+    app = load_app("readme_shop:app")
     await query(place.dsn, "create table payments (payment_id uuid, account int, amount int)")
     await query(place.dsn, "alter table accounts rename column id to account")
     _, sent = payment(7, 1000)
     await place.send(topic, sent, sent)
-    await consume_all(module["app"], place.settings())
+    await consume_all(app, place.settings())
     assert await query(place.dsn, "select account, amount from payments") == [(7, 1000)]
     assert await value(place.dsn, "select balance from accounts where account = 7") == 1000
 
