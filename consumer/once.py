@@ -370,6 +370,8 @@ class _Run:
                 raise HandlerCancelled(f"the handler called sys.exit({error.code!r})") from error
             finally:
                 tx.close()
+            if isinstance(tx.error, asyncio.CancelledError):
+                raise HandlerCancelled("a statement was cancelled, by a timeout perhaps") from tx.error
             if tx.error is not None:
                 raise tx.error  # swallowed by the handler: PostgreSQL would store nothing of it
             if not self.session.connection.is_in_transaction():

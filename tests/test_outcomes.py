@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import uuid
@@ -425,6 +426,63 @@ async def test_a_handler_cancelled_from_within_is_a_failed_attempt(place: Place)
     await consume_all(app, place.settings())
     assert [row[0] for row in await place.effects()] == ["a", "c"]
     assert await place.reasons() == ["failed"]
+
+
+@pytest.mark.parametrize("neighbours", [0, 5])
+async def test_a_statement_cancelled_in_the_middle_never_marks_its_message_without_its_effect(
+    place: Place, neighbours: int
+) -> None:
+    """The handler's own timeout cancels its statement, and the handler goes on as if nothing had been."""
+    topic = await place.topic()
+    app = App(f"app-{uuid.uuid4().hex[:8]}")
+    slow = {"slow"}
+
+    @app.handler(topic, retry=QUICK)
+    async def settle(payment: Payment, tx: Tx) -> None:
+        tx.defer(INSERT, payment.id, payment.account, payment.amount)
+        if payment.id in slow:
+            slow.clear()  # the next attempt is quick
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await tx.execute("select pg_sleep(30)")
+
+    await place.send(topic, payment("slow"), *[payment(f"p{n}", n) for n in range(neighbours)])
+    await consume_all(app, place.settings())
+    names = sorted(["slow", *(f"p{n}" for n in range(neighbours))])
+    assert [row[0] for row in await place.effects()] == names
+    assert (await counts(app, place.dsn))["settle"]["applied"] == len(names)
+
+
+async def test_buffers_are_bounded_in_messages_and_in_bytes(place: Place) -> None:
+    """A handler that waits: what is fetched stays below the limits and one fetch, however much there is."""
+    topic = await place.topic()
+    app = App(f"app-{uuid.uuid4().hex[:8]}")
+    gate, called = asyncio.Event(), asyncio.Event()
+
+    @app.handler(topic)
+    async def settle(value: bytes) -> None:
+        called.set()
+        await gate.wait()
+
+    size = 20_000
+    await place.send(topic, *[Sent(bytes(size), id=str(n)) for n in range(600)])  # 12 MB
+    settings = place.settings(
+        buffer_bytes_max=1_000_000, batch_bytes_max=100_000, kafka_partition_fetch_bytes_max=200_000
+    )
+    async with working(app, settings) as worker:
+        await called.wait()
+        highest = 0
+
+        async def still() -> bool:  # the feeder waits for room
+            nonlocal highest
+            highest = max(highest, worker._buffered()[1])
+            return highest >= settings.buffer_bytes_max and not worker._room.is_set()
+
+        await until("the buffers to be full", still)
+        assert highest <= settings.buffer_bytes_max + 2 * settings.kafka_partition_fetch_bytes_max
+        gate.set()
+        await drained(app, settings)
+    assert (await counts(app, place.dsn))["settle"]["applied"] == 600
 
 
 async def test_a_transaction_kept_beyond_its_handler_refuses_to_write(place: Place) -> None:

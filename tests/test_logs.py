@@ -1,0 +1,98 @@
+"""Logs are structured, and hold nothing that a message, an id or a secret consists of, whatever goes wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from harness import Place, Sent, consume_all, letters
+from services import Kafka
+
+from consumer import App, Message, Retry, Tx, logs
+
+CANARY = "canary7f3a"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """The root logger as pytest had it."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = before[0], before[1]
+
+
+def test_json_off_a_terminal_and_text_on_one(restored: None) -> None:
+    plain, terminal = io.StringIO(), Terminal()
+    logs.configure("info", "auto", plain)
+    logs.event(logging.WARNING, "it happened", topic="a\nb\x1b[31m", count=3)
+    line = json.loads(plain.getvalue())
+    assert (line["event"], line["level"], line["count"]) == ("it happened", "warning", 3)
+    logs.configure("info", "auto", terminal)
+    logs.event(logging.WARNING, "it happened", topic="a\nb\x1b[31m", count=3)
+    logs.event(logging.DEBUG, "not this", count=1)
+    text = terminal.getvalue()
+    assert "it happened" in text and "count=3" in text and "not this" not in text
+    assert text.count("\n") == 1 and "\x1b" not in text  # a name cannot forge a line or drive the terminal
+
+
+async def test_no_payload_id_key_or_secret_is_logged(place: Place, kafka: Kafka, restored: None) -> None:
+    """Everything that can go wrong with a message goes wrong, at the level of most words."""
+    stream = io.StringIO()
+    logs.configure("debug", "json", stream)
+    topic = await place.topic()
+    app = App(f"logs-{uuid.uuid4().hex[:8]}")
+
+    @app.handler(topic, retry=Retry(attempts=2, base=0.01, cap=0.01))
+    async def settle(message: Message[dict[str, Any]], tx: Tx) -> None:
+        match message.value.get("do"):
+            case "raise":
+                raise ValueError(message.value["text"])
+            case "sql":
+                await tx.execute("select $1::text::int", message.value["text"])
+            case "defer":
+                tx.defer("insert into accounts (id) values ($1::text::int)", message.value["text"])
+            case "wrong":
+                tx.defer("insert into accounts (id) values ($1)", message.value["text"])
+            case "misuse":
+                await tx.execute(f"commit -- {CANARY}")
+            case "syntax":
+                await tx.execute(f"select {CANARY}")
+
+    @app.handler(topic, name="typed", message_id=f"header:{CANARY}")
+    async def typed(value: list[int], tx: Tx) -> None: ...
+
+    @app.handler(topic, name="by_function", message_id=lambda value: {}[CANARY])
+    async def by_function(value: dict[str, Any]) -> None: ...
+
+    @app.handler(topic, name="opted_out", idempotent=False, retry=Retry(attempts=1))
+    async def opted_out(value: dict[str, Any]) -> None:
+        raise RuntimeError(CANARY)
+
+    doings = ["raise", "sql", "defer", "wrong", "misuse", "syntax", "nothing"]
+    sent = [
+        Sent({"do": each, "text": CANARY}, id=f"{CANARY}-{each}", key=CANARY, headers=[(CANARY, CANARY.encode())])
+        for each in doings
+    ]
+    await place.send(
+        topic, *sent, sent[0], Sent(f'"{CANARY}'.encode(), id=CANARY), Sent({"text": CANARY}, id=f"{CANARY}-raise")
+    )
+    password = place.dsn.split("demo:")[1].split("@")[0]
+    await consume_all(app, place.settings())
+    assert len(await letters(place.dsn)) > 20
+    found = stream.getvalue()
+    for line in found.splitlines():
+        json.loads(line)
+    assert "dead letter" in found and "tried again" in found
+    assert CANARY not in found
+    assert password not in found
