@@ -399,6 +399,7 @@ class Worker:
             self._source.hold(partition)
         self._holding = False
         self._to_open.set()
+        self._report({"member": self._source.member_id})  # at once: killed before the next beat, it is still taken out
 
     async def _on_revoked(self, revoked: set[Partition]) -> None:
         """Finish what is in flight; forget the rest, which the next owner reads again."""
