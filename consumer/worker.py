@@ -583,7 +583,9 @@ class Worker:
         while True:
             before = time.monotonic()
             self._report({"member": self._source.member_id, "batches": self._settled})
-            await asyncio.sleep(_BEAT_SECONDS)
-            lag = time.monotonic() - before - _BEAT_SECONDS
+            # Not in the group yet: tell the member id as soon as there is one, or nobody could take us out.
+            pause = _BEAT_SECONDS if self._source.member_id else _BEAT_SECONDS / 10
+            await asyncio.sleep(pause)
+            lag = time.monotonic() - before - pause
             if lag > _LOOP_LAG_SECONDS:
                 event(logging.WARNING, "the event loop was blocked: a handler does not await", seconds=round(lag, 1))

@@ -55,8 +55,8 @@ class Service:
     async def settled(self, seconds: float = 60) -> None:
         await drained(self.app, self.settings, seconds)
 
-    async def opened(self, command: Command, partitions: int, seconds: float = 30) -> None:
-        """Wait until the workers of a command have partitions, together so many."""
+    async def opened(self, command: Command, partitions: int, workers: int = 1) -> None:
+        """Wait until so many workers of a command have partitions, together so many."""
 
         async def all_open() -> bool:
             newest: dict[int, int] = {}
@@ -65,9 +65,9 @@ class Service:
                     newest[each["pid"]] = each["count"]
                 elif each["event"] == "partitions revoked":
                     newest.pop(each["pid"], None)
-            return sum(newest.values()) >= partitions
+            return len(newest) >= workers and sum(newest.values()) >= partitions
 
-        await until(f"{partitions} partitions to be opened", all_open, seconds)
+        await until(f"{partitions} partitions to be opened", all_open)
 
     async def stop(self, command: Command, code: int = 0) -> None:
         command.process.send_signal(signal.SIGTERM)
@@ -105,7 +105,7 @@ async def test_thirty_thousand_messages_with_a_worker_killed_and_one_added(place
     # A repetition may come before what it repeats: nobody can tell them apart.
 
     async with service.run(3) as command:
-        await service.opened(command, 8)
+        await service.opened(command, 8, workers=3)
         half = len(stream) // 2
         await place.send(topic, *stream[: half // 2])
         sending = asyncio.create_task(place.send(topic, *stream[half // 2 : half]))
@@ -144,7 +144,7 @@ async def test_a_killed_workers_partitions_move_at_once(place: Place, tmp_path: 
     topic = await place.topic(4)
     service = Service(place, topic, tmp_path, kafka_session_timeout_seconds=120, restarts_max=3)
     async with service.run(2) as command:
-        await service.opened(command, 4)
+        await service.opened(command, 4, workers=2)
         victim = command.worker_pids()[0]
         os.kill(victim, signal.SIGKILL)
         await place.send(topic, *[message(f"m{n}", n, partition=n % 4) for n in range(40)])
@@ -167,7 +167,7 @@ async def test_sigterm_drains_and_leaves_the_group(place: Place, tmp_path: Path)
     topic = await place.topic(2)
     service = Service(place, topic, tmp_path, batch_messages_max=4, kafka_session_timeout_seconds=120)
     async with service.run(2) as command:
-        await service.opened(command, 2)
+        await service.opened(command, 2, workers=2)
         await place.send(topic, *[message(f"m{n}", SLOW, partition=n % 2) for n in range(40)])
 
         async def some() -> bool:
@@ -188,7 +188,7 @@ async def test_sigterm_drains_and_leaves_the_group(place: Place, tmp_path: Path)
 
 async def hanging(service: Service, command: Command) -> None:
     """A worker with a message in hand that never ends."""
-    await service.opened(command, 1)
+    await service.opened(command, 1, workers=2)
     await service.place.send(service.topic, message("m", HANGS))
 
     open_transactions = """select count(*) from pg_stat_activity
@@ -232,7 +232,7 @@ async def test_when_restarts_do_not_help_the_others_are_ended_and_the_exit_code_
     topic = await place.topic(2)
     service = Service(place, topic, tmp_path, restarts_max=1)
     async with service.run(2) as command:
-        await service.opened(command, 2)
+        await service.opened(command, 2, workers=2)
         await place.send(topic, message("good", 1, partition=0), message("bad", DIES, partition=1))
         assert await command.wait(60) == 1
         events = [each["event"] for each in command.events()]
@@ -261,7 +261,7 @@ async def test_a_worker_whose_event_loop_is_blocked_is_ended(place: Place, tmp_p
 async def test_workers_whose_parent_was_killed_drain_and_end(place: Place, tmp_path: Path) -> None:
     service = Service(place, await place.topic(2), tmp_path)
     async with service.run(2) as command:
-        await service.opened(command, 2)
+        await service.opened(command, 2, workers=2)
         pids = list(command.worker_pids().values())
         command.process.kill()
 
