@@ -8,8 +8,8 @@ ROLLBACK (measured with asyncpg 0.32: no error, nothing stored).
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -23,6 +23,7 @@ from consumer.core.outcome import Dead
 from consumer.core.sqlstate import Meaning, meaning
 from consumer.settings import Settings
 
+_BATCH_SECONDS_MAX = 5.0
 SCHEMA_VERSION = 1  # the migration this code needs; migrations/ holds them
 
 _CLAIM = """
@@ -100,6 +101,8 @@ class Standing(NamedTuple):
 
 def meaning_of(error: BaseException) -> Meaning:
     """What an error from a statement means. Errors that are not the database's count as the message's."""
+    if isinstance(error, asyncpg.InvalidCachedStatementError):
+        return Meaning.CONFLICT  # a table was altered meanwhile: prepared anew, the statement works
     if isinstance(error, asyncpg.PostgresError):
         if getattr(error, "constraint_name", None) == "ledger_claim":
             return Meaning.CONFLICT  # a concurrent REINDEX may let a conflict through as an error
@@ -153,17 +156,31 @@ def _session_settings(settings: Settings) -> dict[str, str]:
     }
 
 
+@contextmanager
+def _sorted_errors(settings: Settings) -> Iterator[None]:
+    """Errors of our own statements at start: Outage, to wait for, or Misconfigured, where rights or schema do not fit."""
+    try:
+        yield
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+        if meaning_of(error) is Meaning.DEPLOYMENT:
+            raise Misconfigured(f"{where(settings.dsn)}: {error}") from None
+        raise Outage(f"{where(settings.dsn)}: {str(error) or type(error).__name__}") from error
+
+
 class Session:
     """One worker connection. Every method but `close` raises Outage when the connection is lost."""
 
     def __init__(self, connection: asyncpg.Connection[Any], settings: Settings, epoch: str) -> None:
         self.connection = connection
+        self._settings = settings
         self.epoch = epoch
         limits = _session_settings(settings) if settings.postgres_pooler else {}
         # Behind a pooler the session is not ours: limits travel with each transaction, and nothing outlives it.
         local = "".join(
             f"; set local {name} = '{value}'" for name, value in limits.items() if not name.startswith(("tcp", "app"))
         )
+        # Slow handlers leave the connection idle: commit what is done well before the server ends the transaction.
+        self.batch_seconds_max = min(_BATCH_SECONDS_MAX, settings.postgres_idle_in_transaction_timeout_seconds / 3)
         self._begin = f"begin isolation level read committed{local}"
 
     @classmethod
@@ -172,7 +189,8 @@ class Session:
         connection = await connect(settings)
         try:
             _detect_dead_peers(connection)
-            epoch = await describe(connection, settings)
+            with _sorted_errors(settings):
+                epoch = await describe(connection, settings)
         except BaseException:
             connection.terminate()
             raise
@@ -203,7 +221,7 @@ class Session:
         try:
             tag = await self.connection.execute("commit")
         except BaseException as error:
-            if isinstance(error, asyncpg.PostgresError) and meaning_of(error) in (Meaning.MESSAGE, Meaning.CONFLICT):
+            if isinstance(error, asyncpg.PostgresError) and meaning_of(error) is not Meaning.OUTAGE:
                 raise
             self.connection.terminate()
             if isinstance(error, Exception):
@@ -282,7 +300,13 @@ class Session:
     async def numbers(
         self, app: str, handlers: Iterable[str], topics: Iterable[str]
     ) -> tuple[dict[str, int], dict[str, int]]:
-        """The numbers of handlers and topics, given on first sight."""
+        """The numbers of handlers and topics, given on first sight. Raises Outage or Misconfigured."""
+        with _sorted_errors(self._settings):
+            return await self._numbers(app, handlers, topics)
+
+    async def _numbers(
+        self, app: str, handlers: Iterable[str], topics: Iterable[str]
+    ) -> tuple[dict[str, int], dict[str, int]]:
         # Only what is missing is inserted: an upsert would burn a number of a small range at every start.
         await self.connection.execute(
             """insert into consumer.handlers (app, name) select $1, n from unnest($2::text[]) n

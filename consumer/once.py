@@ -8,7 +8,9 @@ its claims tell.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,11 +33,12 @@ from consumer.core.message import Message, RawRecord
 from consumer.core.outcome import DUPLICATE, SKIPPED, Applied, Cause, Dead, Duplicate, Outcome, Parked, Reason, Skipped
 from consumer.core.sqlstate import Meaning
 from consumer.ledger import Conflict, Fenced, Outage, Session, meaning_of
-from consumer.tx import Scope, Tx
+from consumer.tx import Scope, Tx, savepoint_name
 
 SAVEPOINTS_MAX = 64  # more subtransactions than this in one transaction slow the whole server down
 
 BEHIND = Parked(0.0, "waits behind a failed message of its key")
+LEFT = Parked(0.0, "left for the next batch: this one has taken long enough")
 
 Step = Callable[[str], None]
 
@@ -44,8 +47,8 @@ class Isolate(Exception):
     """The transaction is lost to a message's fault, and it is not known, or not repairable, which: run in smaller parts."""
 
 
-class HandlerCancelled(Exception):
-    """The handler was cancelled from within."""
+class HandlerEnded(Exception):
+    """The handler ended itself by something that is no Exception: a cancellation, sys.exit, a panic."""
 
 
 @dataclass(slots=True)
@@ -135,12 +138,20 @@ def verdict(delivery: Delivery, error: BaseException, draw: Callable[[], float])
     """What a failed attempt means for its message, and how many attempts it has now had."""
     attempts = delivery.attempts + 1
     if isinstance(error, Reject):
-        return Dead(Reason.REJECTED, str(error)), attempts
+        return Dead(Reason.REJECTED, text_of(error)), attempts
     if isinstance(error, Unreadable):
-        return Dead(Reason(error.reason), str(error)), delivery.attempts
-    text = f"{type(error).__name__}: {error}"
+        return Dead(Reason(error.reason), text_of(error)), delivery.attempts
+    text = f"{type(error).__name__}: {text_of(error)}"
     delay = delivery.handler.retry.delay_seconds(error, attempts, draw())
     return (Dead(Reason.FAILED, text) if delay is None else Parked(delay, text)), attempts
+
+
+def text_of(error: BaseException) -> str:
+    """The text of an exception, also of one that has none to give. PostgreSQL's text knows no NUL."""
+    try:
+        return str(error).replace("\0", "?").encode("utf-8", "replace").decode()
+    except Exception:
+        return "(an exception whose text cannot be told)"
 
 
 def identify(deliveries: Iterable[Delivery]) -> set[str]:
@@ -209,6 +220,13 @@ def decoded(delivery: Delivery) -> Any:
             except Exception as error:  # whatever a type's own code raises: these bytes are not of that type
                 raise Unreadable(Reason.UNREADABLE, explain(error)) from error
     return delivery.value
+
+
+def handed_over(delivery: Delivery) -> Any:
+    """The value for one call of the handler, which may change it: another call gets one that is decoded anew."""
+    value = decoded(delivery)
+    delivery.value = UNDECODED
+    return value
 
 
 def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> list[Delivery]:
@@ -298,6 +316,8 @@ class _Run:
         self.careful = careful
         self.draw = draw
         self.blocked: set[Hashable] = set()  # units whose message failed: later ones wait behind it
+        self.started = False
+        self.until = time.monotonic() + session.batch_seconds_max
 
     async def handlers(self, fresh: Sequence[Delivery]) -> None:
         """Run every fresh message, each handler's in the order of its units."""
@@ -309,7 +329,12 @@ class _Run:
             if handler.batch is not None:
                 readable = [each for each in deliveries if self._readable(each)]
                 for start in range(0, len(readable), handler.batch):
-                    await self._call_batch(handler, readable[start : start + handler.batch])
+                    chunk = readable[start : start + handler.batch]
+                    if self._is_late():
+                        for delivery in chunk:
+                            self._leave(delivery)
+                    else:
+                        await self._call_batch(handler, chunk)
             elif handler.concurrency > 1 and not self.careful:
                 await in_chains(deliveries, handler.concurrency, self._one)
             else:
@@ -318,15 +343,32 @@ class _Run:
 
     async def _one(self, delivery: Delivery) -> None:
         handler = delivery.handler
+        if self._is_late():
+            self._leave(delivery)
+            return
         if self.blocked and delivery.unit() in self.blocked:
             _wait_behind(delivery, self.done)
             return
         tx = Tx(self.scope, delivery)
         try:
-            value = decoded(delivery)
-            await self._call(handler, _message(delivery) if handler.wants_message else value, tx)
+            await self._call(handler, _argument(delivery), tx)
         except Exception as error:
             await self._failed(delivery, tx, error)
+
+    def _is_late(self) -> bool:
+        """Whether to leave the rest for the next batch, since this one has taken its time. Never before its first call.
+
+        Slow handlers keep the transaction open and the connection idle: what is done must be committed before
+        PostgreSQL ends both, or the same batch would run again for ever.
+        """
+        if not self.started or time.monotonic() < self.until:
+            self.started = True
+            return False
+        return True
+
+    def _leave(self, delivery: Delivery) -> None:
+        self.done.outcomes[delivery] = LEFT
+        self.done.parked[delivery] = 0.0
 
     async def _call_batch(self, handler: Handler, deliveries: list[Delivery]) -> None:
         """One call for many messages. One that fails is called again with halves, down to the message at fault."""
@@ -338,9 +380,8 @@ class _Run:
         if not deliveries:
             return
         tx = Tx(self.scope, _Chunk(handler))
-        values = [_message(each) if handler.wants_message else each.value for each in deliveries]
         try:
-            await self._call(handler, values, tx)
+            await self._call(handler, [_argument(each) for each in deliveries], tx)
         except Exception as error:
             if len(deliveries) == 1:
                 await self._failed(deliveries[0], tx, error)
@@ -352,26 +393,19 @@ class _Run:
 
     async def _call(self, handler: Handler, argument: Any, tx: Tx) -> None:
         """Call the handler, and raise if what it did cannot be stored, whether or not it says so."""
-        assert handler.call is not None
         name = None
         if self.careful:
             await self.scope.flush()
-            name = self.scope.savepoint_name()
+            name = savepoint_name()
             await self.session.connection.execute(f"savepoint {name}")
         try:
             try:
-                await handler.call(argument, argument, tx)
-            except asyncio.CancelledError as error:
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    raise  # we are being stopped
-                raise HandlerCancelled("the handler was cancelled from within") from error
-            except SystemExit as error:
-                raise HandlerCancelled(f"the handler called sys.exit({error.code!r})") from error
-            finally:
-                tx.close()
-            if isinstance(tx.error, asyncio.CancelledError):
-                raise HandlerCancelled("a statement was cancelled, by a timeout perhaps") from tx.error
+                await _called(handler, argument, tx)
+            except BaseException:
+                with suppress(TransactionMisuse):
+                    await tx.end()
+                raise
+            await tx.end()
             if tx.error is not None:
                 raise tx.error  # swallowed by the handler: PostgreSQL would store nothing of it
             if not self.session.connection.is_in_transaction():
@@ -446,6 +480,10 @@ async def in_chains(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _argument(delivery: Delivery) -> Any:
+    return _message(delivery) if delivery.handler.wants_message else handed_over(delivery)
+
+
 def _message(delivery: Delivery) -> Message[Any]:
     record = delivery.record
     return Message(
@@ -456,7 +494,7 @@ def _message(delivery: Delivery) -> Message[Any]:
         key=record.key,
         headers=tuple(record.headers),
         timestamp=record.timestamp,
-        value=decoded(delivery),
+        value=handed_over(delivery),
     )
 
 
@@ -506,7 +544,23 @@ async def _observe(handler: Handler, deliveries: Sequence[Delivery]) -> None:
     for delivery in deliveries:
         if isinstance(delivery.record, RawRecord) and delivery.record.fault:
             raise Unreadable(Reason.BAD_HEADER, delivery.record.fault)
-    values = [_message(each) if handler.wants_message else decoded(each) for each in deliveries]
-    argument = values if handler.batch is not None else values[0]
+    values = [_argument(each) for each in deliveries]
+    await _called(handler, values if handler.batch is not None else values[0], None)
+
+
+async def _called(handler: Handler, argument: Any, tx: Tx | None) -> None:
+    """Call a handler. Whatever it raises comes as an Exception, but for the order to this task to stop."""
     assert handler.call is not None
-    await handler.call(argument, argument, None)
+    try:
+        await handler.call(argument, argument, tx)
+    except (Exception, KeyboardInterrupt):
+        raise
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise  # we are being stopped
+        raise HandlerEnded("the handler was cancelled from within") from error
+    except SystemExit as error:
+        raise HandlerEnded(f"the handler called sys.exit({error.code!r})") from error
+    except BaseException as error:  # a panic of an extension, for example
+        raise HandlerEnded(text_of(error)) from error

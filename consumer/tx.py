@@ -7,16 +7,21 @@ the claim of its message, or not at all.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+import itertools
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
 from consumer.core.errors import TransactionMisuse
-from consumer.core.grouping import group
+from consumer.core.grouping import Write, group
 from consumer.core.sqltext import refuse_transaction_control
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
+
+
+_CANCELLED_SECONDS = 5.0
 
 
 class Ordered(Protocol):
@@ -25,29 +30,51 @@ class Ordered(Protocol):
     def unit(self) -> Hashable: ...
 
 
+class _Level:
+    """The transaction, or a savepoint of one message in it: what is written inside may be undone without the rest.
+
+    lock: one statement at a time, and a savepoint inside is one long statement. writes: deferred inside a savepoint.
+    """
+
+    __slots__ = ("lock", "open", "parent", "tx", "writes")
+
+    def __init__(self, tx: Tx | None = None, parent: _Level | None = None) -> None:
+        self.tx = tx
+        self.parent = parent
+        self.lock = asyncio.Lock()
+        self.open = True
+        self.writes: list[tuple[str, Sequence[Any]]] = []
+
+
+# The savepoint that a task is inside of. Tasks started in it are inside too; their siblings are not.
+_inside: ContextVar[_Level | None] = ContextVar("consumer_savepoint", default=None)
+
+_savepoint_numbers = itertools.count(1)  # never one name twice: a task left behind must not meet another's savepoint
+
+
+def savepoint_name() -> str:
+    """A name that no savepoint of this process has had."""
+    return f"consumer_{next(_savepoint_numbers)}"
+
+
 class Scope:
     """What the messages of one batch share: the connection, and the writes deferred so far in order of their messages."""
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
-        self.lock = asyncio.Lock()  # a connection runs one statement at a time; handlers may run concurrently
+        self.root = _Level()
         self.deferred: list[Tx] = []
         self.flush_error: BaseException | None = None
-        self._savepoints = 0
 
-    async def flush(self, only: Tx | None = None) -> None:
-        """Send the deferred writes of the batch, grouped, or those of one message.
+    async def flush(self) -> None:
+        """Send the deferred writes of the batch, grouped.
 
-        Raises what the database says. Without `only` nobody knows whose write it was: `flush_error` then says that
-        the batch has failed, whatever a handler does with the exception.
+        Raises what the database says. Nobody knows whose write it was: `flush_error` then says that the batch has
+        failed, whatever a handler does with the exception.
         """
         if not self.deferred:
             return
-        if only is None:
-            pending, self.deferred = self.deferred, []
-        else:
-            pending = [only] if only.writes else []
-            self.deferred = [each for each in self.deferred if each is not only]
+        pending, self.deferred = self.deferred, []
         writes = []
         for tx in pending:
             tx.touched = True
@@ -55,19 +82,18 @@ class Scope:
             writes += [(unit, sql, args) for sql, args in tx.writes]
             tx.writes = []
         try:
-            for sql, arguments in group(writes):
-                if len(arguments) == 1:
-                    await self.connection.execute(sql, *arguments[0])
-                else:
-                    await self.connection.executemany(sql, arguments)
+            await self.send(writes)
         except BaseException as error:
-            if only is None:
-                self.flush_error = error
+            self.flush_error = error
             raise
 
-    def savepoint_name(self) -> str:
-        self._savepoints += 1
-        return f"consumer_{self._savepoints}"
+    async def send(self, writes: Iterable[Write]) -> None:
+        """Send writes in groups. Raises what the database says."""
+        for sql, arguments in group(writes):
+            if len(arguments) == 1:
+                await self.connection.execute(sql, *arguments[0])
+            else:
+                await self.connection.executemany(sql, arguments)
 
 
 class Tx:
@@ -79,12 +105,15 @@ class Tx:
     swallows the exception: PostgreSQL would store nothing of that transaction.
     """
 
-    __slots__ = ("_depth", "_open", "_scope", "error", "subject", "touched", "writes")
+    __slots__ = ("_open", "_others", "_owner", "_scope", "error", "subject", "touched", "writes")
 
     def __init__(self, scope: Scope, subject: Ordered) -> None:
         self._scope = scope
         self._open = True
-        self._depth = 0
+        self._owner = asyncio.current_task()
+        self._others: dict[
+            asyncio.Task[Any], int
+        ] = {}  # tasks of the handler that use this, and how many times at once
         self.subject = subject
         self.writes: list[tuple[str, Sequence[Any]]] = []
         self.touched = False  # something of this message was sent: only a rollback can take it back
@@ -98,6 +127,10 @@ class Tx:
         when the write is sent, and then fails this message.
         """
         self._check(sql)
+        level = self._level()
+        if level is not self._scope.root:
+            level.writes.append((sql, args))
+            return
         if not self.writes:
             self._scope.deferred.append(self)
         self.writes.append((sql, args))
@@ -149,52 +182,80 @@ class Tx:
     async def savepoint(self) -> AsyncIterator[None]:
         """A part that may fail without failing the message: on an exception its writes are undone, and it is raised on.
 
-        Deferred writes are sent where it begins and where it ends, so that they are inside or outside as written.
+        Deferred writes are sent where it begins and where it ends, so that they are inside or outside as written. Other
+        tasks of the handler wait with their statements until it ends; those that are started inside are inside.
         """
         self._check(None)
-        name = self._scope.savepoint_name()
-        if self._depth == 0:
-            await self._scope.lock.acquire()  # nothing of another message may fall inside
-        self._depth += 1
-        try:
-            await self._guarded(self._scope.flush())
-            self.touched = True
-            await self._guarded(self._scope.connection.execute(f"savepoint {name}"))
-            outer_error, self.error = self.error, None
-            try:
-                yield
-                await self._scope.flush(self)
-                if self.error is not None:
-                    raise self.error
-            except BaseException:
-                self._drop_deferred()
-                await self._guarded(self._scope.connection.execute(f"rollback to savepoint {name}"))
+        outer = self._level()
+        with self._using():
+            async with outer.lock:
+                self._check(None)  # it may have ended while this waited
+                await self._guarded(self._flush(outer))
+                name = savepoint_name()
+                self.touched = True
+                await self._guarded(self._scope.connection.execute(f"savepoint {name}"))
+                level = _Level(self, outer)
+                before = _inside.get()
+                _inside.set(level)
+                outer_error, self.error = self.error, None
+                try:
+                    try:
+                        yield
+                    finally:
+                        _inside.set(before)
+                    async with level.lock:
+                        self._check(None)
+                        await self._flush(level)
+                        if self.error is not None:
+                            raise self.error
+                        level.open = False
+                except BaseException:
+                    async with level.lock:
+                        level.open = False
+                        if self._open:  # else the transaction is over, and the connection may be another message's
+                            self.error = None
+                            await self._guarded(self._scope.connection.execute(f"rollback to savepoint {name}"))
+                            self.error = outer_error
+                    raise
+                await self._guarded(self._scope.connection.execute(f"release savepoint {name}"))
                 self.error = outer_error
-                raise
-            await self._guarded(self._scope.connection.execute(f"release savepoint {name}"))
-            self.error = outer_error
-        finally:
-            self._depth -= 1
-            if self._depth == 0:
-                self._scope.lock.release()
+
+    def _level(self) -> _Level:
+        level = _inside.get()
+        while level is not None and not (level.open and level.tx is self):
+            level = level.parent
+        return level or self._scope.root
 
     async def _run(self, method: str, sql: str | None, *args: Any, **options: Any) -> Any:
         self._check(sql)
-        if self._depth:
-            return await self._send(method, args, options)
-        async with self._scope.lock:
-            return await self._send(method, args, options)
+        level = self._level()
+        with self._using():
+            async with level.lock:
+                self._check(None)
+                if not level.open:
+                    raise TransactionMisuse(
+                        "a statement outlived the savepoint that it was started in: await it inside"
+                    )
+                await self._guarded(self._flush(level))
+                self.touched = True
+                return await self._guarded(getattr(self._scope.connection, method)(*args, **options))
 
-    async def _send(self, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        await self._guarded(self._scope.flush(self if self._depth else None))
-        self.touched = True
-        return await self._guarded(getattr(self._scope.connection, method)(*args, **options))
+    async def _flush(self, level: _Level) -> None:
+        if level is self._scope.root:
+            await self._scope.flush()
+        elif level.writes:
+            unit = self.subject.unit()
+            writes, level.writes = level.writes, []
+            await self._scope.send((unit, sql, args) for sql, args in writes)
 
     async def _guarded(self, statement: Any) -> Any:
         try:
             return await statement
         except BaseException as error:
-            self.error = error
+            if self.error is None:  # the first says what it was; those after it only that the transaction is lost
+                self.error = error
+                if isinstance(error, asyncio.CancelledError):
+                    self.error = TimeoutError("a statement was cancelled, by a timeout of the handler perhaps")
             raise
 
     def _check(self, sql: str | None) -> None:
@@ -203,14 +264,39 @@ class Tx:
         if sql is not None:
             refuse_transaction_control(sql)
 
-    def _drop_deferred(self) -> None:
-        self.writes = []
-        self._scope.deferred = [each for each in self._scope.deferred if each is not self]
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        """Note a task other than the handler's own, for as long as it uses this."""
+        task = asyncio.current_task()
+        if task is self._owner or task is None:
+            yield
+            return
+        self._others[task] = self._others.get(task, 0) + 1
+        try:
+            yield
+        finally:
+            self._others[task] -= 1
+            if not self._others[task]:
+                del self._others[task]
 
-    def close(self) -> None:
-        """End of the handler: nothing more may be written through this Tx."""
+    async def end(self) -> None:
+        """The handler has returned: nothing more is written through this.
+
+        Tasks that it left in the middle of a statement or a savepoint are cancelled and waited for, so that none of
+        them meets the next message. Raises TransactionMisuse when there were any.
+        """
+        left = list(self._others)
+        if left:
+            for task in left:
+                task.cancel()
+            await asyncio.wait(left, timeout=_CANCELLED_SECONDS)
         self._open = False
+        if self._others:
+            self._scope.connection.terminate()  # a task that does not end: nothing may follow on this connection
+        if left:
+            raise TransactionMisuse("the handler returned while a task of its own was still using its Tx: await it")
 
     def discard(self) -> None:
         """Forget what was deferred and not sent."""
-        self._drop_deferred()
+        self.writes = []
+        self._scope.deferred = [each for each in self._scope.deferred if each is not self]

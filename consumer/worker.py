@@ -30,9 +30,12 @@ from consumer.precheck import Precheck
 from consumer.settings import Settings
 
 POLL_SECONDS = 0.5
+_POLL_PAUSED_SECONDS = 0.02  # while a lane is full, and may have room again soon
 DRAIN_SECONDS_MAX = 20.0  # of a rebalance; below the time that the group waits for its members
 _BACKOFF_SECONDS = (0.1, 5.0)
 _BEAT_SECONDS = 1.0
+_FAILURES_MAX = 4  # in a row, of a part of a batch, before it is cut
+_ASIDE_SECONDS = 10.0
 _LOOP_LAG_SECONDS = 2.0
 _TOLD_MAX = 20  # failures of one batch, one line each
 
@@ -57,6 +60,9 @@ class _Lane:
     session: Session | None
     idle: asyncio.Event
     wake: asyncio.Event
+
+
+_Part = tuple[Batch, bool, int]
 
 
 class Worker:
@@ -84,6 +90,7 @@ class Worker:
         self._names = once.Names(app.name, {})
         self._precheck: Precheck | None = None
         self._control: Session | None = None
+        self._control_lock = asyncio.Lock()
         self._epoch = ""
         handlers = app.by_topic()
         self._lanes = [
@@ -93,6 +100,7 @@ class Worker:
         self._lane_of: dict[Partition, _Lane] = {}
         self._unopened: set[Partition] = set()
         self._truncated: set[Partition] = set()
+        self._paused: set[Partition] = set()  # since their lane has its share of the buffer
         self._to_open = asyncio.Event()
         self._room = asyncio.Event()
         self._generation = 0
@@ -127,7 +135,16 @@ class Worker:
         if self._control is None:
             return False
         self._epoch = self._control.epoch
-        numbers, topics = await self._control.numbers(self._app.name, self._app.handlers, self._app.topics)
+        while True:
+            try:
+                numbers, topics = await self._control.numbers(self._app.name, self._app.handlers, self._app.topics)
+                break
+            except Outage as error:
+                event(logging.WARNING, "waiting for postgresql", error=describe(error.__cause__ or error))
+                await self._pause(_BACKOFF_SECONDS[0])
+                self._control = await self._session()
+                if self._control is None:
+                    return False
         for name, handler in self._app.handlers.items():
             handler.number = numbers[name]
         self._names = once.Names(self._app.name, topics)
@@ -212,16 +229,14 @@ class Worker:
     # -- records come in --------------------------------------------------------------------------------------------
 
     async def _feed(self) -> None:
-        settings = self._settings
         pause = _BACKOFF_SECONDS[0]
         while not self._stopping.is_set():
-            messages, size = self._buffered()
-            if messages >= settings.buffer_messages_max or size >= settings.buffer_bytes_max:
+            if self._pause_full_lanes():
                 self._room.clear()
                 await self._room.wait()
                 continue
             try:
-                found = await self._source.poll(POLL_SECONDS, self._received)
+                found = await self._source.poll(_POLL_PAUSED_SECONDS if self._paused else POLL_SECONDS, self._received)
             except LogTruncated as error:
                 self._truncated.add(error.partition)
                 event(
@@ -262,6 +277,26 @@ class Worker:
         lane = self._lane_of.get(partition)
         return lane.state.received(partition) if lane is not None else None
 
+    def _pause_full_lanes(self) -> bool:
+        """Fetch nothing more for a lane that has its share of the buffer; returns whether that is so for all of them."""
+        messages_max = self._settings.buffer_messages_max / len(self._lanes)
+        bytes_max = self._settings.buffer_bytes_max / len(self._lanes)
+        serving = [lane for lane in self._lanes if lane.state.partitions]
+        full = []
+        for lane in serving:
+            messages, size = lane.state.fetched
+            partitions = set(lane.state.partitions)
+            if messages >= messages_max or size >= bytes_max:
+                full.append(lane)
+                for partition in partitions - self._paused:
+                    self._source.pause(partition)
+                self._paused |= partitions
+            else:
+                for partition in partitions & self._paused - self._truncated:
+                    self._source.resume(partition)
+                self._paused -= partitions
+        return bool(full) and len(full) == len(serving)
+
     def _buffered(self) -> tuple[int, int]:
         counts = [lane.state.fetched for lane in self._lanes]
         return sum(each[0] for each in counts), sum(each[1] for each in counts)
@@ -297,10 +332,10 @@ class Worker:
             self._step("prechecked")
         for delivery, error in await once.observe(batch.deliveries, self._draw):
             self._tell_failure(delivery, error, delivery.outcome)
-        parts = [(batch, False)]  # what is left to settle, and whether with a savepoint for each message
-        conflicts = 0
+        # What is left to settle, whether with a savepoint for each message, and how often it has failed as it is.
+        parts = [(batch, False, 0)]
         while parts:
-            part, careful = parts.pop()
+            part, careful, failures = parts.pop()
             if lane.session is None or not lane.session.is_usable:
                 lane.session = await self._session()
                 if lane.session is None or generation != self._generation:
@@ -314,17 +349,16 @@ class Worker:
                 )
             except once.Isolate as isolate:
                 parts += self._smaller(part, careful, isolate.__cause__)
-            except Conflict:
-                conflicts += 1
-                parts.append((part, careful))
-                await asyncio.sleep(min(1.0, 0.005 * 2.0 ** min(conflicts, 8)) * (0.5 + self._draw() / 2))
-            except Outage as error:
-                event(
-                    logging.WARNING, "postgresql lost; the batch runs again", error=describe(error.__cause__ or error)
-                )
-                parts.append((part, careful))
+            except (Conflict, Outage) as error:
                 if generation != self._generation:
                     return
+                cause = error.__cause__ or error
+                if isinstance(error, Outage) or failures >= _FAILURES_MAX:
+                    text = "the batch runs again: " + ("postgresql lost" if isinstance(error, Outage) else "conflict")
+                    event(logging.WARNING, text, error=describe(cause), sqlstate=sqlstate_of(cause), times=failures + 1)
+                parts += self._again(part, careful, failures + 1)
+                # The first conflict is run again almost at once; what keeps failing is left ever more time.
+                await self._pause(min(_BACKOFF_SECONDS[1], 0.005 * 3.0**failures) * (0.5 + self._draw() / 2))
             except Fenced:
                 event(logging.WARNING, "positions have moved: reading them again", lane=lane.number)
                 self._reopen(lane)
@@ -332,7 +366,24 @@ class Worker:
             else:
                 self._settled_part(lane, part, done)
 
-    def _smaller(self, part: Batch, careful: bool, cause: BaseException | None) -> list[tuple[Batch, bool]]:
+    def _again(self, part: Batch, careful: bool, failures: int) -> list[_Part]:
+        """How to run again what failed through no fault of its own, as far as one can tell.
+
+        What fails so again and again, on fresh connections, is cut, so that one message that always meets it (a handler
+        that outlasts a timeout) does not keep the others from being settled; alone, it is put aside for a while. That
+        does not count as an attempt.
+        """
+        if failures < _FAILURES_MAX:
+            return [(part, careful, failures)]
+        if len(part.deliveries) > 1:
+            head, tail = part.split()
+            return [(tail, careful, 0), (head, careful, 0)]
+        if part.deliveries and part.deliveries[0].outcome is None:
+            part.deliveries[0].outcome = Parked(_ASIDE_SECONDS * (0.5 + self._draw() / 2), "put aside")
+            return [(part, careful, 0)]
+        return [(part, careful, failures)]
+
+    def _smaller(self, part: Batch, careful: bool, cause: BaseException | None) -> list[_Part]:
         """How to run a failed batch again, so that the message at fault is found and all others are kept."""
         if len(part.deliveries) == 1:
             [delivery] = part.deliveries
@@ -340,11 +391,11 @@ class Worker:
             delivery.outcome, delivery.attempts = once.verdict(delivery, error, self._draw)
             if isinstance(delivery.outcome, Parked):
                 self._tell_failure(delivery, error, delivery.outcome)
-            return [(part, True)]
+            return [(part, True, 0)]
         if careful or len(part.deliveries) > once.SAVEPOINTS_MAX:
             head, tail = part.split()
-            return [(tail, careful), (head, careful)]
-        return [(part, True)]
+            return [(tail, careful, 0), (head, careful, 0)]
+        return [(part, True, 0)]
 
     def _settled_part(self, lane: _Lane, part: Batch, done: once.Settlement) -> None:
         now = time.monotonic()
@@ -432,6 +483,7 @@ class Worker:
             for partition in lane.state.partitions:
                 lane.state.close(partition)
         self._lane_of.clear()
+        self._paused.clear()
         self._room.set()
 
     def _reopen(self, lane: _Lane) -> None:
@@ -440,6 +492,9 @@ class Worker:
             lane.state.close(partition)
             self._source.hold(partition)
             self._unopened.add(partition)
+            self._truncated.discard(partition)
+            self._paused.discard(partition)
+        self._room.set()
         self._to_open.set()
 
     async def _new_epoch(self, epoch: str) -> None:
@@ -464,7 +519,8 @@ class Worker:
             if not wanted:
                 continue
             try:
-                positions = await self._positions(wanted)
+                async with self._control_lock:
+                    positions = await self._positions(wanted)
             except (Outage, KafkaError, TimeoutError, OSError) as error:
                 event(logging.WARNING, "positions cannot be read yet", error=describe(error))
                 await self._pause(pause)
@@ -543,11 +599,42 @@ class Worker:
                 for partition in lane.state.partitions:
                     # Markers and aborted records are handed to nobody: without this, the position would stop below them.
                     position = await self._source.position(partition)
-                    if position is not None and position > (lane.state.received(partition) or position):
+                    received = lane.state.received(partition)
+                    if position is not None and received is not None and position > received:
                         lane.state.skip_to(partition, position)
                         lane.wake.set()
             if not self._holding:
                 await self._commit()
+                await self._look_for_moved_positions()
+
+    async def _look_for_moved_positions(self) -> None:
+        """A lane that settles something finds out by itself that a position was moved; one that is idle does not."""
+        idle = {
+            partition: lane
+            for lane in self._lanes
+            if lane.idle.is_set() and not lane.state.parked and lane.state.fetched == (0, 0)
+            for partition in lane.state.partitions
+        }
+        if not idle or self._control is None or not self._control.is_usable or self._unopened:
+            return
+        generation = self._generation
+        known = {each: lane.state.position(each) for each, lane in idle.items()}
+        try:
+            async with self._control_lock:
+                stored = await self._control.positions(self._app.name, list(idle))
+        except Exception as error:
+            event(logging.DEBUG, "positions cannot be read now", error=describe(error))
+            self._control.close()
+            return
+        if generation != self._generation:
+            return
+        for partition, lane in idle.items():
+            if partition not in lane.state.partitions or lane.state.position(partition) != known[partition]:
+                continue  # it has moved on itself meanwhile
+            if stored.get(partition, known[partition]) != known[partition]:
+                event(logging.WARNING, "positions have moved: reading them again", lane=lane.number)
+                self._reopen(lane)
+                break
 
     async def _watch(self) -> None:
         """Find out that nothing is fetched although there is something, which the client does not tell."""
@@ -555,13 +642,11 @@ class Worker:
         interval = min(10.0, self._settings.watchdog_seconds / 4)
         while True:
             await asyncio.sleep(interval)
-            messages, size = self._buffered()
-            full = messages >= self._settings.buffer_messages_max or size >= self._settings.buffer_bytes_max
             received: dict[Partition, int] = {}
-            if not self._holding and not full:
+            if not self._holding:
                 for partition, lane in self._lane_of.items():
                     offset = lane.state.received(partition)
-                    if offset is not None and partition not in self._truncated:
+                    if offset is not None and partition not in self._truncated | self._paused:
                         received[partition] = offset
             try:
                 ends = await self._source.ends(list(received)) if received else {}

@@ -23,6 +23,14 @@ from consumer.core.outcome import Outcome
 UNDECODED = object()
 
 
+def size_of(record: Record) -> int:
+    """Bytes of a record that somebody else decides on: value, key and headers."""
+    size = len(record.value or b"") + len(record.key or b"")
+    for key, value in record.headers:
+        size += len(key) + len(value or b"")
+    return size
+
+
 class Delivery:
     """One record for one handler: the unit of work, of attempts and of outcomes."""
 
@@ -96,14 +104,19 @@ class _Queue:
     received: int = 0  # offset after the last record added
     open: dict[int, int] = field(default_factory=dict)  # offset -> deliveries parked
     parked: int = 0  # deliveries, in all
+    parked_bytes: int = 0
 
 
 class Lane:
     """Partitions that share a connection. Add records, take a batch, settle it; nothing else changes its state."""
 
-    def __init__(self, handlers: Mapping[str, Sequence[Handler]], parked_max: int) -> None:
+    def __init__(
+        self, handlers: Mapping[str, Sequence[Handler]], parked_max: int, parked_bytes_max: int = 1 << 62
+    ) -> None:
         self._handlers = handlers
         self._parked_max = parked_max
+        self._parked_bytes_max = parked_bytes_max
+        self._retried_last = False
         self._queues: dict[Partition, _Queue] = {}
         self._ready: deque[Delivery] = deque()  # once behind a failed message, now free to run
         self._chains: dict[Hashable, deque[Delivery]] = {}  # unit -> the failed message and those behind it
@@ -153,7 +166,7 @@ class Lane:
             records = [each for each in records if each.offset >= queue.received]
         if not records:
             return 0, 0
-        size = sum(len(each.value or b"") for each in records)
+        size = sum(map(size_of, records))
         queue.fetched.extend(records)
         queue.fetched_bytes += size
         queue.received = records[-1].offset + 1
@@ -181,34 +194,49 @@ class Lane:
     # -- batches go out ---------------------------------------------------------------------------------------------
 
     def take(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
-        """The next batch, or None. A retry that is due runs alone, so that it can fail alone."""
+        """The next batch, or None. Retries that are due and fresh messages take turns, so that neither waits for ever."""
+        self._retried_last = not self._retried_last
+        first, second = (
+            (self._take_retries, self._take_fresh) if self._retried_last else (self._take_fresh, self._take_retries)
+        )
+        return first(now, messages_max, bytes_max) or second(now, messages_max, bytes_max)
+
+    def _take_retries(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
+        retries: list[Delivery] = []
         for unit, due in self._due.items():
-            if due <= now:
-                return Batch([self._chains[unit][0]], {}, self._now_open())
+            if due <= now and bytes_max > 0 and len(retries) < messages_max:
+                retries.append(self._chains[unit][0])
+                bytes_max -= size_of(retries[-1].record)
+        return Batch(retries, {}, self._now_open()) if retries else None
+
+    def _take_fresh(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
         deliveries: list[Delivery] = []
         ends: dict[Partition, int] = {}
         while self._ready and len(deliveries) < messages_max:
             deliveries.append(self._ready.popleft())
         room_bytes = bytes_max
         room_parked = self._parked_max - self.parked
+        room_parked_bytes = self._parked_bytes_max - sum(queue.parked_bytes for queue in self._queues.values())
         for partition, queue in self._queues.items():
-            if room_parked <= 0:
+            if room_parked <= 0 or room_parked_bytes <= 0:
                 break
             handlers = self._handlers.get(partition.topic, ())
             while (
                 queue.fetched
                 and room_parked > 0
+                and room_parked_bytes > 0
                 and len(deliveries) < messages_max
                 and (room_bytes > 0 or not deliveries)
             ):
                 record = queue.fetched.popleft()
-                size = len(record.value or b"")
+                size = size_of(record)
                 queue.fetched_bytes -= size
                 room_bytes -= size
                 for handler in handlers:
                     delivery = Delivery(handler, record)
                     if self._chains and self._queue_behind(delivery):
                         room_parked -= 1
+                        room_parked_bytes -= size
                     else:
                         deliveries.append(delivery)
                 ends[partition] = record.offset + 1
@@ -245,6 +273,7 @@ class Lane:
         if not delivery.parked:
             delivery.parked = True
             queue.parked += 1
+            queue.parked_bytes += size_of(delivery.record)
             queue.open[delivery.record.offset] = queue.open.get(delivery.record.offset, 0) + 1
 
     def next_due(self) -> float | None:
@@ -322,6 +351,7 @@ class Lane:
     def _release(self, queue: _Queue, delivery: Delivery) -> None:
         delivery.parked = False
         queue.parked -= 1
+        queue.parked_bytes -= size_of(delivery.record)
         offset = delivery.record.offset
         left = queue.open.get(offset, 0) - 1
         if left > 0:
