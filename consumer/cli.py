@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib.metadata
 import inspect
 import json
+import os
+import re
+import signal
+import sys
 import typing
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -36,14 +41,20 @@ cli = typer.Typer(
     help="Consume Kafka topics with each message's effects applied exactly once.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut the names of flags and variables that they should teach
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Every flag can be set in the environment: CONSUMER_ and its name, as shown beside it.",
+    epilog="Every setting is also an environment variable: CONSUMER_ and its name, as shown beside it.",
 )
-dlq = typer.Typer(help="Dead letters: messages that could not be applied, kept with their bytes.", no_args_is_help=True)
+dlq = typer.Typer(
+    help="Dead letters: messages that could not be applied, kept with their bytes.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 cli.add_typer(dlq, name="dlq")
 
-out = Console()
-err = Console(stderr=True, soft_wrap=True)
+# emoji: partition 100 is no emoji. Piped, nothing is cut.
+out = Console(emoji=False, width=None if sys.stdout is not None and sys.stdout.isatty() else 1000)
+err = Console(stderr=True, soft_wrap=True, emoji=False)
 
 AppPath = Annotated[str, typer.Argument(metavar="APP", help='the App, as "module:attribute"', show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -55,7 +66,35 @@ _SHORT = {"grace_seconds": "--grace", "wait_seconds": "--wait"}
 
 def main() -> None:
     """Entry of the command."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed by who started us: else the next file that is opened would take its place
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115 - for as long as the process lives
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+    # As the first process of a container we would not be ended by it otherwise, while we wait for a service.
+    signal.signal(signal.SIGTERM, _terminated)
     cli(prog_name="consumer")
+
+
+def _terminated(*_: object) -> typing.NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(importlib.metadata.version("idempotent-consumer"))
+        raise typer.Exit(0)
+
+
+@cli.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Consume Kafka topics with each message's effects applied exactly once."""
 
 
 class _Refused(Exception):
@@ -97,6 +136,11 @@ def command(
                 _fail("interrupted", 130)
             except asyncio.CancelledError:
                 _fail("terminated", 143)
+            except BrokenPipeError:
+                raise typer.Exit(1) from None
+            except Exception as error:
+                # Not foreseen, so its text is not known to be fit to print; that it is no answer is certain.
+                _fail(f"{name}: {logs.describe(error)}{_sqlstate(error)}", 2)
             else:
                 raise typer.Exit(result or 0)
 
@@ -137,14 +181,30 @@ def _option(name: str, field: Any) -> inspect.Parameter:
     )
 
 
+def _sqlstate(error: BaseException) -> str:
+    code = ledger.sqlstate_of(error)
+    return f" (SQLSTATE {code}: {error})" if code else ""
+
+
 def _fail(text: str, code: int) -> typing.NoReturn:
-    line = " ".join(text.split())
+    # Whatever is quoted in it: one line, no control sequences, no password of an address.
+    line = _URL_USER.sub(r"\1***@", _printable(" ".join(text.split())))
     err.print(
         f"[bold red]consumer:[/] {escape(line)}" if err.is_terminal else f"consumer: {line}",
         markup=err.is_terminal,
         highlight=False,
     )
     raise typer.Exit(code)
+
+
+_URL_USER = re.compile(r"(\w+://)[^/@\s]*@")
+
+
+def _printable(text: str) -> str:
+    """Text for a terminal: what could drive it is shown as an escape."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode() for each in text
+    )
 
 
 def _print_json(found: object) -> None:
@@ -203,7 +263,15 @@ async def _ready(app: App, settings: Settings) -> None:
             pass
 
     settings.dsn  # noqa: B018 - raises when there is none
-    await resources()
+    try:
+        async with asyncio.timeout(max(settings.wait_seconds, 1)):
+            await resources()
+    except (Misconfigured, asyncio.CancelledError):
+        raise
+    except TimeoutError as error:
+        raise Misconfigured(f"the lifespan of {app.name!r} took longer than --wait: {logs.describe(error)}") from None
+    except (Exception, SystemExit) as error:
+        raise Misconfigured(f"the lifespan of {app.name!r} failed: {logs.describe(error)}") from None
     await _postgres_ready(settings)
     if settings.redis_url is not None:
         from consumer.precheck import Precheck
@@ -233,7 +301,8 @@ async def _postgres_ready(settings: Settings) -> None:
     told = False
     while True:
         try:
-            (await ledger.Session.open(settings)).close()
+            left = max(0.5, deadline - asyncio.get_running_loop().time())
+            (await ledger.Session.open(settings, min(10, left))).close()
             return
         except ledger.Outage as error:
             if asyncio.get_running_loop().time() + 0.5 > deadline:
@@ -266,19 +335,21 @@ def migrate(
     ] = False,
 ) -> Any:
     """Create or update the ledger's tables (schema "consumer"). Safe when several run at once."""
+    if sql + check > 1 or ((sql or check) and (file or new_epoch)):
+        raise Misconfigured("--sql and --check change nothing: give one of them, and neither --file nor --new-epoch")
     if sql:
         print(schema.as_sql(), end="")
         return 0
     own = []
     for path in file or []:
         try:
-            own.append(path.read_text("utf-8"))
+            own.append(path.read_text("utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise Misconfigured(f"--file {path}: {error}") from None
-    return _migrate(settings, check, own, new_epoch)
+    return _migrate(settings, check, own, [str(path) for path in file or []], new_epoch)
 
 
-async def _migrate(settings: Settings, check: bool, own: list[str], new_epoch: bool) -> int:
+async def _migrate(settings: Settings, check: bool, own: list[str], names: list[str], new_epoch: bool) -> int:
     connection = await _connected(settings)
     try:
         if check:
@@ -287,9 +358,7 @@ async def _migrate(settings: Settings, check: bool, own: list[str], new_epoch: b
                 print(f"pending: {each.version:04} {each.name}")
             print("the schema is not up to date: run `consumer migrate`" if todo else "the schema is up to date")
             return 1 if todo else 0
-        done = await schema.migrate(connection, *own)
-        if new_epoch:
-            await connection.execute("update consumer.installation set nonce = gen_random_uuid()")
+        done = await schema.migrate(connection, *own, names=names, new_epoch=new_epoch)
     except Exception as error:
         if ledger.sqlstate_of(error) is None:
             raise
@@ -298,7 +367,9 @@ async def _migrate(settings: Settings, check: bool, own: list[str], new_epoch: b
         connection.terminate()
     for each in done:
         print(f"applied: {each.version:04} {each.name}")
-    print("the schema is up to date" + (f"; {len(own)} file(s) of your own were run" if own else ""))
+    told = [f"; {len(own)} file(s) of your own were run"] if own else []
+    told += ["; a new epoch has begun"] if new_epoch else []
+    print("the schema is up to date" + "".join(told))
     return 0
 
 
@@ -307,7 +378,7 @@ async def _connected(settings: Settings) -> Any:
     deadline = asyncio.get_running_loop().time() + settings.wait_seconds
     while True:
         try:
-            return await ledger.connect(settings)
+            return await ledger.connect(settings, min(10, max(0.5, deadline - asyncio.get_running_loop().time())))
         except ledger.Outage as error:
             if asyncio.get_running_loop().time() + 0.5 > deadline:
                 raise ServiceUnavailable(f"{error} (waited {settings.wait_seconds:g} s)") from None
@@ -317,8 +388,9 @@ async def _connected(settings: Settings) -> Any:
 async def _with_ledger(settings: Settings, ask: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
     connection = await _connected(settings)
     try:
-        await ledger.describe(connection, settings)
-        return await ask(connection)
+        with ledger.sorted_errors(settings):
+            await ledger.describe(connection, settings)
+            return await ask(connection)
     finally:
         connection.terminate()
 
@@ -379,13 +451,18 @@ async def _status(app: App, settings: Settings, as_json: bool) -> int:
 def _right(*names: str) -> list[Any]:
     from rich.table import Column
 
-    return [Column(name, justify="right") for name in names]
+    return [Column(name, justify="right", overflow="fold") for name in names]
 
 
 @command(cli, "show", (*_POSTGRES, "wait_"))
 def show(
     message_id: Annotated[
-        str, typer.Argument(metavar="MESSAGE_ID", help="the id as its producer sent it", show_default=False)
+        str,
+        typer.Argument(
+            metavar="MESSAGE_ID",
+            help="the id as its producer sent it (after -- when it begins with a dash)",
+            show_default=False,
+        ),
     ],
     settings: Settings,
     hexadecimal: Annotated[bool, typer.Option("--hex", help="MESSAGE_ID is the id's bytes in hexadecimal")] = False,
@@ -424,7 +501,7 @@ def dlq_list(
     handler: Annotated[str | None, typer.Option("--handler", help="only of this handler")] = None,
     topic: Annotated[str | None, typer.Option("--topic", help="only from this topic")] = None,
     reason: Annotated[str | None, typer.Option("--reason", help="only for this reason")] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="the newest so many")] = 50,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=100_000, help="the newest so many")] = 50,
     as_json: AsJson = False,
 ) -> Any:
     """The newest dead letters, without their payloads."""
@@ -454,7 +531,7 @@ async def _dlq_list(
             escape(f"{each['app']}/{each['handler']}"),
             f"{each['topic']}:{each['partition']}:{each['offset']}",
             each["reason"],
-            escape(each["error"][:80]),
+            escape(_printable(each["error"][:80])),
             str(each["attempts"]),
             each["died_at"][:19],
         )
@@ -465,7 +542,10 @@ async def _dlq_list(
 @command(dlq, "show", (*_POSTGRES, "wait_"))
 def dlq_show(
     number: Annotated[
-        int, typer.Argument(metavar="NUMBER", help="as `consumer dlq list` shows it", show_default=False)
+        int,
+        typer.Argument(
+            metavar="NUMBER", min=1, max=2**63 - 1, help="as `consumer dlq list` shows it", show_default=False
+        ),
     ],
     settings: Settings,
     as_json: AsJson = False,
@@ -483,7 +563,7 @@ async def _dlq_show(number: int, settings: Settings, as_json: bool) -> int:
         return 0
     for name, value in found.items():
         out.print(
-            f"{name:12} {value if isinstance(value, str | int) else json.dumps(value)}",
+            f"{name:12} {_printable(value) if isinstance(value, str) else json.dumps(value)}",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -524,7 +604,7 @@ async def _move(app: App, partition: Partition, to: str, settings: Settings, as_
         first, end = (await source.beginnings([partition]))[partition], (await source.ends([partition]))[partition]
     finally:
         await source.stop(5)
-    if to not in ("earliest", "latest") and not to.isdecimal():
+    if to not in ("earliest", "latest") and not re.fullmatch("[0-9]{1,18}", to):
         raise Misconfigured(f"--to {to}: an offset, earliest or latest")
     offset = {"earliest": first, "latest": end}.get(to)
     offset = int(to) if offset is None else offset

@@ -23,13 +23,15 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListen
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.client import AIOKafkaClient, ConnectionGroup, CoordinationType
 from aiokafka.codec import gzip_decode, lz4_decode, snappy_decode, zstd_decode
-from aiokafka.conn import AIOKafkaConnection
+from aiokafka.conn import AIOKafkaConnection, collect_hosts
 from aiokafka.consumer.fetcher import PartitionRecords
 from aiokafka.errors import (
     AuthenticationFailedError,
+    IllegalSaslStateError,
     IllegalStateError,
     OffsetOutOfRangeError,
     SaslAuthenticationFailed,
+    UnsupportedSaslMechanismError,
 )
 from aiokafka.errors import KafkaError as KafkaError
 from aiokafka.helpers import create_ssl_context
@@ -45,6 +47,7 @@ from consumer.settings import Settings
 
 REBALANCE_SECONDS = 60  # how long the group waits for every member to have drained
 _REQUEST_SECONDS = 10
+_ATTEMPT_SECONDS_MIN = 0.5
 _READ_COMMITTED = 1
 _DECOMPRESS: dict[int, Callable[[bytes], bytes]] = {
     0: bytes,
@@ -96,28 +99,36 @@ def connection_options(settings: Settings) -> dict[str, Any]:
 async def started(make: Callable[[], Any], settings: Settings, wait_seconds: float) -> Any:
     """A started client, waited for. Raises ServiceUnavailable after `wait_seconds`, Misconfigured for wrong credentials."""
     servers = settings.kafka_bootstrap_servers
-    deadline = asyncio.get_running_loop().time() + wait_seconds
-    pause = 0.2
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + wait_seconds
+    pause, told = 0.2, False
     while True:
         client = None
         try:
             client = make()
-            await client.start()
+            async with asyncio.timeout(min(_REQUEST_SECONDS, max(_ATTEMPT_SECONDS_MIN, deadline - clock()))):
+                await client.start()
             return client
         except ValueError as error:
             await _discard(client)
             raise Misconfigured(f"CONSUMER_KAFKA_BOOTSTRAP_SERVERS={servers}: {error}") from None
-        except (KafkaError, OSError, AssertionError) as error:
+        except (KafkaError, OSError, AssertionError) as error:  # TimeoutError is an OSError
             await _discard(client)
-            if await _refuses_credentials(settings):
+            why = await _refuses_credentials(settings)
+            if why is not None:
                 raise Misconfigured(
-                    f"Kafka at {servers} refused the SASL credentials: CONSUMER_KAFKA_SASL_USERNAME, _PASSWORD"
+                    f"Kafka at {servers} refused the SASL credentials ({why}): CONSUMER_KAFKA_SASL_USERNAME, _PASSWORD"
                 ) from None
-            if asyncio.get_running_loop().time() + pause > deadline:
-                why = str(error) or type(error).__name__
+            if clock() + pause > deadline:
                 raise ServiceUnavailable(
-                    f"Kafka at {servers} did not answer within {wait_seconds:g} s: {why}"
+                    f"Kafka at {servers} did not answer within {wait_seconds:g} s: {str(error) or type(error).__name__}"
                 ) from None
+        except BaseException:
+            await _discard(client)
+            raise
+        if not told:
+            event(logging.WARNING, "waiting for kafka", servers=servers)
+            told = True
         await asyncio.sleep(pause)
         pause = min(2.0, pause * 2)
 
@@ -129,22 +140,28 @@ async def _discard(client: Any) -> None:
             await (client.close() if isinstance(client, AIOKafkaAdminClient) else client.stop())
 
 
-async def _refuses_credentials(settings: Settings) -> bool:
-    """Whether the first broker turns us away. While bootstrapping the client reports that like a broker that is down."""
+async def _refuses_credentials(settings: Settings) -> str | None:
+    """How a broker turns us away, if it does. While bootstrapping the client reports that like a broker that is down."""
     if not settings.kafka_security_protocol.startswith("SASL"):
-        return False
-    host, _, port = settings.kafka_bootstrap_servers.split(",")[0].strip().rpartition(":")
+        return None
     options = {name: value for name, value in connection_options(settings).items() if name != "bootstrap_servers"}
-    connection = AIOKafkaConnection(host, int(port), request_timeout_ms=5000, **options)
-    try:
-        await asyncio.wait_for(connection.connect(), 5)
-    except (AuthenticationFailedError, SaslAuthenticationFailed):
-        return True
-    except (KafkaError, OSError, TimeoutError):
-        return False
-    finally:
-        connection.close()
-    return False
+    for host, port, _ in collect_hosts(settings.kafka_bootstrap_servers):
+        connection = AIOKafkaConnection(host, int(port), request_timeout_ms=3000, **options)
+        try:
+            await asyncio.wait_for(connection.connect(), 3)
+            return None
+        except (
+            AuthenticationFailedError,
+            SaslAuthenticationFailed,
+            UnsupportedSaslMechanismError,
+            IllegalSaslStateError,
+        ) as error:
+            return type(error).__name__
+        except (KafkaError, OSError, TimeoutError):
+            continue
+        finally:
+            connection.close()
+    return None
 
 
 class Source:

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 from asyncpg.pgproto.pgproto import UUID
@@ -54,6 +54,12 @@ insert into consumer.dead_letters (handler, id, fingerprint, topic, partition, "
                                    header_keys, header_values, reason, error, attempts)
 values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
 on conflict (handler, id, fingerprint) do nothing
+"""
+_MAY_NOT = """
+select case when current_setting('default_transaction_read_only')::bool then 'anything: default_transaction_read_only is on'
+else (select string_agg(t, ', ') from unnest(array['ledger', 'positions', 'outcomes', 'dead_letters']) t
+      where not has_table_privilege('consumer.' || t, 'select, insert')
+         or not has_table_privilege('consumer.' || t, 'insert')) end
 """
 _CLOSE = """
 with moved as (
@@ -119,17 +125,30 @@ def sqlstate_of(error: BaseException) -> str | None:
 
 def where(dsn: str) -> str:
     """The server and database that a DSN names, without user or password, for messages to people."""
-    parts = urlsplit(dsn)
-    return f"PostgreSQL at {parts.hostname or 'the local socket'}:{parts.port or 5432}{parts.path}"
+    try:
+        parts = urlsplit(dsn)
+        given = {
+            name: value for name, value in parse_qsl(parts.query) if name in ("host", "port", "dbname", "database")
+        }
+        hosts = parts.netloc.rpartition("@")[2] or given.get("host", "the local socket")
+        if "port" in given and ":" not in hosts:
+            hosts += f":{given['port']}"
+        return (
+            f"PostgreSQL at {hosts}/{parts.path.lstrip('/') or given.get('dbname', given.get('database', ''))}".rstrip(
+                "/"
+            )
+        )
+    except ValueError:
+        return "PostgreSQL"
 
 
-async def connect(settings: Settings) -> asyncpg.Connection[Any]:
-    """A connection for the command line: no limits of a worker. Raises Misconfigured or Outage, naming the place."""
+async def connect(settings: Settings, timeout_seconds: float = 10) -> asyncpg.Connection[Any]:
+    """A connection, without looking at what is in it. Raises Misconfigured or Outage, naming the place."""
     dsn = settings.dsn
     try:
         return await asyncpg.connect(
             dsn,
-            timeout=10,
+            timeout=timeout_seconds,
             statement_cache_size=0 if settings.postgres_pooler else 100,
             server_settings=None if settings.postgres_pooler else _session_settings(settings),
         )
@@ -140,8 +159,12 @@ async def connect(settings: Settings) -> asyncpg.Connection[Any]:
         if isinstance(error, asyncpg.PostgresError) and meaning_of(error) is Meaning.DEPLOYMENT:
             raise Misconfigured(f"{where(dsn)}: {error}") from None
         raise Outage(f"{where(dsn)}: {str(error) or type(error).__name__}") from None
-    except (ValueError, asyncpg.InterfaceError) as error:
-        raise Misconfigured(f"CONSUMER_POSTGRES_DSN: {error}") from None
+    except (ValueError, TypeError, asyncpg.InterfaceError):
+        # The driver's text would quote the part that it could not read, which may be of the password.
+        raise Misconfigured(
+            "CONSUMER_POSTGRES_DSN is not an address that can be used: write postgresql://user:password@host:port/database, "
+            "and percent-encode special characters of the password"
+        ) from None
 
 
 def _session_settings(settings: Settings) -> dict[str, str]:
@@ -157,7 +180,7 @@ def _session_settings(settings: Settings) -> dict[str, str]:
 
 
 @contextmanager
-def _sorted_errors(settings: Settings) -> Iterator[None]:
+def sorted_errors(settings: Settings) -> Iterator[None]:
     """Errors of our own statements at start: Outage, to wait for, or Misconfigured, where rights or schema do not fit."""
     try:
         yield
@@ -184,13 +207,15 @@ class Session:
         self._begin = f"begin isolation level read committed{local}"
 
     @classmethod
-    async def open(cls, settings: Settings) -> Session:
+    async def open(cls, settings: Settings, timeout_seconds: float = 10) -> Session:
         """Connect and check that this is a primary with the schema. Raises Outage, Misconfigured or SchemaMissing."""
-        connection = await connect(settings)
+        connection = await connect(settings, timeout_seconds)
         try:
             _detect_dead_peers(connection)
-            with _sorted_errors(settings):
+            with sorted_errors(settings):
                 epoch = await describe(connection, settings)
+                if missing := await connection.fetchval(_MAY_NOT):
+                    raise Misconfigured(f"{where(settings.dsn)}: this role may not write to {missing}: grant it that")
         except BaseException:
             connection.terminate()
             raise
@@ -301,7 +326,7 @@ class Session:
         self, app: str, handlers: Iterable[str], topics: Iterable[str]
     ) -> tuple[dict[str, int], dict[str, int]]:
         """The numbers of handlers and topics, given on first sight. Raises Outage or Misconfigured."""
-        with _sorted_errors(self._settings):
+        with sorted_errors(self._settings):
             return await self._numbers(app, handlers, topics)
 
     async def _numbers(

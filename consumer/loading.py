@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from consumer.app import App
@@ -20,19 +21,28 @@ def load_app(path: str) -> App:
     module_name, colon, attribute = path.partition(":")
     if not colon or not module_name or not attribute:
         raise Misconfigured(f'{path!r} does not name an App: use "module:attribute", for example "handlers:app"')
+    if module_name.startswith(".") or "/" in module_name or module_name.endswith(".py"):
+        better = module_name.removesuffix(".py").strip("./").replace("/", ".")
+        raise Misconfigured(f"{path!r} names a file: write the module, {better}:{attribute}")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        module = importlib.import_module(module_name)
+        with redirect_stdout(sys.stderr):  # what a module prints does not belong to our answers
+            module = importlib.import_module(module_name)
     except Misconfigured:
         raise
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise Misconfigured(f"no module {module_name!r} in {here} or among the installed packages") from None
         raise Misconfigured(f"cannot import {module_name!r}: {error}{_place(error)}") from None
-    except (Exception, SystemExit) as error:
-        text = " ".join(str(error).split()) or "no text"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        try:
+            text = " ".join(str(error).split()) or "no text"
+        except Exception:
+            text = "no text"
         raise Misconfigured(f"cannot import {module_name!r}: {type(error).__name__}: {text}{_place(error)}") from None
     found = module
     for name in attribute.split("."):
@@ -51,7 +61,8 @@ def load_app(path: str) -> App:
 def _place(error: BaseException) -> str:
     """Where in the user's own files it happened."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [each for each in frames if "importlib" not in each.filename and not each.filename.endswith("loading.py")]
+    ours = str(Path(__file__).parent)
+    own = [each for each in frames if "importlib" not in each.filename and not each.filename.startswith(ours)]
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({error.filename}:{error.lineno})"
     return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

@@ -35,6 +35,11 @@ def configure(level: str, style: str, stream: TextIO | None = None) -> None:
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL if level != "debug" else logging.INFO)
 
 
+def unhandled(_: object, context: dict[str, Any]) -> None:
+    """An event loop's exception handler: what nobody awaited, told without the text that may quote a payload."""
+    event(logging.WARNING, "an error that nobody awaited", error=describe(context.get("exception")))
+
+
 def _clean(value: Any) -> Any:
     """One line, printable, short: a name from outside must not forge a line or drive a terminal."""
     if isinstance(value, str):

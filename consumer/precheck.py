@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Sequence
+from urllib.parse import parse_qsl, urlsplit
 
 import redis.asyncio as redis
 from redis.backoff import NoBackoff
@@ -26,6 +27,17 @@ from consumer.logs import describe, event
 
 _CONNECT_SECONDS = 1.0
 _MARKS_WAITING_MAX = 8  # batches; more than that are not marked, which costs one claim each later
+
+
+_URL_OPTIONS = {
+    "db",
+    "ssl_ca_certs",
+    "ssl_certfile",
+    "ssl_keyfile",
+    "ssl_cert_reqs",
+    "ssl_check_hostname",
+    "client_name",
+}
 
 
 class Untrusted(RedisError):
@@ -44,6 +56,9 @@ class Precheck:
         step: Callable[[str], None] = lambda _: None,
     ) -> None:
         try:
+            odd = {name for name, _ in parse_qsl(urlsplit(url).query)} - _URL_OPTIONS
+            if odd:
+                raise Misconfigured(f"CONSUMER_REDIS_URL: unknown option {', '.join(sorted(odd))}")
             self._redis = redis.Redis.from_url(
                 url,
                 retry=Retry(NoBackoff(), 0),
@@ -51,8 +66,12 @@ class Precheck:
                 socket_connect_timeout=_CONNECT_SECONDS,
                 decode_responses=False,
             )
-        except ValueError as error:
-            raise Misconfigured(f"CONSUMER_REDIS_URL: {error}") from None
+        except (ValueError, TypeError):
+            # The library's text would quote the part that it could not read, which may be of the password.
+            raise Misconfigured(
+                "CONSUMER_REDIS_URL is not an address that can be used: write redis://user:password@host:6379/0 (rediss:// "
+                "for TLS), and percent-encode special characters of the password"
+            ) from None
         self._app = app
         self._budget = budget_seconds
         self._window = window_seconds
@@ -114,7 +133,7 @@ class Precheck:
                 answers = await pipe.execute()
             if answers[0] != nonce:
                 raise Untrusted("an answer to another question")
-        except (RedisError, OSError, TimeoutError) as error:
+        except Exception as error:  # whatever the library raises: Redis is a hint
             self._failed(error)
             return
         for number, (handler, wanted) in enumerate(asked.items()):

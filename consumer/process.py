@@ -57,6 +57,7 @@ def run(main_coroutine: Any) -> Any:
 async def _work(path: str, settings: Settings, descriptor: int) -> int:
     worker = Worker(load_app(path), settings, report=lambda found: _send(descriptor, found))
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(logs.unhandled)
     ordered_at = 0.0
 
     def stop() -> None:
@@ -82,9 +83,8 @@ async def _work(path: str, settings: Settings, descriptor: int) -> int:
     except Stalled as error:
         event(logging.ERROR, str(error))
         return EXIT_STALLED
-    except Exception as error:
+    except BaseException as error:  # a traceback would quote what the error quotes
         event(logging.ERROR, "worker failed", error=describe(error))
-        logs.log.debug("worker failed", exc_info=True)
         return EXIT_FAILED
     return 0
 

@@ -25,10 +25,6 @@ _OUTCOMES = """
 select h.name, o.outcome, sum(o.count)::int8 from consumer.outcomes o join consumer.handlers h using (handler)
 where h.app = $1 group by h.name, o.outcome
 """
-_DEAD = """
-select h.name, count(*) from consumer.dead_letters d join consumer.handlers h using (handler)
-where h.app = $1 group by h.name
-"""
 _SHOW = """
 select h.app, h.name as handler, t.name as topic, l.partition, l."offset", l.applied_at,
        d.dead_letter, d.reason, d.died_at
@@ -67,10 +63,8 @@ async def handler_counts(connection: Any, app: App) -> dict[str, dict[str, Any]]
         kind, _, cause = outcome.partition(":")
         if kind == "duplicate":
             entry["duplicates"][cause] = count
-        elif kind == "skipped":
-            entry["skipped"] = count
-    for name, count in await connection.fetch(_DEAD, app.name):
-        found.setdefault(name, {**empty, "duplicates": {}})["dead_lettered"] = count
+        else:
+            entry[kind] = count  # dead_lettered, skipped
     return found
 
 

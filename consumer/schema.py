@@ -7,10 +7,12 @@ goes on running beside a migrated schema).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
 from consumer.core.errors import Misconfigured
+from consumer.core.sqltext import first_words, transaction_control
 
 _LOCK = 0x1DE_117  # one number for everybody who migrates; transaction-level, so it is never left behind
 _VERSIONS = """
@@ -76,14 +78,31 @@ async def pending(connection: Any) -> list[Migration]:
     return [each for each in found if each.version not in applied]
 
 
-async def migrate(connection: Any, *own: str) -> list[Migration]:
+def _line(error: Any, text: str) -> str:
+    """Where in a text PostgreSQL found the error, as :LINE."""
+    position = getattr(error, "position", None)
+    return f":{text.count(chr(10), 0, int(position) - 1) + 1}" if position and str(position).isdecimal() else ""
+
+
+async def migrate(connection: Any, *own: str, names: Sequence[str] = (), new_epoch: bool = False) -> list[Migration]:
     """Apply what is pending, and then the SQL texts `own`, all in one transaction. Returns what was applied.
 
+    names: what to call the texts in an error. new_epoch: declare that Redis's marks are of another database.
+
     Safe when several run at once: they wait for each other, and the later ones find nothing to do. Raises Misconfigured
-    when `own` would land in our schema.
+    when `own` would land in our schema, ends the transaction itself, or fails; nothing is changed then.
     """
+    called = [*names, *[f"text {number}" for number in range(len(names), len(own))]]
+    for name, text in zip(called, own, strict=False):
+        if word := transaction_control(text):
+            raise Misconfigured(
+                f"{name}: {word} stands in it, and all of it runs in one transaction of ours: take it out"
+            )
     async with connection.transaction():
+        # Whoever comes second waits here for as long as the first one takes.
+        await connection.execute("set local lock_timeout = 0")
         await connection.execute(f"select pg_advisory_xact_lock({_LOCK})")
+        await connection.execute("set local lock_timeout to default")
         todo = await pending(connection)
         if todo:
             await connection.execute(_VERSIONS)
@@ -101,6 +120,14 @@ async def migrate(connection: Any, *own: str) -> list[Migration]:
                 "the first schema of this role's search path is `consumer`, which is ours: use a role of another name, "
                 "or `alter role … set search_path = public`"
             )
-        for text in own:
-            await connection.execute(text)
+        for name, text in zip(called, own, strict=False):
+            if first_words(text):  # else it is empty
+                try:
+                    await connection.execute(text)
+                except Exception as error:
+                    if getattr(error, "sqlstate", None) is None:
+                        raise
+                    raise Misconfigured(f"{name}{_line(error, text)}: {error} (nothing was changed)") from None
+        if new_epoch:
+            await connection.execute("update consumer.installation set nonce = gen_random_uuid()")
     return todo

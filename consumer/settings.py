@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from consumer.core.errors import Misconfigured
 
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, le=2_000_000, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class Settings(BaseSettings):
     """All settings, with their units in their names. Unknown CONSUMER_ variables are left alone."""
 
-    model_config = SettingsConfigDict(env_prefix="CONSUMER_", frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix="CONSUMER_", frozen=True, extra="forbid", hide_input_in_errors=True, env_ignore_empty=True
+    )
 
     kafka_bootstrap_servers: str = Field("127.0.0.1:9092", description="Kafka brokers, host:port, comma-separated")
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
@@ -61,13 +63,25 @@ class Settings(BaseSettings):
     parked_messages_max: Count = Field(1000, description="most messages waiting for a retry, or behind one, in a lane")
 
     grace_seconds: Positive = Field(25, description="longest drain after SIGTERM")
-    wait_seconds: Annotated[float, Field(ge=0)] = Field(
+    wait_seconds: Annotated[float, Field(ge=0, le=2_000_000, allow_inf_nan=False)] = Field(
         30, description="longest wait for Kafka and PostgreSQL at start"
     )
     watchdog_seconds: Positive = Field(60, description="a worker that should move and does not for so long is ended")
     restarts_max: Annotated[int, Field(ge=0)] = Field(5, description="restarts in a row before giving up on a worker")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, JSON otherwise")
+
+    @field_validator("log_level", "log_format", mode="before")
+    @classmethod
+    def _in_lower_case(cls, given: object) -> object:
+        return given.lower() if isinstance(given, str) else given
+
+    @field_validator("kafka_bootstrap_servers")
+    @classmethod
+    def _without_user(cls, given: str) -> str:
+        if "@" in given or not given.strip():
+            raise ValueError("host:port, comma-separated; a user is CONSUMER_KAFKA_SASL_USERNAME")
+        return given
 
     @property
     def dsn(self) -> str:

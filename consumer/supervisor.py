@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import assert_never
 
 from consumer.core.restarts import EXIT_MISCONFIGURED, GiveUp, RestartAfter, Restarts
@@ -23,6 +24,7 @@ from consumer.kafka import leave_group
 from consumer.logs import describe, event
 from consumer.settings import Settings
 
+_ROOT = str(Path(__file__).resolve().parent.parent)
 _LEAVE_SECONDS = 5.0
 _AFTER_GRACE_SECONDS = 2.0
 
@@ -108,8 +110,9 @@ class Supervisor:
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                "-m",
-                "consumer.process",
+                "-P",  # a logging.py in the current directory is not the one that we import
+                "-c",
+                f"import sys; sys.path.append({_ROOT!r}); from consumer.process import main; main()",
                 self._path,
                 str(report_to),
                 stdin=asyncio.subprocess.PIPE,

@@ -285,3 +285,143 @@ async def test_a_position_is_moved_by_command_and_nonsense_is_refused(reported: 
     assert consumer(reported["cwd"], *move, "--to", "earliest", **reported["environment"]).returncode == 0
     rows = await query(place.dsn, "select next_offset from consumer.positions where partition = 1")
     assert rows == [(0,)]
+
+
+# -- found by trying everything that a careless or hostile user would ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("raise RuntimeError('canary')", "RuntimeError at lifespan.py"),
+        ("raise SystemExit(0)", "SystemExit at lifespan.py"),
+        ("await asyncio.sleep(60)", "longer than --wait"),
+        ("return\n    yield", "the lifespan of 'bad' failed"),
+    ],
+)
+def test_a_lifespan_that_fails_or_hangs_is_one_line(tmp_path: Path, body: str, says: str) -> None:
+    (tmp_path / "lifespan.py").write_text(
+        "import asyncio\nfrom contextlib import asynccontextmanager\nfrom consumer import App\n"
+        f"@asynccontextmanager\nasync def life(app):\n    {body}\n    yield\n"
+        "app = App('bad', lifespan=life)\n@app.handler('t')\nasync def h(p: dict): ...\n"
+    )
+    result = consumer(
+        tmp_path, "run", "lifespan:app", "--wait", "1", CONSUMER_POSTGRES_DSN="postgresql://127.0.0.1:1/x"
+    )
+    is_one_line(result, says)
+    assert "canary" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("CONSUMER_POSTGRES_DSN", "postgresql://demo:canary#x@127.0.0.1/x"),
+        ("CONSUMER_POSTGRES_DSN", "postgresql://demo:canary/x@127.0.0.1/x"),
+        ("CONSUMER_POSTGRES_DSN", "postgresql://demo:abc?canary@127.0.0.1/x"),
+        ("CONSUMER_POSTGRES_DSN", "postgresql://demo:canary@127.0.0.1:99999/x"),
+        ("CONSUMER_POSTGRES_DSN", "postgresql://demo:canary@127.0.0.1:1,127.0.0.1:2/x"),
+        ("CONSUMER_REDIS_URL", "redis://:canary#x@127.0.0.1/0"),
+        ("CONSUMER_REDIS_URL", "redis://:canary@127.0.0.1/0?decode_responses=true"),
+        ("CONSUMER_KAFKA_BOOTSTRAP_SERVERS", "user:canary@127.0.0.1:9092"),
+    ],
+)
+async def test_an_address_that_cannot_be_used_is_one_line_without_its_password(
+    good: Path, place: Place, name: str, address: str
+) -> None:
+    environment = {"CONSUMER_POSTGRES_DSN": place.dsn, "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka, name: address}
+    result = consumer(good, "run", "good:app", "--wait", "0.5", "--log-level", "error", **environment)
+    is_one_line(result)
+    assert "canary" not in result.stderr + result.stdout
+
+
+async def test_a_role_that_may_not_write_is_found_at_start(good: Path, place: Place) -> None:
+    role = f"reader_{uuid.uuid4().hex[:8]}"
+    await query(place.dsn, f"create role {role} login password 'reads'")
+    await query(place.dsn, f"grant usage on schema consumer to {role}")
+    dsn = place.dsn.replace(place.dsn.split("//")[1].split("@")[0], f"{role}:reads")
+    environment = {"CONSUMER_POSTGRES_DSN": dsn, "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka}
+    is_one_line(consumer(good, "run", "good:app", **environment), "permission denied")
+    await query(place.dsn, f"grant select on all tables in schema consumer to {role}")
+    assert consumer(good, "status", "good:app", **environment).returncode == 0  # to look is enough
+    is_one_line(consumer(good, "run", "good:app", **environment), "may not write to", "ledger")
+
+
+async def test_own_sql_that_ends_the_transaction_is_refused(good: Path, database: str) -> None:
+    (good / "own.sql").write_text("create table keep (a int);\ncommit;\nselect 1/0;")
+    is_one_line(consumer(good, "migrate", "--file", "own.sql", CONSUMER_POSTGRES_DSN=database), "own.sql", "COMMIT")
+    (good / "own.sql").write_text("-- nothing\n")
+    assert consumer(good, "migrate", "--file", "own.sql", CONSUMER_POSTGRES_DSN=database).returncode == 0
+    (good / "own.sql").write_text("select 1;\nselect fro x;")
+    is_one_line(consumer(good, "migrate", "--file", "own.sql", CONSUMER_POSTGRES_DSN=database), "own.sql:2")
+    assert consumer(good, "migrate", "--sql", "--check", CONSUMER_POSTGRES_DSN=database).returncode == 2
+
+
+async def test_the_current_directory_does_not_shadow_what_a_worker_imports(good: Path, place: Place) -> None:
+    """A service's own logging.py, and a directory named like us."""
+    (good / "redis.py").write_text("raise RuntimeError('not this one')")
+    topic = await place.topic()
+    (good / "good.py").write_text(GOOD.replace("'t'", repr(topic)).replace("'good'", repr(topic)))
+    clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            f"import sys; sys.path.append({str(ROOT)!r}); import consumer.cli as c; c.main()",
+            "run",
+            "good:app",
+        ],
+        cwd=good,
+        env={**clean, "CONSUMER_POSTGRES_DSN": place.dsn, "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka},
+        stderr=subprocess.PIPE,
+        stdin=None,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            assert "worker ended" not in line
+            if "partitions opened" in line:
+                break
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+async def test_dead_letters_do_not_drive_the_terminal_and_partition_100_is_no_emoji(
+    place: Place, tmp_path: Path
+) -> None:
+    topic = await place.topic(101)
+    app = App(f"cli-{uuid.uuid4().hex[:8]}")
+
+    @app.handler(topic, retry=Retry(attempts=1))
+    async def settle(payment: dict[str, Any], tx: Tx) -> None: ...
+
+    await place.send(topic, Sent(b"\x1b]0;owned\x07\x1b[2J:smile:\nreason      applied", id="x", partition=100))
+    await consume_all(app, place.settings())
+    environment = {"CONSUMER_POSTGRES_DSN": place.dsn}
+    shown = consumer(tmp_path, "dlq", "show", "1", **environment).stdout
+    assert "\x1b" not in shown and ":smile:" in shown
+    assert len([line for line in shown.splitlines() if line.startswith("reason")]) == 1
+    assert f"{topic}:100:0" in consumer(tmp_path, "dlq", "list", **environment).stdout
+    assert f"{topic}:100:0" in consumer(tmp_path, "show", "x", **environment).stdout
+
+
+def test_help_shows_every_flag_and_variable_in_full(tmp_path: Path) -> None:
+    text = consumer(tmp_path, "run", "--help", COLUMNS="80", PYTHONIOENCODING="ascii").stdout
+    assert "--kafka-bootstrap-servers" in text
+    assert "CONSUMER_KAFKA_BOOTSTRAP_SERVERS" in "".join(text.split())
+
+
+def test_closed_standard_streams_are_survived(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m consumer migrate --sql <&- 2>&- | head -c 20"
+    result = subprocess.run(
+        ["sh", "-c", command], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert result.stdout.startswith("begin;")
+
+
+def test_an_empty_variable_is_as_good_as_none(tmp_path: Path) -> None:
+    result = consumer(tmp_path, "migrate", "--check", "--wait", "0", CONSUMER_REDIS_URL="", CONSUMER_LANES="")
+    is_one_line(result, "CONSUMER_POSTGRES_DSN")

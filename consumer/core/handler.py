@@ -221,7 +221,8 @@ def _signature(
         if hint is inspect.Parameter.empty:
             raise wrong(f"parameter {parameter.name!r} has no annotation: the annotation says what to fill it with")
         bare = decode.bare(hint)
-        if bare is tx_type:
+        parts = [part for part in decode.members(bare) if part is not type(None)]
+        if bare is tx_type or parts == [tx_type]:
             if "tx" in plan:
                 raise wrong("asks for two Tx: there is one transaction")
             plan.append("tx")

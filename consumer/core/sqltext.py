@@ -31,15 +31,31 @@ _SKIP = re.compile(
 _checked: set[str] = set()
 
 
-def refuse_transaction_control(sql: str) -> None:
-    """Raise TransactionMisuse when any statement of `sql` controls the transaction. Remembers texts it has passed."""
-    if sql in _checked:
-        return
+def transaction_control(sql: str) -> str | None:
+    """The first statement of `sql` that controls the transaction, by its first words in capitals."""
     for words in first_words(sql):
         if words[0] in _FORBIDDEN or words == ("prepare", "transaction") or words == ("set", "transaction"):
+            return words[0].upper()
+    return None
+
+
+def refuse_transaction_control(sql: str) -> None:
+    """Raise TransactionMisuse for SQL that controls the transaction, or changes what other messages of it would meet.
+
+    Remembers texts it has passed.
+    """
+    if sql in _checked:
+        return
+    if word := transaction_control(sql):
+        raise TransactionMisuse(
+            f"{word} in a handler: the framework commits the claim and the effect together. "
+            "Use tx.savepoint() for a part that may fail, or raise Reject to store nothing"
+        )
+    for words in first_words(sql):
+        if words[0] in ("set", "reset") and words[1:] != ("constraints",):
             raise TransactionMisuse(
-                f"{words[0].upper()} in a handler: the framework commits the claim and the effect together. "
-                "Use tx.savepoint() for a part that may fail, or raise Reject to store nothing"
+                f"{words[0].upper()} in a handler: the transaction and its connection are other messages' too. "
+                "Give the role or the function that setting (alter role … set, create function … set)"
             )
     if len(_checked) >= _CHECKED_MAX:  # SQL built anew for each message: forget rather than grow
         _checked.clear()

@@ -134,7 +134,7 @@ class Demo:
         self._payments = plan(payments, random.Random())  # noqa: S311 - amounts, not secrets
         self._workers = workers
         self._as_json = as_json
-        self._console = Console(stderr=as_json)
+        self._console = Console(stderr=as_json, emoji=False)
         self._found = Findings()
         self._reads = _Reads()
         self._worker_pids: dict[int, int] = {}  # slot -> pid of the process in it

@@ -117,8 +117,8 @@ HARMLESS = [
     "begins",
     "select commit$a$b",
     "prepare transactional as select 1",
-    "set transaction_timeout = 1000",
-    "set local statement_timeout = 1000",
+    "set constraints all deferred",
+    "select set_config('work_mem', '64MB', true)",
     "do $$ begin perform 1; end $$",
     "do language plpgsql $x$ begin if true then null; end if; end; $x$",
     "create function f() returns int language plpgsql as $f$ begin return 1; end; $f$",
@@ -242,3 +242,11 @@ def test_a_name_may_begin_with_any_character_beyond_ascii_and_hold_dollars() -> 
 
 def test_a_function_with_a_body_in_standard_sql_passes() -> None:
     refuse_transaction_control("create function f() returns int begin atomic select 1; select 2; end")
+
+
+@pytest.mark.parametrize(
+    "statement", ["set search_path = other", "SET LOCAL role admin", "reset all", "select 1; set session x to 1"]
+)
+def test_what_other_messages_of_the_transaction_would_meet_is_refused(statement: str) -> None:
+    with pytest.raises(TransactionMisuse, match="other messages"):
+        refuse_transaction_control(statement)
