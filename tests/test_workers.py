@@ -188,7 +188,7 @@ async def test_sigterm_drains_and_leaves_the_group(place: Place, tmp_path: Path)
 
 async def hanging(service: Service, command: Command) -> None:
     """A worker with a message in hand that never ends."""
-    await service.opened(command, 1, workers=2)
+    await service.opened(command, 1)
     await service.place.send(service.topic, message("m", HANGS))
 
     open_transactions = """select count(*) from pg_stat_activity
