@@ -39,6 +39,7 @@ _PRODUCE_SECONDS = 8.0  # a pace at which one can watch, and workers have someth
 _CHUNK = 200
 _SETTLE_SECONDS = 40.0
 _STOP_SECONDS = 20.0
+_TELL_SECONDS = 2.0  # between two lines of progress where there is no terminal for a bar
 _TABLES = f"""
 create table payments (payment_id uuid not null, account int not null, amount bigint not null);
 create table accounts (account int primary key, balance bigint not null default 0);
@@ -188,7 +189,7 @@ class Demo:
         settled = bars.add_task("settled", total=total)
         producer = asyncio.create_task(self._produce(settings, bars, produced))
         deadline = time.monotonic() + _PRODUCE_SECONDS + _SETTLE_SECONDS
-        done = 0
+        done, told_at = 0, time.monotonic()
         try:
             while done < total:
                 if producer.done():
@@ -201,6 +202,9 @@ class Demo:
                 counts = (await report.handler_counts(connection, app))["settle"]
                 done = counts["applied"] + sum(counts["duplicates"].values()) + counts["dead_lettered"]
                 bars.update(settled, completed=done, description=_of(counts))
+                if done and not self._console.is_terminal and time.monotonic() > told_at + _TELL_SECONDS:
+                    told_at = time.monotonic()
+                    self._tell(_of(counts))
                 if self._victim == 0 and done > total * 0.4:
                     self._armed = True
             await producer  # it may still be counting what all others have dealt with
@@ -331,8 +335,8 @@ class Demo:
 
     def _bars(self) -> Progress:
         columns: Sequence[Any] = (
-            TextColumn("{task.description:60}"),
-            BarColumn(bar_width=30),
+            TextColumn("{task.description:40}"),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
@@ -373,10 +377,7 @@ class Demo:
 
 def _of(counts: dict[str, Any]) -> str:
     duplicates = counts["duplicates"]
-    return (
-        f"settled: {counts['applied']:,} applied, duplicates: {duplicates['batch']:,} batch, "
-        f"{duplicates['precheck']:,} pre-check, {duplicates['ledger']:,} ledger"
-    )
+    return f"settled: {counts['applied']:,} applied, {sum(duplicates.values()):,} duplicates"
 
 
 def _money(cents: int) -> str:
