@@ -29,6 +29,7 @@ from aiokafka.errors import (
     AuthenticationFailedError,
     IllegalSaslStateError,
     IllegalStateError,
+    InvalidSessionTimeoutError,
     OffsetOutOfRangeError,
     SaslAuthenticationFailed,
     UnsupportedSaslMechanismError,
@@ -232,6 +233,11 @@ class Source:
             with suppress(IllegalStateError):
                 self.consumer.pause(TopicPartition(*partition))
             raise LogTruncated(Partition(*partition), position) from None
+        except InvalidSessionTimeoutError:
+            raise Misconfigured(
+                f"Kafka refuses CONSUMER_KAFKA_SESSION_TIMEOUT_SECONDS={self._settings.kafka_session_timeout_seconds:g}: "
+                "it must lie between the broker's group.min.session.timeout.ms and group.max.session.timeout.ms"
+            ) from None
         except UnicodeDecodeError as error:
             self._seek_back(received)
             return await self._with_bad_header(error, received)

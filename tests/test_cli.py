@@ -425,3 +425,11 @@ def test_closed_standard_streams_are_survived(tmp_path: Path) -> None:
 def test_an_empty_variable_is_as_good_as_none(tmp_path: Path) -> None:
     result = consumer(tmp_path, "migrate", "--check", "--wait", "0", CONSUMER_REDIS_URL="", CONSUMER_LANES="")
     is_one_line(result, "CONSUMER_POSTGRES_DSN")
+
+
+async def test_a_session_timeout_that_kafka_refuses_is_no_outage(good: Path, place: Place) -> None:
+    environment = {"CONSUMER_POSTGRES_DSN": place.dsn, "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka}
+    result = consumer(good, "run", "good:app", "--kafka-session-timeout-seconds", "0.5", **environment)
+    assert result.returncode == 2
+    assert "CONSUMER_KAFKA_SESSION_TIMEOUT_SECONDS=0.5" in result.stderr
+    assert "Traceback" not in result.stderr
