@@ -9,7 +9,7 @@ KAFKA := .cache/kafka
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format kafka clean
+.PHONY: help demo test check bench format kafka clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ check: $(VENV)/dev ## Format, lint, strict types, and the architecture
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench: $(VENV)/dev $(KAFKA)/.complete ## Speed, as ratios in one run (about 5 minutes)
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 format: $(VENV)/dev ## Bring the code into shape
 	$(BIN)/ruff format .
