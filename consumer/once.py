@@ -339,12 +339,13 @@ class _Run:
             elif handler.concurrency > 1 and not self.careful:
                 await in_chains(deliveries, handler.concurrency, self._one)
             else:
+                task = asyncio.current_task()
                 for number, delivery in enumerate(deliveries):
                     if number % _CALLS_AT_A_TIME == 0:
                         await asyncio.sleep(0)  # handlers that only defer never wait: let the other lanes' answers in
-                    await self._one(delivery)
+                    await self._one(delivery, task)
 
-    async def _one(self, delivery: Delivery) -> None:
+    async def _one(self, delivery: Delivery, task: asyncio.Task[Any] | None) -> None:
         handler = delivery.handler
         if self._is_late():
             self._leave(delivery)
@@ -352,7 +353,7 @@ class _Run:
         if self.blocked and delivery.unit() in self.blocked:
             _wait_behind(delivery, self.done)
             return
-        tx = Tx(self.scope, delivery)
+        tx = Tx(self.scope, delivery, task)
         try:
             await self._call(handler, _argument(delivery), tx)
         except Exception as error:
@@ -382,7 +383,7 @@ class _Run:
             deliveries = [each for each in deliveries if each not in behind]
         if not deliveries:
             return
-        tx = Tx(self.scope, _Chunk(handler))
+        tx = Tx(self.scope, _Chunk(handler), asyncio.current_task())
         try:
             await self._call(handler, [_argument(each) for each in deliveries], tx)
         except Exception as error:
@@ -405,10 +406,12 @@ class _Run:
             try:
                 await _called(handler, argument, tx)
             except BaseException:
-                with suppress(TransactionMisuse):
-                    await tx.end()
+                if not tx.close():
+                    with suppress(TransactionMisuse):
+                        await tx.end()
                 raise
-            await tx.end()
+            if not tx.close():
+                await tx.end()
             if tx.error is not None:
                 raise tx.error  # swallowed by the handler: PostgreSQL would store nothing of it
             if not self.session.connection.is_in_transaction():
@@ -461,7 +464,9 @@ class _Run:
 
 
 async def in_chains(
-    deliveries: Iterable[Delivery], limit: int, run_one: Callable[[Delivery], Coroutine[Any, Any, None]]
+    deliveries: Iterable[Delivery],
+    limit: int,
+    run_one: Callable[[Delivery, asyncio.Task[Any] | None], Coroutine[Any, Any, None]],
 ) -> None:
     """Run at most `limit` messages at a time, those of one unit one after the other. The first exception ends all."""
     chains: dict[Hashable, list[Delivery]] = {}
@@ -470,9 +475,10 @@ async def in_chains(
     waiting = iter(chains.values())
 
     async def work() -> None:
+        task = asyncio.current_task()
         for chain in waiting:
             for delivery in chain:
-                await run_one(delivery)
+                await run_one(delivery, task)
 
     tasks = [asyncio.create_task(work()) for _ in range(min(limit, len(chains)))]
     try:
@@ -514,7 +520,7 @@ async def observe(deliveries: Iterable[Delivery], draw: Callable[[], float]) -> 
         if not delivery.handler.idempotent and delivery.outcome is None:
             by_handler.setdefault(delivery.handler, []).append(delivery)
 
-    async def one(delivery: Delivery) -> None:
+    async def one(delivery: Delivery, _: object) -> None:
         if blocked and delivery.unit() in blocked:
             delivery.outcome = BEHIND
             return

@@ -107,10 +107,10 @@ class Tx:
 
     __slots__ = ("_open", "_others", "_owner", "_scope", "error", "subject", "touched", "writes")
 
-    def __init__(self, scope: Scope, subject: Ordered) -> None:
+    def __init__(self, scope: Scope, subject: Ordered, owner: asyncio.Task[Any] | None) -> None:
         self._scope = scope
         self._open = True
-        self._owner = asyncio.current_task()
+        self._owner = owner  # the task that calls the handler
         self._others: dict[
             asyncio.Task[Any], int
         ] = {}  # tasks of the handler that use this, and how many times at once
@@ -278,6 +278,13 @@ class Tx:
             self._others[task] -= 1
             if not self._others[task]:
                 del self._others[task]
+
+    def close(self) -> bool:
+        """The handler has returned: nothing more is written through this. False when `end` must be awaited instead."""
+        if self._others:
+            return False
+        self._open = False
+        return True
 
     async def end(self) -> None:
         """The handler has returned: nothing more is written through this.
