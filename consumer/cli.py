@@ -264,13 +264,13 @@ async def _ready(app: App, settings: Settings) -> None:
 
     settings.dsn  # noqa: B018 - raises when there is none
     try:
-        async with asyncio.timeout(max(settings.wait_seconds, 1)):
+        async with asyncio.timeout(max(settings.wait_seconds, 1)) as limit:
             await resources()
     except (Misconfigured, asyncio.CancelledError):
         raise
-    except TimeoutError as error:
-        raise Misconfigured(f"the lifespan of {app.name!r} took longer than --wait: {logs.describe(error)}") from None
     except (Exception, SystemExit) as error:
+        if limit.expired():
+            raise Misconfigured(f"the lifespan of {app.name!r} took longer than --wait") from None
         raise Misconfigured(f"the lifespan of {app.name!r} failed: {logs.describe(error)}") from None
     await _postgres_ready(settings)
     if settings.redis_url is not None:
@@ -390,7 +390,7 @@ async def _with_ledger(settings: Settings, ask: Callable[[Any], Coroutine[Any, A
     try:
         with ledger.sorted_errors(settings):
             await ledger.describe(connection, settings)
-            return await ask(connection)
+        return await ask(connection)  # its errors may be Kafka's: they are not taken for PostgreSQL's
     finally:
         connection.terminate()
 

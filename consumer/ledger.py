@@ -57,9 +57,11 @@ on conflict (handler, id, fingerprint) do nothing
 """
 _MAY_NOT = """
 select case when current_setting('default_transaction_read_only')::bool then 'anything: default_transaction_read_only is on'
-else (select string_agg(t, ', ') from unnest(array['ledger', 'positions', 'outcomes', 'dead_letters']) t
-      where not has_table_privilege('consumer.' || t, 'select, insert')
-         or not has_table_privilege('consumer.' || t, 'insert')) end
+else (
+    select string_agg(distinct t, ', ') from (values ('ledger', 'select insert update delete'), ('positions', 'select insert update'),
+        ('outcomes', 'select insert update'), ('dead_letters', 'select insert'), ('handlers', 'select'), ('topics', 'select'))
+        as needed(t, rights), unnest(string_to_array(rights, ' ')) r
+    where not has_table_privilege('consumer.' || t, r)) end
 """
 _CLOSE = """
 with moved as (

@@ -344,6 +344,8 @@ async def test_a_role_that_may_not_write_is_found_at_start(good: Path, place: Pl
     await query(place.dsn, f"grant select on all tables in schema consumer to {role}")
     assert consumer(good, "status", "good:app", **environment).returncode == 0  # to look is enough
     is_one_line(consumer(good, "run", "good:app", **environment), "may not write to", "ledger")
+    await query(place.dsn, f"grant select, insert on all tables in schema consumer to {role}")
+    is_one_line(consumer(good, "run", "good:app", **environment), "may not write to", "positions")  # nor update
 
 
 async def test_own_sql_that_ends_the_transaction_is_refused(good: Path, database: str) -> None:
