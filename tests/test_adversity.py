@@ -234,6 +234,25 @@ async def test_slow_handlers_are_committed_before_postgresql_ends_the_transactio
         assert own == sorted(own)
 
 
+async def test_slow_calls_of_a_batch_handler_are_committed_in_time_too(place: Place) -> None:
+    topic = await place.topic()
+    app = new_app()
+    calls: list[str] = []
+
+    @app.handler(topic, batch=5)
+    async def settle(payments: list[Payment], tx: Tx) -> None:
+        calls.extend(each.id for each in payments)
+        await asyncio.sleep(0.25)
+        for each in payments:
+            tx.defer(INSERT, each.id, each.account, each.amount)
+
+    names = [f"p{n:02}" for n in range(60)]
+    await place.send(topic, *[payment(each, int(each[1:]) % 10) for each in names])
+    await consume_all(app, place.settings(postgres_idle_in_transaction_timeout_seconds=1.5))
+    assert await ids(place) == names
+    assert sorted(calls) == names
+
+
 @pytest.mark.parametrize("code", ["55P03", "40001", "XX000", "53400"])
 async def test_a_message_that_always_meets_the_same_conflict_or_outage_stops_no_other(place: Place, code: str) -> None:
     topic = await place.topic()
