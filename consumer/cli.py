@@ -1,7 +1,7 @@
 """The `consumer` command. Turns arguments into calls and answers into text; decides nothing.
 
 Exit codes: 0 a good answer, 1 the answer is no (unknown, not up to date, restarts did not help), 2 it could not start or
-could not tell. Every error is one line on standard error; a traceback shows with CONSUMER_LOG_LEVEL=debug.
+could not tell. Every error is one line on standard error, without a traceback, which would quote what the error quotes.
 """
 
 from __future__ import annotations

@@ -172,7 +172,6 @@ class Source:
         self._settings = settings
         self._group = group
         self._consumer: AIOKafkaConsumer | None = None
-        self._raw: dict[Partition, RawRecord] = {}
 
     def _make(self) -> AIOKafkaConsumer:
         settings = self._settings
