@@ -343,6 +343,12 @@ class Source:
         )
         return {Partition(*each): offset for each, offset in found.items()}
 
+    async def offsets_at(self, partitions: Sequence[Partition], time_ms: int) -> dict[Partition, int | None]:
+        """Offsets of the first records of that time or later, None where there are none. Raises KafkaError."""
+        wanted = {TopicPartition(*each): time_ms for each in partitions}
+        found = await asyncio.wait_for(self.consumer.offsets_for_times(wanted), _REQUEST_SECONDS)
+        return {Partition(*each): None if at is None else int(at.offset) for each, at in found.items()}
+
     async def partitions(self, topics: Iterable[str]) -> dict[str, list[Partition]]:
         """The partitions of each topic, none for a topic that does not exist. Raises KafkaError."""
         cluster = await asyncio.wait_for(self.consumer._client.fetch_all_metadata(), _REQUEST_SECONDS)

@@ -26,24 +26,31 @@ from consumer.settings import Settings
 _BATCH_SECONDS_MAX = 5.0
 SCHEMA_VERSION = 1  # the migration this code needs; migrations/ holds them
 
-_CLAIM = """
+_OFFERED = """
 with offered as materialized (
     select * from unnest($1::int2[], $2::uuid[], $3::int8[], $4::int2[], $5::int4[], $6::int8[], $7::bool[])
         with ordinality as o(handler, id, fingerprint, topic, partition, "offset", applied, place)
-), claimed as (
+)"""
+# The places of the offers that were lost, and of those among them: that another record made, that are dead letters, that
+# hold another payload, and that this statement cannot see. One probe of the index for each (a join may scan the ledger).
+_LOST = """
+select array_agg(place), array_agg(place) filter (where not here), array_agg(place) filter (where dead),
+       array_agg(place) filter (where clashes), array_agg(place) filter (where here is null)
+from offered o left join lateral (
+    select (l."offset", l.partition, l.topic) = (o."offset", o.partition, o.topic) as here,
+           l.applied_at is null as dead, l.fingerprint <> o.fingerprint as clashes
+    from consumer.ledger l where l.handler = o.handler and l.id = o.id limit 1
+) as found on true
+"""
+_CLAIM = f"""{_OFFERED}, claimed as (
     insert into consumer.ledger (handler, id, fingerprint, topic, partition, "offset", applied_at)
     select handler, id, fingerprint, topic, partition, "offset", case when applied then now() end
     from offered order by handler, id
     on conflict on constraint ledger_claim do nothing
     returning handler, id
-)
-select place from offered o where not exists (select from claimed c where c.handler = o.handler and c.id = o.id)
+){_LOST} where not exists (select from claimed c where c.handler = o.handler and c.id = o.id)
 """
-_WHAT_STANDS = """
-select o.place, l.fingerprint, l.applied_at is null
-from unnest($1::int2[], $2::uuid[]) with ordinality as o(handler, id, place)
-join consumer.ledger l using (handler, id)
-"""
+_WHAT_STANDS = f"{_OFFERED}{_LOST}"
 _UNCLAIM = "delete from consumer.ledger l using unnest($1::int2[], $2::uuid[]) as o(handler, id) where (l.handler, l.id) = (o.handler, o.id)"
 _BURY = """
 update consumer.ledger l set applied_at = null
@@ -101,10 +108,22 @@ class SchemaMissing(Misconfigured):
 
 
 class Standing(NamedTuple):
-    """What the ledger holds for an id that was claimed before."""
+    """What the ledger holds for an id that was claimed before.
 
-    fingerprint: int
+    clashes: with another payload. here: by this very record, so this is a redelivery; else the message was produced again.
+    """
+
     dead: bool
+    clashes: bool
+    here: bool
+
+
+_STANDING = {
+    (dead, clashes, here): Standing(dead, clashes, here)
+    for dead in (False, True)
+    for clashes in (False, True)
+    for here in (False, True)
+}
 
 
 def meaning_of(error: BaseException) -> Meaning:
@@ -269,24 +288,21 @@ class Session:
         A claim that another transaction holds is waited for, until that one commits or rolls back. The ids must be
         distinct for each handler. Sorted by key, so that two batches cannot wait for each other here.
         """
-        lost = await self.connection.fetch(
-            _CLAIM,
-            [each.handler.number for each in deliveries],
-            [UUID(each.id) for each in deliveries],
-            [each.fingerprint for each in deliveries],
-            [topics[each.record.topic] for each in deliveries],
-            [each.record.partition for each in deliveries],
-            [each.record.offset for each in deliveries],
-            [each.outcome is None for each in deliveries],
-        )
-        if not lost:
-            return {}
-        losers = [deliveries[row[0] - 1] for row in lost]
-        # A second statement, because it sees what a concurrent transaction has committed while the first one waited.
-        rows = await self.connection.fetch(_WHAT_STANDS, *_keys(losers))
-        if len(rows) != len(losers):
+        offers = _offers(deliveries, topics)
+        lost = await self.connection.fetchrow(_CLAIM, *offers)
+        standing, unseen = _standing(deliveries, lost)
+        if unseen:
+            # A second statement, because it sees what a concurrent transaction has committed while the first one waited.
+            standing |= await self.standing(unseen, topics)
+        return standing
+
+    async def standing(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, Standing]:
+        """What stands in the ledger for ids that are known to be claimed. Raises Conflict when one of them is not."""
+        lost = await self.connection.fetchrow(_WHAT_STANDS, *_offers(deliveries, topics))
+        standing, unseen = _standing(deliveries, lost)
+        if unseen:
             raise Conflict("a claim vanished between two statements")
-        return {losers[row[0] - 1]: Standing(row[1], row[2]) for row in rows}
+        return standing
 
     async def unclaim(self, deliveries: Sequence[Delivery]) -> None:
         """Take back claims of this transaction, for messages that will be tried again."""
@@ -300,6 +316,10 @@ class Session:
             await self.connection.execute(_BURY, *_keys(claimed))
         letters = [_letter(each, verdict, attempts.get(each, each.attempts)) for each, verdict in dead.items()]
         await self.connection.executemany(_DEAD_LETTER, letters)
+
+    async def check_constraints(self) -> None:
+        """Check now what a COMMIT would check: deferred constraints. Raises what the database says."""
+        await self.connection.execute("set constraints all immediate")
 
     async def close_batch(
         self, app: str, moves: Sequence[Move], counts: Mapping[tuple[int, int, int, str], int]
@@ -390,6 +410,31 @@ async def describe(connection: asyncpg.Connection[Any], settings: Settings) -> s
         )
     nonce = await connection.fetchval("select nonce from consumer.installation")
     return f"{row['system']:x}-{row['timeline']}-{nonce.hex[:12]}"
+
+
+def _offers(deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> tuple[list[Any], ...]:
+    return (
+        [each.handler.number for each in deliveries],
+        [UUID(each.id) for each in deliveries],
+        [each.fingerprint for each in deliveries],
+        [topics[each.record.topic] for each in deliveries],
+        [each.record.partition for each in deliveries],
+        [each.record.offset for each in deliveries],
+        [each.outcome is None for each in deliveries],
+    )
+
+
+def _standing(deliveries: Sequence[Delivery], lost: Any) -> tuple[dict[Delivery, Standing], list[Delivery]]:
+    """What stands for those that were lost, and those of which the statement could not see it."""
+    everything, elsewhere, dead, clashes, unseen = ([deliveries[place - 1] for place in each or ()] for each in lost)
+    found = dict.fromkeys(everything, _STANDING[False, False, True])
+    if elsewhere or dead or clashes:
+        away, died, clashing = set(elsewhere), set(dead), set(clashes)
+        for each in away | died | clashing:
+            found[each] = _STANDING[each in died, each in clashing, each not in away]
+    for each in unseen:
+        del found[each]
+    return found, unseen
 
 
 def _keys(deliveries: Sequence[Delivery]) -> tuple[list[int], list[UUID]]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from consumer.core.decode import explain
 from consumer.core.errors import Reject, TransactionMisuse, Unreadable
@@ -32,16 +32,19 @@ from consumer.core.lanes import UNDECODED, Batch, Delivery, Lane, Move
 from consumer.core.message import Message, RawRecord
 from consumer.core.outcome import DUPLICATE, SKIPPED, Applied, Cause, Dead, Duplicate, Outcome, Parked, Reason, Skipped
 from consumer.core.sqlstate import Meaning
-from consumer.ledger import Conflict, Fenced, Outage, Session, meaning_of
+from consumer.ledger import Conflict, Fenced, Outage, Session, Standing, meaning_of
 from consumer.tx import Scope, Tx, savepoint_name
 
 _CALLS_AT_A_TIME = 100
+FAILURES_MAX = 4  # in a row, of a part of a batch, before it is cut
+_ASIDE_SECONDS = 10.0
 SAVEPOINTS_MAX = 64  # more subtransactions than this in one transaction slow the whole server down
 
 BEHIND = Parked(0.0, "waits behind a failed message of its key")
 LEFT = Parked(0.0, "left for the next batch: this one has taken long enough")
 
 Step = Callable[[str], None]
+Part = tuple[Batch, bool, int]  # what is left to settle, whether carefully, and how often it has failed as it is
 
 
 class Isolate(Exception):
@@ -72,12 +75,31 @@ class Settlement:
     moves: list[Move] = field(default_factory=list)
 
 
+class Rehearsal(Protocol):
+    """What looks at a transaction that is undone at its end."""
+
+    async def claimed(self, standing: Mapping[Delivery, Standing], fresh: list[Delivery]) -> list[Delivery]:
+        """After the claims: what stood before, and what was claimed now. Returns those whose handlers are to be called."""
+
+    async def handled(self, done: Settlement) -> None:
+        """After the handlers and their writes, before everything is undone."""
+
+
 async def apply(
-    session: Session, names: Names, lane: Lane, batch: Batch, *, careful: bool, draw: Callable[[], float], step: Step
+    session: Session,
+    names: Names,
+    lane: Lane,
+    batch: Batch,
+    *,
+    careful: bool,
+    draw: Callable[[], float],
+    step: Step,
+    rehearsal: Rehearsal | None = None,
 ) -> Settlement:
     """Settle a batch in one transaction: all of it, or nothing.
 
     careful: a savepoint around every message, so that one failure costs one message (at most SAVEPOINTS_MAX of them).
+    rehearsal: do everything but store it: neither positions nor dead letters are written, and all else is undone.
     Raises Isolate when the batch must be cut smaller or run carefully, Conflict to run it again at once, Outage when
     PostgreSQL cannot say, Fenced when a partition is no longer ours. The connection is left without a transaction,
     or dropped.
@@ -93,11 +115,17 @@ async def apply(
         standing = await session.claim(claims, names.topics) if claims else {}
         step("claimed")
         fresh = _sort_out(claims, standing, done)
+        if rehearsal is not None:
+            fresh = await rehearsal.claimed(standing, fresh)
         theirs = True
         await run.handlers(fresh)
         await run.scope.flush()
+        if rehearsal is not None:
+            await session.check_constraints()  # those that a COMMIT would check
         theirs = False
         step("handled")
+        if rehearsal is not None:
+            return await _undone(session, rehearsal, fresh, done)
         retracted = [each for each in fresh if each in done.parked]
         if retracted:
             await session.unclaim(retracted)
@@ -133,6 +161,46 @@ async def apply(
         session.close()  # cancelled: what was sent is undone by the server; a COMMIT on its way decides for itself
         raise
     return done
+
+
+async def _undone(session: Session, rehearsal: Rehearsal, fresh: Sequence[Delivery], done: Settlement) -> Settlement:
+    done.applied = [each for each in fresh if each not in done.outcomes]
+    await rehearsal.handled(done)
+    await session.rollback()
+    return done
+
+
+def again(part: Batch, careful: bool, failures: int, draw: Callable[[], float]) -> list[Part]:
+    """How to run again what failed through no fault of its own, as far as one can tell.
+
+    What fails so again and again, on fresh connections, is cut, so that one message that always meets it (a handler
+    that outlasts a timeout) does not keep the others from being settled; alone, it is put aside for a while. That
+    does not count as an attempt.
+    """
+    if failures < FAILURES_MAX:
+        return [(part, careful, failures)]
+    if len(part.deliveries) > 1:
+        head, tail = part.split()
+        return [(tail, careful, 0), (head, careful, 0)]
+    if part.deliveries and part.deliveries[0].outcome is None:
+        part.deliveries[0].outcome = Parked(_ASIDE_SECONDS * (0.5 + draw() / 2), "put aside")
+        return [(part, careful, 0)]
+    return [(part, careful, failures)]
+
+
+def smaller(part: Batch, careful: bool, cause: BaseException | None, draw: Callable[[], float]) -> list[Part]:
+    """How to run a failed batch again, so that the message at fault is found and all others are kept.
+
+    A message that is alone in it is the one: its verdict becomes its outcome, and its attempt is counted.
+    """
+    if len(part.deliveries) == 1:
+        [delivery] = part.deliveries
+        delivery.outcome, delivery.attempts = verdict(delivery, cause or Conflict("unknown"), draw)
+        return [(part, True, 0)]
+    if careful or len(part.deliveries) > SAVEPOINTS_MAX:
+        head, tail = part.split()
+        return [(tail, careful, 0), (head, careful, 0)]
+    return [(part, True, 0)]
 
 
 def verdict(delivery: Delivery, error: BaseException, draw: Callable[[], float]) -> tuple[Parked | Dead, int]:
@@ -255,7 +323,7 @@ def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> l
     return list(first.values())
 
 
-def _sort_out(claims: Sequence[Delivery], standing: Mapping[Delivery, Any], done: Settlement) -> list[Delivery]:
+def _sort_out(claims: Sequence[Delivery], standing: Mapping[Delivery, Standing], done: Settlement) -> list[Delivery]:
     """Those whose claim was won. The others are duplicates, or an id used again with another payload."""
     fresh: list[Delivery] = []
     for delivery in claims:
@@ -264,7 +332,7 @@ def _sort_out(claims: Sequence[Delivery], standing: Mapping[Delivery, Any], done
             fresh.append(delivery)
             if delivery.outcome is not None:
                 done.outcomes[delivery] = delivery.outcome  # a dead letter before its handler ran
-        elif earlier.fingerprint != delivery.fingerprint:
+        elif earlier.clashes:
             done.outcomes[delivery] = _conflict()
         else:
             done.outcomes[delivery] = DUPLICATE[Cause.DEAD_LETTER if earlier.dead else Cause.LEDGER]

@@ -34,8 +34,6 @@ _POLL_PAUSED_SECONDS = 0.02  # while a lane is full, and may have room again soo
 DRAIN_SECONDS_MAX = 20.0  # of a rebalance; below the time that the group waits for its members
 _BACKOFF_SECONDS = (0.1, 5.0)
 _BEAT_SECONDS = 1.0
-_FAILURES_MAX = 4  # in a row, of a part of a batch, before it is cut
-_ASIDE_SECONDS = 10.0
 _LOOP_LAG_SECONDS = 2.0
 _TOLD_MAX = 20  # failures of one batch, one line each
 
@@ -60,9 +58,6 @@ class _Lane:
     session: Session | None
     idle: asyncio.Event
     wake: asyncio.Event
-
-
-_Part = tuple[Batch, bool, int]
 
 
 class Worker:
@@ -332,8 +327,7 @@ class Worker:
             self._step("prechecked")
         for delivery, error in await once.observe(batch.deliveries, self._draw):
             self._tell_failure(delivery, error, delivery.outcome)
-        # What is left to settle, whether with a savepoint for each message, and how often it has failed as it is.
-        parts = [(batch, False, 0)]
+        parts: list[once.Part] = [(batch, False, 0)]
         while parts:
             part, careful, failures = parts.pop()
             if lane.session is None or not lane.session.is_usable:
@@ -348,15 +342,17 @@ class Worker:
                     lane.session, self._names, lane.state, part, careful=careful, draw=self._draw, step=self._step
                 )
             except once.Isolate as isolate:
-                parts += self._smaller(part, careful, isolate.__cause__)
+                parts += once.smaller(part, careful, isolate.__cause__, self._draw)
+                if len(part.deliveries) == 1 and isinstance(part.deliveries[0].outcome, Parked):
+                    self._tell_failure(part.deliveries[0], isolate.__cause__, part.deliveries[0].outcome)
             except (Conflict, Outage) as error:
                 if generation != self._generation:
                     return
                 cause = error.__cause__ or error
-                if isinstance(error, Outage) or failures >= _FAILURES_MAX:
+                if isinstance(error, Outage) or failures >= once.FAILURES_MAX:
                     text = "the batch runs again: " + ("postgresql lost" if isinstance(error, Outage) else "conflict")
                     event(logging.WARNING, text, error=describe(cause), sqlstate=sqlstate_of(cause), times=failures + 1)
-                parts += self._again(part, careful, failures + 1)
+                parts += once.again(part, careful, failures + 1, self._draw)
                 # The first conflict is run again almost at once; what keeps failing is left ever more time.
                 await self._pause(min(_BACKOFF_SECONDS[1], 0.005 * 3.0**failures) * (0.5 + self._draw() / 2))
             except Fenced:
@@ -365,37 +361,6 @@ class Worker:
                 return
             else:
                 self._settled_part(lane, part, done)
-
-    def _again(self, part: Batch, careful: bool, failures: int) -> list[_Part]:
-        """How to run again what failed through no fault of its own, as far as one can tell.
-
-        What fails so again and again, on fresh connections, is cut, so that one message that always meets it (a handler
-        that outlasts a timeout) does not keep the others from being settled; alone, it is put aside for a while. That
-        does not count as an attempt.
-        """
-        if failures < _FAILURES_MAX:
-            return [(part, careful, failures)]
-        if len(part.deliveries) > 1:
-            head, tail = part.split()
-            return [(tail, careful, 0), (head, careful, 0)]
-        if part.deliveries and part.deliveries[0].outcome is None:
-            part.deliveries[0].outcome = Parked(_ASIDE_SECONDS * (0.5 + self._draw() / 2), "put aside")
-            return [(part, careful, 0)]
-        return [(part, careful, failures)]
-
-    def _smaller(self, part: Batch, careful: bool, cause: BaseException | None) -> list[_Part]:
-        """How to run a failed batch again, so that the message at fault is found and all others are kept."""
-        if len(part.deliveries) == 1:
-            [delivery] = part.deliveries
-            error = cause or Conflict("unknown")
-            delivery.outcome, delivery.attempts = once.verdict(delivery, error, self._draw)
-            if isinstance(delivery.outcome, Parked):
-                self._tell_failure(delivery, error, delivery.outcome)
-            return [(part, True, 0)]
-        if careful or len(part.deliveries) > once.SAVEPOINTS_MAX:
-            head, tail = part.split()
-            return [(tail, careful, 0), (head, careful, 0)]
-        return [(part, True, 0)]
 
     def _settled_part(self, lane: _Lane, part: Batch, done: once.Settlement) -> None:
         now = time.monotonic()

@@ -1,0 +1,144 @@
+"""Where a replay begins and ends: what a person may write for it, and what that means for one partition.
+
+Knows offsets and times as numbers; knows no Kafka and no clock. An end is exclusive: the first offset, or the first
+time, that is not replayed any more.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import NamedTuple, TypeAlias
+
+from consumer.core.errors import Misconfigured
+from consumer.core.message import Partition
+
+_AGO = re.compile(r"([0-9]{1,9})(s|m|h|d)")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@dataclass(frozen=True, slots=True)
+class Earliest:
+    """The first record that the log holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latest:
+    """The end of the log when the replay begins, open transactions of producers excluded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """The application's position in PostgreSQL when the replay begins: up to where its workers have settled everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offset:
+    """An offset, the same in every partition."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """The first record of that time (milliseconds since 1970 UTC) or later, by the records' own timestamps."""
+
+    milliseconds: int
+
+
+Bound: TypeAlias = Earliest | Latest | Position | Offset | Time
+
+
+class Span(NamedTuple):
+    """The offsets of a partition from `first` up to, and without, `end`."""
+
+    partition: Partition
+    first: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        """Offsets in it; records may be fewer, since the log is compacted and holds transaction markers."""
+        return self.end - self.first
+
+
+class Log(NamedTuple):
+    """What is known of a partition's log, to resolve bounds with. position: None before its first settled message."""
+
+    begin: int
+    end: int
+    position: int | None
+    from_time: int | None  # the offset that Kafka gives for the time of --from; None: no record is that late
+    to_time: int | None
+
+
+def parse(text: str, option: str, now_ms: int) -> Bound:
+    """A bound as written: earliest, latest, position, an offset, an ISO 8601 time (UTC where it names no zone), or 90m ago.
+
+    Raises Misconfigured for anything else, and for a time in the future.
+    """
+    given = text.strip()
+    match given.lower():
+        case "earliest" | "beginning":
+            return Earliest()
+        case "latest" | "end":
+            return Latest()
+        case "position":
+            return Position()
+    if re.fullmatch("[0-9]{1,18}", given):
+        return Offset(int(given))
+    if ago := _AGO.fullmatch(given.lower()):
+        return Time(max(0, now_ms - int(ago[1]) * _SECONDS[ago[2]] * 1000))
+    try:
+        at = datetime.fromisoformat(given)
+        milliseconds = int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
+    except (ValueError, OverflowError):
+        raise Misconfigured(
+            f"{option} {given!r}: write earliest, latest, position, an offset, a time such as 2026-11-25T10:00:00Z, "
+            "or how long ago, such as 90m, 24h or 7d"
+        ) from None
+    if milliseconds > now_ms:
+        raise Misconfigured(f"{option} {given}: that is in the future (times without a zone are UTC)")
+    if milliseconds < 0:
+        raise Misconfigured(f"{option} {given}: that is before 1970")
+    return Time(milliseconds)
+
+
+def span(partition: Partition, log: Log, start: Bound, end: Bound) -> Span:
+    """The offsets of one partition between two bounds; empty where it holds nothing between them.
+
+    Raises Misconfigured where the log has dropped records that the bounds ask for.
+    """
+    first = _offset(start, log, log.from_time)
+    last = _offset(end, log, log.to_time)
+    name = f"{partition.topic}:{partition.partition}"
+    gone = f"the log of {name} begins at offset {log.begin}: what came before was removed from it"
+    match start:
+        case Offset(number) if number < log.begin:
+            raise Misconfigured(f"--from {number}: {gone}; --from earliest takes what is left")
+        case Time() if first == log.begin > 0 and first < log.end:
+            raise Misconfigured(
+                f"--from: {gone}, and that may be records of the time asked for; --from earliest takes what is left"
+            )
+        case Position() if log.position is not None and log.position < log.begin:
+            raise Misconfigured(f"--from position: {gone}, and the position is {log.position}")
+    match end:
+        case Offset() | Time() | Position() if last < log.begin:
+            raise Misconfigured(f"--to: {gone}")
+    first = min(first, log.end)
+    return Span(partition, first, max(first, min(last, log.end)))
+
+
+def _offset(bound: Bound, log: Log, at_time: int | None) -> int:
+    match bound:
+        case Earliest():
+            return log.begin
+        case Latest():
+            return log.end
+        case Position():
+            return log.begin if log.position is None else log.position
+        case Offset(number):
+            return number
+        case Time():
+            return log.end if at_time is None else at_time

@@ -1,0 +1,102 @@
+"""Reading a range of topics without a group: what it is, and its records in order. Nothing of the group is touched.
+
+Knows Kafka through kafka.py; knows no ledger. Nothing is committed and nobody is joined, so workers never notice. What it
+does not know: whether the log still holds a range by the time that it comes to it (LogTruncated then).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import NamedTuple
+
+from consumer.core.bounds import Bound, Log, Offset, Span, Time, span
+from consumer.core.errors import Misconfigured
+from consumer.core.message import Partition, Record
+from consumer.kafka import Source
+
+_POLL_SECONDS = 0.2
+
+
+class Chunk(NamedTuple):
+    """Records of one partition, in offset order, and the offset up to which the partition has now been read."""
+
+    partition: Partition
+    records: Sequence[Record]
+    next: int
+
+
+async def find_partitions(source: Source, topics: Sequence[str], numbers: Sequence[int] | None) -> list[Partition]:
+    """The partitions asked for. Raises Misconfigured for a topic or a partition that is not there."""
+    found = await source.partitions(topics)
+    wanted: list[Partition] = []
+    for topic in topics:
+        if not found[topic]:
+            raise Misconfigured(f"topic {topic!r} does not exist")
+        for number in sorted(set(numbers or ())):
+            if Partition(topic, number) not in found[topic]:
+                raise Misconfigured(f"topic {topic!r} has no partition {number} (it has 0 to {len(found[topic]) - 1})")
+        wanted += [each for each in found[topic] if not numbers or each.partition in numbers]
+    return wanted
+
+
+async def resolve(
+    source: Source, partitions: Sequence[Partition], start: Bound, end: Bound, positions: Mapping[Partition, int]
+) -> list[Span]:
+    """The offsets to read of each partition. Raises Misconfigured where nothing is there, or not any more."""
+    begins, ends = await source.beginnings(partitions), await source.ends(partitions)
+    times: list[dict[Partition, int | None]] = []
+    for bound in (start, end):
+        times.append(await source.offsets_at(partitions, bound.milliseconds) if isinstance(bound, Time) else {})
+    if isinstance(start, Time) and isinstance(end, Time) and start.milliseconds >= end.milliseconds:
+        raise Misconfigured("--from is not before --to")
+    if isinstance(start, Offset) and isinstance(end, Offset) and start.number >= end.number:
+        raise Misconfigured(f"the range is empty: --from {start.number} is not below --to {end.number}")
+    for bound, option in ((start, "--from"), (end, "--to")):
+        if isinstance(bound, Offset) and all(bound.number > ends[each] for each in partitions):
+            last = ", ".join(f"{each.topic}:{each.partition} at {ends[each]}" for each in partitions[:8])
+            raise Misconfigured(f"{option} {bound.number} lies beyond the end of the log ({last})")
+    spans = [
+        span(
+            each,
+            Log(begins[each], ends[each], positions.get(each), times[0].get(each), times[1].get(each)),
+            start,
+            end,
+        )
+        for each in partitions
+    ]
+    if not any(each.length for each in spans):
+        held = ", ".join(f"{each.topic}:{each.partition} {begins[each]} to {ends[each]}" for each in partitions[:8])
+        raise Misconfigured(f"the range is empty: nothing lies between --from and --to (the log holds {held})")
+    return spans
+
+
+async def read(source: Source, spans: Sequence[Span]) -> AsyncIterator[Chunk]:
+    """The records of the spans: in order within each partition, the partitions as they come. The source must be started.
+
+    Ends when every span was read to its end. Raises KafkaError, and LogTruncated when records were removed meanwhile.
+    """
+    ends = {each.partition: each.end for each in spans if each.length}
+    received = {each.partition: each.first for each in spans if each.length}
+    source.assign(ends)
+    for partition, offset in received.items():
+        source.go_on(partition, offset)
+    while ends:
+        found = await source.poll(_POLL_SECONDS, lambda partition: received.get(Partition(*partition)))
+        for partition in list(ends):
+            end, offset = ends[partition], received[partition]
+            records = found.get(partition, ())
+            if records and records[0].offset < offset:
+                records = [each for each in records if each.offset >= offset]
+            if records:
+                offset = records[-1].offset + 1
+                if offset > end:
+                    records = [each for each in records if each.offset < end]
+            else:
+                # Markers, aborted and compacted records are handed to nobody: only the client's position passes them.
+                offset = max(offset, await source.position(partition) or 0)
+            received[partition] = offset
+            if offset >= end:
+                source.pause(partition)
+                del ends[partition]
+            if records or offset >= end:
+                yield Chunk(partition, records, min(offset, end))
