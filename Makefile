@@ -9,7 +9,7 @@ KAFKA := .cache/kafka
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench format kafka clean
+.PHONY: help demo test check bench format kafka chromium clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,7 +17,7 @@ help: ## Show this list
 demo: $(VENV)/demo ## 20,000 payments, 10 % of them twice, one worker killed: every balance right (about 20 s)
 	$(BIN)/consumer demo $(ARGS)
 
-test: $(VENV)/dev $(KAFKA)/.complete ## All tests, on real Kafka, PostgreSQL and Valkey (ARGS="-k name" for some)
+test: $(VENV)/dev $(KAFKA)/.complete chromium ## All tests, on real Kafka, PostgreSQL and Valkey (ARGS="-k name" for some)
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/dev ## Format, lint, strict types, and the architecture
@@ -34,6 +34,9 @@ format: $(VENV)/dev ## Bring the code into shape
 	$(BIN)/ruff check --fix .
 
 kafka: $(KAFKA)/.complete ## Bring Apache Kafka's jars, for the tests
+
+chromium: ## Bring Chromium, for the tests of the page
+	@sh tests/chromium/install.sh
 
 clean: ## Remove what was installed here
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,16 +5,24 @@ checked against Redis (precheck.py), and settled in one transaction that holds t
 the positions (once.py, ledger.py); then it is marked in Redis and its offsets are committed to Kafka (worker.py).
 """
 
+from typing import TYPE_CHECKING, Any
+
 from consumer.app import App
-from consumer.core.errors import ConsumerError, Misconfigured, RegistrationError, Reject, TransactionMisuse
+from consumer.core.errors import CannotTell, ConsumerError, Misconfigured, RegistrationError, Reject, TransactionMisuse
+from consumer.core.findings import Findings
 from consumer.core.message import Message
 from consumer.core.retry import Retry
 from consumer.settings import Settings
 from consumer.tx import Tx
 
+if TYPE_CHECKING:
+    from consumer.replay import verify
+
 __all__ = [
     "App",
+    "CannotTell",
     "ConsumerError",
+    "Findings",
     "Message",
     "Misconfigured",
     "RegistrationError",
@@ -23,4 +31,13 @@ __all__ = [
     "Settings",
     "TransactionMisuse",
     "Tx",
+    "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "verify":  # it brings the drivers, which a module of handlers does not need
+        from consumer.replay import verify
+
+        return verify
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,9 +7,7 @@ could not tell. Every error is one line on standard error, without a traceback, 
 from __future__ import annotations
 
 import asyncio
-import functools
 import importlib.metadata
-import inspect
 import json
 import os
 import re
@@ -21,47 +19,31 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import SecretStr
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from consumer import ledger, logs, report, schema
 from consumer.app import App
-from consumer.core.errors import ConsumerError, Misconfigured, ServiceUnavailable
+from consumer.core.errors import Misconfigured, ServiceUnavailable
 from consumer.core.identity import OffsetId
 from consumer.core.message import Partition
-from consumer.kafka import KafkaError, Source
+from consumer.kafka import Source
 from consumer.loading import load_app
-from consumer.process import run as run_loop
-from consumer.settings import Settings, load
-
-cli = typer.Typer(
-    name="consumer",
-    help="Consume Kafka topics with each message's effects applied exactly once.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its tables cut the names of flags and variables that they should teach
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Every setting is also an environment variable: CONSUMER_ and its name, as shown beside it.",
+from consumer.replay_command import replay_command as replay_command  # registers itself
+from consumer.settings import Settings
+from consumer.terminal import (
+    POSTGRES,
+    SERVICES,
+    AppPath,
+    AsJson,
+    Refused,
+    cli,
+    command,
+    dlq,
+    out,
+    print_json,
+    printable,
 )
-dlq = typer.Typer(
-    help="Dead letters: messages that could not be applied, kept with their bytes.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-cli.add_typer(dlq, name="dlq")
-
-# emoji: partition 100 is no emoji. Piped, nothing is cut.
-out = Console(emoji=False, width=None if sys.stdout is not None and sys.stdout.isatty() else 1000)
-err = Console(stderr=True, soft_wrap=True, emoji=False)
-
-AppPath = Annotated[str, typer.Argument(metavar="APP", help='the App, as "module:attribute"', show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
-
-_SERVICES = ("kafka_", "postgres_dsn", "postgres_pooler")
-_POSTGRES = ("postgres_dsn", "postgres_pooler")
-_SHORT = {"grace_seconds": "--grace", "wait_seconds": "--wait"}
 
 
 def main() -> None:
@@ -95,120 +77,6 @@ def _root(
     ] = False,
 ) -> None:
     """Consume Kafka topics with each message's effects applied exactly once."""
-
-
-class _Refused(Exception):
-    """The answer is no."""
-
-
-def command(
-    app: typer.Typer, name: str, settings: tuple[str, ...] = ()
-) -> Callable[[Callable[..., Any]], Callable[..., None]]:
-    """A command whose settings (all whose names begin with one of `settings`) are flags, and whose errors are one line."""
-
-    def register(function: Callable[..., Any]) -> Callable[..., None]:
-        own = [
-            each for each in inspect.signature(function, eval_str=True).parameters.values() if each.name != "settings"
-        ]
-        fields = (
-            {each: field for each, field in Settings.model_fields.items() if each.startswith(settings)}
-            if settings
-            else {}
-        )
-
-        @functools.wraps(function)
-        def call(**given: Any) -> None:
-            flags = {each: given.pop(each) for each in fields}
-            try:
-                if "settings" in inspect.signature(function).parameters:
-                    given["settings"] = own_settings = load(**flags)
-                    logs.configure(own_settings.log_level, own_settings.log_format)
-                result = function(**given)
-                if inspect.iscoroutine(result):
-                    result = run_loop(result)
-            except _Refused as refused:
-                _fail(str(refused), 1)
-            except ConsumerError as error:
-                _fail(str(error), 2)
-            except (KafkaError, TimeoutError) as error:
-                _fail(f"Kafka: {str(error) or type(error).__name__}", 2)
-            except KeyboardInterrupt:
-                _fail("interrupted", 130)
-            except asyncio.CancelledError:
-                _fail("terminated", 143)
-            except BrokenPipeError:
-                raise typer.Exit(1) from None
-            except Exception as error:
-                # Not foreseen, so its text is not known to be fit to print; that it is no answer is certain.
-                _fail(f"{name}: {logs.describe(error)}{_sqlstate(error)}", 2)
-            else:
-                raise typer.Exit(result or 0)
-
-        options = [_option(each, field) for each, field in fields.items()]
-        call.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-        call.__annotations__ = {each.name: each.annotation for each in [*own, *options]}
-        app.command(name)(call)
-        return call
-
-    return register
-
-
-def _option(name: str, field: Any) -> inspect.Parameter:
-    kinds = [each for each in typing.get_args(field.annotation) or (field.annotation,) if each is not type(None)]
-    if typing.get_origin(field.annotation) is typing.Literal or any(
-        typing.get_origin(each) is typing.Literal for each in kinds
-    ):
-        kind: Any = str
-        choices = typing.get_args(field.annotation)
-        text = f"{field.description}: {', '.join(map(str, choices))}"
-    else:
-        kind = str if SecretStr in kinds else kinds[0]
-        text = field.description or ""
-    flag = f"--{name.replace('_', '-')}"
-    flags = [flag, f"--no-{flag[2:]}"] if kind is bool else [flag]
-    if name in _SHORT:
-        flags.insert(0, _SHORT[name])
-    declaration = "/".join(flags) if kind is bool else None
-    default = "" if field.default is None or field.is_required() else f" [default: {field.default}]"
-    option = typer.Option(
-        *([declaration] if declaration else flags),
-        help=f"{text}{default} (CONSUMER_{name.upper()})",
-        show_default=False,
-        rich_help_panel="Settings",
-    )
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )
-
-
-def _sqlstate(error: BaseException) -> str:
-    code = ledger.sqlstate_of(error)
-    return f" (SQLSTATE {code}: {error})" if code else ""
-
-
-def _fail(text: str, code: int) -> typing.NoReturn:
-    # Whatever is quoted in it: one line, no control sequences, no password of an address.
-    line = _URL_USER.sub(r"\1***@", _printable(" ".join(text.split())))
-    err.print(
-        f"[bold red]consumer:[/] {escape(line)}" if err.is_terminal else f"consumer: {line}",
-        markup=err.is_terminal,
-        highlight=False,
-    )
-    raise typer.Exit(code)
-
-
-_URL_USER = re.compile(r"(\w+://)[^/@\s]*@")
-
-
-def _printable(text: str) -> str:
-    """Text for a terminal: what could drive it is shown as an escape."""
-    return "".join(
-        each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode() for each in text
-    )
-
-
-def _print_json(found: object) -> None:
-    print(json.dumps(found, indent=2, default=str))
 
 
 # -- run --------------------------------------------------------------------------------------------------------------
@@ -316,7 +184,7 @@ async def _postgres_ready(settings: Settings) -> None:
 # -- migrate ----------------------------------------------------------------------------------------------------------
 
 
-@command(cli, "migrate", (*_POSTGRES, "wait_"))
+@command(cli, "migrate", (*POSTGRES, "wait_"))
 def migrate(
     settings: Settings,
     sql: Annotated[bool, typer.Option("--sql", help="print the SQL and change nothing")] = False,
@@ -398,7 +266,7 @@ async def _with_ledger(settings: Settings, ask: Callable[[Any], Coroutine[Any, A
 # -- looking at it ----------------------------------------------------------------------------------------------------
 
 
-@command(cli, "status", (*_SERVICES, "wait_"))
+@command(cli, "status", (*SERVICES, "wait_"))
 def status(app: AppPath, settings: Settings, as_json: AsJson = False) -> Any:
     """Positions and lag of every partition, and what became of the messages of every handler."""
     return _status(load_app(app), settings, as_json)
@@ -416,7 +284,7 @@ async def _status(app: App, settings: Settings, as_json: bool) -> int:
     finally:
         await source.stop(5)
     if as_json:
-        _print_json({"app": app.name, "handlers": handlers, "partitions": partitions, "missing_topics": missing})
+        print_json({"app": app.name, "handlers": handlers, "partitions": partitions, "missing_topics": missing})
         return 0
     table = Table(
         "topic", "partition", *_right("position", "end", "lag"), title=f"{app.name}: partitions", title_justify="left"
@@ -454,7 +322,7 @@ def _right(*names: str) -> list[Any]:
     return [Column(name, justify="right", overflow="fold") for name in names]
 
 
-@command(cli, "show", (*_POSTGRES, "wait_"))
+@command(cli, "show", (*POSTGRES, "wait_"))
 def show(
     message_id: Annotated[
         str,
@@ -481,7 +349,7 @@ def show(
 async def _show(wanted: str | bytes, settings: Settings, as_json: bool) -> int:
     found = await _with_ledger(settings, lambda connection: report.find_message(connection, wanted))
     if as_json:
-        _print_json(found)
+        print_json(found)
         return 0 if found["handlers"] else 1
     if not found["handlers"]:
         out.print("unknown: no handler has applied this id, and it is no dead letter", markup=False)
@@ -494,7 +362,7 @@ async def _show(wanted: str | bytes, settings: Settings, as_json: bool) -> int:
     return 0
 
 
-@command(dlq, "list", (*_POSTGRES, "wait_"))
+@command(dlq, "list", (*POSTGRES, "wait_"))
 def dlq_list(
     settings: Settings,
     app: Annotated[str | None, typer.Option("--app", help="only of the App with this name")] = None,
@@ -519,7 +387,7 @@ async def _dlq_list(
 ) -> int:
     found = await _with_ledger(settings, lambda c: report.dead_letters(c, app, handler, topic, reason, limit))
     if as_json:
-        _print_json(found)
+        print_json(found)
         return 0
     if not found:
         out.print("no dead letters")
@@ -531,7 +399,7 @@ async def _dlq_list(
             escape(f"{each['app']}/{each['handler']}"),
             f"{each['topic']}:{each['partition']}:{each['offset']}",
             each["reason"],
-            escape(_printable(each["error"][:80])),
+            escape(printable(each["error"][:80])),
             str(each["attempts"]),
             each["died_at"][:19],
         )
@@ -539,7 +407,7 @@ async def _dlq_list(
     return 0
 
 
-@command(dlq, "show", (*_POSTGRES, "wait_"))
+@command(dlq, "show", (*POSTGRES, "wait_"))
 def dlq_show(
     number: Annotated[
         int,
@@ -557,13 +425,13 @@ def dlq_show(
 async def _dlq_show(number: int, settings: Settings, as_json: bool) -> int:
     found = await _with_ledger(settings, lambda connection: report.dead_letter(connection, number))
     if found is None:
-        raise _Refused(f"no dead letter {number}: see `consumer dlq list`")
+        raise Refused(f"no dead letter {number}: see `consumer dlq list`")
     if as_json:
-        _print_json(found)
+        print_json(found)
         return 0
     for name, value in found.items():
         out.print(
-            f"{name:12} {_printable(value) if isinstance(value, str) else json.dumps(value)}",
+            f"{name:12} {printable(value) if isinstance(value, str) else json.dumps(value)}",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -571,7 +439,7 @@ async def _dlq_show(number: int, settings: Settings, as_json: bool) -> int:
     return 0
 
 
-@command(cli, "positions", (*_SERVICES, "wait_"))
+@command(cli, "positions", (*SERVICES, "wait_"))
 def positions(
     app: AppPath,
     settings: Settings,
@@ -613,7 +481,7 @@ async def _move(app: App, partition: Partition, to: str, settings: Settings, as_
     before = await _with_ledger(settings, lambda c: report.move_position(c, app.name, partition, offset))
     found = {"topic": partition.topic, "partition": partition.partition, "before": before, "position": offset}
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         print(f"{partition.topic}:{partition.partition} moved from {'-' if before is None else before} to {offset}")
     return 0

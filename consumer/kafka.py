@@ -21,6 +21,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.client import AIOKafkaClient, ConnectionGroup, CoordinationType
 from aiokafka.codec import gzip_decode, lz4_decode, snappy_decode, zstd_decode
 from aiokafka.conn import AIOKafkaConnection, collect_hosts
@@ -415,10 +416,15 @@ def _raw(partition: Partition, entry: rawrecord.Entry) -> RawRecord:
 
 
 @asynccontextmanager
-async def producing(settings: Settings) -> AsyncIterator[AIOKafkaProducer]:
-    """A producer; on leaving, what was sent is acknowledged by all replicas in sync, or an error is raised."""
+async def producing(settings: Settings, *, idempotent: bool = False) -> AsyncIterator[AIOKafkaProducer]:
+    """A producer; on leaving, what was sent is acknowledged by all replicas in sync, or an error is raised.
+
+    idempotent: its retries neither repeat nor reorder what it sends, as far as the broker can do that.
+    """
     producer = await started(
-        lambda: AIOKafkaProducer(**connection_options(settings), acks="all", linger_ms=5),
+        lambda: AIOKafkaProducer(
+            **connection_options(settings), acks="all", linger_ms=5, enable_idempotence=idempotent
+        ),
         settings,
         settings.wait_seconds,
     )
@@ -427,6 +433,28 @@ async def producing(settings: Settings) -> AsyncIterator[AIOKafkaProducer]:
         await producer.flush()
     finally:
         await producer.stop()
+
+
+async def group_offsets(settings: Settings, group: str) -> dict[Partition, int]:
+    """What a group has committed, asked without joining it. Raises KafkaError or Misconfigured."""
+    admin = await started(lambda: AIOKafkaAdminClient(**connection_options(settings)), settings, settings.wait_seconds)
+    try:
+        found = await asyncio.wait_for(admin.list_consumer_group_offsets(group), _REQUEST_SECONDS)
+    finally:
+        await admin.close()
+    return {Partition(*each): int(at.offset) for each, at in found.items() if at.offset >= 0}
+
+
+async def is_compacted(settings: Settings, topic: str) -> bool:
+    """Whether the log of a topic drops records that are not the newest of their key. Raises KafkaError."""
+    admin = await started(lambda: AIOKafkaAdminClient(**connection_options(settings)), settings, settings.wait_seconds)
+    try:
+        wanted = [ConfigResource(ConfigResourceType.TOPIC, topic)]
+        [answer] = await asyncio.wait_for(admin.describe_configs(wanted), _REQUEST_SECONDS)
+    finally:
+        await admin.close()
+    entries = {entry[0]: entry[1] for *_, configs in answer.resources for entry in configs}
+    return "compact" in (entries.get("cleanup.policy") or "")
 
 
 async def create_topic(settings: Settings, topic: str, partitions: int) -> None:

@@ -24,12 +24,25 @@ from consumer.core.sqlstate import Meaning, meaning
 from consumer.settings import Settings
 
 _BATCH_SECONDS_MAX = 5.0
-SCHEMA_VERSION = 1  # the migration this code needs; migrations/ holds them
+SCHEMA_VERSION = 2  # the migration this code needs; migrations/ holds them
 
 _OFFERED = """
 with offered as materialized (
     select * from unnest($1::int2[], $2::uuid[], $3::int8[], $4::int2[], $5::int4[], $6::int8[], $7::bool[])
         with ordinality as o(handler, id, fingerprint, topic, partition, "offset", applied, place)
+)"""
+# The same for offers of one handler from one partition: three arrays instead of seven.
+_OFFERED_ALIKE = """
+with offered as materialized (
+    select $1::int2 as handler, id, fingerprint, $4::int2 as topic, $5::int4 as partition, "offset", $7::bool as applied, place
+    from unnest($2::uuid[], $3::int8[], $6::int8[]) with ordinality as o(id, fingerprint, "offset", place)
+)"""
+_CLAIMED = """, claimed as (
+    insert into consumer.ledger (handler, id, fingerprint, topic, partition, "offset", applied_at)
+    select handler, id, fingerprint, topic, partition, "offset", case when applied then now() end
+    from offered order by handler, id
+    on conflict on constraint ledger_claim do nothing
+    returning handler, id
 )"""
 # The places of the offers that were lost, and of those among them: that another record made, that are dead letters, that
 # hold another payload, and that this statement cannot see. One probe of the index for each (a join may scan the ledger).
@@ -42,15 +55,10 @@ from offered o left join lateral (
     from consumer.ledger l where l.handler = o.handler and l.id = o.id limit 1
 ) as found on true
 """
-_CLAIM = f"""{_OFFERED}, claimed as (
-    insert into consumer.ledger (handler, id, fingerprint, topic, partition, "offset", applied_at)
-    select handler, id, fingerprint, topic, partition, "offset", case when applied then now() end
-    from offered order by handler, id
-    on conflict on constraint ledger_claim do nothing
-    returning handler, id
-){_LOST} where not exists (select from claimed c where c.handler = o.handler and c.id = o.id)
-"""
-_WHAT_STANDS = f"{_OFFERED}{_LOST}"
+_NOT_CLAIMED = "where not exists (select from claimed c where c.handler = o.handler and c.id = o.id)"
+_CLAIM = _OFFERED + _CLAIMED + _LOST + _NOT_CLAIMED
+_CLAIM_ALIKE = _OFFERED_ALIKE + _CLAIMED + _LOST + _NOT_CLAIMED
+_WHAT_STANDS = _OFFERED + _LOST
 _UNCLAIM = "delete from consumer.ledger l using unnest($1::int2[], $2::uuid[]) as o(handler, id) where (l.handler, l.id) = (o.handler, o.id)"
 _BURY = """
 update consumer.ledger l set applied_at = null
@@ -118,12 +126,13 @@ class Standing(NamedTuple):
     here: bool
 
 
+REDELIVERED = Standing(dead=False, clashes=False, here=True)  # what nearly all of a replay is
 _STANDING = {
     (dead, clashes, here): Standing(dead, clashes, here)
     for dead in (False, True)
     for clashes in (False, True)
     for here in (False, True)
-}
+} | {tuple(REDELIVERED): REDELIVERED}
 
 
 def meaning_of(error: BaseException) -> Meaning:
@@ -218,6 +227,7 @@ class Session:
         self.connection = connection
         self._settings = settings
         self.epoch = epoch
+        self.owns_positions = True  # a replay settles messages too, and leaves the positions to the workers
         limits = _session_settings(settings) if settings.postgres_pooler else {}
         # Behind a pooler the session is not ours: limits travel with each transaction, and nothing outlives it.
         local = "".join(
@@ -288,21 +298,24 @@ class Session:
         A claim that another transaction holds is waited for, until that one commits or rolls back. The ids must be
         distinct for each handler. Sorted by key, so that two batches cannot wait for each other here.
         """
-        offers = _offers(deliveries, topics)
-        lost = await self.connection.fetchrow(_CLAIM, *offers)
+        if (alike := _offers_alike(deliveries, topics)) is not None:
+            lost = await self.connection.fetchrow(_CLAIM_ALIKE, *alike)
+        else:
+            lost = await self.connection.fetchrow(_CLAIM, *_offers(deliveries, topics))
         standing, unseen = _standing(deliveries, lost)
         if unseen:
             # A second statement, because it sees what a concurrent transaction has committed while the first one waited.
-            standing |= await self.standing(unseen, topics)
+            later, vanished = await self.standing(unseen, topics)
+            if vanished:
+                raise Conflict("a claim vanished between two statements")
+            standing |= later
         return standing
 
-    async def standing(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, Standing]:
-        """What stands in the ledger for ids that are known to be claimed. Raises Conflict when one of them is not."""
-        lost = await self.connection.fetchrow(_WHAT_STANDS, *_offers(deliveries, topics))
-        standing, unseen = _standing(deliveries, lost)
-        if unseen:
-            raise Conflict("a claim vanished between two statements")
-        return standing
+    async def standing(
+        self, deliveries: Sequence[Delivery], topics: Mapping[str, int]
+    ) -> tuple[dict[Delivery, Standing], list[Delivery]]:
+        """What stands in the ledger for ids, and those of which there is nothing. Claims nothing, waits for nobody."""
+        return _standing(deliveries, await self.connection.fetchrow(_WHAT_STANDS, *_offers(deliveries, topics)))
 
     async def unclaim(self, deliveries: Sequence[Delivery]) -> None:
         """Take back claims of this transaction, for messages that will be tried again."""
@@ -328,6 +341,8 @@ class Session:
 
         counts: (handler, topic, partition, outcome) -> messages. Raises Fenced when a position has moved.
         """
+        if not self.owns_positions:
+            moves = ()
         moved = await self.connection.fetchval(
             _CLOSE,
             app,
@@ -371,6 +386,48 @@ class Session:
         known = await self.connection.fetch("select name, topic from consumer.topics")
         return {row[0]: row[1] for row in found}, {row[0]: row[1] for row in known}
 
+    async def known_numbers(
+        self, app: str, handlers: Iterable[str], topics: Iterable[str]
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """As `numbers`, and nothing is written: what has no number yet gets a negative one, which no row can have."""
+        with sorted_errors(self._settings):
+            found = dict(await self.connection.fetch("select name, handler from consumer.handlers where app = $1", app))
+            known = dict(await self.connection.fetch("select name, topic from consumer.topics"))
+        return (
+            {name: found.get(name, -number) for number, name in enumerate(handlers, 1)},
+            {name: known.get(name, -number) for number, name in enumerate(topics, 1)},
+        )
+
+    async def horizons(self, app: str, partitions: Sequence[Partition]) -> dict[Partition, tuple[int, int | None]]:
+        """Positions, and the offsets at which the application began (None: not recorded), of the partitions that have any."""
+        with sorted_errors(self._settings):
+            rows = await self.connection.fetch(
+                "select topic, partition, next_offset, first_offset from consumer.positions where app = $1", app
+            )
+        found = {Partition(row[0], row[1]): (row[2], row[3]) for row in rows}
+        return {each: found[each] for each in partitions if each in found}
+
+    async def which_stand(self, ids: Sequence[tuple[int, bytes]]) -> set[tuple[int, bytes]]:
+        """Those (handler, id) that the ledger holds."""
+        rows = await self.connection.fetch(
+            """select l.handler, l.id from unnest($1::int2[], $2::uuid[]) as o(handler, id)
+               join consumer.ledger l using (handler, id)""",
+            [each[0] for each in ids],
+            [UUID(each[1]) for each in ids],
+        )
+        return {(row[0], row[1].bytes) for row in rows}
+
+    async def letters(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        """Those of which there is a dead letter, with this id and this payload."""
+        rows = await self.connection.fetch(
+            """select o.place from unnest($1::int2[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
+               where exists (select from consumer.dead_letters d
+                             where (d.handler, d.id, d.fingerprint) = (o.handler, o.id, o.fingerprint))""",
+            *_keys(deliveries),
+            [each.fingerprint for each in deliveries],
+        )
+        return [deliveries[row[0] - 1] for row in rows]
+
     async def positions(self, app: str, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """The positions that are known, of the partitions asked for."""
         rows = await self.connection.fetch(
@@ -385,7 +442,8 @@ class Session:
     async def begin_positions(self, app: str, starts: Mapping[Partition, int]) -> None:
         """Write first positions. One that another worker has written in the meantime stays as it is."""
         await self.connection.executemany(
-            "insert into consumer.positions (app, topic, partition, next_offset) values ($1, $2, $3, $4) on conflict do nothing",
+            """insert into consumer.positions (app, topic, partition, next_offset, first_offset) values ($1, $2, $3, $4, $4)
+               on conflict do nothing""",
             [(app, partition.topic, partition.partition, offset) for partition, offset in starts.items()],
         )
 
@@ -424,10 +482,30 @@ def _offers(deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> tuple[
     )
 
 
+def _offers_alike(deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> tuple[Any, ...] | None:
+    """The offers where they are of one handler, from one partition, and none is a dead letter; else None."""
+    handler, record = deliveries[0].handler, deliveries[0].record
+    topic, partition = record.topic, record.partition
+    ids, fingerprints, offsets = [], [], []
+    for each in deliveries:
+        record = each.record
+        if (
+            each.handler is not handler
+            or record.partition != partition
+            or record.topic != topic
+            or each.outcome is not None
+        ):
+            return None
+        ids.append(UUID(each.id))
+        fingerprints.append(each.fingerprint)
+        offsets.append(record.offset)
+    return handler.number, ids, fingerprints, topics[topic], partition, offsets, True
+
+
 def _standing(deliveries: Sequence[Delivery], lost: Any) -> tuple[dict[Delivery, Standing], list[Delivery]]:
     """What stands for those that were lost, and those of which the statement could not see it."""
     everything, elsewhere, dead, clashes, unseen = ([deliveries[place - 1] for place in each or ()] for each in lost)
-    found = dict.fromkeys(everything, _STANDING[False, False, True])
+    found = dict.fromkeys(everything, REDELIVERED)
     if elsewhere or dead or clashes:
         away, died, clashing = set(elsewhere), set(dead), set(clashes)
         for each in away | died | clashing:

@@ -32,7 +32,7 @@ from consumer.core.lanes import UNDECODED, Batch, Delivery, Lane, Move
 from consumer.core.message import Message, RawRecord
 from consumer.core.outcome import DUPLICATE, SKIPPED, Applied, Cause, Dead, Duplicate, Outcome, Parked, Reason, Skipped
 from consumer.core.sqlstate import Meaning
-from consumer.ledger import Conflict, Fenced, Outage, Session, Standing, meaning_of
+from consumer.ledger import REDELIVERED, Conflict, Fenced, Outage, Session, Standing, meaning_of
 from consumer.tx import Scope, Tx, savepoint_name
 
 _CALLS_AT_A_TIME = 100
@@ -78,10 +78,12 @@ class Settlement:
 class Rehearsal(Protocol):
     """What looks at a transaction that is undone at its end."""
 
-    async def claimed(self, standing: Mapping[Delivery, Standing], fresh: list[Delivery]) -> list[Delivery]:
+    async def claimed(
+        self, session: Session, standing: Mapping[Delivery, Standing], fresh: list[Delivery]
+    ) -> list[Delivery]:
         """After the claims: what stood before, and what was claimed now. Returns those whose handlers are to be called."""
 
-    async def handled(self, done: Settlement) -> None:
+    async def handled(self, session: Session, done: Settlement) -> None:
         """After the handlers and their writes, before everything is undone."""
 
 
@@ -116,7 +118,7 @@ async def apply(
         step("claimed")
         fresh = _sort_out(claims, standing, done)
         if rehearsal is not None:
-            fresh = await rehearsal.claimed(standing, fresh)
+            fresh = await rehearsal.claimed(session, standing, fresh)
         theirs = True
         await run.handlers(fresh)
         await run.scope.flush()
@@ -165,7 +167,7 @@ async def apply(
 
 async def _undone(session: Session, rehearsal: Rehearsal, fresh: Sequence[Delivery], done: Settlement) -> Settlement:
     done.applied = [each for each in fresh if each not in done.outcomes]
-    await rehearsal.handled(done)
+    await rehearsal.handled(session, done)
     await session.rollback()
     return done
 
@@ -300,6 +302,10 @@ def handed_over(delivery: Delivery) -> Any:
 
 def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> list[Delivery]:
     """The deliveries to claim: the first of each id. The others end here, as duplicates or as conflicts, or wait."""
+    if all([each.outcome is None and each.handler.idempotent for each in deliveries]) and not lane.parked:
+        ids = {(each.handler.number, each.id) for each in deliveries}
+        if len(ids) == len(deliveries):
+            return list(deliveries)  # as nearly always
     first: dict[tuple[int, bytes], Delivery] = {}
     for delivery in deliveries:
         match delivery.outcome:
@@ -328,7 +334,9 @@ def _sort_out(claims: Sequence[Delivery], standing: Mapping[Delivery, Standing],
     fresh: list[Delivery] = []
     for delivery in claims:
         earlier = standing.get(delivery)
-        if earlier is None:
+        if earlier is REDELIVERED:
+            done.outcomes[delivery] = DUPLICATE[Cause.LEDGER]
+        elif earlier is None:
             fresh.append(delivery)
             if delivery.outcome is not None:
                 done.outcomes[delivery] = delivery.outcome  # a dead letter before its handler ran

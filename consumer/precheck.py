@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import parse_qsl, urlsplit
 
 import redis.asyncio as redis
@@ -120,6 +120,38 @@ class Precheck:
         asked = {handler: wanted for handler, wanted in asked.items() if self._sampler(handler).should_ask()}
         if not asked:
             return
+        try:
+            async with asyncio.timeout(self._budget):
+                found = await self._ask(asked, now_seconds)
+        except Exception as error:  # whatever the library raises: Redis is a hint
+            _go_on()
+            self._failed(error)
+            return
+        _go_on()
+        for handler, wanted in asked.items():
+            hits = [each for each, hit in zip(wanted, found[handler], strict=True) if hit]
+            for delivery in hits:
+                delivery.outcome = DUPLICATE[Cause.PRECHECK]
+            self._sampler(handler).observed(len(wanted), len(hits))
+
+    async def known(self, deliveries: Sequence[Delivery], now_seconds: float) -> set[Delivery] | None:
+        """Those that Redis has a mark for; None when it did not answer in time. Settles nothing."""
+        asked: dict[Handler, list[Delivery]] = {}
+        for delivery in deliveries:
+            asked.setdefault(delivery.handler, []).append(delivery)
+        try:
+            async with asyncio.timeout(self._budget):
+                found = await self._ask(asked, now_seconds)
+        except Exception:
+            _go_on()
+            return None
+        _go_on()
+        return {
+            each for handler, wanted in asked.items() for each, hit in zip(wanted, found[handler], strict=True) if hit
+        }
+
+    async def _ask(self, asked: Mapping[Handler, Sequence[Delivery]], now_seconds: float) -> dict[Handler, list[bool]]:
+        """Whether Redis has a mark, in the order asked. Raises what the library raises, and Untrusted."""
         bucket = int(now_seconds // self._window)
         nonce = os.urandom(8)
         pipe = self._redis.pipeline(transaction=False)
@@ -128,25 +160,16 @@ class Precheck:
             members = [_member(each) for each in wanted]
             for key in (self._key(handler, bucket), self._key(handler, bucket - 1)):
                 pipe.execute_command("SMISMEMBER", key, *members)
-        try:
-            async with asyncio.timeout(self._budget):
-                answers = await pipe.execute()
-            if answers[0] != nonce:
-                raise Untrusted("an answer to another question")
-        except Exception as error:  # whatever the library raises: Redis is a hint
-            self._failed(error)
-            return
+        answers = await pipe.execute()
+        if answers[0] != nonce:
+            raise Untrusted("an answer to another question")
+        found: dict[Handler, list[bool]] = {}
         for number, (handler, wanted) in enumerate(asked.items()):
             current, previous = answers[1 + 2 * number], answers[2 + 2 * number]
             if len(current) != len(wanted) or len(previous) != len(wanted):
-                self._failed(Untrusted("an answer of another length"))
-                return
-            hits = 0
-            for delivery, in_current, in_previous in zip(wanted, current, previous, strict=True):
-                if in_current or in_previous:
-                    delivery.outcome = DUPLICATE[Cause.PRECHECK]
-                    hits += 1
-            self._sampler(handler).observed(len(wanted), hits)
+                raise Untrusted("an answer of another length")
+            found[handler] = [bool(now or before) for now, before in zip(current, previous, strict=True)]
+        return found
 
     def mark(self, applied: Sequence[Delivery], epoch: str, now_seconds: float) -> None:
         """Mark what was committed in `epoch`, in the background. Call it only after the COMMIT was answered."""
@@ -212,6 +235,13 @@ class Precheck:
         answers = await pipe.execute()
         if len(answers) != 3:
             raise ResponseError("an answer of another length")
+
+
+def _go_on() -> None:
+    """Raise CancelledError when this task was told to end: the library was seen to swallow that (redis 8.1)."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _member(delivery: Delivery) -> bytes:

@@ -8,6 +8,7 @@ in a list of processes.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -46,7 +47,13 @@ def main() -> None:
 
 
 def run(main_coroutine: Any) -> Any:
-    """asyncio.run, on uvloop where there is one."""
+    """asyncio.run, on uvloop where there is one.
+
+    The collector of cycles looks less often: by its defaults a third of a replay's CPU time went to it (11 against 7.7 µs a
+    message), since it looks again and again at records that are in use and go away by themselves.
+    """
+    gc.freeze()  # what was imported stays
+    gc.set_threshold(50_000, 20, 50)
     try:
         import uvloop
     except ImportError:  # the platform has none

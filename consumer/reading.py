@@ -6,15 +6,19 @@ does not know: whether the log still holds a range by the time that it comes to 
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import NamedTuple
 
-from consumer.core.bounds import Bound, Log, Offset, Span, Time, span
+from consumer.core.bounds import Bound, Earliest, Latest, Log, Offset, Position, Span, Time, span
 from consumer.core.errors import Misconfigured
 from consumer.core.message import Partition, Record
 from consumer.kafka import Source
 
 _POLL_SECONDS = 0.2
+_AGO = re.compile(r"([0-9]{1,9})(s|m|h|d)")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Chunk(NamedTuple):
@@ -23,6 +27,38 @@ class Chunk(NamedTuple):
     partition: Partition
     records: Sequence[Record]
     next: int
+
+
+def parse(text: str, option: str, now_ms: int) -> Bound:
+    """A bound as written: earliest, latest, position, an offset, an ISO 8601 time (UTC where it names no zone), or 90m ago.
+
+    Raises Misconfigured for anything else, and for a time in the future.
+    """
+    given = text.strip()
+    match given.lower():
+        case "earliest" | "beginning":
+            return Earliest()
+        case "latest" | "end":
+            return Latest()
+        case "position":
+            return Position()
+    if re.fullmatch("[0-9]{1,18}", given):
+        return Offset(int(given))
+    if ago := _AGO.fullmatch(given.lower()):
+        return Time(max(0, now_ms - int(ago[1]) * _SECONDS[ago[2]] * 1000))
+    try:
+        at = datetime.fromisoformat(given)
+        milliseconds = int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
+    except (ValueError, OverflowError):
+        raise Misconfigured(
+            f"{option} {given!r}: write earliest, latest, position, an offset, a time such as 2026-11-25T10:00:00Z, "
+            "or how long ago, such as 90m, 24h or 7d"
+        ) from None
+    if milliseconds > now_ms:
+        raise Misconfigured(f"{option} {given}: that is in the future (times without a zone are UTC)")
+    if milliseconds < 0:
+        raise Misconfigured(f"{option} {given}: that is before 1970")
+    return Time(milliseconds)
 
 
 async def find_partitions(source: Source, topics: Sequence[str], numbers: Sequence[int] | None) -> list[Partition]:

@@ -179,8 +179,9 @@ async def move_position(connection: Any, app: str, partition: Partition, offset:
             partition.partition,
         )
         await connection.execute(
-            """insert into consumer.positions (app, topic, partition, next_offset) values ($1, $2, $3, $4)
-               on conflict (app, topic, partition) do update set next_offset = excluded.next_offset, updated_at = now()""",
+            """insert into consumer.positions as p (app, topic, partition, next_offset, first_offset) values ($1, $2, $3, $4, $4)
+               on conflict (app, topic, partition) do update set next_offset = excluded.next_offset, updated_at = now(),
+               first_offset = case when p.first_offset > excluded.first_offset then excluded.first_offset else p.first_offset end""",
             app,
             partition.topic,
             partition.partition,

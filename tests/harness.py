@@ -271,6 +271,33 @@ async def running(
         command.end()
 
 
+Result = subprocess.CompletedProcess[str]
+
+
+def consumer(cwd: Path, *arguments: str, **environment: str) -> Result:
+    """`consumer …` with nothing from this process's own settings."""
+    clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
+    return subprocess.run(
+        [sys.executable, "-m", "consumer", *arguments],
+        cwd=cwd,
+        env={**clean, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "TERM": "dumb", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def is_one_line(result: Result, *says: str, code: int = 2) -> None:
+    assert result.returncode == code, result.stderr
+    lines = [each for each in result.stderr.splitlines() if each.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("consumer: ")
+    assert "Traceback" not in result.stderr + result.stdout
+    for each in says:
+        assert each in lines[0]
+
+
 async def new_topic(kafka: str, partitions: int = 1, name: str | None = None, **configs: str) -> str:
     """A topic of this test's own, ready to be produced to."""
     topic = name or f"t-{uuid4().hex[:12]}"

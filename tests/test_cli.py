@@ -12,38 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT, Place, Sent, consume_all, query
+from harness import ROOT, Place, Sent, consume_all, consumer, is_one_line, query
 from services import Kafka
 
 from consumer import App, Reject, Retry, Tx
 from consumer.embedded import Postgres, free_port
-
-Result = subprocess.CompletedProcess[str]
-
-
-def consumer(cwd: Path, *arguments: str, **environment: str) -> Result:
-    """`consumer …` with nothing from this process's own settings."""
-    clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
-    return subprocess.run(
-        [sys.executable, "-m", "consumer", *arguments],
-        cwd=cwd,
-        env={**clean, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "TERM": "dumb", **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        stdin=subprocess.DEVNULL,
-    )
-
-
-def is_one_line(result: Result, *says: str, code: int = 2) -> None:
-    assert result.returncode == code, result.stderr
-    lines = [each for each in result.stderr.splitlines() if each.strip()]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("consumer: ")
-    assert "Traceback" not in result.stderr + result.stdout
-    for each in says:
-        assert each in lines[0]
-
 
 HEAD = "from consumer import App, Message, Tx\napp = App('bad')\n"
 BAD_APPS = {

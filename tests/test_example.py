@@ -24,9 +24,14 @@ from harness import (
 )
 from services import Kafka
 
-from consumer import App
+from consumer import App, testing
 from consumer.loading import load_app
+from consumer.testing import STEPS, ExactlyOnce
+from consumer.testing.trial import Trial
 from handlers import app as billing
+from handlers.application import Clicks
+
+pytest_plugins = ["consumer.testing"]
 
 
 @pytest.fixture
@@ -93,3 +98,96 @@ async def test_payments_refunds_bookings_and_clicks(kafka: Kafka, database: str,
     assert found["count"]["skipped"] == 10
     assert found["audit"]["applied"] == 2 + 4 + 1000  # refunds and entries have no id of their own for it
     assert found["book"]["applied"] == 900 and sum(found["book"]["duplicates"].values()) == 100
+
+
+# -- the same, without Kafka: other batches, crashes, and again --------------------------------------------------------
+
+SCHEMA = "handlers/schema.sql"
+PAID = [str(uuid.uuid5(uuid.NAMESPACE_OID, str(n))) for n in range(4)]
+
+
+def sent() -> list[testing.Sent]:
+    """Payments, two of them twice; a refund twice, one too high, one that comes before its payment; bookings."""
+
+    def payment(n: int) -> testing.Sent:
+        value = {"payment_id": PAID[n], "account": n % 3, "amount": 100 * (n + 1)}
+        return testing.Sent("payments", value, id=PAID[n], key=n % 3, partition=n % 2)
+
+    def refund(n: int, of: int, amount: int) -> testing.Sent:
+        value = {"refund_id": uuid.UUID(int=n), "payment_id": PAID[of], "amount": amount}
+        return testing.Sent("refunds", value, key=PAID[of])
+
+    def entry(n: int) -> testing.Sent:
+        return testing.Sent("ledger", {"entry_id": f"e{n}", "account": n, "amount": n}, partition=n % 2)
+
+    return [
+        payment(0), payment(1), payment(0), entry(1), entry(2), entry(1),
+        refund(1, 0, 30), refund(1, 0, 30), refund(2, 1, 900), refund(3, 3, 50),
+        payment(2), payment(3), payment(2), entry(3),
+    ]  # fmt: skip
+
+
+async def is_stored_once(trial: Trial) -> None:
+    balances = await trial.fetch("select account, balance from accounts where balance <> 0 order by 1")
+    assert [tuple(each) for each in balances] == [(0, 100 - 30 + 400 - 50), (1, 200), (2, 300)]
+    assert await trial.fetchval("select count(*) from payments") == 4
+    assert await trial.fetchval("select count(*) from receipts") == 4
+    assert await trial.fetchval("select sum(amount) from bookings") == 1 + 2 + 3
+    assert await trial.fetchval("select sum(refunded) from payments") == 80
+    # A payment has an id; refunds and entries have one only for the handlers that read it from a field.
+    assert await trial.fetchval("select count(*) from audit_trail") == 4 + 4 + 4
+    [letter] = await trial.fetch("select error from consumer.dead_letters")
+    assert letter[0] == "more than is left of the payment"
+
+
+@pytest.mark.parametrize("batch", [1, 3, None])
+async def test_each_effect_is_there_once_in_batches_of_any_size(exactly_once: ExactlyOnce, batch: int | None) -> None:
+    trial = await exactly_once(billing, schema=SCHEMA)
+    found = await trial.deliver(*sent(), batch=batch)
+    assert {each.outcome for each in found} == {"applied", "duplicate", "dead-lettered"}
+    await is_stored_once(trial)
+    for size in (1, 5, None):
+        again = await trial.deliver_again(batch=size)
+        assert {each.outcome for each in again} == {"duplicate"}
+        trial.assert_no_new_effects()
+    trial.assert_nothing_outside()
+    await is_stored_once(trial)
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_each_effect_is_there_once_after_a_crash(exactly_once: ExactlyOnce, step: str) -> None:
+    trial = await exactly_once(billing, schema=SCHEMA)
+    await trial.deliver(*sent(), batch=4, crash_at=step)
+    await trial.deliver(batch=3)
+    await is_stored_once(trial)
+    await trial.deliver_again()
+    trial.assert_no_new_effects()
+
+
+async def test_each_effect_is_there_once_after_crashes_everywhere(exactly_once: ExactlyOnce) -> None:
+    trial = await exactly_once(billing, schema=SCHEMA)
+    await trial.prove(*sent(), batch=2)
+    await is_stored_once(trial)
+
+
+async def test_an_early_refund_waits_for_its_payment(exactly_once: ExactlyOnce) -> None:
+    trial = await exactly_once(billing, schema=SCHEMA)
+    early = testing.Sent("refunds", {"refund_id": uuid.uuid4(), "payment_id": PAID[0], "amount": 5}, key=PAID[0])
+    [audited, refunded] = await trial.deliver(early, retry=False)
+    assert (refunded.outcome, audited.outcome) == ("waiting", "applied")
+    assert refunded.error == "PaymentNotSettled: no payment of that id yet"
+    found = await trial.deliver(sent()[0])
+    assert {each.handler for each in found if each.outcome == "applied"} == {"refund", "audit", "settle", "receipts"}
+    assert await trial.fetchval("select balance from accounts where account = 0") == 95
+
+
+async def test_clicks_are_counted_at_least_once(exactly_once: ExactlyOnce) -> None:
+    clicks = Clicks()
+    trial = await exactly_once(billing, schema=SCHEMA, resources={"clicks": clicks})
+    looked = [testing.Sent("clicks", {"page": page}) for page in ("/", "/", "/help")]
+    assert {each.outcome for each in await trial.deliver(*looked)} == {"skipped"}
+    assert clicks.pages == {"/": 2, "/help": 1}
+    await trial.deliver_again()
+    assert clicks.pages == {"/": 4, "/help": 2}, "an opt-out is called again"
+    [unread] = await trial.deliver(testing.Sent("clicks", {"site": "/"}))
+    assert (unread.outcome, unread.cause) == ("dead-lettered", "unreadable")

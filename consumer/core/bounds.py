@@ -1,4 +1,4 @@
-"""Where a replay begins and ends: what a person may write for it, and what that means for one partition.
+"""Where a replay begins and ends, and what that means for one partition.
 
 Knows offsets and times as numbers; knows no Kafka and no clock. An end is exclusive: the first offset, or the first
 time, that is not replayed any more.
@@ -6,16 +6,11 @@ time, that is not replayed any more.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import NamedTuple, TypeAlias
 
 from consumer.core.errors import Misconfigured
 from consumer.core.message import Partition
-
-_AGO = re.compile(r"([0-9]{1,9})(s|m|h|d)")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,38 +66,6 @@ class Log(NamedTuple):
     position: int | None
     from_time: int | None  # the offset that Kafka gives for the time of --from; None: no record is that late
     to_time: int | None
-
-
-def parse(text: str, option: str, now_ms: int) -> Bound:
-    """A bound as written: earliest, latest, position, an offset, an ISO 8601 time (UTC where it names no zone), or 90m ago.
-
-    Raises Misconfigured for anything else, and for a time in the future.
-    """
-    given = text.strip()
-    match given.lower():
-        case "earliest" | "beginning":
-            return Earliest()
-        case "latest" | "end":
-            return Latest()
-        case "position":
-            return Position()
-    if re.fullmatch("[0-9]{1,18}", given):
-        return Offset(int(given))
-    if ago := _AGO.fullmatch(given.lower()):
-        return Time(max(0, now_ms - int(ago[1]) * _SECONDS[ago[2]] * 1000))
-    try:
-        at = datetime.fromisoformat(given)
-        milliseconds = int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
-    except (ValueError, OverflowError):
-        raise Misconfigured(
-            f"{option} {given!r}: write earliest, latest, position, an offset, a time such as 2026-11-25T10:00:00Z, "
-            "or how long ago, such as 90m, 24h or 7d"
-        ) from None
-    if milliseconds > now_ms:
-        raise Misconfigured(f"{option} {given}: that is in the future (times without a zone are UTC)")
-    if milliseconds < 0:
-        raise Misconfigured(f"{option} {given}: that is before 1970")
-    return Time(milliseconds)
 
 
 def span(partition: Partition, log: Log, start: Bound, end: Bound) -> Span:

@@ -5,6 +5,7 @@
         RegistrationError    a handler or an App that cannot work, found where it is written
         ServiceUnavailable   a service that did not answer within --wait
       Unreadable             the message's own fault before its handler ran: a dead letter, never retried
+      CannotTell             a replay ended before it had an answer, exit code 2
       TransactionMisuse      a handler asked its Tx for something that would break the guarantee
       Reject                 raised by handlers: a dead letter at once
 
@@ -36,6 +37,10 @@ class Unreadable(ConsumerError):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
+
+
+class CannotTell(ConsumerError):
+    """A replay ended before it had an answer. The text says why, how far it came, and what was changed (mostly nothing)."""
 
 
 class TransactionMisuse(ConsumerError):

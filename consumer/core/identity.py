@@ -80,11 +80,13 @@ def message_id(raw: bytes) -> bytes:
 
     Does not say whether two texts mean the same thing to their producer: "7" and "07" are two ids.
     """
-    if len(raw) == 36 and raw[8] == raw[13] == raw[18] == raw[23] == 0x2D:
-        try:
-            return unhexlify(raw[:8] + raw[9:13] + raw[14:18] + raw[19:23] + raw[24:])
-        except ValueError:
-            pass  # dashes in the right places and yet no UUID: an id like any other
+    if len(raw) == 36 and raw[8:24:5] == b"----":
+        digits = raw.replace(b"-", b"")
+        if len(digits) == 32:  # the dashes are in their places, and there are no others
+            try:
+                return unhexlify(digits)
+            except ValueError:
+                pass  # no UUID after all: an id like any other
     return blake2b(raw, digest_size=16).digest()
 
 

@@ -248,6 +248,16 @@ class Lane:
             self._queues[first] = self._queues.pop(first)
         return Batch(deliveries, ends, self._now_open()) if deliveries or ends else None
 
+    def offer(self, partition: Partition, deliveries: Iterable[Delivery], end: int) -> Batch:
+        """A batch of deliveries that the caller has chosen, in offset order; everything else below `end` is settled.
+
+        Those whose unit waits for a failed message queue behind it. The partition must be open.
+        """
+        queue = self._queues[partition]
+        queue.received = max(queue.received, end)
+        free = [each for each in deliveries if not (self._chains and self._queue_behind(each))]
+        return Batch(free, {partition: end}, self._now_open())
+
     def _now_open(self) -> dict[Partition, int]:
         return {partition: queue.opening for partition, queue in self._queues.items()}
 

@@ -14,7 +14,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,9 +26,11 @@ from rich.table import Table
 
 from consumer import ledger, report, schema
 from consumer.core.errors import ConsumerError
+from consumer.core.message import Partition
 from consumer.demo.application import app
 from consumer.embedded import Postgres, Tansu, Valkey, die_with_parent
-from consumer.kafka import create_topic, producing
+from consumer.kafka import Source, create_topic, producing
+from consumer.replay import Mode, Options, Told, replay
 from consumer.settings import Settings, load
 
 TOPIC = "payments"
@@ -45,6 +47,17 @@ create table payments (payment_id uuid not null, account int not null, amount bi
 create table accounts (account int primary key, balance bigint not null default 0);
 insert into accounts (account) select generate_series(0, {ACCOUNTS - 1});
 """
+
+
+class _Known(Source):
+    """The topic as its producer knows it: Tansu tells the beginning of the last batch for the end of the log."""
+
+    def __init__(self, settings: Settings, ends: Mapping[Partition, int]) -> None:
+        super().__init__(settings, None)
+        self._ends = ends
+
+    async def ends(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        return {each: self._ends.get(each, 0) for each in partitions}
 
 
 class DemoFailed(ConsumerError):
@@ -77,6 +90,12 @@ class Findings:
     balance_sum: int = 0
     balance_sum_expected: int = 0
     accounts_wrong: int = 0
+    replayed: int = 0
+    missing_in_replay: int = 0
+    rows_written_by_replay: int = 0
+    applied_by_replay: int = 0
+    differences_in_rebuild: int = 0
+    replays_agree: bool = False
     seconds: float = 0.0
 
     @property
@@ -89,6 +108,7 @@ class Findings:
             and self.dead_lettered == 0
             and self.balance_sum == self.balance_sum_expected
             and self.accounts_wrong == 0
+            and self.replays_agree
         )
 
 
@@ -144,6 +164,7 @@ class Demo:
         self._opened: set[int] = set()  # pids of workers that have partitions
         self._all_opened = asyncio.Event()
         self._expected: dict[int, int] = {}  # balance of each account
+        self._ends: dict[Partition, int] = {}  # how many were produced to each partition
         self._errors: list[str] = []
         self._started_at = time.monotonic()
 
@@ -175,6 +196,7 @@ class Demo:
             await self._carry_out(settings, connection, process, bars)
             await self._stop(process)
             await self._count(connection)
+            await self._replay(settings)
         self._found.seconds = round(time.monotonic() - self._started_at, 1)
         self._show()
         return 0 if self._found.agree else 1
@@ -223,13 +245,15 @@ class Demo:
                 due = time.monotonic() + pace
                 sent = []
                 for each in self._payments[start : start + _CHUNK]:
+                    partition = Partition(TOPIC, (each.account + each.elsewhere) % PARTITIONS)
+                    self._ends[partition] = self._ends.get(partition, 0) + 1
                     body = {"payment_id": str(each.payment_id), "account": each.account, "amount": each.amount}
                     sent.append(
                         await producer.send(
                             TOPIC,
                             json.dumps(body).encode(),
                             key=str(each.account).encode(),
-                            partition=(each.account + each.elsewhere) % PARTITIONS,
+                            partition=partition.partition,
                             headers=[("message-id", str(each.payment_id).encode())],
                         )
                     )
@@ -331,6 +355,26 @@ class Demo:
         found.accounts_wrong = sum(balance != self._expected.get(each, 0) for each, balance in balances.items())
         found.redelivered_after_kill = len(self._reads.again)
 
+    async def _replay(self, settings: Settings) -> None:
+        """The topic once more: is anything missing, would anything happen twice, is the state what the topic says?"""
+        self._tell("replaying the topic: check, apply, rebuild")
+        found = self._found
+        modes: tuple[Mode, ...] = ("check", "apply", "rebuild")
+        replays = [
+            await replay(app, settings, [TOPIC], Options(mode=mode), Told(), source=_Known(settings, self._ends))
+            for mode in modes
+        ]
+        check, apply, rebuilt = replays
+        found.replayed = check.messages
+        found.missing_in_replay = check.total("missing")
+        assert check.effects is not None and rebuilt.rebuilt is not None
+        found.rows_written_by_replay = check.effects.total
+        found.applied_by_replay = apply.total("applied_now")
+        found.differences_in_rebuild = sum(
+            each["missing"] + each["extra"] + each["different"] for each in rebuilt.rebuilt["tables"]
+        )
+        found.replays_agree = all(each.ok for each in replays) and check.messages == found.produced
+
     # -- what is shown ----------------------------------------------------------------------------------------------
 
     def _bars(self) -> Progress:
@@ -366,6 +410,11 @@ class Demo:
             ("sum of balances", _money(found.balance_sum)),
             ("expected sum", _money(found.balance_sum_expected)),
             ("accounts with a wrong balance", f"{found.accounts_wrong:,}"),
+            ("replayed", f"{found.replayed:,}"),
+            ("missing in the replay", f"{found.missing_in_replay:,}"),
+            ("rows that the replay would have written", f"{found.rows_written_by_replay:,}"),
+            ("applied by `replay --apply`", f"{found.applied_by_replay:,}"),
+            ("differences found by `replay --rebuild`", f"{found.differences_in_rebuild:,}"),
         ):
             table.add_row(label, value)
         self._console.print(table)

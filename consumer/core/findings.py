@@ -1,0 +1,394 @@
+"""What a replay has found, and what that means: counts, problems, and one verdict.
+
+Knows numbers and names; knows no Kafka, no ledger and no terminal. Every delivery is counted under exactly one of
+OUTCOMES. The verdict is "ok" only when nothing is missing, nothing was written, nothing differs and nothing is in doubt.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from consumer.core.bounds import Span
+from consumer.core.message import Partition
+from consumer.core.timeline import Timeline
+
+# applied, dead_lettered: by the ledger. repeated: deliveries of an id that is counted as missing already. unknown: the ledger
+# began later than that. conflicts: the id was used with another payload. The last two: done by this replay, with --apply.
+OUTCOMES = (
+    "applied",
+    "dead_lettered",
+    "skipped",
+    "missing",
+    "repeated",
+    "conflicts",
+    "unreadable",
+    "unknown",
+    "applied_now",
+    "dead_lettered_now",
+)
+SAMPLES_MAX = 20  # of each kind
+BLOCK_BITS = 12  # ledger rows are compared with the log in blocks of 4,096 offsets
+
+
+class Verdict(StrEnum):
+    """The answer. Exit codes 0, 1 and 2."""
+
+    OK = "ok"
+    NO = "no"
+    UNKNOWN = "unknown"
+
+    @property
+    def exit_code(self) -> int:
+        """What the command ends with."""
+        return {Verdict.OK: 0, Verdict.NO: 1, Verdict.UNKNOWN: 2}[self]
+
+
+@dataclass(slots=True)
+class Effects:
+    """What the transactions wrote in which nothing was to be done: by the database's own count.
+
+    rows: table -> rows inserted, updated, deleted. otherwise: transactions that PostgreSQL gave an id although no row was
+    counted (TRUNCATE, a lock, a notification). claims: ids that were claimed although the ledger held them.
+    """
+
+    transactions: int = 0
+    rows: dict[str, list[int]] = field(default_factory=dict)
+    otherwise: int = 0
+    claims: int = 0
+    sequences: list[str] = field(default_factory=list)
+    uncounted: str = ""  # why sequences could not be looked at
+
+    @property
+    def total(self) -> int:
+        """Rows written."""
+        return sum(map(sum, self.rows.values()))
+
+    @property
+    def any(self) -> bool:
+        """Whether anything at all was written."""
+        return bool(self.total or self.otherwise or self.claims or self.sequences)
+
+    def add(self, table: str, inserted: int, updated: int, deleted: int) -> None:
+        """Add rows of a table."""
+        row = self.rows.setdefault(table, [0, 0, 0])
+        for n, each in enumerate((inserted, updated, deleted)):
+            row[n] += each
+
+
+@dataclass(slots=True)
+class Findings:
+    """Everything that a replay found. Add to it while reading; ask `verdict`, `problems` and `as_dict` at the end."""
+
+    app: str
+    mode: str  # check | apply | rebuild | republish
+    started_at: str
+    filters: dict[str, Any] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+    positions: dict[Partition, int] = field(default_factory=dict)
+    read: dict[Partition, int] = field(default_factory=dict)  # records
+    counts: dict[tuple[str, Partition], dict[str, int]] = field(default_factory=dict)
+    times: Timeline = field(default_factory=Timeline)
+    effects: Effects | None = None
+    ahead: int = 0  # of what is missing: at or beyond the position, where workers have not come yet
+    unsettled: int = 0  # conflicts and unreadable messages of which there is no dead letter
+    inexact: bool = False  # too many missing ids to tell repetitions among them apart
+    history: dict[str, dict[str, int]] | None = None
+    gone: int = 0  # ledger rows whose records a compacted log does not hold any more
+    precheck: dict[str, int] | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    doubts: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    rebuilt: dict[str, Any] | None = None
+    republished: dict[str, Any] | None = None
+    seconds: float = 0.0
+
+    # -- counting ---------------------------------------------------------------------------------------------------
+
+    def count(self, handler: str, partition: Partition, outcome: str, n: int = 1) -> None:
+        """Count deliveries of a handler under one of OUTCOMES."""
+        row = self.counts.get((handler, partition))
+        if row is None:
+            row = self.counts[handler, partition] = dict.fromkeys(OUTCOMES, 0)
+        row[outcome] += n
+
+    def sample(self, kind: str, **what: Any) -> None:
+        """Keep an example, if there are not enough of its kind."""
+        if sum(each["kind"] == kind for each in self.samples) < SAMPLES_MAX:
+            self.samples.append({"kind": kind, **what})
+
+    def total(self, outcome: str) -> int:
+        """Deliveries under one of OUTCOMES, of all handlers."""
+        return sum(row[outcome] for row in self.counts.values())
+
+    def is_ahead(self, partition: Partition, offset: int) -> bool:
+        """Whether workers have not come to this offset yet, as of the beginning of the replay."""
+        position = self.positions.get(partition)
+        return position is None or offset >= position
+
+    @property
+    def messages(self) -> int:
+        """Records read."""
+        return sum(self.read.values())
+
+    # -- what it means ----------------------------------------------------------------------------------------------
+
+    def problems(self) -> list[dict[str, Any]]:
+        """What makes the answer no, one line each."""
+        found: list[dict[str, Any]] = []
+
+        def add(kind: str, count: int, text: str) -> None:
+            if count:
+                found.append({"kind": kind, "count": count, "text": text})
+
+        missing = self.total("missing")
+        add("missing", missing, self._missing(missing))
+        effects = self.effects or Effects()
+        tables = ", ".join(f"{table} {sum(row)}" for table, row in sorted(effects.rows.items()) if any(row))
+        add(
+            "effects",
+            effects.total,
+            f"{_rows(effects.total)} written for messages that were applied before ({tables}): a handler writes in spite of the claim",
+        )
+        add(
+            "effects_otherwise",
+            effects.otherwise,
+            f"{_n(effects.otherwise, 'transaction')} wrote something that is no row (TRUNCATE, a lock, a notification) for messages that were applied before",
+        )
+        add(
+            "claims",
+            effects.claims,
+            f"{_n(effects.claims, 'id')} could be claimed although the ledger held them: the claim does not hold",
+        )
+        add(
+            "sequences",
+            len(effects.sequences),
+            f"{_n(len(effects.sequences), 'sequence')} moved for messages that were applied before: {', '.join(effects.sequences[:10])}",
+        )
+        add(
+            "unsettled",
+            self.unsettled,
+            f"{_n(self.unsettled, 'message')} with an id used for another payload, or unreadable, of which there is no dead letter",
+        )
+        orphans = sum(each["without_message"] for each in (self.history or {}).values())
+        add(
+            "rows_without_message",
+            orphans,
+            f"{_n(orphans, 'ledger row')} whose message the log does not hold: something was applied under an id that is not "
+            "there, or twice under two ids",
+        )
+        wrong = (self.precheck or {}).get("wrong", 0)
+        add(
+            "precheck_wrong",
+            wrong,
+            f"Redis says of {_n(wrong, 'message')} that they were applied, and the ledger says no: `consumer migrate --new-epoch` ends its marks",
+        )
+        for table in (self.rebuilt or {}).get("tables", ()):
+            for kind in ("missing", "extra", "different"):
+                text = f"{table['table']}: {_n(table[kind], 'row')} {_DIFFERENCE[kind]}"
+                add("differences", table[kind], text)
+        refused = (self.republished or {}).get("refused", 0)
+        add("not_copied", refused, f"{_n(refused, 'record')} could not be copied: their header keys are not UTF-8")
+        return found
+
+    def _missing(self, missing: int) -> str:
+        by_handler = {
+            handler: sum(row["missing"] for (name, _), row in self.counts.items() if name == handler)
+            for handler in dict.fromkeys(name for name, _ in self.counts)
+        }
+        told = ", ".join(f"{handler} {count:,}" for handler, count in by_handler.items() if count)
+        more = " or more (some of these may be repetitions)" if self.inexact else ""
+        text = f"{_n(missing, 'message')}{more} missing: not in the ledger ({told})"
+        if self.ahead:
+            text += f"; {self.ahead:,} of them beyond the position, where workers have not come yet (--to position leaves those out)"
+        return text
+
+    def unknowns(self) -> list[dict[str, Any]]:
+        """Why it could not tell, one line each."""
+        found = list(self.doubts)
+        unknown = self.total("unknown")
+        if unknown:
+            found.append(
+                {
+                    "kind": "before_ledger",
+                    "count": unknown,
+                    "text": f"{_n(unknown, 'delivery', 'deliveries')} from before the ledger began in their partition: whether they were "
+                    "applied cannot be told. --from position or a later offset leaves them out, --rebuild compares the "
+                    "state itself, --assume-unapplied takes them for missing",
+                }
+            )
+        found += (self.rebuilt or {}).get("unknown", ())
+        return found
+
+    def verdict(self) -> Verdict:
+        """The answer: no as soon as there is a problem, unknown as soon as there is a doubt, else ok."""
+        if self.problems():
+            return Verdict.NO
+        return Verdict.UNKNOWN if self.unknowns() else Verdict.OK
+
+    @property
+    def ok(self) -> bool:
+        """Whether the verdict is ok: nothing missing, nothing written, nothing different, nothing in doubt."""
+        return self.verdict() is Verdict.OK
+
+    def check(self) -> None:
+        """Raise an AssertionError that lists the problems and the doubts, unless `ok`."""
+        if not self.ok:
+            lines = [f"{each['kind']}: {each['text']}" for each in [*self.problems(), *self.unknowns()]]
+            raise AssertionError("\n".join(lines))
+
+    def answer(self) -> str:
+        """The verdict in one sentence."""
+        match self.verdict(), self.mode:
+            case Verdict.NO, _:
+                return "No: " + "; ".join(each["text"] for each in self.problems()[:3])
+            case Verdict.UNKNOWN, _:
+                return "Could not tell: " + "; ".join(each["text"] for each in self.unknowns()[:3])
+            case _, "apply":
+                now = self.total("applied_now")
+                dead = self.total("dead_lettered_now")
+                text = f"{_n(now, 'message')} applied now" if now or dead else "Nothing was missing"
+                return text + (f", {_n(dead, 'dead letter')} made now" if dead else "") + "; nothing is missing"
+            case _, "rebuild":
+                return "The state is what the topic says: no row is missing, extra or different"
+            case _, "republish":
+                copied = (self.republished or {}).get("copied", 0)
+                return f"{_n(copied, 'record')} copied with the message ids that they had"
+            case _:
+                return "Nothing is missing, and nothing would happen twice"
+
+    # -- telling it -------------------------------------------------------------------------------------------------
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON and for the page."""
+        verdict = self.verdict()
+        return {
+            "app": self.app,
+            "mode": self.mode,
+            "verdict": verdict.value,
+            "exit_code": verdict.exit_code,
+            "answer": self.answer(),
+            "problems": self.problems(),
+            "unknown": self.unknowns(),
+            "notes": self.notes,
+            "started_at": self.started_at,
+            "seconds": round(self.seconds, 3),
+            "messages": self.messages,
+            "messages_per_second": round(self.messages / self.seconds) if self.seconds > 0 else 0,
+            "filters": self.filters,
+            "ranges": [
+                {
+                    "topic": each.partition.topic,
+                    "partition": each.partition.partition,
+                    "from": each.first,
+                    "to": each.end,
+                    "position": self.positions.get(each.partition),
+                    "read": self.read.get(each.partition, 0),
+                }
+                for each in self.spans
+            ],
+            "handlers": self._by_handler(),
+            "partitions": [
+                {"handler": handler, "topic": partition.topic, "partition": partition.partition, **_with_sum(row)}
+                for (handler, partition), row in sorted(self.counts.items())
+            ],
+            "times": self.times.as_dict() if self.counts else None,
+            "effects": self._effects(),
+            "history": self.history,
+            "precheck": self.precheck,
+            "samples": self.samples,
+            "rebuild": self.rebuilt,
+            "republish": self.republished,
+        }
+
+    def as_state(self) -> dict[str, Any]:
+        """What must be kept of a replay that is interrupted, as JSON can hold it."""
+        return {
+            "app": self.app,
+            "mode": self.mode,
+            "started_at": self.started_at,
+            "filters": self.filters,
+            "spans": [[*each.partition, each.first, each.end] for each in self.spans],
+            "read": [[*each, n] for each, n in self.read.items()],
+            "counts": [[handler, *partition, row] for (handler, partition), row in self.counts.items()],
+            "times": self.times.as_dict(),
+            "effects": None if self.effects is None else asdict(self.effects),
+            "ahead": self.ahead,
+            "unsettled": self.unsettled,
+            "inexact": self.inexact,
+            "precheck": self.precheck,
+            "samples": self.samples,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Findings:
+        """What `as_state` told, to go on from there."""
+        found = cls(state["app"], state["mode"], state["started_at"], dict(state["filters"]))
+        found.spans = [Span(Partition(topic, number), first, end) for topic, number, first, end in state["spans"]]
+        found.read = {Partition(topic, number): n for topic, number, n in state["read"]}
+        found.counts = {(name, Partition(topic, number)): dict(row) for name, topic, number, row in state["counts"]}
+        found.times = Timeline.from_dict(state["times"])
+        found.effects = None if state["effects"] is None else Effects(**state["effects"])
+        found.ahead, found.unsettled, found.inexact = state["ahead"], state["unsettled"], state["inexact"]
+        found.precheck = state["precheck"]
+        found.samples = list(state["samples"])
+        return found
+
+    def _by_handler(self) -> dict[str, dict[str, int]]:
+        found: dict[str, dict[str, int]] = {}
+        for (handler, _), row in self.counts.items():
+            total = found.setdefault(handler, dict.fromkeys(OUTCOMES, 0))
+            for outcome, n in row.items():
+                total[outcome] += n
+        return {handler: _with_sum(row) for handler, row in found.items()}
+
+    def _effects(self) -> dict[str, Any] | None:
+        if self.effects is None:
+            return None
+        found = self.effects
+        how = (
+            f"every message went through claim and handler in {_n(found.transactions, 'transaction')} that were rolled back; before each "
+            "rollback PostgreSQL was asked how many rows of which tables this transaction had inserted, updated or deleted "
+            "(pg_stat_xact_all_tables, every table outside the schema consumer), and whether it had given the transaction an id, "
+            "without which nothing can be written; "
+        )
+        how += found.uncounted or "the sequences that these sessions advanced were asked for with currval"
+        return {
+            "transactions": found.transactions,
+            "rows": found.total,
+            "tables": {
+                table: dict(zip(("inserted", "updated", "deleted"), row, strict=True))
+                for table, row in sorted(found.rows.items())
+            },
+            "otherwise": found.otherwise,
+            "claims": found.claims,
+            "sequences": found.sequences,
+            "how": how,
+        }
+
+
+_DIFFERENCE = {
+    "missing": "missing (the topic says that they should be there)",
+    "extra": "too many (no message of the topic made them, or one was applied twice)",
+    "different": "different from what the topic says",
+}
+
+
+def _with_sum(row: Mapping[str, int]) -> dict[str, int]:
+    return {"delivered": sum(row.values()), **row}
+
+
+def _n(count: int, one: str, many: str = "") -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def _rows(count: int) -> str:
+    return f"{_n(count, 'row')} {'was' if count == 1 else 'were'}"
+
+
+def blocks(offsets: Sequence[int]) -> dict[int, int]:
+    """How many of the offsets lie in each block."""
+    return dict(Counter([each >> BLOCK_BITS for each in offsets]))

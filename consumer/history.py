@@ -1,0 +1,129 @@
+"""The ledger's rows against the log: whether each names a message that is there. The other direction is replay.py's.
+
+Knows the ledger's rows and reads the log again where the numbers differ; decides nothing about a message. While the range
+was read, every delivery told whether its row was made by that very record. So the rows made in a block of 4,096 offsets,
+counted by PostgreSQL, must be as many as the records that told so: no set of ids is kept, however long the range is.
+Where the numbers differ, that block is read again and compared row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from consumer.core.bounds import Span
+from consumer.core.findings import BLOCK_BITS, Findings
+from consumer.core.handler import Handler
+from consumer.core.lanes import Delivery
+from consumer.core.message import Partition
+from consumer.kafka import Source
+from consumer.once import identify
+from consumer.reading import read
+
+Block = tuple[str, Partition, int]  # handler, partition, number of the block
+
+BLOCKS_MAX = 256  # that are read again
+
+_ROWS = """
+select l.handler, l.topic, l.partition, l."offset" >> $6, count(*)
+from consumer.ledger l join unnest($2::int2[], $3::int4[], $4::int8[], $5::int8[]) as s(topic, partition, first, past)
+  on l.topic = s.topic and l.partition = s.partition and l."offset" >= s.first and l."offset" < s.past
+where l.handler = any($1) group by 1, 2, 3, 4
+"""
+_BLOCK = """
+select id, "offset" from consumer.ledger
+where handler = $1 and topic = $2 and partition = $3 and "offset" >= $4 and "offset" < $5 order by "offset", id
+"""
+
+
+async def compare(
+    connection: Any,
+    source: Source,
+    findings: Findings,
+    handlers: Sequence[Handler],
+    topics: Mapping[str, int],
+    told: Mapping[Block, int],
+    is_compacted: Callable[[str], Awaitable[bool]],
+) -> None:
+    """Fill `findings.history`. told: how many deliveries of a block said that their row was made by them.
+
+    is_compacted: asked of a topic where records are gone: rows of those are no problem then, since a compacted log drops
+    records by design. The source is read again, from other offsets. Raises KafkaError, LogTruncated, and what the database says.
+    """
+    numbers = {each.number: each for each in handlers}
+    names = {number: name for name, number in topics.items()}
+    spans = {each.partition: each for each in findings.spans if each.length}
+    rows = await connection.fetch(
+        _ROWS,
+        list(numbers),
+        [topics[each.topic] for each in spans],
+        [each.partition for each in spans],
+        [each.first for each in spans.values()],
+        [each.end for each in spans.values()],
+        BLOCK_BITS,
+    )
+    there: dict[Block, int] = {(numbers[row[0]].name, Partition(names[row[1]], row[2]), row[3]): row[4] for row in rows}
+    found = {each.name: {"rows": 0, "with_message": 0, "without_message": 0} for each in handlers}
+    for (handler, _, _), count in there.items():
+        found[handler]["rows"] += count
+    differing = sorted(block for block, count in there.items() if count != told.get(block, 0))
+    by_name = {each.name: each for each in handlers}
+    for block in differing[:BLOCKS_MAX]:
+        handler, partition, number = block
+        missing = await _without_message(
+            connection, source, findings, by_name[handler], topics, spans[partition], number, is_compacted
+        )
+        found[handler]["without_message"] += missing
+    for block in differing[BLOCKS_MAX:]:  # by number alone; workers that settle meanwhile may be among them
+        found[block[0]]["without_message"] += max(0, there[block] - told.get(block, 0))
+    if len(differing) > BLOCKS_MAX:
+        findings.notes.append(
+            f"ledger and log differ in {len(differing):,} blocks of {1 << BLOCK_BITS:,} offsets; {BLOCKS_MAX} were compared row by row"
+        )
+    for counts in found.values():
+        counts["with_message"] = counts["rows"] - counts["without_message"]
+    findings.history = found
+
+
+async def _without_message(
+    connection: Any,
+    source: Source,
+    findings: Findings,
+    handler: Handler,
+    topics: Mapping[str, int],
+    span: Span,
+    number: int,
+    is_compacted: Callable[[str], Awaitable[bool]],
+) -> int:
+    """Rows of one block whose message is not in the log; rows that workers have added meanwhile have theirs."""
+    partition = span.partition
+    first = max(span.first, number << BLOCK_BITS)
+    past = min(span.end, (number + 1) << BLOCK_BITS)
+    ids: dict[int, bytes] = {}
+    async for chunk in read(source, [Span(partition, first, past)]):
+        deliveries = [Delivery(handler, record) for record in chunk.records]
+        identify(deliveries)
+        ids |= {each.record.offset: each.id for each in deliveries}
+    count = 0
+    rows = await connection.fetch(_BLOCK, handler.number, topics[partition.topic], partition.partition, first, past)
+    for id, offset in rows:
+        here = ids.get(offset)
+        if here == id.bytes:
+            continue
+        if here is None and await is_compacted(partition.topic):
+            findings.gone += 1
+            continue
+        count += 1
+        findings.sample(
+            "rows_without_message",
+            handler=handler.name,
+            topic=partition.topic,
+            partition=partition.partition,
+            offset=offset,
+            id=str(UUID(bytes=id.bytes)),
+            detail="the log holds no record at that offset"
+            if here is None
+            else f"the record at that offset is {UUID(bytes=here)}",
+        )
+    return count

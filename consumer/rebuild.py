@@ -1,0 +1,689 @@
+"""The state computed anew from the topics alone, and compared with the real one: what was lost, and what was doubled.
+
+Handlers run through `once.apply` against copies of their tables (copies.py), each distinct id once, in order per key, in
+one transaction that is undone at its end: nothing is written, nothing is left behind. That transaction sees the real state
+as of one moment, and the positions of that moment tell up to where the topics must be replayed, so workers may go on.
+
+Which tables are copied is found out on the way; what is learned of them begins everything again from the start.
+
+What it does not know: what handlers do outside PostgreSQL (that happens again), what stood in a table before the first
+message (`base` tells), in which order two topics were settled (the records' times are followed), and which of the two
+states is right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import difflib
+import heapq
+import time
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from consumer import ledger, once, reading
+from consumer.app import App
+from consumer.compare import Compared
+from consumer.compare import compare as compare_tables
+from consumer.copies import TEXTS_MAX, Again, Copies, Halve, calling, offers
+from consumer.core import scratch
+from consumer.core.bounds import Span
+from consumer.core.errors import CannotTell, Misconfigured
+from consumer.core.handler import Call, Handler
+from consumer.core.lanes import Batch, Delivery, Lane, size_of
+from consumer.core.message import Partition, Record
+from consumer.core.outcome import DUPLICATE, SKIPPED, Cause, Dead, Duplicate, Parked, Reason, Skipped
+from consumer.core.retry import Retry
+from consumer.core.scratch import Name, Use
+from consumer.kafka import KafkaError, LogTruncated, Source
+from consumer.ledger import Conflict, Outage
+from consumer.settings import Settings
+
+_PARKED_MAX = 50_000  # failed messages, and those behind them, that wait for their turn
+_ANALYZE_AT = 1000  # messages; then whenever there are four times as many
+_DOUBTS_MAX = 20_000  # messages, in which a handler that inserts into a table will have done it once
+_FOR_EVER = Retry(attempts=1 << 31, base=0, cap=0)  # as long as it helps: see _Pass._once_more
+_CHANGED = "nothing was changed, and it can be run again"
+
+# What a dead letter says holds until its message was applied after all.
+_DEAD = """
+insert into consumer_dead
+select d.handler, d.id, d.fingerprint from consumer.dead_letters d
+left join consumer.ledger l on l.handler = d.handler and l.id = d.id
+where d.handler = any($1) and (l.handler is null or l.applied_at is null or l.fingerprint <> d.fingerprint)
+on conflict do nothing
+"""
+_ARE_DEAD = """
+select place from unnest($1::int4[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
+join pg_temp.consumer_dead using (handler, id, fingerprint)
+"""
+_ARE_APPLIED = """
+select place from unnest($1::int4[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
+join consumer.ledger l on l.handler = o.handler and l.id = o.id
+where l.applied_at is not null and l.fingerprint = o.fingerprint
+"""
+# Positions stop below a message that waits for a retry; what was settled above them counts all the same.
+_AHEAD = """
+select p.topic, p.partition, max(l."offset") + 1 from consumer.ledger l
+join consumer.topics t on t.topic = l.topic
+join unnest($1::text[], $2::int4[], $3::int8[]) as p(topic, partition, next_offset)
+    on p.topic = t.name and p.partition = l.partition and l."offset" >= p.next_offset
+where l.handler = any($4) and l.applied_at is not null group by p.topic, p.partition
+"""
+_COLUMNS = """
+select n.nspname, c.relname, a.attname from pg_attribute a
+join pg_class c on c.oid = a.attrelid join pg_namespace n on n.oid = c.relnamespace
+where c.relkind in ('r', 'p') and c.relpersistence <> 't' and a.attnum > 0 and not a.attisdropped
+  and n.nspname not in ('pg_catalog', 'pg_toast', 'information_schema', 'consumer')
+"""
+
+Tell = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(slots=True)
+class Rebuilt:
+    """What a rebuild has found. Counts but `messages` are of deliveries: of a message, and each handler that takes it."""
+
+    messages: int = 0
+    applied: int = 0
+    repeated: int = 0
+    dead_lettered: int = 0  # by the ledger, so they were left out
+    rejected: int = 0
+    failed: int = 0
+    unreadable: int = 0
+    ranges: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    differences: list[dict[str, Any]] = field(default_factory=list)
+    unknown: list[dict[str, Any]] = field(default_factory=list)  # what makes the answer uncertain
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def agrees(self) -> bool:
+        """Whether no table differs, as far as could be told."""
+        return not any(each["missing"] or each["extra"] or each["different"] for each in self.tables)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return dataclasses.asdict(self)
+
+
+async def rebuild(
+    app: App,
+    settings: Settings,
+    source: Source,
+    partitions: Sequence[Partition],
+    *,
+    handlers: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    compare: Sequence[str] = (),
+    base: str | None = None,
+    trace: bool = True,
+    sample_max: int = 20,
+    tell: Tell = lambda _: None,
+    progress: Progress = lambda phase, done, total: None,
+) -> Rebuilt:
+    """Compute the state anew from these partitions and compare it with the real one. Nothing is changed, whatever happens.
+
+    app: with its lifespan entered. source: started, without a group. handlers: their names, by default all that take one
+    of the topics. ignore, compare: columns to leave out, or to put back. base: SQL for the first rows of the tables. trace:
+    replay once more to find the messages behind the differences. sample_max: differences told of each table.
+
+    Raises Misconfigured for what cannot be rebuilt, CannotTell when a service went away in the middle: one line each.
+    """
+    begun = time.monotonic()
+    with _told_in_one_line(settings):
+        work = _Rebuild(app, settings, source, partitions, handlers, base, tell, progress)
+        found = await work.run(ignore, compare, sample_max, trace)
+    found.seconds = round(time.monotonic() - begun, 3)
+    return found
+
+
+@contextmanager
+def _told_in_one_line(settings: Settings) -> Iterator[None]:
+    try:
+        with ledger.sorted_errors(settings):
+            yield
+    except Outage as error:
+        raise CannotTell(f"{error}: the rebuild has ended; {_CHANGED}") from error
+
+
+@contextmanager
+def _kafka_told_in_one_line(settings: Settings) -> Iterator[None]:
+    try:
+        yield
+    except LogTruncated as error:
+        raise CannotTell(f"{error}: records were removed while they were read; {_CHANGED}") from error
+    except (KafkaError, OSError) as error:  # TimeoutError is an OSError
+        text = str(error) or type(error).__name__
+        raise CannotTell(
+            f"Kafka at {settings.kafka_bootstrap_servers}: {text}: the rebuild has ended; {_CHANGED}"
+        ) from error
+
+
+class _Rebuild:
+    """The whole of it: passes, each in a transaction of its own, until one knows all tables from its start."""
+
+    def __init__(
+        self,
+        app: App,
+        settings: Settings,
+        source: Source,
+        partitions: Sequence[Partition],
+        handlers: Sequence[str] | None,
+        base: str | None,
+        tell: Tell,
+        progress: Progress,
+    ) -> None:
+        self.app = app
+        self.settings = settings
+        self.source = source
+        self.partitions = sorted(set(partitions))
+        self.base = base
+        self.tell = tell
+        self.progress = progress
+        self.owners: dict[str, str] = {}  # deferred SQL -> the handler that it was first seen from
+        self.known: dict[Name, Use] = {}
+        self.handlers, self.notes = _chosen(app, self.partitions, handlers, self.owners)
+
+    async def run(self, ignore: Sequence[str], compare: Sequence[str], sample_max: int, trace: bool) -> Rebuilt:
+        """Replay, compare, and replay again for the messages behind what differs."""
+        found = Rebuilt()
+        await self._note_partitions()
+        while True:
+            try:
+                async with self._pass() as current:
+                    left_out, put_back = await current.columns_named(ignore, compare)
+                    spans = await current.spans(found)
+                    if found.unknown:
+                        found.notes = self.notes
+                        return found
+                    await current.replay(spans, "replay")
+                    compared = await current.compare(left_out, put_back, sample_max)
+                break
+            except Again as again:
+                self.tell(f"{again}: beginning again from the start")
+        current.report(found, compared, spans)
+        if trace and compared.differences:
+            await self._trace(compared, spans)
+        found.differences = [each.as_dict() for each in compared.differences]
+        return found
+
+    async def _note_partitions(self) -> None:
+        with _kafka_told_in_one_line(self.settings):
+            there = await self.source.partitions(sorted({each.topic for each in self.partitions}))
+        for topic, every in there.items():
+            left = len(set(every) - set(self.partitions))
+            if left:
+                self.notes.append(
+                    f"{left} of {len(every)} partitions of {topic} were not replayed: their rows are extra"
+                )
+
+    @asynccontextmanager
+    async def _pass(self, sought: Compared | None = None) -> AsyncIterator[_Pass]:
+        connection = await ledger.connect(self.settings)
+        try:
+            current = _Pass(self, connection)
+            await current.set_up(sought)
+            yield current
+            await connection.execute("rollback")
+        finally:
+            # Whatever has happened: an open transaction is undone when its connection ends.
+            try:
+                with suppress(Exception):
+                    await connection.close(timeout=5)
+            finally:
+                connection.terminate()
+
+    async def _trace(self, compared: Compared, spans: Sequence[Span]) -> None:
+        """Replay again, and note the messages that touch a row of the sample."""
+        while True:
+            try:
+                async with self._pass(compared) as current:
+                    await current.replay(spans, "trace")
+                break
+            except Again as again:  # a handler that does other things the second time
+                self.tell(f"{again}: beginning again from the start")
+        for each in compared.differences:
+            each.messages, each.explained = current.copies.session.trails[each.place, each.mark].told()
+
+
+def _chosen(
+    app: App, partitions: Sequence[Partition], wanted: Sequence[str] | None, owners: dict[str, str]
+) -> tuple[list[Handler], list[str]]:
+    """The handlers to run, as copies, and what there is to say about the others."""
+    topics = {each.topic for each in partitions}
+    for name in wanted or ():
+        if name not in app.handlers:
+            near = difflib.get_close_matches(name, app.handlers, 1)
+            raise Misconfigured(
+                f"App {app.name!r} has no handler {name!r}"
+                + (f", did you mean {near[0]!r}?" if near else "")
+                + f" (it has: {', '.join(app.handlers)})"
+            )
+        if not topics & set(app.handlers[name].topics):
+            raise Misconfigured(f"handler {name!r} takes none of the topics {', '.join(sorted(topics))}")
+    named = [
+        each for each in app.handlers.values() if topics & set(each.topics) and (not wanted or each.name in wanted)
+    ]
+    chosen = [each for each in named if each.idempotent]
+    if not chosen:
+        raise Misconfigured(
+            f"no handler with a ledger takes {', '.join(sorted(topics)) or 'anything'}: nothing to rebuild"
+        )
+    notes = [f"handler {each.name} opted out of the ledger and was left out" for each in named if not each.idempotent]
+    others = [each.name for each in app.handlers.values() if each.idempotent and each not in chosen]
+    if others:
+        notes.append(f"not run: {', '.join(others)}; what they wrote to the same tables is extra here")
+    for each in chosen:
+        if left := sorted(set(each.topics) - topics):
+            notes.append(
+                f"handler {each.name} also takes {', '.join(left)}: not replayed, so those rows are extra here"
+            )
+    copies = [
+        dataclasses.replace(each, retry=_FOR_EVER, call=_named(each.name, each.call, owners))
+        for each in chosen
+        if each.call is not None
+    ]
+    return copies, notes
+
+
+def _named(name: str, call: Call, owners: dict[str, str]) -> Call:
+    """A handler's call that tells whose SQL it is, for the sentence that refuses it."""
+
+    async def named(value: Any, message: Any, tx: Any) -> object:
+        token = calling.set(name)
+        try:
+            return await call(value, message, tx)
+        finally:
+            calling.reset(token)
+            for sql, _ in tx.writes:
+                if sql not in owners:
+                    if len(owners) >= TEXTS_MAX:
+                        owners.clear()
+                    owners[sql] = name
+
+    return named
+
+
+class _Pass:
+    """One transaction, and the replay in it. Raises Again when something was learned; nothing of it lasts."""
+
+    def __init__(self, work: _Rebuild, connection: Any) -> None:
+        self.work = work
+        self.connection = connection
+        self.copies = Copies(connection, work.settings, work.known, work.owners, work.base)
+        self.names = once.Names(work.app.name, {})
+        self.positions: dict[Partition, int] = {}
+        self.begun: dict[Partition, int] = {}  # where the application began, if not at the beginning of the log
+        self.messages = 0
+        self.counts: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        self._weak: set[str] = set()  # topics of messages without an id
+        self._dead_letters = 0
+        self._settled = 0
+        self._round = 0
+        self._errors: dict[Delivery, str] = {}  # of messages that wait for another attempt
+        self._analyze_at = _ANALYZE_AT
+        topics: dict[str, list[Handler]] = {}
+        for handler in work.handlers:
+            for topic in handler.topics:
+                topics.setdefault(topic, []).append(handler)
+        self._lane = Lane(topics, _PARKED_MAX, work.settings.buffer_bytes_max)
+
+    # -- before the first message -----------------------------------------------------------------------------------
+
+    async def set_up(self, sought: Compared | None) -> None:
+        """Begin, read what the ledger knows, and make the copies."""
+        await ledger.describe(self.connection, self.work.settings)
+        await self.copies.begin()
+        await self._number()
+        await self._read_ledger()
+        await self.copies.make(sought)
+
+    async def _number(self) -> None:
+        """The real numbers of handlers and topics, and negative ones for those that the ledger does not know."""
+        work = self.work
+        rows = await self.connection.fetch("select name, handler from consumer.handlers where app = $1", work.app.name)
+        known = {row[0]: row[1] for row in rows}
+        for place, handler in enumerate(work.handlers, 1):
+            handler.number = known.get(handler.name, -place)
+        topics = {row[0]: row[1] for row in await self.connection.fetch("select name, topic from consumer.topics")}
+        wanted = sorted({each.topic for each in work.partitions})
+        self.names = once.Names(work.app.name, {each: topics.get(each, -place) for place, each in enumerate(wanted, 1)})
+
+    async def _read_ledger(self) -> None:
+        rows = await self.connection.fetch(
+            "select topic, partition, next_offset, first_offset from consumer.positions where app = $1",
+            self.work.app.name,
+        )
+        for topic, partition, position, begun in rows:
+            if (each := Partition(topic, partition)) in self.work.partitions:
+                self.positions[each] = position
+                self.begun |= {each: begun} if begun else {}
+        tag = await self.connection.execute(_DEAD, [each.number for each in self.work.handlers])
+        self._dead_letters = int(tag.split()[-1])
+
+    async def columns_named(
+        self, ignore: Sequence[str], put_back: Sequence[str]
+    ) -> tuple[set[tuple[Name, str]], set[tuple[Name, str]]]:
+        """The columns that the options mean. Raises Misconfigured before anything is replayed."""
+        rows = await self.connection.fetch(_COLUMNS) if ignore or put_back else []
+        columns = [(Name(row[0], row[1]), row[2]) for row in rows]
+        ignored = scratch.named(ignore, "--ignore", columns)
+        compared = scratch.named(put_back, "--compare", columns)
+        if both := ignored & compared:
+            name, column = min(both)
+            raise Misconfigured(f"--ignore and --compare both name {name}.{column}: name it once")
+        return ignored, compared
+
+    async def spans(self, found: Rebuilt) -> list[Span]:
+        """What to replay: from the beginning of the log to where the state is. Problems go into `found.unknown`."""
+        work = self.work
+        with _kafka_told_in_one_line(work.settings):
+            begins, ends = await work.source.beginnings(work.partitions), await work.source.ends(work.partitions)
+        known = list(self.positions)
+        rows = await self.connection.fetch(
+            _AHEAD,
+            [each.topic for each in known],
+            [each.partition for each in known],
+            [self.positions[each] for each in known],
+            [each.number for each in work.handlers],
+        )
+        ahead = {Partition(row[0], row[1]): row[2] for row in rows}
+        spans: list[Span] = []
+        gone: list[str] = []
+        beyond: list[str] = []
+        for each in work.partitions:
+            begin, position = begins[each], self.positions.get(each)
+            if position is None:
+                spans.append(Span(each, begin, begin))
+                continue
+            place = f"{each.topic}:{each.partition}"
+            if position < begin or (begin > 0 and work.base is None):
+                gone.append(f"{place} begins at offset {begin}")
+            if position > ends[each]:
+                beyond.append(f"{place} ends at offset {ends[each]} and its position is {position}")
+            spans.append(Span(each, begin, max(begin, min(ends[each], max(position, ahead.get(each, 0))))))
+        for kind, places, text in (
+            ("records_gone", gone, "records were removed from the log, and a rebuild needs all of them, or --base"),
+            (
+                "log_too_short",
+                beyond,
+                "the log ends below the position, so it is not the one that the state was made from",
+            ),
+        ):
+            if places:
+                more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+                found.unknown.append(
+                    {"kind": kind, "count": len(places), "text": f"{text}: {', '.join(places[:3])}{more}"}
+                )
+        if not found.unknown and not any(each.length for each in spans):
+            text = "no message of these partitions has been settled, so there is nothing to compute a state from"
+            found.unknown.append({"kind": "nothing_settled", "count": len(work.partitions), "text": text})
+        found.ranges = [
+            {"topic": each.partition.topic, "partition": each.partition.partition, "from": each.first, "to": each.end}
+            for each in spans
+        ]
+        return spans
+
+    # -- messages go through ----------------------------------------------------------------------------------------
+
+    async def replay(self, spans: Sequence[Span], phase: str) -> None:
+        """Replay all spans, in the order of the records' times as far as the partitions allow."""
+        work = self.work
+        done = {each.partition: each.first for each in spans}
+        first, total = sum(done.values()), sum(each.length for each in spans)
+
+        def advanced(partition: Partition, offset: int) -> None:
+            done[partition] = offset
+            work.progress(phase, sum(done.values()) - first, total)
+
+        for each in spans:
+            self._lane.open(each.partition, each.first)
+        work.progress(phase, 0, total)
+        # A copy is small at first, and full of dead versions later: whoever can find a row by an index should.
+        await self.connection.execute("set local enable_seqscan = off")
+        slices = _in_time_order(work.source, spans, work.settings, advanced)
+        try:
+            async for records in slices:
+                for partition, those in records.items():
+                    self._lane.add(partition, those)
+                    self.messages += len(those)
+                await self._drain()
+                while self._lane.fetched[0]:  # as many wait as may
+                    await self._once_more()
+                if self.copies.session.is_traced:
+                    return
+                if self.messages >= _DOUBTS_MAX:
+                    self.copies.check_doubts()
+        finally:
+            await slices.aclose()
+        while self._lane.parked:
+            await self._once_more()
+        await self.connection.execute("set local enable_seqscan to default")
+        self.copies.check_doubts()
+        await self.copies.check_writes()
+
+    async def _drain(self) -> None:
+        """Settle everything that may run now."""
+        settings = self.work.settings
+        while batch := self._lane.take(self._round, settings.batch_messages_max, settings.batch_bytes_max):
+            await self._settle(batch)
+            analyze = self.counts["applied"] >= self._analyze_at
+            if analyze:
+                self._analyze_at = self.counts["applied"] * 4
+            await self.copies.keep_fast(analyze)
+
+    async def _once_more(self) -> None:
+        """Try again what has failed: what it needs may be there by now. If nothing is gained it has failed for good."""
+        before = self._settled
+        self._round += 1
+        await self._drain()
+        if self._settled > before:
+            return
+        self._round += 1
+        while batch := self._lane.take(self._round, _PARKED_MAX, 1 << 62):
+            for delivery in batch.deliveries:
+                if delivery in self._errors:
+                    delivery.outcome = Dead(Reason.FAILED, "")
+            await self._settle(batch)
+
+    async def _settle(self, batch: Batch) -> None:
+        """As the worker settles a batch, but that nothing is waited for."""
+        if not batch.deliveries:
+            self._lane.settle(batch, {}, self._lane.moves(batch, ()))
+            return
+        await self._sort(batch.deliveries)
+        session = self.copies.session
+        parts: list[once.Part] = [(batch, False, 0)]
+        while parts:
+            part, careful, failures = parts.pop()
+            session.part = part
+            try:
+                done = await once.apply(
+                    session, self.names, self._lane, part, careful=careful, draw=lambda: 0.0, step=lambda _: None
+                )
+            except Exception as error:
+                if self.copies.guard.verdict is not None:
+                    raise self.copies.guard.verdict from None
+                match error:
+                    case once.Isolate():
+                        parts += once.smaller(part, careful, error.__cause__, lambda: 0.0)
+                    case Halve():
+                        head, tail = part.split()
+                        parts += [(tail, careful, 0), (head, careful, 0)]
+                    case Conflict():
+                        parts += once.again(part, careful, failures + 1, lambda: 0.0)
+                        await asyncio.sleep(0.005 * 3.0**failures)
+                    case _:
+                        raise
+            else:
+                self._settled_part(part, done)
+
+    async def _sort(self, deliveries: Sequence[Delivery]) -> None:
+        """Identify messages, and leave out those whose effects are not supposed to be there."""
+        self._weak |= once.identify(deliveries)
+        waiting = [each for each in deliveries if each.outcome is None]
+        if self._dead_letters and waiting:
+            for row in await self.connection.fetch(_ARE_DEAD, *offers(waiting)):
+                waiting[row[0] - 1].outcome = DUPLICATE[Cause.DEAD_LETTER]
+        ahead = [
+            each for each in waiting if each.outcome is None and each.record.offset >= self.positions[each.partition]
+        ]
+        if ahead:
+            applied = {row[0] for row in await self.connection.fetch(_ARE_APPLIED, *offers(ahead))}
+            for place, delivery in enumerate(ahead, 1):
+                if place not in applied:
+                    delivery.outcome = SKIPPED  # not settled yet
+
+    def _settled_part(self, part: Batch, done: once.Settlement) -> None:
+        for delivery, outcome in done.outcomes.items():
+            match outcome:
+                case Parked(_, text):
+                    delivery.outcome = None
+                    cause = done.errors.get(delivery)
+                    if outcome is not once.BEHIND:
+                        self._errors[delivery] = type(cause).__name__ if cause is not None else text.split(":")[0]
+                    continue
+                case Duplicate(Cause.DEAD_LETTER):
+                    self.counts["dead_lettered"] += 1
+                case Duplicate():
+                    self.counts["repeated"] += 1
+                case Dead(Reason.FAILED):
+                    self.counts["failed"] += 1
+                    self.failures[f"{delivery.handler.name}: {self._errors.get(delivery, 'unknown')}"] += 1
+                case Dead(Reason.REJECTED):
+                    self.counts["rejected"] += 1
+                case Dead(Reason.ID_CONFLICT):
+                    self.counts["id_conflict"] += 1
+                case Dead():
+                    self.counts["unreadable"] += 1
+                case Skipped():
+                    self.counts["unsettled"] += 1
+            self._errors.pop(delivery, None)
+        if self._errors:
+            for delivery in done.applied:
+                self._errors.pop(delivery, None)
+        self.counts["applied"] += len(done.applied)
+        self._settled += len(part.deliveries) - len(done.parked)
+        self._lane.settle(part, dict.fromkeys(done.parked, self._round + 1.0), done.moves)
+
+    # -- and after the last -----------------------------------------------------------------------------------------
+
+    async def compare(
+        self, ignore: set[tuple[Name, str]], put_back: set[tuple[Name, str]], sample_max: int
+    ) -> Compared:
+        """Compare every copy with its table."""
+        used = await self.copies.columns_used()
+        tables = [(each, self.work.known[each.name], used[place]) for place, each in enumerate(self.copies.tables)]
+
+        def compared(place: int) -> None:
+            self.work.progress("compare", place, len(tables))
+
+        return await compare_tables(self.connection, tables, ignore, put_back, sample_max, compared)
+
+    def report(self, found: Rebuilt, compared: Compared, spans: Sequence[Span]) -> None:
+        """Put what was counted into the answer."""
+        counts = self.counts
+        found.messages, found.tables = self.messages, compared.tables
+        found.applied, found.repeated = counts["applied"], counts["repeated"]
+        found.dead_lettered, found.rejected = counts["dead_lettered"], counts["rejected"]
+        found.failed, found.unreadable = counts["failed"], counts["unreadable"]
+        if counts["failed"]:
+            errors = ", ".join(f"{name} ({count})" for name, count in self.failures.most_common(3))
+            text = f"{counts['failed']} messages failed in the rebuild, so their effects are not in it: {errors}"
+            found.unknown.append({"kind": "failed", "count": counts["failed"], "text": text})
+        if counts["id_conflict"]:
+            text = f"{counts['id_conflict']} messages have an id that another payload had before: the first one counts here"
+            found.unknown.append({"kind": "id_conflict", "count": counts["id_conflict"], "text": text})
+        found.notes = [*self.work.notes, *self._notes(spans)]
+
+    def _notes(self, spans: Sequence[Span]) -> list[str]:
+        """What a person should know about this answer."""
+        notes = []
+        for topic in sorted(self._weak):
+            notes.append(
+                f"messages of {topic} have no id: their offset is used, so one that was produced twice counts twice"
+            )
+        for each in spans:
+            place = f"{each.partition.topic}:{each.partition.partition}"
+            if each.partition not in self.positions:
+                notes.append(f"{place} has no position: nothing of it is settled")
+            if self.begun.get(each.partition, 0) > each.first:
+                notes.append(
+                    f"{place} was begun at offset {self.begun[each.partition]}: what stands before was settled elsewhere, or "
+                    "never, and was replayed all the same"
+                )
+        if empty := sum(each.length for each in spans) - self.messages:
+            notes.append(
+                f"{empty} offsets hold no record: markers of transactions, or a compacted topic, of which no state can be made"
+            )
+        if count := self.counts["unsettled"]:
+            notes.append(f"{count} messages above the positions are not settled yet and were left out")
+        if count := self.counts["rejected"]:
+            notes.append(f"{count} messages were rejected here that are no dead letters in the ledger")
+        if count := self.counts["unreadable"]:
+            notes.append(f"{count} messages cannot be read")
+        return [*notes, *self.copies.notes()]
+
+
+async def _in_time_order(
+    source: Source, spans: Sequence[Span], settings: Settings, advanced: Callable[[Partition, int], None]
+) -> AsyncGenerator[dict[Partition, list[Record]], None]:
+    """The records of the spans in slices: in order within each partition, the partitions merged by their records' times.
+
+    Topics have no order between them, but a message that builds on one of another topic mostly comes later. Partitions
+    that are ahead are paused, so that no more is kept than the buffer may hold.
+    """
+    ends = {each.partition: each.end for each in spans if each.length}
+    places = {partition: place for place, partition in enumerate(ends)}
+    slice_max = settings.batch_messages_max
+    messages_max = max(500, settings.buffer_messages_max // max(1, len(ends)))
+    bytes_max = max(1 << 16, settings.buffer_bytes_max // max(1, len(ends)))
+    buffers: dict[Partition, deque[Record]] = {each: deque() for each in ends}
+    sizes = dict.fromkeys(ends, 0)
+    unread, waiting, paused = set(ends), set(ends), set[Partition]()  # waiting: unread, and nothing of it is here
+    heads: list[tuple[int, int, Partition]] = []  # of each buffer, the time of its first record
+    taken: dict[Partition, list[Record]] = {}
+    count = 0
+    with _kafka_told_in_one_line(settings):
+        async for partition, records, following in reading.read(source, spans):
+            buffer = buffers[partition]
+            if records and not buffer:
+                heapq.heappush(heads, (records[0].timestamp, places[partition], partition))
+            buffer.extend(records)
+            sizes[partition] += sum(map(size_of, records))
+            if following >= ends[partition]:
+                unread.discard(partition)
+            if buffer or partition not in unread:
+                waiting.discard(partition)
+            if partition in unread and (len(buffer) >= messages_max or sizes[partition] >= bytes_max):
+                source.pause(partition)
+                paused.add(partition)
+            advanced(partition, following)
+            while heads and not waiting:
+                _, _, first = heapq.heappop(heads)
+                buffer, run = buffers[first], taken.setdefault(first, [])
+                until = heads[0][0] if heads else float("inf")
+                while buffer and buffer[0].timestamp <= until and count < slice_max:
+                    record = buffer.popleft()
+                    sizes[first] -= size_of(record)
+                    run.append(record)
+                    count += 1
+                if buffer:
+                    heapq.heappush(heads, (buffer[0].timestamp, places[first], first))
+                elif first in unread:
+                    waiting.add(first)
+                if first in paused and len(buffer) <= messages_max // 2 and sizes[first] <= bytes_max // 2:
+                    source.resume(first)
+                    paused.discard(first)
+                if count >= slice_max:
+                    yield taken
+                    taken, count = {}, 0
+    if taken:
+        yield taken

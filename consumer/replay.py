@@ -1,0 +1,794 @@
+"""Replay: read topics again and prove that no effect would happen twice, or apply what is missing.
+
+`consumer replay` and `verify` are this file. A range is read without the group (reading.py). Every message goes through
+the worker's own code, once.apply, in transactions that are undone (check), or, with apply, what the ledger lacks goes
+through it once more and is stored. What it does not know: whether an effect outside PostgreSQL happened; whether the state
+itself is right (rebuild.py compares that); what was applied before the ledger began (it says so and does not guess).
+
+A message that is missing has its handler called, in a transaction that is undone: what that handler does elsewhere (mail,
+HTTP) is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from consumer import history, ledger, once, proof, republish
+from consumer.app import App
+from consumer.core.bounds import Span
+from consumer.core.errors import CannotTell, Misconfigured, ServiceUnavailable
+from consumer.core.findings import Effects, Findings
+from consumer.core.handler import Handler
+from consumer.core.identity import message_id
+from consumer.core.lanes import Batch, Delivery, Lane
+from consumer.core.message import Partition, Record
+from consumer.core.outcome import Dead, Outcome, Parked
+from consumer.core.timeline import Timeline
+from consumer.kafka import KafkaError, LogTruncated, Source, group_offsets, is_compacted
+from consumer.ledger import Conflict, Outage, Session, Standing
+from consumer.logs import describe
+from consumer.precheck import Precheck
+from consumer.reading import Chunk, find_partitions, parse, read, resolve
+from consumer.rebuild import rebuild as rebuild_state
+from consumer.settings import Settings, load
+from consumer.witness import Look, Witness, place
+
+Mode = Literal["check", "apply", "rebuild", "republish"]
+
+_CHUNK = 4096  # deliveries in one transaction: enough to make its round trips cheap
+_SAVE_SECONDS = 5.0
+_NOBODY_WAITS = Lane({}, 1)  # for the proof, which looks at every message
+_PRECHECK_SECONDS = 2.0  # nobody waits for a replay as for a worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to replay, and how. The bounds are as core/bounds.py reads them; empty tuples mean all."""
+
+    mode: Mode = "check"
+    start: str = "earliest"
+    end: str = "latest"
+    partitions: tuple[int, ...] = ()
+    key: str | bytes | None = None
+    message_id: str | None = None
+    handlers: tuple[str, ...] = ()
+    assume_unapplied: bool = False
+    ignore: tuple[str, ...] = ()
+    compare: tuple[str, ...] = ()
+    base: str | None = None
+    trace: bool = True
+    republish_to: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """How a replay tells what it does: lines of text, and how much is done of how much."""
+
+    line: Callable[[str], None] = lambda _: None
+    progress: Callable[[str, int, int], None] = lambda *_: None
+    save: Callable[[dict[str, Any]], None] | None = None  # its state, to go on with later
+
+
+@dataclass(slots=True)
+class _Lane:
+    """Some partitions, in order: what is parked of them, and their connections.
+
+    proof: on which nothing may ever be written or advanced. work: where the handlers of missing messages run.
+    """
+
+    state: Lane
+    chunks: asyncio.Queue[tuple[Partition, Sequence[Record], int] | None]
+    proof: Session | None = None
+    work: Session | None = None
+
+
+async def replay(
+    app: App,
+    settings: Settings,
+    topics: Sequence[str],
+    options: Options,
+    told: Told,
+    resumed: dict[str, Any] | None = None,
+    source: Source | None = None,
+) -> Findings:
+    """Replay topics. The App's lifespan is entered around it. source: how the log is read, where not as usual.
+
+    Raises Misconfigured for what cannot be replayed as asked, CannotTell when it ended early (nothing was changed, but
+    for what `apply` had stored by then, each message once).
+    """
+    engine = _Replay(app, settings, list(dict.fromkeys(topics)), options, told, resumed)
+    async with app.running():
+        return await engine.run(source or Source(settings, None))
+
+
+async def verify(
+    app: App,
+    *topics: str,
+    settings: Settings | None = None,
+    start: str | int | datetime = "earliest",
+    end: str | int | datetime = "latest",
+    partitions: Sequence[int] = (),
+    key: str | bytes | None = None,
+    message_id: str | None = None,
+    handlers: Sequence[str] = (),
+    apply: bool = False,
+    rebuild: bool = False,
+    ignore: Sequence[str] = (),
+    compare: Sequence[str] = (),
+    base: str | None = None,
+    assume_unapplied: bool = False,
+) -> Findings:
+    """What `consumer replay` does, as a call: read topics again, and tell whether anything is missing or would happen twice.
+
+    settings: those of the environment by default. start, end: "earliest", "latest", "position", an offset, a time (a
+    string is UTC where it names no zone) or "24h" for a day ago; `end` is not included. apply, rebuild (with ignore,
+    compare, base): as the flags of those names; at most one of the two. No topic means all that idempotent handlers take.
+
+    Returns the findings: ask them `ok`, `verdict()`, `problems()`, `as_dict()`, or call `check()`, which raises an
+    AssertionError with the problems. Raises Misconfigured for what cannot be replayed, CannotTell when it could not come
+    to its end. A caller may not assume that nothing outside PostgreSQL happens: the handlers of missing messages are
+    called, and only their transaction is undone.
+    """
+    if apply and rebuild:
+        raise Misconfigured("apply and rebuild: choose one of them")
+    wanted = list(topics) or sorted({each for h in app.handlers.values() if h.idempotent for each in h.topics})
+    options = Options(
+        mode="apply" if apply else "rebuild" if rebuild else "check",
+        start=_as_text(start),
+        end=_as_text(end),
+        partitions=tuple(partitions),
+        key=key,
+        message_id=message_id,
+        handlers=tuple(handlers),
+        assume_unapplied=assume_unapplied,
+        ignore=tuple(ignore),
+        compare=tuple(compare),
+        base=base,
+    )
+    return await replay(app, settings or load(), wanted, options, Told())
+
+
+def _as_text(bound: str | int | datetime) -> str:
+    return bound.isoformat() if isinstance(bound, datetime) else str(bound)
+
+
+class _Replay:
+    def __init__(
+        self,
+        app: App,
+        settings: Settings,
+        topics: list[str],
+        options: Options,
+        told: Told,
+        resumed: dict[str, Any] | None,
+    ) -> None:
+        self.app = app
+        self.settings = settings
+        self.topics = topics
+        self.options = options
+        self.told = told
+        self.resumed = resumed
+        self.handlers = _choose(app, topics, options)
+        self.skipping = {
+            topic: [each.name for each in handlers if not each.idempotent and not options.handlers]
+            for topic, handlers in app.by_topic().items()
+        }
+        self.wanted_key = options.key.encode() if isinstance(options.key, str) else options.key
+        self.wanted_id = None if options.message_id is None else message_id(options.message_id.encode())
+        now = datetime.now(UTC)
+        self.now_ms = int(now.timestamp() * 1000)
+        self.findings = Findings(
+            app.name,
+            options.mode,
+            now.isoformat(timespec="seconds"),
+            {
+                "topics": topics,
+                "from": options.start,
+                "to": options.end,
+                "partitions": list(options.partitions) or None,
+                "key": None if options.key is None else _shown(options.key),
+                "message_id": options.message_id,
+                "handlers": list(options.handlers) or None,
+            },
+        )
+        self.witness = Witness(self.findings, options.mode == "apply", options.assume_unapplied, self.session)
+        self.offset_ids: set[str] = set()
+        self.names = once.Names(app.name, {})
+        self.epoch = ""
+        self.precheck: Precheck | None = None
+        self.lanes: list[_Lane] = []
+        self.reached: dict[Partition, int] = {}  # where it went on after an interruption; what was copied
+        self.begun_at = time.monotonic()
+        self.saved_at = time.monotonic()
+
+    # -- life -------------------------------------------------------------------------------------------------------
+
+    async def run(self, source: Source) -> Findings:
+        try:
+            await source.start(self.settings.wait_seconds)
+            await self._carry_out(source)
+        except asyncio.CancelledError:
+            raise CannotTell(f"interrupted {self._how_far()}") from None
+        except LogTruncated as error:
+            raise CannotTell(
+                f"records of {error.partition.topic}:{error.partition.partition} were removed from the log while it was read: "
+                f"it does not hold offset {error.position} any more ({self._how_far()})"
+            ) from None
+        except (KafkaError, TimeoutError) as error:
+            raise CannotTell(f"Kafka: {str(error) or type(error).__name__} ({self._how_far()})") from None
+        except Outage as error:
+            raise CannotTell(f"{ledger.where(self.settings.dsn)}: {error} ({self._how_far()})") from None
+        finally:
+            self._save(force=True)
+            for session in [self.witness.session, *(each for lane in self.lanes for each in (lane.proof, lane.work))]:
+                if session is not None:
+                    session.close()
+            if self.precheck is not None:
+                await self.precheck.stop()
+            await source.stop(5)
+        self.findings.seconds = time.monotonic() - self.begun_at
+        return self.findings
+
+    async def _carry_out(self, source: Source) -> None:
+        findings, options = self.findings, self.options
+        session = self.witness.session = await self.session()
+        self.epoch = session.epoch
+        partitions = await find_partitions(source, self.topics, options.partitions)
+        await self._learn(session, partitions)
+        if options.mode == "rebuild":
+            await self._rebuild(source, partitions)
+            return
+        start, end = parse(options.start, "--from", self.now_ms), parse(options.end, "--to", self.now_ms)
+        if self.resumed is not None:
+            self._go_on_from(self.resumed)
+        else:
+            findings.spans = await resolve(source, partitions, start, end, findings.positions)
+        if options.mode == "republish":
+            await self._republish(source)
+            return
+        await self._doubt_a_log_that_is_too_short(source)
+        await proof.check_countable(session.connection, ledger.where(self.settings.dsn))
+        findings.effects = findings.effects or Effects()
+        await self._read(source)
+        await self._look_again()
+        await self._look_at_sequences()
+        await self._compare_history(source)
+        self._conclude()
+
+    async def session(self) -> Session:
+        """A connection to the primary, waited for. Raises ServiceUnavailable, and CannotTell for another database."""
+        deadline = time.monotonic() + self.settings.wait_seconds
+        while True:
+            try:
+                session = await Session.open(self.settings)
+                break
+            except Outage as error:
+                if time.monotonic() + 0.5 > deadline:
+                    raise ServiceUnavailable(f"{error} (waited {self.settings.wait_seconds:g} s)") from None
+                await asyncio.sleep(0.5)
+        if self.epoch and session.epoch != self.epoch:
+            session.close()
+            raise CannotTell(f"PostgreSQL is another one now, or went back in time: begin again ({self._how_far()})")
+        return session
+
+    async def _learn(self, session: Session, partitions: Sequence[Partition]) -> None:
+        """Numbers, positions, and from where on the ledger knows."""
+        names = [each.name for each in self.handlers]
+        number = session.numbers if self.options.mode == "apply" else session.known_numbers
+        numbers, topics = await number(self.app.name, names, self.topics)
+        for handler in self.handlers:
+            handler.number = numbers[handler.name]
+        self.names = once.Names(self.app.name, topics)
+        self.witness.topics = topics
+        rows = await session.horizons(self.app.name, partitions)
+        self.findings.positions = {each: row[0] for each, row in rows.items()}
+        self.witness.horizon = {each: row[1] for each, row in rows.items()}
+        if any(each not in rows for each in partitions):
+            # Where a worker would begin that has no position yet: at Kafka's commit, and it knows nothing of what is below.
+            committed = await group_offsets(self.settings, self.app.name)
+            for each in partitions:
+                if each not in rows:
+                    self.witness.horizon[each] = committed.get(each, 0)
+        if self.settings.redis_url is not None:
+            self.precheck = Precheck(
+                self.settings.redis_url.get_secret_value(),
+                self.app.name,
+                _PRECHECK_SECONDS,
+                self.settings.precheck_window_hours * 3600,
+            )
+            self.precheck.new_epoch(self.epoch)
+            if self.options.mode == "check":  # with apply, what Redis says beforehand is of no interest
+                self.findings.precheck = {"asked": 0, "hits": 0, "wrong": 0, "unanswered": 0}
+
+    async def _doubt_a_log_that_is_too_short(self, source: Source) -> None:
+        """A position beyond the end of the log: the topic was made anew, or lost its tail."""
+        ends = await source.ends(list(self.findings.positions))
+        short = [
+            f"{each.topic}:{each.partition} ends at {ends[each]}, and its position is {position}"
+            for each, position in sorted(self.findings.positions.items())
+            if position > ends[each]
+        ]
+        if short:
+            text = "the log ends below the position, so it is not the one that was consumed: " + ", ".join(short[:5])
+            self.findings.doubts.append({"kind": "log_too_short", "count": len(short), "text": text})
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    async def _read(self, source: Source) -> None:
+        spans = [each for each in self.findings.spans if each.length]
+        number = min(self.settings.lanes, len(spans))
+        by_topic = self.app.by_topic()
+        self.lanes = [
+            _Lane(Lane(by_topic, self.settings.parked_messages_max), asyncio.Queue(2)) for _ in range(max(1, number))
+        ]
+        for lane, session in zip(self.lanes, await asyncio.gather(*[self.session() for _ in self.lanes]), strict=True):
+            lane.proof = session
+        lane_of: dict[Partition, _Lane] = {}
+        for n, span in enumerate(spans):
+            lane = lane_of[span.partition] = self.lanes[n % len(self.lanes)]
+            lane.state.open(span.partition, self.reached.get(span.partition, span.first))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for lane in self.lanes:
+                    tasks.create_task(self._run_lane(lane))
+                todo = [each._replace(first=lane_of[each.partition].state.position(each.partition)) for each in spans]
+                async for chunk in read(source, todo):
+                    for records, end in self._cut(chunk):
+                        await lane_of[chunk.partition].chunks.put((chunk.partition, records, end))
+                for lane in self.lanes:
+                    await lane.chunks.put(None)
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+
+    def _cut(self, chunk: Chunk) -> list[tuple[Sequence[Record], int]]:
+        """Pieces of the size of one transaction."""
+        size = max(1, _CHUNK // max(1, len(self._of_topic(chunk.partition.topic))))
+        if len(chunk.records) <= size:
+            return [(chunk.records, chunk.next)]
+        pieces = [chunk.records[n : n + size] for n in range(0, len(chunk.records), size)]
+        return [(each, each[-1].offset + 1) for each in pieces[:-1]] + [(pieces[-1], chunk.next)]
+
+    def _of_topic(self, topic: str) -> list[Handler]:
+        return [each for each in self.handlers if topic in each.topics]
+
+    async def _run_lane(self, lane: _Lane) -> None:
+        while (found := await lane.chunks.get()) is not None:
+            partition, records, end = found
+            await self._chunk(lane, partition, records, end)
+            while (
+                retries := lane.state.take(time.monotonic(), self.settings.batch_messages_max, 1 << 62)
+            ) is not None or lane.state.parked >= self.settings.parked_messages_max:
+                await self._retry(lane, retries)
+            self._tell_progress()
+            self._save()
+        while lane.state.parked:
+            await self._retry(lane, lane.state.take(time.monotonic(), self.settings.batch_messages_max, 1 << 62))
+            self._tell_progress()
+            self._save()
+
+    async def _chunk(self, lane: _Lane, partition: Partition, records: Sequence[Record], end: int) -> None:
+        """Records of one partition: look at them all in a transaction that is undone, then deal with what is missing."""
+        if self.wanted_key is not None:
+            records = [each for each in records if each.key == self.wanted_key]
+        handlers = self._of_topic(partition.topic)
+        deliveries = [Delivery(handler, record) for record in records for handler in handlers]
+        self.offset_ids |= once.identify(deliveries)
+        if self.wanted_id is not None:
+            deliveries = [each for each in deliveries if each.id == self.wanted_id]
+        look = Look(self.witness, partition, deliveries)
+        if deliveries:
+            await self._go_through(lane, Batch(deliveries, {}, {}), look)
+            await look.sort()
+        if self.options.mode == "apply":
+            self._counted(look, records)
+            await self._store(lane, lane.state.offer(partition, look.missing, end))
+            return
+        would = await self._rehearse(lane, look.missing)
+        # From here on without waiting: what was counted and how far we are must never disagree, or a replay that was
+        # interrupted could not go on.
+        self._counted(look, records)
+        look.tally_missing(would)
+        batch = lane.state.offer(partition, (), end)
+        lane.state.settle(batch, {}, lane.state.moves(batch, ()))
+
+    def _counted(self, look: Look, records: Sequence[Record]) -> None:
+        findings, partition = self.findings, look.partition
+        findings.read[partition] = findings.read.get(partition, 0) + len(records)
+        if records and self.wanted_id is None:
+            for name in self.skipping.get(partition.topic, ()):
+                findings.count(name, partition, "skipped", len(records))
+        look.tally()
+
+    # -- transactions -----------------------------------------------------------------------------------------------
+
+    async def _go_through(self, lane: _Lane, batch: Batch, look: Look) -> None:
+        """The proof: claim everything, call the handlers of what was claimed although it stands, count, undo."""
+        failures = 0
+        while True:
+            if lane.proof is None or not lane.proof.is_usable:
+                lane.proof = await self.session()
+            look.begin()
+            if self.precheck is not None and self.findings.precheck is not None:
+                look.hits = await self.precheck.known(
+                    [each for each in batch.deliveries if each.outcome is None], time.time()
+                )
+            try:
+                await once.apply(
+                    lane.proof,
+                    self.names,
+                    _NOBODY_WAITS,
+                    batch,
+                    careful=False,
+                    draw=random.random,
+                    step=_nothing,
+                    rehearsal=look,
+                )
+            except once.Isolate:
+                pass  # a handler that was called in spite of its claim, and failed: `look` has seen the claim
+            except (Conflict, Outage) as error:
+                failures += 1
+                if failures > once.FAILURES_MAX:
+                    raise CannotTell(
+                        f"PostgreSQL: {describe(error.__cause__ or error)}, {failures} times in a row ({self._how_far()})"
+                    ) from None
+                await asyncio.sleep(0.05 * 2.0**failures)
+                continue
+            return
+
+    async def _rehearse(self, lane: _Lane, missing: list[Delivery]) -> dict[Delivery, Outcome | None]:
+        """Call the handlers of what is missing and undo it: what would become of each (None: applied)."""
+        would: dict[Delivery, Outcome | None] = {}
+        for start in range(0, len(missing), self.settings.batch_messages_max):
+            batch = Batch(missing[start : start + self.settings.batch_messages_max], {}, {})
+            async for part, done in self._settled(lane, batch, _Undone()):
+                would |= {each: done.outcomes.get(each) for each in part.deliveries}
+        return would
+
+    async def _store(self, lane: _Lane, batch: Batch) -> None:
+        """Apply what is missing, for real. What fails is parked by its policy, and what is behind it waits."""
+        if not batch.deliveries:
+            lane.state.settle(batch, {}, lane.state.moves(batch, ()))
+            return
+        async for part, done in self._settled(lane, batch, None):
+            now = time.monotonic()
+            for delivery, attempts in done.attempts.items():
+                delivery.attempts = attempts
+            for delivery in done.parked:
+                delivery.outcome = None
+            lane.state.settle(part, {each: now + delay for each, delay in done.parked.items()}, done.moves)
+            if self.precheck is not None and lane.work is not None:
+                self.precheck.mark(done.applied, lane.work.epoch, time.time())
+            for delivery in part.deliveries:
+                self._stored(delivery, done)
+
+    def _stored(self, delivery: Delivery, done: once.Settlement) -> None:
+        match done.outcomes.get(delivery):
+            case None:
+                outcome = "applied_now"
+            case Dead(reason):
+                outcome = "dead_lettered_now"
+                self.findings.sample(outcome, **place(delivery), detail=f"{reason.value}: see `consumer dlq list`")
+            case Parked():
+                return  # not yet
+            case _:
+                outcome = "applied"  # by a worker, meanwhile
+        self.witness.missing.pop((delivery.handler.name, delivery.id), None)
+        self.findings.count(delivery.handler.name, delivery.partition, outcome)
+        self.findings.times.add([delivery.record.timestamp], outcome)
+
+    async def _retry(self, lane: _Lane, batch: Batch | None) -> None:
+        if batch is not None:
+            await self._store(lane, batch)
+            return
+        due = lane.state.next_due()
+        await asyncio.sleep(max(0.0, due - time.monotonic()) if due is not None else 0.05)
+
+    async def _settled(
+        self, lane: _Lane, batch: Batch, rehearsal: _Undone | None
+    ) -> AsyncIterator[tuple[Batch, once.Settlement]]:
+        """Bring a batch to its end as a worker does, whatever parts that takes: yields each part with what became of it."""
+        parts: list[once.Part] = [(batch, False, 0)]
+        while parts:
+            part, careful, failures = parts.pop()
+            if lane.work is None or not lane.work.is_usable:
+                lane.work = await self.session()
+                lane.work.owns_positions = False
+            try:
+                done = await once.apply(
+                    lane.work,
+                    self.names,
+                    lane.state,
+                    part,
+                    careful=careful,
+                    draw=random.random,
+                    step=_nothing,
+                    rehearsal=rehearsal,
+                )
+            except once.Isolate as isolate:
+                parts += once.smaller(part, careful, isolate.__cause__, random.random)
+            except (Conflict, Outage):
+                parts += once.again(part, careful, failures + 1, random.random)
+                await asyncio.sleep(min(5.0, 0.005 * 3.0**failures))
+            else:
+                left = [each for each in part.deliveries if done.outcomes.get(each) is once.LEFT]
+                if rehearsal is not None and left:
+                    parts.append((Batch(left, {}, {}), careful, 0))
+                    part = Batch([each for each in part.deliveries if each not in left], {}, {})
+                yield part, done
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    async def _look_again(self) -> None:
+        """What was missing may have been settled by a worker by now; what still is, is."""
+        findings = self.findings
+        kept = list(self.witness.missing.items())
+        numbers = {each.name: each.number for each in self.handlers}
+        for start in range(0, len(kept), _CHUNK):
+            part = kept[start : start + _CHUNK]
+            settled = await self.witness.which_stand([(numbers[handler], id) for (handler, id), _ in part])
+            for (handler, id), (partition, offset, timestamp) in part:
+                outcome = "missing"
+                if (numbers[handler], id) in settled:
+                    outcome = "applied"
+                    findings.count(handler, partition, "missing", -1)
+                    findings.count(handler, partition, "applied")
+                    findings.ahead -= findings.is_ahead(partition, offset)
+                    place = (handler, partition.topic, partition.partition, offset)
+                    findings.samples = [each for each in findings.samples if _where(each) != ("missing", *place)]
+                findings.times.add([timestamp], outcome)
+
+    async def _look_at_sequences(self) -> None:
+        effects = self.findings.effects
+        assert effects is not None
+        if self.settings.postgres_pooler:
+            effects.uncounted = "sequences were not looked at, because sessions behind a pooler are not ours"
+            return
+        moved: set[str] = set(effects.sequences)
+        for lane in self.lanes:
+            if lane.proof is not None and lane.proof.is_usable:
+                moved |= set(await proof.sequences_moved(lane.proof.connection))
+        effects.sequences = sorted(moved)
+
+    async def _compare_history(self, source: Source) -> None:
+        findings = self.findings
+        narrowed = [
+            name for name, on in (("--key", self.wanted_key), ("--message-id", self.wanted_id)) if on is not None
+        ]
+        if narrowed:
+            findings.notes.append(f"ledger rows were not compared with the log the other way, because of {narrowed[0]}")
+            return
+        known = [each for each in self.handlers if each.number > 0]
+        policies: dict[str, bool] = {}
+
+        async def compacted(topic: str) -> bool:
+            if topic not in policies:
+                policies[topic] = await is_compacted(self.settings, topic)
+            return policies[topic]
+
+        self.told.line("comparing the ledger's rows with the log")
+        await history.compare(
+            (await self.witness.open()).connection,
+            source,
+            findings,
+            known,
+            self.names.topics,
+            self.witness.matched,
+            compacted,
+        )
+        if findings.gone:
+            findings.notes.append(
+                f"{findings.gone:,} ledger rows name records that a compacted log does not hold any more: nothing can be told of those"
+            )
+
+    def _conclude(self) -> None:
+        findings = self.findings
+        if self.witness.would:
+            told = ", ".join(f"{count:,} would {what}" for what, count in sorted(self.witness.would.items()))
+            findings.notes.append(f"the handlers of missing messages were called and undone: {told}")
+        for topic in sorted(self.offset_ids):
+            findings.notes.append(
+                f"messages of {topic} without an id are identified by their offset: a message that was produced twice is two messages"
+            )
+        if findings.precheck is not None and findings.precheck["unanswered"]:
+            findings.notes.append(f"Redis did not answer for {findings.precheck['unanswered']:,} deliveries")
+
+    async def _rebuild(self, source: Source, partitions: Sequence[Partition]) -> None:
+        options = self.options
+        found = await rebuild_state(
+            self.app,
+            self.settings,
+            source,
+            partitions,
+            handlers=options.handlers or None,
+            ignore=options.ignore,
+            compare=options.compare,
+            base=options.base,
+            trace=options.trace,
+            tell=self.told.line,
+            progress=self.told.progress,
+        )
+        self.findings.rebuilt = found.as_dict()
+        self.findings.notes += found.notes
+        self.findings.spans = [
+            Span(Partition(each["topic"], each["partition"]), each["from"], each["to"])
+            for each in self.findings.rebuilt["ranges"]
+        ]
+
+    async def _republish(self, source: Source) -> None:
+        options, findings = self.options, self.findings
+        assert options.republish_to is not None
+        # Who will read the copy: those that take that topic, or, when it is new to the App, those of the topics that are read.
+        takers = [each for each in self.app.handlers.values() if options.republish_to in each.topics]
+        takers = takers or [each for each in self.app.handlers.values() if set(self.topics) & set(each.topics)]
+        republish.check(takers, self.topics, options.republish_to)
+        copied = findings.republished = findings.republished or {
+            "topic": options.republish_to,
+            "copied": 0,
+            "refused": 0,
+        }
+        self.reached |= {each.partition: self.reached.get(each.partition, each.first) for each in findings.spans}
+        todo = [each._replace(first=self.reached[each.partition]) for each in findings.spans]
+        async for done in republish.republish(
+            self.settings,
+            source,
+            [each for each in todo if each.length],
+            options.republish_to,
+            wanted=self._wanted,
+            fallback=republish.needs_fallback(takers),
+        ):
+            copied["copied"] += done.copied
+            copied["refused"] += done.refused
+            findings.read[done.partition] = findings.read.get(done.partition, 0) + done.copied + done.refused
+            self.reached[done.partition] = done.next
+            self._tell_progress()
+            self._save()
+
+    def _wanted(self, record: Record) -> bool:
+        return self.wanted_key is None or record.key == self.wanted_key
+
+    # -- how far ----------------------------------------------------------------------------------------------------
+
+    def _reached(self) -> dict[Partition, int]:
+        lanes = {each: lane.state.position(each) for lane in self.lanes for each in lane.state.partitions}
+        return self.reached | lanes
+
+    def _tell_progress(self) -> None:
+        reached = self._reached()
+        firsts = {each.partition: each.first for each in self.findings.spans}
+        done = sum(offset - firsts[each] for each, offset in reached.items())
+        self.told.progress("replaying", done, sum(each.length for each in self.findings.spans))
+
+    def _how_far(self) -> str:
+        reached = self._reached()
+        total = sum(each.length for each in self.findings.spans)
+        if not total:
+            return "before anything was read; nothing was changed"
+        firsts = {each.partition: each.first for each in self.findings.spans}
+        done = sum(offset - firsts[each] for each, offset in reached.items())
+        applied = self.findings.total("applied_now") + self.findings.total("dead_lettered_now")
+        changed = f"{applied:,} missing messages were settled, each once" if applied else "nothing was changed"
+        more = "; --resume goes on from here" if self.told.save is not None else ""
+        return f"after {done:,} of {total:,} offsets; {changed}{more}"
+
+    def _save(self, *, force: bool = False) -> None:
+        """Keep the state, now and then, so that an interrupted replay can go on."""
+        now = time.monotonic()
+        if self.told.save is None or not self._reached() or (not force and now - self.saved_at < _SAVE_SECONDS):
+            return
+        self.saved_at = now
+        self.told.save(self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "reached": [[each.topic, each.partition, offset] for each, offset in self._reached().items()],
+            "findings": self.findings.as_state(),
+            "matched": [[name, p.topic, p.partition, block, n] for (name, p, block), n in self.witness.matched.items()],
+            "missing": [
+                [name, id.hex(), p.topic, p.partition, offset, at]
+                for (name, id), (p, offset, at) in self.witness.missing.items()
+            ],
+            "would": self.witness.would,
+            "republished": self.findings.republished,
+        }
+
+    def _go_on_from(self, state: dict[str, Any]) -> None:
+        if state["epoch"] != self.epoch:
+            raise Misconfigured(
+                "--resume: PostgreSQL is another one since, or went back in time: begin without --resume"
+            )
+        positions = self.findings.positions
+        self.findings = self.witness.findings = Findings.from_state(state["findings"])
+        self.findings.positions = positions
+        self.findings.notes.append("resumed after an interruption: sequences were looked at only since then")
+        self.reached = {Partition(topic, number): offset for topic, number, offset in state["reached"]}
+        if self.options.mode == "apply":
+            # What is settled needs no counting, and what was on its way is read again: this goes on as a shorter replay.
+            self.findings.spans = [
+                each._replace(first=min(each.end, self.reached[each.partition])) for each in self.findings.spans
+            ]
+            self.findings.counts, self.findings.read, self.findings.times = {}, {}, Timeline()
+            self.findings.ahead = self.findings.unsettled = 0
+            self.findings.notes.append("what was replayed before the interruption is settled, and not counted here")
+            return
+        self.witness.matched = {(n, Partition(t, p), b): count for n, t, p, b, count in state["matched"]}
+        self.witness.missing = {
+            (n, bytes.fromhex(i)): (Partition(t, p), o, at) for n, i, t, p, o, at in state["missing"]
+        }
+        self.witness.would = dict(state["would"])
+        self.findings.republished = state["republished"]
+
+
+class _Undone:
+    """A rehearsal that looks at nothing: the settlement is what is wanted."""
+
+    async def claimed(
+        self, session: Session, standing: Mapping[Delivery, Standing], fresh: list[Delivery]
+    ) -> list[Delivery]:
+        return fresh
+
+    async def handled(self, session: Session, done: once.Settlement) -> None:
+        return None
+
+
+def _choose(app: App, topics: Sequence[str], options: Options) -> list[Handler]:
+    """The handlers to replay for. Raises Misconfigured for a name or a topic that does not fit."""
+    if not topics:
+        raise Misconfigured(f"name at least one topic of {app.name!r} (it has: {', '.join(app.topics)})")
+    for topic in topics:
+        if topic not in app.topics and options.mode != "republish":
+            raise Misconfigured(f"{app.name!r} has no handler of topic {topic!r} (it has: {', '.join(app.topics)})")
+    for name in options.handlers:
+        handler = app.handlers.get(name)
+        if handler is None:
+            raise Misconfigured(f"{app.name!r} has no handler {name!r} (it has: {', '.join(app.handlers)})")
+        if not handler.idempotent:
+            raise Misconfigured(
+                f"handler {name!r} is not idempotent (idempotent=False): it keeps no ledger row, so there is nothing to verify"
+            )
+        if not set(topics) & set(handler.topics):
+            raise Misconfigured(
+                f"handler {name!r} does not take {', '.join(topics)} (it takes: {', '.join(handler.topics)})"
+            )
+    chosen = [
+        each
+        for each in app.handlers.values()
+        if each.idempotent
+        and set(topics) & set(each.topics)
+        and (not options.handlers or each.name in options.handlers)
+    ]
+    for topic in topics:
+        if options.mode != "republish" and not any(topic in each.topics for each in chosen):
+            only = f" of {', '.join(options.handlers)}" if options.handlers else ""
+            raise Misconfigured(
+                f"no handler{only} that keeps a ledger row takes topic {topic!r}: all are idempotent=False, so there is nothing to verify"
+                if not options.handlers
+                else f"no handler{only} takes topic {topic!r}"
+            )
+    return chosen
+
+
+def _where(sample: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(sample.get(each) for each in ("kind", "handler", "topic", "partition", "offset"))
+
+
+def _shown(key: str | bytes) -> str:
+    return key if isinstance(key, str) else key.decode("utf-8", "backslashreplace")
+
+
+def _nothing(_: str) -> None:
+    pass
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first failure of a group of tasks: the others were cancelled because of it."""
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found

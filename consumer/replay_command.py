@@ -1,0 +1,451 @@
+"""`consumer replay`: its arguments, its progress, its answer as a table, JSON or a page, and the file to go on from.
+
+Knows the terminal and files; decides nothing (replay.py does). What it leaves behind: the page that was asked for, and,
+while a replay runs or after it was interrupted, a file with counts and offsets in the user's state directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from consumer import ledger, page, terminal
+from consumer.app import App
+from consumer.core.errors import Misconfigured
+from consumer.core.findings import OUTCOMES, Findings, Verdict
+from consumer.loading import load_app
+from consumer.replay import Options, Told, replay
+from consumer.settings import Settings
+from consumer.terminal import AppPath, AsJson, cli, command, err, out, printable
+
+_TELL_SECONDS = 5.0  # between two lines of progress where there is no terminal for a bar
+_STATE_VERSION = 1
+
+
+@command(
+    cli,
+    "replay",
+    ("kafka_", "postgres_", "redis_", "precheck_window", "lanes", "batch_messages", "parked_", "wait_", "log_"),
+)
+def replay_command(
+    app: AppPath,
+    topics: Annotated[
+        list[str], typer.Argument(metavar="TOPIC...", help="topics that the App has handlers of", show_default=False)
+    ],
+    settings: Settings,
+    start: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            help="earliest, position, an offset, a time (2026-11-25T10:00Z; UTC without a zone), or 24h for a day ago",
+        ),
+    ] = "earliest",
+    end: Annotated[
+        str,
+        typer.Option(
+            "--to", help="where to stop, itself not included: latest, position, an offset, a time, or 10m ago"
+        ),
+    ] = "latest",
+    partitions: Annotated[
+        list[int] | None, typer.Option("--partition", min=0, help="only this partition (may be repeated)")
+    ] = None,
+    key: Annotated[str | None, typer.Option("--key", help="only messages with this key")] = None,
+    message_id: Annotated[
+        str | None, typer.Option("--message-id", help="only the message with this id, as its producer sent it")
+    ] = None,
+    handlers: Annotated[
+        list[str] | None, typer.Option("--handler", help="only for this handler (may be repeated)")
+    ] = None,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="apply what is missing, once, as a worker would; workers may be running")
+    ] = False,
+    rebuild: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild", help="run the handlers on empty copies of their tables, and compare the real ones with them"
+        ),
+    ] = False,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", help="with --rebuild: do not compare this column, or TABLE.COLUMN (may be repeated)"),
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", help="with --rebuild: compare this column although it is usually left out"),
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option("--base", help="with --rebuild: SQL that makes the state before the first message")
+    ] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace/--no-trace", help="with --rebuild: find the messages behind the differences")
+    ] = True,
+    republish: Annotated[
+        str | None, typer.Option("--republish", metavar="TOPIC", help="copy the range there, with its message ids")
+    ] = None,
+    assume_unapplied: Annotated[
+        bool,
+        typer.Option(
+            "--assume-unapplied", help="take what is older than the ledger for missing, where one cannot tell"
+        ),
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where the same replay was interrupted")] = False,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="write the answer as an HTML page")
+    ] = None,
+    as_json: AsJson = False,
+) -> Any:
+    """Read topics again and prove that nothing is missing and nothing would happen twice.
+
+    Every message goes through the worker's own code in transactions that are rolled back, and PostgreSQL is asked what
+    they have written. Running workers are not disturbed: no group is joined, no offset is committed. A message that is
+    missing has its handler called, and undone: what that handler does outside PostgreSQL is done.
+
+    Exit code 0: nothing missing, nothing written, nothing different. 1: something is. 2: it could not tell.
+
+    \b
+    Examples:
+      consumer replay shop:app payments                          check everything that the log holds
+      consumer replay shop:app payments --from 24h --to position --json
+      consumer replay shop:app payments --apply                  repair what is missing
+      consumer replay shop:app payments --apply --handler NEW    fill a new handler from the topic's history
+      consumer replay shop:app payments refunds --rebuild        compare the tables with what the topics say
+    """
+    chosen = [name for name, on in (("--apply", apply), ("--rebuild", rebuild), ("--republish", republish)) if on]
+    if len(chosen) > 1:
+        raise Misconfigured(f"{' and '.join(chosen)}: choose one of them")
+    _only_with(
+        "--rebuild", rebuild, {"--ignore": ignore, "--compare": compare, "--base": base, "--no-trace": not trace}
+    )
+    mode: Any = "republish" if republish else chosen[0][2:] if chosen else "check"
+    if rebuild:
+        narrowed = {
+            "--from": start != "earliest",
+            "--to": end != "latest",
+            "--key": key is not None,
+            "--message-id": message_id is not None,
+            "--partition": bool(partitions),
+            "--resume": resume,
+        }
+        for option, given in narrowed.items():
+            if given:
+                raise Misconfigured(
+                    f"{option} does not go with --rebuild, which compares the state that all messages up to the position have made"
+                )
+    if republish and (handlers or message_id is not None):
+        raise Misconfigured("--republish copies records, whatever their handlers: leave out --handler and --message-id")
+    text = None
+    if base is not None:
+        try:
+            text = base.read_text("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise Misconfigured(f"--base {base}: {error}") from None
+    if report is not None:
+        _check_writable(report)
+    options = Options(
+        mode=mode,
+        start=start,
+        end=end,
+        partitions=tuple(partitions or ()),
+        key=key,
+        message_id=message_id,
+        handlers=tuple(handlers or ()),
+        assume_unapplied=assume_unapplied,
+        ignore=tuple(ignore or ()),
+        compare=tuple(compare or ()),
+        base=text,
+        trace=trace,
+        republish_to=republish,
+    )
+    settings.dsn  # noqa: B018 - raises when there is none
+    return _replay(app, load_app(app), settings, topics, options, resume=resume, report=report, as_json=as_json)
+
+
+def _only_with(option: str, on: bool, given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if value and not on:
+            raise Misconfigured(f"{name} goes with {option}")
+
+
+def _check_writable(path: Path) -> None:
+    """Before hours of work, not after them."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise Misconfigured(f"--report {path}: no file can be written there")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise Misconfigured(f"--report {path}: no right to write there")
+
+
+async def _replay(
+    path: str,
+    app: App,
+    settings: Settings,
+    topics: list[str],
+    options: Options,
+    *,
+    resume: bool,
+    report: Path | None,
+    as_json: bool,
+) -> int:
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    kept = None if options.mode == "rebuild" else _Kept(path, settings, topics, options)
+    resumed = None
+    if resume and kept is not None:
+        resumed = kept.load()
+    elif kept is not None and kept.exists:
+        err.print(
+            "consumer: an earlier run of this replay was interrupted; this one begins anew (--resume would go on)",
+            markup=False,
+        )
+    with _progress() as told:
+        findings = await replay(
+            app,
+            settings,
+            topics,
+            options,
+            Told(told.line, told.progress, kept.save if kept is not None else None),
+            resumed,
+        )
+    if kept is not None:
+        kept.delete()
+    found = findings.as_dict()
+    if report is not None:
+        _write(report, page.render(found))
+    if as_json:
+        terminal.print_json(found)
+    else:
+        _show(findings, found)
+    return findings.verdict().exit_code
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise Misconfigured(f"--report {path}: {error}") from None
+
+
+class _Kept:
+    """The state of one replay on disk, so that the same one (same arguments, same services) can go on."""
+
+    def __init__(self, path: str, settings: Settings, topics: list[str], options: Options) -> None:
+        same = [
+            _STATE_VERSION, path, topics, ledger.where(settings.dsn), settings.kafka_bootstrap_servers, options.mode, options.start,
+            options.end, options.partitions, str(options.key), options.message_id, options.handlers, options.assume_unapplied,
+            options.republish_to,
+        ]  # fmt: skip
+        digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
+        home = os.environ.get("XDG_STATE_HOME")
+        directory = Path(home) if home else Path.home() / ".local" / "state"
+        self._path = directory / "consumer" / f"replay-{digest}.json"
+        self._told = False
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is something to go on from."""
+        return self._path.exists()
+
+    def load(self) -> dict[str, Any]:
+        """The state. Raises Misconfigured when there is none that can be read."""
+        try:
+            found: dict[str, Any] = json.loads(self._path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise Misconfigured(
+                "--resume: no replay with these arguments and services was interrupted; run it without --resume"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise Misconfigured(f"--resume: {self._path} cannot be read: {error}") from None
+        return found
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the state as a whole. A place that cannot be written to costs only the resuming, and is told once."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            new = self._path.with_suffix(".new")
+            new.write_text(json.dumps(state), "utf-8")
+            new.replace(self._path)
+        except OSError as error:
+            if not self._told:
+                err.print(f"consumer: this replay cannot be resumed if it is interrupted: {error}", markup=False)
+            self._told = True
+
+    def delete(self) -> None:
+        """It has come to its end."""
+        with suppress(OSError):  # it was never written
+            self._path.unlink(missing_ok=True)
+
+
+class _Bar:
+    """Progress with rate and time left: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, bars: Progress | None) -> None:
+        self._bars = bars
+        self._tasks: dict[str, Any] = {}
+        self._begun_at = self._told_at = time.monotonic()
+        self._first: dict[str, tuple[float, int]] = {}
+
+    def line(self, text: str) -> None:
+        """Something that a person should know."""
+        if self._bars is not None:
+            self._bars.console.print(text, markup=False, highlight=False)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """So much of a phase is done."""
+        now = time.monotonic()
+        at, before = self._first.setdefault(phase, (now, done))
+        rate = (done - before) / (now - at) if now - at > 0.5 else 0.0
+        if self._bars is not None:
+            if phase not in self._tasks:
+                self._tasks[phase] = self._bars.add_task(phase, total=total, rate="")
+            self._bars.update(self._tasks[phase], completed=done, total=total, rate=f"{rate:,.0f}/s" if rate else "")
+        elif now - self._told_at > _TELL_SECONDS:
+            self._told_at = now
+            left = f", {(total - done) / rate:,.0f} s left" if rate else ""
+            err.print(
+                f"consumer: {phase}: {done:,} of {total:,} offsets ({done / max(total, 1):.0%}), {rate:,.0f}/s{left}",
+                markup=False,
+                highlight=False,
+            )
+
+
+@contextmanager
+def _progress() -> Iterator[_Bar]:
+    if not err.is_terminal:
+        yield _Bar(None)
+        return
+    columns = (
+        TextColumn("{task.description:12}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%  {task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=err, transient=True) as bars:
+        yield _Bar(bars)
+
+
+# -- the answer ---------------------------------------------------------------------------------------------------------
+
+_TITLES = {
+    "applied": "applied",
+    "dead_lettered": "dead letters",
+    "skipped": "skipped",
+    "missing": "missing",
+    "repeated": "repeated",
+    "conflicts": "conflicts",
+    "unreadable": "unreadable",
+    "unknown": "cannot tell",
+    "applied_now": "applied now",
+    "dead_lettered_now": "dead letters now",
+}
+_ALWAYS = {"applied", "dead_lettered", "skipped", "missing", "conflicts", "unreadable"}
+
+
+def _show(findings: Findings, found: dict[str, Any]) -> None:
+    where = ", ".join(dict.fromkeys(each["topic"] for each in found["ranges"]))
+    title = f"{findings.app}: {where}, {len(found['ranges'])} partitions, {found['messages']:,} messages in {found['seconds']:.1f} s ({found['messages_per_second']:,}/s)"
+    if found["handlers"]:
+        shown = [each for each in OUTCOMES if each in _ALWAYS or findings.total(each)]
+        table = Table(
+            "handler",
+            *_right("delivered", *[_TITLES[each] for each in shown]),
+            title=escape(title),
+            title_justify="left",
+        )
+        for name, counts in found["handlers"].items():
+            table.add_row(escape(name), *[f"{counts[each]:,}" for each in ("delivered", *shown)])
+        out.print(table)
+    else:
+        _say(title)
+    effects = found["effects"]
+    if effects is not None:
+        tables = ", ".join(f"{name} {sum(rows.values()):,}" for name, rows in effects["tables"].items())
+        _say(
+            f"rows written for messages applied before: {effects['rows']:,}{f' ({tables})' if tables else ''}; sequences moved: {len(effects['sequences'])}"
+        )
+        _say(f"  counted so: {effects['how']}")
+    for name, rows in (found["history"] or {}).items():
+        _say(
+            f"ledger rows of {name} in this range: {rows['rows']:,}, without a message in the log: {rows['without_message']:,}"
+        )
+    if found["precheck"] is not None:
+        redis = found["precheck"]
+        _say(
+            f"Redis had a mark for {redis['hits']:,} of {redis['asked']:,} deliveries; wrong: {redis['wrong']:,}, unanswered: {redis['unanswered']:,}"
+        )
+    if found["rebuild"] is not None:
+        _show_rebuild(found["rebuild"])
+    if found["samples"]:
+        table = Table("what", "handler", "from", "message id", "", title="examples", title_justify="left")
+        for each in found["samples"]:
+            place = f"{each['topic']}:{each['partition']}:{each['offset']}"
+            table.add_row(each["kind"], escape(each["handler"]), place, each["id"], escape(printable(each["detail"])))
+        out.print(table)
+    for note in found["notes"]:
+        _say(f"note: {note}")
+    for problem in found["problems"] + found["unknown"]:
+        _say(f"{problem['kind']}: {problem['text']}")
+    colour = {Verdict.OK: "green", Verdict.NO: "red", Verdict.UNKNOWN: "yellow"}[findings.verdict()]
+    out.print(f"[bold {colour}]{escape(printable(found['answer']))}[/]", highlight=False, soft_wrap=True)
+
+
+def _show_rebuild(found: dict[str, Any]) -> None:
+    table = Table(
+        "table",
+        *_right("rows", "rebuilt", "missing", "extra", "different"),
+        "matched by",
+        "not compared",
+        title="rebuild",
+        title_justify="left",
+    )
+    for each in found["tables"]:
+        ignored = ", ".join(f"{name} ({why})" for name, why in each["ignored"].items())
+        numbers = [f"{each[name]:,}" for name in ("rows", "rebuilt", "missing", "extra", "different")]
+        table.add_row(
+            escape(each["table"]), *numbers, escape(", ".join(each["matched_by"] or ["all columns"])), escape(ignored)
+        )
+    out.print(table)
+    if found["differences"]:
+        table = Table(
+            "table",
+            "difference",
+            "row",
+            "column: real / rebuilt",
+            "message ids",
+            title="differences",
+            title_justify="left",
+        )
+        for each in found["differences"]:
+            key = ", ".join(f"{name}={value}" for name, value in each["key"].items())
+            columns = "; ".join(
+                f"{name}: {value['real']} / {value['rebuilt']}" for name, value in each["columns"].items()
+            )
+            many = f" ({each['count']:,} times)" if each["count"] > 1 else ""
+            table.add_row(
+                escape(each["table"]),
+                each["kind"] + many,
+                escape(printable(key)),
+                escape(printable(columns)),
+                escape(", ".join(each["messages"]) or "none"),
+            )
+        out.print(table)
+
+
+def _say(text: str) -> None:
+    out.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def _right(*names: str) -> list[Any]:
+    return [Column(name, justify="right", overflow="fold") for name in names]

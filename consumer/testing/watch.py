@@ -1,0 +1,148 @@
+"""What handlers do on other connections than their transaction's, as far as that can be seen from here.
+
+Knows the sessions of the test's database, and each statement that asyncpg runs in this process. What it does not know
+is told at `Trial.outside_statements`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from consumer.core.handler import Handler
+from consumer.core.lanes import Delivery
+from consumer.core.message import Message
+from consumer.core.sqltext import transaction_control
+from consumer.testing.messages import Outside, place_of
+
+_SESSIONS = """
+select d.sessions, a.pid, a.application_name, a.query, a.query_start
+from pg_stat_database d
+left join pg_stat_activity a on a.datid = d.datid and a.backend_type = 'client backend' and a.pid <> all($1::int[])
+where d.datname = current_database()
+"""
+_NOTED = (
+    "execute", "executemany", "fetch", "fetchrow", "fetchval", "fetchmany", "prepare", "cursor",
+    "copy_from_table", "copy_from_query", "copy_to_table", "copy_records_to_table",
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Call:
+    """A handler that is running: in which transaction, on which messages, and the sessions that it used by asyncpg."""
+
+    handler: str
+    message: str
+    transaction: Any  # the connection
+    outside: list[Outside]
+    pids: set[int] = field(default_factory=set)
+
+    def note(self, connection: str, statement: str) -> None:
+        self.outside.append(Outside(self.handler, self.message, connection, statement))
+
+
+_calling: ContextVar[_Call | None] = ContextVar(
+    "consumer_testing_call", default=None
+)  # tasks of the handler inherit it
+
+
+class Watch:
+    """Looks, after each call of a handler, at the sessions of the database that are not ours.
+
+    connection: one of its own. outside: where to add what was seen.
+    """
+
+    def __init__(self, connection: Any, outside: list[Outside]) -> None:
+        self._connection = connection
+        self._outside = outside
+        self._own = {connection.get_server_pid()}
+        self._transaction: Any = None
+        self._lock = asyncio.Lock()
+        self._seen: dict[int, Any] = {}  # pid -> when its last statement began
+        self._sessions = 0  # opened in this database, ever
+
+    def own(self, connection: Any) -> None:
+        """Note a new connection of ours: what runs on it is the transaction."""
+        self._own.add(connection.get_server_pid())
+        self._transaction = connection
+        self._sessions += 1
+
+    def around(self, handler: Handler) -> Callable[[Any, Any, Any], Awaitable[object]]:
+        """The handler's call, watched."""
+        inner = handler.call
+        assert inner is not None
+
+        async def call(value: Any, message: Any, tx: Any) -> object:
+            called = None
+            if handler.idempotent:  # else all that it does is outside, by its own choice
+                called = _Call(handler.name, _messages(message, tx), self._transaction, self._outside)
+            token = _calling.set(called)
+            try:
+                return await inner(value, message, tx)
+            finally:
+                _calling.reset(token)
+                await self.look(called)
+
+        return call
+
+    async def look(self, call: _Call | None) -> None:
+        """Note what was run since the last look: as this call's, or as what was there before."""
+        async with self._lock:
+            try:
+                rows = await self._connection.fetch(_SESSIONS, list(self._own))
+            except Exception:
+                return  # a handler that ends all connections: nothing more is seen
+            opened, self._sessions = rows[0]["sessions"] - self._sessions, rows[0]["sessions"]
+            there = {row["pid"]: row for row in rows if row["pid"] is not None}
+            before, self._seen = self._seen, {pid: row["query_start"] for pid, row in there.items()}
+        if call is None:
+            return
+        for pid, row in there.items():
+            if pid not in call.pids and (pid not in before or before[pid] != row["query_start"]):
+                name = row["application_name"] or "a session without a name"
+                call.note(f"{name} (pid {pid})", row["query"] or "nothing yet")
+        gone = opened - len({*there, *call.pids} - set(before))
+        if gone > 0:
+            call.note("another connection", f"unknown: {gone} session(s) opened and closed again")
+
+
+def _messages(message: Any, tx: Any) -> str:
+    """Where they lie, as far as a call tells: a batch handler is only told if it asks for Message."""
+    if isinstance(tx.subject, Delivery):
+        return place_of(tx.subject.record)
+    return ", ".join(place_of(each) for each in message if isinstance(each, Message))
+
+
+@contextmanager
+def noting() -> Iterator[None]:
+    """Have every connection of asyncpg tell what it runs while a handler is called."""
+    driver = sys.modules["asyncpg"].Connection  # loaded by ledger.py, which alone imports it
+    originals = {name: vars(driver)[name] for name in _NOTED if name in vars(driver)}
+    for name, original in originals.items():
+        setattr(driver, name, _noting(name, original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(driver, name, original)
+
+
+def _noting(name: str, original: Any) -> Any:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **options: Any) -> Any:
+        call = _calling.get()
+        if call is not None and self is not call.transaction and not self.is_closed():
+            text = str(args[0] if args else next(iter(options.values()), ""))
+            call.pids.add(self.get_server_pid())
+            # Not a pool's own statement, and not the frame around what is noted anyway.
+            if text != self.get_reset_query() and not transaction_control(text):
+                call.note("asyncpg", f"{name} {text}" if name.startswith("copy") else text)
+        return original(self, *args, **options)
+
+    return method

@@ -1,0 +1,330 @@
+"""What is seen of the messages of a replay: in transactions that are undone, and counted after them.
+
+Knows the rehearsals of once.py and the findings of core/findings.py; knows no Kafka, and settles nothing. Read `Look`: it
+is the proof of one chunk. What it does not know: what a handler did outside its transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+from uuid import UUID
+
+from consumer import history, once, proof
+from consumer.core.findings import Findings, blocks
+from consumer.core.lanes import Delivery
+from consumer.core.message import Partition
+from consumer.core.outcome import Dead, Outcome, Parked, Reason
+from consumer.ledger import REDELIVERED, Session, Standing
+
+_MISSING_MAX = 200_000  # ids kept, so that a repetition among them is not counted as another message
+_UNREADABLE = {
+    Reason.UNREADABLE,
+    Reason.NO_VALUE,
+    Reason.NO_MESSAGE_ID,
+    Reason.AMBIGUOUS_MESSAGE_ID,
+    Reason.BAD_HEADER,
+}
+
+
+@dataclass(slots=True)
+class Witness:
+    """What all looks of one replay share: the findings, what is missing so far, and a connection that sees what others commit.
+
+    storing: what is missing is about to be applied, so it is counted when that is done. horizon: where the ledger began
+    in a partition, None where that was not recorded; below it, what is absent is in doubt.
+    """
+
+    findings: Findings
+    storing: bool
+    assume_unapplied: bool
+    connect: Callable[[], Awaitable[Session]]
+    topics: Mapping[str, int] = field(default_factory=dict)
+    horizon: dict[Partition, int | None] = field(default_factory=dict)
+    matched: dict[history.Block, int] = field(default_factory=dict)  # rows made by the very records that were read
+    missing: dict[tuple[str, bytes], tuple[Partition, int, int]] = field(default_factory=dict)  # -> offset, timestamp
+    would: dict[str, int] = field(default_factory=dict)  # what the handlers of missing messages would do
+    writing: set[Session] = field(
+        default_factory=set
+    )  # where a handler wrote in spite of its claim: counts begin above 0
+    session: Session | None = None
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def standing(self, deliveries: Sequence[Delivery]) -> tuple[dict[Delivery, Standing], list[Delivery]]:
+        """What is committed of these ids, and those of which there is nothing, as another connection sees it."""
+        async with self._lock:
+            return await (await self.open()).standing(deliveries, self.topics)
+
+    async def letters(self, deliveries: Sequence[Delivery]) -> set[Delivery]:
+        """Those that are dead letters, with this id and this payload."""
+        async with self._lock:
+            return set(await (await self.open()).letters(deliveries))
+
+    async def which_stand(self, ids: Sequence[tuple[int, bytes]]) -> set[tuple[int, bytes]]:
+        """Those (handler, id) that the ledger holds now."""
+        async with self._lock:
+            return await (await self.open()).which_stand(ids)
+
+    async def open(self) -> Session:
+        """The connection, made again where it was lost."""
+        if self.session is None or not self.session.is_usable:
+            self.session = await self.connect()
+        return self.session
+
+    def in_doubt(self, delivery: Delivery) -> bool:
+        """Whether the ledger began later than this delivery, so that its absence from it means nothing."""
+        if self.assume_unapplied:
+            return False
+        partition = delivery.partition
+        horizon = self.horizon.get(partition)
+        if horizon is None:  # not recorded: all below the position may have been before
+            horizon = self.findings.positions.get(partition, 0)
+        return delivery.record.offset < horizon
+
+
+class Look:
+    """What is seen of one chunk in the transaction that is undone; counted once that has gone through."""
+
+    def __init__(self, witness: Witness, partition: Partition, deliveries: Sequence[Delivery]) -> None:
+        self.witness = witness
+        self.partition = partition
+        self.deliveries = deliveries
+        self.unreadable = {each for each in deliveries if each.outcome is not None}  # as they were identified
+        self.missing: list[Delivery] = []  # to be rehearsed, or stored
+        self.hits: set[Delivery] | None = set()  # of the pre-check
+        self.others: list[Delivery] = []  # all but those that the ledger has as applied, by the very same record
+        self.clashing: list[Delivery] = []
+        self.buried: set[Delivery] = set()  # those of them that are dead letters
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was seen by an attempt that did not go through."""
+        self.standing: dict[Delivery, Standing] = {}
+        self.absent: set[Delivery] = set()  # claimed, and not in the ledger
+        self.despite = 0  # claimed, although the ledger holds them
+        self.before: dict[str, proof.Rows] | None = None
+        self.rows: dict[str, proof.Rows] = {}
+        self.otherwise = False
+
+    # -- in the transaction -----------------------------------------------------------------------------------------
+
+    async def claimed(
+        self, session: Session, standing: Mapping[Delivery, Standing], fresh: list[Delivery]
+    ) -> list[Delivery]:
+        self.standing = dict(standing)
+        if session in self.witness.writing:
+            self.before = await proof.rows_written(session.connection)
+        if not fresh:
+            return fresh
+        # While our claims are held, nobody else can commit these ids. So what another connection sees of them now was
+        # there before, and should not have been claimable: their handlers are called, and what they write is counted.
+        witness = self.witness
+        there, absent = await witness.standing(fresh)
+        self.standing |= there
+        self.absent = set(absent)
+        self.despite = len(there)
+        return [each for each in fresh if each in there]
+
+    async def handled(self, session: Session, done: once.Settlement) -> None:
+        self.rows = await proof.rows_written(session.connection, self.before)
+        if self.rows:
+            self.witness.writing.add(session)
+        # Claims that were won, of what is missing, are writes too: then the id of the transaction says nothing.
+        self.otherwise = not self.rows and not self.absent and await proof.wrote_anything(session.connection)
+
+    # -- after it ---------------------------------------------------------------------------------------------------
+
+    async def sort(self) -> None:
+        """Find what is missing, and whether what clashes is a dead letter."""
+        witness, standing = self.witness, self.standing
+        self.others = [each for each in self.deliveries if standing.get(each) is not REDELIVERED]
+        self.others += [each for each in self.unreadable if standing.get(each) is REDELIVERED]
+        seen: set[tuple[str, bytes]] = set()
+        for delivery in self.others:
+            what = self._what(delivery)
+            if what is not None and what.clashes:
+                self.clashing.append(delivery)
+            if delivery not in self.absent or witness.in_doubt(delivery):
+                continue
+            key = (delivery.handler.name, delivery.id)
+            if key not in witness.missing and key not in seen:
+                seen.add(key)
+                self.missing.append(delivery)
+                if witness.storing:  # on its way: not to be taken up again
+                    witness.missing[key] = (self.partition, delivery.record.offset, delivery.record.timestamp)
+        if self.clashing:
+            self.buried = await witness.letters(self.clashing)
+            if witness.storing:
+                self.missing += [each for each in self.clashing if each not in self.buried]
+                self.missing.sort(key=lambda each: each.record.offset)
+
+    def _what(self, delivery: Delivery) -> Standing | None:
+        """What stands for a delivery; that of the first with its id where several stand in one chunk."""
+        found = self.standing.get(delivery)
+        if found is not None or delivery in self.absent:
+            return found
+        twin = self._firsts[delivery.handler.name, delivery.id]
+        if twin.fingerprint != delivery.fingerprint:
+            return Standing(False, True, False)
+        found = self.standing.get(twin)
+        return None if found is None else Standing(found.dead, found.clashes, False)
+
+    @cached_property
+    def _firsts(self) -> dict[tuple[str, bytes], Delivery]:
+        found: dict[tuple[str, bytes], Delivery] = {}
+        for each in self.deliveries:
+            found.setdefault((each.handler.name, each.id), each)
+        return found
+
+    def tally(self) -> None:
+        """Count everything but what is missing."""
+        witness, findings, partition = self.witness, self.witness.findings, self.partition
+        effects = findings.effects
+        assert effects is not None
+        effects.transactions += bool(self.deliveries)
+        effects.claims += self.despite
+        effects.otherwise += self.otherwise
+        for table, rows in self.rows.items():
+            effects.add(table, rows.inserted, rows.updated, rows.deleted)
+        counts: dict[str, dict[str, list[int]]] = {}  # handler -> outcome -> timestamps
+        here: dict[str, list[int]] = {}  # handler -> offsets of those whose row was made by themselves
+        if len(self.others) < len(self.deliveries):
+            others = set(self.others)
+            plain = [each for each in self.deliveries if each not in others] if others else self.deliveries
+            for handler in {each.handler for each in plain}:
+                own = [each.record for each in plain if each.handler is handler]
+                counts[handler.name] = {"applied": [each.timestamp for each in own]}
+                here[handler.name] = [each.offset for each in own]
+        storing = set(self.missing) if witness.storing else set()
+        for delivery in self.others:
+            if delivery in storing:
+                continue
+            what = self._what(delivery)
+            record = delivery.record
+            if what is None:
+                if delivery in self.absent:
+                    outcome = self._absent(delivery)
+                    if outcome == "missing":
+                        continue
+                else:
+                    outcome = "unknown" if witness.in_doubt(delivery) else "repeated"
+            else:
+                if what.here:
+                    here.setdefault(delivery.handler.name, []).append(record.offset)
+                if delivery in self.unreadable:
+                    outcome = "unreadable"
+                elif what.clashes:
+                    outcome = self._clash(delivery)
+                else:
+                    outcome = "dead_lettered" if what.dead else "applied"
+            counts.setdefault(delivery.handler.name, {}).setdefault(outcome, []).append(record.timestamp)
+        for name, by_outcome in counts.items():
+            for outcome, timestamps in by_outcome.items():
+                findings.count(name, partition, outcome, len(timestamps))
+                findings.times.add(timestamps, outcome)
+        for name, offsets in here.items():
+            for block, n in blocks(offsets).items():
+                key = (name, partition, block)
+                witness.matched[key] = witness.matched.get(key, 0) + n
+        self._tally_precheck()
+
+    def _absent(self, delivery: Delivery) -> str:
+        findings = self.witness.findings
+        if delivery in self.unreadable:
+            self._unsettled(delivery, delivery.outcome)
+            return "unreadable"
+        if self.witness.in_doubt(delivery):
+            findings.sample("unknown", **place(delivery), detail="from before the ledger began")
+            return "unknown"
+        return "missing" if delivery in self._missing_now else "repeated"
+
+    def _unsettled(self, delivery: Delivery, would: Outcome | None) -> None:
+        findings = self.witness.findings
+        findings.unsettled += 1
+        findings.sample("unsettled", **place(delivery), detail=f"would {would_text(would)}")
+
+    @cached_property
+    def _missing_now(self) -> set[Delivery]:
+        return {each for each in self.missing if (each.handler.name, each.id) not in self.witness.missing}
+
+    def _clash(self, delivery: Delivery) -> str:
+        findings = self.witness.findings
+        if delivery not in self.buried:
+            findings.unsettled += 1
+        text = "a dead letter" if delivery in self.buried else "no dead letter"
+        findings.sample("conflicts", **place(delivery), detail=f"the id was used before with another payload; {text}")
+        return "conflicts"
+
+    def tally_missing(self, would: Mapping[Delivery, Outcome | None]) -> None:
+        """Count what is missing. Its time is counted at the end, when it is known whether it still is."""
+        witness, findings = self.witness, self.witness.findings
+        for delivery in self.missing:
+            key = (delivery.handler.name, delivery.id)
+            if delivery in self.unreadable or key in witness.missing:
+                continue  # counted as unreadable; or another lane was first, and this one as repeated
+            record, outcome = delivery.record, would.get(delivery)
+            if isinstance(outcome, Dead) and outcome.reason in _UNREADABLE:
+                findings.count(delivery.handler.name, self.partition, "unreadable")
+                findings.times.add([record.timestamp], "unreadable")
+                self._unsettled(delivery, outcome)
+                continue
+            ahead = findings.is_ahead(self.partition, record.offset)
+            findings.count(delivery.handler.name, self.partition, "missing")
+            findings.ahead += ahead
+            if len(witness.missing) < _MISSING_MAX:
+                witness.missing[key] = (self.partition, record.offset, record.timestamp)
+            else:
+                findings.inexact = True
+                findings.times.add([record.timestamp], "missing")
+            what = would_text(outcome)
+            witness.would[what] = witness.would.get(what, 0) + 1
+            detail = f"would {what}" + ("; workers have not come to it yet" if ahead else "")
+            findings.sample("missing", **place(delivery), detail=detail)
+
+    def _tally_precheck(self) -> None:
+        found = self.witness.findings.precheck
+        if found is None:
+            return
+        asked = [each for each in self.deliveries if each not in self.unreadable]
+        if self.hits is None:
+            found["unanswered"] += len(asked)
+            return
+        found["asked"] += len(asked)
+        found["hits"] += len(self.hits)
+        for each in self.hits:
+            what = self._what(each)
+            if what is None or what.clashes:
+                found["wrong"] += 1
+                self.witness.findings.sample(
+                    "precheck_wrong", **place(each), detail="Redis has a mark, the ledger has no row"
+                )
+
+
+def would_text(outcome: Outcome | None) -> str:
+    """What a handler would do, to go on after "would"."""
+    match outcome:
+        case None:
+            return "be applied"
+        case Dead(reason):
+            return f"become a dead letter ({reason.value})"
+        case Parked() if outcome is once.BEHIND:
+            return "wait behind a failed message of its key"
+        case Parked():
+            return "fail and be tried again"
+        case _:
+            return "be a duplicate by now"
+
+
+def place(delivery: Delivery) -> dict[str, Any]:
+    """Where a delivery is, for a sample."""
+    record = delivery.record
+    return {
+        "handler": delivery.handler.name,
+        "topic": record.topic,
+        "partition": record.partition,
+        "offset": record.offset,
+        "id": str(UUID(bytes=delivery.id)),
+    }
