@@ -48,13 +48,15 @@ _DOUBTS_MAX = 20_000  # messages, in which a handler that inserts into a table w
 _FOR_EVER = Retry(attempts=1 << 31, base=0, cap=0)  # as long as it helps: see _Pass._once_more
 _CHANGED = "nothing was changed, and it can be run again"
 
-# What a dead letter says holds until its message was applied after all.
+# What was never applied, and what came with an id that another payload had. Of a message that was applied after all, the
+# dead letter stays.
 _DEAD = """
 insert into consumer_dead
+select handler, id, fingerprint from consumer.ledger where handler = any($1) and applied_at is null
+union
 select d.handler, d.id, d.fingerprint from consumer.dead_letters d
 left join consumer.ledger l on l.handler = d.handler and l.id = d.id
-where d.handler = any($1) and (l.handler is null or l.applied_at is null or l.fingerprint <> d.fingerprint)
-on conflict do nothing
+where d.handler = any($1) and (l.handler is null or l.fingerprint <> d.fingerprint)
 """
 _ARE_DEAD = """
 select place from unnest($1::int4[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
@@ -487,7 +489,8 @@ class _Pass:
         if self._settled > before:
             return
         self._round += 1
-        while batch := self._lane.take(self._round, _PARKED_MAX, 1 << 62):
+        settings = self.work.settings
+        while batch := self._lane.take(self._round, settings.batch_messages_max, settings.batch_bytes_max):
             for delivery in batch.deliveries:
                 if delivery in self._errors:
                     delivery.outcome = Dead(Reason.FAILED, "")
@@ -606,6 +609,9 @@ class _Pass:
     def _notes(self, spans: Sequence[Span]) -> list[str]:
         """What a person should know about this answer."""
         notes = []
+        for handler in self.work.handlers:
+            if handler.number < 0:
+                notes.append(f"handler {handler.name} is not known to the ledger: it has never run here")
         for topic in sorted(self._weak):
             notes.append(
                 f"messages of {topic} have no id: their offset is used, so one that was produced twice counts twice"

@@ -290,6 +290,7 @@ async def agrees_after(place: Place, handle: Handle, messages: list[Sent], **opt
     found = await rebuilt(place, app)
     assert differences(found) == [] and found.agrees and not found.unknown, (found.differences, found.unknown)
     assert await everything(place.dsn) == before
+    assert found.applied == len({each.headers[0][1] for each in messages}) and not found.dead_lettered
     return found
 
 
@@ -376,7 +377,8 @@ async def test_numbers_and_times_that_a_rebuild_cannot_give_again_are_left_out(p
 
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         await tx.fetchval("select n from numbered where n = $1", body["n"])
-        await tx.execute("insert into numbered (n) values ($1)", body["n"])
+        number = await tx.fetchval("insert into numbered (n) values ($1) returning id", body["n"])
+        assert number == await tx.fetchval("select lastval()") == await tx.fetchval("select currval('numbered_id_seq')")
         await tx.execute("insert into made (n, at) values ($1, now())", body["n"])
 
     app = handling(topic, handle)
@@ -540,6 +542,56 @@ async def test_constraints_that_are_checked_at_the_end_and_rows_that_go_with_oth
     assert {each["table"]: each["rebuilt"] for each in found.tables} == {
         "public.heads": 8, "public.lines": 8, "public.ranks": 12,
     }  # fmt: skip
+
+
+async def test_tables_without_a_key_count_rows_that_are_alike(place: Place) -> None:
+    await migrated(
+        place.dsn,
+        """create table loose (n int, raw json, at point, long text, tags text[]);
+           create table ticks (at timestamptz default clock_timestamp());
+           create domain counted as int not null check (value > 0);
+           create table strict (n counted)""",
+    )
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        n = body["n"]
+        tx.defer("insert into loose values ($1::int, '{\"a\": 1}', point(1, $1::int), $2, '{x,null}')", n % 3, str(n % 3) * 300)
+        tx.defer("update loose set n = 100 where n = 2")
+        await tx.execute("insert into ticks default values")
+        await tx.execute("insert into strict values ($1)", n)  # a null cannot even be planned for it
+
+    found = await agrees_after(place, handle, sent(9))
+    assert {each["table"]: (each["matched_by"], each["rebuilt"]) for each in found.tables} == {
+        "public.loose": ([], 9), "public.ticks": ([], 9), "public.strict": ([], 9),
+    }  # fmt: skip
+    await query(place.dsn, "update loose set raw = '{\"a\":1}' where ctid = (select min(ctid) from loose where n = 1)")
+    await query(place.dsn, "insert into ticks values (now())")
+    found = await rebuilt_again(place, handle)
+    tables = {each["table"]: (each["missing"], each["extra"], each["different"]) for each in found.tables}
+    assert tables == {"public.loose": (1, 1, 0), "public.ticks": (0, 1, 0), "public.strict": (0, 0, 0)}
+    missing = next(each for each in found.differences if each["kind"] == "missing")
+    assert missing["messages"] == [message_id("m1"), message_id("m4"), message_id("m7")]  # any of them: all are alike
+    assert missing["columns"]["long"]["rebuilt"] == "1" * 199 + "…"
+    await query(place.dsn, "update loose set n = 2 where n = 100")  # as if the updates had been lost
+    found = await rebuilt_again(place, handle)
+    lost = [each for each in found.differences if each["columns"].get("n") == {"real": "2", "rebuilt": None}]
+    assert lost[0]["count"] == 3 and lost[0]["messages"] == [message_id("m2"), message_id("m5"), message_id("m8")]
+
+
+async def test_a_function_that_hides_the_refusal_writes_nothing_all_the_same(place: Place) -> None:
+    await migrated(place.dsn, FUNCTIONS)
+    topic = await place.topic()
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        await tx.execute(INSERT, str(body["n"]), 1, 1)
+        await tx.execute("select swallow($1)", body["n"])
+
+    app = handling(topic, handle)
+    await place.send(topic, *sent(3))
+    await settled(place, app)
+    before = await everything(place.dsn)
+    assert (await rebuilt(place, app)).applied == 3
+    assert await everything(place.dsn) == before and before["elsewhere"] == []
 
 
 async def test_hot_rows_and_many_batches_stay_right(place: Place) -> None:
@@ -1010,7 +1062,7 @@ async def test_a_role_that_may_not_make_temporary_tables_is_told_so(place: Place
     await query(place.dsn, f"grant usage on schema consumer to {role}")
     await query(place.dsn, f"grant select on all tables in schema consumer to {role}")
     await query(place.dsn, f"grant pg_read_all_settings, pg_monitor to {role}")
-    with pytest.raises(Misconfigured, match="permission denied to create temporary tables"):
+    with pytest.raises(Misconfigured, match="permission denied to create temporary tables in database"):
         await rebuilt(place, app, settings=settings_for(dsn, place.kafka))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 import uuid
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ from consumer import App, CannotTell, Message, Misconfigured, Reject, Retry, Tx,
 from consumer import replay as replay_module
 from consumer.core.findings import Findings
 from consumer.core.identity import message_id
+from consumer.demo import plan
+from consumer.demo.application import settle
 from consumer.embedded import Valkey
 from consumer.ledger import Session
 from consumer.replay import Options, Told, replay
@@ -721,3 +724,116 @@ async def test_several_handlers_of_several_topics(place: Place, batch: int | Non
     assert counts(found, "first") == {"delivered": 50, "applied": 50}
     assert found.ok and len(found.as_dict()["partitions"]) == 5
     assert found.history is not None and found.history["both"]["rows"] == 70
+
+
+# -- the demo's topic, and the four ways in which ledger, log and state can disagree ------------------------------------
+
+
+@pytest.fixture
+async def paid(place: Place, database: str) -> tuple[Place, App, str]:
+    """The demo's payments and its handler, on Kafka: 2,000 messages, 10 % of them twice, all applied."""
+    await query(database, "drop table accounts, effects")
+    await query(
+        database, "create table payments (payment_id uuid not null, account int not null, amount bigint not null)"
+    )
+    await query(database, "create table accounts (account int primary key, balance bigint not null default 0)")
+    await query(database, "insert into accounts (account) select generate_series(0, 999)")
+    topic = await place.topic(8)
+    app = App(f"demo-{uuid.uuid4().hex[:8]}")
+    app.handler(topic)(settle)
+    sent = [
+        Sent(
+            {"payment_id": str(each.payment_id), "account": each.account, "amount": each.amount},
+            id=each.payment_id,
+            key=str(each.account),
+            partition=(each.account + each.elsewhere) % 8,
+        )
+        for each in plan(2000, random.Random(4))
+    ]
+    await place.send(topic, *sent)
+    await consume_all(app, place.settings())
+    return place, app, topic
+
+
+async def test_the_demos_topic_has_nothing_to_complain_of(paid: tuple[Place, App, str]) -> None:
+    place, app, topic = paid
+    check = await run(place, app, topic)
+    assert check.ok and counts(check) == {"delivered": 2000, "applied": 2000}
+    apply = await run(place, app, topic, mode="apply")
+    assert apply.ok and apply.total("applied_now") == 0
+    rebuilt = await run(place, app, topic, mode="rebuild")
+    assert rebuilt.ok and rebuilt.rebuilt is not None
+    assert (rebuilt.rebuilt["messages"], rebuilt.rebuilt["applied"], rebuilt.rebuilt["repeated"]) == (2000, 1800, 200)
+    assert {each["table"] for each in rebuilt.rebuilt["tables"]} == {"public.accounts", "public.payments"}
+    assert await value(place.dsn, "select count(*) from payments") == 1800
+
+
+async def one_payment(dsn: str) -> tuple[uuid.UUID, int, int]:
+    [(id, account, amount)] = await query(dsn, "select * from payments order by payment_id limit 1")
+    return id, account, amount
+
+
+def differences(found: Findings) -> dict[str, list[dict[str, Any]]]:
+    assert found.rebuilt is not None
+    by_table: dict[str, list[dict[str, Any]]] = {}
+    for each in found.rebuilt["differences"]:
+        by_table.setdefault(each["table"], []).append(each)
+    return by_table
+
+
+async def test_a_lost_message_is_repaired_and_the_rebuild_agrees(paid: tuple[Place, App, str]) -> None:
+    place, app, topic = paid
+    id, account, amount = await one_payment(place.dsn)
+    await query(place.dsn, "delete from consumer.ledger where id = $1", id)
+    await query(place.dsn, "delete from payments where payment_id = $1", id)
+    await query(place.dsn, "update accounts set balance = balance - $2 where account = $1", account, amount)
+    assert (await run(place, app, topic)).total("missing") == 1
+    rebuilt = differences(await run(place, app, topic, mode="rebuild"))
+    assert [each["messages"] for each in rebuilt["public.payments"]] == [[str(id)]]
+    assert (await run(place, app, topic, mode="apply")).total("applied_now") == 1
+    assert (await run(place, app, topic)).ok
+    assert (await run(place, app, topic, mode="rebuild")).ok
+
+
+async def test_an_effect_doubled_by_hand_is_named_with_columns_and_message(paid: tuple[Place, App, str]) -> None:
+    place, app, topic = paid
+    id, account, amount = await one_payment(place.dsn)
+    await query(place.dsn, "insert into payments values ($1, $2, $3)", id, account, amount)
+    [(balance,)] = await query(
+        place.dsn, "update accounts set balance = balance + $2 where account = $1 returning balance", account, amount
+    )
+    assert (await run(place, app, topic)).ok  # the ledger is right
+    found = await run(place, app, topic, mode="rebuild")
+    assert found.verdict().exit_code == 1
+    by_table = differences(found)
+    [extra] = by_table["public.payments"]
+    assert (extra["kind"], extra["count"], extra["messages"]) == ("extra", 1, [str(id)])
+    [other] = by_table["public.accounts"]
+    assert (other["kind"], other["key"]) == ("different", {"account": str(account)})
+    assert other["columns"] == {"balance": {"real": str(balance), "rebuilt": str(balance - amount)}}
+    assert other["messages"]
+
+
+async def test_an_effect_without_a_ledger_row_is_seen_by_the_check_alone(paid: tuple[Place, App, str]) -> None:
+    place, app, topic = paid
+    id, *_ = await one_payment(place.dsn)
+    await query(place.dsn, "delete from consumer.ledger where id = $1", id)
+    assert (await run(place, app, topic)).total("missing") == 1
+    assert (await run(place, app, topic, mode="rebuild")).ok  # the state is right: --apply would double it
+
+
+async def test_a_ledger_row_without_its_effect_is_seen_by_the_rebuild_alone(paid: tuple[Place, App, str]) -> None:
+    place, app, topic = paid
+    id, *_ = await one_payment(place.dsn)
+    await query(place.dsn, "delete from payments where payment_id = $1", id)
+    assert (await run(place, app, topic)).ok
+    [missing] = differences(await run(place, app, topic, mode="rebuild"))["public.payments"]
+    assert (missing["kind"], missing["messages"]) == ("missing", [str(id)])
+
+
+async def test_a_log_that_ends_below_the_position_is_doubted(settled: tuple[Place, App, str]) -> None:
+    """As when a topic was deleted and made anew: nothing in it is missing, and it is not what was consumed."""
+    place, app, topic = settled
+    await query(place.dsn, "update consumer.positions set next_offset = 1000 where partition = 1")
+    found = await run(place, app, topic)
+    assert [each["kind"] for each in found.unknowns()] == ["log_too_short"] and found.verdict().exit_code == 2

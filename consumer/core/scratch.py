@@ -173,7 +173,7 @@ def statements(sql: str) -> Iterator[str]:
 
 
 class Copying(NamedTuple):
-    """How the copy of a table is made, and the sequence that counts the uses of each moving default (by column)."""
+    """How the copy of a table is made, and the sequence that tells, for a column, whether its moving default was used."""
 
     statements: list[str]
     counters: dict[str, str]
@@ -210,12 +210,13 @@ class Copier:
                 name = literal(f"pg_temp.{ident(own)}")
                 default = default.replace(f"{literal(sequence.written)}::regclass", f"{name}::regclass")
             if column.moves:
-                # What the default gives cannot be compared, what a handler gives in its place can: so uses are counted.
+                # What the default gives cannot be compared, what a handler gives in its place can: so a use is noted. By
+                # setval(), which a rollback does not undo, and which leaves lastval() alone.
                 self._counters += 1
                 counter = f"consumer_used_{self._counters}"
                 made.append(f"create temp sequence {counter}")
                 counters[column.name] = f"pg_temp.{counter}"
-                default = f"case when nextval('pg_temp.{counter}'::regclass) > 0 then {default} end"
+                default = f"case when setval('pg_temp.{counter}'::regclass, 1) > 0 then {default} end"
             if default != column.default:
                 made.append(f"alter table {copy} alter column {ident(column.name)} set default {default}")
         return Copying(made, counters)

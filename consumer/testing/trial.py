@@ -56,9 +56,9 @@ class Trial:
         unknown step; nothing was delivered then.
         """
         self._check(batch, crash_at)
-        self._append(messages)
+        added = self._made(messages)
         what = f"deliver({len(messages)} message{'' if len(messages) == 1 else 's'}, {_options(batch, crash_at)})"
-        return await self._deliver(what, batch, crash_at, retry)
+        return await self._deliver(what, batch, crash_at, retry, added)
 
     async def deliver_again(
         self, *, batch: int | None = 1, crash_at: str | None = None, retry: bool = True
@@ -80,7 +80,7 @@ class Trial:
         """
         __tracebackhide__ = True
         self._check(batch, None)
-        self._append(messages)
+        self._log += self._made(messages)
         before: object = None
         # Each time around, the first transaction that is not stored yet meets every step. It ends when that stores
         # nothing more: all is settled, or what is left would fail for ever, since a crash begins its attempts again.
@@ -169,8 +169,8 @@ class Trial:
         if crash_at is not None and crash_at not in STEPS:
             raise Misconfigured(f"crash_at={crash_at!r}: one of {', '.join(map(repr, STEPS))}")
 
-    def _append(self, messages: Sequence[Sent]) -> None:
-        """All of them, or none where one cannot be sent."""
+    def _made(self, messages: Sequence[Sent]) -> list[tuple[Sent, RawRecord]]:
+        """The records that are to be appended to the log. Raises Misconfigured where one of them cannot be."""
         ends: dict[Partition, int] = {}
         for _, record in self._log:
             ends[Partition(record.topic, record.partition)] = record.offset + 1
@@ -182,7 +182,7 @@ class Trial:
             offset = ends.get(partition, 0)
             added.append((message, record_of(message, offset)))
             ends[partition] = offset + 1
-        self._log += added
+        return added
 
     async def _is_left(self) -> dict[Partition, int]:
         """The positions of partitions that hold something unsettled."""
@@ -208,9 +208,20 @@ class Trial:
         ]
 
     async def _deliver(
-        self, what: str, batch: int | None, crash_at: str | None, retry: bool, again: bool = False
+        self,
+        what: str,
+        batch: int | None,
+        crash_at: str | None,
+        retry: bool,
+        added: Sequence[tuple[Sent, RawRecord]] = (),
+        again: bool = False,
     ) -> list[Delivered]:
-        async with connection_to(self._settings) as connection:
+        async with (
+            _exclusive(self._app),
+            _bound(self._app, self._resources),
+            connection_to(self._settings) as connection,
+        ):
+            self._log += added
             if again:
                 await connection.execute("update consumer.positions set next_offset = 0 where app = $1", self._app.name)
             records = self._unsettled(await self._positions(connection))
@@ -218,8 +229,7 @@ class Trial:
                 raise Misconfigured(f"crash_at={crash_at!r}: there is nothing to deliver, so nothing would crash")
             found, watch = Round(what), Watch(connection, self._outside)
             life = Life(self._app, self._settings, found, records, crash_at, self._applied, watch)
-            async with _exclusive(self._app), _bound(self._app, self._resources):
-                await life.run(batch or len(records) or 1, retry)
+            await life.run(batch or len(records) or 1, retry)
         self._rounds.append(found)
         return list(found.delivered)
 
