@@ -57,6 +57,9 @@ def test_its_numbers_agree_and_it_removes_what_it_started(place: Path) -> None:
     found = json.loads(output)
     assert found["produced"] == 3000
     assert found["distinct"] == found["applied"] == found["payments_stored"] == 2700
+    assert found["replayed"] == 3000 and found["replays_agree"]
+    for each in ("missing_in_replay", "rows_written_by_replay", "applied_by_replay", "differences_in_rebuild"):
+        assert found[each] == 0
     stopped = [found[f"duplicates_by_{each}"] for each in ("batch", "precheck", "ledger")]
     assert sum(stopped) == 300
     assert found["balance_sum"] == found["balance_sum_expected"] > 0
@@ -83,12 +86,14 @@ def test_ended_early_it_leaves_nothing(place: Path, number: signal.Signals) -> N
 
 
 def test_a_wrong_number_is_not_called_agreement() -> None:
-    good = Findings(produced=10, distinct=9, applied=9, payments_stored=9, duplicates_by_ledger=1)
+    good = Findings(produced=10, distinct=9, applied=9, payments_stored=9, duplicates_by_ledger=1, replays_agree=True)
     assert good.agree
     for name in ("produced", "applied", "payments_stored", "dead_lettered", "balance_sum", "accounts_wrong"):
         setattr(good, name, getattr(good, name) + 1)
         assert not good.agree, name
         setattr(good, name, getattr(good, name) - 1)
+    good.replays_agree = False
+    assert not good.agree
 
 
 def test_the_plan_holds_the_duplicates_it_promises() -> None:
