@@ -132,7 +132,7 @@ class Findings:
     @property
     def messages(self) -> int:
         """Records read."""
-        return sum(self.read.values())
+        return sum(self.read.values()) or int((self.rebuilt or {}).get("messages", 0))
 
     # -- what it means ----------------------------------------------------------------------------------------------
 
