@@ -29,7 +29,7 @@ from consumer.core.identity import (
     offset_id,
 )
 from consumer.core.lanes import UNDECODED, Batch, Delivery, Lane, Move
-from consumer.core.message import Message, RawRecord
+from consumer.core.message import Message, LogRecord
 from consumer.core.outcome import DUPLICATE, SKIPPED, Applied, Cause, Dead, Duplicate, Outcome, Parked, Reason, Skipped
 from consumer.core.sqlstate import Meaning
 from consumer.ledger import REDELIVERED, Conflict, Fenced, Outage, Session, Standing, meaning_of
@@ -256,7 +256,7 @@ def _id_of(delivery: Delivery, handler: Handler) -> tuple[bytes, bool]:
     record = delivery.record
     found: bytes | None
     by_offset = False
-    if isinstance(record, RawRecord) and record.fault:
+    if isinstance(record, LogRecord) and record.fault:
         raise Unreadable(Reason.BAD_HEADER, record.fault)
     match handler.rule:
         case DefaultId():
@@ -627,7 +627,7 @@ async def observe(deliveries: Iterable[Delivery], draw: Callable[[], float]) -> 
 
 async def _observe(handler: Handler, deliveries: Sequence[Delivery]) -> None:
     for delivery in deliveries:
-        if isinstance(delivery.record, RawRecord) and delivery.record.fault:
+        if isinstance(delivery.record, LogRecord) and delivery.record.fault:
             raise Unreadable(Reason.BAD_HEADER, delivery.record.fault)
     values = [_argument(each) for each in deliveries]
     await _called(handler, values if handler.batch is not None else values[0], None)

@@ -21,7 +21,7 @@ class Partition(NamedTuple):
 
 
 class Record(Protocol):
-    """What is read of a record. aiokafka's ConsumerRecord fits as it is, so no message is copied."""
+    """What is read of a record, whoever has read it."""
 
     @property
     def topic(self) -> str: ...
@@ -57,11 +57,12 @@ class Message(msgspec.Struct, Generic[T], frozen=True):
     value: T
 
 
-class RawRecord(msgspec.Struct, frozen=True):
-    """A record that the client could not read, kept byte for byte so that it can be a dead letter.
+class LogRecord(msgspec.Struct, frozen=True, gc=False):
+    """A record as it was read. Light, since there is one for each message: half of the client's own, and unseen by the
+    collector of cycles, for which it holds nothing that could lead back to it.
 
-    `headers` have their keys decoded with surrogateescape: encode them back the same way for the raw bytes.
-    `fault` says what is wrong with it; it is empty for a sound record that shared a batch with such a one.
+    `fault` says what is wrong with a record that the client could not read, kept byte for byte so that it can be a dead
+    letter: its `headers` have their keys decoded with surrogateescape, so encode them back the same way for the raw bytes.
     """
 
     topic: str
@@ -71,4 +72,4 @@ class RawRecord(msgspec.Struct, frozen=True):
     key: bytes | None
     value: bytes | None
     headers: tuple[tuple[str, bytes | None], ...]
-    fault: str
+    fault: str = ""

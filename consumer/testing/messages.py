@@ -16,7 +16,7 @@ import msgspec
 
 from consumer.app import App
 from consumer.core.errors import Misconfigured
-from consumer.core.message import Message, Partition, RawRecord, Record
+from consumer.core.message import Message, Partition, LogRecord, Record
 
 STEPS = ("begun", "claimed", "handled", "before_commit", "committed")
 """Where a crash can be asked for, in the order in which a transaction passes them. Only after the last is it stored."""
@@ -122,11 +122,11 @@ def partition_of(message: Sent, app: App) -> Partition:
     return Partition(message.topic, number)
 
 
-def record_of(message: Sent, offset: int) -> RawRecord:
+def record_of(message: Sent, offset: int) -> LogRecord:
     """The record that a producer would have made of it. Raises Misconfigured for what cannot become bytes."""
     headers = message.headers.items() if isinstance(message.headers, Mapping) else message.headers
     given = [] if message.id is None else [("message-id", _bytes(message.id, "id"))]
-    return RawRecord(
+    return LogRecord(
         topic=message.topic,
         partition=message.partition,
         offset=offset,

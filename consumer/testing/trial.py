@@ -12,7 +12,7 @@ from typing import Any
 
 from consumer.app import App
 from consumer.core.errors import Misconfigured
-from consumer.core.message import Partition, RawRecord
+from consumer.core.message import Partition, LogRecord
 from consumer.settings import Settings
 from consumer.testing.life import Key, Life, Round, Written
 from consumer.testing.messages import STEPS, TOLD_MAX, Delivered, Outside, Sent, lines, partition_of, record_of
@@ -31,7 +31,7 @@ class Trial:
         self._app = app
         self._settings = settings
         self._resources = resources
-        self._log: list[tuple[Sent, RawRecord]] = []
+        self._log: list[tuple[Sent, LogRecord]] = []
         self._applied: set[Key] = set()
         self._rounds: list[Round] = []
         self._outside: list[Outside] = []
@@ -169,12 +169,12 @@ class Trial:
         if crash_at is not None and crash_at not in STEPS:
             raise Misconfigured(f"crash_at={crash_at!r}: one of {', '.join(map(repr, STEPS))}")
 
-    def _made(self, messages: Sequence[Sent]) -> list[tuple[Sent, RawRecord]]:
+    def _made(self, messages: Sequence[Sent]) -> list[tuple[Sent, LogRecord]]:
         """The records that are to be appended to the log. Raises Misconfigured where one of them cannot be."""
         ends: dict[Partition, int] = {}
         for _, record in self._log:
             ends[Partition(record.topic, record.partition)] = record.offset + 1
-        added: list[tuple[Sent, RawRecord]] = []
+        added: list[tuple[Sent, LogRecord]] = []
         for message in messages:
             if not isinstance(message, Sent):
                 raise Misconfigured(f'a {type(message).__name__} is no message: give Sent("topic", value, id=…)')
@@ -199,7 +199,7 @@ class Trial:
         )
         return {Partition(row[0], row[1]): row[2] for row in rows}
 
-    def _unsettled(self, positions: Mapping[Partition, int]) -> list[tuple[Sent, RawRecord]]:
+    def _unsettled(self, positions: Mapping[Partition, int]) -> list[tuple[Sent, LogRecord]]:
         """What lies at or after the positions, in the order in which it was sent."""
         return [
             (message, record)
@@ -213,7 +213,7 @@ class Trial:
         batch: int | None,
         crash_at: str | None,
         retry: bool,
-        added: Sequence[tuple[Sent, RawRecord]] = (),
+        added: Sequence[tuple[Sent, LogRecord]] = (),
         again: bool = False,
     ) -> list[Delivered]:
         async with (

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from consumer.core import identity
 from consumer.core.errors import RegistrationError, Unreadable
 from consumer.core.identity import CallableId, DefaultId, FieldId, HeaderId, OffsetId
-from consumer.core.message import RawRecord
+from consumer.core.message import LogRecord
 from consumer.core.outcome import Reason
 
 UUID_TEXT = b"0190a5c1-7ab4-7c3e-8f00-1234567890ab"
@@ -38,8 +38,8 @@ PLACES = st.tuples(TOPICS, st.integers(0, 2**31 - 1), st.integers(0, 2**63 - 1))
 NEAR_PLACES = st.tuples(st.sampled_from(["a", "a1", "a-1"]), st.integers(0, 120), st.integers(0, 120))
 
 
-def record(topic: str = "t", partition: int = 0, offset: int = 0, headers: Any = (), value: bytes = b"") -> RawRecord:
-    return RawRecord(topic, partition, offset, 0, None, value, headers, "")
+def record(topic: str = "t", partition: int = 0, offset: int = 0, headers: Any = (), value: bytes = b"") -> LogRecord:
+    return LogRecord(topic, partition, offset, 0, None, value, headers, "")
 
 
 def folded(raw: bytes) -> bytes:
