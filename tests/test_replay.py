@@ -413,7 +413,11 @@ async def test_a_new_handler_is_filled_from_the_history(settled: tuple[Place, Ap
     assert (await run(place, app, topic)).ok
 
 
-async def test_what_fails_is_retried_in_order_and_then_a_dead_letter(place: Place) -> None:
+@pytest.mark.parametrize("chunk", [1, 4096])
+async def test_what_fails_is_retried_in_order_and_then_a_dead_letter(
+    place: Place, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(replay_module, "_CHUNK", chunk)
     topic = await place.topic()
     app = App(f"app-{uuid.uuid4().hex[:8]}")
     tries: dict[str, int] = {}
