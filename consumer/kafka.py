@@ -457,10 +457,22 @@ async def producing(settings: Settings, *, idempotent: bool = False) -> AsyncIte
 
 
 async def group_offsets(settings: Settings, group: str) -> dict[Partition, int]:
-    """What a group has committed, asked without joining it. Raises KafkaError or Misconfigured."""
+    """What a group has committed, asked without joining it. Raises KafkaError or Misconfigured.
+
+    A cluster that no group has used before makes the topic of the offsets first: that is waited for.
+    """
     admin = await started(lambda: AIOKafkaAdminClient(**connection_options(settings)), settings, settings.wait_seconds)
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + settings.wait_seconds
     try:
-        found = await asyncio.wait_for(admin.list_consumer_group_offsets(group), _REQUEST_SECONDS)
+        while True:
+            try:
+                found = await asyncio.wait_for(admin.list_consumer_group_offsets(group), _REQUEST_SECONDS)
+                break
+            except KafkaError as error:
+                if not error.retriable or clock() > deadline:
+                    raise
+                await asyncio.sleep(0.2)
     finally:
         await admin.close()
     return {Partition(*each): int(at.offset) for each, at in found.items() if at.offset >= 0}
