@@ -31,6 +31,14 @@ from consumer.ledger l join unnest($2::int2[], $3::int4[], $4::int8[], $5::int8[
   on l.topic = s.topic and l.partition = s.partition and l."offset" >= s.first and l."offset" < s.past
 where l.handler = any($1) group by 1, 2, 3, 4
 """
+# Rows that name no place that the log has: a partition that is not there, or an offset that was never written.
+_NOWHERE = """
+select l.handler, l.topic, l.partition, l.id, l."offset"
+from consumer.ledger l left join unnest($2::int2[], $3::int4[], $4::int8[]) as e(topic, partition, past)
+  on l.topic = e.topic and l.partition = e.partition
+where l.handler = any($1) and l.topic = any($5) and (e.past is null or l."offset" >= e.past)
+limit 1000
+"""
 _BLOCK = """
 select id, "offset" from consumer.ledger
 where handler = $1 and topic = $2 and partition = $3 and "offset" >= $4 and "offset" < $5 order by "offset", id
@@ -45,11 +53,13 @@ async def compare(
     topics: Mapping[str, int],
     told: Mapping[Block, int],
     is_compacted: Callable[[str], Awaitable[bool]],
+    ends: Mapping[Partition, int] | None,
 ) -> None:
     """Fill `findings.history`. told: how many deliveries of a block said that their row was made by them.
 
     is_compacted: asked of a topic where records are gone: rows of those are no problem then, since a compacted log drops
-    records by design. The source is read again, from other offsets. Raises KafkaError, LogTruncated, and what the database says.
+    records by design. ends: where every partition of the topics ends by now, to find rows beyond; None when the range does
+    not go there. The source is read again, from other offsets. Raises KafkaError, LogTruncated, and what the database says.
     """
     numbers = {each.number: each for each in handlers}
     names = {number: name for name, number in topics.items()}
@@ -81,6 +91,27 @@ async def compare(
         findings.notes.append(
             f"ledger and log differ in {len(differing):,} blocks of {1 << BLOCK_BITS:,} offsets; {BLOCKS_MAX} were compared row by row"
         )
+    if ends is not None:
+        rows = await connection.fetch(
+            _NOWHERE,
+            list(numbers),
+            [topics[each.topic] for each in ends],
+            [each.partition for each in ends],
+            list(ends.values()),
+            sorted({topics[each.topic] for each in ends}),
+        )
+        for number, topic, partition_number, id, offset in rows:
+            name = numbers[number].name
+            found[name]["rows"] += 1
+            found[name]["without_message"] += 1
+            _tell(
+                findings,
+                name,
+                Partition(names[topic], partition_number),
+                offset,
+                id.bytes,
+                "the log has no such offset",
+            )
     for counts in found.values():
         counts["with_message"] = counts["rows"] - counts["without_message"]
     findings.history = found
@@ -115,15 +146,22 @@ async def _without_message(
             findings.gone += 1
             continue
         count += 1
-        findings.sample(
-            "rows_without_message",
-            handler=handler.name,
-            topic=partition.topic,
-            partition=partition.partition,
-            offset=offset,
-            id=str(UUID(bytes=id.bytes)),
-            detail="the log holds no record at that offset"
+        detail = (
+            "the log holds no record at that offset"
             if here is None
-            else f"the record at that offset is {UUID(bytes=here)}",
+            else f"the record at that offset is {UUID(bytes=here)}"
         )
+        _tell(findings, handler.name, partition, offset, id.bytes, detail)
     return count
+
+
+def _tell(findings: Findings, handler: str, partition: Partition, offset: int, id: bytes, detail: str) -> None:
+    findings.sample(
+        "rows_without_message",
+        handler=handler,
+        topic=partition.topic,
+        partition=partition.partition,
+        offset=offset,
+        id=str(UUID(bytes=id)),
+        detail=detail,
+    )

@@ -29,7 +29,7 @@ from consumer.core.identity import (
     offset_id,
 )
 from consumer.core.lanes import UNDECODED, Batch, Delivery, Lane, Move
-from consumer.core.message import Message, LogRecord
+from consumer.core.message import LogRecord, Message
 from consumer.core.outcome import DUPLICATE, SKIPPED, Applied, Cause, Dead, Duplicate, Outcome, Parked, Reason, Skipped
 from consumer.core.sqlstate import Meaning
 from consumer.ledger import REDELIVERED, Conflict, Fenced, Outage, Session, Standing, meaning_of

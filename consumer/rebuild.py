@@ -31,7 +31,7 @@ from consumer.compare import compare as compare_tables
 from consumer.copies import TEXTS_MAX, Again, Copies, Halve, calling, offers
 from consumer.core import scratch
 from consumer.core.bounds import Span
-from consumer.core.errors import CannotTell, Misconfigured
+from consumer.core.errors import CannotTell, Misconfigured, Reject
 from consumer.core.handler import Call, Handler
 from consumer.core.lanes import Batch, Delivery, Lane, size_of
 from consumer.core.message import Partition, Record
@@ -294,6 +294,10 @@ def _chosen(
     return copies, notes
 
 
+class _Rejected(Exception):
+    """The handler raised Reject. It may only be early here: partitions and topics have no order between them."""
+
+
 def _named(name: str, call: Call, owners: dict[str, str]) -> Call:
     """A handler's call that tells whose SQL it is, for the sentence that refuses it."""
 
@@ -301,6 +305,8 @@ def _named(name: str, call: Call, owners: dict[str, str]) -> Call:
         token = calling.set(name)
         try:
             return await call(value, message, tx)
+        except Reject as error:
+            raise _Rejected from error
         finally:
             calling.reset(token)
             for sql, _ in tx.writes:
@@ -388,12 +394,12 @@ class _Pass:
         work = self.work
         with _kafka_told_in_one_line(work.settings):
             begins, ends = await work.source.beginnings(work.partitions), await work.source.ends(work.partitions)
-        known = list(self.positions)
+        known = list(work.partitions)
         rows = await self.connection.fetch(
             _AHEAD,
             [each.topic for each in known],
             [each.partition for each in known],
-            [self.positions[each] for each in known],
+            [self.positions.get(each, begins[each]) for each in known],
             [each.number for each in work.handlers],
         )
         ahead = {Partition(row[0], row[1]): row[2] for row in rows}
@@ -402,6 +408,8 @@ class _Pass:
         beyond: list[str] = []
         for each in work.partitions:
             begin, position = begins[each], self.positions.get(each)
+            if position is None and each in ahead:  # filled by a replay alone: the ledger tells of each message
+                position = begin
             if position is None:
                 spans.append(Span(each, begin, begin))
                 continue
@@ -491,9 +499,14 @@ class _Pass:
         self._round += 1
         settings = self.work.settings
         while batch := self._lane.take(self._round, settings.batch_messages_max, settings.batch_bytes_max):
-            for delivery in batch.deliveries:
-                if delivery in self._errors:
-                    delivery.outcome = Dead(Reason.FAILED, "")
+            given_up = [each for each in batch.deliveries if each in self._errors]
+            rejected = [each for each in given_up if self._errors[each] == _Rejected.__name__]
+            # The ledger's dead letters were left out before. What it has as applied, and is rejected here, was met in
+            # another order: that is not known here. The rest may have been rejected before there was a ledger.
+            applied = await self._applied(rejected)
+            for delivery in given_up:
+                final = delivery in rejected and delivery not in applied
+                delivery.outcome = Dead(Reason.REJECTED if final else Reason.FAILED, "")
             await self._settle(batch)
 
     async def _settle(self, batch: Batch) -> None:
@@ -531,18 +544,25 @@ class _Pass:
     async def _sort(self, deliveries: Sequence[Delivery]) -> None:
         """Identify messages, and leave out those whose effects are not supposed to be there."""
         self._weak |= once.identify(deliveries)
-        waiting = [each for each in deliveries if each.outcome is None]
+        waiting = [each for each in deliveries if each.outcome is None or isinstance(each.outcome, Dead)]
         if self._dead_letters and waiting:
             for row in await self.connection.fetch(_ARE_DEAD, *offers(waiting)):
                 waiting[row[0] - 1].outcome = DUPLICATE[Cause.DEAD_LETTER]
         ahead = [
-            each for each in waiting if each.outcome is None and each.record.offset >= self.positions[each.partition]
+            each
+            for each in waiting
+            if each.outcome is None and each.record.offset >= self.positions.get(each.partition, 0)
         ]
-        if ahead:
-            applied = {row[0] for row in await self.connection.fetch(_ARE_APPLIED, *offers(ahead))}
-            for place, delivery in enumerate(ahead, 1):
-                if place not in applied:
-                    delivery.outcome = SKIPPED  # not settled yet
+        applied = await self._applied(ahead)
+        for delivery in ahead:
+            if delivery not in applied:
+                delivery.outcome = SKIPPED  # not settled yet
+
+    async def _applied(self, deliveries: Sequence[Delivery]) -> set[Delivery]:
+        """Those that the ledger has as applied."""
+        if not deliveries:
+            return set()
+        return {deliveries[row[0] - 1] for row in await self.connection.fetch(_ARE_APPLIED, *offers(deliveries))}
 
     def _settled_part(self, part: Batch, done: once.Settlement) -> None:
         for delivery, outcome in done.outcomes.items():
@@ -559,7 +579,9 @@ class _Pass:
                     self.counts["repeated"] += 1
                 case Dead(Reason.FAILED):
                     self.counts["failed"] += 1
-                    self.failures[f"{delivery.handler.name}: {self._errors.get(delivery, 'unknown')}"] += 1
+                    error = self._errors.get(delivery, "unknown")
+                    told = "rejected, although the ledger has it as applied" if error == _Rejected.__name__ else error
+                    self.failures[f"{delivery.handler.name}: {told}"] += 1
                 case Dead(Reason.REJECTED):
                     self.counts["rejected"] += 1
                 case Dead(Reason.ID_CONFLICT):

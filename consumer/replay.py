@@ -15,6 +15,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -44,6 +45,7 @@ Mode = Literal["check", "apply", "rebuild", "republish"]
 _CHUNK = 4096  # deliveries in one transaction: enough to make its round trips cheap
 _SAVE_SECONDS = 5.0
 _NOBODY_WAITS = Lane({}, 1)  # for the proof, which looks at every message
+_SILENT_MAX = 3  # times in a row that Redis is waited for in vain, before it is not asked any more
 _PRECHECK_SECONDS = 2.0  # nobody waits for a replay as for a worker
 
 
@@ -102,9 +104,60 @@ async def replay(
     Raises Misconfigured for what cannot be replayed as asked, CannotTell when it ended early (nothing was changed, but
     for what `apply` had stored by then, each message once).
     """
+    _check(options)
     engine = _Replay(app, settings, list(dict.fromkeys(topics)), options, told, resumed)
-    async with app.running():
+    async with _running(app):
         return await engine.run(source or Source(settings, None))
+
+
+@asynccontextmanager
+async def _running(app: App) -> AsyncIterator[None]:
+    """The App's lifespan around the block. Raises Misconfigured for one that cannot be entered."""
+    async with AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(app.running())
+        except (Misconfigured, asyncio.CancelledError):
+            raise
+        except (Exception, SystemExit) as error:
+            raise Misconfigured(f"the lifespan of {app.name!r} failed: {describe(error)}") from None
+        yield
+
+
+def _check(options: Options) -> None:
+    """Raise Misconfigured for options that contradict each other, or that nobody would heed."""
+    if options.mode == "rebuild":
+        heedless: dict[str, bool] = {
+            "--from": options.start != "earliest",
+            "--to": options.end != "latest",
+            "--key": options.key is not None,
+            "--message-id": options.message_id is not None,
+            "--partition": bool(options.partitions),
+            "--assume-unapplied": options.assume_unapplied,
+        }
+        for option, given in heedless.items():
+            if given:
+                raise Misconfigured(
+                    f"{option} does not go with --rebuild, which compares the state that all messages up to the position have made"
+                )
+    else:
+        for option, value in (("--ignore", options.ignore), ("--compare", options.compare), ("--base", options.base)):
+            if value:
+                raise Misconfigured(f"{option} goes with --rebuild")
+        if not options.trace:
+            raise Misconfigured("--no-trace goes with --rebuild")
+    if options.mode == "republish":
+        if options.handlers or options.message_id is not None or options.assume_unapplied:
+            raise Misconfigured(
+                "--republish copies records, whatever their handlers: leave out --handler, --message-id and --assume-unapplied"
+            )
+        if not options.republish_to:
+            raise Misconfigured("--republish: name the topic to copy to")
+    if options.key is not None and not isinstance(options.key, str | bytes):
+        raise Misconfigured(f"key: text or bytes, not {type(options.key).__name__}")
+    if options.message_id is not None and not (isinstance(options.message_id, str) and options.message_id):
+        raise Misconfigured("--message-id: the id as its producer sent it, not empty")
+    if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in options.partitions):
+        raise Misconfigured("--partition: a number of at least 0")
 
 
 async def verify(
@@ -142,7 +195,7 @@ async def verify(
         mode="apply" if apply else "rebuild" if rebuild else "check",
         start=_as_text(start),
         end=_as_text(end),
-        partitions=tuple(partitions),
+        partitions=(partitions,) if isinstance(partitions, int) else tuple(partitions),
         key=key,
         message_id=message_id,
         handlers=tuple(handlers),
@@ -179,8 +232,12 @@ class _Replay:
             topic: [each.name for each in handlers if not each.idempotent and not options.handlers]
             for topic, handlers in app.by_topic().items()
         }
-        self.wanted_key = options.key.encode() if isinstance(options.key, str) else options.key
-        self.wanted_id = None if options.message_id is None else message_id(options.message_id.encode())
+        self.wanted_key = (
+            options.key.encode("utf-8", "surrogateescape") if isinstance(options.key, str) else options.key
+        )
+        self.wanted_id = (
+            None if options.message_id is None else message_id(options.message_id.encode("utf-8", "surrogateescape"))
+        )
         now = datetime.now(UTC)
         self.now_ms = int(now.timestamp() * 1000)
         self.findings = Findings(
@@ -188,9 +245,8 @@ class _Replay:
             options.mode,
             now.isoformat(timespec="seconds"),
             {
-                "topics": topics,
-                "from": options.start,
-                "to": options.end,
+                "from": None if options.start == "earliest" else options.start,
+                "to": None if options.end == "latest" else options.end,
                 "partitions": list(options.partitions) or None,
                 "key": None if options.key is None else _shown(options.key),
                 "message_id": options.message_id,
@@ -204,6 +260,8 @@ class _Replay:
         self.precheck: Precheck | None = None
         self.lanes: list[_Lane] = []
         self.reached: dict[Partition, int] = {}  # where it went on after an interruption; what was copied
+        self.rebuilding = ""  # how far a rebuild has come
+        self.silent = 0  # times in a row that Redis did not answer
         self.begun_at = time.monotonic()
         self.saved_at = time.monotonic()
 
@@ -256,6 +314,7 @@ class _Replay:
         await proof.check_countable(session.connection, ledger.where(self.settings.dsn))
         findings.effects = findings.effects or Effects()
         await self._read(source)
+        self._check_selected()
         await self._look_again()
         await self._look_at_sequences()
         await self._compare_history(source)
@@ -317,6 +376,15 @@ class _Replay:
         if short:
             text = "the log ends below the position, so it is not the one that was consumed: " + ", ".join(short[:5])
             self.findings.doubts.append({"kind": "log_too_short", "count": len(short), "text": text})
+
+    def _check_selected(self) -> None:
+        """Raise Misconfigured when a filter let nothing through: no answer is no proof."""
+        if self.wanted_id is not None and not self.findings.counts:
+            raise Misconfigured(
+                "--message-id: no message of the range has that id, for these handlers; nothing was changed"
+            )
+        if self.wanted_key is not None and not self.findings.messages:
+            raise Misconfigured("--key: no message of the range has that key; nothing was changed")
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -415,9 +483,11 @@ class _Replay:
                 lane.proof = await self.session()
             look.begin()
             if self.precheck is not None and self.findings.precheck is not None:
-                look.hits = await self.precheck.known(
-                    [each for each in batch.deliveries if each.outcome is None], time.time()
-                )
+                look.hits = None
+                if self.silent < _SILENT_MAX:
+                    asked = [each for each in batch.deliveries if each.outcome is None]
+                    look.hits = await self.precheck.known(asked, time.time())
+                    self.silent = 0 if look.hits is not None else self.silent + 1
             try:
                 await once.apply(
                     lane.proof,
@@ -435,7 +505,8 @@ class _Replay:
                 failures += 1
                 if failures > once.FAILURES_MAX:
                     raise CannotTell(
-                        f"PostgreSQL: {describe(error.__cause__ or error)}, {failures} times in a row ({self._how_far()})"
+                        f"{ledger.where(self.settings.dsn)}: {error or type(error).__name__}, {failures} times in a row "
+                        f"({self._how_far()})"
                     ) from None
                 await asyncio.sleep(0.05 * 2.0**failures)
                 continue
@@ -532,7 +603,7 @@ class _Replay:
         for start in range(0, len(kept), _CHUNK):
             part = kept[start : start + _CHUNK]
             settled = await self.witness.which_stand([(numbers[handler], id) for (handler, id), _ in part])
-            for (handler, id), (partition, offset, timestamp) in part:
+            for (handler, id), (partition, offset, timestamp, _) in part:
                 outcome = "missing"
                 if (numbers[handler], id) in settled:
                     outcome = "applied"
@@ -571,6 +642,9 @@ class _Replay:
                 policies[topic] = await is_compacted(self.settings, topic)
             return policies[topic]
 
+        ends = None
+        if self.options.end == "latest" and not self.options.partitions:
+            ends = await source.ends(await find_partitions(source, self.topics, None))
         self.told.line("comparing the ledger's rows with the log")
         await history.compare(
             (await self.witness.open()).connection,
@@ -580,6 +654,7 @@ class _Replay:
             self.names.topics,
             self.witness.matched,
             compacted,
+            ends,
         )
         if findings.gone:
             findings.notes.append(
@@ -588,6 +663,15 @@ class _Replay:
 
     def _conclude(self) -> None:
         findings = self.findings
+        dropped = [
+            f"{each.partition.topic}:{each.partition.partition} begins at offset {each.first}"
+            for each in findings.spans
+            if each.first and self.options.start == "earliest"
+        ]
+        if dropped:
+            findings.notes.append(
+                f"the log has dropped its first records, of which nothing can be told: {', '.join(dropped[:8])}"
+            )
         if self.witness.would:
             told = ", ".join(f"{count:,} would {what}" for what, count in sorted(self.witness.would.items()))
             findings.notes.append(f"the handlers of missing messages were called and undone: {told}")
@@ -600,6 +684,7 @@ class _Replay:
 
     async def _rebuild(self, source: Source, partitions: Sequence[Partition]) -> None:
         options = self.options
+        compacted = [topic for topic in self.topics if await is_compacted(self.settings, topic)]
         found = await rebuild_state(
             self.app,
             self.settings,
@@ -611,14 +696,18 @@ class _Replay:
             base=options.base,
             trace=options.trace,
             tell=self.told.line,
-            progress=self.told.progress,
+            progress=self._rebuilding,
         )
-        self.findings.rebuilt = found.as_dict()
+        self.findings.rebuilt = {**found.as_dict(), "compacted": compacted}
         self.findings.notes += found.notes
         self.findings.spans = [
             Span(Partition(each["topic"], each["partition"]), each["from"], each["to"])
             for each in self.findings.rebuilt["ranges"]
         ]
+
+    def _rebuilding(self, phase: str, done: int, total: int) -> None:
+        self.rebuilding = f"in the rebuild ({phase}: {done:,} of {total:,}); nothing was changed"
+        self.told.progress(phase, done, total)
 
     async def _republish(self, source: Source) -> None:
         options, findings = self.options, self.findings
@@ -648,6 +737,7 @@ class _Replay:
             self.reached[done.partition] = done.next
             self._tell_progress()
             self._save()
+        self._check_selected()
 
     def _wanted(self, record: Record) -> bool:
         return self.wanted_key is None or record.key == self.wanted_key
@@ -668,7 +758,7 @@ class _Replay:
         reached = self._reached()
         total = sum(each.length for each in self.findings.spans)
         if not total:
-            return "before anything was read; nothing was changed"
+            return self.rebuilding or "before anything was read; nothing was changed"
         firsts = {each.partition: each.first for each in self.findings.spans}
         done = sum(offset - firsts[each] for each, offset in reached.items())
         applied = self.findings.total("applied_now") + self.findings.total("dead_lettered_now")
@@ -691,14 +781,19 @@ class _Replay:
             "findings": self.findings.as_state(),
             "matched": [[name, p.topic, p.partition, block, n] for (name, p, block), n in self.witness.matched.items()],
             "missing": [
-                [name, id.hex(), p.topic, p.partition, offset, at]
-                for (name, id), (p, offset, at) in self.witness.missing.items()
+                [name, id.hex(), p.topic, p.partition, *rest] for (name, id), (p, *rest) in self.witness.missing.items()
             ],
             "would": self.witness.would,
             "republished": self.findings.republished,
         }
 
     def _go_on_from(self, state: dict[str, Any]) -> None:
+        try:
+            self._restore(state)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise Misconfigured("--resume: the state that was kept cannot be read; begin without --resume") from None
+
+    def _restore(self, state: dict[str, Any]) -> None:
         if state["epoch"] != self.epoch:
             raise Misconfigured(
                 "--resume: PostgreSQL is another one since, or went back in time: begin without --resume"
@@ -719,7 +814,7 @@ class _Replay:
             return
         self.witness.matched = {(n, Partition(t, p), b): count for n, t, p, b, count in state["matched"]}
         self.witness.missing = {
-            (n, bytes.fromhex(i)): (Partition(t, p), o, at) for n, i, t, p, o, at in state["missing"]
+            (n, bytes.fromhex(i)): (Partition(t, p), o, at, f) for n, i, t, p, o, at, f in state["missing"]
         }
         self.witness.would = dict(state["would"])
         self.findings.republished = state["republished"]

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from consumer import ledger, page, terminal
 from consumer.app import App
-from consumer.core.errors import Misconfigured
+from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.core.findings import OUTCOMES, Findings, Verdict
 from consumer.loading import load_app
 from consumer.replay import Options, Told, replay
@@ -123,29 +124,14 @@ def replay_command(
       consumer replay shop:app payments --apply --handler NEW    fill a new handler from the topic's history
       consumer replay shop:app payments refunds --rebuild        compare the tables with what the topics say
     """
-    chosen = [name for name, on in (("--apply", apply), ("--rebuild", rebuild), ("--republish", republish)) if on]
+    chosen = [
+        name for name, on in (("--apply", apply), ("--rebuild", rebuild), ("--republish", republish is not None)) if on
+    ]
     if len(chosen) > 1:
         raise Misconfigured(f"{' and '.join(chosen)}: choose one of them")
-    _only_with(
-        "--rebuild", rebuild, {"--ignore": ignore, "--compare": compare, "--base": base, "--no-trace": not trace}
-    )
-    mode: Any = "republish" if republish else chosen[0][2:] if chosen else "check"
-    if rebuild:
-        narrowed = {
-            "--from": start != "earliest",
-            "--to": end != "latest",
-            "--key": key is not None,
-            "--message-id": message_id is not None,
-            "--partition": bool(partitions),
-            "--resume": resume,
-        }
-        for option, given in narrowed.items():
-            if given:
-                raise Misconfigured(
-                    f"{option} does not go with --rebuild, which compares the state that all messages up to the position have made"
-                )
-    if republish and (handlers or message_id is not None):
-        raise Misconfigured("--republish copies records, whatever their handlers: leave out --handler and --message-id")
+    if rebuild and resume:
+        raise Misconfigured("--resume does not go with --rebuild, which begins anew")
+    mode: Any = chosen[0][2:] if chosen else "check"
     text = None
     if base is not None:
         try:
@@ -173,14 +159,15 @@ def replay_command(
     return _replay(app, load_app(app), settings, topics, options, resume=resume, report=report, as_json=as_json)
 
 
-def _only_with(option: str, on: bool, given: dict[str, Any]) -> None:
-    for name, value in given.items():
-        if value and not on:
-            raise Misconfigured(f"{name} goes with {option}")
-
-
 def _check_writable(path: Path) -> None:
     """Before hours of work, not after them."""
+    try:
+        _check_place(path)
+    except OSError as error:
+        raise Misconfigured(f"--report {str(path)[:80]}: {error.strerror or error}") from None
+
+
+def _check_place(path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir():
         raise Misconfigured(f"--report {path}: no file can be written there")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -210,24 +197,25 @@ async def _replay(
             "consumer: an earlier run of this replay was interrupted; this one begins anew (--resume would go on)",
             markup=False,
         )
-    with _progress() as told:
-        findings = await replay(
-            app,
-            settings,
-            topics,
-            options,
-            Told(told.line, told.progress, kept.save if kept is not None else None),
-            resumed,
-        )
+    try:
+        with _progress() as told:
+            save = kept.save if kept is not None else None
+            findings = await replay(app, settings, topics, options, Told(told.line, told.progress, save), resumed)
+    except ConsumerError as error:
+        if as_json:  # who reads JSON learns of it there too
+            unknown = Verdict.UNKNOWN
+            answer = {"verdict": unknown.value, "exit_code": unknown.exit_code, "answer": str(error)}
+            terminal.print_json({"app": app.name, "mode": options.mode, **answer})
+        raise
     if kept is not None:
         kept.delete()
     found = findings.as_dict()
-    if report is not None:
-        _write(report, page.render(found))
     if as_json:
         terminal.print_json(found)
     else:
         _show(findings, found)
+    if report is not None:  # last: a disk that is full by now must not cost the answer
+        _write(report, page.render(found))
     return findings.verdict().exit_code
 
 
@@ -248,20 +236,23 @@ class _Kept:
             options.republish_to,
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
-        home = os.environ.get("XDG_STATE_HOME")
-        directory = Path(home) if home else Path.home() / ".local" / "state"
-        self._path = directory / "consumer" / f"replay-{digest}.json"
+        self._path = _state_directory() / "consumer" / f"replay-{digest}.json"
         self._told = False
 
     @property
     def exists(self) -> bool:
         """Whether there is something to go on from."""
-        return self._path.exists()
+        try:
+            return self._path.exists()
+        except OSError:
+            return False
 
     def load(self) -> dict[str, Any]:
         """The state. Raises Misconfigured when there is none that can be read."""
         try:
-            found: dict[str, Any] = json.loads(self._path.read_text("utf-8"))
+            found: Any = json.loads(self._path.read_text("utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("not the state of a replay")
         except FileNotFoundError:
             raise Misconfigured(
                 "--resume: no replay with these arguments and services was interrupted; run it without --resume"
@@ -286,6 +277,15 @@ class _Kept:
         """It has come to its end."""
         with suppress(OSError):  # it was never written
             self._path.unlink(missing_ok=True)
+
+
+def _state_directory() -> Path:
+    if home := os.environ.get("XDG_STATE_HOME"):
+        return Path(home)
+    try:
+        return Path.home() / ".local" / "state"
+    except RuntimeError:  # nobody's home: there is no such user
+        return Path("/nonexistent")
 
 
 class _Bar:
@@ -350,12 +350,12 @@ _TITLES = {
     "applied_now": "applied now",
     "dead_lettered_now": "dead letters now",
 }
-_ALWAYS = {"applied", "dead_lettered", "skipped", "missing", "conflicts", "unreadable"}
+_ALWAYS = {"applied", "dead_lettered", "missing"}
 
 
 def _show(findings: Findings, found: dict[str, Any]) -> None:
     where = ", ".join(dict.fromkeys(each["topic"] for each in found["ranges"]))
-    title = f"{findings.app}: {where}, {len(found['ranges'])} partitions, {found['messages']:,} messages in {found['seconds']:.1f} s ({found['messages_per_second']:,}/s)"
+    title = f"{findings.app}: {where}, {_n(len(found['ranges']), 'partition')}, {_n(found['messages'], 'message')} in {found['seconds']:.1f} s ({found['messages_per_second']:,}/s)"
     if found["handlers"]:
         shown = [each for each in OUTCOMES if each in _ALWAYS or findings.total(each)]
         table = Table(
@@ -363,6 +363,7 @@ def _show(findings: Findings, found: dict[str, Any]) -> None:
             *_right("delivered", *[_TITLES[each] for each in shown]),
             title=escape(title),
             title_justify="left",
+            box=box.SIMPLE,
         )
         for name, counts in found["handlers"].items():
             table.add_row(escape(name), *[f"{counts[each]:,}" for each in ("delivered", *shown)])
@@ -388,7 +389,9 @@ def _show(findings: Findings, found: dict[str, Any]) -> None:
     if found["rebuild"] is not None:
         _show_rebuild(found["rebuild"])
     if found["samples"]:
-        table = Table("what", "handler", "from", "message id", "", title="examples", title_justify="left")
+        table = Table(
+            "what", "handler", "from", "message id", "", title="examples", title_justify="left", box=box.SIMPLE
+        )
         for each in found["samples"]:
             place = f"{each['topic']}:{each['partition']}:{each['offset']}"
             table.add_row(each["kind"], escape(each["handler"]), place, each["id"], escape(printable(each["detail"])))
@@ -409,6 +412,7 @@ def _show_rebuild(found: dict[str, Any]) -> None:
         "not compared",
         title="rebuild",
         title_justify="left",
+        box=box.SIMPLE,
     )
     for each in found["tables"]:
         ignored = ", ".join(f"{name} ({why})" for name, why in each["ignored"].items())
@@ -426,6 +430,7 @@ def _show_rebuild(found: dict[str, Any]) -> None:
             "message ids",
             title="differences",
             title_justify="left",
+            box=box.SIMPLE,
         )
         for each in found["differences"]:
             key = ", ".join(f"{name}={value}" for name, value in each["key"].items())
@@ -443,8 +448,12 @@ def _show_rebuild(found: dict[str, Any]) -> None:
         out.print(table)
 
 
+def _n(count: int, one: str) -> str:
+    return f"{count:,} {one if count == 1 else one + 's'}"
+
+
 def _say(text: str) -> None:
-    out.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+    out.print(printable(text), markup=False, highlight=False)
 
 
 def _right(*names: str) -> list[Any]:

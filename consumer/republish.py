@@ -22,7 +22,10 @@ from consumer.settings import Settings
 
 
 class Copied(NamedTuple):
-    """Of one partition: copied up to this offset. refused: records whose header keys are not UTF-8, which no client can send."""
+    """Of one partition: copied up to this offset.
+
+    refused: records that this client cannot send: header keys that are not UTF-8, or neither key nor value.
+    """
 
     partition: Partition
     next: int
@@ -69,7 +72,7 @@ async def republish(
                 if not wanted(record):
                     continue
                 headers = _headers(record, fallback)
-                if headers is None:
+                if headers is None or (record.key is None and record.value is None):
                     refused += 1
                     continue
                 place = record.partition if same else record.partition % len(partitions) if record.key is None else None

@@ -45,7 +45,8 @@ class Witness:
     topics: Mapping[str, int] = field(default_factory=dict)
     horizon: dict[Partition, int | None] = field(default_factory=dict)
     matched: dict[history.Block, int] = field(default_factory=dict)  # rows made by the very records that were read
-    missing: dict[tuple[str, bytes], tuple[Partition, int, int]] = field(default_factory=dict)  # -> offset, timestamp
+    # handler and id -> partition, offset, timestamp, fingerprint
+    missing: dict[tuple[str, bytes], tuple[Partition, int, int, int]] = field(default_factory=dict)
     would: dict[str, int] = field(default_factory=dict)  # what the handlers of missing messages would do
     writing: set[Session] = field(
         default_factory=set
@@ -96,8 +97,8 @@ class Look:
         self.missing: list[Delivery] = []  # to be rehearsed, or stored
         self.hits: set[Delivery] | None = set()  # of the pre-check
         self.others: list[Delivery] = []  # all but those that the ledger has as applied, by the very same record
-        self.clashing: list[Delivery] = []
-        self.buried: set[Delivery] = set()  # those of them that are dead letters
+        self.clashing: set[Delivery] = set()  # with the payload of a message that is missing too
+        self.buried: set[Delivery] = set()  # of which there is a dead letter
         self.begin()
 
     def begin(self) -> None:
@@ -138,28 +139,38 @@ class Look:
     # -- after it ---------------------------------------------------------------------------------------------------
 
     async def sort(self) -> None:
-        """Find what is missing, and whether what clashes is a dead letter."""
+        """Find what is missing, and whether what should be a dead letter is one."""
         witness, standing = self.witness, self.standing
         self.others = [each for each in self.deliveries if standing.get(each) is not REDELIVERED]
         self.others += [each for each in self.unreadable if standing.get(each) is REDELIVERED]
         seen: set[tuple[str, bytes]] = set()
+        doubtful: list[Delivery] = []  # of which there should be a dead letter
         for delivery in self.others:
             what = self._what(delivery)
-            if what is not None and what.clashes:
-                self.clashing.append(delivery)
+            if what is not None and (what.clashes or what.dead):
+                doubtful.append(delivery)
             if delivery not in self.absent or witness.in_doubt(delivery):
                 continue
             key = (delivery.handler.name, delivery.id)
-            if key not in witness.missing and key not in seen:
+            before = witness.missing.get(key)
+            if before is not None and before[3] != delivery.fingerprint:
+                self.clashing.add(delivery)  # with one that is missing itself
+                if witness.storing:
+                    self.missing.append(delivery)
+            elif before is None and key not in seen:
                 seen.add(key)
                 self.missing.append(delivery)
                 if witness.storing:  # on its way: not to be taken up again
-                    witness.missing[key] = (self.partition, delivery.record.offset, delivery.record.timestamp)
-        if self.clashing:
-            self.buried = await witness.letters(self.clashing)
+                    witness.missing[key] = _missed(self.partition, delivery)
+        if doubtful:
+            self.buried = await witness.letters(doubtful)
             if witness.storing:
-                self.missing += [each for each in self.clashing if each not in self.buried]
-                self.missing.sort(key=lambda each: each.record.offset)
+                clashing = [each for each in doubtful if each not in self.buried and self._clashes(each)]
+                self.missing = sorted([*self.missing, *clashing], key=lambda each: each.record.offset)
+
+    def _clashes(self, delivery: Delivery) -> bool:
+        what = self._what(delivery)
+        return delivery in self.clashing or (what is not None and what.clashes)
 
     def _what(self, delivery: Delivery) -> Standing | None:
         """What stands for a delivery; that of the first with its id where several stand in one chunk."""
@@ -204,22 +215,20 @@ class Look:
                 continue
             what = self._what(delivery)
             record = delivery.record
-            if what is None:
-                if delivery in self.absent:
-                    outcome = self._absent(delivery)
-                    if outcome == "missing":
-                        continue
-                else:
-                    outcome = "unknown" if witness.in_doubt(delivery) else "repeated"
+            if what is not None and what.here:
+                here.setdefault(delivery.handler.name, []).append(record.offset)
+            if self._clashes(delivery):
+                outcome = self._clash(delivery)
+            elif what is not None:
+                outcome = "unreadable" if delivery in self.unreadable else "dead_lettered" if what.dead else "applied"
+                if what.dead and delivery not in self.buried:
+                    self._unsettled(delivery, "its dead letter is gone")
+            elif delivery in self.absent:
+                outcome = self._absent(delivery)
+                if outcome == "missing":
+                    continue
             else:
-                if what.here:
-                    here.setdefault(delivery.handler.name, []).append(record.offset)
-                if delivery in self.unreadable:
-                    outcome = "unreadable"
-                elif what.clashes:
-                    outcome = self._clash(delivery)
-                else:
-                    outcome = "dead_lettered" if what.dead else "applied"
+                outcome = "unknown" if witness.in_doubt(delivery) else "repeated"
             counts.setdefault(delivery.handler.name, {}).setdefault(outcome, []).append(record.timestamp)
         for name, by_outcome in counts.items():
             for outcome, timestamps in by_outcome.items():
@@ -233,18 +242,22 @@ class Look:
 
     def _absent(self, delivery: Delivery) -> str:
         findings = self.witness.findings
-        if delivery in self.unreadable:
-            self._unsettled(delivery, delivery.outcome)
-            return "unreadable"
         if self.witness.in_doubt(delivery):
             findings.sample("unknown", **place(delivery), detail="from before the ledger began")
             return "unknown"
-        return "missing" if delivery in self._missing_now else "repeated"
+        if delivery in self.unreadable:
+            self._unsettled(delivery, f"would {would_text(delivery.outcome)}")
+            return "unreadable"
+        if delivery in self._missing_now:
+            return "missing"
+        # Another lane, or a chunk before, was first with this id.
+        first = self.witness.missing.get((delivery.handler.name, delivery.id))
+        return self._clash(delivery) if first is not None and first[3] != delivery.fingerprint else "repeated"
 
-    def _unsettled(self, delivery: Delivery, would: Outcome | None) -> None:
+    def _unsettled(self, delivery: Delivery, detail: str) -> None:
         findings = self.witness.findings
         findings.unsettled += 1
-        findings.sample("unsettled", **place(delivery), detail=f"would {would_text(would)}")
+        findings.sample("unsettled", **place(delivery), detail=detail)
 
     @cached_property
     def _missing_now(self) -> set[Delivery]:
@@ -269,13 +282,13 @@ class Look:
             if isinstance(outcome, Dead) and outcome.reason in _UNREADABLE:
                 findings.count(delivery.handler.name, self.partition, "unreadable")
                 findings.times.add([record.timestamp], "unreadable")
-                self._unsettled(delivery, outcome)
+                self._unsettled(delivery, f"would {would_text(outcome)}")
                 continue
             ahead = findings.is_ahead(self.partition, record.offset)
             findings.count(delivery.handler.name, self.partition, "missing")
             findings.ahead += ahead
             if len(witness.missing) < _MISSING_MAX:
-                witness.missing[key] = (self.partition, record.offset, record.timestamp)
+                witness.missing[key] = _missed(self.partition, delivery)
             else:
                 findings.inexact = True
                 findings.times.add([record.timestamp], "missing")
@@ -301,6 +314,10 @@ class Look:
                 self.witness.findings.sample(
                     "precheck_wrong", **place(each), detail="Redis has a mark, the ledger has no row"
                 )
+
+
+def _missed(partition: Partition, delivery: Delivery) -> tuple[Partition, int, int, int]:
+    return partition, delivery.record.offset, delivery.record.timestamp, delivery.fingerprint
 
 
 def would_text(outcome: Outcome | None) -> str:

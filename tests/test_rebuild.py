@@ -29,10 +29,11 @@ from harness import (
 from services import Kafka
 
 from consumer import App, Message, Reject, Retry, Settings, Tx
+from consumer.core.bounds import Span
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.message import Partition
 from consumer.kafka import Source
-from consumer.rebuild import Rebuilt, rebuild
+from consumer.rebuild import Rebuilt, _in_time_order, rebuild
 from handlers import app as billing
 
 INSERT = "insert into effects values ($1, $2, $3)"
@@ -159,7 +160,8 @@ async def test_a_state_that_the_messages_made_agrees(place: Place) -> None:
     await consume_all(app, place.settings())
     before = await everything(place.dsn)
     phases: list[tuple[str, int, int]] = []
-    found = await rebuilt(place, app, progress=lambda *each: phases.append(each))
+    settings = place.settings(batch_messages_max=100)  # repeated in the same batch, and in others
+    found = await rebuilt(place, app, settings=settings, progress=lambda *each: phases.append(each))
     assert found.agrees and not found.differences and not found.unknown
     assert (found.messages, found.applied, found.repeated) == (350, 300, 50)
     assert sum(each["to"] - each["from"] for each in found.ranges) == 350
@@ -555,7 +557,11 @@ async def test_tables_without_a_key_count_rows_that_are_alike(place: Place) -> N
 
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         n = body["n"]
-        tx.defer("insert into loose values ($1::int, '{\"a\": 1}', point(1, $1::int), $2, '{x,null}')", n % 3, str(n % 3) * 300)
+        tx.defer(
+            "insert into loose values ($1::int, '{\"a\": 1}', point(1, $1::int), $2, '{x,null}')",
+            n % 3,
+            str(n % 3) * 300,
+        )
         tx.defer("update loose set n = 100 where n = 2")
         await tx.execute("insert into ticks default values")
         await tx.execute("insert into strict values ($1)", n)  # a null cannot even be planned for it
@@ -685,6 +691,41 @@ async def test_a_message_that_needs_one_of_another_topic_is_tried_again_in_its_p
 async def waits(place: Place, app: App, topic: str) -> bool:
     rows = await query(place.dsn, "select 1 from consumer.positions where app = $1 and topic = $2", app.name, topic)
     return bool(rows)
+
+
+async def test_topics_are_merged_by_the_times_of_their_records_and_no_more_is_kept_than_may_be(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = await place.topic(2), await place.topic()
+    for topic, number in [(first, 0), (second, 0), (first, 0), (first, 1), (second, 0)]:
+        await place.send(topic, *[Sent({"n": n}, partition=number) for n in range(1500)])
+        await asyncio.sleep(0.002)  # the times are milliseconds
+    paused: list[Partition] = []
+    settings = place.settings(buffer_messages_max=10, batch_messages_max=700, kafka_partition_fetch_bytes_max=20_000)
+    spans = [
+        Span(Partition(first, 0), 0, 3000),
+        Span(Partition(first, 1), 0, 1400),
+        Span(Partition(second, 0), 100, 3000),
+    ]
+    read: dict[Partition, list[int]] = {}
+    latest = 0
+    async with reader(settings) as source:
+        pause = source.pause
+
+        def noted(partition: Partition) -> None:
+            paused.append(partition)
+            pause(partition)
+
+        monkeypatch.setattr(source, "pause", noted)
+        async for those in _in_time_order(source, spans, settings, lambda partition, offset: None):
+            records = [each for those_of_it in those.values() for each in those_of_it]
+            assert 0 < len(records) <= 700
+            assert latest <= min(each.timestamp for each in records)
+            latest = max(each.timestamp for each in records)
+            for partition, those_of_it in those.items():
+                read.setdefault(partition, []).extend(each.offset for each in those_of_it)
+    assert read == {each.partition: list(range(each.first, each.end)) for each in spans}
+    assert len(paused) > len(spans)  # of which each was paused once at its end
 
 
 async def test_what_is_settled_above_a_position_counts_and_what_is_not_does_not(place: Place) -> None:
@@ -836,7 +877,7 @@ WRITE_BOTH = (INSERT, UPDATE)
         ("select hidden($1::bigint::int)", "public.accounts"),
         ("select nextval('tickets') + $1", "cannot execute nextval"),
         ("select setval('tickets', $1)", "cannot execute setval"),
-        ("select pg_advisory_xact_lock($1)", "takes advisory locks"),
+        ("select pg_advisory_xact_lock($1)", "handler 'handle' takes advisory locks"),
         ("select wait_for($1::bigint::int)", "takes advisory locks"),
         ("select count(*) + $1 from consumer.ledger", "consumer.ledger, which is the framework's own"),
         ("update consumer.positions set next_offset = $1", "consumer.positions, which is the framework's own"),
@@ -911,7 +952,7 @@ async def test_a_deferred_write_is_refused_with_the_name_of_its_own_handler(plac
 
     await place.send(topic, payment("a"), payment("b"))
     await settled(place, app)
-    with pytest.raises(Misconfigured, match="handler 'audit' names public.effects"):
+    with pytest.raises(Misconfigured, match=r"handler 'audit' names public\.effects"):
         await rebuilt(place, app)
     assert (await rebuilt(place, app, handlers=["settle"])).applied == 2
 

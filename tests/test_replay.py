@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 import time
 import uuid
 from collections.abc import Mapping
@@ -274,7 +276,7 @@ async def test_every_outcome_is_counted_once_and_under_its_own_name(place: Place
 
     found = await run(place, app, topic, mode="apply")
     assert (found.total("applied_now"), found.total("dead_lettered_now")) == (1, 4)
-    assert found.ok
+    assert [each["kind"] for each in found.problems()] == ["dead_lettered_now"]  # somebody must look at those
     assert len(await letters(place.dsn)) == 8
     assert (await run(place, app, topic)).ok
 
@@ -381,14 +383,128 @@ async def test_aborted_transactions_and_markers_are_passed_over(place: Place) ->
     await producer.stop()
 
 
-async def test_a_compacted_log_may_lack_what_the_ledger_has(place: Place) -> None:
-    topic = await place.topic(**{"cleanup.policy": "compact"})
+@pytest.mark.parametrize("policy", ["compact", "delete"])
+async def test_a_compacted_log_may_lack_what_the_ledger_has(place: Place, policy: str) -> None:
+    topic = await place.topic(**{"cleanup.policy": policy})
     app = app_of(topic)
-    await place.send(topic, payment("a"), payment("b"))
+    producer = AIOKafkaProducer(bootstrap_servers=place.kafka, transactional_id=uuid.uuid4().hex)
+    await producer.start()
+    async with producer.transaction():
+        for name in ("a", "b"):
+            sent = payment(name)
+            await producer.send_and_wait(topic, sent.value, key=name.encode(), headers=sent.headers)
+    await producer.stop()
     await consume_all(app, place.settings())
-    await query(place.dsn, """update consumer.ledger set "offset" = 77 where id = $1 returning id""", hashed("a"))
-    # Its row now names an offset that the range does not reach: told only where a record of the range is gone.
     assert (await run(place, app, topic)).ok
+    # Its row now names the marker's offset, as if its record were gone.
+    await query(place.dsn, """update consumer.ledger set "offset" = 2 where id = $1 returning id""", hashed("a"))
+    found = await run(place, app, topic)
+    assert found.ok is (policy == "compact")
+    assert found.gone == (policy == "compact")
+
+
+@pytest.mark.parametrize(("partition", "offset"), [(0, 999_999), (77, 0), (1, 40)])
+async def test_a_ledger_row_that_names_no_place_of_the_log_is_found(
+    settled: tuple[Place, App, str], partition: int, offset: int
+) -> None:
+    place, app, topic = settled
+    await query(
+        place.dsn,
+        """insert into consumer.ledger (fingerprint, "offset", applied_at, partition, handler, topic, id)
+           select 1, $1, now(), $2, handler, topic, $3 from consumer.ledger limit 1 returning id""",
+        offset,
+        partition,
+        hashed("never sent"),
+    )
+    found = await run(place, app, topic)
+    assert [each["kind"] for each in found.problems()] == ["rows_without_message"]
+    assert found.samples[-1]["detail"] == "the log has no such offset"
+
+
+async def test_a_filter_that_lets_nothing_through_is_no_proof(settled: tuple[Place, App, str]) -> None:
+    place, app, topic = settled
+    for narrowed in ({"message_id": "nope"}, {"key": "nope"}):
+        with pytest.raises(Misconfigured, match="no message of the range has that"):
+            await run(place, app, topic, **narrowed)
+    with pytest.raises(Misconfigured, match="no message of the range has that key"):
+        await run(place, app, topic, mode="republish", republish_to=await place.topic(), key="nope")
+    with pytest.raises(Misconfigured, match="not empty"):
+        await run(place, app, topic, message_id="")
+
+
+async def test_a_tombstone_with_a_used_id_is_a_conflict_until_it_is_a_dead_letter(place: Place) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, payment("a"))
+    await consume_all(app, place.settings())
+    await place.send(topic, Sent(None, id="a", key="k"))
+    assert (await run(place, app, topic)).unsettled == 1
+    await consume_all(app, place.settings())
+    found = await run(place, app, topic)
+    assert found.ok and counts(found) == {"delivered": 2, "applied": 1, "conflicts": 1}
+
+
+@pytest.mark.parametrize("chunk", [1, 4096])
+async def test_an_id_with_two_payloads_is_settled_by_one_apply(
+    place: Place, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(replay_module, "_CHUNK", chunk)
+    topic = await place.topic(2)
+    app = app_of(topic)
+    await place.send(topic, payment("x", id="same", partition=0), payment("y", id="same", partition=1))
+    await place.send(topic, payment("z", id="same", partition=0))
+    found = await run(place, app, topic)
+    assert (found.total("missing"), found.total("conflicts"), found.unsettled) == (1, 2, 2)
+    found = await run(place, app, topic, mode="apply")
+    assert (found.total("applied_now"), found.total("dead_lettered_now")) == (1, 2)
+    assert (await run(place, app, topic)).ok
+    assert len(await place.effects()) == 1 and len(await letters(place.dsn)) == 2
+
+
+async def test_a_dead_letter_that_is_gone_is_told(settled: tuple[Place, App, str]) -> None:
+    place, app, topic = settled
+    await query(place.dsn, "delete from consumer.dead_letters returning 1")
+    found = await run(place, app, topic)
+    assert [each["kind"] for each in found.problems()] == ["unsettled"]
+    assert found.samples[-1]["detail"] == "its dead letter is gone"
+
+
+async def test_an_unreadable_message_from_before_the_ledger_cannot_be_told(place: Place) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, Sent(None, id="old", key="k"), payment("new"))
+    await commit(place, app.name, topic, 1)
+    await consume_all(app, place.settings())
+    found = await run(place, app, topic)
+    assert counts(found) == {"delivered": 2, "applied": 1, "unknown": 1} and found.verdict().exit_code == 2
+
+
+async def test_a_redis_that_hangs_is_not_asked_for_ever(
+    place: Place, own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}") for n in range(40)])
+    settings = {"redis_url": own_valkey.url}
+    await consume_all(app, place.settings(**settings))
+    monkeypatch.setattr(replay_module, "_CHUNK", 1)
+    monkeypatch.setattr(replay_module, "_PRECHECK_SECONDS", 0.05)
+    asked = 0
+    original = replay_module.Precheck.known
+
+    async def known(self: Any, *args: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        return await original(self, *args)
+
+    monkeypatch.setattr(replay_module.Precheck, "known", known)
+    os.kill(own_valkey.pid, signal.SIGSTOP)
+    try:
+        found = await run(place, app, topic, settings=settings)
+    finally:
+        os.kill(own_valkey.pid, signal.SIGCONT)
+    assert found.ok and found.precheck is not None and found.precheck["unanswered"] == 40
+    assert asked == 3
 
 
 # -- what it repairs ----------------------------------------------------------------------------------------------------
@@ -432,7 +548,8 @@ async def test_what_fails_is_retried_in_order_and_then_a_dead_letter(
     sent = [payment("late", 1), payment("after late", 1), payment("other", 2), payment("hopeless", 3), payment("d", 3)]
     await place.send(topic, *sent)
     found = await run(place, app, topic, mode="apply")
-    assert counts(found) == {"delivered": 5, "applied_now": 4, "dead_lettered_now": 1} and found.ok
+    assert counts(found) == {"delivered": 5, "applied_now": 4, "dead_lettered_now": 1}
+    assert found.verdict().exit_code == 1
     order = dict(await query(place.dsn, "select id, amount from effects"))
     assert order["other"] < order["late"] < order["after late"]
     assert tries["hopeless"] == 3 and await place.reasons() == ["failed"]
@@ -670,8 +787,8 @@ async def test_a_copied_topic_is_applied_by_nobody_twice(place: Place, partition
         assert len(await place.effects()) == 60
     found = await run(place, app, copy)
     assert counts(found) == {"delivered": 60, "applied": 60} and found.ok
-    narrowed = await run(place, app, topic, mode="republish", republish_to=copy, key="3", start="1", end="2")
-    assert narrowed.republished is not None and narrowed.republished["copied"] <= 1
+    narrowed = await run(place, app, topic, mode="republish", republish_to=copy, key="3")
+    assert narrowed.republished is not None and narrowed.republished["copied"] == 10
 
 
 async def test_a_copy_that_would_be_applied_again_is_refused(place: Place) -> None:
@@ -707,6 +824,18 @@ async def test_verify_is_the_same_as_a_call(settled: tuple[Place, App, str], tmp
     assert (await verify(app, topic, settings=place.settings(), apply=True)).ok
     with pytest.raises(Misconfigured, match="choose one"):
         await verify(app, topic, settings=place.settings(), apply=True, rebuild=True)
+    for heedless in (
+        {"rebuild": True, "start": 3},
+        {"rebuild": True, "key": "a"},
+        {"rebuild": True, "partitions": [0]},
+        {"ignore": ["a"]},
+        {"base": "select 1"},
+        {"key": 5},
+        {"message_id": b"x"},
+        {"partitions": [-1]},
+    ):
+        with pytest.raises(Misconfigured):
+            await verify(app, topic, settings=place.settings(), **heedless)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("batch", [None, 7])
@@ -843,3 +972,93 @@ async def test_a_log_that_ends_below_the_position_is_doubted(settled: tuple[Plac
     await query(place.dsn, "update consumer.positions set next_offset = 1000 where partition = 1")
     found = await run(place, app, topic)
     assert [each["kind"] for each in found.unknowns()] == ["log_too_short"] and found.verdict().exit_code == 2
+
+
+# -- what only a rebuild meets --------------------------------------------------------------------------------------------
+
+
+def shop_of(pays: str, refunds: str) -> App:
+    """A refund needs its payment, which comes from another topic or partition: without it, it is rejected."""
+    app = App(f"app-{uuid.uuid4().hex[:8]}")
+
+    @app.handler(pays, name="settle")
+    async def settle(payment: Payment, tx: Tx) -> None:
+        if payment.amount > 0:
+            tx.defer(INSERT, payment.id, payment.account, payment.amount)
+        elif not await tx.fetchval("select true from effects where id = $1", payment.id.removeprefix("r-")):
+            raise Reject("no such payment")
+        else:
+            await tx.execute(INSERT, payment.id, payment.account, payment.amount)
+
+    if refunds != pays:
+        app.handler(refunds, name="refund")(settle)
+    return app
+
+
+@pytest.mark.parametrize("where", ["payments first", "refunds first", "one topic"])
+async def test_a_rebuild_does_not_depend_on_the_names_of_topics(place: Place, where: str) -> None:
+    first, second = sorted([await place.topic(2), await place.topic(2)])
+    pays, refunds = {"payments first": (first, second), "refunds first": (second, first), "one topic": (first, first)}[
+        where
+    ]
+    app = shop_of(pays, refunds)
+    await place.send(pays, *[payment(f"p{n}", partition=1) for n in range(30)])
+    await consume_all_of(app, place, pays, 30)
+    await place.send(refunds, *[payment(f"r-p{n}", amount=-5, partition=0) for n in range(30)])
+    await consume_all(app, place.settings()) if where == "one topic" else await consume_all_of(app, place, refunds, 30)
+    assert await value(place.dsn, "select count(*) from effects") == 60
+    found = await run(place, app, *{pays, refunds}, mode="rebuild")
+    assert found.ok, found.answer()
+
+
+async def consume_all_of(app: App, place: Place, topic: str, messages: int) -> None:
+    """Run a worker until so many messages of a topic are settled; other topics of the app may be empty."""
+    async with working(app, place.settings()):
+
+        async def settled() -> bool:
+            at = await value(
+                place.dsn, "select coalesce(sum(next_offset), 0) from consumer.positions where topic = $1", topic
+            )
+            return bool(at >= messages)
+
+        await until("the messages to be settled", settled)
+
+
+async def test_what_is_rejected_in_the_rebuild_alone_makes_it_uncertain(place: Place) -> None:
+    topic = await place.topic()
+    app = App(f"app-{uuid.uuid4().hex[:8]}")
+    changed_its_mind = False
+
+    @app.handler(topic, name="settle")
+    async def settle(payment: Payment, tx: Tx) -> None:
+        if changed_its_mind:
+            raise Reject("not any more")
+        tx.defer(INSERT, payment.id, payment.account, payment.amount)
+
+    await place.send(topic, payment("a"))
+    await consume_all(app, place.settings())
+    changed_its_mind = True
+    found = await run(place, app, topic, mode="rebuild")
+    assert found.verdict().exit_code == 2 and "although the ledger has it as applied" in found.answer()
+
+
+async def test_a_group_that_only_a_replay_has_filled_can_be_rebuilt(place: Place) -> None:
+    topic = await place.topic(2)
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}", n) for n in range(20)])
+    assert (await run(place, app, topic, mode="apply")).total("applied_now") == 20
+    found = await run(place, app, topic, mode="rebuild")
+    assert found.ok and found.messages == 20, found.answer()
+    await query(place.dsn, "delete from effects where id = 'p7' returning 1")
+    assert (await run(place, app, topic, mode="rebuild")).verdict().exit_code == 1
+
+
+async def test_a_compacted_log_makes_a_difference_uncertain(place: Place) -> None:
+    topic = await place.topic(**{"cleanup.policy": "compact"})
+    app = app_of(topic)
+    await place.send(topic, payment("a"), payment("b"))
+    await consume_all(app, place.settings())
+    assert (await run(place, app, topic, mode="rebuild")).ok
+    await query(place.dsn, "insert into effects values ('of a record that is gone', 1, 1) returning 1")
+    found = await run(place, app, topic, mode="rebuild")
+    assert found.verdict().exit_code == 2 and "is compacted" in found.answer()

@@ -136,6 +136,14 @@ async def test_what_cannot_be_told_is_exit_code_2(shop: Shop) -> None:
         (["--resume"], "no replay with these arguments"),
         (["--apply", "--rebuild"], "choose one of them"),
         (["--ignore", "a"], "--ignore goes with --rebuild"),
+        (["--no-trace"], "--no-trace goes with --rebuild"),
+        (["--message-id", "nope"], "no message of the range has that id"),
+        (["--key", "nope"], "no message of the range has that key"),
+        (["--key", "\udcff"], "no message of the range has that key"),
+        (["--rebuild", "--assume-unapplied"], "--assume-unapplied does not go with --rebuild"),
+        (["--rebuild", "--resume"], "--resume does not go with --rebuild"),
+        (["--republish", ""], "name the topic to copy to"),
+        (["--report", "x" * 300], "--report"),
         (["--rebuild", "--from", "3"], "--from does not go with --rebuild"),
         (["--rebuild", "--base", "nowhere.sql"], "--base nowhere.sql"),
         (["--report", "nowhere/x.html"], "--report nowhere/x.html"),
@@ -165,6 +173,34 @@ async def test_a_database_without_the_ledger_is_one_line(shop: Shop, postgres: A
     name = f"empty_{uuid.uuid4().hex[:8]}"
     await query(postgres.dsn(), f"create database {name}")
     is_one_line(shop.replay(CONSUMER_POSTGRES_DSN=postgres.dsn(name)), "has no ledger yet: run `consumer migrate`")
+
+
+async def test_a_kept_state_that_is_no_state_is_one_line(shop: Shop) -> None:
+    shop.replay("--from", "1")  # makes the directory
+    process_state = shop.directory / "state" / "consumer"
+    process_state.mkdir(parents=True, exist_ok=True)
+    from consumer.replay import Options
+    from consumer.replay_command import _Kept
+
+    settings = shop.place.settings(redis_url=None)
+    name = _Kept(f"{shop.module}:app", settings, [shop.topic], Options())._path.name
+    for text in ("null", "{}", "[]", "{", '{"epoch": 1}'):
+        (process_state / name).write_text(text)
+        is_one_line(shop.replay("--resume"), "--resume")
+
+
+async def test_who_reads_json_learns_of_an_error_there_too(shop: Shop) -> None:
+    result = shop.replay("--json", "--from", "latest")
+    found = json.loads(result.stdout)
+    assert (found["verdict"], found["exit_code"], result.returncode) == ("unknown", 2, 2)
+    assert "the range is empty" in found["answer"] and "the range is empty" in result.stderr
+
+
+async def test_without_a_home_it_only_cannot_be_resumed(shop: Shop) -> None:
+    del shop.environment["XDG_STATE_HOME"]
+    result = shop.replay(HOME="/proc/nowhere")
+    assert result.returncode == 0
+    assert "cannot be resumed" in result.stderr
 
 
 async def test_ctrl_c_says_how_far_it_came_and_resume_goes_on(place: Place, tmp_path: Path) -> None:

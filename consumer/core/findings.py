@@ -52,7 +52,7 @@ class Effects:
     """What the transactions wrote in which nothing was to be done: by the database's own count.
 
     rows: table -> rows inserted, updated, deleted. otherwise: transactions that PostgreSQL gave an id although no row was
-    counted (TRUNCATE, a lock, a notification). claims: ids that were claimed although the ledger held them.
+    counted (TRUNCATE, a row lock). claims: ids that were claimed although the ledger held them.
     """
 
     transactions: int = 0
@@ -156,7 +156,7 @@ class Findings:
         add(
             "effects_otherwise",
             effects.otherwise,
-            f"{_n(effects.otherwise, 'transaction')} wrote something that is no row (TRUNCATE, a lock, a notification) for messages that were applied before",
+            f"{_n(effects.otherwise, 'transaction')} wrote something that is no row (TRUNCATE, a row lock) for messages that were applied before",
         )
         add(
             "claims",
@@ -184,15 +184,36 @@ class Findings:
         add(
             "precheck_wrong",
             wrong,
-            f"Redis says of {_n(wrong, 'message')} that they were applied, and the ledger says no: `consumer migrate --new-epoch` ends its marks",
+            f"Redis has a mark for {_n(wrong, 'message')} that the ledger does not hold: `consumer migrate --new-epoch` ends its marks",
         )
-        for table in (self.rebuilt or {}).get("tables", ()):
-            for kind in ("missing", "extra", "different"):
-                text = f"{table['table']}: {_n(table[kind], 'row')} {_DIFFERENCE[kind]}"
-                add("differences", table[kind], text)
+        for table, kind, count in self._differences() if self._conclusive() else ():
+            add("differences", count, f"{table}: {_n(count, 'row')} {_DIFFERENCE[kind]}")
+        dead = self.total("dead_lettered_now")
+        add(
+            "dead_lettered_now",
+            dead,
+            f"{_n(dead, 'message')} could not be applied: dead letters now, see `consumer dlq list`",
+        )
         refused = (self.republished or {}).get("refused", 0)
-        add("not_copied", refused, f"{_n(refused, 'record')} could not be copied: their header keys are not UTF-8")
+        add(
+            "not_copied",
+            refused,
+            f"{_n(refused, 'record')} could not be copied: header keys that are not UTF-8, or neither key nor value",
+        )
         return found
+
+    def _differences(self) -> list[tuple[str, str, int]]:
+        return [
+            (table["table"], kind, table[kind])
+            for table in (self.rebuilt or {}).get("tables", ())
+            for kind in ("missing", "extra", "different")
+            if table[kind]
+        ]
+
+    def _conclusive(self) -> bool:
+        """Whether a difference means something: not where messages could not be rebuilt, or were compacted away."""
+        rebuilt = self.rebuilt or {}
+        return not rebuilt.get("failed") and not rebuilt.get("compacted")
 
     def _missing(self, missing: int) -> str:
         by_handler = {
@@ -216,11 +237,20 @@ class Findings:
                     "kind": "before_ledger",
                     "count": unknown,
                     "text": f"{_n(unknown, 'delivery', 'deliveries')} from before the ledger began in their partition: whether they were "
-                    "applied cannot be told. --from position or a later offset leaves them out, --rebuild compares the "
-                    "state itself, --assume-unapplied takes them for missing",
+                    "applied cannot be told. A later --from leaves them out, --rebuild compares the state itself, "
+                    "--assume-unapplied takes them for missing",
                 }
             )
         found += (self.rebuilt or {}).get("unknown", ())
+        differences = self._differences()
+        if differences and not self._conclusive():
+            rows = sum(count for *_, count in differences)
+            why = (
+                f"the log of {', '.join(self.rebuilt['compacted'])} is compacted, so records are missing from it by design"
+                if self.rebuilt and self.rebuilt.get("compacted")
+                else "messages failed in the rebuild"
+            )
+            found.append({"kind": "differences", "count": rows, "text": f"{_n(rows, 'row')} differ, and {why}"})
         return found
 
     def verdict(self) -> Verdict:
@@ -249,9 +279,7 @@ class Findings:
                 return "Could not tell: " + "; ".join(each["text"] for each in self.unknowns()[:3])
             case _, "apply":
                 now = self.total("applied_now")
-                dead = self.total("dead_lettered_now")
-                text = f"{_n(now, 'message')} applied now" if now or dead else "Nothing was missing"
-                return text + (f", {_n(dead, 'dead letter')} made now" if dead else "") + "; nothing is missing"
+                return f"{_n(now, 'message')} applied now; nothing is missing" if now else "Nothing was missing"
             case _, "rebuild":
                 return "The state is what the topic says: no row is missing, extra or different"
             case _, "republish":
@@ -286,7 +314,7 @@ class Findings:
                     "from": each.first,
                     "to": each.end,
                     "position": self.positions.get(each.partition),
-                    "read": self.read.get(each.partition, 0),
+                    "read": None if self.mode == "rebuild" else self.read.get(each.partition, 0),
                 }
                 for each in self.spans
             ],

@@ -16,7 +16,7 @@ import msgspec
 
 from consumer.app import App
 from consumer.core.errors import Misconfigured
-from consumer.core.message import Message, Partition, LogRecord, Record
+from consumer.core.message import LogRecord, Message, Partition, Record
 
 STEPS = ("begun", "claimed", "handled", "before_commit", "committed")
 """Where a crash can be asked for, in the order in which a transaction passes them. Only after the last is it stored."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from consumer.app import App
 from consumer.core.errors import Misconfigured
-from consumer.core.message import Partition, LogRecord
+from consumer.core.message import LogRecord, Partition
 from consumer.settings import Settings
 from consumer.testing.life import Key, Life, Round, Written
 from consumer.testing.messages import STEPS, TOLD_MAX, Delivered, Outside, Sent, lines, partition_of, record_of
