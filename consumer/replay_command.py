@@ -389,13 +389,11 @@ def _show(findings: Findings, found: dict[str, Any]) -> None:
     if found["rebuild"] is not None:
         _show_rebuild(found["rebuild"])
     if found["samples"]:
-        table = Table(
-            "what", "handler", "from", "message id", "", title="examples", title_justify="left", box=box.SIMPLE
-        )
-        for each in found["samples"]:
+        _say("")
+        for each in sorted(found["samples"], key=lambda each: each["kind"]):  # lines, since a table would cut the ids
             place = f"{each['topic']}:{each['partition']}:{each['offset']}"
-            table.add_row(each["kind"], escape(each["handler"]), place, each["id"], escape(printable(each["detail"])))
-        out.print(table)
+            _say(f"  {each['kind']}: {each['handler']} {place} {each['id']}: {each['detail']}")
+        _say("")
     for note in found["notes"]:
         _say(f"note: {note}")
     for problem in found["problems"] + found["unknown"]:
@@ -406,8 +404,8 @@ def _show(findings: Findings, found: dict[str, Any]) -> None:
 
 def _show_rebuild(found: dict[str, Any]) -> None:
     table = Table(
-        "table",
-        *_right("rows", "rebuilt", "missing", "extra", "different"),
+        Column("table", overflow="fold"),
+        *_right("rows", "rebuilt", "missing", "extra", "differ"),
         "matched by",
         "not compared",
         title="rebuild",
@@ -421,31 +419,17 @@ def _show_rebuild(found: dict[str, Any]) -> None:
             escape(each["table"]), *numbers, escape(", ".join(each["matched_by"] or ["all columns"])), escape(ignored)
         )
     out.print(table)
-    if found["differences"]:
-        table = Table(
-            "table",
-            "difference",
-            "row",
-            "column: real / rebuilt",
-            "message ids",
-            title="differences",
-            title_justify="left",
-            box=box.SIMPLE,
+    for each in found["differences"]:
+        row = ", ".join(f"{name}={value}" for name, value in each["key"].items())
+        columns = "; ".join(
+            f"{name}: {value['real']} instead of {value['rebuilt']}"
+            if each["kind"] == "different"
+            else f"{name}={value['real'] if each['kind'] == 'extra' else value['rebuilt']}"
+            for name, value in each["columns"].items()
         )
-        for each in found["differences"]:
-            key = ", ".join(f"{name}={value}" for name, value in each["key"].items())
-            columns = "; ".join(
-                f"{name}: {value['real']} / {value['rebuilt']}" for name, value in each["columns"].items()
-            )
-            many = f" ({each['count']:,} times)" if each["count"] > 1 else ""
-            table.add_row(
-                escape(each["table"]),
-                each["kind"] + many,
-                escape(printable(key)),
-                escape(printable(columns)),
-                escape(", ".join(each["messages"]) or "none"),
-            )
-        out.print(table)
+        many = f" {each['count']:,} times" if each["count"] > 1 else ""
+        behind = f"; messages {', '.join(each['messages'])}" if each["messages"] else "; no message was found behind it"
+        _say(f"  {each['table']} {each['kind']}{many}: {'; '.join(filter(None, (row, columns)))}{behind}")
 
 
 def _n(count: int, one: str) -> str:
