@@ -8,7 +8,15 @@ the positions (once.py, ledger.py); then it is marked in Redis and its offsets a
 from typing import TYPE_CHECKING, Any
 
 from consumer.app import App
-from consumer.core.errors import CannotTell, ConsumerError, Misconfigured, RegistrationError, Reject, TransactionMisuse
+from consumer.core.errors import (
+    CannotTell,
+    ConsumerError,
+    Misconfigured,
+    RegistrationError,
+    Reject,
+    RunAgain,
+    TransactionMisuse,
+)
 from consumer.core.findings import Findings
 from consumer.core.message import Message
 from consumer.core.retry import Retry
@@ -28,6 +36,7 @@ __all__ = [
     "RegistrationError",
     "Reject",
     "Retry",
+    "RunAgain",
     "Settings",
     "TransactionMisuse",
     "Tx",

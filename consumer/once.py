@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from consumer.core.decode import explain
-from consumer.core.errors import Reject, TransactionMisuse, Unreadable
+from consumer.core.errors import Reject, RunAgain, TransactionMisuse, Unreadable
 from consumer.core.handler import Handler
 from consumer.core.identity import (
     CallableId,
@@ -212,6 +212,8 @@ def verdict(delivery: Delivery, error: BaseException, draw: Callable[[], float])
         return Dead(Reason.REJECTED, text_of(error)), attempts
     if isinstance(error, Unreadable):
         return Dead(Reason(error.reason), text_of(error)), delivery.attempts
+    if isinstance(error, RunAgain):
+        return Parked(delivery.handler.retry.pause_seconds(1, draw()), type(error).__name__), delivery.attempts
     text = f"{type(error).__name__}: {text_of(error)}"
     delay = delivery.handler.retry.delay_seconds(error, attempts, draw())
     return (Dead(Reason.FAILED, text) if delay is None else Parked(delay, text)), attempts

@@ -45,6 +45,8 @@ Mode = Literal["check", "apply", "rebuild", "republish"]
 _CHUNK = 4096  # deliveries in one transaction: enough to make its round trips cheap
 _SAVE_SECONDS = 5.0
 _NOBODY_WAITS = Lane({}, 1)  # for the proof, which looks at every message
+# What raises RunAgain is never given up. After so many attempts and so long without anything else, that is the answer.
+_FRUITLESS_MAX, _FRUITLESS_SECONDS = 20, 60.0
 _SILENT_MAX = 3  # times in a row that Redis is waited for in vain, before it is not asked any more
 _PRECHECK_SECONDS = 2.0  # nobody waits for a replay as for a worker
 
@@ -261,6 +263,7 @@ class _Replay:
         self.lanes: list[_Lane] = []
         self.reached: dict[Partition, int] = {}  # where it went on after an interruption; what was copied
         self.rebuilding = ""  # how far a rebuild has come
+        self.fruitless, self.settled_at = 0, time.monotonic()  # attempts since anything was settled, and when that was
         self.silent = 0  # times in a row that Redis did not answer
         self.begun_at = time.monotonic()
         self.saved_at = time.monotonic()
@@ -436,6 +439,8 @@ class _Replay:
             self._tell_progress()
             self._save()
         while lane.state.parked:
+            if self.fruitless > _FRUITLESS_MAX and time.monotonic() > self.settled_at + _FRUITLESS_SECONDS:
+                raise CannotTell(f"{lane.state.parked:,} messages ask to be tried again and again ({self._how_far()})")
             await self._retry(lane, lane.state.take(time.monotonic(), self.settings.batch_messages_max, 1 << 62))
             self._tell_progress()
             self._save()
@@ -546,9 +551,11 @@ class _Replay:
                 outcome = "dead_lettered_now"
                 self.findings.sample(outcome, **place(delivery), detail=f"{reason.value}: see `consumer dlq list`")
             case Parked():
+                self.fruitless += 1
                 return  # not yet
             case _:
                 outcome = "applied"  # by a worker, meanwhile
+        self.fruitless, self.settled_at = 0, time.monotonic()
         self.witness.missing.pop((delivery.handler.name, delivery.id), None)
         self.findings.count(delivery.handler.name, delivery.partition, outcome)
         self.findings.times.add([delivery.record.timestamp], outcome)

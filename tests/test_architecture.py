@@ -29,6 +29,7 @@ LAYERS = [
     "precheck",
     "app",
     "once",
+    "schemes",
     "report",
     "loading",
     "proof",
@@ -56,7 +57,8 @@ LAYERS = [
 LIBRARIES = {
     "aiokafka": {"kafka"},
     "asyncpg": {"ledger"},
-    "redis": {"precheck"},
+    "redis": {"precheck", "schemes"},
+    "starlette": {"schemes"},
     "msgspec": {"core", "demo", "testing"},
     "pydantic": {"core", "settings", "terminal"},
     "pydantic_settings": {"settings"},

@@ -20,7 +20,7 @@ from aiokafka.admin.records_to_delete import RecordsToDelete
 from aiokafka.structs import OffsetAndMetadata
 from harness import Place, Sent, consume_all, drained, letters, query, until, value, working
 
-from consumer import App, CannotTell, Message, Misconfigured, Reject, Retry, Tx, verify
+from consumer import App, CannotTell, Message, Misconfigured, Reject, Retry, RunAgain, Tx, verify
 from consumer import replay as replay_module
 from consumer.core.findings import Findings
 from consumer.core.identity import message_id
@@ -972,6 +972,23 @@ async def test_a_log_that_ends_below_the_position_is_doubted(settled: tuple[Plac
     await query(place.dsn, "update consumer.positions set next_offset = 1000 where partition = 1")
     found = await run(place, app, topic)
     assert [each["kind"] for each in found.unknowns()] == ["log_too_short"] and found.verdict().exit_code == 2
+
+
+async def test_what_asks_to_be_run_again_for_ever_ends_an_apply(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay_module, "_FRUITLESS_SECONDS", 0.0)
+    topic = await place.topic()
+    app = App(f"app-{uuid.uuid4().hex[:8]}")
+
+    @app.handler(topic, name="settle", retry=QUICK)
+    async def settle(payment: Payment, tx: Tx) -> None:
+        if payment.id == "held":
+            raise RunAgain("not yet")
+        tx.defer(INSERT, payment.id, payment.account, payment.amount)
+
+    await place.send(topic, payment("held", 1), payment("other", 2))
+    with pytest.raises(CannotTell, match="1 messages ask to be tried again"):
+        await run(place, app, topic, mode="apply")
+    assert await place.effects() == [("other", 2, 10)] and await place.reasons() == []
 
 
 # -- what only a rebuild meets --------------------------------------------------------------------------------------------

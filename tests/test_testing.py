@@ -20,7 +20,7 @@ import pydantic
 import pytest
 from harness import ROOT, query
 
-from consumer import App, Message, Misconfigured, RegistrationError, Reject, Retry, Tx
+from consumer import App, Message, Misconfigured, RegistrationError, Reject, Retry, RunAgain, Tx
 from consumer.embedded import Postgres
 from consumer.ledger import Session
 from consumer.testing import STEPS, Delivered, ExactlyOnce, Sent
@@ -945,3 +945,22 @@ def test_the_page_about_it_works_as_it_stands(runs: pytest.Pytester) -> None:
     ini = text.split("```ini\n")[1].split("```", 1)[0]
     runs.makeini(ini)
     runs.runpytest_subprocess("-W", "error").assert_outcomes(passed=3 + len(STEPS))
+
+
+async def test_what_asks_to_be_run_again_for_ever_is_left_waiting(exactly_once: ExactlyOnce) -> None:
+    app = App("shop")
+
+    @app.handler("payments", retry=Retry(attempts=2))
+    async def settle(payment: Payment, tx: Tx) -> None:
+        if payment.id == "held":
+            raise RunAgain("not yet")
+        tx.defer(INSERT, payment.id, payment.account, payment.amount)
+
+    shop = await exactly_once(app, schema=TABLES)
+    held, other = (
+        Sent("payments", Payment(name, account, 1), id=name, key=account)
+        for account, name in enumerate(("held", "other"))
+    )
+    found = await shop.deliver(held, other)
+    assert [each.outcome for each in found] == ["waiting", "applied"]
+    assert found[0].attempts == 0

@@ -8,6 +8,7 @@
       CannotTell             a replay ended before it had an answer, exit code 2
       TransactionMisuse      a handler asked its Tx for something that would break the guarantee
       Reject                 raised by handlers: a dead letter at once
+      RunAgain               raised out of handlers: nobody's fault, tried again and not counted
 
 Knows nothing of the drivers' own exceptions: `sqlstate.py` sorts those.
 """
@@ -51,4 +52,13 @@ class Reject(ConsumerError):
     """Raise it in a handler to make the message a dead letter at once, without a retry.
 
     The text is kept with the dead letter. Nothing that the handler wrote for this message is stored.
+    """
+
+
+class RunAgain(ConsumerError):
+    """Raised out of a handler, its message is tried again later, and that does not count as an attempt of the message.
+
+    Everything the handler wrote for the message is undone, later messages of its unit of order wait behind it, and the
+    pause is the first one of the handler's retry policy. A caller may not assume an end to that: what must not wait for
+    ever is caught by the handler, which knows how old its message is, and raised on as a `Reject`.
     """

@@ -42,5 +42,9 @@ class Retry:
         """
         if attempts >= self.attempts or not isinstance(error, self.on):
             return None
+        return self.pause_seconds(attempts, draw)
+
+    def pause_seconds(self, attempts: int, draw: float) -> float:
+        """Seconds between attempt `attempts` and the next, whether or not there is one. draw: a number in [0, 1)."""
         longest = min(self.cap, self.base * 2.0 ** min(attempts - 1, 60))  # 2**60 is past any cap; no overflow
         return longest * (0.5 + draw / 2)

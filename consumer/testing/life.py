@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from consumer import once
 from consumer.app import App
-from consumer.core.errors import Reject, Unreadable
+from consumer.core.errors import Reject, RunAgain, Unreadable
 from consumer.core.handler import Handler
 from consumer.core.lanes import Batch, Delivery, Lane
 from consumer.core.message import Partition, Record
@@ -26,6 +26,7 @@ from consumer.testing.messages import Delivered, Sent, place_of
 from consumer.testing.server import BE_COUNTED, close
 from consumer.testing.watch import Watch
 
+_AGAIN_MAX = 20  # times in a row without anything else, before a message is left waiting
 _EVERYTHING = 1 << 60  # messages, or bytes: a batch is as large as the test says
 _ASIDE = "put aside"  # by once.again
 _log = logging.getLogger("consumer.testing")
@@ -104,6 +105,7 @@ class Life:
         self._lane = Lane(app.by_topic(), _EVERYTHING)
         self._ends: dict[_Place, tuple[Outcome | str, int, BaseException | None]] = {}
         self._errors: dict[Delivery, BaseException] = {}
+        self._again = 0  # times in a row that a handler asked to be run again, which counts as no attempt
         self._is_stuck = False  # something met an outage or a conflict again and again: it is not tried for ever
         self._session: _Counting
         self._names: once.Names
@@ -207,6 +209,8 @@ class Life:
         # Where all that ran has failed, savepoints undid what it wrote, and PostgreSQL's counts do not tell.
         is_undone = done.errors and not done.applied
         written = Written({} if is_undone else self._session.rows, [], [])
+        if done.applied:
+            self._again = 0
         for delivery in done.applied:
             self._end(delivery, APPLIED)
             (written.again if _key(delivery) in self._applied else written.first).append(_told(delivery))
@@ -231,6 +235,9 @@ class Life:
 
     def _failed(self, delivery: Delivery, error: BaseException) -> None:
         self._errors[delivery] = error
+        if isinstance(error, RunAgain):
+            self._again += 1
+            self._is_stuck = self._is_stuck or self._again > _AGAIN_MAX
         # pytest shows it, with its traceback, where the test fails.
         traceback = None if isinstance(error, Reject | Unreadable) else error
         _log.warning("%s failed: %s", _told(delivery), _text(error), exc_info=traceback)

@@ -1,0 +1,53 @@
+"""What the PostgreSQL schemes ask of a transaction, and what they say when the table is not as they were told.
+
+Knows the three methods that a `Tx` and an asyncpg connection share, and SQLSTATEs; knows no driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any, Protocol, TypeVar
+
+from consumer.core.errors import ConsumerError
+
+T = TypeVar("T")
+
+_MISFITS = {
+    "3F000": "there is no such schema",
+    "42P01": "there is no such table",
+    "42703": "there is no such column",
+    "42P10": "no unique index is on exactly these columns (partial ones and those on expressions do not count)",
+    "42804": "a column is of another type",
+    "42883": "a column's type cannot be compared with the value's",
+}
+
+
+class Database(Protocol):
+    """A `consumer.Tx`, an asyncpg connection, or a connection of an asyncpg pool."""
+
+    async def fetch(self, sql: str, /, *args: Any) -> list[Any]: ...
+
+    async def fetchval(self, sql: str, /, *args: Any) -> Any: ...
+
+
+class Misfit(ConsumerError):
+    """The table is not as the call says: no such table, column or unique index. The text says which."""
+
+
+class NotFound(ConsumerError, LookupError):
+    """No row has this key. In a handler it counts as an attempt of the message, like any error.
+
+    Where another message makes the row, catch it and raise `RunAgain`: then it is early, and waits.
+    """
+
+
+async def told(statement: Awaitable[T], call: str) -> T:
+    """The answer of a statement. Raises Misfit, naming the call, for a table that does not fit; else what the driver does."""
+    try:
+        return await statement
+    except Exception as error:
+        why = _MISFITS.get(getattr(error, "sqlstate", None) or "")
+        if why is None:
+            raise
+        # PostgreSQL's text names tables and columns here, and holds no values.
+        raise Misfit(f"{call}: {why} (PostgreSQL: {error})") from error

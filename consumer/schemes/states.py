@@ -1,0 +1,249 @@
+"""A row's state moves forward only: one conditional UPDATE, and one word for each way in which it does not.
+
+Knows a table, its state column and the moves that are allowed. What it does not know: why an event comes early or late,
+and what else belongs to a move; that is the handler's, and depends on the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from enum import Enum
+from typing import Any, Literal, assert_never
+
+from consumer.core.errors import Reject, RunAgain
+from consumer.schemes.database import Database, Misfit, NotFound, told
+from consumer.schemes.moves import Moves, Standing
+from consumer.schemes.names import ident, table_ident
+
+_LOOKS = 3  # at a row that moves while it is looked at
+_SHOWN_MAX = 40  # characters of a foreign state
+_FOREIGN_MAX = 10
+_LITERAL = re.compile(r"'((?:[^']|'')*)'")
+_NO_STATE = "no state: asked by consumer"
+
+_COLUMN = """
+select a.attrelid::int8 as table, a.attnum as number, t.oid::int8 as type, t.typtype = 'e' as enum,
+       format_type(case when t.typtype = 'd' then t.typbasetype else t.oid end, -1) as plain,
+       array(select enumlabel::text from pg_enum where enumtypid = t.oid order by enumsortorder) as labels
+from pg_attribute a join pg_type t on t.oid = a.atttypid
+where a.attrelid = to_regclass($1) and a.attname = $2 and not a.attisdropped
+"""
+# Those of this column alone, and of its domain. What PostgreSQL 18 knows as NOT ENFORCED does not count.
+_CONSTRAINTS = """
+select conname::text as name, pg_get_expr(conbin, conrelid) as expression, contypid <> 0 as of_domain
+from pg_constraint c
+where contype = 'c' and ((conrelid = $1::int8::oid and conkey = array[$2::int2]) or contypid = $3::int8::oid)
+  and coalesce((to_jsonb(c) ->> 'conenforced')::bool, true)
+order by conname
+"""
+
+
+class Moved(Enum):
+    """What `StateMachine.move` did. True when the row has moved now, so: ``if await machine.move(…):`` and the rest."""
+
+    NOW = "now"
+    REPEATED = "repeated"  # it was in that state already: nothing to do
+
+    def __bool__(self) -> bool:
+        return self is Moved.NOW
+
+
+class NotMoved(Reject):
+    """The row cannot take this event, now or later: in a handler, a dead letter at once. Nothing was changed.
+
+    `current` is the state that the row is in, `to` the one that was asked for.
+    """
+
+    def __init__(self, text: str, current: str | None, to: str) -> None:
+        super().__init__(text)
+        self.current = current
+        self.to = to
+
+
+class IllegalMove(NotMoved):
+    """No move leads from where the row is to where it should be, neither now nor later."""
+
+
+class TooLate(NotMoved):
+    """The row has gone past that state. It is never moved backwards; catch this where a late event is of no interest."""
+
+
+class TooEarly(NotMoved):
+    """The row may come to a state that allows the move, and ``early="reject"`` says not to wait for it."""
+
+
+class Held(RunAgain):
+    """The row may come to a state that allows the move (``early="hold"``): the message waits for it, uncounted.
+
+    `current` is the state that the row is in, `to` the one that was asked for.
+    """
+
+    def __init__(self, text: str, current: str, to: str) -> None:
+        super().__init__(text)
+        self.current = current
+        self.to = to
+
+
+class StateMachine:
+    """The states of a table's rows. Make it once, where the module's other constants are.
+
+    table: ``table`` or ``schema.table``. column: the state's, of any text type or an enum. moves: state -> the states that
+    may follow; a terminal state has none. key: the column that names a row. start: the states in which rows are made, by
+    default the first one of `moves`. Raises ValueError or TypeError for moves that cannot be meant (see `Moves`).
+
+    ::
+
+        orders = StateMachine("orders", "status", {"new": {"paid", "void"}, "paid": {"shipped"}, "shipped": (), "void": ()})
+    """
+
+    def __init__(
+        self,
+        table: str,
+        column: str,
+        moves: Mapping[str, Collection[str]],
+        *,
+        key: str = "id",
+        start: Collection[str] | None = None,
+    ) -> None:
+        self.moves = Moves(moves, start)
+        self.name = f"{table}.{column}"
+        self._column = column
+        self._table_sql = table_ident(table)
+        state, named = ident(column), ident(key)
+        self._move_sql = (
+            f"update {self._table_sql} set {state} = $2 "  # noqa: S608 - by ident
+            f"where {named} = $1 and {state}::text = any($3::text[]) returning true"
+        )
+        self._look_sql = f"select {state}::text from {self._table_sql} where {named} = $1"  # noqa: S608 - by ident
+        self._foreign_sql = (
+            f"select {state}::text, count(*) from {self._table_sql} "  # noqa: S608 - by ident
+            f"where ({state}::text = any($1::text[])) is not true group by 1 order by 2 desc, 1 limit {_FOREIGN_MAX}"
+        )
+
+    async def move(
+        self,
+        tx: Database,
+        id: Any,
+        to: str,
+        *,
+        expected_from: str | Collection[str] | None = None,
+        early: Literal["hold", "reject"] = "hold",
+    ) -> Moved:
+        """Move one row to the state `to`, if it is in a state that allows it. One UPDATE; one more read when that fails.
+
+        tx: a `Tx` or an asyncpg connection. expected_from: fewer states than the moves allow. early: what becomes of an
+        event whose time may still come: "hold" raises Held (its message is tried again, uncounted), "reject" TooEarly.
+
+        Returns Moved.NOW, or Moved.REPEATED when the row is in that state already. Raises Held or TooEarly, TooLate,
+        IllegalMove (also for a row in a state that the moves do not name), NotFound, ValueError for a state that is none
+        or a move that the machine does not have, Misfit for a missing table or column.
+
+        A caller may not assume
+
+        - that the answer may be ignored: what else belongs to the move (an amount, another row) is done only when it is
+          true, in the same transaction, or a repetition does it again;
+        - that a repetition and a second round through a cycle are told apart, nor in a cycle late from early (it is
+          late then). Where rows go round, carry a version (`update_versioned`) or trust the ledger's message ids;
+        - that amounts add up: a state says that something happened, not how often;
+        - that a held message holds up nothing: later ones of its unit of order wait behind it. If the event it waits for
+          is one of them it waits for ever: take both through handlers of their own, or say ``order="none"``;
+        - an end to a hold. Give it one by the message's age: ``early="hold" if young(message) else "reject"``.
+        """
+        if early not in ("hold", "reject"):
+            raise ValueError(f"early={early!r}: 'hold' or 'reject'")
+        sources = self.moves.sources(to, expected_from)
+        call = f"{self.name} to {to!r}"
+        for _ in range(_LOOKS):
+            moved = await told(tx.fetch(self._move_sql, id, to, sorted(sources)), call)
+            if len(moved) == 1:
+                return Moved.NOW
+            if moved:
+                raise Misfit(f"{call}: the key names {len(moved)} rows, which have all moved now: roll back")
+            seen = await told(tx.fetch(self._look_sql, id), call)
+            if not seen:
+                raise NotFound(f"{call}: there is no such row")
+            if len(seen) > 1:
+                raise Misfit(f"{call}: the key names {len(seen)} rows")
+            current: str | None = seen[0][0]
+            if current is None:
+                raise IllegalMove(f"{call}: the row's state is NULL", None, to)
+            standing = self.moves.standing(current, to, sources)
+            match standing:
+                case Standing.READY:
+                    continue  # another transaction moved it there between our two statements: try again
+                case Standing.THERE:
+                    return Moved.REPEATED
+                case Standing.LATE:
+                    raise TooLate(f"{call}: too late, it is {current!r} by now", current, to)
+                case Standing.EARLY if early == "reject":
+                    raise TooEarly(f"{call}: too early, it is only {current!r}", current, to)
+                case Standing.EARLY:
+                    raise Held(f"{call}: held, it is only {current!r}", current, to)
+                case Standing.NEVER:
+                    raise IllegalMove(f"{call}: no way leads there from {current!r}", current, to)
+                case Standing.UNKNOWN:
+                    raise IllegalMove(f"{call}: it is in a state that the moves do not name", current, to)
+                case _:
+                    assert_never(standing)
+        raise Held(f"{call}: the row moves as fast as it is looked at", current or "", to)
+
+    async def check(self, connection: Database) -> list[str]:
+        """Compare the moves with the table: its enum type or CHECK constraints, and the states of its rows.
+
+        connection: an asyncpg connection or a Tx. Returns the differences, each a line for a person; none when all fits.
+        Reads the whole table once: for a deployment's check or a test, not for every start. Raises Misfit when the table
+        or the column is not there.
+
+        What it does not see: constraints over several columns, triggers, domains over domains, and lengths.
+        """
+        found = await told(connection.fetch(_COLUMN, self._table_sql, self._column), self.name)
+        if not found:
+            raise Misfit(f"{self.name}: there is no such table or column")
+        column = found[0]
+        states = list(self.moves.moves)
+        differences: list[str] = []
+        constraints = await connection.fetch(_CONSTRAINTS, column["table"], column["number"], column["type"])
+        named: dict[str, None] = dict.fromkeys(column["labels"])  # in their order, each once
+        refused: dict[str, str] = {}  # state -> who refuses it
+        if column["enum"]:
+            refused = {state: "its enum type" for state in states if state not in column["labels"]}
+        for row in constraints:
+            named |= dict.fromkeys(each.replace("''", "'") for each in _LITERAL.findall(row["expression"]))
+        if not column["enum"] and not constraints:
+            differences.append("neither an enum type nor a CHECK constraint keeps other states out of the column")
+        asked = [
+            each
+            for each in dict.fromkeys([*states, *named, _NO_STATE])
+            if not column["enum"] or each in column["labels"]
+        ]
+        for row in constraints:
+            for state in await self._refused_by(connection, row, column["plain"], asked):
+                refused.setdefault(state, f"constraint {row['name']}")
+        for state in states:
+            if state in refused:
+                differences.append(f"{state!r} is a state of the moves, and {refused[state]} refuses it")
+        if constraints and _NO_STATE in asked and _NO_STATE not in refused:
+            differences.append("the CHECK constraints let states through that nothing names")
+        for state in named:
+            if state not in self.moves.moves and state not in refused:
+                differences.append(f"{state!r} is allowed by the table, and no state of the moves")
+        for state, count in await connection.fetch(self._foreign_sql, states):
+            shown = "NULL" if state is None else repr(state[:_SHOWN_MAX])
+            differences.append(f"{count} rows are in the state {shown}, which the moves do not name")
+        return differences
+
+    async def _refused_by(self, connection: Database, constraint: Any, plain: str, asked: list[str]) -> list[str]:
+        """Those that a constraint refuses. PostgreSQL evaluates it: whatever its form, that is what it does."""
+        column = "value" if constraint["of_domain"] else ident(self._column)  # a domain's says VALUE
+        # Nothing else is in sight of the expression than the column that it speaks of.
+        rows = await connection.fetch(
+            f"select c.{column}::text from (select s::{plain} as {column} "  # noqa: S608 - by ident, and the catalog's
+            f"from unnest($1::text[]) as s) as c where ({constraint['expression']}) is false",
+            asked,
+        )
+        return [row[0] for row in rows]
+
+    def mermaid(self) -> str:
+        """The machine as a Mermaid ``stateDiagram-v2``, for a page of documentation."""
+        return self.moves.mermaid()

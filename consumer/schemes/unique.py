@@ -1,0 +1,49 @@
+"""One row for one business key: the second insert of it does nothing, and says so.
+
+Knows one INSERT. What it does not know: whether the row that stands under the key is the same as the one it was given,
+and what else belongs to the effect. The ledger is this scheme with the message's id as the key; use this one where the
+business has a key of its own (an invoice number, an order and its line), because that also catches the same payment
+under two message ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from consumer.schemes.database import Database, told
+from consumer.schemes.names import column_names, columns_of, ident, table_ident
+
+
+async def insert_once(tx: Database, table: str, row: Mapping[str, Any], conflict: str | Collection[str]) -> bool:
+    """Insert a row unless one with its key is there. Returns whether it is new.
+
+    tx: a `Tx`, or an asyncpg connection (in a transaction, if the row is a part of something). table: ``table`` or
+    ``schema.table``. row: column -> value. conflict: the column or columns of the key; a unique index must be on exactly
+    these. A concurrent insert of the same key is waited for, until its transaction commits or rolls back.
+
+    Raises ValueError for an empty row, and for a key column that is not in the row or is None (PostgreSQL takes every
+    NULL for another value: such a key never meets itself); Misfit for a table, column or unique index that is not there.
+
+    A caller may not assume
+
+    - that the row which is there is the same: **one that differs and has the same key is silently not stored**. Where
+      that can happen, read the row and compare;
+    - that an effect of several statements is done once: only this insert is. Make the others depend on its answer, in
+      the same transaction (``if await insert_once(…):``), or leave it to the ledger;
+    - anything once the row is deleted: then its key is new again.
+    """
+    columns = columns_of("row", row)
+    key = column_names("conflict", conflict)
+    for column in key:
+        if column not in row:
+            raise ValueError(f"insert_once: the key column {column!r} is not in the row")
+        if row[column] is None:
+            raise ValueError(f"insert_once: the key column {column!r} is None, and NULL never equals NULL")
+    sql = (
+        f"insert into {table_ident(table)} ({', '.join(map(ident, columns))}) "  # noqa: S608 - by ident
+        f"values ({', '.join(f'${n}' for n in range(1, len(columns) + 1))}) "
+        f"on conflict ({', '.join(map(ident, key))}) do nothing returning true"
+    )
+    # Never select and then insert: two that look at the same time would both find nothing.
+    return bool(await told(tx.fetchval(sql, *row.values()), f"insert_once into {table}"))

@@ -1,0 +1,94 @@
+"""An update that holds only if nobody was there in between: optimistic concurrency control (Kung and Robinson, 1981).
+
+Knows one conditional UPDATE of one row with a version column. What it does not know: what the caller read, and whether
+its new values still follow from that; hence `Stale`, and a fresh read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from consumer.core.errors import RunAgain
+from consumer.schemes.database import Database, Misfit, NotFound, told
+from consumer.schemes.names import columns_of, ident, table_ident
+
+_VERSION_MAX = 2**63 - 1
+
+
+class Stale(RunAgain):
+    """The row has another version than the one that was read: somebody else was first. Read it again, and decide again.
+
+    In a handler: let it go out. The message runs again by the handler's retry policy, uncounted. `expected` and `found`
+    are versions.
+    """
+
+    def __init__(self, text: str, expected: int, found: int) -> None:
+        super().__init__(text)
+        self.expected = expected
+        self.found = found
+
+
+async def update_versioned(
+    tx: Database,
+    table: str,
+    key: Mapping[str, Any],
+    *,
+    expected: int,
+    set: Mapping[str, Any],
+    version: str = "version",
+) -> int:
+    """Update one row if its version is still the expected one. Returns the new version, which is one higher.
+
+    tx: a `Tx` or an asyncpg connection. key: column -> value, and must name one row. expected: the version that was read
+    with the values which the new ones follow from. set: column -> new value. version: the column of whole numbers.
+
+    Raises Stale when another was first, NotFound when there is no such row (one more statement tells them apart, only
+    then), TypeError for an expected version that is no whole number and ValueError for one that can be none, ValueError
+    when `set` is empty or names the key or the version, Misfit for a missing table or column, a version that is NULL, or
+    a key that named several rows (roll back then: they were changed).
+
+    A caller may not assume
+
+    - that it gets through: on a hot row each round lets one through and sends all others back. Someone always wins, so
+      together they make progress, but one may lose as often as all others succeed. Where many write one row, a row lock
+      (``select … for update``) is the better way: docs/schemes.md has the ratio measured;
+    - that a repetition is silent: the same update sent twice is Stale the second time. Recognising it is the ledger's;
+    - that other writers are kept out: each of them must move the version too. A trigger can see to that.
+    """
+    where = columns_of("key", key)
+    changed = columns_of("set", set)
+    if isinstance(expected, bool) or not isinstance(expected, int):
+        raise TypeError(f"update_versioned: expected= is a whole number, not {type(expected).__name__}")
+    if not 0 <= expected < _VERSION_MAX:
+        raise ValueError("update_versioned: expected= is a version, so at least 0, and a bigint")
+    if taken := {version, *where} & {*changed}:
+        raise ValueError(f"update_versioned: set= names {sorted(taken)[0]!r}, which is the key's or the version's")
+    target, counter = table_ident(table), ident(version)
+    values = [*set.values(), *key.values()]
+    sets = ", ".join(f"{ident(column)} = ${n}" for n, column in enumerate(changed, 1))
+    names_it = [f"{ident(column)} = ${n}" for n, column in enumerate(where, len(changed) + 1)]
+    sql = (
+        f"update {target} set {sets}, {counter} = {counter} + 1 "  # noqa: S608 - by ident
+        f"where {' and '.join(names_it)} and {counter} = ${len(values) + 1} returning {counter}"
+    )
+    call = f"update_versioned of {table}"
+    rows = await told(tx.fetch(sql, *values, expected), call)
+    if len(rows) == 1:
+        return int(rows[0][0])
+    if rows:
+        raise Misfit(f"{call}: the key names {len(rows)} rows, which are all changed now: roll back")
+    found = await told(
+        tx.fetch(
+            f"select {counter} from {target} "  # noqa: S608 - by ident
+            f"where {' and '.join(f'{ident(column)} = ${n}' for n, column in enumerate(where, 1))} limit 1",
+            *key.values(),
+        ),
+        call,
+    )
+    if not found:
+        raise NotFound(f"{call}: there is no such row")
+    if found[0][0] is None:
+        raise Misfit(f"{call}: the version is NULL")
+    # It may be the expected one by now, if another has just moved it there: what was read is older all the same.
+    raise Stale(f"{call}: version {found[0][0]} instead of {expected}", expected, int(found[0][0]))
