@@ -224,6 +224,56 @@ async def test_what_no_message_made_has_no_message_and_a_changed_number_has_thos
     assert all(each["messages"] == [] for each in (await rebuilt(place, app, trace=False)).differences)
 
 
+async def test_rows_of_a_table_with_a_key_are_missing_extra_or_different_and_each_kind_is_told(place: Place) -> None:
+    await migrated(place.dsn, SHAPES)
+    topic = await place.topic(2)
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("insert into items (order_id, line, price) values ($1, $2, $3)", body["n"] // 10, body["n"] % 10, 1)
+
+    app = handling(topic, handle)
+    await place.send(topic, *sent(50))
+    await consume_all(app, place.settings())
+    await query(place.dsn, "update items set price = 2 where order_id = 1")
+    await query(place.dsn, "delete from items where order_id = 2")
+    await query(place.dsn, "insert into items values (9, 1, 5), (9, 2, 5)")
+    found = await rebuilt(place, app, sample_max=6)
+    [table] = found.tables
+    assert (table["rows"], table["rebuilt"]) == (42, 50)
+    assert (table["missing"], table["extra"], table["different"]) == (10, 2, 10)
+    assert differences(found) == [
+        ("items", "different", ("1", "0"), (("price", "2.00", "1.00"),)),
+        ("items", "different", ("1", "1"), (("price", "2.00", "1.00"),)),
+        ("items", "extra", ("9", "1"), (("price", "5.00", None), *[(each, None, None) for each in NOTHING])),
+        ("items", "extra", ("9", "2"), (("price", "5.00", None), *[(each, None, None) for each in NOTHING])),
+        ("items", "missing", ("2", "0"), (("price", None, "1.00"), *[(each, None, None) for each in NOTHING])),
+        ("items", "missing", ("2", "1"), (("price", None, "1.00"), *[(each, None, None) for each in NOTHING])),
+    ]
+    by_key = {tuple(each["key"].values()): each["messages"] for each in found.differences}
+    assert by_key["1", "0"] == [message_id("m10")] and by_key["2", "1"] == [message_id("m21")] and not by_key["9", "1"]
+
+
+NOTHING = ("details", "raw", "tags", "where_")  # columns of items that stay empty
+
+
+async def test_a_lost_delete_has_the_messages_that_made_the_row_and_that_removed_it(place: Place) -> None:
+    topic = await place.topic()
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        if body["n"] <= 10:
+            tx.defer(INSERT, str(body["n"]), 1, 1)
+        else:
+            tx.defer("delete from effects where id = $1", str(body["n"] - 10))
+
+    app = handling(topic, handle)
+    await place.send(topic, *sent(15))
+    await consume_all(app, place.settings())
+    assert (await rebuilt(place, app)).agrees
+    await query(place.dsn, INSERT, "3", 1, 1)
+    [each] = (await rebuilt(place, app)).differences
+    assert each["kind"] == "extra" and each["messages"] == [message_id("m3"), message_id("m13")]
+
+
 async def test_effects_from_before_the_framework_are_compared_without_a_ledger(place: Place) -> None:
     topic = await place.topic(2)
     app = paying(topic)
@@ -265,8 +315,8 @@ async def test_no_more_than_the_sample_is_told_of_a_table_and_all_is_counted(pla
 
 SHAPES = """
 create table orders (
-    id int primary key, state text not null default 'new', note text, lines int not null default 0,
-    check (lines >= 0)
+    id int, state text not null default 'new', note text, lines int not null default 0,
+    check (lines >= 0), constraint "The Key" primary key (id)
 );
 create table items (
     order_id int not null, line int not null, price numeric(10, 2) not null, details jsonb, raw json, tags text[],
@@ -289,7 +339,7 @@ async def agrees_after(place: Place, handle: Handle, messages: list[Sent], **opt
     await place.send(topic, *messages)
     await consume_all(app, place.settings())
     before = await everything(place.dsn)
-    found = await rebuilt(place, app)
+    found = await rebuilt(place, app, settings=place.settings(batch_messages_max=4))
     assert differences(found) == [] and found.agrees and not found.unknown, (found.differences, found.unknown)
     assert await everything(place.dsn) == before
     assert found.applied == len({each.headers[0][1] for each in messages}) and not found.dead_lettered
@@ -302,7 +352,7 @@ async def test_awaited_statements_savepoints_upserts_deletes_and_copy(place: Pla
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         n = body["n"]
         await tx.execute(
-            "insert into orders (id, lines) values ($1, 1) on conflict on constraint orders_pkey "
+            'insert into orders (id, lines) values ($1, 1) on conflict on constraint "The Key" '
             "do update set lines = orders.lines + excluded.lines",
             n % 5,
         )
@@ -372,13 +422,15 @@ async def test_batch_handlers_and_handlers_at_the_same_time(place: Place) -> Non
 async def test_numbers_and_times_that_a_rebuild_cannot_give_again_are_left_out(place: Place) -> None:
     await migrated(
         place.dsn,
-        SHAPES + "create table made (id bigint generated always as identity primary key, n int, at timestamptz, "
-        "twice int generated always as (n * 2) stored, id2 uuid default gen_random_uuid(), who text default current_user)",
+        SHAPES + "create schema hidden; create sequence hidden.numbers; "
+        "create table made (id bigint generated always as identity primary key, n int, at timestamptz, "
+        "twice int generated always as (n * 2) stored, id2 uuid default gen_random_uuid(), who text default current_user, "
+        "code text default 'no. ' || nextval('hidden.numbers'))",
     )
     topic = await place.topic()
 
     async def handle(body: dict[str, Any], tx: Tx) -> None:
-        await tx.fetchval("select n from numbered where n = $1", body["n"])
+        await tx.fetchval("select nextval('numbered_id_seq') from numbered where n = $1", body["n"] - 1)
         number = await tx.fetchval("insert into numbered (n) values ($1) returning id", body["n"])
         assert number == await tx.fetchval("select lastval()") == await tx.fetchval("select currval('numbered_id_seq')")
         await tx.execute("insert into made (n, at) values ($1, now())", body["n"])
@@ -402,6 +454,7 @@ async def test_numbers_and_times_that_a_rebuild_cannot_give_again_are_left_out(p
         "twice": "generated",
         "id2": "default gen_random_uuid()",
         "who": "default CURRENT_USER",
+        "code": "default ('no. '::text || nextval('hidden.numbers'::regclass))",
     }
     found = await rebuilt(place, app, compare=["made.id", "made_at"], trace=False)
     tables = {each["table"]: each for each in found.tables}
@@ -533,8 +586,8 @@ async def test_constraints_that_are_checked_at_the_end_and_rows_that_go_with_oth
 
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         n = body["n"]
-        await tx.execute("update ranks set rank = rank + 1")  # for a moment there are two of one rank
-        await tx.execute("insert into ranks values ($1, 1)", n)
+        await tx.execute("insert into ranks values ($1, 1)", n)  # until the next statement there are two of the first
+        await tx.execute("update ranks set rank = rank + 1 where id <> $1", n)
         await tx.execute("insert into heads values ($1)", n)
         await tx.execute("insert into lines values ($1, $1)", n)
         if n % 3 == 0:
@@ -686,6 +739,29 @@ async def test_a_message_that_needs_one_of_another_topic_is_tried_again_in_its_p
     found = await rebuilt(place, app)
     assert found.agrees and not found.unknown and found.applied == 160
     assert await value(place.dsn, "select sum(amount) from effects") == 40 * 7
+
+
+async def test_what_has_failed_is_tried_again_for_as_long_as_anything_is_gained(place: Place) -> None:
+    topic = await place.topic()
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        n = body["n"]
+        if n > 1 and not await tx.fetchval("select true from effects where id = $1", str(n - 1)):
+            raise LookupError
+        await tx.execute(INSERT, str(n), 1, 1)
+
+    app = handling(topic, handle, order="none", retry=Retry(attempts=1000, base=0.01, cap=0.02))
+    messages = sent(8)
+    del messages[6]  # the eighth waits in vain
+    await place.send(topic, *reversed(messages))
+    await settled(place, app)
+    for n in range(1, 7):
+        await query(place.dsn, INSERT, str(n), 1, 1)
+    found = await rebuilt(place, app)
+    assert found.agrees and (found.applied, found.failed) == (6, 1)
+    assert [each["text"] for each in found.unknown] == [
+        "1 messages failed in the rebuild, so their effects are not in it: handle: LookupError (1)"
+    ]
 
 
 async def waits(place: Place, app: App, topic: str) -> bool:
@@ -921,8 +997,14 @@ async def test_copy_into_a_named_schema_foreign_parts_and_views_without_a_copy_a
         place.dsn,
         FUNCTIONS
         + """create table logs (n int) partition by list (n); create table logs_1 partition of logs default;
-             create table parent (n int); create table child () inherits (parent)""",
+             create table parent (n int); create table child () inherits (parent);
+             create materialized view summary as select count(*) from effects""",
     )
+
+    async def both(tx: Tx, *texts: str) -> None:
+        for text in texts:
+            await tx.execute(text)
+
     topic = await place.topic()
     for statement, text in [
         (lambda tx: tx.copy_records_to_table("effects", records=[("x", 1, 1)], schema_name="public"), "schema_name"),
@@ -930,6 +1012,11 @@ async def test_copy_into_a_named_schema_foreign_parts_and_views_without_a_copy_a
         (lambda tx: tx.execute("insert into parent values (1)"), "public.parent, a part of another table"),
         (lambda tx: tx.execute("insert into child values (1)"), "public.child, a part of another table"),
         (lambda tx: tx.execute("update open_accounts set balance = 1"), "view public.open_accounts"),
+        (
+            lambda tx: both(tx, "insert into logs values (1)", "select * from logs_1"),
+            "a part of public.logs: name logs",
+        ),
+        (lambda tx: both(tx, "insert into effects values ('', 1, 1)", "select * from summary"), "public.summary"),
     ]:
 
         async def handle(body: dict[str, Any], tx: Tx, statement: Any = statement) -> None:
