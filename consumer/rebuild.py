@@ -641,7 +641,8 @@ class _Pass:
         for each in spans:
             place = f"{each.partition.topic}:{each.partition.partition}"
             if each.partition not in self.positions:
-                notes.append(f"{place} has no position: nothing of it is settled")
+                what = "what the ledger has as applied was replayed" if each.length else "nothing of it is settled"
+                notes.append(f"{place} has no position: {what}")
             if self.begun.get(each.partition, 0) > each.first:
                 notes.append(
                     f"{place} was begun at offset {self.begun[each.partition]}: what stands before was settled elsewhere, or "
