@@ -38,6 +38,7 @@ from consumer.tx import Scope, Tx, savepoint_name
 _CALLS_AT_A_TIME = 100
 FAILURES_MAX = 4  # in a row, of a part of a batch, before it is cut
 _ASIDE_SECONDS = 10.0
+_AGAIN_SECONDS_MIN = 0.05  # of what is never given up, whatever its policy says
 SAVEPOINTS_MAX = 64  # more subtransactions than this in one transaction slow the whole server down
 
 BEHIND = Parked(0.0, "waits behind a failed message of its key")
@@ -213,7 +214,9 @@ def verdict(delivery: Delivery, error: BaseException, draw: Callable[[], float])
     if isinstance(error, Unreadable):
         return Dead(Reason(error.reason), text_of(error)), delivery.attempts
     if isinstance(error, RunAgain):
-        return Parked(delivery.handler.retry.pause_seconds(1, draw()), type(error).__name__), delivery.attempts
+        delivery.again += 1
+        pause = delivery.handler.retry.pause_seconds(delivery.again, draw())
+        return Parked(max(_AGAIN_SECONDS_MIN, pause), type(error).__name__), delivery.attempts
     text = f"{type(error).__name__}: {text_of(error)}"
     delay = delivery.handler.retry.delay_seconds(error, attempts, draw())
     return (Dead(Reason.FAILED, text) if delay is None else Parked(delay, text)), attempts

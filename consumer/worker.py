@@ -18,7 +18,7 @@ from typing import Any
 
 from consumer import once
 from consumer.app import App
-from consumer.core.errors import ConsumerError
+from consumer.core.errors import ConsumerError, RunAgain
 from consumer.core.lanes import Batch, Delivery, Lane
 from consumer.core.message import Partition
 from consumer.core.outcome import Dead, Outcome, Parked
@@ -397,7 +397,7 @@ class Worker:
             event(logging.WARNING, "dead letter", reason=outcome.reason.value, do="consumer dlq list", **fields)
         elif isinstance(outcome, Parked):
             event(
-                logging.WARNING,
+                logging.INFO if isinstance(error, RunAgain) else logging.WARNING,
                 "handler failed; the message is tried again",
                 attempts=delivery.attempts,
                 delay_seconds=round(outcome.delay_seconds, 3),

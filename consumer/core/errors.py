@@ -59,6 +59,6 @@ class RunAgain(ConsumerError):
     """Raised out of a handler, its message is tried again later, and that does not count as an attempt of the message.
 
     Everything the handler wrote for the message is undone, later messages of its unit of order wait behind it, and the
-    pause is the first one of the handler's retry policy. A caller may not assume an end to that: what must not wait for
+    pauses grow as the handler's retry policy says (at least 50 ms). A caller may not assume an end to that: what must not wait for
     ever is caught by the handler, which knows how old its message is, and raised on as a `Reject`.
     """

@@ -34,7 +34,7 @@ def size_of(record: Record) -> int:
 class Delivery:
     """One record for one handler: the unit of work, of attempts and of outcomes."""
 
-    __slots__ = ("attempts", "fingerprint", "handler", "id", "outcome", "parked", "record", "value")
+    __slots__ = ("again", "attempts", "fingerprint", "handler", "id", "outcome", "parked", "record", "value")
 
     def __init__(self, handler: Handler, record: Record) -> None:
         self.handler = handler
@@ -43,6 +43,7 @@ class Delivery:
         self.fingerprint = 0
         self.value: object = UNDECODED
         self.attempts = 0
+        self.again = 0  # times that its handler asked to be run again, which are no attempts
         self.parked = False  # its offset is among the open ones
         self.outcome: Outcome | None = None  # settled before any transaction: unreadable, skipped, known to Redis
 

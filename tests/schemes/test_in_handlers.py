@@ -12,7 +12,10 @@ import pytest
 from harness import Place, Sent, consume_all, counts, drained, query, until, value, working
 from redis.asyncio import Redis
 
-from consumer import App, Message, Retry, Tx
+from consumer import App, Message, Retry, RunAgain, Tx, once
+from consumer.core.lanes import Delivery
+from consumer.core.message import LogRecord
+from consumer.core.outcome import Parked
 from consumer.embedded import Valkey
 from consumer.schemes.lock import LateWriter, Lock, check_fence
 from consumer.schemes.states import Moved, StateMachine, TooLate
@@ -302,3 +305,16 @@ async def test_limit_after_a_flush_a_new_token_is_a_new_payment(shop: Place, own
             await redis.flushall()
     await consume_all(app, shop.settings(redis_url=None))
     assert len(await shop.effects()) == 2
+
+
+@pytest.mark.parametrize(("base", "pauses"), [(0.2, [0.2, 0.4, 0.8, 1.0, 1.0]), (0.0, [0.05] * 5)])
+def test_the_pauses_of_what_is_run_again_grow_and_never_vanish(base: float, pauses: list[float]) -> None:
+    app = App("again")
+
+    @app.handler("t", retry=Retry(attempts=1, base=base, cap=1.0))
+    async def handle(body: bytes, tx: Tx) -> None: ...
+
+    delivery = Delivery(app.handlers["handle"], LogRecord("t", 0, 0, 0, None, b"", ()))
+    found = [once.verdict(delivery, RunAgain("not yet"), lambda: 1.0) for _ in pauses]
+    assert all(isinstance(outcome, Parked) for outcome, _ in found)
+    assert [(outcome.delay_seconds, attempts) for outcome, attempts in found] == [(each, 0) for each in pauses]
