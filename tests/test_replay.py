@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
@@ -20,10 +21,11 @@ from aiokafka.admin.records_to_delete import RecordsToDelete
 from aiokafka.structs import OffsetAndMetadata
 from harness import Place, Sent, consume_all, drained, letters, query, until, value, working
 
-from consumer import App, CannotTell, Message, Misconfigured, Reject, Retry, RunAgain, Tx, verify
+from consumer import App, CannotTell, Message, Misconfigured, Reject, Retry, RunAgain, Tx, report, verify
 from consumer import replay as replay_module
 from consumer.core.findings import Findings
 from consumer.core.identity import message_id
+from consumer.core.message import Partition
 from consumer.demo import plan
 from consumer.demo.application import settle
 from consumer.embedded import Valkey
@@ -320,6 +322,24 @@ async def test_what_was_before_the_ledger_cannot_be_told(place: Place, kafka: An
     assert found.total("missing") == 10 and found.verdict().exit_code == 1
     assert (await run(place, app, topic, mode="apply", assume_unapplied=True)).total("applied_now") == 10
     assert (await run(place, app, topic)).ok
+
+
+async def test_a_position_that_is_moved_back_takes_the_ledgers_beginning_with_it(place: Place) -> None:
+    """Workers will come to what lies above it, so what is absent there is missing; what lies below stays in doubt."""
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}") for n in range(10)])
+    await commit(place, app.name, topic, 10)
+    await place.send(topic, payment("new"))
+    await consume_all(app, place.settings())
+    connection = await asyncpg.connect(place.dsn)
+    try:
+        for to, unknown in ((3, 3), (8, 3)):
+            await report.move_position(connection, app.name, Partition(topic, 0), to)
+            found = await run(place, app, topic)
+            assert (found.total("unknown"), found.total("missing")) == (unknown, 10 - unknown)
+    finally:
+        await connection.close()
 
 
 async def commit(place: Place, group: str, topic: str, offset: int) -> None:
