@@ -22,8 +22,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from consumer import ledger, logs, report, schema
+from consumer import ledger, logs, report, schema, transport
 from consumer.app import App
+from consumer.core import grants
 from consumer.core.errors import Misconfigured, ServiceUnavailable
 from consumer.core.identity import OffsetId
 from consumer.core.message import Partition
@@ -90,6 +91,7 @@ def _root(
         "postgres_",
         "redis_",
         "precheck_",
+        "allow_",
         "lanes",
         "batch_",
         "buffer_",
@@ -141,10 +143,10 @@ async def _ready(app: App, settings: Settings) -> None:
             raise Misconfigured(f"the lifespan of {app.name!r} took longer than --wait") from None
         raise Misconfigured(f"the lifespan of {app.name!r} failed: {logs.describe(error)}") from None
     await _postgres_ready(settings)
-    if settings.redis_url is not None:
+    if (redis_url := transport.redis_url(settings)) is not None:
         from consumer.precheck import Precheck
 
-        precheck = Precheck(settings.redis_url.get_secret_value(), app.name, 1, 1)
+        precheck = Precheck(redis_url, app.name, 1, 1)
         try:
             await precheck.start("")
         finally:
@@ -195,6 +197,15 @@ def migrate(
             "--file", help="your own SQL, run after ours in the same transaction; write it so that it may run again"
         ),
     ] = None,
+    grants_for: Annotated[
+        str | None,
+        typer.Option(
+            "--grants", metavar="ROLE", help="print the rights that a worker's role needs, and change nothing"
+        ),
+    ] = None,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="with --grants: those of a role for `status`, `show` and dashboards")
+    ] = False,
     new_epoch: Annotated[
         bool,
         typer.Option(
@@ -202,9 +213,21 @@ def migrate(
         ),
     ] = False,
 ) -> Any:
-    """Create or update the ledger's tables (schema "consumer"). Safe when several run at once."""
-    if sql + check > 1 or ((sql or check) and (file or new_epoch)):
-        raise Misconfigured("--sql and --check change nothing: give one of them, and neither --file nor --new-epoch")
+    """Create or update the ledger's tables (schema "consumer"). Safe when several run at once.
+
+    Run it as a role that owns them and that only this command uses. Workers need less: `consumer migrate --grants ROLE`
+    prints what, as SQL for the owner.
+    """
+    only = [sql, check, grants_for is not None]
+    if sum(only) > 1 or (any(only) and (file or new_epoch)):
+        raise Misconfigured(
+            "--sql, --check and --grants change nothing: give one of them, and neither --file nor --new-epoch"
+        )
+    if grants_for is not None:
+        print(grants.as_sql(grants_for, grants.For.READER if read_only else grants.For.WORKER), end="")
+        return 0
+    if read_only:
+        raise Misconfigured("--read-only goes with --grants ROLE")
     if sql:
         print(schema.as_sql(), end="")
         return 0
@@ -238,6 +261,8 @@ async def _migrate(settings: Settings, check: bool, own: list[str], names: list[
     told = [f"; {len(own)} file(s) of your own were run"] if own else []
     told += ["; a new epoch has begun"] if new_epoch else []
     print("the schema is up to date" + "".join(told))
+    if done:
+        print("workers need few rights on it: `consumer migrate --grants ROLE` prints them")
     return 0
 
 

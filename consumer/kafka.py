@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.abc import AbstractTokenProvider
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.client import AIOKafkaClient, ConnectionGroup, CoordinationType
@@ -42,8 +43,11 @@ from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.record.memory_records import MemoryRecords
 
+from consumer import transport
+from consumer.bearer import Bearer, NoToken, find
 from consumer.core import rawrecord
 from consumer.core.errors import Misconfigured, ServiceUnavailable
+from consumer.core.hosts import certificate_fault
 from consumer.core.message import LogRecord, Partition, Record
 from consumer.logs import describe, event
 from consumer.settings import Settings
@@ -73,7 +77,8 @@ class LogTruncated(Exception):
 
 
 def connection_options(settings: Settings) -> dict[str, Any]:
-    """What every client of this broker needs. Raises Misconfigured for unusable certificates."""
+    """What every client of this broker needs. Raises Misconfigured for unusable certificates, and for a connection in clear."""
+    transport.check_kafka(settings)
     options: dict[str, Any] = {
         "bootstrap_servers": settings.kafka_bootstrap_servers,
         "security_protocol": settings.kafka_security_protocol,
@@ -89,18 +94,42 @@ def connection_options(settings: Settings) -> dict[str, Any]:
         except (OSError, ssl.SSLError) as error:
             raise Misconfigured(f"CONSUMER_KAFKA_SECURITY_CA_FILE, _CERT_FILE or _KEY_FILE: {error}") from None
     if settings.kafka_security_protocol.startswith("SASL"):
-        if settings.kafka_sasl_username is None or settings.kafka_sasl_password is None:
+        options["sasl_mechanism"] = settings.kafka_sasl_mechanism
+        if settings.kafka_sasl_mechanism == "OAUTHBEARER":
+            if settings.kafka_sasl_token_provider is None:
+                raise Misconfigured("SASL OAUTHBEARER needs CONSUMER_KAFKA_SASL_TOKEN_PROVIDER=module:callable")
+            options["sasl_oauth_token_provider"] = _Tokens(Bearer(find(settings.kafka_sasl_token_provider)))
+        elif settings.kafka_sasl_username is None or settings.kafka_sasl_password is None:
             raise Misconfigured("SASL needs CONSUMER_KAFKA_SASL_USERNAME and CONSUMER_KAFKA_SASL_PASSWORD")
-        options |= {
-            "sasl_mechanism": settings.kafka_sasl_mechanism,
-            "sasl_plain_username": settings.kafka_sasl_username,
-            "sasl_plain_password": settings.kafka_sasl_password.get_secret_value(),
-        }
+        else:
+            options |= {
+                "sasl_plain_username": settings.kafka_sasl_username,
+                "sasl_plain_password": settings.kafka_sasl_password.get_secret_value(),
+            }
     return options
 
 
+class _NoToken(KafkaError):  # type: ignore[misc]
+    """NoToken as the client knows errors: it tries again."""
+
+
+class _Tokens(AbstractTokenProvider):  # type: ignore[misc]
+    def __init__(self, bearer: Bearer) -> None:
+        self._bearer = bearer
+
+    async def token(self) -> str:
+        try:
+            return await self._bearer.token()
+        except NoToken as error:
+            raise _NoToken(str(error)) from None
+
+
 async def started(make: Callable[[], Any], settings: Settings, wait_seconds: float) -> Any:
-    """A started client, waited for. Raises ServiceUnavailable after `wait_seconds`, Misconfigured for wrong credentials."""
+    """A started client, waited for.
+
+    Raises ServiceUnavailable after `wait_seconds`, and Misconfigured for what waiting does not heal: refused credentials, and
+    a certificate that is not accepted.
+    """
     servers = settings.kafka_bootstrap_servers
     clock = asyncio.get_running_loop().time
     deadline = clock() + wait_seconds
@@ -117,14 +146,10 @@ async def started(make: Callable[[], Any], settings: Settings, wait_seconds: flo
             raise Misconfigured(f"CONSUMER_KAFKA_BOOTSTRAP_SERVERS={servers}: {error}") from None
         except (KafkaError, OSError, AssertionError) as error:  # TimeoutError is an OSError
             await _discard(client)
-            why = await _refuses_credentials(settings)
-            if why is not None:
-                raise Misconfigured(
-                    f"Kafka at {servers} refused the SASL credentials ({why}): CONSUMER_KAFKA_SASL_USERNAME, _PASSWORD"
-                ) from None
+            why = await _ask_why(settings)
             if clock() + pause > deadline:
                 raise ServiceUnavailable(
-                    f"Kafka at {servers} did not answer within {wait_seconds:g} s: {str(error) or type(error).__name__}"
+                    f"Kafka at {servers} did not answer within {wait_seconds:g} s: {why or str(error) or type(error).__name__}"
                 ) from None
         except BaseException:
             await _discard(client)
@@ -143,28 +168,48 @@ async def _discard(client: Any) -> None:
             await (client.close() if isinstance(client, AIOKafkaAdminClient) else client.stop())
 
 
-async def _refuses_credentials(settings: Settings) -> str | None:
-    """How a broker turns us away, if it does. While bootstrapping the client reports that like a broker that is down."""
-    if not settings.kafka_security_protocol.startswith("SASL"):
-        return None
+async def _ask_why(settings: Settings) -> str:
+    """Why a broker turns us away, if it can be told: while bootstrapping, the client reports all of it as a broker that is down.
+
+    Raises Misconfigured for what waiting does not heal.
+    """
+    servers, protocol = settings.kafka_bootstrap_servers, settings.kafka_security_protocol
+    if protocol == "PLAINTEXT":
+        return ""
     options = {name: value for name, value in connection_options(settings).items() if name != "bootstrap_servers"}
-    for host, port, _ in collect_hosts(settings.kafka_bootstrap_servers):
+    why = ""
+    for host, port, _ in collect_hosts(servers):
         connection = AIOKafkaConnection(host, int(port), request_timeout_ms=3000, **options)
         try:
             await asyncio.wait_for(connection.connect(), 3)
-            return None
-        except (
-            AuthenticationFailedError,
-            SaslAuthenticationFailed,
-            UnsupportedSaslMechanismError,
-            IllegalSaslStateError,
-        ) as error:
-            return type(error).__name__
+            return ""
+        except ssl.SSLCertVerificationError as error:
+            fault = certificate_fault(
+                error.verify_code,
+                error.verify_message,
+                "CONSUMER_KAFKA_SECURITY_CA_FILE",
+                "CONSUMER_KAFKA_BOOTSTRAP_SERVERS and in what the broker advertises",
+            )
+            raise Misconfigured(f"Kafka at {host}:{port}: {fault}") from None
+        except UnsupportedSaslMechanismError as error:
+            raise Misconfigured(
+                f"Kafka at {servers} does not offer {settings.kafka_sasl_mechanism} there: CONSUMER_KAFKA_SASL_MECHANISM "
+                f"({type(error).__name__})"
+            ) from None
+        except (AuthenticationFailedError, SaslAuthenticationFailed, IllegalSaslStateError) as error:
+            given = "_TOKEN_PROVIDER" if settings.kafka_sasl_mechanism == "OAUTHBEARER" else "_USERNAME, _PASSWORD"
+            raise Misconfigured(
+                f"Kafka at {servers} refused the SASL credentials ({type(error).__name__}): CONSUMER_KAFKA_SASL{given}"
+            ) from None
+        except ssl.SSLError as error:
+            why = f"no TLS with {host}:{port} ({error.reason}): is CONSUMER_KAFKA_SECURITY_PROTOCOL={protocol} right for this port?"
+        except _NoToken as error:
+            why = str(error)
         except (KafkaError, OSError, TimeoutError):
             continue
         finally:
             connection.close()
-    return None
+    return why
 
 
 class Source:

@@ -8,6 +8,7 @@ ROLLBACK (measured with asyncpg 0.32: no error, nothing stored).
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -16,7 +17,10 @@ from urllib.parse import parse_qsl, urlsplit
 import asyncpg
 from asyncpg.pgproto.pgproto import UUID
 
+from consumer import transport
+from consumer.core import grants
 from consumer.core.errors import ConsumerError, Misconfigured
+from consumer.core.hosts import certificate_fault
 from consumer.core.lanes import Delivery, Move
 from consumer.core.message import Partition
 from consumer.core.outcome import Dead
@@ -73,10 +77,9 @@ on conflict (handler, id, fingerprint) do nothing
 _MAY_NOT = """
 select case when current_setting('default_transaction_read_only')::bool then 'anything: default_transaction_read_only is on'
 else (
-    select string_agg(distinct t, ', ') from (values ('ledger', 'select insert update delete'), ('positions', 'select insert update'),
-        ('outcomes', 'select insert update'), ('dead_letters', 'select insert'), ('handlers', 'select'), ('topics', 'select'))
-        as needed(t, rights), unnest(string_to_array(rights, ' ')) r
-    where not has_table_privilege('consumer.' || t, r)) end
+    select string_agg(distinct t, ', ') from unnest($1::text[], $2::text[]) as needed(t, r)
+    where not case r when 'delete' then has_table_privilege('consumer.' || t, r)
+                     else has_any_column_privilege('consumer.' || t, r) end) end
 """
 _CLOSE = """
 with moved as (
@@ -179,13 +182,23 @@ async def connect(settings: Settings, timeout_seconds: float = 10) -> asyncpg.Co
         return await asyncpg.connect(
             dsn,
             timeout=timeout_seconds,
+            ssl=transport.postgres_tls(settings),
             statement_cache_size=0 if settings.postgres_pooler else 100,
             server_settings=None if settings.postgres_pooler else _session_settings(settings),
         )
     except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
         # InvalidPasswordError is among them: waiting does not heal any of these.
         raise Misconfigured(f"{where(dsn)}: {error}") from None
+    except ssl.SSLCertVerificationError as error:
+        fault = certificate_fault(
+            error.verify_code, error.verify_message, "CONSUMER_POSTGRES_CA_FILE", "CONSUMER_POSTGRES_DSN"
+        )
+        raise Misconfigured(f"{where(dsn)}: {fault}") from None
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InternalClientError) as error:
+        if isinstance(error, ConnectionError) and "rejected SSL upgrade" in str(error):
+            raise Misconfigured(
+                f"{where(dsn)} speaks no TLS: turn it on there, or see CONSUMER_ALLOW_INSECURE"
+            ) from None
         if isinstance(error, asyncpg.PostgresError) and meaning_of(error) is Meaning.DEPLOYMENT:
             raise Misconfigured(f"{where(dsn)}: {error}") from None
         raise Outage(f"{where(dsn)}: {str(error) or type(error).__name__}") from None
@@ -245,8 +258,10 @@ class Session:
             _detect_dead_peers(connection)
             with sorted_errors(settings):
                 epoch = await describe(connection, settings)
-                if missing := await connection.fetchval(_MAY_NOT):
-                    raise Misconfigured(f"{where(settings.dsn)}: this role may not write to {missing}: grant it that")
+                if missing := await connection.fetchval(_MAY_NOT, *grants.needed()):
+                    raise Misconfigured(
+                        f"{where(settings.dsn)}: this role may not write to {missing}: grant it what `consumer migrate --grants ROLE` prints"
+                    )
         except BaseException:
             connection.terminate()
             raise

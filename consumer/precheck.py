@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import ssl
 from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import parse_qsl, urlsplit
 
@@ -21,6 +22,7 @@ from redis.retry import Retry
 from consumer.core.breaker import Breaker, Sampler
 from consumer.core.errors import Misconfigured
 from consumer.core.handler import Handler
+from consumer.core.hosts import certificate_fault
 from consumer.core.lanes import Delivery
 from consumer.core.outcome import DUPLICATE, Cause
 from consumer.logs import describe, event
@@ -83,14 +85,22 @@ class Precheck:
         self._probe: asyncio.Task[None] | None = None
 
     async def start(self, epoch: str) -> None:
-        """Connect. Raises Misconfigured for a refused password; any other trouble only opens the breaker."""
+        """Connect. Raises Misconfigured for a refused password, a right that is missing, and a certificate that is not
+        accepted; any other trouble only opens the breaker."""
         self._epoch = epoch
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 await self._try()
         except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
-            raise Misconfigured(f"CONSUMER_REDIS_URL: Redis refused the credentials: {error}") from None
+            raise Misconfigured(
+                f"CONSUMER_REDIS_URL: Redis refused the credentials, or they have too few rights (docs/security.md): {error}"
+            ) from None
         except (RedisError, OSError, TimeoutError) as error:
+            if (cause := _certificate_error(error)) is not None:
+                fault = certificate_fault(
+                    cause.verify_code, cause.verify_message, "CONSUMER_REDIS_CA_FILE", "CONSUMER_REDIS_URL"
+                )
+                raise Misconfigured(f"Redis: {fault}") from None
             self._failed(error)
 
     def new_epoch(self, epoch: str) -> None:
@@ -229,12 +239,20 @@ class Precheck:
         """What a batch needs: to ask and to write. A Redis that is full or read-only fails here, as it would there."""
         key = f"consumer:probe:{self._app}"
         pipe = self._redis.pipeline(transaction=False)
+        pipe.execute_command("ECHO", b"probe")
         pipe.execute_command("SMISMEMBER", key, b"probe")
         pipe.execute_command("SADD", key, b"probe")
         pipe.execute_command("EXPIRE", key, 60)
         answers = await pipe.execute()
-        if len(answers) != 3:
+        if len(answers) != 4:
             raise ResponseError("an answer of another length")
+
+
+def _certificate_error(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    """What TLS had against a certificate, below the library's own exception."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _go_on() -> None:

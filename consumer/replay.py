@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from consumer import history, ledger, once, proof, republish
+from consumer import history, ledger, once, proof, republish, transport
 from consumer.app import App
 from consumer.core.bounds import Span
 from consumer.core.errors import CannotTell, Misconfigured, ServiceUnavailable
@@ -357,9 +357,9 @@ class _Replay:
             for each in partitions:
                 if each not in rows:
                     self.witness.horizon[each] = committed.get(each, 0)
-        if self.settings.redis_url is not None:
+        if (redis_url := transport.redis_url(self.settings)) is not None:
             self.precheck = Precheck(
-                self.settings.redis_url.get_secret_value(),
+                redis_url,
                 self.app.name,
                 _PRECHECK_SECONDS,
                 self.settings.precheck_window_hours * 3600,

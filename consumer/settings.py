@@ -30,11 +30,15 @@ class Settings(BaseSettings):
     kafka_security_ca_file: str | None = Field(None, description="CA certificates for Kafka's TLS (default: system's)")
     kafka_security_cert_file: str | None = Field(None, description="client certificate for Kafka's TLS")
     kafka_security_key_file: str | None = Field(None, description="key of the client certificate")
-    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = Field(
         "PLAIN", description="SASL mechanism"
     )
     kafka_sasl_username: str | None = Field(None, description="SASL user")
     kafka_sasl_password: SecretStr | None = Field(None, description="SASL password; prefer the environment to the flag")
+    kafka_sasl_token_provider: str | None = Field(
+        None,
+        description='for OAUTHBEARER: "module:callable" that returns a token, or a token and its expiry (Unix seconds)',
+    )
     kafka_session_timeout_seconds: Positive = Field(
         30, description="how long Kafka waits for a lost machine; a lost process is reported by its supervisor at once"
     )
@@ -43,6 +47,9 @@ class Settings(BaseSettings):
     kafka_partition_fetch_bytes_max: Count = Field(1 << 20, description="most bytes fetched from a partition at once")
 
     postgres_dsn: SecretStr | None = Field(None, description="PostgreSQL, postgresql://user@host/database (required)")
+    postgres_ca_file: str | None = Field(
+        None, description="CA certificates for PostgreSQL's TLS (default: sslrootcert of the DSN, else the system's)"
+    )
     postgres_pooler: bool = Field(False, description="PostgreSQL is behind PgBouncer in transaction mode")
     postgres_lock_timeout_seconds: Positive = Field(10, description="longest wait for another transaction's lock")
     postgres_idle_in_transaction_timeout_seconds: Positive = Field(
@@ -52,8 +59,14 @@ class Settings(BaseSettings):
     redis_url: SecretStr | None = Field(
         None, description="Redis for the pre-check, redis://host:6379/0 (absent: without)"
     )
+    redis_ca_file: str | None = Field(None, description="CA certificates for Redis's TLS (default: the system's)")
     precheck_budget_ms: Positive = Field(50, description="longest wait for Redis before going on without it")
     precheck_window_hours: Positive = Field(24, description="how long a mark is kept, at least")
+
+    allow_insecure: str = Field(
+        "",
+        description="services that may be reached off this machine without TLS that checks who answers, of kafka, postgres, redis, comma-separated",
+    )
 
     lanes: Annotated[int, Field(ge=1, le=16)] = Field(2, description="PostgreSQL connections, and batches, at a time")
     batch_messages_max: Count = Field(2000, description="most messages in one transaction")
@@ -83,6 +96,18 @@ class Settings(BaseSettings):
             raise ValueError("host:port, comma-separated; a user is CONSUMER_KAFKA_SASL_USERNAME")
         return given
 
+    @field_validator("allow_insecure")
+    @classmethod
+    def _services(cls, given: str) -> str:
+        if odd := sorted(_names(given) - {"kafka", "postgres", "redis"}):
+            raise ValueError(f"{odd[0][:40]!r} is none of kafka, postgres, redis")
+        return given
+
+    @property
+    def insecure(self) -> set[str]:
+        """The services that may be reached in clear off this machine."""
+        return _names(self.allow_insecure)
+
     @property
     def dsn(self) -> str:
         """The DSN in clear. Raises Misconfigured without one."""
@@ -101,6 +126,10 @@ class Settings(BaseSettings):
                 text = value.get_secret_value() if isinstance(value, SecretStr) else value
                 found[f"CONSUMER_{name.upper()}"] = str(text)
         return found
+
+
+def _names(given: str) -> set[str]:
+    return {each.strip().lower() for each in given.split(",") if each.strip()}
 
 
 def load(**flags: Any) -> Settings:

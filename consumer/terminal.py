@@ -50,8 +50,8 @@ err = Console(stderr=True, soft_wrap=True, emoji=False)
 AppPath = Annotated[str, typer.Argument(metavar="APP", help='the App, as "module:attribute"', show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
-SERVICES = ("kafka_", "postgres_dsn", "postgres_pooler")
-POSTGRES = ("postgres_dsn", "postgres_pooler")
+POSTGRES = ("postgres_dsn", "postgres_ca_file", "postgres_pooler", "allow_insecure")
+SERVICES = ("kafka_", *POSTGRES)
 _SHORT = {"grace_seconds": "--grace", "wait_seconds": "--wait"}
 
 

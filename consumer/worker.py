@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from consumer import once
+from consumer import once, transport
 from consumer.app import App
 from consumer.core.errors import ConsumerError, RunAgain
 from consumer.core.lanes import Batch, Delivery, Lane
@@ -144,9 +144,9 @@ class Worker:
             handler.number = numbers[name]
         self._names = once.Names(self._app.name, topics)
         settings = self._settings
-        if settings.redis_url is not None:
+        if (redis_url := transport.redis_url(settings)) is not None:
             self._precheck = Precheck(
-                settings.redis_url.get_secret_value(),
+                redis_url,
                 self._app.name,
                 settings.precheck_budget_ms / 1000,
                 settings.precheck_window_hours * 3600,

@@ -22,6 +22,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from consumer import App, Settings, report, schema
+from consumer.core import grants
 from consumer.kafka import Source
 from consumer.worker import Worker
 
@@ -50,11 +51,35 @@ def settings_for(dsn: str, kafka: str, redis_url: str | None = None, **more: Any
     return Settings(**{**quick, **more})  # type: ignore[arg-type]
 
 
+# The role as which everything that a test runs connects: what `consumer migrate --grants` prints is all it may do with
+# our tables. Its name needs its quotes. With the test's own tables it may do what handlers may.
+WORKER, WORKER_PASSWORD = "test-worker", "worker-secret-5b1e"
+_WORKER_RIGHTS = f"""
+do $$ begin create role "{WORKER}" login password '{WORKER_PASSWORD}'; exception when duplicate_object then null; end $$;
+do $$ declare each name; begin
+    for each in select nspname from pg_namespace where nspname !~ '^(pg_.*|information_schema|consumer)$' loop
+        execute format('grant usage, create on schema %I to "{WORKER}"', each);
+        execute format('grant all on all tables in schema %I to "{WORKER}"', each);
+        execute format('grant all on all sequences in schema %I to "{WORKER}"', each);
+    end loop;
+end $$;
+alter default privileges in schema public grant all on tables to "{WORKER}";
+alter default privileges in schema public grant all on sequences to "{WORKER}";
+"""
+
+
+def as_worker(dsn: str) -> str:
+    """The same database, as the role of the workers."""
+    return f"postgresql://{WORKER}:{WORKER_PASSWORD}@{dsn.rsplit('@', 1)[1]}"
+
+
 async def migrated(dsn: str, tables: str = TABLES) -> None:
-    """The ledger's tables and those of the test."""
+    """The ledger's tables and those of the test, and a role for workers with the rights that are printed for it."""
     connection = await asyncpg.connect(dsn)
     try:
         await schema.migrate(connection, tables)
+        await connection.execute(_WORKER_RIGHTS)
+        await connection.execute(grants.as_sql(WORKER, grants.For.WORKER))
     finally:
         await connection.close()
 
@@ -172,15 +197,19 @@ async def letters(dsn: str) -> list[dict[str, Any]]:
 
 
 class Place:
-    """The services of one test: a database of its own, and as many topics as it asks for."""
+    """The services of one test: a database of its own, and as many topics as it asks for.
+
+    dsn: the owner's address of the database, to look and to prepare. worker_dsn: what is run, connects with that.
+    """
 
     def __init__(self, kafka: str, dsn: str, redis_url: str) -> None:
         self.kafka = kafka
         self.dsn = dsn
+        self.worker_dsn = as_worker(dsn)
         self.redis_url = redis_url
 
     def settings(self, **more: Any) -> Settings:
-        return settings_for(self.dsn, self.kafka, more.pop("redis_url", self.redis_url), **more)
+        return settings_for(self.worker_dsn, self.kafka, more.pop("redis_url", self.redis_url), **more)
 
     async def topic(self, partitions: int = 1, **configs: str) -> str:
         return await new_topic(self.kafka, partitions, **configs)

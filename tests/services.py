@@ -9,7 +9,10 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
+
+from certificates import Authority
 
 from consumer.embedded import EmbeddedUnavailable, Server, free_port, kafka_answers
 
@@ -20,11 +23,27 @@ process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller}
 controller.listener.names=CONTROLLER
-listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,SASL:SASL_PLAINTEXT
-listeners=PLAINTEXT://127.0.0.1:{port},SASL://127.0.0.1:{sasl},CONTROLLER://127.0.0.1:{controller}
+listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,SASL:SASL_PLAINTEXT,TLS:SSL,EXPIRED:SSL,TLSSASL:SASL_SSL
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller},SASL://127.0.0.1:{sasl},TLS://127.0.0.1:{tls},\
+  EXPIRED://127.0.0.1:{expired},TLSSASL://127.0.0.1:{tls_sasl}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port},SASL://127.0.0.1:{sasl},TLS://localhost:{tls},\
+  EXPIRED://localhost:{expired},TLSSASL://localhost:{tls_sasl}
 sasl.enabled.mechanisms=PLAIN
 listener.name.sasl.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required \
   user_alice="right";
+listener.name.tls.ssl.keystore.type=PEM
+listener.name.tls.ssl.keystore.location={directory}/localhost.pem
+listener.name.expired.ssl.keystore.type=PEM
+listener.name.expired.ssl.keystore.location={directory}/expired.pem
+listener.name.tlssasl.ssl.keystore.type=PEM
+listener.name.tlssasl.ssl.keystore.location={directory}/localhost.pem
+listener.name.tlssasl.sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-512,OAUTHBEARER
+listener.name.tlssasl.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required \
+  user_alice="right";
+listener.name.tlssasl.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
+listener.name.tlssasl.oauthbearer.sasl.jaas.config=org.apache.kafka.common.security.oauthbearer.OAuthBearerLoginModule \
+  required unsecuredLoginStringClaim_sub="broker";
+listener.name.tlssasl.oauthbearer.connections.max.reauth.ms=2000
 log.dirs={directory}/data
 auto.create.topics.enable=false
 log.cleaner.backoff.ms=200
@@ -41,7 +60,12 @@ group.coordinator.rebalance.protocols=classic,consumer
 
 
 class Kafka(Server):
-    """Apache Kafka 4.3. `bootstrap_servers` for plain text, `sasl_servers` for SASL PLAIN (alice, right)."""
+    """Apache Kafka 4.3.
+
+    `bootstrap_servers` for plain text, `sasl_servers` for SASL PLAIN in clear (alice, right), `tls_servers` for TLS with a
+    certificate of `ca` for localhost, `expired_servers` with one of yesterday, `tls_sasl_servers` for PLAIN, SCRAM-SHA-512
+    (alice, right) and OAUTHBEARER with unsigned tokens, which end their session after 2 s. `stranger` signed none of them.
+    """
 
     name = "kafka"
 
@@ -49,7 +73,11 @@ class Kafka(Server):
         if shutil.which("java") is None or not any(JARS.glob("kafka-server-4.3.*.jar")):
             raise EmbeddedUnavailable("the tests need Java 17 and Kafka's jars: `make kafka` brings them")
         self._controller = free_port()
-        self._sasl = free_port()
+        self._sasl, self._tls, self._expired, self._tls_sasl = (free_port() for _ in range(4))
+        authority = Authority(self.directory, "ca")
+        authority.issue("localhost", "localhost")
+        authority.issue("expired", "localhost", expires=-timedelta(days=1))
+        self.ca, self.stranger = authority.file, Authority(self.directory, "stranger").file
 
     @property
     def bootstrap_servers(self) -> str:
@@ -59,10 +87,30 @@ class Kafka(Server):
     def sasl_servers(self) -> str:
         return f"127.0.0.1:{self._sasl}"
 
+    @property
+    def tls_servers(self) -> str:
+        return f"localhost:{self._tls}"
+
+    @property
+    def expired_servers(self) -> str:
+        return f"localhost:{self._expired}"
+
+    @property
+    def tls_sasl_servers(self) -> str:
+        return f"localhost:{self._tls_sasl}"
+
     def command(self) -> Sequence[str | Path]:
         properties = self.directory / "server.properties"
         properties.write_text(
-            _PROPERTIES.format(port=self.port, controller=self._controller, sasl=self._sasl, directory=self.directory)
+            _PROPERTIES.format(
+                port=self.port,
+                controller=self._controller,
+                sasl=self._sasl,
+                tls=self._tls,
+                expired=self._expired,
+                tls_sasl=self._tls_sasl,
+                directory=self.directory,
+            )
         )
         if not (self.directory / "data").exists():
             subprocess.run(
@@ -74,6 +122,8 @@ class Kafka(Server):
                     uuid.uuid4().hex[:22],
                     "-c",
                     properties,
+                    "--add-scram",
+                    "SCRAM-SHA-512=[name=alice,password=right]",
                 ],
                 check=True,
                 capture_output=True,

@@ -409,7 +409,7 @@ async def test_connections_that_are_ended_at_any_instant_end_no_worker(place: Pl
 
 async def test_postgresql_killed_under_load_loses_and_doubles_nothing(place: Place) -> None:
     """A server of its own: SIGKILL, and up again with what it had written."""
-    from harness import migrated, settings_for
+    from harness import as_worker, migrated, settings_for
 
     with Postgres() as server:
         dsn = server.dsn()
@@ -421,7 +421,7 @@ async def test_postgresql_killed_under_load_loses_and_doubles_nothing(place: Pla
         async def settle(payment: Payment, tx: Tx) -> None:
             tx.defer(INSERT, payment.id, payment.account, payment.amount)
 
-        settings = settings_for(dsn, place.kafka, place.redis_url, batch_messages_max=50)
+        settings = settings_for(as_worker(dsn), place.kafka, place.redis_url, batch_messages_max=50)
         async with working(app, settings):
             for n in range(3):
                 await place.send(topic, *[payment(f"p{n}-{i}", i % 50) for i in range(1000)])

@@ -21,6 +21,8 @@ LAYERS = [
     "core",
     "logs",
     "settings",
+    "transport",
+    "bearer",
     "schema",
     "embedded",
     "tx",

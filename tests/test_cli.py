@@ -107,7 +107,7 @@ async def test_kafka_that_is_not_there_after_the_wait_is_one_line(good: Path, pl
     result = consumer(
         good,
         *("run", "good:app", "--wait", "0.5", "--log-level", "error"),
-        CONSUMER_POSTGRES_DSN=place.dsn,
+        CONSUMER_POSTGRES_DSN=place.worker_dsn,
         CONSUMER_KAFKA_BOOTSTRAP_SERVERS=f"127.0.0.1:{port}",
     )
     is_one_line(result, f"127.0.0.1:{port}")
@@ -125,14 +125,14 @@ async def test_a_wrong_postgresql_password_is_one_line(good: Path, postgres: Pos
 
 async def test_a_wrong_redis_password_is_one_line(good: Path, place: Place) -> None:
     url = place.redis_url.replace("redis://", "redis://bob:canary@")
-    result = consumer(good, "run", "good:app", CONSUMER_POSTGRES_DSN=place.dsn, CONSUMER_REDIS_URL=url)
+    result = consumer(good, "run", "good:app", CONSUMER_POSTGRES_DSN=place.worker_dsn, CONSUMER_REDIS_URL=url)
     is_one_line(result, "CONSUMER_REDIS_URL")
     assert "canary" not in result.stderr
 
 
 async def test_a_wrong_kafka_password_is_one_line(good: Path, place: Place, kafka: Kafka) -> None:
     environment = {
-        "CONSUMER_POSTGRES_DSN": place.dsn,
+        "CONSUMER_POSTGRES_DSN": place.worker_dsn,
         "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": kafka.sasl_servers,
         "CONSUMER_KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT",
         "CONSUMER_KAFKA_SASL_USERNAME": "alice",
@@ -201,7 +201,7 @@ async def reported(place: Place, tmp_path: Path) -> dict[str, Any]:
         "cwd": tmp_path,
         "topic": topic,
         "app": name,
-        "environment": {"CONSUMER_POSTGRES_DSN": place.dsn, "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka},
+        "environment": {"CONSUMER_POSTGRES_DSN": place.worker_dsn, "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka},
     }
 
 
@@ -301,7 +301,11 @@ def test_a_lifespan_that_fails_or_hangs_is_one_line(tmp_path: Path, body: str, s
 async def test_an_address_that_cannot_be_used_is_one_line_without_its_password(
     good: Path, place: Place, name: str, address: str
 ) -> None:
-    environment = {"CONSUMER_POSTGRES_DSN": place.dsn, "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka, name: address}
+    environment = {
+        "CONSUMER_POSTGRES_DSN": place.worker_dsn,
+        "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka,
+        name: address,
+    }
     result = consumer(good, "run", "good:app", "--wait", "0.5", "--log-level", "error", **environment)
     is_one_line(result)
     assert "canary" not in result.stderr + result.stdout
@@ -347,7 +351,7 @@ async def test_the_current_directory_does_not_shadow_what_a_worker_imports(good:
             "good:app",
         ],
         cwd=good,
-        env={**clean, "CONSUMER_POSTGRES_DSN": place.dsn, "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka},
+        env={**clean, "CONSUMER_POSTGRES_DSN": place.worker_dsn, "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka},
         stderr=subprocess.PIPE,
         stdin=None,
         text=True,
@@ -375,7 +379,7 @@ async def test_dead_letters_do_not_drive_the_terminal_and_partition_100_is_no_em
 
     await place.send(topic, Sent(b"\x1b]0;owned\x07\x1b[2J:smile:\nreason      applied", id="x", partition=100))
     await consume_all(app, place.settings())
-    environment = {"CONSUMER_POSTGRES_DSN": place.dsn}
+    environment = {"CONSUMER_POSTGRES_DSN": place.worker_dsn}
     shown = consumer(tmp_path, "dlq", "show", "1", **environment).stdout
     assert "\x1b" not in shown and ":smile:" in shown
     assert len([line for line in shown.splitlines() if line.startswith("reason")]) == 1
@@ -403,7 +407,7 @@ def test_an_empty_variable_is_as_good_as_none(tmp_path: Path) -> None:
 
 
 async def test_a_session_timeout_that_kafka_refuses_is_no_outage(good: Path, place: Place) -> None:
-    environment = {"CONSUMER_POSTGRES_DSN": place.dsn, "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka}
+    environment = {"CONSUMER_POSTGRES_DSN": place.worker_dsn, "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka}
     result = consumer(good, "run", "good:app", "--kafka-session-timeout-seconds", "0.5", **environment)
     assert result.returncode == 2
     assert "CONSUMER_KAFKA_SESSION_TIMEOUT_SECONDS=0.5" in result.stderr

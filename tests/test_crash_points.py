@@ -13,7 +13,20 @@ from typing import Any
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from crash_worker import app_of
-from harness import ROOT, Sent, consume_all, counts, migrated, new_topic, produce, query, settings_for, until, value
+from harness import (
+    ROOT,
+    Sent,
+    as_worker,
+    consume_all,
+    counts,
+    migrated,
+    new_topic,
+    produce,
+    query,
+    settings_for,
+    until,
+    value,
+)
 
 from consumer import Settings
 
@@ -77,7 +90,7 @@ async def test_a_crash_loses_nothing_and_doubles_nothing(
     await migrated(database)
     topic = await new_topic(kafka.bootstrap_servers, 2)
     settings = settings_for(
-        database, kafka.bootstrap_servers, redis_url, batch_messages_max=15, kafka_session_timeout_seconds=2
+        as_worker(database), kafka.bootstrap_servers, redis_url, batch_messages_max=15, kafka_session_timeout_seconds=2
     )
     app = app_of(topic, f"crash-{uuid.uuid4().hex[:8]}")
     await produce(kafka.bootstrap_servers, topic, messages())
@@ -100,7 +113,7 @@ async def test_a_crash_while_partitions_are_revoked(kafka: Any, database: str, r
     await migrated(database)
     topic = await new_topic(kafka.bootstrap_servers, 4)
     settings = settings_for(
-        database, kafka.bootstrap_servers, redis_url, batch_messages_max=5, kafka_session_timeout_seconds=2
+        as_worker(database), kafka.bootstrap_servers, redis_url, batch_messages_max=5, kafka_session_timeout_seconds=2
     )
     app = app_of(topic, f"crash-{uuid.uuid4().hex[:8]}")
     process = crashing(settings, topic, app.name, "revoked", 1, tmp_path / "log")

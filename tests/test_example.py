@@ -12,6 +12,7 @@ from harness import (
     ROOT,
     Place,
     Sent,
+    as_worker,
     consume_all,
     counts,
     letters,
@@ -82,7 +83,7 @@ async def test_payments_refunds_bookings_and_clicks(kafka: Kafka, database: str,
     entries = [Sent({"entry_id": f"e{n % 900}", "account": n % 10, "amount": n % 900}) for n in range(1000)]
     await produce(kafka.bootstrap_servers, "ledger", entries)
     await produce(kafka.bootstrap_servers, "clicks", [Sent({"page": "/"}) for _ in range(10)])
-    await consume_all(renamed, settings_for(database, kafka.bootstrap_servers, redis_url))
+    await consume_all(renamed, settings_for(as_worker(database), kafka.bootstrap_servers, redis_url))
 
     assert await query(database, "select account, balance from accounts where balance <> 0 order by 1") == [
         (7, 700),

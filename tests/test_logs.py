@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from harness import Place, Sent, consume_all, letters
+from harness import WORKER_PASSWORD, Place, Sent, consume_all, letters
 from services import Kafka
 
 from consumer import App, Message, Retry, Tx, logs
@@ -87,7 +87,6 @@ async def test_no_payload_id_key_or_secret_is_logged(place: Place, kafka: Kafka,
     await place.send(
         topic, *sent, sent[0], Sent(f'"{CANARY}'.encode(), id=CANARY), Sent({"text": CANARY}, id=f"{CANARY}-raise")
     )
-    password = place.dsn.split("demo:")[1].split("@")[0]
     await consume_all(app, place.settings())
     assert len(await letters(place.dsn)) > 20
     found = stream.getvalue()
@@ -95,4 +94,4 @@ async def test_no_payload_id_key_or_secret_is_logged(place: Place, kafka: Kafka,
         json.loads(line)
     assert "dead letter" in found and "tried again" in found
     assert CANARY not in found
-    assert password not in found
+    assert WORKER_PASSWORD not in found

@@ -21,6 +21,7 @@ from harness import (
     counts,
     drained,
     letters,
+    migrated,
     query,
     until,
     value,
@@ -102,13 +103,7 @@ async def test_marks_of_a_database_that_was_made_anew_are_not_believed(place: Pl
     await consume_all(app, place.settings())
     for statement in ("drop schema consumer cascade", "truncate effects"):
         await query(place.dsn, statement)
-    import asyncpg
-
-    from consumer import schema
-
-    connection = await asyncpg.connect(place.dsn)
-    await schema.migrate(connection)
-    await connection.close()
+    await migrated(place.dsn, "")
     other = App(app.name)  # the same scope, and Redis still holds the mark
     other._handlers.update(app._handlers)
     await place.send(topic, payment("a"))

@@ -53,7 +53,7 @@ class Shop:
         (directory / f"{self.module}.py").write_text(APP.format(name=self.name, topic=topic))
         self.environment = {
             "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka,
-            "CONSUMER_POSTGRES_DSN": place.dsn,
+            "CONSUMER_POSTGRES_DSN": place.worker_dsn,
             "XDG_STATE_HOME": str(directory / "state"),
         }
 

@@ -1,0 +1,96 @@
+"""Tokens for SASL OAUTHBEARER, from a function of yours: `module:callable`, named by CONSUMER_KAFKA_SASL_TOKEN_PROVIDER.
+
+Knows how to find the function, to call it, and how long an answer may be used; knows no Kafka. What it does not know:
+what a token means, and whether Kafka will take it. Neither a token nor the text of an error of yours is told to anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from consumer.core.errors import Misconfigured
+from consumer.logs import describe
+
+_MARGIN_SECONDS = 30.0  # before its expiry a token is used no more: the clocks differ, and its way takes time
+CALL_SECONDS = 5.0
+
+
+class NoToken(Exception):
+    """The function did not give a token now. The text names the setting, and quotes nothing."""
+
+
+def find(path: str) -> Callable[[], Any]:
+    """The function that `module:callable` names, with the current directory on the import path. Raises Misconfigured."""
+    module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute:
+        raise Misconfigured(f'CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={path}: write "module:callable"')
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        with redirect_stdout(sys.stderr):
+            found: Any = importlib.import_module(module_name)
+        for name in attribute.split("."):
+            found = getattr(found, name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise Misconfigured(
+            f"CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={path} cannot be imported: {describe(error)}"
+        ) from None
+    if not callable(found):
+        raise Misconfigured(
+            f"CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={path} is a {type(found).__name__}, which cannot be called"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+class Bearer:
+    """Gives tokens, each for as long as it lasts.
+
+    function: called without arguments, in a thread when it is not async; returns the token as text, or a pair of it and its
+    expiry in seconds since 1970. A token without an expiry is used once, so the function is asked at every connection.
+    """
+
+    def __init__(self, function: Callable[[], Any], now: Callable[[], float] = time.time) -> None:
+        self._function = function
+        self._now = now
+        self._token, self._until = "", 0.0
+        self._asking = asyncio.Lock()
+
+    async def token(self) -> str:
+        """A token that has not expired. Raises NoToken when the function fails, takes too long or returns something else."""
+        async with self._asking:  # many connections are opened at once
+            if self._now() >= self._until:
+                self._token, self._until = await self._ask()
+            return self._token
+
+    async def _ask(self) -> tuple[str, float]:
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                if inspect.iscoroutinefunction(self._function):
+                    found = await self._function()
+                else:
+                    found = await asyncio.to_thread(self._function)
+                    if inspect.isawaitable(found):
+                        found = await found
+        except Exception as error:
+            raise NoToken(f"CONSUMER_KAFKA_SASL_TOKEN_PROVIDER gave no token: {describe(error)}") from None
+        token, expiry = found if isinstance(found, tuple) and len(found) == 2 else (found, 0.0)
+        if not isinstance(token, str) or not isinstance(expiry, int | float):
+            raise NoToken(
+                "CONSUMER_KAFKA_SASL_TOKEN_PROVIDER must return a token as text, or (token, expiry in seconds since 1970)"
+            )
+        if not token or any(
+            not 0x20 < ord(each) < 0x7F for each in token
+        ):  # RFC 6750: visible ASCII; \x01 ends the field
+            raise NoToken("CONSUMER_KAFKA_SASL_TOKEN_PROVIDER returned a text that can be no token")
+        return token, float(expiry) - _MARGIN_SECONDS

@@ -1,0 +1,81 @@
+"""What each role may do with the ledger's tables, in one place: printed as SQL, and asked of PostgreSQL at start.
+
+Pure: writes SQL and runs none. What it does not know: the tables of your handlers, whose rights are yours to give.
+`tests/test_grants.py` fails for a table or function of the schema that is not named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+from consumer.core.errors import Misconfigured
+from consumer.core.scratch import ident
+
+_BYTES_MAX = 63  # PostgreSQL cuts longer names with a notice, and would then mean another role
+
+# Rights of a table, as GRANT writes them. A worker applies messages, keeps dead letters and answers every command but
+# `migrate`. Of the ledger it may change one column, and delete rows only because a message that is tried again gives
+# its claim back in the transaction that made it.
+_WORKER: Mapping[str, tuple[str, ...]] = {
+    "schema_versions": ("select",),
+    "installation": ("select",),
+    "handlers": ("select", "insert"),
+    "topics": ("select", "insert"),
+    "ledger": ("select", "insert", "delete", "update (applied_at)"),
+    "positions": ("select", "insert", "update (next_offset, first_offset, updated_at)"),
+    "outcomes": ("select", "insert", "update (count)"),
+    "dead_letters": ("select", "insert"),
+}
+# Enough for `status`, `show` and dashboards. Of a dead letter, no byte of the message, and not the error's text, which may quote it.
+_READER: Mapping[str, tuple[str, ...]] = {
+    "schema_versions": ("select",),
+    "installation": ("select",),
+    "handlers": ("select",),
+    "topics": ("select",),
+    "ledger": ("select",),
+    "positions": ("select",),
+    "outcomes": ("select",),
+    "dead_letters": (
+        'select (dead_letter, handler, id, fingerprint, topic, partition, "offset", "timestamp", reason, attempts, died_at)',
+    ),
+}
+
+
+class For(Enum):
+    """Whom a role is for."""
+
+    WORKER = "worker"
+    READER = "reader"
+
+
+TABLES: Mapping[For, Mapping[str, tuple[str, ...]]] = {For.WORKER: _WORKER, For.READER: _READER}
+
+
+def as_sql(role: str, purpose: For) -> str:
+    """The grants as a script, which takes back first what the role had on these tables. Run it as their owner.
+
+    Raises Misconfigured for what can be no role's name.
+    """
+    if role.lower() == "public" or len(role.encode("utf-8", "surrogatepass")) > _BYTES_MAX:
+        raise Misconfigured(
+            f"{role[:80]!r} can be no role: give the name of one that logs in, of at most {_BYTES_MAX} bytes"
+        )
+    name = ident(role)
+    lines = [
+        f"-- What a {purpose.value}'s role may do in the schema of `consumer migrate`, and nothing else. Run it as the owner",
+        "-- of that schema, again after each migration. The role must exist; rights on your own tables are yours to give.",
+        "begin;",
+        f"revoke all on schema consumer from {name};",
+        f"revoke all on all tables in schema consumer from {name};",
+        f"grant usage on schema consumer to {name};",
+        *(f"grant {', '.join(rights)} on consumer.{table} to {name};" for table, rights in TABLES[purpose].items()),
+        "commit;",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def needed() -> tuple[list[str], list[str]]:
+    """Tables, and what a worker must be able to do with each, side by side: what is asked at start."""
+    pairs = [(table, right.split(" ")[0]) for table, rights in _WORKER.items() for right in rights]
+    return [table for table, _ in pairs], [right for _, right in pairs]

@@ -1,0 +1,87 @@
+"""Which addresses lead off this machine, and what is wrong with a certificate. Decides by the text alone, resolves nothing.
+
+Pure. What it does not know: where a name leads. So of names only `localhost` counts as this machine; `localhost.example`
+and a name that resolves to 127.0.0.1 do not.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from urllib.parse import parse_qs, unquote, urlsplit
+
+# OpenSSL's verify codes (x509_vfy.h), which the standard library hands on as SSLCertVerificationError.verify_code.
+_EXPIRED = {10}
+_NOT_YET = {9}
+_ISSUER = {2, 18, 19, 20, 21}
+_NAME = {62, 64}
+
+
+def is_local(host: str) -> bool:
+    """Whether a host, as written, is this machine: a path of a Unix socket, a loopback address, or `localhost`."""
+    if host.startswith("/") or host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def of_kafka(servers: str) -> list[str]:
+    """The hosts of `host:port,…`; an IPv6 address may stand in brackets, or alone."""
+    found = []
+    for each in servers.split(","):
+        text = each.strip()
+        if text.startswith("["):
+            found.append(text[1:].partition("]")[0])
+        elif text.count(":") > 1:
+            found.append(text)
+        else:
+            found.append(text.partition(":")[0])
+    return found
+
+
+def of_postgres(dsn: str, variable: str = "") -> tuple[list[str], dict[str, str]]:
+    """The hosts that asyncpg will try for a DSN, and the options after its question mark.
+
+    variable: PGHOST, which counts when the DSN names no host; without either, it tries this machine's sockets. Raises
+    ValueError for what is no DSN. `tests/test_hosts.py` compares the answer with the driver's own reading.
+    """
+    parts = urlsplit(dsn)
+    if parts.scheme not in ("postgresql", "postgres"):
+        raise ValueError("no postgresql:// address")
+    options = {name: values[-1] for name, values in parse_qs(parts.query, strict_parsing=bool(parts.query)).items()}
+    _, at, after = parts.netloc.partition("@")  # the first one, as the driver has it
+    named = after if at else parts.netloc
+    given = named or options.get("host") or variable
+    found = [_without_port(each) for each in given.split(",")] if given else ["/"]
+    return [unquote(each) for each in found] if named else found, options
+
+
+def _without_port(spec: str) -> str:
+    if spec.startswith("/"):
+        return spec
+    if spec.startswith("["):
+        return spec[1:].partition("]")[0]
+    return spec.partition(":")[0]
+
+
+def elsewhere(hosts: Iterable[str]) -> list[str]:
+    """Those that are not this machine."""
+    return [each for each in hosts if not is_local(each)]
+
+
+def certificate_fault(code: int, text: str, ca: str, address: str) -> str:
+    """What is wrong with a server's certificate, and what to check.
+
+    code, text: OpenSSL's. ca: the setting that names the CA file. address: the setting that names the host.
+    """
+    if code in _EXPIRED:
+        return f"its certificate has expired ({text}): it must be renewed there"
+    if code in _NOT_YET:
+        return f"its certificate is not valid yet ({text}): compare the clocks"
+    if code in _NAME:
+        return f"its certificate is for another host ({text}): check the host name in {address}"
+    if code in _ISSUER:
+        return f"its certificate was signed by nobody that is trusted here ({text}): check {ca}"
+    return f"its certificate is not accepted ({text}): check {ca}"

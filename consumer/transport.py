@@ -1,0 +1,109 @@
+"""How each service may be talked to: with TLS that checks who answers, or in clear on this machine only.
+
+Knows settings, hosts and the standard library's TLS; knows no driver, and opens no connection. What it does not know:
+where a broker sends its clients on to (the addresses that Kafka advertises); the same TLS and the same checks hold there.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from pathlib import Path
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from consumer.core import hosts
+from consumer.core.errors import Misconfigured
+from consumer.settings import Settings
+
+# Options of a DSN that the driver reads only when it makes its TLS context itself.
+_UNREAD = ("sslpassword", "ssl_min_protocol_version", "ssl_max_protocol_version")
+
+
+def check_kafka(settings: Settings) -> None:
+    """Raises Misconfigured when Kafka would be reached in clear off this machine, and that is not allowed."""
+    if settings.kafka_security_protocol in ("PLAINTEXT", "SASL_PLAINTEXT"):
+        _refuse(
+            "kafka",
+            hosts.of_kafka(settings.kafka_bootstrap_servers),
+            settings,
+            "set CONSUMER_KAFKA_SECURITY_PROTOCOL=SSL or SASL_SSL",
+        )
+
+
+def redis_url(settings: Settings) -> str | None:
+    """Redis's address in clear, with its CA file; None without one.
+
+    Raises Misconfigured when it would be reached off this machine in clear, or with TLS that does not check who answers.
+    """
+    if settings.redis_url is None or not settings.redis_url.get_secret_value():
+        return None
+    url = settings.redis_url.get_secret_value()
+    try:
+        parts = urlsplit(url)
+        found = [parts.hostname or "localhost"]
+        options = {name: value.lower() for name, value in parse_qsl(parts.query)}
+    except ValueError:
+        return url  # the client says what is wrong with it
+    if parts.scheme == "redis":
+        _refuse("redis", found, settings, "write rediss:// in CONSUMER_REDIS_URL")
+    if parts.scheme == "rediss":
+        checks = options.get("ssl_cert_reqs", "required"), options.get("ssl_check_hostname", "true")
+        if checks != ("required", "true"):
+            _refuse("redis", found, settings, "leave ssl_cert_reqs and ssl_check_hostname out of CONSUMER_REDIS_URL")
+        if settings.redis_ca_file is not None:
+            if not Path(settings.redis_ca_file).is_file():  # the client would only say that Redis is away
+                raise Misconfigured(f"CONSUMER_REDIS_CA_FILE: no file {settings.redis_ca_file}")
+            url += ("&" if parts.query else "?") + urlencode({"ssl_ca_certs": settings.redis_ca_file})
+    return url
+
+
+def postgres_tls(settings: Settings) -> ssl.SSLContext | None:
+    """The TLS context that a connection to PostgreSQL must use; None where the DSN alone decides.
+
+    Off this machine it is always one that checks the certificate's signature and its host name (libpq's verify-full),
+    unless CONSUMER_ALLOW_INSECURE names postgres. The driver's own default would fall back to a connection in clear, its
+    `require` accepts any certificate, and its `verify-full` does not look into the system's store (asyncpg 0.32).
+
+    Raises Misconfigured for a weaker sslmode and for certificates that cannot be read; ValueError for what is no DSN.
+    """
+    found, options = hosts.of_postgres(settings.dsn, os.environ.get("PGHOST", ""))
+    mode = options.get("sslmode") or os.environ.get("PGSSLMODE")
+    away = hosts.elsewhere(found)
+    if "service" in options or (os.environ.get("PGSERVICE") and found == ["/"]):
+        raise Misconfigured("CONSUMER_POSTGRES_DSN: service files are not read: write the host into the address")
+    if settings.postgres_ca_file is None and mode != "verify-full" and (not away or "postgres" in settings.insecure):
+        return None
+    if away and mode not in (None, "verify-full") and "postgres" not in settings.insecure:
+        raise Misconfigured(
+            f"PostgreSQL at {away[0]} with sslmode={mode} is refused: it does not make sure who answers. Write sslmode=verify-full "
+            "into CONSUMER_POSTGRES_DSN (CONSUMER_POSTGRES_CA_FILE names a CA of your own), or allow it with "
+            "CONSUMER_ALLOW_INSECURE=postgres"
+        )
+    if unread := [each for each in _UNREAD if each in options]:
+        raise Misconfigured(
+            f"CONSUMER_POSTGRES_DSN: {unread[0]} is not supported together with verify-full: leave it out"
+        )
+    root = settings.postgres_ca_file or options.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")
+    try:
+        context = ssl.create_default_context(cafile=None if root in (None, "", "system") else root)
+        if certificate := options.get("sslcert") or os.environ.get("PGSSLCERT"):
+            # A key with a passphrase would ask for it at the terminal.
+            context.load_cert_chain(certificate, options.get("sslkey") or os.environ.get("PGSSLKEY"), lambda: "")
+        if revoked := options.get("sslcrl") or os.environ.get("PGSSLCRL"):
+            context.load_verify_locations(cafile=revoked)
+            context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
+    except (OSError, ssl.SSLError) as error:
+        raise Misconfigured(
+            f"CONSUMER_POSTGRES_CA_FILE, or sslrootcert, sslcert, sslkey or sslcrl of the DSN, cannot be used: {error}"
+        ) from None
+    context.set_alpn_protocols(["postgresql"])  # which a direct TLS connection needs
+    return context
+
+
+def _refuse(service: str, found: list[str], settings: Settings, instead: str) -> None:
+    away = hosts.elsewhere(found)
+    if away and service not in settings.insecure:
+        raise Misconfigured(
+            f"{service} at {away[0]} would be reached off this machine without making sure who answers: {instead}, or allow it with "
+            f"CONSUMER_ALLOW_INSECURE={service}"
+        )
