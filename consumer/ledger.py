@@ -19,6 +19,7 @@ from asyncpg.pgproto.pgproto import UUID
 
 from consumer import transport
 from consumer.core import grants
+from consumer.columns import Columns
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.core.hosts import certificate_fault
 from consumer.core.lanes import Delivery, Move
@@ -238,6 +239,7 @@ class Session:
 
     def __init__(self, connection: asyncpg.Connection[Any], settings: Settings, epoch: str) -> None:
         self.connection = connection
+        self.columns = Columns(connection)
         self._settings = settings
         self.epoch = epoch
         self.owns_positions = True  # a replay settles messages too, and leaves the positions to the workers

@@ -393,7 +393,7 @@ class _Run:
 
     def __init__(self, session: Session, done: Settlement, careful: bool, draw: Callable[[], float]) -> None:
         self.session = session
-        self.scope = Scope(session.connection)
+        self.scope = Scope(session.connection, session.columns)
         self.done = done
         self.careful = careful
         self.draw = draw

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
+from consumer.columns import Columns
 from consumer.core.errors import TransactionMisuse
 from consumer.core.grouping import Write, group
 from consumer.core.sqltext import refuse_transaction_control
@@ -60,8 +61,9 @@ def savepoint_name() -> str:
 class Scope:
     """What the messages of one batch share: the connection, and the writes deferred so far in order of their messages."""
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Any, columns: Columns) -> None:
         self.connection = connection
+        self.columns = columns
         self.root = _Level()
         self.deferred: list[Tx] = []
         self.flush_error: BaseException | None = None
@@ -87,13 +89,12 @@ class Scope:
             self.flush_error = error
             raise
 
-    async def send(self, writes: Iterable[Write]) -> None:
+    async def send(self, writes: Sequence[Write]) -> None:
         """Send writes in groups. Raises what the database says."""
-        for sql, arguments in group(writes):
-            if len(arguments) == 1:
-                await self.connection.execute(sql, *arguments[0])
-            else:
-                await self.connection.executemany(sql, arguments)
+        statements = {sql for _, sql, _ in writes}
+        touches = await self.columns.touches(statements) if 1 < len(statements) < len(writes) else None
+        for sql, arguments in group(writes, touches):
+            await self.columns.send(sql, arguments)
 
 
 class Tx:
@@ -246,7 +247,7 @@ class Tx:
         elif level.writes:
             unit = self.subject.unit()
             writes, level.writes = level.writes, []
-            await self._scope.send((unit, sql, args) for sql, args in writes)
+            await self._scope.send([(unit, sql, args) for sql, args in writes])
 
     async def _guarded(self, statement: Any) -> Any:
         try:

@@ -25,6 +25,7 @@ LAYERS = [
     "bearer",
     "schema",
     "embedded",
+    "columns",
     "tx",
     "kafka",
     "ledger",

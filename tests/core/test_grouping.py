@@ -74,3 +74,34 @@ def test_a_statement_that_comes_back_after_another_of_its_unit_waits_for_it() ->
 
 def test_no_writes_are_no_groups() -> None:
     assert group([]) == []
+
+
+TOUCHES = {
+    "insert a": frozenset({"a"}),
+    "update b": frozenset({"b"}),
+    "update c": frozenset({"c", "key of b"}),
+    "delete d": frozenset({"d", "key of b"}),
+}
+
+
+@given(numbered_writes())
+def test_what_may_meet_keeps_its_order_within_a_unit(writes: list[Write]) -> None:
+    found = executed(group(writes, TOUCHES))
+    assert Counter(found) == Counter(writes)
+    for unit in {unit for unit, _, _ in writes}:
+        for together in ({"insert a"}, {"update b"}, {"update c", "delete d"}):
+            places = [args[1] for other, sql, args in found if other == unit and sql in together]
+            assert places == sorted(places)
+
+
+@given(numbered_writes())
+def test_statements_that_meet_nothing_in_common_make_one_group_each(writes: list[Write]) -> None:
+    apart = {sql: frozenset({sql}) for _, sql, _ in writes}
+    assert len(group(writes, apart)) == len(apart)
+
+
+def test_statements_meet_through_a_third() -> None:
+    touches = {"x": frozenset({1}), "y": frozenset({2}), "z": frozenset({1, 2})}
+    writes: list[Write] = [("ann", "x", (0,)), ("ann", "y", (1,)), ("ann", "x", (2,)), ("ann", "z", (3,))]
+    assert group(writes, touches) == [("x", [(0,)]), ("y", [(1,)]), ("x", [(2,)]), ("z", [(3,)])]
+    assert group(writes[:3], {"x": touches["x"], "y": touches["y"]}) == [("x", [(0,), (2,)]), ("y", [(1,)])]

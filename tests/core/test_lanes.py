@@ -628,6 +628,8 @@ class _Nowhere:
     is_usable = True
     batch_seconds_max = 60.0
 
+    columns: Any = None
+
     @property
     def connection(self) -> _Nowhere:
         return self

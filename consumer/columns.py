@@ -1,0 +1,131 @@
+"""Deferred writes of one shape, sent as arrays: one execution for many rows, where that cannot be told from many executions.
+
+core/columns.py reads the statement; this looks at the table behind it, once a connection and minute, and prepares what it made.
+It also tells which statements meet nothing in common, so that their order cannot be told either.
+What it does not know: what somebody changes on the table within that minute. A trigger or rule that is made while
+workers run may be passed over for so long (a trigger for each row never is: PostgreSQL calls it in either form).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Hashable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from consumer.core.columns import KEY_TYPES, ROWS_MIN, TYPES, Shape, rounds, shape_of
+
+_LOOKED_SECONDS = 60.0
+_TEXTS_MAX = 500  # statements remembered on a connection
+
+# Whether nothing about a table can tell one execution from many: no trigger, rule or policy, no child, and no function of the
+# user's own in a default or a constraint, which might look at the table. Then the types of its key columns, and what else a
+# write to it may meet: foreign keys whose columns it sets, on either side, and sequences that its defaults take from.
+_TABLE = """
+select c.oid as relation,
+       c.relkind = 'r' and not c.relhassubclass and not c.relhasrules and not c.relrowsecurity
+       and not exists (select from pg_trigger t where t.tgrelid = c.oid and not t.tgisinternal)
+       and not exists (select from pg_attribute a join pg_type t on t.oid = a.atttypid
+                       where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped and t.typtype = 'd')
+       and not exists (select from pg_depend d where d.refclassid = 'pg_proc'::regclass and d.refobjid >= 16384
+                       and (d.classid, d.objid) in (
+                           select 'pg_attrdef'::regclass::oid, oid from pg_attrdef where adrelid = c.oid
+                           union all
+                           select 'pg_constraint'::regclass::oid, oid from pg_constraint where conrelid = c.oid))
+       as simple,
+       array(select case when a.attcollation = 0 or l.collisdeterministic then t.typname end
+             from unnest($2::text[]) with ordinality as k(name, place)
+             left join pg_attribute a on a.attrelid = c.oid and a.attname = k.name and a.attnum > 0 and not a.attisdropped
+             left join pg_type t on t.oid = a.atttypid and t.typnamespace = 'pg_catalog'::regnamespace
+             left join pg_collation l on l.oid = a.attcollation
+             order by k.place) as keys,
+       array(select f.oid from pg_constraint f
+             cross join lateral (values (f.conrelid, f.conkey), (f.confrelid, f.confkey)) as side(relation, columns)
+             where f.contype = 'f' and side.relation = c.oid
+             and ($3::text[] is null or exists (select from pg_attribute a where a.attrelid = c.oid
+                                                and a.attnum = any(side.columns) and a.attname = any($3)))
+             union
+             select d.refobjid from pg_depend d join pg_attrdef e on d.classid = 'pg_attrdef'::regclass and d.objid = e.oid
+             join pg_class s on d.refclassid = 'pg_class'::regclass and d.refobjid = s.oid and s.relkind = 'S'
+             where e.adrelid = c.oid and $3::text[] is null) as others
+from pg_class c where c.oid = to_regclass($1)
+"""
+
+
+class _Known(NamedTuple):
+    """A statement that may be sent as arrays: its shape, its text for them, and what it may meet."""
+
+    shape: Shape
+    text: str
+    touches: frozenset[Hashable]
+
+
+class Columns:
+    """What one connection knows about statements that it was given."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._known: dict[str, _Known | None] = {}
+        self._looked = time.monotonic()
+
+    async def touches(self, statements: Collection[str]) -> dict[str, frozenset[Hashable]] | None:
+        """What each of the statements may meet, or None when of one it is not known."""
+        found: dict[str, frozenset[Hashable]] = {}
+        for sql in statements:
+            known = await self._look(sql)
+            if known is None:
+                return None
+            found[sql] = known.touches
+        return found
+
+    async def send(self, sql: str, arguments: Sequence[Sequence[Any]]) -> None:
+        """Run a statement for each of the arguments, in as few executions as mean the same. Raises what the database says."""
+        if len(arguments) == 1:
+            await self._connection.execute(sql, *arguments[0])
+            return
+        if len(arguments) >= ROWS_MIN and (known := await self._look(sql)) is not None:
+            shape, text, _ = known
+            parts = rounds(arguments, shape)
+            # Many uses of few keys make many rounds of few rows, which are no cheaper than the rows.
+            if parts is not None and len(parts) * 2 <= len(arguments):
+                for rows in parts:
+                    await self._connection.execute(
+                        text, *[list(map(itemgetter(n), rows)) for n in range(shape.parameters)]
+                    )
+                return
+        await self._connection.executemany(sql, arguments)
+
+    async def _look(self, sql: str) -> _Known | None:
+        if time.monotonic() - self._looked > _LOOKED_SECONDS or len(self._known) >= _TEXTS_MAX:
+            self._known.clear()
+            self._looked = time.monotonic()
+        if sql not in self._known:
+            shape = shape_of(sql)
+            self._known[sql] = await self._made(sql, shape) if shape is not None else None
+        return self._known[sql]
+
+    async def _made(self, sql: str, shape: Shape) -> _Known | None:
+        """The text for many rows, if table and types are such that it means the same."""
+        table = await self._connection.fetchrow(
+            _TABLE, shape.table, [column for column, _ in shape.keys], shape.assigned
+        )
+        if table is None or not table["simple"]:
+            return None
+        prepared = await self._connection.prepare(sql, name="")  # raises what sending it would raise
+        types = [each.name for each in prepared.get_parameters() if each.schema == "pg_catalog"]
+        if len(types) != shape.parameters or not TYPES.issuperset(types):
+            return None
+        for (_, place), column in zip(shape.keys, table["keys"], strict=True):
+            if column is None or KEY_TYPES.get(column) is None or KEY_TYPES[column] is not KEY_TYPES.get(types[place]):
+                return None
+        text = shape.text(types)
+        await self._connection.execute("savepoint consumer_columns")
+        try:
+            await self._connection.prepare(text, name="")
+        except Exception:
+            if self._connection.is_closed():
+                raise
+            await self._connection.execute("rollback to savepoint consumer_columns")
+            text = ""
+        await self._connection.execute("release savepoint consumer_columns")
+        return _Known(shape, text, frozenset([table["relation"], *table["others"]])) if text else None

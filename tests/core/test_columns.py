@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from collections import Counter
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consumer.core.columns import rounds, shape_of
+
+UPDATE = "update accounts set balance = balance + $2 where id = $1"
+
+
+@pytest.mark.parametrize(
+    ("sql", "types", "wanted"),
+    [
+        (
+            "insert into payments values ($1, $2, $3)",
+            ["uuid", "int4", "int8"],
+            "insert into payments select consumer_r.consumer_c1, consumer_r.consumer_c2, consumer_r.consumer_c3 from "
+            "unnest($1::pg_catalog.uuid[], $2::pg_catalog.int4[], $3::pg_catalog.int8[]) "
+            "as consumer_r(consumer_c1, consumer_c2, consumer_c3)",
+        ),
+        (
+            'INSERT INTO s."Pay" (id, at) VALUES ($1, now()) ON CONFLICT (id) DO NOTHING',
+            ["int8"],
+            'insert into s."Pay" (id, at) select consumer_r.consumer_c1, now ( ) from '
+            "unnest($1::pg_catalog.int8[]) as consumer_r(consumer_c1) on conflict (id) do nothing",
+        ),
+        (
+            UPDATE,
+            ["int4", "int8"],
+            "update accounts set balance = balance + consumer_r.consumer_c2 from "
+            "unnest($1::pg_catalog.int4[], $2::pg_catalog.int8[]) as consumer_r(consumer_c1, consumer_c2) "
+            "where id = consumer_r.consumer_c1",
+        ),
+    ],
+)
+def test_how_it_reads_for_many_rows(sql: str, types: list[str], wanted: str) -> None:
+    shape = shape_of(sql)
+    assert shape is not None
+    assert " ".join(shape.text(types).split()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("sql", "keys"),
+    [
+        (UPDATE, (("id", 0),)),
+        ('update a set b = b + $1 where "id" = $2 and a.kind = $3', (("id", 1), ("kind", 2))),
+        ("update s.a x set b = $1 where $2 = x.id and x.b > 0", (("id", 1),)),
+        ("update a as x set b = $1 where (id = $2 or true) and c = $3", (("c", 2),)),
+        ("update a set b = $1 where id = $2 and b = $3", (("id", 1),)),  # b changes: it tells no rows apart
+    ],
+)
+def test_the_columns_that_tell_rows_apart(sql: str, keys: tuple[tuple[str, int], ...]) -> None:
+    shape = shape_of(sql)
+    assert shape is not None and shape.keys == keys
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "",
+        "select $1",
+        "delete from a where id = $1",
+        "insert into a values (1)",
+        "insert into a values ($2)",
+        "insert into a values ($1), ($2)",
+        "insert into a values ($1, default)",
+        "insert into a values ((select max(x) from a) + $1)",
+        "insert into a values ($1, nextval('s'))",
+        "insert into a values ($1, f($1))",
+        "insert into a values ($1, s.now())",
+        'insert into a values ($1, "now"())',
+        "insert into a values ($1, current_user)",
+        "insert into a values ($1) returning id",
+        "insert into a values ($1) on conflict (id) do update set x = $1",
+        "insert into a values ($1) on conflict (id) where x do nothing",
+        "insert into a as b values ($1)",
+        "insert into a values ($1) -- and more",
+        "insert into a values ($1 /* no */)",
+        "insert into a values ($1); delete from a",
+        "insert into a values ($1)) ",
+        "insert into a values ($1, E'\\'')",
+        "insert into a values ($1, 'a' \n 'b')",
+        "insert into a values ($1, $$x$$)",
+        "insert into a values ($1, array[1])",
+        "insert into a select $1",
+        "with x as (select 1) insert into a values ($1)",
+        "update a set b = $1",
+        "update a set b = $1 where id = 1",
+        "update a set b = $1 where id = $2 or id = $3",
+        "update a set id = $1 where id = $2",
+        'update a set "id" = $1 where id = $2',
+        'update a set id = $1 where "id" = $2',
+        "update a set b = $1 where id > $2",
+        "update a set b = $1 where id = $2 + 1",
+        "update a set b = $1 where lower(id) = $2",
+        "update a set b = $1 where other.id = $2",
+        "update a set b = (select count(*) from a) where id = $1",
+        "update a set b = f(b) where id = $1",
+        "update a set b = $1 where id = $2 returning b",
+        "update a set b = x.b from x where a.id = $1",
+        "update only a set b = 1 where id = $1",
+        "update a set (b, c) = ($1, $2) where id = $3",
+        "update a set b = case when b > 0 then $1 end where id = $2",
+        "update a set b = $1 where id = $2 and c in (1, 2)",
+        "update a set b = $1 where not (id = $2)",
+        "update a set b = $1 where current of c",
+        "update é set b = $1 where id = $2",
+        "update a set b = $1x where id = $2",
+    ],
+)
+def test_what_must_run_as_it_is(sql: str) -> None:
+    assert shape_of(sql) is None
+
+
+@given(st.text(alphabet="insertupdasw ($1),='\"-/*;.:<>|e\n", max_size=60))
+def test_any_text_is_read_or_refused(sql: str) -> None:
+    shape_of(sql)
+    shape_of(f"update a set b = $1 where id = $2 {sql}")
+    shape_of(f"insert into a values ($1, {sql})")
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers()), min_size=1, max_size=60))
+def test_no_round_meets_a_row_twice_and_each_row_keeps_its_order(arguments: list[tuple[int, int]]) -> None:
+    shape = shape_of(UPDATE)
+    assert shape is not None
+    numbered = [(key, place) for place, (key, _) in enumerate(arguments)]
+    found = rounds(numbered, shape)
+    assert found is not None
+    for each in found:
+        keys = [key for key, _ in each]
+        assert keys == sorted(set(keys))
+    executed = [write for each in found for write in each]
+    assert Counter(executed) == Counter(numbered)
+    for key in range(6):
+        places = [place for other, place in executed if other == key]
+        assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [(1, 1), (True, 1)],  # one row for PostgreSQL, and one for Python: but not of one type
+        [(1, 1), ("1", 1)],
+        [(None, 1), (None, 2)],
+        [(1.0, 1), (2.0, 1)],
+        [(1, [1]), (2, [2])],
+        [(1, 1), (2,)],
+        [(1, 1), (2, 1, 1)],
+        [(1, "x" * (9 << 20)), (2, "x" * (9 << 20))],
+        [(str(UUID(int=10)), 1), (UUID(int=10), 1)],
+    ],
+)
+def test_values_that_do_not_fit(arguments: list[tuple[object, ...]]) -> None:
+    shape = shape_of(UPDATE)
+    assert shape is not None
+    assert rounds(arguments, shape) is None
+
+
+def test_rows_of_an_insert_stay_in_order() -> None:
+    shape = shape_of("insert into a values ($1)")
+    assert shape is not None
+    rows = [(uuid4(),) for _ in range(20)]
+    assert rounds(rows, shape) == [rows]
+
+
+def test_types_are_names_that_are_known() -> None:
+    shape = shape_of("insert into a values ($1)")
+    assert shape is not None
+    with pytest.raises(ValueError):
+        shape.text(["int4[]; drop table a"])
+    with pytest.raises(ValueError):
+        shape.text([])
