@@ -136,6 +136,8 @@ async def apply(
         if dead:
             await session.bury(dead, done.attempts, claimed=[each for each in fresh if each in dead])
         done.applied = [each for each in fresh if each not in done.outcomes]
+        if not lane.holds(batch):
+            raise Fenced("its partitions were opened anew meanwhile: what it settled would be counted again")
         done.moves = lane.moves(batch, done.parked)
         await session.close_batch(names.app, done.moves, _count(names, done.outcomes))
         step("before_commit")

@@ -293,6 +293,13 @@ class Lane:
 
     # -- and are settled --------------------------------------------------------------------------------------------
 
+    def holds(self, batch: Batch) -> bool:
+        """Whether every partition that was open when a batch was taken is still open as it was."""
+        return all(
+            (queue := self._queues.get(partition)) is not None and queue.opening == opening
+            for partition, opening in batch.openings.items()
+        )
+
     def moves(self, batch: Batch, parked: Iterable[Delivery]) -> list[Move]:
         """What the positions become when `batch` is settled but for the deliveries in `parked`. Changes nothing."""
         staying = set(parked)

@@ -669,3 +669,14 @@ def test_bytes_that_wait_are_bounded_too() -> None:
     while (batch := lane.take(0, 2, LARGE)) is not None:
         settle(lane, batch)
     assert lane.parked <= 1 + 4
+
+
+def test_a_batch_knows_that_a_partition_was_opened_anew() -> None:
+    lane = lane_of("key")
+    lane.add(P0, [rec(0)])
+    batch = take(lane)
+    assert lane.holds(batch)
+    lane.open(P0, 0)
+    assert not lane.holds(batch)
+    lane.close(P0)
+    assert not lane.holds(batch)
