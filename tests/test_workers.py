@@ -118,9 +118,11 @@ async def test_thirty_thousand_messages_with_a_worker_killed_and_one_added(place
         os.kill(victim, signal.SIGKILL)
         await sending
         async with service.run(1, "another") as another:
-            sending = asyncio.create_task(place.send(topic, *stream[half:]))
+            last = len(stream) * 3 // 4
+            sending = asyncio.create_task(place.send(topic, *stream[half:last]))
             await service.opened(another, 1)
             await sending
+            await place.send(topic, *stream[last:])  # to all partitions, of which the added one has some
             await service.settled()
             assert any(each["event"] == "fetched" for each in another.events())  # the added one took its part
             await service.stop(another)
