@@ -18,8 +18,8 @@ import asyncpg
 from asyncpg.pgproto.pgproto import UUID
 
 from consumer import transport
-from consumer.core import grants
 from consumer.columns import Columns
+from consumer.core import grants
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.core.hosts import certificate_fault
 from consumer.core.lanes import Delivery, Move
