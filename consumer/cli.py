@@ -15,6 +15,7 @@ import signal
 import sys
 import typing
 from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ from consumer.app import App
 from consumer.core import grants
 from consumer.core.errors import Misconfigured, ServiceUnavailable
 from consumer.core.identity import OffsetId
+from consumer.core.incarnation import Log, judge
 from consumer.core.message import Partition
 from consumer.kafka import Source
 from consumer.loading import load_app
@@ -293,24 +295,36 @@ async def _with_ledger(settings: Settings, ask: Callable[[Any], Coroutine[Any, A
 
 @command(cli, "status", (*SERVICES, "wait_"))
 def status(app: AppPath, settings: Settings, as_json: AsJson = False) -> Any:
-    """Positions and lag of every partition, and what became of the messages of every handler."""
-    return _status(load_app(app), settings, as_json)
+    """Positions and lag of every partition, and what became of the messages of every handler.
+
+    Exit code 1 when a partition has stopped and waits for you: why, and the command that lets it go on, are shown.
+    """
+    return _status(load_app(app), app, settings, as_json)
 
 
-async def _status(app: App, settings: Settings, as_json: bool) -> int:
+async def _status(app: App, path: str, settings: Settings, as_json: bool) -> int:
     source = Source(settings, None)
     await source.start(settings.wait_seconds)
 
-    async def ask(connection: Any) -> tuple[Any, Any]:
-        return await report.handler_counts(connection, app), await report.partition_lags(connection, source, app)
+    async def ask(connection: Any) -> tuple[Any, Any, Any]:
+        lags = await report.partition_lags(connection, source, app)
+        found = [Partition(each["topic"], each["partition"]) for each in lags[0]]
+        return (
+            await report.handler_counts(connection, app),
+            lags,
+            await report.partition_health(connection, source, app, found),
+        )
 
     try:
-        handlers, (partitions, missing) = await _with_ledger(settings, ask)
+        handlers, (partitions, missing), health = await _with_ledger(settings, ask)
     finally:
         await source.stop(5)
+    for each in partitions:
+        each |= _health(health[Partition(each["topic"], each["partition"])], path)
+    code = 1 if any(each["stopped"] for each in partitions) else 0
     if as_json:
         print_json({"app": app.name, "handlers": handlers, "partitions": partitions, "missing_topics": missing})
-        return 0
+        return code
     table = Table(
         "topic", "partition", *_right("position", "end", "lag"), title=f"{app.name}: partitions", title_justify="left"
     )
@@ -320,6 +334,16 @@ async def _status(app: App, settings: Settings, as_json: bool) -> int:
     out.print(table)
     for topic in missing:
         out.print(f"topic {topic} does not exist", markup=False)
+    for each in partitions:
+        place = f"{each['topic']}:{each['partition']}"
+        if stop := each["stopped"]:
+            out.print(f"{place} has stopped: {stop['why']}\n  to go on: {stop['do']}", markup=False, soft_wrap=True)
+        if held := each["open_transaction"]:
+            out.print(
+                f"{place} is held back at {held['offset']} by a producer's transaction that is open since {held['since']}",
+                markup=False,
+                soft_wrap=True,
+            )
     table = Table(
         "handler",
         *_right("applied", "duplicates", "dead letters", "skipped"),
@@ -338,7 +362,27 @@ async def _status(app: App, settings: Settings, as_json: bool) -> int:
             causes,
         )
     out.print(table)
-    return 0
+    return code
+
+
+def _health(health: report.Health, path: str) -> dict[str, Any]:
+    """What `status --json` adds to a partition."""
+    stop, held = health.stop, health.open_transaction
+    return {
+        "topic_id": None if health.topic_id is None else str(health.topic_id),
+        "stopped": stop
+        and {
+            "reason": stop.reason.value,
+            "why": stop.text,
+            "missing": stop.missing and {"first": stop.missing[0], "last": stop.missing[1]},
+            "do": f"consumer positions {path} {stop.do}",
+        },
+        "open_transaction": held
+        and {
+            "offset": held.offset,
+            "since": datetime.fromtimestamp(held.since_ms / 1000, UTC).isoformat(timespec="seconds"),
+        },
+    }
 
 
 def _right(*names: str) -> list[Any]:
@@ -471,20 +515,33 @@ def positions(
     topic: Annotated[str | None, typer.Option("--topic", help="the topic to move")] = None,
     partition: Annotated[int | None, typer.Option("--partition", min=0, help="the partition to move")] = None,
     to: Annotated[str | None, typer.Option("--to", help="an offset, earliest or latest")] = None,
+    adopt: Annotated[
+        bool,
+        typer.Option(
+            "--adopt",
+            help="the topic was deleted and made anew, or this is another cluster: begin at the beginning of what is there now "
+            "(one partition, or all of the topic that stopped for this)",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> Any:
     """Show the positions in PostgreSQL, or move one; running workers notice and go on from there.
 
     These count, not the group's offsets in Kafka. Going back applies nothing twice: the ids are in the ledger. Going
-    forward skips what lies between, for good.
+    forward skips what lies between, for good. Ids that are made of offsets, for messages that have none, begin anew with
+    --adopt: messages that were copied from the old topic would be applied again then.
     """
-    if (topic, partition, to).count(None) not in (0, 3):
+    if adopt and (to is not None or topic is None):
+        raise Misconfigured("--adopt goes with --topic, and maybe --partition, and without --to")
+    if not adopt and (topic, partition, to).count(None) not in (0, 3):
         raise Misconfigured("to move a position, give all of --topic, --partition and --to")
     loaded = load_app(app)
-    if topic is None or partition is None or to is None:
-        return _status(loaded, settings, as_json)
+    if topic is None:
+        return _status(loaded, app, settings, as_json)
     if topic not in loaded.topics:
         raise Misconfigured(f"{app} has no handler of topic {topic!r} (it has: {', '.join(loaded.topics)})")
+    if partition is None or to is None:
+        return _adopt(loaded, topic, partition, settings, as_json)
     return _move(loaded, Partition(topic, partition), to, settings, as_json)
 
 
@@ -495,6 +552,7 @@ async def _move(app: App, partition: Partition, to: str, settings: Settings, as_
         if partition not in (await source.partitions([partition.topic]))[partition.topic]:
             raise Misconfigured(f"topic {partition.topic!r} has no partition {partition.partition}")
         first, end = (await source.beginnings([partition]))[partition], (await source.ends([partition]))[partition]
+        identity = await source.identity([partition.topic])
     finally:
         await source.stop(5)
     if to not in ("earliest", "latest") and not re.fullmatch("[0-9]{1,18}", to):
@@ -503,12 +561,53 @@ async def _move(app: App, partition: Partition, to: str, settings: Settings, as_
     offset = int(to) if offset is None else offset
     if not first <= offset <= end:
         raise Misconfigured(f"--to {offset}: the log holds {first} to {end}")
-    before = await _with_ledger(settings, lambda c: report.move_position(c, app.name, partition, offset))
+
+    async def ask(connection: Any) -> int | None:
+        known = (await ledger.read_positions(connection, app.name, [partition])).get(partition)
+        log = Log(identity.cluster_id, identity.topics.get(partition.topic))
+        if known is not None and (stop := judge(partition, known, log)) is not None:
+            raise Misconfigured(f"{stop.text}: begin with it by --topic {partition.topic} --adopt")
+        return await report.move_position(connection, app.name, partition, offset)
+
+    before = await _with_ledger(settings, ask)
     found = {"topic": partition.topic, "partition": partition.partition, "before": before, "position": offset}
     if as_json:
         print_json(found)
     else:
         print(f"{partition.topic}:{partition.partition} moved from {'-' if before is None else before} to {offset}")
+    return 0
+
+
+async def _adopt(app: App, topic: str, partition: int | None, settings: Settings, as_json: bool) -> int:
+    source = Source(settings, None)
+    await source.start(settings.wait_seconds)
+    try:
+        partitions = (await source.partitions([topic]))[topic]
+        if not partitions:
+            raise Misconfigured(f"topic {topic!r} does not exist")
+        if partition is not None and Partition(topic, partition) not in partitions:
+            raise Misconfigured(f"topic {topic!r} has no partition {partition}")
+        wanted = partitions if partition is None else [Partition(topic, partition)]
+
+        async def ask(connection: Any) -> list[tuple[Partition, Any]]:
+            return [
+                (each, stop)
+                for each in wanted
+                if (stop := await report.adopt(connection, source, app, each)) is not None
+            ]
+
+        adopted = await _with_ledger(settings, ask)
+    finally:
+        await source.stop(5)
+    if as_json:
+        print_json([{"topic": topic, "partition": each.partition, "why": stop.text} for each, stop in adopted])
+    elif adopted:
+        for each, stop in adopted:
+            print(f"{topic}:{each.partition} begins at the beginning of this log ({stop.text})")
+    if not adopted:
+        raise Refused(
+            f"nothing to adopt: the positions of {topic} are of the topic that is there (nothing was changed)"
+        )
     return 0
 
 

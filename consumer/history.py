@@ -15,6 +15,7 @@ from uuid import UUID
 from consumer.core.bounds import Span
 from consumer.core.findings import BLOCK_BITS, Findings
 from consumer.core.handler import Handler
+from consumer.core.incarnation import Position
 from consumer.core.lanes import Delivery
 from consumer.core.message import Partition
 from consumer.kafka import Source
@@ -54,6 +55,7 @@ async def compare(
     told: Mapping[Block, int],
     is_compacted: Callable[[str], Awaitable[bool]],
     ends: Mapping[Partition, int] | None,
+    logs: Mapping[Partition, Position],
 ) -> None:
     """Fill `findings.history`. told: how many deliveries of a block said that their row was made by them.
 
@@ -82,7 +84,7 @@ async def compare(
     for block in differing[:BLOCKS_MAX]:
         handler, partition, number = block
         missing = await _without_message(
-            connection, source, findings, by_name[handler], topics, spans[partition], number, is_compacted
+            connection, source, findings, by_name[handler], topics, spans[partition], number, is_compacted, logs
         )
         found[handler]["without_message"] += missing
     for block in differing[BLOCKS_MAX:]:  # by number alone; workers that settle meanwhile may be among them
@@ -126,6 +128,7 @@ async def _without_message(
     span: Span,
     number: int,
     is_compacted: Callable[[str], Awaitable[bool]],
+    logs: Mapping[Partition, Position],
 ) -> int:
     """Rows of one block whose message is not in the log; rows that workers have added meanwhile have theirs."""
     partition = span.partition
@@ -134,7 +137,7 @@ async def _without_message(
     ids: dict[int, bytes] = {}
     async for chunk in read(source, [Span(partition, first, past)]):
         deliveries = [Delivery(handler, record) for record in chunk.records]
-        identify(deliveries)
+        identify(deliveries, logs)
         ids |= {each.record.offset: each.id for each in deliveries}
     count = 0
     rows = await connection.fetch(_BLOCK, handler.number, topics[partition.topic], partition.partition, first, past)

@@ -1,4 +1,4 @@
-"""Kafka as the worker sees it: poll, seek, commit, and two callbacks at a rebalance. The only file that imports aiokafka.
+"""Kafka as the worker sees it: poll, seek, commit, and two callbacks at a rebalance. With wire.py, all that imports aiokafka.
 
 Knows the client and its traps (measured or read in aiokafka 0.14); knows no handler and no database.
 
@@ -7,6 +7,7 @@ Knows the client and its traps (measured or read in aiokafka 0.14); knows no han
 - When `getmany` raises, the records that it had already taken out are gone from the client, and its position may be past
   them. So after any exception every partition is sought back to what was really received.
 - `commit()` without offsets would commit what was handed out. Offsets are always given.
+- It names topics, and a topic made anew has the same name. So fetches are sent by topic id (wire.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
+from uuid import UUID
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
 from aiokafka import conn as client_connections
@@ -34,9 +36,11 @@ from aiokafka.errors import (
     IllegalSaslStateError,
     IllegalStateError,
     InvalidSessionTimeoutError,
+    LeaderNotAvailableError,
     OffsetOutOfRangeError,
     SaslAuthenticationFailed,
     UnsupportedSaslMechanismError,
+    for_code,
 )
 from aiokafka.errors import KafkaError as KafkaError
 from aiokafka.helpers import create_ssl_context
@@ -49,14 +53,19 @@ from consumer.bearer import Bearer, NoToken, find
 from consumer.core import rawrecord
 from consumer.core.errors import Misconfigured, ServiceUnavailable
 from consumer.core.hosts import certificate_fault
+from consumer.core.identity import fingerprint
+from consumer.core.incarnation import Print
 from consumer.core.message import LogRecord, Partition, Record
 from consumer.logs import describe, event
 from consumer.settings import Settings
+from consumer.wire import FetchingById, Identity, TopicIds, Unsupported
 
 REBALANCE_SECONDS = 60  # how long the group waits for every member to have drained
 _REQUEST_SECONDS = 10
 _ATTEMPT_SECONDS_MIN = 0.5
-_READ_COMMITTED = 1
+_READ_UNCOMMITTED, _READ_COMMITTED = 0, 1
+_OUT_OF_RANGE = 1
+_PEEK_WAIT_MS = 50  # Kafka answers at once, since no byte is waited for; Tansu says nothing without any time
 _DECOMPRESS: dict[int, Callable[[bytes], bytes]] = {
     0: bytes,
     1: gzip_decode,
@@ -69,12 +78,29 @@ Callback = Callable[[set[Partition]], Awaitable[None]]
 
 
 class LogTruncated(Exception):
-    """Records were removed before they were read, or the log is not the one that the position belongs to."""
+    """The broker refused a fetch position: records were removed, or the log is not the one that it belongs to."""
 
     def __init__(self, partition: Partition, position: int) -> None:
         super().__init__(f"{partition.topic}:{partition.partition} does not hold offset {position}")
         self.partition = partition
         self.position = position
+
+
+class Peek(NamedTuple):
+    """What the leader tells of a log: its ends, and the bytes from the offset on that was asked for, open transactions included."""
+
+    out_of_range: bool
+    first: int
+    stable_end: int
+    end: int
+    records: bytes
+
+
+class OpenTransaction(NamedTuple):
+    """A producer's transaction that is neither committed nor aborted: nothing from `offset` on is handed out."""
+
+    offset: int
+    since_ms: int  # the time that its first record bears, since 1970
 
 
 def connection_options(settings: Settings) -> dict[str, Any]:
@@ -238,6 +264,9 @@ class Source:
         self._settings = settings
         self._group = group
         self._consumer: AIOKafkaConsumer | None = None
+        self._ids: dict[Partition, UUID] = {}
+        # Called with a partition whose topic the broker does not have under the id that `go_on` was given: it is paused.
+        self.on_refused: Callable[[Partition], None] = lambda _: None
 
     def _make(self) -> AIOKafkaConsumer:
         settings = self._settings
@@ -263,6 +292,11 @@ class Source:
         self._consumer = await started(self._make, self._settings, wait_seconds)
         fetcher = self._consumer._fetcher
         fetcher._records = _Fetched(fetcher._records)
+        fetcher._client = FetchingById(fetcher._client, self._ids, self._refuse)
+
+    def _refuse(self, partition: Partition) -> None:
+        self.pause(partition)
+        self.on_refused(partition)
 
     @property
     def consumer(self) -> AIOKafkaConsumer:
@@ -352,13 +386,80 @@ class Source:
 
     async def _fetch_raw(self, partition: Partition, offset: int) -> tuple[bytes, Any]:
         """The log from `offset` on as bytes, and the aborted transactions in it."""
-        client: AIOKafkaClient = self.consumer._client  # no public way to bytes
         most = self._settings.kafka_partition_fetch_bytes_max
-        wanted = [(partition.topic, [(partition.partition, offset, most)])]
-        request = FetchRequest(500, 1, most, _READ_COMMITTED, wanted, rack_id="")
-        response = await client.send(client.cluster.leader_for_partition(TopicPartition(*partition)), request)
-        _, _, _, _, _, aborted, *_, log = response.topics[0][1][0]
+        _, _, _, _, _, aborted, *_, log = await self._ask_leader(partition, offset, 1, most, _READ_COMMITTED, 500)
         return bytes(log), aborted
+
+    async def _ask_leader(
+        self, partition: Partition, offset: int, least: int, most: int, isolation_level: int, wait_ms: int
+    ) -> Any:
+        """The leader's answer to a fetch of one partition, as the client would read it. Raises KafkaError.
+
+        least: bytes to wait for. most: bytes of the log, though it gives the first batch whole.
+        """
+        client = self.consumer._fetcher._client  # no public way to bytes
+        wanted = [(partition.topic, [(partition.partition, offset, most)])]
+        request = FetchRequest(wait_ms, least, most, isolation_level, wanted, rack_id="")
+        leader = client.cluster.leader_for_partition(TopicPartition(*partition))
+        if leader is None or leader < 0:
+            raise LeaderNotAvailableError(f"{partition.topic}:{partition.partition}")
+        response = await asyncio.wait_for(client.send(leader, request), _REQUEST_SECONDS)
+        if not response.topics:  # an imitation of Kafka that had no time
+            raise LeaderNotAvailableError(f"{partition.topic}:{partition.partition}")
+        return response.topics[0][1][0]
+
+    # -- what a log is ----------------------------------------------------------------------------------------------
+
+    async def identity(self, topics: Sequence[str]) -> Identity:
+        """The cluster's id and those of topics, as one broker knows them now; empty where none can tell. Raises KafkaError."""
+        client: AIOKafkaClient = self.consumer._client
+        node = client.get_random_node()
+        if node is None:
+            raise LeaderNotAvailableError("no broker")
+        try:
+            answer = await asyncio.wait_for(client.send(node, TopicIds(list(topics))), _REQUEST_SECONDS)
+        except Unsupported:
+            return Identity(None, {})
+        return Identity.read(answer)
+
+    async def peek(self, partition: Partition, offset: int) -> Peek:
+        """Ask the leader about a log, without reading on. Raises KafkaError."""
+        _, error, high, stable, first, _, _, records = await self._ask_leader(
+            partition, offset, 0, 1, _READ_UNCOMMITTED, _PEEK_WAIT_MS
+        )
+        if error not in (0, _OUT_OF_RANGE):
+            raise for_code(error)(f"{partition.topic}:{partition.partition}")
+        return Peek(error == _OUT_OF_RANGE, first, stable, high, bytes(records or b""))
+
+    async def print_at(self, partition: Partition, offset: int) -> Print | None:
+        """The record at an offset, as a position keeps it; None where there is none. Raises KafkaError."""
+        found = await self.peek(partition, offset)
+        for header, body in rawrecord.batches(found.records):
+            if header.base_offset <= offset <= header.last_offset:
+                for each in rawrecord.entries(header, _DECOMPRESS[header.codec](body)):
+                    if each.offset == offset:
+                        return Print(offset, each.timestamp, fingerprint(each.value))
+        return None
+
+    async def open_transaction(self, partition: Partition) -> OpenTransaction | None:
+        """The transaction that holds a log's readers back, if there is one. Raises KafkaError."""
+        stable = (await self.ends([partition]))[partition]
+        found = await self.peek(partition, stable)
+        if found.stable_end >= found.end or found.stable_end != stable:
+            return None
+        for header, _ in rawrecord.batches(found.records):
+            if header.last_offset >= stable:
+                return OpenTransaction(stable, header.first_timestamp)
+        return None
+
+    def held_back_at(self, partition: Partition) -> int | None:
+        """The offset at which an open transaction holds readers back, as of the last fetch; None where none does."""
+        if self.is_assigned(partition):
+            end = self.consumer.highwater(TopicPartition(*partition))
+            stable = self.consumer.last_stable_offset(TopicPartition(*partition))
+            if end is not None and stable is not None and 0 <= stable < end:
+                return int(stable)
+        return None
 
     # -- positions --------------------------------------------------------------------------------------------------
 
@@ -381,8 +482,12 @@ class Source:
         with suppress(IllegalStateError):
             self.consumer.resume(TopicPartition(*partition))
 
-    def go_on(self, partition: Partition, offset: int) -> None:
-        """Fetch a partition from `offset`."""
+    def go_on(self, partition: Partition, offset: int, topic_id: UUID | None = None) -> None:
+        """Fetch a partition from `offset`, of the topic with that id and of no other (None: of whatever has its name)."""
+        if topic_id is None:
+            self._ids.pop(partition, None)
+        else:
+            self._ids[partition] = topic_id
         with suppress(IllegalStateError):
             self.consumer.seek(TopicPartition(*partition), offset)
             self.consumer.resume(TopicPartition(*partition))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from consumer.columns import Columns
 from consumer.core import grants
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.core.hosts import certificate_fault
+from consumer.core.incarnation import Position, Print
 from consumer.core.lanes import Delivery, Move
 from consumer.core.message import Partition
 from consumer.core.outcome import Dead
@@ -29,7 +31,7 @@ from consumer.core.sqlstate import Meaning, meaning
 from consumer.settings import Settings
 
 _BATCH_SECONDS_MAX = 5.0
-SCHEMA_VERSION = 2  # the migration this code needs; migrations/ holds them
+SCHEMA_VERSION = 3  # the migration this code needs; migrations/ holds them
 
 _OFFERED = """
 with offered as materialized (
@@ -84,13 +86,18 @@ else (
 """
 _CLOSE = """
 with moved as (
-    update consumer.positions p set next_offset = m.next, updated_at = now()
-    from unnest($2::text[], $3::int4[], $4::int8[], $5::int8[]) as m(topic, partition, previous, next)
+    update consumer.positions p set next_offset = m.next, updated_at = now(),
+           seen_offset = coalesce(m.seen_offset, p.seen_offset),
+           seen_timestamp = coalesce(m.seen_timestamp, p.seen_timestamp),
+           seen_fingerprint = coalesce(m.seen_fingerprint, p.seen_fingerprint)
+    from unnest($2::text[], $3::int4[], $4::int8[], $5::int8[], $6::uuid[], $7::int8[], $8::int8[], $9::int8[])
+         as m(topic, partition, previous, next, topic_id, seen_offset, seen_timestamp, seen_fingerprint)
     where p.app = $1 and p.topic = m.topic and p.partition = m.partition and p.next_offset = m.previous
+      and p.topic_id is not distinct from m.topic_id
     returning 1
 ), counted as (
     insert into consumer.outcomes as t (handler, topic, partition, outcome, count)
-    select * from unnest($6::int2[], $7::int2[], $8::int4[], $9::text[], $10::int8[])
+    select * from unnest($10::int2[], $11::int2[], $12::int4[], $13::text[], $14::int8[])
     on conflict (handler, topic, partition, outcome) do update set count = t.count + excluded.count
 )
 select count(*) from moved
@@ -367,6 +374,10 @@ class Session:
             [move.partition.partition for move in moves],
             [move.previous for move in moves],
             [move.next for move in moves],
+            [move.topic_id for move in moves],
+            [move.seen and move.seen.offset for move in moves],
+            [move.seen and move.seen.timestamp for move in moves],
+            [move.seen and move.seen.fingerprint for move in moves],
             *(list(column) for column in zip(*[(*key, n) for key, n in sorted(counts.items())], strict=True))
             if counts
             else ([], [], [], [], []),
@@ -445,24 +456,47 @@ class Session:
         )
         return [deliveries[row[0] - 1] for row in rows]
 
-    async def positions(self, app: str, partitions: Sequence[Partition]) -> dict[Partition, int]:
+    async def positions(self, app: str, partitions: Sequence[Partition]) -> dict[Partition, Position]:
         """The positions that are known, of the partitions asked for."""
-        rows = await self.connection.fetch(
-            """select p.topic, p.partition, p.next_offset from consumer.positions p
-               join unnest($2::text[], $3::int4[]) as w(topic, partition) using (topic, partition) where p.app = $1""",
-            app,
-            [each.topic for each in partitions],
-            [each.partition for each in partitions],
-        )
-        return {Partition(row[0], row[1]): row[2] for row in rows}
+        return await read_positions(self.connection, app, partitions)
 
-    async def begin_positions(self, app: str, starts: Mapping[Partition, int]) -> None:
+    async def begin_positions(self, app: str, starts: Mapping[Partition, Position]) -> None:
         """Write first positions. One that another worker has written in the meantime stays as it is."""
         await self.connection.executemany(
-            """insert into consumer.positions (app, topic, partition, next_offset, first_offset) values ($1, $2, $3, $4, $4)
-               on conflict do nothing""",
-            [(app, partition.topic, partition.partition, offset) for partition, offset in starts.items()],
+            """insert into consumer.positions (app, topic, partition, next_offset, first_offset, cluster_id, topic_id)
+               values ($1, $2, $3, $4, $4, $5, $6) on conflict do nothing""",
+            [
+                (app, partition.topic, partition.partition, at.offset, at.cluster_id, at.topic_id)
+                for partition, at in starts.items()
+            ],
         )
+
+    async def name_logs(self, app: str, logs: Mapping[Partition, tuple[str | None, uuid.UUID]]) -> None:
+        """Record cluster and topic ids of positions that have none yet; what is recorded stays."""
+        await self.connection.executemany(
+            """update consumer.positions set cluster_id = coalesce(cluster_id, $4), topic_id = coalesce(topic_id, $5)
+               where (app, topic, partition) = ($1, $2, $3)""",
+            [(app, each.topic, each.partition, *ids) for each, ids in logs.items()],
+        )
+
+
+async def read_positions(
+    connection: asyncpg.Connection[Any], app: str, partitions: Sequence[Partition]
+) -> dict[Partition, Position]:
+    """The positions that are known, of the partitions asked for. Raises what the driver raises."""
+    rows = await connection.fetch(
+        """select p.topic, p.partition, p.next_offset, p.cluster_id, p.topic_id, p.salt,
+                  p.seen_offset, p.seen_timestamp, p.seen_fingerprint
+           from consumer.positions p join unnest($2::text[], $3::int4[]) as w(topic, partition) using (topic, partition)
+           where p.app = $1""",
+        app,
+        [each.topic for each in partitions],
+        [each.partition for each in partitions],
+    )
+    return {
+        Partition(topic, number): Position(offset, cluster, id, salt, Print(*seen) if seen[0] is not None else None)
+        for topic, number, offset, cluster, id, salt, *seen in map(tuple, rows)
+    }
 
 
 async def describe(connection: asyncpg.Connection[Any], settings: Settings) -> str:

@@ -28,8 +28,9 @@ from consumer.core.identity import (
     from_value,
     offset_id,
 )
+from consumer.core.incarnation import Position, Print
 from consumer.core.lanes import UNDECODED, Batch, Delivery, Lane, Move
-from consumer.core.message import LogRecord, Message
+from consumer.core.message import LogRecord, Message, Partition
 from consumer.core.outcome import DUPLICATE, SKIPPED, Applied, Cause, Dead, Duplicate, Outcome, Parked, Reason, Skipped
 from consumer.core.sqlstate import Meaning
 from consumer.ledger import REDELIVERED, Conflict, Fenced, Outage, Session, Standing, meaning_of
@@ -58,10 +59,11 @@ class HandlerEnded(Exception):
 
 @dataclass(slots=True)
 class Names:
-    """The application's name and the numbers that stand for names in the ledger."""
+    """The application's name, the numbers that stand for names in the ledger, and which logs the positions are of."""
 
     app: str
     topics: Mapping[str, int]
+    logs: dict[Partition, Position] = field(default_factory=dict)  # as the positions were read
 
 
 @dataclass(slots=True)
@@ -138,7 +140,7 @@ async def apply(
         done.applied = [each for each in fresh if each not in done.outcomes]
         if not lane.holds(batch):
             raise Fenced("its partitions were opened anew meanwhile: what it settled would be counted again")
-        done.moves = lane.moves(batch, done.parked)
+        done.moves = _of_their_logs(names, batch, lane.moves(batch, done.parked))
         await session.close_batch(names.app, done.moves, _count(names, done.outcomes))
         step("before_commit")
         theirs = True
@@ -166,6 +168,25 @@ async def apply(
         session.close()  # cancelled: what was sent is undone by the server; a COMMIT on its way decides for itself
         raise
     return done
+
+
+def _of_their_logs(names: Names, batch: Batch, moves: Sequence[Move]) -> list[Move]:
+    """The moves with the logs that they are of, and the last record of each: what its log must show again."""
+    last: dict[Partition, Print] = {}
+    wanted = {each.partition for each in moves}
+    for delivery in reversed(batch.deliveries):
+        if len(last) == len(wanted):
+            break
+        partition = delivery.partition
+        if partition in wanted and partition not in last:
+            record = delivery.record
+            last[partition] = Print(record.offset, record.timestamp, delivery.fingerprint)
+    return [
+        each._replace(
+            topic_id=at.topic_id if (at := names.logs.get(each.partition)) else None, seen=last.get(each.partition)
+        )
+        for each in moves
+    ]
 
 
 async def _undone(session: Session, rehearsal: Rehearsal, fresh: Sequence[Delivery], done: Settlement) -> Settlement:
@@ -232,9 +253,10 @@ def text_of(error: BaseException) -> str:
         return "(an exception whose text cannot be told)"
 
 
-def identify(deliveries: Iterable[Delivery]) -> set[str]:
+def identify(deliveries: Iterable[Delivery], logs: Mapping[Partition, Position] = {}) -> set[str]:
     """Give every delivery its id and fingerprint; those that cannot be identified become dead letters.
 
+    logs: the positions of the partitions, for the salt of ids that are made of offsets.
     Returns the topics of messages that were identified by their offset for want of anything better.
     """
     weak: set[str] = set()
@@ -247,18 +269,23 @@ def identify(deliveries: Iterable[Delivery]) -> set[str]:
             print_of_record = fingerprint(record.value)
         delivery.fingerprint = print_of_record
         try:
-            delivery.id, by_offset = _id_of(delivery, handler)
+            delivery.id, by_offset = _id_of(delivery, handler, logs)
             if by_offset:
                 weak.add(record.topic)
         except Unreadable as error:
             if not delivery.id:
-                delivery.id = offset_id(record)
+                delivery.id = _by_offset(delivery, logs)
             if handler.idempotent:
                 delivery.outcome = Dead(Reason(error.reason), str(error))
     return weak
 
 
-def _id_of(delivery: Delivery, handler: Handler) -> tuple[bytes, bool]:
+def _by_offset(delivery: Delivery, logs: Mapping[Partition, Position]) -> bytes:
+    at = logs.get(delivery.partition)
+    return offset_id(delivery.record, at.salt if at is not None else None)
+
+
+def _id_of(delivery: Delivery, handler: Handler, logs: Mapping[Partition, Position]) -> tuple[bytes, bool]:
     """The id, and whether it is the offset's because the message has none."""
     record = delivery.record
     found: bytes | None
@@ -269,9 +296,9 @@ def _id_of(delivery: Delivery, handler: Handler) -> tuple[bytes, bool]:
         case DefaultId():
             found = from_headers(record, "message-id") or from_headers(record, "ce_id")
             if found is None:
-                found, by_offset = offset_id(record), handler.idempotent
+                found, by_offset = _by_offset(delivery, logs), handler.idempotent
         case OffsetId():
-            found = offset_id(record)
+            found = _by_offset(delivery, logs)
         case HeaderId(name):
             found = from_headers(record, name)
             if found is None:

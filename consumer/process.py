@@ -63,7 +63,7 @@ def run(main_coroutine: Any) -> Any:
 
 
 async def _work(path: str, settings: Settings, descriptor: int) -> int:
-    worker = Worker(load_app(path), settings, report=lambda found: _send(descriptor, found))
+    worker = Worker(load_app(path), settings, report=lambda found: _send(descriptor, found), path=path)
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(logs.unhandled)
     ordered_at = 0.0

@@ -39,7 +39,7 @@ from consumer.core.outcome import DUPLICATE, SKIPPED, Cause, Dead, Duplicate, Pa
 from consumer.core.retry import Retry
 from consumer.core.scratch import Name, Use
 from consumer.kafka import KafkaError, LogTruncated, Source
-from consumer.ledger import Conflict, Outage
+from consumer.ledger import Conflict, Outage, read_positions
 from consumer.settings import Settings
 
 _PARKED_MAX = 50_000  # failed messages, and those behind them, that wait for their turn
@@ -369,6 +369,7 @@ class _Pass:
             "select topic, partition, next_offset, first_offset from consumer.positions where app = $1",
             self.work.app.name,
         )
+        self.names.logs = await read_positions(self.connection, self.work.app.name, sorted(self.work.partitions))
         for topic, partition, position, begun in rows:
             if (each := Partition(topic, partition)) in self.work.partitions:
                 self.positions[each] = position
@@ -543,7 +544,7 @@ class _Pass:
 
     async def _sort(self, deliveries: Sequence[Delivery]) -> None:
         """Identify messages, and leave out those whose effects are not supposed to be there."""
-        self._weak |= once.identify(deliveries)
+        self._weak |= once.identify(deliveries, self.names.logs)
         waiting = [each for each in deliveries if each.outcome is None or isinstance(each.outcome, Dead)]
         if self._dead_letters and waiting:
             for row in await self.connection.fetch(_ARE_DEAD, *offers(waiting)):

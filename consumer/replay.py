@@ -27,6 +27,7 @@ from consumer.core.errors import CannotTell, Misconfigured, ServiceUnavailable
 from consumer.core.findings import Effects, Findings
 from consumer.core.handler import Handler
 from consumer.core.identity import message_id
+from consumer.core.incarnation import Log, judge
 from consumer.core.lanes import Batch, Delivery, Lane
 from consumer.core.message import Partition, Record
 from consumer.core.outcome import Dead, Outcome, Parked
@@ -302,6 +303,10 @@ class _Replay:
         self.epoch = session.epoch
         partitions = await find_partitions(source, self.topics, options.partitions)
         await self._learn(session, partitions)
+        identity = await source.identity(self.topics)
+        for each, at in sorted(self.names.logs.items()):
+            if stop := judge(each, at, Log(identity.cluster_id, identity.topics.get(each.topic))):
+                raise CannotTell(f"{stop.text}; `consumer positions APP {stop.do}` begins with what is there now")
         if options.mode == "rebuild":
             await self._rebuild(source, partitions)
             return
@@ -346,7 +351,7 @@ class _Replay:
         numbers, topics = await number(self.app.name, names, self.topics)
         for handler in self.handlers:
             handler.number = numbers[handler.name]
-        self.names = once.Names(self.app.name, topics)
+        self.names = once.Names(self.app.name, topics, await session.positions(self.app.name, partitions))
         self.witness.topics = topics
         rows = await session.horizons(self.app.name, partitions)
         self.findings.positions = {each: row[0] for each, row in rows.items()}
@@ -451,7 +456,7 @@ class _Replay:
             records = [each for each in records if each.key == self.wanted_key]
         handlers = self._of_topic(partition.topic)
         deliveries = [Delivery(handler, record) for record in records for handler in handlers]
-        self.offset_ids |= once.identify(deliveries)
+        self.offset_ids |= once.identify(deliveries, self.names.logs)
         if self.wanted_id is not None:
             deliveries = [each for each in deliveries if each.id == self.wanted_id]
         look = Look(self.witness, partition, deliveries)
@@ -662,6 +667,7 @@ class _Replay:
             self.witness.matched,
             compacted,
             ends,
+            self.names.logs,
         )
         if findings.gone:
             findings.notes.append(

@@ -5,16 +5,20 @@ Knows queries; knows no terminal (cli.py draws). Numbers come from PostgreSQL, t
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from consumer.app import App
 from consumer.core.identity import message_id
+from consumer.core.incarnation import Log, Position, Stop, judge
 from consumer.core.message import Partition
 from consumer.core.outcome import Cause
-from consumer.kafka import Source
+from consumer.kafka import KafkaError, OpenTransaction, Source
+from consumer.ledger import read_positions
 
 _APPLIED = """
 select h.name, count(l.id) from consumer.handlers h
@@ -45,6 +49,8 @@ _LETTER = """
 select d.*, h.app, h.name as handler_name from consumer.dead_letters d join consumer.handlers h using (handler)
 where d.dead_letter = $1
 """
+
+_LOOKS_AT_A_TIME = 16
 
 
 async def handler_counts(connection: Any, app: App) -> dict[str, dict[str, Any]]:
@@ -96,6 +102,55 @@ async def partition_lags(connection: Any, source: Source, app: App) -> tuple[lis
             }
         )
     return lags, [topic for topic, found in by_topic.items() if not found]
+
+
+class Health(NamedTuple):
+    """What keeps a partition from going on: a person must act on a stop, a producer must end its transaction."""
+
+    topic_id: UUID | None
+    stop: Stop | None
+    open_transaction: OpenTransaction | None
+
+
+async def partition_health(
+    connection: Any, source: Source, app: App, partitions: Sequence[Partition]
+) -> dict[Partition, Health]:
+    """Per partition, judged now as a worker would, whether one runs or not. Raises KafkaError.
+
+    Of a partition whose leader does not answer, only what the ids tell. What a running worker has read and not settled
+    yet may be gone from the log: that is shown as removed until it is settled.
+    """
+    positions = await read_positions(connection, app.name, partitions)
+    identity = await source.identity(app.topics)
+    firsts = await source.beginnings(partitions) if partitions else {}
+
+    async def look(partition: Partition) -> Health:
+        log = Log(identity.cluster_id, identity.topics.get(partition.topic), firsts[partition])
+        at = positions.get(partition)
+        stop = judge(partition, at, log) if at is not None else None
+        found = None
+        try:
+            if at is not None and stop is None:
+                stop = judge(partition, at, await _asked(source, partition, at, log))
+            found = await source.open_transaction(partition)
+        except (KafkaError, TimeoutError):
+            pass  # no leader at the moment, which `end` and `lag` could not tell either
+        return Health(log.topic_id, stop, found)
+
+    healths: dict[Partition, Health] = {}
+    for n in range(0, len(partitions), _LOOKS_AT_A_TIME):
+        some = partitions[n : n + _LOOKS_AT_A_TIME]
+        healths |= dict(zip(some, await asyncio.gather(*map(look, some)), strict=True))
+    return healths
+
+
+async def _asked(source: Source, partition: Partition, at: Position, log: Log) -> Log:
+    """With what only the partition's leader can tell. Raises KafkaError."""
+    peek = await source.peek(partition, at.offset)
+    log = log._replace(end=peek.end if peek.end >= 0 else None, out_of_range=peek.out_of_range)
+    if at.seen is not None:
+        log = log._replace(at_print=await source.print_at(partition, at.seen.offset))
+    return log
 
 
 async def find_message(connection: Any, text: str | bytes) -> dict[str, Any]:
@@ -167,7 +222,7 @@ def _shown(raw: bytes | None) -> str | dict[str, str] | None:
 
 
 async def move_position(connection: Any, app: str, partition: Partition, offset: int) -> int | None:
-    """Set the position of a partition; returns the one before. Running workers notice, and go on from there.
+    """Set the position of a partition in the log that it is of; returns the one before. Running workers notice.
 
     Ids stay in the ledger: going back applies nothing twice. Going forward skips what lies between, for good.
     """
@@ -181,6 +236,7 @@ async def move_position(connection: Any, app: str, partition: Partition, offset:
         await connection.execute(
             """insert into consumer.positions as p (app, topic, partition, next_offset, first_offset) values ($1, $2, $3, $4, $4)
                on conflict (app, topic, partition) do update set next_offset = excluded.next_offset, updated_at = now(),
+               seen_offset = null, seen_timestamp = null, seen_fingerprint = null,
                first_offset = case when p.first_offset > excluded.first_offset then excluded.first_offset else p.first_offset end""",
             app,
             partition.topic,
@@ -188,6 +244,45 @@ async def move_position(connection: Any, app: str, partition: Partition, offset:
             offset,
         )
     return before
+
+
+async def adopt(connection: Any, source: Source, app: App, partition: Partition) -> Stop | None:
+    """Begin another log at its beginning, where a position is of one that is gone. Returns what had been wrong with the
+    position, None for one that is of this log: then nothing is changed.
+
+    Ids stay in the ledger, so a message that was applied is not applied again, unless its id was made of its offset:
+    those ids begin anew, because the same offset is another message now. Raises KafkaError.
+    """
+    identity = await source.identity([partition.topic])
+    topic_id = identity.topics.get(partition.topic)
+    first = (await source.beginnings([partition]))[partition]
+    async with connection.transaction():
+        await connection.execute(
+            "select from consumer.positions where (app, topic, partition) = ($1, $2, $3) for update",
+            app.name,
+            partition.topic,
+            partition.partition,
+        )
+        at = (await read_positions(connection, app.name, [partition])).get(partition)
+        if at is None:
+            return None
+        log = Log(identity.cluster_id, topic_id, first)
+        stop = judge(partition, at, log) or judge(partition, at, await _asked(source, partition, at, log))
+        if stop is None or not stop.do.endswith("--adopt"):
+            return None
+        await connection.execute(
+            """update consumer.positions set next_offset = $4, first_offset = $4, cluster_id = $5, topic_id = $6, salt = $7,
+                      seen_offset = null, seen_timestamp = null, seen_fingerprint = null, updated_at = now()
+               where (app, topic, partition) = ($1, $2, $3)""",
+            app.name,
+            partition.topic,
+            partition.partition,
+            first,
+            identity.cluster_id,
+            topic_id,
+            topic_id.bytes if topic_id is not None else secrets.token_bytes(16),
+        )
+    return stop
 
 
 async def totals(connection: Any, app: App) -> Mapping[str, int]:

@@ -45,6 +45,9 @@ class Settings(BaseSettings):
     kafka_heartbeat_seconds: Positive = Field(0.5, description="how often a worker asks whether it must rebalance")
     kafka_commit_interval_seconds: Positive = Field(1, description="how often positions are copied to Kafka")
     kafka_partition_fetch_bytes_max: Count = Field(1 << 20, description="most bytes fetched from a partition at once")
+    kafka_transaction_warning_seconds: Positive = Field(
+        60, description="a producer's open transaction that holds a partition back for so long is warned of"
+    )
 
     postgres_dsn: SecretStr | None = Field(None, description="PostgreSQL, postgresql://user@host/database (required)")
     postgres_ca_file: str | None = Field(

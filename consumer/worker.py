@@ -14,15 +14,17 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from consumer import once, transport
 from consumer.app import App
 from consumer.core.errors import ConsumerError, RunAgain
+from consumer.core.incarnation import Log, Position, Stop, judge
 from consumer.core.lanes import Batch, Delivery, Lane
 from consumer.core.message import Partition
 from consumer.core.outcome import Dead, Outcome, Parked
-from consumer.core.watchdog import Watchdog
+from consumer.core.watchdog import OpenTransactions, Watchdog
 from consumer.kafka import KafkaError, LogTruncated, Source
 from consumer.ledger import Conflict, Fenced, Outage, Session, sqlstate_of
 from consumer.logs import describe, event
@@ -35,6 +37,8 @@ DRAIN_SECONDS_MAX = 20.0  # of a rebalance; below the time that the group waits 
 _BACKOFF_SECONDS = (0.1, 5.0)
 _BEAT_SECONDS = 1.0
 _LOOP_LAG_SECONDS = 2.0
+_LOOK_SECONDS = 5.0  # between looks at what the logs are; a fetch that is refused is looked into at once
+_LOOK_AGAIN_SECONDS = 0.5
 _TOLD_MAX = 20  # failures of one batch, one line each
 
 OFFSET_IDS = (
@@ -64,7 +68,7 @@ class Worker:
     """A member of the App's consumer group. `run` returns when `stop` was called and everything in flight is settled.
 
     report: called with small dictionaries about the worker's health, for its supervisor. step: called with the name of
-    each step of the flow as it is passed, for tests that end the process there.
+    each step of the flow as it is passed, for tests that end the process there. path: how commands name the App.
     """
 
     def __init__(
@@ -75,13 +79,16 @@ class Worker:
         report: Report = lambda _: None,
         step: once.Step = lambda _: None,
         draw: Callable[[], float] = random.random,
+        path: str = "APP",
     ) -> None:
         self._app = app
+        self._path = path
         self._settings = settings
         self._report = report
         self._step = step
         self._draw = draw
         self._source = Source(settings, app.name)
+        self._source.on_refused = self._suspect
         self._names = once.Names(app.name, {})
         self._precheck: Precheck | None = None
         self._control: Session | None = None
@@ -94,7 +101,9 @@ class Worker:
         ]
         self._lane_of: dict[Partition, _Lane] = {}
         self._unopened: set[Partition] = set()
-        self._truncated: set[Partition] = set()
+        self._stopped: dict[Partition, tuple[Stop, Position]] = {}  # until somebody moves the position that it had
+        self._suspects: dict[Partition, bool] = {}  # whose fetch was refused; whether for its offset
+        self._look = asyncio.Event()
         self._paused: set[Partition] = set()  # since their lane has its share of the buffer
         self._to_open = asyncio.Event()
         self._room = asyncio.Event()
@@ -168,10 +177,9 @@ class Worker:
         return True
 
     async def _work(self) -> None:
-        parts = [self._feed(), self._open_partitions(), self._commit_now_and_then(), self._watch(), self._beat()]
-        tasks: list[asyncio.Task[None]] = [
-            asyncio.create_task(each) for each in [*parts, *map(self._run_lane, self._lanes)]
-        ]
+        parts = [self._feed(), self._open_partitions(), self._commit_now_and_then(), self._look_at_logs()]
+        parts += [self._watch(), self._beat(), *map(self._run_lane, self._lanes)]
+        tasks: list[asyncio.Task[None]] = [asyncio.create_task(each) for each in parts]
         stopping = asyncio.create_task(self._stopping.wait())
         try:
             await asyncio.wait([stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -233,15 +241,7 @@ class Worker:
             try:
                 found = await self._source.poll(_POLL_PAUSED_SECONDS if self._paused else POLL_SECONDS, self._received)
             except LogTruncated as error:
-                self._truncated.add(error.partition)
-                event(
-                    logging.ERROR,
-                    "partition stopped: the log does not hold its position",
-                    topic=error.partition.topic,
-                    partition=error.partition.partition,
-                    position=error.position,
-                    do="see `consumer positions --help`",
-                )
+                self._suspect(error.partition, out_of_range=True)
                 continue
             except KafkaError as error:
                 event(logging.WARNING, "waiting for kafka", error=describe(error))
@@ -287,7 +287,7 @@ class Worker:
                     self._source.pause(partition)
                 self._paused |= partitions
             else:
-                for partition in partitions & self._paused - self._truncated:
+                for partition in partitions & self._paused - self._stopped.keys() - self._suspects.keys():
                     self._source.resume(partition)
                 self._paused -= partitions
         return bool(full) and len(full) == len(serving)
@@ -319,7 +319,7 @@ class Worker:
     async def _settle(self, lane: _Lane, batch: Batch) -> None:
         """Settle a batch whatever happens, unless its partitions go away first: then its next owner does."""
         generation = self._generation
-        for topic in once.identify(batch.deliveries) - self._told_of_offset_ids:
+        for topic in once.identify(batch.deliveries, self._names.logs) - self._told_of_offset_ids:
             self._told_of_offset_ids.add(topic)
             event(logging.WARNING, OFFSET_IDS, topic=topic)
         if self._precheck is not None:
@@ -430,7 +430,8 @@ class Worker:
         self._holding = True
         self._generation += 1
         self._unopened.clear()
-        self._truncated.clear()
+        self._stopped.clear()
+        self._suspects.clear()
         for lane in self._lanes:
             lane.wake.set()
         waits = [asyncio.create_task(lane.idle.wait()) for lane in self._lanes]
@@ -454,12 +455,16 @@ class Worker:
     def _reopen(self, lane: _Lane) -> None:
         """Forget what was read of a lane's partitions, and begin again at the positions that PostgreSQL has."""
         for partition in lane.state.partitions:
-            lane.state.close(partition)
-            self._source.hold(partition)
-            self._unopened.add(partition)
-            self._truncated.discard(partition)
-            self._paused.discard(partition)
+            self._reopen_partition(partition)
         self._room.set()
+
+    def _reopen_partition(self, partition: Partition) -> None:
+        self._lane_of[partition].state.close(partition)
+        self._source.hold(partition)
+        self._unopened.add(partition)
+        self._stopped.pop(partition, None)
+        self._suspects.pop(partition, None)
+        self._paused.discard(partition)
         self._to_open.set()
 
     async def _new_epoch(self, epoch: str) -> None:
@@ -496,15 +501,26 @@ class Worker:
             if generation != self._generation or positions is None:
                 self._to_open.set()
                 continue
-            for partition in wanted:
-                self._lane_of[partition].state.open(partition, positions[partition])
-                self._source.go_on(partition, positions[partition])
+            for partition, (position, stop) in positions.items():
                 self._unopened.discard(partition)
-            event(logging.INFO, "partitions opened", count=len(wanted))
-            self._report({"opened": len(wanted)})
+                if stop is not None:
+                    self._stop_partition(partition, stop, position)
+                    continue
+                self._names.logs[partition] = position
+                self._lane_of[partition].state.open(partition, position.offset)
+                self._source.go_on(partition, position.offset, position.topic_id)
+            event(logging.INFO, "partitions opened", count=len(positions))
+            self._report({"opened": len(positions)})
+            if self._unopened:  # those whose log could not be looked at
+                await self._pause(_LOOK_AGAIN_SECONDS)
+                self._to_open.set()
 
-    async def _positions(self, wanted: list[Partition]) -> Mapping[Partition, int] | None:
-        """PostgreSQL's positions; where it has none, Kafka's commit; where that has none, the beginning of the log."""
+    async def _positions(self, wanted: list[Partition]) -> Mapping[Partition, tuple[Position, Stop | None]] | None:
+        """PostgreSQL's positions; where it has none, Kafka's commit; where that has none, the beginning of the log.
+
+        With what speaks against going on from there. A partition whose log cannot be looked at now is left out. None:
+        ask again.
+        """
         if self._control is None or not self._control.is_usable:
             self._control = await self._session()
             if self._control is None:
@@ -514,6 +530,7 @@ class Worker:
             await self._new_epoch(control.epoch)
             return None
         try:
+            identity = await self._source.identity(sorted({each.topic for each in wanted}))
             known = await control.positions(self._app.name, wanted)
             committed = {each: await self._source.committed(each) for each in wanted}
             if missing := [each for each in wanted if each not in known]:
@@ -521,15 +538,29 @@ class Worker:
                 starts = {
                     each: committed[each] if committed[each] is not None else beginnings[each] for each in missing
                 }
-                await control.begin_positions(self._app.name, {each: int(start or 0) for each, start in starts.items()})
+                await control.begin_positions(
+                    self._app.name,
+                    {
+                        each: Position(int(start or 0), identity.cluster_id, identity.topics.get(each.topic))
+                        for each, start in starts.items()
+                    },
+                )
                 known |= await control.positions(self._app.name, missing)
+            nameless = {
+                each: (identity.cluster_id, identity.topics[each.topic])
+                for each, at in known.items()
+                if at.topic_id is None and each.topic in identity.topics
+            }
+            if nameless:  # written by a version that did not look, or on a broker that did not tell
+                await control.name_logs(self._app.name, nameless)
+                known |= await control.positions(self._app.name, list(nameless))
         except (KafkaError, TimeoutError):
             raise
         except Exception as error:
             control.close()
             raise Outage(str(error)) from error
-        for partition, position in known.items():
-            group = committed[partition]
+        for partition, at in known.items():
+            group, position = committed[partition], at.offset
             if group is not None and group != position:
                 # Behind is normal after a crash: Kafka's commit is a copy, made now and then. Ahead is not.
                 event(
@@ -541,12 +572,124 @@ class Worker:
                     postgresql=position,
                     do="offsets reset with Kafka's tools have no effect: use `consumer positions`",
                 )
-        return known
+        seen = [Log(identity.cluster_id, identity.topics.get(each.topic)) for each in known]
+        judged = await asyncio.gather(*map(self._judge, known, known.values(), seen))
+        return {
+            partition: (at, stop)
+            for (partition, at), (is_known, stop) in zip(known.items(), judged, strict=True)
+            if is_known
+        }
+
+    async def _judge(self, partition: Partition, at: Position, log: Log) -> tuple[bool, Stop | None]:
+        """What speaks against going on from a position; False where that cannot be told now."""
+        if log.topic_id is None and at.topic_id is not None:
+            return False, None  # the topic is being deleted, or this broker does not know it yet
+        stop = judge(partition, at, log)
+        if stop is None and at.seen is not None:
+            try:
+                log = log._replace(at_print=await self._source.print_at(partition, at.seen.offset))
+            except (KafkaError, TimeoutError, OSError):
+                return False, None
+            stop = judge(partition, at, log)
+        return True, stop
+
+    # -- what the logs are ------------------------------------------------------------------------------------------
+
+    def _suspect(self, partition: Partition, *, out_of_range: bool = False) -> None:
+        """A fetch was refused: look into it. The partition is paused."""
+        if partition not in self._stopped:
+            self._suspects[partition] = out_of_range
+            self._look.set()
+
+    def _stop_partition(self, partition: Partition, stop: Stop, at: Position) -> None:
+        """Fetch no more of it until somebody moves its position; what was read of it before is still settled."""
+        self._source.pause(partition)
+        self._suspects.pop(partition, None)
+        self._stopped[partition] = (stop, at)
+        event(
+            logging.ERROR,
+            f"partition stopped: {stop.text}",
+            topic=partition.topic,
+            partition=partition.partition,
+            reason=stop.reason.value,
+            do=f"consumer positions {self._path} {stop.do}",
+        )
+
+    async def _look_at_logs(self) -> None:
+        """Find out that a log is not what it was, or that a producer holds it back. Waits for Kafka as long as it takes."""
+        open_transactions = OpenTransactions()
+        patience = self._settings.kafka_transaction_warning_seconds
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._look.wait(), min(_LOOK_SECONDS, patience / 2))
+            self._look.clear()
+            if self._holding:
+                continue
+            try:
+                await self._look_at_identities()
+                held = {
+                    each: at
+                    for lane in self._lanes
+                    for each in lane.state.partitions
+                    if each not in self._stopped and (at := self._source.held_back_at(each)) is not None
+                }
+                late, freed = open_transactions.news(time.monotonic(), held, patience)
+                for partition in late:
+                    await self._tell_open_transaction(partition)
+                for partition in freed:
+                    event(logging.INFO, "the open transaction has ended", topic=partition.topic, partition=partition[1])
+            except (KafkaError, TimeoutError, OSError) as error:
+                event(logging.DEBUG, "the logs cannot be looked at now", error=describe(error))
+            if self._suspects:
+                await self._pause(_LOOK_AGAIN_SECONDS)
+                self._look.set()
+
+    async def _look_at_identities(self) -> None:
+        generation = self._generation
+        identity = await self._source.identity(self._app.topics)
+        suspects = dict(self._suspects)
+        firsts = await self._source.beginnings(list(suspects)) if suspects else {}
+        ends = await self._source.ends(list(suspects)) if suspects else {}
+        if generation != self._generation:
+            return
+        for lane in self._lanes:
+            for partition in lane.state.partitions:
+                received = lane.state.received(partition)
+                if partition in self._stopped or received is None:
+                    continue
+                at = self._names.logs[partition]._replace(offset=received, seen=None)
+                log = Log(identity.cluster_id, identity.topics.get(partition.topic))
+                if partition in suspects:
+                    log = log._replace(
+                        first=firsts.get(partition), end=ends.get(partition), out_of_range=suspects[partition]
+                    )
+                stop = judge(partition, at, log)
+                if stop is not None:
+                    self._stop_partition(partition, stop, at)
+                elif partition in suspects and (log.topic_id is not None or at.topic_id is None):
+                    del self._suspects[partition]  # a broker that knew less, or a leader that has just changed
+                    self._source.go_on(partition, received, at.topic_id)
+                    self._paused.discard(partition)
+
+    async def _tell_open_transaction(self, partition: Partition) -> None:
+        found = await self._source.open_transaction(partition)
+        if found is not None:
+            event(
+                logging.WARNING,
+                "a producer's open transaction holds the partition back",
+                topic=partition.topic,
+                partition=partition.partition,
+                offset=found.offset,
+                since=datetime.fromtimestamp(found.since_ms / 1000, UTC).isoformat(timespec="seconds"),
+                do="end the producer, or abort its transaction with Kafka's `kafka-transactions.sh abort`",
+            )
 
     # -- beside the flow --------------------------------------------------------------------------------------------
 
     async def _commit(self) -> None:
-        dirty, self._dirty = self._dirty, {}
+        # Of a partition that stopped, Kafka's offsets may be another log's.
+        dirty = {each: offset for each, offset in self._dirty.items() if each not in self._stopped}
+        self._dirty = {}
         if not dirty:
             return
         self._step("before_offset_commit")
@@ -575,31 +718,41 @@ class Worker:
     async def _look_for_moved_positions(self) -> None:
         """A lane that settles something finds out by itself that a position was moved; one that is idle does not."""
         idle = {
-            partition: lane
+            partition
             for lane in self._lanes
             if lane.idle.is_set() and not lane.state.parked and lane.state.fetched == (0, 0)
             for partition in lane.state.partitions
         }
-        if not idle or self._control is None or not self._control.is_usable or self._unopened:
+        known = {each: at for each in {*idle, *self._stopped} if (at := self._settled_at(each)) is not None}
+        if not known or self._control is None or not self._control.is_usable or self._unopened:
             return
         generation = self._generation
-        known = {each: lane.state.position(each) for each, lane in idle.items()}
         try:
             async with self._control_lock:
-                stored = await self._control.positions(self._app.name, list(idle))
+                stored = await self._control.positions(self._app.name, list(known))
         except Exception as error:
             event(logging.DEBUG, "positions cannot be read now", error=describe(error))
             self._control.close()
             return
         if generation != self._generation:
             return
-        for partition, lane in idle.items():
-            if partition not in lane.state.partitions or lane.state.position(partition) != known[partition]:
+        for partition, at in known.items():
+            if self._settled_at(partition) != at:
                 continue  # it has moved on itself meanwhile
-            if stored.get(partition, known[partition]) != known[partition]:
-                event(logging.WARNING, "positions have moved: reading them again", lane=lane.number)
-                self._reopen(lane)
-                break
+            found = stored.get(partition, at)
+            if (found.offset, found.topic_id) != (at.offset, at.topic_id):
+                event(logging.WARNING, "positions have moved: reading them again", topic=partition.topic)
+                self._reopen_partition(partition)
+
+    def _settled_at(self, partition: Partition) -> Position | None:
+        """The position of a partition of which nothing is in hand, as it was last written or read; else None."""
+        lane = self._lane_of[partition].state
+        received = lane.received(partition)
+        if received is None:  # stopped before it was opened
+            return self._stopped[partition][1] if partition in self._stopped else None
+        if lane.position(partition) != received:
+            return None
+        return self._names.logs[partition]._replace(offset=received)
 
     async def _watch(self) -> None:
         """Find out that nothing is fetched although there is something, which the client does not tell."""
@@ -611,7 +764,7 @@ class Worker:
             if not self._holding:
                 for partition, lane in self._lane_of.items():
                     offset = lane.state.received(partition)
-                    if offset is not None and partition not in self._truncated | self._paused:
+                    if offset is not None and partition not in {*self._stopped, *self._suspects, *self._paused}:
                         received[partition] = offset
             try:
                 ends = await self._source.ends(list(received)) if received else {}

@@ -27,6 +27,7 @@ LAYERS = [
     "embedded",
     "columns",
     "tx",
+    "wire",
     "kafka",
     "ledger",
     "precheck",
@@ -58,7 +59,7 @@ LAYERS = [
 
 # Libraries and who may import them. Those of the standard library are free, outside the core.
 LIBRARIES = {
-    "aiokafka": {"kafka"},
+    "aiokafka": {"wire", "kafka"},
     "asyncpg": {"ledger"},
     "redis": {"precheck", "schemes"},
     "starlette": {"schemes"},

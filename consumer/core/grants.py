@@ -23,7 +23,11 @@ _WORKER: Mapping[str, tuple[str, ...]] = {
     "handlers": ("select", "insert"),
     "topics": ("select", "insert"),
     "ledger": ("select", "insert", "delete", "update (applied_at)"),
-    "positions": ("select", "insert", "update (next_offset, first_offset, updated_at)"),
+    "positions": (
+        "select",
+        "insert",
+        "update (next_offset, first_offset, updated_at, cluster_id, topic_id, salt, seen_offset, seen_timestamp, seen_fingerprint)",
+    ),
     "outcomes": ("select", "insert", "update (count)"),
     "dead_letters": ("select", "insert"),
 }

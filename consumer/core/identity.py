@@ -90,9 +90,12 @@ def message_id(raw: bytes) -> bytes:
     return blake2b(raw, digest_size=16).digest()
 
 
-def offset_id(record: Record) -> bytes:
-    """The id of a message that declares none: where it lies in the log. A copy of it elsewhere is another message."""
-    return message_id(f"{record.topic}:{record.partition}:{record.offset}".encode())
+def offset_id(record: Record, salt: bytes | None = None) -> bytes:
+    """The id of a message that declares none: where it lies in the log. A copy of it elsewhere is another message.
+
+    salt: tells a log from an earlier one of the same name, whose offsets were the same numbers.
+    """
+    return message_id(f"{record.topic}:{record.partition}:{record.offset}".encode() + (salt or b""))
 
 
 def fingerprint(value: bytes | None) -> int:

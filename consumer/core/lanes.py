@@ -15,8 +15,10 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from uuid import UUID
 
 from consumer.core.handler import Handler
+from consumer.core.incarnation import Print
 from consumer.core.message import Partition, Record
 from consumer.core.outcome import Outcome
 
@@ -62,11 +64,17 @@ class Delivery:
 
 
 class Move(NamedTuple):
-    """A partition's position, from what this worker last knew to what is settled now."""
+    """A partition's position, from what this worker last knew to what is settled now.
+
+    topic_id: of the log that both are of; the same offset of another log is not what this worker last knew. seen: the
+    last record that was read.
+    """
 
     partition: Partition
     previous: int
     next: int
+    topic_id: UUID | None = None
+    seen: Print | None = None
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""Tells a worker that is alive but not consuming from one that is idle, busy or waiting for a service.
+"""Tells a worker that is alive but not consuming from one that is idle, busy or waiting for a service or a producer.
 
 Knows offsets and times as they are reported; knows no clock and no client. What it cannot see: a broker that reports a
 wrong end offset.
@@ -41,3 +41,30 @@ class Watchdog:
         if settled != self._settled or not has_work:
             self._settled, self._settled_since = settled, now
         return now - self._settled_since
+
+
+class OpenTransactions:
+    """Which partitions a producer's transaction holds back for long. Feed it the offsets at which they are held."""
+
+    def __init__(self) -> None:
+        self._held: dict[Partition, tuple[int, float]] = {}
+        self._told: dict[Partition, int] = {}
+
+    def news(
+        self, now: float, held: Mapping[Partition, int], patience_seconds: float
+    ) -> tuple[list[Partition], list[Partition]]:
+        """Partitions that have been held at one offset for longer than the patience, and those that go on again: each once."""
+        self._held = {
+            each: (at, self._held[each][1] if self._held.get(each, (None,))[0] == at else now)
+            for each, at in held.items()
+        }
+        freed = [each for each, at in self._told.items() if held.get(each) != at]
+        for each in freed:
+            del self._told[each]
+        late = [
+            each
+            for each, (_, since) in self._held.items()
+            if now - since >= patience_seconds and each not in self._told
+        ]
+        self._told |= {each: held[each] for each in late}
+        return late, freed

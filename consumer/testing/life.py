@@ -16,6 +16,7 @@ from consumer import once
 from consumer.app import App
 from consumer.core.errors import Reject, RunAgain, Unreadable
 from consumer.core.handler import Handler
+from consumer.core.incarnation import Position
 from consumer.core.lanes import Batch, Delivery, Lane
 from consumer.core.message import Partition, Record
 from consumer.core.outcome import APPLIED, Applied, Cause, Dead, Duplicate, Outcome, Parked, Skipped
@@ -138,9 +139,9 @@ class Life:
         numbers, topics = await self._session.numbers(name, self._app.handlers, self._app.topics)
         self._names = once.Names(name, topics)
         partitions = sorted({Partition(record.topic, record.partition) for _, record in self._records})
-        await self._session.begin_positions(name, dict.fromkeys(partitions, 0))
+        await self._session.begin_positions(name, dict.fromkeys(partitions, Position(0)))
         for partition, position in (await self._session.positions(name, partitions)).items():
-            self._lane.open(partition, position)
+            self._lane.open(partition, position.offset)
         for handler in self._app.handlers.values():
             handler.number = numbers[handler.name]
             handler.call = self._watch.around(handler)

@@ -1,0 +1,299 @@
+"""Requests to Kafka that aiokafka 0.14 does not have: they name a topic by its id, which no other topic ever gets.
+
+Knows the wire format (Metadata 10, Fetch 13) and the client's classes for it; decides nothing. Why: a topic that was
+deleted and made anew has the same name and the same offsets, and the client's own requests (Metadata 5, Fetch 11) name
+it only. A fetch by id is refused by the broker itself when the topic is another, so no record of another topic is
+ever taken for one of this. Brokers know ids since 2.8 and fetch by them since 3.1; older ones, and imitations, raise
+`Unsupported` and are asked by name. Sources: Kafka's message definitions (FetchRequest.json, MetadataRequest.json), KIP-516.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from aiokafka.errors import IncompatibleBrokerVersion
+from aiokafka.protocol.abstract import AbstractType
+from aiokafka.protocol.api import Request, RequestStruct, Response
+from aiokafka.protocol.fetch import FetchRequest
+from aiokafka.protocol.types import (
+    Boolean,
+    CompactArray,
+    CompactBytes,
+    CompactString,
+    Int8,
+    Int16,
+    Int32,
+    Int64,
+    Schema,
+    TaggedFields,
+)
+
+from consumer.core.message import Partition
+
+Unsupported = (IncompatibleBrokerVersion, NotImplementedError)  # the broker does not know the request
+_UNKNOWN_TOPIC, _UNKNOWN_TOPIC_ID, _INCONSISTENT_TOPIC_ID = 3, 100, 103
+_OTHER_TOPIC = (_UNKNOWN_TOPIC_ID, _INCONSISTENT_TOPIC_ID)
+_SHAPE_OF_ANSWER = 11  # the version whose layout the client reads
+
+
+class _Uuid(AbstractType[UUID]):  # type: ignore[misc]
+    @classmethod
+    def encode(cls, value: UUID) -> bytes:
+        return value.bytes
+
+    @classmethod
+    def decode(cls, data: BytesIO) -> UUID:
+        return UUID(bytes=data.read(16))
+
+
+_TAGS = ("tags", TaggedFields)
+
+
+class _MetadataResponse(Response):  # type: ignore[misc]
+    API_KEY = 3
+    API_VERSION = 10
+    SCHEMA = Schema(
+        ("throttle_time_ms", Int32),
+        (
+            "brokers",
+            CompactArray(("node", Int32), ("host", CompactString()), ("port", Int32), ("rack", CompactString()), _TAGS),
+        ),
+        ("cluster_id", CompactString()),
+        ("controller", Int32),
+        (
+            "topics",
+            CompactArray(
+                ("error", Int16),
+                ("name", CompactString()),
+                ("topic_id", _Uuid),
+                ("internal", Boolean),
+                (
+                    "partitions",
+                    CompactArray(
+                        ("error", Int16),
+                        ("partition", Int32),
+                        ("leader", Int32),
+                        ("leader_epoch", Int32),
+                        ("replicas", CompactArray(Int32)),
+                        ("in_sync", CompactArray(Int32)),
+                        ("offline", CompactArray(Int32)),
+                        _TAGS,
+                    ),
+                ),
+                ("operations", Int32),
+                _TAGS,
+            ),
+        ),
+        ("cluster_operations", Int32),
+        _TAGS,
+    )
+
+
+class _MetadataStruct(RequestStruct):  # type: ignore[misc]
+    FLEXIBLE_VERSION = True
+    API_KEY = 3
+    API_VERSION = 10
+    RESPONSE_TYPE = _MetadataResponse
+    SCHEMA = Schema(
+        ("topics", CompactArray(("topic_id", _Uuid), ("name", CompactString()), _TAGS)),
+        ("create", Boolean),
+        ("cluster_operations", Boolean),
+        ("topic_operations", Boolean),
+        _TAGS,
+    )
+
+
+class TopicIds(Request[_MetadataStruct]):  # type: ignore[misc]
+    """Asks for the ids of topics, by name; a topic that does not exist is not created."""
+
+    API_KEY = 3
+
+    def __init__(self, topics: list[str]) -> None:
+        self._topics = topics
+
+    def build(self, request_struct_class: type[_MetadataStruct]) -> _MetadataStruct:
+        wanted: list[Any] = [(UUID(int=0), topic, {}) for topic in self._topics]
+        return request_struct_class(wanted, False, False, False, {})
+
+
+class Identity(NamedTuple):
+    """Which cluster this is, and which topics bear these names; a topic that does not exist is absent."""
+
+    cluster_id: str | None
+    topics: Mapping[str, UUID]
+
+    @classmethod
+    def read(cls, answer: Any) -> Identity:
+        found = {topic[1]: topic[2] for topic in answer.topics if topic[0] == 0 and topic[2].int}
+        return cls(answer.cluster_id, found)
+
+
+class _FetchResponse(Response):  # type: ignore[misc]
+    API_KEY = 1
+    API_VERSION = 13
+    SCHEMA = Schema(
+        ("throttle_time_ms", Int32),
+        ("error", Int16),
+        ("session_id", Int32),
+        (
+            "topics",
+            CompactArray(
+                ("topic_id", _Uuid),
+                (
+                    "partitions",
+                    CompactArray(
+                        ("partition", Int32),
+                        ("error", Int16),
+                        ("high_watermark", Int64),
+                        ("last_stable_offset", Int64),
+                        ("log_start_offset", Int64),
+                        ("aborted", CompactArray(("producer_id", Int64), ("first_offset", Int64), _TAGS)),
+                        ("preferred_read_replica", Int32),
+                        ("records", CompactBytes),
+                        _TAGS,
+                    ),
+                ),
+                _TAGS,
+            ),
+        ),
+        _TAGS,
+    )
+
+
+class _FetchStruct(RequestStruct):  # type: ignore[misc]
+    FLEXIBLE_VERSION = True
+    API_KEY = 1
+    API_VERSION = 13
+    RESPONSE_TYPE = _FetchResponse
+    SCHEMA = Schema(
+        ("replica_id", Int32),
+        ("max_wait_ms", Int32),
+        ("min_bytes", Int32),
+        ("max_bytes", Int32),
+        ("isolation_level", Int8),
+        ("session_id", Int32),
+        ("session_epoch", Int32),
+        (
+            "topics",
+            CompactArray(
+                ("topic_id", _Uuid),
+                (
+                    "partitions",
+                    CompactArray(
+                        ("partition", Int32),
+                        ("leader_epoch", Int32),
+                        ("offset", Int64),
+                        ("last_fetched_epoch", Int32),
+                        ("log_start_offset", Int64),
+                        ("max_bytes", Int32),
+                        _TAGS,
+                    ),
+                ),
+                _TAGS,
+            ),
+        ),
+        ("forgotten", CompactArray(("topic_id", _Uuid), ("partitions", CompactArray(Int32)), _TAGS)),
+        ("rack_id", CompactString()),
+        _TAGS,
+    )
+
+
+class _FetchById(Request[_FetchStruct]):  # type: ignore[misc]
+    """A fetch of the client, with ids in the place of names."""
+
+    API_KEY = 1
+
+    def __init__(self, by_name: FetchRequest, topics: Mapping[UUID, list[tuple[int, int, int]]]) -> None:
+        self._by_name = by_name
+        self._topics = topics
+
+    def build(self, request_struct_class: type[_FetchStruct]) -> _FetchStruct:
+        wanted: list[Any] = [
+            (id, [(partition, -1, offset, -1, -1, most, {}) for partition, offset, most in partitions], {})
+            for id, partitions in self._topics.items()
+        ]
+        plain = self._by_name
+        return request_struct_class(
+            -1,
+            plain._max_wait_ms,
+            plain._min_bytes,
+            plain._max_bytes,
+            plain._isolation_level,
+            0,  # without a session, as the client's own
+            -1,
+            wanted,
+            [],
+            plain._rack_id,
+            {},
+        )
+
+
+class _Answer(NamedTuple):
+    """What the client reads of an answer to a fetch."""
+
+    topics: list[tuple[str, list[tuple[Any, ...]]]]
+    API_VERSION: int = _SHAPE_OF_ANSWER
+
+
+class FetchingById:
+    """Stands for the client where its fetcher sends requests: fetches go out by id, everything else as it is.
+
+    ids: which topic each partition belongs to, of those that are fetched. A fetch with a partition that has no id goes by
+    name. refused: called with a partition whose topic, under its id, the broker does not have (any more, or yet).
+    """
+
+    def __init__(self, client: Any, ids: Mapping[Partition, UUID], refused: Callable[[Partition], None]) -> None:
+        self._client = client
+        self._ids = ids
+        self._refused = refused
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    async def send(self, node: int, request: Any, **options: Any) -> Any:
+        """As the client's. Raises KafkaError."""
+        if isinstance(request, FetchRequest):
+            named = self._by_id(request)
+            if named is not None:
+                topics, names = named
+                try:
+                    answer = await self._client.send(node, _FetchById(request, topics), **options)
+                except Unsupported:
+                    pass  # nothing was sent: a broker before 3.1
+                else:
+                    return self._read(answer, topics, names)
+        return await self._client.send(node, request, **options)
+
+    def _by_id(self, request: FetchRequest) -> tuple[dict[UUID, list[tuple[int, int, int]]], dict[UUID, str]] | None:
+        topics: dict[UUID, list[tuple[int, int, int]]] = {}
+        names: dict[UUID, str] = {}
+        for topic, partitions in request.topics:
+            for each in partitions:
+                id = self._ids.get(Partition(topic, each[0]))
+                if id is None:
+                    return None
+                topics.setdefault(id, []).append(each)
+                names[id] = topic
+        return topics, names
+
+    def _read(
+        self, answer: Any, topics: Mapping[UUID, list[tuple[int, int, int]]], names: Mapping[UUID, str]
+    ) -> _Answer:
+        if answer.error:
+            failed = [(each[0], answer.error, -1, -1, -1, None, -1, b"") for found in topics.values() for each in found]
+            return _Answer([(names[id], failed[:1]) for id in topics][:1]) if failed else _Answer([])
+        found: list[tuple[str, list[tuple[Any, ...]]]] = []
+        for id, partitions, _ in answer.topics:
+            name = names[id]
+            rows = []
+            for partition, error, high, stable, start, aborted, preferred, records, _ in partitions:
+                if error in _OTHER_TOPIC:
+                    self._refused(Partition(name, partition))
+                    error = _UNKNOWN_TOPIC  # which makes the client ask for the cluster's metadata again
+                pairs = None if aborted is None else [(producer, first) for producer, first, _ in aborted]
+                rows.append((partition, error, high, stable, start, pairs, preferred, records or b""))
+            found.append((name, rows))
+        return _Answer(found)
