@@ -57,7 +57,7 @@ insert into accounts select n from generate_series(1, {ROWS}) n;
 create table orders (id int primary key, status text not null check (status in ('new', 'paid', 'shipped')));
 insert into orders select n, 'new' from generate_series(1, {ROWS}) n;
 create table fences (name text primary key, number bigint not null);
-"""  # noqa: S608
+"""
 ORDERS = StateMachine("orders", "status", {"new": ["paid"], "paid": ["shipped"], "shipped": ()})
 INSERT = "insert into payments values ($1, $2, $3)"
 UPDATE = "update accounts set balance = $2 where id = $1"

@@ -1,0 +1,478 @@
+"""One function for each scenario: what it measures, and its rows. What a goal is compared with is measured in the same run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import statistics
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import asyncpg
+from aiokafka import AIOKafkaProducer
+from application import Payment, register, write_unnest
+from bench import SETTLED, Bench, Cpu, Entry, Produced, Workload, body
+from harness import new_topic, value
+
+from consumer import App
+
+Row = dict[str, str]
+
+
+@dataclass
+class Options:
+    messages: int
+    rounds: int
+    only: str | None = None
+    ledger_rows: int = 5_000_000
+    seconds: float = 15.0
+
+
+@dataclass
+class Found:
+    """What a scenario found: a sentence about it, its rows, and bars for the plot."""
+
+    about: str
+    rows: list[Row]
+    bars: dict[str, float] = field(default_factory=dict)
+
+
+Contestant = Callable[[], Awaitable[float]]
+
+
+async def turns(contestants: dict[str, Contestant], rounds: int) -> dict[str, list[float]]:
+    """Let contestants take turns, round after round."""
+    found: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(1, rounds + 1):
+        for name, contestant in contestants.items():
+            found[name].append(await contestant())
+            print(f"round {number}  {name:42} {found[name][-1]:12,.0f} msg/s", file=sys.stderr, flush=True)
+    return found
+
+
+def rows_of(found: dict[str, list[float]], base: str) -> list[Row]:
+    middle = statistics.median(found[base])
+    return [
+        {
+            "contestant": name,
+            "msg/s": f"{statistics.median(speeds):,.0f}",
+            "lowest": f"{min(speeds):,.0f}",
+            "highest": f"{max(speeds):,.0f}",
+            f"times {base}": f"{statistics.median(speeds) / middle:.2f}"
+            if statistics.median(speeds) < 10 * middle
+            else f"{statistics.median(speeds) / middle:.1f}",
+        }
+        for name, speeds in found.items()
+    ]
+
+
+async def reference(bench: Bench, given: Options) -> Found:
+    """All contestants on the workload of reference."""
+    made = await bench.produced(Workload(given.messages))
+    contestants: dict[str, Contestant] = {
+        "the loop people write": lambda: bench.naive(made),
+        "by hand: executemany, two connections": lambda: bench.by_hand_executemany(made),
+        "by hand: unnest, two connections": lambda: bench.by_hand_unnest(made),
+        "ours: defer": lambda: bench.ours(made, "defer"),
+        "ours: defer, with Redis": lambda: bench.ours(made, "defer", redis=True),
+        "ours: defer, two workers": lambda: bench.ours(made, "defer", workers=2),
+        "ours: two awaited statements": lambda: bench.ours(made, "await"),
+        "ours: batch handler": lambda: bench.ours(made, "batch"),
+        "ours: batch handler, with Redis": lambda: bench.ours(made, "batch", redis=True),
+        "ours: batch handler, two workers": lambda: bench.ours(made, "batch", workers=2),
+        "limit: aiokafka alone": lambda: bench.aiokafka_alone(made),
+        "limit: PostgreSQL alone": lambda: bench.postgresql_alone(made),
+    }
+    first = next(iter(contestants))
+    if given.only:
+        wanted = [first, *(each for each in contestants if any(part in each for part in given.only.split(",")))]
+        contestants = {name: contestants[name] for name in dict.fromkeys(wanted)}
+    found = await turns(contestants, given.rounds)
+    return Found(
+        f"{given.messages:,} messages in 8 partitions, about 200 bytes of JSON, 10 % duplicates, 1,000 keys; the effect of a "
+        "message is one INSERT and one UPDATE.",
+        rows_of(found, first),
+        {name: statistics.median(speeds) for name, speeds in found.items()},
+    )
+
+
+async def replays(bench: Bench, given: Options) -> Found:
+    """`consumer replay` of what is applied, against reading alone."""
+    made = await bench.produced(Workload(given.messages))
+    base = "limit: aiokafka alone"
+    contestants: dict[str, Contestant] = {
+        base: lambda: bench.aiokafka_alone(made),
+        "replay: check": lambda: bench.replay(made, "check"),
+        "replay: check, with Redis": lambda: bench.replay(made, "check", redis=True),
+        "replay: apply, nothing missing": lambda: bench.replay(made, "apply"),
+        "replay: rebuild": lambda: bench.replay(made, "rebuild"),
+    }
+    return Found("All messages are applied: 100 % duplicates.", rows_of(await turns(contestants, given.rounds), base))
+
+
+async def duplicates(bench: Bench, given: Options) -> Found:
+    """What the pre-check costs and saves, by the share of duplicates."""
+    rows: list[Row] = []
+    for share in (0.0, 0.1, 0.2, 0.5, 0.8):
+        made = await bench.produced(Workload(given.messages, duplicates=share))
+        found = await turns(
+            {
+                f"{share:.0%} duplicates, without Redis": lambda made=made: bench.ours(made, "defer"),  # type: ignore[misc]
+                f"{share:.0%} duplicates, with Redis": lambda made=made: bench.ours(made, "defer", redis=True),  # type: ignore[misc]
+            },
+            given.rounds,
+        )
+        off, on = (statistics.median(speeds) for speeds in found.values())
+        rows.append(
+            {
+                "duplicates": f"{share:.0%}",
+                "Redis off, msg/s": f"{off:,.0f}",
+                "Redis on, msg/s": f"{on:,.0f}",
+                "on / off": f"{on / off:.2f}",
+            }
+        )
+    return Found("A handler that defers; the duplicates repeat earlier messages of the same drain.", rows)
+
+
+async def shapes(bench: Bench, given: Options) -> Found:
+    """Keys and partitions otherwise than in the workload of reference."""
+    base = "reference: 8 partitions, 1,000 keys"
+    workloads = {
+        base: Workload(given.messages),
+        "one hot key": Workload(given.messages, hot=True),
+        "1,000,000 keys": Workload(given.messages, keys=1_000_000),
+        "1 partition": Workload(given.messages, partitions=1),
+        "64 partitions": Workload(given.messages, partitions=64),
+    }
+    made = {name: await bench.produced(each) for name, each in workloads.items()}
+    found = await turns(
+        {name: lambda each=each: bench.ours(each, "defer") for name, each in made.items()},  # type: ignore[misc]
+        given.rounds,
+    )
+    return Found("A handler that defers, one worker.", rows_of(found, base))
+
+
+async def slow(bench: Bench, given: Options) -> Found:
+    """Handlers that wait 10 ms each: concurrency=64, one partition, 1,000 keys."""
+    messages = min(given.messages, 30_000)
+    made = await bench.produced(Workload(messages, partitions=1))
+    found = await turns({"slow handlers": lambda: bench.ours(made, "slow")}, given.rounds)
+    speed = statistics.median(found["slow handlers"])
+    return Found(
+        "Each handler waits 10 ms for something elsewhere; 64 at a time make 6,400 msg/s at most.",
+        [{"msg/s": f"{speed:,.0f}", "of 64 / 10 ms": f"{speed / 6400:.0%}"}],
+    )
+
+
+async def _timed(bench: Bench) -> str:
+    dsn = await bench.database()
+    connection = await asyncpg.connect(dsn)
+    await connection.execute("create table timed (id uuid not null, due float8 not null, partition int not null)")
+    await connection.execute('grant all on timed to "test-worker"')
+    await connection.close()
+    return dsn
+
+
+async def _open_loop(
+    bench: Bench, topic: str, partitions: int, rate: float, seconds: float, begun: asyncio.Event | None = None
+) -> int:
+    """Send at a rate whatever happens: what is late is counted from when it was due, not from when it was sent."""
+    producer = AIOKafkaProducer(bootstrap_servers=bench.kafka.bootstrap_servers, linger_ms=0)
+    await producer.start()
+    start, number, sent = time.time() + 0.1, 0, []
+    total = int(rate * seconds)
+    try:
+        while number < total:
+            now = time.time()
+            while number < total and start + number / rate <= now:
+                due = start + number / rate
+                id = uuid.uuid4()
+                value_ = body(id, number % 1000, 1).replace(b"x" * 110, f"{due!r:<110}".encode())
+                headers = [("message-id", str(id).encode())]
+                sent.append(
+                    await producer.send(
+                        topic, value_, key=str(number % 1000).encode(), partition=number % partitions, headers=headers
+                    )
+                )
+                number += 1
+            if begun is not None and number > total * 0.2:
+                begun.set()
+            await asyncio.sleep(0.001)
+        await asyncio.gather(*sent)
+    finally:
+        await producer.stop()
+    return total
+
+
+async def latency(bench: Bench, given: Options) -> Found:
+    """Produce to COMMIT at a fixed rate, each message counted from when it was due (no coordinated omission)."""
+    made = await bench.produced(Workload(given.messages))
+    speeds = await turns({"maximum, for comparison": lambda: bench.ours(made, "defer")}, 1)
+    rows: list[Row] = []
+    for name, rate in (
+        ("100 msg/s", 100.0),
+        ("1,000 msg/s", 1000.0),
+        ("half of the maximum", speeds["maximum, for comparison"][0] * 0.5),
+    ):
+        rows.append(await _latency_at(bench, name, rate, given.seconds))
+    return Found(
+        "From the moment a message was due to the COMMIT of its effect, by PostgreSQL's commit timestamps; the producer "
+        "runs on the same two cores, in Python, which is what limits the highest rate.",
+        rows,
+    )
+
+
+async def _latency_at(bench: Bench, name: str, rate: float, seconds: float) -> Row:
+    topic = await new_topic(bench.kafka.bootstrap_servers, 8)
+    dsn = await _timed(bench)
+    app = App(f"bench-{uuid.uuid4().hex[:8]}")
+    register(app, topic, "timed")
+    made = Produced(Workload(0), topic, [])
+    async with bench.processes(app, made, "timed", bench.settings(dsn), 1):
+        while not await value(dsn, "select count(*) = 8 from consumer.positions"):
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(1)  # the first connections and statements are not what is measured
+        total = await _open_loop(bench, topic, 8, rate, seconds)
+        while await value(dsn, SETTLED) < total:
+            await asyncio.sleep(0.05)
+    connection = await asyncpg.connect(dsn)
+    found = await connection.fetchrow(
+        """select count(*), percentile_disc(array[0.5, 0.99, 0.999, 1.0]) within group (order by late) from (
+           select 1000 * (extract(epoch from pg_xact_commit_timestamp(xmin)) - due) as late from timed) as t"""
+    )
+    await connection.close()
+    if found[0] != total:
+        raise SystemExit(f"wrong effects: {found[0]} instead of {total}")
+    await bench.drop(dsn)
+    row = {"rate": name, "msg/s": f"{rate:,.0f}"}
+    row |= {f"{q}, ms": f"{late:.1f}" for q, late in zip(("p50", "p99", "p99.9", "max"), found[1], strict=True)}
+    print(f"latency  {row}", file=sys.stderr, flush=True)
+    return row
+
+
+async def killed(bench: Bench, given: Options) -> Found:
+    """SIGKILL of one of two workers under 1,000 msg/s: for how long its partitions stand still."""
+    gaps = []
+    for _ in range(given.rounds):
+        topic = await new_topic(bench.kafka.bootstrap_servers, 8)
+        dsn = await _timed(bench)
+        app = App(f"bench-{uuid.uuid4().hex[:8]}")
+        made = Produced(Workload(0), topic, [])
+        settings = bench.settings(dsn, log_level="info", kafka_session_timeout_seconds=30)
+        async with bench.processes(app, made, "timed", settings, 2) as command:
+            opened = lambda: [each for each in command.events() if each["event"] == "partitions opened"]  # noqa: E731
+            while {each["count"] for each in opened()[-2:]} != {4}:
+                await asyncio.sleep(0.1)
+            running_ = asyncio.Event()
+            sending = asyncio.create_task(_open_loop(bench, topic, 8, 1000, given.seconds, running_))
+            await running_.wait()
+            victim = command.worker_pids()[1]
+            at = time.time()
+            os.kill(victim, 9)
+            total = await sending
+            while await value(dsn, SETTLED) < total:
+                await asyncio.sleep(0.05)
+        connection = await asyncpg.connect(dsn)
+        count, gap = await connection.fetchrow(
+            """select (select count(distinct id) from timed), max(gap) from (
+               select extract(epoch from at - lag(at) over (partition by partition order by at)) as gap, at from (
+                   select distinct partition, pg_xact_commit_timestamp(xmin) as at from timed) t) g
+               where at > to_timestamp($1)""",
+            at,
+        )
+        rows = await connection.fetchval("select count(*) from timed")
+        await connection.close()
+        if (count, rows) != (total, total):
+            raise SystemExit(f"wrong effects: {(count, rows)} instead of {total}")
+        gaps.append(float(gap))
+        print(f"killed: longest standstill of a partition {gap:.2f} s", file=sys.stderr, flush=True)
+        await bench.drop(dsn)
+    return Found(
+        "Longest time between two commits of one partition after the kill; effects were there once.",
+        [{"median, s": f"{statistics.median(gaps):.2f}", "lowest": f"{min(gaps):.2f}", "highest": f"{max(gaps):.2f}"}],
+    )
+
+
+async def ledger(bench: Bench, given: Options) -> Found:
+    """A ledger that is full against an empty one."""
+    made = await bench.produced(Workload(given.messages))
+    dsn = await bench.database()
+    begun = time.perf_counter()
+    connection = await asyncpg.connect(dsn)
+    target = await connection.fetchval(
+        "select coalesce((select max(inhrelid::regclass::text) from pg_inherits where inhparent = 'consumer.ledger'::regclass), "
+        "'consumer.ledger')"
+    )
+    await connection.execute("insert into consumer.handlers (app, name) values ('filler', 'filler')")
+    await connection.execute("insert into consumer.topics (name) values ('filler')")
+    await connection.execute(
+        f"""insert into {target} (fingerprint, "offset", applied_at, partition, handler, topic, id)
+            select n, n, now(), 0, (select handler from consumer.handlers where app = 'filler'), 1, gen_random_uuid()
+            from generate_series(1, {given.ledger_rows}) n"""
+    )
+    await connection.execute("vacuum analyze")
+    await connection.execute("checkpoint")
+    await connection.close()
+    print(f"filled the ledger in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+
+    async def full() -> float:
+        connection = await asyncpg.connect(dsn)
+        await connection.execute("truncate effects")
+        await connection.execute("update accounts set balance = 0")
+        await connection.execute("delete from consumer.positions")
+        await connection.execute("vacuum accounts")
+        await connection.close()
+        return await bench.ours(made, "defer", dsn=dsn)
+
+    base = "empty ledger"
+    name = f"ledger of {given.ledger_rows:,} rows"
+    found = await turns({base: lambda: bench.ours(made, "defer"), name: full}, given.rounds)
+    await bench.drop(dsn)
+    return Found("Random ids (UUIDv4), the worst case for the index; a handler that defers.", rows_of(found, base))
+
+
+async def cost(bench: Bench, given: Options) -> Found:
+    """Bytes and CPU seconds of a message, by the servers' own counts."""
+    made = await bench.produced(Workload(given.messages, duplicates=0.0))
+    rows: list[Row] = []
+
+    async def wal(dsn: str) -> int:
+        return int(await value(dsn, "select pg_current_wal_lsn() - '0/0'::pg_lsn"))
+
+    for name, kind, redis in (
+        ("ours: defer", "defer", False),
+        ("ours: defer, with Redis", "defer", True),
+        ("ours: batch handler", "batch", False),
+    ):
+        dsn = await bench.database()
+        before = await wal(dsn)
+        with Cpu(bench) as cpu:
+            await bench.ours(made, kind, redis=redis, dsn=dsn)
+            seconds = cpu.seconds()
+        written = await wal(dsn) - before
+        size = await value(
+            dsn,
+            """select sum(pg_total_relation_size(c.oid)) from pg_class c join pg_namespace n on n.oid = c.relnamespace
+               where n.nspname = 'consumer' and c.relkind = 'r' and c.relname like 'ledger%'""",
+        )
+        n = len(made.entries)
+        await bench.drop(dsn)
+        per_million = {each: f"{seconds[each] / n * 1e6:.1f}" for each in ("worker", "postgresql", "valkey", "kafka")}
+        rows.append(
+            {
+                "contestant": name,
+                "ledger, bytes a message": f"{float(size) / n:.0f}",
+                "WAL, bytes a message": f"{written / n:.0f}",
+                **{f"{each}, CPU s a million": text for each, text in per_million.items()},
+            }
+        )
+    # The same effects by the same statements, without a ledger: what is left is the ledger's own.
+    dsn = await bench.database()
+    connection = await asyncpg.connect(dsn)
+    before = await wal(dsn)
+    for start in range(0, len(made.entries), 2000):
+        async with connection.transaction():
+            await write_unnest(connection, [Payment(*each, "") for each in made.entries[start : start + 2000]])
+    rows.append(
+        {
+            "contestant": "the effects alone (batch handler's statements)",
+            "WAL, bytes a message": f"{(await wal(dsn) - before) / len(made.entries):.0f}",
+        }
+    )
+    await connection.close()
+    await bench.drop(dsn)
+    return Found(
+        "No duplicates. Ledger: heap and index. CPU: user and system time; the worker's includes starting it.", rows
+    )
+
+
+def _resident_mb(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text("utf-8")
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
+async def memory(bench: Bench, given: Options) -> Found:
+    """A worker's memory while it works off a backlog."""
+    made = await bench.produced(Workload(given.messages))
+    dsn = await bench.database()
+    app = App(f"bench-{uuid.uuid4().hex[:8]}")
+    sizes: list[float] = []
+    async with bench.processes(app, made, "defer", bench.settings(dsn, log_level="info"), 1) as command:
+        while not command.worker_pids():
+            await asyncio.sleep(0.05)
+        [pid] = command.worker_pids().values()
+        while await value(dsn, SETTLED) < len(made.entries):
+            sizes.append(_resident_mb(pid))
+            await asyncio.sleep(0.5)
+    await bench.check(dsn, made.entries)
+    await bench.drop(dsn)
+    tenth = max(1, len(sizes) // 10)
+    return Found(
+        f"{given.messages:,} messages of backlog ({given.messages * 300 / 1e9:.1f} GB in the log), one worker, resident memory.",
+        [
+            {
+                "highest, MB": f"{max(sizes):.0f}",
+                "median of the first tenth": f"{statistics.median(sizes[:tenth]):.0f}",
+                "median of the last tenth": f"{statistics.median(sizes[-tenth:]):.0f}",
+            }
+        ],
+    )
+
+
+async def start(bench: Bench, given: Options) -> Found:
+    """From `consumer run` to the first effect, on a running cluster."""
+    entries: list[Entry] = [(uuid.UUID(int=random.getrandbits(128)), 1, 1) for _ in range(100)]
+    times = []
+    for _ in range(max(3, given.rounds)):
+        topic = await new_topic(bench.kafka.bootstrap_servers, 8)
+        await bench.send(topic, 8, entries)
+        dsn = await bench.database()
+        app = App(f"bench-{uuid.uuid4().hex[:8]}")
+        made = Produced(Workload(100), topic, entries)
+        begun = time.time()
+        async with bench.processes(app, made, "defer", bench.settings(dsn), 1):
+            while not await value(dsn, "select count(*) from effects"):
+                await asyncio.sleep(0.02)
+            first = await value(dsn, "select extract(epoch from min(pg_xact_commit_timestamp(xmin))) from effects")
+        times.append(float(first) - begun)
+        print(f"start: {times[-1]:.2f} s", file=sys.stderr, flush=True)
+        await bench.drop(dsn)
+    return Found(
+        "From the start of the process to the COMMIT of the first effect.",
+        [
+            {
+                "median, s": f"{statistics.median(times):.2f}",
+                "lowest": f"{min(times):.2f}",
+                "highest": f"{max(times):.2f}",
+            }
+        ],
+    )
+
+
+SCENARIOS: dict[str, tuple[str, Callable[[Bench, Options], Awaitable[Found]]]] = {
+    "reference": ("Against the loop people write, the best by hand, and the limits", reference),
+    "replay": ("Replay", replays),
+    "duplicates": ("Duplicates and the pre-check", duplicates),
+    "shapes": ("Keys and partitions", shapes),
+    "slow": ("Slow handlers", slow),
+    "latency": ("Latency, open loop", latency),
+    "killed": ("A worker killed", killed),
+    "ledger": ("A full ledger", ledger),
+    "cost": ("Cost of a message", cost),
+    "memory": ("Memory", memory),
+    "start": ("Start", start),
+}
+UNUSUAL = frozenset({"memory"})  # only when named: it takes long, or says nothing when short
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
+    lines += [f"| {' | '.join(row.get(name, '') for name in columns)} |" for row in rows]
+    return "\n".join(lines)
