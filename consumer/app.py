@@ -45,6 +45,7 @@ class App:
         concurrency: int = 1,
         batch: int | None = None,
         retry: Retry | None = None,
+        timeout: float | None = None,
         idempotent: bool = True,
         **unknown: Any,
     ) -> Callable[[F], F]:
@@ -55,7 +56,9 @@ class App:
         name: the handler's identity in the ledger, by default the function's name; changing it makes every message
         new. order: what keeps its order, ``"key"``, ``"partition"`` or ``"none"``. concurrency: messages of different
         keys handled at the same time, for handlers that wait for something slow. batch: hand over a list of at most so
-        many messages. retry: see `Retry`. idempotent: False opts out of the ledger: the handler is called at least
+        many messages. retry: see `Retry`. timeout: seconds that one call may take, by default as the setting
+        ``handler_timeout_seconds`` says, 0 for no limit: a call that takes longer is cancelled, and that counts as an attempt
+        of its message. idempotent: False opts out of the ledger: the handler is called at least
         once and may not ask for a Tx.
 
         Raises RegistrationError for a handler that cannot work, naming its place. The function is returned unchanged.
@@ -70,6 +73,7 @@ class App:
             "concurrency": concurrency,
             "batch": batch,
             "retry": retry,
+            "timeout": timeout,
             "idempotent": idempotent,
             **unknown,
         }

@@ -7,6 +7,7 @@ ROLLBACK (measured with asyncpg 0.32: no error, nothing stored).
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 import uuid
@@ -31,6 +32,7 @@ from consumer.core.sqlstate import Meaning, meaning
 from consumer.settings import Settings
 
 _BATCH_SECONDS_MAX = 5.0
+_ROLLBACK_SECONDS = 5.0  # what takes longer is ended with its connection, which undoes it too
 SCHEMA_VERSION = 3  # the migration this code needs; migrations/ holds them
 
 _OFFERED = """
@@ -266,8 +268,10 @@ class Session:
         try:
             _detect_dead_peers(connection)
             with sorted_errors(settings):
-                epoch = await describe(connection, settings)
-                if missing := await connection.fetchval(_MAY_NOT, *grants.needed()):
+                async with asyncio.timeout(timeout_seconds):  # TimeoutError is an OSError: an outage
+                    epoch = await describe(connection, settings)
+                    missing = await connection.fetchval(_MAY_NOT, *grants.needed())
+                if missing:
                     raise Misconfigured(
                         f"{where(settings.dsn)}: this role may not write to {missing}: grant it what `consumer migrate --grants ROLE` prints"
                     )
@@ -287,7 +291,7 @@ class Session:
         """Undo everything. A connection on which that fails is ended, which undoes it too."""
         try:
             if self.connection.is_in_transaction():
-                await self.connection.execute("rollback")
+                await asyncio.wait_for(self.connection.execute("rollback"), _ROLLBACK_SECONDS)
         except Exception:
             self.connection.terminate()
 

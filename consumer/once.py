@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from consumer.activity import Activity, TookTooLong
 from consumer.core.decode import explain
 from consumer.core.errors import Reject, RunAgain, TransactionMisuse, Unreadable
 from consumer.core.handler import Handler
@@ -100,18 +101,20 @@ async def apply(
     draw: Callable[[], float],
     step: Step,
     rehearsal: Rehearsal | None = None,
+    activity: Activity | None = None,
 ) -> Settlement:
     """Settle a batch in one transaction: all of it, or nothing.
 
     careful: a savepoint around every message, so that one failure costs one message (at most SAVEPOINTS_MAX of them).
     rehearsal: do everything but store it: neither positions nor dead letters are written, and all else is undone.
+    activity: what ends calls of handlers that take too long; without it, they have no limit.
     Raises Isolate when the batch must be cut smaller or run carefully, Conflict to run it again at once, Outage when
     PostgreSQL cannot say, Fenced when a partition is no longer ours. The connection is left without a transaction,
     or dropped.
     """
     done = Settlement()
     claims = _distinct(batch.deliveries, lane, done)
-    run = _Run(session, done, careful, draw)
+    run = _Run(session, done, careful, draw, activity)
     theirs = False  # whose statement a failure comes from: the handlers', or our own
     try:
         await session.begin()
@@ -146,8 +149,11 @@ async def apply(
         theirs = True
         await session.commit()
         step("committed")
-    except (Isolate, Conflict, Outage, Fenced):
+    except (Isolate, Conflict, Outage, Fenced) as failure:
         await session.rollback()
+        slow = failure.__cause__
+        if isinstance(slow, TookTooLong) and slow.in_statement and not session.is_usable:
+            raise Outage("postgresql does not answer") from slow  # neither the statement nor its cancellation
         raise
     except Exception as error:
         await session.rollback()
@@ -223,10 +229,29 @@ def smaller(part: Batch, careful: bool, cause: BaseException | None, draw: Calla
         [delivery] = part.deliveries
         delivery.outcome, delivery.attempts = verdict(delivery, cause or Conflict("unknown"), draw)
         return [(part, True, 0)]
+    if isinstance(cause, TookTooLong):
+        return _around(part, careful, cause, draw)
     if careful or len(part.deliveries) > SAVEPOINTS_MAX:
         head, tail = part.split()
         return [(tail, careful, 0), (head, careful, 0)]
     return [(part, True, 0)]
+
+
+def _around(part: Batch, careful: bool, slow: TookTooLong, draw: Callable[[], float]) -> list[Part]:
+    """How to run again a batch with a call that took too long: known, so that nobody waits for it again to find it."""
+    if len(slow.deliveries) > 1:  # one of those that a batch handler was given: they are called one by one
+        for each in slow.deliveries:
+            each.alone = True
+        return [(part, careful, 0)]
+    [delivery] = slow.deliveries
+    delivery.outcome, delivery.attempts = verdict(delivery, slow, draw)
+    head, rest = part.split(part.deliveries.index(delivery))
+    parts: list[Part] = []
+    if len(rest.deliveries) > 1:
+        rest, tail = rest.split(1)
+        parts.append((tail, careful, 0))
+    parts.append((rest, True, 0))
+    return [*parts, (head, careful, 0)] if head.deliveries else parts
 
 
 def verdict(delivery: Delivery, error: BaseException, draw: Callable[[], float]) -> tuple[Parked | Dead, int]:
@@ -240,6 +265,8 @@ def verdict(delivery: Delivery, error: BaseException, draw: Callable[[], float])
         delivery.again += 1
         pause = delivery.handler.retry.pause_seconds(delivery.again, draw())
         return Parked(max(_AGAIN_SECONDS_MIN, pause), type(error).__name__), delivery.attempts
+    if isinstance(error, TookTooLong) and error.in_statement:  # a slow database, as far as one can tell
+        return Parked(_ASIDE_SECONDS * (0.5 + draw() / 2), "put aside"), delivery.attempts
     text = f"{type(error).__name__}: {text_of(error)}"
     delay = delivery.handler.retry.delay_seconds(error, attempts, draw())
     return (Dead(Reason.FAILED, text) if delay is None else Parked(delay, text)), attempts
@@ -420,7 +447,15 @@ class _Chunk:
 class _Run:
     """Calls the handlers of one transaction, and finds out what became of every message."""
 
-    def __init__(self, session: Session, done: Settlement, careful: bool, draw: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        done: Settlement,
+        careful: bool,
+        draw: Callable[[], float],
+        activity: Activity | None = None,
+    ) -> None:
+        self.activity = activity
         self.session = session
         self.scope = Scope(session.connection, session.columns)
         self.done = done
@@ -439,8 +474,7 @@ class _Run:
         for handler, deliveries in by_handler.items():
             if handler.batch is not None:
                 readable = [each for each in deliveries if self._readable(each)]
-                for start in range(0, len(readable), handler.batch):
-                    chunk = readable[start : start + handler.batch]
+                for chunk in _chunks(readable, handler.batch):
                     if self._is_late():
                         for delivery in chunk:
                             self._leave(delivery)
@@ -465,7 +499,7 @@ class _Run:
             return
         tx = Tx(self.scope, delivery, task)
         try:
-            await self._call(handler, _argument(delivery), tx)
+            await self._call(handler, _argument(delivery), tx, [delivery])
         except Exception as error:
             await self._failed(delivery, tx, error)
 
@@ -495,17 +529,21 @@ class _Run:
             return
         tx = Tx(self.scope, _Chunk(handler), asyncio.current_task())
         try:
-            await self._call(handler, [_argument(each) for each in deliveries], tx)
+            await self._call(handler, [_argument(each) for each in deliveries], tx, deliveries)
         except Exception as error:
             if len(deliveries) == 1:
                 await self._failed(deliveries[0], tx, error)
                 return
             self._check_fault(tx, error)
+            if isinstance(error, TookTooLong):
+                for each in deliveries:
+                    await self._call_batch(handler, [each])
+                return
             middle = len(deliveries) // 2
             await self._call_batch(handler, deliveries[:middle])
             await self._call_batch(handler, deliveries[middle:])
 
-    async def _call(self, handler: Handler, argument: Any, tx: Tx) -> None:
+    async def _call(self, handler: Handler, argument: Any, tx: Tx, deliveries: Sequence[Delivery]) -> None:
         """Call the handler, and raise if what it did cannot be stored, whether or not it says so."""
         name = None
         if self.careful:
@@ -514,7 +552,7 @@ class _Run:
             await self.session.connection.execute(f"savepoint {name}")
         try:
             try:
-                await _called(handler, argument, tx)
+                await _called(handler, argument, tx, deliveries, self.activity)
             except BaseException:
                 if not tx.close():
                     with suppress(TransactionMisuse):
@@ -539,6 +577,10 @@ class _Run:
 
     def _check_fault(self, tx: Tx, error: BaseException) -> None:
         """Raise when the transaction, and not only this message, has failed."""
+        if isinstance(error, TookTooLong):
+            if tx.touched or self.scope.flush_error is not None or not self.session.is_usable:
+                raise Isolate from error
+            return
         if not self.session.is_usable:
             raise Outage(str(error)) from error
         for cause in (self.scope.flush_error, tx.error, error):
@@ -571,6 +613,18 @@ class _Run:
             self.done.errors[delivery] = error
             return False
         return True
+
+
+def _chunks(deliveries: Sequence[Delivery], most: int) -> Iterator[list[Delivery]]:
+    """What a batch handler is given in one call, in order."""
+    chunk: list[Delivery] = []
+    for each in deliveries:
+        if chunk and (len(chunk) == most or each.alone or chunk[-1].alone):
+            yield chunk
+            chunk = []
+        chunk.append(each)
+    if chunk:
+        yield chunk
 
 
 async def in_chains(
@@ -617,7 +671,9 @@ def _message(delivery: Delivery) -> Message[Any]:
     )
 
 
-async def observe(deliveries: Iterable[Delivery], draw: Callable[[], float]) -> list[tuple[Delivery, BaseException]]:
+async def observe(
+    deliveries: Iterable[Delivery], draw: Callable[[], float], activity: Activity | None = None
+) -> list[tuple[Delivery, BaseException]]:
     """Run the handlers that opted out, before any transaction. Returns what failed.
 
     Their messages end as skipped. One that fails is retried by its policy and then a dead letter, like any other; a
@@ -635,7 +691,7 @@ async def observe(deliveries: Iterable[Delivery], draw: Callable[[], float]) -> 
             delivery.outcome = BEHIND
             return
         try:
-            await _observe(delivery.handler, [delivery])
+            await _observe(delivery.handler, [delivery], activity)
             delivery.outcome = SKIPPED
         except Exception as error:
             delivery.outcome, delivery.attempts = verdict(delivery, error, draw)
@@ -650,7 +706,7 @@ async def observe(deliveries: Iterable[Delivery], draw: Callable[[], float]) -> 
         for start in range(0, len(wanted), handler.batch):
             chunk = wanted[start : start + handler.batch]
             try:
-                await _observe(handler, chunk)
+                await _observe(handler, chunk, activity)
             except Exception:
                 await in_chains(chunk, 1, one)
             else:
@@ -659,15 +715,31 @@ async def observe(deliveries: Iterable[Delivery], draw: Callable[[], float]) -> 
     return errors
 
 
-async def _observe(handler: Handler, deliveries: Sequence[Delivery]) -> None:
+async def _observe(handler: Handler, deliveries: Sequence[Delivery], activity: Activity | None) -> None:
     for delivery in deliveries:
         if isinstance(delivery.record, LogRecord) and delivery.record.fault:
             raise Unreadable(Reason.BAD_HEADER, delivery.record.fault)
     values = [_argument(each) for each in deliveries]
-    await _called(handler, values if handler.batch is not None else values[0], None)
+    await _called(handler, values if handler.batch is not None else values[0], None, deliveries, activity)
 
 
-async def _called(handler: Handler, argument: Any, tx: Tx | None) -> None:
+async def _called(
+    handler: Handler, argument: Any, tx: Tx | None, deliveries: Sequence[Delivery], activity: Activity | None
+) -> None:
+    """Call a handler, within its limit."""
+    if activity is None:
+        await _call_it(handler, argument, tx)
+        return
+    call = activity.enter(handler, deliveries, tx)
+    try:
+        await _call_it(handler, argument, tx)
+    except BaseException as error:
+        activity.leave(call, error)
+        raise
+    activity.leave(call)
+
+
+async def _call_it(handler: Handler, argument: Any, tx: Tx | None) -> None:
     """Call a handler. Whatever it raises comes as an Exception, but for the order to this task to stop."""
     assert handler.call is not None
     try:

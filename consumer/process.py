@@ -19,8 +19,9 @@ from contextlib import suppress
 from typing import Any
 
 from consumer import logs
+from consumer.activity import Stuck
 from consumer.core.errors import Misconfigured
-from consumer.core.restarts import EXIT_MISCONFIGURED
+from consumer.core.restarts import EXIT_MISCONFIGURED, EXIT_OUTGROWN
 from consumer.loading import load_app
 from consumer.logs import describe, event
 from consumer.settings import Settings, load
@@ -91,10 +92,14 @@ async def _work(path: str, settings: Settings, descriptor: int) -> int:
     except Stalled as error:
         event(logging.ERROR, str(error))
         return EXIT_STALLED
+    except Stuck as error:
+        event(logging.ERROR, str(error))
+        sys.stdout.flush()
+        os._exit(EXIT_STALLED)  # here: the event loop would wait for the task that does not end
     except BaseException as error:  # a traceback would quote what the error quotes
         event(logging.ERROR, "worker failed", error=describe(error))
         return EXIT_FAILED
-    return 0
+    return EXIT_OUTGROWN if worker.outgrown else 0
 
 
 def _send(descriptor: int, found: dict[str, Any]) -> None:

@@ -55,6 +55,9 @@ class Settings(BaseSettings):
     )
     postgres_pooler: bool = Field(False, description="PostgreSQL is behind PgBouncer in transaction mode")
     postgres_lock_timeout_seconds: Positive = Field(10, description="longest wait for another transaction's lock")
+    postgres_answer_timeout_seconds: Positive = Field(
+        60, description="a connection that answers nothing for so long is ended, and the batch runs again"
+    )
     postgres_idle_in_transaction_timeout_seconds: Positive = Field(
         60, description="PostgreSQL ends a worker's transaction that was silent for so long (a stopped process)"
     )
@@ -81,6 +84,14 @@ class Settings(BaseSettings):
     grace_seconds: Positive = Field(25, description="longest drain after SIGTERM")
     wait_seconds: Annotated[float, Field(ge=0, le=2_000_000, allow_inf_nan=False)] = Field(
         30, description="longest wait for Kafka and PostgreSQL at start"
+    )
+    handler_timeout_seconds: Annotated[float, Field(ge=0, le=2_000_000, allow_inf_nan=False)] | None = Field(
+        None,
+        description="longest call of a handler without a timeout= of its own; 0: no limit "
+        "(default: half of the idle-in-transaction timeout)",
+    )
+    worker_memory_max_mb: Count | None = Field(
+        None, description="a worker process that uses more memory drains and is replaced (absent: no limit)"
     )
     watchdog_seconds: Positive = Field(60, description="a worker that should move and does not for so long is ended")
     restarts_max: Annotated[int, Field(ge=0)] = Field(5, description="restarts in a row before giving up on a worker")

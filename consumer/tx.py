@@ -106,7 +106,7 @@ class Tx:
     swallows the exception: PostgreSQL would store nothing of that transaction.
     """
 
-    __slots__ = ("_open", "_others", "_owner", "_scope", "error", "subject", "touched", "writes")
+    __slots__ = ("_asking", "_open", "_others", "_owner", "_scope", "error", "subject", "touched", "writes")
 
     def __init__(self, scope: Scope, subject: Ordered, owner: asyncio.Task[Any] | None) -> None:
         self._scope = scope
@@ -119,6 +119,12 @@ class Tx:
         self.writes: list[tuple[str, Sequence[Any]]] = []
         self.touched = False  # something of this message was sent: only a rollback can take it back
         self.error: BaseException | None = None
+        self._asking = 0  # statements that have not been answered yet
+
+    @property
+    def in_statement(self) -> bool:
+        """Whether the handler waits for PostgreSQL now."""
+        return self._asking > 0
 
     def defer(self, sql: str, *args: Any) -> None:
         """Add a write whose result is not needed: it is sent with the others of the batch, grouped by statement.
@@ -250,6 +256,7 @@ class Tx:
             await self._scope.send([(unit, sql, args) for sql, args in writes])
 
     async def _guarded(self, statement: Any) -> Any:
+        self._asking += 1
         try:
             return await statement
         except BaseException as error:
@@ -258,6 +265,8 @@ class Tx:
                 if isinstance(error, asyncio.CancelledError):
                     self.error = TimeoutError("a statement was cancelled, by a timeout of the handler perhaps")
             raise
+        finally:
+            self._asking -= 1
 
     def _check(self, sql: str | None) -> None:
         if not self._open:
@@ -303,6 +312,11 @@ class Tx:
             self._scope.connection.terminate()  # a task that does not end: nothing may follow on this connection
         if left:
             raise TransactionMisuse("the handler returned while a task of its own was still using its Tx: await it")
+
+    def abandon(self) -> None:
+        """Its handler does not end: nothing more is written through this, and what was written is undone."""
+        self._open = False
+        self._scope.connection.terminate()
 
     def discard(self) -> None:
         """Forget what was deferred and not sent."""

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from consumer import once, transport
+from consumer.activity import Activity, LoopWatch, limits, memory_mb
 from consumer.app import App
 from consumer.core.errors import ConsumerError, RunAgain
 from consumer.core.incarnation import Log, Position, Stop, judge
@@ -39,6 +40,8 @@ _BEAT_SECONDS = 1.0
 _LOOP_LAG_SECONDS = 2.0
 _LOOK_SECONDS = 5.0  # between looks at what the logs are; a fetch that is refused is looked into at once
 _LOOK_AGAIN_SECONDS = 0.5
+_LIMITS_SECONDS = 0.1  # how exactly the limits of handlers are kept
+_CANCELLED_SECONDS = 3.0  # what does not end when it is cancelled is left behind
 _TOLD_MAX = 20  # failures of one batch, one line each
 
 OFFSET_IDS = (
@@ -60,6 +63,7 @@ class _Lane:
     number: int
     state: Lane
     session: Session | None
+    activity: Activity
     idle: asyncio.Event
     wake: asyncio.Event
 
@@ -95,8 +99,16 @@ class Worker:
         self._control_lock = asyncio.Lock()
         self._epoch = ""
         handlers = app.by_topic()
+        seconds_max = limits(app.handlers.values(), settings)
         self._lanes = [
-            _Lane(n, Lane(handlers, settings.parked_messages_max), None, asyncio.Event(), asyncio.Event())
+            _Lane(
+                n,
+                Lane(handlers, settings.parked_messages_max),
+                None,
+                Activity(seconds_max),
+                asyncio.Event(),
+                asyncio.Event(),
+            )
             for n in range(settings.lanes)
         ]
         self._lane_of: dict[Partition, _Lane] = {}
@@ -114,6 +126,7 @@ class Worker:
         self._settled = 0
         self._waiting_for_postgres = 0
         self._told_of_offset_ids: set[str] = set()
+        self.outgrown = False  # it stopped because of the memory that it used
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -125,13 +138,19 @@ class Worker:
         self._room.set()
 
     async def run(self) -> None:
-        """Work until `stop` is called. Raises Misconfigured, Stalled, or whatever ended a part of the worker."""
+        """Work until `stop` is called. Raises Misconfigured, Stalled, Stuck, or whatever ended a part of the worker.
+
+        After Stuck, a handler's task still runs: nothing but the end of the process ends it.
+        """
         async with self._app.running():
+            watch = LoopWatch(lane.activity for lane in self._lanes)
+            watch.start()
             try:
                 if await self._start():
                     await self._work()
             finally:
                 await self._end()
+                watch.stop()
 
     async def _start(self) -> bool:
         """Connect to everything; False when the order to stop came first."""
@@ -178,7 +197,7 @@ class Worker:
 
     async def _work(self) -> None:
         parts = [self._feed(), self._open_partitions(), self._commit_now_and_then(), self._look_at_logs()]
-        parts += [self._watch(), self._beat(), *map(self._run_lane, self._lanes)]
+        parts += [self._watch(), self._beat(), self._look_at_lanes(), *map(self._run_lane, self._lanes)]
         tasks: list[asyncio.Task[None]] = [asyncio.create_task(each) for each in parts]
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -191,7 +210,9 @@ class Worker:
             stopping.cancel()
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(stopping, *tasks, return_exceptions=True)
+            # Not gather: a handler that swallows its cancellation would keep the worker for ever.
+            ended, _ = await asyncio.wait([stopping, *tasks], timeout=_CANCELLED_SECONDS)
+            await asyncio.gather(*ended, return_exceptions=True)
 
     async def _end(self) -> None:
         await self._source.stop(5)
@@ -325,7 +346,7 @@ class Worker:
         if self._precheck is not None:
             await self._precheck.check(batch.deliveries, time.time())
             self._step("prechecked")
-        for delivery, error in await once.observe(batch.deliveries, self._draw):
+        for delivery, error in await once.observe(batch.deliveries, self._draw, lane.activity):
             self._tell_failure(delivery, error, delivery.outcome)
         parts: list[once.Part] = [(batch, False, 0)]
         while parts:
@@ -338,9 +359,17 @@ class Worker:
                     await self._new_epoch(lane.session.epoch)
                     return
             try:
-                done = await once.apply(
-                    lane.session, self._names, lane.state, part, careful=careful, draw=self._draw, step=self._step
-                )
+                with lane.activity.transaction():
+                    done = await once.apply(
+                        lane.session,
+                        self._names,
+                        lane.state,
+                        part,
+                        careful=careful,
+                        draw=self._draw,
+                        step=lane.activity.then(self._step),
+                        activity=lane.activity,
+                    )
             except once.Isolate as isolate:
                 parts += once.smaller(part, careful, isolate.__cause__, self._draw)
                 if len(part.deliveries) == 1 and isinstance(part.deliveries[0].outcome, Parked):
@@ -754,6 +783,31 @@ class Worker:
             return None
         return self._names.logs[partition]._replace(offset=received)
 
+    async def _look_at_lanes(self) -> None:
+        """End handlers that take too long, and connections that do not answer. Raises Stuck.
+
+        A connection is ended, its statement never cancelled: if it was a COMMIT that was not answered, PostgreSQL decides
+        for itself what becomes of it, and the claims of the next run wait until it has.
+        """
+        silence = self._settings.postgres_answer_timeout_seconds
+        control_free_at = time.monotonic()
+        while True:
+            await asyncio.sleep(_LIMITS_SECONDS)
+            now = time.monotonic()
+            if not self._control_lock.locked():
+                control_free_at = now
+            elif now - control_free_at > silence and self._control is not None:
+                control_free_at = now
+                self._control.close()
+            for lane in self._lanes:
+                lane.activity.look(now)
+                if lane.activity.waiting_seconds(now) > silence and lane.session is not None:
+                    event(
+                        logging.WARNING, "postgresql does not answer: the connection is ended", seconds=round(silence)
+                    )
+                    lane.activity.step()
+                    lane.session.close()
+
     async def _watch(self) -> None:
         """Find out that nothing is fetched although there is something, which the client does not tell."""
         watchdog = Watchdog()
@@ -781,10 +835,20 @@ class Worker:
             if stalled > self._settings.watchdog_seconds:
                 event(logging.WARNING, "a batch takes long: does a handler hang?", seconds=round(stalled))
 
+    def _look_at_memory(self) -> None:
+        """Drain when the process has grown too large; its supervisor starts another."""
+        most, used = self._settings.worker_memory_max_mb, memory_mb()
+        if most is None or used is None or used <= most or self._stopping.is_set():
+            return
+        event(logging.WARNING, "the worker uses too much memory: it drains and is replaced", mb=used, mb_max=most)
+        self.outgrown = True
+        self.stop()
+
     async def _beat(self) -> None:
         """Tell the supervisor that the event loop turns, and who we are in the group."""
         while True:
             before = time.monotonic()
+            self._look_at_memory()
             self._report({"member": self._source.member_id, "batches": self._settled})
             # Not in the group yet: tell the member id as soon as there is one, or nobody could take us out.
             pause = _BEAT_SECONDS if self._source.member_id else _BEAT_SECONDS / 10

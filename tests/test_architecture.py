@@ -31,6 +31,7 @@ LAYERS = [
     "kafka",
     "ledger",
     "precheck",
+    "activity",
     "app",
     "once",
     "schemes",

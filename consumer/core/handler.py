@@ -25,7 +25,7 @@ Call: TypeAlias = Callable[[Any, Any, Any], Awaitable[object]]  # (value, messag
 Function: TypeAlias = Callable[..., Awaitable[object]]
 
 ORDERS = ("key", "partition", "none")
-OPTIONS = ("message_id", "name", "order", "concurrency", "batch", "retry", "idempotent")
+OPTIONS = ("message_id", "name", "order", "concurrency", "batch", "retry", "timeout", "idempotent")
 _NAME = re.compile(r"[^\s\x00-\x1f]{1,200}")
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
@@ -51,6 +51,7 @@ class Handler:
     concurrency: int
     batch: int | None
     retry: Retry
+    timeout: float | None  # seconds of one call; 0 without a limit, None as the settings say
     idempotent: bool
     value_type: Any
     decoder: decode.Decoder
@@ -166,6 +167,11 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
         retry = Retry()
     if not isinstance(retry, Retry):
         raise wrong(f"retry={retry!r}: a Retry(attempts=…, base=…, cap=…)")
+    timeout = options.get("timeout")
+    if timeout is not None and (
+        isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout <= 2_000_000
+    ):
+        raise wrong(f"timeout={timeout!r}: seconds that one call may take, 0 for no limit")
     idempotent = options.get("idempotent", True)
     if not isinstance(idempotent, bool):
         raise wrong(f"idempotent={idempotent!r}: True or False")
@@ -196,6 +202,7 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
         concurrency=concurrency,
         batch=batch,
         retry=retry,
+        timeout=timeout,
         idempotent=idempotent,
         value_type=value_type,
         decoder=decoder,

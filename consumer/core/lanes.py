@@ -36,7 +36,7 @@ def size_of(record: Record) -> int:
 class Delivery:
     """One record for one handler: the unit of work, of attempts and of outcomes."""
 
-    __slots__ = ("again", "attempts", "fingerprint", "handler", "id", "outcome", "parked", "record", "value")
+    __slots__ = ("again", "alone", "attempts", "fingerprint", "handler", "id", "outcome", "parked", "record", "value")
 
     def __init__(self, handler: Handler, record: Record) -> None:
         self.handler = handler
@@ -46,6 +46,7 @@ class Delivery:
         self.value: object = UNDECODED
         self.attempts = 0
         self.again = 0  # times that its handler asked to be run again, which are no attempts
+        self.alone = False  # to be called by itself: a call for many, of which it was one, took too long
         self.parked = False  # its offset is among the open ones
         self.outcome: Outcome | None = None  # settled before any transaction: unreadable, skipped, known to Redis
 
@@ -89,9 +90,9 @@ class Batch:
     ends: dict[Partition, int]
     openings: Mapping[Partition, int]
 
-    def split(self) -> tuple[Batch, Batch]:
-        """Two halves to settle one after the other; the first half's ends stay below everything in the second."""
-        middle = len(self.deliveries) // 2
+    def split(self, at: int | None = None) -> tuple[Batch, Batch]:
+        """Two parts to settle one after the other, halves by default; the first one's ends stay below all in the second."""
+        middle = len(self.deliveries) // 2 if at is None else at
         head, tail = self.deliveries[:middle], self.deliveries[middle:]
         ends = dict(self.ends)
         for delivery in tail:

@@ -23,6 +23,7 @@ class GiveUp:
 Decision: TypeAlias = RestartAfter | GiveUp
 
 EXIT_MISCONFIGURED = 2
+EXIT_OUTGROWN = 76  # drained, because it used too much memory
 
 
 @dataclass(slots=True)
@@ -39,9 +40,13 @@ class Restarts:
         """Decide on a worker that ended although nobody asked it to.
 
         exit_code: as of a process, negative for a signal. A worker that found itself misconfigured is not tried again.
+        One that has grown too large is replaced at once, unless it did so soon after its start: then a new one will, too.
         """
         if exit_code == EXIT_MISCONFIGURED:
             return GiveUp("it cannot start as it is configured")
+        if exit_code == EXIT_OUTGROWN and ran_seconds >= self.healthy_seconds:
+            self._in_a_row = 0
+            return RestartAfter(0.0)
         self._in_a_row = 1 if ran_seconds >= self.healthy_seconds else self._in_a_row + 1
         if self._in_a_row > self.in_a_row_max:
             return GiveUp(f"{self._in_a_row} ends in a row, each within {self.healthy_seconds:g} s of its start")
