@@ -116,6 +116,10 @@ class Outage(ConsumerError):
     """PostgreSQL cannot do it now, or nobody knows whether it did: drop the connection, wait, run again."""
 
 
+class NotPrimary(Outage):
+    """It answers, but must not be written to. The text says what it is, and quotes nothing."""
+
+
 class Conflict(ConsumerError):
     """Two transactions met: run the batch again at once."""
 
@@ -513,7 +517,7 @@ async def describe(connection: asyncpg.Connection[Any], settings: Settings) -> s
     row = await connection.fetchrow(_DESCRIBE)
     assert row is not None
     if row["standby"]:
-        raise Outage(f"{where(settings.dsn)} is a standby: it cannot be written to")
+        raise NotPrimary(f"{where(settings.dsn)} is a standby: it cannot be written to")
     if not row["migrated"]:
         raise SchemaMissing(f"{where(settings.dsn)} has no ledger yet: run `consumer migrate`")
     version = await connection.fetchval("select max(version) from consumer.schema_versions")

@@ -20,6 +20,7 @@ from typing import Any
 from consumer import once, transport
 from consumer.activity import Activity, LoopWatch, limits, memory_mb
 from consumer.app import App
+from consumer.core.epoch import is_left_behind
 from consumer.core.errors import ConsumerError, RunAgain
 from consumer.core.incarnation import Log, Position, Stop, judge
 from consumer.core.lanes import Batch, Delivery, Lane
@@ -27,7 +28,7 @@ from consumer.core.message import Partition
 from consumer.core.outcome import Dead, Outcome, Parked
 from consumer.core.watchdog import OpenTransactions, Watchdog
 from consumer.kafka import KafkaError, LogTruncated, Source
-from consumer.ledger import Conflict, Fenced, Outage, Session, sqlstate_of
+from consumer.ledger import Conflict, Fenced, NotPrimary, Outage, Session, sqlstate_of
 from consumer.logs import describe, event
 from consumer.precheck import Precheck
 from consumer.settings import Settings
@@ -225,16 +226,23 @@ class Worker:
 
     async def _session(self) -> Session | None:
         """A connection to the primary, waited for; None when the worker stops first."""
-        pause, told = _BACKOFF_SECONDS[0], False
+        pause, told = _BACKOFF_SECONDS[0], ""
         self._waiting_for_postgres += 1
         try:
             while not self._stopping.is_set():
                 try:
                     session = await Session.open(self._settings)
+                    if self._epoch and is_left_behind(session.epoch, self._epoch):
+                        session.close()
+                        raise NotPrimary(
+                            "an old primary, left behind on its timeline when another server was promoted: stop it, and let the "
+                            "address lead to the new one (if it is to be the one again: restart the workers)"
+                        )
                 except Outage as error:
-                    if not told:
-                        event(logging.WARNING, "waiting for postgresql", error=describe(error.__cause__ or error))
-                    told = True
+                    why = str(error) if isinstance(error, NotPrimary) else describe(error.__cause__ or error)
+                    if why != told:
+                        event(logging.WARNING, "waiting for postgresql", error=why)
+                    told = why
                     await self._pause(pause * (0.5 + self._draw() / 2))
                     pause = min(_BACKOFF_SECONDS[1], pause * 2)
                 else:
