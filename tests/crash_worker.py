@@ -1,14 +1,20 @@
-"""A worker process that ends itself at a step: `crash_worker.py TOPIC APP STEP NTH`. Settings come from the environment."""
+"""A worker process that ends itself at a step, or stops as a zombie would: `crash_worker.py TOPIC APP STEP NTH [stop]`.
+
+Settings come from the environment. The step `commit_sent` lies between a COMMIT on its way and its answer.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
+from collections.abc import Callable, Coroutine
 
 import msgspec
 
 from consumer import App, Tx
+from consumer.ledger import Session
 from consumer.logs import configure
 from consumer.settings import load
 from consumer.worker import Worker
@@ -37,24 +43,42 @@ def app_of(topic: str, name: str) -> App:
 
 
 class CrashAt:
-    """Counts a step, and ends the process the nth time, as a power cut would."""
+    """Counts a step, and ends or stops the process the nth time, as a power cut or a frozen machine would."""
 
-    def __init__(self, step: str, nth: int) -> None:
+    def __init__(self, step: str, nth: int, end: Callable[[], None]) -> None:
         self._step = step
         self._left = nth
+        self._end = end
 
     def __call__(self, step: str) -> None:
         if step == self._step:
             self._left -= 1
             if self._left == 0:
-                os._exit(137)
+                self._end()
+
+
+def stop_itself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def after_sending(step: CrashAt) -> Callable[[Session], Coroutine[None, None, None]]:
+    """A Session.commit that comes to the step when the statement was sent and its answer was not read."""
+    commit = Session.commit
+
+    async def commit_and_stop(self: Session) -> None:
+        asyncio.get_running_loop().call_soon(step, "commit_sent")  # runs when the driver waits for the answer
+        await commit(self)
+
+    return commit_and_stop
 
 
 def main() -> None:
-    topic, name, step, nth = sys.argv[1:5]
+    topic, name, wanted, nth = sys.argv[1:5]
+    step = CrashAt(wanted, int(nth), stop_itself if "stop" in sys.argv[5:] else lambda: os._exit(137))
+    Session.commit = after_sending(step)  # type: ignore[method-assign]
     settings = load()
     configure("debug", "json")
-    asyncio.run(Worker(app_of(topic, name), settings, step=CrashAt(step, int(nth))).run())
+    asyncio.run(Worker(app_of(topic, name), settings, step=step).run())
 
 
 if __name__ == "__main__":
