@@ -255,7 +255,7 @@ async def _migrate(settings: Settings, check: bool, own: list[str], names: list[
     except Exception as error:
         if ledger.sqlstate_of(error) is None:
             raise
-        raise Misconfigured(f"{ledger.where(settings.dsn)}: {error} (nothing was changed)") from None
+        raise Misconfigured(f"{ledger.where(settings.dsn)}: {ledger.said(error)} (nothing was changed)") from None
     finally:
         connection.terminate()
     for each in done:

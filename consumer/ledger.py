@@ -28,7 +28,7 @@ from consumer.core.incarnation import Position, Print
 from consumer.core.lanes import Delivery, Move
 from consumer.core.message import Partition
 from consumer.core.outcome import Dead
-from consumer.core.sqlstate import Meaning, meaning
+from consumer.core.sqlstate import Meaning, meaning, without_values
 from consumer.settings import Settings
 
 _BATCH_SECONDS_MAX = 5.0
@@ -170,6 +170,18 @@ def sqlstate_of(error: BaseException) -> str | None:
     return error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
 
 
+def said(error: BaseException) -> str | None:
+    """What a database error says, without the values that its text may quote; None for what is no database error.
+
+    PostgreSQL's DETAIL quotes rows ("Key (email)=(…) already exists"), and the driver quotes arguments that do not fit.
+    """
+    if isinstance(error, asyncpg.PostgresError):
+        return without_values(error.sqlstate or "", str(error.args[0]) if error.args else "")
+    if isinstance(error, asyncpg.InterfaceError):
+        return str(error).partition(": ")[0]
+    return None
+
+
 def where(dsn: str) -> str:
     """The server and database that a DSN names, without user or password, for messages to people."""
     try:
@@ -202,7 +214,7 @@ async def connect(settings: Settings, timeout_seconds: float = 10) -> asyncpg.Co
         )
     except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
         # InvalidPasswordError is among them: waiting does not heal any of these.
-        raise Misconfigured(f"{where(dsn)}: {error}") from None
+        raise Misconfigured(f"{where(dsn)}: {said(error)}") from None
     except ssl.SSLCertVerificationError as error:
         fault = certificate_fault(
             error.verify_code, error.verify_message, "CONSUMER_POSTGRES_CA_FILE", "CONSUMER_POSTGRES_DSN"
@@ -214,8 +226,8 @@ async def connect(settings: Settings, timeout_seconds: float = 10) -> asyncpg.Co
                 f"{where(dsn)} speaks no TLS: turn it on there, or see CONSUMER_ALLOW_INSECURE"
             ) from None
         if isinstance(error, asyncpg.PostgresError) and meaning_of(error) is Meaning.DEPLOYMENT:
-            raise Misconfigured(f"{where(dsn)}: {error}") from None
-        raise Outage(f"{where(dsn)}: {str(error) or type(error).__name__}") from None
+            raise Misconfigured(f"{where(dsn)}: {said(error)}") from None
+        raise Outage(f"{where(dsn)}: {said(error) or str(error) or type(error).__name__}") from None
     except (ValueError, TypeError, asyncpg.InterfaceError):
         # The driver's text would quote the part that it could not read, which may be of the password.
         raise Misconfigured(
@@ -243,8 +255,8 @@ def sorted_errors(settings: Settings) -> Iterator[None]:
         yield
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
         if meaning_of(error) is Meaning.DEPLOYMENT:
-            raise Misconfigured(f"{where(settings.dsn)}: {error}") from None
-        raise Outage(f"{where(settings.dsn)}: {str(error) or type(error).__name__}") from error
+            raise Misconfigured(f"{where(settings.dsn)}: {said(error)}") from None
+        raise Outage(f"{where(settings.dsn)}: {said(error) or str(error) or type(error).__name__}") from error
 
 
 class Session:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -38,6 +39,19 @@ def configure(level: str, style: str, stream: TextIO | None = None) -> None:
 def unhandled(_: object, context: dict[str, Any]) -> None:
     """An event loop's exception handler: what nobody awaited, told without the text that may quote a payload."""
     event(logging.WARNING, "an error that nobody awaited", error=describe(context.get("exception")))
+
+
+def guard() -> None:
+    """What Python itself would print of an exception that nobody caught (of a thread, of a finalizer) is told without its text."""
+
+    def of_thread(found: threading.ExceptHookArgs) -> None:
+        event(logging.WARNING, "an error that ended a thread", error=describe(found.exc_value))
+
+    def of_finalizer(found: sys.UnraisableHookArgs) -> None:
+        event(logging.WARNING, "an error that could not be raised", error=describe(found.exc_value))
+
+    threading.excepthook = of_thread
+    sys.unraisablehook = of_finalizer
 
 
 def _clean(value: Any) -> Any:

@@ -34,7 +34,7 @@ from consumer.core.lanes import UNDECODED, Batch, Delivery, Lane, Move
 from consumer.core.message import LogRecord, Message, Partition
 from consumer.core.outcome import DUPLICATE, SKIPPED, Applied, Cause, Dead, Duplicate, Outcome, Parked, Reason, Skipped
 from consumer.core.sqlstate import Meaning
-from consumer.ledger import REDELIVERED, Conflict, Fenced, Outage, Session, Standing, meaning_of
+from consumer.ledger import REDELIVERED, Conflict, Fenced, Outage, Session, Standing, meaning_of, said
 from consumer.tx import Scope, Tx, savepoint_name
 
 _CALLS_AT_A_TIME = 100
@@ -158,13 +158,13 @@ async def apply(
     except Exception as error:
         await session.rollback()
         if not session.is_usable:
-            raise Outage(str(error)) from error
+            raise Outage(text_of(error)) from error
         match meaning_of(error):
             case Meaning.CONFLICT:
-                raise Conflict(str(error)) from error
+                raise Conflict(text_of(error)) from error
             case Meaning.OUTAGE:
                 session.close()
-                raise Outage(str(error)) from error
+                raise Outage(text_of(error)) from error
             case Meaning.MESSAGE | Meaning.DEPLOYMENT:
                 # A deferred write or a constraint checked at COMMIT: some message of the batch, unknown which.
                 if theirs:
@@ -273,9 +273,13 @@ def verdict(delivery: Delivery, error: BaseException, draw: Callable[[], float])
 
 
 def text_of(error: BaseException) -> str:
-    """The text of an exception, also of one that has none to give. PostgreSQL's text knows no NUL."""
+    """The text of an exception, also of one that has none to give. PostgreSQL's text knows no NUL.
+
+    A database's own is told without the values that it quotes; what a handler says is the handler's.
+    """
     try:
-        return str(error).replace("\0", "?").encode("utf-8", "replace").decode()
+        found = said(error)
+        return (str(error) if found is None else found).replace("\0", "?").encode("utf-8", "replace").decode()
     except Exception:
         return "(an exception whose text cannot be told)"
 
@@ -582,14 +586,14 @@ class _Run:
                 raise Isolate from error
             return
         if not self.session.is_usable:
-            raise Outage(str(error)) from error
+            raise Outage(text_of(error)) from error
         for cause in (self.scope.flush_error, tx.error, error):
             match meaning_of(cause) if cause is not None else Meaning.MESSAGE:
                 case Meaning.CONFLICT:
-                    raise Conflict(str(cause)) from cause
+                    raise Conflict(text_of(cause or error)) from cause
                 case Meaning.OUTAGE:
                     self.session.close()
-                    raise Outage(str(cause)) from cause
+                    raise Outage(text_of(cause or error)) from cause
                 case Meaning.MESSAGE | Meaning.DEPLOYMENT:
                     pass
         if self.scope.flush_error is not None or tx.touched or not self.session.connection.is_in_transaction():

@@ -58,9 +58,12 @@ class Precheck:
         step: Callable[[str], None] = lambda _: None,
     ) -> None:
         try:
-            odd = {name for name, _ in parse_qsl(urlsplit(url).query)} - _URL_OPTIONS
-            if odd:
-                raise Misconfigured(f"CONSUMER_REDIS_URL: unknown option {', '.join(sorted(odd))}")
+            if {name for name, _ in parse_qsl(urlsplit(url).query)} - _URL_OPTIONS:
+                # Not quoted: it is a part of the password, when that holds a question mark.
+                raise Misconfigured(
+                    f"CONSUMER_REDIS_URL: an unknown option after the question mark (known: {', '.join(sorted(_URL_OPTIONS))}); "
+                    "percent-encode special characters of the password"
+                )
             self._redis = redis.Redis.from_url(
                 url,
                 retry=Retry(NoBackoff(), 0),

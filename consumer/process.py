@@ -56,6 +56,8 @@ def run(main_coroutine: Any) -> Any:
     """
     gc.freeze()  # what was imported stays
     gc.set_threshold(200_000, 20, 50)
+    logs.guard()
+    main_coroutine = _guarded(main_coroutine)
     try:
         import uvloop
     except ImportError:  # the platform has none
@@ -63,10 +65,14 @@ def run(main_coroutine: Any) -> Any:
     return uvloop.run(main_coroutine)
 
 
+async def _guarded(main_coroutine: Any) -> Any:
+    asyncio.get_running_loop().set_exception_handler(logs.unhandled)
+    return await main_coroutine
+
+
 async def _work(path: str, settings: Settings, descriptor: int) -> int:
     worker = Worker(load_app(path), settings, report=lambda found: _send(descriptor, found), path=path)
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(logs.unhandled)
     ordered_at = 0.0
 
     def stop() -> None:

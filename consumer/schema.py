@@ -127,7 +127,8 @@ async def migrate(connection: Any, *own: str, names: Sequence[str] = (), new_epo
                 except Exception as error:
                     if getattr(error, "sqlstate", None) is None:
                         raise
-                    raise Misconfigured(f"{name}{_line(error, text)}: {error} (nothing was changed)") from None
+                    # Its first argument: the rest of a PostgreSQL error may quote rows.
+                    raise Misconfigured(f"{name}{_line(error, text)}: {error.args[0]} (nothing was changed)") from None
         if new_epoch:
             await connection.execute("update consumer.installation set nonce = gen_random_uuid()")
     return todo

@@ -141,7 +141,7 @@ def _option(name: str, field: Any) -> inspect.Parameter:
 
 def _sqlstate(error: BaseException) -> str:
     code = ledger.sqlstate_of(error)
-    return f" (SQLSTATE {code}: {error})" if code else ""
+    return f" (SQLSTATE {code}: {ledger.said(error)})" if code else ""
 
 
 def fail(text: str, code: int) -> typing.NoReturn:

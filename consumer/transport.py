@@ -15,6 +15,7 @@ from consumer.core import hosts
 from consumer.core.errors import Misconfigured
 from consumer.settings import Settings
 
+_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 # Options of a DSN that the driver reads only when it makes its TLS context itself.
 _UNREAD = ("sslpassword", "ssl_min_protocol_version", "ssl_max_protocol_version")
 
@@ -67,7 +68,11 @@ def postgres_tls(settings: Settings) -> ssl.SSLContext | None:
     Raises Misconfigured for a weaker sslmode and for certificates that cannot be read; ValueError for what is no DSN.
     """
     found, options = hosts.of_postgres(settings.dsn, os.environ.get("PGHOST", ""))
+    if any("@" in each for each in found):
+        raise ValueError("a password that is not percent-encoded: the host would quote a part of it")
     mode = options.get("sslmode") or os.environ.get("PGSSLMODE")
+    if mode not in (None, *_MODES):
+        raise Misconfigured(f"CONSUMER_POSTGRES_DSN: sslmode is one of {', '.join(_MODES)}")
     away = hosts.elsewhere(found)
     if "service" in options or (os.environ.get("PGSERVICE") and found == ["/"]):
         raise Misconfigured("CONSUMER_POSTGRES_DSN: service files are not read: write the host into the address")

@@ -30,7 +30,7 @@ advertised.listeners=PLAINTEXT://127.0.0.1:{port},SASL://127.0.0.1:{sasl},TLS://
   EXPIRED://localhost:{expired},TLSSASL://localhost:{tls_sasl}
 sasl.enabled.mechanisms=PLAIN
 listener.name.sasl.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required \
-  user_alice="right";
+  user_alice="right" user_carol="{canary}";
 listener.name.tls.ssl.keystore.type=PEM
 listener.name.tls.ssl.keystore.location={directory}/localhost.pem
 listener.name.expired.ssl.keystore.type=PEM
@@ -68,6 +68,7 @@ class Kafka(Server):
     """
 
     name = "kafka"
+    canary = "canarykafka7a"  # carol's password, where alice may
 
     def prepare(self) -> None:
         if shutil.which("java") is None or not any(JARS.glob("kafka-server-4.3.*.jar")):
@@ -109,6 +110,7 @@ class Kafka(Server):
                 tls=self._tls,
                 expired=self._expired,
                 tls_sasl=self._tls_sasl,
+                canary=self.canary,
                 directory=self.directory,
             )
         )

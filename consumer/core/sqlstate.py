@@ -5,6 +5,7 @@ The table follows PostgreSQL's own classes (documentation, appendix A) and its a
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 
 
@@ -44,3 +45,14 @@ _CLASSES = {
 def meaning(sqlstate: str) -> Meaning:
     """The meaning of a five-character SQLSTATE. Anything that is not listed counts as the message's own fault."""
     return _EXACT.get(sqlstate) or _CLASSES.get(sqlstate[:2]) or Meaning.MESSAGE
+
+
+def without_values(sqlstate: str, message: str) -> str:
+    """A primary message without the values that a data exception (class 22) quotes: between quotes, or after a colon.
+
+    The driver's own, of arguments that do not fit, are of that class too. Other messages quote names only; values of rows
+    stand in their DETAIL, which is not part of this.
+    """
+    if not sqlstate.startswith("22"):
+        return message
+    return re.sub('".*"', '"…"', message.partition(": ")[0], flags=re.DOTALL)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer.core.sqlstate import Meaning, meaning
+from consumer.core.sqlstate import Meaning, meaning, without_values
 
 TABLE = {
     Meaning.CONFLICT: "40001 40P01 40002 40003 55P03 57014",
@@ -35,3 +35,21 @@ def test_any_text_has_a_meaning(code: str) -> None:
 def test_what_is_not_listed_is_the_messages_own_fault() -> None:
     assert meaning("") is Meaning.MESSAGE
     assert meaning("99999") is Meaning.MESSAGE
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "left"),
+    [
+        ("22P02", 'invalid input syntax for type integer: "se"cret"', "invalid input syntax for type integer"),
+        ("22003", 'value "secret" is out of range for type integer', 'value "…" is out of range for type integer'),
+        (
+            "22000",
+            "invalid input for query argument $1: 'secret' (not a number)",
+            "invalid input for query argument $1",
+        ),
+        ("23505", 'duplicate key value violates unique constraint "people_pkey"', None),
+        ("42P01", 'relation "people" does not exist', None),
+    ],
+)
+def test_values_are_left_out_and_names_are_not(code: str, message: str, left: str | None) -> None:
+    assert without_values(code, message) == (message if left is None else left)
