@@ -6,10 +6,12 @@ PYTHON ?= $(shell for each in python3.13 python3.12 python3.11 python3.14 python
 VENV := .venv
 BIN := $(VENV)/bin
 KAFKA := .cache/kafka
+SUPPLY := .cache/supply
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench format kafka chromium clean
+.PHONY: help demo test check audit lock bench format kafka chromium clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,11 +22,24 @@ demo: $(VENV)/demo ## 20,000 payments, 10 % of them twice, one worker killed: ev
 test: $(VENV)/dev $(KAFKA)/.complete chromium ## All tests, on real Kafka, PostgreSQL and Valkey (ARGS="-k name" for some)
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(VENV)/dev ## Format, lint, strict types, and the architecture
+check: $(VENV)/dev ## Format, lint, strict types, the architecture, and known holes in what we depend on
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+	@$(MAKE) --no-print-directory audit
+
+audit: ## Ask whether a hole is known in a locked version (passes where nobody can be asked)
+	-@$(MAKE) --no-print-directory --silent $(SUPPLY)/.complete
+	@$(PYTHON) requirements/audit.py $(SUPPLY)/bin/python
+
+# One resolution for all of Python and all platforms, with the hash of every file that may be installed.
+COMPILE = $(SUPPLY)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --no-emit-index-url
+lock: $(SUPPLY)/.complete ## Resolve the dependencies anew and write requirements/*.lock
+	$(COMPILE) --upgrade --extra dev pyproject.toml --output-file requirements/dev.lock
+	$(COMPILE) --upgrade --constraint requirements/dev.lock pyproject.toml --output-file requirements/runtime.lock
+	$(SUPPLY)/bin/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]))' \
+		| $(COMPILE) --upgrade - --output-file requirements/build.lock
 
 bench: $(VENV)/dev $(KAFKA)/.complete ## Speed, as ratios in one run (about 5 minutes)
 	$(BIN)/python benchmarks/run.py $(ARGS)
@@ -47,8 +62,17 @@ $(VENV)/python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+$(VENV)/dev: requirements/dev.lock
 $(VENV)/demo $(VENV)/dev: $(VENV)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(notdir $@)]'
+	@# What the tests run with is exactly what is locked.
+	test $(notdir $@) != dev || $(PIP) --require-hashes --requirement requirements/dev.lock
+	$(PIP) --editable '.[$(notdir $@)]'
+	@touch $@
+
+# Apart from the rest, whose versions its own dependencies would change.
+$(SUPPLY)/.complete: Makefile
+	@$(PYTHON) -m venv $(SUPPLY)
+	@$(SUPPLY)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.11,<1' 'pip-audit>=2.10,<3'
 	@touch $@
 
 $(KAFKA)/.complete: tests/kafka/pom.xml
