@@ -1,6 +1,6 @@
 """Apache Kafka on several brokers, for what one broker cannot show: a lost leader, a lost coordinator, another cluster.
 
-Each node is broker and controller. Needs what tests/services.py needs. `advertised` lets clients come through a proxy.
+Each node is broker and controller. Needs what tests/services.py needs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ controller.quorum.voters={voters}
 controller.listener.names=CONTROLLER
 listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT
 listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{advertised}
 log.dirs={directory}/data
 auto.create.topics.enable=false
 offsets.topic.replication.factor={replicas}
@@ -37,7 +36,6 @@ broker.heartbeat.interval.ms=500
 controller.quorum.election.timeout.ms=500
 controller.quorum.fetch.timeout.ms=1000
 replica.lag.time.max.ms=3000
-{more}
 """
 
 
@@ -52,7 +50,6 @@ class Node(Server):
         self.cluster = cluster
         self.controller = free_port()
         self.port = free_port()
-        self.advertised = self.port
         self.directory = Path(tempfile.mkdtemp(prefix="consumer-kafka-node-", dir=self.place()))
 
     def format(self) -> None:
@@ -65,10 +62,8 @@ class Node(Server):
                 voters=",".join(f"{each.number}@127.0.0.1:{each.controller}" for each in cluster.nodes),
                 port=self.port,
                 controller=self.controller,
-                advertised=self.advertised,
                 directory=self.directory,
                 replicas=len(cluster.nodes),
-                more=cluster.more,
             )
         )
         subprocess.run(
@@ -89,11 +84,10 @@ class Node(Server):
 
 
 class Cluster:
-    """Some nodes, started together. `bootstrap_servers` names all of them, by the ports that they advertise."""
+    """Some nodes, started together. `bootstrap_servers` names all of them."""
 
-    def __init__(self, size: int = 3, more: str = "") -> None:
+    def __init__(self, size: int = 3) -> None:
         self.id = uuid.uuid4().hex[:22]
-        self.more = more
         self.nodes: list[Node] = []
         self.nodes = [Node(number, self) for number in range(1, size + 1)]
 
@@ -130,4 +124,4 @@ class Cluster:
 
     @property
     def bootstrap_servers(self) -> str:
-        return ",".join(f"127.0.0.1:{node.advertised}" for node in self.nodes)
+        return ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)

@@ -23,11 +23,11 @@ process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller}
 controller.listener.names=CONTROLLER
-listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,SASL:SASL_PLAINTEXT,TLS:SSL,EXPIRED:SSL,TLSSASL:SASL_SSL
+listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT,SASL:SASL_PLAINTEXT,TLS:SSL,EXPIRED:SSL,TLSSASL:SASL_SSL
 listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller},SASL://127.0.0.1:{sasl},TLS://127.0.0.1:{tls},\
-  EXPIRED://127.0.0.1:{expired},TLSSASL://127.0.0.1:{tls_sasl}
+  EXPIRED://127.0.0.1:{expired},TLSSASL://127.0.0.1:{tls_sasl},PROXIED://127.0.0.1:{proxied}
 advertised.listeners=PLAINTEXT://127.0.0.1:{port},SASL://127.0.0.1:{sasl},TLS://localhost:{tls},\
-  EXPIRED://localhost:{expired},TLSSASL://localhost:{tls_sasl}
+  EXPIRED://localhost:{expired},TLSSASL://localhost:{tls_sasl},PROXIED://127.0.0.1:{proxy}
 sasl.enabled.mechanisms=PLAIN
 listener.name.sasl.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required \
   user_alice="right" user_carol="{canary}";
@@ -65,6 +65,7 @@ class Kafka(Server):
     `bootstrap_servers` for plain text, `sasl_servers` for SASL PLAIN in clear (alice, right), `tls_servers` for TLS with a
     certificate of `ca` for localhost, `expired_servers` with one of yesterday, `tls_sasl_servers` for PLAIN, SCRAM-SHA-512
     (alice, right) and OAUTHBEARER with unsigned tokens, which end their session after 2 s. `stranger` signed none of them.
+    Clients that begin at port `proxy` stay there, so a proxy from there to `proxied` sees all that they say.
     """
 
     name = "kafka"
@@ -74,7 +75,7 @@ class Kafka(Server):
         if shutil.which("java") is None or not any(JARS.glob("kafka-server-4.3.*.jar")):
             raise EmbeddedUnavailable("the tests need Java 17 and Kafka's jars: `make kafka` brings them")
         self._controller = free_port()
-        self._sasl, self._tls, self._expired, self._tls_sasl = (free_port() for _ in range(4))
+        self._sasl, self._tls, self._expired, self._tls_sasl, self.proxied, self.proxy = (free_port() for _ in range(6))
         authority = Authority(self.directory, "ca")
         authority.issue("localhost", "localhost")
         authority.issue("expired", "localhost", expires=-timedelta(days=1))
@@ -111,6 +112,8 @@ class Kafka(Server):
                 expired=self._expired,
                 tls_sasl=self._tls_sasl,
                 canary=self.canary,
+                proxied=self.proxied,
+                proxy=self.proxy,
                 directory=self.directory,
             )
         )
