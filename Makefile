@@ -11,13 +11,16 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check audit lock bench format kafka chromium clean
+.PHONY: help demo shop test check audit lock bench format kafka chromium pictures clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo ## 20,000 payments, 10 % of them twice, one worker killed: every balance right (about 20 s)
 	$(BIN)/consumer demo $(ARGS)
+
+shop: $(VENV)/shop ## A payment page on which a second tap is stopped, layer by layer (ARGS="--port 8081")
+	$(BIN)/python -m handlers.shop $(ARGS)
 
 test: $(VENV)/dev $(KAFKA)/.complete chromium ## All tests, on real Kafka, PostgreSQL and Valkey (ARGS="-k name" for some)
 	$(BIN)/python -m pytest $(ARGS)
@@ -53,6 +56,9 @@ kafka: $(KAFKA)/.complete ## Bring Apache Kafka's jars, for the tests
 chromium: ## Bring Chromium, for the tests of the page
 	@sh tests/chromium/install.sh
 
+pictures: $(VENV)/dev chromium ## Take the pictures of docs/shop.md again
+	$(BIN)/python tests/shop/pictures.py
+
 clean: ## Remove what was installed here
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -63,7 +69,7 @@ $(VENV)/python:
 	@touch $@
 
 $(VENV)/dev: requirements/dev.lock
-$(VENV)/demo $(VENV)/dev: $(VENV)/python pyproject.toml
+$(VENV)/demo $(VENV)/shop $(VENV)/dev: $(VENV)/python pyproject.toml
 	@# What the tests run with is exactly what is locked.
 	test $(notdir $@) != dev || $(PIP) --require-hashes --requirement requirements/dev.lock
 	$(PIP) --editable '.[$(notdir $@)]'

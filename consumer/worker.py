@@ -25,11 +25,11 @@ from consumer.core.errors import ConsumerError, RunAgain
 from consumer.core.incarnation import Log, Position, Stop, judge
 from consumer.core.lanes import Batch, Delivery, Lane
 from consumer.core.message import Partition
-from consumer.core.outcome import Dead, Outcome, Parked
+from consumer.core.outcome import Dead, Duplicate, Outcome, Parked
 from consumer.core.watchdog import OpenTransactions, Watchdog
 from consumer.kafka import KafkaError, LogTruncated, Source
 from consumer.ledger import Conflict, Fenced, NotPrimary, Outage, Session, sqlstate_of
-from consumer.logs import describe, event
+from consumer.logs import describe, event, log
 from consumer.precheck import Precheck
 from consumer.settings import Settings
 
@@ -404,6 +404,7 @@ class Worker:
         for delivery, attempts in done.attempts.items():
             delivery.attempts = attempts
         self._tell_failures(done)
+        self._tell_duplicates(done)
         for delivery in done.parked:
             delivery.outcome = None
         lane.state.settle(part, {each: now + delay for each, delay in done.parked.items()}, done.moves)
@@ -419,6 +420,23 @@ class Worker:
             self._tell_failure(delivery, done.errors.get(delivery), done.outcomes[delivery])
         if len(told) > _TOLD_MAX:
             event(logging.WARNING, "more messages failed in the same batch", count=len(told) - _TOLD_MAX)
+
+    def _tell_duplicates(self, done: once.Settlement) -> None:
+        """At level debug: the ledger counts duplicates, and keeps none of them."""
+        if not log.isEnabledFor(logging.DEBUG):
+            return
+        for delivery, outcome in done.outcomes.items():
+            if isinstance(outcome, Duplicate):
+                record = delivery.record
+                event(
+                    logging.DEBUG,
+                    "duplicate",
+                    handler=delivery.handler.name,
+                    topic=record.topic,
+                    partition=record.partition,
+                    offset=record.offset,
+                    cause=outcome.cause.value,
+                )
 
     def _tell_failure(self, delivery: Delivery, error: BaseException | None, outcome: Outcome | None) -> None:
         record = delivery.record

@@ -138,6 +138,30 @@ def test_applications_import_from_consumer_alone(path: Path) -> None:
             assert top in {"handlers", "msgspec"} or top in sys.stdlib_module_names
 
 
+# The payment page is more than handlers: it starts services and serves. Which of its files may know what, beside `consumer`
+# itself, the schemes and each other.
+SHOP = {
+    "__init__": set(),
+    "application": {"asyncpg", "msgspec", "consumer.settings"},
+    "orders": set(),
+    "view": set(),
+    "running": {"consumer.embedded", "consumer.kafka", "consumer.ledger", "consumer.schema", "consumer.settings"},
+    "guard": {"starlette"},
+    "web": {"asyncpg", "msgspec", "redis", "starlette", "consumer.embedded", "consumer.kafka"},
+    "__main__": {"uvicorn", "consumer.core.errors"},
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "handlers" / "shop").glob("*.py")), ids=lambda path: path.name)
+def test_the_page_imports_what_it_may(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), path
+    for module in imports(path):
+        top, _, rest = module.partition(".")
+        if top not in sys.stdlib_module_names and not module.startswith(("handlers.shop.", "consumer.schemes.")):
+            is_public = top == "consumer" and rest in consumer.__all__
+            assert is_public or module in SHOP[path.stem] or top in SHOP[path.stem], f"{path} imports {module}"
+
+
 def test_the_tree_is_the_disks() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
     block = re.search(r"```tree\n(.*?)```", text, re.DOTALL)

@@ -1,0 +1,146 @@
+"""Orders as the web process knows them: whose, under which switches, and what each tap was answered. Pure.
+
+An order is fixed when it is made: its switches, its token and so the message id under which it is paid never change, and
+every tab that shows it shows the same ones. A switch that is moved makes another order. What it does not know: whether
+anything was charged (PostgreSQL does) and whether Kafka kept what it confirmed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from uuid import UUID
+
+from consumer.schemes.tokens import message_id_of
+
+AMOUNT_MAX = 1000_00  # cents
+_AMOUNT = re.compile(r"[0-9]{1,9}(\.[0-9]{1,2})?")
+_ORDERS_MAX = 2000
+TAPS_KEPT = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Switches:
+    """Which layers an order goes through."""
+
+    greying: bool = True
+    token: bool = True
+    ledger: bool = True
+
+
+@dataclass(slots=True)
+class Sent:
+    """A message given to Kafka. place: partition and offset, as Kafka confirmed them; None until then.
+
+    given_up: the client waits for its confirmation no more. It may be in the log all the same.
+    """
+
+    message_id: str
+    place: tuple[int, int] | None = None
+    given_up: bool = False
+
+
+@dataclass(slots=True)
+class Tap:
+    """One request to pay. status: None while it is worked on."""
+
+    number: int
+    status: int | None = None
+    text: str = "is worked on"
+
+
+@dataclass(slots=True)
+class Order:
+    """token: None when the switch is off, and when Redis was away as the order was made."""
+
+    id: UUID
+    visitor: UUID
+    switches: Switches
+    token: str | None = None
+    redeemed_by: int | None = None  # the number of the tap that used the token up
+    unchecked: bool = False  # a tap went on although Redis could not be asked
+    tapped: int = 0
+    taps: list[Tap] = field(default_factory=list)
+    sent: list[Sent] = field(default_factory=list)
+
+    @property
+    def message_id(self) -> str | None:
+        """The one id under which this order is paid; None in the sandbox without a token: there, each tap has its own.
+
+        Without a token the order's own id: were it another one for each tap, the ledger would see as many payments.
+        """
+        if self.token is not None:
+            return message_id_of(self.token)
+        return str(self.id) if self.switches.ledger else None
+
+    def tap(self) -> Tap:
+        """A new request to pay. Only the newest are kept."""
+        self.tapped += 1
+        found = Tap(self.tapped)
+        self.taps.append(found)
+        del self.taps[:-TAPS_KEPT]
+        return found
+
+    def send(self, message_id: str) -> Sent:
+        """A new message."""
+        found = Sent(message_id)
+        self.sent.append(found)
+        del self.sent[:-TAPS_KEPT]
+        return found
+
+
+class Orders:
+    """The orders of all visitors; the oldest are forgotten. One open order for each visitor."""
+
+    def __init__(self) -> None:
+        self._orders: OrderedDict[UUID, Order] = OrderedDict()
+        self._open: dict[UUID, UUID] = {}
+
+    def add(self, order: Order) -> None:
+        """Keep it, as its visitor's open one."""
+        self._orders[order.id] = order
+        self._open[order.visitor] = order.id
+        while len(self._orders) > _ORDERS_MAX:
+            id, old = self._orders.popitem(last=False)
+            if self._open.get(old.visitor) == id:
+                del self._open[old.visitor]
+
+    def open(self, visitor: UUID) -> Order | None:
+        """The order that a visitor's page shows."""
+        id = self._open.get(visitor)
+        return self._orders[id] if id is not None else None
+
+    def find(self, id: UUID, visitor: UUID) -> Order | None:
+        """An order, if it is this visitor's: another's is as unknown as none."""
+        found = self._orders.get(id)
+        return found if found is not None and found.visitor == visitor else None
+
+
+def cents(amount: object) -> int:
+    """An amount in euros ("12.50", 12.5, 12) as cents. Raises ValueError, saying what would do."""
+    text = str(amount) if isinstance(amount, str | int | Decimal) and not isinstance(amount, bool) else ""
+    if not _AMOUNT.fullmatch(text):
+        raise ValueError("amount: a number of euros with at most two decimals, as 12.50")
+    found = int(Decimal(text) * 100)
+    if not 1 <= found <= AMOUNT_MAX:
+        raise ValueError(f"amount: from 0.01 to {money(AMOUNT_MAX)}")
+    return found
+
+
+def money(amount: int) -> str:
+    """Cents as euros: 1,234.50."""
+    return f"{'-' if amount < 0 else ''}{abs(amount) // 100:,}.{abs(amount) % 100:02}"
+
+
+def switches(given: Mapping[str, object]) -> Switches:
+    """Switches by name; those that are not named are on. Raises ValueError for another name or another value."""
+    names = ("greying", "token", "ledger")
+    for name, value in given.items():
+        if name not in names:
+            raise ValueError(f"there are the switches {', '.join(names)}")
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: true or false")
+    return Switches(**{name: value for name, value in given.items() if isinstance(value, bool)})
