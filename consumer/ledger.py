@@ -102,7 +102,8 @@ with moved as (
     select * from unnest($10::int2[], $11::int2[], $12::int4[], $13::text[], $14::int8[])
     on conflict (handler, topic, partition, outcome) do update set count = t.count + excluded.count
 )
-select count(*) from moved
+-- A handler may have asked a function to set it otherwise, and what is acknowledged must be durable.
+select count(*), set_config('synchronous_commit', 'on', true) from moved
 """
 _DESCRIBE = """
 select pg_is_in_recovery() as standby,
@@ -227,7 +228,7 @@ async def connect(settings: Settings, timeout_seconds: float = 10) -> asyncpg.Co
             ) from None
         if isinstance(error, asyncpg.PostgresError) and meaning_of(error) is Meaning.DEPLOYMENT:
             raise Misconfigured(f"{where(dsn)}: {said(error)}") from None
-        raise Outage(f"{where(dsn)}: {said(error) or str(error) or type(error).__name__}") from None
+        raise Outage(f"{where(dsn)}: {said(error) or str(error) or type(error).__name__}") from error
     except (ValueError, TypeError, asyncpg.InterfaceError):
         # The driver's text would quote the part that it could not read, which may be of the password.
         raise Misconfigured(
