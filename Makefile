@@ -11,7 +11,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo shop test check audit lock bench format kafka chromium pictures clean
+.PHONY: help demo shop test check audit lock bench format kafka chromium pgbouncer pictures clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,7 +22,7 @@ demo: $(VENV)/demo ## 20,000 payments, 10 % of them twice, one worker killed: ev
 shop: $(VENV)/shop ## A payment page on which a second tap is stopped, layer by layer (ARGS="--port 8081")
 	$(BIN)/python -m handlers.shop $(ARGS)
 
-test: $(VENV)/dev $(KAFKA)/.complete chromium ## All tests, on real Kafka, PostgreSQL and Valkey (ARGS="-k name" for some)
+test: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer ## All tests, on real Kafka, PostgreSQL and Valkey (ARGS="-k name" for some)
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/dev ## Format, lint, strict types, the architecture, and known holes in what we depend on
@@ -55,6 +55,9 @@ kafka: $(KAFKA)/.complete ## Bring Apache Kafka's jars, for the tests
 
 chromium: ## Bring Chromium, for the tests of the page
 	@sh tests/chromium/install.sh
+
+pgbouncer: ## Bring PgBouncer, for one test
+	@sh tests/pgbouncer/install.sh
 
 pictures: $(VENV)/dev chromium ## Take the pictures of docs/shop.md again
 	$(BIN)/python tests/shop/pictures.py
