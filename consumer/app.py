@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -10,6 +11,7 @@ from typing import Any, Literal, TypeVar
 from consumer.core.errors import RegistrationError
 from consumer.core.handler import Function, Handler, build, place_of
 from consumer.core.retry import Retry
+from consumer.core.route import Route, check_names
 from consumer.tx import Tx
 
 F = TypeVar("F", bound=Function)
@@ -25,14 +27,33 @@ class App:
     message new to it. lifespan: an async context manager function that takes the App and yields a mapping of the
     application's own resources (or one object); handlers get them by annotation or by parameter name. It is entered
     in every worker process before the first message and left after the last.
+
+    shards: PostgreSQL databases by name, as DSNs or as ``"env:NAME"`` for the environment variable that holds one; at
+    least two. route: a pure function from a message's key (bytes, or None) to the name of the shard in which the message
+    is applied. Its ledger row and its effects are there, in one transaction; no transaction spans two shards. So what must
+    be applied once must always have the same key, in every topic, and the route must never change its mind (no ``hash()``,
+    which differs between processes). See docs/shards.md.
     """
 
-    def __init__(self, name: str, *, lifespan: Lifespan | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        lifespan: Lifespan | None = None,
+        shards: Mapping[str, str] | None = None,
+        route: Route | None = None,
+    ) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise RegistrationError(f"App({name!r}): 1 to 200 of the characters a-z A-Z 0-9 . _ -")
         if lifespan is not None and not callable(lifespan):
             raise RegistrationError("lifespan= takes a function: an async context manager that is given the App")
+        if (shards is None) != (route is None):
+            raise RegistrationError(f"App({name!r}): shards= and route= go together: give both, or neither")
+        if shards is not None and (fault := _fault_of_shards(shards, route)):
+            raise RegistrationError(f"App({name!r}): {fault}")
         self.name = name
+        self.shards: Mapping[str, str] = dict(shards or {})
+        self.route = route
         self._lifespan = lifespan
         self._handlers: dict[str, Handler] = {}
 
@@ -125,3 +146,17 @@ class App:
     def _bind(self, resources: Mapping[str, object]) -> None:
         for each in self._handlers.values():
             each.bind(resources)
+
+
+def _fault_of_shards(shards: object, route: object) -> str | None:
+    """What is wrong with shards= or route=. Addresses are not told: they may hold a password."""
+    if not isinstance(shards, Mapping) or len(shards) < 2:
+        return "shards= takes a mapping of at least two names to DSNs (one database needs no shards)"
+    if fault := check_names(shards):
+        return f"shards=: {fault}"
+    for each, address in shards.items():
+        if not isinstance(address, str) or not address.removeprefix("env:").strip():
+            return f'shards=: the address of {each!r} is a DSN, or "env:NAME" for the variable that holds it'
+    if not callable(route) or inspect.iscoroutinefunction(route):
+        return "route= takes a plain function, from a key (bytes or None) to the name of a shard"
+    return None

@@ -33,7 +33,7 @@ from consumer.settings import Settings
 
 _BATCH_SECONDS_MAX = 5.0
 _ROLLBACK_SECONDS = 5.0  # what takes longer is ended with its connection, which undoes it too
-SCHEMA_VERSION = 3  # the migration this code needs; migrations/ holds them
+SCHEMA_VERSION = 4  # the migration this code needs; migrations/ holds them
 
 _OFFERED = """
 with offered as materialized (

@@ -8,24 +8,27 @@ it still owns its partitions. It need not, because the claims and the positions 
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from consumer import once, transport
+from consumer import once, shards, transport
 from consumer.activity import Activity, LoopWatch, limits, memory_mb
 from consumer.app import App
 from consumer.core.epoch import is_left_behind
-from consumer.core.errors import ConsumerError, RunAgain
+from consumer.core.errors import ConsumerError, Misconfigured, RunAgain
+from consumer.core.handler import Handler
 from consumer.core.incarnation import Log, Position, Stop, judge
 from consumer.core.lanes import Batch, Delivery, Lane
-from consumer.core.message import Partition
+from consumer.core.message import Partition, Record
 from consumer.core.outcome import Dead, Duplicate, Outcome, Parked
+from consumer.core.route import Router
 from consumer.core.watchdog import OpenTransactions, Watchdog
 from consumer.kafka import KafkaError, LogTruncated, Source
 from consumer.ledger import Conflict, Fenced, NotPrimary, Outage, Session, sqlstate_of
@@ -57,16 +60,43 @@ class Stalled(ConsumerError):
     """Alive but not consuming: the process ends, and its supervisor starts another."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class _Shard:
+    """One database, as this worker knows it. An App without shards has one, whose name is empty."""
+
+    name: str
+    settings: Settings  # the worker's, with the address of this database
+    names: once.Names
+    by_topic: dict[str, list[Handler]] = field(default_factory=dict)  # the handlers, with their numbers in its ledger
+    precheck: Precheck | None = None  # its marks name the epoch of this database
+    control: Session | None = None
+    control_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    epoch: str = ""
+    generation: int = 0  # of what is open; what was taken in an earlier one is not settled any more
+    lane_of: dict[Partition, _Lane] = field(default_factory=dict)
+    unopened: set[Partition] = field(default_factory=set)  # whose position in it is not known yet
+    stopped: dict[Partition, tuple[Stop, Position]] = field(default_factory=dict)  # until the position is moved
+    to_open: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def label(self) -> dict[str, str]:
+        """For logs."""
+        return {"shard": self.name} if self.name else {}
+
+
+@dataclass(slots=True, eq=False)
 class _Lane:
-    """A lane, its connection and what it is doing."""
+    """A lane, its connection and what it is doing. It serves one shard; each partition has a lane in every one."""
 
     number: int
+    shard: _Shard
     state: Lane
-    session: Session | None
     activity: Activity
-    idle: asyncio.Event
-    wake: asyncio.Event
+    session: Session | None = None
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    has_room: bool = True  # else it has its share of the buffer
+    asks_below: dict[Partition, int] = field(default_factory=dict)  # offsets that other shards may have seen
 
 
 class Worker:
@@ -94,36 +124,30 @@ class Worker:
         self._draw = draw
         self._source = Source(settings, app.name)
         self._source.on_refused = self._suspect
-        self._names = once.Names(app.name, {})
-        self._precheck: Precheck | None = None
-        self._control: Session | None = None
-        self._control_lock = asyncio.Lock()
-        self._epoch = ""
-        handlers = app.by_topic()
+        self._router = Router(tuple(app.shards) or ("",), app.route)
+        self._shards = [
+            _Shard(name, own, once.Names(app.name, {})) for name, own in shards.settings_of(app, settings).items()
+        ]
+        # Where a lane only learns how far the log was read, a transaction for each poll would be too many.
+        bare_seconds = settings.kafka_commit_interval_seconds if len(self._shards) > 1 else 0.0
         seconds_max = limits(app.handlers.values(), settings)
         self._lanes = [
             _Lane(
                 n,
-                Lane(handlers, settings.parked_messages_max),
-                None,
+                shard,
+                Lane(shard.by_topic, settings.parked_messages_max, bare_seconds=bare_seconds),
                 Activity(seconds_max),
-                asyncio.Event(),
-                asyncio.Event(),
             )
-            for n in range(settings.lanes)
+            for n, shard in enumerate(each for each in self._shards for _ in range(settings.lanes))
         ]
-        self._lane_of: dict[Partition, _Lane] = {}
-        self._unopened: set[Partition] = set()
-        self._stopped: dict[Partition, tuple[Stop, Position]] = {}  # until somebody moves the position that it had
+        self._reading: dict[Partition, int] = {}  # the offset to fetch next, of partitions that are read
         self._suspects: dict[Partition, bool] = {}  # whose fetch was refused; whether for its offset
         self._look = asyncio.Event()
-        self._paused: set[Partition] = set()  # since their lane has its share of the buffer
-        self._to_open = asyncio.Event()
+        self._paused: set[Partition] = set()  # no lane that has room wants to read on
         self._room = asyncio.Event()
-        self._generation = 0
         self._holding = True  # no batch is taken while partitions come and go
         self._stopping = asyncio.Event()
-        self._dirty: dict[Partition, int] = {}
+        self._dirty: set[Partition] = set()  # moved on since the last commit to Kafka
         self._settled = 0
         self._waiting_for_postgres = 0
         self._told_of_offset_ids: set[str] = set()
@@ -155,33 +179,20 @@ class Worker:
 
     async def _start(self) -> bool:
         """Connect to everything; False when the order to stop came first."""
-        self._control = await self._session()
-        if self._control is None:
-            return False
-        self._epoch = self._control.epoch
-        while True:
-            try:
-                numbers, topics = await self._control.numbers(self._app.name, self._app.handlers, self._app.topics)
-                break
-            except Outage as error:
-                event(logging.WARNING, "waiting for postgresql", error=describe(error.__cause__ or error))
-                await self._pause(_BACKOFF_SECONDS[0])
-                self._control = await self._session()
-                if self._control is None:
-                    return False
-        for name, handler in self._app.handlers.items():
-            handler.number = numbers[name]
-        self._names = once.Names(self._app.name, topics)
-        settings = self._settings
-        if (redis_url := transport.redis_url(settings)) is not None:
-            self._precheck = Precheck(
-                redis_url,
-                self._app.name,
-                settings.precheck_budget_ms / 1000,
-                settings.precheck_window_hours * 3600,
-                self._step,
-            )
-            await self._precheck.start(self._epoch)
+        while not await self._databases_agree():
+            if self._stopping.is_set():
+                return False
+            await self._pause(_BACKOFF_SECONDS[0])
+        if (redis_url := transport.redis_url(settings := self._settings)) is not None:
+            for shard in self._shards:
+                shard.precheck = Precheck(
+                    redis_url,
+                    self._app.name,
+                    settings.precheck_budget_ms / 1000,
+                    settings.precheck_window_hours * 3600,
+                    self._step,
+                )
+                await shard.precheck.start(shard.epoch)
         starting = asyncio.create_task(self._source.start(float("inf")))
         stopping = asyncio.create_task(self._stopping.wait())
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -192,13 +203,44 @@ class Worker:
         starting.result()
         self._source.subscribe(self._app.topics, self._on_revoked, self._on_assigned)
         event(
-            logging.INFO, "worker started", app=self._app.name, topics=",".join(self._app.topics), lanes=settings.lanes
+            logging.INFO,
+            "worker started",
+            app=self._app.name,
+            topics=",".join(self._app.topics),
+            lanes=len(self._lanes),
         )
         return True
 
+    async def _databases_agree(self) -> bool:
+        """Connect to every shard and learn its numbers; False when that is to be tried again. Raises Misconfigured."""
+        try:
+            for place, shard in enumerate(self._shards):
+                shard.control = await self._session(shard)
+                if shard.control is None:
+                    return False
+                shard.epoch = shard.control.epoch
+                numbers, topics = await shard.control.numbers(self._app.name, self._app.handlers, self._app.topics)
+                shard.names = once.Names(self._app.name, topics)
+                mine = {name: each if place == 0 else copy.copy(each) for name, each in self._app.handlers.items()}
+                for name, handler in mine.items():
+                    handler.number = numbers[name]
+                for topic, handlers in self._app.by_topic().items():
+                    shard.by_topic[topic] = [mine[each.name] for each in handlers]
+            await shards.check(
+                self._app, self._router, [(each.settings, each.control) for each in self._shards if each.control]
+            )
+        except Outage as error:
+            event(logging.WARNING, "waiting for postgresql", error=describe(error.__cause__ or error))
+            for shard in self._shards:
+                if shard.control is not None:
+                    shard.control.close()
+            return False
+        return True
+
     async def _work(self) -> None:
-        parts = [self._feed(), self._open_partitions(), self._commit_now_and_then(), self._look_at_logs()]
-        parts += [self._watch(), self._beat(), self._look_at_lanes(), *map(self._run_lane, self._lanes)]
+        parts = [self._feed(), self._commit_now_and_then(), self._look_at_logs()]
+        parts += [self._watch(), self._beat(), self._look_at_lanes()]
+        parts += [*map(self._open_partitions, self._shards), *map(self._run_lane, self._lanes)]
         tasks: list[asyncio.Task[None]] = [asyncio.create_task(each) for each in parts]
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -217,22 +259,23 @@ class Worker:
 
     async def _end(self) -> None:
         await self._source.stop(5)
-        for session in [self._control, *(lane.session for lane in self._lanes)]:
+        for session in [*(shard.control for shard in self._shards), *(lane.session for lane in self._lanes)]:
             if session is not None:
                 session.close()
-        if self._precheck is not None:
-            await self._precheck.stop()
+        for shard in self._shards:
+            if shard.precheck is not None:
+                await shard.precheck.stop()
         event(logging.INFO, "worker stopped", batches=self._settled)
 
-    async def _session(self) -> Session | None:
+    async def _session(self, shard: _Shard) -> Session | None:
         """A connection to the primary, waited for; None when the worker stops first."""
         pause, told = _BACKOFF_SECONDS[0], ""
         self._waiting_for_postgres += 1
         try:
             while not self._stopping.is_set():
                 try:
-                    session = await Session.open(self._settings)
-                    if self._epoch and is_left_behind(session.epoch, self._epoch):
+                    session = await Session.open(shard.settings)
+                    if shard.epoch and is_left_behind(session.epoch, shard.epoch):
                         session.close()
                         raise NotPrimary(
                             "an old primary, left behind on its timeline when another server was promoted: stop it, and let the "
@@ -241,13 +284,13 @@ class Worker:
                 except Outage as error:
                     why = str(error) if isinstance(error, NotPrimary) else describe(error.__cause__ or error)
                     if why != told:
-                        event(logging.WARNING, "waiting for postgresql", error=why)
+                        event(logging.WARNING, "waiting for postgresql", error=why, **shard.label)
                     told = why
                     await self._pause(pause * (0.5 + self._draw() / 2))
                     pause = min(_BACKOFF_SECONDS[1], pause * 2)
                 else:
                     if told:
-                        event(logging.INFO, "postgresql is back")
+                        event(logging.INFO, "postgresql is back", **shard.label)
                     return session
         finally:
             self._waiting_for_postgres -= 1
@@ -263,12 +306,14 @@ class Worker:
     async def _feed(self) -> None:
         pause = _BACKOFF_SECONDS[0]
         while not self._stopping.is_set():
-            if self._pause_full_lanes():
+            if self._nothing_has_room():
                 self._room.clear()
                 await self._room.wait()
                 continue
             try:
-                found = await self._source.poll(_POLL_PAUSED_SECONDS if self._paused else POLL_SECONDS, self._received)
+                found = await self._source.poll(
+                    _POLL_PAUSED_SECONDS if self._paused else POLL_SECONDS, self._reading.get
+                )
             except LogTruncated as error:
                 self._suspect(error.partition, out_of_range=True)
                 continue
@@ -279,47 +324,71 @@ class Worker:
                 continue
             pause = _BACKOFF_SECONDS[0]
             for partition, records in found.items():
-                lane = self._lane_of.get(partition)
-                if lane is None or not records:
-                    continue  # not open yet: it will be sought to its position
-                kept, _ = lane.state.add(partition, records)
-                if kept:
-                    event(
-                        logging.DEBUG,
-                        "fetched",
-                        topic=partition.topic,
-                        partition=partition.partition,
-                        first=records[0].offset,
-                        last=records[-1].offset,
-                        count=kept,
-                    )
-                    lane.wake.set()
+                self._queue(partition, records)
             if found:
                 self._step("fetched")
 
-    def _received(self, partition: Partition) -> int | None:
-        lane = self._lane_of.get(partition)
-        return lane.state.received(partition) if lane is not None else None
+    def _queue(self, partition: Partition, records: Sequence[Record]) -> None:
+        """Give each record to the lane of its shard. The other lanes learn that there was nothing for them."""
+        start = self._reading.get(partition)
+        if start is None or not records:
+            return  # not open yet: it will be sought to its position
+        end = self._reading[partition] = max(start, records[-1].offset + 1)
+        for lane, mine in zip(self._lanes_of(partition), self._router.split(records), strict=True):
+            # What a lane has no room for is read again, from where that lane stands.
+            kept, _ = lane.state.add(partition, mine, start, end) if lane.has_room else (0, 0)
+            if kept:
+                event(
+                    logging.DEBUG,
+                    "fetched",
+                    topic=partition.topic,
+                    partition=partition.partition,
+                    first=mine[0].offset,
+                    last=mine[-1].offset,
+                    count=kept,
+                )
+                lane.wake.set()
 
-    def _pause_full_lanes(self) -> bool:
-        """Fetch nothing more for a lane that has its share of the buffer; returns whether that is so for all of them."""
+    def _lanes_of(self, partition: Partition) -> list[_Lane]:
+        """Those of a partition that this worker owns: one in each shard."""
+        return [shard.lane_of[partition] for shard in self._shards if partition in shard.lane_of]
+
+    def _nothing_has_room(self) -> bool:
+        """Fetch nothing more for lanes that have their share of the buffer; returns whether all of them do."""
         messages_max = self._settings.buffer_messages_max / len(self._lanes)
         bytes_max = self._settings.buffer_bytes_max / len(self._lanes)
         serving = [lane for lane in self._lanes if lane.state.partitions]
-        full = []
         for lane in serving:
             messages, size = lane.state.fetched
-            partitions = set(lane.state.partitions)
-            if messages >= messages_max or size >= bytes_max:
-                full.append(lane)
-                for partition in partitions - self._paused:
-                    self._source.pause(partition)
-                self._paused |= partitions
-            else:
-                for partition in partitions & self._paused - self._stopped.keys() - self._suspects.keys():
-                    self._source.resume(partition)
-                self._paused -= partitions
-        return bool(full) and len(full) == len(serving)
+            # One that others have gone ahead of needs room for more than a little: each time, the log is read again.
+            share = 0.5 if len(self._shards) > 1 and not lane.has_room else 1.0
+            lane.has_room = messages < messages_max * share and size < bytes_max * share
+        for partition in self._shards[0].lane_of:
+            self._read_on(partition)
+        return bool(serving) and not any(lane.has_room for lane in serving)
+
+    def _read_on(self, partition: Partition) -> None:
+        """Read a partition from where the first of its lanes that has room goes on; not at all while none has.
+
+        With one shard that is where the client stands, but after a lane was opened. With several, a shard that is away
+        or slow fills its share of the buffer and is left behind, and the log is read again from there when it has room:
+        the lanes that are ahead drop what they have had.
+        """
+        opened = [lane for lane in self._lanes_of(partition) if partition in lane.state.partitions]
+        if not opened or partition in self._suspects or self._is_stopped(partition):
+            return
+        wanted = [lane.state.received(partition) or 0 for lane in opened if lane.has_room]
+        if not wanted:
+            if partition not in self._paused:
+                self._source.pause(partition)
+                self._paused.add(partition)
+        elif (offset := min(wanted)) != self._reading.get(partition):
+            self._reading[partition] = offset
+            self._source.go_on(partition, offset, opened[0].shard.names.logs[partition].topic_id)
+            self._paused.discard(partition)
+        elif partition in self._paused:
+            self._source.resume(partition)
+            self._paused.discard(partition)
 
     def _buffered(self) -> tuple[int, int]:
         counts = [lane.state.fetched for lane in self._lanes]
@@ -347,30 +416,34 @@ class Worker:
 
     async def _settle(self, lane: _Lane, batch: Batch) -> None:
         """Settle a batch whatever happens, unless its partitions go away first: then its next owner does."""
-        generation = self._generation
-        for topic in once.identify(batch.deliveries, self._names.logs) - self._told_of_offset_ids:
+        shard, generation = lane.shard, lane.shard.generation
+        for topic in once.identify(batch.deliveries, shard.names.logs) - self._told_of_offset_ids:
             self._told_of_offset_ids.add(topic)
             event(logging.WARNING, OFFSET_IDS, topic=topic)
-        if self._precheck is not None:
-            await self._precheck.check(batch.deliveries, time.time())
+        if shard.precheck is not None:
+            await shard.precheck.check(batch.deliveries, time.time())
             self._step("prechecked")
+        if lane.asks_below and not await self._is_nowhere_else(lane, batch):
+            return
         for delivery, error in await once.observe(batch.deliveries, self._draw, lane.activity):
             self._tell_failure(delivery, error, delivery.outcome)
         parts: list[once.Part] = [(batch, False, 0)]
         while parts:
             part, careful, failures = parts.pop()
             if lane.session is None or not lane.session.is_usable:
-                lane.session = await self._session()
-                if lane.session is None or generation != self._generation:
+                lane.idle.set()  # nothing is in flight: a rebalance need not wait until the database is back
+                lane.session = await self._session(shard)
+                if lane.session is None or generation != shard.generation:
                     return
-                if lane.session.epoch != self._epoch:
-                    await self._new_epoch(lane.session.epoch)
+                lane.idle.clear()
+                if lane.session.epoch != shard.epoch:
+                    await self._new_epoch(shard, lane.session.epoch)
                     return
             try:
                 with lane.activity.transaction():
                     done = await once.apply(
                         lane.session,
-                        self._names,
+                        shard.names,
                         lane.state,
                         part,
                         careful=careful,
@@ -383,17 +456,24 @@ class Worker:
                 if len(part.deliveries) == 1 and isinstance(part.deliveries[0].outcome, Parked):
                     self._tell_failure(part.deliveries[0], isolate.__cause__, part.deliveries[0].outcome)
             except (Conflict, Outage) as error:
-                if generation != self._generation:
+                if generation != shard.generation:
                     return
                 cause = error.__cause__ or error
                 if isinstance(error, Outage) or failures >= once.FAILURES_MAX:
                     text = "the batch runs again: " + ("postgresql lost" if isinstance(error, Outage) else "conflict")
-                    event(logging.WARNING, text, error=describe(cause), sqlstate=sqlstate_of(cause), times=failures + 1)
+                    event(
+                        logging.WARNING,
+                        text,
+                        error=describe(cause),
+                        sqlstate=sqlstate_of(cause),
+                        times=failures + 1,
+                        **shard.label,
+                    )
                 parts += once.again(part, careful, failures + 1, self._draw)
                 # The first conflict is run again almost at once; what keeps failing is left ever more time.
                 await self._pause(min(_BACKOFF_SECONDS[1], 0.005 * 3.0**failures) * (0.5 + self._draw() / 2))
             except Fenced:
-                event(logging.WARNING, "positions have moved: reading them again", lane=lane.number)
+                event(logging.WARNING, "positions have moved: reading them again", lane=lane.number, **shard.label)
                 self._reopen(lane)
                 return
             else:
@@ -410,9 +490,11 @@ class Worker:
         lane.state.settle(part, {each: now + delay for each, delay in done.parked.items()}, done.moves)
         self._settled += 1
         for move in done.moves:
-            self._dirty[move.partition] = move.next
-        if self._precheck is not None and lane.session is not None:
-            self._precheck.mark(done.applied, lane.session.epoch, time.time())
+            self._dirty.add(move.partition)
+            if move.next >= lane.asks_below.get(move.partition, move.next + 1):
+                del lane.asks_below[move.partition]
+        if lane.shard.precheck is not None and lane.session is not None:
+            lane.shard.precheck.mark(done.applied, lane.session.epoch, time.time())
 
     def _tell_failures(self, done: once.Settlement) -> None:
         told = [each for each, outcome in done.outcomes.items() if isinstance(outcome, Dead) or each in done.errors]
@@ -463,13 +545,15 @@ class Worker:
 
     async def _on_assigned(self, assigned: set[Partition]) -> None:
         """Only notes what to open: the client sends no heartbeat while this runs, and PostgreSQL may be away."""
-        self._generation += 1
-        self._lane_of = {each: self._lanes[n % len(self._lanes)] for n, each in enumerate(sorted(assigned))}
-        self._unopened = set(assigned)
+        for shard in self._shards:
+            lanes = [lane for lane in self._lanes if lane.shard is shard]
+            shard.generation += 1
+            shard.lane_of = {each: lanes[n % len(lanes)] for n, each in enumerate(sorted(assigned))}
+            shard.unopened = set(assigned)
+            shard.to_open.set()
         for partition in assigned:
             self._source.hold(partition)
         self._holding = False
-        self._to_open.set()
         self._report({"member": self._source.member_id})  # at once: killed before the next beat, it is still taken out
 
     async def _on_revoked(self, revoked: set[Partition]) -> None:
@@ -483,9 +567,10 @@ class Worker:
     async def _drain(self, seconds: float) -> None:
         """No new batch, wait for those in flight, copy positions to Kafka, and forget the partitions."""
         self._holding = True
-        self._generation += 1
-        self._unopened.clear()
-        self._stopped.clear()
+        for shard in self._shards:
+            shard.generation += 1
+            shard.unopened.clear()
+            shard.stopped.clear()
         self._suspects.clear()
         for lane in self._lanes:
             lane.wake.set()
@@ -503,86 +588,96 @@ class Worker:
         for lane in self._lanes:
             for partition in lane.state.partitions:
                 lane.state.close(partition)
-        self._lane_of.clear()
+            lane.asks_below.clear()
+        for shard in self._shards:
+            shard.lane_of.clear()
+        self._reading.clear()
         self._paused.clear()
         self._room.set()
 
     def _reopen(self, lane: _Lane) -> None:
         """Forget what was read of a lane's partitions, and begin again at the positions that PostgreSQL has."""
         for partition in lane.state.partitions:
-            self._reopen_partition(partition)
+            self._reopen_partition(lane, partition)
         self._room.set()
 
-    def _reopen_partition(self, partition: Partition) -> None:
-        self._lane_of[partition].state.close(partition)
-        self._source.hold(partition)
-        self._unopened.add(partition)
-        self._stopped.pop(partition, None)
+    def _reopen_partition(self, lane: _Lane, partition: Partition) -> None:
+        lane.state.close(partition)
+        lane.shard.unopened.add(partition)
+        lane.shard.stopped.pop(partition, None)
         self._suspects.pop(partition, None)
-        self._paused.discard(partition)
-        self._to_open.set()
+        if not any(partition in each.state.partitions for each in self._lanes_of(partition)):
+            self._source.hold(partition)
+            self._reading.pop(partition, None)
+            self._paused.discard(partition)
+        lane.shard.to_open.set()
 
-    async def _new_epoch(self, epoch: str) -> None:
+    async def _new_epoch(self, shard: _Shard, epoch: str) -> None:
         """The database is another one, or went back in time: what is in flight means nothing there."""
-        event(logging.WARNING, "another epoch of postgresql: positions are read again", epoch=epoch)
-        self._epoch = epoch
-        self._generation += 1
-        if self._precheck is not None:
-            self._precheck.new_epoch(epoch)
+        event(logging.WARNING, "another epoch of postgresql: positions are read again", epoch=epoch, **shard.label)
+        shard.epoch = epoch
+        shard.generation += 1
+        if shard.precheck is not None:
+            shard.precheck.new_epoch(epoch)
         for lane in self._lanes:
-            if lane.session is not None and lane.session.epoch != epoch:
-                lane.session.close()
-            self._reopen(lane)
+            if lane.shard is shard:
+                if lane.session is not None and lane.session.epoch != epoch:
+                    lane.session.close()
+                self._reopen(lane)
 
-    async def _open_partitions(self) -> None:
-        """Give every assigned partition its position from PostgreSQL. Waits for services for as long as it takes."""
+    async def _open_partitions(self, shard: _Shard) -> None:
+        """Give every assigned partition its position from a shard. Waits for services for as long as it takes."""
         pause = _BACKOFF_SECONDS[0]
         while True:
-            await self._to_open.wait()
-            self._to_open.clear()
-            wanted, generation = sorted(self._unopened), self._generation
+            await shard.to_open.wait()
+            shard.to_open.clear()
+            wanted, generation = sorted(shard.unopened), shard.generation
             if not wanted:
                 continue
             try:
-                async with self._control_lock:
-                    positions = await self._positions(wanted)
+                async with shard.control_lock:
+                    positions = await self._positions(shard, wanted)
+                # With shards: what the log holds now may have been applied before, in another one if the route has changed.
+                ends = await self._source.ends(wanted) if len(self._shards) > 1 else {}
             except (Outage, KafkaError, TimeoutError, OSError) as error:
-                event(logging.WARNING, "positions cannot be read yet", error=describe(error))
+                event(logging.WARNING, "positions cannot be read yet", error=describe(error), **shard.label)
                 await self._pause(pause)
                 pause = min(_BACKOFF_SECONDS[1], pause * 2)
-                self._to_open.set()
+                shard.to_open.set()
                 continue
             pause = _BACKOFF_SECONDS[0]
-            if generation != self._generation or positions is None:
-                self._to_open.set()
+            if generation != shard.generation or positions is None:
+                shard.to_open.set()
                 continue
             for partition, (position, stop) in positions.items():
-                self._unopened.discard(partition)
+                shard.unopened.discard(partition)
                 if stop is not None:
-                    self._stop_partition(partition, stop, position)
+                    self._stop_partition(shard, partition, stop, position)
                     continue
-                self._names.logs[partition] = position
-                self._lane_of[partition].state.open(partition, position.offset)
-                self._source.go_on(partition, position.offset, position.topic_id)
-            event(logging.INFO, "partitions opened", count=len(positions))
+                lane = shard.lane_of[partition]
+                shard.names.logs[partition] = position
+                lane.state.open(partition, position.offset)
+                lane.asks_below.pop(partition, None)
+                if ends.get(partition, 0) > position.offset:
+                    lane.asks_below[partition] = ends[partition]
+                self._reading.pop(partition, None)  # it is sought to, and goes on, even if that is where it stands
+                self._read_on(partition)
+            event(logging.INFO, "partitions opened", count=len(positions), **shard.label)
             self._report({"opened": len(positions)})
-            if self._unopened:  # those whose log could not be looked at
+            if shard.unopened:  # those whose log could not be looked at
                 await self._pause(_LOOK_AGAIN_SECONDS)
-                self._to_open.set()
+                shard.to_open.set()
 
-    async def _positions(self, wanted: list[Partition]) -> Mapping[Partition, tuple[Position, Stop | None]] | None:
-        """PostgreSQL's positions; where it has none, Kafka's commit; where that has none, the beginning of the log.
+    async def _positions(
+        self, shard: _Shard, wanted: list[Partition]
+    ) -> Mapping[Partition, tuple[Position, Stop | None]] | None:
+        """A shard's positions; where it has none, Kafka's commit; where that has none, the beginning of the log.
 
         With what speaks against going on from there. A partition whose log cannot be looked at now is left out. None:
         ask again.
         """
-        if self._control is None or not self._control.is_usable:
-            self._control = await self._session()
-            if self._control is None:
-                return None
-        control = self._control
-        if control.epoch != self._epoch:
-            await self._new_epoch(control.epoch)
+        control = await self._control(shard)
+        if control is None:
             return None
         try:
             identity = await self._source.identity(sorted({each.topic for each in wanted}))
@@ -652,15 +747,18 @@ class Worker:
 
     def _suspect(self, partition: Partition, *, out_of_range: bool = False) -> None:
         """A fetch was refused: look into it. The partition is paused."""
-        if partition not in self._stopped:
+        if not self._is_stopped(partition):
             self._suspects[partition] = out_of_range
             self._look.set()
 
-    def _stop_partition(self, partition: Partition, stop: Stop, at: Position) -> None:
+    def _is_stopped(self, partition: Partition) -> bool:
+        return any(partition in shard.stopped for shard in self._shards)
+
+    def _stop_partition(self, shard: _Shard, partition: Partition, stop: Stop, at: Position) -> None:
         """Fetch no more of it until somebody moves its position; what was read of it before is still settled."""
         self._source.pause(partition)
         self._suspects.pop(partition, None)
-        self._stopped[partition] = (stop, at)
+        shard.stopped[partition] = (stop, at)
         event(
             logging.ERROR,
             f"partition stopped: {stop.text}",
@@ -668,6 +766,7 @@ class Worker:
             partition=partition.partition,
             reason=stop.reason.value,
             do=f"consumer positions {self._path} {stop.do}",
+            **shard.label,
         )
 
     async def _look_at_logs(self) -> None:
@@ -686,7 +785,7 @@ class Worker:
                     each: at
                     for lane in self._lanes
                     for each in lane.state.partitions
-                    if each not in self._stopped and (at := self._source.held_back_at(each)) is not None
+                    if not self._is_stopped(each) and (at := self._source.held_back_at(each)) is not None
                 }
                 late, freed = open_transactions.news(time.monotonic(), held, patience)
                 for partition in late:
@@ -700,19 +799,19 @@ class Worker:
                 self._look.set()
 
     async def _look_at_identities(self) -> None:
-        generation = self._generation
+        generations = [shard.generation for shard in self._shards]
         identity = await self._source.identity(self._app.topics)
         suspects = dict(self._suspects)
         firsts = await self._source.beginnings(list(suspects)) if suspects else {}
         ends = await self._source.ends(list(suspects)) if suspects else {}
-        if generation != self._generation:
+        if generations != [shard.generation for shard in self._shards]:
             return
         for lane in self._lanes:
             for partition in lane.state.partitions:
                 received = lane.state.received(partition)
-                if partition in self._stopped or received is None:
+                if partition in lane.shard.stopped or received is None:
                     continue
-                at = self._names.logs[partition]._replace(offset=received, seen=None)
+                at = lane.shard.names.logs[partition]._replace(offset=received, seen=None)
                 log = Log(identity.cluster_id, identity.topics.get(partition.topic))
                 if partition in suspects:
                     log = log._replace(
@@ -720,11 +819,11 @@ class Worker:
                     )
                 stop = judge(partition, at, log)
                 if stop is not None:
-                    self._stop_partition(partition, stop, at)
+                    self._stop_partition(lane.shard, partition, stop, at)
                 elif partition in suspects and (log.topic_id is not None or at.topic_id is None):
-                    del self._suspects[partition]  # a broker that knew less, or a leader that has just changed
-                    self._source.go_on(partition, received, at.topic_id)
-                    self._paused.discard(partition)
+                    self._suspects.pop(partition, None)  # a broker that knew less, or a leader that has just changed
+                    self._reading.pop(partition, None)
+                    self._read_on(partition)
 
     async def _tell_open_transaction(self, partition: Partition) -> None:
         found = await self._source.open_transaction(partition)
@@ -739,75 +838,163 @@ class Worker:
                 do="end the producer, or abort its transaction with Kafka's `kafka-transactions.sh abort`",
             )
 
+    async def _control(self, shard: _Shard) -> Session | None:
+        """The connection beside the lanes; None when the worker stops, or the shard's positions are to be read again."""
+        if shard.control is None or not shard.control.is_usable:
+            shard.control = await self._session(shard)
+        if shard.control is not None and shard.control.epoch != shard.epoch:
+            await self._new_epoch(shard, shard.control.epoch)
+            return None
+        return shard.control
+
+    async def _is_nowhere_else(self, lane: _Lane, batch: Batch) -> bool:
+        """Ask the other shards about messages that may have been applied before, since the log held them when their
+        partition was opened: one that stands in another shard is there because the route has changed, and is not applied
+        again. Waits for a shard that is away. False when the partitions went away. Raises RouteFault, which ends the worker.
+        """
+        old = [
+            each
+            for each in batch.deliveries
+            if each.outcome is None
+            and each.handler.idempotent
+            and each.record.offset < lane.asks_below.get(each.partition, 0)
+        ]
+        for other in self._shards if old else ():
+            if other is lane.shard:
+                continue
+            there = await self._standing_in(other, old, lane)
+            here = await self._standing_in(lane.shard, there, lane) if there else there
+            if here is None or there is None:
+                return False
+            if strays := [each for each in there if each not in here]:
+                raise shards.stray(self._app.name, strays[0], other.name, lane.shard.name)
+        return True
+
+    async def _standing_in(self, shard: _Shard, deliveries: list[Delivery], lane: _Lane) -> list[Delivery] | None:
+        """Those that a shard holds, as made by the very same records; None when the lane's partitions went away."""
+        generation = lane.shard.generation
+        handlers = {each.name: each for found in shard.by_topic.values() for each in found}
+        asked: dict[Delivery, Delivery] = {}
+        for each in deliveries:
+            twin = Delivery(handlers[each.handler.name], each.record)  # with its number there
+            twin.id, twin.fingerprint = each.id, each.fingerprint
+            asked[twin] = each
+        lane.idle.set()  # nothing is in flight
+        while generation == lane.shard.generation and not self._stopping.is_set():
+            try:
+                async with shard.control_lock:
+                    control = await self._control(shard)
+                    if control is None:
+                        continue
+                    standing, _ = await control.standing(list(asked), shard.names.topics)
+            except Exception as error:
+                event(logging.WARNING, "waiting for another shard's answer", error=describe(error), **shard.label)
+                if shard.control is not None:
+                    shard.control.close()
+                await self._pause(_BACKOFF_SECONDS[0])
+                continue
+            if generation != lane.shard.generation:
+                break
+            lane.idle.clear()
+            return [asked[twin] for twin, found in standing.items() if found.here]
+        return None
+
     # -- beside the flow --------------------------------------------------------------------------------------------
 
     async def _commit(self) -> None:
-        # Of a partition that stopped, Kafka's offsets may be another log's.
-        dirty = {each: offset for each, offset in self._dirty.items() if each not in self._stopped}
-        self._dirty = {}
-        if not dirty:
+        dirty, self._dirty = self._dirty, set()
+        positions: dict[Partition, int] = {}
+        for partition in dirty:
+            lanes = self._lanes_of(partition)
+            # Of a partition that stopped, Kafka's offsets may be another log's.
+            if lanes and all(
+                partition in lane.state.partitions and partition not in lane.shard.stopped for lane in lanes
+            ):
+                positions[partition] = min(lane.state.position(partition) for lane in lanes)
+        if not positions:
             return
         self._step("before_offset_commit")
-        if await self._source.commit(dirty):
+        if await self._source.commit(positions):
             self._step("after_offset_commit")
         else:
-            self._dirty = dirty | self._dirty
+            self._dirty |= dirty
 
     async def _commit_now_and_then(self) -> None:
         while True:
             await asyncio.sleep(self._settings.kafka_commit_interval_seconds)
             if self._holding:
                 continue
+            for partition in list(self._reading):
+                # Markers and aborted records are handed to nobody: without this, the position would stop below them.
+                position = await self._source.position(partition)
+                reading = self._reading.get(partition)
+                if position is None or reading is None or position <= reading or partition in self._paused:
+                    continue
+                for lane in self._lanes_of(partition):
+                    if lane.has_room:
+                        lane.state.add(partition, (), reading, position)
+                self._reading[partition] = position
             for lane in self._lanes:
-                for partition in lane.state.partitions:
-                    # Markers and aborted records are handed to nobody: without this, the position would stop below them.
-                    position = await self._source.position(partition)
-                    received = lane.state.received(partition)
-                    if position is not None and received is not None and position > received:
-                        lane.state.skip_to(partition, position)
-                        lane.wake.set()
+                lane.wake.set()
             if not self._holding:
                 await self._commit()
-                await self._look_for_moved_positions()
+                for shard in self._shards:
+                    await self._look_for_moved_positions(shard)
+                    await self._record_keys(shard)
 
-    async def _look_for_moved_positions(self) -> None:
+    async def _record_keys(self, shard: _Shard) -> None:
+        """Let the shard remember where new keys were sent, so that another route is refused at the next start."""
+        control = shard.control
+        if not shard.name or control is None or not control.is_usable or shard.control_lock.locked():
+            return
+        try:
+            async with shard.control_lock:
+                await shards.record(self._app, shard.name, self._router, control)
+        except Misconfigured:
+            raise
+        except Exception as error:  # these keys are not remembered, which the worker can do without
+            event(logging.DEBUG, "keys cannot be recorded now", error=describe(error), **shard.label)
+            control.close()
+
+    async def _look_for_moved_positions(self, shard: _Shard) -> None:
         """A lane that settles something finds out by itself that a position was moved; one that is idle does not."""
         idle = {
             partition
-            for lane in self._lanes
+            for partition, lane in shard.lane_of.items()
             if lane.idle.is_set() and not lane.state.parked and lane.state.fetched == (0, 0)
-            for partition in lane.state.partitions
+            if partition in lane.state.partitions
         }
-        known = {each: at for each in {*idle, *self._stopped} if (at := self._settled_at(each)) is not None}
-        if not known or self._control is None or not self._control.is_usable or self._unopened:
+        known = {each: at for each in {*idle, *shard.stopped} if (at := self._settled_at(shard, each)) is not None}
+        control = shard.control
+        if not known or control is None or not control.is_usable or shard.unopened or shard.control_lock.locked():
             return
-        generation = self._generation
+        generation = shard.generation
         try:
-            async with self._control_lock:
-                stored = await self._control.positions(self._app.name, list(known))
+            async with shard.control_lock:
+                stored = await control.positions(self._app.name, list(known))
         except Exception as error:
-            event(logging.DEBUG, "positions cannot be read now", error=describe(error))
-            self._control.close()
+            event(logging.DEBUG, "positions cannot be read now", error=describe(error), **shard.label)
+            control.close()
             return
-        if generation != self._generation:
+        if generation != shard.generation:
             return
         for partition, at in known.items():
-            if self._settled_at(partition) != at:
+            if self._settled_at(shard, partition) != at:
                 continue  # it has moved on itself meanwhile
             found = stored.get(partition, at)
             if (found.offset, found.topic_id) != (at.offset, at.topic_id):
-                event(logging.WARNING, "positions have moved: reading them again", topic=partition.topic)
-                self._reopen_partition(partition)
+                event(logging.WARNING, "positions have moved: reading them again", topic=partition.topic, **shard.label)
+                self._reopen_partition(shard.lane_of[partition], partition)
 
-    def _settled_at(self, partition: Partition) -> Position | None:
+    def _settled_at(self, shard: _Shard, partition: Partition) -> Position | None:
         """The position of a partition of which nothing is in hand, as it was last written or read; else None."""
-        lane = self._lane_of[partition].state
+        lane = shard.lane_of[partition].state
         received = lane.received(partition)
         if received is None:  # stopped before it was opened
-            return self._stopped[partition][1] if partition in self._stopped else None
+            return shard.stopped[partition][1] if partition in shard.stopped else None
         if lane.position(partition) != received:
             return None
-        return self._names.logs[partition]._replace(offset=received)
+        return shard.names.logs[partition]._replace(offset=received)
 
     async def _look_at_lanes(self) -> None:
         """End handlers that take too long, and connections that do not answer. Raises Stuck.
@@ -816,20 +1003,24 @@ class Worker:
         for itself what becomes of it, and the claims of the next run wait until it has.
         """
         silence = self._settings.postgres_answer_timeout_seconds
-        control_free_at = time.monotonic()
+        control_free_at = {shard.name: time.monotonic() for shard in self._shards}
         while True:
             await asyncio.sleep(_LIMITS_SECONDS)
             now = time.monotonic()
-            if not self._control_lock.locked():
-                control_free_at = now
-            elif now - control_free_at > silence and self._control is not None:
-                control_free_at = now
-                self._control.close()
+            for shard in self._shards:
+                if not shard.control_lock.locked():
+                    control_free_at[shard.name] = now
+                elif now - control_free_at[shard.name] > silence and shard.control is not None:
+                    control_free_at[shard.name] = now
+                    shard.control.close()
             for lane in self._lanes:
                 lane.activity.look(now)
                 if lane.activity.waiting_seconds(now) > silence and lane.session is not None:
                     event(
-                        logging.WARNING, "postgresql does not answer: the connection is ended", seconds=round(silence)
+                        logging.WARNING,
+                        "postgresql does not answer: the connection is ended",
+                        seconds=round(silence),
+                        **lane.shard.label,
                     )
                     lane.activity.step()
                     lane.session.close()
@@ -842,10 +1033,8 @@ class Worker:
             await asyncio.sleep(interval)
             received: dict[Partition, int] = {}
             if not self._holding:
-                for partition, lane in self._lane_of.items():
-                    offset = lane.state.received(partition)
-                    if offset is not None and partition not in {*self._stopped, *self._suspects, *self._paused}:
-                        received[partition] = offset
+                stopped = {*self._suspects, *self._paused, *(each for shard in self._shards for each in shard.stopped)}
+                received = {each: offset for each, offset in self._reading.items() if each not in stopped}
             try:
                 ends = await self._source.ends(list(received)) if received else {}
             except (KafkaError, TimeoutError, OSError):

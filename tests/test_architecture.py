@@ -34,6 +34,7 @@ LAYERS = [
     "activity",
     "app",
     "once",
+    "shards",
     "schemes",
     "report",
     "loading",

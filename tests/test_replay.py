@@ -584,7 +584,7 @@ async def test_apply_beside_running_workers_stays_exactly_once_and_leaves_the_gr
     async with working(app, place.settings(batch_messages_max=50)) as worker:
 
         async def joined() -> bool:
-            return len(worker._lane_of) == 4
+            return len(worker._shards[0].lane_of) == 4
 
         await until("the worker to have its partitions", joined)
         generations.append(worker._source.consumer._coordinator.generation)

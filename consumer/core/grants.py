@@ -30,6 +30,8 @@ _WORKER: Mapping[str, tuple[str, ...]] = {
     ),
     "outcomes": ("select", "insert", "update (count)"),
     "dead_letters": ("select", "insert"),
+    "shards": ("select", "insert"),
+    "route_probes": ("select", "insert"),
 }
 # Enough for `status`, `show` and dashboards. Of a dead letter, no byte of the message, and not the error's text, which may quote it.
 _READER: Mapping[str, tuple[str, ...]] = {
@@ -40,6 +42,7 @@ _READER: Mapping[str, tuple[str, ...]] = {
     "ledger": ("select",),
     "positions": ("select",),
     "outcomes": ("select",),
+    "shards": ("select",),
     "dead_letters": (
         'select (dead_letter, handler, id, fingerprint, topic, partition, "offset", "timestamp", reason, attempts, died_at)',
     ),

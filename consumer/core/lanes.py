@@ -121,11 +121,18 @@ class Lane:
     """Partitions that share a connection. Add records, take a batch, settle it; nothing else changes its state."""
 
     def __init__(
-        self, handlers: Mapping[str, Sequence[Handler]], parked_max: int, parked_bytes_max: int = 1 << 62
+        self,
+        handlers: Mapping[str, Sequence[Handler]],
+        parked_max: int,
+        parked_bytes_max: int = 1 << 62,
+        bare_seconds: float = 0.0,
     ) -> None:
+        """bare_seconds: least time between two batches without messages, which only move positions."""
         self._handlers = handlers
         self._parked_max = parked_max
         self._parked_bytes_max = parked_bytes_max
+        self._bare_seconds = bare_seconds
+        self._bare_after = 0.0
         self._retried_last = False
         self._queues: dict[Partition, _Queue] = {}
         self._ready: deque[Delivery] = deque()  # once behind a failed message, now free to run
@@ -164,22 +171,28 @@ class Lane:
 
     # -- records come in --------------------------------------------------------------------------------------------
 
-    def add(self, partition: Partition, records: Sequence[Record]) -> tuple[int, int]:
+    def add(
+        self, partition: Partition, records: Sequence[Record], start: int | None = None, end: int | None = None
+    ) -> tuple[int, int]:
         """Queue fetched records, in offset order. Returns how many messages and bytes were kept.
 
-        Records of a partition that is not open, and those below what was received already, are dropped.
+        start and end: the records are all that the log holds for this lane from `start` up to `end`; by default from the
+        first to the last one. Records of a partition that is not open, and those below what was received already, are
+        dropped. So are all that begin beyond it: what lies between would be lost, and is read again first.
         """
         queue = self._queues.get(partition)
-        if queue is None:
+        if queue is None or (start is not None and start > queue.received):
             return 0, 0
         if records and records[0].offset < queue.received:
             records = [each for each in records if each.offset >= queue.received]
+        if end is None:
+            end = records[-1].offset + 1 if records else 0
+        queue.received = max(queue.received, end)
         if not records:
             return 0, 0
         size = sum(map(size_of, records))
         queue.fetched.extend(records)
         queue.fetched_bytes += size
-        queue.received = records[-1].offset + 1
         return len(records), size
 
     def skip_to(self, partition: Partition, offset: int) -> None:
@@ -222,6 +235,7 @@ class Lane:
     def _take_fresh(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
         deliveries: list[Delivery] = []
         ends: dict[Partition, int] = {}
+        taken = bool(self._ready)
         while self._ready and len(deliveries) < messages_max:
             deliveries.append(self._ready.popleft())
         room_bytes = bytes_max
@@ -239,6 +253,7 @@ class Lane:
                 and (room_bytes > 0 or not deliveries)
             ):
                 record = queue.fetched.popleft()
+                taken = True
                 size = size_of(record)
                 queue.fetched_bytes -= size
                 room_bytes -= size
@@ -252,6 +267,10 @@ class Lane:
                 ends[partition] = record.offset + 1
             if not queue.fetched and queue.received > queue.frontier:
                 ends[partition] = queue.received
+        if ends and not taken:
+            if now < self._bare_after:
+                return None
+            self._bare_after = now + self._bare_seconds
         # A later partition comes first next time, so that a busy one does not starve it.
         if len(ends) and len(self._queues) > 1:
             first = next(iter(self._queues))

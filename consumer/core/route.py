@@ -1,0 +1,140 @@
+"""Which shard a message belongs to: asked of the application's route function, which is watched for a change of mind.
+
+Pure: calls the function and compares its answers; knows no database. A route must be a pure function of the message key:
+a key that moves from one shard to another is applied in the second one although it stands in the first. What it does
+not know: the answers for keys that it never saw. Those that it saw are remembered, up to a bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from consumer.core.errors import Misconfigured
+from consumer.core.message import Record
+
+Route = Callable[[bytes | None], str]
+Probes = Mapping[bytes | None, str]  # what the route answered: key (None: a message without one) -> shard
+
+_REMEMBERED_MAX = 20_000  # answers, in this process
+RECORDED_MAX = 200  # keys of messages that each shard keeps, beside the fixed ones
+_FIXED: tuple[bytes | None, ...] = (
+    None,
+    b"",
+    *(str(n).encode() for n in range(32)),
+    *(f"key-{n}".encode() for n in range(32)),
+    *(bytes([n * 37 % 256, n * 101 % 256, 255 - n]) for n in range(16)),
+)
+_SHOWN_MAX = 60  # characters of a key
+
+
+class RouteFault(Misconfigured):
+    """The route cannot be relied on, so nothing more is applied. The text says what it did."""
+
+
+class Router:
+    """Asks the route, and compares every answer with what it answered before."""
+
+    def __init__(self, shards: Sequence[str], route: Route | None) -> None:
+        self.shards = tuple(shards)
+        self._route = route
+        self._places = {name: place for place, name in enumerate(self.shards)}
+        self._answers: dict[bytes | None, str] = {}
+        self._to_record: dict[str, list[bytes]] = {}  # by shard: keys that it may keep
+        self._recordable: dict[str, int] = {}  # by shard: how many more
+
+    def split(self, records: Sequence[Record]) -> list[Sequence[Record]]:
+        """The records of each shard, in the order of `shards` and in their own. Raises RouteFault, naming the record."""
+        if self._route is None:
+            return [records]
+        found: list[list[Record]] = [[] for _ in self.shards]
+        for record in records:
+            try:
+                name = self.shard_of(record.key)
+            except RouteFault as fault:
+                raise RouteFault(
+                    f"{fault} (message {record.topic}:{record.partition}:{record.offset}, which was not applied)"
+                ) from fault
+            found[self._places[name]].append(record)
+        return list(found)
+
+    def shard_of(self, key: bytes | None) -> str:
+        """The shard of a key. Raises RouteFault when the route raises, names no shard, or has changed its mind."""
+        earlier = self._answers.get(key)
+        # What was never asked is asked twice, so that chance shows at once.
+        for _ in range(1 if earlier is not None else 2):
+            name = self._asked(key)
+            if earlier is not None and name != earlier:
+                raise RouteFault(f"the route answers {name!r} for key {shown(key)}, and answered {earlier!r} before")
+            earlier = name
+        assert earlier is not None
+        if key not in self._answers:
+            self._remember(key, earlier)
+        return earlier
+
+    def _asked(self, key: bytes | None) -> str:
+        assert self._route is not None
+        try:
+            name = self._route(key)
+        except Exception as error:
+            raise RouteFault(f"the route raises {type(error).__name__} for key {shown(key)}") from error
+        if not isinstance(name, str) or name not in self._places:
+            said = repr(name)[:_SHOWN_MAX]
+            raise RouteFault(
+                f"the route answers {said} for key {shown(key)}, which is none of {', '.join(self.shards)}"
+            )
+        return name
+
+    def _remember(self, key: bytes | None, name: str) -> None:
+        if len(self._answers) >= _REMEMBERED_MAX:
+            del self._answers[next(iter(self._answers))]  # the oldest
+        self._answers[key] = name
+        if key is not None and self._recordable.get(name, 0) > 0:
+            self._recordable[name] -= 1
+            self._to_record.setdefault(name, []).append(key)
+
+    def fixed_probes(self) -> Probes:
+        """What the route answers for a set of keys that never changes. Raises RouteFault."""
+        return {key: self.shard_of(key) for key in _FIXED}
+
+    def start_recording(self, shard: str, count: int) -> None:
+        """Keep the next `count` keys of a shard for `to_record`."""
+        self._recordable[shard] = count
+
+    def to_record(self, shard: str) -> list[bytes]:
+        """Keys that were seen for the first time since the last call."""
+        return self._to_record.pop(shard, [])
+
+    def changed(self, probes: Probes) -> tuple[bytes | None, str, str] | None:
+        """The first key that the route sends elsewhere than it was seen to: key, then, now. Raises RouteFault."""
+        for key, then in probes.items():
+            now = self._asked(key)
+            if now != then:
+                return key, then, now
+        return None
+
+
+def shown(key: bytes | None) -> str:
+    """A key for a message to people."""
+    if key is None:
+        return "None (a message without a key)"
+    text = repr(key)[1:]
+    return text if len(text) <= _SHOWN_MAX else text[:_SHOWN_MAX] + "…'"
+
+
+def explain_change(app: str, change: tuple[bytes | None, str, str]) -> str:
+    """What to tell people of a route that has changed."""
+    key, then, now = change
+    return (
+        f"the route of App {app!r} has changed: key {shown(key)} now goes to shard {now!r}, and went to {then!r}. What was "
+        "applied in one shard would be applied again in the other. Put the old route back, or move the keys as "
+        "docs/shards.md says and then run `consumer migrate APP --new-route`. (A route made with hash() answers differently "
+        "in each process: use zlib.crc32 or hashlib.)"
+    )
+
+
+def check_names(names: Iterable[str]) -> str | None:
+    """What is wrong with names of shards, or None."""
+    for name in names:
+        if not isinstance(name, str) or not name.isascii() or not name.replace("-", "_").isidentifier():
+            return f"{name!r} cannot name a shard: letters, digits, - and _, not beginning with a digit"
+    return None
