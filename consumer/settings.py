@@ -131,6 +131,10 @@ class Settings(BaseSettings):
             )
         return self.postgres_dsn.get_secret_value()
 
+    def at(self, dsn: str) -> Settings:
+        """The same settings for another database."""
+        return self.model_copy(update={"postgres_dsn": SecretStr(dsn)})
+
     def dump(self) -> dict[str, str]:
         """The settings as environment variables, secrets in clear: for a child process only, never for a log."""
         found: dict[str, str] = {}

@@ -11,8 +11,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import SecretStr
-
 from consumer.app import App
 from consumer.core.errors import Misconfigured
 from consumer.core.lanes import Delivery
@@ -43,7 +41,7 @@ def settings_of(app: App, settings: Settings) -> dict[str, Settings]:
             address = os.environ.get(variable, "")
             if not address:
                 raise Misconfigured(f"shard {name!r} of App {app.name!r}: {variable} is not set: put its DSN there")
-        found[name] = settings.model_copy(update={"postgres_dsn": SecretStr(address)})
+        found[name] = settings.at(address)
     return found
 
 
