@@ -43,6 +43,7 @@ _READER: Mapping[str, tuple[str, ...]] = {
     "positions": ("select",),
     "outcomes": ("select",),
     "shards": ("select",),
+    "route_probes": (),  # keys of messages
     "dead_letters": (
         'select (dead_letter, handler, id, fingerprint, topic, partition, "offset", "timestamp", reason, attempts, died_at)',
     ),
@@ -76,7 +77,11 @@ def as_sql(role: str, purpose: For) -> str:
         f"revoke all on schema consumer from {name};",
         f"revoke all on all tables in schema consumer from {name};",
         f"grant usage on schema consumer to {name};",
-        *(f"grant {', '.join(rights)} on consumer.{table} to {name};" for table, rights in TABLES[purpose].items()),
+        *(
+            f"grant {', '.join(rights)} on consumer.{table} to {name};"
+            for table, rights in TABLES[purpose].items()
+            if rights
+        ),
         "commit;",
     ]
     return "\n".join([*lines, ""])
