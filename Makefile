@@ -29,7 +29,7 @@ check: $(VENV)/dev ## Format, lint, strict types, the architecture, and known ho
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_architecture.py
+	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_sql_names.py tests/test_supply.py
 	@$(MAKE) --no-print-directory audit
 
 audit: ## Ask whether a hole is known in a locked version (passes where nobody can be asked)

@@ -73,6 +73,10 @@ class Bearer:
                 self._token, self._until = await self._ask()
             return self._token
 
+    def refused(self) -> None:
+        """Kafka did not take the last token: the next one is asked for anew, whatever its expiry was said to be."""
+        self._until = 0.0
+
     async def _ask(self) -> tuple[str, float]:
         try:
             async with asyncio.timeout(CALL_SECONDS):

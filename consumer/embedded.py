@@ -25,7 +25,6 @@ from typing import Any
 
 from consumer.core.errors import Misconfigured
 
-_START_SECONDS = 30.0
 _STOP_SECONDS = 10.0
 _PORT_ATTEMPTS = 3
 _PR_SET_PDEATHSIG = 1
@@ -39,6 +38,7 @@ class Server:
     """One child process with a directory and a port of its own. Start, stop, or use as a context manager."""
 
     name = "server"
+    start_seconds = 30.0  # longest wait for its first answer
 
     def __init__(self) -> None:
         self.port = 0
@@ -118,7 +118,7 @@ class Server:
         self.process.wait()
 
     def _answers_in_time(self) -> bool:
-        deadline = time.monotonic() + _START_SECONDS
+        deadline = time.monotonic() + self.start_seconds
         while time.monotonic() < deadline:
             if self.process is None or self.process.poll() is not None:
                 return False

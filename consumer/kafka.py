@@ -150,6 +150,9 @@ class _Tokens(AbstractTokenProvider):  # type: ignore[misc]
         except NoToken as error:
             raise _NoToken(str(error)) from None
 
+    def refused(self) -> None:
+        self._bearer.refused()
+
 
 class _Authenticator(OAuthAuthenticator):  # type: ignore[misc]
     """The client's own takes a refused token for accepted, and waits for metadata for ever (seen with aiokafka 0.14).
@@ -160,6 +163,7 @@ class _Authenticator(OAuthAuthenticator):  # type: ignore[misc]
 
     async def step(self, payload: bytes | None) -> tuple[bytes, bool] | None:
         if self._token_sent and payload:
+            self._sasl_oauth_token_provider.refused()
             return b"\x01", True
         return await super().step(payload)  # type: ignore[no-any-return]
 

@@ -28,9 +28,11 @@ listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller},SASL:
   EXPIRED://127.0.0.1:{expired},TLSSASL://127.0.0.1:{tls_sasl},PROXIED://127.0.0.1:{proxied}
 advertised.listeners=PLAINTEXT://127.0.0.1:{port},SASL://127.0.0.1:{sasl},TLS://localhost:{tls},\
   EXPIRED://localhost:{expired},TLSSASL://localhost:{tls_sasl},PROXIED://127.0.0.1:{proxy}
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+super.users=User:ANONYMOUS;User:alice;User:carol
 sasl.enabled.mechanisms=PLAIN
 listener.name.sasl.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required \
-  user_alice="right" user_carol="{canary}";
+  user_alice="right" user_carol="{canary}" user_dave="listed";
 listener.name.tls.ssl.keystore.type=PEM
 listener.name.tls.ssl.keystore.location={directory}/localhost.pem
 listener.name.expired.ssl.keystore.type=PEM
@@ -66,9 +68,11 @@ class Kafka(Server):
     certificate of `ca` for localhost, `expired_servers` with one of yesterday, `tls_sasl_servers` for PLAIN, SCRAM-SHA-512
     (alice, right) and OAUTHBEARER with unsigned tokens, which end their session after 2 s. `stranger` signed none of them.
     Clients that begin at port `proxy` stay there, so a proxy from there to `proxied` sees all that they say.
+    Everybody may do everything but for dave (listed, at `sasl_servers`), who may do what `acls` has given him.
     """
 
     name = "kafka"
+    start_seconds = 120.0  # a JVM on a machine that is busy with other tests
     canary = "canarykafka7a"  # carol's password, where alice may
 
     def prepare(self) -> None:
@@ -135,6 +139,16 @@ class Kafka(Server):
                 env=self.environment(),
             )
         return [*self._java("512m"), "kafka.Kafka", properties]
+
+    def acls(self, arguments: Sequence[str]) -> None:
+        """What `kafka-acls.sh` does with these arguments."""
+        command = [
+            *self._java("64m"),
+            "org.apache.kafka.tools.AclCommand",
+            "--bootstrap-server",
+            self.bootstrap_servers,
+        ]
+        subprocess.run([*command, *arguments], check=True, capture_output=True, env=self.environment())
 
     def _java(self, heap: str) -> list[str | Path]:
         return ["java", f"-Xmx{heap}", "-XX:+UseSerialGC", "-cp", f"{JARS}/*"]

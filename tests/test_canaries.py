@@ -87,7 +87,7 @@ async def test_no_canary_is_found_where_it_does_not_belong(
         async with running(arguments, given, cwd, **environment) as command:
             output, _ = await asyncio.to_thread(command.process.communicate, timeout=60)
         assert code is None or command.process.returncode == code, (arguments, command.errors[-2000:])
-        told[" ".join(arguments) + f" #{number}"] = output + command.errors
+        told[f"{arguments[0]} {arguments[1].removeprefix(ID)} #{number}"] = output + command.errors
         return output
 
     async with running(["run", "canary_app:app", "--workers", "2"], settings, tmp_path / "run", **environment) as run:
@@ -111,6 +111,7 @@ async def test_no_canary_is_found_where_it_does_not_belong(
     for arguments in (
         ["status", "canary_app:app", "--json"],
         ["status", "canary_app:app"],
+        ["show", f"{ID}-0"],
         ["positions", "canary_app:app", "--json"],
         ["replay", "canary_app:app", topic, "--json", "--report", str(tmp_path / "page.html")],
         ["replay", "canary_app:app", topic],

@@ -20,6 +20,7 @@ import pytest
 import typer
 import yaml
 
+from consumer import transport
 from consumer.cli import cli
 from consumer.loading import load_app
 from consumer.settings import Settings, load
@@ -253,6 +254,21 @@ def test_compose_own_containers_are_confined(services: dict[str, dict[str, Any]]
         assert not {"user", "entrypoint", "cap_add", "volumes"} & set(services[name]), name
     for name, service in services.items():
         assert service["security_opt"] == ["no-new-privileges:true"], name
+
+
+def test_no_address_is_one_that_the_workers_would_refuse(
+    monkeypatch: pytest.MonkeyPatch, services: dict[str, dict[str, Any]]
+) -> None:
+    for name in ("migrate", "workers"):
+        settings = load_settings(monkeypatch, services[name]["environment"])
+        transport.check_kafka(settings)
+        transport.redis_url(settings)
+        assert transport.postgres_tls(settings) is None  # in clear, and said so
+    # Kubernetes' are TLS, without an exception.
+    config, *_ = documents(KUBERNETES)
+    settings = load_settings(monkeypatch, config["data"])
+    transport.check_kafka(settings)
+    assert not settings.insecure and "rediss://" in KUBERNETES.read_text("utf-8")
 
 
 # -- deploy/Dockerfile ------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from harness import (
 )
 from services import Kafka
 
-from consumer import App, Misconfigured, Settings, Tx, ledger, transport
+from consumer import App, Misconfigured, Settings, Tx, ledger, transport, verify
 from consumer.bearer import Bearer, NoToken, find
 from consumer.core.errors import ServiceUnavailable
 from consumer.embedded import Postgres, Valkey
@@ -212,26 +212,32 @@ async def test_kafka_that_does_not_offer_a_mechanism_is_no_outage(kafka: Kafka) 
 async def test_a_token_is_fetched_anew_when_its_session_ends(
     kafka: Kafka, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The broker ends every session after 2 s (tests/services.py): the worker goes on with another token."""
+    """The broker ends every session after 2 s (tests/services.py): the worker goes on with another token.
+
+    One of them is refused although it was said to last: it is not offered again.
+    """
     name = f"provider_{uuid.uuid4().hex[:8]}"
     (tmp_path / f"{name}.py").write_text(
-        "asked = []\nasync def fetch():\n    from test_transport import token\n    asked.append(1)\n    return token('alice')\n"
+        "import time\nfrom test_transport import token\nasked, bad = [], []\n"
+        "async def fetch():\n    asked.append(1)\n    if bad:\n        return bad.pop(), 4e9\n"
+        "    return token('alice'), time.time() + 31\n"  # kept for a second
     )
     monkeypatch.chdir(tmp_path)
     topic = await place.topic()
     app = paying(topic)
     settings = by_sasl(kafka, place, kafka_sasl_mechanism="OAUTHBEARER", kafka_sasl_token_provider=f"{name}:fetch")
-    asked = find(f"{name}:fetch").__globals__["asked"]
+    module = find(f"{name}:fetch").__globals__
+    asked, bad = module["asked"], module["bad"]
     async with working(app, settings):
         await place.send(topic, *payments(10))
         await drained(app, place.settings())
+        bad.append("canary")
         before = len(asked)
-        assert before >= 2  # one connection to fetch, one to the coordinator
 
         async def again() -> bool:
-            return len(asked) > before
+            return not bad and len(asked) > before + 1
 
-        await until("another token", again)
+        await until("another token, after one that is refused", again, 60)
         await place.send(topic, *payments(10, 10))
         await drained(app, place.settings())
     assert (await counts(app, place.dsn))["settle"]["applied"] == 20
@@ -285,11 +291,42 @@ async def test_a_token_with_an_expiry_is_kept_until_shortly_before_it() -> None:
     assert await bearer.token() == "token1"
     now += 2
     assert await bearer.token() == "token2" and len(asked) == 2
+    bearer.refused()
+    assert await bearer.token() == "token3" and len(asked) == 3
     for bad in ("", "two words", "a\x01b", "ü"):
         with pytest.raises(NoToken):
             await Bearer(lambda bad=bad: bad).token()  # type: ignore[misc]
     once = Bearer(lambda: f"fresh{len(asked.append(0) or asked)}")  # type: ignore[func-returns-value]
     assert await once.token() != await once.token()
+
+
+async def test_the_documented_acls_are_enough(kafka: Kafka, place: Place, tmp_path: Path) -> None:
+    topic = await place.topic(2)
+    app = paying(topic)
+    page = (Path(__file__).parent.parent / "docs" / "security.md").read_text()
+    lines = [each.split()[1:] for each in page.splitlines() if each.startswith("kafka-acls.sh ")]
+    names = {"User:billing": "User:dave", "payments": topic, "billing": app.name}
+    given = [[names.get(each, each) for each in line] for line in lines]
+    assert len(given) == 2
+    await asyncio.gather(*[asyncio.to_thread(kafka.acls, each) for each in given])
+    settings = place.settings(
+        kafka_bootstrap_servers=kafka.sasl_servers,
+        kafka_security_protocol="SASL_PLAINTEXT",
+        kafka_sasl_username="dave",
+        kafka_sasl_password="listed",
+    )
+    await place.send(topic, *payments(20))
+    await consume_all(app, settings)
+    assert (await counts(app, place.dsn))["settle"]["applied"] == 20
+    found = await verify(app, topic, settings=settings)
+    assert found.ok, found
+    closed = await place.topic()  # and to him there is no other topic
+    source = Source(settings, None)
+    await source.start(10)
+    try:
+        assert await source.partitions([topic, closed]) == {topic: [(topic, 0), (topic, 1)], closed: []}
+    finally:
+        await source.stop(5)
 
 
 # -- PostgreSQL -------------------------------------------------------------------------------------------------------
