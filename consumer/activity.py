@@ -73,6 +73,10 @@ class TookTooLong(ConsumerError):
 class Stuck(ConsumerError):
     """A handler goes on after its cancellation and without its connection. Only the end of the process ends it."""
 
+    def __init__(self, handler: str, cause: TookTooLong) -> None:
+        super().__init__(f"handler {handler!r} cannot be stopped: it swallows its cancellation")
+        self.cause = cause
+
 
 class _State(Enum):
     RUNNING = "running"
@@ -145,13 +149,17 @@ class Activity:
     def leave(self, call: Call, error: BaseException | None = None) -> None:
         """It has ended, by an exception perhaps. Raises TookTooLong if it was its limit that ended it.
 
-        The order to this task to stop comes first: then that cancellation is left to go on.
+        The order to this task to stop comes first, and is passed on even if the handler has swallowed it: a lane that went
+        on after its worker has ended would be nobody's.
         """
         del self.running[call.task]
         self.step()
-        if call.state is _State.RUNNING:
-            return
-        if call.task.uncancel() and isinstance(error, asyncio.CancelledError):
+        ended_by_limit = call.state is not _State.RUNNING
+        if call.task.uncancel() if ended_by_limit else call.task.cancelling():
+            if isinstance(error, asyncio.CancelledError):
+                return
+            raise asyncio.CancelledError from error
+        if not ended_by_limit:
             return
         raise TookTooLong(call.deliveries, self._limits[call.handler.name], call.in_statement) from error
 
@@ -174,7 +182,7 @@ class Activity:
                     if call.tx is not None:
                         call.tx.abandon()
                 case _State.CUT if over > GRACE_SECONDS + LAST_SECONDS:
-                    raise Stuck(f"handler {call.handler.name!r} cannot be stopped: it swallows its cancellation")
+                    raise Stuck(call.handler.name, TookTooLong(call.deliveries, limit, in_statement=False))
                 case _:
                     pass
 

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from consumer import once, shards, transport
-from consumer.activity import Activity, LoopWatch, limits, memory_mb
+from consumer.activity import Activity, LoopWatch, Stuck, limits, memory_mb
 from consumer.app import App
 from consumer.core.epoch import is_left_behind
 from consumer.core.errors import ConsumerError, Misconfigured, RunAgain
@@ -45,6 +45,7 @@ _LOOP_LAG_SECONDS = 2.0
 _LOOK_SECONDS = 5.0  # between looks at what the logs are; a fetch that is refused is looked into at once
 _LOOK_AGAIN_SECONDS = 0.5
 _LIMITS_SECONDS = 0.1  # how exactly the limits of handlers are kept
+_LAST_WORD_SECONDS = 5.0
 _CANCELLED_SECONDS = 3.0  # what does not end when it is cancelled is left behind
 _TOLD_MAX = 20  # failures of one batch, one line each
 
@@ -95,6 +96,7 @@ class _Lane:
     session: Session | None = None
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    part: Batch | None = None  # what it settles now
     has_room: bool = True  # else it has its share of the buffer
     asks_below: dict[Partition, int] = field(default_factory=dict)  # offsets that other shards may have seen
 
@@ -430,6 +432,7 @@ class Worker:
         parts: list[once.Part] = [(batch, False, 0)]
         while parts:
             part, careful, failures = parts.pop()
+            lane.part = part
             if lane.session is None or not lane.session.is_usable:
                 lane.idle.set()  # nothing is in flight: a rebalance need not wait until the database is back
                 lane.session = await self._session(shard)
@@ -1014,7 +1017,11 @@ class Worker:
                     control_free_at[shard.name] = now
                     shard.control.close()
             for lane in self._lanes:
-                lane.activity.look(now)
+                try:
+                    lane.activity.look(now)
+                except Stuck as stuck:
+                    await self._count(lane, stuck)
+                    raise
                 if lane.activity.waiting_seconds(now) > silence and lane.session is not None:
                     event(
                         logging.WARNING,
@@ -1024,6 +1031,29 @@ class Worker:
                     )
                     lane.activity.step()
                     lane.session.close()
+
+    async def _count(self, lane: _Lane, stuck: Stuck) -> None:
+        """Settle the message of a handler that cannot be stopped, on another connection, before the process ends.
+
+        Else it would be as new for the next process, which it would stop in the same way, for ever. Of the many messages
+        of a batch handler's call, nobody knows which it was.
+        """
+        deliveries = stuck.cause.deliveries
+        if len(deliveries) > 1 or not deliveries[0].handler.idempotent or lane.part is None:
+            return
+        alone = Batch(list(deliveries), {}, lane.part.openings)
+        [(part, careful, _)] = once.smaller(alone, True, stuck.cause, self._draw)
+        try:
+            async with asyncio.timeout(_LAST_WORD_SECONDS):
+                session = await Session.open(lane.shard.settings)
+                try:
+                    await once.apply(
+                        session, lane.shard.names, lane.state, part, careful=careful, draw=self._draw, step=self._step
+                    )
+                finally:
+                    session.close()
+        except (ConsumerError, TimeoutError) as error:
+            event(logging.WARNING, "the attempt could not be counted", error=describe(error.__cause__ or error))
 
     async def _watch(self) -> None:
         """Find out that nothing is fetched although there is something, which the client does not tell."""

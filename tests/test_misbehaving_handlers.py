@@ -174,10 +174,12 @@ async def test_a_handler_that_swallows_its_cancellation_loses_its_connection_and
     let_go, over = asyncio.Event(), asyncio.Event()
     late: list[BaseException] = []
 
-    @app.handler(topic, timeout=0.3)
+    @app.handler(topic, timeout=0.3, retry=Retry(attempts=1))
     async def settle(body: dict[str, str], tx: Tx) -> None:
         tx.defer(INSERT, body["id"], 1, 1)
         await tx.fetchval("select 1")
+        if body["id"] != "a":
+            return
         while not let_go.is_set():
             try:
                 await let_go.wait()
@@ -189,7 +191,7 @@ async def test_a_handler_that_swallows_its_cancellation_loses_its_connection_and
             late.append(error)
         over.set()
 
-    await place.send(topic, sent("a"))
+    await place.send(topic, sent("before"), sent("a"), sent("after"))
     with pytest.raises(Stuck, match="settle"):
         await asyncio.wait_for(Worker(app, place.settings()).run(), 30)
     open_ones = """select count(*) from pg_stat_activity where datname = current_database()
@@ -202,7 +204,9 @@ async def test_a_handler_that_swallows_its_cancellation_loses_its_connection_and
     let_go.set()
     await asyncio.wait_for(over.wait(), 10)
     assert [type(each) for each in late] == [TransactionMisuse]
-    assert (await ids(place), await place.reasons()) == ([], [])
+    assert (await ids(place), await place.reasons()) == ([], ["failed"])  # its attempt was counted, for all to see
+    await consume_all(app, place.settings())  # so the next process does not meet it
+    assert (await ids(place), await place.reasons()) == (["after", "before"], ["failed"])
 
 
 # -- that block -----------------------------------------------------------------------------------------------------
