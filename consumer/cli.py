@@ -16,6 +16,7 @@ import sys
 import typing
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,17 +24,19 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from consumer import ledger, logs, report, schema, transport
+from consumer import ledger, logs, report, schema, shards, transport
 from consumer.app import App
 from consumer.core import grants
 from consumer.core.errors import Misconfigured, ServiceUnavailable
 from consumer.core.identity import OffsetId
 from consumer.core.incarnation import Log, judge
 from consumer.core.message import Partition
+from consumer.core.route import Router
 from consumer.kafka import Source
 from consumer.loading import load_app
 from consumer.replay_command import replay_command as replay_command  # registers itself
 from consumer.settings import Settings
+from consumer.shard_command import ShardName, ShardsOf, over
 from consumer.terminal import (
     POSTGRES,
     SERVICES,
@@ -134,7 +137,9 @@ async def _ready(app: App, settings: Settings) -> None:
         async with app.running():
             pass
 
-    settings.dsn  # noqa: B018 - raises when there is none
+    by_shard = shards.settings_of(app, settings)
+    for each in by_shard.values():
+        each.dsn  # noqa: B018 - raises when there is none
     try:
         async with asyncio.timeout(max(settings.wait_seconds, 1)) as limit:
             await resources()
@@ -144,7 +149,14 @@ async def _ready(app: App, settings: Settings) -> None:
         if limit.expired():
             raise Misconfigured(f"the lifespan of {app.name!r} took longer than --wait") from None
         raise Misconfigured(f"the lifespan of {app.name!r} failed: {logs.describe(error)}") from None
-    await _postgres_ready(settings)
+    opened = [(each, await _postgres_ready(each)) for each in by_shard.values()]
+    try:
+        await shards.check(app, Router(tuple(app.shards) or ("",), app.route), opened)
+    except ledger.Outage as error:
+        raise ServiceUnavailable(str(error)) from None
+    finally:
+        for _, session in opened:
+            session.close()
     if (redis_url := transport.redis_url(settings)) is not None:
         from consumer.precheck import Precheck
 
@@ -168,14 +180,13 @@ async def _ready(app: App, settings: Settings) -> None:
             logs.event(30, OFFSET_IDS, handler=handler.name)
 
 
-async def _postgres_ready(settings: Settings) -> None:
+async def _postgres_ready(settings: Settings) -> ledger.Session:
     deadline = asyncio.get_running_loop().time() + settings.wait_seconds
     told = False
     while True:
         try:
             left = max(0.5, deadline - asyncio.get_running_loop().time())
-            (await ledger.Session.open(settings, min(10, left))).close()
-            return
+            return await ledger.Session.open(settings, min(10, left))
         except ledger.Outage as error:
             if asyncio.get_running_loop().time() + 0.5 > deadline:
                 raise ServiceUnavailable(f"{error} (waited {settings.wait_seconds:g} s)") from None
@@ -214,6 +225,16 @@ def migrate(
             "--new-epoch", help="declare that the database was put back from a copy of its disk: Redis's marks end"
         ),
     ] = False,
+    shards_of: ShardsOf = None,
+    shard: ShardName = None,
+    new_route: Annotated[
+        bool,
+        typer.Option(
+            "--new-route",
+            help="with --shards: declare that the App's shards or route have changed, and every key that moves was moved "
+            "(docs/shards.md); without it a change is refused",
+        ),
+    ] = False,
 ) -> Any:
     """Create or update the ledger's tables (schema "consumer"). Safe when several run at once.
 
@@ -239,7 +260,30 @@ def migrate(
             own.append(path.read_text("utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise Misconfigured(f"--file {path}: {error}") from None
-    return _migrate(settings, check, own, [str(path) for path in file or []], new_epoch)
+    if new_route and (shards_of is None or shard is not None or check):
+        raise Misconfigured("--new-route goes with --shards APP, for all of its shards, and without --check")
+    names = [str(path) for path in file or []]
+
+    async def run(on: Settings) -> int:
+        return await _migrate(on, check, own, names, new_epoch)
+
+    return _migrate_shards(shards_of, shard, settings, run, new_route)
+
+
+async def _migrate_shards(
+    path: str | None,
+    shard: str | None,
+    settings: Settings,
+    run: Callable[[Settings], Coroutine[Any, Any, int]],
+    new: bool,
+) -> int:
+    code = await over(path, shard, settings, False, run)
+    if new and path is not None:
+        app = load_app(path)
+        for name, on in shards.settings_of(app, settings).items():
+            await _with_ledger(on, partial(shards.forget, app, name))
+        print("the shards and the route of the App are as they are now: workers may be started")
+    return code
 
 
 async def _migrate(settings: Settings, check: bool, own: list[str], names: list[str], new_epoch: bool) -> int:
@@ -294,12 +338,13 @@ async def _with_ledger(settings: Settings, ask: Callable[[Any], Coroutine[Any, A
 
 
 @command(cli, "status", (*SERVICES, "wait_"))
-def status(app: AppPath, settings: Settings, as_json: AsJson = False) -> Any:
+def status(app: AppPath, settings: Settings, shard: ShardName = None, as_json: AsJson = False) -> Any:
     """Positions and lag of every partition, and what became of the messages of every handler.
 
     Exit code 1 when a partition has stopped and waits for you: why, and the command that lets it go on, are shown.
     """
-    return _status(load_app(app), app, settings, as_json)
+    loaded = load_app(app)
+    return over(loaded, shard, settings, as_json, lambda on: _status(loaded, app, on, as_json))
 
 
 async def _status(app: App, path: str, settings: Settings, as_json: bool) -> int:
@@ -403,6 +448,8 @@ def show(
     ],
     settings: Settings,
     hexadecimal: Annotated[bool, typer.Option("--hex", help="MESSAGE_ID is the id's bytes in hexadecimal")] = False,
+    shards_of: ShardsOf = None,
+    shard: ShardName = None,
     as_json: AsJson = False,
 ) -> Any:
     """What became of a message: when, from where, by which handler; exit 1 when it is unknown."""
@@ -412,7 +459,18 @@ def show(
             wanted = bytes.fromhex(message_id)
         except ValueError:
             raise Misconfigured(f"--hex {message_id}: not hexadecimal") from None
-    return _show(wanted, settings, as_json)
+    return _show_in(shards_of, shard, wanted, settings, as_json)
+
+
+async def _show_in(path: str | None, shard: str | None, wanted: str | bytes, settings: Settings, as_json: bool) -> int:
+    codes: list[int] = []
+
+    async def run(on: Settings) -> int:
+        codes.append(await _show(wanted, on, as_json))
+        return 0
+
+    await over(path, shard, settings, as_json, run)
+    return min(codes)  # known to one of them is known
 
 
 async def _show(wanted: str | bytes, settings: Settings, as_json: bool) -> int:
@@ -439,10 +497,14 @@ def dlq_list(
     topic: Annotated[str | None, typer.Option("--topic", help="only from this topic")] = None,
     reason: Annotated[str | None, typer.Option("--reason", help="only for this reason")] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, max=100_000, help="the newest so many")] = 50,
+    shards_of: ShardsOf = None,
+    shard: ShardName = None,
     as_json: AsJson = False,
 ) -> Any:
     """The newest dead letters, without their payloads."""
-    return _dlq_list(settings, app, handler, topic, reason, limit, as_json)
+    return over(
+        shards_of, shard, settings, as_json, lambda on: _dlq_list(on, app, handler, topic, reason, limit, as_json)
+    )
 
 
 async def _dlq_list(
@@ -485,10 +547,14 @@ def dlq_show(
         ),
     ],
     settings: Settings,
+    shards_of: ShardsOf = None,
+    shard: ShardName = None,
     as_json: AsJson = False,
 ) -> Any:
     """One dead letter, with its bytes and headers."""
-    return _dlq_show(number, settings, as_json)
+    if shards_of is not None and shard is None:
+        raise Misconfigured("each shard has numbers of its own: say which one with --shard NAME")
+    return over(shards_of, shard, settings, as_json, lambda on: _dlq_show(number, on, as_json))
 
 
 async def _dlq_show(number: int, settings: Settings, as_json: bool) -> int:
@@ -523,6 +589,7 @@ def positions(
             "(one partition, or all of the topic that stopped for this)",
         ),
     ] = False,
+    shard: ShardName = None,
     as_json: AsJson = False,
 ) -> Any:
     """Show the positions in PostgreSQL, or move one; running workers notice and go on from there.
@@ -536,13 +603,17 @@ def positions(
     if not adopt and (topic, partition, to).count(None) not in (0, 3):
         raise Misconfigured("to move a position, give all of --topic, --partition and --to")
     loaded = load_app(app)
-    if topic is None:
-        return _status(loaded, app, settings, as_json)
-    if topic not in loaded.topics:
+
+    async def run(on: Settings) -> int:
+        if topic is None:
+            return await _status(loaded, app, on, as_json)
+        if partition is None or to is None:
+            return await _adopt(loaded, topic, partition, on, as_json)
+        return await _move(loaded, Partition(topic, partition), to, on, as_json)
+
+    if topic is not None and topic not in loaded.topics:
         raise Misconfigured(f"{app} has no handler of topic {topic!r} (it has: {', '.join(loaded.topics)})")
-    if partition is None or to is None:
-        return _adopt(loaded, topic, partition, settings, as_json)
-    return _move(loaded, Partition(topic, partition), to, settings, as_json)
+    return over(loaded, shard, settings, as_json, run)
 
 
 async def _move(app: App, partition: Partition, to: str, settings: Settings, as_json: bool) -> int:

@@ -108,9 +108,19 @@ async def replay(
     for what `apply` had stored by then, each message once).
     """
     _check(options)
+    one_database(app)
     engine = _Replay(app, settings, list(dict.fromkeys(topics)), options, told, resumed)
     async with _running(app):
         return await engine.run(source or Source(settings, None))
+
+
+def one_database(app: App) -> None:
+    """Raises Misconfigured for an App with shards."""
+    if app.shards:
+        raise Misconfigured(
+            f"App {app.name!r} has shards, and a replay knows one database only. To apply what is missing, move the positions back "
+            "with `consumer positions APP --topic T --partition N --to earliest`: what was applied is not applied again"
+        )
 
 
 @asynccontextmanager

@@ -28,7 +28,7 @@ from consumer.app import App
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.core.findings import OUTCOMES, Findings, Verdict
 from consumer.loading import load_app
-from consumer.replay import Options, Told, replay
+from consumer.replay import Options, Told, one_database, replay
 from consumer.settings import Settings
 from consumer.terminal import AppPath, AsJson, cli, command, err, out, printable
 
@@ -155,8 +155,10 @@ def replay_command(
         trace=trace,
         republish_to=republish,
     )
+    loaded = load_app(app)
+    one_database(loaded)
     settings.dsn  # noqa: B018 - raises when there is none
-    return _replay(app, load_app(app), settings, topics, options, resume=resume, report=report, as_json=as_json)
+    return _replay(app, loaded, settings, topics, options, resume=resume, report=report, as_json=as_json)
 
 
 def _check_writable(path: Path) -> None:

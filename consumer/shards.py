@@ -75,7 +75,7 @@ async def _enroll(app: App, name: str, settings: Settings, session: Session) -> 
         if await connection.fetchval("select exists (select from consumer.positions where app = $1)", app.name):
             raise Misconfigured(
                 f"{where(settings.dsn)} has applied messages of App {app.name!r} without shards, and other shards know nothing "
-                "of them: see docs/shards.md, then run `consumer migrate APP --new-route`"
+                "of them: see docs/shards.md, then run `consumer migrate --shards APP --new-route`"
             )
         await connection.execute(_ENROLL, app.name, name, names)
         row = await connection.fetchrow(_WHO, app.name)
@@ -88,12 +88,12 @@ async def _enroll(app: App, name: str, settings: Settings, session: Session) -> 
     if row["shard"] != name:
         raise Misconfigured(
             f"{where(settings.dsn)} is shard {row['shard']!r} of App {app.name!r}, and its address is given for {name!r}: were "
-            "they swapped? A shard is renamed with `consumer migrate APP --new-route`"
+            "they swapped? A shard is renamed with `consumer migrate --shards APP --new-route`"
         )
     if row["shards"] != names:
         raise Misconfigured(
             f"App {app.name!r} has the shards {', '.join(names)}, and had {', '.join(row['shards'])}: keys that move would be "
-            "applied again. Move them as docs/shards.md says, then run `consumer migrate APP --new-route`"
+            "applied again. Move them as docs/shards.md says, then run `consumer migrate --shards APP --new-route`"
         )
 
 

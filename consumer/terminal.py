@@ -13,7 +13,9 @@ import json
 import re
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Annotated, Any
 
 import typer
@@ -165,5 +167,22 @@ def printable(text: str) -> str:
     )
 
 
+_collected: ContextVar[list[object] | None] = ContextVar("collected", default=None)
+
+
+@contextmanager
+def collecting() -> Iterator[list[object]]:
+    """Keep what would be printed as JSON, to make one answer of several."""
+    found: list[object] = []
+    token = _collected.set(found)
+    try:
+        yield found
+    finally:
+        _collected.reset(token)
+
+
 def print_json(found: object) -> None:
+    if (collected := _collected.get()) is not None:
+        collected.append(found)
+        return
     print(json.dumps(found, indent=2, default=str))
