@@ -282,9 +282,13 @@ class FetchingById:
     def _read(
         self, answer: Any, topics: Mapping[UUID, list[tuple[int, int, int]]], names: Mapping[UUID, str]
     ) -> _Answer:
-        if answer.error:
-            failed = [(each[0], answer.error, -1, -1, -1, None, -1, b"") for found in topics.values() for each in found]
-            return _Answer([(names[id], failed[:1]) for id in topics][:1]) if failed else _Answer([])
+        if answer.error:  # of the whole request
+            return _Answer(
+                [
+                    (names[id], [(each[0], answer.error, -1, -1, -1, None, -1, b"") for each in partitions])
+                    for id, partitions in topics.items()
+                ]
+            )
         found: list[tuple[str, list[tuple[Any, ...]]]] = []
         for id, partitions, _ in answer.topics:
             name = names[id]

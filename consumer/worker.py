@@ -667,7 +667,8 @@ class Worker:
                 self._read_on(partition)
             event(logging.INFO, "partitions opened", count=len(positions), **shard.label)
             self._report({"opened": len(positions)})
-            if shard.unopened:  # those whose log could not be looked at
+            if left := len(shard.unopened & set(wanted)):
+                event(logging.WARNING, "partitions wait for their topic or their leader", count=left)
                 await self._pause(_LOOK_AGAIN_SECONDS)
                 shard.to_open.set()
 
@@ -735,7 +736,7 @@ class Worker:
 
     async def _judge(self, partition: Partition, at: Position, log: Log) -> tuple[bool, Stop | None]:
         """What speaks against going on from a position; False where that cannot be told now."""
-        if log.topic_id is None and at.topic_id is not None:
+        if log.topic_id is None and at.topic_id is not None and log.cluster_id is not None:
             return False, None  # the topic is being deleted, or this broker does not know it yet
         stop = judge(partition, at, log)
         if stop is None and at.seen is not None:

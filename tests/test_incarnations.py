@@ -31,8 +31,11 @@ from harness import (
 )
 
 from consumer import App, Tx
+from consumer.core.incarnation import Position
+from consumer.core.lanes import Move
 from consumer.core.message import Partition
 from consumer.kafka import Source, group_offsets
+from consumer.ledger import Fenced, Session
 from consumer.wire import Identity
 
 PATH = "worker_app:app"  # how the commands name the App; what they need of it is its name and its topic
@@ -243,6 +246,22 @@ async def test_a_topic_made_anew_between_two_runs_and_messages_without_ids(place
     await query(place.dsn, "update consumer.positions set next_offset = 0")
     await consume_all(app, place.settings())  # and again: within the new log they are recognised
     assert len(await ids(place)) == 18
+
+
+async def test_a_worker_that_slept_through_an_adoption_cannot_move_the_new_logs_position(place: Place) -> None:
+    """The number is the same in both logs: only the topic's id tells that it is not the one that this worker knew."""
+    old, new = uuid.uuid4(), uuid.uuid4()
+    partition = Partition(await place.topic(), 0)
+    session = await Session.open(place.settings())
+    try:
+        await session.begin_positions("app", {partition: Position(0, "cluster", new)})
+        with pytest.raises(Fenced):
+            await session.close_batch("app", [Move(partition, 0, 100, old)], {})
+        assert (await session.positions("app", [partition]))[partition].offset == 0
+        await session.close_batch("app", [Move(partition, 0, 100, new)], {})
+        assert (await session.positions("app", [partition]))[partition].offset == 100
+    finally:
+        session.close()
 
 
 async def test_a_broker_that_tells_no_ids_is_found_out_by_the_record_that_was_read_last(
