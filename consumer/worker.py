@@ -648,7 +648,6 @@ class Worker:
                 pause = min(_BACKOFF_SECONDS[1], pause * 2)
                 shard.to_open.set()
                 continue
-            pause = _BACKOFF_SECONDS[0]
             if generation != shard.generation or positions is None:
                 shard.to_open.set()
                 continue
@@ -669,8 +668,11 @@ class Worker:
             self._report({"opened": len(positions)})
             if left := len(shard.unopened & set(wanted)):
                 event(logging.WARNING, "partitions wait for their topic or their leader", count=left)
-                await self._pause(_LOOK_AGAIN_SECONDS)
+                await self._pause(pause)
+                pause = min(_BACKOFF_SECONDS[1], pause * 2)
                 shard.to_open.set()
+            else:
+                pause = _BACKOFF_SECONDS[0]
 
     async def _positions(
         self, shard: _Shard, wanted: list[Partition]
@@ -970,7 +972,7 @@ class Worker:
         }
         known = {each: at for each in {*idle, *shard.stopped} if (at := self._settled_at(shard, each)) is not None}
         control = shard.control
-        if not known or control is None or not control.is_usable or shard.unopened or shard.control_lock.locked():
+        if not known or control is None or not control.is_usable or shard.control_lock.locked():
             return
         generation = shard.generation
         try:

@@ -24,6 +24,7 @@ from harness import (
     consumer,
     counts,
     drained,
+    is_one_line,
     new_topic,
     query,
     until,
@@ -201,6 +202,8 @@ async def test_a_topic_made_anew_under_a_running_worker_stops_and_nothing_of_it_
     assert sum((await counts(app, place.dsn))["settle"]["duplicates"].values()) == 2
     again = await command(place, app, "positions", PATH, "--topic", topic, "--adopt")
     assert again.returncode == 1 and "nothing to adopt" in again.stderr
+    for wrong in (["--adopt"], ["--topic", topic, "--partition", "9", "--adopt"]):
+        is_one_line(await command(place, app, "positions", PATH, *wrong))
 
 
 async def test_a_fetch_is_of_the_topic_with_the_id_and_of_no_other(place: Place) -> None:
@@ -308,6 +311,8 @@ async def test_records_removed_before_they_were_read_stop_their_partition_alone(
         told_by_status = (await stopped(place, app))[0]
         assert told_by_status["missing"] == {"first": 10, "last": 16}
         assert told_by_status["do"] == found["do"]
+        text = (await command(place, app, "status", PATH)).stdout
+        assert f"{topic}:0 has stopped" in text and "10 to 16" in text and found["do"] in text
         assert await positions(place, app) == {0: 10, 1: 20}
         assert (await as_written(place, app, found["do"])).returncode == 0
         await drained(app, place.settings())
