@@ -178,6 +178,9 @@ class Page:
             else:
                 tap.text = "answered with the first tap's result"
             response = Response(answer.body, answer.status_code, answer.headers)
+        except Exception:
+            tap.status, tap.text = 500, "failed on the way: see what was sent"
+            raise
         else:
             tap.status = response.status_code
         if not _is_form(request):
@@ -288,7 +291,9 @@ class Page:
         except NotFound:
             raise Problem(409, "not_charged", "It is not in the database yet.") from None
         except _DATABASE_AWAY:
-            raise Problem(503, "database_unavailable", "PostgreSQL does not answer. Nothing was changed.", 1) from None
+            raise Problem(
+                503, "database_unavailable", "PostgreSQL does not answer. See the state, then try again.", 1
+            ) from None
         return JSONResponse({"state": to, "version": version})
 
     # -- what is seen -----------------------------------------------------------------------------------------------
@@ -417,7 +422,10 @@ _decoder = msgspec.json.Decoder(float_hook=Decimal)
 async def _body(request: Request) -> dict[str, Any]:
     """The body's fields. Raises Problem: 415, 400, 422."""
     if _is_form(request):
-        pairs = (await request.form()).multi_items()
+        try:
+            pairs = (await request.form()).multi_items()
+        except HTTPException as error:  # too many fields, for example
+            raise Problem(error.status_code, "form_malformed", error.detail) from None
         found: dict[str, Any] = dict(pairs)
         if len(found) < len(pairs):
             raise Problem(422, "field_repeated", "A field stands there twice.")

@@ -50,6 +50,7 @@ async def is_untouched(shop: Shop, script: Script) -> None:
     """The order has sent no message, and PostgreSQL knows nothing of it."""
     view = script.view()
     assert view["messages"] == [] and view["charged"]["times"] == 0
+    assert all(400 <= each["status"] < 500 for each in view["taps"])
     assert await shop.charges(script.order) == 0
 
 
@@ -132,6 +133,24 @@ BODIES: list[tuple[bytes, int]] = [
 @pytest.mark.parametrize(("body", "status"), BODIES, ids=lambda each: str(each)[:30])
 async def test_bodies_that_are_none(shop: Shop, fixed: Script, body: bytes, status: int) -> None:
     is_problem(fixed.post(f"/orders/{fixed.order}/payments", body, idempotency_key=fixed.token), status)
+    await is_untouched(shop, fixed)
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ("", 422),
+        ("amount=1&amount=2", 422),
+        ("a=1&" * 1500, 400),
+        ("%", 422),
+        ("amount=1&token", 422),
+        ("amount=1&x=2", 422),
+    ],
+    ids=lambda each: str(each)[:30],
+)
+async def test_forms_that_are_none(shop: Shop, fixed: Script, body: str, status: int) -> None:
+    answer = fixed.post(f"/orders/{fixed.order}/payments", body, content_type=FORM["content-type"], idempotency_key="x")
+    assert answer.status == status and answer.headers["content-type"].startswith("text/html")
     await is_untouched(shop, fixed)
 
 
