@@ -1,26 +1,12 @@
-"""`make shop` as people meet it: its help, a port that is taken, and nothing left after Ctrl-C."""
+"""`make shop` as people meet it: its help, and what cannot be. Ctrl-C is tested where the shop of all tests ends: conftest.py."""
 
 from __future__ import annotations
 
-import signal
 import socket
-from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
-from shop_process import Script, Shop, soon
 
 from handlers.shop.__main__ import main
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A directory that PostgreSQL's own user can reach, as those of pytest are not."""
-    with TemporaryDirectory(dir="/tmp") as name:
-        directory = Path(name)
-        directory.chmod(0o755)
-        yield directory
 
 
 @pytest.mark.parametrize("by", ["flag", "environment"])
@@ -69,37 +55,3 @@ def test_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     for each in ("--port", "SHOP_PORT", "--token-seconds", "--json", "Ctrl-C", "make shop"):
         assert each in told
-
-
-def left_behind(directory: Path) -> list[str]:
-    """Directories of its servers, and processes that work in them."""
-    found = [each.name for each in directory.iterdir()]
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(directory) in process.read_text():
-                found.append(process.read_text())
-        except OSError:
-            continue
-    return found
-
-
-def test_ctrl_c_ends_all_of_it(place: Path) -> None:
-    """Also with a page that listens to its events, and with a broker that was stopped while a message waits for it."""
-    shop = Shop(TMPDIR=str(place))
-    try:
-        script = Script(shop)
-        assert left_behind(place) != []
-        worker = script.view()["services"]["worker"]["pid"]
-        host, port = shop.host.split(":")
-        with socket.create_connection((host, int(port)), timeout=60) as listening:
-            head = f"GET /orders/{script.order}/events HTTP/1.1\r\nhost: {shop.host}\r\ncookie: {script.cookie}\r\n\r\n"
-            listening.sendall(head.encode())
-            assert b"text/event-stream" in listening.recv(4096)
-            assert script.post("/services/kafka", '{"do": "stop"}').status == 200
-            assert script.pay().status == 503
-            shop.process.send_signal(signal.SIGINT)
-            assert shop.process.wait(60) == 0
-    finally:
-        shop.end()
-    soon(lambda: left_behind(place) == [], f"nothing to be left: {left_behind(place)}")
-    soon(lambda: not Path(f"/proc/{worker}").exists(), "the worker to be gone")

@@ -32,7 +32,7 @@ CAUSES = st.dictionaries(PLACES, st.sampled_from(["precheck", "ledger", "batch",
 
 
 @given(SENT, st.none() | SEEN, SWITCHES, SERVICES, CAUSES, st.booleans(), st.booleans())
-@settings(derandomize=True, database=None, deadline=None, max_examples=400)
+@settings(derandomize=True, database=None, deadline=None, max_examples=150)
 def test_nothing_is_called_charged_that_postgresql_does_not_hold(
     sent: list[Sent], seen: Seen | None, layers: Switches, up: Services, causes: Any, token: bool, unchecked: bool
 ) -> None:
