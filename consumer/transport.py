@@ -42,14 +42,14 @@ def redis_url(settings: Settings) -> str | None:
     try:
         parts = urlsplit(url)
         found = [parts.hostname or "localhost"]
-        options = {name: value.lower() for name, value in parse_qsl(parts.query)}
+        options = {(name, value.lower()) for name, value in parse_qsl(parts.query)}
     except ValueError:
         return url  # the client says what is wrong with it
     if parts.scheme == "redis":
         _refuse("redis", found, settings, "write rediss:// in CONSUMER_REDIS_URL")
     if parts.scheme == "rediss":
-        checks = options.get("ssl_cert_reqs", "required"), options.get("ssl_check_hostname", "true")
-        if checks != ("required", "true"):
+        checks = {each for each in options if each[0] in ("ssl_cert_reqs", "ssl_check_hostname")}
+        if checks - {("ssl_cert_reqs", "required"), ("ssl_check_hostname", "true")}:
             _refuse("redis", found, settings, "leave ssl_cert_reqs and ssl_check_hostname out of CONSUMER_REDIS_URL")
         if settings.redis_ca_file is not None:
             if not Path(settings.redis_ca_file).is_file():  # the client would only say that Redis is away

@@ -41,6 +41,8 @@ async def test_a_worker_may_do_what_is_printed_and_nothing_else(place: Place) ->
         WORKER,
     )
     assert set(given) == set(zip(*grants.needed(), strict=True))
+    assert {right for _, right in given} <= {"select", "insert", "update", "delete"}
+    assert {right.split()[0] for rights in grants.TABLES[grants.For.READER].values() for right in rights} == {"select"}
     assert not await value(place.dsn, "select has_schema_privilege($1, 'consumer', 'create')", WORKER)
     refused = [
         "truncate consumer.ledger",

@@ -105,7 +105,12 @@ async def test_what_may_be_reached_in_clear_is_named_service_by_service() -> Non
         await Source(away, None).start(0.1)
     with pytest.raises(Misconfigured, match=r"redis at cache .*rediss://.*CONSUMER_ALLOW_INSECURE=redis"):
         transport.redis_url(away)
-    for weak in ("ssl_cert_reqs=none", "ssl_check_hostname=False", "ssl_cert_reqs=optional"):
+    for weak in (
+        "ssl_cert_reqs=none",
+        "ssl_check_hostname=False",
+        "ssl_cert_reqs=optional",
+        "ssl_cert_reqs=none&ssl_cert_reqs=required",
+    ):
         with pytest.raises(Misconfigured, match="ssl_cert_reqs"):
             transport.redis_url(settings_for(dsn, "kafka:9092", f"rediss://cache:6379/0?{weak}"))
     for protocol in ("PLAINTEXT", "SASL_PLAINTEXT"):
