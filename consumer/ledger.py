@@ -8,6 +8,7 @@ ROLLBACK (measured with asyncpg 0.32: no error, nothing stored).
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import ssl
 import uuid
@@ -29,50 +30,15 @@ from consumer.core.lanes import Delivery, Move
 from consumer.core.message import Partition
 from consumer.core.outcome import Dead
 from consumer.core.sqlstate import Meaning, meaning, without_values
+from consumer.generations import ADVISORY_CLASS, FIRST, READ, STANDING, Generations, Statements, statements
 from consumer.settings import Settings
 
 _BATCH_SECONDS_MAX = 5.0
 _ROLLBACK_SECONDS = 5.0  # what takes longer is ended with its connection, which undoes it too
-SCHEMA_VERSION = 4  # the migration this code needs; migrations/ holds them
+_TURNS_MAX = 10  # of the ledger, that one claim sees come and go
+_CLAIM_KEY = re.compile("ledger(_[0-9]+)?_claim")
+SCHEMA_VERSION = 5  # the migration this code needs; migrations/ holds them
 
-_OFFERED = """
-with offered as materialized (
-    select * from unnest($1::int2[], $2::uuid[], $3::int8[], $4::int2[], $5::int4[], $6::int8[], $7::bool[])
-        with ordinality as o(handler, id, fingerprint, topic, partition, "offset", applied, place)
-)"""
-# The same for offers of one handler from one partition: three arrays instead of seven.
-_OFFERED_ALIKE = """
-with offered as materialized (
-    select $1::int2 as handler, id, fingerprint, $4::int2 as topic, $5::int4 as partition, "offset", $7::bool as applied, place
-    from unnest($2::uuid[], $3::int8[], $6::int8[]) with ordinality as o(id, fingerprint, "offset", place)
-)"""
-_CLAIMED = """, claimed as (
-    insert into consumer.ledger (handler, id, fingerprint, topic, partition, "offset", applied_at)
-    select handler, id, fingerprint, topic, partition, "offset", case when applied then now() end
-    from offered order by handler, id
-    on conflict on constraint ledger_claim do nothing
-    returning handler, id
-)"""
-# The places of the offers that were lost, and of those among them: that another record made, that are dead letters, that
-# hold another payload, and that this statement cannot see. One probe of the index for each (a join may scan the ledger).
-_LOST = """
-select array_agg(place), array_agg(place) filter (where not here), array_agg(place) filter (where dead),
-       array_agg(place) filter (where clashes), array_agg(place) filter (where here is null)
-from offered o left join lateral (
-    select (l."offset", l.partition, l.topic) = (o."offset", o.partition, o.topic) as here,
-           l.applied_at is null as dead, l.fingerprint <> o.fingerprint as clashes
-    from consumer.ledger l where l.handler = o.handler and l.id = o.id limit 1
-) as found on true
-"""
-_NOT_CLAIMED = "where not exists (select from claimed c where c.handler = o.handler and c.id = o.id)"
-_CLAIM = _OFFERED + _CLAIMED + _LOST + _NOT_CLAIMED
-_CLAIM_ALIKE = _OFFERED_ALIKE + _CLAIMED + _LOST + _NOT_CLAIMED
-_WHAT_STANDS = _OFFERED + _LOST
-_UNCLAIM = "delete from consumer.ledger l using unnest($1::int2[], $2::uuid[]) as o(handler, id) where (l.handler, l.id) = (o.handler, o.id)"
-_BURY = """
-update consumer.ledger l set applied_at = null
-from unnest($1::int2[], $2::uuid[]) as o(handler, id) where (l.handler, l.id) = (o.handler, o.id)
-"""
 _DEAD_LETTER = """
 insert into consumer.dead_letters (handler, id, fingerprint, topic, partition, "offset", "timestamp", key, value,
                                    header_keys, header_values, reason, error, attempts)
@@ -158,7 +124,7 @@ def meaning_of(error: BaseException) -> Meaning:
     if isinstance(error, asyncpg.InvalidCachedStatementError):
         return Meaning.CONFLICT  # a table was altered meanwhile: prepared anew, the statement works
     if isinstance(error, asyncpg.PostgresError):
-        if getattr(error, "constraint_name", None) == "ledger_claim":
+        if _CLAIM_KEY.fullmatch(getattr(error, "constraint_name", None) or ""):
             return Meaning.CONFLICT  # a concurrent REINDEX may let a conflict through as an error
         return meaning(error.sqlstate or "")
     if isinstance(error, asyncpg.InternalClientError):
@@ -276,7 +242,9 @@ class Session:
         )
         # Slow handlers leave the connection idle: commit what is done well before the server ends the transaction.
         self.batch_seconds_max = min(_BATCH_SECONDS_MAX, settings.postgres_idle_in_transaction_timeout_seconds / 3)
-        self._begin = f"begin isolation level read committed{local}"
+        self._local = local
+        self._generations = FIRST  # as they were read last; a claim notices when that is no longer so
+        self._skew_ms = round(settings.ledger_clock_skew_hours * 3_600_000)
 
     @classmethod
     async def open(cls, settings: Settings, timeout_seconds: float = 10) -> Session:
@@ -292,17 +260,24 @@ class Session:
                     raise Misconfigured(
                         f"{where(settings.dsn)}: this role may not write to {missing}: grant it what `consumer migrate --grants ROLE` prints"
                     )
+                session = cls(connection, settings, epoch)
+                session._generations = await session._read_generations()
         except BaseException:
             connection.terminate()
             raise
-        return cls(connection, settings, epoch)
+        return session
 
     @property
     def is_usable(self) -> bool:
         return not self.connection.is_closed()
 
     async def begin(self) -> None:
-        await self.connection.execute(self._begin)
+        """Begin a transaction that holds the lock of the ledger's version: see migrations/0005_generations.sql."""
+        version = self._generations.version
+        await self.connection.execute(
+            f"begin isolation level read committed{self._local}; "
+            f"select pg_advisory_xact_lock_shared({ADVISORY_CLASS}, {version})"
+        )
 
     async def rollback(self) -> None:
         """Undo everything. A connection on which that fails is ended, which undoes it too."""
@@ -343,14 +318,12 @@ class Session:
         A claim that another transaction holds is waited for, until that one commits or rolls back. The ids must be
         distinct for each handler. Sorted by key, so that two batches cannot wait for each other here.
         """
-        if (alike := _offers_alike(deliveries, topics)) is not None:
-            lost = await self.connection.fetchrow(_CLAIM_ALIKE, *alike)
-        else:
-            lost = await self.connection.fetchrow(_CLAIM, *_offers(deliveries, topics))
+        lost = await self._offer(deliveries, topics)
         standing, unseen = _standing(deliveries, lost)
         if unseen:
             # A second statement, because it sees what a concurrent transaction has committed while the first one waited.
-            later, vanished = await self.standing(unseen, topics)
+            again = await self.connection.fetchrow(self._statements.standing, *_offers(unseen, topics))
+            later, vanished = _standing(unseen, again)
             if vanished:
                 raise Conflict("a claim vanished between two statements")
             standing |= later
@@ -360,18 +333,62 @@ class Session:
         self, deliveries: Sequence[Delivery], topics: Mapping[str, int]
     ) -> tuple[dict[Delivery, Standing], list[Delivery]]:
         """What stands in the ledger for ids, and those of which there is nothing. Claims nothing, waits for nobody."""
-        return _standing(deliveries, await self.connection.fetchrow(_WHAT_STANDS, *_offers(deliveries, topics)))
+        return _standing(deliveries, await self.connection.fetchrow(STANDING, *_offers(deliveries, topics)))
+
+    async def _offer(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> Any:
+        """Run the claim, in a transaction begun anew where the ledger has turned since its generations were read."""
+        for _ in range(_TURNS_MAX):
+            error = None
+            try:
+                if (alike := _offers_alike(deliveries, topics)) is not None:
+                    lost = await self.connection.fetchrow(self._statements.claim_alike, *alike)
+                else:
+                    lost = await self.connection.fetchrow(self._statements.claim, *_offers(deliveries, topics))
+                assert lost is not None
+                if lost[5] == self._generations.version:
+                    return lost
+            except asyncpg.UndefinedTableError as gone:  # a generation that was dropped, maybe
+                error = gone
+            # Nothing but the claim was done yet, so nobody misses the transaction.
+            await self.connection.execute("rollback")
+            before = self._generations
+            self._generations = await self._read_generations()
+            if error is not None and self._generations == before:
+                raise error
+            await self.begin()
+        raise Conflict("the ledger turned again and again")
+
+    async def _read_generations(self) -> Generations:
+        row = await self.connection.fetchrow(READ)
+        assert row is not None
+        version, target, turning, live, horizon_ms = row
+        return Generations(version, target, turning, tuple(live), horizon_ms)
+
+    @property
+    def _statements(self) -> Statements:
+        return statements(self._generations.target, self._generations.turning, self._generations.live)
+
+    def is_too_old(self, timestamp_ms: int) -> bool:
+        """Whether a message of that time may have had a row that is gone, so that a claim which is won proves nothing.
+
+        Of this transaction's claim: the horizon is of the version that the claim was checked against. A message is applied
+        after it was produced, so a row that is gone was of a message older than the horizon; the clocks of producers and of
+        PostgreSQL may differ by `ledger_clock_skew_hours`. What is not known: a producer that sends an id again with a new
+        timestamp, later than rows are kept.
+        """
+        horizon_ms = self._generations.horizon_ms
+        return horizon_ms is not None and timestamp_ms <= horizon_ms + self._skew_ms
 
     async def unclaim(self, deliveries: Sequence[Delivery]) -> None:
         """Take back claims of this transaction, for messages that will be tried again."""
-        await self.connection.execute(_UNCLAIM, *_keys(deliveries))
+        await self.connection.execute(self._statements.unclaim, *_keys(deliveries))
 
     async def bury(
         self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
     ) -> None:
         """Keep dead letters. `claimed`: those whose claim was made in this transaction, maybe as applied."""
         if claimed:
-            await self.connection.execute(_BURY, *_keys(claimed))
+            await self.connection.execute(self._statements.bury, *_keys(claimed))
         letters = [_letter(each, verdict, attempts.get(each, each.attempts)) for each, verdict in dead.items()]
         await self.connection.executemany(_DEAD_LETTER, letters)
 
@@ -576,7 +593,9 @@ def _offers_alike(deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> 
 
 def _standing(deliveries: Sequence[Delivery], lost: Any) -> tuple[dict[Delivery, Standing], list[Delivery]]:
     """What stands for those that were lost, and those of which the statement could not see it."""
-    everything, elsewhere, dead, clashes, unseen = ([deliveries[place - 1] for place in each or ()] for each in lost)
+    everything, elsewhere, dead, clashes, unseen = (
+        [deliveries[place - 1] for place in each or ()] for each in lost[:5]
+    )
     found = dict.fromkeys(everything, REDELIVERED)
     if elsewhere or dead or clashes:
         away, died, clashing = set(elsewhere), set(dead), set(clashes)

@@ -43,6 +43,10 @@ _ASIDE_SECONDS = 10.0
 _AGAIN_SECONDS_MIN = 0.05  # of what is never given up, whatever its policy says
 SAVEPOINTS_MAX = 64  # more subtransactions than this in one transaction slow the whole server down
 
+TOO_OLD = Dead(
+    Reason.TOO_OLD,
+    "too old to judge: the ledger no longer remembers the time of this message, so it may have been applied, or not",
+)
 BEHIND = Parked(0.0, "waits behind a failed message of its key")
 LEFT = Parked(0.0, "left for the next batch: this one has taken long enough")
 
@@ -123,7 +127,9 @@ async def apply(
         standing = await session.claim(claims, names.topics) if claims else {}
         step("claimed")
         fresh = _sort_out(claims, standing, done)
-        if rehearsal is not None:
+        if rehearsal is None:
+            _refuse_too_old(session, fresh, done)
+        else:
             fresh = await rehearsal.claimed(session, standing, fresh)
         theirs = True
         await run.handlers(fresh)
@@ -410,6 +416,13 @@ def _sort_out(claims: Sequence[Delivery], standing: Mapping[Delivery, Standing],
         else:
             done.outcomes[delivery] = DUPLICATE[Cause.DEAD_LETTER if earlier.dead else Cause.LEDGER]
     return fresh
+
+
+def _refuse_too_old(session: Session, fresh: Sequence[Delivery], done: Settlement) -> None:
+    """What was claimed only because the ledger no longer remembers that far is not applied blindly."""
+    for delivery in fresh:
+        if delivery.outcome is None and session.is_too_old(delivery.record.timestamp):
+            done.outcomes[delivery] = delivery.outcome = TOO_OLD
 
 
 def _wait_behind(delivery: Delivery, done: Settlement) -> None:

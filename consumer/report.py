@@ -54,7 +54,7 @@ _LOOKS_AT_A_TIME = 16
 
 
 async def handler_counts(connection: Any, app: App) -> dict[str, dict[str, Any]]:
-    """Per handler: applied (counted in the ledger), duplicates by cause, dead letters, skipped."""
+    """Per handler: applied (the ledger's rows, and those that were dropped), duplicates by cause, dead letters, skipped."""
     found: dict[str, dict[str, Any]] = {
         name: {"applied": 0, "duplicates": {cause.value: 0 for cause in Cause}, "dead_lettered": 0, "skipped": 0}
         for name in app.handlers
@@ -69,6 +69,8 @@ async def handler_counts(connection: Any, app: App) -> dict[str, dict[str, Any]]
         kind, _, cause = outcome.partition(":")
         if kind == "duplicate":
             entry["duplicates"][cause] = count
+        elif kind == "applied":
+            entry["applied"] += count  # of generations of the ledger that were dropped
         else:
             entry[kind] = count  # dead_lettered, skipped
     return found

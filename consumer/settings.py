@@ -62,6 +62,16 @@ class Settings(BaseSettings):
         60, description="PostgreSQL ends a worker's transaction that was silent for so long (a stopped process)"
     )
 
+    ledger_retention_hours: Positive | None = Field(
+        None, description="how long the ledger remembers a message, at least (absent: for ever)"
+    )
+    ledger_generation_hours: Positive | None = Field(
+        None, description="how much of the ledger is dropped at once (absent: a quarter of the retention)"
+    )
+    ledger_clock_skew_hours: Annotated[float, Field(ge=0, le=2_000_000, allow_inf_nan=False)] = Field(
+        1, description="how far the clocks of producers, Kafka and PostgreSQL are apart, at most"
+    )
+
     redis_url: SecretStr | None = Field(
         None, description="Redis for the pre-check, redis://host:6379/0 (absent: without)"
     )

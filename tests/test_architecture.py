@@ -29,6 +29,7 @@ LAYERS = [
     "tx",
     "wire",
     "kafka",
+    "generations",
     "ledger",
     "precheck",
     "activity",

@@ -28,6 +28,10 @@ _WORKER: Mapping[str, tuple[str, ...]] = {
         "insert",
         "update (next_offset, first_offset, updated_at, cluster_id, topic_id, salt, seen_offset, seen_timestamp, seen_fingerprint)",
     ),
+    "generations": ("select",),
+    "ledger_state": ("select",),
+    "turning": ("select", "insert", "delete"),
+    "retention": ("select", "insert", "update (hours, said_at)"),
     "outcomes": ("select", "insert", "update (count)"),
     "dead_letters": ("select", "insert"),
     "shards": ("select", "insert"),
@@ -40,6 +44,10 @@ _READER: Mapping[str, tuple[str, ...]] = {
     "handlers": ("select",),
     "topics": ("select",),
     "ledger": ("select",),
+    "generations": ("select",),
+    "ledger_state": ("select",),
+    "turning": (),
+    "retention": ("select",),
     "positions": ("select",),
     "outcomes": ("select",),
     "shards": ("select",),
@@ -58,6 +66,18 @@ class For(Enum):
 
 
 TABLES: Mapping[For, Mapping[str, tuple[str, ...]]] = {For.WORKER: _WORKER, For.READER: _READER}
+# Turning the ledger to its next generation and dropping the oldest one, as its owner: `consumer run` does it in the
+# background. The last two only read.
+_FUNCTIONS: Mapping[For, tuple[str, ...]] = {
+    For.WORKER: (
+        "turn(integer)",
+        "forget(integer, integer)",
+        "drop_generation(integer)",
+        "is_drained(integer)",
+        "generation(integer)",
+    ),
+    For.READER: (),
+}
 
 
 def as_sql(role: str, purpose: For) -> str:
@@ -77,11 +97,14 @@ def as_sql(role: str, purpose: For) -> str:
         f"revoke all on schema consumer from {name};",
         f"revoke all on all tables in schema consumer from {name};",
         f"grant usage on schema consumer to {name};",
+        f"revoke all on all functions in schema consumer from {name};",
         *(
             f"grant {', '.join(rights)} on consumer.{table} to {name};"
             for table, rights in TABLES[purpose].items()
             if rights
         ),
+        *(f"grant execute on function consumer.{each} to {name};" for each in _FUNCTIONS[purpose]),
+        "select consumer.share_grants();  -- with the later generations of the ledger",
         "commit;",
     ]
     return "\n".join([*lines, ""])

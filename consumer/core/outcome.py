@@ -30,6 +30,7 @@ class Reason(StrEnum):
     ID_CONFLICT = "id_conflict"  # the id was used before with another payload
     REJECTED = "rejected"  # the handler raised Reject
     FAILED = "failed"  # the handler kept raising
+    TOO_OLD = "too_old"  # older than what the ledger remembers: it may have been applied, or not
 
 
 @dataclass(frozen=True, slots=True)
