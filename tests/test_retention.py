@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
-from harness import as_worker, migrated, query, settings_for, until, value
+from harness import as_worker, migrated, query, settings_for
 
 from consumer import App, Tx
 from consumer.core.lanes import Delivery
@@ -127,7 +127,7 @@ async def settled_or_blocked(claims: Claims, session: Session, task: asyncio.Tas
         return task.done() or await claims.watcher.fetchval("select cardinality(pg_blocking_pids($1)) > 0", pid)
 
     while not await is_so():
-        await asyncio.sleep(0)
+        pass
 
 
 async def run_order(claims: Claims, sessions: dict[str, Session], order: str, ends: dict[str, str]) -> None:
