@@ -24,7 +24,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from consumer import ledger, logs, report, schema, shards, transport
+from consumer import ledger, logs, report, retention, schema, shards, transport
 from consumer.app import App
 from consumer.core import grants
 from consumer.core.errors import Misconfigured, ServiceUnavailable
@@ -34,6 +34,7 @@ from consumer.core.message import Partition
 from consumer.core.route import Router
 from consumer.kafka import Source
 from consumer.loading import load_app
+from consumer.purge_command import purge_command as purge_command  # registers itself
 from consumer.replay_command import replay_command as replay_command  # registers itself
 from consumer.settings import Settings
 from consumer.shard_command import ShardName, ShardsOf, over
@@ -94,6 +95,7 @@ def _root(
     (
         "kafka_",
         "postgres_",
+        "ledger_",
         "redis_",
         "precheck_",
         "allow_",
@@ -169,6 +171,7 @@ async def _ready(app: App, settings: Settings) -> None:
     await source.start(settings.wait_seconds)
     try:
         missing = [topic for topic, found in (await source.partitions(app.topics)).items() if not found]
+        await retention.check(settings, list(app.topics))
     finally:
         await source.stop(5)
     for topic in missing:

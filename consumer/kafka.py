@@ -39,6 +39,7 @@ from aiokafka.errors import (
     LeaderNotAvailableError,
     OffsetOutOfRangeError,
     SaslAuthenticationFailed,
+    UnknownTopicOrPartitionError,
     UnsupportedSaslMechanismError,
     for_code,
 )
@@ -651,16 +652,25 @@ async def group_offsets(settings: Settings, group: str) -> dict[Partition, int]:
     return {Partition(*each): int(at.offset) for each, at in found.items() if at.offset >= 0}
 
 
-async def is_compacted(settings: Settings, topic: str) -> bool:
-    """Whether the log of a topic drops records that are not the newest of their key. Raises KafkaError."""
+async def topic_configs(settings: Settings, topics: Sequence[str]) -> dict[str, dict[str, str | None] | None]:
+    """The settings of those topics that exist; None where they may not be read. Raises KafkaError."""
     admin = await started(lambda: AIOKafkaAdminClient(**connection_options(settings)), settings, settings.wait_seconds)
     try:
-        wanted = [ConfigResource(ConfigResourceType.TOPIC, topic)]
-        [answer] = await asyncio.wait_for(admin.describe_configs(wanted), _REQUEST_SECONDS)
+        wanted = [ConfigResource(ConfigResourceType.TOPIC, topic) for topic in topics]
+        answers = await asyncio.wait_for(admin.describe_configs(wanted), _REQUEST_SECONDS) if wanted else []
     finally:
         await admin.close()
-    entries = {entry[0]: entry[1] for *_, configs in answer.resources for entry in configs}
-    return "compact" in (entries.get("cleanup.policy") or "")
+    found: dict[str, dict[str, str | None] | None] = {}
+    for code, _, _, topic, configs in (each for answer in answers for each in answer.resources):
+        if code != UnknownTopicOrPartitionError.errno:
+            found[topic] = None if code else {entry[0]: entry[1] for entry in configs}
+    return found
+
+
+async def is_compacted(settings: Settings, topic: str) -> bool:
+    """Whether the log of a topic drops records that are not the newest of their key. Raises KafkaError."""
+    configs = (await topic_configs(settings, [topic])).get(topic) or {}
+    return "compact" in (configs.get("cleanup.policy") or "")
 
 
 async def create_topic(settings: Settings, topic: str, partitions: int) -> None:

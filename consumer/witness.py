@@ -52,6 +52,7 @@ class Witness:
         default_factory=set
     )  # where a handler wrote in spite of its claim: counts begin above 0
     session: Session | None = None
+    is_too_old: Callable[[int], bool] = lambda _: False  # by the horizon that the last claim was checked against
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def standing(self, deliveries: Sequence[Delivery]) -> tuple[dict[Delivery, Standing], list[Delivery]]:
@@ -76,7 +77,9 @@ class Witness:
         return self.session
 
     def in_doubt(self, delivery: Delivery) -> bool:
-        """Whether the ledger began later than this delivery, so that its absence from it means nothing."""
+        """Whether absence from the ledger means nothing: it began later, or no longer remembers the time of the message."""
+        if self.is_too_old(delivery.record.timestamp):
+            return True  # a worker would not apply it either
         if self.assume_unapplied:
             return False
         partition = delivery.partition
@@ -116,6 +119,7 @@ class Look:
         self, session: Session, standing: Mapping[Delivery, Standing], fresh: list[Delivery]
     ) -> list[Delivery]:
         self.standing = dict(standing)
+        self.witness.is_too_old = session.is_too_old
         if session in self.witness.writing:
             self.before = await proof.rows_written(session.connection)
         if not fresh:
@@ -243,7 +247,9 @@ class Look:
     def _absent(self, delivery: Delivery) -> str:
         findings = self.witness.findings
         if self.witness.in_doubt(delivery):
-            findings.sample("unknown", **place(delivery), detail="from before the ledger began")
+            forgotten = self.witness.is_too_old(delivery.record.timestamp)
+            detail = "older than what the ledger remembers" if forgotten else "from before the ledger began"
+            findings.sample("unknown", **place(delivery), detail=detail)
             return "unknown"
         if delivery in self.unreadable:
             self._unsettled(delivery, f"would {would_text(delivery.outcome)}")

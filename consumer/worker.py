@@ -34,6 +34,7 @@ from consumer.kafka import KafkaError, LogTruncated, Source
 from consumer.ledger import Conflict, Fenced, NotPrimary, Outage, Session, sqlstate_of
 from consumer.logs import describe, event, log
 from consumer.precheck import Precheck
+from consumer.retention import Keeper
 from consumer.settings import Settings
 
 POLL_SECONDS = 0.5
@@ -243,6 +244,8 @@ class Worker:
         parts = [self._feed(), self._commit_now_and_then(), self._look_at_logs()]
         parts += [self._watch(), self._beat(), self._look_at_lanes()]
         parts += [*map(self._open_partitions, self._shards), *map(self._run_lane, self._lanes)]
+        keepers = [Keeper(each.settings, self._app.name, self._source, self._draw) for each in self._shards]
+        parts += [each.run() for each in keepers]
         tasks: list[asyncio.Task[None]] = [asyncio.create_task(each) for each in parts]
         stopping = asyncio.create_task(self._stopping.wait())
         try:

@@ -38,6 +38,7 @@ LAYERS = [
     "shards",
     "schemes",
     "report",
+    "retention",
     "loading",
     "proof",
     "reading",
@@ -57,6 +58,7 @@ LAYERS = [
     "terminal",
     "shard_command",
     "replay_command",
+    "purge_command",
     "cli",
     "__main__",
 ]
@@ -70,8 +72,8 @@ LIBRARIES = {
     "msgspec": {"core", "demo", "testing"},
     "pydantic": {"core", "settings", "terminal"},
     "pydantic_settings": {"settings"},
-    "typer": {"terminal", "shard_command", "replay_command", "cli"},
-    "rich": {"terminal", "replay_command", "cli", "demo"},
+    "typer": {"terminal", "shard_command", "replay_command", "purge_command", "cli"},
+    "rich": {"terminal", "replay_command", "purge_command", "cli", "demo"},
     "pytest": {"testing"},
     "uvloop": {"process"},
 }

@@ -8,18 +8,40 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
+import logging
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
-from harness import as_worker, migrated, query, settings_for
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from harness import (
+    WORKER,
+    Place,
+    Sent,
+    as_worker,
+    consume_all,
+    consumer,
+    counts,
+    is_one_line,
+    migrated,
+    query,
+    settings_for,
+    until,
+    value,
+    working,
+)
 
-from consumer import App, Tx
+from consumer import App, Reject, Tx, retention
 from consumer.core.lanes import Delivery
 from consumer.core.message import LogRecord
+from consumer.core.retention import Drop
 from consumer.ledger import Session
+from consumer.replay import Options, Told, replay
 
 TOPIC = "t"
 
@@ -34,7 +56,7 @@ class Claims:
         app = App("retention")
 
         @app.handler(TOPIC)
-        async def settle(value: dict[str, int], tx: Tx) -> None: ...
+        async def settle(message: dict[str, int], tx: Tx) -> None: ...
 
         self.handler = app.handlers["settle"]
         self.topics: dict[str, int] = {}
@@ -202,3 +224,189 @@ async def test_a_claim_that_is_running_holds_up_the_turn_and_not_the_reverse(cla
         claims.dsn, "select tableoid::regclass::text, count(*) from consumer.ledger group by 1 order by 1"
     )
     assert where == [("consumer.ledger", 2), ("consumer.ledger_2", 2)]
+
+
+async def test_a_worker_of_the_version_before_ends_at_the_first_turn(claims: Claims) -> None:
+    old = await asyncpg.connect(claims.settings.dsn)
+    statement = """insert into consumer.ledger values (1, 1, now(), 0, $1, 1, $2)
+                   on conflict on constraint ledger_claim do nothing"""
+    try:
+        assert await old.execute(statement, claims.handler.number, uuid4()) == "INSERT 0 1"
+        await old.execute("begin")
+        assert await old.execute(statement, claims.handler.number, id := uuid4()) == "INSERT 0 1"
+        assert [await claims.turn() for _ in range(3)] == ["opened", "waiting", "waiting"]  # for that one
+        await old.execute("commit")
+        with pytest.raises(asyncpg.UndefinedObjectError):
+            await old.execute(statement, claims.handler.number, uuid4())
+    finally:
+        old.terminate()
+    assert await claims.turn_to_the_next() == 2
+    assert await claims.claim(await claims.session(), id) == set()
+
+
+async def test_a_drop_waits_for_claims_and_readers_and_carries_dead_letters(claims: Claims) -> None:
+    session, looking = await claims.session(), await claims.session()
+    ids = [uuid4() for _ in range(3)]
+    assert len(await claims.claim(session, *ids)) == 3
+    dead = claims.delivery(ids[2])
+    await session.connection.execute(
+        """insert into consumer.dead_letters (handler, id, fingerprint, topic, partition, "offset", "timestamp",
+               header_keys, header_values, reason, error, attempts) values ($1, $2, 1, 't', 0, 0, 0, '{}', '{}', 'rejected', '', 1)""",
+        claims.handler.number,
+        ids[2],
+    )
+    await session.connection.execute("update consumer.ledger set applied_at = null where id = $1", ids[2])
+    await session.commit()
+    assert await claims.turn_to_the_next() == 2
+    # One who is at the letter now, as a retry would be, and one whose claim looked into the first generation.
+    await claims.watcher.execute("begin; select from consumer.dead_letters for update")
+    assert await claims.forget(1) == "waiting"
+    await claims.watcher.execute("commit")
+    assert await claims.forget(1) == "carried"
+    assert await claims.rows(ids[2]) == 1
+    assert await claims.claim(looking, *ids) == set()
+    assert not looking.is_too_old(0)
+    assert await claims.forget(1) == "forgotten"
+    assert await claims.drop(1) == "waiting"
+    # Whoever begins now finds only the dead letter, and learns that the rest cannot be judged.
+    assert await claims.claim(session, *ids) == set(ids[:2])
+    closed = await value(claims.dsn, "select (extract(epoch from horizon) * 1000)::int8 from consumer.ledger_state")
+    hour = 3_600_000
+    assert session.is_too_old(closed + hour) and session.is_too_old(-1) and not session.is_too_old(closed + hour + 2)
+    standing = await session.claim([dead], claims.topics)
+    assert standing[dead].dead
+    await session.rollback()
+    await looking.rollback()
+    await claims.watcher.execute("begin; select count(*) from consumer.ledger")  # a long report
+    assert await retention.act(claims.leader, await retention.look(claims.leader), Drop(1)) == "waiting"
+    assert len(await claims.claim(session, uuid4())) == 1  # is held up by neither
+    await claims.watcher.execute("commit")
+    await session.commit()
+    assert await claims.drop(1) == "dropped"
+    assert await query(claims.dsn, "select outcome, count from consumer.outcomes") == [("applied", 2)]
+    assert [await claims.rows(id) for id in ids] == [0, 0, 1]
+
+
+def app_of(topic: str, name: str | None = None) -> App:
+    app = App(name or topic)
+
+    @app.handler(topic)
+    async def settle(message: dict[str, str], tx: Tx) -> None:
+        if message["id"] == "bad":
+            raise Reject("no")
+        await tx.execute("insert into effects values ($1, 0, 0)", message["id"])
+
+    return app
+
+
+def sent(*ids: str) -> list[Sent]:
+    return [Sent({"id": id}, id=id) for id in ids]
+
+
+async def test_what_was_dropped_is_judged_by_nobody(place: Place, tmp_path: Path) -> None:
+    """A log that is delivered again from the beginning, after a purge by force."""
+    topic = await place.topic()
+    app = app_of(topic)
+    settings = place.settings(redis_url=None, ledger_clock_skew_hours=0)
+    await place.send(topic, *sent("a", "b", "bad"))
+    await consume_all(app, settings)
+    environment = {
+        "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka,
+        "CONSUMER_POSTGRES_DSN": place.worker_dsn,
+        "CONSUMER_LEDGER_CLOCK_SKEW_HOURS": "0",
+    }
+    is_one_line(consumer(tmp_path, "purge", **environment), "CONSUMER_LEDGER_RETENTION_HOURS")
+    refused = consumer(tmp_path, "purge", "--older-than", "1", CONSUMER_LEDGER_RETENTION_HOURS="24", **environment)
+    is_one_line(refused, "--older-than 1", "CONSUMER_LEDGER_RETENTION_HOURS=24")
+    # The topic keeps records for a week, and this application said nothing.
+    is_one_line(
+        consumer(tmp_path, "purge", "--older-than", "0", **environment), "168 hours", "168 too few", topic, "--force"
+    )
+    looked = consumer(tmp_path, "purge", "--older-than", "0", "--dry-run", "--json", **environment)
+    assert looked.returncode == 0, looked.stderr
+    assert json.loads(looked.stdout)["generations"][0]["why"] == "claims go into it"
+    assert await value(place.dsn, "select version from consumer.ledger_state") == 1
+    done = consumer(tmp_path, "purge", "--older-than", "0", "--force", "--json", **environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["dropped"] == [1]
+    assert (await counts(app, place.dsn))["settle"]["applied"] == 2
+
+    await query(place.dsn, "update consumer.positions set next_offset = 0, first_offset = 0 returning 1")
+    found = await replay(app, settings, [topic], Options(), Told())
+    told = {name: n for name, n in found.as_dict()["handlers"]["settle"].items() if n}
+    assert told == {"delivered": 3, "unknown": 2, "dead_lettered": 1}
+    assert found.verdict().exit_code == 2
+    await place.send(topic, *sent("c"))
+    await consume_all(app, settings)
+    assert [row[0] for row in await place.effects()] == ["a", "b", "c"]
+    assert await place.reasons() == ["too_old", "too_old", "rejected"]
+
+
+async def test_workers_turn_and_drop_in_the_background_what_the_log_no_longer_holds(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(retention, "_ROUND_SECONDS_MAX", 0.2)
+    caplog.set_level(logging.INFO)
+    topic = await place.topic(2)
+    other = app_of(topic, f"{topic}-other")
+    app = app_of(topic)
+    settings = place.settings(ledger_retention_hours=1 / 3600, ledger_clock_skew_hours=0, lanes=1)
+    await consume_all(other, place.settings(lanes=1))  # which keeps its rows for ever
+
+    def logged(text: str) -> Any:
+        async def is_there() -> bool:
+            return text in caplog.messages
+
+        return is_there
+
+    async def has_horizon() -> Any:
+        return await value(place.dsn, "select horizon from consumer.ledger_state")
+
+    async def applied() -> bool:
+        return len(await place.effects()) == number
+
+    number = 0
+    async with working(app, settings), working(app, settings):
+        while not await logged("nothing of the ledger is dropped: other applications keep theirs for ever")():
+            await place.send(topic, *sent(f"a{number}", f"a{number}"))
+            number += 1
+            await until("it to be applied", applied)
+        await retention.say(connection := await asyncpg.connect(place.dsn), other.name, 0)
+        await until(
+            "the log to hold it back",
+            logged("nothing of the ledger is dropped: a log still holds records of that time"),
+        )
+        assert await has_horizon() is None
+        admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
+        await admin.start()
+        try:
+            await admin.delete_records({TopicPartition(topic, n): RecordsToDelete(before_offset=-1) for n in range(2)})
+        finally:
+            await admin.close()
+        await until("a generation to go", has_horizon)
+        for _ in range(5):
+            await place.send(topic, *sent(f"a{number}", f"a{number}"))
+            number += 1
+            await until("it to be applied", applied)
+        await until("its table to go", logged("ledger dropped"))
+        await connection.execute(f'revoke execute on function consumer.turn(integer) from "{WORKER}"')
+        await until("the worker to say that it may not", logged("the ledger is not kept short"))
+    await connection.close()
+    assert [row[0] for row in await place.effects()] == sorted(f"a{n}" for n in range(number))
+
+
+async def test_contradictions_are_told_at_start(place: Place, tmp_path: Path) -> None:
+    topic = await place.topic()
+    (tmp_path / "mine.py").write_text(
+        f"from consumer import App\napp = App('mine')\n@app.handler({topic!r})\nasync def f(value: bytes) -> None: ...\n"
+    )
+    environment = {
+        "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka,
+        "CONSUMER_POSTGRES_DSN": place.worker_dsn,
+        "CONSUMER_LEDGER_RETENTION_HOURS": "24",
+        "PYTHONPATH": str(tmp_path),
+    }
+    is_one_line(consumer(tmp_path, "run", "mine:app", **environment), topic, "168 hours", "169", "145 too few")
+    is_one_line(
+        consumer(tmp_path, "run", "mine:app", "--ledger-generation-hours", "48", **environment), "24 + 48 = 72 hours"
+    )

@@ -236,8 +236,8 @@ class Findings:
                 {
                     "kind": "before_ledger",
                     "count": unknown,
-                    "text": f"{_n(unknown, 'delivery', 'deliveries')} from before the ledger began in their partition: whether they were "
-                    "applied cannot be told. A later --from leaves them out, --rebuild compares the state itself, "
+                    "text": f"{_n(unknown, 'delivery', 'deliveries')} from before the ledger began in their partition, or from before "
+                    "what it remembers: whether they were applied cannot be told. A later --from leaves them out, --rebuild compares the state itself, "
                     "--assume-unapplied takes them for missing",
                 }
             )

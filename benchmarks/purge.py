@@ -1,0 +1,184 @@
+"""Whether turning and dropping generations holds up batches: claims on two connections, timed while it happens and while not.
+
+A ledger of 10 million rows, closed, and two connections that claim 2,000 ids at a time, commit and begin again, as lanes do.
+First nothing else happens; then the ledger turns, forgets the 10 million and drops their table, again and again. Told are the
+median and the longest time from BEGIN to COMMIT of each. PostgreSQL with fsync on, started here.
+
+    .venv/bin/python benchmarks/purge.py                    10 million rows (about 3 minutes)
+    .venv/bin/python benchmarks/purge.py --rows 1000000
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from harness import settings_for  # noqa: E402
+
+from consumer import App, Tx, retention, schema  # noqa: E402
+from consumer.core.lanes import Delivery  # noqa: E402
+from consumer.core.message import LogRecord  # noqa: E402
+from consumer.core.retention import Drop, Forget, Turn  # noqa: E402
+from consumer.embedded import Postgres  # noqa: E402
+from consumer.ledger import Session  # noqa: E402
+
+TOPIC = "t"
+BATCH = 2000
+LIVE_MAX = 4  # generations, in the measurement of what each one costs
+
+
+class Bench:
+    def __init__(self, dsn: str) -> None:
+        self.settings = settings_for(dsn, "127.0.0.1:1")
+        app = App("bench")
+
+        @app.handler(TOPIC)
+        async def settle(message: dict[str, Any], tx: Tx) -> None: ...
+
+        self.handler = app.handlers["settle"]
+        self.topics: dict[str, int] = {}
+        self.connection: asyncpg.Connection[Any]
+
+    async def open(self) -> None:
+        self.connection = await asyncpg.connect(self.settings.dsn)
+        await schema.migrate(self.connection)
+        session = await Session.open(self.settings)
+        numbers, self.topics = await session.numbers("bench", ["settle"], [TOPIC])
+        self.handler.number = numbers["settle"]
+        session.close()
+
+    def batch(self) -> list[Delivery]:
+        made = []
+        for offset in range(BATCH):
+            each = Delivery(self.handler, LogRecord(TOPIC, 0, offset, 0, None, b"{}", (), ""))
+            each.id, each.fingerprint = uuid.uuid4().bytes, 1
+            made.append(each)
+        return made
+
+    async def fill(self, rows: int) -> None:
+        """Rows in the generation that claims go into, built as fast as PostgreSQL can."""
+        target = await self.connection.fetchval("select target from consumer.ledger_state")
+        table = "consumer.ledger" if target == 1 else f"consumer.ledger_{target}"
+        for start in range(0, rows, 1_000_000):
+            await self.connection.execute(
+                f"""insert into {table} (fingerprint, "offset", applied_at, partition, handler, topic, id)
+                    select 1, n, now(), 0, {self.handler.number}, {self.topics[TOPIC]}, gen_random_uuid()
+                    from generate_series({start}::bigint, {min(rows, start + 1_000_000) - 1}) n""",
+                timeout=600,
+            )
+            print(f"  {min(rows, start + 1_000_000):,} rows", end="\r", flush=True)
+        await self.connection.execute(f"vacuum (analyze) {table}", timeout=600)
+        await self.connection.execute("checkpoint", timeout=600)
+
+    async def claims(self, stop: asyncio.Event, seconds: list[float]) -> None:
+        session = await Session.open(self.settings)
+        while not stop.is_set():
+            batch = self.batch()
+            began = time.perf_counter()
+            await session.begin()
+            if await session.claim(batch, self.topics):
+                raise SystemExit("a claim of a new id was lost")
+            await session.commit()
+            seconds.append(time.perf_counter() - began)
+        session.close()
+
+    async def turn(self) -> None:
+        while await self.step(Turn()) != "turned":
+            pass
+
+    async def step(self, step: Turn | Forget | Drop) -> str:
+        """A step, tried again until it is done. Prints how long the call that did it took."""
+        while True:
+            state = await retention.look(self.connection)
+            began = time.perf_counter()
+            done = await retention.act(self.connection, state, step)
+            if done not in ("waiting", "busy"):
+                print(f"  {done:<10} {(time.perf_counter() - began) * 1000:8.1f} ms")
+                return done
+            await asyncio.sleep(0.05)
+
+
+async def under(bench: Bench, what: Any) -> list[float]:
+    """Batches of two connections while something happens."""
+    stop, seconds = asyncio.Event(), list[float]()
+    tasks = [asyncio.create_task(bench.claims(stop, seconds)) for _ in range(2)]
+    try:
+        await what
+    finally:
+        stop.set()
+        await asyncio.gather(*tasks)
+    return seconds
+
+
+def told(name: str, seconds: list[float]) -> dict[str, float]:
+    found = {
+        "batches": len(seconds),
+        "median_ms": round(statistics.median(seconds) * 1000, 1),
+        "p99_ms": round(statistics.quantiles(seconds, n=100)[98] * 1000, 1),
+        "longest_ms": round(max(seconds) * 1000, 1),
+    }
+    print(
+        f"{name:<28} {found['batches']:>6} batches   median {found['median_ms']:>7} ms   99 % {found['p99_ms']:>7} ms   longest {found['longest_ms']:>7} ms"
+    )
+    return found
+
+
+async def run(dsn: str, rows: int, idle_seconds: float) -> dict[str, Any]:
+    bench = Bench(dsn)
+    await bench.open()
+    print("filling the ledger")
+    await bench.fill(rows)
+    found: dict[str, Any] = {"rows": rows}
+    found["one_generation"] = told("one generation", await under(bench, asyncio.sleep(idle_seconds)))
+
+    async def turning() -> None:
+        await asyncio.sleep(1)
+        await bench.turn()
+        await asyncio.sleep(1)
+
+    found["turning"] = told("while it turns", await under(bench, turning()))
+    found["before"] = told("two generations, idle", await under(bench, asyncio.sleep(idle_seconds)))
+
+    async def dropping() -> None:
+        await asyncio.sleep(1)
+        await bench.step(Forget(1, 0))
+        await bench.step(Drop(1))
+        await asyncio.sleep(2)
+
+    found["dropping"] = told("while the rows are dropped", await under(bench, dropping()))
+    found["after"] = told("one generation, small", await under(bench, asyncio.sleep(idle_seconds)))
+    for live in range(2, LIVE_MAX + 1):
+        await bench.fill(min(rows, 500_000))
+        await bench.turn()
+        seconds = await under(bench, asyncio.sleep(idle_seconds / 2))
+        found[f"live_{live}"] = told(f"{live} generations", seconds)
+    await bench.connection.close()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--seconds", type=float, default=20, help="of each measurement in which nothing else happens")
+    parser.add_argument("--json", type=Path, help="write the numbers there too")
+    given = parser.parse_args()
+    with Postgres({"shared_buffers": "512MB", "max_wal_size": "8GB"}) as server:
+        found = asyncio.run(run(server.dsn(), given.rows, given.seconds))
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

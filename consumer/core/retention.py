@@ -1,0 +1,179 @@
+"""How long the ledger remembers: what is due, and whether the settings contradict each other.
+
+Pure: times come in as arguments, in seconds since 1970 UTC by the database's clock. The arithmetic is docs/retention.md's.
+What it does not know: a producer that sends an id again, with a new timestamp, later than rows are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+GENERATIONS_PER_RETENTION = 4  # where the settings do not say: rows are kept for 1 to 1.25 times the retention
+GENERATIONS_MAX = 32  # that are live at a time; a claim looks for each id in all of them
+HOUR = 3600.0
+
+
+class Policy(NamedTuple):
+    """The settings, in hours. generation: how long claims go into one table. skew: how far clocks are apart at most."""
+
+    retention: float
+    generation: float
+    skew: float
+
+    @classmethod
+    def of(cls, retention: float, generation: float | None, skew: float) -> Policy:
+        return cls(retention, retention / GENERATIONS_PER_RETENTION if generation is None else generation, skew)
+
+
+class Generation(NamedTuple):
+    """One table of the ledger. closed_at: every claim in it was made before; None for one that claims go into."""
+
+    number: int
+    opened_at: float
+    closed_at: float | None
+    forgotten: bool
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The ledger as it is, oldest generation first. horizon: rows from before it may be gone; None: none are."""
+
+    now: float
+    version: int
+    target: int
+    turning: bool
+    horizon: float | None
+    generations: tuple[Generation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One step towards the next generation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Look no more into the oldest generation. closed_at: every row in it is older than that."""
+
+    number: int
+    closed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Remove the table of a generation that is forgotten."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing is due for so long."""
+
+    seconds: float
+
+
+Step: TypeAlias = Turn | Forget | Drop | Wait
+
+
+def due(state: State, policy: Policy) -> Step:
+    """What is to be done next. A generation is forgotten when its youngest row may be as old as the retention."""
+    for each in state.generations:
+        if each.forgotten:
+            return Drop(each.number)
+    if state.turning:
+        return Turn()
+    oldest = state.generations[0]
+    if oldest.closed_at is not None and oldest.closed_at + policy.retention * HOUR <= state.now:
+        return Forget(oldest.number, oldest.closed_at)
+    forgets_at = math.inf if oldest.closed_at is None else oldest.closed_at + policy.retention * HOUR
+    if len(state.generations) >= GENERATIONS_MAX:
+        return Wait(forgets_at - state.now)  # something holds the oldest back: the present one grows instead
+    [present] = [each for each in state.generations if each.number == state.target]
+    turns_at = present.opened_at + policy.generation * HOUR
+    if turns_at <= state.now:
+        return Turn()
+    return Wait(min(turns_at, forgets_at) - state.now)
+
+
+def wanted(own: float, others: Mapping[str, float | None]) -> tuple[float | None, list[str]]:
+    """The retention that suits every application of the database, in hours (None: for ever), and who wants more than `own`."""
+    longer = sorted(app for app, hours in others.items() if hours is None or hours > own)
+    if any(others[app] is None for app in longer):
+        return None, longer
+    return max([own, *(hours for app in longer if (hours := others[app]) is not None)]), longer
+
+
+class Log(NamedTuple):
+    """What a topic's settings say about how long its records can be read. None: for ever, or it is not known."""
+
+    topic: str
+    retention_hours: float | None
+    segment_hours: float
+    compacted: bool  # and nothing is deleted for its age
+    known: bool = True
+
+
+def contradictions(policy: Policy, window_hours: float | None, logs: Iterable[Log]) -> tuple[list[str], list[str]]:
+    """What cannot be as it is set, with the arithmetic, and what is worth a warning. window: of the marks in Redis, if any."""
+    errors: list[str] = []
+    warnings: list[str] = []
+    kept, part, skew = policy
+    name = "CONSUMER_LEDGER_RETENTION_HOURS"
+    if part > kept:
+        errors.append(
+            f"CONSUMER_LEDGER_GENERATION_HOURS={part:g} is more than {name}={kept:g}: a row would be kept for up to "
+            f"{kept:g} + {part:g} = {kept + part:g} hours. Set it to {kept:g} at most; a quarter, {kept / 4:g}, is usual"
+        )
+    elif kept / part > GENERATIONS_MAX - 2:
+        errors.append(
+            f"{name}={kept:g} / CONSUMER_LEDGER_GENERATION_HOURS={part:g} = {kept / part:.0f} generations, and a claim looks "
+            f"into each of them: {GENERATIONS_MAX - 2} at most, so set the second to {kept / (GENERATIONS_MAX - 2):g} at least"
+        )
+    if kept <= skew:
+        errors.append(
+            f"{name}={kept:g} is not more than CONSUMER_LEDGER_CLOCK_SKEW_HOURS={skew:g}: every message would be too old to "
+            "judge. Keep rows for longer"
+        )
+    if window_hours is not None and window_hours > kept:
+        errors.append(
+            f"CONSUMER_PRECHECK_WINDOW_HOURS={window_hours:g} is more than {name}={kept:g}: Redis would call an id a duplicate "
+            f"that PostgreSQL has forgotten. Set it to {kept:g} at most"
+        )
+    for log in logs:
+        if not log.known:
+            warnings.append(
+                f"the settings of topic {log.topic} may not be read (DescribeConfigs), so it is not known whether its records "
+                f"go within {name}={kept:g}; what is older than its log's first record is asked again before anything is dropped"
+            )
+        elif log.compacted:
+            errors.append(
+                f"topic {log.topic} is compacted (cleanup.policy=compact): it keeps the newest record of a key for ever, and "
+                f"{name}={kept:g} would forget it. Unset {name}, or set cleanup.policy=compact,delete with a retention.ms of "
+                f"{_ms(kept - skew)} at most"
+            )
+        elif log.retention_hours is None:
+            errors.append(
+                f"topic {log.topic} keeps its records for ever (retention.ms=-1), and {name}={kept:g} would forget them. Unset "
+                f"{name}, or set retention.ms to {_ms(kept - skew)} at most"
+            )
+        elif (needed := log.retention_hours + skew) > kept:
+            errors.append(
+                f"topic {log.topic} can deliver a record again for {log.retention_hours:g} hours (retention.ms); with "
+                f"{skew:g} for clocks that differ that is {needed:g}, and {name}={kept:g} is {needed - kept:g} too few. "
+                f"Set it to {needed:g} at least, or retention.ms to {_ms(kept - skew)} at most"
+            )
+        elif (at_worst := needed + log.segment_hours) > kept:
+            warnings.append(
+                f"topic {log.topic} may keep records for {log.retention_hours:g} (retention.ms) + {log.segment_hours:g} "
+                f"(segment.ms: a log goes by whole segments) + {skew:g} (clocks) = {at_worst:g} hours, and {name} is {kept:g}: "
+                "nothing is dropped while the log holds records of that time"
+            )
+    return errors, warnings
+
+
+def _ms(hours: float) -> int:
+    return max(0, int(hours * HOUR * 1000))

@@ -1,0 +1,119 @@
+"""The arithmetic of retention: nothing is forgotten early, everything in the end, and each contradiction shows its numbers."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consumer.core.retention import (
+    GENERATIONS_MAX,
+    HOUR,
+    Drop,
+    Forget,
+    Generation,
+    Log,
+    Policy,
+    State,
+    Turn,
+    Wait,
+    contradictions,
+    due,
+    wanted,
+)
+
+hours = st.floats(0.01, 10_000)
+
+
+@given(
+    retention=hours,
+    share=st.floats(1 / (GENERATIONS_MAX - 2), 1),
+    pauses=st.lists(st.floats(0, 3), min_size=1, max_size=60),
+)
+def test_a_row_is_forgotten_no_earlier_than_the_retention_and_one_generation_later_at_most(
+    retention: float, share: float, pauses: list[float]
+) -> None:
+    """Time passes in steps of 0 to 3 generations; after each, everything that is due is done."""
+    policy = Policy(retention, retention * share, 0)
+    now, numbers = 0.0, 1
+    live = [Generation(1, now, None, False)]
+    turning = False
+    for pause in pauses:
+        now += pause * policy.generation * HOUR
+        while True:
+            state = State(now, 1, live[-1].number, turning, None, tuple(live))
+            match due(state, policy):
+                case Turn() if not turning:
+                    assert now - live[-1].opened_at >= policy.generation * HOUR - 1e-3
+                    turning = True
+                case Turn():
+                    numbers += 1
+                    live = [*live[:-1], live[-1]._replace(closed_at=now), Generation(numbers, now, None, False)]
+                    turning = False
+                case Forget(number, closed_at):
+                    assert live[0].number == number and live[0].closed_at == closed_at
+                    assert now - closed_at >= retention * HOUR - 1e-3  # its youngest row is as old as that
+                    live[0] = live[0]._replace(forgotten=True)
+                case Drop(number):
+                    assert live.pop(0).number == number
+                case Wait(seconds):
+                    assert seconds > 0
+                    break
+        # What is kept: at most the generations that a whole retention needs, one that is filling and one that is going.
+        assert all(each.closed_at is None or now - each.closed_at < retention * HOUR for each in live)
+        assert len(live) <= GENERATIONS_MAX
+
+
+def test_what_holds_the_oldest_back_does_not_make_claims_look_into_ever_more() -> None:
+    policy = Policy.of(4, 1, 0)
+    live = [Generation(n, n * HOUR, (n + 1) * HOUR, False) for n in range(1, GENERATIONS_MAX)]
+    live.append(Generation(GENERATIONS_MAX, GENERATIONS_MAX * HOUR, None, False))
+    now = (GENERATIONS_MAX + 5) * HOUR
+    assert due(State(now, 1, GENERATIONS_MAX, False, None, tuple(live)), policy) == Forget(1, 2 * HOUR)
+    young = [each._replace(closed_at=each.closed_at and now) for each in live]
+    assert due(State(now, 1, GENERATIONS_MAX, False, None, tuple(young)), policy) == Wait(4 * HOUR)
+    assert due(State(now, 1, GENERATIONS_MAX, False, None, tuple(young[1:])), policy) == Turn()
+
+
+@given(own=hours, others=st.dictionaries(st.text(min_size=1), st.none() | hours))
+def test_rows_are_kept_for_whoever_wants_them_longest(own: float, others: dict[str, float | None]) -> None:
+    found, longer = wanted(own, others)
+    if None in others.values():
+        assert found is None
+    else:
+        assert found == max([own, *(each for each in others.values() if each is not None)])
+    assert longer == sorted(app for app, each in others.items() if each is None or each > own)
+
+
+@given(kept=hours, skew=st.floats(0, 100), log=hours, segment=hours)
+def test_a_log_that_outlives_the_ledger_is_an_error_and_one_that_may_is_a_warning(
+    kept: float, skew: float, log: float, segment: float
+) -> None:
+    errors, warnings = contradictions(Policy.of(kept, None, skew), None, [Log("t", log, segment, False)])
+    assert any("topic t" in each for each in errors) == (log + skew > kept)
+    assert bool(warnings) == (log + skew <= kept < log + skew + segment)
+    assert any("too old to judge" in each for each in errors) == (kept <= skew)
+
+
+def test_each_contradiction_shows_its_arithmetic_and_what_to_set() -> None:
+    week = Policy.of(168, None, 1)
+    assert contradictions(week, 24, [Log("t", 24, 24, False)]) == ([], [])
+    cases = [
+        (Policy.of(24, 48, 1), None, [], ["24 + 48 = 72 hours", "a quarter, 6"]),
+        (Policy.of(168, 1, 1), None, [], ["168 generations", "5.6"]),
+        (Policy.of(1, None, 1), None, [], ["every message would be too old"]),
+        (Policy.of(12, None, 1), 24.0, [], ["CONSUMER_PRECHECK_WINDOW_HOURS=24", "12 at most"]),
+        (
+            Policy.of(24, None, 1),
+            None,
+            [Log("t", 168, 1, False)],
+            ["is 169", "145 too few", "169 at least", "82800000"],
+        ),
+        (week, None, [Log("t", None, 1, False)], ["retention.ms=-1", "for ever"]),
+        (week, None, [Log("t", 24, 1, True)], ["cleanup.policy=compact"]),
+    ]
+    for policy, window, logs, said in cases:
+        errors, _ = contradictions(policy, window, logs)
+        assert len(errors) == 1, (policy, errors)
+        for each in said:
+            assert each in errors[0], errors[0]
+    assert "DescribeConfigs" in contradictions(week, None, [Log("t", None, 0, False, known=False)])[1][0]
