@@ -87,6 +87,7 @@ from offered o left join lateral (
 _NOT_CLAIMED = "where not exists (select from claimed c where c.handler = o.handler and c.id = o.id)"
 _EVERYWHERE = 'select handler, id, fingerprint, topic, partition, "offset", applied_at from {table}'
 _UNCLAIM = "delete from {target} l using unnest($1::int2[], $2::uuid[]) as o(handler, id) where (l.handler, l.id) = (o.handler, o.id)"
+_UNCLAIM_TURNING = "with turned as (" + _UNCLAIM.format(target="consumer.turning") + ") "
 _BURY = """
 update {target} l set applied_at = null
 from unnest($1::int2[], $2::uuid[]) as o(handler, id) where (l.handler, l.id) = (o.handler, o.id)
@@ -104,7 +105,7 @@ def statements(target: int, turning: bool, live: tuple[int, ...]) -> Statements:
     lost = _LOST.format(ledger=_read(target) if live == (target,) else f"({everywhere})")
     unclaim = _UNCLAIM.format(target=_read(target))
     if turning:
-        unclaim = f"with turned as ({_UNCLAIM.format(target='consumer.turning')}) {unclaim}"
+        unclaim = _UNCLAIM_TURNING + unclaim
     return Statements(
         claim=_OFFERED + claimed + lost + _NOT_CLAIMED,
         claim_alike=_OFFERED_ALIKE + claimed + lost + _NOT_CLAIMED,

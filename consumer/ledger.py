@@ -242,7 +242,7 @@ class Session:
         )
         # Slow handlers leave the connection idle: commit what is done well before the server ends the transaction.
         self.batch_seconds_max = min(_BATCH_SECONDS_MAX, settings.postgres_idle_in_transaction_timeout_seconds / 3)
-        self._local = local
+        self._begin = f"begin isolation level read committed{local}"
         self._generations = FIRST  # as they were read last; a claim notices when that is no longer so
         self._skew_ms = round(settings.ledger_clock_skew_hours * 3_600_000)
 
@@ -273,11 +273,8 @@ class Session:
 
     async def begin(self) -> None:
         """Begin a transaction that holds the lock of the ledger's version: see migrations/0005_generations.sql."""
-        version = self._generations.version
-        await self.connection.execute(
-            f"begin isolation level read committed{self._local}; "
-            f"select pg_advisory_xact_lock_shared({ADVISORY_CLASS}, {version})"
-        )
+        lock = f"select pg_advisory_xact_lock_shared({ADVISORY_CLASS:d}, {self._generations.version:d})"
+        await self.connection.execute(f"{self._begin}; {lock}")
 
     async def rollback(self) -> None:
         """Undo everything. A connection on which that fails is ended, which undoes it too."""

@@ -37,7 +37,11 @@ REVIEWED: dict[str, dict[str, str]] = {
         "columns": "tokens of the handler's own statement",
         "named": "a token of the handler's own statement",
     },
-    "core/grants.py": {"', '.join(rights)": "the table in that file", "table": "the table in that file"},
+    "core/grants.py": {
+        "', '.join(rights)": "the table in that file",
+        "table": "the table in that file",
+        "each": "the functions in that file",
+    },
     "core/scratch.py": {
         expression: _BY_SCRATCH
         for expression in [
@@ -64,6 +68,7 @@ REVIEWED: dict[str, dict[str, str]] = {
             "_array((f'(r.{ident(each)}::numeric - b.{ident(each)}::numeric)::text' for each in self.numeric))",
         ]
     },
+    "generations.py": {"_UNCLAIM.format(target='consumer.turning')": "a constant of that file"},
     "ledger.py": {
         "name": "of _session_settings, in that file",
         "value": "of _session_settings: numbers and words of that file",
