@@ -58,6 +58,10 @@ async def over(app: App | str | None, shard: str | None, settings: Settings, as_
             answers[name] = collected[0] if collected else None
         except Misconfigured as error:
             faults.append(f"shard {name}: {error}")
+        except terminal.Refused as refused:  # by one, which says nothing of the others
+            code = max(code, 1)
+            if not as_json:
+                out.print(str(refused), markup=False, highlight=False)
     if faults:
         done = f" (done: {', '.join(answers)})" if answers else ""
         raise Misconfigured("; ".join(faults) + done)

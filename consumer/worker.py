@@ -774,7 +774,7 @@ class Worker:
             topic=partition.topic,
             partition=partition.partition,
             reason=stop.reason.value,
-            do=f"consumer positions {self._path} {stop.do}",
+            do=f"consumer positions {self._path} {stop.do}" + (f" --shard {shard.name}" if shard.name else ""),
             **shard.label,
         )
 
