@@ -9,6 +9,7 @@ KAFKA := .cache/kafka
 SUPPLY := .cache/supply
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
+AT_A_TIME ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo shop test check audit lock bench format kafka chromium pgbouncer pictures clean
@@ -23,7 +24,7 @@ shop: $(VENV)/shop ## A payment page on which a second tap is stopped, layer by 
 	$(BIN)/python -m handlers.shop $(ARGS)
 
 test: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer ## All tests, on real Kafka, PostgreSQL and Valkey (ARGS="-k name" for some)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile $(ARGS)
 
 check: $(VENV)/dev ## Format, lint, strict types, the architecture, and known holes in what we depend on
 	$(BIN)/ruff format --check .
