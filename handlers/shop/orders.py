@@ -104,14 +104,17 @@ class Orders:
         self._orders[order.id] = order
         self._open[order.visitor] = order.id
         while len(self._orders) > _ORDERS_MAX:
-            id, old = self._orders.popitem(last=False)
-            if self._open.get(old.visitor) == id:
-                del self._open[old.visitor]
+            self.close(self._orders.popitem(last=False)[1])
 
     def open(self, visitor: UUID) -> Order | None:
         """The order that a visitor's page shows."""
         id = self._open.get(visitor)
         return self._orders[id] if id is not None else None
+
+    def close(self, order: Order) -> None:
+        """Show its visitor another one from now on. It can still be found."""
+        if self._open.get(order.visitor) == order.id:
+            del self._open[order.visitor]
 
     def find(self, id: UUID, visitor: UUID) -> Order | None:
         """An order, if it is this visitor's: another's is as unknown as none."""

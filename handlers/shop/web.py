@@ -205,7 +205,12 @@ class Page:
             try:
                 await answered.redeem(str(amount).encode())
             except Problem as problem:
-                if problem.code != "tokens_unavailable" or not order.switches.ledger or not await _has(request, order):
+                is_its_own = await _has(request, order)
+                if problem.code == "token_unknown" and is_its_own and not order.sent:
+                    self.orders.close(
+                        order
+                    )  # expired or lost: nobody can pay it, so the page loaded next shows another
+                if problem.code != "tokens_unavailable" or not order.switches.ledger or not is_its_own:
                     raise
                 # Redis is away, and the ledger is behind: the message id is derived from the token alone.
                 order.unchecked, answered = True, None

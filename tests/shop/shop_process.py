@@ -117,9 +117,12 @@ class Script:
         answer = self.post("/orders", json.dumps(switches))
         assert answer.status == 201
         self.order = answer.json["order"]
-        page = self.shop.ask("GET", "/", None, {"cookie": self.cookie})
-        assert read(page.body)[0] == self.order
-        self.token = read(page.body)[1]
+        order, self.token = self.load()
+        assert order == self.order
+
+    def load(self) -> tuple[str, str]:
+        """The order and the token that the page shows now."""
+        return read(self.shop.ask("GET", "/", None, {"cookie": self.cookie}).body)
 
     def pay(self, amount: str = "12.50", **headers: str) -> Answer:
         given = {"idempotency_key": self.token} if self.token else {}

@@ -213,8 +213,15 @@ async def test_a_token_that_has_expired(shop: Shop, script: Script) -> None:
         assert await redis.pexpire(key, 1)
         while await redis.exists(key):
             pass
+    # A forged one says nothing of the page's own.
+    is_problem(script.pay(idempotency_key="A" * 43), 422, "token_unknown")
+    assert script.load() == (script.order, script.token)
     is_problem(script.pay(), 422, "token_unknown")
     await is_untouched(shop, script)
+    # Nobody could pay it any more: the page loaded next shows another order, which can be.
+    expired = script.order
+    script.order, script.token = script.load()
+    assert script.order != expired and script.pay().status == 202
 
 
 async def test_a_token_again_for_another_amount(shop: Shop, script: Script) -> None:
