@@ -32,6 +32,7 @@ from consumer.core.identity import OffsetId
 from consumer.core.incarnation import Log, judge
 from consumer.core.message import Partition
 from consumer.core.route import Router
+from consumer.diagram_command import diagram as diagram  # registers itself
 from consumer.kafka import Source
 from consumer.loading import load_app
 from consumer.purge_command import purge_command as purge_command  # registers itself

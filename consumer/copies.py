@@ -23,6 +23,7 @@ from consumer.compare import Compared
 from consumer.core import scratch
 from consumer.core.errors import Misconfigured
 from consumer.core.lanes import Batch, Delivery, Move
+from consumer.core.names import ident
 from consumer.core.outcome import Dead
 from consumer.core.scratch import Column, Constraint, DefaultSequence, Judgement, Name, Table, Touch, Use
 from consumer.core.sqltext import first_words
@@ -214,9 +215,9 @@ class Guard:
                 None, f"names {table_name} with its schema, and so means the real table: leave schema_name out"
             )
         # COPY cannot be looked at. An INSERT goes to the same table; what else is wrong with it, COPY says itself.
-        text = f"insert into {scratch.ident(table_name)} select"
+        text = f"insert into {ident(table_name)} select"
         if text not in self._seen:
-            await self._look(f"insert into {scratch.ident(table_name)} default values", text)
+            await self._look(f"insert into {ident(table_name)} default values", text)
         return await self._watched(None, self.connection.copy_records_to_table, table_name, **options)
 
     def is_in_transaction(self) -> bool:
@@ -595,13 +596,13 @@ class Copies:
             target = f"REFERENCES {by_oid[parent].name.copy}("
             definition = definition.replace(f"REFERENCES {written}(", target).removesuffix(" NOT VALID")
             await connection.execute(
-                f"alter table {by_oid[child].name.copy} add constraint {scratch.ident(name)} {definition} not valid"
+                f"alter table {by_oid[child].name.copy} add constraint {ident(name)} {definition} not valid"
             )
             deferred |= {name: is_deferred} if deferrable else {}
             self._fixed |= {self.tables.index(by_oid[each]) for each in (child, parent)}
         if deferred:
             again = [name for name, initially in deferred.items() if initially]
-            names = ", ".join(f"pg_temp.{scratch.ident(each)}" for each in again)
+            names = ", ".join(f"pg_temp.{ident(each)}" for each in again)
             self.session.deferred = f"set constraints {names} deferred" if again else ""
             await self.session.check_constraints()
 

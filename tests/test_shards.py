@@ -38,6 +38,7 @@ from shard_app import MOVES, NAMES, app_of, by_crc
 from consumer import App, Misconfigured, RegistrationError, Settings
 from consumer.core.route import RouteFault
 from consumer.embedded import Postgres
+from consumer.schemes import insert_once
 from consumer.worker import Worker
 
 PAID = TABLES + "create table paid (n bigint generated always as identity, id text not null, amount int not null);"
@@ -306,6 +307,15 @@ async def test_the_limit_one_id_under_keys_of_two_shards_is_applied_in_both(shar
         )
         await settled(shards, 2)
     assert await shards.all_paid() == ["one-tap", "one-tap"]
+    new = []
+    for dsn in shards.dsns.values():
+        connection = await asyncpg.connect(dsn)
+        try:
+            await connection.execute("create table invoices (number text primary key)")
+            new += [await insert_once(connection, "invoices", {"number": "A7"}, "number") for _ in range(2)]
+        finally:
+            await connection.close()
+    assert new == [True, False, True, False]  # unique in its own database only
 
 
 def test_shards_that_cannot_work_are_refused_where_they_are_written(tmp_path: Path) -> None:

@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from enum import Enum
 
 from consumer.core.errors import Misconfigured
-from consumer.core.scratch import ident
-
-_BYTES_MAX = 63  # PostgreSQL cuts longer names with a notice, and would then mean another role
+from consumer.core.names import BYTES_MAX, ident
 
 # Rights of a table, as GRANT writes them. A worker applies messages, keeps dead letters and answers every command but
 # `migrate`. Of the ledger it may change one column, and delete rows only because a message that is tried again gives
@@ -85,9 +83,9 @@ def as_sql(role: str, purpose: For) -> str:
 
     Raises Misconfigured for what can be no role's name.
     """
-    if role.lower() == "public" or len(role.encode("utf-8", "surrogatepass")) > _BYTES_MAX:
+    if role.lower() == "public" or len(role.encode("utf-8", "surrogatepass")) > BYTES_MAX:
         raise Misconfigured(
-            f"{role[:80]!r} can be no role: give the name of one that logs in, of at most {_BYTES_MAX} bytes"
+            f"{role[:80]!r} can be no role: give the name of one that logs in, of at most {BYTES_MAX} bytes"
         )
     name = ident(role)
     lines = [

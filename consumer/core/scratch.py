@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from consumer.core.errors import Misconfigured
+from consumer.core.names import ident
 from consumer.core.sqltext import first_words
 
 LEARNED = "IC001"  # SQLSTATE of the triggers that tell how a table is used
@@ -35,13 +36,6 @@ _MOVING = re.compile(
 # Types whose `=` says that two values are the same; points have none, and that of boxes compares their areas.
 _COMPARABLE_CATEGORIES = frozenset("NSBDTIEV")
 _COMPARABLE_TYPES = frozenset({"uuid", "bytea", "jsonb", "pg_lsn"})
-
-
-def ident(name: str) -> str:
-    """A name as SQL, quoted. Raises Misconfigured for what can be no name."""
-    if not name or "\0" in name:
-        raise Misconfigured(f"{name!r} cannot be a name in PostgreSQL")
-    return '"' + name.replace('"', '""') + '"'
 
 
 def literal(text: str) -> str:

@@ -12,9 +12,9 @@ from enum import Enum
 from typing import Any, Literal, assert_never
 
 from consumer.core.errors import Reject, RunAgain
+from consumer.core.names import ident, table_ident
 from consumer.schemes.database import Database, Misfit, NotFound, told
 from consumer.schemes.moves import Moves, Standing
-from consumer.schemes.names import ident, table_ident
 
 _LOOKS = 3  # at a row that moves while it is looked at
 _SHOWN_MAX = 40  # characters of a foreign state

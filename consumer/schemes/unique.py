@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from consumer.core.names import column_names, columns_of, ident, table_ident
 from consumer.schemes.database import Database, told
-from consumer.schemes.names import column_names, columns_of, ident, table_ident
 
 
 async def insert_once(tx: Database, table: str, row: Mapping[str, Any], conflict: str | Collection[str]) -> bool:
@@ -31,7 +31,9 @@ async def insert_once(tx: Database, table: str, row: Mapping[str, Any], conflict
       that can happen, read the row and compare;
     - that an effect of several statements is done once: only this insert is. Make the others depend on its answer, in
       the same transaction (``if await insert_once(…):``), or leave it to the ledger;
-    - anything once the row is deleted: then its key is new again.
+    - anything once the row is deleted: then its key is new again;
+    - anything of another database: with shards, what has one business key must have Kafka keys of one shard
+      (docs/shards.md), or the row is new in each.
     """
     columns = columns_of("row", row)
     key = column_names("conflict", conflict)

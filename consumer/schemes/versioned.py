@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from consumer.core.errors import RunAgain
+from consumer.core.names import columns_of, ident, table_ident
 from consumer.schemes.database import Database, Misfit, NotFound, told
-from consumer.schemes.names import columns_of, ident, table_ident
 
 _VERSION_MAX = 2**63 - 1
 

@@ -680,3 +680,40 @@ def test_a_batch_knows_that_a_partition_was_opened_anew() -> None:
     assert not lane.holds(batch)
     lane.close(P0)
     assert not lane.holds(batch)
+
+
+def test_records_beyond_what_was_received_are_refused_because_what_lies_between_would_be_lost() -> None:
+    lane = lane_of()
+    lane.open(P0, 10)
+    assert lane.add(P0, [rec(12)], start=11, end=13) == (0, 0)
+    assert lane.received(P0) == 10
+    assert lane.add(P0, [rec(12)], start=10, end=20)[0] == 1
+    assert lane.received(P0) == 20  # nothing else up to there was for this lane
+    assert lane.add(P0, [rec(15), rec(21)], start=15, end=22)[0] == 1  # one of them it has had
+    assert lane.received(P0) == 22
+    batch = lane.take(0, 100, 1000)
+    assert batch is not None
+    assert [each.record.offset for each in batch.deliveries] == [12, 21]
+    assert [each.next for each in lane.moves(batch, [])] == [22]
+
+
+def test_batches_that_only_move_positions_are_rare_and_do_not_hold_up_messages() -> None:
+    lane = Lane(lane_of()._handlers, 100, bare_seconds=5)
+    lane.open(P0, 0)
+
+    def bare(now: float) -> bool:
+        batch = lane.take(now, 100, 1000)
+        if batch is not None:
+            lane.settle(batch, {}, lane.moves(batch, []))
+        return batch is not None
+
+    lane.add(P0, (), 0, 10)
+    assert bare(100)
+    lane.add(P0, (), 10, 20)
+    assert not bare(104)
+    lane.add(P0, [rec(20)], 20, 30)
+    assert bare(104)  # that one has a message
+    lane.add(P0, (), 30, 40)
+    assert not bare(104.9)
+    assert bare(105)
+    assert lane.position(P0) == 40

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from consumer.core import scratch
 from consumer.core.errors import Misconfigured
+from consumer.core.names import ident
 from consumer.core.scratch import (
     Column,
     Comparison,
@@ -17,7 +18,6 @@ from consumer.core.scratch import (
     Touch,
     Use,
     first_rows,
-    ident,
     judge,
     key_of,
     learned,
@@ -45,7 +45,7 @@ def number(name: str, **more: object) -> Column:
 # -- names and texts ------------------------------------------------------------------------------------------------------
 
 
-@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1))
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=15))
 def test_a_quoted_name_or_text_ends_where_it_ends(text: str) -> None:
     for quoted, quote in ((ident(text), '"'), (literal(text), "'")):
         assert quoted[0] == quoted[-1] == quote

@@ -1,4 +1,4 @@
-"""Names of tables and columns as SQL: checked, then quoted. Every identifier of a statement in this folder passes here.
+"""Names of tables, columns and roles as SQL: checked, then quoted. Every name that a statement is built from passes here.
 
 Pure. What it does not know: whether the table has such a column (PostgreSQL says so).
 """
@@ -7,19 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-_BYTES_MAX = 63  # PostgreSQL cuts longer names with a notice, and would then mean another table
+from consumer.core.errors import Misconfigured
+
+BYTES_MAX = 63  # PostgreSQL cuts longer names with a notice, and would then mean another table
+
+
+class BadName(Misconfigured, ValueError):
+    """What can be no name in PostgreSQL: a mistake in a call, or in what somebody typed."""
 
 
 def ident(name: str) -> str:
     """A name as SQL, quoted: it means exactly this name, with its capitals.
 
     A name that was created without quotes stands in the catalog in lower case: write it so. Raises TypeError for what
-    is no text, ValueError for what can be no name in PostgreSQL.
+    is no text, BadName for what can be no name in PostgreSQL.
     """
     if not isinstance(name, str):
         raise TypeError(f"a name of a table or column is text, not {type(name).__name__}")
-    if not name or "\0" in name or len(name.encode("utf-8", "surrogatepass")) > _BYTES_MAX:
-        raise ValueError(f"{name[:80]!r} can be no name in PostgreSQL: 1 to {_BYTES_MAX} bytes, without NUL")
+    if not name or "\0" in name or len(name.encode("utf-8", "surrogatepass")) > BYTES_MAX:
+        raise BadName(f"{name[:80]!r} can be no name in PostgreSQL: 1 to {BYTES_MAX} bytes, without NUL")
     return '"' + name.replace('"', '""') + '"'
 
 
