@@ -13,12 +13,14 @@ from typing import Any
 import asyncpg
 import pytest
 from harness import Place, Sent, consume_all, drained, letters, query, until, value, working
-from test_workers import Service
+from test_workers import Service, message
+from worker_app import SWALLOWS
 
 from consumer import App, Message, Retry, TransactionMisuse, Tx, activity
 from consumer.activity import Stuck
 from consumer.core.errors import Misconfigured, RegistrationError
 from consumer.core.restarts import EXIT_OUTGROWN
+from consumer.process import EXIT_STALLED
 from consumer.worker import Worker
 
 INSERT = "insert into effects values ($1, $2, $3)"
@@ -207,6 +209,19 @@ async def test_a_handler_that_swallows_its_cancellation_loses_its_connection_and
     assert (await ids(place), await place.reasons()) == ([], ["failed"])  # its attempt was counted, for all to see
     await consume_all(app, place.settings())  # so the next process does not meet it
     assert (await ids(place), await place.reasons()) == (["after", "before"], ["failed"])
+
+
+async def test_the_process_of_such_a_handler_ends_and_another_takes_over(place: Place, tmp_path: Path) -> None:
+    service = Service(place, await place.topic(), tmp_path, handler_timeout_seconds=0.3, restarts_max=1)
+    async with service.run() as command:
+        await service.opened(command, 1)
+        await place.send(service.topic, message("m", SWALLOWS))
+
+        async def replaced() -> bool:
+            return len({each["worker_pid"] for each in command.events() if "worker_pid" in each}) == 2
+
+        await until("another worker process", replaced, 60)
+        assert [each["exit_code"] for each in command.events() if "exit_code" in each] == [EXIT_STALLED]
 
 
 # -- that block -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import msgspec
 
 from consumer import App, Retry, Tx
 
-DIES, BLOCKS, HANGS, SLOW, RAISES = -1, -2, -3, -4, -5
+DIES, BLOCKS, HANGS, SLOW, RAISES, SWALLOWS = -1, -2, -3, -4, -5, -6
 
 
 class Payment(msgspec.Struct):
@@ -39,6 +39,12 @@ async def settle(payment: Payment, tx: Tx) -> None:
             await asyncio.sleep(0.2)
         case -5:
             raise ValueError(f"secret {payment.id}")
+        case -6:
+            while True:
+                try:
+                    await asyncio.sleep(3600)
+                except BaseException:
+                    continue
     tx.defer("insert into effects values ($1, $2, $3)", f"settle {payment.id}", payment.account, payment.amount)
     tx.defer("update accounts set balance = balance + $2 where id = $1", payment.account, payment.amount)
 
