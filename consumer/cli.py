@@ -106,6 +106,8 @@ def _root(
         "parked_",
         "grace_",
         "wait_",
+        "handler_",
+        "worker_",
         "watchdog_",
         "restarts_",
         "log_",

@@ -95,13 +95,16 @@ class Settings(BaseSettings):
     wait_seconds: Annotated[float, Field(ge=0, le=2_000_000, allow_inf_nan=False)] = Field(
         30, description="longest wait for Kafka and PostgreSQL at start"
     )
-    handler_timeout_seconds: Annotated[float, Field(ge=0, le=2_000_000, allow_inf_nan=False)] | None = Field(
+    handler_timeout_seconds: float | None = Field(
         None,
+        ge=0,
+        le=2_000_000,
+        allow_inf_nan=False,
         description="longest call of a handler without a timeout= of its own; 0: no limit "
         "(default: half of the idle-in-transaction timeout)",
     )
-    worker_memory_max_mb: Count | None = Field(
-        None, description="a worker process that uses more memory drains and is replaced (absent: no limit)"
+    worker_memory_max_mb: int | None = Field(
+        None, ge=1, description="a worker process that uses more memory drains and is replaced (absent: no limit)"
     )
     watchdog_seconds: Positive = Field(60, description="a worker that should move and does not for so long is ended")
     restarts_max: Annotated[int, Field(ge=0)] = Field(5, description="restarts in a row before giving up on a worker")
