@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-import json
 import os
 import re
 import signal
@@ -33,25 +32,17 @@ from consumer.core.incarnation import Log, judge
 from consumer.core.message import Partition
 from consumer.core.route import Router
 from consumer.diagram_command import diagram as diagram  # registers itself
+from consumer.dlq_command import dlq_list as dlq_list  # registers the others too
 from consumer.kafka import Source
 from consumer.loading import load_app
 from consumer.purge_command import purge_command as purge_command  # registers itself
 from consumer.replay_command import replay_command as replay_command  # registers itself
 from consumer.settings import Settings
 from consumer.shard_command import ShardName, ShardsOf, over
-from consumer.terminal import (
-    POSTGRES,
-    SERVICES,
-    AppPath,
-    AsJson,
-    Refused,
-    cli,
-    command,
-    dlq,
-    out,
-    print_json,
-    printable,
-)
+from consumer.terminal import POSTGRES, SERVICES, AppPath, AsJson, Refused, cli, command, out, print_json
+from consumer.terminal import connected as _connected
+from consumer.terminal import right as _right
+from consumer.terminal import with_ledger as _with_ledger
 
 
 def main() -> None:
@@ -100,6 +91,7 @@ def _root(
         "redis_",
         "precheck_",
         "allow_",
+        "dead_letter_",
         "lanes",
         "batch_",
         "buffer_",
@@ -145,6 +137,11 @@ async def _ready(app: App, settings: Settings) -> None:
     by_shard = shards.settings_of(app, settings)
     for each in by_shard.values():
         each.dsn  # noqa: B018 - raises when there is none
+    target = settings.dead_letter_topic
+    if target in app.topics:
+        raise Misconfigured(
+            f"--dead-letter-topic {target}: {app.name!r} consumes that topic itself, so its dead letters would come back to it for ever"
+        )
     try:
         async with asyncio.timeout(max(settings.wait_seconds, 1)) as limit:
             await resources()
@@ -174,6 +171,8 @@ async def _ready(app: App, settings: Settings) -> None:
     await source.start(settings.wait_seconds)
     try:
         missing = [topic for topic, found in (await source.partitions(app.topics)).items() if not found]
+        if target is not None and not (await source.partitions([target]))[target]:
+            raise Misconfigured(f"--dead-letter-topic {target}: there is no such topic yet: it is not made by itself")
         await retention.check(settings, list(app.topics))
     finally:
         await source.stop(5)
@@ -318,28 +317,6 @@ async def _migrate(settings: Settings, check: bool, own: list[str], names: list[
     return 0
 
 
-async def _connected(settings: Settings) -> Any:
-    """A connection, waited for."""
-    deadline = asyncio.get_running_loop().time() + settings.wait_seconds
-    while True:
-        try:
-            return await ledger.connect(settings, min(10, max(0.5, deadline - asyncio.get_running_loop().time())))
-        except ledger.Outage as error:
-            if asyncio.get_running_loop().time() + 0.5 > deadline:
-                raise ServiceUnavailable(f"{error} (waited {settings.wait_seconds:g} s)") from None
-            await asyncio.sleep(0.5)
-
-
-async def _with_ledger(settings: Settings, ask: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
-    connection = await _connected(settings)
-    try:
-        with ledger.sorted_errors(settings):
-            await ledger.describe(connection, settings)
-        return await ask(connection)  # its errors may be Kafka's: they are not taken for PostgreSQL's
-    finally:
-        connection.terminate()
-
-
 # -- looking at it ----------------------------------------------------------------------------------------------------
 
 
@@ -357,24 +334,33 @@ async def _status(app: App, path: str, settings: Settings, as_json: bool) -> int
     source = Source(settings, None)
     await source.start(settings.wait_seconds)
 
-    async def ask(connection: Any) -> tuple[Any, Any, Any]:
+    async def ask(connection: Any) -> tuple[Any, Any, Any, Any]:
         lags = await report.partition_lags(connection, source, app)
         found = [Partition(each["topic"], each["partition"]) for each in lags[0]]
         return (
             await report.handler_counts(connection, app),
+            await report.open_letters(connection, app),
             lags,
             await report.partition_health(connection, source, app, found),
         )
 
     try:
-        handlers, (partitions, missing), health = await _with_ledger(settings, ask)
+        handlers, letters, (partitions, missing), health = await _with_ledger(settings, ask)
     finally:
         await source.stop(5)
     for each in partitions:
         each |= _health(health[Partition(each["topic"], each["partition"])], path)
     code = 1 if any(each["stopped"] for each in partitions) else 0
     if as_json:
-        print_json({"app": app.name, "handlers": handlers, "partitions": partitions, "missing_topics": missing})
+        print_json(
+            {
+                "app": app.name,
+                "handlers": handlers,
+                "open_letters": letters,
+                "partitions": partitions,
+                "missing_topics": missing,
+            }
+        )
         return code
     table = Table(
         "topic", "partition", *_right("position", "end", "lag"), title=f"{app.name}: partitions", title_justify="left"
@@ -413,6 +399,13 @@ async def _status(app: App, path: str, settings: Settings, as_json: bool) -> int
             causes,
         )
     out.print(table)
+    for name, each in letters.items():
+        dead, waiting = each.get("dead", 0), each.get("waiting", 0)
+        out.print(
+            f"{name}: {dead:,} dead letters to decide on, {waiting:,} waiting behind them: consumer dlq list --handler {name}",
+            markup=False,
+            highlight=False,
+        )
     return code
 
 
@@ -434,12 +427,6 @@ def _health(health: report.Health, path: str) -> dict[str, Any]:
             "since": datetime.fromtimestamp(held.since_ms / 1000, UTC).isoformat(timespec="seconds"),
         },
     }
-
-
-def _right(*names: str) -> list[Any]:
-    from rich.table import Column
-
-    return [Column(name, justify="right", overflow="fold") for name in names]
 
 
 @command(cli, "show", (*POSTGRES, "wait_"))
@@ -492,91 +479,6 @@ async def _show(wanted: str | bytes, settings: Settings, as_json: bool) -> int:
         if each["dead_letter"]:
             line += f" ({each['reason']}; consumer dlq show {each['dead_letter']})"
         out.print(line, markup=False, highlight=False, soft_wrap=True)
-    return 0
-
-
-@command(dlq, "list", (*POSTGRES, "wait_"))
-def dlq_list(
-    settings: Settings,
-    app: Annotated[str | None, typer.Option("--app", help="only of the App with this name")] = None,
-    handler: Annotated[str | None, typer.Option("--handler", help="only of this handler")] = None,
-    topic: Annotated[str | None, typer.Option("--topic", help="only from this topic")] = None,
-    reason: Annotated[str | None, typer.Option("--reason", help="only for this reason")] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, max=100_000, help="the newest so many")] = 50,
-    shards_of: ShardsOf = None,
-    shard: ShardName = None,
-    as_json: AsJson = False,
-) -> Any:
-    """The newest dead letters, without their payloads."""
-    return over(
-        shards_of, shard, settings, as_json, lambda on: _dlq_list(on, app, handler, topic, reason, limit, as_json)
-    )
-
-
-async def _dlq_list(
-    settings: Settings,
-    app: str | None,
-    handler: str | None,
-    topic: str | None,
-    reason: str | None,
-    limit: int,
-    as_json: bool,
-) -> int:
-    found = await _with_ledger(settings, lambda c: report.dead_letters(c, app, handler, topic, reason, limit))
-    if as_json:
-        print_json(found)
-        return 0
-    if not found:
-        out.print("no dead letters")
-        return 0
-    table = Table("number", "app/handler", "from", "reason", "error", *_right("attempts"), "died at")
-    for each in found:
-        table.add_row(
-            str(each["dead_letter"]),
-            escape(f"{each['app']}/{each['handler']}"),
-            f"{each['topic']}:{each['partition']}:{each['offset']}",
-            each["reason"],
-            escape(printable(each["error"][:80])),
-            str(each["attempts"]),
-            each["died_at"][:19],
-        )
-    out.print(table)
-    return 0
-
-
-@command(dlq, "show", (*POSTGRES, "wait_"))
-def dlq_show(
-    number: Annotated[
-        int,
-        typer.Argument(
-            metavar="NUMBER", min=1, max=2**63 - 1, help="as `consumer dlq list` shows it", show_default=False
-        ),
-    ],
-    settings: Settings,
-    shards_of: ShardsOf = None,
-    shard: ShardName = None,
-    as_json: AsJson = False,
-) -> Any:
-    """One dead letter, with its bytes and headers."""
-    if shards_of is not None and shard is None:
-        raise Misconfigured("each shard has numbers of its own: say which one with --shard NAME")
-    return over(shards_of, shard, settings, as_json, lambda on: _dlq_show(number, on, as_json))
-
-
-async def _dlq_show(number: int, settings: Settings, as_json: bool) -> int:
-    found = await _with_ledger(settings, lambda connection: report.dead_letter(connection, number))
-    if found is None:
-        raise Refused(f"no dead letter {number}: see `consumer dlq list`")
-    if as_json:
-        print_json(found)
-        return 0
-    for name, value in found.items():
-        out.print(
-            f"{name:12} {printable(value) if isinstance(value, str) else json.dumps(value)}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
     return 0
 
 

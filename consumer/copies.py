@@ -23,6 +23,7 @@ from consumer.compare import Compared
 from consumer.core import scratch
 from consumer.core.errors import Misconfigured
 from consumer.core.lanes import Batch, Delivery, Move
+from consumer.core.letters import Hold
 from consumer.core.names import ident
 from consumer.core.outcome import Dead
 from consumer.core.scratch import Column, Constraint, DefaultSequence, Judgement, Name, Table, Touch, Use
@@ -424,6 +425,13 @@ class CopiesSession(Session):
         self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
     ) -> None:
         """Nothing is kept of them: they keep their claim."""
+
+    async def note_attempts(self, tried: Mapping[Delivery, tuple[int, float]], settled: Sequence[Delivery]) -> None:
+        """Nothing is kept of them either."""
+
+    async def holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, Hold]:
+        """Nothing holds back: what waits behind a dead letter was left out."""
+        return dict.fromkeys(deliveries, Hold.FREE)
 
     async def close_batch(
         self, app: str, moves: Sequence[Move], counts: Mapping[tuple[int, int, int, str], int]

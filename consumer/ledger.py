@@ -20,13 +20,14 @@ from urllib.parse import parse_qsl, urlsplit
 import asyncpg
 from asyncpg.pgproto.pgproto import UUID
 
-from consumer import transport
+from consumer import deadletters, transport
 from consumer.columns import Columns
 from consumer.core import grants
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.core.hosts import certificate_fault
 from consumer.core.incarnation import Position, Print
-from consumer.core.lanes import Delivery, Move
+from consumer.core.lanes import Delivery, Move, Tried
+from consumer.core.letters import Hold
 from consumer.core.message import Partition
 from consumer.core.outcome import Dead
 from consumer.core.sqlstate import Meaning, meaning, without_values
@@ -37,14 +38,8 @@ _BATCH_SECONDS_MAX = 5.0
 _ROLLBACK_SECONDS = 5.0  # what takes longer is ended with its connection, which undoes it too
 _TURNS_MAX = 10  # of the ledger, that one claim sees come and go
 _CLAIM_KEY = re.compile("ledger(_[0-9]+)?_claim")
-SCHEMA_VERSION = 5  # the migration this code needs; migrations/ holds them
+SCHEMA_VERSION = 6  # the migration this code needs; migrations/ holds them
 
-_DEAD_LETTER = """
-insert into consumer.dead_letters (handler, id, fingerprint, topic, partition, "offset", "timestamp", key, value,
-                                   header_keys, header_values, reason, error, attempts)
-values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
-on conflict (handler, id, fingerprint) do nothing
-"""
 _MAY_NOT = """
 select case when current_setting('default_transaction_read_only')::bool then 'anything: default_transaction_read_only is on'
 else (
@@ -386,8 +381,22 @@ class Session:
         """Keep dead letters. `claimed`: those whose claim was made in this transaction, maybe as applied."""
         if claimed:
             await self.connection.execute(self._statements.bury, *_keys(claimed))
-        letters = [_letter(each, verdict, attempts.get(each, each.attempts)) for each, verdict in dead.items()]
-        await self.connection.executemany(_DEAD_LETTER, letters)
+        await deadletters.bury(self.connection, dead, attempts, publish=self._settings.dead_letter_topic is not None)
+
+    async def holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, Hold]:
+        """Whether dead letters hold back these deliveries, for the time of this transaction."""
+        return await deadletters.ask(self.connection, deliveries)
+
+    async def note_attempts(self, tried: Mapping[Delivery, tuple[int, float]], settled: Sequence[Delivery]) -> None:
+        """Keep attempts, and seconds until the next, of messages that are not settled; forget those of settled ones."""
+        if self.owns_positions:
+            await deadletters.note_attempts(self.connection, tried, settled)
+
+    async def recall(
+        self, handlers: Sequence[int], positions: Mapping[Partition, int]
+    ) -> tuple[dict[Partition, set[tuple[int, bytes]]], dict[Partition, dict[tuple[int, int], Tried]]]:
+        """What opening partitions must know of dead letters and attempts. The due times are seconds from now."""
+        return await deadletters.recall(self.connection, handlers, positions)
 
     async def check_constraints(self) -> None:
         """Check now what a COMMIT would check: deferred constraints. Raises what the database says."""
@@ -605,26 +614,6 @@ def _standing(deliveries: Sequence[Delivery], lost: Any) -> tuple[dict[Delivery,
 
 def _keys(deliveries: Sequence[Delivery]) -> tuple[list[int], list[UUID]]:
     return [each.handler.number for each in deliveries], [UUID(each.id) for each in deliveries]
-
-
-def _letter(delivery: Delivery, verdict: Dead, attempts: int) -> tuple[Any, ...]:
-    record = delivery.record
-    return (
-        delivery.handler.number,
-        UUID(delivery.id),
-        delivery.fingerprint,
-        record.topic,
-        record.partition,
-        record.offset,
-        record.timestamp,
-        record.key,
-        record.value,
-        [key.encode("utf-8", "surrogateescape") for key, _ in record.headers],
-        [value for _, value in record.headers],
-        verdict.reason.value,
-        verdict.error.replace("\x00", "\\0").encode("utf-8", "replace").decode(),  # what text in PostgreSQL can hold
-        attempts,
-    )
 
 
 def _detect_dead_peers(connection: asyncpg.Connection[Any]) -> None:

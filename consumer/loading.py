@@ -1,15 +1,18 @@
-"""From "module:app" to the App. Every way in which that can fail is one line that names the place."""
+"""From "module:app" to the App, and into its lifespan. Every way in which that can fail is one line that names the place."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import sys
 import traceback
-from contextlib import redirect_stdout
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, redirect_stdout
 from pathlib import Path
 
 from consumer.app import App
 from consumer.core.errors import Misconfigured
+from consumer.logs import describe
 
 
 def load_app(path: str) -> App:
@@ -66,3 +69,16 @@ def _place(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({error.filename}:{error.lineno})"
     return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+
+
+@asynccontextmanager
+async def running(app: App) -> AsyncIterator[None]:
+    """The App's lifespan around the block. Raises Misconfigured for one that cannot be entered."""
+    async with AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(app.running())
+        except (Misconfigured, asyncio.CancelledError):
+            raise
+        except (Exception, SystemExit) as error:
+            raise Misconfigured(f"the lifespan of {app.name!r} failed: {describe(error)}") from None
+        yield

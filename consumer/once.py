@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from consumer.activity import Activity, TookTooLong
+from consumer.core.deadshare import DeadShare
 from consumer.core.decode import explain
 from consumer.core.errors import Reject, RunAgain, TransactionMisuse, Unreadable
 from consumer.core.handler import Handler
@@ -31,10 +32,11 @@ from consumer.core.identity import (
 )
 from consumer.core.incarnation import Position, Print
 from consumer.core.lanes import UNDECODED, Batch, Delivery, Lane, Move
+from consumer.core.letters import Hold, holds
 from consumer.core.message import LogRecord, Message, Partition
 from consumer.core.outcome import DUPLICATE, SKIPPED, Applied, Cause, Dead, Duplicate, Outcome, Parked, Reason, Skipped
 from consumer.core.sqlstate import Meaning
-from consumer.ledger import REDELIVERED, Conflict, Fenced, Outage, Session, Standing, meaning_of, said
+from consumer.ledger import REDELIVERED, Conflict, Fenced, Outage, Session, Standing, meaning_of, said, sqlstate_of
 from consumer.tx import Scope, Tx, savepoint_name
 
 _CALLS_AT_A_TIME = 100
@@ -48,6 +50,8 @@ TOO_OLD = Dead(
     "too old to judge: the ledger no longer remembers the time of this message, so it may have been applied, or not",
 )
 BEHIND = Parked(0.0, "waits behind a failed message of its key")
+BUSY = Parked(0.1, "letters before it are being settled")
+HELD_BACK = Dead(Reason.BEHIND, "waits behind a dead letter of its key")
 LEFT = Parked(0.0, "left for the next batch: this one has taken long enough")
 
 Step = Callable[[str], None]
@@ -106,12 +110,14 @@ async def apply(
     step: Step,
     rehearsal: Rehearsal | None = None,
     activity: Activity | None = None,
+    limit: DeadShare | None = None,
 ) -> Settlement:
     """Settle a batch in one transaction: all of it, or nothing.
 
     careful: a savepoint around every message, so that one failure costs one message (at most SAVEPOINTS_MAX of them).
     rehearsal: do everything but store it: neither positions nor dead letters are written, and all else is undone.
     activity: what ends calls of handlers that take too long; without it, they have no limit.
+    limit: how many dead letters are too many; beyond it TooManyDeadLetters is raised, and nothing is settled.
     Raises Isolate when the batch must be cut smaller or run carefully, Conflict to run it again at once, Outage when
     PostgreSQL cannot say, Fenced when a partition is no longer ours. The connection is left without a transaction,
     or dropped.
@@ -126,9 +132,11 @@ async def apply(
         # Claim first: a concurrent duplicate waits here on the unique key, before any work of it was done.
         standing = await session.claim(claims, names.topics) if claims else {}
         step("claimed")
-        fresh = _sort_out(claims, standing, done)
+        fresh = _sort_out(claims, standing, lane, done)
         if rehearsal is None:
             _refuse_too_old(session, fresh, done)
+            if suspects := [each for each in lane.suspects(fresh) if each not in done.outcomes]:
+                await _wait_for_letters(session, lane, suspects, done)
         else:
             fresh = await rehearsal.claimed(session, standing, fresh)
         theirs = True
@@ -145,11 +153,20 @@ async def apply(
             await session.unclaim(retracted)
         dead = {each: verdict for each, verdict in done.outcomes.items() if isinstance(verdict, Dead)}
         if dead:
+            if limit is not None:
+                _within(limit, fresh, done.outcomes)
+            for each, verdict in dead.items():
+                if holds(verdict):
+                    lane.suspect(each)
             await session.bury(dead, done.attempts, claimed=[each for each in fresh if each in dead])
         done.applied = [each for each in fresh if each not in done.outcomes]
         if not lane.holds(batch):
             raise Fenced("its partitions were opened anew meanwhile: what it settled would be counted again")
         done.moves = _of_their_logs(names, batch, lane.moves(batch, done.parked))
+        if tried := {each: (n, delay) for each, delay in done.parked.items() if (n := _attempts(each, done))}:
+            await session.note_attempts(tried, ())
+        if over := [each for each in batch.deliveries if each.attempts and each not in done.parked]:
+            await session.note_attempts({}, over)
         await session.close_batch(names.app, done.moves, _count(names, done.outcomes))
         step("before_commit")
         theirs = True
@@ -264,18 +281,24 @@ def verdict(delivery: Delivery, error: BaseException, draw: Callable[[], float])
     """What a failed attempt means for its message, and how many attempts it has now had."""
     attempts = delivery.attempts + 1
     if isinstance(error, Reject):
-        return Dead(Reason.REJECTED, text_of(error)), attempts
+        return Dead(Reason.REJECTED, text_of(error), type(error).__name__), attempts
     if isinstance(error, Unreadable):
         return Dead(Reason(error.reason), text_of(error)), delivery.attempts
-    if isinstance(error, RunAgain):
+    if is_uncounted(error):
         delivery.again += 1
         pause = delivery.handler.retry.pause_seconds(delivery.again, draw())
         return Parked(max(_AGAIN_SECONDS_MIN, pause), type(error).__name__), delivery.attempts
     if isinstance(error, TookTooLong) and error.in_statement:  # a slow database, as far as one can tell
         return Parked(_ASIDE_SECONDS * (0.5 + draw() / 2), "put aside"), delivery.attempts
+    kind = sqlstate_of(error) or type(error).__name__
     text = f"{type(error).__name__}: {text_of(error)}"
     delay = delivery.handler.retry.delay_seconds(error, attempts, draw())
-    return (Dead(Reason.FAILED, text) if delay is None else Parked(delay, text)), attempts
+    return (Dead(Reason.FAILED, text, kind) if delay is None else Parked(delay, text)), attempts
+
+
+def is_uncounted(error: BaseException) -> bool:
+    """Whether a failure says nothing against its message: its handler asked for it, or schema and rights do not fit the code."""
+    return isinstance(error, RunAgain) or meaning_of(error) is Meaning.DEPLOYMENT
 
 
 def text_of(error: BaseException) -> str:
@@ -400,7 +423,9 @@ def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> l
     return list(first.values())
 
 
-def _sort_out(claims: Sequence[Delivery], standing: Mapping[Delivery, Standing], done: Settlement) -> list[Delivery]:
+def _sort_out(
+    claims: Sequence[Delivery], standing: Mapping[Delivery, Standing], lane: Lane, done: Settlement
+) -> list[Delivery]:
     """Those whose claim was won. The others are duplicates, or an id used again with another payload."""
     fresh: list[Delivery] = []
     for delivery in claims:
@@ -415,6 +440,8 @@ def _sort_out(claims: Sequence[Delivery], standing: Mapping[Delivery, Standing],
             done.outcomes[delivery] = _conflict()
         else:
             done.outcomes[delivery] = DUPLICATE[Cause.DEAD_LETTER if earlier.dead else Cause.LEDGER]
+            if earlier.dead and earlier.here:
+                lane.suspect(delivery)  # by a COMMIT whose answer was lost, maybe: then it holds its chain
     return fresh
 
 
@@ -423,6 +450,43 @@ def _refuse_too_old(session: Session, fresh: Sequence[Delivery], done: Settlemen
     for delivery in fresh:
         if delivery.outcome is None and session.is_too_old(delivery.record.timestamp):
             done.outcomes[delivery] = delivery.outcome = TOO_OLD
+
+
+async def _wait_for_letters(session: Session, lane: Lane, suspects: Sequence[Delivery], done: Settlement) -> None:
+    """Sort out what dead letters hold back. deadletters.py walks through the races."""
+    for delivery, hold in (await session.holds(suspects)).items():
+        match hold:
+            case Hold.HELD:
+                done.outcomes[delivery] = HELD_BACK
+            case Hold.BUSY:
+                done.outcomes[delivery] = BUSY
+                done.parked[delivery] = BUSY.delay_seconds
+            case Hold.FREE:
+                lane.clear(delivery)
+
+
+def _within(limit: DeadShare, fresh: Sequence[Delivery], outcomes: Mapping[Delivery, Outcome]) -> None:
+    """Raise TooManyDeadLetters beyond the limit."""
+    for name, (messages, reasons) in shares(fresh, outcomes).items():
+        limit.check(name, messages, reasons)
+
+
+def shares(applied: Iterable[Delivery], outcomes: Mapping[Delivery, Outcome]) -> dict[str, tuple[int, list[str]]]:
+    """For each handler: how many messages were applied or died, and for what those died. What only waits is neither."""
+    counts: dict[str, int] = {}
+    reasons: dict[str, list[str]] = {}
+    for delivery in applied:
+        if delivery not in outcomes:
+            counts[delivery.handler.name] = counts.get(delivery.handler.name, 0) + 1
+    for delivery, outcome in outcomes.items():
+        if isinstance(outcome, Dead) and outcome.reason is not Reason.BEHIND:
+            counts[delivery.handler.name] = counts.get(delivery.handler.name, 0) + 1
+            reasons.setdefault(delivery.handler.name, []).append(outcome.reason.value)
+    return {name: (count, reasons.get(name, [])) for name, count in counts.items()}
+
+
+def _attempts(delivery: Delivery, done: Settlement) -> int:
+    return done.attempts.get(delivery, delivery.attempts)
 
 
 def _wait_behind(delivery: Delivery, done: Settlement) -> None:
@@ -479,6 +543,7 @@ class _Run:
         self.careful = careful
         self.draw = draw
         self.blocked: set[Hashable] = set()  # units whose message failed: later ones wait behind it
+        self.held: set[Hashable] = set()  # units whose message has failed for good: later ones are kept as letters too
         self.started = False
         self.until = time.monotonic() + session.batch_seconds_max
 
@@ -486,7 +551,7 @@ class _Run:
         """Run every fresh message, each handler's in the order of its units."""
         by_handler: dict[Handler, list[Delivery]] = {}
         for delivery in fresh:
-            if delivery.outcome is None:
+            if delivery.outcome is None and delivery not in self.done.outcomes:
                 by_handler.setdefault(delivery.handler, []).append(delivery)
         for handler, deliveries in by_handler.items():
             if handler.batch is not None:
@@ -513,6 +578,9 @@ class _Run:
             return
         if self.blocked and delivery.unit() in self.blocked:
             _wait_behind(delivery, self.done)
+            return
+        if self.held and delivery.unit() in self.held:
+            self.done.outcomes[delivery] = HELD_BACK
             return
         tx = Tx(self.scope, delivery, task)
         try:
@@ -542,6 +610,11 @@ class _Run:
             for each in behind:
                 _wait_behind(each, self.done)
             deliveries = [each for each in deliveries if each not in behind]
+        if self.held:
+            for each in deliveries:
+                if each.unit() in self.held:
+                    self.done.outcomes[each] = HELD_BACK
+            deliveries = [each for each in deliveries if each not in self.done.outcomes]
         if not deliveries:
             return
         tx = Tx(self.scope, _Chunk(handler), asyncio.current_task())
@@ -621,6 +694,8 @@ class _Run:
         if isinstance(outcome, Parked):
             self.done.parked[delivery] = outcome.delay_seconds
             self.blocked.add(delivery.unit())
+        elif holds(outcome) and delivery.chain() is not None:
+            self.held.add(delivery.unit())
 
     def _readable(self, delivery: Delivery) -> bool:
         try:

@@ -20,8 +20,9 @@ from typing import Any
 
 from consumer import logs
 from consumer.activity import Stuck
+from consumer.core.deadshare import TooManyDeadLetters
 from consumer.core.errors import Misconfigured
-from consumer.core.restarts import EXIT_MISCONFIGURED, EXIT_OUTGROWN
+from consumer.core.restarts import EXIT_DEAD_LETTERS, EXIT_MISCONFIGURED, EXIT_OUTGROWN
 from consumer.loading import load_app
 from consumer.logs import describe, event
 from consumer.settings import Settings, load
@@ -98,6 +99,9 @@ async def _work(path: str, settings: Settings, descriptor: int) -> int:
     except Stalled as error:
         event(logging.ERROR, str(error))
         return EXIT_STALLED
+    except TooManyDeadLetters as error:
+        event(logging.ERROR, str(error))
+        return EXIT_DEAD_LETTERS
     except Stuck as error:
         event(logging.ERROR, str(error))
         sys.stdout.flush()

@@ -15,7 +15,6 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -34,7 +33,7 @@ from consumer.core.outcome import Dead, Outcome, Parked
 from consumer.core.timeline import Timeline
 from consumer.kafka import KafkaError, LogTruncated, Source, group_offsets, is_compacted
 from consumer.ledger import Conflict, Outage, Session, Standing
-from consumer.logs import describe
+from consumer.loading import running
 from consumer.precheck import Precheck
 from consumer.reading import Chunk, find_partitions, parse, read, resolve
 from consumer.rebuild import rebuild as rebuild_state
@@ -110,7 +109,7 @@ async def replay(
     _check(options)
     one_database(app)
     engine = _Replay(app, settings, list(dict.fromkeys(topics)), options, told, resumed)
-    async with _running(app):
+    async with running(app):
         return await engine.run(source or Source(settings, None))
 
 
@@ -121,19 +120,6 @@ def one_database(app: App) -> None:
             f"App {app.name!r} has shards, and a replay knows one database only. To apply what is missing, move the positions back "
             "with `consumer positions APP --topic T --partition N --to earliest`: what was applied is not applied again"
         )
-
-
-@asynccontextmanager
-async def _running(app: App) -> AsyncIterator[None]:
-    """The App's lifespan around the block. Raises Misconfigured for one that cannot be entered."""
-    async with AsyncExitStack() as stack:
-        try:
-            await stack.enter_async_context(app.running())
-        except (Misconfigured, asyncio.CancelledError):
-            raise
-        except (Exception, SystemExit) as error:
-            raise Misconfigured(f"the lifespan of {app.name!r} failed: {describe(error)}") from None
-        yield
 
 
 def _check(options: Options) -> None:

@@ -11,16 +11,13 @@ import hashlib
 import json
 import os
 import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich import box
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from consumer import ledger, page, terminal
@@ -32,7 +29,6 @@ from consumer.replay import Options, Told, one_database, replay
 from consumer.settings import Settings
 from consumer.terminal import AppPath, AsJson, cli, command, err, out, printable
 
-_TELL_SECONDS = 5.0  # between two lines of progress where there is no terminal for a bar
 _STATE_VERSION = 1
 
 
@@ -200,7 +196,7 @@ async def _replay(
             markup=False,
         )
     try:
-        with _progress() as told:
+        with terminal.progress("offsets") as told:
             save = kept.save if kept is not None else None
             findings = await replay(app, settings, topics, options, Told(told.line, told.progress, save), resumed)
     except ConsumerError as error:
@@ -288,54 +284,6 @@ def _state_directory() -> Path:
         return Path.home() / ".local" / "state"
     except RuntimeError:  # nobody's home: there is no such user
         return Path("/nonexistent")
-
-
-class _Bar:
-    """Progress with rate and time left: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, bars: Progress | None) -> None:
-        self._bars = bars
-        self._tasks: dict[str, Any] = {}
-        self._begun_at = self._told_at = time.monotonic()
-        self._first: dict[str, tuple[float, int]] = {}
-
-    def line(self, text: str) -> None:
-        """Something that a person should know."""
-        if self._bars is not None:
-            self._bars.console.print(text, markup=False, highlight=False)
-
-    def progress(self, phase: str, done: int, total: int) -> None:
-        """So much of a phase is done."""
-        now = time.monotonic()
-        at, before = self._first.setdefault(phase, (now, done))
-        rate = (done - before) / (now - at) if now - at > 0.5 else 0.0
-        if self._bars is not None:
-            if phase not in self._tasks:
-                self._tasks[phase] = self._bars.add_task(phase, total=total, rate="")
-            self._bars.update(self._tasks[phase], completed=done, total=total, rate=f"{rate:,.0f}/s" if rate else "")
-        elif now - self._told_at > _TELL_SECONDS:
-            self._told_at = now
-            left = f", {(total - done) / rate:,.0f} s left" if rate else ""
-            err.print(
-                f"consumer: {phase}: {done:,} of {total:,} offsets ({done / max(total, 1):.0%}), {rate:,.0f}/s{left}",
-                markup=False,
-                highlight=False,
-            )
-
-
-@contextmanager
-def _progress() -> Iterator[_Bar]:
-    if not err.is_terminal:
-        yield _Bar(None)
-        return
-    columns = (
-        TextColumn("{task.description:12}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%  {task.fields[rate]}"),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=err, transient=True) as bars:
-        yield _Bar(bars)
 
 
 # -- the answer ---------------------------------------------------------------------------------------------------------

@@ -31,24 +31,41 @@ where h.app = $1 group by h.name, o.outcome
 """
 _SHOW = """
 select h.app, h.name as handler, t.name as topic, l.partition, l."offset", l.applied_at,
-       d.dead_letter, d.reason, d.died_at
+       d.dead_letter, d.reason, d.died_at, d.state as letter
 from consumer.ledger l
 join consumer.handlers h using (handler) join consumer.topics t using (topic)
 left join consumer.dead_letters d on d.handler = l.handler and d.id = l.id and d.fingerprint = l.fingerprint
 where l.id = $1 order by h.app, h.name
 """
 _LETTERS = """
-select d.dead_letter, h.app, h.name as handler, d.id, d.topic, d.partition, d."offset", d.reason, d.error, d.attempts,
-       d.died_at, octet_length(d.value) as value_bytes
+select d.dead_letter, h.app, h.name as handler, d.id, d.topic, d.partition, d."offset", d.state, d.reason, d.kind,
+       d.error_group, d.error, d.attempts, d.died_at, octet_length(d.value) as value_bytes
 from consumer.dead_letters d join consumer.handlers h using (handler)
 where ($1::text is null or h.app = $1) and ($2::text is null or h.name = $2)
   and ($3::text is null or d.topic = $3) and ($4::text is null or d.reason = $4)
+  and ($6::text is null or d.error_group = $6) and ($7::text[] is null or d.state = any($7))
+  and ($8::float8 is null or d.died_at < now() - make_interval(secs => $8))
+  and ($9::float8 is null or d.died_at > now() - make_interval(secs => $9))
 order by d.dead_letter desc limit $5
 """
 _LETTER = """
-select d.*, h.app, h.name as handler_name from consumer.dead_letters d join consumer.handlers h using (handler)
-where d.dead_letter = $1
+select d.*, h.app, h.name as handler_name,
+       (select count(*) from consumer.dead_letters e where (e.handler, e.chain) = (d.handler, d.chain) and e."offset" > d."offset") as behind,
+       (select e.dead_letter from consumer.dead_letters e where (e.handler, e.chain) = (d.handler, d.chain)
+        and e."offset" < d."offset" order by e."offset" limit 1) as first
+from consumer.dead_letters d join consumer.handlers h using (handler) where d.dead_letter = $1
 """
+_ACTIONS = """
+select a.action, a.dead_letter, a.at, a.operator, a.what, a.outcome, a.note, a.new_id, a.new_value
+from consumer.letter_actions a where $1::int8 is null or a.dead_letter = $1 order by a.action desc limit $2
+"""
+_OPEN = """
+select h.name, d.state, count(*) from consumer.dead_letters d join consumer.handlers h using (handler)
+where h.app = $1 and d.state in ('dead', 'waiting') group by 1, 2
+"""
+
+
+_LETTER_STATES = {"waiting": "waiting", "discarded": "discarded"}
 
 _LOOKS_AT_A_TIME = 16
 
@@ -165,7 +182,9 @@ async def find_message(connection: Any, text: str | bytes) -> dict[str, Any]:
             {
                 "app": row["app"],
                 "handler": row["handler"],
-                "state": "applied" if row["applied_at"] is not None else "dead-lettered",
+                "state": "applied"
+                if row["applied_at"] is not None
+                else _LETTER_STATES.get(row["letter"], "dead-lettered"),
                 "at": (row["applied_at"] or row["died_at"]).isoformat()
                 if row["applied_at"] or row["died_at"]
                 else None,
@@ -181,15 +200,36 @@ async def find_message(connection: Any, text: str | bytes) -> dict[str, Any]:
 
 
 async def dead_letters(
-    connection: Any, app: str | None, handler: str | None, topic: str | None, reason: str | None, limit: int
+    connection: Any,
+    app: str | None,
+    handler: str | None,
+    topic: str | None,
+    reason: str | None,
+    limit: int,
+    *,
+    group: str | None = None,
+    states: Sequence[str] | None = None,
+    older_than_seconds: float | None = None,
+    newer_than_seconds: float | None = None,
 ) -> list[dict[str, Any]]:
-    """The newest dead letters, without their bytes."""
-    rows = await connection.fetch(_LETTERS, app, handler, topic, reason, limit)
+    """The newest dead letters, without their bytes. states: of core/letters.State, None for all."""
+    rows = await connection.fetch(
+        _LETTERS,
+        app,
+        handler,
+        topic,
+        reason,
+        limit,
+        group,
+        None if states is None else list(states),
+        older_than_seconds,
+        newer_than_seconds,
+    )
     return [{**dict(row), "id": row["id"].hex, "died_at": row["died_at"].isoformat()} for row in rows]
 
 
 async def dead_letter(connection: Any, number: int) -> dict[str, Any] | None:
-    """One dead letter, whole. Bytes are text where they are UTF-8, else {"base64": …}."""
+    """One dead letter, whole, and what was done to it. Bytes are text where they are UTF-8, else {"base64": …}."""
     row = await connection.fetchrow(_LETTER, number)
     if row is None:
         return None
@@ -202,16 +242,44 @@ async def dead_letter(connection: Any, number: int) -> dict[str, Any] | None:
         "partition": row["partition"],
         "offset": row["offset"],
         "timestamp": row["timestamp"],
+        "state": row["state"],
         "reason": row["reason"],
+        "kind": row["kind"],
+        "error_group": row["error_group"],
         "error": row["error"],
         "attempts": row["attempts"],
         "died_at": row["died_at"].isoformat(),
+        "waits_behind": row["first"],
+        "waiting_behind_it": row["behind"],
         "key": _shown(row["key"]),
         "headers": [
             [_shown(name), _shown(value)] for name, value in zip(row["header_keys"], row["header_values"], strict=True)
         ],
         "value": _shown(row["value"]),
+        "actions": await actions(connection, number, 1000),
     }
+
+
+async def actions(connection: Any, number: int | None, limit: int) -> list[dict[str, Any]]:
+    """What people did to one letter, or to all of them; the newest first."""
+    rows = await connection.fetch(_ACTIONS, number, limit)
+    return [
+        {
+            **dict(row),
+            "at": row["at"].isoformat(),
+            "new_id": row["new_id"].hex if row["new_id"] is not None else None,
+            "new_value": _shown(row["new_value"]),
+        }
+        for row in rows
+    ]
+
+
+async def open_letters(connection: Any, app: App) -> dict[str, dict[str, int]]:
+    """Handler -> state -> letters that somebody must decide on, or that wait behind one."""
+    found: dict[str, dict[str, int]] = {}
+    for name, state, count in await connection.fetch(_OPEN, app.name):
+        found.setdefault(name, {})[state] = count
+    return found
 
 
 def _shown(raw: bytes | None) -> str | dict[str, str] | None:

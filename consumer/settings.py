@@ -91,6 +91,15 @@ class Settings(BaseSettings):
     buffer_bytes_max: Count = Field(64 << 20, description="most payload bytes fetched and not yet settled")
     parked_messages_max: Count = Field(1000, description="most messages waiting for a retry, or behind one, in a lane")
 
+    dead_letter_limit: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        0.5,
+        description="a worker stops that would make more dead letters than this share of a handler's last 1,000 messages, and at "
+        "least 50; 0: at the first one, 1: never",
+    )
+    dead_letter_topic: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$")] | None = Field(
+        None, description="also produce dead letters to this topic, after they are kept in PostgreSQL"
+    )
+
     grace_seconds: Positive = Field(25, description="longest drain after SIGTERM")
     wait_seconds: Annotated[float, Field(ge=0, le=2_000_000, allow_inf_nan=False)] = Field(
         30, description="longest wait for Kafka and PostgreSQL at start"

@@ -12,8 +12,9 @@ import inspect
 import json
 import re
 import sys
+import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Annotated, Any
@@ -22,9 +23,11 @@ import typer
 from pydantic import SecretStr
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from consumer import ledger, logs
-from consumer.core.errors import ConsumerError
+from consumer.core.errors import ConsumerError, ServiceUnavailable
 from consumer.kafka import KafkaError
 from consumer.process import run as run_loop
 from consumer.settings import Settings, load
@@ -54,6 +57,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 POSTGRES = ("postgres_dsn", "postgres_ca_file", "postgres_pooler", "allow_insecure")
 SERVICES = ("kafka_", *POSTGRES)
+_TELL_SECONDS = 5.0  # between two lines of progress where there is no terminal for a bar
 _SHORT = {"grace_seconds": "--grace", "wait_seconds": "--wait"}
 
 
@@ -165,6 +169,84 @@ def printable(text: str) -> str:
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode() for each in text
     )
+
+
+async def connected(settings: Settings) -> Any:
+    """A connection, waited for."""
+    deadline = asyncio.get_running_loop().time() + settings.wait_seconds
+    while True:
+        try:
+            return await ledger.connect(settings, min(10, max(0.5, deadline - asyncio.get_running_loop().time())))
+        except ledger.Outage as error:
+            if asyncio.get_running_loop().time() + 0.5 > deadline:
+                raise ServiceUnavailable(f"{error} (waited {settings.wait_seconds:g} s)") from None
+            await asyncio.sleep(0.5)
+
+
+async def with_ledger(settings: Settings, ask: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
+    """What `ask` finds on a connection to a ledger of this version. Raises Misconfigured, ServiceUnavailable."""
+    connection = await connected(settings)
+    try:
+        with ledger.sorted_errors(settings):
+            await ledger.describe(connection, settings)
+        return await ask(connection)  # its errors may be Kafka's: they are not taken for PostgreSQL's
+    finally:
+        connection.terminate()
+
+
+def right(*names: str) -> list[Any]:
+    """Columns of numbers."""
+    return [Column(name, justify="right", overflow="fold") for name in names]
+
+
+class Bar:
+    """Progress with rate and time left: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, bars: Progress | None, unit: str) -> None:
+        self._bars = bars
+        self._unit = unit
+        self._tasks: dict[str, Any] = {}
+        self._begun_at = self._told_at = time.monotonic()
+        self._first: dict[str, tuple[float, int]] = {}
+
+    def line(self, text: str) -> None:
+        """Something that a person should know."""
+        if self._bars is not None:
+            self._bars.console.print(text, markup=False, highlight=False)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """So much of a phase is done."""
+        now = time.monotonic()
+        at, before = self._first.setdefault(phase, (now, done))
+        rate = (done - before) / (now - at) if now - at > 0.5 else 0.0
+        if self._bars is not None:
+            if phase not in self._tasks:
+                self._tasks[phase] = self._bars.add_task(phase, total=total, rate="")
+            self._bars.update(self._tasks[phase], completed=done, total=total, rate=f"{rate:,.0f}/s" if rate else "")
+        elif now - self._told_at > _TELL_SECONDS:
+            self._told_at = now
+            left = f", {(total - done) / rate:,.0f} s left" if rate else ""
+            err.print(
+                f"consumer: {phase}: {done:,} of {total:,} {self._unit} ({done / max(total, 1):.0%}), {rate:,.0f}/s{left}",
+                markup=False,
+                highlight=False,
+            )
+
+
+@contextmanager
+def progress(unit: str) -> Iterator[Bar]:
+    """Progress of the block on standard error, counted in `unit`."""
+    if not err.is_terminal:
+        yield Bar(None, unit)
+        return
+    columns = (
+        TextColumn("{task.description:12}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%  {task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=err, transient=True) as bars:
+        yield Bar(bars, unit)
 
 
 _collected: ContextVar[list[object] | None] = ContextVar("collected", default=None)

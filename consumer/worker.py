@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import logging
 import random
 import time
@@ -21,6 +22,7 @@ from typing import Any
 from consumer import once, shards, transport
 from consumer.activity import Activity, LoopWatch, Stuck, limits, memory_mb
 from consumer.app import App
+from consumer.core.deadshare import DeadShare
 from consumer.core.epoch import is_left_behind
 from consumer.core.errors import ConsumerError, Misconfigured, RunAgain
 from consumer.core.handler import Handler
@@ -32,6 +34,7 @@ from consumer.core.route import Router
 from consumer.core.watchdog import OpenTransactions, Watchdog
 from consumer.kafka import KafkaError, LogTruncated, Source
 from consumer.ledger import Conflict, Fenced, NotPrimary, Outage, Session, sqlstate_of
+from consumer.letter_relay import relay
 from consumer.logs import describe, event, log
 from consumer.precheck import Precheck
 from consumer.retention import Keeper
@@ -153,6 +156,8 @@ class Worker:
         self._dirty: set[Partition] = set()  # moved on since the last commit to Kafka
         self._settled = 0
         self._waiting_for_postgres = 0
+        self._died = asyncio.Event()  # dead letters were kept: they may be published
+        self._share = DeadShare(settings.dead_letter_limit)
         self._told_of_offset_ids: set[str] = set()
         self.outgrown = False  # it stopped because of the memory that it used
 
@@ -246,6 +251,11 @@ class Worker:
         parts += [*map(self._open_partitions, self._shards), *map(self._run_lane, self._lanes)]
         keepers = [Keeper(each.settings, self._app.name, self._source, self._draw) for each in self._shards]
         parts += [each.run() for each in keepers]
+        if (target := self._settings.dead_letter_topic) is not None:
+            parts += [
+                relay(self._app.name, target, shard.settings, functools.partial(self._session, shard), self._died)
+                for shard in self._shards
+            ]
         tasks: list[asyncio.Task[None]] = [asyncio.create_task(each) for each in parts]
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -456,6 +466,7 @@ class Worker:
                         draw=self._draw,
                         step=lane.activity.then(self._step),
                         activity=lane.activity,
+                        limit=self._share,
                     )
             except once.Isolate as isolate:
                 parts += once.smaller(part, careful, isolate.__cause__, self._draw)
@@ -489,6 +500,10 @@ class Worker:
         now = time.monotonic()
         for delivery, attempts in done.attempts.items():
             delivery.attempts = attempts
+        for name, (messages, reasons) in once.shares(done.applied, done.outcomes).items():
+            self._share.settled(name, messages, reasons)
+            if reasons:
+                self._died.set()
         self._tell_failures(done)
         self._tell_duplicates(done)
         for delivery in done.parked:
@@ -503,7 +518,11 @@ class Worker:
             lane.shard.precheck.mark(done.applied, lane.session.epoch, time.time())
 
     def _tell_failures(self, done: once.Settlement) -> None:
-        told = [each for each, outcome in done.outcomes.items() if isinstance(outcome, Dead) or each in done.errors]
+        told = [
+            each
+            for each, outcome in done.outcomes.items()
+            if (isinstance(outcome, Dead) and outcome is not once.HELD_BACK) or each in done.errors
+        ]
         for delivery in told[:_TOLD_MAX]:
             self._tell_failure(delivery, done.errors.get(delivery), done.outcomes[delivery])
         if len(told) > _TOLD_MAX:
@@ -541,7 +560,9 @@ class Worker:
         elif isinstance(outcome, Parked):
             event(
                 logging.INFO if isinstance(error, RunAgain) else logging.WARNING,
-                "handler failed; the message is tried again",
+                "schema or rights do not fit the handler; its message waits, uncounted"
+                if error is not None and not isinstance(error, RunAgain) and once.is_uncounted(error)
+                else "handler failed; the message is tried again",
                 attempts=delivery.attempts,
                 delay_seconds=round(outcome.delay_seconds, 3),
                 **fields,
@@ -643,6 +664,7 @@ class Worker:
             try:
                 async with shard.control_lock:
                     positions = await self._positions(shard, wanted)
+                    chains, tried = await self._recall(shard, positions or {})
                 # With shards: what the log holds now may have been applied before, in another one if the route has changed.
                 ends = await self._source.ends(wanted) if len(self._shards) > 1 else {}
             except (Outage, KafkaError, TimeoutError, OSError) as error:
@@ -662,6 +684,12 @@ class Worker:
                 lane = shard.lane_of[partition]
                 shard.names.logs[partition] = position
                 lane.state.open(partition, position.offset)
+                now = time.monotonic()
+                lane.state.recall(
+                    partition,
+                    chains.get(partition, ()),
+                    {each: found._replace(due=now + found.due) for each, found in tried.get(partition, {}).items()},
+                )
                 lane.asks_below.pop(partition, None)
                 if ends.get(partition, 0) > position.offset:
                     lane.asks_below[partition] = ends[partition]
@@ -907,6 +935,17 @@ class Worker:
             lane.idle.clear()
             return [asked[twin] for twin, found in standing.items() if found.here]
         return None
+
+    async def _recall(self, shard: _Shard, positions: Mapping[Partition, tuple[Position, Stop | None]]) -> Any:
+        """What a database remembers of these partitions: chains that dead letters hold, and attempts."""
+        if not positions or shard.control is None:
+            return {}, {}
+        numbers = {each.number for found in shard.by_topic.values() for each in found}
+        try:
+            return await shard.control.recall(sorted(numbers), {each: at.offset for each, (at, _) in positions.items()})
+        except Exception as error:
+            shard.control.close()
+            raise Outage(str(error)) from error
 
     # -- beside the flow --------------------------------------------------------------------------------------------
 

@@ -136,7 +136,7 @@ async def test_a_task_left_behind_meets_no_other_messages_transaction(place: Pla
     await place.send(topic, payment("bad", 2), payment("c", 3))
     async with working(app, place.settings()):
         await drained(app, place.settings())
-        await place.send(topic, *[payment(f"d{n}", n) for n in range(5)])
+        await place.send(topic, *[payment(f"d{n}", n + 10) for n in range(5)])
         await drained(app, place.settings())
     await asyncio.gather(*tasks, return_exceptions=True)
     assert await ids(place) == ["c", "d0", "d1", "d2", "d3", "d4"]

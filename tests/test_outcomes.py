@@ -353,8 +353,8 @@ async def test_a_deferred_write_that_fails_is_found_among_many(place: Place) -> 
 
     await place.send(topic, *[payment(f"p{n}", account=n % 90, amount=0 if n in (41, 170) else 1) for n in range(300)])
     await consume_all(app, place.settings())
-    assert len(await place.effects()) == 298
-    assert await place.reasons() == ["failed", "failed"]
+    assert len(await place.effects()) == 295
+    assert sorted(await place.reasons()) == ["behind"] * 3 + ["failed"] * 2  # three of the same accounts come later
     assert "division by zero" in (await letters(place.dsn))[0]["error"]
 
 

@@ -31,9 +31,18 @@ _WORKER: Mapping[str, tuple[str, ...]] = {
     "turning": ("select", "insert", "delete"),
     "retention": ("select", "insert", "update (hours, said_at)"),
     "outcomes": ("select", "insert", "update (count)"),
-    "dead_letters": ("select", "insert"),
     "shards": ("select", "insert"),
     "route_probes": ("select", "insert"),
+    "dead_letters": (
+        "select",
+        "insert",
+        "update (state, chain, reason, error, attempts, kind, error_group, died_at)",
+    ),
+    # PostgreSQL wants a right to update for a row lock; no column of these two is ever updated.
+    "held": ("select", "insert", "update (topic)", "delete"),
+    "letters_to_publish": ("select", "insert", "update (dead_letter)", "delete"),
+    "attempts": ("select", "insert", "update (attempts, due_at)", "delete"),
+    "letter_actions": ("select", "insert"),
 }
 # Enough for `status`, `show` and dashboards. Of a dead letter, no byte of the message, and not the error's text, which may quote it.
 _READER: Mapping[str, tuple[str, ...]] = {
@@ -51,8 +60,13 @@ _READER: Mapping[str, tuple[str, ...]] = {
     "shards": ("select",),
     "route_probes": (),  # keys of messages
     "dead_letters": (
-        'select (dead_letter, handler, id, fingerprint, topic, partition, "offset", "timestamp", reason, attempts, died_at)',
+        'select (dead_letter, handler, id, fingerprint, topic, partition, "offset", "timestamp", reason, attempts, died_at, '
+        "state, chain, kind, error_group)",
     ),
+    "held": ("select",),
+    "letters_to_publish": ("select",),
+    "attempts": ("select",),
+    "letter_actions": ("select (action, dead_letter, at, operator, what, outcome)",),
 }
 
 

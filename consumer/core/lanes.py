@@ -19,6 +19,7 @@ from uuid import UUID
 
 from consumer.core.handler import Handler
 from consumer.core.incarnation import Print
+from consumer.core.letters import chain_of
 from consumer.core.message import Partition, Record
 from consumer.core.outcome import Outcome
 
@@ -62,6 +63,17 @@ class Delivery:
         if order == "partition":
             return (self.handler.name, record.topic, record.partition)
         return (self.handler.name, record.topic, record.partition, record.offset, None)
+
+    def chain(self) -> bytes | None:
+        """The unit of order as the table of dead letters knows it; None when nothing waits for this message."""
+        return chain_of(self.handler.order, self.record)
+
+
+class Tried(NamedTuple):
+    """What is remembered of a message that has failed before: how often, and when it is due."""
+
+    attempts: int
+    due: float
 
 
 class Move(NamedTuple):
@@ -115,6 +127,10 @@ class _Queue:
     open: dict[int, int] = field(default_factory=dict)  # offset -> deliveries parked
     parked: int = 0  # deliveries, in all
     parked_bytes: int = 0
+    chains: set[tuple[int, bytes]] = field(default_factory=set)  # that dead letters may hold: handler's number, chain
+    tried: dict[tuple[int, int], Tried] = field(
+        default_factory=dict
+    )  # handler's number, offset: failed before a restart
 
 
 class Lane:
@@ -147,6 +163,13 @@ class Lane:
         self.close(partition)
         self._openings += 1
         self._queues[partition] = _Queue(self._openings, frontier=position, position=position, received=position)
+
+    def recall(
+        self, partition: Partition, chains: Iterable[tuple[int, bytes]], tried: Mapping[tuple[int, int], Tried]
+    ) -> None:
+        """What the table knows of a partition that was just opened: see deadletters.recall."""
+        if (queue := self._queues.get(partition)) is not None:
+            queue.chains, queue.tried = set(chains), dict(tried)
 
     def close(self, partition: Partition) -> None:
         """Forget a partition: its fetched records, and those parked (they will be delivered again to its owner)."""
@@ -259,7 +282,9 @@ class Lane:
                 room_bytes -= size
                 for handler in handlers:
                     delivery = Delivery(handler, record)
-                    if self._chains and self._queue_behind(delivery):
+                    if (queue.tried and self._remember(queue, delivery)) or (
+                        self._chains and self._queue_behind(delivery)
+                    ):
                         room_parked -= 1
                         room_parked_bytes -= size
                     else:
@@ -307,6 +332,44 @@ class Lane:
         chain.append(delivery)
         self._hold(self._queues[delivery.partition], delivery)
         return True
+
+    def _remember(self, queue: _Queue, delivery: Delivery) -> bool:
+        """Whether a message has failed before a restart: then it waits as it did, and what follows it waits behind it."""
+        tried = queue.tried.pop((delivery.handler.number, delivery.record.offset), None)
+        if tried is None:
+            return False
+        delivery.attempts = tried.attempts
+        if not self._queue_behind(delivery):
+            unit = delivery.unit()
+            self._chains[unit], self._due[unit] = deque([delivery]), tried.due
+            self._hold(queue, delivery)
+        return True
+
+    # -- behind dead letters ----------------------------------------------------------------------------------------
+
+    def suspect(self, delivery: Delivery) -> None:
+        """Note that the chain of a delivery may be held: later messages of it are asked about."""
+        queue, chain = self._queues.get(delivery.partition), delivery.chain()
+        if queue is not None and chain is not None:
+            queue.chains.add((delivery.handler.number, chain))
+
+    def clear(self, delivery: Delivery) -> None:
+        """Note that the chain of a delivery is held no more."""
+        queue, chain = self._queues.get(delivery.partition), delivery.chain()
+        if queue is not None and chain is not None:
+            queue.chains.discard((delivery.handler.number, chain))
+
+    def suspects(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        """Those whose chain may be held by a dead letter. Costs nothing where there are none."""
+        if not any(queue.chains for queue in self._queues.values()):
+            return []
+        return [
+            each
+            for each in deliveries
+            if (queue := self._queues.get(each.partition)) is not None
+            and queue.chains
+            and (each.handler.number, each.chain()) in queue.chains
+        ]
 
     def _hold(self, queue: _Queue, delivery: Delivery) -> None:
         if not delivery.parked:

@@ -31,6 +31,7 @@ class Reason(StrEnum):
     REJECTED = "rejected"  # the handler raised Reject
     FAILED = "failed"  # the handler kept raising
     TOO_OLD = "too_old"  # older than what the ledger remembers: it may have been applied, or not
+    BEHIND = "behind"  # it waits behind a dead letter of its key, and has never run
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,11 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """Kept in PostgreSQL with its reason and bytes; the handler left no effects."""
+    """Kept in PostgreSQL with its reason and bytes; the handler left no effects. kind: class of the exception, or SQLSTATE."""
 
     reason: Reason
     error: str
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)

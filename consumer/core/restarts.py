@@ -24,6 +24,7 @@ Decision: TypeAlias = RestartAfter | GiveUp
 
 EXIT_MISCONFIGURED = 2
 EXIT_OUTGROWN = 76  # drained, because it used too much memory
+EXIT_DEAD_LETTERS = 77  # it stopped at the limit of dead letters: another one would do the same
 
 
 @dataclass(slots=True)
@@ -47,6 +48,8 @@ class Restarts:
         if exit_code == EXIT_OUTGROWN and ran_seconds >= self.healthy_seconds:
             self._in_a_row = 0
             return RestartAfter(0.0)
+        if exit_code == EXIT_DEAD_LETTERS:
+            return GiveUp("it would have made too many dead letters")
         self._in_a_row = 1 if ran_seconds >= self.healthy_seconds else self._in_a_row + 1
         if self._in_a_row > self.in_a_row_max:
             return GiveUp(f"{self._in_a_row} ends in a row, each within {self.healthy_seconds:g} s of its start")

@@ -18,7 +18,7 @@ class Meaning(Enum):
     DEPLOYMENT = "deployment"  # the schema or the rights do not fit the code
 
 
-_EXACT = {
+EXACT = {
     "40001": Meaning.CONFLICT,  # serialization_failure
     "40P01": Meaning.CONFLICT,  # deadlock_detected
     "55P03": Meaning.CONFLICT,  # lock_not_available: lock_timeout
@@ -26,9 +26,11 @@ _EXACT = {
     "25006": Meaning.OUTAGE,  # read_only_sql_transaction: a standby, or an old primary
     "25P03": Meaning.OUTAGE,  # idle_in_transaction_session_timeout
     "25P04": Meaning.OUTAGE,  # transaction_timeout
+    "HV00N": Meaning.OUTAGE,  # fdw_unable_to_establish_connection
     "XX000": Meaning.OUTAGE,  # internal_error
 }
-_CLASSES = {
+# Every class of PostgreSQL's list, so that none is judged by accident: tests/core/test_sqlstate.py walks them all.
+CLASSES = {
     "08": Meaning.OUTAGE,  # connection exception
     "53": Meaning.OUTAGE,  # insufficient resources: disk full, too many connections
     "57": Meaning.OUTAGE,  # operator intervention: shutdown, crash, cannot connect now
@@ -39,12 +41,52 @@ _CLASSES = {
     "3D": Meaning.DEPLOYMENT,  # invalid catalog name
     "3F": Meaning.DEPLOYMENT,  # invalid schema name
     "42": Meaning.DEPLOYMENT,  # syntax error or access rule violation
+    "F0": Meaning.OUTAGE,  # configuration file error: the server's
+    "72": Meaning.CONFLICT,  # snapshot too old
 }
+# What the statements of one message have met: its values, its rows, the states that it found, the code that it reached.
+CLASSES |= dict.fromkeys(
+    [
+        "00",
+        "01",
+        "02",
+        "03",
+        "09",
+        "0A",
+        "0B",
+        "0F",
+        "0L",
+        "0P",
+        "0Z",
+        "10",
+        "20",
+        "21",
+        "22",
+        "23",
+        "24",
+        "25",
+        "26",
+        "27",
+        "2B",
+        "2D",
+        "2F",
+        "34",
+        "38",
+        "39",
+        "3B",
+        "44",
+        "54",
+        "55",
+        "HV",
+        "P0",
+    ],
+    Meaning.MESSAGE,
+)
 
 
 def meaning(sqlstate: str) -> Meaning:
-    """The meaning of a five-character SQLSTATE. Anything that is not listed counts as the message's own fault."""
-    return _EXACT.get(sqlstate) or _CLASSES.get(sqlstate[:2]) or Meaning.MESSAGE
+    """The meaning of a five-character SQLSTATE. One of a class that is not listed (an application's own, by RAISE) counts as the message's own fault."""
+    return EXACT.get(sqlstate) or CLASSES.get(sqlstate[:2]) or Meaning.MESSAGE
 
 
 def without_values(sqlstate: str, message: str) -> str:

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from consumer import once
 from consumer.app import App
-from consumer.core.errors import Reject, RunAgain, Unreadable
+from consumer.core.errors import Reject, Unreadable
 from consumer.core.handler import Handler
 from consumer.core.incarnation import Position
 from consumer.core.lanes import Batch, Delivery, Lane
@@ -236,7 +236,7 @@ class Life:
 
     def _failed(self, delivery: Delivery, error: BaseException) -> None:
         self._errors[delivery] = error
-        if isinstance(error, RunAgain):
+        if once.is_uncounted(error):
             self._again += 1
             self._is_stuck = self._is_stuck or self._again > _AGAIN_MAX
         # pytest shows it, with its traceback, where the test fails.

@@ -642,7 +642,7 @@ class _Nowhere:
 
     async def nothing(self, *_: Any, **__: Any) -> None: ...
 
-    begin = commit = rollback = unclaim = bury = close_batch = execute = nothing
+    begin = commit = rollback = unclaim = bury = note_attempts = close_batch = execute = nothing
 
 
 def test_retries_and_fresh_messages_take_turns() -> None:

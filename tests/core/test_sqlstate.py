@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import asyncpg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer.core.sqlstate import Meaning, meaning, without_values
+from consumer.core.sqlstate import CLASSES, EXACT, Meaning, meaning, without_values
 
 TABLE = {
     Meaning.CONFLICT: "40001 40P01 40002 40003 55P03 57014",
@@ -53,3 +54,26 @@ def test_what_is_not_listed_is_the_messages_own_fault() -> None:
 )
 def test_values_are_left_out_and_names_are_not(code: str, message: str, left: str | None) -> None:
     assert without_values(code, message) == (message if left is None else left)
+
+
+def every_code() -> list[str]:
+    """All SQLSTATEs that the driver has a class for: it is made from PostgreSQL's own errcodes.txt."""
+    found = {getattr(each, "sqlstate", None) for each in vars(asyncpg.exceptions).values() if isinstance(each, type)}
+    return sorted(each for each in found if isinstance(each, str))
+
+
+def test_every_code_of_postgresql_is_in_a_class_that_was_judged() -> None:
+    codes = every_code()
+    assert len(codes) > 250
+    assert [each for each in codes if each not in EXACT and each[:2] not in CLASSES] == []
+
+
+def test_whatever_is_not_about_the_message_is_not_counted_against_it() -> None:
+    """By the first two characters, as PostgreSQL names its classes; the few exceptions are named."""
+    of_the_message = {each for each in every_code() if meaning(each) is Meaning.MESSAGE}
+    assert {each[:2] for each in of_the_message}.isdisjoint(
+        {"08", "28", "3D", "3F", "40", "42", "53", "57", "58", "72", "F0", "XX"}
+    )
+    assert {each for each in every_code() if each[:2] in ("25", "55", "HV")} - of_the_message == {
+        "25006", "25P03", "25P04", "55P03", "HV00N",
+    }  # fmt: skip

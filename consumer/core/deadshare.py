@@ -1,0 +1,60 @@
+"""When a worker makes too many dead letters to be trusted: after a bad deploy, say, which fails on every message.
+
+Pure counting over the recent messages of each handler; knows no clock and no table. What it does not know: what other workers
+make of theirs, and what this process's predecessor made: each begins anew.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable
+
+from consumer.core.errors import ConsumerError
+
+WINDOW = 1000  # recent messages of a handler
+LEAST = (
+    50  # dead letters among them, below which a share means nothing: a small topic may have a handful of bad messages
+)
+
+
+class TooManyDeadLetters(ConsumerError):
+    """The share of dead letters is above the limit: nothing more is settled, the worker ends and is not started again."""
+
+
+class DeadShare:
+    """The share of dead letters among a handler's recent messages.
+
+    limit: from 0 to 1. 0: not one dead letter is accepted. 1: there is no limit, since a share cannot be above it.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._recent: dict[str, deque[tuple[int, Counter[str]]]] = {}  # handler -> batches: messages, dead by reason
+
+    def check(self, handler: str, messages: int, reasons: Iterable[str]) -> None:
+        """Raise TooManyDeadLetters if settling these would go beyond the limit. reasons: one for each dead letter among them."""
+        dead = Counter(reasons)
+        if self._limit >= 1 or not dead:
+            return
+        total = messages
+        for count, before in self._recent.get(handler, ()):
+            total += count
+            dead += before
+        bad = dead.total()
+        if bad > self._limit * total and (bad >= LEAST or self._limit == 0):
+            reason, most = dead.most_common(1)[0]
+            raise TooManyDeadLetters(
+                f"handler {handler!r} would make {bad:,} dead letters of its last {total:,} messages, more than the limit of "
+                f"{self._limit:g} (most for the reason {reason!r}: {most:,}); nothing of this batch was settled. Mend the handler, "
+                "or set CONSUMER_DEAD_LETTER_LIMIT=1 if they are to become dead letters all the same"
+            )
+
+    def settled(self, handler: str, messages: int, reasons: Iterable[str]) -> None:
+        """Count what is committed."""
+        if self._limit >= 1:
+            return
+        recent = self._recent.setdefault(handler, deque())
+        recent.append((messages, Counter(reasons)))
+        total = sum(count for count, _ in recent)
+        while len(recent) > 1 and total - recent[0][0] >= WINDOW:
+            total -= recent.popleft()[0]

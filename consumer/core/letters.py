@@ -1,0 +1,105 @@
+"""Dead letters: what they hold back, what becomes of them, and which of them are of one kind.
+
+Knows states and texts; knows no table. A *chain* is a dead letter whose handler kept failing and the later messages of its
+unit of order (the key, or the partition), which are kept as letters too and wait behind it. Only the first of a chain may
+run. A letter for any other reason is a verdict about that message alone, and holds back nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum, StrEnum
+from hashlib import blake2b
+from typing import NamedTuple
+
+from consumer.core.errors import Misconfigured
+from consumer.core.message import Record
+from consumer.core.outcome import Dead, Outcome, Parked, Reason
+
+
+class State(StrEnum):
+    """What a letter is. Open ones are dead or waiting; the others are settled for good, and stay as a trace."""
+
+    DEAD = "dead"  # somebody must decide
+    WAITING = "waiting"  # behind a dead one of its key; it has never run
+    APPLIED = "applied"  # by a retry
+    DISCARDED = "discarded"
+
+
+class Hold(Enum):
+    """What PostgreSQL says of a chain, within the transaction that asks."""
+
+    HELD = "held"  # and stays so until this transaction ends
+    BUSY = "busy"  # its letters are being settled this moment
+    FREE = "free"
+
+
+class Fate(NamedTuple):
+    """What an attempt makes of a letter: its state, whether it stays in its chain, and whether the next one may run."""
+
+    state: State
+    stays: bool
+    goes_on: bool
+
+
+def holds(verdict: Dead) -> bool:
+    """Whether later messages of its unit wait for this letter, or behind it."""
+    return verdict.reason in (Reason.FAILED, Reason.BEHIND)
+
+
+def fate(outcome: Outcome | None) -> Fate:
+    """The fate of the first letter of a chain, or of one without a chain. None: applied."""
+    match outcome:
+        case Dead() if holds(outcome):
+            return Fate(State.DEAD, stays=True, goes_on=False)
+        case Dead():
+            return Fate(State.DEAD, stays=False, goes_on=True)  # a verdict about this message alone
+        case Parked():
+            return Fate(State.DEAD, stays=True, goes_on=False)
+        case _:
+            return Fate(State.APPLIED, stays=False, goes_on=True)
+
+
+def chain_of(order: str, record: Record) -> bytes | None:
+    """16 bytes that stand for a unit of order, the same in every process; None for a message that is ordered with nothing."""
+    if order == "none" or (order == "key" and record.key is None):
+        return None
+    digest = blake2b(digest_size=16)
+    digest.update(f"{record.topic}:{record.partition}:".encode())
+    if order == "key":
+        digest.update(b"k" + (record.key or b""))
+    return digest.digest()
+
+
+# What differs between two errors of one kind, the widest first: quoted text, ids, hexadecimal, numbers.
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
+_IDS = re.compile(
+    r"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b|\b(?=[a-zA-Z]*[0-9])[0-9a-fA-F]{8,}\b|0x[0-9a-fA-F]+"
+)
+_NUMBERS = re.compile(r"[0-9]+(?:[.,][0-9]+)*")
+_TEXT_MAX = 200
+
+
+def normalised(text: str) -> str:
+    """The text of an error without what is of one message only, as far as that shows."""
+    text = _QUOTED.sub("'…'", text)
+    text = _NUMBERS.sub("N", _IDS.sub("N", text))
+    return " ".join(text.split())[:_TEXT_MAX]
+
+
+def group_of(handler: str, reason: str, kind: str, error: str) -> str:
+    """Ten hexadecimal digits, the same for errors of one kind. kind: the exception's class, or the SQLSTATE."""
+    parts = "\0".join((handler, reason, kind, normalised(error)))
+    return blake2b(parts.encode("utf-8", "replace"), digest_size=5).hexdigest()
+
+
+_AGE = re.compile(r"([0-9]{1,9})(s|m|h|d|w)")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def age_seconds(text: str, option: str) -> int:
+    """Seconds of an age such as 90s, 10m, 24h, 7d or 2w. Raises Misconfigured, naming the option."""
+    found = _AGE.fullmatch(text)
+    if found is None:
+        raise Misconfigured(f"{option} {text[:40]!r}: an age, such as 10m, 24h or 7d")
+    return int(found[1]) * _UNITS[found[2]]
