@@ -685,14 +685,19 @@ async def test_dead_letters_are_left_out_and_the_unreadable_are_counted(place: P
     mended = True  # a deployment later: the message is still a dead letter, and its effects still not there
     found = await rebuilt(place, app)
     assert found.agrees and not found.unknown
-    assert (found.applied, found.dead_lettered, found.rejected, found.failed) == (2, 4, 0, 0)
+    assert (found.applied, found.dead_lettered, found.rejected, found.failed) == (
+        1,
+        5,
+        0,
+        0,
+    )  # one waits behind the third
     # Without what the ledger knows, the handlers decide.
     await query(place.dsn, "delete from consumer.dead_letters")
     await query(place.dsn, "delete from consumer.ledger")
     found = await rebuilt(place, app)
     assert (found.applied, found.dead_lettered, found.rejected, found.unreadable) == (3, 0, 1, 1)
     assert [each["kind"] for each in found.unknown] == ["id_conflict"]
-    assert [each["columns"]["id"]["rebuilt"] for each in found.differences] == ["3"]
+    assert sorted(each["columns"]["id"]["rebuilt"] for each in found.differences) == ["3", "4"]
 
 
 async def test_a_handler_that_fails_makes_the_answer_uncertain_and_tells_no_payload(place: Place) -> None:
