@@ -22,6 +22,7 @@ from harness import (
     Sent,
     as_worker,
     consumer,
+    counts,
     is_one_line,
     migrated,
     new_topic,
@@ -100,6 +101,9 @@ async def another_database(server: Postgres) -> str:
 @pytest.fixture
 async def shards(kafka: Kafka, postgres: Postgres, west: Postgres) -> AsyncIterator[Shards]:
     east_dsn, west_dsn = await another_database(postgres), await another_database(west)
+    # Another application was here before: handlers and topics have other numbers than in the other shard.
+    await query(west_dsn, "insert into consumer.handlers (app, name) values ('other', 'x'), ('other', 'settle')")
+    await query(west_dsn, "insert into consumer.topics (name) values ('other')")
     topic = await new_topic(kafka.bootstrap_servers, 3)
     yield Shards(kafka.bootstrap_servers, east_dsn, west_dsn, topic)
 
@@ -139,6 +143,9 @@ async def expect(shards: Shards, messages: list[Sent]) -> None:
         for id, n in await shards.paid(name):
             found.setdefault(id.split("/")[0], []).append(n)
         assert found == wanted[name]
+        by_handler = await counts(shards.app(), shards.dsns[name])
+        once_each = sum(map(len, wanted[name].values()))
+        assert {each: by_handler[each]["applied"] for each in by_handler} == {"settle": once_each, "record": once_each}
         recorded = await query(shards.dsns[name], "select id from effects")
         assert len(recorded) == sum(map(len, wanted[name].values())) == len(set(recorded))
 

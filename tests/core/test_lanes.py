@@ -637,6 +637,9 @@ class _Nowhere:
     def is_in_transaction(self) -> bool:
         return True
 
+    def is_too_old(self, _: int) -> bool:
+        return False
+
     async def claim(self, *_: Any) -> dict[Delivery, Any]:
         return {}
 
