@@ -508,6 +508,14 @@ class Source:
         offset = await asyncio.wait_for(self.consumer.committed(TopicPartition(*partition)), _REQUEST_SECONDS)
         return None if offset is None else int(offset)
 
+    async def note(self, partition: Partition) -> str:
+        """What was written beside the group's committed offset. Raises KafkaError."""
+        coordinator = self.consumer._coordinator  # no public way to it
+        found = await asyncio.wait_for(
+            coordinator.fetch_committed_offsets([TopicPartition(*partition)]), _REQUEST_SECONDS
+        )
+        return next((each.metadata or "" for each in found.values()), "")
+
     async def beginnings(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """First offsets that the log holds. Raises KafkaError."""
         found = await asyncio.wait_for(
@@ -536,9 +544,9 @@ class Source:
             for topic in topics
         }
 
-    async def commit(self, positions: Mapping[Partition, int]) -> bool:
-        """Copy positions to Kafka. Best effort: False when a rebalance or an outage came between, which is normal."""
-        wanted = {TopicPartition(*each): offset for each, offset in positions.items() if self.is_assigned(each)}
+    async def commit(self, positions: Mapping[Partition, tuple[int, str]]) -> bool:
+        """Copy positions to Kafka, each with a note. Best effort: False when a rebalance or an outage came between, which is normal."""
+        wanted = {TopicPartition(*each): copied for each, copied in positions.items() if self.is_assigned(each)}
         if not wanted:
             return True
         try:

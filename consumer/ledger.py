@@ -72,6 +72,7 @@ select pg_is_in_recovery() as standby,
        case when not pg_is_in_recovery() then substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) end as timeline,
        to_regclass('consumer.schema_versions') is not null as migrated
 """
+_INSTALLATION = "select (extract(epoch from made_at) * 1000000)::bigint::text from consumer.installation"
 
 
 class Outage(ConsumerError):
@@ -224,11 +225,14 @@ def sorted_errors(settings: Settings) -> Iterator[None]:
 class Session:
     """One worker connection. Every method but `close` raises Outage when the connection is lost."""
 
-    def __init__(self, connection: asyncpg.Connection[Any], settings: Settings, epoch: str) -> None:
+    def __init__(
+        self, connection: asyncpg.Connection[Any], settings: Settings, epoch: str, installation: str = ""
+    ) -> None:
         self.connection = connection
         self.columns = Columns(connection)
         self._settings = settings
         self.epoch = epoch
+        self.installation = installation  # which schema: the same until it is made anew, whatever time it goes back to
         self.owns_positions = True  # a replay settles messages too, and leaves the positions to the workers
         limits = _session_settings(settings) if settings.postgres_pooler else {}
         # Behind a pooler the session is not ours: limits travel with each transaction, and nothing outlives it.
@@ -250,12 +254,13 @@ class Session:
             with sorted_errors(settings):
                 async with asyncio.timeout(timeout_seconds):  # TimeoutError is an OSError: an outage
                     epoch = await describe(connection, settings)
+                    installation = await connection.fetchval(_INSTALLATION)
                     missing = await connection.fetchval(_MAY_NOT, *grants.needed())
                 if missing:
                     raise Misconfigured(
                         f"{where(settings.dsn)}: this role may not write to {missing}: grant it what `consumer migrate --grants ROLE` prints"
                     )
-                session = cls(connection, settings, epoch)
+                session = cls(connection, settings, epoch, installation)
                 session._generations = await session._read_generations()
         except BaseException:
             connection.terminate()
@@ -530,7 +535,7 @@ async def read_positions(
     """The positions that are known, of the partitions asked for. Raises what the driver raises."""
     rows = await connection.fetch(
         """select p.topic, p.partition, p.next_offset, p.cluster_id, p.topic_id, p.salt,
-                  p.seen_offset, p.seen_timestamp, p.seen_fingerprint
+                  p.first_offset, p.seen_offset, p.seen_timestamp, p.seen_fingerprint
            from consumer.positions p join unnest($2::text[], $3::int4[]) as w(topic, partition) using (topic, partition)
            where p.app = $1""",
         app,
@@ -538,8 +543,10 @@ async def read_positions(
         [each.partition for each in partitions],
     )
     return {
-        Partition(topic, number): Position(offset, cluster, id, salt, Print(*seen) if seen[0] is not None else None)
-        for topic, number, offset, cluster, id, salt, *seen in map(tuple, rows)
+        Partition(topic, number): Position(
+            offset, cluster, id, salt, Print(*seen) if seen[0] is not None else None, first
+        )
+        for topic, number, offset, cluster, id, salt, first, *seen in map(tuple, rows)
     }
 
 

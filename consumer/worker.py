@@ -26,7 +26,7 @@ from consumer.core.deadshare import DeadShare
 from consumer.core.epoch import is_left_behind
 from consumer.core.errors import ConsumerError, Misconfigured, RunAgain
 from consumer.core.handler import Handler
-from consumer.core.incarnation import Log, Position, Stop, judge
+from consumer.core.incarnation import Log, Position, Stop, judge, note, noted_beginning
 from consumer.core.lanes import Batch, Delivery, Lane
 from consumer.core.message import Partition, Record
 from consumer.core.outcome import Dead, Duplicate, Outcome, Parked
@@ -77,6 +77,7 @@ class _Shard:
     control: Session | None = None
     control_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     epoch: str = ""
+    installation: str = ""
     generation: int = 0  # of what is open; what was taken in an earlier one is not settled any more
     lane_of: dict[Partition, _Lane] = field(default_factory=dict)
     unopened: set[Partition] = field(default_factory=set)  # whose position in it is not known yet
@@ -657,6 +658,8 @@ class Worker:
         pause = _BACKOFF_SECONDS[0]
         while True:
             await shard.to_open.wait()
+            if self._stopping.is_set():
+                return  # nothing is opened any more; asking on, with nothing to wait for, would let nobody else run
             shard.to_open.clear()
             wanted, generation = sorted(shard.unopened), shard.generation
             if not wanted:
@@ -716,6 +719,7 @@ class Worker:
         control = await self._control(shard)
         if control is None:
             return None
+        shard.installation = control.installation
         try:
             identity = await self._source.identity(sorted({each.topic for each in wanted}))
             known = await control.positions(self._app.name, wanted)
@@ -723,12 +727,12 @@ class Worker:
             if missing := [each for each in wanted if each not in known]:
                 beginnings = await self._source.beginnings(missing)
                 starts = {
-                    each: committed[each] if committed[each] is not None else beginnings[each] for each in missing
+                    each: await self._start_of(shard, each, committed[each], beginnings[each]) for each in missing
                 }
                 await control.begin_positions(
                     self._app.name,
                     {
-                        each: Position(int(start or 0), identity.cluster_id, identity.topics.get(each.topic))
+                        each: Position(start, identity.cluster_id, identity.topics.get(each.topic))
                         for each, start in starts.items()
                     },
                 )
@@ -766,6 +770,24 @@ class Worker:
             for (partition, at), (is_known, stop) in zip(known.items(), judged, strict=True)
             if is_known
         }
+
+    async def _start_of(self, shard: _Shard, partition: Partition, group: int | None, beginning: int) -> int:
+        """Where to begin without a position: at the group's offset, unless that is our own copy of one that was lost."""
+        if group is None:
+            return beginning
+        began = noted_beginning(await self._source.note(partition), shard.installation)
+        if began is None:
+            return group
+        event(
+            logging.WARNING,
+            "postgresql has lost its position: reading again from where the application began",
+            topic=partition.topic,
+            partition=partition.partition,
+            kafka=group,
+            began=began,
+            **shard.label,
+        )
+        return max(began, beginning)
 
     async def _judge(self, partition: Partition, at: Position, log: Log) -> tuple[bool, Stop | None]:
         """What speaks against going on from a position; False where that cannot be told now."""
@@ -962,7 +984,11 @@ class Worker:
         if not positions:
             return
         self._step("before_offset_commit")
-        if await self._source.commit(positions):
+        copies = {
+            each: (at, note((shard.installation, shard.names.logs.get(each)) for shard in self._shards))
+            for each, at in positions.items()
+        }
+        if await self._source.commit(copies):
             self._step("after_offset_commit")
         else:
             self._dirty |= dirty

@@ -8,6 +8,8 @@ a partition stops, and a person says how it goes on.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import NamedTuple
 from uuid import UUID
@@ -27,6 +29,7 @@ class Position(NamedTuple):
     """A row of positions: everything below `offset` is settled, in the log that the ids name (None: not recorded).
 
     salt: mixed into ids that are made of offsets; None for the first log of a name. seen: the last record settled.
+    first: where the application began.
     """
 
     offset: int
@@ -34,6 +37,26 @@ class Position(NamedTuple):
     topic_id: UUID | None = None
     salt: bytes | None = None
     seen: Print | None = None
+    first: int | None = None
+
+
+def note(copied: Iterable[tuple[str, Position | None]]) -> str:
+    """What is written beside a copy in Kafka: for each database which schema it is, and where the application began in it.
+
+    copied: a schema's installation (one word) and the position in it.
+    """
+    return " ".join(f"{word} {at.first}" for word, at in copied if word and at is not None and at.first is not None)
+
+
+def noted_beginning(text: str, installation: str) -> int | None:
+    """Where the application began, if a commit in Kafka is a copy of a position that this very schema had, and has no more.
+
+    Then a failover or a restore has taken the position together with the work below it, and the copy must not be believed.
+    None for the commit of another consumer, or of a schema that was made anew: that is where to go on.
+    """
+    words = text.split(" ")
+    first = dict(zip(words[::2], words[1::2], strict=False)).get(installation, "")
+    return int(first) if re.fullmatch("[0-9]{1,18}", first) else None
 
 
 class Log(NamedTuple):
