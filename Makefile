@@ -26,6 +26,9 @@ shop: $(VENV)/shop ## A payment page on which a second tap is stopped, layer by 
 test: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer ## All tests, on real Kafka, PostgreSQL and Valkey (ARGS="-k name" for some)
 	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile $(ARGS)
 
+chaos: $(VENV)/dev $(KAFKA)/.complete ## Random faults on real servers, and what must be true after them (ARGS="--seed 7 --seconds 20 --runs 5")
+	@PYTHONPATH=.:tests $(BIN)/python -m chaos $(ARGS)
+
 check: $(VENV)/dev ## Format, lint, strict types, the architecture, and known holes in what we depend on
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -1,0 +1,266 @@
+"""Short scenarios, each made for one mistake of mutants.py: a few messages, one fault, and the same judge as the random runs.
+
+A scenario is run with its mutant, which must be caught, and with the real consumer, which must not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+from aiokafka import AIOKafkaProducer
+from harness import ROOT, as_worker, migrated, new_topic, settings_for, until
+
+from chaos import evidence
+from chaos.application import TABLES
+from chaos.invariants import Evidence, LogEntry, Violations, judge, terminal
+from consumer import Settings
+
+_PARTITIONS = 2
+_SECONDS = 120.0
+_making = asyncio.Lock()  # two at a time would both make the role of the workers
+
+
+@dataclass(frozen=True)
+class Message:
+    id: int
+    key: str = "a"
+    partition: int = 0
+    amount: int = 1
+    more: str = ""  # raises or swallows
+
+    @property
+    def value(self) -> bytes:
+        return json.dumps({"key": self.key, "amount": self.amount, **({self.more: True} if self.more else {})}).encode()
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """caught_by: the invariants of which at least one must be found violated, by whatever the mutant leaves.
+
+    die: the step at which the first process kills itself. before, after: what is produced before it starts, and once that
+    is settled. back: at the end, the database is put back to what it was before the later ones. prepare: SQL for the database.
+    """
+
+    mutant: str
+    caught_by: frozenset[str]
+    before: list[Message] = field(default_factory=lambda: [Message(n, f"k{n % 3}") for n in range(6)])
+    after: list[Message] = field(default_factory=list)
+    die: str = ""
+    back: bool = False
+    redis: bool = True
+    slow: float = 0.0
+    prepare: str = ""
+    retry: float = 0.05
+
+
+_TEN_TWICE = [Message(n, f"k{n}", partition) for n in range(10) for partition in (0, 1)]
+_SLOW_COMMIT = """
+create function wait_at_commit() returns trigger language plpgsql as $$ begin perform pg_sleep(0.6); return null; end $$;
+create constraint trigger waits after insert on effects deferrable initially deferred
+    for each row when (new.amount = 777 and new.handler = 'book') execute function wait_at_commit();
+"""
+
+SCENARIOS = [
+    Scenario("M1", frozenset({"I1", "I5"}), die="handled:1", slow=0.1),
+    Scenario("M2", frozenset({"I1", "I5"}), die="handled:1"),
+    Scenario("M3", frozenset({"I1"}), die="handled:1"),
+    Scenario("M4", frozenset({"I2"}), before=_TEN_TWICE, slow=0.05),
+    Scenario("M5", frozenset({"I1", "I4"}), die="handled:1"),
+    Scenario("M6", frozenset({"I1", "I5", "I9"}), before=[Message(n, more="swallows") for n in range(3)]),
+    Scenario("M7", frozenset({"I1"}), before=[Message(0)], after=[Message(n) for n in range(1, 4)], back=True),
+    Scenario("M8", frozenset({"I2"}), before=[Message(n // 2) for n in range(6)]),
+    Scenario("M9", frozenset({"I1", "I5"}), before=[Message(0), Message(1, more="raises"), Message(2, "b")], die="before_offset_commit:1", retry=1.0),
+    Scenario("M10", frozenset({"I2", "I14"}), after=[Message(n, f"k{n % 3}") for n in range(6)], redis=False),
+    Scenario("M11", frozenset({"I1", "I10"})),
+    Scenario("M12", frozenset({"I1", "I5", "I9"}), before=[Message(0), Message(1, amount=777), Message(2, "b")], prepare=_SLOW_COMMIT),
+    Scenario("M13", frozenset({"I1"})),
+]  # fmt: skip
+
+
+class Stage:
+    """Where one scenario is played: a database, a topic and an application of its own on servers that others use too."""
+
+    def __init__(self, kafka: str, postgres: Any, valkey: Any, directory: Path) -> None:
+        self._kafka, self._postgres, self._valkey, self._directory = kafka, postgres, valkey, directory
+        self._name = f"directed-{uuid.uuid4().hex[:8]}"
+        self._database = self._name.replace("-", "_")
+        self._ids: dict[int, str] = {}
+        self._log: list[LogEntry] = []
+        self._kafka_counts = True  # until the database went back: then Kafka's copy is ahead for a while, as it may
+
+    async def play(self, scenario: Scenario, mutant: str) -> Violations:
+        """What the judge finds: at the end, or as soon as it finds what the scenario is made for."""
+        async with _making:
+            await self._admin(f"create database {self._database}")
+            await migrated(self._postgres.dsn(self._database), TABLES + scenario.prepare)
+        self._topic = await new_topic(self._kafka, _PARTITIONS, f"{self._name}-log")
+        await new_topic(self._kafka, _PARTITIONS, f"{self._topic}-copy")
+        await self._send(scenario.before)
+        if scenario.die:
+            await self._died(self._start(scenario, mutant, die=scenario.die))
+        process = self._start(scenario, mutant)
+        try:
+            found = await self._judged(scenario, mutant)
+            if scenario.back:
+                await self._stop(process)
+                await self._admin(f"create database {self._database}_before template {self._database}")
+                process = self._start(scenario, mutant)
+            if scenario.after and not found:
+                await asyncio.sleep(0.3)  # what an early purge waits for
+                await self._send(scenario.after)
+                found = await self._judged(scenario, mutant)
+            if scenario.back and not found:
+                await self._stop(process)
+                await self._put_back()
+                process = self._start(scenario, mutant)
+                found = await self._judged(scenario, mutant)
+            return found
+        finally:
+            process.kill()
+            process.wait()
+            with suppress(Exception):
+                await self._admin(f"drop database {self._database} with (force)")
+
+    async def _judged(self, scenario: Scenario, mutant: str) -> Violations:
+        deadline = time.monotonic() + _SECONDS
+        while True:
+            found, settled = await self._look()
+            if found or settled:
+                return found
+            who = mutant or "the real consumer"
+            assert time.monotonic() < deadline, f"{who} does not settle the scenario of {scenario.mutant}"
+            await asyncio.sleep(0.3)  # looking is work, too
+
+    async def _look(self) -> tuple[Violations, bool]:
+        """What is wrong now, and whether everything is settled. What is in flight is not wrong."""
+        group = await evidence.committed(self._kafka, self._name, self._topic)
+        found = Evidence(log=self._log)
+        connection = await asyncpg.connect(self._postgres.dsn(self._database))
+        try:
+            await evidence.look(connection, self._name, found)
+        finally:
+            await connection.close()
+        ends = {(each.topic, each.partition): each.offset + 1 for each in self._log}
+        settled = all(found.positions.get(place, 0) >= end for place, end in ends.items())
+        violations = judge(found, everything_settled=settled)
+        offsets = (
+            {(self._topic, partition): offset for partition, offset in (group or {}).items()}
+            if self._kafka_counts
+            else {}
+        )
+        claims = {(each.handler, each.id) for each in found.ledger}
+        letters = {(each.handler, each.id, each.fingerprint) for each in found.letters}
+        if bad := terminal(self._log, offsets, claims, letters):
+            violations.setdefault("I5", []).append(f"online, kafka's commit: {bad[0]}")
+        return violations, settled
+
+    # -- acts -------------------------------------------------------------------------------------------------------
+
+    async def _send(self, messages: list[Message]) -> None:
+        producer = AIOKafkaProducer(bootstrap_servers=self._kafka, linger_ms=20)
+        await producer.start()
+        try:
+            futures = []
+            for each in messages:
+                id = self._ids.setdefault(each.id, str(uuid.uuid4()))
+                futures.append(
+                    await producer.send(
+                        self._topic, each.value, key=each.key.encode(), partition=each.partition,
+                        headers=[("message-id", id.encode())],
+                    )
+                )  # fmt: skip
+            await asyncio.gather(*futures)
+        finally:
+            await producer.stop()
+        self._log, _ = await evidence.read_log(self._kafka, [self._topic], _PARTITIONS)
+
+    def _settings(self, scenario: Scenario) -> Settings:
+        return settings_for(
+            as_worker(self._postgres.dsn(self._database)),
+            self._kafka,
+            self._valkey.url if scenario.redis else None,
+            kafka_session_timeout_seconds=1,
+            precheck_budget_ms=5000,
+        )
+
+    def _start(self, scenario: Scenario, mutant: str, die: str = "") -> subprocess.Popen[bytes]:
+        clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
+        more = {
+            "CHAOS_APP": self._name,
+            "CHAOS_TOPIC": self._topic,
+            "CHAOS_MUTANT": mutant,
+            "CHAOS_DIE": die,
+            "CHAOS_SLOW": str(scenario.slow),
+            "CHAOS_RETRY": str(scenario.retry),
+            "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests"])),
+        }
+        with (self._directory / f"{self._name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "chaos.worker"],
+                env={**clean, **self._settings(scenario).dump(), **more},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    async def _died(self, process: subprocess.Popen[bytes]) -> None:
+        await self._ended(process)
+        assert process.returncode == -9, f"it was to kill itself, and ended with {process.returncode}"
+
+    async def _stop(self, process: subprocess.Popen[bytes]) -> None:
+        process.terminate()
+        await self._ended(process)
+
+    async def _ended(self, process: subprocess.Popen[bytes]) -> None:
+        async def gone() -> bool:
+            return process.poll() is not None
+
+        try:
+            await until("the worker to end", gone, _SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+
+    async def _put_back(self) -> None:
+        """The database as it was before the later messages, as after a restore: the same place, another epoch."""
+        self._kafka_counts = False
+        await self._admin(f"drop database {self._database} with (force)")
+        await self._admin(f"alter database {self._database}_before rename to {self._database}")
+        connection = await asyncpg.connect(self._postgres.dsn(self._database))
+        try:
+            await connection.execute("update consumer.installation set nonce = gen_random_uuid()")
+        finally:
+            await connection.close()
+
+    async def _admin(self, sql: str) -> None:
+        connection = await asyncpg.connect(self._postgres.dsn())
+        try:
+            await connection.execute(sql)
+        finally:
+            await connection.close()
+
+
+async def play_all(
+    stage: Callable[[], Stage], plays: list[tuple[Scenario, str]], at_a_time: int = 3
+) -> list[Violations | BaseException]:
+    """Several scenarios side by side: most of their time is waiting."""
+    places = asyncio.Semaphore(at_a_time)
+
+    async def one(scenario: Scenario, mutant: str) -> Violations:
+        async with places:
+            return await stage().play(scenario, mutant)
+
+    plays_on: list[Awaitable[Violations]] = [one(*each) for each in plays]
+    return await asyncio.gather(*plays_on, return_exceptions=True)

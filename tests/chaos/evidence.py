@@ -1,0 +1,196 @@
+"""Looks: reads the log, PostgreSQL, Redis, the group's offsets and the workers' logs, and judges nothing.
+
+It goes past the proxies where it can (Kafka's clients cannot: the broker tells them the proxy's port).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+
+from chaos.invariants import Effect, Evidence, Letter, LogEntry, Row
+from chaos.workload import fingerprint
+from consumer.embedded import Valkey
+
+
+def entry(record: Any) -> LogEntry:
+    """A record as the judge takes it."""
+    id = dict(record.headers).get("message-id", b"").decode()
+    key = (record.key or b"").decode()
+    amount: int | None = 0
+    if record.value is not None:
+        try:
+            value = json.loads(record.value)
+            amount = None if value.get("raises") or value.get("swallows") else value["amount"]
+        except ValueError:
+            amount = None
+    return LogEntry(record.topic, record.partition, record.offset, id, fingerprint(record.value), key, amount)
+
+
+async def read_log(servers: str, topics: Sequence[str], partitions: int) -> tuple[list[LogEntry], list[Any]]:
+    """Everything that is committed in the log, and the records themselves. Raises KafkaError or TimeoutError."""
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=servers, isolation_level="read_committed", auto_offset_reset="earliest", group_id=None
+    )
+    async with asyncio.timeout(60):
+        await consumer.start()
+        try:
+            wanted = [TopicPartition(topic, n) for topic in topics for n in range(partitions)]
+            consumer.assign(wanted)
+            ends = await consumer.end_offsets(wanted)
+            records: list[Any] = []
+            left = {each for each in wanted if ends[each] > 0}
+            while left:
+                for found in (await consumer.getmany(timeout_ms=200)).values():
+                    records += found
+                left = {each for each in left if await consumer.position(each) < ends[each]}
+        finally:
+            await consumer.stop()
+    return [entry(each) for each in records], records
+
+
+class Tail:
+    """What is in the log so far, read while it grows."""
+
+    def __init__(self, servers: str, topic: str, partitions: int) -> None:
+        self._servers = servers
+        self._partitions = [TopicPartition(topic, n) for n in range(partitions)]
+        self.entries: dict[int, list[LogEntry]] = {n: [] for n in range(partitions)}
+
+    async def run(self) -> None:
+        """For ever, through all faults."""
+        while True:
+            consumer = AIOKafkaConsumer(
+                bootstrap_servers=self._servers, isolation_level="read_committed", auto_offset_reset="earliest", group_id=None
+            )  # fmt: skip
+            try:
+                await asyncio.wait_for(consumer.start(), 5)
+                consumer.assign(self._partitions)
+                for each in self._partitions:
+                    known = self.entries[each.partition]
+                    consumer.seek(each, known[-1].offset + 1 if known else 0)
+                while True:
+                    for each, records in (await consumer.getmany(timeout_ms=300)).items():
+                        self.entries[each.partition] += [entry(record) for record in records]
+            except Exception:
+                await asyncio.sleep(0.2)
+            finally:
+                with suppress(Exception):
+                    await asyncio.wait_for(consumer.stop(), 3)
+
+
+async def committed(servers: str, group: str, topic: str) -> dict[int, int] | None:
+    """The group's offsets by partition; None when Kafka does not answer now."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers, request_timeout_ms=2000)
+    try:
+        async with asyncio.timeout(3):
+            await admin.start()
+            found = await admin.list_consumer_group_offsets(group)
+        return {each.partition: at.offset for each, at in found.items() if each.topic == topic and at.offset >= 0}
+    except Exception:
+        return None
+    finally:
+        with suppress(Exception):
+            await asyncio.wait_for(admin.close(), 2)
+
+
+_LEDGER = """
+select h.name, l.id::text, l.fingerprint, l.applied_at is not null, l.xmin::text::bigint, t.name, l.partition, l."offset"
+from consumer.ledger l join consumer.handlers h using (handler) join consumer.topics t using (topic) where h.app = $1
+"""
+_LETTERS = """
+select h.name, d.id::text, d.fingerprint, d.topic, d.partition, d."offset", d.reason
+from consumer.dead_letters d join consumer.handlers h using (handler) where h.app = $1
+"""
+
+
+async def look(connection: asyncpg.Connection, app: str, evidence: Evidence) -> None:
+    """What PostgreSQL has, in one snapshot."""
+    async with connection.transaction(isolation="repeatable_read", readonly=True):
+        evidence.positions = {
+            (row[0], row[1]): row[2]
+            for row in await connection.fetch(
+                "select topic, partition, next_offset from consumer.positions where app = $1", app
+            )
+        }
+        evidence.ledger = [Row(*row) for row in await connection.fetch(_LEDGER, app)]
+        evidence.letters = [Letter(*row) for row in await connection.fetch(_LETTERS, app)]
+        evidence.effects = [
+            Effect(*row)
+            for row in await connection.fetch(
+                'select handler, id::text, key, amount, topic, partition, "offset", xid::text::bigint from effects order by seq'
+            )
+        ]
+        evidence.balances = {(row[0], row[1]): row[2] for row in await connection.fetch("select * from balances")}
+        evidence.orders = {
+            (row[0], row[1], row[2], row[3]): list(row[4]) for row in await connection.fetch("select * from orders")
+        }
+        evidence.outcomes = {
+            (row[0], row[1], row[2]): row[3]
+            for row in await connection.fetch(
+                """select h.name, t.name, o.outcome, sum(o.count)::bigint from consumer.outcomes o
+                   join consumer.handlers h using (handler) join consumer.topics t using (topic)
+                   where h.app = $1 group by 1, 2, 3""",
+                app,
+            )
+        }
+
+
+async def settled(connection: asyncpg.Connection, app: str, topic: str) -> tuple[dict[int, int], set[Any], set[Any]]:
+    """Positions, and what is terminal: (handler, id) in the ledger, (handler, id, fingerprint) among the letters. One snapshot."""
+    async with connection.transaction(isolation="repeatable_read", readonly=True):
+        rows = await connection.fetch(
+            "select partition, next_offset from consumer.positions where app = $1 and topic = $2", app, topic
+        )
+        claims = await connection.fetch(
+            "select h.name, l.id::text from consumer.ledger l join consumer.handlers h using (handler) where h.app = $1",
+            app,
+        )
+        letters = await connection.fetch(_LETTERS, app)
+    positions = {row[0]: row[1] for row in rows}
+    return positions, {tuple(row) for row in claims}, {(row[0], row[1], row[2]) for row in letters}
+
+
+async def marks(valkey: Valkey, epoch: str, app: str) -> set[tuple[str, str, int]]:
+    """What Redis says of this database's epoch: handler, id and fingerprint of each mark."""
+    import redis.asyncio as client
+
+    found: set[tuple[str, str, int]] = set()
+    async with client.Redis.from_url(valkey.url) as redis:
+        async for key in redis.scan_iter(match=f"consumer:{epoch}:{app}:*"):
+            handler = key.decode().split(":")[-2]
+            for member in await redis.smembers(key):
+                id = member[:16].hex()
+                text = f"{id[:8]}-{id[8:12]}-{id[12:16]}-{id[16:20]}-{id[20:]}"
+                found.add((handler, text, int.from_bytes(member[16:24], "big", signed=True)))
+    return found
+
+
+def events(logs: Sequence[Path]) -> list[dict[str, Any]]:
+    """The lines of the workers' logs that are JSON."""
+    found = []
+    for path in logs:
+        for line in path.read_text("utf-8", "replace").splitlines():
+            if line.startswith("{"):
+                with suppress(ValueError):
+                    found.append(json.loads(line))
+    return found
+
+
+def redelivered(lines: Sequence[dict[str, Any]], log: Sequence[LogEntry]) -> int:
+    """How many records were fetched again, by what the workers say that they have fetched."""
+    there = {(each.topic, each.partition, each.offset) for each in log}
+    fetched, distinct = 0, set()
+    for each in lines:
+        if each.get("event") == "fetched":
+            fetched += each["count"]
+            distinct.update((each["topic"], each["partition"], at) for at in range(each["first"], each["last"] + 1))
+    return max(0, fetched - len(distinct & there))  # in between may lie markers, and what was aborted

@@ -1,0 +1,323 @@
+"""The judge: what must be true of the log, PostgreSQL and Redis after whatever has happened. Knows no server and no clock.
+
+The log decides what should be there: each id that is committed in it has, for each handler, exactly one end. The expected
+state is computed from the log alone, never from what the consumer says of itself. I1 to I16 are those of docs/chaos.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+INVARIANTS = {
+    "I1": "no loss: every id in the log is applied or a dead letter, for each handler; what the producer knows is in the log",
+    "I2": "no double: one effect for each handler and id; sum of effects = balance = sum over the log",
+    "I3": "no ghost: what is applied was produced, and its transaction was committed",
+    "I4": "atomic: claim and effect were written by one transaction; neither is there alone",
+    "I5": "offsets are safe at all times: below Kafka's commit and below the position everything is settled and durable",
+    "I6": "replay changes nothing: read again from zero, and copied to another topic",
+    "I7": "identity: fingerprints are those of the log; each payload that came under a used id is kept as a conflict",
+    "I8": "order of each key is the log's",
+    "I9": "Redis does not matter: the state is the log's; a mark of this epoch has its row",
+    "I10": "scopes are apart: each handler alone satisfies I1 and I2",
+    "I11": "liveness: no lag after the faults, and SIGTERM ends everything within its grace, with exit code 0",
+    "I12": "conservation: applied + duplicates + dead letters + skipped = records in the log + those delivered again",
+    "I13": "outbox: n/a, there is none yet",
+    "I14": "purge: no id is forgotten that the log or a dead letter can still deliver",
+    "I15": "outages make no dead letters",
+    "I16": "no payload and no password in a log",
+}
+HANDLERS = ("audit", "book")
+_EXAMPLES_MAX = 5
+
+
+class LogEntry(NamedTuple):
+    """A committed record. amount: None for one that no handler can apply."""
+
+    topic: str
+    partition: int
+    offset: int
+    id: str
+    fingerprint: int
+    key: str
+    amount: int | None
+
+
+class Row(NamedTuple):
+    """A row of the ledger. xmin: of the transaction that inserted it, 32 bits."""
+
+    handler: str
+    id: str
+    fingerprint: int
+    applied: bool
+    xmin: int
+    topic: str
+    partition: int
+    offset: int
+
+
+class Letter(NamedTuple):
+    handler: str
+    id: str
+    fingerprint: int
+    topic: str
+    partition: int
+    offset: int
+    reason: str
+
+
+class Effect(NamedTuple):
+    handler: str
+    id: str
+    key: str
+    amount: int
+    topic: str
+    partition: int
+    offset: int
+    xid: int
+
+
+@dataclass
+class Evidence:
+    """Everything that was found. journal: by number of message, as producing.py keeps it."""
+
+    log: list[LogEntry] = field(default_factory=list)
+    journal: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    ledger: list[Row] = field(default_factory=list)
+    letters: list[Letter] = field(default_factory=list)
+    effects: list[Effect] = field(default_factory=list)
+    balances: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    orders: Mapping[tuple[str, str, int, str], list[int]] = field(default_factory=dict)
+    outcomes: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
+    positions: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    marks: set[tuple[str, str, int]] = field(default_factory=set)
+    redelivered: int = 1 << 62  # at most
+
+
+Violations = dict[str, list[str]]
+
+
+class _Found:
+    def __init__(self) -> None:
+        self.violations: dict[str, list[str]] = defaultdict(list)
+        self._counts: Counter[str] = Counter()
+
+    def add(self, invariant: str, text: str) -> None:
+        self._counts[invariant] += 1
+        if self._counts[invariant] <= _EXAMPLES_MAX:
+            self.violations[invariant].append(text)
+
+    def result(self) -> Violations:
+        for invariant, count in self._counts.items():
+            if count > _EXAMPLES_MAX:
+                self.violations[invariant].append(f"… {count} in all")
+        return dict(self.violations)
+
+
+def judge(evidence: Evidence, *, everything_settled: bool = True) -> Violations:
+    """The violations, by invariant. everything_settled: the log was consumed to its end, so what is missing is lost."""
+    found = _Found()
+    log = _Log(evidence.log)
+    _journal(evidence, log, found)
+    for handler in HANDLERS:
+        if everything_settled:
+            _ends(handler, evidence, log, found)
+        _effects(handler, evidence, log, found)
+        if everything_settled:
+            _conservation(handler, evidence, log, found)
+    _letters(evidence, log, found)
+    _marks(evidence, found)
+    found_terminal = terminal(evidence.log, evidence.positions, *_settled(evidence))
+    for text in found_terminal:
+        found.add("I5", text)
+        found.add("I14", text)
+    return found.result()
+
+
+class _Log:
+    """The log by id and by place."""
+
+    def __init__(self, entries: Iterable[LogEntry]) -> None:
+        self.entries = list(entries)
+        self.by_id: dict[str, list[LogEntry]] = defaultdict(list)
+        for each in self.entries:
+            self.by_id[each.id].append(each)
+        self.at = {(each.topic, each.partition, each.offset): each for each in self.entries}
+        self.records = Counter(each.topic for each in self.entries)
+
+
+def _journal(evidence: Evidence, log: _Log, found: _Found) -> None:
+    there = {(each.id, each.fingerprint) for each in log.entries}
+    ok = {(each["id"], each["hash"]) for each in evidence.journal.values() if each["state"] in ("ok", "info", "sent")}
+    for each in evidence.journal.values():
+        mine = (each["id"], each["hash"])
+        if each["state"] == "ok" and mine not in there:
+            found.add("I1", f"{each['id']} was acknowledged and is not in the log")
+        if each["state"] == "fail" and mine in there and mine not in ok:
+            found.add("I3", f"{each['id']} was aborted and is in the log")
+    if evidence.journal:
+        for id, fingerprint in there - ok:
+            found.add("I3", f"{id} ({fingerprint}) is in the log, and nobody has sent it")
+
+
+def _ends(handler: str, evidence: Evidence, log: _Log, found: _Found) -> None:
+    """I1, I7: each id one end, each payload of an id that is used twice a letter."""
+    counts = Counter(each.id for each in evidence.effects if each.handler == handler)
+    letters = {(each.id, each.fingerprint): each.reason for each in evidence.letters if each.handler == handler}
+    payload_applied = {each.id: each for each in evidence.effects if each.handler == handler}
+    for id, entries in log.by_id.items():
+        payloads = {each.fingerprint: each for each in entries}
+        buried = {each for each in payloads if (id, each) in letters}
+        if counts[id] == 0:
+            if not buried:
+                _lost(handler, f"{handler}: {id} ({_place(entries[0])}) has no effect and is no dead letter", found)
+            elif all(each.amount is not None for each in entries) and "behind" not in {
+                letters[id, each] for each in buried
+            }:
+                _lost(handler, f"{handler}: {id} is nothing but a conflict", found)
+            missing = set(payloads) - buried
+        else:
+            effect = payload_applied[id]
+            record = log.at.get((effect.topic, effect.partition, effect.offset))
+            missing = set(payloads) - buried - ({record.fingerprint} if record else set())
+        for each in missing if len(payloads) > 1 else ():
+            found.add(
+                "I7", f"{handler}: {id} came with another payload ({_place(payloads[each])}), which is no dead letter"
+            )
+
+
+def _lost(handler: str, text: str, found: _Found) -> None:
+    found.add("I1", text)
+    found.add("I10", text)
+
+
+def _effects(handler: str, evidence: Evidence, log: _Log, found: _Found) -> None:
+    """I2, I3, I4, I7, I8: of what is there."""
+    mine = [each for each in evidence.effects if each.handler == handler]
+    rows = {each.id: each for each in evidence.ledger if each.handler == handler}
+    counts = Counter(each.id for each in mine)
+    for id, count in counts.items():
+        if count > 1:
+            found.add("I2", f"{handler}: {id} has {count} effects")
+            found.add("I10", f"{handler}: {id} has {count} effects")
+    sums: Counter[str] = Counter()
+    for each in mine:
+        sums[each.key] += each.amount
+        record = log.at.get((each.topic, each.partition, each.offset))
+        if record is None or record.id != each.id:
+            found.add("I3", f"{handler}: {each.id} is applied, and not in the log at {each.partition}:{each.offset}")
+        elif (record.key, record.amount) != (each.key, each.amount):
+            found.add("I7", f"{handler}: {each.id} is applied with another payload than {_place(record)} has")
+        row = rows.get(each.id)
+        if row is None or not row.applied:
+            found.add("I4", f"{handler}: {each.id} has an effect and no row in the ledger that says so")
+        elif row.xmin != each.xid & 0xFFFFFFFF:
+            found.add("I4", f"{handler}: {each.id}: claim and effect are of two transactions ({row.xmin}, {each.xid})")
+    for row in rows.values():
+        if row.applied and not counts[row.id]:
+            found.add("I4", f"{handler}: {row.id} is applied, says the ledger, and has no effect")
+        record = log.at.get((row.topic, row.partition, row.offset))
+        if record is not None and (record.id, record.fingerprint) != (row.id, row.fingerprint):
+            found.add("I7", f"{handler}: the ledger has another fingerprint of {row.id} than the log")
+    balances = {key: amount for (of, key), amount in evidence.balances.items() if of == handler}
+    expected = _expected_sums(handler, evidence, log)
+    for key in sorted({*sums, *balances, *expected}):
+        if not sums[key] == balances.get(key, 0) == expected[key]:
+            found.add(
+                "I2",
+                f"{handler}: {key}: effects {sums[key]}, balance {balances.get(key, 0)}, by the log {expected[key]}",
+            )
+    lists: dict[tuple[str, int, str], list[int]] = defaultdict(list)
+    for each in mine:
+        lists[each.topic, each.partition, each.key].append(each.offset)
+    for (of, *place), offsets in evidence.orders.items():
+        if of == handler:
+            if any(a >= b for a, b in zip(offsets, offsets[1:], strict=False)):
+                found.add("I8", f"{handler}: {place} was applied in the order {_bend(offsets)}")
+            if sorted(offsets) != sorted(lists[tuple(place)]):  # type: ignore[index]
+                found.add("I2", f"{handler}: {place}: the list of its order has {len(offsets)} entries, not {len(lists[tuple(place)])}")  # type: ignore[index]  # fmt: skip
+
+
+def _expected_sums(handler: str, evidence: Evidence, log: _Log) -> Counter[str]:
+    """By key, what the applied ids come to, each counted once with the payload that the log has where it was applied."""
+    sums: Counter[str] = Counter()
+    seen: set[str] = set()
+    for each in evidence.effects:
+        record = log.at.get((each.topic, each.partition, each.offset))
+        if each.handler == handler and each.id not in seen and record is not None:
+            seen.add(each.id)
+            sums[record.key] += record.amount or 0
+    return sums
+
+
+def _conservation(handler: str, evidence: Evidence, log: _Log, found: _Found) -> None:
+    """I12, for each topic. What waits holds back the position: what was applied beyond it may come again, as a duplicate."""
+    for topic, records in log.records.items():
+        applied = sum(1 for each in evidence.ledger if each.handler == handler and each.topic == topic and each.applied)
+        others = {what: n for (of, where, what), n in evidence.outcomes.items() if (of, where) == (handler, topic)}
+        if not 0 <= applied + sum(others.values()) - records <= evidence.redelivered:
+            found.add("I12", f"{handler}: {records} records in {topic}, and {applied} applied, {others}")
+
+
+def _letters(evidence: Evidence, log: _Log, found: _Found) -> None:
+    """I15: only what cannot be applied, what comes under a used id, and what waits behind such."""
+    at_fault = defaultdict(list)
+    for each in sorted(evidence.letters, key=lambda each: each.offset):
+        record = log.at.get((each.topic, each.partition, each.offset))
+        if record is None or record.id != each.id or record.fingerprint != each.fingerprint:
+            found.add(
+                "I7", f"{each.handler}: the letter {each.id} is not what the log has at {each.partition}:{each.offset}"
+            )
+            continue
+        unit = (each.handler, each.topic, each.partition, record.key)
+        payloads = {entry.fingerprint for entry in log.by_id[each.id]}
+        if each.reason == "behind":
+            if not at_fault[unit]:
+                found.add("I15", f"{each.handler}: {each.id} waits behind nothing")
+        elif record.amount is None or len(payloads) > 1:
+            at_fault[unit].append(each.offset)
+        else:
+            found.add(
+                "I15",
+                f"{each.handler}: {each.id} ({_place(record)}) is a dead letter ({each.reason}) for no fault of its own",
+            )
+
+
+def _marks(evidence: Evidence, found: _Found) -> None:
+    rows = {(each.handler, each.id, each.fingerprint) for each in evidence.ledger}
+    for handler, id, fingerprint in evidence.marks - rows:
+        found.add("I9", f"{handler}: Redis has a mark of {id} ({fingerprint}), and the ledger has no such row")
+
+
+def _settled(evidence: Evidence) -> tuple[set[tuple[str, str]], set[tuple[str, str, int]]]:
+    claims = {(each.handler, each.id) for each in evidence.ledger}
+    return claims, {(each.handler, each.id, each.fingerprint) for each in evidence.letters}
+
+
+def terminal(
+    log: Iterable[LogEntry],
+    offsets: Mapping[tuple[str, int], int],
+    claims: set[tuple[str, str]],
+    letters: set[tuple[str, str, int]],
+) -> list[str]:
+    """I5: what lies below an offset and has no end, for each handler."""
+    found = []
+    for each in log:
+        if each.offset < offsets.get((each.topic, each.partition), 0):
+            for handler in HANDLERS:
+                if (handler, each.id) not in claims and (handler, each.id, each.fingerprint) not in letters:
+                    found.append(
+                        f"{handler}: {each.id} ({_place(each)}) is not settled, below {offsets[each.topic, each.partition]}"
+                    )
+    return found
+
+
+def _place(entry: LogEntry) -> str:
+    return f"{entry.partition}:{entry.offset}"
+
+
+def _bend(offsets: list[int]) -> str:
+    at = next(n for n in range(1, len(offsets)) if offsets[n] <= offsets[n - 1])
+    return f"… {', '.join(map(str, offsets[max(0, at - 2) : at + 2]))} …"

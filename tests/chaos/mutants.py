@@ -1,0 +1,245 @@
+"""Thirteen consumers that are broken on purpose, each by one step of the real one replaced: the harness must catch every one.
+
+M1 to M13 are the mistakes of the field, each of them made by somebody. A mutant is installed where the application is
+loaded, when CHAOS_MUTANT names it. None of this knows how it is caught.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import asyncpg
+from asyncpg.pgproto.pgproto import UUID
+
+from consumer import kafka, once
+from consumer.core.identity import offset_id
+from consumer.core.incarnation import Position
+from consumer.core.lanes import Delivery, Lane
+from consumer.core.message import Partition
+from consumer.ledger import REDELIVERED, Session, Standing
+from consumer.precheck import Precheck
+from consumer.worker import Worker
+
+
+def _kafka_keeps_the_positions(where_none: str = "beginning") -> None:
+    """As most consumers do it: begin where the group has committed. PostgreSQL's positions are written and not read."""
+
+    async def positions(self: Worker, shard: Any, wanted: list[Partition]) -> Mapping[Partition, tuple[Position, None]]:
+        committed = {each: await self._source.committed(each) for each in wanted}
+        others = await (self._source.beginnings if where_none == "beginning" else self._source.ends)(wanted)
+        starts = {each: others[each] if offset is None else offset for each, offset in committed.items()}
+        control = await self._control(shard)
+        assert control is not None
+        await control.begin_positions(self._app.name, {each: Position(at) for each, at in starts.items()})
+        return {each: (Position(at), None) for each, at in starts.items()}
+
+    close_batch = Session.close_batch
+
+    async def closing(self: Session, app: str, moves: Sequence[Any], *more: Any, **options: Any) -> None:
+        await self.connection.executemany(
+            """insert into consumer.positions (app, topic, partition, next_offset) values ($1, $2, $3, $4)
+               on conflict (app, topic, partition) do update set next_offset = excluded.next_offset""",
+            [(app, *move.partition, move.next) for move in moves],
+        )
+        await close_batch(self, app, (), *more, **options)
+
+    Worker._positions = positions  # type: ignore[method-assign,assignment]
+    Session.close_batch = closing  # type: ignore[method-assign,assignment]
+
+
+def m1_auto_commit() -> None:
+    """The client commits what it has handed out, whether or not anything was done with it."""
+    _kafka_keeps_the_positions()
+    real = kafka.AIOKafkaConsumer
+
+    def made(**options: Any) -> Any:
+        return real(**{**options, "enable_auto_commit": True, "auto_commit_interval_ms": 50})
+
+    kafka.AIOKafkaConsumer = made
+
+
+def m2_commit_first() -> None:
+    """Offsets first, then the work."""
+    _kafka_keeps_the_positions()
+    settle = Worker._settle
+
+    async def settling(self: Worker, lane: Any, batch: Any) -> None:
+        await self._source.commit(batch.ends)
+        await settle(self, lane, batch)
+
+    Worker._settle = settling  # type: ignore[method-assign]
+
+
+def m3_redis_first() -> None:
+    """The mark is set before the COMMIT."""
+    workers: list[Worker] = []
+    init, apply = Worker.__init__, once.apply
+
+    def made(self: Worker, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        workers.append(self)
+
+    async def applying(session: Session, names: Any, lane: Any, batch: Any, **options: Any) -> Any:
+        [worker] = workers
+        precheck = worker._shards[0].precheck
+        assert precheck is not None
+        fresh = [each for each in batch.deliveries if each.outcome is None]
+        precheck.mark(fresh, session.epoch, time.time())
+        await asyncio.gather(*precheck._marking)
+        return await apply(session, names, lane, batch, **options)
+
+    Worker.__init__ = made  # type: ignore[method-assign]
+    once.apply = applying
+
+
+def m4_select_then_insert() -> None:
+    """Look whether the id is there, and insert it if it is not; two may look before either inserts."""
+
+    async def claim(
+        self: Session, deliveries: Sequence[Delivery], topics: Mapping[str, int]
+    ) -> dict[Delivery, Standing]:
+        keys = [(each.handler.number, UUID(each.id)) for each in deliveries]
+        rows = await self.connection.fetch(
+            """select l.handler, l.id from consumer.ledger l
+               join unnest($1::int2[], $2::uuid[]) o(handler, id) using (handler, id)""",
+            [key[0] for key in keys],
+            [key[1] for key in keys],
+        )
+        there = {(row[0], row[1]) for row in rows}
+        await self.connection.executemany(
+            """insert into consumer.ledger (handler, id, fingerprint, topic, partition, "offset", applied_at)
+               values ($1, $2, $3, $4, $5, $6, now()) on conflict do nothing""",
+            [
+                (*key, each.fingerprint, topics[each.record.topic], each.record.partition, each.record.offset)
+                for key, each in sorted(zip(keys, deliveries, strict=True), key=lambda pair: str(pair[0]))
+                if key not in there
+            ],
+        )
+        return {each: REDELIVERED for key, each in zip(keys, deliveries, strict=True) if key in there}
+
+    Session.claim = claim  # type: ignore[method-assign]
+
+
+def m5_separate_transactions() -> None:
+    """The claim in one transaction, the effects in the next one."""
+    claim = Session.claim
+
+    async def claiming(self: Session, *arguments: Any, **options: Any) -> Any:
+        standing = await claim(self, *arguments, **options)
+        await self.commit()
+        await self.begin()
+        return standing
+
+    Session.claim = claiming  # type: ignore[method-assign]
+
+
+def m6_swallow_and_commit() -> None:
+    """Nobody notices that a statement has failed, and COMMIT's answer, which is ROLLBACK, is not read."""
+    call, close_batch = once._call_it, Session.close_batch
+
+    async def calling(handler: Any, argument: Any, tx: Any) -> None:
+        try:
+            await call(handler, argument, tx)
+        except asyncpg.InFailedSQLTransactionError:
+            pass
+        if tx is not None:
+            tx.error = None
+
+    async def closing(self: Session, *arguments: Any, **options: Any) -> None:
+        try:
+            await close_batch(self, *arguments, **options)
+        except asyncpg.InFailedSQLTransactionError:
+            pass
+
+    async def commit(self: Session) -> None:
+        await self.connection.execute("commit")
+
+    once._call_it = calling
+    Session.close_batch = closing  # type: ignore[method-assign]
+    Session.commit = commit  # type: ignore[method-assign]
+
+
+def m7_trust_redis() -> None:
+    """A mark is believed whatever database it is of."""
+
+    def key(self: Precheck, handler: Any, bucket: int, epoch: str | None = None) -> str:
+        return f"consumer:{self._app}:{handler.name}:{bucket}"
+
+    Precheck._key = key  # type: ignore[method-assign]
+
+
+def m8_offset_as_id() -> None:
+    """What was produced twice has two offsets, and so two ids."""
+    once._id_of = lambda delivery, *_: (offset_id(delivery.record), False)
+
+
+def m9_commit_past_a_failure() -> None:
+    """The position passes a message that failed and is to be tried again."""
+    moves = Lane.moves
+
+    def moving(self: Lane, batch: Any, parked: Any, *more: Any) -> Any:
+        kept = [(queue, queue.open) for queue in self._queues.values()]
+        for queue, _ in kept:
+            queue.open = {}
+        try:
+            return moves(self, batch, {}, *more)
+        finally:
+            for queue, found in kept:
+                queue.open = found
+
+    Lane.moves = moving  # type: ignore[method-assign]
+
+
+def m10_early_purge() -> None:
+    """Ids are forgotten that the log can still deliver."""
+    begin = Session.begin
+
+    async def beginning(self: Session) -> None:
+        await self.connection.execute("delete from consumer.ledger where applied_at < now() - interval '200 ms'")
+        await begin(self)
+
+    Session.begin = beginning  # type: ignore[method-assign]
+
+
+def m11_no_scope() -> None:
+    """One id, one claim, for all handlers together."""
+    numbers = Session.numbers
+
+    async def same(self: Session, *arguments: Any) -> Any:
+        handlers, topics = await numbers(self, *arguments)
+        return dict.fromkeys(handlers, min(handlers.values())), topics
+
+    Session.numbers = same  # type: ignore[method-assign]
+
+
+def m12_cancelled_commit() -> None:
+    """A COMMIT that takes long is cancelled, and taken for done."""
+
+    async def commit(self: Session) -> None:
+        try:
+            await asyncio.wait_for(self.connection.execute("commit"), 0.2)
+        except TimeoutError:
+            pass
+
+    Session.commit = commit  # type: ignore[method-assign]
+
+
+def m13_reset_to_latest() -> None:
+    """A partition without a committed offset is begun at its end."""
+    _kafka_keeps_the_positions(where_none="end")
+
+
+MUTANTS: dict[str, Callable[[], None]] = {
+    name.split("_", 1)[0].upper(): patch
+    for name, patch in dict(globals()).items()
+    if name.startswith("m") and name[1].isdigit()
+}
+
+
+def install(name: str) -> None:
+    """Break the consumer of this process in this way; "" leaves it alone."""
+    if name:
+        MUTANTS[name]()

@@ -1,0 +1,304 @@
+"""Does what the schedule says, and tells what became of it. A fault that did not happen is told too: then the run does not count."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import ClassVar
+
+import asyncpg
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from harness import WORKER
+from proxy import OFFSET_COMMIT, Proxy
+
+from chaos.rig import PARTITIONS, Consumers, Rig, kill_tree, started_again
+from chaos.schedule import Fault
+
+_SECONDS_MAX = 90.0  # for a fault to happen
+
+
+@dataclass
+class Fired:
+    """A fault, when it really began, and what was seen of it; error: why it did not happen."""
+
+    fault: Fault
+    at: float
+    seen: str = ""
+    error: str = ""
+
+
+class Nemesis:
+    """Faults of one resource one after the other, resources side by side. `outcome` has what happened."""
+
+    def __init__(self, rig: Rig, consumers: Consumers, seed: int, database: str, app: str, topic: str) -> None:
+        self._rig = rig
+        self._consumers = consumers
+        self._chance = random.Random(f"{seed}:nemesis")
+        self._database = database
+        self._app = app
+        self._topic = topic
+        self._begun = 0.0
+        self.unknown_commits = 0
+        self.failovers = 0
+        self.outcome: list[Fired] = []
+
+    async def run(self, faults: list[Fault]) -> None:
+        """All of them, however late. Returns when each has happened and is over."""
+        self._begun = time.monotonic()
+        resources = dict.fromkeys(each.resource for each in faults)
+        async with asyncio.TaskGroup() as group:
+            for resource in resources:
+                group.create_task(self._each([each for each in faults if each.resource == resource]))
+
+    async def _each(self, faults: list[Fault]) -> None:
+        for fault in faults:
+            await asyncio.sleep(max(0.0, self._begun + fault.at - time.monotonic()))
+            fired = Fired(fault, round(time.monotonic() - self._begun, 1))
+            self.outcome.append(fired)
+            try:
+                async with asyncio.timeout(_SECONDS_MAX):
+                    fired.seen = await self._KINDS[fault.kind](self, fault)
+            except Exception as error:
+                fired.error = f"{type(error).__name__}: {error}"
+
+    # -- workers ----------------------------------------------------------------------------------------------------
+
+    async def _one_pid(self) -> int:
+        while not (pids := self._consumers.pids()):
+            await asyncio.sleep(0.05)
+        return self._chance.choice(pids)
+
+    async def _kill_worker(self, fault: Fault) -> str:
+        pid = await self._one_pid()
+        os.kill(pid, signal.SIGKILL)
+        return f"pid {pid}"
+
+    async def _pause_worker(self, fault: Fault) -> str:
+        pid = await self._one_pid()
+        self._consumers.paused.add(pid)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(fault.seconds)
+        finally:
+            self._consumers.paused.discard(pid)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        return f"pid {pid} for {fault.seconds:g} s"
+
+    async def _kill_supervisor(self, fault: Fault) -> str:
+        command = self._chance.choice(self._consumers.running)
+        self._consumers.kill(command)
+        await asyncio.sleep(fault.seconds)
+        self._consumers.start()
+        return f"pid {command.process.pid}"
+
+    async def _leave_and_join(self, fault: Fault) -> str:
+        command = self._chance.choice(self._consumers.running)
+        code = await self._consumers.stop(command)
+        await asyncio.sleep(fault.seconds)
+        self._consumers.start()
+        return f"exit code {code}"
+
+    async def _join_and_leave(self, fault: Fault) -> str:
+        command = self._consumers.start()
+        await self._consumers.opened(command)
+        await asyncio.sleep(fault.seconds)
+        return f"exit code {await self._consumers.stop(command)}"
+
+    async def _rewind(self, fault: Fault) -> str:
+        """With a tool like Kafka's own, which wants the group to be empty. It has no effect, and that is the point."""
+        count = len(self._consumers.running)
+        for command in list(self._consumers.running):
+            await self._consumers.stop(command)
+        servers = self._rig.bootstrap_servers
+        while True:
+            client = AIOKafkaConsumer(bootstrap_servers=servers, group_id=self._app, enable_auto_commit=False)
+            try:
+                async with asyncio.timeout(8):
+                    await client.start()
+                    wanted = [TopicPartition(self._topic, n) for n in range(PARTITIONS)]
+                    client.assign(wanted)
+                    before = [await client.committed(each) or 0 for each in wanted]
+                    await client.commit(dict(zip(wanted, [each // (1 + fault.size) for each in before], strict=True)))
+                break
+            except Exception:
+                await asyncio.sleep(0.3)
+            finally:
+                with suppress(Exception):
+                    await asyncio.wait_for(client.stop(), 3)
+        for _ in range(count):
+            self._consumers.start()
+        return f"from {before} to 1/{1 + fault.size}"
+
+    # -- postgresql -------------------------------------------------------------------------------------------------
+
+    async def _cut_commits(self, fault: Fault) -> str:
+        proxy, cut = self._rig.postgres_proxy, fault.kind.rsplit(" ", 1)[1]
+        assert cut in ("before", "after", "during")
+        before = proxy.fired["commit", cut]
+        proxy.on("commit", cut, times=fault.size)
+        while proxy.fired["commit", cut] < before + fault.size:
+            await asyncio.sleep(0.02)
+        self.unknown_commits += fault.size
+        return f"{fault.size} cut"
+
+    async def _end_backends(self, fault: Fault) -> str:
+        while True:
+            connection = await self._to_primary()
+            try:
+                ended = await connection.fetchval(
+                    """select count(*) from (select pg_terminate_backend(pid) from pg_stat_activity
+                       where usename = $1 and datname = $2 limit $3) as ended""",
+                    WORKER,
+                    self._database,
+                    2 * fault.size,
+                )
+            finally:
+                await connection.close()
+            if ended:
+                return f"{ended} ended"
+            await asyncio.sleep(0.05)
+
+    async def _to_primary(self) -> asyncpg.Connection:
+        while True:
+            try:
+                return await asyncpg.connect(self._rig.primary.dsn(self._database), timeout=5)
+            except (OSError, TimeoutError, asyncpg.PostgresError):
+                await asyncio.sleep(0.1)
+
+    async def _kill_postgres(self, fault: Fault) -> str:
+        kill_tree(self._rig.primary)
+        await asyncio.sleep(fault.seconds)
+        await started_again(self._rig.primary)
+        return f"away for {fault.seconds:g} s and its recovery"
+
+    async def _fail_over(self, fault: Fault) -> str:
+        """The standby is cut off, the primary goes on alone for a while, then dies: what it did alone is lost."""
+        self._rig.replication.black_hole()
+        done, at_cut = await self._done()
+        until = time.monotonic() + fault.seconds
+        while (now := (await self._done())[0]) <= done or time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        kill_tree(self._rig.primary)
+        self.failovers += 1
+        self._rig.postgres_proxy.reset()
+        await self._rig.promote()
+        self._rig.postgres_proxy.reset()
+        return f"at least {now - done} positions' worth of work lost after {at_cut}"
+
+    async def _done(self) -> tuple[int, str]:
+        connection = await self._to_primary()
+        try:
+            row = await connection.fetchrow(
+                """select coalesce(sum(next_offset), 0)::bigint, pg_current_wal_lsn()::text
+                   from consumer.positions where app = $1""",
+                self._app,
+            )
+            return row[0], row[1]
+        finally:
+            await connection.close()
+
+    # -- proxies ----------------------------------------------------------------------------------------------------
+
+    def _proxy(self, fault: Fault) -> Proxy:
+        return {
+            "postgres": self._rig.postgres_proxy,
+            "kafka": self._rig.kafka_proxy,
+            "redis": self._rig.redis_proxy,
+        }[fault.resource]
+
+    async def _reset(self, fault: Fault) -> str:
+        proxy = self._proxy(fault)
+        while not (count := proxy.connections):
+            await asyncio.sleep(0.02)
+        proxy.reset()
+        return f"{count} connections"
+
+    async def _silence(self, fault: Fault) -> str:
+        proxy = self._proxy(fault)
+        way = self._chance.choice(["both", "up", "down"])
+        proxy.black_hole(way)  # type: ignore[arg-type]
+        await asyncio.sleep(fault.seconds)
+        proxy.heal()
+        return f"{way}, {fault.seconds:g} s"
+
+    async def _slow(self, fault: Fault) -> str:
+        proxy = self._proxy(fault)
+        proxy.latency_seconds = 0.02 * fault.size
+        await asyncio.sleep(fault.seconds)
+        proxy.heal()
+        return f"{20 * fault.size} ms a piece, {fault.seconds:g} s"
+
+    # -- kafka and redis --------------------------------------------------------------------------------------------
+
+    async def _kill_kafka(self, fault: Fault) -> str:
+        self._rig.kafka.kill()
+        await asyncio.sleep(fault.seconds)
+        await started_again(self._rig.kafka)
+        return f"away for {fault.seconds:g} s and its start"
+
+    async def _cut_offset_commits(self, fault: Fault) -> str:
+        proxy = self._rig.kafka_proxy
+        before = proxy.fired[OFFSET_COMMIT, "after"]
+        proxy.on(OFFSET_COMMIT, "after", times=fault.size)
+        while proxy.fired[OFFSET_COMMIT, "after"] < before + fault.size:
+            await asyncio.sleep(0.02)
+        return f"{fault.size} cut"
+
+    async def _empty_redis(self, fault: Fault) -> str:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._rig.valkey.port)
+        try:
+            writer.write(b"DBSIZE\r\nFLUSHALL\r\n")
+            keys = await asyncio.wait_for(reader.readline(), 5)
+            answer = await asyncio.wait_for(reader.readline(), 5)
+        finally:
+            writer.close()
+        assert answer.startswith(b"+OK"), answer
+        return f"{int(keys[1:])} keys"
+
+    async def _kill_redis(self, fault: Fault) -> str:
+        self._rig.valkey.kill()
+        await asyncio.sleep(fault.seconds)
+        await started_again(self._rig.valkey)
+        return f"away for {fault.seconds:g} s"
+
+    async def _freeze_redis(self, fault: Fault) -> str:
+        os.kill(self._rig.valkey.pid, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(fault.seconds)
+        finally:
+            os.kill(self._rig.valkey.pid, signal.SIGCONT)
+        return f"{fault.seconds:g} s"
+
+    _KINDS: ClassVar[dict[str, Callable[[Nemesis, Fault], Awaitable[str]]]] = {
+        "kill worker": _kill_worker,
+        "pause worker": _pause_worker,
+        "kill supervisor": _kill_supervisor,
+        "leave and join": _leave_and_join,
+        "join and leave": _join_and_leave,
+        "rewind the group's offsets": _rewind,
+        "commit cut before": _cut_commits,
+        "commit cut after": _cut_commits,
+        "commit cut during": _cut_commits,
+        "end backends": _end_backends,
+        "reset postgres": _reset,
+        "silence postgres": _silence,
+        "slow postgres": _slow,
+        "kill postgres": _kill_postgres,
+        "fail over": _fail_over,
+        "kill kafka": _kill_kafka,
+        "reset kafka": _reset,
+        "silence kafka": _silence,
+        "slow kafka": _slow,
+        "cut offset commits": _cut_offset_commits,
+        "empty redis": _empty_redis,
+        "kill redis": _kill_redis,
+        "freeze redis": _freeze_redis,
+        "silence redis": _silence,
+    }

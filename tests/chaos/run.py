@@ -1,0 +1,385 @@
+"""One run: produce, torment, watch; then heal, drain, judge; then read everything again, twice over, and judge again.
+
+A run counts only when each of its faults has happened, records were delivered again, and COMMITs had unknown outcomes: a
+harness that finds nothing must at least have looked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+from aiokafka import AIOKafkaProducer
+from harness import ROOT, WORKER_PASSWORD, new_topic
+
+from chaos import evidence, workload
+from chaos.invariants import INVARIANTS, Evidence, LogEntry, Violations, judge, terminal
+from chaos.nemesis import Fired, Nemesis
+from chaos.producing import Producing, read
+from chaos.rig import PARTITIONS, Consumers, Rig
+from chaos.schedule import Fault, draw
+
+ARTEFACTS = ROOT / ".cache" / "chaos"
+_DRAIN_SECONDS = 90.0
+_EFFECT_TABLES = "select md5(string_agg(t::text, '|' order by t::text)) from {} t"
+
+
+@dataclass
+class Outcome:
+    """What a run came to. vacuous: why it does not count, if it does not. directory: what is kept of it, "" when nothing."""
+
+    seed: int
+    seconds: float
+    faults: list[Fired] = field(default_factory=list)
+    violations: Violations = field(default_factory=dict)
+    vacuous: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    directory: str = ""
+
+    @property
+    def counted(self) -> bool:
+        return not self.vacuous
+
+    @property
+    def good(self) -> bool:
+        return self.counted and not self.violations
+
+
+class Watch:
+    """The online checker: each second, no offset in Kafka or PostgreSQL may have anything unsettled below it."""
+
+    def __init__(self, rig: Rig, database: str, app: str, topic: str, nemesis: Nemesis, violations: Violations) -> None:
+        self._rig, self._database, self._app, self._topic, self._nemesis = rig, database, app, topic, nemesis
+        self._violations = violations
+        self._tail = evidence.Tail(rig.bootstrap_servers, topic, PARTITIONS)
+        self._ahead: dict[int, int] = {}  # what Kafka may know more than PostgreSQL, since a failover
+        self._failovers = 0
+        self.checks = 0
+
+    async def run(self) -> None:
+        """For ever. A check that an outage prevents is left out."""
+        tail = asyncio.create_task(self._tail.run())
+        try:
+            while True:
+                await asyncio.sleep(1)
+                with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                    await self.check()
+        finally:
+            tail.cancel()
+            await asyncio.gather(tail, return_exceptions=True)
+
+    async def check(self) -> None:
+        failovers = self._nemesis.failovers
+        group = await evidence.committed(self._rig.bootstrap_servers, self._app, self._topic)  # first: it may only lag
+        connection = await asyncpg.connect(self._rig.primary.dsn(self._database), timeout=3)
+        try:
+            async with asyncio.timeout(10):
+                positions, claims, letters = await evidence.settled(connection, self._app, self._topic)
+        finally:
+            connection.terminate()
+        if failovers != self._nemesis.failovers:
+            return  # in the middle of one: the two readings are of two databases
+        if failovers != self._failovers:
+            # The database went back; Kafka's copy could not. It may stay ahead of the positions until they have caught up.
+            self._failovers = failovers
+            self._ahead = {n: entries[-1].offset + 1 for n, entries in self._tail.entries.items() if entries}
+        self.checks += 1
+        for name, offsets in (("position", positions), ("kafka's commit", group or {})):
+            for partition, offset in offsets.items():
+                if (
+                    name != "position"
+                    and offset > positions.get(partition, 0)
+                    and offset <= self._ahead.get(partition, -1)
+                ):
+                    continue
+                known = [each for each in self._tail.entries.get(partition, []) if each.offset < offset]
+                bad = terminal(known, {(self._topic, partition): offset}, claims, letters)
+                if bad:
+                    found = self._violations.setdefault("I5", [])
+                    if len(found) < 5:
+                        found.append(f"online, {name} {offset}: {bad[0]} ({len(bad)} such)")
+
+
+class Run:
+    """One run on the servers of a rig."""
+
+    def __init__(
+        self,
+        rig: Rig,
+        seed: int,
+        seconds: float,
+        *,
+        rate: float = 150.0,
+        workers: int = 2,
+        faults: list[Fault] | None = None,
+    ) -> None:
+        self._rig = rig
+        self._seconds = seconds
+        self._seed = seed
+        self._rate = rate
+        self._workers = workers
+        self._schedule = draw(seed, seconds) if faults is None else faults
+        self._name = f"chaos-{seed}-{uuid4().hex[:6]}"
+        self._directory = rig.directory / self._name
+        self._journal = self._directory / "journal.jsonl"
+        self.outcome = Outcome(seed, seconds)
+
+    async def run(self) -> Outcome:
+        """The whole of it. Keeps its artefacts only when something is wrong."""
+        self._directory.mkdir()
+        (self._directory / "schedule.json").write_text(json.dumps([asdict(each) for each in self._schedule], indent=1))
+        rig, outcome = self._rig, self.outcome
+        if any(each.kind == "fail over" for each in self._schedule):
+            await rig.with_standby()
+        self._database = await rig.database()
+        self._topic = await new_topic(rig.bootstrap_servers, PARTITIONS, f"{self._name}-log")
+        await new_topic(rig.bootstrap_servers, PARTITIONS, f"{self._topic}-copy")
+        self._settings = rig.settings(self._database)
+        self._environment = {"CHAOS_APP": self._name, "CHAOS_TOPIC": self._topic}
+        consumers = Consumers(self._settings, self._directory, self._environment, self._workers)
+        try:
+            await self._torment(consumers)
+            await self._settle(consumers)
+        except Exception as error:  # of the harness, or of a condition that did not come
+            outcome.violations.setdefault("I11", []).append(f"{type(error).__name__}: {error}")
+            outcome.vacuous.append("it did not come to its end: nothing was judged after that")
+        finally:
+            await rig.heal()
+            consumers.end()
+        if not outcome.good:
+            await self._keep()
+        with suppress(Exception):
+            await self._forget()
+        shutil.rmtree(self._directory, ignore_errors=True)
+        return outcome
+
+    async def _torment(self, consumers: Consumers) -> None:
+        outcome = self.outcome
+        for _ in range(2):
+            consumers.start()
+        nemesis = Nemesis(self._rig, consumers, self._seed, self._database, self._name, self._topic)
+        outcome.faults = nemesis.outcome
+        watch = Watch(self._rig, self._database, self._name, self._topic, nemesis, outcome.violations)
+        burst = 40
+        producing = Producing(self._rig.bootstrap_servers, self._topic, self._journal, burst / self._rate)
+        stop = asyncio.Event()
+        sending = asyncio.create_task(producing.run(workload.plan(self._seed, PARTITIONS, burst), stop))
+        watching = asyncio.create_task(watch.run())
+        try:
+            for command in list(consumers.running):
+                await consumers.opened(command)
+            started = time.monotonic()
+            await nemesis.run(self._schedule)
+            await asyncio.sleep(max(0.0, started + self._seconds - time.monotonic()))
+            await self._heal(consumers)
+            stop.set()
+            await asyncio.wait_for(sending, 60)
+            outcome.counts["drained after, ms"] = await self._drained()
+            await watch.check()
+            outcome.counts["online checks"] = watch.checks
+        finally:
+            for task in (sending, watching):
+                task.cancel()
+            await asyncio.gather(sending, watching, return_exceptions=True)
+        outcome.counts["unknown commits"] = nemesis.unknown_commits
+        outcome.counts["messages sent"] = producing.sent
+        outcome.vacuous += [f"{each.fault.kind} did not happen: {each.error}" for each in nemesis.outcome if each.error]
+        if len(nemesis.outcome) != len(self._schedule):
+            outcome.vacuous.append("not all faults have happened")
+        if not nemesis.unknown_commits:
+            outcome.vacuous.append("no COMMIT had an unknown outcome")
+        if not watch.checks:
+            outcome.vacuous.append("the online checker could not look once")
+
+    async def _heal(self, consumers: Consumers) -> None:
+        await self._rig.heal()
+        for pid in consumers.paused:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    async def _drained(self) -> int:
+        """Wait until the positions stand at the ends of the log; milliseconds that it took."""
+        started = time.monotonic()
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", _WAIT_FOR_NO_LAG, str(_DRAIN_SECONDS),
+            env={**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        _, told = await process.communicate()
+        assert process.returncode == 0, f"lag is left: {told.decode()[-300:]}"
+        return int((time.monotonic() - started) * 1000)
+
+    async def _settle(self, consumers: Consumers) -> None:
+        """Judge; stop the workers; replay; read again from zero and in a copy; judge again."""
+        outcome = self.outcome
+        found, _ = await self._evidence([self._topic])
+        found.redelivered = evidence.redelivered(evidence.events(consumers.logs), found.log)
+        outcome.counts["redelivered"] = found.redelivered
+        self._add(judge(found))
+        if not outcome.counts["redelivered"]:
+            outcome.vacuous.append("no record was delivered again")
+        outcome.counts |= {
+            "records": len(found.log),
+            "effects": len(found.effects),
+            "dead letters": len(found.letters),
+            "duplicates": sum(n for (_, _, what), n in found.outcomes.items() if what.startswith("duplicate")),
+            "marks in Redis": len(found.marks),
+        }
+        if not outcome.counts["duplicates"]:
+            self._add({"I12": ["no duplicate was recognised"]})
+        before = await self._hashes()
+        for command in list(consumers.running):
+            code = await consumers.stop(command)
+            if code != 0:
+                self._add({"I11": [f"exit code {code} after SIGTERM: {command.errors[-300:]}"]})
+        await self._replayed()
+        if await self._hashes() != before:
+            self._add({"I6": ["`consumer replay` has changed the effects"]})
+        await self._again(consumers)
+        again, _ = await self._evidence([self._topic, f"{self._topic}-copy"])
+        if await self._hashes() != before:
+            self._add({"I6": ["reading again from zero and in a copy has changed the effects"]})
+        self._add(
+            {
+                name: [f"after the replay: {each}" for each in texts]
+                for name, texts in judge(again).items()
+                if name != "I12"
+            }
+        )
+        self._logs(consumers)
+
+    async def _again(self, consumers: Consumers) -> None:
+        """Positions back to zero, and everything once more in the copy."""
+        await self._execute("update consumer.positions set next_offset = 0 where app = $1", self._name)
+        _, records = await evidence.read_log(self._rig.bootstrap_servers, [self._topic], PARTITIONS)
+        producer = AIOKafkaProducer(bootstrap_servers=self._rig.bootstrap_servers, linger_ms=5)
+        await producer.start()
+        try:
+            futures = [
+                await producer.send(f"{self._topic}-copy", each.value, key=each.key, partition=each.partition, headers=list(each.headers))
+                for each in records
+            ]  # fmt: skip
+            await asyncio.gather(*futures)
+        finally:
+            await producer.stop()
+        command = consumers.start()
+        await self._drained()
+        code = await consumers.stop(command)
+        if code != 0:
+            self._add({"I11": [f"exit code {code} after SIGTERM"]})
+
+    async def _replayed(self) -> None:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "consumer", "replay", "chaos.application:app", self._topic, "--json",
+            env={**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, told = await process.communicate()
+        if process.returncode != 0:
+            (self._directory / "replay.json").write_bytes(out)
+            self._add({"I6": [f"`consumer replay` ends with {process.returncode}: {(told or out).decode()[-500:]}"]})
+
+    def _logs(self, consumers: Consumers) -> None:
+        for path in consumers.logs:
+            text = path.read_text("utf-8", "replace")
+            for secret, name in ((workload.CANARY, "a payload"), (WORKER_PASSWORD, "the password")):
+                if secret in text:
+                    self._add({"I16": [f"{name} is in {path.parent.name}/{path.name}"]})
+            if "Traceback" in text:
+                self._add({"I16": [f"a traceback in {path.parent.name}/{path.name}"]})
+
+    # -- looking ----------------------------------------------------------------------------------------------------
+
+    async def _evidence(self, topics: list[str]) -> tuple[Evidence, list[LogEntry]]:
+        log, _ = await evidence.read_log(self._rig.bootstrap_servers, topics, PARTITIONS)
+        found = Evidence(log=log)
+        if topics == [self._topic]:
+            found.journal = read(self._journal)
+        connection = await asyncpg.connect(self._rig.primary.dsn(self._database))
+        try:
+            epoch = await _epoch(connection)
+            found.marks = await evidence.marks(self._rig.valkey, epoch, self._name)  # first: a mark comes after its row
+            await evidence.look(connection, self._name, found)
+        finally:
+            await connection.close()
+        return found, log
+
+    async def _hashes(self) -> list[Any]:
+        connection = await asyncpg.connect(self._rig.primary.dsn(self._database))
+        try:
+            return [
+                await connection.fetchval(_EFFECT_TABLES.format(each)) for each in ("effects", "balances", "orders")
+            ]
+        finally:
+            await connection.close()
+
+    async def _execute(self, sql: str, *args: Any) -> None:
+        connection = await asyncpg.connect(self._rig.primary.dsn(self._database))
+        try:
+            await connection.execute(sql, *args)
+        finally:
+            await connection.close()
+
+    def _add(self, violations: Mapping[str, list[str]]) -> None:
+        for name, texts in violations.items():
+            assert name in INVARIANTS
+            self.outcome.violations.setdefault(name, []).extend(texts)
+
+    # -- afterwards -------------------------------------------------------------------------------------------------
+
+    async def _keep(self) -> None:
+        """Journal, schedule, logs, and a dump of the tables, where they outlive this process."""
+        kept = ARTEFACTS / self._name
+        with suppress(Exception):
+            dump = [
+                self._rig.primary._install / "bin" / "pg_dump",
+                "--inserts",
+                "-d",
+                self._rig.primary.dsn(self._database),
+            ]
+            process = await asyncio.create_subprocess_exec(*dump, stdout=asyncio.subprocess.PIPE)
+            (self._directory / "dump.sql").write_bytes((await process.communicate())[0])
+        with suppress(Exception):
+            log, _ = await evidence.read_log(self._rig.bootstrap_servers, [self._topic], PARTITIONS)
+            (self._directory / "log.jsonl").write_text("".join(json.dumps(each._asdict()) + "\n" for each in log))
+        (self._directory / "outcome.json").write_text(json.dumps(asdict(self.outcome), indent=1))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(self._directory, kept)
+        self.outcome.directory = str(kept)
+
+    async def _forget(self) -> None:
+        connection = await asyncpg.connect(self._rig.primary.dsn())
+        try:
+            await connection.execute(f"drop database {self._database} with (force)")
+        finally:
+            await connection.close()
+
+
+async def _epoch(connection: asyncpg.Connection) -> str:
+    """As ARCHITECTURE.md tells it: system identifier, timeline, nonce."""
+    row = await connection.fetchrow(
+        """select to_hex(system_identifier), substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8), i.nonce
+           from pg_control_system(), consumer.installation i"""
+    )
+    return f"{row[0]}-{row[1]}-{row[2].hex[:12]}"
+
+
+# In a process of its own, because the application's module reads its environment when it is imported.
+_WAIT_FOR_NO_LAG = """
+import asyncio, sys
+from chaos.application import app
+from consumer.settings import load
+from harness import drained
+asyncio.run(drained(app, load(), float(sys.argv[1])))
+"""

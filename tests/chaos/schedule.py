@@ -1,0 +1,84 @@
+"""Which fault happens when: drawn from the seed and the length of the run, and from nothing else.
+
+Faults of one resource never overlap, those of different ones do. Every schedule has a worker killed and a COMMIT whose
+answer is lost, because a run without them shows too little; the rest is chance. What it does not know: how long a fault
+takes on a slow machine. A fault that is late is late, and none is left out.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault. at, seconds: when it begins after the start of the run, and how long it lasts. size: what its kind makes of it."""
+
+    at: float
+    resource: str
+    kind: str
+    seconds: float
+    size: int
+
+
+# resource -> kind -> (weight, shortest and longest duration in seconds). A duration of 0 is a moment.
+KINDS: dict[str, dict[str, tuple[int, float, float]]] = {
+    "workers": {
+        "kill worker": (5, 0.0, 0.0),
+        "pause worker": (3, 3.5, 5.0),  # beyond the session timeout of 3 s: a zombie when it goes on
+        "kill supervisor": (2, 0.5, 1.0),
+        "leave and join": (2, 0.2, 1.0),
+        "join and leave": (2, 2.0, 3.0),
+        "rewind the group's offsets": (1, 0.0, 0.0),
+    },
+    "postgres": {
+        "commit cut before": (3, 0.0, 0.0),
+        "commit cut after": (4, 0.0, 0.0),
+        "commit cut during": (3, 0.0, 0.0),
+        "end backends": (2, 0.0, 0.0),
+        "reset postgres": (2, 0.0, 0.0),
+        "silence postgres": (2, 0.5, 2.5),
+        "slow postgres": (1, 1.0, 2.0),
+        "kill postgres": (2, 0.2, 1.5),
+        "fail over": (2, 0.7, 1.5),
+    },
+    "kafka": {
+        "kill kafka": (2, 0.2, 1.0),
+        "reset kafka": (2, 0.0, 0.0),
+        "silence kafka": (2, 0.5, 4.0),
+        "slow kafka": (1, 1.0, 2.0),
+        "cut offset commits": (2, 0.0, 0.0),
+    },
+    "redis": {
+        "empty redis": (3, 0.0, 0.0),
+        "kill redis": (2, 0.3, 2.0),
+        "freeze redis": (2, 0.3, 2.0),
+        "silence redis": (1, 0.3, 1.5),
+    },
+}
+ONCE = {"fail over", "rewind the group's offsets", "kill kafka"}  # at most, for each minute: they take long
+_PAUSES = {"workers": (1.0, 3.0), "postgres": (0.7, 2.5), "kafka": (2.0, 6.0), "redis": (1.5, 5.0)}
+_MUST = {"workers": "kill worker", "postgres": "commit cut after"}
+
+
+def draw(seed: int, seconds: float) -> list[Fault]:
+    """The faults of a run, in the order in which they begin. The same arguments give the same faults, on any machine."""
+    faults: list[Fault] = []
+    for resource, kinds in KINDS.items():
+        chance = random.Random(f"{seed}:{resource}")
+        at = chance.uniform(0.5, _PAUSES[resource][1])
+        drawn: list[str] = []
+        while at < seconds:
+            kind = _MUST[resource] if not drawn and resource in _MUST else _kind(chance, kinds, drawn, at)
+            drawn.append(kind)
+            _, shortest, longest = kinds[kind]
+            lasts = chance.uniform(shortest, longest)
+            faults.append(Fault(round(at, 2), resource, kind, round(lasts, 2), chance.randint(1, 3)))
+            at += lasts + chance.uniform(*_PAUSES[resource])
+    return sorted(faults, key=lambda each: (each.at, each.resource))
+
+
+def _kind(chance: random.Random, kinds: dict[str, tuple[int, float, float]], drawn: list[str], at: float) -> str:
+    open_to = [each for each in kinds if each not in ONCE or drawn.count(each) < 1 + int(at // 60)]
+    return chance.choices(open_to, [kinds[each][0] for each in open_to])[0]

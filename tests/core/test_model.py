@@ -1,0 +1,27 @@
+"""The small model of the whole, explored to its end: the rules hold in every state, and each broken rule does not."""
+
+from __future__ import annotations
+
+import pytest
+from chaos.model import MUTANT_RULES, Bounds, Rules, explore
+
+
+def test_the_rules_lose_and_double_nothing_in_any_state() -> None:
+    found = explore(Rules())
+    assert found.wrong is None, found.wrong
+    assert found.states > 50_000
+    assert found.quiescent > 1_000
+
+
+@pytest.mark.parametrize("name", MUTANT_RULES)
+def test_a_broken_rule_is_found(name: str) -> None:
+    found = explore(MUTANT_RULES[name])
+    assert found.wrong is not None
+    assert found.effects != (1, 1)
+
+
+def test_without_faults_nothing_goes_wrong_even_for_most_mutants() -> None:
+    """So it is the faults that the model finds them by, and not a mistake in the model."""
+    quiet = Bounds(crashes=0, failovers=0, faults=0, purges=0)
+    fine = {name for name, rules in MUTANT_RULES.items() if explore(rules, quiet).wrong is None}
+    assert fine >= set(MUTANT_RULES) - {"M8", "M13"}
