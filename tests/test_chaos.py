@@ -131,5 +131,5 @@ async def test_a_worker_told_to_stop_while_it_opens_partitions_without_postgresq
 async def test_a_short_random_run_violates_nothing() -> None:
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     async with Rig() as rig:
-        outcome = await Run(rig, seed=5, seconds=6, workers=1).run()
+        outcome = await Run(rig, seed=5, seconds=5, workers=1).run()
     assert outcome.good, told(outcome)
