@@ -21,6 +21,7 @@ from consumer.core.message import Partition
 from consumer.core.retention import HOUR, State, Step, Turn, Wait, contradictions, wanted
 from consumer.kafka import Source
 from consumer.settings import Settings
+from consumer.shard_command import ShardName, ShardsOf, over
 from consumer.terminal import AsJson, Refused, cli, command, err, out, print_json
 
 _ROWS = """
@@ -52,6 +53,8 @@ def purge_command(
             "--retired", metavar="APP", help="an application that is gone has no say any more in what is kept"
         ),
     ] = None,
+    shards_of: ShardsOf = None,
+    shard: ShardName = None,
     as_json: AsJson = False,
 ) -> Any:
     """Drop what of the ledger is older than its retention: whole generations, and no batch is held up.
@@ -73,7 +76,7 @@ def purge_command(
             if own is not None and hours >= 0
             else f"--older-than {hours:g}: a number of hours"
         )
-    return _purge(settings, hours, dry_run, force, retired, as_json)
+    return over(shards_of, shard, settings, as_json, lambda each: _purge(each, hours, dry_run, force, retired, as_json))
 
 
 async def _purge(

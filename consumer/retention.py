@@ -145,12 +145,15 @@ async def reaching(source: Source, topics: Iterable[str], at: float, skew_hours:
     Topics that are not there hold none. A log whose timestamps do not grow with the offset is judged by its first record
     that is younger.
     """
-    partitions = [each for found in (await source.partitions(topics)).values() for each in found]
-    if not partitions:
-        return []
-    firsts = await source.beginnings(partitions)
-    ends = await source.ends(partitions)
-    younger = await source.offsets_at(partitions, int((at + skew_hours * HOUR) * 1000) + 1)
+    try:
+        partitions = [each for found in (await source.partitions(topics)).values() for each in found]
+        if not partitions:
+            return []
+        firsts = await source.beginnings(partitions)
+        ends = await source.ends(partitions)
+        younger = await source.offsets_at(partitions, int((at + skew_hours * HOUR) * 1000) + 1)
+    except TimeoutError:
+        raise KafkaError("no answer in time") from None  # else it would be taken for PostgreSQL's
     return [each for each in partitions if firsts[each] < (ends[each] if (past := younger.get(each)) is None else past)]
 
 
