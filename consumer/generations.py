@@ -55,7 +55,7 @@ with offered as materialized (
     from unnest($2::uuid[], $3::int8[], $6::int8[]) with ordinality as o(id, fingerprint, "offset", place)
 )"""
 # Not in the generation: an index probe for each id, whatever the planner thinks of its size (a join may scan it).
-_ABSENT = "(select true from {table} l where l.handler = o.handler and l.id = o.id limit 1) is null"
+_ABSENT = "coalesce((select false from {table} l where l.handler = o.handler and l.id = o.id limit 1), true)"
 _FRESH = """, fresh as materialized (
     select * from offered o where {absent}
 )"""
@@ -84,7 +84,9 @@ from offered o left join lateral (
     from {ledger} l where l.handler = o.handler and l.id = o.id limit 1
 ) as found on true
 """
-_NOT_CLAIMED = "where not exists (select from claimed c where c.handler = o.handler and c.id = o.id)"
+# Hashed, and never a join in nested loops, which the planner would take for the few rows that it expects.
+_NOT_CLAIMED = "where (o.handler, o.id) not in (select handler, id from claimed)"
+_OF_THEM = "{source} where ((handler, id) in (select handler, id from turned)) is true"
 _EVERYWHERE = 'select handler, id, fingerprint, topic, partition, "offset", applied_at from {table}'
 _UNCLAIM = "delete from {target} l using unnest($1::int2[], $2::uuid[]) as o(handler, id) where (l.handler, l.id) = (o.handler, o.id)"
 _UNCLAIM_TURNING = "with turned as (" + _UNCLAIM.format(target="consumer.turning") + ") "
@@ -122,7 +124,7 @@ def _claimed(target: int, turning: bool, older: list[int]) -> str:
         source, text = "fresh", _FRESH.format(absent=absent)
     if turning:
         text += _TURNED.format(source=source)
-        source += " join turned using (handler, id)"
+        source = _OF_THEM.format(source=source)
     return text + _CLAIMED.format(target=_write(target), source=source)
 
 
