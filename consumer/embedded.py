@@ -38,7 +38,7 @@ class Server:
     """One child process with a directory and a port of its own. Start, stop, or use as a context manager."""
 
     name = "server"
-    start_seconds = 30.0  # longest wait for its first answer
+    start_seconds = 90.0  # longest wait for its first answer
 
     def __init__(self) -> None:
         self.port = 0

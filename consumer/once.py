@@ -123,7 +123,7 @@ async def apply(
     or dropped.
     """
     done = Settlement()
-    claims = _distinct(batch.deliveries, lane, done)
+    claims, rivals = _distinct(batch.deliveries, lane, done)
     run = _Run(session, done, careful, draw, activity)
     theirs = False  # whose statement a failure comes from: the handlers', or our own
     try:
@@ -133,6 +133,8 @@ async def apply(
         standing = await session.claim(claims, names.topics) if claims else {}
         step("claimed")
         fresh = _sort_out(claims, standing, lane, done)
+        if rivals:
+            _sort_out(rivals, await _what_stands(session, rivals, names), lane, done)
         if rehearsal is None:
             _refuse_too_old(session, fresh, done)
             if suspects := [each for each in lane.suspects(fresh) if each not in done.outcomes]:
@@ -394,13 +396,18 @@ def handed_over(delivery: Delivery) -> Any:
     return value
 
 
-def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> list[Delivery]:
-    """The deliveries to claim: the first of each id. The others end here, as duplicates or as conflicts, or wait."""
+def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> tuple[list[Delivery], list[Delivery]]:
+    """The deliveries to claim, the first of each id, and those of the same ids with other payloads.
+
+    The others end here, as duplicates, or wait. A rival's fate depends on what the claim of its id met: of two payloads, the
+    ledger may hold the second.
+    """
     if all([each.outcome is None and each.handler.idempotent for each in deliveries]) and not lane.parked:
         ids = {(each.handler.number, each.id) for each in deliveries}
         if len(ids) == len(deliveries):
-            return list(deliveries)  # as nearly always
+            return list(deliveries), []  # as nearly always
     first: dict[tuple[int, bytes], Delivery] = {}
+    rivals: list[Delivery] = []
     for delivery in deliveries:
         match delivery.outcome:
             case None if lane.waits(delivery):
@@ -410,9 +417,10 @@ def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> l
                 earlier = first.setdefault(key, delivery)
                 if earlier is delivery:
                     continue
-                done.outcomes[delivery] = (
-                    DUPLICATE[Cause.BATCH] if earlier.fingerprint == delivery.fingerprint else _conflict()
-                )
+                if earlier.fingerprint == delivery.fingerprint:
+                    done.outcomes[delivery] = DUPLICATE[Cause.BATCH]
+                else:
+                    rivals.append(delivery)
             case Parked(delay):
                 done.outcomes[delivery] = delivery.outcome
                 done.parked[delivery] = delay
@@ -420,7 +428,15 @@ def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> l
                 done.outcomes[delivery] = delivery.outcome
             case None | Applied():
                 raise AssertionError("a handler without a ledger row is settled before the transaction")
-    return list(first.values())
+    return list(first.values()), rivals
+
+
+async def _what_stands(session: Session, rivals: Sequence[Delivery], names: Names) -> dict[Delivery, Standing]:
+    """What the ledger holds for ids that this transaction has just claimed, or found claimed."""
+    standing, vanished = await session.standing(rivals, names.topics)
+    if vanished:
+        raise Conflict("a claim vanished between two statements")
+    return standing
 
 
 def _sort_out(

@@ -122,6 +122,21 @@ async def test_one_id_with_two_payloads_is_a_conflict_not_a_duplicate(place: Pla
     assert await place.reasons() == ["id_conflict", "id_conflict"]
 
 
+async def test_what_is_applied_stays_a_duplicate_behind_another_payload_of_its_id(place: Place) -> None:
+    """Without Redis, so that the batch brings both to the ledger: the second of them is what it holds."""
+    topic = await place.topic()
+    app = app_of(topic)
+    settings = place.settings(redis_url=None)
+    await place.send(topic, payment("a", id="same"))
+    await consume_all(app, settings)
+    await place.send(topic, payment("b", id="same"), payment("a", id="same"), payment("b", id="same"))
+    await consume_all(app, settings)
+    assert await place.effects() == [("a", 1, 10)]
+    assert await place.reasons() == ["id_conflict"]
+    found = (await counts(app, place.dsn))["settle"]["duplicates"]
+    assert (found["ledger"], found["batch"]) == (1, 1)
+
+
 @pytest.mark.parametrize("size", [1, 36, 5000])
 async def test_an_id_of_any_length_and_any_bytes_works(place: Place, size: int) -> None:
     topic = await place.topic()
