@@ -48,7 +48,10 @@ def main() -> int:
         return 0
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # every fault is one of its errors
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    return asyncio.run(_runs(given, first))
+    try:
+        return asyncio.run(_runs(given, first))
+    except KeyboardInterrupt:  # the servers and workers have been ended on the way here
+        return 130
 
 
 async def _runs(given: argparse.Namespace, first: int) -> int:
