@@ -488,13 +488,18 @@ def _within(limit: DeadShare, fresh: Sequence[Delivery], outcomes: Mapping[Deliv
 
 
 def shares(applied: Iterable[Delivery], outcomes: Mapping[Delivery, Outcome]) -> dict[str, tuple[int, list[str]]]:
-    """For each handler: how many messages were applied or died, and for what those died. What only waits is neither."""
+    """For each handler: how many messages came to an end, and for what those died that did. What only waits has none.
+
+    Duplicates are among them: read again from the beginning, a topic is nothing but these and its old conflicts.
+    """
     counts: dict[str, int] = {}
     reasons: dict[str, list[str]] = {}
     for delivery in applied:
         if delivery not in outcomes:
             counts[delivery.handler.name] = counts.get(delivery.handler.name, 0) + 1
     for delivery, outcome in outcomes.items():
+        if isinstance(outcome, Duplicate):
+            counts[delivery.handler.name] = counts.get(delivery.handler.name, 0) + 1
         if isinstance(outcome, Dead) and outcome.reason is not Reason.BEHIND:
             counts[delivery.handler.name] = counts.get(delivery.handler.name, 0) + 1
             reasons.setdefault(delivery.handler.name, []).append(outcome.reason.value)

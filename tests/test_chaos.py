@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -21,6 +22,9 @@ from chaos.workload import plan
 from harness import Place, Sent, consume_all, drained, working
 
 from consumer import App, Tx
+from consumer.core.lanes import Delivery
+from consumer.core.outcome import DUPLICATE, Cause, Dead, Reason
+from consumer.once import shares
 
 
 def test_a_schedule_is_a_function_of_its_seed() -> None:
@@ -124,6 +128,15 @@ async def test_a_worker_told_to_stop_while_it_opens_partitions_without_postgresq
         worker.stop()
         shard.to_open.set()
     assert len(await place.effects()) == 1
+
+
+def test_duplicates_count_as_messages_for_the_dead_letter_limit() -> None:
+    """Found by a random run, when it read everything again: old conflicts were all that counted, and the worker stopped."""
+    handler: Any = SimpleNamespace(name="book")
+    record: Any = None
+    conflict, *others = [Delivery(handler, record) for _ in range(3)]
+    outcomes = {conflict: Dead(Reason.ID_CONFLICT, ""), **dict.fromkeys(others, DUPLICATE[Cause.LEDGER])}
+    assert shares([], outcomes) == {"book": (3, ["id_conflict"])}
 
 
 @pytest.mark.timeout(400)
