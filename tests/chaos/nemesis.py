@@ -75,9 +75,11 @@ class Nemesis:
         return self._chance.choice(pids)
 
     async def _kill_worker(self, fault: Fault) -> str:
-        pid = await self._one_pid()
-        os.kill(pid, signal.SIGKILL)
-        return f"pid {pid}"
+        while True:
+            pid = await self._one_pid()
+            with suppress(ProcessLookupError):  # it has ended by itself a moment ago
+                os.kill(pid, signal.SIGKILL)
+                return f"pid {pid}"
 
     async def _pause_worker(self, fault: Fault) -> str:
         pid = await self._one_pid()

@@ -46,10 +46,14 @@ class ProxiedKafka(Kafka):
 
 
 def children(pid: int) -> list[int]:
-    """The children of a process."""
+    """The children of a process, without those that are dead and not yet buried."""
+    found = []
     with suppress(OSError):
-        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
+        for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with suppress(OSError):
+                if Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                    found.append(int(each))
+    return found
 
 
 def kill_tree(server: Server) -> None:
