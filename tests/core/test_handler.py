@@ -209,7 +209,11 @@ async def test_a_single_resource_needs_no_mapping() -> None:
         assert call is not None and await call(1, 2, 3) == [1, MAILER]
 
 
-@pytest.mark.parametrize("resources", [None, {}, {"one": 1}, {"a": Mailer(), "b": Mailer()}, Pool()], ids=["none", "empty", "one", "two of a type", "another"])
+@pytest.mark.parametrize(
+    "resources",
+    [None, {}, {"one": 1}, {"a": Mailer(), "b": Mailer()}, Pool()],
+    ids=["none", "empty", "one", "two of a type", "another"],
+)
 async def test_a_resource_that_the_lifespan_does_not_yield_stops_the_start(resources: Any) -> None:
     app = App("shop", lifespan=yielding(resources) if resources is not None else None)
     app.handler("payments")(v_two)
