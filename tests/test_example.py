@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient
 from harness import (
     ROOT,
     Place,
@@ -21,6 +22,7 @@ from harness import (
     produce,
     query,
     settings_for,
+    until,
     value,
 )
 from services import Kafka
@@ -65,9 +67,25 @@ def payment(account: int, amount: int) -> tuple[str, Sent]:
     return name, Sent({"payment_id": name, "account": account, "amount": amount}, id=name, key=str(account))
 
 
+async def without(kafka: Kafka, topics: Sequence[str]) -> None:
+    """Delete topics, and wait until they are gone."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
+    await admin.start()
+    try:
+        await admin.delete_topics([each for each in topics if each in await admin.list_topics()])
+
+        async def gone() -> bool:
+            return not set(topics) & set(await admin.list_topics())
+
+        await until("the topics to be gone", gone)
+    finally:
+        await admin.close()
+
+
 async def test_payments_refunds_bookings_and_clicks(kafka: Kafka, database: str, redis_url: str, renamed: App) -> None:
     await migrated(database, (ROOT / "handlers" / "schema.sql").read_text())
     await migrated(database, (ROOT / "handlers" / "schema.sql").read_text())  # it may run again
+    await without(kafka, renamed.topics)  # of other tests
     for topic in renamed.topics:
         await new_topic(kafka.bootstrap_servers, 2, topic)
     first, sent = payment(7, 1000)

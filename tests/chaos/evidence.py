@@ -57,6 +57,22 @@ async def read_log(servers: str, topics: Sequence[str], partitions: int) -> tupl
     return [entry(each) for each in records], records
 
 
+async def no_open_transaction(servers: str, topic: str, partitions: int) -> None:
+    """Wait until everything in the log is decided. A broker that was killed ends open transactions some time after its start."""
+    wanted = [TopicPartition(topic, n) for n in range(partitions)]
+    decided = AIOKafkaConsumer(bootstrap_servers=servers, isolation_level="read_committed", group_id=None)
+    written = AIOKafkaConsumer(bootstrap_servers=servers, isolation_level="read_uncommitted", group_id=None)
+    async with asyncio.timeout(60):
+        try:
+            await decided.start()
+            await written.start()
+            while await decided.end_offsets(wanted) != await written.end_offsets(wanted):
+                await asyncio.sleep(0.1)
+        finally:
+            await decided.stop()
+            await written.stop()
+
+
 class Tail:
     """What is in the log so far, read while it grows."""
 

@@ -183,6 +183,7 @@ class Run:
             await nemesis.run(self._schedule)
             await asyncio.sleep(max(0.0, started + self._seconds - time.monotonic()))
             await self._heal(consumers)
+            await evidence.no_open_transaction(self._rig.bootstrap_servers, self._topic, PARTITIONS)
             stop.set()
             await asyncio.wait_for(sending, 60)
             outcome.counts["drained after, ms"] = await self._drained()
