@@ -355,7 +355,9 @@ async def test_a_fault_of_the_deployment_at_commit_is_not_taken_for_an_unknown_o
             return await ids(place) == ["a", "c"]
 
         await until("the others to be applied", others)
-        await query(place.dsn, "create table nothing_here (x int)")  # mended: the message waited, and is not a dead letter
+        await query(
+            place.dsn, "create table nothing_here (x int)"
+        )  # mended: the message waited, and is not a dead letter
         await drained(app, place.settings())
     assert await ids(place) == ["a", "bad", "c"]
     assert await letters(place.dsn) == []
