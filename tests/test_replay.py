@@ -93,7 +93,7 @@ async def settled(place: Place) -> tuple[Place, App, str]:
     app = app_of(topic)
     sent = [payment(f"p{n}", n % 7, n + 1) for n in range(59)] + [payment("bad", 1, -1)]
     await place.send(topic, *sent, *sent[:10])
-    await consume_all(app, place.settings())
+    await consume_all(app, place.settings(precheck_budget_ms=5000))
     return place, app, topic
 
 
