@@ -98,8 +98,13 @@ async def test_double_click(shop: Shop, browser: Browser, greying: bool, token: 
         messages = found["messages"]
         assert len(messages) == (1 if greying or token else 2)
         assert ("charged" in messages[0]["fate"]) and found["order"]["state"] == "paid"
-        if ledger and len(messages) == 2:  # it is told who stopped it
-            assert "stopped by the pre-check" in messages[1]["fate"] or "stopped by the ledger" in messages[1]["fate"]
+        if ledger and len(messages) == 2:  # it is told who stopped it, once the worker's log line has come
+
+            def told() -> bool:
+                fate = view(tab, order)["messages"][1]["fate"]
+                return "stopped by the pre-check" in fate or "stopped by the ledger" in fate
+
+            soon(told, "who stopped the second")
         if token and not greying:  # the second tap has the first one's answer, at once or after it was told to wait
             replayed = "answered with the first tap's result"
             soon(lambda: replayed in [each["text"] for each in view(tab, order)["taps"]], "the first one's answer")
