@@ -418,11 +418,9 @@ class CopiesSession(Session):
         lost = await self.raw.fetch(_CLAIM, *offers(deliveries))
         return {deliveries[place - 1]: Standing(dead=False, clashes=clashes, here=False) for place, clashes in lost}
 
-    async def standing(
-        self, deliveries: Sequence[Delivery], topics: Mapping[str, int]
-    ) -> tuple[dict[Delivery, Standing], list[Delivery]]:
-        """Asked about ids of this batch with other payloads, when these ids are claimed: offered now, they lose."""
-        return await self.claim(deliveries, topics), []
+    async def claimed(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, Standing]:
+        """Of ids that are claimed: offered again, they lose."""
+        return await self.claim(deliveries, topics)
 
     async def unclaim(self, deliveries: Sequence[Delivery]) -> None:
         await self.raw.execute(_UNCLAIM, *offers(deliveries)[:2])

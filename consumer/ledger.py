@@ -319,11 +319,15 @@ class Session:
         standing, unseen = _standing(deliveries, lost)
         if unseen:
             # A second statement, because it sees what a concurrent transaction has committed while the first one waited.
-            again = await self.connection.fetchrow(self._statements.standing, *_offers(unseen, topics))
-            later, vanished = _standing(unseen, again)
-            if vanished:
-                raise Conflict("a claim vanished between two statements")
-            standing |= later
+            standing |= await self.claimed(unseen, topics)
+        return standing
+
+    async def claimed(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, Standing]:
+        """What stands for ids that this transaction has claimed or found claimed. Raises Conflict when a claim has vanished."""
+        found = await self.connection.fetchrow(self._statements.standing, *_offers(deliveries, topics))
+        standing, vanished = _standing(deliveries, found)
+        if vanished:
+            raise Conflict("a claim vanished between two statements")
         return standing
 
     async def standing(

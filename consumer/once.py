@@ -134,7 +134,7 @@ async def apply(
         step("claimed")
         fresh = _sort_out(claims, standing, lane, done)
         if rivals:
-            _sort_out(rivals, await _what_stands(session, rivals, names), lane, done)
+            _sort_out(rivals, await session.claimed(rivals, names.topics), lane, done)
         if rehearsal is None:
             _refuse_too_old(session, fresh, done)
             if suspects := [each for each in lane.suspects(fresh) if each not in done.outcomes]:
@@ -429,14 +429,6 @@ def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> t
             case None | Applied():
                 raise AssertionError("a handler without a ledger row is settled before the transaction")
     return list(first.values()), rivals
-
-
-async def _what_stands(session: Session, rivals: Sequence[Delivery], names: Names) -> dict[Delivery, Standing]:
-    """What the ledger holds for ids that this transaction has just claimed, or found claimed."""
-    standing, vanished = await session.standing(rivals, names.topics)
-    if vanished:
-        raise Conflict("a claim vanished between two statements")
-    return standing
 
 
 def _sort_out(

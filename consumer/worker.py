@@ -13,29 +13,29 @@ import functools
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from consumer import once, shards, transport
+from consumer import once, opening, shards, telling, transport
 from consumer.activity import Activity, LoopWatch, Stuck, limits, memory_mb
 from consumer.app import App
 from consumer.core.deadshare import DeadShare
 from consumer.core.epoch import is_left_behind
-from consumer.core.errors import ConsumerError, Misconfigured, RunAgain
+from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.core.handler import Handler
-from consumer.core.incarnation import Log, Position, Stop, judge, note, noted_beginning
+from consumer.core.incarnation import Log, Position, Stop, judge, note
 from consumer.core.lanes import Batch, Delivery, Lane
 from consumer.core.message import Partition, Record
-from consumer.core.outcome import Dead, Duplicate, Outcome, Parked
+from consumer.core.outcome import Parked
 from consumer.core.route import Router
 from consumer.core.watchdog import OpenTransactions, Watchdog
 from consumer.kafka import KafkaError, LogTruncated, Source
 from consumer.ledger import Conflict, Fenced, NotPrimary, Outage, Session, sqlstate_of
 from consumer.letter_relay import relay
-from consumer.logs import describe, event, log
+from consumer.logs import describe, event
 from consumer.precheck import Precheck
 from consumer.retention import Keeper
 from consumer.settings import Settings
@@ -51,7 +51,6 @@ _LOOK_AGAIN_SECONDS = 0.5
 _LIMITS_SECONDS = 0.1  # how exactly the limits of handlers are kept
 _LAST_WORD_SECONDS = 5.0
 _CANCELLED_SECONDS = 3.0  # what does not end when it is cancelled is left behind
-_TOLD_MAX = 20  # failures of one batch, one line each
 
 OFFSET_IDS = (
     "messages without an id: their offset is used, which does not recognise a message that was produced twice, "
@@ -406,10 +405,6 @@ class Worker:
             self._source.resume(partition)
             self._paused.discard(partition)
 
-    def _buffered(self) -> tuple[int, int]:
-        counts = [lane.state.fetched for lane in self._lanes]
-        return sum(each[0] for each in counts), sum(each[1] for each in counts)
-
     # -- batches go through -----------------------------------------------------------------------------------------
 
     async def _run_lane(self, lane: _Lane) -> None:
@@ -442,7 +437,7 @@ class Worker:
         if lane.asks_below and not await self._is_nowhere_else(lane, batch):
             return
         for delivery, error in await once.observe(batch.deliveries, self._draw, lane.activity):
-            self._tell_failure(delivery, error, delivery.outcome)
+            telling.failure(delivery, error, delivery.outcome)
         parts: list[once.Part] = [(batch, False, 0)]
         while parts:
             part, careful, failures = parts.pop()
@@ -472,7 +467,7 @@ class Worker:
             except once.Isolate as isolate:
                 parts += once.smaller(part, careful, isolate.__cause__, self._draw)
                 if len(part.deliveries) == 1 and isinstance(part.deliveries[0].outcome, Parked):
-                    self._tell_failure(part.deliveries[0], isolate.__cause__, part.deliveries[0].outcome)
+                    telling.failure(part.deliveries[0], isolate.__cause__, part.deliveries[0].outcome)
             except (Conflict, Outage) as error:
                 if generation != shard.generation:
                     return
@@ -505,8 +500,10 @@ class Worker:
             self._share.settled(name, messages, reasons)
             if reasons:
                 self._died.set()
-        self._tell_failures(done)
-        self._tell_duplicates(done)
+        telling.failures(done)
+        telling.duplicates(done)
+        if lane.shard.name:
+            self._router.applied(lane.shard.name, (each.record for each in done.applied))
         for delivery in done.parked:
             delivery.outcome = None
         lane.state.settle(part, {each: now + delay for each, delay in done.parked.items()}, done.moves)
@@ -517,57 +514,6 @@ class Worker:
                 del lane.asks_below[move.partition]
         if lane.shard.precheck is not None and lane.session is not None:
             lane.shard.precheck.mark(done.applied, lane.session.epoch, time.time())
-
-    def _tell_failures(self, done: once.Settlement) -> None:
-        told = [
-            each
-            for each, outcome in done.outcomes.items()
-            if (isinstance(outcome, Dead) and outcome is not once.HELD_BACK) or each in done.errors
-        ]
-        for delivery in told[:_TOLD_MAX]:
-            self._tell_failure(delivery, done.errors.get(delivery), done.outcomes[delivery])
-        if len(told) > _TOLD_MAX:
-            event(logging.WARNING, "more messages failed in the same batch", count=len(told) - _TOLD_MAX)
-
-    def _tell_duplicates(self, done: once.Settlement) -> None:
-        """At level debug: the ledger counts duplicates, and keeps none of them."""
-        if not log.isEnabledFor(logging.DEBUG):
-            return
-        for delivery, outcome in done.outcomes.items():
-            if isinstance(outcome, Duplicate):
-                record = delivery.record
-                event(
-                    logging.DEBUG,
-                    "duplicate",
-                    handler=delivery.handler.name,
-                    topic=record.topic,
-                    partition=record.partition,
-                    offset=record.offset,
-                    cause=outcome.cause.value,
-                )
-
-    def _tell_failure(self, delivery: Delivery, error: BaseException | None, outcome: Outcome | None) -> None:
-        record = delivery.record
-        fields: dict[str, Any] = {
-            "handler": delivery.handler.name,
-            "topic": record.topic,
-            "partition": record.partition,
-            "offset": record.offset,
-        }
-        if error is not None:
-            fields |= {"error": describe(error), "sqlstate": sqlstate_of(error)}
-        if isinstance(outcome, Dead):
-            event(logging.WARNING, "dead letter", reason=outcome.reason.value, do="consumer dlq list", **fields)
-        elif isinstance(outcome, Parked):
-            event(
-                logging.INFO if isinstance(error, RunAgain) else logging.WARNING,
-                "schema or rights do not fit the handler; its message waits, uncounted"
-                if error is not None and not isinstance(error, RunAgain) and once.is_uncounted(error)
-                else "handler failed; the message is tried again",
-                attempts=delivery.attempts,
-                delay_seconds=round(outcome.delay_seconds, 3),
-                **fields,
-            )
 
     # -- partitions come and go -------------------------------------------------------------------------------------
 
@@ -666,8 +612,14 @@ class Worker:
                 continue
             try:
                 async with shard.control_lock:
-                    positions = await self._positions(shard, wanted)
-                    chains, tried = await self._recall(shard, positions or {})
+                    control = await self._control(shard)
+                    if control is None:
+                        shard.to_open.set()
+                        continue
+                    shard.installation = control.installation
+                    positions = await opening.positions(self._source, control, self._app.name, wanted, shard.label)
+                    numbers = {each.number for found in shard.by_topic.values() for each in found}
+                    chains, tried = await opening.recall(control, numbers, positions)
                 # With shards: what the log holds now may have been applied before, in another one if the route has changed.
                 ends = await self._source.ends(wanted) if len(self._shards) > 1 else {}
             except (Outage, KafkaError, TimeoutError, OSError) as error:
@@ -676,7 +628,7 @@ class Worker:
                 pause = min(_BACKOFF_SECONDS[1], pause * 2)
                 shard.to_open.set()
                 continue
-            if generation != shard.generation or positions is None:
+            if generation != shard.generation:
                 shard.to_open.set()
                 continue
             for partition, (position, stop) in positions.items():
@@ -707,100 +659,6 @@ class Worker:
                 shard.to_open.set()
             else:
                 pause = _BACKOFF_SECONDS[0]
-
-    async def _positions(
-        self, shard: _Shard, wanted: list[Partition]
-    ) -> Mapping[Partition, tuple[Position, Stop | None]] | None:
-        """A shard's positions; where it has none, Kafka's commit; where that has none, the beginning of the log.
-
-        With what speaks against going on from there. A partition whose log cannot be looked at now is left out. None:
-        ask again.
-        """
-        control = await self._control(shard)
-        if control is None:
-            return None
-        shard.installation = control.installation
-        try:
-            identity = await self._source.identity(sorted({each.topic for each in wanted}))
-            known = await control.positions(self._app.name, wanted)
-            committed = {each: await self._source.committed(each) for each in wanted}
-            if missing := [each for each in wanted if each not in known]:
-                beginnings = await self._source.beginnings(missing)
-                starts = {
-                    each: await self._start_of(shard, each, committed[each], beginnings[each]) for each in missing
-                }
-                await control.begin_positions(
-                    self._app.name,
-                    {
-                        each: Position(start, identity.cluster_id, identity.topics.get(each.topic))
-                        for each, start in starts.items()
-                    },
-                )
-                known |= await control.positions(self._app.name, missing)
-            nameless = {
-                each: (identity.cluster_id, identity.topics[each.topic])
-                for each, at in known.items()
-                if at.topic_id is None and each.topic in identity.topics
-            }
-            if nameless:  # written by a version that did not look, or on a broker that did not tell
-                await control.name_logs(self._app.name, nameless)
-                known |= await control.positions(self._app.name, list(nameless))
-        except (KafkaError, TimeoutError):
-            raise
-        except Exception as error:
-            control.close()
-            raise Outage(str(error)) from error
-        for partition, at in known.items():
-            group, position = committed[partition], at.offset
-            if group is not None and group != position:
-                # Behind is normal after a crash: Kafka's commit is a copy, made now and then. Ahead is not.
-                event(
-                    logging.WARNING if group > position else logging.INFO,
-                    "kafka's committed offset differs from the position in postgresql, which counts",
-                    topic=partition.topic,
-                    partition=partition.partition,
-                    kafka=group,
-                    postgresql=position,
-                    do="offsets reset with Kafka's tools have no effect: use `consumer positions`",
-                )
-        seen = [Log(identity.cluster_id, identity.topics.get(each.topic)) for each in known]
-        judged = await asyncio.gather(*map(self._judge, known, known.values(), seen))
-        return {
-            partition: (at, stop)
-            for (partition, at), (is_known, stop) in zip(known.items(), judged, strict=True)
-            if is_known
-        }
-
-    async def _start_of(self, shard: _Shard, partition: Partition, group: int | None, beginning: int) -> int:
-        """Where to begin without a position: at the group's offset, unless that is our own copy of one that was lost."""
-        if group is None:
-            return beginning
-        began = noted_beginning(await self._source.note(partition), shard.installation)
-        if began is None:
-            return group
-        event(
-            logging.WARNING,
-            "postgresql has lost its position: reading again from where the application began",
-            topic=partition.topic,
-            partition=partition.partition,
-            kafka=group,
-            began=began,
-            **shard.label,
-        )
-        return max(began, beginning)
-
-    async def _judge(self, partition: Partition, at: Position, log: Log) -> tuple[bool, Stop | None]:
-        """What speaks against going on from a position; False where that cannot be told now."""
-        if log.topic_id is None and at.topic_id is not None and log.cluster_id is not None:
-            return False, None  # the topic is being deleted, or this broker does not know it yet
-        stop = judge(partition, at, log)
-        if stop is None and at.seen is not None:
-            try:
-                log = log._replace(at_print=await self._source.print_at(partition, at.seen.offset))
-            except (KafkaError, TimeoutError, OSError):
-                return False, None
-            stop = judge(partition, at, log)
-        return True, stop
 
     # -- what the logs are ------------------------------------------------------------------------------------------
 
@@ -957,17 +815,6 @@ class Worker:
             lane.idle.clear()
             return [asked[twin] for twin, found in standing.items() if found.here]
         return None
-
-    async def _recall(self, shard: _Shard, positions: Mapping[Partition, tuple[Position, Stop | None]]) -> Any:
-        """What a database remembers of these partitions: chains that dead letters hold, and attempts."""
-        if not positions or shard.control is None:
-            return {}, {}
-        numbers = {each.number for found in shard.by_topic.values() for each in found}
-        try:
-            return await shard.control.recall(sorted(numbers), {each: at.offset for each, (at, _) in positions.items()})
-        except Exception as error:
-            shard.control.close()
-            raise Outage(str(error)) from error
 
     # -- beside the flow --------------------------------------------------------------------------------------------
 

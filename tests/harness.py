@@ -153,6 +153,12 @@ async def working(app: App, settings: Settings, **options: Any) -> AsyncIterator
         await asyncio.wait_for(task, 40)
 
 
+def buffered(worker: Worker) -> tuple[int, int]:
+    """Messages and bytes that wait in a worker to be taken."""
+    waiting = [lane.state.fetched for lane in worker._lanes]
+    return sum(each[0] for each in waiting), sum(each[1] for each in waiting)
+
+
 async def drained(app: App, settings: Settings, seconds: float = 30) -> None:
     """Wait until everything produced so far is settled."""
     source = Source(settings, None)

@@ -12,7 +12,7 @@ import asyncpg
 import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer
-from harness import Place, Sent, consume_all, counts, drained, letters, query, until, value, working
+from harness import Place, Sent, buffered, consume_all, counts, drained, letters, query, until, value, working
 
 from consumer import App, Retry, TransactionMisuse, Tx, report
 from consumer.core.message import Partition
@@ -319,7 +319,7 @@ async def test_a_key_that_fails_in_one_partition_does_not_fill_the_buffer_of_ano
     async with working(app, settings) as worker:
 
         async def full() -> bool:
-            return worker._buffered()[0] >= 100
+            return buffered(worker)[0] >= 100
 
         await until("the first lane to be full", full)
         await place.send(topic, *[payment(f"q{n}", 2, partition=1) for n in range(50)])
@@ -504,7 +504,7 @@ async def test_a_position_moved_back_is_noticed_while_nothing_comes_and_while_bu
     async with working(app, settings) as worker:
 
         async def full() -> bool:
-            return worker._buffered()[0] >= 100 and not worker._room.is_set()
+            return buffered(worker)[0] >= 100 and not worker._room.is_set()
 
         await until("full buffers", full)
         await move_back()

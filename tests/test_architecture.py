@@ -54,6 +54,8 @@ LAYERS = [
     "page",
     "testing",
     "letter_relay",
+    "opening",
+    "telling",
     "worker",
     "process",
     "supervisor",

@@ -20,6 +20,7 @@ from harness import (
     Place,
     Result,
     Sent,
+    buffered,
     consume_all,
     consumer,
     counts,
@@ -333,7 +334,7 @@ async def test_records_removed_in_front_of_a_running_worker_what_it_has_read_is_
     async with working(app, settings, path=PATH) as worker:
 
         async def full() -> bool:
-            return worker._buffered()[0] >= 50 and bool(worker._paused)
+            return buffered(worker)[0] >= 50 and bool(worker._paused)
 
         await until("a full buffer", full)
         await remove_records(place, topic, 0, 2900)
@@ -342,7 +343,7 @@ async def test_records_removed_in_front_of_a_running_worker_what_it_has_read_is_
         await place.send(topic, payment("other", 1))
 
         async def settled() -> bool:
-            return "other" in await ids(place) and not worker._buffered()[0]
+            return "other" in await ids(place) and not buffered(worker)[0]
 
         await until("what was read", settled)
         done = [each for each in await ids(place) if each != "other"]

@@ -17,6 +17,7 @@ import pytest
 from harness import (
     Place,
     Sent,
+    buffered,
     consume_all,
     counts,
     drained,
@@ -485,7 +486,7 @@ async def test_buffers_are_bounded_in_messages_and_in_bytes(place: Place) -> Non
 
         async def still() -> bool:  # the feeder waits for room
             nonlocal highest
-            highest = max(highest, worker._buffered()[1])
+            highest = max(highest, buffered(worker)[1])
             return highest >= settings.buffer_bytes_max and not worker._room.is_set()
 
         await until("the buffers to be full", still)

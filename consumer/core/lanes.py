@@ -218,12 +218,6 @@ class Lane:
         queue.fetched_bytes += size
         return len(records), size
 
-    def skip_to(self, partition: Partition, offset: int) -> None:
-        """Note that the log holds nothing to deliver below `offset` (transaction markers, aborted or compacted records)."""
-        queue = self._queues.get(partition)
-        if queue and not queue.fetched and offset > queue.received:
-            queue.received = offset
-
     @property
     def fetched(self) -> tuple[int, int]:
         """Messages and bytes that wait to be taken."""

@@ -2,12 +2,15 @@
 
 Pure: calls the function and compares its answers; knows no database. A route must be a pure function of the message key:
 a key that moves from one shard to another is applied in the second one although it stands in the first. What it does
-not know: the answers for keys that it never saw. Those that it saw are remembered, up to a bound.
+not know: the answers for keys that it never saw. Those that it saw are remembered, up to a bound, and those of messages that
+were applied are there to be kept: what a wrong route answered for a message that was then refused must not speak against the
+right one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import blake2b
 
 from consumer.core.errors import Misconfigured
 from consumer.core.message import Record
@@ -24,7 +27,7 @@ _FIXED: tuple[bytes | None, ...] = (
     *(f"key-{n}".encode() for n in range(32)),
     *(bytes([n * 37 % 256, n * 101 % 256, 255 - n]) for n in range(16)),
 )
-_SHOWN_MAX = 60  # characters of a key
+_SHOWN_MAX = 60  # characters of a wrong answer
 
 
 class RouteFault(Misconfigured):
@@ -39,7 +42,8 @@ class Router:
         self._route = route
         self._places = {name: place for place, name in enumerate(self.shards)}
         self._answers: dict[bytes | None, str] = {}
-        self._to_record: dict[str, list[bytes]] = {}  # by shard: keys that it may keep
+        self._to_record: dict[str, dict[bytes, None]] = {}  # by shard: keys that it may keep, in order
+        self._recorded: dict[str, set[bytes]] = {}  # by shard: those that were taken from there
         self._recordable: dict[str, int] = {}  # by shard: how many more
 
     def split(self, records: Sequence[Record]) -> list[Sequence[Record]]:
@@ -78,7 +82,7 @@ class Router:
         except Exception as error:
             raise RouteFault(f"the route raises {type(error).__name__} for key {shown(key)}") from error
         if not isinstance(name, str) or name not in self._places:
-            said = repr(name)[:_SHOWN_MAX]
+            said = repr(name)[:_SHOWN_MAX] if key in _FIXED else f"a {type(name).__name__}"  # it may be made of the key
             raise RouteFault(
                 f"the route answers {said} for key {shown(key)}, which is none of {', '.join(self.shards)}"
             )
@@ -88,9 +92,6 @@ class Router:
         if len(self._answers) >= _REMEMBERED_MAX:
             del self._answers[next(iter(self._answers))]  # the oldest
         self._answers[key] = name
-        if key is not None and self._recordable.get(name, 0) > 0:
-            self._recordable[name] -= 1
-            self._to_record.setdefault(name, []).append(key)
 
     def fixed_probes(self) -> Probes:
         """What the route answers for a set of keys that never changes. Raises RouteFault."""
@@ -100,9 +101,23 @@ class Router:
         """Keep the next `count` keys of a shard for `to_record`."""
         self._recordable[shard] = count
 
+    def applied(self, shard: str, records: Iterable[Record]) -> None:
+        """Note records that were applied in a shard."""
+        room = self._recordable.get(shard, 0)
+        if room <= 0:
+            return
+        waiting, recorded = self._to_record.setdefault(shard, {}), self._recorded.setdefault(shard, set())
+        for record in records:
+            if room > 0 and record.key is not None and record.key not in waiting and record.key not in recorded:
+                waiting[record.key] = None
+                room -= 1
+        self._recordable[shard] = room
+
     def to_record(self, shard: str) -> list[bytes]:
-        """Keys that were seen for the first time since the last call."""
-        return self._to_record.pop(shard, [])
+        """Keys of which something was applied for the first time since the last call, as far as this process knows."""
+        keys = list(self._to_record.pop(shard, ()))
+        self._recorded.setdefault(shard, set()).update(keys)
+        return keys
 
     def changed(self, probes: Probes) -> tuple[bytes | None, str, str] | None:
         """The first key that the route sends elsewhere than it was seen to: key, then, now. Raises RouteFault."""
@@ -114,11 +129,12 @@ class Router:
 
 
 def shown(key: bytes | None) -> str:
-    """A key for a message to people."""
+    """A key for a message to people, which is logged: those of messages are the users' own, and are told by a digest."""
     if key is None:
         return "None (a message without a key)"
-    text = repr(key)[1:]
-    return text if len(text) <= _SHOWN_MAX else text[:_SHOWN_MAX] + "…'"
+    if key in _FIXED:
+        return repr(key)[1:]
+    return f"{blake2b(key, digest_size=4).hexdigest()} (BLAKE2b-32 of its {len(key)} bytes)"
 
 
 def explain_change(app: str, change: tuple[bytes | None, str, str]) -> str:

@@ -14,11 +14,12 @@ from typing import Any
 import asyncpg
 from asyncpg.pgproto.pgproto import UUID
 
-from consumer import kafka, once
+from consumer import kafka, once, opening
 from consumer.core.identity import offset_id
 from consumer.core.incarnation import Position
 from consumer.core.lanes import Delivery, Lane
 from consumer.core.message import Partition
+from consumer.kafka import Source
 from consumer.ledger import REDELIVERED, Session, Standing
 from consumer.precheck import Precheck
 from consumer.worker import Worker
@@ -27,13 +28,13 @@ from consumer.worker import Worker
 def _kafka_keeps_the_positions(where_none: str = "beginning") -> None:
     """As most consumers do it: begin where the group has committed. PostgreSQL's positions are written and not read."""
 
-    async def positions(self: Worker, shard: Any, wanted: list[Partition]) -> Mapping[Partition, tuple[Position, None]]:
-        committed = {each: await self._source.committed(each) for each in wanted}
-        others = await (self._source.beginnings if where_none == "beginning" else self._source.ends)(wanted)
+    async def positions(
+        source: Source, session: Session, app: str, wanted: list[Partition], label: Any
+    ) -> dict[Partition, tuple[Position, None]]:
+        committed = {each: await source.committed(each) for each in wanted}
+        others = await (source.beginnings if where_none == "beginning" else source.ends)(wanted)
         starts = {each: others[each] if offset is None else offset for each, offset in committed.items()}
-        control = await self._control(shard)
-        assert control is not None
-        await control.begin_positions(self._app.name, {each: Position(at) for each, at in starts.items()})
+        await session.begin_positions(app, {each: Position(at) for each, at in starts.items()})
         return {each: (Position(at), None) for each, at in starts.items()}
 
     close_batch = Session.close_batch
@@ -46,7 +47,7 @@ def _kafka_keeps_the_positions(where_none: str = "beginning") -> None:
         )
         await close_batch(self, app, (), *more, **options)
 
-    Worker._positions = positions  # type: ignore[method-assign,assignment]
+    opening.positions = positions  # type: ignore[assignment]
     Session.close_batch = closing  # type: ignore[method-assign,assignment]
 
 
