@@ -1,4 +1,4 @@
-"""Deferred writes of one shape, sent as arrays: one execution for many rows, where that cannot be told from many executions.
+"""Deferred writes of one shape, sent as arrays or as sums: one execution for many, where that cannot be told from many.
 
 core/columns.py reads the statement; this looks at the table behind it, once a connection and minute, and prepares what it made.
 It also tells which statements meet nothing in common, so that their order cannot be told either.
@@ -13,14 +13,16 @@ from collections.abc import Collection, Hashable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from consumer.core.columns import KEY_TYPES, ROWS_MIN, TYPES, Shape, rounds, shape_of
+from consumer.core.columns import INT_MAX, KEY_TYPES, ROWS_MIN, TYPES, Shape, rounds, shape_of, sums
 
 _LOOKED_SECONDS = 60.0
 _TEXTS_MAX = 500  # statements remembered on a connection
 
 # Whether nothing about a table can tell one execution from many: no trigger, rule or policy, no child, and no function of the
 # user's own in a default or a constraint, which might look at the table. Then the types of its key columns, and what else a
-# write to it may meet: foreign keys whose columns it sets, on either side, and sequences that its defaults take from.
+# write to it may meet: foreign keys whose columns it sets, on either side, and sequences that its defaults take from. And
+# whether nobody can tell an addition to these columns from several: no constraint or index looks at what they are in between,
+# and nobody is told of every change of a row, which logical decoding would be.
 _TABLE = """
 select c.oid as relation,
        c.relkind = 'r' and not c.relhassubclass and not c.relhasrules and not c.relrowsecurity
@@ -47,17 +49,33 @@ select c.oid as relation,
              union
              select d.refobjid from pg_depend d join pg_attrdef e on d.classid = 'pg_attrdef'::regclass and d.objid = e.oid
              join pg_class s on d.refclassid = 'pg_class'::regclass and d.refobjid = s.oid and s.relkind = 'S'
-             where e.adrelid = c.oid and $3::text[] is null) as others
+             where e.adrelid = c.oid and $3::text[] is null) as others,
+       coalesce((select bool_and(t.typname in ('int2', 'int4', 'int8') and t.typnamespace = 'pg_catalog'::regnamespace)
+                 from unnest($4::text[]) as k(name)
+                 left join pg_attribute a on a.attrelid = c.oid and a.attname = k.name and a.attnum > 0 and not a.attisdropped
+                 left join pg_type t on t.oid = a.atttypid), false)
+       and current_setting('wal_level') <> 'logical'
+       and not exists (select from pg_constraint where conrelid = c.oid and contype = 'c')
+       and not exists (select from pg_attribute where attrelid = c.oid and attgenerated <> '')
+       and not exists (select from pg_index i where i.indrelid = c.oid
+                       and (i.indexprs is not null or i.indpred is not null
+                            or (i.indisunique or i.indisexclusion)
+                            and exists (select from pg_attribute a where a.attrelid = c.oid and a.attname = any($3)
+                                        and a.attnum = any(i.indkey)))) as addable
 from pg_class c where c.oid = to_regclass($1)
 """
 
 
 class _Known(NamedTuple):
-    """A statement that may be sent as arrays: its shape, its text for them, and what it may meet."""
+    """A statement that may be sent as arrays: its shape, its text for them, and what it may meet.
+
+    most: if it may be sent as sums, the largest that each can be.
+    """
 
     shape: Shape
     text: str
     touches: frozenset[Hashable]
+    most: Sequence[int] | None
 
 
 class Columns:
@@ -84,16 +102,23 @@ class Columns:
             await self._connection.execute(sql, *arguments[0])
             return
         if len(arguments) >= ROWS_MIN and (known := await self._look(sql)) is not None:
-            shape, text, _ = known
-            parts = rounds(arguments, shape)
+            if known.most is not None and (found := sums(arguments, known.shape, known.most)) is not None:
+                summed, arguments = found
+                if summed:
+                    await self._run(known, summed)
+                if not arguments:
+                    return
+            parts = rounds(arguments, known.shape)
             # Many uses of few keys make many rounds of few rows, which are no cheaper than the rows.
             if parts is not None and len(parts) * 2 <= len(arguments):
                 for rows in parts:
-                    await self._connection.execute(
-                        text, *[list(map(itemgetter(n), rows)) for n in range(shape.parameters)]
-                    )
+                    await self._run(known, rows)
                 return
         await self._connection.executemany(sql, arguments)
+
+    async def _run(self, known: _Known, rows: Sequence[Sequence[Any]]) -> None:
+        columns = [list(map(itemgetter(n), rows)) for n in range(known.shape.parameters)]
+        await self._connection.execute(known.text, *columns)
 
     async def _look(self, sql: str) -> _Known | None:
         if time.monotonic() - self._looked > _LOOKED_SECONDS or len(self._known) >= _TEXTS_MAX:
@@ -107,7 +132,11 @@ class Columns:
     async def _made(self, sql: str, shape: Shape) -> _Known | None:
         """The text for many rows, if table and types are such that it means the same."""
         table = await self._connection.fetchrow(
-            _TABLE, shape.table, [column for column, _ in shape.keys], shape.assigned
+            _TABLE,
+            shape.table,
+            [column for column, _ in shape.keys],
+            shape.assigned,
+            [column for column, _ in shape.added],
         )
         if table is None or not table["simple"]:
             return None
@@ -128,4 +157,8 @@ class Columns:
             await self._connection.execute("rollback to savepoint consumer_columns")
             text = ""
         await self._connection.execute("release savepoint consumer_columns")
-        return _Known(shape, text, frozenset([table["relation"], *table["others"]])) if text else None
+        if not text:
+            return None
+        most = [INT_MAX.get(types[place], 0) for _, place in shape.added]
+        addable = table["addable"] and not table["others"] and all(most)
+        return _Known(shape, text, frozenset([table["relation"], *table["others"]]), most if addable else None)

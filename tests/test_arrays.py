@@ -13,6 +13,7 @@ import asyncpg
 import pytest
 
 from consumer.columns import Columns
+from consumer.embedded import Postgres
 from consumer.tx import Scope
 
 TABLES = """
@@ -50,6 +51,7 @@ ADD = "update accounts set balance = balance + $2 where id = $1"
 SPEND = (
     "update accounts set balance = balance - $2, log = log || $3 || ',' where id = $1 and balance >= $2 and kind = $4"
 )
+BOTH = "update accounts set balance = balance + $2, limit_ = accounts.limit_ - $3, log = 'x' where id = $1"
 NEXT = "update accounts set limit_ = balance where id = $1"
 ONCE = "insert into once values ($1) on conflict do nothing"
 
@@ -147,6 +149,7 @@ def random_writes(chance: random.Random) -> list[tuple[str, list[tuple[Any, ...]
     makers: dict[str, Any] = {
         ENTRY: entry,
         ADD: lambda: (chance.randrange(25), chance.randrange(-50, 100)),
+        BOTH: lambda: (chance.randrange(25), chance.randrange(50), chance.choice([0, 3])),
         SPEND: lambda: (chance.randrange(20), chance.randrange(60), chance.choice("xyz"), chance.choice("ab")),
         NEXT: lambda: (chance.randrange(20),),
         ONCE: lambda: (chance.randrange(30),),
@@ -198,9 +201,63 @@ async def test_inserts_and_updates_are_sent_as_arrays(connection: Counting) -> N
     await columns.send(ADD, [(n % 20, 1) for n in range(100)])
     await columns.send(ENTRY, [(None,) * 9 for _ in range(100)])
     assert connection.rows == 0
-    await columns.send(ADD, [(3, 1)] * 100)  # one hot row: a round for each would gain nothing
+    await columns.send(SPEND, [(3, 0, "", "b")] * 100)  # one hot row: a round for each would gain nothing
     assert connection.rows == 100
-    assert await connection.fetchval("select balance from accounts where id = 3") == 105
+
+
+UPDATED = "select n_tup_upd from pg_stat_xact_user_tables where relname = $1"
+
+
+async def test_what_is_added_to_one_row_is_added_at_once(connection: Counting) -> None:
+    columns = Columns(connection)
+    await connection.execute("begin")
+    await columns.send(ADD, [(n % 4, n) for n in range(100)])
+    assert await connection.fetchval(UPDATED, "accounts") == 4 and connection.rows == 0
+    assert [row[0] for row in await connection.fetch("select balance from accounts where id < 4 order by id")] == [
+        sum(range(key, 100, 4)) for key in range(4)
+    ]
+    # One key of both signs runs one by one, and the others do not.
+    await columns.send(ADD, [(n % 4, -n if n % 8 == 3 else n) for n in range(100)])
+    assert await connection.fetchval(UPDATED, "accounts") == 4 + 3 + 25
+    await columns.send(ADD, [(5, 2**62), *[(5, -1)] * 19, (5, 2**62)])
+    assert await connection.fetchval("select balance from accounts where id = 5") == 2**63 - 19
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "alter table accounts add check (balance <> 1000)",
+        "create unique index on accounts (balance, id)",
+        "create index on accounts ((balance / 2))",
+        "create index on accounts (id) where balance > 3",
+        "alter table accounts add half bigint generated always as (balance / 2) stored",
+        "alter table accounts alter balance type numeric",
+        "alter table accounts alter balance type float8",
+    ],
+)
+async def test_where_it_could_be_seen_in_between_each_is_added_alone(connection: Counting, change: str) -> None:
+    await connection.execute(change)
+    await connection.execute("begin")
+    await Columns(connection).send(ADD, [(n % 4, 1) for n in range(40)])
+    assert await connection.fetchval(UPDATED, "accounts") == 40
+    assert await connection.fetchval("select balance from accounts where id = 3") == 10
+
+
+async def test_who_is_told_of_every_change_is_told_of_each() -> None:
+    with Postgres({"wal_level": "logical"}) as server:
+        connection = await asyncpg.connect(server.dsn())
+        await connection.execute(TABLES)
+        await connection.execute("begin")
+        await Columns(connection).send(ADD, [(n % 4, 1) for n in range(40)])
+        assert await connection.fetchval(UPDATED, "accounts") == 40
+        await connection.close()
+
+
+async def test_a_sum_fails_where_one_of_its_parts_would(connection: Counting) -> None:
+    await connection.execute("begin")
+    await connection.execute("update accounts set balance = 9223372036854775800 where id = 3")
+    with pytest.raises(asyncpg.NumericValueOutOfRangeError):
+        await Columns(connection).send(ADD, [(3, 1)] * 8)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Which write may run once for many rows instead of once for each, and how it then reads.
 
 `insert into t values ($1, $2)` a thousand times is `insert into t select c1, c2 from unnest($1, $2)` once; an UPDATE of
-rows that its WHERE tells apart likewise, in *rounds* that meet no row twice. Knows SQL texts and arguments; knows no
-connection. Only a few shapes are read, and everything else is refused: no subquery, no function but those named here, no
+rows that its WHERE tells apart likewise, in *rounds* that meet no row twice; and one that only adds to columns of such rows,
+once for each row, with the *sum* of what is added. Knows SQL texts and arguments; knows no connection. Only a few shapes are read, and everything else is refused: no subquery, no function but those named here, no
 RETURNING, no ON CONFLICT DO UPDATE, because each execution of such a statement may see what the one before it did. What it
 does not know is the table: triggers, rules and types are looked at by consumer/columns.py.
 """
@@ -73,6 +73,7 @@ _CONTAINERS = frozenset({list, tuple, dict, set, frozenset, bytearray, memoryvie
 _KEYS = frozenset({int, str, UUID})  # equal in Python if and only if equal in PostgreSQL, for the types in KEY_TYPES
 KEY_TYPES: Mapping[str, type] = {"int2": int, "int4": int, "int8": int, "uuid": UUID, "text": str, "varchar": str}
 # Scalars whose arrays the driver encodes from plain Python values, and that PostgreSQL's unnest gives back unchanged.
+INT_MAX: Mapping[str, int] = {"int2": 2**15 - 1, "int4": 2**31 - 1, "int8": 2**63 - 1}
 TYPES = frozenset(
     {
         *("int2", "int4", "int8", "float4", "float8", "numeric", "bool", "uuid"),
@@ -93,13 +94,15 @@ class Shape:
 
     table: its name as written, to be resolved by PostgreSQL. parameters: how many it has. keys: the columns by which an
     UPDATE finds its rows, with the parameter (from 0) that each is compared with; empty for an INSERT. assigned: the columns
-    that an UPDATE changes; None for an INSERT.
+    that an UPDATE changes; None for an INSERT. added: the columns that a parameter is added to or subtracted from, with that
+    parameter, of an UPDATE that does no more with its parameters and rows than that and the keys; else empty.
     """
 
     table: str
     parameters: int
     keys: tuple[tuple[str, int], ...]
     assigned: tuple[str, ...] | None
+    added: tuple[tuple[str, int], ...]
     _before: str
     _expressions: str
     _after: str
@@ -167,6 +170,50 @@ def rounds(arguments: Sequence[Sequence[Any]], shape: Shape) -> list[Sequence[Se
 
 
 _SIZED = frozenset({str, bytes})
+
+
+def sums(
+    arguments: Sequence[Sequence[Any]], shape: Shape, most: Sequence[int]
+) -> tuple[list[Sequence[Any]], list[Sequence[Any]]] | None:
+    """One row for each key with the sums of what is added to it, and the arguments that must run one by one all the same.
+
+    None when the values do not fit. most: for each of `shape.added`, the largest number that its parameter can hold. A key to
+    which numbers of both signs are added is not summed: on the way, its column may leave its type's range, which is an error
+    of one message. With one sign, it does so at the end if ever.
+    """
+    places = [place for _, place in shape.added]
+    if any(len(each) != shape.parameters for each in arguments):
+        return None
+    for place in places:
+        if set(map(type, map(itemgetter(place), arguments))) != {int}:
+            return None
+    key_places = [place for _, place in shape.keys]
+    for place in key_places:
+        kinds = set(map(type, map(itemgetter(place), arguments)))
+        if len(kinds) != 1 or not kinds <= _KEYS:
+            return None
+    key = itemgetter(*key_places)
+    keys = list(map(key, arguments))
+    rows: dict[Any, list[Any]] = {}
+    mixed: set[Any] = set()
+    for number, (place, limit) in enumerate(zip(places, most, strict=True)):
+        added = list(map(itemgetter(place), arguments))
+        total: dict[Any, int] = {}
+        for each, value in zip(keys, added, strict=True):
+            total[each] = total.get(each, 0) + value
+        if max(total.values()) > limit or min(total.values()) < -limit:
+            return None
+        if min(added) < 0 < max(added):
+            mixed |= {each for each, value in zip(keys, added, strict=True) if value > 0} & {
+                each for each, value in zip(keys, added, strict=True) if value < 0
+            }
+        if number == 0:
+            for each, first in zip(reversed(keys), reversed(arguments), strict=True):
+                rows[each] = list(first)
+        for each, value in total.items():
+            rows[each][place] = value
+    alone = [each for each, name in zip(arguments, keys, strict=True) if name in mixed] if mixed else []
+    return [rows[each] for each in sorted(rows) if each not in mixed], alone
 
 
 class _Other(Exception):
@@ -298,7 +345,7 @@ def _insert(reader: _Reader) -> Shape:
         after = f"on conflict {target} do nothing"
     if reader.take().kind != "end":
         raise _Other
-    return Shape(table, reader.count(), (), None, f"insert into {table} {columns} select", ", ".join(values), after)
+    return Shape(table, reader.count(), (), None, (), f"insert into {table} {columns} select", ", ".join(values), after)
 
 
 def _update(reader: _Reader) -> Shape:
@@ -307,30 +354,41 @@ def _update(reader: _Reader) -> Shape:
     if reader.takes("as") or reader.next.text != "set":
         alias = reader.name()
     reader.take("set")
-    assigned: set[str] = set()
+    owner = _plain(alias or table.rpartition(".")[2])
+    assigned: dict[str, list[Token]] = {}
     changes: list[str] = []
     while True:
         column = reader.name()
         reader.take("=")
-        assigned.add(_plain(column))
-        changes.append(f"{column} = {_join(reader.expression(',', 'where', columns=True))}")
+        assigned[_plain(column)] = change = reader.expression(",", "where", columns=True)
+        changes.append(f"{column} = {_join(change)}")
         if not reader.takes(","):
             break
     reader.take("where")
     where = reader.expression("", columns=True)
+    terms = _terms(where)
     keys = tuple(
         (column, number - 1)
-        for column, number in _equalities(where, _plain(alias or table.rpartition(".")[2]))
+        for column, number in _equalities(terms, owner)
         if column not in assigned  # else a row that was changed may be found again under its new value
     )
     if not keys:
         raise _Other
+    added = _added(assigned, owner)
+    numbers = [place for _, place in (*keys, *added)]
+    if (
+        len(keys) != len(terms)
+        or sorted(numbers) != list(range(reader.count()))
+        or not _is_same_for_all(assigned, added)
+    ):
+        added = ()
     named = f"{table} as {alias}" if alias else table
     return Shape(
         table,
         reader.count(),
         keys,
         tuple(sorted(assigned)),
+        added,
         f"update {named} set",
         ", ".join(changes),
         f"where {_join(where)}",
@@ -342,8 +400,8 @@ def _plain(name: str) -> str:
     return name[1:-1].replace('""', '"') if name.startswith('"') else name
 
 
-def _equalities(where: Sequence[Token], owner: str) -> list[tuple[str, int]]:
-    """Columns that must equal a parameter: terms of a condition that nothing but AND holds together."""
+def _terms(where: Sequence[Token]) -> list[list[Token]]:
+    """The terms of a condition that nothing but AND holds together; none when something else does."""
     terms: list[list[Token]] = [[]]
     depth = 0
     for token in where:
@@ -354,6 +412,11 @@ def _equalities(where: Sequence[Token], owner: str) -> list[tuple[str, int]]:
             terms.append([])
         else:
             terms[-1].append(token)
+    return terms
+
+
+def _equalities(terms: Sequence[Sequence[Token]], owner: str) -> list[tuple[str, int]]:
+    """Columns that must equal a parameter."""
     found: list[tuple[str, int]] = []
     for term in terms:
         texts = [each.text for each in term]
@@ -363,11 +426,46 @@ def _equalities(where: Sequence[Token], owner: str) -> list[tuple[str, int]]:
         sides = [term[:at], term[at + 1 :]]
         if len(sides[0]) == 1 and sides[0][0].kind == "parameter":
             sides.reverse()
-        column, parameter = sides
-        if len(parameter) != 1 or parameter[0].kind != "parameter":
-            continue
-        if len(column) == 3 and _plain(column[0].text) == owner and column[1].text == ".":
-            column = column[2:]
-        if len(column) == 1 and column[0].kind in ("word", "quoted"):
-            found.append((_plain(column[0].text), int(parameter[0].text.removeprefix("consumer_r.consumer_c"))))
+        column, parameter = _column(sides[0], owner), sides[1]
+        if column is not None and len(parameter) == 1 and parameter[0].kind == "parameter":
+            found.append((column, _number(parameter[0])))
     return found
+
+
+def _added(assigned: Mapping[str, Sequence[Token]], owner: str) -> tuple[tuple[str, int], ...]:
+    """Columns that become themselves plus or minus a parameter, with its place."""
+    found: list[tuple[str, int]] = []
+    for column, change in assigned.items():
+        *left, sign, last = change if len(change) > 2 else [*change, *change, *change]
+        if sign.text in ("+", "-") and last.kind == "parameter" and _column(left, owner) == column:
+            found.append((column, _number(last) - 1))
+        elif (
+            change[0].kind == "parameter"
+            and change[1:2]
+            and change[1].text == "+"
+            and _column(change[2:], owner) == column
+        ):
+            found.append((column, _number(change[0]) - 1))
+    return tuple(found)
+
+
+def _is_same_for_all(assigned: Mapping[str, Sequence[Token]], added: Sequence[tuple[str, int]]) -> bool:
+    """Whether the other columns become one and the same, whichever of a row's executions is the last."""
+    columns = {column for column, _ in added}
+    return all(
+        token.kind in ("number", "text") or token.text in ("now", "(", ")", "null", "true", "false")
+        for column, change in assigned.items()
+        if column not in columns
+        for token in change
+    )
+
+
+def _column(tokens: Sequence[Token], owner: str) -> str | None:
+    """The column that these tokens name, and do no more."""
+    if len(tokens) == 3 and _plain(tokens[0].text) == owner and tokens[1].text == ".":
+        tokens = tokens[2:]
+    return _plain(tokens[0].text) if len(tokens) == 1 and tokens[0].kind in ("word", "quoted") else None
+
+
+def _number(parameter: Token) -> int:
+    return int(parameter.text.removeprefix("consumer_r.consumer_c"))

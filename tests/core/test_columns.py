@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer.core.columns import rounds, shape_of
+from consumer.core.columns import INT_MAX, rounds, shape_of, sums
 
 UPDATE = "update accounts set balance = balance + $2 where id = $1"
 
@@ -138,6 +138,72 @@ def test_no_round_meets_a_row_twice_and_each_row_keeps_its_order(arguments: list
     for key in range(6):
         places = [place for other, place in executed if other == key]
         assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("sql", "added"),
+    [
+        (UPDATE, (("balance", 1),)),
+        ("update a set b = b - $1, c = $2 + a.c, at = now() where id = $3 and kind = $4", (("b", 0), ("c", 1))),
+        ("update a x set \"b\" = x.b + $1, state = 'paid' where $2 = x.id", (("b", 0),)),
+        ("update a set b = $1 where id = $2", ()),
+        ("update a set b = b + 1 where id = $1", ()),
+        ("update a set b = $2 - b where id = $1", ()),
+        ("update a set b = b * $2 where id = $1", ()),
+        ("update a set b = b + $2 * 2 where id = $1", ()),
+        ("update a set b = c + $2 where id = $1", ()),
+        ("update a set b = b + $2, c = $3 where id = $1", ()),
+        ("update a set b = b + $2, c = b where id = $1", ()),
+        ("update a set b = b + $2, c = gen_random_uuid() where id = $1", ()),
+        ("update a set b = b + $2, c = c + $2 where id = $1", ()),
+        ("update a set b = b + $1 where id = $1", ()),
+        ("update a set b = b + $2 where id = $1 and b >= 0", ()),
+        ("update a set b = b + $2 where id = $1 and b >= $2", ()),
+        ("update a set b = b + $2 where id = $1 and (c = $3 or c = $3)", ()),
+        ("insert into a values ($1, $2)", ()),
+    ],
+)
+def test_what_only_adds(sql: str, added: tuple[tuple[str, int], ...]) -> None:
+    shape = shape_of(sql)
+    assert shape is not None and shape.added == added
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(-9, 9), st.integers(0, 9)), min_size=1, max_size=40))
+def test_sums_add_up_and_no_key_of_both_signs_is_summed(arguments: list[tuple[int, int, int]]) -> None:
+    shape = shape_of("update a set b = b + $2, c = c - $3 where id = $1")
+    assert shape is not None
+    found = sums(arguments, shape, [INT_MAX["int4"]] * 2)
+    assert found is not None
+    summed, alone = found
+    keys = [row[0] for row in summed]
+    assert keys == sorted(set(keys))
+    both = {key for key in range(5) if {n > 0 for k, n, _ in arguments if k == key and n} == {True, False}}
+    assert not both.intersection(keys)
+    assert alone == [each for each in arguments if each[0] in both]
+    for key in range(5):
+        rows = [*(row for row in summed if row[0] == key), *(row for row in alone if row[0] == key)]
+        for place in (1, 2):
+            assert sum(row[place] for row in rows) == sum(row[place] for row in arguments if row[0] == key)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [(1, 1), (1, 2**31 - 1)],  # a sum that its parameter cannot hold, although each of its parts could be held
+        [(1, -1), (1, -(2**31))],
+        [(1, 2**31), (2, 1)],
+        [(1, True), (1, 1)],
+        [(1, None), (1, 1)],
+        [(1, 1.5), (1, 1)],
+        [(None, 1), (1, 1)],
+        [(1, 1), (1, 1, 1)],
+        [(1.0, 1), (1.0, 1)],
+    ],
+)
+def test_what_cannot_be_summed(arguments: list[tuple[object, ...]]) -> None:
+    shape = shape_of(UPDATE)
+    assert shape is not None
+    assert sums(arguments, shape, [INT_MAX["int4"]]) is None
 
 
 @pytest.mark.parametrize(
