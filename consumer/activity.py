@@ -102,15 +102,19 @@ class Call:
 
 
 class Activity:
-    """One lane's. `running` are its calls; without any, it waits for PostgreSQL, since `changed_at`."""
+    """One lane's. `running` are its calls; without any, it waits for PostgreSQL, since `changed_at`.
 
-    __slots__ = ("_asking", "_limits", "changed_at", "running")
+    at_once: the handler that runs at this moment and has not waited for anything yet.
+    """
+
+    __slots__ = ("_asking", "_limits", "at_once", "changed_at", "running")
 
     def __init__(self, limits: Mapping[str, float]) -> None:
         self._limits = limits
         self.running: dict[asyncio.Task[Any], Call] = {}
         self._asking = False
         self.changed_at = 0.0
+        self.at_once: Handler | None = None
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -139,11 +143,14 @@ class Activity:
         """How long PostgreSQL has not answered. Statements that handlers wait for are theirs to wait for."""
         return now - self.changed_at if self._asking and not self.running else 0.0
 
-    def enter(self, handler: Handler, deliveries: Sequence[Delivery], tx: Tx | None) -> Call:
-        """A handler is called, by this task."""
+    def enter(
+        self, handler: Handler, deliveries: Sequence[Delivery], tx: Tx | None, since: float | None = None
+    ) -> Call:
+        """A handler was called by this task, and is waited for. since: when, monotonic; None: now."""
         task = asyncio.current_task()
         assert task is not None
-        call = self.running[task] = Call(handler, deliveries, tx, task, time.monotonic())
+        call = Call(handler, deliveries, tx, task, time.monotonic() if since is None else since)
+        self.running[task] = call
         return call
 
     def leave(self, call: Call, error: BaseException | None = None) -> None:
@@ -258,7 +265,8 @@ class LoopWatch:
 
     def _tell(self, seconds: float) -> None:
         task = asyncio.current_task(self._loop)
-        names = [call.handler.name for each in self._activities for call in [each.running.get(task)] if call]  # type: ignore[arg-type]
+        names = [each.at_once.name for each in self._activities if each.at_once is not None]
+        names += [call.handler.name for each in self._activities for call in [each.running.get(task)] if call]  # type: ignore[arg-type]
         frame = sys._current_frames().get(self._thread_of_loop)
         place = None
         if frame is not None:

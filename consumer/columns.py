@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Hashable, Sequence
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 from consumer.core.columns import INT_MAX, KEY_TYPES, ROWS_MIN, TYPES, Shape, rounds, shape_of, sums
@@ -117,8 +116,7 @@ class Columns:
         await self._connection.executemany(sql, arguments)
 
     async def _run(self, known: _Known, rows: Sequence[Sequence[Any]]) -> None:
-        columns = [list(map(itemgetter(n), rows)) for n in range(known.shape.parameters)]
-        await self._connection.execute(known.text, *columns)
+        await self._connection.execute(known.text, *zip(*rows, strict=True))
 
     async def _look(self, sql: str) -> _Known | None:
         if time.monotonic() - self._looked > _LOOKED_SECONDS or len(self._known) >= _TEXTS_MAX:

@@ -369,6 +369,11 @@ class Session:
     def _statements(self) -> Statements:
         return statements(self._generations.target, self._generations.turning, self._generations.live)
 
+    @property
+    def has_forgotten(self) -> bool:
+        """Whether any message can be too old: nothing is, where no row is gone."""
+        return self._generations.horizon_ms is not None
+
     def is_too_old(self, timestamp_ms: int) -> bool:
         """Whether a message of that time may have had a row that is gone, so that a claim which is won proves nothing.
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from consumer.activity import Activity, TookTooLong
+from consumer.calling import begin, called
 from consumer.core.deadshare import DeadShare
 from consumer.core.decode import explain
 from consumer.core.errors import Reject, RunAgain, TransactionMisuse, Unreadable
@@ -60,10 +62,6 @@ Part = tuple[Batch, bool, int]  # what is left to settle, whether carefully, and
 
 class Isolate(Exception):
     """The transaction is lost to a message's fault, and it is not known, or not repairable, which: run in smaller parts."""
-
-
-class HandlerEnded(Exception):
-    """The handler ended itself by something that is no Exception: a cancellation, sys.exit, a panic."""
 
 
 @dataclass(slots=True)
@@ -150,8 +148,7 @@ async def apply(
         step("handled")
         if rehearsal is not None:
             return await _undone(session, rehearsal, fresh, done)
-        retracted = [each for each in fresh if each in done.parked]
-        if retracted:
+        if done.parked and (retracted := [each for each in fresh if each in done.parked]):
             await session.unclaim(retracted)
         dead = {each: verdict for each, verdict in done.outcomes.items() if isinstance(verdict, Dead)}
         if dead:
@@ -161,7 +158,7 @@ async def apply(
                 if holds(verdict):
                     lane.suspect(each)
             await session.bury(dead, done.attempts, claimed=[each for each in fresh if each in dead])
-        done.applied = [each for each in fresh if each not in done.outcomes]
+        done.applied = [each for each in fresh if each not in done.outcomes] if done.outcomes else fresh
         if not lane.holds(batch):
             raise Fenced("its partitions were opened anew meanwhile: what it settled would be counted again")
         done.moves = _of_their_logs(names, batch, lane.moves(batch, done.parked))
@@ -402,12 +399,21 @@ def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> t
     The others end here, as duplicates, or wait. A rival's fate depends on what the claim of its id met: of two payloads, the
     ledger may hold the second.
     """
-    if all([each.outcome is None and each.handler.idempotent for each in deliveries]) and not lane.parked:
-        ids = {(each.handler.number, each.id) for each in deliveries}
-        if len(ids) == len(deliveries):
-            return list(deliveries), []  # as nearly always
     first: dict[tuple[int, bytes], Delivery] = {}
     rivals: list[Delivery] = []
+    if not lane.parked and all([each.outcome is None and each.handler.idempotent for each in deliveries]):
+        # As nearly always. Of two of one id the first stays, being the last to be put there.
+        keys = [(each.handler.number, each.id) for each in deliveries]
+        first = dict(zip(reversed(keys), reversed(deliveries), strict=True))
+        if len(first) == len(keys):
+            return list(deliveries), rivals
+        claims: list[Delivery] = []
+        for key, delivery in zip(keys, deliveries, strict=True):
+            if first[key] is delivery:
+                claims.append(delivery)
+            else:
+                _tell_apart(first[key], delivery, done, rivals)
+        return claims, rivals
     for delivery in deliveries:
         match delivery.outcome:
             case None if lane.waits(delivery):
@@ -415,12 +421,8 @@ def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> t
             case None | Dead() if delivery.handler.idempotent:
                 key = (delivery.handler.number, delivery.id)
                 earlier = first.setdefault(key, delivery)
-                if earlier is delivery:
-                    continue
-                if earlier.fingerprint == delivery.fingerprint:
-                    done.outcomes[delivery] = DUPLICATE[Cause.BATCH]
-                else:
-                    rivals.append(delivery)
+                if earlier is not delivery:
+                    _tell_apart(earlier, delivery, done, rivals)
             case Parked(delay):
                 done.outcomes[delivery] = delivery.outcome
                 done.parked[delivery] = delay
@@ -429,6 +431,14 @@ def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> t
             case None | Applied():
                 raise AssertionError("a handler without a ledger row is settled before the transaction")
     return list(first.values()), rivals
+
+
+def _tell_apart(first: Delivery, second: Delivery, done: Settlement, rivals: list[Delivery]) -> None:
+    """Two of one id in a batch: a duplicate, or two payloads."""
+    if first.fingerprint == second.fingerprint:
+        done.outcomes[second] = DUPLICATE[Cause.BATCH]
+    else:
+        rivals.append(second)
 
 
 def _sort_out(
@@ -455,7 +465,7 @@ def _sort_out(
 
 def _refuse_too_old(session: Session, fresh: Sequence[Delivery], done: Settlement) -> None:
     """What was claimed only because the ledger no longer remembers that far is not applied blindly."""
-    for delivery in fresh:
+    for delivery in fresh if session.has_forgotten else ():
         if delivery.outcome is None and session.is_too_old(delivery.record.timestamp):
             done.outcomes[delivery] = delivery.outcome = TOO_OLD
 
@@ -484,11 +494,11 @@ def shares(applied: Iterable[Delivery], outcomes: Mapping[Delivery, Outcome]) ->
 
     Duplicates are among them: read again from the beginning, a topic is nothing but these and its old conflicts.
     """
+    applied = [each for each in applied if each not in outcomes] if outcomes else applied
     counts: dict[str, int] = {}
     reasons: dict[str, list[str]] = {}
-    for delivery in applied:
-        if delivery not in outcomes:
-            counts[delivery.handler.name] = counts.get(delivery.handler.name, 0) + 1
+    for handler, count in Counter([each.handler for each in applied]).items():
+        counts[handler.name] = count
     for delivery, outcome in outcomes.items():
         if isinstance(outcome, Duplicate):
             counts[delivery.handler.name] = counts.get(delivery.handler.name, 0) + 1
@@ -558,7 +568,8 @@ class _Run:
         self.blocked: set[Hashable] = set()  # units whose message failed: later ones wait behind it
         self.held: set[Hashable] = set()  # units whose message has failed for good: later ones are kept as letters too
         self.started = False
-        self.until = time.monotonic() + session.batch_seconds_max
+        self.now = time.monotonic()
+        self.until = self.now + session.batch_seconds_max
 
     async def handlers(self, fresh: Sequence[Delivery]) -> None:
         """Run every fresh message, each handler's in the order of its units."""
@@ -582,22 +593,50 @@ class _Run:
                 for number, delivery in enumerate(deliveries):
                     if number % _CALLS_AT_A_TIME == 0:
                         await asyncio.sleep(0)  # handlers that only defer never wait: let the other lanes' answers in
-                    await self._one(delivery, task)
+                    if (rest := self._begin(delivery, task)) is not None:
+                        await rest
 
     async def _one(self, delivery: Delivery, task: asyncio.Task[Any] | None) -> None:
-        handler = delivery.handler
+        if (rest := self._begin(delivery, task)) is not None:
+            await rest
+
+    def _begin(self, delivery: Delivery, task: asyncio.Task[Any] | None) -> Awaitable[None] | None:
+        """Begin with a message. Returns what is left to await; nothing when its handler has ended without waiting for anything."""
         if self._is_late():
             self._leave(delivery)
-            return
+            return None
         if self.blocked and delivery.unit() in self.blocked:
             _wait_behind(delivery, self.done)
-            return
+            return None
         if self.held and delivery.unit() in self.held:
             self.done.outcomes[delivery] = HELD_BACK
-            return
+            return None
         tx = Tx(self.scope, delivery, task)
+        if self.careful:
+            return self._run_alone(delivery, tx)
         try:
-            await self._call(handler, _argument(delivery), tx, [delivery])
+            argument = _argument(delivery)
+        except Exception as error:
+            return self._failed(delivery, tx, error)
+        call = begin(delivery.handler, argument, tx, self.activity)
+        if call is None and tx.error is None and tx.close():
+            return None  # nothing was sent, so nothing but its deferred writes is left of it
+        return self._go_on(delivery, tx, call, self.now)
+
+    async def _run_alone(self, delivery: Delivery, tx: Tx) -> None:
+        """Run a message between savepoints."""
+        try:
+            argument = _argument(delivery)
+            await self._call(
+                delivery.handler, lambda: begin(delivery.handler, argument, tx, self.activity), tx, [delivery]
+            )
+        except Exception as error:
+            await self._failed(delivery, tx, error)
+
+    async def _go_on(self, delivery: Delivery, tx: Tx, call: Awaitable[object] | None, since: float) -> None:
+        """Go on with a message whose handler has begun."""
+        try:
+            await self._call(delivery.handler, lambda: call, tx, [delivery], since)
         except Exception as error:
             await self._failed(delivery, tx, error)
 
@@ -607,7 +646,8 @@ class _Run:
         Slow handlers keep the transaction open and the connection idle: what is done must be committed before
         PostgreSQL ends both, or the same batch would run again for ever.
         """
-        if not self.started or time.monotonic() < self.until:
+        self.now = time.monotonic()
+        if not self.started or self.now < self.until:
             self.started = True
             return False
         return True
@@ -632,7 +672,8 @@ class _Run:
             return
         tx = Tx(self.scope, _Chunk(handler), asyncio.current_task())
         try:
-            await self._call(handler, [_argument(each) for each in deliveries], tx, deliveries)
+            arguments = [_argument(each) for each in deliveries]
+            await self._call(handler, lambda: begin(handler, arguments, tx, self.activity), tx, deliveries)
         except Exception as error:
             if len(deliveries) == 1:
                 await self._failed(deliveries[0], tx, error)
@@ -646,8 +687,18 @@ class _Run:
             await self._call_batch(handler, deliveries[:middle])
             await self._call_batch(handler, deliveries[middle:])
 
-    async def _call(self, handler: Handler, argument: Any, tx: Tx, deliveries: Sequence[Delivery]) -> None:
-        """Call the handler, and raise if what it did cannot be stored, whether or not it says so."""
+    async def _call(
+        self,
+        handler: Handler,
+        start: Callable[[], Awaitable[object] | None],
+        tx: Tx,
+        deliveries: Sequence[Delivery],
+        since: float | None = None,
+    ) -> None:
+        """Call the handler, and raise if what it did cannot be stored, whether or not it says so.
+
+        start: begins the call, and returns what is left to await of it. since: when it was begun, if it was before.
+        """
         name = None
         if self.careful:
             await self.scope.flush()
@@ -655,7 +706,7 @@ class _Run:
             await self.session.connection.execute(f"savepoint {name}")
         try:
             try:
-                await _called(handler, argument, tx, deliveries, self.activity)
+                await called(handler, start(), tx, deliveries, self.activity, since)
             except BaseException:
                 if not tx.close():
                     with suppress(TransactionMisuse):
@@ -825,38 +876,5 @@ async def _observe(handler: Handler, deliveries: Sequence[Delivery], activity: A
         if isinstance(delivery.record, LogRecord) and delivery.record.fault:
             raise Unreadable(Reason.BAD_HEADER, delivery.record.fault)
     values = [_argument(each) for each in deliveries]
-    await _called(handler, values if handler.batch is not None else values[0], None, deliveries, activity)
-
-
-async def _called(
-    handler: Handler, argument: Any, tx: Tx | None, deliveries: Sequence[Delivery], activity: Activity | None
-) -> None:
-    """Call a handler, within its limit."""
-    if activity is None:
-        await _call_it(handler, argument, tx)
-        return
-    call = activity.enter(handler, deliveries, tx)
-    try:
-        await _call_it(handler, argument, tx)
-    except BaseException as error:
-        activity.leave(call, error)
-        raise
-    activity.leave(call)
-
-
-async def _call_it(handler: Handler, argument: Any, tx: Tx | None) -> None:
-    """Call a handler. Whatever it raises comes as an Exception, but for the order to this task to stop."""
-    assert handler.call is not None
-    try:
-        await handler.call(argument, argument, tx)
-    except (Exception, KeyboardInterrupt):
-        raise
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise  # we are being stopped
-        raise HandlerEnded("the handler was cancelled from within") from error
-    except SystemExit as error:
-        raise HandlerEnded(f"the handler called sys.exit({error.code!r})") from error
-    except BaseException as error:  # a panic of an extension, for example
-        raise HandlerEnded(text_of(error)) from error
+    call = begin(handler, values if handler.batch is not None else values[0], None, activity)
+    await called(handler, call, None, deliveries, activity)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from consumer.columns import Columns
 from consumer.core.errors import TransactionMisuse
-from consumer.core.grouping import Write, group
+from consumer.core.grouping import are_apart, group
 from consumer.core.sqltext import refuse_transaction_control
 
 if TYPE_CHECKING:
@@ -77,24 +77,28 @@ class Scope:
         if not self.deferred:
             return
         pending, self.deferred = self.deferred, []
-        writes = []
+        writes = [(tx.subject, sql, args) for tx in pending for sql, args in tx.writes]
         for tx in pending:
-            tx.touched = True
-            unit = tx.subject.unit()
-            writes += [(unit, sql, args) for sql, args in tx.writes]
-            tx.writes = []
+            tx.touched, tx.writes = True, []
         try:
             await self.send(writes)
         except BaseException as error:
             self.flush_error = error
             raise
 
-    async def send(self, writes: Sequence[Write]) -> None:
+    async def send(self, writes: Sequence[tuple[Ordered, str, Sequence[Any]]]) -> None:
         """Send writes in groups. Raises what the database says."""
-        statements = {sql for _, sql, _ in writes}
-        touches = await self.columns.touches(statements) if 1 < len(statements) < len(writes) else None
-        for sql, arguments in group(writes, touches):
-            await self.columns.send(sql, arguments)
+        by_statement: dict[str, list[Sequence[Any]]] = {}
+        for _, sql, arguments in writes:
+            by_statement.setdefault(sql, []).append(arguments)
+        several = 1 < len(by_statement) < len(writes)
+        touches = await self.columns.touches(by_statement) if several else None
+        if len(by_statement) == 1 or (touches is not None and are_apart(touches)):
+            groups = list(by_statement.items())  # and nobody needs to know the units
+        else:
+            groups = group([(subject.unit(), sql, arguments) for subject, sql, arguments in writes], touches)
+        for sql, each in groups:
+            await self.columns.send(sql, each)
 
 
 class Tx:
@@ -251,9 +255,8 @@ class Tx:
         if level is self._scope.root:
             await self._scope.flush()
         elif level.writes:
-            unit = self.subject.unit()
             writes, level.writes = level.writes, []
-            await self._scope.send([(unit, sql, args) for sql, args in writes])
+            await self._scope.send([(self.subject, sql, args) for sql, args in writes])
 
     async def _guarded(self, statement: Any) -> Any:
         self._asking += 1

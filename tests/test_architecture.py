@@ -35,6 +35,7 @@ LAYERS = [
     "precheck",
     "activity",
     "app",
+    "calling",
     "once",
     "shards",
     "schemes",

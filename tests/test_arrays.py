@@ -104,7 +104,16 @@ async def both(connection: Counting, writes: list[tuple[str, list[tuple[Any, ...
     return one_by_one, ours
 
 
-def random_story(chance: random.Random) -> list[tuple[str, str, tuple[Any, ...]]]:
+class Unit(str):
+    """A unit of order by its name."""
+
+    __slots__ = ()
+
+    def unit(self) -> str:
+        return self
+
+
+def random_story(chance: random.Random) -> list[tuple[Unit, str, tuple[Any, ...]]]:
     """Orders and their lines, as handlers would write them: of each key in order, of all keys mixed."""
     found = []
     for key in range(chance.choice([1, 12, 60])):
@@ -122,7 +131,7 @@ def random_story(chance: random.Random) -> list[tuple[str, str, tuple[Any, ...]]
             story.append(("insert into lines (order_id, name) values ($1, $2)", (key + 1000, "moved")))
         if not chance.randrange(8):
             story.append(("insert into notes (ref, text) select $1, state from orders where ref = $1", (key,)))
-        found.append([(f"key {key}", sql, args) for sql, args in story])
+        found.append([(Unit(f"key {key}"), sql, args) for sql, args in story])
     mixed = []
     while found:
         story_of_one = chance.choice(found)

@@ -39,6 +39,11 @@ def group(writes: Iterable[Write], touches: Touches | None = None) -> list[Group
     return groups
 
 
+def are_apart(touches: Touches) -> bool:
+    """Whether no two of the statements may meet: then `group` makes one group of each, whatever the units."""
+    return len(set(_fields(touches).values())) == len(touches)
+
+
 def _fields(touches: Touches) -> dict[str, Hashable]:
     """Statements that may meet, directly or through others, share a field."""
     fields: list[tuple[set[str], set[Hashable]]] = []

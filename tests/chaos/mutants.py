@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 from asyncpg.pgproto.pgproto import UUID
 
-from consumer import kafka, once, opening
+from consumer import calling, kafka, once, opening
 from consumer.core.identity import offset_id
 from consumer.core.incarnation import Position
 from consumer.core.lanes import Delivery, Lane
@@ -139,11 +139,11 @@ def m5_separate_transactions() -> None:
 
 def m6_swallow_and_commit() -> None:
     """Nobody notices that a statement has failed, and COMMIT's answer, which is ROLLBACK, is not read."""
-    call, close_batch = once._call_it, Session.close_batch
+    awaited, close_batch = calling.awaited, Session.close_batch
 
-    async def calling(handler: Any, argument: Any, tx: Any) -> None:
+    async def awaiting(call: Any, tx: Any) -> None:
         try:
-            await call(handler, argument, tx)
+            await awaited(call, tx)
         except asyncpg.InFailedSQLTransactionError:
             pass
         if tx is not None:
@@ -158,7 +158,7 @@ def m6_swallow_and_commit() -> None:
     async def commit(self: Session) -> None:
         await self.connection.execute("commit")
 
-    once._call_it = calling
+    calling.awaited = awaiting
     Session.close_batch = closing  # type: ignore[method-assign]
     Session.commit = commit  # type: ignore[method-assign]
 

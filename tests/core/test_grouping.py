@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer.core.grouping import Group, Write, group
+from consumer.core.grouping import Group, Write, are_apart, group
 
 UNITS = st.sampled_from(["ann", "bob", "cy", ("key", 0, b"k")])
 SQLS = st.sampled_from(["insert a", "update b", "update c", "delete d"])
@@ -97,11 +97,12 @@ def test_what_may_meet_keeps_its_order_within_a_unit(writes: list[Write]) -> Non
 @given(numbered_writes())
 def test_statements_that_meet_nothing_in_common_make_one_group_each(writes: list[Write]) -> None:
     apart = {sql: frozenset({sql}) for _, sql, _ in writes}
-    assert len(group(writes, apart)) == len(apart)
+    assert len(group(writes, apart)) == len(apart) and are_apart(apart)
 
 
 def test_statements_meet_through_a_third() -> None:
     touches = {"x": frozenset({1}), "y": frozenset({2}), "z": frozenset({1, 2})}
     writes: list[Write] = [("ann", "x", (0,)), ("ann", "y", (1,)), ("ann", "x", (2,)), ("ann", "z", (3,))]
     assert group(writes, touches) == [("x", [(0,)]), ("y", [(1,)]), ("x", [(2,)]), ("z", [(3,)])]
+    assert not are_apart(touches)
     assert group(writes[:3], {"x": touches["x"], "y": touches["y"]}) == [("x", [(0,), (2,)]), ("y", [(1,)])]

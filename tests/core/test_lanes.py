@@ -637,6 +637,8 @@ class _Nowhere:
     def is_in_transaction(self) -> bool:
         return True
 
+    has_forgotten = False
+
     def is_too_old(self, _: int) -> bool:
         return False
 
