@@ -401,6 +401,9 @@ def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> t
     """
     first: dict[tuple[int, bytes], Delivery] = {}
     rivals: list[Delivery] = []
+    if known := [each for each in deliveries if type(each.outcome) is Duplicate]:  # to Redis: there may be many
+        done.outcomes |= {each: each.outcome for each in known if each.outcome is not None}
+        deliveries = [each for each in deliveries if type(each.outcome) is not Duplicate]
     if not lane.parked and all([each.outcome is None and each.handler.idempotent for each in deliveries]):
         # As nearly always. Of two of one id the first stays, being the last to be put there.
         keys = [(each.handler.number, each.id) for each in deliveries]
@@ -426,9 +429,9 @@ def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> t
             case Parked(delay):
                 done.outcomes[delivery] = delivery.outcome
                 done.parked[delivery] = delay
-            case Dead() | Duplicate() | Skipped():
+            case Dead() | Skipped():
                 done.outcomes[delivery] = delivery.outcome
-            case None | Applied():
+            case None | Applied() | Duplicate():
                 raise AssertionError("a handler without a ledger row is settled before the transaction")
     return list(first.values()), rivals
 
@@ -499,10 +502,12 @@ def shares(applied: Iterable[Delivery], outcomes: Mapping[Delivery, Outcome]) ->
     reasons: dict[str, list[str]] = {}
     for handler, count in Counter([each.handler for each in applied]).items():
         counts[handler.name] = count
+    for handler, count in Counter(
+        [each.handler for each, outcome in outcomes.items() if type(outcome) is Duplicate]
+    ).items():
+        counts[handler.name] = counts.get(handler.name, 0) + count
     for delivery, outcome in outcomes.items():
-        if isinstance(outcome, Duplicate):
-            counts[delivery.handler.name] = counts.get(delivery.handler.name, 0) + 1
-        if isinstance(outcome, Dead) and outcome.reason is not Reason.BEHIND:
+        if type(outcome) is Dead and outcome.reason is not Reason.BEHIND:
             counts[delivery.handler.name] = counts.get(delivery.handler.name, 0) + 1
             reasons.setdefault(delivery.handler.name, []).append(outcome.reason.value)
     return {name: (count, reasons.get(name, [])) for name, count in counts.items()}
@@ -522,20 +527,22 @@ def _conflict() -> Dead:
 
 
 def _count(names: Names, outcomes: Mapping[Delivery, Outcome]) -> dict[tuple[int, int, int, str], int]:
-    counts: dict[tuple[int, int, int, str], int] = {}
+    labels = []
     for delivery, outcome in outcomes.items():
         match outcome:
-            case Duplicate(cause):
-                label = f"duplicate:{cause.value}"
+            case Duplicate():
+                label = outcome.label
             case Dead():
                 label = "dead_lettered"
             case Skipped():
                 label = "skipped"
             case Applied() | Parked():
                 continue
-        key = (delivery.handler.number, names.topics[delivery.record.topic], delivery.record.partition, label)
-        counts[key] = counts.get(key, 0) + 1
-    return counts
+        labels.append((delivery.handler.number, delivery.record.topic, delivery.record.partition, label))
+    return {
+        (number, names.topics[topic], partition, label): count
+        for (number, topic, partition, label), count in Counter(labels).items()
+    }
 
 
 @dataclass(slots=True)

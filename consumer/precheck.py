@@ -11,7 +11,10 @@ import asyncio
 import logging
 import os
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from itertools import compress
+from struct import Struct
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 import redis.asyncio as redis
@@ -31,6 +34,11 @@ _CONNECT_SECONDS = 1.0
 _MARKS_WAITING_MAX = 8  # batches; more than that are not marked, which costs one claim each later
 
 
+_MEMBER_BYTES = 24
+_BEFORE_MEMBER = b"\r\n$%d\r\n" % _MEMBER_BYTES
+_SAMPLERS_MAX = 1000
+_fingerprint = Struct(">q").pack
+
 _URL_OPTIONS = {
     "db",
     "ssl_ca_certs",
@@ -44,6 +52,12 @@ _URL_OPTIONS = {
 
 class Untrusted(RedisError):
     """An answer that does not belong to its question. The connection is dropped and nothing is believed."""
+
+
+class _Question(NamedTuple):
+    handler: Handler
+    bucket: int
+    deliveries: Sequence[Delivery]
 
 
 class Precheck:
@@ -83,7 +97,7 @@ class Precheck:
         self._step = step
         self._epoch = ""
         self._breaker = Breaker()
-        self._samplers: dict[str, Sampler] = {}
+        self._samplers: dict[tuple[str, int], Sampler] = {}  # by handler and bucket
         self._marking: set[asyncio.Task[None]] = set()
         self._probe: asyncio.Task[None] | None = None
 
@@ -126,95 +140,123 @@ class Precheck:
         """Settle as duplicates those that Redis knows. now_seconds: wall clock; skew only costs hits."""
         if self._breaker.is_open:
             return
-        asked: dict[Handler, list[Delivery]] = {}
-        for delivery in deliveries:
-            if delivery.outcome is None and delivery.handler.idempotent:
-                asked.setdefault(delivery.handler, []).append(delivery)
-        asked = {handler: wanted for handler, wanted in asked.items() if self._sampler(handler).should_ask()}
-        if not asked:
+        questions: list[_Question] = []
+        bucket = int(now_seconds // self._window)
+        for handler in {each.handler for each in deliveries}:
+            # Each window has a sampler of its own: where duplicates follow soon, few of them are as old as the one before.
+            wanted_from = [
+                each
+                for each in (bucket, bucket - 1)
+                if handler.idempotent and self._sampler(handler, each).should_ask()
+            ]
+            if wanted_from:
+                wanted = [each for each in deliveries if each.handler is handler and each.outcome is None]
+                questions += [_Question(handler, each, wanted) for each in wanted_from if wanted]
+        if not questions:
             return
         try:
             async with asyncio.timeout(self._budget):
-                found = await self._ask(asked, now_seconds)
+                answers = await self._ask(questions)
         except Exception as error:  # whatever the library raises: Redis is a hint
             _go_on()
             self._failed(error)
             return
         _go_on()
-        for handler, wanted in asked.items():
-            hits = [each for each, hit in zip(wanted, found[handler], strict=True) if hit]
+        for question, hits in zip(questions, answers, strict=True):
             for delivery in hits:
                 delivery.outcome = DUPLICATE[Cause.PRECHECK]
-            self._sampler(handler).observed(len(wanted), len(hits))
+            self._sampler(question.handler, question.bucket).observed(len(question.deliveries), len(hits))
 
     async def known(self, deliveries: Sequence[Delivery], now_seconds: float) -> set[Delivery] | None:
         """Those that Redis has a mark for; None when it did not answer in time. Settles nothing."""
-        asked: dict[Handler, list[Delivery]] = {}
+        by_handler: dict[Handler, list[Delivery]] = {}
         for delivery in deliveries:
-            asked.setdefault(delivery.handler, []).append(delivery)
+            by_handler.setdefault(delivery.handler, []).append(delivery)
+        bucket = int(now_seconds // self._window)
+        questions = [
+            _Question(handler, each, wanted) for handler, wanted in by_handler.items() for each in (bucket, bucket - 1)
+        ]
         try:
             async with asyncio.timeout(self._budget):
-                found = await self._ask(asked, now_seconds)
+                answers = await self._ask(questions)
         except Exception:
             _go_on()
             return None
         _go_on()
-        return {
-            each for handler, wanted in asked.items() for each, hit in zip(wanted, found[handler], strict=True) if hit
-        }
+        return {each for hits in answers for each in hits}
 
-    async def _ask(self, asked: Mapping[Handler, Sequence[Delivery]], now_seconds: float) -> dict[Handler, list[bool]]:
-        """Whether Redis has a mark, in the order asked. Raises what the library raises, and Untrusted."""
-        bucket = int(now_seconds // self._window)
+    async def _ask(self, questions: Sequence[_Question]) -> list[list[Delivery]]:
+        """Those that Redis has a mark for, of each question. Raises what the library raises, and Untrusted."""
         nonce = os.urandom(8)
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.execute_command("ECHO", nonce)
-        for handler, wanted in asked.items():
-            members = [_member(each) for each in wanted]
-            for key in (self._key(handler, bucket), self._key(handler, bucket - 1)):
-                pipe.execute_command("SMISMEMBER", key, *members)
-        answers = await pipe.execute()
-        if answers[0] != nonce:
+        members: dict[Handler, list[bytes]] = {}
+        for each in questions:
+            if each.handler not in members:
+                members[each.handler] = _members(each.deliveries)
+        echo, *answers = await self._talk(
+            _packed(b"ECHO", nonce),
+            *(
+                _packed(b"SMISMEMBER", self._key(each.handler, each.bucket), members[each.handler])
+                for each in questions
+            ),
+        )
+        if echo != nonce:
             raise Untrusted("an answer to another question")
-        found: dict[Handler, list[bool]] = {}
-        for number, (handler, wanted) in enumerate(asked.items()):
-            current, previous = answers[1 + 2 * number], answers[2 + 2 * number]
-            if len(current) != len(wanted) or len(previous) != len(wanted):
+        found = []
+        for question, answer in zip(questions, answers, strict=True):
+            if len(answer) != len(question.deliveries):
                 raise Untrusted("an answer of another length")
-            found[handler] = [bool(now or before) for now, before in zip(current, previous, strict=True)]
+            found.append(list(compress(question.deliveries, answer)))
         return found
 
     def mark(self, applied: Sequence[Delivery], epoch: str, now_seconds: float) -> None:
         """Mark what was committed in `epoch`, in the background. Call it only after the COMMIT was answered."""
         if self._breaker.is_open or not applied or len(self._marking) >= _MARKS_WAITING_MAX:
             return
-        by_handler: dict[Handler, list[bytes]] = {}
-        for delivery in applied:
-            by_handler.setdefault(delivery.handler, []).append(_member(delivery))
         bucket = int(now_seconds // self._window)
-        pipe = self._redis.pipeline(transaction=False)
-        for handler, members in by_handler.items():
+        commands = []
+        for handler in {each.handler for each in applied}:
             key = self._key(handler, bucket, epoch)
-            pipe.execute_command("SADD", key, *members)
-            pipe.execute_command("EXPIRE", key, int(self._window * 2))
-        task = asyncio.get_running_loop().create_task(self._send(pipe))
+            commands.append(_packed(b"SADD", key, _members([each for each in applied if each.handler is handler])))
+            commands.append(_packed(b"EXPIRE", key, b"%d" % int(self._window * 2)))
+        task = asyncio.get_running_loop().create_task(self._send(commands))
         self._marking.add(task)
         task.add_done_callback(self._marking.discard)
 
-    async def _send(self, pipe: redis.client.Pipeline) -> None:
+    async def _send(self, commands: Sequence[bytes]) -> None:
         try:
             async with asyncio.timeout(self._budget):
-                await pipe.execute()
+                await self._talk(*commands)
         except (RedisError, OSError, TimeoutError) as error:
             self._failed(error)
         else:
             self._step("marked")
 
-    def _key(self, handler: Handler, bucket: int, epoch: str | None = None) -> str:
-        return f"consumer:{epoch or self._epoch}:{self._app}:{handler.name}:{bucket}"
+    async def _talk(self, *commands: bytes) -> list[Any]:
+        """Send commands and return their answers. Raises what the library raises, for the first that was refused.
 
-    def _sampler(self, handler: Handler) -> Sampler:
-        return self._samplers.setdefault(handler.name, Sampler())
+        The library would pack a command's arguments one after the other, in Python, at 0.5 µs each: more than all the
+        rest of a mark costs the worker.
+        """
+        connection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+        try:
+            await connection.send_packed_command(commands)
+            return [await connection.read_response() for _ in commands]
+        except BaseException:
+            await connection.disconnect(nowait=True)  # an answer that is still to come would be taken for another's
+            raise
+        finally:
+            await self._redis.connection_pool.release(connection)
+
+    def _key(self, handler: Handler, bucket: int, epoch: str | None = None) -> bytes:
+        return f"consumer:{epoch or self._epoch}:{self._app}:{handler.name}:{bucket}".encode()
+
+    def _sampler(self, handler: Handler, bucket: int) -> Sampler:
+        found = self._samplers.get((handler.name, bucket))
+        if found is None:
+            if len(self._samplers) > _SAMPLERS_MAX:
+                self._samplers.clear()  # most are of windows that are over
+            found = self._samplers[handler.name, bucket] = Sampler()
+        return found
 
     def _failed(self, error: Exception) -> None:
         """Open the breaker; a probe in the background closes it. Nobody else waits for Redis until then."""
@@ -240,13 +282,13 @@ class Precheck:
 
     async def _try(self) -> None:
         """What a batch needs: to ask and to write. A Redis that is full or read-only fails here, as it would there."""
-        key = f"consumer:probe:{self._app}"
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.execute_command("ECHO", b"probe")
-        pipe.execute_command("SMISMEMBER", key, b"probe")
-        pipe.execute_command("SADD", key, b"probe")
-        pipe.execute_command("EXPIRE", key, 60)
-        answers = await pipe.execute()
+        key = f"consumer:probe:{self._app}".encode()
+        answers = await self._talk(
+            _packed(b"ECHO", b"probe"),
+            _packed(b"SMISMEMBER", key, [b"probe".ljust(_MEMBER_BYTES)]),
+            _packed(b"SADD", key, [b"probe".ljust(_MEMBER_BYTES)]),
+            _packed(b"EXPIRE", key, b"60"),
+        )
         if len(answers) != 4:
             raise ResponseError("an answer of another length")
 
@@ -265,6 +307,15 @@ def _go_on() -> None:
         raise asyncio.CancelledError
 
 
-def _member(delivery: Delivery) -> bytes:
+def _members(deliveries: Sequence[Delivery]) -> list[bytes]:
     """Id and payload together: an id that is used again with another payload must not look known."""
-    return delivery.id + delivery.fingerprint.to_bytes(8, "big", signed=True)
+    return [each.id + _fingerprint(each.fingerprint) for each in deliveries]
+
+
+def _packed(name: bytes, key: bytes, rest: bytes | Sequence[bytes] = ()) -> bytes:
+    """A command as it travels: of two words, of three, or of two and members of _MEMBER_BYTES each."""
+    head = b"$%d\r\n%s\r\n$%d\r\n%s\r\n" % (len(name), name, len(key), key)
+    if isinstance(rest, bytes):
+        return b"*3\r\n%s$%d\r\n%s\r\n" % (head, len(rest), rest)
+    body = _BEFORE_MEMBER.join([b"", *rest])[2:] + b"\r\n" if rest else b""
+    return b"*%d\r\n%s%s" % (2 + len(rest), head, body)

@@ -33,7 +33,7 @@ class Sampler:
     The share of hits is an average that forgets with a half-life of about seven asked batches.
     """
 
-    def __init__(self, worth_it: float = 0.01, every: int = 16) -> None:
+    def __init__(self, worth_it: float = 0.1, every: int = 16) -> None:
         self._worth_it = worth_it
         self._every = every
         self._share = 1.0  # innocent until measured: begin by asking

@@ -5,7 +5,7 @@ Knows no table and no counter: `once.py` turns outcomes into rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
@@ -41,9 +41,13 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """Nothing to do: this id is settled already, for this handler."""
+    """Nothing to do: this id is settled already, for this handler. label: under which it is counted."""
 
     cause: Cause
+    label: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", f"duplicate:{self.cause.value}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ def test_without_hits_one_batch_in_so_many_is_asked_for(every: int) -> None:
 
 
 def test_the_first_measurements_without_hits_take_a_while_to_count() -> None:
-    assert asked_of(Sampler(), 40, 0) == 40
+    assert asked_of(Sampler(), 20, 0) == 20
 
 
 def test_a_burst_of_duplicates_is_noticed_by_the_first_batch_asked_for() -> None:
