@@ -7,6 +7,7 @@ could not tell. Every error is one line on standard error, without a traceback, 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import importlib.metadata
 import os
 import re
@@ -31,18 +32,25 @@ from consumer.core.identity import OffsetId
 from consumer.core.incarnation import Log, judge
 from consumer.core.message import Partition
 from consumer.core.route import Router
-from consumer.diagram_command import diagram as diagram  # registers itself
-from consumer.dlq_command import dlq_list as dlq_list  # registers the others too
 from consumer.kafka import Source
 from consumer.loading import load_app
-from consumer.purge_command import purge_command as purge_command  # registers itself
-from consumer.replay_command import replay_command as replay_command  # registers itself
 from consumer.settings import Settings
 from consumer.shard_command import ShardName, ShardsOf, over
+from consumer.supervisor import Supervisor
 from consumer.terminal import POSTGRES, SERVICES, AppPath, AsJson, Refused, cli, command, out, print_json
 from consumer.terminal import connected as _connected
 from consumer.terminal import right as _right
 from consumer.terminal import with_ledger as _with_ledger
+
+# They register themselves. `run` does without them, and is there sooner.
+_OTHERS = ("diagram_command", "dlq_command", "purge_command", "replay_command")
+
+
+def whole() -> typer.Typer:
+    """The command with everything that it can do."""
+    for each in _OTHERS:
+        importlib.import_module(f"consumer.{each}")
+    return cli
 
 
 def main() -> None:
@@ -56,7 +64,7 @@ def main() -> None:
     sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
     # As the first process of a container we would not be ended by it otherwise, while we wait for a service.
     signal.signal(signal.SIGTERM, _terminated)
-    cli(prog_name="consumer")
+    (cli if sys.argv[1:2] == ["run"] else whole())(prog_name="consumer")
 
 
 def _terminated(*_: object) -> typing.NoReturn:
@@ -122,11 +130,15 @@ def run(
 
 
 async def _run(path: str, app: App, workers: int, settings: Settings) -> int:
-    from consumer.supervisor import Supervisor
-
-    # Before any process is started: what is wrong for one worker is wrong for all, and one line tells it.
-    await _ready(app, settings)
-    return await Supervisor(path, app.name, workers, settings).run()
+    supervisor = Supervisor(path, app.name, workers, settings)
+    try:
+        await supervisor.prepare()
+        # Before any worker begins: what is wrong for one is wrong for all, and one line tells it.
+        await _ready(app, settings)
+    except BaseException:
+        await supervisor.give_up()
+        raise
+    return await supervisor.run()
 
 
 async def _ready(app: App, settings: Settings) -> None:

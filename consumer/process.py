@@ -1,14 +1,13 @@
 """A worker process: what the supervisor starts. Not for people: `consumer run` is.
 
-Knows its two pipes: orders come in on standard input ("drain", or its end, which says that the supervisor is gone), and
-reports go out as JSON lines on a descriptor of their own. Settings come through the environment, so that no secret is
+Knows its two pipes: orders come in on standard input ("begin", then "drain", or its end, which says that the supervisor is
+gone), and reports go out as JSON lines on a descriptor of their own. Settings come through the environment, so that no secret is
 in a list of processes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from consumer.core.errors import Misconfigured
 from consumer.core.restarts import EXIT_DEAD_LETTERS, EXIT_MISCONFIGURED, EXIT_OUTGROWN
 from consumer.loading import load_app
 from consumer.logs import describe, event
+from consumer.looping import run
 from consumer.settings import Settings, load
 from consumer.worker import Stalled, Worker
 
@@ -48,36 +48,15 @@ def main() -> None:
     os._exit(code)  # not sys.exit: a thread or a task that a handler left behind must not keep the process
 
 
-def run(main_coroutine: Any) -> Any:
-    """asyncio.run, on uvloop where there is one.
-
-    The collector of cycles looks less often: by its defaults a third of a replay's CPU time went to it (11 against 7.7 µs a
-    message), since it looks again and again at records that are in use and go away by themselves. Its first threshold is
-    above what is in use at a time, so it sees what is left over.
-    """
-    gc.freeze()  # what was imported stays
-    gc.set_threshold(200_000, 20, 50)
-    logs.guard()
-    main_coroutine = _guarded(main_coroutine)
-    try:
-        import uvloop
-    except ImportError:  # the platform has none
-        return asyncio.run(main_coroutine)
-    return uvloop.run(main_coroutine)
-
-
-async def _guarded(main_coroutine: Any) -> Any:
-    asyncio.get_running_loop().set_exception_handler(logs.unhandled)
-    return await main_coroutine
-
-
 async def _work(path: str, settings: Settings, descriptor: int) -> int:
     worker = Worker(load_app(path), settings, report=lambda found: _send(descriptor, found), path=path)
     loop = asyncio.get_running_loop()
     ordered_at = 0.0
+    begun = asyncio.Event()
 
     def stop() -> None:
         nonlocal ordered_at
+        begun.set()
         if ordered_at and time.monotonic() - ordered_at > _SECOND_SIGNAL_SECONDS:
             os._exit(128 + signal.SIGTERM)
         if not ordered_at:
@@ -86,12 +65,18 @@ async def _work(path: str, settings: Settings, descriptor: int) -> int:
             loop.call_later(settings.grace_seconds + 5, os._exit, EXIT_FAILED)
 
     def order() -> None:
-        if os.read(0, 100) == b"":
+        orders = os.read(0, 100)
+        begun.set()
+        if orders == b"":
             loop.remove_reader(0)
-        stop()
+        if orders != b"begin\n":
+            stop()
 
     loop.add_signal_handler(signal.SIGTERM, stop)
     loop.add_reader(0, order)
+    await (
+        begun.wait()
+    )  # what was imported so far was so while our parent made sure that there is something to begin with
     try:
         await worker.run()
     except Misconfigured:

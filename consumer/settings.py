@@ -5,10 +5,10 @@ Knows names, units and bounds; opens nothing.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from consumer.core.errors import Misconfigured
 
@@ -16,12 +16,16 @@ Positive = Annotated[float, Field(gt=0, le=2_000_000, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
-class Settings(BaseSettings):
-    """All settings, with their units in their names. Unknown CONSUMER_ variables are left alone."""
+_PREFIX = "CONSUMER_"
 
-    model_config = SettingsConfigDict(
-        env_prefix="CONSUMER_", frozen=True, extra="forbid", hide_input_in_errors=True, env_ignore_empty=True
-    )
+
+class Settings(BaseModel):
+    """All settings, with their units in their names. What is not given is read from the environment; empty is absent.
+
+    Unknown CONSUMER_ variables are left alone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     kafka_bootstrap_servers: str = Field("127.0.0.1:9092", description="Kafka brokers, host:port, comma-separated")
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
@@ -120,6 +124,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, JSON otherwise")
 
+    def __init__(self, **given: Any) -> None:
+        fields = type(self).model_fields
+        own = {name.upper(): text for name, text in os.environ.items() if text and name.upper().startswith(_PREFIX)}
+        super().__init__(**{name: own[key] for name in fields if (key := _PREFIX + name.upper()) in own} | given)
+
     @field_validator("log_level", "log_format", mode="before")
     @classmethod
     def _in_lower_case(cls, given: object) -> object:
@@ -164,7 +173,7 @@ class Settings(BaseSettings):
             value = getattr(self, name)
             if value is not None:
                 text = value.get_secret_value() if isinstance(value, SecretStr) else value
-                found[f"CONSUMER_{name.upper()}"] = str(text)
+                found[f"{_PREFIX}{name.upper()}"] = str(text)
         return found
 
 
@@ -180,5 +189,5 @@ def load(**flags: Any) -> Settings:
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        problems = [f"CONSUMER_{'_'.join(map(str, each['loc'])).upper()}: {each['msg']}" for each in error.errors()]
+        problems = [f"{_PREFIX}{'_'.join(map(str, each['loc'])).upper()}: {each['msg']}" for each in error.errors()]
         raise Misconfigured("; ".join(problems)) from None

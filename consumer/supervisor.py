@@ -50,9 +50,23 @@ class Supervisor:
         self._workers = workers
         self._settings = settings
         self._children: dict[int, _Child] = {}
+        self._prepared: dict[int, _Child] = {}
         self._stopping = asyncio.Event()
         self._at_once = asyncio.Event()
         self._code = 0
+
+    async def prepare(self) -> None:
+        """Start processes that import what a worker needs, and do no more until `run`, or until they are given up."""
+        for slot in range(min(self._workers, os.cpu_count() or 1)):
+            self._prepared[slot] = await self._start(slot)
+
+    async def give_up(self) -> None:
+        """End what was prepared."""
+        for child in self._prepared.values():
+            with suppress(ProcessLookupError):
+                child.process.kill()
+            await child.process.wait()
+            await asyncio.gather(*child.readers)
 
     async def run(self) -> int:
         """Keep the workers running until a signal comes, or until restarts do not help."""
@@ -81,7 +95,8 @@ class Supervisor:
         """One slot: a worker, and another one after it, until the order to stop."""
         restarts = Restarts(in_a_row_max=self._settings.restarts_max)
         while not self._stopping.is_set():
-            child = await self._start(slot)
+            child = self._prepared.pop(slot, None) or await self._start(slot)
+            self._begin(child)
             code = await self._until_it_ends(child)
             await self._bury(child, code)
             if self._stopping.is_set():
@@ -124,8 +139,17 @@ class Supervisor:
         now = time.monotonic()
         child = self._children[slot] = _Child(slot, process, now, now)
         child.readers.append(asyncio.create_task(self._listen(child, reports)))
-        event(logging.INFO, "worker process started", worker=slot, worker_pid=process.pid)
         return child
+
+    def _begin(self, child: _Child) -> None:
+        child.started_at = child.beat_at = time.monotonic()
+        self._order(child, b"begin\n")
+        event(logging.INFO, "worker process started", worker=child.slot, worker_pid=child.process.pid)
+
+    def _order(self, child: _Child, order: bytes) -> None:
+        if child.process.stdin is not None:
+            with suppress(OSError):
+                child.process.stdin.write(order)
 
     async def _listen(self, child: _Child, descriptor: int) -> None:
         reader = asyncio.StreamReader()
@@ -156,9 +180,7 @@ class Supervisor:
                     )
                     child.process.kill()
                     return await ended
-            if child.process.stdin is not None:
-                with suppress(OSError):
-                    child.process.stdin.write(b"drain\n")
+            self._order(child, b"drain\n")
             seconds = self._settings.grace_seconds + _AFTER_GRACE_SECONDS
             await asyncio.wait({ended, at_once}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if not ended.done():

@@ -29,7 +29,7 @@ from rich.table import Column
 from consumer import ledger, logs
 from consumer.core.errors import ConsumerError, ServiceUnavailable
 from consumer.kafka import KafkaError
-from consumer.process import run as run_loop
+from consumer.looping import run as run_loop
 from consumer.settings import Settings, load
 
 cli = typer.Typer(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from consumer import once, opening, shards, telling, transport
 from consumer.activity import Activity, LoopWatch, Stuck, limits, memory_mb
@@ -36,9 +36,11 @@ from consumer.kafka import KafkaError, LogTruncated, Source
 from consumer.ledger import Conflict, Fenced, NotPrimary, Outage, Session, sqlstate_of
 from consumer.letter_relay import relay
 from consumer.logs import describe, event
-from consumer.precheck import Precheck
 from consumer.retention import Keeper
 from consumer.settings import Settings
+
+if TYPE_CHECKING:
+    from consumer.precheck import Precheck
 
 POLL_SECONDS = 0.5
 _POLL_PAUSED_SECONDS = 0.02  # while a lane is full, and may have room again soon
@@ -192,6 +194,10 @@ class Worker:
                 return False
             await self._pause(_BACKOFF_SECONDS[0])
         if (redis_url := transport.redis_url(settings := self._settings)) is not None:
+            from consumer.precheck import (
+                Precheck,
+            )  # here: its library takes a quarter of a second, and may not be needed
+
             for shard in self._shards:
                 shard.precheck = Precheck(
                     redis_url,

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "consumer"
 LAYERS = [
     "core",
     "logs",
+    "looping",
     "settings",
     "transport",
     "bearer",
@@ -79,11 +80,10 @@ LIBRARIES = {
     "starlette": {"schemes"},
     "msgspec": {"core", "demo", "testing"},
     "pydantic": {"core", "settings", "terminal"},
-    "pydantic_settings": {"settings"},
     "typer": {"terminal", "shard_command", "diagram_command", "replay_command", "dlq_command", "purge_command", "cli"},
     "rich": {"terminal", "replay_command", "dlq_command", "purge_command", "cli", "demo"},
     "pytest": {"testing"},
-    "uvloop": {"process"},
+    "uvloop": {"looping"},
 }
 IMPURE = {
     "asyncio",

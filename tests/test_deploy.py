@@ -21,7 +21,7 @@ import typer
 import yaml
 
 from consumer import transport
-from consumer.cli import cli
+from consumer.cli import whole
 from consumer.loading import load_app
 from consumer.settings import Settings, load
 
@@ -42,7 +42,7 @@ def seconds(text: str) -> int:
 
 def parsed(arguments: list[str]) -> dict[str, Any]:
     """What the real command makes of these arguments, without running it. Fails on anything it does not know."""
-    group: Any = typer.main.get_command(cli)
+    group: Any = typer.main.get_command(whole())
     with group.make_context("consumer", list(arguments), resilient_parsing=True) as context:
         name, command, rest = group.resolve_command(context, arguments)
         with command.make_context(name, list(rest), parent=context, resilient_parsing=False) as inner:
