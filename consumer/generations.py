@@ -39,6 +39,7 @@ class Statements(NamedTuple):
     claim: str
     claim_alike: str
     standing: str
+    standing_alike: str
     unclaim: str
     bury: str
 
@@ -112,6 +113,7 @@ def statements(target: int, turning: bool, live: tuple[int, ...]) -> Statements:
         claim=_OFFERED + claimed + lost + _NOT_CLAIMED,
         claim_alike=_OFFERED_ALIKE + claimed + lost + _NOT_CLAIMED,
         standing=_OFFERED + lost,
+        standing_alike=_OFFERED_ALIKE + lost,
         unclaim=unclaim,
         bury=_BURY.format(target=_read(target)),
     )

@@ -67,6 +67,7 @@ _ATTEMPT_SECONDS_MIN = 0.5
 _READ_UNCOMMITTED, _READ_COMMITTED = 0, 1
 _OUT_OF_RANGE = 1
 _PEEK_WAIT_MS = 50  # Kafka answers at once, since no byte is waited for; Tansu says nothing without any time
+_WAIT_MS, _WAIT_BRIEFLY_MS = 500, 50  # of a fetch that finds nothing, at the broker
 _DECOMPRESS: dict[int, Callable[[bytes], bytes]] = {
     0: bytes,
     1: gzip_decode,
@@ -290,6 +291,7 @@ class Source:
             metadata_max_age_ms=10_000,  # new topics and partitions are noticed within this time
             max_partition_fetch_bytes=settings.kafka_partition_fetch_bytes_max,
             request_timeout_ms=40_000,
+            fetch_max_wait_ms=_WAIT_MS,
         )
 
     async def start(self, wait_seconds: float) -> None:
@@ -486,6 +488,15 @@ class Source:
         """Fetch a paused partition again, from where it was."""
         with suppress(IllegalStateError):
             self.consumer.resume(TopicPartition(*partition))
+
+    def expect_more(self, soon: bool) -> None:
+        """Say whether paused partitions are to be read on soon.
+
+        The client has one fetch at a time on its way to a broker, and one that finds nothing waits there for half a second. A
+        partition that is resumed meanwhile waits as long: where the others were idle, one busy partition was read at
+        27,000 messages a second, and is at 60,000 since.
+        """
+        self.consumer._fetcher._fetch_max_wait_ms = _WAIT_BRIEFLY_MS if soon else _WAIT_MS
 
     def go_on(self, partition: Partition, offset: int, topic_id: UUID | None = None) -> None:
         """Fetch a partition from `offset`, of the topic with that id and of no other (None: of whatever has its name)."""

@@ -36,6 +36,7 @@ from consumer.settings import Settings
 
 _BATCH_SECONDS_MAX = 5.0
 _ROLLBACK_SECONDS = 5.0  # what takes longer is ended with its connection, which undoes it too
+_MOSTLY_KNOWN = 0.5
 _TURNS_MAX = 10  # of the ledger, that one claim sees come and go
 _CLAIM_KEY = re.compile("ledger(_[0-9]+)?_claim")
 SCHEMA_VERSION = 6  # the migration this code needs; migrations/ holds them
@@ -242,6 +243,7 @@ class Session:
         # Slow handlers leave the connection idle: commit what is done well before the server ends the transaction.
         self.batch_seconds_max = min(_BATCH_SECONDS_MAX, settings.postgres_idle_in_transaction_timeout_seconds / 3)
         self._begin = f"begin isolation level read committed{local}"
+        self._share_known = 0.0  # of the ids that were claimed last
         self._generations = FIRST  # as they were read last; a claim notices when that is no longer so
         self._skew_ms = round(settings.ledger_clock_skew_hours * 3_600_000)
 
@@ -315,11 +317,18 @@ class Session:
         A claim that another transaction holds is waited for, until that one commits or rolls back. The ids must be
         distinct for each handler. Sorted by key, so that two batches cannot wait for each other here.
         """
-        lost = await self._offer(deliveries, topics)
-        standing, unseen = _standing(deliveries, lost)
-        if unseen:
-            # A second statement, because it sees what a concurrent transaction has committed while the first one waited.
-            standing |= await self.claimed(unseen, topics)
+        known: dict[Delivery, Standing] = {}
+        unknown = deliveries
+        if self._share_known > _MOSTLY_KNOWN:  # as in a replay: to look costs half of what a claim that is lost does
+            known, unknown = _standing(deliveries, await self._ask(deliveries, topics, to_claim=False))
+        standing = known
+        if unknown:
+            standing, unseen = _standing(unknown, await self._ask(unknown, topics, to_claim=True))
+            if unseen:
+                # A second statement, because it sees what a concurrent transaction has committed while the first one waited.
+                standing |= await self.claimed(unseen, topics)
+            standing |= known
+        self._share_known = len(standing) / len(deliveries)
         return standing
 
     async def claimed(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, Standing]:
@@ -336,21 +345,29 @@ class Session:
         """What stands in the ledger for ids, and those of which there is nothing. Claims nothing, waits for nobody."""
         return _standing(deliveries, await self.connection.fetchrow(STANDING, *_offers(deliveries, topics)))
 
-    async def _offer(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> Any:
-        """Run the claim, in a transaction begun anew where the ledger has turned since its generations were read."""
+    async def _ask(self, deliveries: Sequence[Delivery], topics: Mapping[str, int], *, to_claim: bool) -> Any:
+        """Claim, or only look, in a transaction begun anew where the ledger has turned since its generations were read."""
+        alike = _offers_alike(deliveries, topics)
+        offers = alike if alike is not None else _offers(deliveries, topics)
         for _ in range(_TURNS_MAX):
             error = None
+            match to_claim, alike is not None:
+                case True, True:
+                    statement = self._statements.claim_alike
+                case True, False:
+                    statement = self._statements.claim
+                case False, True:
+                    statement = self._statements.standing_alike
+                case _:
+                    statement = self._statements.standing
             try:
-                if (alike := _offers_alike(deliveries, topics)) is not None:
-                    lost = await self.connection.fetchrow(self._statements.claim_alike, *alike)
-                else:
-                    lost = await self.connection.fetchrow(self._statements.claim, *_offers(deliveries, topics))
+                lost = await self.connection.fetchrow(statement, *offers)
                 assert lost is not None
                 if lost[5] == self._generations.version:
                     return lost
             except asyncpg.UndefinedTableError as gone:  # a generation that was dropped, maybe
                 error = gone
-            # Nothing but the claim was done yet, so nobody misses the transaction.
+            # Nothing but this was done yet, and a look at what is committed, so nobody misses the transaction.
             await self.connection.execute("rollback")
             before = self._generations
             self._generations = await self._read_generations()

@@ -386,6 +386,7 @@ class Worker:
             lane.has_room = messages < messages_max * share and size < bytes_max * share
         for partition in self._shards[0].lane_of:
             self._read_on(partition)
+        self._source.expect_more(soon=bool(self._paused))
         return bool(serving) and not any(lane.has_room for lane in serving)
 
     def _read_on(self, partition: Partition) -> None:
