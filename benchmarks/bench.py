@@ -294,12 +294,15 @@ class Bench:
         register(app, made.topic, kind)
         settings = self.settings(dsn, redis=redis, **more)
         watcher = await asyncpg.connect(dsn)
-        async with self.working(app, settings) if workers == 1 else self.processes(app, made, kind, settings, workers):
+        running_ = self.working(app, settings) if workers == 1 else self.processes(app, made, kind, settings, workers)
+        async with running_ as task:
             while not (before := await watcher.fetchval(SETTLED)):  # from the first commit on: joining is not measured
                 await asyncio.sleep(0.002)
             begun = time.perf_counter()
             while await watcher.fetchval(SETTLED) < len(made.entries):
                 await asyncio.sleep(0.02)
+                if isinstance(task, asyncio.Task) and task.done():
+                    raise SystemExit(f"the worker has ended: {task.exception()}")
             seconds = time.perf_counter() - begun
         await watcher.close()
         await self.check(dsn, made.entries)
@@ -313,11 +316,11 @@ class Bench:
         return found
 
     @asynccontextmanager
-    async def working(self, app: App, settings: Settings) -> AsyncIterator[None]:
+    async def working(self, app: App, settings: Settings) -> AsyncIterator[Any]:
         worker = Worker(app, settings)
         task = asyncio.create_task(worker.run())
         try:
-            yield
+            yield task
         finally:
             worker.stop()
             await task

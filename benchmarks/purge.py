@@ -26,11 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from harness import settings_for  # noqa: E402
+from ledgers import Ledger  # noqa: E402
 
-from consumer import App, Tx, retention, schema  # noqa: E402
+from consumer import App, Tx, schema  # noqa: E402
 from consumer.core.lanes import Delivery  # noqa: E402
 from consumer.core.message import LogRecord  # noqa: E402
-from consumer.core.retention import Drop, Forget, Turn  # noqa: E402
+from consumer.core.retention import Drop, Forget  # noqa: E402
 from consumer.embedded import Postgres  # noqa: E402
 from consumer.ledger import Session  # noqa: E402
 
@@ -50,10 +51,12 @@ class Bench:
         self.handler = app.handlers["settle"]
         self.topics: dict[str, int] = {}
         self.connection: asyncpg.Connection[Any]
+        self.ledger: Ledger
 
     async def open(self) -> None:
         self.connection = await asyncpg.connect(self.settings.dsn)
         await schema.migrate(self.connection)
+        self.ledger = Ledger(self.connection)
         session = await Session.open(self.settings)
         numbers, self.topics = await session.numbers("bench", ["settle"], [TOPIC])
         self.handler.number = numbers["settle"]
@@ -67,26 +70,6 @@ class Bench:
             made.append(each)
         return made
 
-    async def fill(self, rows: int) -> None:
-        """Rows in the generation that claims go into, before anybody claims: the key is built after them, which is faster."""
-        target = await self.connection.fetchval("select target from consumer.ledger_state")
-        table = "consumer.ledger" if target == 1 else f"consumer.ledger_{target}"
-        key = f"{table.removeprefix('consumer.')}_claim"
-        await self.connection.execute(f"alter table {table} drop constraint {key}")
-        for start in range(0, rows, 1_000_000):
-            await self.connection.execute(
-                f"""insert into {table} (fingerprint, "offset", applied_at, partition, handler, topic, id)
-                    select 1, n, now(), 0, {self.handler.number}, {self.topics[TOPIC]}, gen_random_uuid()
-                    from generate_series({start}::bigint, {min(rows, start + 1_000_000) - 1}) n""",
-                timeout=600,
-            )
-            print(f"  {min(rows, start + 1_000_000):,} rows", end="\r", flush=True)
-        await self.connection.execute(
-            f"alter table {table} add constraint {key} primary key (handler, id)", timeout=600
-        )
-        await self.connection.execute(f"vacuum (analyze) {table}", timeout=600)
-        await self.connection.execute("checkpoint", timeout=600)
-
     async def claims(self, stop: asyncio.Event, seconds: list[float]) -> None:
         session = await Session.open(self.settings)
         while not stop.is_set():
@@ -98,21 +81,6 @@ class Bench:
             await session.commit()
             seconds.append(time.perf_counter() - began)
         session.close()
-
-    async def turn(self) -> None:
-        while await self.step(Turn()) != "turned":
-            pass
-
-    async def step(self, step: Turn | Forget | Drop) -> str:
-        """A step, tried again until it is done. Prints how long the call that did it took."""
-        while True:
-            state = await retention.look(self.connection)
-            began = time.perf_counter()
-            done = await retention.act(self.connection, state, step)
-            if done not in ("waiting", "busy"):
-                print(f"  {done:<10} {(time.perf_counter() - began) * 1000:8.1f} ms")
-                return done
-            await asyncio.sleep(0.05)
 
 
 async def under(bench: Bench, what: Any) -> list[float]:
@@ -144,13 +112,13 @@ async def run(dsn: str, rows: int, idle_seconds: float) -> dict[str, Any]:
     bench = Bench(dsn)
     await bench.open()
     print("filling the ledger")
-    await bench.fill(rows)
+    await bench.ledger.fill(rows)
     found: dict[str, Any] = {"rows": rows}
     found["one_generation"] = told("one generation", await under(bench, asyncio.sleep(idle_seconds)))
 
     async def turning() -> None:
         await asyncio.sleep(1)
-        await bench.turn()
+        await bench.ledger.turn()
         await asyncio.sleep(1)
 
     found["turning"] = told("while it turns", await under(bench, turning()))
@@ -158,15 +126,15 @@ async def run(dsn: str, rows: int, idle_seconds: float) -> dict[str, Any]:
 
     async def dropping() -> None:
         await asyncio.sleep(1)
-        await bench.step(Forget(1, 0))
-        await bench.step(Drop(1))
+        await bench.ledger.step(Forget(1, 0))
+        await bench.ledger.step(Drop(1))
         await asyncio.sleep(2)
 
     found["dropping"] = told("while the rows are dropped", await under(bench, dropping()))
     found["after"] = told("one generation, small", await under(bench, asyncio.sleep(idle_seconds)))
     for live in range(2, LIVE_MAX + 1):
-        await bench.fill(min(rows, 500_000))
-        await bench.turn()
+        await bench.ledger.fill(min(rows, 500_000))
+        await bench.ledger.turn()
         seconds = await under(bench, asyncio.sleep(idle_seconds / 2))
         found[f"live_{live}"] = told(f"{live} generations", seconds)
     await bench.connection.close()

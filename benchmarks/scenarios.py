@@ -18,8 +18,10 @@ from aiokafka import AIOKafkaProducer
 from application import Payment, register, write_unnest
 from bench import SETTLED, Bench, Cpu, Entry, Produced, Workload, body
 from harness import new_topic, value
+from ledgers import Ledger
 
 from consumer import App
+from consumer.core.retention import Drop, Forget
 
 Row = dict[str, str]
 
@@ -211,20 +213,40 @@ async def _open_loop(
 
 async def latency(bench: Bench, given: Options) -> Found:
     """Produce to COMMIT at a fixed rate, each message counted from when it was due (no coordinated omission)."""
-    made = await bench.produced(Workload(given.messages))
-    speeds = await turns({"maximum, for comparison": lambda: bench.ours(made, "defer")}, 1)
     rows: list[Row] = []
+    # A broker that has just started is slow for its first ten thousands of requests: they are not what is measured.
+    await _latency_at(bench, "not counted", 1000.0, 20.0)
+    most = await _most_with_a_producer(bench, given)
     for name, rate in (
         ("100 msg/s", 100.0),
         ("1,000 msg/s", 1000.0),
-        ("half of the maximum", speeds["maximum, for comparison"][0] * 0.5),
+        ("half of what goes through", most * 0.5),
+        ("80 % of what goes through", most * 0.8),
     ):
         rows.append(await _latency_at(bench, name, rate, given.seconds))
     return Found(
-        "From the moment a message was due to the COMMIT of its effect, by PostgreSQL's commit timestamps; the producer "
-        "runs on the same two cores, in Python, which is what limits the highest rate.",
+        "From the moment a message was due to the COMMIT of its effect, by PostgreSQL's commit timestamps. The producer, in Python, "
+        f"runs on the same two cores: {most:,.0f} msg/s go through when it sends as fast as it can.",
         rows,
     )
+
+
+async def _most_with_a_producer(bench: Bench, given: Options) -> float:
+    """Messages a second when they are produced as fast as one process can, and consumed by another."""
+    topic = await new_topic(bench.kafka.bootstrap_servers, 8)
+    dsn = await _timed(bench)
+    app = App(f"bench-{uuid.uuid4().hex[:8]}")
+    register(app, topic, "timed")
+    async with bench.processes(app, Produced(Workload(0), topic, []), "timed", bench.settings(dsn), 1):
+        while not await value(dsn, "select count(*) = 8 from consumer.positions"):
+            await asyncio.sleep(0.05)
+        begun = time.perf_counter()
+        total = await _open_loop(bench, topic, 8, 1e6, given.messages / 1e6)
+        while await value(dsn, SETTLED) < total:
+            await asyncio.sleep(0.02)
+        seconds = time.perf_counter() - begun
+    await bench.drop(dsn)
+    return total / seconds
 
 
 async def _latency_at(bench: Bench, name: str, rate: float, seconds: float) -> Row:
@@ -299,41 +321,51 @@ async def killed(bench: Bench, given: Options) -> Found:
 
 
 async def ledger(bench: Bench, given: Options) -> Found:
-    """A ledger that is full against an empty one."""
+    """A ledger that is full, and that is purged meanwhile, against an empty one."""
     made = await bench.produced(Workload(given.messages))
     dsn = await bench.database()
     begun = time.perf_counter()
     connection = await asyncpg.connect(dsn)
-    target = await connection.fetchval(
-        "select coalesce((select max(inhrelid::regclass::text) from pg_inherits where inhparent = 'consumer.ledger'::regclass), "
-        "'consumer.ledger')"
-    )
-    await connection.execute("insert into consumer.handlers (app, name) values ('filler', 'filler')")
-    await connection.execute("insert into consumer.topics (name) values ('filler')")
-    await connection.execute(
-        f"""insert into {target} (fingerprint, "offset", applied_at, partition, handler, topic, id)
-            select n, n, now(), 0, (select handler from consumer.handlers where app = 'filler'), 1, gen_random_uuid()
-            from generate_series(1, {given.ledger_rows}) n"""
-    )
-    await connection.execute("vacuum analyze")
-    await connection.execute("checkpoint")
-    await connection.close()
+    tables = Ledger(connection)
+    for _ in range(given.rounds):  # a generation to be dropped in each round
+        await tables.fill(1_000_000)
+        await tables.turn()
+    await tables.fill(given.ledger_rows)
+    await tables.turn()
     print(f"filled the ledger in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+    oldest = iter(range(1, given.rounds + 1))
+
+    async def purge() -> None:
+        await asyncio.sleep(0.5)
+        number = next(oldest)
+        # As old as what is forgotten is: messages of that time, which are too old to judge, are in no log any more.
+        await connection.execute(
+            "update consumer.generations set closed_at = closed_at - interval '30 days' where number = $1", number
+        )
+        await tables.step(Forget(number, 0))
+        await tables.step(Drop(number))
+        await tables.turn()
 
     async def full() -> float:
-        connection = await asyncpg.connect(dsn)
         await connection.execute("truncate effects")
         await connection.execute("update accounts set balance = 0")
         await connection.execute("delete from consumer.positions")
         await connection.execute("vacuum accounts")
-        await connection.close()
-        return await bench.ours(made, "defer", dsn=dsn)
+        purging = asyncio.create_task(purge())
+        speed = await bench.ours(made, "defer", dsn=dsn)
+        await purging
+        return speed
 
     base = "empty ledger"
-    name = f"ledger of {given.ledger_rows:,} rows"
+    name = f"ledger of {given.ledger_rows:,} rows, purged meanwhile"
     found = await turns({base: lambda: bench.ours(made, "defer"), name: full}, given.rounds)
+    await connection.close()
     await bench.drop(dsn)
-    return Found("Random ids (UUIDv4), the worst case for the index; a handler that defers.", rows_of(found, base))
+    return Found(
+        "Random ids (UUIDv4), the worst case for the index; a handler that defers. While the full one is worked on, a generation of "
+        "a million rows is forgotten and dropped, and the ledger turns: its claims look into the full generation and two to four more.",
+        rows_of(found, base),
+    )
 
 
 async def cost(bench: Bench, given: Options) -> Found:
