@@ -359,6 +359,22 @@ class Bench:
             made.applied[redis] = app, settings
         return made.applied[redis]
 
+    async def again(self, made: Produced, *, redis: bool) -> float:
+        """A worker that is given everything once more: its positions are put back to the beginning."""
+        app, settings = await self.applied(made, redis=redis)
+        watcher = await asyncpg.connect(settings.dsn)
+        await watcher.execute("update consumer.positions set next_offset = 0")
+        async with self.working(app, settings):
+            while not (before := await watcher.fetchval(SETTLED)):
+                await asyncio.sleep(0.002)
+            begun = time.perf_counter()
+            while await watcher.fetchval(SETTLED) < len(made.entries):
+                await asyncio.sleep(0.02)
+            seconds = time.perf_counter() - begun
+        await watcher.close()
+        await self.check(settings.dsn, made.entries)
+        return float((len(made.entries) - int(before)) / seconds)
+
     async def replay(self, made: Produced, mode: Mode, *, redis: bool = False) -> float:
         app, settings = await self.applied(made, redis=redis)
         found = await replay(app, settings, [made.topic], Options(mode=mode), Told())

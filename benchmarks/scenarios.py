@@ -104,11 +104,13 @@ async def reference(bench: Bench, given: Options) -> Found:
 
 
 async def replays(bench: Bench, given: Options) -> Found:
-    """`consumer replay` of what is applied, against reading alone."""
+    """What is applied, once more: to a worker, and to `consumer replay`; against reading alone."""
     made = await bench.produced(Workload(given.messages))
     base = "limit: aiokafka alone"
     contestants: dict[str, Contestant] = {
         base: lambda: bench.aiokafka_alone(made),
+        "a worker again, with Redis": lambda: bench.again(made, redis=True),
+        "a worker again": lambda: bench.again(made, redis=False),
         "replay: check": lambda: bench.replay(made, "check"),
         "replay: check, with Redis": lambda: bench.replay(made, "check", redis=True),
         "replay: apply, nothing missing": lambda: bench.replay(made, "apply"),
@@ -372,6 +374,7 @@ async def cost(bench: Bench, given: Options) -> Found:
     """Bytes and CPU seconds of a message, by the servers' own counts."""
     made = await bench.produced(Workload(given.messages, duplicates=0.0))
     rows: list[Row] = []
+    lean: Row = {}
 
     async def wal(dsn: str) -> int:
         return int(await value(dsn, "select pg_current_wal_lsn() - '0/0'::pg_lsn"))
@@ -393,6 +396,8 @@ async def cost(bench: Bench, given: Options) -> Found:
                where n.nspname = 'consumer' and c.relkind = 'r' and c.relname like 'ledger%'""",
         )
         n = len(made.entries)
+        if kind == "batch":
+            lean = await _without_provenance(dsn, n)
         await bench.drop(dsn)
         per_million = {each: f"{seconds[each] / n * 1e6:.1f}" for each in ("worker", "postgresql", "valkey", "kafka")}
         rows.append(
@@ -416,11 +421,37 @@ async def cost(bench: Bench, given: Options) -> Found:
             "WAL, bytes a message": f"{(await wal(dsn) - before) / len(made.entries):.0f}",
         }
     )
+    rows.append(lean)
     await connection.close()
     await bench.drop(dsn)
     return Found(
         "No duplicates. Ledger: heap and index. CPU: user and system time; the worker's includes starting it.", rows
     )
+
+
+async def _without_provenance(dsn: str, count: int) -> Row:
+    """The same ids in a ledger that would not say where a message was, and when it was applied."""
+    connection = await asyncpg.connect(dsn)
+    await connection.execute(
+        "create table lean (fingerprint int8 not null, handler int2 not null, id uuid not null, primary key (handler, id))"
+    )
+    ids = [row[0] for row in await connection.fetch("select id from consumer.ledger")]
+    handler = await connection.fetchval("select max(handler) from consumer.handlers")
+    before = await connection.fetchval("select pg_current_wal_lsn()")
+    for start in range(0, len(ids), 2000):
+        await connection.execute(
+            "insert into lean select 1, $1, id from unnest($2::uuid[]) id order by id on conflict do nothing",
+            handler,
+            ids[start : start + 2000],
+        )
+    written = await connection.fetchval("select pg_current_wal_lsn() - $1::pg_lsn", before)
+    size = await connection.fetchval("select pg_total_relation_size('lean')")
+    await connection.close()
+    return {
+        "contestant": "a ledger without provenance, alone (it is not offered)",
+        "ledger, bytes a message": f"{size / count:.0f}",
+        "WAL, bytes a message": f"{written / count:.0f}",
+    }
 
 
 def _resident_mb(pid: int) -> float:

@@ -78,10 +78,11 @@ class _Known(NamedTuple):
 
 
 class Columns:
-    """What one connection knows about statements that it was given."""
+    """What one connection knows about statements that it was given. one_by_one: each runs as it was written, once a row."""
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Any, *, one_by_one: bool = False) -> None:
         self._connection = connection
+        self._one_by_one = one_by_one
         self._known: dict[str, _Known | None] = {}
         self._looked = time.monotonic()
 
@@ -123,7 +124,7 @@ class Columns:
             self._known.clear()
             self._looked = time.monotonic()
         if sql not in self._known:
-            shape = shape_of(sql)
+            shape = None if self._one_by_one else shape_of(sql)
             self._known[sql] = await self._made(sql, shape) if shape is not None else None
         return self._known[sql]
 

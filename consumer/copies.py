@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from uuid import UUID, uuid4
 
+from consumer.columns import Columns
 from consumer.compare import Compared
 from consumer.core import scratch
 from consumer.core.errors import Misconfigured
@@ -372,6 +373,7 @@ class CopiesSession(Session):
     def __init__(self, guard: Guard, settings: Settings) -> None:
         proxy: Any = guard
         super().__init__(proxy, settings, "")
+        self.columns = Columns(proxy, one_by_one=True)  # every text is looked at, and each row's trail is told
         self.batch_seconds_max = float("inf")  # nobody waits for it, and the idle timeout is off
         self.guard = guard
         self.raw = guard.connection

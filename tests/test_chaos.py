@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -132,7 +131,7 @@ async def test_a_worker_told_to_stop_while_it_opens_partitions_without_postgresq
 
 def test_duplicates_count_as_messages_for_the_dead_letter_limit() -> None:
     """Found by a random run, when it read everything again: old conflicts were all that counted, and the worker stopped."""
-    handler: Any = SimpleNamespace(name="book")
+    handler: Any = type("Named", (), {"name": "book"})()
     record: Any = None
     conflict, *others = [Delivery(handler, record) for _ in range(3)]
     outcomes = {conflict: Dead(Reason.ID_CONFLICT, ""), **dict.fromkeys(others, DUPLICATE[Cause.LEDGER])}

@@ -166,8 +166,8 @@ def m6_swallow_and_commit() -> None:
 def m7_trust_redis() -> None:
     """A mark is believed whatever database it is of."""
 
-    def key(self: Precheck, handler: Any, bucket: int, epoch: str | None = None) -> str:
-        return f"consumer:{self._app}:{handler.name}:{bucket}"
+    def key(self: Precheck, handler: Any, bucket: int, epoch: str | None = None) -> bytes:
+        return f"consumer:{self._app}:{handler.name}:{bucket}".encode()
 
     Precheck._key = key  # type: ignore[method-assign]
 
