@@ -105,6 +105,24 @@ async def test_a_cancellation_reaches_it_where_it_waits_and_may_be_cleaned_up_af
     assert told == ["cleaned up"]
 
 
+async def test_a_cancellation_reaches_it_where_it_only_lets_others_go_first() -> None:
+    """There is nothing there that was cancelled itself: it must be thrown."""
+    told: list[str] = []
+
+    async def handle(value: bytes) -> None:
+        asyncio.get_running_loop().call_soon(task.cancel)
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            told.append("cancelled")
+            raise
+
+    task = asyncio.create_task(run(handle))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert told == ["cancelled"]
+
+
 async def test_an_exception_of_what_it_waits_for_may_be_caught_in_it() -> None:
     told: list[str] = []
 
