@@ -128,8 +128,11 @@ class Precheck:
         """Let marks on their way arrive within the budget, and disconnect."""
         if self._marking:
             await asyncio.wait(self._marking, timeout=self._budget)
-        for task in [*self._marking, *([self._probe] if self._probe else [])]:
+        ending = [*self._marking, *([self._probe] if self._probe else [])]
+        for task in ending:
             task.cancel()
+        if ending:
+            await asyncio.wait(ending, timeout=_CONNECT_SECONDS)  # each has a connection to end
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 await self._redis.aclose()
