@@ -39,7 +39,7 @@ _ROLLBACK_SECONDS = 5.0  # what takes longer is ended with its connection, which
 _MOSTLY_KNOWN = 0.5
 _TURNS_MAX = 10  # of the ledger, that one claim sees come and go
 _CLAIM_KEY = re.compile("ledger(_[0-9]+)?_claim")
-SCHEMA_VERSION = 6  # the migration this code needs; migrations/ holds them
+SCHEMA_VERSION = 7  # the migration this code needs; migrations/ holds them
 
 _MAY_NOT = """
 select case when current_setting('default_transaction_read_only')::bool then 'anything: default_transaction_read_only is on'

@@ -1,0 +1,1 @@
+-- What other people's SQL, producers, poolers and deployments need the ledger to remember.
