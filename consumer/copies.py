@@ -30,6 +30,7 @@ from consumer.core.outcome import Dead
 from consumer.core.scratch import Column, Constraint, DefaultSequence, Judgement, Name, Table, Touch, Use
 from consumer.core.sqltext import first_words
 from consumer.ledger import Session, Standing, sqlstate_of
+from consumer.server import NOWHERE
 from consumer.settings import Settings
 
 TEXTS_MAX = 4096
@@ -372,7 +373,7 @@ class CopiesSession(Session):
 
     def __init__(self, guard: Guard, settings: Settings) -> None:
         proxy: Any = guard
-        super().__init__(proxy, settings, "")
+        super().__init__(proxy, settings, NOWHERE)  # it closes its batches itself
         self.columns = Columns(proxy, one_by_one=True)  # every text is looked at, and each row's trail is told
         self.batch_seconds_max = float("inf")  # nobody waits for it, and the idle timeout is off
         self.guard = guard

@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, urlsplit
 import asyncpg
 from asyncpg.pgproto.pgproto import UUID
 
-from consumer import deadletters, transport
+from consumer import deadletters, server, transport
 from consumer.columns import Columns
 from consumer.core import grants
 from consumer.core.errors import ConsumerError, Misconfigured
@@ -32,6 +32,7 @@ from consumer.core.message import Partition
 from consumer.core.outcome import Dead
 from consumer.core.sqlstate import Meaning, meaning, without_values
 from consumer.generations import ADVISORY_CLASS, FIRST, READ, STANDING, Generations, Statements, statements
+from consumer.server import Server
 from consumer.settings import Settings
 
 _BATCH_SECONDS_MAX = 5.0
@@ -65,13 +66,7 @@ with moved as (
     on conflict (handler, topic, partition, outcome) do update set count = t.count + excluded.count
 )
 -- A handler may have asked a function to set it otherwise, and what is acknowledged must be durable.
-select count(*), set_config('synchronous_commit', 'on', true) from moved
-"""
-_DESCRIBE = """
-select pg_is_in_recovery() as standby,
-       (select system_identifier from pg_control_system()) as system,
-       case when not pg_is_in_recovery() then substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) end as timeline,
-       to_regclass('consumer.schema_versions') is not null as migrated
+select count(*), (select {stamp}), set_config('synchronous_commit', 'on', true) from moved
 """
 _INSTALLATION = "select (extract(epoch from made_at) * 1000000)::bigint::text from consumer.installation"
 
@@ -82,6 +77,10 @@ class Outage(ConsumerError):
 
 class NotPrimary(Outage):
     """It answers, but must not be written to. The text says what it is, and quotes nothing."""
+
+
+class OtherEpoch(Outage):
+    """The transaction saw another epoch than its connection began in: what was known of the ledger no longer counts."""
 
 
 class Conflict(ConsumerError):
@@ -227,12 +226,14 @@ class Session:
     """One worker connection. Every method but `close` raises Outage when the connection is lost."""
 
     def __init__(
-        self, connection: asyncpg.Connection[Any], settings: Settings, epoch: str, installation: str = ""
+        self, connection: asyncpg.Connection[Any], settings: Settings, seen: Server, installation: str = ""
     ) -> None:
         self.connection = connection
         self.columns = Columns(connection)
         self._settings = settings
-        self.epoch = epoch
+        self.server = seen  # as it was when the connection was opened: a pooler may lead to another one since
+        self.epoch = seen.epoch
+        self._close = _CLOSE.format(stamp=seen.stamp_sql)
         self.installation = installation  # which schema: the same until it is made anew, whatever time it goes back to
         self.owns_positions = True  # a replay settles messages too, and leaves the positions to the workers
         limits = _session_settings(settings) if settings.postgres_pooler else {}
@@ -255,14 +256,14 @@ class Session:
             _detect_dead_peers(connection)
             with sorted_errors(settings):
                 async with asyncio.timeout(timeout_seconds):  # TimeoutError is an OSError: an outage
-                    epoch = await describe(connection, settings)
+                    seen = await describe(connection, settings)
                     installation = await connection.fetchval(_INSTALLATION)
                     missing = await connection.fetchval(_MAY_NOT, *grants.needed())
                 if missing:
                     raise Misconfigured(
                         f"{where(settings.dsn)}: this role may not write to {missing}: grant it what `consumer migrate --grants ROLE` prints"
                     )
-                session = cls(connection, settings, epoch, installation)
+                session = cls(connection, settings, seen, installation)
                 session._generations = await session._read_generations()
         except BaseException:
             connection.terminate()
@@ -438,12 +439,13 @@ class Session:
     ) -> None:
         """Write the positions, each only if it still is what this worker last knew, and count the outcomes.
 
-        counts: (handler, topic, partition, outcome) -> messages. Raises Fenced when a position has moved.
+        counts: (handler, topic, partition, outcome) -> messages. Raises Fenced when a position has moved, and OtherEpoch
+        when this transaction runs in another epoch than the connection began in.
         """
         if not self.owns_positions:
             moves = ()
-        moved = await self.connection.fetchval(
-            _CLOSE,
+        row = await self.connection.fetchrow(
+            self._close,
             app,
             [move.partition.topic for move in moves],
             [move.partition.partition for move in moves],
@@ -457,8 +459,21 @@ class Session:
             if counts
             else ([], [], [], [], []),
         )
+        moved, stamp, _ = row or (None, None, None)
+        self._check_stamp(stamp)
         if moved != len(moves):
             raise Fenced("a position was moved by another worker, or the database went back in time")
+
+    async def check_epoch(self) -> None:
+        """Raise OtherEpoch when the server behind the connection is in another epoch than it was at first."""
+        with sorted_errors(self._settings):
+            stamp = await self.connection.fetchval(f"select {self.server.stamp_sql}")
+        self._check_stamp(stamp)
+
+    def _check_stamp(self, stamp: str | None) -> None:
+        if stamp != self.server.stamp:
+            self.connection.terminate()
+            raise OtherEpoch("the connection leads to another server, or the database went back in time")
 
     # -- names and positions ----------------------------------------------------------------------------------------
 
@@ -576,26 +591,22 @@ async def read_positions(
     }
 
 
-async def describe(connection: asyncpg.Connection[Any], settings: Settings) -> str:
-    """The epoch of the database behind a connection.
+async def describe(connection: asyncpg.Connection[Any], settings: Settings) -> Server:
+    """The server and epoch behind a connection.
 
-    System identifier and timeline change when the server is another one, or was restored or promoted; the nonce when
-    the schema was made anew. They do not change when the files of a server are put back without recovery (a snapshot of
-    a disk): then run `consumer migrate --new-epoch`. Raises Outage for a standby, SchemaMissing for a missing or old schema.
+    Raises NotPrimary for a standby, SchemaMissing for a missing or old schema, and what the driver raises.
     """
-    row = await connection.fetchrow(_DESCRIBE)
-    assert row is not None
-    if row["standby"]:
+    standby, migrated = await server.state(connection)
+    if standby:
         raise NotPrimary(f"{where(settings.dsn)} is a standby: it cannot be written to")
-    if not row["migrated"]:
+    if not migrated:
         raise SchemaMissing(f"{where(settings.dsn)} has no ledger yet: run `consumer migrate`")
     version = await connection.fetchval("select max(version) from consumer.schema_versions")
     if version is None or version < SCHEMA_VERSION:
         raise SchemaMissing(
             f"{where(settings.dsn)}: the ledger is at version {version or 0} and this code needs {SCHEMA_VERSION}: run `consumer migrate`"
         )
-    nonce = await connection.fetchval("select nonce from consumer.installation")
-    return f"{row['system']:x}-{row['timeline']}-{nonce.hex[:12]}"
+    return await server.identify(connection)
 
 
 def _offers(deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> tuple[list[Any], ...]:

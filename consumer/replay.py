@@ -22,6 +22,7 @@ from typing import Any, Literal
 from consumer import history, ledger, once, proof, republish, transport
 from consumer.app import App
 from consumer.core.bounds import Span
+from consumer.core.epoch import lineage
 from consumer.core.errors import CannotTell, Misconfigured, ServiceUnavailable
 from consumer.core.findings import Effects, Findings
 from consumer.core.handler import Handler
@@ -335,7 +336,7 @@ class _Replay:
                 if time.monotonic() + 0.5 > deadline:
                     raise ServiceUnavailable(f"{error} (waited {self.settings.wait_seconds:g} s)") from None
                 await asyncio.sleep(0.5)
-        if self.epoch and session.epoch != self.epoch:
+        if self.epoch and lineage(session.epoch) != lineage(self.epoch):
             session.close()
             raise CannotTell(f"PostgreSQL is another one now, or went back in time: begin again ({self._how_far()})")
         return session
@@ -803,7 +804,7 @@ class _Replay:
             raise Misconfigured("--resume: the state that was kept cannot be read; begin without --resume") from None
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if state["epoch"] != self.epoch:
+        if lineage(state["epoch"]) != lineage(self.epoch):
             raise Misconfigured(
                 "--resume: PostgreSQL is another one since, or went back in time: begin without --resume"
             )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from consumer.app import App
+from consumer.core.epoch import lineage
 from consumer.core.errors import Misconfigured
 from consumer.core.lanes import Delivery
 from consumer.core.route import RECORDED_MAX, Probes, RouteFault, Router, explain_change, shown
@@ -51,9 +52,9 @@ async def check(app: App, router: Router, opened: Sequence[tuple[Settings, Sessi
     Raises Misconfigured, RouteFault and Outage.
     """
     names = list(app.shards)
-    by_epoch: dict[str, str] = {}
+    by_lineage: dict[str, str] = {}
     for name, (_, session) in zip(names, opened, strict=bool(names)):
-        if (other := by_epoch.setdefault(session.epoch, name)) != name:
+        if (other := by_lineage.setdefault(lineage(session.epoch), name)) != name:
             raise Misconfigured(
                 f"shards {other!r} and {name!r} of App {app.name!r} are the same database: give each its own (or, if one was "
                 "made as a copy of the other, run `consumer migrate --new-epoch` on it)"

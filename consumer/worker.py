@@ -78,6 +78,7 @@ class _Shard:
     control: Session | None = None
     control_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     epoch: str = ""
+    registered: str = ""  # the epoch that the numbers of handlers and topics are of
     installation: str = ""
     generation: int = 0  # of what is open; what was taken in an earlier one is not settled any more
     lane_of: dict[Partition, _Lane] = field(default_factory=dict)
@@ -199,6 +200,9 @@ class Worker:
             )  # here: its library takes a quarter of a second, and may not be needed
 
             for shard in self._shards:
+                if shard.control is not None and not shard.control.server.tells_history:
+                    event(logging.WARNING, "pre-check off: postgresql does not tell its start time", **shard.label)
+                    continue
                 shard.precheck = Precheck(
                     redis_url,
                     self._app.name,
@@ -233,13 +237,10 @@ class Worker:
                 if shard.control is None:
                     return False
                 shard.epoch = shard.control.epoch
-                numbers, topics = await shard.control.numbers(self._app.name, self._app.handlers, self._app.topics)
-                shard.names = once.Names(self._app.name, topics)
                 mine = {name: each if place == 0 else copy.copy(each) for name, each in self._app.handlers.items()}
-                for name, handler in mine.items():
-                    handler.number = numbers[name]
                 for topic, handlers in self._app.by_topic().items():
                     shard.by_topic[topic] = [mine[each.name] for each in handlers]
+                await self._register(shard, shard.control)
             await shards.check(
                 self._app, self._router, [(each.settings, each.control) for each in self._shards if each.control]
             )
@@ -250,6 +251,14 @@ class Worker:
                     shard.control.close()
             return False
         return True
+
+    async def _register(self, shard: _Shard, control: Session) -> None:
+        """Learn the numbers of handlers and topics: a database that went back in time may give others."""
+        numbers, topics = await control.numbers(self._app.name, self._app.handlers, self._app.topics)
+        shard.names.topics = topics
+        for handler in {each for found in shard.by_topic.values() for each in found}:
+            handler.number = numbers[handler.name]
+        shard.registered = control.epoch
 
     async def _work(self) -> None:
         parts = [self._feed(), self._commit_now_and_then(), self._look_at_logs()]
@@ -624,9 +633,12 @@ class Worker:
                         shard.to_open.set()
                         continue
                     shard.installation = control.installation
+                    if shard.registered != shard.epoch:
+                        await self._register(shard, control)
                     positions = await opening.positions(self._source, control, self._app.name, wanted, shard.label)
                     numbers = {each.number for found in shard.by_topic.values() for each in found}
                     chains, tried = await opening.recall(control, numbers, positions)
+                    await control.check_epoch()  # last, so that all that was read is of the epoch that is known
                 # With shards: what the log holds now may have been applied before, in another one if the route has changed.
                 ends = await self._source.ends(wanted) if len(self._shards) > 1 else {}
             except (Outage, KafkaError, TimeoutError, OSError) as error:
@@ -764,6 +776,8 @@ class Worker:
 
     async def _control(self, shard: _Shard) -> Session | None:
         """The connection beside the lanes; None when the worker stops, or the shard's positions are to be read again."""
+        if shard.control is not None and is_left_behind(shard.control.epoch, shard.epoch):
+            shard.control.close()
         if shard.control is None or not shard.control.is_usable:
             shard.control = await self._session(shard)
         if shard.control is not None and shard.control.epoch != shard.epoch:
@@ -972,6 +986,8 @@ class Worker:
             async with asyncio.timeout(_LAST_WORD_SECONDS):
                 session = await Session.open(lane.shard.settings)
                 try:
+                    if session.epoch != lane.shard.epoch:
+                        return  # what is known of the message is of another history
                     await once.apply(
                         session, lane.shard.names, lane.state, part, careful=careful, draw=self._draw, step=self._step
                     )

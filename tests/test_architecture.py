@@ -32,6 +32,7 @@ LAYERS = [
     "kafka",
     "generations",
     "deadletters",
+    "server",
     "ledger",
     "precheck",
     "activity",

@@ -8,12 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
-import socket
 import subprocess
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -34,12 +32,13 @@ from harness import (
     working,
 )
 from pair import Standby, power_cut
+from pooler import Pooler, needs_pgbouncer
 from proxy import Proxy
 from services import Kafka
 from test_failover import all_right, app_on, caught_up, messages, through, told
 
 from consumer import App, Retry, Tx
-from consumer.embedded import Postgres, Server, _nobody
+from consumer.embedded import Postgres
 
 ONCE = Retry(attempts=1)  # a single failure that is counted makes a dead letter
 
@@ -444,61 +443,16 @@ async def test_a_commit_whose_wait_for_the_standby_was_cancelled_is_lost_and_don
 # -- PgBouncer --------------------------------------------------------------------------------------------------------
 
 
-class PgBouncer(Server):
-    """PgBouncer in transaction mode before a server, with two connections for everybody."""
-
-    name = "pgbouncer"
-
-    def __init__(self, server: Postgres) -> None:
-        super().__init__()
-        self._server = server
-
-    def prepare(self) -> None:
-        user = self.directory / "users"
-        user.write_text(f'"demo" "{self._server._password}"\n')
-        if os.geteuid() == 0:
-            self.directory.chmod(0o755)
-            os.chown(self.directory, *_nobody())
-
-    def command(self) -> Sequence[str | Path]:
-        config = self.directory / "pgbouncer.ini"
-        config.write_text(
-            f"""[databases]
-* = host=127.0.0.1 port={self._server.port}
-[pgbouncer]
-listen_addr = 127.0.0.1
-listen_port = {self.port}
-unix_socket_dir =
-auth_type = scram-sha-256
-auth_file = {self.directory}/users
-pool_mode = transaction
-default_pool_size = 2
-server_login_retry = 1
-"""
-        )
-        return [str(shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"), config]
-
-    def answers(self) -> bool:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
-            return True
-        return False
-
-    def identity(self) -> dict[str, Any]:
-        return self._server.identity()
-
-
-@pytest.mark.skipif(
-    not shutil.which("pgbouncer") and not Path("/usr/sbin/pgbouncer").exists(), reason="no PgBouncer on this machine"
-)
+@needs_pgbouncer
 async def test_behind_pgbouncer_in_transaction_mode(
     own: Postgres, there: str, kafka: Kafka, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "consumer")
     topic = await new_topic(kafka.bootstrap_servers, 4)
     app = app_on(topic)
-    with PgBouncer(own) as bouncer:
+    with Pooler(own, 2) as bouncer:
         settings = settings_for(
-            there.replace(f":{own.port}/", f":{bouncer.port}/"),
+            bouncer.dsn(there),
             kafka.bootstrap_servers,
             redis_url,
             postgres_pooler=True,

@@ -73,6 +73,7 @@ REVIEWED: dict[str, dict[str, str]] = {
         "name": "of _session_settings, in that file",
         "value": "of _session_settings: numbers and words of that file",
         "local": "of the same",
+        "self.server.stamp_sql": "constants of server.py",
     },
     "schema.py": {
         "each.version": "of our own files' names",
@@ -84,6 +85,11 @@ REVIEWED: dict[str, dict[str, str]] = {
         "named": "ident(), when the machine is made",
         "column": "ident(), when the machine is made",
         "constraint['expression']": "pg_get_expr",
+    },
+    "server.py": {
+        "', '.join(parts.values())": "constants of that file",
+        "stamp_sql": "constants of that file",
+        "expression": "constants of that file",
     },
     "testing/server.py": {
         "name": "numbers of this run",

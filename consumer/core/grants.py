@@ -18,13 +18,16 @@ from consumer.core.names import BYTES_MAX, ident
 _WORKER: Mapping[str, tuple[str, ...]] = {
     "schema_versions": ("select",),
     "installation": ("select",),
-    "handlers": ("select", "insert"),
+    "handlers": ("select", "insert", "update (topics)"),
+    "handler_renames": ("select",),
+    "coverage": ("select", "insert", "update (past_offset, first_offset)", "delete"),
     "topics": ("select", "insert"),
     "ledger": ("select", "insert", "delete", "update (applied_at)"),
     "positions": (
         "select",
         "insert",
-        "update (next_offset, first_offset, updated_at, cluster_id, topic_id, salt, seen_offset, seen_timestamp, seen_fingerprint)",
+        "update (next_offset, first_offset, updated_at, cluster_id, topic_id, salt, seen_offset, seen_timestamp, seen_fingerprint, "
+        "handlers, began_with)",
     ),
     "generations": ("select",),
     "ledger_state": ("select",),
@@ -49,6 +52,8 @@ _READER: Mapping[str, tuple[str, ...]] = {
     "schema_versions": ("select",),
     "installation": ("select",),
     "handlers": ("select",),
+    "handler_renames": ("select",),
+    "coverage": ("select",),
     "topics": ("select",),
     "ledger": ("select",),
     "generations": ("select",),

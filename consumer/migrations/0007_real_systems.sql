@@ -1,3 +1,32 @@
 -- What other people's SQL, producers, poolers and deployments need the ledger to remember.
 
-select;  -- asyncpg 0.31 cannot run a text without a statement
+-- Which handlers have settled which offsets. Positions are per application, so a handler that is added, removed or that
+-- only some workers have during a deployment misses what is settled without it. A worker that opens a partition with
+-- other handlers than the position names ends and begins stretches at that position; a position moves only for workers
+-- whose handlers it names.
+alter table consumer.positions
+    add column handlers text,     -- numbers of the handlers that settle from here on, sorted; null: not recorded yet
+    add column began_with text;   -- 'group': began where another client of the Kafka group had committed
+alter table consumer.handlers add column topics text[] not null default '{}';  -- that it was last registered with
+create table consumer.coverage (
+    handler      smallint not null references consumer.handlers,
+    topic        text not null,
+    partition    integer not null,
+    first_offset bigint not null,
+    past_offset  bigint,                          -- null: up to the position
+    why          text not null default 'settled', -- settled, replayed, declared (`consumer positions --begin-here`)
+    primary key (handler, topic, partition, first_offset)
+);
+-- Names that handlers had. A worker that still has an old one is refused.
+create table consumer.handler_renames (
+    app        text not null,
+    old_name   text not null,
+    new_name   text not null,
+    renamed_at timestamptz not null default now(),
+    operator   text not null
+);
+-- Handlers of before this migration cover their topics since the application began there, where its next worker has them.
+alter table consumer.handlers add column legacy boolean not null default false;
+update consumer.handlers h set legacy = true, topics = array(
+    select t.name from consumer.topics t
+    where t.topic = (select l.topic from consumer.ledger l where l.handler = h.handler limit 1));
