@@ -379,7 +379,7 @@ async def _status(app: App, path: str, settings: Settings, as_json: bool) -> int
     )
     for each in partitions:
         position = "-" if each["position"] is None else f"{each['position']:,}"
-        table.add_row(each["topic"], str(each["partition"]), position, f"{each['end']:,}", f"{each['lag']:,}")
+        table.add_row(each["topic"], str(each["partition"]), position, _count(each["end"]), _count(each["lag"]))
     out.print(table)
     for topic in missing:
         out.print(f"topic {topic} does not exist", markup=False)
@@ -421,6 +421,11 @@ async def _status(app: App, path: str, settings: Settings, as_json: bool) -> int
     return code
 
 
+def _count(number: int | None) -> str:
+    """A number for a table; a question mark where no leader tells it."""
+    return "?" if number is None else f"{number:,}"
+
+
 def _health(health: report.Health, path: str) -> dict[str, Any]:
     """What `status --json` adds to a partition."""
     stop, held = health.stop, health.open_transaction
@@ -431,7 +436,7 @@ def _health(health: report.Health, path: str) -> dict[str, Any]:
             "reason": stop.reason.value,
             "why": stop.text,
             "missing": stop.missing and {"first": stop.missing[0], "last": stop.missing[1]},
-            "do": f"consumer positions {path} {stop.do}",
+            "do": stop.command(path),
         },
         "open_transaction": held
         and {

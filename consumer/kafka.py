@@ -6,6 +6,8 @@ Knows the client and its traps (measured or read in aiokafka 0.14); knows no han
 - `getmany` is never cancelled: that would switch the client's own liveness check off for good. Ours is core/watchdog.py.
 - When `getmany` raises, the records that it had already taken out are gone from the client, and its position may be past
   them. So after any exception every partition is sought back to what was really received.
+- It raises what is wrong with one partition for all of them. So a partition that cannot be read is taken out before: its
+  fetch by fetching.py, its decoding here.
 - `commit()` without offsets would commit what was handed out. Offsets are always given.
 - It names topics, and a topic made anew has the same name. So fetches are sent by topic id (wire.py).
 """
@@ -14,9 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import ssl
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -28,11 +31,11 @@ from aiokafka.abc import AbstractTokenProvider
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.client import AIOKafkaClient, ConnectionGroup, CoordinationType
-from aiokafka.codec import gzip_decode, lz4_decode, snappy_decode, zstd_decode
 from aiokafka.conn import AIOKafkaConnection, OAuthAuthenticator, collect_hosts
 from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
 from aiokafka.errors import (
     AuthenticationFailedError,
+    CorruptRecordException,
     IllegalSaslStateError,
     IllegalStateError,
     InvalidSessionTimeoutError,
@@ -49,17 +52,22 @@ from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.record.memory_records import MemoryRecords
 
-from consumer import transport
+from consumer import compression, transport
 from consumer.bearer import Bearer, NoToken, find
+from consumer.brokers import EARLIEST, LATEST, Brokers
+from consumer.compression import Damaged, TooLarge
 from consumer.core import rawrecord
 from consumer.core.errors import Misconfigured, ServiceUnavailable
 from consumer.core.hosts import certificate_fault
 from consumer.core.identity import fingerprint
-from consumer.core.incarnation import Print
+from consumer.core.incarnation import Print, Reason
 from consumer.core.message import LogRecord, Partition, Record
+from consumer.core.unreadable import Failure, stop_of
+from consumer.fetching import FetchingById
 from consumer.logs import describe, event
 from consumer.settings import Settings
-from consumer.wire import FetchingById, Identity, TopicIds, Unsupported
+from consumer.wire import Identity as Identity
+from consumer.wire import TopicIds, Unsupported
 
 REBALANCE_SECONDS = 60  # how long the group waits for every member to have drained
 _REQUEST_SECONDS = 10
@@ -68,13 +76,11 @@ _READ_UNCOMMITTED, _READ_COMMITTED = 0, 1
 _OUT_OF_RANGE = 1
 _PEEK_WAIT_MS = 50  # Kafka answers at once, since no byte is waited for; Tansu says nothing without any time
 _WAIT_MS, _WAIT_BRIEFLY_MS = 500, 50  # of a fetch that finds nothing, at the broker
-_DECOMPRESS: dict[int, Callable[[bytes], bytes]] = {
-    0: bytes,
-    1: gzip_decode,
-    2: snappy_decode,
-    3: lz4_decode,
-    4: zstd_decode,
-}
+_DELAY_SECONDS = 0.25  # between fetches that the broker cannot answer at the moment
+_DELAYED_SECONDS_MAX = 30.0  # then it is reported
+_THROTTLE_TOLD_SECONDS = 60.0
+_ASKED_AT_A_TIME = 32
+_PARTIAL_SECONDS = 3.0
 
 Callback = Callable[[set[Partition]], Awaitable[None]]
 
@@ -86,6 +92,16 @@ class LogTruncated(Exception):
         super().__init__(f"{partition.topic}:{partition.partition} does not hold offset {position}")
         self.partition = partition
         self.position = position
+
+
+class PartitionUnreadable(Exception):
+    """A partition cannot be read from an offset on."""
+
+    def __init__(self, partition: Partition, failure: Failure) -> None:
+        stop = stop_of(partition, failure)
+        super().__init__(f"{partition.topic}:{partition.partition}: {stop.text}")
+        self.partition = partition
+        self.failure = failure
 
 
 class Peek(NamedTuple):
@@ -105,13 +121,21 @@ class OpenTransaction(NamedTuple):
     since_ms: int  # the time that its first record bears, since 1970
 
 
-def connection_options(settings: Settings) -> dict[str, Any]:
+def client_id(settings: Settings, app: str | None = None, worker: str | None = None) -> str:
+    """The name that quotas, broker logs and metrics of Kafka know this client by."""
+    if settings.kafka_client_id is not None:
+        return settings.kafka_client_id
+    parts = [each for each in ("consumer", app, worker) if each]
+    return re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(parts))
+
+
+def connection_options(settings: Settings, app: str | None = None, worker: str | None = None) -> dict[str, Any]:
     """What every client of this broker needs. Raises Misconfigured for unusable certificates, and for a connection in clear."""
     transport.check_kafka(settings)
     options: dict[str, Any] = {
         "bootstrap_servers": settings.kafka_bootstrap_servers,
         "security_protocol": settings.kafka_security_protocol,
-        "client_id": "idempotent-consumer",
+        "client_id": client_id(settings, app, worker),
     }
     if "SSL" in settings.kafka_security_protocol.replace("SASL", ""):
         try:
@@ -266,19 +290,32 @@ async def _ask_why(settings: Settings) -> str:
 class Source:
     """One member of a consumer group, or a reader without one."""
 
-    def __init__(self, settings: Settings, group: str | None) -> None:
+    def __init__(self, settings: Settings, group: str | None, worker: str | None = None) -> None:
         self._settings = settings
         self._group = group
+        self._worker = worker
         self._consumer: AIOKafkaConsumer | None = None
+        self._known: Brokers | None = None
         self._ids: dict[Partition, UUID] = {}
         # Called with a partition whose topic the broker does not have under the id that `go_on` was given: it is paused.
         self.on_refused: Callable[[Partition], None] = lambda _: None
+        # Called with a partition that cannot be read: it is paused. None: `poll` raises PartitionUnreadable.
+        self.on_failed: Callable[[Partition, Failure], None] | None = None
+        # Called with a partition that was read to its end.
+        self.on_nothing_new: Callable[[Partition], None] = lambda _: None
+        self._failures: dict[Partition, Failure] = {}
+        self._bad_headers: dict[Partition, int] = {}  # and the offset from which it is read in another way
+        self._delayed: dict[Partition, float] = {}  # whose fetches the broker cannot answer, and since when
+        self._delay_paused: set[Partition] = set()
+        self._asking = asyncio.Semaphore(_ASKED_AT_A_TIME)
+        self.throttled_seconds = 0.0  # all that quotas have cost so far
+        self._throttle_told_at = float("-inf")
 
     def _make(self) -> AIOKafkaConsumer:
         settings = self._settings
         session = int(settings.kafka_session_timeout_seconds * 1000)
         return AIOKafkaConsumer(
-            **connection_options(settings),
+            **connection_options(settings, self._group, self._worker),
             group_id=self._group,
             enable_auto_commit=False,
             isolation_level="read_committed",
@@ -296,19 +333,95 @@ class Source:
 
     async def start(self, wait_seconds: float) -> None:
         """Connect. Raises ServiceUnavailable or Misconfigured."""
+        compression.prepare(self._settings.kafka_batch_decompressed_bytes_max)
         self._consumer = await started(self._make, self._settings, wait_seconds)
+        self._known = Brokers(self._consumer._client)
         fetcher = self._consumer._fetcher
-        fetcher._records = _Fetched(fetcher._records)
-        fetcher._client = FetchingById(fetcher._client, self._ids, self._refuse)
+        fetcher._records = _Fetched(fetcher._records, self._guarded)
+        fetcher._client = FetchingById(fetcher._client, self._ids, self)
 
-    def _refuse(self, partition: Partition) -> None:
+    # -- what fetching.py tells --------------------------------------------------------------------------------------
+
+    def refused(self, partition: Partition) -> None:
+        """Pause a partition whose topic is another one now."""
         self.pause(partition)
         self.on_refused(partition)
+
+    def failed(self, partition: Partition, failure: Failure) -> None:
+        """Pause a partition that cannot be read; `poll` reports it."""
+        if self._stands_at(partition, failure.first):
+            self.pause(partition)
+            self._failures[partition] = failure
+
+    def delayed(self, partition: Partition, why: str) -> None:
+        """Leave a partition alone for a moment; one that is delayed for long cannot be read."""
+        loop = asyncio.get_running_loop()
+        since = self._delayed.setdefault(partition, loop.time())
+        tp = TopicPartition(*partition)
+        with suppress(IllegalStateError):
+            if loop.time() - since > _DELAYED_SECONDS_MAX:
+                del self._delayed[partition]
+                offset = self.consumer._subscription.subscription.assignment.state_value(tp).position
+                self.failed(partition, Failure(Reason.BROKER_ERROR, f"they answer {why}", offset))
+            elif tp in self.consumer.assignment() and tp not in self.consumer.paused():
+                self.consumer.pause(tp)
+                self._delay_paused.add(partition)
+                loop.call_later(_DELAY_SECONDS, self._end_delay, partition)
+
+    def _end_delay(self, partition: Partition) -> None:
+        if partition in self._delay_paused:
+            self.resume(partition)
+
+    def nothing_new(self, partition: Partition) -> None:
+        """Note that a partition can be read, though it holds nothing new."""
+        self._delayed.pop(partition, None)
+        self.on_nothing_new(partition)
+
+    def throttled(self, seconds: float) -> None:
+        """Count what a quota costs, and log it now and then."""
+        self.throttled_seconds += seconds
+        now = asyncio.get_running_loop().time()
+        if now - self._throttle_told_at > _THROTTLE_TOLD_SECONDS:
+            self._throttle_told_at = now
+            event(
+                logging.WARNING,
+                "kafka throttles the worker: a quota is used up",
+                client_id=client_id(self._settings, self._group, self._worker),
+                seconds=round(seconds, 1),
+                total_seconds=round(self.throttled_seconds, 1),
+            )
+
+    def _stands_at(self, partition: Partition, offset: int) -> bool:
+        """Whether a partition is being read from an offset; else what is told of it is about the past."""
+        tp = TopicPartition(*partition)
+        subscription = self.consumer._subscription.subscription
+        assignment = subscription.assignment if subscription is not None else None
+        if assignment is None or tp not in assignment.tps:
+            return False
+        state = assignment.state_value(tp)
+        return bool(state.has_valid_position and state.position == offset and not state.paused)
+
+    def _guarded(self, partition: Partition, reader: Any, records: Iterator[Any]) -> Iterator[Any]:
+        """Decoded records up to what cannot be decoded, which is noted instead of raised."""
+        try:
+            yield from records
+        except UnicodeDecodeError:
+            self._bad_headers[partition] = reader.next_fetch_offset
+        except Exception as error:
+            reason, text = _decoding_failure(error, self._settings)
+            self.pause(partition)
+            first = reader.next_fetch_offset
+            self._failures[partition] = Failure(reason, text, first, _last_on_stack(error.__traceback__, first))
 
     @property
     def consumer(self) -> AIOKafkaConsumer:
         assert self._consumer is not None, "start() comes first"
         return self._consumer
+
+    @property
+    def _brokers(self) -> Brokers:
+        assert self._known is not None, "start() comes first"
+        return self._known
 
     def subscribe(self, topics: Sequence[str], on_revoked: Callback, on_assigned: Callback) -> None:
         """Join the group. A topic that does not exist yet is consumed as soon as it does."""
@@ -330,8 +443,8 @@ class Source:
         """Fetched records by partition, in offset order. Never cancel it.
 
         received: the next offset wanted, for partitions that are being consumed. Raises LogTruncated for a partition
-        whose position the log does not hold; it is paused then. A record with a header key that is not UTF-8 comes as
-        a LogRecord in its place.
+        whose position the log does not hold, and PartitionUnreadable where `on_failed` is not set; it is paused then. A
+        record with a header key that is not UTF-8 comes as a LogRecord in its place.
         """
         try:
             found = await self.consumer.getmany(timeout_ms=int(timeout_seconds * 1000))
@@ -346,13 +459,31 @@ class Source:
                 f"Kafka refuses CONSUMER_KAFKA_SESSION_TIMEOUT_SECONDS={self._settings.kafka_session_timeout_seconds:g}: "
                 "it must lie between the broker's group.min.session.timeout.ms and group.max.session.timeout.ms"
             ) from None
-        except UnicodeDecodeError as error:
-            self._seek_back(received)
-            return await self._with_bad_header(error, received)
         except BaseException:
             self._seek_back(received)
             raise
+        if self._delayed:
+            for partition in found:
+                self._delayed.pop(Partition(*partition), None)
+        if self._bad_headers or self._failures:
+            return await self._with_unreadable(found)
         return found  # type: ignore[no-any-return]
+
+    async def _with_unreadable(self, found: dict[Any, Sequence[Record]]) -> dict[Partition, Sequence[Record]]:
+        """What was fetched, with records that the client cannot decode and we can; reports what nobody can."""
+        all_found: dict[Partition, Sequence[Record]] = {Partition(*each): records for each, records in found.items()}
+        bad_headers, self._bad_headers = self._bad_headers, {}
+        for partition, offset in bad_headers.items():
+            try:
+                all_found[partition] = [*all_found.get(partition, ()), *await self._with_bad_header(partition, offset)]
+            except Exception as error:
+                event(logging.DEBUG, "a batch cannot be fetched again yet", error=describe(error))
+        failures, self._failures = self._failures, {}
+        for partition, failure in failures.items():
+            if self.on_failed is None:
+                raise PartitionUnreadable(partition, failure)
+            self.on_failed(partition, failure)
+        return {partition: records for partition, records in all_found.items() if records}
 
     def _seek_back(self, received: Callable[[Partition], int | None]) -> None:
         for each in self.consumer.assignment():
@@ -360,21 +491,11 @@ class Source:
             if offset is not None:
                 self.consumer.seek(each, offset)
 
-    async def _with_bad_header(
-        self, error: UnicodeDecodeError, received: Callable[[Partition], int | None]
-    ) -> dict[Partition, Sequence[Record]]:
-        """The records up to and including the one that the client could not read, read by ourselves.
-
-        The client does not say which record it was, only, on the stack of its exception, which partition. So that
-        partition is fetched again from where we are, and the batch at fault is parsed without trusting its header keys.
-        """
-        partition = _partition_on_stack(error.__traceback__)
-        wanted = received(partition) if partition is not None else None
-        if partition is None or wanted is None:
-            raise error
+    async def _with_bad_header(self, partition: Partition, wanted: int) -> list[Record]:
+        """The records from `wanted` up to the end of the batch with a header key that is not UTF-8, read by ourselves."""
         log, aborted = await self._fetch_raw(partition, wanted)
-        if received(partition) != wanted:
-            return {}  # begun anew somewhere else meanwhile
+        if not self._stands_at(partition, wanted):
+            return []  # read from somewhere else meanwhile
         tp = TopicPartition(*partition)
         reader = PartitionRecords(tp, MemoryRecords(log), aborted, wanted, None, None, True, _READ_COMMITTED)
         reader._consumer_record = _record
@@ -384,12 +505,12 @@ class Source:
         except UnicodeDecodeError:
             for header, body in rawrecord.batches(log):
                 if header.last_offset >= reader.next_fetch_offset:
-                    entries = rawrecord.entries(header, _DECOMPRESS[header.codec](body))
+                    entries = rawrecord.entries(header, compression.BY_CODEC[header.codec](body))
                     found += [_raw(partition, each) for each in entries if each.offset >= reader.next_fetch_offset]
                     break
         if found:
             self.consumer.seek(tp, found[-1].offset + 1)
-        return {partition: found}
+        return found
 
     async def _fetch_raw(self, partition: Partition, offset: int) -> tuple[bytes, Any]:
         """The log from `offset` on as bytes, and the aborted transactions in it."""
@@ -404,14 +525,16 @@ class Source:
 
         least: bytes to wait for. most: bytes of the log, though it gives the first batch whole.
         """
-        client = self.consumer._fetcher._client  # no public way to bytes
         wanted = [(partition.topic, [(partition.partition, offset, most)])]
         request = FetchRequest(wait_ms, least, most, isolation_level, wanted, rack_id="")
-        leader = client.cluster.leader_for_partition(TopicPartition(*partition))
-        if leader is None or leader < 0:
+        leader = self._brokers.leader(partition)
+        if leader is None:
+            leader = (await self._brokers.partitions([partition.topic])).get(partition.topic, {}).get(partition[1], -1)
+        if leader < 0:
             raise LeaderNotAvailableError(f"{partition.topic}:{partition.partition}")
-        response = await asyncio.wait_for(client.send(leader, request), _REQUEST_SECONDS)
-        if not response.topics:  # an imitation of Kafka that had no time
+        async with self._asking:
+            response = await self._brokers.ask(leader, request)
+        if not response.topics:  # throttled, or an imitation of Kafka that had no time
             raise LeaderNotAvailableError(f"{partition.topic}:{partition.partition}")
         return response.topics[0][1][0]
 
@@ -419,12 +542,8 @@ class Source:
 
     async def identity(self, topics: Sequence[str]) -> Identity:
         """The cluster's id and those of topics, as one broker knows them now; empty where none can tell. Raises KafkaError."""
-        client: AIOKafkaClient = self.consumer._client
-        node = client.get_random_node()
-        if node is None:
-            raise LeaderNotAvailableError("no broker")
         try:
-            answer = await asyncio.wait_for(client.send(node, TopicIds(list(topics))), _REQUEST_SECONDS)
+            answer = await self._brokers.ask_anyone(TopicIds(list(topics)))
         except Unsupported:
             return Identity(None, {})
         return Identity.read(answer)
@@ -443,7 +562,7 @@ class Source:
         found = await self.peek(partition, offset)
         for header, body in rawrecord.batches(found.records):
             if header.base_offset <= offset <= header.last_offset:
-                for each in rawrecord.entries(header, _DECOMPRESS[header.codec](body)):
+                for each in rawrecord.entries(header, compression.BY_CODEC[header.codec](body)):
                     if each.offset == offset:
                         return Print(offset, each.timestamp, fingerprint(each.value))
         return None
@@ -473,19 +592,33 @@ class Source:
     def is_assigned(self, partition: Partition) -> bool:
         return TopicPartition(*partition) in self.consumer.assignment()
 
+    def is_leaderless(self, partition: Partition) -> bool:
+        """Whether the brokers, as of their last answer, know the partition and no leader of it."""
+        cluster = self.consumer._client.cluster
+        return bool(cluster.leader_for_partition(TopicPartition(*partition)) == -1)
+
     def hold(self, partition: Partition) -> None:
         """Do not fetch a partition until `go_on`. Its position is set to something, so that the client asks nobody."""
+        self._forget(partition)
         with suppress(IllegalStateError):
             self.consumer.pause(TopicPartition(*partition))
             self.consumer.seek(TopicPartition(*partition), 0)
 
+    def _forget(self, partition: Partition) -> None:
+        """What was noted of a partition is about another offset than it is read from now."""
+        self._failures.pop(partition, None)
+        self._bad_headers.pop(partition, None)
+        self._delay_paused.discard(partition)
+
     def pause(self, partition: Partition) -> None:
         """Fetch nothing more of a partition, and keep its position."""
+        self._delay_paused.discard(partition)
         with suppress(IllegalStateError):
             self.consumer.pause(TopicPartition(*partition))
 
     def resume(self, partition: Partition) -> None:
         """Fetch a paused partition again, from where it was."""
+        self._delay_paused.discard(partition)
         with suppress(IllegalStateError):
             self.consumer.resume(TopicPartition(*partition))
 
@@ -504,6 +637,7 @@ class Source:
             self._ids.pop(partition, None)
         else:
             self._ids[partition] = topic_id
+        self._forget(partition)
         with suppress(IllegalStateError):
             self.consumer.seek(TopicPartition(*partition), offset)
             self.consumer.resume(TopicPartition(*partition))
@@ -519,41 +653,48 @@ class Source:
         offset = await asyncio.wait_for(self.consumer.committed(TopicPartition(*partition)), _REQUEST_SECONDS)
         return None if offset is None else int(offset)
 
-    async def note(self, partition: Partition) -> str:
-        """What was written beside the group's committed offset. Raises KafkaError."""
+    async def copies(self, partitions: Sequence[Partition]) -> dict[Partition, tuple[int, str]]:
+        """The group's committed offsets, each with what was written beside it, in one request. Raises KafkaError."""
         coordinator = self.consumer._coordinator  # no public way to it
-        found = await asyncio.wait_for(
-            coordinator.fetch_committed_offsets([TopicPartition(*partition)]), _REQUEST_SECONDS
-        )
-        return next((each.metadata or "" for each in found.values()), "")
+        wanted = [TopicPartition(*each) for each in partitions]
+        found = await asyncio.wait_for(coordinator.fetch_committed_offsets(wanted), _REQUEST_SECONDS)
+        return {Partition(*each): (int(at.offset), at.metadata or "") for each, at in found.items()}
 
-    async def beginnings(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
-        """First offsets that the log holds. Raises KafkaError."""
-        found = await asyncio.wait_for(
-            self.consumer.beginning_offsets([TopicPartition(*each) for each in partitions]), _REQUEST_SECONDS
-        )
-        return {Partition(*each): offset for each, offset in found.items()}
+    async def beginnings(self, partitions: Sequence[Partition], *, partial: bool = False) -> dict[Partition, int]:
+        """First offsets that the log holds. partial: without those that cannot be told now. Raises KafkaError."""
+        return await self._offsets(dict.fromkeys(partitions, EARLIEST), partial)
 
-    async def ends(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
-        """Ends of the log as far as it is committed. Raises KafkaError."""
-        found = await asyncio.wait_for(
-            self.consumer.end_offsets([TopicPartition(*each) for each in partitions]), _REQUEST_SECONDS
-        )
-        return {Partition(*each): offset for each, offset in found.items()}
+    async def ends(
+        self, partitions: Sequence[Partition], *, partial: bool = False, uncommitted: bool = False
+    ) -> dict[Partition, int]:
+        """Ends of the log as far as it is committed. Raises KafkaError.
+
+        partial: without those that cannot be told now. uncommitted: with the records of open transactions.
+        """
+        level = _READ_UNCOMMITTED if uncommitted else _READ_COMMITTED
+        return await self._offsets(dict.fromkeys(partitions, LATEST), partial, level)
+
+    async def _offsets(
+        self, wanted: dict[Partition, int], partial: bool, level: int = _READ_COMMITTED
+    ) -> dict[Partition, int]:
+        seconds = _PARTIAL_SECONDS if partial else _REQUEST_SECONDS
+        found, problems = await self._brokers.offsets(wanted, level, seconds)
+        if problems and not partial:
+            raise next(iter(problems.values()))
+        return {each: at or 0 for each, at in found.items()}
 
     async def offsets_at(self, partitions: Sequence[Partition], time_ms: int) -> dict[Partition, int | None]:
         """Offsets of the first records of that time or later, None where there are none. Raises KafkaError."""
-        wanted = {TopicPartition(*each): time_ms for each in partitions}
-        found = await asyncio.wait_for(self.consumer.offsets_for_times(wanted), _REQUEST_SECONDS)
-        return {Partition(*each): None if at is None else int(at.offset) for each, at in found.items()}
+        found, problems = await self._brokers.offsets(dict.fromkeys(partitions, time_ms), _READ_COMMITTED)
+        if problems:
+            raise next(iter(problems.values()))
+        return found
 
     async def partitions(self, topics: Iterable[str]) -> dict[str, list[Partition]]:
         """The partitions of each topic, none for a topic that does not exist. Raises KafkaError."""
-        cluster = await asyncio.wait_for(self.consumer._client.fetch_all_metadata(), _REQUEST_SECONDS)
-        return {
-            topic: [Partition(topic, each) for each in sorted(cluster.partitions_for_topic(topic) or ())]
-            for topic in topics
-        }
+        wanted = list(topics)
+        found = await self._brokers.partitions(wanted)
+        return {topic: [Partition(topic, each) for each in sorted(found.get(topic, ()))] for topic in wanted}
 
     async def commit(self, positions: Mapping[Partition, tuple[int, str]]) -> bool:
         """Copy positions to Kafka, each with a note. Best effort: False when a rebalance or an outage came between, which is normal."""
@@ -575,14 +716,20 @@ class Source:
 
 
 class _Fetched(OrderedDict[Any, Any]):
-    """What the client has fetched and not handed out: made to hand out light records instead of its own.
+    """What the client has fetched and not handed out: made to hand out light records instead of its own, and to raise nothing.
 
     Its own are dataclasses of eleven fields: a fifth of a replay's CPU time, and work for the collector of cycles.
     """
 
+    def __init__(self, content: Any, guarded: Callable[[Partition, Any, Iterator[Any]], Iterator[Any]]) -> None:
+        super().__init__(content)
+        self._guarded = guarded
+
     def __setitem__(self, partition: Any, found: Any) -> None:
         if isinstance(found, FetchResult):
-            found._partition_records._consumer_record = _record
+            reader = found._partition_records
+            reader._consumer_record = _record
+            reader._records_iterator = self._guarded(Partition(*partition), reader, reader._records_iterator)
         super().__setitem__(partition, found)
 
 
@@ -605,14 +752,35 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
         await self._on_assigned({Partition(*each) for each in assigned})
 
 
-def _partition_on_stack(trace: TracebackType | None) -> Partition | None:
-    """The partition that `fetched_records` was working on when it raised."""
-    found = None
+def _last_on_stack(trace: TracebackType | None, first: int) -> int | None:
+    """The last offset of the batch that the client was decoding when it raised, as far as the batch can tell."""
+    batch = None
     while trace is not None:
-        if trace.tb_frame.f_code.co_name == "fetched_records":
-            found = trace.tb_frame.f_locals.get("tp")
+        if trace.tb_frame.f_code.co_name == "_unpack_records":
+            batch = trace.tb_frame.f_locals.get("next_batch")
         trace = trace.tb_next
-    return Partition(*found) if found is not None else None
+    try:
+        last = int(batch.next_offset) - 1 if batch is not None else first
+    except Exception:
+        return None
+    return last if last >= first else None
+
+
+def _decoding_failure(error: Exception, settings: Settings) -> tuple[Reason, str]:
+    """Why a batch cannot be decoded, in words that quote nothing of it."""
+    if isinstance(error, TooLarge):
+        most = settings.kafka_batch_decompressed_bytes_max
+        return (
+            Reason.TOO_LARGE,
+            f"the batch decompresses to more than {most:,} bytes (CONSUMER_KAFKA_BATCH_DECOMPRESSED_BYTES_MAX)",
+        )
+    if isinstance(error, CorruptRecordException):
+        return Reason.DAMAGED, "the batch is damaged (its checksum or its records do not fit)"
+    if isinstance(error, Damaged):
+        return Reason.DAMAGED, f"the batch is damaged ({error})"
+    if isinstance(error, MemoryError):
+        return Reason.TOO_LARGE, "there is not enough memory for the batch"
+    return Reason.DAMAGED, f"the batch cannot be decoded ({type(error).__name__})"
 
 
 def _raw(partition: Partition, entry: rawrecord.Entry) -> LogRecord:

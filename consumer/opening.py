@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from consumer.core.message import Partition
 from consumer.kafka import KafkaError, Source
 from consumer.ledger import Outage, Session
 from consumer.logs import event
+from consumer.stops import Stops
 
 
 async def positions(
@@ -30,11 +32,13 @@ async def positions(
     try:
         identity = await source.identity(sorted({each.topic for each in wanted}))
         known = await session.positions(app, wanted)
-        committed = {each: await source.committed(each) for each in wanted}
+        copies = await source.copies(wanted)
+        committed = {each: copies[each][0] if each in copies else None for each in wanted}
         if missing := [each for each in wanted if each not in known]:
-            beginnings = await source.beginnings(missing)
+            beginnings = await source.beginnings(missing, partial=True)
+            missing = [each for each in missing if each in beginnings]
             starts = {
-                each: await _start_of(source, session.installation, each, committed[each], beginnings[each], label)
+                each: _start_of(session.installation, each, copies.get(each), beginnings[each], label)
                 for each in missing
             }
             await session.begin_positions(
@@ -85,13 +89,23 @@ async def recall(
         raise Outage(str(error)) from error
 
 
-async def _start_of(
-    source: Source, installation: str, partition: Partition, group: int | None, beginning: int, label: Mapping[str, str]
+async def recall_stops(session: Session, stops: Stops, app: str, partitions: Collection[Partition]) -> None:
+    """Take over what other workers wrote of partitions that could not be read. Raises Outage."""
+    try:
+        await stops.recall(session.connection, app, partitions, time.monotonic())
+    except Exception as error:
+        session.close()
+        raise Outage(str(error)) from error
+
+
+def _start_of(
+    installation: str, partition: Partition, copy: tuple[int, str] | None, beginning: int, label: Mapping[str, str]
 ) -> int:
     """Where to begin without a position: at the group's offset, unless that is our own copy of one that was lost."""
-    if group is None:
+    if copy is None:
         return beginning
-    began = noted_beginning(await source.note(partition), installation)
+    group, note = copy
+    began = noted_beginning(note, installation)
     if began is None:
         return group
     event(

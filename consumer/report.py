@@ -19,6 +19,7 @@ from consumer.core.message import Partition
 from consumer.core.outcome import Cause
 from consumer.kafka import KafkaError, OpenTransaction, Source
 from consumer.ledger import read_positions
+from consumer.stops import read as read_stops
 
 _APPLIED = """
 select h.name, count(l.id) from consumer.handlers h
@@ -67,8 +68,6 @@ where h.app = $1 and d.state in ('dead', 'waiting') group by 1, 2
 
 _LETTER_STATES = {"waiting": "waiting", "discarded": "discarded"}
 
-_LOOKS_AT_A_TIME = 16
-
 
 async def handler_counts(connection: Any, app: App) -> dict[str, dict[str, Any]]:
     """Per handler: applied (the ledger's rows, and those that were dropped), duplicates by cause, dead letters, skipped."""
@@ -97,7 +96,7 @@ async def partition_lags(connection: Any, source: Source, app: App) -> tuple[lis
     """Per partition: position, end of the log, lag; and the topics that do not exist.
 
     A partition without a position counts from the beginning of the log. `end` is the last stable offset: an open
-    transaction of a producer holds it back.
+    transaction of a producer holds it back. `end` and `lag` are None where no leader tells.
     """
     by_topic = await source.partitions(app.topics)
     partitions = [each for found in by_topic.values() for each in found]
@@ -105,19 +104,20 @@ async def partition_lags(connection: Any, source: Source, app: App) -> tuple[lis
         "select topic, partition, next_offset from consumer.positions where app = $1", app.name
     )
     positions = {Partition(row[0], row[1]): row[2] for row in rows}
-    ends = await source.ends(partitions) if partitions else {}
-    begins = await source.beginnings([each for each in partitions if each not in positions]) if partitions else {}
+    ends = await source.ends(partitions, partial=True) if partitions else {}
+    unknown = [each for each in partitions if each not in positions]
+    begins = await source.beginnings(unknown, partial=True) if unknown else {}
     lags = []
     for each in partitions:
-        position, end = positions.get(each), ends[each]
-        done = position if position is not None else begins[each]
+        position, end = positions.get(each), ends.get(each)
+        done = position if position is not None else begins.get(each)
         lags.append(
             {
                 "topic": each.topic,
                 "partition": each.partition,
                 "position": position,
                 "end": end,
-                "lag": max(0, end - done),
+                "lag": max(0, end - done) if end is not None and done is not None else None,
             }
         )
     return lags, [topic for topic, found in by_topic.items() if not found]
@@ -140,27 +140,38 @@ async def partition_health(
     yet may be gone from the log: that is shown as removed until it is settled.
     """
     positions = await read_positions(connection, app.name, partitions)
+    unreadable = await read_stops(connection, app.name)
     identity = await source.identity(app.topics)
-    firsts = await source.beginnings(partitions) if partitions else {}
+    firsts = await source.beginnings(partitions, partial=True) if partitions else {}
+    stable = await source.ends(partitions, partial=True) if partitions else {}
+    highs = await source.ends(partitions, partial=True, uncommitted=True) if partitions else {}
 
     async def look(partition: Partition) -> Health:
-        log = Log(identity.cluster_id, identity.topics.get(partition.topic), firsts[partition])
-        at = positions.get(partition)
+        """Asks the leader only where what is known of all partitions leaves something open."""
+        at, end = positions.get(partition), highs.get(partition)
+        log = Log(identity.cluster_id, identity.topics.get(partition.topic), firsts.get(partition), end)
+        log = log._replace(out_of_range=at is not None and end is not None and at.offset > end)
         stop = judge(partition, at, log) if at is not None else None
         found = None
+        if end is None:  # no leader at the moment
+            return Health(log.topic_id, stop or _stored(unreadable, partition, at), None)
         try:
-            if at is not None and stop is None:
-                stop = judge(partition, at, await _asked(source, partition, at, log))
-            found = await source.open_transaction(partition)
+            if at is not None and at.seen is not None and stop is None:
+                log = log._replace(at_print=await source.print_at(partition, at.seen.offset))
+                stop = judge(partition, at, log)
+            if stable.get(partition, end) < end:
+                found = await source.open_transaction(partition)
         except (KafkaError, TimeoutError):
             pass  # no leader at the moment, which `end` and `lag` could not tell either
-        return Health(log.topic_id, stop, found)
+        return Health(log.topic_id, stop or _stored(unreadable, partition, at), found)
 
-    healths: dict[Partition, Health] = {}
-    for n in range(0, len(partitions), _LOOKS_AT_A_TIME):
-        some = partitions[n : n + _LOOKS_AT_A_TIME]
-        healths |= dict(zip(some, await asyncio.gather(*map(look, some)), strict=True))
-    return healths
+    return dict(zip(partitions, await asyncio.gather(*map(look, partitions)), strict=True))
+
+
+def _stored(unreadable: Mapping[Partition, tuple[Stop, int]], partition: Partition, at: Position | None) -> Stop | None:
+    """Why a worker could not read a partition, unless its position has gone on since."""
+    stop, first = unreadable.get(partition, (None, 0))
+    return stop if at is None or at.offset <= first else None
 
 
 async def _asked(source: Source, partition: Partition, at: Position, log: Log) -> Log:

@@ -49,6 +49,14 @@ class Settings(BaseModel):
     kafka_heartbeat_seconds: Positive = Field(0.5, description="how often a worker asks whether it must rebalance")
     kafka_commit_interval_seconds: Positive = Field(1, description="how often positions are copied to Kafka")
     kafka_partition_fetch_bytes_max: Count = Field(1 << 20, description="most bytes fetched from a partition at once")
+    kafka_batch_decompressed_bytes_max: Count = Field(
+        64 << 20, description="most bytes that one compressed record batch may become; a larger one stops its partition"
+    )
+    kafka_client_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._-]{1,200}$",
+        description="what Kafka's quotas and logs call this client (default: consumer-APP-N, N the worker)",
+    )
     kafka_transaction_warning_seconds: Positive = Field(
         60, description="a producer's open transaction that holds a partition back for so long is warned of"
     )

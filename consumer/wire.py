@@ -9,7 +9,7 @@ ever taken for one of this. Brokers know ids since 2.8 and fetch by them since 3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -31,12 +31,8 @@ from aiokafka.protocol.types import (
     TaggedFields,
 )
 
-from consumer.core.message import Partition
-
 Unsupported = (IncompatibleBrokerVersion, NotImplementedError)  # the broker does not know the request
-_UNKNOWN_TOPIC, _UNKNOWN_TOPIC_ID, _INCONSISTENT_TOPIC_ID = 3, 100, 103
-_OTHER_TOPIC = (_UNKNOWN_TOPIC_ID, _INCONSISTENT_TOPIC_ID)
-_SHAPE_OF_ANSWER = 11  # the version whose layout the client reads
+_NOT_ALLOWED = 29
 
 
 class _Uuid(AbstractType[UUID]):  # type: ignore[misc]
@@ -120,15 +116,20 @@ class TopicIds(Request[_MetadataStruct]):  # type: ignore[misc]
 
 
 class Identity(NamedTuple):
-    """Which cluster this is, and which topics bear these names; a topic that does not exist is absent."""
+    """Which cluster this is, and which topics bear these names; a topic that does not exist is absent.
+
+    refused: topics that the Kafka user may not see.
+    """
 
     cluster_id: str | None
     topics: Mapping[str, UUID]
+    refused: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, answer: Any) -> Identity:
         found = {topic[1]: topic[2] for topic in answer.topics if topic[0] == 0 and topic[2].int}
-        return cls(answer.cluster_id, found)
+        refused = frozenset(topic[1] for topic in answer.topics if topic[0] == _NOT_ALLOWED)
+        return cls(answer.cluster_id, found, refused)
 
 
 class _FetchResponse(Response):  # type: ignore[misc]
@@ -201,7 +202,7 @@ class _FetchStruct(RequestStruct):  # type: ignore[misc]
     )
 
 
-class _FetchById(Request[_FetchStruct]):  # type: ignore[misc]
+class FetchById(Request[_FetchStruct]):  # type: ignore[misc]
     """A fetch of the client, with ids in the place of names."""
 
     API_KEY = 1
@@ -229,75 +230,3 @@ class _FetchById(Request[_FetchStruct]):  # type: ignore[misc]
             plain._rack_id,
             {},
         )
-
-
-class _Answer(NamedTuple):
-    """What the client reads of an answer to a fetch."""
-
-    topics: list[tuple[str, list[tuple[Any, ...]]]]
-    API_VERSION: int = _SHAPE_OF_ANSWER
-
-
-class FetchingById:
-    """Stands for the client where its fetcher sends requests: fetches go out by id, everything else as it is.
-
-    ids: which topic each partition belongs to, of those that are fetched. A fetch with a partition that has no id goes by
-    name. refused: called with a partition whose topic, under its id, the broker does not have (any more, or yet).
-    """
-
-    def __init__(self, client: Any, ids: Mapping[Partition, UUID], refused: Callable[[Partition], None]) -> None:
-        self._client = client
-        self._ids = ids
-        self._refused = refused
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
-
-    async def send(self, node: int, request: Any, **options: Any) -> Any:
-        """As the client's. Raises KafkaError."""
-        if isinstance(request, FetchRequest):
-            named = self._by_id(request)
-            if named is not None:
-                topics, names = named
-                try:
-                    answer = await self._client.send(node, _FetchById(request, topics), **options)
-                except Unsupported:
-                    pass  # nothing was sent: a broker before 3.1
-                else:
-                    return self._read(answer, topics, names)
-        return await self._client.send(node, request, **options)
-
-    def _by_id(self, request: FetchRequest) -> tuple[dict[UUID, list[tuple[int, int, int]]], dict[UUID, str]] | None:
-        topics: dict[UUID, list[tuple[int, int, int]]] = {}
-        names: dict[UUID, str] = {}
-        for topic, partitions in request.topics:
-            for each in partitions:
-                id = self._ids.get(Partition(topic, each[0]))
-                if id is None:
-                    return None
-                topics.setdefault(id, []).append(each)
-                names[id] = topic
-        return topics, names
-
-    def _read(
-        self, answer: Any, topics: Mapping[UUID, list[tuple[int, int, int]]], names: Mapping[UUID, str]
-    ) -> _Answer:
-        if answer.error:  # of the whole request
-            return _Answer(
-                [
-                    (names[id], [(each[0], answer.error, -1, -1, -1, None, -1, b"") for each in partitions])
-                    for id, partitions in topics.items()
-                ]
-            )
-        found: list[tuple[str, list[tuple[Any, ...]]]] = []
-        for id, partitions, _ in answer.topics:
-            name = names[id]
-            rows = []
-            for partition, error, high, stable, start, aborted, preferred, records, _ in partitions:
-                if error in _OTHER_TOPIC:
-                    self._refused(Partition(name, partition))
-                    error = _UNKNOWN_TOPIC  # which makes the client ask for the cluster's metadata again
-                pairs = None if aborted is None else [(producer, first) for producer, first, _ in aborted]
-                rows.append((partition, error, high, stable, start, pairs, preferred, records or b""))
-            found.append((name, rows))
-        return _Answer(found)

@@ -11,6 +11,7 @@ import asyncio
 import copy
 import functools
 import logging
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -26,18 +27,21 @@ from consumer.core.deadshare import DeadShare
 from consumer.core.epoch import is_left_behind
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.core.handler import Handler
-from consumer.core.incarnation import Log, Position, Stop, judge, note
+from consumer.core.incarnation import Log, Position, Reason, Stop, judge, note
 from consumer.core.lanes import Batch, Delivery, Lane
 from consumer.core.message import Partition, Record
 from consumer.core.outcome import Parked
 from consumer.core.route import Router
+from consumer.core.unreadable import Failure
 from consumer.core.watchdog import OpenTransactions, Watchdog
-from consumer.kafka import KafkaError, LogTruncated, Source
+from consumer.kafka import Identity, KafkaError, LogTruncated, Source
 from consumer.ledger import Conflict, Fenced, NotPrimary, Outage, Session, sqlstate_of
 from consumer.letter_relay import relay
 from consumer.logs import describe, event
 from consumer.retention import Keeper
 from consumer.settings import Settings
+from consumer.stops import Stops
+from consumer.watching import KafkaState
 
 if TYPE_CHECKING:
     from consumer.precheck import Precheck
@@ -131,12 +135,16 @@ class Worker:
         self._report = report
         self._step = step
         self._draw = draw
-        self._source = Source(settings, app.name)
+        self._source = Source(settings, app.name, os.environ.get("CONSUMER_WORKER", "0"))
         self._source.on_refused = self._suspect
+        self._source.on_failed = self._unreadable
+        self._source.on_nothing_new = self._readable
+        self._kafka = KafkaState()
         self._router = Router(tuple(app.shards) or ("",), app.route)
         self._shards = [
             _Shard(name, own, once.Names(app.name, {})) for name, own in shards.settings_of(app, settings).items()
         ]
+        self._stops = Stops([each.name for each in self._shards])
         # Where a lane only learns how far the log was read, a transaction for each poll would be too many.
         bare_seconds = settings.kafka_commit_interval_seconds if len(self._shards) > 1 else 0.0
         seconds_max = limits(app.handlers.values(), settings)
@@ -348,7 +356,7 @@ class Worker:
                 self._suspect(error.partition, out_of_range=True)
                 continue
             except KafkaError as error:
-                event(logging.WARNING, "waiting for kafka", error=describe(error))
+                self._kafka.away(error)
                 await self._pause(pause)
                 pause = min(_BACKOFF_SECONDS[1], pause * 2)
                 continue
@@ -364,6 +372,8 @@ class Worker:
         if start is None or not records:
             return  # not open yet: it will be sought to its position
         end = self._reading[partition] = max(start, records[-1].offset + 1)
+        if self._stops:
+            self._went_on(partition, end)
         for lane, mine in zip(self._lanes_of(partition), self._router.split(records), strict=True):
             # What a lane has no room for is read again, from where that lane stands.
             kept, _ = lane.state.add(partition, mine, start, end) if lane.has_room else (0, 0)
@@ -562,6 +572,7 @@ class Worker:
             shard.unopened.clear()
             shard.stopped.clear()
         self._suspects.clear()
+        self._stops.forget()
         for lane in self._lanes:
             lane.wake.set()
         waits = [asyncio.create_task(lane.idle.wait()) for lane in self._lanes]
@@ -638,6 +649,7 @@ class Worker:
                     positions = await opening.positions(self._source, control, self._app.name, wanted, shard.label)
                     numbers = {each.number for found in shard.by_topic.values() for each in found}
                     chains, tried = await opening.recall(control, numbers, positions)
+                    await opening.recall_stops(control, self._stops, self._app.name, positions)
                     await control.check_epoch()  # last, so that all that was read is of the epoch that is known
                 # With shards: what the log holds now may have been applied before, in another one if the route has changed.
                 ends = await self._source.ends(wanted) if len(self._shards) > 1 else {}
@@ -669,6 +681,7 @@ class Worker:
                     lane.asks_below[partition] = ends[partition]
                 self._reading.pop(partition, None)  # it is sought to, and goes on, even if that is where it stands
                 self._read_on(partition)
+                self._went_on(partition, position.offset)
             event(logging.INFO, "partitions opened", count=len(positions), **shard.label)
             self._report({"opened": len(positions)})
             if left := len(shard.unopened & set(wanted)):
@@ -690,20 +703,51 @@ class Worker:
     def _is_stopped(self, partition: Partition) -> bool:
         return any(partition in shard.stopped for shard in self._shards)
 
-    def _stop_partition(self, shard: _Shard, partition: Partition, stop: Stop, at: Position) -> None:
+    def _stop_partition(
+        self, shard: _Shard, partition: Partition, stop: Stop, at: Position, *, is_told: bool = True
+    ) -> None:
         """Fetch no more of it until somebody moves its position; what was read of it before is still settled."""
         self._source.pause(partition)
         self._suspects.pop(partition, None)
         shard.stopped[partition] = (stop, at)
-        event(
-            logging.ERROR,
-            f"partition stopped: {stop.text}",
-            topic=partition.topic,
-            partition=partition.partition,
-            reason=stop.reason.value,
-            do=f"consumer positions {self._path} {stop.do}" + (f" --shard {shard.name}" if shard.name else ""),
-            **shard.label,
-        )
+        if is_told:
+            event(
+                logging.ERROR,
+                f"partition stopped: {stop.text}",
+                topic=partition.topic,
+                partition=partition.partition,
+                reason=stop.reason.value,
+                do=stop.command(self._path, f" --shard {shard.name}" if shard.name else ""),
+                **shard.label,
+            )
+
+    def _unreadable(self, partition: Partition, failure: Failure) -> None:
+        """Stop one partition that cannot be read; it is tried again now and then."""
+        opened = [lane for lane in self._lanes_of(partition) if partition in lane.state.partitions]
+        if not opened or self._is_stopped(partition):
+            return
+        stop, is_told = self._stops.failed(partition, failure, time.monotonic())
+        for lane in opened:
+            received = lane.state.received(partition) or 0
+            at = lane.shard.names.logs[partition]._replace(offset=received, seen=None)
+            self._stop_partition(lane.shard, partition, stop, at, is_told=is_told)
+
+    def _try_unreadable_again(self) -> None:
+        """Read partitions that could not be read again, from where they stand."""
+        stopped = {each for shard in self._shards for each in shard.stopped}
+        for partition in self._stops.due(time.monotonic(), stopped):
+            for shard in self._shards:
+                shard.stopped.pop(partition, None)
+            self._reading.pop(partition, None)
+            self._read_on(partition)
+
+    def _readable(self, partition: Partition) -> None:
+        if self._stops and (position := self._reading.get(partition)) is not None:
+            self._went_on(partition, position, is_read=True)
+
+    def _went_on(self, partition: Partition, position: int, *, is_read: bool = False) -> None:
+        if self._stops.went_on(partition, position, is_read=is_read):
+            event(logging.INFO, "the partition is read again", topic=partition.topic, partition=partition.partition)
 
     async def _look_at_logs(self) -> None:
         """Find out that a log is not what it was, or that a producer holds it back. Waits for Kafka as long as it takes."""
@@ -713,10 +757,19 @@ class Worker:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._look.wait(), min(_LOOK_SECONDS, patience / 2))
             self._look.clear()
+            try:
+                identity = await self._source.identity(self._app.topics)
+                self._kafka.back()
+                self._kafka.topics(self._app.topics, identity)
+            except (KafkaError, TimeoutError, OSError) as error:
+                self._kafka.away(error)
+                continue
             if self._holding:
                 continue
             try:
-                await self._look_at_identities()
+                self._try_unreadable_again()
+                self._look_for_leaders()
+                await self._look_at_identities(identity)
                 held = {
                     each: at
                     for lane in self._lanes
@@ -734,12 +787,11 @@ class Worker:
                 await self._pause(_LOOK_AGAIN_SECONDS)
                 self._look.set()
 
-    async def _look_at_identities(self) -> None:
+    async def _look_at_identities(self, identity: Identity) -> None:
         generations = [shard.generation for shard in self._shards]
-        identity = await self._source.identity(self._app.topics)
         suspects = dict(self._suspects)
-        firsts = await self._source.beginnings(list(suspects)) if suspects else {}
-        ends = await self._source.ends(list(suspects)) if suspects else {}
+        firsts = await self._source.beginnings(list(suspects), partial=True) if suspects else {}
+        ends = await self._source.ends(list(suspects), partial=True) if suspects else {}
         if generations != [shard.generation for shard in self._shards]:
             return
         for lane in self._lanes:
@@ -756,10 +808,20 @@ class Worker:
                 stop = judge(partition, at, log)
                 if stop is not None:
                     self._stop_partition(lane.shard, partition, stop, at)
+                elif partition in suspects and partition.topic in identity.refused:
+                    self._unreadable(partition, Failure(Reason.NOT_ALLOWED, "its user may not see it", received))
                 elif partition in suspects and (log.topic_id is not None or at.topic_id is None):
                     self._suspects.pop(partition, None)  # a broker that knew less, or a leader that has just changed
                     self._reading.pop(partition, None)
                     self._read_on(partition)
+
+    def _look_for_leaders(self) -> None:
+        """Stop partitions that have had no leader for long; the client says nothing of them."""
+        leaderless = {each for each in self._reading if not self._is_stopped(each) and self._source.is_leaderless(each)}
+        for partition in self._kafka.long_leaderless(leaderless, time.monotonic()):
+            self._unreadable(
+                partition, Failure(Reason.BROKER_ERROR, "the partition has no leader", self._reading[partition])
+            )
 
     async def _tell_open_transaction(self, partition: Partition) -> None:
         found = await self._source.open_transaction(partition)
@@ -883,6 +945,7 @@ class Worker:
                 for shard in self._shards:
                     await self._look_for_moved_positions(shard)
                     await self._record_keys(shard)
+                    await self._save_stops(shard)
 
     async def _record_keys(self, shard: _Shard) -> None:
         """Let the shard remember where new keys were sent, so that another route is refused at the next start."""
@@ -896,6 +959,20 @@ class Worker:
             raise
         except Exception as error:  # these keys are not remembered, which the worker can do without
             event(logging.DEBUG, "keys cannot be recorded now", error=describe(error), **shard.label)
+            control.close()
+
+    async def _save_stops(self, shard: _Shard) -> None:
+        """Let `consumer status` know, in whatever process, which partitions cannot be read."""
+        control = shard.control
+        if not self._stops.has_unsaved(shard.name) or control is None or not control.is_usable:
+            return
+        if shard.control_lock.locked():
+            return
+        try:
+            async with shard.control_lock:
+                await self._stops.save(shard.name, control.connection, self._app.name)
+        except Exception as error:
+            event(logging.DEBUG, "stopped partitions cannot be written now", error=describe(error), **shard.label)
             control.close()
 
     async def _look_for_moved_positions(self, shard: _Shard) -> None:
@@ -1007,10 +1084,12 @@ class Worker:
                 stopped = {*self._suspects, *self._paused, *(each for shard in self._shards for each in shard.stopped)}
                 received = {each: offset for each, offset in self._reading.items() if each not in stopped}
             try:
-                ends = await self._source.ends(list(received)) if received else {}
-            except (KafkaError, TimeoutError, OSError):
+                ends = await self._source.ends(list(received), partial=True) if received else {}
+            except (KafkaError, TimeoutError, OSError) as error:
+                self._kafka.away(error)
                 watchdog = Watchdog()  # an outage of Kafka is waited for
                 continue
+            received = {each: offset for each, offset in received.items() if each in ends}
             now = time.monotonic()
             if watchdog.fetching_stalled_seconds(now, received, ends) > self._settings.watchdog_seconds:
                 raise Stalled(

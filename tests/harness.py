@@ -171,7 +171,7 @@ async def drained(app: App, settings: Settings, seconds: float = 30) -> None:
                 lags, missing = await report.partition_lags(connection, source, app)
             finally:
                 await connection.close()
-            return not missing and not any(each["lag"] for each in lags)
+            return not missing and not any(each["lag"] != 0 for each in lags)
 
         await until("no lag", no_lag, seconds)
     finally:

@@ -28,7 +28,10 @@ LAYERS = [
     "embedded",
     "columns",
     "tx",
+    "compression",
     "wire",
+    "fetching",
+    "brokers",
     "kafka",
     "generations",
     "deadletters",
@@ -39,6 +42,7 @@ LAYERS = [
     "app",
     "calling",
     "once",
+    "stops",
     "shards",
     "schemes",
     "report",
@@ -59,6 +63,7 @@ LAYERS = [
     "letter_relay",
     "opening",
     "telling",
+    "watching",
     "worker",
     "process",
     "supervisor",
@@ -75,7 +80,8 @@ LAYERS = [
 
 # Libraries and who may import them. Those of the standard library are free, outside the core.
 LIBRARIES = {
-    "aiokafka": {"wire", "kafka"},
+    "aiokafka": {"compression", "wire", "fetching", "brokers", "kafka"},
+    "cramjam": {"compression"},
     "asyncpg": {"ledger"},
     "redis": {"precheck", "schemes"},
     "starlette": {"schemes"},

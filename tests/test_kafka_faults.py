@@ -17,8 +17,8 @@ from proxy import FETCH, HEARTBEAT, JOIN_GROUP, OFFSET_COMMIT, PRODUCE, SYNC_GRO
 
 from consumer import App, Settings, Tx
 from consumer.core.message import Partition
+from consumer.fetching import FetchingById
 from consumer.kafka import group_offsets
-from consumer.wire import FetchingById
 from consumer.worker import Stalled, Worker
 
 

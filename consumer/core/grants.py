@@ -46,6 +46,12 @@ _WORKER: Mapping[str, tuple[str, ...]] = {
     "letters_to_publish": ("select", "insert", "update (dead_letter)", "delete"),
     "attempts": ("select", "insert", "update (attempts, due_at)", "delete"),
     "letter_actions": ("select", "insert"),
+    "stopped_partitions": (
+        "select",
+        "insert",
+        'update (reason, why, "do", first_offset, last_offset, since)',
+        "delete",
+    ),
 }
 # Enough for `status`, `show` and dashboards. Of a dead letter, no byte of the message, and not the error's text, which may quote it.
 _READER: Mapping[str, tuple[str, ...]] = {
@@ -72,6 +78,7 @@ _READER: Mapping[str, tuple[str, ...]] = {
     "letters_to_publish": ("select",),
     "attempts": ("select",),
     "letter_actions": ("select (action, dead_letter, at, operator, what, outcome)",),
+    "stopped_partitions": ("select",),
 }
 
 

@@ -82,15 +82,26 @@ class Reason(StrEnum):
     RECORDS_REMOVED = "records_removed"
     BEYOND_THE_END = "beyond_the_end"
     OTHER_RECORD = "other_record"
+    DAMAGED = "damaged"
+    TOO_LARGE = "too_large"
+    NOT_ALLOWED = "not_allowed"
+    BROKER_ERROR = "broker_error"
 
 
 class Stop(NamedTuple):
-    """Why a partition stopped: one sentence, the options of `consumer positions APP` that let it go on, the missing range."""
+    """Why a partition stopped: one sentence, what lets it go on, the missing range.
+
+    do: options of `consumer positions APP`; where no position helps, an instruction in words.
+    """
 
     reason: Reason
     text: str
     do: str
     missing: tuple[int, int] | None = None  # first and last offset
+
+    def command(self, path: str, suffix: str = "") -> str:
+        """What to run, or to do, so that the partition goes on. path: how commands name the App."""
+        return f"consumer positions {path} {self.do}{suffix}" if self.do.startswith("--") else self.do
 
 
 def judge(partition: Partition, known: Position, log: Log) -> Stop | None:

@@ -1,7 +1,7 @@
-"""Reads the records of a Kafka batch (format v2) without trusting their header keys to be UTF-8.
+"""Reads Kafka's record batches without trusting them: their order and sizes, and header keys that are not UTF-8.
 
-Knows the byte format (KIP-98); knows no client, no compression. Used only for a batch that the client could not read,
-so it is plain rather than fast.
+Knows the byte format (KIP-98); knows no client, no compression. `check` runs for every fetch and costs one step for a batch;
+the rest is used only for a batch that the client could not read, so it is plain rather than fast.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import NamedTuple
 _HEADER = struct.Struct(">qiibIhiqqqhii")  # base offset … records count
 HEADER_BYTES = _HEADER.size
 LOG_OVERHEAD_BYTES = 12  # base offset and length stand before the counted part
+_START = struct.Struct(">qiibIhi")  # base offset, length, leader epoch, format, CRC, attributes, last offset delta
+_LENGTH_MIN = {0: 14, 1: 22, 2: HEADER_BYTES - LOG_OVERHEAD_BYTES}  # by format; 0 and 1 hold a message, not a batch
 _LOG_APPEND_TIME = 0x08
 _CODEC = 0x07
 
@@ -38,6 +40,44 @@ class Entry(NamedTuple):
     key: bytes | None
     value: bytes | None
     headers: tuple[tuple[str, bytes | None], ...]
+
+
+class Damage(NamedTuple):
+    """A batch whose frame is wrong. last: the last offset that it holds, None where its bytes cannot tell."""
+
+    text: str
+    last: int | None
+
+
+def check(log: bytes, wanted: int, end: int) -> tuple[int, Damage | None]:
+    """How many bytes of a fetched piece of log have sound frames, and what is wrong with the batch behind them.
+
+    No checksum covers a batch's base offset, length and format, so a wrong one skips records silently, or ends the client.
+    wanted: the offset that was asked for. end: the high watermark, negative where it is unknown. A batch that is cut at the
+    end of the piece is sound: the next fetch brings it whole.
+    """
+    position = before = 0
+    last = last_before = wanted - 1
+    size = len(log)
+    while size - position >= _START.size:
+        base, length, _, magic, _, _, delta = _START.unpack_from(log, position)
+        least = _LENGTH_MIN.get(magic)
+        if least is None:
+            return position, Damage(f"its message format {magic} is unknown", None)
+        if length < least:
+            return position, Damage(f"its length of {length} bytes is impossible", None)
+        if position + LOG_OVERHEAD_BYTES + length > size:
+            break
+        if magic == 2:
+            if delta < 0 or 0 <= end < base:  # an imitation of Kafka gives the last batch's base as the end
+                return position, Damage(f"its offsets {base} to {base + delta} do not lie in the log", None)
+            if position and base <= last:
+                if base > last_before:  # without the batch before it the order is right
+                    return before, Damage(f"its last offset {last} does not lie before {base}", base - 1)
+                return position, Damage(f"its first offset {base} does not lie behind {last}", None)
+            last_before, last = last, base + delta
+        before, position = position, position + LOG_OVERHEAD_BYTES + length
+    return position, None
 
 
 def batches(log: bytes) -> Iterator[tuple[BatchHeader, bytes]]:

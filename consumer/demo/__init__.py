@@ -56,7 +56,9 @@ class _Known(Source):
         super().__init__(settings, None)
         self._ends = ends
 
-    async def ends(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+    async def ends(
+        self, partitions: Sequence[Partition], *, partial: bool = False, uncommitted: bool = False
+    ) -> dict[Partition, int]:
         return {each: self._ends.get(each, 0) for each in partitions}
 
 

@@ -30,3 +30,16 @@ alter table consumer.handlers add column legacy boolean not null default false;
 update consumer.handlers h set legacy = true, topics = array(
     select t.name from consumer.topics t
     where t.topic = (select l.topic from consumer.ledger l where l.handler = h.handler limit 1));
+-- Partitions that workers cannot read, and why. Written when one stops, deleted when it goes on.
+create table consumer.stopped_partitions (
+    app          text not null,
+    topic        text not null,
+    partition    integer not null,
+    reason       text not null,              -- of core/incarnation.Reason
+    why          text not null,
+    "do"         text not null,              -- options of `consumer positions`, or an instruction in words
+    first_offset bigint not null,
+    last_offset  bigint not null,
+    since        timestamptz not null default now(),
+    primary key (app, topic, partition)
+);
