@@ -12,7 +12,7 @@ ARGS ?=
 AT_A_TIME ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo shop test check audit lock bench format kafka chromium pgbouncer pictures clean
+.PHONY: help demo shop test check oracle audit lock bench format kafka chromium pgbouncer pictures clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer ## All tests, on real Ka
 
 chaos: $(VENV)/dev $(KAFKA)/.complete ## Random faults on real servers, and what must be true after them (ARGS="--seed 7 --seconds 20 --runs 5")
 	@PYTHONPATH=.:tests $(BIN)/python -m chaos $(ARGS)
+
+oracle: $(VENV)/dev ## Random applications, a batch against one message at a time (ARGS="--seed 7 --seconds 60")
+	@PYTHONPATH=.:tests $(BIN)/python -m oracle $(ARGS)
 
 check: $(VENV)/dev ## Format, lint, strict types, the architecture, and known holes in what we depend on
 	$(BIN)/ruff format --check .

@@ -1,0 +1,249 @@
+"""Runs a case on both sides and compares what they leave: tables, sequences, and the outcome of every message.
+
+The serial side runs in the order in which the framework's last calls began, which must be the order of the batch for each
+handler. With `concurrency=` above 1 any order that keeps that of each key will do; some are tried, and all when there are few.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import asyncpg
+
+from oracle import framework, serial
+from oracle.case import Case, Found
+from oracle.databases import Databases, Rows, State
+from oracle.framework import Place, Seen
+
+_ORDERS_MAX = 130  # searched before a case counts as undecided
+
+
+@dataclass
+class Verdict:
+    """What came of a case. found: what is wrong. refused: messages that the framework has refused, and said why."""
+
+    found: Found | None = None
+    seen: Seen | None = None
+    refused: int = 0
+    failed: int = 0
+    undecided: bool = False
+    invalid: str = ""  # the schema cannot be made: the case says nothing
+
+
+async def check(databases: Databases, case: Case) -> Verdict:
+    """Compare the two sides on one case."""
+    try:
+        await databases.reset(case)
+    except asyncpg.PostgresError as error:
+        return Verdict(invalid=str(error))
+    try:
+        seen = await framework.settle(databases.framework, case)
+    except TimeoutError:
+        return Verdict(Found("hang", "the batch was not settled in time"))
+    except asyncpg.PostgresConnectionError:
+        raise
+    except Exception as error:
+        return Verdict(Found("crash", f"{type(error).__name__}: {error}"))
+    verdict = Verdict(seen=seen)
+    verdict.refused = sum(_is_refused(each) for each in seen.places.values())
+    verdict.failed = sum(each.outcome != "applied" for each in seen.places.values())
+    ours = await databases.state(databases.framework)
+    called = [
+        place for place, each in seen.places.items() if each.calls and not _is_refused(each) and not _waits_behind(each)
+    ]
+    is_free = any(each.concurrency > 1 for each in case.handlers)
+    if not is_free and (disorder := _disorder(seen, called)):
+        verdict.found = disorder
+        return verdict
+    if wrong := _unasked(case, seen):
+        verdict.found = wrong
+        return verdict
+    is_exact = all(each.calls <= 1 and each.outcome == "applied" for each in seen.places.values() if each.calls)
+    found = None
+    tried = 0
+    for tried, order in enumerate(_orders(case, seen, called) if is_free else [_by_start(seen, called)], 1):
+        found = await _compare(databases, case, seen, order, ours, is_exact) if tried <= _ORDERS_MAX else found
+        if found is None or tried > _ORDERS_MAX:
+            break
+    verdict.undecided = found is not None and tried > _ORDERS_MAX
+    verdict.found = None if verdict.undecided else found
+    return verdict
+
+
+async def _compare(
+    databases: Databases, case: Case, seen: Seen, order: Sequence[Place], ours: State, is_exact: bool
+) -> Found | None:
+    """Run one message after the other in this order, and tell the first difference."""
+    await databases.reset_serial(case)
+    async with databases.serial_connection() as connection:
+        for place in order:
+            handler, message = place
+            async with asyncio.timeout(60):
+                error = await serial.apply(connection, case.handlers[handler], case.messages[message])
+            sighting = seen.places[place]
+            if (error is None) != (sighting.outcome == "applied"):
+                went = "succeeds" if error is None else f"fails with {type(error).__name__}: {error}"
+                text = f"message {message} at handler {handler} is {sighting.outcome} ({sighting.cause}: {sighting.error}) in the batch; alone it {went}"
+                return Found("outcome", text)
+            if error is not None and sighting.outcome == "waiting" and not _may_wait(error):
+                return Found("outcome", f"message {message} waits for ever ({sighting.error}); alone: {error}")
+    theirs = await databases.state(databases.serial)
+    return _difference(case, ours, theirs, is_exact)
+
+
+def _may_wait(error: Exception) -> bool:
+    """Whether a message that fails so may be kept waiting: schema or rights do not fit the code, as far as one can tell."""
+    return isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "")[:2] in ("42", "3F", "28", "XX")
+
+
+def _is_refused(sighting: framework.Sighting) -> bool:
+    """Whether the framework refused what the handler does, and said so. Then the message must have left nothing."""
+    return sighting.outcome != "applied" and type(sighting.exception).__name__ == "TransactionMisuse"
+
+
+def _waits_behind(sighting: framework.Sighting) -> bool:
+    """Whether its calls were undone, because a message of its key before it has failed in the end."""
+    return sighting.outcome != "applied" and (sighting.cause == "behind" or sighting.error.startswith("waits behind"))
+
+
+def _by_start(seen: Seen, called: Sequence[Place]) -> list[Place]:
+    return sorted(called, key=lambda place: seen.places[place].began)
+
+
+def _disorder(seen: Seen, called: Sequence[Place]) -> Found | None:
+    """The first message that ran before another one of its handler that was before it in the batches."""
+    wanted = list(dict.fromkeys(place for batch in seen.batches for place in batch))
+    for handler in {place[0] for place in called}:
+        expected = [place for place in wanted if place[0] == handler and place in set(called)]
+        actual = [place for place in _by_start(seen, called) if place[0] == handler]
+        for one, other in zip(expected, actual, strict=True):
+            if one != other and seen.places[one].outcome == seen.places[other].outcome == "applied":
+                return Found("order", f"handler {handler} ran message {other[1]} before message {one[1]}")
+    return None
+
+
+def _unasked(case: Case, seen: Seen) -> Found | None:
+    """A message whose handler was not called, without a reason for that among the messages before it."""
+    settled: dict[tuple[int, int], int | None] = {}  # handler and id -> payload
+    stopped: dict[tuple[int, int, str | None], bool] = {}  # and whether by one that waits
+    for place in dict.fromkeys([*(place for batch in seen.batches for place in batch), *seen.places]):
+        handler, number = place
+        message, sighting = case.messages[number], seen.places[place]
+        key = (handler, message.id)
+        options = case.handlers[handler]
+        unit = (handler, message.partition, message.key if options.order == "key" else "")
+        is_ordered = options.order == "partition" or (options.order == "key" and message.key is not None)
+        if sighting.outcome == "not delivered" and stopped.get(unit):
+            continue
+        if sighting.outcome in ("not delivered", "crashed"):
+            return Found("outcome", f"message {number} at handler {handler} was not delivered")
+        if key in settled:
+            reason = "id_conflict" if settled[key] != message.payload else "duplicate"
+            word = sighting.cause if sighting.outcome == "dead-lettered" else sighting.outcome
+            # Behind a letter of its key, an id that was used before may also be told so.
+            if word != reason and not (is_ordered and unit in stopped):
+                return Found("outcome", f"message {number} at handler {handler} is {sighting.outcome}, not {reason}")
+            continue
+        settled[key] = message.payload
+        if is_ordered and unit in stopped:
+            if sighting.outcome == "applied":
+                return Found("outcome", f"message {number} is applied, behind a failed message of its key")
+        elif not sighting.calls:
+            return Found("outcome", f"message {number} is {sighting.outcome} ({sighting.cause}), and was never tried")
+        elif sighting.outcome == "waiting" or (sighting.outcome == "dead-lettered" and sighting.cause == "failed"):
+            stopped[unit] = sighting.outcome == "waiting"
+    return None
+
+
+def _orders(case: Case, seen: Seen, called: Sequence[Place]) -> Iterator[list[Place]]:
+    """Orders that keep that of each key: the likely ones first, then, of few messages, all."""
+    likely = [
+        _by_start(seen, called),
+        sorted(called, key=lambda place: max(seen.places[place].ended, seen.places[place].began)),
+        [place for batch in seen.batches for place in batch if place in set(called)],
+    ]
+    tried: list[list[Place]] = []
+    for order in likely:
+        if order not in tried and _keeps_keys(case, seen, order):
+            tried.append(order)
+            yield order
+    if len(called) > 6:
+        yield from itertools.repeat(tried[0] if tried else likely[0], _ORDERS_MAX + 1)  # undecided
+        return
+    for permuted in itertools.permutations(called):
+        if list(permuted) not in tried and _keeps_keys(case, seen, permuted):
+            yield list(permuted)
+
+
+def _keeps_keys(case: Case, seen: Seen, order: Sequence[Place]) -> bool:
+    placed = {place: n for n, place in enumerate(place for batch in seen.batches for place in batch)}
+    batch_of = {place: n for n, batch in enumerate(seen.batches) for place in batch}
+    last: dict[object, int] = {}
+    latest = 0
+    for place in order:
+        if batch_of[place] < latest:
+            return False
+        latest = batch_of[place]
+        message, handler = case.messages[place[1]], case.handlers[place[0]]
+        if handler.concurrency == 1:
+            unit: object = place[0]
+        elif message.key is None:
+            continue
+        else:
+            unit = (place[0], message.partition, message.key)
+        if placed[place] < last.get(unit, -1):
+            return False
+        last[unit] = placed[place]
+    return True
+
+
+def _difference(case: Case, ours: State, theirs: State, is_exact: bool) -> Found | None:
+    """The first table that differs. Values of a sequence are compared by rank where statements were run again."""
+    if not is_exact:
+        ours, theirs = _ranked(ours), _ranked(theirs)
+    for name in sorted({*ours.tables, *theirs.tables}):
+        mine, other = ours.tables.get(name), theirs.tables.get(name)
+        if mine is None or other is None:
+            return Found("table", f"{name} is there on one side only")
+        if mine.columns != other.columns:
+            return Found("table", f"{name} has columns {mine.columns} in the batch, {other.columns} one by one")
+        found, wanted = Counter(mine.rows), Counter(other.rows)
+        if found != wanted:
+            details = [f"batch only:      {row}" for row in list((found - wanted).elements())[:5]]
+            details += [f"one by one only: {row}" for row in list((wanted - found).elements())[:5]]
+            return Found("table", f"{name} ({', '.join(mine.columns)}) differs", details)
+    if is_exact and ours.sequences != theirs.sequences:
+        return Found("table", f"sequences are {ours.sequences} in the batch, {theirs.sequences} one by one")
+    return None
+
+
+def _ranked(state: State) -> State:
+    """The state with each value of a sequence replaced by its rank among all of that sequence."""
+    values: dict[str, set[int]] = {}
+    for rows in state.tables.values():
+        for place, column in enumerate(rows.columns):
+            if domain := _domain(column):
+                values.setdefault(domain, set()).update(int(row[place]) for row in rows.rows if row[place] is not None)
+    ranks = {domain: {each: n for n, each in enumerate(sorted(found))} for domain, found in values.items()}
+    tables = {}
+    for name, rows in state.tables.items():
+        domains = [_domain(column) for column in rows.columns]
+        tables[name] = Rows(
+            rows.columns,
+            [
+                tuple(
+                    f"#{ranks[domain][int(value)]}" if domain and value is not None else value
+                    for domain, value in zip(domains, row, strict=True)
+                )
+                for row in rows.rows
+            ],
+        )
+    return State(tables, {})
+
+
+def _domain(column: str) -> str:
+    return column[:4] if column[:3] in ("sid", "nid") and column[3:4].isdigit() else ""

@@ -1,0 +1,169 @@
+"""The framework's side: a case becomes an App, and its messages are settled as a worker settles them, without Kafka.
+
+Drives `consumer.testing.life.Life`, which the project keeps in step with its worker. Notes in which order the final calls of
+the handlers began and ended, and what was sent to PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from consumer import App, Message, Reject, Retry, Tx
+from consumer.core.handler import Handler as Registered
+from consumer.ledger import Session
+from consumer.settings import load
+from consumer.testing.life import Life, Round
+from consumer.testing.messages import Sent, record_of
+from oracle.case import Case, Defer, Handler
+from oracle.case import Message as CaseMessage
+from oracle.handlers import run, run_batch
+
+Place = tuple[int, int]  # handler, message, by their numbers in the case
+HAS_SET_LOCAL = hasattr(Tx, "set_local")
+_numbers = itertools.count()
+
+
+@dataclass
+class Sighting:
+    """What was seen of a message at a handler: its outcome and cause, and when its last call began and ended."""
+
+    outcome: str
+    cause: str
+    error: str
+    exception: BaseException | None
+    began: int = -1
+    ended: int = -1
+    calls: int = 0
+
+
+@dataclass
+class Seen:
+    """What was seen of a run. batches: the deliveries of each, in order. rewritten: executions of texts of the framework's making."""
+
+    places: dict[Place, Sighting] = field(default_factory=dict)
+    batches: list[list[Place]] = field(default_factory=list)
+    executions: int = 0
+    rewritten: int = 0
+    rows_rewritten: int = 0
+    texts: set[str] = field(default_factory=set)
+
+
+class NoWatch:
+    """In place of consumer.testing's Watch: nothing is looked at between two calls."""
+
+    def own(self, connection: Any) -> None: ...
+
+    def around(self, handler: Registered) -> Any:
+        return handler.call
+
+    async def look(self, call: Any) -> None: ...
+
+
+class OracleLife(Life):
+    """A worker's life that notes its batches and its statements."""
+
+    seen: Seen
+    index: Mapping[tuple[int, int], int]
+
+    async def _open(self) -> None:
+        session: Any = await Session.open(self._settings)
+        session.rows = {}
+        session.connection.add_query_logger(self._note)
+        self._session = session
+
+    def _note(self, query: Any) -> None:
+        text, seen = query.query, self.seen
+        if "consumer." in text or "typeinfo_tree" in text or not re.search(r"\b[tlvs][0-9]\b", text):
+            return
+        seen.executions += 1
+        if text not in seen.texts and query.args and isinstance(query.args[0], list | tuple):
+            seen.rewritten += 1
+            seen.rows_rewritten += len(query.args[0])
+
+    async def _settle(self, batch: Any, now: float) -> None:
+        places = [
+            (int(each.handler.name[1:]), self.index[each.record.partition, each.record.offset])
+            for each in batch.deliveries
+        ]
+        self.seen.batches.append(places)
+        await super()._settle(batch, now)
+
+
+def _app(case: Case, name: str, topic: str, index: Mapping[tuple[int, int], int], seen: Seen) -> App:
+    app = App(name)
+    ticks = itertools.count()
+
+    def register(number: int, handler: Handler) -> None:
+        def begin(messages: Sequence[Message[bytes]]) -> list[CaseMessage]:
+            found = [index[each.partition, each.offset] for each in messages]
+            for each in found:
+                sighting = seen.places[number, each]
+                sighting.began, sighting.calls = next(ticks), sighting.calls + 1
+            return [case.messages[each] for each in found]
+
+        def end(messages: Sequence[Message[bytes]]) -> None:
+            for each in messages:
+                seen.places[number, index[each.partition, each.offset]].ended = next(ticks)
+
+        async def one(message: Message[bytes], tx: Tx) -> None:
+            [found] = begin([message])
+            await run(handler.steps, tx, dict(found.fields), Reject)
+            end([message])
+
+        async def many(messages: list[Message[bytes]], tx: Tx) -> None:
+            await run_batch(handler, begin(messages), tx, Reject)
+            end(messages)
+
+        options: dict[str, Any] = {"retry": Retry(attempts=1), "order": handler.order}
+        if handler.batch is not None:
+            options["batch"] = handler.batch
+        elif handler.concurrency > 1:
+            options["concurrency"] = handler.concurrency
+        app.handler(topic, name=f"h{number}", **options)(one if handler.batch is None else many)
+
+    for number, handler in enumerate(case.handlers):
+        register(number, handler)
+    return app
+
+
+async def settle(dsn: str, case: Case, timeout_seconds: float = 60) -> Seen:
+    """Settle the messages of a case. Raises what is no message's fault, which is a fault of the framework."""
+    number = next(_numbers)
+    topic = f"oracle-{number}"
+    seen = Seen(texts={step.sql for step in case.steps() if hasattr(step, "sql")})
+    records, index = [], {}
+    ends: dict[int, int] = {}
+    for place, message in enumerate(case.messages):
+        payload = message.id if message.payload is None else message.payload
+        sent = Sent(topic, str(payload).encode(), id=f"m{message.id}", key=message.key, partition=message.partition)
+        offset = ends.get(message.partition, 0)
+        ends[message.partition] = offset + 1
+        index[message.partition, offset] = place
+        records.append((sent, record_of(sent, offset)))
+        for handler in range(len(case.handlers)):
+            seen.places[handler, place] = Sighting("not delivered", "", "", None)
+    app = _app(case, f"oracle-{number}", topic, index, seen)
+    for each in app.handlers.values():
+        each.bind({})
+    settings = load(postgres_dsn=dsn, postgres_pooler=False, postgres_lock_timeout_seconds=5.0)
+    told = Round("oracle")
+    life = OracleLife(app, settings, told, records, None, set(), NoWatch())  # type: ignore[arg-type]
+    life.seen, life.index = seen, index
+    async with asyncio.timeout(timeout_seconds):
+        await life.run(case.batch, True)
+    place_of = {id(sent): place for place, (sent, _) in enumerate(records)}
+    for each in told.delivered:
+        sighting = seen.places[int(each.handler[1:]), place_of[id(each.message)]]
+        sighting.outcome, sighting.cause = each.outcome, each.cause
+        sighting.error, sighting.exception = each.error, each.exception
+    return seen
+
+
+def deferred(case: Case) -> int:
+    """How many writes the messages of a case defer, about."""
+    return len(case.messages) * sum(isinstance(step, Defer) for step in case.steps())

@@ -1,0 +1,477 @@
+"""Random cases: an application as people write them, on random tables, and messages for it. The same seed, the same case."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+from oracle.case import (
+    Boom,
+    Case,
+    Copy,
+    Defer,
+    Execute,
+    FetchVal,
+    Handler,
+    IfNone,
+    Many,
+    Message,
+    Savepoint,
+    SetLocal,
+    Step,
+    Wait,
+    arguments_of,
+    walk,
+)
+from oracle.schemas import Drawn, draw_tables
+from oracle.values import Kind
+
+_TEXTS = ("x", "y", "z", "xx", "", "it's")
+
+
+@dataclass
+class Slot:
+    """A field of the messages. what: pool, fresh, other, number or text."""
+
+    what: str
+    kind: Kind | None = None
+    style: str = "first"  # of spellings: first, mixed, or those of one class
+    hot: int = 0  # how many values of the pool are used; 0: all
+    number: str = ""
+    of: str = ""
+
+
+@dataclass
+class Draft:
+    """What is known while a handler is drawn."""
+
+    chance: random.Random
+    tables: list[Drawn]
+    awaited: float  # share of statements that are awaited
+    set_local: bool
+    is_near: bool
+    slots: dict[str, Slot] = field(default_factory=dict)
+
+    def slot(self, letter: str, slot: Slot) -> str:
+        name = f"{letter}{len(self.slots)}"
+        self.slots[name] = slot
+        return name
+
+    def pool(self, kind: Kind) -> str:
+        same = [name for name, each in self.slots.items() if each.what == "pool" and each.kind is kind]
+        if same and self.chance.random() < 0.6:
+            return self.chance.choice(same)
+        style = self.chance.choice(["first", "mixed", "class", "class"])
+        return self.slot("k", Slot("pool", kind, style, self.chance.choice([0, 0, 1, 2])))
+
+    def key(self, kind: Kind, fresh: float) -> str:
+        if kind.fresh is not None and self.chance.random() < fresh:
+            return self.slot("f", Slot("fresh", kind))
+        return self.pool(kind)
+
+    def number(self, t: Drawn) -> str:
+        return self.slot("n", Slot("number", number=t.number))
+
+    def text(self) -> str:
+        return self.slot("t", Slot("text"))
+
+    def write(self, sql: str, *args: str) -> Step:
+        return Execute(sql, args) if self.chance.random() < self.awaited else Defer(sql, args)
+
+    def table(self) -> Drawn:
+        return self.chance.choice(self.tables)
+
+    def name(self, t: Drawn) -> str:
+        return t.view if t.view and self.chance.random() < 0.5 else t.name
+
+
+def draw(seed: object, set_local: bool = False) -> Case:
+    """The case of a seed. set_local: whether handlers may use `tx.set_local`."""
+    chance = random.Random(f"oracle:{seed}")
+    is_near = chance.random() < 0.45  # near to what is grouped: plain tables and forms, but for a twist
+    tables, log = draw_tables(chance, 0.2 if is_near else 0.5)
+    handlers: list[Handler] = []
+    slots: dict[str, Slot] = {}
+    for _ in range(1 if is_near else chance.choices([1, 2, 3], [8, 2, 1])[0]):
+        awaited = chance.choice([0, 0, 0, 0.1]) if is_near else chance.choice([0, 0, 0.2, 0.5, 1])
+        draft = Draft(chance, tables, awaited, set_local, is_near, slots)
+        handlers.append(_near_handler(draft) if is_near else _handler(draft))
+    used = {name for handler in handlers for step in walk(handler.steps) for name in arguments_of(step)}
+    used |= {step.variable for handler in handlers for step in walk(handler.steps) if isinstance(step, IfNone)}
+    slots = {
+        name: slot for name, slot in slots.items() if name in used or any(each.of == name for each in slots.values())
+    }
+    if is_near:
+        messages = _messages(chance, slots, chance.choice([12, 20, 30, 60]), booms=0.02)
+        batch = chance.choice([20, 60, 60, 60])
+    else:
+        count = chance.choices([3, 6, 12, 20, 40], [1, 2, 3, 4, 2])[0]
+        messages = _messages(chance, slots, count, booms=chance.choice([0, 0.06]))
+        batch = chance.choice([2, 5, 20, 60, 60, 60])
+    return Case((log, *(each.table() for each in tables)), tuple(handlers), tuple(messages), batch)
+
+
+def _near_handler(draft: Draft) -> Handler:
+    """A few plain writes, and in half of the cases one statement of any other form."""
+    forms = draft.chance.choices(
+        [_insert, _add, _upsert, _delete, _log_row], [5, 8, 4, 2, 4], k=draft.chance.choice([1, 2, 2, 3])
+    )
+    steps = [step for form in forms for step in form(draft, draft.table())]
+    if draft.chance.random() < 0.5:
+        names = list(_FORMS)
+        form = draft.chance.choices(names, [_FORMS[each] for each in names])[0]
+        at = draft.chance.randrange(len(steps) + 1)
+        steps[at:at] = form(draft, draft.table())
+    return Handler(tuple(steps))
+
+
+def _handler(draft: Draft) -> Handler:
+    chance = draft.chance
+    steps: list[Step] = []
+    for _ in range(chance.choices([1, 2, 3, 4], [4, 5, 2, 1])[0]):
+        names = list(_FORMS)
+        form = chance.choices(names, [_FORMS[each] for each in names])[0]
+        found = form(draft, draft.table())
+        if chance.random() < 0.06 and found:
+            found = [Savepoint(tuple(found), fails=chance.random() < 0.3)]
+        steps += found
+        if chance.random() < 0.04:
+            steps.append(Boom())
+    way = chance.random()
+    order = chance.choices(["key", "partition", "none"], [8, 1, 1])[0]
+    if way < 0.15:
+        is_many = len(steps) == 1 and isinstance(steps[0], Execute) and chance.random() < 0.7
+        return Handler(tuple(steps), batch=chance.choice([2, 7, 100]), many=is_many, order=order)
+    if way < 0.27:
+        at = chance.randrange(len(steps) + 1)
+        return Handler((*steps[:at], Wait(), *steps[at:]), concurrency=chance.choice([2, 5]), order=order)
+    return Handler(tuple(steps), order=order)
+
+
+# -- forms of statements: what a table is asked for, and what steps that takes ------------------------------------------
+
+
+def _columns(draft: Draft, t: Drawn, key: str) -> tuple[list[str], list[str]]:
+    columns, args = ["k", "n"], [key, draft.number(t)]
+    if draft.chance.random() < 0.3:
+        columns.append("s")
+        args.append(draft.text())
+    if t.has_u and draft.chance.random() < 0.8:
+        columns.append("u")
+        args.append(draft.slot("u", Slot("pool", _U, "first") if draft.chance.random() < 0.3 else Slot("fresh", _U)))
+    if t.ref is not None and draft.chance.random() < 0.8:
+        columns.append("ref")
+        args.append(draft.key(t.ref.kind, 0.2))
+    if t.has_parent and draft.chance.random() < 0.8:
+        columns.append("parent")
+        args.append(
+            draft.slot("o", Slot("other", t.kind, of=key)) if draft.slots[key].what == "fresh" else draft.pool(t.kind)
+        )
+    return columns, args
+
+
+_U = Kind("u", "int", ((1,), (2,), (3,)), lambda n: 100 + n)
+
+
+def _insert_sql(draft: Draft, t: Drawn, fresh: float) -> tuple[str, list[str]]:
+    columns, args = _columns(draft, t, draft.key(t.kind, fresh))
+    places = ", ".join(f"${n}" for n in range(1, len(args) + 1))
+    return f"insert into {draft.name(t)} ({', '.join(columns)}) values ({places})", args
+
+
+def _insert(draft: Draft, t: Drawn) -> list[Step]:
+    sql, args = _insert_sql(draft, t, 0.9 if t.is_unique else 0.3)
+    return [draft.write(sql, *args)]
+
+
+def _insert_rows(draft: Draft, t: Drawn) -> list[Step]:
+    one, other = draft.key(t.kind, 0.9), draft.key(t.kind, 0.9)
+    n = draft.number(t)
+    return [draft.write(f"insert into {t.name} (k, n) values ($1, $3), ($2, $3)", one, other, n)]
+
+
+def _insert_nothing(draft: Draft, t: Drawn) -> list[Step]:
+    sql, args = _insert_sql(draft, t, 0.3)
+    target = "(k) " if t.is_unique and draft.chance.random() < 0.5 else ""
+    return [draft.write(f"{sql} on conflict {target}do nothing", *args)]
+
+
+def _upsert(draft: Draft, t: Drawn) -> list[Step]:
+    if not t.is_unique:
+        return _insert_nothing(draft, t)
+    columns, args = _columns(draft, t, draft.key(t.kind, 0.1))
+    places = ", ".join(f"${n}" for n in range(1, len(args) + 1))
+    change = draft.chance.choice(
+        [
+            f"n = {t.name}.n + excluded.n",
+            f"n = {t.name}.n + excluded.n",
+            "n = excluded.n",
+            f"n = {t.name}.n + excluded.n, s = {t.name}.s || 'u'",
+            f"n = {t.name}.n + 1",
+            f"n = excluded.n where {t.name}.n < excluded.n",
+            "s = excluded.s, n = excluded.n",
+        ]
+    )
+    sql = f"insert into {t.name} ({', '.join(columns)}) values ({places}) on conflict (k) do update set {change}"
+    return [draft.write(sql, *args)]
+
+
+def _add(draft: Draft, t: Drawn) -> list[Step]:
+    sign = draft.chance.choice(["+", "+", "-"])
+    change = draft.chance.choice(
+        [f"n = n {sign} $2", f"n = n {sign} $2", f"n = {t.name}.n {sign} $2", f"n = n {sign} $2, s = 'x'"]
+    )
+    name = t.name if f"{t.name}." in change else draft.name(t)
+    return [draft.write(f"update {name} set {change} where k = $1", draft.pool(t.kind), draft.number(t))]
+
+
+def _update(draft: Draft, t: Drawn) -> list[Step]:
+    key, n, text = draft.pool(t.kind), draft.number(t), draft.text()
+    sql, args = draft.chance.choice(
+        [
+            ("set n = $2 where k = $1", [key, n]),
+            ("set s = s || $2 where k = $1", [key, text]),
+            ("set n = n - $2 where k = $1 and n >= $2", [key, n]),
+            ("set n = n * 2 where k = $1", [key]),
+            (f"set n = (select count(*) from {t.name}) where k = $1", [key]),
+            (f"set n = (select coalesce(max(n), 0) from {draft.table().name}), s = $2 where k = $1", [key, text]),
+            ("set n = n + $2 where k = $1 and s = $3", [key, n, text]),
+            ("set n = case when n > 20 then 0 else n + $2 end where k = $1", [key, n]),
+            ("set n = coalesce(n, 0) + $2, s = $3 where k = $1", [key, n, text]),
+            ("set n = n + 1 where n > $1", [n]),
+            ("set s = $2 where n < $1", [n, text]),
+            ("set n = n + 1", []),
+            (f"set n = {t.name}.n + l0.n from l0 where l0.txt = $2 and k = $1 and l0.n = 1", [key, text]),
+        ]
+    )
+    return [draft.write(f"update {t.name} {sql}", *args)]
+
+
+def _update_key(draft: Draft, t: Drawn) -> list[Step]:
+    if t.has_u and draft.chance.random() < 0.6:
+        u = draft.slot("u", Slot("pool", _U, "first"))
+        return [draft.write(f"update {t.name} set u = $2 where k = $1", draft.pool(t.kind), u)]
+    return [draft.write(f"update {t.name} set k = $2 where k = $1", draft.pool(t.kind), draft.key(t.kind, 0.4))]
+
+
+def _delete(draft: Draft, t: Drawn) -> list[Step]:
+    key = draft.pool(t.kind)
+    sql, args = draft.chance.choice(
+        [("where k = $1", [key])] * 3
+        + [("where n > $1", [draft.number(t)]), ("where k = $1 and n < $2", [key, draft.number(t)])]
+    )
+    return [draft.write(f"delete from {t.name} {sql}", *args)]
+
+
+def _log_row(draft: Draft, t: Drawn) -> list[Step]:
+    return [draft.write("insert into l0 (txt, n) values ($1, $2)", draft.text(), draft.number(t))]
+
+
+def _log(draft: Draft, t: Drawn) -> list[Step]:
+    sql, args = draft.chance.choice(
+        [
+            ("insert into l0 (txt, n) values ($1, $2)", [draft.text(), draft.number(t)]),
+            ("insert into l0 (txt, n) values ($1, $2)", [draft.text(), draft.number(t)]),
+            (f"insert into l0 (txt, n) select $1::text, count(*) from {t.name}", [draft.text()]),
+            (f"insert into l0 (txt, n) values ($1, (select coalesce(sum(n), 0) from {t.name}))", [draft.text()]),
+            (f"insert into l0 (txt, n) select s, n from {t.name} where k = $1", [draft.pool(t.kind)]),
+            ("insert into l0 (txt, nid8) values ($1, nextval('s0'))", [draft.text()]),
+            ("insert into l0 (txt, n) values ($1, (select count(*) from l0))", [draft.text()]),
+        ]
+    )
+    return [draft.write(sql, *args)]
+
+
+def _current(draft: Draft, t: Drawn) -> list[Step]:
+    """A row, and another one that names the number which the first was given."""
+    if not t.serial:
+        return _log(draft, t)
+    sql, args = _insert_sql(draft, t, 1)
+    if draft.slots[args[0]].what != "fresh" and t.is_unique:
+        return _log(draft, t)
+    way = draft.chance.random()
+    if way < 0.3:
+        variable = f"v{len(draft.slots)}"
+        return [
+            FetchVal(variable, f"{sql} returning {t.serial}", tuple(args)),
+            draft.write(f"insert into l0 (txt, {t.serial}) values ($1, $2)", draft.text(), variable),
+        ]
+    current = f"currval('{t.sequence}')" if way < 0.8 else "lastval()"
+    return [
+        draft.write(sql, *args),
+        draft.write(f"insert into l0 (txt, {t.serial}) values ($1, {current})", draft.text()),
+    ]
+
+
+def _pair(draft: Draft, t: Drawn) -> list[Step]:
+    """An UPDATE, and an INSERT that does something only where it met no row; or a DELETE and an INSERT."""
+    key, n = draft.pool(t.kind), draft.number(t)
+    if draft.chance.random() < 0.4:
+        return [
+            draft.write(f"delete from {t.name} where k = $1", key),
+            draft.write(f"insert into {t.name} (k, n) values ($1, $2)", key, n),
+        ]
+    return [
+        draft.write(f"update {t.name} set n = n + $2 where k = $1", key, n),
+        draft.write(
+            f"insert into {t.name} (k, n) select $1::{t.kind.type}, $2::{t.number} where not exists (select from {t.name} where k = $1::{t.kind.type})",
+            key,
+            n,
+        ),
+    ]
+
+
+def _read_modify_write(draft: Draft, t: Drawn) -> list[Step]:
+    key, n, variable = draft.pool(t.kind), draft.slot("n", Slot("number", number="int")), f"v{len(draft.slots)}"
+    cast = "::int" if t.number != "numeric(12,2)" else "::numeric::int"
+    read = f"n{cast}" if t.is_unique else f"max(n){cast}"  # of several rows, any might be the first
+    steps: list[Step] = [FetchVal(variable, f"select {read} from {t.name} where k = $1", (key,))]
+    if draft.chance.random() < 0.3:
+        steps.append(Wait())
+    update = draft.write(f"update {t.name} set n = $2 where k = $1", key, f"{variable}+{n}")
+    insert = draft.write(f"insert into {t.name} (k, n) values ($1, $2)", key, n)
+    return [*steps, IfNone(variable, (insert,) if draft.chance.random() < 0.7 else (), (update,))]
+
+
+def _cte(draft: Draft, t: Drawn) -> list[Step]:
+    sql, args = draft.chance.choice(
+        [
+            (f"with gone as (delete from {t.name} where k = $1 returning n) insert into l0 (txt, n) select $2::text, n from gone", [draft.pool(t.kind), draft.text()]),
+            (f"with moved as (update {t.name} set n = n + $2 where k = $1 returning n) insert into l0 (txt, n) select 'moved', count(*) from moved", [draft.pool(t.kind), draft.number(t)]),
+            (f"with c as (select count(*) as c from {t.name}) update {t.name} set n = c.c from c where k = $1", [draft.pool(t.kind)]),
+        ]
+    )  # fmt: skip
+    return [draft.write(sql, *args)]
+
+
+def _many(draft: Draft, t: Drawn) -> list[Step]:
+    if draft.chance.random() < 0.4:
+        return [
+            Copy("l0", ("txt", "n"), ((draft.text(), draft.slot("n", Slot("number", number="numeric(12,2)"))),) * 2)
+        ]
+    key = draft.pool(t.kind)
+    return [
+        Many(
+            f"update {t.name} set n = n + $2 where k = $1",
+            ((key, draft.number(t)), (draft.pool(t.kind), draft.number(t))),
+        )
+    ]
+
+
+def _double(draft: Draft, t: Drawn) -> list[Step]:
+    """Two statements in one text."""
+    return [draft.write(f"update {t.name} set n = n + 1; insert into l0 (txt, n) values ('double', 1)")]
+
+
+def _tenant(draft: Draft, t: Drawn) -> list[Step]:
+    if not draft.set_local:
+        return _log(draft, t)
+    text = draft.text()
+    insert = draft.write(
+        "insert into l0 (txt, n) values (coalesce(nullif(current_setting('app.tenant', true), ''), '-'), $1)",
+        draft.number(t),
+    )
+    return [*([SetLocal("app.tenant", text)] if draft.chance.random() < 0.7 else []), insert]
+
+
+def _deferred_constraints(draft: Draft, t: Drawn) -> list[Step]:
+    return [Execute("set constraints all deferred"), *_insert(draft, t)]
+
+
+def _alter(draft: Draft, t: Drawn) -> list[Step]:
+    """One message changes the table. What was known of it before no longer holds."""
+    flag = draft.slot("d", Slot("once"))
+    sql = draft.chance.choice(
+        [
+            f"alter table {t.name} add check (n < 25) not valid",
+            f"create rule {t.name}_late as on insert to {t.name} do also insert into l0 (txt, n) values ('late', 1)",
+            f"alter table {t.name} alter column n set default 7",
+        ]
+    )
+    return [IfNone(flag, (), (Execute(sql),)), *_add(draft, t), *_insert(draft, t)]
+
+
+_FORMS = {
+    _insert: 14, _insert_rows: 2, _insert_nothing: 5, _upsert: 12, _add: 18, _update: 9, _update_key: 3, _delete: 6, _log: 8,
+    _current: 6, _pair: 6, _read_modify_write: 5, _cte: 2, _many: 2, _double: 1, _tenant: 3, _deferred_constraints: 1, _alter: 1,
+}  # fmt: skip
+
+
+# -- messages ---------------------------------------------------------------------------------------------------------------
+
+
+def _messages(chance: random.Random, slots: dict[str, Slot], count: int, booms: float) -> list[Message]:
+    keys: list[str | None] = [f"key{n}" for n in range(chance.choice([1, 3, 8, 30]))]
+    if chance.random() < 0.2:
+        keys.append(None)
+    partitions = chance.choice([1, 1, 1, 3])
+    classes = {name: chance.randrange(8) for name in slots}
+    once = chance.randrange(count)
+    messages: list[Message] = []
+    for number in range(count):
+        what = chance.random()
+        if messages and what < 0.04:
+            again = chance.choice(messages)
+            payload = None if chance.random() < 0.7 else 10_000 + number
+            messages.append(
+                Message(again.key, again.id, again.fields, again.partition, payload if payload else again.payload)
+            )
+            continue
+        fields = {
+            name: _value(chance, slot, number * len(slots) + place, count, len(slots), classes[name], number == once)
+            for place, (name, slot) in enumerate(slots.items())
+        }
+        if chance.random() < booms:
+            fields["boom"] = chance.choice(["raise", "reject"])
+        key = chance.choice(keys)
+        messages.append(Message(key, number + 1, fields, keys.index(key) % partitions))
+    for message in messages:
+        for name, slot in slots.items():
+            if slot.what == "other":  # the fresh key of another message, or of this one
+                message.fields[name] = (
+                    chance.choice([*messages, message]).fields[slot.of] if chance.random() < 0.8 else None
+                )
+    return messages
+
+
+def _value(chance: random.Random, slot: Slot, fresh: int, count: int, width: int, chosen: int, is_once: bool) -> Any:
+    match slot.what:
+        case "fresh":
+            assert slot.kind is not None and slot.kind.fresh is not None
+            return slot.kind.fresh(fresh)
+        case "pool":
+            assert slot.kind is not None
+            if chance.random() < 0.005:
+                return None
+            pool = slot.kind.pool[: slot.hot] if slot.hot else slot.kind.pool
+            spellings = chance.choice(pool)
+            if slot.style == "mixed":
+                return chance.choice(spellings)
+            if slot.style == "class":
+                kinds = list(dict.fromkeys(type(each) for value in slot.kind.pool for each in value))
+                wanted = [each for each in spellings if type(each) is kinds[chosen % len(kinds)]]
+                return chance.choice(wanted or spellings[:1])
+            return spellings[0]
+        case "number":
+            return _number(chance, slot.number)
+        case "text":
+            return chance.choice(_TEXTS)
+        case "once":
+            return 1 if is_once else None
+    return None
+
+
+def _number(chance: random.Random, kind: str) -> Any:
+    what = chance.random()
+    if what < 0.004:
+        return None
+    if what < 0.008:
+        return {"smallint": 32_767, "int": 2_147_483_647}.get(kind, 1_000_000)
+    number = chance.choice([1, 1, 2, 3, 5, 10]) if chance.random() < 0.8 else chance.randint(-6, 25)
+    if kind == "numeric(12,2)" and chance.random() < 0.5:
+        return Decimal(number) / 4
+    if kind == "float8":
+        return number * 0.25  # sums of these are exact in any order
+    return number

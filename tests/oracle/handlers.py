@@ -1,0 +1,85 @@
+"""Runs the steps of a handler on anything that has the methods of a Tx: the framework's, or the plain one of serial.py."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from oracle.case import (
+    Boom,
+    Copy,
+    Defer,
+    Execute,
+    FetchVal,
+    Handler,
+    IfNone,
+    Many,
+    Message,
+    Savepoint,
+    SetLocal,
+    Step,
+    Wait,
+)
+
+
+class Oops(Exception):
+    """What a handler raises by itself."""
+
+
+async def run(steps: Sequence[Step], tx: Any, fields: dict[str, Any], reject: type[Exception]) -> None:
+    """Run steps for one message. fields: of the message; variables are added. reject: what a refused message raises."""
+    for step in steps:
+        match step:
+            case Defer(sql, args):
+                tx.defer(sql, *_values(args, fields))
+            case Execute(sql, args):
+                await tx.execute(sql, *_values(args, fields))
+            case FetchVal(variable, sql, args):
+                fields[variable] = await tx.fetchval(sql, *_values(args, fields))
+            case Many(sql, rows):
+                await tx.executemany(sql, [_values(row, fields) for row in rows])
+            case Copy(table, columns, rows):
+                records = [_values(row, fields) for row in rows]
+                await tx.copy_records_to_table(table, columns=list(columns), records=records)
+            case Savepoint(inner, fails):
+                try:
+                    async with tx.savepoint():
+                        await run(inner, tx, fields, reject)
+                        if fails:
+                            raise Oops("inside a savepoint")
+                except Exception as error:
+                    if type(error).__module__.startswith("consumer"):
+                        raise
+            case IfNone(variable, inner, otherwise):
+                await run(inner if fields.get(variable) is None else otherwise, tx, fields, reject)
+            case Boom():
+                if fields.get("boom") == "raise":
+                    raise Oops("as its message says")
+                if fields.get("boom") == "reject":
+                    raise reject("as its message says")
+            case Wait():
+                await asyncio.sleep(0)
+            case SetLocal(name, arg):
+                await tx.set_local(name, *_values((arg,), fields))
+
+
+async def run_batch(handler: Handler, messages: Sequence[Message], tx: Any, reject: type[Exception]) -> None:
+    """Run one call of a batch handler."""
+    if handler.many:
+        [step] = handler.steps
+        assert isinstance(step, Execute)
+        await tx.executemany(step.sql, [_values(step.args, each.fields) for each in messages])
+        return
+    for each in messages:
+        await run(handler.steps, tx, dict(each.fields), reject)
+
+
+def _values(args: Sequence[str], fields: dict[str, Any]) -> list[Any]:
+    found = []
+    for text in args:
+        first, *rest = (fields.get(name) for name in text.split("+"))
+        for each in rest:
+            first = None if first is None or each is None else first + each
+        found.append(first)
+    return found

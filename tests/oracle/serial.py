@@ -1,0 +1,96 @@
+"""The measure: plain asyncpg, one message after the other, one transaction for each. Imports nothing of the framework."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+
+from oracle.case import Handler, Message
+from oracle.handlers import run, run_batch
+
+
+class Rejected(Exception):
+    """The handler refused its message."""
+
+
+class PlainTx:
+    """The methods of a Tx on a connection. What is deferred is sent, in order, before the next statement or at the end."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self._connection = connection
+        self._deferred: list[tuple[str, Sequence[Any]]] = []
+        self._depth = 0
+        self._error: Exception | None = None  # of a statement outside a savepoint: it fails the message
+
+    def defer(self, sql: str, *args: Any) -> None:
+        self._deferred.append((sql, args))
+
+    async def flush(self) -> None:
+        deferred, self._deferred = self._deferred, []
+        for sql, args in deferred:
+            await self._ask("execute", sql, *args)
+
+    async def _ask(self, method: str, *args: Any, **options: Any) -> Any:
+        try:
+            return await getattr(self._connection, method)(*args, **options)
+        except Exception as error:
+            if not self._depth and self._error is None:
+                self._error = error
+            raise
+
+    async def execute(self, sql: str, *args: Any) -> Any:
+        await self.flush()
+        return await self._ask("execute", sql, *args)
+
+    async def fetchval(self, sql: str, *args: Any) -> Any:
+        await self.flush()
+        return await self._ask("fetchval", sql, *args)
+
+    async def executemany(self, sql: str, args: Iterable[Sequence[Any]]) -> None:
+        await self.flush()
+        await self._ask("executemany", sql, args)
+
+    async def copy_records_to_table(self, table: str, **options: Any) -> None:
+        await self.flush()
+        await self._ask("copy_records_to_table", table, **options)
+
+    async def set_local(self, name: str, value: str) -> None:
+        await self.flush()
+        await self._ask("execute", "select set_config($1, $2, true)", name, value)
+
+    @asynccontextmanager
+    async def savepoint(self) -> AsyncIterator[None]:
+        await self.flush()
+        self._depth += 1
+        try:
+            async with self._connection.transaction():
+                try:
+                    yield
+                    await self.flush()
+                finally:
+                    self._deferred = []
+        finally:
+            self._depth -= 1
+
+    async def end(self) -> None:
+        await self.flush()
+        if self._error is not None:
+            raise self._error
+
+
+async def apply(connection: asyncpg.Connection, handler: Handler, message: Message) -> Exception | None:
+    """Run a handler on a message in a transaction of its own. Returns what failed it, if anything did."""
+    try:
+        async with connection.transaction():
+            tx = PlainTx(connection)
+            if handler.batch is None:
+                await run(handler.steps, tx, dict(message.fields), Rejected)
+            else:
+                await run_batch(handler, [message], tx, Rejected)
+            await tx.end()
+    except Exception as error:
+        return error
+    return None
