@@ -114,7 +114,20 @@ class Boom(Step):
 
 @dataclass(frozen=True, repr=False)
 class Wait(Step):
-    """Wait for something that is not the database: another message may run meanwhile."""
+    """Wait for something that is not the database: other messages may run meanwhile, for so many turns of the event loop."""
+
+    turns: int = 1
+
+
+@dataclass(frozen=True, repr=False)
+class Gather(Step):
+    """Run steps as tasks of their own, begun in this order, and wait for all."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def inner(self) -> tuple[Step, ...]:
+        return self.steps
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,7 +1,7 @@
 """Runs a case on both sides and compares what they leave: tables, sequences, and the outcome of every message.
 
-The serial side runs in the order in which the framework's last calls began, which must be the order of the batch for each
-handler. With `concurrency=` above 1 any order that keeps that of each key will do; some are tried, and all when there are few.
+The serial side runs in the order of the batches. With `concurrency=` above 1 any order that keeps that of each key will do: some
+likely ones are tried, and all when there are few.
 """
 
 from __future__ import annotations
@@ -56,16 +56,13 @@ async def check(databases: Databases, case: Case) -> Verdict:
         place for place, each in seen.places.items() if each.calls and not _is_refused(each) and not _waits_behind(each)
     ]
     is_free = any(each.concurrency > 1 for each in case.handlers)
-    if not is_free and (disorder := _disorder(seen, called)):
-        verdict.found = disorder
-        return verdict
     if wrong := _unasked(case, seen):
         verdict.found = wrong
         return verdict
     is_exact = all(each.calls <= 1 and each.outcome == "applied" for each in seen.places.values() if each.calls)
     found = None
     tried = 0
-    for tried, order in enumerate(_orders(case, seen, called) if is_free else [_by_start(seen, called)], 1):
+    for tried, order in enumerate(_orders(case, seen, called) if is_free else [_by_batch(seen, called)], 1):
         found = await _compare(databases, case, seen, order, ours, is_exact) if tried <= _ORDERS_MAX else found
         if found is None or tried > _ORDERS_MAX:
             break
@@ -114,16 +111,9 @@ def _by_start(seen: Seen, called: Sequence[Place]) -> list[Place]:
     return sorted(called, key=lambda place: seen.places[place].began)
 
 
-def _disorder(seen: Seen, called: Sequence[Place]) -> Found | None:
-    """The first message that ran before another one of its handler that was before it in the batches."""
-    wanted = list(dict.fromkeys(place for batch in seen.batches for place in batch))
-    for handler in {place[0] for place in called}:
-        expected = [place for place in wanted if place[0] == handler and place in set(called)]
-        actual = [place for place in _by_start(seen, called) if place[0] == handler]
-        for one, other in zip(expected, actual, strict=True):
-            if one != other and seen.places[one].outcome == seen.places[other].outcome == "applied":
-                return Found("order", f"handler {handler} ran message {other[1]} before message {one[1]}")
-    return None
+def _by_batch(seen: Seen, called: Sequence[Place]) -> list[Place]:
+    wanted = set(called)
+    return [place for place in dict.fromkeys(place for batch in seen.batches for place in batch) if place in wanted]
 
 
 def _unasked(case: Case, seen: Seen) -> Found | None:
@@ -164,7 +154,7 @@ def _orders(case: Case, seen: Seen, called: Sequence[Place]) -> Iterator[list[Pl
     likely = [
         _by_start(seen, called),
         sorted(called, key=lambda place: max(seen.places[place].ended, seen.places[place].began)),
-        [place for batch in seen.batches for place in batch if place in set(called)],
+        _by_batch(seen, called),
     ]
     tried: list[list[Place]] = []
     for order in likely:
@@ -190,7 +180,7 @@ def _keeps_keys(case: Case, seen: Seen, order: Sequence[Place]) -> bool:
         latest = batch_of[place]
         message, handler = case.messages[place[1]], case.handlers[place[0]]
         if handler.concurrency == 1:
-            unit: object = place[0]
+            unit: object = None  # those of all such handlers in the order of the batch
         elif message.key is None:
             continue
         else:

@@ -14,6 +14,7 @@ from oracle.case import (
     Defer,
     Execute,
     FetchVal,
+    Gather,
     Handler,
     IfNone,
     Many,
@@ -28,6 +29,10 @@ from oracle.case import (
 from oracle.schemas import Drawn, draw_tables
 from oracle.values import Kind
 
+FUNCTIONS = {
+    "l0_rows()": "create function l0_rows() returns int language sql as 'select count(*)::int from l0'",
+    "l0_write()": "create function l0_write() returns int language sql as $$ insert into l0 (txt) values ('f'); select 1 $$",
+}
 _TEXTS = ("x", "y", "z", "xx", "", "it's")
 
 
@@ -53,6 +58,7 @@ class Draft:
     set_local: bool
     is_near: bool
     slots: dict[str, Slot] = field(default_factory=dict)
+    needs: set[str] = field(default_factory=set)  # functions that statements call
 
     def slot(self, letter: str, slot: Slot) -> str:
         name = f"{letter}{len(self.slots)}"
@@ -94,9 +100,10 @@ def draw(seed: object, set_local: bool = False) -> Case:
     tables, log = draw_tables(chance, 0.2 if is_near else 0.5)
     handlers: list[Handler] = []
     slots: dict[str, Slot] = {}
+    needs: set[str] = set()
     for _ in range(1 if is_near else chance.choices([1, 2, 3], [8, 2, 1])[0]):
         awaited = chance.choice([0, 0, 0, 0.1]) if is_near else chance.choice([0, 0, 0.2, 0.5, 1])
-        draft = Draft(chance, tables, awaited, set_local, is_near, slots)
+        draft = Draft(chance, tables, awaited, set_local, is_near, slots, needs)
         handlers.append(_near_handler(draft) if is_near else _handler(draft))
     used = {name for handler in handlers for step in walk(handler.steps) for name in arguments_of(step)}
     used |= {step.variable for handler in handlers for step in walk(handler.steps) if isinstance(step, IfNone)}
@@ -110,7 +117,8 @@ def draw(seed: object, set_local: bool = False) -> Case:
         count = chance.choices([3, 6, 12, 20, 40], [1, 2, 3, 4, 2])[0]
         messages = _messages(chance, slots, count, booms=chance.choice([0, 0.06]))
         batch = chance.choice([2, 5, 20, 60, 60, 60])
-    return Case((log, *(each.table() for each in tables)), tuple(handlers), tuple(messages), batch)
+    ddl = tuple(FUNCTIONS[each] for each in sorted(needs))
+    return Case((log, *(each.table() for each in tables)), tuple(handlers), tuple(messages), batch, ddl)
 
 
 def _near_handler(draft: Draft) -> Handler:
@@ -146,7 +154,9 @@ def _handler(draft: Draft) -> Handler:
         return Handler(tuple(steps), batch=chance.choice([2, 7, 100]), many=is_many, order=order)
     if way < 0.27:
         at = chance.randrange(len(steps) + 1)
-        return Handler((*steps[:at], Wait(), *steps[at:]), concurrency=chance.choice([2, 5]), order=order)
+        return Handler(
+            (*steps[:at], Wait(chance.choice([1, 1, 3])), *steps[at:]), concurrency=chance.choice([2, 5]), order=order
+        )
     return Handler(tuple(steps), order=order)
 
 
@@ -224,7 +234,11 @@ def _add(draft: Draft, t: Drawn) -> list[Step]:
         [f"n = n {sign} $2", f"n = n {sign} $2", f"n = {t.name}.n {sign} $2", f"n = n {sign} $2, s = 'x'"]
     )
     name = t.name if f"{t.name}." in change else draft.name(t)
-    return [draft.write(f"update {name} set {change} where k = $1", draft.pool(t.kind), draft.number(t))]
+    where = draft.chance.choice(
+        ["k = $1"] * 6 + ["$1 = k", f"k = $1::{t.kind.type}", '"k" = $1', f"k = $1 /* {t.name} */"]
+    )
+    target = f"public.{name}" if draft.chance.random() < 0.08 else name
+    return [draft.write(f"update {target} set {change} where {where}", draft.pool(t.kind), draft.number(t))]
 
 
 def _update(draft: Draft, t: Drawn) -> list[Step]:
@@ -243,6 +257,16 @@ def _update(draft: Draft, t: Drawn) -> list[Step]:
             ("set n = n + 1 where n > $1", [n]),
             ("set s = $2 where n < $1", [n, text]),
             ("set n = n + 1", []),
+            ("set (n, s) = ($2, $3) where k = $1", [key, n, text]),
+            ("set n = default where k = $1", [key]),
+            ("set n = n + $2 where k = $1 or s = $3", [key, n, text]),
+            ("set n = n + $2 where not k = $1", [key, n]),
+            (f"set n = n + $2 where k in ($1::{t.kind.type})", [key, n]),
+            ("set n = n + $2 where k is not distinct from $1", [key, n]),
+            ("set n = n + $2 where k = $1 and n is not null", [key, n]),
+            ("set n = $2 + n, s = lower($3) where $1 = k", [key, n, text]),
+            ("set n = n + $2, s = s || n where k = $1", [key, n]),
+            ("set n = n + $2 where k = $1 and 1 = 1", [key, n]),
             (f"set n = {t.name}.n + l0.n from l0 where l0.txt = $2 and k = $1 and l0.n = 1", [key, text]),
         ]
     )
@@ -279,6 +303,14 @@ def _log(draft: Draft, t: Drawn) -> list[Step]:
             (f"insert into l0 (txt, n) select s, n from {t.name} where k = $1", [draft.pool(t.kind)]),
             ("insert into l0 (txt, nid8) values ($1, nextval('s0'))", [draft.text()]),
             ("insert into l0 (txt, n) values ($1, (select count(*) from l0))", [draft.text()]),
+            (
+                "insert into l0 (txt, n) values (upper($1::text), abs($2::int))",
+                [draft.text(), draft.slot("n", Slot("number"))],
+            ),
+            ("insert into l0 (n, txt) values (coalesce($1, 0), 'c')", [draft.number(t)]),
+            ("insert into l0 default values", []),
+            ("insert into l0 (txt, n) values ($1, 1) returning n", [draft.text()]),
+            ("insert into l0 (txt, n) select $1::text, count(*) from l0 where txt = $1", [draft.text()]),
         ]
     )
     return [draft.write(sql, *args)]
@@ -360,6 +392,35 @@ def _many(draft: Draft, t: Drawn) -> list[Step]:
     ]
 
 
+def _merge(draft: Draft, t: Drawn) -> list[Step]:
+    sql = (
+        f"merge into {t.name} using (values ($1::{t.kind.type}, $2::{t.number})) as m (k, n) on {t.name}.k = m.k "
+        f"when matched then update set n = {t.name}.n + m.n when not matched then insert (k, n) values (m.k, m.n)"
+    )
+    return [draft.write(sql, draft.pool(t.kind), draft.number(t))]
+
+
+def _function(draft: Draft, t: Drawn) -> list[Step]:
+    """A function of the application's own, which reads or writes a table."""
+    name = draft.chance.choice(["l0_rows()", "l0_write()"])
+    draft.needs.add(name)
+    sql, args = draft.chance.choice(
+        [
+            (f"update {t.name} set n = {name} where k = $1", [draft.pool(t.kind)]),
+            (f"insert into l0 (txt, n) values ($1, {name})", [draft.text()]),
+            (f"select {name}", []),
+            (f"delete from {t.name} where k = $1 and n < {name}", [draft.pool(t.kind)]),
+        ]
+    )
+    return [draft.write(sql, *args)]
+
+
+def _gather(draft: Draft, t: Drawn) -> list[Step]:
+    """Two tasks of the handler, on the one Tx."""
+    steps = (*_add(draft, t), *_log_row(draft, t), *_log(draft, t))
+    return [Gather(tuple(Execute(each.sql, each.args) if isinstance(each, Defer) else each for each in steps))]
+
+
 def _double(draft: Draft, t: Drawn) -> list[Step]:
     """Two statements in one text."""
     return [draft.write(f"update {t.name} set n = n + 1; insert into l0 (txt, n) values ('double', 1)")]
@@ -395,7 +456,7 @@ def _alter(draft: Draft, t: Drawn) -> list[Step]:
 
 _FORMS = {
     _insert: 14, _insert_rows: 2, _insert_nothing: 5, _upsert: 12, _add: 18, _update: 9, _update_key: 3, _delete: 6, _log: 8,
-    _current: 6, _pair: 6, _read_modify_write: 5, _cte: 2, _many: 2, _double: 1, _tenant: 3, _deferred_constraints: 1, _alter: 1,
+    _current: 6, _pair: 6, _read_modify_write: 5, _cte: 2, _merge: 2, _function: 3, _gather: 1, _many: 2, _double: 1, _tenant: 3, _deferred_constraints: 1, _alter: 1,
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from oracle.case import (
     Defer,
     Execute,
     FetchVal,
+    Gather,
     Handler,
     IfNone,
     Many,
@@ -58,8 +59,13 @@ async def run(steps: Sequence[Step], tx: Any, fields: dict[str, Any], reject: ty
                     raise Oops("as its message says")
                 if fields.get("boom") == "reject":
                     raise reject("as its message says")
-            case Wait():
-                await asyncio.sleep(0)
+            case Wait(turns):
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+            case Gather(inner):
+                async with asyncio.TaskGroup() as group:
+                    for each in inner:
+                        group.create_task(run([each], tx, fields, reject))
             case SetLocal(name, arg):
                 await tx.set_local(name, *_values((arg,), fields))
 

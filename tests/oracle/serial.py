@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -23,6 +24,7 @@ class PlainTx:
         self._connection = connection
         self._deferred: list[tuple[str, Sequence[Any]]] = []
         self._depth = 0
+        self._turn = asyncio.Lock()  # a connection runs one statement at a time; who asks first is first
         self._error: Exception | None = None  # of a statement outside a savepoint: it fails the message
 
     def defer(self, sql: str, *args: Any) -> None:
@@ -41,25 +43,25 @@ class PlainTx:
                 self._error = error
             raise
 
+    async def _now(self, method: str, *args: Any, **options: Any) -> Any:
+        async with self._turn:
+            await self.flush()
+            return await self._ask(method, *args, **options)
+
     async def execute(self, sql: str, *args: Any) -> Any:
-        await self.flush()
-        return await self._ask("execute", sql, *args)
+        return await self._now("execute", sql, *args)
 
     async def fetchval(self, sql: str, *args: Any) -> Any:
-        await self.flush()
-        return await self._ask("fetchval", sql, *args)
+        return await self._now("fetchval", sql, *args)
 
     async def executemany(self, sql: str, args: Iterable[Sequence[Any]]) -> None:
-        await self.flush()
-        await self._ask("executemany", sql, args)
+        await self._now("executemany", sql, args)
 
     async def copy_records_to_table(self, table: str, **options: Any) -> None:
-        await self.flush()
-        await self._ask("copy_records_to_table", table, **options)
+        await self._now("copy_records_to_table", table, **options)
 
     async def set_local(self, name: str, value: str) -> None:
-        await self.flush()
-        await self._ask("execute", "select set_config($1, $2, true)", name, value)
+        await self._now("execute", "select set_config($1, $2, true)", name, value)
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncIterator[None]:

@@ -7,7 +7,20 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from oracle.case import Case, Defer, Execute, Handler, IfNone, Message, Savepoint, Step, Table, arguments_of, walk
+from oracle.case import (
+    Case,
+    Defer,
+    Execute,
+    Gather,
+    Handler,
+    IfNone,
+    Message,
+    Savepoint,
+    Step,
+    Table,
+    arguments_of,
+    walk,
+)
 
 Fails = Callable[[Case], Awaitable[bool]]
 
@@ -73,6 +86,8 @@ def _simpler_steps(steps: tuple[Step, ...]) -> Iterator[tuple[Step, ...]]:
         match step:
             case Savepoint(inner):
                 others = [inner, *((replace(step, steps=each),) for each in _simpler_steps(inner))]
+            case Gather(inner):
+                others = [inner, *((replace(step, steps=each),) for each in _simpler_steps(inner) if each)]
             case IfNone(_, inner, otherwise):
                 others = [inner, otherwise]
                 others += [(replace(step, steps=each),) for each in _simpler_steps(inner)]
