@@ -19,7 +19,7 @@ from oracle.case import Case, Found
 from oracle.databases import Databases, Rows, State
 from oracle.framework import Place, Seen
 
-_ORDERS_MAX = 130  # searched before a case counts as undecided
+_SEARCHED_MAX = 5  # calls of which every order is tried
 
 
 @dataclass
@@ -61,12 +61,11 @@ async def check(databases: Databases, case: Case) -> Verdict:
         return verdict
     is_exact = all(each.calls <= 1 and each.outcome == "applied" for each in seen.places.values() if each.calls)
     found = None
-    tried = 0
-    for tried, order in enumerate(_orders(case, seen, called) if is_free else [_by_batch(seen, called)], 1):
-        found = await _compare(databases, case, seen, order, ours, is_exact) if tried <= _ORDERS_MAX else found
-        if found is None or tried > _ORDERS_MAX:
-            break
-    verdict.undecided = found is not None and tried > _ORDERS_MAX
+    for order in _orders(case, seen, called) if is_free else [_by_batch(seen, called)]:
+        found = await _compare(databases, case, seen, order, ours, is_exact)
+        if found is None:
+            return verdict
+    verdict.undecided = is_free and len(called) > _SEARCHED_MAX
     verdict.found = None if verdict.undecided else found
     return verdict
 
@@ -161,8 +160,7 @@ def _orders(case: Case, seen: Seen, called: Sequence[Place]) -> Iterator[list[Pl
         if order not in tried and _keeps_keys(case, seen, order):
             tried.append(order)
             yield order
-    if len(called) > 6:
-        yield from itertools.repeat(tried[0] if tried else likely[0], _ORDERS_MAX + 1)  # undecided
+    if len(called) > _SEARCHED_MAX:
         return
     for permuted in itertools.permutations(called):
         if list(permuted) not in tried and _keeps_keys(case, seen, permuted):
