@@ -25,6 +25,11 @@ def main() -> int:
     parser.add_argument(
         "--code", type=Path, metavar="DIR", help="a checkout whose `consumer` package is judged instead of this one"
     )
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="give the framework one message at a time, too: what differs then is not the batch's",
+    )
     parser.add_argument("--mutant", default="", help="break the framework in this way first: the oracle must find it")
     parser.add_argument("--mutants", action="store_true", help="list the mutants")
     parser.add_argument("--json", action="store_true", help="the summary as one line of JSON")
@@ -67,7 +72,7 @@ def _search(given: argparse.Namespace) -> int:
     async def run() -> None:
         with Postgres({"fsync": "off", "synchronous_commit": "off", "autovacuum": "off"}) as server:
             async with Databases(server.dsn()) as databases:
-                await search(databases, summary, seconds=given.seconds, cases=given.cases, stop_at=given.stop_at, shrink_seconds=given.shrink_seconds, told=told)  # fmt: skip
+                await search(databases, summary, seconds=given.seconds, cases=given.cases, stop_at=given.stop_at, shrink_seconds=given.shrink_seconds, told=told, alone=given.alone)  # fmt: skip
 
     if not given.json:
         print(f"seed {seed} …", flush=True)

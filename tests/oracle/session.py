@@ -93,21 +93,27 @@ async def search(
     stop_at: int = 1,
     shrink_seconds: float = 60,
     told: Callable[[Counterexample], None] = lambda _: None,
-    only: Callable[[Case, Found], bool] = lambda case, found: True,
+    alone: bool = False,
 ) -> None:
-    """Check cases until the time is over or `stop_at` counterexamples were found. `summary` is kept up to date."""
+    """Check cases until the time is over or `stop_at` counterexamples were found. `summary` is kept up to date.
+
+    alone: one message in each transaction of the framework, too, so that only what is not the batch's can differ.
+    """
     began = time.monotonic()
     seed = summary.seed
     while (now := time.monotonic()) - began < seconds and len(summary.found) < stop_at:
         if cases and summary.cases >= cases:
             break
         case = draw(seed, framework.HAS_SET_LOCAL)
+        if alone:
+            handlers = tuple(replace(each, batch=None, many=False, concurrency=1) for each in case.handlers)
+            case = replace(case, batch=1, handlers=handlers)
         verdict = await check(databases, case)
         if verdict.undecided:
             case, verdict = await _decided(databases, case, verdict)
         summary.add(case, verdict)
         summary.seconds = time.monotonic() - began
-        if verdict.found is not None and only(case, verdict.found):
+        if verdict.found is not None:
             after = time.monotonic() - began
             found = await minimal(databases, case, verdict.found, shrink_seconds)
             example = Counterexample(seed, round(after, 1), found[1].kind, str(found[1]), pasted(*found))
