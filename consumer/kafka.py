@@ -33,6 +33,8 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.client import AIOKafkaClient, ConnectionGroup, CoordinationType
 from aiokafka.conn import AIOKafkaConnection, OAuthAuthenticator, collect_hosts
 from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka.coordinator.protocol import ConsumerProtocolMemberMetadata
 from aiokafka.errors import (
     AuthenticationFailedError,
     CorruptRecordException,
@@ -69,6 +71,7 @@ from consumer.settings import Settings
 from consumer.wire import Identity as Identity
 from consumer.wire import TopicIds, Unsupported
 
+MEMBER_MARK = b"idempotent-consumer"  # sent when a worker joins its group
 REBALANCE_SECONDS = 60  # how long the group waits for every member to have drained
 _REQUEST_SECONDS = 10
 _ATTEMPT_SECONDS_MIN = 0.5
@@ -323,6 +326,7 @@ class Source:
             session_timeout_ms=session,
             heartbeat_interval_ms=min(int(settings.kafka_heartbeat_seconds * 1000), session // 3),
             rebalance_timeout_ms=REBALANCE_SECONDS * 1000,
+            partition_assignment_strategy=(_Assignor,),
             # Full buffers stop the polling for as long as a batch takes; a member that does nothing is found otherwise.
             max_poll_interval_ms=24 * 3600 * 1000,
             metadata_max_age_ms=10_000,  # new topics and partitions are noticed within this time
@@ -736,6 +740,14 @@ class _Fetched(OrderedDict[Any, Any]):
 def _record(partition: Any, record: Any) -> LogRecord:
     topic, number = partition
     return LogRecord(topic, number, record.offset, record.timestamp, record.key, record.value, tuple(record.headers))
+
+
+class _Assignor(RoundRobinPartitionAssignor):  # type: ignore[misc]
+    """The client's default, which also tells the group that this member is a worker: see group.py."""
+
+    @classmethod
+    def metadata(cls, topics: Iterable[str]) -> ConsumerProtocolMemberMetadata:
+        return ConsumerProtocolMemberMetadata(cls.version, list(topics), MEMBER_MARK)
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]

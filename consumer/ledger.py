@@ -12,7 +12,7 @@ import re
 import socket
 import ssl
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
@@ -55,10 +55,10 @@ with moved as (
            seen_offset = coalesce(m.seen_offset, p.seen_offset),
            seen_timestamp = coalesce(m.seen_timestamp, p.seen_timestamp),
            seen_fingerprint = coalesce(m.seen_fingerprint, p.seen_fingerprint)
-    from unnest($2::text[], $3::int4[], $4::int8[], $5::int8[], $6::uuid[], $7::int8[], $8::int8[], $9::int8[])
-         as m(topic, partition, previous, next, topic_id, seen_offset, seen_timestamp, seen_fingerprint)
+    from unnest($2::text[], $3::int4[], $4::int8[], $5::int8[], $6::uuid[], $7::int8[], $8::int8[], $9::int8[], $15::text[])
+         as m(topic, partition, previous, next, topic_id, seen_offset, seen_timestamp, seen_fingerprint, handlers)
     where p.app = $1 and p.topic = m.topic and p.partition = m.partition and p.next_offset = m.previous
-      and p.topic_id is not distinct from m.topic_id
+      and p.topic_id is not distinct from m.topic_id and p.handlers is not distinct from m.handlers
     returning 1
 ), counted as (
     insert into consumer.outcomes as t (handler, topic, partition, outcome, count)
@@ -458,6 +458,7 @@ class Session:
             *(list(column) for column in zip(*[(*key, n) for key, n in sorted(counts.items())], strict=True))
             if counts
             else ([], [], [], [], []),
+            [move.handlers for move in moves],
         )
         moved, stamp, _ = row or (None, None, None)
         self._check_stamp(stamp)
@@ -487,6 +488,7 @@ class Session:
     async def _numbers(
         self, app: str, handlers: Iterable[str], topics: Iterable[str]
     ) -> tuple[dict[str, int], dict[str, int]]:
+        await self._refuse_renamed(app, sorted(handlers))
         # Only what is missing is inserted: an upsert would burn a number of a small range at every start.
         await self.connection.execute(
             """insert into consumer.handlers (app, name) select $1, n from unnest($2::text[]) n
@@ -504,11 +506,26 @@ class Session:
         known = await self.connection.fetch("select name, topic from consumer.topics")
         return {row[0]: row[1] for row in found}, {row[0]: row[1] for row in known}
 
+    async def _refuse_renamed(self, app: str, handlers: Sequence[str]) -> None:
+        row = await self.connection.fetchrow(
+            """select r.old_name, r.new_name from consumer.handler_renames r where r.app = $1 and r.old_name = any($2::text[])
+               and not exists (select from consumer.handlers h where (h.app, h.name) = (r.app, r.old_name))
+               order by r.renamed_at desc limit 1""",
+            app,
+            handlers,
+        )
+        if row is not None:
+            raise Misconfigured(
+                f"handler {row[0]!r} of App {app!r} was renamed to {row[1]!r} in the ledger; run the code with the new name, "
+                f"or rename it back with `consumer migrate --rename-handler {app} {row[1]} {row[0]}`"
+            )
+
     async def known_numbers(
         self, app: str, handlers: Iterable[str], topics: Iterable[str]
     ) -> tuple[dict[str, int], dict[str, int]]:
         """As `numbers`, and nothing is written: what has no number yet gets a negative one, which no row can have."""
         with sorted_errors(self._settings):
+            await self._refuse_renamed(app, sorted(handlers))
             found = dict(await self.connection.fetch("select name, handler from consumer.handlers where app = $1", app))
             known = dict(await self.connection.fetch("select name, topic from consumer.topics"))
         return (
@@ -550,14 +567,19 @@ class Session:
         """The positions that are known, of the partitions asked for."""
         return await read_positions(self.connection, app, partitions)
 
-    async def begin_positions(self, app: str, starts: Mapping[Partition, Position]) -> None:
-        """Write first positions. One that another worker has written in the meantime stays as it is."""
+    async def begin_positions(
+        self, app: str, starts: Mapping[Partition, Position], of_group: Collection[Partition] = ()
+    ) -> None:
+        """Write first positions. One that another worker has written in the meantime stays as it is.
+
+        of_group: those that begin where another client of the Kafka group has committed.
+        """
         await self.connection.executemany(
-            """insert into consumer.positions (app, topic, partition, next_offset, first_offset, cluster_id, topic_id)
-               values ($1, $2, $3, $4, $4, $5, $6) on conflict do nothing""",
+            """insert into consumer.positions (app, topic, partition, next_offset, first_offset, cluster_id, topic_id, began_with)
+               values ($1, $2, $3, $4, $4, $5, $6, $7) on conflict do nothing""",
             [
-                (app, partition.topic, partition.partition, at.offset, at.cluster_id, at.topic_id)
-                for partition, at in starts.items()
+                (app, *each, at.offset, at.cluster_id, at.topic_id, "group" if each in of_group else None)
+                for each, at in starts.items()
             ],
         )
 
@@ -576,7 +598,7 @@ async def read_positions(
     """The positions that are known, of the partitions asked for. Raises what the driver raises."""
     rows = await connection.fetch(
         """select p.topic, p.partition, p.next_offset, p.cluster_id, p.topic_id, p.salt,
-                  p.first_offset, p.seen_offset, p.seen_timestamp, p.seen_fingerprint
+                  p.first_offset, p.handlers, p.seen_offset, p.seen_timestamp, p.seen_fingerprint
            from consumer.positions p join unnest($2::text[], $3::int4[]) as w(topic, partition) using (topic, partition)
            where p.app = $1""",
         app,
@@ -585,9 +607,9 @@ async def read_positions(
     )
     return {
         Partition(topic, number): Position(
-            offset, cluster, id, salt, Print(*seen) if seen[0] is not None else None, first
+            offset, cluster, id, salt, Print(*seen) if seen[0] is not None else None, first, handlers
         )
-        for topic, number, offset, cluster, id, salt, first, *seen in map(tuple, rows)
+        for topic, number, offset, cluster, id, salt, first, handlers, *seen in map(tuple, rows)
     }
 
 

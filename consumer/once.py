@@ -209,12 +209,11 @@ def _of_their_logs(names: Names, batch: Batch, moves: Sequence[Move]) -> list[Mo
         if partition in wanted and partition not in last:
             record = delivery.record
             last[partition] = Print(record.offset, record.timestamp, delivery.fingerprint)
-    return [
-        each._replace(
-            topic_id=at.topic_id if (at := names.logs.get(each.partition)) else None, seen=last.get(each.partition)
-        )
-        for each in moves
-    ]
+    found = []
+    for each in moves:
+        at = names.logs.get(each.partition) or Position(0)
+        found.append(each._replace(topic_id=at.topic_id, handlers=at.handlers, seen=last.get(each.partition)))
+    return found
 
 
 async def _undone(session: Session, rehearsal: Rehearsal, fresh: Sequence[Delivery], done: Settlement) -> Settlement:

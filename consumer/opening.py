@@ -1,8 +1,8 @@
 """Where reading goes on: what a database knows of partitions, and what Kafka's logs say against going on from there.
 
 Knows the positions of one database and what a log looks like now; core/incarnation.py judges. A position in PostgreSQL counts;
-where there is none, the group's commit in Kafka; where that has none, the beginning of the log. What it does not know: whether
-the partitions are still this worker's when it answers.
+where there is none, the group's commit in Kafka; where that has none, the beginning of the log. Limitations: does not know
+whether the partitions are still this worker's when it answers.
 """
 
 from __future__ import annotations
@@ -13,42 +13,49 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from consumer.core.incarnation import Log, Position, Stop, judge, noted_beginning
+from consumer import coverage
+from consumer.core.coverage import Changes, as_text
+from consumer.core.incarnation import NOWHERE, Beginning, Committed, Log, Position, Stop, begin, judge
 from consumer.core.message import Partition
-from consumer.kafka import KafkaError, Source
+from consumer.kafka import Identity, KafkaError, Source
 from consumer.ledger import Outage, Session
 from consumer.logs import event
 from consumer.stops import Stops
 
 
 async def positions(
-    source: Source, session: Session, app: str, wanted: list[Partition], label: Mapping[str, str]
-) -> dict[Partition, tuple[Position, Stop | None]]:
-    """Positions, each with what speaks against going on from it, or None. label: names the database in the log.
+    source: Source,
+    session: Session,
+    app: str,
+    wanted: list[Partition],
+    label: Mapping[str, str],
+    handlers: Mapping[str, Collection[int]],
+    others: Collection[str] = (),
+) -> tuple[dict[Partition, tuple[Position, Stop | None]], Changes]:
+    """Positions, each with what speaks against going on from it, or None; and which handlers begin and end there.
 
-    Where there was none, one is written. A partition whose log cannot be looked at now is left out. Raises Outage, KafkaError,
-    TimeoutError.
+    label: names the database in the log. handlers: topic -> numbers of those that keep ledger rows. others: the
+    installations of the App's other shards. Where there was no position, one is written. A partition whose log cannot be
+    looked at now is left out. Raises Outage, KafkaError, TimeoutError.
     """
+    changes = Changes()
     try:
         identity = await source.identity(sorted({each.topic for each in wanted}))
         known = await session.positions(app, wanted)
-        copies = await source.copies(wanted)
-        committed = {each: copies[each][0] if each in copies else None for each in wanted}
+        committed = {each: Committed(*copy) for each, copy in (await source.copies(wanted)).items()}
+        stopped: dict[Partition, Stop] = {}
         if missing := [each for each in wanted if each not in known]:
-            beginnings = await source.beginnings(missing, partial=True)
-            missing = [each for each in missing if each in beginnings]
+            firsts = await source.beginnings(missing, partial=True)
             starts = {
-                each: _start_of(session.installation, each, copies.get(each), beginnings[each], label)
-                for each in missing
+                each: begin(each, committed.get(each), first, session.installation, others)
+                for each, first in firsts.items()
             }
-            await session.begin_positions(
-                app,
-                {
-                    each: Position(start, identity.cluster_id, identity.topics.get(each.topic))
-                    for each, start in starts.items()
-                },
-            )
-            known |= await session.positions(app, missing)
+            stopped = {each: start for each, start in starts.items() if isinstance(start, Stop)}
+            begun = {each: start for each, start in starts.items() if isinstance(start, Beginning)}
+            await _begin(session, app, identity, begun)
+            for each, start in begun.items():
+                _tell_beginning(each, start, firsts[each], label)
+            known |= await session.positions(app, list(begun))
         nameless = {
             each: (identity.cluster_id, identity.topics[each.topic])
             for each, at in known.items()
@@ -57,20 +64,32 @@ async def positions(
         if nameless:  # written by a version that did not look, or on a broker that did not tell
             await session.name_logs(app, nameless)
             known |= await session.positions(app, list(nameless))
+        settling = {each: as_text(handlers.get(each.topic, ())) for each in known}
+        if other := [each for each, at in known.items() if at.handlers != settling[each]]:
+            changes = await coverage.switch(session.connection, app, {each: settling[each] for each in other})
+            known |= await session.positions(app, other)
     except (KafkaError, TimeoutError):
         raise
     except Exception as error:
         session.close()
         raise Outage(str(error)) from error
     for partition, at in known.items():
-        _tell_difference(partition, committed[partition], at.offset)
+        _tell_difference(partition, committed[partition].offset if partition in committed else None, at.offset)
     logs = [Log(identity.cluster_id, identity.topics.get(each.topic)) for each in known]
     judged = await asyncio.gather(*(_judge(source, *each) for each in zip(known, known.values(), logs, strict=True)))
-    return {
-        partition: (at, stop)
-        for (partition, at), (is_known, stop) in zip(known.items(), judged, strict=True)
-        if is_known
+    found: dict[Partition, tuple[Position, Stop | None]] = {each: (NOWHERE, stop) for each, stop in stopped.items()}
+    for (partition, at), (is_known, stop) in zip(known.items(), judged, strict=True):
+        if is_known:
+            found[partition] = (at, stop)
+    return found, changes
+
+
+async def _begin(session: Session, app: str, identity: Identity, begun: Mapping[Partition, Beginning]) -> None:
+    positions = {
+        each: Position(start.offset, identity.cluster_id, identity.topics.get(each.topic))
+        for each, start in begun.items()
     }
+    await session.begin_positions(app, positions, [each for each, start in begun.items() if start.why == "group"])
 
 
 async def recall(
@@ -80,10 +99,11 @@ async def recall(
 
     numbers: of the handlers in its ledger.
     """
-    if not found:
+    open_ones = {each: at.offset for each, (at, _) in found.items() if at is not NOWHERE}
+    if not open_ones:
         return {}, {}
     try:
-        return await session.recall(sorted(numbers), {each: at.offset for each, (at, _) in found.items()})
+        return await session.recall(sorted(numbers), open_ones)
     except Exception as error:
         session.close()
         raise Outage(str(error)) from error
@@ -98,26 +118,20 @@ async def recall_stops(session: Session, stops: Stops, app: str, partitions: Col
         raise Outage(str(error)) from error
 
 
-def _start_of(
-    installation: str, partition: Partition, copy: tuple[int, str] | None, beginning: int, label: Mapping[str, str]
-) -> int:
-    """Where to begin without a position: at the group's offset, unless that is our own copy of one that was lost."""
-    if copy is None:
-        return beginning
-    group, note = copy
-    began = noted_beginning(note, installation)
-    if began is None:
-        return group
-    event(
-        logging.WARNING,
-        "postgresql has lost its position: reading again from where the application began",
-        topic=partition.topic,
-        partition=partition.partition,
-        kafka=group,
-        began=began,
-        **label,
-    )
-    return max(began, beginning)
+def _tell_beginning(partition: Partition, start: Beginning, log_first: int, label: Mapping[str, str]) -> None:
+    where = {"topic": partition.topic, "partition": partition.partition, "offset": start.offset, **label}
+    if start.why == "lost":
+        event(
+            logging.WARNING, "postgresql has lost its position: reading again from where the application began", **where
+        )
+    elif start.why == "group" and start.offset > log_first:
+        event(
+            logging.WARNING,
+            "beginning at the commit of another client of this group: what is before it is not applied",
+            skipped=start.offset - log_first,
+            do=f"consumer positions APP --topic {partition.topic} --partition {partition.partition} --to earliest",
+            **where,
+        )
 
 
 def _tell_difference(partition: Partition, group: int | None, position: int) -> None:

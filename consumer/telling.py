@@ -6,9 +6,11 @@ Knows outcomes and the log. What it does not know: whether anybody reads it; the
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from consumer import once
+from consumer.core.coverage import Change, Changes
 from consumer.core.errors import RunAgain
 from consumer.core.lanes import Delivery
 from consumer.core.outcome import Dead, Duplicate, Outcome, Parked
@@ -67,3 +69,35 @@ def _where(delivery: Delivery) -> dict[str, Any]:
         "partition": record.partition,
         "offset": record.offset,
     }
+
+
+def changes(found: Changes, names: Mapping[int, str], path: str, label: Mapping[str, str]) -> None:
+    """Log which handlers begin behind the application, and which ones this worker lacks."""
+    for handler, topics in _by_handler(found.late):
+        name = names.get(handler, str(handler))
+        event(
+            logging.WARNING,
+            "a handler begins behind the application: it has not settled what is before",
+            handler=name,
+            topics=", ".join(topics),
+            do=f"consumer replay {path} {' '.join(topics)} --apply --handler {name} fills it; "
+            f"consumer positions {path} --handler {name} --begin-here leaves it",
+            **label,
+        )
+    for handler, topics in _by_handler(found.ended):
+        event(
+            logging.WARNING,
+            "this worker lacks a handler that the ledger knows: what it settles is missing for that handler",
+            handler=names.get(handler, str(handler)),
+            topics=", ".join(topics),
+            do="deploy one version of the App; another service needs another App name; a renamed handler: "
+            "consumer migrate --rename-handler APP OLD NEW",
+            **label,
+        )
+
+
+def _by_handler(found: Iterable[Change]) -> list[tuple[int, list[str]]]:
+    topics: dict[int, set[str]] = {}
+    for each in found:
+        topics.setdefault(each.handler, set()).add(each.partition.topic)
+    return [(handler, sorted(names)) for handler, names in sorted(topics.items())]

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from consumer import once, opening, shards, telling, transport
+from consumer import coverage, group, once, opening, shards, telling, transport
 from consumer.activity import Activity, LoopWatch, Stuck, limits, memory_mb
 from consumer.app import App
 from consumer.core.deadshare import DeadShare
@@ -35,7 +35,7 @@ from consumer.core.route import Router
 from consumer.core.unreadable import Failure
 from consumer.core.watchdog import OpenTransactions, Watchdog
 from consumer.kafka import Identity, KafkaError, LogTruncated, Source
-from consumer.ledger import Conflict, Fenced, NotPrimary, Outage, Session, sqlstate_of
+from consumer.ledger import Conflict, Fenced, NotPrimary, Outage, Session, sorted_errors, sqlstate_of
 from consumer.letter_relay import relay
 from consumer.logs import describe, event
 from consumer.retention import Keeper
@@ -84,6 +84,7 @@ class _Shard:
     epoch: str = ""
     registered: str = ""  # the epoch that the numbers of handlers and topics are of
     installation: str = ""
+    known: dict[int, str] = field(default_factory=dict)  # all handlers of the App that its ledger knows, by number
     generation: int = 0  # of what is open; what was taken in an earlier one is not settled any more
     lane_of: dict[Partition, _Lane] = field(default_factory=dict)
     unopened: set[Partition] = field(default_factory=set)  # whose position in it is not known yet
@@ -160,6 +161,8 @@ class Worker:
         self._reading: dict[Partition, int] = {}  # the offset to fetch next, of partitions that are read
         self._suspects: dict[Partition, bool] = {}  # whose fetch was refused; whether for its offset
         self._look = asyncio.Event()
+        self._group_changed = True  # since its members were looked at
+        self._strangers: tuple[str, ...] = ()
         self._paused: set[Partition] = set()  # no lane that has room wants to read on
         self._room = asyncio.Event()
         self._holding = True  # no batch is taken while partitions come and go
@@ -263,7 +266,11 @@ class Worker:
     async def _register(self, shard: _Shard, control: Session) -> None:
         """Learn the numbers of handlers and topics: a database that went back in time may give others."""
         numbers, topics = await control.numbers(self._app.name, self._app.handlers, self._app.topics)
+        with sorted_errors(shard.settings):
+            await coverage.register(control.connection, self._app)
         shard.names.topics = topics
+        shard.installation = control.installation
+        shard.known = {number: name for name, number in numbers.items()}
         for handler in {each for found in shard.by_topic.values() for each in found}:
             handler.number = numbers[handler.name]
         shard.registered = control.epoch
@@ -554,6 +561,7 @@ class Worker:
         for partition in assigned:
             self._source.hold(partition)
         self._holding = False
+        self._group_changed = True
         self._report({"member": self._source.member_id})  # at once: killed before the next beat, it is still taken out
 
     async def _on_revoked(self, revoked: set[Partition]) -> None:
@@ -643,10 +651,21 @@ class Worker:
                     if control is None:
                         shard.to_open.set()
                         continue
-                    shard.installation = control.installation
                     if shard.registered != shard.epoch:
                         await self._register(shard, control)
-                    positions = await opening.positions(self._source, control, self._app.name, wanted, shard.label)
+                    positions, changes = await opening.positions(
+                        self._source,
+                        control,
+                        self._app.name,
+                        wanted,
+                        shard.label,
+                        {
+                            topic: [each.number for each in found if each.idempotent]
+                            for topic, found in shard.by_topic.items()
+                        },
+                        {each.installation for each in self._shards if each is not shard},
+                    )
+                    telling.changes(changes, shard.known, self._path, shard.label)
                     numbers = {each.number for found in shard.by_topic.values() for each in found}
                     chains, tried = await opening.recall(control, numbers, positions)
                     await opening.recall_stops(control, self._stops, self._app.name, positions)
@@ -770,6 +789,8 @@ class Worker:
                 self._try_unreadable_again()
                 self._look_for_leaders()
                 await self._look_at_identities(identity)
+                if self._group_changed:
+                    await self._look_at_group()
                 held = {
                     each: at
                     for lane in self._lanes
@@ -786,6 +807,21 @@ class Worker:
             if self._suspects:
                 await self._pause(_LOOK_AGAIN_SECONDS)
                 self._look.set()
+
+    async def _look_at_group(self) -> None:
+        """Log members of the group that are no workers of this App: what they are assigned is not applied."""
+        found = await group.look(self._settings, self._app.name)
+        self._group_changed = not found.settled
+        if found.strangers and found.strangers != self._strangers:
+            event(
+                logging.WARNING,
+                "another client is a member of this App's group: the messages of its partitions are not applied",
+                group=self._app.name,
+                clients=", ".join(found.strangers),
+                do="give it another group id",
+            )
+        if found.settled:
+            self._strangers = found.strangers
 
     async def _look_at_identities(self, identity: Identity) -> None:
         generations = [shard.generation for shard in self._shards]

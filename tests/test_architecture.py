@@ -33,6 +33,7 @@ LAYERS = [
     "fetching",
     "brokers",
     "kafka",
+    "group",
     "generations",
     "deadletters",
     "server",
@@ -44,6 +45,7 @@ LAYERS = [
     "once",
     "stops",
     "shards",
+    "coverage",
     "schemes",
     "report",
     "retention",
@@ -80,7 +82,7 @@ LAYERS = [
 
 # Libraries and who may import them. Those of the standard library are free, outside the core.
 LIBRARIES = {
-    "aiokafka": {"compression", "wire", "fetching", "brokers", "kafka"},
+    "aiokafka": {"compression", "wire", "fetching", "brokers", "kafka", "group"},
     "cramjam": {"compression"},
     "asyncpg": {"ledger"},
     "redis": {"precheck", "schemes"},

@@ -20,7 +20,7 @@ _WORKER: Mapping[str, tuple[str, ...]] = {
     "installation": ("select",),
     "handlers": ("select", "insert", "update (topics)"),
     "handler_renames": ("select",),
-    "coverage": ("select", "insert", "update (past_offset, first_offset)", "delete"),
+    "coverage": ("select", "insert", "update (past_offset, first_offset, why)", "delete"),
     "topics": ("select", "insert"),
     "ledger": ("select", "insert", "delete", "update (applied_at)"),
     "positions": (

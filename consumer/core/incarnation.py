@@ -9,9 +9,9 @@ a partition stops, and a person says how it goes on.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from uuid import UUID
 
 from consumer.core.message import Partition
@@ -38,6 +38,10 @@ class Position(NamedTuple):
     salt: bytes | None = None
     seen: Print | None = None
     first: int | None = None
+    handlers: str | None = None  # numbers of those that settle from here on; see core/coverage.py
+
+
+NOWHERE = Position(-1)  # of a partition that has stopped without a position
 
 
 def note(copied: Iterable[tuple[str, Position | None]]) -> str:
@@ -46,17 +50,6 @@ def note(copied: Iterable[tuple[str, Position | None]]) -> str:
     copied: a schema's installation (one word) and the position in it.
     """
     return " ".join(f"{word} {at.first}" for word, at in copied if word and at is not None and at.first is not None)
-
-
-def noted_beginning(text: str, installation: str) -> int | None:
-    """Where the application began, if a commit in Kafka is a copy of a position that this very schema had, and has no more.
-
-    Then a failover or a restore has taken the position together with the work below it, and the copy must not be believed.
-    None for the commit of another consumer, or of a schema that was made anew: that is where to go on.
-    """
-    words = text.split(" ")
-    first = dict(zip(words[::2], words[1::2], strict=False)).get(installation, "")
-    return int(first) if re.fullmatch("[0-9]{1,18}", first) else None
 
 
 class Log(NamedTuple):
@@ -86,6 +79,7 @@ class Reason(StrEnum):
     TOO_LARGE = "too_large"
     NOT_ALLOWED = "not_allowed"
     BROKER_ERROR = "broker_error"
+    OTHER_DATABASE = "other_database"
 
 
 class Stop(NamedTuple):
@@ -102,6 +96,54 @@ class Stop(NamedTuple):
     def command(self, path: str, suffix: str = "") -> str:
         """What to run, or to do, so that the partition goes on. path: how commands name the App."""
         return f"consumer positions {path} {self.do}{suffix}" if self.do.startswith("--") else self.do
+
+
+class Committed(NamedTuple):
+    """What the group has committed in Kafka: the offset and the text beside it."""
+
+    offset: int
+    note: str = ""
+
+
+class Beginning(NamedTuple):
+    """Where to begin a partition that has no position, and why there."""
+
+    offset: int
+    why: Literal["log", "lost", "shard", "group"]  # the log's beginning, our lost position, a new shard, another client
+
+
+def begin(
+    partition: Partition, committed: Committed | None, log_first: int, own: str, others: Collection[str] = ()
+) -> Beginning | Stop:
+    """Decide where a partition without a position begins, or why a person must decide.
+
+    own: the installation of the ledger. others: those of the App's other shards. A commit that notes installations is a
+    copy of positions in those ledgers. If this ledger is among them, a failover or a restore has taken its position
+    together with the work below it. If one of them is gone, this database has replaced it, and nothing tells which
+    messages its tables already hold.
+    """
+    if committed is None:
+        return Beginning(log_first, "log")
+    noted = _noted(committed.note)
+    if own in noted:
+        return Beginning(max(noted[own], log_first), "lost")
+    if set(noted) - set(others):
+        return Stop(
+            Reason.OTHER_DATABASE,
+            f"another database holds the positions of this application: its group has committed {committed.offset} in Kafka, "
+            "and this ledger knows nothing of what is below. Use that database again, or decide: --to earliest applies all "
+            f"that the log still holds, --to committed goes on at {committed.offset} and applies nothing below",
+            f"--topic {partition.topic} --partition {partition.partition} --to earliest",
+        )
+    return Beginning(committed.offset, "shard" if noted else "group")
+
+
+def _noted(text: str) -> dict[str, int]:
+    """Installations and where the application began in each; empty for another client's note."""
+    words = text.split(" ")
+    if len(words) % 2 or not all(re.fullmatch("[0-9]{1,18}", each) for each in words):
+        return {}
+    return dict(zip(words[::2], map(int, words[1::2]), strict=True))
 
 
 def judge(partition: Partition, known: Position, log: Log) -> Stop | None:

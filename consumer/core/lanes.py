@@ -80,7 +80,7 @@ class Move(NamedTuple):
     """A partition's position, from what this worker last knew to what is settled now.
 
     topic_id: of the log that both are of; the same offset of another log is not what this worker last knew. seen: the
-    last record that was read.
+    last record that was read. handlers: those that have settled what is between.
     """
 
     partition: Partition
@@ -88,6 +88,7 @@ class Move(NamedTuple):
     next: int
     topic_id: UUID | None = None
     seen: Print | None = None
+    handlers: str | None = None
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ import asyncpg
 from asyncpg.pgproto.pgproto import UUID
 
 from consumer import calling, kafka, once, opening
+from consumer.core.coverage import Changes
 from consumer.core.identity import offset_id
 from consumer.core.incarnation import Position
 from consumer.core.lanes import Delivery, Lane
@@ -29,13 +30,13 @@ def _kafka_keeps_the_positions(where_none: str = "beginning") -> None:
     """As most consumers do it: begin where the group has committed. PostgreSQL's positions are written and not read."""
 
     async def positions(
-        source: Source, session: Session, app: str, wanted: list[Partition], label: Any
-    ) -> dict[Partition, tuple[Position, None]]:
+        source: Source, session: Session, app: str, wanted: list[Partition], label: Any, *_: Any
+    ) -> tuple[dict[Partition, tuple[Position, None]], Changes]:
         committed = {each: await source.committed(each) for each in wanted}
         others = await (source.beginnings if where_none == "beginning" else source.ends)(wanted)
         starts = {each: others[each] if offset is None else offset for each, offset in committed.items()}
         await session.begin_positions(app, {each: Position(at) for each, at in starts.items()})
-        return {each: (Position(at), None) for each, at in starts.items()}
+        return {each: (Position(at), None) for each, at in starts.items()}, Changes()
 
     close_batch = Session.close_batch
 
