@@ -7,10 +7,10 @@ could not tell. Every error is one line on standard error, without a traceback, 
 from __future__ import annotations
 
 import asyncio
+import getpass
 import importlib
 import importlib.metadata
 import os
-import re
 import signal
 import sys
 import typing
@@ -24,12 +24,23 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from consumer import ledger, logs, report, retention, schema, shards, transport
+from consumer import (
+    coverage,
+    group,
+    ledger,
+    logs,
+    notices,
+    positions_command,
+    report,
+    retention,
+    schema,
+    shards,
+    transport,
+)
 from consumer.app import App
 from consumer.core import grants
 from consumer.core.errors import Misconfigured, ServiceUnavailable
 from consumer.core.identity import OffsetId
-from consumer.core.incarnation import Log, judge
 from consumer.core.message import Partition
 from consumer.core.route import Router
 from consumer.kafka import Source
@@ -37,7 +48,7 @@ from consumer.loading import load_app
 from consumer.settings import Settings
 from consumer.shard_command import ShardName, ShardsOf, over
 from consumer.supervisor import Supervisor
-from consumer.terminal import POSTGRES, SERVICES, AppPath, AsJson, Refused, cli, command, out, print_json
+from consumer.terminal import POSTGRES, SERVICES, AppPath, AsJson, cli, command, out, print_json
 from consumer.terminal import connected as _connected
 from consumer.terminal import right as _right
 from consumer.terminal import with_ledger as _with_ledger
@@ -134,14 +145,14 @@ async def _run(path: str, app: App, workers: int, settings: Settings) -> int:
     try:
         await supervisor.prepare()
         # Before any worker begins: what is wrong for one is wrong for all, and one line tells it.
-        await _ready(app, settings)
+        await _ready(app, path, settings)
     except BaseException:
         await supervisor.give_up()
         raise
     return await supervisor.run()
 
 
-async def _ready(app: App, settings: Settings) -> None:
+async def _ready(app: App, path: str, settings: Settings) -> None:
     async def resources() -> None:
         async with app.running():
             pass
@@ -166,6 +177,10 @@ async def _ready(app: App, settings: Settings) -> None:
     opened = [(each, await _postgres_ready(each)) for each in by_shard.values()]
     try:
         await shards.check(app, Router(tuple(app.shards) or ("",), app.route), opened)
+        for on, session in opened:
+            with ledger.sorted_errors(on):
+                for notice in await notices.at_start(session.connection, app, path):
+                    logs.event(30, notice.text, do=notice.do)
     except ledger.Outage as error:
         raise ServiceUnavailable(str(error)) from None
     finally:
@@ -242,6 +257,15 @@ def migrate(
             "--new-epoch", help="declare that the database was put back from a copy of its disk: Redis's marks end"
         ),
     ] = False,
+    rename_handler: Annotated[
+        tuple[str, str, str] | None,
+        typer.Option(
+            "--rename-handler",
+            metavar="APP OLD NEW",
+            help="give handler OLD of the App (its name, not its path) the name NEW in the ledger, and keep what it has settled; "
+            "running workers reconnect, and those with the old code are refused",
+        ),
+    ] = None,
     shards_of: ShardsOf = None,
     shard: ShardName = None,
     new_route: Annotated[
@@ -280,6 +304,10 @@ def migrate(
     if new_route and (shards_of is None or shard is not None or check):
         raise Misconfigured("--new-route goes with --shards APP, for all of its shards, and without --check")
     names = [str(path) for path in file or []]
+    if rename_handler is not None:
+        if any(only) or file or new_epoch or new_route:
+            raise Misconfigured("--rename-handler goes with --shards and --shard alone")
+        return over(shards_of, shard, settings, False, lambda on: _rename(on, *rename_handler))
 
     async def run(on: Settings) -> int:
         return await _migrate(on, check, own, names, new_epoch)
@@ -301,6 +329,24 @@ async def _migrate_shards(
             await _with_ledger(on, partial(shards.forget, app, name))
         print("the shards and the route of the App are as they are now: workers may be started")
     return code
+
+
+async def _rename(settings: Settings, app: str, old: str, new: str) -> int:
+    if old == new or not new:
+        raise Misconfigured("--rename-handler: OLD and NEW must be two names")
+    operator = getpass.getuser() if sys.stdin is not None else ""
+
+    async def carry_out(connection: Any) -> None:
+        await coverage.rename(connection, app, old, new, operator)
+
+    try:
+        await _with_ledger(settings, carry_out)
+    except Exception as error:
+        if ledger.sqlstate_of(error) is None:
+            raise
+        raise Misconfigured(f"{ledger.where(settings.dsn)}: {ledger.said(error)} (nothing was changed)") from None
+    print(f"handler {old!r} of App {app!r} is {new!r} in the ledger now; workers with the old name are refused")
+    return 0
 
 
 async def _migrate(settings: Settings, check: bool, own: list[str], names: list[str], new_epoch: bool) -> int:
@@ -346,23 +392,25 @@ async def _status(app: App, path: str, settings: Settings, as_json: bool) -> int
     source = Source(settings, None)
     await source.start(settings.wait_seconds)
 
-    async def ask(connection: Any) -> tuple[Any, Any, Any, Any]:
+    async def ask(connection: Any) -> tuple[Any, Any, Any, Any, Any]:
         lags = await report.partition_lags(connection, source, app)
         found = [Partition(each["topic"], each["partition"]) for each in lags[0]]
+        members = await group.look(settings, app.name)
         return (
             await report.handler_counts(connection, app),
             await report.open_letters(connection, app),
             lags,
-            await report.partition_health(connection, source, app, found),
+            await report.partition_health(connection, source, app, found, members.commits),
+            await notices.gather(connection, app, path, members, lags[1]),
         )
 
     try:
-        handlers, letters, (partitions, missing), health = await _with_ledger(settings, ask)
+        handlers, letters, (partitions, missing), health, (told, coverage) = await _with_ledger(settings, ask)
     finally:
         await source.stop(5)
     for each in partitions:
         each |= _health(health[Partition(each["topic"], each["partition"])], path)
-    code = 1 if any(each["stopped"] for each in partitions) else 0
+    code = 1 if any(each["stopped"] for each in partitions) or any(each.is_problem for each in told) else 0
     if as_json:
         print_json(
             {
@@ -371,6 +419,11 @@ async def _status(app: App, path: str, settings: Settings, as_json: bool) -> int
                 "open_letters": letters,
                 "partitions": partitions,
                 "missing_topics": missing,
+                "notices": [each.as_dict() for each in told],
+                "gaps": [
+                    {"handler": each.handler, **each.partition._asdict(), "first": each.first, "past": each.past}
+                    for each in coverage.gaps
+                ],
             }
         )
         return code
@@ -383,6 +436,8 @@ async def _status(app: App, path: str, settings: Settings, as_json: bool) -> int
     out.print(table)
     for topic in missing:
         out.print(f"topic {topic} does not exist", markup=False)
+    for notice in told:
+        out.print(f"{notice.text}\n  to resolve it: {notice.do}", markup=False, highlight=False, soft_wrap=True)
     for each in partitions:
         place = f"{each['topic']}:{each['partition']}"
         if stop := each["stopped"]:
@@ -504,8 +559,20 @@ def positions(
     app: AppPath,
     settings: Settings,
     topic: Annotated[str | None, typer.Option("--topic", help="the topic to move")] = None,
-    partition: Annotated[int | None, typer.Option("--partition", min=0, help="the partition to move")] = None,
-    to: Annotated[str | None, typer.Option("--to", help="an offset, earliest or latest")] = None,
+    partition: Annotated[
+        int | None, typer.Option("--partition", min=0, help="the partition to move (default: all of the topic)")
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            help="earliest, latest, committed (the offset that the group has committed in Kafka), an offset, a time such as "
+            "2026-11-25T10:00:00Z, or how long ago, such as 90m, 24h or 7d",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="with --to: show what would move, and change nothing")
+    ] = False,
     adopt: Annotated[
         bool,
         typer.Option(
@@ -514,97 +581,49 @@ def positions(
             "(one partition, or all of the topic that stopped for this)",
         ),
     ] = False,
+    handler: Annotated[str | None, typer.Option("--handler", help="with --begin-here: the handler")] = None,
+    begin_here: Annotated[
+        bool,
+        typer.Option(
+            "--begin-here",
+            help="record that the handler begins where it is now: what it has missed is left, and no longer reported",
+        ),
+    ] = False,
     shard: ShardName = None,
     as_json: AsJson = False,
 ) -> Any:
-    """Show the positions in PostgreSQL, or move one; running workers notice and go on from there.
+    """Show the positions in PostgreSQL, or move some; running workers notice and go on from there.
 
     These count, not the group's offsets in Kafka. Going back applies nothing twice: the ids are in the ledger. Going
     forward skips what lies between, for good. Ids that are made of offsets, for messages that have none, begin anew with
     --adopt: messages that were copied from the old topic would be applied again then.
     """
+    loaded = load_app(app)
     if adopt and (to is not None or topic is None):
         raise Misconfigured("--adopt goes with --topic, and maybe --partition, and without --to")
-    if not adopt and (topic, partition, to).count(None) not in (0, 3):
-        raise Misconfigured("to move a position, give all of --topic, --partition and --to")
-    loaded = load_app(app)
+    if begin_here != (handler is not None) or (begin_here and (adopt or to is not None or partition is not None)):
+        raise Misconfigured(
+            "--begin-here goes with --handler, and maybe --topic, and without --to, --partition and --adopt"
+        )
+    if dry_run and to is None:
+        raise Misconfigured("--dry-run goes with --to")
+    if not adopt and not begin_here and ((topic is None) != (to is None) or (partition is not None and to is None)):
+        raise Misconfigured("to move positions, give --topic and --to, and --partition for one of them")
+    if handler is not None:
+        positions_command.check_handler(loaded, app, handler)
 
     async def run(on: Settings) -> int:
+        if handler is not None:
+            return await positions_command.begin_here(loaded, handler, topic, on, as_json)
         if topic is None:
             return await _status(loaded, app, on, as_json)
-        if partition is None or to is None:
-            return await _adopt(loaded, topic, partition, on, as_json)
-        return await _move(loaded, Partition(topic, partition), to, on, as_json)
+        if to is None:
+            return await positions_command.adopt(loaded, topic, partition, on, as_json)
+        return await positions_command.move(loaded, topic, partition, to, on, dry_run=dry_run, as_json=as_json)
 
     if topic is not None and topic not in loaded.topics:
         raise Misconfigured(f"{app} has no handler of topic {topic!r} (it has: {', '.join(loaded.topics)})")
     return over(loaded, shard, settings, as_json, run)
-
-
-async def _move(app: App, partition: Partition, to: str, settings: Settings, as_json: bool) -> int:
-    source = Source(settings, None)
-    await source.start(settings.wait_seconds)
-    try:
-        if partition not in (await source.partitions([partition.topic]))[partition.topic]:
-            raise Misconfigured(f"topic {partition.topic!r} has no partition {partition.partition}")
-        first, end = (await source.beginnings([partition]))[partition], (await source.ends([partition]))[partition]
-        identity = await source.identity([partition.topic])
-    finally:
-        await source.stop(5)
-    if to not in ("earliest", "latest") and not re.fullmatch("[0-9]{1,18}", to):
-        raise Misconfigured(f"--to {to}: an offset, earliest or latest")
-    offset = {"earliest": first, "latest": end}.get(to)
-    offset = int(to) if offset is None else offset
-    if not first <= offset <= end:
-        raise Misconfigured(f"--to {offset}: the log holds {first} to {end}")
-
-    async def ask(connection: Any) -> int | None:
-        known = (await ledger.read_positions(connection, app.name, [partition])).get(partition)
-        log = Log(identity.cluster_id, identity.topics.get(partition.topic))
-        if known is not None and (stop := judge(partition, known, log)) is not None:
-            raise Misconfigured(f"{stop.text}: begin with it by --topic {partition.topic} --adopt")
-        return await report.move_position(connection, app.name, partition, offset)
-
-    before = await _with_ledger(settings, ask)
-    found = {"topic": partition.topic, "partition": partition.partition, "before": before, "position": offset}
-    if as_json:
-        print_json(found)
-    else:
-        print(f"{partition.topic}:{partition.partition} moved from {'-' if before is None else before} to {offset}")
-    return 0
-
-
-async def _adopt(app: App, topic: str, partition: int | None, settings: Settings, as_json: bool) -> int:
-    source = Source(settings, None)
-    await source.start(settings.wait_seconds)
-    try:
-        partitions = (await source.partitions([topic]))[topic]
-        if not partitions:
-            raise Misconfigured(f"topic {topic!r} does not exist")
-        if partition is not None and Partition(topic, partition) not in partitions:
-            raise Misconfigured(f"topic {topic!r} has no partition {partition}")
-        wanted = partitions if partition is None else [Partition(topic, partition)]
-
-        async def ask(connection: Any) -> list[tuple[Partition, Any]]:
-            return [
-                (each, stop)
-                for each in wanted
-                if (stop := await report.adopt(connection, source, app, each)) is not None
-            ]
-
-        adopted = await _with_ledger(settings, ask)
-    finally:
-        await source.stop(5)
-    if as_json:
-        print_json([{"topic": topic, "partition": each.partition, "why": stop.text} for each, stop in adopted])
-    elif adopted:
-        for each, stop in adopted:
-            print(f"{topic}:{each.partition} begins at the beginning of this log ({stop.text})")
-    if not adopted:
-        raise Refused(
-            f"nothing to adopt: the positions of {topic} are of the topic that is there (nothing was changed)"
-        )
-    return 0
 
 
 @command(cli, "demo")

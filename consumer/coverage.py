@@ -94,6 +94,33 @@ async def cover(connection: Any, handler: int, stretches: Iterable[tuple[Partiti
     )
 
 
+async def move_back(connection: Any, app: str, partition: Partition, offset: int) -> None:
+    """Let the handlers that settle a partition now begin at `offset`, to which its position was moved back."""
+    await connection.execute(
+        """with settling as (
+               select c.handler, c.topic, c.partition, c.first_offset from consumer.coverage c
+               join consumer.handlers h using (handler)
+               where h.app = $1 and (c.topic, c.partition) = ($2, $3) and c.past_offset is null and c.first_offset > $4
+           ), gone as (
+               delete from consumer.coverage c using settling s
+               where (c.handler, c.topic, c.partition) = (s.handler, s.topic, s.partition) and c.first_offset > $4
+           )
+           insert into consumer.coverage (handler, topic, partition, first_offset)
+           select handler, topic, partition, $4 from settling
+           on conflict (handler, topic, partition, first_offset) do update set past_offset = null, why = 'settled'""",
+        app, *partition, offset,
+    )  # fmt: skip
+
+
+async def forget(connection: Any, app: str, partition: Partition) -> None:
+    """Drop the stretches of a partition whose log is another one now."""
+    await connection.execute(
+        """delete from consumer.coverage c using consumer.handlers h
+           where c.handler = h.handler and h.app = $1 and (c.topic, c.partition) = ($2, $3)""",
+        app, *partition,
+    )  # fmt: skip
+
+
 async def look(connection: Any, app: str) -> Picture:
     """Read what is recorded."""
     handlers = await connection.fetch("select name, handler, topics, legacy from consumer.handlers where app = $1", app)

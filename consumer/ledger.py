@@ -68,7 +68,7 @@ with moved as (
 -- A handler may have asked a function to set it otherwise, and what is acknowledged must be durable.
 select count(*), (select {stamp}), set_config('synchronous_commit', 'on', true) from moved
 """
-_INSTALLATION = "select (extract(epoch from made_at) * 1000000)::bigint::text from consumer.installation"
+INSTALLATION = "select (extract(epoch from made_at) * 1000000)::bigint::text from consumer.installation"
 
 
 class Outage(ConsumerError):
@@ -257,7 +257,7 @@ class Session:
             with sorted_errors(settings):
                 async with asyncio.timeout(timeout_seconds):  # TimeoutError is an OSError: an outage
                     seen = await describe(connection, settings)
-                    installation = await connection.fetchval(_INSTALLATION)
+                    installation = await connection.fetchval(INSTALLATION)
                     missing = await connection.fetchval(_MAY_NOT, *grants.needed())
                 if missing:
                     raise Misconfigured(

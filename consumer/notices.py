@@ -12,7 +12,6 @@ from consumer.app import App
 from consumer.core.coverage import Assessment, Gap
 from consumer.coverage import Picture, look
 from consumer.group import Group
-from consumer.core.message import Partition
 
 _PLACES_MAX = 5
 
@@ -96,7 +95,7 @@ def _of_topics(picture: Picture, path: str, missing_topics: Collection[str]) -> 
         yield Notice(
             "deleted_topic",
             f"topic {topic} was deleted: the ledger holds positions of it, and nothing of it is applied",
-            f"create it again and run consumer positions {path} --topic {topic} --adopt, or remove its handlers",
+            f"recreate it and run consumer positions {path} --topic {topic} --adopt, or remove its handlers",
             True,
         )
     for partition, offset in sorted(picture.began_with_group.items()):

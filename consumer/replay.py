@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from consumer import history, ledger, once, proof, republish, transport
+from consumer import coverage, history, ledger, once, proof, republish, transport
 from consumer.app import App
 from consumer.core.bounds import Span
 from consumer.core.epoch import lineage
@@ -259,6 +259,7 @@ class _Replay:
         self.epoch = ""
         self.precheck: Precheck | None = None
         self.lanes: list[_Lane] = []
+        self.firsts: dict[Partition, int] = {}  # where it began before an interruption
         self.reached: dict[Partition, int] = {}  # where it went on after an interruption; what was copied
         self.rebuilding = ""  # how far a rebuild has come
         self.fruitless, self.settled_at = 0, time.monotonic()  # attempts since anything was settled, and when that was
@@ -324,6 +325,7 @@ class _Replay:
         await self._look_at_sequences()
         await self._compare_history(source)
         self._conclude()
+        await self._record_coverage()
 
     async def session(self) -> Session:
         """A connection to the primary, waited for. Raises ServiceUnavailable, and CannotTell for another database."""
@@ -343,6 +345,7 @@ class _Replay:
 
     async def _learn(self, session: Session, partitions: Sequence[Partition]) -> None:
         """Numbers, positions, and from where on the ledger knows."""
+        await self._look_at_coverage(session, partitions)  # before a new handler is registered
         names = [each.name for each in self.handlers]
         number = session.numbers if self.options.mode == "apply" else session.known_numbers
         numbers, topics = await number(self.app.name, names, self.topics)
@@ -369,6 +372,60 @@ class _Replay:
             self.precheck.new_epoch(self.epoch)
             if self.options.mode == "check":  # with apply, what Redis says beforehand is of no interest
                 self.findings.precheck = {"asked": 0, "hits": 0, "wrong": 0, "unanswered": 0}
+
+    async def _look_at_coverage(self, session: Session, partitions: Sequence[Partition]) -> None:
+        """What handlers need not settle is not missing; what looks renamed is reported, and applied only where it is named.
+
+        Raises Misconfigured for a probable rename that would be applied.
+        """
+        with ledger.sorted_errors(self.settings):
+            picture = await coverage.look(session.connection, self.app.name)
+        chosen = {each.name for each in self.handlers}
+        numbers = {name: each.number for name, each in picture.known.items() if name in chosen}
+        self.witness.exempt = {
+            (name, each): picture.declared[number, each]
+            for name, number in numbers.items()
+            for each in partitions
+            if (number, each) in picture.declared
+        }
+        for each in picture.assess(self.app).renames:
+            if each.new not in chosen:
+                continue
+            text = (
+                f"handler {each.new!r} is probably {each.old!r}, renamed: the ledger holds {each.old!r} for the same topic "
+                f"{each.topic}, and the App no longer has it; `consumer migrate --rename-handler {self.app.name} {each.old} {each.new}` "
+                "keeps what was settled"
+            )
+            if self.options.mode == "apply" and each.new not in self.options.handlers:
+                raise Misconfigured(
+                    f"{text}; if it is a new handler, name it with --handler {each.new} (nothing was changed)"
+                )
+            self.findings.notes.append(text)
+
+    async def _record_coverage(self) -> None:
+        """Record what an --apply has settled, so that `consumer status` no longer reports it as missed."""
+        findings, options = self.findings, self.options
+        narrowed = self.wanted_key is not None or self.wanted_id is not None
+        if options.mode != "apply" or narrowed or findings.total("missing") or findings.unsettled:
+            return
+        begins_first = options.start in ("earliest", "beginning")  # what the log has dropped cannot be filled
+        spans = [
+            (each.partition, 0 if begins_first else self.firsts.get(each.partition, each.first), each.end)
+            for each in findings.spans
+        ]
+        session = await self.witness.open()
+        with ledger.sorted_errors(self.settings):
+            for handler in self.handlers:
+                await coverage.cover(
+                    session.connection,
+                    handler.number,
+                    [
+                        (p, first, min(end, findings.positions.get(p, 0)))
+                        for p, first, end in spans
+                        if p.topic in handler.topics
+                    ],
+                    "replayed",
+                )
 
     async def _doubt_a_log_that_is_too_short(self, source: Source) -> None:
         """A position beyond the end of the log: the topic was made anew, or lost its tail."""
@@ -814,6 +871,7 @@ class _Replay:
         self.findings.notes.append("resumed after an interruption: sequences were looked at only since then")
         self.reached = {Partition(topic, number): offset for topic, number, offset in state["reached"]}
         if self.options.mode == "apply":
+            self.firsts = {each.partition: each.first for each in self.findings.spans}
             # What is settled needs no counting, and what was on its way is read again: this goes on as a shorter replay.
             self.findings.spans = [
                 each._replace(first=min(each.end, self.reached[each.partition])) for each in self.findings.spans

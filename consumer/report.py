@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
 
+from consumer import coverage
 from consumer.app import App
 from consumer.core.identity import message_id
-from consumer.core.incarnation import Log, Position, Stop, judge
+from consumer.core.incarnation import Committed, Log, Position, Stop, begin, judge
 from consumer.core.message import Partition
 from consumer.core.outcome import Cause
 from consumer.kafka import KafkaError, OpenTransaction, Source
-from consumer.ledger import read_positions
+from consumer.ledger import INSTALLATION, read_positions
 from consumer.stops import read as read_stops
 
 _APPLIED = """
@@ -132,13 +133,19 @@ class Health(NamedTuple):
 
 
 async def partition_health(
-    connection: Any, source: Source, app: App, partitions: Sequence[Partition]
+    connection: Any,
+    source: Source,
+    app: App,
+    partitions: Sequence[Partition],
+    commits: Mapping[Partition, Committed] = {},
 ) -> dict[Partition, Health]:
     """Per partition, judged now as a worker would, whether one runs or not. Raises KafkaError.
 
     Of a partition whose leader does not answer, only what the ids tell. What a running worker has read and not settled
-    yet may be gone from the log: that is shown as removed until it is settled.
+    yet may be gone from the log: that is shown as removed until it is settled. commits: of the group; with shards, only a
+    worker can tell whether they are of another database.
     """
+    own = await connection.fetchval(INSTALLATION)
     positions = await read_positions(connection, app.name, partitions)
     unreadable = await read_stops(connection, app.name)
     identity = await source.identity(app.topics)
@@ -152,6 +159,9 @@ async def partition_health(
         log = Log(identity.cluster_id, identity.topics.get(partition.topic), firsts.get(partition), end)
         log = log._replace(out_of_range=at is not None and end is not None and at.offset > end)
         stop = judge(partition, at, log) if at is not None else None
+        if at is None and not app.shards:
+            start = begin(partition, commits.get(partition), firsts.get(partition, 0), own)
+            stop = start if isinstance(start, Stop) else None
         found = None
         if end is None:  # no leader at the moment
             return Health(log.topic_id, stop or _stored(unreadable, partition, at), None)
@@ -317,13 +327,14 @@ async def move_position(connection: Any, app: str, partition: Partition, offset:
         await connection.execute(
             """insert into consumer.positions as p (app, topic, partition, next_offset, first_offset) values ($1, $2, $3, $4, $4)
                on conflict (app, topic, partition) do update set next_offset = excluded.next_offset, updated_at = now(),
-               seen_offset = null, seen_timestamp = null, seen_fingerprint = null,
+               seen_offset = null, seen_timestamp = null, seen_fingerprint = null, began_with = null,
                first_offset = case when p.first_offset > excluded.first_offset then excluded.first_offset else p.first_offset end""",
             app,
             partition.topic,
             partition.partition,
             offset,
         )
+        await coverage.move_back(connection, app, partition, offset)
     return before
 
 
@@ -353,7 +364,8 @@ async def adopt(connection: Any, source: Source, app: App, partition: Partition)
             return None
         await connection.execute(
             """update consumer.positions set next_offset = $4, first_offset = $4, cluster_id = $5, topic_id = $6, salt = $7,
-                      seen_offset = null, seen_timestamp = null, seen_fingerprint = null, updated_at = now()
+                      seen_offset = null, seen_timestamp = null, seen_fingerprint = null, updated_at = now(),
+                      handlers = null, began_with = null
                where (app, topic, partition) = ($1, $2, $3)""",
             app.name,
             partition.topic,
@@ -363,6 +375,7 @@ async def adopt(connection: Any, source: Source, app: App, partition: Partition)
             topic_id,
             topic_id.bytes if topic_id is not None else secrets.token_bytes(16),
         )
+        await coverage.forget(connection, app.name, partition)
     return stop
 
 

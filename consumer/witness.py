@@ -14,6 +14,7 @@ from typing import Any
 from uuid import UUID
 
 from consumer import history, once, proof
+from consumer.core.coverage import Stretch
 from consumer.core.findings import Findings, blocks
 from consumer.core.lanes import Delivery
 from consumer.core.message import Partition
@@ -44,6 +45,7 @@ class Witness:
     connect: Callable[[], Awaitable[Session]]
     topics: Mapping[str, int] = field(default_factory=dict)
     horizon: dict[Partition, int | None] = field(default_factory=dict)
+    exempt: Mapping[tuple[str, Partition], Sequence[Stretch]] = field(default_factory=dict)  # by handler
     matched: dict[history.Block, int] = field(default_factory=dict)  # rows made by the very records that were read
     # handler and id -> partition, offset, timestamp, fingerprint
     missing: dict[tuple[str, bytes], tuple[Partition, int, int, int]] = field(default_factory=dict)
@@ -83,6 +85,9 @@ class Witness:
         if self.assume_unapplied:
             return False
         partition = delivery.partition
+        for each in self.exempt.get((delivery.handler.name, partition), ()):
+            if each.past is not None and each.first <= delivery.record.offset < each.past:
+                return True  # its handler need not settle it: `consumer positions --begin-here`
         horizon = self.horizon.get(partition)
         if horizon is None:  # not recorded: all below the position may have been before
             horizon = self.findings.positions.get(partition, 0)

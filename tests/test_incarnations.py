@@ -40,7 +40,7 @@ from consumer.kafka import Source, group_offsets
 from consumer.ledger import Fenced, Session
 from consumer.wire import Identity
 
-PATH = "worker_app:app"  # how the commands name the App; what they need of it is its name and its topic
+PATH = "worker_app:alone"  # the App of these tests, as a module that commands can load
 
 
 class Payment(msgspec.Struct):

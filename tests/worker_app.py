@@ -52,3 +52,11 @@ async def settle(payment: Payment, tx: Tx) -> None:
 @app.handler(topic)
 async def record(payment: Payment, tx: Tx) -> None:
     await tx.execute("insert into effects values ($1, $2, $3)", f"record {payment.id}", payment.account, 0)
+
+
+alone = App(os.environ.get("TEST_APP", "worker-app"))  # the same App, of tests that have one handler
+
+
+@alone.handler(topic, name="settle")
+async def settle_alone(payment: Payment, tx: Tx) -> None:
+    tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)

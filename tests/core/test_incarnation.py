@@ -6,7 +6,7 @@ from uuid import UUID
 
 import pytest
 
-from consumer.core.incarnation import Log, Position, Print, Reason, judge
+from consumer.core.incarnation import Beginning, Committed, Log, Position, Print, Reason, Stop, begin, judge, note
 from consumer.core.message import Partition
 from consumer.core.watchdog import OpenTransactions
 
@@ -78,3 +78,38 @@ def test_a_transaction_that_moves_on_is_not_told() -> None:
     watch = OpenTransactions()
     for second in range(100):
         assert watch.news(float(second), {P: second}, 10) == ([], [])
+
+
+OWN, GONE, OTHER_SHARD = "1700000000000001", "1600000000000001", "1700000000000002"
+
+
+@pytest.mark.parametrize(
+    ("committed", "others", "expected"),
+    [
+        (None, (), Beginning(3, "log")),
+        (Committed(90, ""), (), Beginning(90, "group")),
+        (Committed(90, "written by another client"), (), Beginning(90, "group")),
+        (Committed(90, "a b"), (), Beginning(90, "group")),
+        (Committed(90, f"{OWN} 20"), (), Beginning(20, "lost")),
+        (Committed(90, f"{OWN} 0"), (), Beginning(3, "lost")),  # the log has dropped its first records since
+        (Committed(90, f"{GONE} 0"), (), Reason.OTHER_DATABASE),
+        (Committed(90, f"{OTHER_SHARD} 0"), (OTHER_SHARD,), Beginning(90, "shard")),  # a shard that was added
+        (Committed(90, f"{OTHER_SHARD} 0 {GONE} 0"), (OTHER_SHARD,), Reason.OTHER_DATABASE),  # swapped for this one
+        (Committed(90, f"{OTHER_SHARD} 0 {OWN} 20"), (OTHER_SHARD,), Beginning(20, "lost")),
+    ],
+)
+def test_beginning_without_a_position(
+    committed: Committed | None, others: tuple[str, ...], expected: Beginning | Reason
+) -> None:
+    found = begin(P, committed, 3, OWN, others)
+    if isinstance(expected, Beginning):
+        assert found == expected
+    else:
+        assert isinstance(found, Stop) and found.reason is expected
+        assert "--to earliest" in found.do and "--to committed" in found.text
+
+
+def test_note_of_a_position_is_recognised_as_its_own() -> None:
+    text = note([(OWN, Position(90, first=20)), (OTHER_SHARD, Position(80, first=10))])
+    assert begin(P, Committed(90, text), 0, OWN) == Beginning(20, "lost")
+    assert begin(P, Committed(90, text), 0, OTHER_SHARD) == Beginning(10, "lost")
