@@ -28,7 +28,7 @@ from consumer.core.letters import Hold
 from consumer.core.names import ident
 from consumer.core.outcome import Dead
 from consumer.core.scratch import Column, Constraint, DefaultSequence, Judgement, Name, Table, Touch, Use
-from consumer.core.sqltext import first_words
+from consumer.core.sqltokens import first_words
 from consumer.ledger import Session, Standing, sqlstate_of
 from consumer.server import NOWHERE
 from consumer.settings import Settings
@@ -374,7 +374,8 @@ class CopiesSession(Session):
     def __init__(self, guard: Guard, settings: Settings) -> None:
         proxy: Any = guard
         super().__init__(proxy, settings, NOWHERE)  # it closes its batches itself
-        self.columns = Columns(proxy, one_by_one=True)  # every text is looked at, and each row's trail is told
+        # Every text is looked at, and each row is traced to its messages.
+        self.columns = Columns(proxy, looks=guard.connection, arrays=False)
         self.batch_seconds_max = float("inf")  # nobody waits for it, and the idle timeout is off
         self.guard = guard
         self.raw = guard.connection

@@ -39,7 +39,8 @@ from consumer.core.message import LogRecord, Message, Partition
 from consumer.core.outcome import DUPLICATE, SKIPPED, Applied, Cause, Dead, Duplicate, Outcome, Parked, Reason, Skipped
 from consumer.core.sqlstate import Meaning
 from consumer.ledger import REDELIVERED, Conflict, Fenced, Outage, Session, Standing, meaning_of, said, sqlstate_of
-from consumer.tx import Scope, Tx, savepoint_name
+from consumer.scope import Scope, savepoint_name
+from consumer.tx import Tx
 
 _CALLS_AT_A_TIME = 100
 FAILURES_MAX = 4  # in a row, of a part of a batch, before it is cut
@@ -544,16 +545,6 @@ def _count(names: Names, outcomes: Mapping[Delivery, Outcome]) -> dict[tuple[int
     }
 
 
-@dataclass(slots=True)
-class _Chunk:
-    """The messages of one call of a batch handler. Their writes keep the order of the calls."""
-
-    handler: Handler
-
-    def unit(self) -> Hashable:
-        return ("batch", self.handler.name)
-
-
 class _Run:
     """Calls the handlers of one transaction, and finds out what became of every message."""
 
@@ -578,13 +569,13 @@ class _Run:
         self.until = self.now + session.batch_seconds_max
 
     async def handlers(self, fresh: Sequence[Delivery]) -> None:
-        """Run every fresh message, each handler's in the order of its units."""
-        by_handler: dict[Handler, list[Delivery]] = {}
+        """Run every fresh message, in the order of the batch; batch handlers and concurrent ones by themselves."""
+        by_handler: dict[Handler | None, list[Delivery]] = {}
         for delivery in fresh:
             if delivery.outcome is None and delivery not in self.done.outcomes:
-                by_handler.setdefault(delivery.handler, []).append(delivery)
+                by_handler.setdefault(self._caller(delivery.handler), []).append(delivery)
         for handler, deliveries in by_handler.items():
-            if handler.batch is not None:
+            if handler is not None and handler.batch is not None:
                 readable = [each for each in deliveries if self._readable(each)]
                 for chunk in _chunks(readable, handler.batch):
                     if self._is_late():
@@ -592,7 +583,7 @@ class _Run:
                             self._leave(delivery)
                     else:
                         await self._call_batch(handler, chunk)
-            elif handler.concurrency > 1 and not self.careful:
+            elif handler is not None:
                 await in_chains(deliveries, handler.concurrency, self._one)
             else:
                 task = asyncio.current_task()
@@ -601,6 +592,10 @@ class _Run:
                         await asyncio.sleep(0)  # handlers that only defer never wait: let the other lanes' answers in
                     if (rest := self._begin(delivery, task)) is not None:
                         await rest
+
+    def _caller(self, handler: Handler) -> Handler | None:
+        """The handler whose messages are called together; None for those that are called in batch order."""
+        return None if handler.batch is None and (handler.concurrency == 1 or self.careful) else handler
 
     async def _one(self, delivery: Delivery, task: asyncio.Task[Any] | None) -> None:
         if (rest := self._begin(delivery, task)) is not None:
@@ -617,7 +612,7 @@ class _Run:
         if self.held and delivery.unit() in self.held:
             self.done.outcomes[delivery] = HELD_BACK
             return None
-        tx = Tx(self.scope, delivery, task)
+        tx = Tx(self.scope, task)
         if self.careful:
             return self._run_alone(delivery, tx)
         try:
@@ -676,7 +671,7 @@ class _Run:
             deliveries = [each for each in deliveries if each not in self.done.outcomes]
         if not deliveries:
             return
-        tx = Tx(self.scope, _Chunk(handler), asyncio.current_task())
+        tx = Tx(self.scope, asyncio.current_task())
         try:
             arguments = [_argument(each) for each in deliveries]
             await self._call(handler, lambda: begin(handler, arguments, tx, self.activity), tx, deliveries)
@@ -716,7 +711,7 @@ class _Run:
             except BaseException:
                 if not tx.close():
                     with suppress(TransactionMisuse):
-                        await tx.end()
+                        await tx.end(failed=True)
                 raise
             if not tx.close():
                 await tx.end()

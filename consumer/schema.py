@@ -12,7 +12,8 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from consumer.core.errors import Misconfigured
-from consumer.core.sqltext import first_words, transaction_control
+from consumer.core.sqltext import transaction_control
+from consumer.core.sqltokens import first_words
 
 _LOCK = 0x1DE_117  # one number for everybody who migrates; transaction-level, so it is never left behind
 _VERSIONS = """

@@ -7,28 +7,20 @@ the claim of its message, or not at all.
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-from consumer.columns import Columns
 from consumer.core.errors import TransactionMisuse
-from consumer.core.grouping import are_apart, group
-from consumer.core.sqltext import refuse_transaction_control
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable
-
+from consumer.core.sqlsettings import check_setting
+from consumer.core.sqltext import refuse_transaction_control, traits
+from consumer.scope import Scope, savepoint_name
 
 _CANCELLED_SECONDS = 5.0
-
-
-class Ordered(Protocol):
-    """What a Tx writes for: a message, or the messages of one call of a batch handler."""
-
-    def unit(self) -> Hashable: ...
+_SET_LOCAL = "select current_setting($1, true), set_config($1, $2, true)"
+_RESET_LOCAL = "select set_config(s.name, s.value, true) from unnest($1::text[], $2::text[]) as s(name, value)"
+_SEVERAL = "{}: several commands in one text, which PostgreSQL takes only without parameters; send each by itself"
 
 
 class _Level:
@@ -50,55 +42,10 @@ class _Level:
 # The savepoint that a task is inside of. Tasks started in it are inside too; their siblings are not.
 _inside: ContextVar[_Level | None] = ContextVar("consumer_savepoint", default=None)
 
-_savepoint_numbers = itertools.count(1)  # never one name twice: a task left behind must not meet another's savepoint
 
-
-def savepoint_name() -> str:
-    """A name that no savepoint of this process has had."""
-    return f"consumer_{next(_savepoint_numbers)}"
-
-
-class Scope:
-    """What the messages of one batch share: the connection, and the writes deferred so far in order of their messages."""
-
-    def __init__(self, connection: Any, columns: Columns) -> None:
-        self.connection = connection
-        self.columns = columns
-        self.root = _Level()
-        self.deferred: list[Tx] = []
-        self.flush_error: BaseException | None = None
-
-    async def flush(self) -> None:
-        """Send the deferred writes of the batch, grouped.
-
-        Raises what the database says. Nobody knows whose write it was: `flush_error` then says that the batch has
-        failed, whatever a handler does with the exception.
-        """
-        if not self.deferred:
-            return
-        pending, self.deferred = self.deferred, []
-        writes = [(tx.subject, sql, args) for tx in pending for sql, args in tx.writes]
-        for tx in pending:
-            tx.touched, tx.writes = True, []
-        try:
-            await self.send(writes)
-        except BaseException as error:
-            self.flush_error = error
-            raise
-
-    async def send(self, writes: Sequence[tuple[Ordered, str, Sequence[Any]]]) -> None:
-        """Send writes in groups. Raises what the database says."""
-        by_statement: dict[str, list[Sequence[Any]]] = {}
-        for _, sql, arguments in writes:
-            by_statement.setdefault(sql, []).append(arguments)
-        several = 1 < len(by_statement) < len(writes)
-        touches = await self.columns.touches(by_statement) if several else None
-        if len(by_statement) == 1 or (touches is not None and are_apart(touches)):
-            groups = list(by_statement.items())  # and nobody needs to know the units
-        else:
-            groups = group([(subject.unit(), sql, arguments) for subject, sql, arguments in writes], touches)
-        for sql, each in groups:
-            await self.columns.send(sql, each)
+def _refuse_several(method: str, sql: str) -> None:
+    if ";" in sql and traits(sql).several:
+        raise TransactionMisuse(_SEVERAL.format(method))
 
 
 class Tx:
@@ -110,20 +57,28 @@ class Tx:
     swallows the exception: PostgreSQL would store nothing of that transaction.
     """
 
-    __slots__ = ("_asking", "_open", "_others", "_owner", "_scope", "error", "subject", "touched", "writes")
+    __slots__ = (
+        *("_asking", "_constraints", "_others", "_owner", "_root", "_scope", "_settings", "error", "is_open", "placed"),
+        *("touched", "waited_seconds", "waiting_since", "writes"),
+    )
 
-    def __init__(self, scope: Scope, subject: Ordered, owner: asyncio.Task[Any] | None) -> None:
+    def __init__(self, scope: Scope, owner: asyncio.Task[Any] | None) -> None:
         self._scope = scope
-        self._open = True
+        self.is_open = True
         self._owner = owner  # the task that calls the handler
-        self._others: dict[
-            asyncio.Task[Any], int
-        ] = {}  # tasks of the handler that use this, and how many times at once
-        self.subject = subject
+        self._others: dict[asyncio.Task[Any], int] | None = (
+            None  # other tasks that use this, and how many times at once
+        )
+        self._root: _Level | None = None
         self.writes: list[tuple[str, Sequence[Any]]] = []
+        self.placed = False  # it has begun to use the connection: its place among the messages is fixed
         self.touched = False  # something of this message was sent: only a rollback can take it back
         self.error: BaseException | None = None
         self._asking = 0  # statements that have not been answered yet
+        self._settings: dict[str, str | None] | None = None  # set for this message, with the values before
+        self._constraints = False  # it may have changed when constraints are checked
+        self.waited_seconds = 0.0  # for the turn
+        self.waiting_since: float | None = None
 
     @property
     def in_statement(self) -> bool:
@@ -133,39 +88,47 @@ class Tx:
     def defer(self, sql: str, *args: Any) -> None:
         """Add a write whose result is not needed: it is sent with the others of the batch, grouped by statement.
 
-        Writes of one message key keep their order. An awaited statement of the batch first sends what was deferred.
-        Raises TransactionMisuse for transaction control. A caller may not assume that an error shows here: it shows
-        when the write is sent, and then fails this message.
+        The database ends up as if each write ran here. An awaited statement first sends what was deferred before it.
+        Raises TransactionMisuse for transaction control, and for several commands with parameters. A caller may not assume
+        that another error shows here: it shows when the write is sent, and then fails this message.
         """
         self._check(sql)
-        level = self._level()
-        if level is not self._scope.root:
+        if args and ";" in sql and traits(sql).several:
+            raise TransactionMisuse(_SEVERAL.format("defer"))
+        level = _inside.get()
+        if level is not None and (level := self._level()) is not self._root:
             level.writes.append((sql, args))
             return
         if not self.writes:
-            self._scope.deferred.append(self)
+            self._scope.defer(self)
         self.writes.append((sql, args))
 
     async def execute(self, sql: str, *args: Any, timeout: float | None = None) -> str:
         """Run a statement; returns its command tag, for example ``UPDATE 1``. timeout: seconds."""
+        if args:
+            _refuse_several("execute", sql)
         result: str = await self._run("execute", sql, sql, *args, timeout=timeout)
         return result
 
     async def executemany(self, sql: str, args: Iterable[Sequence[Any]], *, timeout: float | None = None) -> None:
         """Run a statement once for each element of `args`."""
+        _refuse_several("executemany", sql)
         await self._run("executemany", sql, sql, args, timeout=timeout)
 
     async def fetch(self, sql: str, *args: Any, timeout: float | None = None) -> list[Any]:
         """Run a query; returns its rows."""
+        _refuse_several("fetch", sql)
         result: list[Any] = await self._run("fetch", sql, sql, *args, timeout=timeout)
         return result
 
     async def fetchrow(self, sql: str, *args: Any, timeout: float | None = None) -> Any:
         """Run a query; returns its first row, or None."""
+        _refuse_several("fetchrow", sql)
         return await self._run("fetchrow", sql, sql, *args, timeout=timeout)
 
     async def fetchval(self, sql: str, *args: Any, column: int = 0, timeout: float | None = None) -> Any:
         """Run a query; returns one column of its first row, or None."""
+        _refuse_several("fetchval", sql)
         return await self._run("fetchval", sql, sql, *args, column=column, timeout=timeout)
 
     async def copy_records_to_table(
@@ -189,6 +152,18 @@ class Tx:
         )
         return result
 
+    async def set_local(self, name: str, value: str) -> None:
+        """Set one of the application's own settings, like ``app.tenant``, for this message's statements only.
+
+        Those that are deferred after it are among them. The value before comes back for the next message; where there was
+        none, PostgreSQL leaves the empty string. Raises TransactionMisuse for a name without a dot, or a value that is no str.
+        """
+        check_setting(name, value)
+        before = await self._run("fetchrow", None, _SET_LOCAL, name, value)
+        if self._settings is None:
+            self._settings = {}
+        self._settings.setdefault(name.lower(), before[0])
+
     @asynccontextmanager
     async def savepoint(self) -> AsyncIterator[None]:
         """A part that may fail without failing the message: on an exception its writes are undone, and it is raised on.
@@ -199,6 +174,7 @@ class Tx:
         self._check(None)
         outer = self._level()
         with self._using():
+            await self._scope.turn.take(self)
             async with outer.lock:
                 self._check(None)  # it may have ended while this waited
                 await self._guarded(self._flush(outer))
@@ -223,7 +199,7 @@ class Tx:
                 except BaseException:
                     async with level.lock:
                         level.open = False
-                        if self._open:  # else the transaction is over, and the connection may be another message's
+                        if self.is_open:  # else the transaction is over, and the connection may be another message's
                             self.error = None
                             await self._guarded(self._scope.connection.execute(f"rollback to savepoint {name}"))
                             self.error = outer_error
@@ -235,12 +211,16 @@ class Tx:
         level = _inside.get()
         while level is not None and not (level.open and level.tx is self):
             level = level.parent
-        return level or self._scope.root
+        if level is None:
+            level = self._root = self._root or _Level()
+        return level
 
     async def _run(self, method: str, sql: str | None, *args: Any, **options: Any) -> Any:
         self._check(sql)
         level = self._level()
+        kind = None if sql is None else traits(sql)
         with self._using():
+            await self._scope.turn.take(self)
             async with level.lock:
                 self._check(None)
                 if not level.open:
@@ -249,14 +229,25 @@ class Tx:
                     )
                 await self._guarded(self._flush(level))
                 self.touched = True
+                if kind is not None and (kind.changes_schema or kind.sets_constraints):
+                    self._constraints = True
+                    return await self._guarded(
+                        self._altering(getattr(self._scope.connection, method)(*args, **options))
+                    )
                 return await self._guarded(getattr(self._scope.connection, method)(*args, **options))
 
+    async def _altering(self, statement: Any) -> Any:
+        try:
+            return await statement
+        finally:
+            self._scope.schema_changed()
+
     async def _flush(self, level: _Level) -> None:
-        if level is self._scope.root:
-            await self._scope.flush()
+        if level is self._root:
+            await self._scope.flush(self)
         elif level.writes:
             writes, level.writes = level.writes, []
-            await self._scope.send([(self.subject, sql, args) for sql, args in writes])
+            await self._scope.send([writes])
 
     async def _guarded(self, statement: Any) -> Any:
         self._asking += 1
@@ -272,7 +263,7 @@ class Tx:
             self._asking -= 1
 
     def _check(self, sql: str | None) -> None:
-        if not self._open:
+        if not self.is_open:
             raise TransactionMisuse("this Tx was used after its handler had returned: await everything you start")
         if sql is not None:
             refuse_transaction_control(sql)
@@ -284,6 +275,8 @@ class Tx:
         if task is self._owner or task is None:
             yield
             return
+        if self._others is None:
+            self._others = {}
         self._others[task] = self._others.get(task, 0) + 1
         try:
             yield
@@ -294,31 +287,53 @@ class Tx:
 
     def close(self) -> bool:
         """The handler has returned: nothing more is written through this. False when `end` must be awaited instead."""
-        if self._others:
+        if self._others or (self.touched and self._leaves_something()):
             return False
-        self._open = False
+        self._close()
         return True
 
-    async def end(self) -> None:
+    def _close(self) -> None:
+        self.is_open = False
+        if self.placed:
+            self._scope.turn.release(self)
+
+    def _leaves_something(self) -> bool:
+        """Whether later messages would meet what this one has set, or a check of it would come after them."""
+        return bool(self._settings) or self._constraints or bool(self._scope.constraints)
+
+    async def end(self, *, failed: bool = False) -> None:
         """The handler has returned: nothing more is written through this.
 
         Tasks that it left in the middle of a statement or a savepoint are cancelled and waited for, so that none of
-        them meets the next message. Raises TransactionMisuse when there were any.
+        them meets the next message. Raises TransactionMisuse when there were any. Then, unless it has failed, its writes
+        are sent, what a COMMIT would check is checked, and its settings are as before; raises what the database says.
         """
-        left = list(self._others)
-        if left:
-            for task in left:
-                task.cancel()
-            await asyncio.wait(left, timeout=_CANCELLED_SECONDS)
-        self._open = False
-        if self._others:
-            self._scope.connection.terminate()  # a task that does not end: nothing may follow on this connection
+        left = list(self._others or ())
+        try:
+            if left:
+                for task in left:
+                    task.cancel()
+                await asyncio.wait(left, timeout=_CANCELLED_SECONDS)
+            if not left and not failed and self.error is None and self._leaves_something():
+                await self._guarded(self._leave())
+        finally:
+            self._close()
+            if self._others:
+                self._scope.connection.terminate()  # a task that does not end: nothing may follow on this connection
         if left:
             raise TransactionMisuse("the handler returned while a task of its own was still using its Tx: await it")
 
+    async def _leave(self) -> None:
+        await self._scope.flush(self)
+        if self._constraints or self._scope.constraints:
+            await self._scope.check_constraints()
+        if self._settings:
+            before = [value or "" for value in self._settings.values()]
+            await self._scope.connection.execute(_RESET_LOCAL, list(self._settings), before)
+
     def abandon(self) -> None:
         """Its handler does not end: nothing more is written through this, and what was written is undone."""
-        self._open = False
+        self._close()
         self._scope.connection.terminate()
 
     def discard(self) -> None:

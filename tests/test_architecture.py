@@ -27,6 +27,7 @@ LAYERS = [
     "schema",
     "embedded",
     "columns",
+    "scope",
     "tx",
     "compression",
     "wire",

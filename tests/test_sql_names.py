@@ -33,8 +33,7 @@ REVIEWED: dict[str, dict[str, str]] = {
         "each.name.copy": _BY_SCRATCH,
     },
     "core/columns.py": {
-        "table": "a token of the handler's own statement",
-        "columns": "tokens of the handler's own statement",
+        "listed": "tokens of the handler's own statement",
         "named": "a token of the handler's own statement",
     },
     "core/grants.py": {

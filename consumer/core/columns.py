@@ -1,58 +1,38 @@
-"""Which write may run once for many rows instead of once for each, and how it then reads.
+"""The grammar of deferred writes that is understood, and how one of them reads for many rows.
 
-`insert into t values ($1, $2)` a thousand times is `insert into t select c1, c2 from unnest($1, $2)` once; an UPDATE of
-rows that its WHERE tells apart likewise, in *rounds* that meet no row twice; and one that only adds to columns of such rows,
-once for each row, with the *sum* of what is added. Knows SQL texts and arguments; knows no connection. Only a few shapes are read, and everything else is refused: no subquery, no function but those named here, no
-RETURNING, no ON CONFLICT DO UPDATE, because each execution of such a statement may see what the one before it did. What it
-does not know is the table: triggers, rules and types are looked at by consumer/columns.py.
+`insert into t values ($1, $2)` a thousand times is `insert into t select c1, c2 from unnest($1, $2)` once; an UPDATE or an
+upsert likewise, in rounds that meet no row twice (core/rounds.py), and a DELETE by key.
+A few forms are read, each of them completely: every word is a keyword, a function or a type of the lists below, or a column.
+Everything else is refused. Knows SQL texts; knows no connection and no table: core/catalog.py decides about those.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from operator import itemgetter
-from typing import Any
-from uuid import UUID
+from dataclasses import dataclass, replace
 
-ROWS_MIN = 8  # fewer are sent one by one: each distinct statement is prepared once on every connection
-
-_BYTES_MAX = 16 << 20  # of one column in one statement, well below the 1 GiB that PostgreSQL takes
-
-# Evaluated once for each row, and never by looking at a table.
-_FUNCTIONS = frozenset({"now", "gen_random_uuid", "coalesce", "greatest", "least", "nullif", "abs"})
-# Words that would make an expression more than one row's arithmetic, or mean something else in a SELECT than in VALUES.
+# Depend on their arguments and the transaction only, and read no table.
+FUNCTIONS = frozenset(
+    {
+        *("now", "gen_random_uuid", "abs", "lower", "upper", "round", "floor", "ceil", "length", "date_trunc"),
+        *("md5", "to_timestamp"),
+    }
+)
+_FUNCTION_KEYWORDS = frozenset({"coalesce", "greatest", "least", "nullif"})  # nobody can define another of these
+_KEYWORDS = frozenset(
+    {
+        *("null", "true", "false", "current_timestamp", "current_date", "localtimestamp"),
+        *("current_user", "session_user"),
+    }
+)
+_JOINING = frozenset({"and", "or", "not", "is"})
+# Words that make an expression more than one row's arithmetic, or mean something else in a SELECT than in VALUES.
 _REFUSED = frozenset(
     {
-        *(
-            "select",
-            "with",
-            "default",
-            "returning",
-            "from",
-            "only",
-            "case",
-            "exists",
-            "any",
-            "all",
-            "some",
-            "array",
-            "row",
-        ),
-        *(
-            "in",
-            "between",
-            "like",
-            "ilike",
-            "similar",
-            "collate",
-            "over",
-            "current",
-            "overriding",
-            "table",
-            "tablesample",
-        ),
+        *("select", "with", "default", "returning", "from", "only", "case", "exists", "any", "all", "some", "array"),
+        *("row", "in", "between", "like", "ilike", "similar", "collate", "over", "current", "overriding", "table"),
+        *("tablesample", "using", "where", "values", "set", "on"),
     }
 )
 _TOKEN = re.compile(
@@ -66,20 +46,14 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
-_PLAIN_MODULES = frozenset(
-    {"builtins", "uuid", "decimal", "datetime"}
-)  # of types whose values are one value each, but for:
-_CONTAINERS = frozenset({list, tuple, dict, set, frozenset, bytearray, memoryview})
-_KEYS = frozenset({int, str, UUID})  # equal in Python if and only if equal in PostgreSQL, for the types in KEY_TYPES
-KEY_TYPES: Mapping[str, type] = {"int2": int, "int4": int, "int8": int, "uuid": UUID, "text": str, "varchar": str}
 # Scalars whose arrays the driver encodes from plain Python values, and that PostgreSQL's unnest gives back unchanged.
-INT_MAX: Mapping[str, int] = {"int2": 2**15 - 1, "int4": 2**31 - 1, "int8": 2**63 - 1}
 TYPES = frozenset(
     {
         *("int2", "int4", "int8", "float4", "float8", "numeric", "bool", "uuid"),
         *("text", "varchar", "bytea", "date", "timestamp", "timestamptz", "json", "jsonb"),
     }
 )
+_CASTS = TYPES | {"int", "integer", "bigint", "smallint", "boolean", "decimal", "real", "interval"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,22 +64,33 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A statement that can run once for many rows.
+    """A statement that is understood.
 
-    table: its name as written, to be resolved by PostgreSQL. parameters: how many it has. keys: the columns by which an
-    UPDATE finds its rows, with the parameter (from 0) that each is compared with; empty for an INSERT. assigned: the columns
-    that an UPDATE changes; None for an INSERT. added: the columns that a parameter is added to or subtracted from, with that
-    parameter, of an UPDATE that does no more with its parameters and rows than that and the keys; else empty.
+    kind: "insert", "upsert", "update" or "delete". table: its name as written, to be resolved by PostgreSQL.
+    keys: the columns by which rows are found, with the parameter (from 0) that each is compared with: of an UPDATE or a
+    DELETE those of its WHERE, of an upsert the one that conflicts; empty for an INSERT. assigned: the columns that an UPDATE
+    or an upsert changes. added: the columns that a parameter is added to or subtracted from, with that parameter, of an
+    UPDATE that does no more with its parameters and rows than that and the keys; else empty. inserted: of an INSERT, each
+    value's parameter, None for another expression. columns: those that an INSERT lists. names: the columns that expressions
+    mention. functions: those of FUNCTIONS that they call. borrowed: columns of an upsert whose new value stands for its
+    parameter in the form for many rows. has_rows: whether there is a form for many rows at all.
     """
 
+    kind: str
     table: str
     parameters: int
-    keys: tuple[tuple[str, int], ...]
-    assigned: tuple[str, ...] | None
-    added: tuple[tuple[str, int], ...]
-    _before: str
-    _expressions: str
-    _after: str
+    keys: tuple[tuple[str, int], ...] = ()
+    assigned: tuple[str, ...] = ()
+    added: tuple[tuple[str, int], ...] = ()
+    inserted: tuple[int | None, ...] = ()
+    columns: tuple[str, ...] = ()
+    names: frozenset[str] = frozenset()
+    functions: frozenset[str] = frozenset()
+    borrowed: tuple[tuple[str, int], ...] = ()
+    has_rows: bool = True
+    _before: str = ""
+    _expressions: str = ""
+    _after: str = ""
 
     def text(self, types: Sequence[str]) -> str:
         """The statement for arrays of these types, one for each parameter: names of `TYPES` only."""
@@ -113,12 +98,13 @@ class Shape:
             raise ValueError(f"types {types} for {self.parameters} parameters")
         arrays = ", ".join(f"${n}::pg_catalog.{name}[]" for n, name in enumerate(types, 1))
         names = ", ".join(f"consumer_c{n}" for n in range(1, self.parameters + 1))
-        rows = f"from unnest({arrays}) as consumer_r({names})"
+        joined = "using" if self.kind == "delete" else "from"
+        rows = f"{joined} unnest({arrays}) as consumer_r({names})"
         return f"{self._before} {self._expressions} {rows} {self._after}"
 
 
 def shape_of(sql: str) -> Shape | None:
-    """The shape of a statement, or None for one that must run as it is, once for each row."""
+    """The shape of a statement, or None for one that must run as it is, in its place."""
     tokens = _tokens(sql)
     if tokens is None or len(tokens) < 6:
         return None
@@ -128,92 +114,11 @@ def shape_of(sql: str) -> Shape | None:
                 return _insert(_Reader(tokens, 2))
             case "update", _:
                 return _update(_Reader(tokens, 1))
+            case "delete", "from":
+                return _delete(_Reader(tokens, 2))
     except _Other:
         pass
     return None
-
-
-def rounds(arguments: Sequence[Sequence[Any]], shape: Shape) -> list[Sequence[Sequence[Any]]] | None:
-    """The rows of each run of the statement, or None when their values do not fit it.
-
-    An UPDATE that met one row twice would change it once only. So the first use of each key is in the first round, the second
-    in the second: one key's writes keep their order. A round is sorted by key, so that two transactions lock rows in one order.
-    """
-    if any(len(each) != shape.parameters for each in arguments):
-        return None
-    for column in range(shape.parameters):
-        kinds = set(map(type, map(itemgetter(column), arguments)))
-        if kinds & _CONTAINERS or any(kind.__module__ not in _PLAIN_MODULES for kind in kinds):
-            return None
-        if kinds & _SIZED and sum(len(each[column]) for each in arguments if type(each[column]) in _SIZED) > _BYTES_MAX:
-            return None
-    if not shape.keys:
-        return [arguments]
-    places = [place for _, place in shape.keys]
-    for place in places:
-        kinds = set(map(type, map(itemgetter(place), arguments)))
-        if len(kinds) != 1 or not kinds <= _KEYS:
-            return None
-    key = itemgetter(*places)
-    found: list[list[Sequence[Any]]] = []
-    times: dict[Any, int] = {}
-    for each in arguments:
-        value = key(each)
-        time = times.get(value, 0)
-        times[value] = time + 1
-        if time == len(found):
-            found.append([])
-        found[time].append(each)
-    for each_round in found:
-        each_round.sort(key=key)
-    return list(found)
-
-
-_SIZED = frozenset({str, bytes})
-
-
-def sums(
-    arguments: Sequence[Sequence[Any]], shape: Shape, most: Sequence[int]
-) -> tuple[list[Sequence[Any]], list[Sequence[Any]]] | None:
-    """One row for each key with the sums of what is added to it, and the arguments that must run one by one all the same.
-
-    None when the values do not fit. most: for each of `shape.added`, the largest number that its parameter can hold. A key to
-    which numbers of both signs are added is not summed: on the way, its column may leave its type's range, which is an error
-    of one message. With one sign, it does so at the end if ever.
-    """
-    places = [place for _, place in shape.added]
-    if any(len(each) != shape.parameters for each in arguments):
-        return None
-    for place in places:
-        if set(map(type, map(itemgetter(place), arguments))) != {int}:
-            return None
-    key_places = [place for _, place in shape.keys]
-    for place in key_places:
-        kinds = set(map(type, map(itemgetter(place), arguments)))
-        if len(kinds) != 1 or not kinds <= _KEYS:
-            return None
-    key = itemgetter(*key_places)
-    keys = list(map(key, arguments))
-    rows: dict[Any, list[Any]] = {}
-    mixed: set[Any] = set()
-    for number, (place, limit) in enumerate(zip(places, most, strict=True)):
-        added = list(map(itemgetter(place), arguments))
-        total: dict[Any, int] = {}
-        for each, value in zip(keys, added, strict=True):
-            total[each] = total.get(each, 0) + value
-        if max(total.values()) > limit or min(total.values()) < -limit:
-            return None
-        if min(added) < 0 < max(added):
-            mixed |= {each for each, value in zip(keys, added, strict=True) if value > 0} & {
-                each for each, value in zip(keys, added, strict=True) if value < 0
-            }
-        if number == 0:
-            for each, first in zip(reversed(keys), reversed(arguments), strict=True):
-                rows[each] = list(first)
-        for each, value in total.items():
-            rows[each][place] = value
-    alone = [each for each, name in zip(arguments, keys, strict=True) if name in mixed] if mixed else []
-    return [rows[each] for each in sorted(rows) if each not in mixed], alone
 
 
 class _Other(Exception):
@@ -241,6 +146,8 @@ class _Reader:
         self._tokens = tokens
         self._position = position
         self.parameters: set[int] = set()
+        self.columns: set[str] = set()
+        self.functions: set[str] = set()
 
     @property
     def next(self) -> Token:
@@ -274,16 +181,19 @@ class _Reader:
             name += f".{self.name()}"
         return name
 
-    def names(self) -> str:
+    def names(self) -> list[str]:
         self.take("(")
         found = [self.name()]
         while self.takes(","):
             found.append(self.name())
         self.take(")")
-        return f"({', '.join(found)})"
+        return found
 
-    def expression(self, *ends: str, columns: bool) -> list[Token]:
-        """Tokens up to one of `ends` outside parentheses, parameters replaced. columns: whether a row's own may be used."""
+    def expression(self, *ends: str, owners: Sequence[str]) -> list[Token]:
+        """Tokens up to one of `ends` outside parentheses, parameters replaced.
+
+        owners: what columns may be qualified with; none where an expression may not use columns.
+        """
         found: list[Token] = []
         depth = 0
         while depth or self.next.text not in ends:
@@ -291,16 +201,8 @@ class _Reader:
             match token.kind:
                 case "end":
                     raise _Other
-                case "word" if token.text in _REFUSED:
-                    raise _Other
-                case "word" | "quoted" if self.next.text == "(":
-                    if token.kind == "quoted" or (
-                        token.text not in _FUNCTIONS and token.text not in ("and", "or", "not")
-                    ):
-                        raise _Other
-                case "word" | "quoted" if not columns and token.text not in ("null", "true", "false"):
-                    if token.text not in TYPES or not found or found[-1].text != "::":
-                        raise _Other
+                case "word" | "quoted":
+                    self._word(token, found[-1].text if found else "", owners)
                 case "parameter":
                     number = int(token.text[1:])
                     self.parameters.add(number)
@@ -312,6 +214,29 @@ class _Reader:
         if not found:
             raise _Other
         return found
+
+    def _word(self, token: Token, before: str, owners: Sequence[str]) -> None:
+        """Note what a word of an expression names. Raises _Other for one that is not known."""
+        text, after = token.text, self.next
+        if token.kind == "word" and text in _REFUSED:
+            raise _Other
+        if token.kind == "word" and before not in (".", "::") and (text in _JOINING or text in _KEYWORDS):
+            return
+        if before == "::" or (token.kind == "word" and after.kind == "text"):  # a type
+            if token.kind != "word" or text not in _CASTS:
+                raise _Other
+        elif after.text == "(":
+            if token.kind != "word" or before == "." or text not in FUNCTIONS | _FUNCTION_KEYWORDS:
+                raise _Other
+            if text in FUNCTIONS:
+                self.functions.add(text)
+        elif after.text == ".":
+            if before == "." or _plain(text) not in owners:
+                raise _Other
+        elif owners:
+            self.columns.add(_plain(text))
+        else:
+            raise _Other
 
     def count(self) -> int:
         """How many parameters there are. They must be used without a gap."""
@@ -326,26 +251,99 @@ def _join(tokens: Sequence[Token]) -> str:
 
 def _insert(reader: _Reader) -> Shape:
     table = reader.dotted()
-    columns = reader.names() if reader.next.text == "(" else ""
+    alias = reader.name() if reader.takes("as") else ""
+    columns = reader.names() if reader.next.text == "(" else []
     reader.take("values")
     reader.take("(")
-    values = [_join(reader.expression(",", ")", columns=False))]
+    values = [reader.expression(",", ")", owners=())]
     while reader.takes(","):
-        values.append(_join(reader.expression(",", ")", columns=False)))
+        values.append(reader.expression(",", ")", owners=()))
     reader.take(")")
-    after = ""
+    inserted = [_number(each[0]) if len(each) == 1 and each[0].kind == "parameter" else None for each in values]
+    named = f"{table} as {alias}" if alias else table
+    listed = f"({', '.join(columns)})" if columns else ""
+    shape = Shape(
+        kind="insert",
+        table=table,
+        parameters=0,
+        inserted=tuple(None if each is None else each - 1 for each in inserted),
+        columns=tuple(map(_plain, columns)),
+        _before=f"insert into {named} {listed} select",
+        _expressions=", ".join(map(_join, values)),
+    )
     if reader.takes("on", "conflict"):
-        target = ""
+        target: list[str] = []
+        text = ""
         if reader.next.text == "(":
             target = reader.names()
+            text = f"({', '.join(target)})"
         elif reader.takes("on", "constraint"):
-            target = f"on constraint {reader.name()}"
+            text = f"on constraint {reader.name()}"
         reader.take("do")
-        reader.take("nothing")
-        after = f"on conflict {target} do nothing"
+        if reader.takes("update"):
+            shape = _upsert(reader, shape, target, alias)
+        else:
+            reader.take("nothing")
+            shape = replace(shape, _after=f"on conflict {text} do nothing")
     if reader.take().kind != "end":
         raise _Other
-    return Shape(table, reader.count(), (), None, (), f"insert into {table} {columns} select", ", ".join(values), after)
+    return replace(
+        shape, parameters=reader.count(), names=frozenset(reader.columns), functions=frozenset(reader.functions)
+    )
+
+
+def _upsert(reader: _Reader, shape: Shape, target: Sequence[str], alias: str) -> Shape:
+    """An INSERT … ON CONFLICT (column) DO UPDATE, from its SET on."""
+    if len(target) != 1 or not shape.columns:
+        raise _Other
+    place = dict(zip(shape.columns, shape.inserted, strict=False)).get(_plain(target[0]))
+    owner = _plain(alias or shape.table.rpartition(".")[2])
+    reader.take("set")
+    assigned = _assignments(reader, (owner, "excluded"))
+    where = reader.expression("", owners=(owner, "excluded")) if reader.takes("where") else []
+    if place is None or _plain(target[0]) in map(_plain, assigned):
+        raise _Other  # the row that it meets could not be told from its arguments
+    # Here only the row that was to be inserted can be named: a parameter is read from the column that it was put into.
+    source = {
+        number: column for column, number in zip(shape.columns, shape.inserted, strict=True) if number is not None
+    }
+    borrowed: dict[str, int] = {}
+    has_rows = True
+    for token in [each for tokens in (*assigned.values(), where) for each in tokens if each.kind == "parameter"]:
+        column = source.get(_number(token) - 1)
+        if column is None:
+            has_rows = False
+        else:
+            borrowed[column] = _number(token) - 1
+
+    def read(tokens: Sequence[Token]) -> str:
+        quoted = {number: 'excluded."' + name.replace('"', '""') + '"' for number, name in source.items()}
+        return " ".join(quoted.get(_number(each) - 1, "") if each.kind == "parameter" else each.text for each in tokens)
+
+    changes = ", ".join(f"{column} = {read(change)}" for column, change in assigned.items())
+    condition = f" where {read(where)}" if where else ""
+    return replace(
+        shape,
+        kind="upsert",
+        keys=((_plain(target[0]), place),),
+        assigned=tuple(sorted(map(_plain, assigned))),
+        borrowed=tuple(borrowed.items()),
+        has_rows=has_rows,
+        _after=f"on conflict ({target[0]}) do update set {changes}{condition}",
+    )
+
+
+def _assignments(reader: _Reader, owners: Sequence[str]) -> dict[str, list[Token]]:
+    """Columns as written, each with what it becomes."""
+    assigned: dict[str, list[Token]] = {}
+    while True:
+        column = reader.name()
+        if _plain(column) in map(_plain, assigned):
+            raise _Other
+        reader.take("=")
+        assigned[column] = reader.expression(",", "where", "", owners=owners)
+        if not reader.takes(","):
+            return assigned
 
 
 def _update(reader: _Reader) -> Shape:
@@ -355,17 +353,11 @@ def _update(reader: _Reader) -> Shape:
         alias = reader.name()
     reader.take("set")
     owner = _plain(alias or table.rpartition(".")[2])
-    assigned: dict[str, list[Token]] = {}
-    changes: list[str] = []
-    while True:
-        column = reader.name()
-        reader.take("=")
-        assigned[_plain(column)] = change = reader.expression(",", "where", columns=True)
-        changes.append(f"{column} = {_join(change)}")
-        if not reader.takes(","):
-            break
+    written = _assignments(reader, (owner,))
+    assigned = {_plain(column): change for column, change in written.items()}
+    changes = ", ".join(f"{column} = {_join(change)}" for column, change in written.items())
     reader.take("where")
-    where = reader.expression("", columns=True)
+    where = reader.expression("", owners=(owner,))
     terms = _terms(where)
     keys = tuple(
         (column, number - 1)
@@ -384,14 +376,41 @@ def _update(reader: _Reader) -> Shape:
         added = ()
     named = f"{table} as {alias}" if alias else table
     return Shape(
-        table,
-        reader.count(),
-        keys,
-        tuple(sorted(assigned)),
-        added,
-        f"update {named} set",
-        ", ".join(changes),
-        f"where {_join(where)}",
+        kind="update",
+        table=table,
+        parameters=reader.count(),
+        keys=keys,
+        assigned=tuple(sorted(assigned)),
+        added=added,
+        names=frozenset(reader.columns),
+        functions=frozenset(reader.functions),
+        _before=f"update {named} set",
+        _expressions=changes,
+        _after=f"where {_join(where)}",
+    )
+
+
+def _delete(reader: _Reader) -> Shape:
+    table = reader.dotted()
+    alias = ""
+    if reader.takes("as") or reader.next.text != "where":
+        alias = reader.name()
+    owner = _plain(alias or table.rpartition(".")[2])
+    reader.take("where")
+    where = reader.expression("", owners=(owner,))
+    keys = tuple((column, number - 1) for column, number in _equalities(_terms(where), owner))
+    if not keys:
+        raise _Other
+    named = f"{table} as {alias}" if alias else table
+    return Shape(
+        kind="delete",
+        table=table,
+        parameters=reader.count(),
+        keys=keys,
+        names=frozenset(reader.columns),
+        functions=frozenset(reader.functions),
+        _before=f"delete from {named}",  # noqa: S608 - a token of the statement itself
+        _after=f"where {_join(where)}",
     )
 
 

@@ -1,9 +1,9 @@
-"""Which deferred writes may share one statement, without reordering anything within a key.
+"""Which deferred writes may share one statement, so that nothing differs from running them one after the other.
 
-Knows statements, units of order and what each statement touches; knows no connection. A *unit* is what keeps its order: a
-message key of one handler, a whole partition, or one message. Kafka promises order within a key and none across keys, so
-writes of different units may be merged into one group per SQL text. Writes of one unit run in the order deferred, but for
-those of which it is known that they touch nothing in common: nobody can tell in which order these ran.
+The writes of a flush are one sequence, in the order of their messages. A write joins the newest group of its statement if it
+commutes with everything in the groups after that one. What a statement touches is proved by core/catalog.py; one without a
+plan is a barrier: it commutes with nothing, but consecutive executions of it still are one group. Knows statements and
+arguments; knows no connection.
 """
 
 from __future__ import annotations
@@ -11,47 +11,114 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-Write: TypeAlias = tuple[Hashable, str, Sequence[Any]]  # unit, SQL, arguments
+from consumer.core.catalog import Plan
+from consumer.core.rounds import key_of
+
+Write: TypeAlias = tuple[str, Sequence[Any]]  # SQL, arguments
 Group: TypeAlias = tuple[str, list[Sequence[Any]]]  # SQL, one list of arguments for each execution
-Touches: TypeAlias = Mapping[str, frozenset[Hashable]]  # SQL -> the tables and constraints that it may meet
+Plans: TypeAlias = Mapping[str, Plan | None]  # None: a barrier
+
+_Pin: TypeAlias = tuple[int, str]  # parameter, type of the column
+# A relation's rows with one key, any of its rows with a key, or all of it; a foreign key or a sequence.
+_Element: TypeAlias = tuple[Hashable, ...]
 
 
-def group(writes: Iterable[Write], touches: Touches | None = None) -> list[Group]:
-    """Groups to run one after the other, the arguments of each in the order given.
+def commute(plans: Plans) -> bool:
+    """Whether all these statements commute: then one group of each is enough, whatever their arguments."""
+    touched: set[Hashable] = set()
+    count = 0
+    for plan in plans.values():
+        if plan is None:
+            return False
+        count += len(plan.touches)
+        touched |= plan.touches
+    return len(touched) == count
 
-    touches: of every statement among the writes; None when of any it is not known: then all may meet. Greedy, in one pass: a write joins the newest group of its SQL
-    unless its unit has already written in a later group something that this write may meet. Two writes of one unit that
-    may meet therefore never change places; anything else may.
-    """
+
+def group(writes: Iterable[Write], plans: Plans) -> list[Group]:
+    """Groups to run one after the other, the arguments of each in the order given. One pass; plans: of every statement."""
     groups: list[Group] = []
     newest: dict[str, int] = {}  # SQL -> index of its newest group
-    reached: dict[tuple[Hashable, Hashable], int] = {}  # unit and field -> index of the last group it wrote in
-    fields = None if touches is None else _fields(touches)
-    for unit, sql, args in writes:
-        field = None if fields is None else fields[sql]
+    reached: dict[
+        _Element, list[tuple[int, str]]
+    ] = {}  # element -> last groups that touch it, of two statements at most
+    barrier = -1  # index of the newest group of a barrier
+    pins = _pins(plans)
+    fixed = {sql: _unpinned(plan) for sql, plan in plans.items() if plan is not None and sql not in pins}
+    for sql, args in writes:
+        plan = plans[sql]
         index = newest.get(sql, -1)
-        if index < 0 or index < reached.get((unit, field), -1):
-            index = len(groups)
-            groups.append((sql, []))
-            newest[sql] = index
+        if plan is None:
+            if index < 0 or index < len(groups) - 1:
+                index = _new(groups, newest, sql)
+            barrier = max(barrier, index)
+        else:
+            meets, marks = fixed[sql] if sql in fixed else _pinned(plan, pins[sql], args)
+            floor = barrier
+            for element in meets:
+                for at, other in reached.get(element, ()):
+                    if other != sql:
+                        floor = max(floor, at)
+            if index < 0 or index < floor:
+                index = _new(groups, newest, sql)
+            for element in marks:
+                _mark(reached.setdefault(element, []), index, sql)
         groups[index][1].append(args)
-        reached[unit, field] = index
     return groups
 
 
-def are_apart(touches: Touches) -> bool:
-    """Whether no two of the statements may meet: then `group` makes one group of each, whatever the units."""
-    return len(set(_fields(touches).values())) == len(touches)
+def _new(groups: list[Group], newest: dict[str, int], sql: str) -> int:
+    newest[sql] = len(groups)
+    groups.append((sql, []))
+    return newest[sql]
 
 
-def _fields(touches: Touches) -> dict[str, Hashable]:
-    """Statements that may meet, directly or through others, share a field."""
-    fields: list[tuple[set[str], set[Hashable]]] = []
-    for sql, touched in touches.items():
-        apart = [each for each in fields if not each[1] & touched]
-        together = [each for each in fields if each[1] & touched]
-        fields = [
-            *apart,
-            ({sql}.union(*(each[0] for each in together)), set(touched).union(*(each[1] for each in together))),
-        ]
-    return {sql: number for number, (texts, _) in enumerate(fields) for sql in texts}
+def _pins(plans: Plans) -> dict[str, _Pin]:
+    """For each table, one column that all its statements here are pinned by, if there is one."""
+    by_relation: dict[int, list[tuple[str, Plan]]] = {}
+    for sql, plan in plans.items():
+        if plan is not None:
+            by_relation.setdefault(plan.relation, []).append((sql, plan))
+    found: dict[str, _Pin] = {}
+    for those in by_relation.values():
+        shared = set.intersection(*(set(plan.pins) for _, plan in those))
+        if len(those) > 1 and shared:
+            column = min(shared)
+            found |= {sql: plan.pins[column] for sql, plan in those}
+    return found
+
+
+_Elements: TypeAlias = tuple[list[_Element], list[_Element]]  # to compare with what others have marked, and to mark
+
+
+def _unpinned(plan: Plan) -> _Elements:
+    """What every execution of a statement touches."""
+    return [element for each in plan.touches for element in ((each,), (each, "any"))], [
+        (each,) for each in plan.touches
+    ]
+
+
+def _pinned(plan: Plan, pin: _Pin, args: Sequence[Any]) -> _Elements:
+    """What one execution touches: of its table only the rows with its key."""
+    place, kind = pin
+    table = plan.relation
+    key = key_of(kind, args[place]) if place < len(args) else None
+    if key is None:  # it may be any row
+        return _unpinned(plan)
+    rest = plan.touches - {table}
+    meets = [element for each in rest for element in ((each,), (each, "any"))]
+    return (
+        [*meets, (table,), (table, "key", key)],
+        [*[(each,) for each in rest], (table, "key", key), (table, "any")],
+    )
+
+
+def _mark(found: list[tuple[int, str]], index: int, sql: str) -> None:
+    """Keep the newest group of the two statements that reached furthest."""
+    for place, (at, other) in enumerate(found):
+        if other == sql:
+            found[place] = (max(at, index), sql)
+            return
+    found.append((index, sql))
+    if len(found) > 2:
+        found.remove(min(found, key=lambda each: each[0]))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from consumer.core.errors import Misconfigured
 from consumer.core.names import ident
-from consumer.core.sqltext import first_words
+from consumer.core.sqltokens import first_words
 
 LEARNED = "IC001"  # SQLSTATE of the triggers that tell how a table is used
 OURS = "consumer"  # the schema that no handler may touch

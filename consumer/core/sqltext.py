@@ -1,34 +1,42 @@
-"""Refuses SQL that would end or open a transaction. Knows SQL's quoting rules; does not know what a statement does.
+"""Refuses SQL that would end or open a transaction, or outlast its message. Does not know what a statement does.
 
-Not a parser: it finds the first word of every statement of a text, skipping comments, quoted text and dollar quotes.
+It looks at the first words of every statement of a text.
 A COMMIT hidden in a function or a DO block needs no check here: PostgreSQL refuses it inside a transaction block (2D000).
 """
 
 from __future__ import annotations
 
-import re
+from typing import NamedTuple
 
 from consumer.core.errors import TransactionMisuse
+from consumer.core.sqlsettings import changes_setting
+from consumer.core.sqltokens import first_words
 
 _FORBIDDEN = frozenset({"begin", "start", "commit", "end", "rollback", "abort", "savepoint", "release", "discard"})
 _CHECKED_MAX = 4096
 
-_SKIP = re.compile(
-    r"""
-      --[^\n\r]*                            # comment to the end of the line
-    | /\*                                   # block comment: nests, closed by hand below
-    | [eE]'(?:[^'\\]|''|\\.)*(?:'|\Z)       # escape string; goes on after a newline
-      (?:\s*[\n\r]\s*'(?:[^'\\]|''|\\.)*(?:'|\Z))*
-    | '(?:[^']|'')*(?:'|\Z)                 # string
-    | "(?:[^"]|"")*(?:"|\Z)                 # quoted name
-    | \$(?:[A-Za-z_\x80-\U0010ffff][A-Za-z_0-9\x80-\U0010ffff]*)?\$   # dollar quote: closed by hand below
-    | [A-Za-z_\x80-\U0010ffff][A-Za-z_0-9$\x80-\U0010ffff]*          # word: any character beyond ASCII may be in one
-    | ;
-    """,
-    re.VERBOSE | re.DOTALL,
+# Commands of which it is known that they change no table's definition, whatever functions they call.
+_NO_DDL = frozenset(
+    {
+        *(
+            "select",
+            "insert",
+            "update",
+            "delete",
+            "with",
+            "values",
+            "merge",
+            "lock",
+            "notify",
+            "fetch",
+            "move",
+            "close",
+        ),
+        *("declare", "explain", "table", "show", "set", "truncate"),
+    }
 )
-
 _checked: set[str] = set()
+_traits: dict[str, Traits] = {}
 
 
 def transaction_control(sql: str) -> str | None:
@@ -57,47 +65,40 @@ def refuse_transaction_control(sql: str) -> None:
                 f"{words[0].upper()} in a handler: the transaction and its connection are other messages' too. "
                 "Give the role or the function that setting (alter role … set, create function … set)"
             )
+    if changes_setting(sql):
+        raise TransactionMisuse(
+            "set_config in a handler: the transaction and its connection are other messages' too. "
+            'Use await tx.set_local("app.name", value) for this message, or give the role the setting (alter role … set)'
+        )
     if len(_checked) >= _CHECKED_MAX:  # SQL built anew for each message: forget rather than grow
         _checked.clear()
     _checked.add(sql)
 
 
-def first_words(sql: str) -> list[tuple[str, ...]]:
-    """The first two words of each statement of `sql`, in lower case. The body of a function is no statement of it."""
-    statements: list[tuple[str, ...]] = []
-    words: tuple[str, ...] = ()
-    word, depth = "", 0  # the word before; how deep in `begin atomic … end`, where CASE has an END of its own
-    position = 0
-    while found := _SKIP.search(sql, position):
-        token, position = found[0], found.end()
-        if token == "/*":
-            position = _after_comment(sql, position)
-        elif token[0] == "$":
-            end = sql.find(token, position)
-            position = len(sql) if end < 0 else end + len(token)
-        elif token == ";":
-            if not depth:
-                statements += [words] if words else []
-                words = ()
-        elif token[0] not in "-'\"" and "'" not in token:
-            before, word = word, token.lower()
-            if depth:
-                depth += (word == "case") - (word == "end")
-            elif words[:1] == ("create",) and (before, word) == ("begin", "atomic"):
-                depth = 1
-            if len(words) < 2:
-                words += (word,)
-    return statements + ([words] if words else [])
+class Traits(NamedTuple):
+    """What the order of a text depends on, beside what it writes.
+
+    several: it holds more than one command, which PostgreSQL takes only without parameters. changes_schema: it may be DDL;
+    functions that change the schema are not recognized. sets_constraints: SET CONSTRAINTS, which holds for later messages of
+    the transaction.
+    """
+
+    several: bool
+    changes_schema: bool
+    sets_constraints: bool
 
 
-def _after_comment(sql: str, position: int) -> int:
-    depth = 1
-    while depth:
-        opened, closed = sql.find("/*", position), sql.find("*/", position)
-        if closed < 0:
-            return len(sql)
-        if 0 <= opened < closed:
-            depth, position = depth + 1, opened + 2
-        else:
-            depth, position = depth - 1, closed + 2
-    return position
+def traits(sql: str) -> Traits:
+    """Remembers texts that it has read."""
+    found = _traits.get(sql)
+    if found is None:
+        if len(_traits) >= _CHECKED_MAX:
+            _traits.clear()
+        commands = first_words(sql)
+        into = any(words[0] in ("select", "with") for words in commands) and "into" in sql.lower()
+        found = _traits[sql] = Traits(
+            len(commands) > 1,
+            into or any(words[0] not in _NO_DDL for words in commands),
+            ("set", "constraints") in commands,
+        )
+    return found

@@ -2,107 +2,105 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer.core.grouping import Group, Write, are_apart, group
+from consumer.core.catalog import Plan
+from consumer.core.columns import Shape
+from consumer.core.grouping import Group, Plans, Write, commute, group
 
-UNITS = st.sampled_from(["ann", "bob", "cy", ("key", 0, b"k")])
-SQLS = st.sampled_from(["insert a", "update b", "update c", "delete d"])
+SQLS = ["insert a", "update b", "delete b", "upsert c", "insert d", "call e"]
+_SHAPE = Shape("insert", "t", 1)
+
+
+def plan(relation: int, *touches: int, pin: bool = False) -> Plan:
+    pins = {"id": (0, "int4")} if pin else {}
+    return Plan(_SHAPE, relation, frozenset([relation, *touches]), pins, ["int4"])
+
+
+# d references c: they share the foreign key 90. b's statements find rows by the same key. Nothing is known of e.
+PLANS: Plans = {
+    "insert a": plan(1),
+    "update b": plan(2, pin=True),
+    "delete b": plan(2, pin=True),
+    "upsert c": plan(3, 90),
+    "insert d": plan(4, 90),
+    "call e": None,
+}
 
 
 @st.composite
 def numbered_writes(draw: st.DrawFn) -> list[Write]:
-    """Writes whose arguments tell them apart: the unit, and the place in the order deferred."""
-    pairs = draw(st.lists(st.tuples(UNITS, SQLS), max_size=40))
-    return [(unit, sql, (unit, n)) for n, (unit, sql) in enumerate(pairs)]
+    """Writes whose second argument is their place; the first is a key, or no value that is known as one."""
+    pairs = draw(st.lists(st.tuples(st.sampled_from(SQLS), st.sampled_from([1, 2, 3, None])), max_size=40))
+    return [(sql, (key, place)) for place, (sql, key) in enumerate(pairs)]
 
 
 def executed(groups: Sequence[Group]) -> list[Write]:
-    """What the database sees, in order. The arguments carry the unit."""
-    return [(args[0], sql, args) for sql, arguments in groups for args in arguments]
+    """What the database sees, in order."""
+    return [(sql, args) for sql, arguments in groups for args in arguments]
 
 
-def logs(writes: Sequence[Write]) -> dict[object, list[tuple[str, object]]]:
-    """The naive execution: every unit appends what it does to a log of its own."""
-    found: dict[object, list[tuple[str, object]]] = {}
-    for unit, sql, args in writes:
-        found.setdefault(unit, []).append((sql, args[1]))
-    return found
-
-
-@given(numbered_writes())
-def test_every_write_is_executed_exactly_once(writes: list[Write]) -> None:
-    assert Counter(executed(group(writes))) == Counter(writes)
+def may_swap(one: Write, other: Write) -> bool:
+    """The rule, written out: whether these two may run in either order."""
+    (sql, (key, _)), (sql_2, (key_2, _)) = one, other
+    if "call e" in (sql, sql_2) or sql == sql_2:
+        return False
+    if {sql, sql_2} == {"update b", "delete b"}:
+        return key is not None and key_2 is not None and key != key_2
+    return {sql, sql_2} != {"upsert c", "insert d"}
 
 
 @given(numbered_writes())
-def test_a_unit_sees_its_writes_in_the_order_deferred(writes: list[Write]) -> None:
-    assert logs(executed(group(writes))) == logs(writes)
+def test_group_writes_run_once_each(writes: list[Write]) -> None:
+    assert Counter(executed(group(writes, PLANS))) == Counter(writes)
 
 
 @given(numbered_writes())
-def test_there_are_no_more_groups_than_writes_and_none_is_empty(writes: list[Write]) -> None:
-    groups = group(writes)
-    assert len(groups) <= len(writes)
-    assert all(arguments for _, arguments in groups)
-
-
-@given(st.lists(UNITS, min_size=1, max_size=30))
-def test_one_sql_of_any_units_is_one_group_in_the_order_given(units: list[object]) -> None:
-    writes: list[Write] = [(unit, "insert a", (unit, n)) for n, unit in enumerate(units)]
-    assert group(writes) == [("insert a", [args for _, _, args in writes])]
-
-
-@given(st.integers(1, 30), st.lists(SQLS, min_size=1, max_size=5, unique=True))
-def test_units_that_write_the_same_statements_in_the_same_order_share_them_all(units: int, sqls: list[str]) -> None:
-    writes: list[Write] = [(unit, sql, (unit, sql)) for unit in range(units) for sql in sqls]
-    assert [sql for sql, _ in group(writes)] == sqls
+def test_group_writes_that_do_not_commute_keep_their_order(writes: list[Write]) -> None:
+    found = executed(group(writes, PLANS))
+    for at, one in enumerate(found):
+        for other in found[at + 1 :]:
+            assert one[1][1] < other[1][1] or may_swap(one, other), (one, other)
 
 
 @given(numbered_writes())
-def test_neighbouring_groups_never_have_the_same_sql(writes: list[Write]) -> None:
-    sqls = [sql for sql, _ in group(writes)]
-    assert all(one != other for one, other in zip(sqls, sqls[1:], strict=False))
-
-
-def test_a_statement_that_comes_back_after_another_of_its_unit_waits_for_it() -> None:
-    writes: list[Write] = [("ann", "a", (1,)), ("ann", "b", (2,)), ("ann", "a", (3,)), ("bob", "a", (4,))]
-    assert group(writes) == [("a", [(1,)]), ("b", [(2,)]), ("a", [(3,), (4,)])]
-
-
-def test_no_writes_are_no_groups() -> None:
-    assert group([]) == []
-
-
-TOUCHES = {
-    "insert a": frozenset({"a"}),
-    "update b": frozenset({"b"}),
-    "update c": frozenset({"c", "key of b"}),
-    "delete d": frozenset({"d", "key of b"}),
-}
+def test_group_barriers_only_keep_the_order_of_all(writes: list[Write]) -> None:
+    found = group(writes, dict.fromkeys(SQLS))
+    assert executed(found) == writes
+    assert all(one[0] != other[0] for one, other in zip(found, found[1:], strict=False))
 
 
 @given(numbered_writes())
-def test_what_may_meet_keeps_its_order_within_a_unit(writes: list[Write]) -> None:
-    found = executed(group(writes, TOUCHES))
-    assert Counter(found) == Counter(writes)
-    for unit in {unit for unit, _, _ in writes}:
-        for together in ({"insert a"}, {"update b"}, {"update c", "delete d"}):
-            places = [args[1] for other, sql, args in found if other == unit and sql in together]
-            assert places == sorted(places)
+def test_group_commuting_statements_make_one_group_each(writes: list[Write]) -> None:
+    plans: dict[str, Any] = {sql: plan(place) for place, sql in enumerate(SQLS)}
+    assert commute(plans)
+    assert len(group(writes, plans)) == len({sql for sql, _ in writes})
 
 
-@given(numbered_writes())
-def test_statements_that_meet_nothing_in_common_make_one_group_each(writes: list[Write]) -> None:
-    apart = {sql: frozenset({sql}) for _, sql, _ in writes}
-    assert len(group(writes, apart)) == len(apart) and are_apart(apart)
+def test_group_two_statements_on_two_tables_are_two_groups() -> None:
+    writes: list[Write] = [(sql, (key, 0)) for key in range(9) for sql in ("insert a", "update b")]
+    assert [sql for sql, _ in group(writes, PLANS)] == ["insert a", "update b"]
 
 
-def test_statements_meet_through_a_third() -> None:
-    touches = {"x": frozenset({1}), "y": frozenset({2}), "z": frozenset({1, 2})}
-    writes: list[Write] = [("ann", "x", (0,)), ("ann", "y", (1,)), ("ann", "x", (2,)), ("ann", "z", (3,))]
-    assert group(writes, touches) == [("x", [(0,)]), ("y", [(1,)]), ("x", [(2,)]), ("z", [(3,)])]
-    assert not are_apart(touches)
-    assert group(writes[:3], {"x": touches["x"], "y": touches["y"]}) == [("x", [(0,), (2,)]), ("y", [(1,)])]
+def test_group_two_statements_on_one_table_split_at_a_key_they_share() -> None:
+    writes: list[Write] = [("update b", (1,)), ("delete b", (2,)), ("update b", (3,)), ("update b", (2,))]
+    assert group(writes, PLANS) == [("update b", [(1,), (3,)]), ("delete b", [(2,)]), ("update b", [(2,)])]
+
+
+def test_group_a_whole_table_meets_rows_with_keys_of_a_part() -> None:
+    plans: Plans = {"root": plan(9, 2), "update b": plan(2, pin=True), "delete b": plan(2, pin=True)}
+    writes: list[Write] = [("root", (1,)), ("update b", (1,)), ("root", (2,)), ("delete b", (5,)), ("update b", (6,))]
+    assert [sql for sql, _ in group(writes, plans)] == ["root", "update b", "root", "delete b", "update b"]
+
+
+def test_commute_statements_that_share_anything_do_not() -> None:
+    assert not commute({"x": plan(1, 5), "y": plan(2, 5)})
+    assert not commute({"x": plan(1), "y": None})
+    assert commute({"x": plan(1), "y": plan(2)})
+
+
+def test_group_no_writes_are_no_groups() -> None:
+    assert group([], {}) == []

@@ -1,0 +1,62 @@
+"""Words of SQL texts: skips comments, quoted text and dollar quotes. Knows SQL's quoting rules; not a parser."""
+
+from __future__ import annotations
+
+import re
+
+SKIP = re.compile(
+    r"""
+      --[^\n\r]*                            # comment to the end of the line
+    | /\*                                   # block comment: nests, closed by hand below
+    | [eE]'(?:[^'\\]|''|\\.)*(?:'|\Z)       # escape string; goes on after a newline
+      (?:\s*[\n\r]\s*'(?:[^'\\]|''|\\.)*(?:'|\Z))*
+    | '(?:[^']|'')*(?:'|\Z)                 # string
+    | [uU]&"(?:[^"]|"")*(?:"|\Z)            # quoted name with escapes
+    | "(?:[^"]|"")*(?:"|\Z)                 # quoted name
+    | \$(?:[A-Za-z_\x80-\U0010ffff][A-Za-z_0-9\x80-\U0010ffff]*)?\$   # dollar quote: closed by hand below
+    | [A-Za-z_\x80-\U0010ffff][A-Za-z_0-9$\x80-\U0010ffff]*          # word: any character beyond ASCII may be in one
+    | ;
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def first_words(sql: str) -> list[tuple[str, ...]]:
+    """The first two words of each statement of `sql`, in lower case. The body of a function is no statement of it."""
+    statements: list[tuple[str, ...]] = []
+    words: tuple[str, ...] = ()
+    word, depth = "", 0  # the word before; how deep in `begin atomic … end`, where CASE has an END of its own
+    position = 0
+    while found := SKIP.search(sql, position):
+        token, position = found[0], found.end()
+        if token == "/*":
+            position = after_comment(sql, position)
+        elif token[0] == "$":
+            end = sql.find(token, position)
+            position = len(sql) if end < 0 else end + len(token)
+        elif token == ";":
+            if not depth:
+                statements += [words] if words else []
+                words = ()
+        elif token[0] not in "-'\"" and "'" not in token:
+            before, word = word, token.lower()
+            if depth:
+                depth += (word == "case") - (word == "end")
+            elif words[:1] == ("create",) and (before, word) == ("begin", "atomic"):
+                depth = 1
+            if len(words) < 2:
+                words += (word,)
+    return statements + ([words] if words else [])
+
+
+def after_comment(sql: str, position: int) -> int:
+    depth = 1
+    while depth:
+        opened, closed = sql.find("/*", position), sql.find("*/", position)
+        if closed < 0:
+            return len(sql)
+        if 0 <= opened < closed:
+            depth, position = depth + 1, opened + 2
+        else:
+            depth, position = depth - 1, closed + 2
+    return position
