@@ -91,9 +91,15 @@ class Scope:
         self.deferred: list[Sender] = []
         self.constraints: Sequence[str] | None = None
         self.flush_error: BaseException | None = None
-        if columns.altered:  # by a transaction before this one, which may have been undone
-            columns.forget()
-            columns.altered = False
+        self._begun = False
+
+    def _begin(self) -> None:
+        """Forget what was learned in an earlier transaction that altered the schema, and may have been undone."""
+        if not self._begun:
+            self._begun = True
+            if self.columns.altered:
+                self.columns.forget()
+                self.columns.altered = False
 
     def defer(self, tx: Sender) -> None:
         """Note that a message has deferred writes now. One that holds the turn comes before those that ended meanwhile."""
@@ -111,6 +117,7 @@ class Scope:
         """
         if tx is not None and not tx.placed:
             tx.placed = True
+            self._begin()
             if self.constraints is None:
                 self.constraints = await self.columns.deferred_constraints()
             pending = [each for each in self.deferred if not each.is_open and each is not tx]
@@ -138,6 +145,7 @@ class Scope:
 
     async def send(self, messages: Sequence[Writes]) -> None:
         """Send the writes of messages as if one message came after the other. Raises what the database says."""
+        self._begin()
         by_statement: dict[str, list[Sequence[Any]]] = {}
         for writes in messages:
             for sql, arguments in writes:
