@@ -54,7 +54,7 @@ from consumer.terminal import right as _right
 from consumer.terminal import with_ledger as _with_ledger
 
 # They register themselves. `run` does without them, and is there sooner.
-_OTHERS = ("diagram_command", "dlq_command", "purge_command", "replay_command")
+_OTHERS = ("diagram_command", "dlq_command", "redrive_command", "purge_command", "replay_command")
 
 
 def whole() -> typer.Typer:
@@ -548,8 +548,8 @@ async def _show(wanted: str | bytes, settings: Settings, as_json: bool) -> int:
         return 1
     for each in found["handlers"]:
         line = f"{each['state']} by {each['app']}/{each['handler']} at {each['at']} from {each['topic']}:{each['partition']}:{each['offset']}"
-        if each["dead_letter"]:
-            line += f" ({each['reason']}; consumer dlq show {each['dead_letter']})"
+        if each["letter"]:
+            line += f" ({each['reason']}; consumer dlq show {each['letter']})"
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 

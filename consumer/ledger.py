@@ -30,6 +30,7 @@ from consumer.core.lanes import Delivery, Move, Tried
 from consumer.core.letters import Hold
 from consumer.core.message import Partition
 from consumer.core.outcome import Dead
+from consumer.core.retention import is_time, may_be_forgotten
 from consumer.core.sqlstate import Meaning, meaning, without_values
 from consumer.generations import ADVISORY_CLASS, FIRST, READ, STANDING, Generations, Statements, statements
 from consumer.server import Server
@@ -69,6 +70,9 @@ with moved as (
 select count(*), (select {stamp}), set_config('synchronous_commit', 'on', true) from moved
 """
 INSTALLATION = "select (extract(epoch from made_at) * 1000000)::bigint::text from consumer.installation"
+_FORGOTTEN = """
+select f.handler, t.name, f.partition, f.below from consumer.forgotten f join consumer.topics t using (topic) where f.handler = any($1)
+"""
 
 
 class Outage(ConsumerError):
@@ -392,16 +396,30 @@ class Session:
         """Whether any message can be too old: nothing is, where no row is gone."""
         return self._generations.horizon_ms is not None
 
-    def is_too_old(self, timestamp_ms: int) -> bool:
-        """Whether a message of that time may have had a row that is gone, so that a claim which is won proves nothing.
+    async def too_old(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        """Those that may have had a row that is gone, so that a claim which is won proves nothing.
 
-        Of this transaction's claim: the horizon is of the version that the claim was checked against. A message is applied
-        after it was produced, so a row that is gone was of a message older than the horizon; the clocks of producers and of
-        PostgreSQL may differ by `ledger_clock_skew_hours`. What is not known: a producer that sends an id again with a new
-        timestamp, later than rows are kept.
+        Of this transaction's claim: the horizon is of the version that the claim was checked against. The clocks of producers
+        and of PostgreSQL may differ by `ledger_clock_skew_hours`. Records without a usable timestamp are judged by their offsets
+        (core/retention.py). Limitation: a producer that sends an id again with a new timestamp, later than rows are kept.
         """
         horizon_ms = self._generations.horizon_ms
-        return horizon_ms is not None and timestamp_ms <= horizon_ms + self._skew_ms
+        if horizon_ms is None:
+            return []
+        below: dict[tuple[int, str, int], int] = {}
+        if any(not is_time(each.record.timestamp) for each in deliveries):
+            handlers = sorted({each.handler.number for each in deliveries})
+            below = {tuple(row)[:3]: row[3] for row in await self.connection.fetch(_FORGOTTEN, handlers)}
+        return [
+            each
+            for each in deliveries
+            if may_be_forgotten(
+                (record := each.record).timestamp,
+                record.offset,
+                horizon_ms + self._skew_ms,
+                below.get((each.handler.number, record.topic, record.partition)),
+            )
+        ]
 
     async def unclaim(self, deliveries: Sequence[Delivery]) -> None:
         """Take back claims of this transaction, for messages that will be tried again."""

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from consumer.activity import Activity, TookTooLong
@@ -37,6 +37,7 @@ from consumer.core.lanes import UNDECODED, Batch, Delivery, Lane, Move
 from consumer.core.letters import Hold, holds
 from consumer.core.message import LogRecord, Message, Partition
 from consumer.core.outcome import DUPLICATE, SKIPPED, Applied, Cause, Dead, Duplicate, Outcome, Parked, Reason, Skipped
+from consumer.core.retention import is_time, what_is_wrong
 from consumer.core.sqlstate import Meaning
 from consumer.ledger import REDELIVERED, Conflict, Fenced, Outage, Session, Standing, meaning_of, said, sqlstate_of
 from consumer.scope import Scope, savepoint_name
@@ -135,7 +136,8 @@ async def apply(
         if rivals:
             _sort_out(rivals, await session.claimed(rivals, names.topics), lane, done)
         if rehearsal is None:
-            _refuse_too_old(session, fresh, done)
+            if session.has_forgotten and fresh:
+                await _refuse_too_old(session, fresh, done)
             if suspects := [each for each in lane.suspects(fresh) if each not in done.outcomes]:
                 await _wait_for_letters(session, lane, suspects, done)
         else:
@@ -466,11 +468,12 @@ def _sort_out(
     return fresh
 
 
-def _refuse_too_old(session: Session, fresh: Sequence[Delivery], done: Settlement) -> None:
-    """What was claimed only because the ledger no longer remembers that far is not applied blindly."""
-    for delivery in fresh if session.has_forgotten else ():
-        if delivery.outcome is None and session.is_too_old(delivery.record.timestamp):
-            done.outcomes[delivery] = delivery.outcome = TOO_OLD
+async def _refuse_too_old(session: Session, fresh: Sequence[Delivery], done: Settlement) -> None:
+    """Make dead letters of what was claimed only because the ledger no longer remembers that far."""
+    for delivery in await session.too_old([each for each in fresh if each.outcome is None]):
+        at = delivery.record.timestamp
+        verdict = TOO_OLD if is_time(at) else replace(TOO_OLD, error=f"{TOO_OLD.error} ({what_is_wrong(at)})")
+        done.outcomes[delivery] = delivery.outcome = verdict
 
 
 async def _wait_for_letters(session: Session, lane: Lane, suspects: Sequence[Delivery], done: Settlement) -> None:

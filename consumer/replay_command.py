@@ -6,11 +6,9 @@ while a replay runs or after it was interrupted, a file with counts and offsets 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import os
-import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -183,9 +181,6 @@ async def _replay(
     report: Path | None,
     as_json: bool,
 ) -> int:
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     kept = None if options.mode == "rebuild" else _Kept(path, settings, topics, options)
     resumed = None
     if resume and kept is not None:

@@ -39,17 +39,43 @@ join consumer.handlers h using (handler) join consumer.topics t using (topic)
 left join consumer.dead_letters d on d.handler = l.handler and d.id = l.id and d.fingerprint = l.fingerprint
 where l.id = $1 order by h.app, h.name
 """
-_LETTERS = """
-select d.dead_letter, h.app, h.name as handler, d.id, d.topic, d.partition, d."offset", d.state, d.reason, d.kind,
-       d.error_group, d.error, d.attempts, d.died_at, octet_length(d.value) as value_bytes
+_MATCHES = """
 from consumer.dead_letters d join consumer.handlers h using (handler)
 where ($1::text is null or h.app = $1) and ($2::text is null or h.name = $2)
   and ($3::text is null or d.topic = $3) and ($4::text is null or d.reason = $4)
   and ($6::text is null or d.error_group = $6) and ($7::text[] is null or d.state = any($7))
   and ($8::float8 is null or d.died_at < now() - make_interval(secs => $8))
   and ($9::float8 is null or d.died_at > now() - make_interval(secs => $9))
-order by d.dead_letter desc limit $5
 """
+_LETTERS = (
+    """
+select d.dead_letter as letter, h.app, h.name as handler, d.id, d.topic, d.partition, d."offset", d.state, d.reason, d.kind,
+       d.error_group as group, d.error, d.attempts, d.died_at, octet_length(d.value) as value_bytes
+"""
+    + _MATCHES
+    + """ order by d.dead_letter desc limit $5
+"""
+)
+_GROUPS = (
+    """
+with groups as (
+    select d.error_group, h.app, h.name, d.reason, count(*) as count, min(d.dead_letter) as letter
+    """
+    + _MATCHES
+    + """ group by d.error_group, h.app, h.name, d.reason order by count(*) desc, letter limit $5
+)
+select g.error_group as group, g.app, g.name as handler, g.reason, d.kind, g.count, g.letter, d.error
+from groups g join consumer.dead_letters d on d.dead_letter = g.letter order by g.count desc, g.letter
+"""
+)
+_ACTIONS_OF = (
+    """
+select a.action, a.dead_letter as letter, a.at, a.operator, a.what, a.outcome, a.note, a.new_id, a.new_value
+from consumer.letter_actions a where a.dead_letter in (select d.dead_letter """
+    + _MATCHES
+    + """) order by a.action desc limit $5
+"""
+)
 _LETTER = """
 select d.*, h.app, h.name as handler_name,
        (select count(*) from consumer.dead_letters e where (e.handler, e.chain) = (d.handler, d.chain) and e."offset" > d."offset") as behind,
@@ -58,7 +84,7 @@ select d.*, h.app, h.name as handler_name,
 from consumer.dead_letters d join consumer.handlers h using (handler) where d.dead_letter = $1
 """
 _ACTIONS = """
-select a.action, a.dead_letter, a.at, a.operator, a.what, a.outcome, a.note, a.new_id, a.new_value
+select a.action, a.dead_letter as letter, a.at, a.operator, a.what, a.outcome, a.note, a.new_id, a.new_value
 from consumer.letter_actions a where $1::int8 is null or a.dead_letter = $1 order by a.action desc limit $2
 """
 _OPEN = """
@@ -212,7 +238,7 @@ async def find_message(connection: Any, text: str | bytes) -> dict[str, Any]:
                 "topic": row["topic"],
                 "partition": row["partition"],
                 "offset": row["offset"],
-                "dead_letter": row["dead_letter"],
+                "letter": row["dead_letter"],
                 "reason": row["reason"],
             }
             for row in rows
@@ -220,8 +246,23 @@ async def find_message(connection: Any, text: str | bytes) -> dict[str, Any]:
     }
 
 
-async def dead_letters(
-    connection: Any,
+async def dead_letters(connection: Any, *only: Any, **more: Any) -> list[dict[str, Any]]:
+    """The newest dead letters, without their bytes. The filters are those of `_filters`."""
+    rows = await connection.fetch(_LETTERS, *_filters(*only, **more))
+    return [{**dict(row), "id": row["id"].hex, "died_at": row["died_at"].isoformat()} for row in rows]
+
+
+async def letter_groups(connection: Any, *only: Any, **more: Any) -> list[dict[str, Any]]:
+    """Dead letters counted by kind of error, the most frequent first, with the first letter of each."""
+    return [dict(row) for row in await connection.fetch(_GROUPS, *_filters(*only, **more))]
+
+
+async def actions_of(connection: Any, *only: Any, **more: Any) -> list[dict[str, Any]]:
+    """What people did to dead letters, the newest first."""
+    return [_action(row) for row in await connection.fetch(_ACTIONS_OF, *_filters(*only, **more))]
+
+
+def _filters(
     app: str | None,
     handler: str | None,
     topic: str | None,
@@ -232,21 +273,10 @@ async def dead_letters(
     states: Sequence[str] | None = None,
     older_than_seconds: float | None = None,
     newer_than_seconds: float | None = None,
-) -> list[dict[str, Any]]:
-    """The newest dead letters, without their bytes. states: of core/letters.State, None for all."""
-    rows = await connection.fetch(
-        _LETTERS,
-        app,
-        handler,
-        topic,
-        reason,
-        limit,
-        group,
-        None if states is None else list(states),
-        older_than_seconds,
-        newer_than_seconds,
-    )
-    return [{**dict(row), "id": row["id"].hex, "died_at": row["died_at"].isoformat()} for row in rows]
+) -> tuple[Any, ...]:
+    """The arguments of _MATCHES and the limit. states: of core/letters.State, None for all."""
+    wanted = None if states is None else list(states)
+    return app, handler, topic, reason, limit, group, wanted, older_than_seconds, newer_than_seconds
 
 
 async def dead_letter(connection: Any, number: int) -> dict[str, Any] | None:
@@ -255,7 +285,7 @@ async def dead_letter(connection: Any, number: int) -> dict[str, Any] | None:
     if row is None:
         return None
     return {
-        "dead_letter": row["dead_letter"],
+        "letter": row["dead_letter"],
         "app": row["app"],
         "handler": row["handler_name"],
         "id": row["id"].hex,
@@ -266,7 +296,7 @@ async def dead_letter(connection: Any, number: int) -> dict[str, Any] | None:
         "state": row["state"],
         "reason": row["reason"],
         "kind": row["kind"],
-        "error_group": row["error_group"],
+        "group": row["error_group"],
         "error": row["error"],
         "attempts": row["attempts"],
         "died_at": row["died_at"].isoformat(),
@@ -283,16 +313,16 @@ async def dead_letter(connection: Any, number: int) -> dict[str, Any] | None:
 
 async def actions(connection: Any, number: int | None, limit: int) -> list[dict[str, Any]]:
     """What people did to one letter, or to all of them; the newest first."""
-    rows = await connection.fetch(_ACTIONS, number, limit)
-    return [
-        {
-            **dict(row),
-            "at": row["at"].isoformat(),
-            "new_id": row["new_id"].hex if row["new_id"] is not None else None,
-            "new_value": _shown(row["new_value"]),
-        }
-        for row in rows
-    ]
+    return [_action(row) for row in await connection.fetch(_ACTIONS, number, limit)]
+
+
+def _action(row: Any) -> dict[str, Any]:
+    return {
+        **dict(row),
+        "at": row["at"].isoformat(),
+        "new_id": row["new_id"].hex if row["new_id"] is not None else None,
+        "new_value": _shown(row["new_value"]),
+    }
 
 
 async def open_letters(connection: Any, app: App) -> dict[str, dict[str, int]]:
@@ -376,6 +406,14 @@ async def adopt(connection: Any, source: Source, app: App, partition: Partition)
             topic_id.bytes if topic_id is not None else secrets.token_bytes(16),
         )
         await coverage.forget(connection, app.name, partition)
+        # Attempts are kept by offset, and the same offsets are other messages now.
+        await connection.execute(
+            """delete from consumer.attempts where topic = $2 and partition = $3
+               and handler in (select handler from consumer.handlers where app = $1)""",
+            app.name,
+            partition.topic,
+            partition.partition,
+        )
     return stop
 
 

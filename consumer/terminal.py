@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 import re
+import signal
 import sys
 import time
 import typing
@@ -23,8 +24,9 @@ import typer
 from pydantic import SecretStr
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.table import Column, Table
 
 from consumer import ledger, logs
 from consumer.core.errors import ConsumerError, ServiceUnavailable
@@ -65,6 +67,64 @@ class Refused(Exception):
     """The answer is no."""
 
 
+class Interrupted(ConsumerError):
+    """A signal ended the command early. The text says how far it came."""
+
+    def __init__(self, text: str, number: int = signal.SIGINT) -> None:
+        super().__init__(text)
+        self.code = 128 + number
+
+
+def ask(question: str) -> bool:
+    """Ask a person yes or no; the default is no. Raises Interrupted on Ctrl-C, SIGTERM and at the end of the input.
+
+    The event loop's own handlers would wait until the read returns, so signals end it here.
+    """
+
+    def end(number: int, _: object) -> typing.NoReturn:
+        raise Interrupted("interrupted at the question: nothing was changed", number)
+
+    before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:
+        raise Interrupted("interrupted at the question: nothing was changed") from None
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler if handler is not None else signal.SIG_DFL)
+
+
+async def _until_signal(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a command; SIGINT and SIGTERM cancel it. Raises Interrupted in place of whatever it raised then.
+
+    A command that handles signals itself replaces these handlers for as long as it does.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    received: list[int] = []
+
+    def stop(number: int) -> None:
+        received.append(number)
+        task.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    try:
+        return await coroutine
+    except (Interrupted, typer.Exit):
+        raise
+    except (asyncio.CancelledError, Exception) as error:
+        if not received:
+            raise
+        word = "interrupted" if received[0] == signal.SIGINT else "terminated"
+        text = str(error) if isinstance(error, ConsumerError) else ""
+        raise Interrupted(
+            text if text.startswith(("interrupted", "terminated")) else f"{word}{f': {text}' if text else ''}",
+            received[0],
+        ) from None
+
+
 def command(
     app: typer.Typer, name: str, settings: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
@@ -89,14 +149,18 @@ def command(
                     logs.configure(own_settings.log_level, own_settings.log_format)
                 result = function(**given)
                 if inspect.iscoroutine(result):
-                    result = run_loop(result)
+                    result = run_loop(_until_signal(result))
+            except Interrupted as stopped:
+                fail(str(stopped), stopped.code)
+            except typer.Exit:
+                raise
             except Refused as refused:
                 fail(str(refused), 1)
             except ConsumerError as error:
                 fail(str(error), 2)
             except (KafkaError, TimeoutError) as error:
                 fail(f"Kafka: {str(error) or type(error).__name__}", 2)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, typer.Abort):
                 fail("interrupted", 130)
             except asyncio.CancelledError:
                 fail("terminated", 143)
@@ -197,6 +261,26 @@ async def with_ledger(settings: Settings, ask: Callable[[Any], Coroutine[Any, An
 def right(*names: str) -> list[Any]:
     """Columns of numbers."""
     return [Column(name, justify="right", overflow="fold") for name in names]
+
+
+def names(*names: str) -> list[Any]:
+    """Columns of names and numbers that people paste into a filter: never cut, never broken over lines."""
+    return [Column(name, no_wrap=True, overflow="ignore") for name in names]
+
+
+def show(table: Table) -> None:
+    """Print a table; where it does not fit, each row as lines of `column  value`, so that no name is cut."""
+    if Measurement.get(out, out.options, table).minimum <= out.width:
+        out.print(table)
+        return
+    if table.title:
+        out.print(table.title, highlight=False, soft_wrap=True)
+    titles = [str(column.header) for column in table.columns]
+    width = max(map(len, titles))
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        out.print()
+        for title, cell in zip(titles, cells, strict=True):
+            out.print(f"{title:{width}}  {cell}", highlight=False, soft_wrap=True)
 
 
 class Bar:

@@ -54,7 +54,6 @@ class Witness:
         default_factory=set
     )  # where a handler wrote in spite of its claim: counts begin above 0
     session: Session | None = None
-    is_too_old: Callable[[int], bool] = lambda _: False  # by the horizon that the last claim was checked against
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def standing(self, deliveries: Sequence[Delivery]) -> tuple[dict[Delivery, Standing], list[Delivery]]:
@@ -80,8 +79,6 @@ class Witness:
 
     def in_doubt(self, delivery: Delivery) -> bool:
         """Whether absence from the ledger means nothing: it began later, or no longer remembers the time of the message."""
-        if self.is_too_old(delivery.record.timestamp):
-            return True  # a worker would not apply it either
         if self.assume_unapplied:
             return False
         partition = delivery.partition
@@ -113,6 +110,7 @@ class Look:
         """Forget what was seen by an attempt that did not go through."""
         self.standing: dict[Delivery, Standing] = {}
         self.absent: set[Delivery] = set()  # claimed, and not in the ledger
+        self.forgotten: set[Delivery] = set()  # of those, the ones that a worker would not apply: too old
         self.despite = 0  # claimed, although the ledger holds them
         self.before: dict[str, proof.Rows] | None = None
         self.rows: dict[str, proof.Rows] = {}
@@ -124,7 +122,6 @@ class Look:
         self, session: Session, standing: Mapping[Delivery, Standing], fresh: list[Delivery]
     ) -> list[Delivery]:
         self.standing = dict(standing)
-        self.witness.is_too_old = session.is_too_old
         if session in self.witness.writing:
             self.before = await proof.rows_written(session.connection)
         if not fresh:
@@ -135,6 +132,7 @@ class Look:
         there, absent = await witness.standing(fresh)
         self.standing |= there
         self.absent = set(absent)
+        self.forgotten = set(await session.too_old(absent))
         self.despite = len(there)
         return [each for each in fresh if each in there]
 
@@ -158,7 +156,7 @@ class Look:
             what = self._what(delivery)
             if what is not None and (what.clashes or what.dead):
                 doubtful.append(delivery)
-            if delivery not in self.absent or witness.in_doubt(delivery):
+            if delivery not in self.absent or self._in_doubt(delivery):
                 continue
             key = (delivery.handler.name, delivery.id)
             before = witness.missing.get(key)
@@ -176,6 +174,9 @@ class Look:
             if witness.storing:
                 clashing = [each for each in doubtful if each not in self.buried and self._clashes(each)]
                 self.missing = sorted([*self.missing, *clashing], key=lambda each: each.record.offset)
+
+    def _in_doubt(self, delivery: Delivery) -> bool:
+        return delivery in self.forgotten or self.witness.in_doubt(delivery)
 
     def _clashes(self, delivery: Delivery) -> bool:
         what = self._what(delivery)
@@ -237,7 +238,7 @@ class Look:
                 if outcome == "missing":
                     continue
             else:
-                outcome = "unknown" if witness.in_doubt(delivery) else "repeated"
+                outcome = "unknown" if self._in_doubt(delivery) else "repeated"
             counts.setdefault(delivery.handler.name, {}).setdefault(outcome, []).append(record.timestamp)
         for name, by_outcome in counts.items():
             for outcome, timestamps in by_outcome.items():
@@ -251,9 +252,10 @@ class Look:
 
     def _absent(self, delivery: Delivery) -> str:
         findings = self.witness.findings
-        if self.witness.in_doubt(delivery):
-            forgotten = self.witness.is_too_old(delivery.record.timestamp)
-            detail = "older than what the ledger remembers" if forgotten else "from before the ledger began"
+        if self._in_doubt(delivery):
+            detail = (
+                "older than what the ledger remembers" if delivery in self.forgotten else "from before the ledger began"
+            )
             findings.sample("unknown", **place(delivery), detail=detail)
             return "unknown"
         if delivery in self.unreadable:

@@ -241,14 +241,14 @@ async def test_dead_letters_are_listed_and_shown_byte_for_byte(reported: dict[st
     listed = {each["reason"]: each for each in json.loads(result.stdout)}
     assert set(listed) == {"unreadable", "rejected"}
     assert "value" not in listed["rejected"]
-    number = str(listed["unreadable"]["dead_letter"])
+    number = str(listed["unreadable"]["letter"])
     shown = json.loads(consumer(reported["cwd"], "dlq", "show", number, "--json", **reported["environment"]).stdout)
     assert shown["value"] == {"base64": "/wA="}
     assert shown["headers"] == [["message-id", "broken"]]
-    number = str(listed["rejected"]["dead_letter"])
+    number = str(listed["rejected"]["letter"])
     shown = json.loads(consumer(reported["cwd"], "dlq", "show", number, "--json", **reported["environment"]).stdout)
     assert shown["error"] == "no such account" and ["trace", {"base64": "/g=="}] in shown["headers"]
-    assert consumer(reported["cwd"], "dlq", "show", "999999", **reported["environment"]).returncode == 1
+    assert consumer(reported["cwd"], "dlq", "show", "999999", **reported["environment"]).returncode == 2
     table = consumer(reported["cwd"], "dlq", "list", "--reason", "rejected", **reported["environment"]).stdout
     assert "no such account" in table and "unreadable" not in table
 

@@ -124,7 +124,7 @@ async def test_later_messages_of_a_key_wait_in_order_while_others_go_on_until_a_
     first = (await shop.numbers())["a1"]
     found = await shop.dlq(tmp_path, "retry", str(first), code=1)  # it still fails
     assert [each["outcome"] for each in found["letters"]] == ["failed"]
-    assert [each["attempts"] for each in await letters(shop.place.dsn) if each["dead_letter"] == first] == [2]
+    assert [each["attempts"] for each in await letters(shop.place.dsn) if each["letter"] == first] == [2]
     assert await shop.done() == ["b1", "b2", "n1"]
 
     await shop.heal()
@@ -302,7 +302,7 @@ async def test_filters_choose_and_bad_input_changes_nothing(shop: Shop, tmp_path
         shop.place.dsn, "update consumer.dead_letters set died_at = now() - interval '2 days' where reason = 'rejected'"
     )
     rows = {each["reason"]: each for each in await letters(shop.place.dsn)}
-    groups = {each["error_group"] for each in await letters(shop.place.dsn) if each["reason"] == "failed"}
+    groups = {each["group"] for each in await letters(shop.place.dsn) if each["reason"] == "failed"}
     assert len(groups) == 1  # the two differ in their values only
     drive = await Redrive.open(shop.app, shop.settings, "test")
     try:
@@ -321,7 +321,7 @@ async def test_filters_choose_and_bad_input_changes_nothing(shop: Shop, tmp_path
         assert await chosen(newer_than_seconds=86400) == 3
     finally:
         drive.close()
-    number = str(rows["rejected"]["dead_letter"])
+    number = str(rows["rejected"]["letter"])
     for arguments, says in (
         ((), "name letters"),
         ((number, "--all"), "one of the three"),
@@ -329,7 +329,7 @@ async def test_filters_choose_and_bad_input_changes_nothing(shop: Shop, tmp_path
         (("99999",), "no dead letter 99999"),
         (("--reason", "sad", "--yes"), "--reason"),
         (("--older-than", "1y", "--yes"), "--older-than"),
-        (("--handler", "other", "--yes"), "no handler"),
+        (("--handler", "other", "--yes"), "--handler 'other'"),
         ((number, "--same-id"), "--value"),
         ((number, "--value", "/nonexistent", "--same-id"), "--value /nonexistent"),
     ):

@@ -80,8 +80,11 @@ class Claims:
         self.watcher.terminate()
         self.leader.terminate()
 
+    def at(self, timestamp: int, offset: int = 0) -> Delivery:
+        return Delivery(self.handler, LogRecord(TOPIC, 0, offset, timestamp, None, b"{}", (), ""))
+
     def delivery(self, id: UUID, offset: int = 0) -> Delivery:
-        made = Delivery(self.handler, LogRecord(TOPIC, 0, offset, 0, None, b"{}", (), ""))
+        made = self.at(0, offset)
         made.id, made.fingerprint = id.bytes, 1
         return made
 
@@ -265,14 +268,17 @@ async def test_a_drop_waits_for_claims_and_readers_and_carries_dead_letters(clai
     assert await claims.forget(1) == "carried"
     assert await claims.rows(ids[2]) == 1
     assert await claims.claim(looking, *ids) == set()
-    assert not looking.is_too_old(0)
+    assert await looking.too_old([claims.at(0), claims.at(946_684_800_000)]) == []
     assert await claims.forget(1) == "forgotten"
     assert await claims.drop(1) == "waiting"
     # Whoever begins now finds only the dead letter, and learns that the rest cannot be judged.
     assert await claims.claim(session, *ids) == set(ids[:2])
     closed = await value(claims.dsn, "select (extract(epoch from horizon) * 1000)::int8 from consumer.ledger_state")
     hour = 3_600_000
-    assert session.is_too_old(closed + hour) and session.is_too_old(-1) and not session.is_too_old(closed + hour + 2)
+    # A timestamp that is no time says nothing: the offset tells, and the dropped rows were of offset 0.
+    old = [claims.at(closed + hour), *(claims.at(each, offset=0) for each in (-1, 0, closed // 1000))]
+    new = [claims.at(closed + hour + 2), *(claims.at(each, offset=1) for each in (-1, 0, closed // 1000))]
+    assert await session.too_old(old + new) == old
     standing = await session.claim([dead], claims.topics)
     assert standing[dead].dead
     await session.rollback()

@@ -14,6 +14,8 @@ from typing import NamedTuple, TypeAlias
 GENERATIONS_PER_RETENTION = 4  # where the settings do not say: rows are kept for 1 to 1.25 times the retention
 GENERATIONS_MAX = 32  # that are live at a time; a claim looks for each id in all of them
 HOUR = 3600.0
+# 2000-01-01 in milliseconds. A smaller timestamp is no time of a record: seconds instead of milliseconds, 0, or -1 for none.
+_TIMES_BEGIN_MS = 946_684_800_000
 
 
 class Policy(NamedTuple):
@@ -26,6 +28,32 @@ class Policy(NamedTuple):
     @classmethod
     def of(cls, retention: float, generation: float | None, skew: float) -> Policy:
         return cls(retention, retention / GENERATIONS_PER_RETENTION if generation is None else generation, skew)
+
+
+def is_time(timestamp_ms: int) -> bool:
+    """Whether a record's timestamp can be milliseconds since 1970."""
+    return timestamp_ms >= _TIMES_BEGIN_MS
+
+
+def what_is_wrong(timestamp_ms: int) -> str:
+    """Describe a timestamp that is no time, for people."""
+    if timestamp_ms < 0:
+        return "its record has no timestamp"
+    if timestamp_ms >= _TIMES_BEGIN_MS // 1000:
+        return f"its record's timestamp {timestamp_ms} is in seconds, and Kafka counts milliseconds"
+    return f"its record's timestamp {timestamp_ms} is not a time in milliseconds since 1970"
+
+
+def may_be_forgotten(timestamp_ms: int, offset: int, until_ms: int, below: int | None) -> bool:
+    """Whether a message may have had a row that the ledger has dropped, so that a claim which is won proves nothing.
+
+    A message is applied after it was produced, so a dropped row is of a message from before `until_ms`. A timestamp that is no time
+    tells nothing; then the offset does: dropped rows are of records below `below`, the end of what was settled in
+    this log when they were dropped (None: nothing was).
+    """
+    if is_time(timestamp_ms):
+        return timestamp_ms <= until_ms
+    return below is not None and offset < below
 
 
 class Generation(NamedTuple):

@@ -43,3 +43,77 @@ create table consumer.stopped_partitions (
     since        timestamptz not null default now(),
     primary key (app, topic, partition)
 );
+-- Counts the holds that somebody else than a partition's owner has made (`replay --apply`): the owner's next batch finds another
+-- number, is undone, and reads the holds again.
+alter table consumer.positions add column holds integer not null default 0;
+
+-- The end of what was settled in each log when rows of it were dropped: judges records whose timestamps say nothing. What was
+-- dropped before this migration is taken to reach up to what is settled now.
+create table consumer.forgotten (
+    handler   smallint not null,
+    topic     smallint not null,
+    partition integer not null,
+    below     bigint not null,
+    primary key (handler, topic, partition)
+);
+insert into consumer.forgotten (handler, topic, partition, below)
+select handler, topic, partition, max(below) from (
+    select handler, topic, partition, max("offset") + 1 as below from consumer.ledger
+    where exists (select from consumer.ledger_state where horizon is not null) group by 1, 2, 3
+    union all
+    select h.handler, t.topic, p.partition, p.next_offset
+    from consumer.positions p join consumer.topics t on t.name = p.topic join consumer.handlers h using (app)
+    where exists (select from consumer.ledger_state where horizon is not null)
+) as settled group by 1, 2, 3;
+
+-- As in migration 5, and notes how far the rows of the generation reach before no claim looks into it any more.
+create or replace function consumer.forget(seen integer, wanted integer) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
+as $$
+declare
+    state  consumer.ledger_state;
+    oldest consumer.generations;
+    moved  integer;
+begin
+    select * into state from consumer.ledger_state s where s.version = seen for update skip locked;
+    if not found then
+        return 'busy';
+    end if;
+    select * into oldest from consumer.generations where forgotten_at is null order by number limit 1;
+    if oldest.number <> wanted or oldest.closed_at is null then
+        return 'busy';
+    end if;
+    if state.turning or not consumer.is_drained(state.version - 1) then
+        return 'waiting';
+    end if;
+    -- A dead letter stays one, and can be retried. A letter that somebody is at is left for the next call; a claim of the
+    -- same id meets the row before or after it was moved, or waits for this transaction on the target's key.
+    execute format($sql$
+        with letters as materialized (
+            select d.handler, d.id from consumer.dead_letters d
+            where exists (select from %1$s l where l.handler = d.handler and l.id = d.id and l.applied_at is null)
+            limit 1000 for update of d skip locked
+        ), gone as (
+            delete from %1$s l using (select distinct handler, id from letters) o
+            where l.handler = o.handler and l.id = o.id and l.applied_at is null returning l.*
+        )
+        insert into consumer.%2$I select * from gone
+        $sql$, consumer.generation(wanted), case state.target when 1 then 'ledger' else 'ledger_' || state.target end);
+    get diagnostics moved = row_count;
+    if moved > 0 then
+        return 'carried';
+    end if;
+    execute format('select count(*) from consumer.dead_letters d join %s l on l.handler = d.handler and l.id = d.id and l.applied_at is null',
+                   consumer.generation(wanted)) into moved;
+    if moved > 0 then
+        return 'waiting';
+    end if;
+    execute format($sql$
+        insert into consumer.forgotten as f (handler, topic, partition, below)
+        select handler, topic, partition, max("offset") + 1 from %s group by 1, 2, 3
+        on conflict (handler, topic, partition) do update set below = greatest(f.below, excluded.below)
+        $sql$, consumer.generation(wanted));
+    update consumer.generations set forgotten_at = clock_timestamp() where number = wanted;
+    update consumer.ledger_state set version = version + 1, horizon = greatest(horizon, oldest.closed_at);
+    return 'forgotten';
+end $$;

@@ -639,9 +639,6 @@ class _Nowhere:
 
     has_forgotten = False
 
-    def is_too_old(self, _: int) -> bool:
-        return False
-
     async def claim(self, *_: Any) -> dict[Delivery, Any]:
         return {}
 

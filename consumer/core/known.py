@@ -1,0 +1,40 @@
+"""Names that people give to commands, checked against those that exist.
+
+Pure. A misspelt filter must never look like an empty answer, so an unknown name is an error that shows close matches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from consumer.core.errors import Misconfigured
+
+_SHOWN_MAX = 8
+
+
+class UnknownName(Misconfigured):
+    """A filter names what does not exist in this database or App."""
+
+
+def check_known(option: str, given: str, known: Iterable[str], where: str) -> None:
+    """Raise UnknownName unless `given` is one of the known names.
+
+    option: what the person wrote, such as --topic. where: whose names these are, to follow "not known to".
+    """
+    names = sorted(set(known))
+    if given not in names:
+        raise UnknownName(f"{option} {given[:80]!r}: not known to {where}; {suggestion(given, names)}")
+
+
+def suggestion(given: str, names: Iterable[str]) -> str:
+    """Close matches, or all names when there are few."""
+    known = sorted(set(names))
+    lowered = {each.lower(): each for each in known}
+    close = [lowered[each] for each in get_close_matches(given.lower(), lowered, n=3, cutoff=0.6)]
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    if not known:
+        return "there is none yet"
+    more = f" and {len(known) - _SHOWN_MAX} more" if len(known) > _SHOWN_MAX else ""
+    return f"it has: {', '.join(known[:_SHOWN_MAX])}{more}"
