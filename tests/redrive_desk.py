@@ -174,7 +174,6 @@ class Desk:
 
     async def outcomes(self, *numbers: int, **more: Any) -> list[str]:
         found = await self.retry(*numbers, **more)
-        print(found)  # shown where the test fails
         return [each.outcome for each in found]
 
     async def done(self) -> list[str]:
