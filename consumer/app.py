@@ -6,8 +6,9 @@ import inspect
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Never, TypeVar
 
+from consumer.core import fingerprint as fingerprints
 from consumer.core.errors import RegistrationError
 from consumer.core.handler import Function, Handler, build, place_of
 from consumer.core.retry import Retry
@@ -61,6 +62,7 @@ class App:
         self,
         *topics: str,
         message_id: str | Callable[[Any], object] | None = None,
+        fingerprint: fingerprints.Option = "bytes",
         name: str | None = None,
         order: Literal["key", "partition", "none"] = "key",
         concurrency: int = 1,
@@ -68,19 +70,22 @@ class App:
         retry: Retry | None = None,
         timeout: float | None = None,
         idempotent: bool = True,
-        **unknown: Any,
+        allow_nan: bool = False,
+        **unknown: Never,
     ) -> Callable[[F], F]:
         """Register an async function for one or more topics.
 
         message_id: ``"header:NAME"``, ``"field:path.to"`` or a function of the value; by default header ``message-id``,
-        else ``ce_id``, else the offset, which does not recognise a message that its producer sent twice.
+        else a CloudEvent's source and id, else the offset, which does not recognise a message that its producer sent
+        twice. fingerprint: what must be equal where an id comes again, or the message is a dead letter: the ``"bytes"``,
+        the decoded ``"value"``, what a function of the value returns, or None to compare nothing. See docs/messages.md.
         name: the handler's identity in the ledger, by default the function's name; changing it makes every message
         new. order: what keeps its order, ``"key"``, ``"partition"`` or ``"none"``. concurrency: messages of different
         keys handled at the same time, for handlers that wait for something slow. batch: hand over a list of at most so
         many messages. retry: see `Retry`. timeout: seconds that one call may take, by default as the setting
         ``handler_timeout_seconds`` says, 0 for no limit: a call that takes longer is cancelled, and that counts as an attempt
         of its message. idempotent: False opts out of the ledger: the handler is called at least
-        once and may not ask for a Tx.
+        once and may not ask for a Tx. allow_nan: True takes numbers that are not finite, which are unreadable otherwise.
 
         Raises RegistrationError for a handler that cannot work, naming its place. The function is returned unchanged.
         """
@@ -89,6 +94,7 @@ class App:
                 raise RegistrationError(f'{place_of(topic)}: name the topic: @app.handler("payments")')
         options: dict[str, Any] = {
             "message_id": message_id,
+            "fingerprint": fingerprint,
             "name": name,
             "order": order,
             "concurrency": concurrency,
@@ -96,6 +102,7 @@ class App:
             "retry": retry,
             "timeout": timeout,
             "idempotent": idempotent,
+            "allow_nan": allow_nan,
             **unknown,
         }
 

@@ -513,6 +513,7 @@ def show(
     ],
     settings: Settings,
     hexadecimal: Annotated[bool, typer.Option("--hex", help="MESSAGE_ID is the id's bytes in hexadecimal")] = False,
+    source: Annotated[str | None, typer.Option("--source", help="the source, for the id of a CloudEvent")] = None,
     shards_of: ShardsOf = None,
     shard: ShardName = None,
     as_json: AsJson = False,
@@ -524,22 +525,24 @@ def show(
             wanted = bytes.fromhex(message_id)
         except ValueError:
             raise Misconfigured(f"--hex {message_id}: not hexadecimal") from None
-    return _show_in(shards_of, shard, wanted, settings, as_json)
+    return _show_in(shards_of, shard, wanted, source, settings, as_json)
 
 
-async def _show_in(path: str | None, shard: str | None, wanted: str | bytes, settings: Settings, as_json: bool) -> int:
+async def _show_in(
+    path: str | None, shard: str | None, wanted: str | bytes, source: str | None, settings: Settings, as_json: bool
+) -> int:
     codes: list[int] = []
 
     async def run(on: Settings) -> int:
-        codes.append(await _show(wanted, on, as_json))
+        codes.append(await _show(wanted, source, on, as_json))
         return 0
 
     await over(path, shard, settings, as_json, run)
     return min(codes)  # known to one of them is known
 
 
-async def _show(wanted: str | bytes, settings: Settings, as_json: bool) -> int:
-    found = await _with_ledger(settings, lambda connection: report.find_message(connection, wanted))
+async def _show(wanted: str | bytes, source: str | None, settings: Settings, as_json: bool) -> int:
+    found = await _with_ledger(settings, lambda connection: report.find_message(connection, wanted, source))
     if as_json:
         print_json(found)
         return 0 if found["handlers"] else 1

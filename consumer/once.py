@@ -17,9 +17,11 @@ from typing import Any, Protocol
 
 from consumer.activity import Activity, TookTooLong
 from consumer.calling import begin, called
+from consumer.core.cloudevents import from_event
 from consumer.core.deadshare import DeadShare
-from consumer.core.decode import explain
+from consumer.core.decode import read_again
 from consumer.core.errors import Reject, RunAgain, TransactionMisuse, Unreadable
+from consumer.core.fingerprint import BYTES, of_value
 from consumer.core.handler import Handler
 from consumer.core.identity import (
     CallableId,
@@ -39,6 +41,7 @@ from consumer.core.message import LogRecord, Message, Partition
 from consumer.core.outcome import DUPLICATE, SKIPPED, Applied, Cause, Dead, Duplicate, Outcome, Parked, Reason, Skipped
 from consumer.core.retention import is_time, what_is_wrong
 from consumer.core.sqlstate import Meaning
+from consumer.core.values import canonical
 from consumer.ledger import REDELIVERED, Conflict, Fenced, Outage, Session, Standing, meaning_of, said, sqlstate_of
 from consumer.scope import Scope, savepoint_name
 from consumer.tx import Tx
@@ -53,6 +56,7 @@ TOO_OLD = Dead(
     Reason.TOO_OLD,
     "too old to judge: the ledger no longer remembers the time of this message, so it may have been applied, or not",
 )
+CONFLICT = Dead(Reason.ID_CONFLICT, "this message id was used before with another payload")
 BEHIND = Parked(0.0, "waits behind a failed message of its key")
 BUSY = Parked(0.1, "letters before it are being settled")
 HELD_BACK = Dead(Reason.BEHIND, "waits behind a dead letter of its key")
@@ -131,10 +135,13 @@ async def apply(
         step("begun")
         # Claim first: a concurrent duplicate waits here on the unique key, before any work of it was done.
         standing = await session.claim(claims, names.topics) if claims else {}
+        standing = await _by_rules(session, standing, names.topics)
         step("claimed")
         fresh = _sort_out(claims, standing, lane, done)
         if rivals:
-            _sort_out(rivals, await session.claimed(rivals, names.topics), lane, done)
+            stands = await _by_rules(session, await session.claimed(rivals, names.topics), names.topics)
+            _sort_out(rivals, stands, lane, done)
+            _compare(rivals, fresh, done)
         if rehearsal is None:
             if session.has_forgotten and fresh:
                 await _refuse_too_old(session, fresh, done)
@@ -211,7 +218,9 @@ def _of_their_logs(names: Names, batch: Batch, moves: Sequence[Move]) -> list[Mo
         partition = delivery.partition
         if partition in wanted and partition not in last:
             record = delivery.record
-            last[partition] = Print(record.offset, record.timestamp, delivery.fingerprint)
+            same = delivery.handler.fingerprint is BYTES  # the log is compared by its bytes
+            print_ = delivery.fingerprint if same else fingerprint(record.value)
+            last[partition] = Print(record.offset, record.timestamp, print_)
     found = []
     for each in moves:
         at = names.logs.get(each.partition) or Position(0)
@@ -333,6 +342,8 @@ def identify(deliveries: Iterable[Delivery], logs: Mapping[Partition, Position] 
             delivery.id, by_offset = _id_of(delivery, handler, logs)
             if by_offset:
                 weak.add(record.topic)
+            if handler.fingerprint is not BYTES and handler.idempotent:
+                delivery.fingerprint = fingerprint_of(delivery)
         except Unreadable as error:
             if not delivery.id:
                 delivery.id = _by_offset(delivery, logs)
@@ -355,7 +366,9 @@ def _id_of(delivery: Delivery, handler: Handler, logs: Mapping[Partition, Positi
         raise Unreadable(Reason.BAD_HEADER, record.fault)
     match handler.rule:
         case DefaultId():
-            found = from_headers(record, "message-id") or from_headers(record, "ce_id")
+            found = from_headers(record, "message-id")
+            if found is None:
+                found = from_event(record)
             if found is None:
                 found, by_offset = _by_offset(delivery, logs), handler.idempotent
         case OffsetId():
@@ -365,11 +378,25 @@ def _id_of(delivery: Delivery, handler: Handler, logs: Mapping[Partition, Positi
             if found is None:
                 raise Unreadable(Reason.NO_MESSAGE_ID, f"no {name!r} header")
         case FieldId() | CallableId() as rule:
-            found = from_value(rule, decoded(delivery))
+            value = decoded(delivery)
+            try:
+                found = from_value(rule, value)
+            except Unreadable:
+                if value is not None or record.value is not None:
+                    raise
+                found, by_offset = _by_offset(delivery, logs), True  # a deletion, which has no fields
     if record.value is None and not handler.takes_none:
         delivery.id = found
         raise Unreadable(Reason.NO_VALUE, "a null value, and the handler does not take None")
     return found, by_offset
+
+
+def fingerprint_of(delivery: Delivery) -> int:
+    """The fingerprint under the handler's rule. Raises Unreadable where it needs a value that cannot be decoded."""
+    rule = delivery.handler.fingerprint
+    if rule is BYTES:
+        return fingerprint(delivery.record.value)
+    return of_value(rule, decoded(delivery) if rule.of_value is not None else None)
 
 
 def decoded(delivery: Delivery) -> Any:
@@ -384,7 +411,7 @@ def decoded(delivery: Delivery) -> Any:
             try:
                 delivery.value = delivery.handler.decoder(raw)
             except Exception as error:  # whatever a type's own code raises: these bytes are not of that type
-                raise Unreadable(Reason.UNREADABLE, explain(error)) from error
+                delivery.value = read_again(delivery.handler.decoder, raw, error)
     return delivery.value
 
 
@@ -446,6 +473,56 @@ def _tell_apart(first: Delivery, second: Delivery, done: Settlement, rivals: lis
         rivals.append(second)
 
 
+async def _by_rules(
+    session: Session, standing: dict[Delivery, Standing], topics: Mapping[str, int]
+) -> dict[Delivery, Standing]:
+    """What stands, with clashes only where the handlers' rules see one.
+
+    A handler that compares nothing has none. Rows from before a handler got its rule have the fingerprint of the bytes:
+    the same bytes are the same message under any rule.
+    """
+    asked: dict[Delivery, Delivery] = {}
+    for each in [each for each, found in standing.items() if found.clashes]:
+        rule = each.handler.fingerprint
+        if not rule.compares:
+            found = standing[each]._replace(clashes=False)
+            standing[each] = REDELIVERED if found == REDELIVERED else found
+        elif rule is not BYTES:
+            twin = Delivery(each.handler, each.record)
+            twin.id, twin.fingerprint = each.id, fingerprint(each.record.value)
+            asked[twin] = each
+    if asked:
+        for twin, found in (await session.claimed(list(asked), topics)).items():
+            if not found.clashes:
+                standing[asked[twin]] = found
+    return standing
+
+
+def _compare(rivals: Sequence[Delivery], fresh: Sequence[Delivery], done: Settlement) -> None:
+    """Say of conflicts with a message of the same batch whether the decoded values are equal."""
+    firsts = {(each.handler, each.id): each for each in fresh}
+    for each in rivals:
+        first = firsts.get((each.handler, each.id))
+        if first is not None and done.outcomes.get(each) == CONFLICT:
+            done.outcomes[each] = conflict_of(are_equal(first, each))
+
+
+def are_equal(one: Delivery, other: Delivery) -> bool | None:
+    """Whether the decoded values of two deliveries are equal; None where that cannot be told."""
+    try:
+        return canonical(decoded(one)) == canonical(decoded(other))
+    except Exception:  # unreadable, or of a type that cannot be compared
+        return None
+
+
+def conflict_of(is_equal: bool | None) -> Dead:
+    """The verdict on an id that was used again."""
+    if is_equal is None:
+        return CONFLICT
+    told = 'equal: fingerprint="value" takes them as one message' if is_equal else "different"
+    return Dead(Reason.ID_CONFLICT, f"{CONFLICT.error}; the decoded values are {told}")
+
+
 def _sort_out(
     claims: Sequence[Delivery], standing: Mapping[Delivery, Standing], lane: Lane, done: Settlement
 ) -> list[Delivery]:
@@ -460,7 +537,7 @@ def _sort_out(
             if delivery.outcome is not None:
                 done.outcomes[delivery] = delivery.outcome  # a dead letter before its handler ran
         elif earlier.clashes:
-            done.outcomes[delivery] = _conflict()
+            done.outcomes[delivery] = CONFLICT
         else:
             done.outcomes[delivery] = DUPLICATE[Cause.DEAD_LETTER if earlier.dead else Cause.LEDGER]
             if earlier.dead and earlier.here:
@@ -523,10 +600,6 @@ def _attempts(delivery: Delivery, done: Settlement) -> int:
 def _wait_behind(delivery: Delivery, done: Settlement) -> None:
     done.outcomes[delivery] = BEHIND
     done.parked[delivery] = 0.0
-
-
-def _conflict() -> Dead:
-    return Dead(Reason.ID_CONFLICT, "this message id was used before with another payload")
 
 
 def _count(names: Names, outcomes: Mapping[Delivery, Outcome]) -> dict[tuple[int, int, int, str], int]:

@@ -22,7 +22,7 @@ from consumer import once
 from consumer.app import App
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.handler import Handler
-from consumer.core.identity import OffsetId, message_id
+from consumer.core.identity import OffsetId, edit_id, message_id
 from consumer.core.lanes import Batch, Delivery, Lane
 from consumer.core.letters import State
 from consumer.core.message import LogRecord
@@ -479,7 +479,7 @@ def edit_of(number: int, value: bytes | None, new_id: str | None) -> Edit:
     """An edit; new_id "auto" is made of the letter's number, so that the same command means the same intent."""
     if new_id is None:
         return Edit(value)
-    return Edit(value, message_id((f"edit-of-dead-letter-{number}" if new_id == "auto" else new_id).encode()))
+    return Edit(value, edit_id(number) if new_id == "auto" else message_id(new_id.encode("utf-8", "surrogateescape")))
 
 
 def _is_text(name: str) -> bool:

@@ -26,7 +26,7 @@ from consumer.core.epoch import lineage
 from consumer.core.errors import CannotTell, Misconfigured, ServiceUnavailable
 from consumer.core.findings import Effects, Findings
 from consumer.core.handler import Handler
-from consumer.core.identity import message_id
+from consumer.core.identity import ids_of_text
 from consumer.core.incarnation import Log, judge
 from consumer.core.lanes import Batch, Delivery, Lane
 from consumer.core.message import Partition, Record
@@ -235,9 +235,7 @@ class _Replay:
         self.wanted_key = (
             options.key.encode("utf-8", "surrogateescape") if isinstance(options.key, str) else options.key
         )
-        self.wanted_id = (
-            None if options.message_id is None else message_id(options.message_id.encode("utf-8", "surrogateescape"))
-        )
+        self.wanted_ids = None if options.message_id is None else ids_of_text(options.message_id)
         now = datetime.now(UTC)
         self.now_ms = int(now.timestamp() * 1000)
         self.findings = Findings(
@@ -441,7 +439,7 @@ class _Replay:
 
     def _check_selected(self) -> None:
         """Raise Misconfigured when a filter let nothing through: no answer is no proof."""
-        if self.wanted_id is not None and not self.findings.counts:
+        if self.wanted_ids is not None and not self.findings.counts:
             raise Misconfigured(
                 "--message-id: no message of the range has that id, for these handlers; nothing was changed"
             )
@@ -511,8 +509,8 @@ class _Replay:
         handlers = self._of_topic(partition.topic)
         deliveries = [Delivery(handler, record) for record in records for handler in handlers]
         self.offset_ids |= once.identify(deliveries, self.names.logs)
-        if self.wanted_id is not None:
-            deliveries = [each for each in deliveries if each.id == self.wanted_id]
+        if self.wanted_ids is not None:
+            deliveries = [each for each in deliveries if each.id in self.wanted_ids]
         look = Look(self.witness, partition, deliveries)
         if deliveries:
             await self._go_through(lane, Batch(deliveries, {}, {}), look)
@@ -532,7 +530,7 @@ class _Replay:
     def _counted(self, look: Look, records: Sequence[Record]) -> None:
         findings, partition = self.findings, look.partition
         findings.read[partition] = findings.read.get(partition, 0) + len(records)
-        if records and self.wanted_id is None:
+        if records and self.wanted_ids is None:
             for name in self.skipping.get(partition.topic, ()):
                 findings.count(name, partition, "skipped", len(records))
         look.tally()
@@ -695,7 +693,7 @@ class _Replay:
     async def _compare_history(self, source: Source) -> None:
         findings = self.findings
         narrowed = [
-            name for name, on in (("--key", self.wanted_key), ("--message-id", self.wanted_id)) if on is not None
+            name for name, on in (("--key", self.wanted_key), ("--message-id", self.wanted_ids)) if on is not None
         ]
         if narrowed:
             findings.notes.append(f"ledger rows were not compared with the log the other way, because of {narrowed[0]}")
@@ -797,6 +795,7 @@ class _Replay:
             options.republish_to,
             wanted=self._wanted,
             fallback=republish.needs_fallback(takers),
+            logs=self.names.logs,
         ):
             copied["copied"] += done.copied
             copied["refused"] += done.refused

@@ -14,7 +14,7 @@ from uuid import UUID
 
 from consumer import coverage
 from consumer.app import App
-from consumer.core.identity import message_id
+from consumer.core.identity import event_id, ids_of_text, reads_like_offset
 from consumer.core.incarnation import Committed, Log, Position, Stop, begin, judge
 from consumer.core.message import Partition
 from consumer.core.outcome import Cause
@@ -32,12 +32,12 @@ select h.name, o.outcome, sum(o.count)::int8 from consumer.outcomes o join consu
 where h.app = $1 group by h.name, o.outcome
 """
 _SHOW = """
-select h.app, h.name as handler, t.name as topic, l.partition, l."offset", l.applied_at,
+select l.id, h.app, h.name as handler, t.name as topic, l.partition, l."offset", l.applied_at,
        d.dead_letter, d.reason, d.died_at, d.state as letter
 from consumer.ledger l
 join consumer.handlers h using (handler) join consumer.topics t using (topic)
 left join consumer.dead_letters d on d.handler = l.handler and d.id = l.id and d.fingerprint = l.fingerprint
-where l.id = $1 order by h.app, h.name
+where l.id = any($1::uuid[]) order by h.app, h.name, l.id
 """
 _MATCHES = """
 from consumer.dead_letters d join consumer.handlers h using (handler)
@@ -219,12 +219,25 @@ async def _asked(source: Source, partition: Partition, at: Position, log: Log) -
     return log
 
 
-async def find_message(connection: Any, text: str | bytes) -> dict[str, Any]:
-    """What is known of a message id: under which key it is kept, and what each handler did with it."""
-    key = message_id(text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text)
-    rows = await connection.fetch(_SHOW, UUID(bytes=key))
+async def find_message(connection: Any, text: str | bytes, source: str | None = None) -> dict[str, Any]:
+    """What is known of a message id: under which key it is kept, and what each handler did with it.
+
+    source: the source of the CloudEvent of that id.
+    """
+    raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+    if source is not None:
+        keys: tuple[bytes, ...] = (event_id(source.encode("utf-8", "surrogateescape"), raw),)
+    elif reads_like_offset(raw):
+        topic, partition, _ = raw.decode("ascii", "replace").split(":", 2)
+        salts = await connection.fetch(
+            "select distinct salt from consumer.positions where topic = $1 and partition::text = $2", topic, partition
+        )
+        keys = ids_of_text(raw, [row[0] for row in salts])
+    else:
+        keys = ids_of_text(raw)
+    rows = await connection.fetch(_SHOW, [UUID(bytes=each) for each in keys])
     return {
-        "key": key.hex(),
+        "key": (rows[0]["id"].bytes if rows else keys[0]).hex(),
         "handlers": [
             {
                 "app": row["app"],

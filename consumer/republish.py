@@ -8,13 +8,16 @@ lies at another offset. A copy may be made twice (after an interruption), which 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import NamedTuple
+from uuid import UUID
 
 from consumer.core.bounds import Span
+from consumer.core.cloudevents import from_event
 from consumer.core.errors import Misconfigured, Unreadable
 from consumer.core.handler import Handler
-from consumer.core.identity import DefaultId, OffsetId, from_headers
+from consumer.core.identity import DefaultId, OffsetId, from_headers, offset_id
+from consumer.core.incarnation import Position
 from consumer.core.message import Partition, Record
 from consumer.kafka import Source, producing
 from consumer.reading import read
@@ -52,10 +55,11 @@ async def republish(
     *,
     wanted: Callable[[Record], bool],
     fallback: bool,
+    logs: Mapping[Partition, Position],
 ) -> AsyncIterator[Copied]:
     """Copy the wanted records of the spans; yields after each acknowledged part.
 
-    fallback: give a message without an id header the one that its offset stands for. Raises Misconfigured for a target
+    fallback: give a message without an id the one that its offset stands for, with the salts of `logs`. Raises Misconfigured for a target
     that does not exist, KafkaError and LogTruncated.
     """
     partitions = (await source.partitions([target]))[target]
@@ -71,7 +75,7 @@ async def republish(
             for record in chunk.records:
                 if not wanted(record):
                     continue
-                headers = _headers(record, fallback)
+                headers = _headers(record, fallback, logs)
                 if headers is None or (record.key is None and record.value is None):
                     refused += 1
                     continue
@@ -95,7 +99,9 @@ def needs_fallback(handlers: Sequence[Handler]) -> bool:
     return any(isinstance(each.rule, DefaultId) for each in handlers)
 
 
-def _headers(record: Record, fallback: bool) -> list[tuple[str, bytes | None]] | None:
+def _headers(
+    record: Record, fallback: bool, logs: Mapping[Partition, Position]
+) -> list[tuple[str, bytes | None]] | None:
     """The headers of the copy; None where they cannot be sent."""
     headers = list(record.headers)
     try:
@@ -104,9 +110,11 @@ def _headers(record: Record, fallback: bool) -> list[tuple[str, bytes | None]] |
     except UnicodeEncodeError:
         return None
     try:
-        has_one = from_headers(record, "message-id") or from_headers(record, "ce_id")
+        has_one = from_headers(record, "message-id") or from_event(record)
     except Unreadable:
-        return headers  # an empty or a repeated one: a dead letter here and there
+        return headers  # an id that cannot be read: a dead letter here and there
     if fallback and not has_one:
-        headers.append(("message-id", f"{record.topic}:{record.partition}:{record.offset}".encode()))
+        at = logs.get(Partition(record.topic, record.partition))
+        id = UUID(bytes=offset_id(record, at.salt if at is not None else None))  # as a UUID it keeps its 16 bytes
+        headers.append(("message-id", str(id).encode()))
     return headers

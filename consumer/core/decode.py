@@ -1,21 +1,28 @@
 """From bytes to the type that a handler declares. Knows types and JSON; knows no topic.
 
-bytes stay bytes, str is UTF-8, a pydantic model validates itself, everything else is msgspec's: Struct, dataclass,
-TypedDict, dict, list, numbers and unions of them, with pydantic models inside them if need be. Compiled once for each
-handler. What is said of bytes that do not fit never quotes them.
+bytes stay bytes, str is UTF-8, a pydantic model validates itself (models.py), everything else is msgspec's: Struct,
+dataclass, TypedDict, dict, list, numbers and unions of them, with pydantic models inside them if need be. Compiled once
+for each handler. The text about bytes that do not fit never quotes them.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import types
 import typing
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
-from consumer.core.errors import RegistrationError
+from consumer.core import models
+from consumer.core.constraints import is_pydantic
+from consumer.core.errors import RegistrationError, Unreadable
+from consumer.core.models import Model, Unfit, check_finite
+from consumer.core.outcome import Reason
 
 Decoder: TypeAlias = Callable[[bytes], Any]
 
@@ -23,10 +30,10 @@ Decoder: TypeAlias = Callable[[bytes], Any]
 # of the declared type.
 _QUOTING = re.compile(r"(Invalid (?:enum )?value) '.*'( - at `\$(?:\.\w+|\[\.\.\.\]|\[\d+\])*`)?", re.DOTALL)
 _UNKNOWN_FIELD = "Object contains unknown field"
-
-
-class Unfit(ValueError):
-    """Bytes that a pydantic type refused. Its text says where and why, and quotes nothing of them."""
+_BOM = b"\xef\xbb\xbf"
+_LITERAL = re.compile(
+    rb"\b(?:NaN|Infinity)\b|[eE]\+?[0-9]{3}|[0-9]{200}"
+)  # numbers that JSON parsers refuse or overflow
 
 
 def bare(declared: Any) -> Any:
@@ -47,48 +54,90 @@ def members(declared: Any) -> tuple[Any, ...]:
     return ()
 
 
-def decoder(declared: Any) -> Decoder:
+def decoder(declared: Any, *, allow_nan: bool = False) -> Decoder:
     """A function from bytes to `declared`, raising any exception for bytes that are not of the type.
 
-    Raises RegistrationError for a type that cannot be decoded from JSON.
+    allow_nan: take numbers that are not finite. Raises RegistrationError for a type that cannot be decoded from JSON.
     """
     parts = [part for part in members(declared) if part is not type(None)]
-    plain = bare(parts[0] if len(parts) == 1 else declared)
-    if plain is bytes:
-        return bytes
-    if plain is str:
-        return lambda value: value.decode("utf-8")
+    wanted = parts[0] if len(parts) == 1 else declared
+    plain = bare(wanted)
     try:
-        if any(_is_pydantic(bare(part)) for part in parts or [declared]):
-            return _pydantic(declared)
-        wanted = parts[0] if len(parts) == 1 else declared
-        models = [each for each in _foreign(msgspec.inspect.type_info(wanted)) if _must_be_pydantic(each)]
-        if not models:
-            return msgspec.json.Decoder(wanted).decode
-        inner = {model: _pydantic(model) for model in models}
-        # Encoded again, since a model may read JSON otherwise than it reads Python's values.
-        return msgspec.json.Decoder(wanted, dec_hook=lambda kind, found: inner[kind](msgspec.json.encode(found))).decode
+        if plain in (bytes, str):
+            return _unparsed(plain, wanted if wanted is not plain else declared)
+        if any(is_pydantic(bare(part)) for part in parts or [declared]):
+            return Model(declared, allow_nan=allow_nan).from_bytes
+        return _msgspec(wanted, allow_nan)
     except Exception as error:  # each library has its own for a type that it cannot take
         raise RegistrationError(f"cannot decode JSON to {declared!r}: {error}") from None
 
 
-def _is_pydantic(part: Any) -> bool:
-    return any(
-        hasattr(part, each)
-        for each in ("__pydantic_validator__", "__pydantic_core_schema__", "__get_pydantic_core_schema__")
-    )
+def _unparsed(plain: type, declared: Any) -> Decoder:
+    """Bytes as they are, or text without its byte order mark, checked where the annotation constrains them."""
+    limited = declared if typing.get_origin(declared) is Annotated else None
+    if plain is bytes:
+        return bytes if limited is None else lambda value: msgspec.convert(value, limited)
+    if limited is None:
+        return lambda value: value.removeprefix(_BOM).decode("utf-8")
+    return lambda value: msgspec.convert(value.removeprefix(_BOM).decode("utf-8"), limited)
+
+
+def _msgspec(wanted: Any, allow_nan: bool) -> Decoder:
+    """msgspec's own decoder, with pydantic models inside the type decoding themselves."""
+    inside = list(_inside(msgspec.inspect.type_info(wanted)))
+    inner = {
+        each.cls: Model(each.cls, allow_nan=allow_nan)
+        for each in inside
+        if isinstance(each, msgspec.inspect.CustomType) and _must_be_pydantic(each.cls)
+    }
+    decode = _with_models(wanted, inner, allow_nan) if inner else msgspec.json.Decoder(wanted).decode
+    has_decimals = any(isinstance(each, msgspec.inspect.DecimalType) for each in inside)
+    if allow_nan:
+        return _lenient(decode, wanted, inner, has_decimals)
+    if has_decimals:
+        # msgspec's floats are finite; its Decimals are read from text, which may say NaN.
+        return lambda value: check_finite(decode(value), value)
+    return decode
+
+
+def _with_models(wanted: Any, inner: dict[Any, Model], allow_nan: bool) -> Decoder:
+    numbers = models.Numbers()
+    decode = msgspec.json.Decoder(
+        wanted, dec_hook=lambda kind, tree: inner[kind].from_tree(tree), float_hook=numbers.read
+    ).decode
+    if allow_nan:
+        return lambda value: numbers.plain(decode(value))
+    return lambda value: check_finite(numbers.plain(decode(value)), value)
+
+
+def _lenient(decode: Decoder, wanted: Any, inner: dict[Any, Model], has_decimals: bool) -> Decoder:
+    """Also for JSON with the literals NaN and Infinity, and numbers beyond a float's range, which msgspec refuses."""
+
+    def number(text: str) -> float | Decimal:
+        return Decimal(text) if has_decimals and math.isfinite(float(text)) else float(text)
+
+    def read(value: bytes) -> Any:
+        try:
+            return decode(value)
+        except msgspec.MsgspecError:
+            if not _LITERAL.search(value):
+                raise
+            tree = json.loads(value, parse_float=number)
+            return msgspec.convert(tree, wanted, dec_hook=lambda kind, found: inner[kind].from_tree(found))
+
+    return read
 
 
 def _must_be_pydantic(part: Any) -> bool:
     if part is object:
         return False  # anything
-    if not _is_pydantic(part):
+    if not is_pydantic(part):
         raise TypeError(f"{getattr(part, '__name__', part)} is neither of JSON's types nor one that is made from them")
     return True
 
 
-def _foreign(info: Any) -> Iterator[Any]:
-    """The classes inside a type that msgspec does not know."""
+def _inside(info: Any) -> Iterator[Any]:
+    """All types inside a type, as msgspec describes them."""
     seen: set[int] = set()
     todo = [info]
     while todo:
@@ -97,46 +146,42 @@ def _foreign(info: Any) -> Iterator[Any]:
             todo.extend(each)
         elif isinstance(each, msgspec.inspect.Type | msgspec.inspect.Field) and id(each) not in seen:
             seen.add(id(each))
-            if isinstance(each, msgspec.inspect.CustomType):
-                yield each.cls
+            yield each
             todo.extend(getattr(each, name) for name in each.__struct_fields__)
 
 
-def _pydantic(declared: Any) -> Decoder:
-    from pydantic import TypeAdapter, ValidationError  # only when a handler declares a pydantic type
-
-    adapter: Any = TypeAdapter(declared)
-    names = _names(adapter)
-
-    def validate(value: bytes) -> Any:
+def read_again(decoder: Decoder, value: bytes, error: Exception) -> Any:
+    """The value of bytes that a decoder refused, without their byte order mark. Raises Unreadable with the reason."""
+    if value.startswith(_BOM):
         try:
-            return adapter.validate_json(value)
-        except ValidationError as error:
-            found = error.errors(include_url=False, include_context=False, include_input=False)
-            raise Unfit("; ".join(f"{_path(each['loc'], names)}: {each['type']}" for each in found[:5])) from None
-
-    return validate
+            return decoder(value.removeprefix(_BOM))
+        except Exception as failure:
+            error = failure
+    raise Unreadable(Reason.UNREADABLE, _format_of(value) or _literal_in(value, error) or explain(error)) from error
 
 
-def _names(adapter: Any) -> set[str]:
-    """Names of fields, which may be told; all other names in an error's place come from the bytes."""
-    try:
-        todo = [adapter.json_schema()]
-    except Exception:  # a type whose JSON cannot be described: then no name is told
-        return set()
-    names: set[str] = set()
-    while todo:
-        each = todo.pop()
-        if isinstance(each, dict):
-            names |= set(each.get("properties", {}))
-            todo.extend(each.values())
-        elif isinstance(each, list):
-            todo.extend(each)
-    return names
+def _literal_in(value: bytes, error: Exception) -> str | None:
+    is_syntax = isinstance(error, msgspec.DecodeError) and not isinstance(error, msgspec.ValidationError)
+    if is_syntax and re.search(rb"\b(?:NaN|Infinity)\b", value):
+        return "JSON is malformed, or has a number that is not finite; allow_nan=True of the handler would take it"
+    return None
 
 
-def _path(place: tuple[int | str, ...], names: set[str]) -> str:
-    return ".".join(str(each) if isinstance(each, int) or each in names else "[...]" for each in place) or "value"
+def _format_of(value: bytes) -> str | None:
+    """What bytes that are no JSON in UTF-8 are, where their beginning tells, and what to do about it."""
+    first = value[:4]
+    if first[:2] in (b"\xff\xfe", b"\xfe\xff") or (len(value) > 3 and (first[:2].count(0) == 1 == first[2:].count(0))):
+        return "JSON in UTF-16 or UTF-32: send it as UTF-8, or annotate the payload as bytes"
+    if first == b"\0\0\xfe\xff" or (first[:3] == b"\0\0\0" and value[4:7] == b"\0\0\0"):
+        return "JSON in UTF-16 or UTF-32: send it as UTF-8, or annotate the payload as bytes"
+    if first[:1] == b"\0" and len(value) > 5:
+        return (
+            f"Confluent's wire format (schema id {int.from_bytes(value[1:5])}): send JSON without a schema registry, "
+            "or annotate the payload as bytes and deserialize it in the handler"
+        )
+    if first[:2] == b"\x1f\x8b":
+        return "compressed with gzip by its producer: use the producer's compression setting, or annotate it as bytes"
+    return None
 
 
 def explain(error: BaseException) -> str:

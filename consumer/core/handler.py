@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from consumer.core import decode, identity
+from consumer.core import constraints, decode, fingerprint, identity
 from consumer.core.errors import RegistrationError
 from consumer.core.message import Message
 from consumer.core.retry import Retry
@@ -25,7 +25,18 @@ Call: TypeAlias = Callable[[Any, Any, Any], Awaitable[object]]  # (value, messag
 Function: TypeAlias = Callable[..., Awaitable[object]]
 
 ORDERS = ("key", "partition", "none")
-OPTIONS = ("message_id", "name", "order", "concurrency", "batch", "retry", "timeout", "idempotent")
+OPTIONS = (
+    "message_id",
+    "fingerprint",
+    "name",
+    "order",
+    "concurrency",
+    "batch",
+    "retry",
+    "timeout",
+    "idempotent",
+    "allow_nan",
+)
 _NAME = re.compile(r"[^\s\x00-\x1f]{1,200}")
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
@@ -47,6 +58,7 @@ class Handler:
     function: Function
     place: str  # file:line, for errors
     rule: identity.IdRule
+    fingerprint: fingerprint.FingerprintRule
     order: str
     concurrency: int
     batch: int | None
@@ -61,11 +73,6 @@ class Handler:
     parameters: tuple[str | Resource, ...]  # "value" | "message" | "tx" | Resource, in the order of the signature
     call: Call | None = None  # set by bind()
     number: int = -1
-
-    @property
-    def needs_value_for_id(self) -> bool:
-        """Whether the message must be decoded before it can be identified."""
-        return isinstance(self.rule, identity.FieldId | identity.CallableId)
 
     def bind(self, resources: Mapping[str, object]) -> None:
         """Compile the call, with the lifespan's resources in their places. Raises RegistrationError for a missing one."""
@@ -175,10 +182,16 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
     idempotent = options.get("idempotent", True)
     if not isinstance(idempotent, bool):
         raise wrong(f"idempotent={idempotent!r}: True or False")
+    allow_nan = options.get("allow_nan", False)
+    if not isinstance(allow_nan, bool):
+        raise wrong(f"allow_nan={allow_nan!r}: True or False")
     try:
         rule = identity.parse_rule(options.get("message_id"))
+        compared = fingerprint.parse_rule(options.get("fingerprint", "bytes"))
     except RegistrationError as error:
         raise wrong(str(error)) from None
+    if not idempotent and compared is not fingerprint.BYTES:
+        raise wrong("idempotent=False opts out of the ledger, so no payloads are compared: drop fingerprint=")
 
     parameters, value_type, wants_message = _signature(function, batch, tx_type, wrong)
     if not idempotent and "tx" in parameters:
@@ -189,7 +202,8 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
     if isinstance(rule, identity.FieldId):
         _check_field(rule.path[0], value_type, wrong)
     try:
-        decoder = decode.decoder(value_type)
+        constraints.check(value_type)
+        decoder = decode.decoder(value_type, allow_nan=allow_nan)
     except RegistrationError as error:
         raise wrong(str(error)) from None
     return Handler(
@@ -198,6 +212,7 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
         function=function,
         place=place,
         rule=rule,
+        fingerprint=compared,
         order=order,
         concurrency=concurrency,
         batch=batch,

@@ -1,15 +1,17 @@
-"""What makes a message that message: 16 bytes from its declared id, and a fingerprint of its payload.
+"""What makes a message that message: 16 bytes from its declared id, and a fingerprint of its bytes.
 
-Knows records and rules; knows no ledger. A UUID (the 36-character form, in either case) is kept as it is, so that
-time-ordered ids keep their locality in an index; anything else, of any length and any bytes, is a 128-bit BLAKE2b.
-At 10**8 hashed ids the chance of any collision is about 1.5e-23 (birthday bound, n**2 / 2**129).
+Knows records and rules; knows no ledger. A UUID, in any of its spellings, keeps its own 16 bytes, so that time-ordered
+ids keep their locality in an index; anything else, of any length and any bytes, is a 128-bit BLAKE2b. At 10**8 hashed
+ids the chance of any collision is about 1.5e-23 (birthday bound, n**2 / 2**129). Ids that the framework makes (of
+offsets, CloudEvents, edited dead letters) have namespaces of their own: no declared id is ever equal to one of them.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from binascii import unhexlify
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from struct import Struct
@@ -21,6 +23,11 @@ from consumer.core.message import Record
 from consumer.core.outcome import Reason
 
 NO_VALUE_FINGERPRINT = 0
+_UUID_BITS = re.compile(rb".{6}[\x10-\x8f].[\x80-\xbf].{7}", re.DOTALL)  # version 1 to 8, and the RFC's variant
+_OFFSET_TEXT = re.compile(
+    rb"[A-Za-z0-9._-]{1,249}:[0-9]{1,10}:[0-9]{1,19}(?:.{16})?", re.DOTALL
+)  # as offset_id makes it
+_EDIT_TEXT = re.compile(rb"edit-of-dead-letter-([0-9]{1,19})")
 _fingerprint = blake2b(digest_size=8)  # copied for each: a third cheaper than made anew
 _signed = Struct(">q").unpack
 
@@ -34,7 +41,7 @@ class HeaderId:
 
 @dataclass(frozen=True, slots=True)
 class DefaultId:
-    """Header message-id, else ce_id, else the offset, which cannot recognise a message that was produced twice."""
+    """Header message-id, else a CloudEvent's source and id, else the offset, which does not recognise a second send."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +86,48 @@ def parse_rule(option: object) -> IdRule:
 
 
 def message_id(raw: bytes) -> bytes:
-    """The 16 bytes under which an id is kept.
+    """The 16 bytes under which a declared id is kept.
 
-    Does not say whether two texts mean the same thing to their producer: "7" and "07" are two ids.
+    All spellings of a UUID are one id: either case, with or without dashes, in braces, after ``urn:uuid:``, between
+    spaces, or as its 16 bytes. Other ids are compared byte by byte: "7" and "07" are two.
     """
-    if len(raw) == 36 and raw[8:24:5] == b"----":
+    length = len(raw)
+    if length == 36 and raw[8:24:5] == b"----":
         digits = raw.replace(b"-", b"")
         if len(digits) == 32:  # the dashes are in their places, and there are no others
             try:
                 return unhexlify(digits)
             except ValueError:
                 pass  # no UUID after all: an id like any other
+    if (length == 16 or length >= 32) and (uuid := _uuid_of(raw)) is not None:
+        return uuid
+    if b":" in raw and _OFFSET_TEXT.fullmatch(raw):
+        return own_id(b"declared", raw)  # the plain hash of such a text is the id of an offset
     return blake2b(raw, digest_size=16).digest()
+
+
+def own_id(namespace: bytes, raw: bytes) -> bytes:
+    """The 16 bytes of an id in a namespace that no declared id reaches. namespace: at most 16 bytes."""
+    return blake2b(raw, digest_size=16, person=namespace).digest()
+
+
+def _uuid_of(raw: bytes) -> bytes | None:
+    """The bytes of a UUID that is not in its 36-character form; None for what is no UUID."""
+    if len(raw) == 16:
+        return raw if _UUID_BITS.fullmatch(raw) else None
+    text = raw.strip()
+    if text[:9].lower() == b"urn:uuid:":
+        text = text[9:]
+    elif text[:1] == b"{" and text[-1:] == b"}":
+        text = text[1:-1]
+    if len(text) == 36 and text[8:24:5] == b"----":
+        text = text.replace(b"-", b"")
+    if len(text) != 32:
+        return None
+    try:
+        return unhexlify(text)
+    except ValueError:
+        return None
 
 
 def offset_id(record: Record, salt: bytes | None = None) -> bytes:
@@ -98,7 +135,37 @@ def offset_id(record: Record, salt: bytes | None = None) -> bytes:
 
     salt: tells a log from an earlier one of the same name, whose offsets were the same numbers.
     """
-    return message_id(f"{record.topic}:{record.partition}:{record.offset}".encode() + (salt or b""))
+    raw = f"{record.topic}:{record.partition}:{record.offset}".encode() + (salt or b"")
+    return blake2b(raw, digest_size=16).digest()
+
+
+def edit_id(number: int) -> bytes:
+    """The id of an edited dead letter: of its number, so that the same command means the same intent."""
+    return own_id(b"edit", b"%d" % number)
+
+
+def event_id(source: bytes, id: bytes) -> bytes:
+    """The id of a CloudEvent, which its source and its id identify together."""
+    return own_id(b"cloudevent", message_id(id) + source)
+
+
+def ids_of_text(text: str | bytes, salts: Iterable[bytes | None] = (None,)) -> tuple[bytes, ...]:
+    """The ids that a person may mean by a text: the declared one first, then those that the framework makes.
+
+    These are of an offset, as ``topic:partition:offset`` (salts: of the logs of that name), and of an edited dead letter.
+    """
+    raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+    found = [message_id(raw)]
+    if reads_like_offset(raw):
+        found += [blake2b(raw + (salt or b""), digest_size=16).digest() for salt in (None, *salts)]
+    elif edit := _EDIT_TEXT.fullmatch(raw):
+        found.append(edit_id(int(edit[1])))
+    return tuple(dict.fromkeys(found))
+
+
+def reads_like_offset(raw: bytes) -> bool:
+    """Whether a text may stand for the id of an offset."""
+    return _OFFSET_TEXT.fullmatch(raw) is not None
 
 
 def fingerprint(value: bytes | None) -> int:
@@ -112,13 +179,13 @@ def fingerprint(value: bytes | None) -> int:
 
 
 def from_headers(record: Record, name: str) -> bytes | None:
-    """The 16 bytes from the header `name`, None without one. Raises Unreadable for an empty or a repeated header."""
+    """The 16 bytes from the header `name`, None without one. Raises Unreadable for an empty one, or two that differ."""
     found: bytes | None = None
     seen = False
     for key, value in record.headers:
         if key == name:
-            if seen:
-                raise Unreadable(Reason.AMBIGUOUS_MESSAGE_ID, f"several {name!r} headers")
+            if seen and value != found and not (value and found and message_id(value) == message_id(found)):
+                raise Unreadable(Reason.AMBIGUOUS_MESSAGE_ID, f"several {name!r} headers with different values")
             seen, found = True, value
     if not seen:
         return None

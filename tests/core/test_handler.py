@@ -75,7 +75,7 @@ WRONG: list[Case] = [
     (plain, T, {}, "`async def`"),
     (generator, T, {}, "`async def`"),
     (fine, T, {"concurency": 2}, "unknown option 'concurency', did you mean 'concurrency'?"),
-    (fine, T, {"xyz": 2}, "unknown option 'xyz' (there are: message_id, name, "),
+    (fine, T, {"xyz": 2}, "unknown option 'xyz' (there are: message_id, fingerprint, name, "),
     (fine, T, {"name": "a b"}, "name="),
     (fine, T, {"name": "x" * 201}, "name="),
     (fine, T, {"name": 7}, "name="),

@@ -7,8 +7,10 @@ refused at registration.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Callable
 from typing import Any
-from uuid import UUID
+from uuid import RFC_4122, UUID
 
 import msgspec
 import pytest
@@ -43,10 +45,15 @@ def record(topic: str = "t", partition: int = 0, offset: int = 0, headers: Any =
 
 
 def folded(raw: bytes) -> bytes:
-    """The raw id with a UUID's case taken out, by the standard library's own reading of a UUID."""
+    """The raw id, or that of the UUID which it spells, by the standard library's own reading of a UUID."""
+    if len(raw) == 16:
+        uuid = UUID(bytes=raw)
+        return str(uuid).encode() if uuid.variant == RFC_4122 and uuid.version in range(1, 9) else raw
     try:
-        text = raw.decode("ascii")
-        return str(UUID(text)).encode() if str(UUID(text)) == text.lower() else raw
+        text = raw.decode("ascii").strip().lower().removeprefix("urn:uuid:")
+        text = text[1:-1] if text[:1] + text[-1:] == "{}" else text
+        uuid = UUID(text)
+        return str(uuid).encode() if text in (str(uuid), uuid.hex) else raw
     except ValueError:
         return raw
 
@@ -54,11 +61,76 @@ def folded(raw: bytes) -> bytes:
 @given(NEAR_IDS | st.tuples(RAW_IDS, RAW_IDS))
 @example((UUID_TEXT, UUID_TEXT.replace(b"-", b"")))
 @example((b"x" * 10**6, b"x" * (10**6 - 1) + b"y"))
-def test_two_ids_are_one_key_only_if_they_are_one_text_or_one_uuid_in_two_cases(pair: tuple[bytes, bytes]) -> None:
+def test_two_ids_are_one_key_only_if_they_are_one_text_or_one_uuid(pair: tuple[bytes, bytes]) -> None:
     one, other = pair
     first, second = identity.message_id(one), identity.message_id(other)
     assert len(first) == len(second) == 16
     assert (first == second) == (folded(one) == folded(other))
+
+
+SPELLINGS: list[Callable[[UUID], bytes]] = [
+    lambda uuid: str(uuid).encode(),
+    lambda uuid: uuid.hex.encode(),
+    lambda uuid: uuid.hex.upper().encode(),
+    lambda uuid: uuid.urn.encode(),
+    lambda uuid: uuid.urn.upper().encode(),
+    lambda uuid: b"urn:uuid:" + uuid.hex.encode(),
+    lambda uuid: b"{%s}" % str(uuid).encode(),
+    lambda uuid: b"{%s}" % str(uuid).upper().encode(),
+    lambda uuid: b"{%s}" % uuid.hex.encode(),
+    lambda uuid: b" %s\n" % str(uuid).encode(),
+]
+
+
+@given(st.uuids(), st.sampled_from(SPELLINGS))
+def test_every_spelling_of_a_uuid_is_that_uuid_wherever_it_comes_from(each: UUID, spelling: Any) -> None:
+    raw = spelling(each)
+    assert identity.message_id(raw) == each.bytes
+    assert identity.from_headers(record(headers=(("x", raw),)), "x") == each.bytes
+    for found in (raw, raw.decode(), each):
+        assert identity.from_object(found, "it") == each.bytes
+    assert identity.ids_of_text(raw) == (each.bytes,)
+
+
+@given(st.uuids(version=4) | st.uuids(version=1))
+def test_the_sixteen_bytes_of_a_uuid_are_that_uuid(each: UUID) -> None:
+    assert identity.message_id(each.bytes) == each.bytes
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"{0190a5c1-7ab4-7c3e-8f00-1234567890ab",
+        b"0190a5c1-7ab4-7c3e-8f00-1234567890ab}",
+        b"uuid:0190a5c1-7ab4-7c3e-8f00-1234567890ab",
+        b"0190-a5c1-7ab4-7c3e-8f00-1234-5678-90ab",
+        b"0190a5c1-7ab4-7c3e-8f00-1234567890ag",
+        b"payment-00000001",
+        b"\x01" * 16,
+    ],
+)
+def test_what_only_resembles_a_uuid_is_an_id_of_its_own(raw: bytes) -> None:
+    assert identity.message_id(raw) == hashlib.blake2b(raw, digest_size=16).digest()
+
+
+@given(PLACES, st.none() | st.binary(min_size=16, max_size=16))
+def test_no_declared_id_is_that_of_an_offset(place: Any, salt: bytes | None) -> None:
+    raw = "{}:{}:{}".format(*place).encode() + (salt or b"")
+    assert identity.message_id(raw) != identity.offset_id(record(*place), salt)
+    assert identity.from_object(raw, "it") != identity.offset_id(record(*place), salt)
+    assert identity.message_id(raw) != identity.message_id(raw + b"0")
+
+
+def test_a_text_of_a_person_stands_for_all_ids_that_it_may_mean() -> None:
+    place, salt = record("payments", 3, 42), b"s" * 16
+    assert identity.ids_of_text("payments:3:42", [None, salt]) == (
+        identity.message_id(b"payments:3:42"),
+        identity.offset_id(place),
+        identity.offset_id(place, salt),
+    )
+    assert identity.ids_of_text("edit-of-dead-letter-7")[1] == identity.edit_id(7)
+    assert identity.edit_id(7) != identity.message_id(b"edit-of-dead-letter-7")
+    assert identity.ids_of_text("payment-1") == (identity.message_id(b"payment-1"),)
 
 
 @given(st.uuids())
@@ -98,11 +170,22 @@ def test_the_header_of_that_very_name_is_the_id() -> None:
     assert identity.from_headers(record(headers=headers), "absent") is None
 
 
-@pytest.mark.parametrize("values", [[b""], [None], [b"a", b"a"], [b"a", b"b"], [None, b"a"], [b"a", b""]], ids=repr)
-def test_an_empty_or_repeated_header_is_refused(values: list[bytes | None]) -> None:
+@pytest.mark.parametrize(
+    "values",
+    [[b""], [None], [b"", b""], [None, None], [b"a", b"b"], [None, b"a"], [b"a", b""], [b"a", b"a", b"b"]],
+    ids=repr,
+)
+def test_an_empty_header_or_two_that_differ_are_refused(values: list[bytes | None]) -> None:
     with pytest.raises(Unreadable, match="'message-id'") as caught:
         identity.from_headers(record(headers=tuple(("message-id", each) for each in values)), "message-id")
-    assert caught.value.reason == (Reason.AMBIGUOUS_MESSAGE_ID if len(values) > 1 else Reason.NO_MESSAGE_ID)
+    several = len(set(values)) > 1
+    assert caught.value.reason == (Reason.AMBIGUOUS_MESSAGE_ID if several else Reason.NO_MESSAGE_ID)
+
+
+@pytest.mark.parametrize("values", [[b"a", b"a"], [b"a"] * 3, [UUID_TEXT, UUID_TEXT.upper()]], ids=repr)
+def test_a_header_repeated_with_one_id_is_that_id(values: list[bytes]) -> None:
+    headers = tuple(("message-id", each) for each in values)
+    assert identity.from_headers(record(headers=headers), "message-id") == identity.message_id(values[0])
 
 
 class Inner(msgspec.Struct):

@@ -1,0 +1,185 @@
+"""Refuses constraints in annotations that the decoder of their type would ignore.
+
+msgspec decodes Structs, dataclasses, TypedDicts, NamedTuples and plain types, and enforces `msgspec.Meta` alone; pydantic
+decodes its models, and does not know `msgspec.Meta`. What one of them ignores would let every value through, so it is an
+error at registration. Text and objects that constrain nothing are left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+
+from consumer.core.errors import RegistrationError
+
+_LIBRARIES = ("annotated_types", "pydantic", "pydantic_core", "pydantic_extra_types", "beartype")
+_HARMLESS = ("DocInfo", "Unit", "Discriminator")
+_DESCRIBING = {"annotation", "description", "title", "examples", "json_schema_extra", "deprecated", "repr"}
+_META = ("gt", "ge", "lt", "le", "multiple_of", "min_length", "max_length", "pattern")
+
+
+def check(declared: Any) -> None:
+    """Raise RegistrationError for a constraint inside a type that would be ignored, with what to write instead."""
+    _Walk().look(declared, "the payload", decodes_itself=_decodes_itself_at_top(declared))
+
+
+def _decodes_itself_at_top(declared: Any) -> bool:
+    """Whether pydantic decodes the whole: it does where a member of the outermost union is its own."""
+    inner = typing.get_args(declared)[0] if typing.get_origin(declared) is Annotated else declared
+    return any(is_pydantic(each) for each in (inner, *typing.get_args(inner)) if not isinstance(inner, list))
+
+
+def is_pydantic(part: Any) -> bool:
+    """Whether pydantic, and not msgspec, decodes a class."""
+    return any(
+        hasattr(part, each)
+        for each in ("__pydantic_validator__", "__pydantic_core_schema__", "__get_pydantic_core_schema__")
+    )
+
+
+class _Walk:
+    """A walk through all annotations that are reached from a type, each once for each library."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[int, bool]] = set()
+        self._alive: list[Any] = []  # so that no id is used again
+
+    def look(self, declared: Any, place: str, decodes_itself: bool) -> None:
+        """decodes_itself: pydantic decodes what is here; else msgspec does."""
+        if (id(declared), decodes_itself) in self._seen:
+            return
+        self._seen.add((id(declared), decodes_itself))
+        self._alive.append(declared)
+        origin = typing.get_origin(declared)
+        if origin is ClassVar or origin is typing.Literal:
+            return
+        if origin is Annotated:
+            inner, *metadata = typing.get_args(declared)
+            for each in metadata:
+                self._judge(each, inner, place, decodes_itself)
+            self.look(inner, place, decodes_itself)
+            return
+        for each in _parts(declared):
+            self.look(each, place, decodes_itself)
+        kind = origin if isinstance(origin, type) else declared
+        if isinstance(kind, type):
+            self._look_into(kind, decodes_itself or is_pydantic(kind))
+
+    def _look_into(self, kind: type, decodes_itself: bool) -> None:
+        if not _has_fields(kind):
+            return
+        name = kind.__name__
+        if not decodes_itself:
+            if hasattr(kind, "__pydantic_config__"):
+                raise _ignored(f"the pydantic configuration of {name}", name, "")
+            for attribute, value in vars(kind).items():
+                if type(value).__name__ == "PydanticDescriptorProxy":
+                    raise _ignored(f"the pydantic validator {name}.{attribute}", name, "")
+            for field, default in _defaults(kind):
+                if type(default).__name__ == "FieldInfo":
+                    raise _ignored(f"pydantic.Field as the default of {name}.{field}", name, "")
+        try:
+            hints = typing.get_type_hints(kind, include_extras=True)
+        except Exception:  # the library that decodes it says more of a name that does not exist
+            return
+        for field, hint in hints.items():
+            self.look(hint, f"{name}.{field}", decodes_itself)
+
+    def _judge(self, metadata: Any, declared: Any, place: str, decodes_itself: bool) -> None:
+        if isinstance(metadata, msgspec.Meta):
+            if decodes_itself and any(getattr(metadata, each) is not None for each in _META):
+                raise RegistrationError(
+                    f"{place}: msgspec.Meta has no effect in a type that pydantic decodes; write pydantic.Field(…)"
+                )
+            return
+        if not decodes_itself and _constrains(metadata):
+            kind = metadata if isinstance(metadata, type) else type(metadata)
+            name = "pydantic.Field" if kind.__name__ == "FieldInfo" else kind.__name__
+            raise _ignored(f"{name} on {place}", place.partition(".")[0], _as_meta(metadata, declared))
+
+
+def _ignored(what: str, owner: str, instead: str) -> RegistrationError:
+    model = f"make {owner} a pydantic model" if owner != "the payload" else "wrap the value in a pydantic model"
+    return RegistrationError(
+        f"{what} would be ignored: msgspec decodes it; {f'write {instead}, or ' if instead else ''}{model}"
+    )
+
+
+def _constrains(metadata: Any) -> bool:
+    """Whether an object in an annotation may limit or change values."""
+    if isinstance(metadata, str | int | float | bytes) or metadata is None:
+        return False
+    kind = metadata if isinstance(metadata, type) else type(metadata)
+    if kind.__name__ in _HARMLESS:
+        return False
+    if kind.__name__ == "FieldInfo" and kind.__module__.startswith("pydantic"):
+        return bool(metadata.metadata or set(getattr(metadata, "_attributes_set", {"unknown"})) - _DESCRIBING)
+    return (
+        kind.__module__.partition(".")[0] in _LIBRARIES
+        or hasattr(metadata, "__get_pydantic_core_schema__")
+        or hasattr(metadata, "__get_validators__")
+        or inspect.isroutine(metadata)
+    )
+
+
+def _as_meta(metadata: Any, declared: Any) -> str:
+    """The msgspec.Meta that says the same; nothing where there is none."""
+    found: dict[str, Any] = {}
+    for each in getattr(metadata, "metadata", None) or _members(metadata):
+        known = {name: getattr(each, name, None) for name in _META}
+        if not any(value is not None for value in known.values()):
+            return ""
+        found |= {name: value for name, value in known.items() if value is not None}
+    numeric = {"gt", "ge", "lt", "le", "multiple_of"}
+    fits = declared in (int, float) if found.keys() & numeric else declared is not Decimal
+    text = ", ".join(f"{name}={value!r}" for name, value in found.items())
+    return f"msgspec.Meta({text})" if found and fits else ""
+
+
+def _members(metadata: Any) -> list[Any]:
+    try:
+        return list(metadata)  # a group of constraints, such as annotated_types.Interval
+    except TypeError:
+        return [metadata]
+
+
+def _parts(declared: Any) -> Iterator[Any]:
+    """The types that a type is made of: arguments, what an alias or a NewType stands for, bounds of a variable."""
+    for each in typing.get_args(declared):
+        if isinstance(each, list | tuple):
+            yield from each
+        else:
+            yield each
+    for name in ("__supertype__", "__value__", "__bound__"):
+        inner = getattr(declared, name, None) if not isinstance(declared, type) else None
+        if inner is not None:
+            yield inner
+    if isinstance(declared, typing.TypeVar):
+        yield from declared.__constraints__
+
+
+def _has_fields(kind: type) -> bool:
+    return (
+        issubclass(kind, msgspec.Struct)
+        or dataclasses.is_dataclass(kind)
+        or typing.is_typeddict(kind)
+        or hasattr(kind, "__pydantic_fields__")
+        or hasattr(kind, "__attrs_attrs__")
+        or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
+    )
+
+
+def _defaults(kind: type) -> Iterator[tuple[str, Any]]:
+    if dataclasses.is_dataclass(kind):
+        yield from ((each.name, each.default) for each in dataclasses.fields(kind))
+    elif issubclass(kind, msgspec.Struct):
+        defaults = kind.__struct_defaults__
+        yield from zip(kind.__struct_fields__[len(kind.__struct_fields__) - len(defaults) :], defaults, strict=True)
+    else:
+        yield from getattr(kind, "_field_defaults", {}).items()

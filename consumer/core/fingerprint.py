@@ -1,0 +1,71 @@
+"""What of a payload is compared where an id comes again: the handler's option ``fingerprint=``.
+
+Knows the option and decoded values; knows no ledger. A message with the id of an earlier one and another fingerprint is a
+conflict; with the same fingerprint it is a duplicate.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from consumer.core.errors import RegistrationError, Unreadable
+from consumer.core.identity import NO_VALUE_FINGERPRINT, fingerprint
+from consumer.core.outcome import Reason
+from consumer.core.values import canonical
+
+Option: TypeAlias = Literal["bytes", "value"] | Callable[[Any], object] | None
+
+
+@dataclass(frozen=True, slots=True)
+class FingerprintRule:
+    """What is compared. Of the bytes unless `of_value` is a function of the decoded value, or nothing is compared."""
+
+    of_value: Callable[[Any], object] | None = None
+    compares: bool = True
+
+
+BYTES = FingerprintRule()
+NOTHING = FingerprintRule(compares=False)
+
+
+def parse_rule(option: object) -> FingerprintRule:
+    """The rule behind ``fingerprint=``. Raises RegistrationError for anything that is not one of the forms."""
+    if option is None:
+        return NOTHING
+    if option == "bytes":
+        return BYTES
+    if option == "value":
+        return FingerprintRule(_itself)
+    if callable(option) and not isinstance(option, type) and not inspect.iscoroutinefunction(option):
+        return FingerprintRule(option)
+    raise RegistrationError(
+        f'fingerprint={option!r}: use "bytes", "value", a plain function of the value, or None to compare nothing'
+    )
+
+
+def of_value(rule: FingerprintRule, value: object) -> int:
+    """64 signed bits of a decoded value under a rule. Raises Unreadable where its function gives nothing usable."""
+    if not rule.compares or rule.of_value is None or value is None:
+        return NO_VALUE_FINGERPRINT
+    what = "value" if rule.of_value is _itself else "function"
+    try:
+        compared = rule.of_value(value)
+    except Exception as error:
+        raise Unreadable(Reason.UNREADABLE, f"fingerprint function: {type(error).__name__}") from error
+    try:
+        return fingerprint(canonical(compared))
+    except RecursionError:
+        raise Unreadable(Reason.UNREADABLE, f"fingerprint {what}: nested too deeply to be compared") from None
+    except TypeError as error:
+        raise Unreadable(
+            Reason.UNREADABLE,
+            f"fingerprint {what}: {error} cannot be compared; let a fingerprint= function return text, numbers, or "
+            "lists and dicts of them",
+        ) from None
+
+
+def _itself(value: Any) -> object:
+    return value

@@ -1,0 +1,220 @@
+"""Pydantic models from JSON, without losing digits and without numbers that are not finite.
+
+pydantic reads a JSON number with a point as a float before a Decimal or an int sees it. So where a float does not keep
+the digits that were sent, the JSON is parsed here, with such numbers as Decimals, and the model validates the result.
+That is done only if the model takes the parsed form exactly as it takes the JSON; else the number is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+
+from consumer.core.values import fields_of, not_finite
+
+_POINT = re.compile(rb"[0-9][.eE]")
+_LONG = re.compile(rb"[0-9.]{16}|[0-9][eE]")  # without a Decimal in the type, only digits beyond a float's are lost
+_MAYBE_NOT_FINITE = re.compile(rb"nan|inf|\\|[eE]\+?[0-9]{3}|[0-9_]{200}", re.IGNORECASE)
+_INTEGER_DIGITS_MAX = 400
+LOST_DIGITS = "a number has more digits than the type keeps: send it as text, or declare a Decimal"
+
+
+class Unfit(ValueError):
+    """Bytes that a type refused. Its text says where and why, and quotes nothing of them."""
+
+
+class Number(Decimal):
+    """A number of which a float would not keep the digits."""
+
+
+class Numbers:
+    """Reads JSON numbers with a point or an exponent: floats, or Numbers where a float would lose something.
+
+    exactly: keep also the zeros at the end, which mean nothing to a float and something to a Decimal.
+    """
+
+    def __init__(self, exactly: bool = True) -> None:
+        self.exactly = exactly
+        self.any = False  # whether a Number was made since this was last reset
+        self.any_lost = False  # whether a float would be another number
+
+    def read(self, text: str) -> float | Number:
+        number = float(text)
+        if repr(number) == text and abs(number) < 2**53:
+            return number
+        exact = Number(text)
+        is_same = math.isfinite(number) and Decimal(repr(number)) == exact and _is_itself(number)
+        if is_same and (not self.exactly or Decimal(repr(number)).as_tuple() == exact.as_tuple()):
+            return number
+        self.any = True
+        self.any_lost = self.any_lost or not is_same
+        return exact
+
+    def reset(self) -> None:
+        """Forget what was read."""
+        self.any = self.any_lost = False
+
+    def plain(self, value: Any) -> Any:
+        """The value with floats for Numbers that no Decimal took, and nothing remembered."""
+        if self.any:
+            value = plain(value)
+        self.reset()
+        return value
+
+
+def _is_itself(number: float) -> bool:
+    """Whether an int made of a float has the digits of its text: 1e23 is 99999999999999991611392."""
+    return not number.is_integer() or Decimal(number) == Decimal(repr(number))
+
+
+def plain(value: Any) -> Any:
+    """The value with a float for every Number inside; containers are changed in place where they can be."""
+    match value:
+        case Number():
+            return float(value)
+        case dict():
+            for key, item in value.items():
+                value[key] = plain(item)
+        case list():
+            value[:] = map(plain, value)
+        case tuple() | set() | frozenset() if type(value) in (tuple, set, frozenset):
+            return type(value)(map(plain, value))
+        case msgspec.Struct():
+            for name in value.__struct_fields__:
+                msgspec.structs.force_setattr(value, name, plain(getattr(value, name)))
+        case _ if hasattr(type(value), "__pydantic_fields__") or dataclasses.is_dataclass(value):
+            for name, item in fields_of(value) or ():
+                if name == "[...]":
+                    plain(item)
+                else:
+                    object.__setattr__(value, name, plain(item))
+    return value
+
+
+def check_finite(value: Any, raw: bytes) -> Any:
+    """The value. Raises Unfit for a number inside that is not finite; `raw` says whether one is possible."""
+    if _MAYBE_NOT_FINITE.search(raw) and (place := not_finite(value)) is not None:
+        raise Unfit(f"{place}: a number that is not finite; allow_nan=True of the handler would take it")
+    return value
+
+
+class Model:
+    """A pydantic type, compiled. Raises what pydantic raises for a type that it cannot take."""
+
+    def __init__(self, declared: Any, *, allow_nan: bool) -> None:
+        from pydantic import TypeAdapter, ValidationError  # only when a handler declares a pydantic type
+
+        self._adapter: Any = TypeAdapter(declared)
+        self._refusal = ValidationError
+        self._names = _names(self._adapter)
+        self._allow_nan = allow_nan
+        self._exactly = _has_decimals(self._adapter)
+        self._loses_digits = (_POINT if self._exactly else _LONG).search
+
+    def from_bytes(self, raw: bytes) -> Any:
+        """The value of JSON. Raises Unfit."""
+        value = self._read(raw)
+        return value if self._allow_nan else check_finite(value, raw)
+
+    def from_tree(self, tree: Any) -> Any:
+        """The value of parsed JSON, which is inside that of another type. Raises Unfit."""
+        if not_finite(tree) is not None:  # JSON has no such numbers
+            return self._validate(self._adapter.validate_python, plain(tree))
+        # Encoded again, since a model may read JSON otherwise than it reads Python's values.
+        return self.from_bytes(msgspec.json.encode(tree, enc_hook=_encoded))
+
+    def _read(self, raw: bytes) -> Any:
+        value = self._validate(self._adapter.validate_json, raw)
+        if not self._loses_digits(raw):
+            return value
+        numbers = Numbers(self._exactly)
+        try:
+            tree = json.loads(raw, parse_float=numbers.read)
+        except (ValueError, RecursionError):  # more than Python's parser takes
+            raise Unfit(LOST_DIGITS) from None
+        return self._exact(raw, tree, value, numbers.any_lost) if numbers.any else value
+
+    def _exact(self, raw: bytes, tree: Any, value: Any, any_lost: bool) -> Any:
+        """The value with all digits, if parsed JSON means to the type what JSON means; else refused, if any are lost."""
+        try:
+            same = self._is_same(self._adapter.validate_python(json.loads(raw)), value)
+            exact = self._adapter.validate_python(tree)
+        except self._refusal as error:
+            if any_lost:
+                raise Unfit(f"{self._text(error)}; {LOST_DIGITS}") from None
+            return value
+        if same:
+            return plain(exact)
+        if any_lost:
+            raise Unfit(LOST_DIGITS)
+        return value
+
+    def _is_same(self, one: Any, other: Any) -> bool:
+        """Whether two values are equal in what was sent; defaults may differ from call to call."""
+        if one == other:
+            return True
+        one, other = (self._adapter.dump_python(each, exclude_unset=True, warnings=False) for each in (one, other))
+        return bool(one == other)
+
+    def _validate(self, validate: Callable[[Any], Any], given: Any) -> Any:
+        try:
+            return validate(given)
+        except self._refusal as error:
+            raise Unfit(self._text(error)) from None
+
+    def _text(self, error: Any) -> str:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        return "; ".join(f"{_path(each['loc'], self._names)}: {each['type']}" for each in found[:5])
+
+
+def _encoded(value: Any) -> Any:
+    """A Number as JSON; msgspec writes other Decimals as text, which models read as well."""
+    return msgspec.Raw(str(value).encode())
+
+
+def _has_decimals(adapter: Any) -> bool:
+    """Whether the type holds a Decimal somewhere; True where that cannot be told."""
+    seen: set[int] = set()
+    todo = [getattr(adapter, "core_schema", None)]
+    if todo == [None]:
+        return True
+    while todo:
+        each = todo.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, dict):
+            if each.get("type") == "decimal":
+                return True
+            todo.extend(each.values())
+        elif isinstance(each, list | tuple):
+            todo.extend(each)
+    return False
+
+
+def _names(adapter: Any) -> set[str]:
+    """Names of fields, which may be told; all other names in an error's place come from the bytes."""
+    try:
+        todo = [adapter.json_schema()]
+    except Exception:  # a type whose JSON cannot be described: then no name is told
+        return set()
+    names: set[str] = set()
+    while todo:
+        each = todo.pop()
+        if isinstance(each, dict):
+            names |= set(each.get("properties", {}))
+            todo.extend(each.values())
+        elif isinstance(each, list):
+            todo.extend(each)
+    return names
+
+
+def _path(place: tuple[int | str, ...], names: set[str]) -> str:
+    return ".".join(str(each) if isinstance(each, int) or each in names else "[...]" for each in place) or "value"

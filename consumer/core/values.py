@@ -1,0 +1,142 @@
+"""Walking through decoded values of any declared type: whether all of it is finite, and its canonical bytes.
+
+Knows the containers and scalars that JSON decoders make; knows no handler. Two values have the same canonical bytes
+exactly if they are equal: independent of key order, white space, the spelling of numbers and of times, and the same in
+every process and release, because fingerprints made of them are stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
+from decimal import Decimal
+from enum import Enum
+from hashlib import blake2b
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+_DIGITS_MAX = 400  # a float has at most 309 digits before the point
+
+
+def fields_of(value: Any) -> Iterable[tuple[str, Any]] | None:
+    """Names and values of a Struct, a pydantic model or a dataclass; None for anything else."""
+    kind = type(value)
+    if isinstance(value, msgspec.Struct):
+        return [(each, getattr(value, each)) for each in kind.__struct_fields__]
+    if hasattr(kind, "__pydantic_fields__") and not dataclasses.is_dataclass(kind):
+        found = [(each, getattr(value, each)) for each in kind.__pydantic_fields__]
+        extra = getattr(value, "__pydantic_extra__", None)
+        return [*found, ("[...]", extra)] if extra else found
+    if dataclasses.is_dataclass(kind):
+        return [(each.name, getattr(value, each.name)) for each in dataclasses.fields(kind)]
+    return None
+
+
+def not_finite(value: Any) -> str | None:
+    """Where a number inside a value is NaN or infinite, by names of declared fields; None when all are finite."""
+    todo: list[tuple[str, Any]] = [("", value)]
+    while todo:
+        place, each = todo.pop()
+        if isinstance(each, float):
+            if not math.isfinite(each):
+                return place or "value"
+        elif isinstance(each, Decimal):
+            if not each.is_finite():
+                return place or "value"
+        elif each is None or isinstance(each, str | int | bytes):
+            continue
+        elif isinstance(each, Mapping):
+            todo.extend((f"{place}[...]", item) for pair in each.items() for item in pair)
+        elif isinstance(each, Sequence | Set):
+            todo.extend((f"{place}[...]", item) for item in each)
+        elif (fields := fields_of(each)) is not None:
+            todo.extend((f"{place}.{name}" if place else name, item) for name, item in fields)
+    return None
+
+
+def canonical(value: Any) -> bytes:
+    """The canonical bytes of a value. Raises TypeError for a type that has none."""
+    match value:
+        case None:
+            return b"n"
+        case bool():  # JSON's true is not 1, although Python's is
+            return b"t" if value else b"f"
+        case Enum():
+            return canonical(value.value)
+        case int() | float() | Decimal():
+            return _framed(b"#", _number(value))
+        case str():
+            return _framed(b"s", value.encode("utf-8", "surrogatepass"))
+        case bytes() | bytearray() | memoryview():
+            return _framed(b"b", bytes(value))
+        case UUID():
+            return b"u" + value.bytes
+        case Mapping():
+            return _unordered(b"{", [canonical(key) + canonical(item) for key, item in value.items()])
+    if (fields := fields_of(value)) is not None:
+        items = [canonical(name) + canonical(item) for name, item in fields]
+        tag = getattr(getattr(type(value), "__struct_config__", None), "tag", None)  # which member of a union it is
+        return _unordered(b"{", items if tag is None else [*items, canonical(None) + canonical(tag)])
+    if isinstance(value, Sequence):
+        return _framed(b"[", b"".join(map(canonical, value)))
+    if isinstance(value, Set):
+        return _unordered(b"<", [canonical(each) for each in value])
+    return _framed(b"o", _text_of(value).encode())
+
+
+def _framed(kind: bytes, body: bytes) -> bytes:
+    """With its length before it, so that no two sequences of values have the same bytes."""
+    return b"%s%d:%s" % (kind, len(body), body)
+
+
+def _unordered(kind: bytes, items: list[bytes]) -> bytes:
+    return _framed(kind, b"".join(sorted(items)))
+
+
+def _number(value: int | float | Decimal) -> bytes:
+    """One text for equal numbers: 1, 1.0 and Decimal("1.00") are one."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return repr(float(value)).encode()
+        if not value.is_integer():
+            return repr(float(value)).encode()
+        value = int(value)
+    if isinstance(value, Decimal):
+        if not value.is_finite():
+            return str(value).lower().replace("infinity", "inf").encode()
+        sign, digits, exponent = value.as_tuple()
+        assert isinstance(exponent, int)
+        text = "".join(map(str, digits)).lstrip("0")
+        short = text.rstrip("0")
+        exponent += len(text) - len(short)
+        if not short:
+            return b"0x0"
+        if not 0 <= exponent <= _DIGITS_MAX:
+            shown = float(value) if abs(exponent) < _DIGITS_MAX else None
+            if shown is not None and Decimal(repr(shown)) == value:
+                return repr(shown).encode()  # as the float of the same digits
+            return f"{'-' * sign}{short}e{exponent}".encode()
+        value = int(short) * 10**exponent * (-1 if sign else 1)
+    return hex(int(value)).encode()
+
+
+def _text_of(value: Any) -> str:
+    """The text of a scalar of another type: of times, in UTC; of secrets and addresses, as they were sent."""
+    kind = type(value)
+    if kind.__module__ == "datetime":
+        offset = value.utcoffset() if hasattr(value, "utcoffset") else None
+        if offset is not None and hasattr(value, "date"):  # equal instants in two time zones are equal
+            return f"{(value - offset).replace(tzinfo=None).isoformat()}Z"
+        if hasattr(value, "isoformat"):
+            return str(value.isoformat())
+        return f"{value.days}:{value.seconds}:{value.microseconds}"
+    if hasattr(value, "get_secret_value"):
+        return blake2b(canonical(value.get_secret_value())).hexdigest()
+    if kind.__module__.split(".")[0] in ("ipaddress", "pathlib", "pydantic", "pydantic_core", "pydantic_extra_types"):
+        return str(value)
+    if isinstance(value, msgspec.Raw):
+        return canonical(msgspec.json.decode(value)).hex()
+    raise TypeError(f"a {kind.__name__}")
