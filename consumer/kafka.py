@@ -563,12 +563,17 @@ class Source:
 
     async def print_at(self, partition: Partition, offset: int) -> Print | None:
         """The record at an offset, as a position keeps it; None where there is none. Raises KafkaError."""
+        found = await self.record_at(partition, offset)
+        return None if found is None else Print(offset, found.timestamp, fingerprint(found.value))
+
+    async def record_at(self, partition: Partition, offset: int) -> LogRecord | None:
+        """The record at an offset, without its headers; None where there is none. Raises KafkaError."""
         found = await self.peek(partition, offset)
         for header, body in rawrecord.batches(found.records):
             if header.base_offset <= offset <= header.last_offset:
                 for each in rawrecord.entries(header, compression.BY_CODEC[header.codec](body)):
                     if each.offset == offset:
-                        return Print(offset, each.timestamp, fingerprint(each.value))
+                        return LogRecord(*partition, offset, each.timestamp, each.key, each.value, ())
         return None
 
     async def open_transaction(self, partition: Partition) -> OpenTransaction | None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from consumer import coverage, group, once, opening, shards, telling, transport
+from consumer import conflicts, coverage, group, once, opening, shards, telling, transport
 from consumer.activity import Activity, LoopWatch, Stuck, limits, memory_mb
 from consumer.app import App
 from consumer.core.deadshare import DeadShare
@@ -524,6 +524,8 @@ class Worker:
                 return
             else:
                 self._settled_part(lane, part, done)
+                if any([outcome is once.CONFLICT for outcome in done.outcomes.values()]):
+                    await conflicts.explain(lane.session.connection, self._source, done.outcomes)
 
     def _settled_part(self, lane: _Lane, part: Batch, done: once.Settlement) -> None:
         now = time.monotonic()

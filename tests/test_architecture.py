@@ -44,6 +44,7 @@ LAYERS = [
     "app",
     "calling",
     "once",
+    "conflicts",
     "stops",
     "shards",
     "coverage",
