@@ -403,7 +403,7 @@ class _Replay:
     async def _record_coverage(self) -> None:
         """Record what an --apply has settled, so that `consumer status` no longer reports it as missed."""
         findings, options = self.findings, self.options
-        narrowed = self.wanted_key is not None or self.wanted_id is not None
+        narrowed = self.wanted_key is not None or self.wanted_ids is not None
         if options.mode != "apply" or narrowed or findings.total("missing") or findings.unsettled:
             return
         begins_first = options.start in ("earliest", "beginning")  # what the log has dropped cannot be filled

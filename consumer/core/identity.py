@@ -92,16 +92,17 @@ def message_id(raw: bytes) -> bytes:
     spaces, or as its 16 bytes. Other ids are compared byte by byte: "7" and "07" are two.
     """
     length = len(raw)
-    if length == 36 and raw[8:24:5] == b"----":
-        digits = raw.replace(b"-", b"")
-        if len(digits) == 32:  # the dashes are in their places, and there are no others
-            try:
-                return unhexlify(digits)
-            except ValueError:
-                pass  # no UUID after all: an id like any other
-    if (length == 16 or length >= 32) and (uuid := _uuid_of(raw)) is not None:
-        return uuid
-    if b":" in raw and _OFFSET_TEXT.fullmatch(raw):
+    if length >= 32 or length == 16:
+        if length == 36 and raw[8:24:5] == b"----":
+            digits = raw.replace(b"-", b"")
+            if len(digits) == 32:  # the dashes are in their places, and there are no others
+                try:
+                    return unhexlify(digits)
+                except ValueError:
+                    pass  # no UUID after all: an id like any other
+        if (uuid := _uuid_of(raw)) is not None:
+            return uuid
+    if 58 in raw and _OFFSET_TEXT.fullmatch(raw):  # ":", six times as fast to find as a number
         return own_id(b"declared", raw)  # the plain hash of such a text is the id of an offset
     return blake2b(raw, digest_size=16).digest()
 
