@@ -1,7 +1,9 @@
-"""The application that is tormented: `consumer run chaos.application:app`. Two handlers, so two scopes, on a topic and its copy.
+"""The application that is tormented: `consumer run chaos.application:app`. Three handlers, so three scopes, on a topic and its copy.
 
-What they write has no unique key, so that doubles show. `book` defers its writes, `audit` awaits them. A mutant of
-mutants.py takes the place of the real consumer when CHAOS_MUTANT names one.
+What they write has no unique key, so that doubles show. `book` defers its writes, `audit` awaits them, and `forms` defers what
+only the order of the messages makes right: the oracle's forms of statements. With CHAOS_VERSION=2 it is the next version of the
+application: a handler more, `late`, and other options. A mutant of mutants.py takes the place of the real consumer when
+CHAOS_MUTANT names one.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import suppress
-from uuid import UUID
+from uuid import NAMESPACE_OID, UUID, uuid5
 
 import msgspec
 
@@ -23,6 +25,11 @@ create table effects (
     xid xid8 not null default pg_current_xact_id(), seq bigint generated always as identity
 );
 create table balances (handler text, key text, balance bigint not null, primary key (handler, key));
+create table tickets (number bigint generated always as identity primary key, id uuid not null);
+create table ticket_lines (number bigint not null, id uuid not null);   -- by currval: of the ticket just inserted
+create table stock (key text not null, quantity bigint not null);       -- an UPDATE, then an INSERT where it met no row
+create table latest (key text not null, id uuid not null);              -- a DELETE, then an INSERT
+create table accounts (id uuid primary key, balance bigint not null default 0);   -- addressed by uuids in several spellings
 create table orders (handler text, topic text, partition int, key text, offsets bigint[] not null, primary key (handler, topic, partition, key));
 """
 EFFECT = (
@@ -32,6 +39,18 @@ BALANCE = """insert into balances values ($1, $2, $3)
     on conflict (handler, key) do update set balance = balances.balance + excluded.balance"""
 ORDER = """insert into orders values ($1, $2, $3, $4, array[$5::bigint])
     on conflict (handler, topic, partition, key) do update set offsets = orders.offsets || excluded.offsets"""
+
+
+FORMS = (
+    "insert into tickets (id) values ($1)",
+    "insert into ticket_lines (number, id) values (currval('tickets_number_seq'), $1)",
+    "update stock set quantity = quantity + $2 where key = $1",
+    "insert into stock (key, quantity) select $1::text, $2::bigint where not exists (select from stock where key = $1::text)",
+    "delete from latest where key = $1",
+    "insert into latest (key, id) values ($1, $2)",
+    "insert into accounts (id) values ($1) on conflict do nothing",
+    "update accounts set balance = balance + $2 where id = $1",
+)
 
 
 class Order(msgspec.Struct):
@@ -89,6 +108,57 @@ async def audit(message: Message[Order | None], tx: Tx) -> None:
     await tx.execute(EFFECT, "audit", _id(message), key, amount, *where)
     await tx.execute(BALANCE, "audit", key, amount)
     await tx.execute(ORDER, "audit", message.topic, message.partition, key, message.offset)
+
+
+async def forms(message: Message[Order | None], tx: Tx) -> None:
+    order, key = message.value, (message.key or b"").decode()
+    if order is not None and order.swallows:
+        await _swallow(tx)
+        return
+    if order is not None and order.raises:
+        raise ValueError("as told")
+    id, amount = _id(message), 0 if order is None else order.amount
+    tx.defer(EFFECT, "forms", id, key, amount, message.partition, message.offset, message.topic)
+    tx.defer(BALANCE, "forms", key, amount)
+    tx.defer(ORDER, "forms", message.topic, message.partition, key, message.offset)
+    # Of one partition, since two workers at once would serialise such statements only by a lock.
+    place = f"{message.topic}:{message.partition}:{key}"
+    ticket, line, add, found, gone, new, opened, booked = FORMS
+    tx.defer(ticket, id)
+    tx.defer(line, id)
+    tx.defer(add, place, amount)
+    tx.defer(found, place, amount)
+    tx.defer(gone, place)
+    tx.defer(new, place, id)
+    account = spelled(key, id)
+    tx.defer(opened, account)
+    tx.defer(booked, account, amount)
+
+
+def account_of(key: str) -> UUID:
+    """The account of a message key."""
+    return uuid5(NAMESPACE_OID, key)
+
+
+def spelled(key: str, id: UUID) -> str:
+    """The account of a key, in one of the spellings that producers use."""
+    text = str(account_of(key))
+    return (text, text.upper(), text.replace("-", ""))[id.int % 3]
+
+
+app.handler(topic, f"{topic}-copy", retry=retry)(forms)
+if os.environ.get("CHAOS_VERSION") == "2":
+
+    @app.handler(topic, f"{topic}-copy", retry=retry, concurrency=3)
+    async def late(message: Message[Order | None], tx: Tx) -> None:
+        order, key = message.value, (message.key or b"").decode()
+        if order is not None and order.raises:
+            raise ValueError("as told")
+        await asyncio.sleep(0)
+        amount = 0 if order is None else order.amount
+        tx.defer(EFFECT, "late", _id(message), key, amount, message.partition, message.offset, message.topic)
+        tx.defer(BALANCE, "late", key, amount)
+        tx.defer(ORDER, "late", message.topic, message.partition, key, message.offset)
 
 
 mutants.install(os.environ.get("CHAOS_MUTANT", ""))

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
-from chaos.invariants import Effect, Evidence, Letter, LogEntry, Row
+from chaos.invariants import Effect, Evidence, Forms, Letter, LogEntry, Row
 from chaos.workload import fingerprint
 from consumer.embedded import Valkey
 
@@ -149,6 +150,13 @@ async def look(connection: asyncpg.Connection, app: str, evidence: Evidence) -> 
         evidence.orders = {
             (row[0], row[1], row[2], row[3]): list(row[4]) for row in await connection.fetch("select * from orders")
         }
+        evidence.forms = Forms(
+            [tuple(row) for row in await connection.fetch("select number, id::text from tickets")],
+            [tuple(row) for row in await connection.fetch("select number, id::text from ticket_lines")],
+            [tuple(row) for row in await connection.fetch("select key, quantity from stock")],
+            [tuple(row) for row in await connection.fetch("select key, id::text from latest")],
+            {UUID(str(row[0])): row[1] for row in await connection.fetch("select id, balance from accounts")},
+        )
         evidence.outcomes = {
             (row[0], row[1], row[2]): row[3]
             for row in await connection.fetch(

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from uuid import NAMESPACE_OID, UUID, uuid5
 
 INVARIANTS = {
     "I1": "no loss: every id in the log is applied or a dead letter, for each handler; what the producer knows is in the log",
@@ -28,8 +29,9 @@ INVARIANTS = {
     "I14": "purge: no id is forgotten that the log or a dead letter can still deliver",
     "I15": "outages make no dead letters",
     "I16": "no payload and no password in a log",
+    "I17": "the batch rule: tables written by forms of statements that depend on the order are as one message at a time leaves them",
 }
-HANDLERS = ("audit", "book")
+HANDLERS = ("audit", "book", "forms")
 _EXAMPLES_MAX = 5
 
 
@@ -80,6 +82,17 @@ class Effect(NamedTuple):
 
 
 @dataclass
+class Forms:
+    """The tables of the handler `forms`. tickets, lines: number and id; stock, latest: by key; accounts: by uuid."""
+
+    tickets: list[tuple[int, str]]
+    lines: list[tuple[int, str]]
+    stock: list[tuple[str, int]]
+    latest: list[tuple[str, str]]
+    accounts: dict[UUID, int]
+
+
+@dataclass
 class Evidence:
     """Everything that was found. journal: by number of message, as producing.py keeps it."""
 
@@ -90,6 +103,7 @@ class Evidence:
     effects: list[Effect] = field(default_factory=list)
     balances: Mapping[tuple[str, str], int] = field(default_factory=dict)
     orders: Mapping[tuple[str, str, int, str], list[int]] = field(default_factory=dict)
+    forms: Forms | None = None
     outcomes: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
     positions: Mapping[tuple[str, int], int] = field(default_factory=dict)
     marks: set[tuple[str, str, int]] = field(default_factory=set)
@@ -127,6 +141,7 @@ def judge(evidence: Evidence, *, everything_settled: bool = True) -> Violations:
         _effects(handler, evidence, log, found)
         if everything_settled:
             _conservation(handler, evidence, log, found)
+    _forms(evidence, found)
     _letters(evidence, log, found)
     _marks(evidence, found)
     found_terminal = terminal(evidence.log, evidence.positions, *_settled(evidence))
@@ -240,6 +255,34 @@ def _effects(handler: str, evidence: Evidence, log: _Log, found: _Found) -> None
                 found.add("I2", f"{handler}: {place}: the list of its order has {len(offsets)} entries, not {len(lists[tuple(place)])}")  # type: ignore[index]  # fmt: skip
 
 
+def _forms(evidence: Evidence, found: _Found) -> None:
+    """I17: what order-dependent statements left, measured by the effects of their handler."""
+    if (forms := evidence.forms) is None:
+        return
+    mine = [each for each in evidence.effects if each.handler == "forms"]
+    ids = Counter(each.id for each in mine)
+    if Counter(id for _, id in forms.tickets) != ids:
+        found.add("I17", f"{len(forms.tickets)} tickets for {len(mine)} effects")
+    if Counter(forms.lines) != Counter(forms.tickets):
+        wrong = len(set(forms.lines) - set(forms.tickets))
+        found.add("I17", f"{wrong} of {len(forms.lines)} lines belong to the ticket of another message")
+    sums: dict[str, int] = defaultdict(int)  # by place; a Counter would take zero for nothing
+    balances: dict[UUID, int] = defaultdict(int)
+    for each in mine:
+        sums[f"{each.topic}:{each.partition}:{each.key}"] += each.amount
+        balances[account_of(each.key)] += each.amount
+    if sorted(forms.stock) != sorted(sums.items()):
+        differ = sorted({key for key, _ in set(forms.stock) ^ set(sums.items())})[:3]
+        found.add("I17", f"stock is not what was added to it, for {differ}")
+    rows = Counter(key for key, _ in forms.latest)
+    if rows != Counter(dict.fromkeys(sums, 1)):
+        found.add("I17", f"not one latest row for each key: {(rows - Counter(dict.fromkeys(sums, 1))).most_common(3)}")
+    if not {id for _, id in forms.latest} <= set(ids):
+        found.add("I17", "a latest row is of no effect")
+    if forms.accounts != dict(balances):
+        found.add("I17", f"accounts come to {sum(forms.accounts.values())}, and should to {sum(balances.values())}")
+
+
 def _expected_sums(handler: str, evidence: Evidence, log: _Log) -> Counter[str]:
     """By key, what the applied ids come to, each counted once with the payload that the log has where it was applied."""
     sums: Counter[str] = Counter()
@@ -316,6 +359,11 @@ def terminal(
 
 def _place(entry: LogEntry) -> str:
     return f"{entry.partition}:{entry.offset}"
+
+
+def account_of(key: str) -> UUID:
+    """As the application derives it. Written again here, so as not to ask the one under test."""
+    return uuid5(NAMESPACE_OID, key)
 
 
 def _bend(offsets: list[int]) -> str:

@@ -31,6 +31,7 @@ from chaos.rig import PARTITIONS, Consumers, Rig
 from chaos.schedule import Fault, draw
 
 ARTEFACTS = ROOT / ".cache" / "chaos"
+_FORMS = ("tickets", "ticket_lines", "stock", "latest", "accounts")
 _DRAIN_SECONDS = 90.0
 _EFFECT_TABLES = "select md5(string_agg(t::text, '|' order by t::text)) from {} t"
 
@@ -320,7 +321,8 @@ class Run:
         connection = await asyncpg.connect(self._rig.primary.dsn(self._database))
         try:
             return [
-                await connection.fetchval(_EFFECT_TABLES.format(each)) for each in ("effects", "balances", "orders")
+                await connection.fetchval(_EFFECT_TABLES.format(each))
+                for each in ("effects", "balances", "orders", *_FORMS)
             ]
         finally:
             await connection.close()
