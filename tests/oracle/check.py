@@ -120,7 +120,7 @@ def _by_batch(seen: Seen, called: Sequence[Place]) -> list[Place]:
 
 def _unasked(case: Case, seen: Seen) -> Found | None:
     """A message whose handler was not called, without a reason for that among the messages before it."""
-    settled: dict[tuple[int, int], int | None] = {}  # handler and id -> payload
+    settled: dict[tuple[int, int], list[int | None]] = {}  # handler and id -> payloads, the one that counts first
     stopped: dict[tuple[int, int, str | None], bool] = {}  # and whether by one that waits
     for place in dict.fromkeys([*(place for batch in seen.batches for place in batch), *seen.places]):
         handler, number = place
@@ -134,13 +134,17 @@ def _unasked(case: Case, seen: Seen) -> Found | None:
         if sighting.outcome in ("not delivered", "crashed"):
             return Found("outcome", f"message {number} at handler {handler} was not delivered")
         if key in settled:
-            reason = "id_conflict" if settled[key] != message.payload else "duplicate"
+            first, *others = settled[key]
+            wanted = ["duplicate"] if message.payload == first else ["id_conflict"]
+            wanted += ["duplicate"] if message.payload in others else []  # of that conflict
             word = sighting.cause if sighting.outcome == "dead-lettered" else sighting.outcome
             # Behind a letter of its key, an id that was used before may also be told so.
-            if word != reason and not (is_ordered and unit in stopped):
-                return Found("outcome", f"message {number} at handler {handler} is {sighting.outcome}, not {reason}")
+            if word not in wanted and not (is_ordered and unit in stopped):
+                text = f"message {number} at handler {handler} is {sighting.outcome}, not {' or '.join(wanted)}"
+                return Found("outcome", text)
+            settled[key].append(message.payload)
             continue
-        settled[key] = message.payload
+        settled[key] = [message.payload]
         if is_ordered and unit in stopped:
             if sighting.outcome == "applied":
                 return Found("outcome", f"message {number} is applied, behind a failed message of its key")

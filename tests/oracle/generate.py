@@ -69,7 +69,9 @@ class Draft:
         same = [name for name, each in self.slots.items() if each.what == "pool" and each.kind is kind]
         if same and self.chance.random() < 0.6:
             return self.chance.choice(same)
-        style = self.chance.choice(["first", "mixed", "class", "class"])
+        style = self.chance.choice(
+            ["first", "mixed", "class", "class"] if not self.is_near else ["mixed", "class", "class", "class"]
+        )
         return self.slot("k", Slot("pool", kind, style, self.chance.choice([0, 0, 1, 2])))
 
     def key(self, kind: Kind, fresh: float) -> str:

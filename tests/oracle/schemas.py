@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 from oracle.case import Table
-from oracle.values import Kind, draw_kind
+from oracle.values import KINDS, Kind, draw_kind
 
 NUMBERS = ("bigint", "bigint", "bigint", "int", "smallint", "numeric(12,2)", "float8")
 _ACTIONS = (
@@ -75,6 +75,8 @@ def literal(value: Any) -> str:
 def draw_tables(chance: random.Random, odd: float) -> tuple[list[Drawn], Table]:
     """One to three tables, and the log that anything may be written to. odd: the share of tables with features."""
     kinds = [draw_kind(chance) for _ in range(2)]
+    if chance.random() < 0.2:  # the key that is spelled in most ways
+        kinds[0] = next(each for each in KINDS if each.name == "uuid")
     before: set[str] = set()
     tables: list[Drawn] = []
     for number in range(chance.choices([1, 2, 3], [5, 4, 2])[0]):
