@@ -56,10 +56,10 @@ with moved as (
            seen_offset = coalesce(m.seen_offset, p.seen_offset),
            seen_timestamp = coalesce(m.seen_timestamp, p.seen_timestamp),
            seen_fingerprint = coalesce(m.seen_fingerprint, p.seen_fingerprint)
-    from unnest($2::text[], $3::int4[], $4::int8[], $5::int8[], $6::uuid[], $7::int8[], $8::int8[], $9::int8[], $15::text[])
-         as m(topic, partition, previous, next, topic_id, seen_offset, seen_timestamp, seen_fingerprint, handlers)
+    from unnest($2::text[], $3::int4[], $4::int8[], $5::int8[], $6::uuid[], $7::int8[], $8::int8[], $9::int8[], $15::text[], $16::int4[])
+         as m(topic, partition, previous, next, topic_id, seen_offset, seen_timestamp, seen_fingerprint, handlers, holds)
     where p.app = $1 and p.topic = m.topic and p.partition = m.partition and p.next_offset = m.previous
-      and p.topic_id is not distinct from m.topic_id and p.handlers is not distinct from m.handlers
+      and p.topic_id is not distinct from m.topic_id and p.handlers is not distinct from m.handlers and p.holds = m.holds
     returning 1
 ), counted as (
     insert into consumer.outcomes as t (handler, topic, partition, outcome, count)
@@ -477,6 +477,7 @@ class Session:
             if counts
             else ([], [], [], [], []),
             [move.handlers for move in moves],
+            [move.holds for move in moves],
         )
         moved, stamp, _ = row or (None, None, None)
         self._check_stamp(stamp)
@@ -616,7 +617,7 @@ async def read_positions(
     """The positions that are known, of the partitions asked for. Raises what the driver raises."""
     rows = await connection.fetch(
         """select p.topic, p.partition, p.next_offset, p.cluster_id, p.topic_id, p.salt,
-                  p.first_offset, p.handlers, p.seen_offset, p.seen_timestamp, p.seen_fingerprint
+                  p.first_offset, p.handlers, p.holds, p.seen_offset, p.seen_timestamp, p.seen_fingerprint
            from consumer.positions p join unnest($2::text[], $3::int4[]) as w(topic, partition) using (topic, partition)
            where p.app = $1""",
         app,
@@ -625,9 +626,9 @@ async def read_positions(
     )
     return {
         Partition(topic, number): Position(
-            offset, cluster, id, salt, Print(*seen) if seen[0] is not None else None, first, handlers
+            offset, cluster, id, salt, Print(*seen) if seen[0] is not None else None, first, handlers, holds
         )
-        for topic, number, offset, cluster, id, salt, first, handlers, *seen in map(tuple, rows)
+        for topic, number, offset, cluster, id, salt, first, handlers, holds, *seen in map(tuple, rows)
     }
 
 

@@ -171,7 +171,7 @@ async def apply(
         done.applied = [each for each in fresh if each not in done.outcomes] if done.outcomes else fresh
         if not lane.holds(batch):
             raise Fenced("its partitions were opened anew meanwhile: what it settled would be counted again")
-        done.moves = _of_their_logs(names, batch, lane.moves(batch, done.parked))
+        done.moves = _of_their_logs(names, batch, _with_unmoved(lane, batch, lane.moves(batch, done.parked), done))
         if tried := {each: (n, delay) for each, delay in done.parked.items() if (n := _attempts(each, done))}:
             await session.note_attempts(tried, ())
         if over := [each for each in batch.deliveries if each.attempts and each not in done.parked]:
@@ -208,6 +208,15 @@ async def apply(
     return done
 
 
+def _with_unmoved(lane: Lane, batch: Batch, moves: list[Move], done: Settlement) -> list[Move]:
+    """Also the positions that a waiting message keeps where they are: whoever settles something must still own them."""
+    if not (lane.parked or done.parked):
+        return moves
+    unmoved = {each.partition for each in batch.deliveries} - {each.partition for each in moves}
+    here = [each for each in lane.partitions if each in unmoved]
+    return [*moves, *(Move(each, lane.position(each), lane.position(each)) for each in here)]
+
+
 def _of_their_logs(names: Names, batch: Batch, moves: Sequence[Move]) -> list[Move]:
     """The moves with the logs that they are of, and the last record of each: what its log must show again."""
     last: dict[Partition, Print] = {}
@@ -224,7 +233,9 @@ def _of_their_logs(names: Names, batch: Batch, moves: Sequence[Move]) -> list[Mo
     found = []
     for each in moves:
         at = names.logs.get(each.partition) or Position(0)
-        found.append(each._replace(topic_id=at.topic_id, handlers=at.handlers, seen=last.get(each.partition)))
+        found.append(
+            each._replace(topic_id=at.topic_id, handlers=at.handlers, holds=at.holds, seen=last.get(each.partition))
+        )
     return found
 
 

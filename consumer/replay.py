@@ -38,6 +38,7 @@ from consumer.loading import running
 from consumer.precheck import Precheck
 from consumer.reading import Chunk, find_partitions, parse, read, resolve
 from consumer.rebuild import rebuild as rebuild_state
+from consumer.replay_session import AskingLane, ReplaySession
 from consumer.settings import Settings, load
 from consumer.witness import Look, Witness, place
 
@@ -325,12 +326,12 @@ class _Replay:
         self._conclude()
         await self._record_coverage()
 
-    async def session(self) -> Session:
+    async def session(self, kind: type[Session] = Session) -> Session:
         """A connection to the primary, waited for. Raises ServiceUnavailable, and CannotTell for another database."""
         deadline = time.monotonic() + self.settings.wait_seconds
         while True:
             try:
-                session = await Session.open(self.settings)
+                session = await kind.open(self.settings)
                 break
             except Outage as error:
                 if time.monotonic() + 0.5 > deadline:
@@ -453,7 +454,8 @@ class _Replay:
         number = min(self.settings.lanes, len(spans))
         by_topic = self.app.by_topic()
         self.lanes = [
-            _Lane(Lane(by_topic, self.settings.parked_messages_max), asyncio.Queue(2)) for _ in range(max(1, number))
+            _Lane(AskingLane(by_topic, self.settings.parked_messages_max), asyncio.Queue(2))
+            for _ in range(max(1, number))
         ]
         for lane, session in zip(self.lanes, await asyncio.gather(*[self.session() for _ in self.lanes]), strict=True):
             lane.proof = session
@@ -632,7 +634,7 @@ class _Replay:
         while parts:
             part, careful, failures = parts.pop()
             if lane.work is None or not lane.work.is_usable:
-                lane.work = await self.session()
+                lane.work = await self.session(ReplaySession)
                 lane.work.owns_positions = False
             try:
                 done = await once.apply(

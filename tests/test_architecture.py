@@ -64,6 +64,7 @@ LAYERS = [
     "compare",
     "copies",
     "rebuild",
+    "replay_session",
     "replay",
     "page",
     "testing",

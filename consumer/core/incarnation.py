@@ -39,6 +39,7 @@ class Position(NamedTuple):
     seen: Print | None = None
     first: int | None = None
     handlers: str | None = None  # numbers of those that settle from here on; see core/coverage.py
+    holds: int = 0  # made by others than the partition's owner, so far; see replay_session.py
 
 
 NOWHERE = Position(-1)  # of a partition that has stopped without a position

@@ -80,7 +80,8 @@ class Move(NamedTuple):
     """A partition's position, from what this worker last knew to what is settled now.
 
     topic_id: of the log that both are of; the same offset of another log is not what this worker last knew. seen: the
-    last record that was read. handlers: those that have settled what is between.
+    last record that was read. handlers: those that have settled what is between. holds: as the owner read it with the holds
+    of dead letters, so that one made by somebody else since is noticed.
     """
 
     partition: Partition
@@ -89,6 +90,7 @@ class Move(NamedTuple):
     topic_id: UUID | None = None
     seen: Print | None = None
     handlers: str | None = None
+    holds: int = 0
 
 
 @dataclass(slots=True)
