@@ -176,7 +176,8 @@ class Activity:
             limit = self._limits.get(call.handler.name)
             if not limit:
                 continue
-            over = now - call.since - limit
+            # Waiting for its turn, behind other messages of a concurrent handler, is not the call's own time.
+            over = now - call.since - limit - (0.0 if call.tx is None else call.tx.turn_seconds(now))
             match call.state:
                 case _State.RUNNING if over > 0:
                     call.state = _State.CANCELLED

@@ -699,7 +699,7 @@ class _Run:
         if self.held and delivery.unit() in self.held:
             self.done.outcomes[delivery] = HELD_BACK
             return None
-        tx = Tx(self.scope, task)
+        tx = Tx(self.scope, delivery, task)
         if self.careful:
             return self._run_alone(delivery, tx)
         try:
@@ -758,7 +758,7 @@ class _Run:
             deliveries = [each for each in deliveries if each not in self.done.outcomes]
         if not deliveries:
             return
-        tx = Tx(self.scope, asyncio.current_task())
+        tx = Tx(self.scope, deliveries, asyncio.current_task())
         try:
             arguments = [_argument(each) for each in deliveries]
             await self._call(handler, lambda: begin(handler, arguments, tx, self.activity), tx, deliveries)
@@ -812,6 +812,7 @@ class _Run:
             tx.discard()
             if name is not None and self.session.is_usable:
                 await self.session.connection.execute(f"rollback to savepoint {name}")
+                self.scope.undone()
                 self.scope.flush_error, tx.touched = None, False
             raise
         if name is not None:

@@ -197,6 +197,11 @@ class Scope:
         self.columns.altered = True
         self.constraints = None
 
+    def undone(self) -> None:
+        """A part of the transaction was rolled back: what was learned of a schema that it had changed is no longer true."""
+        if self.columns.altered:
+            self.schema_changed()
+
     async def check_constraints(self) -> None:
         """Check what the COMMIT of a message alone would check, and leave the modes as its transaction would begin."""
         self.constraints = constraints = await self.columns.deferred_constraints()

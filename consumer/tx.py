@@ -59,11 +59,12 @@ class Tx:
 
     __slots__ = (
         *("_asking", "_constraints", "_others", "_owner", "_root", "_scope", "_settings", "error", "is_open", "placed"),
-        *("touched", "waited_seconds", "waiting_since", "writes"),
+        *("subject", "touched", "waited_seconds", "waiting_since", "writes"),
     )
 
-    def __init__(self, scope: Scope, owner: asyncio.Task[Any] | None) -> None:
+    def __init__(self, scope: Scope, subject: object, owner: asyncio.Task[Any] | None) -> None:
         self._scope = scope
+        self.subject = subject  # the message; of a batch handler, its messages
         self.is_open = True
         self._owner = owner  # the task that calls the handler
         self._others: dict[asyncio.Task[Any], int] | None = (
@@ -84,6 +85,10 @@ class Tx:
     def in_statement(self) -> bool:
         """Whether the handler waits for PostgreSQL now."""
         return self._asking > 0
+
+    def turn_seconds(self, now: float) -> float:
+        """How long the handler has waited for other messages to end their use of the connection. now: monotonic."""
+        return self.waited_seconds + (0.0 if self.waiting_since is None else now - self.waiting_since)
 
     def defer(self, sql: str, *args: Any) -> None:
         """Add a write whose result is not needed: it is sent with the others of the batch, grouped by statement.
@@ -202,6 +207,7 @@ class Tx:
                         if self.is_open:  # else the transaction is over, and the connection may be another message's
                             self.error = None
                             await self._guarded(self._scope.connection.execute(f"rollback to savepoint {name}"))
+                            self._scope.undone()
                             self.error = outer_error
                     raise
                 await self._guarded(self._scope.connection.execute(f"release savepoint {name}"))

@@ -55,7 +55,9 @@ async def check(databases: Databases, case: Case) -> Verdict:
     called = [
         place for place, each in seen.places.items() if each.calls and not _is_refused(each) and not _waits_behind(each)
     ]
-    is_free = any(each.concurrency > 1 for each in case.handlers)
+    # A batch handler takes messages together, so their order beside those of other handlers is free, too.
+    several = len(case.handlers) > 1
+    is_free = any(each.concurrency > 1 or (several and each.batch is not None) for each in case.handlers)
     if wrong := _unasked(case, seen):
         verdict.found = wrong
         return verdict
@@ -184,8 +186,10 @@ def _keeps_keys(case: Case, seen: Seen, order: Sequence[Place]) -> bool:
             return False
         latest = batch_of[place]
         message, handler = case.messages[place[1]], case.handlers[place[0]]
-        if handler.concurrency == 1:
-            unit: object = None  # those of all such handlers in the order of the batch
+        if handler.batch is not None:
+            unit: object = place[0]
+        elif handler.concurrency == 1:
+            unit = None  # those of all such handlers in the order of the batch
         elif message.key is None:
             continue
         else:
