@@ -15,18 +15,14 @@ import signal
 import sys
 import typing
 from collections.abc import Callable, Coroutine
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from consumer import (
     coverage,
-    group,
     ledger,
     logs,
     notices,
@@ -41,16 +37,15 @@ from consumer.app import App
 from consumer.core import grants
 from consumer.core.errors import Misconfigured, ServiceUnavailable
 from consumer.core.identity import OffsetId
-from consumer.core.message import Partition
 from consumer.core.route import Router
 from consumer.kafka import Source
 from consumer.loading import load_app
 from consumer.settings import Settings
 from consumer.shard_command import ShardName, ShardsOf, over
+from consumer.status_command import status_of
 from consumer.supervisor import Supervisor
 from consumer.terminal import POSTGRES, SERVICES, AppPath, AsJson, cli, command, out, print_json
 from consumer.terminal import connected as _connected
-from consumer.terminal import right as _right
 from consumer.terminal import with_ledger as _with_ledger
 
 # They register themselves. `run` does without them, and is there sooner.
@@ -378,129 +373,6 @@ async def _migrate(settings: Settings, check: bool, own: list[str], names: list[
 # -- looking at it ----------------------------------------------------------------------------------------------------
 
 
-@command(cli, "status", (*SERVICES, "wait_"))
-def status(app: AppPath, settings: Settings, shard: ShardName = None, as_json: AsJson = False) -> Any:
-    """Positions and lag of every partition, and what became of the messages of every handler.
-
-    Exit code 1 when a partition has stopped and waits for you: why, and the command that lets it go on, are shown.
-    """
-    loaded = load_app(app)
-    return over(loaded, shard, settings, as_json, lambda on: _status(loaded, app, on, as_json))
-
-
-async def _status(app: App, path: str, settings: Settings, as_json: bool) -> int:
-    source = Source(settings, None)
-    await source.start(settings.wait_seconds)
-
-    async def ask(connection: Any) -> tuple[Any, Any, Any, Any, Any]:
-        lags = await report.partition_lags(connection, source, app)
-        found = [Partition(each["topic"], each["partition"]) for each in lags[0]]
-        members = await group.look(settings, app.name)
-        return (
-            await report.handler_counts(connection, app),
-            await report.open_letters(connection, app),
-            lags,
-            await report.partition_health(connection, source, app, found, members.commits),
-            await notices.gather(connection, app, path, members, lags[1]),
-        )
-
-    try:
-        handlers, letters, (partitions, missing), health, (told, coverage) = await _with_ledger(settings, ask)
-    finally:
-        await source.stop(5)
-    for each in partitions:
-        each |= _health(health[Partition(each["topic"], each["partition"])], path)
-    code = 1 if any(each["stopped"] for each in partitions) or any(each.is_problem for each in told) else 0
-    if as_json:
-        print_json(
-            {
-                "app": app.name,
-                "handlers": handlers,
-                "open_letters": letters,
-                "partitions": partitions,
-                "missing_topics": missing,
-                "notices": [each.as_dict() for each in told],
-                "gaps": [
-                    {"handler": each.handler, **each.partition._asdict(), "first": each.first, "past": each.past}
-                    for each in coverage.gaps
-                ],
-            }
-        )
-        return code
-    table = Table(
-        "topic", "partition", *_right("position", "end", "lag"), title=f"{app.name}: partitions", title_justify="left"
-    )
-    for each in partitions:
-        position = "-" if each["position"] is None else f"{each['position']:,}"
-        table.add_row(each["topic"], str(each["partition"]), position, _count(each["end"]), _count(each["lag"]))
-    out.print(table)
-    for topic in missing:
-        out.print(f"topic {topic} does not exist", markup=False)
-    for notice in told:
-        out.print(f"{notice.text}\n  to resolve it: {notice.do}", markup=False, highlight=False, soft_wrap=True)
-    for each in partitions:
-        place = f"{each['topic']}:{each['partition']}"
-        if stop := each["stopped"]:
-            out.print(f"{place} has stopped: {stop['why']}\n  to go on: {stop['do']}", markup=False, soft_wrap=True)
-        if held := each["open_transaction"]:
-            out.print(
-                f"{place} is held back at {held['offset']} by a producer's transaction that is open since {held['since']}",
-                markup=False,
-                soft_wrap=True,
-            )
-    table = Table(
-        "handler",
-        *_right("applied", "duplicates", "dead letters", "skipped"),
-        "duplicates by cause",
-        title="handlers",
-        title_justify="left",
-    )
-    for name, each in handlers.items():
-        causes = ", ".join(f"{cause} {count:,}" for cause, count in each["duplicates"].items() if count)
-        table.add_row(
-            escape(name),
-            f"{each['applied']:,}",
-            f"{sum(each['duplicates'].values()):,}",
-            f"{each['dead_lettered']:,}",
-            f"{each['skipped']:,}",
-            causes,
-        )
-    out.print(table)
-    for name, each in letters.items():
-        dead, waiting = each.get("dead", 0), each.get("waiting", 0)
-        out.print(
-            f"{name}: {dead:,} dead letters to decide on, {waiting:,} waiting behind them: consumer dlq list --handler {name}",
-            markup=False,
-            highlight=False,
-        )
-    return code
-
-
-def _count(number: int | None) -> str:
-    """A number for a table; a question mark where no leader tells it."""
-    return "?" if number is None else f"{number:,}"
-
-
-def _health(health: report.Health, path: str) -> dict[str, Any]:
-    """What `status --json` adds to a partition."""
-    stop, held = health.stop, health.open_transaction
-    return {
-        "topic_id": None if health.topic_id is None else str(health.topic_id),
-        "stopped": stop
-        and {
-            "reason": stop.reason.value,
-            "why": stop.text,
-            "missing": stop.missing and {"first": stop.missing[0], "last": stop.missing[1]},
-            "do": stop.command(path),
-        },
-        "open_transaction": held
-        and {
-            "offset": held.offset,
-            "since": datetime.fromtimestamp(held.since_ms / 1000, UTC).isoformat(timespec="seconds"),
-        },
-    }
-
-
 @command(cli, "show", (*POSTGRES, "wait_"))
 def show(
     message_id: Annotated[
@@ -619,7 +491,7 @@ def positions(
         if handler is not None:
             return await positions_command.begin_here(loaded, handler, topic, on, as_json)
         if topic is None:
-            return await _status(loaded, app, on, as_json)
+            return await status_of(loaded, app, on, as_json)
         if to is None:
             return await positions_command.adopt(loaded, topic, partition, on, as_json)
         return await positions_command.move(loaded, topic, partition, to, on, dry_run=dry_run, as_json=as_json)

@@ -31,11 +31,12 @@ from consumer.core.outcome import Dead, Reason
 
 _LETTER = """
 insert into consumer.dead_letters as d (handler, id, fingerprint, topic, partition, "offset", "timestamp", key, value,
-       header_keys, header_values, reason, error, attempts, state, chain, kind, error_group)
-values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18)
+       header_keys, header_values, reason, error, attempts, state, chain, kind, error_group, trace)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
 on conflict (handler, id, fingerprint) do update
 set state = excluded.state, chain = excluded.chain, reason = excluded.reason, error = excluded.error,
-    attempts = excluded.attempts, kind = excluded.kind, error_group = excluded.error_group, died_at = now()
+    attempts = excluded.attempts, kind = excluded.kind, error_group = excluded.error_group, trace = excluded.trace,
+    died_at = now()
 -- Discarded, and yet its claim was free: its ledger row went with an old generation. So it is a letter again.
 where d.state = 'discarded' and excluded.reason not in ('id_conflict', 'too_old')
 """
@@ -172,4 +173,5 @@ def _letter(delivery: Delivery, verdict: Dead, attempts: int) -> tuple[Any, ...]
         UUID(bytes=chain) if chain is not None else None,
         storable(verdict.kind),
         group_of(delivery.handler.name, verdict.reason.value, verdict.kind, verdict.error),
+        storable(verdict.trace),
     )

@@ -120,16 +120,31 @@ _STANDING = {
 
 
 def meaning_of(error: BaseException) -> Meaning:
-    """What an error from a statement means. Errors that are not the database's count as the message's."""
+    """What an error may be. Errors of neither database nor driver are the handler's code."""
     if isinstance(error, asyncpg.InvalidCachedStatementError):
         return Meaning.CONFLICT  # a table was altered meanwhile: prepared anew, the statement works
     if isinstance(error, asyncpg.PostgresError):
         if _CLAIM_KEY.fullmatch(getattr(error, "constraint_name", None) or ""):
             return Meaning.CONFLICT  # a concurrent REINDEX may let a conflict through as an error
+        if error.sqlstate == "23514" and not getattr(error, "constraint_name", None):
+            return Meaning.STATE  # no partition takes the row
         return meaning(error.sqlstate or "")
     if isinstance(error, asyncpg.InternalClientError):
         return Meaning.OUTAGE
-    return Meaning.MESSAGE
+    if isinstance(error, asyncpg.InterfaceError):
+        return Meaning.MESSAGE
+    return Meaning.CODE
+
+
+def _is_definite(error: asyncpg.PostgresError) -> bool:
+    """Whether a COMMIT that failed so is rolled back for certain: PostgreSQL answered it and goes on."""
+    match meaning_of(error):
+        case Meaning.OUTAGE:
+            return False
+        case Meaning.INTERNAL:
+            return getattr(error, "severity_en", None) == "ERROR"
+        case _:
+            return True
 
 
 def sqlstate_of(error: BaseException) -> str | None:
@@ -301,7 +316,7 @@ class Session:
         try:
             tag = await self.connection.execute("commit")
         except BaseException as error:
-            if isinstance(error, asyncpg.PostgresError) and meaning_of(error) is not Meaning.OUTAGE:
+            if isinstance(error, asyncpg.PostgresError) and _is_definite(error):
                 raise
             self.connection.terminate()
             if isinstance(error, Exception):

@@ -234,7 +234,7 @@ class LetterSession(Session):
         self, app: str, moves: Sequence[Move], counts: Mapping[tuple[int, int, int, str], int]
     ) -> None:
         """Record what became of the letters, in the transaction that made it so."""
-        totals = {key: n for key, n in counts.items() if key[3] == "skipped"}
+        totals = {key: n for key, n in counts.items() if key[3] in ("skipped", "kept")}
         updates: list[tuple[Any, ...]] = []
         acted: list[tuple[Letter, bytes | None]] = []
         publish, released, stand_ins = [], [], []

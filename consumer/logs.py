@@ -13,6 +13,8 @@ import threading
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from consumer.places import place
+
 log = logging.getLogger("consumer")
 
 
@@ -91,11 +93,8 @@ def _where(record: logging.LogRecord) -> str:
 
 
 def describe(error: BaseException | None) -> str:
-    """Type and innermost place of an exception, without its text, which may quote a payload."""
+    """Type of an exception and its place in the user's code, else its innermost place; never its text."""
     if error is None:
         return "unknown"
-    frame, place = error.__traceback__, ""
-    while frame is not None:
-        place = f" at {frame.tb_frame.f_code.co_filename.rsplit('/', 2)[-1]}:{frame.tb_lineno}"
-        frame = frame.tb_next
-    return f"{type(error).__name__}{place}"
+    at = place(error)
+    return f"{type(error).__name__} at {at}" if at else type(error).__name__

@@ -21,6 +21,7 @@ from consumer.core.cloudevents import from_event
 from consumer.core.deadshare import DeadShare
 from consumer.core.decode import read_again
 from consumer.core.errors import Reject, RunAgain, TransactionMisuse, Unreadable
+from consumer.core.evidence import Evidence, Others, Verdict, Why, judge
 from consumer.core.fingerprint import BYTES, of_value
 from consumer.core.handler import Handler
 from consumer.core.identity import (
@@ -43,6 +44,7 @@ from consumer.core.retention import is_time, what_is_wrong
 from consumer.core.sqlstate import Meaning
 from consumer.core.values import canonical
 from consumer.ledger import REDELIVERED, Conflict, Fenced, Outage, Session, Standing, meaning_of, said, sqlstate_of
+from consumer.places import frames, names, told
 from consumer.scope import Scope, savepoint_name
 from consumer.tx import Tx
 
@@ -115,6 +117,7 @@ async def apply(
     rehearsal: Rehearsal | None = None,
     activity: Activity | None = None,
     limit: DeadShare | None = None,
+    evidence: Evidence | None = None,
 ) -> Settlement:
     """Settle a batch in one transaction: all of it, or nothing.
 
@@ -122,13 +125,14 @@ async def apply(
     rehearsal: do everything but store it: neither positions nor dead letters are written, and all else is undone.
     activity: what ends calls of handlers that take too long; without it, they have no limit.
     limit: how many dead letters are too many; beyond it TooManyDeadLetters is raised, and nothing is settled.
+    evidence: how other messages of each handler fare, to tell a message's fault from a systemic one.
     Raises Isolate when the batch must be cut smaller or run carefully, Conflict to run it again at once, Outage when
     PostgreSQL cannot say, Fenced when a partition is no longer ours. The connection is left without a transaction,
     or dropped.
     """
     done = Settlement()
     claims, rivals = _distinct(batch.deliveries, lane, done)
-    run = _Run(session, done, careful, draw, activity)
+    run = _Run(session, done, careful, draw, activity, evidence)
     theirs = False  # whose statement a failure comes from: the handlers', or our own
     try:
         await session.begin()
@@ -176,7 +180,7 @@ async def apply(
             await session.note_attempts(tried, ())
         if over := [each for each in batch.deliveries if each.attempts and each not in done.parked]:
             await session.note_attempts({}, over)
-        await session.close_batch(names.app, done.moves, _count(names, done.outcomes))
+        await session.close_batch(names.app, done.moves, _count(names, done))
         step("before_commit")
         theirs = True
         await session.commit()
@@ -191,13 +195,16 @@ async def apply(
         await session.rollback()
         if not session.is_usable:
             raise Outage(text_of(error)) from error
-        match meaning_of(error):
-            case Meaning.CONFLICT:
+        may_be = meaning_of(error)
+        if not theirs and may_be is Meaning.INTERNAL:
+            may_be = Meaning.OUTAGE  # our own statements do not provoke it: the server is broken
+        match judge(may_be, answers=True, alone=False, others=Others.UNKNOWN):
+            case Verdict.AGAIN:
                 raise Conflict(text_of(error)) from error
-            case Meaning.OUTAGE:
+            case Verdict.OUTAGE:
                 session.close()
                 raise Outage(text_of(error)) from error
-            case Meaning.MESSAGE | Meaning.DEPLOYMENT:
+            case _:
                 # A deferred write or a constraint checked at COMMIT: some message of the batch, unknown which.
                 if theirs:
                     raise Isolate from error
@@ -246,12 +253,18 @@ async def _undone(session: Session, rehearsal: Rehearsal, fresh: Sequence[Delive
     return done
 
 
-def again(part: Batch, careful: bool, failures: int, draw: Callable[[], float]) -> list[Part]:
+def again(
+    part: Batch,
+    careful: bool,
+    failures: int,
+    draw: Callable[[], float],
+    cause: BaseException | None = None,
+    evidence: Evidence | None = None,
+) -> list[Part]:
     """How to run again what failed through no fault of its own, as far as one can tell.
 
-    What fails so again and again, on fresh connections, is cut, so that one message that always meets it (a handler
-    that outlasts a timeout) does not keep the others from being settled; alone, it is put aside for a while. That
-    does not count as an attempt.
+    A part that keeps failing on fresh connections is cut, so that one message that always fails so does not hold up
+    the others. A message that keeps failing alone is put aside; evidence decides whether that counts as an attempt.
     """
     if failures < FAILURES_MAX:
         return [(part, careful, failures)]
@@ -259,36 +272,50 @@ def again(part: Batch, careful: bool, failures: int, draw: Callable[[], float]) 
         head, tail = part.split()
         return [(tail, careful, 0), (head, careful, 0)]
     if part.deliveries and part.deliveries[0].outcome is None:
-        part.deliveries[0].outcome = Parked(_ASIDE_SECONDS * (0.5 + draw() / 2), "put aside")
+        [delivery] = part.deliveries
+        error = cause or Outage("unknown")
+        verdict_, delivery.why = _judged(delivery, error, evidence)
+        if verdict_ is Verdict.COUNT:
+            delivery.outcome, delivery.attempts = _counted(delivery, error, draw)
+        else:
+            delivery.outcome = Parked(_ASIDE_SECONDS * (0.5 + draw() / 2), "put aside")
         return [(part, careful, 0)]
     return [(part, careful, failures)]
 
 
-def smaller(part: Batch, careful: bool, cause: BaseException | None, draw: Callable[[], float]) -> list[Part]:
+def smaller(
+    part: Batch,
+    careful: bool,
+    cause: BaseException | None,
+    draw: Callable[[], float],
+    evidence: Evidence | None = None,
+) -> list[Part]:
     """How to run a failed batch again, so that the message at fault is found and all others are kept.
 
-    A message that is alone in it is the one: its verdict becomes its outcome, and its attempt is counted.
+    A message that is alone in it is the one: its verdict becomes its outcome.
     """
     if len(part.deliveries) == 1:
         [delivery] = part.deliveries
-        delivery.outcome, delivery.attempts = verdict(delivery, cause or Conflict("unknown"), draw)
+        delivery.outcome, delivery.attempts = verdict(delivery, cause or Conflict("unknown"), draw, evidence)
         return [(part, True, 0)]
     if isinstance(cause, TookTooLong):
-        return _around(part, careful, cause, draw)
+        return _around(part, careful, cause, draw, evidence)
     if careful or len(part.deliveries) > SAVEPOINTS_MAX:
         head, tail = part.split()
         return [(tail, careful, 0), (head, careful, 0)]
     return [(part, True, 0)]
 
 
-def _around(part: Batch, careful: bool, slow: TookTooLong, draw: Callable[[], float]) -> list[Part]:
-    """How to run again a batch with a call that took too long: known, so that nobody waits for it again to find it."""
+def _around(
+    part: Batch, careful: bool, slow: TookTooLong, draw: Callable[[], float], evidence: Evidence | None
+) -> list[Part]:
+    """How to run a batch again without the call that took too long, so that the limit is not waited for twice."""
     if len(slow.deliveries) > 1:  # one of those that a batch handler was given: they are called one by one
         for each in slow.deliveries:
             each.alone = True
         return [(part, careful, 0)]
     [delivery] = slow.deliveries
-    delivery.outcome, delivery.attempts = verdict(delivery, slow, draw)
+    delivery.outcome, delivery.attempts = verdict(delivery, slow, draw, evidence)
     head, rest = part.split(part.deliveries.index(delivery))
     parts: list[Part] = []
     if len(rest.deliveries) > 1:
@@ -298,28 +325,91 @@ def _around(part: Batch, careful: bool, slow: TookTooLong, draw: Callable[[], fl
     return [*parts, (head, careful, 0)] if head.deliveries else parts
 
 
-def verdict(delivery: Delivery, error: BaseException, draw: Callable[[], float]) -> tuple[Parked | Dead, int]:
-    """What a failed attempt means for its message, and how many attempts it has now had."""
-    attempts = delivery.attempts + 1
+def verdict(
+    delivery: Delivery,
+    error: BaseException,
+    draw: Callable[[], float],
+    evidence: Evidence | None = None,
+    succeeded: bool = False,
+) -> tuple[Parked | Dead, int]:
+    """What a message's failure by itself means for it, and how many attempts it has now had.
+
+    succeeded: whether other messages of its handler went through in the same transaction, before it.
+    """
     if isinstance(error, Reject):
-        return Dead(Reason.REJECTED, text_of(error), type(error).__name__), attempts
+        return Dead(Reason.REJECTED, text_of(error), type(error).__name__, _trace(error)), delivery.attempts + 1
     if isinstance(error, Unreadable):
         return Dead(Reason(error.reason), text_of(error)), delivery.attempts
-    if is_uncounted(error):
-        delivery.again += 1
-        pause = delivery.handler.retry.pause_seconds(delivery.again, draw())
-        return Parked(max(_AGAIN_SECONDS_MIN, pause), type(error).__name__), delivery.attempts
-    if isinstance(error, TookTooLong) and error.in_statement:  # a slow database, as far as one can tell
+    verdict_, delivery.why = _judged(delivery, error, evidence, succeeded)
+    if verdict_ is Verdict.COUNT:
+        return _counted(delivery, error, draw)
+    if isinstance(error, TookTooLong):
         return Parked(_ASIDE_SECONDS * (0.5 + draw() / 2), "put aside"), delivery.attempts
+    delivery.again += 1
+    pause = delivery.handler.retry.pause_seconds(delivery.again, draw())
+    return Parked(max(_AGAIN_SECONDS_MIN, pause), type(error).__name__), delivery.attempts
+
+
+def _judged(
+    delivery: Delivery, error: BaseException, evidence: Evidence | None, succeeded: bool = False
+) -> tuple[Verdict, Why]:
+    """Whether a failure of a message by itself counts, and what to show while the message waits."""
+    handler, place = delivery.handler.name, delivery.handler.place
+    since = delivery.why.since if delivery.why is not None else time.time()
+    if isinstance(error, RunAgain):
+        return Verdict.WAIT, Why(told(error, place), since, systemic=False)
+    may_be = _may_be(error)
+    others = Others.UNKNOWN
+    if evidence is not None:
+        if delivery.mark < 0:
+            delivery.mark = evidence.mark(handler)
+        kind = kind_of(error)
+        evidence.failed(handler, kind, delivery.partition, delivery.record.offset)
+        others = evidence.others(handler, kind, delivery.mark)
+        if succeeded and may_be is Meaning.MESSAGE:
+            others = Others.SUCCEED
+    found = judge(may_be, answers=True, alone=True, others=others)
+    if found is Verdict.COUNT and others is Others.UNKNOWN and may_be is Meaning.MESSAGE and evidence is not None:
+        # Before it becomes a dead letter, the rest of its batch has its turn: they may all fail alike.
+        is_last = delivery.handler.retry.delay_seconds(error, delivery.attempts + 1, 0.0) is None
+        if is_last and not delivery.again:
+            found = Verdict.WAIT
+    systemic = found is Verdict.WAIT and others is not Others.SUCCEED
+    return found, Why(told(error, place), since, systemic)
+
+
+def _may_be(error: BaseException) -> Meaning:
+    if isinstance(error, TookTooLong) and error.in_statement:
+        return Meaning.CONFLICT  # a slow database, or a slow statement of this message
+    return meaning_of(error)
+
+
+def _counted(delivery: Delivery, error: BaseException, draw: Callable[[], float]) -> tuple[Parked | Dead, int]:
+    """One more attempt of the message, and what its handler's policy says to that."""
+    attempts = delivery.attempts + 1
     kind = sqlstate_of(error) or type(error).__name__
     text = f"{type(error).__name__}: {text_of(error)}"
     delay = delivery.handler.retry.delay_seconds(error, attempts, draw())
-    return (Dead(Reason.FAILED, text, kind) if delay is None else Parked(delay, text)), attempts
+    if delay is None:
+        return Dead(Reason.FAILED, text, kind, _trace(error, delivery.handler.place)), attempts
+    return Parked(delay, text), attempts
+
+
+def kind_of(error: BaseException) -> str:
+    """Equal for failures that are alike: the SQLSTATE and the schema objects, or the exception's class."""
+    return f"{sqlstate_of(error) or type(error).__name__} {names(error)}"
+
+
+def _trace(error: BaseException, handler_place: str = "") -> str:
+    """What is kept of a failure's place with a dead letter: kind, place, schema objects and frames."""
+    return "\n".join([told(error, handler_place), *frames(error)])
 
 
 def is_uncounted(error: BaseException) -> bool:
-    """Whether a failure says nothing against its message: its handler asked for it, or schema and rights do not fit the code."""
-    return isinstance(error, RunAgain) or meaning_of(error) is Meaning.DEPLOYMENT
+    """Whether a failure alone says nothing against its message: without evidence, no attempt is counted."""
+    if isinstance(error, RunAgain):
+        return True
+    return judge(_may_be(error), answers=True, alone=True, others=Others.UNKNOWN) is Verdict.WAIT
 
 
 def text_of(error: BaseException) -> str:
@@ -613,9 +703,26 @@ def _wait_behind(delivery: Delivery, done: Settlement) -> None:
     done.parked[delivery] = 0.0
 
 
-def _count(names: Names, outcomes: Mapping[Delivery, Outcome]) -> dict[tuple[int, int, int, str], int]:
-    labels = []
-    for delivery, outcome in outcomes.items():
+def _count(names: Names, done: Settlement) -> dict[tuple[int, int, int, str], int]:
+    """How many messages ended how, by handler, topic and partition: rows that only the owner of a partition updates."""
+    counts: dict[tuple[int, int, int, str], int] = {}
+    start, size = 0, len(done.applied)
+    while start < size:  # runs, because a batch holds long ones of a handler and partition
+        first = done.applied[start]
+        handler, topic, partition = first.handler, first.record.topic, first.record.partition
+        end = start + 1
+        while (
+            end < size
+            and (each := done.applied[end]).handler is handler
+            and (record := each.record).partition == partition
+            and record.topic == topic
+        ):
+            end += 1
+        if handler.idempotent:
+            key = (handler.number, names.topics[topic], partition, "kept")
+            counts[key] = counts.get(key, 0) + end - start
+        start = end
+    for delivery, outcome in done.outcomes.items():
         match outcome:
             case Duplicate():
                 label = outcome.label
@@ -625,11 +732,9 @@ def _count(names: Names, outcomes: Mapping[Delivery, Outcome]) -> dict[tuple[int
                 label = "skipped"
             case Applied() | Parked():
                 continue
-        labels.append((delivery.handler.number, delivery.record.topic, delivery.record.partition, label))
-    return {
-        (number, names.topics[topic], partition, label): count
-        for (number, topic, partition, label), count in Counter(labels).items()
-    }
+        key = (delivery.handler.number, names.topics[delivery.record.topic], delivery.record.partition, label)
+        counts[key] = counts.get(key, 0) + 1
+    return counts
 
 
 class _Run:
@@ -642,8 +747,10 @@ class _Run:
         careful: bool,
         draw: Callable[[], float],
         activity: Activity | None = None,
+        evidence: Evidence | None = None,
     ) -> None:
         self.activity = activity
+        self.evidence = evidence
         self.session = session
         self.scope = Scope(session.connection, session.columns)
         self.done = done
@@ -651,6 +758,7 @@ class _Run:
         self.draw = draw
         self.blocked: set[Hashable] = set()  # units whose message failed: later ones wait behind it
         self.held: set[Hashable] = set()  # units whose message has failed for good: later ones are kept as letters too
+        self.went_through: set[str] = set()  # handlers of messages that ran between savepoints and did not fail
         self.started = False
         self.now = time.monotonic()
         self.until = self.now + session.batch_seconds_max
@@ -718,6 +826,7 @@ class _Run:
             await self._call(
                 delivery.handler, lambda: begin(delivery.handler, argument, tx, self.activity), tx, [delivery]
             )
+            self.went_through.add(delivery.handler.name)
         except Exception as error:
             await self._failed(delivery, tx, error)
 
@@ -824,23 +933,28 @@ class _Run:
             if tx.touched or self.scope.flush_error is not None or not self.session.is_usable:
                 raise Isolate from error
             return
-        if not self.session.is_usable:
-            raise Outage(text_of(error)) from error
+        spoiled = self.scope.flush_error is not None or tx.touched or not self.session.connection.is_in_transaction()
         for cause in (self.scope.flush_error, tx.error, error):
-            match meaning_of(cause) if cause is not None else Meaning.MESSAGE:
-                case Meaning.CONFLICT:
-                    raise Conflict(text_of(cause or error)) from cause
-                case Meaning.OUTAGE:
+            if cause is None:
+                continue
+            may_be = meaning_of(cause)
+            # A conflict and an outage end the whole transaction, whoever met them first.
+            alone = not spoiled and may_be not in (Meaning.CONFLICT, Meaning.LOCKED, Meaning.OUTAGE)
+            match judge(may_be, answers=self.session.is_usable, alone=alone, others=Others.UNKNOWN):
+                case Verdict.AGAIN:
+                    raise Conflict(text_of(cause)) from cause
+                case Verdict.OUTAGE:
                     self.session.close()
-                    raise Outage(text_of(cause or error)) from cause
-                case Meaning.MESSAGE | Meaning.DEPLOYMENT:
+                    raise Outage(text_of(cause)) from cause
+                case _:
                     pass
-        if self.scope.flush_error is not None or tx.touched or not self.session.connection.is_in_transaction():
+        if spoiled:
             raise Isolate from error
 
     async def _failed(self, delivery: Delivery, tx: Tx, error: Exception) -> None:
         self._check_fault(tx, error)
-        outcome, attempts = verdict(delivery, error, self.draw)
+        succeeded = delivery.handler.name in self.went_through
+        outcome, attempts = verdict(delivery, error, self.draw, self.evidence, succeeded)
         self.done.outcomes[delivery] = outcome
         self.done.attempts[delivery] = attempts
         self.done.errors[delivery] = error

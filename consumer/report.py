@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from consumer import coverage
+from consumer import coverage, waiting
 from consumer.app import App
 from consumer.core.identity import event_id, ids_of_text, reads_like_offset
 from consumer.core.incarnation import Committed, Log, Position, Stop, begin, judge
@@ -22,7 +22,7 @@ from consumer.kafka import KafkaError, OpenTransaction, Source
 from consumer.ledger import INSTALLATION, read_positions
 from consumer.stops import read as read_stops
 
-_APPLIED = """
+_ROWS = """
 select h.name, count(l.id) from consumer.handlers h
 left join consumer.ledger l on l.handler = h.handler and l.applied_at is not null
 where h.app = $1 group by h.name
@@ -97,33 +97,46 @@ _LETTER_STATES = {"waiting": "waiting", "discarded": "discarded"}
 
 
 async def handler_counts(connection: Any, app: App) -> dict[str, dict[str, Any]]:
-    """Per handler: applied (the ledger's rows, and those that were dropped), duplicates by cause, dead letters, skipped."""
+    """Per handler: applied, duplicates by cause, dead letters, skipped. Reads counters, and no row of the ledger."""
     found: dict[str, dict[str, Any]] = {
         name: {"applied": 0, "duplicates": {cause.value: 0 for cause in Cause}, "dead_lettered": 0, "skipped": 0}
         for name in app.handlers
     }
     empty: dict[str, Any] = {"applied": 0, "duplicates": {}, "dead_lettered": 0, "skipped": 0}
-    for name, count in await connection.fetch(_APPLIED, app.name):
-        # A handler that is no longer in the code still has a history.
-        if count or name in found:
-            found.setdefault(name, {**empty, "duplicates": {}})["applied"] = count
     for name, outcome, count in await connection.fetch(_OUTCOMES, app.name):
+        # A handler that is no longer in the code still has a history.
         entry = found.setdefault(name, {**empty, "duplicates": {}})
         kind, _, cause = outcome.partition(":")
         if kind == "duplicate":
             entry["duplicates"][cause] = count
-        elif kind == "applied":
-            entry["applied"] += count  # of generations of the ledger that were dropped
+        elif kind in ("applied", "kept"):  # of generations of the ledger that were dropped, and of those that are there
+            entry["applied"] += count
         else:
             entry[kind] = count  # dead_lettered, skipped
     return found
 
 
-async def partition_lags(connection: Any, source: Source, app: App) -> tuple[list[dict[str, Any]], list[str]]:
-    """Per partition: position, end of the log, lag; and the topics that do not exist.
+async def miscounts(connection: Any, app: App) -> dict[str, dict[str, int]]:
+    """Handlers whose counter of applied rows differs from the ledger's rows. Counts every row: slow on a large ledger."""
+    async with connection.transaction(isolation="repeatable_read", readonly=True):
+        rows = {name: count for name, count in await connection.fetch(_ROWS, app.name)}
+        counters = {
+            name: count for name, outcome, count in await connection.fetch(_OUTCOMES, app.name) if outcome == "kept"
+        }
+    return {
+        name: {"rows": rows.get(name, 0), "counter": counters.get(name, 0)}
+        for name in sorted({*rows, *counters})
+        if rows.get(name, 0) != counters.get(name, 0)
+    }
 
-    A partition without a position counts from the beginning of the log. `end` is the last stable offset: an open
-    transaction of a producer holds it back. `end` and `lag` are None where no leader tells.
+
+async def partition_lags(connection: Any, source: Source, app: App) -> tuple[list[dict[str, Any]], list[str]]:
+    """Per partition: position, end of the log, lag, what waits and what is unread; and the topics that do not exist.
+
+    `waiting` messages hold the position back, so that `lag` counts everything behind them too; `unread` is what lies
+    beyond what the worker has read. A partition without a position counts from the beginning of the log. `end` is the
+    last stable offset: an open transaction of a producer holds it back. `end`, `lag` and `unread` are None where no
+    leader tells.
     """
     by_topic = await source.partitions(app.topics)
     partitions = [each for found in by_topic.values() for each in found]
@@ -131,6 +144,7 @@ async def partition_lags(connection: Any, source: Source, app: App) -> tuple[lis
         "select topic, partition, next_offset from consumer.positions where app = $1", app.name
     )
     positions = {Partition(row[0], row[1]): row[2] for row in rows}
+    _, waits = await waiting.read(connection, app.name)
     ends = await source.ends(partitions, partial=True) if partitions else {}
     unknown = [each for each in partitions if each not in positions]
     begins = await source.beginnings(unknown, partial=True) if unknown else {}
@@ -138,6 +152,7 @@ async def partition_lags(connection: Any, source: Source, app: App) -> tuple[lis
     for each in partitions:
         position, end = positions.get(each), ends.get(each)
         done = position if position is not None else begins.get(each)
+        count, read_up_to = waits.get(each, (0, 0))
         lags.append(
             {
                 "topic": each.topic,
@@ -145,6 +160,8 @@ async def partition_lags(connection: Any, source: Source, app: App) -> tuple[lis
                 "position": position,
                 "end": end,
                 "lag": max(0, end - done) if end is not None and done is not None else None,
+                "waiting": count,
+                "unread": max(0, end - max(done, read_up_to)) if end is not None and done is not None else None,
             }
         )
     return lags, [topic for topic, found in by_topic.items() if not found]
@@ -311,6 +328,7 @@ async def dead_letter(connection: Any, number: int) -> dict[str, Any] | None:
         "kind": row["kind"],
         "group": row["error_group"],
         "error": row["error"],
+        "trace": row["trace"].splitlines(),
         "attempts": row["attempts"],
         "died_at": row["died_at"].isoformat(),
         "waits_behind": row["first"],

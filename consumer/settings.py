@@ -101,7 +101,9 @@ class Settings(BaseModel):
     batch_bytes_max: Count = Field(4 << 20, description="most payload bytes in one transaction")
     buffer_messages_max: Count = Field(20_000, description="most messages fetched and not yet settled")
     buffer_bytes_max: Count = Field(64 << 20, description="most payload bytes fetched and not yet settled")
-    parked_messages_max: Count = Field(1000, description="most messages waiting for a retry, or behind one, in a lane")
+    parked_messages_max: Count = Field(
+        10_000, description="most messages of a partition waiting for a retry, or behind one; beyond, it is not read on"
+    )
 
     dead_letter_limit: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
         0.5,

@@ -20,12 +20,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from consumer import conflicts, coverage, group, once, opening, shards, telling, transport
+from consumer import conflicts, coverage, group, once, opening, reporting, shards, telling, transport
 from consumer.activity import Activity, LoopWatch, Stuck, limits, memory_mb
 from consumer.app import App
 from consumer.core.deadshare import DeadShare
 from consumer.core.epoch import is_left_behind
 from consumer.core.errors import ConsumerError, Misconfigured
+from consumer.core.evidence import Evidence
 from consumer.core.handler import Handler
 from consumer.core.incarnation import Log, Position, Reason, Stop, judge, note
 from consumer.core.lanes import Batch, Delivery, Lane
@@ -38,6 +39,7 @@ from consumer.kafka import Identity, KafkaError, LogTruncated, Source
 from consumer.ledger import Conflict, Fenced, NotPrimary, Outage, Session, sorted_errors, sqlstate_of
 from consumer.letter_relay import relay
 from consumer.logs import describe, event
+from consumer.reporting import Reporter
 from consumer.retention import Keeper
 from consumer.settings import Settings
 from consumer.stops import Stops
@@ -153,7 +155,12 @@ class Worker:
             _Lane(
                 n,
                 shard,
-                Lane(shard.by_topic, settings.parked_messages_max, bare_seconds=bare_seconds),
+                Lane(
+                    shard.by_topic,
+                    settings.parked_messages_max,
+                    settings.buffer_bytes_max // settings.lanes,
+                    bare_seconds=bare_seconds,
+                ),
                 Activity(seconds_max),
             )
             for n, shard in enumerate(each for each in self._shards for _ in range(settings.lanes))
@@ -172,6 +179,12 @@ class Worker:
         self._waiting_for_postgres = 0
         self._died = asyncio.Event()  # dead letters were kept: they may be published
         self._share = DeadShare(settings.dead_letter_limit)
+        self._evidence = Evidence()
+        self._teller = telling.Teller()
+        self._reporters = {
+            shard.name: Reporter(self._evidence, self._teller, [each for each in self._lanes if each.shard is shard])
+            for shard in self._shards
+        }
         self._told_of_offset_ids: set[str] = set()
         self.outgrown = False  # it stopped because of the memory that it used
 
@@ -277,7 +290,7 @@ class Worker:
 
     async def _work(self) -> None:
         parts = [self._feed(), self._commit_now_and_then(), self._look_at_logs()]
-        parts += [self._watch(), self._beat(), self._look_at_lanes()]
+        parts += [self._watch(), self._beat(), self._look_at_lanes(), *map(self._report_waiting, self._shards)]
         parts += [*map(self._open_partitions, self._shards), *map(self._run_lane, self._lanes)]
         keepers = [Keeper(each.settings, self._app.name, self._source, self._draw) for each in self._shards]
         parts += [each.run() for each in keepers]
@@ -383,7 +396,8 @@ class Worker:
             self._went_on(partition, end)
         for lane, mine in zip(self._lanes_of(partition), self._router.split(records), strict=True):
             # What a lane has no room for is read again, from where that lane stands.
-            kept, _ = lane.state.add(partition, mine, start, end) if lane.has_room else (0, 0)
+            wanted = lane.has_room and not lane.state.is_full(partition)
+            kept, _ = lane.state.add(partition, mine, start, end) if wanted else (0, 0)
             if kept:
                 event(
                     logging.DEBUG,
@@ -425,7 +439,15 @@ class Worker:
         opened = [lane for lane in self._lanes_of(partition) if partition in lane.state.partitions]
         if not opened or partition in self._suspects or self._is_stopped(partition):
             return
-        wanted = [lane.state.received(partition) or 0 for lane in opened if lane.has_room]
+        for lane in opened:
+            if lane.state.is_full(partition):
+                self._reporters[lane.shard.name].full(partition)
+                lane.state.drop_fetched(partition)  # else it would take the room of the others
+        wanted = [
+            lane.state.received(partition) or 0
+            for lane in opened
+            if lane.has_room and not lane.state.is_full(partition)
+        ]
         if not wanted:
             if partition not in self._paused:
                 self._source.pause(partition)
@@ -470,7 +492,7 @@ class Worker:
         if lane.asks_below and not await self._is_nowhere_else(lane, batch):
             return
         for delivery, error in await once.observe(batch.deliveries, self._draw, lane.activity):
-            telling.failure(delivery, error, delivery.outcome)
+            self._teller.failure(delivery, error, delivery.outcome)
         parts: list[once.Part] = [(batch, False, 0)]
         while parts:
             part, careful, failures = parts.pop()
@@ -496,26 +518,30 @@ class Worker:
                         step=lane.activity.then(self._step),
                         activity=lane.activity,
                         limit=self._share,
+                        evidence=self._evidence,
                     )
             except once.Isolate as isolate:
-                parts += once.smaller(part, careful, isolate.__cause__, self._draw)
+                parts += once.smaller(part, careful, isolate.__cause__, self._draw, self._evidence)
                 if len(part.deliveries) == 1 and isinstance(part.deliveries[0].outcome, Parked):
-                    telling.failure(part.deliveries[0], isolate.__cause__, part.deliveries[0].outcome)
+                    self._teller.failure(part.deliveries[0], isolate.__cause__, part.deliveries[0].outcome)
             except (Conflict, Outage) as error:
                 if generation != shard.generation:
                     return
                 cause = error.__cause__ or error
                 if isinstance(error, Outage) or failures >= once.FAILURES_MAX:
                     text = "the batch runs again: " + ("postgresql lost" if isinstance(error, Outage) else "conflict")
-                    event(
+                    self._teller.say(
                         logging.WARNING,
                         text,
-                        error=describe(cause),
-                        sqlstate=sqlstate_of(cause),
-                        times=failures + 1,
-                        **shard.label,
+                        (shard.name, describe(cause)),
+                        {
+                            "error": describe(cause),
+                            "sqlstate": sqlstate_of(cause),
+                            "times": failures + 1,
+                            **shard.label,
+                        },
                     )
-                parts += once.again(part, careful, failures + 1, self._draw)
+                parts += once.again(part, careful, failures + 1, self._draw, cause, self._evidence)
                 # The first conflict is run again almost at once; what keeps failing is left ever more time.
                 await self._pause(min(_BACKOFF_SECONDS[1], 0.005 * 3.0**failures) * (0.5 + self._draw() / 2))
             except Fenced:
@@ -535,7 +561,10 @@ class Worker:
             self._share.settled(name, messages, reasons)
             if reasons:
                 self._died.set()
-        telling.failures(done)
+        if self._evidence.is_needed:
+            for name in {each.handler.name for each in done.applied}:
+                self._evidence.succeeded(name)
+        self._teller.failures(done)
         telling.duplicates(done)
         if lane.shard.name:
             self._router.applied(lane.shard.name, (each.record for each in done.applied))
@@ -596,6 +625,9 @@ class Worker:
         for task in waits:
             task.cancel()
         await self._commit()
+        for shard in self._shards:
+            if shard.control is not None and shard.control.is_usable and not shard.control_lock.locked():
+                await self._reporters[shard.name].last(shard.control.connection, stays=self._stopping.is_set())
         for lane in self._lanes:
             for partition in lane.state.partitions:
                 lane.state.close(partition)
@@ -984,6 +1016,22 @@ class Worker:
                     await self._look_for_moved_positions(shard)
                     await self._record_keys(shard)
                     await self._save_stops(shard)
+
+    async def _report_waiting(self, shard: _Shard) -> None:
+        """Keep what waits in the shard's database, so that `status` can show it from anywhere."""
+        reporter = self._reporters[shard.name]
+        while True:
+            await asyncio.sleep(reporting.SECONDS)
+            self._teller.flush()
+            control = shard.control
+            if self._holding or control is None or not control.is_usable or shard.control_lock.locked():
+                continue
+            try:
+                async with shard.control_lock:
+                    await reporter.report(control.connection)
+            except Exception as error:  # it is tried again; nothing depends on it but what people see
+                event(logging.DEBUG, "what waits cannot be reported now", error=describe(error), **shard.label)
+                control.close()
 
     async def _record_keys(self, shard: _Shard) -> None:
         """Let the shard remember where new keys were sent, so that another route is refused at the next start."""

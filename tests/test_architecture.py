@@ -19,6 +19,7 @@ PACKAGE = ROOT / "consumer"
 # From the bottom up: a module imports from its own line's left and from the lines above it, from nothing else.
 LAYERS = [
     "core",
+    "places",
     "logs",
     "looping",
     "settings",
@@ -37,6 +38,7 @@ LAYERS = [
     "group",
     "generations",
     "deadletters",
+    "waiting",
     "server",
     "ledger",
     "precheck",
@@ -71,6 +73,7 @@ LAYERS = [
     "letter_relay",
     "opening",
     "telling",
+    "reporting",
     "watching",
     "worker",
     "process",
@@ -78,6 +81,7 @@ LAYERS = [
     "demo",
     "terminal",
     "shard_command",
+    "status_command",
     "positions_command",
     "diagram_command",
     "replay_command",
@@ -100,6 +104,7 @@ LIBRARIES = {
     "typer": {
         "terminal",
         "shard_command",
+        "status_command",
         "diagram_command",
         "replay_command",
         "dlq_command",
@@ -107,7 +112,7 @@ LIBRARIES = {
         "purge_command",
         "cli",
     },
-    "rich": {"terminal", "replay_command", "dlq_command", "purge_command", "cli", "demo"},
+    "rich": {"terminal", "status_command", "replay_command", "dlq_command", "purge_command", "cli", "demo"},
     "pytest": {"testing"},
     "uvloop": {"looping"},
 }

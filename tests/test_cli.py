@@ -214,10 +214,10 @@ async def test_status_tells_positions_lag_and_outcomes(reported: dict[str, Any])
     assert sum(settle["duplicates"].values()) == 1
     [id] = {each.pop("topic_id") for each in found["partitions"]}
     assert str(uuid.UUID(id)) == id
-    good = {"stopped": None, "open_transaction": None}
+    good = {"stopped": None, "open_transaction": None, "waiting": 0}
     assert found["partitions"] == [
-        {"topic": reported["topic"], "partition": 0, "position": 3, "end": 3, "lag": 0, **good},
-        {"topic": reported["topic"], "partition": 1, "position": 2, "end": 3, "lag": 1, **good},
+        {"topic": reported["topic"], "partition": 0, "position": 3, "end": 3, "lag": 0, "unread": 0, **good},
+        {"topic": reported["topic"], "partition": 1, "position": 2, "end": 3, "lag": 1, "unread": 1, **good},
     ]
     text = consumer(reported["cwd"], "status", "reported:app", **reported["environment"])
     assert text.returncode == 0

@@ -243,7 +243,7 @@ def test_compose_commands_are_understood(monkeypatch: pytest.MonkeyPatch, servic
     assert all((ROOT / each).is_file() for each in migrate["file"])
     probe, entry, *arguments = services["workers"]["healthcheck"]["test"]
     status = parsed(arguments)
-    assert (probe, entry, status[""], status["app"]) == ("CMD", "consumer", "status", run["app"])
+    assert (probe, entry, status[""], status["app"]) == ("CMD", "consumer", "probe", run["app"])
     assert status["wait_seconds"] < seconds(services["workers"]["healthcheck"]["timeout"])
 
 
@@ -384,7 +384,7 @@ def test_kubernetes_commands_are_understood(
     probe = workers["readinessProbe"]
     entry, *arguments = probe["exec"]["command"]
     status = parsed(arguments)
-    assert (entry, status[""], status["app"]) == ("consumer", "status", run["app"])
+    assert (entry, status[""], status["app"]) == ("consumer", "probe", run["app"])
     assert status["wait_seconds"] < probe["timeoutSeconds"] < probe["periodSeconds"]
     _, job = pod(objects["Job"])
     migrate = parsed(job["args"])

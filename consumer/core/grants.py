@@ -40,7 +40,7 @@ _WORKER: Mapping[str, tuple[str, ...]] = {
     "dead_letters": (
         "select",
         "insert",
-        "update (state, chain, reason, error, attempts, kind, error_group, died_at)",
+        "update (state, chain, reason, error, attempts, kind, error_group, died_at, trace)",
     ),
     # PostgreSQL wants a right to update for a row lock; no column of these two is ever updated.
     "held": ("select", "insert", "update (topic)", "delete"),
@@ -51,6 +51,12 @@ _WORKER: Mapping[str, tuple[str, ...]] = {
         "select",
         "insert",
         'update (reason, why, "do", first_offset, last_offset, since)',
+        "delete",
+    ),
+    "waiting": (
+        "select",
+        "insert",
+        "update (count, since, systemic, read_up_to, worker, seen_at)",
         "delete",
     ),
 }
@@ -74,11 +80,12 @@ _READER: Mapping[str, tuple[str, ...]] = {
     "route_probes": (),  # keys of messages
     "dead_letters": (
         'select (dead_letter, handler, id, fingerprint, topic, partition, "offset", "timestamp", reason, attempts, died_at, '
-        "state, chain, kind, error_group)",
+        "state, chain, kind, error_group, trace)",
     ),
     "held": ("select",),
     "letters_to_publish": ("select",),
     "attempts": ("select",),
+    "waiting": ("select",),
     "letter_actions": ("select (action, dead_letter, at, operator, what, outcome)",),
     "stopped_partitions": ("select",),
 }

@@ -6,7 +6,8 @@ partitions with one connection, one batch at a time. It keeps three laws:
 - **order**: two messages of one unit of order (a key of one handler, or its partition) never run in the wrong order.
   A message whose attempt failed is *parked*; later ones of its unit queue behind it; all others go on.
 - **position**: the position of a partition never passes a message that some handler has not settled.
-- **bounds**: nothing is taken while as many messages are parked as the limit says.
+- **bounds**: nothing is taken of a partition that is *full*: one of which as many messages are parked, or as many bytes,
+  as the limits say. The others go on; what was fetched of it beyond is dropped, and read again when it has room.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from uuid import UUID
 
 import msgspec
 
+from consumer.core.evidence import Why
 from consumer.core.handler import Handler
 from consumer.core.incarnation import Print
 from consumer.core.letters import chain_of
@@ -27,6 +29,7 @@ from consumer.core.message import Partition, Record
 from consumer.core.outcome import Outcome
 
 UNDECODED = object()
+_PARKED_BYTES_LEAST = 1 << 20  # of a partition
 
 
 def size_of(record: Record) -> int:
@@ -50,6 +53,8 @@ class Delivery(msgspec.Struct, eq=False):
     alone: bool = False  # to be called by itself: a call for many, of which it was one, took too long
     parked: bool = False  # its offset is among the open ones
     outcome: Outcome | None = None  # settled before any transaction: unreadable, skipped, known to Redis
+    mark: int = -1  # successes of its handler when it failed first: see evidence.py
+    why: Why | None = None  # why it waits
 
     @property
     def partition(self) -> Partition:
@@ -135,6 +140,7 @@ class _Queue:
     tried: dict[tuple[int, int], Tried] = field(
         default_factory=dict
     )  # handler's number, offset: failed before a restart
+    full: bool = False  # until a quarter of what may be parked is settled: each time, the log is read again
 
 
 class Lane:
@@ -147,7 +153,10 @@ class Lane:
         parked_bytes_max: int = 1 << 62,
         bare_seconds: float = 0.0,
     ) -> None:
-        """bare_seconds: least time between two batches without messages, which only move positions."""
+        """parked_max: messages of a partition. parked_bytes_max: of all partitions, in equal shares of at least 1 MB.
+
+        bare_seconds: least time between two batches without messages, which only move positions.
+        """
         self._handlers = handlers
         self._parked_max = parked_max
         self._parked_bytes_max = parked_bytes_max
@@ -186,6 +195,10 @@ class Lane:
     @property
     def partitions(self) -> list[Partition]:
         return list(self._queues)
+
+    def handlers(self) -> list[Handler]:
+        """The handlers of all topics."""
+        return [each for found in self._handlers.values() for each in found]
 
     def position(self, partition: Partition) -> int:
         """The position as this worker last wrote or read it."""
@@ -232,6 +245,28 @@ class Lane:
             sum(queue.fetched_bytes for queue in self._queues.values()),
         )
 
+    def is_full(self, partition: Partition) -> bool:
+        """Whether nothing more of a partition is taken until some of its parked messages are settled."""
+        queue = self._queues.get(partition)
+        return queue is not None and queue.full
+
+    def drop_fetched(self, partition: Partition) -> None:
+        """Forget what was fetched of a partition and not taken: it is fetched again from there."""
+        queue = self._queues.get(partition)
+        if queue is not None and queue.fetched:
+            queue.received = queue.fetched[0].offset
+            queue.fetched.clear()
+            queue.sizes.clear()
+            queue.fetched_bytes = 0
+
+    def waiting(self) -> list[tuple[Delivery, int, int]]:
+        """Messages that failed and wait: each with the number in its unit of order, itself included, and the frontier."""
+        return [
+            (chain[0], len(chain), queue.frontier)
+            for chain in self._chains.values()
+            if (queue := self._queues.get(chain[0].partition)) is not None
+        ]
+
     @property
     def parked(self) -> int:
         """Deliveries that wait for another attempt, or behind one."""
@@ -262,11 +297,10 @@ class Lane:
         while self._ready and len(deliveries) < messages_max:
             deliveries.append(self._ready.popleft())
         room_bytes = bytes_max
-        room_parked = self._parked_max - self.parked
-        room_parked_bytes = self._parked_bytes_max - sum(queue.parked_bytes for queue in self._queues.values())
+        bytes_share = self._bytes_share()
         for partition, queue in self._queues.items():
-            if room_parked <= 0 or room_parked_bytes <= 0:
-                break
+            if queue.full:
+                continue
             handlers = self._handlers.get(partition.topic, ())
             number = min(len(queue.fetched), messages_max - len(deliveries))
             if len(handlers) == 1 and number > 0 and not self._chains and not queue.tried:
@@ -284,8 +318,8 @@ class Lane:
                     ends[partition] = deliveries[-1].record.offset + 1
             while (
                 queue.fetched
-                and room_parked > 0
-                and room_parked_bytes > 0
+                and queue.parked < self._parked_max
+                and queue.parked_bytes < bytes_share
                 and len(deliveries) < messages_max
                 and (room_bytes > 0 or not deliveries)
             ):
@@ -296,12 +330,10 @@ class Lane:
                 room_bytes -= size
                 for handler in handlers:
                     delivery = Delivery(handler, record)
-                    if (queue.tried and self._remember(queue, delivery)) or (
-                        self._chains and self._queue_behind(delivery)
+                    if not (
+                        (queue.tried and self._remember(queue, delivery))
+                        or (self._chains and self._queue_behind(delivery))
                     ):
-                        room_parked -= 1
-                        room_parked_bytes -= size
-                    else:
                         deliveries.append(delivery)
                 ends[partition] = record.offset + 1
             if not queue.fetched and queue.received > queue.frontier:
@@ -325,6 +357,10 @@ class Lane:
         queue.received = max(queue.received, end)
         free = [each for each in deliveries if not (self._chains and self._queue_behind(each))]
         return Batch(free, {partition: end}, self._now_open())
+
+    def _bytes_share(self) -> int:
+        """Bytes that may be parked of one partition."""
+        return max(_PARKED_BYTES_LEAST, self._parked_bytes_max // max(1, len(self._queues)))
 
     def _now_open(self) -> dict[Partition, int]:
         return {partition: queue.opening for partition, queue in self._queues.items()}
@@ -390,6 +426,8 @@ class Lane:
             delivery.parked = True
             queue.parked += 1
             queue.parked_bytes += size_of(delivery.record)
+            if queue.parked >= self._parked_max or queue.parked_bytes >= self._bytes_share():
+                queue.full = True
             queue.open[delivery.record.offset] = queue.open.get(delivery.record.offset, 0) + 1
 
     def next_due(self) -> float | None:
@@ -454,15 +492,14 @@ class Lane:
                     chain.popleft()
                     self._ready.extendleft(reversed(chain))
                     del self._chains[delivery.unit()], self._due[delivery.unit()]
+        if self._ready and (anew := {unit for unit in failed if unit not in self._chains}):
+            self._block_ready(anew)
         for unit, deliveries in failed.items():
             chain = self._chains.get(unit)
-            if chain is None:
-                # The first failure of the unit: what was free to run after it waits again.
-                chain = deque(each for each in self._ready if each.unit() == unit)
-                self._ready = deque(each for each in self._ready if each.unit() != unit)
-            # Parts of a batch are settled one by one, so these may come after, or between, those that wait already.
-            waiting = {*chain, *deliveries}
-            self._chains[unit] = chain = deque(sorted(waiting, key=lambda each: each.record.offset))
+            if chain is None or len(deliveries) > 1 or chain[0] is not deliveries[0]:
+                # Parts of a batch are settled one by one, so these may come after, or between, those that wait already.
+                waiting = {*(chain or ()), *deliveries}
+                self._chains[unit] = chain = deque(sorted(waiting, key=lambda each: each.record.offset))
             if chain[0] in parked:
                 self._due[unit] = parked[chain[0]]
         for partition, end in batch.ends.items():
@@ -474,10 +511,23 @@ class Lane:
             if queue is not None:
                 queue.position = move.next
 
+    def _block_ready(self, units: set[Hashable]) -> None:
+        """What was free to run of units that have failed anew waits again."""
+        free: deque[Delivery] = deque()
+        for each in self._ready:
+            unit = each.unit()
+            if unit in units:
+                self._chains.setdefault(unit, deque()).append(each)
+            else:
+                free.append(each)
+        self._ready = free
+
     def _release(self, queue: _Queue, delivery: Delivery) -> None:
         delivery.parked = False
         queue.parked -= 1
         queue.parked_bytes -= size_of(delivery.record)
+        if queue.full:
+            queue.full = queue.parked * 4 > self._parked_max * 3 or queue.parked_bytes * 4 > self._bytes_share() * 3
         offset = delivery.record.offset
         left = queue.open.get(offset, 0) - 1
         if left > 0:

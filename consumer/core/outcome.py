@@ -52,11 +52,15 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """Kept in PostgreSQL with its reason and bytes; the handler left no effects. kind: class of the exception, or SQLSTATE."""
+    """Kept in PostgreSQL with its reason and bytes; the handler left no effects.
+
+    kind: class of the exception, or SQLSTATE. trace: one line of kind, place and schema objects, then the frames; no values.
+    """
 
     reason: Reason
     error: str
     kind: str = ""
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True)

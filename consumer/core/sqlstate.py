@@ -10,38 +10,52 @@ from enum import Enum
 
 
 class Meaning(Enum):
-    """One reaction each."""
+    """What an error may be. Evidence says what it is: see evidence.py."""
 
-    CONFLICT = "conflict"  # run the batch again at once, with jitter: nobody's fault
-    OUTAGE = "outage"  # drop the connection, wait, run again: never counted against a message
-    MESSAGE = "message"  # counts as an attempt of the message
-    DEPLOYMENT = "deployment"  # the schema or the rights do not fit the code
+    CONFLICT = "conflict"  # two transactions met: run the batch again at once, with jitter
+    LOCKED = "locked"  # another session holds a lock for too long
+    OUTAGE = "outage"  # the server's state: drop the connection, wait, run again
+    INTERNAL = "internal"  # a broken server, or one function or extension that reports its input so
+    DEPLOYMENT = "deployment"  # the schema or the rights do not fit the code, or one message names what is not there
+    STATE = "state"  # something of the database must be mended, or one message asks for what cannot be
+    MESSAGE = "message"  # values and rows of the message
+    CODE = "code"  # raised by the handler's own code, not by the database
 
 
 EXACT = {
     "40001": Meaning.CONFLICT,  # serialization_failure
     "40P01": Meaning.CONFLICT,  # deadlock_detected
-    "55P03": Meaning.CONFLICT,  # lock_not_available: lock_timeout
+    "55P03": Meaning.LOCKED,  # lock_not_available: lock_timeout
     "57014": Meaning.CONFLICT,  # query_canceled: statement_timeout, pg_cancel_backend
     "25006": Meaning.OUTAGE,  # read_only_sql_transaction: a standby, or an old primary
     "25P03": Meaning.OUTAGE,  # idle_in_transaction_session_timeout
     "25P04": Meaning.OUTAGE,  # transaction_timeout
+    "2200H": Meaning.STATE,  # sequence_generator_limit_exceeded: a used-up sequence
+    "53100": Meaning.OUTAGE,  # disk_full
+    "53300": Meaning.OUTAGE,  # too_many_connections
     "HV00N": Meaning.OUTAGE,  # fdw_unable_to_establish_connection
-    "XX000": Meaning.OUTAGE,  # internal_error
 }
 # Every class of PostgreSQL's list, so that none is judged by accident: tests/core/test_sqlstate.py walks them all.
 CLASSES = {
     "08": Meaning.OUTAGE,  # connection exception
-    "53": Meaning.OUTAGE,  # insufficient resources: disk full, too many connections
+    "53": Meaning.INTERNAL,  # insufficient resources: one message may ask for too much memory
     "57": Meaning.OUTAGE,  # operator intervention: shutdown, crash, cannot connect now
-    "58": Meaning.OUTAGE,  # system error
-    "XX": Meaning.OUTAGE,  # internal error, corruption
+    "58": Meaning.INTERNAL,  # system error: a failing disk, or a function whose library is missing
+    "XX": Meaning.INTERNAL,  # internal error, corruption
     "40": Meaning.CONFLICT,  # transaction rollback
     "28": Meaning.DEPLOYMENT,  # invalid authorization
     "3D": Meaning.DEPLOYMENT,  # invalid catalog name
     "3F": Meaning.DEPLOYMENT,  # invalid schema name
     "42": Meaning.DEPLOYMENT,  # syntax error or access rule violation
+    "0A": Meaning.STATE,  # feature not supported, by this table or server
+    "0B": Meaning.STATE,  # invalid transaction initiation
+    "0L": Meaning.STATE,  # invalid grantor
+    "0P": Meaning.STATE,  # invalid role
+    "26": Meaning.STATE,  # invalid SQL statement name: a pooler that is not declared as one
+    "2B": Meaning.STATE,  # dependent privilege descriptors still exist
+    "55": Meaning.STATE,  # object not in prerequisite state: a publication without replica identity
     "F0": Meaning.OUTAGE,  # configuration file error: the server's
+    "HV": Meaning.STATE,  # foreign data wrapper: what another server says
     "72": Meaning.CONFLICT,  # snapshot too old
 }
 # What the statements of one message have met: its values, its rows, the states that it found, the code that it reached.
@@ -52,11 +66,7 @@ CLASSES |= dict.fromkeys(
         "02",
         "03",
         "09",
-        "0A",
-        "0B",
         "0F",
-        "0L",
-        "0P",
         "0Z",
         "10",
         "20",
@@ -65,9 +75,7 @@ CLASSES |= dict.fromkeys(
         "23",
         "24",
         "25",
-        "26",
         "27",
-        "2B",
         "2D",
         "2F",
         "34",
@@ -76,8 +84,6 @@ CLASSES |= dict.fromkeys(
         "3B",
         "44",
         "54",
-        "55",
-        "HV",
         "P0",
     ],
     Meaning.MESSAGE,
@@ -85,7 +91,7 @@ CLASSES |= dict.fromkeys(
 
 
 def meaning(sqlstate: str) -> Meaning:
-    """The meaning of a five-character SQLSTATE. One of a class that is not listed (an application's own, by RAISE) counts as the message's own fault."""
+    """What an error with this SQLSTATE may be. An unlisted class (an application's own, by RAISE) is the message's."""
     return EXACT.get(sqlstate) or CLASSES.get(sqlstate[:2]) or Meaning.MESSAGE
 
 

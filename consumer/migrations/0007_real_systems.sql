@@ -117,3 +117,59 @@ begin
     update consumer.ledger_state set version = version + 1, horizon = greatest(horizon, oldest.closed_at);
     return 'forgotten';
 end $$;
+
+-- What waits now, and why: written by the worker that has the partition, on change and every few seconds while it lasts,
+-- so that any process can report it. Rows that nobody renews have expired; those of a worker that stopped for good stay.
+create table consumer.waiting (
+    handler    smallint not null references consumer.handlers,
+    topic      text not null,
+    partition  integer not null,
+    error      text not null,          -- kind, place and schema objects; never a value
+    count      bigint not null,        -- messages that failed so, and those behind them
+    since      timestamptz not null,
+    systemic   boolean not null,       -- every message of the handler fails so
+    read_up_to bigint not null,        -- of the partition: everything below is settled or waits
+    worker     uuid not null,          -- the process that wrote it
+    seen_at    timestamptz not null default now(),
+    primary key (handler, topic, partition, error)
+);
+
+-- Where a dead letter's error was raised: kind, place and schema objects, then the frames; no values.
+alter table consumer.dead_letters add column trace text not null default '';
+
+-- Applied messages of the ledger's present rows, counted as outcome 'kept', so that nobody has to count rows. Those of
+-- dropped generations are 'applied', as before.
+insert into consumer.outcomes as t (handler, topic, partition, outcome, count)
+select handler, topic, partition, 'kept', count(*) from consumer.ledger where applied_at is not null group by 1, 2, 3
+on conflict (handler, topic, partition, outcome) do update set count = t.count + excluded.count;
+
+create or replace function consumer.drop_generation(wanted integer) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
+as $$
+declare
+    state consumer.ledger_state;
+begin
+    select * into state from consumer.ledger_state for update skip locked;
+    if not found or not exists (select from consumer.generations where number = wanted and forgotten_at is not null) then
+        return 'busy';
+    end if;
+    if not consumer.is_drained(state.version - 1) then
+        return 'waiting';
+    end if;
+    execute format($sql$
+        with gone as materialized (
+            select handler, topic, partition, count(*) as n from %s where applied_at is not null group by 1, 2, 3
+        )
+        insert into consumer.outcomes as t (handler, topic, partition, outcome, count)
+        select handler, topic, partition, 'applied', n from gone union all select handler, topic, partition, 'kept', -n from gone
+        order by 1, 2, 3, 4
+        on conflict (handler, topic, partition, outcome) do update set count = t.count + excluded.count
+        $sql$, consumer.generation(wanted));
+    if wanted = 1 then
+        truncate only consumer.ledger;
+    else
+        execute format('drop table consumer.ledger_%s', wanted);
+    end if;
+    delete from consumer.generations where number = wanted;
+    return 'dropped';
+end $$;

@@ -79,6 +79,7 @@ def offsets(batch: Batch) -> list[int]:
 ORDERS: dict[str, Sequence[Order]] = {"pay": ("key", "partition"), "ship": ("none", "key")}
 PARKED_MAX = 6
 HANDLERS_MAX = 2
+BATCH_MAX = 8
 
 
 @dataclass
@@ -155,6 +156,19 @@ class LaneMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
 
+    @rule(at=st.sampled_from([P0, P1, Q0]))
+    def what_is_fetched_of_a_full_partition_is_dropped(self, at: Partition) -> None:
+        """As the worker does, so that it does not take the room of others: it is fetched again."""
+        model = self.models[at]
+        if model.is_open and self.lane.is_full(at) and (fetched := self.fetched(model)):
+            self.lane.drop_fetched(at)
+            model.received = fetched[0].offset
+            assert self.lane.received(at) == model.received
+
+    @staticmethod
+    def fetched(model: Model) -> list[Rec]:
+        return [each for each in model.log if model.taken <= each.offset < model.received]
+
     # Partitions come and go, between batches.
 
     @precondition(lambda self: not self.parts)
@@ -189,15 +203,16 @@ class LaneMachine(RuleBasedStateMachine):
     @rule(messages_max=st.integers(1, 8), bytes_max=st.sampled_from([1, 50, LARGE]))
     def a_batch_is_taken(self, messages_max: int, bytes_max: int) -> None:
         due = self.lane.next_due()
-        parked, buffered = self.lane.parked, self.lane.fetched
+        full = {each for each in self.models if self.lane.is_full(each)}
+        buffered = {each for each, model in self.models.items() if model.is_open and self.fetched(model)}
         batch = self.lane.take(self.now, messages_max, bytes_max)
         if due is not None and due <= self.now:
             assert batch is not None, "a retry that is due is held up"
-        elif parked >= PARKED_MAX:
-            assert self.lane.fetched == buffered, "records were taken although enough are parked"
+        elif buffered - full:
+            assert batch is not None, "keys that did not fail are delayed"
+        elif full:
             assert batch is not None or due is not None, "nobody will ever make room"
-        else:
-            assert batch is not None or buffered == (0, 0), "keys that did not fail are delayed"
+        assert batch is None or not full & batch.ends.keys(), "records were taken although enough are parked"
         if batch is not None:
             assert len(batch.deliveries) < messages_max + HANDLERS_MAX
             self.check_what_was_taken(batch)
@@ -290,6 +305,15 @@ class LaneMachine(RuleBasedStateMachine):
             opened = [(at, model) for at, model in self.models.items() if model.is_open]
             assert self.lane.parked == sum(len(self.unsettled(at, model.taken)) for at, model in opened)
             assert self.lane.parked == 0 or self.lane.next_due() is not None or self.lane.take(-1.0, 0, 0) is None
+
+    @invariant()
+    def what_is_parked_of_a_partition_is_bounded_beside_the_batch_that_failed(self) -> None:
+        if hasattr(self, "lane"):
+            for at, model in self.models.items():
+                if model.is_open:
+                    parked = self.lane._queues[at].parked
+                    assert parked <= PARKED_MAX + BATCH_MAX + HANDLERS_MAX
+                    assert self.lane.is_full(at) or parked < PARKED_MAX
 
     @invariant()
     def what_is_fetched_is_what_was_received_and_is_not_taken(self) -> None:
@@ -507,6 +531,34 @@ def test_nothing_is_taken_from_the_log_while_enough_is_parked_and_retries_go_on(
     assert offsets(take(lane, now=5)) == [2]
 
 
+def test_a_full_partition_does_not_hold_up_another() -> None:
+    lane = lane_of(parked_max=2, at=(P0, P1))
+    lane.add(P0, [rec(n, b"%d" % n) for n in range(3)])
+    batch = take(lane, messages_max=2)
+    settle(lane, batch, dict.fromkeys(batch.deliveries, 5.0))
+    lane.add(P1, [rec(0, at=P1)])
+    assert (lane.is_full(P0), lane.is_full(P1)) == (True, False)
+    lane.drop_fetched(P0)
+    assert (lane.received(P0), lane.fetched[0]) == (2, 1)
+    batch = take(lane)
+    assert [each.partition for each in batch.deliveries] == [P1]
+    settle(lane, batch)
+    settle(lane, take(lane, now=5.0))
+    assert not lane.is_full(P0)
+    lane.add(P0, [rec(2, b"2")], 2, 3)
+    assert offsets(take(lane)) == [2]
+
+
+def test_what_waits_is_told_with_those_behind_it() -> None:
+    lane = lane_of()
+    lane.add(P0, [rec(0), rec(1, b"z"), rec(2)])
+    batch = take(lane)
+    settle(lane, batch, {batch.deliveries[0]: 1.0, batch.deliveries[2]: 0.0})
+    assert [(head.record.offset, count, frontier) for head, count, frontier in lane.waiting()] == [(0, 2, 3)]
+    settle(lane, take(lane, now=1.0))
+    assert lane.waiting() == []
+
+
 def test_taking_parks_no_more_than_the_limit() -> None:
     lane = lane_of(parked_max=3)
     lane.add(P0, [rec(0)])
@@ -665,7 +717,7 @@ def test_retries_and_fresh_messages_take_turns() -> None:
 def test_bytes_that_wait_are_bounded_too() -> None:
     lane = Lane(lane_of()._handlers, 100, 1000)
     lane.open(P0, 0)
-    lane.add(P0, [rec(n, size=400) for n in range(10)])
+    lane.add(P0, [rec(n, size=400_000) for n in range(10)])  # one partition may have 1 MB at least
     batch = take(lane, messages_max=1)
     settle(lane, batch, {batch.deliveries[0]: 9.0})
     while (batch := lane.take(0, 2, LARGE)) is not None:

@@ -5,13 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from consumer.core.evidence import Others, Verdict, judge
 from consumer.core.sqlstate import CLASSES, EXACT, Meaning, meaning, without_values
 
 TABLE = {
-    Meaning.CONFLICT: "40001 40P01 40002 40003 55P03 57014",
-    Meaning.OUTAGE: "08000 08003 08006 08001 08P01 57P01 57P02 57P03 57P05 25006 25P03 25P04 53100 53200 53300 "
-    "58000 58030 XX000 XX001 XX002",
-    Meaning.MESSAGE: "22001 22003 22012 22P02 23502 23503 23505 23514 23P01 P0001 25P02 2D000 21000 0A000 55000 55006",
+    Meaning.CONFLICT: "40001 40P01 40002 40003 57014",
+    Meaning.LOCKED: "55P03",
+    Meaning.OUTAGE: "08000 08003 08006 08001 08P01 57P01 57P02 57P03 57P05 25006 25P03 25P04 53100 53300 HV00N F0000",
+    Meaning.INTERNAL: "53000 53200 53400 58000 58030 58P01 XX000 XX001 XX002",
+    Meaning.STATE: "2200H 55000 55006 0A000 26000 HV000",
+    Meaning.MESSAGE: "22001 22003 22012 22P02 23502 23503 23505 23514 23P01 P0001 25P02 2D000 21000",
     Meaning.DEPLOYMENT: "42601 42501 42P01 42703 42883 28000 28P01 3D000 3F000",
 }
 
@@ -23,9 +26,14 @@ def test_a_code_means_what_the_design_says(expected: Meaning, code: str) -> None
     assert meaning(code) is expected
 
 
-@given(st.sampled_from(["08", "53", "58"]), st.text("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", min_size=3, max_size=3))
-def test_no_code_of_an_outage_class_counts_against_a_message(group: str, rest: str) -> None:
-    assert meaning(group + rest) is Meaning.OUTAGE
+@given(
+    st.sampled_from(["08", "53", "57", "58", "XX"]),
+    st.text("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", min_size=3, max_size=3),
+)
+def test_a_code_of_an_outage_class_counts_without_evidence_never(group: str, rest: str) -> None:
+    for others in (Others.UNKNOWN, Others.FAIL_ALIKE):
+        found = judge(meaning(group + rest), answers=True, alone=True, others=others)
+        assert found is Verdict.WAIT
 
 
 @given(st.text(max_size=8))
@@ -72,8 +80,8 @@ def test_whatever_is_not_about_the_message_is_not_counted_against_it() -> None:
     """By the first two characters, as PostgreSQL names its classes; the few exceptions are named."""
     of_the_message = {each for each in every_code() if meaning(each) is Meaning.MESSAGE}
     assert {each[:2] for each in of_the_message}.isdisjoint(
-        {"08", "28", "3D", "3F", "40", "42", "53", "57", "58", "72", "F0", "XX"}
+        {"08", "0A", "28", "3D", "3F", "40", "42", "53", "55", "57", "58", "72", "F0", "HV", "XX"}
     )
-    assert {each for each in every_code() if each[:2] in ("25", "55", "HV")} - of_the_message == {
-        "25006", "25P03", "25P04", "55P03", "HV00N",
+    assert {each for each in every_code() if each[:2] in ("22", "23", "25", "P0")} - of_the_message == {
+        "2200H", "25006", "25P03", "25P04",
     }  # fmt: skip

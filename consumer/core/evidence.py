@@ -1,0 +1,133 @@
+"""Decides what a failure is, from its error class and from evidence.
+
+A SQLSTATE says what an error may be (sqlstate.py). Three observations say what it is: does the connection still answer,
+does the failure come back when its message is alone, and do other messages of the same handler go through. `judge` is the
+table; `Evidence` is what one process has observed. Pure: no clock, no driver.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from consumer.core.message import Partition
+from consumer.core.sqlstate import Meaning
+
+ALIKE_MIN = 5  # messages that fail in the same way, with no success between them: the handler fails, not its messages
+_REMEMBERED_MAX = 64  # failing messages of one handler and kind; only whether there are ALIKE_MIN matters
+
+
+class Others(Enum):
+    """How other messages of the same handler fare, since this one failed first."""
+
+    SUCCEED = "some went through"
+    FAIL_ALIKE = "several fail in the same way and none went through"
+    UNKNOWN = "too few to tell"
+
+
+class Verdict(Enum):
+    """What to do about a failure."""
+
+    AGAIN = "run the batch again at once"
+    OUTAGE = "drop the connection, wait, run the batch again"
+    ISOLATE = "run in smaller parts, to find the message"
+    COUNT = "an attempt of the message: the retry policy decides"
+    WAIT = "the message waits; no attempt is counted"
+
+
+_LOST = {(meaning, alone): Verdict.OUTAGE for meaning in Meaning for alone in (False, True)}
+_MANY = {
+    Meaning.CONFLICT: Verdict.AGAIN,
+    Meaning.LOCKED: Verdict.AGAIN,
+    Meaning.OUTAGE: Verdict.OUTAGE,
+    Meaning.INTERNAL: Verdict.ISOLATE,
+    Meaning.DEPLOYMENT: Verdict.ISOLATE,
+    Meaning.STATE: Verdict.ISOLATE,
+    Meaning.MESSAGE: Verdict.ISOLATE,
+    Meaning.CODE: Verdict.ISOLATE,
+}
+_C, _W = Verdict.COUNT, Verdict.WAIT
+_ALONE = {  #                 SUCCEED  FAIL_ALIKE  UNKNOWN
+    Meaning.CONFLICT: dict(zip(Others, (_C, _W, _W), strict=True)),  # met again and again: its own statements cause it
+    Meaning.LOCKED: dict(zip(Others, (_W, _W, _W), strict=True)),  # another session decides when it ends
+    Meaning.OUTAGE: dict(zip(Others, (_W, _W, _W), strict=True)),  # a full disk lets small rows through
+    Meaning.INTERNAL: dict(zip(Others, (_C, _W, _W), strict=True)),
+    Meaning.DEPLOYMENT: dict(zip(Others, (_C, _W, _W), strict=True)),
+    Meaning.STATE: dict(zip(Others, (_C, _W, _W), strict=True)),
+    Meaning.MESSAGE: dict(zip(Others, (_C, _W, _C), strict=True)),
+    # A bug fails for every message too, but no waiting heals it: the policy decides, the dead-letter limit stops it.
+    Meaning.CODE: dict(zip(Others, (_C, _C, _C), strict=True)),
+}
+
+
+def judge(may_be: Meaning, *, answers: bool, alone: bool, others: Others) -> Verdict:
+    """Decide about a failure. Defined for every combination.
+
+    Args:
+        may_be: what the error's class allows it to be.
+        answers: whether the connection still answers.
+        alone: whether the message failed by itself, so that nothing else can have caused it. For CONFLICT, LOCKED and
+            OUTAGE: several times in a row.
+        others: see `Evidence.others`.
+    """
+    if not answers:
+        return _LOST[may_be, alone]
+    return _ALONE[may_be][others] if alone else _MANY[may_be]
+
+
+class Why(NamedTuple):
+    """Why a message waits. error: the kind and the place, never a value. since: Unix seconds."""
+
+    error: str
+    since: float
+    systemic: bool
+
+
+@dataclass(slots=True)
+class _Handler:
+    successes: int = 0
+    failing: dict[str, set[tuple[Partition, int]]] = field(default_factory=dict)  # kind -> messages, since a success
+
+
+class Evidence:
+    """What this process has seen of each handler: successes, and failures since the last one.
+
+    Limitations: it knows this process only, until `succeeded` reports what others have committed; a restart forgets it,
+    so that a message waits once more, which loses nothing.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, _Handler] = {}
+        self.is_needed = False  # whether anything has failed: until then, nobody needs to report successes
+
+    def _of(self, handler: str) -> _Handler:
+        found = self._handlers.get(handler)
+        if found is None:
+            found = self._handlers[handler] = _Handler()
+        return found
+
+    def succeeded(self, handler: str) -> None:
+        """Note that messages of a handler were applied and committed. Called once a batch."""
+        found = self._of(handler)
+        found.successes += 1
+        if found.failing:
+            found.failing.clear()
+
+    def mark(self, handler: str) -> int:
+        """The number of successes so far: kept with a message when it fails first."""
+        self.is_needed = True
+        return self._of(handler).successes
+
+    def failed(self, handler: str, kind: str, partition: Partition, offset: int) -> None:
+        """Note that a message failed by itself. kind: equal for failures that are alike."""
+        messages = self._of(handler).failing.setdefault(kind, set())
+        if len(messages) < _REMEMBERED_MAX:
+            messages.add((partition, offset))
+
+    def others(self, handler: str, kind: str, mark: int) -> Others:
+        """How other messages of the handler have fared since `mark`."""
+        found = self._of(handler)
+        if found.successes > mark:
+            return Others.SUCCEED
+        return Others.FAIL_ALIKE if len(found.failing.get(kind, ())) >= ALIKE_MIN else Others.UNKNOWN

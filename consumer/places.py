@@ -1,0 +1,93 @@
+"""Finds where in the user's code an error was raised, and which schema objects it names.
+
+Reads tracebacks and the fields of database errors; never values, arguments or an error's text.
+Limitations: a deferred write fails when its batch is sent, outside of its handler: then the place is the handler's.
+"""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+FRAMES_MAX = 20
+_OWN = str(Path(__file__).resolve().parent) + "/"
+_LIBRARIES = tuple(
+    f"{path}/" for name in ("stdlib", "platstdlib", "purelib", "platlib") if (path := sysconfig.get_paths().get(name))
+)
+_DEMO = _OWN + "demo/"  # written as an application is
+# Primary messages of these codes quote one schema object that exists, and no field of the error names it. What does not exist
+# (an undefined table) is not repeated: its name comes from the SQL text, which may hold a value.
+_NAMING = frozenset(("42501", "2200H"))
+_NAME = re.compile(r'"([\w.$-]{1,126})"|for \w+ ([\w.$-]{1,126})$')
+
+
+def place(error: BaseException | None, handler_place: str = "") -> str:
+    """The innermost frame of the user's code as file:line; else the handler's place, else the innermost frame."""
+    innermost = users = ""
+    for file, line, _ in _frames(error):
+        innermost = f"{_short(file, 1)}:{line}"
+        if _is_users(file):
+            users = innermost
+    return users or (_short(handler_place, 1) if handler_place else innermost)
+
+
+def frames(error: BaseException | None) -> list[str]:
+    """Each frame as `file:line in function`, outermost first, without values; the causes first, as Python prints them."""
+    found: list[str] = []
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        lines = [f"{_short(file, 2)}:{line} in {name}" for file, line, name in _frames(error)]
+        found = [*lines[-FRAMES_MAX:], type(error).__name__, *found]
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return found[-FRAMES_MAX * 2 :]
+
+
+def names(error: BaseException | None) -> str:
+    """Schema objects that a database error names, as `table t column c constraint x`; empty for other errors."""
+    if error is None:
+        return ""
+    parts = [
+        f"{kind} {name}"
+        for kind in ("table", "column", "constraint")
+        if isinstance(name := getattr(error, f"{kind}_name", None), str)
+    ]
+    if not parts and getattr(error, "sqlstate", None) in _NAMING and error.args:
+        found = _NAME.search(str(error.args[0]))
+        parts = [next(each for each in found.groups() if each)] if found else []
+    return " ".join(parts)
+
+
+def told(error: BaseException | None, handler_place: str = "") -> str:
+    """Kind, place and schema objects of an error in one short text without values."""
+    if error is None:
+        return "unknown"
+    kind = type(error).__name__
+    code = getattr(error, "sqlstate", None)
+    text = f"{kind} {code}" if isinstance(code, str) else kind
+    if objects := names(error):
+        text += f" ({objects})"
+    at = place(error, handler_place)
+    return f"{text} at {at}" if at else text
+
+
+def _frames(error: BaseException | None) -> Iterator[tuple[str, int, str]]:
+    frame: TracebackType | None = error.__traceback__ if error is not None else None
+    while frame is not None:
+        code = frame.tb_frame.f_code
+        yield code.co_filename, frame.tb_lineno, code.co_name
+        frame = frame.tb_next
+
+
+def _is_users(file: str) -> bool:
+    """Whether a file is neither ours, nor an installed library's, nor compiled into one."""
+    if file.startswith(_DEMO):
+        return True
+    return not (file.startswith((_OWN, "<", *_LIBRARIES)) or "site-packages" in file or file.endswith(".pyx"))
+
+
+def _short(file: str, parts: int) -> str:
+    return "/".join(file.rsplit("/", parts)[-parts:])

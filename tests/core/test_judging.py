@@ -1,0 +1,85 @@
+"""What a failure is: every cell of the table, and what a process has seen of its handlers."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consumer.core.evidence import ALIKE_MIN, Evidence, Others, Verdict, judge
+from consumer.core.message import Partition
+from consumer.core.sqlstate import Meaning
+
+P = Partition("t", 0)
+_ = Verdict
+# class -> (not alone; alone and others succeed, all fail alike, too few to tell). Without an answer it is an outage.
+CELLS = {
+    Meaning.CONFLICT: (_.AGAIN, _.COUNT, _.WAIT, _.WAIT),
+    Meaning.LOCKED: (_.AGAIN, _.WAIT, _.WAIT, _.WAIT),
+    Meaning.OUTAGE: (_.OUTAGE, _.WAIT, _.WAIT, _.WAIT),
+    Meaning.INTERNAL: (_.ISOLATE, _.COUNT, _.WAIT, _.WAIT),
+    Meaning.DEPLOYMENT: (_.ISOLATE, _.COUNT, _.WAIT, _.WAIT),
+    Meaning.STATE: (_.ISOLATE, _.COUNT, _.WAIT, _.WAIT),
+    Meaning.MESSAGE: (_.ISOLATE, _.COUNT, _.WAIT, _.COUNT),
+    Meaning.CODE: (_.ISOLATE, _.COUNT, _.COUNT, _.COUNT),
+}
+
+
+@pytest.mark.parametrize(
+    ("may_be", "answers", "alone", "others"), list(itertools.product(Meaning, (True, False), (True, False), Others))
+)
+def test_every_cell_of_the_table_is_decided(may_be: Meaning, answers: bool, alone: bool, others: Others) -> None:
+    found = judge(may_be, answers=answers, alone=alone, others=others)
+    many, *by_others = CELLS[may_be]
+    expected = many if not alone else by_others[list(Others).index(others)]
+    assert found is (expected if answers else Verdict.OUTAGE)
+
+
+def test_a_message_is_never_counted_while_all_fail_alike_but_for_the_handlers_own_code() -> None:
+    counted = {
+        each for each in Meaning if judge(each, answers=True, alone=True, others=Others.FAIL_ALIKE) is Verdict.COUNT
+    }
+    assert counted == {Meaning.CODE}
+
+
+def test_others_are_known_by_successes_after_the_first_failure_only() -> None:
+    seen = Evidence()
+    seen.succeeded("h")
+    mark = seen.mark("h")
+    seen.failed("h", "42P01", P, 1)
+    assert seen.others("h", "42P01", mark) is Others.UNKNOWN
+    seen.succeeded("other")
+    assert seen.others("h", "42P01", mark) is Others.UNKNOWN
+    seen.succeeded("h")
+    assert seen.others("h", "42P01", mark) is Others.SUCCEED
+    assert seen.others("h", "42P01", seen.mark("h")) is Others.UNKNOWN
+
+
+def test_the_same_message_failing_again_is_no_evidence_about_others() -> None:
+    seen = Evidence()
+    for n in range(100):
+        seen.failed("h", "23503", P, 7)
+        seen.failed("h", f"kind {n}", P, n)
+    assert seen.others("h", "23503", seen.mark("h")) is Others.UNKNOWN
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 9)), max_size=60))
+def test_messages_fail_alike_when_enough_of_them_do_and_none_succeeds(events: list[int | None]) -> None:
+    """Against a recount: None is a success, a number the offset of a message that fails."""
+    seen, failing = Evidence(), set[int]()
+    mark = seen.mark("h")
+    since = 0
+    for each in events:
+        if each is None:
+            seen.succeeded("h")
+            failing.clear()
+            since += 1
+        else:
+            seen.failed("h", "k", P, each)
+            failing.add(each)
+        if since:
+            assert seen.others("h", "k", mark) is Others.SUCCEED
+        expected = Others.FAIL_ALIKE if len(failing) >= ALIKE_MIN else Others.UNKNOWN
+        assert seen.others("h", "k", seen.mark("h")) is expected

@@ -1,0 +1,266 @@
+"""Errors judged by evidence: one message's fault is counted, a systemic one waits and buries nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import msgspec
+import pytest
+from harness import Place, Sent, consume_all, drained, letters, until, value, working
+
+from consumer import App, Retry, RunAgain, Tx, waiting
+
+INSERT = "insert into effects values ($1, $2, $3)"
+QUICK = Retry(attempts=2, base=0.02, cap=0.1)
+
+
+class Payment(msgspec.Struct):
+    id: str
+    account: int
+    amount: int
+
+
+def payment(id: str, account: int = 1, key: str | None = None, partition: int | None = None) -> Sent:
+    return Sent({"id": id, "account": account, "amount": 1}, id=id, key=key or id, partition=partition)
+
+
+def app_of(topic: str, statement: str, retry: Retry = QUICK, deferred: bool = False) -> App:
+    """A handler whose statement on a `bad` message, or on all if the statement says so, is the one given."""
+    app = App(f"evidence-{uuid4().hex[:8]}")
+
+    @app.handler(topic, retry=retry)
+    async def settle(payment: Payment, tx: Tx) -> None:
+        tx.defer(INSERT, payment.id, payment.account, payment.amount)
+        text = statement.replace("{account}", str(payment.account))
+        if payment.account < 0 or "{account}" in statement:
+            if deferred:
+                tx.defer(text)
+            else:
+                await tx.execute(text)
+
+    return app
+
+
+async def waits(place: Place, app: App) -> list[dict[str, Any]]:
+    connection = await asyncpg.connect(place.dsn)
+    try:
+        return (await waiting.read(connection, app.name))[0]
+    finally:
+        await connection.close()
+
+
+def applied(place: Place, number: int) -> Callable[[], Awaitable[bool]]:
+    async def enough() -> bool:
+        return len(await place.effects()) >= number
+
+    return enough
+
+
+# name -> what makes it possible, what fails for one message
+OF_ONE = {
+    "row_level_security": (
+        "create table secured (id int); alter table secured enable row level security;"
+        'create policy p on secured with check (id > 0); grant all on secured to "test-worker";',
+        "insert into secured values (-1)",
+        "42501",
+    ),
+    "missing_table": ("", "insert into nowhere values (1)", "42P01"),
+    "missing_schema": ("", "select nowhere.f()", "3F000"),
+    "internal_error": (
+        "create function gis() returns void language plpgsql as $$ begin raise 'bad geometry' using errcode = 'XX000'; end $$",
+        "select gis()",
+        "XX000",
+    ),
+    "missing_library": (
+        "create function lib() returns void language plpgsql as $$ begin raise 'no file' using errcode = '58P01'; end $$",
+        "select lib()",
+        "58P01",
+    ),
+    "missing_partition": (
+        "create table parted (id int) partition by list (id); create table parted_1 partition of parted for values in (1);",
+        "insert into parted values (-1)",
+        "23514",
+    ),
+    "odd_code": ("", "do $$ begin raise 'odd' using errcode = 'ZX123'; end $$", "ZX123"),
+    "constraint": (
+        "alter table accounts add constraint positive check (balance >= 0)",
+        "update accounts set balance = -1 where id = 1",
+        "23514",
+    ),
+    "serialization": ("", "do $$ begin raise 'again' using errcode = '40001'; end $$", "40001"),
+}
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["awaited", "deferred"])
+@pytest.mark.parametrize("name", OF_ONE)
+async def test_a_message_that_fails_alone_while_others_succeed_becomes_a_dead_letter(
+    place: Place, name: str, deferred: bool
+) -> None:
+    before, statement, code = OF_ONE[name]
+    if before:
+        await query_all(place, before)
+    topic = await place.topic()
+    app = app_of(topic, statement, deferred=deferred)
+    await place.send(topic, payment("bad", -1), *[payment(f"p{n}") for n in range(20)])
+    async with working(app, place.settings()):
+        await until("the others", applied(place, 20))
+        more = 0
+
+        async def buried() -> bool:
+            nonlocal more
+            await place.send(topic, payment(f"q{more}"))  # others go through: that is the evidence
+            more += 1
+            return bool(await letters(place.dsn))
+
+        await until("the dead letter", buried, 60)
+        await drained(app, place.settings())
+    [letter] = await letters(place.dsn)
+    assert (letter["reason"], letter["kind"]) == ("failed", code)
+    assert len(await place.effects()) == 20 + more
+    assert await waits(place, app) == []
+
+
+async def query_all(place: Place, script: str) -> None:
+    connection = await asyncpg.connect(place.dsn)
+    try:
+        await connection.execute(script)
+    finally:
+        await connection.close()
+
+
+# name -> what breaks it for all, what each message runs, what mends it, code
+OF_ALL = {
+    "missing_table": ("select 1", "insert into later values ({account})", "create table later (id int)", "42P01"),
+    "no_right": (
+        'create table closed (id int); revoke all on closed from "test-worker"',
+        "insert into closed values ({account})",
+        'grant all on closed to "test-worker"',
+        "42501",
+    ),
+    "missing_partition": (
+        "create table parted (id int) partition by range (id)",
+        "insert into parted values ({account})",
+        "create table parted_1 partition of parted for values from (0) to (1000)",
+        "23514",
+    ),
+    "used_up_sequence": (
+        "create sequence numbers maxvalue 2; select nextval('numbers'), nextval('numbers')",
+        "select nextval('numbers') + {account}",
+        "alter sequence numbers maxvalue 100000",
+        "2200H",
+    ),
+    "no_replica_identity": (
+        "create table published (id int); insert into published select generate_series(0, 99); create publication p for table published",
+        "update published set id = id where id = {account}",
+        "alter table published replica identity full",
+        "55000",
+    ),
+    "internal_error": (
+        "create function f(a int) returns void language plpgsql as $$ begin raise 'broken' using errcode = 'XX000'; end $$",
+        "select f({account})",
+        "create or replace function f(a int) returns void language plpgsql as $$ begin end $$",
+        "XX000",
+    ),
+    "missing_reference": (
+        "create table owners (id int primary key); create table owned (owner int references owners)",
+        "insert into owned values ({account})",
+        "insert into owners select generate_series(0, 99)",
+        "23503",
+    ),
+}
+
+
+@pytest.mark.parametrize("messages", [1, 30], ids=["lone", "many"])
+@pytest.mark.parametrize("name", OF_ALL)
+async def test_a_handler_whose_messages_all_fail_alike_waits_and_buries_nothing(
+    place: Place, name: str, messages: int
+) -> None:
+    before, statement, mend, code = OF_ALL[name]
+    if name == "missing_reference" and messages == 1:
+        pytest.skip("a lone violation of a constraint is its message's: its retry policy decides")
+    await query_all(place, before)
+    topic = await place.topic(2)
+    app = app_of(topic, statement, retry=Retry(attempts=1, base=0.02, cap=0.2))
+    await place.send(topic, *[payment(f"p{n}", n) for n in range(messages)])
+    async with working(app, place.settings()):
+
+        async def shown() -> bool:
+            found = await waits(place, app)
+            return bool(found) and sum(each["count"] for each in found) == messages
+
+        await until("all to be shown as waiting", shown)
+        found = await waits(place, app)
+        assert all(each["systemic"] and code in each["error"] and each["handler"] == "settle" for each in found)
+        assert await letters(place.dsn) == []
+        assert await value(place.dsn, "select count(*) from consumer.attempts where attempts > 0") == 0
+        await query_all(place, mend)
+        await query_all(place, 'grant all on all tables in schema public to "test-worker"')
+        await drained(app, place.settings())
+
+        async def over() -> bool:
+            return await waits(place, app) == []
+
+        await until("nothing to be shown any more", over)
+    assert len(await place.effects()) == messages
+    assert await letters(place.dsn) == []
+
+
+async def test_a_message_that_asks_to_run_again_is_shown_and_is_not_systemic(place: Place) -> None:
+    topic = await place.topic()
+    app = App(f"evidence-{uuid4().hex[:8]}")
+    may = asyncio.Event()
+
+    @app.handler(topic, retry=QUICK)
+    async def settle(payment: Payment, tx: Tx) -> None:
+        if not may.is_set():
+            raise RunAgain("secret")
+        tx.defer(INSERT, payment.id, payment.account, payment.amount)
+
+    await place.send(topic, *[payment(f"p{n}", key="k") for n in range(5)])
+    async with working(app, place.settings()):
+
+        async def shown() -> list[dict[str, Any]]:
+            return await waits(place, app)
+
+        [row] = await until("it to be shown", shown)
+        assert (row["count"], row["systemic"], row["topic"], row["partition"]) == (5, False, topic, 0)
+        assert "RunAgain at test_evidence.py:" in row["error"]
+        assert "secret" not in row["error"]
+        may.set()
+        await drained(app, place.settings())
+
+
+async def test_a_bug_that_fails_for_every_message_follows_the_retry_policy(place: Place) -> None:
+    topic = await place.topic()
+    app = App(f"evidence-{uuid4().hex[:8]}")
+
+    @app.handler(topic, retry=QUICK)
+    async def settle(payment: Payment, tx: Tx) -> None:
+        raise KeyError("absent")
+
+    await place.send(topic, *[payment(f"p{n}") for n in range(10)])
+    await consume_all(app, place.settings())
+    assert await place.reasons() == ["failed"] * 10
+
+
+async def test_many_failures_of_one_kind_are_a_few_log_lines(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "consumer")
+    topic = await place.topic()
+    app = app_of(topic, "insert into nowhere values ({account})", retry=Retry(attempts=1, base=0.02, cap=0.1))
+    await place.send(topic, *[payment(f"p{n}") for n in range(160)])
+    async with working(app, place.settings()) as worker:
+
+        async def many() -> bool:
+            heads = [head for lane in worker._lanes for head, _, _ in lane.state.waiting()]
+            return len(heads) == 160 and all(each.again >= 5 for each in heads)
+
+        await until("all to have failed five times", many, 60)
+    lines = [each for each in caplog.records if "uncounted" in each.getMessage()]
+    assert 1 <= len(lines) <= 12  # for at least 800 failures
+    fields = lines[0].fields  # type: ignore[attr-defined]
+    assert fields["handler"] == "settle" and "test_evidence.py:" in fields["error"]
