@@ -13,13 +13,18 @@ from consumer.core.errors import ConsumerError
 T = TypeVar("T")
 
 _MISFITS = {
+    "0A000": "the table, a view or a rule does not support this statement",
     "3F000": "there is no such schema",
     "42P01": "there is no such table",
     "42703": "there is no such column",
     "42P10": "no unique index is on exactly these columns (partial ones and those on expressions do not count)",
     "42804": "a column is of another type",
+    "42809": "this is not a table that can be written to",
     "42883": "a column's type cannot be compared with the value's",
+    "428C9": "a column is generated",
+    "55000": "the table, or its constraint, cannot be used like this",
 }
+SUPPRESSED = "a trigger, a rule or row-level security suppresses it: let that raise an error instead, or write through it by SQL of your own"
 
 
 class Database(Protocol):
@@ -31,7 +36,7 @@ class Database(Protocol):
 
 
 class Misfit(ConsumerError):
-    """The table is not as the call says: no such table, column or unique index. The text says which."""
+    """The table is not as the call says: no such table, column or unique index, or something suppresses the write."""
 
 
 class NotFound(ConsumerError, LookupError):
@@ -47,7 +52,8 @@ async def told(statement: Awaitable[T], call: str) -> T:
         return await statement
     except Exception as error:
         why = _MISFITS.get(getattr(error, "sqlstate", None) or "")
-        if why is None:
+        # With a context the error is of a function or trigger of the application, whose text may hold values.
+        if why is None or getattr(error, "context", None):
             raise
         # PostgreSQL's text names tables and columns here, and holds no values.
         raise Misfit(f"{call}: {why} (PostgreSQL: {error})") from error

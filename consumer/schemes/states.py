@@ -13,7 +13,7 @@ from typing import Any, Literal, assert_never
 
 from consumer.core.errors import Reject, RunAgain
 from consumer.core.names import ident, table_ident
-from consumer.schemes.database import Database, Misfit, NotFound, told
+from consumer.schemes.database import SUPPRESSED, Database, Misfit, NotFound, told
 from consumer.schemes.moves import Moves, Standing
 
 _LOOKS = 3  # at a row that moves while it is looked at
@@ -113,9 +113,10 @@ class StateMachine:
         state, named = ident(column), ident(key)
         self._move_sql = (
             f"update {self._table_sql} set {state} = $2 "  # noqa: S608 - by ident
-            f"where {named} = $1 and {state}::text = any($3::text[]) returning true"
+            f"where {named} = $1 and {state}::text = any($3::text[]) returning {state}::text"
         )
         self._look_sql = f"select {state}::text from {self._table_sql} where {named} = $1"  # noqa: S608 - by ident
+        self._lock_sql = f"{self._look_sql} for update"
         self._foreign_sql = (
             f"select {state}::text, count(*) from {self._table_sql} "  # noqa: S608 - by ident
             f"where ({state}::text = any($1::text[])) is not true group by 1 order by 2 desc, 1 limit {_FOREIGN_MAX}"
@@ -155,11 +156,8 @@ class StateMachine:
         sources = self.moves.sources(to, expected_from)
         call = f"{self.name} to {to!r}"
         for _ in range(_LOOKS):
-            moved = await told(tx.fetch(self._move_sql, id, to, sorted(sources)), call)
-            if len(moved) == 1:
+            if await self._moves(tx, id, to, sources, call):
                 return Moved.NOW
-            if moved:
-                raise Misfit(f"{call}: the key names {len(moved)} rows, which have all moved now: roll back")
             seen = await told(tx.fetch(self._look_sql, id), call)
             if not seen:
                 raise NotFound(f"{call}: there is no such row")
@@ -186,7 +184,24 @@ class StateMachine:
                     raise IllegalMove(f"{call}: it is in a state that the moves do not name", current, to)
                 case _:
                     assert_never(standing)
+        # Either others move the row as fast as this looks, or the update does nothing. A lock tells them apart.
+        if not await told(tx.fetch(self._lock_sql, id), call):
+            raise Misfit(f"{call}: the row can be seen and not locked: {SUPPRESSED}")
+        if await self._moves(tx, id, to, sources, call):
+            return Moved.NOW
+        seen = await told(tx.fetch(self._look_sql, id), call)
+        if seen and seen[0][0] in sources:
+            raise Misfit(f"{call}: the row is in {seen[0][0]!r}, and the update changes nothing: {SUPPRESSED}")
         raise Held(f"{call}: the row moves as fast as it is looked at", current or "", to)
+
+    async def _moves(self, tx: Database, id: Any, to: str, sources: Collection[str], call: str) -> bool:
+        """Run the UPDATE. Returns whether the row is in the state `to` by it."""
+        moved = await told(tx.fetch(self._move_sql, id, to, sorted(sources)), call)
+        if len(moved) > 1:
+            raise Misfit(f"{call}: the key names {len(moved)} rows, which have all moved now: roll back")
+        if moved and moved[0][0] != to:
+            raise Misfit(f"{call}: the row is not in that state after the update, so a trigger undoes it: roll back")
+        return bool(moved)
 
     async def check(self, connection: Database) -> list[str]:
         """Compare the moves with the table: its enum type or CHECK constraints, and the states of its rows.

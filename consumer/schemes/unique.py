@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from consumer.core.names import column_names, columns_of, ident, table_ident
-from consumer.schemes.database import Database, told
+from consumer.schemes.database import SUPPRESSED, Database, Misfit, told
 
 
 async def insert_once(tx: Database, table: str, row: Mapping[str, Any], conflict: str | Collection[str]) -> bool:
@@ -23,7 +23,8 @@ async def insert_once(tx: Database, table: str, row: Mapping[str, Any], conflict
     these. A concurrent insert of the same key is waited for, until its transaction commits or rolls back.
 
     Raises ValueError for an empty row, and for a key column that is not in the row or is None (PostgreSQL takes every
-    NULL for another value: such a key never meets itself); Misfit for a table, column or unique index that is not there.
+    NULL for another value: such a key never meets itself); Misfit for a table, column or unique index that is not there, a
+    deferrable constraint, and an insert that something suppresses (one more statement finds out, only where nothing was new).
 
     A caller may not assume
 
@@ -47,5 +48,16 @@ async def insert_once(tx: Database, table: str, row: Mapping[str, Any], conflict
         f"values ({', '.join(f'${n}' for n in range(1, len(columns) + 1))}) "
         f"on conflict ({', '.join(map(ident, key))}) do nothing returning true"
     )
-    # Never select and then insert: two that look at the same time would both find nothing.
-    return bool(await told(tx.fetchval(sql, *row.values()), f"insert_once into {table}"))
+    names_it = " and ".join(f"{ident(column)} = ${n}" for n, column in enumerate(key, 1))
+    look = f"select true from {table_ident(table)} where {names_it} limit 1"  # noqa: S608 - by ident
+    call = f"insert_once into {table}"
+    for _ in range(2):
+        # Never select and then insert: two that look at the same time would both find nothing.
+        if await told(tx.fetchval(sql, *row.values()), call):
+            return True
+        if await told(tx.fetchval(look, *[row[column] for column in key]), call):
+            return False
+        # race: the row of this key was deleted between the two statements
+    raise Misfit(
+        f"{call}: no row was inserted, and none with this key can be seen: a trigger changes the key, or {SUPPRESSED}"
+    )

@@ -11,7 +11,7 @@ from typing import Any
 
 from consumer.core.errors import RunAgain
 from consumer.core.names import columns_of, ident, table_ident
-from consumer.schemes.database import Database, Misfit, NotFound, told
+from consumer.schemes.database import SUPPRESSED, Database, Misfit, NotFound, told
 
 _VERSION_MAX = 2**63 - 1
 
@@ -45,8 +45,9 @@ async def update_versioned(
 
     Raises Stale when another was first, NotFound when there is no such row (one more statement tells them apart, only
     then), TypeError for an expected version that is no whole number and ValueError for one that can be none, ValueError
-    when `set` is empty or names the key or the version, Misfit for a missing table or column, a version that is NULL, or
-    a key that named several rows (roll back then: they were changed).
+    when `set` is empty or names the key or the version, Misfit for a missing table or column, a version that is NULL, an
+    update that a trigger, a rule or row-level security suppresses, or a key that named several rows (roll back then: they
+    were changed).
 
     A caller may not assume
 
@@ -73,22 +74,28 @@ async def update_versioned(
         f"where {' and '.join(names_it)} and {counter} = ${len(values) + 1} returning {counter}"
     )
     call = f"update_versioned of {table}"
-    rows = await told(tx.fetch(sql, *values, expected), call)
-    if len(rows) == 1:
-        return int(rows[0][0])
-    if rows:
-        raise Misfit(f"{call}: the key names {len(rows)} rows, which are all changed now: roll back")
-    found = await told(
-        tx.fetch(
-            f"select {counter} from {target} "  # noqa: S608 - by ident
-            f"where {' and '.join(f'{ident(column)} = ${n}' for n, column in enumerate(where, 1))} limit 1",
-            *key.values(),
-        ),
-        call,
+    look = (
+        f"select {counter} from {target} "  # noqa: S608 - by ident
+        f"where {' and '.join(f'{ident(column)} = ${n}' for n, column in enumerate(where, 1))} limit 1"
     )
-    if not found:
-        raise NotFound(f"{call}: there is no such row")
-    if found[0][0] is None:
-        raise Misfit(f"{call}: the version is NULL")
-    # It may be the expected one by now, if another has just moved it there: what was read is older all the same.
-    raise Stale(f"{call}: version {found[0][0]} instead of {expected}", expected, int(found[0][0]))
+    for _ in range(2):
+        rows = await told(tx.fetch(sql, *values, expected), call)
+        if len(rows) > 1:
+            raise Misfit(f"{call}: the key names {len(rows)} rows, which are all changed now: roll back")
+        if rows:
+            return _grown(rows[0][0], expected, call)
+        found = await told(tx.fetch(look, *key.values()), call)
+        if not found:
+            raise NotFound(f"{call}: there is no such row")
+        if found[0][0] is None:
+            raise Misfit(f"{call}: the version is NULL")
+        if found[0][0] != expected:
+            raise Stale(f"{call}: version {found[0][0]} instead of {expected}", expected, int(found[0][0]))
+        # race: another has just moved it to the expected version. It never comes back to one, so this happens once.
+    raise Misfit(f"{call}: the row has the expected version, and the update changes nothing: {SUPPRESSED}")
+
+
+def _grown(version: int | None, expected: int, call: str) -> int:
+    if version is None or version <= expected:
+        raise Misfit(f"{call}: the version does not grow by the update, so a trigger undoes it: roll back")
+    return int(version)
