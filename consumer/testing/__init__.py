@@ -65,7 +65,7 @@ class ExactlyOnce:
         name, text = self._read(schema)
         database = await self._server.make(name, text)
         self._made.append(database)
-        return Trial(app, self._server.settings(database), resources)
+        return Trial(app, self._server.settings(database), resources, lambda: self._server.copied(database))
 
     def _read(self, schema: str | Path | None) -> tuple[str, str]:
         if schema is None:

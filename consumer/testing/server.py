@@ -13,7 +13,8 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from consumer.ledger import connect, sorted_errors
+from consumer.core.errors import Misconfigured
+from consumer.ledger import connect, sorted_errors, sqlstate_of
 from consumer.proof import check_countable
 from consumer.schema import migrate
 from consumer.settings import Settings, load
@@ -76,6 +77,23 @@ class Server:
         if template is None:
             template = self._templates[schema] = await self._make_template(name, schema)
         return await self._create(f" template {template}")
+
+    @asynccontextmanager
+    async def copied(self, database: str) -> AsyncIterator[Settings]:
+        """How to connect to a copy of a database, dropped at the end. Raises Misconfigured while others are connected."""
+        try:
+            name = await self._create(f" template {database}")
+        except Exception as error:
+            if sqlstate_of(error.__cause__ or error) != "55006":
+                raise
+            raise Misconfigured(
+                "prove: other sessions are connected to this test's database, so it cannot be copied for an undisturbed run; "
+                "close connections and pools of your own before it"
+            ) from None
+        try:
+            yield self.settings(name)
+        finally:
+            await self.drop([name])
 
     def settings(self, database: str) -> Settings:
         """How to connect to a database."""

@@ -6,8 +6,8 @@ the effects should be, which is for the test to say.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from consumer.app import App
@@ -17,6 +17,7 @@ from consumer.settings import Settings
 from consumer.testing.life import Key, Life, Round, Written
 from consumer.testing.messages import STEPS, TOLD_MAX, Delivered, Outside, Sent, lines, partition_of, record_of
 from consumer.testing.server import connection_to
+from consumer.testing.undisturbed import Contents, contents, differences
 from consumer.testing.watch import Watch
 
 
@@ -27,9 +28,16 @@ class Trial:
     connection is held and no handler runs. A caller may not assume that two tasks can deliver to one App at once.
     """
 
-    def __init__(self, app: App, settings: Settings, resources: Mapping[str, object] | None) -> None:
+    def __init__(
+        self,
+        app: App,
+        settings: Settings,
+        resources: Mapping[str, object] | None,
+        copied: Callable[[], AbstractAsyncContextManager[Settings]],
+    ) -> None:
         self._app = app
         self._settings = settings
+        self._copied = copied  # a copy of the database, for as long as it is needed
         self._resources = resources
         self._log: list[tuple[Sent, LogRecord]] = []
         self._applied: set[Key] = set()
@@ -71,16 +79,23 @@ class Trial:
         what = f"deliver_again({_options(batch, crash_at)})"
         return await self._deliver(what, batch, crash_at, retry, again=True)
 
-    async def prove(self, *messages: Sent, batch: int | None = None) -> None:
-        """Deliver messages with a crash at every step of every transaction, then again and again: nothing is doubled.
+    async def prove(self, *messages: Sent, batch: int | None = None, ignore: Collection[str] = ()) -> None:
+        """Deliver messages with a crash at every step of every transaction, and compare with one undisturbed run.
 
-        batch: most messages in one transaction; all of them by default. Raises AssertionError where a message did not
-        end, where none was applied, where anything was written again, and where a handler ran a statement outside its
-        transaction. What the effects should be is for the test to say, after this.
+        batch: most messages in one transaction; all of them by default. ignore: TABLE, COLUMN or TABLE.COLUMN to leave out
+        of the comparison: values that do not follow from the message. Raises AssertionError where a message did not end,
+        where none was applied, where rows are missing, extra or different from an undisturbed run on a copy of the
+        database, where anything was written again, and where a handler ran a statement outside its transaction.
+
+        Limitations: columns whose default PostgreSQL computes are not compared; a state of the process that calls before
+        this one have filled acts on both runs alike; effects outside this database are not seen. What the effects should
+        be is for the test to say, after this.
         """
         __tracebackhide__ = True
         self._check(batch, None)
-        self._log += self._made(messages)
+        added = self._made(messages)
+        measure = await self._undisturbed(added, None if batch == 1 else 1, ignore)
+        self._log += added
         before: object = None
         # Each time around, the first transaction that is not stored yet meets every step. It ends when that stores
         # nothing more: all is settled, or what is left would fail for ever, since a crash begins its attempts again.
@@ -91,10 +106,30 @@ class Trial:
         ended = await self._deliver("prove: without a crash", batch, None, True)
         if waiting := [each for each in ended if each.outcome == "waiting"]:
             raise AssertionError(f"not every message has ended:\n{lines(waiting)}")
+        await self._compare(measure, ignore)
         for size in (1, None):
             await self.deliver_again(batch=size)
             self.assert_no_new_effects()
         self.assert_nothing_outside()
+
+    async def _undisturbed(
+        self, added: Sequence[tuple[Sent, LogRecord]], batch: int | None, ignore: Collection[str]
+    ) -> dict[str, Contents]:
+        """The tables after one run without a crash, on a copy of the database, in batches of another size."""
+        async with self._copied() as settings:
+            other = Trial(self._app, settings, self._resources, self._copied)
+            other._log = [*self._log, *added]
+            other._applied = set(self._applied)
+            await other._deliver("undisturbed", batch, None, True)
+            async with connection_to(settings) as connection:
+                return await contents(connection, ignore)
+
+    async def _compare(self, measure: Mapping[str, Contents], ignore: Collection[str]) -> None:
+        __tracebackhide__ = True
+        async with connection_to(self._settings) as connection:
+            found = differences(measure, await contents(connection, ignore))
+        if found:
+            raise AssertionError("with crashes, other rows are stored than in one undisturbed run:\n" + lines(found))
 
     # -- what is to be so ----------------------------------------------------------------------------------------------
 
