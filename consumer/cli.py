@@ -48,6 +48,7 @@ from consumer.terminal import POSTGRES, SERVICES, AppPath, AsJson, cli, command,
 from consumer.terminal import connected as _connected
 from consumer.terminal import with_ledger as _with_ledger
 
+_LAST_LINES_SECONDS = 2.0  # of the log, at the end: its pipe may be full
 # They register themselves. `run` does without them, and is there sooner.
 _OTHERS = ("diagram_command", "dlq_command", "redrive_command", "purge_command", "replay_command")
 
@@ -144,7 +145,14 @@ async def _run(path: str, app: App, workers: int, settings: Settings) -> int:
     except BaseException:
         await supervisor.give_up()
         raise
-    return await supervisor.run()
+    logs.never_wait()
+    code = 1
+    try:
+        code = await supervisor.run()
+    finally:
+        if not logs.end(_LAST_LINES_SECONDS):
+            os._exit(code)  # a thread that waits for a full pipe keeps the process
+    return code
 
 
 async def _ready(app: App, path: str, settings: Settings) -> None:

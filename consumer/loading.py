@@ -12,7 +12,7 @@ from pathlib import Path
 
 from consumer.app import App
 from consumer.core.errors import Misconfigured
-from consumer.logs import describe
+from consumer.logs import describe, log
 
 
 def load_app(path: str) -> App:
@@ -47,6 +47,7 @@ def load_app(path: str) -> App:
         except Exception:
             text = "no text"
         raise Misconfigured(f"cannot import {module_name!r}: {type(error).__name__}: {text}{_place(error)}") from None
+    log.disabled = False  # as dictConfig leaves every logger that it does not name
     found = module
     for name in attribute.split("."):
         if not hasattr(found, name):

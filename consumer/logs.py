@@ -1,18 +1,27 @@
 """Structured logs: one event a line, as text on a terminal and as JSON otherwise.
 
-An event is a short text and fields. Fields are names, counts, places and durations; payloads, keys, message ids and
-the texts of exceptions are not among them (they are in the dead letters, where access is controlled).
+An event of ours is a short text and fields. Fields are names, counts, places and durations; payloads, keys, message ids and
+the texts of exceptions are not among them (they are in the dead letters, where access is controlled). The application's own
+loggers work as anywhere: with their level, their `extra=` and their tracebacks. Limitation: what they log is theirs.
 """
 
 from __future__ import annotations
 
+import configparser
 import json
 import logging
+import logging.config
+import queue
 import sys
 import threading
+import tomllib
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TextIO
 
+from consumer.core.errors import Misconfigured
 from consumer.places import place
 
 log = logging.getLogger("consumer")
@@ -24,18 +33,110 @@ def event(level: int, text: str, /, **fields: Any) -> None:
         log.log(level, text, extra={"fields": fields})
 
 
-def configure(level: str, style: str, stream: TextIO | None = None) -> None:
-    """Send logs to `stream` (stderr by default). level: debug … error. style: auto, text or json."""
-    stream = stream or sys.stderr
-    handler = logging.StreamHandler(stream)
-    as_text = style == "text" or (style == "auto" and stream.isatty())
-    handler.setFormatter(_Text() if as_text else _Json())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)
+def configure(level: str, style: str, stream: TextIO | None = None, config: str | None = None) -> None:
+    """Send logs to `stream` (stderr by default), or as the file `config` says.
+
+    level: debug … error, for our events and for loggers that have no level of their own. style: auto, text or json.
+    Raises Misconfigured for a file that cannot be used.
+    """
     log.setLevel(level.upper())
     # The client tells of every rebalance and every refused connection; what matters of that is an event of ours.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL if level != "debug" else logging.INFO)
+    for name in ("asyncio", "asyncpg", "redis"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if config is not None:
+        log.handlers[:], log.propagate = [], True
+        _configure_from(Path(config))
+        log.disabled = False
+        return
+    stream = stream or sys.stderr
+    handler = logging.StreamHandler(stream)
+    as_text = style == "text" or (style == "auto" and stream.isatty())
+    handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    # A handler of our own, so that an application that configures the root logger does not lose our fields.
+    log.handlers[:], log.propagate, log.disabled = [handler], False, False
+
+
+def _configure_from(path: Path) -> None:
+    """Configure logging from a file: JSON or TOML as `logging.config.dictConfig` takes it, or its older ini format."""
+    what = f"CONSUMER_LOG_CONFIG: {path}"
+    try:
+        match path.suffix.lower():
+            case ".json":
+                found = json.loads(path.read_text("utf-8-sig"))
+            case ".toml":
+                found = tomllib.loads(path.read_text("utf-8-sig"))
+            case ".ini" | ".cfg" | ".conf":
+                path.read_bytes()  # fileConfig does not say that there is no such file
+                logging.config.fileConfig(path, disable_existing_loggers=False, encoding="utf-8")
+                return
+            case _:
+                raise Misconfigured(f"{what}: unknown format; name it .json, .toml (both for dictConfig) or .ini")
+        if not isinstance(found, dict):
+            raise Misconfigured(f"{what}: not an object; write what logging.config.dictConfig takes")
+        logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, **found})
+    except OSError as error:
+        raise Misconfigured(
+            f"{what}: {error.strerror or type(error).__name__}; give the path of a readable file"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, configparser.Error) as error:
+        cause = f" ({type(error.__cause__).__name__})" if error.__cause__ is not None else ""
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise Misconfigured(f"{what}: {text}{cause}; correct the file") from None
+
+
+class _Background:
+    """A stream whose writer does not wait: a thread writes, and what it does not get rid of is dropped."""
+
+    _LINES_MAX = 10_000
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lines: queue.Queue[str | None] = queue.Queue(self._LINES_MAX)
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            with suppress(OSError, ValueError):  # nobody reads any more
+                self._stream.write(line)
+                self._stream.flush()
+
+    def write(self, text: str) -> None:
+        """Hand a text over to the thread."""
+        with suppress(queue.Full):
+            self._lines.put_nowait(text)
+
+    def flush(self) -> None:
+        """Part of a stream; the thread flushes."""
+
+    def end(self, seconds: float) -> bool:
+        """Write what is left, within a time. Returns whether that was enough."""
+        with suppress(queue.Full):
+            self._lines.put_nowait(None)
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+
+_background: list[_Background] = []
+
+
+def never_wait() -> None:
+    """Have our events written by a thread: a pipe that nobody empties must not stop who logs."""
+    for handler in log.handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            background = _Background(handler.stream)
+            _background.append(background)
+            handler.setStream(background)
+
+
+def end(seconds: float) -> bool:
+    """Write what `never_wait` has kept. Returns False if something still waits: then only os._exit ends the process."""
+    ended = [each.end(seconds) for each in _background]
+    return all(ended)
 
 
 def unhandled(_: object, context: dict[str, Any]) -> None:
@@ -63,33 +164,79 @@ def _clean(value: Any) -> Any:
     return value
 
 
-class _Json(logging.Formatter):
+# Loggers whose texts and exceptions may hold a payload that is not the application's to tell.
+_OURS = ("consumer", "asyncio", "aiokafka", "asyncpg", "redis")
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "fields"}
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return record.name.split(".", 1)[0] in _OURS
+
+
+def _fields(record: logging.LogRecord) -> Mapping[str, Any]:
+    """The fields of an event of ours, or the `extra=` of the application's."""
+    if _is_ours(record):
+        return {name: _clean(value) for name, value in getattr(record, "fields", {}).items()}
+    return {name: value for name, value in vars(record).items() if name not in _STANDARD}
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line. May be named in a file of --log-config."""
+
     def format(self, record: logging.LogRecord) -> str:
+        """A record as JSON; the traceback of an application's record is in it."""
+        is_ours = _is_ours(record)
+        text = record.getMessage()
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "event": _clean(record.getMessage()),
+            "event": _clean(text) if is_ours else text,
             "pid": record.process,
         }
-        line |= {name: _clean(value) for name, value in getattr(record, "fields", {}).items()}
+        for name, value in _fields(record).items():
+            line[f"extra_{name}" if name in line and not is_ours else name] = value
         if record.exc_info and record.exc_info[0] is not None:
-            line["error"] = _where(record)
-        return json.dumps(line, default=str)
+            line["error"] = describe(record.exc_info[1])
+            if not is_ours:
+                line["traceback"] = self.formatException(record.exc_info)
+        if record.stack_info and not is_ours:
+            line["stack"] = record.stack_info
+        return json.dumps(line, default=_text_of, skipkeys=True)
 
 
-class _Text(logging.Formatter):
+class TextFormatter(logging.Formatter):
+    """One line for a person, and the traceback of an application's record below it. May be named in a file of --log-config."""
+
     def format(self, record: logging.LogRecord) -> str:
+        """A record as text."""
+        is_ours = _is_ours(record)
         time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S.%f")[:-3]
-        fields = "".join(f" {name}={_clean(value)}" for name, value in getattr(record, "fields", {}).items())
-        error = f" error={_where(record)}" if record.exc_info and record.exc_info[0] is not None else ""
-        return f"{time} {record.levelname.lower():7} [{record.process}] {_clean(record.getMessage())}{fields}{error}"
+        fields = "".join(f" {name}={_printable(_text_of(value))}" for name, value in _fields(record).items())
+        text = record.getMessage()
+        line = f"{time} {record.levelname.lower():7} [{record.process}] "
+        line += _clean(text) + fields if is_ours else f"{record.name}: {_printable(text)}{fields}"
+        if record.exc_info and record.exc_info[0] is not None:
+            line += (
+                f" error={describe(record.exc_info[1])}"
+                if is_ours
+                else f"\n{_printable(self.formatException(record.exc_info))}"
+            )
+        if record.stack_info and not is_ours:
+            line += f"\n{_printable(self.formatStack(record.stack_info))}"
+        return line
 
 
-def _where(record: logging.LogRecord) -> str:
-    """Type and place of an exception, without its text."""
-    assert record.exc_info
-    return describe(record.exc_info[1])
+def _text_of(value: Any) -> str:
+    try:
+        return str(value)
+    except Exception:
+        return f"(a {type(value).__name__} without text)"
+
+
+def _printable(text: str) -> str:
+    """An application's text: its lines stay, what could drive a terminal does not."""
+    return "".join(each if each.isprintable() or each in "\n\t" else "?" for each in text)
 
 
 def describe(error: BaseException | None) -> str:

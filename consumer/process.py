@@ -36,10 +36,12 @@ _SECOND_SIGNAL_SECONDS = 0.5  # sooner than that it is the same order, arriving 
 def main() -> None:
     """Entry of `python -m consumer.process APP FD`."""
     path, descriptor = sys.argv[1], int(sys.argv[2])
+    os.set_inheritable(descriptor, False)  # what the application starts must not hold our pipe
+    os.set_blocking(descriptor, False)  # a supervisor that does not read must not stop the event loop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the supervisor passes it on
     try:
         settings = load()
-        logs.configure(settings.log_level, settings.log_format)
+        logs.configure(settings.log_level, settings.log_format, config=settings.log_config)
         code = run(_work(path, settings, descriptor))
     except Misconfigured as error:
         logs.log.error(str(error))
@@ -98,7 +100,7 @@ async def _work(path: str, settings: Settings, descriptor: int) -> int:
 
 
 def _send(descriptor: int, found: dict[str, Any]) -> None:
-    with suppress(OSError):  # the supervisor is gone; standard input says so too
+    with suppress(OSError):  # the supervisor is gone, which standard input says too, or does not read
         os.write(descriptor, json.dumps(found).encode() + b"\n")
 
 

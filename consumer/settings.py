@@ -133,6 +133,9 @@ class Settings(BaseModel):
     restarts_max: Annotated[int, Field(ge=0)] = Field(5, description="restarts in a row before giving up on a worker")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, JSON otherwise")
+    log_config: str | None = Field(
+        None, description="file that configures logging instead: .json or .toml for dictConfig, or .ini", min_length=1
+    )
 
     def __init__(self, **given: Any) -> None:
         fields = type(self).model_fields

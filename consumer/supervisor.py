@@ -1,8 +1,8 @@
 """The parent of the worker processes: starts, restarts, and ends them. Consumes nothing itself.
 
 Knows processes, pipes and signals; what to do about an end is decided in core/restarts.py. A worker that dies is taken
-out of its group at once, so that its partitions do not wait for the session timeout. What it does not know: whether a
-worker makes progress; it only sees that its event loop turns.
+out of its group at once, so that its partitions do not wait for the session timeout. Every wait has a bound: processes that a
+worker has forked may hold its pipes for ever. Limitations: whether a worker makes progress; only its event loop is seen.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 from consumer.core.restarts import EXIT_MISCONFIGURED, GiveUp, RestartAfter, Restarts
 from consumer.kafka import leave_group
@@ -27,18 +29,37 @@ from consumer.settings import Settings
 _ROOT = str(Path(__file__).resolve().parent.parent)
 _LEAVE_SECONDS = 5.0
 _AFTER_GRACE_SECONDS = 2.0
+_LAST_REPORTS_SECONDS = 1.0  # for what a dead worker's pipe still holds
+_KILLED_SECONDS = 5.0  # a killed process is gone by then, or the kernel does not let go of it
 
 
 @dataclass(slots=True, eq=False)
 class _Child:
-    """One running worker process."""
+    """One running worker process. ended: its exit code, once it and its process group are gone."""
 
     slot: int
-    process: asyncio.subprocess.Process
+    process: subprocess.Popen[bytes]
     started_at: float
     beat_at: float
+    ended: asyncio.Future[int]
     member: str = ""
     readers: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def kill(self) -> None:
+        """Kill the process. Only while it is ours: a number that was waited for may be another's."""
+        if not self.ended.done():
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGKILL)
+
+    async def code(self) -> int:
+        """The exit code of a killed process, or that of SIGKILL where it does not go away."""
+        done, _ = await asyncio.wait({self.ended}, timeout=_KILLED_SECONDS)
+        if not done:
+            event(
+                logging.ERROR, "worker cannot be ended: it is given up", worker=self.slot, worker_pid=self.process.pid
+            )
+            return -signal.SIGKILL
+        return self.ended.result()
 
 
 class Supervisor:
@@ -63,10 +84,10 @@ class Supervisor:
     async def give_up(self) -> None:
         """End what was prepared."""
         for child in self._prepared.values():
-            with suppress(ProcessLookupError):
-                child.process.kill()
-            await child.process.wait()
-            await asyncio.gather(*child.readers)
+            child.kill()
+        for child in self._prepared.values():
+            await child.code()
+            await self._last_reports(child)
 
     async def run(self) -> int:
         """Keep the workers running until a signal comes, or until restarts do not help."""
@@ -78,8 +99,7 @@ class Supervisor:
             await asyncio.gather(*slots)
         finally:
             for child in self._children.values():
-                with suppress(ProcessLookupError):
-                    child.process.kill()
+                child.kill()
         return self._code
 
     def _signalled(self, number: int) -> None:
@@ -123,21 +143,28 @@ class Supervisor:
     async def _start(self, slot: int) -> _Child:
         reports, report_to = os.pipe()
         try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",  # a logging.py in the current directory is not the one that we import
-                "-c",
-                f"import sys; sys.path.append({_ROOT!r}); from consumer.process import main; main()",
-                self._path,
-                str(report_to),
-                stdin=asyncio.subprocess.PIPE,
+            # Not asyncio's: it waits for the pipes to be closed too, which processes of the worker's own may hold.
+            process = subprocess.Popen(  # noqa: ASYNC220 - our own interpreter; starting does not block
+                [
+                    sys.executable,
+                    "-P",  # a logging.py in the current directory is not the one that we import
+                    "-c",
+                    f"import sys; sys.path.append({_ROOT!r}); from consumer.process import main; main()",
+                    self._path,
+                    str(report_to),
+                ],
+                stdin=subprocess.PIPE,
+                bufsize=0,
                 pass_fds=(report_to,),
+                process_group=0,  # its own, so that what it has started ends with it
                 env=os.environ | self._settings.dump() | {"CONSUMER_WORKER": str(slot)},
             )
         finally:
             os.close(report_to)
+        assert process.stdin is not None
+        os.set_blocking(process.stdin.fileno(), False)
         now = time.monotonic()
-        child = self._children[slot] = _Child(slot, process, now, now)
+        child = self._children[slot] = _Child(slot, process, now, now, _when_ended(process))
         child.readers.append(asyncio.create_task(self._listen(child, reports)))
         return child
 
@@ -148,22 +175,25 @@ class Supervisor:
 
     def _order(self, child: _Child, order: bytes) -> None:
         if child.process.stdin is not None:
-            with suppress(OSError):
+            with suppress(OSError):  # it is dead, or its pipe is full because it reads nothing
                 child.process.stdin.write(order)
 
     async def _listen(self, child: _Child, descriptor: int) -> None:
         reader = asyncio.StreamReader()
-        await asyncio.get_running_loop().connect_read_pipe(
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", 0)
         )
-        while line := await reader.readline():
-            with suppress(ValueError, AttributeError):
-                child.member = json.loads(line).get("member") or child.member
-            child.beat_at = time.monotonic()
+        try:
+            while line := await reader.readline():
+                with suppress(ValueError, AttributeError):
+                    child.member = json.loads(line).get("member") or child.member
+                child.beat_at = time.monotonic()
+        finally:
+            transport.close()
 
     async def _until_it_ends(self, child: _Child) -> int:
         """Wait for the process; pass on the order to stop, and end it when it does not obey or does not beat."""
-        ended = asyncio.create_task(child.process.wait())
+        ended: asyncio.Future[Any] = child.ended
         stopping = asyncio.create_task(self._stopping.wait())
         at_once = asyncio.create_task(self._at_once.wait())
         patience = max(self._settings.watchdog_seconds, 10.0)
@@ -171,15 +201,15 @@ class Supervisor:
             while not stopping.done():
                 await asyncio.wait({ended, stopping}, timeout=1, return_when=asyncio.FIRST_COMPLETED)
                 if ended.done():
-                    return ended.result()
+                    return child.ended.result()
                 if time.monotonic() - child.beat_at > patience:
                     event(
                         logging.ERROR,
                         "worker does not beat: its event loop is blocked or stopped; ending it",
                         worker=child.slot,
                     )
-                    child.process.kill()
-                    return await ended
+                    child.kill()
+                    return await child.code()
             self._order(child, b"drain\n")
             seconds = self._settings.grace_seconds + _AFTER_GRACE_SECONDS
             await asyncio.wait({ended, at_once}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -187,15 +217,15 @@ class Supervisor:
                 if not at_once.done():
                     event(logging.ERROR, "worker did not drain in time: ending it", worker=child.slot)
                     self._code = self._code or 1
-                child.process.kill()
-            return await ended
+                child.kill()
+            return await child.code()
         finally:
             stopping.cancel()
             at_once.cancel()
 
     async def _bury(self, child: _Child, code: int) -> None:
         """Take a dead worker out of the group. One that left by itself is not in it any more, which does no harm."""
-        await asyncio.gather(*child.readers)  # what it reported to the last
+        await self._last_reports(child)
         self._children.pop(child.slot, None)
         if code == 0 or not child.member:
             return
@@ -206,6 +236,40 @@ class Supervisor:
             event(logging.WARNING, "could not take the dead worker out of its group", error=describe(error))
         else:
             event(logging.INFO, "dead worker taken out of its group", worker=child.slot)
+
+    async def _last_reports(self, child: _Child) -> None:
+        """Read what a dead worker reported to the last, and close its pipes, whoever else may hold them."""
+        if child.process.stdin is not None:
+            with suppress(OSError):
+                child.process.stdin.close()
+        if child.readers:
+            await asyncio.wait(child.readers, timeout=_LAST_REPORTS_SECONDS)
+        for reader in child.readers:
+            reader.cancel()
+        await asyncio.gather(*child.readers, return_exceptions=True)
+
+
+def _when_ended(process: subprocess.Popen[bytes]) -> asyncio.Future[int]:
+    """The exit code of a process, once it has ended and the rest of its process group was killed."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[int] = loop.create_future()
+
+    def tell(code: int) -> None:
+        if not ended.done():
+            ended.set_result(code)
+
+    def wait() -> None:
+        if hasattr(os, "waitid"):
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            # race: as long as the process was not waited for, nothing else can have its number, nor its group's.
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        code = process.wait()
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(tell, code)
+
+    threading.Thread(target=wait, name=f"wait-{process.pid}", daemon=True).start()
+    return ended
 
 
 def _end(code: int) -> dict[str, object]:

@@ -146,7 +146,7 @@ def command(
             try:
                 if "settings" in inspect.signature(function).parameters:
                     given["settings"] = own_settings = load(**flags)
-                    logs.configure(own_settings.log_level, own_settings.log_format)
+                    logs.configure(own_settings.log_level, own_settings.log_format, config=own_settings.log_config)
                 result = function(**given)
                 if inspect.iscoroutine(result):
                     result = run_loop(_until_signal(result))
@@ -297,6 +297,13 @@ class Bar:
         """Something that a person should know."""
         if self._bars is not None:
             self._bars.console.print(text, markup=False, highlight=False)
+
+    def announce(self, text: str) -> None:
+        """Print a line on standard error, with a terminal or without."""
+        if self._bars is not None:
+            self.line(text)
+        else:
+            err.print(f"consumer: {printable(text)}", markup=False, highlight=False)
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """So much of a phase is done."""

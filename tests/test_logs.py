@@ -25,11 +25,12 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def restored() -> Iterator[None]:
-    """The root logger as pytest had it."""
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
+    """The loggers as pytest had them."""
+    before = [(each, each.handlers[:], each.level, each.propagate) for each in (logging.getLogger(), logs.log)]
     yield
-    root.handlers[:], root.level = before[0], before[1]
+    for each, handlers, level, propagate in before:
+        each.handlers[:], each.propagate = handlers, propagate
+        each.setLevel(level)
 
 
 def test_json_off_a_terminal_and_text_on_one(restored: None) -> None:

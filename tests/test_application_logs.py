@@ -1,0 +1,190 @@
+"""The application's own logging, through our handlers and through a file of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import ROOT, consumer, is_one_line
+
+SCRIPT = """
+import logging, sys
+from consumer import logs
+from consumer.loading import load_app
+logs.configure({level!r}, {style!r}, config={config!r})
+load_app("shop:app")
+logs.event(logging.INFO, "ours", count=1)
+try:
+    raise ValueError("payload 4711")
+except ValueError:
+    logging.getLogger("shop.orders").exception("it failed", extra={{"order": 17, "level": "x"}})
+    logs.log.exception("ours failed")
+"""
+APP = """
+import logging
+{before}
+from consumer import App, Tx
+app = App("shop")
+log = logging.getLogger("shop")
+
+@app.handler("orders")
+async def settle(order: bytes, tx: Tx) -> None: ...
+
+log.info("order %s\\nof two lines " + "x" * 600, 4711, extra={{"tenant": "acme"}})
+log.debug("too small")
+"""
+
+
+def run(directory: Path, style: str, *, before: str = "", config: str | None = None, level: str = "info") -> str:
+    (directory / "shop.py").write_text(APP.format(before=before))
+    script = SCRIPT.format(level=level, style=style, config=config)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return done.stderr
+
+
+def test_application_logs_as_json_have_level_extra_and_traceback(tmp_path: Path) -> None:
+    lines = [json.loads(each) for each in run(tmp_path, "json").splitlines()]
+    info, ours, failed, ours_failed = lines
+    assert (info["logger"], info["level"], info["tenant"]) == ("shop", "info", "acme")
+    assert info["event"].startswith("order 4711\nof two lines") and len(info["event"]) > 600
+    assert (ours["event"], ours["count"]) == ("ours", 1)
+    assert (failed["order"], failed["level"], failed["extra_level"]) == (17, "error", "x")
+    assert "Traceback" in failed["traceback"] and "payload 4711" in failed["traceback"]
+    assert "payload" not in json.dumps(ours_failed) and ours_failed["error"].startswith("ValueError at ")
+
+
+def test_application_logs_as_text_have_level_extra_and_traceback(tmp_path: Path) -> None:
+    text = run(tmp_path, "text")
+    assert "info    [" in text and "shop: order 4711\nof two lines" in text and "tenant=acme" in text
+    assert "Traceback (most recent call last)" in text and "ValueError: payload 4711" in text
+    assert text.count("payload 4711") == 1  # ours names the place alone
+    assert "too small" not in text
+    assert "too small" in run(tmp_path, "text", level="debug")
+
+
+CONFIGURED = (
+    "logging.config.dictConfig({'version': 1, 'handlers': {'h': {'class': 'logging.StreamHandler', 'formatter': 'f'}},"
+)
+CONFIGURED += "'formatters': {'f': {'format': 'MINE %(message)s'}}, 'root': {'handlers': ['h'], 'level': 'INFO'}})"
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import logging.config; " + CONFIGURED,
+        "logging.basicConfig(force=True, level='INFO', format='MINE %(message)s')",
+    ],
+    ids=["dictConfig", "basicConfig"],
+)
+def test_application_that_configures_logging_itself_keeps_our_events(tmp_path: Path, before: str) -> None:
+    text = run(tmp_path, "json", before=before)
+    assert "MINE order 4711" in text and "MINE it failed" in text
+    assert '"event": "ours"' in text and '"count": 1' in text
+
+
+DICT = {
+    "formatters": {
+        "mine": {"format": "%(levelname)s %(name)s %(message)s"},
+        "ours": {"()": "consumer.logs.JsonFormatter"},
+    },
+    "handlers": {
+        "mine": {"class": "logging.FileHandler", "filename": "mine.log", "formatter": "mine"},
+        "ours": {"class": "logging.StreamHandler", "formatter": "ours"},
+    },
+    "loggers": {"consumer": {"handlers": ["ours"], "propagate": False}},
+    "root": {"handlers": ["mine"], "level": "INFO"},
+}
+TOML = """
+[formatters.mine]
+format = "%(levelname)s %(name)s %(message)s"
+[formatters.ours]
+"()" = "consumer.logs.JsonFormatter"
+[handlers.mine]
+class = "logging.FileHandler"
+filename = "mine.log"
+formatter = "mine"
+[handlers.ours]
+class = "logging.StreamHandler"
+formatter = "ours"
+[loggers.consumer]
+handlers = ["ours"]
+propagate = false
+[root]
+handlers = ["mine"]
+level = "INFO"
+"""
+INI = """
+[loggers]
+keys=root,consumer
+[handlers]
+keys=mine,ours
+[formatters]
+keys=mine,ours
+[logger_root]
+level=INFO
+handlers=mine
+[logger_consumer]
+level=INFO
+handlers=ours
+qualname=consumer
+propagate=0
+[handler_mine]
+class=FileHandler
+args=("mine.log",)
+formatter=mine
+[handler_ours]
+class=StreamHandler
+args=()
+formatter=ours
+[formatter_mine]
+format=%(levelname)s %(name)s %(message)s
+[formatter_ours]
+class=consumer.logs.JsonFormatter
+"""
+FILES = {"log.json": json.dumps(DICT), "log.toml": TOML, "log.ini": INI}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_log_config_file_decides_where_everything_goes(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(FILES[name])
+    errors = run(tmp_path, "json", config=name)
+    mine = (tmp_path / "mine.log").read_text()
+    assert "INFO shop order 4711" in mine and "ERROR shop.orders it failed" in mine and "ours" not in mine
+    assert [json.loads(each)["event"] for each in errors.splitlines()] == ["ours", "ours failed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("nowhere.json", None, "No such file"),
+        ("nowhere.ini", None, "No such file"),
+        ("log.json", "{", "Expecting property name"),
+        ("log.json", "[]", "not an object"),
+        ("log.json", '{"handlers": {"h": {"class": "nowhere.Handler"}}}', "Unable to configure handler 'h'"),
+        ("log.json", '{"version": 2}', "version"),
+        ("log.toml", "a = ", "Invalid value"),
+        ("log.ini", "nothing", "log.ini"),
+        ("log.ini", "[loggers]\nkeys=root", "log.ini"),
+        ("log.yaml", "a: 1", "unknown format"),
+        (".", None, "unknown format"),
+    ],
+)
+def test_log_config_that_cannot_be_used_is_one_line(tmp_path: Path, name: str, text: str | None, says: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    (tmp_path / "shop.py").write_text(APP.format(before=""))
+    result = consumer(tmp_path, "replay", "shop:app", "orders", "--log-config", name)
+    is_one_line(result, "CONSUMER_LOG_CONFIG", says)
