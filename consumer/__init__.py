@@ -20,6 +20,7 @@ from consumer.core.errors import (
 from consumer.core.findings import Findings
 from consumer.core.message import Message
 from consumer.core.retry import Retry
+from consumer.dryrun import is_dry_run
 from consumer.settings import Settings
 from consumer.tx import Tx
 
@@ -40,6 +41,7 @@ __all__ = [
     "Settings",
     "TransactionMisuse",
     "Tx",
+    "is_dry_run",
     "verify",
 ]
 

@@ -516,6 +516,17 @@ def decoded(delivery: Delivery) -> Any:
     return delivery.value
 
 
+def unreadable(delivery: Delivery) -> Dead | None:
+    """The outcome of a message that cannot be decoded, without a call of its handler; None if it can be."""
+    try:
+        decoded(delivery)
+    except Unreadable as error:
+        return Dead(Reason(error.reason), text_of(error))
+    finally:
+        delivery.value = UNDECODED
+    return None
+
+
 def handed_over(delivery: Delivery) -> Any:
     """The value for one call of the handler, which may change it: another call gets one that is decoded anew."""
     value = decoded(delivery)

@@ -128,19 +128,21 @@ async def rebuild(
     sample_max: int = 20,
     tell: Tell = lambda _: None,
     progress: Progress = lambda phase, done, total: None,
+    announce: Callable[[int, Sequence[str]], None] = lambda calls, handlers: None,
 ) -> Rebuilt:
     """Compute the state anew from these partitions and compare it with the real one. Nothing is changed, whatever happens.
 
     app: with its lifespan entered. source: started, without a group. handlers: their names, by default all that take one
     of the topics. ignore, compare: columns to leave out, or to put back. base: SQL for the first rows of the tables. trace:
-    replay once more to find the messages behind the differences. sample_max: differences told of each table.
+    replay once more to find the messages behind the differences. sample_max: differences told of each table. announce: gets
+    the number of calls and the handlers, before the first call.
 
     Raises Misconfigured for what cannot be rebuilt, CannotTell when a service went away in the middle: one line each.
     """
     begun = time.monotonic()
     with _told_in_one_line(settings):
         work = _Rebuild(app, settings, source, partitions, handlers, base, tell, progress)
-        found = await work.run(ignore, compare, sample_max, trace)
+        found = await work.run(ignore, compare, sample_max, trace, announce)
     found.seconds = round(time.monotonic() - begun, 3)
     return found
 
@@ -192,9 +194,16 @@ class _Rebuild:
         self.known: dict[Name, Use] = {}
         self.handlers, self.notes = _chosen(app, self.partitions, handlers, self.owners)
 
-    async def run(self, ignore: Sequence[str], compare: Sequence[str], sample_max: int, trace: bool) -> Rebuilt:
+    async def run(
+        self,
+        ignore: Sequence[str],
+        compare: Sequence[str],
+        sample_max: int,
+        trace: bool,
+        announce: Callable[[int, Sequence[str]], None],
+    ) -> Rebuilt:
         """Replay, compare, and replay again for the messages behind what differs."""
-        found = Rebuilt()
+        found, is_announced = Rebuilt(), False
         await self._note_partitions()
         while True:
             try:
@@ -204,6 +213,9 @@ class _Rebuild:
                     if found.unknown:
                         found.notes = self.notes
                         return found
+                    if not is_announced:
+                        announce(self._calls(spans), [each.name for each in self.handlers])
+                        is_announced = True
                     await current.replay(spans, "replay")
                     compared = await current.compare(left_out, put_back, sample_max)
                 break
@@ -214,6 +226,11 @@ class _Rebuild:
             await self._trace(compared, spans)
         found.differences = [each.as_dict() for each in compared.differences]
         return found
+
+    def _calls(self, spans: Sequence[Span]) -> int:
+        """Calls of handlers for one pass over these spans, at most."""
+        takers = Counter(topic for handler in self.handlers for topic in handler.topics)
+        return sum(each.length * takers[each.partition.topic] for each in spans)
 
     async def _note_partitions(self) -> None:
         with _kafka_told_in_one_line(self.settings):

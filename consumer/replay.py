@@ -5,21 +5,22 @@ the worker's own code, once.apply, in transactions that are undone (check), or, 
 through it once more and is stored. What it does not know: whether an effect outside PostgreSQL happened; whether the state
 itself is right (rebuild.py compares that); what was applied before the ledger began (it says so and does not guess).
 
-A message that is missing has its handler called, in a transaction that is undone: what that handler does elsewhere (mail,
-HTTP) is done.
+The check calls no handler. With `call_handlers`, handlers of missing messages run in transactions that are undone; that, and
+a rebuild, are dry runs (dryrun.py): handlers may not connect anywhere, unless `allow_outside`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from consumer import coverage, history, ledger, once, proof, republish, transport
+from consumer import coverage, dryrun, history, ledger, once, proof, republish, transport
 from consumer.app import App
 from consumer.core.bounds import Span
 from consumer.core.epoch import lineage
@@ -40,7 +41,7 @@ from consumer.reading import Chunk, find_partitions, parse, read, resolve
 from consumer.rebuild import rebuild as rebuild_state
 from consumer.replay_session import AskingLane, ReplaySession
 from consumer.settings import Settings, load
-from consumer.witness import Look, Witness, place
+from consumer.witness import UNCALLED, Look, Witness, place
 
 Mode = Literal["check", "apply", "rebuild", "republish"]
 
@@ -70,6 +71,13 @@ class Options:
     base: str | None = None
     trace: bool = True
     republish_to: str | None = None
+    call_handlers: bool = False
+    allow_outside: bool = False
+
+    @property
+    def is_dry_run(self) -> bool:
+        """Whether handlers are called, and everything is undone."""
+        return self.mode == "rebuild" or (self.mode == "check" and self.call_handlers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +85,7 @@ class Told:
     """How a replay tells what it does: lines of text, and how much is done of how much."""
 
     line: Callable[[str], None] = lambda _: None
+    announce: Callable[[str], None] = lambda _: None  # what a person must know before the work begins
     progress: Callable[[str, int, int], None] = lambda *_: None
     save: Callable[[dict[str, Any]], None] | None = None  # its state, to go on with later
 
@@ -102,8 +111,12 @@ async def replay(
     told: Told,
     resumed: dict[str, Any] | None = None,
     source: Source | None = None,
+    *,
+    alone: bool = False,
 ) -> Findings:
-    """Replay topics. The App's lifespan is entered around it. source: how the log is read, where not as usual.
+    """Replay topics. The App's lifespan is entered around it where handlers are called.
+
+    source: how the log is read, where not as usual. alone: the process does nothing else, see `dryrun.Guard`.
 
     Raises Misconfigured for what cannot be replayed as asked, CannotTell when it ended early (nothing was changed, but
     for what `apply` had stored by then, each message once).
@@ -111,8 +124,47 @@ async def replay(
     _check(options)
     one_database(app)
     engine = _Replay(app, settings, list(dict.fromkeys(topics)), options, told, resumed)
+    source = source or Source(settings, None)
+    if options.is_dry_run:
+        return await _dry_run(app, engine, source, options, alone)
+    if options.mode != "apply":
+        return await engine.run(source)
     async with running(app):
-        return await engine.run(source or Source(settings, None))
+        return await engine.run(source)
+
+
+async def _dry_run(app: App, engine: _Replay, source: Source, options: Options, alone: bool) -> Findings:
+    """Run with handlers that have no outside effects. Raises Misconfigured for one that would have some."""
+    if options.allow_outside:
+        return await _with_dry_handlers(app, engine, source)
+    guard = None
+    try:
+        with dryrun.guarded(alone=alone) as guard:
+            found = await _with_dry_handlers(app, engine, source)
+    except (Exception, asyncio.CancelledError):
+        if guard is None or not guard.refused:
+            raise
+    if guard is not None and guard.refused:  # maybe swallowed by the handler
+        raise Misconfigured(guard.refused)
+    return found
+
+
+async def _with_dry_handlers(app: App, engine: _Replay, source: Source) -> Findings:
+    lifespan, subject = running(app), f"the lifespan of App {app.name!r}"
+    with dryrun.running_as(subject):
+        await lifespan.__aenter__()
+    try:
+        for each in app.handlers.values():
+            each.call = dryrun.around(each)
+        found = await engine.run(source)
+    except BaseException:
+        with dryrun.running_as(subject):
+            if not await lifespan.__aexit__(*sys.exc_info()):
+                raise
+        raise  # a lifespan that swallows exceptions leaves no findings
+    with dryrun.running_as(subject):
+        await lifespan.__aexit__(None, None, None)
+    return found
 
 
 def one_database(app: App) -> None:
@@ -146,6 +198,12 @@ def _check(options: Options) -> None:
                 raise Misconfigured(f"{option} goes with --rebuild")
         if not options.trace:
             raise Misconfigured("--no-trace goes with --rebuild")
+    if options.call_handlers and options.mode != "check":
+        raise Misconfigured(f"--call-handlers does not go with --{options.mode}: leave it out")
+    if options.allow_outside and not options.is_dry_run:
+        raise Misconfigured(
+            "--allow-outside goes with --rebuild or --call-handlers: nothing else calls handlers in a dry run"
+        )
     if options.mode == "republish":
         if options.handlers or options.message_id is not None or options.assume_unapplied:
             raise Misconfigured(
@@ -177,6 +235,8 @@ async def verify(
     compare: Sequence[str] = (),
     base: str | None = None,
     assume_unapplied: bool = False,
+    call_handlers: bool = False,
+    allow_outside: bool = False,
 ) -> Findings:
     """What `consumer replay` does, as a call: read topics again, and tell whether anything is missing or would happen twice.
 
@@ -186,8 +246,8 @@ async def verify(
 
     Returns the findings: ask them `ok`, `verdict()`, `problems()`, `as_dict()`, or call `check()`, which raises an
     AssertionError with the problems. Raises Misconfigured for what cannot be replayed, CannotTell when it could not come
-    to its end. A caller may not assume that nothing outside PostgreSQL happens: the handlers of missing messages are
-    called, and only their transaction is undone.
+    to its end. call_handlers: call the handlers of missing messages too, and undo what they write. Handlers that rebuild or
+    call_handlers runs may not connect anywhere, unless allow_outside.
     """
     if apply and rebuild:
         raise Misconfigured("apply and rebuild: choose one of them")
@@ -204,6 +264,8 @@ async def verify(
         ignore=tuple(ignore),
         compare=tuple(compare),
         base=base,
+        call_handlers=call_handlers,
+        allow_outside=allow_outside,
     )
     return await replay(app, settings or load(), wanted, options, Told())
 
@@ -252,7 +314,9 @@ class _Replay:
                 "handlers": list(options.handlers) or None,
             },
         )
-        self.witness = Witness(self.findings, options.mode == "apply", options.assume_unapplied, self.session)
+        self.witness = Witness(
+            self.findings, options.mode == "apply", options.call_handlers, options.assume_unapplied, self.session
+        )
         self.offset_ids: set[str] = set()
         self.names = once.Names(app.name, {})
         self.epoch = ""
@@ -577,8 +641,10 @@ class _Replay:
             return
 
     async def _rehearse(self, lane: _Lane, missing: list[Delivery]) -> dict[Delivery, Outcome | None]:
-        """Call the handlers of what is missing and undo it: what would become of each (None: applied)."""
+        """What would become of each missing message (None: applied): its handler is called and undone, if asked."""
         would: dict[Delivery, Outcome | None] = {}
+        if not self.options.call_handlers:
+            return {each: once.unreadable(each) or UNCALLED for each in missing}
         for start in range(0, len(missing), self.settings.batch_messages_max):
             batch = Batch(missing[start : start + self.settings.batch_messages_max], {}, {})
             async for part, done in self._settled(lane, batch, _Undone()):
@@ -739,7 +805,12 @@ class _Replay:
             findings.notes.append(
                 f"the log has dropped its first records, of which nothing can be told: {', '.join(dropped[:8])}"
             )
-        if self.witness.would:
+        if self.witness.would and not self.options.call_handlers and self.options.mode == "check":
+            findings.notes.append(
+                "no handler was called: whether the missing messages would be applied, fail or be rejected is not known "
+                "(--call-handlers calls them and undoes what they write)"
+            )
+        elif self.witness.would:
             told = ", ".join(f"{count:,} would {what}" for what, count in sorted(self.witness.would.items()))
             findings.notes.append(f"the handlers of missing messages were called and undone: {told}")
         for topic in sorted(self.offset_ids):
@@ -763,6 +834,7 @@ class _Replay:
             base=options.base,
             trace=options.trace,
             tell=self.told.line,
+            announce=self._announce_calls,
             progress=self._rebuilding,
         )
         self.findings.rebuilt = {**found.as_dict(), "compacted": compacted}
@@ -771,6 +843,16 @@ class _Replay:
             Span(Partition(each["topic"], each["partition"]), each["from"], each["to"])
             for each in self.findings.rebuilt["ranges"]
         ]
+
+    def _announce_calls(self, calls: int, handlers: Sequence[str]) -> None:
+        allowed = self.options.allow_outside
+        outside = "their connections to the outside are allowed" if allowed else "connections of theirs are refused"
+        text = (
+            f"the rebuild makes up to {calls:,} calls of {', '.join(handlers)}, some again to find the messages behind "
+            f"differences; what they write is undone, {outside}"
+        )
+        self.told.announce(text)
+        self.findings.notes.append(text)
 
     def _rebuilding(self, phase: str, done: int, total: int) -> None:
         self.rebuilding = f"in the rebuild ({phase}: {done:,} of {total:,}); nothing was changed"

@@ -18,7 +18,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Column, Table
 
-from consumer import ledger, page, terminal
+from consumer import dryrun, ledger, page, terminal
 from consumer.app import App
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.core.findings import OUTCOMES, Findings, Verdict
@@ -96,6 +96,17 @@ def replay_command(
             "--assume-unapplied", help="take what is older than the ledger for missing, where one cannot tell"
         ),
     ] = False,
+    call_handlers: Annotated[
+        bool,
+        typer.Option("--call-handlers", help="also call the handlers of missing messages, and undo what they write"),
+    ] = False,
+    allow_outside: Annotated[
+        bool,
+        typer.Option(
+            "--allow-outside",
+            help="with --rebuild or --call-handlers: let handlers and the lifespan connect elsewhere (mail, HTTP, other databases)",
+        ),
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on where the same replay was interrupted")] = False,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="write the answer as an HTML page")
@@ -105,8 +116,8 @@ def replay_command(
     """Read topics again and prove that nothing is missing and nothing would happen twice.
 
     Every message goes through the worker's own code in transactions that are rolled back, and PostgreSQL is asked what
-    they have written. Running workers are not disturbed: no group is joined, no offset is committed. A message that is
-    missing has its handler called, and undone: what that handler does outside PostgreSQL is done.
+    they have written. Running workers are not disturbed: no group is joined, no offset is committed. No handler is called,
+    except with --apply, --rebuild or --call-handlers; the last two refuse connections that handlers open.
 
     Exit code 0: nothing missing, nothing written, nothing different. 1: something is. 2: it could not tell.
 
@@ -148,11 +159,32 @@ def replay_command(
         base=text,
         trace=trace,
         republish_to=republish,
+        call_handlers=call_handlers,
+        allow_outside=allow_outside,
     )
-    loaded = load_app(app)
+    loaded = _loaded(app, options)
     one_database(loaded)
     settings.dsn  # noqa: B018 - raises when there is none
     return _replay(app, loaded, settings, topics, options, resume=resume, report=report, as_json=as_json)
+
+
+def _loaded(path: str, options: Options) -> App:
+    """The App. Raises Misconfigured if its import leaves a connection open that a dry run could not refuse to use."""
+    before = dryrun.opened_connections()
+    app = load_app(path)
+    if options.is_dry_run and not options.allow_outside:
+        if opened := sorted(peer for _, peer in dryrun.opened_connections() - before):
+            raise Misconfigured(
+                f"{path}: its import opens a connection to {opened[0]}, which a dry run cannot refuse to use; open it in the "
+                "lifespan, or allow it with --allow-outside"
+            )
+        if unseen := dryrun.unseen_clients():
+            err.print(
+                f"consumer: {', '.join(unseen)}: this client connects without Python, so a dry run cannot refuse it: make "
+                "sure that no handler uses it here",
+                markup=False,
+            )
+    return app
 
 
 def _check_writable(path: Path) -> None:
@@ -193,7 +225,9 @@ async def _replay(
     try:
         with terminal.progress("offsets") as told:
             save = kept.save if kept is not None else None
-            findings = await replay(app, settings, topics, options, Told(told.line, told.progress, save), resumed)
+            findings = await replay(
+                app, settings, topics, options, Told(told.line, told.announce, told.progress, save), resumed, alone=True
+            )
     except ConsumerError as error:
         if as_json:  # who reads JSON learns of it there too
             unknown = Verdict.UNKNOWN
@@ -226,7 +260,7 @@ class _Kept:
         same = [
             _STATE_VERSION, path, topics, ledger.where(settings.dsn), settings.kafka_bootstrap_servers, options.mode, options.start,
             options.end, options.partitions, str(options.key), options.message_id, options.handlers, options.assume_unapplied,
-            options.republish_to,
+            options.republish_to, options.call_handlers,
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
         self._path = _state_directory() / "consumer" / f"replay-{digest}.json"

@@ -15,6 +15,7 @@ from typing import Any
 from consumer.core.errors import TransactionMisuse
 from consumer.core.sqlsettings import check_setting
 from consumer.core.sqltext import refuse_transaction_control, traits
+from consumer.dryrun import is_dry_run
 from consumer.scope import Scope, savepoint_name
 
 _CANCELLED_SECONDS = 5.0
@@ -80,6 +81,11 @@ class Tx:
         self._constraints = False  # it may have changed when constraints are checked
         self.waited_seconds = 0.0  # for the turn
         self.waiting_since: float | None = None
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether a replay calls the handler, and undoes this transaction: leave out effects elsewhere."""
+        return is_dry_run()
 
     @property
     def in_statement(self) -> bool:

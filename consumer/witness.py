@@ -21,6 +21,7 @@ from consumer.core.message import Partition
 from consumer.core.outcome import Dead, Outcome, Parked, Reason
 from consumer.ledger import REDELIVERED, Session, Standing
 
+UNCALLED = Parked(0.0, "its handler was not called")  # of a missing message that can be read
 _MISSING_MAX = 200_000  # ids kept, so that a repetition among them is not counted as another message
 _UNREADABLE = {
     Reason.UNREADABLE,
@@ -35,12 +36,14 @@ _UNREADABLE = {
 class Witness:
     """What all looks of one replay share: the findings, what is missing so far, and a connection that sees what others commit.
 
-    storing: what is missing is about to be applied, so it is counted when that is done. horizon: where the ledger began
+    storing: what is missing is about to be applied, so it is counted when that is done. calling: handlers may be called
+    for what looks wrong. horizon: where the ledger began
     in a partition, None where that was not recorded; below it, what is absent is in doubt.
     """
 
     findings: Findings
     storing: bool
+    calling: bool
     assume_unapplied: bool
     connect: Callable[[], Awaitable[Session]]
     topics: Mapping[str, int] = field(default_factory=dict)
@@ -127,14 +130,14 @@ class Look:
         if not fresh:
             return fresh
         # While our claims are held, nobody else can commit these ids. So what another connection sees of them now was
-        # there before, and should not have been claimable: their handlers are called, and what they write is counted.
+        # there before, and should not have been claimable: their handlers may be called, and what they write is counted.
         witness = self.witness
         there, absent = await witness.standing(fresh)
         self.standing |= there
         self.absent = set(absent)
         self.forgotten = set(await session.too_old(absent))
         self.despite = len(there)
-        return [each for each in fresh if each in there]
+        return [each for each in fresh if each in there] if witness.calling else []
 
     async def handled(self, session: Session, done: once.Settlement) -> None:
         self.rows = await proof.rows_written(session.connection, self.before)
@@ -307,7 +310,9 @@ class Look:
                 findings.times.add([record.timestamp], "missing")
             what = would_text(outcome)
             witness.would[what] = witness.would.get(what, 0) + 1
-            detail = f"would {what}" + ("; workers have not come to it yet" if ahead else "")
+            detail = ("not applied" if outcome is UNCALLED else f"would {what}") + (
+                "; workers have not come to it yet" if ahead else ""
+            )
             findings.sample("missing", **place(delivery), detail=detail)
 
     def _tally_precheck(self) -> None:
@@ -338,6 +343,8 @@ def would_text(outcome: Outcome | None) -> str:
     match outcome:
         case None:
             return "be applied"
+        case Parked() if outcome is UNCALLED:
+            return "be tried"
         case Dead(reason):
             return f"become a dead letter ({reason.value})"
         case Parked() if outcome is once.BEHIND:

@@ -28,6 +28,7 @@ LAYERS = [
     "schema",
     "embedded",
     "columns",
+    "dryrun",
     "scope",
     "tx",
     "compression",

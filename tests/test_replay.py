@@ -121,7 +121,7 @@ async def test_a_message_that_was_lost_is_found_and_repaired(settled: tuple[Plac
     assert found.verdict().exit_code == 1
     assert found.precheck is not None and found.precheck["wrong"] == 2
     [sample] = [each for each in found.samples if each["kind"] == "missing"]
-    assert sample["id"] == str(id) and sample["detail"] == "would be applied"
+    assert sample["id"] == str(id) and sample["detail"] == "not applied"
     assert found.ahead == 0
     assert await everything(place.dsn) == before
 
@@ -204,7 +204,9 @@ async def test_a_handler_that_is_called_in_spite_of_its_claim_is_caught(
         monkeypatch.setattr(replay_module, "_CHUNK", 5)
     broken = True
     before = await everything(place.dsn)
-    found = await run(place, app, topic)
+    unasked = await run(place, app, topic)  # calls no handler, and the claims tell
+    assert {each["kind"]: each["count"] for each in unasked.problems()} == {"claims": 20}
+    found = await run(place, app, topic, call_handlers=True)
     kinds = {each["kind"]: each["count"] for each in found.problems()}
     expected = {
         "rows": {"claims": 20, "effects": 40},
@@ -258,7 +260,12 @@ async def test_every_outcome_is_counted_once_and_under_its_own_name(place: Place
         payment("other again", id="a"),
     )
     before = await everything(place.dsn)
-    found = await run(place, app, topic)
+    unasked = await run(place, app, topic)
+    found = await run(place, app, topic, call_handlers=True)
+    assert counts(unasked) == counts(found)
+    assert {each["detail"] for each in unasked.samples if each["kind"] == "missing"} == {
+        "not applied; workers have not come to it yet"
+    }
     assert counts(found) == {
         "delivered": 12,
         "applied": 2,

@@ -214,7 +214,7 @@ async def test_ctrl_c_says_how_far_it_came_and_resume_goes_on(place: Place, tmp_
         "PYTHONPATH": str(ROOT),
         "SLOW": str(tmp_path / "begun"),
     }
-    command = [sys.executable, "-m", "consumer", "replay", f"{shop.module}:app", shop.topic]
+    command = [sys.executable, "-m", "consumer", "replay", f"{shop.module}:app", shop.topic, "--call-handlers"]
     for end, code in ((signal.SIGINT, 2), (signal.SIGTERM, 2)):
         (tmp_path / "begun").unlink(missing_ok=True)
         process = subprocess.Popen(
@@ -245,7 +245,7 @@ async def test_ctrl_c_says_how_far_it_came_and_resume_goes_on(place: Place, tmp_
         await query(place.dsn, "select (select count(*) from effects), (select count(*) from consumer.ledger)")
         == before
     )
-    result = shop.replay("--resume", "--json")
+    result = shop.replay("--call-handlers", "--resume", "--json")
     found = json.loads(result.stdout)
     assert result.returncode == 1 and found["handlers"]["settle"]["missing"] == 200 and found["messages"] == 200
     assert shop.states == []

@@ -6,7 +6,7 @@ Knows the shape of a Kafka record, not the client that read it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -45,6 +45,7 @@ class Message(msgspec.Struct, Generic[T], frozen=True):
     `value` is decoded to T. `headers` keeps order and repeated names. `timestamp` is the record's, in milliseconds
     since 1970 UTC, set by the producer or the broker: do not assume that it grows with the offset.
     `id` is the 16-byte identity as hexadecimal text, the same for every delivery of the message.
+    `dry_run` is true while a replay calls the handler in a transaction that is undone: leave out effects elsewhere.
     """
 
     id: str
@@ -55,6 +56,14 @@ class Message(msgspec.Struct, Generic[T], frozen=True):
     headers: tuple[tuple[str, bytes | None], ...]
     timestamp: int
     value: T
+    dry_run: bool = False
+
+
+def as_dry_run(argument: Any) -> Any:
+    """A handler's argument with `dry_run` set in its messages."""
+    if isinstance(argument, list):
+        return [as_dry_run(each) for each in argument]
+    return msgspec.structs.replace(argument, dry_run=True) if isinstance(argument, Message) else argument
 
 
 class LogRecord(msgspec.Struct, frozen=True, gc=False):
