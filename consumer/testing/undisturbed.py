@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from consumer.core.errors import Misconfigured
+from consumer.core.names import ident
 
 _SHOWN_MAX = 5  # rows, or columns, of one table in the text of an error
 
 # Values that PostgreSQL makes up: identities, and defaults that move, also where a foreign key refers to them.
 _COLUMNS = r"""
 with columns as (
-    select c.oid as of, a.attnum as number, a.attname as column, quote_ident(a.attname) as quoted,
-           quote_ident(n.nspname) || '.' || quote_ident(c.relname) as place, n.nspname || '.' || c.relname as name,
-           c.relname as short, a.attidentity <> '' or (a.attgenerated = ''
+    select c.oid as of, a.attnum as number, n.nspname as schema, c.relname as table, a.attname as column, a.attidentity <> '' or (a.attgenerated = ''
                and coalesce(pg_get_expr(d.adbin, d.adrelid) ~* $1, false)) as computed
     from pg_class c
     join pg_namespace n on n.oid = c.relnamespace
@@ -34,7 +33,7 @@ with columns as (
     join columns t on t.of = k.confrelid and t.number = k.confkey[i] and t.computed
     where k.contype = 'f'
 )
-select *, computed or (of, number) in (select of, number from referring) as moves from columns order by place, number
+select *, computed or (of, number) in (select of, number from referring) as moves from columns order by schema, "table", number
 """
 _MOVING = r"\m(nextval|now|\w*random\w*|\w*uuid\w*|\w+_timestamp|timeofday|current_\w+|localtime\w*|txid_current)\M"
 
@@ -51,25 +50,25 @@ class Contents:
 
 async def contents(connection: Any, ignore: Collection[str]) -> dict[str, Contents]:
     """All tables outside schema `consumer`. ignore: COLUMN, TABLE or TABLE.COLUMN. Raises Misconfigured for an unknown one."""
-    columns: dict[str, list[Any]] = {}
+    columns: dict[tuple[str, str], list[str]] = {}
     unknown = set(ignore)
     for row in await connection.fetch(_COLUMNS, _MOVING):
-        names = {row["column"]}
-        for table in (row["short"], row["name"]):
-            names |= {table, f"{table}.{row['column']}"}
+        schema, table, column = row["schema"], row["table"], row["column"]
+        whole = f"{schema}.{table}"
+        names = {column, table, whole, f"{table}.{column}", f"{whole}.{column}"}
         unknown -= names
-        kept = columns.setdefault(row["place"], [])
+        kept = columns.setdefault((schema, table), [])
         if not row["moves"] and not names & set(ignore):
-            kept.append(row)
+            kept.append(column)
     if unknown:
         raise Misconfigured(
             f"ignore={sorted(unknown)[0]!r}: no such table or column; write TABLE, COLUMN or TABLE.COLUMN"
         )
     found: dict[str, Contents] = {}
-    for place, kept in columns.items():
-        listed = ", ".join(f"{each['quoted']}::text" for each in kept) or "null"
-        rows = await connection.fetch(f"select {listed} from {place}")  # noqa: S608 - quoted by PostgreSQL
-        found[place] = Contents(tuple(each["column"] for each in kept), Counter(tuple(each) for each in rows))
+    for (schema, table), kept in columns.items():
+        listed = ", ".join(f"{ident(each)}::text" for each in kept)
+        rows = await connection.fetch(f"select {listed} from {ident(schema)}.{ident(table)}")  # noqa: S608 - by ident
+        found[f"{schema}.{table}"] = Contents(tuple(kept), Counter(tuple(each) for each in rows))
     return found
 
 
