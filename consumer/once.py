@@ -701,8 +701,15 @@ def shares(applied: Iterable[Delivery], outcomes: Mapping[Delivery, Outcome]) ->
     for delivery, outcome in outcomes.items():
         if type(outcome) is Dead and outcome.reason is not Reason.BEHIND:
             counts[delivery.handler.name] = counts.get(delivery.handler.name, 0) + 1
-            reasons.setdefault(delivery.handler.name, []).append(outcome.reason.value)
+            reasons.setdefault(delivery.handler.name, []).append(_reason(outcome))
     return {name: (count, reasons.get(name, [])) for name, count in counts.items()}
+
+
+def _reason(verdict: Dead) -> str:
+    """Why a message died, with the place in the handler's code, or the field that does not fit; without values."""
+    if verdict.trace:
+        return f"{verdict.reason.value}: {verdict.trace.partition(chr(10))[0]}"
+    return f"{verdict.reason.value}: {verdict.error}" if verdict.reason is Reason.UNREADABLE else verdict.reason.value
 
 
 def _attempts(delivery: Delivery, done: Settlement) -> int:

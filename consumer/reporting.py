@@ -14,8 +14,9 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from consumer import waiting
+from consumer.core.deadshare import TooManyDeadLetters
 from consumer.core.evidence import Evidence, Why
-from consumer.core.lanes import Lane
+from consumer.core.lanes import Delivery, Lane
 from consumer.core.message import Partition
 from consumer.telling import Teller
 from consumer.waiting import Row
@@ -119,9 +120,16 @@ class Reporter:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 await waiting.write(connection, self._worker, sorted(self._handlers), rows)
 
-    async def halt(self, connection: Any, handler: int, partition: Partition, why: Why, count: int) -> None:
-        """Record why the worker ends and is not started again."""
-        await waiting.halt(connection, self._worker, Row(handler, partition, count, why, 0))
+    async def halt(self, connection: Any, deliveries: Sequence[Delivery], error: TooManyDeadLetters) -> None:
+        """Record why the worker ends and is not started again, so that `status` can say so."""
+        found = next((each for each in deliveries if each.handler.name == error.handler), None)
+        if found is None:
+            return
+        why = Why(f"stopped by the dead-letter limit; most: {error.reason}", time.time(), systemic=True)
+        with suppress(Exception):  # the log says the same
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                row = Row(found.handler.number, found.partition, error.count, why, 0)
+                await waiting.halt(connection, self._worker, row)
 
 
 def _steady(rows: Sequence[Row]) -> list[tuple[object, ...]]:

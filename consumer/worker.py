@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from consumer import conflicts, coverage, group, once, opening, reporting, shards, telling, transport
+from consumer import conflicts, coverage, crowding, group, once, opening, reporting, shards, telling, transport
 from consumer.activity import Activity, LoopWatch, Stuck, limits, memory_mb
 from consumer.app import App
-from consumer.core.deadshare import DeadShare
+from consumer.core.deadshare import DeadShare, TooManyDeadLetters
 from consumer.core.epoch import is_left_behind
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.core.evidence import Evidence
@@ -58,6 +58,8 @@ _LOOK_SECONDS = 5.0  # between looks at what the logs are; a fetch that is refus
 _LOOK_AGAIN_SECONDS = 0.5
 _LIMITS_SECONDS = 0.1  # how exactly the limits of handlers are kept
 _LAST_WORD_SECONDS = 5.0
+_TOO_MANY_CONNECTIONS = "53300"
+_CROWDED_SECONDS = 0.5
 _CANCELLED_SECONDS = 3.0  # what does not end when it is cancelled is left behind
 
 OFFSET_IDS = (
@@ -92,6 +94,7 @@ class _Shard:
     unopened: set[Partition] = field(default_factory=set)  # whose position in it is not known yet
     stopped: dict[Partition, tuple[Stop, Position]] = field(default_factory=dict)  # until the position is moved
     to_open: asyncio.Event = field(default_factory=asyncio.Event)
+    crowded_until: float = 0.0  # monotonic: connections are given back, for other workers and lanes
 
     @property
     def label(self) -> dict[str, str]:
@@ -112,6 +115,7 @@ class _Lane:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     part: Batch | None = None  # what it settles now
     has_room: bool = True  # else it has its share of the buffer
+    opened_at: float = 0.0  # of its session, monotonic
     asks_below: dict[Partition, int] = field(default_factory=dict)  # offsets that other shards may have seen
 
 
@@ -341,6 +345,9 @@ class Worker:
                         )
                 except Outage as error:
                     why = str(error) if isinstance(error, NotPrimary) else describe(error.__cause__ or error)
+                    if sqlstate_of(error.__cause__ or error) == _TOO_MANY_CONNECTIONS:
+                        self._share_connections(shard)
+                        pause = min(pause, _CROWDED_SECONDS)
                     if why != told:
                         event(logging.WARNING, "waiting for postgresql", error=why, **shard.label)
                     told = why
@@ -353,6 +360,41 @@ class Worker:
         finally:
             self._waiting_for_postgres -= 1
         return None
+
+    def _share_connections(self, shard: _Shard) -> None:
+        """Give connections back for a while: others wait for one."""
+        if shard.crowded_until < time.monotonic():
+            event(
+                logging.WARNING,
+                "postgresql has too few connections: lanes and workers take turns",
+                do="raise max_connections, or lower CONSUMER_LANES or --workers",
+                **shard.label,
+            )
+        shard.crowded_until = time.monotonic() + crowding.SECONDS
+
+    async def _give_back(self, lane: _Lane, *, is_idle: bool) -> None:
+        """Close a lane's connection while others wait for one."""
+        now = time.monotonic()
+        if lane.session is None or (not is_idle and now - lane.opened_at < crowding.HELD_SECONDS_MAX):
+            return
+        lane.session.close()
+        lane.session = None
+        if not is_idle:
+            lane.idle.set()
+            await self._pause(_CROWDED_SECONDS * (0.5 + self._draw() / 2))
+
+    async def _look_at_connections(self, shard: _Shard) -> None:
+        """Notice that connections run out, and do without the one beside the lanes while they do."""
+        if shard.control is not None and shard.control.is_usable:
+            if not self._settings.postgres_pooler and await crowding.is_crowded(shard.control.connection):
+                self._share_connections(shard)
+            if shard.crowded_until > time.monotonic() and not shard.unopened:
+                shard.control.close()
+        elif shard.crowded_until < time.monotonic() - _CROWDED_SECONDS and shard.crowded_until:
+            try:
+                shard.control = await Session.open(shard.settings)
+            except Outage:
+                shard.crowded_until = time.monotonic() + crowding.SECONDS
 
     async def _pause(self, seconds: float) -> None:
         """Wait, but not beyond the order to stop."""
@@ -469,6 +511,8 @@ class Worker:
             if not self._holding and not self._stopping.is_set():
                 batch = lane.state.take(time.monotonic(), settings.batch_messages_max, settings.batch_bytes_max)
             if batch is None:
+                if lane.shard.crowded_until > time.monotonic():
+                    await self._give_back(lane, is_idle=True)
                 lane.idle.set()
                 lane.wake.clear()
                 due = lane.state.next_due()
@@ -479,6 +523,8 @@ class Worker:
             lane.idle.clear()
             self._room.set()
             await self._settle(lane, batch)
+            if lane.shard.crowded_until > time.monotonic():
+                await self._give_back(lane, is_idle=False)
 
     async def _settle(self, lane: _Lane, batch: Batch) -> None:
         """Settle a batch whatever happens, unless its partitions go away first: then its next owner does."""
@@ -500,6 +546,7 @@ class Worker:
             if lane.session is None or not lane.session.is_usable:
                 lane.idle.set()  # nothing is in flight: a rebalance need not wait until the database is back
                 lane.session = await self._session(shard)
+                lane.opened_at = time.monotonic()
                 if lane.session is None or generation != shard.generation:
                     return
                 lane.idle.clear()
@@ -544,6 +591,9 @@ class Worker:
                 parts += once.again(part, careful, failures + 1, self._draw, cause, self._evidence)
                 # The first conflict is run again almost at once; what keeps failing is left ever more time.
                 await self._pause(min(_BACKOFF_SECONDS[1], 0.005 * 3.0**failures) * (0.5 + self._draw() / 2))
+            except TooManyDeadLetters as error:
+                await self._reporters[shard.name].halt(lane.session.connection, part.deliveries, error)
+                raise
             except Fenced:
                 event(logging.WARNING, "positions have moved: reading them again", lane=lane.number, **shard.label)
                 self._reopen(lane)
@@ -1023,15 +1073,18 @@ class Worker:
         while True:
             await asyncio.sleep(reporting.SECONDS)
             self._teller.flush()
-            control = shard.control
-            if self._holding or control is None or not control.is_usable or shard.control_lock.locked():
+            if self._holding or shard.control_lock.locked():
                 continue
+            control = shard.control
             try:
                 async with shard.control_lock:
-                    await reporter.report(control.connection)
+                    if control is not None and control.is_usable:
+                        await reporter.report(control.connection)
+                    await self._look_at_connections(shard)
             except Exception as error:  # it is tried again; nothing depends on it but what people see
                 event(logging.DEBUG, "what waits cannot be reported now", error=describe(error), **shard.label)
-                control.close()
+                if control is not None:
+                    control.close()
 
     async def _record_keys(self, shard: _Shard) -> None:
         """Let the shard remember where new keys were sent, so that another route is refused at the next start."""

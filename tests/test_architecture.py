@@ -40,6 +40,7 @@ LAYERS = [
     "generations",
     "deadletters",
     "waiting",
+    "crowding",
     "server",
     "ledger",
     "precheck",

@@ -13,7 +13,8 @@ import msgspec
 import pytest
 from harness import Place, Sent, consume_all, drained, letters, until, value, working
 
-from consumer import App, Retry, RunAgain, Tx, waiting
+from consumer import App, Retry, RunAgain, Tx, report, waiting
+from consumer.core.deadshare import TooManyDeadLetters
 
 INSERT = "insert into effects values ($1, $2, $3)"
 QUICK = Retry(attempts=2, base=0.02, cap=0.1)
@@ -264,3 +265,119 @@ async def test_many_failures_of_one_kind_are_a_few_log_lines(place: Place, caplo
     assert 1 <= len(lines) <= 12  # for at least 800 failures
     fields = lines[0].fields  # type: ignore[attr-defined]
     assert fields["handler"] == "settle" and "test_evidence.py:" in fields["error"]
+
+
+async def test_the_dead_letter_limit_says_why_it_stopped_the_worker_in_status_too(place: Place) -> None:
+    topic = await place.topic()
+    app = App(f"evidence-{uuid4().hex[:8]}")
+
+    @app.handler(topic, retry=Retry(attempts=1))
+    async def settle(payment: Payment, tx: Tx) -> None:
+        raise KeyError(payment.id)
+
+    await place.send(topic, *[payment(f"secret{n}") for n in range(200)])
+    with pytest.raises(TooManyDeadLetters) as caught:
+        await consume_all(app, place.settings())
+    assert "failed: KeyError at test_evidence.py:" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    [row] = await waits(place, app)
+    assert row["systemic"] and "dead-letter limit" in row["error"] and "KeyError at test_evidence.py:" in row["error"]
+
+
+async def test_a_dead_letter_keeps_the_frames_of_its_error_without_values(place: Place) -> None:
+    topic = await place.topic()
+    app = App(f"evidence-{uuid4().hex[:8]}")
+
+    def look_up(account: str) -> int:
+        return {"a": 1}[account]
+
+    @app.handler(topic, retry=Retry(attempts=1))
+    async def settle(payment: Payment, tx: Tx) -> None:
+        look_up(f"secret-{payment.id}")
+
+    await place.send(topic, payment("p"))
+    await consume_all(app, place.settings())
+    connection = await asyncpg.connect(place.dsn)
+    try:
+        letter = await report.dead_letter(
+            connection, await value(place.dsn, "select dead_letter from consumer.dead_letters")
+        )
+    finally:
+        await connection.close()
+    assert letter is not None
+    assert letter["trace"][0].startswith("KeyError at test_evidence.py:")
+    assert letter["trace"][-2].endswith(" in look_up") and "secret" not in "".join(letter["trace"])
+
+
+async def test_what_waits_for_messages_of_another_topic_does_not_hold_them_up(place: Place) -> None:
+    """B4: as many as wait of one kind, what they wait for is read."""
+    shipped, ordered = await place.topic(), await place.topic()
+    app = App(f"evidence-{uuid4().hex[:8]}")
+
+    @app.handler(shipped, retry=QUICK)
+    async def ship(payment: Payment, tx: Tx) -> None:
+        if not await tx.fetchval("select true from effects where id = $1", f"order {payment.id}"):
+            raise RunAgain("not ordered yet")
+        tx.defer(INSERT, f"ship {payment.id}", 1, 1)
+
+    @app.handler(ordered)
+    async def order(payment: Payment, tx: Tx) -> None:
+        tx.defer(INSERT, f"order {payment.id}", 1, 1)
+
+    names = [f"p{n}" for n in range(600)]
+    await query_all(place, "create index on effects (id)")
+    await place.send(shipped, *map(payment, names))
+    settings = place.settings(parked_messages_max=100, lanes=1)
+    async with working(app, settings) as worker:
+
+        async def is_full() -> bool:
+            return any(lane.state.is_full(each) for lane in worker._lanes for each in lane.state.partitions)
+
+        await until("the partition to be full", is_full)
+        await place.send(ordered, *map(payment, names))
+        await drained(app, settings, 120)
+    assert len(await place.effects()) == 1200
+
+
+async def test_a_busy_key_that_fails_holds_up_no_other_key_and_keeps_its_order(place: Place) -> None:
+    """B40: messages behind a failing one do not take the room of other keys and partitions."""
+    topic = await place.topic(2)
+    app = App(f"evidence-{uuid4().hex[:8]}")
+    mended = asyncio.Event()
+    order: list[str] = []
+
+    @app.handler(topic, retry=Retry(attempts=100_000, base=0.05, cap=0.2))
+    async def settle(payment: Payment, tx: Tx) -> None:
+        if payment.id.startswith("busy"):
+            if not mended.is_set():
+                raise ConnectionError
+            order.append(payment.id)
+        tx.defer(INSERT, payment.id, payment.account, payment.amount)
+
+    busy = [f"busy{n:04}" for n in range(1500)]
+    await place.send(topic, *[payment(each, key="busy", partition=0) for each in busy])
+    await place.send(topic, *[payment(f"p{n}", partition=n % 2) for n in range(200)])
+    async with working(app, place.settings()):
+        await until("the other keys", applied(place, 200))
+        mended.set()
+        await drained(app, place.settings(), 120)
+    assert len(await place.effects()) == 1700
+    assert list(dict.fromkeys(order)) == busy
+
+
+async def test_counters_tell_what_is_applied_and_rows_agree(place: Place) -> None:
+    """B18: `status` reads counters, which are exact over duplicates, dead letters, retries and several partitions."""
+    topic = await place.topic(3)
+    app = app_of(topic, "do $$ begin raise 'no'; end $$")
+    sent = [payment(f"p{n}", -1 if n % 50 == 7 else 1, partition=n % 3) for n in range(500)]
+    await place.send(topic, *sent, *sent[:100])
+    await consume_all(app, place.settings())
+    connection = await asyncpg.connect(place.dsn)
+    try:
+        found = (await report.handler_counts(connection, app))["settle"]
+        assert (found["applied"], found["dead_lettered"]) == (490, 10)
+        assert await report.miscounts(connection, app) == {}
+        await connection.execute("delete from consumer.ledger where ctid = (select min(ctid) from consumer.ledger)")
+        assert await report.miscounts(connection, app) == {"settle": {"rows": 489, "counter": 490}}
+    finally:
+        await connection.close()

@@ -18,7 +18,16 @@ LEAST = (
 
 
 class TooManyDeadLetters(ConsumerError):
-    """The share of dead letters is above the limit: nothing more is settled, the worker ends and is not started again."""
+    """The share of dead letters is above the limit: nothing more is settled, the worker ends and is not started again.
+
+    handler, reason, count: whose they are, the commonest reason with its place or field, and how many there are of it.
+    """
+
+    def __init__(self, text: str, handler: str, reason: str, count: int) -> None:
+        super().__init__(text)
+        self.handler = handler
+        self.reason = reason
+        self.count = count
 
 
 class DeadShare:
@@ -46,7 +55,10 @@ class DeadShare:
             raise TooManyDeadLetters(
                 f"handler {handler!r} would make {bad:,} dead letters of its last {total:,} messages, more than the limit of "
                 f"{self._limit:g} (most for the reason {reason!r}: {most:,}); nothing of this batch was settled. Mend the handler, "
-                "or set CONSUMER_DEAD_LETTER_LIMIT=1 if they are to become dead letters all the same"
+                "or set CONSUMER_DEAD_LETTER_LIMIT=1 if they are to become dead letters all the same",
+                handler,
+                reason,
+                most,
             )
 
     def settled(self, handler: str, messages: int, reasons: Iterable[str]) -> None:

@@ -1,0 +1,63 @@
+"""Too few PostgreSQL connections: workers and lanes take turns, and everything proceeds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from uuid import uuid4
+
+import pytest
+from harness import Sent, as_worker, migrated, new_topic, produce, settings_for, until, value, working
+from services import Kafka
+
+from consumer import App, Tx
+from consumer.embedded import Postgres
+
+
+@pytest.fixture
+def small() -> Iterator[Postgres]:
+    """A server with seven connections for workers, and three for the test."""
+    with Postgres({"fsync": "off", "max_connections": "10"}) as server:
+        yield server
+
+
+@pytest.mark.timeout(300)
+async def test_too_few_connections_are_shared_and_every_partition_proceeds(
+    small: Postgres, kafka: Kafka, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "consumer")
+    await migrated(small.dsn())
+    topic = await new_topic(kafka.bootstrap_servers, 12)
+    app_name = f"crowded-{uuid4().hex[:8]}"
+
+    def app() -> App:
+        made = App(app_name)
+
+        @made.handler(topic)
+        async def settle(body: dict[str, str], tx: Tx) -> None:
+            tx.defer("insert into effects values ($1, 1, 1)", body["id"])
+
+        return made
+
+    async def send(begin: int) -> None:
+        await produce(
+            kafka.bootstrap_servers,
+            topic,
+            [Sent({"id": f"m{n}"}, id=f"m{n}", partition=n % 12) for n in range(begin, begin + 600)],
+        )
+
+    async def all_of(number: int) -> bool:
+        return bool(await value(small.dsn(), "select count(*) from effects") == number)
+
+    await send(0)
+    settings = settings_for(as_worker(small.dsn()), kafka.bootstrap_servers, None, lanes=4, batch_messages_max=20)
+    async with AsyncExitStack() as workers:
+        for _ in range(3):
+            await workers.enter_async_context(working(app(), settings))
+        await until("all partitions to proceed", lambda: all_of(600), 120)
+        await send(600)
+        await until("all of them again", lambda: all_of(1200), 120)
+    assert await value(small.dsn(), "select count(distinct id) from effects") == 1200
+    told = [each for each in caplog.records if "too few connections" in each.getMessage()]
+    assert 1 <= len(told) <= 30  # by each worker when it begins, not by each lane and batch
