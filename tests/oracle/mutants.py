@@ -1,13 +1,233 @@
-"""The framework, broken on purpose: the oracle must find each."""
+"""The framework, broken on purpose in the code of its batches: the oracle must find each. docs/oracle.md lists them.
+
+A mutant replaces one function. Each says in its docstring what goes wrong then.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 MUTANTS: dict[str, Callable[[], None]] = {}
+
+
+def _mutant(patch: Callable[[], None]) -> Callable[[], None]:
+    MUTANTS[patch.__name__.strip("_").replace("_", "-")] = patch
+    return patch
 
 
 def install(name: str) -> None:
     """Break the framework of this process in this way; "" leaves it alone."""
     if name:
         MUTANTS[name]()
+
+
+class broken(AbstractContextManager[None]):  # noqa: N801 - reads as a statement
+    """The framework is broken in this way inside the block, and whole again after it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def __enter__(self) -> None:
+        _changes.clear()
+        install(self._name)
+        self._before = list(_changes)
+
+    def __exit__(self, *_: object) -> None:
+        for owner, name, original in reversed(self._before):
+            setattr(owner, name, original)
+
+
+_changes: list[tuple[Any, str, Any]] = []
+
+
+def _replace(owner: Any, name: str, new: Any) -> None:
+    """Put something else in the place of a function, in every module that has imported it."""
+    original = getattr(owner, name)
+    for module in [owner, *(each for key, each in list(sys.modules.items()) if key.startswith("consumer"))]:
+        if getattr(module, name, None) is original:
+            _changes.append((module, name, original))
+            setattr(module, name, new)
+
+
+@_mutant
+def _grouping_without_proof() -> None:
+    """All statements are taken to commute: the first ones of a batch run before the second ones."""
+    from consumer import scope
+    from consumer.core import grouping
+
+    _replace(grouping, "commute", lambda plans: True)
+    _replace(scope, "commute", lambda plans: True)
+
+
+@_mutant
+def _barriers_are_passed() -> None:
+    """A statement that is not understood is taken to touch nothing."""
+    from consumer.core import grouping
+
+    original = grouping.group
+
+    def group(writes: Any, plans: Any) -> Any:
+        known = [each for each in plans.values() if each is not None]
+        if not known:
+            return original(writes, plans)
+        import dataclasses
+
+        nothing = dataclasses.replace(known[0], touches=frozenset({object()}), pins={})
+        return original(writes, {sql: plan or nothing for sql, plan in plans.items()})
+
+    _replace(grouping, "group", group)
+
+
+@_mutant
+def _keys_as_python_compares_them() -> None:
+    """Two spellings of one uuid are two keys."""
+    from consumer.core import rounds
+
+    keys = dict.fromkeys(rounds._KEYS, lambda value: value)
+    _replace(rounds, "_KEYS", keys)
+    _replace(rounds, "_keys", lambda arguments, places, types: [tuple(each[p] for p in places) for each in arguments])
+
+
+@_mutant
+def _blind_to_the_catalog() -> None:
+    """Triggers, rules, policies, generated columns and foreign keys are not looked at."""
+    from consumer.core import catalog
+
+    _replace(catalog, "barrier", lambda facts, shape: None)
+    _replace(catalog, "_why_alone", lambda facts, shape, types: None)
+
+
+@_mutant
+def _rows_met_twice() -> None:
+    """An array meets a row twice, and changes it once."""
+    from consumer.core import rounds
+
+    _replace(rounds, "rounds", lambda arguments, shape, types: [list(arguments)])
+    _replace(rounds, "sums", lambda arguments, shape, types: None)
+
+
+@_mutant
+def _sums_beyond_the_keys() -> None:
+    """The last of several additions to a row is taken for their sum."""
+    from consumer.core import rounds
+
+    original = rounds.sums
+
+    def sums(arguments: Any, shape: Any, types: Any) -> Any:
+        found = original(arguments, shape, types)
+        if found is None:
+            return None
+        places = [place for _, place in shape.keys]
+        last = {tuple(str(each[place]) for place in places): each for each in arguments}
+        return [last[tuple(str(row[place]) for place in places)] for row in found[0]], found[1]
+
+    _replace(rounds, "sums", sums)
+
+
+@_mutant
+def _no_turns() -> None:
+    """Messages of a handler with concurrency use the connection all at once: what one reads, another changes."""
+    from consumer.scope import Turn
+
+    async def take(self: Any, tx: Any) -> None: ...
+
+    _replace(Turn, "take", take)
+
+
+@_mutant
+def _awaited_before_deferred() -> None:
+    """An awaited statement does not send what was deferred before it."""
+    from consumer.tx import Tx
+
+    async def flush(self: Any, level: Any) -> None: ...
+
+    _replace(Tx, "_flush", flush)
+
+
+@_mutant
+def _constraints_at_the_end() -> None:
+    """Deferred constraints are checked once, at the COMMIT of the whole batch."""
+    from consumer.scope import Scope
+
+    async def check(self: Any) -> None: ...
+
+    _replace(Scope, "check_constraints", check)
+
+
+@_mutant
+def _schema_known_for_a_minute() -> None:
+    """What a handler's own DDL changes is noticed a minute later."""
+    from consumer.columns import Columns
+
+    _replace(Columns, "forget", lambda self: None)
+
+
+@_mutant
+def _failures_leave_their_writes() -> None:
+    """What a failed message has written is not taken back."""
+    from consumer.core import outcome  # noqa: F401 - loads the package
+    from consumer.ledger import Session
+
+    original = Session.begin
+
+    async def begin(self: Any) -> None:
+        await original(self)
+        execute = self.connection.execute
+
+        class Deaf:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(execute.__self__, name)
+
+            async def execute(self, sql: str, *args: Any, **options: Any) -> Any:
+                if sql.startswith("rollback to savepoint consumer_"):
+                    sql = sql.replace("rollback to", "release") + f"; {sql.replace('rollback to ', '')}"
+                return await execute(sql, *args, **options)
+
+        if type(self.connection).__name__ != "Deaf":
+            self.connection = Deaf()
+
+    _replace(Session, "begin", begin)
+
+
+@_mutant
+def _settings_stay() -> None:
+    """What `set_local` sets stays for the messages that follow."""
+    from consumer import tx
+
+    _replace(tx, "_RESET_LOCAL", "select $1::text[], $2::text[]")
+
+
+@_mutant
+def _handler_after_handler() -> None:
+    """All messages of the first handler run before those of the second one."""
+    from consumer import once
+
+    original = once._Run.handlers
+
+    async def handlers(self: Any, fresh: Any) -> None:
+        numbers = [each.handler.number for each in fresh]
+        ordered = sorted(fresh, key=lambda each: numbers.index(each.handler.number))
+        await original(self, ordered)
+
+    _replace(once._Run, "handlers", handlers)
+
+
+@_mutant
+def _errors_are_swallowed() -> None:
+    """A deferred write that fails in a savepoint of its message is left out, and the message counts as applied."""
+    from consumer.columns import Columns
+
+    original = Columns.send
+
+    async def send(self: Any, sql: str, arguments: Any) -> None:
+        await self._connection.execute("savepoint oracle")
+        try:
+            await original(self, sql, arguments)
+        except Exception:
+            await self._connection.execute("rollback to savepoint oracle")
+
+    _replace(Columns, "send", send)
