@@ -8,13 +8,13 @@ import json
 import logging
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from chaos.invariants import INVARIANTS
 from chaos.rig import Rig
 from chaos.run import Outcome, Run
-from chaos.schedule import draw
+from chaos.schedule import Ways, draw, ways
 
 _EPILOG = """A run counts when each of its faults has happened, records were delivered again and COMMITs had unknown outcomes.
 Exit code 0: all runs count and none has violated an invariant; 1 otherwise. What a bad run leaves (journal, schedule, logs,
@@ -33,6 +33,13 @@ def main() -> int:
         default=2,
         help="worker processes of the first of two `consumer run`; the others have one (default: 2)",
     )
+    for name, what in (
+        ("pooler", "PgBouncer in transaction mode in the path"),
+        ("operators", "operators at work: retry, discard, mend, positions, replay --apply, purge"),
+        ("versions", "two versions of the application in one group"),
+    ):
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{what} (default: by the seed)")
+    parser.add_argument("--brief", action="store_true", help="one line for each run, and the tables of bad ones only")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each run")
     parser.add_argument("--schedule", action="store_true", help="print the schedule of the seed, and run nothing")
     parser.add_argument(
@@ -43,7 +50,7 @@ def main() -> int:
         parser.error("--seconds between 1 and 86400, --rate between 1 and 5000, --runs and --workers at least 1")
     first = int(time.time()) % 1_000_000 if given.seed is None else given.seed
     if given.schedule:
-        for fault in draw(first, given.seconds):
+        for fault in draw(first, given.seconds, _ways(given, first).operators):
             print(json.dumps(asdict(fault)))
         return 0
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # every fault is one of its errors
@@ -58,20 +65,38 @@ async def _runs(given: argparse.Namespace, first: int) -> int:
     good = True
     async with Rig() as rig:
         for seed in range(first, first + given.runs):
-            if not given.json:
-                print(f"seed {seed}: {given.seconds:g} s …", flush=True)
-            outcome = await Run(rig, seed, given.seconds, rate=given.rate, workers=given.workers).run()
+            set_up = _ways(given, seed)
+            if not given.json and not given.brief:
+                print(f"seed {seed} ({set_up}): {given.seconds:g} s …", flush=True)
+            outcome = await Run(rig, seed, given.seconds, rate=given.rate, workers=given.workers, ways=set_up).run()
             good &= outcome.good
-            print(json.dumps(asdict(outcome)) if given.json else told(outcome), flush=True)
+            brief = given.brief and outcome.good
+            print(json.dumps(asdict(outcome)) if given.json else line(outcome) if brief else told(outcome), flush=True)
             if given.record is not None:
                 with given.record.open("a") as table:
                     table.write(row(outcome))
     return 0 if good else 1
 
 
+def _ways(given: argparse.Namespace, seed: int) -> Ways:
+    """How a run is set up: as its seed says, but for what was asked for."""
+    asked = {name: getattr(given, name) for name in ("pooler", "operators", "versions")}
+    return replace(ways(seed), **{name: value for name, value in asked.items() if value is not None})
+
+
+def line(outcome: Outcome) -> str:
+    """A run in one line."""
+    counts = outcome.counts
+    return (
+        f"seed {outcome.seed}: {'good' if outcome.good else 'NOT GOOD'}, {outcome.ways}, {len(outcome.faults)} faults, "
+        f"{counts.get('records', 0):,} records, {counts.get('redelivered', 0):,} delivered again, "
+        f"{counts.get('unknown commits', 0)} COMMITs cut"
+    )
+
+
 def told(outcome: Outcome) -> str:
     """The tables of a run: faults, counts, invariants."""
-    lines = [f"\nseed {outcome.seed}\n", f"{'at':>6}  {'fault':28} what happened"]
+    lines = [f"\nseed {outcome.seed} ({outcome.ways})\n", f"{'at':>6}  {'fault':28} what happened"]
     for each in outcome.faults:
         lines.append(f"{each.at:6.1f}  {each.fault.kind:28} {each.error or each.seen}")
     lines += ["", *(f"{number:>8,}  {name}" for name, number in outcome.counts.items()), ""]
@@ -96,7 +121,7 @@ def row(outcome: Outcome) -> str:
     what = "no violation" if outcome.good else ", ".join(outcome.violations) or "does not count"
     counts = outcome.counts
     numbers = [counts.get(each, 0) for each in ("records", "duplicates", "redelivered", "unknown commits")]
-    return f"| {outcome.seed} | {len(outcome.faults)} | {len(kinds)} | {' | '.join(f'{each:,}' for each in numbers)} | {what} |\n"
+    return f"| {outcome.seed} | {outcome.ways} | {len(outcome.faults)} | {len(kinds)} | {' | '.join(f'{each:,}' for each in numbers)} | {what} |\n"
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ select h.name, l.id::text, l.fingerprint, l.applied_at is not null, l.xmin::text
 from consumer.ledger l join consumer.handlers h using (handler) join consumer.topics t using (topic) where h.app = $1
 """
 _LETTERS = """
-select h.name, d.id::text, d.fingerprint, d.topic, d.partition, d."offset", d.reason
+select h.name, d.id::text, d.fingerprint, d.topic, d.partition, d."offset", d.reason, d.state
 from consumer.dead_letters d join consumer.handlers h using (handler) where h.app = $1
 """
 

@@ -17,8 +17,9 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from harness import WORKER
 from proxy import OFFSET_COMMIT, Proxy
 
+from chaos.operators import Operators
 from chaos.rig import PARTITIONS, Consumers, Rig, kill_tree, started_again
-from chaos.schedule import Fault
+from chaos.schedule import OPERATORS, Fault
 
 _SECONDS_MAX = 90.0  # for a fault to happen
 
@@ -36,7 +37,10 @@ class Fired:
 class Nemesis:
     """Faults of one resource one after the other, resources side by side. `outcome` has what happened."""
 
-    def __init__(self, rig: Rig, consumers: Consumers, seed: int, database: str, app: str, topic: str) -> None:
+    def __init__(
+        self, rig: Rig, consumers: Consumers, seed: int, database: str, app: str, topic: str, operators: Operators
+    ) -> None:
+        self._operators = operators
         self._rig = rig
         self._consumers = consumers
         self._chance = random.Random(f"{seed}:nemesis")
@@ -206,6 +210,15 @@ class Nemesis:
         finally:
             await connection.close()
 
+    # -- operators --------------------------------------------------------------------------------------------------
+
+    async def _operate(self, fault: Fault) -> str:
+        connection = await self._to_primary()
+        try:
+            return await self._operators.act(fault, connection)
+        finally:
+            connection.terminate()
+
     # -- proxies ----------------------------------------------------------------------------------------------------
 
     def _proxy(self, fault: Fault) -> Proxy:
@@ -303,4 +316,5 @@ class Nemesis:
         "kill redis": _kill_redis,
         "freeze redis": _freeze_redis,
         "silence redis": _silence,
+        **dict.fromkeys(OPERATORS, _operate),
     }

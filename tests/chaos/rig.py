@@ -16,8 +16,9 @@ from pathlib import Path
 from uuid import uuid4
 
 import asyncpg
-from harness import Command, as_worker, migrated, settings_for, until
+from harness import WORKER, WORKER_PASSWORD, Command, as_worker, migrated, settings_for, until
 from pair import Standby
+from pooler import Pooler
 from proxy import Proxy
 from services import Kafka
 
@@ -43,6 +44,19 @@ class ProxiedKafka(Kafka):
         assert found
         properties.write_text(f"{before}{found}{self.advertised}{after[len(str(self.port)) :]}{_MORE_OF_KAFKA}")
         return command
+
+
+class ProxiedPooler(Pooler):
+    """PgBouncer in transaction mode, whose server is the proxy."""
+
+    def __init__(self, server: Postgres, port: int) -> None:
+        super().__init__(server, connections=30)
+        self._target = port
+
+    def prepare(self) -> None:
+        super().prepare()
+        with (self.directory / "users").open("a") as users:
+            users.write(f'"{WORKER}" "{WORKER_PASSWORD}"\n')
 
 
 def children(pid: int) -> list[int]:
@@ -85,6 +99,7 @@ class Rig:
         self.valkey = Valkey()
         self.primary = Postgres({"fsync": "off", "max_connections": "120"})
         self.standby: Standby | None = None
+        self.pooler: ProxiedPooler | None = None
         self.directory = Path(tempfile.mkdtemp(prefix="consumer-chaos-"))
 
     async def __aenter__(self) -> Rig:
@@ -105,7 +120,7 @@ class Rig:
     async def __aexit__(self, *_: object) -> None:
         for proxy in self.proxies:
             await proxy.__aexit__()
-        for each in (self.standby, self.primary, self.valkey, self.kafka):
+        for each in (self.pooler, self.standby, self.primary, self.valkey, self.kafka):
             if each is not None:
                 each.stop()
         with suppress(OSError):
@@ -134,6 +149,12 @@ class Rig:
                     await connection.close()
 
             await until("the standby to stream", streams)
+
+    async def with_pooler(self) -> None:
+        """PgBouncer before PostgreSQL's proxy, so that faults and failovers happen behind it."""
+        if self.pooler is None:
+            self.pooler = ProxiedPooler(self.primary, self.postgres_proxy.port)
+            await asyncio.to_thread(self.pooler.start)
 
     async def promote(self) -> None:
         """The standby is the primary from now on. The old primary must be dead."""
@@ -169,11 +190,13 @@ class Rig:
         await migrated(self.primary.dsn(name), TABLES)
         return name
 
-    def settings(self, database: str, **more: object) -> Settings:
+    def settings(self, database: str, pooler: bool = False, **more: object) -> Settings:
         """Of workers: everything through the proxies, quick timers, and a session timeout that a pause outlasts."""
-        proxied = as_worker(self.primary.dsn(database)).replace(
-            f":{self.primary.port}/", f":{self.postgres_proxy.port}/"
-        )
+        port = self.postgres_proxy.port
+        if pooler:
+            assert self.pooler is not None
+            port = self.pooler.port
+        proxied = as_worker(self.primary.dsn(database)).replace(f":{self.primary.port}/", f":{port}/")
         quick = {
             "kafka_session_timeout_seconds": 3,
             "kafka_heartbeat_seconds": 0.3,
@@ -181,6 +204,7 @@ class Rig:
             "postgres_lock_timeout_seconds": 2,
             "postgres_idle_in_transaction_timeout_seconds": 4,
             "batch_messages_max": 25,
+            "postgres_pooler": pooler,
             "grace_seconds": 15,
             "watchdog_seconds": 60,
             "wait_seconds": 120,  # a `consumer run` that is started in an outage
@@ -193,7 +217,10 @@ class Rig:
 class Consumers:
     """`consumer run` as processes, several at a time. Keeps the logs of those that have ended."""
 
-    def __init__(self, settings: Settings, directory: Path, environment: dict[str, str], workers: int = 2) -> None:
+    def __init__(
+        self, settings: Settings, directory: Path, environment: dict[str, str], workers: int = 2, versions: bool = False
+    ) -> None:
+        self._versions = versions
         self._settings = settings
         self._directory = directory
         self._environment = environment
@@ -203,12 +230,13 @@ class Consumers:
         self.paused: set[int] = set()
 
     def start(self) -> Command:
-        """Another `consumer run`: the first with all its workers, later ones with one."""
+        """Another `consumer run`: the first with all its workers, later ones with one; with versions, every other one is of the next."""
         workers = 1 if self.running or self.ended else self._workers
         directory = self._directory / f"consumer-{len(self.running) + len(self.ended)}"
         directory.mkdir(parents=True)
         arguments = ["run", "chaos.application:app", "--workers", str(workers)]
-        command = Command(arguments, self._settings, directory, self._environment)
+        version = "2" if self._versions and (len(self.running) + len(self.ended)) % 2 else "1"
+        command = Command(arguments, self._settings, directory, {**self._environment, "CHAOS_VERSION": version})
         self.running.append(command)
         return command
 

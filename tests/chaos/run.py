@@ -26,9 +26,10 @@ from harness import ROOT, WORKER_PASSWORD, new_topic
 from chaos import evidence, workload
 from chaos.invariants import INVARIANTS, Evidence, LogEntry, Violations, judge, terminal
 from chaos.nemesis import Fired, Nemesis
+from chaos.operators import Operators, settled
 from chaos.producing import Producing, read
 from chaos.rig import PARTITIONS, Consumers, Rig
-from chaos.schedule import Fault, draw
+from chaos.schedule import PLAIN, Fault, Ways, draw
 
 ARTEFACTS = ROOT / ".cache" / "chaos"
 _FORMS = ("tickets", "ticket_lines", "stock", "latest", "accounts")
@@ -47,6 +48,7 @@ class Outcome:
     vacuous: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     directory: str = ""
+    ways: str = "plain"
 
     @property
     def counted(self) -> bool:
@@ -124,17 +126,19 @@ class Run:
         rate: float = 150.0,
         workers: int = 2,
         faults: list[Fault] | None = None,
+        ways: Ways = PLAIN,
     ) -> None:
         self._rig = rig
         self._seconds = seconds
         self._seed = seed
         self._rate = rate
         self._workers = workers
-        self._schedule = draw(seed, seconds) if faults is None else faults
+        self._schedule = draw(seed, seconds, ways.operators) if faults is None else faults
+        self._ways = ways
         self._name = f"chaos-{seed}-{uuid4().hex[:6]}"
         self._directory = rig.directory / self._name
         self._journal = self._directory / "journal.jsonl"
-        self.outcome = Outcome(seed, seconds)
+        self.outcome = Outcome(seed, seconds, ways=str(ways))
 
     async def run(self) -> Outcome:
         """The whole of it. Keeps its artefacts only when something is wrong."""
@@ -146,9 +150,15 @@ class Run:
         self._database = await rig.database()
         self._topic = await new_topic(rig.bootstrap_servers, PARTITIONS, f"{self._name}-log")
         await new_topic(rig.bootstrap_servers, PARTITIONS, f"{self._topic}-copy")
-        self._settings = rig.settings(self._database)
+        if self._ways.pooler:
+            await rig.with_pooler()
+        self._settings = rig.settings(self._database, pooler=self._ways.pooler)
         self._environment = {"CHAOS_APP": self._name, "CHAOS_TOPIC": self._topic}
-        consumers = Consumers(self._settings, self._directory, self._environment, self._workers)
+        # Commands, and what reads everything again at the end, are of the newest version.
+        newest = {**self._environment, "CHAOS_VERSION": "2" if self._ways.versions else "1"}
+        consumers = Consumers(self._settings, self._directory, self._environment, self._workers, self._ways.versions)
+        self._operators = Operators(self._name, self._topic, self._settings, newest, self._directory)
+        self._environment = newest
         try:
             await self._torment(consumers)
             await self._settle(consumers)
@@ -169,7 +179,7 @@ class Run:
         outcome = self.outcome
         for _ in range(2):
             consumers.start()
-        nemesis = Nemesis(self._rig, consumers, self._seed, self._database, self._name, self._topic)
+        nemesis = Nemesis(self._rig, consumers, self._seed, self._database, self._name, self._topic, self._operators)
         outcome.faults = nemesis.outcome
         watch = Watch(self._rig, self._database, self._name, self._topic, nemesis, outcome.violations)
         burst = 40
@@ -228,6 +238,9 @@ class Run:
         found, _ = await self._evidence([self._topic])
         found.redelivered = evidence.redelivered(evidence.events(consumers.logs), found.log)
         outcome.counts["redelivered"] = found.redelivered
+        outcome.counts["operators' commands"] = self._operators.acts
+        outcome.counts["letters settled by operators"] = settled(found.letters)
+        found.redelivered += settled(found.letters) + len(found.edits)
         self._add(judge(found))
         if not outcome.counts["redelivered"]:
             outcome.vacuous.append("no record was delivered again")
@@ -240,6 +253,8 @@ class Run:
         }
         if not outcome.counts["duplicates"]:
             self._add({"I12": ["no duplicate was recognised"]})
+        if self._ways.versions:
+            await self._fill()
         before = await self._hashes()
         for command in list(consumers.running):
             code = await consumers.stop(command)
@@ -260,6 +275,26 @@ class Run:
             }
         )
         self._logs(consumers)
+
+    async def _fill(self) -> None:
+        """Give the handler that only the next version has what it has missed, as `consumer status` tells one to."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "consumer", "replay", "chaos.application:app", self._topic, "--apply", "--handler", "late", "--json",
+            env={**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, told = await process.communicate()
+        if process.returncode not in (0, 1):
+            self._add(
+                {
+                    "I6": [
+                        f"`replay --apply --handler late` ends with {process.returncode}: {(told or out).decode()[-500:]}"
+                    ]
+                }
+            )
+        found, _ = await self._evidence([self._topic])
+        found.versions = True
+        self._add(judge(found))
 
     async def _again(self, consumers: Consumers) -> None:
         """Positions back to zero, and everything once more in the copy."""
@@ -306,6 +341,7 @@ class Run:
     async def _evidence(self, topics: list[str]) -> tuple[Evidence, list[LogEntry]]:
         log, _ = await evidence.read_log(self._rig.bootstrap_servers, topics, PARTITIONS)
         found = Evidence(log=log)
+        found.edits = self._operators.edits
         if topics == [self._topic]:
             found.journal = read(self._journal)
         connection = await asyncpg.connect(self._rig.primary.dsn(self._database))

@@ -57,15 +57,51 @@ KINDS: dict[str, dict[str, tuple[int, float, float]]] = {
         "silence redis": (1, 0.3, 1.5),
     },
 }
+# What operators do meanwhile, in runs that have some.
+OPERATORS: dict[str, tuple[int, float, float]] = {
+    "retry letters": (3, 0.0, 0.0),
+    "discard letters": (2, 0.0, 0.0),
+    "mend a letter": (3, 0.0, 0.0),
+    "look at positions": (1, 0.0, 0.0),
+    "apply what is missing": (2, 0.0, 0.0),
+    "purge": (1, 0.0, 0.0),
+}
 ONCE = {"fail over", "rewind the group's offsets", "kill kafka"}  # at most, for each minute: they take long
-_PAUSES = {"workers": (1.0, 3.0), "postgres": (0.7, 2.5), "kafka": (2.0, 6.0), "redis": (1.5, 5.0)}
+_PAUSES = {
+    "workers": (1.0, 3.0),
+    "postgres": (0.7, 2.5),
+    "kafka": (2.0, 6.0),
+    "redis": (1.5, 5.0),
+    "operators": (1.0, 3.0),
+}
 _MUST = {"workers": "kill worker", "postgres": "commit cut after"}
 
 
-def draw(seed: int, seconds: float) -> list[Fault]:
+@dataclass(frozen=True)
+class Ways:
+    """How a run is set up: with a pooler in the path, operators at work, two versions of the application in one group."""
+
+    pooler: bool = False
+    operators: bool = False
+    versions: bool = False
+
+    def __str__(self) -> str:
+        return ", ".join(name for name in ("pooler", "operators", "versions") if getattr(self, name)) or "plain"
+
+
+PLAIN = Ways()
+
+
+def ways(seed: int) -> Ways:
+    """How the run of a seed is set up."""
+    chance = random.Random(f"{seed}:ways")
+    return Ways(chance.random() < 0.4, chance.random() < 0.6, chance.random() < 0.4)
+
+
+def draw(seed: int, seconds: float, operators: bool = False) -> list[Fault]:
     """The faults of a run, in the order in which they begin. The same arguments give the same faults, on any machine."""
     faults: list[Fault] = []
-    for resource, kinds in KINDS.items():
+    for resource, kinds in (KINDS | {"operators": OPERATORS} if operators else KINDS).items():
         chance = random.Random(f"{seed}:{resource}")
         at = chance.uniform(0.5, _PAUSES[resource][1])
         drawn: list[str] = []

@@ -1,0 +1,114 @@
+"""Operators at work during a run: they retry, discard and mend dead letters, look at positions, replay and purge.
+
+Each act is the command that a person would type, as a process. What they change is kept, so that the judge can allow for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+from harness import ROOT
+
+from chaos.invariants import Edit
+from chaos.schedule import Fault
+from chaos.workload import CANARY
+from consumer import Settings
+
+APP = "chaos.application:app"
+_ATTEMPTS = 20  # of a command that cannot reach a server
+_LETTERS = """
+select d.dead_letter, h.name, convert_from(d.key, 'utf8'), d.topic, d.partition, d."offset"
+from consumer.dead_letters d join consumer.handlers h using (handler)
+where h.app = $1 and d.reason = 'failed' and d.state = 'dead' order by d.dead_letter
+"""
+
+
+class CommandFailed(Exception):
+    """A command ended in a way that no outage explains."""
+
+
+@dataclass
+class Operators:
+    """What operators do. edits: payloads that they gave letters under another id. acts: commands that came to their end."""
+
+    app: str
+    topic: str
+    settings: Settings
+    environment: Mapping[str, str]
+    directory: Path
+    edits: list[Edit] = field(default_factory=list)
+    acts: int = 0
+
+    async def act(self, fault: Fault, connection: asyncpg.Connection) -> str:
+        """Do what the fault names. Raises CommandFailed when the command does not succeed in the end."""
+        match fault.kind:
+            case "retry letters":
+                return await self._run("dlq", "retry", APP, "--all", "--yes")
+            case "discard letters":
+                numbers = [str(row[0]) for row in (await connection.fetch(_LETTERS, self.app))[: fault.size]]
+                return await self._run("dlq", "discard", APP, *numbers, "--why", "chaos", "--yes") if numbers else "no letters"  # fmt: skip
+            case "mend a letter":
+                return await self._mend(connection, fault)
+            case "look at positions":
+                return await self._run("positions", APP)
+            case "apply what is missing":
+                return await self._run("replay", APP, self.topic, "--apply")
+            case "purge":
+                return await self._run("purge", "--older-than", "1")
+        raise AssertionError(fault.kind)
+
+    async def _mend(self, connection: asyncpg.Connection, fault: Fault) -> str:
+        """Give a letter another payload under another id: another intent, and the letter is discarded."""
+        letters = await connection.fetch(_LETTERS, self.app)
+        if not letters:
+            return "no letters"
+        number, handler, key, topic, partition, offset = letters[fault.size % len(letters)]
+        edit = Edit(handler, str(uuid.uuid4()), key, 100 + fault.size, topic, partition, offset)
+        value = {"key": key, "amount": edit.amount, "id": edit.id, "note": CANARY}
+        path = self.directory / f"mended-{edit.id}.json"
+        path.write_text(json.dumps(value))
+        self.edits.append(edit)  # first: when the answer is lost, it may have been applied
+        return await self._run("dlq", "retry", APP, str(number), "--value", str(path), "--new-id", edit.id, "--yes")
+
+    async def _run(self, *arguments: str) -> str:
+        """A command, again while servers are away. Exit code 1 is an answer, too: letters are left, for example."""
+        told = ""
+        for _ in range(_ATTEMPTS):
+            code, told = await self._once(*arguments)
+            if code in (0, 1):
+                self.acts += 1
+                return f"exit code {code}"
+            if "Traceback" in told:
+                break
+            if "not open" in told or "no such letter" in told or "is settled" in told:
+                return "settled by somebody else"
+            await asyncio.sleep(1)
+        raise CommandFailed(f"{' '.join(arguments[:2])}: {told[-300:]}")
+
+    async def _once(self, *arguments: str) -> tuple[int, str]:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "consumer", *arguments, "--json", "--wait", "5",
+            env={**os.environ, **self.settings.dump(), **self.environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            _, told = await process.communicate()
+        except BaseException:
+            process.kill()
+            raise
+        assert process.returncode is not None
+        return process.returncode, told.decode("utf-8", "replace")
+
+
+def settled(letters: Any) -> int:
+    """How many letters operators have settled, which are counted twice: as dead letters, and as applied."""
+    return sum(1 for each in letters if each.state in ("applied", "discarded"))
