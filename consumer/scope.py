@@ -16,7 +16,8 @@ from typing import Any, Protocol, TypeAlias
 
 from consumer.columns import Columns
 from consumer.core.grouping import Group, commute, group
-from consumer.core.sqltext import traits
+from consumer.core.names import ident
+from consumer.core.sqltext import Traits, traits
 
 Writes: TypeAlias = Sequence[tuple[str, Sequence[Any]]]  # of one message, in order: SQL and arguments
 
@@ -36,6 +37,10 @@ class Sender(Protocol):
     waiting_since: float | None
 
 
+_TEMPORARY = """
+select relname, case relkind when 'v' then 'view' else 'table' end from pg_class
+where relnamespace = pg_my_temp_schema() and relkind in ('r', 'p', 'v')
+"""
 _savepoint_numbers = itertools.count(1)  # never one name twice: a task left behind must not meet another's savepoint
 
 
@@ -55,7 +60,7 @@ class Turn:
         """Wait until this message has the turn; other tasks of its handler may be waiting for it too."""
         if self.holder is None:
             self.holder = tx
-        while self.holder is not tx:
+        while self.holder is not tx and tx.is_open:
             entry = (tx, asyncio.get_running_loop().create_future())
             self._waiting.append(entry)
             since = time.monotonic()
@@ -68,7 +73,11 @@ class Turn:
                 tx.waiting_since = None
 
     def release(self, tx: Sender) -> None:
-        """Pass the turn on, if this message has it."""
+        """Pass the turn on, if this message has it, and end its own waiting."""
+        if self._waiting:
+            for each, future in self._waiting:
+                if each is tx and not future.done():
+                    future.set_result(None)
         if self.holder is not tx:
             return
         self.holder = next((each for each, future in self._waiting if each.is_open and not future.done()), None)
@@ -92,6 +101,8 @@ class Scope:
         self.constraints: Sequence[str] | None = None
         self.flush_error: BaseException | None = None
         self._begun = False
+        # What the running message leaves beside rows, until its end.
+        self.makes_temporary = self.opens_cursor = self.sets_constraints = False
 
     def _begin(self) -> None:
         """Forget what was learned in an earlier transaction that altered the schema, and may have been undone."""
@@ -138,29 +149,27 @@ class Scope:
         for each in pending:
             each.touched, each.writes = True, []
         try:
-            await self.send(messages)
+            await self.send(messages, unfinished=tx is not None and pending[-1] is tx)
         except BaseException as error:
             self.flush_error = error
             raise
 
-    async def send(self, messages: Sequence[Writes]) -> None:
-        """Send the writes of messages as if one message came after the other. Raises what the database says."""
+    async def send(self, messages: Sequence[Writes], *, unfinished: bool = False) -> None:
+        """Send the writes of messages as if one message came after the other. Raises what the database says.
+
+        unfinished: the last of them goes on after this.
+        """
         self._begin()
         by_statement: dict[str, list[Sequence[Any]]] = {}
         for writes in messages:
             for sql, arguments in writes:
                 by_statement.setdefault(sql, []).append(arguments)
         kinds = [traits(sql) for sql in by_statement]
-        if any(each.changes_schema for each in kinds):
-            await self._send_each(messages)
-            return
         constraints = await self.columns.deferred_constraints()
-        if any(each.sets_constraints for each in kinds) or (
+        if any(each.outlasts for each in kinds) or (
             constraints and None in (await self.columns.plans(by_statement)).values()
         ):
-            for writes in messages:
-                await self._send_groups(await self._groups(writes))
-                await self.check_constraints()
+            await self._send_apart(messages, unfinished)
             return
         several = 1 < len(by_statement) < sum(map(len, by_statement.values()))
         if len(by_statement) == 1 or (several and commute(plans := await self.columns.plans(by_statement))):
@@ -169,6 +178,21 @@ class Scope:
             await self._send_groups(group([write for writes in messages for write in writes], plans))
         else:
             await self._send_groups([(sql, [arguments]) for writes in messages for sql, arguments in writes])
+
+    async def _send_apart(self, messages: Sequence[Writes], unfinished: bool) -> None:
+        """Send messages one by one, and after each what its own transaction would do at its end."""
+        for number, writes in enumerate(messages, 1):
+            kinds = [traits(sql) for sql, _ in writes]
+            for kind in kinds:
+                self.note(kind)
+            if any(kind.changes_schema for kind in kinds):  # each may change what the next one means
+                for sql, arguments in writes:
+                    await self.connection.execute(sql, *arguments)
+                self.schema_changed()
+            else:
+                await self._send_groups(await self._groups(writes))
+            if number < len(messages) or not unfinished:
+                await self.end_message()
 
     async def _groups(self, writes: Writes) -> list[Group]:
         statements: dict[str, list[Sequence[Any]]] = {}
@@ -179,17 +203,6 @@ class Scope:
     async def _send_groups(self, groups: Sequence[Group]) -> None:
         for sql, executions in groups:
             await self.columns.send(sql, executions)
-
-    async def _send_each(self, messages: Sequence[Writes]) -> None:
-        """One statement after the other, since each may change what the next one means."""
-        self.schema_changed()
-        try:
-            for writes in messages:
-                for sql, arguments in writes:
-                    await self.connection.execute(sql, *arguments)
-                await self.check_constraints()
-        finally:
-            self.schema_changed()
 
     def schema_changed(self) -> None:
         """A statement of this transaction may have changed the schema: look again, here and after its end."""
@@ -202,9 +215,30 @@ class Scope:
         if self.columns.altered:
             self.schema_changed()
 
-    async def check_constraints(self) -> None:
-        """Check what the COMMIT of a message alone would check, and leave the modes as its transaction would begin."""
+    def note(self, kind: Traits) -> None:
+        """Note what a statement of the running message leaves beside rows."""
+        if kind.changes_schema:
+            self.schema_changed()
+        self.makes_temporary |= kind.makes_temporary
+        self.opens_cursor |= kind.opens_cursor
+        self.sets_constraints |= kind.sets_constraints or kind.changes_schema
+
+    @property
+    def leaves_something(self) -> bool:
+        """Whether the end of the running message has to do anything here; it may have deferred constraints to check."""
+        return self.makes_temporary or self.opens_cursor or self.sets_constraints or bool(self.constraints)
+
+    async def end_message(self) -> None:
+        """Check what the COMMIT of a message alone would check, and leave what its transaction would leave: rows."""
         self.constraints = constraints = await self.columns.deferred_constraints()
-        await self.connection.execute("set constraints all immediate")
+        if constraints or self.sets_constraints:
+            await self.connection.execute("set constraints all immediate")
         if constraints:
             await self.connection.execute(f"set constraints {', '.join(constraints)} deferred")
+        if self.opens_cursor:
+            await self.connection.execute("close all")
+        if self.makes_temporary:
+            for name, kind in await self.connection.fetch(_TEMPORARY):
+                await self.connection.execute(f"drop {kind} if exists pg_temp.{ident(name)} cascade")
+            self.schema_changed()
+        self.makes_temporary = self.opens_cursor = self.sets_constraints = False

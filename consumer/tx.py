@@ -59,7 +59,7 @@ class Tx:
     """
 
     __slots__ = (
-        *("_asking", "_constraints", "_others", "_owner", "_root", "_scope", "_settings", "error", "is_open", "placed"),
+        *("_asking", "_others", "_owner", "_root", "_scope", "_settings", "error", "is_open", "placed"),
         *("subject", "touched", "waited_seconds", "waiting_since", "writes"),
     )
 
@@ -78,7 +78,6 @@ class Tx:
         self.error: BaseException | None = None
         self._asking = 0  # statements that have not been answered yet
         self._settings: dict[str, str | None] | None = None  # set for this message, with the values before
-        self._constraints = False  # it may have changed when constraints are checked
         self.waited_seconds = 0.0  # for the turn
         self.waiting_since: float | None = None
 
@@ -241,25 +240,18 @@ class Tx:
                     )
                 await self._guarded(self._flush(level))
                 self.touched = True
-                if kind is not None and (kind.changes_schema or kind.sets_constraints):
-                    self._constraints = True
-                    return await self._guarded(
-                        self._altering(getattr(self._scope.connection, method)(*args, **options))
-                    )
-                return await self._guarded(getattr(self._scope.connection, method)(*args, **options))
-
-    async def _altering(self, statement: Any) -> Any:
-        try:
-            return await statement
-        finally:
-            self._scope.schema_changed()
+                try:
+                    return await self._guarded(getattr(self._scope.connection, method)(*args, **options))
+                finally:
+                    if kind is not None and kind.outlasts:
+                        self._scope.note(kind)
 
     async def _flush(self, level: _Level) -> None:
         if level is self._root:
             await self._scope.flush(self)
         elif level.writes:
             writes, level.writes = level.writes, []
-            await self._scope.send([writes])
+            await self._scope.send([writes], unfinished=True)
 
     async def _guarded(self, statement: Any) -> Any:
         self._asking += 1
@@ -311,7 +303,7 @@ class Tx:
 
     def _leaves_something(self) -> bool:
         """Whether later messages would meet what this one has set, or a check of it would come after them."""
-        return bool(self._settings) or self._constraints or bool(self._scope.constraints)
+        return bool(self._settings) or self._scope.leaves_something
 
     async def end(self, *, failed: bool = False) -> None:
         """The handler has returned: nothing more is written through this.
@@ -337,8 +329,8 @@ class Tx:
 
     async def _leave(self) -> None:
         await self._scope.flush(self)
-        if self._constraints or self._scope.constraints:
-            await self._scope.check_constraints()
+        if self._scope.leaves_something:
+            await self._scope.end_message()
         if self._settings:
             before = [value or "" for value in self._settings.values()]
             await self._scope.connection.execute(_RESET_LOCAL, list(self._settings), before)

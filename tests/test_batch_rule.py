@@ -68,6 +68,9 @@ async def dump(connection: Any) -> dict[str, list[str]]:
     names = await connection.fetch(
         "select relname from pg_class where relnamespace = 'public'::regnamespace and relkind = 'r' order by 1"
     )
+    clocks = "order_of_all"
+    if await connection.fetchval("select to_regclass($1)", clocks):
+        return {clocks: [str(row) for row in await connection.fetch(f"select n, what, rank from {clocks} order by 3")]}
     return {
         name: sorted(row[0] for row in await connection.fetch(f'select t::text from public."{name}" t'))
         for (name,) in names
@@ -171,6 +174,19 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     "a sequence that two tables share": (
         "create sequence s; create table a (id bigint default nextval('s'), x int); create table b (id bigint default nextval('s'), x int);",
         each(20, ("insert into a (x) values ($1)", lambda n: (n,)), ("insert into b (x) values ($1)", lambda n: (n,))),
+    ),
+    "two inserts that take numbers of one table": (
+        "create table t (k int, n int, id bigint generated always as identity);",
+        each(
+            20,
+            ("insert into t (k, n) values ($1, $2)", lambda n: (n, n)),
+            ("insert into t (k) values ($1) on conflict do nothing", lambda n: (n + 1,)),
+        ),
+    ),
+    "two tables that note the time": (
+        "create table a (n int, at timestamptz default clock_timestamp()); create table b (n int, at timestamptz default clock_timestamp());"
+        "create view order_of_all as select n, what, rank() over (order by at) from (select *, 'a' what from a union all select *, 'b' from b) q;",
+        each(20, ("insert into a (n) values ($1)", lambda n: (n,)), ("insert into b (n) values ($1)", lambda n: (n,))),
     ),
     "delete and insert": (
         "create table lines (cart int, name int);",

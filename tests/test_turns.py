@@ -238,6 +238,41 @@ async def test_set_constraints_ends_with_its_message(exactly_once: ExactlyOnce, 
     assert [each.outcome for each in await trial.deliver(*sent(3))] == ["applied", "dead-lettered", "dead-lettered"]
 
 
+@pytest.mark.parametrize("last", ["defer", "execute"])
+async def test_a_deferred_constraint_may_be_violated_within_a_message(exactly_once: ExactlyOnce, last: str) -> None:
+    """A flush in the middle of a message is not its end."""
+
+    async def handle(n: int, tx: Tx) -> None:
+        tx.defer(f"insert into children values ({n})")
+        await tx.fetchval("select 1")
+        async with tx.savepoint():
+            tx.defer(f"insert into children values ({n})")
+        found = getattr(tx, last)("insert into parents values ($1)", n)
+        if found is not None:
+            await found
+
+    trial = await exactly_once(app_of(handle, retry=Retry(attempts=1)), schema=DEFERRED)
+    assert {each.outcome for each in await trial.deliver(*sent(5))} == {"applied"}
+
+
+@pytest.mark.parametrize("way", ["defer", "execute"])
+async def test_temporary_tables_and_cursors_end_with_their_message(exactly_once: ExactlyOnce, way: str) -> None:
+    async def handle(n: int, tx: Tx) -> None:
+        for text in (
+            "create temp table staging (n int) on commit drop",
+            f"insert into staging values ({n})",
+            "declare c cursor for select n from staging",
+            "insert into log (n) select n from staging",
+        ):
+            found = getattr(tx, way)(text)
+            if found is not None:
+                await found
+
+    trial = await exactly_once(app_of(handle, retry=Retry(attempts=1)), schema=TABLES)
+    assert {each.outcome for each in await trial.deliver(*sent(5))} == {"applied"}
+    assert await trial.fetchval("select array_agg(n order by n) from log") == [0, 1, 2, 3, 4]
+
+
 async def test_ddl_of_an_awaited_statement_is_seen_at_once(exactly_once: ExactlyOnce) -> None:
     """Writes are sent as arrays before; after a statement-level trigger they must not be."""
 

@@ -60,7 +60,8 @@ select root.oid as relation, self.oids as tree,
        (select bool_or(c.relkind = 'r' and c.relhassubclass) from pg_class c where c.oid = any(self.oids)) as inherited,
        (select bool_or(c.relhasrules) from pg_class c where c.oid = any(self.oids)) as ruled,
        (select bool_or(row_security_active(c.oid)) from pg_class c where c.oid = any(self.oids)) as secured,
-       exists (select from pg_trigger t where t.tgrelid = any(self.oids) and not t.tgisinternal and t.tgtype & $2 <> 0)
+       exists (select from pg_trigger t where t.tgrelid = any(self.oids) and not t.tgisinternal
+               and (t.tgtype & $2 <> 0 or cardinality(self.oids) > 1))
        as triggered,
        exists (select from pg_attribute a join pg_type t on t.oid = a.atttypid where a.attrelid = any(self.oids)
                and a.attnum > 0 and not a.attisdropped and t.typtype = 'd') as domains,
@@ -92,7 +93,11 @@ select root.oid as relation, self.oids as tree,
              union
              select d.refobjid from pg_depend d join pg_attrdef e on d.classid = 'pg_attrdef'::regclass and d.objid = e.oid
              join pg_class s on d.refclassid = 'pg_class'::regclass and d.refobjid = s.oid and s.relkind = 'S'
-             where e.adrelid = any(self.oids) and $6) as others,
+             where e.adrelid = any(self.oids) and $6
+             union
+             select s.oid from pg_depend d join pg_class s on s.oid = d.objid and s.relkind = 'S'
+             where d.classid = 'pg_class'::regclass and d.refclassid = 'pg_class'::regclass and d.deptype = 'i'
+             and d.refobjid = any(self.oids) and $6) as others,
        $6 and (exists (select from pg_attribute a where a.attrelid = any(self.oids) and a.attidentity <> '')
                or exists (select from pg_depend d join pg_attrdef e on d.classid = 'pg_attrdef'::regclass and d.objid = e.oid
                           join pg_class s on d.refclassid = 'pg_class'::regclass and d.refobjid = s.oid
@@ -138,17 +143,29 @@ _IN_EXPRESSIONS = FUNCTIONS | {
     *("array_length", "cardinality", "jsonb_typeof", "make_interval", "to_char", "encode", "gen_random_bytes", "trim"),
     *("date_part", "extract", "jsonb_build_object", "jsonb_build_array", "upper", "isfinite", "sign", "mod", "concat"),
     *("when", "then", "else", "is", "like", "between", "varying", "character", "current_setting", "timestamp", "char"),
+    *("regexp_like", "regexp_match", "split_part", "replace", "ltrim", "rtrim", "lpad", "make_date", "age", "date"),
+    *(
+        "jsonb_array_length",
+        "jsonb_path_exists",
+        "pg_input_is_valid",
+        "concat_ws",
+        "repeat",
+        "reverse",
+        "sqrt",
+        "power",
+    ),
     *("interval", "time", "bit", "values", "substr", "substring", "left", "right", "starts_with", "position"),
 }
 _CALL = re.compile(r"""'(?:[^']|'')*'(?:::regclass)?|"(?:[^"]|"")*"\s*\(?|([a-z_][a-z0-9_$.]*)\s*\(""", re.IGNORECASE)
 _NEXTVAL = re.compile(r"\bnextval\((?!'(?:[^']|'')*'::regclass\))", re.IGNORECASE)
+_CLOCK = re.compile(r"\b(clock_timestamp|uuidv7)\(", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A statement whose effects are known.
 
-    touches: relations, foreign keys and sequences: two plans commute when they share none. relation: the table itself.
+    touches: relations, foreign keys, sequences and the clock: two plans commute when they share none. relation: the table itself.
     pins: columns whose value decides alone which rows it reads and writes, with the parameter and the type of each; two
     executions with different values commute. types: of the parameters. rows: whether many executions may be one, else `why`.
     sums: whether additions to one row may be one.
@@ -227,7 +244,7 @@ def judge(facts: Mapping[str, Any], shape: Shape, parameters: Sequence[tuple[str
     plan = Plan(
         shape=shape,
         relation=facts["relation"],
-        touches=frozenset([*facts["tree"], *facts["others"]]),
+        touches=frozenset([*facts["tree"], *facts["others"], *(["clock"] if _reads_clock(facts, shape) else [])]),
         pins=_pins(facts, shape, types),
         types=types,
         why=_why_alone(facts, shape, types),
@@ -244,6 +261,11 @@ def judge(facts: Mapping[str, Any], shape: Shape, parameters: Sequence[tuple[str
         rows=True,
         sums=addable and all(types[place] in INT_MAX for _, place in shape.added),
     )
+
+
+def _reads_clock(facts: Mapping[str, Any], shape: Shape) -> bool:
+    """Whether a default tells in which order rows were inserted, by the time."""
+    return shape.kind in ("insert", "upsert") and any(map(_CLOCK.search, facts["expressions"]))
 
 
 def _why_alone(facts: Mapping[str, Any], shape: Shape, types: Sequence[str]) -> Why | None:

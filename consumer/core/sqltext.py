@@ -6,6 +6,7 @@ A COMMIT hidden in a function or a DO block needs no check here: PostgreSQL refu
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from consumer.core.errors import TransactionMisuse
@@ -35,6 +36,7 @@ _NO_DDL = frozenset(
         *("declare", "explain", "table", "show", "set", "truncate"),
     }
 )
+_TEMPORARY = re.compile(r"\btemp(orary)?\b", re.IGNORECASE)
 _checked: set[str] = set()
 _traits: dict[str, Traits] = {}
 
@@ -79,13 +81,20 @@ class Traits(NamedTuple):
     """What the order of a text depends on, beside what it writes.
 
     several: it holds more than one command, which PostgreSQL takes only without parameters. changes_schema: it may be DDL;
-    functions that change the schema are not recognized. sets_constraints: SET CONSTRAINTS, which holds for later messages of
-    the transaction.
+    functions that change the schema are not recognized. sets_constraints: SET CONSTRAINTS, makes_temporary: a temporary
+    table, opens_cursor: DECLARE; these outlast their message in the transaction.
     """
 
     several: bool
     changes_schema: bool
     sets_constraints: bool
+    makes_temporary: bool
+    opens_cursor: bool
+
+    @property
+    def outlasts(self) -> bool:
+        """Whether later messages of the transaction would meet what it leaves beside rows."""
+        return self.changes_schema or self.sets_constraints or self.opens_cursor
 
 
 def traits(sql: str) -> Traits:
@@ -96,9 +105,12 @@ def traits(sql: str) -> Traits:
             _traits.clear()
         commands = first_words(sql)
         into = any(words[0] in ("select", "with") for words in commands) and "into" in sql.lower()
+        changes = into or any(words[0] not in _NO_DDL for words in commands)
         found = _traits[sql] = Traits(
-            len(commands) > 1,
-            into or any(words[0] not in _NO_DDL for words in commands),
-            ("set", "constraints") in commands,
+            several=len(commands) > 1,
+            changes_schema=changes,
+            sets_constraints=("set", "constraints") in commands,
+            makes_temporary=changes and _TEMPORARY.search(sql) is not None,
+            opens_cursor=any(words[0] == "declare" for words in commands),
         )
     return found
