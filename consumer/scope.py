@@ -38,9 +38,10 @@ class Sender(Protocol):
 
 
 _TEMPORARY = """
-select relname, case relkind when 'v' then 'view' else 'table' end from pg_class
+select relname, relkind = 'v' from pg_class
 where relnamespace = pg_my_temp_schema() and relkind in ('r', 'p', 'v')
 """
+_DROP = {True: "drop view if exists pg_temp.{} cascade", False: "drop table if exists pg_temp.{} cascade"}
 _savepoint_numbers = itertools.count(1)  # never one name twice: a task left behind must not meet another's savepoint
 
 
@@ -238,7 +239,7 @@ class Scope:
         if self.opens_cursor:
             await self.connection.execute("close all")
         if self.makes_temporary:
-            for name, kind in await self.connection.fetch(_TEMPORARY):
-                await self.connection.execute(f"drop {kind} if exists pg_temp.{ident(name)} cascade")
+            for name, is_view in await self.connection.fetch(_TEMPORARY):
+                await self.connection.execute(_DROP[is_view].format(ident(name)))
             self.schema_changed()
         self.makes_temporary = self.opens_cursor = self.sets_constraints = False
