@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from consumer import ledger
 from consumer.core.errors import Misconfigured
+from consumer.core.lanes import Delivery
 from consumer.core.message import Partition
 from consumer.core.retention import (
     HOUR,
@@ -30,7 +31,9 @@ from consumer.core.retention import (
     Wait,
     contradictions,
     due,
+    is_time,
     wanted,
+    what_is_wrong,
 )
 from consumer.kafka import KafkaError, Source, topic_configs
 from consumer.logs import describe, event
@@ -189,6 +192,32 @@ async def check(settings: Settings, topics: Sequence[str]) -> None:
             event(logging.WARNING, each)
     if errors:
         raise Misconfigured("; ".join(errors))
+
+
+class Timestamps:
+    """Notices, once a topic, records whose timestamps say nothing about their age, where rows are not kept for ever."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._matters = settings.ledger_retention_hours is not None
+        self._seen: set[str] = set()
+
+    def look(self, deliveries: Iterable[Delivery]) -> None:
+        """Log the first such record of each topic."""
+        if not self._matters:
+            return
+        for each in deliveries:
+            record = each.record
+            if not is_time(record.timestamp) and record.topic not in self._seen:
+                self._seen.add(record.topic)
+                event(
+                    logging.WARNING,
+                    f"timestamp of a record cannot be used: {what_is_wrong(record.timestamp)}",
+                    topic=record.topic,
+                    partition=record.partition,
+                    offset=record.offset,
+                    do="let the producer send milliseconds since 1970, or set message.timestamp.type=LogAppendTime; until then retention "
+                    "judges such records by their offsets: docs/retention.md",
+                )
 
 
 class Keeper:

@@ -12,7 +12,9 @@ import typer
 
 from consumer import shards, terminal
 from consumer.app import App
-from consumer.core.errors import Misconfigured
+from consumer.core.errors import ConsumerError, Misconfigured
+from consumer.core.known import UnknownName, suggestion
+from consumer.kafka import KafkaError
 from consumer.loading import load_app
 from consumer.settings import Settings
 from consumer.terminal import out, print_json
@@ -32,8 +34,8 @@ Run = Callable[[Settings], Awaitable[int]]
 async def over(app: App | str | None, shard: str | None, settings: Settings, as_json: bool, run: Run) -> int:
     """Run a command on each shard, or on the one that is named. Returns the worst exit code.
 
-    One that fails does not keep the others from being asked. Raises Misconfigured at the end, with what each said; at once
-    for a shard that is none.
+    One that fails does not keep the others from being asked, nor their answers from being printed. Raises Misconfigured at the end,
+    with what each said; at once for a shard that is none. A name that one shard knows need not be known to the others.
     """
     if isinstance(app, str):
         app = load_app(app)
@@ -46,9 +48,12 @@ async def over(app: App | str | None, shard: str | None, settings: Settings, as_
         return await run(settings)
     found = shards.settings_of(app, settings)
     if shard is not None and shard not in found:
-        raise Misconfigured(f"--shard {shard}: App {app.name!r} has {', '.join(found)}")
+        raise Misconfigured(f"--shard {shard[:40]!r}: not known to App {app.name!r}; {suggestion(shard, found)}")
     wanted = [shard] if shard is not None else list(found)
-    code, answers, faults = 0, {}, []
+    code = 0
+    answers: dict[str, object] = {}
+    faults: dict[str, str] = {}
+    unknown: dict[str, UnknownName] = {}
     for name in wanted:
         if not as_json:
             out.print(f"shard {name}:", markup=False, highlight=False)
@@ -56,15 +61,20 @@ async def over(app: App | str | None, shard: str | None, settings: Settings, as_
             with terminal.collecting() as collected:
                 code = max(code, await run(found[name]))
             answers[name] = collected[0] if collected else None
-        except Misconfigured as error:
-            faults.append(f"shard {name}: {error}")
+        except UnknownName as error:
+            unknown[name] = error
+            answers[name] = []
+        except (ConsumerError, KafkaError, TimeoutError, OSError) as error:
+            faults[name] = str(error) or type(error).__name__
         except terminal.Refused as refused:  # by one, which says nothing of the others
             code = max(code, 1)
             if not as_json:
                 out.print(str(refused), markup=False, highlight=False)
+    if len(unknown) == len(wanted):
+        raise unknown[wanted[0]]
+    if as_json:
+        print_json({"shards": answers, "failed": faults})
     if faults:
         done = f" (done: {', '.join(answers)})" if answers else ""
-        raise Misconfigured("; ".join(faults) + done)
-    if as_json:
-        print_json({"shards": answers})
+        raise Misconfigured("; ".join(f"shard {name}: {text}" for name, text in faults.items()) + done)
     return code

@@ -120,7 +120,7 @@ async def status_of(app: App, path: str, settings: Settings, as_json: bool, exac
     for notice in told:
         _line(f"{notice.text}\n  to resolve it: {notice.do}")
     _show_waiting(waits)
-    _show_handlers(handlers, letters)
+    _show_handlers(handlers, letters, f"--app {path}" + (f" --shards {path}" if app.shards else ""))
     for name, each in (miscounts or {}).items():
         _line(
             f"{name}: {each['rows']:,} applied rows in the ledger, {each['counter']:,} counted: workers of a version before "
@@ -163,7 +163,7 @@ def _show_waiting(waits: list[dict[str, Any]]) -> None:
         )
 
 
-def _show_handlers(handlers: dict[str, Any], letters: dict[str, Any]) -> None:
+def _show_handlers(handlers: dict[str, Any], letters: dict[str, Any], of: str) -> None:
     table = Table(
         "handler",
         *_right("applied", "duplicates", "dead letters", "skipped"),
@@ -185,7 +185,7 @@ def _show_handlers(handlers: dict[str, Any], letters: dict[str, Any]) -> None:
     for name, each in letters.items():
         dead, behind = each.get("dead", 0), each.get("waiting", 0)
         _line(
-            f"{name}: {dead:,} dead letters to decide on, {behind:,} waiting behind them: consumer dlq list --handler {name}"
+            f"{name}: {dead:,} dead letters to decide on, {behind:,} waiting behind them: consumer dlq list {of} --handler {name}"
         )
 
 

@@ -270,7 +270,7 @@ def names(*names: str) -> list[Any]:
 
 def show(table: Table) -> None:
     """Print a table; where it does not fit, each row as lines of `column  value`, so that no name is cut."""
-    if Measurement.get(out, out.options, table).minimum <= out.width:
+    if Measurement.get(out, out.options.update(width=10_000), table).minimum <= out.width:
         out.print(table)
         return
     if table.title:

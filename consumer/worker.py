@@ -40,7 +40,7 @@ from consumer.ledger import Conflict, Fenced, NotPrimary, Outage, Session, sorte
 from consumer.letter_relay import relay
 from consumer.logs import describe, event
 from consumer.reporting import Reporter
-from consumer.retention import Keeper
+from consumer.retention import Keeper, Timestamps
 from consumer.settings import Settings
 from consumer.stops import Stops
 from consumer.watching import KafkaState
@@ -190,6 +190,7 @@ class Worker:
             for shard in self._shards
         }
         self._told_of_offset_ids: set[str] = set()
+        self._timestamps = Timestamps(settings)
         self.outgrown = False  # it stopped because of the memory that it used
 
     # -- life -------------------------------------------------------------------------------------------------------
@@ -529,6 +530,7 @@ class Worker:
     async def _settle(self, lane: _Lane, batch: Batch) -> None:
         """Settle a batch whatever happens, unless its partitions go away first: then its next owner does."""
         shard, generation = lane.shard, lane.shard.generation
+        self._timestamps.look(batch.deliveries)
         for topic in once.identify(batch.deliveries, shard.names.logs) - self._told_of_offset_ids:
             self._told_of_offset_ids.add(topic)
             event(logging.WARNING, OFFSET_IDS, topic=topic)

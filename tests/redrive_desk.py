@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -28,11 +30,11 @@ create function clash() returns void language plpgsql as $$ begin raise exceptio
 class Desk:
     """A database with one App: letters go in by SQL, operators work on them, and rows are compared."""
 
-    def __init__(self, dsn: str, shared: dict[str, str] | None = None) -> None:
+    def __init__(self, dsn: str, name: str | None = None) -> None:
         self.dsn = dsn
-        self.name = f"desk-{uuid4().hex[:8]}"
+        self.name = name or f"desk-{uuid4().hex[:8]}"
         self.settings = settings_for(as_worker(dsn), "127.0.0.1:1", None)
-        self.faults: dict[str, str] = {} if shared is None else shared  # id in the payload -> what its handler does
+        self.faults: dict[str, str] = {}  # id in the payload -> what its handler does
         self.app = self.make()
         self.offset = 0
 
@@ -60,6 +62,8 @@ class Desk:
         fault = self.faults.get(id, "")
         if fault.startswith("clean "):  # before any statement of this message
             await self.fail(fault[6:], tx)
+        if pause := os.environ.get("TEST_DESK_PAUSE"):
+            await asyncio.sleep(float(pause))
         await tx.execute("insert into done (id) values ($1)", id)
         await self.fail(fault, tx)
 
@@ -190,3 +194,7 @@ class Desk:
                 "select handler, topic, partition, outcome, count from consumer.outcomes where count <> 0 order by 1, 2, 3, 4",
             )
         ]
+
+
+if "TEST_DESK" in os.environ:  # in the process of a command
+    app = Desk("postgresql://nobody@127.0.0.1:1/none", os.environ["TEST_DESK"]).app

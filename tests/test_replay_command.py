@@ -215,7 +215,7 @@ async def test_ctrl_c_says_how_far_it_came_and_resume_goes_on(place: Place, tmp_
         "SLOW": str(tmp_path / "begun"),
     }
     command = [sys.executable, "-m", "consumer", "replay", f"{shop.module}:app", shop.topic, "--call-handlers"]
-    for end, code in ((signal.SIGINT, 2), (signal.SIGTERM, 2)):
+    for end, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         (tmp_path / "begun").unlink(missing_ok=True)
         process = subprocess.Popen(
             command,

@@ -17,7 +17,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
-from aiokafka import TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from harness import (
     WORKER,
@@ -416,3 +416,49 @@ async def test_contradictions_are_told_at_start(place: Place, tmp_path: Path) ->
     is_one_line(
         consumer(tmp_path, "run", "mine:app", "--ledger-generation-hours", "48", **environment), "24 + 48 = 72 hours"
     )
+
+
+async def test_records_without_usable_timestamps_are_noticed_and_applied_once(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A producer of seconds, one of zeros and one of none, with retention on, before and after a drop."""
+    topic = await place.topic()
+    app = app_of(topic)
+    settings = place.settings(redis_url=None, ledger_retention_hours=200, ledger_clock_skew_hours=0)
+    producer = AIOKafkaProducer(bootstrap_servers=place.kafka)
+    await producer.start()
+
+    async def send(prefix: str) -> None:
+        for n, timestamp in enumerate((1_764_450_000, 0, 946_684_799_999)):
+            id = f"{prefix}{n}"
+            body = json.dumps({"id": id}).encode()
+            await producer.send_and_wait(topic, body, headers=[("message-id", id.encode())], timestamp_ms=timestamp)
+
+    try:
+        await send("a")
+        with caplog.at_level(logging.WARNING):
+            await consume_all(app, settings)
+        told = [each.getMessage() for each in caplog.records if "timestamp" in each.getMessage()]
+        assert len(told) == 1 and "1764450000 is in seconds" in told[0]
+        assert [row[0] for row in await place.effects()] == ["a0", "a1", "a2"]
+        owner = await asyncpg.connect(place.dsn)
+        try:  # everything that was applied is forgotten
+            while await retention.act(owner, await retention.look(owner), retention.Turn()) != "turned":
+                pass
+            while await retention.act(owner, await retention.look(owner), retention.Forget(1, 0.0)) != "forgotten":
+                pass
+            await retention.act(owner, await retention.look(owner), Drop(1))
+        finally:
+            await owner.close()
+        await send("b")  # new records: never silently lost
+        await consume_all(app, settings)
+        assert [row[0] for row in await place.effects()] == ["a0", "a1", "a2", "b0", "b1", "b2"]
+        assert await place.reasons() == []
+        await query(place.dsn, "update consumer.positions set next_offset = 0 returning 1")
+        await consume_all(app, settings)  # delivered again: never applied twice
+        assert [row[0] for row in await place.effects()] == ["a0", "a1", "a2", "b0", "b1", "b2"]
+        assert await place.reasons() == ["too_old"] * 3
+        texts = [row[0] for row in await query(place.dsn, 'select error from consumer.dead_letters order by "offset"')]
+        assert "1764450000 is in seconds" in texts[0] and "timestamp 0 is not a time" in texts[1]
+    finally:
+        await producer.stop()

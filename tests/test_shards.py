@@ -344,13 +344,13 @@ def test_shards_that_cannot_work_are_refused_where_they_are_written(tmp_path: Pa
 
 async def test_commands_name_the_shard_or_say_what_to_do(shards: Shards, tmp_path: Path) -> None:
     path = "shard_app:app"
-    is_one_line(shards.command(tmp_path, "status", path, "--shard", "north"), "has east, west")
+    is_one_line(shards.command(tmp_path, "status", path, "--shard", "north"), "it has: east, west")
     is_one_line(shards.command(tmp_path, "dlq", "show", "1", "--shards", path), "--shard NAME")
     is_one_line(shards.command(tmp_path, "show", "x", "--shard", "east"), "--shards APP")
     is_one_line(shards.command(tmp_path, "replay", path, shards.topic), "has shards", "consumer positions")
     is_one_line(shards.command(tmp_path, "migrate", "--new-route"), "--shards APP")
     listed = shards.command(tmp_path, "dlq", "list", "--shards", path, "--json")
-    assert json.loads(listed.stdout) == {"shards": {"east": [], "west": []}}
+    assert json.loads(listed.stdout) == {"shards": {"east": [], "west": []}, "failed": {}}
     owners = {f"TEST_{name.upper()}": dsn for name, dsn in shards.dsns.items()}
     checked = shards.command(tmp_path, "migrate", "--check", "--shards", path, **owners)
     assert checked.returncode == 0 and checked.stdout.count("up to date") == 2
@@ -365,3 +365,14 @@ async def test_commands_name_the_shard_or_say_what_to_do(shards: Shards, tmp_pat
     )
     assert one.returncode == 2 and "shard west:" in one.stderr and "done: east" in one.stderr
     assert await value(shards.dsns["east"], "select count(*) from consumer.shards") == 0
+
+
+async def test_commands_print_the_other_shards_answers_when_one_is_away(shards: Shards, tmp_path: Path) -> None:
+    path = "shard_app:app"
+    away = {"TEST_WEST": "postgresql://127.0.0.1:1/x", "CONSUMER_WAIT_SECONDS": "1"}
+    for arguments in (["status", path], ["dlq", "list", "--shards", path], ["show", "x", "--shards", path]):
+        half = shards.command(tmp_path, *arguments, "--json", **away)
+        is_one_line(half, "shard west:", "done: east")
+        found = json.loads(half.stdout)
+        assert set(found["shards"]) == {"east"} and set(found["failed"]) == {"west"}
+    is_one_line(shards.command(tmp_path, "dlq", "list", "--shards", path, "--group", "0123456789"), "--group")
