@@ -36,6 +36,8 @@ _NO_DDL = frozenset(
         *("declare", "explain", "table", "show", "set", "truncate"),
     }
 )
+_INSERT = re.compile(r"\b(insert|merge)\s+into\b", re.IGNORECASE)
+_INTO = re.compile(r"\binto\b", re.IGNORECASE)
 _TEMPORARY = re.compile(r"\btemp(orary)?\b", re.IGNORECASE)
 _checked: set[str] = set()
 _traits: dict[str, Traits] = {}
@@ -104,8 +106,8 @@ def traits(sql: str) -> Traits:
         if len(_traits) >= _CHECKED_MAX:
             _traits.clear()
         commands = first_words(sql)
-        into = any(words[0] in ("select", "with") for words in commands) and "into" in sql.lower()
-        changes = into or any(words[0] not in _NO_DDL for words in commands)
+        into = any(words[0] in ("select", "with") for words in commands) and _INTO.search(_INSERT.sub("", sql))
+        changes = bool(into) or any(words[0] not in _NO_DDL for words in commands)
         found = _traits[sql] = Traits(
             several=len(commands) > 1,
             changes_schema=changes,
