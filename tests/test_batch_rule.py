@@ -16,7 +16,9 @@ from uuid import UUID
 import asyncpg
 import pytest
 
+from consumer import columns
 from consumer.columns import Columns
+from consumer.core.catalog import Why
 from consumer.scope import Scope
 
 Message: TypeAlias = list[tuple[str, tuple[Any, ...]]]
@@ -92,9 +94,9 @@ async def one_by_one(connection: Any, messages: Sequence[Message]) -> tuple[dict
 async def batched(connection: Any, messages: Sequence[Message]) -> tuple[dict[str, list[str]], bool, int]:
     """What is left, whether the batch failed, and how many executions were sent."""
     counting = Counting(connection)
-    columns = Columns(counting)
+    asked = Columns(counting)
     await connection.execute("begin")
-    scope = Scope(counting, columns)
+    scope = Scope(counting, asked)
     scope.deferred = [Sending(message) for message in messages]  # type: ignore[misc]
     try:
         await scope.flush()
@@ -676,3 +678,30 @@ FAST: dict[str, tuple[str, list[Message], int]] = {
 async def test_batch_forms_of_the_grammar_stay_grouped(database: str, name: str) -> None:
     schema, messages, most = FAST[name]
     assert await assert_equal(database, schema, messages) <= most
+
+
+async def test_batch_what_is_not_grouped_is_logged_once_and_counted(database: str, caplog: Any) -> None:
+    schema = STOCK + "create table log (n numeric unique, secret text); create view seen as select * from log;"
+    messages = each(
+        20,
+        ("insert into seen values ($1, 'hunter2')", lambda n: (n,)),
+        ("insert into stock (sku) select $1::int + 4711 where true", lambda n: (n,)),
+        ("update log set secret = $2 where n = $1", lambda n: (n, "hunter2")),
+    )
+    columns.ungrouped.clear()
+    columns._logged.clear()
+    with caplog.at_level("DEBUG", logger="consumer"):
+        await assert_equal(database, schema, messages)
+    found = [each.fields for each in caplog.records if each.message == "deferred statement not batched"]
+    told = {(each["statement"], each["sent"], each["reason"]) for each in found}
+    assert told == {
+        ("insert into seen values ($1, …)", "in message order", Why.KIND.value),
+        ("insert into stock (sku) select $1::int + … where true", "in message order", Why.GRAMMAR.value),
+    }
+    assert len(found) == len(told), "each once"
+    assert columns.ungrouped == {Why.KIND: 20, Why.GRAMMAR: 20}
+    columns._logged.clear()
+    with caplog.at_level("DEBUG", logger="consumer"):
+        await assert_equal(database, schema, each(20, ("update log set secret = $2 where n = $1", lambda n: (n, "x"))))
+    assert columns.ungrouped[Why.KEY] == 20
+    assert "hunter2" not in caplog.text and "4711" not in caplog.text
