@@ -201,6 +201,7 @@ async def _dlq_show(number: int, settings: Settings, as_json: bool) -> int:
         print_json(found)
         return 0
     actions = found.pop("actions")
+    trace = found.pop("trace")
     for name, value in found.items():
         out.print(
             f"{name:18} {printable(value) if isinstance(value, str) else json.dumps(value)}",
@@ -208,6 +209,8 @@ async def _dlq_show(number: int, settings: Settings, as_json: bool) -> int:
             highlight=False,
             soft_wrap=True,
         )
+    for n, frame in enumerate(trace):
+        out.print(f"{'' if n else 'trace':18} {printable(frame)}", markup=False, highlight=False, soft_wrap=True)
     for each in reversed(actions):
         line = f"{each['at'][:19]} {each['what']} by {each['operator']}: {each['outcome']}"
         line += f", as {each['new_id']}" if each["new_id"] else ""
