@@ -60,3 +60,11 @@ alone = App(os.environ.get("TEST_APP", "worker-app"))  # the same App, of tests 
 @alone.handler(topic, name="settle")
 async def settle_alone(payment: Payment, tx: Tx) -> None:
     tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
+
+
+renamed = App(os.environ.get("TEST_APP", "worker-app"))  # a later version of `alone`, whose function has another name
+
+
+@renamed.handler(topic)
+async def pay(payment: Payment, tx: Tx) -> None:
+    tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
