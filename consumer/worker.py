@@ -364,13 +364,12 @@ class Worker:
 
     def _share_connections(self, shard: _Shard) -> None:
         """Give connections back for a while: others wait for one."""
-        if shard.crowded_until < time.monotonic():
-            event(
-                logging.WARNING,
-                "postgresql has too few connections: lanes and workers take turns",
-                do="raise max_connections, or lower CONSUMER_LANES or --workers",
-                **shard.label,
-            )
+        self._teller.say(
+            logging.WARNING,
+            "postgresql has too few connections: lanes and workers take turns",
+            (shard.name,),
+            {"do": "raise max_connections, or lower CONSUMER_LANES or --workers", **shard.label},
+        )
         shard.crowded_until = time.monotonic() + crowding.SECONDS
 
     async def _give_back(self, lane: _Lane, *, is_idle: bool) -> None:

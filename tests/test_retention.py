@@ -289,7 +289,7 @@ async def test_a_drop_waits_for_claims_and_readers_and_carries_dead_letters(clai
     await claims.watcher.execute("commit")
     await session.commit()
     assert await claims.drop(1) == "dropped"
-    assert await query(claims.dsn, "select outcome, count from consumer.outcomes") == [("applied", 2)]
+    assert await query(claims.dsn, "select outcome, count from consumer.outcomes where count > 0") == [("applied", 2)]
     assert [await claims.rows(id) for id in ids] == [0, 0, 1]
 
 
