@@ -37,6 +37,7 @@ from consumer.app import App
 from consumer.core import grants
 from consumer.core.errors import Misconfigured, ServiceUnavailable
 from consumer.core.identity import OffsetId
+from consumer.core.known import UnknownName, suggestion
 from consumer.core.route import Router
 from consumer.kafka import Source
 from consumer.loading import load_app
@@ -505,7 +506,7 @@ def positions(
         return await positions_command.move(loaded, topic, partition, to, on, dry_run=dry_run, as_json=as_json)
 
     if topic is not None and topic not in loaded.topics:
-        raise Misconfigured(f"{app} has no handler of topic {topic!r} (it has: {', '.join(loaded.topics)})")
+        raise UnknownName(f"{app} has no handler of topic {topic!r}; {suggestion(topic, loaded.topics)}")
     return over(loaded, shard, settings, as_json, run)
 
 

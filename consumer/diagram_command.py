@@ -13,6 +13,7 @@ import typer
 
 from consumer.app import App
 from consumer.core.errors import Misconfigured
+from consumer.core.known import UnknownName, suggestion
 from consumer.loading import load_app
 from consumer.schemes.states import StateMachine
 from consumer.terminal import AppPath, AsJson, Refused, cli, command, print_json
@@ -30,7 +31,7 @@ def diagram(
     """Draw the state machines of an application as Mermaid text, for a page of documentation.
 
     They are looked for in the App's module, its submodules, and the modules of its handlers. Exit code 1 when there is none,
-    or none of that name.
+    2 for a name that none has.
 
     \b
     Examples:
@@ -42,14 +43,14 @@ def diagram(
     if not machines:
         raise Refused(f"{app} has no StateMachine: is the module that makes it imported, and has it a name there?")
     if name is not None:
-        known = ", ".join(sorted({each for place, machine in machines.items() for each in (place, machine.name)}))
+        known = {each for place, machine in machines.items() for each in (place, machine.name)}
         machines = {
             place: machine
             for place, machine in machines.items()
             if name in (place, place.rpartition(".")[2], machine.name)
         }
         if not machines:
-            raise Refused(f"{app} has no StateMachine {name!r}: it has {known}")
+            raise UnknownName(f"{app} has no StateMachine {name!r}; {suggestion(name, known)}")
     if as_json:
         print_json(
             [

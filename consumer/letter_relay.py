@@ -1,8 +1,8 @@
-"""Dead letters on their way to the dead-letter topic: after they are kept in PostgreSQL, at least once, in their order.
+"""Dead letters on their way to the dead-letter topic: after they are kept in PostgreSQL, at least once, in no fixed order.
 
 Knows the table of letters to publish and a producer; settles nothing. A letter's row there is made in the transaction that makes
 the letter, and goes in the transaction that follows Kafka's acknowledgement; SKIP LOCKED lets the relays of several workers
-share the work. Died in between, it is produced again, under the same `dead-letter-id`. The table of dead letters is the
+share the work, so that letters may overtake each other. Died in between, it is produced again, under the same `dead-letter-id`. The table of dead letters is the
 truth: what a retry does to a letter later is not told to the topic. What it does not know: whether anybody reads it.
 
 The copy has the original's key, value and headers, and besides: `dead-letter-id` (app/handler/number, the stable id of

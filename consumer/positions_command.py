@@ -15,6 +15,7 @@ from consumer.core.bounds import Bound, Earliest, Latest, Offset, Time
 from consumer.core.bounds import Position as AtPosition
 from consumer.core.errors import Misconfigured
 from consumer.core.incarnation import Log, Position, judge
+from consumer.core.known import UnknownName, suggestion
 from consumer.core.message import Partition
 from consumer.kafka import Identity, Source
 from consumer.reading import find_partitions, parse
@@ -172,7 +173,7 @@ async def begin_here(app: App, handler: str, topic: str | None, settings: Settin
 def check_handler(app: App, path: str, handler: str) -> None:
     """Raise Misconfigured for a handler that the App does not have, or that keeps no ledger row."""
     if handler not in app.handlers:
-        raise Misconfigured(f"{path} has no handler {handler!r} (it has: {', '.join(app.handlers)})")
+        raise UnknownName(f"{path} has no handler {handler!r}; {suggestion(handler, app.handlers)}")
     if handler not in coverage.topics_of(app):
         raise Misconfigured(
             f"handler {handler!r} keeps no ledger row (idempotent=False): nothing records what it misses"

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 
 from consumer import ledger, retention
 from consumer.core.errors import Misconfigured, ServiceUnavailable
+from consumer.core.known import UnknownName, suggestion
 from consumer.core.message import Partition
 from consumer.core.retention import HOUR, State, Step, Turn, Wait, contradictions, wanted
 from consumer.kafka import Source
@@ -90,7 +91,9 @@ async def _purge(
             voices = await retention.said(connection)
             if retired is not None:
                 if retired not in voices:
-                    raise Misconfigured(f"--retired {retired}: no application of that name has rows here")
+                    raise UnknownName(
+                        f"--retired {retired[:80]!r}: no application of that name has rows here; {suggestion(retired, voices)}"
+                    )
                 if not dry_run:
                     await retention.say(connection, retired, 0)
                 voices[retired] = 0

@@ -29,6 +29,7 @@ from consumer.core.findings import Effects, Findings
 from consumer.core.handler import Handler
 from consumer.core.identity import ids_of_text
 from consumer.core.incarnation import Log, judge
+from consumer.core.known import UnknownName, suggestion
 from consumer.core.lanes import Batch, Delivery, Lane
 from consumer.core.message import Partition, Record
 from consumer.core.outcome import Dead, Outcome, Parked
@@ -989,11 +990,11 @@ def _choose(app: App, topics: Sequence[str], options: Options) -> list[Handler]:
         raise Misconfigured(f"name at least one topic of {app.name!r} (it has: {', '.join(app.topics)})")
     for topic in topics:
         if topic not in app.topics and options.mode != "republish":
-            raise Misconfigured(f"{app.name!r} has no handler of topic {topic!r} (it has: {', '.join(app.topics)})")
+            raise UnknownName(f"{app.name!r} has no handler of topic {topic!r}; {suggestion(topic, app.topics)}")
     for name in options.handlers:
         handler = app.handlers.get(name)
         if handler is None:
-            raise Misconfigured(f"{app.name!r} has no handler {name!r} (it has: {', '.join(app.handlers)})")
+            raise UnknownName(f"{app.name!r} has no handler {name!r}; {suggestion(name, app.handlers)}")
         if not handler.idempotent:
             raise Misconfigured(
                 f"handler {name!r} is not idempotent (idempotent=False): it keeps no ledger row, so there is nothing to verify"

@@ -41,7 +41,7 @@ def test_each_machine_is_drawn_once_and_found_by_either_name(tmp_path: Path) -> 
 def test_none_and_none_of_that_name_are_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "orders.py").write_text(MODULE)
     is_one_line(
-        consumer(tmp_path, "diagram", "orders:app", "refunds"), "no StateMachine 'refunds'", "orders.status", code=1
+        consumer(tmp_path, "diagram", "orders:app", "refunds"), "no StateMachine 'refunds'", "orders.status", code=2
     )
     (tmp_path / "orders.py").write_text(MODULE.replace("ORDERS = ", "orders = lambda: ").replace("ALIAS", "#"))
     is_one_line(consumer(tmp_path, "diagram", "orders:app"), "has no StateMachine", code=1)
