@@ -348,7 +348,9 @@ async def _rename(settings: Settings, app: str, old: str, new: str) -> int:
     except Exception as error:
         if ledger.sqlstate_of(error) is None:
             raise
-        raise Misconfigured(f"{ledger.where(settings.dsn)}: {ledger.said(error)} (nothing was changed)") from None
+        raise Misconfigured(
+            f"{ledger.where(settings.dsn)}: {ledger.said(error)} (nothing was changed; run it as the owner of the schema)"
+        ) from None
     print(f"handler {old!r} of App {app!r} is {new!r} in the ledger now; workers with the old name are refused")
     return 0
 

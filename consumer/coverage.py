@@ -74,17 +74,17 @@ async def switch(connection: Any, app: str, wanted: Mapping[Partition, str]) -> 
     partitions = sorted(wanted)
     async with connection.transaction():
         rows = await connection.fetch(_LOCK, app, [each.topic for each in partitions], [each[1] for each in partitions])
-        legacy = await connection.fetch("select handler from consumer.handlers where app = $1 and legacy", app)
+        handlers = await connection.fetch("select handler, name, legacy from consumer.handlers where app = $1", app)
         found = {Partition(row[0], row[1]): At(row[2], row[3], as_numbers(row[4])) for row in rows}
         numbers = {each: as_numbers(text) or frozenset() for each, text in wanted.items()}
-        done = changes(found, numbers, {row[0] for row in legacy})
+        done = changes(found, numbers, {row[0] for row in handlers if row[2]})
         await connection.executemany(_END, [(*each.partition, each.handler, each.offset) for each in done.ended])
         await connection.executemany(_BEGIN, [(*each.partition, each.handler, each.offset) for each in done.begun])
         await connection.executemany(
             "update consumer.positions set handlers = $4 where (app, topic, partition) = ($1, $2, $3)",
             [(app, *each, wanted[each]) for each in found],
         )
-    return done
+    return done._replace(names={row[0]: row[1] for row in handlers})
 
 
 async def cover(connection: Any, handler: int, stretches: Iterable[tuple[Partition, int, int]], why: str) -> None:

@@ -144,10 +144,10 @@ def _where(delivery: Delivery) -> dict[str, Any]:
     }
 
 
-def changes(found: Changes, names: Mapping[int, str], path: str, label: Mapping[str, str]) -> None:
+def changes(found: Changes, path: str, label: Mapping[str, str]) -> None:
     """Log which handlers begin behind the application, and which ones this worker lacks."""
     for handler, topics in _by_handler(found.late):
-        name = names.get(handler, str(handler))
+        name = found.names.get(handler, str(handler))
         event(
             logging.WARNING,
             "a handler begins behind the application: it has not settled what is before",
@@ -161,7 +161,7 @@ def changes(found: Changes, names: Mapping[int, str], path: str, label: Mapping[
         event(
             logging.WARNING,
             "this worker lacks a handler that the ledger knows: what it settles is missing for that handler",
-            handler=names.get(handler, str(handler)),
+            handler=found.names.get(handler, str(handler)),
             topics=", ".join(topics),
             do="deploy one version of the App; another service needs another App name; a renamed handler: "
             "consumer migrate --rename-handler APP OLD NEW",

@@ -84,14 +84,21 @@ class Witness:
         """Whether absence from the ledger means nothing: it began later, or no longer remembers the time of the message."""
         if self.assume_unapplied:
             return False
+        if self.is_exempt(delivery):
+            return True
         partition = delivery.partition
-        for each in self.exempt.get((delivery.handler.name, partition), ()):
-            if each.past is not None and each.first <= delivery.record.offset < each.past:
-                return True  # its handler need not settle it: `consumer positions --begin-here`
         horizon = self.horizon.get(partition)
         if horizon is None:  # not recorded: all below the position may have been before
             horizon = self.findings.positions.get(partition, 0)
         return delivery.record.offset < horizon
+
+    def is_exempt(self, delivery: Delivery) -> bool:
+        """Whether the handler need not settle the message: recorded by `consumer positions --begin-here`."""
+        if not self.exempt or self.assume_unapplied:
+            return False
+        offset = delivery.record.offset
+        found = self.exempt.get((delivery.handler.name, delivery.partition), ())
+        return any(each.past is not None and each.first <= offset < each.past for each in found)
 
 
 class Look:
@@ -241,7 +248,7 @@ class Look:
                 if outcome == "missing":
                     continue
             else:
-                outcome = "unknown" if self._in_doubt(delivery) else "repeated"
+                outcome = self._doubt(delivery) if self._in_doubt(delivery) else "repeated"
             counts.setdefault(delivery.handler.name, {}).setdefault(outcome, []).append(record.timestamp)
         for name, by_outcome in counts.items():
             for outcome, timestamps in by_outcome.items():
@@ -255,6 +262,8 @@ class Look:
 
     def _absent(self, delivery: Delivery) -> str:
         findings = self.witness.findings
+        if self.witness.is_exempt(delivery):
+            return "skipped"
         if self._in_doubt(delivery):
             detail = (
                 "older than what the ledger remembers" if delivery in self.forgotten else "from before the ledger began"
@@ -269,6 +278,9 @@ class Look:
         # Another lane, or a chunk before, was first with this id.
         first = self.witness.missing.get((delivery.handler.name, delivery.id))
         return self._clash(delivery) if first is not None and first[3] != delivery.fingerprint else "repeated"
+
+    def _doubt(self, delivery: Delivery) -> str:
+        return "skipped" if self.witness.is_exempt(delivery) else "unknown"
 
     def _unsettled(self, delivery: Delivery, detail: str) -> None:
         findings = self.witness.findings

@@ -88,7 +88,6 @@ class _Shard:
     epoch: str = ""
     registered: str = ""  # the epoch that the numbers of handlers and topics are of
     installation: str = ""
-    known: dict[int, str] = field(default_factory=dict)  # all handlers of the App that its ledger knows, by number
     generation: int = 0  # of what is open; what was taken in an earlier one is not settled any more
     lane_of: dict[Partition, _Lane] = field(default_factory=dict)
     unopened: set[Partition] = field(default_factory=set)  # whose position in it is not known yet
@@ -288,7 +287,6 @@ class Worker:
             await coverage.register(control.connection, self._app)
         shard.names.topics = topics
         shard.installation = control.installation
-        shard.known = {number: name for name, number in numbers.items()}
         for handler in {each for found in shard.by_topic.values() for each in found}:
             handler.number = numbers[handler.name]
         shard.registered = control.epoch
@@ -750,7 +748,7 @@ class Worker:
                         },
                         {each.installation for each in self._shards if each is not shard},
                     )
-                    telling.changes(changes, shard.known, self._path, shard.label)
+                    telling.changes(changes, self._path, shard.label)
                     numbers = {each.number for found in shard.by_topic.values() for each in found}
                     chains, tried = await opening.recall(control, numbers, positions)
                     await opening.recall_stops(control, self._stops, self._app.name, positions)

@@ -27,12 +27,14 @@ def told(caplog: pytest.LogCaptureFixture) -> Iterator[Told]:
 def app_with(name: str, topic: str, *handlers: str) -> App:
     """A version of an App, whose handlers each write a row of their own."""
     app = App(name)
-    for each in handlers:
 
-        @app.handler(topic, name=each)
-        async def handle(body: dict[str, Any], tx: Tx, own: str = each) -> None:
+    def add(own: str) -> None:
+        @app.handler(topic, name=own)
+        async def handle(body: dict[str, Any], tx: Tx) -> None:
             tx.defer("insert into effects values ($1, 1, 1)", f"{own} {body['id']}")
 
+    for each in handlers:
+        add(each)
     return app
 
 
@@ -52,6 +54,13 @@ def missed(found: dict[str, Any]) -> int:
 
 async def replay(place: Place, app: App, path: str, *arguments: str) -> Result:
     return await command(place, app, "replay", path, app.topics[0], *arguments)
+
+
+async def rename(place: Place, app: App, old: str, new: str) -> Result:
+    """As the owner of the schema."""
+    owner = Place(place.kafka, place.dsn, place.redis_url)
+    owner.worker_dsn = place.dsn
+    return await command(owner, app, "migrate", "--rename-handler", app.name, old, new)
 
 
 async def test_handler_added_in_a_rolling_deploy_knows_what_it_missed(place: Place, told: Told) -> None:
@@ -173,7 +182,7 @@ async def test_renamed_function_is_reported_and_nothing_is_applied_twice(place: 
         await consume_all(new, place.settings())
     assert len(await place.effects()) == 10
     async with working(new, place.settings()):
-        renamed = await command(place, new, "migrate", "--rename-handler", old.name, "settle", "pay")
+        renamed = await rename(place, new, "settle", "pay")
         assert renamed.returncode == 0, renamed.stderr
         await place.send(topic, *[payment(f"p{n}") for n in range(5)], payment("q"))  # sent again, and a new one
         await drained(new, place.settings())
@@ -188,7 +197,7 @@ async def test_renamed_function_is_reported_and_nothing_is_applied_twice(place: 
     is_one_line(await replay(place, old, ONE), "was renamed to 'pay'")
     log = await query(place.dsn, "select app, old_name, new_name from consumer.handler_renames")
     assert log == [(old.name, "settle", "pay")]
-    back = await command(place, new, "migrate", "--rename-handler", old.name, "pay", "settle")
+    back = await rename(place, new, "pay", "settle")
     assert back.returncode == 0, back.stderr
     await consume_all(old, place.settings())
 
@@ -201,10 +210,11 @@ async def test_rename_of_handlers_that_both_have_rows_is_refused(place: Place) -
     await consume_all(app, place.settings())
     await place.send(topic, payment("b"))
     await consume_all(new, place.settings())
-    rename = ["migrate", "--rename-handler", app.name]
-    is_one_line(await command(place, app, *rename, "settle", "pay"), "has rows of its own", "--begin-here")
-    is_one_line(await command(place, app, *rename, "setle", "pay"), "has no handler 'setle'", "pay, settle")
-    is_one_line(await command(place, app, *rename, "pay", "pay"), "two names")
+    is_one_line(await rename(place, app, "settle", "pay"), "has rows of its own", "--begin-here")
+    is_one_line(await rename(place, app, "setle", "pay"), "has no handler 'setle'", "pay, settle")
+    is_one_line(await rename(place, app, "pay", "pay"), "two names")
+    as_worker = await command(place, app, "migrate", "--rename-handler", app.name, "settle", "pays")
+    is_one_line(as_worker, "permission denied", "run it as the owner")
     names = await query(place.dsn, "select name from consumer.handlers where app = $1 order by 1", app.name)
     assert names == [("pay",), ("settle",)]
     named = await replay(place, new, RENAMED, "--apply", "--handler", "pay")  # who names it means it
@@ -218,7 +228,7 @@ async def test_rename_under_a_running_worker_with_the_old_name_ends_that_worker(
         async with working(old, place.settings()):
             await place.send(topic, payment("a"))
             await drained(old, place.settings())
-            done = await command(place, old, "migrate", "--rename-handler", old.name, "settle", "pay")
+            done = await rename(place, old, "settle", "pay")
             assert done.returncode == 0, done.stderr
             await place.send(topic, payment("b"))
 
@@ -238,6 +248,7 @@ async def test_two_services_with_one_name_are_reported(place: Place, told: Told)
     other = app_with(one.name, topic, "ship")
     await place.send(topic, payment("a"))
     await consume_all(one, place.settings())
+    await place.send(topic, payment("b"))
     await consume_all(other, place.settings())
     [found] = told.of("this worker lacks a handler")
     assert found["handler"] == "settle" and "another service needs another App name" in found["do"]
@@ -256,6 +267,7 @@ async def test_handlers_of_a_ledger_of_the_version_before_have_missed_nothing(pl
     await consume_all(app, place.settings())
     assert (await status(place, app, ONE))[0] == 0
     both = app_with(app.name, topic, "settle", "record")
+    await place.send(topic, payment("c"))
     await consume_all(both, place.settings())
     code, shown = await status(place, both, BOTH)
     assert (code, missed(shown)) == (1, 2)

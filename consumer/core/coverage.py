@@ -37,11 +37,15 @@ class Change(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What a worker with other handlers than the one before changes. late: those that begin behind the application."""
+    """What a worker with other handlers than the one before changes.
+
+    late: those that begin behind the application. names: of all handlers of the application, by number.
+    """
 
     begun: tuple[Change, ...] = ()
     ended: tuple[Change, ...] = ()
     late: tuple[Change, ...] = ()
+    names: Mapping[int, str] = {}
 
 
 class Gap(NamedTuple):
