@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from harness import Place, Result, consume_all, drained, is_one_line, query, unt
 from test_incarnations import Told, command, payment
 
 from consumer import App, Misconfigured, Tx
+from consumer.worker import Worker
 
 BOTH = "worker_app:app"  # with the handlers settle and record
 ONE = "worker_app:alone"  # with settle alone
@@ -224,18 +226,17 @@ async def test_rename_of_handlers_that_both_have_rows_is_refused(place: Place) -
 async def test_rename_under_a_running_worker_with_the_old_name_ends_that_worker(place: Place) -> None:
     topic = await place.topic()
     old = app_with(f"running-{uuid4().hex[:8]}", topic, "settle")
-    with pytest.raises(Misconfigured, match="was renamed to 'pay'"):
-        async with working(old, place.settings()):
-            await place.send(topic, payment("a"))
-            await drained(old, place.settings())
-            done = await rename(place, old, "settle", "pay")
-            assert done.returncode == 0, done.stderr
-            await place.send(topic, payment("b"))
-
-            async def none_left() -> bool:
-                return bool(await query(place.dsn, "select from consumer.handlers where name = 'pay'"))
-
-            await until("the rename", none_left)
+    worker = asyncio.create_task(Worker(old, place.settings()).run())
+    try:
+        await place.send(topic, payment("a"))
+        await drained(old, place.settings())
+        done = await rename(place, old, "settle", "pay")
+        assert done.returncode == 0, done.stderr
+        await place.send(topic, payment("b"))
+        with pytest.raises(Misconfigured, match="was renamed to 'pay'"):
+            await asyncio.wait_for(worker, 60)
+    finally:
+        worker.cancel()
     rows = await query(
         place.dsn, "select distinct h.name from consumer.ledger join consumer.handlers h using (handler)"
     )
