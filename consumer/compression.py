@@ -92,7 +92,7 @@ def gzip_decode(payload: bytes) -> bytes:
 def snappy_decode(payload: bytes) -> bytes:
     """One snappy block, or the blocks that Java's xerial library writes."""
     payload = bytes(payload)
-    if not payload.startswith(_XERIAL) or len(payload) <= _XERIAL_HEADER_BYTES:
+    if not payload.startswith(_XERIAL) or len(payload) < _XERIAL_HEADER_BYTES:
         return _snappy_block(payload, _Limit.bytes_max)
     parts: list[bytes] = []
     room, position = _Limit.bytes_max, _XERIAL_HEADER_BYTES

@@ -17,7 +17,7 @@ from aiokafka.protocol.fetch import FetchRequest
 
 from consumer.core.incarnation import Reason
 from consumer.core.message import Partition
-from consumer.core.rawrecord import check
+from consumer.core.rawrecord import Damage, check
 from consumer.core.unreadable import Failure
 from consumer.wire import FetchById, Unsupported
 
@@ -26,6 +26,7 @@ _UNSUPPORTED_COMPRESSION = 76
 _OTHER_TOPIC = (100, 103)  # unknown topic id, inconsistent topic id
 _SHAPE_OF_ANSWER = 11  # the version whose layout the client reads
 _METADATA_PAUSE_SECONDS = 0.25
+_STABLE_END_AT = 3  # in a partition's part of an answer, from version 4 on
 
 
 class Listener(Protocol):
@@ -42,6 +43,9 @@ class Listener(Protocol):
 
     def nothing_new(self, partition: Partition) -> None:
         """It was read to its end."""
+
+    def empty(self, partition: Partition, offset: int) -> None:
+        """Nothing of it came from this offset, although there is more."""
 
     def throttled(self, seconds: float) -> None:
         """The broker gives nothing for so long, because of a quota."""
@@ -68,6 +72,8 @@ class FetchingById:
         self._listener = listener
         self._metadata_asked_at = 0.0
         self._throttled_until: dict[int, float] = {}
+        self._is_throttled = False
+        self._damaged: dict[Partition, Damage] = {}  # behind what was given last; a broker may refuse to give it
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
@@ -143,6 +149,7 @@ class FetchingById:
     # -- what is wrong stays with its partition -----------------------------------------------------------------------
 
     def _screened(self, request: FetchRequest, answer: Answer) -> Answer:
+        self._is_throttled = answer.throttle_time_ms > 0
         offsets = {(topic, each[0]): each[1] for topic, partitions in request.topics for each in partitions}
         topics = [
             (topic, [row for each in rows if (row := self._sound(topic, each, offsets)) is not None])
@@ -157,15 +164,24 @@ class FetchingById:
         number, error, log = row[0], row[1], row[-1]
         partition = Partition(topic, number)
         if error == _NONE:
-            if not log:
-                self._listener.nothing_new(partition)
-                return row
             offset = offsets[topic, number]
-            size, damage = check(log, offset, row[2])
+            if not log:
+                if len(row) > _STABLE_END_AT + 1 and 0 <= offset < row[_STABLE_END_AT] and not self._is_throttled:
+                    self._listener.empty(partition, offset)
+                else:
+                    self._listener.nothing_new(partition)
+                return row
+            size, damage = self._checked(partition, log, offset, row[2])
+            if size == 0 and damage is not None and damage.last is not None and damage.last < offset:
+                log = log[damage.next_at :]  # the broken batch stands before what is wanted
+                row = (*row[:-1], log)
+                size, damage = check(log, offset, row[2])
+            if damage is not None:
+                self._damaged[partition] = damage
             if size == 0:
                 self._listener.failed(partition, _frame_failure(offset, len(log), damage))
                 return None
-            return row if damage is None else (*row[:-1], log[:size])
+            return row if size == len(log) else (*row[:-1], log[:size])
         if error == _OUT_OF_RANGE:
             return row
         offset = offsets[topic, number]
@@ -175,15 +191,34 @@ class FetchingById:
             self.force_metadata_update()
         elif error == _NOT_ALLOWED:
             self._listener.failed(partition, Failure(Reason.NOT_ALLOWED, name, offset))
-        elif error in (_CORRUPT, _UNSUPPORTED_COMPRESSION):
-            self._listener.failed(partition, Failure(Reason.DAMAGED, f"the broker answers {name}", offset))
+        elif error in (_CORRUPT, _UNSUPPORTED_COMPRESSION) or (
+            (damage := self._damaged.get(partition)) is not None and damage.first == offset
+        ):
+            self._listener.failed(partition, self._broken_at(partition, offset, name))
         else:
             self._listener.delayed(partition, name)
             self.force_metadata_update()
         return None
 
+    def _checked(self, partition: Partition, log: bytes, offset: int, end: int) -> tuple[int, Damage | None]:
+        """As `check`; a batch that was seen to be broken behind others is so alone, too, where it may look sound."""
+        if self._damaged:
+            known = self._damaged.get(partition)
+            if known is not None and known.first == offset and log.startswith(known.head):
+                return 0, known
+        return check(log, offset, end)
 
-def _frame_failure(offset: int, size: int, damage: Any) -> Failure:
+    def _broken_at(self, partition: Partition, offset: int, name: str) -> Failure:
+        """A batch that the broker itself cannot read, with what was seen of it when it still came behind others."""
+        damage = self._damaged.get(partition)
+        if damage is None or damage.first != offset:
+            return Failure(Reason.DAMAGED, f"the broker answers {name}", offset, is_brokers=True)
+        return Failure(
+            Reason.DAMAGED, f"{damage.text} (the broker answers {name})", offset, damage.last, is_brokers=True
+        )
+
+
+def _frame_failure(offset: int, size: int, damage: Damage | None) -> Failure:
     if damage is not None:
         return Failure(Reason.DAMAGED, damage.text, offset, damage.last)
     return Failure(

@@ -37,17 +37,18 @@ from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssigno
 from aiokafka.coordinator.protocol import ConsumerProtocolMemberMetadata
 from aiokafka.errors import (
     AuthenticationFailedError,
-    CorruptRecordException,
     IllegalSaslStateError,
     IllegalStateError,
     InvalidSessionTimeoutError,
     LeaderNotAvailableError,
     OffsetOutOfRangeError,
     SaslAuthenticationFailed,
+    UnknownError,
     UnknownTopicOrPartitionError,
     UnsupportedSaslMechanismError,
     for_code,
 )
+from aiokafka.errors import CorruptRecordException as CorruptRecordException
 from aiokafka.errors import KafkaError as KafkaError
 from aiokafka.helpers import create_ssl_context
 from aiokafka.protocol.fetch import FetchRequest
@@ -59,7 +60,7 @@ from consumer.bearer import Bearer, NoToken, find
 from consumer.brokers import EARLIEST, LATEST, Brokers
 from consumer.compression import Damaged, TooLarge
 from consumer.core import rawrecord
-from consumer.core.errors import Misconfigured, ServiceUnavailable
+from consumer.core.errors import CannotTell, Misconfigured, ServiceUnavailable
 from consumer.core.hosts import certificate_fault
 from consumer.core.identity import fingerprint
 from consumer.core.incarnation import Print, Reason
@@ -80,6 +81,7 @@ _OUT_OF_RANGE = 1
 _PEEK_WAIT_MS = 50  # Kafka answers at once, since no byte is waited for; Tansu says nothing without any time
 _WAIT_MS, _WAIT_BRIEFLY_MS = 500, 50  # of a fetch that finds nothing, at the broker
 _DELAY_SECONDS = 0.25  # between fetches that the broker cannot answer at the moment
+_EMPTY_SECONDS = 3.0  # then a partition of which nothing comes is asked for alone
 _DELAYED_SECONDS_MAX = 30.0  # then it is reported
 _THROTTLE_TOLD_SECONDS = 60.0
 _ASKED_AT_A_TIME = 32
@@ -97,12 +99,13 @@ class LogTruncated(Exception):
         self.position = position
 
 
-class PartitionUnreadable(Exception):
-    """A partition cannot be read from an offset on."""
+class PartitionUnreadable(CannotTell):
+    """A command cannot read a partition from an offset on."""
 
     def __init__(self, partition: Partition, failure: Failure) -> None:
         stop = stop_of(partition, failure)
-        super().__init__(f"{partition.topic}:{partition.partition}: {stop.text}")
+        around = "; leave them out with --from and --to" if stop.missing else f"; {stop.do}"
+        super().__init__(f"{partition.topic}:{partition.partition}: {stop.text}{around}")
         self.partition = partition
         self.failure = failure
 
@@ -308,6 +311,11 @@ class Source:
         self.on_nothing_new: Callable[[Partition], None] = lambda _: None
         self._failures: dict[Partition, Failure] = {}
         self._bad_headers: dict[Partition, int] = {}  # and the offset from which it is read in another way
+        self._unreadable_to: dict[
+            Partition, tuple[int, int]
+        ] = {}  # the first and the last offset that brokers cannot read
+        self._empty: dict[Partition, tuple[int, float]] = {}  # of which nothing came from an offset, and since when
+        self._to_probe: dict[Partition, int] = {}
         self._delayed: dict[Partition, float] = {}  # whose fetches the broker cannot answer, and since when
         self._delay_paused: set[Partition] = set()
         self._asking = asyncio.Semaphore(_ASKED_AT_A_TIME)
@@ -366,7 +374,10 @@ class Source:
             if loop.time() - since > _DELAYED_SECONDS_MAX:
                 del self._delayed[partition]
                 offset = self.consumer._subscription.subscription.assignment.state_value(tp).position
-                self.failed(partition, Failure(Reason.BROKER_ERROR, f"they answer {why}", offset))
+                failure = Failure(Reason.BROKER_ERROR, f"they answer {why}", offset)
+                if why == UnknownError.__name__:  # what a broker answers that meets something broken itself
+                    failure = Failure(Reason.DAMAGED, f"the broker answers {why}", offset, is_brokers=True)
+                self.failed(partition, failure)
             elif tp in self.consumer.assignment() and tp not in self.consumer.paused():
                 self.consumer.pause(tp)
                 self._delay_paused.add(partition)
@@ -379,7 +390,16 @@ class Source:
     def nothing_new(self, partition: Partition) -> None:
         """Note that a partition can be read, though it holds nothing new."""
         self._delayed.pop(partition, None)
+        self._empty.pop(partition, None)
         self.on_nothing_new(partition)
+
+    def empty(self, partition: Partition, offset: int) -> None:
+        """Note that a fetch gave nothing although there is more: other partitions had all the room, or it is damaged."""
+        now = asyncio.get_running_loop().time()
+        known, since = self._empty.get(partition, (offset, now))
+        self._empty[partition] = (offset, since if known == offset else now)
+        if known == offset and now - since > _EMPTY_SECONDS and self._stands_at(partition, offset):
+            self._to_probe[partition] = offset
 
     def throttled(self, seconds: float) -> None:
         """Count what a quota costs, and log it now and then."""
@@ -412,10 +432,13 @@ class Source:
         except UnicodeDecodeError:
             self._bad_headers[partition] = reader.next_fetch_offset
         except Exception as error:
+            first = reader.next_fetch_offset
+            last = _last_on_stack(error.__traceback__)
+            if last is not None and last < first:
+                return  # all offsets of the batch were handed out: the next fetch begins behind it
             reason, text = _decoding_failure(error, self._settings)
             self.pause(partition)
-            first = reader.next_fetch_offset
-            self._failures[partition] = Failure(reason, text, first, _last_on_stack(error.__traceback__, first))
+            self._failures[partition] = Failure(reason, text, first, last)
 
     @property
     def consumer(self) -> AIOKafkaConsumer:
@@ -469,7 +492,7 @@ class Source:
         if self._delayed:
             for partition in found:
                 self._delayed.pop(Partition(*partition), None)
-        if self._bad_headers or self._failures:
+        if self._bad_headers or self._failures or self._to_probe:
             return await self._with_unreadable(found)
         return found  # type: ignore[no-any-return]
 
@@ -482,8 +505,12 @@ class Source:
                 all_found[partition] = [*all_found.get(partition, ()), *await self._with_bad_header(partition, offset)]
             except Exception as error:
                 event(logging.DEBUG, "a batch cannot be fetched again yet", error=describe(error))
+        to_probe, self._to_probe = self._to_probe, {}
+        for partition, offset in to_probe.items():
+            await self._probe(partition, offset)
         failures, self._failures = self._failures, {}
-        for partition, failure in failures.items():
+        for partition, known in failures.items():
+            failure = await self._with_next_readable(partition, known)
             if self.on_failed is None:
                 raise PartitionUnreadable(partition, failure)
             self.on_failed(partition, failure)
@@ -494,6 +521,51 @@ class Source:
             offset = received(Partition(*each))
             if offset is not None:
                 self.consumer.seek(each, offset)
+
+    async def _probe(self, partition: Partition, offset: int) -> None:
+        """Ask for a partition alone: whether the broker gives anything from an offset, at which it says that there is more."""
+        try:
+            gives = await self._gives(partition, offset)
+        except (KafkaError, TimeoutError):
+            return
+        self._empty.pop(partition, None)
+        if not gives:
+            text = "the broker gives nothing from there although the log goes on"
+            self.failed(partition, Failure(Reason.DAMAGED, text, offset, is_brokers=True))
+
+    async def _with_next_readable(self, partition: Partition, failure: Failure) -> Failure:
+        """A failure with the last offset that the broker cannot give, where it is the broker that cannot read on.
+
+        Looks in ever larger steps, then between the last two: behind damage the broker may give nothing of a whole segment.
+        """
+        if not failure.is_brokers:
+            return failure
+        if (known := self._unreadable_to.get(partition)) is not None and known[0] == failure.first:
+            return failure._replace(last=known[1])
+        broken, step = failure.last or failure.first, 1
+        try:
+            end = (await self.ends([partition], partial=True)).get(partition, broken + 1)
+            readable = broken + 1
+            while readable < end and not await self._gives(partition, readable):
+                broken, step = readable, step * 2
+                readable = min(end, readable + step)
+            while readable - broken > 1:
+                middle = (readable + broken) // 2
+                broken, readable = (broken, middle) if await self._gives(partition, middle) else (middle, readable)
+        except (KafkaError, TimeoutError):
+            return failure
+        self._unreadable_to[partition] = failure.first, readable - 1
+        return failure._replace(last=readable - 1)
+
+    async def _gives(self, partition: Partition, offset: int) -> bool:
+        """Whether the broker gives anything from an offset on."""
+        try:
+            found = await self.peek(partition, offset)
+        except KafkaError as error:
+            if error.retriable and not isinstance(error, CorruptRecordException):
+                raise
+            return False
+        return bool(found.records) or found.stable_end <= offset
 
     async def _with_bad_header(self, partition: Partition, wanted: int) -> list[Record]:
         """The records from `wanted` up to the end of the batch with a header key that is not UTF-8, read by ourselves."""
@@ -571,9 +643,12 @@ class Source:
         found = await self.peek(partition, offset)
         for header, body in rawrecord.batches(found.records):
             if header.base_offset <= offset <= header.last_offset:
-                for each in rawrecord.entries(header, compression.BY_CODEC[header.codec](body)):
-                    if each.offset == offset:
-                        return LogRecord(*partition, offset, each.timestamp, each.key, each.value, ())
+                try:
+                    for each in rawrecord.entries(header, compression.BY_CODEC[header.codec](body)):
+                        if each.offset == offset:
+                            return LogRecord(*partition, offset, each.timestamp, each.key, each.value, ())
+                except (Damaged, TooLarge, ValueError, KeyError):
+                    return None  # a batch that cannot be read proves nothing
         return None
 
     async def open_transaction(self, partition: Partition) -> OpenTransaction | None:
@@ -617,6 +692,7 @@ class Source:
         """What was noted of a partition is about another offset than it is read from now."""
         self._failures.pop(partition, None)
         self._bad_headers.pop(partition, None)
+        self._to_probe.pop(partition, None)
         self._delay_paused.discard(partition)
 
     def pause(self, partition: Partition) -> None:
@@ -769,7 +845,7 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
         await self._on_assigned({Partition(*each) for each in assigned})
 
 
-def _last_on_stack(trace: TracebackType | None, first: int) -> int | None:
+def _last_on_stack(trace: TracebackType | None) -> int | None:
     """The last offset of the batch that the client was decoding when it raised, as far as the batch can tell."""
     batch = None
     while trace is not None:
@@ -777,10 +853,9 @@ def _last_on_stack(trace: TracebackType | None, first: int) -> int | None:
             batch = trace.tb_frame.f_locals.get("next_batch")
         trace = trace.tb_next
     try:
-        last = int(batch.next_offset) - 1 if batch is not None else first
+        return int(batch.next_offset) - 1 if batch is not None else None
     except Exception:
         return None
-    return last if last >= first else None
 
 
 def _decoding_failure(error: Exception, settings: Settings) -> tuple[Reason, str]:

@@ -17,7 +17,7 @@ from consumer import coverage
 from consumer.core.coverage import Changes, as_text
 from consumer.core.incarnation import NOWHERE, Beginning, Committed, Log, Position, Stop, begin, judge
 from consumer.core.message import Partition
-from consumer.kafka import Identity, KafkaError, Source
+from consumer.kafka import CorruptRecordException, Identity, KafkaError, Source
 from consumer.ledger import Outage, Session
 from consumer.logs import event
 from consumer.stops import Stops
@@ -156,7 +156,10 @@ async def _judge(source: Source, partition: Partition, at: Position, log: Log) -
     if stop is None and at.seen is not None:
         try:
             log = log._replace(at_print=await source.print_at(partition, at.seen.offset))
-        except (KafkaError, TimeoutError, OSError):
+        except KafkaError as error:
+            # What does not heal is reported by the fetch, which stops this partition alone.
+            return not error.retriable or isinstance(error, CorruptRecordException), None
+        except (TimeoutError, OSError):
             return False, None
         stop = judge(partition, at, log)
     return True, stop

@@ -15,7 +15,7 @@ from uuid import UUID
 from consumer import coverage, waiting
 from consumer.app import App
 from consumer.core.identity import event_id, ids_of_text, reads_like_offset
-from consumer.core.incarnation import Committed, Log, Position, Stop, begin, judge
+from consumer.core.incarnation import Committed, Log, Position, Reason, Stop, begin, judge
 from consumer.core.message import Partition
 from consumer.core.outcome import Cause
 from consumer.kafka import KafkaError, OpenTransaction, Source
@@ -216,7 +216,9 @@ async def partition_health(
                 found = await source.open_transaction(partition)
         except (KafkaError, TimeoutError):
             pass  # no leader at the moment, which `end` and `lag` could not tell either
-        return Health(log.topic_id, stop or _stored(unreadable, partition, at), found)
+        if stop is None or stop.reason is Reason.OTHER_RECORD:  # damage can look like another record
+            stop = _stored(unreadable, partition, at) or stop
+        return Health(log.topic_id, stop, found)
 
     return dict(zip(partitions, await asyncio.gather(*map(look, partitions)), strict=True))
 

@@ -41,7 +41,7 @@ class Settings(BaseModel):
     kafka_sasl_password: SecretStr | None = Field(None, description="SASL password; prefer the environment to the flag")
     kafka_sasl_token_provider: str | None = Field(
         None,
-        description='for OAUTHBEARER: "module:callable" that returns a token, or a token and its expiry (Unix seconds)',
+        description='for OAUTHBEARER: "module:callable" that returns a token, or a token and its expiry (Unix seconds or milliseconds, or a datetime)',
     )
     kafka_session_timeout_seconds: Positive = Field(
         30, description="how long Kafka waits for a lost machine; a lost process is reported by its supervisor at once"

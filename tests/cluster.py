@@ -52,8 +52,8 @@ class Node(Server):
         self.port = free_port()
         self.directory = Path(tempfile.mkdtemp(prefix="consumer-kafka-node-", dir=self.place()))
 
-    def format(self) -> None:
-        """Write its properties, and make its storage."""
+    def configure(self) -> None:
+        """Write its properties, also again for another port."""
         properties = self.directory / "server.properties"
         cluster = self.cluster
         properties.write_text(
@@ -66,8 +66,13 @@ class Node(Server):
                 replicas=len(cluster.nodes),
             )
         )
+
+    def format(self) -> None:
+        """Write its properties, and make its storage."""
+        self.configure()
+        properties = self.directory / "server.properties"
         subprocess.run(
-            [*self._java("64m"), "kafka.tools.StorageTool", "format", "-t", cluster.id, "-c", properties],
+            [*self._java("64m"), "kafka.tools.StorageTool", "format", "-t", self.cluster.id, "-c", properties],
             check=True,
             capture_output=True,
             env=self.environment(),

@@ -15,6 +15,7 @@ HEADER_BYTES = _HEADER.size
 LOG_OVERHEAD_BYTES = 12  # base offset and length stand before the counted part
 _START = struct.Struct(">qiibIhi")  # base offset, length, leader epoch, format, CRC, attributes, last offset delta
 _LENGTH_MIN = {0: 14, 1: 22, 2: HEADER_BYTES - LOG_OVERHEAD_BYTES}  # by format; 0 and 1 hold a message, not a batch
+_FORMAT_AT = 16  # the byte that tells the format
 _LOG_APPEND_TIME = 0x08
 _CODEC = 0x07
 
@@ -43,41 +44,77 @@ class Entry(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """A batch whose frame is wrong. last: the last offset that it holds, None where its bytes cannot tell."""
+    """A batch whose frame is wrong. first: the first offset missing. last: the last one, None where the bytes cannot tell.
+
+    next_at: where in the bytes the next sound batch begins. head: the first bytes of the broken one, to know it again.
+    """
 
     text: str
+    first: int
     last: int | None
+    next_at: int = 0
+    head: bytes = b""
 
 
 def check(log: bytes, wanted: int, end: int) -> tuple[int, Damage | None]:
     """How many bytes of a fetched piece of log have sound frames, and what is wrong with the batch behind them.
 
     No checksum covers a batch's base offset, length and format, so a wrong one skips records silently, or ends the client.
-    wanted: the offset that was asked for. end: the high watermark, negative where it is unknown. A batch that is cut at the
+    A piece ends also where messages of an old format meet batches. wanted: the offset that was asked for. end: the high watermark, negative where it is unknown. A batch that is cut at the
     end of the piece is sound: the next fetch brings it whole.
     """
     position = before = 0
-    last = last_before = wanted - 1
+    last, last_before, is_dense = wanted - 1, wanted - 1, True
     size = len(log)
     while size - position >= _START.size:
         base, length, _, magic, _, _, delta = _START.unpack_from(log, position)
+        following = position + LOG_OVERHEAD_BYTES + length
         least = _LENGTH_MIN.get(magic)
         if least is None:
-            return position, Damage(f"its message format {magic} is unknown", None)
+            return position, _damage(f"its message format {magic} is unknown", log, position, last + 1, end)
         if length < least:
-            return position, Damage(f"its length of {length} bytes is impossible", None)
-        if position + LOG_OVERHEAD_BYTES + length > size:
-            break
+            return position, _damage(f"its length of {length} bytes is impossible", log, position, last + 1, end)
+        if following > size:
+            damage = _damage(f"its length of {length} bytes goes beyond it", log, position, last + 1, end)
+            return position, None if damage.last is None else damage
+        if position and (magic == 2) != (log[_FORMAT_AT] == 2):
+            return position, None  # the client reads a piece of one format: the rest comes with the next fetch
         if magic == 2:
             if delta < 0 or 0 <= end < base:  # an imitation of Kafka gives the last batch's base as the end
-                return position, Damage(f"its offsets {base} to {base + delta} do not lie in the log", None)
+                text = f"its offsets {base} to {base + delta} do not lie in the log"
+                return position, _damage(text, log, position, last + 1, end)
             if position and base <= last:
-                if base > last_before:  # without the batch before it the order is right
-                    return before, Damage(f"its last offset {last} does not lie before {base}", base - 1)
-                return position, Damage(f"its first offset {base} does not lie behind {last}", None)
-            last_before, last = last, base + delta
-        before, position = position, position + LOG_OVERHEAD_BYTES + length
+                # Without the batch before it, the order is right.
+                if (not is_dense or base == wanted) and base > last_before:
+                    text = f"its last offset {last} does not lie before {base}"
+                    return before, Damage(
+                        text, last_before + 1, base - 1, position, log[before : before + HEADER_BYTES]
+                    )
+                return position, _damage(f"its offset {base} does not lie behind {last}", log, position, last + 1, end)
+            last_before, is_dense, last = last, base <= last + 1, base + delta
+        before, position = position, following
     return position, None
+
+
+def _damage(text: str, log: bytes, position: int, first: int, end: int) -> Damage:
+    """Damage of the batch at `position`, with the next batch that can be recognised.
+
+    A batch is recognised by its format, by an offset that fits, and by counts and sizes that agree.
+    """
+    head = log[position : position + HEADER_BYTES]
+    at = log.find(b"\x02", position + 1 + _FORMAT_AT)
+    while at >= 0 and at - _FORMAT_AT + HEADER_BYTES <= len(log):
+        begin = at - _FORMAT_AT
+        base, length, _, _, _, _, delta, *_, count = _HEADER.unpack_from(log, begin)
+        if (
+            first <= base
+            and (end < 0 or base <= end)
+            and _LENGTH_MIN[2] <= length <= len(log) - begin - LOG_OVERHEAD_BYTES
+            and 0 <= count <= delta + 1
+        ):
+            return Damage(text, first, int(base) - 1, begin, head)
+        at = log.find(b"\x02", at + 1)
+    return Damage(text, first, None, 0, head)
 
 
 def batches(log: bytes) -> Iterator[tuple[BatchHeader, bytes]]:

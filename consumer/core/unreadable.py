@@ -16,12 +16,16 @@ _TELL_AGAIN_SECONDS = 600.0
 
 
 class Failure(NamedTuple):
-    """What a fetch of a partition from `first` met. last: the last offset of the batch, None where it is unknown."""
+    """What a fetch of a partition from `first` met.
+
+    last: the last offset of the batch, None where it is unknown. is_brokers: the broker itself cannot read it.
+    """
 
     reason: Reason
     text: str
     first: int
     last: int | None = None
+    is_brokers: bool = False
 
 
 def stop_of(partition: Partition, failure: Failure) -> Stop:

@@ -1,0 +1,135 @@
+"""Brokers that go away, come back elsewhere, throttle, or lead a thousand partitions; what the log says of them."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from cluster import Cluster
+from harness import Place, Sent, migrated, new_topic, produce, settings_for, until, value, working
+from test_incarnations import Told
+
+from consumer import App, Settings, Tx, report
+from consumer.core.message import Partition
+from consumer.embedded import free_port
+from consumer.kafka import Source, client_id
+from consumer.ledger import connect
+
+
+class Payment(msgspec.Struct):
+    id: str
+    account: int
+    amount: int
+
+
+def app_of(*topics: str) -> App:
+    app = App(f"brokers-{uuid.uuid4().hex[:8]}")
+    for n, topic in enumerate(topics):
+
+        @app.handler(topic, name=f"settle{n}")
+        async def settle(payment: Payment, tx: Tx) -> None:
+            tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
+
+    return app
+
+
+def payments(first: int, last: int) -> list[Sent]:
+    return [Sent({"id": f"p{n}", "account": 1, "amount": 1}, id=f"p{n}") for n in range(first, last)]
+
+
+async def effects(dsn: str, count: int, seconds: float = 90) -> None:
+    async def there() -> bool:
+        return int(await value(dsn, "select count(*) from effects")) == count
+
+    await until(f"{count} effects", there, seconds)
+
+
+@pytest.fixture
+def lone_broker() -> Iterator[Cluster]:
+    with Cluster(1) as cluster:
+        yield cluster
+
+
+async def test_a_broker_that_returns_on_another_address_is_found_by_an_idle_worker(
+    lone_broker: Cluster, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await migrated(database)
+    caplog.set_level("INFO")
+    node, elsewhere, told = lone_broker.nodes[0], free_port(), Told(caplog)
+    topic = await new_topic(lone_broker.bootstrap_servers, 2)
+    app = app_of(topic)
+    settings = settings_for(database, f"{lone_broker.bootstrap_servers},127.0.0.1:{elsewhere}")
+
+    async def has(text: str) -> bool:
+        return bool(told.of(text))
+
+    async with working(app, settings):
+        await produce(lone_broker.bootstrap_servers, topic, payments(0, 20))
+        await effects(database, 20)
+        node.kill()
+        await until("the outage in the log", lambda: has("waiting for kafka"), 60)
+        node.port = elsewhere
+        node.configure()
+        node.run()
+        await asyncio.to_thread(node.wait)
+        await until("its end in the log", lambda: has("kafka is back"), 60)
+        await produce(lone_broker.bootstrap_servers, topic, payments(20, 60))
+        await effects(database, 60)
+        assert len(told.of("waiting for kafka")) == 1
+        assert told.of("waiting for kafka")[0]["error"]
+
+
+async def test_status_of_a_thousand_topics_takes_one_request_for_each_question(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = uuid.uuid4().hex[:8]
+    topics = [f"many-{prefix}-{n:04}" for n in range(1000)]
+    admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka, request_timeout_ms=120_000)
+    await admin.start()
+    source = Source(place.settings(), None)
+    connection = await connect(place.settings())
+    try:
+        for n in range(0, 1000, 200):
+            await admin.create_topics([NewTopic(each, 1, 1) for each in topics[n : n + 200]])
+        app = app_of(*topics)
+        await source.start(30)
+        asked: list[str] = []
+        ask = source._brokers.ask
+
+        async def counted(node: int, request: Any, *more: Any) -> Any:
+            asked.append(type(request).__name__)
+            return await ask(node, request, *more)
+
+        monkeypatch.setattr(source._brokers, "ask", counted)
+
+        async def all_led() -> bool:
+            return len(await source.ends([Partition(each, 0) for each in topics], partial=True)) == 1000
+
+        await until("leaders", all_led, 60)
+        asked.clear()
+
+        lags, missing = await report.partition_lags(connection, source, app)
+        partitions = [Partition(each["topic"], each["partition"]) for each in lags]
+        health = await report.partition_health(connection, source, app, partitions)
+
+        assert len(lags) == len(health) == 1000 and not missing
+        assert all(each["lag"] == 0 for each in lags)
+        assert len(asked) < 30, asked
+    finally:
+        connection.terminate()
+        await source.stop(5)
+        await admin.delete_topics(topics)
+        await admin.close()
+
+
+def test_client_id_names_app_and_worker_unless_one_is_set() -> None:
+    settings = Settings()
+    assert client_id(settings) == "consumer"
+    assert client_id(settings, "billing", "3") == "consumer-billing-3"
+    assert client_id(settings, "größe/x y", "0") == "consumer-gr__e_x_y-0"
+    assert client_id(Settings(kafka_client_id="team-a"), "billing", "3") == "team-a"
