@@ -579,6 +579,39 @@ CASES: dict[str, tuple[str, list[Message]]] = {
         "insert into t select generate_series(0, 9);",
         each(40, ("update t set n = n + $2 where id = $1", lambda n: (n % 10, n))),
     ),
+    "a key that is generated": (
+        "create table t (n int not null default 0, twice int generated always as (n * 2) stored); insert into t select generate_series(0, 9);",
+        each(40, ("update t set n = n + 1 where twice = $1", lambda n: ((n * 7) % 20 // 2 * 2,))),
+    ),
+    "a unique column that is generated": (
+        "create table t (id int primary key, n int not null, twice int generated always as (n * 2) stored unique);"
+        "insert into t select n, n from generate_series(0, 19) n;",
+        [
+            *each(20, ("update t set n = $2 where id = $1", lambda n: (n, n + 100))),
+            *each(20, ("update t set n = $2 where id = $1", lambda n: (n, 119 - n + 100))),
+            *each(20, ("update t set n = $2 where id = $1", lambda n: (19 - n, 300 - n))),
+        ],
+    ),
+    "a reference that is generated": (
+        "create table parents (id int primary key); insert into parents values (0);"
+        "create table children (id int primary key, n int default 0, parent int generated always as (n) stored references parents);"
+        "insert into children select n, 0 from generate_series(0, 19) n;",
+        each(
+            20,
+            ("update children set n = $2 where id = $1", lambda n: (n, n)),
+            ("insert into parents values ($1)", lambda n: (n + 1,)),
+        ),
+    ),
+    "a reference that is generated and missing": (
+        "create table parents (id int primary key); insert into parents values (0);"
+        "create table children (id int primary key, n int default 0, parent int generated always as (n) stored references parents);"
+        "insert into children select n, 0 from generate_series(0, 19) n;",
+        each(
+            20,
+            ("update children set n = $2 where id = $1", lambda n: (n, n + 1)),
+            ("insert into parents values ($1)", lambda n: (n + 1,)),
+        ),
+    ),
     "an enum": (
         "create type state as enum ('new', 'paid'); create table t (id int primary key, s state default 'new'); create table u (s state);"
         "insert into t select generate_series(0, 9);",

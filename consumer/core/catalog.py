@@ -83,13 +83,14 @@ select root.oid as relation, self.oids as tree,
                and ($7 and f.confdeltype not in ('a', 'r')
                     or f.confupdtype not in ('a', 'r') and exists (
                         select from pg_attribute a where a.attrelid = f.confrelid and a.attnum = any(f.confkey)
-                        and a.attname = any($3)))) as acts,
+                        and (a.attname = any($3) or a.attgenerated <> '')))) as acts,
        exists (select from foreign_keys f where f.conrelid = any(self.oids) and f.confrelid = any(self.oids)) as selfish,
        array(select f.oid from foreign_keys f
              cross join lateral (values (f.conrelid, f.conkey), (f.confrelid, f.confkey)) as side(relation, columns)
              where side.relation = any(self.oids)
              and ($6 or $7 or exists (select from pg_attribute a where a.attrelid = side.relation
-                                      and a.attnum = any(side.columns) and a.attname = any($3)))
+                                      and a.attnum = any(side.columns)
+                                      and (a.attname = any($3) or a.attgenerated <> '')))
              union
              select d.refobjid from pg_depend d join pg_attrdef e on d.classid = 'pg_attrdef'::regclass and d.objid = e.oid
              join pg_class s on d.refclassid = 'pg_class'::regclass and d.refobjid = s.oid and s.relkind = 'S'
@@ -106,7 +107,7 @@ select root.oid as relation, self.oids as tree,
             'name', a.attname, 'type', t.typname, 'modifier', a.atttypmod,
             'builtin', t.typnamespace = 'pg_catalog'::regnamespace or t.typtype = 'e',
             'base', t.typtype in ('b', 'e') and coalesce(e.typtype in ('b', 'e'), true),
-            'bytewise', a.attcollation = 0 or l.collisdeterministic) order by a.attnum)
+            'generated', a.attgenerated <> '', 'bytewise', a.attcollation = 0 or l.collisdeterministic) order by a.attnum)
         from pg_attribute a join pg_type t on t.oid = a.atttypid left join pg_collation l on l.oid = a.attcollation
         left join pg_type e on e.oid = t.typelem and t.typcategory = 'A'
         where a.attrelid = root.oid and a.attnum > 0 and not a.attisdropped)::text as columns,
@@ -187,6 +188,7 @@ class _Column(msgspec.Struct):
     modifier: int
     builtin: bool
     base: bool
+    generated: bool
     bytewise: bool
 
 
@@ -291,8 +293,10 @@ def _why_alone(facts: Mapping[str, Any], shape: Shape, types: Sequence[str]) -> 
         [(key, _)] = shape.keys
         if any(each.columns != [key] or not each.plain for each in _uniques(facts)):
             return Why.UNIQUE
-    elif any(not each.plain or set(each.columns) & set(shape.assigned) for each in _uniques(facts)):
-        return Why.UNIQUE if shape.kind == "update" else None
+    elif shape.kind == "update":
+        changed = _changed(facts, shape)
+        if any(not each.plain or set(each.columns) & changed for each in _uniques(facts)):
+            return Why.UNIQUE
     return None
 
 
@@ -307,7 +311,7 @@ def _pins(facts: Mapping[str, Any], shape: Shape, types: Sequence[str]) -> dict[
         if len(types) <= place or name not in columns or not _is_key(columns[name], types[place], shape):
             continue
         for unique in _uniques(facts) if shape.kind != "delete" else ():
-            if shape.kind == "update" and unique.plain and not set(unique.columns) & set(shape.assigned):
+            if shape.kind == "update" and unique.plain and not set(unique.columns) & _changed(facts, shape):
                 continue
             if not unique.plain or name not in unique.columns:
                 break
@@ -319,7 +323,14 @@ def _pins(facts: Mapping[str, Any], shape: Shape, types: Sequence[str]) -> dict[
 def _is_key(column: _Column, parameter: str, shape: Shape) -> bool:
     """Whether a parameter tells this column's rows apart. A column with a length may store less than it was given."""
     stored = column.modifier == -1 or shape.kind in ("update", "delete")
+    if column.generated and shape.kind != "delete":
+        return False  # it may change with the columns that are assigned: a row may be found again under another value
     return stored and column.builtin and column.bytewise and are_keys(column.type, parameter)
+
+
+def _changed(facts: Mapping[str, Any], shape: Shape) -> set[str]:
+    """The columns that an UPDATE may change: those assigned, and all that are generated."""
+    return {*shape.assigned, *(each.name for each in _columns(facts) if each.generated)}
 
 
 def _columns(facts: Mapping[str, Any]) -> list[_Column]:
