@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _TOKEN_BYTES = 32
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")  # token_urlsafe of that many bytes
 _SUBJECT_CHARACTERS_MAX = 1000
+_UNANSWERED_MAX = 10_000
 RESULT_BYTES_MAX = 64 * 1024
 
 _ISSUE = """
@@ -33,15 +34,15 @@ redis.call('pexpire', KEYS[1], ARGV[2])
 return 1
 """
 # The subject first: an attempt with somebody else's token changes nothing. The attempt's own mark, because the library
-# asks again when an answer was lost, and must not find its own success as another's.
+# asks again when an answer was lost, and must not find its own success as another's. An attempt that was never answered has
+# published nothing, so that the next one goes on under its mark, whatever it asks for.
 _REDEEM = """
 local kept = redis.call('hmget', KEYS[1], 'subject', 'attempt', 'payload', 'used_ms', 'result')
 if not kept[1] then return {'unknown'} end
 if kept[1] ~= ARGV[1] then return {'foreign'} end
-if kept[2] == ARGV[2] then return {'fresh'} end
 local time = redis.call('time')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
-if not kept[2] then
+if not kept[2] or kept[2] == ARGV[2] then
     redis.call('hset', KEYS[1], 'attempt', ARGV[2], 'payload', ARGV[3], 'used_ms', string.format('%.0f', now_ms))
     return {'fresh'}
 end
@@ -106,6 +107,7 @@ class Tokens:
     def __init__(self, redis: Redis, *, prefix: str = "consumer:token:", budget_seconds: float = 1.0) -> None:
         self._prefix = prefix
         self._budget = budget_seconds
+        self._unanswered: dict[str, str] = {}  # key -> the attempt of this process that Redis may or may not have noted
         self._issue = redis.register_script(_ISSUE)
         self._redeem = redis.register_script(_REDEEM)
         self._store = redis.register_script(_STORE)
@@ -136,12 +138,24 @@ class Tokens:
         Unknown, and Redis is not asked.
 
         A caller may not assume that Fresh comes once: Redis may have lost the first use. The message id is the same then.
+        After RedisAway the token may be used up by an attempt that published nothing: this process takes it over at the next
+        call, for another process it is Used without a result. TypeError for a payload that is not bytes.
         """
-        kept = _subject_digest(token, subject)
+        _check_subject(subject)
+        if not isinstance(payload, bytes | bytearray | memoryview):
+            raise TypeError(f"redeem: payload= is bytes, not {type(payload).__name__}")
         if not self.is_well_formed(token):
             return Unknown()
-        args = [kept, secrets.token_hex(8), hashlib.sha256(payload).hexdigest()]
-        found: list[Any] = await answer(self._redeem(keys=[self._key(token)], args=args), self._budget)
+        key = self._key(token)
+        attempt = self._unanswered.pop(key, None) or secrets.token_hex(8)
+        args = [_subject_digest(token, subject), attempt, hashlib.sha256(payload).hexdigest()]
+        try:
+            found: list[Any] = await answer(self._redeem(keys=[key], args=args), self._budget)
+        except BaseException:
+            if len(self._unanswered) >= _UNANSWERED_MAX:
+                self._unanswered.pop(next(iter(self._unanswered)))
+            self._unanswered[key] = attempt
+            raise
         match text(found[0]):
             case "fresh":
                 return Fresh(message_id_of(token))
@@ -161,12 +175,18 @@ class Tokens:
         Returns False when the token is unknown, another's or not redeemed, or has a result: the first one stays. Raises
         ValueError for more than 64 KiB of UTF-8; RedisAway.
         """
-        kept = _subject_digest(token, subject)
-        encoded = result.encode("utf-8")
+        _check_subject(subject)
+        if not isinstance(result, str):
+            raise TypeError(f"store_result: result= is text, not {type(result).__name__}")
+        try:
+            encoded = result.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("store_result: result= holds a lone surrogate, which UTF-8 cannot") from None
         if len(encoded) > RESULT_BYTES_MAX:
             raise ValueError(f"a result of {len(encoded)} bytes: at most {RESULT_BYTES_MAX} are kept")
         if not self.is_well_formed(token):
             return False
+        kept = _subject_digest(token, subject)
         return bool(await answer(self._store(keys=[self._key(token)], args=[kept, encoded]), self._budget))
 
     def _key(self, token: str) -> str:
@@ -181,9 +201,13 @@ def message_id_of(token: str) -> str:
     return str(uuid.UUID(bytes=bytes(digest)))
 
 
-def _subject_digest(token: str, subject: str) -> str:
-    """Keyed with the token: subjects are guessable, and who reads Redis must not be able to try them."""
+def _check_subject(subject: str) -> None:
     if not isinstance(subject, str) or not 0 < len(subject) <= _SUBJECT_CHARACTERS_MAX:
         raise ValueError(f"a subject is text of 1 to {_SUBJECT_CHARACTERS_MAX} characters")
+
+
+def _subject_digest(token: str, subject: str) -> str:
+    """Keyed with the token: subjects are guessable, and who reads Redis must not be able to try them."""
+    _check_subject(subject)
     key = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
     return hashlib.blake2b(subject.encode("utf-8", "surrogatepass"), key=key, digest_size=32).hexdigest()

@@ -15,7 +15,8 @@ status            when                                    why this one
 409, Retry-After  used before, and no answer yet          as the draft and Stripe say: the first one is at work
 the first one's   used before, and answered               as the draft and Stripe say, with Stripe's header
                                                           ``Idempotent-Replayed: true``
-503, Retry-After  Redis does not answer                   nothing was done; the same token may be sent again
+503, Retry-After  Redis does not answer                   nothing was published; the same token may be sent again (another
+                                                          process may answer it with 409 for `again_after_seconds`)
 ================  ======================================  ===========================================================
 
 All are problem+json (RFC 9457) with a member ``code`` for programs, and none holds the token.
@@ -27,6 +28,7 @@ import inspect
 import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, assert_never
 
@@ -45,6 +47,34 @@ except ImportError as error:  # pragma: no cover - the tests install it
 Subject = Callable[[Request], str | Awaitable[str | None] | None]
 
 _REPLAYED = {"idempotent-replayed": "true"}
+_NOT_KEPT = frozenset(
+    {
+        "cache-control",
+        "connection",
+        "content-length",
+        "date",
+        "keep-alive",
+        "proxy-authenticate",
+        "server",
+        "set-cookie",
+    }
+    | {"te", "trailer", "transfer-encoding", "upgrade"}
+)
+
+
+class _Body(str):
+    """A body as text, which Starlette encodes again: then it is the bytes that it was made of, whatever they are."""
+
+    _bytes: bytes
+
+    def __new__(cls, body: bytes) -> _Body:
+        made = super().__new__(cls, body.decode("utf-8", "replace"))
+        made._bytes = body
+        return made
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        """The bytes themselves."""
+        return self._bytes
 
 
 class Answered(HTTPException):
@@ -56,8 +86,9 @@ class Answered(HTTPException):
 
     def __init__(self, status: int, media_type: str, body: bytes, headers: Mapping[str, str] = {}) -> None:
         # Starlette's own handler sends `detail` under these headers: what it is given is the whole answer.
-        sent = {"content-type": media_type, "cache-control": "no-store", **headers}
-        super().__init__(status, detail=body.decode("utf-8", "replace"), headers=sent)
+        sent = {"content-type": media_type} if media_type else {}
+        sent |= {"cache-control": "no-store", **headers}
+        super().__init__(status, detail=_Body(body), headers=sent)
         self.body = body
 
     def __str__(self) -> str:
@@ -154,8 +185,9 @@ class Tap:
     async def answer(self, response: Response) -> Response:
         """Keep the endpoint's answer for a second tap, and return it.
 
-        Status, media type and body are kept, and no other header. Not kept: 5xx, which the client may try again; bodies
-        that are streamed or longer than 64 KiB; and whatever Redis does not take. The answer goes out in any case.
+        Status, body and headers are kept (Location, for example), except Set-Cookie, Date and those of the connection. Not
+        kept: 5xx, which the client may try again; bodies that are streamed or longer than 64 KiB with the headers; and whatever
+        Redis does not take. The answer goes out in any case.
         """
         body = getattr(response, "body", None)
         if response.status_code >= 500:
@@ -163,9 +195,9 @@ class Tap:
         if not isinstance(body, bytes | bytearray | memoryview):
             event(logging.WARNING, "the answer of a token's first use is streamed: it is not kept for a second tap")
             return response
-        media_type = response.headers.get("content-type", "")
         # Latin-1 maps each byte to one character, so that any body survives in JSON.
-        kept = json.dumps([response.status_code, media_type, bytes(body).decode("latin-1")], ensure_ascii=False)
+        text = bytes(body).decode("latin-1")
+        kept = json.dumps([response.status_code, _headers_of(response), text], ensure_ascii=False)
         if len(kept.encode()) > RESULT_BYTES_MAX:
             event(logging.WARNING, "the answer of a token's first use is too long: it is not kept for a second tap")
             return response
@@ -218,6 +250,8 @@ class TokenTaps:
             raise Problem(403, "nobody", "Nobody is logged in whom a token could have been issued to.")
         given = request.headers.getlist(self._header)
         if not given and self._field is not None:
+            with suppress(RuntimeError):  # a form that was read before, by FastAPI for example
+                await request.body()  # kept, so that the endpoint can read it after the form
             form = await request.form()
             given = [each if isinstance(each, str) else "" for each in form.getlist(self._field)]
         try:
@@ -238,9 +272,21 @@ class TokenTaps:
 
 
 def _away() -> Problem:
-    return Problem(503, "tokens_unavailable", "Tokens cannot be checked at the moment. Nothing was done: try again.", 1)
+    return Problem(503, "tokens_unavailable", "Tokens cannot be checked at the moment. Send the same request again.", 1)
 
 
 def _replayed(result: str) -> Answered:
-    status, media_type, body = json.loads(result)
-    return Answered(status, media_type, body.encode("latin-1"), _REPLAYED)
+    status, headers, body = json.loads(result)
+    if isinstance(headers, str):  # of a version that kept the media type alone
+        headers = {"content-type": headers}
+    media_type = headers.pop("content-type", "")
+    return Answered(status, media_type, body.encode("latin-1"), headers | _REPLAYED)
+
+
+def _headers_of(response: Response) -> dict[str, str]:
+    """The headers of an answer that mean the same a second time."""
+    found: dict[str, str] = {}
+    for name, value in response.headers.items():
+        if name not in _NOT_KEPT:
+            found[name] = f"{found[name]}, {value}" if name in found else value
+    return found

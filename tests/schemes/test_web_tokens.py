@@ -15,7 +15,7 @@ from harness import until
 from redis.asyncio import Redis
 
 from consumer.embedded import Valkey
-from consumer.schemes.tokens import Tokens, message_id_of
+from consumer.schemes.tokens import Tokens, Unknown, message_id_of
 
 pytest.importorskip("starlette", reason="needs the extra `web`")
 
@@ -306,3 +306,107 @@ async def test_in_fastapi_it_is_a_dependency_and_a_body_that_is_invalid_leaves_t
     parameters = json.dumps(app.openapi())
     assert "request" not in json.loads(parameters)["paths"]["/pay"]["post"].get("parameters", [])
     assert len(published) == 1
+
+
+class Lossy:
+    """Redis executes the script, and its answer never comes; as often as `losses` says."""
+
+    def __init__(self, tokens: Tokens, losses: int) -> None:
+        self.losses = losses
+        self.script = tokens._redeem
+        tokens._redeem = self  # type: ignore[assignment]
+
+    async def __call__(self, **arguments: Any) -> Any:
+        found = await self.script(**arguments)
+        if self.losses:
+            self.losses -= 1
+            raise ConnectionError("the answer was lost")
+        return found
+
+
+@pytest.mark.parametrize("losses", [1, 3])
+async def test_token_whose_answer_was_lost_is_good_for_the_next_tap(tokens: Tokens, losses: int) -> None:
+    shop, token = Shop(tokens), await tokens.issue("alice", 60)
+    Lossy(tokens, losses)
+    for _ in range(losses):
+        answer = await shop.tap(token)
+        assert answer.status == 503 and "Nothing was done" not in answer.body.decode()
+    assert (await shop.tap(token, amount="2")).status == 202  # even with another amount: nothing was published
+    again = await shop.tap(token, amount="2")
+    assert again.status == 202 and again.headers["idempotent-replayed"] == "true"
+    assert len(shop.published) == 1
+    assert (await shop.tap(token, amount="3")).status == 422
+
+
+async def test_token_whose_answer_was_lost_in_another_process_is_in_use_for_a_while(
+    redis: Redis, prefix: str, tokens: Tokens
+) -> None:
+    token = await tokens.issue("alice", 60)
+    Lossy(tokens, 1)
+    assert (await Shop(tokens).tap(token)).status == 503
+    answer = await Shop(Tokens(redis, prefix=prefix)).tap(token)
+    assert answer.status == 409 and 1 <= int(answer.headers["retry-after"]) <= 10
+
+
+@pytest.mark.parametrize("form", ["urlencoded", "multipart"])
+async def test_token_of_a_form_leaves_the_body_for_the_endpoint(tokens: Tokens, form: str) -> None:
+    seen: list[bytes] = []
+    taps = TokenTaps(tokens, subject=user_of, field="token")
+
+    async def pay(request: Request) -> Response:
+        tap = await taps(request)
+        await tap.redeem(await request.body())
+        seen.append(await request.body())
+        return await tap.answer(JSONResponse({"amount": (await request.form())["amount"]}))
+
+    app = Starlette(routes=[Route("/pay", pay, methods=["POST"])])
+    token = await tokens.issue("alice", 60)
+    body, kind = f"token={token}&amount=5".encode(), FORM["content-type"]
+    if form == "multipart":
+        parts = "".join(
+            f'--b\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+            for name, value in (("token", token), ("amount", "5"))
+        )
+        body, kind = f"{parts}--b--\r\n".encode(), "multipart/form-data; boundary=b"
+    answer = await post(app, "/pay", headers={"content-type": kind, "x-user": "alice"}, body=body)
+    assert (answer.status, json.loads(answer.body), seen) == (200, {"amount": "5"}, [body])
+
+
+async def test_replayed_answer_has_the_headers_and_bytes_of_the_first(tokens: Tokens) -> None:
+    shop = Shop(tokens)
+    kept = {"location": "/orders/7", "x-order": "7", "etag": '"a"', "content-language": "de"}
+    cookie = {"set-cookie": "session=1", "date": "now", "content-encoding": "gzip"}
+    shop.respond = lambda: Response(b"\xff\x00\xfe", 303, {**kept, **cookie}, "application/octet-stream")
+    token = await tokens.issue("alice", 60)
+    first, again = await shop.tap(token), await shop.tap(token)
+    assert first.body == again.body == b"\xff\x00\xfe"
+    assert (again.status, {name: again.headers[name] for name in kept}) == (303, kept)
+    assert again.headers["content-type"] == "application/octet-stream" and again.headers["content-encoding"] == "gzip"
+    assert not {"set-cookie", "date"} & set(again.headers)
+    assert again.headers["content-length"] == "3"
+
+
+async def test_answer_that_an_older_version_kept_is_replayed(tokens: Tokens) -> None:
+    shop, token = Shop(tokens), await tokens.issue("alice", 60)
+    await tokens.redeem(token, "alice", b"1")
+    await tokens.store_result(token, "alice", json.dumps([201, "text/plain", "caf\u00e9"]))
+    answer = await shop.tap(token)
+    assert (answer.status, answer.headers["content-type"], answer.body) == (201, "text/plain", "café".encode("latin-1"))
+
+
+@pytest.mark.parametrize("token", [None, 5, b"x", "", "\udcff", ["x"]])
+async def test_what_is_no_token_is_unknown(tokens: Tokens, token: Any) -> None:
+    assert await tokens.redeem(token, "alice") == Unknown()
+    assert await tokens.store_result(token, "alice", "x") is False
+
+
+async def test_arguments_of_another_type_are_named(tokens: Tokens) -> None:
+    token = await tokens.issue("alice", 60)
+    with pytest.raises(TypeError, match="payload= is bytes, not str"):
+        await tokens.redeem(token, "alice", "1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a subject is text"):
+        await tokens.redeem(token, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="result= is text, not bytes"):
+        await tokens.store_result(token, "alice", b"x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="lone surrogate"):
+        await tokens.store_result(token, "alice", "\udcff")
