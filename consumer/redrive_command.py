@@ -91,7 +91,8 @@ def dlq_retry(
     \b
     Examples:
       consumer dlq retry shop:app 17
-      consumer dlq retry shop:app --group 5f2a90c1de --yes      all of one kind of error
+      consumer dlq retry shop:app --group 5f2a90c1de --yes
+          all of one kind of error
       consumer dlq retry shop:app --handler settle --older-than 1h --dry-run
       consumer dlq retry shop:app 17 --value mended.json --same-id
     """  # fmt: skip

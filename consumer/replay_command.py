@@ -123,11 +123,15 @@ def replay_command(
 
     \b
     Examples:
-      consumer replay shop:app payments                          check everything that the log holds
+      consumer replay shop:app payments
+          check everything that the log holds
       consumer replay shop:app payments --from 24h --to position --json
-      consumer replay shop:app payments --apply                  repair what is missing
-      consumer replay shop:app payments --apply --handler NEW    fill a new handler from the topic's history
-      consumer replay shop:app payments refunds --rebuild        compare the tables with what the topics say
+      consumer replay shop:app payments --apply
+          repair what is missing
+      consumer replay shop:app payments --apply --handler NEW
+          fill a new handler from the topic's history
+      consumer replay shop:app payments refunds --rebuild
+          compare the tables with what the topics say
     """
     chosen = [
         name for name, on in (("--apply", apply), ("--rebuild", rebuild), ("--republish", republish is not None)) if on

@@ -30,6 +30,7 @@ from rich.table import Column, Table
 
 from consumer import ledger, logs
 from consumer.core.errors import ConsumerError, ServiceUnavailable
+from consumer.help_text import Command, heading_of, metavar_of
 from consumer.kafka import KafkaError
 from consumer.looping import run as run_loop
 from consumer.settings import Settings, load
@@ -175,7 +176,7 @@ def command(
         options = [_option(each, field) for each, field in fields.items()]
         call.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
         call.__annotations__ = {each.name: each.annotation for each in [*own, *options]}
-        app.command(name)(call)
+        app.command(name, cls=Command)(call)
         return call
 
     return register
@@ -191,18 +192,20 @@ def _option(name: str, field: Any) -> inspect.Parameter:
         text = f"{field.description}: {', '.join(map(str, choices))}"
     else:
         kind = str if SecretStr in kinds else kinds[0]
+        while typing.get_origin(kind) is Annotated:
+            kind = typing.get_args(kind)[0]
         text = field.description or ""
     flag = f"--{name.replace('_', '-')}"
     flags = [flag, f"--no-{flag[2:]}"] if kind is bool else [flag]
     if name in _SHORT:
         flags.insert(0, _SHORT[name])
     declaration = "/".join(flags) if kind is bool else None
-    default = "" if field.default is None or field.is_required() else f" [default: {field.default}]"
     option = typer.Option(
         *([declaration] if declaration else flags),
-        help=f"{text}{default} (CONSUMER_{name.upper()})",
+        help=text,
+        metavar=None if kind is bool else metavar_of(name, kind),
         show_default=False,
-        rich_help_panel="Settings",
+        rich_help_panel=heading_of(name),
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]

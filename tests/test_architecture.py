@@ -81,6 +81,7 @@ LAYERS = [
     "process",
     "supervisor",
     "demo",
+    "help_text",
     "terminal",
     "shard_command",
     "status_command",
@@ -104,6 +105,7 @@ LIBRARIES = {
     "msgspec": {"core", "demo", "testing"},
     "pydantic": {"core", "settings", "terminal"},
     "typer": {
+        "help_text",
         "terminal",
         "shard_command",
         "status_command",
