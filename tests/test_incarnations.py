@@ -191,11 +191,15 @@ async def test_a_topic_made_anew_under_a_running_worker_stops_and_nothing_of_it_
         refused = await command(place, app, "positions", PATH, "--topic", topic, "--partition", "0", "--to", "earliest")
         assert refused.returncode == 2 and "--adopt" in refused.stderr
         assert (await stopped(place, app)).keys() == {0, 1}
+        tried = "insert into consumer.attempts select handler, $1, n, 7, 2, now() from consumer.handlers, generate_series(0, 1) n"
+        await query(place.dsn, tried, topic)
         done = await as_written(place, app, found[0]["do"])  # of one partition
         assert done.returncode == 0, done.stderr
         assert len(await stopped(place, app)) == 1
         done = await command(place, app, "positions", PATH, "--topic", topic, "--adopt")  # of those that are left
         assert done.returncode == 0, done.stderr
+        # Attempts of the old log are not of the messages that have its offsets now.
+        assert await query(place.dsn, "select from consumer.attempts where topic = $1", topic) == []
         await drained(app, place.settings())
     assert sorted(await ids(place)) == sorted(
         ["elsewhere", *(f"old{n}" for n in range(10)), *(f"new{n}" for n in range(20))]

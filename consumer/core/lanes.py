@@ -29,14 +29,15 @@ from consumer.core.message import Partition, Record
 from consumer.core.outcome import Outcome
 
 UNDECODED = object()
+_HEADER_BYTES = 128  # of the objects that hold a header, besides its bytes
 _PARKED_BYTES_LEAST = 1 << 20  # of a partition
 
 
 def size_of(record: Record) -> int:
-    """Bytes of a record that somebody else decides on: value, key and headers."""
+    """Bytes of a record that its producer decides on: value, key and headers, these with what their objects take."""
     size = len(record.value or b"") + len(record.key or b"")
     for key, value in record.headers:
-        size += len(key) + len(value or b"")
+        size += len(key) + len(value or b"") + _HEADER_BYTES
     return size
 
 

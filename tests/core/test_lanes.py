@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from consumer import App
 from consumer.core.handler import Handler
 from consumer.core.lanes import Batch, Delivery, Lane, size_of
-from consumer.core.message import Partition
+from consumer.core.message import LogRecord, Partition
 
 Order = Literal["key", "partition", "none"]
 Name = tuple[str, int]  # of a delivery: handler and offset
@@ -771,3 +771,10 @@ def test_batches_that_only_move_positions_are_rare_and_do_not_hold_up_messages()
     assert not bare(104.9)
     assert bare(105)
     assert lane.position(P0) == 40
+
+
+def test_size_of_a_record_counts_the_objects_of_its_headers() -> None:
+    plain = LogRecord("t", 0, 0, 0, b"key", b"value", (), "")
+    many = LogRecord("t", 0, 0, 0, b"key", b"value", tuple(("h", b"v") for _ in range(50)), "")
+    assert size_of(plain) == 8
+    assert size_of(many) > 50 * 100
