@@ -62,6 +62,32 @@ async def test_the_readmes_first_handler_works_as_it_stands(
     assert await value(place.dsn, "select balance from accounts where account = 7") == 1000
 
 
+async def test_the_readmes_refund_waits_for_its_payment_and_rejects_what_can_never_be(
+    exactly_once: ExactlyOnce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, handlers = (ROOT / "README.md").read_text("utf-8").split("```python\n", 1)[1].split("```python\n", 1)
+    refund = handlers.split("```", 1)[0].split('@app.handler("ledger"', 1)[0]
+    imports = "from consumer import Message, Reject, Retry\n"
+    struct = "class Refund(msgspec.Struct):\n    refund_id: UUID\n    payment_id: UUID\n    amount: int\n"
+    code = "\n".join([first.split("```", 1)[0], imports, struct, refund])
+    (tmp_path / "readme_refund.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    app = load_app("readme_refund:app")
+    tables = """create table payments (payment_id uuid, account int, amount int);
+                create table accounts (account int, balance int)"""
+    shop = await exactly_once(app, schema=tables)
+    payment_id = str(uuid.uuid4())
+    early, more = (
+        testing.Sent("refunds", {"refund_id": str(uuid.uuid4()), "payment_id": payment_id, "amount": amount})
+        for amount in (300, 1300)
+    )
+    [waits] = await shop.deliver(early, retry=False)
+    assert (waits.outcome, waits.attempts) == ("waiting", 1)
+    paid = testing.Sent("payments", {"payment_id": payment_id, "account": 7, "amount": 1000}, id=payment_id)
+    outcomes = {each.message: each.outcome for each in await shop.deliver(paid, more)}
+    assert outcomes == {early: "applied", paid: "applied", more: "dead-lettered"}
+
+
 def payment(account: int, amount: int) -> tuple[str, Sent]:
     name = str(uuid.uuid4())
     return name, Sent({"payment_id": name, "account": account, "amount": amount}, id=name, key=str(account))

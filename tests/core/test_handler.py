@@ -10,9 +10,11 @@ import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
 import msgspec
+import mypy.api
 import pytest
 
 from consumer import App, Message, RegistrationError, Tx
@@ -97,6 +99,9 @@ WRONG: list[Case] = [
     (fine, T, {"message_id": "field:payr"}, "no such field, did you mean 'payer'?"),
     (fine, T, {"message_id": "field:xyz.id"}, "no such field (there are: id, payer)"),
     (text, T, {"message_id": "field:id"}, "needs a payload with fields, and it is str"),
+    *[(fine, T, {"fingerprint": each}, '"bytes", "value"') for each in ("id", "", 7, fine, dict)],
+    *[(fine, T, {"allow_nan": each}, "True or False") for each in (None, 0, "no")],
+    (fine, T, {"idempotent": False, "fingerprint": None}, "drop fingerprint="),
     (misspelt, T, {}, "Strukt"),
     (half, T, {}, "dict[1:"),
     (fine, T, {"retry": 0}, "a Retry(attempts="),
@@ -117,6 +122,33 @@ def test_a_handler_that_cannot_work_is_refused_at_its_place(
     assert f"def {function.__name__}(" in linecache.getline(place[1], int(place[2]))
     assert says in str(caught.value)
     assert not app.handlers
+
+
+ACCEPTED = [
+    "message_id=lambda value: value['id'], fingerprint='value', order='none', concurrency=3",
+    "fingerprint=None, batch=None, retry=Retry(attempts=2), timeout=1.5, allow_nan=True",
+    "fingerprint=lambda value: (1, 2)",
+]
+MISSPELT = ["concurency=3", "fingerprint='bites'", "order='keys'", "retry=3", "allow_nan='yes'", "**{'x': 1}"]
+
+
+def test_mypy_knows_the_options_of_a_handler(tmp_path: Path) -> None:
+    lines = ["from consumer import App, Retry", 'app = App("shop")']
+    lines += [f'app.handler("payments", {each})' for each in [*ACCEPTED, *MISSPELT]]
+    source = tmp_path / "typed.py"
+    source.write_text("\n".join(lines))
+    arguments = [
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        "--follow-imports",
+        "silent",
+        "--no-error-summary",
+        str(source),
+    ]
+    text, errors, _ = mypy.api.run(arguments)
+    wrong = {int(found[1]) for found in re.finditer(r"typed\.py:(\d+):(?:\d+:)? error", text)}
+    first = 3 + len(ACCEPTED)
+    assert wrong == set(range(first, first + len(MISSPELT))), text + errors
 
 
 def test_two_handlers_of_one_name_are_refused_with_both_places_and_the_first_stays() -> None:
