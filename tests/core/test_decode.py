@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 import uuid
 from typing import Annotated, Any, Literal, Optional, TypedDict, Union
 
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer.core import decode
-from consumer.core.errors import RegistrationError
+from consumer.core.errors import RegistrationError, Unreadable
 
 CANARY = "CANARY-4929"
 
@@ -205,6 +206,43 @@ def test_an_explanation_names_the_field(declared: Any) -> None:
 
 def test_of_any_other_error_only_the_kind_is_told() -> None:
     assert decode.explain(RuntimeError(CANARY)) == "RuntimeError"
+
+
+BODY = '{"id":"a","amount":3}'
+FORMATS: list[tuple[bytes, str]] = [
+    (BODY.encode("utf-16"), "UTF-16"),
+    (BODY.encode("utf-16-le"), "UTF-16"),
+    (BODY.encode("utf-16-be"), "UTF-16"),
+    (BODY.encode("utf-32"), "UTF-16 or UTF-32"),
+    (BODY.encode("utf-32-be"), "UTF-16 or UTF-32"),
+    (b"\0\0\0\0\7" + JSON, "Confluent's wire format (schema id 7)"),
+    (b"\0\0\1\x86\xa0\x02\x04", "Confluent's wire format (schema id 100000)"),
+    (b"\x1f\x8b\x08\0", "gzip"),
+    (b'{"id":NaN}', "not finite"),
+    (b"{", "truncated"),
+    (b"", "truncated"),
+]
+
+
+@pytest.mark.parametrize(("payload", "says"), FORMATS)
+@pytest.mark.parametrize("declared", [Struct, dict])
+def test_bytes_that_are_no_json_in_utf_8_are_named(declared: Any, payload: bytes, says: str) -> None:
+    decoder = decode.decoder(declared)
+    with pytest.raises(Unreadable, match=re.escape(says)):
+        try:
+            decoder(payload)
+        except Exception as error:
+            decode.read_again(decoder, payload, error)
+
+
+@pytest.mark.parametrize("declared", [Struct, Model, Data, Typed, dict, Struct | None, list[int] | dict], ids=str)
+def test_a_byte_order_mark_is_skipped(declared: Any) -> None:
+    decoder = decode.decoder(declared)
+    with pytest.raises(Exception) as caught:
+        decoder(b"\xef\xbb\xbf" + JSON)
+    assert decode.read_again(decoder, b"\xef\xbb\xbf" + JSON, caught.value) == decoder(JSON)
+    assert decode.decoder(str)("\ufeffé".encode()) == "é"
+    assert decode.decoder(bytes)(b"\xef\xbb\xbf") == b"\xef\xbb\xbf"
 
 
 def test_constraints_inside_a_type_are_kept() -> None:
