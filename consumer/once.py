@@ -600,14 +600,19 @@ async def _by_rules(
             found = standing[each]._replace(clashes=False)
             standing[each] = REDELIVERED if found == REDELIVERED else found
         elif rule is not BYTES:
-            twin = Delivery(each.handler, each.record)
-            twin.id, twin.fingerprint = each.id, fingerprint(each.record.value)
-            asked[twin] = each
+            asked[by_bytes(each)] = each
     if asked:
         for twin, found in (await session.claimed(list(asked), topics)).items():
             if not found.clashes:
                 standing[asked[twin]] = found
     return standing
+
+
+def by_bytes(delivery: Delivery) -> Delivery:
+    """The same message with the fingerprint that it has in rows from before its handler's rule."""
+    twin = Delivery(delivery.handler, delivery.record)
+    twin.id, twin.fingerprint = delivery.id, fingerprint(delivery.record.value)
+    return twin
 
 
 def _compare(rivals: Sequence[Delivery], fresh: Sequence[Delivery], done: Settlement) -> None:

@@ -32,6 +32,7 @@ from consumer.copies import TEXTS_MAX, Again, Copies, Halve, calling, offers
 from consumer.core import scratch
 from consumer.core.bounds import Span
 from consumer.core.errors import CannotTell, Misconfigured, Reject
+from consumer.core.fingerprint import BYTES
 from consumer.core.handler import Call, Handler
 from consumer.core.lanes import Batch, Delivery, Lane, size_of
 from consumer.core.message import Partition, Record
@@ -564,8 +565,8 @@ class _Pass:
         self._weak |= once.identify(deliveries, self.names.logs)
         waiting = [each for each in deliveries if each.outcome is None or isinstance(each.outcome, Dead)]
         if self._dead_letters and waiting:
-            for row in await self.connection.fetch(_ARE_DEAD, *offers(waiting)):
-                waiting[row[0] - 1].outcome = DUPLICATE[Cause.DEAD_LETTER]
+            for each in await self._which(_ARE_DEAD, waiting):
+                each.outcome = DUPLICATE[Cause.DEAD_LETTER]
         ahead = [
             each
             for each in waiting
@@ -578,9 +579,14 @@ class _Pass:
 
     async def _applied(self, deliveries: Sequence[Delivery]) -> set[Delivery]:
         """Those that the ledger has as applied."""
-        if not deliveries:
-            return set()
-        return {deliveries[row[0] - 1] for row in await self.connection.fetch(_ARE_APPLIED, *offers(deliveries))}
+        return set(await self._which(_ARE_APPLIED, deliveries)) if deliveries else set()
+
+    async def _which(self, question: str, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        """Those of which a statement finds a row, also one from before their handler's rule of comparison."""
+        earlier = [each for each in deliveries if each.handler.fingerprint is not BYTES]
+        asked = [*deliveries, *earlier]
+        offered = [*deliveries, *map(once.by_bytes, earlier)]
+        return [asked[row[0] - 1] for row in await self.connection.fetch(question, *offers(offered))]
 
     def _settled_part(self, part: Batch, done: once.Settlement) -> None:
         for delivery, outcome in done.outcomes.items():

@@ -15,7 +15,11 @@ import pytest
 from confluent_kafka import Producer
 from harness import Place, Sent, consume_all, consumer, counts, letters, query
 
-from consumer import App, Message, Retry, Tx
+from consumer import App, Message, Reject, Retry, Tx
+from consumer.kafka import Source
+from consumer.rebuild import rebuild
+from consumer.redrive import Redrive
+from consumer.replay import Options, Told, replay
 
 QUICK = Retry(attempts=2, base=0.01, cap=0.05)
 EFFECT = "insert into effects values ($1, 1, $2)"
@@ -278,6 +282,59 @@ async def test_the_dead_letter_of_a_used_id_says_whether_the_values_are_equal(
     [letter] = await letters(place.dsn)
     assert letter["reason"] == "id_conflict"
     assert f"the decoded values are {says}" in letter["error"]
+
+
+@pytest.mark.parametrize("option", ["value", None])
+async def test_a_replay_and_a_rebuild_compare_as_the_handler_does(place: Place, option: Any) -> None:
+    """Also for what was applied, and what became a dead letter, before the handler had its rule."""
+    topic = await place.topic()
+    name = f"app-{uuid.uuid4().hex[:8]}"
+
+    async def reject(payment: Payment, tx: Tx) -> None:
+        if payment.amount < 0:
+            raise Reject("negative")
+        await tx.execute(EFFECT, payment.id, payment.amount)
+
+    before, after = App(name), App(name)
+    before.handler(topic, name="settle")(reject)
+    after.handler(topic, name="settle", fingerprint=option)(reject)
+    await place.send(topic, rewritten(0), Sent({"id": "b", "amount": -1}, id="2"))
+    await consume_all(before, place.settings())
+    await place.send(
+        topic, *[Sent(each, id="3") for each in (b'{"id":"c"}', b'{ "id": "c" }', b'{"amount":1,"id":"c"}')]
+    )
+    await place.send(topic, Sent(b'{ "id": "b", "amount": -1 }', id="4"), rewritten(0))
+    await consume_all(after, place.settings())
+    assert await place.effects() == [("a", 1, 5), ("c", 1, 1)]
+    assert await place.reasons() == ["rejected", "rejected"]
+    found = await replay(after, place.settings(), [topic], Options(), Told())
+    assert found.ok and found.total("missing") == 0 and found.total("conflicts") == 0
+    source = Source(place.settings(), None)
+    await source.start(10)
+    try:
+        async with after.running():
+            rebuilt = await rebuild(after, place.settings(), source, (await source.partitions([topic]))[topic])
+    finally:
+        await source.stop(5)
+    assert (rebuilt.applied, rebuilt.dead_lettered) == (2, 2)
+    assert rebuilt.agrees, rebuilt
+
+
+async def test_a_dead_letter_of_an_event_is_retried_under_the_rule_that_was_missing(place: Place) -> None:
+    topic = await place.topic()
+    app = app_of(topic, dict)
+    await place.send(topic, binary(None, "1", {"a": 1}), binary(None, "2", {"a": 1}))
+    await consume_all(app, place.settings())
+    changed = app_of(topic, dict, app.name, message_id="header:ce_id", fingerprint="value")
+    numbers = [each["letter"] for each in await letters(place.dsn)]
+    async with changed.running():
+        desk = await Redrive.open(changed, place.settings(), "operator")
+        done = [each async for each in desk.retry(numbers)]
+        desk.close()
+    assert [each.outcome for each in done] == ["applied", "applied"], done
+    await place.send(topic, binary(None, "1", {"a": 1.0}))
+    await consume_all(changed, place.settings())
+    assert await applied(place) == 2
 
 
 async def test_a_function_that_fails_leaves_a_dead_letter_that_names_it(place: Place) -> None:
