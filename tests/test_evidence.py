@@ -381,3 +381,47 @@ async def test_counters_tell_what_is_applied_and_rows_agree(place: Place) -> Non
         assert await report.miscounts(connection, app) == {"settle": {"rows": 489, "counter": 490}}
     finally:
         await connection.close()
+
+
+@pytest.mark.parametrize("batch", [None, 10], ids=["single", "batch"])
+async def test_a_handler_that_fails_for_all_holds_up_no_other_handler_of_its_topic(
+    place: Place, batch: int | None
+) -> None:
+    topic = await place.topic()
+    app = App(f"evidence-{uuid4().hex[:8]}")
+
+    async def write(payments: list[Payment], tx: Tx) -> None:
+        for each in payments:
+            tx.defer("insert into later values ($1)", each.id)
+
+    if batch is None:
+
+        @app.handler(topic, retry=QUICK)
+        async def broken(payment: Payment, tx: Tx) -> None:
+            await write([payment], tx)
+
+    else:
+
+        @app.handler(topic, name="broken", retry=QUICK, batch=batch)
+        async def broken_batch(payments: list[Payment], tx: Tx) -> None:
+            await write(payments, tx)
+
+    @app.handler(topic)
+    async def good(payment: Payment, tx: Tx) -> None:
+        tx.defer(INSERT, payment.id, payment.account, payment.amount)
+
+    await place.send(topic, *[payment(f"p{n}") for n in range(40)])
+    async with working(app, place.settings()):
+        await until("the other handler", applied(place, 40))
+
+        async def shown() -> bool:
+            found = await waits(place, app)
+            return sum(each["count"] for each in found if each["systemic"]) == 40
+
+        await until("all of the broken one to be shown", shown)
+        assert {each["handler"] for each in await waits(place, app)} == {"broken"}
+        assert await letters(place.dsn) == []
+        await query_all(place, 'create table later (id text); grant all on later to "test-worker"')
+        await drained(app, place.settings())
+    assert await value(place.dsn, "select count(distinct id) from later") == 40
+    assert await value(place.dsn, "select count(*) from later") == 40
