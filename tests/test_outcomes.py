@@ -108,6 +108,13 @@ async def test_marks_of_a_database_that_was_made_anew_are_not_believed(place: Pl
     other = App(app.name)  # the same scope, and Redis still holds the mark
     other._handlers.update(app._handlers)
     await place.send(topic, payment("a"))
+    # A person has decided to go on at the group's offset: without a position the partition would stop.
+    await query(
+        place.dsn,
+        "insert into consumer.positions (app, topic, partition, next_offset) values ($1, $2, 0, 1)",
+        app.name,
+        topic,
+    )
     await consume_all(other, place.settings())
     assert await place.effects() == [("a", 1, 10)]
 
