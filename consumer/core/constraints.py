@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import types
 import typing
 from collections.abc import Iterator
 from decimal import Decimal
@@ -30,9 +31,14 @@ def check(declared: Any) -> None:
 
 
 def _decodes_itself_at_top(declared: Any) -> bool:
-    """Whether pydantic decodes the whole: it does where a member of the outermost union is its own."""
-    inner = typing.get_args(declared)[0] if typing.get_origin(declared) is Annotated else declared
-    return any(is_pydantic(each) for each in (inner, *typing.get_args(inner)) if not isinstance(inner, list))
+    """Whether pydantic decodes the whole: it does where the type, or a member of the outermost union, is its own."""
+    inner = _bare(declared)
+    is_union = typing.get_origin(inner) in (typing.Union, types.UnionType)
+    return any(is_pydantic(_bare(each)) for each in (typing.get_args(inner) if is_union else [inner]))
+
+
+def _bare(declared: Any) -> Any:
+    return typing.get_args(declared)[0] if typing.get_origin(declared) is Annotated else declared
 
 
 def is_pydantic(part: Any) -> bool:

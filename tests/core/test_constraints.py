@@ -116,6 +116,8 @@ REFUSED: list[tuple[Any, str]] = [
     (list[Gt], "the payload"),
     (dict[str, Gt], "the payload"),
     (tuple[Gt, ...], "the payload"),
+    (tuple[Model, Gt], "Gt on"),
+    (dict[str, Model | Gt], "Gt on"),
     (Data | int, r"Data\.amount"),
     (Annotated[str, annotated_types.MinLen(2)], r"msgspec\.Meta\(min_length=2\)"),
     (Annotated[bytes, annotated_types.MaxLen(2)], r"msgspec\.Meta\(max_length=2\)"),
