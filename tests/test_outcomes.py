@@ -165,7 +165,7 @@ async def test_messages_that_cannot_be_read_are_dead_letters_with_their_bytes_an
         Sent(b"\xff not json", id="1"),
         Sent({"id": "x", "account": "no number", "amount": 1}, id="2"),
         Sent({"id": "no id", "account": 1, "amount": 1}),
-        Sent({"id": "two", "account": 1, "amount": 1}, headers=[("message-id", b"a"), ("message-id", b"a")]),
+        Sent({"id": "two", "account": 1, "amount": 1}, headers=[("message-id", b"a"), ("message-id", b"b")]),
         Sent({"id": "empty", "account": 1, "amount": 1}, headers=[("message-id", b"")]),
         Sent(None, id="3", key="k"),
         payment("good"),
