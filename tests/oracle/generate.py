@@ -99,7 +99,7 @@ def draw(seed: object, set_local: bool = False) -> Case:
     """The case of a seed. set_local: whether handlers may use `tx.set_local`."""
     chance = random.Random(f"oracle:{seed}")
     is_near = chance.random() < 0.45  # near to what is grouped: plain tables and forms, but for a twist
-    tables, log = draw_tables(chance, 0.2 if is_near else 0.5)
+    tables, log = draw_tables(chance, 0.12 if is_near else 0.5)
     handlers: list[Handler] = []
     slots: dict[str, Slot] = {}
     needs: set[str] = set()
@@ -129,7 +129,7 @@ def _near_handler(draft: Draft) -> Handler:
         [_insert, _add, _upsert, _delete, _log_row], [5, 8, 4, 2, 4], k=draft.chance.choice([1, 2, 2, 3])
     )
     steps = [step for form in forms for step in form(draft, draft.table())]
-    if draft.chance.random() < 0.5:
+    if draft.chance.random() < 0.4:
         names = list(_FORMS)
         form = draft.chance.choices(names, [_FORMS[each] for each in names])[0]
         at = draft.chance.randrange(len(steps) + 1)

@@ -75,6 +75,9 @@ def literal(value: Any) -> str:
 def draw_tables(chance: random.Random, odd: float) -> tuple[list[Drawn], Table]:
     """One to three tables, and the log that anything may be written to. odd: the share of tables with features."""
     kinds = [draw_kind(chance) for _ in range(2)]
+    if odd < 0.5 and chance.random() < 0.7:  # the types whose keys can be grouped
+        common = [each for each in KINDS if each.name in ("int", "bigint", "uuid", "uuid", "text")]
+        kinds = [chance.choice(common), chance.choice(common)]
     if chance.random() < 0.2:  # the key that is spelled in most ways
         kinds[0] = next(each for each in KINDS if each.name == "uuid")
     before: set[str] = set()
