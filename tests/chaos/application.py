@@ -1,6 +1,6 @@
 """The application that is tormented: `consumer run chaos.application:app`. Three handlers, so three scopes, on a topic and its copy.
 
-What they write has no unique key, so that doubles show. `book` defers its writes, `audit` awaits them, and `forms` defers what
+What they write has no unique key, so that doubles show. `book` defers its writes, `audit` awaits them (unless CHAOS_DEFER is set), and `forms` defers what
 only the order of the messages makes right: the oracle's forms of statements. With CHAOS_VERSION=2 it is the next version of the
 application: a handler more, `late`, and other options. A mutant of mutants.py takes the place of the real consumer when
 CHAOS_MUTANT names one.
@@ -16,7 +16,7 @@ from uuid import NAMESPACE_OID, UUID, uuid5
 import msgspec
 
 from chaos import mutants
-from consumer import App, Message, Retry, Tx
+from consumer import App, Message, Retry, RunAgain, Tx
 
 TABLES = """
 create table effects (
@@ -58,6 +58,9 @@ class Order(msgspec.Struct):
     amount: int
     raises: bool = False
     swallows: bool = False
+    fails: bool = False  # until the handlers are mended
+    once: bool = False  # fails in the first attempt of each handler
+    late: bool = False  # fails after it has written
     note: str = ""
     id: UUID | None = None  # of a payload that an operator gave a dead letter
 
@@ -72,7 +75,28 @@ def _id(message: Message[Order | None]) -> UUID:
     """As its producer gave it, whatever the consumer makes of it; or as an operator did."""
     if message.value is not None and message.value.id is not None:
         return message.value.id
+    if any(name == "ce_id" for name, _ in message.headers):
+        return UUID(hex=message.id)
     return UUID((dict(message.headers)["message-id"] or b"").decode())
+
+
+_tried: set[tuple[str, UUID]] = set()
+
+
+def _fail(handler: str, message: Message[Order | None]) -> None:
+    """Raise what the message says."""
+    order = message.value
+    if order is None:
+        return
+    if order.raises:
+        raise ValueError("as told")
+    if order.fails and os.environ.get("CHAOS_POSTPONE"):
+        raise RunAgain("not now")
+    if order.fails and not os.environ.get("CHAOS_MENDED"):
+        raise ValueError("as told, until it is mended")
+    if order.once and (handler, _id(message)) not in _tried:
+        _tried.add((handler, _id(message)))
+        raise ValueError("as told, once")
 
 
 async def _swallow(tx: Tx) -> None:
@@ -89,8 +113,7 @@ async def book(message: Message[Order | None], tx: Tx) -> None:
     if order is not None and order.swallows:
         await _swallow(tx)
         return
-    if order is not None and order.raises:
-        raise ValueError("as told")
+    _fail("book", message)
     amount = 0 if order is None else order.amount
     where = (message.partition, message.offset, message.topic)
     tx.defer(EFFECT, "book", _id(message), key, amount, *where)
@@ -104,11 +127,17 @@ async def audit(message: Message[Order | None], tx: Tx) -> None:
     if order is not None and order.swallows:
         await _swallow(tx)
         return
-    if order is not None and order.raises:
-        raise ValueError("as told")
+    _fail("audit", message)
     amount = 0 if order is None else order.amount
     where = (message.partition, message.offset, message.topic)
+    if os.environ.get("CHAOS_DEFER"):  # then nothing sends the writes of a batch before its end
+        tx.defer(EFFECT, "audit", _id(message), key, amount, *where)
+        tx.defer(BALANCE, "audit", key, amount)
+        tx.defer(ORDER, "audit", message.topic, message.partition, key, message.offset)
+        return
     await tx.execute(EFFECT, "audit", _id(message), key, amount, *where)
+    if order is not None and order.late:
+        raise ValueError("as told, too late")
     await tx.execute(BALANCE, "audit", key, amount)
     await tx.execute(ORDER, "audit", message.topic, message.partition, key, message.offset)
 
@@ -118,8 +147,7 @@ async def forms(message: Message[Order | None], tx: Tx) -> None:
     if order is not None and order.swallows:
         await _swallow(tx)
         return
-    if order is not None and order.raises:
-        raise ValueError("as told")
+    _fail("forms", message)
     id, amount = _id(message), 0 if order is None else order.amount
     tx.defer(EFFECT, "forms", id, key, amount, message.partition, message.offset, message.topic)
     tx.defer(BALANCE, "forms", key, amount)
@@ -155,8 +183,7 @@ if os.environ.get("CHAOS_VERSION") == "2":
     @app.handler(topic, f"{topic}-copy", retry=retry, concurrency=3)
     async def late(message: Message[Order | None], tx: Tx) -> None:
         order, key = message.value, (message.key or b"").decode()
-        if order is not None and order.raises:
-            raise ValueError("as told")
+        _fail("late", message)
         await asyncio.sleep(0)
         amount = 0 if order is None else order.amount
         tx.defer(EFFECT, "late", _id(message), key, amount, message.partition, message.offset, message.topic)

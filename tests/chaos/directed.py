@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,11 +25,13 @@ from harness import ROOT, as_worker, migrated, new_topic, settings_for, until
 
 from chaos import evidence
 from chaos.application import TABLES
-from chaos.invariants import Evidence, LogEntry, Violations, judge, terminal
+from chaos.invariants import HANDLERS, Edit, Evidence, LogEntry, Violations, judge, terminal
 from consumer import Settings
 
 _PARTITIONS = 2
 _SECONDS = 120.0
+_APPLIED_SECONDS = 60.0
+APP = "chaos.application:app"
 _making = asyncio.Lock()  # two at a time would both make the role of the workers
 
 
@@ -38,7 +41,12 @@ class Message:
     key: str = "a"
     partition: int = 0
     amount: int = 1
-    more: str = ""  # raises or swallows
+    more: str = ""  # raises, swallows, fails, once or late
+    source: str = ""  # of a CloudEvent, whose id is the number
+
+    @property
+    def headers(self) -> list[tuple[str, bytes]]:
+        return [("ce_id", str(self.id).encode()), ("ce_source", self.source.encode())]
 
     @property
     def value(self) -> bytes:
@@ -51,6 +59,9 @@ class Scenario:
 
     die: the step at which the first process kills itself. before, after: what is produced before it starts, and once that
     is settled. back: at the end, the database is put back to what it was before the later ones. prepare: SQL for the database.
+    rewound: once all is settled, the database goes back in time under the worker's connections. stopped: the worker is stopped
+    for what is produced later, and started again after the commands. commands: of an operator, each with its environment.
+    settings, environment: of the worker. applied_by: ids that must have effects although a partition cannot be settled.
     """
 
     mutant: str
@@ -63,9 +74,28 @@ class Scenario:
     slow: float = 0.0
     prepare: str = ""
     retry: float = 0.05
+    rewound: bool = False
+    stopped: bool = False
+    commands: list[tuple[dict[str, str], list[str]]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    applied: list[int] = field(default_factory=list)
 
 
+_MENDED, _POSTPONE = {"CHAOS_MENDED": "1"}, {"CHAOS_POSTPONE": "1"}
+_MEND = ["dlq", "retry", APP, "{letter}", "--value", "{value}", "--new-id", "{id}", "--yes"]
+_RETRY = ["dlq", "retry", APP, "--all", "--yes"]
+_GOOD = [Message(n, f"k{n}") for n in range(10, 14)]  # of others: a handler none of whose messages succeeds only waits
 _TEN_TWICE = [Message(n, f"k{n}", partition) for n in range(10) for partition in (0, 1)]
+_FIRST_LETTER = """
+select d.dead_letter, d.topic, d.partition, d."offset" from consumer.dead_letters d join consumer.handlers h using (handler)
+where h.name = 'book' and d.state = 'dead' order by d.dead_letter limit 1
+"""
+_REWIND = """
+begin; delete from effects; delete from balances; delete from orders; delete from tickets; delete from ticket_lines;
+delete from stock; delete from latest; delete from accounts; delete from consumer.ledger; delete from consumer.outcomes;
+update consumer.positions set next_offset = 0; update consumer.installation set nonce = gen_random_uuid(); commit
+"""
 _SLOW_COMMIT = """
 create function wait_at_commit() returns trigger language plpgsql as $$ begin perform pg_sleep(0.6); return null; end $$;
 create constraint trigger waits after insert on effects deferrable initially deferred
@@ -86,6 +116,16 @@ SCENARIOS = [
     Scenario("M11", frozenset({"I1", "I10"})),
     Scenario("M12", frozenset({"I1", "I5", "I9"}), before=[Message(0), Message(1, amount=777), Message(2, "b")], prepare=_SLOW_COMMIT),
     Scenario("M13", frozenset({"I1"})),
+    Scenario("M14", frozenset({"I17"}), before=[Message(n, f"k{n % 3}") for n in range(24)], environment={"CHAOS_DEFER": "1"}),
+    Scenario("M15", frozenset({"I1", "I5"}), rewound=True, after=[Message(n, f"k{n}") for n in range(20, 24)]),
+    Scenario("M16", frozenset({"I1"}), before=[*_GOOD, Message(0, more="fails")], commands=[(_POSTPONE, _MEND), (_MENDED, _MEND)]),
+    Scenario("M17", frozenset({"I8"}), before=[*_GOOD, Message(0, more="fails")], after=[Message(1), Message(2)], stopped=True, commands=[({}, ["replay", APP, "{topic}", "--apply"]), (_MENDED, _RETRY)]),
+    Scenario("M18", frozenset({"I11"}), before=[*[Message(n, "b", 1, more="raises" if n == 20 else "") for n in range(20, 60)], *_GOOD], after=[Message(n, f"k{n}") for n in range(5)], retry=120.0, settings={"parked_messages_max": 10, "lanes": 1}, applied=[*range(10, 14), *range(5)]),
+    Scenario("M19", frozenset({"I1"}), before=[Message(1, "a", source="/eu"), Message(1, "a", source="/us"), *_GOOD]),
+    Scenario("M20", frozenset({"I1", "I4"}), before=[*_GOOD, Message(0, more="once"), Message(1)]),
+    Scenario("M21", frozenset({"I8"}), before=[*_GOOD, Message(0, more="fails"), Message(1), Message(2)], commands=[(_MENDED, _RETRY)]),
+    Scenario("M22", frozenset({"I4"}), before=[*_GOOD, Message(0, more="late")]),
+    Scenario("M23", frozenset({"I4"}), before=[*_GOOD, Message(0, more="fails")]),
 ]  # fmt: skip
 
 
@@ -98,6 +138,7 @@ class Stage:
         self._database = self._name.replace("-", "_")
         self._ids: dict[int, str] = {}
         self._log: list[LogEntry] = []
+        self._edits: list[Edit] = []
         self._kafka_counts = True  # until the database went back: then Kafka's copy is ahead for a while, as it may
 
     async def play(self, scenario: Scenario, mutant: str) -> Violations:
@@ -117,9 +158,20 @@ class Stage:
                 await self._stop(process)
                 await self._admin(f"create database {self._database}_before template {self._database}")
                 process = self._start(scenario, mutant)
+            if scenario.rewound and not found:
+                await self._rewind()
+            if scenario.stopped:
+                await self._stop(process)
             if scenario.after and not found:
                 await asyncio.sleep(0.3)  # what an early purge waits for
                 await self._send(scenario.after)
+                found = {} if scenario.stopped else await self._judged(scenario, mutant)
+            for environment, arguments in [] if found else scenario.commands:
+                await self._command(scenario, mutant, environment, arguments)
+            if scenario.stopped:
+                process = self._start(scenario, mutant)
+            if scenario.commands and not found:
+                self._edits = [each._replace(required=True) for each in self._edits]
                 found = await self._judged(scenario, mutant)
             if scenario.back and not found:
                 await self._stop(process)
@@ -136,17 +188,24 @@ class Stage:
     async def _judged(self, scenario: Scenario, mutant: str) -> Violations:
         deadline = time.monotonic() + _SECONDS
         while True:
-            found, settled = await self._look()
+            found, settled, ids = await self._look()
+            if scenario.applied:  # it is never settled: what must be applied all the same counts
+                wanted = {str(self._ids[each]) for each in scenario.applied if each in self._ids}
+                settled = wanted <= ids
+                if not settled and time.monotonic() > deadline - _SECONDS + _APPLIED_SECONDS:
+                    found.setdefault("I11", []).append(
+                        f"{len(wanted - ids)} messages of another partition are not applied"
+                    )
             if found or settled:
                 return found
             who = mutant or "the real consumer"
             assert time.monotonic() < deadline, f"{who} does not settle the scenario of {scenario.mutant}"
             await asyncio.sleep(0.3)  # looking is work, too
 
-    async def _look(self) -> tuple[Violations, bool]:
-        """What is wrong now, and whether everything is settled. What is in flight is not wrong."""
+    async def _look(self) -> tuple[Violations, bool, set[str]]:
+        """What is wrong now, whether everything is settled, and which ids every handler has applied. What is in flight is not wrong."""
         group = await evidence.committed(self._kafka, self._name, self._topic)
-        found = Evidence(log=self._log)
+        found = Evidence(log=self._log, edits=self._edits)
         connection = await asyncpg.connect(self._postgres.dsn(self._database))
         try:
             await evidence.look(connection, self._name, found)
@@ -164,7 +223,8 @@ class Stage:
         letters = {(each.handler, each.id, each.fingerprint) for each in found.letters}
         if bad := terminal(self._log, offsets, claims, letters):
             violations.setdefault("I5", []).append(f"online, kafka's commit: {bad[0]}")
-        return violations, settled
+        applied = Counter(each.id for each in found.effects)
+        return violations, settled, {id for id, count in applied.items() if count >= len(HANDLERS)}
 
     # -- acts -------------------------------------------------------------------------------------------------------
 
@@ -178,7 +238,7 @@ class Stage:
                 futures.append(
                     await producer.send(
                         self._topic, each.value, key=each.key.encode(), partition=each.partition,
-                        headers=[("message-id", id.encode())],
+                        headers=each.headers if each.source else [("message-id", id.encode())],
                     )
                 )  # fmt: skip
             await asyncio.gather(*futures)
@@ -193,9 +253,20 @@ class Stage:
             self._valkey.url if scenario.redis else None,
             kafka_session_timeout_seconds=1,
             precheck_budget_ms=5000,
+            **scenario.settings,
         )
 
     def _start(self, scenario: Scenario, mutant: str, die: str = "") -> subprocess.Popen[bytes]:
+        with (self._directory / f"{self._name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "chaos.worker"],
+                env=self._environment(scenario, mutant, die),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def _environment(self, scenario: Scenario, mutant: str, die: str = "") -> dict[str, str]:
         clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
         more = {
             "CHAOS_APP": self._name,
@@ -206,14 +277,47 @@ class Stage:
             "CHAOS_RETRY": str(scenario.retry),
             "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests"])),
         }
+        return {**clean, **self._settings(scenario).dump(), **more, **scenario.environment}
+
+    async def _command(
+        self, scenario: Scenario, mutant: str, environment: dict[str, str], arguments: list[str]
+    ) -> None:
+        """What an operator does. Exit code 1 is an answer, too."""
+        given = {"{topic}": self._topic}
+        if "{letter}" in arguments:
+            given |= await self._mending()
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "consumer", *[given.get(each, each) for each in arguments], "--json",
+            env={**self._environment(scenario, mutant), **environment},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        out, told = await asyncio.wait_for(process.communicate(), _SECONDS)
         with (self._directory / f"{self._name}.log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "chaos.worker"],
-                env={**clean, **self._settings(scenario).dump(), **more},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+            log.write(b"$ consumer %s\n" % " ".join(arguments).encode() + out + told)
+        assert process.returncode in (0, 1), told.decode()[-400:]
+
+    async def _mending(self) -> dict[str, str]:
+        """The letter of `book`, and another payload for it under another id; the same each time."""
+        if not self._edits:
+            connection = await asyncpg.connect(self._postgres.dsn(self._database))
+            try:
+                self._letter, topic, partition, offset = await connection.fetchrow(_FIRST_LETTER)
+            finally:
+                await connection.close()
+            self._edits = [Edit("book", str(uuid.uuid4()), "a", 5, topic, partition, offset)]
+            value = {"key": "a", "amount": 5, "id": self._edits[0].id, "fails": True}
+            (self._directory / f"{self._name}.json").write_text(json.dumps(value))
+        path = str(self._directory / f"{self._name}.json")
+        return {"{letter}": str(self._letter), "{value}": path, "{id}": self._edits[0].id}
+
+    async def _rewind(self) -> None:
+        """The database as it was before any message, with another epoch, under the connections that there are."""
+        self._kafka_counts = False
+        connection = await asyncpg.connect(self._postgres.dsn(self._database))
+        try:
+            await connection.execute(_REWIND)
+        finally:
+            await connection.close()
 
     async def _died(self, process: subprocess.Popen[bytes]) -> None:
         await self._ended(process)

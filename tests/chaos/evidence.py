@@ -19,21 +19,28 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from chaos.invariants import Effect, Evidence, Forms, Letter, LogEntry, Row
 from chaos.workload import fingerprint
+from consumer.core.identity import event_id
 from consumer.embedded import Valkey
 
 
 def entry(record: Any) -> LogEntry:
     """A record as the judge takes it."""
-    id = dict(record.headers).get("message-id", b"").decode()
+    headers = dict(record.headers)
+    id = headers.get("message-id", b"").decode()
+    if "ce_id" in headers:
+        id = str(UUID(bytes=event_id(headers["ce_source"], headers["ce_id"])))
     key = (record.key or b"").decode()
     amount: int | None = 0
+    may_fail = False
     if record.value is not None:
         try:
             value = json.loads(record.value)
-            amount = None if value.get("raises") or value.get("swallows") else value["amount"]
+            never = value.get("raises") or value.get("swallows") or value.get("late")
+            amount = None if never else value["amount"]
+            may_fail = bool(value.get("fails"))
         except ValueError:
             amount = None
-    return LogEntry(record.topic, record.partition, record.offset, id, fingerprint(record.value), key, amount)
+    return LogEntry(record.topic, record.partition, record.offset, id, fingerprint(record.value), key, amount, may_fail)
 
 
 async def read_log(servers: str, topics: Sequence[str], partitions: int) -> tuple[list[LogEntry], list[Any]]:

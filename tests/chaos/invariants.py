@@ -36,7 +36,7 @@ _EXAMPLES_MAX = 5
 
 
 class LogEntry(NamedTuple):
-    """A committed record. amount: None for one that no handler can apply."""
+    """A committed record. amount: None for one that no handler can apply. may_fail: until the handlers are mended."""
 
     topic: str
     partition: int
@@ -45,6 +45,7 @@ class LogEntry(NamedTuple):
     fingerprint: int
     key: str
     amount: int | None
+    may_fail: bool = False
 
 
 class Row(NamedTuple):
@@ -81,6 +82,7 @@ class Edit(NamedTuple):
     topic: str
     partition: int
     offset: int
+    required: bool = False  # it was told to be applied
 
 
 class Effect(NamedTuple):
@@ -203,7 +205,7 @@ def _ends(handler: str, evidence: Evidence, log: _Log, found: _Found) -> None:
         if counts[id] == 0:
             if not buried:
                 _lost(handler, f"{handler}: {id} ({_place(entries[0])}) has no effect and is no dead letter", found)
-            elif all(each.amount is not None for each in entries) and "behind" not in {
+            elif all(each.amount is not None and not each.may_fail for each in entries) and "behind" not in {
                 letters[id, each] for each in buried
             }:
                 _lost(handler, f"{handler}: {id} is nothing but a conflict", found)
@@ -226,9 +228,15 @@ def _lost(handler: str, text: str, found: _Found) -> None:
 def _effects(handler: str, evidence: Evidence, log: _Log, found: _Found) -> None:
     """I2, I3, I4, I7, I8: of what is there."""
     mine = [each for each in evidence.effects if each.handler == handler]
+    for each in evidence.letters:
+        if each.handler == handler and each.state == "applied" and each.id not in {effect.id for effect in mine}:
+            found.add("I1", f"{handler}: {each.id} is a letter that was applied, and has no effect")
     rows = {each.id: each for each in evidence.ledger if each.handler == handler}
     counts = Counter(each.id for each in mine)
     edits = {each.id: each for each in evidence.edits if each.handler == handler}
+    for each in edits.values():
+        if each.required and not counts[each.id]:
+            found.add("I1", f"{handler}: {each.id}, which an operator gave a letter, has no effect")
     for id, count in counts.items():
         if count > 1:
             found.add("I2", f"{handler}: {id} has {count} effects")
@@ -344,7 +352,7 @@ def _letters(evidence: Evidence, log: _Log, found: _Found) -> None:
         if each.reason == "behind":
             if not at_fault[unit]:
                 found.add("I15", f"{each.handler}: {each.id} waits behind nothing")
-        elif record.amount is None or len(payloads) > 1:
+        elif record.amount is None or record.may_fail or len(payloads) > 1:
             at_fault[unit].append(each.offset)
         else:
             found.add(

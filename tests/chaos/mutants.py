@@ -1,6 +1,6 @@
-"""Thirteen consumers that are broken on purpose, each by one step of the real one replaced: the harness must catch every one.
+"""Consumers that are broken on purpose, each by one step of the real one replaced: the harness must catch every one.
 
-M1 to M13 are the mistakes of the field, each of them made by somebody. A mutant is installed where the application is
+M1 to M13 are mistakes of the field, each of them made by somebody; M14 to M23 are those that this project made, or nearly. A mutant is installed where the application is
 loaded, when CHAOS_MUTANT names it. None of this knows how it is caught.
 """
 
@@ -14,15 +14,18 @@ from typing import Any
 import asyncpg
 from asyncpg.pgproto.pgproto import UUID
 
-from consumer import calling, kafka, once, opening
+from consumer import calling, kafka, once, opening, scope
+from consumer.core import cloudevents
 from consumer.core.coverage import Changes
-from consumer.core.identity import offset_id
+from consumer.core.identity import message_id, offset_id
 from consumer.core.incarnation import Position
 from consumer.core.lanes import Delivery, Lane
 from consumer.core.message import Partition
 from consumer.kafka import Source
 from consumer.ledger import REDELIVERED, Session, Standing
+from consumer.letter_session import LetterSession
 from consumer.precheck import Precheck
+from consumer.replay_session import ReplaySession
 from consumer.worker import Worker
 
 
@@ -232,6 +235,88 @@ def m12_cancelled_commit() -> None:
 def m13_reset_to_latest() -> None:
     """A partition without a committed offset is begun at its end."""
     _kafka_keeps_the_positions(where_none="end")
+
+
+def m14_grouping_without_proof() -> None:
+    """Statements of several messages are regrouped whether or not that changes what they do."""
+    scope.commute = lambda plans: True
+
+
+def m15_epoch_read_once() -> None:
+    """The epoch is that of the connection's start, whatever a transaction sees."""
+    Session._check_stamp = lambda self, stamp: None  # type: ignore[method-assign]
+
+
+def m16_claim_kept_after_a_postponed_retry() -> None:
+    """A retry of a dead letter that is postponed leaves its claim."""
+
+    async def unclaim(self: LetterSession, deliveries: Any) -> None:
+        for each in deliveries:
+            self._letters[each].is_postponed = True
+
+    LetterSession.unclaim = unclaim  # type: ignore[method-assign]
+
+
+def m17_hold_forgotten_by_apply() -> None:
+    """`replay --apply` does not ask whether a dead letter holds the key."""
+
+    async def holds(self: ReplaySession, deliveries: Any) -> dict[Any, Any]:
+        return {}
+
+    ReplaySession.holds = holds  # type: ignore[method-assign]
+
+
+def m18_waiting_bounded_for_all_partitions() -> None:
+    """Nothing is taken of any partition while too many messages wait in one."""
+    take = Lane._take_fresh
+
+    def taking(self: Lane, *arguments: Any) -> Any:
+        if sum(queue.parked for queue in self._queues.values()) >= self._parked_max:
+            return None
+        return take(self, *arguments)
+
+    Lane._take_fresh = taking  # type: ignore[method-assign]
+
+
+def m19_id_without_its_source() -> None:
+    """A CloudEvent's id alone is its identity."""
+    cloudevents.event_id = lambda source, id: message_id(id)
+
+
+def m20_claim_kept_of_what_waits() -> None:
+    """A message that failed and is to be tried again keeps its claim."""
+
+    async def unclaim(self: Session, deliveries: Any) -> None: ...
+
+    Session.unclaim = unclaim  # type: ignore[method-assign]
+
+
+def m21_dead_letters_hold_nothing() -> None:
+    """Messages of its key go on behind a dead letter, which is applied out of order later."""
+    once.holds = lambda verdict: False
+
+
+def m22_failures_leave_their_writes() -> None:
+    """What a failed message has written is not taken back."""
+    execute = asyncpg.Connection.execute
+
+    async def deaf(self: asyncpg.Connection, query: str, *args: Any, **options: Any) -> str:
+        if query.startswith("rollback to savepoint consumer_"):
+            query = query.replace("rollback to savepoint", "release savepoint")
+            query += "; " + query.replace("release savepoint", "savepoint")
+        return await execute(self, query, *args, **options)
+
+    asyncpg.Connection.execute = deaf
+
+
+def m23_a_letter_that_counts_as_applied() -> None:
+    """The claim of a dead letter says that the message was applied."""
+    bury = Session.bury
+
+    async def burying(self: Session, dead: Any, attempts: Any, claimed: Any) -> None:
+        await bury(self, dead, attempts, ())
+
+    Session.bury = burying  # type: ignore[method-assign]
 
 
 MUTANTS: dict[str, Callable[[], None]] = {

@@ -22,6 +22,7 @@ from chaos.rig import PARTITIONS, Consumers, Rig, kill_tree, started_again
 from chaos.schedule import OPERATORS, Fault
 
 _SECONDS_MAX = 90.0  # for a fault to happen
+_COMMAND_SECONDS_MAX = 240.0  # and for an operator's command, which waits for servers that are away
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Nemesis:
             fired = Fired(fault, round(time.monotonic() - self._begun, 1))
             self.outcome.append(fired)
             try:
-                async with asyncio.timeout(_SECONDS_MAX):
+                async with asyncio.timeout(_COMMAND_SECONDS_MAX if fault.resource == "operators" else _SECONDS_MAX):
                     fired.seen = await self._KINDS[fault.kind](self, fault)
             except Exception as error:
                 fired.error = f"{type(error).__name__}: {error}"

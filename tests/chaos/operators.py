@@ -61,7 +61,7 @@ class Operators:
             case "look at positions":
                 return await self._run("positions", APP)
             case "apply what is missing":
-                return await self._run("replay", APP, self.topic, "--apply")
+                return await self._run("replay", APP, self.topic, "--apply", "--to", "position")
             case "purge":
                 return await self._run("purge", "--older-than", "1")
         raise AssertionError(fault.kind)

@@ -154,6 +154,8 @@ class Run:
             await rig.with_pooler()
         self._settings = rig.settings(self._database, pooler=self._ways.pooler)
         self._environment = {"CHAOS_APP": self._name, "CHAOS_TOPIC": self._topic}
+        if self._seed % 2:
+            self._environment["CHAOS_DEFER"] = "1"  # half of the runs group the writes of whole batches
         # Commands, and what reads everything again at the end, are of the newest version.
         newest = {**self._environment, "CHAOS_VERSION": "2" if self._ways.versions else "1"}
         consumers = Consumers(self._settings, self._directory, self._environment, self._workers, self._ways.versions)
