@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from cluster import Cluster
 from harness import Place, Sent, migrated, new_topic, produce, settings_for, until, value, working
+from services import JARS
 from test_incarnations import Told
 
 from consumer import App, Settings, Tx, report
@@ -133,3 +135,44 @@ def test_client_id_names_app_and_worker_unless_one_is_set() -> None:
     assert client_id(settings, "billing", "3") == "consumer-billing-3"
     assert client_id(settings, "größe/x y", "0") == "consumer-gr__e_x_y-0"
     assert client_id(Settings(kafka_client_id="team-a"), "billing", "3") == "team-a"
+
+
+def quota(kafka: Any, client: str, *change: str) -> None:
+    """What `kafka-configs.sh` does to the quotas of a client id."""
+    command = [
+        *("java", "-Xmx64m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", f"{JARS}/*"),
+        *("kafka.admin.ConfigCommand", "--bootstrap-server", kafka.bootstrap_servers, "--alter", *change),
+        *("--entity-type", "clients", "--entity-name", client),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+async def test_a_throttled_worker_applies_messages_and_goes_on_at_full_speed_when_the_quota_is_lifted(
+    place: Place, kafka: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    told = Told(caplog)
+    settings = place.settings(kafka_client_id=f"slow-{uuid.uuid4().hex[:8]}")
+    assert settings.kafka_client_id is not None
+    filler = "x" * 1000
+    for n in range(0, 300, 5):  # small batches: one that is larger than the quota's window never comes
+        some = range(n, n + 5)
+        await place.send(
+            topic, *[Sent({"id": f"p{m}", "account": 1, "amount": 1, "f": filler}, id=f"p{m}") for m in some]
+        )
+    await asyncio.to_thread(quota, kafka, settings.kafka_client_id, "--add-config", "consumer_byte_rate=5000")
+
+    async def some_applied() -> bool:
+        return int(await value(place.dsn, "select count(*) from effects")) > 60
+
+    async def has_told() -> bool:
+        return bool(told.of("kafka throttles the worker"))
+
+    async with working(app, settings):
+        await until("the throttling in the log", has_told, 60)
+        await until("messages in spite of the quota", some_applied, 90)
+        assert int(await value(place.dsn, "select count(*) from effects")) < 300
+        assert not told.of("waiting for kafka")
+        await asyncio.to_thread(quota, kafka, settings.kafka_client_id, "--delete-config", "consumer_byte_rate")
+        await effects(place.dsn, 300, 60)
