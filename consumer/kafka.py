@@ -795,9 +795,18 @@ class Source:
 
     async def stop(self, timeout_seconds: float) -> None:
         """Leave the group and disconnect, or give up after the timeout."""
-        if self._consumer is not None:
-            with suppress(Exception):
-                await asyncio.wait_for(self._consumer.stop(), timeout_seconds)
+        if self._consumer is None:
+            return
+        task = asyncio.current_task()
+        cancelled = task.cancelling() if task is not None else 0
+        try:
+            await asyncio.wait_for(self._consumer.stop(), timeout_seconds)
+        except asyncio.CancelledError:
+            # Since Python 3.12 the client's own cancelled tasks come out here: they must not hide why this stops.
+            if task is not None and task.cancelling() > cancelled:
+                raise
+        except Exception:  # noqa: S110 - it is gone either way
+            pass
 
 
 class _Fetched(OrderedDict[Any, Any]):

@@ -113,6 +113,10 @@ class Precheck:
                 f"CONSUMER_REDIS_URL: Redis refused the credentials, or they have too few rights (docs/security.md): {error}"
             ) from None
         except (RedisError, OSError, TimeoutError) as error:
+            if isinstance(error, ResponseError) and "db index" in str(error).lower():
+                raise Misconfigured(
+                    "CONSUMER_REDIS_URL: Redis has no database of that number; use a lower one, as in redis://host:6379/0"
+                ) from None
             if (cause := _certificate_error(error)) is not None:
                 fault = certificate_fault(
                     cause.verify_code, cause.verify_message, "CONSUMER_REDIS_CA_FILE", "CONSUMER_REDIS_URL"
@@ -264,7 +268,8 @@ class Precheck:
     def _failed(self, error: Exception) -> None:
         """Open the breaker; a probe in the background closes it. Nobody else waits for Redis until then."""
         if not self._breaker.is_open:
-            event(logging.WARNING, "pre-check off: redis does not answer; going on without it", error=describe(error))
+            what = "refuses what it is asked" if isinstance(error, ResponseError) else "does not answer"
+            event(logging.WARNING, f"pre-check off: redis {what}; going on without it", error=describe(error))
         pause = self._breaker.failed()
         if self._probe is None or self._probe.done():
             self._probe = asyncio.get_running_loop().create_task(self._probing(pause))

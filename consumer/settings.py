@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from consumer.core.errors import Misconfigured
 
@@ -161,6 +161,14 @@ class Settings(BaseModel):
             raise ValueError(f"{odd[0][:40]!r} is none of kafka, postgres, redis")
         return given
 
+    @model_validator(mode="after")
+    def _together(self) -> Settings:
+        if self.ledger_generation_hours is not None and self.ledger_retention_hours is None:
+            raise ValueError(
+                "CONSUMER_LEDGER_GENERATION_HOURS has no effect without CONSUMER_LEDGER_RETENTION_HOURS; set both, or neither"
+            )
+        return self
+
     @property
     def insecure(self) -> set[str]:
         """The services that may be reached in clear off this machine."""
@@ -202,5 +210,10 @@ def load(**flags: Any) -> Settings:
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        problems = [f"{_PREFIX}{'_'.join(map(str, each['loc'])).upper()}: {each['msg']}" for each in error.errors()]
+        problems = [
+            f"{_PREFIX}{'_'.join(map(str, each['loc'])).upper()}: {each['msg']}"
+            if each["loc"]
+            else each["msg"].removeprefix("Value error, ")
+            for each in error.errors()
+        ]
         raise Misconfigured("; ".join(problems)) from None

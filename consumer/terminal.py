@@ -29,7 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from consumer import ledger, logs
-from consumer.core.errors import ConsumerError, ServiceUnavailable
+from consumer.core.errors import ConsumerError, Misconfigured, ServiceUnavailable
 from consumer.help_text import Command, heading_of, metavar_of
 from consumer.kafka import KafkaError
 from consumer.looping import run as run_loop
@@ -145,6 +145,7 @@ def command(
         def call(**given: Any) -> None:
             flags = {each: given.pop(each) for each in fields}
             try:
+                _check_text({**given, **flags})
                 if "settings" in inspect.signature(function).parameters:
                     given["settings"] = own_settings = load(**flags)
                     logs.configure(own_settings.log_level, own_settings.log_format, config=own_settings.log_config)
@@ -180,6 +181,21 @@ def command(
         return call
 
     return register
+
+
+_AS_BYTES = ("key", "message_id", "id")  # arguments that may hold bytes that are not UTF-8
+
+
+def _check_text(given: dict[str, Any]) -> None:
+    """Raise Misconfigured for an argument that is no text in UTF-8: neither PostgreSQL nor Kafka would take it."""
+    for name, value in given.items():
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, str) and name not in _AS_BYTES and any("\ud800" <= c <= "\udfff" for c in each):
+                raise Misconfigured(f"{_flag_of(name)}: not valid UTF-8; write it in UTF-8")
+
+
+def _flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _option(name: str, field: Any) -> inspect.Parameter:
@@ -228,7 +244,8 @@ def fail(text: str, code: int) -> typing.NoReturn:
     raise typer.Exit(code)
 
 
-_URL_USER = re.compile(r"(\w+://)[^/@\s]*@")
+# A user and password, which may hold a slash or an at sign; but not what our own hints say in their place.
+_URL_USER = re.compile(r"(\w+://)(?!user(?::password)?@)\S*@")
 
 
 def printable(text: str) -> str:

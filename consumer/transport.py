@@ -7,6 +7,7 @@ where a broker sends its clients on to (the addresses that Kafka advertises); th
 from __future__ import annotations
 
 import os
+import re
 import ssl
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -17,6 +18,30 @@ from consumer.settings import Settings
 
 _MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 # Options of a DSN that the driver reads only when it makes its TLS context itself.
+_VERIFYING = ("verify-ca", "verify-full")
+# Options of libpq alone: the driver would send them to the server, which says that it has no such parameter.
+_OF_LIBPQ = frozenset(
+    {
+        "channel_binding",
+        "connect_timeout",
+        "fallback_application_name",
+        "gssdelegation",
+        "gssencmode",
+        "hostaddr",
+        "keepalives",
+    }
+    | {"keepalives_count", "keepalives_idle", "keepalives_interval", "load_balance_hosts", "max_protocol_version"}
+    | {
+        "min_protocol_version",
+        "replication",
+        "require_auth",
+        "requirepeer",
+        "requiressl",
+        "sslcertmode",
+        "sslcompression",
+    }
+    | {"sslcrldir", "sslkeylogfile", "sslsni", "tcp_user_timeout"}
+)
 _UNREAD = ("sslpassword", "ssl_min_protocol_version", "ssl_max_protocol_version")
 
 
@@ -45,6 +70,11 @@ def redis_url(settings: Settings) -> str | None:
         options = {(name, value.lower()) for name, value in parse_qsl(parts.query)}
     except ValueError:
         return url  # the client says what is wrong with it
+    if parts.scheme in ("redis", "rediss") and not re.fullmatch(r"/?[0-9]{0,9}", parts.path):
+        raise Misconfigured(
+            "CONSUMER_REDIS_URL: what follows the host is the number of a database, as in redis://host:6379/0; write one, or "
+            "percent-encode special characters of the password"
+        )
     if parts.scheme == "redis":
         _refuse("redis", found, settings, "write rediss:// in CONSUMER_REDIS_URL")
     if parts.scheme == "rediss":
@@ -73,10 +103,15 @@ def postgres_tls(settings: Settings) -> ssl.SSLContext | None:
     mode = options.get("sslmode") or os.environ.get("PGSSLMODE")
     if mode not in (None, *_MODES):
         raise Misconfigured(f"CONSUMER_POSTGRES_DSN: sslmode is one of {', '.join(_MODES)}")
+    if unread := sorted(options.keys() & _OF_LIBPQ):
+        hint = "; --wait says how long to try" if unread[0] == "connect_timeout" else ""
+        raise Misconfigured(
+            f"CONSUMER_POSTGRES_DSN: {unread[0]} is an option of libpq, which is not used here; leave it out{hint}"
+        )
     away = hosts.elsewhere(found)
     if "service" in options or (os.environ.get("PGSERVICE") and found == ["/"]):
         raise Misconfigured("CONSUMER_POSTGRES_DSN: service files are not read: write the host into the address")
-    if settings.postgres_ca_file is None and mode != "verify-full" and (not away or "postgres" in settings.insecure):
+    if settings.postgres_ca_file is None and mode not in _VERIFYING and (not away or "postgres" in settings.insecure):
         return None
     if away and mode not in (None, "verify-full") and "postgres" not in settings.insecure:
         raise Misconfigured(
@@ -101,6 +136,8 @@ def postgres_tls(settings: Settings) -> ssl.SSLContext | None:
         raise Misconfigured(
             f"CONSUMER_POSTGRES_CA_FILE, or sslrootcert, sslcert, sslkey or sslcrl of the DSN, cannot be used: {error}"
         ) from None
+    if mode == "verify-ca":  # refused above for other hosts, unless that is allowed
+        context.check_hostname = False
     context.set_alpn_protocols(["postgresql"])  # which a direct TLS connection needs
     return context
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from uuid import uuid4
 
@@ -11,6 +12,10 @@ from harness import Place, migrated
 from services import Kafka
 
 from consumer.embedded import Postgres, Valkey
+
+# Where SIGINT is ignored (`make test &` in a script), children would ignore it too, and tests could press no Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -148,6 +148,11 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
             )
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise wrong("name= must be text of 1 to 200 characters without spaces")
+    for each in (name, *topics):
+        if isinstance(each, str) and any("\ud800" <= character <= "\udfff" for character in each):
+            raise RegistrationError(
+                f"{place}: {each.encode('ascii', 'backslashreplace').decode()}: a lone surrogate, which UTF-8 cannot write; leave it out"
+            )
     if not topics:
         raise wrong('name at least one topic: @app.handler("payments")')
     for topic in topics:
