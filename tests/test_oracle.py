@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
-from oracle.case import Case, Defer, Handler, Message, Table
+from harness import ROOT
+from oracle.case import Case, Defer, Handler, Message, Table, pasted
 from oracle.check import Verdict, check
 from oracle.databases import Databases
 from oracle.generate import draw
+from oracle.mutants import MUTANTS, broken
+from oracle.session import Summary, minimal, search
 
 from consumer.embedded import Postgres
 
@@ -18,11 +26,11 @@ class Oracle:
     """What a pasted counterexample needs."""
 
     def __init__(self, databases: Databases) -> None:
-        self._databases = databases
+        self.databases = databases
 
     async def check(self, case: Case) -> Verdict:
         """Run a case on both sides."""
-        return await check(self._databases, case)
+        return await check(self.databases, case)
 
     async def expect_equal(self, case: Case) -> Verdict:
         """Fail when the batch leaves something else than its messages one at a time."""
@@ -80,3 +88,72 @@ def test_a_case_prints_as_python_that_makes_it_again() -> None:
     names["ipaddress"] = ipaddress
     for seed in range(200):
         assert repr(eval(repr(draw(seed)), names)) == repr(draw(seed))
+
+
+ORACLE_SECONDS = 60
+
+
+@pytest.mark.timeout(400)
+async def test_a_minute_of_random_applications_is_equal(
+    oracle: Oracle, capsys: pytest.CaptureFixture[str], record_property: Callable[[str, object], None]
+) -> None:
+    """Other seeds every day; the first one is printed."""
+    seed = datetime.now(UTC).date().toordinal() * 100_000
+    record_property("seed", seed)
+    with capsys.disabled():
+        print(f"\nmake oracle ARGS='--seed {seed} --seconds {ORACLE_SECONDS}'")  # noqa: T201
+    summary = Summary(seed)
+    await search(oracle.databases, summary, seconds=ORACLE_SECONDS, shrink_seconds=60)
+    assert not summary.found, "\n\n".join(each.test for each in summary.found)
+    assert summary.cases > 3
+    assert summary.invalid <= summary.cases // 4
+
+
+# Where the seeds begin with which each mutant is found within a few cases.
+SEEDS = dict.fromkeys(MUTANTS, 60_000)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", MUTANTS)
+async def test_a_broken_framework_is_found(oracle: Oracle, name: str) -> None:
+    summary = Summary(SEEDS[name])
+    with broken(name):
+        await search(oracle.databases, summary, seconds=300, cases=60, shrink_seconds=0)
+    assert summary.found, str(summary)
+
+
+async def test_one_message_in_each_transaction_differs_in_nothing(oracle: Oracle) -> None:
+    """Nor does the oracle find differences that are its own."""
+    summary = Summary(1)
+    await search(oracle.databases, summary, seconds=60, cases=12, shrink_seconds=0, alone=True)
+    assert not summary.found, summary.found
+
+
+async def test_a_counterexample_is_made_small(oracle: Oracle) -> None:
+    padded = replace(PAYMENTS, batch=20, ddl=("create table unused ()",))
+    with broken("rows-met-twice"):
+        verdict = await oracle.check(padded)
+        assert verdict.found is not None
+        small, found = await minimal(oracle.databases, padded, verdict.found, 30)
+    assert found.kind == "table"
+    assert len(small.messages) < 12
+    assert len(small.tables) == 1
+    assert len(small.handlers[0].steps) == 1
+    assert not small.ddl
+    assert "await oracle.expect_equal(Case(" in pasted(small, found)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--seconds", "0"], ["--stop-at", "0"], ["--code", "nowhere"], ["--mutant", "x"]]
+)
+def test_the_command_refuses_what_it_cannot_do(arguments: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "oracle", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr

@@ -68,7 +68,8 @@ class Order(msgspec.Struct):
 app = App(os.environ.get("CHAOS_APP", "chaos"))
 topic = os.environ.get("CHAOS_TOPIC", "chaos")
 slow_seconds = float(os.environ.get("CHAOS_SLOW", "0"))
-retry = Retry(attempts=2, base=float(os.environ.get("CHAOS_RETRY", "0.05")), cap=60)
+_base = float(os.environ.get("CHAOS_RETRY", "0.05"))
+retry = Retry(attempts=2, base=_base, cap=max(60.0, _base))
 
 
 def _id(message: Message[Order | None]) -> UUID:
@@ -94,6 +95,8 @@ def _fail(handler: str, message: Message[Order | None]) -> None:
         raise RunAgain("not now")
     if order.fails and not os.environ.get("CHAOS_MENDED"):
         raise ValueError("as told, until it is mended")
+    if order.late and handler != "audit":
+        raise ValueError("as told")
     if order.once and (handler, _id(message)) not in _tried:
         _tried.add((handler, _id(message)))
         raise ValueError("as told, once")

@@ -60,6 +60,11 @@ def _search(given: argparse.Namespace) -> int:
     if given.mutants:
         print("\n".join(f"{name:24} {patch.__doc__}" for name, patch in mutants.MUTANTS.items()))
         return 0
+    if given.mutant and given.mutant not in mutants.MUTANTS:
+        print(
+            f"make oracle: --mutant {given.mutant}: there is none of this name; --mutants lists them", file=sys.stderr
+        )
+        return 2
     mutants.install(given.mutant)
     logging.getLogger("consumer").setLevel(logging.CRITICAL)
     seed = int(time.time()) % 1_000_000 * 1000 if given.seed is None else given.seed
