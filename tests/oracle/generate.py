@@ -99,14 +99,15 @@ def draw(seed: object, set_local: bool = False) -> Case:
     """The case of a seed. set_local: whether handlers may use `tx.set_local`."""
     chance = random.Random(f"oracle:{seed}")
     is_near = chance.random() < 0.45  # near to what is grouped: plain tables and forms, but for a twist
-    tables, log = draw_tables(chance, 0.12 if is_near else 0.5)
+    is_spelled = is_near and chance.random() < 0.3  # one table, whose keys come in several spellings
+    tables, log = draw_tables(chance, 0.12 if is_near else 0.5, is_spelled)
     handlers: list[Handler] = []
     slots: dict[str, Slot] = {}
     needs: set[str] = set()
     for _ in range(1 if is_near else chance.choices([1, 2, 3], [8, 2, 1])[0]):
         awaited = chance.choice([0, 0, 0, 0.1]) if is_near else chance.choice([0, 0, 0.2, 0.5, 1])
         draft = Draft(chance, tables, awaited, set_local, is_near, slots, needs)
-        handlers.append(_near_handler(draft) if is_near else _handler(draft))
+        handlers.append(_near_handler(draft, is_spelled) if is_near else _handler(draft))
     used = {name for handler in handlers for step in walk(handler.steps) for name in arguments_of(step)}
     used |= {step.variable for handler in handlers for step in walk(handler.steps) if isinstance(step, IfNone)}
     slots = {
@@ -123,13 +124,17 @@ def draw(seed: object, set_local: bool = False) -> Case:
     return Case((log, *(each.table() for each in tables)), tuple(handlers), tuple(messages), batch, ddl)
 
 
-def _near_handler(draft: Draft) -> Handler:
-    """A few plain writes, and in half of the cases one statement of any other form."""
+def _near_handler(draft: Draft, is_spelled: bool) -> Handler:
+    """A few plain writes, and in many cases one statement of any other form. is_spelled: what meets rows by their keys."""
+    if is_spelled:
+        first = draft.chance.choice([_add, _add, _add, _upsert, _update, _delete])
+        rest = _log_row(draft, draft.table()) if draft.chance.random() < 0.3 else []
+        return Handler((*first(draft, draft.table()), *rest))
     forms = draft.chance.choices(
-        [_insert, _add, _upsert, _delete, _log_row], [5, 8, 4, 2, 4], k=draft.chance.choice([1, 2, 2, 3])
+        [_insert, _add, _upsert, _delete, _log_row], [5, 8, 4, 2, 4], k=draft.chance.choice([1, 1, 2, 3])
     )
     steps = [step for form in forms for step in form(draft, draft.table())]
-    if draft.chance.random() < 0.4:
+    if draft.chance.random() < (0.15 if len(forms) == 1 else 0.4):
         names = list(_FORMS)
         form = draft.chance.choices(names, [_FORMS[each] for each in names])[0]
         at = draft.chance.randrange(len(steps) + 1)
@@ -514,7 +519,8 @@ def _value(chance: random.Random, slot: Slot, fresh: int, count: int, width: int
                 return chance.choice(spellings)
             if slot.style == "class":
                 kinds = list(dict.fromkeys(type(each) for value in slot.kind.pool for each in value))
-                wanted = [each for each in spellings if type(each) is kinds[chosen % len(kinds)]]
+                kind = kinds[-1] if chosen % 2 else kinds[chosen % len(kinds)]  # the last one has most spellings
+                wanted = [each for each in spellings if type(each) is kind]
                 return chance.choice(wanted or spellings[:1])
             return spellings[0]
         case "number":

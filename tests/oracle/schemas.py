@@ -72,17 +72,23 @@ def literal(value: Any) -> str:
             return "'" + str(value).replace("'", "''") + "'"
 
 
-def draw_tables(chance: random.Random, odd: float) -> tuple[list[Drawn], Table]:
-    """One to three tables, and the log that anything may be written to. odd: the share of tables with features."""
+def draw_tables(chance: random.Random, odd: float, is_spelled: bool) -> tuple[list[Drawn], Table]:
+    """One to three tables, and the log that anything may be written to. odd: the share of tables with features.
+
+    is_spelled: one table, with a key of a type whose values people spell in several ways.
+    """
     kinds = [draw_kind(chance) for _ in range(2)]
     if odd < 0.5 and chance.random() < 0.7:  # the types whose keys can be grouped
         common = [each for each in KINDS if each.name in ("int", "bigint", "uuid", "uuid", "text")]
         kinds = [chance.choice(common), chance.choice(common)]
-    if chance.random() < 0.2:  # the key that is spelled in most ways
+    if is_spelled:
+        several = [each for each in KINDS if any(len(values) > 1 for values in each.pool)]
+        kinds = [chance.choice(several)]
+    if chance.random() < (0.6 if is_spelled else 0.2):  # the key that is spelled in most ways
         kinds[0] = next(each for each in KINDS if each.name == "uuid")
     before: set[str] = set()
     tables: list[Drawn] = []
-    for number in range(chance.choices([1, 2, 3], [5, 4, 2])[0]):
+    for number in range(1 if is_spelled else chance.choices([1, 2, 3], [5, 4, 2])[0]):
         drawn = _draw(chance, number, chance.choice(kinds), tables, odd)
         if drawn.kind.before and drawn.kind.before not in before:
             before.add(drawn.kind.before)
