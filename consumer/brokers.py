@@ -51,6 +51,9 @@ class Brokers:
 
     def __init__(self, client: AIOKafkaClient) -> None:
         self._client = client
+        # Learned for questions about topics that the client does not follow: to ask for each partition would be slow.
+        self._leaders: dict[Partition, int] = {}
+        self._learning = asyncio.Lock()
         self._update_from_known = client._metadata_update
         client._metadata_update = self._update
 
@@ -136,16 +139,36 @@ class Brokers:
         if not wanted:
             return {}
         answer = await self.ask_anyone(MetadataRequest(wanted, allow_auto_topic_creation=False))
-        return {
+        found = {
             topic: {each[1]: each[2] for each in partitions}
             for error, topic, _, partitions in answer.topics
             if error in (0, LeaderNotAvailableError.errno)
         }
+        for topic, leaders in found.items():
+            self._leaders |= {Partition(topic, number): leader for number, leader in leaders.items()}
+        return found
 
     def leader(self, partition: Partition) -> int | None:
-        """The leader as the client knows it; None for none."""
+        """The leader as it is known without a question; None for none."""
         found = self._client.cluster._partitions.get(partition.topic, {}).get(partition.partition)
-        return found.leader if found is not None and found.leader >= 0 else None
+        leader = found.leader if found is not None else self._leaders.get(partition, -1)
+        return leader if leader >= 0 else None
+
+    async def leader_of(self, partition: Partition) -> int:
+        """The leader, asked for where it is not known. Raises KafkaError or TimeoutError."""
+        if (leader := self.leader(partition)) is not None:
+            return leader
+        async with self._learning:  # many may ask about one topic at once: the first answer serves all
+            if self.leader(partition) is None:
+                await self.partitions([partition.topic])
+        leader = self._leaders.get(partition, -1)
+        if leader < 0:
+            raise LeaderNotAvailableError(f"{partition.topic}:{partition.partition}")
+        return leader
+
+    def forget_leader(self, partition: Partition) -> None:
+        """Ask again the next time: what was known was wrong, or its broker does not answer."""
+        self._leaders.pop(partition, None)
 
     async def offsets(
         self, wanted: Mapping[Partition, int], isolation_level: int, seconds: float = _ASK_SECONDS

@@ -603,16 +603,19 @@ class Source:
         """
         wanted = [(partition.topic, [(partition.partition, offset, most)])]
         request = FetchRequest(wait_ms, least, most, isolation_level, wanted, rack_id="")
-        leader = self._brokers.leader(partition)
-        if leader is None:
-            leader = (await self._brokers.partitions([partition.topic])).get(partition.topic, {}).get(partition[1], -1)
-        if leader < 0:
-            raise LeaderNotAvailableError(f"{partition.topic}:{partition.partition}")
         async with self._asking:
-            response = await self._brokers.ask(leader, request)
+            leader = await self._brokers.leader_of(partition)
+            try:
+                response = await self._brokers.ask(leader, request)
+            except (KafkaError, TimeoutError):
+                self._brokers.forget_leader(partition)
+                raise
         if not response.topics:  # throttled, or an imitation of Kafka that had no time
             raise LeaderNotAvailableError(f"{partition.topic}:{partition.partition}")
-        return response.topics[0][1][0]
+        found = response.topics[0][1][0]
+        if found[1] not in (0, _OUT_OF_RANGE):
+            self._brokers.forget_leader(partition)
+        return found
 
     # -- what a log is ----------------------------------------------------------------------------------------------
 

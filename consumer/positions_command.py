@@ -128,12 +128,13 @@ async def adopt(app: App, topic: str, partition: int | None, settings: Settings,
     await source.start(settings.wait_seconds)
     try:
         wanted = await find_partitions(source, [topic], None if partition is None else [partition])
+        identity, firsts = await source.identity([topic]), await source.beginnings(wanted)
 
         async def ask(connection: Any) -> list[tuple[Partition, Any]]:
             return [
                 (each, stop)
                 for each in wanted
-                if (stop := await report.adopt(connection, source, app, each)) is not None
+                if (stop := await report.adopt(connection, source, app, each, identity, firsts[each])) is not None
             ]
 
         adopted = await with_ledger(settings, ask)

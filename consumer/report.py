@@ -18,7 +18,7 @@ from consumer.core.identity import event_id, ids_of_text, reads_like_offset
 from consumer.core.incarnation import Committed, Log, Position, Reason, Stop, begin, judge
 from consumer.core.message import Partition
 from consumer.core.outcome import Cause
-from consumer.kafka import KafkaError, OpenTransaction, Source
+from consumer.kafka import Identity, KafkaError, OpenTransaction, Source
 from consumer.ledger import INSTALLATION, read_positions
 from consumer.stops import read as read_stops
 
@@ -401,16 +401,17 @@ async def move_position(connection: Any, app: str, partition: Partition, offset:
     return before
 
 
-async def adopt(connection: Any, source: Source, app: App, partition: Partition) -> Stop | None:
+async def adopt(
+    connection: Any, source: Source, app: App, partition: Partition, identity: Identity, first: int
+) -> Stop | None:
     """Begin another log at its beginning, where a position is of one that is gone. Returns what had been wrong with the
     position, None for one that is of this log: then nothing is changed.
 
     Ids stay in the ledger, so a message that was applied is not applied again, unless its id was made of its offset:
-    those ids begin anew, because the same offset is another message now. Raises KafkaError.
+    those ids begin anew, because the same offset is another message now. identity, first: of the log as it is now; where
+    its beginning moves on meanwhile, the partition stops for that. Raises KafkaError.
     """
-    identity = await source.identity([partition.topic])
     topic_id = identity.topics.get(partition.topic)
-    first = (await source.beginnings([partition]))[partition]
     async with connection.transaction():
         await connection.execute(
             "select from consumer.positions where (app, topic, partition) = ($1, $2, $3) for update",

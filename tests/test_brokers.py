@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from cluster import Cluster
-from harness import Place, Sent, migrated, new_topic, produce, settings_for, until, value, working
+from harness import Place, Sent, consume_all, migrated, new_topic, produce, settings_for, until, value, working
 from services import JARS
 from test_incarnations import Told
 
@@ -127,6 +127,39 @@ async def test_status_of_a_thousand_topics_takes_one_request_for_each_question(
         await source.stop(5)
         await admin.delete_topics(topics)
         await admin.close()
+
+
+async def test_status_of_many_settled_partitions_asks_for_their_leaders_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = await place.topic(60)
+    app = app_of(topic)
+    await place.send(
+        topic, *[Sent({"id": f"p{n}", "account": 1, "amount": 1}, id=f"p{n}", partition=n) for n in range(60)]
+    )
+    await consume_all(app, place.settings())
+    source = Source(place.settings(), None)
+    connection = await connect(place.settings())
+    try:
+        await source.start(30)
+        asked: list[str] = []
+        ask = source._brokers.ask
+
+        async def counted(node: int, request: Any, *more: Any) -> Any:
+            asked.append(type(request).__name__)
+            return await ask(node, request, *more)
+
+        monkeypatch.setattr(source._brokers, "ask", counted)
+        partitions = [Partition(topic, n) for n in range(60)]
+
+        health = await report.partition_health(connection, source, app, partitions)
+
+        assert all(each.stop is None for each in health.values())
+        assert asked.count("FetchRequest") == 60, asked  # the record that was settled last, of each
+        assert len(asked) < 60 + 10, asked
+    finally:
+        connection.terminate()
+        await source.stop(5)
 
 
 def test_client_id_names_app_and_worker_unless_one_is_set() -> None:

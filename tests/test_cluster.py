@@ -177,8 +177,9 @@ async def adopted(settings: Settings, app: App, partition: Partition) -> bool:
     await source.start(10)
     connection = await asyncpg.connect(settings.dsn)
     try:
-        await source.partitions([partition.topic])
-        return await report.adopt(connection, source, app, partition) is not None
+        identity = await source.identity([partition.topic])
+        first = (await source.beginnings([partition]))[partition]
+        return await report.adopt(connection, source, app, partition, identity, first) is not None
     finally:
         await connection.close()
         await source.stop(5)
