@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of the first run; the next ones count up (default: by the clock)")
     parser.add_argument("--seconds", type=float, default=20, help="how long a run is tormented (default: 20)")
     parser.add_argument("--runs", type=int, default=1, help="how many, one after the other (default: 1)")
-    parser.add_argument("--rate", type=float, default=150, help="messages a second, about (default: 150)")
+    parser.add_argument("--rate", type=float, default=100, help="messages a second, about (default: 100)")
     parser.add_argument(
         "--workers",
         type=int,

@@ -286,7 +286,7 @@ def _forms(evidence: Evidence, found: _Found) -> None:
     """I17: what order-dependent statements left, measured by the effects of their handler."""
     if (forms := evidence.forms) is None:
         return
-    mine = [each for each in evidence.effects if each.handler == "forms"]
+    mine = [each for each in evidence.effects if each.handler == "forms" and UUID(each.id).int % 3 == 0]
     ids = Counter(each.id for each in mine)
     if Counter(id for _, id in forms.tickets) != ids:
         found.add("I17", f"{len(forms.tickets)} tickets for {len(mine)} effects")

@@ -63,7 +63,7 @@ class Operators:
             case "apply what is missing":
                 return await self._run("replay", APP, self.topic, "--apply", "--to", "position")
             case "purge":
-                return await self._run("purge", "--older-than", "1")
+                return await self._run("purge", "--older-than", "1000")
         raise AssertionError(fault.kind)
 
     async def _mend(self, connection: asyncpg.Connection, fault: Fault) -> str:

@@ -33,7 +33,7 @@ from chaos.schedule import PLAIN, Fault, Ways, draw
 
 ARTEFACTS = ROOT / ".cache" / "chaos"
 _FORMS = ("tickets", "ticket_lines", "stock", "latest", "accounts")
-_DRAIN_SECONDS = 90.0
+_DRAIN_SECONDS = 180.0
 _EFFECT_TABLES = "select md5(string_agg(t::text, '|' order by t::text)) from {} t"
 
 
@@ -123,7 +123,7 @@ class Run:
         seed: int,
         seconds: float,
         *,
-        rate: float = 150.0,
+        rate: float = 100.0,
         workers: int = 2,
         faults: list[Fault] | None = None,
         ways: Ways = PLAIN,
