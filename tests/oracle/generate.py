@@ -428,6 +428,15 @@ def _gather(draft: Draft, t: Drawn) -> list[Step]:
     return [Gather(tuple(Execute(each.sql, each.args) if isinstance(each, Defer) else each for each in steps))]
 
 
+def _temporary(draft: Draft, t: Drawn) -> list[Step]:
+    """A table of the transaction's own."""
+    return [
+        Execute("create temp table tmp0 (x bigint) on commit drop"),
+        draft.write("insert into tmp0 values ($1)", draft.slot("n", Slot("number", number="bigint"))),
+        draft.write("insert into l0 (txt, n) select 'tmp', count(*) from tmp0"),
+    ]
+
+
 def _double(draft: Draft, t: Drawn) -> list[Step]:
     """Two statements in one text."""
     return [draft.write(f"update {t.name} set n = n + 1; insert into l0 (txt, n) values ('double', 1)")]
@@ -463,7 +472,7 @@ def _alter(draft: Draft, t: Drawn) -> list[Step]:
 
 _FORMS = {
     _insert: 14, _insert_rows: 2, _insert_nothing: 5, _upsert: 12, _add: 18, _update: 9, _update_key: 3, _delete: 6, _log: 8,
-    _current: 6, _pair: 6, _read_modify_write: 5, _cte: 2, _merge: 2, _function: 3, _gather: 1, _many: 2, _double: 1, _tenant: 3, _deferred_constraints: 1, _alter: 1,
+    _current: 6, _pair: 6, _read_modify_write: 5, _cte: 2, _merge: 2, _function: 3, _gather: 1, _many: 2, _double: 1, _tenant: 3, _deferred_constraints: 1, _alter: 1, _temporary: 1,
 }  # fmt: skip
 
 

@@ -24,17 +24,19 @@ def install(name: str) -> None:
         MUTANTS[name]()
 
 
-class broken(AbstractContextManager[None]):  # noqa: N801 - reads as a statement
+class broken(AbstractContextManager[list[tuple[Any, str, Any]]]):  # noqa: N801 - reads as a statement
     """The framework is broken in this way inside the block, and whole again after it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._before: list[tuple[Any, str, Any]] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> list[tuple[Any, str, Any]]:
+        """Break it; returns what was replaced: owner, name and original."""
         _changes.clear()
         install(self._name)
         self._before = list(_changes)
+        return self._before
 
     def __exit__(self, *_: object) -> None:
         for owner, name, original in reversed(self._before):
@@ -56,11 +58,9 @@ def _replace(owner: Any, name: str, new: Any) -> None:
 @_mutant
 def _grouping_without_proof() -> None:
     """All statements are taken to commute: the first ones of a batch run before the second ones."""
-    from consumer import scope
     from consumer.core import grouping
 
     _replace(grouping, "commute", lambda plans: True)
-    _replace(scope, "commute", lambda plans: True)
 
 
 @_mutant
@@ -151,11 +151,12 @@ def _awaited_before_deferred() -> None:
 @_mutant
 def _constraints_at_the_end() -> None:
     """Deferred constraints are checked once, at the COMMIT of the whole batch."""
-    from consumer.scope import Scope
+    from consumer.columns import Columns
 
-    async def check(self: Any) -> None: ...
+    async def none(self: Any) -> list[str]:
+        return []
 
-    _replace(Scope, "check_constraints", check)
+    _replace(Columns, "deferred_constraints", none)
 
 
 @_mutant
