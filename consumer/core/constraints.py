@@ -42,7 +42,9 @@ def _bare(declared: Any) -> Any:
 
 
 def is_pydantic(part: Any) -> bool:
-    """Whether pydantic, and not msgspec, decodes a class."""
+    """Whether pydantic, and not msgspec, decodes a class, or a generic one with its arguments."""
+    origin = typing.get_origin(part)
+    part = origin if isinstance(origin, type) else part
     return any(
         hasattr(part, each)
         for each in ("__pydantic_validator__", "__pydantic_core_schema__", "__get_pydantic_core_schema__")
@@ -75,13 +77,21 @@ class _Walk:
             self.look(each, place, decodes_itself)
         kind = origin if isinstance(origin, type) else declared
         if isinstance(kind, type):
-            self._look_into(kind, decodes_itself or is_pydantic(kind))
+            is_model = is_pydantic(kind) and not dataclasses.is_dataclass(
+                kind
+            )  # msgspec decodes all dataclasses itself
+            self._look_into(kind, decodes_itself or is_model)
 
     def _look_into(self, kind: type, decodes_itself: bool) -> None:
         if not _has_fields(kind):
             return
         name = kind.__name__
         if not decodes_itself:
+            if is_pydantic(kind) and dataclasses.is_dataclass(kind):
+                raise RegistrationError(
+                    f"the pydantic dataclass {name} would be decoded by msgspec without its checks; derive {name} from "
+                    "pydantic.BaseModel"
+                )
             if hasattr(kind, "__pydantic_config__"):
                 raise _ignored(f"the pydantic configuration of {name}", name, "")
             for attribute, value in vars(kind).items():

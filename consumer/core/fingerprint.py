@@ -65,6 +65,8 @@ def of_value(rule: FingerprintRule, value: object) -> int:
             f"fingerprint {what}: {error} cannot be compared; let a fingerprint= function return text, numbers, or "
             "lists and dicts of them",
         ) from None
+    except Exception as error:  # a property, or a container of the user's
+        raise Unreadable(Reason.UNREADABLE, f"fingerprint {what}: {type(error).__name__}") from error
 
 
 def _itself(value: Any) -> object:

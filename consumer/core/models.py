@@ -7,7 +7,6 @@ That is done only if the model takes the parsed form exactly as it takes the JSO
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -23,6 +22,7 @@ _POINT = re.compile(rb"[0-9][.eE]")
 _LONG = re.compile(rb"[0-9.]{16}|[0-9][eE]")  # without a Decimal in the type, only digits beyond a float's are lost
 _MAYBE_NOT_FINITE = re.compile(rb"nan|inf|\\|[eE]\+?[0-9]{3}|[0-9_]{200}", re.IGNORECASE)
 _INTEGER_DIGITS_MAX = 400
+_LOST_IN_TEXT = "a number inside JSON text has more digits than Json[…] keeps: send it as text, or send the JSON itself"
 LOST_DIGITS = "a number has more digits than the type keeps: send it as text, or declare a Decimal"
 
 
@@ -89,8 +89,8 @@ def plain(value: Any) -> Any:
         case msgspec.Struct():
             for name in value.__struct_fields__:
                 msgspec.structs.force_setattr(value, name, plain(getattr(value, name)))
-        case _ if hasattr(type(value), "__pydantic_fields__") or dataclasses.is_dataclass(value):
-            for name, item in fields_of(value) or ():
+        case _ if (fields := fields_of(value)) is not None:
+            for name, item in fields:
                 if name == "[...]":
                     plain(item)
                 else:
@@ -115,7 +115,8 @@ class Model:
         self._refusal = ValidationError
         self._names = _names(self._adapter)
         self._allow_nan = allow_nan
-        self._exactly = _has_decimals(self._adapter)
+        self._exactly = _has("decimal", self._adapter)
+        self._reads_text = self._exactly and _has("json", self._adapter)  # pydantic.Json, whose numbers are floats
         self._loses_digits = (_POINT if self._exactly else _LONG).search
 
     def from_bytes(self, raw: bytes) -> Any:
@@ -137,6 +138,10 @@ class Model:
         numbers = Numbers(self._exactly)
         try:
             tree = json.loads(raw, parse_float=numbers.read)
+            if self._reads_text and _loses_in_text(tree):
+                raise Unfit(_LOST_IN_TEXT)
+        except Unfit:
+            raise
         except (ValueError, RecursionError):  # more than Python's parser takes
             raise Unfit(LOST_DIGITS) from None
         return self._exact(raw, tree, value, numbers.any_lost) if numbers.any else value
@@ -146,9 +151,10 @@ class Model:
         try:
             same = self._is_same(self._adapter.validate_python(json.loads(raw)), value)
             exact = self._adapter.validate_python(tree)
-        except self._refusal as error:
+        except Exception as error:  # a validator of the user's may take floats only, and raises anything
             if any_lost:
-                raise Unfit(f"{self._text(error)}; {LOST_DIGITS}") from None
+                what = self._text(error) if isinstance(error, self._refusal) else type(error).__name__
+                raise Unfit(f"{what}; {LOST_DIGITS}") from None
             return value
         if same:
             return plain(exact)
@@ -179,8 +185,28 @@ def _encoded(value: Any) -> Any:
     return msgspec.Raw(str(value).encode())
 
 
-def _has_decimals(adapter: Any) -> bool:
-    """Whether the type holds a Decimal somewhere; True where that cannot be told."""
+def _loses_in_text(tree: Any) -> bool:
+    """Whether text in parsed JSON is itself an object or array with a number that a float changes."""
+    todo = [tree]
+    while todo:
+        each = todo.pop()
+        if isinstance(each, dict):
+            todo.extend(each.values())
+        elif isinstance(each, list):
+            todo.extend(each)
+        elif isinstance(each, str) and each.lstrip()[:1] in ("{", "["):
+            numbers = Numbers()
+            try:
+                todo.append(json.loads(each, parse_float=numbers.read))
+            except ValueError:
+                continue  # other text
+            if numbers.any_lost:
+                return True
+    return False
+
+
+def _has(kind: str, adapter: Any) -> bool:
+    """Whether the type holds a pydantic schema of this kind somewhere; True where that cannot be told."""
     seen: set[int] = set()
     todo = [getattr(adapter, "core_schema", None)]
     if todo == [None]:
@@ -191,7 +217,7 @@ def _has_decimals(adapter: Any) -> bool:
             continue
         seen.add(id(each))
         if isinstance(each, dict):
-            if each.get("type") == "decimal":
+            if each.get("type") == kind:
                 return True
             todo.extend(each.values())
         elif isinstance(each, list | tuple):

@@ -22,7 +22,7 @@ _DIGITS_MAX = 400  # a float has at most 309 digits before the point
 
 
 def fields_of(value: Any) -> Iterable[tuple[str, Any]] | None:
-    """Names and values of a Struct, a pydantic model or a dataclass; None for anything else."""
+    """Names and values of a Struct, a pydantic model, a dataclass or an attrs class; None for anything else."""
     kind = type(value)
     if isinstance(value, msgspec.Struct):
         return [(each, getattr(value, each)) for each in kind.__struct_fields__]
@@ -32,6 +32,8 @@ def fields_of(value: Any) -> Iterable[tuple[str, Any]] | None:
         return [*found, ("[...]", extra)] if extra else found
     if dataclasses.is_dataclass(kind):
         return [(each.name, getattr(value, each.name)) for each in dataclasses.fields(kind)]
+    if hasattr(kind, "__attrs_attrs__"):
+        return [(each.name, getattr(value, each.name)) for each in kind.__attrs_attrs__]
     return None
 
 
@@ -62,6 +64,8 @@ def canonical(value: Any) -> bytes:
     match value:
         case None:
             return b"n"
+        case msgspec.UnsetType():
+            return b"-"
         case bool():  # JSON's true is not 1, although Python's is
             return b"t" if value else b"f"
         case Enum():
@@ -129,7 +133,12 @@ def _text_of(value: Any) -> str:
     if kind.__module__ == "datetime":
         offset = value.utcoffset() if hasattr(value, "utcoffset") else None
         if offset is not None and hasattr(value, "date"):  # equal instants in two time zones are equal
-            return f"{(value - offset).replace(tzinfo=None).isoformat()}Z"
+            try:
+                return f"{(value - offset).replace(tzinfo=None).isoformat()}Z"
+            except OverflowError:  # in UTC, outside the years 1 to 9999: 0001-01-01T00:00:00+01:00 is .NET's empty time
+                clock = (value.hour * 60 + value.minute) * 60 + value.second
+                seconds = (value.toordinal() - offset.days) * 86_400 + clock - offset.seconds
+                return f"{seconds * 10**6 + value.microsecond - offset.microseconds}Z"
         if hasattr(value, "isoformat"):
             return str(value.isoformat())
         return f"{value.days}:{value.seconds}:{value.microseconds}"

@@ -83,6 +83,26 @@ class Model(pydantic.BaseModel):
     amount: Positive
 
 
+@pydantic.dataclasses.dataclass
+class PydanticData:
+    amount: Positive
+
+
+@pydantic.dataclasses.dataclass
+class PydanticBox(Generic[T]):
+    amount: Positive
+    inner: T
+
+
+class DataHolder(msgspec.Struct):
+    inner: PydanticData | None
+
+
+@dataclasses.dataclass
+class DataDataHolder:
+    inner: PydanticBox[int]
+
+
 class Wrong(pydantic.BaseModel):
     amount: Annotated[int, msgspec.Meta(gt=0)]
 
@@ -129,6 +149,10 @@ REFUSED: list[tuple[Any, str]] = [
     (Converted, "AfterValidator on"),
     (Wrong, r"Wrong\.amount: msgspec\.Meta has no effect .*pydantic\.Field"),
     (Holder, r"Wrong\.amount: msgspec\.Meta has no effect"),
+    (DataHolder, r"the pydantic dataclass PydanticData .*derive PydanticData from pydantic\.BaseModel"),
+    (DataDataHolder, "the pydantic dataclass PydanticBox"),
+    (list[PydanticData], "the pydantic dataclass PydanticData"),
+    (dict[str, PydanticData | None], "the pydantic dataclass PydanticData"),
 ]
 
 
@@ -152,11 +176,6 @@ class EnforcedData:
     amount: Annotated[int, msgspec.Meta(gt=0)]
 
 
-@pydantic.dataclasses.dataclass
-class PydanticData:
-    amount: Positive
-
-
 class PydanticHolder(msgspec.Struct):
     models: list[Model]
 
@@ -165,6 +184,7 @@ ENFORCED: list[tuple[Any, bytes, bytes]] = [
     (Enforced, b'{"amount":1}', b'{"amount":-5}'),
     (EnforcedData, b'{"amount":1}', b'{"amount":-5}'),
     (PydanticData, b'{"amount":1}', b'{"amount":-5}'),
+    (PydanticBox[int], b'{"amount":1,"inner":1}', b'{"amount":-5,"inner":1}'),
     (Model, b'{"amount":1}', b'{"amount":-5}'),
     (Model | None, b'{"amount":1}', b'{"amount":-5}'),
     (PydanticHolder, b'{"models":[{"amount":1}]}', b'{"models":[{"amount":-5}]}'),

@@ -13,6 +13,7 @@ import sys
 import uuid
 from collections import OrderedDict
 from decimal import Decimal
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -59,6 +60,20 @@ class Data:
     id: str
 
 
+class Broken(dict[str, int]):
+    def items(self) -> Any:
+        raise ZeroDivisionError("CANARY")
+
+
+class Attrs:
+    """As attrs makes a class; attrs itself is not needed to read one."""
+
+    __attrs_attrs__ = (SimpleNamespace(name="price"),)
+
+    def __init__(self, price: Decimal) -> None:
+        self.price = price
+
+
 class Pair(NamedTuple):
     x: int
     y: int
@@ -83,6 +98,9 @@ def test_two_values_have_one_canonical_form_exactly_if_they_are_equal(one: Any, 
 
 UTC = datetime.UTC
 CET = datetime.timezone(datetime.timedelta(hours=1))
+EET = datetime.timezone(datetime.timedelta(hours=2))
+EST = datetime.timezone(datetime.timedelta(hours=-5))
+CST = datetime.timezone(datetime.timedelta(hours=-6))
 EQUAL: list[tuple[Any, Any]] = [
     ({"a": 1, "b": 2}, OrderedDict(b=2, a=1)),
     (1, 1.0),
@@ -102,6 +120,9 @@ EQUAL: list[tuple[Any, Any]] = [
     (bytearray(b"x"), b"x"),
     (datetime.datetime(2024, 1, 1, 12, tzinfo=UTC), datetime.datetime(2024, 1, 1, 13, tzinfo=CET)),
     (Order("1", [Line(Decimal("1.10"))]), Order("1", [Line(Decimal("1.1"), 1)])),
+    (msgspec.UNSET, msgspec.UNSET),
+    (datetime.datetime(1, 1, 1, tzinfo=CET), datetime.datetime(1, 1, 1, 1, tzinfo=EET)),
+    (datetime.datetime(9999, 12, 31, 23, tzinfo=EST), datetime.datetime(9999, 12, 31, 22, tzinfo=CST)),
     (Model(id="1", more=1), Model(id="1", price="1.0", more=1.0)),
 ]
 DIFFERENT: list[tuple[Any, Any]] = [
@@ -118,6 +139,8 @@ DIFFERENT: list[tuple[Any, Any]] = [
     (0.1, 0.10000000000000002),
     (Decimal("12345678901234567.89"), Decimal("12345678901234567.88")),
     (datetime.datetime(2024, 1, 1, 12), datetime.datetime(2024, 1, 1, 12, tzinfo=UTC)),
+    (msgspec.UNSET, None),
+    (datetime.datetime(1, 1, 1, tzinfo=CET), datetime.datetime(1, 1, 1, tzinfo=EET)),
     (datetime.timedelta(1), datetime.timedelta(1, 0, 1)),
     (datetime.date(2024, 1, 1), datetime.date(2024, 1, 2)),
     (uuid.UUID(int=1), uuid.UUID(int=2)),
@@ -199,6 +222,7 @@ def test_anything_else_is_refused_with_the_forms_there_are(option: object) -> No
     [
         (lambda value: value["CANARY"], "fingerprint function: KeyError"),
         (lambda value: object(), "a object cannot be compared"),
+        (lambda value: Broken(), "fingerprint function: ZeroDivisionError"),
         (lambda value: [lambda: None], "a function cannot be compared"),
     ],
 )
@@ -222,6 +246,7 @@ def test_a_value_that_is_nested_too_deeply_is_unreadable() -> None:
         ({"a": float("nan")}, "[...]"),
         (Order("1", [Line(Decimal("NaN"))]), "lines[...].price"),
         (Model(id="1", more=float("inf")), "[...][...]"),
+        (Attrs(Decimal("NaN")), "price"),
         (Decimal("-Infinity"), "value"),
         (Data(float("nan")), "id"),  # type: ignore[arg-type]
         ({float("nan"): 1}, "[...]"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import math
 import uuid
 from decimal import Decimal
@@ -18,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer.core import decode
+from consumer.core.models import Unfit
 
 SENT = "12345678901234567.89"
 T = TypeVar("T")
@@ -248,3 +250,38 @@ def test_words_that_only_look_like_it_are_text() -> None:
         amount: Decimal
 
     assert decode.decoder(Named)(b'{"name":"NaN","amount":"1.10"}') == Named("NaN", Decimal("1.10"))
+
+
+class Wrapped(pydantic.BaseModel):
+    body: pydantic.Json[Price]
+    note: str = ""
+
+
+@pytest.mark.parametrize("inner", ['{"amount": 12345678901234567.89}', '{"amount": 0.12345678901234567890}'])
+def test_digits_that_json_inside_text_would_lose_are_refused(inner: str) -> None:
+    with pytest.raises(Unfit, match="inside JSON text"):
+        decode.decoder(Wrapped)(json.dumps({"body": inner}).encode())
+
+
+@pytest.mark.parametrize(
+    "inner", ['{"amount": "12345678901234567.89"}', '{"amount": 10.1}', '{"amount": 12345678901234567}']
+)
+def test_json_inside_text_keeps_digits_that_it_can_keep(inner: str) -> None:
+    found = decode.decoder(Wrapped)(json.dumps({"body": inner, "note": "[1.1"}).encode())
+    assert found.body.amount == Decimal(str(json.loads(inner, parse_float=Decimal)["amount"]))
+
+
+class Fee(pydantic.BaseModel):
+    amount: Decimal
+    fee: float = 0.0
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _add(cls, data: Any) -> Any:
+        return {**data, "fee": data["amount"] * 0.5}
+
+
+def test_a_validator_that_takes_floats_only_reads_what_a_float_keeps() -> None:
+    assert decode.decoder(Fee)(b'{"amount": 10.10}').fee == 5.05
+    with pytest.raises(Unfit, match="TypeError; a number has more digits"):
+        decode.decoder(Fee)(b'{"amount": 12345678901234567.89}')
