@@ -117,14 +117,20 @@ def _by_start(seen: Seen, called: Sequence[Place]) -> list[Place]:
 
 def _by_batch(seen: Seen, called: Sequence[Place]) -> list[Place]:
     wanted = set(called)
-    return [place for place in dict.fromkeys(place for batch in seen.batches for place in batch) if place in wanted]
+    return [place for place in _settled_order(seen) if place in wanted]
+
+
+def _settled_order(seen: Seen) -> list[Place]:
+    """The deliveries by the last batch that each was in: one that failed and was tried again ran then."""
+    taken = [place for batch in seen.batches for place in batch]
+    return list(dict.fromkeys(reversed(taken)))[::-1]
 
 
 def _unasked(case: Case, seen: Seen) -> Found | None:
     """A message whose handler was not called, without a reason for that among the messages before it."""
     settled: dict[tuple[int, int], list[int | None]] = {}  # handler and id -> payloads, the one that counts first
     stopped: dict[tuple[int, int, str | None], bool] = {}  # and whether by one that waits
-    for place in dict.fromkeys([*(place for batch in seen.batches for place in batch), *seen.places]):
+    for place in dict.fromkeys([*_settled_order(seen), *seen.places]):
         handler, number = place
         message, sighting = case.messages[number], seen.places[place]
         key = (handler, message.id)
