@@ -98,7 +98,7 @@ async def _compare(
 
 def _may_wait(error: Exception) -> bool:
     """Whether a message that fails so may be kept waiting: schema or rights do not fit the code, as far as one can tell."""
-    return isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "")[:2] in ("42", "3F", "28", "XX")
+    return isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "")[:2] not in ("21", "22", "23", "P0")
 
 
 def _is_refused(sighting: framework.Sighting) -> bool:
