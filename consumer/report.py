@@ -21,6 +21,7 @@ from consumer.core.outcome import Cause
 from consumer.kafka import Identity, KafkaError, OpenTransaction, Source
 from consumer.ledger import INSTALLATION, read_positions
 from consumer.stops import read as read_stops
+from consumer.stops import refused_stop
 
 _ROWS = """
 select h.name, count(l.id) from consumer.handlers h
@@ -146,7 +147,11 @@ async def partition_lags(connection: Any, source: Source, app: App) -> tuple[lis
     positions = {Partition(row[0], row[1]): row[2] for row in rows}
     _, waits = await waiting.read(connection, app.name)
     ends = await source.ends(partitions, partial=True) if partitions else {}
+    absent = [topic for topic, found in by_topic.items() if not found]
+    refused = (await source.identity(absent)).refused if absent else frozenset()
     unknown = [each for each in partitions if each not in positions]
+    for topic in sorted(refused):  # what is known of them without Kafka: all topics have a partition 0
+        partitions += sorted(each for each in positions if each.topic == topic) or [Partition(topic, 0)]
     begins = await source.beginnings(unknown, partial=True) if unknown else {}
     lags = []
     for each in partitions:
@@ -164,7 +169,7 @@ async def partition_lags(connection: Any, source: Source, app: App) -> tuple[lis
                 "unread": max(0, end - max(done, read_up_to)) if end is not None and done is not None else None,
             }
         )
-    return lags, [topic for topic, found in by_topic.items() if not found]
+    return lags, [topic for topic in absent if topic not in refused]
 
 
 class Health(NamedTuple):
@@ -192,13 +197,18 @@ async def partition_health(
     positions = await read_positions(connection, app.name, partitions)
     unreadable = await read_stops(connection, app.name)
     identity = await source.identity(app.topics)
-    firsts = await source.beginnings(partitions, partial=True) if partitions else {}
-    stable = await source.ends(partitions, partial=True) if partitions else {}
-    highs = await source.ends(partitions, partial=True, uncommitted=True) if partitions else {}
+    seen = [each for each in partitions if each.topic not in identity.refused]
+    firsts = await source.beginnings(seen, partial=True) if seen else {}
+    stable = await source.ends(seen, partial=True) if seen else {}
+    highs = await source.ends(seen, partial=True, uncommitted=True) if seen else {}
 
     async def look(partition: Partition) -> Health:
         """Asks the leader only where what is known of all partitions leaves something open."""
         at, end = positions.get(partition), highs.get(partition)
+        if partition.topic in identity.refused:
+            return Health(
+                None, _stored(unreadable, partition, at) or refused_stop(partition, at.offset if at else 0), None
+            )
         log = Log(identity.cluster_id, identity.topics.get(partition.topic), firsts.get(partition), end)
         log = log._replace(out_of_range=at is not None and end is not None and at.offset > end)
         stop = judge(partition, at, log) if at is not None else None

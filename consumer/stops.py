@@ -21,6 +21,8 @@ on conflict (app, topic, partition) do update set reason = excluded.reason, why 
     since = case when (s.reason, s.first_offset) = (excluded.reason, excluded.first_offset) then s.since else now() end
 """
 _DELETE = "delete from consumer.stopped_partitions where (app, topic, partition) = ($1, $2, $3)"
+# A topic that the worker may not see is assigned to nobody: its partitions are known from their positions.
+_REFUSED = "select topic, partition, next_offset from consumer.positions where app = $1 and topic = any($2)"
 _READ = """
 select topic, partition, reason, why, "do", first_offset, last_offset from consumer.stopped_partitions
 where app = $1 order by topic, partition
@@ -34,6 +36,8 @@ class Stops:
         self._troubles: dict[Partition, Trouble] = {}
         # By database, what it is to be told: a Stop, or None for a partition that goes on.
         self._unsaved: dict[str, dict[Partition, Trouble | None]] = {name: {} for name in databases}
+        self._refused: frozenset[str] = frozenset()
+        self._refused_unsaved: dict[str, set[str]] = {name: set() for name in databases}
 
     def __bool__(self) -> bool:
         return bool(self._troubles)
@@ -69,15 +73,28 @@ class Stops:
         """Drop what is known: other workers may own the partitions now. Their rows stay."""
         self._troubles.clear()
 
+    def refused(self, topics: frozenset[str]) -> None:
+        """Note which topics the worker may not see, now. A topic's rows go when one that may see it reads on."""
+        for unsaved in self._refused_unsaved.values():
+            unsaved |= topics - self._refused
+            unsaved &= topics
+        self._refused = topics
+
     def _save_later(self, partition: Partition, trouble: Trouble | None) -> None:
         for unsaved in self._unsaved.values():
             unsaved[partition] = trouble
 
     def has_unsaved(self, database: str) -> bool:
-        return bool(self._unsaved[database])
+        return bool(self._unsaved[database] or self._refused_unsaved[database])
 
     async def save(self, database: str, connection: Any, app: str) -> None:
         """Write what has changed since the last time. Raises the driver's errors, and loses nothing then."""
+        if refused := self._refused_unsaved[database]:
+            for topic, number, offset in await connection.fetch(_REFUSED, app, sorted(refused)):
+                partition = Partition(topic, number)
+                stop = refused_stop(partition, offset)
+                await connection.execute(_SAVE, app, *partition, stop.reason.value, stop.text, stop.do, offset, offset)
+            refused.clear()
         unsaved = self._unsaved[database]
         for partition, trouble in list(unsaved.items()):
             if trouble is None:
@@ -94,6 +111,11 @@ class Stops:
         for partition, (stop, first) in (await read(connection, app)).items():
             if partition in partitions and partition not in self._troubles:
                 self._troubles[partition] = Trouble(stop, first, now)
+
+
+def refused_stop(partition: Partition, offset: int) -> Stop:
+    """Why a partition has stopped whose topic the Kafka user may not see."""
+    return stop_of(partition, Failure(Reason.NOT_ALLOWED, "its user may not see it", offset))
 
 
 async def read(connection: Any, app: str) -> Mapping[Partition, tuple[Stop, int]]:

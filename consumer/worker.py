@@ -863,6 +863,7 @@ class Worker:
                 identity = await self._source.identity(self._app.topics)
                 self._kafka.back()
                 self._kafka.topics(self._app.topics, identity)
+                self._stops.refused(identity.refused)
             except (KafkaError, TimeoutError, OSError) as error:
                 self._kafka.away(error)
                 continue

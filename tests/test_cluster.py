@@ -21,6 +21,7 @@ from harness import Place, drained, migrated, query, report, settings_for, until
 
 from consumer import App, Settings, Tx
 from consumer.core.message import Partition
+from consumer.embedded import free_port
 from consumer.kafka import Source
 
 
@@ -237,3 +238,50 @@ async def test_a_log_whose_tail_was_lost_in_an_unclean_election_stops(  # the la
     assert found["reason"] == "other_record"
     assert found["do"].endswith("--to earliest")
     assert await value(database, "select count(*) from effects") == 30
+
+
+async def test_brokers_replaced_one_after_the_other_are_followed_by_an_idle_and_a_busy_worker(
+    cluster: Cluster, database: str
+) -> None:
+    await migrated(database)
+    first = {node.port for node in cluster.nodes}
+    busy_topic, idle_topic = [await new_topic(cluster, 3, **{"min.insync.replicas": "2"}) for _ in range(2)]
+    busy, idle = app_of(busy_topic), app_of(idle_topic)
+    settings = settings_for(database, cluster.bootstrap_servers)  # the first addresses, and no others
+    sent = 10
+
+    async def all_applied() -> bool:
+        return int(await value(database, "select count(distinct id) from effects")) == sent
+
+    async with working(busy, settings) as busy_worker, working(idle, settings) as idle_worker:
+        await produce(cluster, idle_topic, [f"i{n}" for n in range(10)])
+        await until("the first messages", all_applied, 60)
+        for node in cluster.nodes:
+            sending = asyncio.create_task(produce(cluster, busy_topic, [f"p{n}" for n in range(sent, sent + 300)]))
+            sent += 300
+            node.kill()
+            node.port = free_port()
+            node.configure()
+            node.run()
+            await asyncio.to_thread(node.wait)
+            await sending
+            await replicated(cluster, busy_topic, 3)
+            await replicated(cluster, idle_topic, 3)
+            await until("the busy worker", all_applied, 90)
+
+            async def is_known(number: int = node.number, port: int = node.port) -> bool:
+                clients = [each._source.consumer._client for each in (busy_worker, idle_worker)]
+                known = [each.cluster.broker_metadata(number) for each in clients]
+                return all(each is not None and each.port == port for each in known)
+
+            await until("the new address to be known", is_known, 60)
+        assert not first & {node.port for node in cluster.nodes}
+        for topic, letter in ((idle_topic, "i"), (busy_topic, "p")):
+            sent += 100
+            await produce(cluster, topic, [f"{letter}{n}" for n in range(sent, sent + 100)])
+            await until("both workers", all_applied, 90)
+        now = settings_for(database, cluster.bootstrap_servers)
+        await drained(busy, now)
+        await drained(idle, now)
+    assert await query(database, "select count(*), count(distinct id) from effects") == [(sent, sent)]
+    assert await value(database, "select sum(balance) from accounts") == sent

@@ -32,7 +32,7 @@ from harness import (
     working,
 )
 
-from consumer import App, Tx
+from consumer import App, Retry, Tx
 from consumer.core.incarnation import Position
 from consumer.core.lanes import Move
 from consumer.core.message import Partition
@@ -49,8 +49,8 @@ class Payment(msgspec.Struct):
     amount: int
 
 
-def app_of(*topics: str, gate: asyncio.Event | None = None) -> App:
-    app = App(f"logs-{uuid.uuid4().hex[:8]}")
+def app_of(*topics: str, gate: asyncio.Event | None = None, name: str | None = None) -> App:
+    app = App(name or f"logs-{uuid.uuid4().hex[:8]}")
     for n, topic in enumerate(topics):
 
         @app.handler(topic, name=f"settle{n or ''}")
@@ -209,6 +209,35 @@ async def test_a_topic_made_anew_under_a_running_worker_stops_and_nothing_of_it_
     assert again.returncode == 1 and "nothing to adopt" in again.stderr
     for wrong in (["--adopt"], ["--topic", topic, "--partition", "9", "--adopt"]):
         is_one_line(await command(place, app, "positions", PATH, *wrong))
+
+
+async def test_attempts_of_a_vanished_log_do_not_count_against_the_adopted_one(place: Place, told: Told) -> None:
+    topic = await new_topic(place.kafka, 1, f"a-{uuid.uuid4().hex}")
+    app = App(f"logs-{uuid.uuid4().hex[:8]}")
+    failures = {"old": 1000, "new": 2}  # at offset 0 of each log
+
+    @app.handler(topic, name="settle", retry=Retry(attempts=4, base=1, cap=4))
+    async def settle(payment: Payment, tx: Tx) -> None:
+        if failures.get(payment.id, 0) > 0:
+            failures[payment.id] -= 1
+            raise RuntimeError("not yet")
+        tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
+
+    async def tried() -> bool:
+        return bool(await query(place.dsn, "select from consumer.attempts where attempts >= 2"))
+
+    async with working(app, place.settings()):
+        await place.send(topic, payment("old"), *[payment(f"good{n}") for n in range(5)])
+        await until("two attempts", tried)
+    await made_anew(place, topic, 1)
+    await place.send(topic, payment("new"), *[payment(f"better{n}") for n in range(5)])
+    async with working(app, place.settings(), path=PATH):
+        [found] = await told.wait("partition stopped")
+        assert (await as_written(place, app, found["do"])).returncode == 0
+        await drained(app, place.settings())
+    assert failures["new"] == 0
+    assert await place.reasons() == []
+    assert set(await ids(place)) >= {"new", *(f"better{n}" for n in range(5))}
 
 
 async def test_a_fetch_is_of_the_topic_with_the_id_and_of_no_other(place: Place) -> None:

@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.record.util import calc_crc32c
-from harness import Place, query, until, value, working
+from harness import Place, consume_all, query, until, value, working
 from test_incarnations import Told, app_of, as_written, stopped
 
+from consumer import App, report
 from consumer.core import rawrecord
 from consumer.core.bounds import Earliest, Latest
 from consumer.core.message import Partition
 from consumer.kafka import PartitionUnreadable, Source
+from consumer.ledger import connect
 from consumer.reading import read, resolve
 
 _LENGTH_AT, _MAGIC_AT, _CRC_AT, _ATTRIBUTES_AT, _BODY_AT = 8, 16, 17, 21, 61
@@ -242,8 +244,9 @@ def varint(number: int) -> bytes:
     return bytes([*found, raw])
 
 
+@pytest.mark.parametrize("keeps_describe", [True, False], ids=["READ lost", "DESCRIBE lost too"])
 async def test_a_right_to_read_that_is_taken_away_stops_that_topic_alone_until_it_is_back(
-    place: Place, kafka: Any, caplog: pytest.LogCaptureFixture
+    place: Place, kafka: Any, caplog: pytest.LogCaptureFixture, keeps_describe: bool
 ) -> None:
     topic, other = await place.topic(), await place.topic()
     app = app_of(topic, other)
@@ -263,18 +266,79 @@ async def test_a_right_to_read_that_is_taken_away_stops_that_topic_alone_until_i
         await send_batch(place.kafka, topic, names(0, 5))
         await until("the first messages", lambda: applied(place, names(0, 5)))
         await asyncio.to_thread(kafka.acls, ["--remove", "--force", *read_one])
-        await asyncio.to_thread(
-            kafka.acls, ["--add", "--allow-principal", "User:dave", "--operation", "Describe", "--topic", topic]
-        )
+        if keeps_describe:
+            await asyncio.to_thread(
+                kafka.acls, ["--add", "--allow-principal", "User:dave", "--operation", "Describe", "--topic", topic]
+            )
         await send_batch(place.kafka, topic, names(5, 10))
-        await until("the partition to stop", lambda: has(told, "partition stopped"), 60)
+        line = "partition stopped" if keeps_describe else "kafka does not let the worker see a topic"
+        await until("the stop in the log", lambda: has(told, line), 60)
         await send_batch(place.kafka, other, names(0, 50, "other"))
         await until("the other topic", lambda: applied(place, names(0, 50, "other")))
         await until("the row", lambda: rows(place, app.name))
         assert await rows(place, app.name) == [("not_allowed", 5, 5)]
+        for user in ({}, sasl):  # an operator's, who may see the topic, and the worker's own
+            told_by_status = await status_of(place, app, **user)
+            assert told_by_status[topic, 0]["reason"] == "not_allowed", told_by_status
+            assert topic in told_by_status[topic, 0]["why"] and "READ and DESCRIBE" in told_by_status[topic, 0]["do"]
+            assert told_by_status[other, 0] is None
         await asyncio.to_thread(kafka.acls, ["--add", *read_one])
         await until("what comes behind it", lambda: applied(place, names(5, 10)), 60)
         await until("the row to go", lambda: no_rows(place, app.name))
+
+
+async def test_a_worker_that_starts_without_rights_records_the_partitions_that_it_may_not_see(
+    place: Place, kafka: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    known, new, other = await place.topic(2), await place.topic(), await place.topic()
+    app = app_of(known, new, other)
+    await send_batch(place.kafka, known, names(0, 5), 1)
+    await consume_all(app_of(known, name=app.name), place.settings())  # as a user who may
+    allow = ["--add", "--allow-principal", "User:dave", "--operation", "All"]
+    await asyncio.to_thread(kafka.acls, [*allow, "--group", app.name])
+    await asyncio.to_thread(kafka.acls, [*allow, "--topic", other])
+    user = {
+        "kafka_bootstrap_servers": kafka.sasl_servers,
+        "kafka_security_protocol": "SASL_PLAINTEXT",
+        "kafka_sasl_username": "dave",
+        "kafka_sasl_password": "listed",
+    }
+    async with working(app, place.settings(**user)):
+        await send_batch(place.kafka, other, names(0, 5, "other"))
+        await until("the topic that it may read", lambda: applied(place, names(0, 5, "other")), 60)
+        await until("the rows", lambda: rows(place, app.name), 60)
+        assert sorted(await rows(place, app.name)) == [("not_allowed", 0, 0), ("not_allowed", 5, 5)]
+        told_by_status = await status_of(place, app, **user)
+        assert {each: stop and stop["reason"] for each, stop in told_by_status.items()} == {
+            (known, 0): "not_allowed",
+            (known, 1): "not_allowed",
+            (new, 0): "not_allowed",
+            (other, 0): None,
+        }
+        for topic in (known, new):
+            await asyncio.to_thread(kafka.acls, [*allow, "--topic", topic])
+        await send_batch(place.kafka, known, names(5, 10), 0)
+        await until("the topic, with the rights", lambda: applied(place, names(5, 10)), 60)
+        await until("the rows to go", lambda: no_rows(place, app.name))
+
+
+async def status_of(place: Place, app: App, **user: Any) -> dict[tuple[str, int], Any]:
+    """Topic and partition -> why it has stopped, as `consumer status` says it to a user of Kafka."""
+    source = Source(place.settings(**user), None)
+    await source.start(10)
+    connection = await connect(place.settings())
+    try:
+        lags, missing = await report.partition_lags(connection, source, app)
+        assert not missing
+        partitions = [Partition(each["topic"], each["partition"]) for each in lags]
+        health = await report.partition_health(connection, source, app, partitions)
+    finally:
+        connection.terminate()
+        await source.stop(5)
+    return {
+        each: at.stop and {"reason": at.stop.reason, "why": at.stop.text, "do": at.stop.do}
+        for each, at in health.items()
+    }
 
 
 async def test_reading_a_damaged_range_names_the_partition_and_the_offset(place: Place, kafka: Any) -> None:
