@@ -87,6 +87,8 @@ class Operators:
             if code in (0, 1):
                 self.acts += 1
                 return f"exit code {code}"
+            if "wants rows for longer" in told:
+                return "refused: the application wants its rows"
             if "Traceback" in told:
                 break
             if "not open" in told or "no such letter" in told or "is settled" in told:
