@@ -18,6 +18,7 @@ from consumer.core.outcome import Reason
 
 _ID = ("ce_id", "ce-id")  # the Kafka binding's spelling, and that of HTTP, which bridges leave as it is
 _SOURCE = ("ce_source", "ce-source")
+_CONTENT_TYPE = ("content-type", "contenttype")  # Spring writes contentType, older ones with the value in quotes
 _STRUCTURED = b"application/cloudevents"
 _BOM = b"\xef\xbb\xbf"
 
@@ -39,8 +40,8 @@ def from_event(record: Record) -> bytes | None:
             ids.append(value)
         elif key in _SOURCE:
             sources.append(value)
-        elif len(key) == 12 and key.lower() == "content-type" and value is not None:
-            media_type = value.partition(b";")[0].strip().lower()
+        elif len(key) in (11, 12) and key.lower() in _CONTENT_TYPE and value is not None:
+            media_type = value.partition(b";")[0].strip(b' "').lower()
             if media_type.startswith(_STRUCTURED) and record.value is not None:
                 return _from_body(media_type, record.value)
     if not ids:

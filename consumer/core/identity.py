@@ -88,8 +88,8 @@ def parse_rule(option: object) -> IdRule:
 def message_id(raw: bytes) -> bytes:
     """The 16 bytes under which a declared id is kept.
 
-    All spellings of a UUID are one id: either case, with or without dashes, in braces, after ``urn:uuid:``, between
-    spaces, or as its 16 bytes. Other ids are compared byte by byte: "7" and "07" are two.
+    All spellings of a UUID are one id: either case, with or without dashes, in braces or quotes, after ``urn:uuid:``,
+    between spaces, or as its 16 bytes. Other ids are compared byte by byte: "7" and "07" are two.
     """
     length = len(raw)
     if length >= 32 or length == 16:
@@ -119,7 +119,7 @@ def _uuid_of(raw: bytes) -> bytes | None:
     text = raw.strip()
     if text[:9].lower() == b"urn:uuid:":
         text = text[9:]
-    elif text[:1] == b"{" and text[-1:] == b"}":
+    elif text[:1] + text[-1:] in (b"{}", b'""'):  # in quotes: a header that a producer made JSON
         text = text[1:-1]
     if len(text) == 36 and text[8:24:5] == b"----":
         text = text.replace(b"-", b"")

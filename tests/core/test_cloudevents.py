@@ -54,9 +54,10 @@ def test_one_id_of_two_sources_is_two_events(one: tuple[str, str], other: tuple[
         b"application/cloudevents+json; charset=UTF-8",
         b"Application/CloudEvents+JSON;charset=utf-8",
         b" application/cloudevents+json ",
+        b'"application/cloudevents+json;charset=UTF-8"',
     ],
 )
-@pytest.mark.parametrize("name", ["content-type", "Content-Type"])
+@pytest.mark.parametrize("name", ["content-type", "Content-Type", "contentType"])
 def test_structured_and_binary_mode_give_one_id(content_type: bytes, name: str) -> None:
     body = {"specversion": "1.0", "id": "1", "source": "/eu", "type": "x", "data": {"id": "9"}}
     wanted = from_event(binary("/eu", "1"))

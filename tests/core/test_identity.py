@@ -51,7 +51,7 @@ def folded(raw: bytes) -> bytes:
         return str(uuid).encode() if uuid.variant == RFC_4122 and uuid.version in range(1, 9) else raw
     try:
         text = raw.decode("ascii").strip().lower().removeprefix("urn:uuid:")
-        text = text[1:-1] if text[:1] + text[-1:] == "{}" else text
+        text = text[1:-1] if text[:1] + text[-1:] in ("{}", '""') else text
         uuid = UUID(text)
         return str(uuid).encode() if text in (str(uuid), uuid.hex) else raw
     except ValueError:
@@ -76,6 +76,8 @@ SPELLINGS: list[Callable[[UUID], bytes]] = [
     lambda uuid: uuid.urn.upper().encode(),
     lambda uuid: b"urn:uuid:" + uuid.hex.encode(),
     lambda uuid: b"{%s}" % str(uuid).encode(),
+    lambda uuid: b'"%s"' % str(uuid).encode(),
+    lambda uuid: b'"%s"' % uuid.hex.upper().encode(),
     lambda uuid: b"{%s}" % str(uuid).upper().encode(),
     lambda uuid: b"{%s}" % uuid.hex.encode(),
     lambda uuid: b" %s\n" % str(uuid).encode(),
