@@ -21,8 +21,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from consumer import conflicts, coverage, crowding, group, once, opening, reporting, shards, telling, transport
-from consumer.activity import Activity, LoopWatch, Stuck, limits, memory_mb
+from consumer.activity import Activity, LoopWatch, Stuck, TookTooLong, limits, memory_mb
 from consumer.app import App
+from consumer.core.batch_size import BatchSize
 from consumer.core.deadshare import DeadShare, TooManyDeadLetters
 from consumer.core.epoch import is_left_behind
 from consumer.core.errors import ConsumerError, Misconfigured
@@ -109,6 +110,7 @@ class _Lane:
     shard: _Shard
     state: Lane
     activity: Activity
+    size: BatchSize
     session: Session | None = None
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -165,6 +167,7 @@ class Worker:
                     bare_seconds=bare_seconds,
                 ),
                 Activity(seconds_max),
+                BatchSize(settings.batch_messages_max),
             )
             for n, shard in enumerate(each for each in self._shards for _ in range(settings.lanes))
         ]
@@ -507,7 +510,7 @@ class Worker:
         while True:
             batch = None
             if not self._holding and not self._stopping.is_set():
-                batch = lane.state.take(time.monotonic(), settings.batch_messages_max, settings.batch_bytes_max)
+                batch = lane.state.take(time.monotonic(), lane.size.now, settings.batch_bytes_max)
             if batch is None:
                 if lane.shard.crowded_until > time.monotonic():
                     await self._give_back(lane, is_idle=True)
@@ -567,6 +570,8 @@ class Worker:
                         evidence=self._evidence,
                     )
             except once.Isolate as isolate:
+                if isinstance(isolate.__cause__, TookTooLong) and isolate.__cause__.in_statement:
+                    lane.size.met(len(part.deliveries))
                 parts += once.smaller(part, careful, isolate.__cause__, self._draw, self._evidence)
                 if len(part.deliveries) == 1 and isinstance(part.deliveries[0].outcome, Parked):
                     self._teller.failure(part.deliveries[0], isolate.__cause__, part.deliveries[0].outcome)
@@ -587,7 +592,12 @@ class Worker:
                             **shard.label,
                         },
                     )
-                parts += once.again(part, careful, failures + 1, self._draw, cause, self._evidence)
+                if isinstance(error, Conflict) and len(part.deliveries) > 1:
+                    lane.size.met(len(part.deliveries))
+                    head, tail = part.split()
+                    parts += [(tail, careful, 0), (head, careful, 0)]
+                else:
+                    parts += once.again(part, careful, failures + 1, self._draw, cause, self._evidence)
                 # The first conflict is run again almost at once; what keeps failing is left ever more time.
                 await self._pause(min(_BACKOFF_SECONDS[1], 0.005 * 3.0**failures) * (0.5 + self._draw() / 2))
             except TooManyDeadLetters as error:
@@ -598,6 +608,7 @@ class Worker:
                 self._reopen(lane)
                 return
             else:
+                lane.size.settled()
                 self._settled_part(lane, part, done)
                 if any([outcome is once.CONFLICT for outcome in done.outcomes.values()]):
                     await conflicts.explain(lane.session.connection, self._source, done.outcomes)
