@@ -36,6 +36,7 @@ _NO_DDL = frozenset(
         *("declare", "explain", "table", "show", "set", "truncate"),
     }
 )
+_FROM_STDIN = re.compile(r"\bfrom\s+stdin\b", re.IGNORECASE)
 _INSERT = re.compile(r"\b(insert|merge)\s+into\b", re.IGNORECASE)
 _INTO = re.compile(r"\binto\b", re.IGNORECASE)
 _TEMPORARY = re.compile(r"\btemp(orary)?\b", re.IGNORECASE)
@@ -68,6 +69,10 @@ def refuse_transaction_control(sql: str) -> None:
             raise TransactionMisuse(
                 f"{words[0].upper()} in a handler: the transaction and its connection are other messages' too. "
                 "Give the role or the function that setting (alter role … set, create function … set)"
+            )
+        if words[0] == "copy" and _FROM_STDIN.search(sql):  # the driver would wait for ever
+            raise TransactionMisuse(
+                "COPY FROM STDIN in a handler: its rows would never come. Use await tx.copy_records_to_table(table, records=rows)"
             )
     if changes_setting(sql):
         raise TransactionMisuse(

@@ -250,3 +250,10 @@ def test_a_function_with_a_body_in_standard_sql_passes() -> None:
 def test_what_other_messages_of_the_transaction_would_meet_is_refused(statement: str) -> None:
     with pytest.raises(TransactionMisuse, match="other messages"):
         refuse_transaction_control(statement)
+
+
+@pytest.mark.parametrize("sql", ["copy t from stdin", "select 1; COPY t (a, b)\nFROM STDIN with (format csv)"])
+def test_copy_that_waits_for_rows_is_refused_with_what_works(sql: str) -> None:
+    with pytest.raises(TransactionMisuse, match="copy_records_to_table"):
+        refuse_transaction_control(sql)
+    refuse_transaction_control("insert into log values ('copy t from stdin')")
