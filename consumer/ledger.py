@@ -207,6 +207,8 @@ async def connect(settings: Settings, timeout_seconds: float = 10) -> asyncpg.Co
             raise Misconfigured(
                 f"{where(dsn)} speaks no TLS: turn it on there, or see CONSUMER_ALLOW_INSECURE"
             ) from None
+        if isinstance(error, asyncpg.ProtocolViolationError) and "unsupported startup parameter" in str(error):
+            raise Misconfigured(f"{where(dsn)} is PgBouncer: set CONSUMER_POSTGRES_POOLER=true") from None
         if isinstance(error, asyncpg.PostgresError) and meaning_of(error) is Meaning.DEPLOYMENT:
             raise Misconfigured(f"{where(dsn)}: {said(error)}") from None
         raise Outage(f"{where(dsn)}: {said(error) or str(error) or type(error).__name__}") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 from consumer.app import App
 from consumer.core.errors import Misconfigured
 from consumer.logs import describe, log
+from consumer.places import is_users
 
 
 def load_app(path: str) -> App:
@@ -67,6 +68,7 @@ def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = str(Path(__file__).parent)
     own = [each for each in frames if "importlib" not in each.filename and not each.filename.startswith(ours)]
+    own = [each for each in own if is_users(each.filename)] or own
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({error.filename}:{error.lineno})"
     return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

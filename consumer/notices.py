@@ -35,7 +35,7 @@ async def gather(
     """All notices of an App, and what its handlers have missed."""
     picture = await look(connection, app.name)
     found = picture.assess(app)
-    notices = [*_of_handlers(found, path), *_of_topics(picture, path, missing_topics)]
+    notices = [*_of_handlers(found, app.name, path), *_of_topics(picture, path, missing_topics)]
     if group.strangers:
         notices.append(
             Notice(
@@ -51,7 +51,7 @@ async def gather(
 
 async def at_start(connection: Any, app: App, path: str) -> list[Notice]:
     """What is to be said before workers begin."""
-    return list(_of_handlers((await look(connection, app.name)).assess(app), path))
+    return list(_of_handlers((await look(connection, app.name)).assess(app), app.name, path))
 
 
 def gap_text(gaps: Collection[Gap]) -> str:
@@ -61,23 +61,35 @@ def gap_text(gaps: Collection[Gap]) -> str:
     return f"{sum(each.past - each.first for each in gaps):,} offsets ({', '.join(places[:_PLACES_MAX])}{more})"
 
 
-def _of_handlers(found: Assessment, path: str) -> Iterable[Notice]:
+def filling(path: str, topics: Iterable[str], handler: str, renamed_from: Collection[str], app: str) -> str:
+    """The commands that end the gap of a handler; those that would apply messages twice are not offered first."""
+    new = (
+        f"consumer replay {path} {' '.join(topics)} --apply --handler {handler} fills it, "
+        f"consumer positions {path} --handler {handler} --begin-here leaves it"
+    )
+    if not renamed_from:
+        return new
+    renames = " or ".join(f"consumer migrate --rename-handler {app} {old} {handler}" for old in sorted(renamed_from))
+    return f"if it was renamed: {renames}, since --apply would apply its messages again; only if it is new: {new}"
+
+
+def _of_handlers(found: Assessment, app: str, path: str) -> Iterable[Notice]:
     for each in found.renames:
         yield Notice(
             "probable_rename",
-            f"handler {each.new!r} is new and {each.old!r}, of the same topic {each.topic}, is no longer in the App: if it was "
-            "renamed, its messages would be applied again",
-            f"consumer migrate --rename-handler APP {each.old} {each.new}",
+            f"handler {each.new!r} has not settled what {each.old!r}, of the same topic {each.topic}, has, which is no longer in "
+            "the App: if it was renamed, its messages would be applied again",
+            f"consumer migrate --rename-handler {app} {each.old} {each.new}",
             True,
         )
     for name in sorted({each.handler for each in found.gaps}):
         gaps = [each for each in found.gaps if each.handler == name]
-        topics = " ".join(sorted({each.partition.topic for each in gaps}))
+        topics = sorted({each.partition.topic for each in gaps})
+        old = {each.old for each in found.renames if each.new == name}
         yield Notice(
             "gap",
             f"handler {name!r} has not settled {gap_text(gaps)}, which the application is past",
-            f"consumer replay {path} {topics} --apply --handler {name} fills it, "
-            f"consumer positions {path} --handler {name} --begin-here leaves it",
+            filling(path, topics, name, old, app),
             True,
         )
     for name in found.absent:
@@ -85,7 +97,7 @@ def _of_handlers(found: Assessment, path: str) -> Iterable[Notice]:
             "absent_handler",
             f"handler {name!r} settles messages of this App in the ledger, and this code lacks it: another version of the App, "
             "another service under the same App name, or a handler that was removed",
-            "deploy one version everywhere; give another service another App name",
+            "deploy one version everywhere; give another service another App name; a handler that was removed needs nothing",
             False,
         )
 

@@ -29,7 +29,7 @@ def place(error: BaseException | None, handler_place: str = "") -> str:
     innermost = users = ""
     for file, line, _ in _frames(error):
         innermost = f"{_short(file, 1)}:{line}"
-        if _is_users(file):
+        if is_users(file):
             users = innermost
     return users or (_short(handler_place, 1) if handler_place else innermost)
 
@@ -82,7 +82,7 @@ def _frames(error: BaseException | None) -> Iterator[tuple[str, int, str]]:
         frame = frame.tb_next
 
 
-def _is_users(file: str) -> bool:
+def is_users(file: str) -> bool:
     """Whether a file is neither ours, nor an installed library's, nor compiled into one."""
     if file.startswith(_DEMO):
         return True

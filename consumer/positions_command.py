@@ -72,7 +72,7 @@ async def _offsets(
             raise Misconfigured(f"--to committed: the group {app.name!r} has committed nothing of {_places(missing)}")
         found = {each: commits[each].offset for each in held}
     else:
-        bound = parse(to, "--to", int(time.time() * 1000))
+        bound = parse(to, "--to", int(time.time() * 1000), f"earliest, latest, {_COMMITTED}")
         times = await source.offsets_at(list(held), bound.milliseconds) if isinstance(bound, Time) else {}
         found = {each: _offset(bound, ends, times.get(each)) for each, ends in held.items()}
     if wrong := [each for each, ends in held.items() if not ends.first <= found[each] <= ends.end]:

@@ -29,7 +29,7 @@ class Chunk(NamedTuple):
     next: int
 
 
-def parse(text: str, option: str, now_ms: int) -> Bound:
+def parse(text: str, option: str, now_ms: int, names: str = "earliest, latest, position") -> Bound:
     """A bound as written: earliest, latest, position, an offset, an ISO 8601 time (UTC where it names no zone), or 90m ago.
 
     Raises Misconfigured for anything else, and for a time in the future.
@@ -51,7 +51,7 @@ def parse(text: str, option: str, now_ms: int) -> Bound:
         milliseconds = int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
     except (ValueError, OverflowError):
         raise Misconfigured(
-            f"{option} {given!r}: write earliest, latest, position, an offset, a time such as 2026-11-25T10:00:00Z, "
+            f"{option} {given!r}: write {names}, an offset, a time such as 2026-11-25T10:00:00Z, "
             "or how long ago, such as 90m, 24h or 7d"
         ) from None
     if milliseconds > now_ms:

@@ -19,6 +19,7 @@ from consumer.core.lanes import Delivery
 from consumer.core.outcome import Dead, Duplicate, Outcome, Parked
 from consumer.ledger import sqlstate_of
 from consumer.logs import event, log
+from consumer.notices import filling
 from consumer.places import told
 
 _FIRST_SECONDS = 5.0  # after the first line of a kind; then twice as long each time
@@ -144,17 +145,17 @@ def _where(delivery: Delivery) -> dict[str, Any]:
     }
 
 
-def changes(found: Changes, path: str, label: Mapping[str, str]) -> None:
+def changes(found: Changes, app: str, path: str, label: Mapping[str, str]) -> None:
     """Log which handlers begin behind the application, and which ones this worker lacks."""
     for handler, topics in _by_handler(found.late):
+        old = {found.names.get(each.handler, "") for each in found.ended if each.partition.topic in topics}
         name = found.names.get(handler, str(handler))
         event(
             logging.WARNING,
             "a handler begins behind the application: it has not settled what is before",
             handler=name,
             topics=", ".join(topics),
-            do=f"consumer replay {path} {' '.join(topics)} --apply --handler {name} fills it; "
-            f"consumer positions {path} --handler {name} --begin-here leaves it",
+            do=filling(path, topics, name, old, app),
             **label,
         )
     for handler, topics in _by_handler(found.ended):
@@ -164,7 +165,7 @@ def changes(found: Changes, path: str, label: Mapping[str, str]) -> None:
             handler=found.names.get(handler, str(handler)),
             topics=", ".join(topics),
             do="deploy one version of the App; another service needs another App name; a renamed handler: "
-            "consumer migrate --rename-handler APP OLD NEW",
+            f"consumer migrate --rename-handler {app} {found.names.get(handler, 'OLD')} NEW",
             **label,
         )
 

@@ -759,7 +759,7 @@ class Worker:
                         },
                         {each.installation for each in self._shards if each is not shard},
                     )
-                    telling.changes(changes, self._path, shard.label)
+                    telling.changes(changes, self._app.name, self._path, shard.label)
                     numbers = {each.number for found in shard.by_topic.values() for each in found}
                     chains, tried = await opening.recall(control, numbers, positions)
                     await opening.recall_stops(control, self._stops, self._app.name, positions)

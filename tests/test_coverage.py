@@ -177,13 +177,17 @@ async def test_renamed_function_is_reported_and_nothing_is_applied_twice(place: 
         code, shown = await status(place, new, RENAMED)
         assert code == 1
         [notice] = [each for each in shown["notices"] if each["kind"] == "probable_rename"]
-        assert notice["do"].endswith("settle pay")
+        assert notice["do"] == f"consumer migrate --rename-handler {old.name} settle pay"
+        [gap] = [each for each in shown["notices"] if each["kind"] == "gap"]  # and its advice doubles nothing
+        assert gap["do"].startswith(f"if it was renamed: {notice['do']}, since --apply would apply its messages again")
         checked = await replay(place, new, RENAMED)
         assert checked.returncode == 1 and "renamed" in checked.stdout
         is_one_line(await replay(place, new, RENAMED, "--apply"), "--rename-handler", "nothing was changed")
         await consume_all(new, place.settings())
     assert len(await place.effects()) == 10
     async with working(new, place.settings()):
+        [said] = await told.wait("a handler begins behind the application")
+        assert f"--rename-handler {old.name} settle pay, since --apply would apply" in said["do"]
         renamed = await rename(place, new, "settle", "pay")
         assert renamed.returncode == 0, renamed.stderr
         await place.send(topic, *[payment(f"p{n}") for n in range(5)], payment("q"))  # sent again, and a new one

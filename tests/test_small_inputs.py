@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 from harness import Place, consumer, is_one_line
+from pooler import Pooler, needs_pgbouncer
 
 from consumer import App, Misconfigured, RegistrationError, Settings
-from consumer.embedded import Valkey
+from consumer.embedded import Postgres, Valkey
+from consumer.ledger import connect
+from consumer.loading import load_app
 from consumer.precheck import Precheck
+from consumer.reading import parse
 from consumer.settings import load
 from consumer.terminal import _URL_USER
 from consumer.transport import postgres_tls, redis_url
@@ -106,3 +110,30 @@ def test_handler_name_with_a_lone_surrogate_is_refused(name: str) -> None:
 def test_argument_that_is_not_utf8_is_named(place: Place, tmp_path: Path, arguments: list[str], flag: str) -> None:
     result = consumer(tmp_path, *arguments, CONSUMER_POSTGRES_DSN=place.worker_dsn)
     is_one_line(result, f"{flag}: not valid UTF-8")
+
+
+@needs_pgbouncer
+async def test_pooler_that_is_not_declared_is_named_at_once(postgres: Postgres) -> None:
+    with (
+        Pooler(postgres) as pooler,
+        pytest.raises(Misconfigured, match="is PgBouncer: set CONSUMER_POSTGRES_POOLER=true"),
+    ):
+        await connect(Settings(postgres_dsn=pooler.dsn(postgres.dsn())))
+
+
+def test_import_that_fails_inside_a_library_names_the_line_of_the_application(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unset_variable.py").write_text('import os\n\nURL = os.environ["NOT_SET_ANYWHERE"]\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Misconfigured, match=r"KeyError: 'NOT_SET_ANYWHERE' \(.*unset_variable.py:3\)"):
+        load_app("unset_variable:app")
+
+
+@pytest.mark.parametrize(
+    ("names", "says"), [({}, "latest, position, an"), ({"names": "latest, committed"}, "committed, an")]
+)
+def test_bound_that_is_no_bound_is_refused_with_the_words_of_its_command(names: dict[str, str], says: str) -> None:
+    with pytest.raises(Misconfigured, match=says):
+        parse("yesterday", "--to", 0, **names)

@@ -58,7 +58,7 @@ class Gap(NamedTuple):
 
 
 class Rename(NamedTuple):
-    """A handler that the ledger does not know, beside one of the same topic that the App no longer has."""
+    """A handler that lacks what one of the same topic, which the App no longer has, has settled."""
 
     old: str
     new: str
@@ -132,17 +132,31 @@ def assess(
         for partition, at in sorted(positions.items()):
             if partition.topic in topics:
                 gaps += [Gap(name, partition, *each) for each in _missed_by(handler, partition, at, stretches)]
-    incomplete = {each.handler for each in gaps}
+    missing: dict[str, list[Gap]] = {}
+    for each in gaps:
+        missing.setdefault(each.handler, []).append(each)
     gone = {name: each for name, each in known.items() if name not in code}
     renames = [
         Rename(old, new, topic)
-        for new in sorted(incomplete)
+        for new, of_new in sorted(missing.items())
         for old, each in sorted(gone.items())
+        if _may_have_settled(each, of_new, stretches)
         for topic in sorted(each.topics & set(code[new]))[:1]
     ]
     settling = {number for at in positions.values() for number in at.handlers or ()}
     absent = [name for name, each in sorted(gone.items()) if each.number in settling]
     return Assessment(tuple(gaps), tuple(renames), tuple(absent))
+
+
+def _may_have_settled(
+    handler: Known, gaps: Iterable[Gap], stretches: Mapping[tuple[int, Partition], Sequence[Stretch]]
+) -> bool:
+    """Whether a handler has settled anything of the gaps, as one has that was renamed."""
+    return handler.legacy or any(
+        own.first < gap.past and (own.past is None or own.past > gap.first)
+        for gap in gaps
+        for own in stretches.get((handler.number, gap.partition), ())
+    )
 
 
 def _missed_by(

@@ -72,5 +72,9 @@ def test_renamed_handler_is_told_by_the_one_that_is_gone() -> None:
     assert found.renames == (Rename("settle", "settle_payment", "payments"),)
     assert found.absent == ("settle",)
     assert [(each.handler, each.first, each.past) for each in found.gaps] == [("settle_payment", 0, 50)]
+    # What the one that is gone has never settled is no sign of a new name: it was removed before, or added to other workers.
+    late = {(1, P): [Stretch(0, 30)], (3, P): [Stretch(0, 30), Stretch(40, None)]}
+    gap = assess({"kept": ("payments",)}, known, {P: At(0, 50, frozenset({3}))}, late)
+    assert [each[2:] for each in gap.gaps] == [(30, 40)] and gap.renames == ()
     nothing_yet = assess({"settle_payment": ("payments",)}, known, {P: At(0, 0, frozenset({1}))}, {})
     assert nothing_yet.renames == nothing_yet.gaps == ()
