@@ -42,7 +42,7 @@ with part as materialized (select unnest($1::int8[]) as dead_letter),
 chains as (select distinct d.handler, d.chain from consumer.dead_letters d join part using (dead_letter) where d.chain is not null)
 select c.handler, c.chain, f."offset", f.dead_letter from chains c cross join lateral (
     select e."offset", e.dead_letter from consumer.dead_letters e where e.handler = c.handler and e.chain = c.chain
-       and not exists (select from part p where p.dead_letter = e.dead_letter)
+       and e.dead_letter not in (select p.dead_letter from part p)   -- hashed once, where NOT EXISTS scans part for each
     order by e."offset", e.dead_letter limit 1) f
 """
 _REVIVE = """
@@ -65,6 +65,7 @@ _RELEASE = """
 delete from consumer.held h using unnest($1::int2[], $2::uuid[]) as o(handler, chain)
 where (h.handler, h.chain) = (o.handler, o.chain)
   and not exists (select from consumer.dead_letters d where (d.handler, d.chain) = (h.handler, h.chain))
+returning h.handler, h.chain
 """
 _DROP_STAND_INS = """
 delete from consumer.ledger l using unnest($1::int2[], $2::uuid[]) as o(handler, id)
@@ -292,8 +293,11 @@ class LetterSession(Session):
         if rows:
             await self.connection.execute(_ACTIONS, *map(list, zip(*rows, strict=True)))
 
-    async def discard(self, letters: Sequence[Letter]) -> None:
-        """Settle letters without running anything, in one transaction. Raises NotOurs, Conflict and Outage."""
+    async def discard(self, letters: Sequence[Letter]) -> list[tuple[int, UUID]]:
+        """Settle letters without running anything, in one transaction. Returns their chains in which others wait.
+
+        Raises NotOurs, Conflict and Outage.
+        """
         try:
             await super().begin()
             await self._lock(letters)
@@ -304,9 +308,14 @@ class LetterSession(Session):
                 _UPDATE, *map(list, zip(*[_updated(each, after) for each in letters], strict=True))
             )
             await self.act([(each, None) for each in letters])
-            held = [each.row for each in letters if each.row["chain"] is not None]
-            await self.connection.execute(_RELEASE, [row["handler"] for row in held], [row["chain"] for row in held])
+            rows = [each.row for each in letters if each.row["chain"] is not None]
+            chains = dict.fromkeys((row["handler"], row["chain"]) for row in rows)
+            for row in await self.connection.fetch(
+                _RELEASE, [each[0] for each in chains], [each[1] for each in chains]
+            ):
+                chains.pop((row[0], row[1]), None)
             await self.commit()
+            return list(chains)
         except (NotOurs, Conflict, Outage):
             await self.rollback()
             raise

@@ -236,13 +236,14 @@ class Redrive:
                     return
 
     async def discard(self, letters: Sequence[int], why: str) -> tuple[list[Done], list[Chain]]:
-        """Settle letters as discarded. Returns the chains that they were in, where others may wait: see `release`."""
+        """Settle letters as discarded. Returns those of their chains in which others wait: see `release`."""
         found = [Letter(number, "discard", why) for number in letters]
         results: list[Done] = []
+        chains: list[Chain] = []
         failures = 0
         while found:
             try:
-                await self.session.discard(found)
+                chains = await self.session.discard(found)
                 break
             except NotOurs as error:
                 results += [Done(each.number, what, text) for each, (what, text) in error.letters.items()]
@@ -258,8 +259,7 @@ class Redrive:
             except (Outage, OSError) as error:
                 raise self._lost(error, found) from None
         results += [Done(each.number, "discarded") for each in found]
-        chains = {(each.row["handler"], each.row["chain"]): None for each in found if each.row["chain"] is not None}
-        return results, list(chains)
+        return results, chains
 
     async def release(self, chains: Sequence[Chain]) -> AsyncIterator[Done]:
         """Run the letters of chains in order until one fails, as long as the first one has never run."""

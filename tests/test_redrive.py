@@ -316,3 +316,19 @@ async def test_handler_whose_claim_was_kept_would_be_noticed(desk: Desk, monkeyp
     [outcome] = await desk.outcomes(number)
     with pytest.raises(AssertionError):
         await check_nothing_changed(desk, number, before, outcome)
+
+
+async def test_discard_names_only_the_chains_in_which_letters_wait(desk: Desk) -> None:
+    alone = await desk.letter("alone", key="k1")
+    first = await desk.letter("first", key="k2")
+    behind = await desk.letter("behind", key="k2", reason="behind", state="waiting")
+    drive = await desk.drive()
+    try:
+        results, chains = await drive.discard([alone, first], "not wanted")
+        assert [each.outcome for each in results] == ["discarded", "discarded"]
+        assert len(chains) == 1  # with 300,000 letters of as many keys there is nothing to keep in memory
+        assert [(each.dead_letter, each.outcome) async for each in drive.release(chains)] == [(behind, "applied")]
+    finally:
+        drive.close()
+    assert await desk.done() == ["behind"]
+    assert await query(desk.dsn, "select count(*) from consumer.held") == [(0,)]

@@ -29,7 +29,7 @@ from consumer.core.message import Partition, Record
 from consumer.core.outcome import Outcome
 
 UNDECODED = object()
-_HEADER_BYTES = 128  # of the objects that hold a header, besides its bytes
+_HEADER_BYTES = 150  # of the objects that hold a header, besides its bytes: measured 147 with CPython 3.11
 _PARKED_BYTES_LEAST = 1 << 20  # of a partition
 
 
