@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.record.util import calc_crc32c
-from harness import Place, consume_all, query, until, value, working
+from harness import Place, Sent, consume_all, query, until, value, working
 from test_incarnations import Told, app_of, as_written, stopped
 
 from consumer import App, report
@@ -354,3 +354,21 @@ async def test_reading_a_damaged_range_names_the_partition_and_the_offset(place:
             [chunk async for chunk in read(source, spans)]
     finally:
         await source.stop(5)
+
+
+async def test_records_larger_than_the_fetch_limit_are_applied_in_all_partitions(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    topic = await place.topic(3)
+    app = app_of(topic)
+    told = Told(caplog)
+    sent = []
+    for n in range(12):
+        id, pad = f"m{n:02}", os.urandom(150_000).hex()
+        sent.append(id)
+        message = Sent({"id": id, "account": 1, "amount": 1, "pad": pad}, id=id, partition=n % 3)
+        await place.send(topic, message)
+    async with working(app, place.settings(kafka_partition_fetch_bytes_max=1000)):
+        await until("all of them", lambda: applied(place, sent), 90)
+        assert not told.of("partition stopped")
+    assert await value(place.dsn, "select count(*) from effects") == 12
