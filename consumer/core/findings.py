@@ -378,7 +378,7 @@ class Findings:
             return None
         found = self.effects
         how = (
-            f"every message went through claim and handler in {_n(found.transactions, 'transaction')} that were rolled back; before each "
+            f"every message was claimed as a worker does, in {_n(found.transactions, 'transaction')} rolled back afterwards; before each "
             "rollback PostgreSQL was asked how many rows of which tables this transaction had inserted, updated or deleted "
             "(pg_stat_xact_all_tables, every table outside the schema consumer), and whether it had given the transaction an id, "
             "without which nothing can be written; "
