@@ -5,27 +5,25 @@ checked against Redis (precheck.py), and settled in one transaction that holds t
 the positions (once.py, ledger.py); then it is marked in Redis and its offsets are committed to Kafka (worker.py).
 """
 
-from typing import TYPE_CHECKING, Any
-
-from consumer.app import App
-from consumer.core.errors import (
-    CannotTell,
-    ConsumerError,
-    Misconfigured,
-    RegistrationError,
-    Reject,
-    RunAgain,
-    TransactionMisuse,
-)
-from consumer.core.findings import Findings
-from consumer.core.message import Message
-from consumer.core.retry import Retry
-from consumer.dryrun import is_dry_run
-from consumer.settings import Settings
-from consumer.tx import Tx
-
+TYPE_CHECKING = False  # as `typing` has it, which takes a while to import
 if TYPE_CHECKING:
+    from consumer.app import App
+    from consumer.core.errors import (
+        CannotTell,
+        ConsumerError,
+        Misconfigured,
+        RegistrationError,
+        Reject,
+        RunAgain,
+        TransactionMisuse,
+    )
+    from consumer.core.findings import Findings
+    from consumer.core.message import Message
+    from consumer.core.retry import Retry
+    from consumer.dryrun import is_dry_run
     from consumer.replay import verify
+    from consumer.settings import Settings
+    from consumer.tx import Tx
 
 __all__ = [
     "App",
@@ -46,9 +44,35 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "verify":  # it brings the drivers, which a module of handlers does not need
-        from consumer.replay import verify
+_MODULES = {
+    "App": "app",
+    "CannotTell": "core.errors",
+    "ConsumerError": "core.errors",
+    "Findings": "core.findings",
+    "Message": "core.message",
+    "Misconfigured": "core.errors",
+    "RegistrationError": "core.errors",
+    "Reject": "core.errors",
+    "Retry": "core.retry",
+    "RunAgain": "core.errors",
+    "Settings": "settings",
+    "TransactionMisuse": "core.errors",
+    "Tx": "tx",
+    "is_dry_run": "dryrun",
+    "verify": "replay",
+}
 
-        return verify
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        """Import a name when it is used: the command answers Ctrl-C before it imports what takes time."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib
+
+        value = getattr(importlib.import_module(f"consumer.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -1,16 +1,13 @@
-"""`python -m consumer` is the `consumer` command."""
+"""Entry of the `consumer` command and of `python -m consumer`."""
 
-import os
-import sys
+from consumer import interrupts
 
 
 def main() -> None:
-    """Entry of the command. Ctrl-C while its modules are imported is one line too."""
-    try:
-        from consumer.cli import main as command
-    except KeyboardInterrupt:
-        sys.stderr.write("consumer: interrupted\n")
-        os._exit(130)
+    """Answer signals in one line from here on, then import the command, which takes a while, and run it."""
+    interrupts.end_at_once()
+    from consumer.cli import main as command
+
     command()
 
 

@@ -11,9 +11,7 @@ import getpass
 import importlib
 import importlib.metadata
 import os
-import signal
 import sys
-import typing
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ import typer
 
 from consumer import (
     coverage,
+    interrupts,
     ledger,
     logs,
     notices,
@@ -70,13 +69,8 @@ def main() -> None:
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115 - for as long as the process lives
     sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
-    # As the first process of a container we would not be ended by it otherwise, while we wait for a service.
-    signal.signal(signal.SIGTERM, _terminated)
+    interrupts.end_at_once()
     (cli if sys.argv[1:2] == ["run"] else whole())(prog_name="consumer")
-
-
-def _terminated(*_: object) -> typing.NoReturn:
-    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _version(wanted: bool) -> None:

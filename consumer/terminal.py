@@ -85,11 +85,21 @@ def ask(question: str) -> bool:
     def end(number: int, _: object) -> typing.NoReturn:
         raise Interrupted("interrupted at the question: nothing was changed", number)
 
-    before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
+    with _signal_handlers_kept():
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, end)
+        try:
+            return typer.confirm(question, err=True)
+        except typer.Abort:
+            raise Interrupted("interrupted at the question: nothing was changed") from None
+
+
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Restore the handlers of SIGINT and SIGTERM at the end of the block."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return typer.confirm(question, err=True)
-    except typer.Abort:
-        raise Interrupted("interrupted at the question: nothing was changed") from None
+        yield
     finally:
         for each, handler in before.items():
             signal.signal(each, handler if handler is not None else signal.SIG_DFL)
@@ -151,7 +161,8 @@ def command(
                     logs.configure(own_settings.log_level, own_settings.log_format, config=own_settings.log_config)
                 result = function(**given)
                 if inspect.iscoroutine(result):
-                    result = run_loop(_until_signal(result))
+                    with _signal_handlers_kept():  # at its end the loop sets those that Python begins with
+                        result = run_loop(_until_signal(result))
             except Interrupted as stopped:
                 fail(str(stopped), stopped.code)
             except typer.Exit:

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "consumer"
 
 # From the bottom up: a module imports from its own line's left and from the lines above it, from nothing else.
 LAYERS = [
+    "interrupts",
     "core",
     "places",
     "logs",
