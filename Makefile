@@ -26,17 +26,8 @@ shop: $(VENV)/shop ## A payment page on which a second tap is stopped, layer by 
 test: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer ## All tests, on real Kafka, PostgreSQL and Valkey (ARGS="-k name" for some)
 	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile $(ARGS)
 
-# Those that the machine has; each gets what is locked, and runs the tests that need no service.
-OTHERS := $(foreach each,3.12 3.13,$(if $(shell python$(each) -c 'import venv, ensurepip' 2>/dev/null && echo yes),$(each)))
-pythons: $(OTHERS:%=.cache/python%/.complete) ## The tests of the core and of the help on every other Python that is here
-	@for each in $(OTHERS); do echo "Python $$each"; .cache/python$$each/bin/python -m pytest -q -p no:cacheprovider \
-		tests/core/test_decode.py tests/core/test_identity.py tests/core/test_handler.py tests/test_help.py || exit 1; done
-
-.cache/python%/.complete: requirements/dev.lock pyproject.toml
-	@python$* -m venv .cache/python$*
-	@.cache/python$*/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/dev.lock
-	@.cache/python$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
-	@touch $@
+pythons: $(VENV)/dev $(KAFKA)/.complete ## The core and the commands on Python 3.11 to 3.13, as far as they are here
+	@sh tests/pythons.sh $(ARGS)
 
 chaos: $(VENV)/dev $(KAFKA)/.complete ## Random faults on real servers, and what must be true after them (ARGS="--seed 7 --seconds 20 --runs 5")
 	@PYTHONPATH=.:tests $(BIN)/python -m chaos $(ARGS)
