@@ -38,7 +38,11 @@ def test_dsn_that_cannot_work_where_nothing_answers_is_one_line(tmp_path: Path, 
 
 def answer(directory: Path, command: str, dsn: str, servers: str) -> Result:
     (directory / "x.py").write_text(APP)
-    environment = {"CONSUMER_POSTGRES_DSN": dsn, "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": servers}
-    result = consumer(directory, command, "x:app", "--wait", "0.5", "--log-level", "error", **environment)
+    environment = {
+        "CONSUMER_POSTGRES_DSN": dsn,
+        "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": servers,
+        "CONSUMER_LOG_LEVEL": "error",
+    }
+    result = consumer(directory, command, "x:app", "--wait", "0.5", **environment)
     assert "canary" not in result.stdout + result.stderr
     return result
