@@ -50,10 +50,11 @@ def left_behind(directory: Path) -> list[str]:
     found = [each.name for each in directory.iterdir()]
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if str(directory) in process.read_text():
-                found.append(process.read_text())
+            command = process.read_text("utf-8", "replace")  # any process of this machine, with any bytes
         except OSError:
             continue
+        if str(directory) in command:
+            found.append(command)
     return found
 
 
