@@ -156,11 +156,25 @@ def _unasked(case: Case, seen: Seen) -> Found | None:
         if is_ordered and unit in stopped:
             if sighting.outcome == "applied":
                 return Found("outcome", f"message {number} is applied, behind a failed message of its key")
-        elif not sighting.calls:
+        elif not sighting.calls and not (is_ordered and _is_behind(case, seen, place)):
             return Found("outcome", f"message {number} is {sighting.outcome} ({sighting.cause}), and was never tried")
         elif sighting.outcome == "waiting" or (sighting.outcome == "dead-lettered" and sighting.cause == "failed"):
             stopped[unit] = sighting.outcome == "waiting"
     return None
+
+
+def _is_behind(case: Case, seen: Seen, place: Place) -> bool:
+    """Whether an earlier message of the same unit waits or is a dead letter, in whichever batch it was tried last."""
+    handler, number = place
+    message = case.messages[number]
+    for (other, before), sighting in seen.places.items():
+        earlier = case.messages[before]
+        same_unit = earlier.partition == message.partition and (
+            case.handlers[handler].order == "partition" or earlier.key == message.key
+        )
+        if other == handler and before < number and same_unit and sighting.outcome in ("waiting", "dead-lettered"):
+            return True
+    return False
 
 
 def _orders(case: Case, seen: Seen, called: Sequence[Place]) -> Iterator[list[Place]]:
