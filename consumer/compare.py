@@ -7,11 +7,15 @@ side is right. A column that depends on when things ran says nothing, so it is l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from consumer.core.scratch import SHOWN_MAX, Comparison, Name, Table, Use, key_of, left_out
+from consumer.core.scratch import GENERATED, IGNORED, NOW, SHOWN_MAX, Comparison, Name, Table, Use, key_of, left_out
+
+KINDS = ("missing", "extra", "different")
+MARKS_MAX = 100_000  # differing rows of a table that two rebuilds are compared by
 
 
 @dataclass(slots=True)
@@ -52,6 +56,32 @@ class Compared:
     tables: list[dict[str, Any]] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
+    marks: dict[str, set[tuple[str, str]]] = field(default_factory=dict)  # of differing rows, by table
+    sums: dict[str, dict[str, str | None]] = field(default_factory=dict)  # of their columns, in the rebuild
+
+    def varying(self, again: Compared, table: str) -> list[str]:
+        """The columns of a table that another rebuild fills otherwise."""
+        sums = again.sums.get(table, {})
+        return [column for column, value in self.sums.get(table, {}).items() if sums.get(column) != value]
+
+    def keep_stable(self, again: Compared) -> dict[str, int]:
+        """Keep the differences that another rebuild has found too. Returns how many rows of each table were dropped.
+
+        What two rebuilds make differently depends on the order of messages, or on when they run: it says nothing
+        about the real rows.
+        """
+        dropped: dict[str, int] = {}
+        for table in self.tables:
+            name = table["table"]
+            kinds = Counter(kind for kind, _ in self.marks.get(name, set()) & again.marks.get(name, set()))
+            before = {kind: table[kind] for kind in KINDS}
+            for kind in KINDS:
+                if table[kind] <= MARKS_MAX:
+                    table[kind] = min(table[kind], kinds[kind])
+            # A row that no rebuild makes may be one that each rebuild makes otherwise.
+            table["extra"] = max(0, table["extra"] - (before["missing"] - table["missing"]))
+            dropped[name] = sum(before[kind] - table[kind] for kind in KINDS)
+        return {name: count for name, count in dropped.items() if count}
 
 
 async def compare(
@@ -70,8 +100,7 @@ async def compare(
         nows = {name for name, holds in row.items() if holds} if row else set()
         ignored = left_out(table, use, ignore, put_back, set(used), nows)
         key = key_of(table, ignored)
-        columns = tuple(each for each in table.columns if each.name not in ignored and each.name not in key)
-        comparison = Comparison(table, key, columns)
+        comparison = _comparison(table, ignored, key)
         rows, rebuilt, missing, extra, different = await connection.fetchrow(comparison.counts())
         found.comparisons.append(comparison)
         found.tables.append(
@@ -89,14 +118,30 @@ async def compare(
         if missing or extra or different:
             samples = await connection.fetch(comparison.samples(), sample_max)
             found.differences += [_difference(place, comparison, each) for each in samples]
+            rows = await connection.fetch(comparison.marks(), MARKS_MAX)
+            found.marks[str(table.name)] = {(row[0], row[1]) for row in rows}
+            found.sums[str(table.name)] = dict(await connection.fetchrow(comparison.sums()))
     progress(len(tables))
     return found
+
+
+def _comparison(table: Table, ignored: Mapping[str, str], key: tuple[str, ...]) -> Comparison:
+    """What is compared of a table. Of values that a rebuild cannot give again: whether there is one."""
+    rest = [each for each in table.columns if each.name not in key]
+    clocked = frozenset(each.name for each in rest if ignored.get(each.name) == NOW and key)
+    null_only = [
+        each
+        for each in rest
+        if each.name in ignored and each.name not in clocked and ignored[each.name] not in (IGNORED, GENERATED)
+    ]
+    columns = [each for each in rest if each.name not in ignored or each.name in clocked]
+    return Comparison(table, key, tuple(columns), tuple(null_only), clocked)
 
 
 def _difference(place: int, comparison: Comparison, row: Any) -> Difference:
     kind, count, key, real, rebuilt, differs, deltas, mark = row
     columns: dict[str, dict[str, str | None]] = {}
-    for n, column in enumerate(comparison.columns):
+    for n, column in enumerate(comparison.shown):
         if kind != "different" or differs[n]:
             columns[column.name] = {
                 "real": None if kind == "missing" else _shown(real[n]),

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from uuid import UUID, uuid4
 
+from consumer.applied import offers
 from consumer.columns import Columns
 from consumer.compare import Compared
 from consumer.core import scratch
@@ -39,6 +40,7 @@ _COMPACT_AT = 2000  # updates of a copy, and twice its rows
 _BUFFER = "64MB"  # of the server's memory for the copies; the rest of them is on its disk
 _READ_ONLY = "25006"
 _PLANNED = frozenset({"select", "insert", "update", "delete", "merge", "with", "values", "table"})
+_WRITING = _PLANNED - {"select", "values", "table"}
 _SAVEPOINT = re.compile(r"(savepoint|release savepoint|rollback to savepoint) consumer_[0-9]+")
 
 _BEGIN = """
@@ -73,8 +75,9 @@ delete from pg_temp.consumer_claims c using unnest($1::int4[], $2::uuid[]) as o(
 where (c.handler, c.id) = (o.handler, o.id)
 """
 _TABLE = """
-select c.oid, c.relrowsecurity,
-       array(select tgname::text from pg_trigger where tgrelid = c.oid and not tgisinternal and tgenabled <> 'D' order by 1)
+select c.oid, row_security_active(c.oid),
+       array(select tgname::text from pg_trigger where tgrelid = c.oid and not tgisinternal and tgenabled <> 'D' order by 1),
+       array(select rulename::text from pg_rewrite where ev_class = c.oid and ev_enabled <> 'D' order by 1)
 from pg_class c join pg_namespace n on n.oid = c.relnamespace where n.nspname = $1 and c.relname = $2
 """
 _TABLE_COLUMNS = """
@@ -184,8 +187,10 @@ class Guard:
         self.held: set[Name] = set()  # locked by ourselves, so a lock says nothing of them
         self.reads: set[Name] = set()  # real relations that have no copy
         self.verdict: Misconfigured | Again | None = None
+        self.writers: set[str] = set()  # handlers that have sent a statement that writes
         self._owners = owners
         self._seen: set[str] = set()
+        self._writing: set[str | None] = {None}  # texts that write; None is a COPY
 
     async def execute(self, sql: str, *args: Any, timeout: float | None = None) -> Any:
         if sql not in self._seen:
@@ -233,6 +238,8 @@ class Guard:
         self.connection.terminate()
 
     async def _watched(self, sql: str | None, method: Any, *args: Any, **options: Any) -> Any:
+        if sql in self._writing and (handler := calling.get()):
+            self.writers.add(handler)
         try:
             return await method(*args, **options)
         except Exception as error:
@@ -284,6 +291,8 @@ class Guard:
                 return
             self._act(sql, scratch.judge(touches, self.shadows))
             self.reads |= {each.name for each in touches}
+        if words[0][0] in _WRITING:
+            self._writing.add(sql)
         if len(self._seen) >= TEXTS_MAX:  # SQL built anew for each message: forget rather than grow
             self._seen.clear()
         self._seen.add(seen_as or sql)
@@ -490,15 +499,6 @@ class CopiesSession(Session):
         return bool(self.trails) and all(each.complete for each in self.trails.values())
 
 
-def offers(deliveries: Sequence[Delivery]) -> tuple[list[Any], ...]:
-    """Handlers, ids and fingerprints, as columns."""
-    return (
-        [each.handler.number for each in deliveries],
-        [UUID(bytes=each.id) for each in deliveries],
-        [each.fingerprint for each in deliveries],
-    )
-
-
 # -- the transaction ----------------------------------------------------------------------------------------------------
 
 
@@ -514,6 +514,7 @@ class Copies:
         self.guard = Guard(connection, known, owners)
         self.session = CopiesSession(self.guard, settings)
         self.doubts: list[str] = []
+        self.numbers_from = 1  # of sequences of the copies
         self._settings = settings
         self._base = base
         self._counters: list[dict[str, str]] = []
@@ -583,11 +584,11 @@ class Copies:
         ]
         keys = tuple(tuple(each[0]) for each in await connection.fetch(_TABLE_KEYS, oid))
         constraints = tuple(Constraint(*each) for each in await connection.fetch(_CONSTRAINTS, oid))
-        return Table(name, oid, tuple(columns), keys, constraints, tuple(row[2]), row[1])
+        return Table(name, oid, tuple(columns), keys, constraints, tuple(row[2]), row[1], tuple(row[3]))
 
     async def _make_copies(self, cascades: Sequence[Any]) -> None:
         connection = self.connection
-        copier = scratch.Copier()
+        copier = scratch.Copier(self.numbers_from)
         deferred: dict[str, bool] = {}
         for number, table in enumerate(self.tables):
             statements, counters = copier.copy(table)
@@ -596,6 +597,9 @@ class Copies:
                 if column.identity:
                     counters[column.name] = await connection.fetchval(
                         "select pg_get_serial_sequence($1, $2)", table.name.copy, column.name
+                    )
+                    await connection.execute(
+                        f"alter table {table.name.copy} alter column {ident(column.name)} restart with {self.numbers_from:d}"
                     )
             self._counters.append(counters)
             oid = await connection.fetchval("select $1::text::regclass::oid", table.name.copy)
@@ -712,15 +716,32 @@ class Copies:
             for counters in self._counters
         ]
 
+    def unknown(self) -> list[dict[str, Any]]:
+        """What the copies lack, so that agreement proves nothing."""
+        found: list[dict[str, Any]] = []
+        for table in self.tables:
+            if table.triggers:
+                text = (
+                    f"{table.name} has triggers that do not run in a rebuild ({', '.join(table.triggers)}): what they write "
+                    "was not compared"
+                )
+                found.append({"kind": "triggers", "count": len(table.triggers), "text": text})
+            if table.row_security:
+                text = (
+                    f"{table.name} hides rows from this role by row security: run the rebuild with a role that may see all "
+                    "rows (BYPASSRLS)"
+                )
+                found.append({"kind": "row_security", "count": 1, "text": text})
+            if table.rules:
+                text = f"{table.name} has rules, which a rebuild does not follow: {', '.join(table.rules)}"
+                found.append({"kind": "rules", "count": len(table.rules), "text": text})
+        return found
+
     def notes(self) -> list[str]:
         """What a person should know about the copies."""
         notes = []
         for table in self.tables:
             use = self.known[table.name]
-            if table.triggers:
-                notes.append(f"{table.name} has triggers that do not run in a rebuild: {', '.join(table.triggers)}")
-            if table.row_security:
-                notes.append(f"{table.name} has row security: only rows that this role may see were compared")
             if self._base is None and not use.inserted:
                 began = f"with the default as {', '.join(sorted(use.updated))}" if use.updated else "as they are"
                 notes.append(f"no handler inserts into {table.name}: it began with its real rows, {began}")

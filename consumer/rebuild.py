@@ -16,9 +16,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import difflib
-import heapq
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,17 +25,18 @@ from typing import Any
 
 from consumer import ledger, once, reading
 from consumer.app import App
-from consumer.compare import Compared
+from consumer.applied import Applied
+from consumer.compare import KINDS, Compared
 from consumer.compare import compare as compare_tables
-from consumer.copies import TEXTS_MAX, Again, Copies, Halve, calling, offers
+from consumer.copies import TEXTS_MAX, Again, Copies, Halve, calling
 from consumer.core import scratch
+from consumer.core.applied_order import AppliedOrder, Entry
 from consumer.core.bounds import Span
 from consumer.core.errors import CannotTell, Misconfigured, Reject
-from consumer.core.fingerprint import BYTES
 from consumer.core.handler import Call, Handler
-from consumer.core.lanes import Batch, Delivery, Lane, size_of
+from consumer.core.lanes import Batch, Delivery, Lane
 from consumer.core.message import Partition, Record
-from consumer.core.outcome import DUPLICATE, SKIPPED, Cause, Dead, Duplicate, Parked, Reason, Skipped
+from consumer.core.outcome import Cause, Dead, Duplicate, Parked, Reason, Skipped
 from consumer.core.retry import Retry
 from consumer.core.scratch import Name, Use
 from consumer.kafka import KafkaError, LogTruncated, Source
@@ -46,28 +46,13 @@ from consumer.settings import Settings
 _PARKED_MAX = 50_000  # failed messages, and those behind them, that wait for their turn
 _ANALYZE_AT = 1000  # messages; then whenever there are four times as many
 _DOUBTS_MAX = 20_000  # messages, in which a handler that inserts into a table will have done it once
+# How much later each partition comes than the one before it, in further rebuilds: transactions that are less than a
+# second apart may have overlapped, and then met a row in either order.
+_SHIFTS_US = (-1_000_000, 1_000_000)
+_OTHER_NUMBERS = 10_007  # where sequences start in a second rebuild
 _FOR_EVER = Retry(attempts=1 << 31, base=0, cap=0)  # as long as it helps: see _Pass._once_more
 _CHANGED = "nothing was changed, and it can be run again"
 
-# What was never applied, and what came with an id that another payload had. Of a message that was applied after all, the
-# dead letter stays.
-_DEAD = """
-insert into consumer_dead
-select handler, id, fingerprint from consumer.ledger where handler = any($1) and applied_at is null
-union
-select d.handler, d.id, d.fingerprint from consumer.dead_letters d
-left join consumer.ledger l on l.handler = d.handler and l.id = d.id
-where d.handler = any($1) and (l.handler is null or l.fingerprint <> d.fingerprint)
-"""
-_ARE_DEAD = """
-select place from unnest($1::int4[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
-join pg_temp.consumer_dead using (handler, id, fingerprint)
-"""
-_ARE_APPLIED = """
-select place from unnest($1::int4[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
-join consumer.ledger l on l.handler = o.handler and l.id = o.id
-where l.applied_at is not null and l.fingerprint = o.fingerprint
-"""
 # Positions stop below a message that waits for a retry; what was settled above them counts all the same.
 _AHEAD = """
 select p.topic, p.partition, max(l."offset") + 1 from consumer.ledger l
@@ -75,6 +60,11 @@ join consumer.topics t on t.topic = l.topic
 join unnest($1::text[], $2::int4[], $3::int8[]) as p(topic, partition, next_offset)
     on p.topic = t.name and p.partition = l.partition and l."offset" >= p.next_offset
 where l.handler = any($4) and l.applied_at is not null group by p.topic, p.partition
+"""
+_ARE_APPLIED = """
+select place from unnest($1::int4[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
+join consumer.ledger l on l.handler = o.handler and l.id = o.id
+where l.applied_at is not null and l.fingerprint = o.fingerprint
 """
 _COLUMNS = """
 select n.nspname, c.relname, a.attname from pg_attribute a
@@ -192,8 +182,10 @@ class _Rebuild:
         self.tell = tell
         self.progress = progress
         self.owners: dict[str, str] = {}  # deferred SQL -> the handler that it was first seen from
+        self.writers: set[str] = set()  # handlers that have written something, in any pass
         self.known: dict[Name, Use] = {}
-        self.handlers, self.notes = _chosen(app, self.partitions, handlers, self.owners)
+        self._announce: Callable[[int, Sequence[str]], None] | None = None  # told once, before the first pass
+        self.handlers, self.notes = _chosen(app, self.partitions, handlers, self.owners, self.writers)
 
     async def run(
         self,
@@ -203,26 +195,19 @@ class _Rebuild:
         trace: bool,
         announce: Callable[[int, Sequence[str]], None],
     ) -> Rebuilt:
-        """Replay, compare, and replay again for the messages behind what differs."""
-        found, is_announced = Rebuilt(), False
+        """Replay, compare, and replay again for what differs: is it stable, and which messages are behind it?"""
+        found = Rebuilt()
+        self._announce = announce
         await self._note_partitions()
-        while True:
-            try:
-                async with self._pass() as current:
-                    left_out, put_back = await current.columns_named(ignore, compare)
-                    spans = await current.spans(found)
-                    if found.unknown:
-                        found.notes = self.notes
-                        return found
-                    if not is_announced:
-                        announce(self._calls(spans), [each.name for each in self.handlers])
-                        is_announced = True
-                    await current.replay(spans, "replay")
-                    compared = await current.compare(left_out, put_back, sample_max)
-                break
-            except Again as again:
-                self.tell(f"{again}: beginning again from the start")
-        current.report(found, compared, spans)
+        first = await self._compared(found, ignore, compare, sample_max)
+        if first is None:
+            return found
+        compared, spans = first
+        if compared.differences and not found.unknown:
+            for shift in _SHIFTS_US:
+                if compared.differences:
+                    self.tell("rows differ: rebuilding again in another order, to find what depends on order or time")
+                    await self._keep_stable(found, compared, ignore, compare, shift)
         if trace and compared.differences:
             await self._trace(compared, spans)
         found.differences = [each.as_dict() for each in compared.differences]
@@ -232,6 +217,49 @@ class _Rebuild:
         """Calls of handlers for one pass over these spans, at most."""
         takers = Counter(topic for handler in self.handlers for topic in handler.topics)
         return sum(each.length * takers[each.partition.topic] for each in spans)
+
+    async def _compared(
+        self, found: Rebuilt, ignore: Sequence[str], compare: Sequence[str], sample_max: int, shift: int = 0
+    ) -> tuple[Compared, list[Span]] | None:
+        """One rebuild and its comparison; None when `found.unknown` says why there can be none.
+
+        shift: not 0 for another possible order, and with other numbers from sequences. See AppliedOrder.
+        """
+        while True:
+            try:
+                async with self._pass(shift=shift) as current:
+                    left_out, put_back = await current.columns_named(ignore, compare)
+                    spans = await current.spans(found)
+                    if found.unknown:
+                        found.notes = self.notes
+                        return None
+                    if self._announce is not None:
+                        self._announce(self._calls(spans), [each.name for each in self.handlers])
+                        self._announce = None
+                    await current.replay(spans, "again" if shift else "replay")
+                    compared = await current.compare(left_out, put_back, sample_max)
+                    if not shift:
+                        await current.report(found, compared, spans)
+                return compared, spans
+            except Again as learned:
+                self.tell(f"{learned}: beginning again from the start")
+
+    async def _keep_stable(
+        self, found: Rebuilt, compared: Compared, ignore: Sequence[str], compare: Sequence[str], shift: int
+    ) -> None:
+        """Drop the differences that a second rebuild does not show, and give them as reasons for doubt."""
+        second = await self._compared(Rebuilt(), ignore, compare, 0, shift)
+        if second is None:
+            return
+        for name, count in compared.keep_stable(second[0]).items():
+            columns = compared.varying(second[0], name)
+            text = (
+                f"{name}: {count} rows differ, and two rebuilds differ in them too (columns {', '.join(columns)}): they depend "
+                "on the order of messages whose order is not known, or on when their handler runs; --ignore leaves a column out"
+            )
+            found.unknown.append({"kind": "depends_on_order", "count": count, "text": text})
+        left = {(table["table"], kind) for table in compared.tables for kind in KINDS if table[kind]}
+        compared.differences = [each for each in compared.differences if (str(each.table), each.kind) in left]
 
     async def _note_partitions(self) -> None:
         with _kafka_told_in_one_line(self.settings):
@@ -244,10 +272,11 @@ class _Rebuild:
                 )
 
     @asynccontextmanager
-    async def _pass(self, sought: Compared | None = None) -> AsyncIterator[_Pass]:
+    async def _pass(self, sought: Compared | None = None, shift: int = 0) -> AsyncIterator[_Pass]:
         connection = await ledger.connect(self.settings)
         try:
-            current = _Pass(self, connection)
+            current = _Pass(self, connection, shift)
+            current.copies.numbers_from = _OTHER_NUMBERS if shift else 1
             await current.set_up(sought)
             yield current
             await connection.execute("rollback")
@@ -273,7 +302,7 @@ class _Rebuild:
 
 
 def _chosen(
-    app: App, partitions: Sequence[Partition], wanted: Sequence[str] | None, owners: dict[str, str]
+    app: App, partitions: Sequence[Partition], wanted: Sequence[str] | None, owners: dict[str, str], writers: set[str]
 ) -> tuple[list[Handler], list[str]]:
     """The handlers to run, as copies, and what there is to say about the others."""
     topics = {each.topic for each in partitions}
@@ -305,7 +334,7 @@ def _chosen(
                 f"handler {each.name} also takes {', '.join(left)}: not replayed, so those rows are extra here"
             )
     copies = [
-        dataclasses.replace(each, retry=_FOR_EVER, call=_named(each.name, each.call, owners))
+        dataclasses.replace(each, retry=_FOR_EVER, call=_named(each.name, each.call, owners, writers))
         for each in chosen
         if each.call is not None
     ]
@@ -316,7 +345,7 @@ class _Rejected(Exception):
     """The handler raised Reject. It may only be early here: partitions and topics have no order between them."""
 
 
-def _named(name: str, call: Call, owners: dict[str, str]) -> Call:
+def _named(name: str, call: Call, owners: dict[str, str], writers: set[str]) -> Call:
     """A handler's call that tells whose SQL it is, for the sentence that refuses it."""
 
     async def named(value: Any, message: Any, tx: Any) -> object:
@@ -328,6 +357,7 @@ def _named(name: str, call: Call, owners: dict[str, str]) -> Call:
         finally:
             calling.reset(token)
             for sql, _ in tx.writes:
+                writers.add(name)
                 if sql not in owners:
                     if len(owners) >= TEXTS_MAX:
                         owners.clear()
@@ -339,18 +369,21 @@ def _named(name: str, call: Call, owners: dict[str, str]) -> Call:
 class _Pass:
     """One transaction, and the replay in it. Raises Again when something was learned; nothing of it lasts."""
 
-    def __init__(self, work: _Rebuild, connection: Any) -> None:
+    def __init__(self, work: _Rebuild, connection: Any, shift: int = 0) -> None:
         self.work = work
+        self.shift = shift  # see AppliedOrder
         self.connection = connection
         self.copies = Copies(connection, work.settings, work.known, work.owners, work.base)
+        self.copies.guard.writers = work.writers
         self.names = once.Names(work.app.name, {})
         self.positions: dict[Partition, int] = {}
+        self.applied = Applied(connection, self.positions)
         self.begun: dict[Partition, int] = {}  # where the application began, if not at the beginning of the log
         self.messages = 0
         self.counts: Counter[str] = Counter()
+        self.applied_by: Counter[str] = Counter()  # handler -> messages
         self.failures: Counter[str] = Counter()
         self._weak: set[str] = set()  # topics of messages without an id
-        self._dead_letters = 0
         self._settled = 0
         self._round = 0
         self._errors: dict[Delivery, str] = {}  # of messages that wait for another attempt
@@ -359,6 +392,7 @@ class _Pass:
         for handler in work.handlers:
             for topic in handler.topics:
                 topics.setdefault(topic, []).append(handler)
+        self._by_topic = topics
         self._lane = Lane(topics, _PARKED_MAX, work.settings.buffer_bytes_max)
 
     # -- before the first message -----------------------------------------------------------------------------------
@@ -392,8 +426,7 @@ class _Pass:
             if (each := Partition(topic, partition)) in self.work.partitions:
                 self.positions[each] = position
                 self.begun |= {each: begun} if begun else {}
-        tag = await self.connection.execute(_DEAD, [each.number for each in self.work.handlers])
-        self._dead_letters = int(tag.split()[-1])
+        await self.applied.read([each.number for each in self.work.handlers], sorted(self._by_topic))
 
     async def columns_named(
         self, ignore: Sequence[str], put_back: Sequence[str]
@@ -465,6 +498,7 @@ class _Pass:
     async def replay(self, spans: Sequence[Span], phase: str) -> None:
         """Replay all spans, in the order of the records' times as far as the partitions allow."""
         work = self.work
+        self.applied.spans = {each.partition: each for each in spans}
         done = {each.partition: each.first for each in spans}
         first, total = sum(done.values()), sum(each.length for each in spans)
 
@@ -475,17 +509,12 @@ class _Pass:
         for each in spans:
             self._lane.open(each.partition, each.first)
         work.progress(phase, 0, total)
-        # A copy is small at first, and full of dead versions later: whoever can find a row by an index should.
+        # A copy is small at first, and full of dead row versions later: an index beats a scan for a single row.
         await self.connection.execute("set local enable_seqscan = off")
-        slices = _in_time_order(work.source, spans, work.settings, advanced)
+        slices = self._slices(spans, advanced)
         try:
-            async for records in slices:
-                for partition, those in records.items():
-                    self._lane.add(partition, those)
-                    self.messages += len(those)
-                await self._drain()
-                while self._lane.fetched[0]:  # as many wait as may
-                    await self._once_more()
+            async for entries in slices:
+                await self._settle_slice(entries)
                 if self.copies.session.is_traced:
                     return
                 if self.messages >= _DOUBTS_MAX:
@@ -498,15 +527,72 @@ class _Pass:
         self.copies.check_doubts()
         await self.copies.check_writes()
 
+    async def _slices(
+        self, spans: Sequence[Span], advanced: Callable[[Partition, int], None]
+    ) -> AsyncGenerator[list[Entry], None]:
+        """The deliveries of the spans in the order of their effects, as many at a time as a batch holds.
+
+        Partitions that are ahead are paused, so that no more is kept than the buffer may hold.
+        """
+        settings, source = self.work.settings, self.work.source
+        ends = {each.partition: each.end for each in spans if each.length}
+        order = AppliedOrder(
+            ends, bytes_max=max(1 << 16, settings.buffer_bytes_max // max(1, len(ends))), shift=self.shift
+        )
+        for entry in self.applied.edits(self.work.handlers):
+            order.add_late(entry)
+        most = settings.batch_messages_max
+        ready: list[Entry] = []
+        paused: set[Partition] = set()
+        with _kafka_told_in_one_line(settings):
+            async for partition, records, following in reading.read(source, spans):
+                self.messages += len(records)
+                order.add(partition, await self._entries(partition, records), complete=following >= ends[partition])
+                if order.is_full(partition) and following < ends[partition]:
+                    source.pause(partition)
+                    paused.add(partition)
+                advanced(partition, following)
+                while more := order.take(most - len(ready)):
+                    ready += more
+                    if len(ready) == most:
+                        yield ready
+                        ready = []
+                for low in [each for each in paused if order.is_low(each)]:
+                    source.resume(low)
+                    paused.discard(low)
+        ready += order.take(order.held)
+        if ready:
+            yield ready
+
+    async def _entries(self, partition: Partition, records: Sequence[Record]) -> list[Entry]:
+        deliveries = [
+            Delivery(handler, record) for record in records for handler in self._by_topic.get(partition.topic, ())
+        ]
+        if not deliveries:
+            return []
+        self._weak |= once.identify(deliveries, self.names.logs)
+        return await self.applied.entries(deliveries)
+
+    async def _settle_slice(self, entries: Sequence[Entry]) -> None:
+        """Settle what is next, and try again what has failed: what it needs may be there by now."""
+        await self._settle(self._lane.admit([each.delivery for each in entries]))
+        await self._keep_fast()
+        self._round += 1
+        if self._lane.parked:
+            await self._drain()
+
     async def _drain(self) -> None:
         """Settle everything that may run now."""
         settings = self.work.settings
         while batch := self._lane.take(self._round, settings.batch_messages_max, settings.batch_bytes_max):
             await self._settle(batch)
-            analyze = self.counts["applied"] >= self._analyze_at
-            if analyze:
-                self._analyze_at = self.counts["applied"] * 4
-            await self.copies.keep_fast(analyze)
+            await self._keep_fast()
+
+    async def _keep_fast(self) -> None:
+        analyze = self.counts["applied"] >= self._analyze_at
+        if analyze:
+            self._analyze_at = self.counts["applied"] * 4
+        await self.copies.keep_fast(analyze)
 
     async def _once_more(self) -> None:
         """Try again what has failed: what it needs may be there by now. If nothing is gained it has failed for good."""
@@ -522,7 +608,7 @@ class _Pass:
             rejected = [each for each in given_up if self._errors[each] == _Rejected.__name__]
             # The ledger's dead letters were left out before. What it has as applied, and is rejected here, was met in
             # another order: that is not known here. The rest may have been rejected before there was a ledger.
-            applied = await self._applied(rejected)
+            applied = await self._are_applied(rejected)
             for delivery in given_up:
                 final = delivery in rejected and delivery not in applied
                 delivery.outcome = Dead(Reason.REJECTED if final else Reason.FAILED, "")
@@ -533,7 +619,6 @@ class _Pass:
         if not batch.deliveries:
             self._lane.settle(batch, {}, self._lane.moves(batch, ()))
             return
-        await self._sort(batch.deliveries)
         session = self.copies.session
         parts: list[once.Part] = [(batch, False, 0)]
         while parts:
@@ -560,33 +645,9 @@ class _Pass:
             else:
                 self._settled_part(part, done)
 
-    async def _sort(self, deliveries: Sequence[Delivery]) -> None:
-        """Identify messages, and leave out those whose effects are not supposed to be there."""
-        self._weak |= once.identify(deliveries, self.names.logs)
-        waiting = [each for each in deliveries if each.outcome is None or isinstance(each.outcome, Dead)]
-        if self._dead_letters and waiting:
-            for each in await self._which(_ARE_DEAD, waiting):
-                each.outcome = DUPLICATE[Cause.DEAD_LETTER]
-        ahead = [
-            each
-            for each in waiting
-            if each.outcome is None and each.record.offset >= self.positions.get(each.partition, 0)
-        ]
-        applied = await self._applied(ahead)
-        for delivery in ahead:
-            if delivery not in applied:
-                delivery.outcome = SKIPPED  # not settled yet
-
-    async def _applied(self, deliveries: Sequence[Delivery]) -> set[Delivery]:
+    async def _are_applied(self, deliveries: Sequence[Delivery]) -> set[Delivery]:
         """Those that the ledger has as applied."""
-        return set(await self._which(_ARE_APPLIED, deliveries)) if deliveries else set()
-
-    async def _which(self, question: str, deliveries: Sequence[Delivery]) -> list[Delivery]:
-        """Those of which a statement finds a row, also one from before their handler's rule of comparison."""
-        earlier = [each for each in deliveries if each.handler.fingerprint is not BYTES]
-        asked = [*deliveries, *earlier]
-        offered = [*deliveries, *map(once.by_bytes, earlier)]
-        return [asked[row[0] - 1] for row in await self.connection.fetch(question, *offers(offered))]
+        return {each for each, _ in await self.applied.ask(_ARE_APPLIED, deliveries)}
 
     def _settled_part(self, part: Batch, done: once.Settlement) -> None:
         for delivery, outcome in done.outcomes.items():
@@ -612,6 +673,7 @@ class _Pass:
                     self.counts["id_conflict"] += 1
                 case Dead():
                     self.counts["unreadable"] += 1
+                    self.applied.note_unreadable(delivery)
                 case Skipped():
                     self.counts["unsettled"] += 1
             self._errors.pop(delivery, None)
@@ -619,6 +681,7 @@ class _Pass:
             for delivery in done.applied:
                 self._errors.pop(delivery, None)
         self.counts["applied"] += len(done.applied)
+        self.applied_by.update(each.handler.name for each in done.applied)
         self._settled += len(part.deliveries) - len(done.parked)
         self._lane.settle(part, dict.fromkeys(done.parked, self._round + 1.0), done.moves)
 
@@ -636,7 +699,7 @@ class _Pass:
 
         return await compare_tables(self.connection, tables, ignore, put_back, sample_max, compared)
 
-    def report(self, found: Rebuilt, compared: Compared, spans: Sequence[Span]) -> None:
+    async def report(self, found: Rebuilt, compared: Compared, spans: Sequence[Span]) -> None:
         """Put what was counted into the answer."""
         counts = self.counts
         found.messages, found.tables = self.messages, compared.tables
@@ -647,6 +710,18 @@ class _Pass:
             errors = ", ".join(f"{name} ({count})" for name, count in self.failures.most_common(3))
             text = f"{counts['failed']} messages failed in the rebuild, so their effects are not in it: {errors}"
             found.unknown.append({"kind": "failed", "count": counts["failed"], "text": text})
+        if unreadable := await self.applied.unreadable_but_applied():
+            text = f"{unreadable} messages were applied, and today's code cannot read them: their effects are not in the rebuild"
+            found.unknown.append({"kind": "unreadable_now", "count": unreadable, "text": text})
+        for name, count in sorted(self.applied_by.items()):
+            if name not in self.copies.guard.writers:
+                text = (
+                    f"handler {name} ran for {count} messages and wrote nothing here, so none of its effects was compared "
+                    "(a flag or a setting that is missing where the rebuild runs?)"
+                )
+                found.unknown.append({"kind": "nothing_compared", "count": count, "text": text})
+        found.unknown += self.copies.unknown()
+        counts["id_conflict"] += self.applied.conflicts
         if counts["id_conflict"]:
             text = f"{counts['id_conflict']} messages have an id that another payload had before: the first one counts here"
             found.unknown.append({"kind": "id_conflict", "count": counts["id_conflict"], "text": text})
@@ -683,60 +758,3 @@ class _Pass:
         if count := self.counts["unreadable"]:
             notes.append(f"{count} messages cannot be read")
         return [*notes, *self.copies.notes()]
-
-
-async def _in_time_order(
-    source: Source, spans: Sequence[Span], settings: Settings, advanced: Callable[[Partition, int], None]
-) -> AsyncGenerator[dict[Partition, list[Record]], None]:
-    """The records of the spans in slices: in order within each partition, the partitions merged by their records' times.
-
-    Topics have no order between them, but a message that builds on one of another topic mostly comes later. Partitions
-    that are ahead are paused, so that no more is kept than the buffer may hold.
-    """
-    ends = {each.partition: each.end for each in spans if each.length}
-    places = {partition: place for place, partition in enumerate(ends)}
-    slice_max = settings.batch_messages_max
-    messages_max = max(500, settings.buffer_messages_max // max(1, len(ends)))
-    bytes_max = max(1 << 16, settings.buffer_bytes_max // max(1, len(ends)))
-    buffers: dict[Partition, deque[Record]] = {each: deque() for each in ends}
-    sizes = dict.fromkeys(ends, 0)
-    unread, waiting, paused = set(ends), set(ends), set[Partition]()  # waiting: unread, and nothing of it is here
-    heads: list[tuple[int, int, Partition]] = []  # of each buffer, the time of its first record
-    taken: dict[Partition, list[Record]] = {}
-    count = 0
-    with _kafka_told_in_one_line(settings):
-        async for partition, records, following in reading.read(source, spans):
-            buffer = buffers[partition]
-            if records and not buffer:
-                heapq.heappush(heads, (records[0].timestamp, places[partition], partition))
-            buffer.extend(records)
-            sizes[partition] += sum(map(size_of, records))
-            if following >= ends[partition]:
-                unread.discard(partition)
-            if buffer or partition not in unread:
-                waiting.discard(partition)
-            if partition in unread and (len(buffer) >= messages_max or sizes[partition] >= bytes_max):
-                source.pause(partition)
-                paused.add(partition)
-            advanced(partition, following)
-            while heads and not waiting:
-                _, _, first = heapq.heappop(heads)
-                buffer, run = buffers[first], taken.setdefault(first, [])
-                until = heads[0][0] if heads else float("inf")
-                while buffer and buffer[0].timestamp <= until and count < slice_max:
-                    record = buffer.popleft()
-                    sizes[first] -= size_of(record)
-                    run.append(record)
-                    count += 1
-                if buffer:
-                    heapq.heappush(heads, (buffer[0].timestamp, places[first], first))
-                elif first in unread:
-                    waiting.add(first)
-                if first in paused and len(buffer) <= messages_max // 2 and sizes[first] <= bytes_max // 2:
-                    source.resume(first)
-                    paused.discard(first)
-                if count >= slice_max:
-                    yield taken
-                    taken, count = {}, 0
-    if taken:
-        yield taken

@@ -66,6 +66,7 @@ LAYERS = [
     "republish",
     "history",
     "witness",
+    "applied",
     "compare",
     "copies",
     "rebuild",

@@ -29,11 +29,10 @@ from harness import (
 from services import Kafka
 
 from consumer import App, Message, Reject, Retry, Settings, Tx, once
-from consumer.core.bounds import Span
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.message import Partition
 from consumer.kafka import Source
-from consumer.rebuild import Rebuilt, _in_time_order, rebuild
+from consumer.rebuild import Rebuilt, rebuild
 from handlers import app as billing
 
 INSERT = "insert into effects values ($1, $2, $3)"
@@ -481,7 +480,8 @@ async def test_numbers_and_times_that_a_rebuild_cannot_give_again_are_left_out(p
     found = await rebuilt(place, app, compare=["made.id", "made_at"], trace=False)
     tables = {each["table"]: each for each in found.tables}
     assert tables["public.made"]["matched_by"] == ["id"] and tables["public.made"]["missing"] == 0
-    assert tables["public.numbered"]["different"] == 5  # the time is another one
+    assert tables["public.numbered"]["different"] == 0  # two rebuilds give two times
+    assert [each["kind"] for each in found.unknown] == ["depends_on_order"] and "made_at" in found.unknown[0]["text"]
 
 
 async def test_a_default_that_handlers_never_leave_to_the_database_is_compared(place: Place) -> None:
@@ -794,41 +794,6 @@ async def test_what_has_failed_is_tried_again_for_as_long_as_anything_is_gained(
 async def waits(place: Place, app: App, topic: str) -> bool:
     rows = await query(place.dsn, "select 1 from consumer.positions where app = $1 and topic = $2", app.name, topic)
     return bool(rows)
-
-
-async def test_topics_are_merged_by_the_times_of_their_records_and_no_more_is_kept_than_may_be(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second = await place.topic(2), await place.topic()
-    for topic, number in [(first, 0), (second, 0), (first, 0), (first, 1), (second, 0)]:
-        await place.send(topic, *[Sent({"n": n}, partition=number) for n in range(1500)])
-        await asyncio.sleep(0.002)  # the times are milliseconds
-    paused: list[Partition] = []
-    settings = place.settings(buffer_messages_max=10, batch_messages_max=700, kafka_partition_fetch_bytes_max=20_000)
-    spans = [
-        Span(Partition(first, 0), 0, 3000),
-        Span(Partition(first, 1), 0, 1400),
-        Span(Partition(second, 0), 100, 3000),
-    ]
-    read: dict[Partition, list[int]] = {}
-    latest = 0
-    async with reader(settings) as source:
-        pause = source.pause
-
-        def noted(partition: Partition) -> None:
-            paused.append(partition)
-            pause(partition)
-
-        monkeypatch.setattr(source, "pause", noted)
-        async for those in _in_time_order(source, spans, settings, lambda partition, offset: None):
-            records = [each for those_of_it in those.values() for each in those_of_it]
-            assert 0 < len(records) <= 700
-            assert latest <= min(each.timestamp for each in records)
-            latest = max(each.timestamp for each in records)
-            for partition, those_of_it in those.items():
-                read.setdefault(partition, []).extend(each.offset for each in those_of_it)
-    assert read == {each.partition: list(range(each.first, each.end)) for each in spans}
-    assert len(paused) > len(spans)  # of which each was paused once at its end
 
 
 async def test_what_is_settled_above_a_position_counts_and_what_is_not_does_not(place: Place) -> None:

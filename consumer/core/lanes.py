@@ -363,6 +363,14 @@ class Lane:
         """Bytes that may be parked of one partition."""
         return max(_PARKED_BYTES_LEAST, self._parked_bytes_max // max(1, len(self._queues)))
 
+    def admit(self, deliveries: Iterable[Delivery]) -> Batch:
+        """A batch in the caller's order, across partitions; frontiers stay where they are.
+
+        Deliveries whose unit waits for a failed message queue behind it. Their partitions must be open.
+        """
+        free = [each for each in deliveries if not (self._chains and self._queue_behind(each))]
+        return Batch(free, {}, self._now_open())
+
     def _now_open(self) -> dict[Partition, int]:
         return {partition: queue.opening for partition, queue in self._queues.items()}
 

@@ -22,6 +22,8 @@ from consumer.core.sqltokens import first_words
 LEARNED = "IC001"  # SQLSTATE of the triggers that tell how a table is used
 OURS = "consumer"  # the schema that no handler may touch
 NOW = "written as now()"
+IGNORED = "--ignore"
+GENERATED = "generated"
 SHOWN_MAX = 200  # characters of a value in an answer
 _DEFAULT_MAX = 80
 _AFTER = ("consumer_after", "consumer_after")
@@ -131,7 +133,8 @@ class Table:
     keys: tuple[tuple[str, ...], ...] = ()
     constraints: tuple[Constraint, ...] = ()
     triggers: tuple[str, ...] = ()  # of users: a copy has none of them
-    row_security: bool = False
+    row_security: bool = False  # hides rows from the role of this connection
+    rules: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -174,9 +177,13 @@ class Copying(NamedTuple):
 
 
 class Copier:
-    """Writes the SQL that makes copies; keeps the names that are taken in pg_temp."""
+    """Writes the SQL that makes copies; keeps the names that are taken in pg_temp.
 
-    def __init__(self) -> None:
+    numbers_from: where the sequences of the copies start.
+    """
+
+    def __init__(self, numbers_from: int = 1) -> None:
+        self._numbers_from = numbers_from
         self._taken: dict[str, str] = {}  # name in pg_temp -> what it stands for
         self._counters = 0
 
@@ -200,7 +207,7 @@ class Copier:
                 continue
             for sequence in column.sequences:
                 own, fresh = self._sequence(sequence)
-                made += [f"create temp sequence {ident(own)}"] if fresh else []
+                made += [f"create temp sequence {ident(own)} start {self._numbers_from:d}"] if fresh else []
                 name = literal(f"pg_temp.{ident(own)}")
                 default = default.replace(f"{literal(sequence.written)}::regclass", f"{name}::regclass")
             if column.moves:
@@ -446,9 +453,9 @@ def left_out(
         if (table.name, column.name) in compare:
             continue
         if (table.name, column.name) in ignore:
-            reasons[column.name] = "--ignore"
+            reasons[column.name] = IGNORED
         elif column.generated:
-            reasons[column.name] = "generated"
+            reasons[column.name] = GENERATED
         elif column.moves and (column.name in used or (not use.inserted and column.name in use.updated)):
             reasons[column.name] = column.why
         elif column.name in nows:
@@ -468,6 +475,13 @@ class Comparison:
     table: Table
     key: tuple[str, ...]
     columns: tuple[Column, ...]  # compared, without those of the key
+    null_only: tuple[Column, ...] = ()  # values that no rebuild can give again: compared as null or not null
+    clocked: frozenset[str] = frozenset()  # of `columns`: hold the rebuild's own time in some rows
+
+    @property
+    def shown(self) -> tuple[Column, ...]:
+        """The columns of a sample, in order."""
+        return self.columns + self.null_only
 
     @property
     def marked(self) -> tuple[str, ...]:
@@ -497,8 +511,8 @@ class Comparison:
     def samples(self) -> str:
         """kind, count, key, real, rebuilt, differs, deltas, mark: at most $1 rows, of every kind in turn."""
         if not self.key:
-            shown = _array(f"left(c{n}::text, {SHOWN_MAX + 1})" for n in range(len(self.columns)))
-            order = ", ".join(["kind", *(f"c{n}" for n in range(len(self.columns)))])
+            shown = _array(f"left(c{n}::text, {SHOWN_MAX + 1})" for n in range(len(self.shown)))
+            order = ", ".join(["kind", *(f"c{n}" for n in range(len(self.shown)))])
             return (
                 "select kind, count, array[]::text[] as key, shown as real, shown as rebuilt, array[]::bool[] as differs, "
                 f"array[]::text[] as deltas, mark from (select kind, abs(real - rebuilt)::int8 as count, {shown} as shown, "
@@ -508,8 +522,8 @@ class Comparison:
                 "as counted where real <> rebuilt) as differing) as numbered order by place, kind limit $1"
             )
         real, rebuilt = f"r.{ident(self.key[0])}", f"b.{ident(self.key[0])}"
-        either = [f"coalesce(r.{ident(each)}, b.{ident(each)})" for each in self.key]
-        names = [ident(each.name) for each in self.columns]
+        either = self._either()
+        names = [ident(each.name) for each in self.shown]
         return (
             "select kind, 1::int8 as count, key, real, rebuilt, differs, deltas, mark from (select *, "
             "row_number() over (partition by kind order by place) as turn from ("
@@ -518,12 +532,40 @@ class Comparison:
             f"{_array(f'left({each}::text, {SHOWN_MAX + 1})' for each in either)} as key, "
             f"{_array(f'left(r.{each}::text, {SHOWN_MAX + 1})' for each in names)} as real, "
             f"{_array(f'left(b.{each}::text, {SHOWN_MAX + 1})' for each in names)} as rebuilt, "
-            f"{_array((self._differ(each) for each in self.columns), 'bool')} as differs, "
+            f"{_array((self._differ(each) for each in self.shown), 'bool')} as differs, "
             f"{_array(f'(r.{ident(each)}::numeric - b.{ident(each)}::numeric)::text' for each in self.numeric)} as deltas, "
             f"{_mark(either)} as mark from {self._joined()} "
             f"where {real} is null or {rebuilt} is null or {self._differs()}) as differing) as numbered "
             "order by turn, kind limit $1"
         )
+
+    def marks(self) -> str:
+        """kind and a hash of every differing row with what the rebuild gives for it: at most $1, in a fixed order."""
+        if not self.key:
+            every = [f"c{n}" for n in range(len(self.shown))]
+            return (
+                "select case when real > rebuilt then 'extra' else 'missing' end as kind, "
+                f"{_mark([*every, 'real - rebuilt'])} as mark from ({self._counted()}) as counted "
+                "where real <> rebuilt order by kind, mark limit $1"
+            )
+        real, rebuilt = f"r.{ident(self.key[0])}", f"b.{ident(self.key[0])}"
+        values = [
+            f"nullif(b.{ident(each.name)}, now())" if each.name in self.clocked else f"b.{ident(each.name)}"
+            for each in self.columns
+        ]
+        return (
+            f"select case when {real} is null then 'missing' when {rebuilt} is null then 'extra' else 'different' end "
+            f"as kind, {_mark([*self._either(), *values])} as mark from {self._joined()} "
+            f"where {real} is null or {rebuilt} is null or {self._differs()} order by kind, mark limit $1"
+        )
+
+    def sums(self) -> str:
+        """A hash of every column of the copy, whatever the order of its rows."""
+        names = [*self.key, *(each.name for each in self.columns)]
+        asked = ", ".join(
+            f"sum(hashtextextended({ident(each)}::text, 0)::numeric)::text as {ident(each)}" for each in names
+        )
+        return f"select {asked or 'null'} from {self.table.name.copy}"
 
     def nows(self) -> str | None:
         """Which columns hold the time of the rebuild: a value of each, and None where there are no times."""
@@ -531,29 +573,42 @@ class Comparison:
         asked = ", ".join(f"coalesce(bool_or({ident(each)} = now()), false) as {ident(each)}" for each in times)
         return f"select {asked} from {self.table.name.copy}" if times else None
 
+    def _either(self) -> list[str]:
+        return [f"coalesce(r.{ident(each)}, b.{ident(each)})" for each in self.key]
+
     def _joined(self) -> str:
         on = " and ".join(f"r.{ident(each)} = b.{ident(each)}" for each in self.key)
         return f"{self.table.name.real} as r full join {self.table.name.copy} as b on {on}"
 
     def _differ(self, column: Column) -> str:
+        real, rebuilt = f"r.{ident(column.name)}", f"b.{ident(column.name)}"
+        if column in self.null_only:
+            return f"({real} is null) <> ({rebuilt} is null)"
         cast = "" if column.comparable else "::text"
-        return f"r.{ident(column.name)}{cast} is distinct from b.{ident(column.name)}{cast}"
+        differs = f"{real}{cast} is distinct from {rebuilt}{cast}"
+        if column.name in self.clocked:
+            return f"case when {rebuilt} = now() then {real} is null else {differs} end"
+        return differs
 
     def _differs(self) -> str:
-        return " or ".join(self._differ(each) for each in self.columns) or "false"
+        return " or ".join(self._differ(each) for each in self.shown) or "false"
 
     def _counted(self) -> str:
         """How often each row stands in the real table and in its copy."""
-        taken = [
-            f"{ident(each.name)}{'' if each.comparable else '::text'} as c{n}" for n, each in enumerate(self.columns)
-        ]
+        taken = [f"{self._counted_value(each)} as c{n}" for n, each in enumerate(self.shown)]
         both = " union all ".join(
             f"select {', '.join([*taken, f'{real} as real', f'{1 - real} as rebuilt'])} from {place}"
             for real, place in ((1, self.table.name.real), (0, self.table.name.copy))
         )
-        columns = [f"c{n}" for n in range(len(self.columns))]
+        columns = [f"c{n}" for n in range(len(self.shown))]
         group = f" group by {', '.join(columns)}" if columns else ""
         return f"select {', '.join([*columns, 'sum(real) as real', 'sum(rebuilt) as rebuilt'])} from ({both}) as both_{group}"
+
+    def _counted_value(self, column: Column) -> str:
+        name = ident(column.name)
+        if column in self.null_only:
+            return f"case when {name} is not null then 'not null' end"
+        return name if column.comparable else f"{name}::text"
 
 
 def _array(expressions: Iterable[str], kind: str = "text") -> str:

@@ -1,0 +1,177 @@
+"""Verdicts of a rebuild: order across partitions and topics, columns that move, and reasons for doubt."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import msgspec
+import pytest
+from harness import Place, Sent, consume_all, drained, migrated, query, working
+from test_rebuild import handling, message_id, new_app, paying, payment, rebuilt, sent
+
+from consumer import App, Tx
+
+TABLES = """
+create table orders (id text primary key, status text not null, deleted_at timestamptz);
+create table latest (only_one int primary key, value int not null);
+"""
+
+
+class Renamed(msgspec.Struct):
+    id: str
+    branch: int
+
+
+async def spread(place: Place) -> None:
+    """Move the transactions of the ledger apart, as if a minute had gone by between two of them."""
+    await query(
+        place.dsn,
+        """update consumer.ledger l set applied_at = applied_at + place * interval '1 minute' from
+           (select at, rank() over (order by at) as place from (select distinct applied_at as at from consumer.ledger) a) r
+           where r.at = l.applied_at""",
+    )
+
+
+def kinds(found: Any) -> list[str]:
+    return [each["kind"] for each in found.unknown]
+
+
+async def test_topics_settled_one_after_the_other_are_rebuilt_in_that_order(place: Place) -> None:
+    """An order is inserted, paid and shipped by three topics; the last status depends on the order of all."""
+    await migrated(place.dsn, TABLES)
+    app = new_app()
+    topics = [await place.topic(2) for _ in range(3)]
+
+    @app.handler(topics[0], name="insert")
+    async def insert(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("insert into orders (id, status) values ($1, 'new')", str(body["n"]))
+
+    @app.handler(topics[1], name="pay")
+    async def pay(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("update orders set status = 'paid' where id = $1 and status = 'new'", str(body["n"]))
+
+    @app.handler(topics[2], name="ship")
+    async def ship(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("update orders set status = 'shipped' where id = $1 and status = 'paid'", str(body["n"]))
+
+    async with working(app, place.settings()):
+        for topic in topics:
+            await place.send(topic, *[Sent({"n": n}, id=message_id(f"{topic}-{n}"), key=str(n)) for n in range(60)])
+            await drained(app, place.settings())
+    assert await query(place.dsn, "select distinct status from orders") == [("shipped",)]
+    await spread(place)
+    found = await rebuilt(place, app)
+    assert found.agrees and not found.unknown
+    await query(place.dsn, "update orders set status = 'paid' where id = '7'")
+    found = await rebuilt(place, app)
+    assert not found.agrees and not found.unknown
+    [each] = found.differences
+    assert each["columns"] == {"status": {"real": "paid", "rebuilt": "shipped"}}
+
+
+@pytest.mark.parametrize("last", [0, 1])
+async def test_the_last_writer_of_two_partitions_is_the_one_that_was_applied_last(place: Place, last: int) -> None:
+    await migrated(place.dsn, TABLES)
+    topic = await place.topic(2)
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("insert into latest values (1, $1) on conflict (only_one) do update set value = $1", body["n"])
+
+    app = handling(topic, handle)
+    async with working(app, place.settings()):
+        for n, partition in enumerate([1 - last, last, 1 - last, last]):
+            await place.send(topic, Sent({"n": n}, id=message_id(f"m{n}"), partition=partition))
+            await drained(app, place.settings())
+    found = await rebuilt(place, app)
+    assert found.agrees and not found.unknown
+    await query(place.dsn, "update latest set value = 2")
+    found = await rebuilt(place, app)  # the four transactions may have overlapped, as far as the ledger knows
+    assert kinds(found) == ["depends_on_order"] and "latest" in found.unknown[0]["text"]
+    await spread(place)
+    assert not (await rebuilt(place, app)).agrees
+
+
+async def test_a_lost_soft_delete_is_found_and_a_right_one_agrees(place: Place) -> None:
+    await migrated(place.dsn, TABLES)
+    topic = await place.topic()
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        if body["n"] <= 10:
+            tx.defer("insert into orders (id, status) values ($1, 'new')", str(body["n"]))
+        else:
+            tx.defer("update orders set deleted_at = now() where id = $1", str(body["n"] - 10))
+
+    app = handling(topic, handle)
+    await place.send(topic, *sent(14))
+    await consume_all(app, place.settings())
+    found = await rebuilt(place, app)
+    assert found.agrees and not found.unknown
+    await query(place.dsn, "update orders set deleted_at = null where id = '3'")
+    await query(place.dsn, "update orders set deleted_at = now() where id = '9'")
+    found = await rebuilt(place, app)
+    assert [each["key"]["id"] for each in found.differences] == ["3", "9"] and not found.unknown
+
+
+async def test_messages_that_cannot_be_read_any_more_are_a_reason_for_doubt(place: Place) -> None:
+    topic = await place.topic()
+    app = paying(topic)
+    await place.send(topic, *[payment(f"p{n}") for n in range(5)])
+    await consume_all(app, place.settings())
+    changed = App(app.name)
+
+    @changed.handler(topic)
+    async def settle(payment: Renamed, tx: Tx) -> None:
+        tx.defer("insert into effects values ($1, $2, 1)", payment.id, payment.branch)
+
+    found = await rebuilt(place, changed)
+    assert "unreadable_now" in kinds(found)
+
+
+async def test_a_handler_that_writes_nothing_here_proves_nothing(place: Place) -> None:
+    topic = await place.topic()
+    enabled = True
+    app = new_app()
+
+    @app.handler(topic, name="settle")
+    async def settle(body: dict[str, Any], tx: Tx) -> None:
+        if enabled:
+            tx.defer("insert into effects values ($1, 1, 1)", str(body["n"]))
+
+    await place.send(topic, *sent(5))
+    await consume_all(app, place.settings())
+    assert not (await rebuilt(place, app)).unknown
+    enabled = False
+    found = await rebuilt(place, app)
+    assert kinds(found) == ["nothing_compared"] and "settle" in found.unknown[0]["text"]
+
+
+async def test_tables_with_triggers_are_a_reason_for_doubt(place: Place) -> None:
+    topic = await place.topic()
+    app = paying(topic)
+    await query(
+        place.dsn,
+        """create function doubled() returns trigger language plpgsql as
+           $$ begin new.amount := new.amount * 2; return new; end $$""",
+    )
+    await query(place.dsn, "create trigger twice before insert on effects for each row execute function doubled()")
+    await place.send(topic, *[payment(f"p{n}") for n in range(5)])
+    await consume_all(app, place.settings())
+    assert "triggers" in kinds(await rebuilt(place, app))
+
+
+async def test_values_that_python_draws_are_found_by_rebuilding_twice(place: Place) -> None:
+    topic = await place.topic()
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("insert into effects values ($1, $2, 1)", str(uuid.uuid4()), body["n"])
+
+    app = handling(topic, handle)
+    await place.send(topic, *sent(5))
+    await consume_all(app, place.settings())
+    found = await rebuilt(place, app)
+    assert kinds(found) == ["depends_on_order"] and "id" in found.unknown[0]["text"] and not found.differences
+    found = await rebuilt(place, app, ignore=["effects.id"])
+    assert found.agrees and not found.unknown
+    await query(place.dsn, "delete from effects where account = 2")
+    assert not (await rebuilt(place, app, ignore=["effects.id"])).agrees
