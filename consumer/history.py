@@ -54,14 +54,14 @@ async def compare(
     topics: Mapping[str, int],
     told: Mapping[Block, int],
     is_compacted: Callable[[str], Awaitable[bool]],
-    ends: Mapping[Partition, int] | None,
+    read_ends: Callable[[], Awaitable[Mapping[Partition, int]]] | None,
     logs: Mapping[Partition, Position],
 ) -> None:
     """Fill `findings.history`. told: how many deliveries of a block said that their row was made by them.
 
     is_compacted: asked of a topic where records are gone: rows of those are no problem then, since a compacted log drops
-    records by design. ends: where every partition of the topics ends by now, to find rows beyond; None when the range does
-    not go there. The source is read again, from other offsets. Raises KafkaError, LogTruncated, and what the database says.
+    records by design. read_ends: asks where every partition of the topics ends now, to find rows beyond; None when the
+    range does not go there. The source is read again, from other offsets. Raises KafkaError, LogTruncated, and what the database says.
     """
     numbers = {each.number: each for each in handlers}
     names = {number: name for name, number in topics.items()}
@@ -93,16 +93,8 @@ async def compare(
         findings.notes.append(
             f"ledger and log differ in {len(differing):,} blocks of {1 << BLOCK_BITS:,} offsets; {BLOCKS_MAX} were compared row by row"
         )
-    if ends is not None:
-        rows = await connection.fetch(
-            _NOWHERE,
-            list(numbers),
-            [topics[each.topic] for each in ends],
-            [each.partition for each in ends],
-            list(ends.values()),
-            sorted({topics[each.topic] for each in ends}),
-        )
-        for number, topic, partition_number, id, offset in rows:
+    if read_ends is not None:
+        for number, topic, partition_number, id, offset in await _rows_nowhere(connection, numbers, topics, read_ends):
             name = numbers[number].name
             found[name]["rows"] += 1
             found[name]["without_message"] += 1
@@ -117,6 +109,33 @@ async def compare(
     for counts in found.values():
         counts["with_message"] = counts["rows"] - counts["without_message"]
     findings.history = found
+
+
+async def _rows_nowhere(
+    connection: Any,
+    numbers: Mapping[int, Handler],
+    topics: Mapping[str, int],
+    read_ends: Callable[[], Awaitable[Mapping[Partition, int]]],
+) -> list[Any]:
+    """Rows beyond the ends of the logs.
+
+    Race: a worker may settle a message that was produced after the ends were read. So the ends are read again after the
+    rows, and only rows that are still beyond count.
+    """
+    ends = await read_ends()
+    rows = await connection.fetch(
+        _NOWHERE,
+        list(numbers),
+        [topics[each.topic] for each in ends],
+        [each.partition for each in ends],
+        list(ends.values()),
+        sorted({topics[each.topic] for each in ends}),
+    )
+    if not rows:
+        return []
+    names = {number: name for name, number in topics.items()}
+    ends = await read_ends()
+    return [row for row in rows if row[4] >= ends.get(Partition(names[row[1]], row[2]), 0)]
 
 
 async def _without_message(

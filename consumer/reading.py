@@ -100,10 +100,28 @@ async def resolve(
         )
         for each in partitions
     ]
+    if isinstance(end, Time):
+        spans = await _with_older_records(source, spans, ends, end.milliseconds)
     if not any(each.length for each in spans):
         held = ", ".join(f"{each.topic}:{each.partition} {begins[each]} to {ends[each]}" for each in partitions[:8])
         raise Misconfigured(f"the range is empty: nothing lies between --from and --to (the log holds {held})")
     return spans
+
+
+async def _with_older_records(
+    source: Source, spans: Sequence[Span], ends: Mapping[Partition, int], milliseconds: int
+) -> list[Span]:
+    """Extend spans up to their last record from before a time.
+
+    Kafka gives the first record that is not older than the time. A producer whose clock is ahead makes that a record
+    long before the last older one, and everything between would be left out without a word. So the rest is read.
+    """
+    past: dict[Partition, int] = {}
+    async for chunk in read(source, [Span(each.partition, each.end, ends[each.partition]) for each in spans]):
+        for record in chunk.records:
+            if record.timestamp < milliseconds:
+                past[chunk.partition] = record.offset + 1
+    return [each._replace(end=max(each.end, past.get(each.partition, 0))) for each in spans]
 
 
 async def read(source: Source, spans: Sequence[Span]) -> AsyncIterator[Chunk]:

@@ -775,9 +775,10 @@ class _Replay:
                 policies[topic] = await is_compacted(self.settings, topic)
             return policies[topic]
 
-        ends = None
-        if self.options.end == "latest" and not self.options.partitions:
-            ends = await source.ends(await find_partitions(source, self.topics, None))
+        async def read_ends() -> Mapping[Partition, int]:
+            return await source.ends(await find_partitions(source, self.topics, None))
+
+        whole = self.options.end == "latest" and not self.options.partitions
         self.told.line("comparing the ledger's rows with the log")
         await history.compare(
             (await self.witness.open()).connection,
@@ -787,7 +788,7 @@ class _Replay:
             self.names.topics,
             self.witness.matched,
             compacted,
-            ends,
+            read_ends if whole else None,
             self.names.logs,
         )
         if findings.gone:
