@@ -255,6 +255,8 @@ class Guard:
 
     def _how(self, name: Name) -> str:
         use = self.known[name]
+        if use.deleted and not use.inserted:
+            return f"deletes from {name}"
         return f"inserts into {name}" if use.inserted else f"updates {name} ({', '.join(sorted(use.updated))})"
 
     def _who(self, sql: str | None) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import difflib
+import itertools
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
@@ -555,14 +556,25 @@ class _Pass:
                 while more := order.take(most - len(ready)):
                     ready += more
                     if len(ready) == most:
-                        yield ready
+                        for part in self._parts(ready):
+                            yield part
                         ready = []
                 for low in [each for each in paused if order.is_low(each)]:
                     source.resume(low)
                     paused.discard(low)
-        ready += order.take(order.held)
-        if ready:
-            yield ready
+        for part in self._parts([*ready, *order.take(order.held)]):
+            yield part
+
+    def _parts(self, entries: list[Entry]) -> Iterator[list[Entry]]:
+        """What may be settled together. Handlers that are called for many messages at once run apart from the others,
+        so beside others they are given what one transaction of a worker has given them."""
+        handlers = self.work.handlers
+        if len(handlers) == 1 or all(each.batch is None and each.concurrency == 1 for each in handlers):
+            if entries:
+                yield entries
+            return
+        for _, part in itertools.groupby(entries, key=lambda each: each.applied_at):
+            yield list(part)
 
     async def _entries(self, partition: Partition, records: Sequence[Record]) -> list[Entry]:
         deliveries = [

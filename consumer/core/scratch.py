@@ -142,6 +142,7 @@ class Use:
     """How handlers use a table, as far as it is known. One that none of them inserts into begins with its real rows."""
 
     inserted: bool = False
+    deleted: bool = False
     updated: set[str] = field(default_factory=set)
 
 
@@ -207,7 +208,8 @@ class Copier:
                 continue
             for sequence in column.sequences:
                 own, fresh = self._sequence(sequence)
-                made += [f"create temp sequence {ident(own)} start {self._numbers_from:d}"] if fresh else []
+                start = f" start {self._numbers_from:d}" if self._numbers_from != 1 else ""
+                made += [f"create temp sequence {ident(own)}{start}"] if fresh else []
                 name = literal(f"pg_temp.{ident(own)}")
                 default = default.replace(f"{literal(sequence.written)}::regclass", f"{name}::regclass")
             if column.moves:
@@ -273,7 +275,9 @@ def first_rows(table: Table, use: Use, with_base: bool) -> Filling | None:
         each.name for each in every if each not in kept and each.not_null and each.default is None and not each.identity
     ]
     doubt = None
-    if unknown:
+    if use.deleted:
+        doubt = f"{table.name}: handlers delete from it and none inserts into it, so what they deleted is not known"
+    elif unknown:
         doubt = f"{table.name}: handlers update {', '.join(unknown)}, which has no default, so nobody knows what it began with"
     elif not kept:
         doubt = f"{table.name}: handlers update all of its columns, so nobody knows what they began with"
@@ -295,6 +299,8 @@ def learning(number: int, table: Table, use: Use) -> list[str]:
         return []
     copy, call = table.name.copy, "for each statement execute function pg_temp.consumer_learn"
     made = [f"create trigger consumer_learn_i before insert on {copy} {call}('{number}', 'insert')"]
+    if not use.deleted:
+        made.append(f"create trigger consumer_learn_d before delete on {copy} {call}('{number}', 'delete')")
     unknown = [
         (place, each.name)
         for place, each in enumerate(table.columns)
@@ -321,7 +327,7 @@ begin
         perform set_config('consumer.noted', noted || ' ' || tg_argv[2], true);
         return null;
     end if;
-    if tg_argv[1] = 'insert' then
+    if tg_argv[1] in ('insert', 'delete') then
         noted := '';
     end if;
     raise exception using errcode = '{LEARNED}', message = 'consumer: a table is used in a way that was not known',
@@ -337,6 +343,8 @@ def learned(detail: str, tables: Sequence[Table], known: Mapping[Name, Use]) -> 
     use = known[table.name]
     if how == "insert":
         use.inserted = True
+    if how == "delete":
+        use.deleted = True
     use.updated |= {table.columns[int(each)].name for each in places}
     return table.name
 

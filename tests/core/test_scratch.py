@@ -190,7 +190,8 @@ def test_triggers_tell_what_is_not_known_yet_and_cost_nothing_for_what_is() -> N
     made = "\n".join(learning(3, of, Use(updated={"n"})))
     assert "before insert" in made and '"n"' not in made and '"twice"' not in made
     assert 'before update of "id", "m"' in made
-    assert len(learning(0, of, Use(updated={"id", "n", "m"}))) == 1  # only that of an insert
+    assert len(learning(0, of, Use(updated={"id", "n", "m"}))) == 2  # only those of an insert and a delete
+    assert len(learning(0, of, Use(updated={"id", "n", "m"}, deleted=True))) == 1
 
     known = {ACCOUNTS: Use(), EFFECTS: Use()}
     tables = [table(name=EFFECTS), of]
