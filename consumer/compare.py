@@ -18,6 +18,12 @@ KINDS = ("missing", "extra", "different")
 MARKS_MAX = 100_000  # differing rows of a table that two rebuilds are compared by
 
 
+class Excuse(str):
+    """A note that may explain a difference between two states."""
+
+    __slots__ = ()
+
+
 @dataclass(slots=True)
 class Difference:
     """A row that is missing, extra or different, or several rows of a table without a key that are alike.

@@ -21,7 +21,7 @@ from uuid import UUID, uuid4
 
 from consumer.applied import offers
 from consumer.columns import Columns
-from consumer.compare import Compared
+from consumer.compare import Compared, Excuse
 from consumer.core import scratch
 from consumer.core.errors import Misconfigured
 from consumer.core.lanes import Batch, Delivery, Move
@@ -749,7 +749,7 @@ class Copies:
                 notes.append(f"no handler inserts into {table.name}: it began with its real rows, {began}")
         if self.guard.reads:
             names = ", ".join(str(each) for each in sorted(self.guard.reads))
-            notes.append(f"only read, as they are now: {names}")
+            notes.append(Excuse(f"only read, as they are now: {names}"))
         return notes
 
     async def check_writes(self) -> None:

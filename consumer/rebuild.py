@@ -27,7 +27,7 @@ from typing import Any
 from consumer import ledger, once, reading
 from consumer.app import App
 from consumer.applied import Applied
-from consumer.compare import KINDS, Compared
+from consumer.compare import KINDS, Compared, Excuse
 from consumer.compare import compare as compare_tables
 from consumer.copies import TEXTS_MAX, Again, Copies, Halve, calling
 from consumer.core import scratch
@@ -102,8 +102,8 @@ class Rebuilt:
         return not any(each["missing"] or each["extra"] or each["different"] for each in self.tables)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return dataclasses.asdict(self)
+        """As JSON can hold it. excuses: the notes that may explain a difference, so that it is no proof of a fault."""
+        return {**dataclasses.asdict(self), "excuses": [each for each in self.notes if isinstance(each, Excuse)]}
 
 
 async def rebuild(
@@ -269,7 +269,7 @@ class _Rebuild:
             left = len(set(every) - set(self.partitions))
             if left:
                 self.notes.append(
-                    f"{left} of {len(every)} partitions of {topic} were not replayed: their rows are extra"
+                    Excuse(f"{left} of {len(every)} partitions of {topic} were not replayed: their rows are extra")
                 )
 
     @asynccontextmanager
@@ -325,15 +325,16 @@ def _chosen(
         raise Misconfigured(
             f"no handler with a ledger takes {', '.join(sorted(topics)) or 'anything'}: nothing to rebuild"
         )
-    notes = [f"handler {each.name} opted out of the ledger and was left out" for each in named if not each.idempotent]
+    notes: list[str] = [
+        f"handler {each.name} opted out of the ledger and was left out" for each in named if not each.idempotent
+    ]
     others = [each.name for each in app.handlers.values() if each.idempotent and each not in chosen]
     if others:
-        notes.append(f"not run: {', '.join(others)}; what they wrote to the same tables is extra here")
+        notes.append(Excuse(f"not run: {', '.join(others)}; what they wrote to the same tables is extra here"))
     for each in chosen:
         if left := sorted(set(each.topics) - topics):
-            notes.append(
-                f"handler {each.name} also takes {', '.join(left)}: not replayed, so those rows are extra here"
-            )
+            text = f"handler {each.name} also takes {', '.join(left)}: not replayed, so those rows are extra here"
+            notes.append(Excuse(text))
     copies = [
         dataclasses.replace(each, retry=_FOR_EVER, call=_named(each.name, each.call, owners, writers))
         for each in chosen
@@ -741,10 +742,10 @@ class _Pass:
 
     def _notes(self, spans: Sequence[Span]) -> list[str]:
         """What a person should know about this answer."""
-        notes = []
+        notes: list[str] = []
         for handler in self.work.handlers:
             if handler.number < 0:
-                notes.append(f"handler {handler.name} is not known to the ledger: it has never run here")
+                notes.append(Excuse(f"handler {handler.name} is not known to the ledger: it has never run here"))
         for topic in sorted(self._weak):
             notes.append(
                 f"messages of {topic} have no id: their offset is used, so one that was produced twice counts twice"
@@ -753,12 +754,13 @@ class _Pass:
             place = f"{each.partition.topic}:{each.partition.partition}"
             if each.partition not in self.positions:
                 what = "what the ledger has as applied was replayed" if each.length else "nothing of it is settled"
-                notes.append(f"{place} has no position: {what}")
+                notes.append(Excuse(f"{place} has no position: {what}"))
             if self.begun.get(each.partition, 0) > each.first:
-                notes.append(
+                text = (
                     f"{place} was begun at offset {self.begun[each.partition]}: what stands before was settled elsewhere, or "
                     "never, and was replayed all the same"
                 )
+                notes.append(Excuse(text))
         if empty := sum(each.length for each in spans) - self.messages:
             notes.append(
                 f"{empty} offsets hold no record: markers of transactions, or a compacted topic, of which no state can be made"
@@ -766,7 +768,7 @@ class _Pass:
         if count := self.counts["unsettled"]:
             notes.append(f"{count} messages above the positions are not settled yet and were left out")
         if count := self.counts["rejected"]:
-            notes.append(f"{count} messages were rejected here that are no dead letters in the ledger")
+            notes.append(Excuse(f"{count} messages were rejected here that are no dead letters in the ledger"))
         if count := self.counts["unreadable"]:
             notes.append(f"{count} messages cannot be read")
         return [*notes, *self.copies.notes()]

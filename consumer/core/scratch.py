@@ -142,8 +142,8 @@ class Use:
     """How handlers use a table, as far as it is known. One that none of them inserts into begins with its real rows."""
 
     inserted: bool = False
-    deleted: bool = False
     updated: set[str] = field(default_factory=set)
+    deleted: bool = False
 
 
 def moving(expression: str) -> bool:
