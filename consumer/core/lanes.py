@@ -33,6 +33,20 @@ _HEADER_BYTES = 150  # of the objects that hold a header, besides its bytes: mea
 _PARKED_BYTES_LEAST = 1 << 20  # of a partition
 
 
+def _in_log_order(deliveries: list[Delivery], freed: int, segments: list[tuple[Partition, int, int]]) -> list[Delivery]:
+    """Order a batch by topic, partition and offset.
+
+    A rebuild relies on it: of two messages of one transaction the ledger does not say which was first. freed: how many
+    at the front come from different partitions. segments: where each partition begins and ends behind them.
+    """
+    if freed:
+        return sorted(deliveries, key=lambda each: (each.record.topic, each.record.partition, each.record.offset))
+    ordered = sorted(segments)
+    if ordered == segments:
+        return deliveries
+    return [each for _, begin, end in ordered for each in deliveries[begin:end]]
+
+
 def size_of(record: Record) -> int:
     """Bytes of a record that its producer decides on: value, key and headers, these with what their objects take."""
     size = len(record.value or b"") + len(record.key or b"")
@@ -297,11 +311,14 @@ class Lane:
         taken = bool(self._ready)
         while self._ready and len(deliveries) < messages_max:
             deliveries.append(self._ready.popleft())
+        freed = len(deliveries)
+        segments: list[tuple[Partition, int, int]] = []
         room_bytes = bytes_max
         bytes_share = self._bytes_share()
         for partition, queue in self._queues.items():
             if queue.full:
                 continue
+            begin = len(deliveries)
             handlers = self._handlers.get(partition.topic, ())
             number = min(len(queue.fetched), messages_max - len(deliveries))
             if len(handlers) == 1 and number > 0 and not self._chains and not queue.tried:
@@ -337,6 +354,8 @@ class Lane:
                     ):
                         deliveries.append(delivery)
                 ends[partition] = record.offset + 1
+            if len(deliveries) > begin:
+                segments.append((partition, begin, len(deliveries)))
             if not queue.fetched and queue.received > queue.frontier:
                 ends[partition] = queue.received
         if ends and not taken:
@@ -347,7 +366,7 @@ class Lane:
         if len(ends) and len(self._queues) > 1:
             first = next(iter(self._queues))
             self._queues[first] = self._queues.pop(first)
-        return Batch(deliveries, ends, self._now_open()) if deliveries or ends else None
+        return Batch(_in_log_order(deliveries, freed, segments), ends, self._now_open()) if deliveries or ends else None
 
     def offer(self, partition: Partition, deliveries: Iterable[Delivery], end: int) -> Batch:
         """A batch of deliveries that the caller has chosen, in offset order; everything else below `end` is settled.

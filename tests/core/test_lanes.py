@@ -778,3 +778,32 @@ def test_size_of_a_record_counts_the_objects_of_its_headers() -> None:
     many = LogRecord("t", 0, 0, 0, b"key", b"value", tuple(("h", b"v") for _ in range(50)), "")
     assert size_of(plain) == 8
     assert size_of(many) > 50 * 147
+
+
+def test_a_batch_goes_by_topic_partition_and_offset_whichever_partition_is_first_in_turn() -> None:
+    lane = lane_of("none", at=(P0, P1, Q0))
+    for turn in range(3):
+        for partition in (Q0, P0, P1):
+            lane.add(partition, [rec(turn * 2 + n, at=partition) for n in range(2)])
+        batch = lane.take(0.0, 100, LARGE)
+        assert batch is not None
+        places = [(each.partition, each.record.offset) for each in batch.deliveries]
+        assert places == sorted(places) and len(places) == 6
+        lane.settle(batch, {}, lane.moves(batch, ()))
+
+
+def test_messages_that_waited_are_in_the_order_of_the_log_too() -> None:
+    lane = lane_of("key", at=(P0, P1))
+    for partition in (P1, P0):
+        lane.add(partition, [rec(n, b"%d" % (n % 2), at=partition) for n in range(4)])
+    batch = lane.take(0.0, 100, LARGE)
+    assert batch is not None
+    failed = {each: 1.0 for each in batch.deliveries if each.record.offset % 2}
+    lane.settle(batch, failed, lane.moves(batch, failed))
+    retries = lane.take(2.0, 100, LARGE)
+    assert retries is not None and {each.record.offset for each in retries.deliveries} == {1}
+    lane.settle(retries, {}, lane.moves(retries, ()))
+    freed = lane.take(3.0, 100, LARGE)
+    assert freed is not None
+    places = [(each.partition, each.record.offset) for each in freed.deliveries]
+    assert places == [(P0, 3), (P1, 3)]
