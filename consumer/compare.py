@@ -62,7 +62,7 @@ class Compared:
     tables: list[dict[str, Any]] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
-    marks: dict[str, set[tuple[str, str]]] = field(default_factory=dict)  # of differing rows, by table
+    marks: dict[str, dict[tuple[str, str], int]] = field(default_factory=dict)  # how often each row differs, by table
     sums: dict[str, dict[str, str | None]] = field(default_factory=dict)  # of their columns, in the rebuild
 
     def varying(self, again: Compared, table: str) -> list[str]:
@@ -79,7 +79,10 @@ class Compared:
         dropped: dict[str, int] = {}
         for table in self.tables:
             name = table["table"]
-            kinds = Counter(kind for kind, _ in self.marks.get(name, set()) & again.marks.get(name, set()))
+            mine, others = self.marks.get(name, {}), again.marks.get(name, {})
+            kinds: Counter[str] = Counter()
+            for (kind, mark), count in mine.items():
+                kinds[kind] += min(count, others.get((kind, mark), 0))
             before = {kind: table[kind] for kind in KINDS}
             for kind in KINDS:
                 if table[kind] <= MARKS_MAX:
@@ -125,7 +128,7 @@ async def compare(
             samples = await connection.fetch(comparison.samples(), sample_max)
             found.differences += [_difference(place, comparison, each) for each in samples]
             rows = await connection.fetch(comparison.marks(), MARKS_MAX)
-            found.marks[str(table.name)] = {(row[0], row[1]) for row in rows}
+            found.marks[str(table.name)] = {(row[0], row[1]): row[2] for row in rows}
             found.sums[str(table.name)] = dict(await connection.fetchrow(comparison.sums()))
     progress(len(tables))
     return found

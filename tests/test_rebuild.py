@@ -547,11 +547,10 @@ async def test_rows_that_nobody_inserts_are_the_real_ones_and_begin_with_the_def
 
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         await tx.execute("update people set seen = $2, times = times + 1, at = now() where id = $1", body["n"] % 9, 1)
-        await tx.execute("delete from people where id = $1 and times > 2", body["n"] % 9)
 
     found = await agrees_after(place, handle, sent(20))
     [table] = found.tables
-    assert table["ignored"] == {"at": "default now()"} and table["rebuilt"] == 18
+    assert table["ignored"] == {"at": "default now()"} and table["rebuilt"] == 20
     await query(place.dsn, "update people set seen = 5 where id = 15")  # no message is of 15
     assert [each[:3] for each in differences(await rebuilt_again(place, handle))] == [("people", "different", ("15",))]
 
@@ -1107,7 +1106,9 @@ async def test_what_was_not_replayed_is_told(place: Place) -> None:
     assert f"1 of 2 partitions of {first}" in notes
     assert "not run: other;" in notes
     assert f"handler both also takes {second}" in notes
-    assert "public.effects has triggers that do not run in a rebuild: told" in notes
+    assert any(
+        "public.effects has triggers that do not run in a rebuild (told)" in each["text"] for each in found.unknown
+    )
     found = await rebuilt(place, app, first)
     assert "handler free opted out of the ledger and was left out" in found.notes
 

@@ -548,12 +548,12 @@ class Comparison:
         )
 
     def marks(self) -> str:
-        """kind and a hash of every differing row with what the rebuild gives for it: at most $1, in a fixed order."""
+        """kind, a hash of every differing row with what the rebuild gives for it, and how often: at most $1, in order."""
         if not self.key:
             every = [f"c{n}" for n in range(len(self.shown))]
             return (
                 "select case when real > rebuilt then 'extra' else 'missing' end as kind, "
-                f"{_mark([*every, 'real - rebuilt'])} as mark from ({self._counted()}) as counted "
+                f"{_mark(every)} as mark, abs(real - rebuilt)::int8 from ({self._counted()}) as counted "
                 "where real <> rebuilt order by kind, mark limit $1"
             )
         real, rebuilt = f"r.{ident(self.key[0])}", f"b.{ident(self.key[0])}"
@@ -563,7 +563,7 @@ class Comparison:
         ]
         return (
             f"select case when {real} is null then 'missing' when {rebuilt} is null then 'extra' else 'different' end "
-            f"as kind, {_mark([*self._either(), *values])} as mark from {self._joined()} "
+            f"as kind, {_mark([*self._either(), *values])} as mark, 1::int8 from {self._joined()} "
             f"where {real} is null or {rebuilt} is null or {self._differs()} order by kind, mark limit $1"
         )
 
