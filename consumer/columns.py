@@ -166,8 +166,8 @@ class Columns:
         except Exception:
             if self._looks.is_closed():
                 raise
-            await self._looks.execute("rollback to savepoint consumer_columns")
-        await self._looks.execute("release savepoint consumer_columns")
+        # Also after a success: the locks of the look would stay, and a rebuild judges statements by their locks.
+        await self._looks.execute("rollback to savepoint consumer_columns; release savepoint consumer_columns")
         return known
 
 
