@@ -754,7 +754,7 @@ class _Pass:
             place = f"{each.partition.topic}:{each.partition.partition}"
             if each.partition not in self.positions:
                 what = "what the ledger has as applied was replayed" if each.length else "nothing of it is settled"
-                notes.append(Excuse(f"{place} has no position: {what}"))
+                notes.append(f"{place} has no position: {what}")
             if self.begun.get(each.partition, 0) > each.first:
                 text = (
                     f"{place} was begun at offset {self.begun[each.partition]}: what stands before was settled elsewhere, or "

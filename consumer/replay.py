@@ -470,7 +470,8 @@ class _Replay:
         """Record what an --apply has settled, so that `consumer status` no longer reports it as missed."""
         findings, options = self.findings, self.options
         narrowed = self.wanted_key is not None or self.wanted_ids is not None
-        if options.mode != "apply" or narrowed or findings.total("missing") or findings.unsettled:
+        open_questions = findings.total("missing") or findings.total("unknown") or findings.unsettled
+        if options.mode != "apply" or narrowed or open_questions:
             return
         begins_first = options.start in ("earliest", "beginning")  # what the log has dropped cannot be filled
         spans = [
