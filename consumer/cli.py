@@ -461,7 +461,16 @@ def positions(
             "(one partition, or all of the topic that stopped for this)",
         ),
     ] = False,
-    handler: Annotated[str | None, typer.Option("--handler", help="with --begin-here: the handler")] = None,
+    apply_again: Annotated[
+        bool,
+        typer.Option(
+            "--apply-again",
+            help="with --to: go back although message_id= has changed, and apply again what was applied under other ids",
+        ),
+    ] = False,
+    handler: Annotated[
+        str | None, typer.Option("--handler", help="with --begin-here and --accept-id-rule: the handler")
+    ] = None,
     begin_here: Annotated[
         bool,
         typer.Option(
@@ -469,37 +478,54 @@ def positions(
             help="record that the handler begins where it is now: what it has missed is left, and no longer reported",
         ),
     ] = False,
+    accept_id_rule: Annotated[
+        bool,
+        typer.Option(
+            "--accept-id-rule",
+            help="record that message_id= of the handler was changed on purpose: stop the workers with the old code first",
+        ),
+    ] = False,
     shard: ShardName = None,
     as_json: AsJson = False,
 ) -> Any:
     """Show the positions in PostgreSQL, or move some; running workers notice and go on from there.
 
-    These count, not the group's offsets in Kafka. Going back applies nothing twice: the ids are in the ledger. Going
-    forward skips what lies between, for good. Ids that are made of offsets, for messages that have none, begin anew with
+    These count, not the group's offsets in Kafka. Going back applies nothing twice: the ids are in the ledger (it is
+    refused where message_id= of a handler has changed since). Going forward skips what lies between, for good. Ids that are made of offsets, for messages that have none, begin anew with
     --adopt: messages that were copied from the old topic would be applied again then.
     """
     loaded = load_app(app)
     if adopt and (to is not None or topic is None):
         raise Misconfigured("--adopt goes with --topic, and maybe --partition, and without --to")
-    if begin_here != (handler is not None) or (begin_here and (adopt or to is not None or partition is not None)):
+    if accept_id_rule and (
+        begin_here or handler is None or adopt or topic is not None or to is not None or partition is not None
+    ):
+        raise Misconfigured("--accept-id-rule goes with --handler alone")
+    if (begin_here or accept_id_rule) != (handler is not None) or (
+        begin_here and (adopt or to is not None or partition is not None)
+    ):
         raise Misconfigured(
             "--begin-here goes with --handler, and maybe --topic, and without --to, --partition and --adopt"
         )
-    if dry_run and to is None:
-        raise Misconfigured("--dry-run goes with --to")
+    if (dry_run or apply_again) and to is None:
+        raise Misconfigured(f"{'--dry-run' if dry_run else '--apply-again'} goes with --to")
     if not adopt and not begin_here and ((topic is None) != (to is None) or (partition is not None and to is None)):
         raise Misconfigured("to move positions, give --topic and --to, and --partition for one of them")
     if handler is not None:
         positions_command.check_handler(loaded, app, handler)
 
     async def run(on: Settings) -> int:
+        if handler is not None and accept_id_rule:
+            return await positions_command.accept_id_rule(loaded, handler, on, as_json)
         if handler is not None:
             return await positions_command.begin_here(loaded, handler, topic, on, as_json)
         if topic is None:
             return await status_of(loaded, app, on, as_json)
         if to is None:
             return await positions_command.adopt(loaded, topic, partition, on, as_json)
-        return await positions_command.move(loaded, topic, partition, to, on, dry_run=dry_run, as_json=as_json)
+        return await positions_command.move(
+            loaded, topic, partition, to, on, dry_run=dry_run, apply_again=apply_again, as_json=as_json
+        )
 
     if topic is not None and topic not in loaded.topics:
         raise UnknownName(f"{app} has no handler of topic {topic!r}; {suggestion(topic, loaded.topics)}")

@@ -113,9 +113,14 @@ async def move_back(connection: Any, app: str, partition: Partition, offset: int
 
 
 async def forget(connection: Any, app: str, partition: Partition) -> None:
-    """Drop the stretches of a partition whose log is another one now."""
+    """Drop what is recorded by the offsets of a partition whose log is another one now."""
     await connection.execute(
         """delete from consumer.coverage c using consumer.handlers h
+           where c.handler = h.handler and h.app = $1 and (c.topic, c.partition) = ($2, $3)""",
+        app, *partition,
+    )  # fmt: skip
+    await connection.execute(
+        """delete from consumer.id_rule_changes c using consumer.handlers h
            where c.handler = h.handler and h.app = $1 and (c.topic, c.partition) = ($2, $3)""",
         app, *partition,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
+from consumer import id_rules
 from consumer.app import App
 from consumer.core.coverage import Assessment, Gap
 from consumer.coverage import Picture, look
@@ -35,7 +36,12 @@ async def gather(
     """All notices of an App, and what its handlers have missed."""
     picture = await look(connection, app.name)
     found = picture.assess(app)
-    notices = [*_of_handlers(found, app.name, path), *_of_topics(picture, path, missing_topics)]
+    rules = await id_rules.look(connection, app)
+    notices = [
+        *_of_id_rules(rules, path),
+        *_of_handlers(found, app.name, path),
+        *_of_topics(picture, path, missing_topics),
+    ]
     if group.strangers:
         notices.append(
             Notice(
@@ -51,7 +57,11 @@ async def gather(
 
 async def at_start(connection: Any, app: App, path: str) -> list[Notice]:
     """What is to be said before workers begin."""
-    return list(_of_handlers((await look(connection, app.name)).assess(app), app.name, path))
+    rules = await id_rules.look(connection, app)
+    return [
+        *_of_id_rules(rules, path),
+        *_of_handlers((await look(connection, app.name)).assess(app), app.name, path),
+    ]
 
 
 def gap_text(gaps: Collection[Gap]) -> str:
@@ -71,6 +81,11 @@ def filling(path: str, topics: Iterable[str], handler: str, renamed_from: Collec
         return new
     renames = " or ".join(f"consumer migrate --rename-handler {app} {old} {handler}" for old in sorted(renamed_from))
     return f"if it was renamed: {renames}, since --apply would apply its messages again; only if it is new: {new}"
+
+
+def _of_id_rules(rules: id_rules.IdRules, path: str) -> Iterable[Notice]:
+    for name, each in sorted(rules.changes.items()):
+        yield Notice("id_rule_changed", each.text, id_rules.accepting(path, name), True)
 
 
 def _of_handlers(found: Assessment, app: str, path: str) -> Iterable[Notice]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from consumer import coverage, group, ledger, notices, report
+from consumer import coverage, group, id_rules, ledger, notices, report
 from consumer.app import App
 from consumer.core.bounds import Bound, Earliest, Latest, Offset, Time
 from consumer.core.bounds import Position as AtPosition
@@ -33,9 +33,20 @@ class Ends(NamedTuple):
 
 
 async def move(
-    app: App, topic: str, partition: int | None, to: str, settings: Settings, *, dry_run: bool, as_json: bool
+    app: App,
+    topic: str,
+    partition: int | None,
+    to: str,
+    settings: Settings,
+    *,
+    dry_run: bool,
+    apply_again: bool,
+    as_json: bool,
 ) -> int:
-    """Move the position of one partition, or of all of a topic."""
+    """Move the position of one partition, or of all of a topic.
+
+    apply_again: also back to messages that were applied under ids of another rule.
+    """
     source = Source(settings, None)
     await source.start(settings.wait_seconds)
     try:
@@ -50,6 +61,9 @@ async def move(
     async def carry_out(connection: Any) -> dict[Partition, int | None]:
         known = await ledger.read_positions(connection, app.name, wanted)
         _refuse_other_logs(known, identity, topic)
+        if not apply_again:
+            now = {each: position.offset for each, position in known.items()}
+            await id_rules.refuse_going_back(connection, app, now, offsets)
         if dry_run:
             return {each: at.offset if (at := known.get(each)) else None for each in wanted}
         async with connection.transaction():
@@ -168,6 +182,25 @@ async def begin_here(app: App, handler: str, topic: str | None, settings: Settin
         )
     if not gaps:
         raise Refused(f"handler {handler!r} has missed nothing that the ledger knows of (nothing was changed)")
+    return 0
+
+
+async def accept_id_rule(app: App, handler: str, settings: Settings, as_json: bool) -> int:
+    """Record that a handler identifies its messages by another rule from now on."""
+
+    async def ask(connection: Any) -> id_rules.Change | None:
+        return await id_rules.accept(connection, app, handler)
+
+    change = await with_ledger(settings, ask)
+    if as_json:
+        print_json(None if change is None else change._asdict())
+    elif change is not None:
+        print(
+            f"{handler} identifies its messages by {change.declared} now; of those that are settled, the ledger has other ids, so "
+            "that replay cannot tell of them, and positions do not go back to them"
+        )
+    if change is None:
+        raise Refused(f"handler {handler!r} identifies its messages as the ledger has it (nothing was changed)")
     return 0
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from consumer import coverage, dryrun, history, ledger, once, proof, republish, transport
+from consumer import coverage, dryrun, history, id_rules, ledger, once, proof, republish, transport
 from consumer.app import App
 from consumer.core.bounds import Span
 from consumer.core.epoch import lineage
@@ -50,6 +50,7 @@ _CHUNK = 4096  # deliveries in one transaction: enough to make its round trips c
 _SAVE_SECONDS = 5.0
 _NOBODY_WAITS = Lane({}, 1)  # for the proof, which looks at every message
 # What raises RunAgain is never given up. After so many attempts and so long without anything else, that is the answer.
+_EVERY_OFFSET = 1 << 63
 _FRUITLESS_MAX, _FRUITLESS_SECONDS = 20, 60.0
 _SILENT_MAX = 3  # times in a row that Redis is waited for in vain, before it is not asked any more
 _PRECHECK_SECONDS = 2.0  # nobody waits for a replay as for a worker
@@ -319,6 +320,7 @@ class _Replay:
             self.findings, options.mode == "apply", options.call_handlers, options.assume_unapplied, self.session
         )
         self.offset_ids: set[str] = set()
+        self.id_rule_doubts: list[dict[str, Any]] = []
         self.names = once.Names(app.name, {})
         self.epoch = ""
         self.precheck: Precheck | None = None
@@ -410,9 +412,13 @@ class _Replay:
     async def _learn(self, session: Session, partitions: Sequence[Partition]) -> None:
         """Numbers, positions, and from where on the ledger knows."""
         await self._look_at_coverage(session, partitions)  # before a new handler is registered
+        await self._look_at_id_rules(session, partitions)
         names = [each.name for each in self.handlers]
         number = session.numbers if self.options.mode == "apply" else session.known_numbers
         numbers, topics = await number(self.app.name, names, self.topics)
+        if self.options.mode == "apply":
+            with ledger.sorted_errors(self.settings):
+                await id_rules.record(session.connection, self.app)
         for handler in self.handlers:
             handler.number = numbers[handler.name]
         self.names = once.Names(self.app.name, topics, await session.positions(self.app.name, partitions))
@@ -465,6 +471,28 @@ class _Replay:
                     f"{text}; if it is a new handler, name it with --handler {each.new} (nothing was changed)"
                 )
             self.findings.notes.append(text)
+
+    async def _look_at_id_rules(self, session: Session, partitions: Sequence[Partition]) -> None:
+        """Nothing is taken for missing that may have been applied under an id of another rule.
+
+        Raises Misconfigured for a changed rule of a handler whose messages would be applied without naming it.
+        """
+        with ledger.sorted_errors(self.settings):
+            rules = await id_rules.look(session.connection, self.app)
+        floors = dict(rules.floors)
+        for each in self.handlers:
+            if (change := rules.changes.get(each.name)) is None:
+                continue
+            if self.options.mode == "apply":
+                if each.name not in self.options.handlers:
+                    raise Misconfigured(
+                        f"{change.text}; {id_rules.accepting('APP', each.name)}, or name it with --handler {each.name} to apply them "
+                        "again (nothing was changed)"
+                    )
+                continue
+            floors |= {(each.name, partition): _EVERY_OFFSET for partition in partitions}
+            self.id_rule_doubts.append({"kind": "id_rule_changed", "count": 1, "text": change.text})
+        self.witness.floors = floors
 
     async def _record_coverage(self) -> None:
         """Record what an --apply has settled, so that `consumer status` no longer reports it as missed."""
@@ -768,7 +796,7 @@ class _Replay:
         if narrowed:
             findings.notes.append(f"ledger rows were not compared with the log the other way, because of {narrowed[0]}")
             return
-        known = [each for each in self.handlers if each.number > 0]
+        known = [each for each in self.handlers if each.number > 0 and not self._has_other_ids(each)]
         policies: dict[str, bool] = {}
 
         async def compacted(topic: str) -> bool:
@@ -797,8 +825,15 @@ class _Replay:
                 f"{findings.gone:,} ledger rows name records that a compacted log does not hold any more: nothing can be told of those"
             )
 
+    def _has_other_ids(self, handler: Handler) -> bool:
+        """Whether rows of the handler may have ids of another rule than its messages have now."""
+        return any(
+            self.witness.floors.get((handler.name, each.partition), 0) > each.first for each in self.findings.spans
+        )
+
     def _conclude(self) -> None:
         findings = self.findings
+        findings.doubts += self.id_rule_doubts
         dropped = [
             f"{each.partition.topic}:{each.partition.partition} begins at offset {each.first}"
             for each in findings.spans

@@ -50,6 +50,7 @@ class Witness:
     topics: Mapping[str, int] = field(default_factory=dict)
     horizon: dict[Partition, int | None] = field(default_factory=dict)
     exempt: Mapping[tuple[str, Partition], Sequence[Stretch]] = field(default_factory=dict)  # by handler
+    floors: Mapping[tuple[str, Partition], int] = field(default_factory=dict)  # below: ids may be of another rule
     matched: dict[history.Block, int] = field(default_factory=dict)  # rows made by the very records that were read
     # handler and id -> partition, offset, timestamp, fingerprint
     missing: dict[tuple[str, bytes], tuple[Partition, int, int, int]] = field(default_factory=dict)
@@ -95,11 +96,19 @@ class Witness:
             return False
         if self.is_exempt(delivery):
             return True
+        if self.has_other_id(delivery):
+            return True
         partition = delivery.partition
         horizon = self.horizon.get(partition)
         if horizon is None:  # not recorded: all below the position may have been before
             horizon = self.findings.positions.get(partition, 0)
         return delivery.record.offset < horizon
+
+    def has_other_id(self, delivery: Delivery) -> bool:
+        """Whether the handler may have applied the message under an id of another rule."""
+        return bool(self.floors) and delivery.record.offset < self.floors.get(
+            (delivery.handler.name, delivery.partition), 0
+        )
 
     def is_exempt(self, delivery: Delivery) -> bool:
         """Whether the handler need not settle the message: recorded by `consumer positions --begin-here`."""
@@ -275,7 +284,11 @@ class Look:
             return "skipped"
         if self._in_doubt(delivery):
             detail = (
-                "older than what the ledger remembers" if delivery in self.forgotten else "from before the ledger began"
+                "older than what the ledger remembers"
+                if delivery in self.forgotten
+                else "from before message_id= changed"
+                if self.witness.has_other_id(delivery)
+                else "from before the ledger began"
             )
             findings.sample("unknown", **place(delivery), detail=detail)
             return "unknown"

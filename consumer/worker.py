@@ -20,7 +20,19 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from consumer import conflicts, coverage, crowding, group, once, opening, reporting, shards, telling, transport
+from consumer import (
+    conflicts,
+    coverage,
+    crowding,
+    group,
+    id_rules,
+    once,
+    opening,
+    reporting,
+    shards,
+    telling,
+    transport,
+)
 from consumer.activity import Activity, LoopWatch, Stuck, TookTooLong, limits, memory_mb
 from consumer.app import App
 from consumer.core.batch_size import BatchSize
@@ -288,6 +300,7 @@ class Worker:
         numbers, topics = await control.numbers(self._app.name, self._app.handlers, self._app.topics)
         with sorted_errors(shard.settings):
             await coverage.register(control.connection, self._app)
+            await id_rules.record(control.connection, self._app)
         shard.names.topics = topics
         shard.installation = control.installation
         for handler in {each for found in shard.by_topic.values() for each in found}:

@@ -53,6 +53,7 @@ LAYERS = [
     "stops",
     "shards",
     "coverage",
+    "id_rules",
     "notices",
     "schemes",
     "known_names",

@@ -68,3 +68,11 @@ renamed = App(os.environ.get("TEST_APP", "worker-app"))  # a later version of `a
 @renamed.handler(topic)
 async def pay(payment: Payment, tx: Tx) -> None:
     tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
+
+
+by_offset = App(os.environ.get("TEST_APP", "worker-app"))  # a later version of `alone` with another rule of message ids
+
+
+@by_offset.handler(topic, name="settle", message_id="offset")
+async def settle_by_offset(payment: Payment, tx: Tx) -> None:
+    tx.defer("insert into effects values ($1, $2, $3)", f"again {payment.id}", payment.account, payment.amount)

@@ -239,7 +239,7 @@ class Findings:
                     "kind": "before_ledger",
                     "count": unknown,
                     "text": f"{_n(unknown, 'delivery', 'deliveries')} from before the ledger began in their partition, or from before "
-                    "what it remembers: whether they were applied cannot be told. A later --from leaves them out, --rebuild compares the state itself, "
+                    "what it remembers, or from before message_id= of their handler changed: whether they were applied cannot be told. A later --from leaves them out, --rebuild compares the state itself, "
                     "--assume-unapplied takes them for missing",
                 }
             )

@@ -18,9 +18,10 @@ from consumer.core.names import BYTES_MAX, ident
 _WORKER: Mapping[str, tuple[str, ...]] = {
     "schema_versions": ("select",),
     "installation": ("select",),
-    "handlers": ("select", "insert", "update (topics)"),
+    "handlers": ("select", "insert", "update (topics, id_rule)"),
     "handler_renames": ("select",),
     "coverage": ("select", "insert", "update (past_offset, first_offset, why)", "delete"),
+    "id_rule_changes": ("select", "insert", "update (below)", "delete"),
     "topics": ("select", "insert"),
     "ledger": ("select", "insert", "delete", "update (applied_at)"),
     "positions": (
@@ -67,6 +68,7 @@ _READER: Mapping[str, tuple[str, ...]] = {
     "handlers": ("select",),
     "handler_renames": ("select",),
     "coverage": ("select",),
+    "id_rule_changes": ("select",),
     "topics": ("select",),
     "ledger": ("select",),
     "generations": ("select",),

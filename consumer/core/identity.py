@@ -13,6 +13,7 @@ import re
 from binascii import unhexlify
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from struct import Struct
 from typing import Any, TypeAlias
@@ -83,6 +84,25 @@ def parse_rule(option: object) -> IdRule:
     raise RegistrationError(
         f'message_id={option!r}: use "header:NAME", "field:path.to", "offset" or a plain function of the value'
     )
+
+
+def rule_text(rule: IdRule) -> str:
+    """The rule as a text, by which the ledger remembers it: two rules of one text give the same ids."""
+    match rule:
+        case DefaultId():
+            return "default"
+        case OffsetId():
+            return "offset"
+        case HeaderId(name):
+            return f"header:{name}"
+        case FieldId(path):
+            return f"field:{'.'.join(path)}"
+        case CallableId(function):
+            inner: Any = function
+            while isinstance(inner, partial):
+                inner = inner.func
+            named = inner if hasattr(inner, "__qualname__") else type(inner)
+            return f"function {named.__module__}:{named.__qualname__}"
 
 
 def message_id(raw: bytes) -> bytes:

@@ -30,6 +30,16 @@ alter table consumer.handlers add column legacy boolean not null default false;
 update consumer.handlers h set legacy = true, topics = array(
     select t.name from consumer.topics t
     where t.topic = (select l.topic from consumer.ledger l where l.handler = h.handler limit 1));
+-- How each handler identifies its messages (core/identity.rule_text), as it was first registered or last accepted; null: not
+-- known yet. After an accepted change, messages below an offset may have ids of an earlier rule.
+alter table consumer.handlers add column id_rule text;
+create table consumer.id_rule_changes (
+    handler   smallint not null references consumer.handlers on delete cascade,
+    topic     text not null,
+    partition integer not null,
+    below     bigint not null,
+    primary key (handler, topic, partition)
+);
 -- Partitions that workers cannot read, and why. Written when one stops, deleted when it goes on.
 create table consumer.stopped_partitions (
     app          text not null,
