@@ -62,7 +62,12 @@ REVIEWED: dict[str, dict[str, str]] = {
             "_array((f'left({each}::text, {SHOWN_MAX + 1})' for each in either))",
             "_array((f'left(r.{each}::text, {SHOWN_MAX + 1})' for each in names))",
             "_array((f'left(b.{each}::text, {SHOWN_MAX + 1})' for each in names))",
-            "_array((self._differ(each) for each in self.columns), 'bool')",
+            "_array((self._differ(each) for each in self.shown), 'bool')",
+            "', '.join(either)",
+            "_mark([*self._either(), *values])",
+            "_mark(every)",
+            "asked or 'null'",
+            "start",
             "_mark((f'c{n}' for n in range(len(self.columns))))",
             "_array((f'(r.{ident(each)}::numeric - b.{ident(each)}::numeric)::text' for each in self.numeric))",
         ]

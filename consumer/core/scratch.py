@@ -569,9 +569,9 @@ class Comparison:
 
     def sums(self) -> str:
         """A hash of every column of the copy, whatever the order of its rows."""
-        names = [*self.key, *(each.name for each in self.columns)]
+        every = [*self.key, *(each.name for each in self.columns)]
         asked = ", ".join(
-            f"sum(hashtextextended({ident(each)}::text, 0)::numeric)::text as {ident(each)}" for each in names
+            f"sum(hashtextextended({ident(each)}::text, 0)::numeric)::text as {ident(each)}" for each in every
         )
         return f"select {asked or 'null'} from {self.table.name.copy}"
 
