@@ -12,9 +12,10 @@ from decimal import Decimal
 
 import pytest
 from harness import ROOT
-from oracle.case import Case, Defer, Handler, IfNone, Message, SetLocal, Table, pasted
+from oracle.case import Case, Defer, Handler, Message, Table, pasted
 from oracle.check import Verdict, check
 from oracle.databases import Databases
+from oracle.directed import DIRECTED
 from oracle.generate import draw
 from oracle.mutants import MUTANTS, broken
 from oracle.session import Summary, minimal, search
@@ -109,50 +110,17 @@ async def test_a_minute_of_random_applications_is_equal(
     assert summary.invalid <= summary.cases // 4
 
 
-# Those that few cases show; docs/oracle.md tells how long the others take.
-FOUND_SOON = (
-    "grouping-without-proof",
-    "barriers-are-passed",
-    "keys-as-python-compares-them",
-    "rows-met-twice",
-    "sums-beyond-the-keys",
-    "no-turns",
-    "awaited-before-deferred",
-    "handler-after-handler",
-    "errors-are-swallowed",
-)
-
-
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("name", FOUND_SOON)
+@pytest.mark.parametrize("name", MUTANTS)
 async def test_a_broken_framework_is_found(oracle: Oracle, name: str) -> None:
-    summary = Summary(60_000)
+    """In a case that the whole framework passes, and by what that mutant does to it."""
+    case, kind, lines = DIRECTED[name]
+    await oracle.expect_equal(case)
     with broken(name):
-        await search(oracle.databases, summary, seconds=330, shrink_seconds=0)
-    assert summary.found, str(summary)
-
-
-_TENANT = "insert into l0 (txt) values (coalesce(nullif(current_setting('app.tenant', true), ''), '-'))"
-_PARENT = "parent int references t0 (k) deferrable initially deferred"
-DIRECTED = {
-    "settings-stay": Case(
-        (Table("l0", ("txt text",)),),
-        (Handler((IfNone("d", (), (SetLocal("app.tenant", "t"),)), Defer(_TENANT))),),
-        (Message("a", 1, {"d": 1, "t": "x"}), Message("b", 2, {"d": None, "t": "y"})),
-    ),
-    "constraints-at-the-end": Case(
-        (Table("t0", ("k int primary key", _PARENT)),),
-        (Handler((Defer("insert into t0 (k, parent) values ($1, $2)", ("k", "p")),)),),
-        (Message("a", 1, {"k": 1, "p": 2}), Message("b", 2, {"k": 2, "p": None})),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", DIRECTED)
-async def test_what_random_cases_seldom_show_is_found_in_a_directed_one(oracle: Oracle, name: str) -> None:
-    await oracle.expect_equal(DIRECTED[name])
-    with broken(name):
-        assert (await oracle.check(DIRECTED[name])).found is not None
+        verdict = await oracle.check(case)
+    assert verdict.found is not None
+    assert verdict.found.kind == kind, str(verdict.found)
+    assert [each for each in lines if each not in str(verdict.found)] == [], str(verdict.found)
+    await oracle.expect_equal(case)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

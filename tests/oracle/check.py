@@ -130,7 +130,9 @@ def _unasked(case: Case, seen: Seen) -> Found | None:
     """A message whose handler was not called, without a reason for that among the messages before it."""
     settled: dict[tuple[int, int], list[int | None]] = {}  # handler and id -> payloads, the one that counts first
     stopped: dict[tuple[int, int, str | None], bool] = {}  # and whether by one that waits
-    for place in dict.fromkeys([*_settled_order(seen), *seen.places]):
+    taken = [place for batch in seen.batches for place in batch]
+    # By its first batch: there its place among the others is decided.
+    for place in dict.fromkeys([*taken, *seen.places]):
         handler, number = place
         message, sighting = case.messages[number], seen.places[place]
         key = (handler, message.id)
