@@ -258,7 +258,7 @@ def again(
     careful: bool,
     failures: int,
     draw: Callable[[], float],
-    cause: BaseException | None = None,
+    error: Conflict | Outage | OSError,
     evidence: Evidence | None = None,
 ) -> list[Part]:
     """How to run again what failed through no fault of its own, as far as one can tell.
@@ -273,10 +273,11 @@ def again(
         return [(tail, careful, 0), (head, careful, 0)]
     if part.deliveries and part.deliveries[0].outcome is None:
         [delivery] = part.deliveries
-        error = cause or Outage("unknown")
-        verdict_, delivery.why = _judged(delivery, error, evidence)
+        cause = error.__cause__ or error
+        at_least = Meaning.CONFLICT if isinstance(error, Conflict) else Meaning.OUTAGE
+        verdict_, delivery.why = _judged(delivery, cause, evidence, at_least=at_least)
         if verdict_ is Verdict.COUNT:
-            delivery.outcome, delivery.attempts = _counted(delivery, error, draw)
+            delivery.outcome, delivery.attempts = _counted(delivery, cause, draw)
         else:
             delivery.outcome = Parked(_ASIDE_SECONDS * (0.5 + draw() / 2), "put aside")
         return [(part, careful, 0)]
@@ -351,14 +352,23 @@ def verdict(
 
 
 def _judged(
-    delivery: Delivery, error: BaseException, evidence: Evidence | None, succeeded: bool = False
+    delivery: Delivery,
+    error: BaseException,
+    evidence: Evidence | None,
+    succeeded: bool = False,
+    at_least: Meaning | None = None,
 ) -> tuple[Verdict, Why]:
-    """Whether a failure of a message by itself counts, and what to show while the message waits."""
+    """Whether a failure of a message by itself counts, and what to show while the message waits.
+
+    at_least: what ended the transaction, where the error itself may be of a socket or of nothing in the database.
+    """
     handler, place = delivery.handler.name, delivery.handler.place
     since = delivery.why.since if delivery.why is not None else time.time()
     if isinstance(error, RunAgain):
         return Verdict.WAIT, Why(told(error, place), since, systemic=False)
     may_be = _may_be(error)
+    if at_least is not None and may_be in (Meaning.CODE, Meaning.MESSAGE):
+        may_be = at_least
     others = Others.UNKNOWN
     if evidence is not None:
         if delivery.mark < 0:

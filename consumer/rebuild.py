@@ -651,7 +651,7 @@ class _Pass:
                         head, tail = part.split()
                         parts += [(tail, careful, 0), (head, careful, 0)]
                     case Conflict():
-                        parts += once.again(part, careful, failures + 1, lambda: 0.0)
+                        parts += once.again(part, careful, failures + 1, lambda: 0.0, error)
                         await asyncio.sleep(0.005 * 3.0**failures)
                     case _:
                         raise

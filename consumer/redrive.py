@@ -347,12 +347,12 @@ class Redrive:
                 parts += [(Batch(rest, {}, {}), careful, failures)] if rest else []
             except once.Isolate as isolate:
                 parts += once.smaller(part, careful, isolate.__cause__, random.random)
-            except Conflict:
-                parts += once.again(part, careful, failures + 1, random.random)
+            except Conflict as error:
+                parts += once.again(part, careful, failures + 1, random.random, error)
                 await asyncio.sleep(0.005 * 3.0**failures)
             except (Outage, OSError) as error:
                 await self._reconnect(error, list(found.values()))
-                parts += once.again(part, careful, failures + 1, random.random)
+                parts += once.again(part, careful, failures + 1, random.random, error)
             else:
                 again = [each for each in part.deliveries if settled.outcomes.get(each) is once.LEFT]
                 parts += [(Batch(again, {}, {}), careful, 0)] if again else []

@@ -745,8 +745,8 @@ class _Replay:
                 )
             except once.Isolate as isolate:
                 parts += once.smaller(part, careful, isolate.__cause__, random.random)
-            except (Conflict, Outage):
-                parts += once.again(part, careful, failures + 1, random.random)
+            except (Conflict, Outage) as error:
+                parts += once.again(part, careful, failures + 1, random.random, error)
                 await asyncio.sleep(min(5.0, 0.005 * 3.0**failures))
             else:
                 left = [each for each in part.deliveries if done.outcomes.get(each) is once.LEFT]

@@ -610,7 +610,7 @@ class Worker:
                     head, tail = part.split()
                     parts += [(tail, careful, 0), (head, careful, 0)]
                 else:
-                    parts += once.again(part, careful, failures + 1, self._draw, cause, self._evidence)
+                    parts += once.again(part, careful, failures + 1, self._draw, error, self._evidence)
                 # The first conflict is run again almost at once; what keeps failing is left ever more time.
                 await self._pause(min(_BACKOFF_SECONDS[1], 0.005 * 3.0**failures) * (0.5 + self._draw() / 2))
             except TooManyDeadLetters as error:

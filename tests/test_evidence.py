@@ -13,11 +13,20 @@ import msgspec
 import pytest
 from harness import Place, Sent, consume_all, drained, letters, until, value, working
 
-from consumer import App, Retry, RunAgain, Tx, report, waiting
+from consumer import App, Retry, RunAgain, Tx, once, report, waiting
 from consumer.core.deadshare import TooManyDeadLetters
+from consumer.core.lanes import Batch, Delivery
+from consumer.core.message import LogRecord
+from consumer.core.outcome import Parked
+from consumer.ledger import Conflict, Outage
 
 INSERT = "insert into effects values ($1, $2, $3)"
 QUICK = Retry(attempts=2, base=0.02, cap=0.1)
+
+
+def raised(error: Exception, cause: Exception | None) -> Exception:
+    error.__cause__ = cause
+    return error
 
 
 class Payment(msgspec.Struct):
@@ -425,3 +434,23 @@ async def test_a_handler_that_fails_for_all_holds_up_no_other_handler_of_its_top
         await drained(app, place.settings())
     assert await value(place.dsn, "select count(distinct id) from later") == 40
     assert await value(place.dsn, "select count(*) from later") == 40
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        raised(Conflict("met"), asyncpg.SerializationError("could not serialize")),
+        raised(Conflict("a claim vanished between two statements"), None),
+        raised(Outage("lost"), ConnectionResetError()),
+        raised(Outage("lost"), asyncpg.InterfaceError("connection is closed")),
+        raised(Outage("lost"), None),
+        ConnectionResetError(),
+    ],
+    ids=repr,
+)
+def test_conflict_or_outage_of_a_message_alone_without_evidence_counts_no_attempt(error: Any) -> None:
+    handler = app_of("t", "select 1").handlers["settle"]
+    delivery = Delivery(handler, LogRecord("t", 0, 0, 0, None, b"{}", ()))
+    once.again(Batch([delivery], {}, {}), False, once.FAILURES_MAX, lambda: 0.5, error)
+    assert isinstance(delivery.outcome, Parked) and delivery.outcome.error == "put aside"
+    assert delivery.attempts == 0

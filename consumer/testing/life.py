@@ -187,7 +187,7 @@ class Life:
                 if len(part.deliveries) == 1 and isolate.__cause__ is not None:
                     self._failed(part.deliveries[0], isolate.__cause__)
             except (Conflict, Outage) as error:
-                parts += once.again(part, careful, failures + 1, _draw)
+                parts += once.again(part, careful, failures + 1, _draw, error)
                 for delivery in part.deliveries:
                     if isinstance(delivery.outcome, Parked) and delivery.outcome.error == _ASIDE:
                         self._failed(delivery, error.__cause__ or error)
