@@ -10,7 +10,9 @@ import asyncio
 import functools
 import inspect
 import json
+import os
 import re
+import select
 import signal
 import sys
 import time
@@ -89,9 +91,41 @@ def ask(question: str) -> bool:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, end)
         try:
-            return typer.confirm(question, err=True)
-        except typer.Abort:
+            return _confirmed(question)
+        except (EOFError, KeyboardInterrupt):
             raise Interrupted("interrupted at the question: nothing was changed") from None
+
+
+def _confirmed(question: str) -> bool:
+    while True:
+        typer.echo(f"{question} [y/N]: ", nl=False, err=True)
+        _until_typed()
+        match input().strip().lower():
+            case "y" | "yes":
+                return True
+            case "" | "n" | "no":
+                return False
+        typer.echo("Error: invalid input", err=True)
+
+
+def _until_typed() -> None:
+    """Wait until the terminal has a line, so that the read after it returns at once.
+
+    A signal just before a blocking read would run its handler only after the read. Here it writes to a pipe that is waited
+    for too, so its handler runs at once.
+    """
+    if not sys.stdin.isatty():
+        return
+    wakened, wake = os.pipe()
+    os.set_blocking(wake, False)
+    before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    try:
+        while sys.stdin not in select.select([sys.stdin, wakened], [], [])[0]:
+            os.read(wakened, 1)  # a signal whose handler has raised nothing
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(wakened)
+        os.close(wake)
 
 
 @contextmanager

@@ -23,14 +23,21 @@ def _at_a_terminal() -> None:
 
 
 class AtTerminal:
-    """Use as a context; the command is killed at its end."""
+    """Use as a context; the command is killed at its end. program: another one than `consumer`, as Python's arguments."""
 
-    def __init__(self, cwd: Path, *arguments: str, columns: int = 80, **environment: str) -> None:
+    def __init__(
+        self,
+        cwd: Path,
+        *arguments: str,
+        columns: int = 80,
+        program: tuple[str, ...] = ("-m", "consumer"),
+        **environment: str,
+    ) -> None:
         clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
         self._fd, child = pty.openpty()
         path = os.pathsep.join(map(str, [ROOT, ROOT / "tests"]))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "consumer", *arguments],
+            [sys.executable, *program, *arguments],
             cwd=cwd,
             env={**clean, "PYTHONPATH": path, "COLUMNS": str(columns), "TERM": "dumb", **environment},
             stdin=child,
@@ -64,7 +71,8 @@ class AtTerminal:
         """Its exit code; everything that it has shown is in `shown`."""
         deadline = time.monotonic() + seconds
         while self._read(deadline):
-            assert time.monotonic() < deadline, f"it has not ended: {self.shown!r}"
+            pass
+        assert time.monotonic() < deadline, f"it has not ended: {self.shown!r}"
         return self.process.wait(max(1, deadline - time.monotonic()))
 
     def _read(self, deadline: float) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,34 @@ async def test_question_ends_at_once_when_interrupted(desk: Desk, tmp_path: Path
         "applied",
         "discarded",
     )
+
+
+ASKS_AGAIN = """
+from consumer import terminal
+from consumer.looping import run
+
+async def ask_again():
+    for n in range(200):
+        try:
+            terminal.ask(f"question {n}")
+        except terminal.Interrupted as ended:
+            print(f"code {ended.code}", flush=True)
+
+run(terminal._until_signal(ask_again()))
+"""
+
+
+def test_question_ends_at_a_signal_just_before_it_reads(tmp_path: Path) -> None:
+    chance = random.Random(7)
+    with AtTerminal(tmp_path, program=("-c", ASKS_AGAIN)) as terminal:
+        for n in range(200):
+            terminal.until(f"question {n} [y/N]")
+            at = time.perf_counter() + chance.random() * 0.0003  # the time from the question to its read is about this
+            while time.perf_counter() < at:
+                pass
+            terminal.process.send_signal(signal.SIGTERM)
+        assert terminal.end() == 0, terminal.shown
+    assert terminal.shown.count("code 143") == 200 and "Traceback" not in terminal.shown
 
 
 @pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
