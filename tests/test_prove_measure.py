@@ -37,12 +37,12 @@ def seen_before(app: App) -> None:
         await tx.execute(INSERT, message.id, 1, "")
 
 
-def every_third_call_only(app: App) -> None:
+def every_tenth_call_only(app: App) -> None:
     calls = itertools.count()
 
     @app.handler("payments")
     async def settle(message: Message[dict[str, Any]], tx: Tx) -> None:
-        if next(calls) % 3 == 0:
+        if next(calls) % 10 == 0:  # the undisturbed run makes calls 0 to 3, transactions that end 6 to 15
             await tx.execute(INSERT, message.id, 1, "")
 
 
@@ -82,7 +82,7 @@ def running_total(app: App) -> None:
 _counter = itertools.count()
 FAULTS: dict[str, tuple[Callable[[App], None], str]] = {
     "a set of what was seen": (seen_before, "4 rows are missing and 0 are extra"),
-    "every second call": (every_third_call_only, "missing"),
+    "every tenth call": (every_tenth_call_only, "1 rows are missing and 0 are extra"),
     "uuid4": (noting(uuid.uuid4), "other values in noted"),
     "random": (noting(random.random), "other values in noted"),
     "time": (noting(time.time_ns), "other values in noted"),
