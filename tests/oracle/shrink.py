@@ -29,6 +29,7 @@ async def shrink(case: Case, fails: Fails, seconds: float) -> Case:
     """The smallest case found in that time. fails: whether a case still shows the fault."""
     until = time.monotonic() + seconds
     passes = (_fewer_messages, _simpler_handlers, _fewer_tables, _smaller_tables, _simpler_messages)
+    tried = {repr(case)}  # two passes could otherwise undo each other for ever
     changed = True
     while changed and time.monotonic() < until:
         changed = False
@@ -40,6 +41,9 @@ async def shrink(case: Case, fails: Fails, seconds: float) -> Case:
                 for candidate in each(case):
                     if time.monotonic() >= until:
                         break
+                    if repr(candidate) in tried:
+                        continue
+                    tried.add(repr(candidate))
                     if await fails(candidate):
                         case, progress, changed = candidate, True, True
                         break
