@@ -67,11 +67,11 @@ class Teller:
         if now >= kind.due:
             self._log(kind, now)
 
-    def flush(self, now: float = 0.0) -> None:
-        """Log what is due, and forget kinds of which nothing has happened for long."""
+    def flush(self, now: float = 0.0, *, is_last: bool = False) -> None:
+        """Log what is due, or all that is left, and forget kinds of which nothing has happened for long."""
         now = now or time.monotonic()
         for key, kind in list(self._kinds.items()):
-            if kind.count and now >= kind.due:
+            if kind.count and (is_last or now >= kind.due):
                 self._log(kind, now)
             elif not kind.count and now >= kind.due + kind.pause:
                 del self._kinds[key]

@@ -342,6 +342,7 @@ class Worker:
         for shard in self._shards:
             if shard.precheck is not None:
                 await shard.precheck.stop()
+        self._teller.flush(is_last=True)
         event(logging.INFO, "worker stopped", batches=self._settled)
 
     async def _session(self, shard: _Shard) -> Session | None:
