@@ -23,6 +23,7 @@ from consumer.embedded import Postgres
 from consumer.ledger import OtherEpoch, Session
 
 PARTITIONS = 4
+PATIENT_MS = 30_000  # a mark that Redis does not take in time is never written
 
 
 @pytest.fixture
@@ -54,7 +55,12 @@ async def test_pooler_fails_over_to_standby_without_tail_nothing_lost_or_doubled
             with Pooler(primary) as pooler:
                 direct = settings_for(standby.dsn(), kafka.bootstrap_servers, redis_url)
                 settings = settings_for(
-                    pooler.dsn(primary.dsn()), kafka.bootstrap_servers, redis_url, postgres_pooler=True, lanes=4
+                    pooler.dsn(primary.dsn()),
+                    kafka.bootstrap_servers,
+                    redis_url,
+                    postgres_pooler=True,
+                    lanes=4,
+                    precheck_budget_ms=PATIENT_MS,
                 )
                 async with working(app, settings):
                     await produce(kafka.bootstrap_servers, topic, messages(range(400)))
@@ -118,7 +124,7 @@ async def test_new_epoch_under_running_worker_ends_marks_and_memory(
             raise RunAgain
         await tx.execute("insert into effects values ($1, 1, $2)", str(body["n"]), body["n"])
 
-    async with working(app, place.settings()):
+    async with working(app, place.settings(precheck_budget_ms=PATIENT_MS)):
         await place.send(topic, *[Sent({"n": n}, id=f"m{n}", key=f"k{n}") for n in range(20)])
 
         async def later_ones() -> bool:

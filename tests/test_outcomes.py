@@ -738,8 +738,14 @@ async def test_offsets_set_with_kafkas_own_tools_have_no_effect_and_that_is_said
     tool.assign([TopicPartition(topic, 0)])
     await tool.commit({TopicPartition(topic, 0): 3})
     await tool.stop()
+
+    async def opened() -> bool:
+        return any(each.message == "partitions opened" for each in caplog.records)
+
     with caplog.at_level("INFO", logger="consumer"):
-        await consume_all(app, place.settings())
+        async with working(app, place.settings()):
+            await until("the partition to be opened", opened, 120)
+            await drained(app, place.settings())
     found = [each for each in caplog.records if "differs from the position" in each.message]
     assert len(found) == 1
     assert "consumer positions" in found[0].fields["do"]

@@ -819,6 +819,7 @@ async def test_what_is_settled_above_a_position_counts_and_what_is_not_does_not(
     assert any("1 messages above the positions" in each for each in found.notes)
 
 
+@pytest.mark.timeout(600)
 async def test_a_worker_that_goes_on_makes_no_difference(place: Place) -> None:
     topic = await place.topic(2)
     app = paying(topic)
@@ -830,8 +831,15 @@ async def test_a_worker_that_goes_on_makes_no_difference(place: Place) -> None:
     async def produce_on() -> int:
         count = 500
         while not ended.is_set():
+            sent = count
             await place.send(topic, *[payment(f"p{count + n}", n % 7) for n in range(50)])
             count += 50
+
+            # At the worker's pace: what is produced during one rebuild is work for the next, which must not grow.
+            async def settled_before(sent: int = sent) -> bool:
+                return bool(await value(place.dsn, "select count(*) from effects") >= sent)
+
+            await until("the messages before to be settled", settled_before, 120)
         return count
 
     async with working(app, place.settings()):

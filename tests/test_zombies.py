@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgspec
+import pytest
 from crash_worker import app_of
 from harness import ROOT, Place, Sent, drained, query, until, value, working
 
@@ -112,6 +113,7 @@ def ordered(topic: str, name: str) -> App:
     return app
 
 
+@pytest.mark.timeout(600)
 async def test_members_that_come_and_go_keep_every_keys_order_and_double_nothing(place: Place) -> None:
     """Eager rebalances, one after the other, while messages flow; half of the members leave in the middle of a batch."""
     await query(place.dsn, "create table steps (place bigserial, key text not null, n int not null)")
@@ -133,7 +135,7 @@ async def test_members_that_come_and_go_keep_every_keys_order_and_double_nothing
         async def there() -> bool:
             return int(await value(place.dsn, "select count(*) from steps")) >= least
 
-        await until("progress", there)
+        await until("progress", there, 120)
 
     async with working(ordered(topic, name), settings):
         for n in range(5):
@@ -144,10 +146,12 @@ async def test_members_that_come_and_go_keep_every_keys_order_and_double_nothing
             ))  # fmt: skip
             task = asyncio.create_task(other.run())
 
-            async def has_some(opened: list[int] = opened) -> bool:
+            async def has_some(opened: list[int] = opened, task: asyncio.Task[None] = task) -> bool:
+                if task.done():
+                    task.result()
                 return bool(opened)
 
-            await until("the other one to have partitions", has_some)
+            await until("the other one to have partitions", has_some, 120)
             await progress(n * 40 * keys + 1)
             if n % 2:
                 other.stop()
