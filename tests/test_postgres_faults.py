@@ -212,8 +212,22 @@ async def test_conflicts_of_all_kinds_are_nobodys_fault(own: Postgres, there: st
         finally:
             connection.terminate()
 
+    async def crosses() -> None:
+        """Locks both rows, each time in the other order: whichever order a worker takes, the two deadlock soon."""
+        connection = await asyncpg.connect(there)
+        try:
+            while True:
+                for rows in ((1, 2), (2, 1)):
+                    with suppress(asyncpg.PostgresError):
+                        async with connection.transaction():
+                            for row in rows:
+                                await connection.execute("update accounts set balance = balance where id = $1", row)
+                                await asyncio.sleep(0.1)
+        finally:
+            connection.terminate()
+
     before = await value(own.dsn(), "select deadlocks from pg_stat_database where datname = $1", database)
-    async with meanwhile(trouble()), meanwhile(holds()):
+    async with meanwhile(trouble()), meanwhile(holds()), meanwhile(crosses()):
         await consume_all(app, settings, 60)
     rows = await query(there, "select id, count(*) from effects group by id")
     assert sorted(rows) == sorted((str(n), 1) for n in numbers)
