@@ -73,7 +73,7 @@ async def replicated(cluster: Cluster, topic: str, replicas: int) -> None:
         found = await described(cluster, topic)
         return bool(found) and all(len(each["isr"]) == replicas and each["leader"] > 0 for each in found)
 
-    await until("all replicas to be in sync", in_sync)
+    await until("all replicas to be in sync", in_sync, 120)
 
 
 async def new_topic(cluster: Cluster, partitions: int, replicas: int = 3, **configs: str) -> str:
@@ -240,6 +240,7 @@ async def test_a_log_whose_tail_was_lost_in_an_unclean_election_stops(  # the la
     assert await value(database, "select count(*) from effects") == 30
 
 
+@pytest.mark.timeout(600)
 async def test_brokers_replaced_one_after_the_other_are_followed_by_an_idle_and_a_busy_worker(
     cluster: Cluster, database: str
 ) -> None:
