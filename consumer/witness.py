@@ -64,7 +64,17 @@ class Witness:
     async def standing(self, deliveries: Sequence[Delivery]) -> tuple[dict[Delivery, Standing], list[Delivery]]:
         """What is committed of these ids, and those of which there is nothing, as another connection sees it."""
         async with self._lock:
-            return await (await self.open()).standing(deliveries, self.topics)
+            session = await self.open()
+            found, absent = await session.standing(deliveries, self.topics)
+            # Rows from before a handler's rule of comparison have the fingerprint of the bytes.
+            by_rule = [
+                each for each, stands in found.items() if stands.clashes and each.handler.fingerprint is not BYTES
+            ]
+            if by_rule:
+                earlier = {once.by_bytes(each): each for each in by_rule}
+                again, _ = await session.standing(list(earlier), self.topics)
+                found |= {earlier[each]: stands for each, stands in again.items() if not stands.clashes}
+            return found, absent
 
     async def letters(self, deliveries: Sequence[Delivery]) -> set[Delivery]:
         """Those that are dead letters, with this id and this payload."""
@@ -176,6 +186,7 @@ class Look:
     async def sort(self) -> None:
         """Find what is missing, and whether what should be a dead letter is one."""
         witness, standing = self.witness, self.standing
+        await self._ask_behind_clashes()
         self.others = [each for each in self.deliveries if standing.get(each) is not REDELIVERED]
         self.others += [each for each in self.unreadable if standing.get(each) is REDELIVERED]
         seen: set[tuple[str, bytes]] = set()
@@ -202,6 +213,26 @@ class Look:
             if witness.storing:
                 clashing = [each for each in doubtful if each not in self.buried and self._clashes(each)]
                 self.missing = sorted([*self.missing, *clashing], key=lambda each: each.record.offset)
+
+    async def _ask_behind_clashes(self) -> None:
+        """Ask the ledger about payloads whose id comes first in the chunk with a payload that is not the ledger's.
+
+        Only the first with an id was claimed. Of another payload its answer says nothing: it may be the one that was applied,
+        where the worker began behind the first.
+        """
+        unsure = [
+            each
+            for each in self.deliveries
+            if each not in self.standing
+            and each not in self.absent
+            and (first := self._firsts[each.handler.name, each.id]) is not each
+            and first.fingerprint != each.fingerprint
+            and (of_first := self.standing.get(first)) is not None
+            and of_first.clashes
+        ]
+        if unsure:
+            found, _ = await self.witness.standing(unsure)
+            self.standing |= found
 
     def _in_doubt(self, delivery: Delivery) -> bool:
         return delivery in self.forgotten or self.witness.in_doubt(delivery)

@@ -69,11 +69,18 @@ async def described(cluster: Cluster, topic: str) -> list[dict[str, Any]]:
 
 
 async def replicated(cluster: Cluster, topic: str, replicas: int) -> None:
+    found: list[dict[str, Any]] = []
+
     async def in_sync() -> bool:
-        found = await described(cluster, topic)
+        found[:] = await described(cluster, topic)
         return bool(found) and all(len(each["isr"]) == replicas and each["leader"] > 0 for each in found)
 
-    await until("all replicas to be in sync", in_sync, 120)
+    try:
+        await until("all replicas to be in sync", in_sync, 120)
+    except AssertionError as error:
+        raise AssertionError(
+            f"{error}; partitions: {found}; logs: {[str(each.directory) for each in cluster.nodes]}"
+        ) from error
 
 
 async def new_topic(cluster: Cluster, partitions: int, replicas: int = 3, **configs: str) -> str:

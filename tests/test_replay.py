@@ -301,6 +301,21 @@ async def test_a_conflict_of_which_the_dead_letter_is_gone_is_told(place: Place)
     assert [each["kind"] for each in found.problems()] == ["unsettled"] and found.verdict().exit_code == 1
 
 
+async def test_an_applied_payload_behind_a_conflicting_one_is_no_conflict(place: Place) -> None:
+    """A worker began behind the first of two payloads with one id, and the first became the conflict later."""
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, payment("first", id="same"), payment("second", id="same"), payment("second", id="same"))
+    await commit(place, app.name, topic, 1)
+    await consume_all(app, place.settings())
+    assert await place.effects() == [("second", 1, 10)]
+    applied = await run(place, app, topic, mode="apply", assume_unapplied=True)
+    assert (applied.total("dead_lettered_now"), applied.total("applied_now")) == (1, 0)
+    found = await run(place, app, topic)
+    assert found.ok, found.answer()
+    assert counts(found) == {"delivered": 3, "applied": 2, "conflicts": 1}
+
+
 async def test_what_was_before_the_ledger_cannot_be_told(place: Place, kafka: Any) -> None:
     """A group that a hand-written loop has brought to offset 10, and that the framework goes on with."""
     topic = await place.topic()

@@ -270,12 +270,13 @@ async def test_a_right_to_read_that_is_taken_away_stops_that_topic_alone_until_i
             await asyncio.to_thread(
                 kafka.acls, ["--add", "--allow-principal", "User:dave", "--operation", "Describe", "--topic", topic]
             )
-        await send_batch(place.kafka, topic, names(5, 10))
         line = "partition stopped" if keeps_describe else "kafka does not let the worker see a topic"
         await until("the stop in the log", lambda: has(told, line), 60)
+        await until("the row", lambda: rows(place, app.name))
+        # Only now: a fetch that was waiting when the right was taken away is still answered.
+        await send_batch(place.kafka, topic, names(5, 10))
         await send_batch(place.kafka, other, names(0, 50, "other"))
         await until("the other topic", lambda: applied(place, names(0, 50, "other")))
-        await until("the row", lambda: rows(place, app.name))
         assert await rows(place, app.name) == [("not_allowed", 5, 5)]
         for user in ({}, sasl):  # an operator's, who may see the topic, and the worker's own
             told_by_status = await status_of(place, app, **user)
