@@ -215,38 +215,6 @@ async def test_another_cluster_with_copied_records_is_noticed_and_adopting_it_do
     assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(20, 20)]
 
 
-async def test_a_log_whose_tail_was_lost_in_an_unclean_election_stops(  # the last one: a broker stays dead
-    cluster: Cluster, database: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    await migrated(database)
-    topic = await new_topic(cluster, 1, 2, **{"unclean.leader.election.enable": "true"})
-    [partition] = await described(cluster, topic)
-    leader = partition["leader"]
-    [follower] = set(partition["replicas"]) - {leader}
-    app = app_of(topic)
-    settings = settings_for(database, cluster.bootstrap_servers)
-    await produce(cluster, topic, [f"p{n}" for n in range(10)])
-    cluster.node(follower).kill()
-    await produce(cluster, topic, [f"p{n}" for n in range(10, 30)], acks=1)
-    async with working(app, settings):
-        await drained(app, settings)
-    cluster.node(leader).kill()
-    cluster.node(follower).run()
-    await asyncio.to_thread(cluster.node(follower).wait)
-
-    async def led_by_the_other() -> bool:
-        return [each["leader"] for each in await described(cluster, topic)] == [follower]
-
-    await until("an unclean election", led_by_the_other, 40)
-    await produce(cluster, topic, [f"q{n}" for n in range(30)], acks=1)  # other records at the same offsets
-    with caplog.at_level(logging.INFO, logger="consumer"):
-        async with working(app, settings):
-            found = await Told(caplog).stop()
-    assert found["reason"] == "other_record"
-    assert found["do"].endswith("--to earliest")
-    assert await value(database, "select count(*) from effects") == 30
-
-
 @pytest.mark.timeout(600)
 async def test_brokers_replaced_one_after_the_other_are_followed_by_an_idle_and_a_busy_worker(
     cluster: Cluster, database: str
@@ -293,3 +261,35 @@ async def test_brokers_replaced_one_after_the_other_are_followed_by_an_idle_and_
         await drained(idle, now)
     assert await query(database, "select count(*), count(distinct id) from effects") == [(sent, sent)]
     assert await value(database, "select sum(balance) from accounts") == sent
+
+
+async def test_a_log_whose_tail_was_lost_in_an_unclean_election_stops(  # the last one: a broker stays dead
+    cluster: Cluster, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await migrated(database)
+    topic = await new_topic(cluster, 1, 2, **{"unclean.leader.election.enable": "true"})
+    [partition] = await described(cluster, topic)
+    leader = partition["leader"]
+    [follower] = set(partition["replicas"]) - {leader}
+    app = app_of(topic)
+    settings = settings_for(database, cluster.bootstrap_servers)
+    await produce(cluster, topic, [f"p{n}" for n in range(10)])
+    cluster.node(follower).kill()
+    await produce(cluster, topic, [f"p{n}" for n in range(10, 30)], acks=1)
+    async with working(app, settings):
+        await drained(app, settings)
+    cluster.node(leader).kill()
+    cluster.node(follower).run()
+    await asyncio.to_thread(cluster.node(follower).wait)
+
+    async def led_by_the_other() -> bool:
+        return [each["leader"] for each in await described(cluster, topic)] == [follower]
+
+    await until("an unclean election", led_by_the_other, 40)
+    await produce(cluster, topic, [f"q{n}" for n in range(30)], acks=1)  # other records at the same offsets
+    with caplog.at_level(logging.INFO, logger="consumer"):
+        async with working(app, settings):
+            found = await Told(caplog).stop()
+    assert found["reason"] == "other_record"
+    assert found["do"].endswith("--to earliest")
+    assert await value(database, "select count(*) from effects") == 30

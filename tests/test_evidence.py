@@ -103,6 +103,10 @@ OF_ONE = {
         "23514",
     ),
     "serialization": ("", "do $$ begin raise 'again' using errcode = '40001'; end $$", "40001"),
+    "locked": ("", "do $$ begin raise 'busy' using errcode = '55P03'; end $$", "55P03"),
+    "full": ("", "do $$ begin raise 'full' using errcode = '53100'; end $$", "53100"),
+    "shut_down": ("", "do $$ begin raise 'down' using errcode = '57P01'; end $$", "57P01"),
+    "no_connection": ("", "do $$ begin raise 'far away' using errcode = '08006'; end $$", "08006"),
 }
 
 

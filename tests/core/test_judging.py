@@ -17,8 +17,8 @@ _ = Verdict
 # class -> (not alone; alone and others succeed, all fail alike, too few to tell). Without an answer it is an outage.
 CELLS = {
     Meaning.CONFLICT: (_.AGAIN, _.COUNT, _.WAIT, _.WAIT),
-    Meaning.LOCKED: (_.AGAIN, _.WAIT, _.WAIT, _.WAIT),
-    Meaning.OUTAGE: (_.OUTAGE, _.WAIT, _.WAIT, _.WAIT),
+    Meaning.LOCKED: (_.AGAIN, _.COUNT, _.WAIT, _.WAIT),
+    Meaning.OUTAGE: (_.OUTAGE, _.COUNT, _.WAIT, _.WAIT),
     Meaning.INTERNAL: (_.ISOLATE, _.COUNT, _.WAIT, _.WAIT),
     Meaning.DEPLOYMENT: (_.ISOLATE, _.COUNT, _.WAIT, _.WAIT),
     Meaning.STATE: (_.ISOLATE, _.COUNT, _.WAIT, _.WAIT),
