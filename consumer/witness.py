@@ -55,9 +55,6 @@ class Witness:
     # handler and id -> partition, offset, timestamp, fingerprint
     missing: dict[tuple[str, bytes], tuple[Partition, int, int, int]] = field(default_factory=dict)
     would: dict[str, int] = field(default_factory=dict)  # what the handlers of missing messages would do
-    writing: set[Session] = field(
-        default_factory=set
-    )  # where a handler wrote in spite of its claim: counts begin above 0
     session: Session | None = None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -160,8 +157,8 @@ class Look:
         self, session: Session, standing: Mapping[Delivery, Standing], fresh: list[Delivery]
     ) -> list[Delivery]:
         self.standing = dict(standing)
-        if session in self.witness.writing:
-            self.before = await proof.rows_written(session.connection)
+        # Counts of earlier transactions may still show here: ours, or behind a pooler those of any other client.
+        self.before = await proof.rows_written(session.connection)
         if not fresh:
             return fresh
         # While our claims are held, nobody else can commit these ids. So what another connection sees of them now was
@@ -176,8 +173,6 @@ class Look:
 
     async def handled(self, session: Session, done: once.Settlement) -> None:
         self.rows = await proof.rows_written(session.connection, self.before)
-        if self.rows:
-            self.witness.writing.add(session)
         # Claims that were won, of what is missing, are writes too: then the id of the transaction says nothing.
         self.otherwise = not self.rows and not self.absent and await proof.wrote_anything(session.connection)
 

@@ -39,6 +39,7 @@ from test_failover import all_right, app_on, caught_up, messages, through, told
 
 from consumer import App, Retry, Tx
 from consumer.embedded import Postgres
+from consumer.replay import Options, Told, replay
 
 ONCE = Retry(attempts=1)  # a single failure that is counted makes a dead letter
 
@@ -504,3 +505,31 @@ async def test_behind_pgbouncer_in_transaction_mode(
             )
             assert settings_of_sessions == []  # nothing of ours stays in the pooler's sessions
     await all_right(there, range(1200))
+
+
+@needs_pgbouncer
+async def test_check_behind_pgbouncer_counts_no_rows_of_other_clients(
+    own: Postgres, there: str, kafka: Kafka, redis_url: str
+) -> None:
+    """PostgreSQL counts written rows for each of its sessions, and a pooler lends one session to all clients in turn."""
+    topic = await new_topic(kafka.bootstrap_servers, 4)
+    app = app_on(topic)
+    await produce(kafka.bootstrap_servers, topic, messages(range(200)))
+    with Pooler(own, 1) as bouncer:
+        settings = settings_for(bouncer.dsn(there), kafka.bootstrap_servers, redis_url, postgres_pooler=True)
+        await consume_all(app, settings)
+        other = await asyncpg.connect(bouncer.dsn(there), statement_cache_size=0)
+
+        async def write() -> None:
+            while True:
+                await other.execute("update accounts set balance = balance where id = 1")
+
+        writing = asyncio.create_task(write())
+        try:
+            for _ in range(3):
+                found = await replay(app, settings, [topic], Options(), Told())
+                assert found.ok and found.effects is not None and found.effects.total == 0, found.answer()
+        finally:
+            writing.cancel()
+            await asyncio.wait([writing])
+            other.terminate()
