@@ -39,6 +39,7 @@ from test_failover import all_right, app_on, caught_up, messages, through, told
 
 from consumer import App, Retry, Tx
 from consumer.embedded import Postgres
+from consumer.ledger import connect
 from consumer.replay import Options, Told, replay
 
 ONCE = Retry(attempts=1)  # a single failure that is counted makes a dead letter
@@ -533,3 +534,23 @@ async def test_check_behind_pgbouncer_counts_no_rows_of_other_clients(
             writing.cancel()
             await asyncio.wait([writing])
             other.terminate()
+
+
+@needs_pgbouncer
+async def test_statements_outside_transactions_work_behind_pgbouncer(own: Postgres, there: str, kafka: Kafka) -> None:
+    """Twelve clients share three sessions, so that each statement can meet another session than the one before it."""
+    with Pooler(own, 3) as bouncer:
+        settings = settings_for(bouncer.dsn(there), kafka.bootstrap_servers, None, postgres_pooler=True)
+
+        async def work(number: int) -> None:
+            connection = await connect(settings)
+            try:
+                for n in range(100):
+                    assert await connection.fetchval("select $1::int + $2::int", number, n) == number + n
+                    assert await connection.fetchrow("select $1::text", str(n)) == (str(n),)
+                    assert len(await connection.fetch("select generate_series(1, $1::int)", n)) == n
+                    assert await connection.execute("update accounts set balance = balance where id = $1", n % 3)
+            finally:
+                await connection.close()
+
+        await asyncio.gather(*map(work, range(12)))

@@ -231,7 +231,7 @@ class Run:
             stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         _, told = await process.communicate()
-        assert process.returncode == 0, f"lag is left: {told.decode()[-300:]}"
+        assert process.returncode == 0, f"lag is left: {told.decode()[-4000:]}"
         return int((time.monotonic() - started) * 1000)
 
     async def _settle(self, consumers: Consumers) -> None:
