@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
+import asyncpg
+
 from oracle import framework
 from oracle.case import Case, Found, pasted
 from oracle.check import Verdict, check
@@ -139,7 +141,10 @@ async def minimal(databases: Databases, case: Case, found: Found, seconds: float
     last = [found]
 
     async def fails(candidate: Case) -> bool:
-        verdict = await check(databases, candidate)
+        try:
+            verdict = await check(databases, candidate)
+        except asyncpg.PostgresError:  # its tables cannot be made: something that they need was taken away
+            return False
         if verdict.found is None or verdict.found.kind != found.kind:
             return False
         last[0] = verdict.found
