@@ -341,7 +341,11 @@ def _conservation(handler: str, evidence: Evidence, log: _Log, found: _Found) ->
 def _letters(evidence: Evidence, log: _Log, found: _Found) -> None:
     """I15: only what cannot be applied, what comes under a used id, and what waits behind such."""
     at_fault = defaultdict(list)
-    for each in sorted(evidence.letters, key=lambda each: each.offset):
+    # What `late` has missed is applied later: then earlier messages of a key wait behind later ones.
+    letters = sorted(
+        evidence.letters, key=lambda each: (each.handler == "late" and each.reason == "behind", each.offset)
+    )
+    for each in letters:
         record = log.at.get((each.topic, each.partition, each.offset))
         if record is None or record.id != each.id or record.fingerprint != each.fingerprint:
             found.add(

@@ -91,7 +91,7 @@ class Operators:
                 return "refused: the application wants its rows"
             if "Traceback" in told:
                 break
-            if "not open" in told or "no such letter" in told or "is settled" in told:
+            if "not open" in told or "no such letter" in told or "is settled" in told or "already" in told:
                 return "settled by somebody else"
             await asyncio.sleep(1)
         raise CommandFailed(f"{' '.join(arguments[:2])}: {told[-300:]}")
