@@ -38,6 +38,7 @@ from consumer.settings import Settings
 
 _BATCH_SECONDS_MAX = 5.0
 _ROLLBACK_SECONDS = 5.0  # what takes longer is ended with its connection, which undoes it too
+_TURNS_CLASS = 1189081  # of the locks of transactions that take turns
 _MOSTLY_KNOWN = 0.5
 _TURNS_MAX = 10  # of the ledger, that one claim sees come and go
 _CLAIM_KEY = re.compile("ledger(_[0-9]+)?_claim")
@@ -264,6 +265,7 @@ class Session:
         )
         # Slow handlers leave the connection idle: commit what is done well before the server ends the transaction.
         self.batch_seconds_max = min(_BATCH_SECONDS_MAX, settings.postgres_idle_in_transaction_timeout_seconds / 3)
+        self.turn: int | None = None  # transactions of sessions with one number run one at a time; 32 bits
         self._begin = f"begin isolation level read committed{local}"
         self._share_known = 0.0  # of the ids that were claimed last
         self._generations = FIRST  # as they were read last; a claim notices when that is no longer so
@@ -298,6 +300,13 @@ class Session:
     async def begin(self) -> None:
         """Begin a transaction that holds the lock of the ledger's version: see migrations/0005_generations.sql."""
         lock = f"select pg_advisory_xact_lock_shared({ADVISORY_CLASS:d}, {self._generations.version:d})"
+        if self.turn is not None:
+            turn = f"select pg_advisory_xact_lock({_TURNS_CLASS:d}, {self.turn:d})"
+            try:
+                await self.connection.execute(f"{self._begin}; {turn}; {lock}")
+                return
+            except asyncpg.LockNotAvailableError:  # the wait is bounded: go on without a turn
+                await self.rollback()
         await self.connection.execute(f"{self._begin}; {lock}")
 
     async def rollback(self) -> None:

@@ -275,7 +275,10 @@ def again(
         [delivery] = part.deliveries
         cause = error.__cause__ or error
         at_least = Meaning.CONFLICT if isinstance(error, Conflict) else Meaning.OUTAGE
-        verdict_, delivery.why = _judged(delivery, cause, evidence, at_least=at_least)
+        answers = (
+            isinstance(error, Conflict) or getattr(cause, "severity_en", "") == "ERROR"
+        )  # FATAL ends the connection
+        verdict_, delivery.why = _judged(delivery, cause, evidence, at_least=at_least, answers=answers)
         if verdict_ is Verdict.COUNT:
             delivery.outcome, delivery.attempts = _counted(delivery, cause, draw)
         else:
@@ -357,10 +360,12 @@ def _judged(
     evidence: Evidence | None,
     succeeded: bool = False,
     at_least: Meaning | None = None,
+    answers: bool = True,
 ) -> tuple[Verdict, Why]:
     """Whether a failure of a message by itself counts, and what to show while the message waits.
 
     at_least: what ended the transaction, where the error itself may be of a socket or of nothing in the database.
+    answers: whether the connection still answered after the error.
     """
     handler, place = delivery.handler.name, delivery.handler.place
     since = delivery.why.since if delivery.why is not None else time.time()
@@ -378,14 +383,19 @@ def _judged(
         others = evidence.others(handler, kind, delivery.mark)
         if succeeded and may_be is Meaning.MESSAGE:
             others = Others.SUCCEED
-    found = judge(may_be, answers=True, alone=True, others=others)
+    found = judge(may_be, answers=answers, alone=True, others=others)
+    if found is Verdict.COUNT and may_be in _PASSING and evidence is not None:
+        delivery.mark = evidence.mark(handler)  # the next attempt counts only if others go through after this one
     if found is Verdict.COUNT and others is Others.UNKNOWN and may_be is Meaning.MESSAGE and evidence is not None:
         # Before it becomes a dead letter, the rest of its batch has its turn: they may all fail alike.
         is_last = delivery.handler.retry.delay_seconds(error, delivery.attempts + 1, 0.0) is None
         if is_last and not delivery.again:
             found = Verdict.WAIT
-    systemic = found is Verdict.WAIT and others is not Others.SUCCEED
+    systemic = found is not Verdict.COUNT and others is not Others.SUCCEED
     return found, Why(told(error, place), since, systemic)
+
+
+_PASSING = {Meaning.CONFLICT, Meaning.LOCKED, Meaning.OUTAGE}  # usually over by themselves
 
 
 def _may_be(error: BaseException) -> Meaning:

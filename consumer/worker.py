@@ -14,6 +14,7 @@ import logging
 import os
 import random
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,7 +36,6 @@ from consumer import (
 )
 from consumer.activity import Activity, LoopWatch, Stuck, TookTooLong, limits, memory_mb
 from consumer.app import App
-from consumer.core.batch_size import BatchSize
 from consumer.core.deadshare import DeadShare, TooManyDeadLetters
 from consumer.core.epoch import is_left_behind
 from consumer.core.errors import ConsumerError, Misconfigured
@@ -46,6 +46,7 @@ from consumer.core.lanes import Batch, Delivery, Lane
 from consumer.core.message import Partition, Record
 from consumer.core.outcome import Parked
 from consumer.core.route import Router
+from consumer.core.turns import Turns
 from consumer.core.unreadable import Failure
 from consumer.core.watchdog import OpenTransactions, Watchdog
 from consumer.kafka import Identity, KafkaError, LogTruncated, Source
@@ -122,7 +123,7 @@ class _Lane:
     shard: _Shard
     state: Lane
     activity: Activity
-    size: BatchSize
+    turns: Turns
     session: Session | None = None
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -179,10 +180,11 @@ class Worker:
                     bare_seconds=bare_seconds,
                 ),
                 Activity(seconds_max),
-                BatchSize(settings.batch_messages_max),
+                Turns(),
             )
             for n, shard in enumerate(each for each in self._shards for _ in range(settings.lanes))
         ]
+        self._turn = zlib.crc32(app.name.encode()) - (1 << 31)  # one for all workers of the application
         self._reading: dict[Partition, int] = {}  # the offset to fetch next, of partitions that are read
         self._suspects: dict[Partition, bool] = {}  # whose fetch was refused; whether for its offset
         self._look = asyncio.Event()
@@ -524,7 +526,7 @@ class Worker:
         while True:
             batch = None
             if not self._holding and not self._stopping.is_set():
-                batch = lane.state.take(time.monotonic(), lane.size.now, settings.batch_bytes_max)
+                batch = lane.state.take(time.monotonic(), settings.batch_messages_max, settings.batch_bytes_max)
             if batch is None:
                 if lane.shard.crowded_until > time.monotonic():
                     await self._give_back(lane, is_idle=True)
@@ -569,6 +571,7 @@ class Worker:
                 if lane.session.epoch != shard.epoch:
                     await self._new_epoch(shard, lane.session.epoch)
                     return
+            lane.session.turn = self._turn if lane.turns.are_taken else None
             try:
                 with lane.activity.transaction():
                     done = await once.apply(
@@ -585,7 +588,7 @@ class Worker:
                     )
             except once.Isolate as isolate:
                 if isinstance(isolate.__cause__, TookTooLong) and isolate.__cause__.in_statement:
-                    lane.size.met(len(part.deliveries))
+                    lane.turns.met()
                 parts += once.smaller(part, careful, isolate.__cause__, self._draw, self._evidence)
                 if len(part.deliveries) == 1 and isinstance(part.deliveries[0].outcome, Parked):
                     self._teller.failure(part.deliveries[0], isolate.__cause__, part.deliveries[0].outcome)
@@ -606,12 +609,9 @@ class Worker:
                             **shard.label,
                         },
                     )
-                if isinstance(error, Conflict) and len(part.deliveries) > 1:
-                    lane.size.met(len(part.deliveries))
-                    head, tail = part.split()
-                    parts += [(tail, careful, 0), (head, careful, 0)]
-                else:
-                    parts += once.again(part, careful, failures + 1, self._draw, error, self._evidence)
+                if isinstance(error, Conflict):
+                    lane.turns.met()
+                parts += once.again(part, careful, failures + 1, self._draw, error, self._evidence)
                 # The first conflict is run again almost at once; what keeps failing is left ever more time.
                 await self._pause(min(_BACKOFF_SECONDS[1], 0.005 * 3.0**failures) * (0.5 + self._draw() / 2))
             except TooManyDeadLetters as error:
@@ -622,7 +622,7 @@ class Worker:
                 self._reopen(lane)
                 return
             else:
-                lane.size.settled()
+                lane.turns.settled()
                 self._settled_part(lane, part, done)
                 if any([outcome is once.CONFLICT for outcome in done.outcomes.values()]):
                     await conflicts.explain(lane.session.connection, self._source, done.outcomes)

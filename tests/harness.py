@@ -24,7 +24,6 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from consumer import App, Settings, report, schema
 from consumer.core import grants
 from consumer.kafka import Source
-from consumer.ledger import connect
 from consumer.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,7 +166,7 @@ async def drained(app: App, settings: Settings, seconds: float = 30) -> None:
     try:
 
         async def no_lag() -> bool:
-            connection = await connect(settings)
+            connection = await asyncpg.connect(settings.dsn, statement_cache_size=0)  # it may be a pooler
             try:
                 lags, missing = await report.partition_lags(connection, source, app)
             finally:

@@ -1,0 +1,40 @@
+"""When transactions run one at a time: after they met on the same rows.
+
+Statements that run in message order lock rows in that order, so two batches easily wait for each other. Each deadlock costs
+PostgreSQL's `deadlock_timeout` (1 s) and undoes a batch. Transactions that take turns cannot meet.
+"""
+
+from __future__ import annotations
+
+_FEW, _MANY = 8, 1024  # transactions
+
+
+class Turns:
+    """Counts the transactions of one lane that still take turns.
+
+    Each conflict asks for twice as many as the one before it; a transaction that goes through without a turn asks for
+    one fewer the next time.
+    """
+
+    __slots__ = ("_left", "_next")
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._next = _FEW
+
+    @property
+    def are_taken(self) -> bool:
+        """Whether the next transaction takes its turn."""
+        return self._left > 0
+
+    def met(self) -> None:
+        """A transaction met another one."""
+        self._left = self._next
+        self._next = min(_MANY, self._next * 2)
+
+    def settled(self) -> None:
+        """A transaction went through."""
+        if self._left:
+            self._left -= 1
+        else:
+            self._next = max(_FEW, self._next - 1)
