@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import logging
+import signal
 import sys
 import time
 from dataclasses import asdict, replace
@@ -55,6 +56,7 @@ def main() -> int:
         return 0
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # every fault is one of its errors
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended like by Ctrl-C: no worker is left behind
     try:
         return asyncio.run(_runs(given, first))
     except KeyboardInterrupt:  # the servers and workers have been ended on the way here
