@@ -12,10 +12,10 @@ ARGS ?=
 AT_A_TIME ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo shop test pythons check oracle audit lock bench format kafka chromium pgbouncer pictures clean
+.PHONY: help demo shop unit coverage release-check test pythons check oracle audit lock bench format kafka chromium pgbouncer pictures clean
 
 help: ## Show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo ## 20,000 payments, 10 % of them twice, one worker killed: every balance right (about 20 s)
 	$(BIN)/consumer demo $(ARGS)
@@ -25,6 +25,19 @@ shop: $(VENV)/shop ## A payment page on which a second tap is stopped, layer by 
 
 test: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer ## All tests, on real Kafka, PostgreSQL and Valkey (ARGS="-k name" for some)
 	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile $(ARGS)
+
+# Few examples for each property, and without the tests that are about many states: `make test` has them.
+unit: $(VENV)/dev ## Tests of the pure core and of the project's structure, without services (about 30 s)
+	@CORE_EXAMPLES=20 $(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses $(AT_A_TIME) tests/core tests/test_architecture.py \
+		tests/test_sql_names.py tests/test_failure_modes.py --ignore tests/core/test_model.py \
+		--deselect tests/core/test_lanes.py::TestLaneAgainstItsModel $(ARGS)
+
+coverage: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer ## All tests, and the lines and branches that none of them runs (.cache/coverage/index.html)
+	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile --cov=consumer --cov=handlers --cov-branch \
+		--cov-report=term:skip-covered --cov-report=html:.cache/coverage $(ARGS)
+
+release-check: $(SUPPLY)/.complete ## Build the wheel, install it in a clean environment, run the demo from it
+	@sh requirements/release-check.sh $(SUPPLY)/bin/uv $(PYTHON)
 
 pythons: $(VENV)/dev $(KAFKA)/.complete ## The core and the commands on Python 3.11 to 3.13, as far as they are here
 	@sh tests/pythons.sh $(ARGS)

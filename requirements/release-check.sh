@@ -1,0 +1,24 @@
+#!/bin/sh
+# Build the wheel and try it as a user would: in a clean environment, from another directory. The wheel stays in dist/.
+set -eu
+cd "$(dirname "$0")/.."
+uv=$PWD/$1
+python=$2
+rm -rf dist
+"$uv" build --quiet --wheel --sdist --out-dir dist --python "$python"
+wheel=$(ls "$PWD"/dist/*.whl)
+place=$(mktemp -d)
+trap 'rm -rf "$place"' EXIT INT TERM
+"$python" -m venv "$place/venv"
+"$place/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$wheel[demo]"
+cd "$place"
+venv/bin/consumer --version
+venv/bin/consumer demo --json >demo.json
+venv/bin/python - <<'CHECK'
+import json
+
+found = json.load(open("demo.json"))
+assert found["agree"] is True, found
+print(f"demo: {found['applied']:,} applied, every balance right")
+CHECK
+echo "good: $wheel"
