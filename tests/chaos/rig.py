@@ -59,6 +59,15 @@ class ProxiedPooler(Pooler):
             users.write(f'"{WORKER}" "{WORKER_PASSWORD}"\n')
 
 
+async def _keep(pooler: Pooler) -> None:
+    """Start it again whenever it ends, as a service manager does: 1.18 ends itself for some cancel requests."""
+    while True:
+        assert pooler.process is not None
+        await asyncio.to_thread(pooler.process.wait)
+        await asyncio.to_thread(pooler.run)
+        await asyncio.to_thread(pooler.wait)
+
+
 def children(pid: int) -> list[int]:
     """The children of a process, without those that are dead and not yet buried."""
     found = []
@@ -100,6 +109,7 @@ class Rig:
         self.primary = Postgres({"fsync": "off", "max_connections": "120"})
         self.standby: Standby | None = None
         self.pooler: ProxiedPooler | None = None
+        self._keeping: asyncio.Task[None] | None = None
         self.directory = Path(tempfile.mkdtemp(prefix="consumer-chaos-"))
 
     async def __aenter__(self) -> Rig:
@@ -118,6 +128,8 @@ class Rig:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._keeping is not None:
+            self._keeping.cancel()
         for proxy in self.proxies:
             await proxy.__aexit__()
         for each in (self.pooler, self.standby, self.primary, self.valkey, self.kafka):
@@ -155,6 +167,7 @@ class Rig:
         if self.pooler is None:
             self.pooler = ProxiedPooler(self.primary, self.postgres_proxy.port)
             await asyncio.to_thread(self.pooler.start)
+            self._keeping = asyncio.create_task(_keep(self.pooler))
 
     async def promote(self) -> None:
         """The standby is the primary from now on. The old primary must be dead."""
