@@ -79,17 +79,19 @@ class Nemesis:
             await asyncio.sleep(0.05)
         return self._chance.choice(pids)
 
-    async def _kill_worker(self, fault: Fault) -> str:
+    async def _signal_one(self, number: signal.Signals) -> int:
         while True:
             pid = await self._one_pid()
             with suppress(ProcessLookupError):  # it has ended by itself a moment ago
-                os.kill(pid, signal.SIGKILL)
-                return f"pid {pid}"
+                os.kill(pid, number)
+                return pid
+
+    async def _kill_worker(self, fault: Fault) -> str:
+        return f"pid {await self._signal_one(signal.SIGKILL)}"
 
     async def _pause_worker(self, fault: Fault) -> str:
-        pid = await self._one_pid()
+        pid = await self._signal_one(signal.SIGSTOP)
         self._consumers.paused.add(pid)
-        os.kill(pid, signal.SIGSTOP)
         try:
             await asyncio.sleep(fault.seconds)
         finally:
