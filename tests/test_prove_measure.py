@@ -14,6 +14,7 @@ import asyncpg
 import pytest
 
 from consumer import App, Message, Misconfigured, Tx
+from consumer.ledger import Session, Standing
 from consumer.testing import ExactlyOnce, Sent
 
 TABLES = """
@@ -157,3 +158,70 @@ async def test_prove_while_another_session_is_connected_says_so(exactly_once: Ex
     finally:
         await connection.close()
     await trial.prove(*payments())
+
+
+# -- faults in a single run of the handler, or of the claim ------------------------------------------------------------
+
+# With one message, the handler runs once undisturbed, and then in the transactions that crash when it has run (handled,
+# before the COMMIT, committed): what the fourth run has written is stored.
+STORED_RUN = 4
+BALANCES = "create table balances (account int primary key, amount int not null); insert into balances values (1, 0)"
+
+
+@pytest.mark.parametrize("what", ["update", "insert", "deferred"])
+async def test_prove_with_another_value_after_crashes_fails(exactly_once: ExactlyOnce, what: str) -> None:
+    """As many rows as undisturbed, with one value that is another after crashes."""
+    app = App(f"shop-{uuid.uuid4().hex[:8]}")
+    runs = itertools.count(1)
+
+    @app.handler("payments")
+    async def settle(message: Message[dict[str, Any]], tx: Tx) -> None:
+        amount = 2 if next(runs) == STORED_RUN else 1
+        match what:
+            case "update":
+                await tx.execute("update balances set amount = amount + $1", amount)
+            case "insert":
+                await tx.execute("insert into balances values (2, $1)", amount)
+            case _:
+                tx.defer("update balances set amount = amount + $1", amount)
+
+    trial = await exactly_once(app, schema=BALANCES)
+    with pytest.raises(AssertionError, match=r"public.balances: 1 rows have other values in amount"):
+        await trial.prove(*payments(1))
+
+
+@pytest.mark.parametrize("answer", ["new", "taken"])
+@pytest.mark.parametrize("question", range(1, 8))
+async def test_prove_with_one_wrong_answer_of_the_claim_fails(
+    exactly_once: ExactlyOnce, monkeypatch: pytest.MonkeyPatch, question: int, answer: str
+) -> None:
+    """A wrong answer in a transaction that is not stored does no harm; one that is stored doubles or loses an update."""
+    app = App(f"shop-{uuid.uuid4().hex[:8]}")
+
+    @app.handler("payments")
+    async def settle(message: Message[dict[str, Any]], tx: Tx) -> None:
+        tx.defer("update balances set amount = amount + 1")
+
+    trial = await exactly_once(app, schema=BALANCES)
+    claim = Session.claim
+    questions = itertools.count(1)
+
+    async def wrong(self: Any, deliveries: Any, topics: Any) -> Any:
+        found = await claim(self, deliveries, topics)
+        if next(questions) != question:
+            return found
+        return {} if answer == "new" else dict.fromkeys(deliveries, Standing(dead=False, clashes=False, here=False))
+
+    monkeypatch.setattr(Session, "claim", wrong)
+    try:
+        await trial.prove(*payments(1))
+    except AssertionError:
+        failed = True
+    else:
+        failed = False
+    # The undisturbed run asks first; the crash at "begun" comes before the question, four more steps ask, and then the
+    # message is delivered again twice.
+    harmful = {"new": {6, 7}, "taken": {1, 5}}[answer]
+    assert failed == (question in harmful)
+    if not failed:
+        assert await trial.fetchval("select amount from balances") == 1

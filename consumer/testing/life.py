@@ -67,6 +67,7 @@ class _Counting(Session):
     """A worker's Session, which counts what each transaction has written just before it is committed."""
 
     rows: Mapping[str, Rows] = {}
+    watch: Watch
     _before: Mapping[str, Rows] = {}
 
     async def begin(self) -> None:
@@ -76,8 +77,11 @@ class _Counting(Session):
 
     async def commit(self) -> None:
         await self.check_constraints()  # a COMMIT does that first, and deferred triggers may write
-        self.rows = await rows_written(self.connection, self._before)
+        rows = await rows_written(self.connection, self._before)
+        await self.watch.committing(self.connection, rows)
+        self.rows = rows
         await super().commit()
+        self.watch.committed()
 
 
 class Life:
@@ -123,6 +127,7 @@ class Life:
                 await self._settle_all(batch, retry)
                 if self._session.is_usable:
                     self._round.sequences = await sequences_moved(self._session.connection)
+            await self._watch.end()
         finally:
             await close(self._session.connection)
         self._tell()
@@ -131,6 +136,7 @@ class Life:
         session = await _Counting.open(self._settings)
         assert isinstance(session, _Counting)
         self._session = session
+        session.watch = self._watch
         await self._session.connection.execute(BE_COUNTED)
         self._watch.own(self._session.connection)
 
@@ -145,7 +151,7 @@ class Life:
         for handler in self._app.handlers.values():
             handler.number = numbers[handler.name]
             handler.call = self._watch.around(handler)
-        await self._watch.look(None)
+        await self._watch.start()
 
     async def _settle_all(self, size: int, retry: bool) -> None:
         chunks = iter([self._records[n : n + size] for n in range(0, len(self._records), size)])

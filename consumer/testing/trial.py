@@ -16,6 +16,7 @@ from consumer.core.message import LogRecord, Partition
 from consumer.settings import Settings
 from consumer.testing.life import Key, Life, Round, Written
 from consumer.testing.messages import STEPS, TOLD_MAX, Delivered, Outside, Sent, lines, partition_of, record_of
+from consumer.testing.outside_rows import OutsideRows
 from consumer.testing.server import connection_to
 from consumer.testing.undisturbed import Contents, contents, differences
 from consumer.testing.watch import Watch
@@ -106,6 +107,7 @@ class Trial:
         ended = await self._deliver("prove: without a crash", batch, None, True)
         if waiting := [each for each in ended if each.outcome == "waiting"]:
             raise AssertionError(f"not every message has ended:\n{lines(waiting)}")
+        self.assert_nothing_outside()  # first: such rows are extra rows, too
         await self._compare(measure, ignore)
         for size in (1, None):
             await self.deliver_again(batch=size)
@@ -120,7 +122,15 @@ class Trial:
             other = Trial(self._app, settings, self._resources, self._copied)
             other._log = [*self._log, *added]
             other._applied = set(self._applied)
-            await other._deliver("undisturbed", batch, None, True)
+            other._outside = self._outside
+            async with connection_to(self._settings) as connection:
+                rows = OutsideRows(connection)
+                await rows.start([])
+                await other._deliver("undisturbed", batch, None, True)
+                # No transaction is ours here: a handler that knows this database's address has written to it.
+                for table in await rows.changed():
+                    text = f"unknown: it changed rows of {table}, while the messages were applied to a copy of the database"
+                    self._outside.append(Outside(" or ".join(self._app.handlers), "", "another connection", text))
             async with connection_to(settings) as connection:
                 return await contents(connection, ignore)
 
@@ -160,7 +170,10 @@ class Trial:
             raise AssertionError("there are new effects:\n" + "\n".join(f"  {each}" for each in problems[:TOLD_MAX]))
 
     def assert_nothing_outside(self) -> None:
-        """Raise AssertionError when a handler ran a statement outside its transaction; see `outside_statements`."""
+        """Raise AssertionError when a handler ran a statement, or stored rows, outside its transaction.
+
+        See `outside_statements`.
+        """
         __tracebackhide__ = True
         if self._outside:
             raise AssertionError(
@@ -169,13 +182,16 @@ class Trial:
             )
 
     def outside_statements(self) -> list[Outside]:
-        """The statements that handlers with a transaction ran on other connections, so far.
+        """What handlers with a transaction did on other connections, so far.
 
-        Seen are: every statement by asyncpg in this process, on whatever server, by the handler or a task it started;
-        and by any other driver or process, the last statement of each session in this test's database that ran one
-        while a handler was called. Of a session that was opened and closed again meanwhile, only that it was there.
-        With `concurrency=` above 1, another call may have run it. Not seen are HTTP, files, other databases through
-        other drivers, and what handlers that opted out do.
+        Rows: what other transactions stored in this database until the end of the call that delivered, and what they had
+        written and not ended by then, whatever connection, driver or process it was. Only tables are named. Statements:
+        all by asyncpg in this process, on whatever server, by the handler or a task it started; by any other driver or
+        process, the last statement of each session in this database that ran one while a handler was called.
+
+        Limitations: with `concurrency=` above 1, another call may have done it. Not seen are rows that were inserted and
+        deleted again within one call, and what is stored after the delivering call has ended by a transaction that began
+        to write after it; sequences; other databases through other drivers; HTTP; files; and what handlers that opted out do.
         """
         return list(self._outside)
 

@@ -1,7 +1,8 @@
-"""What handlers do on other connections than their transaction's, as far as that can be seen from here.
+"""What handlers do on other connections than their transaction's.
 
-Knows the sessions of the test's database, and each statement that asyncpg runs in this process. What it does not know
-is told at `Trial.outside_statements`.
+Statements, as far as they can be seen: of the sessions of the test's database, and by asyncpg in this process. And rows
+that others have changed, which PostgreSQL shows whatever has changed them (outside_rows.py). Limitations: see
+`Trial.outside_statements`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from consumer.core.lanes import Delivery
 from consumer.core.message import Message
 from consumer.core.sqltext import transaction_control
 from consumer.testing.messages import Outside, place_of
+from consumer.testing.outside_rows import OutsideRows
 
 _SESSIONS = """
 select d.sessions, a.pid, a.application_name, a.query, a.query_start
@@ -27,10 +29,14 @@ from pg_stat_database d
 left join pg_stat_activity a on a.datid = d.datid and a.backend_type = 'client backend' and a.pid <> all($1::int[])
 where d.datname = current_database()
 """
+_CHANGED = "unknown: it changed rows of {tables}"
+_LEFT_OPEN = "unknown: its transaction, which has not ended, has written, to {tables} it seems"
+_BLIND = "unknown: the connection that watches has failed ({tables})"
 _NOTED = (
     "execute", "executemany", "fetch", "fetchrow", "fetchval", "fetchmany", "prepare", "cursor",
     "copy_from_table", "copy_from_query", "copy_to_table", "copy_records_to_table",
 )  # fmt: skip
+_RUN = ("cursor", "executemany", "fetch", "fetchmany", "fetchrow", "fetchval")  # of a prepared statement
 
 
 @dataclass(slots=True)
@@ -42,8 +48,11 @@ class _Call:
     transaction: Any  # the connection
     outside: list[Outside]
     pids: set[int] = field(default_factory=set)
+    prepared: set[str] = field(default_factory=set)  # texts, in this call
+    noted: bool = False
 
     def note(self, connection: str, statement: str) -> None:
+        self.noted = True
         self.outside.append(Outside(self.handler, self.message, connection, statement))
 
 
@@ -66,6 +75,14 @@ class Watch:
         self._lock = asyncio.Lock()
         self._seen: dict[int, Any] = {}  # pid -> when its last statement began
         self._sessions = 0  # opened in this database, ever
+        self._rows = OutsideRows(connection)
+        self._called: set[str] = set()  # handlers with a transaction
+        self._is_blind = False  # the connection is gone
+
+    async def start(self) -> None:
+        """Note what is there before the first message."""
+        await self.look(None)
+        await self._rows.start(self._own)
 
     def own(self, connection: Any) -> None:
         """Note a new connection of ours: what runs on it is the transaction."""
@@ -81,6 +98,7 @@ class Watch:
         async def call(value: Any, message: Any, tx: Any) -> object:
             called = None
             if handler.idempotent:  # else all that it does is outside, by its own choice
+                self._called.add(handler.name)
                 called = _Call(handler.name, _messages(message, tx), self._transaction, self._outside)
             token = _calling.set(called)
             try:
@@ -96,8 +114,10 @@ class Watch:
         async with self._lock:
             try:
                 rows = await self._connection.fetch(_SESSIONS, list(self._own))
-            except Exception:
-                return  # a handler that ends all connections: nothing more is seen
+                changed = await self._rows.changed()
+            except Exception as error:
+                self._note_blind(error)
+                return
             opened, self._sessions = rows[0]["sessions"] - self._sessions, rows[0]["sessions"]
             there = {row["pid"]: row for row in rows if row["pid"] is not None}
             before, self._seen = self._seen, {pid: row["query_start"] for pid, row in there.items()}
@@ -110,6 +130,46 @@ class Watch:
         gone = opened - len({*there, *call.pids} - set(before))
         if gone > 0:
             call.note("another connection", f"unknown: {gone} session(s) opened and closed again")
+        if not call.noted:
+            self._note_rows(call.handler, call.message, changed)
+
+    async def committing(self, transaction: Any, written: Collection[str]) -> None:
+        """Note what the transaction of ours is about to store, and what others have stored since the last look."""
+        async with self._lock:
+            await self._rows.committing(transaction, written)
+            await self._look_at_rows()
+            self._rows.in_doubt()
+
+    def committed(self) -> None:
+        """The transaction of ours is stored."""
+        self._rows.committed()
+
+    async def end(self) -> None:
+        """Note what others have stored since the last look, or have not stored yet."""
+        async with self._lock:
+            try:
+                self._note_rows("", "", await self._rows.left_open(self._own), _LEFT_OPEN)
+            except Exception as error:
+                self._note_blind(error)
+            await self._look_at_rows()
+
+    async def _look_at_rows(self) -> None:
+        try:
+            self._note_rows("", "", await self._rows.changed())
+        except Exception as error:
+            self._note_blind(error)
+
+    def _note_rows(self, handler: str, message: str, tables: Collection[str], text: str = _CHANGED) -> None:
+        handler = handler or " or ".join(sorted(self._called))
+        if tables and self._called:  # else it was handlers that opted out
+            found = Outside(handler, message, "another connection", text.format(tables=", ".join(tables)))
+            self._outside.append(found)
+
+    def _note_blind(self, error: BaseException) -> None:
+        """A handler that ends all connections, or locks tables: what it did elsewhere cannot be seen any more."""
+        if not self._is_blind and self._called:
+            self._is_blind = True
+            self._note_rows("", "", [type(error).__name__], _BLIND)
 
 
 def _messages(message: Any, tx: Any) -> str:
@@ -121,16 +181,22 @@ def _messages(message: Any, tx: Any) -> str:
 
 @contextmanager
 def noting() -> Iterator[None]:
-    """Have every connection of asyncpg tell what it runs while a handler is called."""
-    driver = sys.modules["asyncpg"].Connection  # loaded by ledger.py, which alone imports it
-    originals = {name: vars(driver)[name] for name in _NOTED if name in vars(driver)}
-    for name, original in originals.items():
-        setattr(driver, name, _noting(name, original))
+    """Have every connection of asyncpg, and its prepared statements, tell what they run while a handler is called."""
+    driver = sys.modules["asyncpg"]  # loaded by ledger.py, which alone imports it
+    prepared = driver.prepared_stmt.PreparedStatement
+    originals = [
+        (kind, name, vars(kind)[name], noted)
+        for kind, names, noted in ((driver.Connection, _NOTED, _noting), (prepared, _RUN, _noting_prepared))
+        for name in names
+        if name in vars(kind)
+    ]
+    for kind, name, original, noted in originals:
+        setattr(kind, name, noted(name, original))
     try:
         yield
     finally:
-        for name, original in originals.items():
-            setattr(driver, name, original)
+        for kind, name, original, _ in originals:
+            setattr(kind, name, original)
 
 
 def _noting(name: str, original: Any) -> Any:
@@ -141,8 +207,26 @@ def _noting(name: str, original: Any) -> Any:
             text = str(args[0] if args else next(iter(options.values()), ""))
             call.pids.add(self.get_server_pid())
             # Not a pool's own statement, and not the frame around what is noted anyway.
+            if name == "prepare":
+                call.prepared.add(text)
             if text != self.get_reset_query() and not transaction_control(text):
                 call.note("asyncpg", f"{name} {text}" if name.startswith("copy") else text)
+        return original(self, *args, **options)
+
+    return method
+
+
+def _noting_prepared(name: str, original: Any) -> Any:
+    """A statement that was prepared while no handler was called is noted where it runs."""
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **options: Any) -> Any:
+        call = _calling.get()
+        connection = self._connection
+        if call is not None and connection is not call.transaction and not connection.is_closed():
+            call.pids.add(connection.get_server_pid())
+            if (text := self.get_query()) not in call.prepared:
+                call.note("asyncpg", text)
         return original(self, *args, **options)
 
     return method
