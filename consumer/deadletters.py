@@ -28,11 +28,12 @@ from consumer.core.lanes import Delivery, Tried
 from consumer.core.letters import Hold, State, group_of, holds
 from consumer.core.message import Partition
 from consumer.core.outcome import Dead, Reason
+from consumer.core.seal import seal
 
 _LETTER = """
 insert into consumer.dead_letters as d (handler, id, fingerprint, topic, partition, "offset", "timestamp", key, value,
-       header_keys, header_values, reason, error, attempts, state, chain, kind, error_group, trace)
-values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
+       header_keys, header_values, reason, error, attempts, state, chain, kind, error_group, trace, seal)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)
 on conflict (handler, id, fingerprint) do update
 set state = excluded.state, chain = excluded.chain, reason = excluded.reason, error = excluded.error,
     attempts = excluded.attempts, kind = excluded.kind, error_group = excluded.error_group, trace = excluded.trace,
@@ -174,4 +175,5 @@ def _letter(delivery: Delivery, verdict: Dead, attempts: int) -> tuple[Any, ...]
         storable(verdict.kind),
         group_of(delivery.handler.name, verdict.reason.value, verdict.kind, verdict.error),
         storable(verdict.trace),
+        seal(record),
     )

@@ -202,6 +202,7 @@ async def _dlq_show(number: int, settings: Settings, as_json: bool) -> int:
         return 0
     actions = found.pop("actions")
     trace = found.pop("trace")
+    altered = found.pop("altered")
     for name, value in found.items():
         out.print(
             f"{name:18} {printable(value) if isinstance(value, str) else json.dumps(value)}",
@@ -209,6 +210,9 @@ async def _dlq_show(number: int, settings: Settings, as_json: bool) -> int:
             highlight=False,
             soft_wrap=True,
         )
+    if altered:
+        text = f"not as its message had it: {' and '.join(altered)}; `consumer dlq retry` does not apply it as it is"
+        out.print(f"{'altered':18} {text}", markup=False, highlight=False, soft_wrap=True)
     for n, frame in enumerate(trace):
         out.print(f"{'' if n else 'trace':18} {printable(frame)}", markup=False, highlight=False, soft_wrap=True)
     for each in reversed(actions):

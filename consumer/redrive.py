@@ -28,6 +28,7 @@ from consumer.core.letters import State
 from consumer.core.message import LogRecord
 from consumer.core.outcome import Reason
 from consumer.core.retry import Retry
+from consumer.core.seal import REST, VALUE, altered
 from consumer.ledger import Conflict, Outage, where
 from consumer.letter_session import Edit, Letter, LetterSession, NotOurs
 from consumer.settings import Settings
@@ -117,8 +118,8 @@ class Filters:
 class Done:
     """What became of one letter.
 
-    outcome: applied, duplicate or discarded where it is settled; taken, settled, behind, unsure, other_letter, postponed, gone or
-    no_handler where nothing was changed; else the reason of a failure. behind: it waited behind one that was asked for.
+    outcome: applied, duplicate or discarded where it is settled; taken, settled, behind, unsure, other_letter, postponed, gone,
+    altered or no_handler where nothing was changed; else the reason of a failure. behind: it waited behind one that was asked for.
     """
 
     dead_letter: int
@@ -411,6 +412,11 @@ class Redrive:
         if handler is None:
             return "no_handler", f"{self.app.name!r} has no handler {row['handler_name']!r} any more"
         edit = letter.edit
+        if parts := _altered(row, edit):
+            return (
+                "altered",
+                f"{' and '.join(parts)} not as its message had it; {_mend(letter.number, parts)}",
+            )
         names = [name.decode("utf-8", "surrogateescape") for name in row["header_keys"]]
         record = LogRecord(
             topic=row["topic"],
@@ -459,6 +465,17 @@ def _batches(deliveries: Iterable[Delivery]) -> Iterator[Batch]:
         seen.add(key)
     if some:
         yield Batch(some, {}, {})
+
+
+def _altered(row: Any, edit: Edit | None) -> list[str]:
+    """The parts of a letter that were changed where they are kept, and that would be applied."""
+    return [part for part in altered(row) or () if part == REST or edit is None]
+
+
+def _mend(number: int, parts: Sequence[str]) -> str:
+    if VALUE in parts and REST not in parts:
+        return f"give the right one: `consumer dlq retry APP {number} --value FILE --same-id`, or discard it"
+    return "discard it, and produce the message again"
 
 
 def _freed(letters: Iterable[Letter]) -> list[Chain]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from consumer import coverage, dryrun, history, id_rules, ledger, once, proof, republish, transport
+from consumer import coverage, dryrun, history, id_rules, ledger, once, proof, republish, sealed_letters, transport
 from consumer.app import App
 from consumer.core.bounds import Span
 from consumer.core.epoch import lineage
@@ -390,6 +390,7 @@ class _Replay:
         await self._look_again()
         await self._look_at_sequences()
         await self._compare_history(source)
+        await self._check_letters()
         self._conclude()
         await self._record_coverage()
 
@@ -824,6 +825,11 @@ class _Replay:
             findings.notes.append(
                 f"{findings.gone:,} ledger rows name records that a compacted log does not hold any more: nothing can be told of those"
             )
+
+    async def _check_letters(self) -> None:
+        connection = (await self.witness.open()).connection
+        numbers = {each.number: each for each in self.handlers if each.number > 0}
+        await sealed_letters.check(connection, self.findings, numbers, self.wanted_key, self.wanted_ids)
 
     def _has_other_ids(self, handler: Handler) -> bool:
         """Whether rows of the handler may have ids of another rule than its messages have now."""

@@ -18,6 +18,7 @@ from consumer.core.identity import event_id, ids_of_text, reads_like_offset
 from consumer.core.incarnation import Committed, Log, Position, Reason, Stop, begin, judge
 from consumer.core.message import Partition
 from consumer.core.outcome import Cause
+from consumer.core.seal import altered
 from consumer.kafka import Identity, KafkaError, OpenTransaction, Source
 from consumer.ledger import INSTALLATION, read_positions
 from consumer.stops import read as read_stops
@@ -350,6 +351,7 @@ async def dead_letter(connection: Any, number: int) -> dict[str, Any] | None:
             [_shown(name), _shown(value)] for name, value in zip(row["header_keys"], row["header_values"], strict=True)
         ],
         "value": _shown(row["value"]),
+        "altered": altered(row),
         "actions": await actions(connection, number, 1000),
     }
 

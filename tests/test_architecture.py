@@ -66,6 +66,7 @@ LAYERS = [
     "reading",
     "republish",
     "history",
+    "sealed_letters",
     "witness",
     "applied",
     "compare",

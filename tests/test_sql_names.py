@@ -95,6 +95,7 @@ REVIEWED: dict[str, dict[str, str]] = {
         "stamp_sql": "constants of that file",
         "expression": "constants of that file",
     },
+    "testing/outside_rows.py": {"name": "PostgreSQL's format('%I.%I')"},
     "testing/server.py": {
         "name": "numbers of this run",
         "each": "numbers of this run",

@@ -30,6 +30,7 @@ OUTCOMES = (
     "applied_now",
     "dead_lettered_now",
 )
+ALTERED = "altered_letter"
 SAMPLES_MAX = 20  # of each kind
 BLOCK_BITS = 12  # ledger rows are compared with the log in blocks of 4,096 offsets
 
@@ -97,6 +98,7 @@ class Findings:
     unsettled: int = 0  # conflicts and unreadable messages of which there is no dead letter
     inexact: bool = False  # too many missing ids to tell repetitions among them apart
     history: dict[str, dict[str, int]] | None = None
+    altered: int = 0  # dead letters whose stored record is not that of their message
     gone: int = 0  # ledger rows whose records a compacted log does not hold any more
     precheck: dict[str, int] | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -180,6 +182,7 @@ class Findings:
             f"{_n(orphans, 'ledger row')} whose message the log does not hold: something was applied under an id that is not "
             "there, or twice under two ids",
         )
+        add("altered_letters", self.altered, f"{_n(self.altered, 'dead letter')} {self._altered()}")
         wrong = (self.precheck or {}).get("wrong", 0)
         add(
             "precheck_wrong",
@@ -216,6 +219,19 @@ class Findings:
         # Rows that depend on order or time were taken out of the differences before.
         doubts = [each for each in rebuilt.get("unknown", ()) if each["kind"] != "depends_on_order"]
         return not doubts and not any(rebuilt.get(each) for each in ("failed", "compacted", "excuses"))
+
+    def _altered(self) -> str:
+        """Where the dead letters lie that hold another record than their message's."""
+        found = [each for each in self.samples if each["kind"] == ALTERED]
+        told = [
+            f"{each['handler']} {each['topic']}:{each['partition']} offset {each['offset']} ({each['detail']})"
+            for each in found[:3]
+        ]
+        more = f" and {self.altered - len(told):,} more" if self.altered > len(told) else ""
+        return (
+            f"hold another record than their message had: {', '.join(told)}{more}; `consumer dlq retry APP LETTER --value FILE "
+            "--same-id` gives the right value"
+        )
 
     def _missing(self, missing: int) -> str:
         by_handler = {

@@ -1,0 +1,64 @@
+"""Whether a dead letter still holds the record that it was made of: a digest of the value, and one of the rest.
+
+Knows records and bytes; knows no table. The fingerprint of a message cannot tell: its rule may compare nothing, or need code
+that has changed since. Limitations: letters from before there were digests; whoever changes the digest as well is not
+noticed; reason, error and state of a letter, and the value of an edit, are not covered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+from consumer.core.message import Record
+
+VALUE = "value"
+REST = "key, headers or place"
+_SIZE = 16  # bytes of each digest
+
+
+def seal(record: Record) -> bytes:
+    """The digests of a record, as they are kept with its letter."""
+    names = [key.encode("utf-8", "surrogateescape") for key, _ in record.headers]
+    values = [value for _, value in record.headers]
+    place = (record.topic, record.partition, record.offset, record.timestamp)
+    return _of_value(record.value) + _of_rest(place, record.key, names, values)
+
+
+def altered(row: Mapping[str, Any]) -> list[str] | None:
+    """Which parts of a letter's row are not those of its message: VALUE, REST; None where that cannot be told."""
+    kept = row["seal"]
+    if kept is None:
+        return None
+    place = (row["topic"], row["partition"], row["offset"], row["timestamp"])
+    found = {
+        VALUE: kept[:_SIZE] == _of_value(row["value"]),
+        REST: kept[_SIZE:] == _of_rest(place, row["key"], row["header_keys"], row["header_values"]),
+    }
+    return [part for part, is_same in found.items() if not is_same]
+
+
+def _of_value(value: bytes | None) -> bytes:
+    return _digest([value])
+
+
+def _of_rest(
+    place: tuple[str, int, int, int], key: bytes | None, names: Sequence[bytes], values: Sequence[bytes | None]
+) -> bytes:
+    return _digest(
+        [
+            repr(place).encode(),
+            key,
+            *(part for pair in zip(names, values, strict=False) for part in pair),
+            b"%d" % len(values),
+        ]
+    )
+
+
+def _digest(parts: Iterable[bytes | None]) -> bytes:
+    made = blake2b(digest_size=_SIZE)
+    for part in parts:
+        made.update(b"-" if part is None else b"%d:" % len(part))
+        made.update(part or b"")
+    return made.digest()
