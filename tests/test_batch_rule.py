@@ -634,6 +634,68 @@ CASES: dict[str, tuple[str, list[Message]]] = {
             ("insert into b values ($1)", lambda n: (n,)),
         ),
     ),
+    "additions across a gap between partitions": (
+        "create table t (id int, n int not null) partition by range (n); create table t1 partition of t for values from (0) to (10);"
+        "create table t2 partition of t for values from (20) to (100); insert into t values (1, 5);",
+        each(8, ("update t set n = n + $2 where id = $1", lambda n: (1, 4))),
+    ),
+    "additions to what decides the partition, sent to the partition": (
+        "create table t (id int, n int) partition by list (n); create table t1 partition of t for values in (0, 3); insert into t values (1, 0);",
+        each(8, ("update t1 set n = n + $2 where id = $1", lambda n: (1, 1 if n < 3 else 0))),
+    ),
+    "an upsert that notes the time": (
+        "create table t (id int primary key, v int, at timestamptz default clock_timestamp());"
+        "create view order_of_all as select v as n, 't' as what, rank() over (order by at) from t;",
+        each(
+            10,
+            (
+                "insert into t (id, v) values ($1, $2) on conflict (id) do update set v = excluded.v",
+                lambda n: (10 - n, n),
+            ),
+        ),
+    ),
+    "an operator whose signs are two operators apart": (
+        "create table t (id int primary key, v int); insert into t select n, 10 from generate_series(0, 19) n;"
+        "create function seven(int, int) returns int language sql as 'select 7'; create operator %- (leftarg = int, rightarg = int, function = seven);",
+        each(10, ("update t set v = v %- $2 where id = $1", lambda n: (n, n + 1))),
+    ),
+    "a unique index that is blind to case": (
+        "create function cmp(text, text) returns int language sql immutable as 'select bttextcmp(lower($1), lower($2))';"
+        "create function eq(text, text) returns bool language sql immutable as 'select lower($1) = lower($2)';"
+        "create operator =# (leftarg = text, rightarg = text, function = eq);"
+        "create operator class blind for type text using btree as operator 3 =#, function 1 cmp(text, text);"
+        "create table t (name text not null, n int); create unique index on t (name blind);",
+        [
+            [(sql, (f"{name}{n}", number))]
+            for n in range(10)
+            for sql, name, number in (
+                ("insert into t (name, n) values ($1, $2) on conflict do nothing", "eve", 1),
+                (
+                    "insert into t (name, n) values ($1, $2) on conflict (name) do update set n = t.n + excluded.n",
+                    "bob",
+                    1,
+                ),
+                ("insert into t (name, n) values ($1, $2) on conflict do nothing", "Bob", 100),
+            )
+        ],
+    ),
+    **{
+        f"a domain that reads another table, in {place}": (
+            "create table log (n int); create function seen() returns bigint language sql as 'select count(*) from public.log';"
+            f"create domain more as int check (value >= public.seen()); {table}",
+            each(
+                20, ("insert into t (id) values ($1)", lambda n: (15,)), ("insert into log values ($1)", lambda n: (n,))
+            ),
+        )
+        for place, table in {
+            "a default": "create table t (id int, x int default ((random() * 0)::int + 15)::more);",
+            "the elements of a default": "create table t (id int, x text default (array[(random() * 0)::int + 15]::more[])::text);",
+            "a check": "create table t (id int check (id::more > 0));",
+            "a generated column": "create table t (id int, x int generated always as (id::more) stored);",
+            "an index": "create table t (id int); create index on t ((id::more));",
+            "a partition key": "create table t (id int) partition by list ((id::more + 0)); create table t1 partition of t default;",
+        }.items()
+    },
     "clocks and random numbers": (
         "create table a (id int, at timestamptz default now(), constraint k check (at <= now())); create table b (n int);",
         each(
@@ -694,6 +756,17 @@ FAST: dict[str, tuple[str, list[Message], int]] = {
         "create table log2 partition of log default;" + ACCOUNTS,
         each(200, ("insert into log values ($1, $2)", lambda n: (n, n)), (ADD, lambda n: (n % 10, n))),
         2,
+    ),
+    "fields of a document": (
+        "create table t (id int primary key, name text, j jsonb); insert into t select n from generate_series(0, 99) n;",
+        each(200, ("update t set j = $2, name = $2::jsonb ->> 'a' where id = $1", lambda n: (n % 100, '{"a": "b"}'))),
+        2,
+    ),
+    "additions beside what decides the partition": (
+        "create table t (id int primary key, n int default 0) partition by range (id); create table t1 partition of t default;"
+        "insert into t select generate_series(0, 9);",
+        each(200, ("update t set n = n + $2 where id = $1", lambda n: (n % 10, n))),
+        1,
     ),
     "an update with a condition": (
         STOCK + "insert into stock select generate_series(0, 99);" + ORDERS,

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from consumer.core.columns import FUNCTIONS, TYPES, Shape
+from consumer.core.columns import FUNCTIONS, SIGNS, TYPES, Shape
 from consumer.core.rounds import INT_MAX, are_keys
 
 
@@ -40,7 +40,7 @@ class Why(Enum):
     KEY = "its key is not of a type whose equality is known"
     UNIQUE = "it changes or adds columns of another unique or exclusion constraint"
     SELF = "its table references itself"
-    SEQUENCE = "its order would decide who gets which number of a sequence"
+    SEQUENCE = "its order would decide who gets which number of a sequence, or the earlier time"
     ROWS = "its parameters cannot be taken from rows"
     MANY = "too many different statements were deferred together"
 
@@ -65,7 +65,11 @@ select root.oid as relation, self.oids as tree,
        as triggered,
        exists (select from pg_attribute a join pg_type t on t.oid = a.atttypid where a.attrelid = any(self.oids)
                and a.attnum > 0 and not a.attisdropped and t.typtype = 'd') as domains,
-       exists (select from pg_depend d where d.refclassid in ('pg_proc'::regclass, 'pg_operator'::regclass)
+       exists (select from pg_depend d
+               left join pg_type t on d.refclassid = 'pg_type'::regclass and d.objsubid = 0 and t.oid = d.refobjid
+               left join pg_type e on e.oid = t.typelem
+               where (d.refclassid in ('pg_proc'::regclass, 'pg_operator'::regclass)
+                      or t.typtype not in ('b', 'e') or e.typtype not in ('b', 'e'))
                and d.refobjid >= 16384 and (d.classid, d.objid) in (
                    select 'pg_attrdef'::regclass::oid, oid from pg_attrdef where adrelid = any(self.oids)
                    union all select 'pg_constraint'::regclass::oid, oid from pg_constraint where conrelid = any(self.oids)
@@ -113,7 +117,9 @@ select root.oid as relation, self.oids as tree,
         where a.attrelid = root.oid and a.attnum > 0 and not a.attisdropped)::text as columns,
        (select coalesce(json_agg(json_build_object(
             'columns', array(select a.attname from pg_attribute a where a.attrelid = i.indrelid and a.attnum = any(i.indkey)),
-            'plain', i.indexprs is null and i.indpred is null and not i.indisexclusion)), '[]')
+            'plain', i.indexprs is null and i.indpred is null and not i.indisexclusion,
+            'bytewise', not exists (select from pg_collation l where l.oid = any(i.indcollation) and not l.collisdeterministic)
+            and not exists (select from unnest(i.indclass) k(oid) where k.oid >= 16384))), '[]')
         from pg_index i where i.indrelid = any(self.oids) and (i.indisunique or i.indisexclusion))::text as uniques,
        coalesce((select bool_and(t.typname in ('int2', 'int4', 'int8') and t.typnamespace = 'pg_catalog'::regnamespace)
                  from unnest($4::text[]) as k(name)
@@ -124,7 +130,11 @@ select root.oid as relation, self.oids as tree,
        and not exists (select from pg_constraint where conrelid = any(self.oids) and contype = 'c')
        and not exists (select from pg_attribute where attrelid = any(self.oids) and attgenerated <> '')
        and not exists (select from pg_index i where i.indrelid = any(self.oids)
-                       and (i.indexprs is not null or i.indpred is not null)) as addable,
+                       and (i.indexprs is not null or i.indpred is not null))
+       and not exists (select from unnest(self.oids) each(oid), pg_partition_ancestors(each.oid) p
+                       join pg_partitioned_table k on k.partrelid = p.relid
+                       left join pg_attribute a on a.attrelid = k.partrelid and a.attnum = any(k.partattrs)
+                       where 0 = any(k.partattrs) or a.attname = any($4)) as addable,
        position('pg_catalog' in current_setting('search_path')) > 0
        or exists (select from pg_proc where proname = any($5) and pronamespace <> 'pg_catalog'::regnamespace)
        or exists (select from pg_operator o where o.oid >= 16384 and o.oprname = any($8)
@@ -135,7 +145,6 @@ select root.oid as relation, self.oids as tree,
                                   and t.oid >= 16384 and t.typtype <> 'e')) as shadowed
 from root, self
 """
-SIGNS = ("||", "<>", "<=", ">=", "!=", "-", "+", "*", "/", "%", "=", "<", ">")
 
 # Functions that defaults and constraints may call: they read no table, and no sequence but by its own name.
 _IN_EXPRESSIONS = FUNCTIONS | {
@@ -195,6 +204,7 @@ class _Column(msgspec.Struct):
 class _Unique(msgspec.Struct):
     columns: list[str]
     plain: bool
+    bytewise: bool  # whether it tells the same values apart as its columns do
 
 
 def question(shape: Shape) -> tuple[Any, ...]:
@@ -202,7 +212,16 @@ def question(shape: Shape) -> tuple[Any, ...]:
     bits = {"insert": 4, "delete": 8, "update": 16, "upsert": 4 | 16}[shape.kind]
     inserts, deletes = shape.kind in ("insert", "upsert"), shape.kind == "delete"
     added = [column for column, _ in shape.added]
-    return shape.table, bits, list(shape.assigned) or None, added, list(shape.functions), inserts, deletes, list(SIGNS)
+    return (
+        shape.table,
+        bits,
+        list(shape.assigned) or None,
+        added,
+        list(shape.functions),
+        inserts,
+        deletes,
+        sorted(SIGNS),
+    )
 
 
 def barrier(facts: Mapping[str, Any], shape: Shape) -> Why | None:
@@ -288,11 +307,13 @@ def _why_alone(facts: Mapping[str, Any], shape: Shape, types: Sequence[str]) -> 
     if not all(_is_key(columns[column], types[place], shape) for column, place in shape.keys):
         return Why.KEY
     if shape.kind == "upsert":
-        if facts["numbered"]:
+        if facts["numbered"] or _reads_clock(facts, shape):
             return Why.SEQUENCE
         [(key, _)] = shape.keys
         if any(each.columns != [key] or not each.plain for each in _uniques(facts)):
             return Why.UNIQUE
+        if not all(each.bytewise for each in _uniques(facts)):
+            return Why.KEY
     elif shape.kind == "update":
         changed = _changed(facts, shape)
         if any(not each.plain or set(each.columns) & changed for each in _uniques(facts)):
@@ -313,7 +334,7 @@ def _pins(facts: Mapping[str, Any], shape: Shape, types: Sequence[str]) -> dict[
         for unique in _uniques(facts) if shape.kind != "delete" else ():
             if shape.kind == "update" and unique.plain and not set(unique.columns) & _changed(facts, shape):
                 continue
-            if not unique.plain or name not in unique.columns:
+            if not unique.plain or not unique.bytewise or name not in unique.columns:
                 break
         else:
             found[name] = (place, columns[name].type)

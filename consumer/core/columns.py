@@ -36,16 +36,17 @@ _REFUSED = frozenset(
     }
 )
 _TOKEN = re.compile(
-    r"""\s+
+    r"""[\ \t\n\r\f]+
     | (?P<parameter>\$[1-9][0-9]{0,4}(?![0-9A-Za-z_]))
     | (?P<number>[0-9]+(?:\.[0-9]+)?(?![0-9A-Za-z_.]))
     | (?P<text>'(?:[^'\\]|'')*'(?!\s*[\n\r]?\s*'))
     | (?P<quoted>"(?:[^"\\]|"")+")
     | (?P<word>[A-Za-z_][A-Za-z0-9_]*)(?!['"$\x80-\U0010ffff])
-    | (?P<sign>::|\|\||<>|<=|>=|!=|[-+*/%=<>(),.])
+    | (?P<sign>::|[(),.]|[-+*/%=<>!|]+)
     """,
     re.VERBOSE,
 )
+SIGNS = frozenset({"||", "<>", "<=", ">=", "!=", "->", "->>", "-", "+", "*", "/", "%", "=", "<", ">"})
 # Scalars whose arrays the driver encodes from plain Python values, and that PostgreSQL's unnest gives back unchanged.
 TYPES = frozenset(
     {
@@ -135,9 +136,15 @@ def _tokens(sql: str) -> list[Token] | None:
         if match is None:
             return None
         position = match.end()
-        if match.lastgroup is not None:
-            text = match[0].lower() if match.lastgroup == "word" else match[0]
-            found.append(Token(match.lastgroup, text))
+        kind, text = match.lastgroup, match[0]
+        if kind == "sign" and text not in ("::", "(", ")", ",", "."):
+            # PostgreSQL takes all signs together for one operator. But a last + or - is a number's, without a % ! or | before.
+            while len(text) > 1 and text not in SIGNS and text[-1] in "+-" and not re.search("[%!|]", text):
+                text, position = text[:-1], position - 1
+            if text not in SIGNS:
+                return None
+        if kind is not None:
+            found.append(Token(kind, text.lower() if kind == "word" else text))
     return found
 
 
