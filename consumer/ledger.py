@@ -265,7 +265,8 @@ class Session:
         )
         # Slow handlers leave the connection idle: commit what is done well before the server ends the transaction.
         self.batch_seconds_max = min(_BATCH_SECONDS_MAX, settings.postgres_idle_in_transaction_timeout_seconds / 3)
-        self.turn: int | None = None  # transactions of sessions with one number run one at a time; 32 bits
+        # Transactions of sessions with one number run one at a time; 32 bits. None after a turn that did not come in time.
+        self.turn: int | None = None
         self._begin = f"begin isolation level read committed{local}"
         self._share_known = 0.0  # of the ids that were claimed last
         self._generations = FIRST  # as they were read last; a claim notices when that is no longer so
@@ -306,6 +307,7 @@ class Session:
                 await self.connection.execute(f"{self._begin}; {turn}; {lock}")
                 return
             except asyncpg.LockNotAvailableError:  # the wait is bounded: go on without a turn
+                self.turn = None
                 await self.rollback()
         await self.connection.execute(f"{self._begin}; {lock}")
 

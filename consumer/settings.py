@@ -167,6 +167,11 @@ class Settings(BaseModel):
             raise ValueError(
                 "CONSUMER_LEDGER_GENERATION_HOURS has no effect without CONSUMER_LEDGER_RETENTION_HOURS; set both, or neither"
             )
+        if self.postgres_lock_timeout_seconds >= self.postgres_answer_timeout_seconds:
+            raise ValueError(
+                "CONSUMER_POSTGRES_LOCK_TIMEOUT_SECONDS must be less than CONSUMER_POSTGRES_ANSWER_TIMEOUT_SECONDS; "
+                "else a wait for a lock is taken for a connection that is lost"
+            )
         return self
 
     @property

@@ -610,7 +610,7 @@ class Worker:
                         },
                     )
                 if isinstance(error, Conflict):
-                    lane.turns.met()
+                    lane.turns.met(sqlstate_of(cause) or "")
                 parts += once.again(part, careful, failures + 1, self._draw, error, self._evidence)
                 # The first conflict is run again almost at once; what keeps failing is left ever more time.
                 await self._pause(min(_BACKOFF_SECONDS[1], 0.005 * 3.0**failures) * (0.5 + self._draw() / 2))
@@ -622,6 +622,8 @@ class Worker:
                 self._reopen(lane)
                 return
             else:
+                if lane.session.turn is None and lane.turns.are_taken:
+                    lane.turns.did_not_come()
                 lane.turns.settled()
                 self._settled_part(lane, part, done)
                 if any([outcome is once.CONFLICT for outcome in done.outcomes.values()]):

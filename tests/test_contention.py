@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness import Place, Sent, consume_all, value
+import asyncpg
+from harness import Place, Sent, consume_all, drained, until, value, working
 
 from consumer import App, Tx
 
@@ -24,3 +25,56 @@ async def test_rows_locked_in_opposite_orders_by_many_lanes_do_not_starve(place:
     await consume_all(app, place.settings(lanes=4, batch_messages_max=200), seconds=120)
     assert await value(place.dsn, "select sum(balance) from accounts") == 0
     assert await value(place.dsn, "select count(*) from consumer.ledger where applied_at is not null") == 1200
+
+
+async def test_a_turn_that_a_slow_transaction_holds_is_waited_for_once_only(place: Place) -> None:
+    """With a slow handler in its turn, each transaction of the other lanes would wait for the longest time of a lock."""
+    topic = await place.topic()
+    app = App("slow-turn")
+
+    @app.handler(topic, name="note")
+    async def note(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("insert into effects values ($1, 1, 1)", str(body["n"]))
+
+    settings = place.settings(lanes=1, batch_messages_max=1, postgres_lock_timeout_seconds=0.5)
+    slow = await asyncpg.connect(place.dsn)
+    try:
+        async with working(app, settings) as worker:
+            [lane] = worker._lanes
+            for _ in range(4):
+                lane.turns.met("40P01")
+            await slow.execute("select pg_advisory_lock(1189081, $1)", worker._turn)
+            await place.send(topic, *[Sent({"n": n}, id=f"m{n}") for n in range(20)])
+            await drained(app, settings)
+            assert not lane.turns.are_taken  # of 64, 20 would have waited
+    finally:
+        await slow.close()
+    assert await value(place.dsn, "select count(*) from effects") == 20
+
+
+async def test_a_row_that_another_application_locks_makes_no_lane_take_turns(place: Place) -> None:
+    """Else the lane that waits for the row would hold the turn meanwhile, again and again."""
+    topic = await place.topic()
+    app = App("locked-row")
+
+    @app.handler(topic, name="add", order="none")
+    async def add(body: dict[str, Any], tx: Tx) -> None:
+        await tx.execute("update accounts set balance = balance + 1 where id = $1", body["n"])
+
+    settings = place.settings(lanes=1, postgres_lock_timeout_seconds=0.2)
+    other = await asyncpg.connect(place.dsn)
+    try:
+        async with other.transaction():
+            await other.execute("update accounts set balance = 0 where id = 3")
+            await place.send(topic, *[Sent({"n": n}, id=f"m{n}") for n in range(10)])
+            async with working(app, settings) as worker:
+
+                async def others_are_applied() -> bool:
+                    return bool(await value(place.dsn, "select count(*) = 9 from accounts where balance = 1"))
+
+                await until("all but the locked one are applied", others_are_applied, 60)
+                assert not worker._lanes[0].turns.are_taken
+        await consume_all(app, settings, 60)
+    finally:
+        await other.close()
+    assert await value(place.dsn, "select sum(balance) from accounts") == 10

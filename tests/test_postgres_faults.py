@@ -122,7 +122,7 @@ async def test_a_connection_that_falls_silent_is_ended(
             redis_url,
             batch_messages_max=20,
             postgres_answer_timeout_seconds=1,
-            postgres_lock_timeout_seconds=2,
+            postgres_lock_timeout_seconds=0.9,
         )
         async with working(app, settings):
             await produce(kafka.bootstrap_servers, topic, messages(range(400)))

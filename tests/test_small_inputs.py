@@ -87,6 +87,12 @@ def test_generation_hours_without_retention_hours_are_refused() -> None:
     assert load(ledger_generation_hours=1, ledger_retention_hours=4).ledger_generation_hours == 1
 
 
+def test_a_wait_for_a_lock_that_outlasts_the_limit_of_an_answer_is_refused() -> None:
+    with pytest.raises(Misconfigured, match=r"^CONSUMER_POSTGRES_LOCK_TIMEOUT_SECONDS must be less than"):
+        load(postgres_answer_timeout_seconds=10)
+    assert load(postgres_answer_timeout_seconds=10, postgres_lock_timeout_seconds=9).postgres_lock_timeout_seconds == 9
+
+
 @pytest.mark.parametrize("name", ["a\udcff", "\ud800"])
 def test_handler_name_with_a_lone_surrogate_is_refused(name: str) -> None:
     app = App("shop")

@@ -13,7 +13,7 @@ from consumer.core.sqltokens import SKIP, after_comment, first_words
 
 _SUSPECT = re.compile(r'set_config|pg_settings|[uU]&"|\bdo\b', re.IGNORECASE)
 _SET_IN_BLOCK = re.compile(
-    r"(?:\A|;|\bbegin\b|\bthen\b|\belse\b|\bloop\b|\bexecute\b[\s(]*(?:format\s*\(\s*)?e?(?:'+|\$\w*\$))"
+    r"(?:\A|;|>>|\bbegin\b|\bthen\b|\belse\b|\bloop\b|\bexecute\b[\s(]*(?:format\s*\(\s*)?e?(?:'+|\$\w*\$))"
     r"(?:\s|\\[nrt])*(?:set|reset)\b(?!\s+constraints\b)",
     re.IGNORECASE,
 )

@@ -13,7 +13,12 @@ from consumer.core.errors import TransactionMisuse
 from consumer.core.sqlsettings import changes_setting
 from consumer.core.sqltokens import first_words
 
-_FORBIDDEN = frozenset({"begin", "start", "commit", "end", "rollback", "abort", "savepoint", "release", "discard"})
+_FORBIDDEN = frozenset(
+    {
+        *("begin", "start", "commit", "end", "rollback", "abort", "savepoint", "release"),
+        *("discard", "deallocate"),  # the driver's own prepared statements would be gone, for all messages that follow
+    }
+)
 _CHECKED_MAX = 4096
 
 # Commands of which it is known that they change no table's definition, whatever functions they call.

@@ -32,6 +32,7 @@ from consumer.core.sqltext import refuse_transaction_control, traits
         "do language plpgsql $$ begin if true then set local a.b to '1'; end if; end $$",
         "do $$ begin /* x */ reset a.b; end $$",
         "do $$ begin execute 'set a.b = 1'; end $$",
+        "do $$ begin <<here>> set a.b = 1; end $$",
         "do $$ begin execute E' set local a.b = 1'; end $$",
         "do $$ begin execute format('set local a.b = %L', 'x'); end $$",
         "do $$ begin execute ('reset all'); end $$",

@@ -28,6 +28,7 @@ CONTROL = [
     "prepare transaction 'x'",
     "set transaction isolation level serializable",
     "discard all",
+    "deallocate all",
 ]
 
 # What may stand before a statement, all of it nothing to PostgreSQL.
