@@ -224,13 +224,18 @@ async def connect(settings: Settings, timeout_seconds: float = 10) -> asyncpg.Co
 def _session_settings(settings: Settings) -> dict[str, str]:
     return {
         "application_name": "idempotent-consumer",
-        "lock_timeout": f"{settings.postgres_lock_timeout_seconds * 1000:.0f}",
-        "idle_in_transaction_session_timeout": f"{settings.postgres_idle_in_transaction_timeout_seconds * 1000:.0f}",
+        "lock_timeout": _milliseconds(settings.postgres_lock_timeout_seconds),
+        "idle_in_transaction_session_timeout": _milliseconds(settings.postgres_idle_in_transaction_timeout_seconds),
         "synchronous_commit": "on",  # a role or database that turned it off would lose settled messages
         "tcp_keepalives_idle": "10",
         "tcp_keepalives_interval": "5",
         "tcp_keepalives_count": "4",
     }
+
+
+def _milliseconds(seconds: float) -> str:
+    """A limit as PostgreSQL takes it: 0 would be none at all."""
+    return str(max(1, round(seconds * 1000)))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 from harness import Place, consumer, is_one_line
 from pooler import Pooler, needs_pgbouncer
 
-from consumer import App, Misconfigured, RegistrationError, Settings
+from consumer import App, Misconfigured, RegistrationError, Settings, ledger
 from consumer.embedded import Postgres, Valkey
 from consumer.ledger import connect
 from consumer.loading import load_app
@@ -91,6 +91,13 @@ def test_a_wait_for_a_lock_that_outlasts_the_limit_of_an_answer_is_refused() -> 
     with pytest.raises(Misconfigured, match=r"^CONSUMER_POSTGRES_LOCK_TIMEOUT_SECONDS must be less than"):
         load(postgres_answer_timeout_seconds=10)
     assert load(postgres_answer_timeout_seconds=10, postgres_lock_timeout_seconds=9).postgres_lock_timeout_seconds == 9
+
+
+def test_a_limit_below_a_millisecond_is_not_taken_for_none() -> None:
+    limits = ledger._session_settings(
+        load(postgres_lock_timeout_seconds=0.0004, postgres_idle_in_transaction_timeout_seconds=0.0004)
+    )
+    assert (limits["lock_timeout"], limits["idle_in_transaction_session_timeout"]) == ("1", "1")
 
 
 @pytest.mark.parametrize("name", ["a\udcff", "\ud800"])
