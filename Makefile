@@ -12,7 +12,7 @@ ARGS ?=
 AT_A_TIME ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo shop unit coverage release-check test pythons check oracle audit lock bench format kafka chromium pgbouncer pictures clean
+.PHONY: help demo shop unit coverage release-check test pythons check oracle verdicts audit lock bench format kafka chromium pgbouncer pictures clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ chaos: $(VENV)/dev $(KAFKA)/.complete ## Random faults on real servers, and what
 
 oracle: $(VENV)/dev ## Random applications, a batch against one message at a time (ARGS="--seed 7 --seconds 60")
 	@PYTHONPATH=.:tests $(BIN)/python -m oracle $(ARGS)
+
+verdicts: $(VENV)/dev $(KAFKA)/.complete ## Random applications with planted faults: are the verdicts of replay right? (ARGS="--seed 7 --seconds 60")
+	@PYTHONPATH=.:tests $(BIN)/python -m verdicts $(ARGS)
 
 check: $(VENV)/dev ## Format, lint, strict types, the architecture, and known holes in what we depend on
 	$(BIN)/ruff format --check .

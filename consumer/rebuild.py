@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import difflib
-import itertools
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from consumer.compare import KINDS, Compared, Excuse
 from consumer.compare import compare as compare_tables
 from consumer.copies import TEXTS_MAX, Again, Copies, Halve, calling
 from consumer.core import scratch
-from consumer.core.applied_order import AppliedOrder, Entry
+from consumer.core.applied_order import AppliedOrder, Entry, transactions
 from consumer.core.bounds import Span
 from consumer.core.errors import CannotTell, Misconfigured, Reject
 from consumer.core.handler import Call, Handler
@@ -45,6 +44,7 @@ from consumer.ledger import Conflict, Outage, read_positions
 from consumer.settings import Settings
 
 _PARKED_MAX = 50_000  # failed messages, and those behind them, that wait for their turn
+_TRANSACTION_MAX = 100_000  # deliveries that are taken for one transaction of a worker
 _ANALYZE_AT = 1000  # messages; then whenever there are four times as many
 _DOUBTS_MAX = 20_000  # messages, in which a handler that inserts into a table will have done it once
 # How much later each partition comes than the one before it, in further rebuilds: transactions that are less than a
@@ -554,28 +554,32 @@ class _Pass:
                     source.pause(partition)
                     paused.add(partition)
                 advanced(partition, following)
-                while more := order.take(most - len(ready)):
-                    ready += more
-                    if len(ready) == most:
-                        for part in self._parts(ready):
-                            yield part
-                        ready = []
+                while more := order.take(most):
+                    parts, ready = self._parts([*ready, *more], most)
+                    for part in parts:
+                        yield part
                 for low in [each for each in paused if order.is_low(each)]:
                     source.resume(low)
                     paused.discard(low)
-        for part in self._parts([*ready, *order.take(order.held)]):
+        parts, ready = self._parts([*ready, *order.take(order.held)], most)
+        for part in [*parts, ready] if ready else parts:
             yield part
 
-    def _parts(self, entries: list[Entry]) -> Iterator[list[Entry]]:
-        """What may be settled together. Handlers that are called for many messages at once run apart from the others,
-        so beside others they are given what one transaction of a worker has given them."""
+    def _parts(self, entries: list[Entry], most: int) -> tuple[list[list[Entry]], list[Entry]]:
+        """What may be settled together, and what waits for more.
+
+        Handlers that are called for many messages at once run apart from the others, so beside others they are given
+        what one transaction of a worker has given them.
+        """
         handlers = self.work.handlers
         if len(handlers) == 1 or all(each.batch is None and each.concurrency == 1 for each in handlers):
-            if entries:
-                yield entries
-            return
-        for _, part in itertools.groupby(entries, key=lambda each: each.applied_at):
-            yield list(part)
+            whole = len(entries) - len(entries) % most
+            return [entries[n : n + most] for n in range(0, whole, most)], entries[whole:]
+        parts = transactions(entries)
+        last = parts[-1] if parts else []
+        if len(last) > (_TRANSACTION_MAX if last and last[0].applied_at is not None else most):
+            return parts, []
+        return parts[:-1], last
 
     async def _entries(self, partition: Partition, records: Sequence[Record]) -> list[Entry]:
         deliveries = [

@@ -198,3 +198,26 @@ async def test_a_table_that_is_only_deleted_from_asks_for_its_first_rows(place: 
     assert (await rebuilt(place, app, base=base)).agrees
     await query(place.dsn, "update effects set amount = 0")
     assert not (await rebuilt(place, app, base=base)).agrees
+
+
+async def test_a_transaction_of_a_batch_handler_is_replayed_as_a_whole(place: Place) -> None:
+    """Duplicates have no time, and a slice of the rebuild may end inside a transaction: neither may cut it."""
+    await migrated(place.dsn, TABLES)
+    app, topic = new_app(), await place.topic()
+
+    @app.handler(topic, name="insert")
+    async def insert(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("insert into orders (id, status) values ($1, 'new')", str(body["n"]))
+
+    @app.handler(topic, name="count", batch=10)
+    async def count(bodies: list[dict[str, Any]], tx: Tx) -> None:
+        for body in bodies:
+            there = await tx.fetchval("select count(*) from orders")
+            tx.defer("insert into latest values ($1, $2)", body["n"], there)
+
+    messages = sent(6)
+    await place.send(topic, *messages[:3], messages[0], *messages[3:])
+    await consume_all(app, place.settings())
+    for most in (1, 4, 100):
+        found = await rebuilt(place, app, settings=place.settings(batch_messages_max=most))
+        assert found.agrees and not found.unknown

@@ -32,6 +32,20 @@ class Entry(NamedTuple):
     turn: int = 0
 
 
+def transactions(entries: Iterable[Entry]) -> list[list[Entry]]:
+    """Entries in their order, those of one transaction together. What has no effect goes with what is before it."""
+    found: list[list[Entry]] = []
+    at: int | None = None
+    for entry in entries:
+        is_new = entry.applied_at != at and (entry.applied_at is not None or entry.delivery.outcome is None)
+        if is_new or not found:
+            found.append([])
+        if is_new:
+            at = entry.applied_at
+        found[-1].append(entry)
+    return found
+
+
 _Rank = tuple[int, int, int, int]  # time, partition, offset, handler: the order in which a worker settles
 
 

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer import App
-from consumer.core.applied_order import AppliedOrder, Entry
+from consumer.core.applied_order import AppliedOrder, Entry, transactions
 from consumer.core.lanes import Delivery
 from consumer.core.message import Partition
+from consumer.core.outcome import DUPLICATE, Cause
 
 PARTITIONS = [Partition("orders", 0), Partition("orders", 1), Partition("payments", 0)]
 
@@ -116,3 +117,13 @@ def test_known_times_are_sorted_however_they_come(ats: list[list[int]], most: in
         found += more
     assert found == [(place, offset) for _, place, offset in expected]
     assert order.held == 0
+
+
+def test_what_has_no_effect_splits_no_transaction() -> None:
+    """A duplicate or a dead letter has no time; a message that the ledger does not know stands alone."""
+    orders = PARTITIONS[0]
+    entries = [entry(orders, offset, at) for offset, at in enumerate([None, 7, None, 7, 9, None, 9])]
+    for place in (0, 2):
+        entries[place].delivery.outcome = DUPLICATE[Cause.LEDGER]
+    offsets = [[each.delivery.record.offset for each in part] for part in transactions(entries)]
+    assert offsets == [[0], [1, 2, 3], [4], [5], [6]]

@@ -1,0 +1,146 @@
+"""Judges the verdicts on one case: settles it, plants the fault, asks check and rebuild, and compares with the truth."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import asyncpg
+
+from consumer.core.errors import CannotTell, Misconfigured
+from consumer.core.findings import Findings
+from consumer.replay import Options, Told, replay
+from verdicts.case import Case
+from verdicts.drawing import EFFECTS
+from verdicts.faults import plant
+from verdicts.handlers import Life, app_of
+from verdicts.servers import Servers
+from verdicts.settling import APP, Settled, Unsettled, settle
+from verdicts.truth import replayed, rows_of
+
+_NAMES = re.compile(r"\b(?:public\.)?[a-z]+\d+\b(\.\w+)?|\bh\d\d\b|\d[\d,.]*|verdicts-\S+")
+
+
+@dataclass
+class Answer:
+    """What one mode said. reasons: why not 0, without names and numbers."""
+
+    mode: str
+    code: int
+    reasons: list[str] = field(default_factory=list)
+    text: str = ""
+    wrong: bool = False
+
+
+@dataclass
+class Judged:
+    """A case with its answers. fault: what was planted, in words, empty for none. undecided: why it could not be judged."""
+
+    case: Case
+    fault: str = ""
+    visible: bool = False  # in the rows, as far as a rebuild promises to compare them
+    undecided: str = ""
+    answers: list[Answer] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether any verdict is wrong."""
+        return any(each.wrong for each in self.answers)
+
+    def lines(self) -> list[str]:
+        """A compact description."""
+        planted = f"planted: {self.fault or 'nothing'}{', visible in the rows' if self.visible else ''}"
+        said = [
+            f"{each.mode}: exit code {each.code}{' is WRONG' if each.wrong else ''}; {each.text}"
+            for each in self.answers
+        ]
+        return [f"seed {self.case.seed}", *self.case.lines(), planted, *said]
+
+
+async def judge(servers: Servers, case: Case) -> Judged:
+    """Judge a case."""
+    began = time.monotonic()
+    found = Judged(case)
+    topics = await servers.topics(case.partitions)
+    try:
+        async with servers.database() as dsn:
+            connection = await asyncpg.connect(dsn, statement_cache_size=0)
+            try:
+                await _judge(servers, case, found, dsn, topics, connection)
+            finally:
+                await connection.close()
+    except Unsettled as error:
+        found.undecided = str(error)
+    finally:
+        await servers.drop(topics)
+    found.seconds = time.monotonic() - began
+    return found
+
+
+async def _judge(
+    servers: Servers, case: Case, found: Judged, dsn: str, topics: list[str], connection: asyncpg.Connection
+) -> None:
+    done = await settle(servers, case, dsn, topics, connection)
+    await _plant(servers, done, found, connection)
+    for mode in ("check", "rebuild"):
+        answer = await ask(servers, done, mode)
+        answer.wrong = answer.code in wrong_codes(case.fault.kind if found.fault else "none", found.visible, mode)
+        found.answers.append(answer)
+
+
+async def _plant(servers: Servers, done: Settled, found: Judged, connection: asyncpg.Connection) -> None:
+    """Plant the fault, or see what became of that of an effect; tell whether it is visible in the rows."""
+    case, life = done.case, done.life
+    actual = await rows_of(connection)
+    clean = await replayed(connection, case, Life(case, healed=True), done.applied)
+    if case.fault.kind in EFFECTS:
+        told = await replayed(connection, case, Life(case, case.fault, healed=True), done.applied)
+        if told.rows != actual:
+            found.undecided = "plain asyncpg leaves other rows than the worker"
+        found.visible = clean.rows != actual
+        if found.visible and not case.is_serial:
+            found.visible = (await replayed(connection, case, life, done.by_ledger)).rows != actual
+        found.fault = case.fault.kind if found.visible else ""
+        return
+    if clean.rows != actual:
+        found.undecided = "plain asyncpg leaves other rows than the worker"
+    if case.fault.kind != "none":
+        found.fault = await plant(servers, done, connection, case.fault, clean.writes)
+        found.visible = await rows_of(connection) != actual
+
+
+def wrong_codes(kind: str, visible: bool, mode: str) -> set[int]:
+    """The exit codes that are wrong. Each mode promises to see what it looks at: a check the ledger, a rebuild the rows."""
+    if kind == "none":
+        return {1}
+    if kind == "log_head":
+        return {1} if mode == "check" else {0, 1}
+    if kind.startswith(("ledger", "letter")):
+        return {0} if mode == "check" else set()
+    if mode == "check":
+        return {1}
+    return {0} if visible else {1}
+
+
+async def ask(servers: Servers, done: Settled, mode: Any) -> Answer:
+    """Run a check or a rebuild in this process, as the command does."""
+    life = Life(done.case, healed=done.life.healed)
+    app = app_of(life, APP, done.topics)
+    base = done.case.seeds if mode == "rebuild" and done.case.base else None
+    settings = servers.settings(done.dsn, batch_messages_max=done.case.batch)
+    try:
+        findings = await replay(app, settings, app.topics, Options(mode=mode, base=base), Told())
+    except (Misconfigured, CannotTell) as error:
+        return Answer(mode, 2, [_NAMES.sub("…", str(error))[:110]], str(error))
+    return Answer(mode, findings.verdict().exit_code, _reasons(findings), findings.answer())
+
+
+def _reasons(findings: Findings) -> list[str]:
+    reasons = []
+    for each in [*findings.problems(), *findings.unknowns()]:
+        _, found, why = each["text"].partition("this may explain it: ")
+        reasons.append(f"{each['kind']}: {_NAMES.sub('…', why)[:70]}" if found else each["kind"])
+    return list(dict.fromkeys(reasons))

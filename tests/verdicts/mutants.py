@@ -1,0 +1,92 @@
+"""The verdicts, broken on purpose: the judge must find each. A mutant replaces one function and says what goes wrong then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+MUTANTS: dict[str, Callable[[], None]] = {}
+_changes: list[tuple[Any, str, Any]] = []
+
+
+def _mutant(patch: Callable[[], None]) -> Callable[[], None]:
+    MUTANTS[patch.__name__.strip("_").replace("_", "-")] = patch
+    return patch
+
+
+def install(name: str) -> None:
+    """Break the verdicts of this process in this way; "" leaves them alone."""
+    if name:
+        MUTANTS[name]()
+
+
+@contextmanager
+def broken(name: str) -> Iterator[None]:
+    """The verdicts are broken in this way inside the block, and whole again after it."""
+    _changes.clear()
+    install(name)
+    try:
+        yield
+    finally:
+        for owner, attribute, original in reversed(_changes):
+            setattr(owner, attribute, original)
+
+
+def _replace(owner: Any, attribute: str, new: Any) -> None:
+    _changes.append((owner, attribute, getattr(owner, attribute)))
+    setattr(owner, attribute, new)
+
+
+@_mutant
+def _partition_order() -> None:
+    """A rebuild takes one partition after the other, whenever their messages were applied."""
+    from consumer.core.applied_order import AppliedOrder, Entry
+
+    def rank(self: AppliedOrder, entry: Entry, at: int) -> tuple[int, int, int, int]:
+        place = self._places.get(entry.delivery.partition, 0)
+        return place, place, entry.delivery.record.offset, entry.turn
+
+    _replace(AppliedOrder, "_rank", rank)
+
+
+@_mutant
+def _dropped_columns() -> None:
+    """Columns whose value depends on when things ran are not compared at all, not even whether they are null."""
+    from dataclasses import replace
+
+    from consumer import compare
+    from consumer.core.scratch import Comparison, Table
+
+    original = compare._comparison
+
+    def comparison(table: Table, ignored: Any, key: tuple[str, ...]) -> Comparison:
+        made = original(table, ignored, key)
+        columns = tuple(each for each in made.columns if each.name not in made.clocked)
+        return replace(made, columns=columns, null_only=(), clocked=frozenset())
+
+    _replace(compare, "_comparison", comparison)
+
+
+@_mutant
+def _ledger_unread() -> None:
+    """A check does not look for ledger rows whose message is not in the log."""
+    from consumer import history
+
+    async def compare(*_: Any) -> None:
+        return None
+
+    _replace(history, "compare", compare)
+
+
+@_mutant
+def _missing_uncounted() -> None:
+    """A check does not count messages whose ledger row is gone."""
+    from consumer.core.findings import Findings
+
+    original = Findings.total
+
+    def total(self: Findings, outcome: str) -> int:
+        return 0 if outcome == "missing" else original(self, outcome)
+
+    _replace(Findings, "total", total)
