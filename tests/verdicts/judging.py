@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import traceback
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +88,7 @@ async def _judge(
     await _plant(servers, done, found, connection)
     for mode in ("check", "rebuild"):
         answer = await ask(servers, done, mode)
-        answer.wrong = answer.code in wrong_codes(case.fault.kind if found.fault else "none", found.visible, mode)
+        answer.wrong |= answer.code in wrong_codes(case.fault.kind if found.fault else "none", found.visible, mode)
         found.answers.append(answer)
 
 
@@ -135,6 +136,8 @@ async def ask(servers: Servers, done: Settled, mode: Any) -> Answer:
         findings = await replay(app, settings, app.topics, Options(mode=mode, base=base), Told())
     except (Misconfigured, CannotTell) as error:
         return Answer(mode, 2, [_NAMES.sub("…", str(error))[:110]], str(error))
+    except Exception as error:  # a traceback is no verdict
+        return Answer(mode, 1, [type(error).__name__], "".join(traceback.format_exception(error)[-4:]), wrong=True)
     return Answer(mode, findings.verdict().exit_code, _reasons(findings), findings.answer())
 
 

@@ -86,11 +86,13 @@ async def replayed(
     finally:
         await transaction.rollback()
     writes: dict[str, set[str]] = {}
+    names = {each.name for each in case.tables}
     for sql in sent:
-        for what, table in _WRITES.findall(sql):
+        found = [(what, table) for what, table in _WRITES.findall(sql) if table in names]
+        for what, table in found:
             writes.setdefault(table, set()).add(what)
         if "do update set" in sql:
-            writes[_WRITES.findall(sql)[0][1]].add("update")
+            writes[found[0][1]].add("update")
     for table in case.tables:
         if table.fed_by in writes:
             writes.setdefault(table.name, set()).update(writes[table.fed_by])
