@@ -153,6 +153,12 @@ def sqlstate_of(error: BaseException) -> str | None:
     return error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
 
 
+def lock_timed_out(error: BaseException) -> bool:
+    """Whether a lock was waited for as long as lock_timeout allows; NOWAIT fails with the same SQLSTATE, at once."""
+    is_locked = isinstance(error, asyncpg.LockNotAvailableError)
+    return is_locked and getattr(error, "server_source_function", None) == "ProcessInterrupts"
+
+
 def said(error: BaseException) -> str | None:
     """What a database error says, without the values that its text may quote; None for what is no database error.
 

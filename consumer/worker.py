@@ -50,7 +50,7 @@ from consumer.core.turns import Turns
 from consumer.core.unreadable import Failure
 from consumer.core.watchdog import OpenTransactions, Watchdog
 from consumer.kafka import Identity, KafkaError, LogTruncated, Source
-from consumer.ledger import Conflict, Fenced, NotPrimary, Outage, Session, sorted_errors, sqlstate_of
+from consumer.ledger import Conflict, Fenced, NotPrimary, Outage, Session, lock_timed_out, sorted_errors, sqlstate_of
 from consumer.letter_relay import relay
 from consumer.logs import describe, event
 from consumer.reporting import Reporter
@@ -609,8 +609,9 @@ class Worker:
                             **shard.label,
                         },
                     )
-                if isinstance(error, Conflict):
-                    lane.turns.met(sqlstate_of(cause) or "")
+                # Such a lock may be held by anybody. To wait for it in turn would only hold up the other lanes.
+                if isinstance(error, Conflict) and not lock_timed_out(cause):
+                    lane.turns.met()
                 parts += once.again(part, careful, failures + 1, self._draw, error, self._evidence)
                 # The first conflict is run again almost at once; what keeps failing is left ever more time.
                 await self._pause(min(_BACKOFF_SECONDS[1], 0.005 * 3.0**failures) * (0.5 + self._draw() / 2))

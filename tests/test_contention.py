@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import asyncpg
+import pytest
 from harness import Place, Sent, consume_all, drained, until, value, working
 
 from consumer import App, Tx
+from consumer.ledger import lock_timed_out
 
 
 async def test_rows_locked_in_opposite_orders_by_many_lanes_do_not_starve(place: Place) -> None:
@@ -42,7 +44,7 @@ async def test_a_turn_that_a_slow_transaction_holds_is_waited_for_once_only(plac
         async with working(app, settings) as worker:
             [lane] = worker._lanes
             for _ in range(4):
-                lane.turns.met("40P01")
+                lane.turns.met()
             await slow.execute("select pg_advisory_lock(1189081, $1)", worker._turn)
             await place.send(topic, *[Sent({"n": n}, id=f"m{n}") for n in range(20)])
             await drained(app, settings)
@@ -78,3 +80,21 @@ async def test_a_row_that_another_application_locks_makes_no_lane_take_turns(pla
     finally:
         await other.close()
     assert await value(place.dsn, "select sum(balance) from accounts") == 10
+
+
+async def test_a_lock_that_was_waited_for_is_told_from_one_that_was_not(database: str) -> None:
+    """NOWAIT fails with the same SQLSTATE where the application's own transactions meet: then turns help."""
+    one, other = await asyncpg.connect(database), await asyncpg.connect(database)
+    try:
+        await one.execute("create table t (id int primary key); insert into t values (1)")
+        async with one.transaction():
+            await one.execute("update t set id = id")
+            for sql, timed_out in (("select from t for update nowait", False), ("update t set id = id", True)):
+                with pytest.raises(asyncpg.LockNotAvailableError) as raised:
+                    async with other.transaction():
+                        await other.execute("set local lock_timeout = 50")
+                        await other.execute(sql)
+                assert lock_timed_out(raised.value) is timed_out
+    finally:
+        await one.close()
+        await other.close()

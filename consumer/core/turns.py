@@ -7,7 +7,6 @@ PostgreSQL's `deadlock_timeout` (1 s) and undoes a batch. Transactions that take
 from __future__ import annotations
 
 _FEW, _MANY = 8, 1024  # transactions
-_LOCK_NOT_AVAILABLE = "55P03"
 
 
 class Turns:
@@ -28,13 +27,8 @@ class Turns:
         """Whether the next transaction takes its turn."""
         return self._left > 0
 
-    def met(self, sqlstate: str = "") -> None:
-        """A transaction met another one. sqlstate: of the error, if there was one.
-
-        A lock that was not free in time may be held by anybody. To wait for it in turn would only hold up the other lanes.
-        """
-        if sqlstate == _LOCK_NOT_AVAILABLE:
-            return
+    def met(self) -> None:
+        """A transaction met another one."""
         self._left = self._next
         self._next = min(_MANY, self._next * 2)
 

@@ -36,14 +36,6 @@ def test_transactions_without_turns_let_the_next_conflict_cost_less() -> None:
     assert turns_after_a_conflict(turns) == 8
 
 
-def test_a_lock_that_is_not_free_asks_for_no_turns() -> None:
-    turns = Turns()
-    turns.met("55P03")
-    assert not turns.are_taken
-    turns.met("40P01")
-    assert turns.are_taken
-
-
 def test_a_turn_that_does_not_come_ends_the_turns_until_the_next_conflict() -> None:
     turns = Turns()
     turns.met()
