@@ -18,6 +18,7 @@ from consumer.core.handler import Handler
 from consumer.core.lanes import Delivery
 from consumer.core.message import LogRecord, Partition
 from consumer.core.outcome import DUPLICATE, SKIPPED, Cause, Dead
+from consumer.left_out import LeftOut
 from consumer.once import by_bytes
 
 EDITS_MAX = 100_000
@@ -84,6 +85,7 @@ class Applied:
     positions: Mapping[Partition, int]
     spans: Mapping[Partition, Span] = field(default_factory=dict)
     conflicts: int = 0
+    left_out: LeftOut = field(default_factory=LeftOut)
     _dead: int = 0
     _edits: Sequence[Any] = ()
     _edited: set[_Place] = field(default_factory=set)
@@ -178,8 +180,8 @@ class Applied:
             if len(self._unreadable) < UNREADABLE_MAX:
                 self._unreadable.add((delivery.handler.number, delivery.partition, record.offset))
         elif delivery.outcome is None and fact is None:
-            if record.offset >= self.positions.get(delivery.partition, 0):
-                delivery.outcome = SKIPPED  # not settled yet
+            if self.left_out.takes(delivery, self.positions.get(delivery.partition, 0)):
+                delivery.outcome = SKIPPED
         elif delivery.outcome is None and fact is not None:
             at, partition, offset, alike = fact
             if alike and partition == delivery.partition and offset == record.offset:

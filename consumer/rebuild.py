@@ -428,7 +428,10 @@ class _Pass:
             if (each := Partition(topic, partition)) in self.work.partitions:
                 self.positions[each] = position
                 self.begun |= {each: begun} if begun else {}
-        await self.applied.read([each.number for each in self.work.handlers], sorted(self._by_topic))
+        numbers, topics = [each.number for each in self.work.handlers], sorted(self._by_topic)
+        await self.applied.read(numbers, topics)
+        skew = self.work.settings.ledger_clock_skew_hours
+        await self.applied.left_out.read(self.connection, self.work.app.name, numbers, topics, skew)
 
     async def columns_named(
         self, ignore: Sequence[str], put_back: Sequence[str]
@@ -472,7 +475,8 @@ class _Pass:
                 gone.append(f"{place} begins at offset {begin}")
             if position > ends[each]:
                 beyond.append(f"{place} ends at offset {ends[each]} and its position is {position}")
-            spans.append(Span(each, begin, max(begin, min(ends[each], max(position, ahead.get(each, 0))))))
+            settled = max(position, ahead.get(each, 0), self.applied.left_out.reach(each))
+            spans.append(Span(each, begin, max(begin, min(ends[each], settled))))
         for kind, places, text in (
             ("records_gone", gone, "records were removed from the log, and a rebuild needs all of them, or --base"),
             (
@@ -769,8 +773,9 @@ class _Pass:
             notes.append(
                 f"{empty} offsets hold no record: markers of transactions, or a compacted topic, of which no state can be made"
             )
-        if count := self.counts["unsettled"]:
+        if count := self.counts["unsettled"] - self.applied.left_out.exempt:
             notes.append(f"{count} messages above the positions are not settled yet and were left out")
+        notes += self.applied.left_out.notes()
         if count := self.counts["rejected"]:
             notes.append(Excuse(f"{count} messages were rejected here that are no dead letters in the ledger"))
         if count := self.counts["unreadable"]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from consumer import coverage, dryrun, history, id_rules, ledger, once, proof, republish, sealed_letters, transport
+from consumer import coverage, dryrun, history, id_rules, ledger, once, proof, republish, sealed_letters, second_look, transport
 from consumer.app import App
 from consumer.core.bounds import Span
 from consumer.core.epoch import lineage
@@ -42,7 +42,7 @@ from consumer.reading import Chunk, find_partitions, parse, read, resolve
 from consumer.rebuild import rebuild as rebuild_state
 from consumer.replay_session import AskingLane, ReplaySession
 from consumer.settings import Settings, load
-from consumer.witness import UNCALLED, Look, Witness, place
+from consumer.witness import UNCALLED, Look, Open, Witness, place
 
 Mode = Literal["check", "apply", "rebuild", "republish"]
 
@@ -759,23 +759,7 @@ class _Replay:
     # -- the end ----------------------------------------------------------------------------------------------------
 
     async def _look_again(self) -> None:
-        """What was missing may have been settled by a worker by now; what still is, is."""
-        findings = self.findings
-        kept = list(self.witness.missing.items())
-        numbers = {each.name: each.number for each in self.handlers}
-        for start in range(0, len(kept), _CHUNK):
-            part = kept[start : start + _CHUNK]
-            settled = await self.witness.which_stand([(numbers[handler], id) for (handler, id), _ in part])
-            for (handler, id), (partition, offset, timestamp, _) in part:
-                outcome = "missing"
-                if (numbers[handler], id) in settled:
-                    outcome = "applied"
-                    findings.count(handler, partition, "missing", -1)
-                    findings.count(handler, partition, "applied")
-                    findings.ahead -= findings.is_ahead(partition, offset)
-                    place = (handler, partition.topic, partition.partition, offset)
-                    findings.samples = [each for each in findings.samples if _where(each) != ("missing", *place)]
-                findings.times.add([timestamp], outcome)
+        await second_look.look_again(self.witness, {each.name: each.number for each in self.handlers})
 
     async def _look_at_sequences(self) -> None:
         effects = self.findings.effects
@@ -978,6 +962,7 @@ class _Replay:
                 [name, id.hex(), p.topic, p.partition, *rest] for (name, id), (p, *rest) in self.witness.missing.items()
             ],
             "would": self.witness.would,
+            "unsettled": [each.as_state() for each in self.witness.unsettled],
             "republished": self.findings.republished,
         }
 
@@ -1012,6 +997,7 @@ class _Replay:
             (n, bytes.fromhex(i)): (Partition(t, p), o, at, f) for n, i, t, p, o, at, f in state["missing"]
         }
         self.witness.would = dict(state["would"])
+        self.witness.unsettled = [Open.from_state(each) for each in state["unsettled"]]
         self.findings.republished = state["republished"]
 
 
@@ -1062,10 +1048,6 @@ def _choose(app: App, topics: Sequence[str], options: Options) -> list[Handler]:
                 else f"no handler{only} takes topic {topic!r}"
             )
     return chosen
-
-
-def _where(sample: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(sample.get(each) for each in ("kind", "handler", "topic", "partition", "offset"))
 
 
 def _shown(key: str | bytes) -> str:

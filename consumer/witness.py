@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from consumer import history, once, proof
@@ -24,6 +24,7 @@ from consumer.ledger import REDELIVERED, Session, Standing
 
 UNCALLED = Parked(0.0, "its handler was not called")  # of a missing message that can be read
 _MISSING_MAX = 200_000  # ids kept, so that a repetition among them is not counted as another message
+_OPEN_MAX = 20_000  # messages without their dead letter that are asked again at the end
 _UNREADABLE = {
     Reason.UNREADABLE,
     Reason.NO_VALUE,
@@ -31,6 +32,34 @@ _UNREADABLE = {
     Reason.AMBIGUOUS_MESSAGE_ID,
     Reason.BAD_HEADER,
 }
+
+
+class Open(NamedTuple):
+    """A message that should be a dead letter and is none so far. fingerprints: under which it may be one. kind: of its sample."""
+
+    handler: str
+    partition: Partition
+    offset: int
+    id: bytes
+    fingerprints: tuple[int, ...]
+    kind: str
+
+    @classmethod
+    def of(cls, delivery: Delivery, kind: str) -> Open:
+        handler = delivery.handler
+        found = [delivery.fingerprint]
+        if handler.fingerprint is not BYTES:  # dead letters from before a rule of comparison have that of the bytes
+            found.append(once.by_bytes(delivery).fingerprint)
+        return cls(handler.name, delivery.partition, delivery.record.offset, delivery.id, tuple(found), kind)
+
+    def as_state(self) -> list[Any]:
+        """As JSON can hold it."""
+        return [self.handler, *self.partition, self.offset, self.id.hex(), list(self.fingerprints), self.kind]
+
+    @classmethod
+    def from_state(cls, state: Sequence[Any]) -> Open:
+        handler, topic, partition, offset, id, fingerprints, kind = state
+        return cls(handler, Partition(topic, partition), offset, bytes.fromhex(id), tuple(fingerprints), kind)
 
 
 @dataclass(slots=True)
@@ -55,6 +84,7 @@ class Witness:
     # handler and id -> partition, offset, timestamp, fingerprint
     missing: dict[tuple[str, bytes], tuple[Partition, int, int, int]] = field(default_factory=dict)
     would: dict[str, int] = field(default_factory=dict)  # what the handlers of missing messages would do
+    unsettled: list[Open] = field(default_factory=list)  # that should be dead letters, to be asked again at the end
     session: Session | None = None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -96,6 +126,12 @@ class Witness:
         if self.session is None or not self.session.is_usable:
             self.session = await self.connect()
         return self.session
+
+    def count_unsettled(self, delivery: Delivery, kind: str) -> None:
+        """Count a message that should be a dead letter. kind: of its sample."""
+        self.findings.unsettled += 1
+        if len(self.unsettled) < _OPEN_MAX:
+            self.unsettled.append(Open.of(delivery, kind))
 
     def in_doubt(self, delivery: Delivery) -> bool:
         """Whether absence from the ledger means nothing: it began later, or no longer remembers the time of the message."""
@@ -206,7 +242,11 @@ class Look:
         if doubtful:
             self.buried = await witness.letters(doubtful)
             if witness.storing:
-                clashing = [each for each in doubtful if each not in self.buried and self._clashes(each)]
+                clashing = [
+                    each
+                    for each in doubtful
+                    if each not in self.buried and self._clashes(each) and not self._in_doubt(each)
+                ]
                 self.missing = sorted([*self.missing, *clashing], key=lambda each: each.record.offset)
 
     async def _ask_behind_clashes(self) -> None:
@@ -282,7 +322,8 @@ class Look:
             if what is not None and what.here:
                 here.setdefault(delivery.handler.name, []).append(record.offset)
             if self._clashes(delivery):
-                outcome = self._clash(delivery)
+                is_open = delivery not in self.buried and self._in_doubt(delivery)
+                outcome = self._doubt(delivery) if is_open else self._clash(delivery)
             elif what is not None:
                 outcome = "unreadable" if delivery in self.unreadable else "dead_lettered" if what.dead else "applied"
                 if what.dead and delivery not in self.buried:
@@ -331,9 +372,8 @@ class Look:
         return "skipped" if self.witness.is_exempt(delivery) else "unknown"
 
     def _unsettled(self, delivery: Delivery, detail: str) -> None:
-        findings = self.witness.findings
-        findings.unsettled += 1
-        findings.sample("unsettled", **place(delivery), detail=detail)
+        self.witness.count_unsettled(delivery, "unsettled")
+        self.witness.findings.sample("unsettled", **place(delivery), detail=detail)
 
     @cached_property
     def _missing_now(self) -> set[Delivery]:
@@ -342,7 +382,7 @@ class Look:
     def _clash(self, delivery: Delivery) -> str:
         findings = self.witness.findings
         if delivery not in self.buried:
-            findings.unsettled += 1
+            self.witness.count_unsettled(delivery, "conflicts")
         text = "a dead letter" if delivery in self.buried else "no dead letter"
         findings.sample("conflicts", **place(delivery), detail=f"the id was used before with another payload; {text}")
         return "conflicts"
@@ -387,6 +427,8 @@ class Look:
         found["hits"] += len(self.hits)
         for each in self.hits:
             what = self._what(each)
+            if what is None and each in self.forgotten:
+                continue  # applied before the ledger forgot it, which Redis has not
             if what is None or what.clashes:
                 found["wrong"] += 1
                 self.witness.findings.sample(

@@ -96,6 +96,7 @@ class Findings:
     effects: Effects | None = None
     ahead: int = 0  # of what is missing: at or beyond the position, where workers have not come yet
     unsettled: int = 0  # conflicts and unreadable messages of which there is no dead letter
+    unsettled_ahead: int = 0  # of those: at or beyond the position
     inexact: bool = False  # too many missing ids to tell repetitions among them apart
     history: dict[str, dict[str, int]] | None = None
     altered: int = 0  # dead letters whose stored record is not that of their message
@@ -121,6 +122,17 @@ class Findings:
         """Keep an example, if there are not enough of its kind."""
         if sum(each["kind"] == kind for each in self.samples) < SAMPLES_MAX:
             self.samples.append({"kind": kind, **what})
+
+    def drop_sample(self, kind: str, handler: str, partition: Partition, offset: int) -> None:
+        """Drop the examples of a message that is no problem any more."""
+        what = {
+            "kind": kind,
+            "handler": handler,
+            "topic": partition.topic,
+            "partition": partition.partition,
+            "offset": offset,
+        }
+        self.samples = [each for each in self.samples if not what.items() <= each.items()]
 
     def total(self, outcome: str) -> int:
         """Deliveries under one of OUTCOMES, of all handlers."""
@@ -173,7 +185,8 @@ class Findings:
         add(
             "unsettled",
             self.unsettled,
-            f"{_n(self.unsettled, 'message')} with an id used for another payload, or unreadable, of which there is no dead letter",
+            f"{_n(self.unsettled, 'message')} with an id used for another payload, or unreadable, of which there is no dead letter"
+            + self._of_them_ahead(self.unsettled_ahead),
         )
         orphans = sum(each["without_message"] for each in (self.history or {}).values())
         add(
@@ -241,9 +254,14 @@ class Findings:
         told = ", ".join(f"{handler} {count:,}" for handler, count in by_handler.items() if count)
         more = " or more (some of these may be repetitions)" if self.inexact else ""
         text = f"{_n(missing, 'message')}{more} missing: not in the ledger ({told})"
-        if self.ahead:
-            text += f"; {self.ahead:,} of them beyond the position, where workers have not come yet (--to position leaves those out)"
-        return text
+        return text + self._of_them_ahead(self.ahead)
+
+    def _of_them_ahead(self, count: int) -> str:
+        if not count:
+            return ""
+        return (
+            f"; {count:,} of them beyond the position, where workers have not come yet (--to position leaves those out)"
+        )
 
     def unknowns(self) -> list[dict[str, Any]]:
         """Why it could not tell, one line each."""
