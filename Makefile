@@ -45,6 +45,9 @@ pythons: $(VENV)/dev $(KAFKA)/.complete ## The core and the commands on Python 3
 chaos: $(VENV)/dev $(KAFKA)/.complete ## Random faults on real servers, and what must be true after them (ARGS="--seed 7 --seconds 20 --runs 5")
 	@PYTHONPATH=.:tests $(BIN)/python -m chaos $(ARGS)
 
+live: $(VENV)/dev $(KAFKA)/.complete ## Checks and rebuilds beside running workers: no wrong verdict (ARGS="--checks 25 --rebuilds 5 --seed 7")
+	@PYTHONPATH=.:tests $(BIN)/python -m verdicts_live $(ARGS)
+
 oracle: $(VENV)/dev ## Random applications, a batch against one message at a time (ARGS="--seed 7 --seconds 60")
 	@PYTHONPATH=.:tests $(BIN)/python -m oracle $(ARGS)
 
