@@ -20,7 +20,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from consumer import coverage, dryrun, history, id_rules, ledger, once, proof, republish, sealed_letters, second_look, transport
+from consumer import (
+    coverage,
+    dryrun,
+    history,
+    id_rules,
+    ledger,
+    once,
+    proof,
+    republish,
+    sealed_letters,
+    second_look,
+    transport,
+)
 from consumer.app import App
 from consumer.core.bounds import Span
 from consumer.core.epoch import lineage
