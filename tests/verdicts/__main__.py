@@ -52,6 +52,8 @@ def _run(given: argparse.Namespace) -> int:
     def told(judged: Judged) -> None:
         if not given.json and (given.every or judged.is_wrong):
             print("\n" + "\n".join(judged.lines()) + f"\n{judged.undecided} {judged.seconds:.1f} s", flush=True)
+        elif not given.json and judged.undecided:
+            print(f"seed {judged.case.seed} is undecided: {judged.undecided}", flush=True)
 
     async def run() -> None:
         with Kafka() as kafka, Postgres({"fsync": "off", "synchronous_commit": "off"}) as server:
