@@ -71,6 +71,7 @@ class App:
         timeout: float | None = None,
         idempotent: bool = True,
         allow_nan: bool = False,
+        version: str | None = None,
         **unknown: Never,
     ) -> Callable[[F], F]:
         """Register an async function for one or more topics.
@@ -86,6 +87,7 @@ class App:
         ``handler_timeout_seconds`` says, 0 for no limit: a call that takes longer is cancelled, and that counts as an attempt
         of its message. idempotent: False opts out of the ledger: the handler is called at least
         once and may not ask for a Tx. allow_nan: True takes numbers that are not finite, which are unreadable otherwise.
+        version: names what the code does, so that a rebuild need not compare its source: change it with the effects.
 
         Raises RegistrationError for a handler that cannot work, naming its place. The function is returned unchanged.
         """
@@ -103,6 +105,7 @@ class App:
             "timeout": timeout,
             "idempotent": idempotent,
             "allow_nan": allow_nan,
+            "version": version,
             **unknown,
         }
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
-from consumer import once
+from consumer import handler_code, once
 from consumer.app import App
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.handler import Handler
@@ -148,6 +148,7 @@ class Redrive:
     names: once.Names
     handlers: Mapping[str, Handler] = field(default_factory=dict)
     stopping: Callable[[], bool] = lambda: False
+    code_is_recorded: bool = False
 
     @classmethod
     async def open(cls, app: App, settings: Settings, operator: str) -> Redrive:
@@ -306,6 +307,13 @@ class Redrive:
         except Exception as error:
             raise self._lost(error) from None
 
+    async def _record_code(self) -> None:
+        try:
+            await handler_code.record(self.session.connection, self.app)
+        except Exception as error:
+            raise self._lost(error) from None
+        self.code_is_recorded = True
+
     def _lost(self, error: BaseException, letters: Sequence[Letter] = ()) -> CannotTell:
         look = (
             f"; look at `consumer dlq show {letters[0].number}`: of letters {_range(letters)} all are settled, or none"
@@ -316,6 +324,8 @@ class Redrive:
 
     async def _run(self, letters: Sequence[Letter]) -> AsyncIterator[Done]:
         """Bring letters to their end as a worker does, whatever parts that takes. Leaves the rest when it is to stop."""
+        if not self.code_is_recorded:
+            await self._record_code()
         by_delivery: dict[Delivery, Letter] = {}
         for each, delivery in await self._deliveries(letters):
             if isinstance(delivery, Delivery):

@@ -26,6 +26,7 @@ from consumer import (
     coverage,
     crowding,
     group,
+    handler_code,
     id_rules,
     once,
     opening,
@@ -101,6 +102,7 @@ class _Shard:
     control_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     epoch: str = ""
     registered: str = ""  # the epoch that the numbers of handlers and topics are of
+    code_recorded_at: float = 0.0
     installation: str = ""
     generation: int = 0  # of what is open; what was taken in an earlier one is not settled any more
     lane_of: dict[Partition, _Lane] = field(default_factory=dict)
@@ -303,6 +305,8 @@ class Worker:
         with sorted_errors(shard.settings):
             await coverage.register(control.connection, self._app)
             await id_rules.record(control.connection, self._app)
+            await handler_code.record(control.connection, self._app)
+            shard.code_recorded_at = time.monotonic()
         shard.names.topics = topics
         shard.installation = control.installation
         for handler in {each for found in shard.by_topic.values() for each in found}:
@@ -1108,6 +1112,9 @@ class Worker:
                 async with shard.control_lock:
                     if control is not None and control.is_usable:
                         await reporter.report(control.connection)
+                        if time.monotonic() - shard.code_recorded_at > handler_code.RENEW_SECONDS:
+                            await handler_code.record(control.connection, self._app)
+                            shard.code_recorded_at = time.monotonic()
                     await self._look_at_connections(shard)
             except Exception as error:  # it is tried again; nothing depends on it but what people see
                 event(logging.DEBUG, "what waits cannot be reported now", error=describe(error), **shard.label)

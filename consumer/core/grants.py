@@ -22,6 +22,7 @@ _WORKER: Mapping[str, tuple[str, ...]] = {
     "handler_renames": ("select",),
     "coverage": ("select", "insert", "update (past_offset, first_offset, why)", "delete"),
     "id_rule_changes": ("select", "insert", "update (below)", "delete"),
+    "handler_code": ("select", "insert", "update (last_seen)"),
     "topics": ("select", "insert"),
     "ledger": ("select", "insert", "delete", "update (applied_at)"),
     "positions": (
@@ -69,6 +70,7 @@ _READER: Mapping[str, tuple[str, ...]] = {
     "handler_renames": ("select",),
     "coverage": ("select",),
     "id_rule_changes": ("select",),
+    "handler_code": ("select",),
     "topics": ("select",),
     "ledger": ("select",),
     "generations": ("select",),

@@ -36,6 +36,7 @@ OPTIONS = (
     "timeout",
     "idempotent",
     "allow_nan",
+    "version",
 )
 _NAME = re.compile(r"[^\s\x00-\x1f]{1,200}")
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
@@ -73,6 +74,9 @@ class Handler:
     parameters: tuple[str | Resource, ...]  # "value" | "message" | "tx" | Resource, in the order of the signature
     call: Call | None = None  # set by bind()
     number: int = -1
+    allow_nan: bool = False
+    version: str | None = None  # of its code, as the user names it
+    codes: tuple[str, str] | None = None  # fingerprints of its code, once they were asked for
 
     def bind(self, resources: Mapping[str, object]) -> None:
         """Compile the call, with the lifespan's resources in their places. Raises RegistrationError for a missing one."""
@@ -190,6 +194,9 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
     allow_nan = options.get("allow_nan", False)
     if not isinstance(allow_nan, bool):
         raise wrong(f"allow_nan={allow_nan!r}: True or False")
+    version = options.get("version")
+    if version is not None and not (isinstance(version, str) and _NAME.fullmatch(version)):
+        raise wrong("version= must be text of 1 to 200 characters without spaces")
     try:
         rule = identity.parse_rule(options.get("message_id"))
         compared = fingerprint.parse_rule(options.get("fingerprint", "bytes"))
@@ -230,6 +237,8 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
         wants_message=wants_message,
         wants_tx="tx" in parameters,
         parameters=parameters,
+        allow_nan=allow_nan,
+        version=version,
     )
 
 

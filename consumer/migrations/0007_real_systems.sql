@@ -186,3 +186,14 @@ end $$;
 
 -- Digests of the record that a letter was made of: 16 bytes of its value, 16 of the rest. None in letters from before.
 alter table consumer.dead_letters add column seal bytea;
+
+-- Which code each handler had, and when: fingerprints of the source (consumer/handler_code.py) or the handler's version=. Written
+-- when a worker starts, and every few minutes while it runs.
+create table consumer.handler_code (
+    handler    smallint not null references consumer.handlers on delete cascade,
+    code       text not null,               -- of everything that the handler does
+    id_code    text not null,               -- of the function of message_id= alone; '' where it is none
+    first_seen timestamptz not null default now(),
+    last_seen  timestamptz not null default now(),
+    primary key (handler, code, id_code)
+);
