@@ -5,6 +5,7 @@ Knows SQL through a connection that is handed in; the transaction that it runs i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from consumer.core.handler import Handler
 from consumer.core.lanes import Delivery
 from consumer.core.message import LogRecord, Partition
 from consumer.core.outcome import DUPLICATE, SKIPPED, Cause, Dead
+from consumer.core.source_text import Versions
 from consumer.left_out import LeftOut
 from consumer.once import by_bytes
 
@@ -86,6 +88,9 @@ class Applied:
     spans: Mapping[Partition, Span] = field(default_factory=dict)
     conflicts: int = 0
     left_out: LeftOut = field(default_factory=LeftOut)
+    codes: Mapping[int, Versions] = field(default_factory=dict)  # of handlers, by number
+    # Messages that may have met another code, by handler.
+    with_other_code: Counter[int] = field(default_factory=Counter)
     _dead: int = 0
     _edits: Sequence[Any] = ()
     _edited: set[_Place] = field(default_factory=set)
@@ -149,6 +154,9 @@ class Applied:
             turn = turn + 1 if record.offset == last else 0
             last = record.offset
             at = self._judge(delivery, facts.get(delivery))
+            versions = self.codes.get(delivery.handler.number)
+            if versions is not None and delivery.outcome is None and versions.may_be_other(at):
+                self.with_other_code[delivery.handler.number] += 1
             entries.append(Entry(delivery, at, record.timestamp * 1000, turn))
         return entries
 

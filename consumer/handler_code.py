@@ -9,6 +9,7 @@ later), dictionaries and lists, other packages, and functions of the database; `
 from __future__ import annotations
 
 import inspect
+import linecache
 import sys
 import typing
 from collections import deque
@@ -17,7 +18,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from hashlib import blake2b
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from consumer.app import App
@@ -191,7 +192,7 @@ class _Walk:
         if isinstance(value, FunctionType):
             if self._is_ours(value.__module__):
                 self._use(value)
-                yield _source(value.__code__) or bytecode_text(value.__code__, str(sys.implementation.cache_tag))
+                yield _source(value) or bytecode_text(value.__code__, str(sys.implementation.cache_tag))
         elif isinstance(value, type) and typing.get_origin(value) is None:
             if self._is_ours(value.__module__):
                 yield from self._of_class(value)
@@ -232,9 +233,13 @@ class _Walk:
         self._todo.extend(sorted((function.__kwdefaults__ or {}).items()))
 
 
-def _source(value: CodeType | type) -> str:
-    """The source of a function's code or of a class; empty where it is not known."""
+def _source(value: FunctionType | type) -> str:
+    """The source of a function or class; empty where it is not known."""
     try:
-        return function_text(inspect.getsource(value))
+        if isinstance(value, type):
+            return function_text(inspect.getsource(value))
+        # Not inspect.getsource, which gives the source of what a wrapper wraps, and looks at all modules.
+        lines = linecache.getlines(value.__code__.co_filename, value.__globals__)
+        return function_text("".join(inspect.getblock(lines[value.__code__.co_firstlineno - 1 :])))
     except Exception:  # no file, a file that is another one by now, half a statement
         return ""

@@ -23,7 +23,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from consumer import ledger, once, reading
+from consumer import handler_code, ledger, once, reading
 from consumer.app import App
 from consumer.applied import Applied
 from consumer.compare import KINDS, Compared, Excuse
@@ -380,6 +380,7 @@ class _Pass:
         self.names = once.Names(work.app.name, {})
         self.positions: dict[Partition, int] = {}
         self.applied = Applied(connection, self.positions)
+        self.gone: list[str] = []  # handlers that the App no longer has
         self.begun: dict[Partition, int] = {}  # where the application began, if not at the beginning of the log
         self.messages = 0
         self.counts: Counter[str] = Counter()
@@ -414,6 +415,9 @@ class _Pass:
         known = {row[0]: row[1] for row in rows}
         for place, handler in enumerate(work.handlers, 1):
             handler.number = known.get(handler.name, -place)
+        recorded = (await handler_code.look(self.connection, work.app)).code
+        self.applied.codes = {each.number: recorded[each.name] for each in work.handlers if each.number > 0}
+        self.gone = await handler_code.gone(self.connection, work.app, {each.topic for each in work.partitions})
         topics = {row[0]: row[1] for row in await self.connection.fetch("select name, topic from consumer.topics")}
         wanted = sorted({each.topic for each in work.partitions})
         self.names = once.Names(work.app.name, {each: topics.get(each, -place) for place, each in enumerate(wanted, 1)})
@@ -746,7 +750,23 @@ class _Pass:
         if counts["id_conflict"]:
             text = f"{counts['id_conflict']} messages have an id that another payload had before: the first one counts here"
             found.unknown.append({"kind": "id_conflict", "count": counts["id_conflict"], "text": text})
-        found.notes = [*self.work.notes, *self._notes(spans)]
+        found.notes = [*self._notes_of_code(), *self.work.notes, *self._notes(spans)]
+
+    def _notes_of_code(self) -> list[str]:
+        """Effects that may be of another code than the one that ran here."""
+        notes: list[str] = []
+        for handler in self.work.handlers:
+            if count := self.applied.with_other_code[handler.number]:
+                since = handler_code.since_text(self.applied.codes[handler.number])
+                notes.append(
+                    Excuse(
+                        f"handler {handler.name}: {count} messages were, or may have been, applied by other code than today's, {since}"
+                    )
+                )
+        if self.gone:
+            names = ", ".join(self.gone)
+            notes.append(Excuse(f"not in the App any more: {names}; what they wrote to the same tables is extra here"))
+        return notes
 
     def _notes(self, spans: Sequence[Span]) -> list[str]:
         """What a person should know about this answer."""
