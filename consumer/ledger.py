@@ -621,6 +621,21 @@ class Session:
         )
         return [deliveries[row[0] - 1] for row in rows]
 
+    async def letters_gone(self, keys: Sequence[tuple[int, bytes, int]]) -> list[int]:
+        """The places of those (handler, id, fingerprint) of which there is no dead letter, and that were not applied after all."""
+        rows = await self.connection.fetch(
+            """select o.place from unnest($1::int2[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
+               where not exists (select from consumer.dead_letters d
+                                 where (d.handler, d.id, d.fingerprint) = (o.handler, o.id, o.fingerprint))
+                 and not exists (select from consumer.ledger l where (l.handler, l.id, l.fingerprint) =
+                                 (o.handler, o.id, o.fingerprint) and l.applied_at is not null)
+               order by o.place""",
+            [each[0] for each in keys],
+            [UUID(each[1]) for each in keys],
+            [each[2] for each in keys],
+        )
+        return [row[0] - 1 for row in rows]
+
     async def positions(self, app: str, partitions: Sequence[Partition]) -> dict[Partition, Position]:
         """The positions that are known, of the partitions asked for."""
         return await read_positions(self.connection, app, partitions)

@@ -12,6 +12,7 @@ a rebuild, are dry runs (dryrun.py): handlers may not connect anywhere, unless `
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import sys
 import time
@@ -23,12 +24,14 @@ from typing import Any, Literal
 from consumer import (
     coverage,
     dryrun,
+    handler_code,
     history,
     id_rules,
     ledger,
     once,
     proof,
     republish,
+    resuming,
     sealed_letters,
     second_look,
     transport,
@@ -39,13 +42,12 @@ from consumer.core.epoch import lineage
 from consumer.core.errors import CannotTell, Misconfigured, ServiceUnavailable
 from consumer.core.findings import Effects, Findings
 from consumer.core.handler import Handler
-from consumer.core.identity import ids_of_text
+from consumer.core.identity import CallableId, ids_of_text
 from consumer.core.incarnation import Log, judge
 from consumer.core.known import UnknownName, suggestion
 from consumer.core.lanes import Batch, Delivery, Lane
 from consumer.core.message import Partition, Record
 from consumer.core.outcome import Dead, Outcome, Parked
-from consumer.core.timeline import Timeline
 from consumer.kafka import KafkaError, LogTruncated, Source, group_offsets, is_compacted
 from consumer.ledger import Conflict, Outage, Session, Standing
 from consumer.loading import running
@@ -54,7 +56,7 @@ from consumer.reading import Chunk, find_partitions, parse, read, resolve
 from consumer.rebuild import rebuild as rebuild_state
 from consumer.replay_session import AskingLane, ReplaySession
 from consumer.settings import Settings, load
-from consumer.witness import UNCALLED, Look, Open, Witness, place
+from consumer.witness import UNCALLED, Look, Witness, place
 
 Mode = Literal["check", "apply", "rebuild", "republish"]
 
@@ -64,6 +66,7 @@ _NOBODY_WAITS = Lane({}, 1)  # for the proof, which looks at every message
 # What raises RunAgain is never given up. After so many attempts and so long without anything else, that is the answer.
 _EVERY_OFFSET = 1 << 63
 _FRUITLESS_MAX, _FRUITLESS_SECONDS = 20, 60.0
+_LAST_LOOK_SECONDS = 3.0
 _SILENT_MAX = 3  # times in a row that Redis is waited for in vain, before it is not asked any more
 _PRECHECK_SECONDS = 2.0  # nobody waits for a replay as for a worker
 
@@ -337,7 +340,14 @@ class _Replay:
         self.epoch = ""
         self.precheck: Precheck | None = None
         self.lanes: list[_Lane] = []
-        self.firsts: dict[Partition, int] = {}  # where it began before an interruption
+        self.counted: dict[Partition, int] = {}  # below: deliveries are counted, or are on their way to be applied now
+        self.counted_before: dict[Partition, int] = {}  # by the part before an interruption
+        self.conditions: dict[str, Mapping[str, str | None]] = {}  # what may not change before it goes on
+        self.letters_before = 0  # number of the last dead letter, before it stored anything
+        self.has_looked = False  # at the sequences of this part, at its end
+        self.blind = False  # a connection was lost before its sequences were looked at
+        self.code_recorded_at = float("-inf")
+        self.whole: dict[str, Any] | None = None  # the state after the last record
         self.reached: dict[Partition, int] = {}  # where it went on after an interruption; what was copied
         self.rebuilding = ""  # how far a rebuild has come
         self.fruitless, self.settled_at = 0, time.monotonic()  # attempts since anything was settled, and when that was
@@ -363,6 +373,7 @@ class _Replay:
         except Outage as error:
             raise CannotTell(f"{ledger.where(self.settings.dsn)}: {error} ({self._how_far()})") from None
         finally:
+            await self._last_look()
             self._save(force=True)
             for session in [self.witness.session, *(each for lane in self.lanes for each in (lane.proof, lane.work))]:
                 if session is not None:
@@ -377,6 +388,9 @@ class _Replay:
         findings, options = self.findings, self.options
         session = self.witness.session = await self.session()
         self.epoch = session.epoch
+        self.conditions |= resuming.conditions_of_code(self.app, self.handlers, self.topics, options)
+        if self.resumed is not None:
+            self._refuse_changed(self.resumed, session)
         partitions = await find_partitions(source, self.topics, options.partitions)
         await self._learn(session, partitions)
         identity = await source.identity(self.topics)
@@ -386,23 +400,35 @@ class _Replay:
         if options.mode == "rebuild":
             await self._rebuild(source, partitions)
             return
+        self.conditions |= await resuming.conditions_of_services(
+            session.connection, identity, self.topics, partitions, self.witness
+        )
         start, end = parse(options.start, "--from", self.now_ms), parse(options.end, "--to", self.now_ms)
         if self.resumed is not None:
-            self._go_on_from(self.resumed)
+            await self._go_on_from(self.resumed, source)
+            findings = self.findings
         else:
             findings.spans = await resolve(source, partitions, start, end, findings.positions)
+            self.letters_before = await resuming.letters_before(session.connection)
         if options.mode == "republish":
             await self._republish(source)
             return
         await self._doubt_a_log_that_is_too_short(source)
         await proof.check_countable(session.connection, ledger.where(self.settings.dsn))
+        self.witness.uncounted = self._uncounted()
         findings.effects = findings.effects or Effects()
         await self._read(source)
         self._check_selected()
-        await self._look_again()
         await self._look_at_sequences()
+        if self.told.save is not None:  # what is looked at again from here on must not count twice after a resume
+            self.whole = json.loads(json.dumps(self._state()))
+        await self._look_again()
         await self._compare_history(source)
         await self._check_letters()
+        session = await self.witness.open()
+        await resuming.weigh_rows_gone(session.connection, findings, self.conditions)
+        if self.resumed is not None and options.mode == "apply":
+            await resuming.doubt_letters(session.connection, self.letters_before, self.handlers, findings)
         self._conclude()
         await self._record_coverage()
 
@@ -456,6 +482,14 @@ class _Replay:
             if self.options.mode == "check":  # with apply, what Redis says beforehand is of no interest
                 self.findings.precheck = {"asked": 0, "hits": 0, "wrong": 0, "unanswered": 0}
 
+    async def _record_code(self, session: Session) -> None:
+        """Tell the ledger that this code applies messages: before the first one, and every few minutes."""
+        now = time.monotonic()
+        if now - self.code_recorded_at > handler_code.RENEW_SECONDS:
+            with ledger.sorted_errors(self.settings):
+                await handler_code.record(session.connection, self.app)
+            self.code_recorded_at = now
+
     async def _look_at_coverage(self, session: Session, partitions: Sequence[Partition]) -> None:
         """What handlers need not settle is not missing; what looks renamed is reported, and applied only where it is named.
 
@@ -492,6 +526,10 @@ class _Replay:
         """
         with ledger.sorted_errors(self.settings):
             rules = await id_rules.look(session.connection, self.app)
+            codes = (await handler_code.look(session.connection, self.app)).id_code
+        for each in self.handlers:
+            if codes[each.name].others and isinstance(each.rule, CallableId):
+                self._doubt_ids(each, handler_code.since_text(codes[each.name]))
         floors = dict(rules.floors)
         for each in self.handlers:
             if (change := rules.changes.get(each.name)) is None:
@@ -507,6 +545,18 @@ class _Replay:
             self.id_rule_doubts.append({"kind": "id_rule_changed", "count": 1, "text": change.text})
         self.witness.floors = floors
 
+    def _doubt_ids(self, handler: Handler, since: str) -> None:
+        """Absence proves nothing where messages may have been applied under an id of other code."""
+        text = (
+            f"handler {handler.name!r}: its message_id= function has been another one than today's, {since}: what was applied "
+            "before may have other ids"
+        )
+        if self.options.mode == "apply" and handler.name not in self.options.handlers:
+            raise Misconfigured(
+                f"{text}; if its ids are the same, name it with --handler {handler.name} (nothing was changed)"
+            )
+        self.findings.recoded[handler.name] = text
+
     async def _record_coverage(self) -> None:
         """Record what an --apply has settled, so that `consumer status` no longer reports it as missed."""
         findings, options = self.findings, self.options
@@ -515,10 +565,7 @@ class _Replay:
         if options.mode != "apply" or narrowed or open_questions:
             return
         begins_first = options.start in ("earliest", "beginning")  # what the log has dropped cannot be filled
-        spans = [
-            (each.partition, 0 if begins_first else self.firsts.get(each.partition, each.first), each.end)
-            for each in findings.spans
-        ]
+        spans = [(each.partition, 0 if begins_first else each.first, each.end) for each in findings.spans]
         session = await self.witness.open()
         with ledger.sorted_errors(self.settings):
             for handler in self.handlers:
@@ -584,7 +631,12 @@ class _Replay:
             raise _first(group) from None
 
     def _cut(self, chunk: Chunk) -> list[tuple[Sequence[Record], int]]:
-        """Pieces of the size of one transaction."""
+        """Pieces of the size of one transaction, of which all records were counted before an interruption, or none."""
+        past = self.counted_before.get(chunk.partition, 0)
+        if chunk.records and chunk.records[0].offset < past <= chunk.records[-1].offset:
+            before = [each for each in chunk.records if each.offset < past]
+            after = Chunk(chunk.partition, chunk.records[len(before) :], chunk.next)
+            return self._cut(Chunk(chunk.partition, before, past)) + self._cut(after)
         size = max(1, _CHUNK // max(1, len(self._of_topic(chunk.partition.topic))))
         if len(chunk.records) <= size:
             return [(chunk.records, chunk.next)]
@@ -625,19 +677,23 @@ class _Replay:
             await self._go_through(lane, Batch(deliveries, {}, {}), look)
             await look.sort()
         if self.options.mode == "apply":
-            self._counted(look, records)
+            self._counted(look, records, end)
             await self._store(lane, lane.state.offer(partition, look.missing, end))
             return
         would = await self._rehearse(lane, look.missing)
         # From here on without waiting: what was counted and how far we are must never disagree, or a replay that was
         # interrupted could not go on.
-        self._counted(look, records)
+        self._counted(look, records, end)
         look.tally_missing(would)
         batch = lane.state.offer(partition, (), end)
         lane.state.settle(batch, {}, lane.state.moves(batch, ()))
 
-    def _counted(self, look: Look, records: Sequence[Record]) -> None:
+    def _counted(self, look: Look, records: Sequence[Record], end: int) -> None:
         findings, partition = self.findings, look.partition
+        look.tally_effects()
+        if records and records[-1].offset < self.counted_before.get(partition, 0):
+            return
+        self.counted[partition] = end
         findings.read[partition] = findings.read.get(partition, 0) + len(records)
         if records and self.wanted_ids is None:
             for name in self.skipping.get(partition.topic, ()):
@@ -651,6 +707,7 @@ class _Replay:
         failures = 0
         while True:
             if lane.proof is None or not lane.proof.is_usable:
+                self.blind = True
                 lane.proof = await self.session()
             look.begin()
             if self.precheck is not None and self.findings.precheck is not None:
@@ -715,6 +772,7 @@ class _Replay:
         match done.outcomes.get(delivery):
             case None:
                 outcome = "applied_now"
+                self.witness.matched_now(delivery)
             case Dead(reason):
                 outcome = "dead_lettered_now"
                 self.findings.sample(outcome, **place(delivery), detail=f"{reason.value}: see `consumer dlq list`")
@@ -745,6 +803,8 @@ class _Replay:
             if lane.work is None or not lane.work.is_usable:
                 lane.work = await self.session(ReplaySession)
                 lane.work.owns_positions = False
+            if rehearsal is None:
+                await self._record_code(lane.work)
             try:
                 done = await once.apply(
                     lane.work,
@@ -771,11 +831,14 @@ class _Replay:
     # -- the end ----------------------------------------------------------------------------------------------------
 
     async def _look_again(self) -> None:
-        await second_look.look_again(self.witness, {each.name: each.number for each in self.handlers})
+        numbers = {each.name: each.number for each in self.handlers}
+        await self.witness.look_again(numbers)
+        await second_look.look_again(self.witness, numbers)
 
     async def _look_at_sequences(self) -> None:
         effects = self.findings.effects
         assert effects is not None
+        self.has_looked = True
         if self.settings.postgres_pooler:
             effects.uncounted = "sequences were not looked at, because sessions behind a pooler are not ours"
             return
@@ -787,13 +850,10 @@ class _Replay:
 
     async def _compare_history(self, source: Source) -> None:
         findings = self.findings
-        narrowed = [
-            name for name, on in (("--key", self.wanted_key), ("--message-id", self.wanted_ids)) if on is not None
-        ]
-        if narrowed:
+        if narrowed := self._narrowed():
             findings.notes.append(f"ledger rows were not compared with the log the other way, because of {narrowed[0]}")
             return
-        known = [each for each in self.handlers if each.number > 0 and not self._has_other_ids(each)]
+        known = [each for each in self.handlers if each.name not in self.witness.uncounted]
         policies: dict[str, bool] = {}
 
         async def compacted(topic: str) -> bool:
@@ -813,6 +873,7 @@ class _Replay:
             known,
             self.names.topics,
             self.witness.matched,
+            self.witness.missing,
             compacted,
             read_ends if whole else None,
             self.names.logs,
@@ -826,6 +887,15 @@ class _Replay:
         connection = (await self.witness.open()).connection
         numbers = {each.number: each for each in self.handlers if each.number > 0}
         await sealed_letters.check(connection, self.findings, numbers, self.wanted_key, self.wanted_ids)
+
+    def _narrowed(self) -> list[str]:
+        """The options by which single messages are chosen."""
+        return [name for name, on in (("--key", self.wanted_key), ("--message-id", self.wanted_ids)) if on is not None]
+
+    def _uncounted(self) -> frozenset[str]:
+        """Handlers whose rows are not compared with the log: every message of theirs is looked at again instead."""
+        handlers = [each for each in self.handlers if self._narrowed() or each.number < 0 or self._has_other_ids(each)]
+        return frozenset(each.name for each in handlers)
 
     def _has_other_ids(self, handler: Handler) -> bool:
         """Whether rows of the handler may have ids of another rule than its messages have now."""
@@ -853,6 +923,10 @@ class _Replay:
         elif self.witness.would:
             told = ", ".join(f"{count:,} would {what}" for what, count in sorted(self.witness.would.items()))
             findings.notes.append(f"the handlers of missing messages were called and undone: {told}")
+        if self.blind:
+            findings.notes.append(
+                "a connection was lost, or the process was killed: sequences that had moved on it are not known"
+            )
         for topic in sorted(self.offset_ids):
             findings.notes.append(
                 f"messages of {topic} without an id are identified by their offset: a message that was produced twice is two messages"
@@ -953,7 +1027,7 @@ class _Replay:
         done = sum(offset - firsts[each] for each, offset in reached.items())
         applied = self.findings.total("applied_now") + self.findings.total("dead_lettered_now")
         changed = f"{applied:,} missing messages were settled, each once" if applied else "nothing was changed"
-        more = "; --resume goes on from here" if self.told.save is not None else ""
+        more = "; --resume goes on from here" if self.told.save is not None and reached else ""
         return f"after {done:,} of {total:,} offsets; {changed}{more}"
 
     def _save(self, *, force: bool = False) -> None:
@@ -962,55 +1036,66 @@ class _Replay:
         if self.told.save is None or not self._reached() or (not force and now - self.saved_at < _SAVE_SECONDS):
             return
         self.saved_at = now
-        self.told.save(self._state())
+        self.told.save(self.whole or self._state())
+
+    async def _last_look(self) -> None:
+        """Look at the sequences of connections that are about to be closed before the replay has come to its end."""
+        if self.told.save is None or self.findings.effects is None or self.has_looked:
+            return
+        try:
+            async with asyncio.timeout(_LAST_LOOK_SECONDS):
+                for lane in self.lanes:
+                    if lane.proof is not None:
+                        await lane.proof.rollback()
+                        self.blind = self.blind or not lane.proof.is_usable
+                await self._look_at_sequences()
+        except (Exception, asyncio.CancelledError):
+            self.blind = True
 
     def _state(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
-            "reached": [[each.topic, each.partition, offset] for each, offset in self._reached().items()],
+            "conditions": self.conditions,
+            "reached": [[*each, offset] for each, offset in self._reached().items()],
+            "counted": [[*each, offset] for each, offset in (self.counted_before | self.counted).items()],
+            "positions": [[*each, offset] for each, offset in self.findings.positions.items()],
             "findings": self.findings.as_state(),
-            "matched": [[name, p.topic, p.partition, block, n] for (name, p, block), n in self.witness.matched.items()],
-            "missing": [
-                [name, id.hex(), p.topic, p.partition, *rest] for (name, id), (p, *rest) in self.witness.missing.items()
-            ],
-            "would": self.witness.would,
-            "unsettled": [each.as_state() for each in self.witness.unsettled],
+            "letters_before": self.letters_before,
+            "offset_ids": sorted(self.offset_ids),
+            "blind": self.blind or not self.has_looked,
             "republished": self.findings.republished,
+            **resuming.witness_state(self.witness),
         }
 
-    def _go_on_from(self, state: dict[str, Any]) -> None:
+    def _refuse_changed(self, state: dict[str, Any], session: Session) -> None:
+        """Raise Misconfigured where the App, its handlers or the database are not as they were."""
+        resuming.refuse_changed(state.get("conditions"), self.conditions)
+        if lineage(str(state.get("epoch"))) != lineage(session.epoch):
+            raise Misconfigured(
+                "--resume: PostgreSQL is another one since, or went back in time; run it without --resume"
+            )
+
+    async def _go_on_from(self, state: dict[str, Any], source: Source) -> None:
+        resuming.refuse_changed(state["conditions"], self.conditions)
         try:
             self._restore(state)
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise Misconfigured("--resume: the state that was kept cannot be read; begin without --resume") from None
+            raise Misconfigured("--resume: the state that was kept cannot be read; run it without --resume") from None
+        await resuming.refuse_shorter_logs(source, self.findings.spans, self.reached)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if lineage(state["epoch"]) != lineage(self.epoch):
-            raise Misconfigured(
-                "--resume: PostgreSQL is another one since, or went back in time: begin without --resume"
-            )
-        positions = self.findings.positions
+        before = self.findings
         self.findings = self.witness.findings = Findings.from_state(state["findings"])
-        self.findings.positions = positions
-        self.findings.notes.append("resumed after an interruption: sequences were looked at only since then")
-        self.reached = {Partition(topic, number): offset for topic, number, offset in state["reached"]}
-        if self.options.mode == "apply":
-            self.firsts = {each.partition: each.first for each in self.findings.spans}
-            # What is settled needs no counting, and what was on its way is read again: this goes on as a shorter replay.
-            self.findings.spans = [
-                each._replace(first=min(each.end, self.reached[each.partition])) for each in self.findings.spans
-            ]
-            self.findings.counts, self.findings.read, self.findings.times = {}, {}, Timeline()
-            self.findings.ahead = self.findings.unsettled = 0
-            self.findings.notes.append("what was replayed before the interruption is settled, and not counted here")
-            return
-        self.witness.matched = {(n, Partition(t, p), b): count for n, t, p, b, count in state["matched"]}
-        self.witness.missing = {
-            (n, bytes.fromhex(i)): (Partition(t, p), o, at, f) for n, i, t, p, o, at, f in state["missing"]
-        }
-        self.witness.would = dict(state["would"])
-        self.witness.unsettled = [Open.from_state(each) for each in state["unsettled"]]
+        self.findings.notes = [*before.notes, "resumed after an interruption"]
+        self.findings.recoded = before.recoded
+        self.findings.positions = _by_partition(state["positions"])
+        self.reached = _by_partition(state["reached"])
+        self.counted_before = _by_partition(state["counted"])
+        self.letters_before = state["letters_before"]
+        self.offset_ids = set(state["offset_ids"])
+        self.blind = state["blind"]
         self.findings.republished = state["republished"]
+        resuming.restore_witness(self.witness, state)
 
 
 class _Undone:
@@ -1060,6 +1145,10 @@ def _choose(app: App, topics: Sequence[str], options: Options) -> list[Handler]:
                 else f"no handler{only} takes topic {topic!r}"
             )
     return chosen
+
+
+def _by_partition(rows: Sequence[Sequence[Any]]) -> dict[Partition, int]:
+    return {Partition(topic, number): offset for topic, number, offset in rows}
 
 
 def _shown(key: str | bytes) -> str:

@@ -27,7 +27,7 @@ from consumer.replay import Options, Told, one_database, replay
 from consumer.settings import Settings
 from consumer.terminal import AppPath, AsJson, cli, command, err, out, printable
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 @command(
@@ -139,7 +139,9 @@ def replay_command(
     if len(chosen) > 1:
         raise Misconfigured(f"{' and '.join(chosen)}: choose one of them")
     if rebuild and resume:
-        raise Misconfigured("--resume does not go with --rebuild, which begins anew")
+        raise Misconfigured(
+            "--resume does not go with --rebuild: its one transaction ended with the interruption; run it without --resume"
+        )
     mode: Any = chosen[0][2:] if chosen else "check"
     text = None
     if base is not None:

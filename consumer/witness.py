@@ -7,7 +7,7 @@ is the proof of one chunk. What it does not know: what a handler did outside its
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from uuid import UUID
 
 from consumer import history, once, proof
 from consumer.core.coverage import Stretch
-from consumer.core.findings import Findings, blocks
+from consumer.core.findings import BLOCK_BITS, Findings, blocks
 from consumer.core.fingerprint import BYTES
 from consumer.core.lanes import Delivery
 from consumer.core.message import Partition
@@ -25,6 +25,8 @@ from consumer.ledger import REDELIVERED, Session, Standing
 UNCALLED = Parked(0.0, "its handler was not called")  # of a missing message that can be read
 _MISSING_MAX = 200_000  # ids kept, so that a repetition among them is not counted as another message
 _OPEN_MAX = 20_000  # messages without their dead letter that are asked again at the end
+_SLICE = 4096  # of them, in one question
+_APART_MAX = 50_000  # ids kept, to be looked at again at the end
 _UNREADABLE = {
     Reason.UNREADABLE,
     Reason.NO_VALUE,
@@ -83,6 +85,11 @@ class Witness:
     matched: dict[history.Block, int] = field(default_factory=dict)  # rows made by the very records that were read
     # handler and id -> partition, offset, timestamp, fingerprint
     missing: dict[tuple[str, bytes], tuple[Partition, int, int, int]] = field(default_factory=dict)
+    # Settled before, and not among the rows that history.py counts: handler and id -> partition, offset.
+    apart: dict[tuple[str, bytes], tuple[Partition, int]] = field(default_factory=dict)
+    letters_seen: dict[tuple[str, bytes, int], tuple[Partition, int]] = field(default_factory=dict)  # with fingerprints
+    uncounted: frozenset[str] = frozenset()  # handlers whose rows history.py does not count
+    forgets: str = ""  # of what there was more than could be kept
     would: dict[str, int] = field(default_factory=dict)  # what the handlers of missing messages would do
     unsettled: list[Open] = field(default_factory=list)  # that should be dead letters, to be asked again at the end
     session: Session | None = None
@@ -114,12 +121,56 @@ class Witness:
                 for each in deliveries
                 if each not in found and each.handler.fingerprint is not BYTES
             }
-            return found | {earlier[each] for each in await session.letters(list(earlier))} if earlier else found
+            of_bytes = await session.letters(list(earlier)) if earlier else []
+            self.keep_letters([*found, *of_bytes])
+            return found | {earlier[each] for each in of_bytes}
 
     async def which_stand(self, ids: Sequence[tuple[int, bytes]]) -> set[tuple[int, bytes]]:
         """Those (handler, id) that the ledger holds now."""
         async with self._lock:
             return await (await self.open()).which_stand(ids)
+
+    def keep_apart(self, delivery: Delivery) -> None:
+        """Note a settled message whose row is to be looked at again."""
+        key = (delivery.handler.name, delivery.id)
+        if len(self.apart) < _APART_MAX:
+            self.apart.setdefault(key, (delivery.partition, delivery.record.offset))
+        elif key not in self.apart:
+            self.forgets = "messages that were applied as records of another place, or of a key"
+
+    def matched_now(self, delivery: Delivery) -> None:
+        """Note a message that was applied now: its row is made by its own record."""
+        key = (delivery.handler.name, delivery.partition, delivery.record.offset >> BLOCK_BITS)
+        self.matched[key] = self.matched.get(key, 0) + 1
+
+    def keep_letters(self, deliveries: Iterable[Delivery]) -> None:
+        """Note dead letters that are to be looked at again."""
+        for each in deliveries:
+            key = (each.handler.name, each.id, each.fingerprint)
+            if len(self.letters_seen) < _APART_MAX:
+                self.letters_seen.setdefault(key, (each.partition, each.record.offset))
+            elif key not in self.letters_seen:
+                self.forgets = "dead letters"
+
+    async def look_again(self, numbers: Mapping[str, int]) -> None:
+        """Find rows and dead letters that were there when their messages were read, and are gone. numbers: of handlers."""
+        for apart in _slices(list(self.apart.items())):
+            keys = [(numbers[name], id) for (name, id), _ in apart]
+            there = await self.which_stand(keys)
+            for key, ((name, id), (partition, offset)) in zip(keys, apart, strict=True):
+                if key not in there:
+                    self.findings.count_gone(name, partition, offset, id)
+        for letters in _slices(list(self.letters_seen.items())):
+            asked = [(numbers[name], id, fingerprint) for (name, id, fingerprint), _ in letters]
+            async with self._lock:
+                gone = await (await self.open()).letters_gone(asked)
+            for place in gone:
+                (name, id, _), (partition, offset) = letters[place]
+                self.findings.unsettled += 1
+                where = {"topic": partition.topic, "partition": partition.partition, "offset": offset}
+                self.findings.sample(
+                    "unsettled", handler=name, **where, id=str(UUID(bytes=id)), detail="its dead letter is gone"
+                )
 
     async def open(self) -> Session:
         """The connection, made again where it was lost."""
@@ -294,22 +345,29 @@ class Look:
             found.setdefault((each.handler.name, each.id), each)
         return found
 
-    def tally(self) -> None:
-        """Count everything but what is missing."""
-        witness, findings, partition = self.witness, self.witness.findings, self.partition
-        effects = findings.effects
+    def tally_effects(self) -> None:
+        """Count what was written."""
+        effects = self.witness.findings.effects
         assert effects is not None
         effects.transactions += bool(self.deliveries)
         effects.claims += self.despite
         effects.otherwise += self.otherwise
         for table, rows in self.rows.items():
             effects.add(table, rows.inserted, rows.updated, rows.deleted)
+
+    def tally(self) -> None:
+        """Count everything but what is missing."""
+        witness, findings, partition = self.witness, self.witness.findings, self.partition
         counts: dict[str, dict[str, list[int]]] = {}  # handler -> outcome -> timestamps
         here: dict[str, list[int]] = {}  # handler -> offsets of those whose row was made by themselves
         if len(self.others) < len(self.deliveries):
             others = set(self.others)
             plain = [each for each in self.deliveries if each not in others] if others else self.deliveries
             for handler in {each.handler for each in plain}:
+                if handler.name in witness.uncounted:
+                    for each in plain:
+                        if each.handler is handler:
+                            witness.keep_apart(each)
                 own = [each.record for each in plain if each.handler is handler]
                 counts[handler.name] = {"applied": [each.timestamp for each in own]}
                 here[handler.name] = [each.offset for each in own]
@@ -321,6 +379,8 @@ class Look:
             record = delivery.record
             if what is not None and what.here:
                 here.setdefault(delivery.handler.name, []).append(record.offset)
+            if what is not None and not what.clashes and (not what.here or delivery.handler.name in witness.uncounted):
+                witness.keep_apart(delivery)
             if self._clashes(delivery):
                 is_open = delivery not in self.buried and self._in_doubt(delivery)
                 outcome = self._doubt(delivery) if is_open else self._clash(delivery)
@@ -434,6 +494,11 @@ class Look:
                 self.witness.findings.sample(
                     "precheck_wrong", **place(each), detail="Redis has a mark, the ledger has no row"
                 )
+
+
+def _slices(items: list[Any]) -> Iterator[list[Any]]:
+    for start in range(0, len(items), _SLICE):
+        yield items[start : start + _SLICE]
 
 
 def _missed(partition: Partition, delivery: Delivery) -> tuple[Partition, int, int, int]:

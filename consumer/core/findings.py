@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
+from uuid import UUID
 
 from consumer.core.bounds import Span
 from consumer.core.message import Partition
@@ -100,11 +101,13 @@ class Findings:
     inexact: bool = False  # too many missing ids to tell repetitions among them apart
     history: dict[str, dict[str, int]] | None = None
     altered: int = 0  # dead letters whose stored record is not that of their message
+    rows_gone: int = 0  # ledger rows that were there when their messages were read, and are not any more
     gone: int = 0  # ledger rows whose records a compacted log does not hold any more
     precheck: dict[str, int] | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
     doubts: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    recoded: dict[str, str] = field(default_factory=dict)  # handlers whose ids may be of other code, and why
     rebuilt: dict[str, Any] | None = None
     republished: dict[str, Any] | None = None
     seconds: float = 0.0
@@ -134,6 +137,12 @@ class Findings:
         }
         self.samples = [each for each in self.samples if not what.items() <= each.items()]
 
+    def count_gone(self, handler: str, partition: Partition, offset: int, id: bytes) -> None:
+        """Count a ledger row that was deleted after its message was read."""
+        self.rows_gone += 1
+        where = {"topic": partition.topic, "partition": partition.partition, "offset": offset}
+        self.sample("rows_gone", handler=handler, **where, id=str(UUID(bytes=id)), detail="its ledger row was deleted")
+
     def total(self, outcome: str) -> int:
         """Deliveries under one of OUTCOMES, of all handlers."""
         return sum(row[outcome] for row in self.counts.values())
@@ -158,7 +167,7 @@ class Findings:
             if count:
                 found.append({"kind": kind, "count": count, "text": text})
 
-        missing = self.total("missing")
+        missing = self.total("missing") - sum(self._absent(each) for each in self.recoded)
         add("missing", missing, self._missing(missing))
         effects = self.effects or Effects()
         tables = ", ".join(f"{table} {sum(row)}" for table, row in sorted(effects.rows.items()) if any(row))
@@ -188,7 +197,14 @@ class Findings:
             f"{_n(self.unsettled, 'message')} with an id used for another payload, or unreadable, of which there is no dead letter"
             + self._of_them_ahead(self.unsettled_ahead),
         )
-        orphans = sum(each["without_message"] for each in (self.history or {}).values())
+        add(
+            "rows_gone",
+            self.rows_gone,
+            f"{_n(self.rows_gone, 'ledger row')} deleted since their messages were read: they would be applied again",
+        )
+        orphans = sum(
+            each["without_message"] for name, each in (self.history or {}).items() if name not in self.recoded
+        )
         add(
             "rows_without_message",
             orphans,
@@ -246,11 +262,13 @@ class Findings:
             "--same-id` gives the right value"
         )
 
+    def _absent(self, handler: str) -> int:
+        """Messages of a handler that the ledger lacks."""
+        return sum(row["missing"] for (name, _), row in self.counts.items() if name == handler)
+
     def _missing(self, missing: int) -> str:
-        by_handler = {
-            handler: sum(row["missing"] for (name, _), row in self.counts.items() if name == handler)
-            for handler in dict.fromkeys(name for name, _ in self.counts)
-        }
+        names = dict.fromkeys(name for name, _ in self.counts)
+        by_handler = {handler: self._absent(handler) for handler in names if handler not in self.recoded}
         told = ", ".join(f"{handler} {count:,}" for handler, count in by_handler.items() if count)
         more = " or more (some of these may be repetitions)" if self.inexact else ""
         text = f"{_n(missing, 'message')}{more} missing: not in the ledger ({told})"
@@ -277,6 +295,10 @@ class Findings:
                     "--assume-unapplied takes them for missing",
                 }
             )
+        for name, text in self.recoded.items():
+            count = self._absent(name) + (self.history or {}).get(name, {}).get("without_message", 0)
+            if count:
+                found.append({"kind": "id_code_changed", "count": count, "text": text})
         found += (self.rebuilt or {}).get("unknown", ())
         differences = self._differences()
         if differences and not self._conclusive():
@@ -294,7 +316,7 @@ class Findings:
         if rebuilt.get("failed"):
             return "messages failed in the rebuild"
         if rebuilt.get("excuses"):
-            return f"this may explain it: {rebuilt['excuses'][0]}"
+            return f"this may explain it: {'; '.join(rebuilt['excuses'][:3])}"
         return "what could not be told may explain it"
 
     def verdict(self) -> Verdict:
