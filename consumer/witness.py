@@ -237,6 +237,7 @@ class Look:
         self.before: dict[str, proof.Rows] | None = None
         self.rows: dict[str, proof.Rows] = {}
         self.otherwise = False
+        self.lost_claims_wrote = False
 
     # -- in the transaction -----------------------------------------------------------------------------------------
 
@@ -247,6 +248,8 @@ class Look:
         # Counts of earlier transactions may still show here: ours, or behind a pooler those of any other client.
         self.before = await proof.rows_written(session.connection)
         if not fresh:
+            # race: while the ledger turns, or a worker claims the same id at this moment, a claim that is lost writes too
+            self.lost_claims_wrote = await proof.wrote_anything(session.connection)
             return fresh
         # While our claims are held, nobody else can commit these ids. So what another connection sees of them now was
         # there before, and should not have been claimable: their handlers may be called, and what they write is counted.
@@ -261,7 +264,8 @@ class Look:
     async def handled(self, session: Session, done: once.Settlement) -> None:
         self.rows = await proof.rows_written(session.connection, self.before)
         # Claims that were won, of what is missing, are writes too: then the id of the transaction says nothing.
-        self.otherwise = not self.rows and not self.absent and await proof.wrote_anything(session.connection)
+        says_nothing = self.rows or self.absent or self.lost_claims_wrote
+        self.otherwise = not says_nothing and await proof.wrote_anything(session.connection)
 
     # -- after it ---------------------------------------------------------------------------------------------------
 

@@ -78,6 +78,17 @@ async def test_marks_in_redis_of_rows_that_the_ledger_forgot_are_not_wrong(place
     assert [each["kind"] for each in found.unknowns()] == ["before_ledger"]
 
 
+async def test_claims_that_are_lost_while_the_ledger_turns_are_no_writes(place: Place) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}") for n in range(5)])
+    await consume_all(app, place.settings())
+    for version in range(1, 5):  # from every step of a turn to the next one
+        found = await run(place, app, topic)
+        assert found.ok and counts(found) == {"delivered": 5, "applied": 5}, (version, found.problems())
+        assert await query(place.dsn, "select consumer.turn($1)", version)
+
+
 async def declare(place: Place, topic: str, past: int) -> None:
     """Say that the handler record need not settle what is before an offset, as `consumer positions --begin-here` does."""
     await query(
