@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from consumer.core.scratch import GENERATED, IGNORED, NOW, SHOWN_MAX, Comparison, Name, Table, Use, key_of, left_out
 
@@ -55,6 +55,14 @@ class Difference:
         }
 
 
+class Marked(NamedTuple):
+    """How often a row differs, in which columns and by which values, and its mark in the sample. See Comparison.marks."""
+
+    times: int
+    columns: frozenset[int]
+    sampled: str
+
+
 @dataclass(slots=True)
 class Compared:
     """What a comparison has found: a dictionary for each table, and the sample."""
@@ -62,8 +70,12 @@ class Compared:
     tables: list[dict[str, Any]] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
-    marks: dict[str, dict[tuple[str, str], int]] = field(default_factory=dict)  # how often each row differs, by table
+    marks: dict[str, dict[tuple[str, str], Marked]] = field(default_factory=dict)  # by table, and by kind and mark
     sums: dict[str, dict[str, str | None]] = field(default_factory=dict)  # of their columns, in the rebuild
+
+    def differing(self) -> set[str]:
+        """The tables in which rows differ."""
+        return {table["table"] for table in self.tables if any(table[kind] for kind in KINDS)}
 
     def varying(self, again: Compared, table: str) -> list[str]:
         """The columns of a table that another rebuild fills otherwise."""
@@ -79,10 +91,10 @@ class Compared:
         dropped: dict[str, int] = {}
         for table in self.tables:
             name = table["table"]
-            mine, others = self.marks.get(name, {}), again.marks.get(name, {})
+            stable = _stable(self.marks.get(name, {}), again.marks.get(name, {}))
             kinds: Counter[str] = Counter()
-            for (kind, mark), count in mine.items():
-                kinds[kind] += min(count, others.get((kind, mark), 0))
+            for (kind, _), marked in stable.items():
+                kinds[kind] += marked.times
             before = {kind: table[kind] for kind in KINDS}
             for kind in KINDS:
                 if table[kind] <= MARKS_MAX:
@@ -90,7 +102,27 @@ class Compared:
             # A row that no rebuild makes may be one that each rebuild makes otherwise.
             table["extra"] = max(0, table["extra"] - (before["missing"] - table["missing"]))
             dropped[name] = sum(before[kind] - table[kind] for kind in KINDS)
+            if all(before[kind] <= MARKS_MAX for kind in KINDS):
+                self.marks[name] = stable
+                kept = {(kind, marked.sampled) for (kind, _), marked in stable.items()}
+                self.differences = [
+                    each for each in self.differences if str(each.table) != name or (each.kind, each.mark) in kept
+                ]
         return {name: count for name, count in dropped.items() if count}
+
+
+def _stable(
+    mine: Mapping[tuple[str, str], Marked], others: Mapping[tuple[str, str], Marked]
+) -> dict[tuple[str, str], Marked]:
+    """The rows that differ in both, and where both have them in a column for which the two rebuilds give one value."""
+    found: dict[tuple[str, str], Marked] = {}
+    for place, marked in mine.items():
+        if (other := others.get(place)) is None:
+            continue
+        columns = marked.columns & other.columns
+        if columns or not (marked.columns or other.columns):
+            found[place] = Marked(min(marked.times, other.times), columns, marked.sampled)
+    return found
 
 
 async def compare(
@@ -100,8 +132,12 @@ async def compare(
     put_back: set[tuple[Name, str]],
     sample_max: int,
     progress: Callable[[int], None],
+    rebuild: str,
 ) -> Compared:
-    """Compare each table with its copy. tables: each with its use, and the columns whose moving default gave a value."""
+    """Compare each table with its copy. tables: each with its use, and the columns whose moving default gave a value.
+
+    rebuild: a name of this one, another than those that it will be compared with have.
+    """
     found = Compared()
     for place, (table, use, used) in enumerate(tables):
         progress(place)
@@ -127,9 +163,9 @@ async def compare(
         if missing or extra or different:
             samples = await connection.fetch(comparison.samples(), sample_max)
             found.differences += [_difference(place, comparison, each) for each in samples]
-            rows = await connection.fetch(comparison.marks(), MARKS_MAX)
-            found.marks[str(table.name)] = {(row[0], row[1]): row[2] for row in rows}
-            found.sums[str(table.name)] = dict(await connection.fetchrow(comparison.sums()))
+            rows = await connection.fetch(comparison.marks(rebuild), MARKS_MAX)
+            found.marks[str(table.name)] = {(row[0], row[1]): Marked(row[2], frozenset(row[3]), row[4]) for row in rows}
+            found.sums[str(table.name)] = dict(await connection.fetchrow(comparison.sums(rebuild)))
     progress(len(tables))
     return found
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from uuid import UUID, uuid4
 
+from consumer.absent_rows import AbsentRows, statements
 from consumer.applied import offers
 from consumer.columns import Columns
 from consumer.compare import Compared, Excuse
@@ -188,6 +189,8 @@ class Guard:
         self.reads: set[Name] = set()  # real relations that have no copy
         self.verdict: Misconfigured | Again | None = None
         self.writers: set[str] = set()  # handlers that have sent a statement that writes
+        self.absent = AbsentRows(connection, known)
+        self.upserted: set[str] = set()  # names of copies that are inserted into on conflict
         self._owners = owners
         self._seen: set[str] = set()
         self._writing: set[str | None] = {None}  # texts that write; None is a COPY
@@ -200,6 +203,9 @@ class Guard:
     async def executemany(self, sql: str, args: Any, *, timeout: float | None = None) -> Any:
         if sql not in self._seen:
             await self._look(sql)
+        if statements.get() is not None:  # of a handler's call, and perhaps an iterator
+            for each in (args := list(args)):
+                self._note(sql, each)
         return await self._watched(sql, self.connection.executemany, sql, args, timeout=timeout)
 
     async def fetch(self, sql: str, *args: Any, timeout: float | None = None) -> Any:
@@ -237,9 +243,15 @@ class Guard:
     def terminate(self) -> None:
         self.connection.terminate()
 
+    def _note(self, sql: str, arguments: Sequence[Any]) -> None:
+        if sql in self._writing and (noted := statements.get()) is not None:
+            noted.append((sql, arguments))
+
     async def _watched(self, sql: str | None, method: Any, *args: Any, **options: Any) -> Any:
         if sql in self._writing and (handler := calling.get()):
             self.writers.add(handler)
+            if sql is not None:
+                self._note(sql, args[1:])
         try:
             return await method(*args, **options)
         except Exception as error:
@@ -341,6 +353,11 @@ class Guard:
         if not prepared:
             return None
         done = scratch.operations(plan)
+        for each, acts in done.items():
+            if each.schema == "pg_temp":
+                self.upserted |= {each.table} if scratch.UPSERT in acts else set()
+                if not acts.isdisjoint(("Update", "Merge")):
+                    self.absent.updating.setdefault(each.table, set()).add(sql)
         touches = [
             Touch(Name(schema, table), kind, part, written, "Insert" in done.get(Name(schema, table), ()))
             for schema, table, kind, part, written in locks
@@ -517,6 +534,7 @@ class Copies:
         self.session = CopiesSession(self.guard, settings)
         self.doubts: list[str] = []
         self.numbers_from = 1  # of sequences of the copies
+        self.beginnings: Mapping[Name, frozenset[str]] = {}  # columns that begin with real values
         self._settings = settings
         self._base = base
         self._counters: list[dict[str, str]] = []
@@ -610,7 +628,8 @@ class Copies:
             await self._run(scratch.renamings(table, made))
             deferred |= {each.name: each.deferred for each in table.constraints if each.deferrable}
             self._fixed |= {number} if any(each.deferrable for each in table.constraints) else set()
-            filling = scratch.first_rows(table, self.known[table.name], self._base is not None)
+            real = self.beginnings.get(table.name, frozenset())
+            filling = scratch.first_rows(table, self.known[table.name], self._base is not None, real)
             if filling is not None:
                 await self._fill(table, filling)
         by_oid = {each.oid: each for each in self.tables}
@@ -695,6 +714,7 @@ class Copies:
         """What a server does by itself between transactions: statistics for the planner, and no dead versions of rows."""
         if analyze:
             await self._analyze()
+        await self.guard.absent.shrink(self.tables)
         for number, updates in enumerate(self.session.updates):
             rows = self._rows[number] if self._rows[number] >= 0 else self.session.rows[number]
             if number in self._fixed or updates - self._compacted[number] < max(_COMPACT_AT, 2 * rows):
@@ -738,6 +758,12 @@ class Copies:
                 text = f"{table.name} has rules, which a rebuild does not follow: {', '.join(table.rules)}"
                 found.append({"kind": "rules", "count": len(table.rules), "text": text})
         return found
+
+    async def rows_gone(self, compared: Compared) -> list[dict[str, Any]]:
+        """Why tables that no handler inserts into may lack rows."""
+        if self._base is not None:
+            return []
+        return await self.guard.absent.reasons(self.tables, [each["rows"] for each in compared.tables])
 
     def notes(self) -> list[str]:
         """What a person should know about the copies."""

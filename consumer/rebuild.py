@@ -18,12 +18,13 @@ import dataclasses
 import difflib
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from consumer import handler_code, ledger, once, reading
+from consumer.absent_rows import AbsentRows, Statement, statements
 from consumer.app import App
 from consumer.applied import Applied
 from consumer.compare import KINDS, Compared, Excuse
@@ -31,6 +32,7 @@ from consumer.compare import compare as compare_tables
 from consumer.copies import TEXTS_MAX, Again, Copies, Halve, calling
 from consumer.core import scratch
 from consumer.core.applied_order import AppliedOrder, Entry, transactions
+from consumer.core.beginnings import other_beginnings
 from consumer.core.bounds import Span
 from consumer.core.errors import CannotTell, Misconfigured, Reject
 from consumer.core.handler import Call, Handler
@@ -47,9 +49,6 @@ _PARKED_MAX = 50_000  # failed messages, and those behind them, that wait for th
 _TRANSACTION_MAX = 100_000  # deliveries that are taken for one transaction of a worker
 _ANALYZE_AT = 1000  # messages; then whenever there are four times as many
 _DOUBTS_MAX = 20_000  # messages, in which a handler that inserts into a table will have done it once
-# How much later each partition comes than the one before it, in further rebuilds: transactions that are less than a
-# second apart may have overlapped, and then met a row in either order.
-_SHIFTS_US = (-1_000_000, 1_000_000)
 _OTHER_NUMBERS = 10_007  # where sequences start in a second rebuild
 _FOR_EVER = Retry(attempts=1 << 31, base=0, cap=0)  # as long as it helps: see _Pass._once_more
 _CHANGED = "nothing was changed, and it can be run again"
@@ -73,6 +72,26 @@ join pg_class c on c.oid = a.attrelid join pg_namespace n on n.oid = c.relnamesp
 where c.relkind in ('r', 'p') and c.relpersistence <> 't' and a.attnum > 0 and not a.attisdropped
   and n.nspname not in ('pg_catalog', 'pg_toast', 'information_schema', 'consumer')
 """
+
+
+@dataclass(frozen=True, slots=True)
+class _Variation:
+    """In what a further rebuild differs from the first one.
+
+    shift: how many microseconds later each partition comes than the one before it: transactions that are less than a second
+    apart may have overlapped, and then met a row in either order. zone: hours from UTC. begins: with real values, where
+    it is not known what a table began with.
+    """
+
+    shift: int = 0
+    zone: int | None = None
+    begins: bool = False
+
+
+_FIRST = _Variation()
+# In one of the two zones it is another day than in the server's, at any time.
+_OTHER_ORDERS = (_Variation(-1_000_000, zone=14), _Variation(1_000_000, zone=-12))
+_OTHER_ROWS = _Variation(begins=True)
 
 Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -185,8 +204,10 @@ class _Rebuild:
         self.owners: dict[str, str] = {}  # deferred SQL -> the handler that it was first seen from
         self.writers: set[str] = set()  # handlers that have written something, in any pass
         self.known: dict[Name, Use] = {}
+        self.absent: AbsentRows | None = None  # of the pass that runs
+        self.beginnings: Mapping[Name, frozenset[str]] = {}  # of further rebuilds: see core/beginnings.py
         self._announce: Callable[[int, Sequence[str]], None] | None = None  # told once, before the first pass
-        self.handlers, self.notes = _chosen(app, self.partitions, handlers, self.owners, self.writers)
+        self.handlers, self.notes = _chosen(app, self.partitions, handlers, self)
 
     async def run(
         self,
@@ -204,11 +225,14 @@ class _Rebuild:
         if first is None:
             return found
         compared, spans = first
-        if compared.differences and not found.unknown:
-            for shift in _SHIFTS_US:
-                if compared.differences:
+        if compared.differing() and not found.unknown:
+            for other in _OTHER_ORDERS:
+                if compared.differing():
                     self.tell("rows differ: rebuilding again in another order, to find what depends on order or time")
-                    await self._keep_stable(found, compared, ignore, compare, shift)
+                    await self._keep_stable(found, compared, ignore, compare, other)
+            if not compared.differing().isdisjoint(map(str, self.beginnings)):
+                self.tell("rows differ: rebuilding again from other rows, to find what depends on the first ones")
+                await self._keep_stable(found, compared, ignore, compare, _OTHER_ROWS)
         if trace and compared.differences:
             await self._trace(compared, spans)
         found.differences = [each.as_dict() for each in compared.differences]
@@ -220,15 +244,15 @@ class _Rebuild:
         return sum(each.length * takers[each.partition.topic] for each in spans)
 
     async def _compared(
-        self, found: Rebuilt, ignore: Sequence[str], compare: Sequence[str], sample_max: int, shift: int = 0
+        self, found: Rebuilt, ignore: Sequence[str], compare: Sequence[str], sample_max: int, other: _Variation = _FIRST
     ) -> tuple[Compared, list[Span]] | None:
         """One rebuild and its comparison; None when `found.unknown` says why there can be none.
 
-        shift: not 0 for another possible order, and with other numbers from sequences. See AppliedOrder.
+        other: not _FIRST for a further rebuild, which reports nothing.
         """
         while True:
             try:
-                async with self._pass(shift=shift) as current:
+                async with self._pass(other=other) as current:
                     left_out, put_back = await current.columns_named(ignore, compare)
                     spans = await current.spans(found)
                     if found.unknown:
@@ -237,28 +261,26 @@ class _Rebuild:
                     if self._announce is not None:
                         self._announce(self._calls(spans), [each.name for each in self.handlers])
                         self._announce = None
-                    await current.replay(spans, "again" if shift else "replay")
+                    await current.replay(spans, "replay" if other is _FIRST else "again")
                     compared = await current.compare(left_out, put_back, sample_max)
-                    if not shift:
+                    if other is _FIRST:
                         await current.report(found, compared, spans)
                 return compared, spans
             except Again as learned:
                 self.tell(f"{learned}: beginning again from the start")
 
     async def _keep_stable(
-        self, found: Rebuilt, compared: Compared, ignore: Sequence[str], compare: Sequence[str], shift: int
+        self, found: Rebuilt, compared: Compared, ignore: Sequence[str], compare: Sequence[str], other: _Variation
     ) -> None:
         """Drop the differences that a second rebuild does not show, and give them as reasons for doubt."""
-        second = await self._compared(Rebuilt(), ignore, compare, 0, shift)
+        second = await self._compared(Rebuilt(), ignore, compare, 0, other)
         if second is None:
             return
         for name, count in compared.keep_stable(second[0]).items():
-            columns = compared.varying(second[0], name)
-            text = (
-                f"{name}: {count} rows differ, and two rebuilds differ in them too (columns {', '.join(columns)}): they depend "
-                "on the order of messages whose order is not known, or on when their handler runs; --ignore leaves a column out"
-            )
-            found.unknown.append({"kind": "depends_on_order", "count": count, "text": text})
+            columns = ", ".join(compared.varying(second[0], name))
+            begun = {str(each): ", ".join(sorted(listed)) for each, listed in self.beginnings.items()}
+            kind, text = _why_unstable(begun.get(name) if other.begins else None, columns)
+            found.unknown.append({"kind": kind, "count": count, "text": f"{name}: {count} rows differ, {text}"})
         left = {(table["table"], kind) for table in compared.tables for kind in KINDS if table[kind]}
         compared.differences = [each for each in compared.differences if (str(each.table), each.kind) in left]
 
@@ -273,11 +295,11 @@ class _Rebuild:
                 )
 
     @asynccontextmanager
-    async def _pass(self, sought: Compared | None = None, shift: int = 0) -> AsyncIterator[_Pass]:
+    async def _pass(self, sought: Compared | None = None, other: _Variation = _FIRST) -> AsyncIterator[_Pass]:
         connection = await ledger.connect(self.settings)
         try:
-            current = _Pass(self, connection, shift)
-            current.copies.numbers_from = _OTHER_NUMBERS if shift else 1
+            current = _Pass(self, connection, other)
+            current.copies.numbers_from = _OTHER_NUMBERS if other.shift else 1
             await current.set_up(sought)
             yield current
             await connection.execute("rollback")
@@ -303,7 +325,7 @@ class _Rebuild:
 
 
 def _chosen(
-    app: App, partitions: Sequence[Partition], wanted: Sequence[str] | None, owners: dict[str, str], writers: set[str]
+    app: App, partitions: Sequence[Partition], wanted: Sequence[str] | None, work: _Rebuild
 ) -> tuple[list[Handler], list[str]]:
     """The handlers to run, as copies, and what there is to say about the others."""
     topics = {each.topic for each in partitions}
@@ -336,28 +358,50 @@ def _chosen(
             text = f"handler {each.name} also takes {', '.join(left)}: not replayed, so those rows are extra here"
             notes.append(Excuse(text))
     copies = [
-        dataclasses.replace(each, retry=_FOR_EVER, call=_named(each.name, each.call, owners, writers))
+        dataclasses.replace(each, retry=_FOR_EVER, call=_named(each.name, each.call, work))
         for each in chosen
         if each.call is not None
     ]
     return copies, notes
 
 
+def _why_unstable(begun: str | None, columns: str) -> tuple[str, str]:
+    """What may explain rows that two rebuilds make differently. begun: columns that began otherwise in the second one."""
+    if begun is not None:
+        text = (
+            f"and other rows do when the table begins with other values (columns {begun}): what was there before the first "
+            "message is not known; --base FILE gives the first rows"
+        )
+        return "beginning_unknown", text
+    text = (
+        f"and two rebuilds differ in them too (columns {columns}): they depend on the order of messages whose order is not "
+        "known, or on when their handler runs; --ignore leaves a column out"
+    )
+    return "depends_on_order", text
+
+
 class _Rejected(Exception):
     """The handler raised Reject. It may only be early here: partitions and topics have no order between them."""
 
 
-def _named(name: str, call: Call, owners: dict[str, str], writers: set[str]) -> Call:
-    """A handler's call that tells whose SQL it is, for the sentence that refuses it."""
+def _named(name: str, call: Call, work: _Rebuild) -> Call:
+    """A handler's call that tells whose SQL it is, for the sentence that refuses it, and what its updates look for."""
+    owners, writers = work.owners, work.writers
 
     async def named(value: Any, message: Any, tx: Any) -> object:
-        token = calling.set(name)
+        noted: list[Statement] = []
+        token, sent = calling.set(name), statements.set(noted)
         try:
-            return await call(value, message, tx)
+            result = await call(value, message, tx)
+            if work.absent is not None:
+                id = tx.subject.id if isinstance(tx.subject, Delivery) else None
+                work.absent.note([*noted, *tx.writes], name, id)
+            return result
         except Reject as error:
             raise _Rejected from error
         finally:
             calling.reset(token)
+            statements.reset(sent)
             for sql, _ in tx.writes:
                 writers.add(name)
                 if sql not in owners:
@@ -371,12 +415,14 @@ def _named(name: str, call: Call, owners: dict[str, str], writers: set[str]) -> 
 class _Pass:
     """One transaction, and the replay in it. Raises Again when something was learned; nothing of it lasts."""
 
-    def __init__(self, work: _Rebuild, connection: Any, shift: int = 0) -> None:
+    def __init__(self, work: _Rebuild, connection: Any, other: _Variation = _FIRST) -> None:
         self.work = work
-        self.shift = shift  # see AppliedOrder
+        self.other = other
         self.connection = connection
         self.copies = Copies(connection, work.settings, work.known, work.owners, work.base)
         self.copies.guard.writers = work.writers
+        self.copies.beginnings = work.beginnings if other.begins else {}
+        work.absent = self.copies.guard.absent
         self.names = once.Names(work.app.name, {})
         self.positions: dict[Partition, int] = {}
         self.applied = Applied(connection, self.positions)
@@ -404,6 +450,8 @@ class _Pass:
         """Begin, read what the ledger knows, and make the copies."""
         await ledger.describe(self.connection, self.work.settings)
         await self.copies.begin()
+        if self.other.zone is not None:
+            await self.connection.execute(f"set local time zone {self.other.zone:d}")
         await self._number()
         await self._read_ledger()
         await self.copies.make(sought)
@@ -547,7 +595,7 @@ class _Pass:
         settings, source = self.work.settings, self.work.source
         ends = {each.partition: each.end for each in spans if each.length}
         order = AppliedOrder(
-            ends, bytes_max=max(1 << 16, settings.buffer_bytes_max // max(1, len(ends))), shift=self.shift
+            ends, bytes_max=max(1 << 16, settings.buffer_bytes_max // max(1, len(ends))), shift=self.other.shift
         )
         for entry in self.applied.edits(self.work.handlers):
             order.add_late(entry)
@@ -722,7 +770,8 @@ class _Pass:
         def compared(place: int) -> None:
             self.work.progress("compare", place, len(tables))
 
-        return await compare_tables(self.connection, tables, ignore, put_back, sample_max, compared)
+        rebuild = f"rebuild {self.other}"
+        return await compare_tables(self.connection, tables, ignore, put_back, sample_max, compared, rebuild)
 
     async def report(self, found: Rebuilt, compared: Compared, spans: Sequence[Span]) -> None:
         """Put what was counted into the answer."""
@@ -745,7 +794,9 @@ class _Pass:
                     "(a flag or a setting that is missing where the rebuild runs?)"
                 )
                 found.unknown.append({"kind": "nothing_compared", "count": count, "text": text})
-        found.unknown += self.copies.unknown()
+        found.unknown += [*self.copies.unknown(), *await self.copies.rows_gone(compared)]
+        tables, known = self.copies.tables, self.work.known
+        self.work.beginnings = other_beginnings(tables, known, compared.tables, self.copies.guard.upserted)
         counts["id_conflict"] += self.applied.conflicts
         if counts["id_conflict"]:
             text = f"{counts['id_conflict']} messages have an id that another payload had before: the first one counts here"

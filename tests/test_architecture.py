@@ -71,6 +71,7 @@ LAYERS = [
     "witness",
     "second_look",
     "resuming",
+    "absent_rows",
     "compare",
     "left_out",
     "applied",

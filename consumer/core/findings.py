@@ -32,6 +32,7 @@ OUTCOMES = (
     "dead_lettered_now",
 )
 ALTERED = "altered_letter"
+UNSTABLE = ("depends_on_order", "beginning_unknown")  # kinds of doubt about rows that were taken out of the differences
 SAMPLES_MAX = 20  # of each kind
 BLOCK_BITS = 12  # ledger rows are compared with the log in blocks of 4,096 offsets
 
@@ -245,8 +246,8 @@ class Findings:
     def _conclusive(self) -> bool:
         """Whether a difference proves a fault: not where anything that is not known may explain it."""
         rebuilt = self.rebuilt or {}
-        # Rows that depend on order or time were taken out of the differences before.
-        doubts = [each for each in rebuilt.get("unknown", ()) if each["kind"] != "depends_on_order"]
+        # Rows that depend on order, time or the beginning were taken out of the differences before.
+        doubts = [each for each in rebuilt.get("unknown", ()) if each["kind"] not in UNSTABLE]
         return not doubts and not any(rebuilt.get(each) for each in ("failed", "compacted", "excuses"))
 
     def _altered(self) -> str:

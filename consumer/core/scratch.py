@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ OURS = "consumer"  # the schema that no handler may touch
 NOW = "written as now()"
 IGNORED = "--ignore"
 GENERATED = "generated"
+UPSERT = "Upsert"  # among the operations of a plan
 SHOWN_MAX = 200  # characters of a value in an answer
 _DEFAULT_MAX = 80
 _AFTER = ("consumer_after", "consumer_after")
@@ -107,6 +108,11 @@ class Column:
     @property
     def timestamp(self) -> bool:
         return self.built_in and self.type_name in ("timestamptz", "timestamp")
+
+    @property
+    def dated(self) -> bool:
+        """Whether its values may be taken from the clock."""
+        return self.built_in and self.type_name in ("date", "timestamp", "timestamptz")
 
     @property
     def why(self) -> str:
@@ -261,21 +267,24 @@ class Filling(NamedTuple):
     doubt: str | None
 
 
-def first_rows(table: Table, use: Use, with_base: bool) -> Filling | None:
+def first_rows(table: Table, use: Use, with_base: bool, real: Collection[str] = frozenset()) -> Filling | None:
     """What a copy begins with; None when it begins empty.
 
     Rows that no handler inserts are taken over, and the columns that handlers update begin with their defaults. Where
-    that cannot be, it is only a doubt for now: the statement that inserts may be the next one.
+    that cannot be, it is only a doubt for now: the statement that inserts may be the next one. real: columns that begin
+    with what is there now, whatever is known of the table.
     """
-    if use.inserted or with_base:
+    if with_base or (use.inserted and not real):
         return None
     every = [each for each in table.columns if not each.generated]
-    kept = [each for each in every if each.name not in use.updated]
+    kept = [each for each in every if each.name not in use.updated or each.name in real or use.inserted]
     unknown = [
         each.name for each in every if each not in kept and each.not_null and each.default is None and not each.identity
     ]
     doubt = None
-    if use.deleted:
+    if use.inserted:
+        pass
+    elif use.deleted:
         doubt = f"{table.name}: handlers delete from it and none inserts into it, so what they deleted is not known"
     elif unknown:
         doubt = f"{table.name}: handlers update {', '.join(unknown)}, which has no default, so nobody knows what it began with"
@@ -381,6 +390,8 @@ def operations(plan: Any) -> dict[Name, set[str]]:
             if "Relation Name" in each and "Schema" in each:
                 name = Name(each["Schema"], each["Relation Name"])
                 found.setdefault(name, set()).add(each.get("Operation", "read"))
+                if "Conflict Resolution" in each:
+                    found[name].add(UPSERT)
             pending += [value for value in each.values() if isinstance(value, dict | list)]
     return found
 
@@ -547,31 +558,61 @@ class Comparison:
             "order by turn, kind limit $1"
         )
 
-    def marks(self) -> str:
-        """kind, a hash of every differing row with what the rebuild gives for it, and how often: at most $1, in order."""
+    def marks(self, rebuild: str) -> str:
+        """kind, a mark of every row that differs, how often, a mark of each column that does, and its mark in `samples`.
+
+        At most $1, in order. The mark of a row with a key is one of the key, else one of the whole row. rebuild: stands for
+        values that are the rebuild's own day or time, which another one makes otherwise.
+        """
         if not self.key:
-            every = [f"c{n}" for n in range(len(self.shown))]
+            every = [
+                self._own_or(each, f"c{n}", f"rebuilt > real and {_own(each, f'c{n}')}", rebuild)
+                for n, each in enumerate(self.columns)
+            ]
+            every += [f"c{n}" for n in range(len(self.columns), len(self.shown))]
+            plain = _mark(f"c{n}" for n in range(len(self.columns)))
             return (
                 "select case when real > rebuilt then 'extra' else 'missing' end as kind, "
-                f"{_mark(every)} as mark, abs(real - rebuilt)::int8 from ({self._counted()}) as counted "
-                "where real <> rebuilt order by kind, mark limit $1"
+                f"{_mark(every)} as mark, abs(real - rebuilt)::int8, array[]::int8[], {plain} "
+                f"from ({self._counted()}) as counted where real <> rebuilt order by kind, mark limit $1"
             )
         real, rebuilt = f"r.{ident(self.key[0])}", f"b.{ident(self.key[0])}"
-        values = [
-            f"nullif(b.{ident(each.name)}, now())" if each.name in self.clocked else f"b.{ident(each.name)}"
-            for each in self.columns
+        by_name = {each.name: each for each in self.table.columns}
+        either = self._either()
+        keys = [
+            self._own_or(by_name[name], each, f"{real} is null and {_own(by_name[name], f'b.{ident(name)}')}", rebuild)
+            for name, each in zip(self.key, either, strict=True)
         ]
+        differing = _array((self._column_mark(n, each, rebuild) for n, each in enumerate(self.shown)), "int8")
         return (
             f"select case when {real} is null then 'missing' when {rebuilt} is null then 'extra' else 'different' end "
-            f"as kind, {_mark([*self._either(), *values])} as mark, 1::int8 from {self._joined()} "
+            f"as kind, {_mark(keys)} as mark, 1::int8, array_remove({differing}, null), {_mark(either)} from {self._joined()} "
             f"where {real} is null or {rebuilt} is null or {self._differs()} order by kind, mark limit $1"
         )
 
-    def sums(self) -> str:
-        """A hash of every column of the copy, whatever the order of its rows."""
-        every = [*self.key, *(each.name for each in self.columns)]
+    def _column_mark(self, number: int, column: Column, rebuild: str) -> str:
+        """A hash of what the rebuild gives for a column, null where it does not differ."""
+        real, value = f"r.{ident(column.name)}", f"b.{ident(column.name)}"
+        given = self._own_or(column, value, _own(column, value), rebuild)
+        return (
+            f"case when {self._differ(column)} then hashtextextended('{number:d} ' || "
+            f"case when {real} is null then 'some' when {value} is null then 'none' else {given} end, 0) end"
+        )
+
+    @staticmethod
+    def _own_or(column: Column, value: str, condition: str, rebuild: str) -> str:
+        if not column.dated:
+            return _text(column, value)
+        return f"case when {condition} then {literal(rebuild)} else {_text(column, value)} end"
+
+    def sums(self, rebuild: str) -> str:
+        """A hash of every column of the copy, whatever the order of its rows. rebuild: as for `marks`."""
+        by_name = {each.name: each for each in self.table.columns}
         asked = ", ".join(
-            f"sum(hashtextextended({ident(each)}::text, 0)::numeric)::text as {ident(each)}" for each in every
+            f"sum(hashtextextended({self._own_or(column, ident(name), _own(column, ident(name)), rebuild)}, 0)::numeric)::text "
+            f"as {ident(name)}"
+            for name in [*self.key, *(each.name for each in self.columns)]
+            if (column := by_name[name])
         )
         return f"select {asked or 'null'} from {self.table.name.copy}"
 
@@ -617,6 +658,29 @@ class Comparison:
         if column in self.null_only:
             return f"case when {name} is not null then 'not null' end"
         return name if column.comparable else f"{name}::text"
+
+
+# Beginnings of what the rebuild runs in, here and in UTC: values that a handler made of the clock, and not of its message.
+_MOMENTS = "unnest('{minute,hour,day,week,month,quarter,year}'::text[]) u, unnest(array[now(), clock_timestamp()]) t"
+_OWN = {
+    "date": f"array(select date_trunc(u, x)::date from {_MOMENTS}, unnest(array[t::timestamp, t at time zone 'UTC']) x)",
+    "timestamp": f"array(select date_trunc(u, x) from {_MOMENTS}, unnest(array[t::timestamp, t at time zone 'UTC']) x)",
+    "timestamptz": f"array(select x from {_MOMENTS}, unnest(array[date_trunc(u, t), date_trunc(u, t, 'UTC')]) x)",
+}
+
+
+def _own(column: Column, value: str) -> str:
+    """Whether a value is the rebuild's own day or time."""
+    return f"coalesce({value} = any({_OWN[column.type_name]}), false)" if column.dated else "false"
+
+
+def _text(column: Column, value: str) -> str:
+    """A value as text, the same in all time zones."""
+    return (
+        f"(({value}) at time zone 'UTC')::text"
+        if column.dated and column.type_name == "timestamptz"
+        else f"({value})::text"
+    )
 
 
 def _array(expressions: Iterable[str], kind: str = "text") -> str:
