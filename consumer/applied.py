@@ -41,8 +41,8 @@ select place from unnest($1::int4[], $2::uuid[], $3::int8[]) with ordinality as 
 join pg_temp.consumer_dead using (handler, id, fingerprint)
 """
 _FACTS = """
-select o.place, (extract(epoch from l.applied_at) * 1000000)::int8, t.name, l.partition, l."offset",
-       l.fingerprint = o.fingerprint
+select o.place, round(date_part('epoch', l.applied_at) * 1000000)::int8, t.name, l.partition, l."offset",
+       l.fingerprint = o.fingerprint as alike
 from unnest($1::int4[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
 join consumer.ledger l on l.handler = o.handler and l.id = o.id
 join consumer.topics t on t.topic = l.topic
@@ -143,10 +143,10 @@ class Applied:
         """
         waiting = [each for each in deliveries if each.outcome is None or isinstance(each.outcome, Dead)]
         await self._sort_dead(waiting)
-        facts: dict[Delivery, tuple[int, Partition, int, bool]] = {}
-        for delivery, (_, at, topic, partition, offset, alike) in await self.ask(_FACTS, deliveries):
-            before = facts.get(delivery)
-            facts[delivery] = (at, Partition(topic, partition), offset, alike or (before is not None and before[3]))
+        facts: dict[Delivery, Any] = {}
+        for delivery, row in await self.ask(_FACTS, deliveries):
+            if delivery not in facts or row["alike"]:
+                facts[delivery] = row
         entries: list[Entry] = []
         last, turn = -1, 0
         for delivery in deliveries:
@@ -161,7 +161,7 @@ class Applied:
         return entries
 
     async def _sort_dead(self, deliveries: Sequence[Delivery]) -> None:
-        for delivery in deliveries:
+        for delivery in deliveries if self._edited else ():
             if (delivery.handler.number, delivery.partition, delivery.record.offset) in self._edited:
                 delivery.outcome = DUPLICATE[Cause.DEAD_LETTER]
         if self._dead and deliveries:
@@ -181,8 +181,11 @@ class Applied:
         offered = [*deliveries, *map(by_bytes, earlier)]
         return [(asked[row[0] - 1], row) for row in await self.connection.fetch(question, *offers(offered))]
 
-    def _judge(self, delivery: Delivery, fact: tuple[int, Partition, int, bool] | None) -> int | None:
-        """Give a delivery without an effect its outcome; return when the others were applied, if that is known."""
+    def _judge(self, delivery: Delivery, fact: Any) -> int | None:
+        """Give a delivery without an effect its outcome; return when the others were applied, if that is known.
+
+        fact: its row of _FACTS, if there is one.
+        """
         record = delivery.record
         if isinstance(delivery.outcome, Dead):
             if len(self._unreadable) < UNREADABLE_MAX:
@@ -191,16 +194,16 @@ class Applied:
             if self.left_out.takes(delivery, self.positions.get(delivery.partition, 0)):
                 delivery.outcome = SKIPPED
         elif delivery.outcome is None and fact is not None:
-            at, partition, offset, alike = fact
-            if alike and partition == delivery.partition and offset == record.offset:
-                return at
-            span = self.spans.get(partition)
+            _, at, topic, number, offset, alike = fact
+            if alike and offset == record.offset and number == record.partition and topic == record.topic:
+                return int(at)
+            span = self.spans.get(Partition(topic, number))
             if not alike or offset < 0 or (span is not None and span.first <= offset < span.end):
                 # The effect is that of another record, which is replayed in its own place.
                 delivery.outcome = DUPLICATE[Cause.LEDGER]
                 self.conflicts += not alike
             else:
-                return at
+                return int(at)
         return None
 
     async def unreadable_but_applied(self) -> int:

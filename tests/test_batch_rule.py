@@ -261,6 +261,32 @@ CASES: dict[str, tuple[str, list[Message]]] = {
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
         ),
     ),
+    "a trigger for updates of the column that is updated": (
+        ACCOUNTS
+        + """create table log (id int primary key, n int default 0, other int, total numeric);
+        insert into log select generate_series(0, 19);
+        create function note() returns trigger language plpgsql as $$ begin
+            new.total := (select sum(balance) from accounts); return new; end $$;
+        create trigger note before update of other, n on log for each row execute function note();""",
+        each(
+            20,
+            ("update log set n = n + $2 where id = $1", lambda n: (n, 1)),
+            ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
+        ),
+    ),
+    "a trigger for updates of a column that is generated from the updated one": (
+        ACCOUNTS
+        + """create table log (id int primary key, n int default 0, double int generated always as (n * 2) stored, total numeric);
+        insert into log select generate_series(0, 19);
+        create function note() returns trigger language plpgsql as $$ begin
+            new.total := (select sum(balance) from accounts); return new; end $$;
+        create trigger note before update of double on log for each row execute function note();""",
+        each(
+            20,
+            ("update log set n = n + $2 where id = $1", lambda n: (n, 1)),
+            ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
+        ),
+    ),
     "a default that reads another table": (
         ACCOUNTS
         + """create function total() returns numeric language sql as 'select sum(balance) from accounts';
@@ -765,6 +791,14 @@ FAST: dict[str, tuple[str, list[Message], int]] = {
     "additions beside what decides the partition": (
         "create table t (id int primary key, n int default 0) partition by range (id); create table t1 partition of t default;"
         "insert into t select generate_series(0, 9);",
+        each(200, ("update t set n = n + $2 where id = $1", lambda n: (n % 10, n))),
+        1,
+    ),
+    "additions beside a trigger for updates of another column": (
+        """create table t (id int primary key, n int default 0, other int); insert into t select generate_series(0, 9);
+        create function fails() returns trigger language plpgsql as $$ begin raise 'it fires'; end $$;
+        create trigger fails before update of other on t for each row execute function fails();
+        create trigger fails_too before update of other on t execute function fails();""",
         each(200, ("update t set n = n + $2 where id = $1", lambda n: (n % 10, n))),
         1,
     ),

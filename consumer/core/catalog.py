@@ -60,8 +60,13 @@ select root.oid as relation, self.oids as tree,
        (select bool_or(c.relkind = 'r' and c.relhassubclass) from pg_class c where c.oid = any(self.oids)) as inherited,
        (select bool_or(c.relhasrules) from pg_class c where c.oid = any(self.oids)) as ruled,
        (select bool_or(row_security_active(c.oid)) from pg_class c where c.oid = any(self.oids)) as secured,
+       -- A trigger for an update of other columns does not fire. One of a generated column may.
        exists (select from pg_trigger t where t.tgrelid = any(self.oids) and not t.tgisinternal
-               and (t.tgtype & $2 <> 0 or cardinality(self.oids) > 1))
+               and (cardinality(self.oids) > 1 or t.tgtype & $2 <> 0 and not (
+                   t.tgtype & $2 = 16 and t.tgattr::text <> ''
+                   and not exists (select from pg_attribute a where a.attrelid = t.tgrelid
+                                   and a.attnum = any(t.tgattr::int2[])
+                                   and (a.attgenerated <> '' or a.attname = any($3::text[]))))))
        as triggered,
        exists (select from pg_attribute a join pg_type t on t.oid = a.atttypid where a.attrelid = any(self.oids)
                and a.attnum > 0 and not a.attisdropped and t.typtype = 'd') as domains,
