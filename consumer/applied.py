@@ -81,12 +81,14 @@ class Applied:
     """Sorts the messages of one rebuild by what the ledger says of them.
 
     positions: below them everything is settled. conflicts: messages whose id was applied with another payload.
+    unrecorded: messages that the ledger does not know although they are settled.
     """
 
     connection: Any
     positions: Mapping[Partition, int]
     spans: Mapping[Partition, Span] = field(default_factory=dict)
     conflicts: int = 0
+    unrecorded: int = 0
     left_out: LeftOut = field(default_factory=LeftOut)
     codes: Mapping[int, Versions] = field(default_factory=dict)  # of handlers, by number
     # Messages that may have met another code, by handler.
@@ -193,6 +195,8 @@ class Applied:
         elif delivery.outcome is None and fact is None:
             if self.left_out.takes(delivery, self.positions.get(delivery.partition, 0)):
                 delivery.outcome = SKIPPED
+            else:
+                self.unrecorded += 1
         elif delivery.outcome is None and fact is not None:
             _, at, topic, number, offset, alike = fact
             if alike and offset == record.offset and number == record.partition and topic == record.topic:

@@ -41,6 +41,7 @@ from consumer.core.message import Partition, Record
 from consumer.core.outcome import Cause, Dead, Duplicate, Parked, Reason, Skipped
 from consumer.core.retry import Retry
 from consumer.core.scratch import Name, Use
+from consumer.first_rows import older_than_handlers
 from consumer.kafka import KafkaError, LogTruncated, Source
 from consumer.ledger import Conflict, Outage, read_positions
 from consumer.settings import Settings
@@ -797,6 +798,13 @@ class _Pass:
         found.unknown += [*self.copies.unknown(), *await self.copies.rows_gone(compared)]
         tables, known = self.copies.tables, self.work.known
         self.work.beginnings = other_beginnings(tables, known, compared.tables, self.copies.guard.upserted)
+        if self.work.base is None and not self.applied.unrecorded:
+            # With messages that the ledger does not know, old rows may be theirs.
+            differing = {table["table"] for table in compared.tables if any(table[kind] for kind in KINDS)}
+            settled = {str(each) for each in self.work.beginnings}  # further rebuilds tell
+            names = [n for n, use in sorted(known.items()) if use.inserted and str(n) in differing - settled]
+            numbers = [each.number for each in self.work.handlers]
+            found.unknown += await older_than_handlers(self.connection, names, numbers)
         counts["id_conflict"] += self.applied.conflicts
         if counts["id_conflict"]:
             text = f"{counts['id_conflict']} messages have an id that another payload had before: the first one counts here"

@@ -76,6 +76,7 @@ LAYERS = [
     "left_out",
     "applied",
     "copies",
+    "first_rows",
     "rebuild",
     "replay_session",
     "replay",

@@ -33,6 +33,7 @@ REVIEWED: dict[str, dict[str, str]] = {
         "counter": _BY_SCRATCH,
         "each.name.copy": _BY_SCRATCH,
     },
+    "first_rows.py": {"name.real": _BY_SCRATCH},
     "core/columns.py": {
         "listed": "tokens of the handler's own statement",
         "named": "a token of the handler's own statement",
