@@ -18,6 +18,7 @@ from uuid import UUID
 
 import msgspec
 
+_DEPTH_MAX = 200  # levels of containers; the digest of a value must not depend on where it is computed
 _DIGITS_MAX = 400  # a float has at most 309 digits before the point
 
 
@@ -59,8 +60,14 @@ def not_finite(value: Any) -> str | None:
     return None
 
 
-def canonical(value: Any) -> bytes:
-    """The canonical bytes of a value. Raises TypeError for a type that has none."""
+def canonical(value: Any, depth: int = 0) -> bytes:
+    """The canonical bytes of a value. Raises TypeError for a type that has none, RecursionError beyond _DEPTH_MAX levels.
+
+    The interpreter's own limit may be too high for its stack, once some library has raised it.
+    """
+    if depth > _DEPTH_MAX:
+        raise RecursionError
+    inner = depth + 1
     match value:
         case None:
             return b"n"
@@ -69,7 +76,7 @@ def canonical(value: Any) -> bytes:
         case bool():  # JSON's true is not 1, although Python's is
             return b"t" if value else b"f"
         case Enum():
-            return canonical(value.value)
+            return canonical(value.value, inner)
         case int() | float() | Decimal():
             return _framed(b"#", _number(value))
         case str():
@@ -79,15 +86,15 @@ def canonical(value: Any) -> bytes:
         case UUID():
             return b"u" + value.bytes
         case Mapping():
-            return _unordered(b"{", [canonical(key) + canonical(item) for key, item in value.items()])
+            return _unordered(b"{", [canonical(key, inner) + canonical(item, inner) for key, item in value.items()])
     if (fields := fields_of(value)) is not None:
-        items = [canonical(name) + canonical(item) for name, item in fields]
+        items = [canonical(name) + canonical(item, inner) for name, item in fields]
         tag = getattr(getattr(type(value), "__struct_config__", None), "tag", None)  # which member of a union it is
         return _unordered(b"{", items if tag is None else [*items, canonical(None) + canonical(tag)])
     if isinstance(value, Sequence):
-        return _framed(b"[", b"".join(map(canonical, value)))
+        return _framed(b"[", b"".join([canonical(each, inner) for each in value]))
     if isinstance(value, Set):
-        return _unordered(b"<", [canonical(each) for each in value])
+        return _unordered(b"<", [canonical(each, inner) for each in value])
     return _framed(b"o", _text_of(value).encode())
 
 
