@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Iterator
 from uuid import uuid4
@@ -16,6 +17,16 @@ from consumer.embedded import Postgres, Valkey
 # Where SIGINT is ignored (`make test &` in a script), children would ignore it too, and tests could press no Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _levels_of_loggers() -> Iterator[None]:
+    """A test that silences a logger does so for itself: others read what was logged."""
+    loggers = [logging.getLogger(name) for name in ("", "consumer", "aiokafka", "asyncio")]
+    levels = [each.level for each in loggers]
+    yield
+    for each, level in zip(loggers, levels, strict=True):
+        each.setLevel(level)
 
 
 @pytest.fixture(scope="session")

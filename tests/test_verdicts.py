@@ -36,12 +36,14 @@ def test_a_seed_draws_the_same_case_every_time_and_every_kind_of_fault() -> None
 
 
 @pytest.mark.timeout(300)
-async def test_a_short_run_finds_no_wrong_verdict(servers: Servers, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_short_run_finds_no_wrong_verdict(
+    servers: Servers, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """Other seeds every day; the first one is printed."""
     seed = datetime.now(UTC).date().toordinal() * 100_000
     with capsys.disabled():
         print(f"\nmake verdicts ARGS='--seed {seed} --seconds {SECONDS}'")  # noqa: T201
-    logging.getLogger("consumer").setLevel(logging.CRITICAL)
+    caplog.set_level(logging.CRITICAL, "consumer")
     summary = Summary(seed)
     await judge_all(servers, summary, seconds=SECONDS)
     assert not summary.wrong, "\n\n".join("\n".join(each.lines()) for each in summary.wrong)

@@ -42,7 +42,8 @@ def build(name: str, orders: str, cancellations: str, *, mended: bool, version: 
     app = App(name)
     retry = Retry(attempts=4, base=0.05, cap=0.5)
 
-    @app.handler(orders, retry=Retry(attempts=2, base=0.05, cap=0.05))
+    # Mending changes no effect of what was applied before.
+    @app.handler(orders, retry=Retry(attempts=2, base=0.05, cap=0.05), version="1")
     async def book(message: Message[Order], tx: Tx) -> None:
         order, id = message.value, _id(message)
         if order.fails and not mended:
