@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
-from harness import Place, Sent, consume_all, consumer, query
+from harness import Place, Sent, consume_all, consumer, query, until
 from test_coverage import app_with
 from test_replay import app_of, counts, hashed, payment, run
 
@@ -54,16 +55,22 @@ async def test_letters_that_a_worker_makes_during_the_check_are_there(
     assert found.verdict().exit_code == 1 and (found.unsettled, found.unsettled_ahead) == (1, 0)
 
 
-def purge(place: Place, tmp_path: Path, hours: str = "0") -> None:
-    """Forget all rows of the ledger that are not of this second, by force."""
+async def purge(place: Place, tmp_path: Path, hours: str = "0") -> None:
+    """Forget all rows of the ledger, by force; those of the current second only once it is over."""
     environment = {
         "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka,
         "CONSUMER_POSTGRES_DSN": place.worker_dsn,
         "CONSUMER_LEDGER_CLOCK_SKEW_HOURS": "0",
     }
-    done = consumer(tmp_path, "purge", "--older-than", hours, "--force", "--json", **environment)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["dropped"]
+
+    async def dropped() -> bool:
+        done = await asyncio.to_thread(
+            consumer, tmp_path, "purge", "--older-than", hours, "--force", "--json", **environment
+        )
+        assert done.returncode == 0, done.stderr
+        return bool(json.loads(done.stdout)["dropped"])
+
+    await until("rows that are old enough", dropped, 60)
 
 
 async def test_marks_in_redis_of_rows_that_the_ledger_forgot_are_not_wrong(place: Place, tmp_path: Path) -> None:
@@ -71,7 +78,7 @@ async def test_marks_in_redis_of_rows_that_the_ledger_forgot_are_not_wrong(place
     app = app_of(topic)
     await place.send(topic, *[payment(f"p{n}") for n in range(5)])
     await consume_all(app, place.settings(ledger_clock_skew_hours=0, precheck_budget_ms=10_000))
-    purge(place, tmp_path)
+    await purge(place, tmp_path)
     found = await run(place, app, topic, settings={"ledger_clock_skew_hours": 0})
     assert found.precheck is not None and found.precheck["hits"] == 5
     assert found.precheck["wrong"] == 0 and not found.problems()
@@ -151,7 +158,7 @@ async def test_rebuild_does_not_guess_about_what_the_ledger_forgot(
     settings = place.settings(redis_url=None, ledger_clock_skew_hours=0)
     await place.send(topic, *[payment(f"p{n}") for n in range(10)])
     await consume_all(app, settings)
-    purge(place, tmp_path)
+    await purge(place, tmp_path)
     found = await rebuild(place, app, topic)
     assert found.ok, "below the position everything was settled, whatever the ledger remembers"
     await query(place.dsn, "update consumer.positions set next_offset = 4 returning 1")
