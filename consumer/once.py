@@ -275,9 +275,8 @@ def again(
         [delivery] = part.deliveries
         cause = error.__cause__ or error
         at_least = Meaning.CONFLICT if isinstance(error, Conflict) else Meaning.OUTAGE
-        answers = (
-            isinstance(error, Conflict) or getattr(cause, "severity_en", "") == "ERROR"
-        )  # FATAL ends the connection
+        # FATAL and PANIC end the connection.
+        answers = isinstance(error, Conflict) or getattr(cause, "severity_en", "") == "ERROR"
         verdict_, delivery.why = _judged(delivery, cause, evidence, at_least=at_least, answers=answers)
         if verdict_ is Verdict.COUNT:
             delivery.outcome, delivery.attempts = _counted(delivery, cause, draw)

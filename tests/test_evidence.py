@@ -15,6 +15,7 @@ from harness import Place, Sent, consume_all, drained, letters, until, value, wo
 
 from consumer import App, Retry, RunAgain, Tx, once, report, waiting
 from consumer.core.deadshare import TooManyDeadLetters
+from consumer.core.evidence import Evidence
 from consumer.core.lanes import Batch, Delivery
 from consumer.core.message import LogRecord
 from consumer.core.outcome import Parked
@@ -458,3 +459,40 @@ def test_conflict_or_outage_of_a_message_alone_without_evidence_counts_no_attemp
     once.again(Batch([delivery], {}, {}), False, once.FAILURES_MAX, lambda: 0.5, error)
     assert isinstance(delivery.outcome, Parked) and delivery.outcome.error == "put aside"
     assert delivery.attempts == 0
+
+
+def answer(code: str, severity: str = "ERROR") -> asyncpg.PostgresError:
+    """An error as the server sends it. FATAL ends the connection."""
+    return asyncpg.PostgresError.new({"S": severity, "V": severity, "C": code, "M": "no"})  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("error", "counts"),
+    [
+        (raised(Outage("full"), answer("53100")), True),
+        (raised(Outage("down"), answer("57P01")), True),
+        (raised(Conflict("locked"), answer("55P03")), True),
+        (raised(Conflict("met"), answer("40P01")), True),
+        (raised(Outage("down"), answer("57P01", "FATAL")), False),
+        (raised(Outage("crowded"), answer("53300", "FATAL")), False),
+        (raised(Outage("crash"), answer("XX000", "PANIC")), False),
+        (raised(Outage("lost"), ConnectionResetError()), False),
+        (raised(Outage("lost"), asyncpg.InterfaceError("connection is closed")), False),
+        (raised(Outage("lost"), None), False),
+    ],
+    ids=repr,
+)
+def test_each_attempt_of_a_message_alone_needs_an_answer_and_a_later_success_of_others(
+    error: Any, counts: bool
+) -> None:
+    handler = app_of("t", "select 1", retry=Retry(attempts=9)).handlers["settle"]
+    delivery = Delivery(handler, LogRecord("t", 0, 0, 0, None, b"{}", ()))
+    evidence = Evidence()
+    attempts = []
+    for others_succeed in (False, True, False, False, True):
+        if others_succeed:
+            evidence.succeeded("settle")
+        delivery.outcome = None
+        once.again(Batch([delivery], {}, {}), False, once.FAILURES_MAX, lambda: 0.5, error, evidence)
+        attempts.append(delivery.attempts)
+    assert attempts == ([0, 1, 1, 1, 2] if counts else [0] * 5)
