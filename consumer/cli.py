@@ -490,9 +490,9 @@ def positions(
 ) -> Any:
     """Show the positions in PostgreSQL, or move some; running workers notice and go on from there.
 
-    These count, not the group's offsets in Kafka. Going back applies nothing twice: the ids are in the ledger (it is
-    refused where message_id= of a handler has changed since). Going forward skips what lies between, for good. Ids that are made of offsets, for messages that have none, begin anew with
-    --adopt: messages that were copied from the old topic would be applied again then.
+    These count, not the group's offsets in Kafka. Going back applies nothing twice, because the ids are in the ledger;
+    it is refused after message_id= of a handler has changed. Going forward skips the messages in between for good.
+    --adopt starts new ids for messages that are identified by their offset: copies of old ones would be applied again.
     """
     loaded = load_app(app)
     if adopt and (to is not None or topic is None):

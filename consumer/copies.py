@@ -31,7 +31,7 @@ from consumer.core.names import ident
 from consumer.core.outcome import Dead
 from consumer.core.scratch import Column, Constraint, DefaultSequence, Judgement, Name, Table, Touch, Use
 from consumer.core.sqltokens import first_words
-from consumer.ledger import Session, Standing, sqlstate_of
+from consumer.ledger import Session, Standing, milliseconds, sqlstate_of
 from consumer.server import NOWHERE
 from consumer.settings import Settings
 
@@ -547,7 +547,7 @@ class Copies:
         await self.connection.execute(_BEGIN)
         await self._more_buffers()
         await self.connection.execute(
-            f"set local lock_timeout = {self._settings.postgres_lock_timeout_seconds * 1000:.0f}; {_CLAIMS}"
+            f"set local lock_timeout = {milliseconds(self._settings.postgres_lock_timeout_seconds)}; {_CLAIMS}"
         )
 
     async def make(self, sought: Compared | None) -> None:

@@ -38,7 +38,7 @@ from consumer.settings import Settings
 
 _BATCH_SECONDS_MAX = 5.0
 _ROLLBACK_SECONDS = 5.0  # what takes longer is ended with its connection, which undoes it too
-_TURNS_CLASS = 1189081  # of the locks of transactions that take turns
+_CONFLICTS_CLASS = 1189081  # of the locks by which transactions take turns after conflicts
 _MOSTLY_KNOWN = 0.5
 _TURNS_MAX = 10  # of the ledger, that one claim sees come and go
 _CLAIM_KEY = re.compile("ledger(_[0-9]+)?_claim")
@@ -230,8 +230,8 @@ async def connect(settings: Settings, timeout_seconds: float = 10) -> asyncpg.Co
 def _session_settings(settings: Settings) -> dict[str, str]:
     return {
         "application_name": "idempotent-consumer",
-        "lock_timeout": _milliseconds(settings.postgres_lock_timeout_seconds),
-        "idle_in_transaction_session_timeout": _milliseconds(settings.postgres_idle_in_transaction_timeout_seconds),
+        "lock_timeout": milliseconds(settings.postgres_lock_timeout_seconds),
+        "idle_in_transaction_session_timeout": milliseconds(settings.postgres_idle_in_transaction_timeout_seconds),
         "synchronous_commit": "on",  # a role or database that turned it off would lose settled messages
         "tcp_keepalives_idle": "10",
         "tcp_keepalives_interval": "5",
@@ -239,7 +239,7 @@ def _session_settings(settings: Settings) -> dict[str, str]:
     }
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
     """A limit as PostgreSQL takes it: 0 would be none at all."""
     return str(max(1, round(seconds * 1000)))
 
@@ -313,7 +313,7 @@ class Session:
         """Begin a transaction that holds the lock of the ledger's version: see migrations/0005_generations.sql."""
         lock = f"select pg_advisory_xact_lock_shared({ADVISORY_CLASS:d}, {self._generations.version:d})"
         if self.turn is not None:
-            turn = f"select pg_advisory_xact_lock({_TURNS_CLASS:d}, {self.turn:d})"
+            turn = f"select pg_advisory_xact_lock({_CONFLICTS_CLASS:d}, {self.turn:d})"
             try:
                 await self.connection.execute(f"{self._begin}; {turn}; {lock}")
                 return
@@ -386,7 +386,7 @@ class Session:
     async def standing(
         self, deliveries: Sequence[Delivery], topics: Mapping[str, int]
     ) -> tuple[dict[Delivery, Standing], list[Delivery]]:
-        """What stands in the ledger for ids, and those of which there is nothing. Claims nothing, waits for nobody."""
+        """What stands in the ledger for ids, and those without a row. Claims nothing, waits for nobody."""
         return _standing(deliveries, await self.connection.fetchrow(STANDING, *_offers(deliveries, topics)))
 
     async def _ask(self, deliveries: Sequence[Delivery], topics: Mapping[str, int], *, to_claim: bool) -> Any:
@@ -622,7 +622,7 @@ class Session:
         return [deliveries[row[0] - 1] for row in rows]
 
     async def letters_gone(self, keys: Sequence[tuple[int, bytes, int]]) -> list[int]:
-        """The places of those (handler, id, fingerprint) of which there is no dead letter, and that were not applied after all."""
+        """The places of those (handler, id, fingerprint) that have no dead letter and were not applied later."""
         rows = await self.connection.fetch(
             """select o.place from unnest($1::int2[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
                where not exists (select from consumer.dead_letters d

@@ -18,7 +18,7 @@ from consumer.core.lanes import Delivery
 from consumer.core.message import Partition
 from consumer.core.retention import may_be_forgotten
 
-# Claims that were won although the row may have been forgotten: nobody knows whether their messages were applied before.
+# Messages that were claimed although the ledger may have forgotten their row. They may have been applied before.
 _TOO_OLD = """
 select h.name, d.topic, d.partition, d."offset" from consumer.dead_letters d join consumer.handlers h using (handler)
 where d.handler = any($1) and d.topic = any($2) and d.reason = 'too_old' and d.state <> 'applied'

@@ -800,7 +800,7 @@ class _Pass:
         self.work.beginnings = other_beginnings(tables, known, compared.tables, self.copies.guard.upserted)
         if self.work.base is None and not self.applied.unrecorded:
             # With messages that the ledger does not know, old rows may be theirs.
-            differing = {table["table"] for table in compared.tables if any(table[kind] for kind in KINDS)}
+            differing = compared.differing()
             settled = {str(each) for each in self.work.beginnings}  # further rebuilds tell
             names = [n for n, use in sorted(known.items()) if use.inserted and str(n) in differing - settled]
             numbers = [each.number for each in self.work.handlers]

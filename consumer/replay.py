@@ -63,10 +63,10 @@ Mode = Literal["check", "apply", "rebuild", "republish"]
 _CHUNK = 4096  # deliveries in one transaction: enough to make its round trips cheap
 _SAVE_SECONDS = 5.0
 _NOBODY_WAITS = Lane({}, 1)  # for the proof, which looks at every message
+_EVERY_OFFSET = 1 << 63  # beyond any
 # What raises RunAgain is never given up. After so many attempts and so long without anything else, that is the answer.
-_EVERY_OFFSET = 1 << 63
 _FRUITLESS_MAX, _FRUITLESS_SECONDS = 20, 60.0
-_LAST_LOOK_SECONDS = 3.0
+_LAST_LOOK_SECONDS = 3.0  # for the sequences, before an interrupted replay ends
 _SILENT_MAX = 3  # times in a row that Redis is waited for in vain, before it is not asked any more
 _PRECHECK_SECONDS = 2.0  # nobody waits for a replay as for a worker
 
@@ -631,7 +631,7 @@ class _Replay:
             raise _first(group) from None
 
     def _cut(self, chunk: Chunk) -> list[tuple[Sequence[Record], int]]:
-        """Pieces of the size of one transaction, of which all records were counted before an interruption, or none."""
+        """Cut a chunk to the size of transactions. No piece holds both records counted before an interruption and others."""
         past = self.counted_before.get(chunk.partition, 0)
         if chunk.records and chunk.records[0].offset < past <= chunk.records[-1].offset:
             before = [each for each in chunk.records if each.offset < past]

@@ -1,6 +1,6 @@
 """Whether the dead letters of a range still hold the records that they were made of.
 
-Knows letters through a connection that is handed in; knows no Kafka. What is covered is told in core/seal.py.
+Reads letters through the connection that the caller gives; knows no Kafka. core/seal.py says what is covered.
 """
 
 from __future__ import annotations

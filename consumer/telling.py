@@ -68,7 +68,7 @@ class Teller:
             self._log(kind, now)
 
     def flush(self, now: float = 0.0, *, is_last: bool = False) -> None:
-        """Log what is due, or all that is left, and forget kinds of which nothing has happened for long."""
+        """Log the kinds that are due, or all at the end, and forget those that have not occurred for a while."""
         now = now or time.monotonic()
         for key, kind in list(self._kinds.items()):
             if kind.count and (is_last or now >= kind.due):

@@ -96,7 +96,7 @@ class Witness:
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def standing(self, deliveries: Sequence[Delivery]) -> tuple[dict[Delivery, Standing], list[Delivery]]:
-        """What is committed of these ids, and those of which there is nothing, as another connection sees it."""
+        """What is committed of these ids, and those without a row, as another connection sees it."""
         async with self._lock:
             session = await self.open()
             found, absent = await session.standing(deliveries, self.topics)

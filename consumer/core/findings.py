@@ -97,7 +97,7 @@ class Findings:
     times: Timeline = field(default_factory=Timeline)
     effects: Effects | None = None
     ahead: int = 0  # of what is missing: at or beyond the position, where workers have not come yet
-    unsettled: int = 0  # conflicts and unreadable messages of which there is no dead letter
+    unsettled: int = 0  # conflicts and unreadable messages without a dead letter
     unsettled_ahead: int = 0  # of those: at or beyond the position
     inexact: bool = False  # too many missing ids to tell repetitions among them apart
     history: dict[str, dict[str, int]] | None = None
@@ -195,7 +195,7 @@ class Findings:
         add(
             "unsettled",
             self.unsettled,
-            f"{_n(self.unsettled, 'message')} with an id used for another payload, or unreadable, of which there is no dead letter"
+            f"{_n(self.unsettled, 'message')} without a dead letter, whose id another payload has or that cannot be read"
             + self._of_them_ahead(self.unsettled_ahead),
         )
         add(

@@ -1,8 +1,8 @@
 """Whether a dead letter still holds the record that it was made of: a digest of the value, and one of the rest.
 
 Knows records and bytes; knows no table. The fingerprint of a message cannot tell: its rule may compare nothing, or need code
-that has changed since. Limitations: letters from before there were digests; whoever changes the digest as well is not
-noticed; reason, error and state of a letter, and the value of an edit, are not covered.
+that has changed since. Limitations: older letters have no digests; a change of the digest together with the record is
+not noticed; reason, error and state of a letter, and the value of an edit, are not covered.
 """
 
 from __future__ import annotations
