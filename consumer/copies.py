@@ -547,7 +547,7 @@ class Copies:
         await self.connection.execute(_BEGIN)
         await self._more_buffers()
         await self.connection.execute(
-            f"set local lock_timeout = {milliseconds(self._settings.postgres_lock_timeout_seconds)}; {_CLAIMS}"
+            f"set local lock_timeout = {milliseconds(self._settings.postgres_lock_timeout_seconds):d}; {_CLAIMS}"
         )
 
     async def make(self, sought: Compared | None) -> None:

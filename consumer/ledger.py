@@ -230,8 +230,8 @@ async def connect(settings: Settings, timeout_seconds: float = 10) -> asyncpg.Co
 def _session_settings(settings: Settings) -> dict[str, str]:
     return {
         "application_name": "idempotent-consumer",
-        "lock_timeout": milliseconds(settings.postgres_lock_timeout_seconds),
-        "idle_in_transaction_session_timeout": milliseconds(settings.postgres_idle_in_transaction_timeout_seconds),
+        "lock_timeout": str(milliseconds(settings.postgres_lock_timeout_seconds)),
+        "idle_in_transaction_session_timeout": str(milliseconds(settings.postgres_idle_in_transaction_timeout_seconds)),
         "synchronous_commit": "on",  # a role or database that turned it off would lose settled messages
         "tcp_keepalives_idle": "10",
         "tcp_keepalives_interval": "5",
@@ -239,9 +239,9 @@ def _session_settings(settings: Settings) -> dict[str, str]:
     }
 
 
-def milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> int:
     """A limit as PostgreSQL takes it: 0 would be none at all."""
-    return str(max(1, round(seconds * 1000)))
+    return max(1, round(seconds * 1000))
 
 
 @contextmanager

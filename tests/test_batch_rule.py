@@ -287,6 +287,20 @@ CASES: dict[str, tuple[str, list[Message]]] = {
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
         ),
     ),
+    "a row that moves to a partition with a trigger for new rows": (
+        ACCOUNTS
+        + """create table log (id int, part int, total numeric) partition by list (part);
+        create table log0 partition of log for values in (0); create table log1 partition of log for values in (1);
+        insert into log select n, 0 from generate_series(0, 19) n;
+        create function note() returns trigger language plpgsql as $$ begin
+            new.total := (select sum(balance) from accounts); return new; end $$;
+        create trigger note before insert on log1 for each row execute function note();""",
+        each(
+            20,
+            ("update log set part = $2 where id = $1", lambda n: (n, 1)),
+            ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
+        ),
+    ),
     "a default that reads another table": (
         ACCOUNTS
         + """create function total() returns numeric language sql as 'select sum(balance) from accounts';
@@ -684,6 +698,31 @@ CASES: dict[str, tuple[str, list[Message]]] = {
         "create table t (id int primary key, v int); insert into t select n, 10 from generate_series(0, 19) n;"
         "create function seven(int, int) returns int language sql as 'select 7'; create operator %- (leftarg = int, rightarg = int, function = seven);",
         each(10, ("update t set v = v %- $2 where id = $1", lambda n: (n, n + 1))),
+    ),
+    "an operator of several signs that reads another table": (
+        ACCOUNTS
+        + """create table log (id int primary key, n numeric, t text default '5'); insert into log select generate_series(0, 19);
+        create function seen(text, int) returns numeric language sql as 'select sum(balance) from accounts';
+        create operator %- (leftarg = text, rightarg = int, function = seen);""",
+        each(
+            20,
+            ("update log set n = t %- 1 where id = $1", lambda n: (n,)),
+            ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
+        ),
+    ),
+    "upserts by a unique index that is blind to case": (
+        "create function cmp(text, text) returns int language sql immutable as 'select bttextcmp(lower($1), lower($2))';"
+        "create function eq(text, text) returns bool language sql immutable as 'select lower($1) = lower($2)';"
+        "create operator =# (leftarg = text, rightarg = text, function = eq);"
+        "create operator class blind for type text using btree as operator 3 =#, function 1 cmp(text, text);"
+        "create table t (name text not null, n int); create unique index on t (name blind);",
+        each(
+            20,
+            (
+                "insert into t (name, n) values ($1, $2) on conflict (name) do update set n = t.n + excluded.n",
+                lambda n: ("bob" if n % 2 else "Bob", n),
+            ),
+        ),
     ),
     "a unique index that is blind to case": (
         "create function cmp(text, text) returns int language sql immutable as 'select bttextcmp(lower($1), lower($2))';"

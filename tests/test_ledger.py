@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 from harness import as_worker, migrated, settings_for, until
 
-from consumer import App, Tx
+from consumer import App, Tx, generations, ledger
 from consumer.core.lanes import Delivery
 from consumer.core.message import LogRecord
 from consumer.ledger import REDELIVERED, Session
@@ -149,3 +149,35 @@ async def test_a_look_through_an_old_version_of_the_ledger_is_taken_again(claims
         assert await claims.commit(each, claims.deliveries([uuid4() for _ in range(3)])) == {}
     assert await owner.fetchval("select count(*) from consumer.ledger") == 6
     await owner.close()
+
+
+async def advisory_locks(session: Session, watcher: asyncpg.Connection) -> set[tuple[str, str]]:
+    """What a session's transaction holds: of the ledger's version, of the turns after conflicts."""
+    names = {generations.ADVISORY_CLASS: "version", ledger._CONFLICTS_CLASS: "turn"}
+    rows = await watcher.fetch(
+        "select classid::int8, mode from pg_locks where locktype = 'advisory' and granted and pid = $1",
+        session.connection.get_server_pid(),
+    )
+    return {(names[row[0]], row[1]) for row in rows}
+
+
+async def test_a_transaction_holds_the_lock_of_the_ledgers_version_whether_its_turn_has_come_or_not(
+    claims: Claims, database: str
+) -> None:
+    """Without that lock a generation could be dropped below a claim, whose id would be claimed again."""
+    claims.settings = claims.settings.model_copy(update={"postgres_lock_timeout_seconds": 0.2})
+    session, other = await claims.session(), await claims.session()
+    watcher = await asyncpg.connect(database)
+    try:
+        version, turn = ("version", "ShareLock"), ("turn", "ExclusiveLock")
+        await session.begin()
+        assert await advisory_locks(session, watcher) == {version}
+        await session.rollback()
+        session.turn = other.turn = 7
+        await session.begin()
+        assert await advisory_locks(session, watcher) == {version, turn}
+        await other.begin()  # waits for its turn in vain
+        assert await advisory_locks(other, watcher) == {version}
+        assert other.turn is None
+    finally:
+        await watcher.close()
