@@ -27,9 +27,8 @@ test: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer ## All tests, on real Ka
 	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile $(ARGS)
 
 # Few examples for each property, and without the tests that are about many states: `make test` has them.
-unit: $(VENV)/dev ## Tests of the pure core and of the project's structure, without services (about 30 s)
-	@CORE_EXAMPLES=20 $(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses $(AT_A_TIME) tests/core tests/test_architecture.py \
-		tests/test_sql_names.py tests/test_failure_modes.py --ignore tests/core/test_model.py \
+unit: $(VENV)/dev ## Tests that need no service: pure modules and the project's structure (under 30 s)
+	@CORE_EXAMPLES=20 $(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses $(AT_A_TIME) -m unit --ignore tests/core/test_model.py \
 		--deselect tests/core/test_lanes.py::TestLaneAgainstItsModel $(ARGS)
 
 coverage: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer ## All tests, and the lines and branches that none of them runs (.cache/coverage/index.html)
@@ -43,22 +42,22 @@ pythons: $(VENV)/dev $(KAFKA)/.complete ## The core and the commands on Python 3
 	@sh tests/pythons.sh $(ARGS)
 
 chaos: $(VENV)/dev $(KAFKA)/.complete ## Random faults on real servers, and what must be true after them (ARGS="--seed 7 --seconds 20 --runs 5")
-	@PYTHONPATH=.:tests $(BIN)/python -m chaos $(ARGS)
+	@PYTHONPATH=.:tests:tests/support $(BIN)/python -m chaos $(ARGS)
 
 live: $(VENV)/dev $(KAFKA)/.complete ## Checks and rebuilds beside running workers: no wrong verdict (ARGS="--checks 25 --rebuilds 5 --seed 7")
-	@PYTHONPATH=.:tests $(BIN)/python -m verdicts_live $(ARGS)
+	@PYTHONPATH=.:tests:tests/support $(BIN)/python -m verdicts_live $(ARGS)
 
 oracle: $(VENV)/dev ## Random applications, a batch against one message at a time (ARGS="--seed 7 --seconds 60")
-	@PYTHONPATH=.:tests $(BIN)/python -m oracle $(ARGS)
+	@PYTHONPATH=.:tests:tests/support $(BIN)/python -m oracle $(ARGS)
 
 verdicts: $(VENV)/dev $(KAFKA)/.complete ## Random applications with planted faults: are the verdicts of replay right? (ARGS="--seed 7 --seconds 60")
-	@PYTHONPATH=.:tests $(BIN)/python -m verdicts $(ARGS)
+	@PYTHONPATH=.:tests:tests/support $(BIN)/python -m verdicts $(ARGS)
 
 check: $(VENV)/dev ## Format, lint, strict types, the architecture, and known holes in what we depend on
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_sql_names.py tests/test_supply.py
+	$(BIN)/python -m pytest -q tests/project/test_architecture.py tests/project/test_sql_names.py tests/project/test_supply.py
 	@$(MAKE) --no-print-directory audit
 
 audit: ## Ask whether a hole is known in a locked version (passes where nobody can be asked)

@@ -23,16 +23,16 @@ import asyncpg
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support"), str(ROOT / "benchmarks")]
 
 from application import INSERT, UPDATE, Payment, decode, register, write_unnest  # noqa: E402
 from harness import migrated, new_topic, running, settings_for  # noqa: E402
 from services import Kafka  # noqa: E402
 
 from consumer import App, Settings  # noqa: E402
-from consumer.embedded import Postgres, Server, Valkey  # noqa: E402
-from consumer.replay import Mode, Options, Told, replay  # noqa: E402
-from consumer.worker import Worker  # noqa: E402
+from consumer.local_servers import Postgres, Server, Valkey  # noqa: E402
+from consumer.replay.replay import Mode, Options, Told, replay  # noqa: E402
+from consumer.worker.worker import Worker  # noqa: E402
 
 NAIVE_MESSAGES = 4000  # of the slowest contestant, whose speed does not depend on how many there are
 CLAIM = "insert into seen select unnest($1::uuid[]) order by 1 on conflict do nothing returning id"

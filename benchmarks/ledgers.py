@@ -7,8 +7,8 @@ import sys
 import time
 from typing import Any
 
-from consumer import retention
 from consumer.core.retention import Drop, Forget, Turn
+from consumer.retention import task
 
 
 class Ledger:
@@ -50,9 +50,9 @@ class Ledger:
     async def step(self, step: Turn | Forget | Drop) -> str:
         """A step, tried again until it is done. Tells how long the call that did it took."""
         while True:
-            state = await retention.look(self.connection)
+            state = await task.look(self.connection)
             began = time.perf_counter()
-            done = await retention.act(self.connection, state, step)
+            done = await task.act(self.connection, state, step)
             if done not in ("waiting", "busy"):
                 print(f"  {done:<10} {(time.perf_counter() - began) * 1000:8.1f} ms", file=sys.stderr, flush=True)
                 return done

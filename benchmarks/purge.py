@@ -23,17 +23,18 @@ from typing import Any
 import asyncpg
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 
 from harness import settings_for  # noqa: E402
 from ledgers import Ledger  # noqa: E402
 
-from consumer import App, Tx, schema  # noqa: E402
-from consumer.core.lanes import Delivery  # noqa: E402
+from consumer import App, Tx  # noqa: E402
 from consumer.core.message import LogRecord  # noqa: E402
+from consumer.core.ordering import Delivery  # noqa: E402
 from consumer.core.retention import Drop, Forget  # noqa: E402
-from consumer.embedded import Postgres  # noqa: E402
-from consumer.ledger import Session  # noqa: E402
+from consumer.local_servers import Postgres  # noqa: E402
+from consumer.postgres import migrate  # noqa: E402
+from consumer.postgres.ledger import Session  # noqa: E402
 
 TOPIC = "t"
 BATCH = 2000
@@ -55,7 +56,7 @@ class Bench:
 
     async def open(self) -> None:
         self.connection = await asyncpg.connect(self.settings.dsn)
-        await schema.migrate(self.connection)
+        await migrate.migrate(self.connection)
         self.ledger = Ledger(self.connection)
         session = await Session.open(self.settings)
         numbers, self.topics = await session.numbers("bench", ["settle"], [TOPIC])

@@ -27,7 +27,7 @@ from plot import bars
 from scenarios import SCENARIOS, UNUSUAL, Found, Options, table
 
 from consumer import logs
-from consumer.looping import run as run_loop
+from consumer.worker.event_loop import run as run_loop
 
 PAGE = ROOT / "docs" / "performance.md"
 PLOT = ROOT / "docs" / "performance.svg"

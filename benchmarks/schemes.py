@@ -29,16 +29,16 @@ import asyncpg
 from redis.asyncio import Redis
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 
 from harness import migrated, settings_for  # noqa: E402
 
 from consumer import App, Retry, Tx  # noqa: E402
 from consumer.core.identity import fingerprint  # noqa: E402
-from consumer.core.lanes import Delivery  # noqa: E402
 from consumer.core.message import LogRecord  # noqa: E402
-from consumer.embedded import Postgres, Valkey  # noqa: E402
-from consumer.ledger import Session  # noqa: E402
+from consumer.core.ordering import Delivery  # noqa: E402
+from consumer.local_servers import Postgres, Valkey  # noqa: E402
+from consumer.postgres.ledger import Session  # noqa: E402
 from consumer.schemes.lock import Lock, check_fence  # noqa: E402
 from consumer.schemes.states import StateMachine  # noqa: E402
 from consumer.schemes.tokens import Fresh, Tokens, Used  # noqa: E402

@@ -1,8 +1,8 @@
 """Consume at-least-once Kafka topics; apply each message's effects in PostgreSQL exactly once.
 
-Start here: an `App` holds handlers; `consumer run module:app` runs them. A batch of messages is fetched (kafka.py),
-checked against Redis (precheck.py), and settled in one transaction that holds the claims, the handlers' effects and
-the positions (once.py, ledger.py); then it is marked in Redis and its offsets are committed to Kafka (worker.py).
+Start here: an `App` holds handlers; `consumer run module:app` runs them. A batch of messages is fetched (kafka/source.py),
+checked against Redis (precheck/client.py), and settled in one transaction that holds the claims, the handlers' effects and
+the positions (transaction/once.py, postgres/ledger.py); then it is marked in Redis and its offsets are committed to Kafka (worker/worker.py).
 """
 
 TYPE_CHECKING = False  # as `typing` has it, which takes a while to import
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
         RunAgain,
         TransactionMisuse,
     )
-    from consumer.core.findings import Findings
     from consumer.core.message import Message
     from consumer.core.retry import Retry
-    from consumer.dryrun import is_dry_run
-    from consumer.replay import verify
+    from consumer.replay.findings import Findings
+    from consumer.replay.replay import verify
     from consumer.settings import Settings
-    from consumer.tx import Tx
+    from consumer.transaction.dry_runs import is_dry_run
+    from consumer.transaction.tx import Tx
 
 __all__ = [
     "App",
@@ -48,7 +48,7 @@ _MODULES = {
     "App": "app",
     "CannotTell": "core.errors",
     "ConsumerError": "core.errors",
-    "Findings": "core.findings",
+    "Findings": "replay.findings",
     "Message": "core.message",
     "Misconfigured": "core.errors",
     "RegistrationError": "core.errors",
@@ -57,9 +57,9 @@ _MODULES = {
     "RunAgain": "core.errors",
     "Settings": "settings",
     "TransactionMisuse": "core.errors",
-    "Tx": "tx",
-    "is_dry_run": "dryrun",
-    "verify": "replay",
+    "Tx": "transaction.tx",
+    "is_dry_run": "transaction.dry_runs",
+    "verify": "replay.replay",
 }
 
 if not TYPE_CHECKING:

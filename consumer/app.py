@@ -12,8 +12,8 @@ from consumer.core import fingerprint as fingerprints
 from consumer.core.errors import RegistrationError
 from consumer.core.handler import Function, Handler, build, place_of
 from consumer.core.retry import Retry
-from consumer.core.route import Route, check_names
-from consumer.tx import Tx
+from consumer.core.shard_route import Route, check_names
+from consumer.transaction.tx import Tx
 
 F = TypeVar("F", bound=Function)
 Lifespan = Callable[["App"], AbstractAsyncContextManager[Any]]

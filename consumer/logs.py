@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from consumer.core.errors import Misconfigured
-from consumer.places import place
+from consumer.error_places import place
 
 log = logging.getLogger("consumer")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Iterator
 from uuid import uuid4
@@ -10,13 +11,27 @@ from uuid import uuid4
 import asyncpg
 import pytest
 from harness import Place, migrated
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from services import Kafka
 
-from consumer.embedded import Postgres, Valkey
+from consumer.local_servers import Postgres, Valkey
 
 # Where SIGINT is ignored (`make test &` in a script), children would ignore it too, and tests could press no Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Every run draws the same examples: a red test here is red for everybody.
+hypothesis_settings.register_profile(
+    "core",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=int(os.environ.get("CORE_EXAMPLES", "200")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+hypothesis_settings.load_profile("core")
 
 
 @pytest.fixture(autouse=True)

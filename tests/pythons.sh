@@ -32,14 +32,14 @@ for version in 3.11 3.12 3.13; do
     fi
     echo "Python $version: $python"
     # Few examples, and without what only takes long: another Python changes what is called, not which states there are.
-    CORE_EXAMPLES=20 "$place/bin/python" -m pytest -q -p no:cacheprovider "$@" \
-        tests/core \
+    CORE_EXAMPLES=20 "$place/bin/python" -m pytest -q -p no:cacheprovider "$@" -m unit \
         --ignore tests/core/test_model.py \
         --deselect tests/core/test_lanes.py::TestLaneAgainstItsModel \
-        --deselect tests/core/test_handler.py::test_mypy_knows_the_options_of_a_handler \
-        tests/test_help.py \
-        tests/test_pythons.py \
-        tests/test_interrupts.py::test_ctrl_c_at_any_moment_is_one_line \
-        tests/test_cli.py::test_a_bad_import_string_is_one_line \
-        tests/test_cli.py::test_a_bad_setting_is_one_line_that_names_it
+        --deselect tests/core/test_handler.py::test_mypy_knows_the_options_of_a_handler
+    "$place/bin/python" -m pytest -q -p no:cacheprovider "$@" \
+        tests/cli/test_help.py \
+        tests/cli/test_pythons.py \
+        tests/cli/test_interrupts.py::test_ctrl_c_at_any_moment_is_one_line \
+        tests/cli/test_cli.py::test_a_bad_import_string_is_one_line \
+        tests/cli/test_cli.py::test_a_bad_setting_is_one_line_that_names_it
 done

@@ -45,7 +45,7 @@ def of_postgres(dsn: str, variable: str = "") -> tuple[list[str], dict[str, str]
     """The hosts that asyncpg will try for a DSN, and the options after its question mark.
 
     variable: PGHOST, which counts when the DSN names no host; without either, it tries this machine's sockets. Raises
-    ValueError for what is no DSN. `tests/test_hosts.py` compares the answer with the driver's own reading.
+    ValueError for what is no DSN. `tests/core/test_hosts.py` compares the answer with the driver's own reading.
     """
     parts = urlsplit(dsn)
     if parts.scheme not in ("postgresql", "postgres"):

@@ -24,13 +24,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from consumer import ledger, report, schema
+from consumer.admin import report
 from consumer.core.errors import ConsumerError
 from consumer.core.message import Partition
 from consumer.demo.application import app
-from consumer.embedded import Postgres, Tansu, Valkey, die_with_parent
-from consumer.kafka import Source, create_topic, producing
-from consumer.replay import Mode, Options, Told, replay
+from consumer.kafka.source import Source, create_topic, producing
+from consumer.local_servers import Postgres, Tansu, Valkey, die_with_parent
+from consumer.postgres import ledger, migrate
+from consumer.replay.replay import Mode, Options, Told, replay
 from consumer.settings import Settings, load
 
 TOPIC = "payments"
@@ -191,7 +192,7 @@ class Demo:
             )
             connection = await ledger.connect(settings)
             stack.callback(connection.terminate)
-            await schema.migrate(connection, _TABLES)
+            await migrate.migrate(connection, _TABLES)
             await create_topic(settings, TOPIC, PARTITIONS)
             bars = stack.enter_context(self._bars())
             process = await stack.enter_async_context(self._consumer_run(settings))

@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from consumer.schemes.asking import RedisAway
     from consumer.schemes.database import Misfit, NotFound
     from consumer.schemes.lock import LateWriter, Lock, LockBusy, LockLost, check_fence
+    from consumer.schemes.redis_call import RedisAway
     from consumer.schemes.states import Held, IllegalMove, Moved, NotMoved, StateMachine, TooEarly, TooLate
     from consumer.schemes.tokens import Tokens
     from consumer.schemes.unique import insert_once

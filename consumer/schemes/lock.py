@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from redis.asyncio.lock import Lock as RedisLock
 
 from consumer.core.errors import RunAgain, TransactionMisuse
-from consumer.core.names import ident, table_ident
-from consumer.schemes.asking import RedisAway, answer
+from consumer.core.identifiers import ident, table_ident
 from consumer.schemes.database import Database, told
+from consumer.schemes.redis_call import RedisAway, answer
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any, Literal, assert_never
 
 from consumer.core.errors import Reject, RunAgain
-from consumer.core.names import ident, table_ident
+from consumer.core.identifiers import ident, table_ident
 from consumer.schemes.database import SUPPRESSED, Database, Misfit, NotFound, told
 from consumer.schemes.moves import Moves, Standing
 

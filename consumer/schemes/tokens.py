@@ -17,7 +17,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from consumer.schemes.asking import answer, text
+from consumer.schemes.redis_call import answer, text
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from consumer.core.names import column_names, columns_of, ident, table_ident
+from consumer.core.identifiers import column_names, columns_of, ident, table_ident
 from consumer.schemes.database import SUPPRESSED, Database, Misfit, told
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from consumer.core.errors import RunAgain
-from consumer.core.names import columns_of, ident, table_ident
+from consumer.core.identifiers import columns_of, ident, table_ident
 from consumer.schemes.database import SUPPRESSED, Database, Misfit, NotFound, told
 
 _VERSION_MAX = 2**63 - 1

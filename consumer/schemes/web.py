@@ -33,7 +33,7 @@ from http import HTTPStatus
 from typing import Any, assert_never
 
 from consumer.logs import event
-from consumer.schemes.asking import RedisAway
+from consumer.schemes.redis_call import RedisAway
 from consumer.schemes.tokens import RESULT_BYTES_MAX, Foreign, Fresh, OtherPayload, Tokens, Unknown, Used
 
 try:

@@ -91,8 +91,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def _exactly_once_server(pytestconfig: pytest.Config) -> Iterator[Server]:
+    from consumer.testing.outside_statements import noting
     from consumer.testing.server import Server
-    from consumer.testing.watch import noting
 
     dsn, source = os.environ.get(DSN_VARIABLE, ""), DSN_VARIABLE
     if not dsn:
@@ -115,7 +115,7 @@ def _address(dsn: str) -> Iterator[str]:
     if dsn:
         yield dsn
         return
-    from consumer.embedded import Postgres
+    from consumer.local_servers import Postgres
 
     postgres = Postgres({"fsync": "off"})  # it is not machines that crash here
     try:

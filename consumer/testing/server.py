@@ -14,9 +14,9 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from consumer.core.errors import Misconfigured
-from consumer.ledger import connect, sorted_errors, sqlstate_of
-from consumer.proof import check_countable
-from consumer.schema import migrate
+from consumer.postgres.ledger import connect, sorted_errors, sqlstate_of
+from consumer.postgres.migrate import migrate
+from consumer.replay.effects import check_countable
 from consumer.settings import Settings, load
 
 _LOCK_SECONDS = 2.0  # a handler that waits for its own transaction through another connection is found out in this time

@@ -14,12 +14,12 @@ from consumer.app import App
 from consumer.core.errors import Misconfigured
 from consumer.core.message import LogRecord, Partition
 from consumer.settings import Settings
-from consumer.testing.life import Key, Life, Round, Written
 from consumer.testing.messages import STEPS, TOLD_MAX, Delivered, Outside, Sent, lines, partition_of, record_of
 from consumer.testing.outside_rows import OutsideRows
+from consumer.testing.outside_statements import Watch
 from consumer.testing.server import connection_to
+from consumer.testing.simulated_worker import Key, Life, Round, Written
 from consumer.testing.undisturbed import Contents, contents, differences
-from consumer.testing.watch import Watch
 
 
 class Trial:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from consumer.core.errors import Misconfigured
-from consumer.core.names import ident
+from consumer.core.identifiers import ident
 
 _SHOWN_MAX = 5  # rows, or columns, of one table in the text of an error
 

@@ -16,9 +16,10 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
-from consumer import Settings, ledger, schema
-from consumer.embedded import Postgres, Server, Tansu, Valkey, die_with_parent
-from consumer.kafka import create_topic
+from consumer import Settings
+from consumer.kafka.source import create_topic
+from consumer.local_servers import Postgres, Server, Tansu, Valkey, die_with_parent
+from consumer.postgres import ledger, migrate
 from consumer.settings import load
 from handlers.shop.application import SANDBOX_TOPIC, TOPIC
 from handlers.shop.view import Place
@@ -194,7 +195,7 @@ async def running() -> AsyncIterator[Running]:
         )
         connection = await ledger.connect(settings)
         try:
-            await schema.migrate(connection, Path(__file__).with_name("schema.sql").read_text("utf-8"))
+            await migrate.migrate(connection, Path(__file__).with_name("schema.sql").read_text("utf-8"))
         finally:
             connection.terminate()
         for topic in (TOPIC, SANDBOX_TOPIC):

@@ -30,10 +30,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from consumer.embedded import EmbeddedUnavailable
-from consumer.kafka import producing
-from consumer.schemes.asking import RedisAway
+from consumer.kafka.source import producing
+from consumer.local_servers import EmbeddedUnavailable
 from consumer.schemes.database import NotFound
+from consumer.schemes.redis_call import RedisAway
 from consumer.schemes.states import NotMoved
 from consumer.schemes.tokens import Tokens
 from consumer.schemes.versioned import Stale, update_versioned

@@ -283,7 +283,7 @@ class Stage:
             "CHAOS_DIE": die,
             "CHAOS_SLOW": str(scenario.slow),
             "CHAOS_RETRY": str(scenario.retry),
-            "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests"])),
+            "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "support"])),
         }
         return {**clean, **self._settings(scenario).dump(), **more, **scenario.environment}
 

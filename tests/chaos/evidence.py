@@ -20,7 +20,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from chaos.invariants import Effect, Evidence, Forms, Letter, LogEntry, Row
 from chaos.workload import fingerprint
 from consumer.core.identity import event_id
-from consumer.embedded import Valkey
+from consumer.local_servers import Valkey
 
 
 def entry(record: Any) -> LogEntry:

@@ -14,19 +14,21 @@ from typing import Any
 import asyncpg
 from asyncpg.pgproto.pgproto import UUID
 
-from consumer import calling, kafka, once, opening, scope
 from consumer.core import cloudevents
-from consumer.core.coverage import Changes
 from consumer.core.identity import message_id, offset_id
-from consumer.core.incarnation import Position
-from consumer.core.lanes import Delivery, Lane
+from consumer.core.log_identity import Position
 from consumer.core.message import Partition
-from consumer.kafka import Source
-from consumer.ledger import REDELIVERED, Session, Standing
-from consumer.letter_session import LetterSession
-from consumer.precheck import Precheck
-from consumer.replay_session import ReplaySession
-from consumer.worker import Worker
+from consumer.core.ordering import Delivery, Lane
+from consumer.dead_letters.session import LetterSession
+from consumer.handler_records.settled_ranges import Changes
+from consumer.kafka import source as kafka
+from consumer.kafka.source import Source
+from consumer.postgres.ledger import REDELIVERED, Session, Standing
+from consumer.precheck.client import Precheck
+from consumer.replay.session import ReplaySession
+from consumer.transaction import invoke, once, scope
+from consumer.worker import start_positions
+from consumer.worker.worker import Worker
 
 
 def _kafka_keeps_the_positions(where_none: str = "beginning") -> None:
@@ -51,7 +53,7 @@ def _kafka_keeps_the_positions(where_none: str = "beginning") -> None:
         )
         await close_batch(self, app, (), *more, **options)
 
-    opening.positions = positions  # type: ignore[assignment]
+    start_positions.positions = positions  # type: ignore[assignment]
     Session.close_batch = closing  # type: ignore[method-assign,assignment]
 
 
@@ -143,7 +145,7 @@ def m5_separate_transactions() -> None:
 
 def m6_swallow_and_commit() -> None:
     """Nobody notices that a statement has failed, and COMMIT's answer, which is ROLLBACK, is not read."""
-    awaited, close_batch = calling.awaited, Session.close_batch
+    awaited, close_batch = invoke.awaited, Session.close_batch
 
     async def awaiting(call: Any, tx: Any) -> None:
         try:
@@ -162,7 +164,7 @@ def m6_swallow_and_commit() -> None:
     async def commit(self: Session) -> None:
         await self.connection.execute("commit")
 
-    calling.awaited = awaiting
+    invoke.awaited = awaiting
     Session.close_batch = closing  # type: ignore[method-assign]
     Session.commit = commit  # type: ignore[method-assign]
 

@@ -24,7 +24,7 @@ from services import Kafka
 
 from chaos.application import TABLES
 from consumer import Settings
-from consumer.embedded import EmbeddedUnavailable, Postgres, Server, Valkey, free_port
+from consumer.local_servers import EmbeddedUnavailable, Postgres, Server, Valkey, free_port
 
 PARTITIONS = 4
 _MORE_OF_KAFKA = "transaction.abort.timed.out.transaction.cleanup.interval.ms=500\n"

@@ -227,7 +227,7 @@ class Run:
         started = time.monotonic()
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", _WAIT_FOR_NO_LAG, str(_DRAIN_SECONDS),
-            env={**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            env={**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"},
             stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         _, told = await process.communicate()
@@ -282,7 +282,7 @@ class Run:
         """Give the handler that only the next version has what it has missed, as `consumer status` tells one to."""
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "consumer", "replay", "chaos.application:app", self._topic, "--apply", "--handler", "late", "--json",
-            env={**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            env={**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"},
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         out, told = await process.communicate()
@@ -321,7 +321,7 @@ class Run:
     async def _replayed(self) -> None:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "consumer", "replay", "chaos.application:app", self._topic, "--json",
-            env={**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            env={**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"},
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         out, told = await process.communicate()

@@ -1,4 +1,4 @@
-"""One worker of chaos/application.py without a supervisor, which may kill itself: `CHAOS_DIE=STEP:NTH` names the step of worker.py."""
+"""One worker of chaos/application.py without a supervisor, which may kill itself: `CHAOS_DIE=STEP:NTH` names the step of worker/worker.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 from chaos.application import app
 from consumer.logs import configure
 from consumer.settings import load
-from consumer.worker import Worker
+from consumer.worker.worker import Worker
 
 
 def main() -> None:

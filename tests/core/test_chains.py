@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer.core.deadshare import LEAST, WINDOW, DeadShare, TooManyDeadLetters
+from consumer.core.dead_letters import State, age_seconds, chain_of, fate, group_of, holds, normalised
 from consumer.core.errors import Misconfigured
-from consumer.core.letters import State, age_seconds, chain_of, fate, group_of, holds, normalised
 from consumer.core.message import LogRecord
 from consumer.core.outcome import DUPLICATE, Cause, Dead, Parked, Reason
+from consumer.transaction.dead_letter_rate import LEAST, WINDOW, DeadShare, TooManyDeadLetters
+
+pytestmark = pytest.mark.unit
 
 # What a message would do whenever it is run: go through, fail n times and then go through, or be rejected.
 BEHAVIOURS = st.one_of(st.just("good"), st.just("rejected"), st.integers(1, 3))

@@ -17,6 +17,8 @@ from consumer.core.errors import Unreadable
 from consumer.core.message import LogRecord
 from consumer.core.outcome import Reason
 
+pytestmark = pytest.mark.unit
+
 STRUCTURED = ("content-type", b"application/cloudevents+json")
 TEXT = st.text(min_size=1, max_size=20)
 

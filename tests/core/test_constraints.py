@@ -15,6 +15,8 @@ from pydantic import AfterValidator, Field, PositiveInt, StringConstraints
 from consumer import App, Message, RegistrationError
 from consumer.core import constraints, decode
 
+pytestmark = pytest.mark.unit
+
 Positive = Annotated[int, Field(gt=0)]
 Gt = Annotated[int, annotated_types.Gt(0)]
 T = TypeVar("T")

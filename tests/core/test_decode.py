@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from consumer.core import decode
 from consumer.core.errors import RegistrationError, Unreadable
 
+pytestmark = pytest.mark.unit
+
 CANARY = "CANARY-4929"
 
 

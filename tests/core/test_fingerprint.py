@@ -29,6 +29,8 @@ from consumer.core.errors import RegistrationError, Unreadable
 from consumer.core.outcome import Reason
 from consumer.core.values import canonical, not_finite
 
+pytestmark = pytest.mark.unit
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),

@@ -19,6 +19,8 @@ import pytest
 
 from consumer import App, Message, RegistrationError, Tx
 
+pytestmark = pytest.mark.unit
+
 
 class Payment(msgspec.Struct):
     id: str

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from consumer.core.hosts import certificate_fault, elsewhere, is_local, of_kafka, of_postgres
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize(
     "host", ["localhost", "LocalHost", "127.0.0.1", "127.9.9.9", "::1", "[::1]", "/run/postgresql"]

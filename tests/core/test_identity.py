@@ -23,6 +23,8 @@ from consumer.core.identity import CallableId, DefaultId, FieldId, HeaderId, Off
 from consumer.core.message import LogRecord
 from consumer.core.outcome import Reason
 
+pytestmark = pytest.mark.unit
+
 UUID_TEXT = b"0190a5c1-7ab4-7c3e-8f00-1234567890ab"
 UUID_TEXTS = st.uuids().map(lambda each: str(each).encode())
 RAW_IDS = st.binary(max_size=80) | UUID_TEXTS | st.uuids().map(lambda each: each.bytes)

@@ -6,9 +6,11 @@ from uuid import UUID
 
 import pytest
 
-from consumer.core.incarnation import Beginning, Committed, Log, Position, Print, Reason, Stop, begin, judge, note
+from consumer.core.log_identity import Beginning, Committed, Log, Position, Print, Reason, Stop, begin, judge, note
 from consumer.core.message import Partition
-from consumer.core.watchdog import OpenTransactions
+from consumer.worker.watchdog import OpenTransactions
+
+pytestmark = pytest.mark.unit
 
 P = Partition("payments", 3)
 ONE, TWO = UUID(int=1), UUID(int=2)

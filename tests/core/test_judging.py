@@ -12,6 +12,8 @@ from consumer.core.evidence import ALIKE_MIN, Evidence, Others, Verdict, judge
 from consumer.core.message import Partition
 from consumer.core.sqlstate import Meaning
 
+pytestmark = pytest.mark.unit
+
 P = Partition("t", 0)
 _ = Verdict
 # class -> (not alone; alone and others succeed, all fail alike, too few to tell). Without an answer it is an outage.

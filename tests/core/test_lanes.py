@@ -6,14 +6,17 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from consumer import App
 from consumer.core.handler import Handler
-from consumer.core.lanes import Batch, Delivery, Lane, size_of
 from consumer.core.message import LogRecord, Partition
+from consumer.core.ordering import Batch, Delivery, Lane, size_of
+
+pytestmark = pytest.mark.unit
 
 Order = Literal["key", "partition", "none"]
 Name = tuple[str, int]  # of a delivery: handler and offset
@@ -98,7 +101,7 @@ class Model:
 
 
 class LaneMachine(RuleBasedStateMachine):
-    """Takes batches and settles them as once.py does: a message behind a failed one of its unit is not run.
+    """Takes batches and settles them as transaction/once.py does: a message behind a failed one of its unit is not run.
 
     That holds over all parts of a batch that was cut, too: `blocked` lives as long as the batch.
     """
@@ -637,7 +640,7 @@ def test_closing_a_partition_does_not_miscount_what_is_in_flight_of_another() ->
 
 async def test_a_delivery_of_the_second_half_does_not_overtake_a_failure_of_the_first() -> None:
     """With once.apply itself, and a session that stores nothing: the worker cuts a batch whose fault is not found."""
-    from consumer import once
+    from consumer.transaction import once
 
     ran: list[int] = []
     app = App("test")

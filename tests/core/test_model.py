@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from chaos.model import MUTANT_RULES, Bounds, Rules, explore
 
+pytestmark = pytest.mark.unit
+
 
 def test_the_rules_lose_and_double_nothing_in_any_state() -> None:
     found = explore(Rules())

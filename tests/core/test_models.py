@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from consumer.core import decode
 from consumer.core.models import Unfit
 
+pytestmark = pytest.mark.unit
+
 SENT = "12345678901234567.89"
 T = TypeVar("T")
 

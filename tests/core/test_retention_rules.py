@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +21,8 @@ from consumer.core.retention import (
     due,
     wanted,
 )
+
+pytestmark = pytest.mark.unit
 
 hours = st.floats(0.01, 10_000)
 

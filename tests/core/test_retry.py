@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from consumer.core.retry import Retry
 
+pytestmark = pytest.mark.unit
+
 DRAWS = st.floats(0, 1, exclude_max=True)
 SECONDS = st.floats(0, 1e6)
 ENDLESS = 10**7

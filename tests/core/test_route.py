@@ -7,7 +7,9 @@ import zlib
 import pytest
 
 from consumer.core.message import LogRecord
-from consumer.core.route import RouteFault, Router, check_names, explain_change, shown
+from consumer.core.shard_route import RouteFault, Router, check_names, explain_change, shown
+
+pytestmark = pytest.mark.unit
 
 NAMES = ("east", "west", "north")
 

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from consumer.core.evidence import Others, Verdict, judge
 from consumer.core.sqlstate import CLASSES, EXACT, Meaning, meaning, without_values
 
+pytestmark = pytest.mark.unit
+
 TABLE = {
     Meaning.CONFLICT: "40001 40P01 40002 40003 57014",
     Meaning.LOCKED: "55P03",

@@ -52,7 +52,7 @@ def main() -> int:
 
 def _search(given: argparse.Namespace) -> int:
     # Here, since --code decides which `consumer` these import.
-    from consumer.embedded import Postgres
+    from consumer.local_servers import Postgres
     from oracle import mutants
     from oracle.databases import Databases
     from oracle.session import Counterexample, Summary, search

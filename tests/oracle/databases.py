@@ -9,8 +9,7 @@ from typing import Any
 
 import asyncpg
 
-from consumer import schema
-from consumer.core import grants
+from consumer.postgres import grants, migrate
 from oracle.case import Case
 
 ROLE, _PASSWORD = "oracle_app", "oracle"
@@ -97,7 +96,7 @@ class Databases:
             connection = self._connections[name] = await asyncpg.connect(self._as_admin(name), statement_cache_size=0)
             await connection.execute(f"create schema ext; create extension citext schema ext; grant usage on schema ext to {ROLE}")  # fmt: skip
         connection = self._connections[self._names[0]]
-        await schema.migrate(connection)
+        await migrate.migrate(connection)
         await connection.execute(grants.as_sql(ROLE, grants.For.WORKER))
 
     async def _drop(self) -> None:

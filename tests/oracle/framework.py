@@ -1,6 +1,6 @@
 """The framework's side: a case becomes an App, and its messages are settled as a worker settles them, without Kafka.
 
-Drives `consumer.testing.life.Life`, which the project keeps in step with its worker. Notes in which order the final calls of
+Drives `consumer.testing.simulated_worker.Life`, which the project keeps in step with its worker. Notes in which order the final calls of
 the handlers began and ended, and what was sent to PostgreSQL.
 """
 
@@ -15,10 +15,10 @@ from typing import Any
 
 from consumer import App, Message, Reject, Retry, Tx
 from consumer.core.handler import Handler as Registered
-from consumer.ledger import Session
+from consumer.postgres.ledger import Session
 from consumer.settings import load
-from consumer.testing.life import Life, Round
 from consumer.testing.messages import Sent, record_of
+from consumer.testing.simulated_worker import Life, Round
 from oracle.case import Case, Defer, Handler
 from oracle.case import Message as CaseMessage
 from oracle.handlers import run, run_batch

@@ -58,17 +58,17 @@ def _replace(owner: Any, name: str, new: Any) -> None:
 @_mutant
 def _grouping_without_proof() -> None:
     """All statements are taken to commute: the first ones of a batch run before the second ones."""
-    from consumer.core import grouping
+    from consumer.deferred_writes import statement_order
 
-    _replace(grouping, "commute", lambda plans: True)
+    _replace(statement_order, "commute", lambda plans: True)
 
 
 @_mutant
 def _barriers_are_passed() -> None:
     """A statement that is not understood is taken to touch nothing."""
-    from consumer.core import grouping
+    from consumer.deferred_writes import statement_order
 
-    original = grouping.group
+    original = statement_order.group
 
     def group(writes: Any, plans: Any) -> Any:
         known = [each for each in plans.values() if each is not None]
@@ -79,13 +79,13 @@ def _barriers_are_passed() -> None:
         nothing = dataclasses.replace(known[0], touches=frozenset({object()}), pins={})
         return original(writes, {sql: plan or nothing for sql, plan in plans.items()})
 
-    _replace(grouping, "group", group)
+    _replace(statement_order, "group", group)
 
 
 @_mutant
 def _keys_as_python_compares_them() -> None:
     """Two spellings of one uuid are two keys."""
-    from consumer.core import rounds
+    from consumer.deferred_writes import rounds
 
     keys = dict.fromkeys(rounds._KEYS, lambda value: value)
     _replace(rounds, "_KEYS", keys)
@@ -95,7 +95,7 @@ def _keys_as_python_compares_them() -> None:
 @_mutant
 def _blind_to_the_catalog() -> None:
     """Triggers, rules, policies, generated columns and foreign keys are not looked at."""
-    from consumer.core import catalog
+    from consumer.deferred_writes import catalog
 
     _replace(catalog, "barrier", lambda facts, shape: None)
     _replace(catalog, "_why_alone", lambda facts, shape, types: None)
@@ -104,7 +104,7 @@ def _blind_to_the_catalog() -> None:
 @_mutant
 def _rows_met_twice() -> None:
     """An array meets a row twice, and changes it once."""
-    from consumer.core import rounds
+    from consumer.deferred_writes import rounds
 
     _replace(rounds, "rounds", lambda arguments, shape, types: [list(arguments)])
     _replace(rounds, "sums", lambda arguments, shape, types: None)
@@ -113,7 +113,7 @@ def _rows_met_twice() -> None:
 @_mutant
 def _sums_beyond_the_keys() -> None:
     """The last of several additions to a row is taken for their sum."""
-    from consumer.core import rounds
+    from consumer.deferred_writes import rounds
 
     original = rounds.sums
 
@@ -131,7 +131,7 @@ def _sums_beyond_the_keys() -> None:
 @_mutant
 def _no_turns() -> None:
     """Messages of a handler with concurrency use the connection all at once: what one reads, another changes."""
-    from consumer.scope import Turn
+    from consumer.transaction.scope import Turn
 
     async def take(self: Any, tx: Any) -> None: ...
 
@@ -141,7 +141,7 @@ def _no_turns() -> None:
 @_mutant
 def _awaited_before_deferred() -> None:
     """An awaited statement does not send what was deferred before it."""
-    from consumer.tx import Tx
+    from consumer.transaction.tx import Tx
 
     async def flush(self: Any, level: Any) -> None: ...
 
@@ -151,7 +151,7 @@ def _awaited_before_deferred() -> None:
 @_mutant
 def _constraints_at_the_end() -> None:
     """Deferred constraints are checked once, at the COMMIT of the whole batch."""
-    from consumer.columns import Columns
+    from consumer.deferred_writes.writer import Columns
 
     async def none(self: Any) -> list[str]:
         return []
@@ -162,7 +162,7 @@ def _constraints_at_the_end() -> None:
 @_mutant
 def _schema_known_for_a_minute() -> None:
     """What a handler's own DDL changes is noticed a minute later."""
-    from consumer.columns import Columns
+    from consumer.deferred_writes.writer import Columns
 
     _replace(Columns, "forget", lambda self: None)
 
@@ -171,7 +171,7 @@ def _schema_known_for_a_minute() -> None:
 def _failures_leave_their_writes() -> None:
     """What a failed message has written is not taken back."""
     from consumer.core import outcome  # noqa: F401 - loads the package
-    from consumer.ledger import Session
+    from consumer.postgres.ledger import Session
 
     original = Session.begin
 
@@ -197,7 +197,7 @@ def _failures_leave_their_writes() -> None:
 @_mutant
 def _settings_stay() -> None:
     """What `set_local` sets stays for the messages that follow."""
-    from consumer import tx
+    from consumer.transaction import tx
 
     _replace(tx, "_RESET_LOCAL", "select $1::text[], $2::text[]")
 
@@ -205,7 +205,7 @@ def _settings_stay() -> None:
 @_mutant
 def _handler_after_handler() -> None:
     """All messages of the first handler run before those of the second one."""
-    from consumer import once
+    from consumer.transaction import once
 
     original = once._Run.handlers
 
@@ -220,7 +220,7 @@ def _handler_after_handler() -> None:
 @_mutant
 def _errors_are_swallowed() -> None:
     """A deferred write that fails in a savepoint of its message is left out, and the message counts as applied."""
-    from consumer.columns import Columns
+    from consumer.deferred_writes.writer import Columns
 
     original = Columns.send
 

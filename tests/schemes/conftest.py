@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 from redis.asyncio import Redis
 
-from consumer.embedded import Valkey
+from consumer.local_servers import Valkey
 
 # As in tests/core: every run draws the same examples, and none is late on a busy machine.
 settings.register_profile("schemes", derandomize=True, database=None, deadline=None, max_examples=200)

@@ -12,16 +12,17 @@ import pytest
 from harness import Place, Sent, consume_all, counts, drained, query, until, value, working
 from redis.asyncio import Redis
 
-from consumer import App, Message, Retry, RunAgain, Tx, once
-from consumer.core.lanes import Delivery
+from consumer import App, Message, Retry, RunAgain, Tx
 from consumer.core.message import LogRecord
+from consumer.core.ordering import Delivery
 from consumer.core.outcome import Parked
-from consumer.embedded import Valkey
+from consumer.local_servers import Valkey
 from consumer.schemes.lock import LateWriter, Lock, check_fence
 from consumer.schemes.states import Moved, StateMachine, TooLate
 from consumer.schemes.tokens import Fresh, Tokens, Unknown
 from consumer.schemes.unique import insert_once
 from consumer.schemes.versioned import update_versioned
+from consumer.transaction import once
 
 ONE_ATTEMPT = Retry(attempts=1, base=0.02, cap=0.1)  # any attempt that counted would be the last
 ORDERS = StateMachine("orders", "status", {"new": {"paid"}, "paid": {"shipped"}, "shipped": ()})

@@ -19,10 +19,10 @@ from redis.asyncio import Redis
 
 from consumer import ConsumerError, TransactionMisuse
 from consumer.core.errors import RunAgain
-from consumer.embedded import Valkey
-from consumer.schemes.asking import RedisAway
+from consumer.local_servers import Valkey
 from consumer.schemes.database import Misfit
 from consumer.schemes.lock import LateWriter, Lock, LockBusy, LockLost, check_fence
+from consumer.schemes.redis_call import RedisAway
 
 Connect = Callable[[], Awaitable[asyncpg.Connection]]
 

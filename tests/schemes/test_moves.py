@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from consumer.schemes.moves import Moves, Standing
 
+pytestmark = pytest.mark.unit
+
 ORDERS = {"new": {"paid", "void"}, "paid": {"shipped", "refunded"}, "shipped": {"refunded"}, "refunded": (), "void": ()}
 
 

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer.core.names import column_names, columns_of, ident, table_ident
+from consumer.core.identifiers import column_names, columns_of, ident, table_ident
 from consumer.schemes.unique import insert_once
+
+pytestmark = pytest.mark.unit
 
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=15)
 

@@ -13,8 +13,8 @@ import pytest
 from redis.asyncio import Redis
 
 from consumer.core.errors import RunAgain
-from consumer.embedded import Valkey
-from consumer.schemes.asking import RedisAway
+from consumer.local_servers import Valkey
+from consumer.schemes.redis_call import RedisAway
 from consumer.schemes.tokens import (
     RESULT_BYTES_MAX,
     Foreign,

@@ -14,7 +14,7 @@ import pytest
 from harness import until
 from redis.asyncio import Redis
 
-from consumer.embedded import Valkey
+from consumer.local_servers import Valkey
 from consumer.schemes.tokens import Tokens, Unknown, message_id_of
 
 pytest.importorskip("starlette", reason="needs the extra `web`")

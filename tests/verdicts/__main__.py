@@ -32,7 +32,7 @@ def main() -> int:
 def _run(given: argparse.Namespace) -> int:
     from services import Kafka
 
-    from consumer.embedded import Postgres
+    from consumer.local_servers import Postgres
     from verdicts import mutants
     from verdicts.judging import Judged
     from verdicts.servers import Servers

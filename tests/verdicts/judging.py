@@ -11,8 +11,8 @@ from typing import Any
 import asyncpg
 
 from consumer.core.errors import CannotTell, Misconfigured
-from consumer.core.findings import Findings
-from consumer.replay import Options, Told, replay
+from consumer.replay.findings import Findings
+from consumer.replay.replay import Options, Told, replay
 from verdicts.case import Case
 from verdicts.drawing import EFFECTS
 from verdicts.faults import plant

@@ -41,7 +41,7 @@ def _replace(owner: Any, attribute: str, new: Any) -> None:
 @_mutant
 def _partition_order() -> None:
     """A rebuild takes one partition after the other, whenever their messages were applied."""
-    from consumer.core.applied_order import AppliedOrder, Entry
+    from consumer.rebuild.applied_order import AppliedOrder, Entry
 
     def rank(self: AppliedOrder, entry: Entry, at: int) -> tuple[int, int, int, int]:
         place = self._places.get(entry.delivery.partition, 0)
@@ -55,8 +55,8 @@ def _dropped_columns() -> None:
     """Columns whose value depends on when things ran are not compared at all, not even whether they are null."""
     from dataclasses import replace
 
-    from consumer import compare
-    from consumer.core.scratch import Comparison, Table
+    from consumer.rebuild import compare
+    from consumer.rebuild.scratch import Comparison, Table
 
     original = compare._comparison
 
@@ -71,18 +71,18 @@ def _dropped_columns() -> None:
 @_mutant
 def _ledger_unread() -> None:
     """A check does not look for ledger rows whose message is not in the log."""
-    from consumer import history
+    from consumer.replay import ledger_diff
 
     async def compare(*_: Any) -> None:
         return None
 
-    _replace(history, "compare", compare)
+    _replace(ledger_diff, "compare", compare)
 
 
 @_mutant
 def _missing_uncounted() -> None:
     """A check does not count messages whose ledger row is gone."""
-    from consumer.core.findings import Findings
+    from consumer.replay.findings import Findings
 
     original = Findings.total
 

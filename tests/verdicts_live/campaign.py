@@ -12,7 +12,7 @@ from pathlib import Path
 
 from services import Kafka
 
-from consumer.embedded import Postgres, Valkey
+from consumer.local_servers import Postgres, Valkey
 from verdicts_live.life import Life, Servers
 from verdicts_live.verdicts import Answer, Tally
 

@@ -20,7 +20,7 @@ from uuid import uuid4
 from harness import as_worker, drained, migrated, new_topic, query, settings_for, until, value
 
 from consumer.core.errors import CannotTell, Misconfigured
-from consumer.replay import Options, Told, replay
+from consumer.replay.replay import Options, Told, replay
 from verdicts_live import planting, verdicts
 from verdicts_live.application import TABLES, build
 from verdicts_live.producing import Producing

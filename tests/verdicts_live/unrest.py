@@ -209,7 +209,7 @@ class Unrest:
         """A command as an operator types it, of the mended application. False where there was nothing to do."""
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "consumer", *arguments, "--json",
-            env={**os.environ, **self._settings.dump(), **self.environment, "LIVE_MENDED": "1", **environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            env={**os.environ, **self._settings.dump(), **self.environment, "LIVE_MENDED": "1", **environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"},
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         try:

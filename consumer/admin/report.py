@@ -1,0 +1,473 @@
+"""What the ledger and the log can tell: counts, positions, one message, dead letters. Reads; changes positions on request.
+
+Knows queries; knows no terminal (cli/main.py draws). Numbers come from PostgreSQL, the ends of the log from Kafka.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from consumer.app import App
+from consumer.core.dead_letter_seal import altered
+from consumer.core.identity import event_id, ids_of_text, reads_like_offset
+from consumer.core.log_identity import Committed, Log, Position, Reason, Stop, begin, judge
+from consumer.core.message import Partition
+from consumer.core.outcome import Cause
+from consumer.handler_records import coverage
+from consumer.kafka.source import Identity, KafkaError, OpenTransaction, Source
+from consumer.postgres import waiting_messages
+from consumer.postgres.ledger import INSTALLATION, read_positions
+from consumer.postgres.stopped_partitions import read as read_stops
+from consumer.postgres.stopped_partitions import refused_stop
+
+_ROWS = """
+select h.name, count(l.id) from consumer.handlers h
+left join consumer.ledger l on l.handler = h.handler and l.applied_at is not null
+where h.app = $1 group by h.name
+"""
+_OUTCOMES = """
+select h.name, o.outcome, sum(o.count)::int8 from consumer.outcomes o join consumer.handlers h using (handler)
+where h.app = $1 group by h.name, o.outcome
+"""
+_SHOW = """
+select l.id, h.app, h.name as handler, t.name as topic, l.partition, l."offset", l.applied_at,
+       d.dead_letter, d.reason, d.died_at, d.state as letter
+from consumer.ledger l
+join consumer.handlers h using (handler) join consumer.topics t using (topic)
+left join consumer.dead_letters d on d.handler = l.handler and d.id = l.id and d.fingerprint = l.fingerprint
+where l.id = any($1::uuid[]) order by h.app, h.name, l.id
+"""
+_MATCHES = """
+from consumer.dead_letters d join consumer.handlers h using (handler)
+where ($1::text is null or h.app = $1) and ($2::text is null or h.name = $2)
+  and ($3::text is null or d.topic = $3) and ($4::text is null or d.reason = $4)
+  and ($6::text is null or d.error_group = $6) and ($7::text[] is null or d.state = any($7))
+  and ($8::float8 is null or d.died_at < now() - make_interval(secs => $8))
+  and ($9::float8 is null or d.died_at > now() - make_interval(secs => $9))
+"""
+_LETTERS = (
+    """
+select d.dead_letter as letter, h.app, h.name as handler, d.id, d.topic, d.partition, d."offset", d.state, d.reason, d.kind,
+       d.error_group as group, d.error, d.attempts, d.died_at, octet_length(d.value) as value_bytes
+"""
+    + _MATCHES
+    + """ order by d.dead_letter desc limit $5
+"""
+)
+_GROUPS = (
+    """
+with groups as (
+    select d.error_group, h.app, h.name, d.reason, count(*) as count, min(d.dead_letter) as letter
+    """
+    + _MATCHES
+    + """ group by d.error_group, h.app, h.name, d.reason order by count(*) desc, letter limit $5
+)
+select g.error_group as group, g.app, g.name as handler, g.reason, d.kind, g.count, g.letter, d.error
+from groups g join consumer.dead_letters d on d.dead_letter = g.letter order by g.count desc, g.letter
+"""
+)
+_ACTIONS_OF = (
+    """
+select a.action, a.dead_letter as letter, a.at, a.operator, a.what, a.outcome, a.note, a.new_id, a.new_value
+from consumer.letter_actions a where a.dead_letter in (select d.dead_letter """
+    + _MATCHES
+    + """) order by a.action desc limit $5
+"""
+)
+_LETTER = """
+select d.*, h.app, h.name as handler_name,
+       (select count(*) from consumer.dead_letters e where (e.handler, e.chain) = (d.handler, d.chain) and e."offset" > d."offset") as behind,
+       (select e.dead_letter from consumer.dead_letters e where (e.handler, e.chain) = (d.handler, d.chain)
+        and e."offset" < d."offset" order by e."offset" limit 1) as first
+from consumer.dead_letters d join consumer.handlers h using (handler) where d.dead_letter = $1
+"""
+_ACTIONS = """
+select a.action, a.dead_letter as letter, a.at, a.operator, a.what, a.outcome, a.note, a.new_id, a.new_value
+from consumer.letter_actions a where $1::int8 is null or a.dead_letter = $1 order by a.action desc limit $2
+"""
+_OPEN = """
+select h.name, d.state, count(*) from consumer.dead_letters d join consumer.handlers h using (handler)
+where h.app = $1 and d.state in ('dead', 'waiting') group by 1, 2
+"""
+
+
+_LETTER_STATES = {"waiting": "waiting", "discarded": "discarded"}
+
+
+async def handler_counts(connection: Any, app: App) -> dict[str, dict[str, Any]]:
+    """Per handler: applied, duplicates by cause, dead letters, skipped. Reads counters, and no row of the ledger."""
+    found: dict[str, dict[str, Any]] = {
+        name: {"applied": 0, "duplicates": {cause.value: 0 for cause in Cause}, "dead_lettered": 0, "skipped": 0}
+        for name in app.handlers
+    }
+    empty: dict[str, Any] = {"applied": 0, "duplicates": {}, "dead_lettered": 0, "skipped": 0}
+    for name, outcome, count in await connection.fetch(_OUTCOMES, app.name):
+        # A handler that is no longer in the code still has a history.
+        entry = found.setdefault(name, {**empty, "duplicates": {}})
+        kind, _, cause = outcome.partition(":")
+        if kind == "duplicate":
+            entry["duplicates"][cause] = count
+        elif kind in ("applied", "kept"):  # of generations of the ledger that were dropped, and of those that are there
+            entry["applied"] += count
+        else:
+            entry[kind] = count  # dead_lettered, skipped
+    return found
+
+
+async def miscounts(connection: Any, app: App) -> dict[str, dict[str, int]]:
+    """Handlers whose counter of applied rows differs from the ledger's rows. Counts every row: slow on a large ledger."""
+    async with connection.transaction(isolation="repeatable_read", readonly=True):
+        rows = {name: count for name, count in await connection.fetch(_ROWS, app.name)}
+        counters = {
+            name: count for name, outcome, count in await connection.fetch(_OUTCOMES, app.name) if outcome == "kept"
+        }
+    return {
+        name: {"rows": rows.get(name, 0), "counter": counters.get(name, 0)}
+        for name in sorted({*rows, *counters})
+        if rows.get(name, 0) != counters.get(name, 0)
+    }
+
+
+async def partition_lags(connection: Any, source: Source, app: App) -> tuple[list[dict[str, Any]], list[str]]:
+    """Per partition: position, end of the log, lag, what waits and what is unread; and the topics that do not exist.
+
+    `waiting` messages hold the position back, so that `lag` counts everything behind them too; `unread` is what lies
+    beyond what the worker has read. A partition without a position counts from the beginning of the log. `end` is the
+    last stable offset: an open transaction of a producer holds it back. `end`, `lag` and `unread` are None where no
+    leader tells.
+    """
+    by_topic = await source.partitions(app.topics)
+    partitions = [each for found in by_topic.values() for each in found]
+    rows = await connection.fetch(
+        "select topic, partition, next_offset from consumer.positions where app = $1", app.name
+    )
+    positions = {Partition(row[0], row[1]): row[2] for row in rows}
+    _, waits = await waiting_messages.read(connection, app.name)
+    ends = await source.ends(partitions, partial=True) if partitions else {}
+    absent = [topic for topic, found in by_topic.items() if not found]
+    refused = (await source.identity(absent)).refused if absent else frozenset()
+    unknown = [each for each in partitions if each not in positions]
+    for topic in sorted(refused):  # what is known of them without Kafka: all topics have a partition 0
+        partitions += sorted(each for each in positions if each.topic == topic) or [Partition(topic, 0)]
+    begins = await source.beginnings(unknown, partial=True) if unknown else {}
+    lags = []
+    for each in partitions:
+        position, end = positions.get(each), ends.get(each)
+        done = position if position is not None else begins.get(each)
+        count, read_up_to = waits.get(each, (0, 0))
+        lags.append(
+            {
+                "topic": each.topic,
+                "partition": each.partition,
+                "position": position,
+                "end": end,
+                "lag": max(0, end - done) if end is not None and done is not None else None,
+                "waiting": count,
+                "unread": max(0, end - max(done, read_up_to)) if end is not None and done is not None else None,
+            }
+        )
+    return lags, [topic for topic in absent if topic not in refused]
+
+
+class Health(NamedTuple):
+    """What keeps a partition from going on: a person must act on a stop, a producer must end its transaction."""
+
+    topic_id: UUID | None
+    stop: Stop | None
+    open_transaction: OpenTransaction | None
+
+
+async def partition_health(
+    connection: Any,
+    source: Source,
+    app: App,
+    partitions: Sequence[Partition],
+    commits: Mapping[Partition, Committed] = {},
+) -> dict[Partition, Health]:
+    """Per partition, judged now as a worker would, whether one runs or not. Raises KafkaError.
+
+    Of a partition whose leader does not answer, only what the ids tell. What a running worker has read and not settled
+    yet may be gone from the log: that is shown as removed until it is settled. commits: of the group; with shards, only a
+    worker can tell whether they are of another database.
+    """
+    own = await connection.fetchval(INSTALLATION)
+    positions = await read_positions(connection, app.name, partitions)
+    unreadable = await read_stops(connection, app.name)
+    identity = await source.identity(app.topics)
+    seen = [each for each in partitions if each.topic not in identity.refused]
+    firsts = await source.beginnings(seen, partial=True) if seen else {}
+    stable = await source.ends(seen, partial=True) if seen else {}
+    highs = await source.ends(seen, partial=True, uncommitted=True) if seen else {}
+
+    async def look(partition: Partition) -> Health:
+        """Asks the leader only where what is known of all partitions leaves something open."""
+        at, end = positions.get(partition), highs.get(partition)
+        if partition.topic in identity.refused:
+            return Health(
+                None, _stored(unreadable, partition, at) or refused_stop(partition, at.offset if at else 0), None
+            )
+        log = Log(identity.cluster_id, identity.topics.get(partition.topic), firsts.get(partition), end)
+        log = log._replace(out_of_range=at is not None and end is not None and at.offset > end)
+        stop = judge(partition, at, log) if at is not None else None
+        if at is None and not app.shards:
+            start = begin(partition, commits.get(partition), firsts.get(partition, 0), own)
+            stop = start if isinstance(start, Stop) else None
+        found = None
+        if end is None:  # no leader at the moment
+            return Health(log.topic_id, stop or _stored(unreadable, partition, at), None)
+        try:
+            if at is not None and at.seen is not None and stop is None:
+                log = log._replace(at_print=await source.print_at(partition, at.seen.offset))
+                stop = judge(partition, at, log)
+            if stable.get(partition, end) < end:
+                found = await source.open_transaction(partition)
+        except (KafkaError, TimeoutError):
+            pass  # no leader at the moment, which `end` and `lag` could not tell either
+        if stop is None or stop.reason is Reason.OTHER_RECORD:  # damage can look like another record
+            stop = _stored(unreadable, partition, at) or stop
+        return Health(log.topic_id, stop, found)
+
+    return dict(zip(partitions, await asyncio.gather(*map(look, partitions)), strict=True))
+
+
+def _stored(unreadable: Mapping[Partition, tuple[Stop, int]], partition: Partition, at: Position | None) -> Stop | None:
+    """Why a worker could not read a partition, unless its position has gone on since."""
+    stop, first = unreadable.get(partition, (None, 0))
+    return stop if at is None or at.offset <= first else None
+
+
+async def _asked(source: Source, partition: Partition, at: Position, log: Log) -> Log:
+    """With what only the partition's leader can tell. Raises KafkaError."""
+    peek = await source.peek(partition, at.offset)
+    log = log._replace(end=peek.end if peek.end >= 0 else None, out_of_range=peek.out_of_range)
+    if at.seen is not None:
+        log = log._replace(at_print=await source.print_at(partition, at.seen.offset))
+    return log
+
+
+async def find_message(connection: Any, text: str | bytes, source: str | None = None) -> dict[str, Any]:
+    """What is known of a message id: under which key it is kept, and what each handler did with it.
+
+    source: the source of the CloudEvent of that id.
+    """
+    raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+    if source is not None:
+        keys: tuple[bytes, ...] = (event_id(source.encode("utf-8", "surrogateescape"), raw),)
+    elif reads_like_offset(raw):
+        topic, partition, _ = raw.decode("ascii", "replace").split(":", 2)
+        salts = await connection.fetch(
+            "select distinct salt from consumer.positions where topic = $1 and partition::text = $2", topic, partition
+        )
+        keys = ids_of_text(raw, [row[0] for row in salts])
+    else:
+        keys = ids_of_text(raw)
+    rows = await connection.fetch(_SHOW, [UUID(bytes=each) for each in keys])
+    return {
+        "key": (rows[0]["id"].bytes if rows else keys[0]).hex(),
+        "handlers": [
+            {
+                "app": row["app"],
+                "handler": row["handler"],
+                "state": "applied"
+                if row["applied_at"] is not None
+                else _LETTER_STATES.get(row["letter"], "dead-lettered"),
+                "at": (row["applied_at"] or row["died_at"]).isoformat()
+                if row["applied_at"] or row["died_at"]
+                else None,
+                "topic": row["topic"],
+                "partition": row["partition"],
+                "offset": row["offset"],
+                "letter": row["dead_letter"],
+                "reason": row["reason"],
+            }
+            for row in rows
+        ],
+    }
+
+
+async def dead_letters(connection: Any, *only: Any, **more: Any) -> list[dict[str, Any]]:
+    """The newest dead letters, without their bytes. The filters are those of `_filters`."""
+    rows = await connection.fetch(_LETTERS, *_filters(*only, **more))
+    return [{**dict(row), "id": row["id"].hex, "died_at": row["died_at"].isoformat()} for row in rows]
+
+
+async def letter_groups(connection: Any, *only: Any, **more: Any) -> list[dict[str, Any]]:
+    """Dead letters counted by kind of error, the most frequent first, with the first letter of each."""
+    return [dict(row) for row in await connection.fetch(_GROUPS, *_filters(*only, **more))]
+
+
+async def actions_of(connection: Any, *only: Any, **more: Any) -> list[dict[str, Any]]:
+    """What people did to dead letters, the newest first."""
+    return [_action(row) for row in await connection.fetch(_ACTIONS_OF, *_filters(*only, **more))]
+
+
+def _filters(
+    app: str | None,
+    handler: str | None,
+    topic: str | None,
+    reason: str | None,
+    limit: int,
+    *,
+    group: str | None = None,
+    states: Sequence[str] | None = None,
+    older_than_seconds: float | None = None,
+    newer_than_seconds: float | None = None,
+) -> tuple[Any, ...]:
+    """The arguments of _MATCHES and the limit. states: of core/letters.State, None for all."""
+    wanted = None if states is None else list(states)
+    return app, handler, topic, reason, limit, group, wanted, older_than_seconds, newer_than_seconds
+
+
+async def dead_letter(connection: Any, number: int) -> dict[str, Any] | None:
+    """One dead letter, whole, and what was done to it. Bytes are text where they are UTF-8, else {"base64": …}."""
+    row = await connection.fetchrow(_LETTER, number)
+    if row is None:
+        return None
+    return {
+        "letter": row["dead_letter"],
+        "app": row["app"],
+        "handler": row["handler_name"],
+        "id": row["id"].hex,
+        "topic": row["topic"],
+        "partition": row["partition"],
+        "offset": row["offset"],
+        "timestamp": row["timestamp"],
+        "state": row["state"],
+        "reason": row["reason"],
+        "kind": row["kind"],
+        "group": row["error_group"],
+        "error": row["error"],
+        "trace": row["trace"].splitlines(),
+        "attempts": row["attempts"],
+        "died_at": row["died_at"].isoformat(),
+        "waits_behind": row["first"],
+        "waiting_behind_it": row["behind"],
+        "key": _shown(row["key"]),
+        "headers": [
+            [_shown(name), _shown(value)] for name, value in zip(row["header_keys"], row["header_values"], strict=True)
+        ],
+        "value": _shown(row["value"]),
+        "altered": altered(row),
+        "actions": await actions(connection, number, 1000),
+    }
+
+
+async def actions(connection: Any, number: int | None, limit: int) -> list[dict[str, Any]]:
+    """What people did to one letter, or to all of them; the newest first."""
+    return [_action(row) for row in await connection.fetch(_ACTIONS, number, limit)]
+
+
+def _action(row: Any) -> dict[str, Any]:
+    return {
+        **dict(row),
+        "at": row["at"].isoformat(),
+        "new_id": row["new_id"].hex if row["new_id"] is not None else None,
+        "new_value": _shown(row["new_value"]),
+    }
+
+
+async def open_letters(connection: Any, app: App) -> dict[str, dict[str, int]]:
+    """Handler -> state -> letters that somebody must decide on, or that wait behind one."""
+    found: dict[str, dict[str, int]] = {}
+    for name, state, count in await connection.fetch(_OPEN, app.name):
+        found.setdefault(name, {})[state] = count
+    return found
+
+
+def _shown(raw: bytes | None) -> str | dict[str, str] | None:
+    if raw is None:
+        return None
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(raw).decode()}
+
+
+async def move_position(connection: Any, app: str, partition: Partition, offset: int) -> int | None:
+    """Set the position of a partition in the log that it is of; returns the one before. Running workers notice.
+
+    Ids stay in the ledger: going back applies nothing twice. Going forward skips what lies between, for good.
+    """
+    async with connection.transaction():
+        before: int | None = await connection.fetchval(
+            "select next_offset from consumer.positions where (app, topic, partition) = ($1, $2, $3) for update",
+            app,
+            partition.topic,
+            partition.partition,
+        )
+        await connection.execute(
+            """insert into consumer.positions as p (app, topic, partition, next_offset, first_offset) values ($1, $2, $3, $4, $4)
+               on conflict (app, topic, partition) do update set next_offset = excluded.next_offset, updated_at = now(),
+               seen_offset = null, seen_timestamp = null, seen_fingerprint = null, began_with = null,
+               first_offset = case when p.first_offset > excluded.first_offset then excluded.first_offset else p.first_offset end""",
+            app,
+            partition.topic,
+            partition.partition,
+            offset,
+        )
+        await coverage.move_back(connection, app, partition, offset)
+    return before
+
+
+async def adopt(
+    connection: Any, source: Source, app: App, partition: Partition, identity: Identity, first: int
+) -> Stop | None:
+    """Begin another log at its beginning, where a position is of one that is gone. Returns what had been wrong with the
+    position, None for one that is of this log: then nothing is changed.
+
+    Ids stay in the ledger, so a message that was applied is not applied again, unless its id was made of its offset:
+    those ids begin anew, because the same offset is another message now. identity, first: of the log as it is now; where
+    its beginning moves on meanwhile, the partition stops for that. Raises KafkaError.
+    """
+    topic_id = identity.topics.get(partition.topic)
+    async with connection.transaction():
+        await connection.execute(
+            "select from consumer.positions where (app, topic, partition) = ($1, $2, $3) for update",
+            app.name,
+            partition.topic,
+            partition.partition,
+        )
+        at = (await read_positions(connection, app.name, [partition])).get(partition)
+        if at is None:
+            return None
+        log = Log(identity.cluster_id, topic_id, first)
+        stop = judge(partition, at, log) or judge(partition, at, await _asked(source, partition, at, log))
+        if stop is None or not stop.do.endswith("--adopt"):
+            return None
+        await connection.execute(
+            """update consumer.positions set next_offset = $4, first_offset = $4, cluster_id = $5, topic_id = $6, salt = $7,
+                      seen_offset = null, seen_timestamp = null, seen_fingerprint = null, updated_at = now(),
+                      handlers = null, began_with = null
+               where (app, topic, partition) = ($1, $2, $3)""",
+            app.name,
+            partition.topic,
+            partition.partition,
+            first,
+            identity.cluster_id,
+            topic_id,
+            topic_id.bytes if topic_id is not None else secrets.token_bytes(16),
+        )
+        await coverage.forget(connection, app.name, partition)
+        # Attempts are kept by offset, and the same offsets are other messages now.
+        await connection.execute(
+            """delete from consumer.attempts where topic = $2 and partition = $3
+               and handler in (select handler from consumer.handlers where app = $1)""",
+            app.name,
+            partition.topic,
+            partition.partition,
+        )
+    return stop
+
+
+async def totals(connection: Any, app: App) -> Mapping[str, int]:
+    """Applied, duplicates by cause and dead letters of all handlers together: what a progress line shows."""
+    counts: Sequence[dict[str, Any]] = list((await handler_counts(connection, app)).values())
+    found: dict[str, int] = {"applied": sum(each["applied"] for each in counts)}
+    for cause in Cause:
+        found[cause.value] = sum(each["duplicates"].get(cause.value, 0) for each in counts)
+    return found

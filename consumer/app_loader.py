@@ -1,0 +1,87 @@
+"""From "module:app" to the App, and into its lifespan. Every way in which that can fail is one line that names the place."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import sys
+import traceback
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, redirect_stdout
+from pathlib import Path
+
+from consumer.app import App
+from consumer.core.errors import Misconfigured
+from consumer.error_places import is_users
+from consumer.logs import describe, log
+
+
+def load_app(path: str) -> App:
+    """Import the App that `path` names, with the current directory on the import path.
+
+    Raises Misconfigured for a path that is not "module:attribute", a module that cannot be imported, an attribute that
+    is no App, and an App without handlers.
+    """
+    module_name, colon, attribute = path.partition(":")
+    if not colon or not module_name or not attribute:
+        raise Misconfigured(f'{path!r} does not name an App: use "module:attribute", for example "handlers:app"')
+    if module_name.startswith(".") or "/" in module_name or module_name.endswith(".py"):
+        better = module_name.removesuffix(".py").strip("./").replace("/", ".")
+        raise Misconfigured(f"{path!r} names a file: write the module, {better}:{attribute}")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        with redirect_stdout(sys.stderr):  # what a module prints does not belong to our answers
+            module = importlib.import_module(module_name)
+    except Misconfigured:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise Misconfigured(f"no module {module_name!r} in {here} or among the installed packages") from None
+        raise Misconfigured(f"cannot import {module_name!r}: {error}{_place(error)}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        try:
+            text = " ".join(str(error).split()) or "no text"
+        except Exception:
+            text = "no text"
+        raise Misconfigured(f"cannot import {module_name!r}: {type(error).__name__}: {text}{_place(error)}") from None
+    log.disabled = False  # as dictConfig leaves every logger that it does not name
+    found = module
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            apps = [each for each, value in vars(module).items() if isinstance(value, App)]
+            hint = f", did you mean {module_name}:{apps[0]}?" if apps else ""
+            raise Misconfigured(f"module {module_name!r} has no attribute {attribute!r}{hint}")
+        found = getattr(found, name)
+    if not isinstance(found, App):
+        raise Misconfigured(f"{path} is a {type(found).__name__}, not a consumer.App")
+    if not found.handlers:
+        raise Misconfigured(f"{path} has no handlers: are the modules that register them imported?")
+    return found
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's own files it happened."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = str(Path(__file__).parent)
+    own = [each for each in frames if "importlib" not in each.filename and not each.filename.startswith(ours)]
+    own = [each for each in own if is_users(each.filename)] or own
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}:{error.lineno})"
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+
+
+@asynccontextmanager
+async def running(app: App) -> AsyncIterator[None]:
+    """The App's lifespan around the block. Raises Misconfigured for one that cannot be entered."""
+    async with AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(app.running())
+        except (Misconfigured, asyncio.CancelledError):
+            raise
+        except (Exception, SystemExit) as error:
+            raise Misconfigured(f"the lifespan of {app.name!r} failed: {describe(error)}") from None
+        yield

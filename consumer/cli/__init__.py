@@ -1,0 +1,1 @@
+"""The `consumer` command: arguments to calls, answers to text. Decides nothing. Imports everything."""

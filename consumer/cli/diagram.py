@@ -1,0 +1,81 @@
+"""`consumer diagram`: the state machines of an application, as Mermaid text.
+
+Knows modules and the terminal; what is drawn is the machine's own (schemes/states.py). What it does not see: machines that
+no imported module holds under a name.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from consumer.app import App
+from consumer.app_loader import load_app
+from consumer.cli.terminal import AppPath, AsJson, Refused, cli, command, print_json
+from consumer.core.errors import Misconfigured
+from consumer.core.suggestions import UnknownName, suggestion
+from consumer.schemes.states import StateMachine
+
+
+@command(cli, "diagram")
+def diagram(
+    app: AppPath,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="only this machine, by the name of its variable or by table.column"),
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Draw the state machines of an application as Mermaid text, for a page of documentation.
+
+    They are looked for in the App's module, its submodules, and the modules of its handlers. Exit code 1 when there is none,
+    2 for a name that none has.
+
+    \b
+    Examples:
+      consumer diagram shop.orders:app                  all of them
+      consumer diagram shop.orders:app ORDERS > orders.mmd
+      consumer diagram shop.orders:app orders.status --json
+    """
+    machines = find(load_app(app), app.partition(":")[0])
+    if not machines:
+        raise Refused(f"{app} has no StateMachine: is the module that makes it imported, and has it a name there?")
+    if name is not None:
+        known = {each for place, machine in machines.items() for each in (place, machine.name)}
+        machines = {
+            place: machine
+            for place, machine in machines.items()
+            if name in (place, place.rpartition(".")[2], machine.name)
+        }
+        if not machines:
+            raise UnknownName(f"{app} has no StateMachine {name!r}; {suggestion(name, known)}")
+    if as_json:
+        print_json(
+            [
+                {"name": place, "column": machine.name, "mermaid": machine.mermaid()}
+                for place, machine in machines.items()
+            ]
+        )
+        return 0
+    for number, (place, machine) in enumerate(machines.items()):
+        if number:
+            print()
+        print(f"%% {place}: {machine.name}")
+        print(machine.mermaid(), end="")
+    return 0
+
+
+def find(app: App, module: str) -> dict[str, StateMachine]:
+    """The machines by module and variable; each once, under the name where it is found first. Raises Misconfigured."""
+    modules = {module, *(each.function.__module__ for each in app.handlers.values())}
+    modules |= {each for each in sys.modules if each.startswith(f"{module}.")}
+    found: dict[str, StateMachine] = {}
+    for name in sorted(modules):
+        if name not in sys.modules:
+            raise Misconfigured(f"the module {name!r} of a handler is not imported")
+        for variable, value in vars(sys.modules[name]).items():
+            if isinstance(value, StateMachine) and not any(value is each for each in found.values()):
+                found[f"{name}.{variable}"] = value
+    return found

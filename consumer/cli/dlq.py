@@ -1,0 +1,247 @@
+"""`consumer dlq list` and `dlq show`, and the filters that all commands of dead letters share.
+
+Knows the terminal; decides nothing. Exit codes: 0 an answer, 2 bad input or a service away.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from consumer.admin import report
+from consumer.app_loader import load_app
+from consumer.cli import name_filters
+from consumer.cli.per_shard import ShardName, ShardsOf, over
+from consumer.cli.terminal import (
+    POSTGRES,
+    AsJson,
+    command,
+    dlq,
+    names,
+    out,
+    print_json,
+    printable,
+    right,
+    show,
+    with_ledger,
+)
+from consumer.core.dead_letters import State, age_seconds
+from consumer.core.errors import Misconfigured
+from consumer.core.outcome import Reason
+from consumer.core.suggestions import UnknownName, check_known
+from consumer.dead_letters.redrive import Filters
+from consumer.settings import Settings
+
+_OPEN = (State.DEAD.value, State.WAITING.value)
+
+OfHandler = Annotated[str | None, typer.Option("--handler", help="only of this handler")]
+OfTopic = Annotated[str | None, typer.Option("--topic", help="only from this topic")]
+ForReason = Annotated[str | None, typer.Option("--reason", help=f"only for this reason: {', '.join(Reason)}")]
+OfGroup = Annotated[str | None, typer.Option("--group", help="only of this error group, as `dlq list` shows it")]
+OlderThan = Annotated[
+    str | None, typer.Option("--older-than", metavar="AGE", help="only that died before: 10m, 24h, 7d")
+]
+NewerThan = Annotated[
+    str | None, typer.Option("--newer-than", metavar="AGE", help="only that died since: 10m, 24h, 7d")
+]
+
+
+@command(dlq, "list", (*POSTGRES, "wait_"))
+def dlq_list(
+    settings: Settings,
+    app: Annotated[str | None, typer.Option("--app", help='only of this App: its name, or "module:attribute"')] = None,
+    handler: OfHandler = None,
+    topic: OfTopic = None,
+    reason: ForReason = None,
+    group: OfGroup = None,
+    state: Annotated[str, typer.Option("--state", help=f"open (dead or waiting), all, {', '.join(State)}")] = "open",
+    older_than: OlderThan = None,
+    newer_than: NewerThan = None,
+    by_group: Annotated[bool, typer.Option("--by-group", help="count them by kind of error instead")] = False,
+    actions: Annotated[bool, typer.Option("--actions", help="what was done to letters, by whom, instead")] = False,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=100_000, help="the newest so many")] = 50,
+    shards_of: ShardsOf = None,
+    shard: ShardName = None,
+    as_json: AsJson = False,
+) -> Any:
+    """The newest dead letters, without their payloads.
+
+    A letter is dead (somebody must decide), waiting (behind a dead one of its key), applied (by a retry) or discarded.
+    A filter that names what does not exist is an error (exit code 2), not an empty answer.
+    """
+    states = {"open": _OPEN, "all": None, **{each.value: (each.value,) for each in State}}
+    check_known("--state", state, states, "this command")
+    found = filters(None, handler, topic, reason, group, older_than, newer_than)
+    wanted = states["all"] if actions and state == "open" else states[state]
+    if app is not None and ":" in app:
+        app = load_app(app).name
+    ask = _list_actions if actions else _list_groups if by_group else _list_letters
+
+    async def run(on: Settings) -> int:
+        async def answer(connection: Any) -> list[dict[str, Any]]:
+            await name_filters.check(connection, app, found.handler, found.topic, found.group)
+            select = report.actions_of if actions else report.letter_groups if by_group else report.dead_letters
+            return await select(
+                connection,
+                app,
+                found.handler,
+                found.topic,
+                found.reason,
+                limit,
+                group=found.group,
+                states=wanted,
+                older_than_seconds=found.older_than_seconds,
+                newer_than_seconds=found.newer_than_seconds,
+            )
+
+        rows = await with_ledger(on, answer)
+        if as_json:
+            print_json(rows)
+        else:
+            ask(rows)
+        return 0
+
+    return over(shards_of, shard, settings, as_json, run)
+
+
+def _list_actions(rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(*names("at", "letter", "who", "what", "outcome"), "note")
+    for each in rows:
+        table.add_row(
+            each["at"][:19],
+            str(each["letter"]),
+            escape(printable(each["operator"])),
+            each["what"],
+            each["outcome"],
+            escape(printable(each["note"][:80])),
+        )
+    _print(table, "no actions")
+
+
+def _list_letters(rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(
+        *names("letter", "app", "handler", "from", "state", "reason", "group"),
+        "error",
+        *right("attempts"),
+        *names("died at"),
+    )
+    for each in rows:
+        table.add_row(
+            str(each["letter"]),
+            escape(printable(each["app"])),
+            escape(printable(each["handler"])),
+            escape(f"{each['topic']}:{each['partition']}:{each['offset']}"),
+            each["state"],
+            each["reason"],
+            each["group"] or "-",
+            escape(printable(each["error"][:80])),
+            str(each["attempts"]),
+            each["died_at"][:19],
+        )
+    _print(table, "no dead letters")
+
+
+def _list_groups(rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(
+        *names("group"), *right("letters"), *names("app", "handler", "reason"), "kind", *names("letter"), "for example"
+    )
+    for each in rows:
+        table.add_row(
+            each["group"] or "-",
+            f"{each['count']:,}",
+            escape(printable(each["app"])),
+            escape(printable(each["handler"])),
+            each["reason"],
+            escape(printable(each["kind"])),
+            str(each["letter"]),
+            escape(printable(each["error"][:80])),
+        )
+    _print(table, "no dead letters")
+
+
+def _print(table: Table, nothing: str) -> None:
+    if table.row_count:
+        show(table)
+    else:
+        out.print(nothing)
+
+
+@command(dlq, "show", (*POSTGRES, "wait_"))
+def dlq_show(
+    letter: Annotated[
+        int,
+        typer.Argument(
+            metavar="LETTER",
+            min=1,
+            max=2**63 - 1,
+            help="its number, as `consumer dlq list` shows it",
+            show_default=False,
+        ),
+    ],
+    settings: Settings,
+    shards_of: ShardsOf = None,
+    shard: ShardName = None,
+    as_json: AsJson = False,
+) -> Any:
+    """One dead letter, with its bytes and headers, and what was done to it."""
+    if shards_of is not None and shard is None:
+        raise Misconfigured("each shard has numbers of its own: say which one with --shard NAME")
+    return over(shards_of, shard, settings, as_json, lambda on: _dlq_show(letter, on, as_json))
+
+
+async def _dlq_show(number: int, settings: Settings, as_json: bool) -> int:
+    found = await with_ledger(settings, lambda connection: report.dead_letter(connection, number))
+    if found is None:
+        raise UnknownName(f"no dead letter {number}; see `consumer dlq list --state all`")
+    if as_json:
+        print_json(found)
+        return 0
+    actions = found.pop("actions")
+    trace = found.pop("trace")
+    altered = found.pop("altered")
+    for name, value in found.items():
+        out.print(
+            f"{name:18} {printable(value) if isinstance(value, str) else json.dumps(value)}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    if altered:
+        text = f"not as its message had it: {' and '.join(altered)}; `consumer dlq retry` does not apply it as it is"
+        out.print(f"{'altered':18} {text}", markup=False, highlight=False, soft_wrap=True)
+    for n, frame in enumerate(trace):
+        out.print(f"{'' if n else 'trace':18} {printable(frame)}", markup=False, highlight=False, soft_wrap=True)
+    for each in reversed(actions):
+        line = f"{each['at'][:19]} {each['what']} by {each['operator']}: {each['outcome']}"
+        line += f", as {each['new_id']}" if each["new_id"] else ""
+        line += f" ({each['note']})" if each["note"] else ""
+        out.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def filters(
+    letters: list[int] | None,
+    handler: str | None,
+    topic: str | None,
+    reason: str | None,
+    group: str | None,
+    older_than: str | None,
+    newer_than: str | None,
+) -> Filters:
+    """Filters from options. Raises Misconfigured for a reason or an age that is none."""
+    if reason is not None:
+        check_known("--reason", reason, list(Reason), "this command")
+    return Filters(
+        tuple(dict.fromkeys(letters)) if letters else None,
+        handler,
+        topic,
+        reason,
+        group,
+        None if older_than is None else age_seconds(older_than, "--older-than"),
+        None if newer_than is None else age_seconds(newer_than, "--newer-than"),
+    )

@@ -1,0 +1,48 @@
+"""Filters of commands, checked against the names that a database holds.
+
+Knows the ledger's tables of names; decides nothing (core/suggestions.py does).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from consumer.core.suggestions import UnknownName, check_known, suggestion
+
+_APPS = """
+select app from consumer.handlers union select app from consumer.positions
+"""
+_HANDLERS = "select name from consumer.handlers where $1::text is null or app = $1"
+_TOPICS = "select name from consumer.topics"
+_GROUPS = """
+select distinct d.error_group from consumer.dead_letters d join consumer.handlers h using (handler)
+where d.error_group is not null and ($1::text is null or h.app = $1) and ($2::text is null or d.error_group = $2)
+"""
+
+
+async def check(
+    connection: Any,
+    app: str | None = None,
+    handler: str | None = None,
+    topic: str | None = None,
+    group: str | None = None,
+    *,
+    handlers: tuple[str, ...] = (),
+    topics: tuple[str, ...] = (),
+) -> None:
+    """Raise UnknownName for a filter that names what the database does not know.
+
+    handlers, topics: names that exist besides, because the App that is at hand declares them.
+    """
+    where = "this database" if app is None else f"App {app!r}"
+    if app is not None:
+        check_known("--app", app, [row[0] for row in await connection.fetch(_APPS)], "this database")
+    if handler is not None and handler not in handlers:
+        known = [row[0] for row in await connection.fetch(_HANDLERS, app)]
+        check_known("--handler", handler, [*known, *handlers], where)
+    if topic is not None and topic not in topics:
+        known = [row[0] for row in await connection.fetch(_TOPICS)]
+        check_known("--topic", topic, [*known, *topics], "this database")
+    if group is not None and not await connection.fetch(_GROUPS, app, group):
+        known = [row[0] for row in await connection.fetch(_GROUPS, app, None)]
+        raise UnknownName(f"--group {group[:40]!r}: no dead letter of {where} is in it; {suggestion(group, known)}")

@@ -1,0 +1,195 @@
+"""Whether a position still means what it meant: of this cluster, of this topic, and in a log that still holds it.
+
+Knows what was written beside a position and what is seen of the log now; asks nobody. An offset is a number in one log:
+a topic deleted and made anew, another cluster, or a log whose beginning was removed may have the same number for another
+record, or none. What is not known: whether two logs of different ids hold the same messages. So nothing is guessed here:
+a partition stops, and a person says how it goes on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from enum import StrEnum
+from typing import Literal, NamedTuple
+from uuid import UUID
+
+from consumer.core.message import Partition
+
+
+class Print(NamedTuple):
+    """A record as it was once read: what should be found at its offset again. Time in milliseconds."""
+
+    offset: int
+    timestamp: int
+    fingerprint: int
+
+
+class Position(NamedTuple):
+    """A row of positions: everything below `offset` is settled, in the log that the ids name (None: not recorded).
+
+    salt: mixed into ids that are made of offsets; None for the first log of a name. seen: the last record settled.
+    first: where the application began.
+    """
+
+    offset: int
+    cluster_id: str | None = None
+    topic_id: UUID | None = None
+    salt: bytes | None = None
+    seen: Print | None = None
+    first: int | None = None
+    handlers: str | None = None  # numbers of those that settle from here on; see handler_records/settled_ranges.py
+    holds: int = 0  # made by others than the partition's owner, so far; see replay/session.py
+
+
+NOWHERE = Position(-1)  # of a partition that has stopped without a position
+
+
+def note(copied: Iterable[tuple[str, Position | None]]) -> str:
+    """What is written beside a copy in Kafka: for each database which schema it is, and where the application began in it.
+
+    copied: a schema's installation (one word) and the position in it.
+    """
+    return " ".join(f"{word} {at.first}" for word, at in copied if word and at is not None and at.first is not None)
+
+
+class Log(NamedTuple):
+    """What is seen of a partition's log now. None: the broker does not tell, or was not asked.
+
+    out_of_range: the broker refused the position. at_print: what lies at the offset of the print (None: nothing, which
+    compaction and retention bring about, so it proves nothing).
+    """
+
+    cluster_id: str | None = None
+    topic_id: UUID | None = None
+    first: int | None = None
+    end: int | None = None
+    out_of_range: bool = False
+    at_print: Print | None = None
+
+
+class Reason(StrEnum):
+    """Why a partition does not go on by itself."""
+
+    OTHER_CLUSTER = "other_cluster"
+    OTHER_TOPIC = "other_topic"
+    RECORDS_REMOVED = "records_removed"
+    BEYOND_THE_END = "beyond_the_end"
+    OTHER_RECORD = "other_record"
+    DAMAGED = "damaged"
+    TOO_LARGE = "too_large"
+    NOT_ALLOWED = "not_allowed"
+    BROKER_ERROR = "broker_error"
+    OTHER_DATABASE = "other_database"
+
+
+class Stop(NamedTuple):
+    """Why a partition stopped: one sentence, what lets it go on, the missing range.
+
+    do: options of `consumer positions APP`; where no position helps, an instruction in words.
+    """
+
+    reason: Reason
+    text: str
+    do: str
+    missing: tuple[int, int] | None = None  # first and last offset
+
+    def command(self, path: str, suffix: str = "") -> str:
+        """What to run, or to do, so that the partition goes on. path: how commands name the App."""
+        return f"consumer positions {path} {self.do}{suffix}" if self.do.startswith("--") else self.do
+
+
+class Committed(NamedTuple):
+    """What the group has committed in Kafka: the offset and the text beside it."""
+
+    offset: int
+    note: str = ""
+
+
+class Beginning(NamedTuple):
+    """Where to begin a partition that has no position, and why there."""
+
+    offset: int
+    why: Literal["log", "lost", "shard", "group"]  # the log's beginning, our lost position, a new shard, another client
+
+
+def begin(
+    partition: Partition, committed: Committed | None, log_first: int, own: str, others: Collection[str] = ()
+) -> Beginning | Stop:
+    """Decide where a partition without a position begins, or why a person must decide.
+
+    own: the installation of the ledger. others: those of the App's other shards. A commit that notes installations is a
+    copy of positions in those ledgers. If this ledger is among them, a failover or a restore has taken its position
+    together with the work below it. If one of them is gone, this database has replaced it, and nothing tells which
+    messages its tables already hold.
+    """
+    if committed is None:
+        return Beginning(log_first, "log")
+    noted = _noted(committed.note)
+    if own in noted:
+        return Beginning(max(noted[own], log_first), "lost")
+    if set(noted) - set(others):
+        return Stop(
+            Reason.OTHER_DATABASE,
+            f"another database holds the positions of this application: its group has committed {committed.offset} in Kafka, "
+            "and this ledger knows nothing of what is below. Use that database again, or decide: --to earliest applies all "
+            f"that the log still holds, --to committed goes on at {committed.offset} and applies nothing below",
+            f"--topic {partition.topic} --partition {partition.partition} --to earliest",
+        )
+    return Beginning(committed.offset, "shard" if noted else "group")
+
+
+def _noted(text: str) -> dict[str, int]:
+    """Installations and where the application began in each; empty for another client's note."""
+    words = text.split(" ")
+    if len(words) % 2 or not all(re.fullmatch("[0-9]{1,18}", each) for each in words):
+        return {}
+    return dict(zip(words[::2], map(int, words[1::2]), strict=True))
+
+
+def judge(partition: Partition, known: Position, log: Log) -> Stop | None:
+    """Why the partition must not go on from its position, or None."""
+    where = f"--topic {partition.topic} --partition {partition.partition}"
+    adopt = f"{where} --adopt"
+    if _differ(known.cluster_id, log.cluster_id):
+        return Stop(
+            Reason.OTHER_CLUSTER,
+            f"the position {known.offset} is of the cluster {known.cluster_id}, and this is {log.cluster_id}: "
+            "the same messages may have other offsets here",
+            adopt,
+        )
+    if _differ(known.topic_id, log.topic_id):
+        return Stop(
+            Reason.OTHER_TOPIC,
+            f"topic {partition.topic} was deleted and made anew: the position {known.offset} is of the topic with id "
+            f"{known.topic_id}, and this one is {log.topic_id}",
+            adopt,
+        )
+    if log.first is not None and known.offset < log.first:
+        last = log.first - 1
+        return Stop(
+            Reason.RECORDS_REMOVED,
+            f"the records {known.offset} to {last} were removed from the log before they were read",
+            f"{where} --to {log.first}",
+            (known.offset, last),
+        )
+    if log.out_of_range and log.end is not None and known.offset > log.end:
+        return Stop(
+            Reason.BEYOND_THE_END,
+            f"the position {known.offset} lies beyond the log, which ends at {log.end}: its tail was lost "
+            "(unclean leader election, restored broker), or it is another log",
+            f"{where} --to earliest",
+        )
+    if known.seen is not None and log.at_print is not None and known.seen != log.at_print:
+        return Stop(
+            Reason.OTHER_RECORD,
+            f"the record at offset {known.seen.offset} is not the one that was read there: the log was truncated and "
+            "written again, or it is another one"
+            + ("" if log.topic_id is not None else " (this broker does not tell topic ids)"),
+            f"{where} --to earliest" if log.topic_id is not None else adopt,
+        )
+    return None
+
+
+def _differ(known: object, seen: object) -> bool:
+    return known is not None and seen is not None and known != seen

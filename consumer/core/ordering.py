@@ -1,0 +1,564 @@
+"""Which messages run next, and up to where everything is settled.
+
+Knows partitions, offsets, keys and times as numbers; knows no Kafka, no database, no clock. A Lane serves some
+partitions with one connection, one batch at a time. It keeps three laws:
+
+- **order**: two messages of one unit of order (a key of one handler, or its partition) never run in the wrong order.
+  A message whose attempt failed is *parked*; later ones of its unit queue behind it; all others go on.
+- **position**: the position of a partition never passes a message that some handler has not settled.
+- **bounds**: nothing is taken of a partition that is *full*: one of which as many messages are parked, or as many bytes,
+  as the limits say. The others go on; what was fetched of it beyond is dropped, and read again when it has room.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+from uuid import UUID
+
+import msgspec
+
+from consumer.core.dead_letters import chain_of
+from consumer.core.evidence import Why
+from consumer.core.handler import Handler
+from consumer.core.log_identity import Print
+from consumer.core.message import Partition, Record
+from consumer.core.outcome import Outcome
+
+UNDECODED = object()
+_HEADER_BYTES = 150  # of the objects that hold a header, besides its bytes: measured 147 with CPython 3.11
+_PARKED_BYTES_LEAST = 1 << 20  # of a partition
+
+
+def _in_log_order(deliveries: list[Delivery], freed: int, segments: list[tuple[Partition, int, int]]) -> list[Delivery]:
+    """Order a batch by topic, partition and offset.
+
+    A rebuild relies on it: of two messages of one transaction the ledger does not say which was first. freed: how many
+    at the front come from different partitions. segments: where each partition begins and ends behind them.
+    """
+    if freed:
+        return sorted(deliveries, key=lambda each: (each.record.topic, each.record.partition, each.record.offset))
+    ordered = sorted(segments)
+    if ordered == segments:
+        return deliveries
+    return [each for _, begin, end in ordered for each in deliveries[begin:end]]
+
+
+def size_of(record: Record) -> int:
+    """Bytes of a record that its producer decides on: value, key and headers, these with what their objects take."""
+    size = len(record.value or b"") + len(record.key or b"")
+    for key, value in record.headers:
+        size += len(key) + len(value or b"") + _HEADER_BYTES
+    return size
+
+
+class Delivery(msgspec.Struct, eq=False):
+    """One record for one handler: the unit of work, of attempts and of outcomes. Equal to itself only."""
+
+    handler: Handler
+    record: Record
+    id: bytes = b""  # set when identified
+    fingerprint: int = 0
+    value: object = UNDECODED
+    attempts: int = 0
+    again: int = 0  # times that its handler asked to be run again, which are no attempts
+    alone: bool = False  # to be called by itself: a call for many, of which it was one, took too long
+    parked: bool = False  # its offset is among the open ones
+    outcome: Outcome | None = None  # settled before any transaction: unreadable, skipped, known to Redis
+    mark: int = -1  # successes of its handler when it failed first: see evidence.py
+    why: Why | None = None  # why it waits
+
+    @property
+    def partition(self) -> Partition:
+        return Partition(self.record.topic, self.record.partition)
+
+    def unit(self) -> Hashable:
+        """What keeps its order. A message without a key is ordered with nothing, as in Kafka's own contract."""
+        record, order = self.record, self.handler.order
+        if order == "key" and record.key is not None:
+            return (self.handler.name, record.topic, record.partition, record.key)
+        if order == "partition":
+            return (self.handler.name, record.topic, record.partition)
+        return (self.handler.name, record.topic, record.partition, record.offset, None)
+
+    def chain(self) -> bytes | None:
+        """The unit of order as the table of dead letters knows it; None when nothing waits for this message."""
+        return chain_of(self.handler.order, self.record)
+
+
+class Tried(NamedTuple):
+    """What is remembered of a message that has failed before: how often, and when it is due."""
+
+    attempts: int
+    due: float
+
+
+class Move(NamedTuple):
+    """A partition's position, from what this worker last knew to what is settled now.
+
+    topic_id: of the log that both are of; the same offset of another log is not what this worker last knew. seen: the
+    last record that was read. handlers: those that have settled what is between. holds: as the owner read it with the holds
+    of dead letters, so that one made by somebody else since is noticed.
+    """
+
+    partition: Partition
+    previous: int
+    next: int
+    topic_id: UUID | None = None
+    seen: Print | None = None
+    handlers: str | None = None
+    holds: int = 0
+
+
+@dataclass(slots=True)
+class Batch:
+    """Deliveries to settle in one transaction.
+
+    ends: where each partition's frontier stands once they are settled. openings: which opening of each partition they
+    were taken from; of a partition that was closed or opened again since, nothing is recorded.
+    """
+
+    deliveries: list[Delivery]
+    ends: dict[Partition, int]
+    openings: Mapping[Partition, int]
+
+    def split(self, at: int | None = None) -> tuple[Batch, Batch]:
+        """Two parts to settle one after the other, halves by default; the first one's ends stay below all in the second."""
+        middle = len(self.deliveries) // 2 if at is None else at
+        head, tail = self.deliveries[:middle], self.deliveries[middle:]
+        ends = dict(self.ends)
+        for delivery in tail:
+            partition = delivery.partition
+            if not delivery.parked and partition in ends:
+                ends[partition] = min(ends[partition], delivery.record.offset)
+        return Batch(head, ends, self.openings), Batch(tail, self.ends, self.openings)
+
+
+@dataclass(slots=True)
+class _Queue:
+    """What is known of one partition."""
+
+    opening: int  # number of this opening of the partition
+    frontier: int  # everything below was taken, and is settled or open
+    position: int  # as this worker last wrote or read it
+    fetched: deque[Record] = field(default_factory=deque)
+    sizes: deque[int] = field(default_factory=deque)  # of `fetched`, in bytes
+    fetched_bytes: int = 0
+    received: int = 0  # offset after the last record added
+    open: dict[int, int] = field(default_factory=dict)  # offset -> deliveries parked
+    parked: int = 0  # deliveries, in all
+    parked_bytes: int = 0
+    chains: set[tuple[int, bytes]] = field(default_factory=set)  # that dead letters may hold: handler's number, chain
+    tried: dict[tuple[int, int], Tried] = field(
+        default_factory=dict
+    )  # handler's number, offset: failed before a restart
+    full: bool = False  # until a quarter of what may be parked is settled: each time, the log is read again
+
+
+class Lane:
+    """Partitions that share a connection. Add records, take a batch, settle it; nothing else changes its state."""
+
+    def __init__(
+        self,
+        handlers: Mapping[str, Sequence[Handler]],
+        parked_max: int,
+        parked_bytes_max: int = 1 << 62,
+        bare_seconds: float = 0.0,
+    ) -> None:
+        """parked_max: messages of a partition. parked_bytes_max: of all partitions, in equal shares of at least 1 MB.
+
+        bare_seconds: least time between two batches without messages, which only move positions.
+        """
+        self._handlers = handlers
+        self._parked_max = parked_max
+        self._parked_bytes_max = parked_bytes_max
+        self._bare_seconds = bare_seconds
+        self._bare_after = 0.0
+        self._retried_last = False
+        self._queues: dict[Partition, _Queue] = {}
+        self._ready: deque[Delivery] = deque()  # once behind a failed message, now free to run
+        self._chains: dict[Hashable, deque[Delivery]] = {}  # unit -> the failed message and those behind it
+        self._due: dict[Hashable, float] = {}  # unit -> time of the next attempt
+        self._openings = 0
+
+    # -- partitions come and go -------------------------------------------------------------------------------------
+
+    def open(self, partition: Partition, position: int) -> None:
+        """Begin a partition at `position`, forgetting whatever was known of it."""
+        self.close(partition)
+        self._openings += 1
+        self._queues[partition] = _Queue(self._openings, frontier=position, position=position, received=position)
+
+    def recall(
+        self, partition: Partition, chains: Iterable[tuple[int, bytes]], tried: Mapping[tuple[int, int], Tried]
+    ) -> None:
+        """What the table knows of a partition that was just opened: see deadletters.recall."""
+        if (queue := self._queues.get(partition)) is not None:
+            queue.chains, queue.tried = set(chains), dict(tried)
+
+    def close(self, partition: Partition) -> None:
+        """Forget a partition: its fetched records, and those parked (they will be delivered again to its owner)."""
+        self._queues.pop(partition, None)
+        self._ready = deque(each for each in self._ready if each.partition != partition)
+        for unit, chain in list(self._chains.items()):
+            if chain[0].partition == partition:  # a unit never spans two
+                del self._chains[unit], self._due[unit]
+
+    @property
+    def partitions(self) -> list[Partition]:
+        return list(self._queues)
+
+    def handlers(self) -> list[Handler]:
+        """The handlers of all topics."""
+        return [each for found in self._handlers.values() for each in found]
+
+    def position(self, partition: Partition) -> int:
+        """The position as this worker last wrote or read it."""
+        return self._queues[partition].position
+
+    def received(self, partition: Partition) -> int | None:
+        """The offset to fetch from next, or None for a partition that is not open."""
+        queue = self._queues.get(partition)
+        return queue.received if queue else None
+
+    # -- records come in --------------------------------------------------------------------------------------------
+
+    def add(
+        self, partition: Partition, records: Sequence[Record], start: int | None = None, end: int | None = None
+    ) -> tuple[int, int]:
+        """Queue fetched records, in offset order. Returns how many messages and bytes were kept.
+
+        start and end: the records are all that the log holds for this lane from `start` up to `end`; by default from the
+        first to the last one. Records of a partition that is not open, and those below what was received already, are
+        dropped. So are all that begin beyond it: what lies between would be lost, and is read again first.
+        """
+        queue = self._queues.get(partition)
+        if queue is None or (start is not None and start > queue.received):
+            return 0, 0
+        if records and records[0].offset < queue.received:
+            records = [each for each in records if each.offset >= queue.received]
+        if end is None:
+            end = records[-1].offset + 1 if records else 0
+        queue.received = max(queue.received, end)
+        if not records:
+            return 0, 0
+        sizes = list(map(size_of, records))
+        size = sum(sizes)
+        queue.fetched.extend(records)
+        queue.sizes.extend(sizes)
+        queue.fetched_bytes += size
+        return len(records), size
+
+    @property
+    def fetched(self) -> tuple[int, int]:
+        """Messages and bytes that wait to be taken."""
+        return (
+            sum(len(queue.fetched) for queue in self._queues.values()),
+            sum(queue.fetched_bytes for queue in self._queues.values()),
+        )
+
+    def is_full(self, partition: Partition) -> bool:
+        """Whether nothing more of a partition is taken until some of its parked messages are settled."""
+        queue = self._queues.get(partition)
+        return queue is not None and queue.full
+
+    def drop_fetched(self, partition: Partition) -> None:
+        """Forget what was fetched of a partition and not taken: it is fetched again from there."""
+        queue = self._queues.get(partition)
+        if queue is not None and queue.fetched:
+            queue.received = queue.fetched[0].offset
+            queue.fetched.clear()
+            queue.sizes.clear()
+            queue.fetched_bytes = 0
+
+    def waiting(self) -> list[tuple[Delivery, int, int]]:
+        """Messages that failed and wait: each with the number in its unit of order, itself included, and the frontier."""
+        return [
+            (chain[0], len(chain), queue.frontier)
+            for chain in self._chains.values()
+            if (queue := self._queues.get(chain[0].partition)) is not None
+        ]
+
+    @property
+    def parked(self) -> int:
+        """Deliveries that wait for another attempt, or behind one."""
+        return sum(queue.parked for queue in self._queues.values())
+
+    # -- batches go out ---------------------------------------------------------------------------------------------
+
+    def take(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
+        """The next batch, or None. Retries that are due and fresh messages take turns, so that neither waits for ever."""
+        self._retried_last = not self._retried_last
+        first, second = (
+            (self._take_retries, self._take_fresh) if self._retried_last else (self._take_fresh, self._take_retries)
+        )
+        return first(now, messages_max, bytes_max) or second(now, messages_max, bytes_max)
+
+    def _take_retries(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
+        retries: list[Delivery] = []
+        for unit, due in self._due.items():
+            if due <= now and bytes_max > 0 and len(retries) < messages_max:
+                retries.append(self._chains[unit][0])
+                bytes_max -= size_of(retries[-1].record)
+        return Batch(retries, {}, self._now_open()) if retries else None
+
+    def _take_fresh(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
+        deliveries: list[Delivery] = []
+        ends: dict[Partition, int] = {}
+        taken = bool(self._ready)
+        while self._ready and len(deliveries) < messages_max:
+            deliveries.append(self._ready.popleft())
+        freed = len(deliveries)
+        segments: list[tuple[Partition, int, int]] = []
+        room_bytes = bytes_max
+        bytes_share = self._bytes_share()
+        for partition, queue in self._queues.items():
+            if queue.full:
+                continue
+            begin = len(deliveries)
+            handlers = self._handlers.get(partition.topic, ())
+            number = min(len(queue.fetched), messages_max - len(deliveries))
+            if len(handlers) == 1 and number > 0 and not self._chains and not queue.tried:
+                # As nearly always: nothing waits, so that nothing has to be looked at but the sizes.
+                size = sum(islice(queue.sizes, number))
+                if size <= room_bytes:
+                    [handler] = handlers
+                    taken = True
+                    room_bytes -= size
+                    queue.fetched_bytes -= size
+                    pop, drop = queue.fetched.popleft, queue.sizes.popleft
+                    deliveries += [Delivery(handler, pop()) for _ in range(number)]
+                    for _ in range(number):
+                        drop()
+                    ends[partition] = deliveries[-1].record.offset + 1
+            while (
+                queue.fetched
+                and queue.parked < self._parked_max
+                and queue.parked_bytes < bytes_share
+                and len(deliveries) < messages_max
+                and (room_bytes > 0 or not deliveries)
+            ):
+                record = queue.fetched.popleft()
+                taken = True
+                size = queue.sizes.popleft()
+                queue.fetched_bytes -= size
+                room_bytes -= size
+                for handler in handlers:
+                    delivery = Delivery(handler, record)
+                    if not (
+                        (queue.tried and self._remember(queue, delivery))
+                        or (self._chains and self._queue_behind(delivery))
+                    ):
+                        deliveries.append(delivery)
+                ends[partition] = record.offset + 1
+            if len(deliveries) > begin:
+                segments.append((partition, begin, len(deliveries)))
+            if not queue.fetched and queue.received > queue.frontier:
+                ends[partition] = queue.received
+        if ends and not taken:
+            if now < self._bare_after:
+                return None
+            self._bare_after = now + self._bare_seconds
+        # A later partition comes first next time, so that a busy one does not starve it.
+        if len(ends) and len(self._queues) > 1:
+            first = next(iter(self._queues))
+            self._queues[first] = self._queues.pop(first)
+        return Batch(_in_log_order(deliveries, freed, segments), ends, self._now_open()) if deliveries or ends else None
+
+    def offer(self, partition: Partition, deliveries: Iterable[Delivery], end: int) -> Batch:
+        """A batch of deliveries that the caller has chosen, in offset order; everything else below `end` is settled.
+
+        Those whose unit waits for a failed message queue behind it. The partition must be open.
+        """
+        queue = self._queues[partition]
+        queue.received = max(queue.received, end)
+        free = [each for each in deliveries if not (self._chains and self._queue_behind(each))]
+        return Batch(free, {partition: end}, self._now_open())
+
+    def _bytes_share(self) -> int:
+        """Bytes that may be parked of one partition."""
+        return max(_PARKED_BYTES_LEAST, self._parked_bytes_max // max(1, len(self._queues)))
+
+    def admit(self, deliveries: Iterable[Delivery]) -> Batch:
+        """A batch in the caller's order, across partitions; frontiers stay where they are.
+
+        Deliveries whose unit waits for a failed message queue behind it. Their partitions must be open.
+        """
+        free = [each for each in deliveries if not (self._chains and self._queue_behind(each))]
+        return Batch(free, {}, self._now_open())
+
+    def _now_open(self) -> dict[Partition, int]:
+        return {partition: queue.opening for partition, queue in self._queues.items()}
+
+    def _queue_of(self, batch: Batch, partition: Partition) -> _Queue | None:
+        """The partition as the batch knew it; None when it was closed, or opened again, since."""
+        queue = self._queues.get(partition)
+        return queue if queue is not None and queue.opening == batch.openings.get(partition) else None
+
+    def waits(self, delivery: Delivery) -> bool:
+        """Whether a message of its unit before it has failed, in an earlier part of the same batch for example."""
+        chain = self._chains.get(delivery.unit()) if self._chains else None
+        return chain is not None and chain[0] is not delivery
+
+    def _queue_behind(self, delivery: Delivery) -> bool:
+        chain = self._chains.get(delivery.unit())
+        if chain is None:
+            return False
+        chain.append(delivery)
+        self._hold(self._queues[delivery.partition], delivery)
+        return True
+
+    def _remember(self, queue: _Queue, delivery: Delivery) -> bool:
+        """Whether a message has failed before a restart: then it waits as it did, and what follows it waits behind it."""
+        tried = queue.tried.pop((delivery.handler.number, delivery.record.offset), None)
+        if tried is None:
+            return False
+        delivery.attempts = tried.attempts
+        if not self._queue_behind(delivery):
+            unit = delivery.unit()
+            self._chains[unit], self._due[unit] = deque([delivery]), tried.due
+            self._hold(queue, delivery)
+        return True
+
+    # -- behind dead letters ----------------------------------------------------------------------------------------
+
+    def suspect(self, delivery: Delivery) -> None:
+        """Note that the chain of a delivery may be held: later messages of it are asked about."""
+        queue, chain = self._queues.get(delivery.partition), delivery.chain()
+        if queue is not None and chain is not None:
+            queue.chains.add((delivery.handler.number, chain))
+
+    def clear(self, delivery: Delivery) -> None:
+        """Note that the chain of a delivery is held no more."""
+        queue, chain = self._queues.get(delivery.partition), delivery.chain()
+        if queue is not None and chain is not None:
+            queue.chains.discard((delivery.handler.number, chain))
+
+    def suspects(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        """Those whose chain may be held by a dead letter. Costs nothing where there are none."""
+        if not any(queue.chains for queue in self._queues.values()):
+            return []
+        return [
+            each
+            for each in deliveries
+            if (queue := self._queues.get(each.partition)) is not None
+            and queue.chains
+            and (each.handler.number, each.chain()) in queue.chains
+        ]
+
+    def _hold(self, queue: _Queue, delivery: Delivery) -> None:
+        if not delivery.parked:
+            delivery.parked = True
+            queue.parked += 1
+            queue.parked_bytes += size_of(delivery.record)
+            if queue.parked >= self._parked_max or queue.parked_bytes >= self._bytes_share():
+                queue.full = True
+            queue.open[delivery.record.offset] = queue.open.get(delivery.record.offset, 0) + 1
+
+    def next_due(self) -> float | None:
+        """When the earliest retry is due."""
+        return min(self._due.values(), default=None)
+
+    # -- and are settled --------------------------------------------------------------------------------------------
+
+    def holds(self, batch: Batch) -> bool:
+        """Whether every partition that was open when a batch was taken is still open as it was."""
+        return all(
+            (queue := self._queues.get(partition)) is not None and queue.opening == opening
+            for partition, opening in batch.openings.items()
+        )
+
+    def moves(self, batch: Batch, parked: Iterable[Delivery]) -> list[Move]:
+        """What the positions become when `batch` is settled but for the deliveries in `parked`. Changes nothing."""
+        staying = set(parked)
+        opened: dict[Partition, dict[int, int]] = {}
+        for delivery in batch.deliveries:
+            if delivery.parked != (delivery in staying):
+                counts = opened.get(delivery.partition)
+                if counts is None:
+                    queue = self._queue_of(batch, delivery.partition)
+                    counts = opened[delivery.partition] = dict(queue.open) if queue else {}
+                offset = delivery.record.offset
+                counts[offset] = counts.get(offset, 0) + (1 if delivery in staying else -1)
+        found: list[Move] = []
+        for partition in {*batch.ends, *opened}:
+            queue = self._queue_of(batch, partition)
+            if queue is None:
+                continue
+            counts = opened.get(partition, queue.open)
+            frontier = max(queue.frontier, batch.ends.get(partition, queue.frontier))
+            position = min((offset for offset, count in counts.items() if count > 0), default=frontier)
+            if position != queue.position:
+                found.append(Move(partition, queue.position, position))
+        return found
+
+    def settle(self, batch: Batch, parked: Mapping[Delivery, float], moves: Sequence[Move]) -> None:
+        """Record what a committed transaction has settled.
+
+        parked: the deliveries that are not settled, with the time of their next attempt; those that only wait behind a
+        failed one of their unit are among them (their own time does not count). Of partitions that were closed since
+        the batch was taken, nothing is recorded: their next owner reads their messages again.
+        """
+        failed: dict[Hashable, list[Delivery]] = {}
+        for delivery in batch.deliveries:
+            waits = delivery in parked
+            if not waits and not delivery.parked:
+                continue
+            queue = self._queue_of(batch, delivery.partition)
+            if queue is None:
+                continue
+            if waits:
+                self._hold(queue, delivery)
+                failed.setdefault(delivery.unit(), []).append(delivery)
+            else:
+                self._release(queue, delivery)
+                chain = self._chains.get(delivery.unit())
+                if chain is not None and chain[0] is delivery:
+                    chain.popleft()
+                    self._ready.extendleft(reversed(chain))
+                    del self._chains[delivery.unit()], self._due[delivery.unit()]
+        if self._ready and (anew := {unit for unit in failed if unit not in self._chains}):
+            self._block_ready(anew)
+        for unit, deliveries in failed.items():
+            chain = self._chains.get(unit)
+            if chain is None or len(deliveries) > 1 or chain[0] is not deliveries[0]:
+                # Parts of a batch are settled one by one, so these may come after, or between, those that wait already.
+                waiting = {*(chain or ()), *deliveries}
+                self._chains[unit] = chain = deque(sorted(waiting, key=lambda each: each.record.offset))
+            if chain[0] in parked:
+                self._due[unit] = parked[chain[0]]
+        for partition, end in batch.ends.items():
+            queue = self._queue_of(batch, partition)
+            if queue is not None:
+                queue.frontier = max(queue.frontier, end)
+        for move in moves:
+            queue = self._queue_of(batch, move.partition)
+            if queue is not None:
+                queue.position = move.next
+
+    def _block_ready(self, units: set[Hashable]) -> None:
+        """What was free to run of units that have failed anew waits again."""
+        free: deque[Delivery] = deque()
+        for each in self._ready:
+            unit = each.unit()
+            if unit in units:
+                self._chains.setdefault(unit, deque()).append(each)
+            else:
+                free.append(each)
+        self._ready = free
+
+    def _release(self, queue: _Queue, delivery: Delivery) -> None:
+        delivery.parked = False
+        queue.parked -= 1
+        queue.parked_bytes -= size_of(delivery.record)
+        if queue.full:
+            queue.full = queue.parked * 4 > self._parked_max * 3 or queue.parked_bytes * 4 > self._bytes_share() * 3
+        offset = delivery.record.offset
+        left = queue.open.get(offset, 0) - 1
+        if left > 0:
+            queue.open[offset] = left
+        else:
+            queue.open.pop(offset, None)

@@ -1,0 +1,129 @@
+"""Dead letters on their way to the dead-letter topic: after they are kept in PostgreSQL, at least once, in no fixed order.
+
+Knows the table of letters to publish and a producer; settles nothing. A letter's row there is made in the transaction that makes
+the letter, and goes in the transaction that follows Kafka's acknowledgement; SKIP LOCKED lets the relays of several workers
+share the work, so that letters may overtake each other. Died in between, it is produced again, under the same `dead-letter-id`. The table of dead letters is the
+truth: what a retry does to a letter later is not told to the topic. What it does not know: whether anybody reads it.
+
+The copy has the original's key, value and headers, and besides: `dead-letter-id` (app/handler/number, the stable id of
+the copy), `dead-letter-app`, `-handler`, `-topic`, `-partition`, `-offset`, `-timestamp`, `-reason`, `-error` (the exception's class
+or SQLSTATE, not its text, which may quote the payload) and `-attempts`. What this client cannot send is told in
+`dead-letter-altered`: headers whose keys are not UTF-8 are left out, and a message with neither key nor value gets an empty value.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+from consumer.core.errors import ConsumerError
+from consumer.kafka.source import KafkaError, producing
+from consumer.logs import describe, event
+from consumer.postgres.ledger import Session
+from consumer.settings import Settings
+
+_AT_A_TIME = 100
+_IDLE_SECONDS = 1.0
+_SEND_SECONDS = 30.0  # below the time after which PostgreSQL would end the transaction
+_BACKOFF_SECONDS = (0.2, 10.0)
+
+_TAKE = """
+select d.*, h.app, h.name as handler_name from consumer.letters_to_publish p
+join consumer.dead_letters d using (dead_letter) join consumer.handlers h using (handler)
+where h.app = $1 order by p.dead_letter limit $2 for update of p skip locked
+"""
+_PUBLISHED = "delete from consumer.letters_to_publish where dead_letter = any($1)"
+
+Header = tuple[str, bytes | None]
+
+
+async def relay(
+    app: str, topic: str, settings: Settings, connect: Callable[[], Awaitable[Session | None]], woken: asyncio.Event
+) -> None:
+    """Publish letters until cancelled. connect: a connection, waited for; None when the worker stops. woken: set when there may be some."""
+    pause = _BACKOFF_SECONDS[0]
+    while True:
+        session = await connect()
+        if session is None:
+            return
+        try:
+            async with producing(settings, idempotent=True) as producer:
+                while True:
+                    pause = _BACKOFF_SECONDS[0]
+                    if not await _publish(app, topic, session, producer):
+                        woken.clear()
+                        with suppress(TimeoutError):
+                            await asyncio.wait_for(woken.wait(), _IDLE_SECONDS)
+        except asyncio.CancelledError:
+            raise
+        except (KafkaError, ConsumerError, TimeoutError, OSError) as error:
+            event(logging.WARNING, "dead letters wait to be published", topic=topic, error=describe(error))
+        except Exception as error:
+            if session.is_usable:
+                raise
+            event(logging.WARNING, "dead letters wait to be published", topic=topic, error=describe(error))
+        finally:
+            session.close()
+        await asyncio.sleep(pause)
+        pause = min(_BACKOFF_SECONDS[1], pause * 2)
+
+
+async def _publish(app: str, topic: str, session: Session, producer: Any) -> int:
+    """One transaction: take some, send them, wait for Kafka, and only then forget them. Returns how many."""
+    await session.begin()
+    rows = await session.connection.fetch(_TAKE, app, _AT_A_TIME)
+    if rows:
+        async with asyncio.timeout(_SEND_SECONDS):
+            sent = [
+                await producer.send(
+                    topic,
+                    row["value"] if row["value"] is not None or row["key"] is not None else b"",
+                    key=row["key"],
+                    headers=headers_of(row),
+                )
+                for row in rows
+            ]
+            answers = await asyncio.gather(*sent, return_exceptions=True)
+        for row, answer in zip(rows, answers, strict=True):
+            if isinstance(answer, KafkaError) and not answer.retriable:
+                # Too large for that topic, say: it would hold up all others for ever. The letter is where it counts.
+                event(
+                    logging.ERROR,
+                    "a dead letter cannot be published and is left out; it stays in postgresql",
+                    letter=row["dead_letter"],
+                    error=describe(answer),
+                )
+            elif isinstance(answer, BaseException):
+                raise answer
+        await session.connection.execute(_PUBLISHED, [row["dead_letter"] for row in rows])
+    await session.commit()
+    return len(rows)
+
+
+def headers_of(row: Any) -> list[Header]:
+    """The headers of the copy of a letter."""
+    kept: list[Header] = []
+    altered = []
+    for name, value in zip(row["header_keys"], row["header_values"], strict=True):
+        try:
+            kept.append((name.decode("utf-8"), value))
+        except UnicodeDecodeError:
+            altered.append("a header whose key is not UTF-8 was left out")
+    if row["value"] is None and row["key"] is None:
+        altered.append("the value was null")
+    told = {
+        "id": f"{row['app']}/{row['handler_name']}/{row['dead_letter']}",
+        "app": row["app"],
+        "handler": row["handler_name"],
+        "topic": row["topic"],
+        "partition": row["partition"],
+        "offset": row["offset"],
+        "timestamp": row["timestamp"],
+        "reason": row["reason"],
+        "error": row["kind"],
+        "attempts": row["attempts"],
+    } | ({"altered": "; ".join(altered)} if altered else {})
+    return kept + [(f"dead-letter-{name}", str(value).encode()) for name, value in told.items()]

@@ -1,0 +1,518 @@
+"""Retrying, editing and discarding dead letters in batches, through the worker's own `once.apply`.
+
+Knows letters, chains and the App's handlers; knows no terminal and no Kafka. A retried message keeps its id: its claim is there
+already, as dead, and becomes an applied one together with the handler's effects, so duplicates of it stay duplicates. After the first
+letter of a chain those that wait behind it run, in order, until one fails. What a transaction does to letters is dead_letters/session.py's.
+
+Limitations: whether a COMMIT whose answer was lost has happened is answered by running the letters again; when PostgreSQL does not
+come back, the command stops and says which letters to look at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from array import array
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from uuid import UUID
+
+from consumer.app import App
+from consumer.core.dead_letter_seal import REST, VALUE, altered
+from consumer.core.dead_letters import State
+from consumer.core.errors import CannotTell, Misconfigured
+from consumer.core.handler import Handler
+from consumer.core.identity import OffsetId, edit_id, message_id
+from consumer.core.message import LogRecord
+from consumer.core.ordering import Batch, Delivery, Lane
+from consumer.core.outcome import Reason
+from consumer.core.retry import Retry
+from consumer.dead_letters.session import Edit, Letter, LetterSession, NotOurs
+from consumer.handler_records import handler_code
+from consumer.postgres.ledger import Conflict, Outage, where
+from consumer.settings import Settings
+from consumer.transaction import once
+
+_NOBODY_WAITS = Lane({}, 1)
+_AT_A_TIME = 500  # letters in one transaction
+_BYTES_AT_A_TIME = 16 << 20
+_ONCE = Retry(attempts=1)  # each retry command makes one attempt
+# Kept under a stand-in for an id that could not be told. If it can be now, after a change of the code, that is the id.
+_STAND_IN = {Reason.NO_MESSAGE_ID, Reason.AMBIGUOUS_MESSAGE_ID, Reason.BAD_HEADER, Reason.UNREADABLE, Reason.NO_VALUE}
+# Left as they were, by a part of a batch that could not run them yet.
+_AGAIN = (once.LEFT, once.BEHIND)
+
+_MATCHES = """
+from consumer.dead_letters d join consumer.handlers h using (handler)
+where h.app = $1 and d.state in ('dead', 'waiting')
+  and ($2::int8[] is null or d.dead_letter = any($2)) and ($3::text is null or h.name = $3)
+  and ($4::text is null or d.topic = $4) and ($5::text is null or d.reason = $5) and ($6::text is null or d.error_group = $6)
+  and ($7::float8 is null or d.died_at < now() - make_interval(secs => $7))
+  and ($8::float8 is null or d.died_at > now() - make_interval(secs => $8))
+"""
+# Of a chain, only those with no dead one before them: the others follow by themselves.
+_SELECT = (
+    """
+select d.dead_letter """
+    + _MATCHES
+    + """
+  and ($9 or d.chain is null or not exists (
+       select from consumer.dead_letters e where e.handler = d.handler and e.chain = d.chain
+          and e."offset" < d."offset" and e.state = 'dead'))
+  and ($10 or d.reason <> 'too_old')
+order by d.topic, d.partition, d."offset", d.dead_letter
+"""
+)
+_UNSURE = "select count(*) " + _MATCHES + " and d.reason = 'too_old'"
+_STATES = """
+select d.dead_letter, d.state, h.app, h.name,
+       (select e.dead_letter from consumer.dead_letters e where e.handler = d.handler and e.chain = d.chain
+           and (e."offset", e.dead_letter) < (d."offset", d.dead_letter) and e.state = 'dead'
+        order by e."offset", e.dead_letter limit 1), d.reason
+from consumer.dead_letters d join consumer.handlers h using (handler) where d.dead_letter = any($1)
+"""
+# With those that wait before them in their chains: they were added by a replay, and come first.
+_SIZES = """
+with asked as materialized (select * from unnest($1::int8[]) with ordinality as o(dead_letter, place)),
+wanted as (
+    select dead_letter, place, false as before from asked
+    union all
+    select e.dead_letter, min(a.place), true from asked a join consumer.dead_letters d using (dead_letter)
+    join consumer.dead_letters e on e.handler = d.handler and e.chain = d.chain and e.state = 'waiting'
+        and (e."offset", e.dead_letter) < (d."offset", d.dead_letter)
+    where not exists (select from asked b where b.dead_letter = e.dead_letter) group by e.dead_letter
+)
+select w.dead_letter, w.before, coalesce(octet_length(d.value), 0) + coalesce(octet_length(d.key), 0)
+from wanted w left join consumer.dead_letters d using (dead_letter)
+order by w.place, not w.before, d."offset", w.dead_letter
+"""
+_LETTERS = """
+select d.*, h.name as handler_name from consumer.dead_letters d join consumer.handlers h using (handler) where d.dead_letter = any($1)
+"""
+# Of each chain, its first letters, in order.
+_NEXT = """
+select o.place, d.dead_letter, d.state = 'waiting'
+from unnest($1::int2[], $2::uuid[]) with ordinality as o(handler, chain, place) cross join lateral (
+    select e.dead_letter, e.state, e."offset" from consumer.dead_letters e where e.handler = o.handler and e.chain = o.chain
+    order by e."offset", e.dead_letter limit $3) d
+order by o.place, d."offset", d.dead_letter
+"""
+
+Chain = tuple[int, UUID]
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Which letters. None: all."""
+
+    letters: tuple[int, ...] | None = None
+    handler: str | None = None
+    topic: str | None = None
+    reason: str | None = None
+    group: str | None = None
+    older_than_seconds: float | None = None
+    newer_than_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of one letter.
+
+    outcome: applied, duplicate or discarded where it is settled; taken, settled, behind, unsure, other_letter, postponed, gone,
+    altered or no_handler where nothing was changed; else the reason of a failure. behind: it waited behind one that was asked for.
+    """
+
+    dead_letter: int
+    outcome: str
+    text: str = ""
+    behind: bool = False
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the letter is settled by this."""
+        return self.outcome in ("applied", "duplicate", "discarded")
+
+
+@dataclass(slots=True)
+class Redrive:
+    """An operator at the dead letters of one App. Open it, select, and settle; close it at the end.
+
+    The App must be running (its lifespan entered) for anything but `discard` of a letter that holds back nothing.
+    stopping: asked between transactions; what is not begun then is left as it is.
+    """
+
+    app: App
+    settings: Settings
+    operator: str
+    session: LetterSession
+    names: once.Names
+    handlers: Mapping[str, Handler] = field(default_factory=dict)
+    stopping: Callable[[], bool] = lambda: False
+    code_is_recorded: bool = False
+
+    @classmethod
+    async def open(cls, app: App, settings: Settings, operator: str) -> Redrive:
+        """Raises Outage, Misconfigured."""
+        session = await _session(settings, operator)
+        numbers, _ = await session.known_numbers(app.name, app.handlers, ())
+        handlers = {name: replace(handler, retry=_ONCE, number=numbers[name]) for name, handler in app.handlers.items()}
+        return cls(app, settings, operator, session, once.Names(app.name, session.topics), handlers)
+
+    def close(self) -> None:
+        self.session.close()
+
+    def allow_unsure(self) -> None:
+        """Run also letters whose messages may have been applied already."""
+        self.session.may_be_applied = True
+
+    # -- which letters ----------------------------------------------------------------------------------------------
+
+    async def select(self, filters: Filters, *, waiting: bool) -> array[int]:
+        """Open letters, in the order of the log. waiting: also those behind a dead one of their chain.
+
+        A retry leaves out those that may have been applied already (see `unsure`), unless their reason is named.
+        """
+        sure = waiting or filters.reason == Reason.TOO_OLD
+        rows = await self.session.connection.fetch(_SELECT, *self._arguments(filters), waiting, sure)
+        return array("q", (row[0] for row in rows))
+
+    async def unsure(self, filters: Filters) -> int:
+        """How many open letters of the filters may have been applied already."""
+        return int(await self.session.connection.fetchval(_UNSURE, *self._arguments(filters)))
+
+    def _arguments(self, filters: Filters) -> tuple[Any, ...]:
+        return (
+            self.app.name,
+            None if filters.letters is None else list(filters.letters),
+            filters.handler,
+            filters.topic,
+            filters.reason,
+            filters.group,
+            filters.older_than_seconds,
+            filters.newer_than_seconds,
+        )
+
+    async def check(self, letters: Sequence[int], *, waiting: bool) -> None:
+        """Raise Misconfigured for a letter that is not there, or of another App, or not to be settled, before anything is done."""
+        rows = {row[0]: tuple(row)[1:] for row in await self.session.connection.fetch(_STATES, list(letters))}
+        for number in letters:
+            if number not in rows:
+                raise Misconfigured(
+                    f"no dead letter {number}; see `consumer dlq list --state all` (nothing was changed)"
+                )
+            state, app, handler, first, _ = rows[number]
+            if app != self.app.name:
+                raise Misconfigured(
+                    f"dead letter {number} is of the App {app!r}, not {self.app.name!r} (nothing was changed)"
+                )
+            if state not in (State.DEAD, State.WAITING):
+                raise Misconfigured(
+                    f"dead letter {number} is {state} already: see `consumer dlq show {number}` (nothing was changed)"
+                )
+            if handler not in self.handlers and not waiting:
+                raise Misconfigured(
+                    f"dead letter {number} is of the handler {handler!r}, which {self.app.name!r} does not have (nothing was changed)"
+                )
+            if not waiting and first is not None and first not in letters:
+                raise Misconfigured(
+                    f"dead letter {number} waits behind number {first} of its key: that one comes first (nothing was changed)"
+                )
+
+    # -- settling them ----------------------------------------------------------------------------------------------
+
+    async def retry(self, letters: int | Sequence[int], edit: Edit | None = None) -> AsyncIterator[Done]:
+        """Run letters, and then those that wait behind them until one fails.
+
+        Raises CannotTell when PostgreSQL is lost: what was settled is settled, once, and nothing is half done.
+        """
+        numbers = [letters] if isinstance(letters, int) else letters
+        what = "retry" if edit is None else "edit"
+        for start in range(0, len(numbers), _AT_A_TIME):
+            for some in await self._by_size(numbers[start : start + _AT_A_TIME]):
+                found = [Letter(number, what, edit=edit, behind=before) for number, before in some]
+                async for done in self._run(found):
+                    yield done
+                async for done in self.release(_freed(found)):
+                    yield done
+                if self.stopping():
+                    return
+
+    async def discard(self, letters: Sequence[int], why: str) -> tuple[list[Done], list[Chain]]:
+        """Settle letters as discarded. Returns those of their chains in which others wait: see `release`."""
+        found = [Letter(number, "discard", why) for number in letters]
+        results: list[Done] = []
+        chains: list[Chain] = []
+        failures = 0
+        while found:
+            try:
+                chains = await self.session.discard(found)
+                break
+            except NotOurs as error:
+                results += [Done(each.number, what, text) for each, (what, text) in error.letters.items()]
+                found = [each for each in found if each not in error.letters]
+            except Conflict as error:
+                failures += 1
+                if failures > once.FAILURES_MAX:
+                    raise CannotTell(
+                        f"dead letters {_range(found)} met other transactions {failures} times in a row ({error}): "
+                        "nothing was changed of them"
+                    ) from None
+                await asyncio.sleep(0.02 * failures)
+            except (Outage, OSError) as error:
+                raise self._lost(error, found) from None
+        results += [Done(each.number, "discarded") for each in found]
+        return results, chains
+
+    async def release(self, chains: Sequence[Chain]) -> AsyncIterator[Done]:
+        """Run the letters of chains in order until one fails, as long as the first one has never run."""
+        for start in range(0, len(chains), _AT_A_TIME):
+            free = list(chains[start : start + _AT_A_TIME])
+            while free and not self.stopping():
+                numbers = await self._next(free)
+                found = [
+                    Letter(number, why="those before it are settled", behind=True)
+                    for some in await self._by_size(numbers)
+                    for number, _ in some
+                ]
+                async for done in self._run(found):
+                    yield done
+                free = _freed(found)
+
+    async def _next(self, chains: Sequence[Chain]) -> list[int]:
+        limit = max(1, _AT_A_TIME // len(chains))
+        rows = await self._fetch(_NEXT, [each[0] for each in chains], [each[1] for each in chains], limit)
+        numbers, ended = [], set()
+        for place, number, never_ran in rows:
+            if place not in ended and never_ran:
+                numbers.append(number)
+            else:
+                ended.add(place)
+        return numbers
+
+    async def _by_size(self, numbers: Sequence[int]) -> list[list[tuple[int, bool]]]:
+        """Letters for one transaction each, by their bytes: (number, whether it waits before one that was asked for)."""
+        found: list[list[tuple[int, bool]]] = []
+        size = _BYTES_AT_A_TIME
+        for number, before, length in await self._fetch(_SIZES, list(numbers)):
+            if size + length > _BYTES_AT_A_TIME:
+                found.append([])
+                size = 0
+            found[-1].append((number, before))
+            size += length
+        return found
+
+    async def _fetch(self, sql: str, *args: Any) -> Any:
+        try:
+            return await self.session.connection.fetch(sql, *args)
+        except Exception as error:
+            raise self._lost(error) from None
+
+    async def _record_code(self) -> None:
+        try:
+            await handler_code.record(self.session.connection, self.app)
+        except Exception as error:
+            raise self._lost(error) from None
+        self.code_is_recorded = True
+
+    def _lost(self, error: BaseException, letters: Sequence[Letter] = ()) -> CannotTell:
+        look = (
+            f"; look at `consumer dlq show {letters[0].number}`: of letters {_range(letters)} all are settled, or none"
+            if letters
+            else ""
+        )
+        return CannotTell(f"{where(self.settings.dsn)}: {str(error) or type(error).__name__}{look}")
+
+    async def _run(self, letters: Sequence[Letter]) -> AsyncIterator[Done]:
+        """Bring letters to their end as a worker does, whatever parts that takes. Leaves the rest when it is to stop."""
+        if not self.code_is_recorded:
+            await self._record_code()
+        by_delivery: dict[Delivery, Letter] = {}
+        for each, delivery in await self._deliveries(letters):
+            if isinstance(delivery, Delivery):
+                by_delivery[delivery] = each
+            else:
+                yield Done(each.number, *delivery, each.behind)
+        watched = [each for each in by_delivery if not each.handler.idempotent]
+        for delivery, error in await once.observe(watched, random.random):
+            delivery.outcome, delivery.attempts = once.verdict(delivery, error, random.random)
+        parts: list[once.Part] = [(each, False, 0) for each in reversed(list(_batches(by_delivery)))]
+        while parts and not self.stopping():
+            part, careful, failures = parts.pop()
+            found = {each: by_delivery[each] for each in part.deliveries}
+            self.session.start(found)
+            try:
+                settled = await once.apply(
+                    self.session,
+                    self.names,
+                    _NOBODY_WAITS,
+                    part,
+                    careful=careful,
+                    draw=random.random,
+                    step=lambda _: None,
+                )
+            except NotOurs as error:
+                for each, (what, text) in error.letters.items():
+                    if not (each.behind and what == "behind"):
+                        yield Done(each.number, what, text, each.behind)
+                rest = [each for each, letter in found.items() if letter not in error.letters]
+                parts += [(Batch(rest, {}, {}), careful, failures)] if rest else []
+            except once.Isolate as isolate:
+                parts += once.smaller(part, careful, isolate.__cause__, random.random)
+            except Conflict as error:
+                parts += once.again(part, careful, failures + 1, random.random, error)
+                await asyncio.sleep(0.005 * 3.0**failures)
+            except (Outage, OSError) as error:
+                await self._reconnect(error, list(found.values()))
+                parts += once.again(part, careful, failures + 1, random.random, error)
+            else:
+                again = [each for each in part.deliveries if settled.outcomes.get(each) is once.LEFT]
+                parts += [(Batch(again, {}, {}), careful, 0)] if again else []
+                for done in await self._told(found, settled):
+                    yield done
+
+    async def _told(self, found: Mapping[Delivery, Letter], settled: once.Settlement) -> list[Done]:
+        """What became of the letters of a transaction. Postponed ones changed nothing, and are recorded here."""
+        postponed = []
+        results = []
+        for delivery, letter in found.items():
+            outcome = settled.outcomes.get(delivery, delivery.outcome)
+            if outcome in _AGAIN or letter.outcome == "behind":
+                continue
+            if letter.is_postponed:
+                why = settled.errors.get(delivery)
+                reason = once.text_of(why) if why is not None else str(getattr(outcome, "error", ""))
+                letter.text = f"its handler cannot run it now, and nothing was changed ({reason[:200]})"
+                postponed.append((letter, None))
+            results.append(Done(letter.number, letter.outcome, letter.text, letter.behind))
+        try:
+            await self.session.act(postponed)
+        except Exception as error:
+            raise self._lost(error) from None
+        return results
+
+    async def _reconnect(self, error: BaseException, letters: Sequence[Letter]) -> None:
+        """Open another connection to the same database. Raises CannotTell when it does not answer, or is another one."""
+        before, self.session = self.session, self.session
+        before.close()
+        try:
+            session = await _session(self.settings, self.operator)
+        except (Outage, Misconfigured, OSError):
+            raise self._lost(error, letters) from None
+        if session.epoch != before.epoch:
+            session.close()
+            raise self._lost(error, letters) from None
+        session.may_be_applied = before.may_be_applied
+        self.session = session
+
+    # -- letters as deliveries --------------------------------------------------------------------------------------
+
+    async def _deliveries(self, letters: Sequence[Letter]) -> list[tuple[Letter, Delivery | tuple[str, str]]]:
+        """Each letter as its handler gets it, or why it cannot. Read without a lock: what is decided on is read again."""
+        rows = (
+            {row["dead_letter"]: row for row in await self._fetch(_LETTERS, [each.number for each in letters])}
+            if letters
+            else {}
+        )
+        return [(each, self._delivery(each, rows.get(each.number))) for each in letters]
+
+    def _delivery(self, letter: Letter, row: Any) -> Delivery | tuple[str, str]:
+        if row is None:
+            return "gone", "there is no such letter any more"
+        handler = self.handlers.get(row["handler_name"])
+        if handler is None:
+            return "no_handler", f"{self.app.name!r} has no handler {row['handler_name']!r} any more"
+        edit = letter.edit
+        if parts := _altered(row, edit):
+            return (
+                "altered",
+                f"{' and '.join(parts)} not as its message had it; {_mend(letter.number, parts)}",
+            )
+        names = [name.decode("utf-8", "surrogateescape") for name in row["header_keys"]]
+        record = LogRecord(
+            topic=row["topic"],
+            partition=row["partition"],
+            # A new intent is of no record in the log: its row of the ledger names the letter instead.
+            offset=row["offset"] if edit is None or edit.new_id is None else -letter.number,
+            timestamp=row["timestamp"],
+            key=row["key"],
+            value=row["value"] if edit is None else edit.value,
+            headers=tuple(zip(names, row["header_values"], strict=True)),
+            fault="a header key that is not UTF-8" if any(not _is_text(name) for name in names) else "",
+        )
+        delivery = Delivery(handler, record)
+        delivery.attempts = row["attempts"]
+        by_offset = bool(once.identify([delivery])) or isinstance(handler.rule, OffsetId)
+        if edit is not None and edit.new_id is not None:
+            letter.other_id, delivery.id, delivery.outcome = True, edit.new_id, None
+        elif (
+            delivery.outcome is None and not by_offset and row["reason"] in _STAND_IN and delivery.id != row["id"].bytes
+        ):
+            letter.other_id = True  # its id can be told now
+        else:
+            delivery.id, delivery.fingerprint = row["id"].bytes, row["fingerprint"]
+        return delivery
+
+
+async def _session(settings: Settings, operator: str) -> LetterSession:
+    session = await LetterSession.open(settings)
+    assert isinstance(session, LetterSession)
+    session.owns_positions = False
+    session.operator = operator
+    session.topics = dict(await session.connection.fetch("select name, topic from consumer.topics"))
+    return session
+
+
+def _batches(deliveries: Iterable[Delivery]) -> Iterator[Batch]:
+    """Batches in which no id comes twice: one letter must not count as a duplicate of another that may fail."""
+    some: list[Delivery] = []
+    seen: set[tuple[int, bytes]] = set()
+    for each in deliveries:
+        key = (each.handler.number, each.id)
+        if key in seen:
+            yield Batch(some, {}, {})
+            some, seen = [], set()
+        some.append(each)
+        seen.add(key)
+    if some:
+        yield Batch(some, {}, {})
+
+
+def _altered(row: Any, edit: Edit | None) -> list[str]:
+    """The parts of a letter that were changed where they are kept, and that would be applied."""
+    return [part for part in altered(row) or () if part == REST or edit is None]
+
+
+def _mend(number: int, parts: Sequence[str]) -> str:
+    if VALUE in parts and REST not in parts:
+        return f"give the right one: `consumer dlq retry APP {number} --value FILE --same-id`, or discard it"
+    return "discard it, and produce the message again"
+
+
+def _freed(letters: Iterable[Letter]) -> list[Chain]:
+    """The chains whose next letters may run now. One whose last letter of a transaction failed is not among them."""
+    free: dict[Chain, bool] = {}
+    for each in letters:
+        if each.row is not None and each.row["chain"] is not None:
+            free[each.row["handler"], each.row["chain"]] = each.goes_on
+    return [chain for chain, goes_on in free.items() if goes_on]
+
+
+def _range(letters: Sequence[Letter]) -> str:
+    numbers = [each.number for each in letters]
+    return str(numbers[0]) if len(numbers) == 1 else f"{min(numbers)} to {max(numbers)}"
+
+
+def edit_of(number: int, value: bytes | None, new_id: str | None) -> Edit:
+    """An edit; new_id "auto" is made of the letter's number, so that the same command means the same intent."""
+    if new_id is None:
+        return Edit(value)
+    return Edit(value, edit_id(number) if new_id == "auto" else message_id(new_id.encode("utf-8", "surrogateescape")))
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

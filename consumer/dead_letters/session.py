@@ -1,0 +1,372 @@
+"""One transaction over dead letters: locked, run by `once.apply`, and recorded in the transaction that settles them.
+
+Knows letters, their chains and their rows of the ledger; knows no terminal and no Kafka.
+
+**Invariant.** Ledger, letter and chain change only for letters that end as applied, duplicate, dead or discarded. Every other
+outcome (postponed, waiting, taken, unsure) takes the claim back in the way it was made: a dead row that was turned into an applied one
+becomes dead again, a row that was inserted is deleted. A failed edit does the same, since the letter keeps its own bytes.
+
+**Two operators at once.** The transaction begins by locking the rows of the letters' chains, and then the letters (SKIP LOCKED: those
+that another operator has locked are left to them). State, reason and fingerprint are read under these locks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from consumer.core.dead_letters import Fate, State, fate, group_of
+from consumer.core.errors import ConsumerError
+from consumer.core.ordering import Delivery, Move
+from consumer.core.outcome import Dead, Outcome, Parked, Reason
+from consumer.core.sqlstate import Meaning
+from consumer.postgres.dead_letters import storable
+from consumer.postgres.ledger import Conflict, Outage, Session, Standing, meaning_of
+
+_LOCK_CHAINS = """
+select true from consumer.held h where (h.handler, h.chain) in
+       (select d.handler, d.chain from consumer.dead_letters d where d.dead_letter = any($1))
+order by h.handler, h.chain for update of h
+"""
+_LOCK = """
+select d.dead_letter, d.state, d.chain, d.handler, d.id, d.fingerprint, d.topic, d.partition, d."offset", d.reason, d.error,
+       d.attempts, d.kind, d.error_group, h.name as handler_name
+from consumer.dead_letters d join consumer.handlers h using (handler)
+where d.dead_letter = any($1) order by d.dead_letter for no key update of d skip locked
+"""
+# Of each chain, the first letter that is not in this transaction: those after it must wait.
+_OTHERS = """
+with part as materialized (select unnest($1::int8[]) as dead_letter),
+chains as (select distinct d.handler, d.chain from consumer.dead_letters d join part using (dead_letter) where d.chain is not null)
+select c.handler, c.chain, f."offset", f.dead_letter from chains c cross join lateral (
+    select e."offset", e.dead_letter from consumer.dead_letters e where e.handler = c.handler and e.chain = c.chain
+       and e.dead_letter not in (select p.dead_letter from part p)   -- hashed once, where NOT EXISTS scans part for each
+    order by e."offset", e.dead_letter limit 1) f
+"""
+_REVIVE = """
+update consumer.ledger l set applied_at = now() from unnest($1::int2[], $2::uuid[], $3::int8[]) as o(handler, id, fingerprint)
+where l.handler = o.handler and l.id = o.id and l.fingerprint = o.fingerprint and l.applied_at is null
+returning l.handler, l.id
+"""
+_LAY_BACK = """
+update consumer.ledger l set applied_at = null from unnest($1::int2[], $2::uuid[]) as o(handler, id)
+where l.handler = o.handler and l.id = o.id
+"""
+_UPDATE = """
+update consumer.dead_letters d set state = n.state, chain = case when n.stays then d.chain end, reason = n.reason,
+       error = n.error, attempts = n.attempts, kind = n.kind, error_group = n.error_group
+from unnest($1::int8[], $2::text[], $3::bool[], $4::text[], $5::text[], $6::int4[], $7::text[], $8::text[])
+     as n(dead_letter, state, stays, reason, error, attempts, kind, error_group)
+where d.dead_letter = n.dead_letter
+"""
+_RELEASE = """
+delete from consumer.held h using unnest($1::int2[], $2::uuid[]) as o(handler, chain)
+where (h.handler, h.chain) = (o.handler, o.chain)
+  and not exists (select from consumer.dead_letters d where (d.handler, d.chain) = (h.handler, h.chain))
+returning h.handler, h.chain
+"""
+_DROP_STAND_INS = """
+delete from consumer.ledger l using unnest($1::int2[], $2::uuid[]) as o(handler, id)
+where l.handler = o.handler and l.id = o.id and l.applied_at is null
+"""
+_ACTIONS = """
+insert into consumer.letter_actions (dead_letter, operator, what, outcome, note, new_id, new_value)
+select * from unnest($1::int8[], $2::text[], $3::text[], $4::text[], $5::text[], $6::uuid[], $7::bytea[])
+"""
+_PUBLISH = "insert into consumer.letters_to_publish (dead_letter) select unnest($1::int8[]) on conflict do nothing"
+
+UNSURE = "it may have been applied already: the ledger no longer remembers its time"
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """Another payload for one letter. new_id: it is another intent, under this id; None: the same one."""
+
+    value: bytes | None
+    new_id: bytes | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Letter:
+    """One letter on its way through transactions. The fields from `row` on belong to the transaction that runs."""
+
+    number: int
+    what: str = "retry"  # retry, edit, discard
+    why: str = ""
+    edit: Edit | None = None
+    behind: bool = False  # not asked for: it waits behind one that was settled
+    other_id: bool = False  # claimed under an id that is not the letter's own
+    row: Any = None  # as it was locked
+    is_revived: bool = False  # its dead row of the ledger was turned into an applied one
+    is_claimed: bool = False  # a row was inserted for it
+    lost: Standing | None = None  # what stood in the ledger instead
+    is_postponed: bool = False
+    verdict: Dead | None = None
+    attempts: int | None = None
+    outcome: str = ""
+    text: str = ""
+    goes_on: bool = False  # whether those behind it may run
+
+    def begin(self, row: Any) -> None:
+        """Forget what an earlier transaction did, which was undone or came to nothing."""
+        self.row, self.verdict, self.attempts, self.lost = row, None, None, None
+        self.is_revived = self.is_claimed = self.is_postponed = self.goes_on = False
+        self.outcome = self.text = ""
+
+
+class NotOurs(ConsumerError):
+    """Some letters are not to be settled here and now: each with why (taken, settled, behind, gone) and a text."""
+
+    def __init__(self, letters: Mapping[Letter, tuple[str, str]]) -> None:
+        super().__init__("; ".join(text for _, text in letters.values()))
+        self.letters = letters
+
+
+class LetterSession(Session):
+    """A Session whose messages are letters: locked, revived instead of claimed, and recorded instead of buried.
+
+    Call `start` before each transaction.
+    """
+
+    operator: str = ""
+    may_be_applied: bool = False  # the operator has said to run letters whose messages may have been applied
+    topics: Mapping[str, int] = {}
+
+    def start(self, letters: Mapping[Delivery, Letter]) -> None:
+        """Name the letters of the next transaction."""
+        self._letters = dict(letters)
+        self._begun = False
+        self._who: Delivery | None = None
+
+    async def begin(self) -> None:
+        if self._begun:  # the claim has found that the ledger turned, and undone what was revived before
+            raise Conflict("the ledger turned")
+        self._begun = True
+        await super().begin()
+        await self._lock(list(self._letters.values()))
+
+    async def _lock(self, letters: Sequence[Letter]) -> None:
+        """Lock chains and letters. Raises NotOurs for those that are not to be settled now."""
+        numbers = [each.number for each in letters]
+        await self.connection.fetch(_LOCK_CHAINS, numbers)
+        rows = {row["dead_letter"]: row for row in await self.connection.fetch(_LOCK, numbers)}
+        others = {(row[0], row[1]): (row[2], row[3]) for row in await self.connection.fetch(_OTHERS, numbers)}
+        refused: dict[Letter, tuple[str, str]] = {}
+        for each in letters:
+            row = rows.get(each.number)
+            if row is None:
+                refused[each] = ("taken", "another operator has locked it")
+                continue
+            each.begin(row)
+            other = others.get((row["handler"], row["chain"]))
+            if row["state"] not in (State.DEAD, State.WAITING):
+                refused[each] = ("settled", f"it is {row['state']} already: see `consumer dlq show {each.number}`")
+            elif each.what == "discard":
+                continue
+            elif other is not None and other < (row["offset"], each.number):
+                refused[each] = ("behind", "it waits behind another letter of its key")
+            elif row["reason"] == Reason.TOO_OLD and not self.may_be_applied:
+                refused[each] = ("unsure", UNSURE)
+        if refused:
+            raise NotOurs(refused)
+
+    async def claim(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, Standing]:
+        letters = self._letters
+        own = {
+            (letters[each].row["handler"], letters[each].row["id"]): each
+            for each in deliveries
+            if not letters[each].other_id
+        }
+        prints = [letters[each].row["fingerprint"] for each in own.values()]
+        keys = [[key[0] for key in own], [key[1] for key in own]]
+        if own:
+            for row in await self.connection.fetch(_REVIVE, *keys, prints):
+                letters[own[row[0], row[1]]].is_revived = True
+        # Ids of their own, and those whose row went with its generation of the ledger: claimed like any other.
+        rest = [each for each in deliveries if not letters[each].is_revived]
+        lost = await super().claim(rest, topics) if rest else {}
+        for each in rest:
+            letters[each].lost = lost.get(each)
+            letters[each].is_claimed = each not in lost
+        return lost
+
+    async def too_old(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        """Those whose won claim proves nothing. A dead row that was there is proof that its message was not applied."""
+        if self.may_be_applied:
+            return []
+        letters = [(each, self._letters[each]) for each in deliveries]
+        return await super().too_old(
+            [
+                each
+                for each, of in letters
+                if not (of.is_revived or (of.edit is not None and of.edit.new_id is not None))
+            ]
+        )
+
+    async def unclaim(self, deliveries: Sequence[Delivery]) -> None:
+        for each in deliveries:
+            self._letters[each].is_postponed = True
+        await self._lay_back(deliveries)
+
+    async def bury(
+        self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
+    ) -> None:
+        for each, verdict in dead.items():
+            letter = self._letters[each]
+            letter.verdict, letter.attempts = verdict, attempts.get(each, each.attempts)
+        await self._lay_back(claimed)
+
+    async def _lay_back(self, deliveries: Sequence[Delivery]) -> None:
+        """Take claims back in the way they were made."""
+        revived = [self._letters[each].row for each in deliveries if self._letters[each].is_revived]
+        if revived:
+            await self.connection.execute(
+                _LAY_BACK, [row["handler"] for row in revived], [row["id"] for row in revived]
+            )
+        if claimed := [each for each in deliveries if self._letters[each].is_claimed]:
+            await super().unclaim(claimed)
+
+    async def note_attempts(self, tried: Any, settled: Any) -> None:
+        """Do nothing: the attempts of a letter are in its own row."""
+
+    async def close_batch(
+        self, app: str, moves: Sequence[Move], counts: Mapping[tuple[int, int, int, str], int]
+    ) -> None:
+        """Record what became of the letters, in the transaction that made it so."""
+        totals = {key: n for key, n in counts.items() if key[3] in ("skipped", "kept")}
+        updates: list[tuple[Any, ...]] = []
+        acted: list[tuple[Letter, bytes | None]] = []
+        publish, released, stand_ins = [], [], []
+        for delivery, letter in self._letters.items():
+            letter.is_postponed = letter.is_postponed or isinstance(delivery.outcome, Parked)
+            letter.outcome, letter.text = told(letter)
+            if letter.is_postponed or not (after := _fate(letter)):
+                if letter.outcome in ("unsure", "other_letter"):
+                    acted.append((letter, None))
+                continue
+            row, new_id = letter.row, letter.edit.new_id if letter.edit is not None else None
+            if new_id is not None and after.state is State.APPLIED:
+                after = after._replace(state=State.DISCARDED)
+            acted.append((letter, new_id if after.state is State.DISCARDED else None))
+            if letter.edit is not None and after.state is State.DEAD:
+                continue  # the edit was no good: the letter is as it was
+            updates.append(_updated(letter, after))
+            letter.goes_on = after.goes_on
+            if row["state"] == State.WAITING and after.state is State.DEAD:
+                publish.append(letter.number)
+            if row["chain"] is not None and not after.stays:
+                released.append((row["handler"], row["chain"]))
+            if after.state is State.APPLIED:
+                if letter.other_id and letter.edit is None:
+                    stand_ins.append((row["handler"], row["id"]))
+                # A letter was counted when it died; now its message is applied, or something else.
+                place = (row["handler"], self.topics.get(row["topic"], -1), row["partition"])
+                totals[*place, "dead_lettered"] = totals.get((*place, "dead_lettered"), 0) - 1
+                if letter.outcome == "duplicate":
+                    totals[*place, "duplicate:ledger"] = totals.get((*place, "duplicate:ledger"), 0) + 1
+        if updates:
+            await self.connection.execute(_UPDATE, *map(list, zip(*updates, strict=True)))
+        await self.act(acted)
+        if publish and self._settings.dead_letter_topic is not None:
+            await self.connection.execute(_PUBLISH, publish)
+        for sql, keys in ((_RELEASE, released), (_DROP_STAND_INS, stand_ins)):
+            if keys:
+                await self.connection.execute(sql, [key[0] for key in keys], [key[1] for key in keys])
+        await super().close_batch(app, (), totals)
+
+    async def act(self, letters: Sequence[tuple[Letter, bytes | None]]) -> None:
+        """Add what was done to letters to the record, with the id of those that became another intent."""
+        rows = [
+            (
+                each.number,
+                storable(self.operator),
+                each.what,
+                each.outcome,
+                storable(each.text),
+                UUID(bytes=new_id) if new_id is not None else None,
+                each.edit.value if each.edit is not None else None,
+            )
+            for each, new_id in letters
+        ]
+        if rows:
+            await self.connection.execute(_ACTIONS, *map(list, zip(*rows, strict=True)))
+
+    async def discard(self, letters: Sequence[Letter]) -> list[tuple[int, UUID]]:
+        """Settle letters without running anything, in one transaction. Returns their chains in which others wait.
+
+        Raises NotOurs, Conflict and Outage.
+        """
+        try:
+            await super().begin()
+            await self._lock(letters)
+            after = Fate(State.DISCARDED, stays=False, goes_on=True)
+            for each in letters:
+                each.outcome, each.text = "discarded", each.why
+            await self.connection.execute(
+                _UPDATE, *map(list, zip(*[_updated(each, after) for each in letters], strict=True))
+            )
+            await self.act([(each, None) for each in letters])
+            rows = [each.row for each in letters if each.row["chain"] is not None]
+            chains = dict.fromkeys((row["handler"], row["chain"]) for row in rows)
+            for row in await self.connection.fetch(
+                _RELEASE, [each[0] for each in chains], [each[1] for each in chains]
+            ):
+                chains.pop((row[0], row[1]), None)
+            await self.commit()
+            return list(chains)
+        except (NotOurs, Conflict, Outage):
+            await self.rollback()
+            raise
+        except Exception as error:
+            await self.rollback()
+            if not self.is_usable or meaning_of(error) is Meaning.OUTAGE:
+                raise Outage(str(error)) from error
+            if meaning_of(error) is Meaning.CONFLICT:
+                raise Conflict(str(error)) from error
+            raise
+        except BaseException:
+            self.close()
+            raise
+
+
+def _fate(letter: Letter) -> Fate | None:
+    """What an attempt makes of a letter; None: it stays as it is."""
+    if letter.outcome in ("unsure", "other_letter", "behind"):
+        return None
+    outcome: Outcome | None = letter.verdict
+    return fate(outcome)
+
+
+def told(letter: Letter) -> tuple[str, str]:
+    """Outcome and text of an attempt."""
+    if letter.is_postponed:
+        return "postponed", "its handler cannot run it now; nothing was changed"
+    if letter.verdict is not None:
+        if letter.verdict.reason is Reason.TOO_OLD:
+            return "unsure", UNSURE
+        if letter.verdict.reason is Reason.BEHIND:
+            return "behind", "it waits behind another letter of its key"
+        return letter.verdict.reason.value, letter.verdict.error
+    if letter.lost is not None:
+        if letter.lost.dead:
+            return (
+                "other_letter",
+                "another dead letter has its id, and is not applied: retry that one; see `consumer show`",
+            )
+        return "duplicate", "its id was applied otherwise"
+    return "applied", letter.why
+
+
+def _updated(letter: Letter, after: Fate) -> tuple[Any, ...]:
+    """The new row of a letter, as _UPDATE takes it."""
+    row, verdict = letter.row, letter.verdict if letter.edit is None else None
+    reason, error, kind, group = row["reason"], row["error"], row["kind"], row["error_group"]
+    if verdict is not None:
+        # One under a stand-in keeps its reason: it says that its own id is still to be told, also after a change of the code.
+        reason = reason if letter.other_id else verdict.reason.value
+        error, kind = storable(verdict.error), storable(verdict.kind)
+        group = group_of(row["handler_name"], reason, kind, error)
+    attempts = row["attempts"] if letter.attempts is None else letter.attempts
+    return letter.number, after.state.value, after.stays, reason, error, attempts, kind, group

@@ -1,0 +1,1 @@
+"""Deferred writes: which of them may share one statement, and how they are sent. Imports core and logs."""

@@ -1,0 +1,179 @@
+"""Deferred writes of one connection: sent as arrays or as sums where that leaves what one execution each would leave.
+
+deferred_writes/grammar.py reads a statement, deferred_writes/catalog.py judges it by the table behind it; this asks PostgreSQL, once a connection
+and minute, and prepares the text for many rows. Limitations: a change of the schema by another session (a trigger, a rule, a
+child table) may be passed over for up to a minute; one by a handler's own statement is seen at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from consumer.core.identifiers import ident
+from consumer.deferred_writes.catalog import FACTS, Plan, Why, barrier, judge, question
+from consumer.deferred_writes.grammar import shape_of
+from consumer.deferred_writes.rounds import ROWS_MIN, rounds, sums
+from consumer.logs import event, log
+
+_LOOKED_SECONDS = 60.0
+_TEXTS_MAX = 500  # statements remembered on a connection
+_TOGETHER_MAX = 64  # different statements of one flush that are looked at
+
+# Constraints that are checked at COMMIT, of the schemas that this role may name.
+_DEFERRED = """
+select distinct n.nspname, c.conname from pg_constraint c join pg_namespace n on n.oid = c.connamespace
+where c.condeferred and has_schema_privilege(n.oid, 'usage') and not pg_is_other_temp_schema(n.oid) order by 1, 2
+"""
+
+ungrouped: Counter[Why] = (
+    Counter()
+)  # executions of deferred writes that were not grouped or sent as arrays, by the reason
+_logged: set[tuple[str, Why]] = set()
+
+
+class _Known(NamedTuple):
+    """What is known of a statement: its plan, or why it is a barrier, and its text for many rows."""
+
+    plan: Plan | None
+    why: Why | None
+    text: str = ""
+
+
+class Columns:
+    """What one connection knows about statements that it was given.
+
+    looks: the connection to ask with, if not the one to send with. arrays: whether many executions may become one.
+    altered: whether a statement on this connection may have changed the schema since the transaction began.
+    """
+
+    def __init__(self, connection: Any, *, looks: Any = None, arrays: bool = True) -> None:
+        self._connection = connection
+        self._looks = connection if looks is None else looks
+        self._arrays = arrays
+        self._known: dict[str, _Known] = {}
+        self._looked = time.monotonic()
+        self._deferred: Sequence[str] | None = None
+        self.altered = False
+
+    def forget(self) -> None:
+        """Look at every table again: the schema may have changed."""
+        self._known.clear()
+        self._deferred = None
+
+    async def plans(self, statements: Mapping[str, Sequence[object]]) -> dict[str, Plan | None]:
+        """What each of the statements touches; None for a barrier. statements: with their executions."""
+        if len(statements) > _TOGETHER_MAX:
+            ungrouped[Why.MANY] += sum(map(len, statements.values()))
+            return dict.fromkeys(statements)
+        found: dict[str, Plan | None] = {}
+        for sql, executions in statements.items():
+            known = await self._look(sql)
+            found[sql] = known.plan
+            if known.plan is None:
+                self._count(sql, known.why, len(executions), barrier=True)
+        return found
+
+    async def deferred_constraints(self) -> Sequence[str]:
+        """The constraints of this database that are checked at COMMIT, as SQL names them."""
+        self._expire()
+        if self._deferred is None:
+            found = await self._looks.fetch(_DEFERRED)
+            self._deferred = [f"{ident(schema)}.{ident(name)}" for schema, name in found]
+        return self._deferred
+
+    async def send(self, sql: str, arguments: Sequence[Sequence[Any]]) -> None:
+        """Run a statement for each of the arguments, in as few executions as leave the same. Raises what the database says."""
+        if len(arguments) == 1:
+            await self._connection.execute(sql, *arguments[0])
+            return
+        if len(arguments) >= ROWS_MIN:
+            known = await self._look(sql)
+            plan = known.plan
+            if plan is not None and plan.sums and (found := sums(arguments, plan.shape, plan.types)) is not None:
+                summed, arguments = found
+                if summed:
+                    await self._run(known, summed)
+                if not arguments:
+                    return
+            if plan is not None and plan.rows:
+                parts = rounds(arguments, plan.shape, plan.types)
+                # Many uses of few keys make many rounds of few rows, which are no cheaper than the rows.
+                if parts is not None and len(parts) * 2 <= len(arguments):
+                    for rows in parts:
+                        await self._run(known, rows)
+                    return
+            if plan is not None:
+                self._count(sql, plan.why, len(arguments), barrier=False)
+        if not any(arguments):  # no parameters: it may be several commands, which cannot be prepared
+            for _ in arguments:
+                await self._connection.execute(sql)
+            return
+        await self._connection.executemany(sql, arguments)
+
+    async def _run(self, known: _Known, rows: Sequence[Sequence[Any]]) -> None:
+        await self._connection.execute(known.text, *zip(*rows, strict=True))
+
+    def _count(self, sql: str, why: Why | None, executions: int, *, barrier: bool) -> None:
+        """Count what was not grouped or not sent as arrays, and log each statement once with the reason."""
+        if why is None or not self._arrays:
+            return
+        ungrouped[why] += executions
+        if log.isEnabledFor(logging.DEBUG) and len(_logged) < _TEXTS_MAX:
+            text = without_literals(sql)
+            if (text, why) not in _logged:
+                _logged.add((text, why))
+                how = "in message order" if barrier else "grouped, not as arrays"
+                event(logging.DEBUG, "deferred statement not batched", statement=text, sent=how, reason=why.value)
+
+    def _expire(self) -> None:
+        if time.monotonic() - self._looked > _LOOKED_SECONDS or len(self._known) >= _TEXTS_MAX:
+            self.forget()
+            self._looked = time.monotonic()
+
+    async def _look(self, sql: str) -> _Known:
+        self._expire()
+        known = self._known.get(sql)
+        if known is None:
+            known = self._known[sql] = await self._judged(sql)
+        return known
+
+    async def _judged(self, sql: str) -> _Known:
+        """The plan of a statement, and its text for many rows if table and types are such that it leaves the same."""
+        shape = shape_of(sql)
+        if shape is None:
+            return _Known(None, Why.GRAMMAR)
+        # It may fail where an earlier statement would have made it work, or where it is never sent: then it is a barrier.
+        known = _Known(None, Why.PREPARE)
+        await self._looks.execute("savepoint consumer_columns")
+        try:
+            facts = await self._looks.fetchrow(FACTS, *question(shape))
+            if (why := barrier(facts, shape)) is not None:
+                known = _Known(None, why)
+            else:
+                prepared = await self._looks.prepare(sql, name="")
+                plan = judge(facts, shape, [(each.schema, each.name) for each in prepared.get_parameters()])
+                known = _Known(replace(plan, rows=False, sums=False, why=plan.why or Why.ROWS), None)
+                if plan.rows and self._arrays:
+                    text = shape.text(plan.types)
+                    await self._looks.prepare(text, name="")
+                    known = _Known(plan, None, text)
+        except Exception:
+            if self._looks.is_closed():
+                raise
+        # Also after a success: the locks of the look would stay, and a rebuild judges statements by their locks.
+        await self._looks.execute("rollback to savepoint consumer_columns; release savepoint consumer_columns")
+        return known
+
+
+_LITERAL = re.compile(r"'(?:[^']|'')*'|\$(\w*)\$.*?\$\1\$|(?<![\w$])[0-9][0-9.]*", re.DOTALL)
+
+
+def without_literals(sql: str) -> str:
+    """The text of a statement in one line, without the values in it."""
+    return " ".join(_LITERAL.sub("…", sql).split())[:200]

@@ -1,0 +1,245 @@
+"""Keeps with the ledger which code each handler had and when, so that a difference may be put down to another code.
+
+A fingerprint covers the options that decide what a message is, the source of the function and of what it wraps, and the
+functions, classes and plain constants of the application's own package that it reaches by name, with the payload's type.
+Written when a worker starts and every few minutes while it runs. Limitations: objects (clients, settings that are read
+later), dictionaries and lists, other packages, and functions of the database; `version=` of a handler replaces all of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import sys
+import typing
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from hashlib import blake2b
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+from consumer.app import App
+from consumer.core import fingerprint
+from consumer.core.handler import Handler
+from consumer.core.identity import CallableId, rule_text
+from consumer.handler_records.source_text import (
+    Stretch,
+    Versions,
+    bytecode_text,
+    constant_text,
+    function_text,
+    names_used,
+    type_text,
+)
+
+RENEW_SECONDS = 180.0
+_PARTS_MAX = 2000  # functions, classes and constants that one handler reaches
+
+_RECORD = """
+insert into consumer.handler_code as c (handler, code, id_code)
+select h.handler, w.code, w.id_code from unnest($2::text[], $3::text[], $4::text[]) as w(name, code, id_code)
+join consumer.handlers h on h.app = $1 and h.name = w.name
+order by h.handler
+on conflict (handler, code, id_code) do update set last_seen = greatest(c.last_seen, now())
+"""
+# Handlers that the App no longer has, whose effects are in the tables all the same.
+_GONE = """
+select h.name from consumer.handlers h
+where h.app = $1 and not h.name = any($2::text[]) and exists (
+    select from consumer.ledger l join consumer.topics t using (topic)
+    where l.handler = h.handler and t.name = any($3::text[]) and l.applied_at is not null)
+order by h.name
+"""
+_LOOK = """
+select h.name, c.code, c.id_code, (extract(epoch from c.first_seen) * 1000000)::int8,
+       (extract(epoch from c.last_seen) * 1000000)::int8
+from consumer.handler_code c join consumer.handlers h using (handler) where h.app = $1 order by c.first_seen
+"""
+
+
+class Codes(NamedTuple):
+    """Fingerprints of a handler: of all its code, and of the function of message_id= alone ('' where it is none)."""
+
+    code: str
+    id_code: str
+
+
+class Recorded(NamedTuple):
+    """What the ledger knows of the codes of an App's handlers, by name: of all their code, and of message_id= alone."""
+
+    code: Mapping[str, Versions]
+    id_code: Mapping[str, Versions]
+
+
+def codes_of(handler: Handler) -> Codes:
+    """The fingerprints of a handler."""
+    id_code = ""
+    if isinstance(handler.rule, CallableId):
+        id_code = (
+            f"version:{handler.version}" if handler.version else _hash(_Walk(handler).texts(handler.rule.function))
+        )
+    if handler.version is not None:
+        return Codes(f"version:{handler.version}", id_code)
+    options = f"{handler.order} {handler.concurrency} {handler.batch} {handler.allow_nan} {rule_text(handler.rule)}"
+    compared = handler.fingerprint
+    kind = "bytes" if compared is fingerprint.BYTES else "nothing" if compared is fingerprint.NOTHING else "a function"
+    roots = [handler.function, handler.value_type, compared.of_value, id_code]
+    return Codes(_hash([options, kind, *_Walk(handler).texts(*roots)]), id_code)
+
+
+async def record(connection: Any, app: App) -> None:
+    """Record that the App's code runs now. Its handlers must be registered."""
+    kept = [each for each in app.handlers.values() if each.idempotent]
+    codes = [codes_at_start(each) for each in kept]
+    names = [each.name for each in kept]
+    await connection.execute(_RECORD, app.name, names, [each.code for each in codes], [each.id_code for each in codes])
+
+
+async def look(connection: Any, app: App) -> Recorded:
+    """What is recorded, beside the App's own code."""
+    rows = await connection.fetch(_LOOK, app.name)
+    code: dict[str, Versions] = {}
+    id_code: dict[str, Versions] = {}
+    for handler in app.handlers.values():
+        own = [row for row in rows if row[0] == handler.name]
+        now = codes_at_start(handler)
+        code[handler.name] = _versions(own, 1, now.code)
+        id_code[handler.name] = _versions(own, 2, now.id_code)
+    return Recorded(code, id_code)
+
+
+async def gone(connection: Any, app: App, topics: Iterable[str]) -> list[str]:
+    """Handlers that have applied messages of the topics, and are not in the App."""
+    return [row[0] for row in await connection.fetch(_GONE, app.name, list(app.handlers), sorted(topics))]
+
+
+def _versions(rows: list[Any], column: int, now: str) -> Versions:
+    others = tuple(Stretch(row[3], row[4]) for row in rows if row[column] not in ("", now))
+    since = min((row[3] for row in rows if row[column] == now), default=None)
+    return Versions(others, min((row[3] for row in rows), default=None), since)
+
+
+def since_text(versions: Versions) -> str:
+    """When the code that runs now was first seen, to go on after "today's code"."""
+    if versions.since is None:
+        return "which no worker has recorded"
+    at = datetime.fromtimestamp(versions.since / 1_000_000, UTC)
+    return f"which is recorded since {at.isoformat(timespec='seconds')}"
+
+
+def codes_at_start(handler: Handler) -> Codes:
+    """As `codes_of` was when it was first asked: what runs is what was imported, whatever the file says by now."""
+    if not handler.codes:
+        try:
+            handler.codes = codes_of(handler)
+        except Exception:  # an object that cannot be looked at must not stop a worker
+            handler.codes = Codes("unknown", "")
+    code, id_code = handler.codes
+    return Codes(code, id_code)
+
+
+def _hash(texts: list[str]) -> str:
+    return blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+class _Walk:
+    """The texts of what a handler reaches, in an order that depends on nothing but the code."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._own = getattr(inspect.unwrap(handler.function), "__module__", None) or ""
+        self._root = self._own.partition(".")[0]
+        self._seen: set[int] = set()
+        self._kept: list[Any] = []  # so that no id of a seen object is used again
+        self._todo: deque[tuple[str, Any]] = deque()
+
+    def texts(self, *roots: Any) -> list[str]:
+        """The texts of these and of everything of the application that they use."""
+        self._todo.extend(("", each) for each in roots)
+        found: list[str] = []
+        while self._todo and len(found) < _PARTS_MAX:
+            name, value = self._todo.popleft()
+            if (text := constant_text(value)) is not None:
+                found.append(f"{name}={text}")
+                continue
+            if id(value) in self._seen:
+                continue
+            self._seen.add(id(value))
+            self._kept.append(value)
+            found += [f"{name}={text}" for text in self._of(value)]
+        return found
+
+    def _is_ours(self, module: str | None) -> bool:
+        if module is None:
+            return False
+        root = module.partition(".")[0]
+        return module == self._own or (root == self._root and root != "consumer")
+
+    def _of(self, value: Any) -> Iterator[str]:
+        """The texts of one value; what it uses goes to the end of the queue."""
+        if isinstance(value, partial):
+            self._todo.extend([("", value.func), *(("", each) for each in value.args), *sorted(value.keywords.items())])
+            return
+        if isinstance(value, staticmethod | classmethod) or inspect.ismethod(value):
+            value = value.__func__
+        for inner in ("__wrapped__", "__supertype__"):  # statically: a proxy may make up any attribute
+            with suppress(AttributeError):
+                self._todo.append(("", inspect.getattr_static(value, inner)))
+        if isinstance(value, getattr(typing, "TypeAliasType", ())):  # type X = …, since Python 3.12
+            self._todo.append(("", getattr(value, "__value__", None)))
+        if isinstance(value, FunctionType):
+            if self._is_ours(value.__module__):
+                self._use(value)
+                yield _source(value) or bytecode_text(value.__code__, str(sys.implementation.cache_tag))
+        elif isinstance(value, type) and typing.get_origin(value) is None:
+            if self._is_ours(value.__module__):
+                yield from self._of_class(value)
+        elif typing.get_args(value):
+            self._todo.extend(("", each) for each in typing.get_args(value))
+        elif self._is_ours(type(value).__module__):
+            self._todo.append(("", type(value)))
+
+    def _of_class(self, value: type) -> Iterator[str]:
+        annotations: Mapping[str, Any] = {}
+        with suppress(Exception):
+            annotations = typing.get_type_hints(value, include_extras=True)
+        yield _source(value) or " ".join(f"{name}:{type_text(each)}" for name, each in annotations.items())
+        self._todo.extend(("", each) for each in (*value.__bases__, *annotations.values()))
+        for name, member in sorted(vars(value).items()):
+            inner = getattr(member, "__func__", getattr(member, "fget", member))
+            if isinstance(inner, FunctionType) and self._is_ours(inner.__module__):
+                self._use(inner)
+                if inner.__qualname__ != f"{value.__qualname__}.{name}":  # not in the source of the class
+                    self._todo.append((name, inner))
+
+    def _use(self, function: FunctionType) -> None:
+        """Queue what a function reaches by name: globals, attributes of the application's modules, and closures."""
+        names = sorted(names_used(function.__code__))
+        for name in names:
+            if name not in function.__globals__:
+                continue
+            value = function.__globals__[name]
+            if isinstance(value, ModuleType):
+                if self._is_ours(value.__name__):
+                    self._todo.extend((f"{name}.{each}", vars(value)[each]) for each in names if each in vars(value))
+            else:
+                self._todo.append((name, value))
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            with suppress(ValueError):  # has no value yet
+                self._todo.append((name, cell.cell_contents))
+        self._todo.extend(("", each) for each in function.__defaults__ or ())
+        self._todo.extend(sorted((function.__kwdefaults__ or {}).items()))
+
+
+def _source(value: FunctionType | type) -> str:
+    """The source of a function or class; empty where it is not known."""
+    try:
+        if isinstance(value, type):
+            return function_text(inspect.getsource(value))
+        # Not inspect.getsource, which gives the source of what a wrapper wraps, and looks at all modules.
+        lines = linecache.getlines(value.__code__.co_filename, value.__globals__)
+        return function_text("".join(inspect.getblock(lines[value.__code__.co_firstlineno - 1 :])))
+    except Exception:  # no file, a file that is another one by now, half a statement
+        return ""

@@ -1,0 +1,135 @@
+"""What `consumer status` and `consumer run` say of an App beside its partitions: what is missed, and by whom.
+
+Each notice has a kind, a sentence and the command that resolves it; the problems among them make the answer of `status` no.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
+
+from consumer.app import App
+from consumer.handler_records import id_rules
+from consumer.handler_records.coverage import Picture, look
+from consumer.handler_records.settled_ranges import Assessment, Gap
+from consumer.kafka.group import Group
+
+_PLACES_MAX = 5
+
+
+class Notice(NamedTuple):
+    """is_problem: somebody must act on it."""
+
+    kind: str
+    text: str
+    do: str
+    is_problem: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return {"kind": self.kind, "text": self.text, "do": self.do, "problem": self.is_problem}
+
+
+async def gather(
+    connection: Any, app: App, path: str, group: Group, missing_topics: Collection[str]
+) -> tuple[list[Notice], Assessment]:
+    """All notices of an App, and what its handlers have missed."""
+    picture = await look(connection, app.name)
+    found = picture.assess(app)
+    rules = await id_rules.look(connection, app)
+    notices = [
+        *_of_id_rules(rules, path),
+        *_of_handlers(found, app.name, path),
+        *_of_topics(picture, path, missing_topics),
+    ]
+    if group.strangers:
+        notices.append(
+            Notice(
+                "stranger",
+                f"the group {app.name!r} has members that are no workers of this App ({', '.join(group.strangers)}): the "
+                "messages of their partitions are not applied",
+                "give them another group id",
+                True,
+            )
+        )
+    return notices, found
+
+
+async def at_start(connection: Any, app: App, path: str) -> list[Notice]:
+    """What is to be said before workers begin."""
+    rules = await id_rules.look(connection, app)
+    return [
+        *_of_id_rules(rules, path),
+        *_of_handlers((await look(connection, app.name)).assess(app), app.name, path),
+    ]
+
+
+def gap_text(gaps: Collection[Gap]) -> str:
+    """Places and number of offsets."""
+    places = [f"{each.partition.topic}:{each.partition.partition} {each.first} to {each.past - 1}" for each in gaps]
+    more = f" and {len(places) - _PLACES_MAX} more" if len(places) > _PLACES_MAX else ""
+    return f"{sum(each.past - each.first for each in gaps):,} offsets ({', '.join(places[:_PLACES_MAX])}{more})"
+
+
+def filling(path: str, topics: Iterable[str], handler: str, renamed_from: Collection[str], app: str) -> str:
+    """The commands that end the gap of a handler; those that would apply messages twice are not offered first."""
+    new = (
+        f"consumer replay {path} {' '.join(topics)} --apply --handler {handler} fills it, "
+        f"consumer positions {path} --handler {handler} --begin-here leaves it"
+    )
+    if not renamed_from:
+        return new
+    renames = " or ".join(f"consumer migrate --rename-handler {app} {old} {handler}" for old in sorted(renamed_from))
+    return f"if it was renamed: {renames}, since --apply would apply its messages again; only if it is new: {new}"
+
+
+def _of_id_rules(rules: id_rules.IdRules, path: str) -> Iterable[Notice]:
+    for name, each in sorted(rules.changes.items()):
+        yield Notice("id_rule_changed", each.text, id_rules.accepting(path, name), True)
+
+
+def _of_handlers(found: Assessment, app: str, path: str) -> Iterable[Notice]:
+    for each in found.renames:
+        yield Notice(
+            "probable_rename",
+            f"handler {each.new!r} has not settled what {each.old!r}, of the same topic {each.topic}, has, which is no longer in "
+            "the App: if it was renamed, its messages would be applied again",
+            f"consumer migrate --rename-handler {app} {each.old} {each.new}",
+            True,
+        )
+    for name in sorted({each.handler for each in found.gaps}):
+        gaps = [each for each in found.gaps if each.handler == name]
+        topics = sorted({each.partition.topic for each in gaps})
+        old = {each.old for each in found.renames if each.new == name}
+        yield Notice(
+            "gap",
+            f"handler {name!r} has not settled {gap_text(gaps)}, which the application is past",
+            filling(path, topics, name, old, app),
+            True,
+        )
+    for name in found.absent:
+        yield Notice(
+            "absent_handler",
+            f"handler {name!r} settles messages of this App in the ledger, and this code lacks it: another version of the App, "
+            "another service under the same App name, or a handler that was removed",
+            "deploy one version everywhere; give another service another App name; a handler that was removed needs nothing",
+            False,
+        )
+
+
+def _of_topics(picture: Picture, path: str, missing_topics: Collection[str]) -> Iterable[Notice]:
+    for topic in sorted({each.topic for each in picture.positions} & set(missing_topics)):
+        yield Notice(
+            "deleted_topic",
+            f"topic {topic} was deleted: the ledger holds positions of it, and nothing of it is applied",
+            f"recreate it and run consumer positions {path} --topic {topic} --adopt, or remove its handlers",
+            True,
+        )
+    for partition, offset in sorted(picture.began_with_group.items()):
+        yield Notice(
+            "began_with_group",
+            f"{partition.topic}:{partition.partition} began at {offset}, which another client of the group had committed: "
+            "what is before it was not applied",
+            f"consumer positions {path} --topic {partition.topic} --partition {partition.partition} --to earliest",
+            False,
+        )

@@ -1,0 +1,241 @@
+"""Ask Kafka's brokers in batches, and find them again when all of those that were known are gone.
+
+Knows metadata, ListOffsets and which broker leads what; knows no record and no group. aiokafka bootstraps only at start, learns
+of one unknown topic in 100 ms, and asks on the connection on which a throttled fetch waits; this asks about any number of
+partitions at once, on a connection of its own. What it does not know: whether an answer is still true when it is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from aiokafka import client as client_module
+from aiokafka.client import AIOKafkaClient
+from aiokafka.conn import AIOKafkaConnection, CloseReason
+from aiokafka.errors import KafkaConnectionError, KafkaError, LeaderNotAvailableError, for_code
+from aiokafka.protocol.metadata import MetadataRequest
+from aiokafka.protocol.offset import OffsetRequest
+
+from consumer.core.message import Partition
+from consumer.kafka.protocol import Unsupported
+from consumer.logs import describe, event
+
+QUESTIONS = "questions"  # a connection group beside the client's own two: a quota holds up the one with the fetches
+EARLIEST, LATEST = -2, -1
+_CONNECT_SECONDS = 5.0
+_ASK_SECONDS = 10.0
+_ASK_ANYONE_SECONDS = 4.0
+_RETRY_SECONDS = 0.1
+_UNKNOWN = -1
+
+
+async def _connect(host: str, port: int, **options: Any) -> AIOKafkaConnection:
+    """As the client's create_conn, but a host that says nothing is given up soon: other connections wait for this one."""
+    connection = AIOKafkaConnection(host, port, **options)
+    usual = connection._request_timeout
+    connection._request_timeout = min(usual, _CONNECT_SECONDS)
+    await connection.connect()
+    connection._request_timeout = usual
+    return connection
+
+
+client_module.create_conn = _connect
+
+
+class Brokers:
+    """The brokers as one client knows them."""
+
+    def __init__(self, client: AIOKafkaClient) -> None:
+        self._client = client
+        # Learned for questions about topics that the client does not follow: to ask for each partition would be slow.
+        self._leaders: dict[Partition, int] = {}
+        self._learning = asyncio.Lock()
+        self._update_from_known = client._metadata_update
+        client._metadata_update = self._update
+
+    # -- brokers that are gone ----------------------------------------------------------------------------------------
+
+    async def _update(self, cluster: Any, topics: Collection[str]) -> bool:
+        """The client's update of its metadata, with the configured addresses where no known broker answers."""
+        if await self._update_from_known(cluster, topics):
+            self._leave_old_addresses()
+            return True
+        return await self._update_from_configured(cluster, topics)
+
+    async def _update_from_configured(self, cluster: Any, topics: Collection[str]) -> bool:
+        """Ask the configured addresses, with names resolved again. Never raises: the client's task would end."""
+        hosts = list(self._client.hosts)
+        random.shuffle(hosts)
+        for host, port, _ in hosts:
+            connection = None
+            try:
+                connection = await _connect(host, port, **self._options())
+                answer = await asyncio.wait_for(connection.send(MetadataRequest(list(topics) or None)), _ASK_SECONDS)
+                if not answer.brokers:
+                    continue
+                cluster.update_metadata(answer)
+                if cluster is not self._client.cluster:
+                    self._client.force_metadata_update()
+                self._leave_old_addresses()
+                event(logging.INFO, "kafka's brokers were asked for again", host=host, brokers=len(answer.brokers))
+                return True
+            except (KafkaError, OSError, TimeoutError) as error:
+                event(logging.DEBUG, "no metadata from a configured address", host=host, error=describe(error))
+            finally:
+                if connection is not None:
+                    connection.close()
+        return False
+
+    def _options(self) -> dict[str, Any]:
+        client = self._client
+        return {
+            "client_id": client._client_id,
+            "request_timeout_ms": client._request_timeout_ms,
+            "ssl_context": client._ssl_context,
+            "security_protocol": client._security_protocol,
+            "sasl_mechanism": client._sasl_mechanism,
+            "sasl_plain_username": client._sasl_plain_username,
+            "sasl_plain_password": client._sasl_plain_password,
+            "sasl_oauth_token_provider": client._sasl_oauth_token_provider,
+        }
+
+    def _leave_old_addresses(self) -> None:
+        """Close connections to brokers that have moved: what is asked there would wait for a machine that is gone."""
+        for (node, _), connection in list(self._client._conns.items()):
+            broker = self._client.cluster.broker_metadata(node)
+            if broker is not None and (broker.host, broker.port) != (connection.host, connection.port):
+                connection.close(reason=CloseReason.CONNECTION_BROKEN)
+
+    # -- questions ----------------------------------------------------------------------------------------------------
+
+    async def ask(self, node: int, request: Any, seconds: float = _ASK_SECONDS) -> Any:
+        """One broker's answer. Raises KafkaError or TimeoutError."""
+        return await asyncio.wait_for(self._client.send(node, request, group=QUESTIONS), seconds)
+
+    async def ask_anyone(self, request: Any) -> Any:
+        """The first answer that a broker gives. Raises the last error when none does."""
+        problem: Exception = KafkaConnectionError("no broker is known")
+        for is_last in (False, True):
+            nodes = [each.nodeId for each in self._client.cluster.brokers()]
+            random.shuffle(nodes)
+            for node in nodes:
+                try:
+                    return await self.ask(node, request, _ASK_ANYONE_SECONDS)
+                except Unsupported:
+                    raise
+                except (KafkaError, OSError, TimeoutError) as error:
+                    problem = error
+            if is_last or not await self._update_from_configured(self._client.cluster, self._client._topics):
+                break
+        raise problem
+
+    async def partitions(self, topics: Iterable[str]) -> dict[str, dict[int, int]]:
+        """Topic -> partition -> leader (negative: none), of those topics that exist. Raises KafkaError, TimeoutError."""
+        wanted = sorted(set(topics))
+        if not wanted:
+            return {}
+        answer = await self.ask_anyone(MetadataRequest(wanted, allow_auto_topic_creation=False))
+        found = {
+            topic: {each[1]: each[2] for each in partitions}
+            for error, topic, _, partitions in answer.topics
+            if error in (0, LeaderNotAvailableError.errno)
+        }
+        for topic, leaders in found.items():
+            self._leaders |= {Partition(topic, number): leader for number, leader in leaders.items()}
+        return found
+
+    def leader(self, partition: Partition) -> int | None:
+        """The leader as it is known without a question; None for none."""
+        found = self._client.cluster._partitions.get(partition.topic, {}).get(partition.partition)
+        leader = found.leader if found is not None else self._leaders.get(partition, -1)
+        return leader if leader >= 0 else None
+
+    async def leader_of(self, partition: Partition) -> int:
+        """The leader, asked for where it is not known. Raises KafkaError or TimeoutError."""
+        if (leader := self.leader(partition)) is not None:
+            return leader
+        async with self._learning:  # many may ask about one topic at once: the first answer serves all
+            if self.leader(partition) is None:
+                await self.partitions([partition.topic])
+        leader = self._leaders.get(partition, -1)
+        if leader < 0:
+            raise LeaderNotAvailableError(f"{partition.topic}:{partition.partition}")
+        return leader
+
+    def forget_leader(self, partition: Partition) -> None:
+        """Ask again the next time: what was known was wrong, or its broker does not answer."""
+        self._leaders.pop(partition, None)
+
+    async def offsets(
+        self, wanted: Mapping[Partition, int], isolation_level: int, seconds: float = _ASK_SECONDS
+    ) -> tuple[dict[Partition, int | None], dict[Partition, Exception]]:
+        """Offsets at times (EARLIEST, LATEST, or milliseconds since 1970; None: no record of that time), one request a leader.
+
+        Second: why the others have none, after trying for so long. Raises KafkaError or TimeoutError when no broker answers.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + seconds
+        found: dict[Partition, int | None] = {}
+        problems: dict[Partition, Exception] = {}
+        left = dict(wanted)
+        leaders = {each: self.leader(each) for each in left}
+        while True:
+            if unknown := {each.topic for each in left if leaders[each] is None}:
+                known = await self.partitions(unknown)
+                for each in left:
+                    leader = known.get(each.topic, {}).get(each.partition)
+                    if each.topic in unknown and leader is not None and leader >= 0:
+                        leaders[each] = leader
+            by_leader: dict[int, dict[Partition, int]] = {}
+            for each, time in left.items():
+                if (leader := leaders[each]) is not None:
+                    by_leader.setdefault(leader, {})[each] = time
+                else:
+                    problems[each] = LeaderNotAvailableError(f"{each.topic}:{each.partition}")
+            asked = [
+                self._offsets_of(leader, some, isolation_level, deadline - clock())
+                for leader, some in by_leader.items()
+            ]
+            for some_found, some_problems in await asyncio.gather(*asked):
+                found |= some_found
+                problems |= some_problems
+            left = {each: time for each, time in left.items() if each not in found and _heals(problems[each])}
+            if not left or clock() + _RETRY_SECONDS > deadline:
+                return found, {each: why for each, why in problems.items() if each not in found}
+            await asyncio.sleep(_RETRY_SECONDS)
+            leaders = dict.fromkeys(left)
+
+    async def _offsets_of(
+        self, leader: int, wanted: Mapping[Partition, int], isolation_level: int, seconds: float
+    ) -> tuple[dict[Partition, int | None], dict[Partition, Exception]]:
+        by_topic: dict[str, list[tuple[int, int]]] = {}
+        for each, time in wanted.items():
+            by_topic.setdefault(each.topic, []).append((each.partition, time))
+        try:
+            answer = await self.ask(
+                leader, OffsetRequest(-1, isolation_level, list(by_topic.items())), max(_RETRY_SECONDS, seconds)
+            )
+        except (KafkaError, TimeoutError) as error:
+            return {}, dict.fromkeys(wanted, error)
+        found: dict[Partition, int | None] = {}
+        problems: dict[Partition, Exception] = {}
+        for topic, partitions in answer.topics:
+            for number, code, *rest in partitions:
+                each = Partition(topic, number)
+                if code:
+                    problems[each] = for_code(code)(f"{topic}:{number}")
+                else:
+                    at = rest[-1][0] if isinstance(rest[-1], list) else rest[-1]
+                    found[each] = None if at == _UNKNOWN else int(at)
+        for each in wanted:
+            if each not in found and each not in problems:
+                problems[each] = KafkaError(f"no answer about {each.topic}:{each.partition}")
+        return found, problems
+
+
+def _heals(problem: Exception) -> bool:
+    return isinstance(problem, TimeoutError) or bool(getattr(problem, "retriable", False))

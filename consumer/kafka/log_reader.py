@@ -1,0 +1,156 @@
+"""Reading a range of topics without a group: what it is, and its records in order. Nothing of the group is touched.
+
+Knows Kafka through kafka/source.py; knows no ledger. Nothing is committed and nobody is joined, so workers never notice. What it
+does not know: whether the log still holds a range by the time that it comes to it (LogTruncated then).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from consumer.core.errors import Misconfigured
+from consumer.core.message import Partition, Record
+from consumer.kafka.bounds import Bound, Earliest, Latest, Log, Offset, Position, Span, Time, span
+from consumer.kafka.source import Source
+
+_POLL_SECONDS = 0.2
+_AGO = re.compile(r"([0-9]{1,9})(s|m|h|d)")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Chunk(NamedTuple):
+    """Records of one partition, in offset order, and the offset up to which the partition has now been read."""
+
+    partition: Partition
+    records: Sequence[Record]
+    next: int
+
+
+def parse(text: str, option: str, now_ms: int, names: str = "earliest, latest, position") -> Bound:
+    """A bound as written: earliest, latest, position, an offset, an ISO 8601 time (UTC where it names no zone), or 90m ago.
+
+    Raises Misconfigured for anything else, and for a time in the future.
+    """
+    given = text.strip()
+    match given.lower():
+        case "earliest" | "beginning":
+            return Earliest()
+        case "latest" | "end":
+            return Latest()
+        case "position":
+            return Position()
+    if re.fullmatch("[0-9]{1,18}", given):
+        return Offset(int(given))
+    if ago := _AGO.fullmatch(given.lower()):
+        return Time(max(0, now_ms - int(ago[1]) * _SECONDS[ago[2]] * 1000))
+    try:
+        at = datetime.fromisoformat(given)
+        milliseconds = int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
+    except (ValueError, OverflowError):
+        raise Misconfigured(
+            f"{option} {given!r}: write {names}, an offset, a time such as 2026-11-25T10:00:00Z, "
+            "or how long ago, such as 90m, 24h or 7d"
+        ) from None
+    if milliseconds > now_ms:
+        raise Misconfigured(f"{option} {given}: that is in the future (times without a zone are UTC)")
+    if milliseconds < 0:
+        raise Misconfigured(f"{option} {given}: that is before 1970")
+    return Time(milliseconds)
+
+
+async def find_partitions(source: Source, topics: Sequence[str], numbers: Sequence[int] | None) -> list[Partition]:
+    """The partitions asked for. Raises Misconfigured for a topic or a partition that is not there."""
+    found = await source.partitions(topics)
+    wanted: list[Partition] = []
+    for topic in topics:
+        if not found[topic]:
+            raise Misconfigured(f"topic {topic!r} does not exist")
+        for number in sorted(set(numbers or ())):
+            if Partition(topic, number) not in found[topic]:
+                raise Misconfigured(f"topic {topic!r} has no partition {number} (it has 0 to {len(found[topic]) - 1})")
+        wanted += [each for each in found[topic] if not numbers or each.partition in numbers]
+    return wanted
+
+
+async def resolve(
+    source: Source, partitions: Sequence[Partition], start: Bound, end: Bound, positions: Mapping[Partition, int]
+) -> list[Span]:
+    """The offsets to read of each partition. Raises Misconfigured where nothing is there, or not any more."""
+    begins, ends = await source.beginnings(partitions), await source.ends(partitions)
+    times: list[dict[Partition, int | None]] = []
+    for bound in (start, end):
+        times.append(await source.offsets_at(partitions, bound.milliseconds) if isinstance(bound, Time) else {})
+    if isinstance(start, Time) and isinstance(end, Time) and start.milliseconds >= end.milliseconds:
+        raise Misconfigured("--from is not before --to")
+    if isinstance(start, Offset) and isinstance(end, Offset) and start.number >= end.number:
+        raise Misconfigured(f"the range is empty: --from {start.number} is not below --to {end.number}")
+    for bound, option in ((start, "--from"), (end, "--to")):
+        if isinstance(bound, Offset) and all(bound.number > ends[each] for each in partitions):
+            last = ", ".join(f"{each.topic}:{each.partition} at {ends[each]}" for each in partitions[:8])
+            raise Misconfigured(f"{option} {bound.number} lies beyond the end of the log ({last})")
+    spans = [
+        span(
+            each,
+            Log(begins[each], ends[each], positions.get(each), times[0].get(each), times[1].get(each)),
+            start,
+            end,
+        )
+        for each in partitions
+    ]
+    if isinstance(end, Time):
+        spans = await _with_older_records(source, spans, ends, end.milliseconds)
+    if not any(each.length for each in spans):
+        held = ", ".join(f"{each.topic}:{each.partition} {begins[each]} to {ends[each]}" for each in partitions[:8])
+        raise Misconfigured(f"the range is empty: nothing lies between --from and --to (the log holds {held})")
+    return spans
+
+
+async def _with_older_records(
+    source: Source, spans: Sequence[Span], ends: Mapping[Partition, int], milliseconds: int
+) -> list[Span]:
+    """Extend spans up to their last record from before a time.
+
+    Kafka gives the first record that is not older than the time. A producer whose clock is ahead makes that a record
+    long before the last older one, and everything between would be left out without a word. So the rest is read.
+    """
+    past: dict[Partition, int] = {}
+    async for chunk in read(source, [Span(each.partition, each.end, ends[each.partition]) for each in spans]):
+        for record in chunk.records:
+            if record.timestamp < milliseconds:
+                past[chunk.partition] = record.offset + 1
+    return [each._replace(end=max(each.end, past.get(each.partition, 0))) for each in spans]
+
+
+async def read(source: Source, spans: Sequence[Span]) -> AsyncIterator[Chunk]:
+    """The records of the spans: in order within each partition, the partitions as they come. The source must be started.
+
+    Ends when every span was read to its end. Raises KafkaError, and LogTruncated when records were removed meanwhile.
+    """
+    ends = {each.partition: each.end for each in spans if each.length}
+    received = {each.partition: each.first for each in spans if each.length}
+    source.assign(ends)
+    for partition, offset in received.items():
+        source.go_on(partition, offset)
+    while ends:
+        found = await source.poll(_POLL_SECONDS, lambda partition: received.get(Partition(*partition)))
+        for partition in list(ends):
+            end, offset = ends[partition], received[partition]
+            records = found.get(partition, ())
+            if records and records[0].offset < offset:
+                records = [each for each in records if each.offset >= offset]
+            if records:
+                offset = records[-1].offset + 1
+                if offset > end:
+                    records = [each for each in records if each.offset < end]
+            else:
+                # Markers, aborted and compacted records are handed to nobody: only the client's position passes them.
+                offset = max(offset, await source.position(partition) or 0)
+            received[partition] = offset
+            if offset >= end:
+                source.pause(partition)
+                del ends[partition]
+            if records or offset >= end:
+                yield Chunk(partition, records, min(offset, end))

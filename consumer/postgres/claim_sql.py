@@ -1,0 +1,139 @@
+"""The statements of a claim, for the generations of the ledger that are live. Text only; postgres/ledger.py runs it.
+
+migrations/0005_generations.sql explains generations, and how a turn goes from one to the next without holding up a claim or
+letting an id be claimed in both. With one generation a claim is a plain insert; each older one costs an index probe an id.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+ADVISORY_CLASS = 1189079  # of the locks by which it is known that no claim of a version is running
+
+
+class Generations(NamedTuple):
+    """What a claim must know. Whoever has it holds it for the version that it was read at, and asks for that again."""
+
+    version: int
+    target: int  # the generation that claims go into
+    turning: bool  # whether they go into consumer.turning first
+    live: tuple[int, ...]  # where an id may have been claimed, the target among them
+    horizon_ms: (
+        int | None
+    )  # milliseconds since 1970 UTC, by the database's clock: older rows may be gone. None: none are
+
+
+FIRST = Generations(version=1, target=1, turning=False, live=(1,), horizon_ms=None)
+
+READ = """
+select version, target, turning, array(select number from consumer.generations where forgotten_at is null order by number),
+       ceil(extract(epoch from horizon) * 1000)::int8
+from consumer.ledger_state
+"""
+
+
+class Statements(NamedTuple):
+    """offers: handler, id, fingerprint, topic, partition, offset, applied as arrays; _alike: one handler and partition."""
+
+    claim: str
+    claim_alike: str
+    standing: str
+    standing_alike: str
+    unclaim: str
+    bury: str
+
+
+_OFFERED = """
+with offered as materialized (
+    select * from unnest($1::int2[], $2::uuid[], $3::int8[], $4::int2[], $5::int4[], $6::int8[], $7::bool[])
+        with ordinality as o(handler, id, fingerprint, topic, partition, "offset", applied, place)
+)"""
+# The same for offers of one handler from one partition: three arrays instead of seven.
+_OFFERED_ALIKE = """
+with offered as materialized (
+    select $1::int2 as handler, id, fingerprint, $4::int2 as topic, $5::int4 as partition, "offset", $7::bool as applied, place
+    from unnest($2::uuid[], $3::int8[], $6::int8[]) with ordinality as o(id, fingerprint, "offset", place)
+)"""
+# Not in the generation: an index probe for each id, whatever the planner thinks of its size (a join may scan it).
+_ABSENT = "coalesce((select false from {table} l where l.handler = o.handler and l.id = o.id limit 1), true)"
+_FRESH = """, fresh as materialized (
+    select * from offered o where {absent}
+)"""
+_TURNED = """, turned as (
+    insert into consumer.turning (handler, id) select handler, id from {source} order by handler, id
+    on conflict do nothing
+    returning handler, id
+)"""
+_CLAIMED = """, claimed as (
+    insert into {target} (handler, id, fingerprint, topic, partition, "offset", applied_at)
+    select handler, id, fingerprint, topic, partition, "offset", case when applied then now() end
+    from {source} order by handler, id
+    on conflict (handler, id) do nothing
+    returning handler, id
+)"""
+# The places of the offers that were lost, and of those among them: that another record made, that are dead letters, that
+# hold another payload, and that this statement cannot see. One probe of the index for each (a join may scan the ledger).
+# And the version, as it is now.
+_LOST = """
+select array_agg(place), array_agg(place) filter (where not here), array_agg(place) filter (where dead),
+       array_agg(place) filter (where clashes), array_agg(place) filter (where here is null),
+       (select version from consumer.ledger_state)
+from offered o left join lateral (
+    select (l."offset", l.partition, l.topic) = (o."offset", o.partition, o.topic) as here,
+           l.applied_at is null as dead, l.fingerprint <> o.fingerprint as clashes
+    from {ledger} l where l.handler = o.handler and l.id = o.id limit 1
+) as found on true
+"""
+# Hashed, and never a join in nested loops, which the planner would take for the few rows that it expects.
+_NOT_CLAIMED = "where (o.handler, o.id) not in (select handler, id from claimed)"
+_OF_THEM = "{source} where ((handler, id) in (select handler, id from turned)) is true"
+_EVERYWHERE = 'select handler, id, fingerprint, topic, partition, "offset", applied_at from {table}'
+_UNCLAIM = "delete from {target} l using unnest($1::int2[], $2::uuid[]) as o(handler, id) where (l.handler, l.id) = (o.handler, o.id)"
+_UNCLAIM_TURNING = "with turned as (" + _UNCLAIM.format(target="consumer.turning") + ") "
+_BURY = """
+update {target} l set applied_at = null
+from unnest($1::int2[], $2::uuid[]) as o(handler, id) where (l.handler, l.id) = (o.handler, o.id)
+"""
+
+# What stands, asked of all generations at once: for those that hold no version's lock. Waits where one is being dropped.
+STANDING = _OFFERED + _LOST.format(ledger="consumer.ledger")
+
+
+@lru_cache(maxsize=32)
+def statements(target: int, turning: bool, live: tuple[int, ...]) -> Statements:
+    """The statements of a claim's transaction. They name no generation but those given, so they wait for no other one."""
+    claimed = _claimed(target, turning, [each for each in live if each != target])
+    everywhere = " union all ".join(_EVERYWHERE.format(table=_read(each)) for each in live)
+    lost = _LOST.format(ledger=_read(target) if live == (target,) else f"({everywhere})")
+    unclaim = _UNCLAIM.format(target=_read(target))
+    if turning:
+        unclaim = _UNCLAIM_TURNING + unclaim
+    return Statements(
+        claim=_OFFERED + claimed + lost + _NOT_CLAIMED,
+        claim_alike=_OFFERED_ALIKE + claimed + lost + _NOT_CLAIMED,
+        standing=_OFFERED + lost,
+        standing_alike=_OFFERED_ALIKE + lost,
+        unclaim=unclaim,
+        bury=_BURY.format(target=_read(target)),
+    )
+
+
+def _claimed(target: int, turning: bool, older: list[int]) -> str:
+    source, text = "offered", ""
+    if older:
+        absent = " and ".join(_ABSENT.format(table=_read(each)) for each in older)
+        source, text = "fresh", _FRESH.format(absent=absent)
+    if turning:
+        text += _TURNED.format(source=source)
+        source = _OF_THEM.format(source=source)
+    return text + _CLAIMED.format(target=_write(target), source=source)
+
+
+def _write(number: int) -> str:
+    return "consumer.ledger" if number == 1 else f"consumer.ledger_{int(number)}"
+
+
+def _read(number: int) -> str:
+    """Of this generation alone: the first one is the parent of the others, who would be read with it."""
+    return "only consumer.ledger" if number == 1 else _write(number)

@@ -1,0 +1,179 @@
+"""Dead letters, the chains that they hold, and attempts, as rows: what a batch's transaction writes of them and asks about.
+
+Knows SQL; connections come in. Everything here runs inside a transaction of ledger.Session or, for what a partition begins
+with, beside one.
+
+**Why asking is enough.** Only the owner of a partition makes holds in it (a zombie is fenced by the positions, in the very
+transaction that would make one). So it knows which chains may be held: those of the table when it opened the partition, and
+those that it has made since. Of these it asks in each transaction (`ask`), and of no others, so that a worker without dead
+letters asks nothing. It may remember too much, which costs a query, and never too little: a hold whose COMMIT got no answer
+shows when the batch runs again, since the claim of its letter is lost to a dead row.
+
+**The race with a release.** Whoever settles letters of a chain locks its row FOR UPDATE, settles the first one, and deletes
+the row with the last (dead_letters/redrive.py). A worker that has a message of that chain locks the row FOR SHARE:
+
+- it gets the lock: nobody settles letters of the chain until the worker's COMMIT, after which its message is one of them,
+  and the row cannot go before that one is settled too;
+- the row is there and locked by a release: BUSY, the message is put back for a moment, and others go on;
+- no row: the last letter's effects are committed, so the message runs after them: FREE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from consumer.core.dead_letter_seal import seal
+from consumer.core.dead_letters import Hold, State, group_of, holds
+from consumer.core.message import Partition
+from consumer.core.ordering import Delivery, Tried
+from consumer.core.outcome import Dead, Reason
+
+_LETTER = """
+insert into consumer.dead_letters as d (handler, id, fingerprint, topic, partition, "offset", "timestamp", key, value,
+       header_keys, header_values, reason, error, attempts, state, chain, kind, error_group, trace, seal)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)
+on conflict (handler, id, fingerprint) do update
+set state = excluded.state, chain = excluded.chain, reason = excluded.reason, error = excluded.error,
+    attempts = excluded.attempts, kind = excluded.kind, error_group = excluded.error_group, trace = excluded.trace,
+    died_at = now()
+-- Discarded, and yet its claim was free: its ledger row went with an old generation. So it is a letter again.
+where d.state = 'discarded' and excluded.reason not in ('id_conflict', 'too_old')
+"""
+_HOLD = """
+insert into consumer.held (handler, chain, topic, partition)
+select distinct d.handler, d.chain, d.topic, d.partition from unnest($1::int2[], $2::uuid[]) as o(handler, chain)
+join consumer.dead_letters d on d.handler = o.handler and d.chain = o.chain
+on conflict do nothing
+"""
+_TO_PUBLISH = """
+insert into consumer.letters_to_publish (dead_letter)
+select d.dead_letter from unnest($1::int2[], $2::uuid[], $3::int8[]) as o(handler, id, fingerprint)
+join consumer.dead_letters d using (handler, id, fingerprint)
+where d.state = 'dead' and d.died_at = now()   -- of this transaction
+on conflict do nothing
+"""
+_ASK = """
+with asked as materialized (
+    select distinct handler, chain from unnest($1::int2[], $2::uuid[]) as o(handler, chain)
+), locked as materialized (
+    select h.handler, h.chain from consumer.held h
+    where (h.handler, h.chain) in (select handler, chain from asked) for share skip locked
+)
+select a.handler, a.chain,
+       exists (select from locked l where (l.handler, l.chain) = (a.handler, a.chain)),
+       exists (select from consumer.held h where (h.handler, h.chain) = (a.handler, a.chain))
+from asked a
+"""
+_TRIED = """
+insert into consumer.attempts as a (handler, topic, partition, "offset", attempts, due_at)
+values ($1, $2, $3, $4, $5, now() + make_interval(secs => $6))
+on conflict (handler, topic, partition, "offset") do update set attempts = excluded.attempts, due_at = excluded.due_at
+"""
+_FORGET = """
+delete from consumer.attempts where handler = $1 and topic = $2 and partition = $3 and "offset" = $4
+"""
+_CHAINS = "select handler, chain, topic, partition from consumer.held where handler = any($1) and topic = any($2)"
+_ATTEMPTS = """
+select handler, topic, partition, "offset", attempts, greatest(0, extract(epoch from due_at - now()))::float8
+from consumer.attempts where handler = any($1) and topic = any($2)
+"""
+
+
+async def bury(
+    connection: Any, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], *, publish: bool
+) -> None:
+    """Keep dead letters, and hold the chains of those whose handler kept failing.
+
+    publish: those that are new are also put on their way to the dead-letter topic.
+    """
+    letters = [_letter(each, verdict, attempts.get(each, each.attempts)) for each, verdict in dead.items()]
+    await connection.executemany(_LETTER, letters)
+    held = [each for each in letters if each[15] is not None]
+    if held:
+        await connection.execute(_HOLD, [each[0] for each in held], [each[15] for each in held])
+    if publish:
+        await connection.execute(_TO_PUBLISH, *([each[n] for each in letters] for n in range(3)))
+
+
+async def ask(connection: Any, deliveries: Sequence[Delivery]) -> dict[Delivery, Hold]:
+    """Whether the chains of these deliveries are held; of those that are, they stay so until the transaction ends."""
+    chains = [each.chain() for each in deliveries]
+    rows = await connection.fetch(
+        _ASK,
+        [each.handler.number for each in deliveries],
+        [UUID(bytes=each) if each is not None else None for each in chains],
+    )
+    found = {
+        (row[0], row[1].bytes): Hold.HELD if row[2] else Hold.BUSY if row[3] else Hold.FREE
+        for row in rows
+        if row[1] is not None
+    }
+    return {
+        each: found.get((each.handler.number, chain), Hold.FREE) if chain is not None else Hold.FREE
+        for each, chain in zip(deliveries, chains, strict=True)
+    }
+
+
+async def note_attempts(
+    connection: Any, tried: Mapping[Delivery, tuple[int, float]], settled: Iterable[Delivery]
+) -> None:
+    """Keep attempts (how many, seconds until the next) of messages that are not settled, and forget those of settled ones."""
+    if tried:
+        await connection.executemany(_TRIED, [(*_place(each), *found) for each, found in tried.items()])
+    if places := [_place(each) for each in settled]:
+        await connection.executemany(_FORGET, places)
+
+
+async def recall(
+    connection: Any, handlers: Sequence[int], positions: Mapping[Partition, int]
+) -> tuple[dict[Partition, set[tuple[int, bytes]]], dict[Partition, dict[tuple[int, int], Tried]]]:
+    """What a worker must know when it opens partitions: chains that may be held, and (handler, offset) that have failed before."""
+    topics = sorted({each.topic for each in positions})
+    chains: dict[Partition, set[tuple[int, bytes]]] = {}
+    tried: dict[Partition, dict[tuple[int, int], Tried]] = {}
+    for handler, chain, topic, partition in await connection.fetch(_CHAINS, handlers, topics):
+        chains.setdefault(Partition(topic, partition), set()).add((handler, chain.bytes))
+    for handler, topic, number, offset, attempts, seconds in await connection.fetch(_ATTEMPTS, handlers, topics):
+        partition = Partition(topic, number)
+        if offset >= positions.get(partition, 0):
+            tried.setdefault(partition, {})[handler, offset] = Tried(attempts, seconds)
+    return chains, tried
+
+
+def _place(delivery: Delivery) -> tuple[int, str, int, int]:
+    record = delivery.record
+    return delivery.handler.number, record.topic, record.partition, record.offset
+
+
+def storable(text: str) -> str:
+    """What text in PostgreSQL can hold."""
+    return text.replace("\x00", "\\0").encode("utf-8", "replace").decode()
+
+
+def _letter(delivery: Delivery, verdict: Dead, attempts: int) -> tuple[Any, ...]:
+    record = delivery.record
+    chain = delivery.chain() if holds(verdict) and delivery.handler.idempotent else None
+    return (
+        delivery.handler.number,
+        UUID(bytes=delivery.id),
+        delivery.fingerprint,
+        record.topic,
+        record.partition,
+        record.offset,
+        record.timestamp,
+        record.key,
+        record.value,
+        [key.encode("utf-8", "surrogateescape") for key, _ in record.headers],
+        [value for _, value in record.headers],
+        verdict.reason.value,
+        storable(verdict.error),
+        attempts,
+        State.WAITING if verdict.reason is Reason.BEHIND else State.DEAD,
+        UUID(bytes=chain) if chain is not None else None,
+        storable(verdict.kind),
+        group_of(delivery.handler.name, verdict.reason.value, verdict.kind, verdict.error),
+        storable(verdict.trace),
+        seal(record),
+    )

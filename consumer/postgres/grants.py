@@ -1,0 +1,153 @@
+"""What each role may do with the ledger's tables, in one place: printed as SQL, and asked of PostgreSQL at start.
+
+Pure: writes SQL and runs none. What it does not know: the tables of your handlers, whose rights are yours to give.
+`tests/postgres/test_grants.py` fails for a table or function of the schema that is not named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+from consumer.core.errors import Misconfigured
+from consumer.core.identifiers import BYTES_MAX, ident
+
+# Rights of a table, as GRANT writes them. A worker applies messages, keeps dead letters and answers every command but
+# `migrate`. Of the ledger it may change one column, and delete rows only because a message that is tried again gives
+# its claim back in the transaction that made it.
+_WORKER: Mapping[str, tuple[str, ...]] = {
+    "schema_versions": ("select",),
+    "installation": ("select",),
+    "handlers": ("select", "insert", "update (topics, id_rule)"),
+    "handler_renames": ("select",),
+    "coverage": ("select", "insert", "update (past_offset, first_offset, why)", "delete"),
+    "id_rule_changes": ("select", "insert", "update (below)", "delete"),
+    "handler_code": ("select", "insert", "update (last_seen)"),
+    "topics": ("select", "insert"),
+    "ledger": ("select", "insert", "delete", "update (applied_at)"),
+    "positions": (
+        "select",
+        "insert",
+        "update (next_offset, first_offset, updated_at, cluster_id, topic_id, salt, seen_offset, seen_timestamp, seen_fingerprint, "
+        "handlers, began_with, holds)",
+    ),
+    "generations": ("select",),
+    "ledger_state": ("select",),
+    "turning": ("select", "insert", "delete"),
+    "forgotten": ("select",),
+    "retention": ("select", "insert", "update (hours, said_at)"),
+    "outcomes": ("select", "insert", "update (count)"),
+    "shards": ("select", "insert"),
+    "route_probes": ("select", "insert"),
+    "dead_letters": (
+        "select",
+        "insert",
+        "update (state, chain, reason, error, attempts, kind, error_group, died_at, trace)",
+    ),
+    # PostgreSQL wants a right to update for a row lock; no column of these two is ever updated.
+    "held": ("select", "insert", "update (topic)", "delete"),
+    "letters_to_publish": ("select", "insert", "update (dead_letter)", "delete"),
+    "attempts": ("select", "insert", "update (attempts, due_at)", "delete"),
+    "letter_actions": ("select", "insert"),
+    "stopped_partitions": (
+        "select",
+        "insert",
+        'update (reason, why, "do", first_offset, last_offset, since)',
+        "delete",
+    ),
+    "waiting": (
+        "select",
+        "insert",
+        "update (count, since, systemic, read_up_to, worker, seen_at)",
+        "delete",
+    ),
+}
+# Enough for `status`, `show` and dashboards. Of a dead letter, no byte of the message, and not the error's text, which may quote it.
+_READER: Mapping[str, tuple[str, ...]] = {
+    "schema_versions": ("select",),
+    "installation": ("select",),
+    "handlers": ("select",),
+    "handler_renames": ("select",),
+    "coverage": ("select",),
+    "id_rule_changes": ("select",),
+    "handler_code": ("select",),
+    "topics": ("select",),
+    "ledger": ("select",),
+    "generations": ("select",),
+    "ledger_state": ("select",),
+    "turning": (),
+    "forgotten": ("select",),
+    "retention": ("select",),
+    "positions": ("select",),
+    "outcomes": ("select",),
+    "shards": ("select",),
+    "route_probes": (),  # keys of messages
+    "dead_letters": (
+        'select (dead_letter, handler, id, fingerprint, topic, partition, "offset", "timestamp", reason, attempts, died_at, '
+        "state, chain, kind, error_group, trace)",
+    ),
+    "held": ("select",),
+    "letters_to_publish": ("select",),
+    "attempts": ("select",),
+    "waiting": ("select",),
+    "letter_actions": ("select (action, dead_letter, at, operator, what, outcome)",),
+    "stopped_partitions": ("select",),
+}
+
+
+class For(Enum):
+    """Whom a role is for."""
+
+    WORKER = "worker"
+    READER = "reader"
+
+
+TABLES: Mapping[For, Mapping[str, tuple[str, ...]]] = {For.WORKER: _WORKER, For.READER: _READER}
+# Turning the ledger to its next generation and dropping the oldest one, as its owner: `consumer run` does it in the
+# background. The last two only read.
+_FUNCTIONS: Mapping[For, tuple[str, ...]] = {
+    For.WORKER: (
+        "turn(integer)",
+        "forget(integer, integer)",
+        "drop_generation(integer)",
+        "is_drained(integer)",
+        "generation(integer)",
+    ),
+    For.READER: (),
+}
+
+
+def as_sql(role: str, purpose: For) -> str:
+    """The grants as a script, which takes back first what the role had on these tables. Run it as their owner.
+
+    Raises Misconfigured for what can be no role's name.
+    """
+    if role.lower() == "public" or len(role.encode("utf-8", "surrogatepass")) > BYTES_MAX:
+        raise Misconfigured(
+            f"{role[:80]!r} can be no role: give the name of one that logs in, of at most {BYTES_MAX} bytes"
+        )
+    name = ident(role)
+    lines = [
+        f"-- What a {purpose.value}'s role may do in the schema of `consumer migrate`, and nothing else. Run it as the owner",
+        "-- of that schema, again after each migration. The role must exist; rights on your own tables are yours to give.",
+        "begin;",
+        f"revoke all on schema consumer from {name};",
+        f"revoke all on all tables in schema consumer from {name};",
+        f"grant usage on schema consumer to {name};",
+        f"revoke all on all functions in schema consumer from {name};",
+        *(
+            f"grant {', '.join(rights)} on consumer.{table} to {name};"
+            for table, rights in TABLES[purpose].items()
+            if rights
+        ),
+        *(f"grant execute on function consumer.{each} to {name};" for each in _FUNCTIONS[purpose]),
+        "select consumer.share_grants();  -- with the later generations of the ledger",
+        "commit;",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def needed() -> tuple[list[str], list[str]]:
+    """Tables, and what a worker must be able to do with each, side by side: what is asked at start."""
+    pairs = [(table, right.split(" ")[0]) for table, rights in _WORKER.items() for right in rights]
+    return [table for table, _ in pairs], [right for _, right in pairs]

@@ -1,0 +1,137 @@
+"""The schema's migrations: numbered SQL files, applied once each, in one transaction, under one lock.
+
+Knows files and their checksums; what they create is in migrations/. Migrations only add (a worker of the version before
+goes on running beside a migrated schema).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any, NamedTuple
+
+from consumer.core.errors import Misconfigured
+from consumer.postgres.sql_text import transaction_control
+from consumer.postgres.sql_tokens import first_words
+
+_LOCK = 0x1DE_117  # one number for everybody who migrates; transaction-level, so it is never left behind
+_VERSIONS = """
+create schema if not exists consumer;
+create table if not exists consumer.schema_versions (
+    version    integer primary key,
+    name       text not null,
+    checksum   text not null,
+    applied_at timestamptz not null default now()
+);
+"""
+
+
+class Migration(NamedTuple):
+    """One file of migrations/, named NNNN_what_it_does.sql."""
+
+    version: int
+    name: str
+    sql: str
+
+    @property
+    def checksum(self) -> str:
+        return hashlib.sha256(self.sql.encode()).hexdigest()
+
+
+def migrations() -> list[Migration]:
+    """All migrations of this version of the package, oldest first."""
+    files = [
+        each
+        for each in resources.files("consumer.postgres").joinpath("migrations").iterdir()
+        if each.name.endswith(".sql")
+    ]
+    return [
+        Migration(int(each.name[:4]), each.name[5:-4], each.read_text("utf-8"))
+        for each in sorted(files, key=lambda f: f.name)
+    ]
+
+
+def as_sql() -> str:
+    """All migrations as one script, with the bookkeeping, for people who apply SQL by other means."""
+    parts = ["begin;", f"select pg_advisory_xact_lock({_LOCK});", _VERSIONS.strip()]
+    for each in migrations():
+        parts += [
+            f"\n-- {each.version:04} {each.name}",
+            each.sql.strip(),
+            "insert into consumer.schema_versions (version, name, checksum) "
+            f"values ({each.version}, '{each.name}', '{each.checksum}');",
+        ]
+    return "\n".join([*parts, "commit;", ""])
+
+
+async def pending(connection: Any) -> list[Migration]:
+    """Migrations that the database does not have. Changes nothing. Raises Misconfigured for one that was altered."""
+    applied: dict[int, str] = {}
+    if await connection.fetchval("select to_regclass('consumer.schema_versions') is not null"):
+        rows = await connection.fetch("select version, checksum from consumer.schema_versions")
+        applied = {row[0]: row[1] for row in rows}
+    found = migrations()
+    for each in found:
+        if each.version in applied and applied[each.version] != each.checksum:
+            raise Misconfigured(
+                f"migration {each.version:04} ({each.name}) was applied with another text: the files of this installation "
+                "were changed after the fact"
+            )
+    return [each for each in found if each.version not in applied]
+
+
+def _line(error: Any, text: str) -> str:
+    """Where in a text PostgreSQL found the error, as :LINE."""
+    position = getattr(error, "position", None)
+    return f":{text.count(chr(10), 0, int(position) - 1) + 1}" if position and str(position).isdecimal() else ""
+
+
+async def migrate(connection: Any, *own: str, names: Sequence[str] = (), new_epoch: bool = False) -> list[Migration]:
+    """Apply what is pending, and then the SQL texts `own`, all in one transaction. Returns what was applied.
+
+    names: what to call the texts in an error. new_epoch: declare that Redis's marks are of another database.
+
+    Safe when several run at once: they wait for each other, and the later ones find nothing to do. Raises Misconfigured
+    when `own` would land in our schema, ends the transaction itself, or fails; nothing is changed then.
+    """
+    called = [*names, *[f"text {number}" for number in range(len(names), len(own))]]
+    for name, text in zip(called, own, strict=False):
+        if word := transaction_control(text):
+            raise Misconfigured(
+                f"{name}: {word} stands in it, and all of it runs in one transaction of ours: take it out"
+            )
+    async with connection.transaction():
+        # Whoever comes second waits here for as long as the first one takes.
+        await connection.execute("set local lock_timeout = 0")
+        await connection.execute(f"select pg_advisory_xact_lock({_LOCK})")
+        await connection.execute("set local lock_timeout to default")
+        todo = await pending(connection)
+        if todo:
+            await connection.execute(_VERSIONS)
+        for each in todo:
+            await connection.execute(each.sql)
+            await connection.execute(
+                "insert into consumer.schema_versions (version, name, checksum) values ($1, $2, $3)",
+                each.version,
+                each.name,
+                each.checksum,
+            )
+        if own and await connection.fetchval("select current_schema()") == "consumer":
+            # A role named like our schema: "$user" leads the search path, and your tables would land among ours.
+            raise Misconfigured(
+                "the first schema of this role's search path is `consumer`, which is ours: use a role of another name, "
+                "or `alter role … set search_path = public`"
+            )
+        for name, text in zip(called, own, strict=False):
+            if first_words(text):  # else it is empty
+                try:
+                    await connection.execute(text)
+                except Exception as error:
+                    if getattr(error, "sqlstate", None) is None:
+                        raise
+                    # Its first argument: the rest of a PostgreSQL error may quote rows.
+                    raise Misconfigured(f"{name}{_line(error, text)}: {error.args[0]} (nothing was changed)") from None
+        if new_epoch:
+            await connection.execute("update consumer.installation set nonce = gen_random_uuid()")
+    return todo

@@ -1,0 +1,80 @@
+"""Asks a PostgreSQL server which history of its database it serves. SQL only; knows no driver.
+
+Every transaction compares a stamp (timeline, start time, nonce) with that of its connection's start, because a pooler
+keeps client connections while the server behind them changes. Managed services refuse some of these functions (Amazon
+Aurora: `pg_current_wal_lsn()`): then the parts that they do tell make the epoch. The start time alone is enough to tell two
+histories apart; without it nothing that depends on the epoch (the pre-check) can be used.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from consumer.postgres.epoch import UNKNOWN
+
+_PARTS = {
+    "system": "(select pg_catalog.to_hex(system_identifier) from pg_catalog.pg_control_system())",
+    "timeline": "case when not pg_catalog.pg_is_in_recovery() then "
+    "pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 1, 8) end",
+    "started": "pg_catalog.to_hex((extract(epoch from pg_catalog.pg_postmaster_start_time()) * 1000000)::int8)",
+}
+_STAMPED = ("timeline", "started")  # not system: reading the control file for every batch tells nothing more
+_NONCE = "(select nonce::text from consumer.installation)"
+_AWAY = ("08", "53", "57")  # SQLSTATE classes: lost connection, no resources, shutdown
+_STATE = "select pg_catalog.pg_is_in_recovery(), pg_catalog.to_regclass('consumer.schema_versions') is not null"
+
+
+class Server(NamedTuple):
+    """A server as a connection sees it. stamp: what `stamp_sql` answered; another answer is another epoch."""
+
+    epoch: str
+    stamp_sql: str
+    stamp: str
+    untold: tuple[str, ...] = ()  # parts that the server does not tell
+
+    @property
+    def tells_history(self) -> bool:
+        """Whether another history shows as another epoch."""
+        return "started" not in self.untold
+
+
+NOWHERE = Server("", "''", "")  # of a session that has no ledger of its own
+
+
+async def state(connection: Any) -> tuple[bool, bool]:
+    """Whether the server is a standby, and whether its database has the schema."""
+    standby, migrated = await connection.fetchrow(_STATE)
+    return standby, migrated
+
+
+async def identify(connection: Any) -> Server:
+    """Read the epoch of a primary with the schema, outside a transaction. Raises what the driver raises."""
+    try:
+        return await _read(connection, ())
+    except Exception as error:
+        if not _is_refusal(connection, error):
+            raise
+    untold = []
+    for name, expression in _PARTS.items():
+        try:
+            await connection.fetchval(f"select {expression}")
+        except Exception as error:
+            if not _is_refusal(connection, error):
+                raise
+            untold.append(name)
+    return await _read(connection, tuple(untold))
+
+
+async def _read(connection: Any, untold: tuple[str, ...]) -> Server:
+    parts = {name: f"'{UNKNOWN}'" if name in untold else sql for name, sql in _PARTS.items()}
+    stamp_sql = f"concat_ws('-', {', '.join(parts[each] for each in _STAMPED)}, {_NONCE})"
+    row = await connection.fetchrow(f"select {', '.join(parts.values())}, {_NONCE}, {stamp_sql}")
+    system, timeline, started, nonce, stamp = row
+    epoch = f"{system}-{timeline}-{nonce.replace('-', '')[:12]}-{started}"
+    return Server(epoch, stamp_sql, stamp, untold)
+
+
+def _is_refusal(connection: Any, error: Exception) -> bool:
+    """Whether the server answered that it will not do this, rather than being away."""
+    sqlstate = getattr(error, "sqlstate", None)
+    return sqlstate is not None and sqlstate[:2] not in _AWAY and not connection.is_closed()

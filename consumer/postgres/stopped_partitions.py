@@ -1,0 +1,127 @@
+"""Partitions that this worker cannot read: tried again now and then, and kept in PostgreSQL for `consumer status`.
+
+Knows one table; core/partition_faults.py decides what is said and when it is tried again. What it does not know: how a partition is
+paused and read on, which the worker does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from consumer.core.log_identity import Reason, Stop
+from consumer.core.message import Partition
+from consumer.core.partition_faults import Failure, Trouble, stop_of
+
+_SAVE = """
+insert into consumer.stopped_partitions as s (app, topic, partition, reason, why, "do", first_offset, last_offset)
+values ($1, $2, $3, $4, $5, $6, $7, $8)
+on conflict (app, topic, partition) do update set reason = excluded.reason, why = excluded.why, "do" = excluded."do",
+    first_offset = excluded.first_offset, last_offset = excluded.last_offset,
+    since = case when (s.reason, s.first_offset) = (excluded.reason, excluded.first_offset) then s.since else now() end
+"""
+_DELETE = "delete from consumer.stopped_partitions where (app, topic, partition) = ($1, $2, $3)"
+# A topic that the worker may not see is assigned to nobody: its partitions are known from their positions.
+_REFUSED = "select topic, partition, next_offset from consumer.positions where app = $1 and topic = any($2)"
+_READ = """
+select topic, partition, reason, why, "do", first_offset, last_offset from consumer.stopped_partitions
+where app = $1 order by topic, partition
+"""
+
+
+class Stops:
+    """The unreadable partitions of one worker."""
+
+    def __init__(self, databases: Sequence[str]) -> None:
+        self._troubles: dict[Partition, Trouble] = {}
+        # By database, what it is to be told: a Stop, or None for a partition that goes on.
+        self._unsaved: dict[str, dict[Partition, Trouble | None]] = {name: {} for name in databases}
+        self._refused: frozenset[str] = frozenset()
+        self._refused_unsaved: dict[str, set[str]] = {name: set() for name in databases}
+
+    def __bool__(self) -> bool:
+        return bool(self._troubles)
+
+    def failed(self, partition: Partition, failure: Failure, now: float) -> tuple[Stop, bool]:
+        """Note a failure. Returns why the partition stops, and whether that is to be logged."""
+        stop = stop_of(partition, failure)
+        trouble = self._troubles.get(partition)
+        if trouble is None:
+            trouble = self._troubles[partition] = Trouble(stop, failure.first, now)
+        is_told = trouble.again(stop, failure.first, now)
+        if is_told:
+            self._save_later(partition, trouble)
+        return stop, is_told
+
+    def due(self, now: float, partitions: Collection[Partition]) -> list[Partition]:
+        """Those of `partitions` that are to be tried again now."""
+        return [each for each, trouble in self._troubles.items() if each in partitions and trouble.retry_at <= now]
+
+    def went_on(self, partition: Partition, position: int, *, is_read: bool = False) -> bool:
+        """Note that a partition was read, or moved, to `position`; returns whether it had been unreadable.
+
+        is_read: the broker has answered a fetch from there.
+        """
+        trouble = self._troubles.get(partition)
+        if trouble is None or position < trouble.first or (position == trouble.first and not is_read):
+            return False
+        del self._troubles[partition]
+        self._save_later(partition, None)
+        return True
+
+    def forget(self) -> None:
+        """Drop what is known: other workers may own the partitions now. Their rows stay."""
+        self._troubles.clear()
+
+    def refused(self, topics: frozenset[str]) -> None:
+        """Note which topics the worker may not see, now. A topic's rows go when one that may see it reads on."""
+        for unsaved in self._refused_unsaved.values():
+            unsaved |= topics - self._refused
+            unsaved &= topics
+        self._refused = topics
+
+    def _save_later(self, partition: Partition, trouble: Trouble | None) -> None:
+        for unsaved in self._unsaved.values():
+            unsaved[partition] = trouble
+
+    def has_unsaved(self, database: str) -> bool:
+        return bool(self._unsaved[database] or self._refused_unsaved[database])
+
+    async def save(self, database: str, connection: Any, app: str) -> None:
+        """Write what has changed since the last time. Raises the driver's errors, and loses nothing then."""
+        if refused := self._refused_unsaved[database]:
+            for topic, number, offset in await connection.fetch(_REFUSED, app, sorted(refused)):
+                partition = Partition(topic, number)
+                stop = refused_stop(partition, offset)
+                await connection.execute(_SAVE, app, *partition, stop.reason.value, stop.text, stop.do, offset, offset)
+            refused.clear()
+        unsaved = self._unsaved[database]
+        for partition, trouble in list(unsaved.items()):
+            if trouble is None:
+                await connection.execute(_DELETE, app, *partition)
+            else:
+                stop = trouble.stop
+                first, last = stop.missing or (trouble.first, trouble.first)
+                await connection.execute(_SAVE, app, *partition, stop.reason.value, stop.text, stop.do, first, last)
+            if unsaved.get(partition) is trouble:
+                del unsaved[partition]
+
+    async def recall(self, connection: Any, app: str, partitions: Collection[Partition], now: float) -> None:
+        """Take over what other workers wrote of partitions that are this worker's now."""
+        for partition, (stop, first) in (await read(connection, app)).items():
+            if partition in partitions and partition not in self._troubles:
+                self._troubles[partition] = Trouble(stop, first, now)
+
+
+def refused_stop(partition: Partition, offset: int) -> Stop:
+    """Why a partition has stopped whose topic the Kafka user may not see."""
+    return stop_of(partition, Failure(Reason.NOT_ALLOWED, "its user may not see it", offset))
+
+
+async def read(connection: Any, app: str) -> Mapping[Partition, tuple[Stop, int]]:
+    """The unreadable partitions of an application, as its workers wrote them, with the offsets where they stopped."""
+    found: dict[Partition, tuple[Stop, int]] = {}
+    for topic, partition, reason, why, do, first, last in await connection.fetch(_READ, app):
+        missing = (first, last) if do.startswith("--") else None
+        found[Partition(topic, partition)] = Stop(Reason(reason), why, do, missing), first
+    return found

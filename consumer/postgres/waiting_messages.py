@@ -1,0 +1,134 @@
+"""What waits now, as rows that any process can read: written rarely, renewed while it lasts, gone when it is over.
+
+Knows SQL; connections come in. A row is of the worker that wrote it. One that nobody renews expires, so that a killed worker
+leaves no lie; the next owner of a partition deletes what an earlier one left. The message that ended a worker for good (the
+dead-letter limit) never expires, and is deleted when a worker opens its partition again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from consumer.core.evidence import Why
+from consumer.core.message import Partition
+from consumer.postgres.dead_letters import storable
+
+RENEW_SECONDS = 10.0
+_EXPIRED_SECONDS = 60.0
+_TAKEN_OVER_SECONDS = 2 * RENEW_SECONDS  # another worker's row this old is not of the present owner
+_ERROR_CHARACTERS_MAX = 500
+
+_WRITE = """
+insert into consumer.waiting as w (handler, topic, partition, error, count, since, systemic, read_up_to, worker)
+select o.handler, o.topic, o.partition, o.error, o.count, to_timestamp(o.since), o.systemic, o.read_up_to, $1
+from unnest($2::int2[], $3::text[], $4::int4[], $5::text[], $6::int8[], $7::float8[], $8::bool[], $9::int8[])
+     as o(handler, topic, partition, error, count, since, systemic, read_up_to)
+on conflict (handler, topic, partition, error) do update
+set count = excluded.count, since = least(w.since, excluded.since), systemic = excluded.systemic,
+    read_up_to = excluded.read_up_to, worker = excluded.worker, seen_at = now()
+"""
+_DELETE = """
+delete from consumer.waiting w where w.worker = $1 and w.handler = any($2::int2[]) and not exists (
+    select from unnest($3::int2[], $4::text[], $5::int4[], $6::text[]) as o(handler, topic, partition, error)
+    where (o.handler, o.topic, o.partition, o.error) = (w.handler, w.topic, w.partition, w.error))
+"""
+_TAKE_OVER = """
+delete from consumer.waiting w using unnest($2::text[], $3::int4[]) as o(topic, partition)
+where w.handler = any($4::int2[]) and (w.topic, w.partition) = (o.topic, o.partition) and w.worker <> $1
+  and (w.seen_at < now() - make_interval(secs => $5) or w.seen_at = 'infinity')
+"""
+_HALT = """
+insert into consumer.waiting as w (handler, topic, partition, error, count, since, systemic, read_up_to, worker, seen_at)
+values ($2, $3, $4, $5, $6, now(), true, $7, $1, 'infinity')
+on conflict (handler, topic, partition, error) do update set count = excluded.count, seen_at = 'infinity', worker = excluded.worker
+"""
+_READ = """
+select h.name, w.topic, w.partition, w.count, w.error, w.since, w.systemic, w.read_up_to
+from consumer.waiting w join consumer.handlers h using (handler)
+where h.app = $1 and w.seen_at > now() - make_interval(secs => $2)
+order by h.name, w.topic, w.partition, w.count desc, w.error
+"""
+_OTHERS = """
+select handler, sum(count)::int8 from consumer.outcomes where handler = any($1::int2[]) and outcome in ('kept', 'applied')
+group by handler
+"""
+
+
+class Row(NamedTuple):
+    """Messages of one handler and partition that wait for one reason."""
+
+    handler: int
+    partition: Partition
+    messages: int
+    why: Why
+    read_up_to: int
+
+
+async def write(connection: Any, worker: UUID, handlers: Sequence[int], rows: Sequence[Row]) -> None:
+    """Make a worker's rows of these handlers what they are now."""
+    errors = [storable(each.why.error)[:_ERROR_CHARACTERS_MAX] for each in rows]
+    keys = (
+        [each.handler for each in rows],
+        [each.partition.topic for each in rows],
+        [each.partition.partition for each in rows],
+        errors,
+    )
+    await connection.execute(_DELETE, worker, list(handlers), *keys)
+    if rows:
+        await connection.execute(
+            _WRITE,
+            worker,
+            *keys,
+            [each.messages for each in rows],
+            [each.why.since for each in rows],
+            [each.why.systemic for each in rows],
+            [each.read_up_to for each in rows],
+        )
+
+
+async def take_over(connection: Any, worker: UUID, handlers: Sequence[int], partitions: Sequence[Partition]) -> None:
+    """Delete what earlier owners of partitions have left."""
+    await connection.execute(
+        _TAKE_OVER,
+        worker,
+        [each.topic for each in partitions],
+        [each.partition for each in partitions],
+        list(handlers),
+        _TAKEN_OVER_SECONDS,
+    )
+
+
+async def halt(connection: Any, worker: UUID, row: Row) -> None:
+    """Record what ended a worker that is not started again."""
+    error = storable(row.why.error)[:_ERROR_CHARACTERS_MAX]
+    at = row.partition
+    await connection.execute(_HALT, worker, row.handler, at.topic, at.partition, error, row.messages, row.read_up_to)
+
+
+async def read(connection: Any, app: str) -> tuple[list[dict[str, Any]], Mapping[Partition, tuple[int, int]]]:
+    """What waits, as `status` reports it; and per partition how many messages wait, and up to where it was read."""
+    rows = await connection.fetch(_READ, app, _EXPIRED_SECONDS)
+    totals: dict[Partition, tuple[int, int]] = {}
+    found: list[dict[str, Any]] = []
+    for name, topic, number, count, error, since, systemic, read_up_to in map(tuple, rows):
+        waiting, read = totals.get(Partition(topic, number), (0, 0))
+        totals[Partition(topic, number)] = (waiting + count, max(read, read_up_to))
+        found.append(
+            {
+                "handler": name,
+                "topic": topic,
+                "partition": number,
+                "count": count,
+                "error": error,
+                "since": since.isoformat(timespec="seconds"),
+                "systemic": systemic,
+            }
+        )
+    return found, totals
+
+
+async def applied_by_all(connection: Any, handlers: Sequence[int]) -> dict[int, int]:
+    """Messages that any worker has applied, by handler."""
+    return {row[0]: row[1] for row in await connection.fetch(_OTHERS, list(handlers))}

@@ -1,0 +1,329 @@
+"""The pre-check in Redis: a hint that a message was settled before. Written after the COMMIT, asked before it, fails open.
+
+Knows marks and a budget; knows no PostgreSQL. The only file that imports redis. A mark says: in this epoch of the
+database, this handler has committed this id with this payload. It may be missing at any time (a flush, an eviction, an
+outage); it is never wrong, because it names the epoch, and an epoch that ended takes its marks with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import ssl
+from collections.abc import Callable, Sequence
+from itertools import compress
+from struct import Struct
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, urlsplit
+
+import redis.asyncio as redis
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError, RedisError, ResponseError
+from redis.retry import Retry
+
+from consumer.core.errors import Misconfigured
+from consumer.core.handler import Handler
+from consumer.core.hosts import certificate_fault
+from consumer.core.ordering import Delivery
+from consumer.core.outcome import DUPLICATE, Cause
+from consumer.logs import describe, event
+from consumer.precheck.breaker import Breaker, Sampler
+
+_CONNECT_SECONDS = 1.0
+_MARKS_WAITING_MAX = 8  # batches; more than that are not marked, which costs one claim each later
+
+
+_MEMBER_BYTES = 24
+_BEFORE_MEMBER = b"\r\n$%d\r\n" % _MEMBER_BYTES
+_SAMPLERS_MAX = 1000
+_fingerprint = Struct(">q").pack
+
+_URL_OPTIONS = {
+    "db",
+    "ssl_ca_certs",
+    "ssl_certfile",
+    "ssl_keyfile",
+    "ssl_cert_reqs",
+    "ssl_check_hostname",
+    "client_name",
+}
+
+
+class Untrusted(RedisError):
+    """An answer that does not belong to its question. The connection is dropped and nothing is believed."""
+
+
+class _Question(NamedTuple):
+    handler: Handler
+    bucket: int
+    deliveries: Sequence[Delivery]
+
+
+class Precheck:
+    """Asks and marks within a budget. No method raises because of Redis."""
+
+    def __init__(
+        self,
+        url: str,
+        app: str,
+        budget_seconds: float,
+        window_seconds: float,
+        step: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        try:
+            if {name for name, _ in parse_qsl(urlsplit(url).query)} - _URL_OPTIONS:
+                # Not quoted: it is a part of the password, when that holds a question mark.
+                raise Misconfigured(
+                    f"CONSUMER_REDIS_URL: an unknown option after the question mark (known: {', '.join(sorted(_URL_OPTIONS))}); "
+                    "percent-encode special characters of the password"
+                )
+            self._redis = redis.Redis.from_url(
+                url,
+                retry=Retry(NoBackoff(), 0),
+                socket_timeout=_CONNECT_SECONDS,
+                socket_connect_timeout=_CONNECT_SECONDS,
+                decode_responses=False,
+            )
+        except (ValueError, TypeError):
+            # The library's text would quote the part that it could not read, which may be of the password.
+            raise Misconfigured(
+                "CONSUMER_REDIS_URL is not an address that can be used: write redis://user:password@host:6379/0 (rediss:// "
+                "for TLS), and percent-encode special characters of the password"
+            ) from None
+        self._app = app
+        self._budget = budget_seconds
+        self._window = window_seconds
+        self._step = step
+        self._epoch = ""
+        self._breaker = Breaker()
+        self._samplers: dict[tuple[str, int], Sampler] = {}  # by handler and bucket
+        self._marking: set[asyncio.Task[None]] = set()
+        self._probe: asyncio.Task[None] | None = None
+
+    async def start(self, epoch: str) -> None:
+        """Connect. Raises Misconfigured for a refused password, a right that is missing, and a certificate that is not
+        accepted; any other trouble only opens the breaker."""
+        self._epoch = epoch
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                await self._try()
+        except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
+            raise Misconfigured(
+                f"CONSUMER_REDIS_URL: Redis refused the credentials, or they have too few rights (docs/security.md): {error}"
+            ) from None
+        except (RedisError, OSError, TimeoutError) as error:
+            if isinstance(error, ResponseError) and "db index" in str(error).lower():
+                raise Misconfigured(
+                    "CONSUMER_REDIS_URL: Redis has no database of that number; use a lower one, as in redis://host:6379/0"
+                ) from None
+            if (cause := _certificate_error(error)) is not None:
+                fault = certificate_fault(
+                    cause.verify_code, cause.verify_message, "CONSUMER_REDIS_CA_FILE", "CONSUMER_REDIS_URL"
+                )
+                raise Misconfigured(f"Redis: {fault}") from None
+            self._failed(error)
+
+    def new_epoch(self, epoch: str) -> None:
+        """The database is another one, or went back in time: the marks so far count no more."""
+        self._epoch = epoch
+
+    async def stop(self) -> None:
+        """Let marks on their way arrive within the budget, and disconnect."""
+        if self._marking:
+            await asyncio.wait(self._marking, timeout=self._budget)
+        ending = [*self._marking, *([self._probe] if self._probe else [])]
+        for task in ending:
+            task.cancel()
+        if ending:
+            await asyncio.wait(ending, timeout=_CONNECT_SECONDS)  # each has a connection to end
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                await self._redis.aclose()
+        except (RedisError, OSError, TimeoutError):
+            pass
+
+    async def check(self, deliveries: Sequence[Delivery], now_seconds: float) -> None:
+        """Settle as duplicates those that Redis knows. now_seconds: wall clock; skew only costs hits."""
+        if self._breaker.is_open:
+            return
+        questions: list[_Question] = []
+        bucket = int(now_seconds // self._window)
+        for handler in {each.handler for each in deliveries}:
+            # Each window has a sampler of its own: where duplicates follow soon, few of them are as old as the one before.
+            wanted_from = [
+                each
+                for each in (bucket, bucket - 1)
+                if handler.idempotent and self._sampler(handler, each).should_ask()
+            ]
+            if wanted_from:
+                wanted = [each for each in deliveries if each.handler is handler and each.outcome is None]
+                questions += [_Question(handler, each, wanted) for each in wanted_from if wanted]
+        if not questions:
+            return
+        try:
+            async with asyncio.timeout(self._budget):
+                answers = await self._ask(questions)
+        except Exception as error:  # whatever the library raises: Redis is a hint
+            _go_on()
+            self._failed(error)
+            return
+        _go_on()
+        for question, hits in zip(questions, answers, strict=True):
+            for delivery in hits:
+                delivery.outcome = DUPLICATE[Cause.PRECHECK]
+            self._sampler(question.handler, question.bucket).observed(len(question.deliveries), len(hits))
+
+    async def known(self, deliveries: Sequence[Delivery], now_seconds: float) -> set[Delivery] | None:
+        """Those that Redis has a mark for; None when it did not answer in time. Settles nothing."""
+        by_handler: dict[Handler, list[Delivery]] = {}
+        for delivery in deliveries:
+            by_handler.setdefault(delivery.handler, []).append(delivery)
+        bucket = int(now_seconds // self._window)
+        questions = [
+            _Question(handler, each, wanted) for handler, wanted in by_handler.items() for each in (bucket, bucket - 1)
+        ]
+        try:
+            async with asyncio.timeout(self._budget):
+                answers = await self._ask(questions)
+        except Exception:
+            _go_on()
+            return None
+        _go_on()
+        return {each for hits in answers for each in hits}
+
+    async def _ask(self, questions: Sequence[_Question]) -> list[list[Delivery]]:
+        """Those that Redis has a mark for, of each question. Raises what the library raises, and Untrusted."""
+        nonce = os.urandom(8)
+        members: dict[Handler, list[bytes]] = {}
+        for each in questions:
+            if each.handler not in members:
+                members[each.handler] = _members(each.deliveries)
+        echo, *answers = await self._talk(
+            _packed(b"ECHO", nonce),
+            *(
+                _packed(b"SMISMEMBER", self._key(each.handler, each.bucket), members[each.handler])
+                for each in questions
+            ),
+        )
+        if echo != nonce:
+            raise Untrusted("an answer to another question")
+        found = []
+        for question, answer in zip(questions, answers, strict=True):
+            if len(answer) != len(question.deliveries):
+                raise Untrusted("an answer of another length")
+            found.append(list(compress(question.deliveries, answer)))
+        return found
+
+    def mark(self, applied: Sequence[Delivery], epoch: str, now_seconds: float) -> None:
+        """Mark what was committed in `epoch`, in the background. Call it only after the COMMIT was answered."""
+        if self._breaker.is_open or not applied or len(self._marking) >= _MARKS_WAITING_MAX:
+            return
+        bucket = int(now_seconds // self._window)
+        commands = []
+        for handler in {each.handler for each in applied}:
+            key = self._key(handler, bucket, epoch)
+            commands.append(_packed(b"SADD", key, _members([each for each in applied if each.handler is handler])))
+            commands.append(_packed(b"EXPIRE", key, b"%d" % int(self._window * 2)))
+        task = asyncio.get_running_loop().create_task(self._send(commands))
+        self._marking.add(task)
+        task.add_done_callback(self._marking.discard)
+
+    async def _send(self, commands: Sequence[bytes]) -> None:
+        try:
+            async with asyncio.timeout(self._budget):
+                await self._talk(*commands)
+        except (RedisError, OSError, TimeoutError) as error:
+            self._failed(error)
+        else:
+            self._step("marked")
+
+    async def _talk(self, *commands: bytes) -> list[Any]:
+        """Send commands and return their answers. Raises what the library raises, for the first that was refused.
+
+        The library would pack a command's arguments one after the other, in Python, at 0.5 µs each: more than all the
+        rest of a mark costs the worker.
+        """
+        connection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+        try:
+            await connection.send_packed_command(commands)
+            return [await connection.read_response() for _ in commands]
+        except BaseException:
+            await connection.disconnect(nowait=True)  # an answer that is still to come would be taken for another's
+            raise
+        finally:
+            await self._redis.connection_pool.release(connection)
+
+    def _key(self, handler: Handler, bucket: int, epoch: str | None = None) -> bytes:
+        return f"consumer:{epoch or self._epoch}:{self._app}:{handler.name}:{bucket}".encode()
+
+    def _sampler(self, handler: Handler, bucket: int) -> Sampler:
+        found = self._samplers.get((handler.name, bucket))
+        if found is None:
+            if len(self._samplers) > _SAMPLERS_MAX:
+                self._samplers.clear()  # most are of windows that are over
+            found = self._samplers[handler.name, bucket] = Sampler()
+        return found
+
+    def _failed(self, error: Exception) -> None:
+        """Open the breaker; a probe in the background closes it. Nobody else waits for Redis until then."""
+        if not self._breaker.is_open:
+            what = "refuses what it is asked" if isinstance(error, ResponseError) else "does not answer"
+            event(logging.WARNING, f"pre-check off: redis {what}; going on without it", error=describe(error))
+        pause = self._breaker.failed()
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.get_running_loop().create_task(self._probing(pause))
+
+    async def _probing(self, pause_seconds: float) -> None:
+        while True:
+            await asyncio.sleep(pause_seconds)
+            try:
+                await self._redis.connection_pool.disconnect()
+                async with asyncio.timeout(_CONNECT_SECONDS):
+                    await self._try()
+            except (RedisError, OSError, TimeoutError):
+                pause_seconds = self._breaker.failed()
+            else:
+                self._breaker.succeeded()
+                event(logging.INFO, "pre-check on: redis answers again")
+                return
+
+    async def _try(self) -> None:
+        """What a batch needs: to ask and to write. A Redis that is full or read-only fails here, as it would there."""
+        key = f"consumer:probe:{self._app}".encode()
+        answers = await self._talk(
+            _packed(b"ECHO", b"probe"),
+            _packed(b"SMISMEMBER", key, [b"probe".ljust(_MEMBER_BYTES)]),
+            _packed(b"SADD", key, [b"probe".ljust(_MEMBER_BYTES)]),
+            _packed(b"EXPIRE", key, b"60"),
+        )
+        if len(answers) != 4:
+            raise ResponseError("an answer of another length")
+
+
+def _certificate_error(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    """What TLS had against a certificate, below the library's own exception."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _go_on() -> None:
+    """Raise CancelledError when this task was told to end: the library was seen to swallow that (redis 8.1)."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
+def _members(deliveries: Sequence[Delivery]) -> list[bytes]:
+    """Id and payload together: an id that is used again with another payload must not look known."""
+    return [each.id + _fingerprint(each.fingerprint) for each in deliveries]
+
+
+def _packed(name: bytes, key: bytes, rest: bytes | Sequence[bytes] = ()) -> bytes:
+    """A command as it travels: of two words, of three, or of two and members of _MEMBER_BYTES each."""
+    head = b"$%d\r\n%s\r\n$%d\r\n%s\r\n" % (len(name), name, len(key), key)
+    if isinstance(rest, bytes):
+        return b"*3\r\n%s$%d\r\n%s\r\n" % (head, len(rest), rest)
+    body = _BEFORE_MEMBER.join([b"", *rest])[2:] + b"\r\n" if rest else b""
+    return b"*%d\r\n%s%s" % (2 + len(rest), head, body)

@@ -1,0 +1,230 @@
+"""What the ledger knows of the messages of a rebuild: applied where and when, dead, or edited by an operator.
+
+Knows SQL through a connection that is handed in; the transaction that it runs in gives one snapshot for all questions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+from consumer.core.errors import CannotTell
+from consumer.core.fingerprint import BYTES
+from consumer.core.handler import Handler
+from consumer.core.message import LogRecord, Partition
+from consumer.core.ordering import Delivery
+from consumer.core.outcome import DUPLICATE, SKIPPED, Cause, Dead
+from consumer.handler_records.source_text import Versions
+from consumer.kafka.bounds import Span
+from consumer.rebuild.applied_order import Entry
+from consumer.rebuild.left_out import LeftOut
+from consumer.transaction.once import by_bytes
+
+EDITS_MAX = 100_000
+UNREADABLE_MAX = 10_000  # whose place in the ledger is looked up
+
+# What was never applied, and what came with an id that another payload had. Of a message that was applied after all, the
+# dead letter stays.
+_DEAD = """
+insert into consumer_dead
+select handler, id, fingerprint from consumer.ledger where handler = any($1) and applied_at is null
+union
+select d.handler, d.id, d.fingerprint from consumer.dead_letters d
+left join consumer.ledger l on l.handler = d.handler and l.id = d.id
+where d.handler = any($1) and (l.handler is null or l.fingerprint <> d.fingerprint)
+"""
+_ARE_DEAD = """
+select place from unnest($1::int4[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
+join pg_temp.consumer_dead using (handler, id, fingerprint)
+"""
+_FACTS = """
+select o.place, round(date_part('epoch', l.applied_at) * 1000000)::int8, t.name, l.partition, l."offset",
+       l.fingerprint = o.fingerprint as alike
+from unnest($1::int4[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
+join consumer.ledger l on l.handler = o.handler and l.id = o.id
+join consumer.topics t on t.topic = l.topic
+where l.applied_at is not null
+"""
+_EDITS = """
+select distinct on (d.dead_letter) d.*, a.new_id, a.new_value,
+       (select (extract(epoch from l.applied_at) * 1000000)::int8 from consumer.ledger l
+        where l.handler = d.handler and l.id = coalesce(a.new_id, d.id) and l.applied_at is not null) as applied_at,
+       (extract(epoch from a.at) * 1000000)::int8 as acted_at
+from consumer.letter_actions a join consumer.dead_letters d using (dead_letter)
+where d.handler = any($1) and a.what = 'edit' and a.outcome = 'applied' and d.topic = any($2)
+order by d.dead_letter, a.action desc limit $3
+"""
+_APPLIED_AT_PLACES = """
+select count(*) from unnest($1::int4[], $2::text[], $3::int4[], $4::int8[]) as o(handler, topic, partition, "offset")
+join consumer.topics t on t.name = o.topic
+join consumer.ledger l on l.handler = o.handler and l.topic = t.topic and l.partition = o.partition
+                      and l."offset" = o."offset" and l.applied_at is not null
+"""
+
+_Place = tuple[int, Partition, int]  # handler, partition, offset
+
+
+def offers(deliveries: Sequence[Delivery]) -> tuple[list[Any], ...]:
+    """Handlers, ids and fingerprints, as columns."""
+    return (
+        [each.handler.number for each in deliveries],
+        [UUID(bytes=each.id) for each in deliveries],
+        [each.fingerprint for each in deliveries],
+    )
+
+
+@dataclass(slots=True)
+class Applied:
+    """Sorts the messages of one rebuild by what the ledger says of them.
+
+    positions: below them everything is settled. conflicts: messages whose id was applied with another payload.
+    unrecorded: messages that the ledger does not know although they are settled.
+    """
+
+    connection: Any
+    positions: Mapping[Partition, int]
+    spans: Mapping[Partition, Span] = field(default_factory=dict)
+    conflicts: int = 0
+    unrecorded: int = 0
+    left_out: LeftOut = field(default_factory=LeftOut)
+    codes: Mapping[int, Versions] = field(default_factory=dict)  # of handlers, by number
+    # Messages that may have met another code, by handler.
+    with_other_code: Counter[int] = field(default_factory=Counter)
+    _dead: int = 0
+    _edits: Sequence[Any] = ()
+    _edited: set[_Place] = field(default_factory=set)
+    _unreadable: set[_Place] = field(default_factory=set)
+
+    async def read(self, handlers: Collection[int], topics: Collection[str]) -> None:
+        """Note the messages that were never applied, and those that were edited. Raises CannotTell.
+
+        Call it before the transaction becomes read only, and before the guard of the copies notes which tables of the
+        framework are locked: what is locked later is taken for a handler's statement.
+        """
+        tag = await self.connection.execute(_DEAD, list(handlers))
+        self._dead = int(tag.split()[-1])
+        self._edits = await self.connection.fetch(_EDITS, list(handlers), list(topics), EDITS_MAX + 1)
+        if len(self._edits) > EDITS_MAX:
+            raise CannotTell(f"more than {EDITS_MAX:,} dead letters were edited; a rebuild cannot follow so many")
+
+    def edits(self, handlers: Sequence[Handler]) -> list[Entry]:
+        """Dead letters that an operator has edited and that were applied: with the edited value, when that was.
+
+        The message of the log that each of them replaces is left out.
+        """
+        by_number = {handler.number: handler for handler in handlers}
+        entries: list[Entry] = []
+        for row in self._edits:
+            handler = by_number[row["handler"]]
+            partition = Partition(row["topic"], row["partition"])
+            if partition not in self.spans:
+                continue
+            self._edited.add((handler.number, partition, row["offset"]))
+            names = [name.decode("utf-8", "surrogateescape") for name in row["header_keys"]]
+            record = LogRecord(
+                topic=row["topic"],
+                partition=row["partition"],
+                offset=row["offset"] if row["new_id"] is None else -row["dead_letter"],
+                timestamp=row["timestamp"],
+                key=row["key"],
+                value=row["new_value"],
+                headers=tuple(zip(names, row["header_values"], strict=True)),
+            )
+            delivery = Delivery(handler, record)
+            delivery.id, delivery.fingerprint = (row["new_id"] or row["id"]).bytes, row["fingerprint"]
+            entries.append(Entry(delivery, row["applied_at"] or row["acted_at"], row["timestamp"] * 1000))
+        return entries
+
+    async def entries(self, deliveries: Sequence[Delivery]) -> list[Entry]:
+        """Each delivery with its time. Those without an effect have an outcome: duplicates, dead, or not settled yet.
+
+        deliveries: identified, of one partition, in offset order, a record's handlers side by side.
+        """
+        waiting = [each for each in deliveries if each.outcome is None or isinstance(each.outcome, Dead)]
+        await self._sort_dead(waiting)
+        facts: dict[Delivery, Any] = {}
+        for delivery, row in await self.ask(_FACTS, deliveries):
+            if delivery not in facts or row["alike"]:
+                facts[delivery] = row
+        entries: list[Entry] = []
+        last, turn = -1, 0
+        for delivery in deliveries:
+            record = delivery.record
+            turn = turn + 1 if record.offset == last else 0
+            last = record.offset
+            at = self._judge(delivery, facts.get(delivery))
+            versions = self.codes.get(delivery.handler.number)
+            if versions is not None and delivery.outcome is None and versions.may_be_other(at):
+                self.with_other_code[delivery.handler.number] += 1
+            entries.append(Entry(delivery, at, record.timestamp * 1000, turn))
+        return entries
+
+    async def _sort_dead(self, deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries if self._edited else ():
+            if (delivery.handler.number, delivery.partition, delivery.record.offset) in self._edited:
+                delivery.outcome = DUPLICATE[Cause.DEAD_LETTER]
+        if self._dead and deliveries:
+            for delivery, _ in await self.ask(_ARE_DEAD, deliveries):
+                delivery.outcome = DUPLICATE[Cause.DEAD_LETTER]
+
+    async def ask(self, question: str, deliveries: Sequence[Delivery]) -> list[tuple[Delivery, Any]]:
+        """The rows of a question, each with its delivery.
+
+        question: takes handlers, ids and fingerprints, and answers the place first. Deliveries of a handler with a rule
+        of comparison are also looked for under the fingerprint of their bytes: their row may be from before the rule.
+        """
+        earlier = [each for each in deliveries if each.handler.fingerprint is not BYTES]
+        asked = [*deliveries, *earlier]
+        if not asked:
+            return []
+        offered = [*deliveries, *map(by_bytes, earlier)]
+        return [(asked[row[0] - 1], row) for row in await self.connection.fetch(question, *offers(offered))]
+
+    def _judge(self, delivery: Delivery, fact: Any) -> int | None:
+        """Give a delivery without an effect its outcome; return when the others were applied, if that is known.
+
+        fact: its row of _FACTS, if there is one.
+        """
+        record = delivery.record
+        if isinstance(delivery.outcome, Dead):
+            if len(self._unreadable) < UNREADABLE_MAX:
+                self._unreadable.add((delivery.handler.number, delivery.partition, record.offset))
+        elif delivery.outcome is None and fact is None:
+            if self.left_out.takes(delivery, self.positions.get(delivery.partition, 0)):
+                delivery.outcome = SKIPPED
+            else:
+                self.unrecorded += 1
+        elif delivery.outcome is None and fact is not None:
+            _, at, topic, number, offset, alike = fact
+            if alike and offset == record.offset and number == record.partition and topic == record.topic:
+                return int(at)
+            span = self.spans.get(Partition(topic, number))
+            if not alike or offset < 0 or (span is not None and span.first <= offset < span.end):
+                # The effect is that of another record, which is replayed in its own place.
+                delivery.outcome = DUPLICATE[Cause.LEDGER]
+                self.conflicts += not alike
+            else:
+                return int(at)
+        return None
+
+    async def unreadable_but_applied(self) -> int:
+        """How many messages the ledger has as applied although today's code cannot read or identify them."""
+        places = sorted(self._unreadable)
+        if not places:
+            return 0
+        count: int = await self.connection.fetchval(
+            _APPLIED_AT_PLACES,
+            [handler for handler, _, _ in places],
+            [partition.topic for _, partition, _ in places],
+            [partition.partition for _, partition, _ in places],
+            [offset for _, _, offset in places],
+        )
+        return count
+
+    def note_unreadable(self, delivery: Delivery) -> None:
+        """Note a message whose handler could not be given its value."""
+        if len(self._unreadable) < UNREADABLE_MAX:
+            self._unreadable.add((delivery.handler.number, delivery.partition, delivery.record.offset))

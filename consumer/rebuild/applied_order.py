@@ -1,0 +1,180 @@
+"""Merge the partitions of a rebuild into the order in which their effects were applied.
+
+The ledger knows the transaction that applied a message by its time (`applied_at`, PostgreSQL's clock). Inside one
+transaction a worker settles its batch by topic, partition and offset. A message that the ledger does not know follows
+its record's time. Limitations: two transactions that overlapped may have met a row in the other order than they began;
+`shift` gives a second possible order, so that a caller can find the rows that depend on it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from consumer.core.message import Partition
+from consumer.core.ordering import Delivery, size_of
+
+LOOKAHEAD = 2000  # entries of a partition that must be known before its first one is handed out
+
+
+class Entry(NamedTuple):
+    """A delivery and when it was applied.
+
+    applied_at: microseconds since 1970 by PostgreSQL's clock, None where the ledger does not know.
+    time: the record's, in microseconds. turn: place of the handler among those of its topic.
+    """
+
+    delivery: Delivery
+    applied_at: int | None
+    time: int
+    turn: int = 0
+
+
+def transactions(entries: Iterable[Entry]) -> list[list[Entry]]:
+    """Entries in their order, those of one transaction together. What has no effect goes with what is before it."""
+    found: list[list[Entry]] = []
+    at: int | None = None
+    for entry in entries:
+        is_new = entry.applied_at != at and (entry.applied_at is not None or entry.delivery.outcome is None)
+        if is_new or not found:
+            found.append([])
+        if is_new:
+            at = entry.applied_at
+        found[-1].append(entry)
+    return found
+
+
+_Rank = tuple[int, int, int, int]  # time, partition, offset, handler: the order in which a worker settles
+
+
+class _Buffer:
+    """Entries of one partition in offset order, with the earliest time that any of them was applied."""
+
+    __slots__ = ("complete", "earliest", "entries", "first", "latest", "size")
+
+    def __init__(self) -> None:
+        self.entries: deque[Entry] = deque()
+        self.first = 0  # number of entries[0], counted from the beginning
+        self.earliest: deque[tuple[int, int]] = deque()  # sliding minimum: (applied_at, number), both ascending
+        self.latest = 0  # time of the entry handed out last: entries without a time of their own keep their order
+        self.size = 0  # bytes
+        self.complete = False
+
+    def append(self, entry: Entry) -> None:
+        self.size += size_of(entry.delivery.record)
+        if (at := entry.applied_at) is not None:
+            while self.earliest and self.earliest[-1][0] > at:
+                self.earliest.pop()
+            self.earliest.append((at, self.first + len(self.entries)))
+        self.entries.append(entry)
+
+    def pop(self) -> Entry:
+        if self.earliest and self.earliest[0][1] == self.first:
+            self.earliest.popleft()
+        self.first += 1
+        entry = self.entries.popleft()
+        self.size -= size_of(entry.delivery.record)
+        return entry
+
+
+class AppliedOrder:
+    """Takes entries partition by partition, hands them out in the order of their effects.
+
+    shift: microseconds by which each further partition is taken later than it was: another order that is possible when
+    transactions overlapped. bytes_max: of one partition; with more, its first entry is handed out without looking further.
+    """
+
+    def __init__(
+        self, partitions: Iterable[Partition], *, lookahead: int = LOOKAHEAD, bytes_max: int = 1 << 26, shift: int = 0
+    ) -> None:
+        self._places = {partition: place for place, partition in enumerate(sorted(partitions))}
+        self._buffers = {partition: _Buffer() for partition in self._places}
+        self._lookahead = lookahead
+        self._bytes_max = bytes_max
+        self._shift = shift
+        self._late: list[tuple[_Rank, int, Entry]] = []  # applied after later entries of their partition: retries
+        self._heads: list[tuple[_Rank, Partition]] = []
+        self._blocked = set(self._places)  # partitions of which more must be read before anything is handed out
+        self._number = 0
+
+    @property
+    def held(self) -> int:
+        """Entries that are not handed out yet."""
+        return len(self._late) + sum(len(buffer.entries) for buffer in self._buffers.values())
+
+    def is_full(self, partition: Partition) -> bool:
+        """Whether the partition holds twice what it needs, so that reading it can pause."""
+        buffer = self._buffers[partition]
+        return len(buffer.entries) >= 2 * self._lookahead or buffer.size >= 2 * self._bytes_max
+
+    def is_low(self, partition: Partition) -> bool:
+        """Whether a paused partition should be read on."""
+        return not self._knows_enough(self._buffers[partition], 1.5)
+
+    def add(self, partition: Partition, entries: Sequence[Entry], *, complete: bool) -> None:
+        """Add entries in offset order. complete: nothing of the partition follows."""
+        buffer = self._buffers[partition]
+        buffer.complete = buffer.complete or complete
+        for entry in entries:
+            buffer.append(entry)
+        if partition in self._blocked:
+            self._offer(partition)
+
+    def add_late(self, entry: Entry) -> None:
+        """Add an entry that is of no place in its partition: an edited dead letter, for example."""
+        at = entry.applied_at if entry.applied_at is not None else entry.time
+        self._push_late(self._rank(entry, at), entry)
+
+    def take(self, most: int) -> list[Entry]:
+        """The next entries, at most so many; none while a partition must be read first."""
+        taken: list[Entry] = []
+        while len(taken) < most and not self._blocked:
+            if self._late and (not self._heads or self._late[0][0] < self._heads[0][0]):
+                taken.append(heapq.heappop(self._late)[2])
+            elif self._heads:
+                rank, partition = heapq.heappop(self._heads)
+                buffer = self._buffers[partition]
+                buffer.latest = rank[0]
+                taken.append(buffer.pop())
+                self._offer(partition)
+            else:
+                break
+        return taken
+
+    def _knows_enough(self, buffer: _Buffer, times: float = 1.0) -> bool:
+        return (
+            buffer.complete or len(buffer.entries) >= self._lookahead * times or buffer.size >= self._bytes_max * times
+        )
+
+    def _offer(self, partition: Partition) -> None:
+        """Put the partition's next entry among the heads, or block until it is known."""
+        buffer = self._buffers[partition]
+        while buffer.entries:
+            if not self._knows_enough(buffer):
+                break
+            entry = buffer.entries[0]
+            at = entry.applied_at
+            if at is not None and buffer.earliest[0][0] < at:
+                self._push_late(self._rank(entry, at), buffer.pop())
+                continue
+            if at is None:
+                at = max(buffer.latest - self._shift * self._places[partition], entry.time)
+                at = min(at, buffer.earliest[0][0]) if buffer.earliest else at
+            heapq.heappush(self._heads, (self._rank(entry, at), partition))
+            self._blocked.discard(partition)
+            return
+        if buffer.complete:
+            self._blocked.discard(partition)
+        else:
+            self._blocked.add(partition)
+
+    def _rank(self, entry: Entry, at: int) -> _Rank:
+        record = entry.delivery.record
+        place = self._places.get(entry.delivery.partition, len(self._places))
+        return at + self._shift * place, place, record.offset, entry.turn
+
+    def _push_late(self, rank: _Rank, entry: Entry) -> None:
+        self._number += 1
+        heapq.heappush(self._late, (rank, self._number, entry))

@@ -1,0 +1,120 @@
+"""Copying a range into another topic so that nothing is applied twice: each copy keeps the message id that it had.
+
+Knows records and the id rules of handlers; knows no ledger. Bytes, key, headers, timestamp and, within a partition, the
+order stay. A message whose id is its offset for want of a header gets that id as its `message-id` header, since a copy
+lies at another offset. A copy may be made twice (after an interruption), which is harmless for the same reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import NamedTuple
+from uuid import UUID
+
+from consumer.core.cloudevents import from_event
+from consumer.core.errors import Misconfigured, Unreadable
+from consumer.core.handler import Handler
+from consumer.core.identity import DefaultId, OffsetId, from_headers, offset_id
+from consumer.core.log_identity import Position
+from consumer.core.message import Partition, Record
+from consumer.kafka.bounds import Span
+from consumer.kafka.log_reader import read
+from consumer.kafka.source import Source, producing
+from consumer.settings import Settings
+
+
+class Copied(NamedTuple):
+    """Of one partition: copied up to this offset.
+
+    refused: records that this client cannot send: header keys that are not UTF-8, or neither key nor value.
+    """
+
+    partition: Partition
+    next: int
+    copied: int
+    refused: int
+
+
+def check(handlers: Sequence[Handler], topics: Sequence[str], target: str) -> None:
+    """Raise Misconfigured where a copy would be applied again by one of these handlers, or would be read by itself."""
+    if target in topics:
+        raise Misconfigured(f"--republish {target}: that is the topic that is read; name another one")
+    for handler in handlers:
+        if isinstance(handler.rule, OffsetId):
+            raise Misconfigured(
+                f'handler {handler.name!r} identifies messages by their offset (message_id="offset"): a copy would be applied again'
+            )
+
+
+async def republish(
+    settings: Settings,
+    source: Source,
+    spans: Sequence[Span],
+    target: str,
+    *,
+    wanted: Callable[[Record], bool],
+    fallback: bool,
+    logs: Mapping[Partition, Position],
+) -> AsyncIterator[Copied]:
+    """Copy the wanted records of the spans; yields after each acknowledged part.
+
+    fallback: give a message without an id the one that its offset stands for, with the salts of `logs`. Raises Misconfigured for a target
+    that does not exist, KafkaError and LogTruncated.
+    """
+    partitions = (await source.partitions([target]))[target]
+    if not partitions:
+        raise Misconfigured(
+            f"topic {target!r} does not exist: create it first, with as many partitions as the one that is read"
+        )
+    same = len(partitions) > max(each.partition.partition for each in spans)
+    async with producing(settings, idempotent=True) as producer:
+        async for chunk in read(source, spans):
+            sent: list[asyncio.Future[object]] = []
+            refused = 0
+            for record in chunk.records:
+                if not wanted(record):
+                    continue
+                headers = _headers(record, fallback, logs)
+                if headers is None or (record.key is None and record.value is None):
+                    refused += 1
+                    continue
+                place = record.partition if same else record.partition % len(partitions) if record.key is None else None
+                sent.append(
+                    await producer.send(
+                        target,
+                        record.value,
+                        key=record.key,
+                        partition=place,
+                        headers=headers,
+                        timestamp_ms=record.timestamp if record.timestamp >= 0 else None,
+                    )
+                )
+            await asyncio.gather(*sent)
+            yield Copied(chunk.partition, chunk.next, len(sent), refused)
+
+
+def needs_fallback(handlers: Sequence[Handler]) -> bool:
+    """Whether a handler takes the offset for the id of a message that has none."""
+    return any(isinstance(each.rule, DefaultId) for each in handlers)
+
+
+def _headers(
+    record: Record, fallback: bool, logs: Mapping[Partition, Position]
+) -> list[tuple[str, bytes | None]] | None:
+    """The headers of the copy; None where they cannot be sent."""
+    headers = list(record.headers)
+    try:
+        for key, _ in headers:
+            key.encode("utf-8")
+    except UnicodeEncodeError:
+        return None
+    try:
+        has_one = from_headers(record, "message-id") or from_event(record)
+    except Unreadable:
+        return headers  # an id that cannot be read: a dead letter here and there
+    if fallback and not has_one:
+        at = logs.get(Partition(record.topic, record.partition))
+        id = UUID(bytes=offset_id(record, at.salt if at is not None else None))  # as a UUID it keeps its 16 bytes
+        headers.append(("message-id", str(id).encode()))
+    return headers

@@ -1,0 +1,172 @@
+"""What a replay keeps so that it can go on after an interruption, and what must be as it was for that.
+
+Reads the ledger and asks the log for its ends; replay/resume_rules.py compares. A replay that goes on must end as one
+uninterrupted run would. So the ledger's rows that were seen before are looked at again at the end (replay/ledger_diff.py by number,
+`Witness.look_again` one by one), and everything else that the answer depends on must not have changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from consumer.app import App
+from consumer.core.errors import Misconfigured
+from consumer.core.handler import Handler
+from consumer.core.identity import rule_text
+from consumer.core.message import Partition
+from consumer.handler_records import handler_code
+from consumer.kafka.bounds import Span
+from consumer.kafka.source import Source
+from consumer.replay.check import Open, Witness
+from consumer.replay.findings import Findings
+from consumer.replay.resume_rules import Conditions, what_changed
+
+_AGAIN = "run it without --resume"
+_LETTERS_BEFORE = "select coalesce(max(dead_letter), 0) from consumer.dead_letters"
+_LETTERS_SINCE = """
+select count(*) from consumer.dead_letters d
+join unnest($3::text[], $4::int4[], $5::int8[], $6::int8[]) as s(topic, partition, first, past)
+  on d.topic = s.topic and d.partition = s.partition and d."offset" >= s.first and d."offset" < s.past
+where d.dead_letter > $1 and d.handler = any($2)
+"""
+
+
+def refuse_changed(before: object, now: Conditions) -> None:
+    """Raise Misconfigured where something is not as it was when the replay began."""
+    if not isinstance(before, Mapping):
+        raise Misconfigured(f"--resume: the state that was kept cannot be read; {_AGAIN}")
+    if (changed := what_changed(before, now)) is not None:
+        raise Misconfigured(f"--resume: {changed} since the replay began; {_AGAIN}")
+
+
+def conditions_of_code(app: App, handlers: Sequence[Handler], topics: Sequence[str], options: Any) -> Conditions:
+    """What is asked for, and the handlers that take part in it."""
+    taking = [each for each in app.handlers.values() if set(topics) & set(each.topics)]
+    chosen = handlers if options.handlers else taking
+    return {
+        "the App's": {"name": app.name},
+        "option": {each.name: _text(getattr(options, each.name)) for each in fields(options)},
+        "handler": {each.name: _handler_text(each) for each in chosen},
+    }
+
+
+def _text(value: object) -> str:
+    return json.dumps(value, default=repr)
+
+
+def _handler_text(handler: Handler) -> str:
+    codes = handler_code.codes_at_start(handler)
+    how = [handler.topics, rule_text(handler.rule), handler.idempotent, handler.timeout, handler.retry]
+    return _text([*codes, handler.order, handler.concurrency, handler.batch, handler.allow_nan, *how])
+
+
+async def conditions_of_services(
+    connection: Any, identity: Any, topics: Sequence[str], partitions: Sequence[Partition], witness: Witness
+) -> Conditions:
+    """Which logs are read, and from where on the ledger knows."""
+    return {
+        "cluster": {"Kafka": identity.cluster_id},
+        "topic": {each: _known(identity.topics.get(each)) for each in topics},
+        "partition": {f"{p.topic}:{p.partition}": "" for p in partitions},
+        "retention": {"ledger": await horizon(connection)},
+        "beginning of the ledger in": {f"{p.topic}:{p.partition}": str(witness.horizon.get(p)) for p in partitions},
+        "--begin-here of": {f"{name} {p.topic}:{p.partition}": _text(s) for (name, p), s in witness.exempt.items()},
+        "message_id= of": {f"{name} {p.topic}:{p.partition}": str(at) for (name, p), at in witness.floors.items()},
+    }
+
+
+def _known(topic_id: object) -> str | None:
+    return None if topic_id is None else str(topic_id)
+
+
+async def refuse_shorter_logs(source: Source, spans: Sequence[Span], reached: Mapping[Partition, int]) -> None:
+    """Raise Misconfigured where records that are still to be read are gone."""
+    todo = [each for each in spans if reached.get(each.partition, each.first) < each.end]
+    begins = await source.beginnings([each.partition for each in todo])
+    ends = await source.ends([each.partition for each in todo])
+    for each in todo:
+        place, at = f"{each.partition.topic}:{each.partition.partition}", reached.get(each.partition, each.first)
+        if begins[each.partition] > at:
+            raise Misconfigured(
+                f"--resume: {place} begins at offset {begins[each.partition]} now, and {at} is the next to be read; {_AGAIN}"
+            )
+        if ends[each.partition] < each.end:
+            raise Misconfigured(
+                f"--resume: {place} ends at offset {ends[each.partition]} now, and it ended at {each.end}; {_AGAIN}"
+            )
+
+
+async def horizon(connection: Any) -> str:
+    """Up to when the ledger has dropped its rows."""
+    return str(await connection.fetchval("select horizon from consumer.ledger_state"))
+
+
+async def letters_before(connection: Any) -> int:
+    """The number of the last dead letter."""
+    found: int = await connection.fetchval(_LETTERS_BEFORE)
+    return found
+
+
+async def doubt_letters(connection: Any, before: int, handlers: Sequence[Handler], findings: Findings) -> None:
+    """Dead letters since the number `before` that the part before an interruption may have made, and does not know of."""
+    spans = findings.spans
+    made: int = await connection.fetchval(
+        _LETTERS_SINCE,
+        before,
+        [each.number for each in handlers],
+        [each.partition.topic for each in spans],
+        [each.partition.partition for each in spans],
+        [each.first for each in spans],
+        [each.end for each in spans],
+    )
+    if (unknown := made - findings.total("dead_lettered_now")) > 0:
+        names = ", ".join(each.name for each in handlers)
+        text = (
+            f"{unknown:,} dead letters of {names} were made since the replay began, by workers or by the part of it that was "
+            "interrupted: see `consumer dlq list`"
+        )
+        findings.doubts.append({"kind": "dead_letters_meanwhile", "count": unknown, "text": text})
+
+
+async def weigh_rows_gone(connection: Any, findings: Findings, then: Conditions) -> None:
+    """Rows that the ledger has dropped as too old while this ran are no fault; nothing tells them from deleted ones."""
+    if findings.rows_gone and await horizon(connection) != then["retention"]["ledger"]:
+        text = (
+            f"{findings.rows_gone:,} ledger rows are gone since their messages were read, and the ledger has dropped old rows "
+            "meanwhile: they may be among these"
+        )
+        findings.doubts.append({"kind": "rows_dropped", "count": findings.rows_gone, "text": text})
+        findings.rows_gone = 0
+
+
+def witness_state(witness: Witness) -> dict[str, Any]:
+    """What a witness has seen, as JSON can hold it."""
+    return {
+        "matched": [[name, *p, block, n] for (name, p, block), n in witness.matched.items()],
+        "missing": [[name, id.hex(), *p, *rest] for (name, id), (p, *rest) in witness.missing.items()],
+        "apart": [[name, id.hex(), *p, at] for (name, id), (p, at) in witness.apart.items()],
+        "letters": [[name, id.hex(), print, *p, at] for (name, id, print), (p, at) in witness.letters_seen.items()],
+        "forgets": witness.forgets,
+        "would": witness.would,
+        "unsettled": [each.as_state() for each in witness.unsettled],
+    }
+
+
+def restore_witness(witness: Witness, state: Mapping[str, Any]) -> None:
+    """The reverse of `witness_state`. Raises Misconfigured where not all of it could be kept."""
+    if state["forgets"]:
+        raise Misconfigured(
+            f"--resume: more was seen before the interruption than can be looked at again ({state['forgets']}); {_AGAIN}"
+        )
+    witness.matched = {(n, Partition(t, p), block): count for n, t, p, block, count in state["matched"]}
+    if not witness.storing:  # those that were on their way are found missing once more
+        witness.missing = {
+            (n, bytes.fromhex(i)): (Partition(t, p), o, at, f) for n, i, t, p, o, at, f in state["missing"]
+        }
+    witness.apart = {(n, bytes.fromhex(i)): (Partition(t, p), at) for n, i, t, p, at in state["apart"]}
+    witness.letters_seen = {(n, bytes.fromhex(i), f): (Partition(t, p), at) for n, i, f, t, p, at in state["letters"]}
+    witness.would = dict(state["would"])
+    witness.unsettled = [Open.from_state(each) for each in state["unsettled"]]

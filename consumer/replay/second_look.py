@@ -1,0 +1,67 @@
+"""The last look of a check: what workers have settled since the messages were read is no problem.
+
+Knows the ledger through the witness's connection and the findings; reads no log. A worker may be between any two steps of a check, so
+what was missing, or had no dead letter yet, is asked again when everything else is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+from uuid import UUID
+
+from consumer.replay.check import Open, Witness
+
+_AT_ONCE = 4096
+# Settled since: kept as a dead letter, or applied after all (an operator has retried its dead letter).
+_SETTLED = """
+select distinct o.place from unnest($1::int2[], $2::uuid[], $3::int8[], $4::int8[]) as o(handler, id, fingerprint, place)
+where exists (select from consumer.dead_letters d
+              where (d.handler, d.id, d.fingerprint) = (o.handler, o.id, o.fingerprint))
+   or exists (select from consumer.ledger l
+              where (l.handler, l.id, l.fingerprint) = (o.handler, o.id, o.fingerprint) and l.applied_at is not null)
+"""
+
+_T = TypeVar("_T")
+
+
+async def look_again(witness: Witness, numbers: Mapping[str, int]) -> None:
+    """Count what is settled by now as settled. numbers: of the handlers, by name."""
+    for part in _parts(list(witness.missing.items())):
+        await _missing(witness, numbers, part)
+    for some in _parts(witness.unsettled):
+        await _without_letter(witness, numbers, some)
+
+
+async def _missing(witness: Witness, numbers: Mapping[str, int], part: Sequence[Any]) -> None:
+    findings = witness.findings
+    settled = await witness.which_stand([(numbers[handler], id) for (handler, id), _ in part])
+    for (handler, id), (partition, offset, timestamp, _) in part:
+        outcome = "missing"
+        if (numbers[handler], id) in settled:
+            outcome = "applied"
+            findings.count(handler, partition, "missing", -1)
+            findings.count(handler, partition, "applied")
+            findings.ahead -= findings.is_ahead(partition, offset)
+            findings.drop_sample("missing", handler, partition, offset)
+        findings.times.add([timestamp], outcome)
+
+
+async def _without_letter(witness: Witness, numbers: Mapping[str, int], part: Sequence[Open]) -> None:
+    findings = witness.findings
+    asked = [(numbers[each.handler], UUID(bytes=each.id), f, place) for place, each in enumerate(part) for f in each.fingerprints]  # fmt: skip
+    session = await witness.open()
+    settled = {row[0] for row in await session.connection.fetch(_SETTLED, *map(list, zip(*asked, strict=True)))}
+    for place, each in enumerate(part):
+        if place in settled:
+            findings.unsettled -= 1
+            findings.drop_sample(each.kind, each.handler, each.partition, each.offset)
+        else:
+            findings.unsettled_ahead += findings.is_ahead(each.partition, each.offset)
+
+
+def _parts(found: Sequence[_T]) -> Iterator[list[_T]]:
+    left = iter(found)
+    while part := list(islice(left, _AT_ONCE)):
+        yield part

@@ -1,0 +1,63 @@
+"""Holds of dead letters for a replay that stores: it settles messages of partitions that it does not own.
+
+Knows positions and holds; knows no Kafka. A worker asks only about the chains that it knows to be held, because only the owner of a
+partition makes holds in it. A replay is the exception, so it does more, in each transaction that stores:
+
+- It asks about every chain that it has a message of, since workers and other replays make holds while it runs.
+- Before it asks it locks the positions of its partitions, until its COMMIT. The owner updates them in the transaction that makes a hold,
+  so no hold appears between the question and the COMMIT.
+- When it makes a hold itself, it raises `positions.holds`. The owner's next transaction in that partition finds another number than it
+  read with the holds (Fenced), is undone, and reads position and holds again. A transaction of the owner that runs meanwhile
+  waits for the row and finds the same.
+
+Limitation: a message that waits for its next attempt in a worker is no dead letter and holds nothing here; a replay that covers
+it too settles it itself, in order. One that is narrowed to later messages overtakes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from consumer.core.dead_letters import Hold, holds
+from consumer.core.message import Partition
+from consumer.core.ordering import Delivery, Lane
+from consumer.core.outcome import Dead
+from consumer.postgres.ledger import Session
+
+_LOCK = """
+select true from consumer.positions p where p.app = (select app from consumer.handlers where handler = $1)
+   and (p.topic, p.partition) in (select * from unnest($2::text[], $3::int4[]))
+order by p.topic, p.partition for no key update of p
+"""
+_RAISE = """
+update consumer.positions p set holds = p.holds + 1 where p.app = (select app from consumer.handlers where handler = $1)
+   and (p.topic, p.partition) in (select * from unnest($2::text[], $3::int4[]))
+"""
+
+
+class AskingLane(Lane):
+    """A Lane that suspects every chain to be held."""
+
+    def suspects(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        return [each for each in deliveries if each.chain() is not None]
+
+
+class ReplaySession(Session):
+    """A Session that settles messages of partitions which others own, in the order of their keys."""
+
+    async def holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, Hold]:
+        await self.connection.fetch(_LOCK, *_places(deliveries))
+        return await super().holds(deliveries)
+
+    async def bury(
+        self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
+    ) -> None:
+        await super().bury(dead, attempts, claimed)
+        holding = [each for each, verdict in dead.items() if holds(verdict) and each.chain() is not None]
+        if holding:
+            await self.connection.execute(_RAISE, *_places(holding))
+
+
+def _places(deliveries: Sequence[Delivery]) -> tuple[int, list[str], list[int]]:
+    partitions: list[Partition] = sorted({each.partition for each in deliveries})
+    return deliveries[0].handler.number, [each.topic for each in partitions], [each.partition for each in partitions]

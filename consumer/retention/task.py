@@ -1,0 +1,295 @@
+"""Rows of the ledger that nobody needs any more go, by whole generations: the steps, and the task that takes them.
+
+Asks core/retention.py what is due and calls the functions of migrations/0005_generations.sql, each of which is one short
+transaction that waits for nobody. Any number of processes may do that at the same time: a step names the version of the
+ledger that it was decided on, and the second one finds another. Nothing is forgotten while the log holds a record of its
+time. What it does not know: topics of another Kafka cluster whose applications use the same database; each application
+says how long its rows are needed, and the longest counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from consumer.core.errors import Misconfigured
+from consumer.core.message import Partition
+from consumer.core.ordering import Delivery
+from consumer.core.retention import (
+    HOUR,
+    Drop,
+    Forget,
+    Generation,
+    Log,
+    Policy,
+    State,
+    Step,
+    Turn,
+    Wait,
+    contradictions,
+    due,
+    is_time,
+    wanted,
+    what_is_wrong,
+)
+from consumer.kafka.source import KafkaError, Source, topic_configs
+from consumer.logs import describe, event
+from consumer.postgres import ledger
+from consumer.settings import Settings
+
+_ROUND_SECONDS_MAX = 60.0  # between two looks of the background task
+_PAUSE_SECONDS = (0.05, 1.0)  # between two attempts at a step that would have to wait
+_PATIENCE_SECONDS = 30.0  # of such attempts, in one round
+
+_LOOK = """
+select extract(epoch from clock_timestamp())::float8, s.version, s.target, s.turning, extract(epoch from s.horizon)::float8,
+       array(select number from consumer.generations order by number),
+       array(select extract(epoch from opened_at)::float8 from consumer.generations order by number),
+       array(select extract(epoch from closed_at)::float8 from consumer.generations order by number),
+       array(select forgotten_at is not null from consumer.generations order by number)
+from consumer.ledger_state s
+"""
+_SAY = """
+insert into consumer.retention as r (app, hours) values ($1, $2)
+on conflict (app) do update set hours = excluded.hours, said_at = now() where r.hours is distinct from excluded.hours
+"""
+_SAID = """
+select app, hours from (select distinct app from consumer.handlers) h left join consumer.retention r using (app)
+where app is distinct from $1
+"""
+_LOCK_NOT_AVAILABLE = "55P03"
+
+
+class Stopped(NamedTuple):
+    """Why `keep_up` ended: the step it came to, and what holds it back, if anything."""
+
+    state: State
+    step: Step
+    partitions: Sequence[Partition] = ()  # whose logs still hold records of the generation's time
+    waits: bool = False  # for other transactions, or for another process that is at it
+
+
+def policy_of(settings: Settings, hours: float) -> Policy:
+    """The policy of the settings, with rows kept for `hours`."""
+    return Policy.of(hours, settings.ledger_generation_hours, settings.ledger_clock_skew_hours)
+
+
+async def look(connection: Any) -> State:
+    """The ledger as it is."""
+    now, version, target, turning, horizon, *columns = await connection.fetchrow(_LOOK)
+    return State(now, version, target, turning, horizon, tuple(Generation(*row) for row in zip(*columns, strict=True)))
+
+
+async def say(connection: Any, app: str, hours: float | None) -> None:
+    """Tell all who drop generations how long an application needs its rows; None: for ever."""
+    await connection.execute(_SAY, app, hours)
+
+
+async def said(connection: Any, but: str | None = None) -> dict[str, float | None]:
+    """What the applications of the database said; None also for those that said nothing."""
+    return dict(await connection.fetch(_SAID, but))
+
+
+async def act(connection: Any, state: State, step: Turn | Forget | Drop) -> str:
+    """Take a step. Returns what was done, or "busy" or "waiting" where nothing was."""
+    try:
+        match step:
+            case Turn():
+                return str(await connection.fetchval("select consumer.turn($1)", state.version))
+            case Forget(number):
+                return str(await connection.fetchval("select consumer.forget($1, $2)", state.version, number))
+            case Drop(number):
+                return str(await connection.fetchval("select consumer.drop_generation($1)", number))
+    except Exception as error:
+        if ledger.sqlstate_of(error) == _LOCK_NOT_AVAILABLE:
+            return "waiting"  # for somebody who reads the whole ledger
+        raise
+
+
+async def keep_up(
+    connection: Any,
+    policy: Policy,
+    held: Callable[[float], Awaitable[Sequence[Partition]]],
+    told: Callable[[str, Step], None],
+    patience_seconds: float = _PATIENCE_SECONDS,
+) -> Stopped:
+    """Do all that is due. told: of each thing that was done.
+
+    held: the partitions whose logs can still deliver a record of that time or from before, in seconds since 1970; where
+    there are any, the generation stays. A caller may not assume that it is the only one at it, nor that all was done.
+    """
+    waited, pause = 0.0, _PAUSE_SECONDS[0]
+    while True:
+        state = await look(connection)
+        step = due(state, policy)
+        match step:
+            case Wait():
+                return Stopped(state, step)
+            case Forget(_, closed_at) if partitions := await held(closed_at):
+                return Stopped(state, step, partitions)
+            case Turn() | Forget() | Drop():
+                done = await act(connection, state, step)
+        if done not in ("busy", "waiting"):
+            told(done, step)
+            waited, pause = 0.0, _PAUSE_SECONDS[0]
+            continue
+        if waited >= patience_seconds:
+            return Stopped(state, step, waits=True)
+        await asyncio.sleep(pause)
+        waited += pause
+        pause = min(_PAUSE_SECONDS[1], pause * 2)
+
+
+async def reaching(source: Source, topics: Iterable[str], at: float, skew_hours: float) -> list[Partition]:
+    """The partitions whose log holds records of that time or from before, as far as clocks agree. Raises KafkaError.
+
+    Topics that are not there hold none. A log whose timestamps do not grow with the offset is judged by its first record
+    that is younger.
+    """
+    try:
+        partitions = [each for found in (await source.partitions(topics)).values() for each in found]
+        if not partitions:
+            return []
+        firsts = await source.beginnings(partitions)
+        ends = await source.ends(partitions)
+        younger = await source.offsets_at(partitions, int((at + skew_hours * HOUR) * 1000) + 1)
+    except TimeoutError:
+        raise KafkaError("no answer in time") from None  # else it would be taken for PostgreSQL's
+    return [each for each in partitions if firsts[each] < (ends[each] if (past := younger.get(each)) is None else past)]
+
+
+async def known_topics(connection: Any) -> list[str]:
+    """All topics that the ledger has rows of, whatever application."""
+    return [row[0] for row in await connection.fetch("select name from consumer.topics order by name")]
+
+
+async def logs_of(settings: Settings, topics: Sequence[str]) -> list[Log]:
+    """What the settings of the topics say about their logs; nothing of topics that are not there. Raises KafkaError."""
+    found = []
+    for topic, configs in (await topic_configs(settings, topics)).items():
+        if configs is None:
+            found.append(Log(topic, None, 0, False, known=False))
+            continue
+        policies = (configs.get("cleanup.policy") or "delete").split(",")
+        hours = int(configs.get("retention.ms") or -1) / 3_600_000
+        segment = int(configs.get("segment.ms") or 0) / 3_600_000
+        found.append(Log(topic, hours if hours >= 0 else None, segment, "delete" not in policies))
+    return found
+
+
+async def check(settings: Settings, topics: Sequence[str]) -> None:
+    """Whether the settings fit each other and the topics. Raises Misconfigured with the arithmetic; logs what is doubtful."""
+    if settings.ledger_retention_hours is None:
+        return
+    window = settings.precheck_window_hours if settings.redis_url is not None else None
+    policy = policy_of(settings, settings.ledger_retention_hours)
+    errors, _ = contradictions(policy, window, ())
+    if not errors:
+        errors, warnings = contradictions(policy, window, await logs_of(settings, topics))
+        for each in warnings:
+            event(logging.WARNING, each)
+    if errors:
+        raise Misconfigured("; ".join(errors))
+
+
+class Timestamps:
+    """Notices, once a topic, records whose timestamps say nothing about their age, where rows are not kept for ever."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._matters = settings.ledger_retention_hours is not None
+        self._seen: set[str] = set()
+
+    def look(self, deliveries: Iterable[Delivery]) -> None:
+        """Log the first such record of each topic."""
+        if not self._matters:
+            return
+        for each in deliveries:
+            record = each.record
+            if not is_time(record.timestamp) and record.topic not in self._seen:
+                self._seen.add(record.topic)
+                event(
+                    logging.WARNING,
+                    f"timestamp of a record cannot be used: {what_is_wrong(record.timestamp)}",
+                    topic=record.topic,
+                    partition=record.partition,
+                    offset=record.offset,
+                    do="let the producer send milliseconds since 1970, or set message.timestamp.type=LogAppendTime; until then retention "
+                    "judges such records by their offsets: docs/retention.md",
+                )
+
+
+class Keeper:
+    """The background task of a worker: says how long rows are needed, and does what is due. Never ends by itself.
+
+    It has a connection of its own for as long as a round takes. Whatever fails is logged once and tried again.
+    """
+
+    def __init__(self, settings: Settings, app: str, source: Source, draw: Callable[[], float]) -> None:
+        self._settings = settings
+        self._app = app
+        self._source = source
+        self._draw = draw
+        self._told = ""
+
+    async def run(self) -> None:
+        while True:
+            try:
+                pause = await self._round()
+            except (ledger.Outage, KafkaError, OSError) as error:  # TimeoutError is an OSError
+                self._tell("the ledger is not kept short for now", error=describe(error.__cause__ or error))
+                pause = _ROUND_SECONDS_MAX / 4
+            except Misconfigured as error:
+                self._tell(
+                    "the ledger is not kept short",
+                    error=str(error),
+                    do="grant what `consumer migrate --grants ROLE` prints, or let `consumer purge` run as the owner now and then",
+                )
+                pause = _ROUND_SECONDS_MAX
+            await asyncio.sleep(pause * (0.5 + self._draw() / 2))
+
+    async def _round(self) -> float:
+        """Do what is due. Returns the seconds until something may be due again."""
+        settings, own = self._settings, self._settings.ledger_retention_hours
+        connection = await ledger.connect(settings)
+        try:
+            with ledger.sorted_errors(settings):
+                await ledger.describe(connection, settings)
+                await say(connection, self._app, own)
+                if own is None:
+                    return _ROUND_SECONDS_MAX
+                hours, longer = wanted(own, await said(connection, self._app))
+                if hours is None:
+                    self._tell("nothing of the ledger is dropped: other applications keep theirs for ever", apps=longer)
+                    return _ROUND_SECONDS_MAX
+                topics = await known_topics(connection)
+                skew = settings.ledger_clock_skew_hours
+                stopped = await keep_up(
+                    connection,
+                    policy_of(settings, hours),
+                    lambda at: reaching(self._source, topics, at, skew),
+                    self._done,
+                )
+        finally:
+            connection.terminate()
+        if stopped.partitions:
+            first = stopped.partitions[0]
+            self._tell(
+                "nothing of the ledger is dropped: a log still holds records of that time",
+                topic=first.topic,
+                partition=first.partition,
+                partitions=len(stopped.partitions),
+            )
+        elif not stopped.waits:
+            self._told = ""
+        return min(_ROUND_SECONDS_MAX, stopped.step.seconds) if isinstance(stopped.step, Wait) else _ROUND_SECONDS_MAX
+
+    def _done(self, what: str, step: Step) -> None:
+        number = getattr(step, "number", None)
+        event(logging.INFO, f"ledger {what}", **({} if number is None else {"generation": number}))
+
+    def _tell(self, what: str, **fields: Any) -> None:
+        if what + str(fields) != self._told:
+            self._told = what + str(fields)
+            event(logging.WARNING, what, **fields)

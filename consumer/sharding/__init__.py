@@ -1,0 +1,1 @@
+"""One App over several databases. Imports core, postgres, app and settings."""

@@ -1,0 +1,144 @@
+"""An App over several databases: their addresses, and what each of them remembers, so that a mix-up is refused at start.
+
+Knows the tables `shards` and `route_probes`; which message goes where is core/shard_route.py's. Every shard remembers its own
+name, the names of all, and a bounded number of keys with the shard that the route sent them to. What it does not know: the
+answers for keys that were never recorded; so worker/worker.py also asks the other shards about whatever may have been applied before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from consumer.app import App
+from consumer.core.errors import Misconfigured
+from consumer.core.ordering import Delivery
+from consumer.core.shard_route import RECORDED_MAX, Probes, RouteFault, Router, explain_change, shown
+from consumer.postgres.epoch import lineage
+from consumer.postgres.ledger import Session, sorted_errors, where
+from consumer.settings import Settings
+
+_ENROLL = "insert into consumer.shards (app, shard, shards) values ($1, $2, $3) on conflict do nothing"
+_WHO = "select shard, shards from consumer.shards where app = $1"
+_PROBES = "select keyed, key, shard from consumer.route_probes where app = $1"
+_RECORD = """
+insert into consumer.route_probes (app, keyed, key, shard)
+select $1, k.key is not null, coalesce(k.key, ''), $3 from unnest($2::bytea[]) as k(key) on conflict do nothing
+"""
+
+
+def settings_of(app: App, settings: Settings) -> dict[str, Settings]:
+    """The settings for each shard, by name: the worker's, with its address. Without shards one, whose name is empty.
+
+    Raises Misconfigured for a variable that is not set.
+    """
+    if not app.shards:
+        return {"": settings}
+    found = {}
+    for name, address in app.shards.items():
+        if address.startswith("env:"):
+            variable = address.removeprefix("env:").strip()
+            address = os.environ.get(variable, "")
+            if not address:
+                raise Misconfigured(f"shard {name!r} of App {app.name!r}: {variable} is not set: put its DSN there")
+        found[name] = settings.at(address)
+    return found
+
+
+async def check(app: App, router: Router, opened: Sequence[tuple[Settings, Session]]) -> None:
+    """Compare what the databases remember with the App, and let them remember what is new. opened: in the App's order.
+
+    Raises Misconfigured, RouteFault and Outage.
+    """
+    names = list(app.shards)
+    by_lineage: dict[str, str] = {}
+    for name, (_, session) in zip(names, opened, strict=bool(names)):
+        if (other := by_lineage.setdefault(lineage(session.epoch), name)) != name:
+            raise Misconfigured(
+                f"shards {other!r} and {name!r} of App {app.name!r} are the same database: give each its own (or, if one was "
+                "made as a copy of the other, run `consumer migrate --new-epoch` on it)"
+            )
+    fixed = router.fixed_probes() if names else {}
+    for place, (settings, session) in enumerate(opened):
+        name = names[place] if names else ""
+        with sorted_errors(settings):
+            await _enroll(app, name, settings, session)
+            if names:
+                await _check_route(app, name, router, session, fixed)
+
+
+async def _enroll(app: App, name: str, settings: Settings, session: Session) -> None:
+    names = sorted(app.shards)
+    connection = session.connection
+    row = await connection.fetchrow(_WHO, app.name)
+    if row is None and name:
+        if await connection.fetchval("select exists (select from consumer.positions where app = $1)", app.name):
+            raise Misconfigured(
+                f"{where(settings.dsn)} has applied messages of App {app.name!r} without shards, and other shards know nothing "
+                "of them: see docs/shards.md, then run `consumer migrate --shards APP --new-route`"
+            )
+        await connection.execute(_ENROLL, app.name, name, names)
+        row = await connection.fetchrow(_WHO, app.name)
+    if row is None:
+        return  # without shards, as ever
+    if not name:
+        raise Misconfigured(
+            f"{where(settings.dsn)} is shard {row['shard']!r} of App {app.name!r}: give the App its shards= and route="
+        )
+    if row["shard"] != name:
+        raise Misconfigured(
+            f"{where(settings.dsn)} is shard {row['shard']!r} of App {app.name!r}, and its address is given for {name!r}: were "
+            "they swapped? A shard is renamed with `consumer migrate --shards APP --new-route`"
+        )
+    if row["shards"] != names:
+        raise Misconfigured(
+            f"App {app.name!r} has the shards {', '.join(names)}, and had {', '.join(row['shards'])}: keys that move would be "
+            "applied again. Move them as docs/shards.md says, then run `consumer migrate --shards APP --new-route`"
+        )
+
+
+async def _check_route(app: App, name: str, router: Router, session: Session, fixed: Probes) -> None:
+    connection = session.connection
+    if not await connection.fetchval("select exists (select from consumer.route_probes where app = $1)", app.name):
+        async with connection.transaction():
+            for shard in app.shards:
+                keys = [key for key, to in fixed.items() if to == shard]
+                await connection.execute(_RECORD, app.name, keys, shard)
+    rows = await connection.fetch(_PROBES, app.name)
+    if change := router.changed({row["key"] if row["keyed"] else None: row["shard"] for row in rows}):
+        raise RouteFault(explain_change(app.name, change))
+    router.start_recording(name, RECORDED_MAX + len(fixed) - len(rows))
+
+
+async def record(app: App, name: str, router: Router, session: Session) -> None:
+    """Let a shard remember keys that were seen lately. Raises RouteFault when it remembers another answer for one."""
+    keys = router.to_record(name)
+    if not keys:
+        return
+    connection = session.connection
+    await connection.execute(_RECORD, app.name, keys, name)
+    rows = await connection.fetch(
+        _PROBES + " and keyed and key = any($2::bytea[]) and shard <> $3", app.name, keys, name
+    )
+    if rows:
+        raise RouteFault(explain_change(app.name, (rows[0]["key"], rows[0]["shard"], name)))
+
+
+async def forget(app: App, name: str, connection: Any) -> None:
+    """Begin anew with the names and the route that the App has now. Only after the keys that it moves were moved."""
+    async with connection.transaction():
+        await connection.execute("delete from consumer.route_probes where app = $1", app.name)
+        await connection.execute("delete from consumer.shards where app = $1", app.name)
+        if name:
+            await connection.execute(_ENROLL, app.name, name, sorted(app.shards))
+
+
+def stray(app: str, delivery: Delivery, there: str, here: str) -> RouteFault:
+    """What to tell people of a message that stands in another shard than the route names now."""
+    record = delivery.record
+    return RouteFault(
+        f"message {record.topic}:{record.partition}:{record.offset} with key {shown(record.key)} stands in shard {there!r} by handler "
+        f"{delivery.handler.name!r} of App {app!r}, and the route now names {here!r}: it was not applied again. Put the old route "
+        "back, or move the keys as docs/shards.md says"
+    )

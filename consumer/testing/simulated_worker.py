@@ -1,0 +1,301 @@
+"""One worker from its start to its end or its crash: settles batches as `worker.Worker` does, on records that are there.
+
+Knows a Lane, a Session and handlers. Knows no Kafka, no Redis and no clock: a retry's time comes when nothing else is
+left.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from consumer.app import App
+from consumer.core.errors import Reject, Unreadable
+from consumer.core.handler import Handler
+from consumer.core.log_identity import Position
+from consumer.core.message import Partition, Record
+from consumer.core.ordering import Batch, Delivery, Lane
+from consumer.core.outcome import APPLIED, Applied, Cause, Dead, Duplicate, Outcome, Parked, Skipped
+from consumer.postgres.ledger import Conflict, Outage, Session
+from consumer.replay.effects import Rows, rows_written, sequences_moved
+from consumer.settings import Settings
+from consumer.testing.messages import Delivered, Sent, place_of
+from consumer.testing.outside_statements import Watch
+from consumer.testing.server import BE_COUNTED, close
+from consumer.transaction import once
+
+_AGAIN_MAX = 20  # times in a row without anything else, before a message is left waiting
+_EVERYTHING = 1 << 60  # messages, or bytes: a batch is as large as the test says
+_ASIDE = "put aside"  # by once.again
+_log = logging.getLogger("consumer.testing")
+
+_Place: TypeAlias = tuple[str, str, int, int]  # handler, topic, partition, offset
+Key: TypeAlias = tuple[str, bytes]  # handler, message id
+
+
+@dataclass(slots=True)
+class Written:
+    """One committed transaction: its rows, and who was applied in it, for the first time or again.
+
+    told: False where the crash hid who was.
+    """
+
+    rows: Mapping[str, Rows]
+    first: list[str]
+    again: list[str]
+    told: bool = True
+
+
+@dataclass(slots=True)
+class Round:
+    """One call that delivered: what became of the messages, what was stored, and the sequences that were moved."""
+
+    what: str
+    delivered: list[Delivered] = field(default_factory=list)
+    written: list[Written] = field(default_factory=list)
+    sequences: list[str] = field(default_factory=list)
+
+
+class _PowerCut(BaseException):
+    """Raised at a step. Not an Exception, so nothing handles it but what drops the connection."""
+
+
+class _Counting(Session):
+    """A worker's Session, which counts what each transaction has written just before it is committed."""
+
+    rows: Mapping[str, Rows] = {}
+    watch: Watch
+    _before: Mapping[str, Rows] = {}
+
+    async def begin(self) -> None:
+        await super().begin()
+        self.rows = {}
+        self._before = await rows_written(self.connection)
+
+    async def commit(self) -> None:
+        await self.check_constraints()  # a COMMIT does that first, and deferred triggers may write
+        rows = await rows_written(self.connection, self._before)
+        await self.watch.committing(self.connection, rows)
+        self.rows = rows
+        await super().commit()
+        self.watch.committed()
+
+
+class Life:
+    """What a worker does between its start and its end. `run` it once.
+
+    applied: what was ever applied, by this worker or those before it; it is added to.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        settings: Settings,
+        round_: Round,
+        records: Sequence[tuple[Sent, Record]],
+        crash_at: str | None,
+        applied: set[Key],
+        watch: Watch,
+    ) -> None:
+        self._app = app
+        self._settings = settings
+        self._round = round_
+        self._records = records
+        self._crash_at = crash_at
+        self._applied = applied
+        self._watch = watch
+        self._lane = Lane(app.by_topic(), _EVERYTHING)
+        self._ends: dict[_Place, tuple[Outcome | str, int, BaseException | None]] = {}
+        self._errors: dict[Delivery, BaseException] = {}
+        self._again = 0  # times in a row that a handler asked to be run again, which counts as no attempt
+        self._is_stuck = False  # something met an outage or a conflict again and again: it is not tried for ever
+        self._session: _Counting
+        self._names: once.Names
+
+    async def run(self, batch: int, retry: bool) -> None:
+        """Deliver the records, `batch` messages at a time. retry: try again what has failed.
+
+        Raises what Session.open raises, and what no message is to blame for.
+        """
+        await self._open()
+        try:
+            await self._start()
+            with suppress(_PowerCut):
+                await self._settle_all(batch, retry)
+                if self._session.is_usable:
+                    self._round.sequences = await sequences_moved(self._session.connection)
+            await self._watch.end()
+        finally:
+            await close(self._session.connection)
+        self._tell()
+
+    async def _open(self) -> None:
+        session = await _Counting.open(self._settings)
+        assert isinstance(session, _Counting)
+        self._session = session
+        session.watch = self._watch
+        await self._session.connection.execute(BE_COUNTED)
+        self._watch.own(self._session.connection)
+
+    async def _start(self) -> None:
+        name = self._app.name
+        numbers, topics = await self._session.numbers(name, self._app.handlers, self._app.topics)
+        self._names = once.Names(name, topics)
+        partitions = sorted({Partition(record.topic, record.partition) for _, record in self._records})
+        await self._session.begin_positions(name, dict.fromkeys(partitions, Position(0)))
+        for partition, position in (await self._session.positions(name, partitions)).items():
+            self._lane.open(partition, position.offset)
+        for handler in self._app.handlers.values():
+            handler.number = numbers[handler.name]
+            handler.call = self._watch.around(handler)
+        await self._watch.start()
+
+    async def _settle_all(self, size: int, retry: bool) -> None:
+        chunks = iter([self._records[n : n + size] for n in range(0, len(self._records), size)])
+        now = 0.0
+        while True:
+            batch = self._lane.take(now, _EVERYTHING, _EVERYTHING)
+            if batch is not None:
+                await self._settle(batch, now)
+            elif chunk := next(chunks, None):
+                self._feed([record for _, record in chunk])
+            else:
+                due = self._lane.next_due()
+                if due is None or not retry or self._is_stuck:
+                    return
+                now = due
+
+    def _feed(self, records: Sequence[Record]) -> None:
+        by_partition: dict[Partition, list[Record]] = {}
+        for record in records:
+            by_partition.setdefault(Partition(record.topic, record.partition), []).append(record)
+        for partition, found in by_partition.items():
+            self._lane.add(partition, found)
+
+    async def _settle(self, batch: Batch, now: float) -> None:
+        once.identify(batch.deliveries)
+        for delivery, error in await once.observe(batch.deliveries, _draw):
+            self._failed(delivery, error)
+        parts: list[once.Part] = [(batch, False, 0)]
+        while parts:
+            part, careful, failures = parts.pop()
+            if not self._session.is_usable:
+                await self._open()
+            try:
+                done = await once.apply(
+                    self._session, self._names, self._lane, part, careful=careful, draw=_draw, step=self._step
+                )
+            except once.Isolate as isolate:
+                parts += once.smaller(part, careful, isolate.__cause__, _draw)
+                if len(part.deliveries) == 1 and isolate.__cause__ is not None:
+                    self._failed(part.deliveries[0], isolate.__cause__)
+            except (Conflict, Outage) as error:
+                parts += once.again(part, careful, failures + 1, _draw, error)
+                for delivery in part.deliveries:
+                    if isinstance(delivery.outcome, Parked) and delivery.outcome.error == _ASIDE:
+                        self._failed(delivery, error.__cause__ or error)
+                        self._is_stuck = True
+            except _PowerCut:
+                self._crashed(part, parts)
+                raise
+            else:
+                self._settled(part, done, now)
+
+    def _step(self, step: str) -> None:
+        if step == self._crash_at:
+            raise _PowerCut
+
+    def _settled(self, part: Batch, done: once.Settlement, now: float) -> None:
+        for delivery, attempts in done.attempts.items():
+            delivery.attempts = attempts
+        for delivery, error in done.errors.items():
+            self._failed(delivery, error)
+        # Where all that ran has failed, savepoints undid what it wrote, and PostgreSQL's counts do not tell.
+        is_undone = done.errors and not done.applied
+        written = Written({} if is_undone else self._session.rows, [], [])
+        if done.applied:
+            self._again = 0
+        for delivery in done.applied:
+            self._end(delivery, APPLIED)
+            (written.again if _key(delivery) in self._applied else written.first).append(_told(delivery))
+            self._applied.add(_key(delivery))
+        for delivery, outcome in done.outcomes.items():
+            self._end(delivery, outcome)
+            if outcome == Duplicate(Cause.LEDGER):  # applied before, by a transaction that a crash hid perhaps
+                self._applied.add(_key(delivery))
+        if written.rows or written.again:
+            self._round.written.append(written)
+        for delivery in done.parked:
+            delivery.outcome = None
+        self._lane.settle(part, {each: now + delay for each, delay in done.parked.items()}, done.moves)
+
+    def _crashed(self, part: Batch, parts: Sequence[once.Part]) -> None:
+        for delivery in [*part.deliveries, *(each for unsettled, _, _ in parts for each in unsettled.deliveries)]:
+            self._end(delivery, "crashed")
+        if self._session.rows:  # it was committed, and the crash hides for whom, unless all were applied before
+            again = [_told(each) for each in part.deliveries if _key(each) in self._applied]
+            is_known = len(again) == len(part.deliveries)
+            self._round.written.append(Written(self._session.rows, [], again if is_known else [], told=False))
+
+    def _failed(self, delivery: Delivery, error: BaseException) -> None:
+        self._errors[delivery] = error
+        if once.is_uncounted(error):
+            self._again += 1
+            self._is_stuck = self._is_stuck or self._again > _AGAIN_MAX
+        # pytest shows it, with its traceback, where the test fails.
+        traceback = None if isinstance(error, Reject | Unreadable) else error
+        _log.warning("%s failed: %s", _told(delivery), _text(error), exc_info=traceback)
+
+    def _end(self, delivery: Delivery, outcome: Outcome | str) -> None:
+        end = (outcome, delivery.attempts, self._errors.get(delivery))
+        self._ends[_place(delivery.handler, delivery.record)] = end
+
+    def _tell(self) -> None:
+        handlers = self._app.by_topic()
+        for message, record in self._records:
+            for handler in handlers[record.topic]:
+                outcome, attempts, error = self._ends.get(_place(handler, record), ("not delivered", 0, None))
+                word, cause, text = _words(outcome, error)
+                self._round.delivered.append(
+                    Delivered(handler.name, message, record.offset, word, cause, text, attempts, error)
+                )
+
+
+def _draw() -> float:
+    return 0.5  # chance has no place in a test
+
+
+def _key(delivery: Delivery) -> Key:
+    return delivery.handler.name, delivery.id
+
+
+def _place(handler: Handler, record: Record) -> _Place:
+    return handler.name, record.topic, record.partition, record.offset
+
+
+def _told(delivery: Delivery) -> str:
+    return f"{delivery.handler.name} on {place_of(delivery.record)}"
+
+
+def _text(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {once.text_of(error)}" if error is not None else "unknown"
+
+
+def _words(outcome: Outcome | str, error: BaseException | None) -> tuple[str, str, str]:
+    """Outcome, cause and error, as a Delivered has them."""
+    match outcome:
+        case str():
+            return outcome, "", ""
+        case Applied():
+            return "applied", "", ""
+        case Duplicate(cause):
+            return "duplicate", cause.value, ""
+        case Dead(reason, text):
+            return "dead-lettered", reason.value, text
+        case Skipped():
+            return "skipped", "", ""
+        case Parked(_, text):
+            return "waiting", "", f"{text} ({_text(error)})" if text == _ASIDE else text

@@ -1,0 +1,245 @@
+"""What the messages of one batch share: the connection, the deferred writes in batch order, and the turn to use it.
+
+Knows one connection; knows no Kafka and no handlers. The batch rule is kept here: what a batch leaves is what its messages would
+leave one after the other. Writes go out in the order of their messages, grouped only where deferred_writes/statement_order.py proves that
+nothing differs. With concurrency, a message takes the turn with its first statement and keeps it until its handler ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias
+
+from consumer.core.identifiers import ident
+from consumer.deferred_writes.statement_order import Group, commute, group
+from consumer.deferred_writes.writer import Columns
+from consumer.postgres.sql_text import Traits, traits
+
+Writes: TypeAlias = Sequence[tuple[str, Sequence[Any]]]  # of one message, in order: SQL and arguments
+
+
+class Sender(Protocol):
+    """What is known here of a message's Tx.
+
+    is_open: its handler has not ended. placed: it has begun to use the connection. touched: something of it was sent.
+    waited_seconds: for the turn, so far; waiting_since: when it began to wait, if it waits now.
+    """
+
+    is_open: bool
+    placed: bool
+    touched: bool
+    writes: list[tuple[str, Sequence[Any]]]
+    waited_seconds: float
+    waiting_since: float | None
+
+
+_TEMPORARY = """
+select relname, relkind = 'v' from pg_class
+where relnamespace = pg_my_temp_schema() and relkind in ('r', 'p', 'v')
+"""
+_DROP = {True: "drop view if exists pg_temp.{} cascade", False: "drop table if exists pg_temp.{} cascade"}
+_savepoint_numbers = itertools.count(1)  # never one name twice: a task left behind must not meet another's savepoint
+
+
+def savepoint_name() -> str:
+    """A name that no savepoint of this process has had."""
+    return f"consumer_{next(_savepoint_numbers)}"
+
+
+class Turn:
+    """Lets one message after the other use the connection, each until its handler ends, in the order they asked."""
+
+    def __init__(self) -> None:
+        self.holder: Sender | None = None
+        self._waiting: deque[tuple[Sender, asyncio.Future[None]]] = deque()
+
+    async def take(self, tx: Sender) -> None:
+        """Wait until this message has the turn; other tasks of its handler may be waiting for it too."""
+        if self.holder is None:
+            self.holder = tx
+        while self.holder is not tx and tx.is_open:
+            entry = (tx, asyncio.get_running_loop().create_future())
+            self._waiting.append(entry)
+            since = time.monotonic()
+            tx.waiting_since = tx.waiting_since or since
+            try:
+                await entry[1]
+            finally:
+                self._waiting.remove(entry)
+                tx.waited_seconds += time.monotonic() - (tx.waiting_since or since)
+                tx.waiting_since = None
+
+    def release(self, tx: Sender) -> None:
+        """Pass the turn on, if this message has it, and end its own waiting."""
+        if self._waiting:
+            for each, future in self._waiting:
+                if each is tx and not future.done():
+                    future.set_result(None)
+        if self.holder is not tx:
+            return
+        self.holder = next((each for each, future in self._waiting if each.is_open and not future.done()), None)
+        for each, future in self._waiting:
+            if each is self.holder and not future.done():
+                future.set_result(None)
+
+
+class Scope:
+    """The writes deferred so far, each message's at its place in the order.
+
+    constraints: those of the database that are checked at COMMIT, once a statement was awaited. flush_error: what a flush
+    has failed with.
+    """
+
+    def __init__(self, connection: Any, columns: Columns) -> None:
+        self.connection = connection
+        self.columns = columns
+        self.turn = Turn()
+        self.deferred: list[Sender] = []
+        self.constraints: Sequence[str] | None = None
+        self.flush_error: BaseException | None = None
+        self._begun = False
+        # What the running message leaves beside rows, until its end.
+        self.makes_temporary = self.opens_cursor = self.sets_constraints = False
+
+    def _begin(self) -> None:
+        """Forget what was learned in an earlier transaction that altered the schema, and may have been undone."""
+        if not self._begun:
+            self._begun = True
+            if self.columns.altered:
+                self.columns.forget()
+                self.columns.altered = False
+
+    def defer(self, tx: Sender) -> None:
+        """Note that a message has deferred writes now. One that holds the turn comes before those that ended meanwhile."""
+        if tx.placed:
+            self.deferred.insert(0, tx)
+        else:
+            self.deferred.append(tx)
+
+    async def flush(self, tx: Sender | None = None) -> None:
+        """Send the deferred writes of all messages that have ended, and then those of `tx`, which is running.
+
+        Once `tx` has begun to use the connection, only its own: what has ended since comes after it. Raises what the
+        database says. It is not known whose write it was: `flush_error` then says that the batch has failed, whatever a
+        handler does with the exception.
+        """
+        if tx is not None and not tx.placed:
+            tx.placed = True
+            self._begin()
+            if self.constraints is None:
+                self.constraints = await self.columns.deferred_constraints()
+            pending = [each for each in self.deferred if not each.is_open and each is not tx]
+            if tx.writes:
+                pending.append(tx)
+        elif tx is not None:
+            pending = [tx] if tx.writes else []
+        else:
+            pending = self.deferred
+        if not pending:
+            return
+        if len(pending) == len(self.deferred):
+            self.deferred = []
+        else:
+            sent = set(pending)
+            self.deferred = [each for each in self.deferred if each not in sent]
+        messages = [each.writes for each in pending]
+        for each in pending:
+            each.touched, each.writes = True, []
+        try:
+            await self.send(messages, unfinished=tx is not None and pending[-1] is tx)
+        except BaseException as error:
+            self.flush_error = error
+            raise
+
+    async def send(self, messages: Sequence[Writes], *, unfinished: bool = False) -> None:
+        """Send the writes of messages as if one message came after the other. Raises what the database says.
+
+        unfinished: the last of them goes on after this.
+        """
+        self._begin()
+        by_statement: dict[str, list[Sequence[Any]]] = {}
+        for writes in messages:
+            for sql, arguments in writes:
+                by_statement.setdefault(sql, []).append(arguments)
+        kinds = [traits(sql) for sql in by_statement]
+        constraints = await self.columns.deferred_constraints()
+        if any(each.outlasts for each in kinds) or (
+            constraints and None in (await self.columns.plans(by_statement)).values()
+        ):
+            await self._send_apart(messages, unfinished)
+            return
+        several = 1 < len(by_statement) < sum(map(len, by_statement.values()))
+        if len(by_statement) == 1 or (several and commute(plans := await self.columns.plans(by_statement))):
+            await self._send_groups(list(by_statement.items()))
+        elif several:
+            await self._send_groups(group([write for writes in messages for write in writes], plans))
+        else:
+            await self._send_groups([(sql, [arguments]) for writes in messages for sql, arguments in writes])
+
+    async def _send_apart(self, messages: Sequence[Writes], unfinished: bool) -> None:
+        """Send messages one by one, and after each what its own transaction would do at its end."""
+        for number, writes in enumerate(messages, 1):
+            kinds = [traits(sql) for sql, _ in writes]
+            for kind in kinds:
+                self.note(kind)
+            if any(kind.changes_schema for kind in kinds):  # each may change what the next one means
+                for sql, arguments in writes:
+                    await self.connection.execute(sql, *arguments)
+                self.schema_changed()
+            else:
+                await self._send_groups(await self._groups(writes))
+            if number < len(messages) or not unfinished:
+                await self.end_message()
+
+    async def _groups(self, writes: Writes) -> list[Group]:
+        statements: dict[str, list[Sequence[Any]]] = {}
+        for sql, arguments in writes:
+            statements.setdefault(sql, []).append(arguments)
+        return group(writes, await self.columns.plans(statements))
+
+    async def _send_groups(self, groups: Sequence[Group]) -> None:
+        for sql, executions in groups:
+            await self.columns.send(sql, executions)
+
+    def schema_changed(self) -> None:
+        """A statement of this transaction may have changed the schema: look again, here and after its end."""
+        self.columns.forget()
+        self.columns.altered = True
+        self.constraints = None
+
+    def undone(self) -> None:
+        """A part of the transaction was rolled back: what was learned of a schema that it had changed is no longer true."""
+        if self.columns.altered:
+            self.schema_changed()
+
+    def note(self, kind: Traits) -> None:
+        """Note what a statement of the running message leaves beside rows."""
+        if kind.changes_schema:
+            self.schema_changed()
+        self.makes_temporary |= kind.makes_temporary
+        self.opens_cursor |= kind.opens_cursor
+        self.sets_constraints |= kind.sets_constraints or kind.changes_schema
+
+    @property
+    def leaves_something(self) -> bool:
+        """Whether the end of the running message has to do anything here; it may have deferred constraints to check."""
+        return self.makes_temporary or self.opens_cursor or self.sets_constraints or bool(self.constraints)
+
+    async def end_message(self) -> None:
+        """Check what the COMMIT of a message alone would check, and leave what its transaction would leave: rows."""
+        self.constraints = constraints = await self.columns.deferred_constraints()
+        if constraints or self.sets_constraints:
+            await self.connection.execute("set constraints all immediate")
+        if constraints:
+            await self.connection.execute(f"set constraints {', '.join(constraints)} deferred")
+        if self.opens_cursor:
+            await self.connection.execute("close all")
+        if self.makes_temporary:
+            for name, is_view in await self.connection.fetch(_TEMPORARY):
+                await self.connection.execute(_DROP[is_view].format(ident(name)))
+            self.schema_changed()
+        self.makes_temporary = self.opens_cursor = self.sets_constraints = False

@@ -1,0 +1,177 @@
+"""What the log says of messages that were not simply applied: where each is and why, and never what is in it.
+
+Failures are logged by handler and kind of error: the first one at once, then one line with a count, ever less often. The
+ledger and the dead letters hold what the log leaves out.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from consumer.core.errors import RunAgain
+from consumer.core.ordering import Delivery
+from consumer.core.outcome import Dead, Duplicate, Outcome, Parked
+from consumer.error_places import told
+from consumer.handler_records.notices import filling
+from consumer.handler_records.settled_ranges import Change, Changes
+from consumer.logs import event, log
+from consumer.postgres.ledger import sqlstate_of
+from consumer.transaction import once
+
+_FIRST_SECONDS = 5.0  # after the first line of a kind; then twice as long each time
+_MOST_SECONDS = 600.0
+_KINDS_MAX = 1000  # beyond, the oldest is forgotten, so that its next failure is logged at once
+_DEAD_EACH_MAX = 20  # dead letters of one batch and kind, one line each
+
+RETRIED = "handler failed; the message is tried again"
+WAITS = "waits, uncounted: not known to be the message's fault"
+ASKED = "the handler asked for its message to be run again"
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Lines of one kind: what happened since the last one, and when the next is due."""
+
+    level: int
+    text: str
+    due: float
+    pause: float = _FIRST_SECONDS
+    count: int = 0
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+class Teller:
+    """The log lines of one worker. now: monotonic seconds, given by tests."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[object, ...], _Kind] = {}
+
+    def say(
+        self, level: int, text: str, key: tuple[object, ...], fields: dict[str, Any], count: int = 1, now: float = 0.0
+    ) -> None:
+        """Log an event of a kind: the first one at once, later ones counted and logged ever less often."""
+        now = now or time.monotonic()
+        kind = self._kinds.get((text, *key))
+        if kind is None:
+            if len(self._kinds) >= _KINDS_MAX:
+                self._kinds.pop(next(iter(self._kinds)))
+            self._kinds[text, *key] = _Kind(level, text, now + _FIRST_SECONDS)
+            event(level, text, count=count, **fields)
+            return
+        kind.count += count
+        kind.fields = fields
+        if now >= kind.due:
+            self._log(kind, now)
+
+    def flush(self, now: float = 0.0, *, is_last: bool = False) -> None:
+        """Log the kinds that are due, or all at the end, and forget those that have not occurred for a while."""
+        now = now or time.monotonic()
+        for key, kind in list(self._kinds.items()):
+            if kind.count and (is_last or now >= kind.due):
+                self._log(kind, now)
+            elif not kind.count and now >= kind.due + kind.pause:
+                del self._kinds[key]
+
+    def _log(self, kind: _Kind, now: float) -> None:
+        event(kind.level, kind.text, count=kind.count, **kind.fields)
+        kind.count = 0
+        kind.pause = min(_MOST_SECONDS, kind.pause * 2)
+        kind.due = now + kind.pause
+
+    def failures(self, done: once.Settlement) -> None:
+        """What failed in a batch: dead letters, and messages that are tried again."""
+        by_kind: dict[tuple[object, ...], list[tuple[Delivery, BaseException | None, Outcome]]] = {}
+        for delivery, outcome in done.outcomes.items():
+            if (isinstance(outcome, Dead) and outcome is not once.HELD_BACK) or delivery in done.errors:
+                error = done.errors.get(delivery)
+                key = (delivery.handler.name, type(outcome), _told(delivery, error, outcome))
+                by_kind.setdefault(key, []).append((delivery, error, outcome))
+        for found in by_kind.values():
+            each = _DEAD_EACH_MAX if isinstance(found[0][2], Dead) else 0
+            for delivery, error, outcome in found[:each]:
+                self.failure(delivery, error, outcome)
+            if rest := found[each:]:
+                self.failure(*rest[-1], count=len(rest))
+
+    def failure(self, delivery: Delivery, error: BaseException | None, outcome: Outcome | None, count: int = 1) -> None:
+        """A message that failed: it is a dead letter now, or waits. count: of as many like it."""
+        fields = _where(delivery)
+        if error is not None:
+            fields |= {"error": _told(delivery, error, outcome), "sqlstate": sqlstate_of(error)}
+        if isinstance(outcome, Dead):
+            fields |= {"reason": outcome.reason.value, "do": "consumer dlq list"}
+            if count == 1:
+                event(logging.WARNING, "dead letter", **fields)
+            else:
+                event(logging.WARNING, "more dead letters of the same kind", count=count, **fields)
+        elif isinstance(outcome, Parked):
+            asked = isinstance(error, RunAgain)
+            counted = error is None or (delivery.why is not None and not delivery.why.systemic and not asked)
+            self.say(
+                logging.INFO if asked else logging.WARNING,
+                ASKED if asked else RETRIED if counted else WAITS,
+                (delivery.handler.name, fields.get("error")),
+                {**fields, "attempts": delivery.attempts, "delay_seconds": round(outcome.delay_seconds, 3)},
+                count,
+            )
+
+
+def duplicates(done: once.Settlement) -> None:
+    """At level debug: the ledger counts duplicates, and keeps none of them."""
+    if not log.isEnabledFor(logging.DEBUG):
+        return
+    for delivery, outcome in done.outcomes.items():
+        if isinstance(outcome, Duplicate):
+            event(logging.DEBUG, "duplicate", **_where(delivery), cause=outcome.cause.value)
+
+
+def _told(delivery: Delivery, error: BaseException | None, outcome: Outcome | None) -> str:
+    if error is not None:
+        return told(error, delivery.handler.place)
+    return outcome.reason.value if isinstance(outcome, Dead) else "unknown"
+
+
+def _where(delivery: Delivery) -> dict[str, Any]:
+    record = delivery.record
+    return {
+        "handler": delivery.handler.name,
+        "topic": record.topic,
+        "partition": record.partition,
+        "offset": record.offset,
+    }
+
+
+def changes(found: Changes, app: str, path: str, label: Mapping[str, str]) -> None:
+    """Log which handlers begin behind the application, and which ones this worker lacks."""
+    for handler, topics in _by_handler(found.late):
+        old = {found.names.get(each.handler, "") for each in found.ended if each.partition.topic in topics}
+        name = found.names.get(handler, str(handler))
+        event(
+            logging.WARNING,
+            "a handler begins behind the application: it has not settled what is before",
+            handler=name,
+            topics=", ".join(topics),
+            do=filling(path, topics, name, old, app),
+            **label,
+        )
+    for handler, topics in _by_handler(found.ended):
+        event(
+            logging.WARNING,
+            "this worker lacks a handler that the ledger knows: what it settles is missing for that handler",
+            handler=found.names.get(handler, str(handler)),
+            topics=", ".join(topics),
+            do="deploy one version of the App; another service needs another App name; a renamed handler: "
+            f"consumer migrate --rename-handler {app} {found.names.get(handler, 'OLD')} NEW",
+            **label,
+        )
+
+
+def _by_handler(found: Iterable[Change]) -> list[tuple[int, list[str]]]:
+    topics: dict[int, set[str]] = {}
+    for each in found:
+        topics.setdefault(each.handler, set()).add(each.partition.topic)
+    return [(handler, sorted(names)) for handler, names in sorted(topics.items())]

@@ -1,0 +1,108 @@
+"""A worker process: what the supervisor starts. Not for people: `consumer run` is.
+
+Knows its two pipes: orders come in on standard input ("begin", then "drain", or its end, which says that the supervisor is
+gone), and reports go out as JSON lines on a descriptor of their own. Settings come through the environment, so that no secret is
+in a list of processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from typing import Any
+
+from consumer import logs
+from consumer.app_loader import load_app
+from consumer.core.errors import Misconfigured
+from consumer.logs import describe, event
+from consumer.settings import Settings, load
+from consumer.transaction.dead_letter_rate import TooManyDeadLetters
+from consumer.transaction.limits import Stuck
+from consumer.worker.event_loop import run
+from consumer.worker.restart_policy import EXIT_DEAD_LETTERS, EXIT_MISCONFIGURED, EXIT_OUTGROWN
+from consumer.worker.worker import Stalled, Worker
+
+EXIT_FAILED = 1
+EXIT_STALLED = 75
+_SECOND_SIGNAL_SECONDS = 0.5  # sooner than that it is the same order, arriving by two ways
+
+
+def main() -> None:
+    """Entry of `python -m consumer.worker.process APP FD`."""
+    path, descriptor = sys.argv[1], int(sys.argv[2])
+    os.set_inheritable(descriptor, False)  # what the application starts must not hold our pipe
+    os.set_blocking(descriptor, False)  # a supervisor that does not read must not stop the event loop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the supervisor passes it on
+    try:
+        settings = load()
+        logs.configure(settings.log_level, settings.log_format, config=settings.log_config)
+        code = run(_work(path, settings, descriptor))
+    except Misconfigured as error:
+        logs.log.error(str(error))
+        code = EXIT_MISCONFIGURED
+    sys.stdout.flush()
+    os._exit(code)  # not sys.exit: a thread or a task that a handler left behind must not keep the process
+
+
+async def _work(path: str, settings: Settings, descriptor: int) -> int:
+    worker = Worker(load_app(path), settings, report=lambda found: _send(descriptor, found), path=path)
+    loop = asyncio.get_running_loop()
+    ordered_at = 0.0
+    begun = asyncio.Event()
+
+    def stop() -> None:
+        nonlocal ordered_at
+        begun.set()
+        if ordered_at and time.monotonic() - ordered_at > _SECOND_SIGNAL_SECONDS:
+            os._exit(128 + signal.SIGTERM)
+        if not ordered_at:
+            ordered_at = time.monotonic()
+            worker.stop()
+            loop.call_later(settings.grace_seconds + 5, os._exit, EXIT_FAILED)
+
+    def order() -> None:
+        orders = os.read(0, 100)
+        begun.set()
+        if orders == b"":
+            loop.remove_reader(0)
+        if orders != b"begin\n":
+            stop()
+
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    loop.add_reader(0, order)
+    await (
+        begun.wait()
+    )  # what was imported so far was so while our parent made sure that there is something to begin with
+    try:
+        await worker.run()
+    except Misconfigured:
+        raise
+    except Stalled as error:
+        event(logging.ERROR, str(error))
+        return EXIT_STALLED
+    except TooManyDeadLetters as error:
+        event(logging.ERROR, str(error))
+        return EXIT_DEAD_LETTERS
+    except Stuck as error:
+        event(logging.ERROR, str(error))
+        sys.stdout.flush()
+        os._exit(EXIT_STALLED)  # here: the event loop would wait for the task that does not end
+    except BaseException as error:  # a traceback would quote what the error quotes
+        event(logging.ERROR, "worker failed", error=describe(error))
+        return EXIT_FAILED
+    return EXIT_OUTGROWN if worker.outgrown else 0
+
+
+def _send(descriptor: int, found: dict[str, Any]) -> None:
+    with suppress(OSError):  # the supervisor is gone, which standard input says too, or does not read
+        os.write(descriptor, json.dumps(found).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""The parent of the worker processes: starts, restarts, and ends them. Consumes nothing itself.
+
+Knows processes, pipes and signals; what to do about an end is decided in worker/restart_policy.py. A worker that dies is taken
+out of its group at once, so that its partitions do not wait for the session timeout. Every wait has a bound: processes that a
+worker has forked may hold its pipes for ever. Limitations: whether a worker makes progress; only its event loop is seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, assert_never
+
+from consumer.kafka.source import leave_group
+from consumer.logs import describe, event
+from consumer.settings import Settings
+from consumer.worker.restart_policy import EXIT_MISCONFIGURED, GiveUp, RestartAfter, Restarts
+
+_ROOT = str(Path(__file__).resolve().parent.parent.parent)
+_LEAVE_SECONDS = 5.0
+_AFTER_GRACE_SECONDS = 2.0
+_LAST_REPORTS_SECONDS = 1.0  # for what a dead worker's pipe still holds
+_KILLED_SECONDS = 5.0  # a killed process is gone by then, or the kernel does not let go of it
+
+
+@dataclass(slots=True, eq=False)
+class _Child:
+    """One running worker process. ended: its exit code, once it and its process group are gone."""
+
+    slot: int
+    process: subprocess.Popen[bytes]
+    started_at: float
+    beat_at: float
+    ended: asyncio.Future[int]
+    member: str = ""
+    readers: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def kill(self) -> None:
+        """Kill the process. Only while it is ours: a number that was waited for may be another's."""
+        if not self.ended.done():
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGKILL)
+
+    async def code(self) -> int:
+        """The exit code of a killed process, or that of SIGKILL where it does not go away."""
+        done, _ = await asyncio.wait({self.ended}, timeout=_KILLED_SECONDS)
+        if not done:
+            event(
+                logging.ERROR, "worker cannot be ended: it is given up", worker=self.slot, worker_pid=self.process.pid
+            )
+            return -signal.SIGKILL
+        return self.ended.result()
+
+
+class Supervisor:
+    """`run` returns the exit code: 0 after a clean stop, 1 when restarts did not help, 2 for a configuration that cannot work."""
+
+    def __init__(self, path: str, app_name: str, workers: int, settings: Settings) -> None:
+        self._path = path
+        self._group = app_name
+        self._workers = workers
+        self._settings = settings
+        self._children: dict[int, _Child] = {}
+        self._prepared: dict[int, _Child] = {}
+        self._stopping = asyncio.Event()
+        self._at_once = asyncio.Event()
+        self._code = 0
+
+    async def prepare(self) -> None:
+        """Start processes that import what a worker needs, and do no more until `run`, or until they are given up."""
+        for slot in range(min(self._workers, os.cpu_count() or 1)):
+            self._prepared[slot] = await self._start(slot)
+
+    async def give_up(self) -> None:
+        """End what was prepared."""
+        for child in self._prepared.values():
+            child.kill()
+        for child in self._prepared.values():
+            await child.code()
+            await self._last_reports(child)
+
+    async def run(self) -> int:
+        """Keep the workers running until a signal comes, or until restarts do not help."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+        slots = [asyncio.create_task(self._keep(slot)) for slot in range(self._workers)]
+        try:
+            await asyncio.gather(*slots)
+        finally:
+            for child in self._children.values():
+                child.kill()
+        return self._code
+
+    def _signalled(self, number: int) -> None:
+        if self._stopping.is_set():
+            event(logging.WARNING, "second signal: ending the workers at once")
+            self._code = 128 + number
+            self._at_once.set()
+            return
+        event(logging.INFO, "stopping: workers drain", signal=signal.Signals(number).name, again="ends them at once")
+        self._stopping.set()
+
+    async def _keep(self, slot: int) -> None:
+        """One slot: a worker, and another one after it, until the order to stop."""
+        restarts = Restarts(in_a_row_max=self._settings.restarts_max)
+        while not self._stopping.is_set():
+            child = self._prepared.pop(slot, None) or await self._start(slot)
+            self._begin(child)
+            code = await self._until_it_ends(child)
+            await self._bury(child, code)
+            if self._stopping.is_set():
+                self._code = self._code or (1 if code > 0 else 0)
+                return
+            match restarts.ended(time.monotonic() - child.started_at, code):
+                case RestartAfter(seconds):
+                    event(
+                        logging.WARNING,
+                        "worker ended; starting another",
+                        worker=slot,
+                        **_end(code),
+                        after_seconds=seconds,
+                    )
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._stopping.wait(), seconds)
+                case GiveUp(why):
+                    event(logging.ERROR, "giving up: the other workers are ended", worker=slot, why=why, **_end(code))
+                    self._code = EXIT_MISCONFIGURED if code == EXIT_MISCONFIGURED else 1
+                    self._stopping.set()
+                case decision:
+                    assert_never(decision)
+
+    async def _start(self, slot: int) -> _Child:
+        reports, report_to = os.pipe()
+        try:
+            # Not asyncio's: it waits for the pipes to be closed too, which processes of the worker's own may hold.
+            process = subprocess.Popen(  # noqa: ASYNC220 - our own interpreter; starting does not block
+                [
+                    sys.executable,
+                    "-P",  # a logging.py in the current directory is not the one that we import
+                    "-c",
+                    f"import sys; sys.path.append({_ROOT!r}); from consumer.worker.process import main; main()",
+                    self._path,
+                    str(report_to),
+                ],
+                stdin=subprocess.PIPE,
+                bufsize=0,
+                pass_fds=(report_to,),
+                process_group=0,  # its own, so that what it has started ends with it
+                env=os.environ | self._settings.dump() | {"CONSUMER_WORKER": str(slot)},
+            )
+        finally:
+            os.close(report_to)
+        assert process.stdin is not None
+        os.set_blocking(process.stdin.fileno(), False)
+        now = time.monotonic()
+        child = self._children[slot] = _Child(slot, process, now, now, _when_ended(process))
+        child.readers.append(asyncio.create_task(self._listen(child, reports)))
+        return child
+
+    def _begin(self, child: _Child) -> None:
+        child.started_at = child.beat_at = time.monotonic()
+        self._order(child, b"begin\n")
+        event(logging.INFO, "worker process started", worker=child.slot, worker_pid=child.process.pid)
+
+    def _order(self, child: _Child, order: bytes) -> None:
+        if child.process.stdin is not None:
+            with suppress(OSError):  # it is dead, or its pipe is full because it reads nothing
+                child.process.stdin.write(order)
+
+    async def _listen(self, child: _Child, descriptor: int) -> None:
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", 0)
+        )
+        try:
+            while line := await reader.readline():
+                with suppress(ValueError, AttributeError):
+                    child.member = json.loads(line).get("member") or child.member
+                child.beat_at = time.monotonic()
+        finally:
+            transport.close()
+
+    async def _until_it_ends(self, child: _Child) -> int:
+        """Wait for the process; pass on the order to stop, and end it when it does not obey or does not beat."""
+        ended: asyncio.Future[Any] = child.ended
+        stopping = asyncio.create_task(self._stopping.wait())
+        at_once = asyncio.create_task(self._at_once.wait())
+        patience = max(self._settings.watchdog_seconds, 10.0)
+        try:
+            while not stopping.done():
+                await asyncio.wait({ended, stopping}, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+                if ended.done():
+                    return child.ended.result()
+                if time.monotonic() - child.beat_at > patience:
+                    event(
+                        logging.ERROR,
+                        "worker does not beat: its event loop is blocked or stopped; ending it",
+                        worker=child.slot,
+                    )
+                    child.kill()
+                    return await child.code()
+            self._order(child, b"drain\n")
+            seconds = self._settings.grace_seconds + _AFTER_GRACE_SECONDS
+            await asyncio.wait({ended, at_once}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                if not at_once.done():
+                    event(logging.ERROR, "worker did not drain in time: ending it", worker=child.slot)
+                    self._code = self._code or 1
+                child.kill()
+            return await child.code()
+        finally:
+            stopping.cancel()
+            at_once.cancel()
+
+    async def _bury(self, child: _Child, code: int) -> None:
+        """Take a dead worker out of the group. One that left by itself is not in it any more, which does no harm."""
+        await self._last_reports(child)
+        self._children.pop(child.slot, None)
+        if code == 0 or not child.member:
+            return
+        try:
+            async with asyncio.timeout(_LEAVE_SECONDS):
+                await leave_group(self._settings, self._group, child.member)
+        except Exception as error:  # Kafka is away: then the session timeout does it
+            event(logging.WARNING, "could not take the dead worker out of its group", error=describe(error))
+        else:
+            event(logging.INFO, "dead worker taken out of its group", worker=child.slot)
+
+    async def _last_reports(self, child: _Child) -> None:
+        """Read what a dead worker reported to the last, and close its pipes, whoever else may hold them."""
+        if child.process.stdin is not None:
+            with suppress(OSError):
+                child.process.stdin.close()
+        if child.readers:
+            await asyncio.wait(child.readers, timeout=_LAST_REPORTS_SECONDS)
+        for reader in child.readers:
+            reader.cancel()
+        await asyncio.gather(*child.readers, return_exceptions=True)
+
+
+def _when_ended(process: subprocess.Popen[bytes]) -> asyncio.Future[int]:
+    """The exit code of a process, once it has ended and the rest of its process group was killed."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[int] = loop.create_future()
+
+    def tell(code: int) -> None:
+        if not ended.done():
+            ended.set_result(code)
+
+    def wait() -> None:
+        if hasattr(os, "waitid"):
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            # race: as long as the process was not waited for, nothing else can have its number, nor its group's.
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        code = process.wait()
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(tell, code)
+
+    threading.Thread(target=wait, name=f"wait-{process.pid}", daemon=True).start()
+    return ended
+
+
+def _end(code: int) -> dict[str, object]:
+    if code < 0:
+        with suppress(ValueError):
+            return {"killed_by": signal.Signals(-code).name}
+    return {"exit_code": code}

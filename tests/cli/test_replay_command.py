@@ -1,0 +1,268 @@
+"""`consumer replay` as people meet it: exit codes, tables, JSON, the page, Ctrl-C and --resume, and bad input."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import ROOT, Place, Result, Sent, consume_all, consumer, is_one_line, query, until
+
+from consumer.app_loader import load_app
+from consumer.local_servers import free_port
+
+APP = """
+import asyncio, os, pathlib
+import msgspec
+from consumer import App, Tx
+
+app = App({name!r})
+
+class Payment(msgspec.Struct):
+    id: str
+    account: int
+    amount: int
+
+@app.handler({topic!r})
+async def settle(payment: Payment, tx: Tx) -> None:
+    if os.environ.get("SLOW"):
+        pathlib.Path(os.environ["SLOW"]).touch()
+        await asyncio.sleep(0.05)
+    tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
+    tx.defer("update accounts set balance = balance + $2 where id = $1", payment.account, payment.amount)
+
+@app.handler({topic!r}, idempotent=False)
+async def look(payment: Payment) -> None: ...
+"""
+
+
+class Shop:
+    """A directory with an app, its topic, and the command run in it."""
+
+    def __init__(self, place: Place, topic: str, directory: Path) -> None:
+        self.place, self.topic, self.directory = place, topic, directory
+        self.module = f"shop_{uuid.uuid4().hex[:8]}"
+        self.name = f"shop-{uuid.uuid4().hex[:8]}"
+        (directory / f"{self.module}.py").write_text(APP.format(name=self.name, topic=topic))
+        self.environment = {
+            "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka,
+            "CONSUMER_POSTGRES_DSN": place.worker_dsn,
+            "XDG_STATE_HOME": str(directory / "state"),
+        }
+
+    def replay(self, *arguments: str, **environment: str) -> Result:
+        return consumer(
+            self.directory,
+            "replay",
+            f"{self.module}:app",
+            self.topic,
+            *arguments,
+            **{**self.environment, **environment},
+        )
+
+    async def consume(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.syspath_prepend(str(self.directory))
+        monkeypatch.chdir(self.directory)
+        await consume_all(load_app(f"{self.module}:app"), self.place.settings(redis_url=None))
+
+    @property
+    def states(self) -> list[Path]:
+        return list((self.directory / "state").rglob("*.json"))
+
+
+@pytest.fixture
+async def shop(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
+    """Forty messages, four of them twice, all applied."""
+    shop = Shop(place, await place.topic(2), tmp_path)
+    sent = [Sent({"id": f"p{n}", "account": n, "amount": 1}, id=f"p{n}", key=str(n)) for n in range(40)]
+    await place.send(shop.topic, *sent, *sent[:4])
+    await shop.consume(monkeypatch)
+    return shop
+
+
+async def test_a_good_answer_is_exit_code_0(shop: Shop) -> None:
+    result = shop.replay()
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    for each in ("settle", "look", "44", "rows written for messages applied before: 0", "pg_stat_xact_all_tables"):
+        assert each in result.stdout
+    assert result.stdout.splitlines()[-1] == "Nothing is missing, and nothing would happen twice"
+    assert shop.states == []
+    found = json.loads(shop.replay("--json").stdout)
+    assert (found["verdict"], found["exit_code"], found["messages"]) == ("ok", 0, 44)
+    assert found["handlers"]["settle"]["applied"] == 44 and found["handlers"]["look"]["skipped"] == 44
+    assert found["effects"]["rows"] == 0 and found["history"]["settle"]["rows"] == 40
+
+
+async def test_what_is_missing_is_exit_code_1_and_repaired_by_apply(shop: Shop, tmp_path: Path) -> None:
+    await query(shop.place.dsn, 'delete from consumer.ledger where "offset" = 3 and partition = 1 returning id')
+    result = shop.replay("--report", "report.html")
+    assert result.returncode == 1, result.stderr
+    assert "would be applied" in result.stdout and f"{shop.topic}:1:3" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("No: 1 message missing")
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert page.startswith("<!DOCTYPE html>") or page.startswith("<!doctype html>")
+    assert shop.topic in page and "1 message missing" in page and "http" not in page.replace("http-equiv", "")
+    assert shop.replay("--apply").returncode == 0
+    assert shop.replay("--partition", "1", "--from", "2", "--to", "5", "--handler", "settle").returncode == 0
+
+
+async def test_what_cannot_be_told_is_exit_code_2(shop: Shop) -> None:
+    await query(shop.place.dsn, "update consumer.positions set first_offset = next_offset returning 1")
+    await query(shop.place.dsn, "delete from consumer.ledger returning 1")
+    result = shop.replay()
+    assert result.returncode == 2, result.stderr
+    assert "Could not tell: 44 deliveries from before the ledger began" in result.stdout
+    assert json.loads(shop.replay("--json").stdout)["verdict"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--partition", "7"], "no partition 7"),
+        (["--handler", "nobody"], "no handler 'nobody'"),
+        (["--handler", "look"], "not idempotent"),
+        (["--from", "2999-01-01"], "in the future"),
+        (["--from", "soon"], "--from 'soon'"),
+        (["--from", "latest"], "the range is empty"),
+        (["--from", "5", "--to", "5"], "the range is empty"),
+        (["--resume"], "no replay with these arguments"),
+        (["--apply", "--rebuild"], "choose one of them"),
+        (["--ignore", "a"], "--ignore goes with --rebuild"),
+        (["--no-trace"], "--no-trace goes with --rebuild"),
+        (["--message-id", "nope"], "no message of the range has that id"),
+        (["--key", "nope"], "no message of the range has that key"),
+        (["--key", "\udcff"], "no message of the range has that key"),
+        (["--rebuild", "--assume-unapplied"], "--assume-unapplied does not go with --rebuild"),
+        (["--rebuild", "--resume"], "--resume does not go with --rebuild"),
+        (["--republish", ""], "name the topic to copy to"),
+        (["--report", "x" * 300], "--report"),
+        (["--rebuild", "--from", "3"], "--from does not go with --rebuild"),
+        (["--rebuild", "--base", "nowhere.sql"], "--base nowhere.sql"),
+        (["--report", "nowhere/x.html"], "--report nowhere/x.html"),
+        (["--republish", "nowhere"], "'nowhere' does not exist"),
+        (["--republish", "x", "--handler", "settle"], "leave out --handler"),
+    ],
+    ids=lambda each: " ".join(each) if isinstance(each, list) else None,
+)
+async def test_bad_input_is_one_line_and_exit_code_2(shop: Shop, arguments: list[str], says: str) -> None:
+    is_one_line(shop.replay(*arguments), says)
+
+
+async def test_services_that_are_not_there_are_one_line(shop: Shop) -> None:
+    nowhere = f"127.0.0.1:{free_port()}"
+    dsn = f"postgresql://u:secret@{nowhere}/x"
+    result = shop.replay("--wait", "1", CONSUMER_POSTGRES_DSN=dsn)
+    is_one_line(result, nowhere, "waited 1 s")
+    assert "secret" not in result.stderr
+    result = shop.replay("--wait", "1", CONSUMER_KAFKA_BOOTSTRAP_SERVERS=nowhere)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"Kafka at {nowhere} did not answer within 1 s" in result.stderr
+    result = consumer(shop.directory, "replay", f"{shop.module}:app", "other", **shop.environment)
+    is_one_line(result, "no handler of topic 'other'")
+
+
+async def test_a_database_without_the_ledger_is_one_line(shop: Shop, postgres: Any) -> None:
+    name = f"empty_{uuid.uuid4().hex[:8]}"
+    await query(postgres.dsn(), f"create database {name}")
+    is_one_line(shop.replay(CONSUMER_POSTGRES_DSN=postgres.dsn(name)), "has no ledger yet: run `consumer migrate`")
+
+
+async def test_a_kept_state_that_is_no_state_is_one_line(shop: Shop) -> None:
+    shop.replay("--from", "1")  # makes the directory
+    process_state = shop.directory / "state" / "consumer"
+    process_state.mkdir(parents=True, exist_ok=True)
+    from consumer.cli.replay import _Kept
+    from consumer.replay.replay import Options
+
+    settings = shop.place.settings(redis_url=None)
+    name = _Kept(f"{shop.module}:app", settings, [shop.topic], Options())._path.name
+    for text in ("null", "{}", "[]", "{", '{"epoch": 1}'):
+        (process_state / name).write_text(text)
+        is_one_line(shop.replay("--resume"), "--resume")
+
+
+async def test_who_reads_json_learns_of_an_error_there_too(shop: Shop) -> None:
+    result = shop.replay("--json", "--from", "latest")
+    found = json.loads(result.stdout)
+    assert (found["verdict"], found["exit_code"], result.returncode) == ("unknown", 2, 2)
+    assert "the range is empty" in found["answer"] and "the range is empty" in result.stderr
+
+
+async def test_without_a_home_it_only_cannot_be_resumed(shop: Shop) -> None:
+    del shop.environment["XDG_STATE_HOME"]
+    result = shop.replay(HOME="/proc/nowhere")
+    assert result.returncode == 0
+    assert "cannot be resumed" in result.stderr
+
+
+async def test_ctrl_c_says_how_far_it_came_and_resume_goes_on(place: Place, tmp_path: Path) -> None:
+    shop = Shop(place, await place.topic(2), tmp_path)
+    sent = [Sent({"id": f"p{n}", "account": n % 100, "amount": 1}, id=f"p{n}", key=str(n)) for n in range(200)]
+    await place.send(shop.topic, *sent)
+    before = await query(place.dsn, "select (select count(*) from effects), (select count(*) from consumer.ledger)")
+    environment = {
+        **{name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")},
+        **shop.environment,
+        "PYTHONPATH": str(ROOT),
+        "SLOW": str(tmp_path / "begun"),
+    }
+    command = [sys.executable, "-m", "consumer", "replay", f"{shop.module}:app", shop.topic, "--call-handlers"]
+    for end, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        (tmp_path / "begun").unlink(missing_ok=True)
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+
+            async def begun() -> bool:
+                return (tmp_path / "begun").exists()
+
+            await until("a handler to be called", begun)
+            process.send_signal(end)
+            out, errors = await asyncio.to_thread(process.communicate, None, 30)
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode == code, errors
+        assert out == "" and "nothing was changed" in errors and "--resume" in errors and "of 200 offsets" in errors
+        assert "Traceback" not in errors
+        assert len(shop.states) == 1
+    assert (
+        await query(place.dsn, "select (select count(*) from effects), (select count(*) from consumer.ledger)")
+        == before
+    )
+    result = shop.replay("--call-handlers", "--resume", "--json")
+    found = json.loads(result.stdout)
+    assert result.returncode == 1 and found["handlers"]["settle"]["missing"] == 200 and found["messages"] == 200
+    assert shop.states == []
+
+
+async def test_help_teaches(tmp_path: Path) -> None:
+    text = consumer(tmp_path, "replay", "--help").stdout
+    for each in (
+        "--from",
+        "--to",
+        "--apply",
+        "--rebuild",
+        "--republish",
+        "--resume",
+        "--report",
+        "--json",
+        "Exit code 0",
+        "consumer replay shop:app",
+    ):
+        assert each in text

@@ -1,0 +1,140 @@
+"""Dead letters that were changed where they are kept: named by a check, and not applied by a retry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Place, consume_all, consumer, query, value
+from test_replay import app_of, payment, run
+
+from consumer import App, Message, Reject, Tx
+from consumer.core.dead_letter_seal import REST, VALUE, altered, seal
+from consumer.core.message import LogRecord
+from consumer.dead_letters.redrive import Done, Edit, Redrive
+
+RECORD = LogRecord("orders", 1, 7, 1000, b"key", b"value", (("a", b"1"), ("b\udcff", None)), "")
+
+
+def row_of(record: LogRecord, **changed: Any) -> dict[str, Any]:
+    row = {
+        "seal": seal(RECORD),
+        "topic": record.topic,
+        "partition": record.partition,
+        "offset": record.offset,
+        "timestamp": record.timestamp,
+        "key": record.key,
+        "value": record.value,
+        "header_keys": [name.encode("utf-8", "surrogateescape") for name, _ in record.headers],
+        "header_values": [each for _, each in record.headers],
+    }
+    return {**row, **changed}
+
+
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        ({}, []),
+        ({"seal": None}, None),
+        ({"value": b"valu"}, [VALUE]),
+        ({"value": None}, [VALUE]),
+        ({"value": b""}, [VALUE]),
+        ({"key": None}, [REST]),
+        ({"key": b""}, [REST]),
+        ({"offset": 8}, [REST]),
+        ({"timestamp": 1001}, [REST]),
+        ({"header_values": [b"1", b""]}, [REST]),
+        ({"header_values": [None, b"1"]}, [REST]),
+        ({"header_keys": [b"a1", b"b\xff"], "header_values": [b"", None]}, [REST]),
+        ({"header_keys": [b"a"], "header_values": [b"1"]}, [REST]),
+        ({"key": b"other", "value": b"other"}, [VALUE, REST]),
+    ],
+)
+def test_seal_names_the_parts_that_were_changed(changed: dict[str, Any], parts: list[str] | None) -> None:
+    assert altered(row_of(RECORD, **changed)) == parts
+
+
+async def retried(place: Place, app: App, number: int, edit: Edit | None = None) -> list[Done]:
+    drive = await Redrive.open(app, place.settings(), "test")
+    try:
+        return [done async for done in drive.retry([number], edit)]
+    finally:
+        drive.close()
+
+
+RULES = {"bytes": "bytes", "value": "value", "function": lambda body: body["id"], "nothing": None}
+
+
+@pytest.mark.parametrize("rule", RULES)
+async def test_letter_with_another_value_is_named_and_not_applied(place: Place, rule: str) -> None:
+    """Whatever of a payload is compared: the function compares the id alone, which stays."""
+    topic = await place.topic()
+    app = App(f"app-{topic}")
+    rejects = True
+
+    @app.handler(topic, name="settle", fingerprint=RULES[rule])
+    async def settle(message: Message[dict[str, Any]], tx: Tx) -> None:
+        if rejects and message.value["amount"] < 0:
+            raise Reject("negative")
+        tx.defer("insert into effects values ($1, 1, $2)", message.id, message.value["amount"])
+
+    await place.send(topic, payment("a", amount=-1), payment("b", amount=-2), payment("c"))
+    await consume_all(app, place.settings())
+    assert (await run(place, app, topic)).ok
+    [(number, offset)] = await query(
+        place.dsn,
+        """update consumer.dead_letters set value = replace(convert_from(value, 'utf8'), '-1', '-1000')::bytea
+           where convert_from(value, 'utf8') like '%"a"%' returning dead_letter, "offset" """,
+    )
+    found = await run(place, app, topic)
+    assert found.verdict().exit_code == 1
+    [problem] = found.problems()
+    assert problem["kind"] == "altered_letters" and problem["count"] == 1
+    assert f"settle {topic}:0 offset {offset} (letter {number}: value)" in problem["text"]
+    assert "1000" not in json.dumps(found.as_dict()["samples"])
+    rejects = False
+    [done] = await retried(place, app, number)
+    assert done.outcome == "altered" and f"`consumer dlq retry APP {number} --value FILE --same-id`" in done.text
+    assert await value(place.dsn, "select count(*) from effects") == 1
+    right = json.dumps({"id": "a", "account": 1, "amount": -1}).encode()
+    [done] = await retried(place, app, number, Edit(right))
+    assert done.outcome == "applied"
+    assert await value(place.dsn, "select amount from effects where amount < 0") == -1
+
+
+@pytest.mark.parametrize("column", ["key", "header_values"])
+async def test_letter_with_another_key_or_header_is_not_applied_with_any_value(place: Place, column: str) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, payment("a", amount=-1))
+    await consume_all(app, place.settings())
+    changed = {"key": "'other'", "header_values": "array['other'::bytea]"}[column]
+    number = await value(place.dsn, f"update consumer.dead_letters set {column} = {changed} returning dead_letter")
+    found = await run(place, app, topic)
+    assert [each["kind"] for each in found.problems()] == ["altered_letters"]
+    for edit in (None, Edit(json.dumps({"id": "a", "account": 1, "amount": 1}).encode())):
+        [done] = await retried(place, app, number, edit)
+        assert done.outcome == "altered" and "discard it" in done.text
+    assert await value(place.dsn, "select count(*) from effects") == 0
+
+
+async def test_commands_tell_of_an_altered_letter_in_one_line(place: Place, tmp_path: Path) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, payment("a", amount=-1))
+    await consume_all(app, place.settings())
+    number = await value(place.dsn, "update consumer.dead_letters set value = 'x' returning dead_letter")
+    (tmp_path / "shop.py").write_text(
+        f"from consumer import App, Tx\napp = App({app.name!r})\n"
+        f"@app.handler({topic!r})\nasync def settle(payment: dict, tx: Tx) -> None: ...\n"
+    )
+    environment = {"CONSUMER_POSTGRES_DSN": place.dsn, "PYTHONPATH": str(tmp_path)}
+    shown = consumer(tmp_path, "dlq", "show", str(number), **environment)
+    assert shown.returncode == 0
+    assert "altered            not as its message had it: value; " in shown.stdout
+    told = consumer(tmp_path, "dlq", "retry", "shop:app", str(number), "--yes", **environment)
+    assert told.returncode == 1 and "altered" in told.stdout and "--value FILE --same-id" in told.stdout
+    as_json = consumer(tmp_path, "dlq", "show", str(number), "--json", **environment)
+    assert json.loads(as_json.stdout)["altered"] == ["value"]

@@ -1,0 +1,246 @@
+"""The epoch is known in every transaction: with a pooler, through a proxy, after a snapshot, on servers that tell little."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Place, Sent, drained, migrated, new_topic, produce, query, settings_for, until, working
+from pair import Standby, power_cut
+from pooler import Pooler, needs_pgbouncer
+from proxy import Proxy
+from redis.asyncio import Redis
+from services import Kafka
+from test_failover import all_right, app_on, applied, caught_up, messages, told
+
+from consumer import App, RunAgain, Tx
+from consumer.local_servers import Postgres
+from consumer.postgres.ledger import OtherEpoch, Session
+
+PARTITIONS = 4
+PATIENT_MS = 30_000  # a mark that Redis does not take in time is never written
+
+
+@pytest.fixture
+def primary() -> Iterator[Postgres]:
+    with Postgres({"fsync": "off", "wal_keep_size": "1GB"}) as server:
+        yield server
+
+
+async def marks(redis_url: str, app: App) -> int:
+    redis = Redis.from_url(redis_url)
+    try:
+        return sum([await redis.scard(each) async for each in redis.scan_iter(match=f"consumer:*:{app.name}:*")])
+    finally:
+        await redis.aclose()
+
+
+@needs_pgbouncer
+async def test_pooler_fails_over_to_standby_without_tail_nothing_lost_or_doubled(
+    primary: Postgres, kafka: Kafka, redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Clients stay connected to PgBouncer throughout, and Redis holds marks of the lost timeline."""
+    caplog.set_level(logging.INFO, "consumer")
+    await migrated(primary.dsn())
+    topic = await new_topic(kafka.bootstrap_servers, PARTITIONS)
+    app = app_on(topic)
+    async with Proxy(primary.port) as link:
+        standby = await asyncio.to_thread(Standby(primary, link.port, {"fsync": "off"}).__enter__)
+        try:
+            with Pooler(primary) as pooler:
+                direct = settings_for(standby.dsn(), kafka.bootstrap_servers, redis_url)
+                settings = settings_for(
+                    pooler.dsn(primary.dsn()),
+                    kafka.bootstrap_servers,
+                    redis_url,
+                    postgres_pooler=True,
+                    lanes=4,
+                    precheck_budget_ms=PATIENT_MS,
+                )
+                async with working(app, settings):
+                    await produce(kafka.bootstrap_servers, topic, messages(range(400)))
+                    await drained(app, settings)
+                    await caught_up(primary, standby)
+                    link.black_hole()
+                    await produce(kafka.bootstrap_servers, topic, messages(range(400, 800)))
+                    await drained(app, settings)
+
+                    async def all_marked() -> bool:
+                        return await marks(redis_url, app) == 800
+
+                    await until("every message to be marked", all_marked)
+                    await pooler.tell("PAUSE")
+                    await asyncio.to_thread(power_cut, primary)
+                    await query(standby.dsn(), "select pg_promote()")
+                    assert await applied(standby.dsn()) == list(range(400))
+                    await pooler.lead_to(standby)
+                    await pooler.tell("RESUME")
+                    # What is lost, sent again by its producer, and new messages: no connection of the worker was cut.
+                    await produce(kafka.bootstrap_servers, topic, messages(range(800)) + messages(range(800, 900)))
+                    await drained(app, direct, 60)
+                    await all_right(standby.dsn(), range(900))
+        finally:
+            standby.stop()
+    assert told(caplog, "another epoch of postgresql")
+
+
+async def test_transaction_sees_another_epoch_and_is_undone(place: Place) -> None:
+    """As behind a pooler: the connection stays, what it leads to changes."""
+    session = await Session.open(place.settings())
+    try:
+        await session.check_epoch()
+        await query(place.dsn, "update consumer.installation set nonce = gen_random_uuid()")
+        await session.begin()
+        await session.connection.execute("insert into effects values ('lost', 1, 1)")
+        with pytest.raises(OtherEpoch):
+            await session.close_batch("app", [], {})
+        assert not session.is_usable
+        with pytest.raises(OtherEpoch):
+            again = await Session.open(place.settings())
+            await query(place.dsn, "update consumer.installation set nonce = gen_random_uuid()")
+            await again.check_epoch()
+    finally:
+        session.close()
+    assert await place.effects() == []
+
+
+async def test_new_epoch_under_running_worker_ends_marks_and_memory(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows that went back in time on the same connections: one message waits, so no position tells."""
+    caplog.set_level(logging.INFO, "consumer")
+    topic = await place.topic()
+    gate = asyncio.Event()
+    app = App(f"epochs-{topic}")
+
+    @app.handler(topic)
+    async def settle(body: dict[str, int], tx: Tx) -> None:
+        if body["n"] == 0 and not gate.is_set():
+            raise RunAgain
+        await tx.execute("insert into effects values ($1, 1, $2)", str(body["n"]), body["n"])
+
+    async with working(app, place.settings(precheck_budget_ms=PATIENT_MS)):
+        await place.send(topic, *[Sent({"n": n}, id=f"m{n}", key=f"k{n}") for n in range(20)])
+
+        async def later_ones() -> bool:
+            return len(await place.effects()) == 19 and await marks(place.redis_url, app) == 19
+
+        await until("all but the first", later_ones)
+        # Back to the time before: effects and claims are gone, the position was never moved.
+        await query(place.dsn, "delete from effects")
+        await query(place.dsn, "delete from consumer.ledger")
+        await query(place.dsn, "update consumer.installation set nonce = gen_random_uuid()")
+        gate.set()
+        await drained(app, place.settings())
+    assert sorted(int(row[0]) for row in await place.effects()) == list(range(20))
+    assert told(caplog, "another epoch of postgresql")
+
+
+async def test_lost_handler_number_is_given_anew_after_failover(place: Place) -> None:
+    """The lost tail held the handler's number; another application has it now."""
+    topic = await place.topic()
+    app = App(f"epochs-{topic}")
+
+    @app.handler(topic)
+    async def settle(body: dict[str, int], tx: Tx) -> None:
+        await tx.execute("insert into effects values ($1, 1, $2)", str(body["n"]), body["n"])
+
+    async with working(app, place.settings()):
+        await place.send(topic, *[Sent({"n": n}, id=f"m{n}") for n in range(5)])
+        await drained(app, place.settings())
+        await query(place.dsn, "update consumer.handlers set app = 'another', name = 'other' where app = $1", app.name)
+        await query(place.dsn, "update consumer.installation set nonce = gen_random_uuid()")
+        await place.send(topic, *[Sent({"n": n}, id=f"m{n}") for n in range(5, 10)])
+        await drained(app, place.settings())
+    rows = await query(
+        place.dsn,
+        "select h.app, count(*) from consumer.ledger join consumer.handlers h using (handler) group by 1 order by 1",
+    )
+    assert dict(rows) == {"another": 5, app.name: 5}
+
+
+async def test_snapshot_of_the_same_timeline_is_another_epoch(
+    primary: Postgres, kafka: Kafka, redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A copy of the disk, started behind the same address: system identifier, timeline and nonce are the same."""
+    caplog.set_level(logging.INFO, "consumer")
+    await migrated(primary.dsn())
+    topic = await new_topic(kafka.bootstrap_servers, PARTITIONS)
+    app = app_on(topic)
+    settings = settings_for(primary.dsn(), kafka.bootstrap_servers, redis_url)
+    data, snapshot = primary.directory / "data", primary.directory / "snapshot"
+
+    async def start(*copy: Path) -> None:
+        """Start the server from its data after a power cut, having copied files with `cp -a` first."""
+        await asyncio.to_thread(power_cut, primary)
+        if copy:
+            await asyncio.to_thread(shutil.rmtree, copy[1], True)
+            await asyncio.to_thread(subprocess.run, ["cp", "-a", *copy], check=True)
+        await asyncio.to_thread(primary.run)
+        await asyncio.to_thread(primary.wait)
+
+    async with working(app, settings):
+        await produce(kafka.bootstrap_servers, topic, messages(range(200)))
+        await drained(app, settings)
+        await start(data, snapshot)
+        await produce(kafka.bootstrap_servers, topic, messages(range(200, 400)))
+        await drained(app, settings)
+
+        async def all_marked() -> bool:
+            return await marks(redis_url, app) >= 400
+
+        await until("every message to be marked", all_marked)
+        await start(snapshot, data)
+        assert await applied(primary.dsn()) == list(range(200))
+        await produce(kafka.bootstrap_servers, topic, messages(range(0, 400, 10)))
+        await drained(app, settings)
+        await all_right(primary.dsn(), range(400))
+
+
+async def _shorn(place: Place, *functions: str) -> None:
+    """Take functions away from everybody but superusers, as managed services do."""
+    for each in functions:
+        await query(place.dsn, f"revoke execute on function pg_catalog.{each} from public")
+
+
+async def test_server_without_wal_functions_works_with_pre_check(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Amazon Aurora, which tells no WAL position: the start time makes the epoch."""
+    caplog.set_level(logging.INFO, "consumer")
+    await _shorn(place, "pg_current_wal_lsn()", "pg_control_system()")
+    topic = await place.topic()
+    app = app_on(topic)
+    async with working(app, place.settings()):
+        await place.send(topic, *[Sent({"n": n}, id=f"m{n}") for n in range(10)] * 2)
+        await drained(app, place.settings())
+
+        async def all_marked() -> bool:
+            return await marks(place.redis_url, app) == 10
+
+        await until("marks", all_marked)
+    assert len(await place.effects()) == 10
+    session = await Session.open(place.settings())
+    session.close()
+    assert session.server.untold == ("system", "timeline") and session.server.tells_history
+    assert session.epoch.startswith("0-0-")
+
+
+async def test_server_that_tells_no_start_time_works_without_pre_check(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "consumer")
+    await _shorn(place, "pg_postmaster_start_time()")
+    topic = await place.topic()
+    app = app_on(topic)
+    async with working(app, place.settings()):
+        await place.send(topic, *[Sent({"n": n}, id=f"m{n}") for n in range(10)] * 2)
+        await drained(app, place.settings())
+    assert len(await place.effects()) == 10
+    assert await marks(place.redis_url, app) == 0
+    assert told(caplog, "pre-check off: postgresql does not tell its start time")

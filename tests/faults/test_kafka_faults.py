@@ -1,0 +1,231 @@
+"""Requests to Kafka that are cut on their way, or after they were done; a broker that says nothing; offsets that are gone."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from contextlib import AsyncExitStack
+from typing import Any
+
+import msgspec
+import pytest
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.protocol.admin import DeleteGroupsRequest
+from harness import Place, Sent, counts, drained, query, until, value, working
+from proxy import FETCH, HEARTBEAT, JOIN_GROUP, OFFSET_COMMIT, PRODUCE, SYNC_GROUP, Cut, Proxy
+
+from consumer import App, Settings, Tx
+from consumer.core.message import Partition
+from consumer.kafka.fetch_proxy import FetchingById
+from consumer.kafka.source import group_offsets
+from consumer.worker.worker import Stalled, Worker
+
+
+class Payment(msgspec.Struct):
+    id: str
+    account: int
+    amount: int
+
+
+def app_of(topic: str, name: str | None = None) -> App:
+    app = App(name or f"faults-{uuid.uuid4().hex[:8]}")
+
+    @app.handler(topic)
+    async def settle(payment: Payment, tx: Tx) -> None:
+        tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
+
+    return app
+
+
+def payments(first: int, count: int = 200) -> list[Sent]:
+    return [
+        Sent({"id": f"p{n}", "account": 1, "amount": 1}, id=f"p{n}", key=str(n % 20), partition=n % 4)
+        for n in range(first, first + count)
+    ]
+
+
+def through(place: Place, kafka: Any) -> Settings:
+    return place.settings(
+        kafka_bootstrap_servers=f"127.0.0.1:{kafka.proxy}", kafka_session_timeout_seconds=3, batch_messages_max=50
+    )
+
+
+async def applied(place: Place, count: int) -> None:
+    async def there() -> bool:
+        return int(await value(place.dsn, "select count(distinct id) from effects")) >= count
+
+    await until(f"{count} messages", there, 60)
+
+
+async def has_fired(proxy: Proxy, label: int, cut: Cut) -> None:
+    async def fired() -> bool:
+        return proxy.fired[label, cut] > 0
+
+    await until(f"the cut {cut} request {label}", fired)
+
+
+async def test_requests_cut_before_during_and_after_they_were_done(place: Place, kafka: Any) -> None:
+    """Each in turn while messages flow and a second member comes and goes: nothing is lost, nothing happens twice."""
+    topic = await place.topic(4)
+    name = f"cut-{uuid.uuid4().hex[:8]}"
+    sent = 0
+    async with Proxy(kafka.proxied, "kafka", kafka.proxy) as proxy:
+        settings = through(place, kafka)
+        async with working(app_of(topic, name), settings):
+            cuts: list[Cut] = ["before", "after", "during"]
+            for cut in cuts:
+                for label in (FETCH, OFFSET_COMMIT, HEARTBEAT):
+                    proxy.on(label, cut)
+                    await place.send(topic, *payments(sent))
+                    sent += 200
+                    await applied(place, sent)
+                    await has_fired(proxy, label, cut)
+                for label in (JOIN_GROUP, SYNC_GROUP):
+                    proxy.on(label, cut)
+                async with working(app_of(topic, name), settings):
+                    await place.send(topic, *payments(sent))
+                    sent += 200
+                    await applied(place, sent)
+                    await has_fired(proxy, JOIN_GROUP, cut)
+                    await has_fired(proxy, SYNC_GROUP, cut)
+            # No commit comes through any more: Kafka's copy stays behind, and a new owner begins where PostgreSQL is.
+            proxy.on(OFFSET_COMMIT, "before", times=None)
+            await place.send(topic, *payments(sent))
+            sent += 200
+            await applied(place, sent)
+            async with working(app_of(topic, name), settings):
+                await place.send(topic, *payments(sent))
+                sent += 200
+                await applied(place, sent)
+            proxy.off()
+        await drained(app_of(topic, name), place.settings())
+    assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(sent, sent)]
+    assert await value(place.dsn, "select sum(next_offset)::int8 from consumer.positions") == sent
+
+
+async def test_a_produce_whose_answer_was_lost_is_sent_again_and_counts_once(place: Place, kafka: Any) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    async with Proxy(kafka.proxied, "kafka", kafka.proxy) as proxy:
+        proxy.on(PRODUCE, "after", times=2)
+        producer = AIOKafkaProducer(bootstrap_servers=f"127.0.0.1:{kafka.proxy}", acks="all", enable_idempotence=False)
+        await producer.start()
+        try:
+            for each in payments(0, 5):
+                await producer.send_and_wait(topic, each.value, partition=0, headers=each.headers)
+        finally:
+            await producer.stop()
+        assert proxy.fired[PRODUCE, "after"] == 2
+    async with working(app, place.settings()):
+        await drained(app, place.settings())
+    assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(5, 5)]
+    assert sum((await counts(app, place.dsn))["settle"]["duplicates"].values()) == 2
+
+
+async def test_a_broker_that_says_nothing_holds_up_no_end_and_is_waited_for(place: Place, kafka: Any) -> None:
+    topic = await place.topic(4)
+    app = app_of(topic)
+    async with Proxy(kafka.proxied, "kafka", kafka.proxy) as proxy, AsyncExitStack() as stack:
+        settings = through(place, kafka).model_copy(update={"grace_seconds": 5.0})
+        await stack.enter_async_context(working(app, settings))
+        await place.send(topic, *payments(0))
+        await applied(place, 200)
+        proxy.black_hole()
+        await place.send(topic, *payments(200))
+        proxy.reset()
+
+        async def again() -> bool:
+            return proxy.connections > 0
+
+        await until("new connections, that meet the same silence", again)
+        proxy.heal()
+        await applied(place, 400)
+        proxy.black_hole()
+        await place.send(topic, *payments(400))
+        await asyncio.wait_for(stack.aclose(), 60)  # stop() of the client waits for answers that do not come
+        proxy.heal()
+    async with working(app, place.settings()):
+        await drained(app, place.settings())
+    assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(600, 600)]
+
+
+async def test_committed_offsets_that_are_gone_lose_and_repeat_nothing(place: Place, caplog: Any) -> None:
+    """Expired, or deleted with Kafka's tool: the positions are in PostgreSQL."""
+    topic = await place.topic(4)
+    app = app_of(topic)
+    async with working(app, place.settings()):
+        await place.send(topic, *payments(0))
+        await drained(app, place.settings())
+    assert await group_offsets(place.settings(), app.name)
+    admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
+    await admin.start()
+    try:
+        node = await admin.find_coordinator(app.name)
+        await admin._send_request_to_node(node, DeleteGroupsRequest([app.name]))
+    finally:
+        await admin.close()
+    assert await group_offsets(place.settings(), app.name) == {}
+    await place.send(topic, *payments(200))
+    with caplog.at_level("INFO", logger="consumer"):
+        async with working(app, place.settings()):
+            await drained(app, place.settings())
+    found = (await counts(app, place.dsn))["settle"]
+    assert (found["applied"], sum(found["duplicates"].values())) == (400, 0)  # it was not even read again
+    assert (await group_offsets(place.settings(), app.name))[Partition(topic, 0)] == 100
+
+
+async def test_a_compacted_topic_with_tombstones_under_load_ends_as_its_last_values(place: Place) -> None:
+    await query(place.dsn, "create table latest (key text primary key, value int)")
+    topic = await place.topic(
+        **{
+            "cleanup.policy": "compact",
+            "segment.ms": "50",
+            "min.cleanable.dirty.ratio": "0.01",
+            "max.compaction.lag.ms": "100",
+            "delete.retention.ms": "60000",
+        }
+    )
+    app = App(f"compacted-{uuid.uuid4().hex[:8]}")
+    upsert = "insert into latest values ($1, $2) on conflict (key) do update set value = excluded.value"
+
+    @app.handler(topic)
+    async def keep(update: dict[str, Any] | None, tx: Tx) -> None:
+        if update is None:
+            await tx.execute("update latest set value = -1 where value >= 0 and key = 'k0'")
+        else:
+            await tx.execute(upsert, update["key"], update["n"])
+
+    async with working(app, place.settings(batch_messages_max=20)):
+        for n in range(15):
+            updates = [Sent({"key": f"k{key}", "n": n}, id=f"{key}-{n}", key=f"k{key}") for key in range(10)]
+            await place.send(topic, *updates, Sent(None, id=f"gone-{n}", key="k0"))
+        await drained(app, place.settings())
+    expected = {"k0": -1, **{f"k{key}": 14 for key in range(1, 10)}}
+    assert dict(await query(place.dsn, "select key, value from latest")) == expected
+    assert await value(place.dsn, "select count(*) from consumer.dead_letters") == 0
+
+
+async def test_an_error_that_the_client_only_logs_ends_the_worker_and_the_next_one_goes_on(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client fetches again for ever after an error that it does not know; the watchdog does not."""
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, *[Sent({"id": f"p{n}", "account": 1, "amount": 1}, id=f"p{n}") for n in range(5)])
+    read = FetchingById._read
+    with monkeypatch.context() as broken:
+
+        def with_error(self: FetchingById, answer: Any, topics: Any, names: Any) -> Any:
+            answer.topics = [
+                (id, [(number, 56, *rest[1:]) for number, *rest in partitions], tags)
+                for id, partitions, tags in answer.topics
+            ]
+            return read(self, answer, topics, names)
+
+        broken.setattr(FetchingById, "_read", with_error)
+        with pytest.raises(Stalled):
+            await asyncio.wait_for(Worker(app, place.settings(watchdog_seconds=1)).run(), 60)
+    async with working(app, place.settings()):
+        await drained(app, place.settings())
+    assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(5, 5)]

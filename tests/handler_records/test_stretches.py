@@ -1,0 +1,93 @@
+"""Which offsets a handler has settled, and what a worker with other handlers changes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consumer.core.message import Partition
+from consumer.handler_records.settled_ranges import (
+    At,
+    Change,
+    Known,
+    Rename,
+    Stretch,
+    as_numbers,
+    as_text,
+    assess,
+    changes,
+    missed,
+)
+
+pytestmark = pytest.mark.unit
+
+P = Partition("payments", 0)
+STRETCHES = st.lists(
+    st.tuples(st.integers(0, 30), st.none() | st.integers(0, 30)).map(
+        lambda each: Stretch(each[0], None if each[1] is None else max(each))
+    ),
+    max_size=5,
+)
+
+
+@given(st.integers(0, 20), st.integers(0, 40), STRETCHES)
+def test_missed_offsets_are_those_in_no_stretch(first: int, position: int, stretches: list[Stretch]) -> None:
+    covered = {
+        offset
+        for each in stretches
+        for offset in range(each.first, position if each.past is None else each.past)
+    }  # fmt: skip
+    gaps = missed(first, position, stretches)
+    assert [offset for a, b in gaps for offset in range(a, b)] == [
+        offset for offset in range(first, position) if offset not in covered
+    ]
+    assert all(a < b for a, b in gaps)
+
+
+def test_numbers_of_handlers_survive_being_written() -> None:
+    assert as_numbers(as_text([3, 20, 1])) == {1, 3, 20}
+    assert as_numbers(as_text([])) == frozenset()
+    assert as_numbers(None) is None
+
+
+@pytest.mark.parametrize(
+    ("at", "wanted", "begun", "ended", "late"),
+    [
+        (At(0, 50, frozenset({1})), {1}, [], [], []),
+        (At(0, 50, frozenset({1})), {1, 2}, [(2, 50)], [], [2]),
+        (At(0, 50, frozenset({1, 2})), {1}, [], [(2, 50)], []),
+        (At(0, 50, frozenset({1})), {2}, [(2, 50)], [(1, 50)], [2]),
+        (At(50, 50, None), {2}, [(2, 50)], [], []),  # a partition that begins
+        (At(7, 50, None), {1}, [(1, 7)], [], []),  # of the version before: it has been there all the time
+        (At(None, 50, None), {1}, [(1, 0)], [], []),
+        (At(7, 50, None), {2}, [(2, 50)], [], [2]),  # new with this version
+    ],
+)
+def test_handlers_that_come_and_go(
+    at: At, wanted: set[int], begun: list[tuple[int, int]], ended: list[tuple[int, int]], late: list[int]
+) -> None:
+    found = changes({P: at}, {P: frozenset(wanted)}, legacy={1})
+    assert found.begun == tuple(Change(P, *each) for each in begun)
+    assert found.ended == tuple(Change(P, *each) for each in ended)
+    assert [each.handler for each in found.late] == late
+
+
+def test_renamed_handler_is_told_by_the_one_that_is_gone() -> None:
+    known = {
+        "settle": Known(1, frozenset({"payments"}), False),
+        "audit": Known(2, frozenset({"audits"}), False),
+        "kept": Known(3, frozenset({"payments"}), False),
+    }
+    positions = {P: At(0, 50, frozenset({1, 3}))}
+    stretches = {(1, P): [Stretch(0, None)], (3, P): [Stretch(0, None)]}
+    found = assess({"settle_payment": ("payments",), "kept": ("payments",)}, known, positions, stretches)
+    assert found.renames == (Rename("settle", "settle_payment", "payments"),)
+    assert found.absent == ("settle",)
+    assert [(each.handler, each.first, each.past) for each in found.gaps] == [("settle_payment", 0, 50)]
+    # What the one that is gone has never settled is no sign of a new name: it was removed before, or added to other workers.
+    late = {(1, P): [Stretch(0, 30)], (3, P): [Stretch(0, 30), Stretch(40, None)]}
+    gap = assess({"kept": ("payments",)}, known, {P: At(0, 50, frozenset({3}))}, late)
+    assert [each[2:] for each in gap.gaps] == [(30, 40)] and gap.renames == ()
+    nothing_yet = assess({"settle_payment": ("payments",)}, known, {P: At(0, 0, frozenset({1}))}, {})
+    assert nothing_yet.renames == nothing_yet.gaps == ()

@@ -1,0 +1,212 @@
+"""Brokers that go away, come back elsewhere, throttle, or lead a thousand partitions; what the log says of them."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from cluster import Cluster
+from harness import Place, Sent, consume_all, migrated, new_topic, produce, settings_for, until, value, working
+from services import JARS
+from test_incarnations import Told
+
+from consumer import App, Settings, Tx
+from consumer.admin import report
+from consumer.core.message import Partition
+from consumer.kafka.source import Source, client_id
+from consumer.local_servers import free_port
+from consumer.postgres.ledger import connect
+
+
+class Payment(msgspec.Struct):
+    id: str
+    account: int
+    amount: int
+
+
+def app_of(*topics: str) -> App:
+    app = App(f"brokers-{uuid.uuid4().hex[:8]}")
+    for n, topic in enumerate(topics):
+
+        @app.handler(topic, name=f"settle{n}")
+        async def settle(payment: Payment, tx: Tx) -> None:
+            tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
+
+    return app
+
+
+def payments(first: int, last: int) -> list[Sent]:
+    return [Sent({"id": f"p{n}", "account": 1, "amount": 1}, id=f"p{n}") for n in range(first, last)]
+
+
+async def effects(dsn: str, count: int, seconds: float = 90) -> None:
+    async def there() -> bool:
+        return int(await value(dsn, "select count(*) from effects")) == count
+
+    await until(f"{count} effects", there, seconds)
+
+
+@pytest.fixture
+def lone_broker() -> Iterator[Cluster]:
+    with Cluster(1) as cluster:
+        yield cluster
+
+
+async def test_a_broker_that_returns_on_another_address_is_found_by_an_idle_worker(
+    lone_broker: Cluster, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await migrated(database)
+    caplog.set_level("INFO")
+    node, elsewhere, told = lone_broker.nodes[0], free_port(), Told(caplog)
+    topic = await new_topic(lone_broker.bootstrap_servers, 2)
+    app = app_of(topic)
+    settings = settings_for(database, f"{lone_broker.bootstrap_servers},127.0.0.1:{elsewhere}")
+
+    async def has(text: str) -> bool:
+        return bool(told.of(text))
+
+    async with working(app, settings):
+        await produce(lone_broker.bootstrap_servers, topic, payments(0, 20))
+        await effects(database, 20)
+        node.kill()
+        await until("the outage in the log", lambda: has("waiting for kafka"), 60)
+        node.port = elsewhere
+        node.configure()
+        node.run()
+        await asyncio.to_thread(node.wait)
+        await until("its end in the log", lambda: has("kafka is back"), 60)
+        await produce(lone_broker.bootstrap_servers, topic, payments(20, 60))
+        await effects(database, 60)
+        assert len(told.of("waiting for kafka")) == 1
+        assert told.of("waiting for kafka")[0]["error"]
+
+
+async def test_status_of_a_thousand_topics_takes_one_request_for_each_question(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = uuid.uuid4().hex[:8]
+    topics = [f"many-{prefix}-{n:04}" for n in range(1000)]
+    admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka, request_timeout_ms=120_000)
+    await admin.start()
+    source = Source(place.settings(), None)
+    connection = await connect(place.settings())
+    try:
+        for n in range(0, 1000, 200):
+            await admin.create_topics([NewTopic(each, 1, 1) for each in topics[n : n + 200]])
+        app = app_of(*topics)
+        await source.start(30)
+        asked: list[str] = []
+        ask = source._brokers.ask
+
+        async def counted(node: int, request: Any, *more: Any) -> Any:
+            asked.append(type(request).__name__)
+            return await ask(node, request, *more)
+
+        monkeypatch.setattr(source._brokers, "ask", counted)
+
+        async def all_led() -> bool:
+            return len(await source.ends([Partition(each, 0) for each in topics], partial=True)) == 1000
+
+        await until("leaders", all_led, 60)
+        asked.clear()
+
+        lags, missing = await report.partition_lags(connection, source, app)
+        partitions = [Partition(each["topic"], each["partition"]) for each in lags]
+        health = await report.partition_health(connection, source, app, partitions)
+
+        assert len(lags) == len(health) == 1000 and not missing
+        assert all(each["lag"] == 0 for each in lags)
+        assert len(asked) < 30, asked
+    finally:
+        connection.terminate()
+        await source.stop(5)
+        await admin.delete_topics(topics)
+        await admin.close()
+
+
+async def test_status_of_many_settled_partitions_asks_for_their_leaders_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = await place.topic(60)
+    app = app_of(topic)
+    await place.send(
+        topic, *[Sent({"id": f"p{n}", "account": 1, "amount": 1}, id=f"p{n}", partition=n) for n in range(60)]
+    )
+    await consume_all(app, place.settings())
+    source = Source(place.settings(), None)
+    connection = await connect(place.settings())
+    try:
+        await source.start(30)
+        asked: list[str] = []
+        ask = source._brokers.ask
+
+        async def counted(node: int, request: Any, *more: Any) -> Any:
+            asked.append(type(request).__name__)
+            return await ask(node, request, *more)
+
+        monkeypatch.setattr(source._brokers, "ask", counted)
+        partitions = [Partition(topic, n) for n in range(60)]
+
+        health = await report.partition_health(connection, source, app, partitions)
+
+        assert all(each.stop is None for each in health.values())
+        assert asked.count("FetchRequest") == 60, asked  # the record that was settled last, of each
+        assert len(asked) < 60 + 10, asked
+    finally:
+        connection.terminate()
+        await source.stop(5)
+
+
+def test_client_id_names_app_and_worker_unless_one_is_set() -> None:
+    settings = Settings()
+    assert client_id(settings) == "consumer"
+    assert client_id(settings, "billing", "3") == "consumer-billing-3"
+    assert client_id(settings, "größe/x y", "0") == "consumer-gr__e_x_y-0"
+    assert client_id(Settings(kafka_client_id="team-a"), "billing", "3") == "team-a"
+
+
+def quota(kafka: Any, client: str, *change: str) -> None:
+    """What `kafka-configs.sh` does to the quotas of a client id."""
+    command = [
+        *("java", "-Xmx64m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", f"{JARS}/*"),
+        *("kafka.admin.ConfigCommand", "--bootstrap-server", kafka.bootstrap_servers, "--alter", *change),
+        *("--entity-type", "clients", "--entity-name", client),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+async def test_a_throttled_worker_applies_messages_and_goes_on_at_full_speed_when_the_quota_is_lifted(
+    place: Place, kafka: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    told = Told(caplog)
+    settings = place.settings(kafka_client_id=f"slow-{uuid.uuid4().hex[:8]}")
+    assert settings.kafka_client_id is not None
+    filler = "x" * 1000
+    for n in range(0, 300, 5):  # small batches: one that is larger than the quota's window never comes
+        some = range(n, n + 5)
+        await place.send(
+            topic, *[Sent({"id": f"p{m}", "account": 1, "amount": 1, "f": filler}, id=f"p{m}") for m in some]
+        )
+    await asyncio.to_thread(quota, kafka, settings.kafka_client_id, "--add-config", "consumer_byte_rate=5000")
+
+    async def some_applied() -> bool:
+        return int(await value(place.dsn, "select count(*) from effects")) > 60
+
+    async def has_told() -> bool:
+        return bool(told.of("kafka throttles the worker"))
+
+    async with working(app, settings):
+        await until("the throttling in the log", has_told, 60)
+        await until("messages in spite of the quota", some_applied, 90)
+        assert int(await value(place.dsn, "select count(*) from effects")) < 300
+        assert not told.of("waiting for kafka")
+        await asyncio.to_thread(quota, kafka, settings.kafka_client_id, "--delete-config", "consumer_byte_rate")
+        await effects(place.dsn, 300, 60)

@@ -1,0 +1,194 @@
+"""What a Kafka log can hold besides messages: aborted transactions, markers, gaps, records that the client cannot read."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import uuid
+from typing import Any
+
+import msgspec
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.record.util import calc_crc32c
+from harness import Place, Sent, consume_all, counts, drained, letters, query, until, value, working
+
+from consumer import App, Tx
+from consumer.admin import report
+from consumer.kafka.source import Source
+from consumer.postgres.ledger import connect
+
+_CRC_AT, _ATTRIBUTES_AT, _BODY_AT = 17, 21, 61  # of a record batch, version 2
+
+
+class Payment(msgspec.Struct):
+    id: str
+    account: int
+    amount: int
+
+
+def app_of(topic: str) -> App:
+    app = App(f"log-{uuid.uuid4().hex[:8]}")
+
+    @app.handler(topic)
+    async def settle(payment: Payment, tx: Tx) -> None:
+        tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
+
+    return app
+
+
+def body(name: str) -> bytes:
+    return msgspec.json.encode(Payment(name, 1, 1))
+
+
+async def transaction(producer: AIOKafkaProducer, topic: str, names: list[str], *, abort: bool) -> None:
+    await producer.begin_transaction()
+    for n, name in enumerate(names):
+        await producer.send_and_wait(topic, body(name), partition=n % 2, headers=[("message-id", name.encode())])
+    await (producer.abort_transaction() if abort else producer.commit_transaction())
+
+
+async def lags(app: App, place: Place) -> list[int]:
+    settings = place.settings()
+    source = Source(settings, None)
+    await source.start(10)
+    connection = await connect(settings)
+    try:
+        found, _ = await report.partition_lags(connection, source, app)
+        return [each["lag"] for each in found]
+    finally:
+        connection.terminate()
+        await source.stop(5)
+
+
+async def test_aborted_messages_have_no_effect_and_gaps_do_not_stall(place: Place) -> None:
+    topic = await place.topic(2)
+    app = app_of(topic)
+    producer = AIOKafkaProducer(bootstrap_servers=place.kafka, transactional_id=f"t-{uuid.uuid4().hex}")
+    await producer.start()
+    try:
+        async with working(app, place.settings()):
+            for n in range(10):
+                await transaction(producer, topic, [f"good-{n}-{i}" for i in range(6)], abort=False)
+                await transaction(producer, topic, [f"bad-{n}-{i}" for i in range(6)], abort=True)
+            # The log ends in markers and aborted messages: nothing is handed out for them, and the lag is 0 all the same.
+            await drained(app, place.settings())
+        assert await lags(app, place) == [0, 0]
+        expected = sorted(f"good-{n}-{i}" for n in range(10) for i in range(6))
+        assert [row[0] for row in await query(place.dsn, "select id from effects order by id")] == expected
+
+        # A message that was aborted and then sent again counts: the first one never happened.
+        await transaction(producer, topic, ["bad-0-0"], abort=False)
+        await consume_all(app, place.settings())
+        assert await value(place.dsn, "select count(*) from effects where id = 'bad-0-0'") == 1
+    finally:
+        await producer.stop()
+
+
+async def test_an_open_transaction_holds_its_messages_back_and_then_they_are_applied(place: Place) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    producer = AIOKafkaProducer(bootstrap_servers=place.kafka, transactional_id=f"t-{uuid.uuid4().hex}")
+    await producer.start()
+    try:
+        async with working(app, place.settings()):
+            await place.send(topic, Sent(body("before"), id="before"))
+            await producer.begin_transaction()
+            await producer.send_and_wait(topic, body("inside"), headers=[("message-id", b"inside")])
+            await place.send(topic, Sent(body("after"), id="after"))
+            await drained(app, place.settings())  # up to the last stable offset
+            assert await query(place.dsn, "select id from effects") == [("before",)]
+            await producer.commit_transaction()
+
+            async def all_three() -> bool:
+                return int(await value(place.dsn, "select count(*) from effects")) == 3
+
+            await until("the messages behind the transaction", all_three)
+    finally:
+        await producer.stop()
+
+
+async def offsets(place: Place, topic: str) -> list[int]:
+    """What the log of partition 0 still holds, up to its end."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=place.kafka, auto_offset_reset="earliest")
+    await consumer.start()
+    try:
+        partition = TopicPartition(topic, 0)
+        consumer.assign([partition])
+        end = (await consumer.end_offsets([partition]))[partition]
+        found: list[int] = []
+        while await consumer.position(partition) < end:
+            for records in (await consumer.getmany(timeout_ms=100)).values():
+                found += [each.offset for each in records]
+        return found
+    finally:
+        await consumer.stop()
+
+
+async def test_gaps_of_compaction_do_not_stall(place: Place) -> None:
+    topic = await place.topic(
+        **{
+            "cleanup.policy": "compact",
+            "segment.ms": "50",
+            "min.cleanable.dirty.ratio": "0.01",
+            "max.compaction.lag.ms": "100",
+        }
+    )
+    app = app_of(topic)
+
+    async def compacted() -> bool:  # a segment is closed by the first record after its time
+        await place.send(topic, Sent(body("same"), id="same", key="same"))
+        found = await offsets(place, topic)
+        return found[-1] - found[0] + 1 > len(found)
+
+    await place.send(topic, Sent(body("first"), id="first", key="first"))
+    await until("a gap in the log", compacted)
+    await consume_all(app, place.settings())
+    assert await query(place.dsn, "select id from effects order by id") == [("first",), ("same",)]
+    assert await lags(app, place) == [0]
+
+
+async def send_with_bad_header(place: Place, topic: str, names: list[str], bad: str, compressed: bool) -> None:
+    """One batch, in which the record of `bad` has a header key that is not UTF-8. No client sends that: made by hand."""
+    producer = AIOKafkaProducer(bootstrap_servers=place.kafka)
+    await producer.start()
+    try:
+        batch = producer.create_batch()
+        for name in names:
+            key = "@@" if name == bad else "ok"
+            headers = [("message-id", name.encode()), (key, b"x")]
+            assert batch.append(timestamp=None, key=None, value=body(name), headers=headers)
+        raw = bytearray(batch._build().replace(b"@@", b"\xff\xfe"))
+        if compressed:
+            raw[_BODY_AT:] = gzip.compress(bytes(raw[_BODY_AT:]))
+            raw[_ATTRIBUTES_AT : _ATTRIBUTES_AT + 2] = struct.pack(">h", 1)
+            raw[8:12] = struct.pack(">i", len(raw) - 12)
+        raw[_CRC_AT : _CRC_AT + 4] = struct.pack(">I", calc_crc32c(bytes(raw[_ATTRIBUTES_AT:])))
+        batch._buffer = raw
+        await (await producer.send_batch(batch, topic, partition=0))
+    finally:
+        await producer.stop()
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+async def test_a_header_key_that_is_not_utf8_is_a_dead_letter_and_the_partition_goes_on(
+    place: Place, compressed: bool
+) -> None:
+    topic = await place.topic(2)
+    app = app_of(topic)
+    await place.send(topic, *[Sent(body(f"early-{n}"), id=f"early-{n}", partition=n % 2) for n in range(10)])
+    await send_with_bad_header(place, topic, ["a", "b", "c"], "b", compressed)
+    await place.send(topic, *[Sent(body(f"late-{n}"), id=f"late-{n}", partition=n % 2) for n in range(10)])
+    await consume_all(app, place.settings())
+    await send_with_bad_header(place, topic, ["d"], "d", compressed)  # and as the only one of its batch, in another run
+    await consume_all(app, place.settings())
+    expected = sorted(["a", "c", *(f"{when}-{n}" for when in ("early", "late") for n in range(10))])
+    assert [row[0] for row in await query(place.dsn, "select id from effects order by id")] == expected
+    found = await letters(place.dsn)
+    assert [each["reason"] for each in found] == ["bad_header", "bad_header"]
+    rows: list[tuple[Any, ...]] = await query(
+        place.dsn, "select value, header_keys, header_values from consumer.dead_letters order by dead_letter"
+    )
+    assert rows[0] == (body("b"), [b"message-id", b"\xff\xfe"], [b"b", b"x"])
+    assert rows[1] == (body("d"), [b"message-id", b"\xff\xfe"], [b"d", b"x"])
+    assert (await counts(app, place.dsn))["settle"]["applied"] == 22

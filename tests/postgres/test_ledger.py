@@ -1,0 +1,184 @@
+"""Where most ids are known the ledger is looked at before it is claimed in, and the answers are the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+from harness import as_worker, migrated, settings_for, until
+
+from consumer import App, Tx
+from consumer.core.message import LogRecord
+from consumer.core.ordering import Delivery
+from consumer.postgres import claim_sql, ledger
+from consumer.postgres.ledger import REDELIVERED, Session
+
+TOPIC = "t"
+
+
+class Claims:
+    """Sessions of a worker, and claims of messages that Kafka never saw."""
+
+    def __init__(self, dsn: str) -> None:
+        self.settings = settings_for(as_worker(dsn), "127.0.0.1:1")
+        self.opened: list[Session] = []
+        app = App("ledger")
+
+        @app.handler(TOPIC)
+        async def settle(message: dict[str, int], tx: Tx) -> None: ...
+
+        self.handler = app.handlers["settle"]
+        self.topics: dict[str, int] = {}
+
+    async def session(self) -> Session:
+        session = await Session.open(self.settings)
+        self.opened.append(session)
+        numbers, self.topics = await session.numbers("ledger", ["settle"], [TOPIC])
+        self.handler.number = numbers["settle"]
+        return session
+
+    def deliveries(self, ids: list[UUID], partitions: int = 1, print: int = 1) -> list[Delivery]:
+        return [
+            Delivery(self.handler, LogRecord(TOPIC, n % partitions, n, 0, None, b"{}", ()), id.bytes, print)
+            for n, id in enumerate(ids)
+        ]
+
+    async def commit(self, session: Session, offered: list[Delivery]) -> dict[Delivery, Any]:
+        await session.begin()
+        found = await session.claim(offered, self.topics)
+        await session.commit()
+        return found
+
+
+@pytest.fixture
+async def claims(database: str) -> AsyncIterator[Claims]:
+    await migrated(database)
+    made = Claims(database)
+    yield made
+    for session in made.opened:
+        session.close()
+
+
+def counting(session: Session) -> list[str]:
+    """The statements that look or claim, from now on."""
+    told: list[str] = []
+    ask = session._ask
+
+    async def asking(*given: Any, to_claim: bool) -> Any:
+        told.append("claim" if to_claim else "look")
+        return await ask(*given, to_claim=to_claim)
+
+    session._ask = asking  # type: ignore[method-assign]
+    return told
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+async def test_what_is_known_is_looked_up_and_only_the_rest_is_claimed(claims: Claims, partitions: int) -> None:
+    session = await claims.session()
+    ids = [uuid4() for _ in range(40)]
+    assert await claims.commit(session, claims.deliveries(ids, partitions)) == {}
+    told = counting(session)
+    again = claims.deliveries(ids, partitions)
+    assert await claims.commit(session, again) == dict.fromkeys(again, REDELIVERED)
+    assert told == ["claim"]  # nobody knew yet
+    again = claims.deliveries(ids, partitions)
+    assert await claims.commit(session, again) == dict.fromkeys(again, REDELIVERED)
+    assert told == ["claim", "look"]
+    mixed = claims.deliveries([*ids[:10], *[uuid4() for _ in range(30)]], partitions, print=2)
+    found = await claims.commit(session, mixed)
+    assert set(found) == set(mixed[:10]) and all(each.clashes for each in found.values())
+    assert told == ["claim", "look", "look", "claim"]
+    assert await claims.commit(session, claims.deliveries([uuid4() for _ in range(5)])) == {}
+    assert told[4:] == ["claim"]  # most were new
+    assert await session.connection.fetchval("select count(*) from consumer.ledger") == 75
+
+
+async def test_a_claim_that_is_not_committed_yet_is_waited_for_after_a_look_too(claims: Claims) -> None:
+    first, second = await claims.session(), await claims.session()
+    ids = [uuid4() for _ in range(10)]
+    await claims.commit(second, claims.deliveries(ids))
+    await claims.commit(second, claims.deliveries(ids))  # so that it looks first
+    told = counting(second)
+    held = uuid4()
+    await first.begin()
+    await first.claim(claims.deliveries([held]), claims.topics)
+    waiting = asyncio.create_task(claims.commit(second, offered := claims.deliveries([*ids, held])))
+    watcher = await asyncpg.connect(claims.settings.dsn)
+
+    async def waits() -> Any:
+        return await watcher.fetchval("select count(*) from pg_locks where not granted") or waiting.done()
+
+    await until("the second one to wait", waits)
+    assert not waiting.done()
+    await first.commit()
+    found = await waiting
+    assert set(found) == set(offered) and not found[offered[-1]].here  # the other's record, not this one
+    assert told[0] == "look" and "claim" in told
+    await watcher.close()
+
+
+async def test_a_look_through_an_old_version_of_the_ledger_is_taken_again(claims: Claims, database: str) -> None:
+    """The generation that it names was dropped meanwhile."""
+    session = await claims.session()
+    ids = [uuid4() for _ in range(10)]
+    await claims.commit(session, claims.deliveries(ids))
+    await claims.commit(session, claims.deliveries(ids))
+    owner = await asyncpg.connect(database)
+
+    async def turn() -> None:
+        while True:
+            version = await owner.fetchval("select version from consumer.ledger_state")
+            if await owner.fetchval("select consumer.turn($1)", version) == "turned":
+                return
+
+    await turn()
+    kept = [uuid4() for _ in range(10)]
+    other = await claims.session()
+    await claims.commit(other, claims.deliveries(kept))
+    await claims.commit(other, claims.deliveries(kept))
+    await turn()
+    for number in (1, 2):
+        version = await owner.fetchval("select version from consumer.ledger_state")
+        assert await owner.fetchval("select consumer.forget($1, $2)", version, number) == "forgotten"
+        assert await owner.fetchval("select consumer.drop_generation($1)", number) == "dropped"
+    for each in (session, other):
+        assert each._share_known == 1.0
+        assert await claims.commit(each, claims.deliveries([uuid4() for _ in range(3)])) == {}
+    assert await owner.fetchval("select count(*) from consumer.ledger") == 6
+    await owner.close()
+
+
+async def advisory_locks(session: Session, watcher: asyncpg.Connection) -> set[tuple[str, str]]:
+    """What a session's transaction holds: of the ledger's version, of the turns after conflicts."""
+    names = {claim_sql.ADVISORY_CLASS: "version", ledger._CONFLICTS_CLASS: "turn"}
+    rows = await watcher.fetch(
+        "select classid::int8, mode from pg_locks where locktype = 'advisory' and granted and pid = $1",
+        session.connection.get_server_pid(),
+    )
+    return {(names[row[0]], row[1]) for row in rows}
+
+
+async def test_a_transaction_holds_the_lock_of_the_ledgers_version_whether_its_turn_has_come_or_not(
+    claims: Claims, database: str
+) -> None:
+    """Without that lock a generation could be dropped below a claim, whose id would be claimed again."""
+    claims.settings = claims.settings.model_copy(update={"postgres_lock_timeout_seconds": 0.2})
+    session, other = await claims.session(), await claims.session()
+    watcher = await asyncpg.connect(database)
+    try:
+        version, turn = ("version", "ShareLock"), ("turn", "ExclusiveLock")
+        await session.begin()
+        assert await advisory_locks(session, watcher) == {version}
+        await session.rollback()
+        session.turn = other.turn = 7
+        await session.begin()
+        assert await advisory_locks(session, watcher) == {version, turn}
+        await other.begin()  # waits for its turn in vain
+        assert await advisory_locks(other, watcher) == {version}
+        assert other.turn is None
+    finally:
+        await watcher.close()

@@ -1,0 +1,90 @@
+"""Migrations: printed, checked, applied once however many run at once, and never beside what they do not know."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from pathlib import Path
+
+import asyncpg
+import pytest
+from harness import query, settings_for, value
+from test_cli import consumer, is_one_line
+
+from consumer import Misconfigured
+from consumer.local_servers import Postgres
+from consumer.postgres import migrate as schema
+from consumer.postgres.ledger import SchemaMissing, Session
+
+
+async def test_many_at_once_apply_each_migration_once(database: str) -> None:
+    async def migrate() -> int:
+        connection = await asyncpg.connect(database)
+        try:
+            return len(await schema.migrate(connection))
+        finally:
+            await connection.close()
+
+    applied = await asyncio.gather(*[migrate() for _ in range(8)])
+    assert sum(applied) == len(schema.migrations())
+    assert await value(database, "select count(*) from consumer.schema_versions") == len(schema.migrations())
+
+
+async def test_the_printed_sql_makes_the_same_schema(database: str, postgres: Postgres, tmp_path: Path) -> None:
+    assert consumer(tmp_path, "migrate", "--check", CONSUMER_POSTGRES_DSN=database).returncode == 1
+    assert await query(database, "select 1 from pg_namespace where nspname = 'consumer'") == []  # it only looked
+    printed = consumer(tmp_path, "migrate", "--sql")
+    assert printed.returncode == 0
+    psql = await asyncio.to_thread(
+        subprocess.run,
+        [postgres._install / "bin" / "psql", "-v", "ON_ERROR_STOP=1", "-q", database],
+        input=printed.stdout,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert psql.returncode == 0, psql.stderr
+    assert consumer(tmp_path, "migrate", "--check", CONSUMER_POSTGRES_DSN=database).returncode == 0
+    again = consumer(tmp_path, "migrate", CONSUMER_POSTGRES_DSN=database)
+    assert again.returncode == 0 and "up to date" in again.stdout
+
+
+async def test_own_sql_runs_in_the_same_transaction_or_nothing_does(database: str, tmp_path: Path) -> None:
+    (tmp_path / "own.sql").write_text("create table mine (id int); select 1/0;")
+    result = consumer(tmp_path, "migrate", "--file", "own.sql", CONSUMER_POSTGRES_DSN=database)
+    is_one_line(result, "division by zero", "nothing was changed")
+    assert await query(database, "select 1 from pg_namespace where nspname = 'consumer'") == []
+    (tmp_path / "own.sql").write_text("create table if not exists mine (id int);")
+    for _ in range(2):
+        assert consumer(tmp_path, "migrate", "--file", "own.sql", CONSUMER_POSTGRES_DSN=database).returncode == 0
+    is_one_line(consumer(tmp_path, "migrate", "--file", "nowhere.sql", CONSUMER_POSTGRES_DSN=database), "nowhere.sql")
+
+
+async def test_own_tables_do_not_land_in_our_schema(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    try:
+        await connection.execute("set search_path = consumer, public")
+        with pytest.raises(Misconfigured, match="search path"):
+            await schema.migrate(connection, "create table mine (id int)")
+    finally:
+        await connection.close()
+
+
+async def test_an_altered_migration_is_refused(database: str, tmp_path: Path) -> None:
+    assert consumer(tmp_path, "migrate", CONSUMER_POSTGRES_DSN=database).returncode == 0
+    await query(database, "update consumer.schema_versions set checksum = 'x' returning 1")
+    is_one_line(consumer(tmp_path, "migrate", CONSUMER_POSTGRES_DSN=database), "another text")
+
+
+async def test_a_schema_older_than_the_code_is_refused_at_start(database: str) -> None:
+    settings = settings_for(database, "127.0.0.1:1")
+    with pytest.raises(SchemaMissing, match="consumer migrate"):
+        await Session.open(settings)
+    connection = await asyncpg.connect(database)
+    try:
+        await schema.migrate(connection)
+        await connection.execute("delete from consumer.schema_versions")
+    finally:
+        await connection.close()
+    with pytest.raises(SchemaMissing, match=r"at version 0.*consumer migrate"):
+        await Session.open(settings)

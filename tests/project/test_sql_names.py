@@ -1,0 +1,235 @@
+"""No SQL is built from an unchecked name: what is put into a statement is a quoted name, a number, or stands on a list here.
+
+Reads the source. A value is known to be good when it is a call of one of CHECKED, a number, a constant, or a variable that
+is only ever assigned such. What it does not know is on REVIEWED, with the reason why it cannot be an outsider's text.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+PACKAGE = Path(__file__).resolve().parent.parent.parent / "consumer"
+
+# They check a name (or a text), and quote it.
+CHECKED = {"ident", "table_ident", "literal", "savepoint_name"}
+# They cannot return anything but a number.
+NUMBERS = {"len", "int", "range", "enumerate"}
+
+# Built from names that were checked where they came from, or from PostgreSQL's own catalog, which quotes what it hands out.
+_BY_SCRATCH = "made of ident() and PostgreSQL's own expressions by rebuild/scratch.py"
+REVIEWED: dict[str, dict[str, str]] = {
+    "rebuild/absent_rows.py": {"table.name.copy": _BY_SCRATCH},
+    "rebuild/copies.py": {
+        "table.name.copy": _BY_SCRATCH,
+        "by_oid[child].name.copy": _BY_SCRATCH,
+        "definition": "pg_get_constraintdef",
+        "filling.as_it_is": _BY_SCRATCH,
+        "counter": _BY_SCRATCH,
+        "each.name.copy": _BY_SCRATCH,
+    },
+    "rebuild/first_rows.py": {"name.real": _BY_SCRATCH},
+    "deferred_writes/grammar.py": {
+        "listed": "tokens of the handler's own statement",
+        "named": "a token of the handler's own statement",
+    },
+    "postgres/grants.py": {
+        "', '.join(rights)": "the table in that file",
+        "table": "the table in that file",
+        "each": "the functions in that file",
+    },
+    "rebuild/scratch.py": {
+        expression: _BY_SCRATCH
+        for expression in [
+            "table.name.copy",
+            "table.name.real",
+            "self.table.name.copy",
+            "copy",
+            "number",
+            "self._differs()",
+            "self._joined()",
+            "self._counted()",
+            "_mark(either)",
+            "shown",
+            "both",
+            "group",
+            "name",
+            "default",
+            "', '.join([*taken, f'{real} as real', f'{1 - real} as rebuilt'])",
+            "_array((f'left({each}::text, {SHOWN_MAX + 1})' for each in either))",
+            "_array((f'left(r.{each}::text, {SHOWN_MAX + 1})' for each in names))",
+            "_array((f'left(b.{each}::text, {SHOWN_MAX + 1})' for each in names))",
+            "_array((self._differ(each) for each in self.shown), 'bool')",
+            "', '.join(either)",
+            "_mark(keys)",
+            "plain",
+            "differing",
+            "_mark(every)",
+            "asked or 'null'",
+            "asked",
+            "start",
+            "_mark((f'c{n}' for n in range(len(self.columns))))",
+            "_array((f'(r.{ident(each)}::numeric - b.{ident(each)}::numeric)::text' for each in self.numeric))",
+        ]
+    },
+    "postgres/claim_sql.py": {"_UNCLAIM.format(target='consumer.turning')": "a constant of that file"},
+    "postgres/ledger.py": {
+        "name": "of _session_settings, in that file",
+        "value": "of _session_settings: numbers and words of that file",
+        "local": "of the same",
+        "self.server.stamp_sql": "constants of postgres/server.py",
+    },
+    "postgres/migrate.py": {
+        "each.version": "of our own files' names",
+        "each.name": "of our own files' names",
+        "each.checksum": "hexadecimal",
+    },
+    "schemes/states.py": {
+        "plain": "format_type",
+        "named": "ident(), when the machine is made",
+        "column": "ident(), when the machine is made",
+        "constraint['expression']": "pg_get_expr",
+    },
+    "postgres/server.py": {
+        "', '.join(parts.values())": "constants of that file",
+        "stamp_sql": "constants of that file",
+        "expression": "constants of that file",
+    },
+    "testing/outside_rows.py": {"name": "PostgreSQL's format('%I.%I')"},
+    "testing/server.py": {
+        "name": "numbers of this run",
+        "each": "numbers of this run",
+        "rest": "a constant of that file",
+    },
+}
+
+_VERBS = (
+    r"select|insert\s+into|update|delete\s+from|create|drop|alter|truncate|grant|revoke|set\s+(local|session)|savepoint"
+)
+_VERBS += r"|rollback|release|begin\s+isolation|copy|lock\s+table|with\s+\w+\s+as|analyze|notify|listen"
+_SQL = re.compile(rf"(^|;)\s*({_VERBS})\s", re.IGNORECASE)
+
+
+class _Source:
+    """One file, and what its variables are assigned."""
+
+    def __init__(self, path: Path) -> None:
+        self.tree = ast.parse(path.read_text("utf-8"))
+        self.assigned: dict[str, list[ast.expr]] = defaultdict(list)
+        for node in ast.walk(self.tree):
+            match node:
+                case ast.Assign(targets=targets, value=value):
+                    for target in targets:
+                        self._note(target, value)
+                case ast.AnnAssign(target=target, value=ast.expr() as value):
+                    self._note(target, value)
+                case ast.AugAssign(target=target, value=value):
+                    self._note(target, value)
+                case ast.comprehension(target=target, iter=ast.Call(func=ast.Name(id="enumerate"))):
+                    assert isinstance(target, ast.Tuple)
+                    self._note(target.elts[0], ast.Constant(0))
+                case ast.comprehension(target=target, iter=ast.Call(func=ast.Name(id="range"))):
+                    self._note(target, ast.Constant(0))
+
+    def _note(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+            for one, given in zip(target.elts, value.elts, strict=True):
+                self._note(one, given)
+        elif isinstance(target, ast.Name | ast.Attribute):
+            self.assigned[ast.unparse(target)].append(value)
+
+    def is_good(self, node: ast.expr, seen: frozenset[str] = frozenset()) -> bool:
+        match node:
+            case ast.Constant():
+                return True
+            case ast.FormattedValue(format_spec=ast.JoinedStr(values=[ast.Constant(value=".0f" | "d" | "08x")])):
+                return True  # a number, or an error
+            case ast.FormattedValue(value=value):
+                return self.is_good(value, seen)
+            case ast.JoinedStr(values=values):
+                return all(self.is_good(each, seen) for each in values)
+            case ast.BinOp(left=left, right=right):
+                return self.is_good(left, seen) and self.is_good(right, seen)
+            case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in CHECKED | NUMBERS:
+                return True
+            case ast.Call(func=ast.Attribute(value=ast.Constant(), attr="join"), args=[argument]):
+                return self.is_good(argument, seen)
+            case ast.Call(func=ast.Name(id="map"), args=[ast.Name(id=name), *_]):
+                return name in CHECKED
+            case ast.GeneratorExp(elt=element) | ast.ListComp(elt=element):
+                return self.is_good(element, seen)
+            case ast.List(elts=elements) | ast.Tuple(elts=elements):
+                return all(self.is_good(each, seen) for each in elements)
+            case ast.Starred(value=value):
+                return self.is_good(value, seen)
+            case ast.Name() | ast.Attribute():
+                name = ast.unparse(node)
+                given = self.assigned.get(name, [])
+                return bool(given) and name not in seen and all(self.is_good(each, seen | {name}) for each in given)
+        return False
+
+    def statements(self) -> Iterator[tuple[int, list[ast.expr]]]:
+        """SQL that is put together, with what is put into it."""
+        for node in ast.walk(self.tree):
+            text, parts = "", []
+            match node:
+                case ast.JoinedStr(values=values):
+                    text = "".join(str(each.value) if isinstance(each, ast.Constant) else "?" for each in values)
+                    parts = [each for each in values if isinstance(each, ast.FormattedValue)]
+                case ast.BinOp(left=ast.Constant(value=str() as text), op=ast.Add() | ast.Mod(), right=right):
+                    parts = [right]
+                case ast.Call(func=ast.Attribute(value=ast.Constant(value=str() as text), attr="format" | "replace")):
+                    parts = [*node.args, *(each.value for each in node.keywords)]
+            if parts and _SQL.search(text):
+                yield node.lineno, parts
+
+
+def unchecked(path: Path) -> Iterator[tuple[int, str]]:
+    source = _Source(path)
+    for line, parts in source.statements():
+        for each in parts:
+            if not source.is_good(each):
+                yield line, ast.unparse(each.value if isinstance(each, ast.FormattedValue) else each)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_is_put_into_sql_is_checked(path: Path) -> None:
+    reviewed = REVIEWED.get(str(path.relative_to(PACKAGE)), {})
+    found = [(line, each) for line, each in unchecked(path) if each not in reviewed]
+    assert not found, (
+        "quote it with core's ident(), bind it as $1, or write into REVIEWED why nobody outside can choose it"
+    )
+
+
+def test_the_list_holds_nothing_that_is_gone() -> None:
+    for name, reviewed in REVIEWED.items():
+        left = set(reviewed) - {each for _, each in unchecked(PACKAGE / name)}
+        assert not left, f"{name}: take {sorted(left)} from REVIEWED"
+
+
+def test_it_finds_what_it_is_to_find(tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text(
+        "def ask(table, n):\n"
+        "    good = ident(table)\n"
+        "    late = ident(table)\n"
+        "    late = table\n"
+        "    a = f'select 1 from {good} limit {len(table)}'\n"
+        "    b = f'select 1 from {table}'\n"
+        "    c = f'SET LOCAL x = 1; delete from {late}'\n"
+        "    d = 'insert into ' + table\n"
+        "    e = 'drop table {}'.format(table)\n"
+        "    f = 'update %s' % table\n"
+        "    g = f'no such table: {table}'\n"
+    )
+    assert list(unchecked(path)) == [(6, "table"), (7, "late"), (8, "table"), (9, "table"), (10, "table")]

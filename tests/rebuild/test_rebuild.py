@@ -1,0 +1,1249 @@
+"""A rebuild: the state from the topics alone beside the real one, on real services; production is never written to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from harness import (
+    ROOT,
+    Place,
+    Sent,
+    consume_all,
+    drained,
+    migrated,
+    new_topic,
+    produce,
+    query,
+    settings_for,
+    until,
+    value,
+    working,
+)
+from services import Kafka
+
+from consumer import App, Message, Reject, Retry, Settings, Tx
+from consumer.core.errors import CannotTell, Misconfigured
+from consumer.core.message import Partition
+from consumer.kafka.source import Source
+from consumer.rebuild.rebuild import Rebuilt, rebuild
+from consumer.transaction import once
+from handlers import app as billing
+
+INSERT = "insert into effects values ($1, $2, $3)"
+UPDATE = "update accounts set balance = balance + $2 where id = $1"
+QUICK = Retry(attempts=2, base=0.01, cap=0.01)
+
+Handle = Callable[[Any, Tx], Awaitable[None]]
+
+
+class Payment(msgspec.Struct):
+    id: str
+    account: int
+    amount: int
+
+
+def payment(name: str, account: int = 1, amount: int = 10, **more: Any) -> Sent:
+    body = {"id": name, "account": account, "amount": amount}
+    return Sent(body, id=message_id(name), key=str(account), **more)
+
+
+def message_id(name: str) -> str:
+    """The id of a message, as text."""
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, name))
+
+
+def sent(n: int = 1, **fields: Any) -> list[Sent]:
+    """Messages that are dictionaries with a number `n` from 1 on, each with an id."""
+    return [Sent({"n": each, **fields}, id=message_id(f"m{each}"), key="k") for each in range(1, n + 1)]
+
+
+def new_app() -> App:
+    return App(f"app-{uuid.uuid4().hex[:8]}")
+
+
+def paying(topic: str, **options: Any) -> App:
+    """An app with the plainest handler: an insert into a table without a key, and an update of a balance."""
+    app = new_app()
+
+    @app.handler(topic, **options)
+    async def settle(payment: Payment, tx: Tx) -> None:
+        tx.defer(INSERT, payment.id, payment.account, payment.amount)
+        tx.defer(UPDATE, payment.account, payment.amount)
+
+    return app
+
+
+def handling(topic: str, handle: Handle, **options: Any) -> App:
+    """An app with one handler, `handle`, that does something with a dictionary."""
+    app = new_app()
+
+    @app.handler(topic, **{"name": "handle", "retry": QUICK, **options})
+    async def handler(body: dict[str, Any], tx: Tx) -> None:
+        await handle(body, tx)
+
+    return app
+
+
+@asynccontextmanager
+async def reader(settings: Settings) -> AsyncIterator[Source]:
+    source = Source(settings, None)
+    await source.start(10)
+    try:
+        yield source
+    finally:
+        await source.stop(5)
+
+
+async def rebuilt(place: Place, app: App, *topics: str, **options: Any) -> Rebuilt:
+    """Rebuild from all partitions of the topics, those of the app by default."""
+    settings = options.pop("settings", None) or place.settings()
+    async with reader(settings) as source, app.running():
+        found = await source.partitions(topics or app.topics)
+        return await rebuild(app, settings, source, [each for those in found.values() for each in those], **options)
+
+
+async def settled(place: Place, app: App, **positions: int) -> None:
+    """Say that everything produced so far is settled, without anybody having settled it."""
+    async with reader(place.settings()) as source:
+        found = await source.partitions(app.topics)
+        ends = await source.ends([each for those in found.values() for each in those])
+    for partition, end in ends.items():
+        await query(
+            place.dsn,
+            "insert into consumer.positions (app, topic, partition, next_offset) values ($1, $2, $3, $4)",
+            app.name,
+            *partition,
+            end,
+        )
+
+
+async def everything(dsn: str) -> dict[str, list[Any]]:
+    """All rows of all tables, and where the sequences stand."""
+    found: dict[str, list[Any]] = {}
+    for (name,) in await query(
+        dsn,
+        """select c.oid::regclass::text from pg_class c join pg_namespace n on n.oid = c.relnamespace
+           where relkind in ('r', 'S') and nspname not in ('pg_catalog', 'information_schema', 'pg_toast') order by 1""",
+    ):
+        found[name] = await query(dsn, f"select x::text from (select * from {name}) x order by 1")
+    return found
+
+
+def differences(found: Rebuilt) -> list[tuple[Any, ...]]:
+    """What differs, as short as it can be told."""
+    return sorted(
+        (
+            each["table"].removeprefix("public."),
+            each["kind"],
+            tuple(each["key"].values()),
+            tuple((name, both["real"], both["rebuilt"]) for name, both in each["columns"].items()),
+        )
+        for each in found.differences
+    )
+
+
+# -- the real state and the topics' ---------------------------------------------------------------------------------------
+
+
+async def test_a_state_that_the_messages_made_agrees(place: Place) -> None:
+    topic = await place.topic(3)
+    app = paying(topic)
+    messages = [payment(f"p{n}", n % 7, n) for n in range(300)]
+    await place.send(topic, *messages, *messages[:50])
+    await consume_all(app, place.settings())
+    before = await everything(place.dsn)
+    phases: list[tuple[str, int, int]] = []
+    settings = place.settings(batch_messages_max=100)  # repeated in the same batch, and in others
+    found = await rebuilt(place, app, settings=settings, progress=lambda *each: phases.append(each))
+    assert found.agrees and not found.differences and not found.unknown
+    assert (found.messages, found.applied, found.repeated) == (350, 300, 50)
+    assert sum(each["to"] - each["from"] for each in found.ranges) == 350
+    assert {each["table"]: (each["rows"], each["rebuilt"], each["matched_by"]) for each in found.tables} == {
+        "public.accounts": (100, 100, ["id"]),
+        "public.effects": (300, 300, []),
+    }
+    assert ("replay", 350, 350) in phases and phases[-1] == ("compare", 2, 2)
+    assert await everything(place.dsn) == before
+    json.dumps(found.as_dict())
+
+
+async def test_messages_that_nothing_is_wrong_with_are_settled_together(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was once done one by one, between savepoints, and told the same, eight times as slowly."""
+
+    by_itself: list[Any] = []
+    run_alone = once._Run._run_alone
+
+    async def alone(self: Any, delivery: Any, tx: Any) -> None:
+        by_itself.append(delivery)
+        await run_alone(self, delivery, tx)
+
+    monkeypatch.setattr(once._Run, "_run_alone", alone)
+    topic = await place.topic()
+    app = paying(topic)
+    await place.send(topic, *[payment(f"p{n}", n % 7, n) for n in range(40)])
+    await consume_all(app, place.settings())
+    found = await rebuilt(place, app)
+    assert found.agrees and (found.applied, found.failed) == (40, 0)
+    assert not by_itself
+
+
+async def test_a_lost_effect_is_missing_and_has_its_message(place: Place) -> None:
+    topic = await place.topic(2)
+    app = paying(topic)
+    await place.send(topic, *[payment(f"p{n}", n % 3) for n in range(30)])
+    await consume_all(app, place.settings())
+    await query(place.dsn, "delete from effects where id = 'p7'")
+    found = await rebuilt(place, app)
+    assert not found.agrees
+    [each] = found.differences
+    assert each["kind"] == "missing" and each["count"] == 1
+    assert each["columns"]["id"] == {"real": None, "rebuilt": "p7"}
+    assert each["messages"] == [message_id("p7")]
+
+
+async def test_a_doubled_effect_is_extra_and_the_balance_tells_by_which_message(place: Place) -> None:
+    topic = await place.topic(2)
+    app = paying(topic)
+    await place.send(topic, *[payment(f"p{n}", 4, 100 + n) for n in range(30)])
+    await consume_all(app, place.settings())
+    await query(place.dsn, "insert into effects values ('p9', 4, 109)")
+    await query(place.dsn, "update accounts set balance = balance + 109 where id = 4")
+    found = await rebuilt(place, app)
+    balance, effect = sorted(found.differences, key=lambda each: each["table"])
+    total = sum(100 + n for n in range(30))
+    assert balance["key"] == {"id": "4"} and balance["kind"] == "different"
+    assert balance["columns"] == {"balance": {"real": str(total + 109), "rebuilt": str(total)}}
+    assert balance["messages"] == [message_id("p9")] and balance["explained"]  # of thirty that touched the row
+    assert effect["kind"] == "extra" and effect["count"] == 1 and effect["messages"] == [message_id("p9")]
+    assert effect["columns"]["amount"] == {"real": "109", "rebuilt": None}
+
+
+async def test_what_no_message_made_has_no_message_and_a_changed_number_has_those_that_made_it(place: Place) -> None:
+    topic = await place.topic()
+    app = paying(topic)
+    await place.send(topic, payment("a", 1, 10), payment("b", 1, 20), payment("c", 2, 5))
+    await consume_all(app, place.settings())
+    await query(place.dsn, "insert into effects values ('nobody', 9, 9)")
+    await query(place.dsn, "update accounts set balance = 1000 where id = 1")
+    found = await rebuilt(place, app)
+    assert differences(found) == [
+        ("accounts", "different", ("1",), (("balance", "1000", "30"),)),
+        ("effects", "extra", (), (("id", "nobody", None), ("account", "9", None), ("amount", "9", None))),
+    ]
+    by_kind = {each["kind"]: each for each in found.differences}
+    assert by_kind["extra"]["messages"] == []
+    assert sorted(by_kind["different"]["messages"]) == sorted([message_id("a"), message_id("b")])
+    assert not by_kind["different"]["explained"]
+    assert all(each["messages"] == [] for each in (await rebuilt(place, app, trace=False)).differences)
+
+
+async def test_rows_of_a_table_with_a_key_are_missing_extra_or_different_and_each_kind_is_told(place: Place) -> None:
+    await migrated(place.dsn, SHAPES)
+    topic = await place.topic(2)
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("insert into items (order_id, line, price) values ($1, $2, $3)", body["n"] // 10, body["n"] % 10, 1)
+
+    app = handling(topic, handle)
+    await place.send(topic, *sent(50))
+    await consume_all(app, place.settings())
+    await query(place.dsn, "update items set price = 2 where order_id = 1")
+    await query(place.dsn, "delete from items where order_id = 2")
+    await query(place.dsn, "insert into items values (9, 1, 5), (9, 2, 5)")
+    found = await rebuilt(place, app, sample_max=6)
+    [table] = found.tables
+    assert (table["rows"], table["rebuilt"]) == (42, 50)
+    assert (table["missing"], table["extra"], table["different"]) == (10, 2, 10)
+    assert differences(found) == [
+        ("items", "different", ("1", "0"), (("price", "2.00", "1.00"),)),
+        ("items", "different", ("1", "1"), (("price", "2.00", "1.00"),)),
+        ("items", "extra", ("9", "1"), (("price", "5.00", None), *[(each, None, None) for each in NOTHING])),
+        ("items", "extra", ("9", "2"), (("price", "5.00", None), *[(each, None, None) for each in NOTHING])),
+        ("items", "missing", ("2", "0"), (("price", None, "1.00"), *[(each, None, None) for each in NOTHING])),
+        ("items", "missing", ("2", "1"), (("price", None, "1.00"), *[(each, None, None) for each in NOTHING])),
+    ]
+    by_key = {tuple(each["key"].values()): each["messages"] for each in found.differences}
+    assert by_key["1", "0"] == [message_id("m10")] and by_key["2", "1"] == [message_id("m21")] and not by_key["9", "1"]
+
+
+NOTHING = ("details", "raw", "tags", "where_")  # columns of items that stay empty
+
+
+async def test_a_lost_delete_has_the_messages_that_made_the_row_and_that_removed_it(place: Place) -> None:
+    topic = await place.topic()
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        if body["n"] <= 10:
+            tx.defer(INSERT, str(body["n"]), 1, 1)
+        else:
+            tx.defer("delete from effects where id = $1", str(body["n"] - 10))
+
+    app = handling(topic, handle)
+    await place.send(topic, *sent(15))
+    await consume_all(app, place.settings())
+    assert (await rebuilt(place, app)).agrees
+    await query(place.dsn, INSERT, "3", 1, 1)
+    [each] = (await rebuilt(place, app)).differences
+    assert each["kind"] == "extra" and each["messages"] == [message_id("m3"), message_id("m13")]
+
+
+async def test_effects_from_before_the_framework_are_compared_without_a_ledger(place: Place) -> None:
+    topic = await place.topic(2)
+    app = paying(topic)
+    await place.send(topic, *[payment(f"p{n}", n % 4, 1) for n in range(20)], payment("p0", 0, 1))
+    await settled(place, app)
+    # As a consumer without this framework left it: p0 twice, p5 not at all.
+    for n in [*range(20), 0]:
+        if n != 5:
+            await query(place.dsn, INSERT, f"p{n}", n % 4, 1)
+            await query(place.dsn, UPDATE, n % 4, 1)
+    found = await rebuilt(place, app)
+    assert [each[:3] for each in differences(found)] == [
+        ("accounts", "different", ("0",)),
+        ("accounts", "different", ("1",)),
+        ("effects", "extra", ()),
+        ("effects", "missing", ()),
+    ]
+    extra, missing = (next(each for each in found.differences if each["kind"] == kind) for kind in ("extra", "missing"))
+    assert extra["messages"] == [message_id("p0")] and missing["messages"] == [message_id("p5")]
+    assert await value(place.dsn, "select count(*) from consumer.ledger") == 0
+
+
+async def test_no_more_than_the_sample_is_told_of_a_table_and_all_is_counted(place: Place) -> None:
+    topic = await place.topic()
+    app = paying(topic)
+    await place.send(topic, *[payment(f"p{n}", n) for n in range(50)])
+    await settled(place, app)
+    await query(place.dsn, "insert into effects values ('x', 1, 1)")
+    found = await rebuilt(place, app, sample_max=5)
+    tables = {each["table"]: each for each in found.tables}
+    assert tables["public.effects"]["missing"] == 50 and tables["public.effects"]["extra"] == 1
+    assert tables["public.accounts"]["different"] == 50
+    kinds = [each["kind"] for each in found.differences]
+    assert (kinds.count("different"), kinds.count("missing"), kinds.count("extra")) == (5, 4, 1)
+    assert all(each["messages"] for each in found.differences if each["kind"] != "extra")
+
+
+# -- what handlers do -----------------------------------------------------------------------------------------------------
+
+SHAPES = """
+create table orders (
+    id int, state text not null default 'new', note text, lines int not null default 0,
+    check (lines >= 0), constraint "The Key" primary key (id)
+);
+create table items (
+    order_id int not null, line int not null, price numeric(10, 2) not null, details jsonb, raw json, tags text[],
+    where_ point, primary key (order_id, line)
+);
+create table numbered (id serial primary key, n int not null unique, made_at timestamptz not null default now());
+create table "Strange ""Name" ("Key Column" int primary key, "select" text, "a""b'c" int default 7);
+create schema depot;
+create table depot.stock (sku text, place int, amount int not null, changed_at timestamptz, unique (sku, place));
+alter table depot.stock alter sku set not null, alter place set not null;
+create table rates (currency text primary key, rate numeric not null);
+insert into rates values ('EUR', 1.5), ('USD', 2);
+"""
+
+
+async def agrees_after(place: Place, handle: Handle, messages: list[Sent], **options: Any) -> Rebuilt:
+    """Let a worker settle the messages and rebuild; fail where the two differ."""
+    topic = await place.topic(2)
+    app = handling(topic, handle, **options)
+    await place.send(topic, *messages)
+    await consume_all(app, place.settings())
+    before = await everything(place.dsn)
+    found = await rebuilt(place, app, settings=place.settings(batch_messages_max=4))
+    assert differences(found) == [] and found.agrees and not found.unknown, (found.differences, found.unknown)
+    assert await everything(place.dsn) == before
+    assert found.applied == len({each.headers[0][1] for each in messages}) and not found.dead_lettered
+    return found
+
+
+async def test_awaited_statements_savepoints_upserts_deletes_and_copy(place: Place) -> None:
+    await migrated(place.dsn, SHAPES)
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        n = body["n"]
+        await tx.execute(
+            'insert into orders (id, lines) values ($1, 1) on conflict on constraint "The Key" '
+            "do update set lines = orders.lines + excluded.lines",
+            n % 5,
+        )
+        lines = await tx.fetchval("select lines from orders where id = $1 for update", n % 5)
+        try:
+            async with tx.savepoint():
+                await tx.execute("update orders set lines = -1 where id = $1", n % 5)
+        except Exception as error:
+            assert type(error).__name__ == "CheckViolationError"
+        await tx.copy_records_to_table("items", records=[(n % 5, lines, n)], columns=["order_id", "line", "price"])
+        await tx.executemany(
+            "update items set details = $2, raw = $3, tags = $4, where_ = point(1, 2) where order_id = $1",
+            [(n % 5, '{"b": 1, "a": 2}', '{"b": 1, "a": 2}', ["x", None])],
+        )
+        if n % 3 == 0:
+            tx.defer("delete from items where order_id = $1 and line = 1", n % 5)
+        tx.defer("update orders set note = $2 where id = $1", n % 5, f"after {n}")
+
+    found = await agrees_after(place, handle, [each for n in range(3) for each in sent(30)])
+    assert {each["table"]: each["matched_by"] for each in found.tables} == {
+        "public.items": ["order_id", "line"],
+        "public.orders": ["id"],
+    }
+    await query(place.dsn, 'update items set raw = \'{"a": 2, "b": 1}\', where_ = point(1, 3) where order_id = 1')
+    found = await rebuilt_again(place, handle)
+    assert {name for each in found.differences for name in each["columns"]} == {"raw", "where_"}
+
+
+_last: dict[str, App] = {}
+
+
+async def rebuilt_again(place: Place, handle: Handle) -> Rebuilt:
+    """Rebuild what `agrees_after` has rebuilt before."""
+    [(name,)] = await query(place.dsn, "select distinct app from consumer.positions")
+    [(topic,)] = await query(place.dsn, "select distinct topic from consumer.positions")
+    app = handling(topic, handle)
+    app.name = name
+    return await rebuilt(place, app)
+
+
+async def test_batch_handlers_and_handlers_at_the_same_time(place: Place) -> None:
+    topic = await place.topic(2)
+    app = new_app()
+
+    @app.handler(topic, batch=7)
+    async def book(payments: list[Payment], tx: Tx) -> None:
+        await tx.execute(
+            "insert into effects select * from unnest($1::text[], $2::int[], $3::bigint[])",
+            [each.id for each in payments],
+            [each.account for each in payments],
+            [each.amount for each in payments],
+        )
+
+    @app.handler(topic, concurrency=8)
+    async def count(message: Message[Payment], tx: Tx) -> None:
+        await asyncio.sleep(0)
+        await tx.execute(UPDATE, message.value.account, message.value.amount)
+
+    await place.send(topic, *[payment(f"p{n}", n % 9) for n in range(60)])
+    await consume_all(app, place.settings())
+    await query(place.dsn, "delete from effects where id in ('p11', 'p12')")
+    found = await rebuilt(place, app)
+    assert sorted(each["messages"] for each in found.differences) == sorted([[message_id("p11")], [message_id("p12")]])
+    assert (found.messages, found.applied) == (60, 120)
+
+
+async def test_numbers_and_times_that_a_rebuild_cannot_give_again_are_left_out(place: Place) -> None:
+    await migrated(
+        place.dsn,
+        SHAPES + "create schema hidden; create sequence hidden.numbers; "
+        "create table made (id bigint generated always as identity primary key, n int, at timestamptz, "
+        "twice int generated always as (n * 2) stored, id2 uuid default gen_random_uuid(), who text default current_user, "
+        "code text default 'no. ' || nextval('hidden.numbers'))",
+    )
+    topic = await place.topic()
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        await tx.fetchval("select nextval('numbered_id_seq') from numbered where n = $1", body["n"] - 1)
+        number = await tx.fetchval("insert into numbered (n) values ($1) returning id", body["n"])
+        assert number == await tx.fetchval("select lastval()") == await tx.fetchval("select currval('numbered_id_seq')")
+        await tx.execute("insert into made (n, at) values ($1, now())", body["n"])
+
+    app = handling(topic, handle)
+    await place.send(topic, *sent(5))
+    await query(place.dsn, "select nextval('numbered_id_seq') from generate_series(1, 10)")
+    await consume_all(app, place.settings())
+    before = await everything(place.dsn)
+    found = await rebuilt(place, app)
+    assert found.agrees and await everything(place.dsn) == before
+    tables = {each["table"]: each for each in found.tables}
+    assert tables["public.numbered"]["matched_by"] == ["n"]
+    assert tables["public.numbered"]["ignored"] == {
+        "id": "default nextval('numbered_id_seq'::regclass)",
+        "made_at": "default now()",
+    }
+    assert tables["public.made"]["ignored"] == {
+        "id": "identity",
+        "at": "written as now()",
+        "twice": "generated",
+        "id2": "default gen_random_uuid()",
+        "who": "default CURRENT_USER",
+        "code": "default ('no. '::text || nextval('hidden.numbers'::regclass))",
+    }
+    found = await rebuilt(place, app, compare=["made.id", "made_at"], trace=False)
+    tables = {each["table"]: each for each in found.tables}
+    assert tables["public.made"]["matched_by"] == ["id"] and tables["public.made"]["missing"] == 0
+    assert tables["public.numbered"]["different"] == 0  # two rebuilds give two times
+    assert [each["kind"] for each in found.unknown] == ["depends_on_order"] and "made_at" in found.unknown[0]["text"]
+
+
+async def test_a_default_that_handlers_never_leave_to_the_database_is_compared(place: Place) -> None:
+    await migrated(place.dsn, "create table docs (id uuid primary key default gen_random_uuid(), n int default 0)")
+    topic = await place.topic()
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("insert into docs values ($1, $2)", message_id(str(body["n"])), body["n"])
+
+    app = handling(topic, handle)
+    await place.send(topic, *sent(3))
+    await consume_all(app, place.settings())
+    await query(place.dsn, "update docs set n = 99 where n = 2")
+    found = await rebuilt(place, app)
+    assert found.tables[0]["matched_by"] == ["id"] and found.tables[0]["ignored"] == {}
+    assert differences(found) == [("docs", "different", (message_id("2"),), (("n", "99", "2"),))]
+
+
+async def test_strange_names_and_other_schemas_of_the_path(place: Place) -> None:
+    await migrated(place.dsn, SHAPES)
+    await query(place.dsn, f"alter database {place.dsn.rsplit('/', 1)[1]} set search_path = public, depot, pg_temp")
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer('insert into "Strange ""Name" ("Key Column", "select") values ($1, $2)', body["n"], "it's")
+        tx.defer('update "Strange ""Name" set "a""b\'c" = "a""b\'c" + $2 where "Key Column" = $1', body["n"], 1)
+        await tx.execute(
+            "insert into stock values ($1, $2, 1, now()) on conflict (sku, place) do update set amount = stock.amount + 1",
+            "x" * (body["n"] % 3),
+            body["n"] % 2,
+        )
+
+    found = await agrees_after(place, handle, sent(20))
+    assert [(each["table"], each["matched_by"]) for each in found.tables] == [
+        ("depot.stock", ["sku", "place"]),
+        ('public.Strange "Name', ["Key Column"]),
+    ]
+    await query(place.dsn, 'update "Strange ""Name" set "a""b\'c" = 1 where "Key Column" = 4')
+    [each] = (await rebuilt_again(place, handle)).differences
+    assert each["columns"] == {"a\"b'c": {"real": "1", "rebuilt": "8"}} and each["messages"] == [message_id("m4")]
+
+
+async def test_a_table_that_is_only_read_is_read_where_it_is(place: Place) -> None:
+    await migrated(place.dsn, SHAPES + "create view prices as select currency, rate * 2 as price from rates")
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        rate = await tx.fetchval("select rate from public.rates where currency = $1", "EUR")
+        price = await tx.fetchval("select price from prices where currency = $1", "USD")
+        tx.defer(INSERT, f"{body['n']}", 1, int(rate * 10 + price))
+
+    found = await agrees_after(place, handle, sent(3))
+    assert [each["table"] for each in found.tables] == ["public.effects"]
+    assert "only read, as they are now: public.prices, public.rates" in found.notes
+
+
+async def test_rows_that_nobody_inserts_are_the_real_ones_and_begin_with_the_defaults_of_what_is_updated(
+    place: Place,
+) -> None:
+    await migrated(
+        place.dsn,
+        "create table people (id int primary key, name text, seen int, times int not null default 0, at timestamptz "
+        "default now()); insert into people select n, 'p' || n from generate_series(1, 20) n",
+    )
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        await tx.execute("update people set seen = $2, times = times + 1, at = now() where id = $1", body["n"] % 9, 1)
+
+    found = await agrees_after(place, handle, sent(20))
+    [table] = found.tables
+    assert table["ignored"] == {"at": "default now()"} and table["rebuilt"] == 20
+    await query(place.dsn, "update people set seen = 5 where id = 15")  # no message is of 15
+    assert [each[:3] for each in differences(await rebuilt_again(place, handle))] == [("people", "different", ("15",))]
+
+
+async def test_a_merge_and_a_function_tell_that_they_insert_when_they_do(place: Place) -> None:
+    await migrated(
+        place.dsn,
+        """create function book(account int, by bigint) returns void language plpgsql as $$
+           begin insert into effects values (account::text, account, by); end $$;
+           delete from accounts""",
+    )
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        await tx.execute(
+            """merge into accounts a using (values ($1::int)) as v(id) on a.id = v.id
+               when matched then update set balance = a.balance + 1 when not matched then insert values (v.id, 1)""",
+            body["n"] % 4,
+        )
+        await tx.execute("delete from effects where id = 'nothing'")
+        await tx.execute("select book($1, $2)", body["n"], 2)
+
+    found = await agrees_after(place, handle, sent(10))
+    assert {each["table"]: each["rebuilt"] for each in found.tables} == {"public.accounts": 4, "public.effects": 10}
+
+
+async def test_partitioned_tables_are_copied_as_one(place: Place) -> None:
+    await migrated(
+        place.dsn,
+        """create table events (id int, day date, n int, primary key (id, day)) partition by range (day);
+           create table events_1 partition of events for values from ('2020-01-01') to ('2021-01-01');
+           create table events_2 partition of events default""",
+    )
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        n = body["n"]
+        tx.defer("insert into events values ($1, date '2020-12-25' + $1::int, 0)", n)
+        tx.defer("update events set n = n + 1 where id = $1", n)
+
+    found = await agrees_after(place, handle, sent(20))
+    assert found.tables[0]["table"] == "public.events" and found.tables[0]["rows"] == 20
+    await query(place.dsn, "update events_2 set n = 7 where id = 15")
+    [each] = (await rebuilt_again(place, handle)).differences
+    assert each["key"] == {"id": "15", "day": "2021-01-09"} and each["messages"] == [message_id("m15")]
+
+
+async def test_constraints_that_are_checked_at_the_end_and_rows_that_go_with_others(place: Place) -> None:
+    await migrated(
+        place.dsn,
+        """create table ranks (id int primary key, rank int not null,
+               constraint one_each unique (rank) deferrable initially deferred);
+           create table heads (id int primary key);
+           create table lines (id int primary key, head int not null references heads on delete cascade)""",
+    )
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        n = body["n"]
+        await tx.execute("insert into ranks values ($1, 1)", n)  # until the next statement there are two of the first
+        await tx.execute("update ranks set rank = rank + 1 where id <> $1", n)
+        await tx.execute("insert into heads values ($1)", n)
+        await tx.execute("insert into lines values ($1, $1)", n)
+        if n % 3 == 0:
+            await tx.execute("delete from heads where id = $1", n - 1)
+
+    found = await agrees_after(place, handle, sent(12))
+    assert {each["table"]: each["rebuilt"] for each in found.tables} == {
+        "public.heads": 8, "public.lines": 8, "public.ranks": 12,
+    }  # fmt: skip
+
+
+async def test_tables_without_a_key_count_rows_that_are_alike(place: Place) -> None:
+    await migrated(
+        place.dsn,
+        """create table loose (n int, raw json, at point, long text, tags text[]);
+           create table ticks (at timestamptz default clock_timestamp());
+           create domain counted as int not null check (value > 0);
+           create table strict (n counted)""",
+    )
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        n = body["n"]
+        tx.defer(
+            "insert into loose values ($1::int, '{\"a\": 1}', point(1, $1::int), $2, '{x,null}')",
+            n % 3,
+            str(n % 3) * 300,
+        )
+        tx.defer("update loose set n = 100 where n = 2")
+        await tx.execute("insert into ticks default values")
+        await tx.execute("insert into strict values ($1)", n)  # a null cannot even be planned for it
+
+    found = await agrees_after(place, handle, sent(9))
+    assert {each["table"]: (each["matched_by"], each["rebuilt"]) for each in found.tables} == {
+        "public.loose": ([], 9), "public.ticks": ([], 9), "public.strict": ([], 9),
+    }  # fmt: skip
+    await query(place.dsn, "update loose set raw = '{\"a\":1}' where ctid = (select min(ctid) from loose where n = 1)")
+    await query(place.dsn, "insert into ticks values (now())")
+    found = await rebuilt_again(place, handle)
+    tables = {each["table"]: (each["missing"], each["extra"], each["different"]) for each in found.tables}
+    assert tables == {"public.loose": (1, 1, 0), "public.ticks": (0, 1, 0), "public.strict": (0, 0, 0)}
+    missing = next(each for each in found.differences if each["kind"] == "missing")
+    assert missing["messages"] == [message_id("m1"), message_id("m4"), message_id("m7")]  # any of them: all are alike
+    assert missing["columns"]["long"]["rebuilt"] == "1" * 199 + "…"
+    await query(place.dsn, "update loose set n = 2 where n = 100")  # as if the updates had been lost
+    found = await rebuilt_again(place, handle)
+    lost = [each for each in found.differences if each["columns"].get("n") == {"real": "2", "rebuilt": None}]
+    assert lost[0]["count"] == 3 and lost[0]["messages"] == [message_id("m2"), message_id("m5"), message_id("m8")]
+
+
+async def test_a_function_that_hides_the_refusal_writes_nothing_all_the_same(place: Place) -> None:
+    await migrated(place.dsn, FUNCTIONS)
+    topic = await place.topic()
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        await tx.execute(INSERT, str(body["n"]), 1, 1)
+        await tx.execute("select swallow($1)", body["n"])
+
+    app = handling(topic, handle)
+    await place.send(topic, *sent(3))
+    await settled(place, app)
+    before = await everything(place.dsn)
+    assert (await rebuilt(place, app)).applied == 3
+    assert await everything(place.dsn) == before and before["elsewhere"] == []
+
+
+async def test_hot_rows_and_many_batches_stay_right(place: Place) -> None:
+    topic = await place.topic(2)
+    app = paying(topic)
+    await place.send(topic, *[payment(f"p{n}", n % 3, n) for n in range(9000)])
+    await consume_all(app, place.settings())
+    await query(place.dsn, "delete from effects where id = 'p4567'")
+    found = await rebuilt(place, app, settings=place.settings(batch_messages_max=500))
+    assert [each["messages"] for each in found.differences] == [[message_id("p4567")]]
+    assert found.applied == 9000
+
+
+# -- which messages -------------------------------------------------------------------------------------------------------
+
+
+async def test_dead_letters_are_left_out_and_the_unreadable_are_counted(place: Place) -> None:
+    topic = await place.topic()
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer(INSERT, str(body["n"]), 1, 1)
+        if body["n"] == 2 and body.get("refused", True):
+            raise Reject("no")
+        if body["n"] == 3 and not mended:
+            raise ValueError
+
+    mended = False
+    app = handling(topic, handle)
+    conflict = Sent({"n": 77}, id=message_id("m1"), key="k")
+    await place.send(topic, *sent(4), conflict, Sent(b"no json", id=message_id("x"), key="k"))
+    await consume_all(app, place.settings())
+    mended = True  # a deployment later: the message is still a dead letter, and its effects still not there
+    found = await rebuilt(place, app)
+    assert found.agrees and not found.unknown
+    assert (found.applied, found.dead_lettered, found.rejected, found.failed) == (
+        1,
+        5,
+        0,
+        0,
+    )  # one waits behind the third
+    # Without what the ledger knows, the handlers decide.
+    await query(place.dsn, "delete from consumer.dead_letters")
+    await query(place.dsn, "delete from consumer.ledger")
+    found = await rebuilt(place, app)
+    assert (found.applied, found.dead_lettered, found.rejected, found.unreadable) == (3, 0, 1, 1)
+    assert [each["kind"] for each in found.unknown] == ["id_conflict"]
+    assert sorted(each["columns"]["id"]["rebuilt"] for each in found.differences) == ["3", "4"]
+
+
+async def test_a_handler_that_fails_makes_the_answer_uncertain_and_tells_no_payload(place: Place) -> None:
+    topic = await place.topic()
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        await tx.execute(INSERT, str(body["n"]), 1, 1)
+        if body["n"] == 2 and broken:
+            raise KeyError("secret payload")
+
+    broken = False
+    app = handling(topic, handle)
+    await place.send(topic, *sent(4))
+    await consume_all(app, place.settings())
+    broken = True
+    found = await rebuilt(place, app)
+    assert (found.applied, found.failed) == (3, 1)
+    [unknown] = found.unknown
+    assert unknown["kind"] == "failed" and "handle: KeyError (1)" in unknown["text"] and "secret" not in unknown["text"]
+    assert [(each["kind"], each["columns"]["id"]["real"]) for each in found.differences] == [("extra", "2")]
+
+
+async def test_a_message_that_needs_one_of_another_topic_is_tried_again_in_its_place(place: Place) -> None:
+    payments, refunds = await place.topic(), await place.topic()
+    app = new_app()
+
+    @app.handler(payments)
+    async def settle(payment: Payment, tx: Tx) -> None:
+        await tx.execute(INSERT, payment.id, payment.account, payment.amount)
+
+    @app.handler(refunds, retry=Retry(attempts=1000, base=0.01, cap=0.05))
+    async def refund(payment: Payment, tx: Tx) -> None:
+        left = await tx.fetchval("select amount from effects where id = $1 for update", payment.id.split("/")[0])
+        if left is None:
+            raise LookupError
+        tx.defer("update effects set amount = $2 where id = $1", payment.id.split("/")[0], min(left, payment.amount))
+
+    # Older by the log's time, and of one key: the last of each payment counts.
+    await place.send(refunds, *[payment(f"p{n}/{k}", n, 9 - k) for n in range(40) for k in range(3)])
+    async with working(app, place.settings()):
+        await until("a refund to wait", lambda: waits(place, app, refunds))
+        await place.send(payments, *[payment(f"p{n}", n, 100) for n in range(40)])
+        await drained(app, place.settings())
+    found = await rebuilt(place, app)
+    assert found.agrees and not found.unknown and found.applied == 160
+    assert await value(place.dsn, "select sum(amount) from effects") == 40 * 7
+
+
+async def test_what_has_failed_is_tried_again_for_as_long_as_anything_is_gained(place: Place) -> None:
+    topic = await place.topic()
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        n = body["n"]
+        if n > 1 and not await tx.fetchval("select true from effects where id = $1", str(n - 1)):
+            raise LookupError
+        await tx.execute(INSERT, str(n), 1, 1)
+
+    app = handling(topic, handle, order="none", retry=Retry(attempts=1000, base=0.01, cap=0.02))
+    messages = sent(8)
+    del messages[6]  # the eighth waits in vain
+    await place.send(topic, *reversed(messages))
+    await settled(place, app)
+    for n in range(1, 7):
+        await query(place.dsn, INSERT, str(n), 1, 1)
+    found = await rebuilt(place, app)
+    assert found.agrees and (found.applied, found.failed) == (6, 1)
+    assert [each["text"] for each in found.unknown] == [
+        "1 messages failed in the rebuild, so their effects are not in it: handle: LookupError (1)"
+    ]
+
+
+async def waits(place: Place, app: App, topic: str) -> bool:
+    rows = await query(place.dsn, "select 1 from consumer.positions where app = $1 and topic = $2", app.name, topic)
+    return bool(rows)
+
+
+async def test_what_is_settled_above_a_position_counts_and_what_is_not_does_not(place: Place) -> None:
+    topic = await place.topic()
+    stuck = asyncio.Event()
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        if body["n"] == 3 and not stuck.is_set():
+            raise LookupError
+        tx.defer(INSERT, str(body["n"]), 1, 1)
+
+    app = handling(topic, handle, order="none", retry=Retry(attempts=1000, base=30, cap=30))
+    await place.send(topic, *sent(6))
+
+    async def five() -> bool:
+        return len(await place.effects()) == 5
+
+    async with working(app, place.settings()):
+        await until("the others to be settled", five)
+        stuck.set()
+        found = await rebuilt(place, app)
+    assert found.agrees and (found.messages, found.applied) == (6, 5)
+    assert found.ranges[0]["to"] == 6
+    assert any("1 messages above the positions" in each for each in found.notes)
+
+
+@pytest.mark.timeout(600)
+async def test_a_worker_that_goes_on_makes_no_difference(place: Place) -> None:
+    topic = await place.topic(2)
+    app = paying(topic)
+    await place.send(topic, *[payment(f"p{n}", n % 7) for n in range(500)])
+    other = paying(topic)
+    other.name = app.name
+    ended = asyncio.Event()
+
+    async def produce_on() -> int:
+        count = 500
+        while not ended.is_set():
+            sent = count
+            await place.send(topic, *[payment(f"p{count + n}", n % 7) for n in range(50)])
+            count += 50
+
+            # At the worker's pace: what is produced during one rebuild is work for the next, which must not grow.
+            async def settled_before(sent: int = sent) -> bool:
+                return bool(await value(place.dsn, "select count(*) from effects") >= sent)
+
+            await until("the messages before to be settled", settled_before, 120)
+        return count
+
+    async with working(app, place.settings()):
+        await until("a beginning", lambda: place.effects())
+        producing = asyncio.create_task(produce_on())
+        try:
+            for _ in range(3):
+                found = await rebuilt(place, other, settings=place.settings(batch_messages_max=100))
+                assert found.agrees and found.messages > 0, found.differences
+        finally:
+            ended.set()
+        count = await producing
+        await drained(app, place.settings())
+    assert len(await place.effects()) == count > 500
+
+
+async def test_ranges_that_cannot_be_known_are_no_guess(place: Place) -> None:
+    topic = await place.topic(2)
+    app = paying(topic)
+    await place.send(topic, payment("a", partition=0))
+    found = await rebuilt(place, app)
+    assert [each["kind"] for each in found.unknown] == ["nothing_settled"] and found.tables == []
+    await settled(place, app)
+    await query(place.dsn, "update consumer.positions set next_offset = 99 where partition = 1")
+    found = await rebuilt(place, app)
+    assert [each["kind"] for each in found.unknown] == ["log_too_short"] and found.tables == []
+    await query(place.dsn, "delete from consumer.positions where partition = 1")
+    found = await rebuilt(place, app)
+    assert not found.unknown and found.messages == 1
+    assert any(f"{topic}:1 has no position" in each for each in found.notes)
+
+
+async def test_records_that_were_removed_need_a_base(place: Place) -> None:
+    topic = await place.topic()
+    app = paying(topic)
+    await place.send(topic, *[payment(f"p{n}", 1, 1) for n in range(10)])
+    await consume_all(app, place.settings())
+    from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+    from aiokafka.structs import TopicPartition
+
+    admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
+    await admin.start()
+    await admin.delete_records({TopicPartition(topic, 0): RecordsToDelete(before_offset=4)})
+    await admin.close()
+    found = await rebuilt(place, app)
+    assert [each["kind"] for each in found.unknown] == ["records_gone"] and found.tables == []
+    base = """
+        insert into accounts select n, 0 from generate_series(0, 99) as n;  -- everybody; and then
+        update accounts set balance = 4 where id = 1;
+        insert into effects select 'p' || n, 1, 1 from generate_series(0, 3) as n
+    """
+    found = await rebuilt(place, app, base=base)
+    assert found.agrees and found.messages == 6
+    found = await rebuilt(place, app, base=base.replace("balance = 4", "balance = 3"))
+    assert differences(found) == [("accounts", "different", ("1",), (("balance", "10", "9"),))]
+
+
+async def test_a_base_is_looked_at_like_a_handler(place: Place) -> None:
+    topic = await place.topic()
+    app = paying(topic)
+    await place.send(topic, payment("a"))
+    await settled(place, app)
+    before = await everything(place.dsn)
+    for base, text in [
+        ("insert into public.accounts values (1000, 1)", "--base names public.accounts with its schema"),
+        ("insert into accounts values (0, 'x')", "--base: invalid input syntax"),
+        ("insert into nowhere values (1)", '--base: relation "nowhere" does not exist'),
+        ("copy accounts from stdin", "--base runs COPY"),
+        ("delete from consumer.ledger", "framework's own"),
+    ]:
+        with pytest.raises(Misconfigured, match=text):
+            await rebuilt(place, app, base=base)
+    assert await everything(place.dsn) == before
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------------
+
+FUNCTIONS = """
+create table elsewhere (n int);
+create sequence tickets;
+create view open_accounts as select * from accounts;
+create function note(n int) returns void language plpgsql as $$ begin insert into elsewhere values (n); end $$;
+create function note_there(n int) returns void language plpgsql as $$ begin insert into public.effects values (n::text, n, n); end $$;
+create function look(n int) returns bigint language plpgsql as $$ begin return (select sum(balance) from public.accounts); end $$;
+create function swallow(n int) returns void language plpgsql as $$
+begin insert into elsewhere values (n); exception when others then null; end $$;
+create function wait_for(n int) returns void language plpgsql as $$ begin perform pg_advisory_xact_lock(n); end $$;
+create function hidden(n int) returns bigint language sql begin atomic select balance from accounts where id = n; end;
+"""
+WRITE_BOTH = (INSERT, UPDATE)
+
+
+@pytest.mark.parametrize(
+    ("sql", "text"),
+    [
+        ("insert into public.effects values ('x', 1, $1)", "names public.effects with its schema"),
+        ("update public.accounts set balance = $1", "names public.accounts with its schema"),
+        ("delete from only public.accounts where id = $1", "names public.accounts with its schema"),
+        ("select balance from public.accounts where id = $1", "names public.accounts with its schema"),
+        ("select 1 where $1 in (select id from public.accounts)", "names public.accounts with its schema"),
+        ("with x as (select * from public.accounts) select count(*) from x where id = $1", "names public.accounts"),
+        (
+            "select balance from open_accounts where id = $1",
+            "reads public.accounts through the view public.open_accounts",
+        ),
+        ("update open_accounts set balance = $1", "public.open_accounts"),
+        ("select note($1::bigint::int)", "handler 'handle' writes outside the copies, in a function perhaps"),
+        ("select note_there($1::bigint::int)", "writes outside the copies, in a function perhaps"),
+        ("select look($1::bigint::int)", "reads the real public.accounts and not its copy"),
+        ("select hidden($1::bigint::int)", "public.accounts"),
+        ("select nextval('tickets') + $1", "cannot execute nextval"),
+        ("select setval('tickets', $1)", "cannot execute setval"),
+        ("select pg_advisory_xact_lock($1)", "handler 'handle' takes advisory locks"),
+        ("select wait_for($1::bigint::int)", "takes advisory locks"),
+        ("select count(*) + $1 from consumer.ledger", "consumer.ledger, which is the framework's own"),
+        ("update consumer.positions set next_offset = $1", "consumer.positions, which is the framework's own"),
+        ("lock table accounts", "runs LOCK"),
+        ("truncate effects", "runs TRUNCATE"),
+        ("call nothing()", "runs CALL"),
+        ("do $$ begin end $$", "runs DO"),
+        ("create temp table mine (n int)", "runs CREATE"),
+        ("copy effects from '/etc/passwd'", "runs COPY"),
+        ("insert into effects values ('x', 1, 1); update accounts set balance = 1", "several statements"),
+        ("select 1; drop table effects", "several statements"),
+    ],
+)
+async def test_what_would_leave_the_copies_is_refused_and_not_run(place: Place, sql: str, text: str) -> None:
+    await migrated(place.dsn, FUNCTIONS)
+    topic = await place.topic()
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        await tx.execute(INSERT, str(body["n"]), 1, 1)
+        await tx.execute(UPDATE, 1, 1)
+        try:
+            async with tx.savepoint():
+                await tx.execute(sql, *([body["n"]] if "$1" in sql else []))
+        except Exception:
+            pass  # a handler that hides it changes nothing
+        await tx.execute(UPDATE, 1, 1)
+
+    app = handling(topic, handle)
+    await place.send(topic, *sent(3))
+    await settled(place, app)
+    before = await everything(place.dsn)
+    with pytest.raises(Misconfigured) as caught:
+        await rebuilt(place, app)
+    assert text in str(caught.value) and "handle" in str(caught.value) and "\n" not in str(caught.value)
+    assert "Nothing was changed" in str(caught.value)
+    assert await everything(place.dsn) == before
+
+
+async def test_copy_into_a_named_schema_foreign_parts_and_views_without_a_copy_are_refused(place: Place) -> None:
+    await migrated(
+        place.dsn,
+        FUNCTIONS
+        + """create table logs (n int) partition by list (n); create table logs_1 partition of logs default;
+             create table parent (n int); create table child () inherits (parent);
+             create materialized view summary as select count(*) from effects""",
+    )
+
+    async def both(tx: Tx, *texts: str) -> None:
+        for text in texts:
+            await tx.execute(text)
+
+    topic = await place.topic()
+    for statement, text in [
+        (lambda tx: tx.copy_records_to_table("effects", records=[("x", 1, 1)], schema_name="public"), "schema_name"),
+        (lambda tx: tx.execute("insert into logs_1 values (1)"), "public.logs_1, a part of another table"),
+        (lambda tx: tx.execute("insert into parent values (1)"), "public.parent, a part of another table"),
+        (lambda tx: tx.execute("insert into child values (1)"), "public.child, a part of another table"),
+        (lambda tx: tx.execute("update open_accounts set balance = 1"), "view public.open_accounts"),
+        (
+            lambda tx: both(tx, "insert into logs values (1)", "select * from logs_1"),
+            "a part of public.logs: name logs",
+        ),
+        (lambda tx: both(tx, "insert into effects values ('', 1, 1)", "select * from summary"), "public.summary"),
+    ]:
+
+        async def handle(body: dict[str, Any], tx: Tx, statement: Any = statement) -> None:
+            await statement(tx)
+
+        app = handling(topic, handle)
+        await place.send(topic, *sent(1))
+        await settled(place, app)
+        with pytest.raises(Misconfigured, match=text):
+            await rebuilt(place, app)
+
+
+async def test_a_deferred_write_is_refused_with_the_name_of_its_own_handler(place: Place) -> None:
+    topic = await place.topic()
+    app = paying(topic)
+
+    @app.handler(topic)
+    async def audit(payment: Payment, tx: Tx) -> None:
+        tx.defer("insert into public.effects values ($1, 0, 0)", payment.id)
+
+    await place.send(topic, payment("a"), payment("b"))
+    await settled(place, app)
+    with pytest.raises(Misconfigured, match=r"handler 'audit' names public\.effects"):
+        await rebuilt(place, app)
+    assert (await rebuilt(place, app, handlers=["settle"])).applied == 2
+
+
+async def test_rows_whose_beginning_nobody_knows_ask_for_a_base(place: Place) -> None:
+    await migrated(
+        place.dsn,
+        "create table facts (id int primary key, n int not null, unique_ int unique default 5); "
+        "insert into facts values (1, 1, 1), (2, 2, 2)",
+    )
+    topic = await place.topic()
+    for column, text in [("n", "update n, which has no default"), ("unique_", "defaults of unique_")]:
+
+        async def handle(body: dict[str, Any], tx: Tx, column: str = column) -> None:
+            tx.defer(f"update facts set {column} = {column} + 1 where id = $1", body["n"])
+
+        app = handling(topic, handle)
+        await place.send(topic, *sent(1))
+        await settled(place, app)
+        with pytest.raises(Misconfigured, match=f"{text}.*--base"):
+            await rebuilt(place, app)
+    found = await rebuilt(place, app, base="insert into facts values (1, 1, 0), (2, 2, 2)")
+    assert found.agrees
+
+
+async def test_columns_to_leave_out_are_checked_before_anything_runs(place: Place) -> None:
+    topic = await place.topic()
+    app = paying(topic)
+    await place.send(topic, payment("a"))
+    await consume_all(app, place.settings())
+    await query(place.dsn, "update accounts set balance = 5 where id = 3")
+    for name in ("balance", "accounts.balance", "public.accounts.balance"):
+        found = await rebuilt(place, app, ignore=[name])
+        assert found.agrees and found.tables[0]["ignored"] == {"balance": "--ignore"}
+    found = await rebuilt(place, app, ignore=["accounts.id"], trace=False)
+    assert found.tables[0]["matched_by"] == [] and (found.tables[0]["missing"], found.tables[0]["extra"]) == (1, 1)
+    for options, text in [
+        ({"ignore": ["balanse"]}, "--ignore balanse: no table has such a column, did you mean balance"),
+        ({"compare": ["effects.balance"]}, "--compare effects.balance: no table has such a column"),
+        ({"ignore": ["balance"], "compare": ["accounts.balance"]}, "both name public.accounts.balance"),
+        ({"handlers": ["setle"]}, "has no handler 'setle', did you mean 'settle'"),
+    ]:
+        with pytest.raises(Misconfigured, match=text):
+            await rebuilt(place, app, **options)
+
+
+async def test_what_was_not_replayed_is_told(place: Place) -> None:
+    first, second = await place.topic(2), await place.topic()
+    app = new_app()
+
+    @app.handler(first, second)
+    async def both(payment: Payment, tx: Tx) -> None:
+        tx.defer(INSERT, payment.id, 1, 1)
+
+    @app.handler(first)
+    async def other(payment: Payment, tx: Tx) -> None:
+        tx.defer(UPDATE, 1, 1)
+
+    @app.handler(first, idempotent=False)
+    async def free(payment: Payment) -> None:
+        raise AssertionError("not run in a rebuild")
+
+    await migrated(
+        place.dsn,
+        """create function nothing() returns trigger language plpgsql as $$ begin return new; end $$;
+           create trigger told before insert on effects for each row execute function nothing()""",
+    )
+    await place.send(first, payment("a", partition=0))
+    await settled(place, app)
+    async with reader(place.settings()) as source, app.running():
+        found = await rebuild(app, place.settings(), source, [Partition(first, 0)], handlers=["both"])
+    notes = "\n".join(found.notes)
+    assert f"1 of 2 partitions of {first}" in notes
+    assert "not run: other;" in notes
+    assert f"handler both also takes {second}" in notes
+    assert any(
+        "public.effects has triggers that do not run in a rebuild (told)" in each["text"] for each in found.unknown
+    )
+    found = await rebuilt(place, app, first)
+    assert "handler free opted out of the ledger and was left out" in found.notes
+
+
+# -- ends -----------------------------------------------------------------------------------------------------------------
+
+
+async def test_one_that_is_ended_in_the_middle_leaves_nothing(place: Place) -> None:
+    topic = await place.topic()
+    reached = asyncio.Event()
+    app = new_app()
+
+    @app.handler(topic)
+    async def settle(payment: Payment, tx: Tx) -> None:
+        await tx.execute(INSERT, payment.id, payment.account, payment.amount)
+        await tx.execute(UPDATE, payment.account, payment.amount)
+        if payment.id == "p20":
+            reached.set()
+            await asyncio.Event().wait()
+
+    await place.send(topic, *[payment(f"p{n}") for n in range(30)])
+    await settled(place, app)
+    before = await everything(place.dsn)
+    task = asyncio.create_task(rebuilt(place, app))
+    await asyncio.wait_for(reached.wait(), 30)
+    assert await value(place.dsn, "select count(*) from pg_class where relpersistence = 't' and relkind = 'r'") == 0
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    async def gone() -> bool:
+        return not await value(
+            place.dsn,
+            "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()",
+        )
+
+    await until("the connection to be gone", gone)
+    assert await everything(place.dsn) == before
+    written = "select coalesce(sum(n_tup_ins + n_tup_upd + n_tup_del), 0) from pg_stat_user_tables where relname = $1"
+    assert await value(place.dsn, written, "effects") == 0
+
+
+async def test_a_connection_that_is_lost_ends_it_with_one_line(place: Place) -> None:
+    topic = await place.topic()
+    app = paying(topic)
+
+    @app.handler(topic)
+    async def kill(payment: Payment, tx: Tx) -> None:
+        if payment.id == "p3":
+            pid = await tx.fetchval("select pg_backend_pid()")
+            await query(place.dsn, "select pg_terminate_backend($1)", pid)
+            await tx.execute(UPDATE, 1, 1)
+
+    await place.send(topic, *[payment(f"p{n}") for n in range(5)])
+    await settled(place, app)
+    before = await everything(place.dsn)
+    with pytest.raises(CannotTell, match="nothing was changed, and it can be run again"):
+        await rebuilt(place, app)
+    assert await everything(place.dsn) == before
+
+
+async def test_a_role_that_may_not_make_temporary_tables_is_told_so(place: Place) -> None:
+    topic = await place.topic()
+    app = paying(topic)
+    await place.send(topic, payment("a"))
+    await settled(place, app)
+    name = place.dsn.rsplit("/", 1)[1]
+    role = f"role_{uuid.uuid4().hex[:8]}"
+    await query(place.dsn, f"revoke temporary on database {name} from public")
+    await query(place.dsn, f"create role {role} login password 'x'")
+    dsn = f"postgresql://{role}:x@{place.dsn.rsplit('@', 1)[1]}"
+    await query(place.dsn, f"grant usage on schema consumer to {role}")
+    await query(place.dsn, f"grant select on all tables in schema consumer to {role}")
+    await query(place.dsn, f"grant pg_read_all_settings, pg_monitor to {role}")
+    with pytest.raises(Misconfigured, match="permission denied to create temporary tables in database"):
+        await rebuilt(place, app, settings=settings_for(dsn, place.kafka))
+
+
+async def test_behind_a_pooler_it_works_too(place: Place) -> None:
+    topic = await place.topic()
+    app = paying(topic)
+    await place.send(topic, *[payment(f"p{n}", n % 3) for n in range(20)])
+    await consume_all(app, place.settings())
+    await query(place.dsn, "delete from effects where id = 'p4'")
+    found = await rebuilt(place, app, settings=place.settings(postgres_pooler=True))
+    assert [each["messages"] for each in found.differences] == [[message_id("p4")]]
+
+
+async def test_the_example_application_agrees(
+    kafka: Kafka, database: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(billing, "name", f"billing-{uuid.uuid4().hex[:8]}")
+    await migrated(database, (ROOT / "handlers" / "schema.sql").read_text())
+    place = Place(kafka.bootstrap_servers, database, redis_url)
+    for topic in billing.topics:
+        async with reader(place.settings()) as source:
+            there = (await source.partitions([topic]))[topic]
+        if not there:
+            await new_topic(kafka.bootstrap_servers, 2, topic)
+    names = [str(uuid.uuid4()) for _ in range(40)]
+
+    def paid(n: int) -> Sent:
+        return Sent({"payment_id": names[n], "account": n % 7, "amount": 1000 + n}, id=names[n], key=str(n % 7))
+
+    await produce(place.kafka, "payments", [*map(paid, range(40)), *map(paid, range(5))])
+    refunds = [
+        Sent({"refund_id": str(uuid.uuid4()), "payment_id": names[n % 40], "amount": 30 * n - 60}, key=names[n % 40])
+        for n in range(60)
+    ]
+    await produce(place.kafka, "refunds", refunds)
+    entries = [Sent({"entry_id": f"{names[0]}-{n % 90}", "account": n % 10, "amount": n % 90}) for n in range(100)]
+    await produce(place.kafka, "ledger", entries)
+    # Other tests have sent to topics of these names: all of it is settled here, for the first time in this database.
+    settings = place.settings()
+    await consume_all(billing, settings)
+    before = await everything(database)
+    found = await rebuilt(place, billing)
+    assert found.agrees and not found.unknown, (found.differences, found.unknown)
+    assert found.dead_lettered > 0 and found.failed == 0
+    assert {each["table"] for each in found.tables} == {
+        "public.accounts", "public.audit_trail", "public.bookings", "public.payments", "public.receipts",
+    }  # fmt: skip
+    assert await everything(database) == before
+    await query(
+        database, "update accounts set balance = balance + 1030 where account = 2"
+    )  # the payment of 30, doubled
+    found = await rebuilt(place, billing, "payments", "refunds")
+    account = next(each for each in found.differences if each["table"] == "public.accounts")
+    assert account["explained"] and account["messages"] == [names[30]]

@@ -1,0 +1,181 @@
+"""Verdicts of a rebuild over tables with rows from before the first message: what is not known of them is no fault."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from harness import Place, Sent, consume_all, migrated, query
+from test_rebuild import handling, message_id, rebuilt, sent
+
+from consumer import App, Reject, Tx
+from consumer.rebuild.beginnings import Sought, sought_by
+
+PEOPLE = """
+create table people (id int primary key, kind text not null default 'a', note text, balance int not null default 0);
+insert into people (id, note) select n, 'seed ' || n from generate_series(1, 20) n;
+"""
+
+
+def kinds(found: Any) -> list[str]:
+    return [each["kind"] for each in found.unknown]
+
+
+@pytest.mark.parametrize(
+    ("sql", "sought"),
+    [
+        ("update people set note = $1 where id = $2", Sought("people", (("id", 1),))),
+        (
+            "update people p set note = $1 where p.id = $2::int and p.kind = $3",
+            Sought("people", (("id", 1), ("kind", 2))),
+        ),
+        ("update people set note = 'x' where id = $1 and balance > 3 returning note", Sought("people", (("id", 0),))),
+        ("update people set id = id + 1 where id = $1", None),
+        ("update people set note = $1", None),
+        ("update people set note = $1 where id = $2 or id = 3", None),
+        ("update people set note = $1 where id = any($2)", None),
+        ("update public.people set note = $1 where id = $2", None),
+        ("delete from people where id = $1", None),
+        ("insert into people values ($1)", None),
+    ],
+)
+def test_update_that_looks_for_rows_by_key_is_read(sql: str, sought: Sought | None) -> None:
+    assert sought_by(sql) == sought
+
+
+async def after(place: Place, handle: Any, messages: list[Sent], tables: str = PEOPLE, **options: Any) -> App:
+    await migrated(place.dsn, tables)
+    topic = await place.topic()
+    app = handling(topic, handle, **options)
+    await place.send(topic, *messages)
+    await consume_all(app, place.settings())
+    return app
+
+
+WAYS = ["deferred", "awaited", "returning", "many", "condition"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_deleted_row_that_messages_had_updated_is_a_reason(place: Place, way: str) -> None:
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        key = body["n"]
+        match way:
+            case "deferred":
+                tx.defer("update people set balance = balance + $2 where id = $1", key, 5)
+            case "awaited":
+                await tx.execute("update people set balance = balance + $2 where id = $1", key, 5)
+            case "returning":
+                await tx.fetchval("update people set balance = balance + 5 where id = $1 returning balance", key)
+            case "many":
+                await tx.executemany("update people set balance = balance + 5 where id = $1", iter([(key,)]))
+            case _:
+                tx.defer("update people set balance = balance + 5 where id = $1 and kind = 'a' and balance < 9", key)
+
+    app = await after(place, handle, sent(9))
+    found = await rebuilt(place, app)
+    assert found.agrees and not found.unknown
+    await query(place.dsn, "delete from people where id = 3")
+    found = await rebuilt(place, app)
+    assert found.agrees and kinds(found) == ["rows_gone"]
+    text = found.unknown[0]["text"]
+    assert "public.people: 1 rows that handler handle updates by id are not there" in text
+    assert message_id("m3") in text
+    base = "insert into people (id, note) select n, 'seed ' || n from generate_series(1, 20) n"
+    found = await rebuilt(place, app, base=base)
+    assert not found.agrees and not found.unknown
+
+
+async def test_rows_that_were_never_there_are_no_reason(place: Place) -> None:
+    """Statistics show that the table never lost a row; and a rejected message, or a failed one, had no effect."""
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tag = await tx.execute("update people set balance = balance + 1 where id = $1", body["n"])
+        if tag == "UPDATE 0" and body["n"] % 2:
+            raise Reject("nobody")
+
+    app = await after(place, handle, sent(30))
+    found = await rebuilt(place, app)
+    assert found.agrees and not found.unknown
+    await query(place.dsn, "delete from people where id = 20")
+    [reason] = (await rebuilt(place, app)).unknown
+    assert reason["kind"] == "rows_gone" and reason["count"] == 6  # 20, and 22 to 30
+
+
+async def test_updates_of_rows_that_cannot_be_told_are_a_reason_once_rows_are_gone(place: Place) -> None:
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        await tx.execute("update people set balance = balance + 1 where id = any($1)", [body["n"], body["n"] + 1])
+
+    app = await after(place, handle, sent(5))
+    found = await rebuilt(place, app)
+    assert found.agrees and not found.unknown
+    await query(place.dsn, "delete from people where id = 2")
+    found = await rebuilt(place, app)
+    assert kinds(found) == ["rows_gone"] and "update balance of rows that cannot be told" in found.unknown[0]["text"]
+
+
+async def test_column_without_a_default_that_handlers_only_update_has_an_unknown_beginning(place: Place) -> None:
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("update people set note = $2 where id = $1", body["n"], f"note {body['n']}")
+
+    app = await after(place, handle, sent(5))
+    found = await rebuilt(place, app)
+    assert not found.differences and kinds(found) == ["beginning_unknown"]
+    assert "public.people: 15 rows differ" in found.unknown[0]["text"] and "(columns note)" in found.unknown[0]["text"]
+    await query(place.dsn, "update people set note = 'lost' where id = 2")  # whatever it began with, a message wrote it
+    found = await rebuilt(place, app)
+    assert [each["key"] for each in found.differences] == [{"id": "2"}]
+    base = "insert into people (id, note) select n, 'seed ' || n from generate_series(1, 20) n"
+    assert [each["key"] for each in (await rebuilt(place, app, base=base)).differences] == [{"id": "2"}]
+
+
+async def test_balances_that_did_not_begin_with_the_default_are_no_fault(place: Place) -> None:
+    tables = (
+        "create table people (id int primary key, balance int not null default 0); insert into people values (1, 100)"
+    )
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("update people set balance = balance + $1 where id = 1", body["n"])
+
+    app = await after(place, handle, sent(5), tables)
+    found = await rebuilt(place, app)
+    assert not found.differences and kinds(found) == ["beginning_unknown"]
+    assert (await rebuilt(place, app, base="insert into people values (1, 100)")).agrees
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["seeded", "not seeded"])
+async def test_upsert_into_a_table_with_rows_is_no_fault(place: Place, others: bool) -> None:
+    tables = "create table stock (sku text primary key, amount int not null)"
+    seeds = "insert into stock select 's' || n, 100 from generate_series(1, 20) n"
+    upsert = "insert into stock values ($1, 1) on conflict (sku) do update set amount = stock.amount + 1"
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer(upsert, f"s{body['n']}")
+
+    app = await after(place, handle, sent(5), f"{tables}; {'' if others else seeds}")
+    found = await rebuilt(place, app)
+    assert not found.differences
+    if others:
+        assert found.agrees and not found.unknown
+        await query(place.dsn, "update stock set amount = amount + 1 where sku = 's2'")
+        await query(place.dsn, "insert into stock values ('foreign', 1)")
+        found = await rebuilt(place, app)  # most rows are as if the table had been empty
+        assert sorted(each["kind"] for each in found.differences) == ["different", "extra"] and not found.unknown
+    else:
+        assert kinds(found) == ["beginning_unknown"] and "public.stock" in found.unknown[0]["text"]
+        assert (await rebuilt(place, app, base=seeds)).agrees
+        await query(place.dsn, "delete from stock where sku = 's2'")
+        found = await rebuilt(place, app)
+        assert [(each["kind"], each["key"]["sku"]) for each in found.differences] == [("missing", "s2")]
+
+
+async def test_one_row_that_only_the_last_message_decides_is_a_fault_whatever_it_began_with(place: Place) -> None:
+    tables = "create table latest (one int primary key, value int not null)"
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("insert into latest values (1, $1) on conflict (one) do update set value = $1", body["n"])
+
+    app = await after(place, handle, sent(3), tables)
+    assert (await rebuilt(place, app)).agrees
+    await query(place.dsn, "update latest set value = 2")
+    found = await rebuilt(place, app)
+    assert [each["kind"] for each in found.differences] == ["different"] and not found.unknown

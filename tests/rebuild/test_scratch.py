@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consumer.core.errors import Misconfigured
+from consumer.core.identifiers import ident
+from consumer.rebuild import scratch
+from consumer.rebuild.scratch import (
+    Column,
+    Comparison,
+    Constraint,
+    Copier,
+    DefaultSequence,
+    Name,
+    Table,
+    Touch,
+    Use,
+    first_rows,
+    judge,
+    key_of,
+    learned,
+    learning,
+    left_out,
+    literal,
+    moving,
+    named,
+    operations,
+    renamings,
+    statements,
+)
+
+pytestmark = pytest.mark.unit
+
+ACCOUNTS, EFFECTS = Name("public", "accounts"), Name("public", "effects")
+
+
+def table(*columns: Column, name: Name = ACCOUNTS, keys: tuple[tuple[str, ...], ...] = ()) -> Table:
+    return Table(name, 1, columns, keys)
+
+
+def number(name: str, **more: object) -> Column:
+    return Column(name, type_name="int4", category="N", **more)  # type: ignore[arg-type]
+
+
+# -- names and texts ------------------------------------------------------------------------------------------------------
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=15))
+def test_a_quoted_name_or_text_ends_where_it_ends(text: str) -> None:
+    for quoted, quote in ((ident(text), '"'), (literal(text), "'")):
+        assert quoted[0] == quoted[-1] == quote
+        assert quoted[1:-1].replace(quote * 2, "") == text.replace(quote, "")
+        assert quoted[1:-1].replace(quote * 2, quote) == text
+
+
+@pytest.mark.parametrize("name", ["", "a\0b"])
+def test_what_can_be_no_name_is_refused(name: str) -> None:
+    with pytest.raises(Misconfigured):
+        ident(name)
+
+
+def test_a_nul_can_be_no_text() -> None:
+    with pytest.raises(Misconfigured):
+        literal("a\0b")
+
+
+WHOLE = [
+    "select 1",
+    "insert into t values (';')",
+    "insert into t values ('it''s; so')",
+    r"insert into t values (e'\'; ')",
+    'insert into "a;b" values (1)',
+    "select $$;$$",
+    "select $a$;$$;$a$",
+    "select 1 /* ; /* ; */ ; */ + 1",
+    "select 1 -- ; and more\n+ 1",
+    "create function f() returns int begin atomic select 1; select case when true then 1 end; end",
+]
+
+
+@given(st.lists(st.sampled_from(WHOLE)), st.sampled_from([";", " ;\n", "; ;", "; -- ;\n;", ";/* ; */;"]))
+def test_a_text_is_taken_apart_where_its_statements_end(texts: list[str], between: str) -> None:
+    assert [each.rstrip() for each in statements(between.join(texts))] == texts or "--" in between or "/*" in between
+    found = list(statements(between.join(texts)))
+    assert len(found) == len(texts)
+    assert all(text in each for text, each in zip(texts, found, strict=True))
+
+
+@pytest.mark.parametrize("text", ["", ";", " ; ", "-- only a comment; so\n", "/* ; */"])
+def test_a_text_without_a_statement_has_none(text: str) -> None:
+    assert list(statements(text)) == []
+
+
+@pytest.mark.parametrize(
+    ("expression", "moves"),
+    [
+        ("now()", True),
+        ("CURRENT_TIMESTAMP", True),
+        ("(now() + '01:00:00'::interval)", True),
+        ("nextval('accounts_id_seq'::regclass)", True),
+        ("gen_random_uuid()", True),
+        ("uuidv7()", True),
+        ("uuid_generate_v4()", True),
+        ("CURRENT_USER", True),
+        ("date_trunc('day'::text, clock_timestamp())", True),
+        ("0", False),
+        ("'now()'::text", False),
+        ("'it''s random()'::text", False),
+        ("known()", False),
+        ("NULL::timestamp without time zone", False),
+    ],
+)
+def test_which_defaults_give_another_value_another_time(expression: str, moves: bool) -> None:
+    assert moving(expression) is moves
+    assert Column("c", default=expression).moves is moves
+
+
+# -- copies ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_has_sequences_of_its_own_and_notes_uses_of_defaults_that_move() -> None:
+    own = DefaultSequence("public.numbers", "numbers")
+    of = table(
+        number("id", identity=True, not_null=True),
+        number("n", default="nextval('public.numbers'::regclass)", sequences=(own,)),
+        number("m", default="(nextval('public.numbers'::regclass) + 1)", sequences=(own,)),
+        Column("at", default="now()"),
+        number("fixed", default="7"),
+        number("twice", generated=True),
+    )
+    made, counters = Copier().copy(of)
+    assert made[0].startswith('create temp table "accounts" (like "public"."accounts" including all')
+    assert made.count('create temp sequence "numbers"') == 1
+    text = "\n".join(made[1:])
+    assert "public" not in text and "'pg_temp.\"numbers\"'::regclass" in text
+    assert set(counters) == {"n", "m", "at"} and len(set(counters.values())) == 3
+    assert '"fixed"' not in text and '"twice"' not in text and '"id"' not in text
+
+
+def test_names_in_the_one_schema_of_all_copies_do_not_meet() -> None:
+    copier = Copier()
+    copier.copy(table(name=Name("a", "t")))
+    with pytest.raises(Misconfigured, match=r"a\.t and b\.t have one name"):
+        copier.copy(table(name=Name("b", "t")))
+    for schema in ("a", "b"):
+        sequence = DefaultSequence(f"{schema}.s", "s")
+        column = number("n", default=f"nextval('{schema}.s'::regclass)", sequences=(sequence,))
+        made, _ = copier.copy(table(column, name=Name(schema, f"in_{schema}")))
+        assert f'create temp sequence "{"s" if schema == "a" else "s_1"}"' in made
+
+
+def test_the_keys_of_a_copy_get_the_names_of_their_originals_even_if_those_are_crossed() -> None:
+    of = Table(
+        ACCOUNTS, 1, (), (), (Constraint("x", "UNIQUE (a)"), Constraint("y", "UNIQUE (b)"), Constraint("z", "U"))
+    )
+    made = [Constraint("y", "UNIQUE (a)"), Constraint("x", "UNIQUE (b)"), Constraint("z", "U")]
+    steps = [each.removeprefix('alter table pg_temp."accounts" rename constraint ') for each in renamings(of, made)]
+    assert steps == [
+        '"y" to consumer_renamed_0', '"x" to consumer_renamed_1', 'consumer_renamed_0 to "x"', 'consumer_renamed_1 to "y"',
+    ]  # fmt: skip
+    assert renamings(of, list(of.constraints)) == []
+
+
+def test_what_a_copy_begins_with() -> None:
+    of = table(
+        number("id", not_null=True), number("balance", not_null=True, default="0"), Column("note"),
+        number("twice", generated=True), number("bare", not_null=True),
+    )  # fmt: skip
+    assert first_rows(of, Use(inserted=True), False) is None
+    assert first_rows(of, Use(), True) is None
+    plain = first_rows(of, Use(), False)
+    assert plain is not None and plain.doubt is None and '"twice"' not in plain.sql
+    assert plain.sql.endswith('select "id", "balance", "note", "bare" from "public"."accounts"')
+    updated = first_rows(of, Use(updated={"balance", "note"}), False)
+    assert updated is not None and updated.doubt is None
+    assert updated.sql.endswith('select "id", "bare" from "public"."accounts"')
+    unknown = first_rows(of, Use(updated={"bare"}), False)
+    assert unknown is not None and unknown.sql == unknown.as_it_is == plain.sql
+    assert (
+        unknown.doubt
+        == "public.accounts: handlers update bare, which has no default, so nobody knows what it began with"
+    )
+    whole = first_rows(table(Column("a")), Use(updated={"a"}), False)
+    assert whole is not None and whole.doubt is not None and "all of its columns" in whole.doubt
+
+
+def test_triggers_tell_what_is_not_known_yet_and_cost_nothing_for_what_is() -> None:
+    of = table(number("id"), number("n"), number("m"), number("twice", generated=True))
+    assert learning(0, of, Use(inserted=True)) == []
+    made = "\n".join(learning(3, of, Use(updated={"n"})))
+    assert "before insert" in made and '"n"' not in made and '"twice"' not in made
+    assert 'before update of "id", "m"' in made
+    assert len(learning(0, of, Use(updated={"id", "n", "m"}))) == 2  # only those of an insert and a delete
+    assert len(learning(0, of, Use(updated={"id", "n", "m"}, deleted=True))) == 1
+
+    known = {ACCOUNTS: Use(), EFFECTS: Use()}
+    tables = [table(name=EFFECTS), of]
+    assert learned("1 update 1 2", tables, known) == ACCOUNTS and known[ACCOUNTS] == Use(False, {"n", "m"})
+    assert learned("0 insert", tables, known) == EFFECTS and known[EFFECTS] == Use(True, set())
+
+
+# -- statements -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_tells_its_relations_and_what_is_done_to_them() -> None:
+    scan = {"Node Type": "Seq Scan", "Relation Name": "accounts", "Schema": "pg_temp"}
+    plan = [
+        {
+            "Plan": {
+                "Node Type": "ModifyTable",
+                "Operation": "Insert",
+                "Relation Name": "effects",
+                "Schema": "public",
+                "Plans": [{"Node Type": "Nested Loop", "Plans": [scan, {**scan, "Schema": "other"}]}],
+            }
+        }
+    ]
+    assert operations(plan) == {
+        EFFECTS: {"Insert"},
+        Name("pg_temp", "accounts"): {"read"},
+        Name("other", "accounts"): {"read"},
+    }
+    assert operations(None) == {}
+
+
+def touch(name: Name, kind: str = "r", written: bool = False, inserted: bool = False, part: bool = False) -> Touch:
+    return Touch(name, kind, part, written, inserted)
+
+
+VIEW, PART = Name("public", "open_accounts"), Name("public", "accounts_1")
+
+
+def test_what_is_written_gets_a_copy_and_what_is_only_read_does_not() -> None:
+    found = judge([touch(ACCOUNTS, written=True), touch(EFFECTS, written=True, inserted=True), touch(VIEW, "v")], {})
+    assert found == (None, {ACCOUNTS: False, EFFECTS: True})
+    assert judge([touch(ACCOUNTS), touch(VIEW, "v"), touch(PART, "f"), touch(PART, part=True)], {}) == (None, {})
+    assert judge([touch(ACCOUNTS, "p", written=True)], {}).copies == {ACCOUNTS: False}
+
+
+@pytest.mark.parametrize(
+    ("touches", "refusal"),
+    [
+        ([touch(ACCOUNTS)], "names public.accounts with its schema"),
+        ([touch(EFFECTS, written=True), touch(ACCOUNTS, written=True)], "names public.accounts with its schema"),
+        ([touch(ACCOUNTS), touch(VIEW, "v")], "reads public.accounts through the view public.open_accounts"),
+        ([touch(VIEW, "m")], "reads public.accounts through the view public.open_accounts"),
+        ([touch(PART)], "names public.accounts_1, a part of public.accounts"),
+        ([touch(Name("public", "v"), "v", written=True)], "writes or locks through the view public.v"),
+        ([touch(Name("public", "f"), "f", written=True)], "public.f, a foreign table"),
+        ([touch(Name("public", "p"), written=True, part=True)], "public.p, a part of another table"),
+        ([touch(Name("consumer", "ledger"))], "consumer.ledger, which is the framework's own"),
+        ([touch(Name("consumer", "ledger"), written=True)], "consumer.ledger, which is the framework's own"),
+    ],
+)
+def test_what_leaves_the_copies_is_refused(touches: list[Touch], refusal: str) -> None:
+    found = judge(touches, {ACCOUNTS: ACCOUNTS, VIEW: ACCOUNTS, PART: ACCOUNTS})
+    assert found.refusal is not None and refusal in found.refusal
+    assert found.copies == {}
+
+
+# -- comparison -----------------------------------------------------------------------------------------------------------
+
+COLUMNS = [(ACCOUNTS, "id"), (ACCOUNTS, "balance"), (EFFECTS, "id"), (Name("other", "accounts"), "balance")]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("balance", {COLUMNS[1], COLUMNS[3]}),
+        ("accounts.balance", {COLUMNS[1], COLUMNS[3]}),
+        ("public.accounts.balance", {COLUMNS[1]}),
+        ("effects.id", {COLUMNS[2]}),
+    ],
+)
+def test_a_column_is_named_alone_or_with_its_table_or_with_both(text: str, expected: set[tuple[Name, str]]) -> None:
+    assert named([text], "--ignore", COLUMNS) == expected
+
+
+def test_a_column_that_no_table_has_is_an_error_with_names_near_it() -> None:
+    assert named([], "--ignore", iter(())) == set()
+    with pytest.raises(Misconfigured, match=r"--ignore acounts.balance: .* did you mean accounts\.balance"):
+        named(["balance", "acounts.balance"], "--ignore", COLUMNS)
+    with pytest.raises(Misconfigured, match=r"--compare zzz: no table has such a column \(write"):
+        named(["zzz"], "--compare", COLUMNS)
+
+
+def test_what_is_not_compared_and_why() -> None:
+    of = table(
+        number("id", identity=True), number("n"), Column("at", default="now()"), Column("key", default="gen_random_uuid()"),
+        number("twice", generated=True), Column("seen", default="now()"), Column("stamp"), Column("x", default="x" * 99),
+    )  # fmt: skip
+    every = left_out(of, Use(True), {(ACCOUNTS, "n")}, set(), {"id", "at"}, {"stamp"})
+    assert every == {
+        "id": "identity", "n": "--ignore", "at": "default now()", "twice": "generated", "stamp": "written as now()",
+    }  # fmt: skip
+    back = {(ACCOUNTS, each) for each in ("id", "at", "twice", "stamp")}
+    assert left_out(of, Use(True), set(), back, {"id", "at"}, {"stamp"}) == {}
+    # A row that was taken over begins with a default that moves, and no message says when.
+    assert left_out(of, Use(updated={"seen"}), set(), set(), set(), set()) == {
+        "twice": "generated", "seen": "default now()",
+    }  # fmt: skip
+    assert len(Column("x", default="nextval" + "x" * 99).why) == 80
+
+
+def test_rows_are_matched_by_the_first_key_of_which_nothing_is_left_out() -> None:
+    of = table(number("id"), number("a"), number("b"), keys=(("id",), ("a", "b"), ("a",)))
+    assert key_of(of, {}) == ("id",)
+    assert key_of(of, {"id": "identity"}) == ("a", "b")
+    assert key_of(of, {"id": "identity", "b": "--ignore"}) == ("a",)
+    assert key_of(of, {"id": "identity", "a": "--ignore"}) == ()
+    columns = (of.columns[1], Column("t"))
+    assert Comparison(of, ("id",), columns).marked == ("id",) and Comparison(of, ("id",), columns).numeric == ("a",)
+    assert Comparison(of, (), columns).marked == ("a", "t") and Comparison(of, (), columns).numeric == ()
+
+
+@pytest.mark.parametrize(
+    ("column", "comparable"),
+    [
+        (Column("c"), True),
+        (number("c"), True),
+        (Column("c", type_name="uuid", category="U"), True),
+        (Column("c", type_name="jsonb", category="U"), True),
+        (Column("c", type_name="mood", category="E", built_in=False), True),
+        (Column("c", type_name="json", category="U"), False),
+        (Column("c", type_name="box", category="G"), False),
+        (Column("c", type_name="_json", category="A"), False),
+        (Column("c", type_name="citext", category="S", built_in=False), False),
+    ],
+)
+def test_values_are_compared_by_their_type_where_that_can_and_else_by_their_text(
+    column: Column, comparable: bool
+) -> None:
+    assert column.comparable is comparable
+    comparison = Comparison(table(number("id"), column), ("id",), (column,))
+    assert ("::text is distinct from" in comparison.counts()) is not comparable
+    assert ("::text as c0" in Comparison(table(column), (), (column,)).counts()) is not comparable
+
+
+def test_sql_quotes_every_name_that_comes_from_elsewhere() -> None:
+    evil = "x\"; drop table y; --'"
+    column = Column(evil, type_name="int4", category="N", default=None)
+    of = Table(Name(evil, evil), 1, (column, Column("at", type_name="timestamptz", category="D")), ((evil,),))
+    other = Comparison(of, (evil,), (column,))
+    texts = [
+        *Copier().copy(of).statements,
+        *renamings(Table(of.name, 1, (), (), (Constraint(evil, "U"),)), [Constraint(evil + "2", "U")]),
+        *learning(0, of, Use()),
+        *scratch.compaction(of),
+        *scratch.tracing(0, other),
+        other.counts(), other.samples(), other.nows() or "",
+        Comparison(of, (), (column,)).counts(), Comparison(of, (), (column,)).samples(),
+    ]  # fmt: skip
+    filling = first_rows(of, Use(), False)
+    assert filling is not None
+    for text in [*texts, filling.sql]:
+        assert len(list(statements(text))) == 1, text

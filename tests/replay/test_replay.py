@@ -1,0 +1,1134 @@
+"""Replay on real services: what it finds, what it repairs, what it leaves alone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import msgspec
+import pytest
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.records_to_delete import RecordsToDelete
+from aiokafka.structs import OffsetAndMetadata
+from harness import Place, Sent, consume_all, drained, letters, query, until, value, working
+
+from consumer import App, CannotTell, Message, Misconfigured, Reject, Retry, RunAgain, Tx, verify
+from consumer.admin import report
+from consumer.core.identity import message_id
+from consumer.core.message import Partition
+from consumer.demo import plan
+from consumer.demo.application import settle
+from consumer.local_servers import Valkey
+from consumer.postgres.ledger import Session
+from consumer.replay import replay as replay_module
+from consumer.replay.findings import Findings
+from consumer.replay.replay import Options, Told, replay
+
+QUICK = Retry(attempts=2, base=0.01, cap=0.05)
+INSERT = "insert into effects values ($1, $2, $3)"
+UPDATE = "update accounts set balance = balance + $2 where id = $1"
+
+
+class Payment(msgspec.Struct):
+    id: str
+    account: int
+    amount: int
+
+
+def app_of(topic: str, name: str | None = None, fingerprint: Any = "bytes") -> App:
+    app = App(name or f"app-{uuid.uuid4().hex[:8]}")
+
+    @app.handler(topic, name="settle", retry=QUICK, fingerprint=fingerprint)
+    async def settle(payment: Payment, tx: Tx) -> None:
+        if payment.amount < 0:
+            raise Reject("negative")
+        tx.defer(INSERT, payment.id, payment.account, payment.amount)
+        tx.defer(UPDATE, payment.account, payment.amount)
+
+    return app
+
+
+def payment(name: str, account: int = 1, amount: int = 10, id: object = None, **more: Any) -> Sent:
+    body = {"id": name, "account": account, "amount": amount}
+    return Sent(body, id=str(id if id is not None else name), key=str(account), **more)
+
+
+async def run(place: Place, app: App, *topics: str, **options: Any) -> Findings:
+    settings = place.settings(**options.pop("settings", {}))
+    return await replay(app, settings, topics, Options(**options), Told())
+
+
+def counts(found: Findings, handler: str = "settle") -> dict[str, int]:
+    """Those that are not zero."""
+    return {name: n for name, n in found.as_dict()["handlers"][handler].items() if n}
+
+
+def hashed(text: str) -> uuid.UUID:
+    """The key under which the ledger keeps an id."""
+    return uuid.UUID(bytes=message_id(text.encode()))
+
+
+async def everything(dsn: str) -> dict[str, Any]:
+    """The contents of all tables, to see that nothing was changed."""
+    tables = await query(
+        dsn, "select format('%I.%I', schemaname, tablename) from pg_tables where schemaname in ('public', 'consumer')"
+    )
+    found = {name: sorted(map(repr, await query(dsn, f"select * from {name}"))) for (name,) in tables}
+    sequences = await query(dsn, "select schemaname, sequencename, last_value from pg_sequences")
+    return {**found, "sequences": sorted(map(repr, sequences))}
+
+
+@pytest.fixture
+async def settled(place: Place) -> tuple[Place, App, str]:
+    """A topic of 60 messages, 10 of them twice, all applied by a worker; one is a dead letter."""
+    topic = await place.topic(2)
+    app = app_of(topic)
+    sent = [payment(f"p{n}", n % 7, n + 1) for n in range(59)] + [payment("bad", 1, -1)]
+    await place.send(topic, *sent, *sent[:10])
+    await consume_all(app, place.settings(precheck_budget_ms=5000))
+    return place, app, topic
+
+
+async def test_all_is_applied(settled: tuple[Place, App, str]) -> None:
+    place, app, topic = settled
+    before = await everything(place.dsn)
+    found = await run(place, app, topic)
+    assert counts(found) == {"delivered": 70, "applied": 69, "dead_lettered": 1}
+    assert found.verdict().exit_code == 0
+    assert found.as_dict()["effects"]["rows"] == 0 and found.as_dict()["effects"]["transactions"] == 2
+    assert found.history == {"settle": {"rows": 60, "with_message": 60, "without_message": 0}}
+    assert found.precheck == {"asked": 70, "hits": 69, "wrong": 0, "unanswered": 0}
+    assert await everything(place.dsn) == before
+
+
+async def test_a_message_that_was_lost_is_found_and_repaired(settled: tuple[Place, App, str]) -> None:
+    place, app, topic = settled
+    [(id,)] = await query(place.dsn, "select id from consumer.ledger where id = $1", hashed("p3"))
+    await query(place.dsn, "delete from consumer.ledger where id = $1", id)
+    await query(place.dsn, "delete from effects where id = 'p3'")
+    await query(place.dsn, "update accounts set balance = balance - 4 where id = 3")
+    before = await everything(place.dsn)
+    found = await run(place, app, topic)
+    assert counts(found) == {"delivered": 70, "applied": 67, "dead_lettered": 1, "missing": 1, "repeated": 1}
+    assert found.verdict().exit_code == 1
+    assert found.precheck is not None and found.precheck["wrong"] == 2
+    [sample] = [each for each in found.samples if each["kind"] == "missing"]
+    assert sample["id"] == str(id) and sample["detail"] == "not applied"
+    assert found.ahead == 0
+    assert await everything(place.dsn) == before
+
+    found = await run(place, app, topic, mode="apply")
+    assert counts(found) == {"delivered": 70, "applied": 67, "dead_lettered": 1, "repeated": 1, "applied_now": 1}
+    assert found.verdict().exit_code == 0
+    assert await value(place.dsn, "select count(*) from effects") == 59
+    assert await value(place.dsn, "select sum(balance) from accounts") == sum(range(60))
+    found = await run(place, app, topic)
+    assert counts(found) == {"delivered": 70, "applied": 69, "dead_lettered": 1} and found.verdict().exit_code == 0
+
+
+# -- what it finds ------------------------------------------------------------------------------------------------------
+
+
+async def test_an_effect_without_a_ledger_row_is_missing_in_the_ledger(settled: tuple[Place, App, str]) -> None:
+    place, app, topic = settled
+    await query(place.dsn, "delete from consumer.ledger where id = $1 returning id", hashed("p20"))
+    found = await run(place, app, topic)
+    assert counts(found) == {"delivered": 70, "applied": 68, "dead_lettered": 1, "missing": 1}
+    assert found.verdict().exit_code == 1
+
+
+@pytest.mark.parametrize("offset", ["its own", "another's", "one that is not there"])
+async def test_a_ledger_row_without_a_message_is_found(settled: tuple[Place, App, str], offset: str) -> None:
+    place, app, topic = settled
+    await query(
+        place.dsn,
+        """insert into consumer.ledger (fingerprint, "offset", applied_at, partition, handler, topic, id)
+           select 1, case $1 when 'one that is not there' then 30 else "offset" end, now(), partition, handler, topic, $2
+           from consumer.ledger where id = $3 returning id""",
+        offset,
+        hashed("never sent"),
+        hashed("p5"),
+    )
+    if offset == "its own":  # as if p5 had been applied under another id
+        await query(place.dsn, "delete from consumer.ledger where id = $1 returning id", hashed("p5"))
+    found = await run(place, app, topic)
+    assert found.history == {
+        "settle": {"rows": 60 + (offset != "its own"), "with_message": 59 + (offset != "its own"), "without_message": 1}
+    }
+    assert found.verdict().exit_code == 1
+    [sample] = [each for each in found.samples if each["kind"] == "rows_without_message"]
+    assert sample["id"] == str(hashed("never sent"))
+
+
+@pytest.mark.parametrize("what", ["rows", "a lock", "a sequence", "a failure"])
+async def test_a_handler_that_is_called_in_spite_of_its_claim_is_caught(
+    place: Place, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    topic = await place.topic(2)
+    app = App(f"app-{uuid.uuid4().hex[:8]}")
+    await query(place.dsn, "create sequence numbers")
+    broken = False
+
+    @app.handler(topic, name="settle")
+    async def settle(payment: Payment, tx: Tx) -> None:
+        if not broken or what == "rows":
+            tx.defer(INSERT, payment.id, payment.account, payment.amount)
+            tx.defer(UPDATE, payment.account, payment.amount)
+        elif what == "a lock":
+            await tx.execute("select * from accounts where id = 1 for update")
+        elif what == "a sequence":
+            await tx.fetchval("select nextval('numbers')")
+        else:
+            await tx.execute("select 1 / 0")
+
+    await place.send(topic, *[payment(f"p{n}") for n in range(20)])
+    await consume_all(app, place.settings())
+    assert (await run(place, app, topic)).ok
+
+    original = Session.claim
+
+    async def claim(self: Session, deliveries: Any, topics: Mapping[str, int]) -> Any:
+        await original(self, deliveries, topics)
+        return {}  # what a lost claim would have told
+
+    monkeypatch.setattr(Session, "claim", claim)
+    if what == "rows":  # in several transactions of a session, of which each counts its own
+        monkeypatch.setattr(replay_module, "_CHUNK", 5)
+    broken = True
+    before = await everything(place.dsn)
+    unasked = await run(place, app, topic)  # calls no handler, and the claims tell
+    assert {each["kind"]: each["count"] for each in unasked.problems()} == {"claims": 20}
+    found = await run(place, app, topic, call_handlers=True)
+    kinds = {each["kind"]: each["count"] for each in found.problems()}
+    expected = {
+        "rows": {"claims": 20, "effects": 40},
+        "a lock": {"claims": 20, "effects_otherwise": 1},
+        "a sequence": {"claims": 20, "sequences": 1, "effects_otherwise": 1},
+        "a failure": {"claims": 20},
+    }[what]
+    assert kinds == expected
+    assert found.verdict().exit_code == 1
+    assert counts(found) == {"delivered": 20, "applied": 20}
+    if what == "rows":
+        effects = found.as_dict()["effects"]
+        assert effects["tables"] == {
+            "public.accounts": {"inserted": 0, "updated": 20, "deleted": 0},
+            "public.effects": {"inserted": 20, "updated": 0, "deleted": 0},
+        }
+        assert "pg_stat_xact" in effects["how"]
+    if what != "a sequence":
+        assert await everything(place.dsn) == before
+
+
+async def test_every_outcome_is_counted_once_and_under_its_own_name(place: Place) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+
+    @app.handler(topic, idempotent=False)
+    async def look(payment: bytes) -> None: ...
+
+    await place.send(
+        topic,
+        payment("a"),
+        payment("a"),
+        payment("other", id="a"),  # the id of another payload
+        payment("no", amount=-1),
+        Sent(b"{", id="unreadable"),
+        Sent({"id": "none", "account": 1, "amount": 1}, id=""),  # an empty id
+    )
+    await consume_all(app, place.settings())
+    found = await run(place, app, topic)
+    assert counts(found) == {"delivered": 6, "applied": 2, "conflicts": 1, "dead_lettered": 2, "unreadable": 1}
+    assert counts(found, "look") == {"delivered": 6, "skipped": 6}
+    assert found.ok and found.unsettled == 0
+    # What nobody has consumed yet, in the same chunk as what was.
+    await place.send(
+        topic,
+        payment("b"),
+        payment("b"),
+        payment("c", amount=-1),
+        Sent(b"{", id="unreadable too"),
+        Sent({"id": "none", "account": 1, "amount": 1}, id=""),
+        payment("other again", id="a"),
+    )
+    before = await everything(place.dsn)
+    unasked = await run(place, app, topic)
+    found = await run(place, app, topic, call_handlers=True)
+    assert counts(unasked) == counts(found)
+    assert {each["detail"] for each in unasked.samples if each["kind"] == "missing"} == {
+        "not applied; workers have not come to it yet"
+    }
+    assert counts(found) == {
+        "delivered": 12,
+        "applied": 2,
+        "conflicts": 2,
+        "dead_lettered": 2,
+        "unreadable": 3,
+        "missing": 2,
+        "repeated": 1,
+    }
+    assert (found.unsettled, found.ahead) == (3, 2)
+    assert {each["detail"] for each in found.samples if each["kind"] == "missing"} == {
+        "would be applied; workers have not come to it yet",
+        "would become a dead letter (rejected); workers have not come to it yet",
+    }
+    assert await everything(place.dsn) == before
+    assert (await run(place, app, topic, end="position")).ok
+
+    found = await run(place, app, topic, mode="apply")
+    assert (found.total("applied_now"), found.total("dead_lettered_now")) == (1, 4)
+    assert [each["kind"] for each in found.problems()] == ["dead_lettered_now"]  # somebody must look at those
+    assert len(await letters(place.dsn)) == 8
+    assert (await run(place, app, topic)).ok
+
+
+async def test_a_conflict_of_which_the_dead_letter_is_gone_is_told(place: Place) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, payment("a"), payment("b", id="a"))
+    await consume_all(app, place.settings())
+    assert (await run(place, app, topic)).ok
+    await query(place.dsn, "delete from consumer.dead_letters returning id")
+    found = await run(place, app, topic)
+    assert [each["kind"] for each in found.problems()] == ["unsettled"] and found.verdict().exit_code == 1
+
+
+@pytest.mark.parametrize("rule", ["bytes", "value"])
+async def test_an_applied_payload_behind_a_conflicting_one_is_no_conflict(place: Place, rule: str) -> None:
+    """A worker began behind the first of two payloads with one id, and the first became the conflict later.
+
+    The row is from before the handler compared values, if it does now.
+    """
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, payment("first", id="same"), payment("second", id="same"), payment("second", id="same"))
+    await commit(place, app.name, topic, 1)
+    await consume_all(app, place.settings())
+    assert await place.effects() == [("second", 1, 10)]
+    app = app_of(topic, app.name, rule)
+    applied = await run(place, app, topic, mode="apply", assume_unapplied=True)
+    assert (applied.total("dead_lettered_now"), applied.total("applied_now")) == (1, 0)
+    found = await run(place, app, topic)
+    assert found.ok, found.answer()
+    assert counts(found) == {"delivered": 3, "applied": 2, "conflicts": 1}
+
+
+async def test_what_was_before_the_ledger_cannot_be_told(place: Place, kafka: Any) -> None:
+    """A group that a hand-written loop has brought to offset 10, and that the framework goes on with."""
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}") for n in range(10)])
+    admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
+    await admin.start()
+    await admin.alter_consumer_group_offsets(
+        app.name, {TopicPartition(topic, 0): OffsetAndMetadata(10, "")}
+    ) if hasattr(admin, "alter_consumer_group_offsets") else await commit(place, app.name, topic, 10)
+    await admin.close()
+    for consumed in (False, True):
+        if consumed:
+            await place.send(topic, payment("new"))
+            await consume_all(app, place.settings())
+            assert await place.effects() == [("new", 1, 10)]
+        found = await run(place, app, topic)
+        assert found.total("unknown") == 10 and found.total("missing") == 0
+        assert found.verdict().exit_code == 2
+        assert "--assume-unapplied" in found.answer()
+    assert (await run(place, app, topic, start="10")).ok
+    before = await everything(place.dsn)
+    assert (await run(place, app, topic, mode="apply")).verdict().exit_code == 2
+    assert await everything(place.dsn) == before
+    found = await run(place, app, topic, assume_unapplied=True)
+    assert found.total("missing") == 10 and found.verdict().exit_code == 1
+    assert (await run(place, app, topic, mode="apply", assume_unapplied=True)).total("applied_now") == 10
+    assert (await run(place, app, topic)).ok
+
+
+async def test_a_position_that_is_moved_back_takes_the_ledgers_beginning_with_it(place: Place) -> None:
+    """Workers will come to what lies above it, so what is absent there is missing; what lies below stays in doubt."""
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}") for n in range(10)])
+    await commit(place, app.name, topic, 10)
+    await place.send(topic, payment("new"))
+    await consume_all(app, place.settings())
+    connection = await asyncpg.connect(place.dsn)
+    try:
+        for to, unknown in ((3, 3), (8, 3)):
+            await report.move_position(connection, app.name, Partition(topic, 0), to)
+            found = await run(place, app, topic)
+            assert (found.total("unknown"), found.total("missing")) == (unknown, 10 - unknown)
+    finally:
+        await connection.close()
+
+
+async def commit(place: Place, group: str, topic: str, offset: int) -> None:
+    from aiokafka import AIOKafkaConsumer
+
+    consumer = AIOKafkaConsumer(bootstrap_servers=place.kafka, group_id=group, enable_auto_commit=False)
+    await consumer.start()
+    consumer.assign([TopicPartition(topic, 0)])
+    await consumer.commit({TopicPartition(topic, 0): offset})
+    await consumer.stop()
+
+
+async def test_what_redis_says_is_held_against_the_ledger(place: Place, own_valkey: Valkey) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}") for n in range(10)])
+    await consume_all(app, place.settings(redis_url=own_valkey.url))
+    found = await run(place, app, topic, settings={"redis_url": own_valkey.url})
+    assert found.precheck == {"asked": 10, "hits": 10, "wrong": 0, "unanswered": 0}
+    found = await run(place, app, topic, settings={"redis_url": None})
+    assert found.precheck is None and found.ok
+    own_valkey.stop()
+    found = await run(place, app, topic, settings={"redis_url": own_valkey.url})
+    assert found.precheck == {"asked": 0, "hits": 0, "wrong": 0, "unanswered": 10} and found.ok
+
+
+async def test_what_a_worker_settles_meanwhile_is_not_missing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    topic = await place.topic(2)
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}", n) for n in range(20)])
+    original = replay_module._Replay._look_again
+
+    async def look_again(self: Any) -> None:
+        assert self.findings.total("missing") == 20
+        await consume_all(app, place.settings())
+        await original(self)
+
+    monkeypatch.setattr(replay_module._Replay, "_look_again", look_again)
+    found = await run(place, app, topic)
+    assert counts(found) == {"delivered": 20, "applied": 20} and found.ok and found.ahead == 0
+
+
+async def test_aborted_transactions_and_markers_are_passed_over(place: Place) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    producer = AIOKafkaProducer(bootstrap_servers=place.kafka, transactional_id=uuid.uuid4().hex)
+    await producer.start()
+    for n, abort in enumerate([False, True, False, True]):
+        await producer.begin_transaction()
+        sent = payment(f"p{n}")
+        await producer.send_and_wait(topic, sent.value, key=sent.key, headers=sent.headers)
+        await (producer.abort_transaction() if abort else producer.commit_transaction())
+    await consume_all(app, place.settings())
+    found = await run(place, app, topic)
+    assert counts(found) == {"delivered": 2, "applied": 2} and found.ok
+    await producer.begin_transaction()  # and stays open: it is not read, nor waited for
+    sent = payment("open")
+    await producer.send_and_wait(topic, sent.value, key=sent.key, headers=sent.headers)
+    assert (await run(place, app, topic)).ok
+    await producer.abort_transaction()
+    await producer.stop()
+
+
+@pytest.mark.parametrize("policy", ["compact", "delete"])
+async def test_a_compacted_log_may_lack_what_the_ledger_has(place: Place, policy: str) -> None:
+    topic = await place.topic(**{"cleanup.policy": policy})
+    app = app_of(topic)
+    producer = AIOKafkaProducer(bootstrap_servers=place.kafka, transactional_id=uuid.uuid4().hex)
+    await producer.start()
+    async with producer.transaction():
+        for name in ("a", "b"):
+            sent = payment(name)
+            await producer.send_and_wait(topic, sent.value, key=name.encode(), headers=sent.headers)
+    await producer.stop()
+    await consume_all(app, place.settings())
+    assert (await run(place, app, topic)).ok
+    # Its row now names the marker's offset, as if its record were gone.
+    await query(place.dsn, """update consumer.ledger set "offset" = 2 where id = $1 returning id""", hashed("a"))
+    found = await run(place, app, topic)
+    assert found.ok is (policy == "compact")
+    assert found.gone == (policy == "compact")
+
+
+@pytest.mark.parametrize(("partition", "offset"), [(0, 999_999), (77, 0), (1, 40)])
+async def test_a_ledger_row_that_names_no_place_of_the_log_is_found(
+    settled: tuple[Place, App, str], partition: int, offset: int
+) -> None:
+    place, app, topic = settled
+    await query(
+        place.dsn,
+        """insert into consumer.ledger (fingerprint, "offset", applied_at, partition, handler, topic, id)
+           select 1, $1, now(), $2, handler, topic, $3 from consumer.ledger limit 1 returning id""",
+        offset,
+        partition,
+        hashed("never sent"),
+    )
+    found = await run(place, app, topic)
+    assert [each["kind"] for each in found.problems()] == ["rows_without_message"]
+    assert found.samples[-1]["detail"] == "the log has no such offset"
+
+
+async def test_a_filter_that_lets_nothing_through_is_no_proof(settled: tuple[Place, App, str]) -> None:
+    place, app, topic = settled
+    for narrowed in ({"message_id": "nope"}, {"key": "nope"}):
+        with pytest.raises(Misconfigured, match="no message of the range has that"):
+            await run(place, app, topic, **narrowed)
+    with pytest.raises(Misconfigured, match="no message of the range has that key"):
+        await run(place, app, topic, mode="republish", republish_to=await place.topic(), key="nope")
+    with pytest.raises(Misconfigured, match="not empty"):
+        await run(place, app, topic, message_id="")
+
+
+async def test_a_tombstone_with_a_used_id_is_a_conflict_until_it_is_a_dead_letter(place: Place) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, payment("a"))
+    await consume_all(app, place.settings())
+    await place.send(topic, Sent(None, id="a", key="k"))
+    assert (await run(place, app, topic)).unsettled == 1
+    await consume_all(app, place.settings())
+    found = await run(place, app, topic)
+    assert found.ok and counts(found) == {"delivered": 2, "applied": 1, "conflicts": 1}
+
+
+@pytest.mark.parametrize("chunk", [1, 4096])
+async def test_an_id_with_two_payloads_is_settled_by_one_apply(
+    place: Place, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(replay_module, "_CHUNK", chunk)
+    topic = await place.topic(2)
+    app = app_of(topic)
+    await place.send(topic, payment("x", id="same", partition=0), payment("y", id="same", partition=1))
+    await place.send(topic, payment("z", id="same", partition=0))
+    found = await run(place, app, topic)
+    assert (found.total("missing"), found.total("conflicts"), found.unsettled) == (1, 2, 2)
+    found = await run(place, app, topic, mode="apply")
+    assert (found.total("applied_now"), found.total("dead_lettered_now")) == (1, 2)
+    assert (await run(place, app, topic)).ok
+    assert len(await place.effects()) == 1 and len(await letters(place.dsn)) == 2
+
+
+async def test_a_dead_letter_that_is_gone_is_told(settled: tuple[Place, App, str]) -> None:
+    place, app, topic = settled
+    await query(place.dsn, "delete from consumer.dead_letters returning 1")
+    found = await run(place, app, topic)
+    assert [each["kind"] for each in found.problems()] == ["unsettled"]
+    assert found.samples[-1]["detail"] == "its dead letter is gone"
+
+
+async def test_an_unreadable_message_from_before_the_ledger_cannot_be_told(place: Place) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, Sent(None, id="old", key="k"), payment("new"))
+    await commit(place, app.name, topic, 1)
+    await consume_all(app, place.settings())
+    found = await run(place, app, topic)
+    assert counts(found) == {"delivered": 2, "applied": 1, "unknown": 1} and found.verdict().exit_code == 2
+
+
+async def test_a_redis_that_hangs_is_not_asked_for_ever(
+    place: Place, own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}") for n in range(40)])
+    settings = {"redis_url": own_valkey.url}
+    await consume_all(app, place.settings(**settings))
+    monkeypatch.setattr(replay_module, "_CHUNK", 1)
+    monkeypatch.setattr(replay_module, "_PRECHECK_SECONDS", 0.05)
+    asked = 0
+    original = replay_module.Precheck.known
+
+    async def known(self: Any, *args: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        return await original(self, *args)
+
+    monkeypatch.setattr(replay_module.Precheck, "known", known)
+    os.kill(own_valkey.pid, signal.SIGSTOP)
+    try:
+        found = await run(place, app, topic, settings=settings)
+    finally:
+        os.kill(own_valkey.pid, signal.SIGCONT)
+    assert found.ok and found.precheck is not None and found.precheck["unanswered"] == 40
+    assert asked == 3
+
+
+# -- what it repairs ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_new_handler_is_filled_from_the_history(settled: tuple[Place, App, str]) -> None:
+    place, app, topic = settled
+    await query(place.dsn, "create table receipts (id text, at int)")
+
+    @app.handler(topic, name="receipts")
+    async def receipt(message: Message[Payment], tx: Tx) -> None:
+        await tx.execute("insert into receipts values ($1, $2)", message.value.id, message.offset)
+
+    before = await everything(place.dsn)
+    found = await run(place, app, topic, handlers=("receipts",))
+    assert counts(found, "receipts") == {"delivered": 70, "missing": 60, "repeated": 10}
+    assert list(found.as_dict()["handlers"]) == ["receipts"]
+    assert await everything(place.dsn) == before
+    found = await run(place, app, topic, mode="apply", handlers=("receipts",))
+    assert found.total("applied_now") == 60 and found.ok
+    assert await query(place.dsn, "select count(*), count(distinct id) from receipts") == [(60, 60)]
+    assert (await run(place, app, topic)).ok
+
+
+@pytest.mark.parametrize("chunk", [1, 4096])
+async def test_what_fails_is_retried_in_order_and_then_a_dead_letter(
+    place: Place, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(replay_module, "_CHUNK", chunk)
+    topic = await place.topic()
+    app = App(f"app-{uuid.uuid4().hex[:8]}")
+    tries: dict[str, int] = {}
+
+    @app.handler(topic, name="settle", retry=Retry(attempts=3, base=0.05, cap=0.1))
+    async def settle(payment: Payment, tx: Tx) -> None:
+        tries[payment.id] = tries.get(payment.id, 0) + 1
+        if payment.id == "hopeless" or (payment.id == "late" and tries["late"] < 3):
+            raise ValueError("not yet")
+        await tx.execute("insert into effects select $1, $2, count(*) from effects", payment.id, payment.account)
+
+    sent = [payment("late", 1), payment("after late", 1), payment("other", 2), payment("hopeless", 3), payment("d", 3)]
+    await place.send(topic, *sent)
+    found = await run(place, app, topic, mode="apply")
+    assert counts(found) == {
+        "delivered": 5,
+        "applied_now": 3,
+        "dead_lettered_now": 2,
+    }  # "d" waits behind the hopeless one
+    assert found.verdict().exit_code == 1
+    order = dict(await query(place.dsn, "select id, amount from effects"))
+    assert order["other"] < order["late"] < order["after late"]
+    assert tries["hopeless"] == 3 and await place.reasons() == ["failed", "behind"]
+    assert (await run(place, app, topic)).ok
+
+
+async def test_apply_beside_running_workers_stays_exactly_once_and_leaves_the_group_alone(place: Place) -> None:
+    topic = await place.topic(4)
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}", n % 50) for n in range(3000)])
+    generations: list[int] = []
+    async with working(app, place.settings(batch_messages_max=50)) as worker:
+
+        async def joined() -> bool:
+            return len(worker._shards[0].lane_of) == 4
+
+        await until("the worker to have its partitions", joined)
+        generations.append(worker._source.consumer._coordinator.generation)
+        for _ in range(2):
+            found = await run(place, app, topic, mode="apply")
+            assert found.ok, found.problems()
+        await drained(app, place.settings())
+        assert (await run(place, app, topic)).ok
+        generations.append(worker._source.consumer._coordinator.generation)
+    assert generations[0] == generations[1]
+    assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(3000, 3000)]
+    assert await value(place.dsn, "select sum(balance) from accounts") == 30_000
+
+
+async def test_a_rebalance_meanwhile_disturbs_nothing(place: Place) -> None:
+    topic = await place.topic(4)
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}", n % 50) for n in range(3000)])
+    async with working(app, place.settings(batch_messages_max=50)):
+        checking = asyncio.create_task(run(place, app, topic, mode="apply"))
+        async with working(app, place.settings(batch_messages_max=50)):
+            assert (await checking).ok
+            await drained(app, place.settings())
+    assert (await run(place, app, topic)).ok
+    assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(3000, 3000)]
+
+
+# -- ranges -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_range_is_what_was_asked_for(place: Place) -> None:
+    topic = await place.topic(2)
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}", n % 2, partition=n % 2) for n in range(20)])
+    await asyncio.sleep(0.05)  # a gap between the timestamps
+    middle = int(time.time() * 1000)
+    await asyncio.sleep(0.05)
+    await place.send(topic, *[payment(f"q{n}", n % 2, partition=n % 2) for n in range(10)])
+    await consume_all(app, place.settings())
+
+    async def delivered(**options: Any) -> int:
+        found = await run(place, app, topic, **options)
+        assert found.ok
+        return counts(found)["delivered"]
+
+    iso = f"{uuid_time(middle)}"
+    assert await delivered() == 30
+    assert await delivered(start="5", end="7") == 4
+    assert await delivered(start="5", end="7", partitions=(1,)) == 2
+    assert await delivered(start=iso) == 10
+    assert await delivered(end=iso) == 20
+    assert await delivered(start="1h") == 30
+    assert await delivered(key="1") == 15
+    assert await delivered(message_id="q3") == 1
+    assert await delivered(handlers=("settle",)) == 30
+    assert await delivered(start="earliest", end="position") == 30
+    found = await run(place, app, topic, start="5", end="7")
+    assert found.history == {"settle": {"rows": 4, "with_message": 4, "without_message": 0}}
+    assert (await run(place, app, topic, message_id="q3")).history is None
+
+
+def uuid_time(milliseconds: int) -> str:
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"partitions": (9,)}, "no partition 9"),
+        ({"handlers": ("settel",)}, "no handler 'settel'"),
+        ({"handlers": ("look",)}, "not idempotent"),
+        ({"start": "2999-01-01"}, "in the future"),
+        ({"end": "2999-01-01T00:00Z"}, "in the future"),
+        ({"start": "yesterday"}, "--from 'yesterday'"),
+        ({"start": "70", "end": "10"}, "the range is empty"),
+        ({"start": "1000"}, "beyond the end of the log"),
+        ({"end": "1000"}, "beyond the end of the log"),
+        ({"start": "latest"}, "the range is empty"),
+        ({"start": "position", "end": "position"}, "the range is empty"),
+        ({"end": "1970-01-02"}, "the range is empty"),
+        ({"start": "-5"}, "--from '-5'"),
+    ],
+    ids=str,
+)
+async def test_a_range_that_cannot_be_is_one_clear_line(
+    settled: tuple[Place, App, str], options: dict[str, Any], says: str
+) -> None:
+    place, app, topic = settled
+
+    @app.handler(topic, idempotent=False)
+    async def look(payment: bytes) -> None: ...
+
+    with pytest.raises(Misconfigured, match=says):
+        await run(place, app, topic, **options)
+
+
+async def test_topics_that_cannot_be_are_one_clear_line(place: Place) -> None:
+    topic, empty = await place.topic(), await place.topic()
+    app = app_of(topic)
+
+    @app.handler(empty, "nowhere", name="other")
+    async def other(payment: bytes, tx: Tx) -> None: ...
+
+    @app.handler("clicks", idempotent=False)
+    async def click(payment: bytes) -> None: ...
+
+    for asked, says in (
+        (("unknown",), "no handler of topic 'unknown'"),
+        (("nowhere",), "topic 'nowhere' does not exist"),
+        ((empty,), "the range is empty"),
+        (("clicks",), "nothing to verify"),
+        ((), "name at least one topic"),
+    ):
+        with pytest.raises(Misconfigured, match=says):
+            await run(place, app, *asked)
+    with pytest.raises(Misconfigured, match="does not take"):
+        await run(place, app, topic, handlers=("other",))
+
+
+async def test_records_that_the_log_has_dropped_are_named(settled: tuple[Place, App, str]) -> None:
+    place, app, topic = settled
+    admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
+    await admin.start()
+    await admin.delete_records({TopicPartition(topic, 0): RecordsToDelete(before_offset=7)})
+    await admin.close()
+    for start in ("0", "6"):
+        with pytest.raises(Misconfigured, match=rf"{topic}:0 begins at offset 7"):
+            await run(place, app, topic, start=start)
+    with pytest.raises(Misconfigured, match=rf"{topic}:0 begins at offset 7"):
+        await run(place, app, topic, start="1h")
+    found = await run(place, app, topic)
+    assert counts(found)["delivered"] == 63 and found.ok
+    assert found.as_dict()["ranges"][0]["from"] == 7
+
+
+async def test_records_that_are_dropped_while_they_are_read_end_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}") for n in range(50)])
+    await consume_all(app, place.settings())
+    original = replay_module.resolve
+
+    async def resolve(*args: Any) -> Any:
+        spans = await original(*args)
+        admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
+        await admin.start()
+        await admin.delete_records({TopicPartition(topic, 0): RecordsToDelete(before_offset=20)})
+        await admin.close()
+        return spans
+
+    monkeypatch.setattr(replay_module, "resolve", resolve)
+    with pytest.raises(CannotTell, match=rf"{topic}:0 were removed .* offset 0"):
+        await run(place, app, topic)
+
+
+# -- interrupted, and gone on ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["check", "apply"])
+async def test_what_was_interrupted_goes_on_where_it_was(
+    place: Place, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    topic = await place.topic(2)
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}", n % 30, partition=n % 2) for n in range(600)])
+    await consume_all(app, place.settings())
+    await query(
+        place.dsn, "delete from consumer.ledger where id = any($1) returning id", [hashed("p3"), hashed("p590")]
+    )
+    await query(place.dsn, "delete from effects where id in ('p3', 'p590') returning id")
+    monkeypatch.setattr(replay_module, "_CHUNK", 20)
+    states: list[dict[str, Any]] = []
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if done > 250 and not states:
+            task.cancel()
+
+    told = Told(progress=progress, save=states.append)
+    options = Options(mode=mode)  # type: ignore[arg-type]
+    task = asyncio.create_task(replay(app, place.settings(), [topic], options, told))
+    with pytest.raises(CannotTell, match=r"interrupted after 2\d\d of 600 offsets; .*--resume"):
+        await task
+    found = await replay(app, place.settings(), [topic], options, Told(save=lambda _: None), states[-1])
+    if mode == "check":
+        assert counts(found) == {"delivered": 600, "applied": 598, "missing": 2}
+        assert found.history == {"settle": {"rows": 598, "with_message": 598, "without_message": 0}}
+        assert found.messages == 600
+    else:
+        assert found.ok and found.messages == 600
+        assert counts(found) == {"delivered": 600, "applied": 598, "applied_now": 2}
+        assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(600, 600)]
+    other = [{**states[-1], "epoch": "another"}]
+    with pytest.raises(Misconfigured, match="another one since"):
+        await replay(app, place.settings(), [topic], options, Told(), other[0])
+
+
+# -- copying ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("partitions", [3, 2, 5])
+async def test_a_copied_topic_is_applied_by_nobody_twice(place: Place, partitions: int) -> None:
+    topic, copy = await place.topic(3), await place.topic(partitions)
+    app = App(f"app-{uuid.uuid4().hex[:8]}")
+
+    @app.handler(topic, copy, name="settle")
+    async def settle(payment: Payment, tx: Tx) -> None:
+        await tx.execute("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
+
+    bare = [Sent({"id": f"bare {n}", "account": 1, "amount": n}, key=None if n % 2 else "k") for n in range(10)]
+    await place.send(topic, *[payment(f"p{n}", n % 5) for n in range(50)], *bare)
+    await consume_all(app, place.settings())
+    assert len(await place.effects()) == 60
+    found = await run(place, app, topic, mode="republish", republish_to=copy)
+    assert found.republished == {"topic": copy, "copied": 60, "refused": 0} and found.ok
+    for redis in (place.redis_url, None):
+        await consume_all(app, place.settings(redis_url=redis))
+        assert len(await place.effects()) == 60
+    found = await run(place, app, copy)
+    assert counts(found) == {"delivered": 60, "applied": 60} and found.ok
+    narrowed = await run(place, app, topic, mode="republish", republish_to=copy, key="3")
+    assert narrowed.republished is not None and narrowed.republished["copied"] == 10
+
+
+async def test_a_copy_that_would_be_applied_again_is_refused(place: Place) -> None:
+    topic, copy = await place.topic(), await place.topic()
+    app = App(f"app-{uuid.uuid4().hex[:8]}")
+
+    @app.handler(topic, name="by_offset", message_id="offset")
+    async def by_offset(payment: Payment, tx: Tx) -> None: ...
+
+    await place.send(topic, payment("a"))
+    with pytest.raises(Misconfigured, match="would be applied again"):
+        await run(place, app, topic, mode="republish", republish_to=copy)
+    with pytest.raises(Misconfigured, match="that is the topic that is read"):
+        await run(place, app, topic, mode="republish", republish_to=topic)
+    with pytest.raises(Misconfigured, match="'nowhere' does not exist"):
+        await run(place, app_of(topic), topic, mode="republish", republish_to="nowhere")
+
+
+# -- as a call ----------------------------------------------------------------------------------------------------------
+
+
+async def test_verify_is_the_same_as_a_call(settled: tuple[Place, App, str], tmp_path: Path) -> None:
+    place, app, topic = settled
+    found = await verify(app, topic, settings=place.settings())
+    assert found.ok
+    found.check()
+    assert (await verify(app, settings=place.settings())).messages == 70  # all its topics
+    await query(place.dsn, "delete from consumer.ledger where id = $1 returning id", hashed("p3"))
+    found = await verify(app, topic, settings=place.settings(), start=0, end="latest")
+    assert not found.ok
+    with pytest.raises(AssertionError, match="missing: 1 message missing"):
+        found.check()
+    assert (await verify(app, topic, settings=place.settings(), apply=True)).ok
+    with pytest.raises(Misconfigured, match="choose one"):
+        await verify(app, topic, settings=place.settings(), apply=True, rebuild=True)
+    for heedless in (
+        {"rebuild": True, "start": 3},
+        {"rebuild": True, "key": "a"},
+        {"rebuild": True, "partitions": [0]},
+        {"ignore": ["a"]},
+        {"base": "select 1"},
+        {"key": 5},
+        {"message_id": b"x"},
+        {"partitions": [-1]},
+    ):
+        with pytest.raises(Misconfigured):
+            await verify(app, topic, settings=place.settings(), **heedless)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch", [None, 7])
+async def test_several_handlers_of_several_topics(place: Place, batch: int | None) -> None:
+    one, two = await place.topic(2), await place.topic(1)
+    app = App(f"app-{uuid.uuid4().hex[:8]}")
+
+    @app.handler(one, two, name="both", batch=batch)
+    async def both(bodies: list[bytes] if batch else bytes, tx: Tx) -> None:  # type: ignore[valid-type]
+        await tx.execute("insert into effects values ('both', 1, $1)", len(bodies) if batch else 1)
+
+    @app.handler(one, name="first", message_id="field:id")
+    async def first(payment: Payment, tx: Tx) -> None:
+        tx.defer(INSERT, payment.id, payment.account, payment.amount)
+
+    await place.send(one, *[payment(f"p{n}", n % 3) for n in range(50)])
+    await place.send(two, *[payment(f"q{n}", n % 3) for n in range(20)])
+    await consume_all(app, place.settings())
+    found = await run(place, app, one, two)
+    assert counts(found, "both") == {"delivered": 70, "applied": 70}
+    assert counts(found, "first") == {"delivered": 50, "applied": 50}
+    assert found.ok and len(found.as_dict()["partitions"]) == 5
+    assert found.history is not None and found.history["both"]["rows"] == 70
+
+
+# -- the demo's topic, and the four ways in which ledger, log and state can disagree ------------------------------------
+
+
+@pytest.fixture
+async def paid(place: Place, database: str) -> tuple[Place, App, str]:
+    """The demo's payments and its handler, on Kafka: 2,000 messages, 10 % of them twice, all applied."""
+    await query(database, "drop table accounts, effects")
+    await query(
+        database, "create table payments (payment_id uuid not null, account int not null, amount bigint not null)"
+    )
+    await query(database, "create table accounts (account int primary key, balance bigint not null default 0)")
+    await query(database, "insert into accounts (account) select generate_series(0, 999)")
+    topic = await place.topic(8)
+    app = App(f"demo-{uuid.uuid4().hex[:8]}")
+    app.handler(topic)(settle)
+    sent = [
+        Sent(
+            {"payment_id": str(each.payment_id), "account": each.account, "amount": each.amount},
+            id=each.payment_id,
+            key=str(each.account),
+            partition=(each.account + each.elsewhere) % 8,
+        )
+        for each in plan(2000, random.Random(4))
+    ]
+    await place.send(topic, *sent)
+    await consume_all(app, place.settings())
+    return place, app, topic
+
+
+async def test_the_demos_topic_has_nothing_to_complain_of(paid: tuple[Place, App, str]) -> None:
+    place, app, topic = paid
+    check = await run(place, app, topic)
+    assert check.ok and counts(check) == {"delivered": 2000, "applied": 2000}
+    apply = await run(place, app, topic, mode="apply")
+    assert apply.ok and apply.total("applied_now") == 0
+    rebuilt = await run(place, app, topic, mode="rebuild")
+    assert rebuilt.ok and rebuilt.rebuilt is not None
+    assert (rebuilt.rebuilt["messages"], rebuilt.rebuilt["applied"], rebuilt.rebuilt["repeated"]) == (2000, 1800, 200)
+    assert {each["table"] for each in rebuilt.rebuilt["tables"]} == {"public.accounts", "public.payments"}
+    assert await value(place.dsn, "select count(*) from payments") == 1800
+
+
+async def one_payment(dsn: str) -> tuple[uuid.UUID, int, int]:
+    [(id, account, amount)] = await query(dsn, "select * from payments order by payment_id limit 1")
+    return id, account, amount
+
+
+def differences(found: Findings) -> dict[str, list[dict[str, Any]]]:
+    assert found.rebuilt is not None
+    by_table: dict[str, list[dict[str, Any]]] = {}
+    for each in found.rebuilt["differences"]:
+        by_table.setdefault(each["table"], []).append(each)
+    return by_table
+
+
+async def test_a_lost_message_is_repaired_and_the_rebuild_agrees(paid: tuple[Place, App, str]) -> None:
+    place, app, topic = paid
+    id, account, amount = await one_payment(place.dsn)
+    await query(place.dsn, "delete from consumer.ledger where id = $1", id)
+    await query(place.dsn, "delete from payments where payment_id = $1", id)
+    await query(place.dsn, "update accounts set balance = balance - $2 where account = $1", account, amount)
+    assert (await run(place, app, topic)).total("missing") == 1
+    rebuilt = differences(await run(place, app, topic, mode="rebuild"))
+    assert [each["messages"] for each in rebuilt["public.payments"]] == [[str(id)]]
+    assert (await run(place, app, topic, mode="apply")).total("applied_now") == 1
+    assert (await run(place, app, topic)).ok
+    assert (await run(place, app, topic, mode="rebuild")).ok
+
+
+async def test_an_effect_doubled_by_hand_is_named_with_columns_and_message(paid: tuple[Place, App, str]) -> None:
+    place, app, topic = paid
+    id, account, amount = await one_payment(place.dsn)
+    await query(place.dsn, "insert into payments values ($1, $2, $3)", id, account, amount)
+    [(balance,)] = await query(
+        place.dsn, "update accounts set balance = balance + $2 where account = $1 returning balance", account, amount
+    )
+    assert (await run(place, app, topic)).ok  # the ledger is right
+    found = await run(place, app, topic, mode="rebuild")
+    assert found.verdict().exit_code == 1
+    by_table = differences(found)
+    [extra] = by_table["public.payments"]
+    assert (extra["kind"], extra["count"], extra["messages"]) == ("extra", 1, [str(id)])
+    [other] = by_table["public.accounts"]
+    assert (other["kind"], other["key"]) == ("different", {"account": str(account)})
+    assert other["columns"] == {"balance": {"real": str(balance), "rebuilt": str(balance - amount)}}
+    assert other["messages"]
+
+
+async def test_an_effect_without_a_ledger_row_is_seen_by_the_check_alone(paid: tuple[Place, App, str]) -> None:
+    place, app, topic = paid
+    id, *_ = await one_payment(place.dsn)
+    await query(place.dsn, "delete from consumer.ledger where id = $1", id)
+    assert (await run(place, app, topic)).total("missing") == 1
+    assert (await run(place, app, topic, mode="rebuild")).ok  # the state is right: --apply would double it
+
+
+async def test_a_ledger_row_without_its_effect_is_seen_by_the_rebuild_alone(paid: tuple[Place, App, str]) -> None:
+    place, app, topic = paid
+    id, *_ = await one_payment(place.dsn)
+    await query(place.dsn, "delete from payments where payment_id = $1", id)
+    assert (await run(place, app, topic)).ok
+    [missing] = differences(await run(place, app, topic, mode="rebuild"))["public.payments"]
+    assert (missing["kind"], missing["messages"]) == ("missing", [str(id)])
+
+
+async def test_a_log_that_ends_below_the_position_is_doubted(settled: tuple[Place, App, str]) -> None:
+    """As when a topic was deleted and made anew: nothing in it is missing, and it is not what was consumed."""
+    place, app, topic = settled
+    await query(place.dsn, "update consumer.positions set next_offset = 1000 where partition = 1")
+    found = await run(place, app, topic)
+    assert [each["kind"] for each in found.unknowns()] == ["log_too_short"] and found.verdict().exit_code == 2
+
+
+async def test_what_asks_to_be_run_again_for_ever_ends_an_apply(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay_module, "_FRUITLESS_SECONDS", 0.0)
+    topic = await place.topic()
+    app = App(f"app-{uuid.uuid4().hex[:8]}")
+
+    @app.handler(topic, name="settle", retry=QUICK)
+    async def settle(payment: Payment, tx: Tx) -> None:
+        if payment.id == "held":
+            raise RunAgain("not yet")
+        tx.defer(INSERT, payment.id, payment.account, payment.amount)
+
+    await place.send(topic, payment("held", 1), payment("other", 2))
+    with pytest.raises(CannotTell, match="1 messages ask to be tried again"):
+        await run(place, app, topic, mode="apply")
+    assert await place.effects() == [("other", 2, 10)] and await place.reasons() == []
+
+
+# -- what only a rebuild meets --------------------------------------------------------------------------------------------
+
+
+def shop_of(pays: str, refunds: str) -> App:
+    """A refund needs its payment, which comes from another topic or partition: without it, it is rejected."""
+    app = App(f"app-{uuid.uuid4().hex[:8]}")
+
+    @app.handler(pays, name="settle")
+    async def settle(payment: Payment, tx: Tx) -> None:
+        if payment.amount > 0:
+            tx.defer(INSERT, payment.id, payment.account, payment.amount)
+        elif not await tx.fetchval("select true from effects where id = $1", payment.id.removeprefix("r-")):
+            raise Reject("no such payment")
+        else:
+            await tx.execute(INSERT, payment.id, payment.account, payment.amount)
+
+    if refunds != pays:
+        app.handler(refunds, name="refund")(settle)
+    return app
+
+
+@pytest.mark.parametrize("where", ["payments first", "refunds first", "one topic"])
+async def test_a_rebuild_does_not_depend_on_the_names_of_topics(place: Place, where: str) -> None:
+    first, second = sorted([await place.topic(2), await place.topic(2)])
+    pays, refunds = {"payments first": (first, second), "refunds first": (second, first), "one topic": (first, first)}[
+        where
+    ]
+    app = shop_of(pays, refunds)
+    await place.send(pays, *[payment(f"p{n}", partition=1) for n in range(30)])
+    await consume_all_of(app, place, pays, 30)
+    await place.send(refunds, *[payment(f"r-p{n}", amount=-5, partition=0) for n in range(30)])
+    await consume_all(app, place.settings()) if where == "one topic" else await consume_all_of(app, place, refunds, 30)
+    assert await value(place.dsn, "select count(*) from effects") == 60
+    found = await run(place, app, *{pays, refunds}, mode="rebuild")
+    assert found.ok, found.answer()
+
+
+async def consume_all_of(app: App, place: Place, topic: str, messages: int) -> None:
+    """Run a worker until so many messages of a topic are settled; other topics of the app may be empty."""
+    async with working(app, place.settings()):
+
+        async def settled() -> bool:
+            at = await value(
+                place.dsn, "select coalesce(sum(next_offset), 0) from consumer.positions where topic = $1", topic
+            )
+            return bool(at >= messages)
+
+        await until("the messages to be settled", settled)
+
+
+async def test_what_is_rejected_in_the_rebuild_alone_makes_it_uncertain(place: Place) -> None:
+    topic = await place.topic()
+    app = App(f"app-{uuid.uuid4().hex[:8]}")
+    changed_its_mind = False
+
+    @app.handler(topic, name="settle")
+    async def settle(payment: Payment, tx: Tx) -> None:
+        if changed_its_mind:
+            raise Reject("not any more")
+        tx.defer(INSERT, payment.id, payment.account, payment.amount)
+
+    await place.send(topic, payment("a"))
+    await consume_all(app, place.settings())
+    changed_its_mind = True
+    found = await run(place, app, topic, mode="rebuild")
+    assert found.verdict().exit_code == 2 and "although the ledger has it as applied" in found.answer()
+
+
+async def test_a_group_that_only_a_replay_has_filled_can_be_rebuilt(place: Place) -> None:
+    topic = await place.topic(2)
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}", n) for n in range(20)])
+    assert (await run(place, app, topic, mode="apply")).total("applied_now") == 20
+    found = await run(place, app, topic, mode="rebuild")
+    assert found.ok and found.messages == 20, found.answer()
+    await query(place.dsn, "delete from effects where id = 'p7' returning 1")
+    assert (await run(place, app, topic, mode="rebuild")).verdict().exit_code == 1
+
+
+async def test_a_compacted_log_makes_a_difference_uncertain(place: Place) -> None:
+    topic = await place.topic(**{"cleanup.policy": "compact"})
+    app = app_of(topic)
+    await place.send(topic, payment("a"), payment("b"))
+    await consume_all(app, place.settings())
+    assert (await run(place, app, topic, mode="rebuild")).ok
+    await query(place.dsn, "insert into effects values ('of a record that is gone', 1, 1) returning 1")
+    found = await run(place, app, topic, mode="rebuild")
+    assert found.verdict().exit_code == 2 and "is compacted" in found.answer()

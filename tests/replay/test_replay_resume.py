@@ -1,0 +1,416 @@
+"""Replays that were interrupted: they end as one uninterrupted run would, or refuse because something has changed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
+from aiokafka.admin.records_to_delete import RecordsToDelete
+from harness import Place, consume_all, migrated, new_topic, query
+from test_replay import QUICK, Payment, app_of, counts, hashed, payment
+
+from consumer import App, CannotTell, Misconfigured, Retry, Tx
+from consumer.replay import replay as replay_module
+from consumer.replay.findings import Findings
+from consumer.replay.replay import Options, Told, replay
+from consumer.replay.resume_rules import what_changed
+
+State = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay_module, "_CHUNK", 20)
+
+
+async def interrupted(place: Place, app: App, topic: str, at: int = 250, **options: Any) -> State:
+    """The state of a replay that is interrupted after so many offsets, as it is read from disk."""
+    states: list[str] = []
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if done > at:
+            task.cancel()
+
+    told = Told(progress=progress, save=lambda state: states.append(json.dumps(state)))
+    task = asyncio.create_task(replay(app, place.settings(), [topic], Options(**options), told))
+    with pytest.raises(CannotTell, match="interrupted"):
+        await task
+    found: State = json.loads(states[-1])
+    return found
+
+
+async def resumed(place: Place, app: App, topic: str, state: State, **options: Any) -> Findings:
+    return await replay(app, place.settings(), [topic], Options(**options), Told(save=lambda _: None), state)
+
+
+def lost(found: Findings) -> int:
+    return sum(each["count"] for each in found.problems() if each["kind"] in ("missing", "rows_gone"))
+
+
+async def settled(place: Place, n: int = 600, **more: Any) -> tuple[App, str]:
+    topic = await place.topic(2)
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}", n % 30, partition=n % 2, **more) for n in range(n)])
+    await consume_all(app, place.settings())
+    return app, topic
+
+
+# -- the same verdict ---------------------------------------------------------------------------------------------------
+
+
+async def test_dead_letters_made_before_the_interruption_count(place: Place) -> None:
+    topic = await place.topic(2)
+    app = app_of(topic)
+    amounts = {4: -1, 5: -1, 40: -1}
+    await place.send(topic, *[payment(f"p{n}", n % 30, amounts.get(n, 1), partition=n % 2) for n in range(600)])
+    state = await interrupted(place, app, topic, mode="apply")
+    found = await resumed(place, app, topic, state, mode="apply")
+    assert found.verdict().exit_code == 1
+    assert [each["kind"] for each in found.problems()] == ["dead_lettered_now"]
+    assert counts(found) == {"delivered": 600, "applied_now": 597, "dead_lettered_now": 3}
+    assert found.history == {"settle": {"rows": 600, "with_message": 600, "without_message": 0}}
+    assert not any("dropped its first records" in each for each in found.notes)
+    assert len(await place.effects()) == 597
+
+
+async def test_an_apply_with_messages_that_wait_counts_each_once(place: Place) -> None:
+    topic = await place.topic(1)
+    app = App(f"app-{uuid.uuid4().hex[:8]}")
+    failing = {"p3", "p30"}
+
+    @app.handler(topic, name="settle", retry=Retry(attempts=1000, base=0.01, cap=0.05))
+    async def settle(payment: Payment, tx: Tx) -> None:
+        if payment.id in failing:
+            raise RuntimeError
+        tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
+
+    await place.send(topic, *[payment(f"p{n}", n) for n in range(300)])
+    state = await interrupted(place, app, topic, at=1, mode="apply")
+    failing.clear()
+    found = await resumed(place, app, topic, state, mode="apply")
+    assert found.ok and counts(found) == {"delivered": 300, "applied_now": 300}
+    assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(300, 300)]
+
+
+async def test_dead_letters_that_the_state_does_not_know_are_a_reason_for_doubt(place: Place) -> None:
+    """The process was killed: what it committed after the last state was saved is in the ledger only."""
+    topic = await place.topic(1)
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}", n % 30, -1 if n == 100 else 1) for n in range(200)])
+    state = await interrupted(place, app, topic, at=30, mode="apply")
+    assert await place.effects()
+    await interrupted(place, app, topic, at=150, mode="apply")  # goes on from nothing: its state is lost
+    found = await resumed(place, app, topic, state, mode="apply")
+    assert found.verdict().exit_code == 2
+    [doubt] = found.unknowns()
+    assert doubt["kind"] == "dead_letters_meanwhile" and doubt["count"] == 1 and "settle" in doubt["text"]
+
+
+async def test_ledger_rows_deleted_before_a_check_goes_on_are_missing(place: Place) -> None:
+    app, topic = await settled(place)
+    state = await interrupted(place, app, topic)
+    assert state["findings"]["counts"]
+    gone = [hashed(f"p{n}") for n in range(100)]
+    await query(place.dsn, "delete from consumer.ledger where id = any($1) returning id", gone)
+    found = await resumed(place, app, topic, state)
+    assert found.verdict().exit_code == 1
+    assert lost(found) == 100
+
+
+async def test_a_ledger_that_is_emptied_before_a_check_goes_on_is_missing(place: Place) -> None:
+    app, topic = await settled(place)
+    state = await interrupted(place, app, topic, at=599)
+    await query(place.dsn, "delete from consumer.ledger")
+    found = await resumed(place, app, topic, state)
+    assert found.verdict().exit_code == 1
+    assert lost(found) == 600
+
+
+@pytest.mark.parametrize("narrowed", [{"key": "4"}, {"message_id": "p4"}], ids=["key", "message id"])
+async def test_rows_deleted_before_a_narrowed_check_goes_on_are_missing(place: Place, narrowed: dict[str, str]) -> None:
+    app, topic = await settled(place)
+    state = await interrupted(place, app, topic, **narrowed)
+    await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p4"))
+    found = await resumed(place, app, topic, state, **narrowed)
+    assert found.verdict().exit_code == 1 and lost(found) == 1
+
+
+async def test_rows_of_a_copied_topic_deleted_before_a_check_goes_on_are_missing(place: Place) -> None:
+    topic, copy = await place.topic(2), await place.topic(2)
+    app = App(f"app-{uuid.uuid4().hex[:8]}")
+
+    @app.handler(topic, copy, name="settle")
+    async def settle(payment: Payment, tx: Tx) -> None:
+        tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
+
+    sent = [payment(f"p{n}", n % 30, partition=n % 2) for n in range(600)]
+    await place.send(topic, *sent)
+    await consume_all(app, place.settings())
+    await place.send(copy, *sent)
+    await consume_all(app, place.settings())
+    state = await interrupted(place, app, copy)
+    await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p1"))
+    found = await resumed(place, app, copy, state)
+    assert found.verdict().exit_code == 1 and lost(found) == 1
+
+
+async def test_dead_letters_deleted_before_a_check_goes_on_are_a_problem(place: Place) -> None:
+    topic = await place.topic(1)
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}", n % 30, -1 if n < 3 else 1) for n in range(300)])
+    await consume_all(app, place.settings())
+    state = await interrupted(place, app, topic, at=100)
+    await query(place.dsn, "delete from consumer.dead_letters where id = $1", hashed("p2"))
+    found = await resumed(place, app, topic, state)
+    assert found.verdict().exit_code == 1
+    assert [(each["kind"], each["count"]) for each in found.problems()] == [("unsettled", 1)]
+
+
+async def test_rows_deleted_during_one_uninterrupted_check_are_missing(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, topic = await settled(place)
+    original = replay_module._Replay._look_again
+
+    async def look_again(self: Any) -> None:
+        await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p7"))
+        await original(self)
+
+    monkeypatch.setattr(replay_module._Replay, "_look_again", look_again)
+    found = await replay(app, place.settings(), [topic], Options(), Told())
+    assert found.verdict().exit_code == 1 and lost(found) == 1
+
+
+async def test_an_interruption_after_the_last_record_counts_nothing_twice(place: Place) -> None:
+    topic = await place.topic(1)
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}", n % 30, -1 if n < 3 else 1) for n in range(300)])
+    await consume_all(app, place.settings())
+    await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p50"))
+    original = replay_module._Replay._compare_history
+
+    async def stop(self: Any, source: Any) -> None:
+        asyncio.current_task().cancel()  # type: ignore[union-attr]
+        await original(self, source)
+
+    states: list[str] = []
+    told = Told(save=lambda state: states.append(json.dumps(state)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay_module._Replay, "_compare_history", stop)
+        await query(place.dsn, "delete from consumer.dead_letters where id = $1", hashed("p2"))
+        with pytest.raises(CannotTell, match="--resume"):
+            await replay(app, place.settings(), [topic], Options(), told)
+    found = await resumed(place, app, topic, json.loads(states[-1]))
+    assert counts(found) == {"delivered": 300, "applied": 296, "dead_lettered": 3, "missing": 1}
+    assert found.unsettled == 1 and lost(found) == 1
+
+
+async def test_rows_dropped_by_the_ledger_during_a_check_are_a_reason_for_doubt(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, topic = await settled(place, 100)
+    original = replay_module._Replay._look_again
+
+    async def look_again(self: Any) -> None:
+        await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p7"))
+        await query(place.dsn, "update consumer.ledger_state set horizon = now() - interval '1 hour'")
+        await original(self)
+
+    monkeypatch.setattr(replay_module._Replay, "_look_again", look_again)
+    found = await replay(app, place.settings(), [topic], Options(), Told())
+    assert found.verdict().exit_code == 2
+    assert [(each["kind"], each["count"]) for each in found.unknowns()] == [("rows_dropped", 1)]
+
+
+async def test_sequences_moved_before_an_interruption_are_known_after_it(place: Place) -> None:
+    app, topic = await settled(place)
+    for statement in (
+        "create sequence counted",
+        "grant all on sequence counted to public",
+        """create function count_it() returns trigger language plpgsql as
+           $$ begin perform nextval('public.counted'); return new; end $$""",
+        "create trigger counts before insert on consumer.ledger for each row execute function count_it()",
+    ):
+        await query(place.dsn, statement)
+    state = await interrupted(place, app, topic)
+    await query(place.dsn, "drop trigger counts on consumer.ledger")
+    found = await resumed(place, app, topic, state)
+    assert "sequences" in [each["kind"] for each in found.problems()]
+
+
+# -- or a refusal -------------------------------------------------------------------------------------------------------
+
+
+Change = Callable[[Place, App, str], Awaitable[App | None]]
+
+
+async def add_a_handler(place: Place, app: App, topic: str) -> App:
+    changed = app_of(topic, app.name)
+
+    @changed.handler(topic, name="other")
+    async def other(payment: Payment, tx: Tx) -> None: ...
+
+    return changed
+
+
+async def add_an_opted_out_handler(place: Place, app: App, topic: str) -> App:
+    changed = app_of(topic, app.name)
+
+    @changed.handler(topic, name="other", idempotent=False)
+    async def other(payment: Payment) -> None: ...
+
+    return changed
+
+
+async def rename_the_app(place: Place, app: App, topic: str) -> App:
+    return app_of(topic, app.name + "-b")
+
+
+def settling(app: App, topic: str, name: str = "settle", **options: Any) -> App:
+    changed = App(app.name)
+
+    @changed.handler(topic, name=name, retry=QUICK, **options)
+    async def settle(payment: Payment, tx: Tx) -> None:
+        tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
+
+    return changed
+
+
+async def rename_the_handler(place: Place, app: App, topic: str) -> App:
+    return settling(app, topic, "settles")
+
+
+async def change_the_code(place: Place, app: App, topic: str) -> App:
+    return settling(app, topic)
+
+
+async def change_the_id(place: Place, app: App, topic: str) -> App:
+    return settling(app, topic, message_id="field:id")
+
+
+async def make_the_topic_again(place: Place, app: App, topic: str) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
+    await admin.start()
+    await admin.delete_topics([topic])
+    await admin.close()
+
+    async def made() -> bool:
+        try:
+            await new_topic(place.kafka, 2, topic)
+        except Exception:  # it is being deleted
+            await asyncio.sleep(0.1)
+            return False
+        return True
+
+    while not await made():
+        pass
+    await place.send(topic, *[payment(f"p{n}", n % 30, partition=n % 2) for n in range(600)])
+
+
+async def remove_records(place: Place, app: App, topic: str) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
+    await admin.start()
+    await admin.delete_records({TopicPartition(topic, n): RecordsToDelete(before_offset=290) for n in (0, 1)})
+    await admin.close()
+
+
+async def add_a_partition(place: Place, app: App, topic: str) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
+    await admin.start()
+    await admin.create_partitions({topic: NewPartitions(3)})
+    await admin.close()
+
+
+async def make_the_schema_again(place: Place, app: App, topic: str) -> None:
+    await query(place.dsn, "drop schema consumer cascade")
+    await query(place.dsn, "drop table if exists effects, accounts cascade")
+    await migrated(place.dsn)
+
+
+async def drop_old_rows(place: Place, app: App, topic: str) -> None:
+    await query(place.dsn, "update consumer.ledger_state set horizon = now()")
+
+
+async def begin_elsewhere(place: Place, app: App, topic: str) -> None:
+    await query(place.dsn, "update consumer.positions set first_offset = 5 where topic = $1", topic)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (add_a_handler, "handler 'other' was added"),
+        (add_an_opted_out_handler, "handler 'other' was added"),
+        (rename_the_app, "the App's 'name' has changed"),
+        (rename_the_handler, "handler 'settle' was removed"),
+        (change_the_code, "handler 'settle' has changed"),
+        (change_the_id, "handler 'settle' has changed"),
+        (make_the_topic_again, "was deleted and made anew"),
+        (remove_records, "begins at offset 290"),
+        (add_a_partition, "partition '.*:2' was added"),
+        (make_the_schema_again, "another one since"),
+        (drop_old_rows, "retention 'ledger' has changed"),
+        (begin_elsewhere, "beginning of the ledger in .* has changed"),
+    ],
+    ids=lambda each: each.__name__ if callable(each) else "",
+)
+async def test_what_has_changed_is_a_refusal(place: Place, change: Change, says: str) -> None:
+    await is_refused(place, "check", change, says)
+
+
+@pytest.mark.parametrize("change", [add_a_handler, rename_the_handler], ids=lambda each: each.__name__)
+async def test_what_has_changed_is_a_refusal_to_apply(place: Place, change: Change) -> None:
+    await is_refused(place, "apply", change, "--resume: handler")
+
+
+async def is_refused(place: Place, mode: str, change: Change, says: str) -> None:
+    app, topic = await settled(place)
+    await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p590"))
+    await query(place.dsn, "delete from effects where id = 'p590'")
+    state = await interrupted(place, app, topic, mode=mode)
+    changed = await change(place, app, topic) or app
+    before = await query(place.dsn, "select count(*) from consumer.ledger")
+    with pytest.raises((Misconfigured, CannotTell), match=says) as refused:
+        await resumed(place, changed, topic, state, mode=mode)
+    assert "\n" not in str(refused.value)
+    assert await query(place.dsn, "select count(*) from consumer.ledger") == before
+
+
+async def test_another_range_or_filter_is_a_refusal(place: Place) -> None:
+    app, topic = await settled(place)
+    state = await interrupted(place, app, topic)
+    for other in ({"start": "5"}, {"end": "400"}, {"key": "3"}, {"partitions": (1,)}, {"mode": "apply"}):
+        with pytest.raises(Misconfigured, match="--resume: option"):
+            await resumed(place, app, topic, state, **other)
+
+
+async def test_an_interruption_before_anything_was_read_offers_no_resume(place: Place) -> None:
+    app, topic = await settled(place)
+    saved: list[State] = []
+    told = Told(line=lambda _: task.cancel(), save=saved.append)
+    original = replay_module._Replay._doubt_a_log_that_is_too_short
+
+    async def stop(self: Any, source: Any) -> None:
+        task.cancel()
+        await original(self, source)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay_module._Replay, "_doubt_a_log_that_is_too_short", stop)
+        task = asyncio.create_task(replay(app, place.settings(), [topic], Options(), told))
+        with pytest.raises(CannotTell) as ended:
+            await task
+    assert not saved and "--resume" not in str(ended.value)
+
+
+def test_what_changed_names_the_first_difference() -> None:
+    before = {"handler": {"a": "1", "b": "2"}, "topic": {"t": None}}
+    assert what_changed(before, before) is None
+    assert what_changed(before, {"handler": {"a": "1", "b": "2"}, "topic": {"t": "x"}}) is None  # was not known
+    assert what_changed(before, {**before, "handler": {"a": "1"}}) == "handler 'b' was removed"
+    assert what_changed(before, {**before, "handler": {**before["handler"], "c": ""}}) == "handler 'c' was added"
+    assert what_changed(before, {**before, "handler": {"a": "1", "b": "3"}}) == "handler 'b' has changed"

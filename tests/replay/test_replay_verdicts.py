@@ -1,0 +1,50 @@
+"""Verdicts of a check: clocks that are ahead, rows of messages that are produced meanwhile."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from aiokafka import AIOKafkaProducer
+from harness import Place, consume_all, query
+from test_replay import app_of, counts, hashed, payment, run
+
+from consumer.core.message import Partition
+from consumer.replay import ledger_diff
+
+
+async def test_an_end_in_time_includes_older_records_behind_a_clock_ahead(place: Place) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    now = int(time.time() * 1000)
+    producer = AIOKafkaProducer(bootstrap_servers=place.kafka)
+    await producer.start()
+    try:
+        for n, at in enumerate([now - 60_000, now - 20_000, now - 50_000, now - 10_000]):
+            sent = payment(f"p{n}")
+            await producer.send_and_wait(topic, sent.value, key=sent.key, headers=sent.headers, timestamp_ms=at)
+    finally:
+        await producer.stop()
+    await consume_all(app, place.settings())
+    end = datetime.fromtimestamp((now - 30_000) / 1000, UTC).isoformat()
+    found = await run(place, app, topic, end=end)
+    assert found.ok and counts(found) == {"delivered": 3, "applied": 3}
+    await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p2"))
+    found = await run(place, app, topic, end=end)
+    assert counts(found)["missing"] == 1 and found.verdict().exit_code == 1
+
+
+async def test_rows_of_messages_produced_meanwhile_are_not_beyond_the_log() -> None:
+    class Rows:
+        async def fetch(self, sql: str, *args: Any) -> list[Any]:
+            return [(1, 1, 0, UUID(int=1), 7), (1, 1, 0, UUID(int=2), 12), (1, 1, 5, UUID(int=3), 0)]
+
+    reads = iter([{Partition("t", 0): 5}, {Partition("t", 0): 10, Partition("t", 5): 1}])
+
+    async def read_ends() -> dict[Partition, int]:
+        return next(reads)
+
+    rows = await ledger_diff._rows_nowhere(Rows(), {}, {"t": 1}, read_ends)
+    assert [row[4] for row in rows] == [12]

@@ -1,0 +1,465 @@
+"""The ledger's generations: no interleaving of two claims and a turn applies an id twice, and what is dropped is known to be.
+
+The interleavings are of real connections under the worker's role; a step that waits for another transaction is left waiting,
+as PostgreSQL tells it, and the next step is taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from harness import (
+    WORKER,
+    Place,
+    Sent,
+    as_worker,
+    consume_all,
+    consumer,
+    counts,
+    is_one_line,
+    migrated,
+    query,
+    settings_for,
+    until,
+    value,
+    working,
+)
+
+from consumer import App, Reject, Tx
+from consumer.core.message import LogRecord
+from consumer.core.ordering import Delivery
+from consumer.core.retention import Drop
+from consumer.postgres.ledger import Session
+from consumer.replay.replay import Options, Told, replay
+from consumer.retention import task as retention
+
+TOPIC = "t"
+
+
+class Claims:
+    """A handler's claims without Kafka: sessions, the numbers of names, and one who looks on."""
+
+    def __init__(self, dsn: str) -> None:
+        self.dsn = dsn
+        self.settings = settings_for(as_worker(dsn), "127.0.0.1:1")
+        self.opened: list[Session] = []
+        app = App("retention")
+
+        @app.handler(TOPIC)
+        async def settle(message: dict[str, int], tx: Tx) -> None: ...
+
+        self.handler = app.handlers["settle"]
+        self.topics: dict[str, int] = {}
+        self.watcher: asyncpg.Connection[Any]
+        self.leader: asyncpg.Connection[Any]
+
+    async def open(self) -> None:
+        self.watcher = await asyncpg.connect(self.dsn)
+        self.leader = await asyncpg.connect(self.settings.dsn)
+        session = await self.session()
+        numbers, self.topics = await session.numbers("retention", ["settle"], [TOPIC])
+        self.handler.number = numbers["settle"]
+
+    async def session(self) -> Session:
+        self.opened.append(await Session.open(self.settings))
+        return self.opened[-1]
+
+    def close(self) -> None:
+        for session in self.opened:
+            session.close()
+        self.watcher.terminate()
+        self.leader.terminate()
+
+    def at(self, timestamp: int, offset: int = 0) -> Delivery:
+        return Delivery(self.handler, LogRecord(TOPIC, 0, offset, timestamp, None, b"{}", (), ""))
+
+    def delivery(self, id: UUID, offset: int = 0) -> Delivery:
+        made = self.at(0, offset)
+        made.id, made.fingerprint = id.bytes, 1
+        return made
+
+    async def claim(self, session: Session, *ids: UUID) -> set[UUID]:
+        """Those that were won, in a transaction that is left open."""
+        offered = {self.delivery(id): id for id in ids}
+        await session.begin()
+        lost = await session.claim(list(offered), self.topics)
+        return {id for each, id in offered.items() if each not in lost}
+
+    async def version(self) -> int:
+        return int(await self.watcher.fetchval("select version from consumer.ledger_state"))
+
+    async def turn(self) -> str:
+        return str(await self.leader.fetchval("select consumer.turn($1)", await self.version()))
+
+    async def forget(self, number: int) -> str:
+        return str(await self.leader.fetchval("select consumer.forget($1, $2)", await self.version(), number))
+
+    async def drop(self, number: int) -> str:
+        return str(await self.leader.fetchval("select consumer.drop_generation($1)", number))
+
+    async def rows(self, id: UUID) -> int:
+        return int(await self.watcher.fetchval("select count(*) from consumer.ledger where id = $1", id))
+
+    async def turn_to_the_next(self) -> int:
+        """A whole turn; returns the generation that claims go into now."""
+        while await self.turn() != "turned":
+            pass
+        return int(await self.watcher.fetchval("select target from consumer.ledger_state"))
+
+    async def let_go_of_the_old(self) -> None:
+        """Keep the present generation alone."""
+        for number in [
+            row[0] for row in await self.watcher.fetch("select number from consumer.generations order by 1")
+        ]:
+            if number < await self.watcher.fetchval("select target from consumer.ledger_state"):
+                assert await self.forget(number) == "forgotten"
+                assert await self.drop(number) == "dropped"
+
+
+@pytest.fixture
+async def claims(database: str) -> AsyncIterator[Claims]:
+    await migrated(database)
+    made = Claims(database)
+    await made.open()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def orders(steps: str) -> Iterator[str]:
+    """All orders of the steps in which each lower-case letter's capital comes after it."""
+    for order in sorted(set(itertools.permutations(steps))):
+        if all(order.index(each) < order.index(each.upper()) for each in "ab"):
+            yield "".join(order)
+
+
+async def settled_or_blocked(claims: Claims, session: Session, task: asyncio.Task[Any]) -> None:
+    """Until a claim has ended, or waits for another transaction."""
+    pid = session.connection.get_server_pid()
+
+    async def is_so() -> bool:
+        return task.done() or await claims.watcher.fetchval("select cardinality(pg_blocking_pids($1)) > 0", pid)
+
+    while not await is_so():
+        pass
+
+
+async def run_order(claims: Claims, sessions: dict[str, Session], order: str, ends: dict[str, str]) -> None:
+    """a, b: two sessions claim the same id. A, B: they end. L: a step of a turn.
+
+    a has the generations of the beginning, b those of the moment of its claim, as a session has that was just opened.
+    """
+    id = uuid4()
+    won: dict[str, bool] = {}
+    running: dict[str, asyncio.Task[set[UUID]]] = {}
+    sessions["a"]._generations = await sessions["a"]._read_generations()
+
+    async def end(name: str) -> None:
+        won[name] = bool(await running.pop(name)) and ends[name] == "commit"
+        await sessions[name].connection.execute(ends[name])
+
+    put_off: list[str] = []
+    for step in order:
+        if step == "L":
+            assert await claims.turn() in ("opened", "moved", "turned", "waiting")
+        elif step in sessions:
+            if step == "b":
+                sessions["b"]._generations = await sessions["b"]._read_generations()
+            running[step] = asyncio.create_task(claims.claim(sessions[step], id))
+            await settled_or_blocked(claims, sessions[step], running[step])
+        elif running[step.lower()].done():
+            await end(step.lower())
+        else:
+            put_off.append(step.lower())  # it waits for the other one, whose end comes later
+    for name in put_off:
+        await end(name)
+    winners = sum(won.values())
+    assert winners == 1 if "commit" in ends.values() else winners == 0, (order, ends, won)
+    assert await claims.rows(id) == winners, (order, ends)
+    # And from now on it is a duplicate, whoever asks.
+    for session in sessions.values():
+        assert await claims.claim(session, id) == set()
+        await session.rollback()
+
+
+async def test_no_order_of_two_claims_and_a_turn_lets_both_win(claims: Claims) -> None:
+    """From each phase of a turn on."""
+    sessions = {"a": await claims.session(), "b": await claims.session()}
+    tried = 0
+    for phase in ("turned", "opened", "moved"):
+        for ends in ({"a": "commit", "b": "commit"}, {"a": "rollback", "b": "commit"}):
+            for order in orders("aAbBLL"):
+                if ends["a"] == "rollback" and order.replace("L", "") != "abAB":
+                    continue  # b does not wait for a
+                await claims.turn_to_the_next()
+                await claims.let_go_of_the_old()
+                while phase != "turned" and await claims.turn() != phase:
+                    pass
+                await run_order(claims, sessions, order, ends)
+                tried += 1
+    assert tried == 3 * (90 + 15)
+
+
+async def test_a_claim_that_is_running_holds_up_the_turn_and_not_the_reverse(claims: Claims) -> None:
+    slow, quick = await claims.session(), await claims.session()
+    assert len(await claims.claim(slow, first := uuid4())) == 1  # and its handler takes its time
+    assert await claims.turn() == "opened"
+    assert [await claims.turn() for _ in range(3)] == ["waiting"] * 3
+    assert len(await claims.claim(quick, second := uuid4())) == 1  # held up by nobody
+    await quick.commit()
+    await slow.commit()
+    assert [await claims.turn() for _ in range(2)] == ["moved", "turned"]
+    for session in (slow, quick):
+        assert await claims.claim(session, first, second, third := uuid4()) == {third}
+        await session.commit()
+    where = await query(
+        claims.dsn, "select tableoid::regclass::text, count(*) from consumer.ledger group by 1 order by 1"
+    )
+    assert where == [("consumer.ledger", 2), ("consumer.ledger_2", 2)]
+
+
+async def test_a_worker_of_the_version_before_ends_at_the_first_turn(claims: Claims) -> None:
+    old = await asyncpg.connect(claims.settings.dsn)
+    statement = """insert into consumer.ledger values (1, 1, now(), 0, $1, 1, $2)
+                   on conflict on constraint ledger_claim do nothing"""
+    try:
+        assert await old.execute(statement, claims.handler.number, uuid4()) == "INSERT 0 1"
+        await old.execute("begin")
+        assert await old.execute(statement, claims.handler.number, id := uuid4()) == "INSERT 0 1"
+        assert [await claims.turn() for _ in range(3)] == ["opened", "waiting", "waiting"]  # for that one
+        await old.execute("commit")
+        with pytest.raises(asyncpg.UndefinedObjectError):
+            await old.execute(statement, claims.handler.number, uuid4())
+    finally:
+        old.terminate()
+    assert await claims.turn_to_the_next() == 2
+    assert await claims.claim(await claims.session(), id) == set()
+
+
+async def test_a_drop_waits_for_claims_and_readers_and_carries_dead_letters(claims: Claims) -> None:
+    session, looking = await claims.session(), await claims.session()
+    ids = [uuid4() for _ in range(3)]
+    assert len(await claims.claim(session, *ids)) == 3
+    dead = claims.delivery(ids[2])
+    await session.connection.execute(
+        """insert into consumer.dead_letters (handler, id, fingerprint, topic, partition, "offset", "timestamp",
+               header_keys, header_values, reason, error, attempts) values ($1, $2, 1, 't', 0, 0, 0, '{}', '{}', 'rejected', '', 1)""",
+        claims.handler.number,
+        ids[2],
+    )
+    await session.connection.execute("update consumer.ledger set applied_at = null where id = $1", ids[2])
+    await session.commit()
+    assert await claims.turn_to_the_next() == 2
+    # One who is at the letter now, as a retry would be, and one whose claim looked into the first generation.
+    await claims.watcher.execute("begin; select from consumer.dead_letters for update")
+    assert await claims.forget(1) == "waiting"
+    await claims.watcher.execute("commit")
+    assert await claims.forget(1) == "carried"
+    assert await claims.rows(ids[2]) == 1
+    assert await claims.claim(looking, *ids) == set()
+    assert await looking.too_old([claims.at(0), claims.at(946_684_800_000)]) == []
+    assert await claims.forget(1) == "forgotten"
+    assert await claims.drop(1) == "waiting"
+    # Whoever begins now finds only the dead letter, and learns that the rest cannot be judged.
+    assert await claims.claim(session, *ids) == set(ids[:2])
+    closed = await value(claims.dsn, "select (extract(epoch from horizon) * 1000)::int8 from consumer.ledger_state")
+    hour = 3_600_000
+    # A timestamp that is no time says nothing: the offset tells, and the dropped rows were of offset 0.
+    old = [claims.at(closed + hour), *(claims.at(each, offset=0) for each in (-1, 0, closed // 1000))]
+    new = [claims.at(closed + hour + 2), *(claims.at(each, offset=1) for each in (-1, 0, closed // 1000))]
+    assert await session.too_old(old + new) == old
+    standing = await session.claim([dead], claims.topics)
+    assert standing[dead].dead
+    await session.rollback()
+    await looking.rollback()
+    await claims.watcher.execute("begin; select count(*) from consumer.ledger")  # a long report
+    assert await retention.act(claims.leader, await retention.look(claims.leader), Drop(1)) == "waiting"
+    assert len(await claims.claim(session, uuid4())) == 1  # is held up by neither
+    await claims.watcher.execute("commit")
+    await session.commit()
+    assert await claims.drop(1) == "dropped"
+    assert await query(claims.dsn, "select outcome, count from consumer.outcomes where count > 0") == [("applied", 2)]
+    assert [await claims.rows(id) for id in ids] == [0, 0, 1]
+
+
+def app_of(topic: str, name: str | None = None) -> App:
+    app = App(name or topic)
+
+    @app.handler(topic)
+    async def settle(message: dict[str, str], tx: Tx) -> None:
+        if message["id"] == "bad":
+            raise Reject("no")
+        await tx.execute("insert into effects values ($1, 0, 0)", message["id"])
+
+    return app
+
+
+def sent(*ids: str) -> list[Sent]:
+    return [Sent({"id": id}, id=id) for id in ids]
+
+
+async def test_what_was_dropped_is_judged_by_nobody(place: Place, tmp_path: Path) -> None:
+    """A log that is delivered again from the beginning, after a purge by force."""
+    topic = await place.topic()
+    app = app_of(topic)
+    settings = place.settings(redis_url=None, ledger_clock_skew_hours=0)
+    await place.send(topic, *sent("a", "b", "bad"))
+    await consume_all(app, settings)
+    environment = {
+        "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka,
+        "CONSUMER_POSTGRES_DSN": place.worker_dsn,
+        "CONSUMER_LEDGER_CLOCK_SKEW_HOURS": "0",
+    }
+    is_one_line(consumer(tmp_path, "purge", **environment), "CONSUMER_LEDGER_RETENTION_HOURS")
+    refused = consumer(tmp_path, "purge", "--older-than", "1", CONSUMER_LEDGER_RETENTION_HOURS="24", **environment)
+    is_one_line(refused, "--older-than 1", "CONSUMER_LEDGER_RETENTION_HOURS=24")
+    # The topic keeps records for a week, and this application said nothing.
+    is_one_line(
+        consumer(tmp_path, "purge", "--older-than", "0", **environment), "168 hours", "168 too few", topic, "--force"
+    )
+    looked = consumer(tmp_path, "purge", "--older-than", "0", "--dry-run", "--json", **environment)
+    assert looked.returncode == 0, looked.stderr
+    assert json.loads(looked.stdout)["generations"][0]["why"] == "claims go into it"
+    assert await value(place.dsn, "select version from consumer.ledger_state") == 1
+    done = consumer(tmp_path, "purge", "--older-than", "0", "--force", "--json", **environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["dropped"] == [1]
+    assert (await counts(app, place.dsn))["settle"]["applied"] == 2
+
+    await query(place.dsn, "update consumer.positions set next_offset = 0, first_offset = 0 returning 1")
+    found = await replay(app, settings, [topic], Options(), Told())
+    told = {name: n for name, n in found.as_dict()["handlers"]["settle"].items() if n}
+    assert told == {"delivered": 3, "unknown": 2, "dead_lettered": 1}
+    assert found.verdict().exit_code == 2
+    await place.send(topic, *sent("c"))
+    await consume_all(app, settings)
+    assert [row[0] for row in await place.effects()] == ["a", "b", "c"]
+    assert await place.reasons() == ["too_old", "too_old", "rejected"]
+
+
+async def test_workers_turn_and_drop_in_the_background_what_the_log_no_longer_holds(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(retention, "_ROUND_SECONDS_MAX", 0.2)
+    caplog.set_level(logging.INFO)
+    topic = await place.topic(2)
+    other = app_of(topic, f"{topic}-other")
+    app = app_of(topic)
+    settings = place.settings(ledger_retention_hours=1 / 3600, ledger_clock_skew_hours=0, lanes=1)
+    await consume_all(other, place.settings(lanes=1))  # which keeps its rows for ever
+
+    def logged(text: str) -> Any:
+        async def is_there() -> bool:
+            return text in caplog.messages
+
+        return is_there
+
+    async def has_horizon() -> Any:
+        return await value(place.dsn, "select horizon from consumer.ledger_state")
+
+    async def applied() -> bool:
+        return len(await place.effects()) == number
+
+    number = 0
+    async with working(app, settings), working(app, settings):
+        while not await logged("nothing of the ledger is dropped: other applications keep theirs for ever")():
+            await place.send(topic, *sent(f"a{number}", f"a{number}"))
+            number += 1
+            await until("it to be applied", applied)
+        await retention.say(connection := await asyncpg.connect(place.dsn), other.name, 0)
+        await until(
+            "the log to hold it back",
+            logged("nothing of the ledger is dropped: a log still holds records of that time"),
+        )
+        assert await has_horizon() is None
+        admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
+        await admin.start()
+        try:
+            await admin.delete_records({TopicPartition(topic, n): RecordsToDelete(before_offset=-1) for n in range(2)})
+        finally:
+            await admin.close()
+        await until("a generation to go", has_horizon)
+        for _ in range(5):
+            await place.send(topic, *sent(f"a{number}", f"a{number}"))
+            number += 1
+            await until("it to be applied", applied)
+        await until("its table to go", logged("ledger dropped"))
+        await connection.execute(f'revoke execute on function consumer.turn(integer) from "{WORKER}"')
+        await until("the worker to say that it may not", logged("the ledger is not kept short"))
+    await connection.close()
+    assert [row[0] for row in await place.effects()] == sorted(f"a{n}" for n in range(number))
+
+
+async def test_contradictions_are_told_at_start(place: Place, tmp_path: Path) -> None:
+    topic = await place.topic()
+    (tmp_path / "mine.py").write_text(
+        f"from consumer import App\napp = App('mine')\n@app.handler({topic!r})\nasync def f(value: bytes) -> None: ...\n"
+    )
+    environment = {
+        "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka,
+        "CONSUMER_POSTGRES_DSN": place.worker_dsn,
+        "CONSUMER_LEDGER_RETENTION_HOURS": "24",
+        "PYTHONPATH": str(tmp_path),
+    }
+    is_one_line(consumer(tmp_path, "run", "mine:app", **environment), topic, "168 hours", "169", "145 too few")
+    is_one_line(
+        consumer(tmp_path, "run", "mine:app", "--ledger-generation-hours", "48", **environment), "24 + 48 = 72 hours"
+    )
+
+
+async def test_records_without_usable_timestamps_are_noticed_and_applied_once(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A producer of seconds, one of zeros and one of none, with retention on, before and after a drop."""
+    topic = await place.topic()
+    app = app_of(topic)
+    settings = place.settings(redis_url=None, ledger_retention_hours=200, ledger_clock_skew_hours=0)
+    producer = AIOKafkaProducer(bootstrap_servers=place.kafka)
+    await producer.start()
+
+    async def send(prefix: str) -> None:
+        for n, timestamp in enumerate((1_764_450_000, 0, 946_684_799_999)):
+            id = f"{prefix}{n}"
+            body = json.dumps({"id": id}).encode()
+            await producer.send_and_wait(topic, body, headers=[("message-id", id.encode())], timestamp_ms=timestamp)
+
+    try:
+        await send("a")
+        with caplog.at_level(logging.WARNING):
+            await consume_all(app, settings)
+        told = [each.getMessage() for each in caplog.records if "timestamp" in each.getMessage()]
+        assert len(told) == 1 and "1764450000 is in seconds" in told[0]
+        assert [row[0] for row in await place.effects()] == ["a0", "a1", "a2"]
+        owner = await asyncpg.connect(place.dsn)
+        try:  # everything that was applied is forgotten
+            while await retention.act(owner, await retention.look(owner), retention.Turn()) != "turned":
+                pass
+            while await retention.act(owner, await retention.look(owner), retention.Forget(1, 0.0)) != "forgotten":
+                pass
+            await retention.act(owner, await retention.look(owner), Drop(1))
+        finally:
+            await owner.close()
+        await send("b")  # new records: never silently lost
+        await consume_all(app, settings)
+        assert [row[0] for row in await place.effects()] == ["a0", "a1", "a2", "b0", "b1", "b2"]
+        assert await place.reasons() == []
+        await query(place.dsn, "update consumer.positions set next_offset = 0 returning 1")
+        await consume_all(app, settings)  # delivered again: never applied twice
+        assert [row[0] for row in await place.effects()] == ["a0", "a1", "a2", "b0", "b1", "b2"]
+        assert await place.reasons() == ["too_old"] * 3
+        texts = [row[0] for row in await query(place.dsn, 'select error from consumer.dead_letters order by "offset"')]
+        assert "1764450000 is in seconds" in texts[0] and "timestamp 0 is not a time" in texts[1]
+    finally:
+        await producer.stop()

@@ -1,0 +1,85 @@
+"""A worker process that ends itself at a step, or stops as a zombie would: `crash_worker.py TOPIC APP STEP NTH [stop]`.
+
+Settings come from the environment. The step `commit_sent` lies between a COMMIT on its way and its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+
+import msgspec
+
+from consumer import App, Tx
+from consumer.logs import configure
+from consumer.postgres.ledger import Session
+from consumer.settings import load
+from consumer.worker.worker import Worker
+
+
+class Payment(msgspec.Struct):
+    id: str
+    account: int
+    amount: int
+
+
+def app_of(topic: str, name: str) -> App:
+    """One handler that defers and one that awaits, so that each message has two kinds of effects."""
+    app = App(name)
+
+    @app.handler(topic, name="settle")
+    async def settle(payment: Payment, tx: Tx) -> None:
+        tx.defer("insert into effects values ($1, $2, $3)", f"settle {payment.id}", payment.account, payment.amount)
+        tx.defer("update accounts set balance = balance + $2 where id = $1", payment.account, payment.amount)
+
+    @app.handler(topic, name="record")
+    async def record(payment: Payment, tx: Tx) -> None:
+        await tx.execute("insert into effects values ($1, $2, $3)", f"record {payment.id}", payment.account, 0)
+
+    return app
+
+
+class CrashAt:
+    """Counts a step, and ends or stops the process the nth time, as a power cut or a frozen machine would."""
+
+    def __init__(self, step: str, nth: int, end: Callable[[], None]) -> None:
+        self._step = step
+        self._left = nth
+        self._end = end
+
+    def __call__(self, step: str) -> None:
+        if step == self._step:
+            self._left -= 1
+            if self._left == 0:
+                self._end()
+
+
+def stop_itself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def after_sending(step: CrashAt) -> Callable[[Session], Coroutine[None, None, None]]:
+    """A Session.commit that comes to the step when the statement was sent and its answer was not read."""
+    commit = Session.commit
+
+    async def commit_and_stop(self: Session) -> None:
+        asyncio.get_running_loop().call_soon(step, "commit_sent")  # runs when the driver waits for the answer
+        await commit(self)
+
+    return commit_and_stop
+
+
+def main() -> None:
+    topic, name, wanted, nth = sys.argv[1:5]
+    step = CrashAt(wanted, int(nth), stop_itself if "stop" in sys.argv[5:] else lambda: os._exit(137))
+    Session.commit = after_sending(step)  # type: ignore[method-assign]
+    settings = load()
+    configure("debug", "json")
+    asyncio.run(Worker(app_of(topic, name), settings, step=step).run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+"""What the tests on real services share: producing, running workers in this process or as processes, and waiting.
+
+Waiting is always for a condition, with a deadline that fails the test by naming what was waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+from consumer import App, Settings
+from consumer.admin import report
+from consumer.kafka.source import Source
+from consumer.postgres import grants, migrate
+from consumer.worker.worker import Worker
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+TABLES = """
+create table effects (id text not null, account int not null, amount bigint not null);   -- no key: doubles must show
+create table accounts (id int primary key, balance bigint not null default 0);
+insert into accounts select generate_series(0, 99);
+"""
+
+
+def settings_for(dsn: str, kafka: str, redis_url: str | None = None, **more: Any) -> Settings:
+    """Settings of a test: quick timers, and nothing from the environment."""
+    quick = {
+        "kafka_bootstrap_servers": kafka,
+        "postgres_dsn": dsn,
+        "redis_url": redis_url,
+        "kafka_session_timeout_seconds": 6,
+        "kafka_heartbeat_seconds": 0.2,
+        "kafka_commit_interval_seconds": 0.2,
+        "wait_seconds": 10,
+        "log_level": "debug",
+        "log_format": "json",
+    }
+    return Settings(**{**quick, **more})  # type: ignore[arg-type]
+
+
+# The role as which everything that a test runs connects: what `consumer migrate --grants` prints is all it may do with
+# our tables. Its name needs its quotes. With the test's own tables it may do what handlers may.
+WORKER, WORKER_PASSWORD = "test-worker", "worker-secret-5b1e"
+_WORKER_RIGHTS = f"""
+do $$ begin create role "{WORKER}" login password '{WORKER_PASSWORD}'; exception when duplicate_object then null; end $$;
+do $$ declare each name; begin
+    for each in select nspname from pg_namespace where nspname !~ '^(pg_.*|information_schema|consumer)$' loop
+        execute format('grant usage, create on schema %I to "{WORKER}"', each);
+        execute format('grant all on all tables in schema %I to "{WORKER}"', each);
+        execute format('grant all on all sequences in schema %I to "{WORKER}"', each);
+    end loop;
+end $$;
+alter default privileges in schema public grant all on tables to "{WORKER}";
+alter default privileges in schema public grant all on sequences to "{WORKER}";
+"""
+
+
+def as_worker(dsn: str) -> str:
+    """The same database, as the role of the workers."""
+    return f"postgresql://{WORKER}:{WORKER_PASSWORD}@{dsn.rsplit('@', 1)[1]}"
+
+
+async def migrated(dsn: str, tables: str = TABLES) -> None:
+    """The ledger's tables and those of the test, and a role for workers with the rights that are printed for it."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        await migrate.migrate(connection, tables)
+        await connection.execute(_WORKER_RIGHTS)
+        await connection.execute(grants.as_sql(WORKER, grants.For.WORKER))
+    finally:
+        await connection.close()
+
+
+async def query(dsn: str, sql: str, *args: Any) -> list[tuple[Any, ...]]:
+    """Rows of a query, as tuples."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        return [tuple(row) for row in await connection.fetch(sql, *args)]
+    finally:
+        await connection.close()
+
+
+async def value(dsn: str, sql: str, *args: Any) -> Any:
+    """First column of the first row."""
+    return (await query(dsn, sql, *args))[0][0]
+
+
+async def until(what: str, condition: Callable[[], Awaitable[Any]], seconds: float = 30) -> Any:
+    """Wait until the condition is true and return its value; fail by naming it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = await condition()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        await asyncio.sleep(0.05)
+
+
+class Sent:
+    """A message to produce."""
+
+    def __init__(
+        self,
+        body: object,
+        id: str | bytes | UUID | None = None,
+        key: str | None = None,
+        partition: int | None = None,
+        headers: Sequence[tuple[str, bytes]] = (),
+    ) -> None:
+        self.value = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        given = [] if id is None else [("message-id", id if isinstance(id, bytes) else str(id).encode())]
+        self.headers = [*given, *headers]
+        self.key = None if key is None else key.encode()
+        self.partition = partition
+
+
+async def produce(kafka: str, topic: str, messages: Iterable[Sent]) -> None:
+    """Produce and wait until all are acknowledged."""
+    producer = AIOKafkaProducer(bootstrap_servers=kafka, linger_ms=5)
+    await producer.start()
+    try:
+        futures = [
+            await producer.send(topic, each.value, key=each.key, partition=each.partition, headers=each.headers)
+            for each in messages
+        ]
+        await asyncio.gather(*futures)
+    finally:
+        await producer.stop()
+
+
+@asynccontextmanager
+async def working(app: App, settings: Settings, **options: Any) -> AsyncIterator[Worker]:
+    """A worker in this process; stopped, and its failure raised, at the end."""
+    worker = Worker(app, settings, **options)
+    task = asyncio.create_task(worker.run())
+    try:
+        yield worker
+    finally:
+        worker.stop()
+        await asyncio.wait_for(task, 40)
+
+
+def buffered(worker: Worker) -> tuple[int, int]:
+    """Messages and bytes that wait in a worker to be taken."""
+    waiting = [lane.state.fetched for lane in worker._lanes]
+    return sum(each[0] for each in waiting), sum(each[1] for each in waiting)
+
+
+async def drained(app: App, settings: Settings, seconds: float = 30) -> None:
+    """Wait until everything produced so far is settled."""
+    source = Source(settings, None)
+    await source.start(10)
+    try:
+
+        async def no_lag() -> bool:
+            connection = await asyncpg.connect(settings.dsn, statement_cache_size=0)  # it may be a pooler
+            try:
+                lags, missing = await report.partition_lags(connection, source, app)
+            finally:
+                await connection.close()
+            return not missing and not any(each["lag"] != 0 for each in lags)
+
+        await until("no lag", no_lag, seconds)
+    finally:
+        await source.stop(5)
+
+
+async def consume_all(app: App, settings: Settings, seconds: float = 30, **options: Any) -> None:
+    """Run a worker until everything produced so far is settled."""
+    async with working(app, settings, **options):
+        await drained(app, settings, seconds)
+
+
+async def counts(app: App, dsn: str) -> dict[str, dict[str, Any]]:
+    """As `consumer status` counts."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        return await report.handler_counts(connection, app)
+    finally:
+        await connection.close()
+
+
+async def letters(dsn: str) -> list[dict[str, Any]]:
+    """The dead letters, oldest first."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        return (await report.dead_letters(connection, None, None, None, None, 1000))[::-1]
+    finally:
+        await connection.close()
+
+
+class Place:
+    """The services of one test: a database of its own, and as many topics as it asks for.
+
+    dsn: the owner's address of the database, to look and to prepare. worker_dsn: what is run, connects with that.
+    """
+
+    def __init__(self, kafka: str, dsn: str, redis_url: str) -> None:
+        self.kafka = kafka
+        self.dsn = dsn
+        self.worker_dsn = as_worker(dsn)
+        self.redis_url = redis_url
+
+    def settings(self, **more: Any) -> Settings:
+        return settings_for(self.worker_dsn, self.kafka, more.pop("redis_url", self.redis_url), **more)
+
+    async def topic(self, partitions: int = 1, **configs: str) -> str:
+        return await new_topic(self.kafka, partitions, **configs)
+
+    async def send(self, topic: str, *messages: Sent) -> None:
+        await produce(self.kafka, topic, messages)
+
+    async def effects(self) -> list[tuple[Any, ...]]:
+        return await query(self.dsn, "select id, account, amount from effects order by id")
+
+    async def reasons(self) -> list[str]:
+        found = sorted(await letters(self.dsn), key=lambda each: (each["topic"], each["partition"], each["offset"]))
+        return [each["reason"] for each in found]
+
+
+class Command:
+    """A `consumer` command as a process of its own, with its log lines."""
+
+    def __init__(
+        self, arguments: Sequence[str], settings: Settings, cwd: Path, environment: Mapping[str, str] = {}
+    ) -> None:
+        clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
+        self._log = cwd / "stderr.log"
+        with self._log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "consumer", *arguments],
+                cwd=cwd,
+                env={
+                    **clean,
+                    **settings.dump(),
+                    "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "support", cwd])),
+                    **environment,
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+
+    def events(self) -> list[dict[str, Any]]:
+        """What was logged so far, as JSON lines."""
+        found = []
+        for line in self._log.read_text("utf-8").splitlines():
+            if line.startswith("{"):
+                found.append(json.loads(line))
+        return found
+
+    def worker_pids(self) -> dict[int, int]:
+        """Slot -> pid of the newest worker process in it."""
+        return {each["worker"]: each["worker_pid"] for each in self.events() if "worker_pid" in each}
+
+    @property
+    def errors(self) -> str:
+        return self._log.read_text("utf-8")
+
+    async def wait(self, seconds: float = 40) -> int:
+        """Its exit code."""
+        await until("the command to end", self._ended, seconds)
+        return int(self.process.returncode)
+
+    async def _ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def end(self) -> None:
+        """Kill what is left of it: the workers notice that their parent is gone."""
+        if self.process.poll() is None:
+            for pid in self.worker_pids().values():
+                try:
+                    os.kill(pid, 9)
+                except ProcessLookupError:
+                    pass
+            self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+@asynccontextmanager
+async def running(
+    arguments: Sequence[str], settings: Settings, cwd: Path, **environment: str
+) -> AsyncIterator[Command]:
+    """A command that is ended at the latest when the block is left."""
+    cwd.mkdir(exist_ok=True)
+    command = Command(arguments, settings, cwd, environment)
+    try:
+        yield command
+    finally:
+        command.end()
+
+
+Result = subprocess.CompletedProcess[str]
+
+
+def consumer(cwd: Path, *arguments: str, **environment: str) -> Result:
+    """`consumer …` with nothing from this process's own settings."""
+    clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
+    return subprocess.run(
+        [sys.executable, "-m", "consumer", *arguments],
+        cwd=cwd,
+        env={**clean, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "TERM": "dumb", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def is_one_line(result: Result, *says: str, code: int = 2) -> None:
+    assert result.returncode == code, result.stderr
+    lines = [each for each in result.stderr.splitlines() if each.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("consumer: ")
+    assert "Traceback" not in result.stderr + result.stdout
+    for each in says:
+        assert each in lines[0]
+
+
+async def new_topic(kafka: str, partitions: int = 1, name: str | None = None, **configs: str) -> str:
+    """A topic of this test's own, ready to be produced to."""
+    topic = name or f"t-{uuid4().hex[:12]}"
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
+    await admin.start()
+    try:
+        await admin.create_topics([NewTopic(topic, partitions, 1, topic_configs=configs)])
+
+        async def led() -> bool:
+            found = await admin.describe_topics([topic])
+            return len(found[0]["partitions"]) == partitions and all(p["leader"] >= 0 for p in found[0]["partitions"])
+
+        await until("the topic to have leaders", led)
+    finally:
+        await admin.close()
+    return topic

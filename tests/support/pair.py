@@ -1,0 +1,94 @@
+"""PostgreSQL servers that come from another one: a standby that follows it, and one that is restored to a point in time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from consumer.local_servers import Postgres, Server
+
+
+class Copy(Postgres):
+    """Begins with a base backup of `primary`. port: where that is reached, a proxy's perhaps."""
+
+    def __init__(self, primary: Postgres, port: int = 0, options: Mapping[str, str] | None = None) -> None:
+        super().__init__(options)
+        self._primary = primary
+        self._primary_port = port or primary.port
+        self._password = primary._password
+
+    def prepare(self) -> None:
+        self._install = self._primary._install
+        data = self.directory / "data"
+        data.mkdir(mode=0o700)
+        if os.geteuid() == 0:
+            self.directory.chmod(0o755)
+            os.chown(data, self.identity()["user"], self.identity()["group"])
+        source = f"postgresql://demo:{self._password}@127.0.0.1:{self._primary_port}/postgres"
+        subprocess.run(
+            [
+                self._install / "bin" / "pg_basebackup",
+                "-D",
+                data,
+                "-d",
+                source,
+                *self.kind(),
+                "-c",
+                "fast",
+                "--no-sync",
+            ],
+            check=True,
+            capture_output=True,
+            cwd=self.directory,
+            env=self.environment(),
+            **self.identity(),
+        )
+
+    def kind(self) -> list[str]:
+        raise NotImplementedError
+
+
+class Standby(Copy):
+    """Follows the primary, asynchronously; `select pg_promote()` makes it one."""
+
+    name = "standby"
+
+    def kind(self) -> list[str]:
+        return ["-R", "-X", "stream"]
+
+
+class Backup(Copy):
+    """A base backup: `take` it, and later `restore` it up to a named restore point, with the WAL that the primary has left."""
+
+    name = "backup"
+
+    def kind(self) -> list[str]:
+        return ["-X", "none"]
+
+    def take(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="consumer-backup-", dir=self.place()))
+        self.prepare()
+
+    def restore(self, point: str, port: int) -> None:
+        """Start as a server of its own, on this port: recovery goes to the point, and then it is a primary."""
+        data = self.directory / "data"
+        self._options = {
+            **self._options,
+            "restore_command": f"cp {self._primary.directory}/data/pg_wal/%f %p",
+            "recovery_target_name": point,
+            "recovery_target_action": "promote",
+        }
+        subprocess.run(["touch", data / "recovery.signal"], check=True, **self.identity())
+        self.port = port
+        self.run()
+        self.wait()
+
+
+def power_cut(server: Server) -> None:
+    """SIGKILL for the server and all that it has started, at once."""
+    os.killpg(server.pid, signal.SIGKILL)
+    server.kill()

@@ -1,0 +1,87 @@
+"""A `consumer` command at a terminal of its own: what it shows, keys pressed there, signals sent to it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+from harness import ROOT
+
+
+def _at_a_terminal() -> None:
+    """In the child: Ctrl-C at this terminal reaches it, whatever the parent ignores."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class AtTerminal:
+    """Use as a context; the command is killed at its end. program: another one than `consumer`, as Python's arguments."""
+
+    def __init__(
+        self,
+        cwd: Path,
+        *arguments: str,
+        columns: int = 80,
+        program: tuple[str, ...] = ("-m", "consumer"),
+        **environment: str,
+    ) -> None:
+        clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
+        self._fd, child = pty.openpty()
+        path = os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "support"]))
+        self.process = subprocess.Popen(
+            [sys.executable, *program, *arguments],
+            cwd=cwd,
+            env={**clean, "PYTHONPATH": path, "COLUMNS": str(columns), "TERM": "dumb", **environment},
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            start_new_session=True,
+            preexec_fn=_at_a_terminal,
+        )
+        os.close(child)
+        self.shown = ""
+
+    def __enter__(self) -> AtTerminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._fd)
+
+    def until(self, text: str, seconds: float = 60) -> None:
+        """Read what it shows until it has shown this."""
+        deadline = time.monotonic() + seconds
+        while text not in self.shown:
+            assert time.monotonic() < deadline and self._read(deadline), f"not shown: {text!r} in {self.shown!r}"
+
+    def press(self, keys: str) -> None:
+        os.write(self._fd, keys.encode())
+
+    def end(self, seconds: float = 60) -> int:
+        """Its exit code; everything that it has shown is in `shown`."""
+        deadline = time.monotonic() + seconds
+        while self._read(deadline):
+            pass
+        assert time.monotonic() < deadline, f"it has not ended: {self.shown!r}"
+        return self.process.wait(max(1, deadline - time.monotonic()))
+
+    def _read(self, deadline: float) -> bool:
+        """Read on; False at its end."""
+        if not select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            return False
+        try:
+            found = os.read(self._fd, 65536)
+        except OSError:  # the other end is closed
+            return False
+        self.shown += found.decode("utf-8", "replace").replace("\r\n", "\n")
+        return bool(found)

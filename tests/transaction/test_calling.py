@@ -1,0 +1,156 @@
+"""A handler that was begun before it is awaited cannot tell: what it awaits, is told and raises is the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Generator
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+
+from consumer import App
+from consumer.core.message import LogRecord
+from consumer.core.ordering import Delivery
+from consumer.transaction.invoke import HandlerEnded, begin, called
+from consumer.transaction.limits import Activity
+
+inside: ContextVar[str] = ContextVar("inside", default="outside")
+
+
+def handler_of(function: Any) -> Any:
+    app = App("calling")
+    app.handler("t", name="it")(function)
+    handler = app.handlers["it"]
+    handler.bind({})
+    return handler
+
+
+async def run(function: Any, activity: Activity | None = None) -> Awaitable[object] | None:
+    """Begin and await, as transaction/once.py does. Returns what was left to await."""
+    handler = handler_of(function)
+    delivery = Delivery(handler, LogRecord("t", 0, 0, 0, None, b"", ()))
+    left = begin(handler, b"value", None, activity)
+    await called(handler, left, None, [delivery], activity)
+    return left
+
+
+async def test_one_that_waits_for_nothing_has_ended_when_it_was_begun() -> None:
+    seen = []
+
+    async def handle(value: bytes) -> None:
+        seen.append((value, asyncio.current_task()))
+
+    assert await run(handle) is None
+    assert seen == [(b"value", asyncio.current_task())]
+
+
+async def test_one_that_waits_goes_on_where_it_was_in_the_same_task_and_context() -> None:
+    told: list[Any] = []
+
+    async def handle(value: bytes) -> None:
+        token = inside.set("inside")
+        for n in range(3):
+            await asyncio.sleep(0)
+            told.append((n, inside.get(), asyncio.current_task()))
+        inside.reset(token)
+
+    activity = Activity({"it": 0.0})
+    assert await run(handle, activity) is not None
+    assert told == [(n, "inside", asyncio.current_task()) for n in range(3)]
+    assert inside.get() == "outside" and not activity.running and activity.at_once is None
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize(
+    ("raised", "comes_as"),
+    [
+        (ValueError, ValueError),
+        (StopAsyncIteration, StopAsyncIteration),
+        (asyncio.CancelledError, HandlerEnded),
+        (SystemExit, HandlerEnded),
+        (GeneratorExit, HandlerEnded),
+    ],
+)
+async def test_what_it_raises_comes_out_whenever_it_does(
+    waits: bool, raised: type[BaseException], comes_as: type[Exception]
+) -> None:
+    async def handle(value: bytes) -> None:
+        if waits:
+            await asyncio.sleep(0)
+        raise raised
+
+    with pytest.raises(comes_as):
+        await run(handle)
+
+
+async def test_a_cancellation_reaches_it_where_it_waits_and_may_be_cleaned_up_after() -> None:
+    told: list[str] = []
+    reached = asyncio.Event()
+
+    async def handle(value: bytes) -> None:
+        try:
+            reached.set()
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+            told.append("cleaned up")
+            raise
+
+    task = asyncio.create_task(run(handle))
+    await reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert told == ["cleaned up"]
+
+
+async def test_a_cancellation_reaches_it_where_it_only_lets_others_go_first() -> None:
+    """There is nothing there that was cancelled itself: it must be thrown."""
+    told: list[str] = []
+
+    async def handle(value: bytes) -> None:
+        asyncio.get_running_loop().call_soon(task.cancel)
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            told.append("cancelled")
+            raise
+
+    task = asyncio.create_task(run(handle))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert told == ["cancelled"]
+
+
+async def test_an_exception_of_what_it_waits_for_may_be_caught_in_it() -> None:
+    told: list[str] = []
+
+    async def handle(value: bytes) -> None:
+        try:
+            async with asyncio.timeout(0.01):
+                await asyncio.Event().wait()
+        except TimeoutError:
+            told.append("late")
+
+    await run(handle)
+    assert told == ["late"]
+
+
+async def test_a_wrapper_may_return_any_awaitable() -> None:
+    told: list[str] = []
+
+    class Waiting:
+        def __await__(self) -> Generator[Any, Any, None]:
+            yield from asyncio.sleep(0).__await__()
+            told.append("awaited")
+
+    handler = handler_of(_plain)
+    handler.call = lambda *_: Waiting()
+    left = begin(handler, b"", None, None)
+    assert isinstance(left, Waiting) and not told
+    await called(handler, left, None, [], None)
+    assert told == ["awaited"]
+
+
+async def _plain(value: bytes) -> None: ...

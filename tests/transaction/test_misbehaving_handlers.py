@@ -1,0 +1,344 @@
+"""Handlers that hang, swallow their cancellation, block the event loop, leak, go around their Tx or end its transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from harness import Place, Sent, consume_all, drained, letters, query, until, value, working
+from test_workers import Service, message
+from worker_app import SWALLOWS
+
+from consumer import App, Message, Retry, TransactionMisuse, Tx
+from consumer.core.errors import Misconfigured, RegistrationError
+from consumer.transaction import limits
+from consumer.transaction.limits import Stuck
+from consumer.worker.process import EXIT_STALLED
+from consumer.worker.restart_policy import EXIT_OUTGROWN
+from consumer.worker.worker import Worker
+
+INSERT = "insert into effects values ($1, $2, $3)"
+TWICE = Retry(attempts=2, base=0.01, cap=0.01)
+NAMES = [f"p{n:03}" for n in range(100)]
+BAD = "p037"
+
+
+def new_app() -> App:
+    return App(f"misbehaving-{uuid.uuid4().hex[:8]}")
+
+
+def sent(name: str, key: str | None = None) -> Sent:
+    return Sent({"id": name}, id=name, key=key or name)
+
+
+async def ids(place: Place) -> list[str]:
+    return [row[0] for row in await place.effects()]
+
+
+# -- that hang ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["before it wrote", "after it wrote", "batch", "batch after it wrote", "concurrent"])
+async def test_a_call_that_hangs_is_ended_found_at_once_and_counted(place: Place, kind: str) -> None:
+    """Its batch runs into the limit once for each of its attempts, and not once more for each half of a search."""
+    topic = await place.topic()
+    app = new_app()
+    hung: list[int] = []
+    order: list[str] = []
+
+    async def one(body: dict[str, str], tx: Tx) -> None:
+        if "after" in kind:
+            await tx.execute(INSERT, body["id"], 1, 1)
+        else:
+            tx.defer(INSERT, body["id"], 1, 1)
+
+    async def hang() -> None:
+        hung.append(1)
+        await asyncio.Event().wait()
+
+    if "batch" in kind:
+
+        @app.handler(topic, batch=100, timeout=0.4, retry=TWICE, name="settle")
+        async def many(bodies: list[dict[str, str]], tx: Tx) -> None:
+            for each in bodies:
+                await one(each, tx)
+            if BAD in [each["id"] for each in bodies]:
+                await hang()
+
+    else:
+
+        @app.handler(topic, timeout=0.4, retry=TWICE, concurrency=8 if kind == "concurrent" else 1)
+        async def settle(body: dict[str, str], tx: Tx) -> None:
+            await one(body, tx)
+            if body["id"] == BAD:
+                await hang()
+            order.append(body["id"])
+
+    # The one after the bad one has its key: it waits behind it, as a letter too in the end.
+    await place.send(topic, *[sent(each, "same" if each in (BAD, "p038") else each) for each in NAMES])
+    await consume_all(app, place.settings())
+    assert await ids(place) == [each for each in NAMES if each not in (BAD, "p038")]
+    assert await place.reasons() == ["failed", "behind"]
+    [letter] = [each for each in await letters(place.dsn) if each["state"] == "dead"]
+    assert (letter["attempts"], "TookTooLong" in letter["error"]) == (2, True)
+    assert len(hung) == (3 if "batch" in kind else 2)  # a batch does not say whose fault it was: once for all of it
+
+
+async def test_a_statement_that_takes_too_long_is_cancelled_and_nobodys_fault(place: Place) -> None:
+    """A database that is slow cannot be told from a query that is: the message waits aside, and no other does."""
+    topic = await place.topic()
+    app = new_app()
+    runs: Counter[str] = Counter()
+
+    @app.handler(topic, timeout=0.4, retry=Retry(attempts=1))
+    async def settle(body: dict[str, str], tx: Tx) -> None:
+        runs[body["id"]] += 1
+        if body["id"] == BAD:
+            await tx.execute("select pg_sleep(60)")
+        await tx.execute(INSERT, body["id"], 1, 1)
+
+    await place.send(topic, *map(sent, NAMES))
+    async with working(app, place.settings()):
+
+        async def others() -> bool:
+            return len(await ids(place)) == 99
+
+        await until("the others", others)
+        assert runs[BAD] == 1
+        sleeping = "select count(*) from pg_stat_activity where query like '%pg_sleep(60)%' and state = 'active' and pid <> pg_backend_pid()"
+        assert not await value(place.dsn, sleeping)
+    assert await place.reasons() == []
+
+
+async def test_a_handler_without_a_ledger_has_a_limit_too(place: Place) -> None:
+    topic = await place.topic()
+    app = new_app()
+    seen: list[str] = []
+
+    @app.handler(topic, timeout=0.3, idempotent=False, retry=TWICE)
+    async def watch(body: dict[str, str]) -> None:
+        if body["id"] == "bad":
+            await asyncio.Event().wait()
+        seen.append(body["id"])
+
+    await place.send(topic, sent("a"), sent("bad"), sent("c"))
+    await consume_all(app, place.settings())
+    assert set(seen) == {"a", "c"}
+    assert await place.reasons() == ["failed"]
+
+
+async def test_a_limit_that_postgresql_would_not_wait_for_is_refused(place: Place) -> None:
+    app = new_app()
+
+    @app.handler("t", timeout=50)
+    async def settle(body: bytes, tx: Tx) -> None: ...
+
+    with pytest.raises(Misconfigured, match=r"at least 83, or the limit to at most 36"):
+        Worker(app, place.settings())
+    Worker(app, place.settings(postgres_idle_in_transaction_timeout_seconds=84))
+    with pytest.raises(RegistrationError, match="timeout"):
+        app.handler("t", name="other", timeout=-1)(settle)
+
+
+async def test_an_order_to_stop_is_not_taken_for_a_handlers_limit(place: Place) -> None:
+    topic = await place.topic()
+    app = new_app()
+    entered = asyncio.Event()
+
+    @app.handler(topic, timeout=0)  # no limit
+    async def settle(body: dict[str, str], tx: Tx) -> None:
+        entered.set()
+        await asyncio.Event().wait()
+
+    await place.send(topic, sent("a"))
+    async with working(app, place.settings(grace_seconds=1)):
+        await asyncio.wait_for(entered.wait(), 30)
+    assert await query(place.dsn, "select * from consumer.ledger") == []
+    assert await place.reasons() == []
+
+
+# -- that cannot be stopped -----------------------------------------------------------------------------------------
+
+
+async def test_a_handler_that_swallows_its_cancellation_loses_its_connection_and_ends_the_worker(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(limits, "LAST_SECONDS", 0.3)
+    topic = await place.topic()
+    app = new_app()
+    let_go, over = asyncio.Event(), asyncio.Event()
+    late: list[BaseException] = []
+
+    @app.handler(topic, timeout=0.3, retry=Retry(attempts=1))
+    async def settle(body: dict[str, str], tx: Tx) -> None:
+        tx.defer(INSERT, body["id"], 1, 1)
+        await tx.fetchval("select 1")
+        if body["id"] != "a":
+            return
+        while not let_go.is_set():
+            try:
+                await let_go.wait()
+            except BaseException:
+                continue
+        try:
+            await tx.execute(INSERT, "LATE", 1, 1)
+        except BaseException as error:
+            late.append(error)
+        over.set()
+
+    await place.send(topic, sent("before"), sent("a"), sent("after"))
+    with pytest.raises(Stuck, match="settle"):
+        await asyncio.wait_for(Worker(app, place.settings()).run(), 30)
+    open_ones = """select count(*) from pg_stat_activity where datname = current_database()
+                   and xact_start is not null and pid <> pg_backend_pid()"""
+
+    async def undone() -> bool:
+        return not await value(place.dsn, open_ones)
+
+    await until("PostgreSQL to have undone it", undone)
+    let_go.set()
+    await asyncio.wait_for(over.wait(), 10)
+    assert [type(each) for each in late] == [TransactionMisuse]
+    assert (await ids(place), await place.reasons()) == ([], ["failed"])  # its attempt was counted, for all to see
+    await consume_all(app, place.settings())  # so the next process does not meet it
+    assert (await ids(place), await place.reasons()) == (["after", "before"], ["failed"])
+
+
+async def test_the_process_of_such_a_handler_ends_and_another_takes_over(place: Place, tmp_path: Path) -> None:
+    service = Service(place, await place.topic(), tmp_path, handler_timeout_seconds=0.3, restarts_max=1)
+    async with service.run() as command:
+        await service.opened(command, 1)
+        await place.send(service.topic, message("m", SWALLOWS))
+
+        async def replaced() -> bool:
+            return len({each["worker_pid"] for each in command.events() if "worker_pid" in each}) == 2
+
+        await until("another worker process", replaced, 60)
+        assert [each["exit_code"] for each in command.events() if "exit_code" in each] == [EXIT_STALLED]
+
+
+# -- that block -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_handler_that_blocks_the_event_loop_is_named_while_it_does_and_stays_a_member(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `time.sleep(12)` under the default session timeout of 30 s: shorter here, in the same proportion."""
+    caplog.set_level(logging.INFO, "consumer")
+    topic = await place.topic(2)
+    app = new_app()
+    woke: list[float] = []
+
+    @app.handler(topic)
+    async def settle(body: dict[str, str], tx: Tx) -> None:
+        tx.defer(INSERT, body["id"], 1, 1)
+        if body["id"] == "blocks":
+            time.sleep(4)  # noqa: ASYNC251 - that is the trap
+            woke.append(time.time())
+
+    async with working(app, place.settings(kafka_session_timeout_seconds=10)) as worker:
+        await place.send(topic, sent("a"))
+        await drained(app, place.settings())
+        before = (worker._source.member_id, worker._source.consumer._coordinator.generation)
+        await place.send(topic, sent("blocks"), sent("b"))
+        await drained(app, place.settings())
+        assert (worker._source.member_id, worker._source.consumer._coordinator.generation) == before
+    told = [
+        each for each in caplog.records if each.getMessage() == "the event loop is blocked: a handler does not await"
+    ]
+    assert told
+    fields: dict[str, Any] = told[0].__dict__["fields"]
+    assert fields["handler"] == "settle"
+    assert "test_misbehaving_handlers.py" in fields["at"]
+    assert told[0].created < woke[0]
+    revoked = [each.created for each in caplog.records if each.getMessage() == "partitions revoked"]
+    assert all(each > woke[0] for each in revoked)
+    assert await ids(place) == ["a", "b", "blocks"]
+
+
+# -- that leak ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_worker_that_has_grown_too_large_drains_and_is_replaced(place: Place, tmp_path: Path) -> None:
+    service = Service(place, await place.topic(), tmp_path, worker_memory_max_mb=1, restarts_max=1)
+    async with service.run() as command:
+        assert await command.wait(60) == 1  # each is too large at once here: the supervisor does not go on for ever
+        events = command.events()
+        assert any("too much memory" in each["event"] for each in events)
+        assert [each["exit_code"] for each in events if "exit_code" in each] == [EXIT_OUTGROWN] * 2
+        assert sum(each["event"] == "worker stopped" for each in events) == 2  # in order, not killed
+
+
+# -- that go around their Tx, or end its transaction ------------------------------------------------------------------
+
+
+async def test_what_a_handler_writes_on_a_connection_of_its_own_happens_at_least_once(place: Place) -> None:
+    """Outside the promise, as README says: a run that fails does not take the own write back, and the next one repeats it."""
+    topic = await place.topic()
+    app = new_app()
+    failing = [1]
+
+    @app.handler(topic, retry=TWICE)
+    async def settle(body: dict[str, str], tx: Tx) -> None:
+        own = await asyncpg.connect(place.dsn)
+        try:
+            await own.execute(INSERT, "own", 1, 1)
+        finally:
+            await own.close()
+        await tx.execute(INSERT, "through tx", 1, 1)
+        if failing:
+            failing.pop()
+            raise ConnectionError("something far away")
+
+    await place.send(topic, sent("a"))
+    await consume_all(app, place.settings())
+    assert await ids(place) == ["own", "own", "through tx"]
+
+
+ENDING = [
+    "do $$ begin commit; end $$",
+    "do $$ begin rollback; end $$",
+    "call ends_it()",
+    "call outer_one()",
+    "select calls_it()",
+    "select 1; commit",
+    "commit and chain",
+    "/* a */ End -- b",
+    "prepare transaction 'x'",
+    "do $$ begin execute 'commit'; end $$",
+    "rollback to savepoint consumer_1",
+]
+
+
+async def test_no_handler_can_commit_by_any_of_these_ways(place: Place) -> None:
+    """Refused before it is sent, or by PostgreSQL; what was written before it is not stored, and no neighbour suffers."""
+    await query(place.dsn, "create procedure ends_it() language plpgsql as $$ begin commit; end $$")
+    await query(place.dsn, "create procedure outer_one() language plpgsql as $$ begin call ends_it(); end $$")
+    await query(
+        place.dsn,
+        "create function calls_it() returns int language plpgsql as $$ begin call ends_it(); return 1; end $$",
+    )
+    topic = await place.topic()
+    app = new_app()
+
+    @app.handler(topic, retry=Retry(attempts=1))
+    async def settle(message: Message[dict[str, str]], tx: Tx) -> None:
+        name = message.value["id"]
+        await tx.execute(INSERT, name, 1, 1)
+        if name in ENDING:
+            await tx.execute(name)
+
+    good = [f"good {n:02}" for n in range(len(ENDING) + 1)]
+    both = [each for pair in zip(good, ENDING, strict=False) for each in pair]
+    await place.send(topic, *map(sent, [*both, good[-1]]))
+    await consume_all(app, place.settings())
+    assert await ids(place) == good
+    assert await place.reasons() == ["failed"] * len(ENDING)

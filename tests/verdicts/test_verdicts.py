@@ -1,0 +1,85 @@
+"""The judge of verdicts: a short run finds none that is wrong, directed cases are answered exactly, and broken verdicts are caught."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+
+import pytest
+from harness import ROOT
+from services import Kafka
+
+from consumer.local_servers import Postgres
+from verdicts.directed import CAUGHT, DIRECTED
+from verdicts.drawing import FAULTS, draw
+from verdicts.judging import judge
+from verdicts.mutants import MUTANTS, broken
+from verdicts.servers import Servers
+from verdicts.session import Summary, judge_all
+
+SECONDS = 25
+
+
+@pytest.fixture
+async def servers(kafka: Kafka, postgres: Postgres) -> AsyncIterator[Servers]:
+    async with Servers(kafka.bootstrap_servers, postgres.dsn()) as found:
+        yield found
+
+
+def test_a_seed_draws_the_same_case_every_time_and_every_kind_of_fault() -> None:
+    assert repr(draw(5)) == repr(draw(5)) != repr(draw(6))
+    assert {draw(seed).fault.kind for seed in range(400)} == {"none", *FAULTS}
+
+
+@pytest.mark.timeout(300)
+async def test_a_short_run_finds_no_wrong_verdict(
+    servers: Servers, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other seeds every day; the first one is printed."""
+    seed = datetime.now(UTC).date().toordinal() * 100_000
+    with capsys.disabled():
+        print(f"\nmake verdicts ARGS='--seed {seed} --seconds {SECONDS}'")
+    caplog.set_level(logging.CRITICAL, "consumer")
+    summary = Summary(seed)
+    await judge_all(servers, summary, seconds=SECONDS)
+    assert not summary.wrong, "\n\n".join("\n".join(each.lines()) for each in summary.wrong)
+    assert summary.cases
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", DIRECTED)
+async def test_a_directed_case_gets_exactly_the_right_answers(servers: Servers, name: str) -> None:
+    case, check, rebuild = DIRECTED[name]
+    judged = await judge(servers, case)
+    assert not judged.undecided
+    assert [each.code for each in judged.answers] == [check, rebuild], "\n".join(judged.lines())
+    assert not judged.is_wrong
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mutant", MUTANTS)
+async def test_a_broken_verdict_is_caught(servers: Servers, mutant: str) -> None:
+    name, mode, code = CAUGHT[mutant]
+    with broken(mutant):
+        judged = await judge(servers, DIRECTED[name][0])
+    assert [(each.mode, each.code) for each in judged.answers if each.wrong] == [(mode, code)], "\n".join(
+        judged.lines()
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--seconds", "0"], ["--stop-at", "-1"], ["--mutant", "x"]])
+def test_the_command_refuses_what_cannot_be(arguments: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "verdicts", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,235 @@
+"""Where a partition begins that has no position: another database, another client's commit; strangers and deleted topics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import confluent_kafka
+import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from harness import Place, consume_all, drained, is_one_line, migrated, query, until, working
+from test_incarnations import PATH, Told, app_of, command, group_offsets, ids, payment, positions
+
+from consumer import App
+from consumer.local_servers import Postgres
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Iterator[Told]:
+    with caplog.at_level("INFO", logger="consumer"):
+        yield Told(caplog)
+
+
+async def recreated(place: Place, postgres: Postgres) -> Place:
+    """The same Kafka and Redis beside an empty database."""
+    name = f"test_{uuid4().hex[:12]}"
+    await query_alone(postgres.dsn(), f"create database {name}")
+    await migrated(postgres.dsn(name))
+    return Place(place.kafka, postgres.dsn(name), place.redis_url)
+
+
+async def query_alone(dsn: str, sql: str) -> None:
+    connection = await asyncpg.connect(dsn)
+    try:
+        await connection.execute(sql)
+    finally:
+        await connection.close()
+
+
+async def status(place: Place, app: App) -> tuple[int, dict[str, Any]]:
+    found = await command(place, app, "status", PATH, "--json")
+    return found.returncode, json.loads(found.stdout)
+
+
+def kinds(found: dict[str, Any]) -> list[str]:
+    return [each["kind"] for each in found["notices"]]
+
+
+async def copied(place: Place, app: App, offsets: int) -> None:
+    """Wait until Kafka has the positions."""
+
+    async def there() -> bool:
+        return sum((await group_offsets(place.settings(), app.name)).values()) == offsets
+
+    await until("the positions to be copied to Kafka", there)
+
+
+async def test_recreated_database_stops_partitions_until_a_person_decides(
+    place: Place, postgres: Postgres, told: Told
+) -> None:
+    topic = await place.topic(2)
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}", n % 2) for n in range(20)])
+    async with working(app, place.settings()):
+        await drained(app, place.settings())
+        await copied(place, app, 20)
+    other = await recreated(place, postgres)
+    await other.send(topic, *[payment(f"q{n}", n % 2) for n in range(4)])
+    async with working(app, other.settings(), path=PATH):
+        found = await told.wait("partition stopped", 2)
+        assert {each["reason"] for each in found} == {"other_database"}
+        assert all("committed 10" in each["text"] and "--to committed" in each["text"] for each in found)
+        code, shown = await status(other, app)
+        assert code == 1
+        assert [each["stopped"]["reason"] for each in shown["partitions"]] == ["other_database"] * 2
+        assert await ids(other) == [] and await positions(other, app) == {}
+        where = ["--topic", topic, "--partition"]
+        here = await command(other, app, "positions", PATH, *where, "0", "--to", "committed")
+        assert here.returncode == 0, here.stderr
+        all_of_it = await command(other, app, "positions", PATH, *where, "1", "--to", "earliest")
+        assert all_of_it.returncode == 0, all_of_it.stderr
+        await drained(app, other.settings())
+    assert set(await ids(other)) == {f"p{n}" for n in range(1, 20, 2)} | {f"q{n}" for n in range(4)}
+    code, shown = await status(other, app)
+    assert (code, shown["notices"]) == (0, [])
+
+
+async def test_database_from_before_the_application_reads_again_from_its_beginning(
+    place: Place, postgres: Postgres, told: Told
+) -> None:
+    """The same installation, put back to a time when the App was unknown: nothing of it is lost."""
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}") for n in range(10)])
+    async with working(app, place.settings()):
+        await drained(app, place.settings())
+        await copied(place, app, 10)
+    for table in ("coverage", "positions", "ledger", "outcomes", "handlers"):
+        await query(place.dsn, f"delete from consumer.{table}")
+    await query(place.dsn, "delete from effects")
+    await query(place.dsn, "update consumer.installation set nonce = gen_random_uuid()")
+    await consume_all(app, place.settings())
+    assert len(await ids(place)) == 10
+    assert told.of("postgresql has lost its position")
+
+
+async def test_beginning_at_another_clients_commit_is_told_with_what_it_skips(place: Place, told: Told) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}") for n in range(20)])
+    client = AIOKafkaConsumer(bootstrap_servers=place.kafka, group_id=app.name, enable_auto_commit=False)
+    await client.start()
+    client.assign([TopicPartition(topic, 0)])
+    await client.commit({TopicPartition(topic, 0): 15})
+    await client.stop()
+    await consume_all(app, place.settings())
+    [found] = told.of("beginning at the commit of another client")
+    assert (found["skipped"], found["offset"]) == (15, 15)
+    assert len(await ids(place)) == 5
+    code, shown = await status(place, app)
+    assert (code, kinds(shown)) == (0, ["began_with_group"])
+    moved = await command(place, app, "positions", PATH, "--topic", topic, "--to", "earliest")
+    assert moved.returncode == 0, moved.stderr
+    await consume_all(app, place.settings())
+    assert len(await ids(place)) == 20
+    assert kinds((await status(place, app))[1]) == []
+
+
+async def test_classic_stranger_in_the_group_is_reported(place: Place, told: Told) -> None:
+    topic = await place.topic(4)
+    app = app_of(topic)
+    async with working(app, place.settings()) as worker:
+        await place.send(topic, payment("a"))
+        await drained(app, place.settings())
+        assert kinds((await status(place, app))[1]) == []
+        client = AIOKafkaConsumer(
+            topic, bootstrap_servers=place.kafka, group_id=app.name, client_id="a-stranger", enable_auto_commit=False
+        )
+        await client.start()
+        try:
+            [found] = await told.wait("another client is a member")
+            assert "a-stranger" in found["clients"]
+            code, shown = await status(place, app)
+            assert (code, kinds(shown)) == (1, ["stranger"])
+            assert "a-stranger" in shown["notices"][0]["text"]
+        finally:
+            await client.stop()
+
+        async def alone() -> bool:
+            return len(worker._reading) == 4
+
+        await until("the worker to have all partitions again", alone)
+    assert await ids(place) == ["a"]
+
+
+async def test_stranger_with_the_newer_protocol_is_reported(place: Place, told: Told) -> None:
+    topic = await place.topic(4)
+    app = app_of(topic)
+    async with working(app, place.settings()):
+        await place.send(topic, *[payment(f"p{n}", n) for n in range(4)])
+        await drained(app, place.settings())
+        await copied(place, app, 4)
+        client = confluent_kafka.Consumer(
+            {"bootstrap.servers": place.kafka, "group.id": app.name, "group.protocol": "consumer"}
+        )
+        client.subscribe([topic])
+        try:
+
+            async def joined() -> bool:
+                await asyncio.to_thread(client.poll, 0.2)
+                return bool(client.assignment())
+
+            await until("the stranger to be assigned something", joined, 60)
+            await told.wait("another client is a member")
+            code, shown = await status(place, app)
+            assert (code, kinds(shown)) == (1, ["stranger"])
+        finally:
+            client.close()
+
+
+async def test_deleted_topic_is_a_problem_of_status(place: Place) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, payment("a"))
+    await consume_all(app, place.settings())
+    admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
+    await admin.start()
+    try:
+        await admin.delete_topics([topic])
+    finally:
+        await admin.close()
+
+    async def gone() -> bool:
+        return bool((await status(place, app))[1]["missing_topics"])
+
+    await until("the topic to be gone", gone)
+    code, shown = await status(place, app)
+    assert (code, kinds(shown)) == (1, ["deleted_topic"])
+
+
+async def test_positions_move_a_whole_topic_to_a_time_or_show_it_first(place: Place) -> None:
+    topic = await place.topic(3)
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}", n % 3) for n in range(30)])
+    await consume_all(app, place.settings())
+    move = ["positions", PATH, "--topic", topic, "--to"]
+    shown = await command(place, app, *move, "24h", "--dry-run", "--json")
+    assert [(each["before"], each["position"]) for each in json.loads(shown.stdout)] == [(10, 0)] * 3
+    assert await positions(place, app) == {0: 10, 1: 10, 2: 10}
+    assert (await command(place, app, *move, "24h")).returncode == 0
+    assert await positions(place, app) == {0: 0, 1: 0, 2: 0}
+    assert (await command(place, app, *move, "4")).returncode == 0
+    assert await positions(place, app) == {0: 4, 1: 4, 2: 4}
+    assert (await command(place, app, *move, "end")).returncode == 0
+    assert await positions(place, app) == {0: 10, 1: 10, 2: 10}
+    one = await command(place, app, *move, "beginning", "--partition", "1", "--json")
+    assert json.loads(one.stdout) == {"topic": topic, "partition": 1, "before": 10, "position": 0}
+    is_one_line(await command(place, app, *move, "11"), "nothing was changed", f"{topic}:0 0 to 10")
+    is_one_line(await command(place, app, *move, "position"), "it is there already")
+    is_one_line(await command(place, app, *move, "tomorrow"), "--to 'tomorrow'")
+    is_one_line(await command(place, app, *move, "2999-01-01"), "in the future")
+    is_one_line(await command(place, app, "positions", PATH, "--topic", topic), "--to")
+    is_one_line(
+        await command(place, app, "positions", PATH, "--topic", topic, "--partition", "7", "--to", "0"),
+        "no partition 7",
+    )
+    is_one_line(await command(place, app, "positions", PATH, "--dry-run"), "--dry-run goes with --to")
+    assert await positions(place, app) == {0: 10, 1: 0, 2: 10}
+    await consume_all(app, place.settings())
+    assert len(await ids(place)) == 30
