@@ -205,12 +205,12 @@ class LetterSession(Session):
             ]
         )
 
-    async def unclaim(self, deliveries: Sequence[Delivery]) -> None:
+    async def release_claims(self, deliveries: Sequence[Delivery]) -> None:
         for each in deliveries:
             self._letters[each].is_postponed = True
         await self._lay_back(deliveries)
 
-    async def bury(
+    async def store_dead_letters(
         self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
     ) -> None:
         for each, verdict in dead.items():
@@ -226,12 +226,12 @@ class LetterSession(Session):
                 _LAY_BACK, [row["handler"] for row in revived], [row["id"] for row in revived]
             )
         if claimed := [each for each in deliveries if self._letters[each].is_claimed]:
-            await super().unclaim(claimed)
+            await super().release_claims(claimed)
 
-    async def note_attempts(self, tried: Any, settled: Any) -> None:
+    async def save_attempts(self, tried: Any, settled: Any) -> None:
         """Do nothing: the attempts of a letter are in its own row."""
 
-    async def close_batch(
+    async def write_positions(
         self, app: str, moves: Sequence[Move], counts: Mapping[tuple[int, int, int, str], int]
     ) -> None:
         """Record what became of the letters, in the transaction that made it so."""
@@ -274,7 +274,7 @@ class LetterSession(Session):
         for sql, keys in ((_RELEASE, released), (_DROP_STAND_INS, stand_ins)):
             if keys:
                 await self.connection.execute(sql, [key[0] for key in keys], [key[1] for key in keys])
-        await super().close_batch(app, (), totals)
+        await super().write_positions(app, (), totals)
 
     async def act(self, letters: Sequence[tuple[Letter, bytes | None]]) -> None:
         """Add what was done to letters to the record, with the id of those that became another intent."""

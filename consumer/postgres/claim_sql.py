@@ -40,8 +40,8 @@ class Statements(NamedTuple):
     claim_alike: str
     standing: str
     standing_alike: str
-    unclaim: str
-    bury: str
+    release_claims: str
+    mark_claims_dead: str
 
 
 _OFFERED = """
@@ -106,16 +106,16 @@ def statements(target: int, turning: bool, live: tuple[int, ...]) -> Statements:
     claimed = _claimed(target, turning, [each for each in live if each != target])
     everywhere = " union all ".join(_EVERYWHERE.format(table=_read(each)) for each in live)
     lost = _LOST.format(ledger=_read(target) if live == (target,) else f"({everywhere})")
-    unclaim = _UNCLAIM.format(target=_read(target))
+    release_claims = _UNCLAIM.format(target=_read(target))
     if turning:
-        unclaim = _UNCLAIM_TURNING + unclaim
+        release_claims = _UNCLAIM_TURNING + release_claims
     return Statements(
         claim=_OFFERED + claimed + lost + _NOT_CLAIMED,
         claim_alike=_OFFERED_ALIKE + claimed + lost + _NOT_CLAIMED,
         standing=_OFFERED + lost,
         standing_alike=_OFFERED_ALIKE + lost,
-        unclaim=unclaim,
-        bury=_BURY.format(target=_read(target)),
+        release_claims=release_claims,
+        mark_claims_dead=_BURY.format(target=_read(target)),
     )
 
 

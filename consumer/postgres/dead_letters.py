@@ -81,7 +81,7 @@ from consumer.attempts where handler = any($1) and topic = any($2)
 """
 
 
-async def bury(
+async def store(
     connection: Any, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], *, publish: bool
 ) -> None:
     """Keep dead letters, and hold the chains of those whose handler kept failing.
@@ -116,7 +116,7 @@ async def ask(connection: Any, deliveries: Sequence[Delivery]) -> dict[Delivery,
     }
 
 
-async def note_attempts(
+async def save_attempts(
     connection: Any, tried: Mapping[Delivery, tuple[int, float]], settled: Iterable[Delivery]
 ) -> None:
     """Keep attempts (how many, seconds until the next) of messages that are not settled, and forget those of settled ones."""

@@ -460,26 +460,26 @@ class Session:
             )
         ]
 
-    async def unclaim(self, deliveries: Sequence[Delivery]) -> None:
+    async def release_claims(self, deliveries: Sequence[Delivery]) -> None:
         """Take back claims of this transaction, for messages that will be tried again."""
-        await self.connection.execute(self._statements.unclaim, *_keys(deliveries))
+        await self.connection.execute(self._statements.release_claims, *_keys(deliveries))
 
-    async def bury(
+    async def store_dead_letters(
         self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
     ) -> None:
         """Keep dead letters. `claimed`: those whose claim was made in this transaction, maybe as applied."""
         if claimed:
-            await self.connection.execute(self._statements.bury, *_keys(claimed))
-        await dead_letters.bury(self.connection, dead, attempts, publish=self._settings.dead_letter_topic is not None)
+            await self.connection.execute(self._statements.mark_claims_dead, *_keys(claimed))
+        await dead_letters.store(self.connection, dead, attempts, publish=self._settings.dead_letter_topic is not None)
 
     async def holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, Hold]:
         """Whether dead letters hold back these deliveries, for the time of this transaction."""
         return await dead_letters.ask(self.connection, deliveries)
 
-    async def note_attempts(self, tried: Mapping[Delivery, tuple[int, float]], settled: Sequence[Delivery]) -> None:
+    async def save_attempts(self, tried: Mapping[Delivery, tuple[int, float]], settled: Sequence[Delivery]) -> None:
         """Keep attempts, and seconds until the next, of messages that are not settled; forget those of settled ones."""
         if self.owns_positions:
-            await dead_letters.note_attempts(self.connection, tried, settled)
+            await dead_letters.save_attempts(self.connection, tried, settled)
 
     async def recall(
         self, handlers: Sequence[int], positions: Mapping[Partition, int]
@@ -491,7 +491,7 @@ class Session:
         """Check now what a COMMIT would check: deferred constraints. Raises what the database says."""
         await self.connection.execute("set constraints all immediate")
 
-    async def close_batch(
+    async def write_positions(
         self, app: str, moves: Sequence[Move], counts: Mapping[tuple[int, int, int, str], int]
     ) -> None:
         """Write the positions, each only if it still is what this worker last knew, and count the outcomes.

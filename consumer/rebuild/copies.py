@@ -454,22 +454,22 @@ class CopiesSession(Session):
         """Of ids that are claimed: offered again, they lose."""
         return await self.claim(deliveries, topics)
 
-    async def unclaim(self, deliveries: Sequence[Delivery]) -> None:
+    async def release_claims(self, deliveries: Sequence[Delivery]) -> None:
         await self.raw.execute(_UNCLAIM, *offers(deliveries)[:2])
 
-    async def bury(
+    async def store_dead_letters(
         self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
     ) -> None:
         """Nothing is kept of them: they keep their claim."""
 
-    async def note_attempts(self, tried: Mapping[Delivery, tuple[int, float]], settled: Sequence[Delivery]) -> None:
+    async def save_attempts(self, tried: Mapping[Delivery, tuple[int, float]], settled: Sequence[Delivery]) -> None:
         """Nothing is kept of them either."""
 
     async def holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, Hold]:
         """Nothing holds back: what waits behind a dead letter was left out."""
         return dict.fromkeys(deliveries, Hold.FREE)
 
-    async def close_batch(
+    async def write_positions(
         self, app: str, moves: Sequence[Move], counts: Mapping[tuple[int, int, int, str], int]
     ) -> None:
         """Make sure that nothing real was touched, and look whether a sought row was."""

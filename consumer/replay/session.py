@@ -49,10 +49,10 @@ class ReplaySession(Session):
         await self.connection.fetch(_LOCK, *_places(deliveries))
         return await super().holds(deliveries)
 
-    async def bury(
+    async def store_dead_letters(
         self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
     ) -> None:
-        await super().bury(dead, attempts, claimed)
+        await super().store_dead_letters(dead, attempts, claimed)
         holding = [each for each, verdict in dead.items() if holds(verdict) and each.chain() is not None]
         if holding:
             await self.connection.execute(_RAISE, *_places(holding))

@@ -173,7 +173,7 @@ async def apply(
         if rehearsal is not None:
             return await _undone(session, rehearsal, fresh, done)
         if done.parked and (retracted := [each for each in fresh if each in done.parked]):
-            await session.unclaim(retracted)
+            await session.release_claims(retracted)
         dead = {each: verdict for each, verdict in done.outcomes.items() if isinstance(verdict, Dead)}
         if dead:
             if limit is not None:
@@ -181,16 +181,16 @@ async def apply(
             for each, verdict in dead.items():
                 if holds(verdict):
                     lane.suspect(each)
-            await session.bury(dead, done.attempts, claimed=[each for each in fresh if each in dead])
+            await session.store_dead_letters(dead, done.attempts, claimed=[each for each in fresh if each in dead])
         done.applied = [each for each in fresh if each not in done.outcomes] if done.outcomes else fresh
         if not lane.holds(batch):
             raise Fenced("its partitions were opened anew meanwhile: what it settled would be counted again")
         done.moves = _of_their_logs(names, batch, _with_unmoved(lane, batch, lane.moves(batch, done.parked), done))
         if tried := {each: (n, delay) for each, delay in done.parked.items() if (n := _attempts(each, done))}:
-            await session.note_attempts(tried, ())
+            await session.save_attempts(tried, ())
         if over := [each for each in batch.deliveries if each.attempts and each not in done.parked]:
-            await session.note_attempts({}, over)
-        await session.close_batch(names.app, done.moves, _count(names, done))
+            await session.save_attempts({}, over)
+        await session.write_positions(names.app, done.moves, _count(names, done))
         step("before_commit")
         theirs = True
         await session.commit()

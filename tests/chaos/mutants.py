@@ -43,7 +43,7 @@ def _kafka_keeps_the_positions(where_none: str = "beginning") -> None:
         await session.begin_positions(app, {each: Position(at) for each, at in starts.items()})
         return {each: (Position(at), None) for each, at in starts.items()}, Changes()
 
-    close_batch = Session.close_batch
+    write_positions = Session.write_positions
 
     async def closing(self: Session, app: str, moves: Sequence[Any], *more: Any, **options: Any) -> None:
         await self.connection.executemany(
@@ -51,10 +51,10 @@ def _kafka_keeps_the_positions(where_none: str = "beginning") -> None:
                on conflict (app, topic, partition) do update set next_offset = excluded.next_offset""",
             [(app, *move.partition, move.next) for move in moves],
         )
-        await close_batch(self, app, (), *more, **options)
+        await write_positions(self, app, (), *more, **options)
 
     start_positions.positions = positions  # type: ignore[assignment]
-    Session.close_batch = closing  # type: ignore[method-assign,assignment]
+    Session.write_positions = closing  # type: ignore[method-assign,assignment]
 
 
 def m1_auto_commit() -> None:
@@ -145,7 +145,7 @@ def m5_separate_transactions() -> None:
 
 def m6_swallow_and_commit() -> None:
     """Nobody notices that a statement has failed, and COMMIT's answer, which is ROLLBACK, is not read."""
-    awaited, close_batch = invoke.awaited, Session.close_batch
+    awaited, write_positions = invoke.awaited, Session.write_positions
 
     async def awaiting(call: Any, tx: Any) -> None:
         try:
@@ -157,7 +157,7 @@ def m6_swallow_and_commit() -> None:
 
     async def closing(self: Session, *arguments: Any, **options: Any) -> None:
         try:
-            await close_batch(self, *arguments, **options)
+            await write_positions(self, *arguments, **options)
         except asyncpg.InFailedSQLTransactionError:
             pass
 
@@ -165,7 +165,7 @@ def m6_swallow_and_commit() -> None:
         await self.connection.execute("commit")
 
     invoke.awaited = awaiting
-    Session.close_batch = closing  # type: ignore[method-assign]
+    Session.write_positions = closing  # type: ignore[method-assign]
     Session.commit = commit  # type: ignore[method-assign]
 
 
@@ -252,11 +252,11 @@ def m15_epoch_read_once() -> None:
 def m16_claim_kept_after_a_postponed_retry() -> None:
     """A retry of a dead letter that is postponed leaves its claim."""
 
-    async def unclaim(self: LetterSession, deliveries: Any) -> None:
+    async def release_claims(self: LetterSession, deliveries: Any) -> None:
         for each in deliveries:
             self._letters[each].is_postponed = True
 
-    LetterSession.unclaim = unclaim  # type: ignore[method-assign]
+    LetterSession.release_claims = release_claims  # type: ignore[method-assign]
 
 
 def m17_hold_forgotten_by_apply() -> None:
@@ -288,9 +288,9 @@ def m19_id_without_its_source() -> None:
 def m20_claim_kept_of_what_waits() -> None:
     """A message that failed and is to be tried again keeps its claim."""
 
-    async def unclaim(self: Session, deliveries: Any) -> None: ...
+    async def release_claims(self: Session, deliveries: Any) -> None: ...
 
-    Session.unclaim = unclaim  # type: ignore[method-assign]
+    Session.release_claims = release_claims  # type: ignore[method-assign]
 
 
 def m21_dead_letters_hold_nothing() -> None:
@@ -313,12 +313,12 @@ def m22_failures_leave_their_writes() -> None:
 
 def m23_a_letter_that_counts_as_applied() -> None:
     """The claim of a dead letter says that the message was applied."""
-    bury = Session.bury
+    store_dead_letters = Session.store_dead_letters
 
     async def burying(self: Session, dead: Any, attempts: Any, claimed: Any) -> None:
-        await bury(self, dead, attempts, ())
+        await store_dead_letters(self, dead, attempts, ())
 
-    Session.bury = burying  # type: ignore[method-assign]
+    Session.store_dead_letters = burying  # type: ignore[method-assign]
 
 
 MUTANTS: dict[str, Callable[[], None]] = {

@@ -699,7 +699,9 @@ class _Nowhere:
 
     async def nothing(self, *_: Any, **__: Any) -> None: ...
 
-    begin = commit = rollback = unclaim = bury = note_attempts = close_batch = execute = nothing
+    begin = commit = rollback = release_claims = store_dead_letters = save_attempts = write_positions = execute = (
+        nothing
+    )
 
 
 def test_retries_and_fresh_messages_take_turns() -> None:

@@ -98,7 +98,7 @@ async def test_transaction_sees_another_epoch_and_is_undone(place: Place) -> Non
         await session.begin()
         await session.connection.execute("insert into effects values ('lost', 1, 1)")
         with pytest.raises(OtherEpoch):
-            await session.close_batch("app", [], {})
+            await session.write_positions("app", [], {})
         assert not session.is_usable
         with pytest.raises(OtherEpoch):
             again = await Session.open(place.settings())

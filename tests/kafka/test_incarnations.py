@@ -297,9 +297,9 @@ async def test_a_worker_that_slept_through_an_adoption_cannot_move_the_new_logs_
     try:
         await session.begin_positions("app", {partition: Position(0, "cluster", new)})
         with pytest.raises(Fenced):
-            await session.close_batch("app", [Move(partition, 0, 100, old)], {})
+            await session.write_positions("app", [Move(partition, 0, 100, old)], {})
         assert (await session.positions("app", [partition]))[partition].offset == 0
-        await session.close_batch("app", [Move(partition, 0, 100, new)], {})
+        await session.write_positions("app", [Move(partition, 0, 100, new)], {})
         assert (await session.positions("app", [partition]))[partition].offset == 100
     finally:
         session.close()
