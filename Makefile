@@ -87,7 +87,7 @@ chromium: ## Bring Chromium, for the tests of the page
 pgbouncer: ## Bring PgBouncer, for one test
 	@sh tests/pgbouncer/install.sh
 
-pictures: $(VENV)/dev chromium ## Take the pictures of docs/shop.md again
+pictures: $(VENV)/dev chromium ## Take the pictures of docs/how-to/shop.md again
 	$(BIN)/python tests/shop/pictures.py
 
 clean: ## Remove what was installed here

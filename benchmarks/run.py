@@ -5,7 +5,7 @@ median, with the lowest and the highest. After every drain the effects are compa
 the run.
 
     make bench                                              the table of reference
-    make bench ARGS="--scenario all --write"                all of them, into docs/performance.md and its plot
+    make bench ARGS="--scenario all --write"                all of them, into docs/reference/performance.md and its plot
     make bench ARGS="--scenario latency,killed"             some
     make bench ARGS="--scenario reference --only defer"     some contestants
     make bench ARGS="--scenario ledger --ledger-rows 50000000"
@@ -29,8 +29,8 @@ from scenarios import SCENARIOS, UNUSUAL, Found, Options, table
 from consumer import logs
 from consumer.worker.event_loop import run as run_loop
 
-PAGE = ROOT / "docs" / "performance.md"
-PLOT = ROOT / "docs" / "performance.svg"
+PAGE = ROOT / "docs" / "reference" / "performance.md"
+PLOT = ROOT / "docs" / "reference" / "performance.svg"
 
 
 async def run(names: list[str], options: Options) -> dict[str, Found]:

@@ -33,7 +33,7 @@ class App:
     least two. route: a pure function from a message's key (bytes, or None) to the name of the shard in which the message
     is applied. Its ledger row and its effects are there, in one transaction; no transaction spans two shards. So what must
     be applied once must always have the same key, in every topic, and the route must never change its mind (no ``hash()``,
-    which differs between processes). See docs/shards.md.
+    which differs between processes). See docs/how-to/shards.md.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class App:
         message_id: ``"header:NAME"``, ``"field:path.to"`` or a function of the value; by default header ``message-id``,
         else a CloudEvent's source and id, else the offset, which does not recognise a message that its producer sent
         twice. fingerprint: what must be equal where an id comes again, or the message is a dead letter: the ``"bytes"``,
-        the decoded ``"value"``, what a function of the value returns, or None to compare nothing. See docs/messages.md.
+        the decoded ``"value"``, what a function of the value returns, or None to compare nothing. See docs/reference/messages.md.
         name: the handler's identity in the ledger, by default the function's name; changing it makes every message
         new. order: what keeps its order, ``"key"``, ``"partition"`` or ``"none"``. concurrency: messages of different
         keys handled at the same time, for handlers that wait for something slow. batch: hand over a list of at most so

@@ -266,7 +266,7 @@ def migrate(
         typer.Option(
             "--new-route",
             help="with --shards: declare that the App's shards or route have changed, and every key that moves was moved "
-            "(docs/shards.md); without it a change is refused",
+            "(docs/how-to/shards.md); without it a change is refused",
         ),
     ] = False,
 ) -> Any:

@@ -1,6 +1,6 @@
 """How long the ledger remembers: what is due, and whether the settings contradict each other.
 
-Pure: times come in as arguments, in seconds since 1970 UTC by the database's clock. The arithmetic is docs/retention.md's.
+Pure: times come in as arguments, in seconds since 1970 UTC by the database's clock. The arithmetic is docs/how-to/retention.md's.
 What it does not know: a producer that sends an id again, with a new timestamp, later than rows are kept.
 """
 

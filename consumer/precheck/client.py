@@ -110,7 +110,7 @@ class Precheck:
                 await self._try()
         except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
             raise Misconfigured(
-                f"CONSUMER_REDIS_URL: Redis refused the credentials, or they have too few rights (docs/security.md): {error}"
+                f"CONSUMER_REDIS_URL: Redis refused the credentials, or they have too few rights (docs/how-to/security.md): {error}"
             ) from None
         except (RedisError, OSError, TimeoutError) as error:
             if isinstance(error, ResponseError) and "db index" in str(error).lower():

@@ -216,7 +216,7 @@ class Timestamps:
                     partition=record.partition,
                     offset=record.offset,
                     do="let the producer send milliseconds since 1970, or set message.timestamp.type=LogAppendTime; until then retention "
-                    "judges such records by their offsets: docs/retention.md",
+                    "judges such records by their offsets: docs/how-to/retention.md",
                 )
 
 

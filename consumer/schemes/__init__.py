@@ -1,4 +1,4 @@
-"""The ways against a repeated request that stand beside the ledger; docs/schemes.md says which to take.
+"""The ways against a repeated request that stand beside the ledger; docs/how-to/schemes.md says which to take.
 
 Each name is loaded when it is asked for, so that a module of handlers brings only what it uses.
 """

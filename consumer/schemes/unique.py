@@ -34,7 +34,7 @@ async def insert_once(tx: Database, table: str, row: Mapping[str, Any], conflict
       the same transaction (``if await insert_once(…):``), or leave it to the ledger;
     - anything once the row is deleted: then its key is new again;
     - anything of another database: with shards, what has one business key must have Kafka keys of one shard
-      (docs/shards.md), or the row is new in each.
+      (docs/how-to/shards.md), or the row is new in each.
     """
     columns = columns_of("row", row)
     key = column_names("conflict", conflict)

@@ -53,7 +53,7 @@ async def update_versioned(
 
     - that it gets through: on a hot row each round lets one through and sends all others back. Someone always wins, so
       together they make progress, but one may lose as often as all others succeed. Where many write one row, a row lock
-      (``select … for update``) is the better way: docs/schemes.md has the ratio measured;
+      (``select … for update``) is the better way: docs/how-to/schemes.md has the ratio measured;
     - that a repetition is silent: the same update sent twice is Stale the second time. Recognising it is the ledger's;
     - that other writers are kept out: each of them must move the version too. A trigger can see to that.
     """

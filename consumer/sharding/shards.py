@@ -76,7 +76,7 @@ async def _enroll(app: App, name: str, settings: Settings, session: Session) -> 
         if await connection.fetchval("select exists (select from consumer.positions where app = $1)", app.name):
             raise Misconfigured(
                 f"{where(settings.dsn)} has applied messages of App {app.name!r} without shards, and other shards know nothing "
-                "of them: see docs/shards.md, then run `consumer migrate --shards APP --new-route`"
+                "of them: see docs/how-to/shards.md, then run `consumer migrate --shards APP --new-route`"
             )
         await connection.execute(_ENROLL, app.name, name, names)
         row = await connection.fetchrow(_WHO, app.name)
@@ -94,7 +94,7 @@ async def _enroll(app: App, name: str, settings: Settings, session: Session) -> 
     if row["shards"] != names:
         raise Misconfigured(
             f"App {app.name!r} has the shards {', '.join(names)}, and had {', '.join(row['shards'])}: keys that move would be "
-            "applied again. Move them as docs/shards.md says, then run `consumer migrate --shards APP --new-route`"
+            "applied again. Move them as docs/how-to/shards.md says, then run `consumer migrate --shards APP --new-route`"
         )
 
 
@@ -140,5 +140,5 @@ def stray(app: str, delivery: Delivery, there: str, here: str) -> RouteFault:
     return RouteFault(
         f"message {record.topic}:{record.partition}:{record.offset} with key {shown(record.key)} stands in shard {there!r} by handler "
         f"{delivery.handler.name!r} of App {app!r}, and the route now names {here!r}: it was not applied again. Put the old route "
-        "back, or move the keys as docs/shards.md says"
+        "back, or move the keys as docs/how-to/shards.md says"
     )

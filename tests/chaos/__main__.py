@@ -19,7 +19,7 @@ from chaos.schedule import Ways, draw, ways
 
 _EPILOG = """A run counts when each of its faults has happened, records were delivered again and COMMITs had unknown outcomes.
 Exit code 0: all runs count and none has violated an invariant; 1 otherwise. What a bad run leaves (journal, schedule, logs,
-dump of the tables) is kept in .cache/chaos/ and named. docs/chaos.md tells how it works."""
+dump of the tables) is kept in .cache/chaos/ and named. docs/explanation/chaos.md tells how it works."""
 
 
 def main() -> int:
@@ -118,7 +118,7 @@ def told(outcome: Outcome) -> str:
 
 
 def row(outcome: Outcome) -> str:
-    """A run as a row of docs/chaos.md's table."""
+    """A run as a row of docs/explanation/chaos.md's table."""
     kinds = sorted({each.fault.kind for each in outcome.faults})
     what = "no violation" if outcome.good else ", ".join(outcome.violations) or "does not count"
     counts = outcome.counts

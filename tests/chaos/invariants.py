@@ -1,7 +1,7 @@
 """The judge: what must be true of the log, PostgreSQL and Redis after whatever has happened. Knows no server and no clock.
 
 The log decides what should be there: each id that is committed in it has, for each handler, exactly one end. The expected
-state is computed from the log alone, never from what the consumer says of itself. I1 to I16 are those of docs/chaos.md.
+state is computed from the log alone, never from what the consumer says of itself. I1 to I16 are those of docs/explanation/chaos.md.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 _EPILOG = """Exit code 0: the two sides agreed on every case; 1: they did not, and each counterexample was printed as a test;
-130: interrupted, with the summary so far. A case depends on its seed alone: --seed N --cases 1 repeats one. docs/oracle.md
+130: interrupted, with the summary so far. A case depends on its seed alone: --seed N --cases 1 repeats one. docs/explanation/oracle.md
 tells how it works."""
 
 

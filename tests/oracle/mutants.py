@@ -1,4 +1,4 @@
-"""The framework, broken on purpose in the code of its batches: the oracle must find each. docs/oracle.md lists them.
+"""The framework, broken on purpose in the code of its batches: the oracle must find each. docs/explanation/oracle.md lists them.
 
 A mutant replaces one function. Each says in its docstring what goes wrong then.
 """

@@ -1,4 +1,4 @@
-"""docs/failure-modes.md is true: each item is there, every test that it names exists, and what has none says why."""
+"""docs/reference/failure-modes.md is true: each item is there, every test that it names exists, and what has none says why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ pytestmark = pytest.mark.unit
 
 TESTS = Path(__file__).resolve().parent.parent
 ROWS = re.findall(
-    r"^\| ([FAB]\d+) \|(.*)\|$", (TESTS.parent / "docs" / "failure-modes.md").read_text("utf-8"), re.MULTILINE
+    r"^\| ([FAB]\d+) \|(.*)\|$",
+    (TESTS.parent / "docs" / "reference" / "failure-modes.md").read_text("utf-8"),
+    re.MULTILINE,
 )
 
 

@@ -309,7 +309,7 @@ async def test_a_token_with_an_expiry_is_kept_until_shortly_before_it() -> None:
 async def test_the_documented_acls_are_enough(kafka: Kafka, place: Place, tmp_path: Path) -> None:
     topic = await place.topic(2)
     app = paying(topic)
-    page = (Path(__file__).parent.parent.parent / "docs" / "security.md").read_text()
+    page = (Path(__file__).parent.parent.parent / "docs" / "how-to" / "security.md").read_text()
     lines = [each.split()[1:] for each in page.splitlines() if each.startswith("kafka-acls.sh ")]
     names = {"User:billing": "User:dave", "payments": topic, "billing": app.name}
     given = [[names.get(each, each) for each in line] for line in lines]
@@ -510,7 +510,7 @@ async def test_redis_by_tls_as_a_user_with_the_documented_rights(
 ) -> None:
     assert (
         f"ACL SETUSER billing on >PASSWORD {PRECHECK}"
-        in (Path(__file__).parent.parent.parent / "docs" / "security.md").read_text()
+        in (Path(__file__).parent.parent.parent / "docs" / "how-to" / "security.md").read_text()
     )
     name, password = await user(valkey, PRECHECK)
     topic = await place.topic()
@@ -559,7 +559,7 @@ async def test_a_right_that_is_missing_is_found_at_start(valkey: Valkey, missing
 
 
 async def test_tokens_and_locks_work_with_their_documented_rights(valkey: Valkey) -> None:
-    page = (Path(__file__).parent.parent.parent / "docs" / "security.md").read_text()
+    page = (Path(__file__).parent.parent.parent / "docs" / "how-to" / "security.md").read_text()
     assert TOKENS in page and LOCK in page
     for rules, use in ((TOKENS, _use_tokens), (LOCK, _use_lock)):
         prefix = f"acl:{uuid.uuid4().hex}:"

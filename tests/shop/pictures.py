@@ -1,4 +1,4 @@
-"""`make pictures`: the pictures of docs/shop.md, taken in Chromium of the page as it runs."""
+"""`make pictures`: the pictures of docs/how-to/shop.md, taken in Chromium of the page as it runs."""
 
 from __future__ import annotations
 

@@ -931,7 +931,7 @@ def test_a_server_that_does_not_count_is_refused(runs: pytest.Pytester, monkeypa
 
 
 def test_the_page_about_it_works_as_it_stands(runs: pytest.Pytester) -> None:
-    text = (ROOT / "docs" / "testing.md").read_text("utf-8")
+    text = (ROOT / "docs" / "how-to" / "testing.md").read_text("utf-8")
     blocks = text.split("```python\n")[1:]
     files = {}
     for block in blocks:

@@ -10,7 +10,7 @@ import sys
 import time
 
 _EPILOG = """Exit code 0: no verdict was wrong; 1: one was, each printed with its seed; 130: interrupted, with the summary so far.
-A case depends on its seed alone: --seed N --cases 1 repeats one. docs/verdicts.md tells how it works."""
+A case depends on its seed alone: --seed N --cases 1 repeats one. docs/explanation/verdicts.md tells how it works."""
 
 
 def main() -> int:
