@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from consumer.schemes.web import TokenTaps
 
 _FILES = {
-    "asking": ("RedisAway",),
+    "redis_call": ("RedisAway",),
     "database": ("Misfit", "NotFound"),
     "lock": ("LateWriter", "Lock", "LockBusy", "LockLost", "check_fence"),
     "states": ("Held", "IllegalMove", "Moved", "NotMoved", "StateMachine", "TooEarly", "TooLate"),
