@@ -146,7 +146,7 @@ class Redrive:
     settings: Settings
     operator: str
     session: LetterSession
-    names: once.Names
+    names: once.LedgerIds
     handlers: Mapping[str, Handler] = field(default_factory=dict)
     stopping: Callable[[], bool] = lambda: False
     code_is_recorded: bool = False
@@ -157,7 +157,7 @@ class Redrive:
         session = await _session(settings, operator)
         numbers, _ = await session.known_numbers(app.name, app.handlers, ())
         handlers = {name: replace(handler, retry=_ONCE, number=numbers[name]) for name, handler in app.handlers.items()}
-        return cls(app, settings, operator, session, once.Names(app.name, session.topics), handlers)
+        return cls(app, settings, operator, session, once.LedgerIds(app.name, session.topics), handlers)
 
     def close(self) -> None:
         self.session.close()
@@ -357,7 +357,7 @@ class Redrive:
                         yield Done(each.number, what, text, each.behind)
                 rest = [each for each, letter in found.items() if letter not in error.letters]
                 parts += [(Batch(rest, {}, {}), careful, failures)] if rest else []
-            except once.Isolate as isolate:
+            except once.TransactionPoisoned as isolate:
                 parts += once.smaller(part, careful, isolate.__cause__, random.random)
             except Conflict as error:
                 parts += once.again(part, careful, failures + 1, random.random, error)
@@ -371,7 +371,7 @@ class Redrive:
                 for done in await self._told(found, settled):
                     yield done
 
-    async def _told(self, found: Mapping[Delivery, Letter], settled: once.Settlement) -> list[Done]:
+    async def _told(self, found: Mapping[Delivery, Letter], settled: once.BatchResult) -> list[Done]:
         """What became of the letters of a transaction. Postponed ones changed nothing, and are recorded here."""
         postponed = []
         results = []

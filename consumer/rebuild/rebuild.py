@@ -427,7 +427,7 @@ class _Pass:
         self.copies.guard.writers = work.writers
         self.copies.beginnings = work.beginnings if other.begins else {}
         work.absent = self.copies.guard.absent
-        self.names = once.Names(work.app.name, {})
+        self.names = once.LedgerIds(work.app.name, {})
         self.positions: dict[Partition, int] = {}
         self.applied = Applied(connection, self.positions)
         self.gone: list[str] = []  # handlers that the App no longer has
@@ -472,7 +472,9 @@ class _Pass:
         self.gone = await handler_code.gone(self.connection, work.app, {each.topic for each in work.partitions})
         topics = {row[0]: row[1] for row in await self.connection.fetch("select name, topic from consumer.topics")}
         wanted = sorted({each.topic for each in work.partitions})
-        self.names = once.Names(work.app.name, {each: topics.get(each, -place) for place, each in enumerate(wanted, 1)})
+        self.names = once.LedgerIds(
+            work.app.name, {each: topics.get(each, -place) for place, each in enumerate(wanted, 1)}
+        )
 
     async def _read_ledger(self) -> None:
         rows = await self.connection.fetch(
@@ -709,7 +711,7 @@ class _Pass:
                 if self.copies.guard.verdict is not None:
                     raise self.copies.guard.verdict from None
                 match error:
-                    case once.Isolate():
+                    case once.TransactionPoisoned():
                         parts += once.smaller(part, careful, error.__cause__, lambda: 0.0)
                     case Halve():
                         head, tail = part.split()
@@ -726,7 +728,7 @@ class _Pass:
         """Those that the ledger has as applied."""
         return {each for each, _ in await self.applied.ask(_ARE_APPLIED, deliveries)}
 
-    def _settled_part(self, part: Batch, done: once.Settlement) -> None:
+    def _settled_part(self, part: Batch, done: once.BatchResult) -> None:
         for delivery, outcome in done.outcomes.items():
             match outcome:
                 case Parked(_, text):

@@ -263,7 +263,7 @@ class Look:
         self.despite = len(there)
         return [each for each in fresh if each in there] if witness.calling else []
 
-    async def handled(self, session: Session, done: once.Settlement) -> None:
+    async def handled(self, session: Session, done: once.BatchResult) -> None:
         self.rows = await proof.rows_written(session.connection, self.before)
         # Claims that were won, of what is missing, are writes too: then the id of the transaction says nothing.
         says_nothing = self.rows or self.absent or self.lost_claims_wrote

@@ -327,7 +327,7 @@ class _Replay:
         )
         self.offset_ids: set[str] = set()
         self.id_rule_doubts: list[dict[str, Any]] = []
-        self.names = once.Names(app.name, {})
+        self.names = once.LedgerIds(app.name, {})
         self.epoch = ""
         self.precheck: Precheck | None = None
         self.lanes: list[_Lane] = []
@@ -451,7 +451,7 @@ class _Replay:
                 await id_rules.record(session.connection, self.app)
         for handler in self.handlers:
             handler.number = numbers[handler.name]
-        self.names = once.Names(self.app.name, topics, await session.positions(self.app.name, partitions))
+        self.names = once.LedgerIds(self.app.name, topics, await session.positions(self.app.name, partitions))
         self.witness.topics = topics
         rows = await session.horizons(self.app.name, partitions)
         self.findings.positions = {each: row[0] for each, row in rows.items()}
@@ -718,7 +718,7 @@ class _Replay:
                     step=_nothing,
                     rehearsal=look,
                 )
-            except once.Isolate:
+            except once.TransactionPoisoned:
                 pass  # a handler that was called in spite of its claim, and failed: `look` has seen the claim
             except (Conflict, Outage) as error:
                 failures += 1
@@ -759,7 +759,7 @@ class _Replay:
             for delivery in part.deliveries:
                 self._stored(delivery, done)
 
-    def _stored(self, delivery: Delivery, done: once.Settlement) -> None:
+    def _stored(self, delivery: Delivery, done: once.BatchResult) -> None:
         match done.outcomes.get(delivery):
             case None:
                 outcome = "applied_now"
@@ -786,7 +786,7 @@ class _Replay:
 
     async def _settled(
         self, lane: _Lane, batch: Batch, rehearsal: _Undone | None
-    ) -> AsyncIterator[tuple[Batch, once.Settlement]]:
+    ) -> AsyncIterator[tuple[Batch, once.BatchResult]]:
         """Bring a batch to its end as a worker does, whatever parts that takes: yields each part with what became of it."""
         parts: list[once.Part] = [(batch, False, 0)]
         while parts:
@@ -807,7 +807,7 @@ class _Replay:
                     step=_nothing,
                     rehearsal=rehearsal,
                 )
-            except once.Isolate as isolate:
+            except once.TransactionPoisoned as isolate:
                 parts += once.smaller(part, careful, isolate.__cause__, random.random)
             except (Conflict, Outage) as error:
                 parts += once.again(part, careful, failures + 1, random.random, error)
@@ -1097,7 +1097,7 @@ class _Undone:
     ) -> list[Delivery]:
         return fresh
 
-    async def handled(self, session: Session, done: once.Settlement) -> None:
+    async def handled(self, session: Session, done: once.BatchResult) -> None:
         return None
 
 

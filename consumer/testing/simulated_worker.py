@@ -113,7 +113,7 @@ class Life:
         self._again = 0  # times in a row that a handler asked to be run again, which counts as no attempt
         self._is_stuck = False  # something met an outage or a conflict again and again: it is not tried for ever
         self._session: _Counting
-        self._names: once.Names
+        self._names: once.LedgerIds
 
     async def run(self, batch: int, retry: bool) -> None:
         """Deliver the records, `batch` messages at a time. retry: try again what has failed.
@@ -143,7 +143,7 @@ class Life:
     async def _start(self) -> None:
         name = self._app.name
         numbers, topics = await self._session.numbers(name, self._app.handlers, self._app.topics)
-        self._names = once.Names(name, topics)
+        self._names = once.LedgerIds(name, topics)
         partitions = sorted({Partition(record.topic, record.partition) for _, record in self._records})
         await self._session.begin_positions(name, dict.fromkeys(partitions, Position(0)))
         for partition, position in (await self._session.positions(name, partitions)).items():
@@ -188,7 +188,7 @@ class Life:
                 done = await once.apply(
                     self._session, self._names, self._lane, part, careful=careful, draw=_draw, step=self._step
                 )
-            except once.Isolate as isolate:
+            except once.TransactionPoisoned as isolate:
                 parts += once.smaller(part, careful, isolate.__cause__, _draw)
                 if len(part.deliveries) == 1 and isolate.__cause__ is not None:
                     self._failed(part.deliveries[0], isolate.__cause__)
@@ -208,7 +208,7 @@ class Life:
         if step == self._crash_at:
             raise _PowerCut
 
-    def _settled(self, part: Batch, done: once.Settlement, now: float) -> None:
+    def _settled(self, part: Batch, done: once.BatchResult, now: float) -> None:
         for delivery, attempts in done.attempts.items():
             delivery.attempts = attempts
         for delivery, error in done.errors.items():

@@ -13,7 +13,7 @@ from typing import Any
 
 from consumer.core.handler import Handler
 from consumer.core.ordering import Delivery
-from consumer.transaction.limits import Activity
+from consumer.transaction.limits import CallTracker
 from consumer.transaction.tx import Tx
 
 
@@ -21,7 +21,7 @@ class HandlerEnded(Exception):
     """The handler ended itself by something that is no Exception: a cancellation, sys.exit, a panic."""
 
 
-def begin(handler: Handler, argument: Any, tx: Tx | None, activity: Activity | None) -> Awaitable[object] | None:
+def start_call(handler: Handler, argument: Any, tx: Tx | None, calls: CallTracker | None) -> Awaitable[object] | None:
     """Run a handler up to where it waits for something. Returns what is left to await in this task; None when it has ended.
 
     Most handlers only defer, and never wait. For those nothing more is needed: no limit can end what does not let go of the
@@ -29,8 +29,8 @@ def begin(handler: Handler, argument: Any, tx: Tx | None, activity: Activity | N
     in the task that awaits it, up to where it waits. An exception is raised by what is returned.
     """
     assert handler.call is not None
-    if activity is not None:
-        activity.at_once = handler
+    if calls is not None:
+        calls.running_inline = handler
     try:
         running = handler.call(argument, argument, tx)
         if type(running) is not CoroutineType:
@@ -42,8 +42,8 @@ def begin(handler: Handler, argument: Any, tx: Tx | None, activity: Activity | N
     except BaseException as error:
         return _raising(error)
     finally:
-        if activity is not None:
-            activity.at_once = None
+        if calls is not None:
+            calls.running_inline = None
     return _going_on(running, waits_for)
 
 
@@ -66,30 +66,30 @@ def _going_on(running: CoroutineType[Any, Any, object], waits_for: Any) -> Gener
             return end.value
 
 
-async def called(
+async def finish_call(
     handler: Handler,
     call: Awaitable[object] | None,
     tx: Tx | None,
     deliveries: Sequence[Delivery],
-    activity: Activity | None,
+    calls: CallTracker | None,
     since: float | None = None,
 ) -> None:
     """Await what is left of a handler's call, within its limit. since: when it was begun, monotonic; None: now."""
     if call is None:
         return
-    if activity is None:
-        await awaited(call, tx)
+    if calls is None:
+        await await_call(call, tx)
         return
-    entry = activity.enter(handler, deliveries, tx, since)
+    entry = calls.enter(handler, deliveries, tx, since)
     try:
-        await awaited(call, tx)
+        await await_call(call, tx)
     except BaseException as error:
-        activity.leave(entry, error)
+        calls.leave(entry, error)
         raise
-    activity.leave(entry)
+    calls.leave(entry)
 
 
-async def awaited(call: Awaitable[object], tx: Tx | None) -> None:
+async def await_call(call: Awaitable[object], tx: Tx | None) -> None:
     """Await a call. Whatever it raises comes as an Exception, but for the order to this task to stop."""
     try:
         await call

@@ -58,7 +58,7 @@ def limits(handlers: Iterable[Handler], settings: Settings) -> dict[str, float]:
     return found
 
 
-class TookTooLong(ConsumerError):
+class HandlerTimeout(ConsumerError):
     """A call of a handler was ended by its limit. in_statement: it was waiting for PostgreSQL, which is nobody's fault."""
 
     def __init__(self, deliveries: Sequence[Delivery], seconds: float, in_statement: bool) -> None:
@@ -68,10 +68,10 @@ class TookTooLong(ConsumerError):
         self.in_statement = in_statement
 
 
-class Stuck(ConsumerError):
+class HandlerUncancellable(ConsumerError):
     """A handler goes on after its cancellation and without its connection. Only the end of the process ends it."""
 
-    def __init__(self, handler: str, cause: TookTooLong) -> None:
+    def __init__(self, handler: str, cause: HandlerTimeout) -> None:
         super().__init__(f"handler {handler!r} cannot be stopped: it swallows its cancellation")
         self.cause = cause
 
@@ -99,20 +99,20 @@ class Call:
         self.in_statement = False
 
 
-class Activity:
+class CallTracker:
     """One lane's. `running` are its calls; without any, it waits for PostgreSQL, since `changed_at`.
 
-    at_once: the handler that runs at this moment and has not waited for anything yet.
+    running_inline: the handler that runs at this moment and has not waited for anything yet.
     """
 
-    __slots__ = ("_asking", "_limits", "at_once", "changed_at", "running")
+    __slots__ = ("_asking", "_limits", "running_inline", "changed_at", "running")
 
     def __init__(self, limits: Mapping[str, float]) -> None:
         self._limits = limits
         self.running: dict[asyncio.Task[Any], Call] = {}
         self._asking = False
         self.changed_at = 0.0
-        self.at_once: Handler | None = None
+        self.running_inline: Handler | None = None
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -128,7 +128,7 @@ class Activity:
         """Something was answered."""
         self.changed_at = time.monotonic()
 
-    def then(self, tell: Callable[[str], None]) -> Callable[[str], None]:
+    def wrap_step(self, tell: Callable[[str], None]) -> Callable[[str], None]:
         """A function that is told the steps of the transaction, and passes them on."""
 
         def told(step: str) -> None:
@@ -152,7 +152,7 @@ class Activity:
         return call
 
     def leave(self, call: Call, error: BaseException | None = None) -> None:
-        """It has ended, by an exception perhaps. Raises TookTooLong if it was its limit that ended it.
+        """It has ended, by an exception perhaps. Raises HandlerTimeout if it was its limit that ended it.
 
         The order to this task to stop comes first, and is passed on even if the handler has swallowed it: a lane that went
         on after its worker has ended would be nobody's.
@@ -166,10 +166,10 @@ class Activity:
             raise asyncio.CancelledError from error
         if not ended_by_limit:
             return
-        raise TookTooLong(call.deliveries, self._limits[call.handler.name], call.in_statement) from error
+        raise HandlerTimeout(call.deliveries, self._limits[call.handler.name], call.in_statement) from error
 
-    def look(self, now: float) -> None:
-        """End what takes too long. Raises Stuck for what cannot be ended."""
+    def enforce_limits(self, now: float) -> None:
+        """End what takes too long. Raises HandlerUncancellable for what cannot be ended."""
         for call in list(self.running.values()):
             limit = self._limits.get(call.handler.name)
             if not limit:
@@ -188,7 +188,9 @@ class Activity:
                     if call.tx is not None:
                         call.tx.abandon()
                 case _State.CUT if over > GRACE_SECONDS + LAST_SECONDS:
-                    raise Stuck(call.handler.name, TookTooLong(call.deliveries, limit, in_statement=False))
+                    raise HandlerUncancellable(
+                        call.handler.name, HandlerTimeout(call.deliveries, limit, in_statement=False)
+                    )
                 case _:
                     pass
 
@@ -223,8 +225,8 @@ class LoopWatch:
     It names the handler and the innermost line of code, and no values.
     """
 
-    def __init__(self, activities: Iterable[Activity]) -> None:
-        self._activities = list(activities)
+    def __init__(self, trackers: Iterable[CallTracker]) -> None:
+        self._trackers = list(trackers)
         self._loop = asyncio.get_running_loop()
         self._thread_of_loop = threading.get_ident()
         self._turned_at = time.monotonic()
@@ -264,8 +266,8 @@ class LoopWatch:
 
     def _tell(self, seconds: float) -> None:
         task = asyncio.current_task(self._loop)
-        names = [each.at_once.name for each in self._activities if each.at_once is not None]
-        names += [call.handler.name for each in self._activities for call in [each.running.get(task)] if call]  # type: ignore[arg-type]
+        names = [each.running_inline.name for each in self._trackers if each.running_inline is not None]
+        names += [call.handler.name for each in self._trackers for call in [each.running.get(task)] if call]  # type: ignore[arg-type]
         frame = sys._current_frames().get(self._thread_of_loop)
         place = None
         if frame is not None:

@@ -53,8 +53,8 @@ from consumer.postgres.ledger import (
     sqlstate_of,
 )
 from consumer.transaction.dead_letter_rate import DeadShare
-from consumer.transaction.invoke import begin, called
-from consumer.transaction.limits import Activity, TookTooLong
+from consumer.transaction.invoke import finish_call, start_call
+from consumer.transaction.limits import CallTracker, HandlerTimeout
 from consumer.transaction.scope import Scope, savepoint_name
 from consumer.transaction.tx import Tx
 
@@ -78,12 +78,12 @@ Step = Callable[[str], None]
 Part = tuple[Batch, bool, int]  # what is left to settle, whether carefully, and how often it has failed as it is
 
 
-class Isolate(Exception):
+class TransactionPoisoned(Exception):
     """The transaction is lost to a message's fault, and it is not known, or not repairable, which: run in smaller parts."""
 
 
 @dataclass(slots=True)
-class Names:
+class LedgerIds:
     """The application's name, the numbers that stand for names in the ledger, and which logs the positions are of."""
 
     app: str
@@ -92,7 +92,7 @@ class Names:
 
 
 @dataclass(slots=True)
-class Settlement:
+class BatchResult:
     """What a transaction did, for the caller to record once it is committed."""
 
     outcomes: dict[Delivery, Outcome] = field(default_factory=dict)  # those that are not simply applied
@@ -103,7 +103,7 @@ class Settlement:
     moves: list[Move] = field(default_factory=list)
 
 
-class Rehearsal(Protocol):
+class DryRunObserver(Protocol):
     """What looks at a transaction that is undone at its end."""
 
     async def claimed(
@@ -111,38 +111,38 @@ class Rehearsal(Protocol):
     ) -> list[Delivery]:
         """After the claims: what stood before, and what was claimed now. Returns those whose handlers are to be called."""
 
-    async def handled(self, session: Session, done: Settlement) -> None:
+    async def handled(self, session: Session, done: BatchResult) -> None:
         """After the handlers and their writes, before everything is undone."""
 
 
 async def apply(
     session: Session,
-    names: Names,
+    names: LedgerIds,
     lane: Lane,
     batch: Batch,
     *,
     careful: bool,
     draw: Callable[[], float],
     step: Step,
-    rehearsal: Rehearsal | None = None,
-    activity: Activity | None = None,
+    rehearsal: DryRunObserver | None = None,
+    calls: CallTracker | None = None,
     limit: DeadShare | None = None,
     evidence: Evidence | None = None,
-) -> Settlement:
+) -> BatchResult:
     """Settle a batch in one transaction: all of it, or nothing.
 
     careful: a savepoint around every message, so that one failure costs one message (at most SAVEPOINTS_MAX of them).
     rehearsal: do everything but store it: neither positions nor dead letters are written, and all else is undone.
-    activity: what ends calls of handlers that take too long; without it, they have no limit.
+    calls: what ends calls of handlers that take too long; without it, they have no limit.
     limit: how many dead letters are too many; beyond it TooManyDeadLetters is raised, and nothing is settled.
     evidence: how other messages of each handler fare, to tell a message's fault from a systemic one.
-    Raises Isolate when the batch must be cut smaller or run carefully, Conflict to run it again at once, Outage when
+    Raises TransactionPoisoned when the batch must be cut smaller or run carefully, Conflict to run it again at once, Outage when
     PostgreSQL cannot say, Fenced when a partition is no longer ours. The connection is left without a transaction,
     or dropped.
     """
-    done = Settlement()
+    done = BatchResult()
     claims, rivals = _distinct(batch.deliveries, lane, done)
-    run = _Run(session, done, careful, draw, activity, evidence)
+    run = _Run(session, done, careful, draw, calls, evidence)
     theirs = False  # whose statement a failure comes from: the handlers', or our own
     try:
         await session.begin()
@@ -195,10 +195,10 @@ async def apply(
         theirs = True
         await session.commit()
         step("committed")
-    except (Isolate, Conflict, Outage, Fenced) as failure:
+    except (TransactionPoisoned, Conflict, Outage, Fenced) as failure:
         await session.rollback()
         slow = failure.__cause__
-        if isinstance(slow, TookTooLong) and slow.in_statement and not session.is_usable:
+        if isinstance(slow, HandlerTimeout) and slow.in_statement and not session.is_usable:
             raise Outage("postgresql does not answer") from slow  # neither the statement nor its cancellation
         raise
     except Exception as error:
@@ -217,7 +217,7 @@ async def apply(
             case _:
                 # A deferred write or a constraint checked at COMMIT: some message of the batch, unknown which.
                 if theirs:
-                    raise Isolate from error
+                    raise TransactionPoisoned from error
                 raise  # our own statement: the rights or the schema do not fit this code
     except BaseException:
         session.close()  # cancelled: what was sent is undone by the server; a COMMIT on its way decides for itself
@@ -225,7 +225,7 @@ async def apply(
     return done
 
 
-def _with_unmoved(lane: Lane, batch: Batch, moves: list[Move], done: Settlement) -> list[Move]:
+def _with_unmoved(lane: Lane, batch: Batch, moves: list[Move], done: BatchResult) -> list[Move]:
     """Also the positions that a waiting message keeps where they are: whoever settles something must still own them."""
     if not (lane.parked or done.parked):
         return moves
@@ -234,7 +234,7 @@ def _with_unmoved(lane: Lane, batch: Batch, moves: list[Move], done: Settlement)
     return [*moves, *(Move(each, lane.position(each), lane.position(each)) for each in here)]
 
 
-def _of_their_logs(names: Names, batch: Batch, moves: Sequence[Move]) -> list[Move]:
+def _of_their_logs(names: LedgerIds, batch: Batch, moves: Sequence[Move]) -> list[Move]:
     """The moves with the logs that they are of, and the last record of each: what its log must show again."""
     last: dict[Partition, Print] = {}
     wanted = {each.partition for each in moves}
@@ -256,7 +256,9 @@ def _of_their_logs(names: Names, batch: Batch, moves: Sequence[Move]) -> list[Mo
     return found
 
 
-async def _undone(session: Session, rehearsal: Rehearsal, fresh: Sequence[Delivery], done: Settlement) -> Settlement:
+async def _undone(
+    session: Session, rehearsal: DryRunObserver, fresh: Sequence[Delivery], done: BatchResult
+) -> BatchResult:
     done.applied = [each for each in fresh if each not in done.outcomes]
     await rehearsal.handled(session, done)
     await session.rollback()
@@ -311,7 +313,7 @@ def smaller(
         [delivery] = part.deliveries
         delivery.outcome, delivery.attempts = verdict(delivery, cause or Conflict("unknown"), draw, evidence)
         return [(part, True, 0)]
-    if isinstance(cause, TookTooLong):
+    if isinstance(cause, HandlerTimeout):
         return _around(part, careful, cause, draw, evidence)
     if careful or len(part.deliveries) > SAVEPOINTS_MAX:
         head, tail = part.split()
@@ -320,7 +322,7 @@ def smaller(
 
 
 def _around(
-    part: Batch, careful: bool, slow: TookTooLong, draw: Callable[[], float], evidence: Evidence | None
+    part: Batch, careful: bool, slow: HandlerTimeout, draw: Callable[[], float], evidence: Evidence | None
 ) -> list[Part]:
     """How to run a batch again without the call that took too long, so that the limit is not waited for twice."""
     if len(slow.deliveries) > 1:  # one of those that a batch handler was given: they are called one by one
@@ -356,7 +358,7 @@ def verdict(
     verdict_, delivery.why = _judged(delivery, error, evidence, succeeded)
     if verdict_ is Verdict.COUNT:
         return _counted(delivery, error, draw)
-    if isinstance(error, TookTooLong):
+    if isinstance(error, HandlerTimeout):
         return Parked(_ASIDE_SECONDS * (0.5 + draw() / 2), "put aside"), delivery.attempts
     delivery.again += 1
     pause = delivery.handler.retry.pause_seconds(delivery.again, draw())
@@ -408,7 +410,7 @@ _PASSING = {Meaning.CONFLICT, Meaning.LOCKED, Meaning.OUTAGE}  # usually over by
 
 
 def _may_be(error: BaseException) -> Meaning:
-    if isinstance(error, TookTooLong) and error.in_statement:
+    if isinstance(error, HandlerTimeout) and error.in_statement:
         return Meaning.CONFLICT  # a slow database, or a slow statement of this message
     return meaning_of(error)
 
@@ -563,7 +565,7 @@ def handed_over(delivery: Delivery) -> Any:
     return value
 
 
-def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> tuple[list[Delivery], list[Delivery]]:
+def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: BatchResult) -> tuple[list[Delivery], list[Delivery]]:
     """The deliveries to claim, the first of each id, and those of the same ids with other payloads.
 
     The others end here, as duplicates, or wait. A rival's fate depends on what the claim of its id met: of two payloads, the
@@ -606,7 +608,7 @@ def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: Settlement) -> t
     return list(first.values()), rivals
 
 
-def _tell_apart(first: Delivery, second: Delivery, done: Settlement, rivals: list[Delivery]) -> None:
+def _tell_apart(first: Delivery, second: Delivery, done: BatchResult, rivals: list[Delivery]) -> None:
     """Two of one id in a batch: a duplicate, or two payloads."""
     if first.fingerprint == second.fingerprint:
         done.outcomes[second] = DUPLICATE[Cause.BATCH]
@@ -644,7 +646,7 @@ def by_bytes(delivery: Delivery) -> Delivery:
     return twin
 
 
-def _compare(rivals: Sequence[Delivery], fresh: Sequence[Delivery], done: Settlement) -> None:
+def _compare(rivals: Sequence[Delivery], fresh: Sequence[Delivery], done: BatchResult) -> None:
     """Say of conflicts with a message of the same batch whether the decoded values are equal."""
     firsts = {(each.handler, each.id): each for each in fresh}
     for each in rivals:
@@ -670,7 +672,7 @@ def conflict_of(is_equal: bool | None) -> Dead:
 
 
 def _sort_out(
-    claims: Sequence[Delivery], standing: Mapping[Delivery, Standing], lane: Lane, done: Settlement
+    claims: Sequence[Delivery], standing: Mapping[Delivery, Standing], lane: Lane, done: BatchResult
 ) -> list[Delivery]:
     """Those whose claim was won. The others are duplicates, or an id used again with another payload."""
     fresh: list[Delivery] = []
@@ -691,7 +693,7 @@ def _sort_out(
     return fresh
 
 
-async def _refuse_too_old(session: Session, fresh: Sequence[Delivery], done: Settlement) -> None:
+async def _refuse_too_old(session: Session, fresh: Sequence[Delivery], done: BatchResult) -> None:
     """Make dead letters of what was claimed only because the ledger no longer remembers that far."""
     for delivery in await session.too_old([each for each in fresh if each.outcome is None]):
         at = delivery.record.timestamp
@@ -699,7 +701,7 @@ async def _refuse_too_old(session: Session, fresh: Sequence[Delivery], done: Set
         done.outcomes[delivery] = delivery.outcome = verdict
 
 
-async def _wait_for_letters(session: Session, lane: Lane, suspects: Sequence[Delivery], done: Settlement) -> None:
+async def _wait_for_letters(session: Session, lane: Lane, suspects: Sequence[Delivery], done: BatchResult) -> None:
     """Sort out what dead letters hold back. postgres/dead_letters.py walks through the races."""
     for delivery, hold in (await session.holds(suspects)).items():
         match hold:
@@ -746,16 +748,16 @@ def _reason(verdict: Dead) -> str:
     return f"{verdict.reason.value}: {verdict.error}" if verdict.reason is Reason.UNREADABLE else verdict.reason.value
 
 
-def _attempts(delivery: Delivery, done: Settlement) -> int:
+def _attempts(delivery: Delivery, done: BatchResult) -> int:
     return done.attempts.get(delivery, delivery.attempts)
 
 
-def _wait_behind(delivery: Delivery, done: Settlement) -> None:
+def _wait_behind(delivery: Delivery, done: BatchResult) -> None:
     done.outcomes[delivery] = BEHIND
     done.parked[delivery] = 0.0
 
 
-def _count(names: Names, done: Settlement) -> dict[tuple[int, int, int, str], int]:
+def _count(names: LedgerIds, done: BatchResult) -> dict[tuple[int, int, int, str], int]:
     """How many messages ended how, by handler, topic and partition: rows that only the owner of a partition updates."""
     counts: dict[tuple[int, int, int, str], int] = {}
     start, size = 0, len(done.applied)
@@ -795,13 +797,13 @@ class _Run:
     def __init__(
         self,
         session: Session,
-        done: Settlement,
+        done: BatchResult,
         careful: bool,
         draw: Callable[[], float],
-        activity: Activity | None = None,
+        calls: CallTracker | None = None,
         evidence: Evidence | None = None,
     ) -> None:
-        self.activity = activity
+        self.calls = calls
         self.evidence = evidence
         self.session = session
         self.scope = Scope(session.connection, session.columns)
@@ -866,7 +868,7 @@ class _Run:
             argument = _argument(delivery)
         except Exception as error:
             return self._failed(delivery, tx, error)
-        call = begin(delivery.handler, argument, tx, self.activity)
+        call = start_call(delivery.handler, argument, tx, self.calls)
         if call is None and tx.error is None and tx.close():
             return None  # nothing was sent, so nothing but its deferred writes is left of it
         return self._go_on(delivery, tx, call, self.now)
@@ -876,7 +878,7 @@ class _Run:
         try:
             argument = _argument(delivery)
             await self._call(
-                delivery.handler, lambda: begin(delivery.handler, argument, tx, self.activity), tx, [delivery]
+                delivery.handler, lambda: start_call(delivery.handler, argument, tx, self.calls), tx, [delivery]
             )
             self.went_through.add(delivery.handler.name)
         except Exception as error:
@@ -922,13 +924,13 @@ class _Run:
         tx = Tx(self.scope, deliveries, asyncio.current_task())
         try:
             arguments = [_argument(each) for each in deliveries]
-            await self._call(handler, lambda: begin(handler, arguments, tx, self.activity), tx, deliveries)
+            await self._call(handler, lambda: start_call(handler, arguments, tx, self.calls), tx, deliveries)
         except Exception as error:
             if len(deliveries) == 1:
                 await self._failed(deliveries[0], tx, error)
                 return
             self._check_fault(tx, error)
-            if isinstance(error, TookTooLong):
+            if isinstance(error, HandlerTimeout):
                 for each in deliveries:
                     await self._call_batch(handler, [each])
                 return
@@ -955,7 +957,7 @@ class _Run:
             await self.session.connection.execute(f"savepoint {name}")
         try:
             try:
-                await called(handler, start(), tx, deliveries, self.activity, since)
+                await finish_call(handler, start(), tx, deliveries, self.calls, since)
             except BaseException:
                 if not tx.close():
                     with suppress(TransactionMisuse):
@@ -981,9 +983,9 @@ class _Run:
 
     def _check_fault(self, tx: Tx, error: BaseException) -> None:
         """Raise when the transaction, and not only this message, has failed."""
-        if isinstance(error, TookTooLong):
+        if isinstance(error, HandlerTimeout):
             if tx.touched or self.scope.flush_error is not None or not self.session.is_usable:
-                raise Isolate from error
+                raise TransactionPoisoned from error
             return
         spoiled = self.scope.flush_error is not None or tx.touched or not self.session.connection.is_in_transaction()
         for cause in (self.scope.flush_error, tx.error, error):
@@ -1001,7 +1003,7 @@ class _Run:
                 case _:
                     pass
         if spoiled:
-            raise Isolate from error
+            raise TransactionPoisoned from error
 
     async def _failed(self, delivery: Delivery, tx: Tx, error: Exception) -> None:
         self._check_fault(tx, error)
@@ -1083,7 +1085,7 @@ def _message(delivery: Delivery) -> Message[Any]:
 
 
 async def observe(
-    deliveries: Iterable[Delivery], draw: Callable[[], float], activity: Activity | None = None
+    deliveries: Iterable[Delivery], draw: Callable[[], float], calls: CallTracker | None = None
 ) -> list[tuple[Delivery, BaseException]]:
     """Run the handlers that opted out, before any transaction. Returns what failed.
 
@@ -1102,7 +1104,7 @@ async def observe(
             delivery.outcome = BEHIND
             return
         try:
-            await _observe(delivery.handler, [delivery], activity)
+            await _observe(delivery.handler, [delivery], calls)
             delivery.outcome = SKIPPED
         except Exception as error:
             delivery.outcome, delivery.attempts = verdict(delivery, error, draw)
@@ -1117,7 +1119,7 @@ async def observe(
         for start in range(0, len(wanted), handler.batch):
             chunk = wanted[start : start + handler.batch]
             try:
-                await _observe(handler, chunk, activity)
+                await _observe(handler, chunk, calls)
             except Exception:
                 await in_chains(chunk, 1, one)
             else:
@@ -1126,10 +1128,10 @@ async def observe(
     return errors
 
 
-async def _observe(handler: Handler, deliveries: Sequence[Delivery], activity: Activity | None) -> None:
+async def _observe(handler: Handler, deliveries: Sequence[Delivery], calls: CallTracker | None) -> None:
     for delivery in deliveries:
         if isinstance(delivery.record, LogRecord) and delivery.record.fault:
             raise Unreadable(Reason.BAD_HEADER, delivery.record.fault)
     values = [_argument(each) for each in deliveries]
-    call = begin(handler, values if handler.batch is not None else values[0], None, activity)
-    await called(handler, call, None, deliveries, activity)
+    call = start_call(handler, values if handler.batch is not None else values[0], None, calls)
+    await finish_call(handler, call, None, deliveries, calls)

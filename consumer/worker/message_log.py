@@ -82,7 +82,7 @@ class Teller:
         kind.pause = min(_MOST_SECONDS, kind.pause * 2)
         kind.due = now + kind.pause
 
-    def failures(self, done: once.Settlement) -> None:
+    def failures(self, done: once.BatchResult) -> None:
         """What failed in a batch: dead letters, and messages that are tried again."""
         by_kind: dict[tuple[object, ...], list[tuple[Delivery, BaseException | None, Outcome]]] = {}
         for delivery, outcome in done.outcomes.items():
@@ -120,7 +120,7 @@ class Teller:
             )
 
 
-def duplicates(done: once.Settlement) -> None:
+def duplicates(done: once.BatchResult) -> None:
     """At level debug: the ledger counts duplicates, and keeps none of them."""
     if not log.isEnabledFor(logging.DEBUG):
         return

@@ -23,7 +23,7 @@ from consumer.core.errors import Misconfigured
 from consumer.logs import describe, event
 from consumer.settings import Settings, load
 from consumer.transaction.dead_letter_rate import TooManyDeadLetters
-from consumer.transaction.limits import Stuck
+from consumer.transaction.limits import HandlerUncancellable
 from consumer.worker.event_loop import run
 from consumer.worker.restart_policy import EXIT_DEAD_LETTERS, EXIT_MISCONFIGURED, EXIT_OUTGROWN
 from consumer.worker.worker import Stalled, Worker
@@ -89,7 +89,7 @@ async def _work(path: str, settings: Settings, descriptor: int) -> int:
     except TooManyDeadLetters as error:
         event(logging.ERROR, str(error))
         return EXIT_DEAD_LETTERS
-    except Stuck as error:
+    except HandlerUncancellable as error:
         event(logging.ERROR, str(error))
         sys.stdout.flush()
         os._exit(EXIT_STALLED)  # here: the event loop would wait for the task that does not end

@@ -55,7 +55,7 @@ from consumer.settings import Settings
 from consumer.sharding import shards
 from consumer.transaction import id_conflicts, once
 from consumer.transaction.dead_letter_rate import DeadShare, TooManyDeadLetters
-from consumer.transaction.limits import Activity, LoopWatch, Stuck, TookTooLong, limits, memory_mb
+from consumer.transaction.limits import CallTracker, LoopWatch, HandlerUncancellable, HandlerTimeout, limits, memory_mb
 from consumer.worker import message_log, start_positions, wait_reports
 from consumer.worker.conflict_turns import Turns
 from consumer.worker.kafka_reports import KafkaState
@@ -97,7 +97,7 @@ class _Shard:
 
     name: str
     settings: Settings  # the worker's, with the address of this database
-    names: once.Names
+    names: once.LedgerIds
     by_topic: dict[str, list[Handler]] = field(default_factory=dict)  # the handlers, with their numbers in its ledger
     precheck: Precheck | None = None  # its marks name the epoch of this database
     control: Session | None = None
@@ -126,7 +126,7 @@ class _Lane:
     number: int
     shard: _Shard
     state: Lane
-    activity: Activity
+    calls: CallTracker
     turns: Turns
     session: Session | None = None
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -167,7 +167,7 @@ class Worker:
         self._kafka = KafkaState()
         self._router = Router(tuple(app.shards) or ("",), app.route)
         self._shards = [
-            _Shard(name, own, once.Names(app.name, {})) for name, own in shards.settings_of(app, settings).items()
+            _Shard(name, own, once.LedgerIds(app.name, {})) for name, own in shards.settings_of(app, settings).items()
         ]
         self._stops = Stops([each.name for each in self._shards])
         # Where a lane only learns how far the log was read, a transaction for each poll would be too many.
@@ -183,7 +183,7 @@ class Worker:
                     settings.buffer_bytes_max // settings.lanes,
                     bare_seconds=bare_seconds,
                 ),
-                Activity(seconds_max),
+                CallTracker(seconds_max),
                 Turns(),
             )
             for n, shard in enumerate(each for each in self._shards for _ in range(settings.lanes))
@@ -223,12 +223,12 @@ class Worker:
         self._room.set()
 
     async def run(self) -> None:
-        """Work until `stop` is called. Raises Misconfigured, Stalled, Stuck, or whatever ended a part of the worker.
+        """Work until `stop` is called. Raises Misconfigured, Stalled, HandlerUncancellable, or whatever ended a part of the worker.
 
-        After Stuck, a handler's task still runs: nothing but the end of the process ends it.
+        After HandlerUncancellable, a handler's task still runs: nothing but the end of the process ends it.
         """
         async with self._app.running():
-            watch = LoopWatch(lane.activity for lane in self._lanes)
+            watch = LoopWatch(lane.calls for lane in self._lanes)
             watch.start()
             try:
                 if await self._start():
@@ -561,7 +561,7 @@ class Worker:
             self._step("prechecked")
         if lane.asks_below and not await self._is_nowhere_else(lane, batch):
             return
-        for delivery, error in await once.observe(batch.deliveries, self._draw, lane.activity):
+        for delivery, error in await once.observe(batch.deliveries, self._draw, lane.calls):
             self._teller.failure(delivery, error, delivery.outcome)
         parts: list[once.Part] = [(batch, False, 0)]
         while parts:
@@ -579,7 +579,7 @@ class Worker:
                     return
             lane.session.turn = self._turn if lane.turns.are_taken else None
             try:
-                with lane.activity.transaction():
+                with lane.calls.transaction():
                     done = await once.apply(
                         lane.session,
                         shard.names,
@@ -587,13 +587,13 @@ class Worker:
                         part,
                         careful=careful,
                         draw=self._draw,
-                        step=lane.activity.then(self._step),
-                        activity=lane.activity,
+                        step=lane.calls.wrap_step(self._step),
+                        calls=lane.calls,
                         limit=self._share,
                         evidence=self._evidence,
                     )
-            except once.Isolate as isolate:
-                if isinstance(isolate.__cause__, TookTooLong) and isolate.__cause__.in_statement:
+            except once.TransactionPoisoned as isolate:
+                if isinstance(isolate.__cause__, HandlerTimeout) and isolate.__cause__.in_statement:
                     lane.turns.met()
                 parts += once.smaller(part, careful, isolate.__cause__, self._draw, self._evidence)
                 if len(part.deliveries) == 1 and isinstance(part.deliveries[0].outcome, Parked):
@@ -636,7 +636,7 @@ class Worker:
                 if any([outcome is once.CONFLICT for outcome in done.outcomes.values()]):
                     await id_conflicts.explain(lane.session.connection, self._source, done.outcomes)
 
-    def _settled_part(self, lane: _Lane, part: Batch, done: once.Settlement) -> None:
+    def _settled_part(self, lane: _Lane, part: Batch, done: once.BatchResult) -> None:
         now = time.monotonic()
         for delivery, attempts in done.attempts.items():
             delivery.attempts = attempts
@@ -1192,7 +1192,7 @@ class Worker:
         return shard.names.logs[partition]._replace(offset=received)
 
     async def _look_at_lanes(self) -> None:
-        """End handlers that take too long, and connections that do not answer. Raises Stuck.
+        """End handlers that take too long, and connections that do not answer. Raises HandlerUncancellable.
 
         A connection is ended, its statement never cancelled: if it was a COMMIT that was not answered, PostgreSQL decides
         for itself what becomes of it, and the claims of the next run wait until it has.
@@ -1210,21 +1210,21 @@ class Worker:
                     shard.control.close()
             for lane in self._lanes:
                 try:
-                    lane.activity.look(now)
-                except Stuck as stuck:
+                    lane.calls.enforce_limits(now)
+                except HandlerUncancellable as stuck:
                     await self._count(lane, stuck)
                     raise
-                if lane.activity.waiting_seconds(now) > silence and lane.session is not None:
+                if lane.calls.waiting_seconds(now) > silence and lane.session is not None:
                     event(
                         logging.WARNING,
                         "postgresql does not answer: the connection is ended",
                         seconds=round(silence),
                         **lane.shard.label,
                     )
-                    lane.activity.step()
+                    lane.calls.step()
                     lane.session.close()
 
-    async def _count(self, lane: _Lane, stuck: Stuck) -> None:
+    async def _count(self, lane: _Lane, stuck: HandlerUncancellable) -> None:
         """Settle the message of a handler that cannot be stopped, on another connection, before the process ends.
 
         Else it would be as new for the next process, which it would stop in the same way, for ever. Of the many messages

@@ -145,11 +145,11 @@ def m5_separate_transactions() -> None:
 
 def m6_swallow_and_commit() -> None:
     """Nobody notices that a statement has failed, and COMMIT's answer, which is ROLLBACK, is not read."""
-    awaited, write_positions = invoke.awaited, Session.write_positions
+    await_call, write_positions = invoke.await_call, Session.write_positions
 
     async def awaiting(call: Any, tx: Any) -> None:
         try:
-            await awaited(call, tx)
+            await await_call(call, tx)
         except asyncpg.InFailedSQLTransactionError:
             pass
         if tx is not None:
@@ -164,7 +164,7 @@ def m6_swallow_and_commit() -> None:
     async def commit(self: Session) -> None:
         await self.connection.execute("commit")
 
-    invoke.awaited = awaiting
+    invoke.await_call = awaiting
     Session.write_positions = closing  # type: ignore[method-assign]
     Session.commit = commit  # type: ignore[method-assign]
 

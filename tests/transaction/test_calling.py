@@ -12,8 +12,8 @@ import pytest
 from consumer import App
 from consumer.core.message import LogRecord
 from consumer.core.ordering import Delivery
-from consumer.transaction.invoke import HandlerEnded, begin, called
-from consumer.transaction.limits import Activity
+from consumer.transaction.invoke import HandlerEnded, finish_call, start_call
+from consumer.transaction.limits import CallTracker
 
 inside: ContextVar[str] = ContextVar("inside", default="outside")
 
@@ -26,12 +26,12 @@ def handler_of(function: Any) -> Any:
     return handler
 
 
-async def run(function: Any, activity: Activity | None = None) -> Awaitable[object] | None:
+async def run(function: Any, calls: CallTracker | None = None) -> Awaitable[object] | None:
     """Begin and await, as transaction/once.py does. Returns what was left to await."""
     handler = handler_of(function)
     delivery = Delivery(handler, LogRecord("t", 0, 0, 0, None, b"", ()))
-    left = begin(handler, b"value", None, activity)
-    await called(handler, left, None, [delivery], activity)
+    left = start_call(handler, b"value", None, calls)
+    await finish_call(handler, left, None, [delivery], calls)
     return left
 
 
@@ -55,10 +55,10 @@ async def test_one_that_waits_goes_on_where_it_was_in_the_same_task_and_context(
             told.append((n, inside.get(), asyncio.current_task()))
         inside.reset(token)
 
-    activity = Activity({"it": 0.0})
-    assert await run(handle, activity) is not None
+    calls = CallTracker({"it": 0.0})
+    assert await run(handle, calls) is not None
     assert told == [(n, "inside", asyncio.current_task()) for n in range(3)]
-    assert inside.get() == "outside" and not activity.running and activity.at_once is None
+    assert inside.get() == "outside" and not calls.running and calls.running_inline is None
 
 
 @pytest.mark.parametrize("waits", [False, True])
@@ -147,9 +147,9 @@ async def test_a_wrapper_may_return_any_awaitable() -> None:
 
     handler = handler_of(_plain)
     handler.call = lambda *_: Waiting()
-    left = begin(handler, b"", None, None)
+    left = start_call(handler, b"", None, None)
     assert isinstance(left, Waiting) and not told
-    await called(handler, left, None, [], None)
+    await finish_call(handler, left, None, [], None)
     assert told == ["awaited"]
 
 

@@ -19,7 +19,7 @@ from worker_app import SWALLOWS
 from consumer import App, Message, Retry, TransactionMisuse, Tx
 from consumer.core.errors import Misconfigured, RegistrationError
 from consumer.transaction import limits
-from consumer.transaction.limits import Stuck
+from consumer.transaction.limits import HandlerUncancellable
 from consumer.worker.process import EXIT_STALLED
 from consumer.worker.restart_policy import EXIT_OUTGROWN
 from consumer.worker.worker import Worker
@@ -87,7 +87,7 @@ async def test_a_call_that_hangs_is_ended_found_at_once_and_counted(place: Place
     assert await ids(place) == [each for each in NAMES if each not in (BAD, "p038")]
     assert await place.reasons() == ["failed", "behind"]
     [letter] = [each for each in await letters(place.dsn) if each["state"] == "dead"]
-    assert (letter["attempts"], "TookTooLong" in letter["error"]) == (2, True)
+    assert (letter["attempts"], "HandlerTimeout" in letter["error"]) == (2, True)
     assert len(hung) == (3 if "batch" in kind else 2)  # a batch does not say whose fault it was: once for all of it
 
 
@@ -195,7 +195,7 @@ async def test_a_handler_that_swallows_its_cancellation_loses_its_connection_and
         over.set()
 
     await place.send(topic, sent("before"), sent("a"), sent("after"))
-    with pytest.raises(Stuck, match="settle"):
+    with pytest.raises(HandlerUncancellable, match="settle"):
         await asyncio.wait_for(Worker(app, place.settings()).run(), 30)
     open_ones = """select count(*) from pg_stat_activity where datname = current_database()
                    and xact_start is not null and pid <> pg_backend_pid()"""
