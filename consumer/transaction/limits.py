@@ -105,7 +105,7 @@ class CallTracker:
     running_inline: the handler that runs at this moment and has not waited for anything yet.
     """
 
-    __slots__ = ("_asking", "_limits", "running_inline", "changed_at", "running")
+    __slots__ = ("_asking", "_limits", "changed_at", "running", "running_inline")
 
     def __init__(self, limits: Mapping[str, float]) -> None:
         self._limits = limits

@@ -55,7 +55,7 @@ from consumer.settings import Settings
 from consumer.sharding import shards
 from consumer.transaction import id_conflicts, once
 from consumer.transaction.dead_letter_rate import DeadShare, TooManyDeadLetters
-from consumer.transaction.limits import CallTracker, LoopWatch, HandlerUncancellable, HandlerTimeout, limits, memory_mb
+from consumer.transaction.limits import CallTracker, HandlerTimeout, HandlerUncancellable, LoopWatch, limits, memory_mb
 from consumer.worker import message_log, start_positions, wait_reports
 from consumer.worker.conflict_turns import Turns
 from consumer.worker.kafka_reports import KafkaState
