@@ -96,6 +96,7 @@ PURE = {
     "schemes/moves.py",
     "transaction/dead_letter_rate.py",
     "worker/conflict_turns.py",
+    "worker/partition_table.py",
     "worker/restart_policy.py",
     "worker/watchdog.py",
 }
