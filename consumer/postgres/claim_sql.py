@@ -1,6 +1,6 @@
 """The statements of a claim, for the generations of the ledger that are live. Text only; postgres/ledger.py runs it.
 
-migrations/0005_generations.sql explains generations, and how a turn goes from one to the next without holding up a claim or
+migrations/0001_schema.sql explains generations, and how a turn goes from one to the next without holding up a claim or
 letting an id be claimed in both. With one generation a claim is a plain insert; each older one costs an index probe an id.
 """
 

@@ -42,7 +42,7 @@ _CONFLICTS_CLASS = 1189081  # of the locks by which transactions take turns afte
 _MOSTLY_KNOWN = 0.5
 _TURNS_MAX = 10  # of the ledger, that one claim sees come and go
 _CLAIM_KEY = re.compile("ledger(_[0-9]+)?_claim")
-SCHEMA_VERSION = 7  # the migration this code needs; migrations/ holds them
+SCHEMA_VERSION = 1  # the migration this code needs; migrations/ holds them
 
 _MAY_NOT = """
 select case when current_setting('default_transaction_read_only')::bool then 'anything: default_transaction_read_only is on'
@@ -310,7 +310,7 @@ class Session:
         return not self.connection.is_closed()
 
     async def begin(self) -> None:
-        """Begin a transaction that holds the lock of the ledger's version: see migrations/0005_generations.sql."""
+        """Begin a transaction that holds the lock of the ledger's version: see migrations/0001_schema.sql."""
         lock = f"select pg_advisory_xact_lock_shared({ADVISORY_CLASS:d}, {self._generations.version:d})"
         if self.turn is not None:
             turn = f"select pg_advisory_xact_lock({_CONFLICTS_CLASS:d}, {self.turn:d})"

@@ -1,6 +1,6 @@
 """Rows of the ledger that nobody needs any more go, by whole generations: the steps, and the task that takes them.
 
-Asks core/retention.py what is due and calls the functions of migrations/0005_generations.sql, each of which is one short
+Asks core/retention.py what is due and calls the functions of migrations/0001_schema.sql, each of which is one short
 transaction that waits for nobody. Any number of processes may do that at the same time: a step names the version of the
 ledger that it was decided on, and the second one finds another. Nothing is forgotten while the log holds a record of its
 time. What it does not know: topics of another Kafka cluster whose applications use the same database; each application

@@ -13,19 +13,58 @@ from test_cli import consumer, is_one_line
 
 from consumer import Misconfigured
 from consumer.local_servers import Postgres
+from consumer.postgres import ledger
 from consumer.postgres import migrate as schema
 from consumer.postgres.ledger import SchemaMissing, Session
 
 
-async def test_many_at_once_apply_each_migration_once(database: str) -> None:
-    async def migrate() -> int:
-        connection = await asyncpg.connect(database)
-        try:
-            return len(await schema.migrate(connection))
-        finally:
-            await connection.close()
+async def _migrate(dsn: str) -> int:
+    connection = await asyncpg.connect(dsn)
+    try:
+        return len(await schema.migrate(connection))
+    finally:
+        await connection.close()
 
-    applied = await asyncio.gather(*[migrate() for _ in range(8)])
+
+@pytest.fixture
+def next_version(monkeypatch: pytest.MonkeyPatch) -> schema.Migration:
+    """Another migration after those of the package, and code that needs it."""
+    latest = schema.migrations()
+    migration = schema.Migration(
+        latest[-1].version + 1, "colour", "alter table consumer.topics add column colour text not null default 'red'"
+    )
+    monkeypatch.setattr(schema, "migrations", lambda: [*latest, migration])
+    monkeypatch.setattr(ledger, "SCHEMA_VERSION", migration.version)
+    return migration
+
+
+def test_the_code_needs_the_latest_migration() -> None:
+    versions = [migration.version for migration in schema.migrations()]
+    assert versions == list(range(1, ledger.SCHEMA_VERSION + 1))
+
+
+async def test_a_database_of_the_version_before_is_migrated_with_its_rows(
+    database: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    assert await _migrate(database) == len(schema.migrations())
+    await query(database, "insert into consumer.topics (name) values ('old') returning topic")
+    settings = settings_for(database, "127.0.0.1:1")
+    added: schema.Migration = request.getfixturevalue("next_version")
+    with pytest.raises(SchemaMissing, match=rf"at version {added.version - 1} and this code needs {added.version}:"):
+        await Session.open(settings)
+    assert await _migrate(database) == 1
+    assert await query(database, "select name, colour from consumer.topics") == [("old", "red")]
+    assert await query(database, "select max(version) from consumer.schema_versions") == [(added.version,)]
+    (await Session.open(settings)).close()
+    assert await _migrate(database) == 0
+
+    monkeypatch.undo()  # a worker of the version before goes on beside a migrated schema
+    (await Session.open(settings)).close()
+    assert await _migrate(database) == 0
+
+
+async def test_many_at_once_apply_each_migration_once(database: str) -> None:
+    applied = await asyncio.gather(*[_migrate(database) for _ in range(8)])
     assert sum(applied) == len(schema.migrations())
     assert await value(database, "select count(*) from consumer.schema_versions") == len(schema.migrations())
 
