@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from consumer.core.errors import Misconfigured
 from consumer.core.message import Record
-from consumer.core.outcome import Dead, Outcome, Parked, Reason
+from consumer.core.outcome import Dead, Outcome, Reason, RetryLater
 
 
 class State(StrEnum):
@@ -26,7 +26,7 @@ class State(StrEnum):
     DISCARDED = "discarded"
 
 
-class Hold(Enum):
+class KeyHold(Enum):
     """What PostgreSQL says of a chain, within the transaction that asks."""
 
     HELD = "held"  # and stays so until this transaction ends
@@ -54,13 +54,13 @@ def fate(outcome: Outcome | None) -> Fate:
             return Fate(State.DEAD, stays=True, goes_on=False)
         case Dead():
             return Fate(State.DEAD, stays=False, goes_on=True)  # a verdict about this message alone
-        case Parked():
+        case RetryLater():
             return Fate(State.DEAD, stays=True, goes_on=False)
         case _:
             return Fate(State.APPLIED, stays=False, goes_on=True)
 
 
-def chain_of(order: str, record: Record) -> bytes | None:
+def ordering_key_hash(order: str, record: Record) -> bytes | None:
     """16 bytes that stand for a unit of order, the same in every process; None for a message that is ordered with nothing."""
     if order == "none" or (order == "key" and record.key is None):
         return None

@@ -1,6 +1,6 @@
 """Which messages run next, and up to where everything is settled.
 
-Knows partitions, offsets, keys and times as numbers; knows no Kafka, no database, no clock. A Lane serves some
+Knows partitions, offsets, keys and times as numbers; knows no Kafka, no database, no clock. A Scheduler serves some
 partitions with one connection, one batch at a time. It keeps three laws:
 
 - **order**: two messages of one unit of order (a key of one handler, or its partition) never run in the wrong order.
@@ -21,7 +21,7 @@ from uuid import UUID
 
 import msgspec
 
-from consumer.core.dead_letters import chain_of
+from consumer.core.dead_letters import ordering_key_hash
 from consumer.core.evidence import Why
 from consumer.core.handler import Handler
 from consumer.core.log_identity import Print
@@ -66,7 +66,7 @@ class Delivery(msgspec.Struct, eq=False):
     attempts: int = 0
     again: int = 0  # times that its handler asked to be run again, which are no attempts
     alone: bool = False  # to be called by itself: a call for many, of which it was one, took too long
-    parked: bool = False  # its offset is among the open ones
+    delayed: bool = False  # its offset is among the open ones
     outcome: Outcome | None = None  # settled before any transaction: unreadable, skipped, known to Redis
     mark: int = -1  # successes of its handler when it failed first: see evidence.py
     why: Why | None = None  # why it waits
@@ -75,7 +75,7 @@ class Delivery(msgspec.Struct, eq=False):
     def partition(self) -> Partition:
         return Partition(self.record.topic, self.record.partition)
 
-    def unit(self) -> Hashable:
+    def ordering_key(self) -> Hashable:
         """What keeps its order. A message without a key is ordered with nothing, as in Kafka's own contract."""
         record, order = self.record, self.handler.order
         if order == "key" and record.key is not None:
@@ -84,19 +84,19 @@ class Delivery(msgspec.Struct, eq=False):
             return (self.handler.name, record.topic, record.partition)
         return (self.handler.name, record.topic, record.partition, record.offset, None)
 
-    def chain(self) -> bytes | None:
+    def ordering_key_hash(self) -> bytes | None:
         """The unit of order as the table of dead letters knows it; None when nothing waits for this message."""
-        return chain_of(self.handler.order, self.record)
+        return ordering_key_hash(self.handler.order, self.record)
 
 
-class Tried(NamedTuple):
+class SavedAttempts(NamedTuple):
     """What is remembered of a message that has failed before: how often, and when it is due."""
 
     attempts: int
     due: float
 
 
-class Move(NamedTuple):
+class PositionUpdate(NamedTuple):
     """A partition's position, from what this worker last knew to what is settled now.
 
     topic_id: of the log that both are of; the same offset of another log is not what this worker last knew. seen: the
@@ -123,7 +123,7 @@ class Batch:
 
     deliveries: list[Delivery]
     ends: dict[Partition, int]
-    openings: Mapping[Partition, int]
+    assignment_epochs: Mapping[Partition, int]
 
     def split(self, at: int | None = None) -> tuple[Batch, Batch]:
         """Two parts to settle one after the other, halves by default; the first one's ends stay below all in the second."""
@@ -132,80 +132,87 @@ class Batch:
         ends = dict(self.ends)
         for delivery in tail:
             partition = delivery.partition
-            if not delivery.parked and partition in ends:
+            if not delivery.delayed and partition in ends:
                 ends[partition] = min(ends[partition], delivery.record.offset)
-        return Batch(head, ends, self.openings), Batch(tail, self.ends, self.openings)
+        return Batch(head, ends, self.assignment_epochs), Batch(tail, self.ends, self.assignment_epochs)
 
 
 @dataclass(slots=True)
-class _Queue:
+class _PartitionQueue:
     """What is known of one partition."""
 
-    opening: int  # number of this opening of the partition
+    assignment_epoch: int  # number of this opening of the partition
     frontier: int  # everything below was taken, and is settled or open
     position: int  # as this worker last wrote or read it
     fetched: deque[Record] = field(default_factory=deque)
     sizes: deque[int] = field(default_factory=deque)  # of `fetched`, in bytes
     fetched_bytes: int = 0
     received: int = 0  # offset after the last record added
-    open: dict[int, int] = field(default_factory=dict)  # offset -> deliveries parked
-    parked: int = 0  # deliveries, in all
-    parked_bytes: int = 0
-    chains: set[tuple[int, bytes]] = field(default_factory=set)  # that dead letters may hold: handler's number, chain
-    tried: dict[tuple[int, int], Tried] = field(
+    unsettled: dict[int, int] = field(default_factory=dict)  # offset -> deliveries parked
+    delayed: int = 0  # deliveries, in all
+    delayed_bytes: int = 0
+    possibly_held: set[tuple[int, bytes]] = field(
+        default_factory=set
+    )  # that dead letters may hold: handler's number, chain
+    saved_attempts: dict[tuple[int, int], SavedAttempts] = field(
         default_factory=dict
     )  # handler's number, offset: failed before a restart
     full: bool = False  # until a quarter of what may be parked is settled: each time, the log is read again
 
 
-class Lane:
+class Scheduler:
     """Partitions that share a connection. Add records, take a batch, settle it; nothing else changes its state."""
 
     def __init__(
         self,
         handlers: Mapping[str, Sequence[Handler]],
-        parked_max: int,
-        parked_bytes_max: int = 1 << 62,
-        bare_seconds: float = 0.0,
+        delayed_max: int,
+        delayed_bytes_max: int = 1 << 62,
+        idle_batch_interval: float = 0.0,
     ) -> None:
         """parked_max: messages of a partition. parked_bytes_max: of all partitions, in equal shares of at least 1 MB.
 
         bare_seconds: least time between two batches without messages, which only move positions.
         """
         self._handlers = handlers
-        self._parked_max = parked_max
-        self._parked_bytes_max = parked_bytes_max
-        self._bare_seconds = bare_seconds
-        self._bare_after = 0.0
+        self._delayed_max = delayed_max
+        self._delayed_bytes_max = delayed_bytes_max
+        self._idle_batch_interval = idle_batch_interval
+        self._idle_batch_after = 0.0
         self._retried_last = False
-        self._queues: dict[Partition, _Queue] = {}
+        self._queues: dict[Partition, _PartitionQueue] = {}
         self._ready: deque[Delivery] = deque()  # once behind a failed message, now free to run
-        self._chains: dict[Hashable, deque[Delivery]] = {}  # unit -> the failed message and those behind it
+        self._delayed: dict[Hashable, deque[Delivery]] = {}  # unit -> the failed message and those behind it
         self._due: dict[Hashable, float] = {}  # unit -> time of the next attempt
-        self._openings = 0
+        self._last_epoch = 0
 
     # -- partitions come and go -------------------------------------------------------------------------------------
 
-    def open(self, partition: Partition, position: int) -> None:
+    def assign(self, partition: Partition, position: int) -> None:
         """Begin a partition at `position`, forgetting whatever was known of it."""
-        self.close(partition)
-        self._openings += 1
-        self._queues[partition] = _Queue(self._openings, frontier=position, position=position, received=position)
+        self.revoke(partition)
+        self._last_epoch += 1
+        self._queues[partition] = _PartitionQueue(
+            self._last_epoch, frontier=position, position=position, received=position
+        )
 
-    def recall(
-        self, partition: Partition, chains: Iterable[tuple[int, bytes]], tried: Mapping[tuple[int, int], Tried]
+    def restore(
+        self,
+        partition: Partition,
+        held_keys: Iterable[tuple[int, bytes]],
+        saved_attempts: Mapping[tuple[int, int], SavedAttempts],
     ) -> None:
         """What the table knows of a partition that was just opened: see deadletters.recall."""
         if (queue := self._queues.get(partition)) is not None:
-            queue.chains, queue.tried = set(chains), dict(tried)
+            queue.possibly_held, queue.saved_attempts = set(held_keys), dict(saved_attempts)
 
-    def close(self, partition: Partition) -> None:
+    def revoke(self, partition: Partition) -> None:
         """Forget a partition: its fetched records, and those parked (they will be delivered again to its owner)."""
         self._queues.pop(partition, None)
         self._ready = deque(each for each in self._ready if each.partition != partition)
-        for unit, chain in list(self._chains.items()):
+        for unit, chain in list(self._delayed.items()):
             if chain[0].partition == partition:  # a unit never spans two
-                del self._chains[unit], self._due[unit]
+                del self._delayed[unit], self._due[unit]
 
     @property
     def partitions(self) -> list[Partition]:
@@ -278,14 +285,14 @@ class Lane:
         """Messages that failed and wait: each with the number in its unit of order, itself included, and the frontier."""
         return [
             (chain[0], len(chain), queue.frontier)
-            for chain in self._chains.values()
+            for chain in self._delayed.values()
             if (queue := self._queues.get(chain[0].partition)) is not None
         ]
 
     @property
-    def parked(self) -> int:
+    def delayed(self) -> int:
         """Deliveries that wait for another attempt, or behind one."""
-        return sum(queue.parked for queue in self._queues.values())
+        return sum(queue.delayed for queue in self._queues.values())
 
     # -- batches go out ---------------------------------------------------------------------------------------------
 
@@ -301,9 +308,9 @@ class Lane:
         retries: list[Delivery] = []
         for unit, due in self._due.items():
             if due <= now and bytes_max > 0 and len(retries) < messages_max:
-                retries.append(self._chains[unit][0])
+                retries.append(self._delayed[unit][0])
                 bytes_max -= size_of(retries[-1].record)
-        return Batch(retries, {}, self._now_open()) if retries else None
+        return Batch(retries, {}, self._epochs()) if retries else None
 
     def _take_fresh(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
         deliveries: list[Delivery] = []
@@ -321,7 +328,7 @@ class Lane:
             begin = len(deliveries)
             handlers = self._handlers.get(partition.topic, ())
             number = min(len(queue.fetched), messages_max - len(deliveries))
-            if len(handlers) == 1 and number > 0 and not self._chains and not queue.tried:
+            if len(handlers) == 1 and number > 0 and not self._delayed and not queue.saved_attempts:
                 # As nearly always: nothing waits, so that nothing has to be looked at but the sizes.
                 size = sum(islice(queue.sizes, number))
                 if size <= room_bytes:
@@ -336,8 +343,8 @@ class Lane:
                     ends[partition] = deliveries[-1].record.offset + 1
             while (
                 queue.fetched
-                and queue.parked < self._parked_max
-                and queue.parked_bytes < bytes_share
+                and queue.delayed < self._delayed_max
+                and queue.delayed_bytes < bytes_share
                 and len(deliveries) < messages_max
                 and (room_bytes > 0 or not deliveries)
             ):
@@ -349,8 +356,8 @@ class Lane:
                 for handler in handlers:
                     delivery = Delivery(handler, record)
                     if not (
-                        (queue.tried and self._remember(queue, delivery))
-                        or (self._chains and self._queue_behind(delivery))
+                        (queue.saved_attempts and self._restore_attempt(queue, delivery))
+                        or (self._delayed and self._queue_behind(delivery))
                     ):
                         deliveries.append(delivery)
                 ends[partition] = record.offset + 1
@@ -359,104 +366,104 @@ class Lane:
             if not queue.fetched and queue.received > queue.frontier:
                 ends[partition] = queue.received
         if ends and not taken:
-            if now < self._bare_after:
+            if now < self._idle_batch_after:
                 return None
-            self._bare_after = now + self._bare_seconds
+            self._idle_batch_after = now + self._idle_batch_interval
         # A later partition comes first next time, so that a busy one does not starve it.
         if len(ends) and len(self._queues) > 1:
             first = next(iter(self._queues))
             self._queues[first] = self._queues.pop(first)
-        return Batch(_in_log_order(deliveries, freed, segments), ends, self._now_open()) if deliveries or ends else None
+        return Batch(_in_log_order(deliveries, freed, segments), ends, self._epochs()) if deliveries or ends else None
 
-    def offer(self, partition: Partition, deliveries: Iterable[Delivery], end: int) -> Batch:
+    def batch_up_to(self, partition: Partition, deliveries: Iterable[Delivery], end: int) -> Batch:
         """A batch of deliveries that the caller has chosen, in offset order; everything else below `end` is settled.
 
         Those whose unit waits for a failed message queue behind it. The partition must be open.
         """
         queue = self._queues[partition]
         queue.received = max(queue.received, end)
-        free = [each for each in deliveries if not (self._chains and self._queue_behind(each))]
-        return Batch(free, {partition: end}, self._now_open())
+        free = [each for each in deliveries if not (self._delayed and self._queue_behind(each))]
+        return Batch(free, {partition: end}, self._epochs())
 
     def _bytes_share(self) -> int:
         """Bytes that may be parked of one partition."""
-        return max(_PARKED_BYTES_LEAST, self._parked_bytes_max // max(1, len(self._queues)))
+        return max(_PARKED_BYTES_LEAST, self._delayed_bytes_max // max(1, len(self._queues)))
 
-    def admit(self, deliveries: Iterable[Delivery]) -> Batch:
+    def batch_of(self, deliveries: Iterable[Delivery]) -> Batch:
         """A batch in the caller's order, across partitions; frontiers stay where they are.
 
         Deliveries whose unit waits for a failed message queue behind it. Their partitions must be open.
         """
-        free = [each for each in deliveries if not (self._chains and self._queue_behind(each))]
-        return Batch(free, {}, self._now_open())
+        free = [each for each in deliveries if not (self._delayed and self._queue_behind(each))]
+        return Batch(free, {}, self._epochs())
 
-    def _now_open(self) -> dict[Partition, int]:
-        return {partition: queue.opening for partition, queue in self._queues.items()}
+    def _epochs(self) -> dict[Partition, int]:
+        return {partition: queue.assignment_epoch for partition, queue in self._queues.items()}
 
-    def _queue_of(self, batch: Batch, partition: Partition) -> _Queue | None:
+    def _current_queue(self, batch: Batch, partition: Partition) -> _PartitionQueue | None:
         """The partition as the batch knew it; None when it was closed, or opened again, since."""
         queue = self._queues.get(partition)
-        return queue if queue is not None and queue.opening == batch.openings.get(partition) else None
+        return queue if queue is not None and queue.assignment_epoch == batch.assignment_epochs.get(partition) else None
 
-    def waits(self, delivery: Delivery) -> bool:
+    def is_blocked(self, delivery: Delivery) -> bool:
         """Whether a message of its unit before it has failed, in an earlier part of the same batch for example."""
-        chain = self._chains.get(delivery.unit()) if self._chains else None
+        chain = self._delayed.get(delivery.ordering_key()) if self._delayed else None
         return chain is not None and chain[0] is not delivery
 
     def _queue_behind(self, delivery: Delivery) -> bool:
-        chain = self._chains.get(delivery.unit())
+        chain = self._delayed.get(delivery.ordering_key())
         if chain is None:
             return False
         chain.append(delivery)
-        self._hold(self._queues[delivery.partition], delivery)
+        self._delay(self._queues[delivery.partition], delivery)
         return True
 
-    def _remember(self, queue: _Queue, delivery: Delivery) -> bool:
+    def _restore_attempt(self, queue: _PartitionQueue, delivery: Delivery) -> bool:
         """Whether a message has failed before a restart: then it waits as it did, and what follows it waits behind it."""
-        tried = queue.tried.pop((delivery.handler.number, delivery.record.offset), None)
+        tried = queue.saved_attempts.pop((delivery.handler.number, delivery.record.offset), None)
         if tried is None:
             return False
         delivery.attempts = tried.attempts
         if not self._queue_behind(delivery):
-            unit = delivery.unit()
-            self._chains[unit], self._due[unit] = deque([delivery]), tried.due
-            self._hold(queue, delivery)
+            unit = delivery.ordering_key()
+            self._delayed[unit], self._due[unit] = deque([delivery]), tried.due
+            self._delay(queue, delivery)
         return True
 
     # -- behind dead letters ----------------------------------------------------------------------------------------
 
-    def suspect(self, delivery: Delivery) -> None:
+    def mark_possibly_held(self, delivery: Delivery) -> None:
         """Note that the chain of a delivery may be held: later messages of it are asked about."""
-        queue, chain = self._queues.get(delivery.partition), delivery.chain()
+        queue, chain = self._queues.get(delivery.partition), delivery.ordering_key_hash()
         if queue is not None and chain is not None:
-            queue.chains.add((delivery.handler.number, chain))
+            queue.possibly_held.add((delivery.handler.number, chain))
 
-    def clear(self, delivery: Delivery) -> None:
+    def mark_not_held(self, delivery: Delivery) -> None:
         """Note that the chain of a delivery is held no more."""
-        queue, chain = self._queues.get(delivery.partition), delivery.chain()
+        queue, chain = self._queues.get(delivery.partition), delivery.ordering_key_hash()
         if queue is not None and chain is not None:
-            queue.chains.discard((delivery.handler.number, chain))
+            queue.possibly_held.discard((delivery.handler.number, chain))
 
-    def suspects(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+    def possibly_held(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         """Those whose chain may be held by a dead letter. Costs nothing where there are none."""
-        if not any(queue.chains for queue in self._queues.values()):
+        if not any(queue.possibly_held for queue in self._queues.values()):
             return []
         return [
             each
             for each in deliveries
             if (queue := self._queues.get(each.partition)) is not None
-            and queue.chains
-            and (each.handler.number, each.chain()) in queue.chains
+            and queue.possibly_held
+            and (each.handler.number, each.ordering_key_hash()) in queue.possibly_held
         ]
 
-    def _hold(self, queue: _Queue, delivery: Delivery) -> None:
-        if not delivery.parked:
-            delivery.parked = True
-            queue.parked += 1
-            queue.parked_bytes += size_of(delivery.record)
-            if queue.parked >= self._parked_max or queue.parked_bytes >= self._bytes_share():
+    def _delay(self, queue: _PartitionQueue, delivery: Delivery) -> None:
+        if not delivery.delayed:
+            delivery.delayed = True
+            queue.delayed += 1
+            queue.delayed_bytes += size_of(delivery.record)
+            if queue.delayed >= self._delayed_max or queue.delayed_bytes >= self._bytes_share():
                 queue.full = True
-            queue.open[delivery.record.offset] = queue.open.get(delivery.record.offset, 0) + 1
+            queue.unsettled[delivery.record.offset] = queue.unsettled.get(delivery.record.offset, 0) + 1
 
     def next_due(self) -> float | None:
         """When the earliest retry is due."""
@@ -464,38 +471,38 @@ class Lane:
 
     # -- and are settled --------------------------------------------------------------------------------------------
 
-    def holds(self, batch: Batch) -> bool:
+    def is_current(self, batch: Batch) -> bool:
         """Whether every partition that was open when a batch was taken is still open as it was."""
         return all(
-            (queue := self._queues.get(partition)) is not None and queue.opening == opening
-            for partition, opening in batch.openings.items()
+            (queue := self._queues.get(partition)) is not None and queue.assignment_epoch == opening
+            for partition, opening in batch.assignment_epochs.items()
         )
 
-    def moves(self, batch: Batch, parked: Iterable[Delivery]) -> list[Move]:
+    def position_updates(self, batch: Batch, delayed: Iterable[Delivery]) -> list[PositionUpdate]:
         """What the positions become when `batch` is settled but for the deliveries in `parked`. Changes nothing."""
-        staying = set(parked)
+        staying = set(delayed)
         opened: dict[Partition, dict[int, int]] = {}
         for delivery in batch.deliveries:
-            if delivery.parked != (delivery in staying):
+            if delivery.delayed != (delivery in staying):
                 counts = opened.get(delivery.partition)
                 if counts is None:
-                    queue = self._queue_of(batch, delivery.partition)
-                    counts = opened[delivery.partition] = dict(queue.open) if queue else {}
+                    queue = self._current_queue(batch, delivery.partition)
+                    counts = opened[delivery.partition] = dict(queue.unsettled) if queue else {}
                 offset = delivery.record.offset
                 counts[offset] = counts.get(offset, 0) + (1 if delivery in staying else -1)
-        found: list[Move] = []
+        found: list[PositionUpdate] = []
         for partition in {*batch.ends, *opened}:
-            queue = self._queue_of(batch, partition)
+            queue = self._current_queue(batch, partition)
             if queue is None:
                 continue
-            counts = opened.get(partition, queue.open)
+            counts = opened.get(partition, queue.unsettled)
             frontier = max(queue.frontier, batch.ends.get(partition, queue.frontier))
             position = min((offset for offset, count in counts.items() if count > 0), default=frontier)
             if position != queue.position:
-                found.append(Move(partition, queue.position, position))
+                found.append(PositionUpdate(partition, queue.position, position))
         return found
 
-    def settle(self, batch: Batch, parked: Mapping[Delivery, float], moves: Sequence[Move]) -> None:
+    def settle(self, batch: Batch, delayed: Mapping[Delivery, float], updates: Sequence[PositionUpdate]) -> None:
         """Record what a committed transaction has settled.
 
         parked: the deliveries that are not settled, with the time of their next attempt; those that only wait behind a
@@ -504,38 +511,38 @@ class Lane:
         """
         failed: dict[Hashable, list[Delivery]] = {}
         for delivery in batch.deliveries:
-            waits = delivery in parked
-            if not waits and not delivery.parked:
+            waits = delivery in delayed
+            if not waits and not delivery.delayed:
                 continue
-            queue = self._queue_of(batch, delivery.partition)
+            queue = self._current_queue(batch, delivery.partition)
             if queue is None:
                 continue
             if waits:
-                self._hold(queue, delivery)
-                failed.setdefault(delivery.unit(), []).append(delivery)
+                self._delay(queue, delivery)
+                failed.setdefault(delivery.ordering_key(), []).append(delivery)
             else:
                 self._release(queue, delivery)
-                chain = self._chains.get(delivery.unit())
+                chain = self._delayed.get(delivery.ordering_key())
                 if chain is not None and chain[0] is delivery:
                     chain.popleft()
                     self._ready.extendleft(reversed(chain))
-                    del self._chains[delivery.unit()], self._due[delivery.unit()]
-        if self._ready and (anew := {unit for unit in failed if unit not in self._chains}):
+                    del self._delayed[delivery.ordering_key()], self._due[delivery.ordering_key()]
+        if self._ready and (anew := {unit for unit in failed if unit not in self._delayed}):
             self._block_ready(anew)
         for unit, deliveries in failed.items():
-            chain = self._chains.get(unit)
+            chain = self._delayed.get(unit)
             if chain is None or len(deliveries) > 1 or chain[0] is not deliveries[0]:
                 # Parts of a batch are settled one by one, so these may come after, or between, those that wait already.
                 waiting = {*(chain or ()), *deliveries}
-                self._chains[unit] = chain = deque(sorted(waiting, key=lambda each: each.record.offset))
-            if chain[0] in parked:
-                self._due[unit] = parked[chain[0]]
+                self._delayed[unit] = chain = deque(sorted(waiting, key=lambda each: each.record.offset))
+            if chain[0] in delayed:
+                self._due[unit] = delayed[chain[0]]
         for partition, end in batch.ends.items():
-            queue = self._queue_of(batch, partition)
+            queue = self._current_queue(batch, partition)
             if queue is not None:
                 queue.frontier = max(queue.frontier, end)
-        for move in moves:
-            queue = self._queue_of(batch, move.partition)
+        for move in updates:
+            queue = self._current_queue(batch, move.partition)
             if queue is not None:
                 queue.position = move.next
 
@@ -543,22 +550,22 @@ class Lane:
         """What was free to run of units that have failed anew waits again."""
         free: deque[Delivery] = deque()
         for each in self._ready:
-            unit = each.unit()
+            unit = each.ordering_key()
             if unit in units:
-                self._chains.setdefault(unit, deque()).append(each)
+                self._delayed.setdefault(unit, deque()).append(each)
             else:
                 free.append(each)
         self._ready = free
 
-    def _release(self, queue: _Queue, delivery: Delivery) -> None:
-        delivery.parked = False
-        queue.parked -= 1
-        queue.parked_bytes -= size_of(delivery.record)
+    def _release(self, queue: _PartitionQueue, delivery: Delivery) -> None:
+        delivery.delayed = False
+        queue.delayed -= 1
+        queue.delayed_bytes -= size_of(delivery.record)
         if queue.full:
-            queue.full = queue.parked * 4 > self._parked_max * 3 or queue.parked_bytes * 4 > self._bytes_share() * 3
+            queue.full = queue.delayed * 4 > self._delayed_max * 3 or queue.delayed_bytes * 4 > self._bytes_share() * 3
         offset = delivery.record.offset
-        left = queue.open.get(offset, 0) - 1
+        left = queue.unsettled.get(offset, 0) - 1
         if left > 0:
-            queue.open[offset] = left
+            queue.unsettled[offset] = left
         else:
-            queue.open.pop(offset, None)
+            queue.unsettled.pop(offset, None)

@@ -69,14 +69,14 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
-class Parked:
+class RetryLater:
     """The attempt failed; the message waits for its next one and holds its place."""
 
     delay_seconds: float
     error: str
 
 
-Outcome: TypeAlias = Applied | Duplicate | Dead | Skipped | Parked
+Outcome: TypeAlias = Applied | Duplicate | Dead | Skipped | RetryLater
 
 APPLIED = Applied()
 SKIPPED = Skipped()

@@ -25,7 +25,7 @@ from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.handler import Handler
 from consumer.core.identity import OffsetId, edit_id, message_id
 from consumer.core.message import LogRecord
-from consumer.core.ordering import Batch, Delivery, Lane
+from consumer.core.ordering import Batch, Delivery, Scheduler
 from consumer.core.outcome import Reason
 from consumer.core.retry import Retry
 from consumer.dead_letters.session import Edit, Letter, LetterSession, NotOurs
@@ -34,7 +34,7 @@ from consumer.postgres.ledger import Conflict, Outage, where
 from consumer.settings import Settings
 from consumer.transaction import once
 
-_NOBODY_WAITS = Lane({}, 1)
+_NOBODY_WAITS = Scheduler({}, 1)
 _AT_A_TIME = 500  # letters in one transaction
 _BYTES_AT_A_TIME = 16 << 20
 _ONCE = Retry(attempts=1)  # each retry command makes one attempt

@@ -19,8 +19,8 @@ from uuid import UUID
 
 from consumer.core.dead_letters import Fate, State, fate, group_of
 from consumer.core.errors import ConsumerError
-from consumer.core.ordering import Delivery, Move
-from consumer.core.outcome import Dead, Outcome, Parked, Reason
+from consumer.core.ordering import Delivery, PositionUpdate
+from consumer.core.outcome import Dead, Outcome, Reason, RetryLater
 from consumer.core.sqlstate import Meaning
 from consumer.postgres.dead_letters import storable
 from consumer.postgres.ledger import Conflict, Outage, Session, Standing, meaning_of
@@ -232,7 +232,7 @@ class LetterSession(Session):
         """Do nothing: the attempts of a letter are in its own row."""
 
     async def write_positions(
-        self, app: str, moves: Sequence[Move], counts: Mapping[tuple[int, int, int, str], int]
+        self, app: str, moves: Sequence[PositionUpdate], counts: Mapping[tuple[int, int, int, str], int]
     ) -> None:
         """Record what became of the letters, in the transaction that made it so."""
         totals = {key: n for key, n in counts.items() if key[3] in ("skipped", "kept")}
@@ -240,7 +240,7 @@ class LetterSession(Session):
         acted: list[tuple[Letter, bytes | None]] = []
         publish, released, stand_ins = [], [], []
         for delivery, letter in self._letters.items():
-            letter.is_postponed = letter.is_postponed or isinstance(delivery.outcome, Parked)
+            letter.is_postponed = letter.is_postponed or isinstance(delivery.outcome, RetryLater)
             letter.outcome, letter.text = told(letter)
             if letter.is_postponed or not (after := _fate(letter)):
                 if letter.outcome in ("unsure", "other_letter"):

@@ -25,9 +25,9 @@ from typing import Any
 from uuid import UUID
 
 from consumer.core.dead_letter_seal import seal
-from consumer.core.dead_letters import Hold, State, group_of, holds
+from consumer.core.dead_letters import KeyHold, State, group_of, holds
 from consumer.core.message import Partition
-from consumer.core.ordering import Delivery, Tried
+from consumer.core.ordering import Delivery, SavedAttempts
 from consumer.core.outcome import Dead, Reason
 
 _LETTER = """
@@ -97,21 +97,21 @@ async def store(
         await connection.execute(_TO_PUBLISH, *([each[n] for each in letters] for n in range(3)))
 
 
-async def ask(connection: Any, deliveries: Sequence[Delivery]) -> dict[Delivery, Hold]:
+async def ask(connection: Any, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
     """Whether the chains of these deliveries are held; of those that are, they stay so until the transaction ends."""
-    chains = [each.chain() for each in deliveries]
+    chains = [each.ordering_key_hash() for each in deliveries]
     rows = await connection.fetch(
         _ASK,
         [each.handler.number for each in deliveries],
         [UUID(bytes=each) if each is not None else None for each in chains],
     )
     found = {
-        (row[0], row[1].bytes): Hold.HELD if row[2] else Hold.BUSY if row[3] else Hold.FREE
+        (row[0], row[1].bytes): KeyHold.HELD if row[2] else KeyHold.BUSY if row[3] else KeyHold.FREE
         for row in rows
         if row[1] is not None
     }
     return {
-        each: found.get((each.handler.number, chain), Hold.FREE) if chain is not None else Hold.FREE
+        each: found.get((each.handler.number, chain), KeyHold.FREE) if chain is not None else KeyHold.FREE
         for each, chain in zip(deliveries, chains, strict=True)
     }
 
@@ -128,17 +128,17 @@ async def save_attempts(
 
 async def recall(
     connection: Any, handlers: Sequence[int], positions: Mapping[Partition, int]
-) -> tuple[dict[Partition, set[tuple[int, bytes]]], dict[Partition, dict[tuple[int, int], Tried]]]:
+) -> tuple[dict[Partition, set[tuple[int, bytes]]], dict[Partition, dict[tuple[int, int], SavedAttempts]]]:
     """What a worker must know when it opens partitions: chains that may be held, and (handler, offset) that have failed before."""
     topics = sorted({each.topic for each in positions})
     chains: dict[Partition, set[tuple[int, bytes]]] = {}
-    tried: dict[Partition, dict[tuple[int, int], Tried]] = {}
+    tried: dict[Partition, dict[tuple[int, int], SavedAttempts]] = {}
     for handler, chain, topic, partition in await connection.fetch(_CHAINS, handlers, topics):
         chains.setdefault(Partition(topic, partition), set()).add((handler, chain.bytes))
     for handler, topic, number, offset, attempts, seconds in await connection.fetch(_ATTEMPTS, handlers, topics):
         partition = Partition(topic, number)
         if offset >= positions.get(partition, 0):
-            tried.setdefault(partition, {})[handler, offset] = Tried(attempts, seconds)
+            tried.setdefault(partition, {})[handler, offset] = SavedAttempts(attempts, seconds)
     return chains, tried
 
 
@@ -154,7 +154,7 @@ def storable(text: str) -> str:
 
 def _letter(delivery: Delivery, verdict: Dead, attempts: int) -> tuple[Any, ...]:
     record = delivery.record
-    chain = delivery.chain() if holds(verdict) and delivery.handler.idempotent else None
+    chain = delivery.ordering_key_hash() if holds(verdict) and delivery.handler.idempotent else None
     return (
         delivery.handler.number,
         UUID(bytes=delivery.id),

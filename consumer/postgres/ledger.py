@@ -21,12 +21,12 @@ import asyncpg
 from asyncpg.pgproto.pgproto import UUID
 
 from consumer import tls as transport
-from consumer.core.dead_letters import Hold
+from consumer.core.dead_letters import KeyHold
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.core.hosts import certificate_fault
 from consumer.core.log_identity import Position, Print
 from consumer.core.message import Partition
-from consumer.core.ordering import Delivery, Move, Tried
+from consumer.core.ordering import Delivery, PositionUpdate, SavedAttempts
 from consumer.core.outcome import Dead
 from consumer.core.retention import is_time, may_be_forgotten
 from consumer.core.sqlstate import Meaning, meaning, without_values
@@ -472,7 +472,7 @@ class Session:
             await self.connection.execute(self._statements.mark_claims_dead, *_keys(claimed))
         await dead_letters.store(self.connection, dead, attempts, publish=self._settings.dead_letter_topic is not None)
 
-    async def holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, Hold]:
+    async def holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
         """Whether dead letters hold back these deliveries, for the time of this transaction."""
         return await dead_letters.ask(self.connection, deliveries)
 
@@ -483,7 +483,7 @@ class Session:
 
     async def recall(
         self, handlers: Sequence[int], positions: Mapping[Partition, int]
-    ) -> tuple[dict[Partition, set[tuple[int, bytes]]], dict[Partition, dict[tuple[int, int], Tried]]]:
+    ) -> tuple[dict[Partition, set[tuple[int, bytes]]], dict[Partition, dict[tuple[int, int], SavedAttempts]]]:
         """What opening partitions must know of dead letters and attempts. The due times are seconds from now."""
         return await dead_letters.recall(self.connection, handlers, positions)
 
@@ -492,7 +492,7 @@ class Session:
         await self.connection.execute("set constraints all immediate")
 
     async def write_positions(
-        self, app: str, moves: Sequence[Move], counts: Mapping[tuple[int, int, int, str], int]
+        self, app: str, moves: Sequence[PositionUpdate], counts: Mapping[tuple[int, int, int, str], int]
     ) -> None:
         """Write the positions, each only if it still is what this worker last knew, and count the outcomes.
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from uuid import UUID, uuid4
 
-from consumer.core.dead_letters import Hold
+from consumer.core.dead_letters import KeyHold
 from consumer.core.errors import Misconfigured
 from consumer.core.identifiers import ident
-from consumer.core.ordering import Batch, Delivery, Move
+from consumer.core.ordering import Batch, Delivery, PositionUpdate
 from consumer.core.outcome import Dead
 from consumer.deferred_writes.writer import Columns
 from consumer.postgres.ledger import Session, Standing, milliseconds, sqlstate_of
@@ -465,12 +465,12 @@ class CopiesSession(Session):
     async def save_attempts(self, tried: Mapping[Delivery, tuple[int, float]], settled: Sequence[Delivery]) -> None:
         """Nothing is kept of them either."""
 
-    async def holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, Hold]:
+    async def holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
         """Nothing holds back: what waits behind a dead letter was left out."""
-        return dict.fromkeys(deliveries, Hold.FREE)
+        return dict.fromkeys(deliveries, KeyHold.FREE)
 
     async def write_positions(
-        self, app: str, moves: Sequence[Move], counts: Mapping[tuple[int, int, int, str], int]
+        self, app: str, moves: Sequence[PositionUpdate], counts: Mapping[tuple[int, int, int, str], int]
     ) -> None:
         """Make sure that nothing real was touched, and look whether a sought row was."""
         assert self.part is not None

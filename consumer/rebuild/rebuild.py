@@ -27,8 +27,8 @@ from consumer.app import App
 from consumer.core.errors import CannotTell, Misconfigured, Reject
 from consumer.core.handler import Call, Handler
 from consumer.core.message import Partition, Record
-from consumer.core.ordering import Batch, Delivery, Lane
-from consumer.core.outcome import Cause, Dead, Duplicate, Parked, Reason, Skipped
+from consumer.core.ordering import Batch, Delivery, Scheduler
+from consumer.core.outcome import Cause, Dead, Duplicate, Reason, RetryLater, Skipped
 from consumer.core.retry import Retry
 from consumer.handler_records import handler_code
 from consumer.kafka import log_reader
@@ -446,7 +446,7 @@ class _Pass:
             for topic in handler.topics:
                 topics.setdefault(topic, []).append(handler)
         self._by_topic = topics
-        self._lane = Lane(topics, _PARKED_MAX, work.settings.buffer_bytes_max)
+        self._lane = Scheduler(topics, _PARKED_MAX, work.settings.buffer_bytes_max)
 
     # -- before the first message -----------------------------------------------------------------------------------
 
@@ -571,7 +571,7 @@ class _Pass:
             work.progress(phase, sum(done.values()) - first, total)
 
         for each in spans:
-            self._lane.open(each.partition, each.first)
+            self._lane.assign(each.partition, each.first)
         work.progress(phase, 0, total)
         # A copy is small at first, and full of dead row versions later: an index beats a scan for a single row.
         await self.connection.execute("set local enable_seqscan = off")
@@ -585,7 +585,7 @@ class _Pass:
                     self.copies.check_doubts()
         finally:
             await slices.aclose()
-        while self._lane.parked:
+        while self._lane.delayed:
             await self._once_more()
         await self.connection.execute("set local enable_seqscan to default")
         self.copies.check_doubts()
@@ -654,10 +654,10 @@ class _Pass:
 
     async def _settle_slice(self, entries: Sequence[Entry]) -> None:
         """Settle what is next, and try again what has failed: what it needs may be there by now."""
-        await self._settle(self._lane.admit([each.delivery for each in entries]))
+        await self._settle(self._lane.batch_of([each.delivery for each in entries]))
         await self._keep_fast()
         self._round += 1
-        if self._lane.parked:
+        if self._lane.delayed:
             await self._drain()
 
     async def _drain(self) -> None:
@@ -696,7 +696,7 @@ class _Pass:
     async def _settle(self, batch: Batch) -> None:
         """As the worker settles a batch, but that nothing is waited for."""
         if not batch.deliveries:
-            self._lane.settle(batch, {}, self._lane.moves(batch, ()))
+            self._lane.settle(batch, {}, self._lane.position_updates(batch, ()))
             return
         session = self.copies.session
         parts: list[once.Part] = [(batch, False, 0)]
@@ -731,7 +731,7 @@ class _Pass:
     def _settled_part(self, part: Batch, done: once.BatchResult) -> None:
         for delivery, outcome in done.outcomes.items():
             match outcome:
-                case Parked(_, text):
+                case RetryLater(_, text):
                     delivery.outcome = None
                     cause = done.errors.get(delivery)
                     if outcome is not once.BEHIND:

@@ -16,7 +16,7 @@ from uuid import UUID
 from consumer.core.fingerprint import BYTES
 from consumer.core.message import Partition
 from consumer.core.ordering import Delivery
-from consumer.core.outcome import Dead, Outcome, Parked, Reason
+from consumer.core.outcome import Dead, Outcome, Reason, RetryLater
 from consumer.handler_records.settled_ranges import Stretch
 from consumer.postgres.ledger import REDELIVERED, Session, Standing
 from consumer.replay import effects as proof
@@ -24,7 +24,7 @@ from consumer.replay import ledger_diff
 from consumer.replay.findings import BLOCK_BITS, Findings, blocks
 from consumer.transaction import once
 
-UNCALLED = Parked(0.0, "its handler was not called")  # of a missing message that can be read
+UNCALLED = RetryLater(0.0, "its handler was not called")  # of a missing message that can be read
 _MISSING_MAX = 200_000  # ids kept, so that a repetition among them is not counted as another message
 _OPEN_MAX = 20_000  # messages without their dead letter that are asked again at the end
 _SLICE = 4096  # of them, in one question
@@ -516,13 +516,13 @@ def would_text(outcome: Outcome | None) -> str:
     match outcome:
         case None:
             return "be applied"
-        case Parked() if outcome is UNCALLED:
+        case RetryLater() if outcome is UNCALLED:
             return "be tried"
         case Dead(reason):
             return f"become a dead letter ({reason.value})"
-        case Parked() if outcome is once.BEHIND:
+        case RetryLater() if outcome is once.BEHIND:
             return "wait behind a failed message of its key"
-        case Parked():
+        case RetryLater():
             return "fail and be tried again"
         case _:
             return "be a duplicate by now"

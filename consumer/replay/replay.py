@@ -29,8 +29,8 @@ from consumer.core.handler import Handler
 from consumer.core.identity import CallableId, ids_of_text
 from consumer.core.log_identity import Log, judge
 from consumer.core.message import Partition, Record
-from consumer.core.ordering import Batch, Delivery, Lane
-from consumer.core.outcome import Dead, Outcome, Parked
+from consumer.core.ordering import Batch, Delivery, Scheduler
+from consumer.core.outcome import Dead, Outcome, RetryLater
 from consumer.core.suggestions import UnknownName, suggestion
 from consumer.handler_records import coverage, handler_code, id_rules
 from consumer.kafka.bounds import Span
@@ -53,7 +53,7 @@ Mode = Literal["check", "apply", "rebuild", "republish"]
 
 _CHUNK = 4096  # deliveries in one transaction: enough to make its round trips cheap
 _SAVE_SECONDS = 5.0
-_NOBODY_WAITS = Lane({}, 1)  # for the proof, which looks at every message
+_NOBODY_WAITS = Scheduler({}, 1)  # for the proof, which looks at every message
 _EVERY_OFFSET = 1 << 63  # beyond any
 # What raises RunAgain is never given up. After so many attempts and so long without anything else, that is the answer.
 _FRUITLESS_MAX, _FRUITLESS_SECONDS = 20, 60.0
@@ -105,7 +105,7 @@ class _Lane:
     proof: on which nothing may ever be written or advanced. work: where the handlers of missing messages run.
     """
 
-    state: Lane
+    state: Scheduler
     chunks: asyncio.Queue[tuple[Partition, Sequence[Record], int] | None]
     proof: Session | None = None
     work: Session | None = None
@@ -607,7 +607,7 @@ class _Replay:
         lane_of: dict[Partition, _Lane] = {}
         for n, span in enumerate(spans):
             lane = lane_of[span.partition] = self.lanes[n % len(self.lanes)]
-            lane.state.open(span.partition, self.reached.get(span.partition, span.first))
+            lane.state.assign(span.partition, self.reached.get(span.partition, span.first))
         try:
             async with asyncio.TaskGroup() as tasks:
                 for lane in self.lanes:
@@ -643,13 +643,13 @@ class _Replay:
             await self._chunk(lane, partition, records, end)
             while (
                 retries := lane.state.take(time.monotonic(), self.settings.batch_messages_max, 1 << 62)
-            ) is not None or lane.state.parked >= self.settings.parked_messages_max:
+            ) is not None or lane.state.delayed >= self.settings.parked_messages_max:
                 await self._retry(lane, retries)
             self._tell_progress()
             self._save()
-        while lane.state.parked:
+        while lane.state.delayed:
             if self.fruitless > _FRUITLESS_MAX and time.monotonic() > self.settled_at + _FRUITLESS_SECONDS:
-                raise CannotTell(f"{lane.state.parked:,} messages ask to be tried again and again ({self._how_far()})")
+                raise CannotTell(f"{lane.state.delayed:,} messages ask to be tried again and again ({self._how_far()})")
             await self._retry(lane, lane.state.take(time.monotonic(), self.settings.batch_messages_max, 1 << 62))
             self._tell_progress()
             self._save()
@@ -669,15 +669,15 @@ class _Replay:
             await look.sort()
         if self.options.mode == "apply":
             self._counted(look, records, end)
-            await self._store(lane, lane.state.offer(partition, look.missing, end))
+            await self._store(lane, lane.state.batch_up_to(partition, look.missing, end))
             return
         would = await self._rehearse(lane, look.missing)
         # From here on without waiting: what was counted and how far we are must never disagree, or a replay that was
         # interrupted could not go on.
         self._counted(look, records, end)
         look.tally_missing(would)
-        batch = lane.state.offer(partition, (), end)
-        lane.state.settle(batch, {}, lane.state.moves(batch, ()))
+        batch = lane.state.batch_up_to(partition, (), end)
+        lane.state.settle(batch, {}, lane.state.position_updates(batch, ()))
 
     def _counted(self, look: Look, records: Sequence[Record], end: int) -> None:
         findings, partition = self.findings, look.partition
@@ -745,7 +745,7 @@ class _Replay:
     async def _store(self, lane: _Lane, batch: Batch) -> None:
         """Apply what is missing, for real. What fails is parked by its policy, and what is behind it waits."""
         if not batch.deliveries:
-            lane.state.settle(batch, {}, lane.state.moves(batch, ()))
+            lane.state.settle(batch, {}, lane.state.position_updates(batch, ()))
             return
         async for part, done in self._settled(lane, batch, None):
             now = time.monotonic()
@@ -767,7 +767,7 @@ class _Replay:
             case Dead(reason):
                 outcome = "dead_lettered_now"
                 self.findings.sample(outcome, **place(delivery), detail=f"{reason.value}: see `consumer dlq list`")
-            case Parked():
+            case RetryLater():
                 self.fruitless += 1
                 return  # not yet
             case _:

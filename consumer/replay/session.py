@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from consumer.core.dead_letters import Hold, holds
+from consumer.core.dead_letters import KeyHold, holds
 from consumer.core.message import Partition
-from consumer.core.ordering import Delivery, Lane
+from consumer.core.ordering import Delivery, Scheduler
 from consumer.core.outcome import Dead
 from consumer.postgres.ledger import Session
 
@@ -35,17 +35,17 @@ update consumer.positions p set holds = p.holds + 1 where p.app = (select app fr
 """
 
 
-class AskingLane(Lane):
-    """A Lane that suspects every chain to be held."""
+class AskingLane(Scheduler):
+    """A Scheduler that treats every key as possibly held by a dead letter."""
 
-    def suspects(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
-        return [each for each in deliveries if each.chain() is not None]
+    def possibly_held(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        return [each for each in deliveries if each.ordering_key_hash() is not None]
 
 
 class ReplaySession(Session):
     """A Session that settles messages of partitions which others own, in the order of their keys."""
 
-    async def holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, Hold]:
+    async def holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
         await self.connection.fetch(_LOCK, *_places(deliveries))
         return await super().holds(deliveries)
 
@@ -53,7 +53,7 @@ class ReplaySession(Session):
         self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
     ) -> None:
         await super().store_dead_letters(dead, attempts, claimed)
-        holding = [each for each, verdict in dead.items() if holds(verdict) and each.chain() is not None]
+        holding = [each for each, verdict in dead.items() if holds(verdict) and each.ordering_key_hash() is not None]
         if holding:
             await self.connection.execute(_RAISE, *_places(holding))
 

@@ -1,6 +1,6 @@
 """One worker from its start to its end or its crash: settles batches as `worker.Worker` does, on records that are there.
 
-Knows a Lane, a Session and handlers. Knows no Kafka, no Redis and no clock: a retry's time comes when nothing else is
+Knows a Scheduler, a Session and handlers. Knows no Kafka, no Redis and no clock: a retry's time comes when nothing else is
 left.
 """
 
@@ -17,8 +17,8 @@ from consumer.core.errors import Reject, Unreadable
 from consumer.core.handler import Handler
 from consumer.core.log_identity import Position
 from consumer.core.message import Partition, Record
-from consumer.core.ordering import Batch, Delivery, Lane
-from consumer.core.outcome import APPLIED, Applied, Cause, Dead, Duplicate, Outcome, Parked, Skipped
+from consumer.core.ordering import Batch, Delivery, Scheduler
+from consumer.core.outcome import APPLIED, Applied, Cause, Dead, Duplicate, Outcome, RetryLater, Skipped
 from consumer.postgres.ledger import Conflict, Outage, Session
 from consumer.replay.effects import Rows, rows_written, sequences_moved
 from consumer.settings import Settings
@@ -107,7 +107,7 @@ class Life:
         self._crash_at = crash_at
         self._applied = applied
         self._watch = watch
-        self._lane = Lane(app.by_topic(), _EVERYTHING)
+        self._lane = Scheduler(app.by_topic(), _EVERYTHING)
         self._ends: dict[_Place, tuple[Outcome | str, int, BaseException | None]] = {}
         self._errors: dict[Delivery, BaseException] = {}
         self._again = 0  # times in a row that a handler asked to be run again, which counts as no attempt
@@ -147,7 +147,7 @@ class Life:
         partitions = sorted({Partition(record.topic, record.partition) for _, record in self._records})
         await self._session.begin_positions(name, dict.fromkeys(partitions, Position(0)))
         for partition, position in (await self._session.positions(name, partitions)).items():
-            self._lane.open(partition, position.offset)
+            self._lane.assign(partition, position.offset)
         for handler in self._app.handlers.values():
             handler.number = numbers[handler.name]
             handler.call = self._watch.around(handler)
@@ -195,7 +195,7 @@ class Life:
             except (Conflict, Outage) as error:
                 parts += once.again(part, careful, failures + 1, _draw, error)
                 for delivery in part.deliveries:
-                    if isinstance(delivery.outcome, Parked) and delivery.outcome.error == _ASIDE:
+                    if isinstance(delivery.outcome, RetryLater) and delivery.outcome.error == _ASIDE:
                         self._failed(delivery, error.__cause__ or error)
                         self._is_stuck = True
             except _PowerCut:
@@ -297,5 +297,5 @@ def _words(outcome: Outcome | str, error: BaseException | None) -> tuple[str, st
             return "dead-lettered", reason.value, text
         case Skipped():
             return "skipped", "", ""
-        case Parked(_, text):
+        case RetryLater(_, text):
             return "waiting", "", f"{text} ({_text(error)})" if text == _ASIDE else text

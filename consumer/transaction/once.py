@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from consumer.core.cloudevents import from_event
-from consumer.core.dead_letters import Hold, holds
+from consumer.core.dead_letters import KeyHold, holds
 from consumer.core.decode import read_again
 from consumer.core.errors import Reject, RunAgain, TransactionMisuse, Unreadable
 from consumer.core.evidence import Evidence, Others, Verdict, Why, judge
@@ -35,8 +35,19 @@ from consumer.core.identity import (
 )
 from consumer.core.log_identity import Position, Print
 from consumer.core.message import LogRecord, Message, Partition
-from consumer.core.ordering import UNDECODED, Batch, Delivery, Lane, Move
-from consumer.core.outcome import DUPLICATE, SKIPPED, Applied, Cause, Dead, Duplicate, Outcome, Parked, Reason, Skipped
+from consumer.core.ordering import UNDECODED, Batch, Delivery, PositionUpdate, Scheduler
+from consumer.core.outcome import (
+    DUPLICATE,
+    SKIPPED,
+    Applied,
+    Cause,
+    Dead,
+    Duplicate,
+    Outcome,
+    Reason,
+    RetryLater,
+    Skipped,
+)
 from consumer.core.retention import is_time, what_is_wrong
 from consumer.core.sqlstate import Meaning
 from consumer.core.values import canonical
@@ -69,10 +80,10 @@ TOO_OLD = Dead(
     "too old to judge: the ledger no longer remembers the time of this message, so it may have been applied, or not",
 )
 CONFLICT = Dead(Reason.ID_CONFLICT, "this message id was used before with another payload")
-BEHIND = Parked(0.0, "waits behind a failed message of its key")
-BUSY = Parked(0.1, "letters before it are being settled")
+BEHIND = RetryLater(0.0, "waits behind a failed message of its key")
+BUSY = RetryLater(0.1, "letters before it are being settled")
 HELD_BACK = Dead(Reason.BEHIND, "waits behind a dead letter of its key")
-LEFT = Parked(0.0, "left for the next batch: this one has taken long enough")
+LEFT = RetryLater(0.0, "left for the next batch: this one has taken long enough")
 
 Step = Callable[[str], None]
 Part = tuple[Batch, bool, int]  # what is left to settle, whether carefully, and how often it has failed as it is
@@ -100,7 +111,7 @@ class BatchResult:
     parked: dict[Delivery, float] = field(default_factory=dict)  # seconds until the next attempt; 0 behind another
     attempts: dict[Delivery, int] = field(default_factory=dict)
     errors: dict[Delivery, BaseException] = field(default_factory=dict)  # of attempts that failed
-    moves: list[Move] = field(default_factory=list)
+    moves: list[PositionUpdate] = field(default_factory=list)
 
 
 class DryRunObserver(Protocol):
@@ -118,7 +129,7 @@ class DryRunObserver(Protocol):
 async def apply(
     session: Session,
     names: LedgerIds,
-    lane: Lane,
+    lane: Scheduler,
     batch: Batch,
     *,
     careful: bool,
@@ -159,7 +170,7 @@ async def apply(
         if rehearsal is None:
             if session.has_forgotten and fresh:
                 await _refuse_too_old(session, fresh, done)
-            if suspects := [each for each in lane.suspects(fresh) if each not in done.outcomes]:
+            if suspects := [each for each in lane.possibly_held(fresh) if each not in done.outcomes]:
                 await _wait_for_letters(session, lane, suspects, done)
         else:
             fresh = await rehearsal.claimed(session, standing, fresh)
@@ -180,12 +191,14 @@ async def apply(
                 _within(limit, fresh, done.outcomes)
             for each, verdict in dead.items():
                 if holds(verdict):
-                    lane.suspect(each)
+                    lane.mark_possibly_held(each)
             await session.store_dead_letters(dead, done.attempts, claimed=[each for each in fresh if each in dead])
         done.applied = [each for each in fresh if each not in done.outcomes] if done.outcomes else fresh
-        if not lane.holds(batch):
+        if not lane.is_current(batch):
             raise Fenced("its partitions were opened anew meanwhile: what it settled would be counted again")
-        done.moves = _of_their_logs(names, batch, _with_unmoved(lane, batch, lane.moves(batch, done.parked), done))
+        done.moves = _of_their_logs(
+            names, batch, _with_unmoved(lane, batch, lane.position_updates(batch, done.parked), done)
+        )
         if tried := {each: (n, delay) for each, delay in done.parked.items() if (n := _attempts(each, done))}:
             await session.save_attempts(tried, ())
         if over := [each for each in batch.deliveries if each.attempts and each not in done.parked]:
@@ -225,16 +238,18 @@ async def apply(
     return done
 
 
-def _with_unmoved(lane: Lane, batch: Batch, moves: list[Move], done: BatchResult) -> list[Move]:
+def _with_unmoved(
+    lane: Scheduler, batch: Batch, moves: list[PositionUpdate], done: BatchResult
+) -> list[PositionUpdate]:
     """Also the positions that a waiting message keeps where they are: whoever settles something must still own them."""
-    if not (lane.parked or done.parked):
+    if not (lane.delayed or done.parked):
         return moves
     unmoved = {each.partition for each in batch.deliveries} - {each.partition for each in moves}
     here = [each for each in lane.partitions if each in unmoved]
-    return [*moves, *(Move(each, lane.position(each), lane.position(each)) for each in here)]
+    return [*moves, *(PositionUpdate(each, lane.position(each), lane.position(each)) for each in here)]
 
 
-def _of_their_logs(names: LedgerIds, batch: Batch, moves: Sequence[Move]) -> list[Move]:
+def _of_their_logs(names: LedgerIds, batch: Batch, moves: Sequence[PositionUpdate]) -> list[PositionUpdate]:
     """The moves with the logs that they are of, and the last record of each: what its log must show again."""
     last: dict[Partition, Print] = {}
     wanted = {each.partition for each in moves}
@@ -293,7 +308,7 @@ def again(
         if verdict_ is Verdict.COUNT:
             delivery.outcome, delivery.attempts = _counted(delivery, cause, draw)
         else:
-            delivery.outcome = Parked(_ASIDE_SECONDS * (0.5 + draw() / 2), "put aside")
+            delivery.outcome = RetryLater(_ASIDE_SECONDS * (0.5 + draw() / 2), "put aside")
         return [(part, careful, 0)]
     return [(part, careful, failures)]
 
@@ -346,7 +361,7 @@ def verdict(
     draw: Callable[[], float],
     evidence: Evidence | None = None,
     succeeded: bool = False,
-) -> tuple[Parked | Dead, int]:
+) -> tuple[RetryLater | Dead, int]:
     """What a message's failure by itself means for it, and how many attempts it has now had.
 
     succeeded: whether other messages of its handler went through in the same transaction, before it.
@@ -359,10 +374,10 @@ def verdict(
     if verdict_ is Verdict.COUNT:
         return _counted(delivery, error, draw)
     if isinstance(error, HandlerTimeout):
-        return Parked(_ASIDE_SECONDS * (0.5 + draw() / 2), "put aside"), delivery.attempts
+        return RetryLater(_ASIDE_SECONDS * (0.5 + draw() / 2), "put aside"), delivery.attempts
     delivery.again += 1
     pause = delivery.handler.retry.pause_seconds(delivery.again, draw())
-    return Parked(max(_AGAIN_SECONDS_MIN, pause), type(error).__name__), delivery.attempts
+    return RetryLater(max(_AGAIN_SECONDS_MIN, pause), type(error).__name__), delivery.attempts
 
 
 def _judged(
@@ -415,7 +430,7 @@ def _may_be(error: BaseException) -> Meaning:
     return meaning_of(error)
 
 
-def _counted(delivery: Delivery, error: BaseException, draw: Callable[[], float]) -> tuple[Parked | Dead, int]:
+def _counted(delivery: Delivery, error: BaseException, draw: Callable[[], float]) -> tuple[RetryLater | Dead, int]:
     """One more attempt of the message, and what its handler's policy says to that."""
     attempts = delivery.attempts + 1
     kind = sqlstate_of(error) or type(error).__name__
@@ -423,7 +438,7 @@ def _counted(delivery: Delivery, error: BaseException, draw: Callable[[], float]
     delay = delivery.handler.retry.delay_seconds(error, attempts, draw())
     if delay is None:
         return Dead(Reason.FAILED, text, kind, _trace(error, delivery.handler.place)), attempts
-    return Parked(delay, text), attempts
+    return RetryLater(delay, text), attempts
 
 
 def kind_of(error: BaseException) -> str:
@@ -565,7 +580,9 @@ def handed_over(delivery: Delivery) -> Any:
     return value
 
 
-def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: BatchResult) -> tuple[list[Delivery], list[Delivery]]:
+def _distinct(
+    deliveries: Sequence[Delivery], lane: Scheduler, done: BatchResult
+) -> tuple[list[Delivery], list[Delivery]]:
     """The deliveries to claim, the first of each id, and those of the same ids with other payloads.
 
     The others end here, as duplicates, or wait. A rival's fate depends on what the claim of its id met: of two payloads, the
@@ -576,7 +593,7 @@ def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: BatchResult) -> 
     if known := [each for each in deliveries if type(each.outcome) is Duplicate]:  # to Redis: there may be many
         done.outcomes |= {each: each.outcome for each in known if each.outcome is not None}
         deliveries = [each for each in deliveries if type(each.outcome) is not Duplicate]
-    if not lane.parked and all([each.outcome is None and each.handler.idempotent for each in deliveries]):
+    if not lane.delayed and all([each.outcome is None and each.handler.idempotent for each in deliveries]):
         # As nearly always. Of two of one id the first stays, being the last to be put there.
         keys = [(each.handler.number, each.id) for each in deliveries]
         first = dict(zip(reversed(keys), reversed(deliveries), strict=True))
@@ -591,14 +608,14 @@ def _distinct(deliveries: Sequence[Delivery], lane: Lane, done: BatchResult) -> 
         return claims, rivals
     for delivery in deliveries:
         match delivery.outcome:
-            case None if lane.waits(delivery):
+            case None if lane.is_blocked(delivery):
                 _wait_behind(delivery, done)
             case None | Dead() if delivery.handler.idempotent:
                 key = (delivery.handler.number, delivery.id)
                 earlier = first.setdefault(key, delivery)
                 if earlier is not delivery:
                     _tell_apart(earlier, delivery, done, rivals)
-            case Parked(delay):
+            case RetryLater(delay):
                 done.outcomes[delivery] = delivery.outcome
                 done.parked[delivery] = delay
             case Dead() | Skipped():
@@ -672,7 +689,7 @@ def conflict_of(is_equal: bool | None) -> Dead:
 
 
 def _sort_out(
-    claims: Sequence[Delivery], standing: Mapping[Delivery, Standing], lane: Lane, done: BatchResult
+    claims: Sequence[Delivery], standing: Mapping[Delivery, Standing], lane: Scheduler, done: BatchResult
 ) -> list[Delivery]:
     """Those whose claim was won. The others are duplicates, or an id used again with another payload."""
     fresh: list[Delivery] = []
@@ -689,7 +706,7 @@ def _sort_out(
         else:
             done.outcomes[delivery] = DUPLICATE[Cause.DEAD_LETTER if earlier.dead else Cause.LEDGER]
             if earlier.dead and earlier.here:
-                lane.suspect(delivery)  # by a COMMIT whose answer was lost, maybe: then it holds its chain
+                lane.mark_possibly_held(delivery)  # by a COMMIT whose answer was lost, maybe: then it holds its chain
     return fresh
 
 
@@ -701,17 +718,17 @@ async def _refuse_too_old(session: Session, fresh: Sequence[Delivery], done: Bat
         done.outcomes[delivery] = delivery.outcome = verdict
 
 
-async def _wait_for_letters(session: Session, lane: Lane, suspects: Sequence[Delivery], done: BatchResult) -> None:
+async def _wait_for_letters(session: Session, lane: Scheduler, suspects: Sequence[Delivery], done: BatchResult) -> None:
     """Sort out what dead letters hold back. postgres/dead_letters.py walks through the races."""
     for delivery, hold in (await session.holds(suspects)).items():
         match hold:
-            case Hold.HELD:
+            case KeyHold.HELD:
                 done.outcomes[delivery] = HELD_BACK
-            case Hold.BUSY:
+            case KeyHold.BUSY:
                 done.outcomes[delivery] = BUSY
                 done.parked[delivery] = BUSY.delay_seconds
-            case Hold.FREE:
-                lane.clear(delivery)
+            case KeyHold.FREE:
+                lane.mark_not_held(delivery)
 
 
 def _within(limit: DeadShare, fresh: Sequence[Delivery], outcomes: Mapping[Delivery, Outcome]) -> None:
@@ -784,7 +801,7 @@ def _count(names: LedgerIds, done: BatchResult) -> dict[tuple[int, int, int, str
                 label = "dead_lettered"
             case Skipped():
                 label = "skipped"
-            case Applied() | Parked():
+            case Applied() | RetryLater():
                 continue
         key = (delivery.handler.number, names.topics[delivery.record.topic], delivery.record.partition, label)
         counts[key] = counts.get(key, 0) + 1
@@ -855,10 +872,10 @@ class _Run:
         if self._is_late():
             self._leave(delivery)
             return None
-        if self.blocked and delivery.unit() in self.blocked:
+        if self.blocked and delivery.ordering_key() in self.blocked:
             _wait_behind(delivery, self.done)
             return None
-        if self.held and delivery.unit() in self.held:
+        if self.held and delivery.ordering_key() in self.held:
             self.done.outcomes[delivery] = HELD_BACK
             return None
         tx = Tx(self.scope, delivery, task)
@@ -910,13 +927,13 @@ class _Run:
     async def _call_batch(self, handler: Handler, deliveries: list[Delivery]) -> None:
         """One call for many messages. One that fails is called again with halves, down to the message at fault."""
         if self.blocked:
-            behind = [each for each in deliveries if each.unit() in self.blocked]
+            behind = [each for each in deliveries if each.ordering_key() in self.blocked]
             for each in behind:
                 _wait_behind(each, self.done)
             deliveries = [each for each in deliveries if each not in behind]
         if self.held:
             for each in deliveries:
-                if each.unit() in self.held:
+                if each.ordering_key() in self.held:
                     self.done.outcomes[each] = HELD_BACK
             deliveries = [each for each in deliveries if each not in self.done.outcomes]
         if not deliveries:
@@ -1012,11 +1029,11 @@ class _Run:
         self.done.outcomes[delivery] = outcome
         self.done.attempts[delivery] = attempts
         self.done.errors[delivery] = error
-        if isinstance(outcome, Parked):
+        if isinstance(outcome, RetryLater):
             self.done.parked[delivery] = outcome.delay_seconds
-            self.blocked.add(delivery.unit())
-        elif holds(outcome) and delivery.chain() is not None:
-            self.held.add(delivery.unit())
+            self.blocked.add(delivery.ordering_key())
+        elif holds(outcome) and delivery.ordering_key_hash() is not None:
+            self.held.add(delivery.ordering_key())
 
     def _readable(self, delivery: Delivery) -> bool:
         try:
@@ -1048,7 +1065,7 @@ async def in_chains(
     """Run at most `limit` messages at a time, those of one unit one after the other. The first exception ends all."""
     chains: dict[Hashable, list[Delivery]] = {}
     for delivery in deliveries:
-        chains.setdefault(delivery.unit(), []).append(delivery)
+        chains.setdefault(delivery.ordering_key(), []).append(delivery)
     waiting = iter(chains.values())
 
     async def work() -> None:
@@ -1100,7 +1117,7 @@ async def observe(
             by_handler.setdefault(delivery.handler, []).append(delivery)
 
     async def one(delivery: Delivery, _: object) -> None:
-        if blocked and delivery.unit() in blocked:
+        if blocked and delivery.ordering_key() in blocked:
             delivery.outcome = BEHIND
             return
         try:
@@ -1109,8 +1126,8 @@ async def observe(
         except Exception as error:
             delivery.outcome, delivery.attempts = verdict(delivery, error, draw)
             errors.append((delivery, error))
-            if isinstance(delivery.outcome, Parked):
-                blocked.add(delivery.unit())
+            if isinstance(delivery.outcome, RetryLater):
+                blocked.add(delivery.ordering_key())
 
     for handler, wanted in by_handler.items():
         if handler.batch is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from consumer.core.errors import RunAgain
 from consumer.core.ordering import Delivery
-from consumer.core.outcome import Dead, Duplicate, Outcome, Parked
+from consumer.core.outcome import Dead, Duplicate, Outcome, RetryLater
 from consumer.error_places import told
 from consumer.handler_records.notices import filling
 from consumer.handler_records.settled_ranges import Change, Changes
@@ -108,7 +108,7 @@ class Teller:
                 event(logging.WARNING, "dead letter", **fields)
             else:
                 event(logging.WARNING, "more dead letters of the same kind", count=count, **fields)
-        elif isinstance(outcome, Parked):
+        elif isinstance(outcome, RetryLater):
             asked = isinstance(error, RunAgain)
             counted = error is None or (delivery.why is not None and not delivery.why.systemic and not asked)
             self.say(

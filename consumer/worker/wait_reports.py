@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from consumer.core.evidence import Evidence, Why
 from consumer.core.message import Partition
-from consumer.core.ordering import Delivery, Lane
+from consumer.core.ordering import Delivery, Scheduler
 from consumer.postgres import waiting_messages
 from consumer.postgres.waiting_messages import Row
 from consumer.transaction.dead_letter_rate import TooManyDeadLetters
@@ -29,7 +29,7 @@ _ROWS_MAX = 200  # of one worker and database; the rest is counted under the com
 class HasLane(Protocol):
     """What a worker keeps of a lane."""
 
-    state: Lane
+    state: Scheduler
 
 
 class Reporter:

@@ -28,8 +28,8 @@ from consumer.core.evidence import Evidence
 from consumer.core.handler import Handler
 from consumer.core.log_identity import Log, Position, Reason, Stop, judge, note
 from consumer.core.message import Partition, Record
-from consumer.core.ordering import Batch, Delivery, Lane
-from consumer.core.outcome import Parked
+from consumer.core.ordering import Batch, Delivery, Scheduler
+from consumer.core.outcome import RetryLater
 from consumer.core.partition_faults import Failure
 from consumer.core.shard_route import Router
 from consumer.dead_letters.publisher import relay
@@ -125,7 +125,7 @@ class _Lane:
 
     number: int
     shard: _Shard
-    state: Lane
+    state: Scheduler
     calls: CallTracker
     turns: Turns
     session: Session | None = None
@@ -177,11 +177,11 @@ class Worker:
             _Lane(
                 n,
                 shard,
-                Lane(
+                Scheduler(
                     shard.by_topic,
                     settings.parked_messages_max,
                     settings.buffer_bytes_max // settings.lanes,
-                    bare_seconds=bare_seconds,
+                    idle_batch_interval=bare_seconds,
                 ),
                 CallTracker(seconds_max),
                 Turns(),
@@ -596,7 +596,7 @@ class Worker:
                 if isinstance(isolate.__cause__, HandlerTimeout) and isolate.__cause__.in_statement:
                     lane.turns.met()
                 parts += once.smaller(part, careful, isolate.__cause__, self._draw, self._evidence)
-                if len(part.deliveries) == 1 and isinstance(part.deliveries[0].outcome, Parked):
+                if len(part.deliveries) == 1 and isinstance(part.deliveries[0].outcome, RetryLater):
                     self._teller.failure(part.deliveries[0], isolate.__cause__, part.deliveries[0].outcome)
             except (Conflict, Outage) as error:
                 if generation != shard.generation:
@@ -713,7 +713,7 @@ class Worker:
                 await self._reporters[shard.name].last(shard.control.connection, stays=self._stopping.is_set())
         for lane in self._lanes:
             for partition in lane.state.partitions:
-                lane.state.close(partition)
+                lane.state.revoke(partition)
             lane.asks_below.clear()
         for shard in self._shards:
             shard.lane_of.clear()
@@ -728,7 +728,7 @@ class Worker:
         self._room.set()
 
     def _reopen_partition(self, lane: _Lane, partition: Partition) -> None:
-        lane.state.close(partition)
+        lane.state.revoke(partition)
         lane.shard.unopened.add(partition)
         lane.shard.stopped.pop(partition, None)
         self._suspects.pop(partition, None)
@@ -805,9 +805,9 @@ class Worker:
                     continue
                 lane = shard.lane_of[partition]
                 shard.names.logs[partition] = position
-                lane.state.open(partition, position.offset)
+                lane.state.assign(partition, position.offset)
                 now = time.monotonic()
-                lane.state.recall(
+                lane.state.restore(
                     partition,
                     chains.get(partition, ()),
                     {each: found._replace(due=now + found.due) for each, found in tried.get(partition, {}).items()},
@@ -1156,7 +1156,7 @@ class Worker:
         idle = {
             partition
             for partition, lane in shard.lane_of.items()
-            if lane.idle.is_set() and not lane.state.parked and lane.state.fetched == (0, 0)
+            if lane.idle.is_set() and not lane.state.delayed and lane.state.fetched == (0, 0)
             if partition in lane.state.partitions
         }
         known = {each: at for each in {*idle, *shard.stopped} if (at := self._settled_at(shard, each)) is not None}
@@ -1233,7 +1233,7 @@ class Worker:
         deliveries = stuck.cause.deliveries
         if len(deliveries) > 1 or not deliveries[0].handler.idempotent or lane.part is None:
             return
-        alone = Batch(list(deliveries), {}, lane.part.openings)
+        alone = Batch(list(deliveries), {}, lane.part.assignment_epochs)
         [(part, careful, _)] = once.smaller(alone, True, stuck.cause, self._draw)
         try:
             async with asyncio.timeout(_LAST_WORD_SECONDS):

@@ -18,7 +18,7 @@ from consumer.core import cloudevents
 from consumer.core.identity import message_id, offset_id
 from consumer.core.log_identity import Position
 from consumer.core.message import Partition
-from consumer.core.ordering import Delivery, Lane
+from consumer.core.ordering import Delivery, Scheduler
 from consumer.dead_letters.session import LetterSession
 from consumer.handler_records.settled_ranges import Changes
 from consumer.kafka import source as kafka
@@ -185,19 +185,19 @@ def m8_offset_as_id() -> None:
 
 def m9_commit_past_a_failure() -> None:
     """The position passes a message that failed and is to be tried again."""
-    moves = Lane.moves
+    moves = Scheduler.position_updates
 
-    def moving(self: Lane, batch: Any, parked: Any, *more: Any) -> Any:
-        kept = [(queue, queue.open) for queue in self._queues.values()]
+    def moving(self: Scheduler, batch: Any, parked: Any, *more: Any) -> Any:
+        kept = [(queue, queue.unsettled) for queue in self._queues.values()]
         for queue, _ in kept:
-            queue.open = {}
+            queue.unsettled = {}
         try:
             return moves(self, batch, {}, *more)
         finally:
             for queue, found in kept:
-                queue.open = found
+                queue.unsettled = found
 
-    Lane.moves = moving  # type: ignore[method-assign]
+    Scheduler.position_updates = moving  # type: ignore[method-assign]
 
 
 def m10_early_purge() -> None:
@@ -270,14 +270,14 @@ def m17_hold_forgotten_by_apply() -> None:
 
 def m18_waiting_bounded_for_all_partitions() -> None:
     """Nothing is taken of any partition while too many messages wait in one."""
-    take = Lane._take_fresh
+    take = Scheduler._take_fresh
 
-    def taking(self: Lane, *arguments: Any) -> Any:
-        if sum(queue.parked for queue in self._queues.values()) >= self._parked_max:
+    def taking(self: Scheduler, *arguments: Any) -> Any:
+        if sum(queue.delayed for queue in self._queues.values()) >= self._delayed_max:
             return None
         return take(self, *arguments)
 
-    Lane._take_fresh = taking  # type: ignore[method-assign]
+    Scheduler._take_fresh = taking  # type: ignore[method-assign]
 
 
 def m19_id_without_its_source() -> None:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer.core.dead_letters import State, age_seconds, chain_of, fate, group_of, holds, normalised
+from consumer.core.dead_letters import State, age_seconds, fate, group_of, holds, normalised, ordering_key_hash
 from consumer.core.errors import Misconfigured
 from consumer.core.message import LogRecord
-from consumer.core.outcome import DUPLICATE, Cause, Dead, Parked, Reason
+from consumer.core.outcome import DUPLICATE, Cause, Dead, Reason, RetryLater
 from consumer.transaction.dead_letter_rate import LEAST, WINDOW, DeadShare, TooManyDeadLetters
 
 pytestmark = pytest.mark.unit
@@ -84,7 +84,7 @@ def test_messages_of_one_key_are_applied_in_the_order_of_the_log_whatever_is_ret
 def test_only_a_handler_that_kept_failing_holds_back_what_follows() -> None:
     assert {each for each in Reason if holds(Dead(each, ""))} == {Reason.FAILED, Reason.BEHIND}
     assert fate(None) == fate(DUPLICATE[Cause.LEDGER]) == (State.APPLIED, False, True)
-    assert fate(Parked(1, "")) == (State.DEAD, True, False)
+    assert fate(RetryLater(1, "")) == (State.DEAD, True, False)
 
 
 def record(topic: str, partition: int, key: bytes | None) -> LogRecord:
@@ -93,19 +93,19 @@ def record(topic: str, partition: int, key: bytes | None) -> LogRecord:
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "a:1", "b"]), st.integers(0, 12), st.binary(max_size=3)), unique=True))
 def test_a_chain_is_of_one_key_of_one_partition(places: list[tuple[str, int, bytes]]) -> None:
-    chains = [chain_of("key", record(*each)) for each in places]
+    chains = [ordering_key_hash("key", record(*each)) for each in places]
     assert len(set(chains)) == len(places)
     partitions = {(topic, number) for topic, number, _ in places}
-    assert len({chain_of("partition", record(*each)) for each in places}) == len(partitions)
-    assert not {chain_of("partition", record(*each)) for each in places} & set(chains)
+    assert len({ordering_key_hash("partition", record(*each)) for each in places}) == len(partitions)
+    assert not {ordering_key_hash("partition", record(*each)) for each in places} & set(chains)
     assert all(chain is not None and len(chain) == 16 for chain in chains)
 
 
 def test_what_is_ordered_with_nothing_holds_back_nothing() -> None:
-    assert chain_of("none", record("t", 0, b"k")) is None
-    assert chain_of("key", record("t", 0, None)) is None
-    assert chain_of("key", record("t", 0, b"")) is not None  # an empty key is a key
-    assert chain_of("partition", record("t", 0, None)) is not None
+    assert ordering_key_hash("none", record("t", 0, b"k")) is None
+    assert ordering_key_hash("key", record("t", 0, None)) is None
+    assert ordering_key_hash("key", record("t", 0, b"")) is not None  # an empty key is a key
+    assert ordering_key_hash("partition", record("t", 0, None)) is not None
 
 
 ALIKE = [

@@ -1,4 +1,4 @@
-"""The laws of a Lane, against a naive model that keeps the whole log and a set of what is settled."""
+"""The laws of a Scheduler, against a naive model that keeps the whole log and a set of what is settled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from consumer import App
 from consumer.core.handler import Handler
 from consumer.core.message import LogRecord, Partition
-from consumer.core.ordering import Batch, Delivery, Lane, size_of
+from consumer.core.ordering import Batch, Delivery, Scheduler, size_of
 
 pytestmark = pytest.mark.unit
 
@@ -55,22 +55,22 @@ def rec(offset: int, key: bytes | None = b"k", at: Partition = P0, size: int = 0
     return Rec(at.topic, at.partition, offset, key, b"x" * size)
 
 
-def lane_of(*orders: Order, parked_max: int = 1000, at: Sequence[Partition] = (P0,), position: int = 0) -> Lane:
-    lane = Lane(handlers_of({each.topic: orders or ("key",) for each in at}), parked_max)
+def lane_of(*orders: Order, parked_max: int = 1000, at: Sequence[Partition] = (P0,), position: int = 0) -> Scheduler:
+    lane = Scheduler(handlers_of({each.topic: orders or ("key",) for each in at}), parked_max)
     for each in at:
-        lane.open(each, position)
+        lane.assign(each, position)
     return lane
 
 
-def take(lane: Lane, now: float = 0.0, messages_max: int = 1000, bytes_max: int = LARGE) -> Batch:
+def take(lane: Scheduler, now: float = 0.0, messages_max: int = 1000, bytes_max: int = LARGE) -> Batch:
     batch = lane.take(now, messages_max, bytes_max)
     assert batch is not None
     return batch
 
 
-def settle(lane: Lane, batch: Batch, parked: Mapping[Delivery, float] | None = None) -> None:
+def settle(lane: Scheduler, batch: Batch, parked: Mapping[Delivery, float] | None = None) -> None:
     parked = parked or {}
-    lane.settle(batch, parked, lane.moves(batch, parked))
+    lane.settle(batch, parked, lane.position_updates(batch, parked))
 
 
 def offsets(batch: Batch) -> list[int]:
@@ -109,7 +109,7 @@ class LaneMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.handlers = handlers_of(ORDERS)
-        self.lane = Lane(self.handlers, PARKED_MAX)
+        self.lane = Scheduler(self.handlers, PARKED_MAX)
         self.models = {each: Model() for each in (P0, P1, Q0)}
         self.now = 0.0
         self.parts: list[Batch] = []  # of the batch in flight, the next one last
@@ -179,7 +179,7 @@ class LaneMachine(RuleBasedStateMachine):
     def a_partition_is_opened_or_opened_again(self, at: Partition, back: int) -> None:
         model = self.models[at]
         position = max(0, model.stored - back)  # back: positions rewound, for a replay
-        self.lane.open(at, position)
+        self.lane.assign(at, position)
         model.is_open, model.openings = True, model.openings + 1
         model.opened_at = model.received = model.taken = model.stored = position
         model.settled.clear()
@@ -187,7 +187,7 @@ class LaneMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.parts)
     @rule(at=st.sampled_from([P0, P1, Q0]))
     def a_partition_is_closed(self, at: Partition) -> None:
-        self.lane.close(at)
+        self.lane.revoke(at)
         self.models[at].is_open = False
         assert self.lane.received(at) is None
         assert at not in self.lane.partitions
@@ -228,14 +228,14 @@ class LaneMachine(RuleBasedStateMachine):
         for at, end in batch.ends.items():
             model = self.models[at]
             waiting = {
-                each.unit()
+                each.ordering_key()
                 for each in self.unsettled(at, model.taken)
                 if (each.handler.name, at, each.record.offset) not in inside
             }
             for record in model.log:
                 if model.taken <= record.offset < end:
                     for handler in self.handlers[at.topic]:
-                        is_free = Delivery(handler, record).unit() not in waiting
+                        is_free = Delivery(handler, record).ordering_key() not in waiting
                         assert ((handler.name, at, record.offset) in inside) == is_free
             model.taken = max(model.taken, end)
             assert model.taken <= model.received
@@ -265,15 +265,15 @@ class LaneMachine(RuleBasedStateMachine):
         part = self.parts.pop()
         parked: dict[Delivery, float] = {}
         for number, delivery in enumerate(part.deliveries):
-            if delivery.unit() in self.blocked:
+            if delivery.ordering_key() in self.blocked:
                 parked[delivery] = self.now
             elif number in failing:
                 parked[delivery] = self.now + delay
-                self.blocked.add(delivery.unit())
+                self.blocked.add(delivery.ordering_key())
             else:
                 self.apply(delivery)
-        moves = self.lane.moves(part, parked)
-        assert moves == self.lane.moves(part, parked), "asking for the moves changes nothing"
+        moves = self.lane.position_updates(part, parked)
+        assert moves == self.lane.position_updates(part, parked), "asking for the moves changes nothing"
         self.lane.settle(part, parked, moves)
         for move in moves:
             assert move.previous == self.models[move.partition].stored
@@ -287,7 +287,7 @@ class LaneMachine(RuleBasedStateMachine):
         assert isinstance(delivery.record, Rec)
         assert model.is_open and delivery.record.opening == model.openings, "a delivery outlived its partition"
         assert (delivery.handler.name, offset) not in model.settled, "applied twice"
-        earlier = [each for each in self.unsettled(at, offset) if each.unit() == delivery.unit()]
+        earlier = [each for each in self.unsettled(at, offset) if each.ordering_key() == delivery.ordering_key()]
         assert not earlier, "applied before an earlier message of its unit"
         model.settled.add((delivery.handler.name, offset))
 
@@ -306,15 +306,15 @@ class LaneMachine(RuleBasedStateMachine):
     def what_is_parked_is_what_was_taken_and_is_not_settled(self) -> None:
         if hasattr(self, "lane") and not self.parts:
             opened = [(at, model) for at, model in self.models.items() if model.is_open]
-            assert self.lane.parked == sum(len(self.unsettled(at, model.taken)) for at, model in opened)
-            assert self.lane.parked == 0 or self.lane.next_due() is not None or self.lane.take(-1.0, 0, 0) is None
+            assert self.lane.delayed == sum(len(self.unsettled(at, model.taken)) for at, model in opened)
+            assert self.lane.delayed == 0 or self.lane.next_due() is not None or self.lane.take(-1.0, 0, 0) is None
 
     @invariant()
     def what_is_parked_of_a_partition_is_bounded_beside_the_batch_that_failed(self) -> None:
         if hasattr(self, "lane"):
             for at, model in self.models.items():
                 if model.is_open:
-                    parked = self.lane._queues[at].parked
+                    parked = self.lane._queues[at].delayed
                     assert parked <= PARKED_MAX + BATCH_MAX + HANDLERS_MAX
                     assert self.lane.is_full(at) or parked < PARKED_MAX
 
@@ -348,7 +348,7 @@ class LaneMachine(RuleBasedStateMachine):
                 self.now = due
         else:
             raise AssertionError("it never drains")
-        assert self.lane.parked == 0
+        assert self.lane.delayed == 0
         assert self.lane.fetched == (0, 0)
         for at, model in self.models.items():
             if model.is_open:
@@ -383,7 +383,7 @@ def test_a_failed_message_holds_its_place_and_only_its_keys() -> None:
     assert offsets(rest) == [2, 4]
     settle(lane, rest)
     assert lane.position(P0) == 6
-    assert lane.parked == 0
+    assert lane.delayed == 0
 
 
 def test_order_partition_makes_everything_wait_and_order_none_nothing() -> None:
@@ -491,8 +491,14 @@ def test_opening_again_forgets_what_was_fetched_and_parked() -> None:
     batch = take(lane)
     settle(lane, batch, {batch.deliveries[0]: 1.0})
     lane.add(P0, [rec(2)])
-    lane.open(P0, 0)
-    assert (lane.parked, lane.fetched, lane.next_due(), lane.received(P0), lane.position(P0)) == (0, (0, 0), None, 0, 0)
+    lane.assign(P0, 0)
+    assert (lane.delayed, lane.fetched, lane.next_due(), lane.received(P0), lane.position(P0)) == (
+        0,
+        (0, 0),
+        None,
+        0,
+        0,
+    )
     assert lane.take(99, 100, LARGE) is None
 
 
@@ -502,8 +508,8 @@ def test_closing_one_partition_keeps_what_is_parked_of_another() -> None:
     lane.add(P1, [rec(0, at=P1)])
     batch = take(lane)
     settle(lane, batch, dict.fromkeys(batch.deliveries, 1.0))
-    lane.close(P0)
-    assert lane.parked == 1
+    lane.revoke(P0)
+    assert lane.delayed == 1
     assert [each.partition for each in take(lane, now=1.0).deliveries] == [P1]
 
 
@@ -516,7 +522,7 @@ def test_a_retry_keeps_its_place_when_it_fails_again() -> None:
         retry = take(lane, now=attempt)
         assert offsets(retry) == [0]
         settle(lane, retry, {retry.deliveries[0]: attempt + 1.0})
-        assert lane.parked == 2
+        assert lane.delayed == 2
     settle(lane, take(lane, now=9))
     assert offsets(take(lane, now=9)) == [1]
 
@@ -569,7 +575,7 @@ def test_taking_parks_no_more_than_the_limit() -> None:
     settle(lane, batch, {batch.deliveries[0]: 9.0})
     lane.add(P0, [rec(n) for n in range(1, 500)])
     lane.take(0, 100, LARGE)
-    assert lane.parked <= 3
+    assert lane.delayed <= 3
 
 
 def test_the_first_half_of_a_batch_ends_below_everything_of_the_second() -> None:
@@ -593,21 +599,21 @@ def test_a_failure_in_the_second_half_queues_behind_one_of_the_first() -> None:
     head, tail = take(lane).split()
     settle(lane, head, {head.deliveries[0]: 1.0})
     settle(lane, tail, {tail.deliveries[0]: 0.0})  # it only waits: its own time does not count
-    assert lane.parked == 2
+    assert lane.delayed == 2
     assert lane.next_due() == 1.0
     settle(lane, take(lane, now=1.0))
     settle(lane, take(lane, now=1.0))
-    assert (lane.parked, lane.position(P0)) == (0, 2)
+    assert (lane.delayed, lane.position(P0)) == (0, 2)
 
 
 def test_a_batch_settled_after_its_partition_was_closed_leaves_nothing_behind() -> None:
     lane = lane_of()
     lane.add(P0, [rec(0), rec(1)])
     batch = take(lane)
-    moves = lane.moves(batch, {batch.deliveries[0]: 1.0, batch.deliveries[1]: 0.0})
-    lane.close(P0)
+    moves = lane.position_updates(batch, {batch.deliveries[0]: 1.0, batch.deliveries[1]: 0.0})
+    lane.revoke(P0)
     lane.settle(batch, {batch.deliveries[0]: 1.0, batch.deliveries[1]: 0.0}, moves)
-    assert (lane.parked, lane.next_due()) == (0, None)
+    assert (lane.delayed, lane.next_due()) == (0, None)
     assert lane.take(99, 100, LARGE) is None
 
 
@@ -615,14 +621,14 @@ def test_a_batch_settled_after_its_partition_was_opened_again_does_not_touch_the
     lane = lane_of()
     lane.add(P0, [rec(0), rec(1, b"z")])
     batch = take(lane)
-    moves = lane.moves(batch, {batch.deliveries[1]: 1.0})
-    lane.open(P0, 0)
+    moves = lane.position_updates(batch, {batch.deliveries[1]: 1.0})
+    lane.assign(P0, 0)
     lane.settle(batch, {batch.deliveries[1]: 1.0}, moves)
-    assert (lane.position(P0), lane.parked, lane.next_due()) == (0, 0, None)
+    assert (lane.position(P0), lane.delayed, lane.next_due()) == (0, 0, None)
     lane.add(P0, [rec(0), rec(1, b"z")])
     again = take(lane)
     assert offsets(again) == [0, 1]
-    assert [each.next for each in lane.moves(again, again.deliveries)] == [], "nothing of it is settled yet"
+    assert [each.next for each in lane.position_updates(again, again.deliveries)] == [], "nothing of it is settled yet"
 
 
 def test_closing_a_partition_does_not_miscount_what_is_in_flight_of_another() -> None:
@@ -633,9 +639,9 @@ def test_closing_a_partition_does_not_miscount_what_is_in_flight_of_another() ->
     settle(lane, take(lane, now=1))
     behind = take(lane, now=1)
     assert offsets(behind) == [1]
-    lane.close(P1)
+    lane.revoke(P1)
     settle(lane, behind)
-    assert lane.parked == 0
+    assert lane.delayed == 0
 
 
 async def test_a_delivery_of_the_second_half_does_not_overtake_a_failure_of_the_first() -> None:
@@ -653,8 +659,8 @@ async def test_a_delivery_of_the_second_half_does_not_overtake_a_failure_of_the_
 
     for each in app.handlers.values():
         each.bind({})
-    lane = Lane(app.by_topic(), 100)
-    lane.open(P0, 0)
+    lane = Scheduler(app.by_topic(), 100)
+    lane.assign(P0, 0)
     lane.add(P0, [rec(0, size=1), rec(1, size=2)])
     now = 0.0
     for _ in range(10):
@@ -720,30 +726,30 @@ def test_retries_and_fresh_messages_take_turns() -> None:
 
 
 def test_bytes_that_wait_are_bounded_too() -> None:
-    lane = Lane(lane_of()._handlers, 100, 1000)
-    lane.open(P0, 0)
+    lane = Scheduler(lane_of()._handlers, 100, 1000)
+    lane.assign(P0, 0)
     lane.add(P0, [rec(n, size=400_000) for n in range(10)])  # one partition may have 1 MB at least
     batch = take(lane, messages_max=1)
     settle(lane, batch, {batch.deliveries[0]: 9.0})
     while (batch := lane.take(0, 2, LARGE)) is not None:
         settle(lane, batch)
-    assert lane.parked <= 1 + 4
+    assert lane.delayed <= 1 + 4
 
 
 def test_a_batch_knows_that_a_partition_was_opened_anew() -> None:
     lane = lane_of("key")
     lane.add(P0, [rec(0)])
     batch = take(lane)
-    assert lane.holds(batch)
-    lane.open(P0, 0)
-    assert not lane.holds(batch)
-    lane.close(P0)
-    assert not lane.holds(batch)
+    assert lane.is_current(batch)
+    lane.assign(P0, 0)
+    assert not lane.is_current(batch)
+    lane.revoke(P0)
+    assert not lane.is_current(batch)
 
 
 def test_records_beyond_what_was_received_are_refused_because_what_lies_between_would_be_lost() -> None:
     lane = lane_of()
-    lane.open(P0, 10)
+    lane.assign(P0, 10)
     assert lane.add(P0, [rec(12)], start=11, end=13) == (0, 0)
     assert lane.received(P0) == 10
     assert lane.add(P0, [rec(12)], start=10, end=20)[0] == 1
@@ -753,17 +759,17 @@ def test_records_beyond_what_was_received_are_refused_because_what_lies_between_
     batch = lane.take(0, 100, 1000)
     assert batch is not None
     assert [each.record.offset for each in batch.deliveries] == [12, 21]
-    assert [each.next for each in lane.moves(batch, [])] == [22]
+    assert [each.next for each in lane.position_updates(batch, [])] == [22]
 
 
 def test_batches_that_only_move_positions_are_rare_and_do_not_hold_up_messages() -> None:
-    lane = Lane(lane_of()._handlers, 100, bare_seconds=5)
-    lane.open(P0, 0)
+    lane = Scheduler(lane_of()._handlers, 100, idle_batch_interval=5)
+    lane.assign(P0, 0)
 
     def bare(now: float) -> bool:
         batch = lane.take(now, 100, 1000)
         if batch is not None:
-            lane.settle(batch, {}, lane.moves(batch, []))
+            lane.settle(batch, {}, lane.position_updates(batch, []))
         return batch is not None
 
     lane.add(P0, (), 0, 10)
@@ -794,7 +800,7 @@ def test_a_batch_goes_by_topic_partition_and_offset_whichever_partition_is_first
         assert batch is not None
         places = [(each.partition, each.record.offset) for each in batch.deliveries]
         assert places == sorted(places) and len(places) == 6
-        lane.settle(batch, {}, lane.moves(batch, ()))
+        lane.settle(batch, {}, lane.position_updates(batch, ()))
 
 
 def test_messages_that_waited_are_in_the_order_of_the_log_too() -> None:
@@ -804,10 +810,10 @@ def test_messages_that_waited_are_in_the_order_of_the_log_too() -> None:
     batch = lane.take(0.0, 100, LARGE)
     assert batch is not None
     failed = {each: 1.0 for each in batch.deliveries if each.record.offset % 2}
-    lane.settle(batch, failed, lane.moves(batch, failed))
+    lane.settle(batch, failed, lane.position_updates(batch, failed))
     retries = lane.take(2.0, 100, LARGE)
     assert retries is not None and {each.record.offset for each in retries.deliveries} == {1}
-    lane.settle(retries, {}, lane.moves(retries, ()))
+    lane.settle(retries, {}, lane.position_updates(retries, ()))
     freed = lane.take(3.0, 100, LARGE)
     assert freed is not None
     places = [(each.partition, each.record.offset) for each in freed.deliveries]

@@ -35,7 +35,7 @@ from harness import (
 from consumer import App, Retry, Tx
 from consumer.core.log_identity import Position
 from consumer.core.message import Partition
-from consumer.core.ordering import Move
+from consumer.core.ordering import PositionUpdate
 from consumer.kafka.protocol import Identity
 from consumer.kafka.source import Source, group_offsets
 from consumer.postgres.ledger import Fenced, Session
@@ -297,9 +297,9 @@ async def test_a_worker_that_slept_through_an_adoption_cannot_move_the_new_logs_
     try:
         await session.begin_positions("app", {partition: Position(0, "cluster", new)})
         with pytest.raises(Fenced):
-            await session.write_positions("app", [Move(partition, 0, 100, old)], {})
+            await session.write_positions("app", [PositionUpdate(partition, 0, 100, old)], {})
         assert (await session.positions("app", [partition]))[partition].offset == 0
-        await session.write_positions("app", [Move(partition, 0, 100, new)], {})
+        await session.write_positions("app", [PositionUpdate(partition, 0, 100, new)], {})
         assert (await session.positions("app", [partition]))[partition].offset == 100
     finally:
         session.close()

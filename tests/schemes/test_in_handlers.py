@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from consumer import App, Message, Retry, RunAgain, Tx
 from consumer.core.message import LogRecord
 from consumer.core.ordering import Delivery
-from consumer.core.outcome import Parked
+from consumer.core.outcome import RetryLater
 from consumer.local_servers import Valkey
 from consumer.schemes.lock import LateWriter, Lock, check_fence
 from consumer.schemes.states import Moved, StateMachine, TooLate
@@ -317,5 +317,5 @@ def test_the_pauses_of_what_is_run_again_grow_and_never_vanish(base: float, paus
 
     delivery = Delivery(app.handlers["handle"], LogRecord("t", 0, 0, 0, None, b"", ()))
     found = [once.verdict(delivery, RunAgain("not yet"), lambda: 1.0) for _ in pauses]
-    assert all(isinstance(outcome, Parked) for outcome, _ in found)
+    assert all(isinstance(outcome, RetryLater) for outcome, _ in found)
     assert [(outcome.delay_seconds, attempts) for outcome, attempts in found] == [(each, 0) for each in pauses]

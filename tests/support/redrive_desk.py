@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 from harness import as_worker, migrated, query, settings_for
 
 from consumer import App, Message, Reject, RunAgain, Tx
-from consumer.core.dead_letters import chain_of
+from consumer.core.dead_letters import ordering_key_hash
 from consumer.core.identity import fingerprint, message_id
 from consumer.core.message import LogRecord
 from consumer.dead_letters.redrive import Done, Edit, Redrive
@@ -114,7 +114,7 @@ class Desk:
         body = json.dumps({"id": id}).encode() if value is None else value
         raw_key = None if key is None else key.encode()
         record = LogRecord(TOPIC, 0, offset, 0, raw_key, body, (), "")
-        chain = chain_of("key", record) if reason in ("failed", "behind") else None
+        chain = ordering_key_hash("key", record) if reason in ("failed", "behind") else None
         stored = message_id(id.encode()) if stored_id is None else stored_id
         print_ = fingerprint(body)
         number = (

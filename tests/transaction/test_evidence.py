@@ -18,7 +18,7 @@ from consumer.admin import report
 from consumer.core.evidence import Evidence
 from consumer.core.message import LogRecord
 from consumer.core.ordering import Batch, Delivery
-from consumer.core.outcome import Parked
+from consumer.core.outcome import RetryLater
 from consumer.postgres import waiting_messages
 from consumer.postgres.ledger import Conflict, Outage
 from consumer.transaction import once
@@ -460,7 +460,7 @@ def test_conflict_or_outage_of_a_message_alone_without_evidence_counts_no_attemp
     handler = app_of("t", "select 1").handlers["settle"]
     delivery = Delivery(handler, LogRecord("t", 0, 0, 0, None, b"{}", ()))
     once.again(Batch([delivery], {}, {}), False, once.FAILURES_MAX, lambda: 0.5, error)
-    assert isinstance(delivery.outcome, Parked) and delivery.outcome.error == "put aside"
+    assert isinstance(delivery.outcome, RetryLater) and delivery.outcome.error == "put aside"
     assert delivery.attempts == 0
 
 
