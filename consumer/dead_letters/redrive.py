@@ -33,6 +33,8 @@ from consumer.handler_records import handler_code
 from consumer.postgres.ledger import Conflict, Outage, where
 from consumer.settings import Settings
 from consumer.transaction import once
+from consumer.transaction.once import Part
+from consumer.transaction.settle import next_parts, pause_seconds, settle
 
 _NOBODY_WAITS = Scheduler({}, 1)
 _AT_A_TIME = 500  # letters in one transaction
@@ -41,7 +43,7 @@ _ONCE = Retry(attempts=1)  # each retry command makes one attempt
 # Kept under a stand-in for an id that could not be told. If it can be now, after a change of the code, that is the id.
 _STAND_IN = {Reason.NO_MESSAGE_ID, Reason.AMBIGUOUS_MESSAGE_ID, Reason.BAD_HEADER, Reason.UNREADABLE, Reason.NO_VALUE}
 # Left as they were, by a part of a batch that could not run them yet.
-_AGAIN = (once.LEFT, once.BEHIND)
+_AGAIN = (once.NEXT_BATCH, once.BEHIND)
 
 _MATCHES = """
 from consumer.dead_letters d join consumer.handlers h using (handler)
@@ -336,40 +338,46 @@ class Redrive:
         watched = [each for each in by_delivery if not each.handler.idempotent]
         for delivery, error in await once.observe(watched, random.random):
             delivery.outcome, delivery.attempts = once.verdict(delivery, error, random.random)
-        parts: list[once.Part] = [(each, False, 0) for each in reversed(list(_batches(by_delivery)))]
-        while parts and not self.stopping():
-            part, careful, failures = parts.pop()
-            found = {each: by_delivery[each] for each in part.deliveries}
-            self.session.start(found)
+        refused: list[tuple[Letter, tuple[str, str]]] = []
+
+        async def prepare(part: Part) -> bool:
+            return not self.stopping()
+
+        async def attempt(part: Part) -> once.BatchResult:
+            self.session.start({each: by_delivery[each] for each in part.batch.deliveries})
             try:
-                settled = await once.apply(
+                return await once.apply(
                     self.session,
                     self.names,
                     _NOBODY_WAITS,
-                    part,
-                    careful=careful,
-                    draw=random.random,
-                    step=lambda _: None,
+                    part.batch,
+                    use_savepoints=part.use_savepoints,
+                    random=random.random,
+                    on_step=lambda _: None,
                 )
             except NotOurs as error:
-                for each, (what, text) in error.letters.items():
+                # Nothing was done: the letters that are left run in the next transaction.
+                refused.extend(error.letters.items())
+                rest = [each for each in part.batch.deliveries if by_delivery[each] not in error.letters]
+                return once.BatchResult(outcomes=dict.fromkeys(rest, once.NEXT_BATCH))
+
+        async def after_failure(part: Part, error: Exception) -> Sequence[Part]:
+            if isinstance(error, Outage | OSError):
+                await self._reconnect(error, [by_delivery[each] for each in part.batch.deliveries])
+            parts = next_parts(part, error, random.random)
+            if isinstance(error, Conflict):
+                await asyncio.sleep(pause_seconds(part.failures))
+            return parts
+
+        async for part, result in settle(_batches(by_delivery), prepare, attempt, after_failure, rerun_late=True):
+            if refused:
+                for each, (what, text) in refused:
                     if not (each.behind and what == "behind"):
                         yield Done(each.number, what, text, each.behind)
-                rest = [each for each, letter in found.items() if letter not in error.letters]
-                parts += [(Batch(rest, {}, {}), careful, failures)] if rest else []
-            except once.TransactionPoisoned as isolate:
-                parts += once.smaller(part, careful, isolate.__cause__, random.random)
-            except Conflict as error:
-                parts += once.again(part, careful, failures + 1, random.random, error)
-                await asyncio.sleep(0.005 * 3.0**failures)
-            except (Outage, OSError) as error:
-                await self._reconnect(error, list(found.values()))
-                parts += once.again(part, careful, failures + 1, random.random, error)
-            else:
-                again = [each for each in part.deliveries if settled.outcomes.get(each) is once.LEFT]
-                parts += [(Batch(again, {}, {}), careful, 0)] if again else []
-                for done in await self._told(found, settled):
-                    yield done
+                refused.clear()
+                continue
+            for done in await self._told({each: by_delivery[each] for each in part.batch.deliveries}, result):
+                yield done
 
     async def _told(self, found: Mapping[Delivery, Letter], settled: once.BatchResult) -> list[Done]:
         """What became of the letters of a transaction. Postponed ones changed nothing, and are recorded here."""

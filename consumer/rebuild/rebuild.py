@@ -48,6 +48,8 @@ from consumer.rebuild.first_rows import older_than_handlers
 from consumer.rebuild.scratch import Name, Use
 from consumer.settings import Settings
 from consumer.transaction import once
+from consumer.transaction.once import Part
+from consumer.transaction.settle import next_parts, pause_seconds, settle
 
 _PARKED_MAX = 50_000  # failed messages, and those behind them, that wait for their turn
 _TRANSACTION_MAX = 100_000  # deliveries that are taken for one transaction of a worker
@@ -698,31 +700,35 @@ class _Pass:
         if not batch.deliveries:
             self._lane.settle(batch, {}, self._lane.position_updates(batch, ()))
             return
-        session = self.copies.session
-        parts: list[once.Part] = [(batch, False, 0)]
-        while parts:
-            part, careful, failures = parts.pop()
-            session.part = part
-            try:
-                done = await once.apply(
-                    session, self.names, self._lane, part, careful=careful, draw=lambda: 0.0, step=lambda _: None
-                )
-            except Exception as error:
-                if self.copies.guard.verdict is not None:
-                    raise self.copies.guard.verdict from None
-                match error:
-                    case once.TransactionPoisoned():
-                        parts += once.smaller(part, careful, error.__cause__, lambda: 0.0)
-                    case Halve():
-                        head, tail = part.split()
-                        parts += [(tail, careful, 0), (head, careful, 0)]
-                    case Conflict():
-                        parts += once.again(part, careful, failures + 1, lambda: 0.0, error)
-                        await asyncio.sleep(0.005 * 3.0**failures)
-                    case _:
-                        raise
-            else:
-                self._settled_part(part, done)
+        async for part, result in settle([batch], self._prepare, self._attempt, self._after_failure):
+            self._settled_part(part.batch, result)
+
+    async def _prepare(self, part: Part) -> bool:
+        self.copies.session.part = part.batch
+        return True
+
+    async def _attempt(self, part: Part) -> once.BatchResult:
+        return await once.apply(
+            self.copies.session,
+            self.names,
+            self._lane,
+            part.batch,
+            use_savepoints=part.use_savepoints,
+            random=lambda: 0.0,
+            on_step=lambda _: None,
+        )
+
+    async def _after_failure(self, part: Part, error: Exception) -> Sequence[Part]:
+        if self.copies.guard.verdict is not None:
+            raise self.copies.guard.verdict from None
+        if isinstance(error, Halve):
+            return part.halves()
+        if not isinstance(error, Conflict | once.TransactionPoisoned):
+            raise error  # an outage too: the copies are gone with their connection
+        parts = next_parts(part, error, lambda: 0.0)
+        if isinstance(error, Conflict):
+            await asyncio.sleep(pause_seconds(part.failures))
+        return parts
 
     async def _are_applied(self, deliveries: Sequence[Delivery]) -> set[Delivery]:
         """Those that the ledger has as applied."""

@@ -48,6 +48,8 @@ from consumer.replay.findings import Effects, Findings
 from consumer.replay.session import AskingLane, ReplaySession
 from consumer.settings import Settings, load
 from consumer.transaction import dry_runs, once
+from consumer.transaction.once import Part
+from consumer.transaction.settle import next_parts, pause_seconds, settle
 
 Mode = Literal["check", "apply", "rebuild", "republish"]
 
@@ -713,9 +715,9 @@ class _Replay:
                     self.names,
                     _NOBODY_WAITS,
                     batch,
-                    careful=False,
-                    draw=random.random,
-                    step=_nothing,
+                    use_savepoints=False,
+                    random=random.random,
+                    on_step=_nothing,
                     rehearsal=look,
                 )
             except once.TransactionPoisoned:
@@ -739,7 +741,7 @@ class _Replay:
         for start in range(0, len(missing), self.settings.batch_messages_max):
             batch = Batch(missing[start : start + self.settings.batch_messages_max], {}, {})
             async for part, done in self._settled(lane, batch, _Undone()):
-                would |= {each: done.outcomes.get(each) for each in part.deliveries}
+                would |= {each: done.outcomes.get(each) for each in part.batch.deliveries}
         return would
 
     async def _store(self, lane: _Lane, batch: Batch) -> None:
@@ -753,10 +755,10 @@ class _Replay:
                 delivery.attempts = attempts
             for delivery in done.parked:
                 delivery.outcome = None
-            lane.state.settle(part, {each: now + delay for each, delay in done.parked.items()}, done.moves)
+            lane.state.settle(part.batch, {each: now + delay for each, delay in done.parked.items()}, done.moves)
             if self.precheck is not None and lane.work is not None:
                 self.precheck.mark(done.applied, lane.work.epoch, time.time())
-            for delivery in part.deliveries:
+            for delivery in part.batch.deliveries:
                 self._stored(delivery, done)
 
     def _stored(self, delivery: Delivery, done: once.BatchResult) -> None:
@@ -784,40 +786,39 @@ class _Replay:
         due = lane.state.next_due()
         await asyncio.sleep(max(0.0, due - time.monotonic()) if due is not None else 0.05)
 
-    async def _settled(
-        self, lane: _Lane, batch: Batch, rehearsal: _Undone | None
-    ) -> AsyncIterator[tuple[Batch, once.BatchResult]]:
-        """Bring a batch to its end as a worker does, whatever parts that takes: yields each part with what became of it."""
-        parts: list[once.Part] = [(batch, False, 0)]
-        while parts:
-            part, careful, failures = parts.pop()
+    def _settled(
+        self, lane: _Lane, batch: Batch, observer: _Undone | None
+    ) -> AsyncIterator[tuple[Part, once.BatchResult]]:
+        """Settle a batch as a worker does; yields each part with its result. observer: of a dry run."""
+
+        async def prepare(part: Part) -> bool:
             if lane.work is None or not lane.work.is_usable:
                 lane.work = await self.session(ReplaySession)
                 lane.work.owns_positions = False
-            if rehearsal is None:
+            if observer is None:
                 await self._record_code(lane.work)
-            try:
-                done = await once.apply(
-                    lane.work,
-                    self.names,
-                    lane.state,
-                    part,
-                    careful=careful,
-                    draw=random.random,
-                    step=_nothing,
-                    rehearsal=rehearsal,
-                )
-            except once.TransactionPoisoned as isolate:
-                parts += once.smaller(part, careful, isolate.__cause__, random.random)
-            except (Conflict, Outage) as error:
-                parts += once.again(part, careful, failures + 1, random.random, error)
-                await asyncio.sleep(min(5.0, 0.005 * 3.0**failures))
-            else:
-                left = [each for each in part.deliveries if done.outcomes.get(each) is once.LEFT]
-                if rehearsal is not None and left:
-                    parts.append((Batch(left, {}, {}), careful, 0))
-                    part = Batch([each for each in part.deliveries if each not in left], {}, {})
-                yield part, done
+            return True
+
+        async def attempt(part: Part) -> once.BatchResult:
+            assert lane.work is not None
+            return await once.apply(
+                lane.work,
+                self.names,
+                lane.state,
+                part.batch,
+                use_savepoints=part.use_savepoints,
+                random=random.random,
+                on_step=_nothing,
+                rehearsal=observer,
+            )
+
+        async def after_failure(part: Part, error: Exception) -> Sequence[Part]:
+            parts = next_parts(part, error, random.random)
+            if isinstance(error, Conflict | Outage):
+                await asyncio.sleep(pause_seconds(part.failures))
+            return parts
+
+        return settle([batch], prepare, attempt, after_failure, rerun_late=observer is not None)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 

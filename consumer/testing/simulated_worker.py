@@ -19,13 +19,15 @@ from consumer.core.log_identity import Position
 from consumer.core.message import Partition, Record
 from consumer.core.ordering import Batch, Delivery, Scheduler
 from consumer.core.outcome import APPLIED, Applied, Cause, Dead, Duplicate, Outcome, RetryLater, Skipped
-from consumer.postgres.ledger import Conflict, Outage, Session
+from consumer.postgres.ledger import Session
 from consumer.replay.effects import Rows, rows_written, sequences_moved
 from consumer.settings import Settings
 from consumer.testing.messages import Delivered, Sent, place_of
 from consumer.testing.outside_statements import Watch
 from consumer.testing.server import BE_COUNTED, close
 from consumer.transaction import once
+from consumer.transaction.once import Part
+from consumer.transaction.settle import next_parts, settle
 
 _AGAIN_MAX = 20  # times in a row without anything else, before a message is left waiting
 _EVERYTHING = 1 << 60  # messages, or bytes: a batch is as large as the test says
@@ -111,6 +113,7 @@ class Life:
         self._ends: dict[_Place, tuple[Outcome | str, int, BaseException | None]] = {}
         self._errors: dict[Delivery, BaseException] = {}
         self._again = 0  # times in a row that a handler asked to be run again, which counts as no attempt
+        self._unsettled: set[Delivery] = set()  # of the batch that is settled now
         self._is_stuck = False  # something met an outage or a conflict again and again: it is not tried for ever
         self._session: _Counting
         self._names: once.LedgerIds
@@ -179,30 +182,42 @@ class Life:
         once.identify(batch.deliveries)
         for delivery, error in await once.observe(batch.deliveries, _draw):
             self._failed(delivery, error)
-        parts: list[once.Part] = [(batch, False, 0)]
-        while parts:
-            part, careful, failures = parts.pop()
-            if not self._session.is_usable:
-                await self._open()
-            try:
-                done = await once.apply(
-                    self._session, self._names, self._lane, part, careful=careful, draw=_draw, step=self._step
-                )
-            except once.TransactionPoisoned as isolate:
-                parts += once.smaller(part, careful, isolate.__cause__, _draw)
-                if len(part.deliveries) == 1 and isolate.__cause__ is not None:
-                    self._failed(part.deliveries[0], isolate.__cause__)
-            except (Conflict, Outage) as error:
-                parts += once.again(part, careful, failures + 1, _draw, error)
-                for delivery in part.deliveries:
-                    if isinstance(delivery.outcome, RetryLater) and delivery.outcome.error == _ASIDE:
-                        self._failed(delivery, error.__cause__ or error)
-                        self._is_stuck = True
-            except _PowerCut:
-                self._crashed(part, parts)
-                raise
-            else:
-                self._settled(part, done, now)
+        self._unsettled = set(batch.deliveries)
+        async for part, result in settle([batch], self._prepare, self._attempt, self._after_failure):
+            self._unsettled.difference_update(part.batch.deliveries)
+            self._settled(part.batch, result, now)
+
+    async def _prepare(self, part: Part) -> bool:
+        if not self._session.is_usable:
+            await self._open()
+        return True
+
+    async def _attempt(self, part: Part) -> once.BatchResult:
+        try:
+            return await once.apply(
+                self._session,
+                self._names,
+                self._lane,
+                part.batch,
+                use_savepoints=part.use_savepoints,
+                random=_draw,
+                on_step=self._step,
+            )
+        except _PowerCut:
+            self._crashed(part.batch)
+            raise
+
+    async def _after_failure(self, part: Part, error: Exception) -> Sequence[Part]:
+        parts = next_parts(part, error, _draw)
+        if isinstance(error, once.TransactionPoisoned):
+            if len(part.batch.deliveries) == 1 and error.__cause__ is not None:
+                self._failed(part.batch.deliveries[0], error.__cause__)
+            return parts
+        for delivery in part.batch.deliveries:
+            if isinstance(delivery.outcome, RetryLater) and delivery.outcome.error == _ASIDE:
+                self._failed(delivery, error.__cause__ or error)
+                self._is_stuck = True
+        return parts
 
     def _step(self, step: str) -> None:
         if step == self._crash_at:
@@ -232,8 +247,8 @@ class Life:
             delivery.outcome = None
         self._lane.settle(part, {each: now + delay for each, delay in done.parked.items()}, done.moves)
 
-    def _crashed(self, part: Batch, parts: Sequence[once.Part]) -> None:
-        for delivery in [*part.deliveries, *(each for unsettled, _, _ in parts for each in unsettled.deliveries)]:
+    def _crashed(self, part: Batch) -> None:
+        for delivery in self._unsettled:
             self._end(delivery, "crashed")
         if self._session.rows:  # it was committed, and the crash hides for whom, unless all were applied before
             again = [_told(each) for each in part.deliveries if _key(each) in self._applied]

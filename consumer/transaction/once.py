@@ -83,10 +83,26 @@ CONFLICT = Dead(Reason.ID_CONFLICT, "this message id was used before with anothe
 BEHIND = RetryLater(0.0, "waits behind a failed message of its key")
 BUSY = RetryLater(0.1, "letters before it are being settled")
 HELD_BACK = Dead(Reason.BEHIND, "waits behind a dead letter of its key")
-LEFT = RetryLater(0.0, "left for the next batch: this one has taken long enough")
+NEXT_BATCH = RetryLater(0.0, "batch time limit reached; it runs in the next batch")
 
 Step = Callable[[str], None]
-Part = tuple[Batch, bool, int]  # what is left to settle, whether carefully, and how often it has failed as it is
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A batch, or a part of one, that is settled in one transaction.
+
+    use_savepoints: run each message between savepoints. failures: how often in a row it has failed as it is.
+    """
+
+    batch: Batch
+    use_savepoints: bool = False
+    failures: int = 0
+
+    def halves(self) -> list[Part]:
+        """Two parts to run instead, the first one last."""
+        head, tail = self.batch.split()
+        return [Part(tail, self.use_savepoints), Part(head, self.use_savepoints)]
 
 
 class TransactionPoisoned(Exception):
@@ -132,9 +148,9 @@ async def apply(
     lane: Scheduler,
     batch: Batch,
     *,
-    careful: bool,
-    draw: Callable[[], float],
-    step: Step,
+    use_savepoints: bool,
+    random: Callable[[], float],
+    on_step: Step,
     rehearsal: DryRunObserver | None = None,
     calls: CallTracker | None = None,
     limit: DeadShare | None = None,
@@ -142,26 +158,26 @@ async def apply(
 ) -> BatchResult:
     """Settle a batch in one transaction: all of it, or nothing.
 
-    careful: a savepoint around every message, so that one failure costs one message (at most SAVEPOINTS_MAX of them).
+    use_savepoints: a savepoint around every message, so that one failure costs one message (at most SAVEPOINTS_MAX of them).
     rehearsal: do everything but store it: neither positions nor dead letters are written, and all else is undone.
     calls: what ends calls of handlers that take too long; without it, they have no limit.
     limit: how many dead letters are too many; beyond it TooManyDeadLetters is raised, and nothing is settled.
     evidence: how other messages of each handler fare, to tell a message's fault from a systemic one.
-    Raises TransactionPoisoned when the batch must be cut smaller or run carefully, Conflict to run it again at once, Outage when
+    Raises TransactionPoisoned when the batch must be cut smaller or run with savepoints, Conflict to run it again at once, Outage when
     PostgreSQL cannot say, Fenced when a partition is no longer ours. The connection is left without a transaction,
     or dropped.
     """
     done = BatchResult()
     claims, rivals = _distinct(batch.deliveries, lane, done)
-    run = _Run(session, done, careful, draw, calls, evidence)
+    run = _Run(session, done, use_savepoints, random, calls, evidence)
     theirs = False  # whose statement a failure comes from: the handlers', or our own
     try:
         await session.begin()
-        step("begun")
+        on_step("begun")
         # Claim first: a concurrent duplicate waits here on the unique key, before any work of it was done.
         standing = await session.claim(claims, names.topics) if claims else {}
         standing = await _by_rules(session, standing, names.topics)
-        step("claimed")
+        on_step("claimed")
         fresh = _sort_out(claims, standing, lane, done)
         if rivals:
             stands = await _by_rules(session, await session.claimed(rivals, names.topics), names.topics)
@@ -180,7 +196,7 @@ async def apply(
         if rehearsal is not None:
             await session.check_constraints()  # those that a COMMIT would check
         theirs = False
-        step("handled")
+        on_step("handled")
         if rehearsal is not None:
             return await _undone(session, rehearsal, fresh, done)
         if done.parked and (retracted := [each for each in fresh if each in done.parked]):
@@ -204,10 +220,10 @@ async def apply(
         if over := [each for each in batch.deliveries if each.attempts and each not in done.parked]:
             await session.save_attempts({}, over)
         await session.write_positions(names.app, done.moves, _count(names, done))
-        step("before_commit")
+        on_step("before_commit")
         theirs = True
         await session.commit()
-        step("committed")
+        on_step("committed")
     except (TransactionPoisoned, Conflict, Outage, Fenced) as failure:
         await session.rollback()
         slow = failure.__cause__
@@ -281,11 +297,9 @@ async def _undone(
 
 
 def again(
-    part: Batch,
-    careful: bool,
-    failures: int,
-    draw: Callable[[], float],
+    part: Part,
     error: Conflict | Outage | OSError,
+    random: Callable[[], float],
     evidence: Evidence | None = None,
 ) -> list[Part]:
     """How to run again what failed through no fault of its own, as far as one can tell.
@@ -293,72 +307,68 @@ def again(
     A part that keeps failing on fresh connections is cut, so that one message that always fails so does not hold up
     the others. A message that keeps failing alone is put aside; evidence decides whether that counts as an attempt.
     """
+    failures = part.failures + 1
     if failures < FAILURES_MAX:
-        return [(part, careful, failures)]
-    if len(part.deliveries) > 1:
-        head, tail = part.split()
-        return [(tail, careful, 0), (head, careful, 0)]
-    if part.deliveries and part.deliveries[0].outcome is None:
-        [delivery] = part.deliveries
+        return [replace(part, failures=failures)]
+    if len(part.batch.deliveries) > 1:
+        return part.halves()
+    if part.batch.deliveries and part.batch.deliveries[0].outcome is None:
+        [delivery] = part.batch.deliveries
         cause = error.__cause__ or error
         at_least = Meaning.CONFLICT if isinstance(error, Conflict) else Meaning.OUTAGE
         # FATAL and PANIC end the connection.
         answers = isinstance(error, Conflict) or getattr(cause, "severity_en", "") == "ERROR"
         verdict_, delivery.why = _judged(delivery, cause, evidence, at_least=at_least, answers=answers)
         if verdict_ is Verdict.COUNT:
-            delivery.outcome, delivery.attempts = _counted(delivery, cause, draw)
+            delivery.outcome, delivery.attempts = _counted(delivery, cause, random)
         else:
-            delivery.outcome = RetryLater(_ASIDE_SECONDS * (0.5 + draw() / 2), "put aside")
-        return [(part, careful, 0)]
-    return [(part, careful, failures)]
+            delivery.outcome = RetryLater(_ASIDE_SECONDS * (0.5 + random() / 2), "put aside")
+        failures = 0
+    return [replace(part, failures=failures)]
 
 
 def smaller(
-    part: Batch,
-    careful: bool,
+    part: Part,
     cause: BaseException | None,
-    draw: Callable[[], float],
+    random: Callable[[], float],
     evidence: Evidence | None = None,
 ) -> list[Part]:
     """How to run a failed batch again, so that the message at fault is found and all others are kept.
 
     A message that is alone in it is the one: its verdict becomes its outcome.
     """
-    if len(part.deliveries) == 1:
-        [delivery] = part.deliveries
-        delivery.outcome, delivery.attempts = verdict(delivery, cause or Conflict("unknown"), draw, evidence)
-        return [(part, True, 0)]
+    if len(part.batch.deliveries) == 1:
+        [delivery] = part.batch.deliveries
+        delivery.outcome, delivery.attempts = verdict(delivery, cause or Conflict("unknown"), random, evidence)
+        return [Part(part.batch, use_savepoints=True)]
     if isinstance(cause, HandlerTimeout):
-        return _around(part, careful, cause, draw, evidence)
-    if careful or len(part.deliveries) > SAVEPOINTS_MAX:
-        head, tail = part.split()
-        return [(tail, careful, 0), (head, careful, 0)]
-    return [(part, True, 0)]
+        return _around(part, cause, random, evidence)
+    if part.use_savepoints or len(part.batch.deliveries) > SAVEPOINTS_MAX:
+        return part.halves()
+    return [Part(part.batch, use_savepoints=True)]
 
 
-def _around(
-    part: Batch, careful: bool, slow: HandlerTimeout, draw: Callable[[], float], evidence: Evidence | None
-) -> list[Part]:
+def _around(part: Part, slow: HandlerTimeout, random: Callable[[], float], evidence: Evidence | None) -> list[Part]:
     """How to run a batch again without the call that took too long, so that the limit is not waited for twice."""
     if len(slow.deliveries) > 1:  # one of those that a batch handler was given: they are called one by one
         for each in slow.deliveries:
             each.alone = True
-        return [(part, careful, 0)]
+        return [Part(part.batch, part.use_savepoints)]
     [delivery] = slow.deliveries
-    delivery.outcome, delivery.attempts = verdict(delivery, slow, draw, evidence)
-    head, rest = part.split(part.deliveries.index(delivery))
+    delivery.outcome, delivery.attempts = verdict(delivery, slow, random, evidence)
+    head, rest = part.batch.split(part.batch.deliveries.index(delivery))
     parts: list[Part] = []
     if len(rest.deliveries) > 1:
         rest, tail = rest.split(1)
-        parts.append((tail, careful, 0))
-    parts.append((rest, True, 0))
-    return [*parts, (head, careful, 0)] if head.deliveries else parts
+        parts.append(Part(tail, part.use_savepoints))
+    parts.append(Part(rest, use_savepoints=True))
+    return [*parts, Part(head, part.use_savepoints)] if head.deliveries else parts
 
 
 def verdict(
     delivery: Delivery,
     error: BaseException,
-    draw: Callable[[], float],
+    random: Callable[[], float],
     evidence: Evidence | None = None,
     succeeded: bool = False,
 ) -> tuple[RetryLater | Dead, int]:
@@ -372,11 +382,11 @@ def verdict(
         return Dead(Reason(error.reason), text_of(error)), delivery.attempts
     verdict_, delivery.why = _judged(delivery, error, evidence, succeeded)
     if verdict_ is Verdict.COUNT:
-        return _counted(delivery, error, draw)
+        return _counted(delivery, error, random)
     if isinstance(error, HandlerTimeout):
-        return RetryLater(_ASIDE_SECONDS * (0.5 + draw() / 2), "put aside"), delivery.attempts
+        return RetryLater(_ASIDE_SECONDS * (0.5 + random() / 2), "put aside"), delivery.attempts
     delivery.again += 1
-    pause = delivery.handler.retry.pause_seconds(delivery.again, draw())
+    pause = delivery.handler.retry.pause_seconds(delivery.again, random())
     return RetryLater(max(_AGAIN_SECONDS_MIN, pause), type(error).__name__), delivery.attempts
 
 
@@ -430,12 +440,12 @@ def _may_be(error: BaseException) -> Meaning:
     return meaning_of(error)
 
 
-def _counted(delivery: Delivery, error: BaseException, draw: Callable[[], float]) -> tuple[RetryLater | Dead, int]:
+def _counted(delivery: Delivery, error: BaseException, random: Callable[[], float]) -> tuple[RetryLater | Dead, int]:
     """One more attempt of the message, and what its handler's policy says to that."""
     attempts = delivery.attempts + 1
     kind = sqlstate_of(error) or type(error).__name__
     text = f"{type(error).__name__}: {text_of(error)}"
-    delay = delivery.handler.retry.delay_seconds(error, attempts, draw())
+    delay = delivery.handler.retry.delay_seconds(error, attempts, random())
     if delay is None:
         return Dead(Reason.FAILED, text, kind, _trace(error, delivery.handler.place)), attempts
     return RetryLater(delay, text), attempts
@@ -815,8 +825,8 @@ class _Run:
         self,
         session: Session,
         done: BatchResult,
-        careful: bool,
-        draw: Callable[[], float],
+        use_savepoints: bool,
+        random: Callable[[], float],
         calls: CallTracker | None = None,
         evidence: Evidence | None = None,
     ) -> None:
@@ -825,8 +835,8 @@ class _Run:
         self.session = session
         self.scope = Scope(session.connection, session.columns)
         self.done = done
-        self.careful = careful
-        self.draw = draw
+        self.use_savepoints = use_savepoints
+        self.random = random
         self.blocked: set[Hashable] = set()  # units whose message failed: later ones wait behind it
         self.held: set[Hashable] = set()  # units whose message has failed for good: later ones are kept as letters too
         self.went_through: set[str] = set()  # handlers of messages that ran between savepoints and did not fail
@@ -861,7 +871,7 @@ class _Run:
 
     def _caller(self, handler: Handler) -> Handler | None:
         """The handler whose messages are called together; None for those that are called in batch order."""
-        return None if handler.batch is None and (handler.concurrency == 1 or self.careful) else handler
+        return None if handler.batch is None and (handler.concurrency == 1 or self.use_savepoints) else handler
 
     async def _one(self, delivery: Delivery, task: asyncio.Task[Any] | None) -> None:
         if (rest := self._begin(delivery, task)) is not None:
@@ -879,7 +889,7 @@ class _Run:
             self.done.outcomes[delivery] = HELD_BACK
             return None
         tx = Tx(self.scope, delivery, task)
-        if self.careful:
+        if self.use_savepoints:
             return self._run_alone(delivery, tx)
         try:
             argument = _argument(delivery)
@@ -921,7 +931,7 @@ class _Run:
         return True
 
     def _leave(self, delivery: Delivery) -> None:
-        self.done.outcomes[delivery] = LEFT
+        self.done.outcomes[delivery] = NEXT_BATCH
         self.done.parked[delivery] = 0.0
 
     async def _call_batch(self, handler: Handler, deliveries: list[Delivery]) -> None:
@@ -968,7 +978,7 @@ class _Run:
         start: begins the call, and returns what is left to await of it. since: when it was begun, if it was before.
         """
         name = None
-        if self.careful:
+        if self.use_savepoints:
             await self.scope.flush()
             name = savepoint_name()
             await self.session.connection.execute(f"savepoint {name}")
@@ -1025,7 +1035,7 @@ class _Run:
     async def _failed(self, delivery: Delivery, tx: Tx, error: Exception) -> None:
         self._check_fault(tx, error)
         succeeded = delivery.handler.name in self.went_through
-        outcome, attempts = verdict(delivery, error, self.draw, self.evidence, succeeded)
+        outcome, attempts = verdict(delivery, error, self.random, self.evidence, succeeded)
         self.done.outcomes[delivery] = outcome
         self.done.attempts[delivery] = attempts
         self.done.errors[delivery] = error
@@ -1039,7 +1049,7 @@ class _Run:
         try:
             decoded(delivery)
         except Unreadable as error:
-            self.done.outcomes[delivery], self.done.attempts[delivery] = verdict(delivery, error, self.draw)
+            self.done.outcomes[delivery], self.done.attempts[delivery] = verdict(delivery, error, self.random)
             self.done.errors[delivery] = error
             return False
         return True
@@ -1102,7 +1112,7 @@ def _message(delivery: Delivery) -> Message[Any]:
 
 
 async def observe(
-    deliveries: Iterable[Delivery], draw: Callable[[], float], calls: CallTracker | None = None
+    deliveries: Iterable[Delivery], random: Callable[[], float], calls: CallTracker | None = None
 ) -> list[tuple[Delivery, BaseException]]:
     """Run the handlers that opted out, before any transaction. Returns what failed.
 
@@ -1124,7 +1134,7 @@ async def observe(
             await _observe(delivery.handler, [delivery], calls)
             delivery.outcome = SKIPPED
         except Exception as error:
-            delivery.outcome, delivery.attempts = verdict(delivery, error, draw)
+            delivery.outcome, delivery.attempts = verdict(delivery, error, random)
             errors.append((delivery, error))
             if isinstance(delivery.outcome, RetryLater):
                 blocked.add(delivery.ordering_key())

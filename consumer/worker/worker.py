@@ -56,6 +56,8 @@ from consumer.sharding import shards
 from consumer.transaction import id_conflicts, once
 from consumer.transaction.dead_letter_rate import DeadShare, TooManyDeadLetters
 from consumer.transaction.limits import CallTracker, HandlerTimeout, HandlerUncancellable, LoopWatch, limits, memory_mb
+from consumer.transaction.once import Part
+from consumer.transaction.settle import next_parts, pause_seconds, settle
 from consumer.worker import message_log, start_positions, wait_reports
 from consumer.worker.conflict_turns import Turns
 from consumer.worker.kafka_reports import KafkaState
@@ -563,78 +565,96 @@ class Worker:
             return
         for delivery, error in await once.observe(batch.deliveries, self._draw, lane.calls):
             self._teller.failure(delivery, error, delivery.outcome)
-        parts: list[once.Part] = [(batch, False, 0)]
-        while parts:
-            part, careful, failures = parts.pop()
-            lane.part = part
-            if lane.session is None or not lane.session.is_usable:
-                lane.idle.set()  # nothing is in flight: a rebalance need not wait until the database is back
-                lane.session = await self._session(shard)
-                lane.opened_at = time.monotonic()
-                if lane.session is None or generation != shard.generation:
-                    return
-                lane.idle.clear()
-                if lane.session.epoch != shard.epoch:
-                    await self._new_epoch(shard, lane.session.epoch)
-                    return
-            lane.session.turn = self._turn if lane.turns.are_taken else None
-            try:
-                with lane.calls.transaction():
-                    done = await once.apply(
-                        lane.session,
-                        shard.names,
-                        lane.state,
-                        part,
-                        careful=careful,
-                        draw=self._draw,
-                        step=lane.calls.wrap_step(self._step),
-                        calls=lane.calls,
-                        limit=self._share,
-                        evidence=self._evidence,
-                    )
-            except once.TransactionPoisoned as isolate:
-                if isinstance(isolate.__cause__, HandlerTimeout) and isolate.__cause__.in_statement:
+        async for part, result in settle(
+            [batch],
+            lambda part: self._prepare(lane, part, generation),
+            lambda part: self._attempt(lane, part),
+            lambda part, error: self._after_failure(lane, part, error, generation),
+        ):
+            self._settled_part(lane, part.batch, result)
+            if lane.session is not None and any([outcome is once.CONFLICT for outcome in result.outcomes.values()]):
+                await id_conflicts.explain(lane.session.connection, self._source, result.outcomes)
+
+    async def _prepare(self, lane: _Lane, part: Part, generation: int) -> bool:
+        """Open the connection of a lane where it has none. False: the partitions are not this worker's any more."""
+        shard = lane.shard
+        lane.part = part.batch
+        if lane.session is None or not lane.session.is_usable:
+            lane.idle.set()  # nothing is in flight: a rebalance need not wait until the database is back
+            lane.session = await self._session(shard)
+            lane.opened_at = time.monotonic()
+            if lane.session is None or generation != shard.generation:
+                return False
+            lane.idle.clear()
+            if lane.session.epoch != shard.epoch:
+                await self._new_epoch(shard, lane.session.epoch)
+                return False
+        return True
+
+    async def _attempt(self, lane: _Lane, part: Part) -> once.BatchResult:
+        """Run a part of a batch in one transaction."""
+        assert lane.session is not None
+        lane.session.turn = self._turn if lane.turns.are_taken else None
+        with lane.calls.transaction():
+            result = await once.apply(
+                lane.session,
+                lane.shard.names,
+                lane.state,
+                part.batch,
+                use_savepoints=part.use_savepoints,
+                random=self._draw,
+                on_step=lane.calls.wrap_step(self._step),
+                calls=lane.calls,
+                limit=self._share,
+                evidence=self._evidence,
+            )
+        if lane.session.turn is None and lane.turns.are_taken:
+            lane.turns.did_not_come()
+        lane.turns.settled()
+        return result
+
+    async def _after_failure(self, lane: _Lane, part: Part, error: Exception, generation: int) -> Sequence[Part] | None:
+        """Report a failed transaction, wait, and decide what runs next. None: nothing, the positions are not ours."""
+        shard = lane.shard
+        deliveries = part.batch.deliveries
+        cause = error.__cause__ or error
+        match error:
+            case once.TransactionPoisoned():
+                if isinstance(cause, HandlerTimeout) and cause.in_statement:
                     lane.turns.met()
-                parts += once.smaller(part, careful, isolate.__cause__, self._draw, self._evidence)
-                if len(part.deliveries) == 1 and isinstance(part.deliveries[0].outcome, RetryLater):
-                    self._teller.failure(part.deliveries[0], isolate.__cause__, part.deliveries[0].outcome)
-            except (Conflict, Outage) as error:
+                parts = next_parts(part, error, self._draw, self._evidence)
+                if len(deliveries) == 1 and isinstance(deliveries[0].outcome, RetryLater):
+                    self._teller.failure(deliveries[0], error.__cause__, deliveries[0].outcome)
+                return parts
+            case Conflict() | Outage():
                 if generation != shard.generation:
-                    return
-                cause = error.__cause__ or error
-                if isinstance(error, Outage) or failures >= once.FAILURES_MAX:
-                    text = "the batch runs again: " + ("postgresql lost" if isinstance(error, Outage) else "conflict")
-                    self._teller.say(
-                        logging.WARNING,
-                        text,
-                        (shard.name, describe(cause)),
-                        {
-                            "error": describe(cause),
-                            "sqlstate": sqlstate_of(cause),
-                            "times": failures + 1,
-                            **shard.label,
-                        },
-                    )
+                    return None
+                self._report_failure(shard, error, cause, part.failures)
                 # Such a lock may be held by anybody. To wait for it in turn would only hold up the other lanes.
                 if isinstance(error, Conflict) and not lock_timed_out(cause):
                     lane.turns.met()
-                parts += once.again(part, careful, failures + 1, self._draw, error, self._evidence)
+                parts = next_parts(part, error, self._draw, self._evidence)
                 # The first conflict is run again almost at once; what keeps failing is left ever more time.
-                await self._pause(min(_BACKOFF_SECONDS[1], 0.005 * 3.0**failures) * (0.5 + self._draw() / 2))
-            except TooManyDeadLetters as error:
-                await self._reporters[shard.name].halt(lane.session.connection, part.deliveries, error)
-                raise
-            except Fenced:
+                await self._pause(pause_seconds(part.failures) * (0.5 + self._draw() / 2))
+                return parts
+            case TooManyDeadLetters():
+                assert lane.session is not None
+                await self._reporters[shard.name].halt(lane.session.connection, deliveries, error)
+                raise error
+            case Fenced():
                 event(logging.WARNING, "positions have moved: reading them again", lane=lane.number, **shard.label)
                 self._reopen(lane)
-                return
-            else:
-                if lane.session.turn is None and lane.turns.are_taken:
-                    lane.turns.did_not_come()
-                lane.turns.settled()
-                self._settled_part(lane, part, done)
-                if any([outcome is once.CONFLICT for outcome in done.outcomes.values()]):
-                    await id_conflicts.explain(lane.session.connection, self._source, done.outcomes)
+                return None
+            case _:
+                raise error
+
+    def _report_failure(self, shard: _Shard, error: Exception, cause: BaseException, failures: int) -> None:
+        """Log an outage, or a conflict that keeps coming back."""
+        if not isinstance(error, Outage) and failures < once.FAILURES_MAX:
+            return
+        text = "the batch runs again: " + ("postgresql lost" if isinstance(error, Outage) else "conflict")
+        fields = {"error": describe(cause), "sqlstate": sqlstate_of(cause), "times": failures + 1, **shard.label}
+        self._teller.say(logging.WARNING, text, (shard.name, describe(cause)), fields)
 
     def _settled_part(self, lane: _Lane, part: Batch, done: once.BatchResult) -> None:
         now = time.monotonic()
@@ -1234,7 +1254,7 @@ class Worker:
         if len(deliveries) > 1 or not deliveries[0].handler.idempotent or lane.part is None:
             return
         alone = Batch(list(deliveries), {}, lane.part.assignment_epochs)
-        [(part, careful, _)] = once.smaller(alone, True, stuck.cause, self._draw)
+        [part] = once.smaller(Part(alone, use_savepoints=True), stuck.cause, self._draw)
         try:
             async with asyncio.timeout(_LAST_WORD_SECONDS):
                 session = await Session.open(lane.shard.settings)
@@ -1242,7 +1262,13 @@ class Worker:
                     if session.epoch != lane.shard.epoch:
                         return  # what is known of the message is of another history
                     await once.apply(
-                        session, lane.shard.names, lane.state, part, careful=careful, draw=self._draw, step=self._step
+                        session,
+                        lane.shard.names,
+                        lane.state,
+                        part.batch,
+                        use_savepoints=True,
+                        random=self._draw,
+                        on_step=self._step,
                     )
                 finally:
                     session.close()

@@ -675,9 +675,9 @@ async def test_a_delivery_of_the_second_half_does_not_overtake_a_failure_of_the_
                 once.Names("test", {"pay": 1}),
                 lane,
                 part,
-                careful=False,
-                draw=lambda: 0.5,
-                step=lambda _: None,
+                use_savepoints=False,
+                random=lambda: 0.5,
+                on_step=lambda _: None,
             )
             lane.settle(part, {each: now + delay for each, delay in done.parked.items()}, done.moves)
     assert ran == [1, 1, 2]

@@ -261,7 +261,6 @@ LONG_FUNCTIONS = {
     "consumer/transaction/once.py: apply",
     "consumer/worker/worker.py: __init__",
     "consumer/worker/worker.py: _open_partitions",
-    "consumer/worker/worker.py: _settle",
 }
 
 

@@ -459,7 +459,7 @@ async def test_a_handler_that_fails_for_all_holds_up_no_other_handler_of_its_top
 def test_conflict_or_outage_of_a_message_alone_without_evidence_counts_no_attempt(error: Any) -> None:
     handler = app_of("t", "select 1").handlers["settle"]
     delivery = Delivery(handler, LogRecord("t", 0, 0, 0, None, b"{}", ()))
-    once.again(Batch([delivery], {}, {}), False, once.FAILURES_MAX, lambda: 0.5, error)
+    once.again(once.Part(Batch([delivery], {}, {}), failures=once.FAILURES_MAX - 1), error, lambda: 0.5)
     assert isinstance(delivery.outcome, RetryLater) and delivery.outcome.error == "put aside"
     assert delivery.attempts == 0
 
@@ -496,6 +496,6 @@ def test_each_attempt_of_a_message_alone_needs_an_answer_and_a_later_success_of_
         if others_succeed:
             evidence.succeeded("settle")
         delivery.outcome = None
-        once.again(Batch([delivery], {}, {}), False, once.FAILURES_MAX, lambda: 0.5, error, evidence)
+        once.again(once.Part(Batch([delivery], {}, {}), failures=once.FAILURES_MAX - 1), error, lambda: 0.5, evidence)
         attempts.append(delivery.attempts)
     assert attempts == ([0, 1, 1, 1, 2] if counts else [0] * 5)

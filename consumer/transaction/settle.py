@@ -1,0 +1,77 @@
+"""The settle loop: runs the parts of a batch, one transaction after the other, until every message is settled.
+
+The worker, replays, rebuilds, retries of dead letters and `consumer.testing` share it. They differ in `prepare`
+(which connection), in `attempt` (how the transaction runs) and in `on_failure` (what they report, how long they wait).
+Limitations: it opens no connection, waits for nothing and logs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+
+from consumer.core.evidence import Evidence
+from consumer.core.ordering import Batch
+from consumer.postgres.ledger import Conflict, Outage
+from consumer.transaction.once import NEXT_BATCH, BatchResult, Part, TransactionPoisoned, again, smaller
+
+_PAUSE_SECONDS_MAX = 5.0
+
+
+async def settle(
+    batches: Iterable[Batch],
+    prepare: Callable[[Part], Awaitable[bool]],
+    attempt: Callable[[Part], Awaitable[BatchResult]],
+    on_failure: Callable[[Part, Exception], Awaitable[Sequence[Part] | None]],
+    *,
+    rerun_late: bool = False,
+) -> AsyncIterator[tuple[Part, BatchResult]]:
+    """Settle batches in parts; yields each part that was committed, with its result.
+
+    Args:
+        batches: in the order in which they are settled.
+        prepare: opens the connection for a part. False: stop here, and leave the rest as it is. What it raises, this
+            raises.
+        attempt: runs the part in one transaction.
+        on_failure: returns what runs instead of a part whose transaction was rolled back, the first one last (see
+            `next_parts`). None: stop here. It raises what cannot be tried again.
+        rerun_late: run the messages that had no time in their transaction in another one. Without it, the caller's
+            Lane hands them out again.
+    """
+    parts = [Part(each) for each in batches]
+    parts.reverse()
+    while parts:
+        part = parts.pop()
+        if not await prepare(part):
+            return
+        try:
+            result = await attempt(part)
+        except Exception as error:
+            following = await on_failure(part, error)
+            if following is None:
+                return
+            parts += following
+            continue
+        if rerun_late and (late := [each for each in part.batch.deliveries if result.outcomes.get(each) is NEXT_BATCH]):
+            parts.append(Part(Batch(late, {}, {}), part.use_savepoints))
+            ended = [each for each in part.batch.deliveries if each not in late]
+            part = Part(Batch(ended, {}, {}), part.use_savepoints)
+        yield part, result
+
+
+def next_parts(
+    part: Part, error: Exception, random: Callable[[], float], evidence: Evidence | None = None
+) -> list[Part]:
+    """What to run after a failed transaction, the first one last. Raises an error that another attempt cannot heal."""
+    match error:
+        case TransactionPoisoned():
+            return smaller(part, error.__cause__, random, evidence)
+        case Conflict() | Outage() | OSError():
+            return again(part, error, random, evidence)
+        case _:
+            raise error
+
+
+def pause_seconds(failures: int) -> float:
+    """How long to wait before a part runs again that has failed this often before."""
+    # Bounded before it is raised to a power: an outage may last for hours.
+    return min(_PAUSE_SECONDS_MAX, 0.005 * 3.0 ** min(failures, 10))
