@@ -672,7 +672,7 @@ async def test_a_delivery_of_the_second_half_does_not_overtake_a_failure_of_the_
         for part in batch.split() if len(batch.deliveries) > 1 else (batch,):
             done = await once.apply(
                 _Nowhere(),  # type: ignore[arg-type]
-                once.Names("test", {"pay": 1}),
+                once.LedgerIds("test", {"pay": 1}),
                 lane,
                 part,
                 use_savepoints=False,
