@@ -1,6 +1,6 @@
 """What the ledger and the log can tell: counts, positions, one message, dead letters. Reads; changes positions on request.
 
-Knows queries; knows no terminal (cli/main.py draws). Numbers come from PostgreSQL, the ends of the log from Kafka.
+Knows queries; knows no terminal (cli/ draws). Numbers come from PostgreSQL, the ends of the log from Kafka.
 """
 
 from __future__ import annotations

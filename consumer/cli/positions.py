@@ -1,221 +1,135 @@
-"""What `consumer positions` does beside showing them: move, adopt another log, record where a handler begins.
-
-The options are declared in cli/main.py. Everything is checked before anything is changed, and changed in one transaction.
-"""
+"""`consumer positions`: show the positions in PostgreSQL, or change some of them."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any
 
-from consumer.admin import report
-from consumer.app import App
-from consumer.cli.terminal import Refused, print_json, with_ledger
+import typer
+
+from consumer.app_loader import load_app
+from consumer.cli import position_actions as actions
+from consumer.cli.per_shard import ShardName, over
+from consumer.cli.status import status_of
+from consumer.cli.terminal import SERVICES, AppPath, AsJson, cli, command
 from consumer.core.errors import Misconfigured
-from consumer.core.log_identity import Log, Position, judge
-from consumer.core.message import Partition
 from consumer.core.suggestions import UnknownName, suggestion
-from consumer.handler_records import coverage, id_rules, notices
-from consumer.kafka import group
-from consumer.kafka.bounds import Bound, Earliest, Latest, Offset, Time
-from consumer.kafka.bounds import Position as AtPosition
-from consumer.kafka.log_reader import find_partitions, parse
-from consumer.kafka.source import Identity, Source
-from consumer.postgres import ledger
 from consumer.settings import Settings
 
-_COMMITTED = "committed"
+_Topic = Annotated[str | None, typer.Option("--topic", help="the topic to move")]
+_Partition = Annotated[
+    int | None, typer.Option("--partition", min=0, help="the partition to move (default: all of the topic)")
+]
+_To = Annotated[
+    str | None,
+    typer.Option(
+        "--to",
+        help="earliest, latest, committed (the offset that the group has committed in Kafka), an offset, a time such as "
+        "2026-11-25T10:00:00Z, or how long ago, such as 90m, 24h or 7d",
+    ),
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="with --to: show what would move, and change nothing")]
+_Adopt = Annotated[
+    bool,
+    typer.Option(
+        "--adopt",
+        help="the topic was deleted and made anew, or this is another cluster: begin at the beginning of what is there now "
+        "(one partition, or all of the topic that stopped for this)",
+    ),
+]
+_ApplyAgain = Annotated[
+    bool,
+    typer.Option(
+        "--apply-again",
+        help="with --to: go back although message_id= has changed, and apply again what was applied under other ids",
+    ),
+]
+_Handler = Annotated[str | None, typer.Option("--handler", help="with --begin-here and --accept-id-rule: the handler")]
+_BeginHere = Annotated[
+    bool,
+    typer.Option(
+        "--begin-here",
+        help="record that the handler begins where it is now: what it has missed is left, and no longer reported",
+    ),
+]
+_AcceptIdRule = Annotated[
+    bool,
+    typer.Option(
+        "--accept-id-rule",
+        help="record that message_id= of the handler was changed on purpose: stop the workers with the old code first",
+    ),
+]
 
 
-class Ends(NamedTuple):
-    """What the log of a partition holds."""
-
-    first: int
-    end: int
-
-
-async def move(
-    app: App,
-    topic: str,
-    partition: int | None,
-    to: str,
+@command(cli, "positions", (*SERVICES, "wait_"))
+def positions(
+    app: AppPath,
     settings: Settings,
-    *,
-    dry_run: bool,
-    apply_again: bool,
-    as_json: bool,
-) -> int:
-    """Move the position of one partition, or of all of a topic.
+    topic: _Topic = None,
+    partition: _Partition = None,
+    to: _To = None,
+    dry_run: _DryRun = False,
+    adopt: _Adopt = False,
+    apply_again: _ApplyAgain = False,
+    handler: _Handler = None,
+    begin_here: _BeginHere = False,
+    accept_id_rule: _AcceptIdRule = False,
+    shard: ShardName = None,
+    as_json: AsJson = False,
+) -> Any:
+    """Show the positions in PostgreSQL, or move some; running workers notice and go on from there.
 
-    apply_again: also back to messages that were applied under ids of another rule.
+    These count, not the group's offsets in Kafka. Going back applies nothing twice, because the ids are in the ledger;
+    it is refused after message_id= of a handler has changed. Going forward skips the messages in between for good.
+    --adopt starts new ids for messages that are identified by their offset: copies of old ones would be applied again.
     """
-    source = Source(settings, None)
-    await source.start(settings.wait_seconds)
-    try:
-        wanted = await find_partitions(source, [topic], None if partition is None else [partition])
-        firsts, ends = await source.beginnings(wanted), await source.ends(wanted)
-        held = {each: Ends(firsts[each], ends[each]) for each in wanted}
-        offsets = await _offsets(app, source, held, to, settings)
-        identity = await source.identity([topic])
-    finally:
-        await source.stop(5)
+    loaded = load_app(app)
+    _check_together(topic, partition, to, handler, dry_run, adopt, apply_again, begin_here, accept_id_rule)
+    if handler is not None:
+        actions.check_handler(loaded, app, handler)
 
-    async def carry_out(connection: Any) -> dict[Partition, int | None]:
-        known = await ledger.read_positions(connection, app.name, wanted)
-        _refuse_other_logs(known, identity, topic)
-        if not apply_again:
-            now = {each: position.offset for each, position in known.items()}
-            await id_rules.refuse_going_back(connection, app, now, offsets)
-        if dry_run:
-            return {each: at.offset if (at := known.get(each)) else None for each in wanted}
-        async with connection.transaction():
-            return {
-                each: await report.move_position(connection, app.name, each, offsets[each]) for each in sorted(wanted)
-            }
+    async def run(on: Settings) -> int:
+        if handler is not None and accept_id_rule:
+            return await actions.accept_id_rule(loaded, handler, on, as_json)
+        if handler is not None:
+            return await actions.begin_here(loaded, handler, topic, on, as_json)
+        if topic is None:
+            return await status_of(loaded, app, on, as_json)
+        if to is None:
+            return await actions.adopt(loaded, topic, partition, on, as_json)
+        return await actions.move(
+            loaded, topic, partition, to, on, dry_run=dry_run, apply_again=apply_again, as_json=as_json
+        )
 
-    before = await with_ledger(settings, carry_out)
-    _print_moved(before, offsets, partition is not None, dry_run, as_json)
-    return 0
+    if topic is not None and topic not in loaded.topics:
+        raise UnknownName(f"{app} has no handler of topic {topic!r}; {suggestion(topic, loaded.topics)}")
+    return over(loaded, shard, settings, as_json, run)
 
 
-async def _offsets(
-    app: App, source: Source, held: Mapping[Partition, Ends], to: str, settings: Settings
-) -> dict[Partition, int]:
-    """Where each partition is to be moved. Raises Misconfigured for an offset that a log does not hold."""
-    if to.strip().lower() == _COMMITTED:
-        commits = (await group.look(settings, app.name)).commits
-        if missing := [each for each in held if each not in commits]:
-            raise Misconfigured(f"--to committed: the group {app.name!r} has committed nothing of {_places(missing)}")
-        found = {each: commits[each].offset for each in held}
-    else:
-        bound = parse(to, "--to", int(time.time() * 1000), f"earliest, latest, {_COMMITTED}")
-        times = await source.offsets_at(list(held), bound.milliseconds) if isinstance(bound, Time) else {}
-        found = {each: _offset(bound, ends, times.get(each)) for each, ends in held.items()}
-    if wrong := [each for each, ends in held.items() if not ends.first <= found[each] <= ends.end]:
-        spans = ", ".join(f"{_places([each])} {held[each].first} to {held[each].end}" for each in wrong[:5])
-        raise Misconfigured(f"--to {to}: the log does not hold that offset (it holds: {spans}); nothing was changed")
-    return found
-
-
-def _offset(bound: Bound, ends: Ends, at_time: int | None) -> int:
-    match bound:
-        case Earliest():
-            return ends.first
-        case Latest():
-            return ends.end
-        case Offset(number):
-            return number
-        case Time():
-            return ends.end if at_time is None else at_time
-        case AtPosition():
-            raise Misconfigured(
-                "--to position: it is there already; write an offset, a time, earliest, latest or committed"
-            )
-
-
-def _refuse_other_logs(known: Mapping[Partition, Position], identity: Identity, topic: str) -> None:
-    log = Log(identity.cluster_id, identity.topics.get(topic))
-    for partition, at in sorted(known.items()):
-        if (stop := judge(partition, at, log)) is not None:
-            raise Misconfigured(f"{stop.text}: begin with it by --topic {topic} --adopt")
-
-
-def _print_moved(
-    before: Mapping[Partition, int | None], offsets: Mapping[Partition, int], is_one: bool, dry_run: bool, as_json: bool
+def _check_together(
+    topic: str | None,
+    partition: int | None,
+    to: str | None,
+    handler: str | None,
+    dry_run: bool,
+    adopt: bool,
+    apply_again: bool,
+    begin_here: bool,
+    accept_id_rule: bool,
 ) -> None:
-    found = [
-        {"topic": each.topic, "partition": each.partition, "before": before[each], "position": offsets[each]}
-        for each in sorted(before)
-    ]
-    if as_json:
-        extra = {"dry_run": True} if dry_run else {}
-        rows = [each | extra for each in found]
-        print_json(rows[0] if is_one else rows)
-        return
-    verb = "would move" if dry_run else "moved"
-    for each in found:
-        old = "-" if each["before"] is None else each["before"]
-        print(f"{each['topic']}:{each['partition']} {verb} from {old} to {each['position']}")
-
-
-async def adopt(app: App, topic: str, partition: int | None, settings: Settings, as_json: bool) -> int:
-    """Begin another log at its beginning, for one partition or for all of a topic that stopped for this."""
-    source = Source(settings, None)
-    await source.start(settings.wait_seconds)
-    try:
-        wanted = await find_partitions(source, [topic], None if partition is None else [partition])
-        identity, firsts = await source.identity([topic]), await source.beginnings(wanted)
-
-        async def ask(connection: Any) -> list[tuple[Partition, Any]]:
-            return [
-                (each, stop)
-                for each in wanted
-                if (stop := await report.adopt(connection, source, app, each, identity, firsts[each])) is not None
-            ]
-
-        adopted = await with_ledger(settings, ask)
-    finally:
-        await source.stop(5)
-    if as_json:
-        print_json([{"topic": topic, "partition": each.partition, "why": stop.text} for each, stop in adopted])
-    elif adopted:
-        for each, stop in adopted:
-            print(f"{topic}:{each.partition} begins at the beginning of this log ({stop.text})")
-    if not adopted:
-        raise Refused(
-            f"nothing to adopt: the positions of {topic} are of the topic that is there (nothing was changed)"
-        )
-    return 0
-
-
-async def begin_here(app: App, handler: str, topic: str | None, settings: Settings, as_json: bool) -> int:
-    """Record that a handler need not settle what it has missed."""
-    topics = coverage.topics_of(app)[handler] if topic is None else [topic]
-
-    async def ask(connection: Any) -> Any:
-        return await coverage.begin_here(connection, app, handler, topics)
-
-    gaps = await with_ledger(settings, ask)
-    if as_json:
-        print_json([{"handler": handler, "topic": p.topic, "partition": p.partition, "first": first, "past": past} for _, p, first, past in gaps])  # fmt: skip
-    elif gaps:
-        print(
-            f"{handler} begins where it is now: {notices.gap_text(gaps)} are left to the handlers that were there before"
-        )
-    if not gaps:
-        raise Refused(f"handler {handler!r} has missed nothing that the ledger knows of (nothing was changed)")
-    return 0
-
-
-async def accept_id_rule(app: App, handler: str, settings: Settings, as_json: bool) -> int:
-    """Record that a handler identifies its messages by another rule from now on."""
-
-    async def ask(connection: Any) -> id_rules.Change | None:
-        return await id_rules.accept(connection, app, handler)
-
-    change = await with_ledger(settings, ask)
-    if as_json:
-        print_json(None if change is None else change._asdict())
-    elif change is not None:
-        print(
-            f"{handler} identifies its messages by {change.declared} now; of those that are settled, the ledger has other ids, so "
-            "that replay cannot tell of them, and positions do not go back to them"
-        )
-    if change is None:
-        raise Refused(f"handler {handler!r} identifies its messages as the ledger has it (nothing was changed)")
-    return 0
-
-
-def check_handler(app: App, path: str, handler: str) -> None:
-    """Raise Misconfigured for a handler that the App does not have, or that keeps no ledger row."""
-    if handler not in app.handlers:
-        raise UnknownName(f"{path} has no handler {handler!r}; {suggestion(handler, app.handlers)}")
-    if handler not in coverage.topics_of(app):
+    """Raise Misconfigured for options that have no effect together."""
+    if adopt and (to is not None or topic is None):
+        raise Misconfigured("--adopt goes with --topic, and maybe --partition, and without --to")
+    if accept_id_rule and (
+        begin_here or handler is None or adopt or topic is not None or to is not None or partition is not None
+    ):
+        raise Misconfigured("--accept-id-rule goes with --handler alone")
+    if (begin_here or accept_id_rule) != (handler is not None) or (
+        begin_here and (adopt or to is not None or partition is not None)
+    ):
         raise Misconfigured(
-            f"handler {handler!r} keeps no ledger row (idempotent=False): nothing records what it misses"
+            "--begin-here goes with --handler, and maybe --topic, and without --to, --partition and --adopt"
         )
-
-
-def _places(partitions: Sequence[Partition]) -> str:
-    return ", ".join(f"{each.topic}:{each.partition}" for each in partitions[:5])
+    if (dry_run or apply_again) and to is None:
+        raise Misconfigured(f"{'--dry-run' if dry_run else '--apply-again'} goes with --to")
+    if not adopt and not begin_here and ((topic is None) != (to is None) or (partition is not None and to is None)):
+        raise Misconfigured("to move positions, give --topic and --to, and --partition for one of them")

@@ -6,7 +6,7 @@ health checks: it asks nothing that grows with the data, and no partition that w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -102,22 +102,7 @@ async def status_of(app: App, path: str, settings: Settings, as_json: bool, exac
         or miscounts
     )
     if as_json:
-        print_json(
-            {
-                "app": app.name,
-                "handlers": handlers,
-                "open_letters": letters,
-                "partitions": partitions,
-                "missing_topics": missing,
-                "waiting": waits,
-                "notices": [each.as_dict() for each in told],
-                "gaps": [
-                    {"handler": each.handler, **each.partition._asdict(), "first": each.first, "past": each.past}
-                    for each in coverage.gaps
-                ],
-            }
-            | ({} if miscounts is None else {"miscounts": miscounts})
-        )
+        print_json(_as_json(app, handlers, letters, partitions, missing, waits, told, coverage.gaps, miscounts))
         return 1 if is_bad else 0
     _show_partitions(app, partitions, missing)
     for notice in told:
@@ -130,6 +115,33 @@ async def status_of(app: App, path: str, settings: Settings, as_json: bool, exac
             "0.2 ran after the migration"
         )
     return 1 if is_bad else 0
+
+
+def _as_json(
+    app: App,
+    handlers: dict[str, Any],
+    letters: dict[str, Any],
+    partitions: list[dict[str, Any]],
+    missing: list[str],
+    waits: list[dict[str, Any]],
+    shown_notices: Sequence[notices.Notice],
+    gaps: Sequence[Any],
+    miscounts: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The answer of `consumer status --json`."""
+    answer = {
+        "app": app.name,
+        "handlers": handlers,
+        "open_letters": letters,
+        "partitions": partitions,
+        "missing_topics": missing,
+        "waiting": waits,
+        "notices": [notice.as_dict() for notice in shown_notices],
+        "gaps": [
+            {"handler": gap.handler, **gap.partition._asdict(), "first": gap.first, "past": gap.past} for gap in gaps
+        ],
+    }
+    return answer if miscounts is None else answer | {"miscounts": miscounts}
 
 
 def _show_partitions(app: App, partitions: list[dict[str, Any]], missing: Iterable[str]) -> None:

@@ -1,0 +1,181 @@
+"""`consumer migrate`: create or update the tables, print rights, rename handlers."""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from collections.abc import Callable, Coroutine
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from consumer.app_loader import load_app
+from consumer.cli.per_shard import ShardName, ShardsOf, over
+from consumer.cli.terminal import (
+    POSTGRES,
+    cli,
+    command,
+    connected,
+    with_ledger,
+)
+from consumer.core.errors import Misconfigured
+from consumer.handler_records import coverage
+from consumer.postgres import grants, ledger
+from consumer.postgres import migrate as schema
+from consumer.settings import Settings
+from consumer.sharding import shards
+
+_Sql = Annotated[bool, typer.Option("--sql", help="print the SQL and change nothing")]
+_Check = Annotated[bool, typer.Option("--check", help="change nothing; exit 1 when something is to be done")]
+_File = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--file", help="your own SQL, run after ours in the same transaction; write it so that it may run again"
+    ),
+]
+_GrantsFor = Annotated[
+    str | None,
+    typer.Option("--grants", metavar="ROLE", help="print the rights that a worker's role needs, and change nothing"),
+]
+_ReadOnly = Annotated[
+    bool, typer.Option("--read-only", help="with --grants: those of a role for `status`, `show` and dashboards")
+]
+_NewEpoch = Annotated[
+    bool,
+    typer.Option(
+        "--new-epoch", help="declare that the database was put back from a copy of its disk: Redis's marks end"
+    ),
+]
+_RenameHandler = Annotated[
+    tuple[str, str, str] | None,
+    typer.Option(
+        "--rename-handler",
+        metavar="APP OLD NEW",
+        help="give handler OLD of the App (its name, not its path) the name NEW in the ledger, and keep what it has settled; "
+        "running workers reconnect, and those with the old code are refused",
+    ),
+]
+_NewRoute = Annotated[
+    bool,
+    typer.Option(
+        "--new-route",
+        help="with --shards: declare that the App's shards or route have changed, and every key that moves was moved "
+        "(docs/how-to/shards.md); without it a change is refused",
+    ),
+]
+
+
+@command(cli, "migrate", (*POSTGRES, "wait_"))
+def migrate(
+    settings: Settings,
+    sql: _Sql = False,
+    check: _Check = False,
+    file: _File = None,
+    grants_for: _GrantsFor = None,
+    read_only: _ReadOnly = False,
+    new_epoch: _NewEpoch = False,
+    rename_handler: _RenameHandler = None,
+    shards_of: ShardsOf = None,
+    shard: ShardName = None,
+    new_route: _NewRoute = False,
+) -> Any:
+    """Create or update the ledger's tables (schema "consumer"). Safe when several run at once.
+
+    Run it as a role that owns them and that only this command uses. Workers need less: `consumer migrate --grants ROLE`
+    prints what, as SQL for the owner.
+    """
+    only = [sql, check, grants_for is not None]
+    if sum(only) > 1 or (any(only) and (file or new_epoch)):
+        raise Misconfigured(
+            "--sql, --check and --grants change nothing: give one of them, and neither --file nor --new-epoch"
+        )
+    if grants_for is not None:
+        print(grants.as_sql(grants_for, grants.For.READER if read_only else grants.For.WORKER), end="")
+        return 0
+    if read_only:
+        raise Misconfigured("--read-only goes with --grants ROLE")
+    if sql:
+        print(schema.as_sql(), end="")
+        return 0
+    own = []
+    for path in file or []:
+        try:
+            own.append(path.read_text("utf-8-sig"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise Misconfigured(f"--file {path}: {error}") from None
+    if new_route and (shards_of is None or shard is not None or check):
+        raise Misconfigured("--new-route goes with --shards APP, for all of its shards, and without --check")
+    names = [str(path) for path in file or []]
+    if rename_handler is not None:
+        if any(only) or file or new_epoch or new_route:
+            raise Misconfigured("--rename-handler goes with --shards and --shard alone")
+        return over(shards_of, shard, settings, False, lambda on: _rename(on, *rename_handler))
+
+    async def run(on: Settings) -> int:
+        return await _migrate(on, check, own, names, new_epoch)
+
+    return _migrate_shards(shards_of, shard, settings, run, new_route)
+
+
+async def _migrate_shards(
+    path: str | None,
+    shard: str | None,
+    settings: Settings,
+    run: Callable[[Settings], Coroutine[Any, Any, int]],
+    new: bool,
+) -> int:
+    code = await over(path, shard, settings, False, run)
+    if new and path is not None:
+        app = load_app(path)
+        for name, on in shards.settings_of(app, settings).items():
+            await with_ledger(on, partial(shards.forget, app, name))
+        print("the shards and the route of the App are as they are now: workers may be started")
+    return code
+
+
+async def _rename(settings: Settings, app: str, old: str, new: str) -> int:
+    if old == new or not new:
+        raise Misconfigured("--rename-handler: OLD and NEW must be two names")
+    operator = getpass.getuser() if sys.stdin is not None else ""
+
+    async def carry_out(connection: Any) -> None:
+        await coverage.rename(connection, app, old, new, operator)
+
+    try:
+        await with_ledger(settings, carry_out)
+    except Exception as error:
+        if ledger.sqlstate_of(error) is None:
+            raise
+        raise Misconfigured(
+            f"{ledger.where(settings.dsn)}: {ledger.said(error)} (nothing was changed; run it as the owner of the schema)"
+        ) from None
+    print(f"handler {old!r} of App {app!r} is {new!r} in the ledger now; workers with the old name are refused")
+    return 0
+
+
+async def _migrate(settings: Settings, check: bool, own: list[str], names: list[str], new_epoch: bool) -> int:
+    connection = await connected(settings)
+    try:
+        if check:
+            todo = await schema.pending(connection)
+            for each in todo:
+                print(f"pending: {each.version:04} {each.name}")
+            print("the schema is not up to date: run `consumer migrate`" if todo else "the schema is up to date")
+            return 1 if todo else 0
+        done = await schema.migrate(connection, *own, names=names, new_epoch=new_epoch)
+    except Exception as error:
+        if ledger.sqlstate_of(error) is None:
+            raise
+        raise Misconfigured(f"{ledger.where(settings.dsn)}: {ledger.said(error)} (nothing was changed)") from None
+    finally:
+        connection.terminate()
+    for each in done:
+        print(f"applied: {each.version:04} {each.name}")
+    told = [f"; {len(own)} file(s) of your own were run"] if own else []
+    told += ["; a new epoch has begun"] if new_epoch else []
+    print("the schema is up to date" + "".join(told))
+    if done:
+        print("workers need few rights on it: `consumer migrate --grants ROLE` prints them")
+    return 0
