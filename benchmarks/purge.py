@@ -34,7 +34,7 @@ from consumer.core.ordering import Delivery  # noqa: E402
 from consumer.core.retention import Drop, Forget  # noqa: E402
 from consumer.local_servers import Postgres  # noqa: E402
 from consumer.postgres import migrate  # noqa: E402
-from consumer.postgres.ledger import Session  # noqa: E402
+from consumer.postgres.session import Session  # noqa: E402
 
 TOPIC = "t"
 BATCH = 2000

@@ -38,7 +38,7 @@ from consumer.core.identity import fingerprint  # noqa: E402
 from consumer.core.message import LogRecord  # noqa: E402
 from consumer.core.ordering import Delivery  # noqa: E402
 from consumer.local_servers import Postgres, Valkey  # noqa: E402
-from consumer.postgres.ledger import Session  # noqa: E402
+from consumer.postgres.session import Session  # noqa: E402
 from consumer.schemes.lock import Lock, check_fence  # noqa: E402
 from consumer.schemes.states import StateMachine  # noqa: E402
 from consumer.schemes.tokens import Fresh, Tokens, Used  # noqa: E402

@@ -21,7 +21,8 @@ from consumer.core.outcome import Cause
 from consumer.handler_records import coverage
 from consumer.kafka.source import Identity, KafkaError, OpenTransaction, Source
 from consumer.postgres import waiting_messages
-from consumer.postgres.ledger import INSTALLATION, read_positions
+from consumer.postgres.positions import read_positions
+from consumer.postgres.server import installed_at
 from consumer.postgres.stopped_partitions import read as read_stops
 from consumer.postgres.stopped_partitions import refused_stop
 
@@ -195,7 +196,7 @@ async def partition_health(
     yet may be gone from the log: that is shown as removed until it is settled. commits: of the group; with shards, only a
     worker can tell whether they are of another database.
     """
-    own = await connection.fetchval(INSTALLATION)
+    own = await installed_at(connection)
     positions = await read_positions(connection, app.name, partitions)
     unreadable = await read_stops(connection, app.name)
     identity = await source.identity(app.topics)

@@ -40,7 +40,7 @@ from consumer.core.outcome import Reason
 from consumer.core.suggestions import suggestion
 from consumer.dead_letters.redrive import Chain, Done, Filters, Redrive, edit_of
 from consumer.dead_letters.session import Edit
-from consumer.postgres.ledger import Outage
+from consumer.postgres.errors import Outage
 from consumer.settings import Settings
 from consumer.sharding.shards import settings_of
 

@@ -22,8 +22,10 @@ from consumer.cli.terminal import (
 )
 from consumer.core.errors import Misconfigured
 from consumer.handler_records import coverage
-from consumer.postgres import grants, ledger
+from consumer.postgres import grants
 from consumer.postgres import migrate as schema
+from consumer.postgres.connection import dsn_label
+from consumer.postgres.errors import redacted_message, sqlstate_of
 from consumer.settings import Settings
 from consumer.sharding import shards
 
@@ -146,10 +148,10 @@ async def _rename(settings: Settings, app: str, old: str, new: str) -> int:
     try:
         await with_ledger(settings, carry_out)
     except Exception as error:
-        if ledger.sqlstate_of(error) is None:
+        if sqlstate_of(error) is None:
             raise
         raise Misconfigured(
-            f"{ledger.where(settings.dsn)}: {ledger.said(error)} (nothing was changed; run it as the owner of the schema)"
+            f"{dsn_label(settings.dsn)}: {redacted_message(error)} (nothing was changed; run it as the owner of the schema)"
         ) from None
     print(f"handler {old!r} of App {app!r} is {new!r} in the ledger now; workers with the old name are refused")
     return 0
@@ -166,9 +168,9 @@ async def _migrate(settings: Settings, check: bool, own: list[str], names: list[
             return 1 if todo else 0
         done = await schema.migrate(connection, *own, names=names, new_epoch=new_epoch)
     except Exception as error:
-        if ledger.sqlstate_of(error) is None:
+        if sqlstate_of(error) is None:
             raise
-        raise Misconfigured(f"{ledger.where(settings.dsn)}: {ledger.said(error)} (nothing was changed)") from None
+        raise Misconfigured(f"{dsn_label(settings.dsn)}: {redacted_message(error)} (nothing was changed)") from None
     finally:
         connection.terminate()
     for each in done:

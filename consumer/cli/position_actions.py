@@ -22,7 +22,7 @@ from consumer.kafka.bounds import Bound, Earliest, Latest, Offset, Time
 from consumer.kafka.bounds import Position as AtPosition
 from consumer.kafka.log_reader import find_partitions, parse
 from consumer.kafka.source import Identity, Source
-from consumer.postgres import ledger
+from consumer.postgres.positions import read_positions
 from consumer.settings import Settings
 
 _COMMITTED = "committed"
@@ -62,7 +62,7 @@ async def move(
         await source.stop(5)
 
     async def carry_out(connection: Any) -> dict[Partition, int | None]:
-        known = await ledger.read_positions(connection, app.name, wanted)
+        known = await read_positions(connection, app.name, wanted)
         _refuse_other_logs(known, identity, topic)
         if not apply_again:
             now = {each: position.offset for each, position in known.items()}

@@ -22,7 +22,8 @@ from consumer.core.message import Partition
 from consumer.core.retention import HOUR, State, Step, Turn, Wait, contradictions, wanted
 from consumer.core.suggestions import UnknownName, suggestion
 from consumer.kafka.source import Source
-from consumer.postgres import ledger
+from consumer.postgres.connection import connect, database_epoch, translated_errors
+from consumer.postgres.errors import Outage
 from consumer.retention import task
 from consumer.settings import Settings
 
@@ -87,8 +88,8 @@ async def _purge(
     connection = await _connected(settings)
     source = Source(settings, None)
     try:
-        with ledger.sorted_errors(settings):
-            await ledger.describe(connection, settings)
+        with translated_errors(settings):
+            await database_epoch(connection, settings)
             voices = await task.said(connection)
             if retired is not None:
                 if retired not in voices:
@@ -121,7 +122,7 @@ async def _purge(
             return ()
 
         done: list[dict[str, Any]] = []
-        with ledger.sorted_errors(settings):
+        with translated_errors(settings):
             before = await task.look(connection)
             rows = dict(await connection.fetch(_ROWS))
         plan = [await _told(before, each, hours, held) for each in before.generations]
@@ -137,9 +138,9 @@ async def _purge(
                     if status is not None:
                         status.update(f"{what}{'' if number is None else f' generation {number}'} ({len(done)} steps)")
 
-                with ledger.sorted_errors(settings):
+                with translated_errors(settings):
                     stopped = await task.keep_up(connection, policy, not_held if force else held, told)
-        with ledger.sorted_errors(settings):
+        with translated_errors(settings):
             after = await task.look(connection)
     finally:
         await source.stop(5)
@@ -230,8 +231,8 @@ async def _connected(settings: Settings) -> Any:
     deadline = time.monotonic() + settings.wait_seconds
     while True:
         try:
-            return await ledger.connect(settings, min(10, max(0.5, deadline - time.monotonic())))
-        except ledger.Outage as error:
+            return await connect(settings, min(10, max(0.5, deadline - time.monotonic())))
+        except Outage as error:
             if time.monotonic() + 0.5 > deadline:
                 raise ServiceUnavailable(f"{error} (waited {settings.wait_seconds:g} s)") from None
             await asyncio.sleep(0.5)

@@ -23,7 +23,7 @@ from consumer.app_loader import load_app
 from consumer.cli import terminal
 from consumer.cli.terminal import AppPath, AsJson, cli, command, err, out, printable
 from consumer.core.errors import ConsumerError, Misconfigured
-from consumer.postgres import ledger
+from consumer.postgres.connection import dsn_label
 from consumer.replay import html_page
 from consumer.replay.findings import OUTCOMES, Findings, Verdict
 from consumer.replay.replay import Options, Told, one_database, replay
@@ -267,7 +267,7 @@ class _Kept:
 
     def __init__(self, path: str, settings: Settings, topics: list[str], options: Options) -> None:
         same = [
-            _STATE_VERSION, path, topics, ledger.where(settings.dsn), settings.kafka_bootstrap_servers, options.mode, options.start,
+            _STATE_VERSION, path, topics, dsn_label(settings.dsn), settings.kafka_bootstrap_servers, options.mode, options.start,
             options.end, options.partitions, str(options.key), options.message_id, options.handlers, options.assume_unapplied,
             options.republish_to, options.call_handlers,
         ]  # fmt: skip

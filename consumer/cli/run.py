@@ -24,7 +24,9 @@ from consumer.core.identity import OffsetId
 from consumer.core.shard_route import Router
 from consumer.handler_records import notices
 from consumer.kafka.source import Source
-from consumer.postgres import ledger
+from consumer.postgres.connection import dsn_label, translated_errors
+from consumer.postgres.errors import Outage
+from consumer.postgres.session import Session
 from consumer.retention import task
 from consumer.settings import Settings
 from consumer.sharding import shards
@@ -118,10 +120,10 @@ async def _ready(app: App, path: str, settings: Settings) -> None:
     try:
         await shards.check(app, Router(tuple(app.shards) or ("",), app.route), opened)
         for on, session in opened:
-            with ledger.sorted_errors(on):
+            with translated_errors(on):
                 for notice in await notices.at_start(session.connection, app, path):
                     logs.event(30, notice.text, do=notice.do)
-    except ledger.Outage as error:
+    except Outage as error:
         raise ServiceUnavailable(str(error)) from None
     finally:
         for _, session in opened:
@@ -152,17 +154,17 @@ async def _ready(app: App, path: str, settings: Settings) -> None:
             logs.event(30, OFFSET_IDS, handler=handler.name)
 
 
-async def _postgres_ready(settings: Settings) -> ledger.Session:
+async def _postgres_ready(settings: Settings) -> Session:
     deadline = asyncio.get_running_loop().time() + settings.wait_seconds
     told = False
     while True:
         try:
             left = max(0.5, deadline - asyncio.get_running_loop().time())
-            return await ledger.Session.open(settings, min(10, left))
-        except ledger.Outage as error:
+            return await Session.open(settings, min(10, left))
+        except Outage as error:
             if asyncio.get_running_loop().time() + 0.5 > deadline:
                 raise ServiceUnavailable(f"{error} (waited {settings.wait_seconds:g} s)") from None
             if not told:
-                logs.event(30, "waiting for postgresql", place=ledger.where(settings.dsn))
+                logs.event(30, "waiting for postgresql", place=dsn_label(settings.dsn))
             told = True
             await asyncio.sleep(0.5)

@@ -34,7 +34,8 @@ from consumer import logs
 from consumer.cli.help_text import Command, heading_of, metavar_of
 from consumer.core.errors import ConsumerError, Misconfigured, ServiceUnavailable
 from consumer.kafka.source import KafkaError
-from consumer.postgres import ledger
+from consumer.postgres.connection import connect, database_epoch, translated_errors
+from consumer.postgres.errors import Outage, redacted_message, sqlstate_of
 from consumer.settings import Settings, load
 from consumer.worker.event_loop import run as run_loop
 
@@ -275,8 +276,8 @@ def _option(name: str, field: Any) -> inspect.Parameter:
 
 
 def _sqlstate(error: BaseException) -> str:
-    code = ledger.sqlstate_of(error)
-    return f" (SQLSTATE {code}: {ledger.said(error)})" if code else ""
+    code = sqlstate_of(error)
+    return f" (SQLSTATE {code}: {redacted_message(error)})" if code else ""
 
 
 def fail(text: str, code: int) -> typing.NoReturn:
@@ -306,8 +307,8 @@ async def connected(settings: Settings) -> Any:
     deadline = asyncio.get_running_loop().time() + settings.wait_seconds
     while True:
         try:
-            return await ledger.connect(settings, min(10, max(0.5, deadline - asyncio.get_running_loop().time())))
-        except ledger.Outage as error:
+            return await connect(settings, min(10, max(0.5, deadline - asyncio.get_running_loop().time())))
+        except Outage as error:
             if asyncio.get_running_loop().time() + 0.5 > deadline:
                 raise ServiceUnavailable(f"{error} (waited {settings.wait_seconds:g} s)") from None
             await asyncio.sleep(0.5)
@@ -317,8 +318,8 @@ async def with_ledger(settings: Settings, ask: Callable[[Any], Coroutine[Any, An
     """What `ask` finds on a connection to a ledger of this version. Raises Misconfigured, ServiceUnavailable."""
     connection = await connected(settings)
     try:
-        with ledger.sorted_errors(settings):
-            await ledger.describe(connection, settings)
+        with translated_errors(settings):
+            await database_epoch(connection, settings)
         return await ask(connection)  # its errors may be Kafka's: they are not taken for PostgreSQL's
     finally:
         connection.terminate()

@@ -22,7 +22,7 @@ from typing import Any
 from consumer.core.errors import ConsumerError
 from consumer.kafka.source import KafkaError, producing
 from consumer.logs import describe, event
-from consumer.postgres.ledger import Session
+from consumer.postgres.session import Session
 from consumer.settings import Settings
 
 _AT_A_TIME = 100

@@ -30,7 +30,8 @@ from consumer.core.outcome import Reason
 from consumer.core.retry import Retry
 from consumer.dead_letters.session import Edit, Letter, LetterSession, NotOurs
 from consumer.handler_records import handler_code
-from consumer.postgres.ledger import Conflict, Outage, where
+from consumer.postgres.connection import dsn_label
+from consumer.postgres.errors import Conflict, Outage
 from consumer.settings import Settings
 from consumer.transaction import once
 from consumer.transaction.once import Part
@@ -323,7 +324,7 @@ class Redrive:
             if letters
             else ""
         )
-        return CannotTell(f"{where(self.settings.dsn)}: {str(error) or type(error).__name__}{look}")
+        return CannotTell(f"{dsn_label(self.settings.dsn)}: {str(error) or type(error).__name__}{look}")
 
     async def _run(self, letters: Sequence[Letter]) -> AsyncIterator[Done]:
         """Bring letters to their end as a worker does, whatever parts that takes. Leaves the rest when it is to stop."""

@@ -22,8 +22,10 @@ from consumer.core.errors import ConsumerError
 from consumer.core.ordering import Delivery, PositionUpdate
 from consumer.core.outcome import Dead, Outcome, Reason, RetryLater
 from consumer.core.sqlstate import Meaning
+from consumer.postgres.claims import ExistingClaim
 from consumer.postgres.dead_letters import storable
-from consumer.postgres.ledger import Conflict, Outage, Session, Standing, meaning_of
+from consumer.postgres.errors import Conflict, Outage, meaning_of
+from consumer.postgres.session import Session
 
 _LOCK_CHAINS = """
 select true from consumer.held h where (h.handler, h.chain) in
@@ -101,7 +103,7 @@ class Letter:
     row: Any = None  # as it was locked
     is_revived: bool = False  # its dead row of the ledger was turned into an applied one
     is_claimed: bool = False  # a row was inserted for it
-    lost: Standing | None = None  # what stood in the ledger instead
+    lost: ExistingClaim | None = None  # what stood in the ledger instead
     is_postponed: bool = False
     verdict: Dead | None = None
     attempts: int | None = None
@@ -172,7 +174,7 @@ class LetterSession(Session):
         if refused:
             raise NotOurs(refused)
 
-    async def claim(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, Standing]:
+    async def claim(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, ExistingClaim]:
         letters = self._letters
         own = {
             (letters[each].row["handler"], letters[each].row["id"]): each

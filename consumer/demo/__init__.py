@@ -30,7 +30,8 @@ from consumer.core.message import Partition
 from consumer.demo.application import app
 from consumer.kafka.source import Source, create_topic, producing
 from consumer.local_servers import Postgres, Tansu, Valkey, die_with_parent
-from consumer.postgres import ledger, migrate
+from consumer.postgres import migrate
+from consumer.postgres.connection import connect
 from consumer.replay.replay import Mode, Options, Told, replay
 from consumer.settings import Settings, load
 
@@ -190,7 +191,7 @@ class Demo:
                 log_level="debug",
                 log_format="json",
             )
-            connection = await ledger.connect(settings)
+            connection = await connect(settings)
             stack.callback(connection.terminate)
             await migrate.migrate(connection, _TABLES)
             await create_topic(settings, TOPIC, PARTITIONS)

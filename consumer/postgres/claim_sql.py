@@ -1,4 +1,4 @@
-"""The statements of a claim, for the generations of the ledger that are live. Text only; postgres/ledger.py runs it.
+"""The statements of a claim, for the generations of the ledger that are live. Text only; postgres/claims.py runs it.
 
 migrations/0001_schema.sql explains generations, and how a turn goes from one to the next without holding up a claim or
 letting an id be claimed in both. With one generation a claim is a plain insert; each older one costs an index probe an id.
@@ -76,11 +76,11 @@ _CLAIMED = """, claimed as (
 # hold another payload, and that this statement cannot see. One probe of the index for each (a join may scan the ledger).
 # And the version, as it is now.
 _LOST = """
-select array_agg(place), array_agg(place) filter (where not here), array_agg(place) filter (where dead),
-       array_agg(place) filter (where clashes), array_agg(place) filter (where here is null),
+select array_agg(place), array_agg(place) filter (where not same_record), array_agg(place) filter (where dead),
+       array_agg(place) filter (where clashes), array_agg(place) filter (where same_record is null),
        (select version from consumer.ledger_state)
 from offered o left join lateral (
-    select (l."offset", l.partition, l.topic) = (o."offset", o.partition, o.topic) as here,
+    select (l."offset", l.partition, l.topic) = (o."offset", o.partition, o.topic) as same_record,
            l.applied_at is null as dead, l.fingerprint <> o.fingerprint as clashes
     from {ledger} l where l.handler = o.handler and l.id = o.id limit 1
 ) as found on true
@@ -89,9 +89,9 @@ from offered o left join lateral (
 _NOT_CLAIMED = "where (o.handler, o.id) not in (select handler, id from claimed)"
 _OF_THEM = "{source} where ((handler, id) in (select handler, id from turned)) is true"
 _EVERYWHERE = 'select handler, id, fingerprint, topic, partition, "offset", applied_at from {table}'
-_UNCLAIM = "delete from {target} l using unnest($1::int2[], $2::uuid[]) as o(handler, id) where (l.handler, l.id) = (o.handler, o.id)"
-_UNCLAIM_TURNING = "with turned as (" + _UNCLAIM.format(target="consumer.turning") + ") "
-_BURY = """
+_RELEASE_CLAIMS = "delete from {target} l using unnest($1::int2[], $2::uuid[]) as o(handler, id) where (l.handler, l.id) = (o.handler, o.id)"
+_RELEASE_CLAIMS_TURNING = "with turned as (" + _RELEASE_CLAIMS.format(target="consumer.turning") + ") "
+_MARK_CLAIMS_DEAD = """
 update {target} l set applied_at = null
 from unnest($1::int2[], $2::uuid[]) as o(handler, id) where (l.handler, l.id) = (o.handler, o.id)
 """
@@ -106,16 +106,16 @@ def statements(target: int, turning: bool, live: tuple[int, ...]) -> Statements:
     claimed = _claimed(target, turning, [each for each in live if each != target])
     everywhere = " union all ".join(_EVERYWHERE.format(table=_read(each)) for each in live)
     lost = _LOST.format(ledger=_read(target) if live == (target,) else f"({everywhere})")
-    release_claims = _UNCLAIM.format(target=_read(target))
+    release_claims = _RELEASE_CLAIMS.format(target=_read(target))
     if turning:
-        release_claims = _UNCLAIM_TURNING + release_claims
+        release_claims = _RELEASE_CLAIMS_TURNING + release_claims
     return Statements(
         claim=_OFFERED + claimed + lost + _NOT_CLAIMED,
         claim_alike=_OFFERED_ALIKE + claimed + lost + _NOT_CLAIMED,
         standing=_OFFERED + lost,
         standing_alike=_OFFERED_ALIKE + lost,
         release_claims=release_claims,
-        mark_claims_dead=_BURY.format(target=_read(target)),
+        mark_claims_dead=_MARK_CLAIMS_DEAD.format(target=_read(target)),
     )
 
 

@@ -5,7 +5,7 @@ Knows SQL; connections come in. Limitations: behind a pooler the server's connec
 
 from __future__ import annotations
 
-from typing import Any
+from consumer.postgres.protocol import Connection
 
 FREE_MIN = 2  # with fewer, another worker may be waiting for one
 SECONDS = 15.0  # connections are shared for so long after the last sign of want
@@ -26,6 +26,6 @@ select least(
 """
 
 
-async def is_crowded(connection: Any) -> bool:
+async def is_crowded(connection: Connection) -> bool:
     """Whether the server, the role or the database has hardly a connection left."""
     return bool(await connection.fetchval(_FREE) < FREE_MIN)

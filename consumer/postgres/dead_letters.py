@@ -1,6 +1,6 @@
 """Dead letters, the chains that they hold, and attempts, as rows: what a batch's transaction writes of them and asks about.
 
-Knows SQL; connections come in. Everything here runs inside a transaction of ledger.Session or, for what a partition begins
+Knows SQL; connections come in. Everything here runs inside a transaction of session.Session or, for what a partition begins
 with, beside one.
 
 **Why asking is enough.** Only the owner of a partition makes holds in it (a zombie is fenced by the positions, in the very
@@ -29,6 +29,7 @@ from consumer.core.dead_letters import KeyHold, State, group_of, holds
 from consumer.core.message import Partition
 from consumer.core.ordering import Delivery, SavedAttempts
 from consumer.core.outcome import Dead, Reason
+from consumer.postgres.protocol import Connection
 
 _LETTER = """
 insert into consumer.dead_letters as d (handler, id, fingerprint, topic, partition, "offset", "timestamp", key, value,
@@ -79,10 +80,22 @@ _ATTEMPTS = """
 select handler, topic, partition, "offset", attempts, greatest(0, extract(epoch from due_at - now()))::float8
 from consumer.attempts where handler = any($1) and topic = any($2)
 """
+_WITH_DEAD_LETTER = """
+select o.place from unnest($1::int2[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
+where exists (select from consumer.dead_letters d where (d.handler, d.id, d.fingerprint) = (o.handler, o.id, o.fingerprint))
+"""
+_WITHOUT_DEAD_LETTER = """
+select o.place from unnest($1::int2[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
+where not exists (select from consumer.dead_letters d
+                  where (d.handler, d.id, d.fingerprint) = (o.handler, o.id, o.fingerprint))
+  and not exists (select from consumer.ledger l where (l.handler, l.id, l.fingerprint) =
+                  (o.handler, o.id, o.fingerprint) and l.applied_at is not null)
+order by o.place
+"""
 
 
 async def store(
-    connection: Any, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], *, publish: bool
+    connection: Connection, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], *, publish: bool
 ) -> None:
     """Keep dead letters, and hold the chains of those whose handler kept failing.
 
@@ -97,7 +110,7 @@ async def store(
         await connection.execute(_TO_PUBLISH, *([each[n] for each in letters] for n in range(3)))
 
 
-async def ask(connection: Any, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
+async def ask(connection: Connection, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
     """Whether the chains of these deliveries are held; of those that are, they stay so until the transaction ends."""
     chains = [each.ordering_key_hash() for each in deliveries]
     rows = await connection.fetch(
@@ -117,7 +130,7 @@ async def ask(connection: Any, deliveries: Sequence[Delivery]) -> dict[Delivery,
 
 
 async def save_attempts(
-    connection: Any, tried: Mapping[Delivery, tuple[int, float]], settled: Iterable[Delivery]
+    connection: Connection, tried: Mapping[Delivery, tuple[int, float]], settled: Iterable[Delivery]
 ) -> None:
     """Keep attempts (how many, seconds until the next) of messages that are not settled, and forget those of settled ones."""
     if tried:
@@ -126,8 +139,8 @@ async def save_attempts(
         await connection.executemany(_FORGET, places)
 
 
-async def recall(
-    connection: Any, handlers: Sequence[int], positions: Mapping[Partition, int]
+async def restore(
+    connection: Connection, handlers: Sequence[int], positions: Mapping[Partition, int]
 ) -> tuple[dict[Partition, set[tuple[int, bytes]]], dict[Partition, dict[tuple[int, int], SavedAttempts]]]:
     """What a worker must know when it opens partitions: chains that may be held, and (handler, offset) that have failed before."""
     topics = sorted({each.topic for each in positions})
@@ -140,6 +153,28 @@ async def recall(
         if offset >= positions.get(partition, 0):
             tried.setdefault(partition, {})[handler, offset] = SavedAttempts(attempts, seconds)
     return chains, tried
+
+
+async def with_dead_letter(connection: Connection, deliveries: Sequence[Delivery]) -> list[Delivery]:
+    """Return those that have a dead letter with this id and this payload."""
+    rows = await connection.fetch(
+        _WITH_DEAD_LETTER,
+        [delivery.handler.number for delivery in deliveries],
+        [UUID(bytes=delivery.id) for delivery in deliveries],
+        [delivery.fingerprint for delivery in deliveries],
+    )
+    return [deliveries[row[0] - 1] for row in rows]
+
+
+async def without_dead_letter(connection: Connection, keys: Sequence[tuple[int, bytes, int]]) -> list[int]:
+    """Return the places of those (handler, id, fingerprint) without dead letter that were not applied later."""
+    rows = await connection.fetch(
+        _WITHOUT_DEAD_LETTER,
+        [handler for handler, _, _ in keys],
+        [UUID(bytes=id) for _, id, _ in keys],
+        [fingerprint for _, _, fingerprint in keys],
+    )
+    return [row[0] - 1 for row in rows]
 
 
 def _place(delivery: Delivery) -> tuple[int, str, int, int]:

@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from consumer.core.errors import Misconfigured
+from consumer.postgres.protocol import Connection
 from consumer.postgres.sql_text import transaction_control
 from consumer.postgres.sql_tokens import first_words
 
@@ -65,7 +66,7 @@ def as_sql() -> str:
     return "\n".join([*parts, "commit;", ""])
 
 
-async def pending(connection: Any) -> list[Migration]:
+async def pending(connection: Connection) -> list[Migration]:
     """Migrations that the database does not have. Changes nothing. Raises Misconfigured for one that was altered."""
     applied: dict[int, str] = {}
     if await connection.fetchval("select to_regclass('consumer.schema_versions') is not null"):
@@ -87,7 +88,9 @@ def _line(error: Any, text: str) -> str:
     return f":{text.count(chr(10), 0, int(position) - 1) + 1}" if position and str(position).isdecimal() else ""
 
 
-async def migrate(connection: Any, *own: str, names: Sequence[str] = (), new_epoch: bool = False) -> list[Migration]:
+async def migrate(
+    connection: Connection, *own: str, names: Sequence[str] = (), new_epoch: bool = False
+) -> list[Migration]:
     """Apply what is pending, and then the SQL texts `own`, all in one transaction. Returns what was applied.
 
     names: what to call the texts in an error. new_epoch: declare that Redis's marks are of another database.

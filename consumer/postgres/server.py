@@ -8,9 +8,10 @@ histories apart; without it nothing that depends on the epoch (the pre-check) ca
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from consumer.postgres.epoch import UNKNOWN
+from consumer.postgres.protocol import Connection
 
 _PARTS = {
     "system": "(select pg_catalog.to_hex(system_identifier) from pg_catalog.pg_control_system())",
@@ -41,13 +42,27 @@ class Server(NamedTuple):
 NOWHERE = Server("", "''", "")  # of a session that has no ledger of its own
 
 
-async def state(connection: Any) -> tuple[bool, bool]:
+async def state(connection: Connection) -> tuple[bool, bool]:
     """Whether the server is a standby, and whether its database has the schema."""
     standby, migrated = await connection.fetchrow(_STATE)
     return standby, migrated
 
 
-async def identify(connection: Any) -> Server:
+async def schema_version(connection: Connection) -> int:
+    """The version of the schema, which must exist; 0 where no migration is recorded."""
+    return await connection.fetchval("select max(version) from consumer.schema_versions") or 0
+
+
+async def installed_at(connection: Connection) -> str:
+    """When the schema was created, as text: another value is another schema, whatever time the database goes back to."""
+    return str(
+        await connection.fetchval(
+            "select (extract(epoch from made_at) * 1000000)::bigint::text from consumer.installation"
+        )
+    )
+
+
+async def identify(connection: Connection) -> Server:
     """Read the epoch of a primary with the schema, outside a transaction. Raises what the driver raises."""
     try:
         return await _read(connection, ())
@@ -65,7 +80,7 @@ async def identify(connection: Any) -> Server:
     return await _read(connection, tuple(untold))
 
 
-async def _read(connection: Any, untold: tuple[str, ...]) -> Server:
+async def _read(connection: Connection, untold: tuple[str, ...]) -> Server:
     parts = {name: f"'{UNKNOWN}'" if name in untold else sql for name, sql in _PARTS.items()}
     stamp_sql = f"concat_ws('-', {', '.join(parts[each] for each in _STAMPED)}, {_NONCE})"
     row = await connection.fetchrow(f"select {', '.join(parts.values())}, {_NONCE}, {stamp_sql}")
@@ -74,7 +89,7 @@ async def _read(connection: Any, untold: tuple[str, ...]) -> Server:
     return Server(epoch, stamp_sql, stamp, untold)
 
 
-def _is_refusal(connection: Any, error: Exception) -> bool:
+def _is_refusal(connection: Connection, error: Exception) -> bool:
     """Whether the server answered that it will not do this, rather than being away."""
     sqlstate = getattr(error, "sqlstate", None)
     return sqlstate is not None and sqlstate[:2] not in _AWAY and not connection.is_closed()

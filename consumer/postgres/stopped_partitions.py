@@ -7,11 +7,11 @@ paused and read on, which the worker does.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from consumer.core.log_identity import Reason, Stop
 from consumer.core.message import Partition
 from consumer.core.partition_faults import Failure, Trouble, stop_of
+from consumer.postgres.protocol import Connection
 
 _SAVE = """
 insert into consumer.stopped_partitions as s (app, topic, partition, reason, why, "do", first_offset, last_offset)
@@ -87,7 +87,7 @@ class Stops:
     def has_unsaved(self, database: str) -> bool:
         return bool(self._unsaved[database] or self._refused_unsaved[database])
 
-    async def save(self, database: str, connection: Any, app: str) -> None:
+    async def save(self, database: str, connection: Connection, app: str) -> None:
         """Write what has changed since the last time. Raises the driver's errors, and loses nothing then."""
         if refused := self._refused_unsaved[database]:
             for topic, number, offset in await connection.fetch(_REFUSED, app, sorted(refused)):
@@ -106,7 +106,7 @@ class Stops:
             if unsaved.get(partition) is trouble:
                 del unsaved[partition]
 
-    async def recall(self, connection: Any, app: str, partitions: Collection[Partition], now: float) -> None:
+    async def recall(self, connection: Connection, app: str, partitions: Collection[Partition], now: float) -> None:
         """Take over what other workers wrote of partitions that are this worker's now."""
         for partition, (stop, first) in (await read(connection, app)).items():
             if partition in partitions and partition not in self._troubles:
@@ -118,7 +118,7 @@ def refused_stop(partition: Partition, offset: int) -> Stop:
     return stop_of(partition, Failure(Reason.NOT_ALLOWED, "its user may not see it", offset))
 
 
-async def read(connection: Any, app: str) -> Mapping[Partition, tuple[Stop, int]]:
+async def read(connection: Connection, app: str) -> Mapping[Partition, tuple[Stop, int]]:
     """The unreadable partitions of an application, as its workers wrote them, with the offsets where they stopped."""
     found: dict[Partition, tuple[Stop, int]] = {}
     for topic, partition, reason, why, do, first, last in await connection.fetch(_READ, app):

@@ -14,6 +14,7 @@ from uuid import UUID
 from consumer.core.evidence import Why
 from consumer.core.message import Partition
 from consumer.postgres.dead_letters import storable
+from consumer.postgres.protocol import Connection
 
 RENEW_SECONDS = 10.0
 _EXPIRED_SECONDS = 60.0
@@ -66,7 +67,7 @@ class Row(NamedTuple):
     read_up_to: int
 
 
-async def write(connection: Any, worker: UUID, handlers: Sequence[int], rows: Sequence[Row]) -> None:
+async def write(connection: Connection, worker: UUID, handlers: Sequence[int], rows: Sequence[Row]) -> None:
     """Make a worker's rows of these handlers what they are now."""
     errors = [storable(each.why.error)[:_ERROR_CHARACTERS_MAX] for each in rows]
     keys = (
@@ -88,7 +89,9 @@ async def write(connection: Any, worker: UUID, handlers: Sequence[int], rows: Se
         )
 
 
-async def take_over(connection: Any, worker: UUID, handlers: Sequence[int], partitions: Sequence[Partition]) -> None:
+async def take_over(
+    connection: Connection, worker: UUID, handlers: Sequence[int], partitions: Sequence[Partition]
+) -> None:
     """Delete what earlier owners of partitions have left."""
     await connection.execute(
         _TAKE_OVER,
@@ -100,14 +103,14 @@ async def take_over(connection: Any, worker: UUID, handlers: Sequence[int], part
     )
 
 
-async def halt(connection: Any, worker: UUID, row: Row) -> None:
+async def halt(connection: Connection, worker: UUID, row: Row) -> None:
     """Record what ended a worker that is not started again."""
     error = storable(row.why.error)[:_ERROR_CHARACTERS_MAX]
     at = row.partition
     await connection.execute(_HALT, worker, row.handler, at.topic, at.partition, error, row.messages, row.read_up_to)
 
 
-async def read(connection: Any, app: str) -> tuple[list[dict[str, Any]], Mapping[Partition, tuple[int, int]]]:
+async def read(connection: Connection, app: str) -> tuple[list[dict[str, Any]], Mapping[Partition, tuple[int, int]]]:
     """What waits, as `status` reports it; and per partition how many messages wait, and up to where it was read."""
     rows = await connection.fetch(_READ, app, _EXPIRED_SECONDS)
     totals: dict[Partition, tuple[int, int]] = {}
@@ -129,6 +132,6 @@ async def read(connection: Any, app: str) -> tuple[list[dict[str, Any]], Mapping
     return found, totals
 
 
-async def applied_by_all(connection: Any, handlers: Sequence[int]) -> dict[int, int]:
+async def applied_by_all(connection: Connection, handlers: Sequence[int]) -> dict[int, int]:
     """Messages that any worker has applied, by handler."""
     return {row[0]: row[1] for row in await connection.fetch(_OTHERS, list(handlers))}

@@ -16,7 +16,7 @@ from typing import Any
 from uuid import UUID
 
 from consumer.core.identifiers import ident
-from consumer.postgres.ledger import sqlstate_of
+from consumer.postgres.errors import sqlstate_of
 from consumer.rebuild.beginnings import Sought, sought_by
 from consumer.rebuild.scratch import Name, Table, Use
 

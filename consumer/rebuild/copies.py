@@ -25,8 +25,11 @@ from consumer.core.identifiers import ident
 from consumer.core.ordering import Batch, Delivery, PositionUpdate
 from consumer.core.outcome import Dead
 from consumer.deferred_writes.writer import Columns
-from consumer.postgres.ledger import Session, Standing, milliseconds, sqlstate_of
+from consumer.postgres.claims import ExistingClaim
+from consumer.postgres.connection import milliseconds
+from consumer.postgres.errors import sqlstate_of
 from consumer.postgres.server import NOWHERE
+from consumer.postgres.session import Session
 from consumer.postgres.sql_tokens import first_words
 from consumer.rebuild import scratch
 from consumer.rebuild.absent_rows import AbsentRows, statements
@@ -446,11 +449,14 @@ class CopiesSession(Session):
     def close(self) -> None:
         self.raw.terminate()
 
-    async def claim(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, Standing]:
+    async def claim(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, ExistingClaim]:
         lost = await self.raw.fetch(_CLAIM, *offers(deliveries))
-        return {deliveries[place - 1]: Standing(dead=False, clashes=clashes, here=False) for place, clashes in lost}
+        return {
+            deliveries[place - 1]: ExistingClaim(dead=False, clashes=clashes, same_record=False)
+            for place, clashes in lost
+        }
 
-    async def claimed(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, Standing]:
+    async def claimed(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, ExistingClaim]:
         """Of ids that are claimed: offered again, they lose."""
         return await self.claim(deliveries, topics)
 

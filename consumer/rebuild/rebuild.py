@@ -34,8 +34,9 @@ from consumer.handler_records import handler_code
 from consumer.kafka import log_reader
 from consumer.kafka.bounds import Span
 from consumer.kafka.source import KafkaError, LogTruncated, Source
-from consumer.postgres import ledger
-from consumer.postgres.ledger import Conflict, Outage, read_positions
+from consumer.postgres.connection import connect, database_epoch, translated_errors
+from consumer.postgres.errors import Conflict, Outage
+from consumer.postgres.positions import read_positions
 from consumer.rebuild import scratch
 from consumer.rebuild.absent_rows import AbsentRows, Statement, statements
 from consumer.rebuild.applied import Applied
@@ -167,7 +168,7 @@ async def rebuild(
 @contextmanager
 def _told_in_one_line(settings: Settings) -> Iterator[None]:
     try:
-        with ledger.sorted_errors(settings):
+        with translated_errors(settings):
             yield
     except Outage as error:
         raise CannotTell(f"{error}: the rebuild has ended; {_CHANGED}") from error
@@ -302,7 +303,7 @@ class _Rebuild:
 
     @asynccontextmanager
     async def _pass(self, sought: Compared | None = None, other: _Variation = _FIRST) -> AsyncIterator[_Pass]:
-        connection = await ledger.connect(self.settings)
+        connection = await connect(self.settings)
         try:
             current = _Pass(self, connection, other)
             current.copies.numbers_from = _OTHER_NUMBERS if other.shift else 1
@@ -454,7 +455,7 @@ class _Pass:
 
     async def set_up(self, sought: Compared | None) -> None:
         """Begin, read what the ledger knows, and make the copies."""
-        await ledger.describe(self.connection, self.work.settings)
+        await database_epoch(self.connection, self.work.settings)
         await self.copies.begin()
         if self.other.zone is not None:
             await self.connection.execute(f"set local time zone {self.other.zone:d}")

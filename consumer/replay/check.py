@@ -18,7 +18,8 @@ from consumer.core.message import Partition
 from consumer.core.ordering import Delivery
 from consumer.core.outcome import Dead, Outcome, Reason, RetryLater
 from consumer.handler_records.settled_ranges import Stretch
-from consumer.postgres.ledger import REDELIVERED, Session, Standing
+from consumer.postgres.claims import REDELIVERED, ExistingClaim
+from consumer.postgres.session import Session
 from consumer.replay import effects as proof
 from consumer.replay import ledger_diff
 from consumer.replay.findings import BLOCK_BITS, Findings, blocks
@@ -97,18 +98,18 @@ class Witness:
     session: Session | None = None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def standing(self, deliveries: Sequence[Delivery]) -> tuple[dict[Delivery, Standing], list[Delivery]]:
+    async def standing(self, deliveries: Sequence[Delivery]) -> tuple[dict[Delivery, ExistingClaim], list[Delivery]]:
         """What is committed of these ids, and those without a row, as another connection sees it."""
         async with self._lock:
             session = await self.open()
-            found, absent = await session.standing(deliveries, self.topics)
+            found, absent = await session.existing_claims(deliveries, self.topics)
             # Rows from before a handler's rule of comparison have the fingerprint of the bytes.
             by_rule = [
                 each for each, stands in found.items() if stands.clashes and each.handler.fingerprint is not BYTES
             ]
             if by_rule:
                 earlier = {once.by_bytes(each): each for each in by_rule}
-                again, _ = await session.standing(list(earlier), self.topics)
+                again, _ = await session.existing_claims(list(earlier), self.topics)
                 found |= {earlier[each]: stands for each, stands in again.items() if not stands.clashes}
             return found, absent
 
@@ -116,21 +117,21 @@ class Witness:
         """Those that are dead letters, with this id and this payload."""
         async with self._lock:
             session = await self.open()
-            found = set(await session.letters(deliveries))
+            found = set(await session.with_dead_letter(deliveries))
             # Dead letters from before a handler's rule of comparison have the fingerprint of the bytes.
             earlier = {
                 once.by_bytes(each): each
                 for each in deliveries
                 if each not in found and each.handler.fingerprint is not BYTES
             }
-            of_bytes = await session.letters(list(earlier)) if earlier else []
+            of_bytes = await session.with_dead_letter(list(earlier)) if earlier else []
             self.keep_letters([*found, *of_bytes])
             return found | {earlier[each] for each in of_bytes}
 
     async def which_stand(self, ids: Sequence[tuple[int, bytes]]) -> set[tuple[int, bytes]]:
         """Those (handler, id) that the ledger holds now."""
         async with self._lock:
-            return await (await self.open()).which_stand(ids)
+            return await (await self.open()).claimed_ids(ids)
 
     def keep_apart(self, delivery: Delivery) -> None:
         """Note a settled message whose row is to be looked at again."""
@@ -165,7 +166,7 @@ class Witness:
         for letters in _slices(list(self.letters_seen.items())):
             asked = [(numbers[name], id, fingerprint) for (name, id, fingerprint), _ in letters]
             async with self._lock:
-                gone = await (await self.open()).letters_gone(asked)
+                gone = await (await self.open()).without_dead_letter(asked)
             for place in gone:
                 (name, id, _), (partition, offset) = letters[place]
                 self.findings.unsettled += 1
@@ -232,7 +233,7 @@ class Look:
 
     def begin(self) -> None:
         """Forget what was seen by an attempt that did not go through."""
-        self.standing: dict[Delivery, Standing] = {}
+        self.standing: dict[Delivery, ExistingClaim] = {}
         self.absent: set[Delivery] = set()  # claimed, and not in the ledger
         self.forgotten: set[Delivery] = set()  # of those, the ones that a worker would not apply: too old
         self.despite = 0  # claimed, although the ledger holds them
@@ -244,7 +245,7 @@ class Look:
     # -- in the transaction -----------------------------------------------------------------------------------------
 
     async def claimed(
-        self, session: Session, standing: Mapping[Delivery, Standing], fresh: list[Delivery]
+        self, session: Session, standing: Mapping[Delivery, ExistingClaim], fresh: list[Delivery]
     ) -> list[Delivery]:
         self.standing = dict(standing)
         # Counts of earlier transactions may still show here: ours, or behind a pooler those of any other client.
@@ -333,16 +334,16 @@ class Look:
         what = self._what(delivery)
         return delivery in self.clashing or (what is not None and what.clashes)
 
-    def _what(self, delivery: Delivery) -> Standing | None:
+    def _what(self, delivery: Delivery) -> ExistingClaim | None:
         """What stands for a delivery; that of the first with its id where several stand in one chunk."""
         found = self.standing.get(delivery)
         if found is not None or delivery in self.absent:
             return found
         twin = self._firsts[delivery.handler.name, delivery.id]
         if twin.fingerprint != delivery.fingerprint:
-            return Standing(False, True, False)
+            return ExistingClaim(False, True, False)
         found = self.standing.get(twin)
-        return None if found is None else Standing(found.dead, found.clashes, False)
+        return None if found is None else ExistingClaim(found.dead, found.clashes, False)
 
     @cached_property
     def _firsts(self) -> dict[tuple[str, bytes], Delivery]:
@@ -383,9 +384,13 @@ class Look:
                 continue
             what = self._what(delivery)
             record = delivery.record
-            if what is not None and what.here:
+            if what is not None and what.same_record:
                 here.setdefault(delivery.handler.name, []).append(record.offset)
-            if what is not None and not what.clashes and (not what.here or delivery.handler.name in witness.uncounted):
+            if (
+                what is not None
+                and not what.clashes
+                and (not what.same_record or delivery.handler.name in witness.uncounted)
+            ):
                 witness.keep_apart(delivery)
             if self._clashes(delivery):
                 is_open = delivery not in self.buried and self._in_doubt(delivery)

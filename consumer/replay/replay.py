@@ -36,9 +36,11 @@ from consumer.handler_records import coverage, handler_code, id_rules
 from consumer.kafka.bounds import Span
 from consumer.kafka.log_reader import Chunk, find_partitions, parse, read, resolve
 from consumer.kafka.source import KafkaError, LogTruncated, Source, group_offsets, is_compacted
-from consumer.postgres import ledger
+from consumer.postgres.claims import ExistingClaim
+from consumer.postgres.connection import dsn_label, translated_errors
 from consumer.postgres.epoch import lineage
-from consumer.postgres.ledger import Conflict, Outage, Session, Standing
+from consumer.postgres.errors import Conflict, Outage
+from consumer.postgres.session import Session
 from consumer.precheck.client import Precheck
 from consumer.rebuild.rebuild import rebuild as rebuild_state
 from consumer.replay import effects as proof
@@ -364,7 +366,7 @@ class _Replay:
         except (KafkaError, TimeoutError) as error:
             raise CannotTell(f"Kafka: {str(error) or type(error).__name__} ({self._how_far()})") from None
         except Outage as error:
-            raise CannotTell(f"{ledger.where(self.settings.dsn)}: {error} ({self._how_far()})") from None
+            raise CannotTell(f"{dsn_label(self.settings.dsn)}: {error} ({self._how_far()})") from None
         finally:
             await self._last_look()
             self._save(force=True)
@@ -407,7 +409,7 @@ class _Replay:
             await self._republish(source)
             return
         await self._doubt_a_log_that_is_too_short(source)
-        await proof.check_countable(session.connection, ledger.where(self.settings.dsn))
+        await proof.check_countable(session.connection, dsn_label(self.settings.dsn))
         self.witness.uncounted = self._uncounted()
         findings.effects = findings.effects or Effects()
         await self._read(source)
@@ -449,7 +451,7 @@ class _Replay:
         number = session.numbers if self.options.mode == "apply" else session.known_numbers
         numbers, topics = await number(self.app.name, names, self.topics)
         if self.options.mode == "apply":
-            with ledger.sorted_errors(self.settings):
+            with translated_errors(self.settings):
                 await id_rules.record(session.connection, self.app)
         for handler in self.handlers:
             handler.number = numbers[handler.name]
@@ -479,7 +481,7 @@ class _Replay:
         """Tell the ledger that this code applies messages: before the first one, and every few minutes."""
         now = time.monotonic()
         if now - self.code_recorded_at > handler_code.RENEW_SECONDS:
-            with ledger.sorted_errors(self.settings):
+            with translated_errors(self.settings):
                 await handler_code.record(session.connection, self.app)
             self.code_recorded_at = now
 
@@ -488,7 +490,7 @@ class _Replay:
 
         Raises Misconfigured for a probable rename that would be applied.
         """
-        with ledger.sorted_errors(self.settings):
+        with translated_errors(self.settings):
             picture = await coverage.look(session.connection, self.app.name)
         chosen = {each.name for each in self.handlers}
         numbers = {name: each.number for name, each in picture.known.items() if name in chosen}
@@ -517,7 +519,7 @@ class _Replay:
 
         Raises Misconfigured for a changed rule of a handler whose messages would be applied without naming it.
         """
-        with ledger.sorted_errors(self.settings):
+        with translated_errors(self.settings):
             rules = await id_rules.look(session.connection, self.app)
             codes = (await handler_code.look(session.connection, self.app)).id_code
         for each in self.handlers:
@@ -560,7 +562,7 @@ class _Replay:
         begins_first = options.start in ("earliest", "beginning")  # what the log has dropped cannot be filled
         spans = [(each.partition, 0 if begins_first else each.first, each.end) for each in findings.spans]
         session = await self.witness.open()
-        with ledger.sorted_errors(self.settings):
+        with translated_errors(self.settings):
             for handler in self.handlers:
                 await coverage.cover(
                     session.connection,
@@ -726,7 +728,7 @@ class _Replay:
                 failures += 1
                 if failures > once.FAILURES_MAX:
                     raise CannotTell(
-                        f"{ledger.where(self.settings.dsn)}: {error or type(error).__name__}, {failures} times in a row "
+                        f"{dsn_label(self.settings.dsn)}: {error or type(error).__name__}, {failures} times in a row "
                         f"({self._how_far()})"
                     ) from None
                 await asyncio.sleep(0.05 * 2.0**failures)
@@ -1094,7 +1096,7 @@ class _Undone:
     """A rehearsal that looks at nothing: the settlement is what is wanted."""
 
     async def claimed(
-        self, session: Session, standing: Mapping[Delivery, Standing], fresh: list[Delivery]
+        self, session: Session, standing: Mapping[Delivery, ExistingClaim], fresh: list[Delivery]
     ) -> list[Delivery]:
         return fresh
 

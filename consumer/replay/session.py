@@ -22,7 +22,7 @@ from consumer.core.dead_letters import KeyHold, holds
 from consumer.core.message import Partition
 from consumer.core.ordering import Delivery, Scheduler
 from consumer.core.outcome import Dead
-from consumer.postgres.ledger import Session
+from consumer.postgres.session import Session
 
 _LOCK = """
 select true from consumer.positions p where p.app = (select app from consumer.handlers where handler = $1)

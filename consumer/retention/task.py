@@ -36,7 +36,8 @@ from consumer.core.retention import (
 )
 from consumer.kafka.source import KafkaError, Source, topic_configs
 from consumer.logs import describe, event
-from consumer.postgres import ledger
+from consumer.postgres.connection import connect, database_epoch, translated_errors
+from consumer.postgres.errors import Outage, sqlstate_of
 from consumer.settings import Settings
 
 _ROUND_SECONDS_MAX = 60.0  # between two looks of the background task
@@ -103,7 +104,7 @@ async def act(connection: Any, state: State, step: Turn | Forget | Drop) -> str:
             case Drop(number):
                 return str(await connection.fetchval("select consumer.drop_generation($1)", number))
     except Exception as error:
-        if ledger.sqlstate_of(error) == _LOCK_NOT_AVAILABLE:
+        if sqlstate_of(error) == _LOCK_NOT_AVAILABLE:
             return "waiting"  # for somebody who reads the whole ledger
         raise
 
@@ -237,7 +238,7 @@ class Keeper:
         while True:
             try:
                 pause = await self._round()
-            except (ledger.Outage, KafkaError, OSError) as error:  # TimeoutError is an OSError
+            except (Outage, KafkaError, OSError) as error:  # TimeoutError is an OSError
                 self._tell("the ledger is not kept short for now", error=describe(error.__cause__ or error))
                 pause = _ROUND_SECONDS_MAX / 4
             except Misconfigured as error:
@@ -252,10 +253,10 @@ class Keeper:
     async def _round(self) -> float:
         """Do what is due. Returns the seconds until something may be due again."""
         settings, own = self._settings, self._settings.ledger_retention_hours
-        connection = await ledger.connect(settings)
+        connection = await connect(settings)
         try:
-            with ledger.sorted_errors(settings):
-                await ledger.describe(connection, settings)
+            with translated_errors(settings):
+                await database_epoch(connection, settings)
                 await say(connection, self._app, own)
                 if own is None:
                     return _ROUND_SECONDS_MAX

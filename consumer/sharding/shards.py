@@ -15,8 +15,9 @@ from consumer.app import App
 from consumer.core.errors import Misconfigured
 from consumer.core.ordering import Delivery
 from consumer.core.shard_route import RECORDED_MAX, Probes, RouteFault, Router, explain_change, shown
+from consumer.postgres.connection import dsn_label, translated_errors
 from consumer.postgres.epoch import lineage
-from consumer.postgres.ledger import Session, sorted_errors, where
+from consumer.postgres.session import Session
 from consumer.settings import Settings
 
 _ENROLL = "insert into consumer.shards (app, shard, shards) values ($1, $2, $3) on conflict do nothing"
@@ -62,7 +63,7 @@ async def check(app: App, router: Router, opened: Sequence[tuple[Settings, Sessi
     fixed = router.fixed_probes() if names else {}
     for place, (settings, session) in enumerate(opened):
         name = names[place] if names else ""
-        with sorted_errors(settings):
+        with translated_errors(settings):
             await _enroll(app, name, settings, session)
             if names:
                 await _check_route(app, name, router, session, fixed)
@@ -75,7 +76,7 @@ async def _enroll(app: App, name: str, settings: Settings, session: Session) -> 
     if row is None and name:
         if await connection.fetchval("select exists (select from consumer.positions where app = $1)", app.name):
             raise Misconfigured(
-                f"{where(settings.dsn)} has applied messages of App {app.name!r} without shards, and other shards know nothing "
+                f"{dsn_label(settings.dsn)} has applied messages of App {app.name!r} without shards, and other shards know nothing "
                 "of them: see docs/how-to/shards.md, then run `consumer migrate --shards APP --new-route`"
             )
         await connection.execute(_ENROLL, app.name, name, names)
@@ -84,11 +85,11 @@ async def _enroll(app: App, name: str, settings: Settings, session: Session) -> 
         return  # without shards, as ever
     if not name:
         raise Misconfigured(
-            f"{where(settings.dsn)} is shard {row['shard']!r} of App {app.name!r}: give the App its shards= and route="
+            f"{dsn_label(settings.dsn)} is shard {row['shard']!r} of App {app.name!r}: give the App its shards= and route="
         )
     if row["shard"] != name:
         raise Misconfigured(
-            f"{where(settings.dsn)} is shard {row['shard']!r} of App {app.name!r}, and its address is given for {name!r}: were "
+            f"{dsn_label(settings.dsn)} is shard {row['shard']!r} of App {app.name!r}, and its address is given for {name!r}: were "
             "they swapped? A shard is renamed with `consumer migrate --shards APP --new-route`"
         )
     if row["shards"] != names:

@@ -182,7 +182,7 @@ def _messages(message: Any, tx: Any) -> str:
 @contextmanager
 def noting() -> Iterator[None]:
     """Have every connection of asyncpg, and its prepared statements, tell what they run while a handler is called."""
-    driver = sys.modules["asyncpg"]  # loaded by postgres/ledger.py, which alone imports it
+    driver = sys.modules["asyncpg"]  # loaded by the package postgres, which alone imports it
     prepared = driver.prepared_stmt.PreparedStatement
     originals = [
         (kind, name, vars(kind)[name], noted)

@@ -14,7 +14,8 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from consumer.core.errors import Misconfigured
-from consumer.postgres.ledger import connect, sorted_errors, sqlstate_of
+from consumer.postgres.connection import connect, translated_errors
+from consumer.postgres.errors import sqlstate_of
 from consumer.postgres.migrate import migrate
 from consumer.replay.effects import check_countable
 from consumer.settings import Settings, load
@@ -129,5 +130,5 @@ class Server:
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[Any]:
         async with connection_to(self._settings) as connection:
-            with sorted_errors(self._settings):
+            with translated_errors(self._settings):
                 yield connection

@@ -19,7 +19,7 @@ from consumer.core.log_identity import Position
 from consumer.core.message import Partition, Record
 from consumer.core.ordering import Batch, Delivery, Scheduler
 from consumer.core.outcome import APPLIED, Applied, Cause, Dead, Duplicate, Outcome, RetryLater, Skipped
-from consumer.postgres.ledger import Session
+from consumer.postgres.session import Session
 from consumer.replay.effects import Rows, rows_written, sequences_moved
 from consumer.settings import Settings
 from consumer.testing.messages import Delivered, Sent, place_of

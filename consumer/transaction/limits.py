@@ -31,7 +31,7 @@ GRACE_SECONDS = 5.0  # after the cancellation, before the connection is ended
 LAST_SECONDS = 2.0  # after that, before the worker is
 BLOCKED_SECONDS = 2.0  # an event loop that does not turn for so long is told of while it does not
 _LOOK_SECONDS = 0.5
-_OF_IDLE = 0.6  # of the idle timeout: a third may pass before the last call of a batch (see postgres/ledger.py), and some is left
+_OF_IDLE = 0.6  # of the idle timeout: a third may pass before the last call of a batch (see postgres/session.py), and some is left
 
 
 def limits(handlers: Iterable[Handler], settings: Settings) -> dict[str, float]:

@@ -52,17 +52,9 @@ from consumer.core.retention import is_time, what_is_wrong
 from consumer.core.sqlstate import Meaning
 from consumer.core.values import canonical
 from consumer.error_places import frames, names, told
-from consumer.postgres.ledger import (
-    REDELIVERED,
-    Conflict,
-    Fenced,
-    Outage,
-    Session,
-    Standing,
-    meaning_of,
-    said,
-    sqlstate_of,
-)
+from consumer.postgres.claims import REDELIVERED, ExistingClaim
+from consumer.postgres.errors import Conflict, Fenced, Outage, meaning_of, redacted_message, sqlstate_of
+from consumer.postgres.session import Session
 from consumer.transaction.dead_letter_rate import DeadShare
 from consumer.transaction.invoke import finish_call, start_call
 from consumer.transaction.limits import CallTracker, HandlerTimeout
@@ -134,7 +126,7 @@ class DryRunObserver(Protocol):
     """What looks at a transaction that is undone at its end."""
 
     async def claimed(
-        self, session: Session, standing: Mapping[Delivery, Standing], fresh: list[Delivery]
+        self, session: Session, standing: Mapping[Delivery, ExistingClaim], fresh: list[Delivery]
     ) -> list[Delivery]:
         """After the claims: what stood before, and what was claimed now. Returns those whose handlers are to be called."""
 
@@ -474,7 +466,7 @@ def text_of(error: BaseException) -> str:
     A database's own is told without the values that it quotes; what a handler says is the handler's.
     """
     try:
-        found = said(error)
+        found = redacted_message(error)
         return (str(error) if found is None else found).replace("\0", "?").encode("utf-8", "replace").decode()
     except Exception:
         return "(an exception whose text cannot be told)"
@@ -644,8 +636,8 @@ def _tell_apart(first: Delivery, second: Delivery, done: BatchResult, rivals: li
 
 
 async def _by_rules(
-    session: Session, standing: dict[Delivery, Standing], topics: Mapping[str, int]
-) -> dict[Delivery, Standing]:
+    session: Session, standing: dict[Delivery, ExistingClaim], topics: Mapping[str, int]
+) -> dict[Delivery, ExistingClaim]:
     """What stands, with clashes only where the handlers' rules see one.
 
     A handler that compares nothing has none. Rows from before a handler got its rule have the fingerprint of the bytes:
@@ -699,7 +691,7 @@ def conflict_of(is_equal: bool | None) -> Dead:
 
 
 def _sort_out(
-    claims: Sequence[Delivery], standing: Mapping[Delivery, Standing], lane: Scheduler, done: BatchResult
+    claims: Sequence[Delivery], standing: Mapping[Delivery, ExistingClaim], lane: Scheduler, done: BatchResult
 ) -> list[Delivery]:
     """Those whose claim was won. The others are duplicates, or an id used again with another payload."""
     fresh: list[Delivery] = []
@@ -715,7 +707,7 @@ def _sort_out(
             done.outcomes[delivery] = CONFLICT
         else:
             done.outcomes[delivery] = DUPLICATE[Cause.DEAD_LETTER if earlier.dead else Cause.LEDGER]
-            if earlier.dead and earlier.here:
+            if earlier.dead and earlier.same_record:
                 lane.mark_possibly_held(delivery)  # by a COMMIT whose answer was lost, maybe: then it holds its chain
     return fresh
 

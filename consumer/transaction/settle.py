@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 
 from consumer.core.evidence import Evidence
 from consumer.core.ordering import Batch
-from consumer.postgres.ledger import Conflict, Outage
+from consumer.postgres.errors import Conflict, Outage
 from consumer.transaction.once import NEXT_BATCH, BatchResult, Part, TransactionPoisoned, again, smaller
 
 _PAUSE_SECONDS_MAX = 5.0

@@ -19,7 +19,7 @@ from consumer.error_places import told
 from consumer.handler_records.notices import filling
 from consumer.handler_records.settled_ranges import Change, Changes
 from consumer.logs import event, log
-from consumer.postgres.ledger import sqlstate_of
+from consumer.postgres.errors import sqlstate_of
 from consumer.transaction import once
 
 _FIRST_SECONDS = 5.0  # after the first line of a kind; then twice as long each time

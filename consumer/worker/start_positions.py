@@ -19,7 +19,8 @@ from consumer.handler_records import coverage
 from consumer.handler_records.settled_ranges import Changes, as_text
 from consumer.kafka.source import CorruptRecordException, Identity, KafkaError, Source
 from consumer.logs import event
-from consumer.postgres.ledger import Outage, Session
+from consumer.postgres.errors import Outage
+from consumer.postgres.session import Session
 from consumer.postgres.stopped_partitions import Stops
 
 
@@ -103,7 +104,7 @@ async def recall(
     if not open_ones:
         return {}, {}
     try:
-        return await session.recall(sorted(numbers), open_ones)
+        return await session.restore(sorted(numbers), open_ones)
     except Exception as error:
         session.close()
         raise Outage(str(error)) from error

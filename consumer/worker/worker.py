@@ -38,17 +38,10 @@ from consumer.kafka import group
 from consumer.kafka.source import Identity, KafkaError, LogTruncated, Source
 from consumer.logs import describe, event
 from consumer.postgres import connection_shortage
+from consumer.postgres.connection import translated_errors
 from consumer.postgres.epoch import is_left_behind
-from consumer.postgres.ledger import (
-    Conflict,
-    Fenced,
-    NotPrimary,
-    Outage,
-    Session,
-    lock_timed_out,
-    sorted_errors,
-    sqlstate_of,
-)
+from consumer.postgres.errors import Conflict, Fenced, NotPrimary, Outage, lock_timed_out, sqlstate_of
+from consumer.postgres.session import Session
 from consumer.postgres.stopped_partitions import Stops
 from consumer.retention.task import Keeper, Timestamps
 from consumer.settings import Settings
@@ -306,7 +299,7 @@ class Worker:
     async def _register(self, shard: _Shard, control: Session) -> None:
         """Learn the numbers of handlers and topics: a database that went back in time may give others."""
         numbers, topics = await control.numbers(self._app.name, self._app.handlers, self._app.topics)
-        with sorted_errors(shard.settings):
+        with translated_errors(shard.settings):
             await coverage.register(control.connection, self._app)
             await id_rules.record(control.connection, self._app)
             await handler_code.record(control.connection, self._app)
@@ -1060,7 +1053,7 @@ class Worker:
                     control = await self._control(shard)
                     if control is None:
                         continue
-                    standing, _ = await control.standing(list(asked), shard.names.topics)
+                    standing, _ = await control.existing_claims(list(asked), shard.names.topics)
             except Exception as error:
                 event(logging.WARNING, "waiting for another shard's answer", error=describe(error), **shard.label)
                 if shard.control is not None:
@@ -1070,7 +1063,7 @@ class Worker:
             if generation != lane.shard.generation:
                 break
             lane.idle.clear()
-            return [asked[twin] for twin, found in standing.items() if found.here]
+            return [asked[twin] for twin, found in standing.items() if found.same_record]
         return None
 
     # -- beside the flow --------------------------------------------------------------------------------------------

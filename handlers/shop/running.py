@@ -19,7 +19,8 @@ from pathlib import Path
 from consumer import Settings
 from consumer.kafka.source import create_topic
 from consumer.local_servers import Postgres, Server, Tansu, Valkey, die_with_parent
-from consumer.postgres import ledger, migrate
+from consumer.postgres import migrate
+from consumer.postgres.connection import connect
 from consumer.settings import load
 from handlers.shop.application import SANDBOX_TOPIC, TOPIC
 from handlers.shop.view import Place
@@ -193,7 +194,7 @@ async def running() -> AsyncIterator[Running]:
             log_level="debug",
             log_format="json",
         )
-        connection = await ledger.connect(settings)
+        connection = await connect(settings)
         try:
             await migrate.migrate(connection, Path(__file__).with_name("schema.sql").read_text("utf-8"))
         finally:

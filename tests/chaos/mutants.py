@@ -23,7 +23,8 @@ from consumer.dead_letters.session import LetterSession
 from consumer.handler_records.settled_ranges import Changes
 from consumer.kafka import source as kafka
 from consumer.kafka.source import Source
-from consumer.postgres.ledger import REDELIVERED, Session, Standing
+from consumer.postgres.claims import REDELIVERED, ExistingClaim
+from consumer.postgres.session import Session
 from consumer.precheck.client import Precheck
 from consumer.replay.session import ReplaySession
 from consumer.transaction import invoke, once, scope
@@ -107,7 +108,7 @@ def m4_select_then_insert() -> None:
 
     async def claim(
         self: Session, deliveries: Sequence[Delivery], topics: Mapping[str, int]
-    ) -> dict[Delivery, Standing]:
+    ) -> dict[Delivery, ExistingClaim]:
         keys = [(each.handler.number, UUID(each.id)) for each in deliveries]
         rows = await self.connection.fetch(
             """select l.handler, l.id from consumer.ledger l

@@ -13,8 +13,7 @@ from consumer.app_loader import load_app
 from consumer.cli.terminal import _URL_USER
 from consumer.kafka.log_reader import parse
 from consumer.local_servers import Postgres, Valkey
-from consumer.postgres import ledger
-from consumer.postgres.ledger import connect
+from consumer.postgres.connection import connect, session_settings
 from consumer.precheck.client import Precheck
 from consumer.settings import load
 from consumer.tls import postgres_tls, redis_url
@@ -95,7 +94,7 @@ def test_a_wait_for_a_lock_that_outlasts_the_limit_of_an_answer_is_refused() -> 
 
 
 def test_a_limit_below_a_millisecond_is_not_taken_for_none() -> None:
-    limits = ledger._session_settings(
+    limits = session_settings(
         load(postgres_lock_timeout_seconds=0.0004, postgres_idle_in_transaction_timeout_seconds=0.0004)
     )
     assert (limits["lock_timeout"], limits["idle_in_transaction_session_timeout"]) == ("1", "1")

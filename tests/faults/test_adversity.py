@@ -18,7 +18,7 @@ from consumer import App, Retry, TransactionMisuse, Tx
 from consumer.admin import report
 from consumer.core.message import Partition
 from consumer.local_servers import Postgres
-from consumer.postgres.ledger import Session
+from consumer.postgres.session import Session
 from consumer.worker.worker import Worker
 
 ONCE = Retry(attempts=1)

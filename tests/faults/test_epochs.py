@@ -20,7 +20,8 @@ from test_failover import all_right, app_on, applied, caught_up, messages, told
 
 from consumer import App, RunAgain, Tx
 from consumer.local_servers import Postgres
-from consumer.postgres.ledger import OtherEpoch, Session
+from consumer.postgres.errors import OtherEpoch
+from consumer.postgres.session import Session
 
 PARTITIONS = 4
 PATIENT_MS = 30_000  # a mark that Redis does not take in time is never written

@@ -39,7 +39,7 @@ from test_failover import all_right, app_on, caught_up, messages, through, told
 
 from consumer import App, Retry, Tx
 from consumer.local_servers import Postgres
-from consumer.postgres.ledger import connect
+from consumer.postgres.connection import connect
 from consumer.replay.replay import Options, Told, replay
 
 ONCE = Retry(attempts=1)  # a single failure that is counted makes a dead letter

@@ -21,7 +21,7 @@ from consumer.admin import report
 from consumer.core.message import Partition
 from consumer.kafka.source import Source, client_id
 from consumer.local_servers import free_port
-from consumer.postgres.ledger import connect
+from consumer.postgres.connection import connect
 
 
 class Payment(msgspec.Struct):

@@ -38,7 +38,8 @@ from consumer.core.message import Partition
 from consumer.core.ordering import PositionUpdate
 from consumer.kafka.protocol import Identity
 from consumer.kafka.source import Source, group_offsets
-from consumer.postgres.ledger import Fenced, Session
+from consumer.postgres.errors import Fenced
+from consumer.postgres.session import Session
 
 PATH = "worker_app:alone"  # the App of these tests, as a module that commands can load
 

@@ -16,7 +16,7 @@ from harness import Place, Sent, consume_all, counts, drained, letters, query, u
 from consumer import App, Tx
 from consumer.admin import report
 from consumer.kafka.source import Source
-from consumer.postgres.ledger import connect
+from consumer.postgres.connection import connect
 
 _CRC_AT, _ATTRIBUTES_AT, _BODY_AT = 17, 21, 61  # of a record batch, version 2
 

@@ -24,7 +24,7 @@ from consumer.kafka import record_batch
 from consumer.kafka.bounds import Earliest, Latest
 from consumer.kafka.log_reader import read, resolve
 from consumer.kafka.source import PartitionUnreadable, Source
-from consumer.postgres.ledger import connect
+from consumer.postgres.connection import connect
 
 _LENGTH_AT, _MAGIC_AT, _CRC_AT, _ATTRIBUTES_AT, _BODY_AT = 8, 16, 17, 21, 61
 BATCHES = ((0, 5), (5, 10), (10, 15))  # of partition 0; the one in the middle is damaged

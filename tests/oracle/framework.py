@@ -15,7 +15,7 @@ from typing import Any
 
 from consumer import App, Message, Reject, Retry, Tx
 from consumer.core.handler import Handler as Registered
-from consumer.postgres.ledger import Session
+from consumer.postgres.session import Session
 from consumer.settings import load
 from consumer.testing.messages import Sent, record_of
 from consumer.testing.simulated_worker import Life, Round

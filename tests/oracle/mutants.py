@@ -171,7 +171,7 @@ def _schema_known_for_a_minute() -> None:
 def _failures_leave_their_writes() -> None:
     """What a failed message has written is not taken back."""
     from consumer.core import outcome  # noqa: F401 - loads the package
-    from consumer.postgres.ledger import Session
+    from consumer.postgres.session import Session
 
     original = Session.begin
 

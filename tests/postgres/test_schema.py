@@ -13,9 +13,10 @@ from test_cli import consumer, is_one_line
 
 from consumer import Misconfigured
 from consumer.local_servers import Postgres
-from consumer.postgres import ledger
+from consumer.postgres import connection as connections
 from consumer.postgres import migrate as schema
-from consumer.postgres.ledger import SchemaMissing, Session
+from consumer.postgres.errors import SchemaMissing
+from consumer.postgres.session import Session
 
 
 async def _migrate(dsn: str) -> int:
@@ -34,13 +35,13 @@ def next_version(monkeypatch: pytest.MonkeyPatch) -> schema.Migration:
         latest[-1].version + 1, "colour", "alter table consumer.topics add column colour text not null default 'red'"
     )
     monkeypatch.setattr(schema, "migrations", lambda: [*latest, migration])
-    monkeypatch.setattr(ledger, "SCHEMA_VERSION", migration.version)
+    monkeypatch.setattr(connections, "SCHEMA_VERSION", migration.version)
     return migration
 
 
 def test_the_code_needs_the_latest_migration() -> None:
     versions = [migration.version for migration in schema.migrations()]
-    assert versions == list(range(1, ledger.SCHEMA_VERSION + 1))
+    assert versions == list(range(1, connections.SCHEMA_VERSION + 1))
 
 
 async def test_a_database_of_the_version_before_is_migrated_with_its_rows(

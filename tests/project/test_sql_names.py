@@ -79,10 +79,10 @@ REVIEWED: dict[str, dict[str, str]] = {
             "_array((f'(r.{ident(each)}::numeric - b.{ident(each)}::numeric)::text' for each in self.numeric))",
         ]
     },
-    "postgres/claim_sql.py": {"_UNCLAIM.format(target='consumer.turning')": "a constant of that file"},
-    "postgres/ledger.py": {
-        "name": "of _session_settings, in that file",
-        "value": "of _session_settings: numbers and words of that file",
+    "postgres/claim_sql.py": {"_RELEASE_CLAIMS.format(target='consumer.turning')": "a constant of that file"},
+    "postgres/session.py": {
+        "name": "of session_settings in connection.py",
+        "value": "of session_settings: numbers and words of connection.py",
         "local": "of the same",
         "self.server.stamp_sql": "constants of postgres/server.py",
     },

@@ -49,7 +49,7 @@ from consumer.core.errors import ServiceUnavailable
 from consumer.kafka.oauth import Bearer, NoToken, find
 from consumer.kafka.source import Source
 from consumer.local_servers import Postgres, Valkey
-from consumer.postgres import ledger
+from consumer.postgres.connection import connect
 from consumer.precheck.client import Precheck
 from consumer.schemes.lock import Lock
 from consumer.schemes.tokens import Fresh, Tokens, Used
@@ -406,7 +406,7 @@ async def test_postgresql_by_verify_full_and_each_wrong_certificate(
     await presented(tls_postgres, authority.issue("right", "localhost"))
 
     async def opened(dsn: str, **more: Any) -> None:
-        connection = await ledger.connect(settings_for(dsn, "x", **more))
+        connection = await connect(settings_for(dsn, "x", **more))
         try:
             assert await connection.fetchval("select ssl from pg_stat_ssl where pid = pg_backend_pid()")
         finally:
@@ -435,7 +435,7 @@ async def test_postgresql_by_verify_full_and_each_wrong_certificate(
 
 async def test_postgresql_without_tls_is_not_spoken_to_in_clear(authority: Authority, postgres: Postgres) -> None:
     with pytest.raises(Misconfigured, match="speaks no TLS"):
-        await ledger.connect(settings_for(postgres.dsn(), "x", postgres_ca_file=str(authority.file)))
+        await connect(settings_for(postgres.dsn(), "x", postgres_ca_file=str(authority.file)))
 
 
 async def test_a_worker_applies_messages_through_tls(

@@ -28,7 +28,7 @@ from consumer.core.message import Partition
 from consumer.demo import plan
 from consumer.demo.application import settle
 from consumer.local_servers import Valkey
-from consumer.postgres.ledger import Session
+from consumer.postgres.session import Session
 from consumer.replay import replay as replay_module
 from consumer.replay.findings import Findings
 from consumer.replay.replay import Options, Told, replay

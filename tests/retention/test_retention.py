@@ -40,7 +40,7 @@ from consumer import App, Reject, Tx
 from consumer.core.message import LogRecord
 from consumer.core.ordering import Delivery
 from consumer.core.retention import Drop
-from consumer.postgres.ledger import Session
+from consumer.postgres.session import Session
 from consumer.replay.replay import Options, Told, replay
 from consumer.retention import task as retention
 
@@ -164,7 +164,7 @@ async def run_order(claims: Claims, sessions: dict[str, Session], order: str, en
     id = uuid4()
     won: dict[str, bool] = {}
     running: dict[str, asyncio.Task[set[UUID]]] = {}
-    sessions["a"]._generations = await sessions["a"]._read_generations()
+    await sessions["a"].claims.read_generations()
 
     async def end(name: str) -> None:
         won[name] = bool(await running.pop(name)) and ends[name] == "commit"
@@ -176,7 +176,7 @@ async def run_order(claims: Claims, sessions: dict[str, Session], order: str, en
             assert await claims.turn() in ("opened", "moved", "turned", "waiting")
         elif step in sessions:
             if step == "b":
-                sessions["b"]._generations = await sessions["b"]._read_generations()
+                await sessions["b"].claims.read_generations()
             running[step] = asyncio.create_task(claims.claim(sessions[step], id))
             await settled_or_blocked(claims, sessions[step], running[step])
         elif running[step.lower()].done():

@@ -15,7 +15,7 @@ import msgspec
 
 from consumer import App, Tx
 from consumer.logs import configure
-from consumer.postgres.ledger import Session
+from consumer.postgres.session import Session
 from consumer.settings import load
 from consumer.worker.worker import Worker
 

@@ -14,7 +14,8 @@ import asyncpg
 import pytest
 
 from consumer import App, Message, Misconfigured, Tx
-from consumer.postgres.ledger import Session, Standing
+from consumer.postgres.claims import ExistingClaim
+from consumer.postgres.session import Session
 from consumer.testing import ExactlyOnce, Sent
 
 TABLES = """
@@ -210,7 +211,11 @@ async def test_prove_with_one_wrong_answer_of_the_claim_fails(
         found = await claim(self, deliveries, topics)
         if next(questions) != question:
             return found
-        return {} if answer == "new" else dict.fromkeys(deliveries, Standing(dead=False, clashes=False, here=False))
+        return (
+            {}
+            if answer == "new"
+            else dict.fromkeys(deliveries, ExistingClaim(dead=False, clashes=False, same_record=False))
+        )
 
     monkeypatch.setattr(Session, "claim", wrong)
     try:

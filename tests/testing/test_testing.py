@@ -22,7 +22,7 @@ from harness import ROOT, query
 
 from consumer import App, Message, Misconfigured, RegistrationError, Reject, Retry, RunAgain, Tx
 from consumer.local_servers import Postgres
-from consumer.postgres.ledger import Session
+from consumer.postgres.session import Session
 from consumer.testing import STEPS, Delivered, ExactlyOnce, Sent
 from consumer.testing.trial import Trial
 

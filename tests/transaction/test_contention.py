@@ -9,7 +9,7 @@ import pytest
 from harness import Place, Sent, consume_all, drained, until, value, working
 
 from consumer import App, Tx
-from consumer.postgres.ledger import lock_timed_out
+from consumer.postgres.errors import lock_timed_out
 from consumer.worker import conflict_turns
 
 

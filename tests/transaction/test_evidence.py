@@ -20,7 +20,7 @@ from consumer.core.message import LogRecord
 from consumer.core.ordering import Batch, Delivery
 from consumer.core.outcome import RetryLater
 from consumer.postgres import waiting_messages
-from consumer.postgres.ledger import Conflict, Outage
+from consumer.postgres.errors import Conflict, Outage
 from consumer.transaction import once
 from consumer.transaction.dead_letter_rate import TooManyDeadLetters
 

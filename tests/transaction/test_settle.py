@@ -11,7 +11,7 @@ from consumer.core.errors import ConsumerError
 from consumer.core.message import LogRecord
 from consumer.core.ordering import Batch, Delivery
 from consumer.core.outcome import Outcome
-from consumer.postgres.ledger import Conflict, Outage
+from consumer.postgres.errors import Conflict, Outage
 from consumer.transaction.once import NEXT_BATCH, BatchResult, Part, TransactionPoisoned
 from consumer.transaction.settle import next_parts, pause_seconds, settle
 

@@ -14,8 +14,9 @@ from harness import as_worker, migrated, settings_for, until
 from consumer import App, Tx
 from consumer.core.message import LogRecord
 from consumer.core.ordering import Delivery
-from consumer.postgres import claim_sql, ledger
-from consumer.postgres.ledger import REDELIVERED, Session
+from consumer.postgres import claim_sql
+from consumer.postgres.claims import REDELIVERED
+from consumer.postgres.session import CONFLICTS_CLASS, Session
 
 TOPIC = "t"
 
@@ -66,13 +67,13 @@ async def claims(database: str) -> AsyncIterator[Claims]:
 def counting(session: Session) -> list[str]:
     """The statements that look or claim, from now on."""
     told: list[str] = []
-    ask = session._ask
+    ask = session.claims.ask
 
     async def asking(*given: Any, to_claim: bool) -> Any:
         told.append("claim" if to_claim else "look")
         return await ask(*given, to_claim=to_claim)
 
-    session._ask = asking  # type: ignore[method-assign]
+    session.claims.ask = asking  # type: ignore[method-assign]
     return told
 
 
@@ -116,7 +117,7 @@ async def test_a_claim_that_is_not_committed_yet_is_waited_for_after_a_look_too(
     assert not waiting.done()
     await first.commit()
     found = await waiting
-    assert set(found) == set(offered) and not found[offered[-1]].here  # the other's record, not this one
+    assert set(found) == set(offered) and not found[offered[-1]].same_record  # the other's record, not this one
     assert told[0] == "look" and "claim" in told
     await watcher.close()
 
@@ -146,7 +147,7 @@ async def test_a_look_through_an_old_version_of_the_ledger_is_taken_again(claims
         assert await owner.fetchval("select consumer.forget($1, $2)", version, number) == "forgotten"
         assert await owner.fetchval("select consumer.drop_generation($1)", number) == "dropped"
     for each in (session, other):
-        assert each._share_known == 1.0
+        assert each.claims.share_known == 1.0
         assert await claims.commit(each, claims.deliveries([uuid4() for _ in range(3)])) == {}
     assert await owner.fetchval("select count(*) from consumer.ledger") == 6
     await owner.close()
@@ -154,7 +155,7 @@ async def test_a_look_through_an_old_version_of_the_ledger_is_taken_again(claims
 
 async def advisory_locks(session: Session, watcher: asyncpg.Connection) -> set[tuple[str, str]]:
     """What a session's transaction holds: of the ledger's version, of the turns after conflicts."""
-    names = {claim_sql.ADVISORY_CLASS: "version", ledger._CONFLICTS_CLASS: "turn"}
+    names = {claim_sql.ADVISORY_CLASS: "version", CONFLICTS_CLASS: "turn"}
     rows = await watcher.fetch(
         "select classid::int8, mode from pg_locks where locktype = 'advisory' and granted and pid = $1",
         session.connection.get_server_pid(),

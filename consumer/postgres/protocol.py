@@ -1,0 +1,25 @@
+"""What the package asks of a PostgreSQL connection, as a type: six methods of an asyncpg connection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
+
+
+class Connection(Protocol):
+    """An asyncpg connection, one of its pool, or a test's stand-in for it."""
+
+    async def execute(self, query: str, /, *args: Any) -> str: ...
+
+    async def executemany(self, command: str, args: Iterable[Sequence[Any]], /) -> Any: ...
+
+    async def fetch(self, query: str, /, *args: Any) -> list[Any]: ...
+
+    async def fetchrow(self, query: str, /, *args: Any) -> Any: ...
+
+    async def fetchval(self, query: str, /, *args: Any) -> Any: ...
+
+    def transaction(self) -> AbstractAsyncContextManager[Any]: ...
+
+    def is_closed(self) -> bool: ...
