@@ -2,7 +2,7 @@
 
 Start here: an `App` holds handlers; `consumer run module:app` runs them. A batch of messages is fetched (kafka/source.py),
 checked against Redis (precheck/client.py), and settled in one transaction that holds the claims, the handlers' effects and
-the positions (transaction/once.py, postgres/session.py); then it is marked in Redis and its offsets are committed to Kafka (worker/worker.py).
+the positions (transaction/apply.py, postgres/session.py); then it is marked in Redis and its offsets are committed to Kafka (worker/worker.py).
 """
 
 TYPE_CHECKING = False  # as `typing` has it, which takes a while to import

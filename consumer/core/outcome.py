@@ -1,6 +1,6 @@
 """How a message ends for one handler: a closed set, matched exhaustively wherever it is read.
 
-Knows no table and no counter: `transaction/once.py` turns outcomes into rows.
+Knows no table and no counter: `transaction/result.py` turns outcomes into rows.
 """
 
 from __future__ import annotations

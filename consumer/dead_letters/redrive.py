@@ -1,4 +1,4 @@
-"""Retrying, editing and discarding dead letters in batches, through the worker's own `once.apply`.
+"""Retrying, editing and discarding dead letters in batches, through the worker's own `apply_batch`.
 
 Knows letters, chains and the App's handlers; knows no terminal and no Kafka. A retried message keeps its id: its claim is there
 already, as dead, and becomes an applied one together with the handler's effects, so duplicates of it stay duplicates. After the first
@@ -33,8 +33,12 @@ from consumer.handler_records import handler_code
 from consumer.postgres.connection import dsn_label
 from consumer.postgres.errors import Conflict, Outage
 from consumer.settings import Settings
-from consumer.transaction import once
-from consumer.transaction.once import Part
+from consumer.transaction.apply import apply_batch
+from consumer.transaction.errors import error_text
+from consumer.transaction.handler_runner import observe
+from consumer.transaction.identify import identify
+from consumer.transaction.isolate import FAILURES_MAX, Part
+from consumer.transaction.result import BEHIND, NEXT_BATCH, BatchResult, LedgerIds
 from consumer.transaction.settle import next_parts, pause_seconds, settle
 
 _NOBODY_WAITS = Scheduler({}, 1)
@@ -44,7 +48,7 @@ _ONCE = Retry(attempts=1)  # each retry command makes one attempt
 # Kept under a stand-in for an id that could not be told. If it can be now, after a change of the code, that is the id.
 _STAND_IN = {Reason.NO_MESSAGE_ID, Reason.AMBIGUOUS_MESSAGE_ID, Reason.BAD_HEADER, Reason.UNREADABLE, Reason.NO_VALUE}
 # Left as they were, by a part of a batch that could not run them yet.
-_AGAIN = (once.NEXT_BATCH, once.BEHIND)
+_AGAIN = (NEXT_BATCH, BEHIND)
 
 _MATCHES = """
 from consumer.dead_letters d join consumer.handlers h using (handler)
@@ -149,7 +153,7 @@ class Redrive:
     settings: Settings
     operator: str
     session: LetterSession
-    names: once.LedgerIds
+    names: LedgerIds
     handlers: Mapping[str, Handler] = field(default_factory=dict)
     stopping: Callable[[], bool] = lambda: False
     code_is_recorded: bool = False
@@ -160,7 +164,7 @@ class Redrive:
         session = await _session(settings, operator)
         numbers, _ = await session.known_numbers(app.name, app.handlers, ())
         handlers = {name: replace(handler, retry=_ONCE, number=numbers[name]) for name, handler in app.handlers.items()}
-        return cls(app, settings, operator, session, once.LedgerIds(app.name, session.topics), handlers)
+        return cls(app, settings, operator, session, LedgerIds(app.name, session.topics), handlers)
 
     def close(self) -> None:
         self.session.close()
@@ -256,7 +260,7 @@ class Redrive:
                 found = [each for each in found if each not in error.letters]
             except Conflict as error:
                 failures += 1
-                if failures > once.FAILURES_MAX:
+                if failures > FAILURES_MAX:
                     raise CannotTell(
                         f"dead letters {_range(found)} met other transactions {failures} times in a row ({error}): "
                         "nothing was changed of them"
@@ -337,17 +341,16 @@ class Redrive:
             else:
                 yield Done(each.number, *delivery, each.behind)
         watched = [each for each in by_delivery if not each.handler.idempotent]
-        for delivery, error in await once.observe(watched, random.random):
-            delivery.outcome, delivery.attempts = once.verdict(delivery, error, random.random)
+        await observe(watched, random.random)
         refused: list[tuple[Letter, tuple[str, str]]] = []
 
         async def prepare(part: Part) -> bool:
             return not self.stopping()
 
-        async def attempt(part: Part) -> once.BatchResult:
+        async def attempt(part: Part) -> BatchResult:
             self.session.start({each: by_delivery[each] for each in part.batch.deliveries})
             try:
-                return await once.apply(
+                return await apply_batch(
                     self.session,
                     self.names,
                     _NOBODY_WAITS,
@@ -360,7 +363,7 @@ class Redrive:
                 # Nothing was done: the letters that are left run in the next transaction.
                 refused.extend(error.letters.items())
                 rest = [each for each in part.batch.deliveries if by_delivery[each] not in error.letters]
-                return once.BatchResult(outcomes=dict.fromkeys(rest, once.NEXT_BATCH))
+                return BatchResult(outcomes=dict.fromkeys(rest, NEXT_BATCH))
 
         async def after_failure(part: Part, error: Exception) -> Sequence[Part]:
             if isinstance(error, Outage | OSError):
@@ -380,7 +383,7 @@ class Redrive:
             for done in await self._told({each: by_delivery[each] for each in part.batch.deliveries}, result):
                 yield done
 
-    async def _told(self, found: Mapping[Delivery, Letter], settled: once.BatchResult) -> list[Done]:
+    async def _told(self, found: Mapping[Delivery, Letter], settled: BatchResult) -> list[Done]:
         """What became of the letters of a transaction. Postponed ones changed nothing, and are recorded here."""
         postponed = []
         results = []
@@ -389,8 +392,8 @@ class Redrive:
             if outcome in _AGAIN or letter.outcome == "behind":
                 continue
             if letter.is_postponed:
-                why = settled.errors.get(delivery)
-                reason = once.text_of(why) if why is not None else str(getattr(outcome, "error", ""))
+                failure = settled.failures.get(delivery)
+                reason = error_text(failure.error) if failure is not None else str(getattr(outcome, "error", ""))
                 letter.text = f"its handler cannot run it now, and nothing was changed ({reason[:200]})"
                 postponed.append((letter, None))
             results.append(Done(letter.number, letter.outcome, letter.text, letter.behind))
@@ -451,7 +454,7 @@ class Redrive:
         )
         delivery = Delivery(handler, record)
         delivery.attempts = row["attempts"]
-        by_offset = bool(once.identify([delivery])) or isinstance(handler.rule, OffsetId)
+        by_offset = bool(identify([delivery])) or isinstance(handler.rule, OffsetId)
         if edit is not None and edit.new_id is not None:
             letter.other_id, delivery.id, delivery.outcome = True, edit.new_id, None
         elif (

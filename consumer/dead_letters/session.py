@@ -1,4 +1,4 @@
-"""One transaction over dead letters: locked, run by `once.apply`, and recorded in the transaction that settles them.
+"""One transaction over dead letters: locked, run by `apply_batch`, and recorded in the transaction that settles them.
 
 Knows letters, their chains and their rows of the ledger; knows no terminal and no Kafka.
 

@@ -21,7 +21,7 @@ from consumer.handler_records.source_text import Versions
 from consumer.kafka.bounds import Span
 from consumer.rebuild.applied_order import Entry
 from consumer.rebuild.left_out import LeftOut
-from consumer.transaction.once import by_bytes
+from consumer.transaction.identify import by_bytes
 
 EDITS_MAX = 100_000
 UNREADABLE_MAX = 10_000  # whose place in the ledger is looked up

@@ -1,6 +1,6 @@
 """The state computed anew from the topics alone, and compared with the real one: what was lost, and what was doubled.
 
-Handlers run through `once.apply` against copies of their tables (rebuild/copies.py), each distinct id once, in order per key, in
+Handlers run through `apply_batch` against copies of their tables (rebuild/copies.py), each distinct id once, in order per key, in
 one transaction that is undone at its end: nothing is written, nothing is left behind. That transaction sees the real state
 as of one moment, and the positions of that moment tell up to where the topics must be replayed, so workers may go on.
 
@@ -48,8 +48,10 @@ from consumer.rebuild.copies import TEXTS_MAX, Again, Copies, Halve, calling
 from consumer.rebuild.first_rows import older_than_handlers
 from consumer.rebuild.scratch import Name, Use
 from consumer.settings import Settings
-from consumer.transaction import once
-from consumer.transaction.once import Part
+from consumer.transaction.apply import apply_batch
+from consumer.transaction.identify import identify
+from consumer.transaction.isolate import Part, TransactionPoisoned
+from consumer.transaction.result import BEHIND, BatchResult, LedgerIds
 from consumer.transaction.settle import next_parts, pause_seconds, settle
 
 _PARKED_MAX = 50_000  # failed messages, and those behind them, that wait for their turn
@@ -430,7 +432,7 @@ class _Pass:
         self.copies.guard.writers = work.writers
         self.copies.beginnings = work.beginnings if other.begins else {}
         work.absent = self.copies.guard.absent
-        self.names = once.LedgerIds(work.app.name, {})
+        self.names = LedgerIds(work.app.name, {})
         self.positions: dict[Partition, int] = {}
         self.applied = Applied(connection, self.positions)
         self.gone: list[str] = []  # handlers that the App no longer has
@@ -475,9 +477,7 @@ class _Pass:
         self.gone = await handler_code.gone(self.connection, work.app, {each.topic for each in work.partitions})
         topics = {row[0]: row[1] for row in await self.connection.fetch("select name, topic from consumer.topics")}
         wanted = sorted({each.topic for each in work.partitions})
-        self.names = once.LedgerIds(
-            work.app.name, {each: topics.get(each, -place) for place, each in enumerate(wanted, 1)}
-        )
+        self.names = LedgerIds(work.app.name, {each: topics.get(each, -place) for place, each in enumerate(wanted, 1)})
 
     async def _read_ledger(self) -> None:
         rows = await self.connection.fetch(
@@ -652,7 +652,7 @@ class _Pass:
         ]
         if not deliveries:
             return []
-        self._weak |= once.identify(deliveries, self.names.logs)
+        self._weak |= identify(deliveries, self.names.logs)
         return await self.applied.entries(deliveries)
 
     async def _settle_slice(self, entries: Sequence[Entry]) -> None:
@@ -708,8 +708,8 @@ class _Pass:
         self.copies.session.part = part.batch
         return True
 
-    async def _attempt(self, part: Part) -> once.BatchResult:
-        return await once.apply(
+    async def _attempt(self, part: Part) -> BatchResult:
+        return await apply_batch(
             self.copies.session,
             self.names,
             self._lane,
@@ -724,7 +724,7 @@ class _Pass:
             raise self.copies.guard.verdict from None
         if isinstance(error, Halve):
             return part.halves()
-        if not isinstance(error, Conflict | once.TransactionPoisoned):
+        if not isinstance(error, Conflict | TransactionPoisoned):
             raise error  # an outage too: the copies are gone with their connection
         parts = next_parts(part, error, lambda: 0.0)
         if isinstance(error, Conflict):
@@ -735,14 +735,16 @@ class _Pass:
         """Those that the ledger has as applied."""
         return {each for each, _ in await self.applied.ask(_ARE_APPLIED, deliveries)}
 
-    def _settled_part(self, part: Batch, done: once.BatchResult) -> None:
+    def _settled_part(self, part: Batch, done: BatchResult) -> None:
         for delivery, outcome in done.outcomes.items():
             match outcome:
                 case RetryLater(_, text):
                     delivery.outcome = None
-                    cause = done.errors.get(delivery)
-                    if outcome is not once.BEHIND:
-                        self._errors[delivery] = type(cause).__name__ if cause is not None else text.split(":")[0]
+                    failure = done.failures.get(delivery)
+                    if outcome is not BEHIND:
+                        self._errors[delivery] = (
+                            type(failure.error).__name__ if failure is not None else text.split(":")[0]
+                        )
                     continue
                 case Duplicate(Cause.DEAD_LETTER):
                     self.counts["dead_lettered"] += 1
@@ -768,8 +770,8 @@ class _Pass:
                 self._errors.pop(delivery, None)
         self.counts["applied"] += len(done.applied)
         self.applied_by.update(each.handler.name for each in done.applied)
-        self._settled += len(part.deliveries) - len(done.parked)
-        self._lane.settle(part, dict.fromkeys(done.parked, self._round + 1.0), done.moves)
+        self._settled += len(part.deliveries) - len(done.delayed)
+        self._lane.settle(part, dict.fromkeys(done.delayed, self._round + 1.0), done.position_updates)
 
     # -- and after the last -----------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """What is seen of the messages of a replay: in transactions that are undone, and counted after them.
 
-Knows the rehearsals of transaction/once.py and the findings of replay/findings.py; knows no Kafka, and settles nothing. Read `Look`: it
+Knows the dry runs of transaction/dry_run.py and the findings of replay/findings.py; knows no Kafka, and settles nothing. Read `Look`: it
 is the proof of one chunk. What it does not know: what a handler did outside its transaction.
 """
 
@@ -23,7 +23,8 @@ from consumer.postgres.session import Session
 from consumer.replay import effects as proof
 from consumer.replay import ledger_diff
 from consumer.replay.findings import BLOCK_BITS, Findings, blocks
-from consumer.transaction import once
+from consumer.transaction.identify import by_bytes
+from consumer.transaction.result import BEHIND, BatchResult
 
 UNCALLED = RetryLater(0.0, "its handler was not called")  # of a missing message that can be read
 _MISSING_MAX = 200_000  # ids kept, so that a repetition among them is not counted as another message
@@ -54,7 +55,7 @@ class Open(NamedTuple):
         handler = delivery.handler
         found = [delivery.fingerprint]
         if handler.fingerprint is not BYTES:  # dead letters from before a rule of comparison have that of the bytes
-            found.append(once.by_bytes(delivery).fingerprint)
+            found.append(by_bytes(delivery).fingerprint)
         return cls(handler.name, delivery.partition, delivery.record.offset, delivery.id, tuple(found), kind)
 
     def as_state(self) -> list[Any]:
@@ -108,7 +109,7 @@ class Witness:
                 each for each, stands in found.items() if stands.clashes and each.handler.fingerprint is not BYTES
             ]
             if by_rule:
-                earlier = {once.by_bytes(each): each for each in by_rule}
+                earlier = {by_bytes(each): each for each in by_rule}
                 again, _ = await session.existing_claims(list(earlier), self.topics)
                 found |= {earlier[each]: stands for each, stands in again.items() if not stands.clashes}
             return found, absent
@@ -120,7 +121,7 @@ class Witness:
             found = set(await session.with_dead_letter(deliveries))
             # Dead letters from before a handler's rule of comparison have the fingerprint of the bytes.
             earlier = {
-                once.by_bytes(each): each
+                by_bytes(each): each
                 for each in deliveries
                 if each not in found and each.handler.fingerprint is not BYTES
             }
@@ -264,7 +265,7 @@ class Look:
         self.despite = len(there)
         return [each for each in fresh if each in there] if witness.calling else []
 
-    async def handled(self, session: Session, done: once.BatchResult) -> None:
+    async def handled(self, session: Session, done: BatchResult) -> None:
         self.rows = await proof.rows_written(session.connection, self.before)
         # Claims that were won, of what is missing, are writes too: then the id of the transaction says nothing.
         says_nothing = self.rows or self.absent or self.lost_claims_wrote
@@ -525,7 +526,7 @@ def would_text(outcome: Outcome | None) -> str:
             return "be tried"
         case Dead(reason):
             return f"become a dead letter ({reason.value})"
-        case RetryLater() if outcome is once.BEHIND:
+        case RetryLater() if outcome is BEHIND:
             return "wait behind a failed message of its key"
         case RetryLater():
             return "fail and be tried again"

@@ -21,7 +21,7 @@ from consumer.kafka.bounds import Span
 from consumer.kafka.log_reader import read
 from consumer.kafka.source import Source
 from consumer.replay.findings import BLOCK_BITS, Findings
-from consumer.transaction.once import identify
+from consumer.transaction.identify import identify
 
 Block = tuple[str, Partition, int]  # handler, partition, number of the block
 

@@ -1,7 +1,7 @@
 """Replay: read topics again and prove that no effect would happen twice, or apply what is missing.
 
 `consumer replay` and `verify` are this file. A range is read without the group (kafka/log_reader.py). Every message goes through
-the worker's own code, once.apply, in transactions that are undone (check), or, with apply, what the ledger lacks goes
+the worker's own code, apply_batch, in transactions that are undone (check), or, with apply, what the ledger lacks goes
 through it once more and is stored. What it does not know: whether an effect outside PostgreSQL happened; whether the state
 itself is right (rebuild/rebuild.py compares that); what was applied before the ledger began (it says so and does not guess).
 
@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Literal
 
 from consumer import tls
@@ -36,7 +37,6 @@ from consumer.handler_records import coverage, handler_code, id_rules
 from consumer.kafka.bounds import Span
 from consumer.kafka.log_reader import Chunk, find_partitions, parse, read, resolve
 from consumer.kafka.source import KafkaError, LogTruncated, Source, group_offsets, is_compacted
-from consumer.postgres.claims import ExistingClaim
 from consumer.postgres.connection import dsn_label, translated_errors
 from consumer.postgres.epoch import lineage
 from consumer.postgres.errors import Conflict, Outage
@@ -49,8 +49,12 @@ from consumer.replay.check import UNCALLED, Look, Witness, place
 from consumer.replay.findings import Effects, Findings
 from consumer.replay.session import AskingLane, ReplaySession
 from consumer.settings import Settings, load
-from consumer.transaction import dry_runs, once
-from consumer.transaction.once import Part
+from consumer.transaction import dry_runs
+from consumer.transaction.apply import apply_batch
+from consumer.transaction.dry_run import DryRunObserver, OnlyResult, dry_run
+from consumer.transaction.identify import decode_failure, identify
+from consumer.transaction.isolate import FAILURES_MAX, Part, TransactionPoisoned
+from consumer.transaction.result import BatchResult, LedgerIds, complete
 from consumer.transaction.settle import next_parts, pause_seconds, settle
 
 Mode = Literal["check", "apply", "rebuild", "republish"]
@@ -331,7 +335,7 @@ class _Replay:
         )
         self.offset_ids: set[str] = set()
         self.id_rule_doubts: list[dict[str, Any]] = []
-        self.names = once.LedgerIds(app.name, {})
+        self.names = LedgerIds(app.name, {})
         self.epoch = ""
         self.precheck: Precheck | None = None
         self.lanes: list[_Lane] = []
@@ -455,7 +459,7 @@ class _Replay:
                 await id_rules.record(session.connection, self.app)
         for handler in self.handlers:
             handler.number = numbers[handler.name]
-        self.names = once.LedgerIds(self.app.name, topics, await session.positions(self.app.name, partitions))
+        self.names = LedgerIds(self.app.name, topics, await session.positions(self.app.name, partitions))
         self.witness.topics = topics
         rows = await session.horizons(self.app.name, partitions)
         self.findings.positions = {each: row[0] for each, row in rows.items()}
@@ -664,7 +668,7 @@ class _Replay:
             records = [each for each in records if each.key == self.wanted_key]
         handlers = self._of_topic(partition.topic)
         deliveries = [Delivery(handler, record) for record in records for handler in handlers]
-        self.offset_ids |= once.identify(deliveries, self.names.logs)
+        self.offset_ids |= identify(deliveries, self.names.logs)
         if self.wanted_ids is not None:
             deliveries = [each for each in deliveries if each.id in self.wanted_ids]
         look = Look(self.witness, partition, deliveries)
@@ -712,21 +716,14 @@ class _Replay:
                     look.hits = await self.precheck.known(asked, time.time())
                     self.silent = 0 if look.hits is not None else self.silent + 1
             try:
-                await once.apply(
-                    lane.proof,
-                    self.names,
-                    _NOBODY_WAITS,
-                    batch,
-                    use_savepoints=False,
-                    random=random.random,
-                    on_step=_nothing,
-                    rehearsal=look,
+                await dry_run(
+                    lane.proof, self.names, _NOBODY_WAITS, batch, look, use_savepoints=False, random=random.random
                 )
-            except once.TransactionPoisoned:
+            except TransactionPoisoned:
                 pass  # a handler that was called in spite of its claim, and failed: `look` has seen the claim
             except (Conflict, Outage) as error:
                 failures += 1
-                if failures > once.FAILURES_MAX:
+                if failures > FAILURES_MAX:
                     raise CannotTell(
                         f"{dsn_label(self.settings.dsn)}: {error or type(error).__name__}, {failures} times in a row "
                         f"({self._how_far()})"
@@ -739,10 +736,10 @@ class _Replay:
         """What would become of each missing message (None: applied): its handler is called and undone, if asked."""
         would: dict[Delivery, Outcome | None] = {}
         if not self.options.call_handlers:
-            return {each: once.unreadable(each) or UNCALLED for each in missing}
+            return {each: decode_failure(each) or UNCALLED for each in missing}
         for start in range(0, len(missing), self.settings.batch_messages_max):
             batch = Batch(missing[start : start + self.settings.batch_messages_max], {}, {})
-            async for part, done in self._settled(lane, batch, _Undone()):
+            async for part, done in self._settled(lane, batch, OnlyResult()):
                 would |= {each: done.outcomes.get(each) for each in part.batch.deliveries}
         return would
 
@@ -752,18 +749,13 @@ class _Replay:
             lane.state.settle(batch, {}, lane.state.position_updates(batch, ()))
             return
         async for part, done in self._settled(lane, batch, None):
-            now = time.monotonic()
-            for delivery, attempts in done.attempts.items():
-                delivery.attempts = attempts
-            for delivery in done.parked:
-                delivery.outcome = None
-            lane.state.settle(part.batch, {each: now + delay for each, delay in done.parked.items()}, done.moves)
+            complete(lane.state, part.batch, done, time.monotonic())
             if self.precheck is not None and lane.work is not None:
                 self.precheck.mark(done.applied, lane.work.epoch, time.time())
             for delivery in part.batch.deliveries:
                 self._stored(delivery, done)
 
-    def _stored(self, delivery: Delivery, done: once.BatchResult) -> None:
+    def _stored(self, delivery: Delivery, done: BatchResult) -> None:
         match done.outcomes.get(delivery):
             case None:
                 outcome = "applied_now"
@@ -789,8 +781,8 @@ class _Replay:
         await asyncio.sleep(max(0.0, due - time.monotonic()) if due is not None else 0.05)
 
     def _settled(
-        self, lane: _Lane, batch: Batch, observer: _Undone | None
-    ) -> AsyncIterator[tuple[Part, once.BatchResult]]:
+        self, lane: _Lane, batch: Batch, observer: DryRunObserver | None
+    ) -> AsyncIterator[tuple[Part, BatchResult]]:
         """Settle a batch as a worker does; yields each part with its result. observer: of a dry run."""
 
         async def prepare(part: Part) -> bool:
@@ -801,17 +793,16 @@ class _Replay:
                 await self._record_code(lane.work)
             return True
 
-        async def attempt(part: Part) -> once.BatchResult:
+        async def attempt(part: Part) -> BatchResult:
             assert lane.work is not None
-            return await once.apply(
+            run = apply_batch if observer is None else partial(dry_run, observer=observer)
+            return await run(
                 lane.work,
                 self.names,
                 lane.state,
                 part.batch,
                 use_savepoints=part.use_savepoints,
                 random=random.random,
-                on_step=_nothing,
-                rehearsal=observer,
             )
 
         async def after_failure(part: Part, error: Exception) -> Sequence[Part]:
@@ -1092,18 +1083,6 @@ class _Replay:
         resume.restore_witness(self.witness, state)
 
 
-class _Undone:
-    """A rehearsal that looks at nothing: the settlement is what is wanted."""
-
-    async def claimed(
-        self, session: Session, standing: Mapping[Delivery, ExistingClaim], fresh: list[Delivery]
-    ) -> list[Delivery]:
-        return fresh
-
-    async def handled(self, session: Session, done: once.BatchResult) -> None:
-        return None
-
-
 def _choose(app: App, topics: Sequence[str], options: Options) -> list[Handler]:
     """The handlers to replay for. Raises Misconfigured for a name or a topic that does not fit."""
     if not topics:
@@ -1147,10 +1126,6 @@ def _by_partition(rows: Sequence[Sequence[Any]]) -> dict[Partition, int]:
 
 def _shown(key: str | bytes) -> str:
     return key if isinstance(key, str) else key.decode("utf-8", "backslashreplace")
-
-
-def _nothing(_: str) -> None:
-    pass
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -1,7 +1,7 @@
 """A pytest plugin: proves of an application's own handlers that their effects in PostgreSQL are stored exactly once.
 
 The fixture `exactly_once` gives a `Trial`: an App on a real, fresh database, with a log in memory in Kafka's place.
-What is delivered goes through the code that a worker runs (`once.apply`, a `Scheduler`, a `Session`), as often, in such
+What is delivered goes through the code that a worker runs (`apply_batch`, a `Scheduler`, a `Session`), as often, in such
 batches and with such crashes as a test asks for.
 
 What it does not know: effects outside this database (HTTP, mail, files, other databases, unless by asyncpg), whether a

@@ -25,13 +25,16 @@ from consumer.settings import Settings
 from consumer.testing.messages import Delivered, Sent, place_of
 from consumer.testing.outside_statements import Watch
 from consumer.testing.server import BE_COUNTED, close
-from consumer.transaction import once
-from consumer.transaction.once import Part
+from consumer.transaction.apply import apply_batch
+from consumer.transaction.errors import error_text, is_uncounted
+from consumer.transaction.handler_runner import observe
+from consumer.transaction.identify import identify
+from consumer.transaction.isolate import PUT_ASIDE, Part, TransactionPoisoned
+from consumer.transaction.result import BatchResult, LedgerIds, complete
 from consumer.transaction.settle import next_parts, settle
 
 _AGAIN_MAX = 20  # times in a row without anything else, before a message is left waiting
 _EVERYTHING = 1 << 60  # messages, or bytes: a batch is as large as the test says
-_ASIDE = "put aside"  # by once.again
 _log = logging.getLogger("consumer.testing")
 
 _Place: TypeAlias = tuple[str, str, int, int]  # handler, topic, partition, offset
@@ -116,7 +119,7 @@ class Life:
         self._unsettled: set[Delivery] = set()  # of the batch that is settled now
         self._is_stuck = False  # something met an outage or a conflict again and again: it is not tried for ever
         self._session: _Counting
-        self._names: once.LedgerIds
+        self._names: LedgerIds
 
     async def run(self, batch: int, retry: bool) -> None:
         """Deliver the records, `batch` messages at a time. retry: try again what has failed.
@@ -146,7 +149,7 @@ class Life:
     async def _start(self) -> None:
         name = self._app.name
         numbers, topics = await self._session.numbers(name, self._app.handlers, self._app.topics)
-        self._names = once.LedgerIds(name, topics)
+        self._names = LedgerIds(name, topics)
         partitions = sorted({Partition(record.topic, record.partition) for _, record in self._records})
         await self._session.begin_positions(name, dict.fromkeys(partitions, Position(0)))
         for partition, position in (await self._session.positions(name, partitions)).items():
@@ -179,8 +182,8 @@ class Life:
             self._lane.add(partition, found)
 
     async def _settle(self, batch: Batch, now: float) -> None:
-        once.identify(batch.deliveries)
-        for delivery, error in await once.observe(batch.deliveries, _draw):
+        identify(batch.deliveries)
+        for delivery, error in await observe(batch.deliveries, _draw):
             self._failed(delivery, error)
         self._unsettled = set(batch.deliveries)
         async for part, result in settle([batch], self._prepare, self._attempt, self._after_failure):
@@ -192,9 +195,9 @@ class Life:
             await self._open()
         return True
 
-    async def _attempt(self, part: Part) -> once.BatchResult:
+    async def _attempt(self, part: Part) -> BatchResult:
         try:
-            return await once.apply(
+            return await apply_batch(
                 self._session,
                 self._names,
                 self._lane,
@@ -209,12 +212,12 @@ class Life:
 
     async def _after_failure(self, part: Part, error: Exception) -> Sequence[Part]:
         parts = next_parts(part, error, _draw)
-        if isinstance(error, once.TransactionPoisoned):
+        if isinstance(error, TransactionPoisoned):
             if len(part.batch.deliveries) == 1 and error.__cause__ is not None:
                 self._failed(part.batch.deliveries[0], error.__cause__)
             return parts
         for delivery in part.batch.deliveries:
-            if isinstance(delivery.outcome, RetryLater) and delivery.outcome.error == _ASIDE:
+            if isinstance(delivery.outcome, RetryLater) and delivery.outcome.error == PUT_ASIDE:
                 self._failed(delivery, error.__cause__ or error)
                 self._is_stuck = True
         return parts
@@ -223,13 +226,12 @@ class Life:
         if step == self._crash_at:
             raise _PowerCut
 
-    def _settled(self, part: Batch, done: once.BatchResult, now: float) -> None:
-        for delivery, attempts in done.attempts.items():
-            delivery.attempts = attempts
-        for delivery, error in done.errors.items():
-            self._failed(delivery, error)
+    def _settled(self, part: Batch, done: BatchResult, now: float) -> None:
+        complete(self._lane, part, done, now)
+        for delivery, failure in done.failures.items():
+            self._failed(delivery, failure.error)
         # Where all that ran has failed, savepoints undid what it wrote, and PostgreSQL's counts do not tell.
-        is_undone = done.errors and not done.applied
+        is_undone = done.failures and not done.applied
         written = Written({} if is_undone else self._session.rows, [], [])
         if done.applied:
             self._again = 0
@@ -243,9 +245,6 @@ class Life:
                 self._applied.add(_key(delivery))
         if written.rows or written.again:
             self._round.written.append(written)
-        for delivery in done.parked:
-            delivery.outcome = None
-        self._lane.settle(part, {each: now + delay for each, delay in done.parked.items()}, done.moves)
 
     def _crashed(self, part: Batch) -> None:
         for delivery in self._unsettled:
@@ -257,7 +256,7 @@ class Life:
 
     def _failed(self, delivery: Delivery, error: BaseException) -> None:
         self._errors[delivery] = error
-        if once.is_uncounted(error):
+        if is_uncounted(error):
             self._again += 1
             self._is_stuck = self._is_stuck or self._again > _AGAIN_MAX
         # pytest shows it, with its traceback, where the test fails.
@@ -296,7 +295,7 @@ def _told(delivery: Delivery) -> str:
 
 
 def _text(error: BaseException | None) -> str:
-    return f"{type(error).__name__}: {once.text_of(error)}" if error is not None else "unknown"
+    return f"{type(error).__name__}: {error_text(error)}" if error is not None else "unknown"
 
 
 def _words(outcome: Outcome | str, error: BaseException | None) -> tuple[str, str, str]:
@@ -313,4 +312,4 @@ def _words(outcome: Outcome | str, error: BaseException | None) -> tuple[str, st
         case Skipped():
             return "skipped", "", ""
         case RetryLater(_, text):
-            return "waiting", "", f"{text} ({_text(error)})" if text == _ASIDE else text
+            return "waiting", "", f"{text} ({_text(error)})" if text == PUT_ASIDE else text

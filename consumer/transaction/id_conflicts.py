@@ -14,7 +14,9 @@ from uuid import UUID
 from consumer.core.message import LogRecord, Partition
 from consumer.core.ordering import Delivery
 from consumer.core.outcome import Outcome
-from consumer.transaction import once
+from consumer.transaction.dedupe import conflict_of
+from consumer.transaction.identify import equal_values
+from consumer.transaction.result import CONFLICT
 
 _COMPARED_MAX = 10  # in one batch
 _READ_SECONDS = 2.0
@@ -36,14 +38,14 @@ class Log(Protocol):
 
 async def explain(connection: Any, log: Log, outcomes: Mapping[Delivery, Outcome]) -> None:
     """Add to new dead letters of used ids whether the values are equal. Raises nothing but a cancellation."""
-    conflicts = [each for each, outcome in outcomes.items() if outcome is once.CONFLICT]
+    conflicts = [each for each, outcome in outcomes.items() if outcome is CONFLICT]
     for each in conflicts[:_COMPARED_MAX]:
         try:
             is_equal = await _compare(connection, log, each)
-            verdict = once.conflict_of(is_equal)
-            if verdict is not once.CONFLICT:
+            verdict = conflict_of(is_equal)
+            if verdict is not CONFLICT:
                 place = (each.handler.number, UUID(bytes=each.id), each.fingerprint)
-                await connection.execute(_SAY, *place, verdict.error, once.CONFLICT.error)
+                await connection.execute(_SAY, *place, verdict.error, CONFLICT.error)
         except Exception:  # the log or the database does not answer: whoever needs them waits for them elsewhere
             return
 
@@ -56,4 +58,4 @@ async def _compare(connection: Any, log: Log, delivery: Delivery) -> bool | None
     first = await asyncio.wait_for(log.record_at(partition, row[2]), _READ_SECONDS)
     if first is None:
         return None
-    return once.are_equal(Delivery(delivery.handler, first), Delivery(delivery.handler, delivery.record))
+    return equal_values(Delivery(delivery.handler, first), Delivery(delivery.handler, delivery.record))

@@ -11,8 +11,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 
 from consumer.core.evidence import Evidence
 from consumer.core.ordering import Batch
+from consumer.core.sqlstate import Meaning
 from consumer.postgres.errors import Conflict, Outage
-from consumer.transaction.once import NEXT_BATCH, BatchResult, Part, TransactionPoisoned, again, smaller
+from consumer.transaction.errors import facts_of
+from consumer.transaction.isolate import ErrorFacts, Part, TransactionPoisoned, run_again, run_smaller
+from consumer.transaction.limits import HandlerTimeout
+from consumer.transaction.result import NEXT_BATCH, BatchResult
 
 _PAUSE_SECONDS_MAX = 5.0
 
@@ -64,11 +68,24 @@ def next_parts(
     """What to run after a failed transaction, the first one last. Raises an error that another attempt cannot heal."""
     match error:
         case TransactionPoisoned():
-            return smaller(part, error.__cause__, random, evidence)
-        case Conflict() | Outage() | OSError():
-            return again(part, error, random, evidence)
+            facts = _facts(part, error.__cause__ or error)
+            return run_smaller(part, facts, random, evidence)
+        case Conflict():
+            facts = _facts(part, error.__cause__ or error)
+            return run_again(part, facts, random, evidence, at_least=Meaning.CONFLICT, answers=True)
+        case Outage() | OSError():
+            cause = error.__cause__ or error
+            answers = getattr(cause, "severity_en", "") == "ERROR"  # FATAL and PANIC end the connection
+            facts = _facts(part, cause)
+            return run_again(part, facts, random, evidence, at_least=Meaning.OUTAGE, answers=answers)
         case _:
             raise error
+
+
+def _facts(part: Part, error: BaseException) -> ErrorFacts:
+    """Return the facts of an error, with the place of the handler that it may be of."""
+    deliveries = error.deliveries if isinstance(error, HandlerTimeout) else part.batch.deliveries
+    return facts_of(error, deliveries[0].handler.place if deliveries else "")
 
 
 def pause_seconds(failures: int) -> float:

@@ -20,7 +20,7 @@ from consumer.handler_records.notices import filling
 from consumer.handler_records.settled_ranges import Change, Changes
 from consumer.logs import event, log
 from consumer.postgres.errors import sqlstate_of
-from consumer.transaction import once
+from consumer.transaction.result import HELD_BACK, BatchResult
 
 _FIRST_SECONDS = 5.0  # after the first line of a kind; then twice as long each time
 _MOST_SECONDS = 600.0
@@ -82,12 +82,13 @@ class Teller:
         kind.pause = min(_MOST_SECONDS, kind.pause * 2)
         kind.due = now + kind.pause
 
-    def failures(self, done: once.BatchResult) -> None:
+    def failures(self, done: BatchResult) -> None:
         """What failed in a batch: dead letters, and messages that are tried again."""
         by_kind: dict[tuple[object, ...], list[tuple[Delivery, BaseException | None, Outcome]]] = {}
         for delivery, outcome in done.outcomes.items():
-            if (isinstance(outcome, Dead) and outcome is not once.HELD_BACK) or delivery in done.errors:
-                error = done.errors.get(delivery)
+            if (isinstance(outcome, Dead) and outcome is not HELD_BACK) or delivery in done.failures:
+                failure = done.failures.get(delivery)
+                error = None if failure is None else failure.error
                 key = (delivery.handler.name, type(outcome), _told(delivery, error, outcome))
                 by_kind.setdefault(key, []).append((delivery, error, outcome))
         for found in by_kind.values():
@@ -120,7 +121,7 @@ class Teller:
             )
 
 
-def duplicates(done: once.BatchResult) -> None:
+def duplicates(done: BatchResult) -> None:
     """At level debug: the ledger counts duplicates, and keeps none of them."""
     if not log.isEnabledFor(logging.DEBUG):
         return

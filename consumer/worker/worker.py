@@ -46,10 +46,14 @@ from consumer.postgres.stopped_partitions import Stops
 from consumer.retention.task import Keeper, Timestamps
 from consumer.settings import Settings
 from consumer.sharding import shards
-from consumer.transaction import id_conflicts, once
+from consumer.transaction import apply, id_conflicts
 from consumer.transaction.dead_letter_rate import DeadShare, TooManyDeadLetters
+from consumer.transaction.errors import facts_of
+from consumer.transaction.handler_runner import observe
+from consumer.transaction.identify import identify
+from consumer.transaction.isolate import FAILURES_MAX, Part, TransactionPoisoned, run_smaller
 from consumer.transaction.limits import CallTracker, HandlerTimeout, HandlerUncancellable, LoopWatch, limits, memory_mb
-from consumer.transaction.once import Part
+from consumer.transaction.result import CONFLICT, BatchResult, LedgerIds, complete, ended_by_handler
 from consumer.transaction.settle import next_parts, pause_seconds, settle
 from consumer.worker import message_log, start_positions, wait_reports
 from consumer.worker.conflict_turns import Turns
@@ -92,7 +96,7 @@ class _Shard:
 
     name: str
     settings: Settings  # the worker's, with the address of this database
-    names: once.LedgerIds
+    names: LedgerIds
     by_topic: dict[str, list[Handler]] = field(default_factory=dict)  # the handlers, with their numbers in its ledger
     precheck: Precheck | None = None  # its marks name the epoch of this database
     control: Session | None = None
@@ -145,7 +149,7 @@ class Worker:
         settings: Settings,
         *,
         report: Report = lambda _: None,
-        step: once.Step = lambda _: None,
+        step: Callable[[str], None] = lambda _: None,
         draw: Callable[[], float] = random.random,
         path: str = "APP",
     ) -> None:
@@ -162,7 +166,7 @@ class Worker:
         self._kafka = KafkaState()
         self._router = Router(tuple(app.shards) or ("",), app.route)
         self._shards = [
-            _Shard(name, own, once.LedgerIds(app.name, {})) for name, own in shards.settings_of(app, settings).items()
+            _Shard(name, own, LedgerIds(app.name, {})) for name, own in shards.settings_of(app, settings).items()
         ]
         self._stops = Stops([each.name for each in self._shards])
         # Where a lane only learns how far the log was read, a transaction for each poll would be too many.
@@ -548,7 +552,7 @@ class Worker:
         """Settle a batch whatever happens, unless its partitions go away first: then its next owner does."""
         shard, generation = lane.shard, lane.shard.generation
         self._timestamps.look(batch.deliveries)
-        for topic in once.identify(batch.deliveries, shard.names.logs) - self._told_of_offset_ids:
+        for topic in identify(batch.deliveries, shard.names.logs) - self._told_of_offset_ids:
             self._told_of_offset_ids.add(topic)
             event(logging.WARNING, OFFSET_IDS, topic=topic)
         if shard.precheck is not None:
@@ -556,7 +560,7 @@ class Worker:
             self._step("prechecked")
         if lane.asks_below and not await self._is_nowhere_else(lane, batch):
             return
-        for delivery, error in await once.observe(batch.deliveries, self._draw, lane.calls):
+        for delivery, error in await observe(batch.deliveries, self._draw, lane.calls):
             self._teller.failure(delivery, error, delivery.outcome)
         async for part, result in settle(
             [batch],
@@ -565,7 +569,7 @@ class Worker:
             lambda part, error: self._after_failure(lane, part, error, generation),
         ):
             self._settled_part(lane, part.batch, result)
-            if lane.session is not None and any([outcome is once.CONFLICT for outcome in result.outcomes.values()]):
+            if lane.session is not None and any([outcome is CONFLICT for outcome in result.outcomes.values()]):
                 await id_conflicts.explain(lane.session.connection, self._source, result.outcomes)
 
     async def _prepare(self, lane: _Lane, part: Part, generation: int) -> bool:
@@ -584,12 +588,12 @@ class Worker:
                 return False
         return True
 
-    async def _attempt(self, lane: _Lane, part: Part) -> once.BatchResult:
+    async def _attempt(self, lane: _Lane, part: Part) -> BatchResult:
         """Run a part of a batch in one transaction."""
         assert lane.session is not None
         lane.session.turn = self._turn if lane.turns.are_taken else None
         with lane.calls.transaction():
-            result = await once.apply(
+            result = await apply.apply_batch(
                 lane.session,
                 lane.shard.names,
                 lane.state,
@@ -612,7 +616,7 @@ class Worker:
         deliveries = part.batch.deliveries
         cause = error.__cause__ or error
         match error:
-            case once.TransactionPoisoned():
+            case TransactionPoisoned():
                 if isinstance(cause, HandlerTimeout) and cause.in_statement:
                     lane.turns.met()
                 parts = next_parts(part, error, self._draw, self._evidence)
@@ -643,17 +647,15 @@ class Worker:
 
     def _report_failure(self, shard: _Shard, error: Exception, cause: BaseException, failures: int) -> None:
         """Log an outage, or a conflict that keeps coming back."""
-        if not isinstance(error, Outage) and failures < once.FAILURES_MAX:
+        if not isinstance(error, Outage) and failures < FAILURES_MAX:
             return
         text = "the batch runs again: " + ("postgresql lost" if isinstance(error, Outage) else "conflict")
         fields = {"error": describe(cause), "sqlstate": sqlstate_of(cause), "times": failures + 1, **shard.label}
         self._teller.say(logging.WARNING, text, (shard.name, describe(cause)), fields)
 
-    def _settled_part(self, lane: _Lane, part: Batch, done: once.BatchResult) -> None:
-        now = time.monotonic()
-        for delivery, attempts in done.attempts.items():
-            delivery.attempts = attempts
-        for name, (messages, reasons) in once.shares(done.applied, done.outcomes).items():
+    def _settled_part(self, lane: _Lane, part: Batch, done: BatchResult) -> None:
+        complete(lane.state, part, done, time.monotonic())
+        for name, (messages, reasons) in ended_by_handler(done.applied, done.outcomes).items():
             self._share.settled(name, messages, reasons)
             if reasons:
                 self._died.set()
@@ -664,11 +666,8 @@ class Worker:
         message_log.duplicates(done)
         if lane.shard.name:
             self._router.applied(lane.shard.name, (each.record for each in done.applied))
-        for delivery in done.parked:
-            delivery.outcome = None
-        lane.state.settle(part, {each: now + delay for each, delay in done.parked.items()}, done.moves)
         self._settled += 1
-        for move in done.moves:
+        for move in done.position_updates:
             self._dirty.add(move.partition)
             if move.next >= lane.asks_below.get(move.partition, move.next + 1):
                 del lane.asks_below[move.partition]
@@ -1247,14 +1246,15 @@ class Worker:
         if len(deliveries) > 1 or not deliveries[0].handler.idempotent or lane.part is None:
             return
         alone = Batch(list(deliveries), {}, lane.part.assignment_epochs)
-        [part] = once.smaller(Part(alone, use_savepoints=True), stuck.cause, self._draw)
+        facts = facts_of(stuck.cause, deliveries[0].handler.place)
+        [part] = run_smaller(Part(alone, use_savepoints=True), facts, self._draw)
         try:
             async with asyncio.timeout(_LAST_WORD_SECONDS):
                 session = await Session.open(lane.shard.settings)
                 try:
                     if session.epoch != lane.shard.epoch:
                         return  # what is known of the message is of another history
-                    await once.apply(
+                    await apply.apply_batch(
                         session,
                         lane.shard.names,
                         lane.state,

@@ -27,7 +27,7 @@ from consumer.postgres.claims import REDELIVERED, ExistingClaim
 from consumer.postgres.session import Session
 from consumer.precheck.client import Precheck
 from consumer.replay.session import ReplaySession
-from consumer.transaction import invoke, once, scope
+from consumer.transaction import apply, handler_runner, identify, invoke, scope
 from consumer.worker import start_positions
 from consumer.worker.worker import Worker
 
@@ -84,7 +84,7 @@ def m2_commit_first() -> None:
 def m3_redis_first() -> None:
     """The mark is set before the COMMIT."""
     workers: list[Worker] = []
-    init, apply = Worker.__init__, once.apply
+    init, apply_batch = Worker.__init__, apply.apply_batch
 
     def made(self: Worker, *arguments: Any, **options: Any) -> None:
         init(self, *arguments, **options)
@@ -97,10 +97,10 @@ def m3_redis_first() -> None:
         fresh = [each for each in batch.deliveries if each.outcome is None]
         precheck.mark(fresh, session.epoch, time.time())
         await asyncio.gather(*precheck._marking)
-        return await apply(session, names, lane, batch, **options)
+        return await apply_batch(session, names, lane, batch, **options)
 
     Worker.__init__ = made  # type: ignore[method-assign]
-    once.apply = applying
+    apply.apply_batch = applying
 
 
 def m4_select_then_insert() -> None:
@@ -181,7 +181,7 @@ def m7_trust_redis() -> None:
 
 def m8_offset_as_id() -> None:
     """What was produced twice has two offsets, and so two ids."""
-    once._id_of = lambda delivery, *_: (offset_id(delivery.record), False)
+    identify.id_of = lambda delivery, *_: (offset_id(delivery.record), False)
 
 
 def m9_commit_past_a_failure() -> None:
@@ -296,7 +296,8 @@ def m20_claim_kept_of_what_waits() -> None:
 
 def m21_dead_letters_hold_nothing() -> None:
     """Messages of its key go on behind a dead letter, which is applied out of order later."""
-    once.holds = lambda verdict: False
+    for module in (apply, handler_runner):
+        module.holds = lambda dead: False
 
 
 def m22_failures_leave_their_writes() -> None:

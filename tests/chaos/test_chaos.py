@@ -23,7 +23,7 @@ from chaos.workload import plan
 from consumer import App, Tx
 from consumer.core.ordering import Delivery
 from consumer.core.outcome import DUPLICATE, Cause, Dead, Reason
-from consumer.transaction.once import shares
+from consumer.transaction.result import ended_by_handler
 
 
 def test_a_schedule_is_a_function_of_its_seed() -> None:
@@ -134,7 +134,7 @@ def test_duplicates_count_as_messages_for_the_dead_letter_limit() -> None:
     record: Any = None
     conflict, *others = [Delivery(handler, record) for _ in range(3)]
     outcomes = {conflict: Dead(Reason.ID_CONFLICT, ""), **dict.fromkeys(others, DUPLICATE[Cause.LEDGER])}
-    assert shares([], outcomes) == {"book": (3, ["id_conflict"])}
+    assert ended_by_handler([], outcomes) == {"book": (3, ["id_conflict"])}
 
 
 @pytest.mark.timeout(400)

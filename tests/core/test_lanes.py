@@ -15,6 +15,9 @@ from consumer import App
 from consumer.core.handler import Handler
 from consumer.core.message import LogRecord, Partition
 from consumer.core.ordering import Batch, Delivery, Scheduler, size_of
+from consumer.transaction.apply import apply_batch
+from consumer.transaction.identify import identify
+from consumer.transaction.result import LedgerIds
 
 pytestmark = pytest.mark.unit
 
@@ -101,7 +104,7 @@ class Model:
 
 
 class LaneMachine(RuleBasedStateMachine):
-    """Takes batches and settles them as transaction/once.py does: a message behind a failed one of its unit is not run.
+    """Takes batches and settles them as transaction/apply.py does: a message behind a failed one of its unit is not run.
 
     That holds over all parts of a batch that was cut, too: `blocked` lives as long as the batch.
     """
@@ -645,8 +648,7 @@ def test_closing_a_partition_does_not_miscount_what_is_in_flight_of_another() ->
 
 
 async def test_a_delivery_of_the_second_half_does_not_overtake_a_failure_of_the_first() -> None:
-    """With once.apply itself, and a session that stores nothing: the worker cuts a batch whose fault is not found."""
-    from consumer.transaction import once
+    """With apply_batch itself, and a session that stores nothing: the worker cuts a batch whose fault is not found."""
 
     ran: list[int] = []
     app = App("test")
@@ -668,18 +670,18 @@ async def test_a_delivery_of_the_second_half_does_not_overtake_a_failure_of_the_
         now += 1000
         if batch is None:
             continue  # not due yet
-        once.identify(batch.deliveries)
+        identify(batch.deliveries)
         for part in batch.split() if len(batch.deliveries) > 1 else (batch,):
-            done = await once.apply(
+            done = await apply_batch(
                 _Nowhere(),  # type: ignore[arg-type]
-                once.LedgerIds("test", {"pay": 1}),
+                LedgerIds("test", {"pay": 1}),
                 lane,
                 part,
                 use_savepoints=False,
                 random=lambda: 0.5,
                 on_step=lambda _: None,
             )
-            lane.settle(part, {each: now + delay for each, delay in done.parked.items()}, done.moves)
+            lane.settle(part, {each: now + delay for each, delay in done.delayed.items()}, done.position_updates)
     assert ran == [1, 1, 2]
 
 

@@ -205,16 +205,16 @@ def _settings_stay() -> None:
 @_mutant
 def _handler_after_handler() -> None:
     """All messages of the first handler run before those of the second one."""
-    from consumer.transaction import once
+    from consumer.transaction.handler_runner import HandlerRunner
 
-    original = once._Run.handlers
+    original = HandlerRunner.run
 
-    async def handlers(self: Any, fresh: Any) -> None:
-        numbers = [each.handler.number for each in fresh]
-        ordered = sorted(fresh, key=lambda each: numbers.index(each.handler.number))
+    async def run(self: Any, won: Any) -> None:
+        numbers = [each.handler.number for each in won]
+        ordered = sorted(won, key=lambda each: numbers.index(each.handler.number))
         await original(self, ordered)
 
-    _replace(once._Run, "handlers", handlers)
+    _replace(HandlerRunner, "run", run)
 
 
 @_mutant

@@ -96,6 +96,10 @@ PURE = {
     "replay/timeline.py",
     "schemes/moves.py",
     "transaction/dead_letter_rate.py",
+    "transaction/identify.py",
+    "transaction/isolate.py",
+    "transaction/position_updates.py",
+    "transaction/result.py",
     "worker/conflict_turns.py",
     "worker/partition_table.py",
     "worker/restart_policy.py",
@@ -239,7 +243,6 @@ LONG_FILES = {
     "consumer/replay/check.py",
     "consumer/replay/html_page.py",
     "consumer/replay/replay.py",
-    "consumer/transaction/once.py",
     "consumer/worker/worker.py",
     "handlers/shop/web.py",
 }
@@ -254,7 +257,6 @@ LONG_FUNCTIONS = {
     "consumer/replay/replay.py: __init__",
     "consumer/schemes/states.py: move",
     "consumer/schemes/versioned.py: update_versioned",
-    "consumer/transaction/once.py: apply",
     "consumer/worker/worker.py: __init__",
     "consumer/worker/worker.py: _open_partitions",
 }

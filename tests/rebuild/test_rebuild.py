@@ -33,7 +33,7 @@ from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.message import Partition
 from consumer.kafka.source import Source
 from consumer.rebuild.rebuild import Rebuilt, rebuild
-from consumer.transaction import once
+from consumer.transaction.handler_runner import HandlerRunner
 from handlers import app as billing
 
 INSERT = "insert into effects values ($1, $2, $3)"
@@ -180,13 +180,13 @@ async def test_messages_that_nothing_is_wrong_with_are_settled_together(
     """It was once done one by one, between savepoints, and told the same, eight times as slowly."""
 
     by_itself: list[Any] = []
-    run_alone = once._Run._run_alone
+    run_between_savepoints = HandlerRunner.run_between_savepoints
 
     async def alone(self: Any, delivery: Any, tx: Any) -> None:
         by_itself.append(delivery)
-        await run_alone(self, delivery, tx)
+        await run_between_savepoints(self, delivery, tx)
 
-    monkeypatch.setattr(once._Run, "_run_alone", alone)
+    monkeypatch.setattr(HandlerRunner, "run_between_savepoints", alone)
     topic = await place.topic()
     app = paying(topic)
     await place.send(topic, *[payment(f"p{n}", n % 7, n) for n in range(40)])

@@ -22,7 +22,8 @@ from consumer.schemes.states import Moved, StateMachine, TooLate
 from consumer.schemes.tokens import Fresh, Tokens, Unknown
 from consumer.schemes.unique import insert_once
 from consumer.schemes.versioned import update_versioned
-from consumer.transaction import once
+from consumer.transaction.errors import facts_of
+from consumer.transaction.isolate import decide
 
 ONE_ATTEMPT = Retry(attempts=1, base=0.02, cap=0.1)  # any attempt that counted would be the last
 ORDERS = StateMachine("orders", "status", {"new": {"paid"}, "paid": {"shipped"}, "shipped": ()})
@@ -316,6 +317,6 @@ def test_the_pauses_of_what_is_run_again_grow_and_never_vanish(base: float, paus
     async def handle(body: bytes, tx: Tx) -> None: ...
 
     delivery = Delivery(app.handlers["handle"], LogRecord("t", 0, 0, 0, None, b"", ()))
-    found = [once.verdict(delivery, RunAgain("not yet"), lambda: 1.0) for _ in pauses]
+    found = [decide(delivery, facts_of(RunAgain("not yet")), lambda: 1.0) for _ in pauses]
     assert all(isinstance(outcome, RetryLater) for outcome, _ in found)
     assert [(outcome.delay_seconds, attempts) for outcome, attempts in found] == [(each, 0) for each in pauses]

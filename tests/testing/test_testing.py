@@ -823,7 +823,7 @@ def test_a_failure_reads_as_what_went_wrong(runs: pytest.Pytester) -> None:
         GOOD.replace("async def settle", "async def unused").replace('@app.handler("payments")', "")
         + """
 import asyncpg
-from consumer.ledger import Session
+from consumer.postgres.session import Session
 dsn = []
 
 @app.handler("payments")

@@ -27,7 +27,7 @@ def handler_of(function: Any) -> Any:
 
 
 async def run(function: Any, calls: CallTracker | None = None) -> Awaitable[object] | None:
-    """Begin and await, as transaction/once.py does. Returns what was left to await."""
+    """Begin and await, as transaction/handler_runner.py does. Returns what was left to await."""
     handler = handler_of(function)
     delivery = Delivery(handler, LogRecord("t", 0, 0, 0, None, b"", ()))
     left = start_call(handler, b"value", None, calls)

@@ -21,8 +21,9 @@ from consumer.core.ordering import Batch, Delivery
 from consumer.core.outcome import RetryLater
 from consumer.postgres import waiting_messages
 from consumer.postgres.errors import Conflict, Outage
-from consumer.transaction import once
 from consumer.transaction.dead_letter_rate import TooManyDeadLetters
+from consumer.transaction.isolate import FAILURES_MAX, Part
+from consumer.transaction.settle import next_parts
 
 INSERT = "insert into effects values ($1, $2, $3)"
 QUICK = Retry(attempts=2, base=0.02, cap=0.1)
@@ -459,7 +460,7 @@ async def test_a_handler_that_fails_for_all_holds_up_no_other_handler_of_its_top
 def test_conflict_or_outage_of_a_message_alone_without_evidence_counts_no_attempt(error: Any) -> None:
     handler = app_of("t", "select 1").handlers["settle"]
     delivery = Delivery(handler, LogRecord("t", 0, 0, 0, None, b"{}", ()))
-    once.again(once.Part(Batch([delivery], {}, {}), failures=once.FAILURES_MAX - 1), error, lambda: 0.5)
+    next_parts(Part(Batch([delivery], {}, {}), failures=FAILURES_MAX - 1), error, lambda: 0.5)
     assert isinstance(delivery.outcome, RetryLater) and delivery.outcome.error == "put aside"
     assert delivery.attempts == 0
 
@@ -496,6 +497,6 @@ def test_each_attempt_of_a_message_alone_needs_an_answer_and_a_later_success_of_
         if others_succeed:
             evidence.succeeded("settle")
         delivery.outcome = None
-        once.again(once.Part(Batch([delivery], {}, {}), failures=once.FAILURES_MAX - 1), error, lambda: 0.5, evidence)
+        next_parts(Part(Batch([delivery], {}, {}), failures=FAILURES_MAX - 1), error, lambda: 0.5, evidence)
         attempts.append(delivery.attempts)
     assert attempts == ([0, 1, 1, 1, 2] if counts else [0] * 5)

@@ -12,7 +12,8 @@ from consumer.core.message import LogRecord
 from consumer.core.ordering import Batch, Delivery
 from consumer.core.outcome import Outcome
 from consumer.postgres.errors import Conflict, Outage
-from consumer.transaction.once import NEXT_BATCH, BatchResult, Part, TransactionPoisoned
+from consumer.transaction.isolate import Part, TransactionPoisoned
+from consumer.transaction.result import NEXT_BATCH, BatchResult
 from consumer.transaction.settle import next_parts, pause_seconds, settle
 
 pytestmark = pytest.mark.unit

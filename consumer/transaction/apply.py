@@ -1,0 +1,99 @@
+"""The guarantee: claims, effects, dead letters and positions of a batch commit in one transaction, or not at all.
+
+Read `apply_batch`: it is the whole promise on one screen. Limitations: whether a COMMIT happened whose answer was lost
+is unknown here; then the batch runs again, and its claims decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from consumer.core.dead_letters import holds
+from consumer.core.evidence import Evidence
+from consumer.core.ordering import Batch, Delivery, Scheduler
+from consumer.postgres.errors import Fenced
+from consumer.postgres.session import Session
+from consumer.transaction.dead_letter_rate import DeadShare
+from consumer.transaction.dedupe import claim, hold_back, refuse_forgotten
+from consumer.transaction.errors import statements_of_messages, transaction
+from consumer.transaction.handler_runner import HandlerRunner
+from consumer.transaction.limits import CallTracker
+from consumer.transaction.position_updates import position_updates
+from consumer.transaction.result import BatchResult, LedgerIds, ended_by_handler, outcome_counts
+
+
+async def apply_batch(
+    session: Session,
+    ids: LedgerIds,
+    scheduler: Scheduler,
+    batch: Batch,
+    *,
+    use_savepoints: bool,
+    random: Callable[[], float],
+    on_step: Callable[[str], None] = lambda step: None,
+    calls: CallTracker | None = None,
+    limit: DeadShare | None = None,
+    evidence: Evidence | None = None,
+) -> BatchResult:
+    """Commit the claims, effects, dead letters and positions of a batch: all of them, or none.
+
+    Raises TransactionPoisoned, Conflict, Outage (settle.py runs the batch again), Fenced or TooManyDeadLetters.
+    """
+    result = BatchResult()
+    handlers = HandlerRunner(session, result, use_savepoints, random, calls, evidence)
+    async with transaction(session):  # rolled back by any error from here to COMMIT
+        on_step("begun")
+        # Before any work: a concurrent duplicate waits here on the unique key. A lost claim is a duplicate.
+        won, _ = await claim(session, ids, scheduler, batch.deliveries, result.outcomes)
+        on_step("claimed")
+        await refuse_forgotten(session, won, result.outcomes)
+        await hold_back(session, scheduler, won, result.outcomes)
+
+        await handlers.run(won)  # what a handler writes through its Tx, it writes in this transaction
+        on_step("handled")
+        result.conclude(won)
+
+        await _release_claims(session, won, result)  # of messages that are tried again
+        await _store_dead_letters(session, scheduler, won, result, limit)  # these keep their claim
+        if not scheduler.is_current(batch):
+            raise Fenced("its partitions were assigned again meanwhile: what it settled would be counted twice")
+        # A position passes no message that is not settled. Compare-and-set: Fenced if another worker has moved it.
+        result.position_updates = position_updates(scheduler, batch, result.delayed, ids.logs)
+        await _save_attempts(session, batch, result)
+        await session.write_positions(ids.app, result.position_updates, outcome_counts(ids, result))
+        on_step("before_commit")
+        with statements_of_messages(session):  # deferred constraints are checked now
+            await session.commit()  # only the command tag COMMIT counts; without an answer: Outage
+        on_step("committed")
+    return result
+
+
+async def _release_claims(session: Session, won: Sequence[Delivery], result: BatchResult) -> None:
+    if result.delayed and (released := [delivery for delivery in won if delivery in result.delayed]):
+        await session.release_claims(released)
+
+
+async def _store_dead_letters(
+    session: Session, scheduler: Scheduler, won: Sequence[Delivery], result: BatchResult, limit: DeadShare | None
+) -> None:
+    """Store the dead letters. limit: how many are too many; beyond it TooManyDeadLetters is raised."""
+    dead = result.dead
+    if not dead:
+        return
+    if limit is not None:
+        for handler, (messages, reasons) in ended_by_handler(result.applied, result.outcomes).items():
+            limit.check(handler, messages, reasons)
+    for delivery, outcome in dead.items():
+        if holds(outcome):
+            scheduler.mark_possibly_held(delivery)
+    attempts = {delivery: failure.attempts for delivery, failure in result.failures.items()}
+    await session.store_dead_letters(dead, attempts, claimed=[delivery for delivery in won if delivery in dead])
+
+
+async def _save_attempts(session: Session, batch: Batch, result: BatchResult) -> None:
+    """Keep the attempts of messages that wait, and forget those of messages that are settled now."""
+    delayed = result.delayed
+    if tried := {each: (count, delay) for each, delay in delayed.items() if (count := result.attempts_of(each))}:
+        await session.save_attempts(tried, ())
+    if settled := [each for each in batch.deliveries if each.attempts and each not in delayed]:
+        await session.save_attempts({}, settled)

@@ -1,0 +1,188 @@
+"""Claims the ids of a batch: says which messages are new, which are duplicates, and which reuse an id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from consumer.core.dead_letters import KeyHold
+from consumer.core.fingerprint import BYTES
+from consumer.core.ordering import Delivery, Scheduler
+from consumer.core.outcome import DUPLICATE, Applied, Cause, Dead, Duplicate, Outcome, Reason, RetryLater, Skipped
+from consumer.core.retention import is_time, what_is_wrong
+from consumer.postgres.claims import REDELIVERED, ExistingClaim
+from consumer.postgres.session import Session
+from consumer.transaction.identify import by_bytes, equal_values
+from consumer.transaction.result import BEHIND, BUSY, CONFLICT, HELD_BACK, TOO_OLD, LedgerIds
+
+
+class Claims(NamedTuple):
+    """The messages whose claim was won, in batch order, and the claims that were there before, of the others."""
+
+    won: list[Delivery]
+    existing: Mapping[Delivery, ExistingClaim]
+
+
+async def claim(
+    session: Session,
+    ids: LedgerIds,
+    scheduler: Scheduler,
+    deliveries: Sequence[Delivery],
+    outcomes: dict[Delivery, Outcome],
+) -> Claims:
+    """Claim the id of every message that is not settled or waiting. A lost claim is a duplicate, or an id conflict."""
+    claims, rivals = _distinct(deliveries, scheduler, outcomes)
+    existing = await session.claim(claims, ids.topics) if claims else {}
+    existing = await _under_rules(session, existing, ids.topics)
+    won = _sort_out(claims, existing, scheduler, outcomes)
+    if rivals:
+        of_rivals = await _under_rules(session, await session.claimed(rivals, ids.topics), ids.topics)
+        _sort_out(rivals, of_rivals, scheduler, outcomes)
+        _compare_values(rivals, won, outcomes)
+    return Claims(won, existing)
+
+
+def _distinct(
+    deliveries: Sequence[Delivery], scheduler: Scheduler, outcomes: dict[Delivery, Outcome]
+) -> tuple[list[Delivery], list[Delivery]]:
+    """Return the deliveries to claim, the first of each id, and its rivals: those of the same id with other payloads.
+
+    All others end here, or wait. A rival's outcome depends on what the claim of its id meets: of two payloads, the
+    ledger may hold the second.
+    """
+    first: dict[tuple[int, bytes], Delivery] = {}
+    rivals: list[Delivery] = []
+    if known := [each for each in deliveries if type(each.outcome) is Duplicate]:  # to Redis: there may be many
+        outcomes |= {each: each.outcome for each in known if each.outcome is not None}
+        deliveries = [each for each in deliveries if type(each.outcome) is not Duplicate]
+    if not scheduler.delayed and all([each.outcome is None and each.handler.idempotent for each in deliveries]):
+        # fast path. Reversed, so that the first occurrence of each id wins.
+        keys = [(each.handler.number, each.id) for each in deliveries]
+        first = dict(zip(reversed(keys), reversed(deliveries), strict=True))
+        if len(first) == len(keys):
+            return list(deliveries), rivals
+        claims: list[Delivery] = []
+        for key, delivery in zip(keys, deliveries, strict=True):
+            if first[key] is delivery:
+                claims.append(delivery)
+            else:
+                _settle_repeated(first[key], delivery, outcomes, rivals)
+        return claims, rivals
+    for delivery in deliveries:
+        match delivery.outcome:
+            case None if scheduler.is_blocked(delivery):
+                outcomes[delivery] = BEHIND
+            case None | Dead() if delivery.handler.idempotent:
+                key = (delivery.handler.number, delivery.id)
+                earlier = first.setdefault(key, delivery)
+                if earlier is not delivery:
+                    _settle_repeated(earlier, delivery, outcomes, rivals)
+            case RetryLater() | Dead() | Skipped():
+                outcomes[delivery] = delivery.outcome
+            case None | Applied() | Duplicate():
+                raise AssertionError("a handler without a ledger row is settled before the transaction")
+    return list(first.values()), rivals
+
+
+def _settle_repeated(
+    first: Delivery, second: Delivery, outcomes: dict[Delivery, Outcome], rivals: list[Delivery]
+) -> None:
+    """Settle the second of two messages of one id in a batch as a duplicate, or keep it as a rival."""
+    if first.fingerprint == second.fingerprint:
+        outcomes[second] = DUPLICATE[Cause.BATCH]
+    else:
+        rivals.append(second)
+
+
+async def _under_rules(
+    session: Session, existing: dict[Delivery, ExistingClaim], topics: Mapping[str, int]
+) -> dict[Delivery, ExistingClaim]:
+    """Return the existing claims, with clashes only where the handlers' rules of comparison see one.
+
+    A handler that compares nothing has none. Rows from before a handler got its rule have the fingerprint of the bytes:
+    the same bytes are the same message under any rule.
+    """
+    twins: dict[Delivery, Delivery] = {}
+    for delivery in [delivery for delivery, claim in existing.items() if claim.clashes]:
+        rule = delivery.handler.fingerprint
+        if not rule.compares:
+            claim = existing[delivery]._replace(clashes=False)
+            existing[delivery] = REDELIVERED if claim == REDELIVERED else claim
+        elif rule is not BYTES:
+            twins[by_bytes(delivery)] = delivery
+    if twins:
+        for twin, claim in (await session.claimed(list(twins), topics)).items():
+            if not claim.clashes:
+                existing[twins[twin]] = claim
+    return existing
+
+
+def _sort_out(
+    claims: Sequence[Delivery],
+    existing: Mapping[Delivery, ExistingClaim],
+    scheduler: Scheduler,
+    outcomes: dict[Delivery, Outcome],
+) -> list[Delivery]:
+    """Return the messages whose claim was won. The others are duplicates, or an id used again with another payload."""
+    won: list[Delivery] = []
+    for delivery in claims:
+        earlier = existing.get(delivery)
+        if earlier is REDELIVERED:
+            outcomes[delivery] = DUPLICATE[Cause.LEDGER]
+        elif earlier is None:
+            won.append(delivery)
+            if delivery.outcome is not None:
+                outcomes[delivery] = delivery.outcome  # a dead letter before its handler ran
+        elif earlier.clashes:
+            outcomes[delivery] = CONFLICT
+        else:
+            outcomes[delivery] = DUPLICATE[Cause.DEAD_LETTER if earlier.dead else Cause.LEDGER]
+            if earlier.dead and earlier.same_record:
+                # By a COMMIT whose answer was lost, maybe: then it holds its key.
+                scheduler.mark_possibly_held(delivery)
+    return won
+
+
+def _compare_values(rivals: Sequence[Delivery], won: Sequence[Delivery], outcomes: dict[Delivery, Outcome]) -> None:
+    """Say of conflicts with a message of the same batch whether the decoded values are equal."""
+    firsts = {(each.handler, each.id): each for each in won}
+    for rival in rivals:
+        first = firsts.get((rival.handler, rival.id))
+        if first is not None and outcomes.get(rival) == CONFLICT:
+            outcomes[rival] = conflict_of(equal_values(first, rival))
+
+
+def conflict_of(is_equal: bool | None) -> Dead:
+    """Return the outcome of a reused id. is_equal: of the decoded values; None where that is unknown."""
+    if is_equal is None:
+        return CONFLICT
+    values = 'equal: fingerprint="value" takes them as one message' if is_equal else "different"
+    return Dead(Reason.ID_CONFLICT, f"{CONFLICT.error}; the decoded values are {values}")
+
+
+async def refuse_forgotten(session: Session, won: Sequence[Delivery], outcomes: dict[Delivery, Outcome]) -> None:
+    """Make dead letters of messages whose claim was won only because the ledger does not remember that far back."""
+    if not session.has_forgotten or not won:
+        return
+    for delivery in await session.too_old([each for each in won if each.outcome is None]):
+        at = delivery.record.timestamp
+        dead = TOO_OLD if is_time(at) else replace(TOO_OLD, error=f"{TOO_OLD.error} ({what_is_wrong(at)})")
+        outcomes[delivery] = delivery.outcome = dead
+
+
+async def hold_back(
+    session: Session, scheduler: Scheduler, won: Sequence[Delivery], outcomes: dict[Delivery, Outcome]
+) -> None:
+    """Keep messages behind the dead letters of their keys. postgres/dead_letters.py walks through the races."""
+    possibly_held = [each for each in scheduler.possibly_held(won) if each not in outcomes]
+    if not possibly_held:
+        return
+    for delivery, hold in (await session.holds(possibly_held)).items():
+        match hold:
+            case KeyHold.HELD:
+                outcomes[delivery] = HELD_BACK
+            case KeyHold.BUSY:
+                outcomes[delivery] = BUSY
+            case KeyHold.FREE:
+                scheduler.mark_not_held(delivery)

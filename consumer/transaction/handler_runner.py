@@ -1,0 +1,392 @@
+"""Calls the handlers of one transaction, and sets the outcome of each message whose handler fails.
+
+A message whose handler raises before it sent a statement costs only itself. Otherwise the whole transaction is poisoned
+(errors.py), unless the message ran between savepoints. Limitations: effects outside PostgreSQL are not undone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from consumer.core.dead_letters import holds
+from consumer.core.errors import TransactionMisuse, Unreadable
+from consumer.core.evidence import Evidence
+from consumer.core.handler import Handler
+from consumer.core.message import LogRecord, Message
+from consumer.core.ordering import Delivery
+from consumer.core.outcome import SKIPPED, Reason, RetryLater
+from consumer.postgres.session import Session
+from consumer.transaction.errors import facts_of, raise_for_transaction, statements_of_messages
+from consumer.transaction.identify import decoded, take_value
+from consumer.transaction.invoke import finish_call, start_call
+from consumer.transaction.isolate import TransactionPoisoned, decide
+from consumer.transaction.limits import CallTracker, HandlerTimeout
+from consumer.transaction.result import BEHIND, HELD_BACK, NEXT_BATCH, BatchResult, FailedAttempt
+from consumer.transaction.scope import Scope, savepoint_name
+from consumer.transaction.tx import Tx
+
+_CALLS_AT_A_TIME = 100
+
+
+class HandlerRunner:
+    """Calls the handlers of the messages of one transaction.
+
+    use_savepoints: around every message, so that one failure costs one message. calls: ends those that take too long.
+    evidence: how other messages of each handler fare, to tell a message's fault from a systemic one.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        result: BatchResult,
+        use_savepoints: bool,
+        random: Callable[[], float],
+        calls: CallTracker | None = None,
+        evidence: Evidence | None = None,
+    ) -> None:
+        self._calls = calls
+        self._evidence = evidence
+        self._session = session
+        self._scope = Scope(session.connection, session.columns)
+        self._result = result
+        self._use_savepoints = use_savepoints
+        self._random = random
+        self._blocked: set[Hashable] = set()  # ordering keys whose message failed: later ones wait behind it
+        self._held: set[Hashable] = set()  # ordering keys with a new dead letter: later ones become dead letters too
+        self._went_through: set[str] = set()  # handlers of messages that ran between savepoints and did not fail
+        self._started = False
+        self._now = time.monotonic()
+        self._until = self._now + session.batch_seconds_max
+
+    async def run(self, won: Sequence[Delivery]) -> None:
+        """Run the messages in the order of the batch, and send their deferred writes.
+
+        Batch handlers and concurrent ones run by themselves. Raises TransactionPoisoned, Conflict or Outage.
+        """
+        with statements_of_messages(self._session):
+            by_handler: dict[Handler | None, list[Delivery]] = {}
+            outcomes = self._result.outcomes
+            for delivery in won:
+                if delivery.outcome is None and delivery not in outcomes:
+                    by_handler.setdefault(self._runs_apart(delivery.handler), []).append(delivery)
+            for handler, deliveries in by_handler.items():
+                if handler is None:
+                    await self._run_in_order(deliveries)
+                elif handler.batch is None:
+                    await in_chains(deliveries, handler.concurrency, self._run_one)
+                else:
+                    await self._run_chunks(handler, handler.batch, deliveries)
+            await self._scope.flush()
+
+    def _runs_apart(self, handler: Handler) -> Handler | None:
+        """Return the handler whose messages are called together; None for those that are called in batch order."""
+        return None if handler.batch is None and (handler.concurrency == 1 or self._use_savepoints) else handler
+
+    async def _run_in_order(self, deliveries: Sequence[Delivery]) -> None:
+        task = asyncio.current_task()
+        for number, delivery in enumerate(deliveries):
+            if number % _CALLS_AT_A_TIME == 0:
+                await asyncio.sleep(0)  # handlers that only defer never wait: let the other lanes' answers in
+            if (rest := self._start(delivery, task)) is not None:
+                await rest
+
+    async def _run_one(self, delivery: Delivery, task: asyncio.Task[Any] | None) -> None:
+        if (rest := self._start(delivery, task)) is not None:
+            await rest
+
+    # -- one message ------------------------------------------------------------------------------------------------
+
+    def _start(self, delivery: Delivery, task: asyncio.Task[Any] | None) -> Awaitable[None] | None:
+        """Start a message. Returns what is left to await; None when its handler has ended without waiting."""
+        if self._is_late():
+            self._result.outcomes[delivery] = NEXT_BATCH
+            return None
+        if self._blocked and delivery.ordering_key() in self._blocked:
+            self._result.outcomes[delivery] = BEHIND
+            return None
+        if self._held and delivery.ordering_key() in self._held:
+            self._result.outcomes[delivery] = HELD_BACK
+            return None
+        tx = Tx(self._scope, delivery, task)
+        if self._use_savepoints:
+            return self.run_between_savepoints(delivery, tx)
+        try:
+            argument = _argument(delivery)
+        except Exception as error:
+            return self._failed(delivery, tx, error)
+        call = start_call(delivery.handler, argument, tx, self._calls)
+        if call is None and tx.error is None and tx.close():
+            return None  # fast path: nothing was sent, so nothing but its deferred writes is left of it
+        return self._finish(delivery, tx, call, self._now)
+
+    async def run_between_savepoints(self, delivery: Delivery, tx: Tx) -> None:
+        """Run a message so that its failure undoes only what it wrote itself."""
+        try:
+            argument = _argument(delivery)
+            await self._call(
+                delivery.handler, lambda: start_call(delivery.handler, argument, tx, self._calls), tx, [delivery]
+            )
+            self._went_through.add(delivery.handler.name)
+        except Exception as error:
+            await self._failed(delivery, tx, error)
+
+    async def _finish(self, delivery: Delivery, tx: Tx, call: Awaitable[object] | None, since: float) -> None:
+        """Await a call that has started."""
+        try:
+            await self._call(delivery.handler, lambda: call, tx, [delivery], since)
+        except Exception as error:
+            await self._failed(delivery, tx, error)
+
+    def _is_late(self) -> bool:
+        """Return whether to leave the rest for the next batch, since this one has taken its time. False at first.
+
+        Slow handlers keep the transaction open and the connection idle: what is done must be committed before
+        PostgreSQL ends both, or the same batch would run again for ever.
+        """
+        self._now = time.monotonic()
+        if not self._started or self._now < self._until:
+            self._started = True
+            return False
+        return True
+
+    # -- one call for many messages -----------------------------------------------------------------------------------
+
+    async def _run_chunks(self, handler: Handler, size: int, deliveries: Sequence[Delivery]) -> None:
+        readable = [delivery for delivery in deliveries if self._readable(delivery)]
+        for chunk in _chunks(readable, size):
+            if self._is_late():
+                self._result.outcomes.update(dict.fromkeys(chunk, NEXT_BATCH))
+            else:
+                await self._call_batch(handler, chunk)
+
+    async def _call_batch(self, handler: Handler, deliveries: list[Delivery]) -> None:
+        """Call a handler once for many messages. A call that fails is repeated with halves, down to the message at fault."""
+        deliveries = self._not_waiting(deliveries)
+        if not deliveries:
+            return
+        tx = Tx(self._scope, deliveries, asyncio.current_task())
+        try:
+            arguments = [_argument(delivery) for delivery in deliveries]
+            await self._call(handler, lambda: start_call(handler, arguments, tx, self._calls), tx, deliveries)
+        except Exception as error:
+            if len(deliveries) == 1:
+                await self._failed(deliveries[0], tx, error)
+                return
+            self._check_transaction(tx, error)
+            if isinstance(error, HandlerTimeout):
+                for delivery in deliveries:
+                    await self._call_batch(handler, [delivery])
+                return
+            middle = len(deliveries) // 2
+            await self._call_batch(handler, deliveries[:middle])
+            await self._call_batch(handler, deliveries[middle:])
+
+    def _not_waiting(self, deliveries: list[Delivery]) -> list[Delivery]:
+        """Return the messages that no failed message of their key holds back; the others get their outcome."""
+        outcomes = self._result.outcomes
+        for keys, outcome in ((self._blocked, BEHIND), (self._held, HELD_BACK)):
+            if keys:
+                outcomes.update((each, outcome) for each in deliveries if each.ordering_key() in keys)
+                deliveries = [each for each in deliveries if each not in outcomes]
+        return deliveries
+
+    def _readable(self, delivery: Delivery) -> bool:
+        try:
+            decoded(delivery)
+        except Unreadable as error:
+            self._record_failure(delivery, error)
+            return False
+        return True
+
+    # -- calls and failures -------------------------------------------------------------------------------------------
+
+    async def _call(
+        self,
+        handler: Handler,
+        start: Callable[[], Awaitable[object] | None],
+        tx: Tx,
+        deliveries: Sequence[Delivery],
+        since: float | None = None,
+    ) -> None:
+        """Call the handler, and raise if what it did cannot be stored, whether or not it says so.
+
+        start: starts the call, and returns what is left to await of it. since: when it started, if it was before.
+        """
+        connection = self._session.connection
+        name = None
+        if self._use_savepoints:
+            await self._scope.flush()
+            name = savepoint_name()
+            await connection.execute(f"savepoint {name}")
+        try:
+            try:
+                await finish_call(handler, start(), tx, deliveries, self._calls, since)
+            except BaseException:
+                if not tx.close():
+                    with suppress(TransactionMisuse):
+                        await tx.end(failed=True)
+                raise
+            if not tx.close():
+                await tx.end()
+            if tx.error is not None:
+                raise tx.error  # swallowed by the handler: PostgreSQL would store nothing of it
+            if not connection.is_in_transaction():
+                raise TransactionMisuse("the handler's statements ended the transaction")
+            if name is not None:
+                await self._scope.flush()
+        except Exception:
+            tx.discard()
+            if name is not None and self._session.is_usable:
+                await connection.execute(f"rollback to savepoint {name}")
+                self._scope.undone()
+                self._scope.flush_error, tx.touched = None, False
+            raise
+        if name is not None:
+            await connection.execute(f"release savepoint {name}")
+
+    def _check_transaction(self, tx: Tx, error: BaseException) -> None:
+        """Raise when the transaction, and not only this message, has failed."""
+        scope, session = self._scope, self._session
+        if isinstance(error, HandlerTimeout):
+            if tx.touched or scope.flush_error is not None or not session.is_usable:
+                raise TransactionPoisoned from error
+            return
+        spoiled = scope.flush_error is not None or tx.touched or not session.connection.is_in_transaction()
+        for cause in (scope.flush_error, tx.error, error):
+            if cause is not None:
+                raise_for_transaction(session, cause, spoiled=spoiled)
+        if spoiled:
+            raise TransactionPoisoned from error
+
+    async def _failed(self, delivery: Delivery, tx: Tx, error: Exception) -> None:
+        self._check_transaction(tx, error)
+        self._record_failure(delivery, error)
+
+    def _record_failure(self, delivery: Delivery, error: Exception) -> None:
+        """Set the outcome of a message that failed by itself, and keep those of its key behind it."""
+        facts = facts_of(error, delivery.handler.place)
+        succeeded = delivery.handler.name in self._went_through
+        outcome, attempts = decide(delivery, facts, self._random, self._evidence, succeeded)
+        self._result.outcomes[delivery] = outcome
+        self._result.failures[delivery] = FailedAttempt(attempts, error)
+        if isinstance(outcome, RetryLater):
+            self._blocked.add(delivery.ordering_key())
+        elif holds(outcome) and delivery.ordering_key_hash() is not None:
+            self._held.add(delivery.ordering_key())
+
+
+def _chunks(deliveries: Sequence[Delivery], size: int) -> Iterator[list[Delivery]]:
+    """Yield the messages of each call of a batch handler, in order."""
+    chunk: list[Delivery] = []
+    for delivery in deliveries:
+        if chunk and (len(chunk) == size or delivery.alone or chunk[-1].alone):
+            yield chunk
+            chunk = []
+        chunk.append(delivery)
+    if chunk:
+        yield chunk
+
+
+async def in_chains(
+    deliveries: Iterable[Delivery],
+    limit: int,
+    run_one: Callable[[Delivery, asyncio.Task[Any] | None], Coroutine[Any, Any, None]],
+) -> None:
+    """Run at most `limit` messages at a time, those of one ordering key in turn. The first exception ends all."""
+    chains: dict[Hashable, list[Delivery]] = {}
+    for delivery in deliveries:
+        chains.setdefault(delivery.ordering_key(), []).append(delivery)
+    waiting = iter(chains.values())
+
+    async def work() -> None:
+        task = asyncio.current_task()
+        for chain in waiting:
+            for delivery in chain:
+                await run_one(delivery, task)
+
+    tasks = [asyncio.create_task(work()) for _ in range(min(limit, len(chains)))]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _argument(delivery: Delivery) -> Any:
+    return _message(delivery) if delivery.handler.wants_message else take_value(delivery)
+
+
+def _message(delivery: Delivery) -> Message[Any]:
+    record = delivery.record
+    return Message(
+        id=delivery.id.hex(),
+        topic=record.topic,
+        partition=record.partition,
+        offset=record.offset,
+        key=record.key,
+        headers=tuple(record.headers),
+        timestamp=record.timestamp,
+        value=take_value(delivery),
+    )
+
+
+# -- handlers that opted out of the guarantee -------------------------------------------------------------------------
+
+
+async def observe(
+    deliveries: Iterable[Delivery], random: Callable[[], float], calls: CallTracker | None = None
+) -> list[tuple[Delivery, Exception]]:
+    """Run the handlers that opted out, before any transaction. Returns what failed.
+
+    Their messages end as skipped. One that fails is retried by its policy and then a dead letter, like any other; a
+    batch that fails as a whole is called again message by message.
+    """
+    errors: list[tuple[Delivery, Exception]] = []
+    blocked: set[Hashable] = set()  # ordering keys whose message failed: later ones wait behind it
+    by_handler: dict[Handler, list[Delivery]] = {}
+    for delivery in deliveries:
+        if not delivery.handler.idempotent and delivery.outcome is None:
+            by_handler.setdefault(delivery.handler, []).append(delivery)
+
+    async def one(delivery: Delivery, _: object) -> None:
+        if blocked and delivery.ordering_key() in blocked:
+            delivery.outcome = BEHIND
+            return
+        try:
+            await _observe(delivery.handler, [delivery], calls)
+            delivery.outcome = SKIPPED
+        except Exception as error:
+            facts = facts_of(error, delivery.handler.place)
+            delivery.outcome, delivery.attempts = decide(delivery, facts, random)
+            errors.append((delivery, error))
+            if isinstance(delivery.outcome, RetryLater):
+                blocked.add(delivery.ordering_key())
+
+    for handler, messages in by_handler.items():
+        if handler.batch is None:
+            await in_chains(messages, handler.concurrency, one)
+            continue
+        for start in range(0, len(messages), handler.batch):
+            chunk = messages[start : start + handler.batch]
+            try:
+                await _observe(handler, chunk, calls)
+            except Exception:
+                await in_chains(chunk, 1, one)
+            else:
+                for delivery in chunk:
+                    delivery.outcome = SKIPPED
+    return errors
+
+
+async def _observe(handler: Handler, deliveries: Sequence[Delivery], calls: CallTracker | None) -> None:
+    for delivery in deliveries:
+        if isinstance(delivery.record, LogRecord) and delivery.record.fault:
+            raise Unreadable(Reason.BAD_HEADER, delivery.record.fault)
+    values = [_argument(delivery) for delivery in deliveries]
+    call = start_call(handler, values if handler.batch is not None else values[0], None, calls)
+    await finish_call(handler, call, None, deliveries, calls)

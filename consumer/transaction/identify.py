@@ -1,0 +1,164 @@
+"""Gives messages their id and fingerprint, and decodes their values at most once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from consumer.core.cloudevents import from_event
+from consumer.core.decode import read_again
+from consumer.core.errors import Unreadable
+from consumer.core.fingerprint import BYTES, of_value
+from consumer.core.handler import Handler
+from consumer.core.identity import (
+    CallableId,
+    DefaultId,
+    FieldId,
+    HeaderId,
+    OffsetId,
+    fingerprint,
+    from_headers,
+    from_value,
+    offset_id,
+)
+from consumer.core.log_identity import Position
+from consumer.core.message import LogRecord, Partition
+from consumer.core.ordering import UNDECODED, Delivery
+from consumer.core.outcome import Dead, Reason
+from consumer.core.values import canonical
+
+_NO_LOGS: Mapping[Partition, Position] = {}
+
+
+def identify(deliveries: Iterable[Delivery], logs: Mapping[Partition, Position] = _NO_LOGS) -> set[str]:
+    """Set the id and fingerprint of each delivery. Without an id it becomes a dead letter.
+
+    Args:
+        deliveries: of one record side by side, so that it is hashed once.
+        logs: the positions of the partitions, for the salt of ids that are made of offsets.
+
+    Returns:
+        The topics of messages that are identified by their offset because they have nothing better.
+    """
+    topics_without_ids: set[str] = set()
+    record = None
+    record_fingerprint = 0
+    for delivery in deliveries:
+        handler = delivery.handler
+        if delivery.record is not record:
+            record = delivery.record
+            record_fingerprint = fingerprint(record.value)
+        delivery.fingerprint = record_fingerprint
+        try:
+            delivery.id, by_offset = id_of(delivery, handler, logs)
+            if by_offset:
+                topics_without_ids.add(record.topic)
+            if handler.fingerprint is not BYTES and handler.idempotent:
+                delivery.fingerprint = fingerprint_of(delivery)
+        except Unreadable as error:
+            if not delivery.id:
+                delivery.id = _offset_id(delivery, logs)
+            if handler.idempotent:
+                delivery.outcome = Dead(Reason(error.reason), str(error))
+    return topics_without_ids
+
+
+def _offset_id(delivery: Delivery, logs: Mapping[Partition, Position]) -> bytes:
+    position = logs.get(delivery.partition)
+    return offset_id(delivery.record, position.salt if position is not None else None)
+
+
+def id_of(delivery: Delivery, handler: Handler, logs: Mapping[Partition, Position]) -> tuple[bytes, bool]:
+    """Return the id, and whether it is the offset's because the message has none. Raises Unreadable."""
+    record = delivery.record
+    id: bytes | None
+    by_offset = False
+    if isinstance(record, LogRecord) and record.fault:
+        raise Unreadable(Reason.BAD_HEADER, record.fault)
+    match handler.rule:
+        case DefaultId():
+            id = from_headers(record, "message-id")
+            if id is None:
+                id = from_event(record)
+            if id is None:
+                id, by_offset = _offset_id(delivery, logs), handler.idempotent
+        case OffsetId():
+            id = _offset_id(delivery, logs)
+        case HeaderId(name):
+            id = from_headers(record, name)
+            if id is None:
+                raise Unreadable(Reason.NO_MESSAGE_ID, f"no {name!r} header")
+        case FieldId() | CallableId() as rule:
+            value = decoded(delivery)
+            try:
+                id = from_value(rule, value)
+            except Unreadable:
+                if value is not None or record.value is not None:
+                    raise
+                id, by_offset = _offset_id(delivery, logs), True  # a deletion, which has no fields
+    if record.value is None and not handler.takes_none:
+        delivery.id = id
+        raise Unreadable(Reason.NO_VALUE, "a null value, and the handler does not take None")
+    return id, by_offset
+
+
+def fingerprint_of(delivery: Delivery) -> int:
+    """Return the fingerprint under the handler's rule. Raises Unreadable where that needs a value without a type."""
+    rule = delivery.handler.fingerprint
+    if rule is BYTES:
+        return fingerprint(delivery.record.value)
+    return of_value(rule, decoded(delivery) if rule.of_value is not None else None)
+
+
+def by_bytes(delivery: Delivery) -> Delivery:
+    """Return the same message with the fingerprint of its bytes, as rows from before its handler's rule have it."""
+    twin = Delivery(delivery.handler, delivery.record)
+    twin.id, twin.fingerprint = delivery.id, fingerprint(delivery.record.value)
+    return twin
+
+
+def decoded(delivery: Delivery) -> Any:
+    """Return the value as the handler declares it, decoded at most once. Raises Unreadable."""
+    if delivery.value is UNDECODED:
+        raw = delivery.record.value
+        if raw is None:
+            if not delivery.handler.takes_none:
+                raise Unreadable(Reason.NO_VALUE, "a null value, and the handler does not take None")
+            delivery.value = None
+        else:
+            try:
+                delivery.value = delivery.handler.decoder(raw)
+            except Exception as error:  # whatever a type's own code raises: these bytes are not of that type
+                delivery.value = read_again(delivery.handler.decoder, raw, error)
+    return delivery.value
+
+
+def take_value(delivery: Delivery) -> Any:
+    """Return the value for one call of the handler, which may change it: the next call decodes it again."""
+    value = decoded(delivery)
+    delivery.value = UNDECODED
+    return value
+
+
+def decode_failure(delivery: Delivery) -> Dead | None:
+    """Return the outcome of a message that cannot be decoded, without a call of its handler; None if it can be."""
+    try:
+        decoded(delivery)
+    except Unreadable as error:
+        return Dead(Reason(error.reason), printable(str(error)))
+    finally:
+        delivery.value = UNDECODED
+    return None
+
+
+def equal_values(one: Delivery, other: Delivery) -> bool | None:
+    """Return whether the decoded values of two deliveries are equal; None if one cannot be decoded or compared."""
+    try:
+        return canonical(decoded(one)) == canonical(decoded(other))
+    except Exception:  # unreadable, or of a type that cannot be compared
+        return None
+
+
+def printable(text: str) -> str:
+    """Replace what PostgreSQL's text cannot hold: NUL and lone surrogates."""
+    return text.replace("\0", "?").encode("utf-8", "replace").decode()

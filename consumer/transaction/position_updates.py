@@ -1,0 +1,56 @@
+"""Says how the positions of a batch's partitions move, and of which log each position is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from consumer.core.fingerprint import BYTES
+from consumer.core.identity import fingerprint
+from consumer.core.log_identity import Position, Print
+from consumer.core.message import Partition
+from consumer.core.ordering import Batch, Delivery, PositionUpdate, Scheduler
+
+
+def position_updates(
+    scheduler: Scheduler, batch: Batch, delayed: Mapping[Delivery, float], logs: Mapping[Partition, Position]
+) -> list[PositionUpdate]:
+    """Return the updates that a batch's transaction writes, each with the identity of its log.
+
+    delayed: the messages that are not settled. logs: the positions as they were read.
+    """
+    updates = scheduler.position_updates(batch, delayed)
+    if scheduler.delayed or delayed:
+        updates += _unmoved(scheduler, batch, updates)
+    return _with_logs(logs, batch, updates)
+
+
+def _unmoved(scheduler: Scheduler, batch: Batch, updates: Sequence[PositionUpdate]) -> list[PositionUpdate]:
+    """Return updates that leave a position where a waiting message keeps it: who settles something must still own it."""
+    partitions = {each.partition for each in batch.deliveries} - {each.partition for each in updates}
+    return [
+        PositionUpdate(each, scheduler.position(each), scheduler.position(each))
+        for each in scheduler.partitions
+        if each in partitions
+    ]
+
+
+def _with_logs(
+    logs: Mapping[Partition, Position], batch: Batch, updates: Sequence[PositionUpdate]
+) -> list[PositionUpdate]:
+    """Return the updates with the logs that they are of, and the last record of each: what its log must show again."""
+    last: dict[Partition, Print] = {}
+    partitions = {each.partition for each in updates}
+    for delivery in reversed(batch.deliveries):
+        if len(last) == len(partitions):
+            break
+        partition = delivery.partition
+        if partition in partitions and partition not in last:
+            record = delivery.record
+            of_bytes = delivery.handler.fingerprint is BYTES  # the log is compared by its bytes
+            value_fingerprint = delivery.fingerprint if of_bytes else fingerprint(record.value)
+            last[partition] = Print(record.offset, record.timestamp, value_fingerprint)
+    known = [(update, logs.get(update.partition) or Position(0)) for update in updates]
+    return [
+        update._replace(topic_id=at.topic_id, handlers=at.handlers, holds=at.holds, seen=last.get(update.partition))
+        for update, at in known
+    ]
