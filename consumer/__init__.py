@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from consumer.replay.findings import Findings
     from consumer.replay.replay import verify
     from consumer.settings import Settings
-    from consumer.transaction.dry_runs import is_dry_run
+    from consumer.transaction.dry_run_guard import is_dry_run
     from consumer.transaction.tx import Tx
 
 __all__ = [
@@ -58,7 +58,7 @@ _MODULES = {
     "Settings": "settings",
     "TransactionMisuse": "core.errors",
     "Tx": "transaction.tx",
-    "is_dry_run": "transaction.dry_runs",
+    "is_dry_run": "transaction.dry_run_guard",
     "verify": "replay.replay",
 }
 

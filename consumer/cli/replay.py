@@ -28,7 +28,7 @@ from consumer.replay import html_page
 from consumer.replay.findings import OUTCOMES, Findings, Verdict
 from consumer.replay.replay import Options, Told, one_database, replay
 from consumer.settings import Settings
-from consumer.transaction import dry_runs
+from consumer.transaction import dry_run_guard
 
 _STATE_VERSION = 2
 
@@ -179,15 +179,15 @@ def replay_command(
 
 def _loaded(path: str, options: Options) -> App:
     """The App. Raises Misconfigured if its import leaves a connection open that a dry run could not refuse to use."""
-    before = dry_runs.opened_connections()
+    before = dry_run_guard.opened_connections()
     app = load_app(path)
     if options.is_dry_run and not options.allow_outside:
-        if opened := sorted(peer for _, peer in dry_runs.opened_connections() - before):
+        if opened := sorted(peer for _, peer in dry_run_guard.opened_connections() - before):
             raise Misconfigured(
                 f"{path}: its import opens a connection to {opened[0]}, which a dry run cannot refuse to use; open it in the "
                 "lifespan, or allow it with --allow-outside"
             )
-        if unseen := dry_runs.unseen_clients():
+        if unseen := dry_run_guard.unseen_clients():
             err.print(
                 f"consumer: {', '.join(unseen)}: this client connects without Python, so a dry run cannot refuse it: make "
                 "sure that no handler uses it here",

@@ -6,7 +6,7 @@ through it once more and is stored. What it does not know: whether an effect out
 itself is right (rebuild/rebuild.py compares that); what was applied before the ledger began (it says so and does not guess).
 
 The check calls no handler. With `call_handlers`, handlers of missing messages run in transactions that are undone; that, and
-a rebuild, are dry runs (transaction/dry_runs.py): handlers may not connect anywhere, unless `allow_outside`.
+a rebuild, are dry runs (transaction/dry_run_guard.py): handlers may not connect anywhere, unless `allow_outside`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from consumer.replay.check import UNCALLED, Look, Witness, place
 from consumer.replay.findings import Effects, Findings
 from consumer.replay.session import AskingLane, ReplaySession
 from consumer.settings import Settings, load
-from consumer.transaction import dry_runs
+from consumer.transaction import dry_run_guard
 from consumer.transaction.apply import apply_batch
 from consumer.transaction.dry_run import DryRunObserver, OnlyResult, dry_run
 from consumer.transaction.identify import decode_failure, identify
@@ -155,7 +155,7 @@ async def _dry_run(app: App, engine: _Replay, source: Source, options: Options, 
         return await _with_dry_handlers(app, engine, source)
     guard = None
     try:
-        with dry_runs.guarded(alone=alone) as guard:
+        with dry_run_guard.guarded(alone=alone) as guard:
             found = await _with_dry_handlers(app, engine, source)
     except (Exception, asyncio.CancelledError):
         if guard is None or not guard.refused:
@@ -167,18 +167,18 @@ async def _dry_run(app: App, engine: _Replay, source: Source, options: Options, 
 
 async def _with_dry_handlers(app: App, engine: _Replay, source: Source) -> Findings:
     lifespan, subject = running(app), f"the lifespan of App {app.name!r}"
-    with dry_runs.running_as(subject):
+    with dry_run_guard.running_as(subject):
         await lifespan.__aenter__()
     try:
         for each in app.handlers.values():
-            each.call = dry_runs.around(each)
+            each.call = dry_run_guard.around(each)
         found = await engine.run(source)
     except BaseException:
-        with dry_runs.running_as(subject):
+        with dry_run_guard.running_as(subject):
             if not await lifespan.__aexit__(*sys.exc_info()):
                 raise
         raise  # a lifespan that swallows exceptions leaves no findings
-    with dry_runs.running_as(subject):
+    with dry_run_guard.running_as(subject):
         await lifespan.__aexit__(None, None, None)
     return found
 

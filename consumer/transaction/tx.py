@@ -15,7 +15,7 @@ from typing import Any
 from consumer.core.errors import TransactionMisuse
 from consumer.postgres.sql_settings import check_setting
 from consumer.postgres.sql_text import refuse_transaction_control, traits
-from consumer.transaction.dry_runs import is_dry_run
+from consumer.transaction.dry_run_guard import is_dry_run
 from consumer.transaction.scope import Scope, savepoint_name
 
 _CANCELLED_SECONDS = 5.0

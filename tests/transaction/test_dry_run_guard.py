@@ -424,9 +424,9 @@ async def test_import_that_leaves_a_connection_open_is_refused(place: Place, gat
 
 @pytest.mark.skipif(sys.platform != "linux", reason="descriptors are listed elsewhere")
 def test_opened_connections_names_peers_without_ports(gateway: Gateway) -> None:
-    from consumer.transaction import dry_runs
+    from consumer.transaction import dry_run_guard
 
-    before = dry_runs.opened_connections()
+    before = dry_run_guard.opened_connections()
     with socket.create_connection(("127.0.0.1", gateway.port)):
-        opened = dry_runs.opened_connections() - before
+        opened = dry_run_guard.opened_connections() - before
     assert {peer for _, peer in opened} == {"127.0.0.1 (AF_INET)"}
