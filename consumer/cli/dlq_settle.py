@@ -35,12 +35,12 @@ from consumer.cli.terminal import (
     print_json,
     printable,
 )
-from consumer.core.errors import CannotTell, Misconfigured, ServiceUnavailable
+from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.outcome import Reason
 from consumer.core.suggestions import suggestion
 from consumer.dead_letters.redrive import Chain, Done, Filters, Redrive, edit_of
 from consumer.dead_letters.session import Edit
-from consumer.postgres.errors import Outage
+from consumer.postgres.connection import wait_for
 from consumer.settings import Settings
 from consumer.sharding.shards import settings_of
 
@@ -238,15 +238,7 @@ async def _settle(app: App, settings: Settings, only: Filters, wanted: _Wanted) 
 
 
 async def _opened(app: App, settings: Settings, operator: str | None) -> Redrive:
-    clock = asyncio.get_running_loop().time
-    deadline = clock() + settings.wait_seconds
-    while True:
-        try:
-            return await Redrive.open(app, settings, operator or _user())
-        except Outage as error:
-            if clock() + 0.5 > deadline:
-                raise ServiceUnavailable(f"{error} (waited {settings.wait_seconds:g} s)") from None
-            await asyncio.sleep(0.5)
+    return await wait_for(lambda left: Redrive.open(app, settings, operator or _user()), settings.wait_seconds)
 
 
 async def _chosen(drive: Redrive, only: Filters, wanted: _Wanted) -> tuple[Sequence[int], int]:

@@ -5,8 +5,6 @@ Knows the terminal; decides nothing (core/retention.py and retention/task.py do)
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -16,14 +14,13 @@ import typer
 from rich.table import Column, Table
 
 from consumer.cli.per_shard import ShardName, ShardsOf, over
-from consumer.cli.terminal import AsJson, Refused, cli, command, err, out, print_json
-from consumer.core.errors import Misconfigured, ServiceUnavailable
+from consumer.cli.terminal import AsJson, Refused, cli, command, connected, err, out, print_json
+from consumer.core.errors import Misconfigured
 from consumer.core.message import Partition
 from consumer.core.retention import HOUR, State, Step, Turn, Wait, contradictions, wanted
 from consumer.core.suggestions import UnknownName, suggestion
 from consumer.kafka.source import Source
-from consumer.postgres.connection import connect, database_epoch, translated_errors
-from consumer.postgres.errors import Outage
+from consumer.postgres.connection import database_epoch, translated_errors
 from consumer.retention import task
 from consumer.settings import Settings
 
@@ -85,7 +82,7 @@ def purge_command(
 async def _purge(
     settings: Settings, hours: float, dry_run: bool, force: bool, retired: str | None, as_json: bool
 ) -> int:
-    connection = await _connected(settings)
+    connection = await connected(settings)
     source = Source(settings, None)
     try:
         with translated_errors(settings):
@@ -224,15 +221,3 @@ def _print(found: dict[str, Any], as_json: bool) -> None:
 
 def _time(at: float | None) -> str | None:
     return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
-
-
-async def _connected(settings: Settings) -> Any:
-    """A connection, waited for."""
-    deadline = time.monotonic() + settings.wait_seconds
-    while True:
-        try:
-            return await connect(settings, min(10, max(0.5, deadline - time.monotonic())))
-        except Outage as error:
-            if time.monotonic() + 0.5 > deadline:
-                raise ServiceUnavailable(f"{error} (waited {settings.wait_seconds:g} s)") from None
-            await asyncio.sleep(0.5)

@@ -24,7 +24,7 @@ from consumer.core.identity import OffsetId
 from consumer.core.shard_route import Router
 from consumer.handler_records import notices
 from consumer.kafka.source import Source
-from consumer.postgres.connection import dsn_label, translated_errors
+from consumer.postgres.connection import PAUSE_SECONDS, dsn_label, translated_errors, wait_for
 from consumer.postgres.errors import Outage
 from consumer.postgres.session import Session
 from consumer.retention import task
@@ -155,16 +155,14 @@ async def _ready(app: App, path: str, settings: Settings) -> None:
 
 
 async def _postgres_ready(settings: Settings) -> Session:
-    deadline = asyncio.get_running_loop().time() + settings.wait_seconds
-    told = False
-    while True:
-        try:
-            left = max(0.5, deadline - asyncio.get_running_loop().time())
-            return await Session.open(settings, min(10, left))
-        except Outage as error:
-            if asyncio.get_running_loop().time() + 0.5 > deadline:
-                raise ServiceUnavailable(f"{error} (waited {settings.wait_seconds:g} s)") from None
-            if not told:
-                logs.event(30, "waiting for postgresql", place=dsn_label(settings.dsn))
-            told = True
-            await asyncio.sleep(0.5)
+    """Open a session, and wait for PostgreSQL as long as --wait allows."""
+    outages = 0
+
+    def after(outage: Outage) -> float:
+        nonlocal outages
+        outages += 1
+        if outages == 1:
+            logs.event(30, "waiting for postgresql", place=dsn_label(settings.dsn))
+        return PAUSE_SECONDS
+
+    return await wait_for(lambda left: Session.open(settings, left), settings.wait_seconds, after=after)

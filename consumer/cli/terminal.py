@@ -32,10 +32,10 @@ from rich.table import Column, Table
 
 from consumer import logs
 from consumer.cli.help_text import Command, heading_of, metavar_of
-from consumer.core.errors import ConsumerError, Misconfigured, ServiceUnavailable
+from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.kafka.source import KafkaError
-from consumer.postgres.connection import connect, database_epoch, translated_errors
-from consumer.postgres.errors import Outage, redacted_message, sqlstate_of
+from consumer.postgres.connection import connect, database_epoch, translated_errors, wait_for
+from consumer.postgres.errors import redacted_message, sqlstate_of
 from consumer.settings import Settings, load
 from consumer.worker.event_loop import run as run_loop
 
@@ -303,15 +303,8 @@ def printable(text: str) -> str:
 
 
 async def connected(settings: Settings) -> Any:
-    """A connection, waited for."""
-    deadline = asyncio.get_running_loop().time() + settings.wait_seconds
-    while True:
-        try:
-            return await connect(settings, min(10, max(0.5, deadline - asyncio.get_running_loop().time())))
-        except Outage as error:
-            if asyncio.get_running_loop().time() + 0.5 > deadline:
-                raise ServiceUnavailable(f"{error} (waited {settings.wait_seconds:g} s)") from None
-            await asyncio.sleep(0.5)
+    """Connect, and wait for PostgreSQL as long as --wait allows."""
+    return await wait_for(lambda left: connect(settings, left), settings.wait_seconds)
 
 
 async def with_ledger(settings: Settings, ask: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:

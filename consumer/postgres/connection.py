@@ -29,7 +29,7 @@ T = TypeVar("T")
 SCHEMA_VERSION = 1  # the migration this code needs; migrations/ holds them
 ATTEMPT_SECONDS = 10.0  # to connect once
 _ATTEMPT_SECONDS_MIN = 0.5
-_PAUSE_SECONDS = 0.5  # between attempts of a command
+PAUSE_SECONDS = 0.5  # between attempts of a command
 
 
 def dsn_label(dsn: str) -> str:
@@ -99,7 +99,7 @@ async def wait_for(
     attempt: Callable[[float], Awaitable[T]],
     seconds: float,
     *,
-    after: Callable[[Outage], float] = lambda outage: _PAUSE_SECONDS,
+    after: Callable[[Outage], float] = lambda outage: PAUSE_SECONDS,
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
 ) -> T:
     """Repeat an attempt until PostgreSQL is there; raise ServiceUnavailable after so many seconds.

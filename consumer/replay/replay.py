@@ -25,7 +25,7 @@ from typing import Any, Literal
 from consumer import tls
 from consumer.app import App
 from consumer.app_loader import running
-from consumer.core.errors import CannotTell, Misconfigured, ServiceUnavailable
+from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.handler import Handler
 from consumer.core.identity import CallableId, ids_of_text
 from consumer.core.log_identity import Log, judge
@@ -37,7 +37,7 @@ from consumer.handler_records import coverage, handler_code, id_rules
 from consumer.kafka.bounds import Span
 from consumer.kafka.log_reader import Chunk, find_partitions, parse, read, resolve
 from consumer.kafka.source import KafkaError, LogTruncated, Source, group_offsets, is_compacted
-from consumer.postgres.connection import dsn_label, translated_errors
+from consumer.postgres.connection import dsn_label, translated_errors, wait_for
 from consumer.postgres.epoch import lineage
 from consumer.postgres.errors import Conflict, Outage
 from consumer.postgres.session import Session
@@ -433,15 +433,7 @@ class _Replay:
 
     async def session(self, kind: type[Session] = Session) -> Session:
         """A connection to the primary, waited for. Raises ServiceUnavailable, and CannotTell for another database."""
-        deadline = time.monotonic() + self.settings.wait_seconds
-        while True:
-            try:
-                session = await kind.open(self.settings)
-                break
-            except Outage as error:
-                if time.monotonic() + 0.5 > deadline:
-                    raise ServiceUnavailable(f"{error} (waited {self.settings.wait_seconds:g} s)") from None
-                await asyncio.sleep(0.5)
+        session = await wait_for(lambda left: kind.open(self.settings, left), self.settings.wait_seconds)
         if self.epoch and lineage(session.epoch) != lineage(self.epoch):
             session.close()
             raise CannotTell(f"PostgreSQL is another one now, or went back in time: begin again ({self._how_far()})")
