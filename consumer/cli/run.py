@@ -149,7 +149,7 @@ async def _ready(app: App, path: str, settings: Settings) -> None:
         logs.event(30, "topic does not exist yet; it is consumed as soon as it does", topic=topic)
     for handler in app.handlers.values():
         if isinstance(handler.rule, OffsetId) and handler.idempotent:
-            from consumer.worker.worker import OFFSET_IDS
+            from consumer.worker.message_log import OFFSET_IDS
 
             logs.event(30, OFFSET_IDS, handler=handler.name)
 

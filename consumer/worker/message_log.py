@@ -27,6 +27,10 @@ _MOST_SECONDS = 600.0
 _KINDS_MAX = 1000  # beyond, the oldest is forgotten, so that its next failure is logged at once
 _DEAD_EACH_MAX = 20  # dead letters of one batch and kind, one line each
 
+OFFSET_IDS = (
+    "messages without an id: their offset is used, which does not recognise a message that was produced twice, "
+    "copied to another topic or restored; set a message-id header, or message_id= of the handler"
+)
 RETRIED = "handler failed; the message is tried again"
 WAITS = "waits, uncounted: not known to be the message's fault"
 ASKED = "the handler asked for its message to be run again"

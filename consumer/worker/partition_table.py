@@ -190,7 +190,7 @@ class PartitionTable:
         entry.state, entry.offset, entry.must_seek = State.UNPOSITIONED, None, False
         return [Hold(partition)]
 
-    def positions(self, database: str) -> Mapping[Partition, Position]:
+    def positions(self, database: str) -> dict[Partition, Position]:
         """Positions as a database gave them, and the logs they are of. A live view.
 
         A partition stays in it when it is closed: a batch in flight may still have messages of it.
@@ -206,7 +206,7 @@ class PartitionTable:
     def want(self, partition: Partition, offset: int | None) -> Action | None:
         """Say from where lanes with room read a partition on; None: no lane has room."""
         entry = self._entries.get(partition)
-        if entry is None or entry.state not in (State.READING, State.PAUSED):
+        if entry is None or (entry.state is not State.READING and entry.state is not State.PAUSED):
             return None
         if offset is None:
             if entry.state is State.PAUSED:
@@ -323,6 +323,16 @@ class PartitionTable:
         """The state of a partition; None for one that is not assigned."""
         entry = self._entries.get(partition)
         return None if entry is None else entry.state
+
+    def may_be_read(self, partition: Partition) -> bool:
+        """Whether `want` may have an effect on a partition."""
+        entry = self._entries.get(partition)
+        return entry is not None and (entry.state is State.READING or entry.state is State.PAUSED)
+
+    @property
+    def has_paused(self) -> bool:
+        """Whether some partition is PAUSED."""
+        return any(entry.state is State.PAUSED for entry in self._entries.values())
 
     def in_state(self, state: State) -> list[Partition]:
         """The partitions in a state, in order."""

@@ -25,8 +25,9 @@ from consumer.settings import Settings, load
 from consumer.transaction.dead_letter_rate import TooManyDeadLetters
 from consumer.transaction.limits import HandlerUncancellable
 from consumer.worker.event_loop import run
+from consumer.worker.health import Stalled
 from consumer.worker.restart_policy import EXIT_DEAD_LETTERS, EXIT_MISCONFIGURED, EXIT_OUTGROWN
-from consumer.worker.worker import Stalled, Worker
+from consumer.worker.worker import Worker
 
 EXIT_FAILED = 1
 EXIT_STALLED = 75

@@ -29,7 +29,7 @@ _ROWS_MAX = 200  # of one worker and database; the rest is counted under the com
 class HasLane(Protocol):
     """What a worker keeps of a lane."""
 
-    state: Scheduler
+    scheduler: Scheduler
 
 
 class Reporter:
@@ -65,7 +65,7 @@ class Reporter:
         found: dict[tuple[int, Partition, str], Row] = {}
         names: dict[int, str] = {}
         for lane in self._lanes:
-            for head, count, read_up_to in lane.state.waiting():
+            for head, count, read_up_to in lane.scheduler.waiting():
                 if head.why is None:
                     continue
                 names[head.handler.number] = head.handler.name
@@ -84,8 +84,8 @@ class Reporter:
         """Write what has changed, renew what has not, and note successes of other workers."""
         now = time.monotonic()
         rows, names = self.rows()
-        self._full = {each for each in self._full if any(lane.state.is_full(each) for lane in self._lanes)}
-        owned = {each for lane in self._lanes for each in lane.state.partitions}
+        self._full = {each for each in self._full if any(lane.scheduler.is_full(each) for lane in self._lanes)}
+        owned = {each for lane in self._lanes for each in lane.scheduler.partitions}
         for partition in owned - self._owned:
             self._taking_over[partition] = now + 3 * waiting_messages.RENEW_SECONDS
         self._owned = owned
@@ -96,7 +96,7 @@ class Reporter:
             await waiting_messages.write(connection, self._worker, sorted(self._handlers), rows)
             self._written, self._written_at = rows, now
         if self._taking_over:
-            numbers = sorted({each.number for lane in self._lanes for each in lane.state.handlers()})
+            numbers = sorted({each.number for lane in self._lanes for each in lane.scheduler.handlers()})
             await waiting_messages.take_over(
                 connection, self._worker, numbers, [each for each in self._taking_over if each in owned]
             )

@@ -29,6 +29,7 @@ from consumer.precheck.client import Precheck
 from consumer.replay.session import ReplaySession
 from consumer.transaction import apply, handler_runner, identify, invoke, scope
 from consumer.worker import start_positions
+from consumer.worker.lane import LaneRunner
 from consumer.worker.worker import Worker
 
 
@@ -58,6 +59,19 @@ def _kafka_keeps_the_positions(where_none: str = "beginning") -> None:
     Session.write_positions = closing  # type: ignore[method-assign,assignment]
 
 
+def _workers() -> list[Worker]:
+    """The workers of this process, as they are created."""
+    workers: list[Worker] = []
+    init = Worker.__init__
+
+    def creating(self: Worker, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        workers.append(self)
+
+    Worker.__init__ = creating  # type: ignore[method-assign]
+    return workers
+
+
 def m1_auto_commit() -> None:
     """The client commits what it has handed out, whether or not anything was done with it."""
     _kafka_keeps_the_positions()
@@ -72,34 +86,31 @@ def m1_auto_commit() -> None:
 def m2_commit_first() -> None:
     """Offsets first, then the work."""
     _kafka_keeps_the_positions()
-    settle = Worker._settle
+    workers = _workers()
+    settle = LaneRunner.settle_batch
 
-    async def settling(self: Worker, lane: Any, batch: Any) -> None:
-        await self._source.commit(batch.ends)
-        await settle(self, lane, batch)
+    async def settling(self: LaneRunner, batch: Any) -> None:
+        [worker] = workers
+        await worker.source.commit(batch.ends)
+        await settle(self, batch)
 
-    Worker._settle = settling  # type: ignore[method-assign]
+    LaneRunner.settle_batch = settling  # type: ignore[method-assign]
 
 
 def m3_redis_first() -> None:
     """The mark is set before the COMMIT."""
-    workers: list[Worker] = []
-    init, apply_batch = Worker.__init__, apply.apply_batch
-
-    def made(self: Worker, *arguments: Any, **options: Any) -> None:
-        init(self, *arguments, **options)
-        workers.append(self)
+    workers = _workers()
+    apply_batch = apply.apply_batch
 
     async def applying(session: Session, names: Any, lane: Any, batch: Any, **options: Any) -> Any:
         [worker] = workers
-        precheck = worker._shards[0].precheck
+        precheck = worker.shards[0].precheck
         assert precheck is not None
         fresh = [each for each in batch.deliveries if each.outcome is None]
         precheck.mark(fresh, session.epoch, time.time())
         await asyncio.gather(*precheck._marking)
         return await apply_batch(session, names, lane, batch, **options)
 
-    Worker.__init__ = made  # type: ignore[method-assign]
     apply.apply_batch = applying
 
 

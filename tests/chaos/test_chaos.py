@@ -119,12 +119,12 @@ async def test_a_worker_told_to_stop_while_it_opens_partitions_without_postgresq
     await place.send(topic, Sent({"id": "1"}, id="1"))
     async with working(app, settings) as worker:
         await drained(app, settings)
-        [shard] = worker._shards
+        [shard] = worker.shards
         assert shard.control is not None
         shard.control.close()
-        shard.unopened = set(shard.lane_of)
+        for lane in worker.lanes:
+            worker.partitions.reopen_lane(lane)
         worker.stop()
-        shard.to_open.set()
     assert len(await place.effects()) == 1
 
 

@@ -503,7 +503,7 @@ async def test_a_position_moved_back_is_noticed_while_nothing_comes_and_while_bu
     async with working(app, settings) as worker:
 
         async def full() -> bool:
-            return buffered(worker)[0] >= 100 and not worker._room.is_set()
+            return buffered(worker)[0] >= 100 and not worker.partitions.room.is_set()
 
         await until("full buffers", full)
         await move_back()

@@ -246,7 +246,7 @@ async def test_brokers_replaced_one_after_the_other_are_followed_by_an_idle_and_
             await until("the busy worker", all_applied, 90)
 
             async def is_known(number: int = node.number, port: int = node.port) -> bool:
-                clients = [each._source.consumer._client for each in (busy_worker, idle_worker)]
+                clients = [each.source.consumer._client for each in (busy_worker, idle_worker)]
                 known = [each.cluster.broker_metadata(number) for each in clients]
                 return all(each is not None and each.port == port for each in known)
 

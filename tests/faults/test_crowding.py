@@ -67,7 +67,7 @@ async def test_too_few_connections_are_shared_and_every_partition_proceeds(
         running = [await workers.enter_async_context(working(app(), settings)) for _ in range(3)]
 
         async def is_shared_out() -> bool:
-            started = [each._source._consumer for each in running]
+            started = [each.source._consumer for each in running]
             return all(each is not None and len(each.assignment()) == 4 for each in started)
 
         await until("four partitions for each worker", is_shared_out, 60)

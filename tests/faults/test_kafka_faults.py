@@ -19,7 +19,8 @@ from consumer import App, Settings, Tx
 from consumer.core.message import Partition
 from consumer.kafka.fetch_proxy import FetchingById
 from consumer.kafka.source import group_offsets
-from consumer.worker.worker import Stalled, Worker
+from consumer.worker.health import Stalled
+from consumer.worker.worker import Worker
 
 
 class Payment(msgspec.Struct):

@@ -111,9 +111,9 @@ async def test_a_frozen_redis_is_asked_once_in_its_budget_and_then_left_alone(
     async with working(app, settings) as worker:
         await place.send(topic, *payments(0, 100))
         await drained(app, settings)
-        assert worker._shards[0].precheck is not None
+        assert worker.shards[0].precheck is not None
         asked: list[float] = []
-        check = worker._shards[0].precheck.check
+        check = worker.shards[0].precheck.check
 
         async def timed(deliveries: Any, now: float) -> None:
             loop = asyncio.get_running_loop()
@@ -121,7 +121,7 @@ async def test_a_frozen_redis_is_asked_once_in_its_budget_and_then_left_alone(
             await check(deliveries, now)
             asked.append(loop.time() - begun)
 
-        worker._shards[0].precheck.check = timed  # type: ignore[method-assign]
+        worker.shards[0].precheck.check = timed  # type: ignore[method-assign]
         freeze(own_valkey)
         await place.send(topic, *payments(100, 500))
         await drained(app, settings)

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from harness import Place, Result, consume_all, drained, is_one_line, query, until, value, working
+from harness import Place, Result, consume_all, drained, fetched, is_one_line, query, until, value, working
 from test_incarnations import Told, command, payment
 
 from consumer import App, Misconfigured, Tx
@@ -76,7 +76,7 @@ async def test_handler_added_in_a_rolling_deploy_knows_what_it_missed(place: Pla
         async with working(new, place.settings()) as second:
 
             async def shared() -> bool:
-                return len(first._reading) == len(second._reading) == 1
+                return fetched(first) == fetched(second) == 1
 
             await until("each version to have a partition", shared)
             await place.send(topic, *sent[20:40])

@@ -176,7 +176,7 @@ async def test_a_topic_made_anew_under_a_running_worker_stops_and_nothing_of_it_
         await made_anew(place, topic, 2)
         # As many as before and more, so that the old offsets exist; some of them were applied, in the old topic.
         await place.send(topic, *[payment(f"new{n}", n % 2) for n in range(20)], payment("old3", 0), payment("old4", 1))
-        await worker._source.consumer._client.force_metadata_update()  # which comes by itself within 10 s
+        await worker.source.consumer._client.force_metadata_update()  # which comes by itself within 10 s
         found = await told.wait("partition stopped", 2)
         await place.send(other, payment("elsewhere"))
 
@@ -372,7 +372,7 @@ async def test_records_removed_in_front_of_a_running_worker_what_it_has_read_is_
     async with working(app, settings, path=PATH) as worker:
 
         async def full() -> bool:
-            return buffered(worker)[0] >= 50 and bool(worker._paused)
+            return buffered(worker)[0] >= 50 and worker.partitions.table.has_paused
 
         await until("a full buffer", full)
         await remove_records(place, topic, 0, 2900)
@@ -443,7 +443,7 @@ async def test_partitions_added_under_a_running_worker_begin_at_their_beginning(
         finally:
             await admin.close()
         await place.send(topic, *[payment(f"p{n}", n % 3) for n in range(9)], payment("b", 2))  # once more, elsewhere
-        await worker._source.consumer._client.force_metadata_update()  # which comes by itself within 10 s
+        await worker.source.consumer._client.force_metadata_update()  # which comes by itself within 10 s
         await drained(app, place.settings())
     assert await ids(place) == ["a", "b", *(f"p{n}" for n in range(9))]
     assert sum((await counts(app, place.dsn))["settle"]["duplicates"].values()) == 1

@@ -616,16 +616,16 @@ async def test_apply_beside_running_workers_stays_exactly_once_and_leaves_the_gr
     async with working(app, place.settings(batch_messages_max=50)) as worker:
 
         async def joined() -> bool:
-            return len(worker._shards[0].lane_of) == 4
+            return len(worker.partitions.table) == 4
 
         await until("the worker to have its partitions", joined)
-        generations.append(worker._source.consumer._coordinator.generation)
+        generations.append(worker.source.consumer._coordinator.generation)
         for _ in range(2):
             found = await run(place, app, topic, mode="apply")
             assert found.ok, found.problems()
         await drained(app, place.settings())
         assert (await run(place, app, topic)).ok
-        generations.append(worker._source.consumer._coordinator.generation)
+        generations.append(worker.source.consumer._coordinator.generation)
     assert generations[0] == generations[1]
     assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(3000, 3000)]
     assert await value(place.dsn, "select sum(balance) from accounts") == 30_000

@@ -156,8 +156,14 @@ async def working(app: App, settings: Settings, **options: Any) -> AsyncIterator
 
 def buffered(worker: Worker) -> tuple[int, int]:
     """Messages and bytes that wait in a worker to be taken."""
-    waiting = [lane.state.fetched for lane in worker._lanes]
+    waiting = [lane.scheduler.fetched for lane in worker.lanes]
     return sum(each[0] for each in waiting), sum(each[1] for each in waiting)
+
+
+def fetched(worker: Worker) -> int:
+    """How many partitions a worker reads or has paused."""
+    table = worker.partitions.table
+    return sum(table.may_be_read(partition) for partition in table.partitions())
 
 
 async def drained(app: App, settings: Settings, seconds: float = 30) -> None:

@@ -28,7 +28,7 @@ async def test_rows_locked_in_opposite_orders_by_many_lanes_do_not_starve(place:
     settings = place.settings(lanes=4, batch_messages_max=200)
     async with working(app, settings) as worker:
         await drained(app, settings, 120)
-        assert any(lane.turns._next > conflict_turns._FEW for lane in worker._lanes), "no lane took turns"
+        assert any(lane.turns._next > conflict_turns._FEW for lane in worker.lanes), "no lane took turns"
     assert await value(place.dsn, "select sum(balance) from accounts") == 0
     assert await value(place.dsn, "select count(*) from consumer.ledger where applied_at is not null") == 1200
 
@@ -46,10 +46,10 @@ async def test_a_turn_that_a_slow_transaction_holds_is_waited_for_once_only(plac
     slow = await asyncpg.connect(place.dsn)
     try:
         async with working(app, settings) as worker:
-            [lane] = worker._lanes
+            [lane] = worker.lanes
             for _ in range(4):
                 lane.turns.met()
-            await slow.execute("select pg_advisory_lock(1189081, $1)", worker._turn)
+            await slow.execute("select pg_advisory_lock(1189081, $1)", conflict_turns.turn_of(app.name))
             await place.send(topic, *[Sent({"n": n}, id=f"m{n}") for n in range(20)])
             await drained(app, settings)
             assert not lane.turns.are_taken  # of 64, 20 would have waited
@@ -79,7 +79,7 @@ async def test_a_row_that_another_application_locks_makes_no_lane_take_turns(pla
                     return bool(await value(place.dsn, "select count(*) = 9 from accounts where balance = 1"))
 
                 await until("all but the locked one are applied", others_are_applied, 60)
-                assert not worker._lanes[0].turns.are_taken
+                assert not worker.lanes[0].turns.are_taken
         await consume_all(app, settings, 60)
     finally:
         await other.close()

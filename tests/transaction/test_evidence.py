@@ -275,7 +275,7 @@ async def test_many_failures_of_one_kind_are_a_few_log_lines(place: Place, caplo
     async with working(app, place.settings()) as worker:
 
         async def many() -> bool:
-            heads = [head for lane in worker._lanes for head, _, _ in lane.state.waiting()]
+            heads = [head for lane in worker.lanes for head, _, _ in lane.scheduler.waiting()]
             return len(heads) == 160 and all(each.again >= 5 for each in heads)
 
         await until("all to have failed five times", many, 60)
@@ -349,7 +349,7 @@ async def test_what_waits_for_messages_of_another_topic_does_not_hold_them_up(pl
     async with working(app, settings) as worker:
 
         async def is_full() -> bool:
-            return any(lane.state.is_full(each) for lane in worker._lanes for each in lane.state.partitions)
+            return any(lane.scheduler.is_full(each) for lane in worker.lanes for each in lane.scheduler.partitions)
 
         await until("the partition to be full", is_full)
         await place.send(ordered, *map(payment, names))

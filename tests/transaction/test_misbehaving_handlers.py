@@ -247,10 +247,10 @@ async def test_a_handler_that_blocks_the_event_loop_is_named_while_it_does_and_s
     async with working(app, place.settings(kafka_session_timeout_seconds=10)) as worker:
         await place.send(topic, sent("a"))
         await drained(app, place.settings())
-        before = (worker._source.member_id, worker._source.consumer._coordinator.generation)
+        before = (worker.source.member_id, worker.source.consumer._coordinator.generation)
         await place.send(topic, sent("blocks"), sent("b"))
         await drained(app, place.settings())
-        assert (worker._source.member_id, worker._source.consumer._coordinator.generation) == before
+        assert (worker.source.member_id, worker.source.consumer._coordinator.generation) == before
     told = [
         each for each in caplog.records if each.getMessage() == "the event loop is blocked: a handler does not await"
     ]

@@ -494,7 +494,7 @@ async def test_buffers_are_bounded_in_messages_and_in_bytes(place: Place) -> Non
         async def still() -> bool:  # the feeder waits for room
             nonlocal highest
             highest = max(highest, buffered(worker)[1])
-            return highest >= settings.buffer_bytes_max and not worker._room.is_set()
+            return highest >= settings.buffer_bytes_max and not worker.partitions.room.is_set()
 
         await until("the buffers to be full", still)
         assert highest <= settings.buffer_bytes_max + 2 * settings.kafka_partition_fetch_bytes_max

@@ -14,7 +14,7 @@ from harness import ROOT, consumer, is_one_line
 SCRIPT = """
 import logging, sys
 from consumer import logs
-from consumer.loading import load_app
+from consumer.app_loader import load_app
 logs.configure({level!r}, {style!r}, config={config!r})
 load_app("shop:app")
 logs.event(logging.INFO, "ours", count=1)

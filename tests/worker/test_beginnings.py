@@ -13,7 +13,7 @@ import confluent_kafka
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from harness import Place, consume_all, drained, is_one_line, migrated, query, until, working
+from harness import Place, consume_all, drained, fetched, is_one_line, migrated, query, until, working
 from test_incarnations import PATH, Told, app_of, command, group_offsets, ids, payment, positions
 
 from consumer import App
@@ -152,7 +152,7 @@ async def test_classic_stranger_in_the_group_is_reported(place: Place, told: Tol
             await client.stop()
 
         async def alone() -> bool:
-            return len(worker._reading) == 4
+            return fetched(worker) == 4
 
         await until("the worker to have all partitions again", alone)
     assert await ids(place) == ["a"]

@@ -19,7 +19,8 @@ from worker_app import BLOCKS, DIES, HANGS, SLOW
 
 from consumer import App, Tx
 from consumer.core.identity import message_id
-from consumer.worker.worker import Stalled, Worker
+from consumer.worker.health import Stalled
+from consumer.worker.worker import Worker
 
 RUN = ["run", "worker_app:app"]
 
@@ -288,7 +289,7 @@ async def test_a_worker_that_is_alive_but_does_not_fetch_is_found_out(place: Pla
     task = asyncio.create_task(worker.run())
     await place.send(topic, Sent({}, id="1"))
     await drained(app, place.settings())
-    worker._source.consumer.pause(TopicPartition(topic, 0))
+    worker.source.consumer.pause(TopicPartition(topic, 0))
     await place.send(topic, Sent({}, id="2"))
     with pytest.raises(Stalled):
         await asyncio.wait_for(task, 30)

@@ -1,0 +1,208 @@
+"""Partitions come and go: at a rebalance, at the end of the worker, and when their positions are to be read again.
+
+Positions are read from every shard, for as long as it takes. Limitations: whether a partition is still this worker's is
+decided when its position is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from consumer.app import App
+from consumer.core.log_identity import Position, Stop
+from consumer.core.message import Partition
+from consumer.core.ordering import SavedAttempts
+from consumer.kafka.source import KafkaError, Source
+from consumer.logs import describe, event
+from consumer.postgres.errors import Outage
+from consumer.postgres.session import Session
+from consumer.settings import Settings
+from consumer.worker import message_log, start_positions
+from consumer.worker.connections import BACKOFF_SECONDS, Connections
+from consumer.worker.group_check import GroupCheck
+from consumer.worker.halts import Halts
+from consumer.worker.lifetime import Lifetime
+from consumer.worker.offset_commits import OffsetCommits
+from consumer.worker.partitions import Partitions
+from consumer.worker.registration import register
+from consumer.worker.shard import LaneState, Shard
+from consumer.worker.wait_reports import Reporter
+
+DRAIN_SECONDS_MAX = 20.0  # of a rebalance; below the time that the group waits for its members
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class _Read(NamedTuple):
+    """What a shard knows of partitions that are to be opened."""
+
+    positions: Mapping[Partition, tuple[Position, Stop | None]]
+    chains: Mapping[Partition, set[tuple[int, bytes]]]
+    tried: Mapping[Partition, Mapping[tuple[int, int], SavedAttempts]]
+    ends: Mapping[Partition, int]  # of the logs, with several shards
+
+
+class Assignment:
+    """The rebalances of one worker. report: what the supervisor is to know. path: how commands name the App."""
+
+    def __init__(
+        self,
+        app: App,
+        settings: Settings,
+        source: Source,
+        shards: Sequence[Shard],
+        lanes: Sequence[LaneState],
+        partitions: Partitions,
+        halts: Halts,
+        connections: Connections,
+        commits: OffsetCommits,
+        reporters: Mapping[str, Reporter],
+        group_check: GroupCheck,
+        lifetime: Lifetime,
+        report: Report,
+        on_step: Callable[[str], None],
+        path: str,
+    ) -> None:
+        self._app = app
+        self._settings = settings
+        self._source = source
+        self._shards = shards
+        self._lanes = lanes
+        self._partitions = partitions
+        self._table = partitions.table
+        self._halts = halts
+        self._connections = connections
+        self._commits = commits
+        self._reporters = reporters
+        self._group_check = group_check
+        self._lifetime = lifetime
+        self._report = report
+        self._on_step = on_step
+        self._path = path
+
+    # -- rebalances -------------------------------------------------------------------------------------------------
+
+    async def on_assigned(self, assigned: set[Partition]) -> None:
+        """Note what to open. Asks nobody: the client sends no heartbeat meanwhile, and PostgreSQL may be away."""
+        self._partitions.assign(assigned)
+        self._group_check.is_due = True
+        self._report({"member": self._source.member_id})  # at once: killed before the next beat, it is still taken out
+
+    async def on_revoked(self, revoked: set[Partition]) -> None:
+        """Finish what is in flight; forget the rest, which the next owner reads again."""
+        if revoked:
+            event(logging.INFO, "partitions revoked", count=len(revoked))
+            self._on_step("revoked")
+        with suppress(Exception):
+            await self.drain(min(DRAIN_SECONDS_MAX, self._settings.grace_seconds))
+
+    async def drain(self, seconds: float) -> None:
+        """Take no new batch, wait for those in flight, copy positions to Kafka, and forget the partitions."""
+        self._partitions.begin_revoke()
+        self._halts.forget()
+        try:
+            await self._wait_for_lanes(seconds)
+            await self._commits.commit()
+            for shard in self._shards:
+                if shard.control is not None and shard.control.is_usable and not shard.control_lock.locked():
+                    reporter = self._reporters[shard.name]
+                    await reporter.last(shard.control.connection, stays=self._lifetime.is_stopping)
+        finally:
+            self._partitions.finish_revoke()
+
+    async def _wait_for_lanes(self, seconds: float) -> None:
+        waits = [asyncio.create_task(lane.idle.wait()) for lane in self._lanes]
+        _, late = await asyncio.wait(waits, timeout=seconds)
+        if late:
+            event(logging.WARNING, "drain took too long: open transactions are undone", seconds=round(seconds, 1))
+            for lane in self._lanes:
+                if not lane.idle.is_set() and lane.session is not None:
+                    lane.session.close()
+            await asyncio.wait(late, timeout=2)
+        for task in waits:
+            task.cancel()
+
+    # -- positions --------------------------------------------------------------------------------------------------
+
+    async def position_partitions(self, shard: Shard) -> None:
+        """Give every assigned partition its position from a shard. Waits for services for as long as it takes."""
+        pause = BACKOFF_SECONDS[0]
+        while True:
+            await shard.positions_wanted.wait()
+            if self._lifetime.is_stopping:
+                return  # nothing is opened any more; asking on, with nothing to wait for, would let nobody else run
+            shard.positions_wanted.clear()
+            wanted, epoch = self._table.unpositioned(shard.name), self._table.assignment_epoch(shard.name)
+            if not wanted:
+                continue
+            try:
+                read = await self._read(shard, wanted)
+            except (Outage, KafkaError, TimeoutError, OSError) as error:
+                event(logging.WARNING, "positions cannot be read yet", error=describe(error), **shard.label)
+                await self._lifetime.pause(pause)
+                pause = min(BACKOFF_SECONDS[1], pause * 2)
+                shard.positions_wanted.set()
+                continue
+            if read is None or epoch != self._table.assignment_epoch(shard.name):
+                shard.positions_wanted.set()
+                continue
+            self._open(shard, read)
+            if left := len(set(wanted) - set(read.positions)):
+                event(logging.WARNING, "partitions wait for their topic or their leader", count=left)
+                await self._lifetime.pause(pause)
+                pause = min(BACKOFF_SECONDS[1], pause * 2)
+                shard.positions_wanted.set()
+            else:
+                pause = BACKOFF_SECONDS[0]
+
+    async def _read(self, shard: Shard, wanted: list[Partition]) -> _Read | None:
+        """Read positions, and what else a shard knows of partitions. None when it must be asked again."""
+        async with shard.control_lock:
+            control = await self._connections.control(shard)
+            if control is None:
+                return None
+            if shard.registered != shard.epoch:
+                await register(self._app, shard, control)
+            positions = await self._read_positions(shard, control, wanted)
+            numbers = {handler.number for handler in shard.handlers}
+            chains, tried = await start_positions.recall(control, numbers, positions)
+            await start_positions.recall_stops(control, self._halts.unreadable, self._app.name, positions)
+            await control.check_epoch()  # last, so that all that was read is of the epoch that is known
+        # With shards: what the log holds now may have been applied before, in another one if the route has changed.
+        ends = await self._source.ends(wanted) if len(self._shards) > 1 else {}
+        return _Read(positions, chains, tried, ends)
+
+    async def _read_positions(
+        self, shard: Shard, control: Session, wanted: list[Partition]
+    ) -> Mapping[Partition, tuple[Position, Stop | None]]:
+        numbers = {
+            topic: [handler.number for handler in handlers if handler.idempotent]
+            for topic, handlers in shard.by_topic.items()
+        }
+        others = {other.installation for other in self._shards if other is not shard}
+        positions, changes = await start_positions.positions(
+            self._source, control, self._app.name, wanted, shard.label, numbers, others
+        )
+        message_log.changes(changes, self._app.name, self._path, shard.label)
+        return positions
+
+    def _open(self, shard: Shard, read: _Read) -> None:
+        now = time.monotonic()
+        for partition, (position, stop) in read.positions.items():
+            if stop is not None:
+                self._halts.halt(shard, partition, stop, position)
+                continue
+            tried = {
+                delivery: attempts._replace(due=now + attempts.due)
+                for delivery, attempts in read.tried.get(partition, {}).items()
+            }
+            chains, end = read.chains.get(partition, ()), read.ends.get(partition, 0)
+            self._partitions.open(shard, partition, position, chains, tried, end)
+            self._halts.went_on(partition, position.offset)
+        event(logging.INFO, "partitions opened", count=len(read.positions), **shard.label)
+        self._report({"opened": len(read.positions)})

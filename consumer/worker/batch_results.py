@@ -1,0 +1,77 @@
+"""Publishes the result of a committed batch: the queue, the counts, the log, the pre-check's marks.
+
+Nothing here is needed for the guarantee: the transaction holds what was done, and its positions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from consumer.core.evidence import Evidence
+from consumer.core.ordering import Batch
+from consumer.core.shard_route import Router
+from consumer.kafka.source import Source
+from consumer.logs import event
+from consumer.postgres.session import Session
+from consumer.transaction import id_conflicts
+from consumer.transaction.dead_letter_rate import DeadShare
+from consumer.transaction.result import CONFLICT, BatchResult, complete, ended_by_handler
+from consumer.worker import message_log
+from consumer.worker.message_log import OFFSET_IDS, Teller
+from consumer.worker.partition_table import PartitionTable
+from consumer.worker.shard import LaneState
+
+
+class BatchResults:
+    """Records what the lanes of one worker have settled. dead_letters_added: set when there are some to publish."""
+
+    def __init__(
+        self,
+        table: PartitionTable,
+        source: Source,
+        router: Router,
+        dead_letter_rate: DeadShare,
+        evidence: Evidence,
+        message_log: Teller,
+    ) -> None:
+        self.dead_letters_added = asyncio.Event()
+        self._table = table
+        self._source = source
+        self._router = router
+        self._dead_letter_rate = dead_letter_rate
+        self._evidence = evidence
+        self._message_log = message_log
+        self._warned_topics: set[str] = set()
+
+    def warn_of_offset_ids(self, topics: set[str]) -> None:
+        """Log once for each topic that the offsets of its messages are their ids."""
+        for topic in topics - self._warned_topics:
+            self._warned_topics.add(topic)
+            event(logging.WARNING, OFFSET_IDS, topic=topic)
+
+    async def publish(self, lane: LaneState, session: Session, part: Batch, result: BatchResult) -> None:
+        """Record what a part of a batch has settled."""
+        complete(lane.scheduler, part, result, time.monotonic())
+        self._count(result)
+        self._message_log.failures(result)
+        message_log.duplicates(result)
+        if lane.shard.name:
+            self._router.applied(lane.shard.name, (delivery.record for delivery in result.applied))
+        lane.batches += 1
+        for update in result.position_updates:
+            self._table.settled(lane.shard.name, update.partition, update.next)
+        if lane.shard.precheck is not None:
+            lane.shard.precheck.mark(result.applied, session.epoch, time.time())
+        if any([outcome is CONFLICT for outcome in result.outcomes.values()]):
+            await id_conflicts.explain(session.connection, self._source, result.outcomes)
+
+    def _count(self, result: BatchResult) -> None:
+        for handler, (messages, reasons) in ended_by_handler(result.applied, result.outcomes).items():
+            self._dead_letter_rate.settled(handler, messages, reasons)
+            if reasons:
+                self.dead_letters_added.set()
+        if self._evidence.is_needed:
+            for handler in {delivery.handler.name for delivery in result.applied}:
+                self._evidence.succeeded(handler)

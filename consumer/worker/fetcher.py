@@ -1,0 +1,92 @@
+"""Fetches records from Kafka and gives each to the lane of its shard, while some lane has room."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from consumer.core.message import Partition, Record
+from consumer.core.shard_route import Router
+from consumer.kafka.source import KafkaError, LogTruncated, Source
+from consumer.logs import event
+from consumer.worker.connections import BACKOFF_SECONDS
+from consumer.worker.halts import Halts
+from consumer.worker.kafka_reports import KafkaState
+from consumer.worker.lifetime import Lifetime
+from consumer.worker.partitions import Partitions
+
+POLL_SECONDS = 0.5
+_POLL_PAUSED_SECONDS = 0.02  # while a lane is full, and may have room again soon
+
+
+class Fetcher:
+    """The loop that polls the Kafka client of one worker."""
+
+    def __init__(
+        self,
+        source: Source,
+        partitions: Partitions,
+        halts: Halts,
+        router: Router,
+        kafka: KafkaState,
+        lifetime: Lifetime,
+        on_step: Callable[[str], None],
+    ) -> None:
+        self._source = source
+        self._partitions = partitions
+        self._table = partitions.table
+        self._halts = halts
+        self._router = router
+        self._kafka = kafka
+        self._lifetime = lifetime
+        self._on_step = on_step
+
+    async def run(self) -> None:
+        """Poll until the worker stops. Waits for Kafka as long as it takes. Raises RouteFault."""
+        pause = BACKOFF_SECONDS[0]
+        while not self._lifetime.is_stopping:
+            if not self._partitions.share_room():
+                self._partitions.room.clear()
+                await self._partitions.room.wait()
+                continue
+            seconds = _POLL_PAUSED_SECONDS if self._table.has_paused else POLL_SECONDS
+            try:
+                fetched = await self._source.poll(seconds, self._table.offset)
+            except LogTruncated as error:
+                self._halts.refused(error.partition, out_of_range=True)
+                continue
+            except KafkaError as error:
+                self._kafka.away(error)
+                await self._lifetime.pause(pause)
+                pause = min(BACKOFF_SECONDS[1], pause * 2)
+                continue
+            pause = BACKOFF_SECONDS[0]
+            for partition, records in fetched.items():
+                self._queue(partition, records)
+            if fetched:
+                self._on_step("fetched")
+
+    def _queue(self, partition: Partition, records: Sequence[Record]) -> None:
+        """Give each record to the lane of its shard. The other lanes learn that there was nothing for them."""
+        if not records:
+            return
+        start = self._table.advance(partition, records[-1].offset + 1)
+        if start is None:
+            return  # it has no position yet: it will be sought to it
+        end = max(start, records[-1].offset + 1)
+        self._halts.went_on(partition, end)
+        for lane, of_shard in zip(self._partitions.lanes_of(partition), self._router.split(records), strict=True):
+            # What a lane has no room for is read again, from where that lane is.
+            wanted = lane.has_room and not lane.scheduler.is_full(partition)
+            kept, _ = lane.scheduler.add(partition, of_shard, start, end) if wanted else (0, 0)
+            if kept:
+                event(
+                    logging.DEBUG,
+                    "fetched",
+                    topic=partition.topic,
+                    partition=partition.partition,
+                    first=of_shard[0].offset,
+                    last=of_shard[-1].offset,
+                    count=kept,
+                )
+                lane.wake.set()

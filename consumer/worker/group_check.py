@@ -1,0 +1,36 @@
+"""Logs members of the App's group that are no workers: the messages of their partitions are not applied."""
+
+from __future__ import annotations
+
+import logging
+
+from consumer.kafka import group
+from consumer.logs import event
+from consumer.settings import Settings
+
+
+class GroupCheck:
+    """Looks at the members of the group after each rebalance. is_due: the group has changed since the last look."""
+
+    def __init__(self, app: str, settings: Settings) -> None:
+        self.is_due = True
+        self._app = app
+        self._settings = settings
+        self._strangers: tuple[str, ...] = ()
+
+    async def run(self) -> None:
+        """Look at the members, if that is due. Raises KafkaError, TimeoutError and OSError."""
+        if not self.is_due:
+            return
+        members = await group.look(self._settings, self._app)
+        self.is_due = not members.settled
+        if members.strangers and members.strangers != self._strangers:
+            event(
+                logging.WARNING,
+                "another client is a member of this App's group: the messages of its partitions are not applied",
+                group=self._app,
+                clients=", ".join(members.strangers),
+                do="give it another group id",
+            )
+        if members.settled:
+            self._strangers = members.strangers

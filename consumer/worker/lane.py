@@ -1,0 +1,267 @@
+"""Settles batches on one connection: identify, pre-check, check the other shards, observe, settle, publish the result.
+
+A batch is settled whatever happens, unless its partitions go away first: then their next owner reads it again.
+Limitations: does not know whether the worker still owns its partitions. The claims and the positions in PostgreSQL do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from consumer.core.errors import ConsumerError
+from consumer.core.evidence import Evidence
+from consumer.core.ordering import Batch
+from consumer.core.outcome import RetryLater
+from consumer.logs import describe, event
+from consumer.postgres.errors import Conflict, Fenced, Outage, lock_timed_out, sqlstate_of
+from consumer.postgres.session import Session
+from consumer.retention.task import Timestamps
+from consumer.settings import Settings
+from consumer.transaction import apply
+from consumer.transaction.dead_letter_rate import DeadShare, TooManyDeadLetters
+from consumer.transaction.errors import facts_of
+from consumer.transaction.handler_runner import observe
+from consumer.transaction.identify import identify
+from consumer.transaction.isolate import FAILURES_MAX, Part, TransactionPoisoned, run_smaller
+from consumer.transaction.limits import HandlerTimeout, HandlerUncancellable
+from consumer.transaction.result import BatchResult
+from consumer.transaction.settle import next_parts, pause_seconds, settle
+from consumer.worker.batch_results import BatchResults
+from consumer.worker.connections import Connections
+from consumer.worker.lifetime import Lifetime
+from consumer.worker.message_log import Teller
+from consumer.worker.partitions import Partitions
+from consumer.worker.shard import LaneState
+from consumer.worker.shard_check import ShardCheck
+from consumer.worker.wait_reports import Reporter
+
+_LAST_WORD_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class LaneServices:
+    """What the lanes of one worker share. turn: the number of the turns that its transactions take after conflicts."""
+
+    settings: Settings
+    partitions: Partitions
+    connections: Connections
+    shard_check: ShardCheck
+    results: BatchResults
+    reporters: Mapping[str, Reporter]
+    message_log: Teller
+    evidence: Evidence
+    dead_letter_rate: DeadShare
+    timestamps: Timestamps
+    lifetime: Lifetime
+    turn: int
+    random: Callable[[], float]
+    on_step: Callable[[str], None]
+
+
+class LaneRunner:
+    """The loop of one lane."""
+
+    def __init__(self, lane: LaneState, services: LaneServices) -> None:
+        self.lane = lane
+        self.services = services
+        self._table = services.partitions.table
+
+    async def run(self) -> None:
+        """Settle one batch after the other. Raises what must end the worker."""
+        lane, services = self.lane, self.services
+        while True:
+            batch = self._take()
+            if batch is None:
+                await self._wait()
+                continue
+            lane.idle.clear()
+            services.partitions.room.set()
+            await self.settle_batch(batch)
+            if lane.shard.crowded_until > time.monotonic():
+                await services.connections.give_back(lane, is_idle=False)
+
+    def _take(self) -> Batch | None:
+        settings = self.services.settings
+        if not self._table.has_assignment or self.services.lifetime.is_stopping:
+            return None
+        return self.lane.scheduler.take(time.monotonic(), settings.batch_messages_max, settings.batch_bytes_max)
+
+    async def _wait(self) -> None:
+        """Wait until there may be a batch."""
+        lane = self.lane
+        if lane.shard.crowded_until > time.monotonic():
+            await self.services.connections.give_back(lane, is_idle=True)
+        lane.idle.set()
+        lane.wake.clear()
+        due = lane.scheduler.next_due()
+        with suppress(TimeoutError):
+            is_timed = due is not None and self._table.has_assignment
+            timeout = max(0.001, due - time.monotonic()) if due is not None and is_timed else None
+            await asyncio.wait_for(lane.wake.wait(), timeout)
+
+    # -- the way of a batch -----------------------------------------------------------------------------------------
+
+    async def settle_batch(self, batch: Batch) -> None:
+        """Take a batch through all steps."""
+        epoch = self._table.assignment_epoch(self.lane.shard.name)
+        self._identify(batch)
+        await self._pre_check(batch)
+        if await self.services.shard_check.is_in_no_other_shard(self.lane, batch):
+            await self._observe(batch)
+            await self._settle(batch, epoch)
+
+    def _identify(self, batch: Batch) -> None:
+        self.services.timestamps.look(batch.deliveries)
+        by_offset = identify(batch.deliveries, self.lane.shard.ids.logs)
+        if by_offset:
+            self.services.results.warn_of_offset_ids(by_offset)
+
+    async def _pre_check(self, batch: Batch) -> None:
+        if (precheck := self.lane.shard.precheck) is not None:
+            await precheck.check(batch.deliveries, time.time())
+            self.services.on_step("prechecked")
+
+    async def _observe(self, batch: Batch) -> None:
+        """Run the handlers that opted out of the guarantee."""
+        for delivery, error in await observe(batch.deliveries, self.services.random, self.lane.calls):
+            self.services.message_log.failure(delivery, error, delivery.outcome)
+
+    async def _settle(self, batch: Batch, epoch: int) -> None:
+        """Settle a batch in one transaction, or in several where that fails; publish each result."""
+        async for part, result in settle(
+            [batch],
+            lambda part: self._prepare(part, epoch),
+            self._attempt,
+            lambda part, error: self._after_failure(part, error, epoch),
+        ):
+            await self.services.results.publish(self.lane, self._session, part.batch, result)
+
+    @property
+    def _session(self) -> Session:
+        assert self.lane.session is not None, "_prepare comes first"
+        return self.lane.session
+
+    async def _prepare(self, part: Part, epoch: int) -> bool:
+        """Open the lane's connection where it has none. False: the partitions are not this worker's any more."""
+        lane, services = self.lane, self.services
+        lane.part = part.batch
+        if lane.session is None or not lane.session.is_usable:
+            lane.idle.set()  # nothing is in flight: a rebalance need not wait until the database is back
+            lane.session = await services.connections.open(lane.shard)
+            lane.opened_at = time.monotonic()
+            if lane.session is None or epoch != self._table.assignment_epoch(lane.shard.name):
+                return False
+            lane.idle.clear()
+            if lane.session.epoch != lane.shard.epoch:
+                services.partitions.new_epoch(lane.shard, lane.session.epoch)
+                return False
+        return True
+
+    async def _attempt(self, part: Part) -> BatchResult:
+        """Run a part of a batch in one transaction."""
+        lane, services, session = self.lane, self.services, self._session
+        session.turn = services.turn if lane.turns.are_taken else None
+        with lane.calls.transaction():
+            result = await apply.apply_batch(
+                session,
+                lane.shard.ids,
+                lane.scheduler,
+                part.batch,
+                use_savepoints=part.use_savepoints,
+                random=services.random,
+                on_step=lane.calls.wrap_step(services.on_step),
+                calls=lane.calls,
+                limit=services.dead_letter_rate,
+                evidence=services.evidence,
+            )
+        if session.turn is None and lane.turns.are_taken:
+            lane.turns.did_not_come()
+        lane.turns.settled()
+        return result
+
+    async def _after_failure(self, part: Part, error: Exception, epoch: int) -> Sequence[Part] | None:
+        """Report a failed transaction, wait, and decide what runs next. None: the partitions are to be read again."""
+        lane, services = self.lane, self.services
+        match error:
+            case TransactionPoisoned():
+                return self._cut(part, error)
+            case Conflict() | Outage():
+                if epoch != self._table.assignment_epoch(lane.shard.name):
+                    return None
+                return await self._run_again(part, error)
+            case TooManyDeadLetters():
+                reporter = services.reporters[lane.shard.name]
+                await reporter.halt(self._session.connection, part.batch.deliveries, error)
+                raise error
+            case Fenced():
+                event(logging.WARNING, "positions have moved: reading them again", lane=lane.number, **lane.shard.label)
+                services.partitions.reopen_lane(lane)
+                return None
+            case _:
+                raise error
+
+    def _cut(self, part: Part, error: TransactionPoisoned) -> Sequence[Part]:
+        """What to run after a message spoiled the transaction."""
+        services, deliveries = self.services, part.batch.deliveries
+        if isinstance(error.__cause__, HandlerTimeout) and error.__cause__.in_statement:
+            self.lane.turns.met()
+        parts = next_parts(part, error, services.random, services.evidence)
+        if len(deliveries) == 1 and isinstance(deliveries[0].outcome, RetryLater):
+            services.message_log.failure(deliveries[0], error.__cause__, deliveries[0].outcome)
+        return parts
+
+    async def _run_again(self, part: Part, error: Conflict | Outage) -> Sequence[Part]:
+        """What to run after a conflict or an outage, and the pause before it."""
+        services, shard = self.services, self.lane.shard
+        cause = error.__cause__ or error
+        if isinstance(error, Outage) or part.failures >= FAILURES_MAX:
+            text = "the batch runs again: " + ("postgresql lost" if isinstance(error, Outage) else "conflict")
+            fields = {"error": describe(cause), "sqlstate": sqlstate_of(cause), "times": part.failures + 1}
+            services.message_log.say(logging.WARNING, text, (shard.name, describe(cause)), {**fields, **shard.label})
+        # Such a lock may be held by anybody. To wait for it in turn would only hold up the other lanes.
+        if isinstance(error, Conflict) and not lock_timed_out(cause):
+            self.lane.turns.met()
+        parts = next_parts(part, error, services.random, services.evidence)
+        # The first conflict is run again almost at once; what keeps failing is left ever more time.
+        await services.lifetime.pause(pause_seconds(part.failures) * (0.5 + services.random() / 2))
+        return parts
+
+    # -- before the process ends ------------------------------------------------------------------------------------
+
+    async def record_stuck_attempt(self, stuck: HandlerUncancellable) -> None:
+        """Settle the message of a handler that cannot be stopped, on another connection, before the process ends.
+
+        Else it would be as new for the next process, which it would stop in the same way, for ever. Of the many messages
+        of a batch handler's call, nobody knows which it was.
+        """
+        lane, services = self.lane, self.services
+        deliveries = stuck.cause.deliveries
+        if len(deliveries) > 1 or not deliveries[0].handler.idempotent or lane.part is None:
+            return
+        alone = Batch(list(deliveries), {}, lane.part.assignment_epochs)
+        facts = facts_of(stuck.cause, deliveries[0].handler.place)
+        [part] = run_smaller(Part(alone, use_savepoints=True), facts, services.random)
+        try:
+            async with asyncio.timeout(_LAST_WORD_SECONDS):
+                session = await Session.open(lane.shard.settings)
+                try:
+                    if session.epoch != lane.shard.epoch:
+                        return  # what is known of the message is of another history
+                    await apply.apply_batch(
+                        session,
+                        lane.shard.ids,
+                        lane.scheduler,
+                        part.batch,
+                        use_savepoints=True,
+                        random=services.random,
+                        on_step=services.on_step,
+                    )
+                finally:
+                    session.close()
+        except (ConsumerError, TimeoutError) as error:
+            event(logging.WARNING, "the attempt could not be counted", error=describe(error.__cause__ or error))

@@ -1,0 +1,213 @@
+"""Does what the partition table decides: moves the Kafka client, and opens and closes partitions in the lanes.
+
+Every part of the worker that changes what happens to a partition does it here. Limitations: asks no service; positions
+come in from assignment.py, and what speaks against them from halts.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+from consumer.core.log_identity import Position, Stop
+from consumer.core.message import Partition
+from consumer.core.ordering import SavedAttempts
+from consumer.kafka.source import Source
+from consumer.logs import event
+from consumer.settings import Settings
+from consumer.worker.partition_table import Action, Hold, PartitionTable, Pause, Resume, Seek
+from consumer.worker.shard import LaneState, Shard
+from consumer.worker.wait_reports import Reporter
+
+
+class Partitions:
+    """The partitions of one worker: the table, the Kafka client and the lanes, kept in step.
+
+    room: set when a lane may have room again, so that the fetcher goes on.
+    """
+
+    def __init__(
+        self,
+        table: PartitionTable,
+        source: Source,
+        shards: Sequence[Shard],
+        lanes: Sequence[LaneState],
+        reporters: Mapping[str, Reporter],
+        settings: Settings,
+    ) -> None:
+        self.table = table
+        self.room = asyncio.Event()
+        self._source = source
+        self._shards = shards
+        self._lanes = lanes
+        self._by_shard = {shard.name: [lane for lane in lanes if lane.shard is shard] for shard in shards}
+        self._reporters = reporters
+        self._messages_max = settings.buffer_messages_max / len(lanes)
+        self._bytes_max = settings.buffer_bytes_max / len(lanes)
+
+    # -- lanes ------------------------------------------------------------------------------------------------------
+
+    def lane_of(self, shard: Shard, partition: Partition) -> LaneState | None:
+        """The lane of a partition in a shard; None for a partition that is not assigned."""
+        number = self.table.number(partition)
+        if number is None:
+            return None
+        lanes = self._by_shard[shard.name]
+        return lanes[number % len(lanes)]
+
+    def lanes_of(self, partition: Partition) -> list[LaneState]:
+        """The lanes of a partition, one in each shard and in their order; empty where it is not assigned."""
+        number = self.table.number(partition)
+        return [] if number is None else [lanes[number % len(lanes)] for lanes in self._by_shard.values()]
+
+    def open_lanes_of(self, partition: Partition) -> list[LaneState]:
+        """Those lanes of a partition that know its position."""
+        return [lane for lane in self.lanes_of(partition) if lane.scheduler.received(partition) is not None]
+
+    def wake_lanes(self) -> None:
+        """Let every lane look for a batch, or for the reason not to take one."""
+        for lane in self._lanes:
+            lane.wake.set()
+
+    def wake(self) -> None:
+        """Let the lanes and the fetcher notice that the worker is to stop."""
+        self.wake_lanes()
+        self.room.set()
+
+    # -- assignment -------------------------------------------------------------------------------------------------
+
+    def assign(self, assigned: Iterable[Partition]) -> None:
+        """Begin an assignment. Asks no service: the client sends no heartbeat meanwhile."""
+        self._take(self.table.assign(assigned))
+        for shard in self._shards:
+            shard.positions_wanted.set()
+
+    def begin_revoke(self) -> None:
+        """Let the lanes take no more batches."""
+        self.table.begin_revoke()
+        self.wake_lanes()
+
+    def finish_revoke(self) -> None:
+        """Forget every partition and what was fetched of it; its next owner reads it again."""
+        for lane in self._lanes:
+            for partition in lane.scheduler.partitions:
+                lane.scheduler.revoke(partition)
+        self.table.finish_revoke()
+        self.room.set()
+
+    # -- positions --------------------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        shard: Shard,
+        partition: Partition,
+        position: Position,
+        chains: Iterable[tuple[int, bytes]],
+        tried: Mapping[tuple[int, int], SavedAttempts],
+        cross_check_below: int,
+    ) -> None:
+        """Go on with a partition from the position that a shard has. chains, tried: what the shard remembers of it."""
+        lane = self.lane_of(shard, partition)
+        if lane is None:
+            return
+        self.table.open(shard.name, partition, position, cross_check_below)
+        lane.scheduler.assign(partition, position.offset)
+        lane.scheduler.restore(partition, chains, tried)
+        self.read_on(partition)
+
+    def reopen(self, lane: LaneState, partition: Partition) -> None:
+        """Forget what was read of a partition in a lane, and begin again at the position that PostgreSQL has."""
+        lane.scheduler.revoke(partition)
+        self._take(self.table.close(lane.shard.name, partition))
+        lane.shard.positions_wanted.set()
+
+    def reopen_lane(self, lane: LaneState) -> None:
+        """Reopen every partition of a lane."""
+        for partition in lane.scheduler.partitions:
+            self.reopen(lane, partition)
+        self.room.set()
+
+    def new_epoch(self, shard: Shard, epoch: str) -> None:
+        """Reopen every partition of a database that is another one, or went back in time.
+
+        What is in flight means nothing there.
+        """
+        event(logging.WARNING, "another epoch of postgresql: positions are read again", epoch=epoch, **shard.label)
+        shard.epoch = epoch
+        self.table.next_epoch(shard.name)
+        if shard.precheck is not None:
+            shard.precheck.new_epoch(epoch)
+        for lane in self._by_shard[shard.name]:
+            if lane.session is not None and lane.session.epoch != epoch:
+                lane.session.close()
+            self.reopen_lane(lane)
+
+    # -- fetching ---------------------------------------------------------------------------------------------------
+
+    def share_room(self) -> bool:
+        """Fetch nothing more for lanes whose share of the buffer is used up. Returns whether some lane has room."""
+        serving = [lane for lane in self._lanes if lane.scheduler.partitions]
+        for lane in serving:
+            messages, size = lane.scheduler.fetched
+            # A lane that others have gone ahead of needs room for more than a little: each time, the log is read again.
+            share = 0.5 if len(self._shards) > 1 and not lane.has_room else 1.0
+            lane.has_room = messages < self._messages_max * share and size < self._bytes_max * share
+        for partition in self.table.partitions():
+            self.read_on(partition)
+        self._source.expect_more(soon=self.table.has_paused)
+        return not serving or any(lane.has_room for lane in serving)
+
+    def read_on(self, partition: Partition) -> None:
+        """Read a partition from where the first of its lanes that has room goes on; not at all while none has.
+
+        With one shard that is where the client is, except after the partition was opened. With several, a shard that
+        is away or slow fills its share of the buffer and is left behind, and the log is read again from there when it
+        has room: the lanes that are ahead drop what they have had.
+        """
+        if not self.table.may_be_read(partition):
+            return
+        wanted = []
+        for lane in self.open_lanes_of(partition):
+            if lane.scheduler.is_full(partition):
+                self._reporters[lane.shard.name].full(partition)
+                lane.scheduler.drop_fetched(partition)  # else it would take the room of the others
+            elif lane.has_room:
+                wanted.append(lane.scheduler.received(partition) or 0)
+        action = self.table.want(partition, min(wanted, default=None))
+        if action is not None:
+            self._take([action])
+
+    # -- refusals and halts -----------------------------------------------------------------------------------------
+
+    def refuse(self, partition: Partition, *, out_of_range: bool) -> bool:
+        """Pause a partition whose fetch was refused. Returns whether the refusal says something of it as it is now."""
+        actions = self.table.refuse(partition, out_of_range=out_of_range)
+        self._take(actions)
+        return bool(actions)
+
+    def accept(self, partition: Partition) -> None:
+        """Read a partition on whose fetch was refused: nothing speaks against it."""
+        self.table.accept(partition)
+        self.read_on(partition)
+
+    def halt(self, shard: Shard, partition: Partition, stop: Stop, position: Position) -> None:
+        """Fetch nothing more of a partition; what was read of it before is still settled."""
+        self._take(self.table.halt(shard.name, partition, stop, position))
+
+    def retry(self, partition: Partition) -> None:
+        """Read a halted partition again, from where it was."""
+        self.table.retry(partition)
+        self.read_on(partition)
+
+    def _take(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case Hold(partition):
+                    self._source.hold(partition)
+                case Pause(partition):
+                    self._source.pause(partition)
+                case Resume(partition):
+                    self._source.resume(partition)
+                case Seek(partition, offset, topic_id):
+                    self._source.go_on(partition, offset, topic_id)

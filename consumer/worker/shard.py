@@ -1,0 +1,68 @@
+"""What a worker knows of one database, and of one lane that settles batches in it.
+
+Data only: the parts of the worker read and write it. An App without shards has one database, whose name is empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from consumer.core.handler import Handler
+from consumer.core.ordering import Batch, Scheduler
+from consumer.postgres.session import Session
+from consumer.settings import Settings
+from consumer.transaction.limits import CallTracker
+from consumer.transaction.result import LedgerIds
+from consumer.worker.conflict_turns import Turns
+
+if TYPE_CHECKING:
+    from consumer.precheck.client import Precheck
+
+
+@dataclass(slots=True, eq=False)
+class Shard:
+    """One database. What is known of its partitions is in the partition table."""
+
+    name: str
+    settings: Settings  # the worker's, with the address of this database
+    ids: LedgerIds
+    by_topic: dict[str, list[Handler]] = field(default_factory=dict)  # the handlers, with their numbers in its ledger
+    precheck: Precheck | None = None  # its marks name the epoch of this database
+    control: Session | None = None  # the connection beside the lanes
+    control_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    epoch: str = ""
+    registered: str = ""  # the epoch that the numbers of handlers and topics are of
+    code_recorded_at: float = 0.0
+    installation: str = ""
+    positions_wanted: asyncio.Event = field(default_factory=asyncio.Event)  # some partition may be unpositioned
+    crowded_until: float = 0.0  # monotonic: connections are given back, for other workers and lanes
+
+    @property
+    def label(self) -> dict[str, str]:
+        """The fields that name the database in log events."""
+        return {"shard": self.name} if self.name else {}
+
+    @property
+    def handlers(self) -> set[Handler]:
+        """The handlers of all topics, with their numbers in this ledger."""
+        return {handler for handlers in self.by_topic.values() for handler in handlers}
+
+
+@dataclass(slots=True, eq=False)
+class LaneState:
+    """A lane: its queue, its connection and what it is doing. A partition has one lane in every shard."""
+
+    number: int
+    shard: Shard
+    scheduler: Scheduler
+    calls: CallTracker
+    turns: Turns
+    session: Session | None = None
+    opened_at: float = 0.0  # of the session, monotonic
+    idle: asyncio.Event = field(default_factory=asyncio.Event)  # no transaction is in flight
+    wake: asyncio.Event = field(default_factory=asyncio.Event)  # there may be a batch to take
+    part: Batch | None = None  # what it is settling
+    has_room: bool = True  # its share of the buffer is not used up
+    batches: int = 0  # settled so far

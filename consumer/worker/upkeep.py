@@ -1,0 +1,62 @@
+"""Keeps a database up to date about a worker: what waits in it, and which code its handlers have."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from consumer.app import App
+from consumer.handler_records import handler_code
+from consumer.logs import describe, event
+from consumer.worker import wait_reports
+from consumer.worker.connections import Connections
+from consumer.worker.message_log import Teller
+from consumer.worker.partition_table import PartitionTable
+from consumer.worker.shard import Shard
+from consumer.worker.wait_reports import Reporter
+
+
+class Upkeep:
+    """The loop that reports to one shard over the connection beside its lanes."""
+
+    def __init__(
+        self,
+        app: App,
+        shard: Shard,
+        table: PartitionTable,
+        reporter: Reporter,
+        connections: Connections,
+        message_log: Teller,
+    ) -> None:
+        self._app = app
+        self._shard = shard
+        self._table = table
+        self._reporter = reporter
+        self._connections = connections
+        self._message_log = message_log
+
+    async def run(self) -> None:
+        """Report at every interval, so that `consumer status` can show it from anywhere."""
+        shard = self._shard
+        while True:
+            await asyncio.sleep(wait_reports.SECONDS)
+            self._message_log.flush()
+            if not self._table.has_assignment or shard.control_lock.locked():
+                continue
+            control = shard.control
+            try:
+                async with shard.control_lock:
+                    if control is not None and control.is_usable:
+                        await self._reporter.report(control.connection)
+                        await self._renew_code(control.connection)
+                    await self._connections.check_shortage(shard)
+            except Exception as error:  # it is tried again; nothing depends on it but what people see
+                event(logging.DEBUG, "what waits cannot be reported now", error=describe(error), **shard.label)
+                if control is not None:
+                    control.close()
+
+    async def _renew_code(self, connection: object) -> None:
+        if time.monotonic() - self._shard.code_recorded_at > handler_code.RENEW_SECONDS:
+            await handler_code.record(connection, self._app)
+            self._shard.code_recorded_at = time.monotonic()
