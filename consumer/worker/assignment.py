@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from consumer.app import App
 from consumer.core.log_identity import Position, Stop
 from consumer.core.message import Partition
-from consumer.core.ordering import SavedAttempts
 from consumer.kafka.source import KafkaError, Source
 from consumer.logs import describe, event
 from consumer.postgres.errors import Outage
@@ -42,8 +41,8 @@ class _Read(NamedTuple):
     """What a shard knows of partitions that are to be opened."""
 
     positions: Mapping[Partition, tuple[Position, Stop | None]]
-    chains: Mapping[Partition, set[tuple[int, bytes]]]
-    tried: Mapping[Partition, Mapping[tuple[int, int], SavedAttempts]]
+    chains: start_positions.Chains
+    attempts: start_positions.Attempts
     ends: Mapping[Partition, int]  # of the logs, with several shards
 
 
@@ -111,7 +110,7 @@ class Assignment:
             for shard in self._shards:
                 if shard.control is not None and shard.control.is_usable and not shard.control_lock.locked():
                     reporter = self._reporters[shard.name]
-                    await reporter.last(shard.control.connection, stays=self._lifetime.is_stopping)
+                    await reporter.finish(shard.control.connection, stays=self._lifetime.is_stopping)
         finally:
             self._partitions.finish_revoke()
 
@@ -170,12 +169,12 @@ class Assignment:
                 await register(self._app, shard, control)
             positions = await self._read_positions(shard, control, wanted)
             numbers = {handler.number for handler in shard.handlers}
-            chains, tried = await start_positions.recall(control, numbers, positions)
-            await start_positions.recall_stops(control, self._halts.unreadable, self._app.name, positions)
+            chains, attempts = await start_positions.restore_queues(control, numbers, positions)
+            await start_positions.restore_stops(control, self._halts.unreadable, self._app.name, positions)
             await control.check_epoch()  # last, so that all that was read is of the epoch that is known
         # With shards: what the log holds now may have been applied before, in another one if the route has changed.
         ends = await self._source.ends(wanted) if len(self._shards) > 1 else {}
-        return _Read(positions, chains, tried, ends)
+        return _Read(positions, chains, attempts, ends)
 
     async def _read_positions(
         self, shard: Shard, control: Session, wanted: list[Partition]
@@ -185,10 +184,10 @@ class Assignment:
             for topic, handlers in shard.by_topic.items()
         }
         others = {other.installation for other in self._shards if other is not shard}
-        positions, changes = await start_positions.positions(
+        positions, changes = await start_positions.read_positions(
             self._source, control, self._app.name, wanted, shard.label, numbers, others
         )
-        message_log.changes(changes, self._app.name, self._path, shard.label)
+        message_log.log_handler_changes(changes, self._app.name, self._path, shard.label)
         return positions
 
     def _open(self, shard: Shard, read: _Read) -> None:
@@ -197,12 +196,12 @@ class Assignment:
             if stop is not None:
                 self._halts.halt(shard, partition, stop, position)
                 continue
-            tried = {
-                delivery: attempts._replace(due=now + attempts.due)
-                for delivery, attempts in read.tried.get(partition, {}).items()
+            attempts = {
+                delivery: saved._replace(due=now + saved.due)
+                for delivery, saved in read.attempts.get(partition, {}).items()
             }
             chains, end = read.chains.get(partition, ()), read.ends.get(partition, 0)
-            self._partitions.open(shard, partition, position, chains, tried, end)
+            self._partitions.open(shard, partition, position, chains, attempts, end)
             self._halts.went_on(partition, position.offset)
         event(logging.INFO, "partitions opened", count=len(read.positions), **shard.label)
         self._report({"opened": len(read.positions)})

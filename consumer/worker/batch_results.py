@@ -19,7 +19,7 @@ from consumer.transaction import id_conflicts
 from consumer.transaction.dead_letter_rate import DeadShare
 from consumer.transaction.result import CONFLICT, BatchResult, complete, ended_by_handler
 from consumer.worker import message_log
-from consumer.worker.message_log import OFFSET_IDS, Teller
+from consumer.worker.message_log import OFFSET_IDS, MessageLog
 from consumer.worker.partition_table import PartitionTable
 from consumer.worker.shard import LaneState
 
@@ -34,7 +34,7 @@ class BatchResults:
         router: Router,
         dead_letter_rate: DeadShare,
         evidence: Evidence,
-        message_log: Teller,
+        message_log: MessageLog,
     ) -> None:
         self.dead_letters_added = asyncio.Event()
         self._table = table
@@ -55,8 +55,8 @@ class BatchResults:
         """Record what a part of a batch has settled."""
         complete(lane.scheduler, part, result, time.monotonic())
         self._count(result)
-        self._message_log.failures(result)
-        message_log.duplicates(result)
+        self._message_log.log_failures(result)
+        message_log.log_duplicates(result)
         if lane.shard.name:
             self._router.applied(lane.shard.name, (delivery.record for delivery in result.applied))
         lane.batches += 1

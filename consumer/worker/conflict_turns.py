@@ -30,21 +30,21 @@ class Turns:
         self._next = _FEW
 
     @property
-    def are_taken(self) -> bool:
+    def is_needed(self) -> bool:
         """Whether the next transaction takes its turn."""
         return self._left > 0
 
-    def met(self) -> None:
-        """A transaction met another one."""
+    def conflicted(self) -> None:
+        """A transaction and another one wanted the same rows."""
         self._left = self._next
         self._next = min(_MANY, self._next * 2)
 
-    def did_not_come(self) -> None:
-        """The turn of a transaction did not come in time: another one is slow, and waiting costs more than a deadlock."""
+    def timed_out(self) -> None:
+        """A transaction waited for its turn in vain: another one is slow, and waiting costs more than a deadlock."""
         self._left = 0
 
-    def settled(self) -> None:
-        """A transaction went through."""
+    def committed(self) -> None:
+        """A transaction was committed."""
         if self._left:
             self._left -= 1
         else:

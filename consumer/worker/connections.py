@@ -17,7 +17,7 @@ from consumer.postgres.epoch import is_left_behind
 from consumer.postgres.errors import NotPrimary, Outage, sqlstate_of
 from consumer.postgres.session import Session
 from consumer.worker.lifetime import Lifetime
-from consumer.worker.message_log import Teller
+from consumer.worker.message_log import MessageLog
 from consumer.worker.partitions import Partitions
 from consumer.worker.shard import LaneState, Shard
 
@@ -39,7 +39,7 @@ class Connections:
         self,
         partitions: Partitions,
         lifetime: Lifetime,
-        message_log: Teller,
+        message_log: MessageLog,
         random: Callable[[], float],
         *,
         is_pooled: bool,
@@ -127,7 +127,7 @@ class Connections:
 
     def _share(self, shard: Shard) -> None:
         """Give connections back for a while: others wait for one."""
-        self._message_log.say(
+        self._message_log.log_rarely(
             logging.WARNING,
             "postgresql has too few connections: lanes and workers take turns",
             (shard.name,),

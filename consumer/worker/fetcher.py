@@ -56,7 +56,7 @@ class Fetcher:
                 self._halts.refused(error.partition, out_of_range=True)
                 continue
             except KafkaError as error:
-                self._kafka.away(error)
+                self._kafka.unavailable(error)
                 await self._lifetime.pause(pause)
                 pause = min(BACKOFF_SECONDS[1], pause * 2)
                 continue

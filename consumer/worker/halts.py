@@ -47,7 +47,8 @@ class Halts:
         if is_logged:
             event(
                 logging.ERROR,
-                f"partition stopped: {stop.text}",
+                "partition stopped",
+                why=stop.text,
                 topic=partition.topic,
                 partition=partition.partition,
                 reason=stop.reason.value,

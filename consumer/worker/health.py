@@ -112,7 +112,7 @@ class Health:
             try:
                 ends = await self._source.ends(list(received), partial=True) if received else {}
             except (KafkaError, TimeoutError, OSError) as error:
-                self._kafka.away(error)
+                self._kafka.unavailable(error)
                 watchdog = Watchdog()  # an outage of Kafka is waited for
                 continue
             received = {partition: offset for partition, offset in received.items() if partition in ends}

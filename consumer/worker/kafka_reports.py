@@ -1,6 +1,6 @@
-"""What a worker has said about Kafka as a whole: an outage and its end once each, topics that are gone or not allowed.
+"""Logs the state of Kafka as a whole: outages, deleted topics, topics that may not be read. Each once.
 
-Logs; asks nobody. What it does not know: partitions that cannot be read one by one, which postgres/stopped_partitions.py keeps.
+Limitations: partitions that cannot be read one by one are kept by postgres/stopped_partitions.py.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ _LEADERLESS_SECONDS = 30.0
 
 
 class KafkaState:
-    """Whether Kafka answers, as this worker last saw it."""
+    """What a worker last saw of Kafka."""
 
     def __init__(self) -> None:
-        self._is_away = False
+        self._is_unavailable = False
         self._seen: set[str] = set()
-        self._gone: set[str] = set()
+        self._deleted: set[str] = set()
         self._refused: frozenset[str] = frozenset()
         self._leaderless: dict[Partition, float] = {}
 
-    def away(self, error: Exception) -> None:
-        """Kafka does not answer: logged once for each outage."""
-        if not self._is_away:
+    def unavailable(self, error: Exception) -> None:
+        """Note that Kafka does not answer."""
+        if not self._is_unavailable:
             event(logging.WARNING, "waiting for kafka", error=describe(error))
-        self._is_away = True
+        self._is_unavailable = True
 
-    def back(self) -> None:
-        """Kafka answers."""
-        if self._is_away:
+    def available(self) -> None:
+        """Note that Kafka answers."""
+        if self._is_unavailable:
             event(logging.INFO, "kafka is back")
-        self._is_away = False
+        self._is_unavailable = False
 
-    def topics(self, wanted: Sequence[str], identity: Identity) -> None:
-        """Log topics that have disappeared or may not be read, once each."""
+    def check_topics(self, wanted: Sequence[str], identity: Identity) -> None:
+        """Log topics that have disappeared or may not be read, and those that are there again."""
         for topic in sorted(identity.refused - self._refused):
             event(
                 logging.ERROR,
@@ -48,21 +48,22 @@ class KafkaState:
             )
         self._refused = identity.refused
         if identity.cluster_id is None:
-            return  # this broker does not tell
+            return  # this broker names no topics by id
         self._seen |= set(identity.topics)
-        gone = {each for each in wanted if each in self._seen and each not in identity.topics} - identity.refused
-        for topic in sorted(gone - self._gone):
+        missing = {topic for topic in wanted if topic in self._seen and topic not in identity.topics}
+        deleted = missing - identity.refused
+        for topic in sorted(deleted - self._deleted):
             event(
                 logging.ERROR,
                 "a topic was deleted: nothing more is read of it",
                 topic=topic,
                 do="create it again, or remove its handlers; positions of the old one need `consumer positions --adopt`",
             )
-        for topic in sorted(self._gone - gone):
+        for topic in sorted(self._deleted - deleted):
             event(logging.INFO, "a deleted topic exists again", topic=topic)
-        self._gone = gone
+        self._deleted = deleted
 
     def long_leaderless(self, partitions: Collection[Partition], now: float) -> list[Partition]:
-        """Those of the partitions without a leader that have been so for long."""
-        self._leaderless = {each: self._leaderless.get(each, now) for each in partitions}
-        return [each for each, since in self._leaderless.items() if now - since > _LEADERLESS_SECONDS]
+        """Those of the partitions without a leader that have had none for long."""
+        self._leaderless = {partition: self._leaderless.get(partition, now) for partition in partitions}
+        return [partition for partition, since in self._leaderless.items() if now - since > _LEADERLESS_SECONDS]

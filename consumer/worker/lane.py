@@ -25,7 +25,6 @@ from consumer.settings import Settings
 from consumer.transaction import apply
 from consumer.transaction.dead_letter_rate import DeadShare, TooManyDeadLetters
 from consumer.transaction.errors import facts_of
-from consumer.transaction.handler_runner import observe
 from consumer.transaction.identify import identify
 from consumer.transaction.isolate import FAILURES_MAX, Part, TransactionPoisoned, run_smaller
 from consumer.transaction.limits import HandlerTimeout, HandlerUncancellable
@@ -34,7 +33,7 @@ from consumer.transaction.settle import next_parts, pause_seconds, settle
 from consumer.worker.batch_results import BatchResults
 from consumer.worker.connections import Connections
 from consumer.worker.lifetime import Lifetime
-from consumer.worker.message_log import Teller
+from consumer.worker.message_log import MessageLog
 from consumer.worker.partitions import Partitions
 from consumer.worker.shard import LaneState
 from consumer.worker.shard_check import ShardCheck
@@ -53,7 +52,7 @@ class LaneServices:
     shard_check: ShardCheck
     results: BatchResults
     reporters: Mapping[str, Reporter]
-    message_log: Teller
+    message_log: MessageLog
     evidence: Evidence
     dead_letter_rate: DeadShare
     timestamps: Timestamps
@@ -129,7 +128,7 @@ class LaneRunner:
     async def _observe(self, batch: Batch) -> None:
         """Run the handlers that opted out of the guarantee."""
         for delivery, error in await observe(batch.deliveries, self.services.random, self.lane.calls):
-            self.services.message_log.failure(delivery, error, delivery.outcome)
+            self.services.message_log.log_failure(delivery, error, delivery.outcome)
 
     async def _settle(self, batch: Batch, epoch: int) -> None:
         """Settle a batch in one transaction, or in several where that fails; publish each result."""
@@ -165,7 +164,7 @@ class LaneRunner:
     async def _attempt(self, part: Part) -> BatchResult:
         """Run a part of a batch in one transaction."""
         lane, services, session = self.lane, self.services, self._session
-        session.turn = services.turn if lane.turns.are_taken else None
+        session.turn = services.turn if lane.turns.is_needed else None
         with lane.calls.transaction():
             result = await apply.apply_batch(
                 session,
@@ -179,9 +178,9 @@ class LaneRunner:
                 limit=services.dead_letter_rate,
                 evidence=services.evidence,
             )
-        if session.turn is None and lane.turns.are_taken:
-            lane.turns.did_not_come()
-        lane.turns.settled()
+        if session.turn is None and lane.turns.is_needed:
+            lane.turns.timed_out()
+        lane.turns.committed()
         return result
 
     async def _after_failure(self, part: Part, error: Exception, epoch: int) -> Sequence[Part] | None:
@@ -196,7 +195,7 @@ class LaneRunner:
                 return await self._run_again(part, error)
             case TooManyDeadLetters():
                 reporter = services.reporters[lane.shard.name]
-                await reporter.halt(self._session.connection, part.batch.deliveries, error)
+                await reporter.record_halt(self._session.connection, part.batch.deliveries, error)
                 raise error
             case Fenced():
                 event(logging.WARNING, "positions have moved: reading them again", lane=lane.number, **lane.shard.label)
@@ -209,10 +208,10 @@ class LaneRunner:
         """What to run after a message spoiled the transaction."""
         services, deliveries = self.services, part.batch.deliveries
         if isinstance(error.__cause__, HandlerTimeout) and error.__cause__.in_statement:
-            self.lane.turns.met()
+            self.lane.turns.conflicted()
         parts = next_parts(part, error, services.random, services.evidence)
         if len(deliveries) == 1 and isinstance(deliveries[0].outcome, RetryLater):
-            services.message_log.failure(deliveries[0], error.__cause__, deliveries[0].outcome)
+            services.message_log.log_failure(deliveries[0], error.__cause__, deliveries[0].outcome)
         return parts
 
     async def _run_again(self, part: Part, error: Conflict | Outage) -> Sequence[Part]:
@@ -220,12 +219,21 @@ class LaneRunner:
         services, shard = self.services, self.lane.shard
         cause = error.__cause__ or error
         if isinstance(error, Outage) or part.failures >= FAILURES_MAX:
-            text = "the batch runs again: " + ("postgresql lost" if isinstance(error, Outage) else "conflict")
-            fields = {"error": describe(cause), "sqlstate": sqlstate_of(cause), "times": part.failures + 1}
-            services.message_log.say(logging.WARNING, text, (shard.name, describe(cause)), {**fields, **shard.label})
+            services.message_log.log_rarely(
+                logging.WARNING,
+                "the batch runs again",
+                (shard.name, describe(cause)),
+                {
+                    "why": "postgresql lost" if isinstance(error, Outage) else "conflict",
+                    "error": describe(cause),
+                    "sqlstate": sqlstate_of(cause),
+                    "times": part.failures + 1,
+                    **shard.label,
+                },
+            )
         # Such a lock may be held by anybody. To wait for it in turn would only hold up the other lanes.
         if isinstance(error, Conflict) and not lock_timed_out(cause):
-            self.lane.turns.met()
+            self.lane.turns.conflicted()
         parts = next_parts(part, error, services.random, services.evidence)
         # The first conflict is run again almost at once; what keeps failing is left ever more time.
         await services.lifetime.pause(pause_seconds(part.failures) * (0.5 + services.random() / 2))

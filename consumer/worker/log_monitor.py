@@ -66,11 +66,11 @@ class LogMonitor:
             self._halts.check_due.clear()
             try:
                 identity = await self._source.identity(self._topics)
-                self._kafka.back()
-                self._kafka.topics(self._topics, identity)
+                self._kafka.available()
+                self._kafka.check_topics(self._topics, identity)
                 self._halts.unreadable.refused(identity.refused)
             except (KafkaError, TimeoutError, OSError) as error:
-                self._kafka.away(error)
+                self._kafka.unavailable(error)
                 continue
             if not self._table.has_assignment:
                 continue
@@ -140,7 +140,7 @@ class LogMonitor:
             if self._table.state(partition) not in (State.HALTED, State.UNPOSITIONED)
             and (offset := self._source.held_back_at(partition)) is not None
         }
-        late, freed = self._open_transactions.news(time.monotonic(), held, self._patience_seconds)
+        late, freed = self._open_transactions.changes(time.monotonic(), held, self._patience_seconds)
         for partition in late:
             await self._log_open_transaction(partition)
         for topic, number in freed:

@@ -1,4 +1,4 @@
-"""What the log says of messages that were not simply applied: where each is and why, and never what is in it.
+"""Logs messages that were not simply applied: where each is and why, never its content.
 
 Failures are logged by handler and kind of error: the first one at once, then one line with a count, ever less often. The
 ledger and the dead letters hold what the log leaves out.
@@ -48,16 +48,16 @@ class _Kind:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-class Teller:
-    """The log lines of one worker. now: monotonic seconds, given by tests."""
+class MessageLog:
+    """The log of one worker. now: monotonic seconds, given by tests."""
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[object, ...], _Kind] = {}
 
-    def say(
+    def log_rarely(
         self, level: int, text: str, key: tuple[object, ...], fields: dict[str, Any], count: int = 1, now: float = 0.0
     ) -> None:
-        """Log an event of a kind: the first one at once, later ones counted and logged ever less often."""
+        """Log the first event of a kind at once, and count later ones, which are logged ever less often."""
         now = now or time.monotonic()
         kind = self._kinds.get((text, *key))
         if kind is None:
@@ -86,27 +86,29 @@ class Teller:
         kind.pause = min(_MOST_SECONDS, kind.pause * 2)
         kind.due = now + kind.pause
 
-    def failures(self, done: BatchResult) -> None:
-        """What failed in a batch: dead letters, and messages that are tried again."""
+    def log_failures(self, result: BatchResult) -> None:
+        """Log what failed in a batch: dead letters, and messages that are tried again."""
         by_kind: dict[tuple[object, ...], list[tuple[Delivery, BaseException | None, Outcome]]] = {}
-        for delivery, outcome in done.outcomes.items():
-            if (isinstance(outcome, Dead) and outcome is not HELD_BACK) or delivery in done.failures:
-                failure = done.failures.get(delivery)
+        for delivery, outcome in result.outcomes.items():
+            if (isinstance(outcome, Dead) and outcome is not HELD_BACK) or delivery in result.failures:
+                failure = result.failures.get(delivery)
                 error = None if failure is None else failure.error
-                key = (delivery.handler.name, type(outcome), _told(delivery, error, outcome))
+                key = (delivery.handler.name, type(outcome), _error_text(delivery, error, outcome))
                 by_kind.setdefault(key, []).append((delivery, error, outcome))
-        for found in by_kind.values():
-            each = _DEAD_EACH_MAX if isinstance(found[0][2], Dead) else 0
-            for delivery, error, outcome in found[:each]:
-                self.failure(delivery, error, outcome)
-            if rest := found[each:]:
-                self.failure(*rest[-1], count=len(rest))
+        for failures in by_kind.values():
+            lines = _DEAD_EACH_MAX if isinstance(failures[0][2], Dead) else 0
+            for delivery, error, outcome in failures[:lines]:
+                self.log_failure(delivery, error, outcome)
+            if rest := failures[lines:]:
+                self.log_failure(*rest[-1], count=len(rest))
 
-    def failure(self, delivery: Delivery, error: BaseException | None, outcome: Outcome | None, count: int = 1) -> None:
-        """A message that failed: it is a dead letter now, or waits. count: of as many like it."""
-        fields = _where(delivery)
+    def log_failure(
+        self, delivery: Delivery, error: BaseException | None, outcome: Outcome | None, count: int = 1
+    ) -> None:
+        """Log a message that failed: it is a dead letter now, or waits. count: of as many like it."""
+        fields = _place(delivery)
         if error is not None:
-            fields |= {"error": _told(delivery, error, outcome), "sqlstate": sqlstate_of(error)}
+            fields |= {"error": _error_text(delivery, error, outcome), "sqlstate": sqlstate_of(error)}
         if isinstance(outcome, Dead):
             fields |= {"reason": outcome.reason.value, "do": "consumer dlq list"}
             if count == 1:
@@ -116,7 +118,7 @@ class Teller:
         elif isinstance(outcome, RetryLater):
             asked = isinstance(error, RunAgain)
             counted = error is None or (delivery.why is not None and not delivery.why.systemic and not asked)
-            self.say(
+            self.log_rarely(
                 logging.INFO if asked else logging.WARNING,
                 ASKED if asked else RETRIED if counted else WAITS,
                 (delivery.handler.name, fields.get("error")),
@@ -125,22 +127,22 @@ class Teller:
             )
 
 
-def duplicates(done: BatchResult) -> None:
-    """At level debug: the ledger counts duplicates, and keeps none of them."""
+def log_duplicates(result: BatchResult) -> None:
+    """Log duplicates at level debug: the ledger counts them, and keeps none of them."""
     if not log.isEnabledFor(logging.DEBUG):
         return
-    for delivery, outcome in done.outcomes.items():
+    for delivery, outcome in result.outcomes.items():
         if isinstance(outcome, Duplicate):
-            event(logging.DEBUG, "duplicate", **_where(delivery), cause=outcome.cause.value)
+            event(logging.DEBUG, "duplicate", **_place(delivery), cause=outcome.cause.value)
 
 
-def _told(delivery: Delivery, error: BaseException | None, outcome: Outcome | None) -> str:
+def _error_text(delivery: Delivery, error: BaseException | None, outcome: Outcome | None) -> str:
     if error is not None:
         return told(error, delivery.handler.place)
     return outcome.reason.value if isinstance(outcome, Dead) else "unknown"
 
 
-def _where(delivery: Delivery) -> dict[str, Any]:
+def _place(delivery: Delivery) -> dict[str, Any]:
     record = delivery.record
     return {
         "handler": delivery.handler.name,
@@ -150,11 +152,12 @@ def _where(delivery: Delivery) -> dict[str, Any]:
     }
 
 
-def changes(found: Changes, app: str, path: str, label: Mapping[str, str]) -> None:
+def log_handler_changes(changes: Changes, app: str, path: str, label: Mapping[str, str]) -> None:
     """Log which handlers begin behind the application, and which ones this worker lacks."""
-    for handler, topics in _by_handler(found.late):
-        old = {found.names.get(each.handler, "") for each in found.ended if each.partition.topic in topics}
-        name = found.names.get(handler, str(handler))
+    names = changes.names
+    for number, topics in _topics_by_handler(changes.late):
+        name = names.get(number, str(number))
+        old = {names.get(ended.handler, "") for ended in changes.ended if ended.partition.topic in topics}
         event(
             logging.WARNING,
             "a handler begins behind the application: it has not settled what is before",
@@ -163,20 +166,20 @@ def changes(found: Changes, app: str, path: str, label: Mapping[str, str]) -> No
             do=filling(path, topics, name, old, app),
             **label,
         )
-    for handler, topics in _by_handler(found.ended):
+    for number, topics in _topics_by_handler(changes.ended):
         event(
             logging.WARNING,
             "this worker lacks a handler that the ledger knows: what it settles is missing for that handler",
-            handler=found.names.get(handler, str(handler)),
+            handler=names.get(number, str(number)),
             topics=", ".join(topics),
             do="deploy one version of the App; another service needs another App name; a renamed handler: "
-            f"consumer migrate --rename-handler {app} {found.names.get(handler, 'OLD')} NEW",
+            f"consumer migrate --rename-handler {app} {names.get(number, 'OLD')} NEW",
             **label,
         )
 
 
-def _by_handler(found: Iterable[Change]) -> list[tuple[int, list[str]]]:
+def _topics_by_handler(changes: Iterable[Change]) -> list[tuple[int, list[str]]]:
     topics: dict[int, set[str]] = {}
-    for each in found:
-        topics.setdefault(each.handler, set()).add(each.partition.topic)
+    for change in changes:
+        topics.setdefault(change.handler, set()).add(change.partition.topic)
     return [(handler, sorted(names)) for handler, names in sorted(topics.items())]

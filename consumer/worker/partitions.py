@@ -104,16 +104,16 @@ class Partitions:
         partition: Partition,
         position: Position,
         chains: Iterable[tuple[int, bytes]],
-        tried: Mapping[tuple[int, int], SavedAttempts],
+        attempts: Mapping[tuple[int, int], SavedAttempts],
         cross_check_below: int,
     ) -> None:
-        """Go on with a partition from the position that a shard has. chains, tried: what the shard remembers of it."""
+        """Go on with a partition from the position that a shard has. chains, attempts: what the shard remembers."""
         lane = self.lane_of(shard, partition)
         if lane is None:
             return
         self.table.open(shard.name, partition, position, cross_check_below)
         lane.scheduler.assign(partition, position.offset)
-        lane.scheduler.restore(partition, chains, tried)
+        lane.scheduler.restore(partition, chains, attempts)
         self.read_on(partition)
 
     def reopen(self, lane: LaneState, partition: Partition) -> None:
@@ -170,7 +170,7 @@ class Partitions:
         wanted = []
         for lane in self.open_lanes_of(partition):
             if lane.scheduler.is_full(partition):
-                self._reporters[lane.shard.name].full(partition)
+                self._reporters[lane.shard.name].log_full(partition)
                 lane.scheduler.drop_fetched(partition)  # else it would take the room of the others
             elif lane.has_room:
                 wanted.append(lane.scheduler.received(partition) or 0)

@@ -1,8 +1,7 @@
-"""Where reading goes on: what a database knows of partitions, and what Kafka's logs say against going on from there.
+"""Decides where reading goes on: from what a database knows of partitions, unless Kafka's log speaks against it.
 
-Knows the positions of one database and what a log looks like now; core/log_identity.py judges. A position in PostgreSQL counts;
-where there is none, the group's commit in Kafka; where that has none, the beginning of the log. Limitations: does not know
-whether the partitions are still this worker's when it answers.
+A position in PostgreSQL counts. Where there is none, the group's commit in Kafka does, and then the beginning of the
+log. core/log_identity.py judges. Limitations: does not know whether the partitions are still this worker's.
 """
 
 from __future__ import annotations
@@ -10,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from typing import TypeVar
 
 from consumer.core.log_identity import NOWHERE, Beginning, Committed, Log, Position, Stop, begin, judge
 from consumer.core.message import Partition
+from consumer.core.ordering import SavedAttempts
 from consumer.handler_records import coverage
 from consumer.handler_records.settled_ranges import Changes, as_text
 from consumer.kafka.source import CorruptRecordException, Identity, KafkaError, Source
@@ -23,8 +23,13 @@ from consumer.postgres.errors import Outage
 from consumer.postgres.session import Session
 from consumer.postgres.stopped_partitions import Stops
 
+Chains = Mapping[Partition, set[tuple[int, bytes]]]
+Attempts = Mapping[Partition, Mapping[tuple[int, int], SavedAttempts]]
 
-async def positions(
+Result = TypeVar("Result")
+
+
+async def read_positions(
     source: Source,
     session: Session,
     app: str,
@@ -33,110 +38,139 @@ async def positions(
     handlers: Mapping[str, Collection[int]],
     others: Collection[str] = (),
 ) -> tuple[dict[Partition, tuple[Position, Stop | None]], Changes]:
-    """Positions, each with what speaks against going on from it, or None; and which handlers begin and end there.
+    """Read positions, and write them where there were none.
 
-    label: names the database in the log. handlers: topic -> numbers of those that keep ledger rows. others: the
-    installations of the App's other shards. Where there was no position, one is written. A partition whose log cannot be
-    looked at now is left out. Raises Outage, KafkaError, TimeoutError.
+    Args:
+        label: names the database in the log.
+        handlers: topic -> numbers of those that keep ledger rows.
+        others: the installations of the App's other shards.
+
+    Returns each position with what speaks against going on from it, or None; and which handlers begin and end there. A
+    partition whose log cannot be looked at now is left out. Raises Outage, KafkaError, TimeoutError.
     """
     changes = Changes()
     try:
-        identity = await source.identity(sorted({each.topic for each in wanted}))
+        identity = await source.identity(sorted({partition.topic for partition in wanted}))
         known = await session.positions(app, wanted)
-        committed = {each: Committed(*copy) for each, copy in (await source.copies(wanted)).items()}
+        committed = {partition: Committed(*copy) for partition, copy in (await source.copies(wanted)).items()}
         stopped: dict[Partition, Stop] = {}
-        if missing := [each for each in wanted if each not in known]:
-            firsts = await source.beginnings(missing, partial=True)
-            starts = {
-                each: begin(each, committed.get(each), first, session.installation, others)
-                for each, first in firsts.items()
-            }
-            stopped = {each: start for each, start in starts.items() if isinstance(start, Stop)}
-            begun = {each: start for each, start in starts.items() if isinstance(start, Beginning)}
-            await _begin(session, app, identity, begun)
-            for each, start in begun.items():
-                _tell_beginning(each, start, firsts[each], label)
-            known |= await session.positions(app, list(begun))
-        nameless = {
-            each: (identity.cluster_id, identity.topics[each.topic])
-            for each, at in known.items()
-            if at.topic_id is None and each.topic in identity.topics
-        }
-        if nameless:  # written by a version that did not look, or on a broker that did not tell
-            await session.name_logs(app, nameless)
-            known |= await session.positions(app, list(nameless))
-        settling = {each: as_text(handlers.get(each.topic, ())) for each in known}
-        if other := [each for each, at in known.items() if at.handlers != settling[each]]:
-            changes = await coverage.switch(session.connection, app, {each: settling[each] for each in other})
-            known |= await session.positions(app, other)
+        if missing := [partition for partition in wanted if partition not in known]:
+            begun, stopped = await _begin(source, session, app, missing, committed, identity, label, others)
+            known |= await session.positions(app, begun)
+        known |= await _name_logs(session, app, known, identity)
+        settling = {partition: as_text(handlers.get(partition.topic, ())) for partition in known}
+        if changed := [partition for partition, position in known.items() if position.handlers != settling[partition]]:
+            changes = await coverage.switch(
+                session.connection, app, {partition: settling[partition] for partition in changed}
+            )
+            known |= await session.positions(app, changed)
     except (KafkaError, TimeoutError):
         raise
     except Exception as error:
         session.close()
         raise Outage(str(error)) from error
-    for partition, at in known.items():
-        _tell_difference(partition, committed[partition].offset if partition in committed else None, at.offset)
-    logs = [Log(identity.cluster_id, identity.topics.get(each.topic)) for each in known]
-    judged = await asyncio.gather(*(_judge(source, *each) for each in zip(known, known.values(), logs, strict=True)))
-    found: dict[Partition, tuple[Position, Stop | None]] = {each: (NOWHERE, stop) for each, stop in stopped.items()}
-    for (partition, at), (is_known, stop) in zip(known.items(), judged, strict=True):
-        if is_known:
-            found[partition] = (at, stop)
-    return found, changes
+    for partition, position in known.items():
+        copied = committed.get(partition)
+        _log_difference(partition, copied.offset if copied is not None else None, position.offset)
+    judged = await _check_all(source, known, identity)
+    return {**{partition: (NOWHERE, stop) for partition, stop in stopped.items()}, **judged}, changes
 
 
-async def _begin(session: Session, app: str, identity: Identity, begun: Mapping[Partition, Beginning]) -> None:
+async def _begin(
+    source: Source,
+    session: Session,
+    app: str,
+    missing: Sequence[Partition],
+    committed: Mapping[Partition, Committed],
+    identity: Identity,
+    label: Mapping[str, str],
+    others: Collection[str],
+) -> tuple[list[Partition], dict[Partition, Stop]]:
+    """Write positions of partitions that have none. Returns those, and others that a person must decide about."""
+    firsts = await source.beginnings(missing, partial=True)
+    stopped: dict[Partition, Stop] = {}
+    begun: dict[Partition, Beginning] = {}
+    for partition, first in firsts.items():
+        match begin(partition, committed.get(partition), first, session.installation, others):
+            case Stop() as stop:
+                stopped[partition] = stop
+            case Beginning() as beginning:
+                begun[partition] = beginning
     positions = {
-        each: Position(start.offset, identity.cluster_id, identity.topics.get(each.topic))
-        for each, start in begun.items()
+        partition: Position(beginning.offset, identity.cluster_id, identity.topics.get(partition.topic))
+        for partition, beginning in begun.items()
     }
-    await session.begin_positions(app, positions, [each for each, start in begun.items() if start.why == "group"])
+    from_group = [partition for partition, beginning in begun.items() if beginning.why == "group"]
+    await session.begin_positions(app, positions, from_group)
+    for partition, beginning in begun.items():
+        _log_beginning(partition, beginning, firsts[partition], label)
+    return list(begun), stopped
 
 
-async def recall(
-    session: Session, numbers: Collection[int], found: Mapping[Partition, tuple[Position, Stop | None]]
-) -> Any:
-    """What a database remembers of partitions: chains that dead letters hold, and attempts. Raises Outage.
+async def _name_logs(
+    session: Session, app: str, known: Mapping[Partition, Position], identity: Identity
+) -> dict[Partition, Position]:
+    """Add ids to positions without them: of a version that did not look, or a broker that did not tell them."""
+    nameless = {
+        partition: (identity.cluster_id, identity.topics[partition.topic])
+        for partition, position in known.items()
+        if position.topic_id is None and partition.topic in identity.topics
+    }
+    if not nameless:
+        return {}
+    await session.name_logs(app, nameless)
+    return await session.positions(app, list(nameless))
 
-    numbers: of the handlers in its ledger.
-    """
-    open_ones = {each: at.offset for each, (at, _) in found.items() if at is not NOWHERE}
-    if not open_ones:
+
+# -- what a database remembers of partitions --------------------------------------------------------------------------
+
+
+async def restore_queues(
+    session: Session, numbers: Collection[int], positions: Mapping[Partition, tuple[Position, Stop | None]]
+) -> tuple[Chains, Attempts]:
+    """Read the chains that dead letters hold, and attempts. numbers: of the handlers. Raises Outage."""
+    offsets = {partition: position.offset for partition, (position, _) in positions.items() if position is not NOWHERE}
+    if not offsets:
         return {}, {}
-    try:
-        return await session.restore(sorted(numbers), open_ones)
-    except Exception as error:
-        session.close()
-        raise Outage(str(error)) from error
+    return await _or_outage(session, lambda: session.restore(sorted(numbers), offsets))
 
 
-async def recall_stops(session: Session, stops: Stops, app: str, partitions: Collection[Partition]) -> None:
+async def restore_stops(session: Session, stops: Stops, app: str, partitions: Collection[Partition]) -> None:
     """Take over what other workers wrote of partitions that could not be read. Raises Outage."""
+    await _or_outage(session, lambda: stops.recall(session.connection, app, partitions, time.monotonic()))
+
+
+async def _or_outage(session: Session, read: Callable[[], Awaitable[Result]]) -> Result:
     try:
-        await stops.recall(session.connection, app, partitions, time.monotonic())
+        return await read()
     except Exception as error:
         session.close()
         raise Outage(str(error)) from error
 
 
-def _tell_beginning(partition: Partition, start: Beginning, log_first: int, label: Mapping[str, str]) -> None:
-    where = {"topic": partition.topic, "partition": partition.partition, "offset": start.offset, **label}
-    if start.why == "lost":
+# -- what the log says ------------------------------------------------------------------------------------------------
+
+
+def _log_beginning(partition: Partition, beginning: Beginning, log_first: int, label: Mapping[str, str]) -> None:
+    fields = {"topic": partition.topic, "partition": partition.partition, "offset": beginning.offset, **label}
+    if beginning.why == "lost":
         event(
-            logging.WARNING, "postgresql has lost its position: reading again from where the application began", **where
+            logging.WARNING,
+            "postgresql has lost its position: reading again from where the application began",
+            **fields,
         )
-    elif start.why == "group" and start.offset > log_first:
+    elif beginning.why == "group" and beginning.offset > log_first:
         event(
             logging.WARNING,
             "beginning at the commit of another client of this group: what is before it is not applied",
-            skipped=start.offset - log_first,
+            skipped=beginning.offset - log_first,
             do=f"consumer positions APP --topic {partition.topic} --partition {partition.partition} --to earliest",
-            **where,
+            **fields,
         )
 
 
-def _tell_difference(partition: Partition, group: int | None, position: int) -> None:
-    """Behind is normal after a crash: Kafka's commit is a copy, made now and then. Ahead is not."""
+def _log_difference(partition: Partition, group: int | None, position: int) -> None:
+    """Behind is normal after a crash: Kafka's commit is a copy that lags. Ahead is not."""
     if group is not None and group != position:
         event(
             logging.WARNING if group > position else logging.INFO,
@@ -149,18 +183,38 @@ def _tell_difference(partition: Partition, group: int | None, position: int) -> 
         )
 
 
-async def _judge(source: Source, partition: Partition, at: Position, log: Log) -> tuple[bool, Stop | None]:
-    """What speaks against going on from a position; False where that cannot be told now."""
-    if log.topic_id is None and at.topic_id is not None and log.cluster_id is not None:
+# -- what the logs are ------------------------------------------------------------------------------------------------
+
+
+async def _check_all(
+    source: Source, known: Mapping[Partition, Position], identity: Identity
+) -> dict[Partition, tuple[Position, Stop | None]]:
+    """Positions with what speaks against them, without those of which that is unknown now."""
+    checks = await asyncio.gather(
+        *(
+            _check(source, partition, position, Log(identity.cluster_id, identity.topics.get(partition.topic)))
+            for partition, position in known.items()
+        )
+    )
+    return {
+        partition: (position, stop)
+        for (partition, position), (is_known, stop) in zip(known.items(), checks, strict=True)
+        if is_known
+    }
+
+
+async def _check(source: Source, partition: Partition, position: Position, log: Log) -> tuple[bool, Stop | None]:
+    """What speaks against going on from a position; False where that is unknown now."""
+    if log.topic_id is None and position.topic_id is not None and log.cluster_id is not None:
         return False, None  # the topic is being deleted, or this broker does not know it yet
-    stop = judge(partition, at, log)
-    if stop is None and at.seen is not None:
+    stop = judge(partition, position, log)
+    if stop is None and position.seen is not None:
         try:
-            log = log._replace(at_print=await source.print_at(partition, at.seen.offset))
+            log = log._replace(at_print=await source.print_at(partition, position.seen.offset))
         except KafkaError as error:
             # What does not heal is reported by the fetch, which stops this partition alone.
             return not error.retriable or isinstance(error, CorruptRecordException), None
         except (TimeoutError, OSError):
             return False, None
-        stop = judge(partition, at, log)
+        stop = judge(partition, position, log)
     return True, stop

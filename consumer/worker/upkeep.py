@@ -11,7 +11,7 @@ from consumer.handler_records import handler_code
 from consumer.logs import describe, event
 from consumer.worker import wait_reports
 from consumer.worker.connections import Connections
-from consumer.worker.message_log import Teller
+from consumer.worker.message_log import MessageLog
 from consumer.worker.partition_table import PartitionTable
 from consumer.worker.shard import Shard
 from consumer.worker.wait_reports import Reporter
@@ -27,7 +27,7 @@ class Upkeep:
         table: PartitionTable,
         reporter: Reporter,
         connections: Connections,
-        message_log: Teller,
+        message_log: MessageLog,
     ) -> None:
         self._app = app
         self._shard = shard

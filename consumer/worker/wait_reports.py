@@ -1,4 +1,4 @@
-"""Reports what waits in a worker to the database, and learns there what other workers have applied.
+"""Reports messages that wait in a worker to the database, and learns what other workers have applied.
 
 Reads lanes; writes rows of postgres/waiting_messages.py. A worker in which nothing waits asks nothing.
 """
@@ -19,25 +19,25 @@ from consumer.core.ordering import Delivery, Scheduler
 from consumer.postgres import waiting_messages
 from consumer.postgres.waiting_messages import Row
 from consumer.transaction.dead_letter_rate import TooManyDeadLetters
-from consumer.worker.message_log import Teller
+from consumer.worker.message_log import MessageLog
 
 SECONDS = 2.0
 _ANSWER_SECONDS = 2.0
 _ROWS_MAX = 200  # of one worker and database; the rest is counted under the commonest error
 
 
-class HasLane(Protocol):
-    """What a worker keeps of a lane."""
+class HasScheduler(Protocol):
+    """A lane, as far as it is reported."""
 
     scheduler: Scheduler
 
 
 class Reporter:
-    """What waits in the lanes of one database."""
+    """Reports the lanes of one database."""
 
-    def __init__(self, evidence: Evidence, teller: Teller, lanes: Sequence[HasLane]) -> None:
+    def __init__(self, evidence: Evidence, message_log: MessageLog, lanes: Sequence[HasScheduler]) -> None:
         self._evidence = evidence
-        self._teller = teller
+        self._message_log = message_log
         self._lanes = lanes
         self._worker = uuid4()
         self._written: list[Row] = []
@@ -48,12 +48,12 @@ class Reporter:
         self._applied: dict[int, int] = {}
         self._full: set[Partition] = set()  # logged as such
 
-    def full(self, partition: Partition) -> None:
+    def log_full(self, partition: Partition) -> None:
         """Log that a partition is not read on, once until it has room."""
         if partition in self._full:
             return
         self._full.add(partition)
-        self._teller.say(
+        self._message_log.log_rarely(
             logging.WARNING,
             "partition not read on: too many of its messages wait (CONSUMER_PARKED_MESSAGES_MAX)",
             (partition,),
@@ -62,7 +62,7 @@ class Reporter:
 
     def rows(self) -> tuple[list[Row], dict[int, str]]:
         """What waits now, and the handlers that it waits for, by number."""
-        found: dict[tuple[int, Partition, str], Row] = {}
+        by_error: dict[tuple[int, Partition, str], Row] = {}
         names: dict[int, str] = {}
         for lane in self._lanes:
             for head, count, read_up_to in lane.scheduler.waiting():
@@ -70,22 +70,24 @@ class Reporter:
                     continue
                 names[head.handler.number] = head.handler.name
                 key = (head.handler.number, head.partition, head.why.error)
-                if (known := found.get(key)) is not None:
+                if (known := by_error.get(key)) is not None:
                     why = head.why
                     why = why._replace(
                         since=min(why.since, known.why.since), systemic=why.systemic or known.why.systemic
                     )
-                    found[key] = Row(key[0], key[1], known.messages + count, why, read_up_to)
-                elif len(found) < _ROWS_MAX:
-                    found[key] = Row(key[0], key[1], count, head.why, read_up_to)
-        return sorted(found.values(), key=lambda each: (each.handler, each.partition, each.why.error)), names
+                    by_error[key] = Row(key[0], key[1], known.messages + count, why, read_up_to)
+                elif len(by_error) < _ROWS_MAX:
+                    by_error[key] = Row(key[0], key[1], count, head.why, read_up_to)
+        return sorted(by_error.values(), key=lambda row: (row.handler, row.partition, row.why.error)), names
 
     async def report(self, connection: Any) -> None:
         """Write what has changed, renew what has not, and note successes of other workers."""
         now = time.monotonic()
         rows, names = self.rows()
-        self._full = {each for each in self._full if any(lane.scheduler.is_full(each) for lane in self._lanes)}
-        owned = {each for lane in self._lanes for each in lane.scheduler.partitions}
+        self._full = {
+            partition for partition in self._full if any(lane.scheduler.is_full(partition) for lane in self._lanes)
+        }
+        owned = {partition for lane in self._lanes for partition in lane.scheduler.partitions}
         for partition in owned - self._owned:
             self._taking_over[partition] = now + 3 * waiting_messages.RENEW_SECONDS
         self._owned = owned
@@ -96,11 +98,14 @@ class Reporter:
             await waiting_messages.write(connection, self._worker, sorted(self._handlers), rows)
             self._written, self._written_at = rows, now
         if self._taking_over:
-            numbers = sorted({each.number for lane in self._lanes for each in lane.scheduler.handlers()})
+            numbers = sorted({handler.number for lane in self._lanes for handler in lane.scheduler.handlers()})
             await waiting_messages.take_over(
-                connection, self._worker, numbers, [each for each in self._taking_over if each in owned]
+                connection,
+                self._worker,
+                numbers,
+                [partition for partition in self._taking_over if partition in owned],
             )
-            self._taking_over = {each: until for each, until in self._taking_over.items() if until > now}
+            self._taking_over = {partition: until for partition, until in self._taking_over.items() if until > now}
         if names:
             applied = await waiting_messages.applied_by_all(connection, sorted(names))
             for number, name in names.items():
@@ -110,8 +115,8 @@ class Reporter:
         else:
             self._applied = {}
 
-    async def last(self, connection: Any, *, stays: bool) -> None:
-        """Before partitions are given up: delete what was written, or, when the worker stops, bring it up to date."""
+    async def finish(self, connection: Any, *, stays: bool) -> None:
+        """Delete what was written before partitions are given up; when the worker stops, bring it up to date."""
         if not self._written:
             return
         rows = self.rows()[0] if stays else []
@@ -120,18 +125,18 @@ class Reporter:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 await waiting_messages.write(connection, self._worker, sorted(self._handlers), rows)
 
-    async def halt(self, connection: Any, deliveries: Sequence[Delivery], error: TooManyDeadLetters) -> None:
+    async def record_halt(self, connection: Any, deliveries: Sequence[Delivery], error: TooManyDeadLetters) -> None:
         """Record why the worker ends and is not started again, so that `status` can say so."""
-        found = next((each for each in deliveries if each.handler.name == error.handler), None)
-        if found is None:
+        delivery = next((delivery for delivery in deliveries if delivery.handler.name == error.handler), None)
+        if delivery is None:
             return
         why = Why(f"stopped by the dead-letter limit; most: {error.reason}", time.time(), systemic=True)
         with suppress(Exception):  # the log says the same
             async with asyncio.timeout(_ANSWER_SECONDS):
-                row = Row(found.handler.number, found.partition, error.count, why, 0)
+                row = Row(delivery.handler.number, delivery.partition, error.count, why, 0)
                 await waiting_messages.halt(connection, self._worker, row)
 
 
 def _steady(rows: Sequence[Row]) -> list[tuple[object, ...]]:
     """What makes rows worth writing: everything but the frontier, which moves all the time."""
-    return [(each.handler, each.partition, each.messages, each.why) for each in rows]
+    return [(row.handler, row.partition, row.messages, row.why) for row in rows]

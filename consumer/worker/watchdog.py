@@ -1,7 +1,6 @@
-"""Tells a worker that is alive but not consuming from one that is idle, busy or waiting for a service or a producer.
+"""Distinguishes a stalled worker from one that is idle, busy or waiting for a service or a producer.
 
-Knows offsets and times as they are reported; knows no clock and no client. What it cannot see: a broker that reports a
-wrong end offset.
+Pure: judges offsets and times that it is given. Limitations: a broker that reports a wrong end offset misleads it.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from consumer.core.message import Partition
 
 
 class Watchdog:
-    """Feed it what is observed; it says how long nothing has moved although something should have."""
+    """Measures for how long nothing has moved although something should have, from what is observed."""
 
     def __init__(self) -> None:
         self._received: dict[Partition, int] = {}
@@ -44,27 +43,30 @@ class Watchdog:
 
 
 class OpenTransactions:
-    """Which partitions a producer's transaction holds back for long. Feed it the offsets at which they are held."""
+    """Finds partitions that a producer's transaction holds back for long, from the offsets at which they are held."""
 
     def __init__(self) -> None:
         self._held: dict[Partition, tuple[int, float]] = {}
-        self._told: dict[Partition, int] = {}
+        self._reported: dict[Partition, int] = {}
 
-    def news(
+    def changes(
         self, now: float, held: Mapping[Partition, int], patience_seconds: float
     ) -> tuple[list[Partition], list[Partition]]:
-        """Partitions that have been held at one offset for longer than the patience, and those that go on again: each once."""
+        """Report partitions once that are held at one offset beyond the patience, and once when they go on.
+
+        Returns the late ones and the freed ones.
+        """
         self._held = {
-            each: (at, self._held[each][1] if self._held.get(each, (None,))[0] == at else now)
-            for each, at in held.items()
+            partition: (offset, self._held[partition][1] if self._held.get(partition, (None,))[0] == offset else now)
+            for partition, offset in held.items()
         }
-        freed = [each for each, at in self._told.items() if held.get(each) != at]
-        for each in freed:
-            del self._told[each]
+        freed = [partition for partition, offset in self._reported.items() if held.get(partition) != offset]
+        for partition in freed:
+            del self._reported[partition]
         late = [
-            each
-            for each, (_, since) in self._held.items()
-            if now - since >= patience_seconds and each not in self._told
+            partition
+            for partition, (_, since) in self._held.items()
+            if now - since >= patience_seconds and partition not in self._reported
         ]
-        self._told |= {each: held[each] for each in late}
+        self._reported |= {partition: held[partition] for partition in late}
         return late, freed

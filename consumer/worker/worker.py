@@ -41,7 +41,7 @@ from consumer.worker.kafka_reports import KafkaState
 from consumer.worker.lane import LaneRunner, LaneServices
 from consumer.worker.lifetime import Lifetime
 from consumer.worker.log_monitor import LogMonitor
-from consumer.worker.message_log import Teller
+from consumer.worker.message_log import MessageLog
 from consumer.worker.offset_commits import OffsetCommits
 from consumer.worker.partition_table import PartitionTable
 from consumer.worker.partitions import Partitions
@@ -102,7 +102,7 @@ class Worker:
         self._lifetime = Lifetime()
         self._kafka = KafkaState()
         self._router = Router(tuple(app.shards) or ("",), app.route)
-        self._message_log = Teller()
+        self._message_log = MessageLog()
         self._evidence = Evidence()
         self.source = Source(settings, app.name, os.environ.get("CONSUMER_WORKER", "0"))
         table = PartitionTable(app.shards or [""])

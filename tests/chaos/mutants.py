@@ -55,7 +55,7 @@ def _kafka_keeps_the_positions(where_none: str = "beginning") -> None:
         )
         await write_positions(self, app, (), *more, **options)
 
-    start_positions.positions = positions  # type: ignore[assignment]
+    start_positions.read_positions = positions  # type: ignore[assignment]
     Session.write_positions = closing  # type: ignore[method-assign,assignment]
 
 

@@ -66,20 +66,20 @@ def test_the_same_topic_is_begun_again_where_another_one_is_adopted() -> None:
 
 def test_an_open_transaction_is_told_once_and_its_end_too() -> None:
     watch = OpenTransactions()
-    assert watch.news(0.0, {P: 7}, 10) == ([], [])
-    assert watch.news(9.0, {P: 7}, 10) == ([], [])
-    assert watch.news(10.0, {P: 7}, 10) == ([P], [])
-    assert watch.news(30.0, {P: 7}, 10) == ([], [])
-    assert watch.news(31.0, {P: 8}, 10) == ([], [P])  # the next one is another
-    assert watch.news(41.0, {P: 8}, 10) == ([P], [])
-    assert watch.news(42.0, {}, 10) == ([], [P])
-    assert watch.news(43.0, {}, 10) == ([], [])
+    assert watch.changes(0.0, {P: 7}, 10) == ([], [])
+    assert watch.changes(9.0, {P: 7}, 10) == ([], [])
+    assert watch.changes(10.0, {P: 7}, 10) == ([P], [])
+    assert watch.changes(30.0, {P: 7}, 10) == ([], [])
+    assert watch.changes(31.0, {P: 8}, 10) == ([], [P])  # the next one is another
+    assert watch.changes(41.0, {P: 8}, 10) == ([P], [])
+    assert watch.changes(42.0, {}, 10) == ([], [P])
+    assert watch.changes(43.0, {}, 10) == ([], [])
 
 
 def test_a_transaction_that_moves_on_is_not_told() -> None:
     watch = OpenTransactions()
     for second in range(100):
-        assert watch.news(float(second), {P: second}, 10) == ([], [])
+        assert watch.changes(float(second), {P: second}, 10) == ([], [])
 
 
 OWN, GONE, OTHER_SHARD = "1700000000000001", "1600000000000001", "1700000000000002"

@@ -187,7 +187,7 @@ async def test_a_topic_made_anew_under_a_running_worker_stops_and_nothing_of_it_
         new = await topic_id(place, topic)
         for each in found:
             assert each["reason"] == "other_topic"
-            assert topic in each["text"] and old in each["text"] and new in each["text"]
+            assert topic in each["why"] and old in each["why"] and new in each["why"]
         assert await positions(place, app) == before == {0: 5, 1: 5}
         assert not [each for each in await ids(place) if each.startswith("new")]
         kafkas = await group_offsets(place.settings(), app.name)
@@ -341,7 +341,7 @@ async def test_records_removed_before_they_were_read_stop_their_partition_alone(
     async with working(app, place.settings(), path=PATH):
         [found] = await told.wait("partition stopped")
         assert (found["reason"], found["partition"]) == ("records_removed", 0)
-        assert "10 to 16" in found["text"]
+        assert "10 to 16" in found["why"]
 
         async def the_other_partition() -> bool:
             return {f"q{n}" for n in range(1, 20, 2)} <= set(await ids(place))
@@ -388,7 +388,7 @@ async def test_records_removed_in_front_of_a_running_worker_what_it_has_read_is_
         first = len(done)
         assert 50 <= first < 2900
         assert done == [f"p{n:04}" for n in range(first)]  # up to the hole, without one of its own
-        assert f"{first} to 2899" in found["text"]
+        assert f"{first} to 2899" in found["why"]
         assert (await stopped(place, app))[0]["missing"] == {"first": first, "last": 2899}
         assert (await as_written(place, app, found["do"])).returncode == 0
         await drained(app, settings)

@@ -228,7 +228,7 @@ async def test_a_small_batch_that_would_fill_the_memory_stops_its_partition_alon
     await send_batch(place.kafka, topic, names(6, 10))
     async with working(app, place.settings()):
         await until("the partition to stop", lambda: has(told, "partition stopped"), 60)
-        assert "CONSUMER_KAFKA_BATCH_DECOMPRESSED_BYTES_MAX" in told.of("partition stopped")[0]["text"]
+        assert "CONSUMER_KAFKA_BATCH_DECOMPRESSED_BYTES_MAX" in told.of("partition stopped")[0]["why"]
         await send_batch(place.kafka, topic, names(0, 50, "other"), 1)
         await until("the healthy partition", lambda: applied(place, names(0, 50, "other")))
         await until("the row", lambda: rows(place, app.name))

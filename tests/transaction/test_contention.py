@@ -48,11 +48,11 @@ async def test_a_turn_that_a_slow_transaction_holds_is_waited_for_once_only(plac
         async with working(app, settings) as worker:
             [lane] = worker.lanes
             for _ in range(4):
-                lane.turns.met()
+                lane.turns.conflicted()
             await slow.execute("select pg_advisory_lock(1189081, $1)", conflict_turns.turn_of(app.name))
             await place.send(topic, *[Sent({"n": n}, id=f"m{n}") for n in range(20)])
             await drained(app, settings)
-            assert not lane.turns.are_taken  # of 64, 20 would have waited
+            assert not lane.turns.is_needed  # of 64, 20 would have waited
     finally:
         await slow.close()
     assert await value(place.dsn, "select count(*) from effects") == 20
@@ -79,7 +79,7 @@ async def test_a_row_that_another_application_locks_makes_no_lane_take_turns(pla
                     return bool(await value(place.dsn, "select count(*) = 9 from accounts where balance = 1"))
 
                 await until("all but the locked one are applied", others_are_applied, 60)
-                assert not worker.lanes[0].turns.are_taken
+                assert not worker.lanes[0].turns.is_needed
         await consume_all(app, settings, 60)
     finally:
         await other.close()

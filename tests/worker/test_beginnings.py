@@ -74,7 +74,7 @@ async def test_recreated_database_stops_partitions_until_a_person_decides(
     async with working(app, other.settings(), path=PATH):
         found = await told.wait("partition stopped", 2)
         assert {each["reason"] for each in found} == {"other_database"}
-        assert all("committed 10" in each["text"] and "--to committed" in each["text"] for each in found)
+        assert all("committed 10" in each["why"] and "--to committed" in each["why"] for each in found)
         code, shown = await status(other, app)
         assert code == 1
         assert [each["stopped"]["reason"] for each in shown["partitions"]] == ["other_database"] * 2

@@ -10,18 +10,18 @@ pytestmark = pytest.mark.unit
 
 
 def turns_after_a_conflict(turns: Turns) -> int:
-    turns.met()
+    turns.conflicted()
     count = 0
-    while turns.are_taken:
-        turns.settled()
+    while turns.is_needed:
+        turns.committed()
         count += 1
     return count
 
 
 def test_no_turns_are_taken_without_a_conflict() -> None:
     turns = Turns()
-    turns.settled()
-    assert not turns.are_taken
+    turns.committed()
+    assert not turns.is_needed
 
 
 def test_each_conflict_doubles_the_turns_up_to_a_bound() -> None:
@@ -36,13 +36,13 @@ def test_transactions_without_turns_let_the_next_conflict_cost_less() -> None:
     for _ in range(3):
         turns_after_a_conflict(turns)
     for _ in range(10_000):
-        turns.settled()
+        turns.committed()
     assert turns_after_a_conflict(turns) == 8
 
 
 def test_a_turn_that_does_not_come_ends_the_turns_until_the_next_conflict() -> None:
     turns = Turns()
-    turns.met()
-    turns.did_not_come()
-    assert not turns.are_taken
+    turns.conflicted()
+    turns.timed_out()
+    assert not turns.is_needed
     assert turns_after_a_conflict(turns) == 16
