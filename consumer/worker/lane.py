@@ -25,6 +25,7 @@ from consumer.settings import Settings
 from consumer.transaction import apply
 from consumer.transaction.dead_letter_rate import DeadShare, TooManyDeadLetters
 from consumer.transaction.errors import facts_of
+from consumer.transaction.handler_runner import observe
 from consumer.transaction.identify import identify
 from consumer.transaction.isolate import FAILURES_MAX, Part, TransactionPoisoned, run_smaller
 from consumer.transaction.limits import HandlerTimeout, HandlerUncancellable
