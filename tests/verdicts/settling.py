@@ -55,6 +55,7 @@ class Settled:
     ends: dict[tuple[str, int], int] = field(default_factory=dict)
     applied: list[tuple[Place, Call]] = field(default_factory=list)
     by_ledger: list[tuple[Place, Call]] = field(default_factory=list)  # in the order that the ledger tells
+    times: dict[Place, float] = field(default_factory=dict)  # of their transactions, by the ledger
 
 
 async def settle(servers: Servers, case: Case, dsn: str, topics: list[str], connection: asyncpg.Connection) -> Settled:
@@ -150,7 +151,7 @@ async def _read_order(done: Settled, connection: asyncpg.Connection) -> None:
     """The calls that stand: of what the ledger has as applied. What an operator gives a new id has no place in the log."""
     if done.case.spread:
         await connection.execute(_SPREAD)
-    times = {Place(*row[:4]): row[4] for row in await connection.fetch(_TIMES)}
+    done.times = times = {Place(*row[:4]): row[4] for row in await connection.fetch(_TIMES)}
     calls = {each: done.life.calls[each] for each in times if each in done.life.calls}
     done.applied = sorted(calls.items(), key=lambda each: each[1].turn)
     turns = {handler.name: n for n, handler in enumerate(done.case.handlers)}
