@@ -611,11 +611,13 @@ class Session:
         return {(row[0], row[1].bytes) for row in rows}
 
     async def letters(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
-        """Those of which there is a dead letter, with this id and this payload."""
+        """Those that a dead letter with this id and this payload settles."""
         rows = await self.connection.fetch(
             """select o.place from unnest($1::int2[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
                where exists (select from consumer.dead_letters d
-                             where (d.handler, d.id, d.fingerprint) = (o.handler, o.id, o.fingerprint))""",
+                             where (d.handler, d.id, d.fingerprint) = (o.handler, o.id, o.fingerprint) and """
+            + deadletters.SETTLES
+            + ")",
             *_keys(deliveries),
             [each.fingerprint for each in deliveries],
         )

@@ -138,3 +138,41 @@ async def test_commands_tell_of_an_altered_letter_in_one_line(place: Place, tmp_
     assert told.returncode == 1 and "altered" in told.stdout and "--value FILE --same-id" in told.stdout
     as_json = consumer(tmp_path, "dlq", "show", str(number), "--json", **environment)
     assert json.loads(as_json.stdout)["altered"] == ["value"]
+
+
+CHANGED_ROWS = {
+    "another fingerprint": "update consumer.ledger set fingerprint = fingerprint + 1",
+    "not applied": "update consumer.ledger set applied_at = null",
+    "nothing": "select",
+}
+
+
+@pytest.mark.parametrize("edited", [False, True], ids=["as it was", "edited"])
+@pytest.mark.parametrize("change", CHANGED_ROWS)
+async def test_row_of_a_retried_letter_that_was_changed_is_a_problem(place: Place, change: str, edited: bool) -> None:
+    """Also where a second message has used the id: its own conflict is one that a dead letter settles."""
+    topic = await place.topic()
+    app = App(f"app-{topic}")
+    rejects = True
+
+    @app.handler(topic, name="settle")
+    async def settle(message: Message[dict[str, Any]], tx: Tx) -> None:
+        if rejects:
+            raise Reject("not yet")
+        tx.defer("insert into effects values ($1, 1, $2)", message.id, message.value["amount"])
+
+    await place.send(topic, payment("a", amount=1), payment("a", amount=2))
+    await consume_all(app, place.settings())
+    rejects = False
+    number = await value(place.dsn, 'select dead_letter from consumer.dead_letters where "offset" = 0')
+    right = Edit(json.dumps({"id": "a", "account": 1, "amount": 3}).encode()) if edited else None
+    [done] = await retried(place, app, number, right)
+    assert done.outcome == "applied"
+    assert (await run(place, app, topic)).ok
+    await query(place.dsn, CHANGED_ROWS[change])
+    found = await run(place, app, topic)
+    if change == "nothing" or (edited and change == "another fingerprint"):  # of an edit only its payload is kept
+        assert found.ok
+        return
+    assert found.verdict().exit_code == 1
+    assert [problem["kind"] for problem in found.problems()] == ["unsettled"]

@@ -79,11 +79,13 @@ REVIEWED: dict[str, dict[str, str]] = {
     },
     "generations.py": {"_UNCLAIM.format(target='consumer.turning')": "a constant of that file"},
     "ledger.py": {
+        "deadletters.SETTLES": "a constant of that file",
         "name": "of _session_settings, in that file",
         "value": "of _session_settings: numbers and words of that file",
         "local": "of the same",
         "self.server.stamp_sql": "constants of server.py",
     },
+    "second_look.py": {"SETTLES": "a constant of deadletters.py"},
     "schema.py": {
         "each.version": "of our own files' names",
         "each.name": "of our own files' names",
