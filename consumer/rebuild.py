@@ -804,7 +804,7 @@ class _Pass:
             settled = {str(each) for each in self.work.beginnings}  # further rebuilds tell
             names = [n for n, use in sorted(known.items()) if use.inserted and str(n) in differing - settled]
             numbers = [each.number for each in self.work.handlers]
-            found.unknown += await older_than_handlers(self.connection, names, numbers)
+            found.unknown += await older_than_handlers(self.connection, names, numbers, compared.tables)
         counts["id_conflict"] += self.applied.conflicts
         if counts["id_conflict"]:
             text = f"{counts['id_conflict']} messages have an id that another payload had before: the first one counts here"
