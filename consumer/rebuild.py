@@ -81,18 +81,20 @@ class _Variation:
 
     shift: how many microseconds later each partition comes than the one before it: transactions that are less than a second
     apart may have overlapped, and then met a row in either order. zone: hours from UTC. begins: with real values, where
-    it is not known what a table began with.
+    it is not known what a table began with. by_records: in the order of the records' times, not of the ledger's.
     """
 
     shift: int = 0
     zone: int | None = None
     begins: bool = False
+    by_records: bool = False
 
 
 _FIRST = _Variation()
 # In one of the two zones it is another day than in the server's, at any time.
 _OTHER_ORDERS = (_Variation(-1_000_000, zone=14), _Variation(1_000_000, zone=-12))
 _OTHER_ROWS = _Variation(begins=True)
+_BY_RECORDS = _Variation(by_records=True)
 
 Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -205,6 +207,7 @@ class _Rebuild:
         self.owners: dict[str, str] = {}  # deferred SQL -> the handler that it was first seen from
         self.writers: set[str] = set()  # handlers that have written something, in any pass
         self.known: dict[Name, Use] = {}
+        self.contradicted: Counter[str] = Counter()  # of the first pass: see AppliedOrder
         self.absent: AbsentRows | None = None  # of the pass that runs
         self.beginnings: Mapping[Name, frozenset[str]] = {}  # of further rebuilds: see core/beginnings.py
         self._announce: Callable[[int, Sequence[str]], None] | None = None  # told once, before the first pass
@@ -227,7 +230,7 @@ class _Rebuild:
             return found
         compared, spans = first
         if compared.differing() and not found.unknown:
-            for other in _OTHER_ORDERS:
+            for other in (*_OTHER_ORDERS, _BY_RECORDS) if self.contradicted else _OTHER_ORDERS:
                 if compared.differing():
                     self.tell("rows differ: rebuilding again in another order, to find what depends on order or time")
                     await self._keep_stable(found, compared, ignore, compare, other)
@@ -430,6 +433,7 @@ class _Pass:
         self.gone: list[str] = []  # handlers that the App no longer has
         self.begun: dict[Partition, int] = {}  # where the application began, if not at the beginning of the log
         self.messages = 0
+        self.contradicted: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.applied_by: Counter[str] = Counter()  # handler -> messages
         self.failures: Counter[str] = Counter()
@@ -596,8 +600,12 @@ class _Pass:
         settings, source = self.work.settings, self.work.source
         ends = {each.partition: each.end for each in spans if each.length}
         order = AppliedOrder(
-            ends, bytes_max=max(1 << 16, settings.buffer_bytes_max // max(1, len(ends))), shift=self.other.shift
+            ends,
+            bytes_max=max(1 << 16, settings.buffer_bytes_max // max(1, len(ends))),
+            shift=self.other.shift,
+            by_records=self.other.by_records,
         )
+        self.contradicted = order.contradicted
         for entry in self.applied.edits(self.work.handlers):
             order.add_late(entry)
         most = settings.batch_messages_max
@@ -848,6 +856,12 @@ class _Pass:
                     "never, and was replayed all the same"
                 )
                 notes.append(Excuse(text))
+        self.work.contradicted = self.contradicted
+        for name, count in sorted(self.contradicted.items()):
+            notes.append(
+                f"handler {name}: the ledger has {count} messages as applied after later messages of their key (retried or repaired "
+                "later, or PostgreSQL's clock stepped back), so rows that differ are rebuilt in the order of the records too"
+            )
         if empty := sum(each.length for each in spans) - self.messages:
             notes.append(
                 f"{empty} offsets hold no record: markers of transactions, or a compacted topic, of which no state can be made"

@@ -277,3 +277,25 @@ async def test_a_changed_entry_of_a_handler_makes_no_first_rows_of_its_own(place
     await query(place.dsn, "update consumer.handlers set name = name")  # as a new name, or another topic, does
     found = await rebuilt(place, app)
     assert not found.unknown and [each["kind"] for each in found.differences] == ["extra"]
+
+
+async def test_a_clock_that_stepped_back_makes_the_order_a_reason(place: Place) -> None:
+    await migrated(place.dsn, TABLES)
+    topic = await place.topic()
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("insert into latest values (1, $1) on conflict (only_one) do update set value = $1", body["n"])
+
+    app = handling(topic, handle)
+    await place.send(topic, *[Sent({"n": n}, id=message_id(f"m{n}"), key="a") for n in range(6)])
+    await consume_all(app, place.settings())
+    await query(
+        place.dsn,
+        """update consumer.ledger set applied_at = applied_at - case when "offset" < 3 then 0 else 1 end * interval '1 hour'""",
+    )
+    found = await rebuilt(place, app)  # the ledger's order ends with the third message
+    assert kinds(found) == ["depends_on_order"] and found.agrees
+    assert any("clock stepped back" in each for each in found.notes)
+    await query(place.dsn, "delete from latest")  # missing in any order
+    found = await rebuilt(place, app)
+    assert [each["kind"] for each in found.differences] == ["missing"] and not found.unknown

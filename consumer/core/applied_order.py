@@ -3,20 +3,24 @@
 The ledger knows the transaction that applied a message by its time (`applied_at`, PostgreSQL's clock). Inside one
 transaction a worker settles its batch by topic, partition and offset. A message that the ledger does not know follows
 its record's time. Limitations: two transactions that overlapped may have met a row in the other order than they began;
-`shift` gives a second possible order, so that a caller can find the rows that depend on it.
+`shift` gives a second possible order, so that a caller can find the rows that depend on it. PostgreSQL's clock may have stepped
+back: messages of one key whose times contradict their offsets are counted, and `by_records` gives the order without
+the ledger's times. A step back that puts no two messages of a key in the wrong order is not noticed.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from consumer.core.lanes import Delivery, size_of
 from consumer.core.message import Partition
 
 LOOKAHEAD = 2000  # entries of a partition that must be known before its first one is handed out
+_CONTRADICTED_MAX = 1000  # messages, after which no more are looked for
 
 
 class Entry(NamedTuple):
@@ -62,9 +66,9 @@ class _Buffer:
         self.size = 0  # bytes
         self.complete = False
 
-    def append(self, entry: Entry) -> None:
+    def append(self, entry: Entry, at: int | None) -> None:
         self.size += size_of(entry.delivery.record)
-        if (at := entry.applied_at) is not None:
+        if at is not None:
             while self.earliest and self.earliest[-1][0] > at:
                 self.earliest.pop()
             self.earliest.append((at, self.first + len(self.entries)))
@@ -84,16 +88,26 @@ class AppliedOrder:
 
     shift: microseconds by which each further partition is taken later than it was: another order that is possible when
     transactions overlapped. bytes_max: of one partition; with more, its first entry is handed out without looking further.
+    by_records: by the records' times alone, each partition in the order of its offsets. contradicted: by handler, messages
+    that the ledger has as applied later than later messages of their key.
     """
 
     def __init__(
-        self, partitions: Iterable[Partition], *, lookahead: int = LOOKAHEAD, bytes_max: int = 1 << 26, shift: int = 0
+        self,
+        partitions: Iterable[Partition],
+        *,
+        lookahead: int = LOOKAHEAD,
+        bytes_max: int = 1 << 26,
+        shift: int = 0,
+        by_records: bool = False,
     ) -> None:
         self._places = {partition: place for place, partition in enumerate(sorted(partitions))}
         self._buffers = {partition: _Buffer() for partition in self._places}
         self._lookahead = lookahead
         self._bytes_max = bytes_max
         self._shift = shift
+        self._by_records = by_records
+        self.contradicted: Counter[str] = Counter()
         self._late: list[tuple[_Rank, int, Entry]] = []  # applied after later entries of their partition: retries
         self._heads: list[tuple[_Rank, Partition]] = []
         self._blocked = set(self._places)  # partitions of which more must be read before anything is handed out
@@ -118,7 +132,7 @@ class AppliedOrder:
         buffer = self._buffers[partition]
         buffer.complete = buffer.complete or complete
         for entry in entries:
-            buffer.append(entry)
+            buffer.append(entry, self._time(entry))
         if partition in self._blocked:
             self._offer(partition)
 
@@ -155,8 +169,9 @@ class AppliedOrder:
             if not self._knows_enough(buffer):
                 break
             entry = buffer.entries[0]
-            at = entry.applied_at
+            at = self._time(entry)
             if at is not None and buffer.earliest[0][0] < at:
+                self._note_contradiction(buffer, entry, at)
                 self._push_late(self._rank(entry, at), buffer.pop())
                 continue
             if at is None:
@@ -169,6 +184,18 @@ class AppliedOrder:
             self._blocked.discard(partition)
         else:
             self._blocked.add(partition)
+
+    def _time(self, entry: Entry) -> int | None:
+        return None if self._by_records else entry.applied_at
+
+    def _note_contradiction(self, buffer: _Buffer, entry: Entry, at: int) -> None:
+        """Count the entry if a later one that must wait for it was applied before."""
+        if self.contradicted.total() >= _CONTRADICTED_MAX:
+            return
+        unit = entry.delivery.unit()
+        later = islice(buffer.entries, 1, None)
+        if any(each.applied_at is not None and each.applied_at < at and each.delivery.unit() == unit for each in later):
+            self.contradicted[entry.delivery.handler.name] += 1
 
     def _rank(self, entry: Entry, at: int) -> _Rank:
         record = entry.delivery.record
