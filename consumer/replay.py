@@ -24,6 +24,7 @@ from typing import Any, Literal
 from consumer import (
     coverage,
     dryrun,
+    edited_letters,
     handler_code,
     history,
     id_rules,
@@ -886,7 +887,8 @@ class _Replay:
     async def _check_letters(self) -> None:
         connection = (await self.witness.open()).connection
         numbers = {each.number: each for each in self.handlers if each.number > 0}
-        await sealed_letters.check(connection, self.findings, numbers, self.wanted_key, self.wanted_ids)
+        for part in (sealed_letters, edited_letters):
+            await part.check(connection, self.findings, numbers, self.wanted_key, self.wanted_ids)
 
     def _narrowed(self) -> list[str]:
         """The options by which single messages are chosen."""

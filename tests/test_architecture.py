@@ -68,6 +68,7 @@ LAYERS = [
     "republish",
     "history",
     "sealed_letters",
+    "edited_letters",
     "witness",
     "second_look",
     "resuming",

@@ -13,7 +13,7 @@ from test_replay import app_of, payment, run
 from consumer import App, Message, Reject, Tx
 from consumer.core.message import LogRecord
 from consumer.core.seal import REST, VALUE, altered, seal
-from consumer.redrive import Done, Edit, Redrive
+from consumer.redrive import Done, Edit, Redrive, edit_of
 
 RECORD = LogRecord("orders", 1, 7, 1000, b"key", b"value", (("a", b"1"), ("b\udcff", None)), "")
 
@@ -176,3 +176,44 @@ async def test_row_of_a_retried_letter_that_was_changed_is_a_problem(place: Plac
         return
     assert found.verdict().exit_code == 1
     assert [problem["kind"] for problem in found.problems()] == ["unsettled"]
+
+
+@pytest.mark.parametrize(
+    ("change", "exit_code", "detail"),
+    [
+        ("update consumer.ledger set fingerprint = fingerprint + 1 {}", 1, "of another payload"),
+        ("update consumer.ledger set applied_at = null {}", 1, "of a dead letter"),
+        ("delete from consumer.ledger {}", 1, "has no row"),
+        ("select from consumer.ledger {}", 0, ""),
+    ],
+)
+async def test_row_of_a_letter_that_was_edited_under_a_new_id_is_looked_at(
+    place: Place, change: str, exit_code: int, detail: str
+) -> None:
+    topic = await place.topic()
+    app = app_of(topic, fingerprint="value")
+    await place.send(topic, payment("a", amount=-1), payment("b"))
+    await consume_all(app, place.settings())
+    number = await value(place.dsn, "select dead_letter from consumer.dead_letters")
+    body = json.dumps({"id": "a", "account": 1, "amount": 1}).encode()
+    [done] = await retried(place, app, number, edit_of(number, body, "auto"))
+    assert done.outcome == "applied"
+    await query(place.dsn, change.format('where "offset" < 0 returning id' if "select" not in change else ""))
+    found = await run(place, app, topic)
+    assert found.verdict().exit_code == exit_code
+    assert [each["kind"] for each in found.problems()] == (["edited_letters"] if exit_code else [])
+    assert all(f"letter {number}: " in each["text"] and detail in each["text"] for each in found.problems())
+
+
+async def test_row_of_an_edited_letter_that_may_be_forgotten_is_a_reason(place: Place) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, payment("a", amount=-1), payment("b"))
+    await consume_all(app, place.settings())
+    number = await value(place.dsn, "select dead_letter from consumer.dead_letters")
+    body = json.dumps({"id": "a", "account": 1, "amount": 1}).encode()
+    await retried(place, app, number, edit_of(number, body, "auto"))
+    await query(place.dsn, 'delete from consumer.ledger where "offset" < 0 returning id')
+    await query(place.dsn, "update consumer.ledger_state set horizon = 'epoch'")
+    found = await run(place, app, topic)
+    assert [each["kind"] for each in found.unknowns()] == ["edits_forgotten"]
