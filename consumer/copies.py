@@ -191,6 +191,8 @@ class Guard:
         self.writers: set[str] = set()  # handlers that have sent a statement that writes
         self.absent = AbsentRows(connection, known)
         self.upserted: set[str] = set()  # names of copies that are inserted into on conflict
+        self.changed: set[str] = set()  # names of copies that other statements than INSERT change
+        self.unplanned = False  # a statement ran that could not be planned, so it may be missing there
         self._owners = owners
         self._seen: set[str] = set()
         self._writing: set[str | None] = {None}  # texts that write; None is a COPY
@@ -352,10 +354,12 @@ class Guard:
                     await connection.execute(f"deallocate {name}")
         if not prepared:
             return None
+        self.unplanned |= plan is None
         done = scratch.operations(plan)
         for each, acts in done.items():
             if each.schema == "pg_temp":
                 self.upserted |= {each.table} if scratch.UPSERT in acts else set()
+                self.changed |= set() if acts.isdisjoint(("Update", "Merge", "Delete")) else {each.table}
                 if not acts.isdisjoint(("Update", "Merge")):
                     self.absent.updating.setdefault(each.table, set()).add(sql)
         touches = [

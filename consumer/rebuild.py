@@ -23,7 +23,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from consumer import handler_code, ledger, once, reading
+from consumer import drawn, handler_code, ledger, once, reading
 from consumer.absent_rows import AbsentRows, Statement, statements
 from consumer.app import App
 from consumer.applied import Applied
@@ -34,6 +34,7 @@ from consumer.core import scratch
 from consumer.core.applied_order import AppliedOrder, Entry, transactions
 from consumer.core.beginnings import other_beginnings
 from consumer.core.bounds import Span
+from consumer.core.drawn import Place, Values
 from consumer.core.errors import CannotTell, Misconfigured, Reject
 from consumer.core.handler import Call, Handler
 from consumer.core.lanes import Batch, Delivery, Lane
@@ -41,7 +42,7 @@ from consumer.core.message import Partition, Record
 from consumer.core.outcome import Cause, Dead, Duplicate, Parked, Reason, Skipped
 from consumer.core.retry import Retry
 from consumer.core.scratch import Name, Use
-from consumer.first_rows import older_than_handlers
+from consumer.first_rows import leave_out_older, older_than_handlers
 from consumer.kafka import KafkaError, LogTruncated, Source
 from consumer.ledger import Conflict, Outage, read_positions
 from consumer.settings import Settings
@@ -88,6 +89,11 @@ class _Variation:
     zone: int | None = None
     begins: bool = False
     by_records: bool = False
+    same: bool = False  # as the first one, to find values that are drawn
+
+    @property
+    def name(self) -> str:
+        return repr(dataclasses.replace(self, same=False))
 
 
 _FIRST = _Variation()
@@ -95,6 +101,7 @@ _FIRST = _Variation()
 _OTHER_ORDERS = (_Variation(-1_000_000, zone=14), _Variation(1_000_000, zone=-12))
 _OTHER_ROWS = _Variation(begins=True)
 _BY_RECORDS = _Variation(by_records=True)
+_SAME_ORDER = _Variation(same=True)
 
 Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -210,6 +217,9 @@ class _Rebuild:
         self.contradicted: Counter[str] = Counter()  # of the first pass: see AppliedOrder
         self.absent: AbsentRows | None = None  # of the pass that runs
         self.beginnings: Mapping[Name, frozenset[str]] = {}  # of further rebuilds: see core/beginnings.py
+        self.first = Compared()  # what the first rebuild gives, and values that may be drawn
+        self.values: dict[Place, Values] = {}
+        self.drawn: frozenset[Place] = frozenset()
         self._announce: Callable[[int, Sequence[str]], None] | None = None  # told once, before the first pass
         self.handlers, self.notes = _chosen(app, self.partitions, handlers, self)
 
@@ -229,6 +239,8 @@ class _Rebuild:
         if first is None:
             return found
         compared, spans = first
+        if self.values and compared.differing() and not found.unknown:
+            compared = await self._without_drawn(found, compared, ignore, compare, sample_max)
         if compared.differing() and not found.unknown:
             for other in (*_OTHER_ORDERS, _BY_RECORDS) if self.contradicted else _OTHER_ORDERS:
                 if compared.differing():
@@ -272,6 +284,18 @@ class _Rebuild:
                 return compared, spans
             except Again as learned:
                 self.tell(f"{learned}: beginning again from the start")
+
+    async def _without_drawn(
+        self, found: Rebuilt, first: Compared, ignore: Sequence[str], compare: Sequence[str], sample_max: int
+    ) -> Compared:
+        """Rebuild once more in the same order, and leave out the columns that are drawn, if there are any."""
+        self.tell("rows differ: rebuilding again in the same order, to find values that are drawn")
+        second = await self._compared(Rebuilt(), ignore, compare, sample_max, _SAME_ORDER)
+        if second is None or not self.drawn:
+            return first
+        found.tables = second[0].tables
+        found.notes = [*found.notes, *drawn.notes(self.drawn)]
+        return second[0]
 
     async def _keep_stable(
         self, found: Rebuilt, compared: Compared, ignore: Sequence[str], compare: Sequence[str], other: _Variation
@@ -779,8 +803,24 @@ class _Pass:
         def compared(place: int) -> None:
             self.work.progress("compare", place, len(tables))
 
-        rebuild = f"rebuild {self.other}"
-        return await compare_tables(self.connection, tables, ignore, put_back, sample_max, compared, rebuild)
+        async def look() -> Compared:
+            rebuild = f"rebuild {self.other.name}"
+            return await compare_tables(
+                self.connection, tables, ignore, put_back, sample_max, compared, rebuild, self.work.drawn
+            )
+
+        found = await look()
+        if self.other in (_FIRST, _SAME_ORDER):
+            work, values = (
+                self.work,
+                await drawn.values_of(self.connection, found, self.copies.session.updates, put_back),
+            )
+            if self.other is _FIRST:
+                work.first, work.values = found, values
+            elif now_drawn := drawn.drawn_in(work.first, found, work.values, values):
+                work.drawn = now_drawn
+                found = await look()
+        return found
 
     async def report(self, found: Rebuilt, compared: Compared, spans: Sequence[Span]) -> None:
         """Put what was counted into the answer."""
@@ -806,18 +846,30 @@ class _Pass:
         found.unknown += [*self.copies.unknown(), *await self.copies.rows_gone(compared)]
         tables, known = self.copies.tables, self.work.known
         self.work.beginnings = other_beginnings(tables, known, compared.tables, self.copies.guard.upserted)
-        if self.work.base is None and not self.applied.unrecorded:
-            # With messages that the ledger does not know, old rows may be theirs.
-            differing = compared.differing()
-            settled = {str(each) for each in self.work.beginnings}  # further rebuilds tell
-            names = [n for n, use in sorted(known.items()) if use.inserted and str(n) in differing - settled]
-            numbers = [each.number for each in self.work.handlers]
-            found.unknown += await older_than_handlers(self.connection, names, numbers, compared.tables)
         counts["id_conflict"] += self.applied.conflicts
         if counts["id_conflict"]:
             text = f"{counts['id_conflict']} messages have an id that another payload had before: the first one counts here"
             found.unknown.append({"kind": "id_conflict", "count": counts["id_conflict"], "text": text})
         found.notes = [*self._notes_of_code(), *self.work.notes, *self._notes(spans)]
+        if self.work.base is None and not self.applied.unrecorded:
+            # With messages that the ledger does not know, old rows may be theirs.
+            await self._judge_older(found, compared)
+
+    async def _judge_older(self, found: Rebuilt, compared: Compared) -> None:
+        """Leave out rows from before the handlers, where nothing else can explain a difference; else doubt their tables."""
+        guard, known, differing = self.copies.guard, self.work.known, compared.differing()
+        numbers = [each.number for each in self.work.handlers]
+        uses = {name: use for name, use in sorted(known.items()) if str(name) in differing}
+        is_added_to = all(use.inserted and name.table not in guard.changed for name, use in uses.items())
+        may_be_others = found.unknown or guard.unplanned or any(isinstance(each, Excuse) for each in found.notes)
+        if uses and is_added_to and not may_be_others:
+            older = await leave_out_older(self.connection, compared, numbers)
+            if older:
+                found.notes += older
+                return
+        settled = set(self.work.beginnings)  # further rebuilds tell
+        names = [name for name, use in uses.items() if use.inserted and name not in settled]
+        found.unknown += await older_than_handlers(self.connection, names, numbers, compared.tables)
 
     def _notes_of_code(self) -> list[str]:
         """Effects that may be of another code than the one that ran here."""

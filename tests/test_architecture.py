@@ -74,6 +74,7 @@ LAYERS = [
     "resuming",
     "absent_rows",
     "compare",
+    "drawn",
     "left_out",
     "applied",
     "copies",

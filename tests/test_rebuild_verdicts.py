@@ -171,7 +171,7 @@ async def test_values_that_python_draws_are_found_by_rebuilding_twice(place: Pla
     await place.send(topic, *sent(5))
     await consume_all(app, place.settings())
     found = await rebuilt(place, app)
-    assert kinds(found) == ["depends_on_order"] and "id" in found.unknown[0]["text"] and not found.differences
+    assert found.agrees and not found.unknown
     found = await rebuilt(place, app, ignore=["effects.id"])
     assert found.agrees and not found.unknown
     await query(place.dsn, "delete from effects where account = 2")
@@ -235,7 +235,7 @@ async def test_rows_from_before_the_handlers_are_no_fault_of_theirs(place: Place
     await place.send(topic, *sent(2))
     await consume_all(app, place.settings())
     found = await rebuilt(place, app)
-    assert kinds(found) == ["began_with_rows"] and "latest" in found.unknown[0]["text"]
+    assert found.agrees and not found.unknown and any("latest" in note for note in found.notes)
     assert (await rebuilt(place, app, base=seeds)).agrees
     await query(place.dsn, "delete from latest where only_one = 3")
     assert (await rebuilt(place, app)).agrees
@@ -299,3 +299,37 @@ async def test_a_clock_that_stepped_back_makes_the_order_a_reason(place: Place) 
     await query(place.dsn, "delete from latest")  # missing in any order
     found = await rebuilt(place, app)
     assert [each["kind"] for each in found.differences] == ["missing"] and not found.unknown
+
+
+@pytest.mark.parametrize(
+    "doubt", ["a lost delete", "a restored ledger", "a lost row", "a lost older row", "a foreign row", "a function"]
+)
+async def test_rows_from_before_the_handlers_stay_a_reason_where_they_may_be_a_fault(place: Place, doubt: str) -> None:
+    await migrated(place.dsn, f"{TABLES}; insert into latest select g, 100 from generate_series(1, 4) g where g <> 2")
+    topic = await place.topic()
+    rebuilding: list[bool] = []
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("insert into latest values ($1, 7) on conflict (only_one) do update set value = 7", body["n"])
+        if rebuilding and doubt == "a lost delete":
+            await tx.execute("delete from latest where only_one = 4")
+
+    app = handling(topic, handle)
+    for message in sent(2):
+        await place.send(topic, message)
+        await consume_all(app, place.settings())
+    match doubt:
+        case "a restored ledger":
+            await query(place.dsn, "update consumer.ledger set applied_at = applied_at")
+        case "a lost row":
+            await query(place.dsn, "delete from latest where only_one = 2")
+        case "a lost older row":
+            await query(place.dsn, "delete from latest where only_one = 4")
+        case "a foreign row":
+            await query(place.dsn, "insert into latest values (9, 9)")
+        case "a function":
+            await query(place.dsn, "create function touch() returns int language sql volatile as 'select 1'")
+    rebuilding.append(True)
+    found = await rebuilt(place, app)
+    assert found.unknown or not found.agrees
+    assert "began_with_rows" in kinds(found) or doubt in ("a lost row", "a foreign row")

@@ -43,6 +43,7 @@ REVIEWED: dict[str, dict[str, str]] = {
         "table": "the table in that file",
         "each": "the functions in that file",
     },
+    "core/drawn.py": {each: _BY_SCRATCH for each in ("table.name.real", "table.name.copy", "fits")},
     "core/scratch.py": {
         expression: _BY_SCRATCH
         for expression in [

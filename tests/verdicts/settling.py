@@ -24,11 +24,8 @@ APP = "verdicts"
 _SETTLE_SECONDS = 60.0
 _IDLE_SECONDS = 0.4  # without a call: what is open waits for a later phase
 # As if a minute had gone by between two transactions.
-_SPREAD = """
-update consumer.ledger l set applied_at = applied_at + place * interval '1 minute' from
-(select at, rank() over (order by at) as place from (select distinct applied_at as at from consumer.ledger) a) r
-where r.at = l.applied_at
-"""
+_APPLIED_AT = "select distinct applied_at from consumer.ledger where applied_at is not null order by applied_at"
+_SPREAD = "update consumer.ledger set applied_at = applied_at + $2 * interval '1 minute' where applied_at = $1"
 _TIMES = """
 select h.name, t.name, l.partition, l."offset", extract(epoch from l.applied_at)::float8 from consumer.ledger l
 join consumer.handlers h using (handler) join consumer.topics t on t.topic = l.topic where l.applied_at is not null
@@ -150,7 +147,9 @@ async def _operate(event: Operate, done: Settled, settings: Settings) -> None:
 async def _read_order(done: Settled, connection: asyncpg.Connection) -> None:
     """The calls that stand: of what the ledger has as applied. What an operator gives a new id has no place in the log."""
     if done.case.spread:
-        await connection.execute(_SPREAD)
+        moments = [row[0] for row in await connection.fetch(_APPLIED_AT)]
+        for place, at in reversed(list(enumerate(moments, 1))):
+            await connection.execute(_SPREAD, at, place)
     done.times = times = {Place(*row[:4]): row[4] for row in await connection.fetch(_TIMES)}
     calls = {each: done.life.calls[each] for each in times if each in done.life.calls}
     done.applied = sorted(calls.items(), key=lambda each: each[1].turn)
