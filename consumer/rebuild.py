@@ -45,6 +45,7 @@ from consumer.core.scratch import Name, Use
 from consumer.first_rows import leave_out_older, older_than_handlers
 from consumer.kafka import KafkaError, LogTruncated, Source
 from consumer.ledger import Conflict, Outage, read_positions
+from consumer.one_snapshot import OneSnapshot
 from consumer.settings import Settings
 
 _PARKED_MAX = 50_000  # failed messages, and those behind them, that wait for their turn
@@ -163,7 +164,10 @@ async def rebuild(
     begun = time.monotonic()
     with _told_in_one_line(settings):
         work = _Rebuild(app, settings, source, partitions, handlers, base, tell, progress)
-        found = await work.run(ignore, compare, sample_max, trace, announce)
+        try:
+            found = await work.run(ignore, compare, sample_max, trace, announce)
+        finally:
+            await work.snapshot.close()
     found.seconds = round(time.monotonic() - begun, 3)
     return found
 
@@ -216,6 +220,7 @@ class _Rebuild:
         self.known: dict[Name, Use] = {}
         self.contradicted: Counter[str] = Counter()  # of the first pass: see AppliedOrder
         self.absent: AbsentRows | None = None  # of the pass that runs
+        self.snapshot = OneSnapshot(settings)
         self.beginnings: Mapping[Name, frozenset[str]] = {}  # of further rebuilds: see core/beginnings.py
         self.first = Compared()  # what the first rebuild gives, and values that may be drawn
         self.values: dict[Place, Values] = {}
@@ -264,9 +269,11 @@ class _Rebuild:
     ) -> tuple[Compared, list[Span]] | None:
         """One rebuild and its comparison; None when `found.unknown` says why there can be none.
 
-        other: not _FIRST for a further rebuild, which reports nothing.
+        other: not _FIRST for a further rebuild, which reports nothing and sees the real tables as the first one did.
         """
         while True:
+            if other is _FIRST:
+                await self.snapshot.take()
             try:
                 async with self._pass(other=other) as current:
                     left_out, put_back = await current.columns_named(ignore, compare)
@@ -301,8 +308,10 @@ class _Rebuild:
         self, found: Rebuilt, compared: Compared, ignore: Sequence[str], compare: Sequence[str], other: _Variation
     ) -> None:
         """Drop the differences that a second rebuild does not show, and give them as reasons for doubt."""
-        second = await self._compared(Rebuilt(), ignore, compare, 0, other)
+        again = Rebuilt()
+        second = await self._compared(again, ignore, compare, 0, other)
         if second is None:
+            found.unknown += again.unknown
             return
         for name, count in compared.keep_stable(second[0]).items():
             columns = ", ".join(compared.varying(second[0], name))
@@ -478,7 +487,7 @@ class _Pass:
     async def set_up(self, sought: Compared | None) -> None:
         """Begin, read what the ledger knows, and make the copies."""
         await ledger.describe(self.connection, self.work.settings)
-        await self.copies.begin()
+        await self.copies.begin(self.work.snapshot.name)
         if self.other.zone is not None:
             await self.connection.execute(f"set local time zone {self.other.zone:d}")
         await self._number()

@@ -79,6 +79,7 @@ LAYERS = [
     "applied",
     "copies",
     "first_rows",
+    "one_snapshot",
     "rebuild",
     "replay_session",
     "replay",
