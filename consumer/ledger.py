@@ -706,6 +706,11 @@ async def describe(connection: asyncpg.Connection[Any], settings: Settings) -> S
     return await server.identify(connection)
 
 
+def uuids(ids: Iterable[bytes]) -> list[UUID]:
+    """As the driver takes them. Its own type is made from bytes several times faster than Python's."""
+    return [UUID(each) for each in ids]
+
+
 def _offers(deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> tuple[list[Any], ...]:
     return (
         [each.handler.number for each in deliveries],

@@ -31,7 +31,7 @@ from consumer.compare import KINDS, Compared, Excuse
 from consumer.compare import compare as compare_tables
 from consumer.copies import TEXTS_MAX, Again, Copies, Halve, calling
 from consumer.core import scratch
-from consumer.core.applied_order import AppliedOrder, Entry, transactions
+from consumer.core.applied_order import LOOKAHEAD, AppliedOrder, Backlog, Entry, transactions
 from consumer.core.beginnings import other_beginnings
 from consumer.core.bounds import Span
 from consumer.core.drawn import Place, Values
@@ -432,7 +432,7 @@ def _named(name: str, call: Call, work: _Rebuild) -> Call:
             result = await call(value, message, tx)
             if work.absent is not None:
                 id = tx.subject.id if isinstance(tx.subject, Delivery) else None
-                work.absent.note([*noted, *tx.writes], name, id)
+                work.absent.note([*noted, *tx.writes] if noted else tx.writes, name, id)
             return result
         except Reject as error:
             raise _Rejected from error
@@ -644,19 +644,24 @@ class _Pass:
         most = settings.batch_messages_max
         ready: list[Entry] = []
         paused: set[Partition] = set()
+        backlog = Backlog()
         with _kafka_told_in_one_line(settings):
             async for partition, records, following in reading.read(source, spans):
                 self.messages += len(records)
-                order.add(partition, await self._entries(partition, records), complete=following >= ends[partition])
-                if order.is_full(partition) and following < ends[partition]:
+                backlog.add(partition, records, complete=following >= ends[partition])
+                advanced(partition, following)
+                while lacking := [each for each in ends if backlog.holds(each) and order.is_low(each)]:
+                    for each in lacking:
+                        block, complete = backlog.take(each, LOOKAHEAD)
+                        order.add(each, await self._entries(each, block), complete=complete)
+                    while more := order.take(most):
+                        parts, ready = self._parts([*ready, *more], most)
+                        for part in parts:
+                            yield part
+                if following < ends[partition] and (backlog.holds(partition) or not order.is_low(partition)):
                     source.pause(partition)
                     paused.add(partition)
-                advanced(partition, following)
-                while more := order.take(most):
-                    parts, ready = self._parts([*ready, *more], most)
-                    for part in parts:
-                        yield part
-                for low in [each for each in paused if order.is_low(each)]:
+                for low in [each for each in paused if not backlog.holds(each) and order.is_low(each)]:
                     source.resume(low)
                     paused.discard(low)
         parts, ready = self._parts([*ready, *order.take(order.held)], most)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer import App
-from consumer.core.applied_order import AppliedOrder, Entry, transactions
+from consumer.core.applied_order import AppliedOrder, Backlog, Entry, transactions
 from consumer.core.lanes import Delivery
 from consumer.core.message import Partition
 from consumer.core.outcome import DUPLICATE, Cause
@@ -148,3 +148,17 @@ def test_what_has_no_effect_splits_no_transaction() -> None:
         entries[place].delivery.outcome = DUPLICATE[Cause.LEDGER]
     offsets = [[each.delivery.record.offset for each in part] for part in transactions(entries)]
     assert offsets == [[0], [1, 2, 3], [4], [5], [6]]
+
+
+def test_backlog_hands_out_blocks_and_says_which_is_the_last() -> None:
+    backlog, partition = Backlog(), PARTITIONS[0]
+    assert not backlog.holds(partition)
+    backlog.add(partition, [Rec(*partition, each) for each in range(5)], complete=False)
+    taken, is_last = backlog.take(partition, 3)
+    assert [each.offset for each in taken] == [0, 1, 2] and not is_last
+    backlog.add(partition, [], complete=True)
+    taken, is_last = backlog.take(partition, 3)
+    assert [each.offset for each in taken] == [3, 4] and is_last
+    assert not backlog.holds(partition)
+    backlog.add(partition, [], complete=True)
+    assert backlog.holds(partition) and backlog.take(partition, 3) == ([], True)
