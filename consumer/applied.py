@@ -254,7 +254,10 @@ class Applied:
             if alike and offset == record.offset and number == record.partition and topic == record.topic:
                 return int(at)
             span = self.spans.get(Partition(topic, number))
-            if not alike or offset < 0 or (span is not None and span.first <= offset < span.end):
+            if not alike and self.left_out.takes(delivery, self.positions.get(delivery.partition, 0)):
+                # Never applied, so the payload that came later with its id is no conflict.
+                delivery.outcome = SKIPPED
+            elif not alike or offset < 0 or (span is not None and span.first <= offset < span.end):
                 # The effect is that of another record, which is replayed in its own place.
                 delivery.outcome = DUPLICATE[Cause.LEDGER]
                 self.conflicts += not alike
