@@ -8,6 +8,7 @@ run. A letter for any other reason is a verdict about that message alone, and ho
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from enum import Enum, StrEnum
 from hashlib import blake2b
 from typing import NamedTuple
@@ -103,3 +104,17 @@ def age_seconds(text: str, option: str) -> int:
     if found is None:
         raise Misconfigured(f"{option} {text[:40]!r}: an age, such as 10m, 24h or 7d")
     return int(found[1]) * _UNITS[found[2]]
+
+
+def edit_fault(applied: bool, found: int | None, expected: Collection[int]) -> str:
+    """What is wrong with the ledger's row of a letter that was applied under a new id; empty for nothing.
+
+    found: its fingerprint, None where there is no row. expected: those of the edited value, none where it is not kept.
+    """
+    if found is None:
+        return "the ledger has no row of its new id"
+    if not applied:
+        return "the ledger's row of its new id is that of a dead letter"
+    if expected and found not in expected:
+        return "the ledger's row of its new id is of another payload"
+    return ""

@@ -5,7 +5,7 @@ claim_sql.py writes the statements; migrations/0001_schema.sql explains the gene
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import asyncpg
@@ -185,6 +185,11 @@ async def claimed_ids(connection: Connection, ids: Sequence[tuple[int, bytes]]) 
 async def forgotten_below(connection: Connection, handlers: Sequence[int]) -> dict[tuple[int, str, int], int]:
     """Return, per handler, topic and partition, up to which offset rows may be gone."""
     return {tuple(row)[:3]: row[3] for row in await connection.fetch(_FORGOTTEN, handlers)}
+
+
+def uuids(ids: Iterable[bytes]) -> list[UUID]:
+    """Return ids as the driver takes them; its own type is made from bytes several times faster than Python's."""
+    return [UUID(id) for id in ids]
 
 
 def _offers(deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> tuple[list[Any], ...]:

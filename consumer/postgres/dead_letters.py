@@ -31,6 +31,13 @@ from consumer.core.ordering import Delivery, SavedAttempts
 from consumer.core.outcome import Dead, Reason
 from consumer.postgres.protocol import Connection
 
+# Whether a letter d settles its message. One that was retried says that the ledger has its record as applied, and, unless it was
+# edited, with its payload: a row of this record that says something else was changed.
+SETTLES = """(d.state <> 'applied' or not exists (
+        select from consumer.ledger l join consumer.topics t on t.topic = l.topic
+        where (l.handler, l.id, t.name, l.partition, l."offset") = (d.handler, d.id, d.topic, d.partition, d."offset")
+          and (l.applied_at is null or (l.fingerprint <> d.fingerprint and not exists (
+              select from consumer.letter_actions a where a.dead_letter = d.dead_letter and a.new_value is not null)))))"""
 _LETTER = """
 insert into consumer.dead_letters as d (handler, id, fingerprint, topic, partition, "offset", "timestamp", key, value,
        header_keys, header_values, reason, error, attempts, state, chain, kind, error_group, trace, seal)
@@ -80,10 +87,18 @@ _ATTEMPTS = """
 select handler, topic, partition, "offset", attempts, greatest(0, extract(epoch from due_at - now()))::float8
 from consumer.attempts where handler = any($1) and topic = any($2)
 """
-_WITH_DEAD_LETTER = """
+# Whether a dead letter d settles its message. One that was retried says that the ledger has its record as applied, and, unless it was
+# edited, with its payload: a row of this record that says something else was changed.
+SETTLES = """(d.state <> 'applied' or not exists (
+        select from consumer.ledger l join consumer.topics t on t.topic = l.topic
+        where (l.handler, l.id, t.name, l.partition, l."offset") = (d.handler, d.id, d.topic, d.partition, d."offset")
+          and (l.applied_at is null or (l.fingerprint <> d.fingerprint and not exists (
+              select from consumer.letter_actions a where a.dead_letter = d.dead_letter and a.new_value is not null)))))"""
+_WITH_DEAD_LETTER = f"""
 select o.place from unnest($1::int2[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
-where exists (select from consumer.dead_letters d where (d.handler, d.id, d.fingerprint) = (o.handler, o.id, o.fingerprint))
-"""
+where exists (select from consumer.dead_letters d
+              where (d.handler, d.id, d.fingerprint) = (o.handler, o.id, o.fingerprint) and {SETTLES})
+"""  # noqa: S608 - a constant of this file
 _WITHOUT_DEAD_LETTER = """
 select o.place from unnest($1::int2[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
 where not exists (select from consumer.dead_letters d

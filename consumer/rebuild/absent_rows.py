@@ -49,7 +49,7 @@ class AbsentRows:
     def __init__(self, connection: Any, known: Mapping[Name, Use]) -> None:
         self._connection = connection
         self._known = known
-        self._texts: dict[str, tuple[Name, Sought] | None] = {}
+        self._texts: dict[str, tuple[_Keys, tuple[int, ...]] | None] = {}  # and where the keys are among the arguments
         self._found: dict[tuple[Name, tuple[str, ...]], _Keys] = {}
         self.updating: dict[str, set[str]] = {}  # table -> texts that update it
 
@@ -58,13 +58,9 @@ class AbsentRows:
         for sql, arguments in done:
             if (place := self._place(sql)) is None:
                 continue
-            name, sought = place
-            columns = tuple(column for column, _ in sought.columns)
-            found = self._found.get((name, columns))
-            if found is None:
-                found = self._found[name, columns] = _Keys(columns)
+            found, places = place
             try:
-                key = tuple(arguments[n] for _, n in sought.columns)
+                key = (arguments[places[0]],) if len(places) == 1 else tuple([arguments[n] for n in places])
                 if key in found.by or None in key:
                     continue
             except (TypeError, IndexError):  # not a key, or not enough arguments: PostgreSQL will say so
@@ -72,9 +68,14 @@ class AbsentRows:
             found.keys.add(key)
             found.by[key] = handler, "" if message is None else str(UUID(bytes=message))
 
-    def _place(self, sql: str) -> tuple[Name, Sought] | None:
+    def _place(self, sql: str) -> tuple[_Keys, tuple[int, ...]] | None:
         if sql not in self._texts:
-            self._texts[sql] = self._read(sql)
+            self._texts[sql] = None
+            if (read := self._read(sql)) is not None:
+                name, sought = read
+                columns = tuple(column for column, _ in sought.columns)
+                found = self._found.setdefault((name, columns), _Keys(columns))
+                self._texts[sql] = found, tuple(n for _, n in sought.columns)
         return self._texts[sql]
 
     def _read(self, sql: str) -> tuple[Name, Sought] | None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-from uuid import UUID
+from typing import Any, NamedTuple
 
 from consumer.core.errors import CannotTell
 from consumer.core.fingerprint import BYTES
@@ -19,6 +18,7 @@ from consumer.core.ordering import Delivery
 from consumer.core.outcome import DUPLICATE, SKIPPED, Cause, Dead
 from consumer.handler_records.source_text import Versions
 from consumer.kafka.bounds import Span
+from consumer.postgres.claims import uuids
 from consumer.rebuild.applied_order import Entry
 from consumer.rebuild.left_out import LeftOut
 from consumer.transaction.identify import by_bytes
@@ -48,6 +48,23 @@ join consumer.ledger l on l.handler = o.handler and l.id = o.id
 join consumer.topics t on t.topic = l.topic
 where l.applied_at is not null
 """
+# The same, with the times of messages that were applied as what they are apart from the rest: nearly always that is all.
+_TIMES = """
+with found as (
+    select o.place, round(date_part('epoch', l.applied_at) * 1000000)::int8 as at, t.name, l.partition, l."offset" as number,
+           l.fingerprint = o.fingerprint as alike,
+           l.fingerprint = o.fingerprint and l."offset" = o.number and l.partition = $5 and t.name = $6 as same
+    from unnest($1::int4[], $2::uuid[], $3::int8[], $4::int8[]) with ordinality as o(handler, id, fingerprint, number, place)
+    join consumer.ledger l on l.handler = o.handler and l.id = o.id
+    join consumer.topics t on t.topic = l.topic
+    where l.applied_at is not null
+)
+select array_agg(place) filter (where same), array_agg(at) filter (where same), array_agg(place) filter (where not same),
+       array_agg(at) filter (where not same), array_agg(name) filter (where not same),
+       array_agg(partition) filter (where not same), array_agg(number) filter (where not same),
+       array_agg(alike) filter (where not same)
+from found
+"""
 _EDITS = """
 select distinct on (d.dead_letter) d.*, a.new_id, a.new_value,
        (select (extract(epoch from l.applied_at) * 1000000)::int8 from consumer.ledger l
@@ -67,11 +84,21 @@ join consumer.ledger l on l.handler = o.handler and l.topic = t.topic and l.part
 _Place = tuple[int, Partition, int]  # handler, partition, offset
 
 
+class _Fact(NamedTuple):
+    """A row of the ledger: when and where it was applied, and whether with this payload."""
+
+    at: int
+    topic: str
+    partition: int
+    offset: int
+    is_alike: bool
+
+
 def offers(deliveries: Sequence[Delivery]) -> tuple[list[Any], ...]:
     """Handlers, ids and fingerprints, as columns."""
     return (
         [each.handler.number for each in deliveries],
-        [UUID(bytes=each.id) for each in deliveries],
+        uuids([each.id for each in deliveries]),
         [each.fingerprint for each in deliveries],
     )
 
@@ -145,22 +172,50 @@ class Applied:
         """
         waiting = [each for each in deliveries if each.outcome is None or isinstance(each.outcome, Dead)]
         await self._sort_dead(waiting)
-        facts: dict[Delivery, Any] = {}
-        for delivery, row in await self.ask(_FACTS, deliveries):
-            if delivery not in facts or row["alike"]:
-                facts[delivery] = row
+        times, facts = await self._facts(deliveries)
         entries: list[Entry] = []
         last, turn = -1, 0
-        for delivery in deliveries:
+        for delivery, at in zip(deliveries, times, strict=True):
             record = delivery.record
             turn = turn + 1 if record.offset == last else 0
             last = record.offset
-            at = self._judge(delivery, facts.get(delivery))
+            if at is None or delivery.outcome is not None:
+                at = self._judge(delivery, facts.get(delivery))
             versions = self.codes.get(delivery.handler.number)
             if versions is not None and delivery.outcome is None and versions.may_be_other(at):
                 self.with_other_code[delivery.handler.number] += 1
             entries.append(Entry(delivery, at, record.timestamp * 1000, turn))
         return entries
+
+    async def _facts(self, deliveries: Sequence[Delivery]) -> tuple[list[int | None], dict[Delivery, _Fact]]:
+        """When each was applied, if as what it is here, and what there is to know of the others.
+
+        deliveries: of one partition. Those of a handler with a rule of comparison are looked for under the fingerprint of
+        their bytes too: their row may be from before the rule.
+        """
+        times: list[int | None] = [None] * len(deliveries)
+        facts: dict[Delivery, _Fact] = {}
+        partition = deliveries[0].partition
+        offsets = [each.record.offset for each in deliveries]
+        asked = (*offers(deliveries), offsets, partition.partition, partition.topic)
+        places, found, others, *columns = await self.connection.fetchrow(_TIMES, *asked)
+        for place, at in zip(places or (), found or (), strict=True):
+            times[place - 1] = at
+        for place, *fact in zip(others or (), *(each or () for each in columns), strict=True):
+            delivery = deliveries[place - 1]
+            if delivery not in facts or fact[4]:
+                facts[delivery] = _Fact(*fact)
+        earlier = [
+            each
+            for each, at in zip(deliveries, times, strict=True)
+            if at is None and each.handler.fingerprint is not BYTES
+        ]
+        if earlier:
+            for place, *fact in await self.connection.fetch(_FACTS, *offers([by_bytes(each) for each in earlier])):
+                delivery = earlier[place - 1]
+                if delivery not in facts or fact[4]:
+                    facts[delivery] = _Fact(*fact)
+        return times, facts
 
     async def _sort_dead(self, deliveries: Sequence[Delivery]) -> None:
         for delivery in deliveries if self._edited else ():
@@ -183,11 +238,8 @@ class Applied:
         offered = [*deliveries, *map(by_bytes, earlier)]
         return [(asked[row[0] - 1], row) for row in await self.connection.fetch(question, *offers(offered))]
 
-    def _judge(self, delivery: Delivery, fact: Any) -> int | None:
-        """Give a delivery without an effect its outcome; return when the others were applied, if that is known.
-
-        fact: its row of _FACTS, if there is one.
-        """
+    def _judge(self, delivery: Delivery, fact: _Fact | None) -> int | None:
+        """Give a delivery without an effect its outcome; return when the others were applied, if that is known."""
         record = delivery.record
         if isinstance(delivery.outcome, Dead):
             if len(self._unreadable) < UNREADABLE_MAX:
@@ -198,11 +250,14 @@ class Applied:
             else:
                 self.unrecorded += 1
         elif delivery.outcome is None and fact is not None:
-            _, at, topic, number, offset, alike = fact
+            at, topic, number, offset, alike = fact
             if alike and offset == record.offset and number == record.partition and topic == record.topic:
                 return int(at)
             span = self.spans.get(Partition(topic, number))
-            if not alike or offset < 0 or (span is not None and span.first <= offset < span.end):
+            if not alike and self.left_out.takes(delivery, self.positions.get(delivery.partition, 0)):
+                # Never applied, so the payload that came later with its id is no conflict.
+                delivery.outcome = SKIPPED
+            elif not alike or offset < 0 or (span is not None and span.first <= offset < span.end):
                 # The effect is that of another record, which is replayed in its own place.
                 delivery.outcome = DUPLICATE[Cause.LEDGER]
                 self.conflicts += not alike

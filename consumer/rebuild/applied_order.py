@@ -3,20 +3,24 @@
 The ledger knows the transaction that applied a message by its time (`applied_at`, PostgreSQL's clock). Inside one
 transaction a worker settles its batch by topic, partition and offset. A message that the ledger does not know follows
 its record's time. Limitations: two transactions that overlapped may have met a row in the other order than they began;
-`shift` gives a second possible order, so that a caller can find the rows that depend on it.
+`shift` gives a second possible order, so that a caller can find the rows that depend on it. PostgreSQL's clock may have stepped
+back: messages of one key whose times contradict their offsets are counted, and `by_records` gives the order without
+the ledger's times. A step back that puts no two messages of a key in the wrong order is not noticed.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
-from consumer.core.message import Partition
+from consumer.core.message import Partition, Record
 from consumer.core.ordering import Delivery, size_of
 
 LOOKAHEAD = 2000  # entries of a partition that must be known before its first one is handed out
+_CONTRADICTED_MAX = 1000  # messages, after which no more are looked for
 
 
 class Entry(NamedTuple):
@@ -52,19 +56,23 @@ _Rank = tuple[int, int, int, int]  # time, partition, offset, handler: the order
 class _Buffer:
     """Entries of one partition in offset order, with the earliest time that any of them was applied."""
 
-    __slots__ = ("complete", "earliest", "entries", "first", "latest", "size")
+    __slots__ = ("complete", "earliest", "entries", "first", "latest", "place", "size", "sizes")
 
-    def __init__(self) -> None:
+    def __init__(self, place: int) -> None:
+        self.place = place  # of the partition
         self.entries: deque[Entry] = deque()
+        self.sizes: deque[int] = deque()  # of each entry, in bytes
         self.first = 0  # number of entries[0], counted from the beginning
         self.earliest: deque[tuple[int, int]] = deque()  # sliding minimum: (applied_at, number), both ascending
         self.latest = 0  # time of the entry handed out last: entries without a time of their own keep their order
         self.size = 0  # bytes
         self.complete = False
 
-    def append(self, entry: Entry) -> None:
-        self.size += size_of(entry.delivery.record)
-        if (at := entry.applied_at) is not None:
+    def append(self, entry: Entry, at: int | None) -> None:
+        size = size_of(entry.delivery.record)
+        self.sizes.append(size)
+        self.size += size
+        if at is not None:
             while self.earliest and self.earliest[-1][0] > at:
                 self.earliest.pop()
             self.earliest.append((at, self.first + len(self.entries)))
@@ -74,9 +82,8 @@ class _Buffer:
         if self.earliest and self.earliest[0][1] == self.first:
             self.earliest.popleft()
         self.first += 1
-        entry = self.entries.popleft()
-        self.size -= size_of(entry.delivery.record)
-        return entry
+        self.size -= self.sizes.popleft()
+        return self.entries.popleft()
 
 
 class AppliedOrder:
@@ -84,16 +91,26 @@ class AppliedOrder:
 
     shift: microseconds by which each further partition is taken later than it was: another order that is possible when
     transactions overlapped. bytes_max: of one partition; with more, its first entry is handed out without looking further.
+    by_records: by the records' times alone, each partition in the order of its offsets. contradicted: by handler, messages
+    that the ledger has as applied later than later messages of their key.
     """
 
     def __init__(
-        self, partitions: Iterable[Partition], *, lookahead: int = LOOKAHEAD, bytes_max: int = 1 << 26, shift: int = 0
+        self,
+        partitions: Iterable[Partition],
+        *,
+        lookahead: int = LOOKAHEAD,
+        bytes_max: int = 1 << 26,
+        shift: int = 0,
+        by_records: bool = False,
     ) -> None:
         self._places = {partition: place for place, partition in enumerate(sorted(partitions))}
-        self._buffers = {partition: _Buffer() for partition in self._places}
+        self._buffers = {partition: _Buffer(place) for partition, place in self._places.items()}
         self._lookahead = lookahead
         self._bytes_max = bytes_max
         self._shift = shift
+        self._by_records = by_records
+        self.contradicted: Counter[str] = Counter()
         self._late: list[tuple[_Rank, int, Entry]] = []  # applied after later entries of their partition: retries
         self._heads: list[tuple[_Rank, Partition]] = []
         self._blocked = set(self._places)  # partitions of which more must be read before anything is handed out
@@ -104,13 +121,8 @@ class AppliedOrder:
         """Entries that are not handed out yet."""
         return len(self._late) + sum(len(buffer.entries) for buffer in self._buffers.values())
 
-    def is_full(self, partition: Partition) -> bool:
-        """Whether the partition holds twice what it needs, so that reading it can pause."""
-        buffer = self._buffers[partition]
-        return len(buffer.entries) >= 2 * self._lookahead or buffer.size >= 2 * self._bytes_max
-
     def is_low(self, partition: Partition) -> bool:
-        """Whether a paused partition should be read on."""
+        """Whether more of the partition should be added."""
         return not self._knows_enough(self._buffers[partition], 1.5)
 
     def add(self, partition: Partition, entries: Sequence[Entry], *, complete: bool) -> None:
@@ -118,14 +130,15 @@ class AppliedOrder:
         buffer = self._buffers[partition]
         buffer.complete = buffer.complete or complete
         for entry in entries:
-            buffer.append(entry)
+            buffer.append(entry, self._time(entry))
         if partition in self._blocked:
             self._offer(partition)
 
     def add_late(self, entry: Entry) -> None:
         """Add an entry that is of no place in its partition: an edited dead letter, for example."""
         at = entry.applied_at if entry.applied_at is not None else entry.time
-        self._push_late(self._rank(entry, at), entry)
+        place = self._places.get(entry.delivery.partition, len(self._places))
+        self._push_late(self._rank(entry, at, place), entry)
 
     def take(self, most: int) -> list[Entry]:
         """The next entries, at most so many; none while a partition must be read first."""
@@ -134,11 +147,15 @@ class AppliedOrder:
             if self._late and (not self._heads or self._late[0][0] < self._heads[0][0]):
                 taken.append(heapq.heappop(self._late)[2])
             elif self._heads:
-                rank, partition = heapq.heappop(self._heads)
+                rank, partition = self._heads[0]
                 buffer = self._buffers[partition]
                 buffer.latest = rank[0]
                 taken.append(buffer.pop())
-                self._offer(partition)
+                following = self._next_rank(partition)
+                if following is None:
+                    heapq.heappop(self._heads)
+                else:
+                    heapq.heapreplace(self._heads, (following, partition))
             else:
                 break
         return taken
@@ -150,31 +167,77 @@ class AppliedOrder:
 
     def _offer(self, partition: Partition) -> None:
         """Put the partition's next entry among the heads, or block until it is known."""
+        rank = self._next_rank(partition)
+        if rank is not None:
+            self._blocked.discard(partition)
+            heapq.heappush(self._heads, (rank, partition))
+
+    def _next_rank(self, partition: Partition) -> _Rank | None:
+        """Where the partition's next entry belongs; None, and blocked, until it is known. Late entries are put aside."""
         buffer = self._buffers[partition]
         while buffer.entries:
             if not self._knows_enough(buffer):
                 break
             entry = buffer.entries[0]
-            at = entry.applied_at
+            at = self._time(entry)
             if at is not None and buffer.earliest[0][0] < at:
-                self._push_late(self._rank(entry, at), buffer.pop())
+                self._note_contradiction(buffer, entry, at)
+                self._push_late(self._rank(entry, at, buffer.place), buffer.pop())
                 continue
             if at is None:
-                at = max(buffer.latest - self._shift * self._places[partition], entry.time)
+                at = max(buffer.latest - self._shift * buffer.place, entry.time)
                 at = min(at, buffer.earliest[0][0]) if buffer.earliest else at
-            heapq.heappush(self._heads, (self._rank(entry, at), partition))
-            self._blocked.discard(partition)
-            return
+            return self._rank(entry, at, buffer.place)
         if buffer.complete:
             self._blocked.discard(partition)
         else:
             self._blocked.add(partition)
+        return None
 
-    def _rank(self, entry: Entry, at: int) -> _Rank:
-        record = entry.delivery.record
-        place = self._places.get(entry.delivery.partition, len(self._places))
-        return at + self._shift * place, place, record.offset, entry.turn
+    def _time(self, entry: Entry) -> int | None:
+        return None if self._by_records else entry.applied_at
+
+    def _note_contradiction(self, buffer: _Buffer, entry: Entry, at: int) -> None:
+        """Count the entry if a later one that must wait for it was applied before."""
+        if self.contradicted.total() >= _CONTRADICTED_MAX:
+            return
+        unit = entry.delivery.ordering_key()
+        later = islice(buffer.entries, 1, None)
+        if any(
+            each.applied_at is not None and each.applied_at < at and each.delivery.ordering_key() == unit
+            for each in later
+        ):
+            self.contradicted[entry.delivery.handler.name] += 1
+
+    def _rank(self, entry: Entry, at: int, place: int) -> _Rank:
+        return at + self._shift * place, place, entry.delivery.record.offset, entry.turn
 
     def _push_late(self, rank: _Rank, entry: Entry) -> None:
         self._number += 1
         heapq.heappush(self._late, (rank, self._number, entry))
+
+
+class Backlog:
+    """Records that were read and are not put in order yet. An order looks ahead no further than it must."""
+
+    def __init__(self) -> None:
+        self._records: dict[Partition, deque[Record]] = {}
+        self._complete: set[Partition] = set()
+
+    def add(self, partition: Partition, records: Iterable[Record], *, complete: bool) -> None:
+        """Add records in offset order. complete: nothing of the partition follows."""
+        self._records.setdefault(partition, deque()).extend(records)
+        if complete:
+            self._complete.add(partition)
+
+    def holds(self, partition: Partition) -> bool:
+        """Whether something of the partition is left to take."""
+        return partition in self._records
+
+    def take(self, partition: Partition, most: int) -> tuple[list[Record], bool]:
+        """The next records of a partition, at most so many, and whether nothing of it follows."""
+        held = self._records[partition]
+        taken = [held.popleft() for _ in range(min(most, len(held)))]
+        if not held:
+            del self._records[partition]
+        return taken, not held and partition in self._complete

@@ -50,3 +50,25 @@ def other_beginnings(
         if is_unlikely and (not use.inserted or table.name.table in upserted):
             found[table.name] = frozenset(each.name for each in writable if use.inserted or each.name in use.updated)
     return found
+
+
+def beginning_doubt(name: Name, older: int, counts: Mapping[str, Any], *, knows: bool) -> dict[str, Any] | None:
+    """Why a table that handlers insert into may not have begun empty; None where nothing says so.
+
+    older: rows that were written before its handlers first ran. counts: what its comparison found. knows: whether the
+    transactions that wrote its rows are those that the ledger knows. Otherwise rows that are too many may be first rows;
+    where rows are missing too, first rows alone explain nothing.
+    """
+    if not knows and counts["extra"] and not counts["missing"]:
+        text = (
+            f"{name}: {counts['extra']} rows are too many, and its rows or those of the ledger were written again since (a "
+            "restored dump), so whether it began empty is not known: give the first rows of all tables with --base FILE"
+        )
+        return {"kind": "beginning_not_kept", "count": counts["extra"], "text": text}
+    if knows and older:
+        text = (
+            f"{name}: {older} rows were there before its handlers first ran, and they insert into it, so it did not "
+            "begin empty: give the first rows of all tables with --base FILE"
+        )
+        return {"kind": "began_with_rows", "count": older, "text": text}
+    return None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from consumer.rebuild.drawn_values import DRAWN
 from consumer.rebuild.scratch import GENERATED, IGNORED, NOW, SHOWN_MAX, Comparison, Name, Table, Use, key_of, left_out
 
 KINDS = ("missing", "extra", "different")
@@ -133,17 +134,19 @@ async def compare(
     sample_max: int,
     progress: Callable[[int], None],
     rebuild: str,
+    drawn: Collection[tuple[Name, str]] = (),
 ) -> Compared:
     """Compare each table with its copy. tables: each with its use, and the columns whose moving default gave a value.
 
-    rebuild: a name of this one, another than those that it will be compared with have.
+    rebuild: a name of this one, another than those that it will be compared with have. drawn: see core/drawn.py.
     """
     found = Compared()
     for place, (table, use, used) in enumerate(tables):
         progress(place)
         row = await connection.fetchrow(sql) if (sql := Comparison(table, (), ()).nows()) else None
         nows = {name for name, holds in row.items() if holds} if row else set()
-        ignored = left_out(table, use, ignore, put_back, set(used), nows)
+        chance = {column: DRAWN for name, column in drawn if name == table.name}
+        ignored = left_out(table, use, ignore, put_back, set(used), nows, chance)
         key = key_of(table, ignored)
         comparison = _comparison(table, ignored, key)
         rows, rebuilt, missing, extra, different = await connection.fetchrow(comparison.counts())

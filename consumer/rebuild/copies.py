@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from uuid import UUID, uuid4
 
 from consumer.core.dead_letters import KeyHold
-from consumer.core.errors import Misconfigured
+from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.identifiers import ident
 from consumer.core.ordering import Batch, Delivery, PositionUpdate
 from consumer.core.outcome import Dead
@@ -43,12 +43,12 @@ _IDS_MAX = 3  # messages told of one difference
 _COMPACT_AT = 2000  # updates of a copy, and twice its rows
 _BUFFER = "64MB"  # of the server's memory for the copies; the rest of them is on its disk
 _READ_ONLY = "25006"
+_NO_SNAPSHOT = frozenset({"22023", "42704", "55000"})  # what importing one answers whose connection has ended
 _PLANNED = frozenset({"select", "insert", "update", "delete", "merge", "with", "values", "table"})
 _WRITING = _PLANNED - {"select", "values", "table"}
 _SAVEPOINT = re.compile(r"(savepoint|release savepoint|rollback to savepoint) consumer_[0-9]+")
 
-_BEGIN = """
-begin isolation level repeatable read read write;
+_SETTINGS = """
 select set_config(name, value, true) from (values
     ('idle_in_transaction_session_timeout', '0'),  -- a slow handler, or a slow broker, leaves it idle
     ('statement_timeout', '0'), ('transaction_timeout', '0'),
@@ -194,6 +194,8 @@ class Guard:
         self.writers: set[str] = set()  # handlers that have sent a statement that writes
         self.absent = AbsentRows(connection, known)
         self.upserted: set[str] = set()  # names of copies that are inserted into on conflict
+        self.changed: set[str] = set()  # names of copies that other statements than INSERT change
+        self.unplanned = False  # a statement ran that could not be planned, so it may be missing there
         self._owners = owners
         self._seen: set[str] = set()
         self._writing: set[str | None] = {None}  # texts that write; None is a COPY
@@ -355,10 +357,12 @@ class Guard:
                     await connection.execute(f"deallocate {name}")
         if not prepared:
             return None
+        self.unplanned |= plan is None
         done = scratch.operations(plan)
         for each, acts in done.items():
             if each.schema == "pg_temp":
                 self.upserted |= {each.table} if scratch.UPSERT in acts else set()
+                self.changed |= set() if acts.isdisjoint(("Update", "Merge", "Delete")) else {each.table}
                 if not acts.isdisjoint(("Update", "Merge")):
                     self.absent.updating.setdefault(each.table, set()).add(sql)
         touches = [
@@ -548,9 +552,18 @@ class Copies:
         self._compacted: list[int] = []  # updates of each copy when it was last written anew
         self._rows: list[int] = []  # of each copy then
 
-    async def begin(self) -> None:
-        """Begin the transaction, and see the real state as of now from here on."""
-        await self.connection.execute(_BEGIN)
+    async def begin(self, snapshot: str) -> None:
+        """Begin the transaction, which sees the real state as of an exported snapshot. Raises CannotTell if that is gone."""
+        try:
+            await self.connection.execute(
+                f"begin isolation level repeatable read read write; set transaction snapshot {scratch.literal(snapshot)}"
+            )
+        except Exception as error:
+            if sqlstate_of(error) in _NO_SNAPSHOT:
+                text = "the connection that keeps the rebuild's snapshot has ended; nothing was changed, and it can be run again"
+                raise CannotTell(text) from error
+            raise
+        await self.connection.execute(_SETTINGS)
         await self._more_buffers()
         await self.connection.execute(
             f"set local lock_timeout = {milliseconds(self._settings.postgres_lock_timeout_seconds):d}; {_CLAIMS}"

@@ -37,15 +37,17 @@ from consumer.kafka.source import KafkaError, LogTruncated, Source
 from consumer.postgres.connection import connect, database_epoch, translated_errors
 from consumer.postgres.errors import Conflict, Outage
 from consumer.postgres.positions import read_positions
-from consumer.rebuild import scratch
+from consumer.rebuild import drawn, scratch
 from consumer.rebuild.absent_rows import AbsentRows, Statement, statements
 from consumer.rebuild.applied import Applied
-from consumer.rebuild.applied_order import AppliedOrder, Entry, transactions
+from consumer.rebuild.applied_order import LOOKAHEAD, AppliedOrder, Backlog, Entry, transactions
 from consumer.rebuild.beginnings import other_beginnings
 from consumer.rebuild.compare import KINDS, Compared, Excuse
 from consumer.rebuild.compare import compare as compare_tables
 from consumer.rebuild.copies import TEXTS_MAX, Again, Copies, Halve, calling
-from consumer.rebuild.first_rows import older_than_handlers
+from consumer.rebuild.drawn_values import Place, Values
+from consumer.rebuild.first_rows import leave_out_older, older_than_handlers
+from consumer.rebuild.one_snapshot import OneSnapshot
 from consumer.rebuild.scratch import Name, Use
 from consumer.settings import Settings
 from consumer.transaction.apply import apply_batch
@@ -89,18 +91,26 @@ class _Variation:
 
     shift: how many microseconds later each partition comes than the one before it: transactions that are less than a second
     apart may have overlapped, and then met a row in either order. zone: hours from UTC. begins: with real values, where
-    it is not known what a table began with.
+    it is not known what a table began with. by_records: in the order of the records' times, not of the ledger's.
     """
 
     shift: int = 0
     zone: int | None = None
     begins: bool = False
+    by_records: bool = False
+    same: bool = False  # as the first one, to find values that are drawn
+
+    @property
+    def name(self) -> str:
+        return repr(dataclasses.replace(self, same=False))
 
 
 _FIRST = _Variation()
 # In one of the two zones it is another day than in the server's, at any time.
 _OTHER_ORDERS = (_Variation(-1_000_000, zone=14), _Variation(1_000_000, zone=-12))
 _OTHER_ROWS = _Variation(begins=True)
+_BY_RECORDS = _Variation(by_records=True)
+_SAME_ORDER = _Variation(same=True)
 
 Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -162,7 +172,10 @@ async def rebuild(
     begun = time.monotonic()
     with _told_in_one_line(settings):
         work = _Rebuild(app, settings, source, partitions, handlers, base, tell, progress)
-        found = await work.run(ignore, compare, sample_max, trace, announce)
+        try:
+            found = await work.run(ignore, compare, sample_max, trace, announce)
+        finally:
+            await work.snapshot.close()
     found.seconds = round(time.monotonic() - begun, 3)
     return found
 
@@ -213,8 +226,13 @@ class _Rebuild:
         self.owners: dict[str, str] = {}  # deferred SQL -> the handler that it was first seen from
         self.writers: set[str] = set()  # handlers that have written something, in any pass
         self.known: dict[Name, Use] = {}
+        self.contradicted: Counter[str] = Counter()  # of the first pass: see AppliedOrder
         self.absent: AbsentRows | None = None  # of the pass that runs
+        self.snapshot = OneSnapshot(settings)
         self.beginnings: Mapping[Name, frozenset[str]] = {}  # of further rebuilds: see rebuild/beginnings.py
+        self.first = Compared()  # what the first rebuild gives, and values that may be drawn
+        self.values: dict[Place, Values] = {}
+        self.drawn: frozenset[Place] = frozenset()
         self._announce: Callable[[int, Sequence[str]], None] | None = None  # told once, before the first pass
         self.handlers, self.notes = _chosen(app, self.partitions, handlers, self)
 
@@ -234,8 +252,10 @@ class _Rebuild:
         if first is None:
             return found
         compared, spans = first
+        if self.values and compared.differing() and not found.unknown:
+            compared = await self._without_drawn(found, compared, ignore, compare, sample_max)
         if compared.differing() and not found.unknown:
-            for other in _OTHER_ORDERS:
+            for other in (*_OTHER_ORDERS, _BY_RECORDS) if self.contradicted else _OTHER_ORDERS:
                 if compared.differing():
                     self.tell("rows differ: rebuilding again in another order, to find what depends on order or time")
                     await self._keep_stable(found, compared, ignore, compare, other)
@@ -257,9 +277,11 @@ class _Rebuild:
     ) -> tuple[Compared, list[Span]] | None:
         """One rebuild and its comparison; None when `found.unknown` says why there can be none.
 
-        other: not _FIRST for a further rebuild, which reports nothing.
+        other: not _FIRST for a further rebuild, which reports nothing and sees the real tables as the first one did.
         """
         while True:
+            if other is _FIRST:
+                await self.snapshot.take()
             try:
                 async with self._pass(other=other) as current:
                     left_out, put_back = await current.columns_named(ignore, compare)
@@ -278,12 +300,26 @@ class _Rebuild:
             except Again as learned:
                 self.tell(f"{learned}: beginning again from the start")
 
+    async def _without_drawn(
+        self, found: Rebuilt, first: Compared, ignore: Sequence[str], compare: Sequence[str], sample_max: int
+    ) -> Compared:
+        """Rebuild once more in the same order, and leave out the columns that are drawn, if there are any."""
+        self.tell("rows differ: rebuilding again in the same order, to find values that are drawn")
+        second = await self._compared(Rebuilt(), ignore, compare, sample_max, _SAME_ORDER)
+        if second is None or not self.drawn:
+            return first
+        found.tables = second[0].tables
+        found.notes = [*found.notes, *drawn.notes(self.drawn)]
+        return second[0]
+
     async def _keep_stable(
         self, found: Rebuilt, compared: Compared, ignore: Sequence[str], compare: Sequence[str], other: _Variation
     ) -> None:
         """Drop the differences that a second rebuild does not show, and give them as reasons for doubt."""
-        second = await self._compared(Rebuilt(), ignore, compare, 0, other)
+        again = Rebuilt()
+        second = await self._compared(again, ignore, compare, 0, other)
         if second is None:
+            found.unknown += again.unknown
             return
         for name, count in compared.keep_stable(second[0]).items():
             columns = ", ".join(compared.varying(second[0], name))
@@ -404,7 +440,7 @@ def _named(name: str, call: Call, work: _Rebuild) -> Call:
             result = await call(value, message, tx)
             if work.absent is not None:
                 id = tx.subject.id if isinstance(tx.subject, Delivery) else None
-                work.absent.note([*noted, *tx.writes], name, id)
+                work.absent.note([*noted, *tx.writes] if noted else tx.writes, name, id)
             return result
         except Reject as error:
             raise _Rejected from error
@@ -438,6 +474,7 @@ class _Pass:
         self.gone: list[str] = []  # handlers that the App no longer has
         self.begun: dict[Partition, int] = {}  # where the application began, if not at the beginning of the log
         self.messages = 0
+        self.contradicted: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.applied_by: Counter[str] = Counter()  # handler -> messages
         self.failures: Counter[str] = Counter()
@@ -458,7 +495,7 @@ class _Pass:
     async def set_up(self, sought: Compared | None) -> None:
         """Begin, read what the ledger knows, and make the copies."""
         await database_epoch(self.connection, self.work.settings)
-        await self.copies.begin()
+        await self.copies.begin(self.work.snapshot.name)
         if self.other.zone is not None:
             await self.connection.execute(f"set local time zone {self.other.zone:d}")
         await self._number()
@@ -604,26 +641,35 @@ class _Pass:
         settings, source = self.work.settings, self.work.source
         ends = {each.partition: each.end for each in spans if each.length}
         order = AppliedOrder(
-            ends, bytes_max=max(1 << 16, settings.buffer_bytes_max // max(1, len(ends))), shift=self.other.shift
+            ends,
+            bytes_max=max(1 << 16, settings.buffer_bytes_max // max(1, len(ends))),
+            shift=self.other.shift,
+            by_records=self.other.by_records,
         )
+        self.contradicted = order.contradicted
         for entry in self.applied.edits(self.work.handlers):
             order.add_late(entry)
         most = settings.batch_messages_max
         ready: list[Entry] = []
         paused: set[Partition] = set()
+        backlog = Backlog()
         with _kafka_told_in_one_line(settings):
             async for partition, records, following in log_reader.read(source, spans):
                 self.messages += len(records)
-                order.add(partition, await self._entries(partition, records), complete=following >= ends[partition])
-                if order.is_full(partition) and following < ends[partition]:
+                backlog.add(partition, records, complete=following >= ends[partition])
+                advanced(partition, following)
+                while lacking := [each for each in ends if backlog.holds(each) and order.is_low(each)]:
+                    for each in lacking:
+                        block, complete = backlog.take(each, LOOKAHEAD)
+                        order.add(each, await self._entries(each, block), complete=complete)
+                    while more := order.take(most):
+                        parts, ready = self._parts([*ready, *more], most)
+                        for part in parts:
+                            yield part
+                if following < ends[partition] and (backlog.holds(partition) or not order.is_low(partition)):
                     source.pause(partition)
                     paused.add(partition)
-                advanced(partition, following)
-                while more := order.take(most):
-                    parts, ready = self._parts([*ready, *more], most)
-                    for part in parts:
-                        yield part
-                for low in [each for each in paused if order.is_low(each)]:
+                for low in [each for each in paused if not backlog.holds(each) and order.is_low(each)]:
                     source.resume(low)
                     paused.discard(low)
         parts, ready = self._parts([*ready, *order.take(order.held)], most)
@@ -785,8 +831,24 @@ class _Pass:
         def compared(place: int) -> None:
             self.work.progress("compare", place, len(tables))
 
-        rebuild = f"rebuild {self.other}"
-        return await compare_tables(self.connection, tables, ignore, put_back, sample_max, compared, rebuild)
+        async def look() -> Compared:
+            rebuild = f"rebuild {self.other.name}"
+            return await compare_tables(
+                self.connection, tables, ignore, put_back, sample_max, compared, rebuild, self.work.drawn
+            )
+
+        found = await look()
+        if self.other in (_FIRST, _SAME_ORDER):
+            work, values = (
+                self.work,
+                await drawn.values_of(self.connection, found, self.copies.session.updates, put_back),
+            )
+            if self.other is _FIRST:
+                work.first, work.values = found, values
+            elif now_drawn := drawn.drawn_in(work.first, found, work.values, values):
+                work.drawn = now_drawn
+                found = await look()
+        return found
 
     async def report(self, found: Rebuilt, compared: Compared, spans: Sequence[Span]) -> None:
         """Put what was counted into the answer."""
@@ -812,18 +874,30 @@ class _Pass:
         found.unknown += [*self.copies.unknown(), *await self.copies.rows_gone(compared)]
         tables, known = self.copies.tables, self.work.known
         self.work.beginnings = other_beginnings(tables, known, compared.tables, self.copies.guard.upserted)
-        if self.work.base is None and not self.applied.unrecorded:
-            # With messages that the ledger does not know, old rows may be theirs.
-            differing = compared.differing()
-            settled = {str(each) for each in self.work.beginnings}  # further rebuilds tell
-            names = [n for n, use in sorted(known.items()) if use.inserted and str(n) in differing - settled]
-            numbers = [each.number for each in self.work.handlers]
-            found.unknown += await older_than_handlers(self.connection, names, numbers)
         counts["id_conflict"] += self.applied.conflicts
         if counts["id_conflict"]:
             text = f"{counts['id_conflict']} messages have an id that another payload had before: the first one counts here"
             found.unknown.append({"kind": "id_conflict", "count": counts["id_conflict"], "text": text})
         found.notes = [*self._notes_of_code(), *self.work.notes, *self._notes(spans)]
+        if self.work.base is None and not self.applied.unrecorded:
+            # With messages that the ledger does not know, old rows may be theirs.
+            await self._judge_older(found, compared)
+
+    async def _judge_older(self, found: Rebuilt, compared: Compared) -> None:
+        """Leave out rows from before the handlers, where nothing else can explain a difference; else doubt their tables."""
+        guard, known, differing = self.copies.guard, self.work.known, compared.differing()
+        numbers = [each.number for each in self.work.handlers]
+        uses = {name: use for name, use in sorted(known.items()) if str(name) in differing}
+        is_added_to = all(use.inserted and name.table not in guard.changed for name, use in uses.items())
+        may_be_others = found.unknown or guard.unplanned or any(isinstance(each, Excuse) for each in found.notes)
+        if uses and is_added_to and not may_be_others:
+            older = await leave_out_older(self.connection, compared, numbers)
+            if older:
+                found.notes += older
+                return
+        settled = set(self.work.beginnings)  # further rebuilds tell
+        names = [name for name, use in uses.items() if use.inserted and name not in settled]
+        found.unknown += await older_than_handlers(self.connection, names, numbers, compared.tables)
 
     def _notes_of_code(self) -> list[str]:
         """Effects that may be of another code than the one that ran here."""
@@ -862,6 +936,12 @@ class _Pass:
                     "never, and was replayed all the same"
                 )
                 notes.append(Excuse(text))
+        self.work.contradicted = self.contradicted
+        for name, count in sorted(self.contradicted.items()):
+            notes.append(
+                f"handler {name}: the ledger has {count} messages as applied after later messages of their key (retried or repaired "
+                "later, or PostgreSQL's clock stepped back), so rows that differ are rebuilt in the order of the records too"
+            )
         if empty := sum(each.length for each in spans) - self.messages:
             notes.append(
                 f"{empty} offsets hold no record: markers of transactions, or a compacted topic, of which no state can be made"

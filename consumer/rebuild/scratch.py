@@ -462,10 +462,12 @@ def left_out(
     compare: set[tuple[Name, str]],
     used: set[str],
     nows: set[str],
+    drawn: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """The columns that are not compared, each with the reason.
 
     used: columns whose moving default gave a value in the rebuild. nows: columns that hold the time of the rebuild.
+    drawn: columns that another rebuild has shown to be drawn, each with what to say.
     """
     reasons: dict[str, str] = {}
     for column in table.columns:
@@ -479,6 +481,8 @@ def left_out(
             reasons[column.name] = column.why
         elif column.name in nows:
             reasons[column.name] = NOW
+        elif drawn and column.name in drawn:
+            reasons[column.name] = drawn[column.name]
     return reasons
 
 
@@ -496,6 +500,7 @@ class Comparison:
     columns: tuple[Column, ...]  # compared, without those of the key
     null_only: tuple[Column, ...] = ()  # values that no rebuild can give again: compared as null or not null
     clocked: frozenset[str] = frozenset()  # of `columns`: hold the rebuild's own time in some rows
+    where: str = "true"  # which real rows are compared, as SQL
 
     @property
     def shown(self) -> tuple[Column, ...]:
@@ -627,7 +632,12 @@ class Comparison:
 
     def _joined(self) -> str:
         on = " and ".join(f"r.{ident(each)} = b.{ident(each)}" for each in self.key)
-        return f"{self.table.name.real} as r full join {self.table.name.copy} as b on {on}"
+        return f"{self._real} as r full join {self.table.name.copy} as b on {on}"
+
+    @property
+    def _real(self) -> str:
+        name = self.table.name.real
+        return name if self.where == "true" else f"(select * from {name} where {self.where})"
 
     def _differ(self, column: Column) -> str:
         real, rebuilt = f"r.{ident(column.name)}", f"b.{ident(column.name)}"
@@ -646,8 +656,8 @@ class Comparison:
         """How often each row stands in the real table and in its copy."""
         taken = [f"{self._counted_value(each)} as c{n}" for n, each in enumerate(self.shown)]
         both = " union all ".join(
-            f"select {', '.join([*taken, f'{real} as real', f'{1 - real} as rebuilt'])} from {place}"
-            for real, place in ((1, self.table.name.real), (0, self.table.name.copy))
+            f"select {', '.join([*taken, f'{real} as real', f'{1 - real} as rebuilt'])} from {place} as side_{real:d}"
+            for real, place in ((1, self._real), (0, self.table.name.copy))
         )
         columns = [f"c{n}" for n in range(len(self.shown))]
         group = f" group by {', '.join(columns)}" if columns else ""

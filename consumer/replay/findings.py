@@ -32,6 +32,7 @@ OUTCOMES = (
     "dead_lettered_now",
 )
 ALTERED = "altered_letter"
+EDITED = "edited_letter"
 UNSTABLE = ("depends_on_order", "beginning_unknown")  # kinds of doubt about rows that were taken out of the differences
 SAMPLES_MAX = 20  # of each kind
 BLOCK_BITS = 12  # ledger rows are compared with the log in blocks of 4,096 offsets
@@ -101,6 +102,7 @@ class Findings:
     unsettled_ahead: int = 0  # of those: at or beyond the position
     inexact: bool = False  # too many missing ids to tell repetitions among them apart
     history: dict[str, dict[str, int]] | None = None
+    edits_changed: int = 0  # dead letters that were applied under a new id, whose ledger row is gone or another one
     altered: int = 0  # dead letters whose stored record is not that of their message
     rows_gone: int = 0  # ledger rows that were there when their messages were read, and are not any more
     gone: int = 0  # ledger rows whose records a compacted log does not hold any more
@@ -213,6 +215,12 @@ class Findings:
             "there, or twice under two ids",
         )
         add("altered_letters", self.altered, f"{_n(self.altered, 'dead letter')} {self._altered()}")
+        add(
+            "edited_letters",
+            self.edits_changed,
+            f"{_n(self.edits_changed, 'dead letter')} applied under a new id, whose ledger row is gone or another one: "
+            f"{self._shown(EDITED, self.edits_changed)}",
+        )
         wrong = (self.precheck or {}).get("wrong", 0)
         add(
             "precheck_wrong",
@@ -252,16 +260,20 @@ class Findings:
 
     def _altered(self) -> str:
         """Where the dead letters lie that hold another record than their message's."""
-        found = [each for each in self.samples if each["kind"] == ALTERED]
+        return (
+            f"hold another record than their message had: {self._shown(ALTERED, self.altered)}; `consumer dlq retry APP LETTER "
+            "--value FILE --same-id` gives the right value"
+        )
+
+    def _shown(self, kind: str, count: int) -> str:
+        """Where the first three examples of a kind lie, and how many more there are."""
+        found = [each for each in self.samples if each["kind"] == kind]
         told = [
             f"{each['handler']} {each['topic']}:{each['partition']} offset {each['offset']} ({each['detail']})"
             for each in found[:3]
         ]
-        more = f" and {self.altered - len(told):,} more" if self.altered > len(told) else ""
-        return (
-            f"hold another record than their message had: {', '.join(told)}{more}; `consumer dlq retry APP LETTER --value FILE "
-            "--same-id` gives the right value"
-        )
+        more = f" and {count - len(told):,} more" if count > len(told) else ""
+        return f"{', '.join(told)}{more}"
 
     def _absent(self, handler: str) -> int:
         """Messages of a handler that the ledger lacks."""

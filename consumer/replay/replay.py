@@ -43,8 +43,8 @@ from consumer.postgres.errors import Conflict, Outage
 from consumer.postgres.session import Session
 from consumer.precheck.client import Precheck
 from consumer.rebuild.rebuild import rebuild as rebuild_state
+from consumer.replay import edited_letters, ledger_diff, republish, resume, sealed_letters, second_look
 from consumer.replay import effects as proof
-from consumer.replay import ledger_diff, republish, resume, sealed_letters, second_look
 from consumer.replay.check import UNCALLED, Look, Witness, place
 from consumer.replay.findings import Effects, Findings
 from consumer.replay.session import AskingLane, ReplaySession
@@ -863,7 +863,8 @@ class _Replay:
     async def _check_letters(self) -> None:
         connection = (await self.witness.open()).connection
         numbers = {each.number: each for each in self.handlers if each.number > 0}
-        await sealed_letters.check(connection, self.findings, numbers, self.wanted_key, self.wanted_ids)
+        for part in (sealed_letters, edited_letters):
+            await part.check(connection, self.findings, numbers, self.wanted_key, self.wanted_ids)
 
     def _narrowed(self) -> list[str]:
         """The options by which single messages are chosen."""

@@ -11,17 +11,18 @@ from itertools import islice
 from typing import Any, TypeVar
 from uuid import UUID
 
+from consumer.postgres.dead_letters import SETTLES
 from consumer.replay.check import Open, Witness
 
 _AT_ONCE = 4096
 # Settled since: kept as a dead letter, or applied after all (an operator has retried its dead letter).
-_SETTLED = """
+_SETTLED = f"""
 select distinct o.place from unnest($1::int2[], $2::uuid[], $3::int8[], $4::int8[]) as o(handler, id, fingerprint, place)
 where exists (select from consumer.dead_letters d
-              where (d.handler, d.id, d.fingerprint) = (o.handler, o.id, o.fingerprint))
+              where (d.handler, d.id, d.fingerprint) = (o.handler, o.id, o.fingerprint) and {SETTLES})
    or exists (select from consumer.ledger l
               where (l.handler, l.id, l.fingerprint) = (o.handler, o.id, o.fingerprint) and l.applied_at is not null)
-"""
+"""  # noqa: S608 - a constant of deadletters.py
 
 _T = TypeVar("_T")
 

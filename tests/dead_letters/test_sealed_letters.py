@@ -13,7 +13,7 @@ from test_replay import app_of, payment, run
 from consumer import App, Message, Reject, Tx
 from consumer.core.dead_letter_seal import REST, VALUE, altered, seal
 from consumer.core.message import LogRecord
-from consumer.dead_letters.redrive import Done, Edit, Redrive
+from consumer.dead_letters.redrive import Done, Edit, Redrive, edit_of
 
 RECORD = LogRecord("orders", 1, 7, 1000, b"key", b"value", (("a", b"1"), ("b\udcff", None)), "")
 
@@ -138,3 +138,82 @@ async def test_commands_tell_of_an_altered_letter_in_one_line(place: Place, tmp_
     assert told.returncode == 1 and "altered" in told.stdout and "--value FILE --same-id" in told.stdout
     as_json = consumer(tmp_path, "dlq", "show", str(number), "--json", **environment)
     assert json.loads(as_json.stdout)["altered"] == ["value"]
+
+
+CHANGED_ROWS = {
+    "another fingerprint": "update consumer.ledger set fingerprint = fingerprint + 1",
+    "not applied": "update consumer.ledger set applied_at = null",
+    "nothing": "select",
+}
+
+
+@pytest.mark.parametrize("edited", [False, True], ids=["as it was", "edited"])
+@pytest.mark.parametrize("change", CHANGED_ROWS)
+async def test_row_of_a_retried_letter_that_was_changed_is_a_problem(place: Place, change: str, edited: bool) -> None:
+    """Also where a second message has used the id: its own conflict is one that a dead letter settles."""
+    topic = await place.topic()
+    app = App(f"app-{topic}")
+    rejects = True
+
+    @app.handler(topic, name="settle")
+    async def settle(message: Message[dict[str, Any]], tx: Tx) -> None:
+        if rejects:
+            raise Reject("not yet")
+        tx.defer("insert into effects values ($1, 1, $2)", message.id, message.value["amount"])
+
+    await place.send(topic, payment("a", amount=1), payment("a", amount=2))
+    await consume_all(app, place.settings())
+    rejects = False
+    number = await value(place.dsn, 'select dead_letter from consumer.dead_letters where "offset" = 0')
+    right = Edit(json.dumps({"id": "a", "account": 1, "amount": 3}).encode()) if edited else None
+    [done] = await retried(place, app, number, right)
+    assert done.outcome == "applied"
+    assert (await run(place, app, topic)).ok
+    await query(place.dsn, CHANGED_ROWS[change])
+    found = await run(place, app, topic)
+    if change == "nothing" or (edited and change == "another fingerprint"):  # of an edit only its payload is kept
+        assert found.ok
+        return
+    assert found.verdict().exit_code == 1
+    assert [problem["kind"] for problem in found.problems()] == ["unsettled"]
+
+
+@pytest.mark.parametrize(
+    ("change", "exit_code", "detail"),
+    [
+        ("update consumer.ledger set fingerprint = fingerprint + 1 {}", 1, "of another payload"),
+        ("update consumer.ledger set applied_at = null {}", 1, "of a dead letter"),
+        ("delete from consumer.ledger {}", 1, "has no row"),
+        ("select from consumer.ledger {}", 0, ""),
+    ],
+)
+async def test_row_of_a_letter_that_was_edited_under_a_new_id_is_looked_at(
+    place: Place, change: str, exit_code: int, detail: str
+) -> None:
+    topic = await place.topic()
+    app = app_of(topic, fingerprint="value")
+    await place.send(topic, payment("a", amount=-1), payment("b"))
+    await consume_all(app, place.settings())
+    number = await value(place.dsn, "select dead_letter from consumer.dead_letters")
+    body = json.dumps({"id": "a", "account": 1, "amount": 1}).encode()
+    [done] = await retried(place, app, number, edit_of(number, body, "auto"))
+    assert done.outcome == "applied"
+    await query(place.dsn, change.format('where "offset" < 0 returning id' if "select" not in change else ""))
+    found = await run(place, app, topic)
+    assert found.verdict().exit_code == exit_code
+    assert [each["kind"] for each in found.problems()] == (["edited_letters"] if exit_code else [])
+    assert all(f"letter {number}: " in each["text"] and detail in each["text"] for each in found.problems())
+
+
+async def test_row_of_an_edited_letter_that_may_be_forgotten_is_a_reason(place: Place) -> None:
+    topic = await place.topic()
+    app = app_of(topic)
+    await place.send(topic, payment("a", amount=-1), payment("b"))
+    await consume_all(app, place.settings())
+    number = await value(place.dsn, "select dead_letter from consumer.dead_letters")
+    body = json.dumps({"id": "a", "account": 1, "amount": 1}).encode()
+    await retried(place, app, number, edit_of(number, body, "auto"))
+    await query(place.dsn, 'delete from consumer.ledger where "offset" < 0 returning id')
+    await query(place.dsn, "update consumer.ledger_state set horizon = 'epoch'")
+    found = await run(place, app, topic)
+    assert [each["kind"] for each in found.unknowns()] == ["edits_forgotten"]

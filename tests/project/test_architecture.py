@@ -90,6 +90,7 @@ PURE = {
     "precheck/breaker.py",
     "rebuild/applied_order.py",
     "rebuild/beginnings.py",
+    "rebuild/drawn_values.py",
     "rebuild/scratch.py",
     "replay/findings.py",
     "replay/resume_rules.py",

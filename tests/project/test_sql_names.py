@@ -45,6 +45,7 @@ REVIEWED: dict[str, dict[str, str]] = {
         "table": "the table in that file",
         "each": "the functions in that file",
     },
+    "rebuild/drawn_values.py": {each: _BY_SCRATCH for each in ("table.name.real", "table.name.copy", "fits")},
     "rebuild/scratch.py": {
         expression: _BY_SCRATCH
         for expression in [
@@ -86,6 +87,7 @@ REVIEWED: dict[str, dict[str, str]] = {
         "local": "of the same",
         "self.server.stamp_sql": "constants of postgres/server.py",
     },
+    "replay/second_look.py": {"SETTLES": "a constant of postgres/dead_letters.py"},
     "postgres/migrate.py": {
         "each.version": "of our own files' names",
         "each.name": "of our own files' names",

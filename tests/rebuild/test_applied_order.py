@@ -13,7 +13,7 @@ from consumer import App
 from consumer.core.message import Partition
 from consumer.core.ordering import Delivery
 from consumer.core.outcome import DUPLICATE, Cause
-from consumer.rebuild.applied_order import AppliedOrder, Entry, transactions
+from consumer.rebuild.applied_order import AppliedOrder, Backlog, Entry, transactions
 
 pytestmark = pytest.mark.unit
 
@@ -94,6 +94,27 @@ def test_a_shift_gives_the_other_order_of_what_overlapped() -> None:
     assert taken(order) == [(0, 0), (1, 0)]
 
 
+def keyed(offset: int, applied_at: int, key: bytes | None, time: int = 0) -> Entry:
+    return Entry(Delivery(HANDLER, Rec("orders", 0, offset, key=key)), applied_at, time)
+
+
+def test_times_that_contradict_the_offsets_of_a_key_are_counted() -> None:
+    for keys, count in (((b"a", b"a", b"a"), 2), ((b"a", b"b", b"a"), 1), ((b"a", b"b", b"c"), 0), ((None,) * 3, 0)):
+        order = AppliedOrder(PARTITIONS[:1])
+        mine = [keyed(n, at, key) for n, (at, key) in enumerate(zip((30, 20, 10), keys, strict=True))]
+        order.add(PARTITIONS[0], mine, complete=True)
+        assert taken(order) == [(0, 2), (0, 1), (0, 0)]
+        assert order.contradicted.total() == count
+
+
+def test_by_records_a_partition_follows_its_offsets_and_others_their_times() -> None:
+    order = AppliedOrder(PARTITIONS[:2], by_records=True)
+    order.add(PARTITIONS[0], [keyed(0, 30, b"a", 5), keyed(1, 20, b"a", 7)], complete=True)
+    order.add(PARTITIONS[1], [entry(PARTITIONS[1], 0, 1, 6), entry(PARTITIONS[1], 1, 99, 8)], complete=True)
+    assert taken(order) == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert not order.contradicted
+
+
 times = st.integers(0, 30)
 
 
@@ -130,3 +151,17 @@ def test_what_has_no_effect_splits_no_transaction() -> None:
         entries[place].delivery.outcome = DUPLICATE[Cause.LEDGER]
     offsets = [[each.delivery.record.offset for each in part] for part in transactions(entries)]
     assert offsets == [[0], [1, 2, 3], [4], [5], [6]]
+
+
+def test_backlog_hands_out_blocks_and_says_which_is_the_last() -> None:
+    backlog, partition = Backlog(), PARTITIONS[0]
+    assert not backlog.holds(partition)
+    backlog.add(partition, [Rec(*partition, each) for each in range(5)], complete=False)
+    taken, is_last = backlog.take(partition, 3)
+    assert [each.offset for each in taken] == [0, 1, 2] and not is_last
+    backlog.add(partition, [], complete=True)
+    taken, is_last = backlog.take(partition, 3)
+    assert [each.offset for each in taken] == [3, 4] and is_last
+    assert not backlog.holds(partition)
+    backlog.add(partition, [], complete=True)
+    assert backlog.holds(partition) and backlog.take(partition, 3) == ([], True)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
+import pytest
 from aiokafka import AIOKafkaProducer
 from harness import Place, consume_all, query
 from test_replay import app_of, counts, hashed, payment, run
@@ -48,3 +49,33 @@ async def test_rows_of_messages_produced_meanwhile_are_not_beyond_the_log() -> N
 
     rows = await ledger_diff._rows_nowhere(Rows(), {}, {"t": 1}, read_ends)
     assert [row[4] for row in rows] == [12]
+
+
+async def test_blocks_with_new_dead_letters_are_all_compared(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_diff, "FAULTY_MAX", 1)
+    topic = await place.topic(4)
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}", n, partition=n % 4) for n in range(8)])
+    await consume_all(app, place.settings())
+    await place.send(topic, *[payment(f"bad{n}", n, -1, partition=n) for n in range(4)])
+    found = await run(place, app, topic, mode="apply")
+    assert counts(found) == {"delivered": 12, "applied": 8, "dead_lettered_now": 4}
+    assert [each["kind"] for each in found.problems()] == ["dead_lettered_now"]
+    assert found.history == {"settle": {"rows": 12, "with_message": 12, "without_message": 0}}
+
+
+async def test_after_enough_faulty_blocks_the_others_are_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_diff, "FAULTY_MAX", 1)
+    topic = await place.topic(3)
+    app = app_of(topic)
+    await place.send(topic, *[payment(f"p{n}", n, partition=n % 3) for n in range(6)])
+    await consume_all(app, place.settings())
+    await query(
+        place.dsn,
+        """insert into consumer.ledger (fingerprint, "offset", applied_at, partition, handler, topic, id)
+           select fingerprint, "offset", applied_at, partition, handler, topic, gen_random_uuid() from consumer.ledger
+           where "offset" = 0 returning id""",
+    )
+    found = await run(place, app, topic)
+    assert [(each["kind"], each["count"]) for each in found.problems()] == [("rows_without_message", 1)]
+    assert any("in 2 more blocks" in each for each in found.notes)

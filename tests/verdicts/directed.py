@@ -6,7 +6,7 @@ from typing import Any
 
 from oracle.case import Boom, Defer, Step
 
-from verdicts.case import Case, Event, Fault, Handler, Heal, Operate, Send, Settle, Table, When
+from verdicts.case import Case, Draw, Event, Fault, Handler, Heal, Operate, Send, Settle, Table, When
 
 _UPSERT = Defer("insert into latest values ($1, $2) on conflict (k) do update set n = excluded.n", ("k", "n"))
 _LATEST = Table("latest", ("create table latest (k int primary key, n int)",))
@@ -37,6 +37,8 @@ def _sends(count: int, partition: int = 0) -> list[Event]:
 
 _WRITERS: list[Event] = [Send(0, 0, 0, 1, "x", 0), Settle(), Send(1, 1, 0, 0, "y", 1), Settle()]
 _MARKED = [_payload(0, k=1), _payload(1, k=2), _payload(2, k=1, op="b")]
+_DRAWN = Table("drawn", ("create table drawn (u_rnd text primary key, k int, n int)",))
+_DRAWN_STEPS = (Draw("u"), Defer("insert into drawn values ($1, $2, $3)", ("u", "k", "n")))
 _THREE = [_payload(n) for n in range(3)]
 _DEAD = [_payload(0), _payload(1, boom="raise"), _payload(2), _payload(3)]
 
@@ -80,6 +82,22 @@ DIRECTED: dict[str, tuple[Case, int, int]] = {
         _case(11, _JOURNAL, (_INSERT,), _THREE, *_sends(3), Settle(), fault=Fault("log_head")),
         0,
         2,
+    ),
+    "keys that Python draws": (_case(12, _DRAWN, _DRAWN_STEPS, _THREE, *_sends(3), Settle()), 0, 0),
+    "a lost row under a drawn key": (
+        _case(13, _DRAWN, _DRAWN_STEPS, _THREE, *_sends(3), Settle(), fault=Fault("effect_lost", 0, 1)),
+        0,
+        1,
+    ),
+    "a doubled effect under drawn keys": (
+        _case(14, _DRAWN, _DRAWN_STEPS, _THREE, *_sends(3), Settle(), fault=Fault("effect_doubled", 0, 1)),
+        0,
+        1,
+    ),
+    "an altered row under a drawn key": (
+        _case(15, _DRAWN, _DRAWN_STEPS, _THREE, *_sends(3), Settle(), fault=Fault("row_altered")),
+        0,
+        1,
     ),
 }  # fmt: skip
 

@@ -101,12 +101,12 @@ async def _in_ledger(connection: asyncpg.Connection, kind: str, chance: random.R
     def row(table: str, condition: str) -> str:
         return _ANY_ROW.format(table, condition, chance.random())
 
-    applied = row("consumer.ledger", 'applied_at is not null and "offset" >= 0')
+    applied = row("consumer.ledger", "applied_at is not null")
     every = row("consumer.ledger", '"offset" >= 0')
     letter = row("consumer.dead_letters", "state in ('dead', 'waiting')")
     copied = 'insert into consumer.ledger (fingerprint, "offset", applied_at, partition, handler, topic, id) select fingerprint, {}, applied_at, partition, handler, topic, gen_random_uuid() from consumer.ledger where ctid = {}'
     sql = {
-        "ledger_lost": f"delete from consumer.ledger where ctid = {every}",
+        "ledger_lost": f"delete from consumer.ledger where ctid = {row('consumer.ledger', 'true')}",
         "ledger_foreign": copied.format('"offset"', every),
         "ledger_beyond": copied.format("10000", every),
         "ledger_tampered": f"update consumer.ledger set fingerprint = fingerprint + 1 where ctid = {applied}",

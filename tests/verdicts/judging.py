@@ -6,6 +6,7 @@ import re
 import time
 import traceback
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import asyncpg
@@ -17,10 +18,12 @@ from verdicts.case import Case
 from verdicts.drawing import EFFECTS
 from verdicts.faults import plant
 from verdicts.handlers import Life, app_of
+from verdicts.orders import Calls, possible_orders
 from verdicts.servers import Servers
 from verdicts.settling import APP, Settled, Unsettled, settle
-from verdicts.truth import replayed, rows_of
+from verdicts.truth import Rows, replayed, rows_of
 
+_ORDERS_MAX = 300  # of overlapping transactions, that are tried
 _NAMES = re.compile(r"\b(?:public\.)?[a-z]+\d+\b(\.\w+)?|\bh\d\d\b|\d[\d,.]*|verdicts-\S+")
 
 
@@ -96,21 +99,27 @@ async def _plant(servers: Servers, done: Settled, found: Judged, connection: asy
     """Plant the fault, or see what became of that of an effect; tell whether it is visible in the rows."""
     case, life = done.case, done.life
     actual = await rows_of(connection)
-    clean = await replayed(connection, case, Life(case, healed=True), done.applied)
+    settled = Life(case, case.fault, healed=True) if case.fault.kind in EFFECTS else Life(case, healed=True)
+    order = await _order(connection, done, settled, actual)
+    if order is None:
+        found.undecided = "plain asyncpg leaves other rows than the worker"
+    clean = await replayed(connection, case, Life(case, healed=True), order or done.applied)
     if case.fault.kind in EFFECTS:
-        told = await replayed(connection, case, Life(case, case.fault, healed=True), done.applied)
-        if told.rows != actual:
-            found.undecided = "plain asyncpg leaves other rows than the worker"
         found.visible = clean.rows != actual
         if found.visible and not case.is_serial:
             found.visible = (await replayed(connection, case, life, done.by_ledger)).rows != actual
         found.fault = case.fault.kind if found.visible else ""
-        return
-    if clean.rows != actual:
-        found.undecided = "plain asyncpg leaves other rows than the worker"
-    if case.fault.kind != "none":
+    elif case.fault.kind != "none":
         found.fault = await plant(servers, done, connection, case.fault, clean.writes)
         found.visible = await rows_of(connection) != actual
+
+
+async def _order(connection: asyncpg.Connection, done: Settled, life: Life, actual: Rows) -> Calls | None:
+    """The order in which the calls leave these rows on plain asyncpg; None where none was found."""
+    for order in islice(possible_orders(done), _ORDERS_MAX):
+        if (await replayed(connection, done.case, life, order)).rows == actual:
+            return order
+    return None
 
 
 def wrong_codes(kind: str, visible: bool, mode: str) -> set[int]:

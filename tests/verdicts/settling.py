@@ -24,10 +24,19 @@ APP = "verdicts"
 _SETTLE_SECONDS = 60.0
 _IDLE_SECONDS = 0.4  # without a call: what is open waits for a later phase
 # As if a minute had gone by between two transactions.
+_APPLIED_AT = "select distinct applied_at from consumer.ledger where applied_at is not null order by applied_at"
 _SPREAD = """
-update consumer.ledger l set applied_at = applied_at + place * interval '1 minute' from
-(select at, rank() over (order by at) as place from (select distinct applied_at as at from consumer.ledger) a) r
-where r.at = l.applied_at
+with old as (select l.handler, l.id, l.xmin::text as xid from consumer.ledger l where l.applied_at = $1),
+moved as (update consumer.ledger l set applied_at = l.applied_at + $2 * interval '1 minute' where l.applied_at = $1)
+select distinct xid from old
+"""
+# A column of each of the handlers' tables that can be set to itself.
+_TABLES = """
+select format('%I.%I', n.nspname, c.relname), (
+    select quote_ident(a.attname) from pg_attribute a
+    where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped and a.attgenerated = '' and a.attidentity <> 'a' limit 1)
+from pg_class c join pg_namespace n on n.oid = c.relnamespace
+where c.relkind = 'r' and n.nspname not in ('consumer', 'pg_catalog', 'information_schema')
 """
 _TIMES = """
 select h.name, t.name, l.partition, l."offset", extract(epoch from l.applied_at)::float8 from consumer.ledger l
@@ -55,6 +64,7 @@ class Settled:
     ends: dict[tuple[str, int], int] = field(default_factory=dict)
     applied: list[tuple[Place, Call]] = field(default_factory=list)
     by_ledger: list[tuple[Place, Call]] = field(default_factory=list)  # in the order that the ledger tells
+    times: dict[Place, float] = field(default_factory=dict)  # of their transactions, by the ledger
 
 
 async def settle(servers: Servers, case: Case, dsn: str, topics: list[str], connection: asyncpg.Connection) -> Settled:
@@ -149,11 +159,24 @@ async def _operate(event: Operate, done: Settled, settings: Settings) -> None:
 async def _read_order(done: Settled, connection: asyncpg.Connection) -> None:
     """The calls that stand: of what the ledger has as applied. What an operator gives a new id has no place in the log."""
     if done.case.spread:
-        await connection.execute(_SPREAD)
-    times = {Place(*row[:4]): row[4] for row in await connection.fetch(_TIMES)}
+        await _spread(connection)
+    done.times = times = {Place(*row[:4]): row[4] for row in await connection.fetch(_TIMES)}
     calls = {each: done.life.calls[each] for each in times if each in done.life.calls}
     done.applied = sorted(calls.items(), key=lambda each: each[1].turn)
     turns = {handler.name: n for n, handler in enumerate(done.case.handlers)}
     done.by_ledger = sorted(
         calls.items(), key=lambda each: (times.get(each[0], 0.0), *each[0][1:], turns[each[0].handler])
     )
+
+
+async def _spread(connection: asyncpg.Connection) -> None:
+    """Move the ledger's transactions apart; rows of handlers stay with the ledger rows of their transaction (xmin)."""
+    tables = [tuple(row) for row in await connection.fetch(_TABLES)]
+    moments = [row[0] for row in await connection.fetch(_APPLIED_AT)]
+    for place, at in reversed(list(enumerate(moments, 1))):
+        async with connection.transaction():
+            await connection.execute("set local session_replication_role = replica")  # no triggers, no rules
+            xids = [row[0] for row in await connection.fetch(_SPREAD, at, place)]
+            for table, column in tables:
+                if column is not None:
+                    await connection.execute(f"update {table} set {column} = {column} where xmin::text = any($1)", xids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -16,10 +17,13 @@ from services import Kafka
 from consumer.local_servers import Postgres
 from verdicts.directed import CAUGHT, DIRECTED
 from verdicts.drawing import FAULTS, draw
+from verdicts.handlers import Call, Life, Place
 from verdicts.judging import judge
 from verdicts.mutants import MUTANTS, broken
+from verdicts.orders import possible_orders
 from verdicts.servers import Servers
 from verdicts.session import Summary, judge_all
+from verdicts.settling import Settled
 
 SECONDS = 25
 
@@ -33,6 +37,20 @@ async def servers(kafka: Kafka, postgres: Postgres) -> AsyncIterator[Servers]:
 def test_a_seed_draws_the_same_case_every_time_and_every_kind_of_fault() -> None:
     assert repr(draw(5)) == repr(draw(5)) != repr(draw(6))
     assert {draw(seed).fault.kind for seed in range(400)} == {"none", *FAULTS}
+
+
+def test_calls_of_overlapping_transactions_may_have_come_in_other_orders() -> None:
+    case = dataclasses.replace(draw(5), workers=2)
+    calls = [
+        (Place(handler, "t", 0, offset), Call(turn, 0, 0))
+        for turn, (handler, offset) in enumerate([("a", 0), ("a", 1), ("b", 0)])
+    ]
+    times = {place: float(place.handler == "b") for place, _ in calls}
+    done = Settled(case, "", ["t"], Life(case), applied=calls, by_ledger=calls, times=times)
+    found = {tuple(call.turn for _, call in order) for order in possible_orders(done)}
+    assert found == {(0, 1, 2), (0, 2, 1), (2, 0, 1)}
+    done.case = dataclasses.replace(case, workers=1, lanes=1)
+    assert len(list(possible_orders(done))) == 1
 
 
 @pytest.mark.timeout(300)

@@ -1,0 +1,151 @@
+"""Verdicts of a rebuild over values that are drawn: left out only where two rebuilds show it, and everything else is compared."""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from harness import Place, consume_all, migrated, query, value
+from test_rebuild import handling, rebuilt, sent
+
+from consumer import App, Tx
+from consumer.rebuild.drawn_values import DRAWN, Values, drawn
+from consumer.rebuild.scratch import Name
+
+_MADE = Name("public", "made")
+
+
+def kinds(found: Any) -> list[str]:
+    return [each["kind"] for each in found.unknown]
+
+
+async def applied(place: Place, ddl: str, handle: Any, count: int = 5) -> App:
+    """An App whose handler has had that many messages."""
+    await migrated(place.dsn, ddl)
+    topic = await place.topic()
+    app = handling(topic, handle)
+    await place.send(topic, *sent(count))
+    await consume_all(app, place.settings())
+    return app
+
+
+WAYS = {
+    "Python's uuid as a key": ("id uuid primary key, n int", lambda n: (uuid.uuid4(), n)),
+    "a volatile function": ("id float default draw(), n int", lambda n: (n,)),
+    "Python's time": ("id timestamp, n int", lambda n: (datetime.now(UTC).replace(tzinfo=None), n)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_drawn_values_are_left_out_and_every_other_fault_is_found(place: Place, way: str) -> None:
+    columns, row = WAYS[way]
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        values = row(body["n"])
+        names = "id, n" if len(values) == 2 else "n"
+        tx.defer(f"insert into made ({names}) values ({', '.join(f'${n}' for n in range(1, len(values) + 1))})", *values)  # fmt: skip
+
+    ddl = f"create function draw() returns float language sql volatile as 'select random()'; create table made ({columns})"
+    app = await applied(place, ddl, handle)
+    found = await rebuilt(place, app)
+    assert found.agrees and not found.unknown and not found.differences
+    assert found.tables[0]["ignored"] == {"id": DRAWN}
+    assert any(note.startswith("public.made.id is drawn") for note in found.notes)
+    await query(place.dsn, "update made set n = 77 where n = 2")
+    found = await rebuilt(place, app)
+    assert not found.agrees and not found.unknown
+    await query(place.dsn, "delete from made where n = 77")
+    found = await rebuilt(place, app)
+    assert [each["kind"] for each in found.differences] == ["missing"] and not found.unknown
+
+
+async def test_drawn_values_of_another_kind_or_null_are_no_proof(place: Place) -> None:
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("insert into made values ($1, $2)", str(uuid.uuid4()), body["n"])
+
+    app = await applied(place, "create table made (id text, n int)", handle)
+    found = await rebuilt(place, app, compare=["made.id"])
+    assert kinds(found) == ["depends_on_order"]
+    await query(place.dsn, "update made set id = 'foreign' where n = 1")
+    assert kinds(await rebuilt(place, app)) == ["depends_on_order"]
+    await query(place.dsn, "update made set id = null where n = 1")
+    found = await rebuilt(place, app)
+    assert not found.agrees and not found.unknown
+
+
+async def test_column_that_is_drawn_in_some_rows_only_is_no_agreement(place: Place) -> None:
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("insert into made values ($1, $2)", "fixed" if body["n"] == 1 else uuid.uuid4().hex, body["n"])
+
+    app = await applied(place, "create table made (id text, n int)", handle)
+    await query(place.dsn, "update made set id = md5('altered') where n = 1")
+    assert kinds(await rebuilt(place, app)) == ["depends_on_order"]
+
+
+async def test_time_that_a_message_moves_is_no_agreement(place: Place) -> None:
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("insert into made values (now() + $1 * interval '1 day')", body["n"])
+
+    app = await applied(place, "create table made (due timestamptz)", handle, 1)
+    await query(place.dsn, "update made set due = due - interval '1 day'")
+    assert set(kinds(await rebuilt(place, app))) == {"depends_on_order"}
+
+
+async def test_sum_that_a_process_keeps_is_no_drawn_value(place: Place) -> None:
+    numbers = itertools.count(1)
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("insert into made values ($1, $2)", next(numbers), body["n"])
+
+    app = await applied(place, "create table made (id int, n int)", handle)
+    assert kinds(await rebuilt(place, app)) == ["depends_on_order"]
+
+
+async def test_drawn_value_that_several_messages_change_is_no_agreement(place: Place) -> None:
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        sql = "insert into made values ($1, $2) on conflict (k) do update set token = excluded.token"
+        tx.defer(sql, body["n"] % 2, str(uuid.uuid4()))
+
+    app = await applied(place, "create table made (k int primary key, token text)", handle)
+    assert kinds(await rebuilt(place, app)) == ["depends_on_order"]
+
+
+async def test_drawn_key_that_another_table_refers_to_is_no_agreement(place: Place) -> None:
+    """Which child belongs to which parent would not be compared."""
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        id = str(uuid.uuid4())
+        tx.defer("insert into made values ($1, $2)", id, body["n"])
+        tx.defer("insert into child values ($1, $2)", id, body["n"])
+
+    app = await applied(place, "create table made (id text, n int); create table child (made text, n int)", handle)
+    assert set(kinds(await rebuilt(place, app))) == {"depends_on_order"}
+    assert await value(place.dsn, "select count(*) from child") == 5
+
+
+def _values(*hashes: int, length: int | None = None) -> Values:
+    return Values(frozenset(hashes), length)
+
+
+@pytest.mark.parametrize(
+    ("first", "again", "varying", "found"),
+    [
+        ({"a": _values(1, 2)}, {"a": _values(3, 4)}, {"a"}, {"a"}),
+        ({"a": _values(1, 2)}, {"a": _values(2, 4)}, {"a"}, set()),
+        ({"a": _values(1, 2)}, {"a": _values(3, 4)}, {"a", "n"}, set()),
+        ({"a": _values(1, 2), "b": _values(5)}, {"a": _values(3), "b": _values(6)}, {"a", "b"}, {"a", "b"}),
+        ({"a": _values(1, 2), "b": _values(2)}, {"a": _values(3), "b": _values(6)}, {"a", "b"}, set()),
+        ({"a": _values(1, length=3)}, {"a": _values(3, length=4)}, {"a"}, set()),
+        ({"a": _values(1)}, {}, {"a"}, set()),
+        ({"a": _values(1)}, {"a": _values(2)}, None, set()),
+    ],
+)
+def test_drawn_columns_are_those_in_which_nothing_is_given_twice(
+    first: dict[str, Values], again: dict[str, Values], varying: set[str] | None, found: set[str]
+) -> None:
+    told = {} if varying is None else {_MADE: varying}
+    mine, others = ({(_MADE, column): each for column, each in which.items()} for which in (first, again))
+    assert drawn(mine, others, told) == {(_MADE, column) for column in found}
