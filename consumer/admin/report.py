@@ -18,23 +18,14 @@ from consumer.core.identity import event_id, ids_of_text, reads_like_offset
 from consumer.core.log_identity import Committed, Log, Position, Reason, Stop, begin, judge
 from consumer.core.message import Partition
 from consumer.core.outcome import Cause
-from consumer.handler_records import coverage
 from consumer.kafka.source import Identity, KafkaError, OpenTransaction, Source
-from consumer.postgres import waiting_messages
+from consumer.postgres import dead_letters as dead_letters_table
+from consumer.postgres import handler_history, ledger_queries, positions, waiting_messages
 from consumer.postgres.positions import read_positions
 from consumer.postgres.server import installed_at
 from consumer.postgres.stopped_partitions import read as read_stops
 from consumer.postgres.stopped_partitions import refused_stop
 
-_ROWS = """
-select h.name, count(l.id) from consumer.handlers h
-left join consumer.ledger l on l.handler = h.handler and l.applied_at is not null
-where h.app = $1 group by h.name
-"""
-_OUTCOMES = """
-select h.name, o.outcome, sum(o.count)::int8 from consumer.outcomes o join consumer.handlers h using (handler)
-where h.app = $1 group by h.name, o.outcome
-"""
 _SHOW = """
 select l.id, h.app, h.name as handler, t.name as topic, l.partition, l."offset", l.applied_at,
        d.dead_letter, d.reason, d.died_at, d.state as letter
@@ -107,7 +98,7 @@ async def handler_counts(connection: Any, app: App) -> dict[str, dict[str, Any]]
         for name in app.handlers
     }
     empty: dict[str, Any] = {"applied": 0, "duplicates": {}, "dead_lettered": 0, "skipped": 0}
-    for name, outcome, count in await connection.fetch(_OUTCOMES, app.name):
+    for name, outcome, count in await positions.counts(connection, app.name):
         # A handler that is no longer in the code still has a history.
         entry = found.setdefault(name, {**empty, "duplicates": {}})
         kind, _, cause = outcome.partition(":")
@@ -123,9 +114,9 @@ async def handler_counts(connection: Any, app: App) -> dict[str, dict[str, Any]]
 async def miscounts(connection: Any, app: App) -> dict[str, dict[str, int]]:
     """Handlers whose counter of applied rows differs from the ledger's rows. Counts every row: slow on a large ledger."""
     async with connection.transaction(isolation="repeatable_read", readonly=True):
-        rows = {name: count for name, count in await connection.fetch(_ROWS, app.name)}
+        rows = await ledger_queries.rows_by_handler(connection, app.name)
         counters = {
-            name: count for name, outcome, count in await connection.fetch(_OUTCOMES, app.name) if outcome == "kept"
+            name: count for name, outcome, count in await positions.counts(connection, app.name) if outcome == "kept"
         }
     return {
         name: {"rows": rows.get(name, 0), "counter": counters.get(name, 0)}
@@ -144,21 +135,18 @@ async def partition_lags(connection: Any, source: Source, app: App) -> tuple[lis
     """
     by_topic = await source.partitions(app.topics)
     partitions = [each for found in by_topic.values() for each in found]
-    rows = await connection.fetch(
-        "select topic, partition, next_offset from consumer.positions where app = $1", app.name
-    )
-    positions = {Partition(row[0], row[1]): row[2] for row in rows}
+    offsets = await positions.next_offsets(connection, app.name)
     _, waits = await waiting_messages.read(connection, app.name)
     ends = await source.ends(partitions, partial=True) if partitions else {}
     absent = [topic for topic, found in by_topic.items() if not found]
     refused = (await source.identity(absent)).refused if absent else frozenset()
-    unknown = [each for each in partitions if each not in positions]
+    unknown = [each for each in partitions if each not in offsets]
     for topic in sorted(refused):  # what is known of them without Kafka: all topics have a partition 0
-        partitions += sorted(each for each in positions if each.topic == topic) or [Partition(topic, 0)]
+        partitions += sorted(each for each in offsets if each.topic == topic) or [Partition(topic, 0)]
     begins = await source.beginnings(unknown, partial=True) if unknown else {}
     lags = []
     for each in partitions:
-        position, end = positions.get(each), ends.get(each)
+        position, end = offsets.get(each), ends.get(each)
         done = position if position is not None else begins.get(each)
         count, read_up_to = waits.get(each, (0, 0))
         lags.append(
@@ -261,10 +249,7 @@ async def find_message(connection: Any, text: str | bytes, source: str | None = 
         keys: tuple[bytes, ...] = (event_id(source.encode("utf-8", "surrogateescape"), raw),)
     elif reads_like_offset(raw):
         topic, partition, _ = raw.decode("ascii", "replace").split(":", 2)
-        salts = await connection.fetch(
-            "select distinct salt from consumer.positions where topic = $1 and partition::text = $2", topic, partition
-        )
-        keys = ids_of_text(raw, [row[0] for row in salts])
+        keys = ids_of_text(raw, await positions.salts(connection, topic, partition))
     else:
         keys = ids_of_text(raw)
     rows = await connection.fetch(_SHOW, [UUID(bytes=each) for each in keys])
@@ -395,23 +380,9 @@ async def move_position(connection: Any, app: str, partition: Partition, offset:
     Ids stay in the ledger: going back applies nothing twice. Going forward skips what lies between, for good.
     """
     async with connection.transaction():
-        before: int | None = await connection.fetchval(
-            "select next_offset from consumer.positions where (app, topic, partition) = ($1, $2, $3) for update",
-            app,
-            partition.topic,
-            partition.partition,
-        )
-        await connection.execute(
-            """insert into consumer.positions as p (app, topic, partition, next_offset, first_offset) values ($1, $2, $3, $4, $4)
-               on conflict (app, topic, partition) do update set next_offset = excluded.next_offset, updated_at = now(),
-               seen_offset = null, seen_timestamp = null, seen_fingerprint = null, began_with = null,
-               first_offset = case when p.first_offset > excluded.first_offset then excluded.first_offset else p.first_offset end""",
-            app,
-            partition.topic,
-            partition.partition,
-            offset,
-        )
-        await coverage.move_back(connection, app, partition, offset)
+        before = await positions.lock(connection, app, partition)
+        await positions.move(connection, app, partition, offset)
+        await handler_history.move_coverage_back(connection, app, partition, offset)
     return before
 
 
@@ -427,12 +398,7 @@ async def adopt(
     """
     topic_id = identity.topics.get(partition.topic)
     async with connection.transaction():
-        await connection.execute(
-            "select from consumer.positions where (app, topic, partition) = ($1, $2, $3) for update",
-            app.name,
-            partition.topic,
-            partition.partition,
-        )
+        await positions.lock(connection, app.name, partition)
         at = (await read_positions(connection, app.name, [partition])).get(partition)
         if at is None:
             return None
@@ -440,28 +406,10 @@ async def adopt(
         stop = judge(partition, at, log) or judge(partition, at, await _asked(source, partition, at, log))
         if stop is None or not stop.do.endswith("--adopt"):
             return None
-        await connection.execute(
-            """update consumer.positions set next_offset = $4, first_offset = $4, cluster_id = $5, topic_id = $6, salt = $7,
-                      seen_offset = null, seen_timestamp = null, seen_fingerprint = null, updated_at = now(),
-                      handlers = null, began_with = null
-               where (app, topic, partition) = ($1, $2, $3)""",
-            app.name,
-            partition.topic,
-            partition.partition,
-            first,
-            identity.cluster_id,
-            topic_id,
-            topic_id.bytes if topic_id is not None else secrets.token_bytes(16),
-        )
-        await coverage.forget(connection, app.name, partition)
-        # Attempts are kept by offset, and the same offsets are other messages now.
-        await connection.execute(
-            """delete from consumer.attempts where topic = $2 and partition = $3
-               and handler in (select handler from consumer.handlers where app = $1)""",
-            app.name,
-            partition.topic,
-            partition.partition,
-        )
+        salt = topic_id.bytes if topic_id is not None else secrets.token_bytes(16)
+        await positions.restart(connection, app.name, partition, first, identity.cluster_id, topic_id, salt)
+        await handler_history.forget_partition(connection, app.name, partition)
+        await dead_letters_table.forget_attempts_in(connection, app.name, partition)
     return stop
 
 

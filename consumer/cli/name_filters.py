@@ -5,15 +5,10 @@ Knows the ledger's tables of names; decides nothing (core/suggestions.py does).
 
 from __future__ import annotations
 
-from typing import Any
-
 from consumer.core.suggestions import UnknownName, check_known, suggestion
+from consumer.postgres import handlers as handler_names
+from consumer.postgres.protocol import Connection
 
-_APPS = """
-select app from consumer.handlers union select app from consumer.positions
-"""
-_HANDLERS = "select name from consumer.handlers where $1::text is null or app = $1"
-_TOPICS = "select name from consumer.topics"
 _GROUPS = """
 select distinct d.error_group from consumer.dead_letters d join consumer.handlers h using (handler)
 where d.error_group is not null and ($1::text is null or h.app = $1) and ($2::text is null or d.error_group = $2)
@@ -21,7 +16,7 @@ where d.error_group is not null and ($1::text is null or h.app = $1) and ($2::te
 
 
 async def check(
-    connection: Any,
+    connection: Connection,
     app: str | None = None,
     handler: str | None = None,
     topic: str | None = None,
@@ -36,12 +31,12 @@ async def check(
     """
     where = "this database" if app is None else f"App {app!r}"
     if app is not None:
-        check_known("--app", app, [row[0] for row in await connection.fetch(_APPS)], "this database")
+        check_known("--app", app, await handler_names.apps(connection), "this database")
     if handler is not None and handler not in handlers:
-        known = [row[0] for row in await connection.fetch(_HANDLERS, app)]
+        known = await handler_names.names(connection, app)
         check_known("--handler", handler, [*known, *handlers], where)
     if topic is not None and topic not in topics:
-        known = [row[0] for row in await connection.fetch(_TOPICS)]
+        known = list(await handler_names.topic_numbers(connection))
         check_known("--topic", topic, [*known, *topics], "this database")
     if group is not None and not await connection.fetch(_GROUPS, app, group):
         known = [row[0] for row in await connection.fetch(_GROUPS, app, None)]

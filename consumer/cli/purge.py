@@ -20,14 +20,11 @@ from consumer.core.message import Partition
 from consumer.core.retention import HOUR, State, Step, Turn, Wait, contradictions, wanted
 from consumer.core.suggestions import UnknownName, suggestion
 from consumer.kafka.source import Source
+from consumer.postgres import generations
 from consumer.postgres.connection import database_epoch, translated_errors
+from consumer.postgres.handlers import topic_numbers
 from consumer.retention import task
 from consumer.settings import Settings
-
-_ROWS = """
-select number, greatest(c.reltuples, 0)::int8 from consumer.generations
-join pg_class c on c.oid = to_regclass('consumer.ledger' || case number when 1 then '' else '_' || number end)
-"""
 
 
 @command(cli, "purge", ("kafka_", "postgres_", "allow_insecure", "ledger_", "wait_", "log_"))
@@ -87,16 +84,16 @@ async def _purge(
     try:
         with translated_errors(settings):
             await database_epoch(connection, settings)
-            voices = await task.said(connection)
+            voices = await generations.declared(connection)
             if retired is not None:
                 if retired not in voices:
                     raise UnknownName(
                         f"--retired {retired[:80]!r}: no application of that name has rows here; {suggestion(retired, voices)}"
                     )
                 if not dry_run:
-                    await task.say(connection, retired, 0)
+                    await generations.declare(connection, retired, 0)
                 voices[retired] = 0
-            topics = await task.known_topics(connection)
+            topics = sorted(await topic_numbers(connection))
         _, longer = wanted(hours, voices)
         policy = task.policy_of(settings, hours)
         policy = policy._replace(
@@ -120,8 +117,8 @@ async def _purge(
 
         done: list[dict[str, Any]] = []
         with translated_errors(settings):
-            before = await task.look(connection)
-            rows = dict(await connection.fetch(_ROWS))
+            before = await generations.look(connection)
+            rows = await generations.estimated_rows(connection)
         plan = [await _told(before, each, hours, held) for each in before.generations]
         if dry_run:
             stopped = None
@@ -138,7 +135,7 @@ async def _purge(
                 with translated_errors(settings):
                     stopped = await task.keep_up(connection, policy, not_held if force else held, told)
         with translated_errors(settings):
-            after = await task.look(connection)
+            after = await generations.look(connection)
     finally:
         await source.stop(5)
         connection.terminate()

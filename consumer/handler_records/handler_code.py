@@ -34,30 +34,11 @@ from consumer.handler_records.source_text import (
     names_used,
     type_text,
 )
+from consumer.postgres import handler_history, ledger_queries
+from consumer.postgres.protocol import Connection
 
 RENEW_SECONDS = 180.0
 _PARTS_MAX = 2000  # functions, classes and constants that one handler reaches
-
-_RECORD = """
-insert into consumer.handler_code as c (handler, code, id_code)
-select h.handler, w.code, w.id_code from unnest($2::text[], $3::text[], $4::text[]) as w(name, code, id_code)
-join consumer.handlers h on h.app = $1 and h.name = w.name
-order by h.handler
-on conflict (handler, code, id_code) do update set last_seen = greatest(c.last_seen, now())
-"""
-# Handlers that the App no longer has, whose effects are in the tables all the same.
-_GONE = """
-select h.name from consumer.handlers h
-where h.app = $1 and not h.name = any($2::text[]) and exists (
-    select from consumer.ledger l join consumer.topics t using (topic)
-    where l.handler = h.handler and t.name = any($3::text[]) and l.applied_at is not null)
-order by h.name
-"""
-_LOOK = """
-select h.name, c.code, c.id_code, (extract(epoch from c.first_seen) * 1000000)::int8,
-       (extract(epoch from c.last_seen) * 1000000)::int8
-from consumer.handler_code c join consumer.handlers h using (handler) where h.app = $1 order by c.first_seen
-"""
 
 
 class Codes(NamedTuple):
@@ -90,30 +71,29 @@ def codes_of(handler: Handler) -> Codes:
     return Codes(_hash([options, kind, *_Walk(handler).texts(*roots)]), id_code)
 
 
-async def record(connection: Any, app: App) -> None:
+async def record(connection: Connection, app: App) -> None:
     """Record that the App's code runs now. Its handlers must be registered."""
     kept = [each for each in app.handlers.values() if each.idempotent]
-    codes = [codes_at_start(each) for each in kept]
-    names = [each.name for each in kept]
-    await connection.execute(_RECORD, app.name, names, [each.code for each in codes], [each.id_code for each in codes])
+    codes = [(handler.name, *codes_at_start(handler)) for handler in kept]
+    await handler_history.record_code(connection, app.name, codes)
 
 
-async def look(connection: Any, app: App) -> Recorded:
+async def look(connection: Connection, app: App) -> Recorded:
     """What is recorded, beside the App's own code."""
-    rows = await connection.fetch(_LOOK, app.name)
+    seen = await handler_history.code(connection, app.name)
     code: dict[str, Versions] = {}
     id_code: dict[str, Versions] = {}
     for handler in app.handlers.values():
-        own = [row for row in rows if row[0] == handler.name]
+        own = [each for each in seen if each.handler == handler.name]
         now = codes_at_start(handler)
         code[handler.name] = _versions(own, 1, now.code)
         id_code[handler.name] = _versions(own, 2, now.id_code)
     return Recorded(code, id_code)
 
 
-async def gone(connection: Any, app: App, topics: Iterable[str]) -> list[str]:
+async def gone(connection: Connection, app: App, topics: Iterable[str]) -> list[str]:
     """Handlers that have applied messages of the topics, and are not in the App."""
-    return [row[0] for row in await connection.fetch(_GONE, app.name, list(app.handlers), sorted(topics))]
+    return await ledger_queries.other_handlers(connection, app.name, list(app.handlers), sorted(topics))
 
 
 def _versions(rows: list[Any], column: int, now: str) -> Versions:

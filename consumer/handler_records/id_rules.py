@@ -8,34 +8,14 @@ its name, so a change of what it returns is not noticed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from consumer.app import App
 from consumer.core.errors import Misconfigured
 from consumer.core.identity import rule_text
 from consumer.core.message import Partition
-
-_RECORD = """
-update consumer.handlers h set id_rule = w.rule from unnest($2::text[], $3::text[]) as w(name, rule)
-where h.app = $1 and h.name = w.name and h.id_rule is null
-"""
-_SETTLED_UP_TO = """
-select t.name, l.partition, max(l."offset") + 1 from consumer.ledger l join consumer.topics t using (topic)
-where l.handler = $1 group by 1, 2
-"""
-_CHANGED_BELOW = """
-insert into consumer.id_rule_changes as c (handler, topic, partition, below)
-select $1::int2, topic, partition, max(below) from (
-    select * from unnest($2::text[], $3::int4[], $4::int8[]) as settled(topic, partition, below)
-    union all
-    select p.topic, p.partition, p.next_offset from consumer.positions p where p.app = $5 and p.topic = any($6::text[])
-) as each group by 1, 2, 3
-on conflict (handler, topic, partition) do update set below = greatest(c.below, excluded.below)
-"""
-_FLOORS = """
-select h.name, c.topic, c.partition, c.below from consumer.id_rule_changes c join consumer.handlers h using (handler)
-where h.app = $1
-"""
+from consumer.postgres import handler_history, handlers, ledger_queries, positions
+from consumer.postgres.protocol import Connection
 
 
 class Change(NamedTuple):
@@ -74,25 +54,23 @@ def declared(app: App) -> dict[str, str]:
     return {each.name: rule_text(each.rule) for each in app.handlers.values() if each.idempotent}
 
 
-async def record(connection: Any, app: App) -> None:
+async def record(connection: Connection, app: App) -> None:
     """Record the rules of handlers that have none yet."""
-    rules = sorted(declared(app).items())
-    await connection.execute(_RECORD, app.name, [name for name, _ in rules], [rule for _, rule in rules])
+    await handler_history.record_id_rules(connection, app.name, declared(app))
 
 
-async def look(connection: Any, app: App) -> IdRules:
+async def look(connection: Connection, app: App) -> IdRules:
     """Compare the recorded rules with the App's."""
-    recorded = dict(await connection.fetch("select name, id_rule from consumer.handlers where app = $1", app.name))
-    rows = await connection.fetch(_FLOORS, app.name)
+    recorded = await handler_history.id_rules(connection, app.name)
     changes = {
-        name: Change(name, recorded[name], rule)
+        name: Change(name, before, rule)
         for name, rule in declared(app).items()
-        if recorded.get(name) not in (None, rule)
+        if (before := recorded.get(name)) is not None and before != rule
     }
-    return IdRules(changes, {(row[0], Partition(row[1], row[2])): row[3] for row in rows})
+    return IdRules(changes, await handler_history.id_rule_floors(connection, app.name))
 
 
-async def accept(connection: Any, app: App, handler: str) -> Change | None:
+async def accept(connection: Connection, app: App, handler: str) -> Change | None:
     """Record the App's rule of a handler, and below which offsets messages may have ids of the earlier one.
 
     Returns None where nothing differs. The workers with the old rule must have stopped.
@@ -100,23 +78,17 @@ async def accept(connection: Any, app: App, handler: str) -> Change | None:
     change = (await look(connection, app)).changes.get(handler)
     if change is None:
         return None
-    number = await connection.fetchval(
-        "select handler from consumer.handlers where (app, name) = ($1, $2)", app.name, handler
-    )
-    settled = await connection.fetch(_SETTLED_UP_TO, number)  # reads all rows of the handler, so without locks
+    number = (await handlers.numbers(connection, app.name))[handler]
+    settled = await ledger_queries.settled_below(connection, number)  # reads all rows of the handler, so without locks
     async with connection.transaction():
-        await connection.execute("select from consumer.positions where app = $1 for update", app.name)
-        columns = [[row[n] for row in settled] for n in range(3)]
-        topics = list(app.handlers[handler].topics)
-        await connection.execute(_CHANGED_BELOW, number, *columns, app.name, topics)
-        await connection.execute(
-            "update consumer.handlers set id_rule = $2 where handler = $1", number, change.declared
-        )
+        await positions.lock_app(connection, app.name)
+        at = await positions.of_topics(connection, app.name, list(app.handlers[handler].topics))
+        await handler_history.change_id_rule(connection, number, change.declared, [*settled.items(), *at.items()])
     return change
 
 
 async def refuse_going_back(
-    connection: Any, app: App, positions: Mapping[Partition, int], wanted: Mapping[Partition, int]
+    connection: Connection, app: App, positions: Mapping[Partition, int], wanted: Mapping[Partition, int]
 ) -> None:
     """Raise Misconfigured for positions that would be moved back to messages with ids of another rule."""
     rules = await look(connection, app)

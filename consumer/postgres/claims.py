@@ -13,16 +13,13 @@ from asyncpg.pgproto.pgproto import UUID
 
 from consumer.core.ordering import Delivery
 from consumer.core.retention import is_time, may_be_forgotten
+from consumer.postgres import generations
 from consumer.postgres.claim_sql import FIRST, READ, STANDING, Generations, Statements, statements
 from consumer.postgres.errors import Conflict
 from consumer.postgres.protocol import Connection
 
 _MOSTLY_KNOWN = 0.5
 _VERSIONS_MAX = 10  # of the ledger that may pass during one claim
-
-_FORGOTTEN = """
-select f.handler, t.name, f.partition, f.below from consumer.forgotten f join consumer.topics t using (topic) where f.handler = any($1)
-"""
 
 
 class ExistingClaim(NamedTuple):
@@ -124,7 +121,7 @@ class Claims:
         below: dict[tuple[int, str, int], int] = {}
         if any(not is_time(delivery.record.timestamp) for delivery in deliveries):
             handlers = sorted({delivery.handler.number for delivery in deliveries})
-            below = await forgotten_below(self._connection, handlers)
+            below = await generations.forgotten_below(self._connection, handlers)
         return [
             delivery
             for delivery in deliveries
@@ -182,9 +179,9 @@ async def claimed_ids(connection: Connection, ids: Sequence[tuple[int, bytes]]) 
     return {(row[0], row[1].bytes) for row in rows}
 
 
-async def forgotten_below(connection: Connection, handlers: Sequence[int]) -> dict[tuple[int, str, int], int]:
-    """Return, per handler, topic and partition, up to which offset rows may be gone."""
-    return {tuple(row)[:3]: row[3] for row in await connection.fetch(_FORGOTTEN, handlers)}
+async def exist(connection: Connection, handler: int) -> bool:
+    """Whether the ledger has any row of a handler."""
+    return bool(await connection.fetchval("select exists (select from consumer.ledger where handler = $1)", handler))
 
 
 def uuids(ids: Iterable[bytes]) -> list[UUID]:

@@ -82,6 +82,10 @@ on conflict (handler, topic, partition, "offset") do update set attempts = exclu
 _FORGET = """
 delete from consumer.attempts where handler = $1 and topic = $2 and partition = $3 and "offset" = $4
 """
+_FORGET_ATTEMPTS_IN = """
+delete from consumer.attempts where topic = $2 and partition = $3
+and handler in (select handler from consumer.handlers where app = $1)
+"""
 _CHAINS = "select handler, chain, topic, partition from consumer.held where handler = any($1) and topic = any($2)"
 _ATTEMPTS = """
 select handler, topic, partition, "offset", attempts, greatest(0, extract(epoch from due_at - now()))::float8
@@ -190,6 +194,22 @@ async def without_dead_letter(connection: Connection, keys: Sequence[tuple[int, 
         [fingerprint for _, _, fingerprint in keys],
     )
     return [row[0] - 1 for row in rows]
+
+
+async def exist(connection: Connection, handler: int) -> bool:
+    """Whether there is any dead letter of a handler."""
+    found = await connection.fetchval("select exists (select from consumer.dead_letters where handler = $1)", handler)
+    return bool(found)
+
+
+async def forget_attempts_of(connection: Connection, handler: int) -> None:
+    """Delete the attempts of a handler's messages."""
+    await connection.execute("delete from consumer.attempts where handler = $1", handler)
+
+
+async def forget_attempts_in(connection: Connection, app: str, partition: Partition) -> None:
+    """Delete the attempts of a partition's messages: its offsets are other messages now."""
+    await connection.execute(_FORGET_ATTEMPTS_IN, app, *partition)
 
 
 def _place(delivery: Delivery) -> tuple[int, str, int, int]:

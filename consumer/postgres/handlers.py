@@ -51,6 +51,42 @@ async def numbers(connection: Connection, app: str) -> dict[str, int]:
     return dict(await connection.fetch("select name, handler from consumer.handlers where app = $1", app))
 
 
+async def lock_numbers(connection: Connection, app: str) -> dict[str, int]:
+    """Lock an application's handlers until the transaction ends, and return their numbers."""
+    return dict(await connection.fetch("select name, handler from consumer.handlers where app = $1 for update", app))
+
+
+async def rename(connection: Connection, app: str, number: int, old: str, new: str, operator: str) -> None:
+    """Give a handler another name, and record who did."""
+    await connection.execute("update consumer.handlers set name = $2 where handler = $1", number, new)
+    await connection.execute(
+        "insert into consumer.handler_renames (app, old_name, new_name, operator) values ($1, $2, $3, $4)",
+        app,
+        old,
+        new,
+        operator,
+    )
+
+
+async def remove(connection: Connection, number: int) -> None:
+    """Delete a handler, which must have no rows elsewhere."""
+    await connection.execute("delete from consumer.handlers where handler = $1", number)
+
+
+async def apps(connection: Connection) -> list[str]:
+    """Return the applications that have a handler or a position."""
+    return [
+        row[0]
+        for row in await connection.fetch("select app from consumer.handlers union select app from consumer.positions")
+    ]
+
+
+async def names(connection: Connection, app: str | None) -> list[str]:
+    """Return the names of an application's handlers; None: of all."""
+    rows = await connection.fetch("select name from consumer.handlers where $1::text is null or app = $1", app)
+    return [row[0] for row in rows]
+
+
 async def topic_numbers(connection: Connection) -> dict[str, int]:
     """Return the numbers of all topics."""
     return dict(await connection.fetch("select name, topic from consumer.topics order by name"))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from consumer.core.errors import Misconfigured
 from consumer.postgres.protocol import Connection
+from consumer.postgres.server import begin_epoch
 from consumer.postgres.sql_text import transaction_control
 from consumer.postgres.sql_tokens import first_words
 
@@ -136,5 +137,5 @@ async def migrate(
                     # Its first argument: the rest of a PostgreSQL error may quote rows.
                     raise Misconfigured(f"{name}{_line(error, text)}: {error.args[0]} (nothing was changed)") from None
         if new_epoch:
-            await connection.execute("update consumer.installation set nonce = gen_random_uuid()")
+            await begin_epoch(connection)
     return todo

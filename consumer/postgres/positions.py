@@ -44,6 +44,31 @@ _BEGIN = """
 insert into consumer.positions (app, topic, partition, next_offset, first_offset, cluster_id, topic_id, began_with)
 values ($1, $2, $3, $4, $4, $5, $6, $7) on conflict do nothing
 """
+_LOCK = """
+select p.topic, p.partition, p.first_offset, p.next_offset, p.handlers
+from consumer.positions p join unnest($2::text[], $3::int4[]) as w(topic, partition) using (topic, partition)
+where p.app = $1 order by p.topic, p.partition for update of p
+"""
+_MOVE = """
+insert into consumer.positions as p (app, topic, partition, next_offset, first_offset) values ($1, $2, $3, $4, $4)
+on conflict (app, topic, partition) do update set next_offset = excluded.next_offset, updated_at = now(),
+seen_offset = null, seen_timestamp = null, seen_fingerprint = null, began_with = null,
+first_offset = case when p.first_offset > excluded.first_offset then excluded.first_offset else p.first_offset end
+"""
+_RESTART = """
+update consumer.positions set next_offset = $4, first_offset = $4, cluster_id = $5, topic_id = $6, salt = $7,
+       seen_offset = null, seen_timestamp = null, seen_fingerprint = null, updated_at = now(),
+       handlers = null, began_with = null
+where (app, topic, partition) = ($1, $2, $3)
+"""
+_COUNTS = """
+select h.name, o.outcome, sum(o.count)::int8 from consumer.outcomes o join consumer.handlers h using (handler)
+where h.app = $1 group by h.name, o.outcome
+"""
+_APPLIED = """
+select handler, sum(count)::int8 from consumer.outcomes where handler = any($1::int2[]) and outcome in ('kept', 'applied')
+group by handler
+"""
 _NAME_LOG = """
 update consumer.positions set cluster_id = coalesce(cluster_id, $4), topic_id = coalesce(topic_id, $5)
 where (app, topic, partition) = ($1, $2, $3)
@@ -55,6 +80,15 @@ class Horizon(NamedTuple):
 
     next: int
     first: int | None
+
+
+class Settling(NamedTuple):
+    """Who settles a partition. handlers: their numbers as text; None: not recorded yet."""
+
+    first: int | None
+    next: int
+    handlers: str | None
+    began_with: str | None = None
 
 
 def write_statement(stamp_sql: str) -> str:
@@ -114,6 +148,110 @@ async def horizons(connection: Connection, app: str) -> dict[Partition, Horizon]
         "select topic, partition, next_offset, first_offset from consumer.positions where app = $1", app
     )
     return {Partition(row[0], row[1]): Horizon(row[2], row[3]) for row in rows}
+
+
+async def next_offsets(connection: Connection, app: str) -> dict[Partition, int]:
+    """Return all positions of an application, as offsets."""
+    return {partition: horizon.next for partition, horizon in (await horizons(connection, app)).items()}
+
+
+async def settling(connection: Connection, app: str) -> dict[Partition, Settling]:
+    """Return who settles each partition of an application."""
+    rows = await connection.fetch(
+        "select topic, partition, first_offset, next_offset, handlers, began_with from consumer.positions where app = $1",
+        app,
+    )
+    return {Partition(row[0], row[1]): Settling(*tuple(row)[2:]) for row in rows}
+
+
+async def lock_settling(connection: Connection, app: str, partitions: Sequence[Partition]) -> dict[Partition, Settling]:
+    """Lock positions until the transaction ends, and return who settles them."""
+    rows = await connection.fetch(
+        _LOCK, app, [partition.topic for partition in partitions], [partition.partition for partition in partitions]
+    )
+    return {Partition(row[0], row[1]): Settling(*tuple(row)[2:]) for row in rows}
+
+
+async def set_handlers(connection: Connection, app: str, handlers: Mapping[Partition, str]) -> None:
+    """Record which handlers settle partitions from here on."""
+    await connection.executemany(
+        "update consumer.positions set handlers = $4 where (app, topic, partition) = ($1, $2, $3)",
+        [(app, *partition, numbers) for partition, numbers in handlers.items()],
+    )
+
+
+async def lock_app(connection: Connection, app: str) -> None:
+    """Lock all positions of an application until the transaction ends."""
+    await connection.execute("select from consumer.positions where app = $1 for update", app)
+
+
+async def lock(connection: Connection, app: str, partition: Partition) -> int | None:
+    """Lock a position until the transaction ends, and return it; None: there is none."""
+    offset: int | None = await connection.fetchval(
+        "select next_offset from consumer.positions where (app, topic, partition) = ($1, $2, $3) for update",
+        app,
+        *partition,
+    )
+    return offset
+
+
+async def move(connection: Connection, app: str, partition: Partition, offset: int) -> None:
+    """Set a position within its log. Running workers notice."""
+    await connection.execute(_MOVE, app, *partition, offset)
+
+
+async def restart(
+    connection: Connection,
+    app: str,
+    partition: Partition,
+    offset: int,
+    cluster_id: str | None,
+    topic_id: uuid.UUID | None,
+    salt: bytes,
+) -> None:
+    """Begin another log in the place of the one that a position is of."""
+    await connection.execute(_RESTART, app, *partition, offset, cluster_id, topic_id, salt)
+
+
+async def rewind(connection: Connection, app: str) -> None:
+    """Set all positions of an application to 0."""
+    await connection.execute("update consumer.positions set next_offset = 0 where app = $1", app)
+
+
+async def salts(connection: Connection, topic: str, partition: str) -> list[bytes | None]:
+    """Return what ids derived from offsets of a partition begin with, in any application. partition: a number as text."""
+    rows = await connection.fetch(
+        "select distinct salt from consumer.positions where topic = $1 and partition::text = $2", topic, partition
+    )
+    return [row[0] for row in rows]
+
+
+async def of_topics(connection: Connection, app: str, topics: Sequence[str]) -> dict[Partition, int]:
+    """Return the positions of topics, as offsets."""
+    rows = await connection.fetch(
+        "select topic, partition, next_offset from consumer.positions where app = $1 and topic = any($2)", app, topics
+    )
+    return {Partition(row[0], row[1]): row[2] for row in rows}
+
+
+async def counts(connection: Connection, app: str) -> list[tuple[str, str, int]]:
+    """Return how messages ended: handler, outcome and number of each."""
+    return [(row[0], row[1], row[2]) for row in await connection.fetch(_COUNTS, app)]
+
+
+async def applied_by_all(connection: Connection, handlers: Sequence[int]) -> dict[int, int]:
+    """Return how many messages any worker has applied, by handler."""
+    return {row[0]: row[1] for row in await connection.fetch(_APPLIED, list(handlers))}
+
+
+async def forget_counts(connection: Connection, handler: int) -> None:
+    """Delete the counts of a handler."""
+    await connection.execute("delete from consumer.outcomes where handler = $1", handler)
+
+
+async def exist(connection: Connection, app: str) -> bool:
+    """Whether an application has any position."""
+    return bool(await connection.fetchval("select exists (select from consumer.positions where app = $1)", app))
 
 
 async def begin(

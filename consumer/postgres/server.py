@@ -62,6 +62,11 @@ async def installed_at(connection: Connection) -> str:
     )
 
 
+async def begin_epoch(connection: Connection) -> None:
+    """Begin a new epoch: connections and Redis's marks of the one before no longer count."""
+    await connection.execute("update consumer.installation set nonce = gen_random_uuid()")
+
+
 async def identify(connection: Connection) -> Server:
     """Read the epoch of a primary with the schema, outside a transaction. Raises what the driver raises."""
     try:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from consumer.core.log_identity import Reason, Stop
 from consumer.core.message import Partition
 from consumer.core.partition_faults import Failure, Trouble, stop_of
+from consumer.postgres import positions
 from consumer.postgres.protocol import Connection
 
 _SAVE = """
@@ -21,8 +22,6 @@ on conflict (app, topic, partition) do update set reason = excluded.reason, why 
     since = case when (s.reason, s.first_offset) = (excluded.reason, excluded.first_offset) then s.since else now() end
 """
 _DELETE = "delete from consumer.stopped_partitions where (app, topic, partition) = ($1, $2, $3)"
-# A topic that the worker may not see is assigned to nobody: its partitions are known from their positions.
-_REFUSED = "select topic, partition, next_offset from consumer.positions where app = $1 and topic = any($2)"
 _READ = """
 select topic, partition, reason, why, "do", first_offset, last_offset from consumer.stopped_partitions
 where app = $1 order by topic, partition
@@ -90,8 +89,8 @@ class Stops:
     async def save(self, database: str, connection: Connection, app: str) -> None:
         """Write what has changed since the last time. Raises the driver's errors, and loses nothing then."""
         if refused := self._refused_unsaved[database]:
-            for topic, number, offset in await connection.fetch(_REFUSED, app, sorted(refused)):
-                partition = Partition(topic, number)
+            # Such a topic is assigned to nobody: its partitions are known from their positions.
+            for partition, offset in (await positions.of_topics(connection, app, sorted(refused))).items():
                 stop = refused_stop(partition, offset)
                 await connection.execute(_SAVE, app, *partition, stop.reason.value, stop.text, stop.do, offset, offset)
             refused.clear()

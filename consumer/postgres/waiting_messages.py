@@ -51,10 +51,6 @@ from consumer.waiting w join consumer.handlers h using (handler)
 where h.app = $1 and w.seen_at > now() - make_interval(secs => $2)
 order by h.name, w.topic, w.partition, w.count desc, w.error
 """
-_OTHERS = """
-select handler, sum(count)::int8 from consumer.outcomes where handler = any($1::int2[]) and outcome in ('kept', 'applied')
-group by handler
-"""
 
 
 class Row(NamedTuple):
@@ -130,8 +126,3 @@ async def read(connection: Connection, app: str) -> tuple[list[dict[str, Any]], 
             }
         )
     return found, totals
-
-
-async def applied_by_all(connection: Connection, handlers: Sequence[int]) -> dict[int, int]:
-    """Messages that any worker has applied, by handler."""
-    return {row[0]: row[1] for row in await connection.fetch(_OTHERS, list(handlers))}

@@ -21,7 +21,6 @@ from consumer.core.retention import (
     HOUR,
     Drop,
     Forget,
-    Generation,
     Log,
     Policy,
     State,
@@ -36,30 +35,17 @@ from consumer.core.retention import (
 )
 from consumer.kafka.source import KafkaError, Source, topic_configs
 from consumer.logs import describe, event
+from consumer.postgres import generations
 from consumer.postgres.connection import connect, database_epoch, translated_errors
 from consumer.postgres.errors import Outage, sqlstate_of
+from consumer.postgres.handlers import topic_numbers
+from consumer.postgres.protocol import Connection
 from consumer.settings import Settings
 
 _ROUND_SECONDS_MAX = 60.0  # between two looks of the background task
 _PAUSE_SECONDS = (0.05, 1.0)  # between two attempts at a step that would have to wait
 _PATIENCE_SECONDS = 30.0  # of such attempts, in one round
 
-_LOOK = """
-select extract(epoch from clock_timestamp())::float8, s.version, s.target, s.turning, extract(epoch from s.horizon)::float8,
-       array(select number from consumer.generations order by number),
-       array(select extract(epoch from opened_at)::float8 from consumer.generations order by number),
-       array(select extract(epoch from closed_at)::float8 from consumer.generations order by number),
-       array(select forgotten_at is not null from consumer.generations order by number)
-from consumer.ledger_state s
-"""
-_SAY = """
-insert into consumer.retention as r (app, hours) values ($1, $2)
-on conflict (app) do update set hours = excluded.hours, said_at = now() where r.hours is distinct from excluded.hours
-"""
-_SAID = """
-select app, hours from (select distinct app from consumer.handlers) h left join consumer.retention r using (app)
-where app is distinct from $1
-"""
 _LOCK_NOT_AVAILABLE = "55P03"
 
 
@@ -77,32 +63,16 @@ def policy_of(settings: Settings, hours: float) -> Policy:
     return Policy.of(hours, settings.ledger_generation_hours, settings.ledger_clock_skew_hours)
 
 
-async def look(connection: Any) -> State:
-    """The ledger as it is."""
-    now, version, target, turning, horizon, *columns = await connection.fetchrow(_LOOK)
-    return State(now, version, target, turning, horizon, tuple(Generation(*row) for row in zip(*columns, strict=True)))
-
-
-async def say(connection: Any, app: str, hours: float | None) -> None:
-    """Tell all who drop generations how long an application needs its rows; None: for ever."""
-    await connection.execute(_SAY, app, hours)
-
-
-async def said(connection: Any, but: str | None = None) -> dict[str, float | None]:
-    """What the applications of the database said; None also for those that said nothing."""
-    return dict(await connection.fetch(_SAID, but))
-
-
-async def act(connection: Any, state: State, step: Turn | Forget | Drop) -> str:
+async def act(connection: Connection, state: State, step: Turn | Forget | Drop) -> str:
     """Take a step. Returns what was done, or "busy" or "waiting" where nothing was."""
     try:
         match step:
             case Turn():
-                return str(await connection.fetchval("select consumer.turn($1)", state.version))
+                return await generations.turn(connection, state.version)
             case Forget(number):
-                return str(await connection.fetchval("select consumer.forget($1, $2)", state.version, number))
+                return await generations.forget(connection, state.version, number)
             case Drop(number):
-                return str(await connection.fetchval("select consumer.drop_generation($1)", number))
+                return await generations.drop(connection, number)
     except Exception as error:
         if sqlstate_of(error) == _LOCK_NOT_AVAILABLE:
             return "waiting"  # for somebody who reads the whole ledger
@@ -110,7 +80,7 @@ async def act(connection: Any, state: State, step: Turn | Forget | Drop) -> str:
 
 
 async def keep_up(
-    connection: Any,
+    connection: Connection,
     policy: Policy,
     held: Callable[[float], Awaitable[Sequence[Partition]]],
     told: Callable[[str, Step], None],
@@ -123,7 +93,7 @@ async def keep_up(
     """
     waited, pause = 0.0, _PAUSE_SECONDS[0]
     while True:
-        state = await look(connection)
+        state = await generations.look(connection)
         step = due(state, policy)
         match step:
             case Wait():
@@ -159,11 +129,6 @@ async def reaching(source: Source, topics: Iterable[str], at: float, skew_hours:
     except TimeoutError:
         raise KafkaError("no answer in time") from None  # else it would be taken for PostgreSQL's
     return [each for each in partitions if firsts[each] < (ends[each] if (past := younger.get(each)) is None else past)]
-
-
-async def known_topics(connection: Any) -> list[str]:
-    """All topics that the ledger has rows of, whatever application."""
-    return [row[0] for row in await connection.fetch("select name from consumer.topics order by name")]
 
 
 async def logs_of(settings: Settings, topics: Sequence[str]) -> list[Log]:
@@ -257,14 +222,14 @@ class Keeper:
         try:
             with translated_errors(settings):
                 await database_epoch(connection, settings)
-                await say(connection, self._app, own)
+                await generations.declare(connection, self._app, own)
                 if own is None:
                     return _ROUND_SECONDS_MAX
-                hours, longer = wanted(own, await said(connection, self._app))
+                hours, longer = wanted(own, await generations.declared(connection, self._app))
                 if hours is None:
                     self._tell("nothing of the ledger is dropped: other applications keep theirs for ever", apps=longer)
                     return _ROUND_SECONDS_MAX
-                topics = await known_topics(connection)
+                topics = sorted(await topic_numbers(connection))
                 skew = settings.ledger_clock_skew_hours
                 stopped = await keep_up(
                     connection,

@@ -9,24 +9,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from consumer.app import App
 from consumer.core.errors import Misconfigured
 from consumer.core.ordering import Delivery
 from consumer.core.shard_route import RECORDED_MAX, Probes, RouteFault, Router, explain_change, shown
+from consumer.postgres import positions, shard_tables
 from consumer.postgres.connection import dsn_label, translated_errors
 from consumer.postgres.epoch import lineage
+from consumer.postgres.protocol import Connection
 from consumer.postgres.session import Session
 from consumer.settings import Settings
-
-_ENROLL = "insert into consumer.shards (app, shard, shards) values ($1, $2, $3) on conflict do nothing"
-_WHO = "select shard, shards from consumer.shards where app = $1"
-_PROBES = "select keyed, key, shard from consumer.route_probes where app = $1"
-_RECORD = """
-insert into consumer.route_probes (app, keyed, key, shard)
-select $1, k.key is not null, coalesce(k.key, ''), $3 from unnest($2::bytea[]) as k(key) on conflict do nothing
-"""
 
 
 def settings_of(app: App, settings: Settings) -> dict[str, Settings]:
@@ -72,44 +65,44 @@ async def check(app: App, router: Router, opened: Sequence[tuple[Settings, Sessi
 async def _enroll(app: App, name: str, settings: Settings, session: Session) -> None:
     names = sorted(app.shards)
     connection = session.connection
-    row = await connection.fetchrow(_WHO, app.name)
+    row = await shard_tables.enrolled(connection, app.name)
     if row is None and name:
-        if await connection.fetchval("select exists (select from consumer.positions where app = $1)", app.name):
+        if await positions.exist(connection, app.name):
             raise Misconfigured(
                 f"{dsn_label(settings.dsn)} has applied messages of App {app.name!r} without shards, and other shards know nothing "
                 "of them: see docs/how-to/shards.md, then run `consumer migrate --shards APP --new-route`"
             )
-        await connection.execute(_ENROLL, app.name, name, names)
-        row = await connection.fetchrow(_WHO, app.name)
+        await shard_tables.enroll(connection, app.name, name, names)
+        row = await shard_tables.enrolled(connection, app.name)
     if row is None:
         return  # without shards, as ever
     if not name:
         raise Misconfigured(
-            f"{dsn_label(settings.dsn)} is shard {row['shard']!r} of App {app.name!r}: give the App its shards= and route="
+            f"{dsn_label(settings.dsn)} is shard {row.shard!r} of App {app.name!r}: give the App its shards= and route="
         )
-    if row["shard"] != name:
+    if row.shard != name:
         raise Misconfigured(
-            f"{dsn_label(settings.dsn)} is shard {row['shard']!r} of App {app.name!r}, and its address is given for {name!r}: were "
+            f"{dsn_label(settings.dsn)} is shard {row.shard!r} of App {app.name!r}, and its address is given for {name!r}: were "
             "they swapped? A shard is renamed with `consumer migrate --shards APP --new-route`"
         )
-    if row["shards"] != names:
+    if row.shards != names:
         raise Misconfigured(
-            f"App {app.name!r} has the shards {', '.join(names)}, and had {', '.join(row['shards'])}: keys that move would be "
+            f"App {app.name!r} has the shards {', '.join(names)}, and had {', '.join(row.shards)}: keys that move would be "
             "applied again. Move them as docs/how-to/shards.md says, then run `consumer migrate --shards APP --new-route`"
         )
 
 
 async def _check_route(app: App, name: str, router: Router, session: Session, fixed: Probes) -> None:
     connection = session.connection
-    if not await connection.fetchval("select exists (select from consumer.route_probes where app = $1)", app.name):
+    if not await shard_tables.has_probes(connection, app.name):
         async with connection.transaction():
             for shard in app.shards:
                 keys = [key for key, to in fixed.items() if to == shard]
-                await connection.execute(_RECORD, app.name, keys, shard)
-    rows = await connection.fetch(_PROBES, app.name)
-    if change := router.changed({row["key"] if row["keyed"] else None: row["shard"] for row in rows}):
+                await shard_tables.record_probes(connection, app.name, keys, shard)
+    probes = await shard_tables.probes(connection, app.name)
+    if change := router.changed(dict(probes)):
         raise RouteFault(explain_change(app.name, change))
-    router.start_recording(name, RECORDED_MAX + len(fixed) - len(rows))
+    router.start_recording(name, RECORDED_MAX + len(fixed) - len(probes))
 
 
 async def record(app: App, name: str, router: Router, session: Session) -> None:
@@ -118,21 +111,17 @@ async def record(app: App, name: str, router: Router, session: Session) -> None:
     if not keys:
         return
     connection = session.connection
-    await connection.execute(_RECORD, app.name, keys, name)
-    rows = await connection.fetch(
-        _PROBES + " and keyed and key = any($2::bytea[]) and shard <> $3", app.name, keys, name
-    )
-    if rows:
-        raise RouteFault(explain_change(app.name, (rows[0]["key"], rows[0]["shard"], name)))
+    await shard_tables.record_probes(connection, app.name, keys, name)
+    if probes := await shard_tables.contradicting_probes(connection, app.name, keys, name):
+        raise RouteFault(explain_change(app.name, (probes[0].key, probes[0].shard, name)))
 
 
-async def forget(app: App, name: str, connection: Any) -> None:
+async def forget(app: App, name: str, connection: Connection) -> None:
     """Begin anew with the names and the route that the App has now. Only after the keys that it moves were moved."""
     async with connection.transaction():
-        await connection.execute("delete from consumer.route_probes where app = $1", app.name)
-        await connection.execute("delete from consumer.shards where app = $1", app.name)
+        await shard_tables.forget(connection, app.name)
         if name:
-            await connection.execute(_ENROLL, app.name, name, sorted(app.shards))
+            await shard_tables.enroll(connection, app.name, name, sorted(app.shards))
 
 
 def stray(app: str, delivery: Delivery, there: str, here: str) -> RouteFault:

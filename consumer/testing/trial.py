@@ -13,6 +13,7 @@ from typing import Any
 from consumer.app import App
 from consumer.core.errors import Misconfigured
 from consumer.core.message import LogRecord, Partition
+from consumer.postgres import positions
 from consumer.settings import Settings
 from consumer.testing.messages import STEPS, TOLD_MAX, Delivered, Outside, Sent, lines, partition_of, record_of
 from consumer.testing.outside_rows import OutsideRows
@@ -245,10 +246,7 @@ class Trial:
         }
 
     async def _positions(self, connection: Any) -> dict[Partition, int]:
-        rows = await connection.fetch(
-            "select topic, partition, next_offset from consumer.positions where app = $1", self._app.name
-        )
-        return {Partition(row[0], row[1]): row[2] for row in rows}
+        return await positions.next_offsets(connection, self._app.name)
 
     def _unsettled(self, positions: Mapping[Partition, int]) -> list[tuple[Sent, LogRecord]]:
         """What lies at or after the positions, in the order in which it was sent."""
@@ -274,7 +272,7 @@ class Trial:
         ):
             self._log += added
             if again:
-                await connection.execute("update consumer.positions set next_offset = 0 where app = $1", self._app.name)
+                await positions.rewind(connection, self._app.name)
             records = self._unsettled(await self._positions(connection))
             if crash_at is not None and not records:
                 raise Misconfigured(f"crash_at={crash_at!r}: there is nothing to deliver, so nothing would crash")

@@ -9,6 +9,7 @@ import time
 from consumer.app import App
 from consumer.handler_records import handler_code
 from consumer.logs import describe, event
+from consumer.postgres.protocol import Connection
 from consumer.worker import wait_reports
 from consumer.worker.connections import Connections
 from consumer.worker.message_log import MessageLog
@@ -56,7 +57,7 @@ class Upkeep:
                 if control is not None:
                     control.close()
 
-    async def _renew_code(self, connection: object) -> None:
+    async def _renew_code(self, connection: Connection) -> None:
         if time.monotonic() - self._shard.code_recorded_at > handler_code.RENEW_SECONDS:
             await handler_code.record(connection, self._app)
             self._shard.code_recorded_at = time.monotonic()

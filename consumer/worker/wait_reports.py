@@ -16,7 +16,7 @@ from uuid import uuid4
 from consumer.core.evidence import Evidence, Why
 from consumer.core.message import Partition
 from consumer.core.ordering import Delivery, Scheduler
-from consumer.postgres import waiting_messages
+from consumer.postgres import positions, waiting_messages
 from consumer.postgres.waiting_messages import Row
 from consumer.transaction.dead_letter_rate import TooManyDeadLetters
 from consumer.worker.message_log import MessageLog
@@ -107,7 +107,7 @@ class Reporter:
             )
             self._taking_over = {partition: until for partition, until in self._taking_over.items() if until > now}
         if names:
-            applied = await waiting_messages.applied_by_all(connection, sorted(names))
+            applied = await positions.applied_by_all(connection, sorted(names))
             for number, name in names.items():
                 if number in self._applied and applied.get(number, 0) > self._applied[number]:
                     self._evidence.succeeded(name)

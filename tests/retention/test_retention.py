@@ -40,6 +40,7 @@ from consumer import App, Reject, Tx
 from consumer.core.message import LogRecord
 from consumer.core.ordering import Delivery
 from consumer.core.retention import Drop
+from consumer.postgres import generations
 from consumer.postgres.session import Session
 from consumer.replay.replay import Options, Told, replay
 from consumer.retention import task as retention
@@ -285,7 +286,7 @@ async def test_a_drop_waits_for_claims_and_readers_and_carries_dead_letters(clai
     await session.rollback()
     await looking.rollback()
     await claims.watcher.execute("begin; select count(*) from consumer.ledger")  # a long report
-    assert await retention.act(claims.leader, await retention.look(claims.leader), Drop(1)) == "waiting"
+    assert await retention.act(claims.leader, await generations.look(claims.leader), Drop(1)) == "waiting"
     assert len(await claims.claim(session, uuid4())) == 1  # is held up by neither
     await claims.watcher.execute("commit")
     await session.commit()
@@ -378,7 +379,7 @@ async def test_workers_turn_and_drop_in_the_background_what_the_log_no_longer_ho
             await place.send(topic, *sent(f"a{number}", f"a{number}"))
             number += 1
             await until("it to be applied", applied)
-        await retention.say(connection := await asyncpg.connect(place.dsn), other.name, 0)
+        await generations.declare(connection := await asyncpg.connect(place.dsn), other.name, 0)
         await until(
             "the log to hold it back",
             logged("nothing of the ledger is dropped: a log still holds records of that time"),
@@ -444,11 +445,11 @@ async def test_records_without_usable_timestamps_are_noticed_and_applied_once(
         assert [row[0] for row in await place.effects()] == ["a0", "a1", "a2"]
         owner = await asyncpg.connect(place.dsn)
         try:  # everything that was applied is forgotten
-            while await retention.act(owner, await retention.look(owner), retention.Turn()) != "turned":
+            while await retention.act(owner, await generations.look(owner), retention.Turn()) != "turned":
                 pass
-            while await retention.act(owner, await retention.look(owner), retention.Forget(1, 0.0)) != "forgotten":
+            while await retention.act(owner, await generations.look(owner), retention.Forget(1, 0.0)) != "forgotten":
                 pass
-            await retention.act(owner, await retention.look(owner), Drop(1))
+            await retention.act(owner, await generations.look(owner), Drop(1))
         finally:
             await owner.close()
         await send("b")  # new records: never silently lost
