@@ -1,1 +1,4 @@
-"""The guarantee: claims, effects, dead letters and positions of a batch commit together. Imports postgres and deferred_writes, never Kafka."""
+"""The guarantee: one transaction for all of a batch.
+
+apply.py holds the steps, settle.py the loop around them. Imports core, postgres and deferred_writes; never Kafka or Redis.
+"""

@@ -1,4 +1,4 @@
-"""The guarantee: claims, effects, dead letters and positions of a batch commit in one transaction, or not at all.
+"""The guarantee: all of a batch commits in one transaction, or nothing.
 
 Read `apply_batch`: it is the whole promise on one screen. Limitations: whether a COMMIT happened whose answer was lost
 is unknown here; then the batch runs again, and its claims decide.
@@ -13,7 +13,7 @@ from consumer.core.evidence import Evidence
 from consumer.core.ordering import Batch, Delivery, Scheduler
 from consumer.postgres.errors import Fenced
 from consumer.postgres.session import Session
-from consumer.transaction.dead_letter_rate import DeadShare
+from consumer.transaction.dead_letter_rate import DeadLetterRateLimit
 from consumer.transaction.dedupe import claim, hold_back, refuse_forgotten
 from consumer.transaction.errors import statements_of_messages, transaction
 from consumer.transaction.handler_runner import HandlerRunner
@@ -32,10 +32,10 @@ async def apply_batch(
     random: Callable[[], float],
     on_step: Callable[[str], None] = lambda step: None,
     calls: CallTracker | None = None,
-    limit: DeadShare | None = None,
+    limit: DeadLetterRateLimit | None = None,
     evidence: Evidence | None = None,
 ) -> BatchResult:
-    """Commit the claims, effects, dead letters and positions of a batch: all of them, or none.
+    """Commit claims, effects, dead letters and positions of a batch, or nothing.
 
     Raises TransactionPoisoned, Conflict, Outage (settle.py runs the batch again), Fenced or TooManyDeadLetters.
     """
@@ -74,9 +74,13 @@ async def _release_claims(session: Session, won: Sequence[Delivery], result: Bat
 
 
 async def _store_dead_letters(
-    session: Session, scheduler: Scheduler, won: Sequence[Delivery], result: BatchResult, limit: DeadShare | None
+    session: Session,
+    scheduler: Scheduler,
+    won: Sequence[Delivery],
+    result: BatchResult,
+    limit: DeadLetterRateLimit | None,
 ) -> None:
-    """Store the dead letters. limit: how many are too many; beyond it TooManyDeadLetters is raised."""
+    """Store the dead letters. Raises TooManyDeadLetters beyond the limit."""
     dead = result.dead
     if not dead:
         return
@@ -91,9 +95,11 @@ async def _store_dead_letters(
 
 
 async def _save_attempts(session: Session, batch: Batch, result: BatchResult) -> None:
-    """Keep the attempts of messages that wait, and forget those of messages that are settled now."""
+    """Save the attempts of waiting messages, and forget those of settled ones."""
     delayed = result.delayed
-    if tried := {each: (count, delay) for each, delay in delayed.items() if (count := result.attempts_of(each))}:
+    if tried := {
+        message: (count, delay) for message, delay in delayed.items() if (count := result.attempts_of(message))
+    }:
         await session.save_attempts(tried, ())
-    if settled := [each for each in batch.deliveries if each.attempts and each not in delayed]:
+    if settled := [message for message in batch.deliveries if message.attempts and message not in delayed]:
         await session.save_attempts({}, settled)

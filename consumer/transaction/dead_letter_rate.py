@@ -1,7 +1,6 @@
-"""When a worker makes too many dead letters to be trusted: after a bad deploy, say, which fails on every message.
+"""Limits the share of dead letters: a bad deploy must not fail every message.
 
-Pure counting over the recent messages of each handler; knows no clock and no table. What it does not know: what other workers
-make of theirs, and what this process's predecessor made: each begins anew.
+Pure: counts over the recent messages of a handler. Limitations: it knows this process only, from its start.
 """
 
 from __future__ import annotations
@@ -12,15 +11,13 @@ from collections.abc import Iterable
 from consumer.core.errors import ConsumerError
 
 WINDOW = 1000  # recent messages of a handler
-LEAST = (
-    50  # dead letters among them, below which a share means nothing: a small topic may have a handful of bad messages
-)
+DEAD_LETTERS_MIN = 50  # below, a share means nothing: a small topic may have a handful of bad messages
 
 
 class TooManyDeadLetters(ConsumerError):
-    """The share of dead letters is above the limit: nothing more is settled, the worker ends and is not started again.
+    """The share of dead letters is above the limit.
 
-    handler, reason, count: whose they are, the commonest reason with its place or field, and how many there are of it.
+    Nothing more is settled; the worker ends and is not started again. handler, reason, count: whose they are, the commonest reason with its place or field, and how many there are of it.
     """
 
     def __init__(self, text: str, handler: str, reason: str, count: int) -> None:
@@ -30,8 +27,8 @@ class TooManyDeadLetters(ConsumerError):
         self.count = count
 
 
-class DeadShare:
-    """The share of dead letters among a handler's recent messages.
+class DeadLetterRateLimit:
+    """Limits the share of dead letters among a handler's recent messages.
 
     limit: from 0 to 1. 0: not one dead letter is accepted. 1: there is no limit, since a share cannot be above it.
     """
@@ -41,7 +38,10 @@ class DeadShare:
         self._recent: dict[str, deque[tuple[int, Counter[str]]]] = {}  # handler -> batches: messages, dead by reason
 
     def check(self, handler: str, messages: int, reasons: Iterable[str]) -> None:
-        """Raise TooManyDeadLetters if settling these would go beyond the limit. reasons: one for each dead letter among them."""
+        """Raise TooManyDeadLetters if settling these messages exceeds the limit.
+
+        reasons: of the dead letters among them.
+        """
         dead = Counter(reasons)
         if self._limit >= 1 or not dead:
             return
@@ -50,7 +50,7 @@ class DeadShare:
             total += count
             dead += before
         bad = dead.total()
-        if bad > self._limit * total and (bad >= LEAST or self._limit == 0):
+        if bad > self._limit * total and (bad >= DEAD_LETTERS_MIN or self._limit == 0):
             reason, most = dead.most_common(1)[0]
             raise TooManyDeadLetters(
                 f"handler {handler!r} would make {bad:,} dead letters of its last {total:,} messages, more than the limit of "

@@ -1,4 +1,4 @@
-"""Claims the ids of a batch: says which messages are new, which are duplicates, and which reuse an id."""
+"""Claims the ids of a batch: which messages are new, duplicates, conflicts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from consumer.transaction.result import BEHIND, BUSY, CONFLICT, HELD_BACK, TOO_O
 
 
 class Claims(NamedTuple):
-    """The messages whose claim was won, in batch order, and the claims that were there before, of the others."""
+    """The messages whose claim was won, and the others' existing claims."""
 
     won: list[Delivery]
     existing: Mapping[Delivery, ExistingClaim]
@@ -31,7 +31,10 @@ async def claim(
     deliveries: Sequence[Delivery],
     outcomes: dict[Delivery, Outcome],
 ) -> Claims:
-    """Claim the id of every message that is not settled or waiting. A lost claim is a duplicate, or an id conflict."""
+    """Claim the ids of a batch.
+
+    A lost claim is a duplicate, or an id conflict. Messages that are settled already, or wait behind another, are not claimed.
+    """
     claims, rivals = _distinct(deliveries, scheduler, outcomes)
     existing = await session.claim(claims, ids.topics) if claims else {}
     existing = await _under_rules(session, existing, ids.topics)
@@ -46,19 +49,23 @@ async def claim(
 def _distinct(
     deliveries: Sequence[Delivery], scheduler: Scheduler, outcomes: dict[Delivery, Outcome]
 ) -> tuple[list[Delivery], list[Delivery]]:
-    """Return the deliveries to claim, the first of each id, and its rivals: those of the same id with other payloads.
+    """Return the first delivery of every id, and their rivals.
 
-    All others end here, or wait. A rival's outcome depends on what the claim of its id meets: of two payloads, the
+    A rival has the same id and another payload. All others end here, or wait. A rival's outcome depends on what the claim of its id meets: of two payloads, the
     ledger may hold the second.
     """
     first: dict[tuple[int, bytes], Delivery] = {}
     rivals: list[Delivery] = []
-    if known := [each for each in deliveries if type(each.outcome) is Duplicate]:  # to Redis: there may be many
-        outcomes |= {each: each.outcome for each in known if each.outcome is not None}
-        deliveries = [each for each in deliveries if type(each.outcome) is not Duplicate]
-    if not scheduler.delayed and all([each.outcome is None and each.handler.idempotent for each in deliveries]):
-        # fast path. Reversed, so that the first occurrence of each id wins.
-        keys = [(each.handler.number, each.id) for each in deliveries]
+    if known := [
+        message for message in deliveries if type(message.outcome) is Duplicate
+    ]:  # to Redis: there may be many
+        outcomes |= {message: message.outcome for message in known if message.outcome is not None}
+        deliveries = [message for message in deliveries if type(message.outcome) is not Duplicate]
+    if not scheduler.delayed and all(
+        [message.outcome is None and message.handler.idempotent for message in deliveries]
+    ):
+        # fast path. Reversed, so that the first occurrence of an id wins.
+        keys = [(message.handler.number, message.id) for message in deliveries]
         first = dict(zip(reversed(keys), reversed(deliveries), strict=True))
         if len(first) == len(keys):
             return list(deliveries), rivals
@@ -88,7 +95,7 @@ def _distinct(
 def _settle_repeated(
     first: Delivery, second: Delivery, outcomes: dict[Delivery, Outcome], rivals: list[Delivery]
 ) -> None:
-    """Settle the second of two messages of one id in a batch as a duplicate, or keep it as a rival."""
+    """Settle the second message of an id, or keep it as a rival."""
     if first.fingerprint == second.fingerprint:
         outcomes[second] = DUPLICATE[Cause.BATCH]
     else:
@@ -98,7 +105,7 @@ def _settle_repeated(
 async def _under_rules(
     session: Session, existing: dict[Delivery, ExistingClaim], topics: Mapping[str, int]
 ) -> dict[Delivery, ExistingClaim]:
-    """Return the existing claims, with clashes only where the handlers' rules of comparison see one.
+    """Return the existing claims, with clashes as the handlers' rules see them.
 
     A handler that compares nothing has none. Rows from before a handler got its rule have the fingerprint of the bytes:
     the same bytes are the same message under any rule.
@@ -124,7 +131,7 @@ def _sort_out(
     scheduler: Scheduler,
     outcomes: dict[Delivery, Outcome],
 ) -> list[Delivery]:
-    """Return the messages whose claim was won. The others are duplicates, or an id used again with another payload."""
+    """Return the messages that won their claim; set the others' outcomes."""
     won: list[Delivery] = []
     for delivery in claims:
         earlier = existing.get(delivery)
@@ -145,8 +152,8 @@ def _sort_out(
 
 
 def _compare_values(rivals: Sequence[Delivery], won: Sequence[Delivery], outcomes: dict[Delivery, Outcome]) -> None:
-    """Say of conflicts with a message of the same batch whether the decoded values are equal."""
-    firsts = {(each.handler, each.id): each for each in won}
+    """Say whether the values are equal, for conflicts within the batch."""
+    firsts = {(message.handler, message.id): message for message in won}
     for rival in rivals:
         first = firsts.get((rival.handler, rival.id))
         if first is not None and outcomes.get(rival) == CONFLICT:
@@ -154,7 +161,7 @@ def _compare_values(rivals: Sequence[Delivery], won: Sequence[Delivery], outcome
 
 
 def conflict_of(is_equal: bool | None) -> Dead:
-    """Return the outcome of a reused id. is_equal: of the decoded values; None where that is unknown."""
+    """Return the outcome of a reused id. is_equal: None if unknown."""
     if is_equal is None:
         return CONFLICT
     values = 'equal: fingerprint="value" takes them as one message' if is_equal else "different"
@@ -162,10 +169,10 @@ def conflict_of(is_equal: bool | None) -> Dead:
 
 
 async def refuse_forgotten(session: Session, won: Sequence[Delivery], outcomes: dict[Delivery, Outcome]) -> None:
-    """Make dead letters of messages whose claim was won only because the ledger does not remember that far back."""
+    """Make dead letters of messages that are older than the ledger remembers."""
     if not session.has_forgotten or not won:
         return
-    for delivery in await session.too_old([each for each in won if each.outcome is None]):
+    for delivery in await session.too_old([message for message in won if message.outcome is None]):
         at = delivery.record.timestamp
         dead = TOO_OLD if is_time(at) else replace(TOO_OLD, error=f"{TOO_OLD.error} ({what_is_wrong(at)})")
         outcomes[delivery] = delivery.outcome = dead
@@ -174,8 +181,11 @@ async def refuse_forgotten(session: Session, won: Sequence[Delivery], outcomes: 
 async def hold_back(
     session: Session, scheduler: Scheduler, won: Sequence[Delivery], outcomes: dict[Delivery, Outcome]
 ) -> None:
-    """Keep messages behind the dead letters of their keys. postgres/dead_letters.py walks through the races."""
-    possibly_held = [each for each in scheduler.possibly_held(won) if each not in outcomes]
+    """Keep messages behind the dead letters of their keys.
+
+    race: a retry may settle those dead letters meanwhile; postgres/dead_letters.py says what happens then.
+    """
+    possibly_held = [message for message in scheduler.possibly_held(won) if message not in outcomes]
     if not possibly_held:
         return
     for delivery, hold in (await session.holds(possibly_held)).items():

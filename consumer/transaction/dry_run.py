@@ -1,4 +1,4 @@
-"""The transaction of apply.py without what lasts: handlers run, an observer looks, and everything is rolled back."""
+"""Runs the steps of apply.py for an observer, and rolls everything back."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class DryRunObserver(Protocol):
     async def claimed(
         self, session: Session, existing: Mapping[Delivery, ExistingClaim], won: list[Delivery]
     ) -> list[Delivery]:
-        """After the claims: those that were there before, and those won now. Returns the messages to run."""
+        """Look at the claims, and return which of the won messages run."""
 
     async def handled(self, session: Session, result: BatchResult) -> None:
-        """After the handlers and their writes, before the rollback."""
+        """Look at what the handlers wrote, before the rollback."""
 
 
 class OnlyResult:
-    """An observer that looks at nothing: every message runs, and only the result is used."""
+    """An observer that looks at nothing: only the result is used."""
 
     async def claimed(
         self, session: Session, existing: Mapping[Delivery, ExistingClaim], won: list[Delivery]
@@ -48,7 +48,7 @@ async def dry_run(
     use_savepoints: bool,
     random: Callable[[], float],
 ) -> BatchResult:
-    """Claim a batch and run its handlers as `apply_batch` does, and roll it back.
+    """Claim a batch and run its handlers, and roll everything back.
 
     It refuses no message as too old and holds none back behind a dead letter: the observer chooses. Raises what
     `apply_batch` raises, but for Fenced and TooManyDeadLetters.

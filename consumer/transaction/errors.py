@@ -1,4 +1,4 @@
-"""Errors of a batch's transaction: what they say, whose they are, and how the transaction ends.
+"""What an error does to a batch's transaction, and what it says.
 
 The only file that says what an error of a statement does to the whole transaction. isolate.py decides what runs next.
 """
@@ -22,7 +22,7 @@ from consumer.transaction.limits import HandlerTimeout
 
 @asynccontextmanager
 async def transaction(session: Session) -> AsyncIterator[None]:
-    """Begin a transaction, and roll it back when the block raises. The block commits it.
+    """Begin a transaction; the block commits it, an error rolls it back.
 
     Raises TransactionPoisoned, Conflict, Outage, Fenced, or the error of a statement of our own: then the rights or the
     schema do not fit this code. The connection is left without a transaction, or dropped.
@@ -55,9 +55,9 @@ async def transaction(session: Session) -> AsyncIterator[None]:
 
 @contextmanager
 def statements_of_messages(session: Session) -> Iterator[None]:
-    """Blame errors in the block on some message, unknown which: deferred writes, and what a COMMIT checks.
+    """Blame errors in the block on some message, unknown which.
 
-    Raises TransactionPoisoned, Conflict or Outage.
+    For what sends deferred writes, and for the checks of a COMMIT. Raises TransactionPoisoned, Conflict or Outage.
     """
     try:
         yield
@@ -69,9 +69,9 @@ def statements_of_messages(session: Session) -> Iterator[None]:
 
 
 def raise_for_transaction(session: Session, error: BaseException, *, spoiled: bool) -> None:
-    """Raise Conflict or Outage if an error ends the transaction for all of its messages.
+    """Raise Conflict or Outage if an error ends the whole transaction.
 
-    spoiled: whether the transaction is lost in any case. A conflict or an outage ends it, whoever met them first.
+    spoiled: whether the transaction is lost in any case. A conflict or an outage ends it, whichever message met it.
     """
     meaning = meaning_of(error)
     alone = not spoiled and meaning not in (Meaning.CONFLICT, Meaning.LOCKED, Meaning.OUTAGE)
@@ -94,7 +94,10 @@ def _failed_transaction(
 
 
 def _own_meaning(error: BaseException) -> Meaning:
-    """Return what an error of a statement of our own may be: it does not provoke internal errors, the server is broken."""
+    """Return what an error of our own statements may be.
+
+    They provoke no internal errors: the server is broken.
+    """
     meaning = meaning_of(error)
     return Meaning.OUTAGE if meaning is Meaning.INTERNAL else meaning
 
@@ -103,7 +106,10 @@ def _own_meaning(error: BaseException) -> Meaning:
 
 
 def facts_of(error: BaseException, handler_place: str = "") -> ErrorFacts:
-    """Return what isolation and retry policies need to know. handler_place: shown where no frame is the user's."""
+    """Return what isolation and retry policies need to know about an error.
+
+    handler_place: shown where no frame is the user's.
+    """
     code = sqlstate_of(error) or type(error).__name__
     summary = told(error, handler_place)
     return ErrorFacts(
@@ -133,7 +139,7 @@ def is_uncounted(error: BaseException) -> bool:
 
 
 def error_text(error: BaseException | None) -> str:
-    """Return the text of an exception, without the values that a database error quotes."""
+    """Return an exception's text, without values that a database error quotes."""
     try:
         redacted = redacted_message(error) if error is not None else "unknown"
         return printable(str(error) if redacted is None else redacted)

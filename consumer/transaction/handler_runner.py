@@ -1,4 +1,4 @@
-"""Calls the handlers of one transaction, and sets the outcome of each message whose handler fails.
+"""Calls the handlers of one transaction, and sets the outcomes of failures.
 
 A message whose handler raises before it sent a statement costs only itself. Otherwise the whole transaction is poisoned
 (errors.py), unless the message ran between savepoints. Limitations: effects outside PostgreSQL are not undone.
@@ -36,7 +36,7 @@ class HandlerRunner:
     """Calls the handlers of the messages of one transaction.
 
     use_savepoints: around every message, so that one failure costs one message. calls: ends those that take too long.
-    evidence: how other messages of each handler fare, to tell a message's fault from a systemic one.
+    evidence: how other messages of a handler fare, to distinguish a message's fault from a systemic one.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class HandlerRunner:
         self._until = self._now + session.batch_seconds_max
 
     async def run(self, won: Sequence[Delivery]) -> None:
-        """Run the messages in the order of the batch, and send their deferred writes.
+        """Run the messages in batch order, and send their deferred writes.
 
         Batch handlers and concurrent ones run by themselves. Raises TransactionPoisoned, Conflict or Outage.
         """
@@ -83,7 +83,7 @@ class HandlerRunner:
             await self._scope.flush()
 
     def _runs_apart(self, handler: Handler) -> Handler | None:
-        """Return the handler whose messages are called together; None for those that are called in batch order."""
+        """Return the handler if its messages run apart; None for batch order."""
         return None if handler.batch is None and (handler.concurrency == 1 or self._use_savepoints) else handler
 
     async def _run_in_order(self, deliveries: Sequence[Delivery]) -> None:
@@ -101,7 +101,7 @@ class HandlerRunner:
     # -- one message ------------------------------------------------------------------------------------------------
 
     def _start(self, delivery: Delivery, task: asyncio.Task[Any] | None) -> Awaitable[None] | None:
-        """Start a message. Returns what is left to await; None when its handler has ended without waiting."""
+        """Start a message. Returns what is left to await, if anything."""
         if self._is_late():
             self._result.outcomes[delivery] = NEXT_BATCH
             return None
@@ -124,7 +124,7 @@ class HandlerRunner:
         return self._finish(delivery, tx, call, self._now)
 
     async def run_between_savepoints(self, delivery: Delivery, tx: Tx) -> None:
-        """Run a message so that its failure undoes only what it wrote itself."""
+        """Run a message so that its failure undoes only its own writes."""
         try:
             argument = _argument(delivery)
             await self._call(
@@ -142,7 +142,7 @@ class HandlerRunner:
             await self._failed(delivery, tx, error)
 
     def _is_late(self) -> bool:
-        """Return whether to leave the rest for the next batch, since this one has taken its time. False at first.
+        """Return whether the batch's time is over; never before its first call.
 
         Slow handlers keep the transaction open and the connection idle: what is done must be committed before
         PostgreSQL ends both, or the same batch would run again for ever.
@@ -164,7 +164,10 @@ class HandlerRunner:
                 await self._call_batch(handler, chunk)
 
     async def _call_batch(self, handler: Handler, deliveries: list[Delivery]) -> None:
-        """Call a handler once for many messages. A call that fails is repeated with halves, down to the message at fault."""
+        """Call a handler once for many messages.
+
+        A call that fails is repeated with halves, down to the message at fault.
+        """
         deliveries = self._not_waiting(deliveries)
         if not deliveries:
             return
@@ -186,12 +189,12 @@ class HandlerRunner:
             await self._call_batch(handler, deliveries[middle:])
 
     def _not_waiting(self, deliveries: list[Delivery]) -> list[Delivery]:
-        """Return the messages that no failed message of their key holds back; the others get their outcome."""
+        """Return the messages that no failure of their key holds back."""
         outcomes = self._result.outcomes
         for keys, outcome in ((self._blocked, BEHIND), (self._held, HELD_BACK)):
             if keys:
-                outcomes.update((each, outcome) for each in deliveries if each.ordering_key() in keys)
-                deliveries = [each for each in deliveries if each not in outcomes]
+                outcomes.update((message, outcome) for message in deliveries if message.ordering_key() in keys)
+                deliveries = [message for message in deliveries if message not in outcomes]
         return deliveries
 
     def _readable(self, delivery: Delivery) -> bool:
@@ -212,7 +215,7 @@ class HandlerRunner:
         deliveries: Sequence[Delivery],
         since: float | None = None,
     ) -> None:
-        """Call the handler, and raise if what it did cannot be stored, whether or not it says so.
+        """Call the handler, and raise if what it did cannot be stored.
 
         start: starts the call, and returns what is left to await of it. since: when it started, if it was before.
         """
@@ -267,7 +270,7 @@ class HandlerRunner:
         self._record_failure(delivery, error)
 
     def _record_failure(self, delivery: Delivery, error: Exception) -> None:
-        """Set the outcome of a message that failed by itself, and keep those of its key behind it."""
+        """Set the outcome of a message that failed by itself."""
         facts = facts_of(error, delivery.handler.place)
         succeeded = delivery.handler.name in self._went_through
         outcome, attempts = decide(delivery, facts, self._random, self._evidence, succeeded)
@@ -280,7 +283,7 @@ class HandlerRunner:
 
 
 def _chunks(deliveries: Sequence[Delivery], size: int) -> Iterator[list[Delivery]]:
-    """Yield the messages of each call of a batch handler, in order."""
+    """Yield the messages of the calls of a batch handler, in order."""
     chunk: list[Delivery] = []
     for delivery in deliveries:
         if chunk and (len(chunk) == size or delivery.alone or chunk[-1].alone):
@@ -296,7 +299,10 @@ async def in_chains(
     limit: int,
     run_one: Callable[[Delivery, asyncio.Task[Any] | None], Coroutine[Any, Any, None]],
 ) -> None:
-    """Run at most `limit` messages at a time, those of one ordering key in turn. The first exception ends all."""
+    """Run `limit` messages at a time, those of one key in turn.
+
+    The first exception ends all.
+    """
     chains: dict[Hashable, list[Delivery]] = {}
     for delivery in deliveries:
         chains.setdefault(delivery.ordering_key(), []).append(delivery)

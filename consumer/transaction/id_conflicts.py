@@ -1,7 +1,7 @@
-"""Says of an id that was used again whether the decoded values are equal, by reading the first message from its log.
+"""Says of a reused id whether the decoded values are equal.
 
-A worker calls it after the transaction that stored the dead letters; without an answer they stay as they are. Limited to
-a few messages of a batch: where a producer writes every message anew, all of them have the same answer.
+It reads the first message of the id from its log. A worker calls it after the transaction that stored the dead letters; without an answer they stay as they are. Limited to
+a few messages of a batch: where a producer rewrites every message, the answers are the same.
 """
 
 from __future__ import annotations
@@ -37,14 +37,17 @@ class Log(Protocol):
 
 
 async def explain(connection: Any, log: Log, outcomes: Mapping[Delivery, Outcome]) -> None:
-    """Add to new dead letters of used ids whether the values are equal. Raises nothing but a cancellation."""
-    conflicts = [each for each, outcome in outcomes.items() if outcome is CONFLICT]
-    for each in conflicts[:_COMPARED_MAX]:
+    """Add to dead letters of reused ids whether the values are equal.
+
+    Raises nothing but a cancellation.
+    """
+    conflicts = [message for message, outcome in outcomes.items() if outcome is CONFLICT]
+    for message in conflicts[:_COMPARED_MAX]:
         try:
-            is_equal = await _compare(connection, log, each)
+            is_equal = await _compare(connection, log, message)
             verdict = conflict_of(is_equal)
             if verdict is not CONFLICT:
-                place = (each.handler.number, UUID(bytes=each.id), each.fingerprint)
+                place = (message.handler.number, UUID(bytes=message.id), message.fingerprint)
                 await connection.execute(_SAY, *place, verdict.error, CONFLICT.error)
         except Exception:  # the log or the database does not answer: whoever needs them waits for them elsewhere
             return

@@ -1,4 +1,7 @@
-"""Gives messages their id and fingerprint, and decodes their values at most once."""
+"""Gives messages their ids and fingerprints, and decodes their values.
+
+Pure. A value is decoded at most once for a call.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +34,11 @@ _NO_LOGS: Mapping[Partition, Position] = {}
 
 
 def identify(deliveries: Iterable[Delivery], logs: Mapping[Partition, Position] = _NO_LOGS) -> set[str]:
-    """Set the id and fingerprint of each delivery. Without an id it becomes a dead letter.
+    """Set ids and fingerprints. A delivery without an id becomes a dead letter.
 
     Args:
         deliveries: of one record side by side, so that it is hashed once.
-        logs: the positions of the partitions, for the salt of ids that are made of offsets.
+        logs: the positions of the partitions, for the salt of ids that come from offsets.
 
     Returns:
         The topics of messages that are identified by their offset because they have nothing better.
@@ -69,7 +72,10 @@ def _offset_id(delivery: Delivery, logs: Mapping[Partition, Position]) -> bytes:
 
 
 def id_of(delivery: Delivery, handler: Handler, logs: Mapping[Partition, Position]) -> tuple[bytes, bool]:
-    """Return the id, and whether it is the offset's because the message has none. Raises Unreadable."""
+    """Return the id, and whether it is only the offset's.
+
+    Raises Unreadable.
+    """
     record = delivery.record
     id: bytes | None
     by_offset = False
@@ -103,7 +109,10 @@ def id_of(delivery: Delivery, handler: Handler, logs: Mapping[Partition, Positio
 
 
 def fingerprint_of(delivery: Delivery) -> int:
-    """Return the fingerprint under the handler's rule. Raises Unreadable where that needs a value without a type."""
+    """Return the fingerprint under the handler's rule.
+
+    Raises Unreadable where it is of the value, and that cannot be decoded.
+    """
     rule = delivery.handler.fingerprint
     if rule is BYTES:
         return fingerprint(delivery.record.value)
@@ -111,14 +120,17 @@ def fingerprint_of(delivery: Delivery) -> int:
 
 
 def by_bytes(delivery: Delivery) -> Delivery:
-    """Return the same message with the fingerprint of its bytes, as rows from before its handler's rule have it."""
+    """Return a copy with the fingerprint of the bytes.
+
+    Rows from before a handler got its rule of comparison have this one.
+    """
     twin = Delivery(delivery.handler, delivery.record)
     twin.id, twin.fingerprint = delivery.id, fingerprint(delivery.record.value)
     return twin
 
 
 def decoded(delivery: Delivery) -> Any:
-    """Return the value as the handler declares it, decoded at most once. Raises Unreadable."""
+    """Return the value as the handler declares it. Raises Unreadable."""
     if delivery.value is UNDECODED:
         raw = delivery.record.value
         if raw is None:
@@ -134,14 +146,17 @@ def decoded(delivery: Delivery) -> Any:
 
 
 def take_value(delivery: Delivery) -> Any:
-    """Return the value for one call of the handler, which may change it: the next call decodes it again."""
+    """Return the value for one call of the handler.
+
+    The handler may change it, so the next call decodes it again.
+    """
     value = decoded(delivery)
     delivery.value = UNDECODED
     return value
 
 
 def decode_failure(delivery: Delivery) -> Dead | None:
-    """Return the outcome of a message that cannot be decoded, without a call of its handler; None if it can be."""
+    """Return the outcome of a message that cannot be decoded; else None."""
     try:
         decoded(delivery)
     except Unreadable as error:
@@ -152,7 +167,7 @@ def decode_failure(delivery: Delivery) -> Dead | None:
 
 
 def equal_values(one: Delivery, other: Delivery) -> bool | None:
-    """Return whether the decoded values of two deliveries are equal; None if one cannot be decoded or compared."""
+    """Return whether two decoded values are equal; None if that is unknown."""
     try:
         return canonical(decoded(one)) == canonical(decoded(other))
     except Exception:  # unreadable, or of a type that cannot be compared

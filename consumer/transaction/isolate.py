@@ -1,6 +1,6 @@
-"""Decides what runs after a failed transaction: which parts, and what a message that fails by itself becomes.
+"""Decides what runs after a failed transaction.
 
-Pure: an error is given as `ErrorFacts`. It changes the outcome, attempts and marks of the messages at fault.
+It also decides what becomes of a message that fails by itself. Pure: an error is given as `ErrorFacts`. It changes the outcome, attempts and marks of the messages at fault.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ _PASSING = {Meaning.CONFLICT, Meaning.LOCKED, Meaning.OUTAGE}  # usually over by
 
 
 class TransactionPoisoned(Exception):
-    """Some message has spoiled the transaction, unknown which: run it in smaller parts, or between savepoints."""
+    """Some message has spoiled the transaction, unknown which.
+
+    The batch runs again in smaller parts, or between savepoints.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A batch, or a part of one, that is settled in one transaction.
+    """A batch, or a part of one, for one transaction.
 
-    use_savepoints: run each message between savepoints. failures: how often in a row it has failed as it is.
+    use_savepoints: run every message between savepoints. failures: how often in a row it has failed as it is.
     """
 
     batch: Batch
@@ -45,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class ErrorFacts:
-    """What is known about an error of a message, without values from the database.
+    """What is known about an error, without values from the database.
 
     Attributes:
         meaning: what the error's class allows it to be.
@@ -81,9 +84,9 @@ def run_again(
     at_least: Meaning,
     answers: bool,
 ) -> list[Part]:
-    """Return what runs after a conflict or an outage: the same part, or its halves when it keeps failing.
+    """Return what runs after a conflict or an outage.
 
-    A message that keeps failing alone is put aside, so that it does not hold up the others; evidence decides whether
+    The same part, or its halves when it keeps failing. A message that keeps failing alone is put aside, so that it does not hold up the others; evidence decides whether
     that counts as an attempt. at_least, answers: see `_judged`.
     """
     failures = part.failures + 1
@@ -105,7 +108,7 @@ def run_again(
 def run_smaller(
     part: Part, facts: ErrorFacts, random: Callable[[], float], evidence: Evidence | None = None
 ) -> list[Part]:
-    """Return what runs after a poisoned transaction, so that the message at fault shows and all others are kept.
+    """Return what runs after a poisoned transaction, to find its message.
 
     A message that is alone in the part is at fault: what `decide` says becomes its outcome.
     """
@@ -121,7 +124,7 @@ def run_smaller(
 
 
 def _run_around(part: Part, facts: ErrorFacts, random: Callable[[], float], evidence: Evidence | None) -> list[Part]:
-    """Return what runs without the call that took too long, so that its limit is not waited for twice."""
+    """Return parts around a slow call, whose limit must not pass twice."""
     if len(facts.timed_out) > 1:  # one of those that a batch handler was given: they are called one by one
         for delivery in facts.timed_out:
             delivery.alone = True
@@ -147,7 +150,7 @@ def decide(
     evidence: Evidence | None = None,
     succeeded: bool = False,
 ) -> tuple[RetryLater | Dead, int]:
-    """Return what a message's own failure makes of it, and how many attempts it has now had.
+    """Return the outcome of a message that failed by itself, and its attempts.
 
     succeeded: whether other messages of its handler went through in the same transaction, before it.
     """
@@ -174,7 +177,7 @@ def _judged(
     at_least: Meaning | None = None,
     answers: bool = True,
 ) -> tuple[Verdict, Why]:
-    """Return whether a message's own failure counts, and what to show while the message waits.
+    """Return whether a message's own failure counts, and why it waits.
 
     at_least: what ended the transaction, where the error itself may be of a socket or of nothing in the database.
     answers: whether the connection still answered after the error.
@@ -207,7 +210,7 @@ def _judged(
 
 
 def _counted(delivery: Delivery, facts: ErrorFacts, random: Callable[[], float]) -> tuple[RetryLater | Dead, int]:
-    """Return what the handler's policy makes of one more attempt, and the number of attempts."""
+    """Return the retry policy's answer to one more attempt, and their number."""
     attempts = delivery.attempts + 1
     text = f"{type(facts.error).__name__}: {facts.text}"
     delay = delivery.handler.retry.delay_seconds(facts.error, attempts, random())

@@ -1,4 +1,7 @@
-"""Says how the positions of a batch's partitions move, and of which log each position is."""
+"""Computes how the positions of a batch's partitions move.
+
+Pure: core/ordering.py knows how far everything is settled.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from consumer.core.ordering import Batch, Delivery, PositionUpdate, Scheduler
 def position_updates(
     scheduler: Scheduler, batch: Batch, delayed: Mapping[Delivery, float], logs: Mapping[Partition, Position]
 ) -> list[PositionUpdate]:
-    """Return the updates that a batch's transaction writes, each with the identity of its log.
+    """Return the updates that a batch's transaction writes, with their logs.
 
     delayed: the messages that are not settled. logs: the positions as they were read.
     """
@@ -25,21 +28,24 @@ def position_updates(
 
 
 def _unmoved(scheduler: Scheduler, batch: Batch, updates: Sequence[PositionUpdate]) -> list[PositionUpdate]:
-    """Return updates that leave a position where a waiting message keeps it: who settles something must still own it."""
-    partitions = {each.partition for each in batch.deliveries} - {each.partition for each in updates}
+    """Return updates that leave positions where waiting messages keep them.
+
+    They check ownership: a worker that settles a message must still own the position of its partition.
+    """
+    partitions = {message.partition for message in batch.deliveries} - {update.partition for update in updates}
     return [
-        PositionUpdate(each, scheduler.position(each), scheduler.position(each))
-        for each in scheduler.partitions
-        if each in partitions
+        PositionUpdate(partition, scheduler.position(partition), scheduler.position(partition))
+        for partition in scheduler.partitions
+        if partition in partitions
     ]
 
 
 def _with_logs(
     logs: Mapping[Partition, Position], batch: Batch, updates: Sequence[PositionUpdate]
 ) -> list[PositionUpdate]:
-    """Return the updates with the logs that they are of, and the last record of each: what its log must show again."""
+    """Return the updates with their logs, and the last record of a log."""
     last: dict[Partition, Print] = {}
-    partitions = {each.partition for each in updates}
+    partitions = {update.partition for update in updates}
     for delivery in reversed(batch.deliveries):
         if len(last) == len(partitions):
             break

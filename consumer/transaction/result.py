@@ -1,4 +1,7 @@
-"""The result of one transaction over a batch: one outcome for each message, and what is derived from them."""
+"""The result of a batch's transaction: one outcome for every message.
+
+Pure. What else the caller needs is derived from the outcomes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ NEXT_BATCH = RetryLater(0.0, "batch time limit reached; it runs in the next batc
 
 @dataclass(slots=True)
 class LedgerIds:
-    """The application's name, the numbers of topics in the ledger, and the logs that positions are of."""
+    """The application's name, its topics' numbers, and the logs of its positions."""
 
     app: str
     topics: Mapping[str, int]
@@ -33,7 +36,7 @@ class LedgerIds:
 
 
 class FailedAttempt(NamedTuple):
-    """How often a message was tried, this time included where it counts, and the error of this time."""
+    """An error, and the attempts so far, with this one if it counts."""
 
     attempts: int
     error: BaseException
@@ -41,9 +44,9 @@ class FailedAttempt(NamedTuple):
 
 @dataclass(slots=True)
 class BatchResult:
-    """What a transaction did with each message of a batch. Valid once it is committed.
+    """What a transaction did with the messages of a batch.
 
-    A message without an outcome was claimed, and its handler's effects are stored.
+    Valid once it is committed. A message without an outcome was claimed, and its handler's effects are stored.
     """
 
     outcomes: dict[Delivery, Outcome] = field(default_factory=dict)
@@ -55,7 +58,7 @@ class BatchResult:
     position_updates: list[PositionUpdate] = field(default_factory=list)
 
     def conclude(self, won: list[Delivery]) -> None:
-        """Derive the lists from the outcomes, once all are known. won: the messages whose claim was won."""
+        """Derive the lists. won: the messages whose claim was won."""
         outcomes = self.outcomes
         if not outcomes:
             self.applied = won
@@ -69,13 +72,13 @@ class BatchResult:
                 self.dead[delivery] = outcome  # type: ignore[assignment]
 
     def attempts_of(self, delivery: Delivery) -> int:
-        """How often a message was tried."""
+        """Return how often a message was tried."""
         failure = self.failures.get(delivery)
         return delivery.attempts if failure is None else failure.attempts
 
 
 def complete(scheduler: Scheduler, batch: Batch, result: BatchResult, now: float) -> None:
-    """Record a committed result with the messages and their scheduler. now: in the scheduler's time."""
+    """Record a committed result with its messages and their scheduler."""
     for delivery, failure in result.failures.items():
         delivery.attempts = failure.attempts
     for delivery in result.delayed:
@@ -87,9 +90,9 @@ def complete(scheduler: Scheduler, batch: Batch, result: BatchResult, now: float
 def ended_by_handler(
     applied: Sequence[Delivery], outcomes: Mapping[Delivery, Outcome]
 ) -> dict[str, tuple[int, list[str]]]:
-    """For each handler: how many messages ended, and the reasons of its dead letters. Messages that wait do not count.
+    """Return how many messages ended, and why some died, by handler.
 
-    Duplicates count: read again from the beginning, a topic is nothing but these and its old conflicts.
+    Messages that wait do not count. Duplicates do: read again from the beginning, a topic is nothing but these and its old conflicts.
     """
     counts: dict[str, int] = {}
     reasons: dict[str, list[str]] = {}
@@ -106,14 +109,17 @@ def ended_by_handler(
 
 
 def _reason(dead: Dead) -> str:
-    """Why a message is a dead letter: the place in the handler's code, or the field that does not fit; no values."""
+    """Return the reason and its place or field, without values."""
     if dead.trace:
         return f"{dead.reason.value}: {dead.trace.partition(chr(10))[0]}"
     return f"{dead.reason.value}: {dead.error}" if dead.reason is Reason.UNREADABLE else dead.reason.value
 
 
 def outcome_counts(ids: LedgerIds, result: BatchResult) -> dict[tuple[int, int, int, str], int]:
-    """Count messages by handler, topic, partition and outcome: rows that only the owner of a partition updates."""
+    """Count messages by handler, topic, partition and outcome.
+
+    Only the owner of a partition updates these rows.
+    """
     counts: dict[tuple[int, int, int, str], int] = {}
     _count_applied(counts, ids, result.applied)
     for delivery, outcome in result.outcomes.items():

@@ -1,4 +1,4 @@
-"""The settle loop: runs the parts of a batch, one transaction after the other, until every message is settled.
+"""The settle loop: transaction after transaction, until a batch is settled.
 
 The worker, replays, rebuilds, retries of dead letters and `consumer.testing` share it. They differ in `prepare`
 (which connection), in `attempt` (how the transaction runs) and in `on_failure` (what they report, how long they wait).
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
 from consumer.core.evidence import Evidence
-from consumer.core.ordering import Batch
+from consumer.core.ordering import Batch, Delivery
 from consumer.core.sqlstate import Meaning
 from consumer.postgres.errors import Conflict, Outage
 from consumer.transaction.errors import facts_of
@@ -29,7 +29,7 @@ async def settle(
     *,
     rerun_late: bool = False,
 ) -> AsyncIterator[tuple[Part, BatchResult]]:
-    """Settle batches in parts; yields each part that was committed, with its result.
+    """Settle batches in parts; yields every committed part with its result.
 
     Args:
         batches: in the order in which they are settled.
@@ -41,7 +41,7 @@ async def settle(
         rerun_late: run the messages that had no time in their transaction in another one. Without it, the caller's
             Lane hands them out again.
     """
-    parts = [Part(each) for each in batches]
+    parts = [Part(batch) for batch in batches]
     parts.reverse()
     while parts:
         part = parts.pop()
@@ -55,17 +55,26 @@ async def settle(
                 return
             parts += following
             continue
-        if rerun_late and (late := [each for each in part.batch.deliveries if result.outcomes.get(each) is NEXT_BATCH]):
+        if rerun_late and (late := _late(part, result)):
             parts.append(Part(Batch(late, {}, {}), part.use_savepoints))
-            ended = [each for each in part.batch.deliveries if each not in late]
+            ended = [message for message in part.batch.deliveries if message not in late]
             part = Part(Batch(ended, {}, {}), part.use_savepoints)
         yield part, result
+
+
+def _late(part: Part, result: BatchResult) -> list[Delivery]:
+    """Return the messages that had no time in their transaction."""
+    outcomes = result.outcomes
+    return [message for message in part.batch.deliveries if outcomes.get(message) is NEXT_BATCH] if outcomes else []
 
 
 def next_parts(
     part: Part, error: Exception, random: Callable[[], float], evidence: Evidence | None = None
 ) -> list[Part]:
-    """What to run after a failed transaction, the first one last. Raises an error that another attempt cannot heal."""
+    """Return what runs after a failed transaction, the first part last.
+
+    Raises an error that another attempt cannot heal.
+    """
     match error:
         case TransactionPoisoned():
             facts = _facts(part, error.__cause__ or error)
@@ -83,12 +92,12 @@ def next_parts(
 
 
 def _facts(part: Part, error: BaseException) -> ErrorFacts:
-    """Return the facts of an error, with the place of the handler that it may be of."""
+    """Return the facts of an error, with its handler's place."""
     deliveries = error.deliveries if isinstance(error, HandlerTimeout) else part.batch.deliveries
     return facts_of(error, deliveries[0].handler.place if deliveries else "")
 
 
 def pause_seconds(failures: int) -> float:
-    """How long to wait before a part runs again that has failed this often before."""
+    """Return how long to wait after this many failures in a row."""
     # Bounded before it is raised to a power: an outage may last for hours.
     return min(_PAUSE_SECONDS_MAX, 0.005 * 3.0 ** min(failures, 10))

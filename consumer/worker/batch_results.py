@@ -16,7 +16,7 @@ from consumer.kafka.source import Source
 from consumer.logs import event
 from consumer.postgres.session import Session
 from consumer.transaction import id_conflicts
-from consumer.transaction.dead_letter_rate import DeadShare
+from consumer.transaction.dead_letter_rate import DeadLetterRateLimit
 from consumer.transaction.result import CONFLICT, BatchResult, complete, ended_by_handler
 from consumer.worker import message_log
 from consumer.worker.message_log import OFFSET_IDS, MessageLog
@@ -32,7 +32,7 @@ class BatchResults:
         table: PartitionTable,
         source: Source,
         router: Router,
-        dead_letter_rate: DeadShare,
+        dead_letter_rate: DeadLetterRateLimit,
         evidence: Evidence,
         message_log: MessageLog,
     ) -> None:

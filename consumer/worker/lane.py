@@ -23,7 +23,7 @@ from consumer.postgres.session import Session
 from consumer.retention.task import Timestamps
 from consumer.settings import Settings
 from consumer.transaction import apply
-from consumer.transaction.dead_letter_rate import DeadShare, TooManyDeadLetters
+from consumer.transaction.dead_letter_rate import DeadLetterRateLimit, TooManyDeadLetters
 from consumer.transaction.errors import facts_of
 from consumer.transaction.handler_runner import observe
 from consumer.transaction.identify import identify
@@ -55,7 +55,7 @@ class LaneServices:
     reporters: Mapping[str, Reporter]
     message_log: MessageLog
     evidence: Evidence
-    dead_letter_rate: DeadShare
+    dead_letter_rate: DeadLetterRateLimit
     timestamps: Timestamps
     lifetime: Lifetime
     turn: int

@@ -26,7 +26,7 @@ from consumer.logs import event
 from consumer.retention.task import Keeper, Timestamps
 from consumer.settings import Settings
 from consumer.sharding import shards as shard_registry
-from consumer.transaction.dead_letter_rate import DeadShare
+from consumer.transaction.dead_letter_rate import DeadLetterRateLimit
 from consumer.transaction.limits import CallTracker, LoopWatch, limits
 from consumer.transaction.result import LedgerIds
 from consumer.worker.assignment import Assignment, Report
@@ -185,7 +185,7 @@ class Worker:
         )
 
     def _add_lanes(self) -> None:
-        dead_letter_rate = DeadShare(self._settings.dead_letter_limit)
+        dead_letter_rate = DeadLetterRateLimit(self._settings.dead_letter_limit)
         self._results = BatchResults(
             self.partitions.table, self.source, self._router, dead_letter_rate, self._evidence, self._message_log
         )

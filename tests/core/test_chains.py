@@ -13,7 +13,7 @@ from consumer.core.dead_letters import State, age_seconds, fate, group_of, holds
 from consumer.core.errors import Misconfigured
 from consumer.core.message import LogRecord
 from consumer.core.outcome import DUPLICATE, Cause, Dead, Reason, RetryLater
-from consumer.transaction.dead_letter_rate import LEAST, WINDOW, DeadShare, TooManyDeadLetters
+from consumer.transaction.dead_letter_rate import DEAD_LETTERS_MIN, WINDOW, DeadLetterRateLimit, TooManyDeadLetters
 
 pytestmark = pytest.mark.unit
 
@@ -152,7 +152,7 @@ def test_ages() -> None:
 @given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 400)), max_size=20), st.floats(0.01, 0.99))
 def test_the_share_is_of_the_last_thousand_or_a_batch_more(batches: list[tuple[int, int]], limit: float) -> None:
     """Against a plain recount: the newest batches that together hold at least the window."""
-    share = DeadShare(limit)
+    share = DeadLetterRateLimit(limit)
     done: list[tuple[int, int]] = []
     for good, bad in batches:
         recent: list[tuple[int, int]] = []
@@ -162,7 +162,7 @@ def test_the_share_is_of_the_last_thousand_or_a_batch_more(batches: list[tuple[i
             recent.append(each)
         dead = bad + sum(b for _, b in recent)
         total = good + bad + sum(g + b for g, b in recent)
-        too_many = bad > 0 and dead >= LEAST and dead > limit * total
+        too_many = bad > 0 and dead >= DEAD_LETTERS_MIN and dead > limit * total
         reasons = ["failed"] * bad
         if too_many:
             with pytest.raises(TooManyDeadLetters, match="'h'"):
@@ -175,17 +175,17 @@ def test_the_share_is_of_the_last_thousand_or_a_batch_more(batches: list[tuple[i
 
 
 def test_a_handful_of_bad_messages_is_accepted_and_nothing_is_with_a_limit_of_0() -> None:
-    DeadShare(0.5).check("h", LEAST - 1, ["failed"] * (LEAST - 1))
+    DeadLetterRateLimit(0.5).check("h", DEAD_LETTERS_MIN - 1, ["failed"] * (DEAD_LETTERS_MIN - 1))
     with pytest.raises(TooManyDeadLetters, match="50 dead letters of its last 50"):
-        DeadShare(0.5).check("h", LEAST, ["failed"] * LEAST)
+        DeadLetterRateLimit(0.5).check("h", DEAD_LETTERS_MIN, ["failed"] * DEAD_LETTERS_MIN)
     with pytest.raises(TooManyDeadLetters):
-        DeadShare(0).check("h", 1000, ["rejected"])
-    DeadShare(1).check("h", 10**6, ["failed"] * 10**6)
-    DeadShare(0).check("h", 1000, [])
+        DeadLetterRateLimit(0).check("h", 1000, ["rejected"])
+    DeadLetterRateLimit(1).check("h", 10**6, ["failed"] * 10**6)
+    DeadLetterRateLimit(0).check("h", 1000, [])
 
 
 def test_handlers_are_counted_apart_and_the_commonest_reason_is_named() -> None:
-    share = DeadShare(0.5)
+    share = DeadLetterRateLimit(0.5)
     share.settled("good", 10_000, [])
     mixed = list(Counter({"failed": 20, "unreadable": 60}).elements())
     with pytest.raises(TooManyDeadLetters, match="'unreadable': 60"):
