@@ -1,4 +1,6 @@
-"""One worker from its start to its end or its crash: settles batches as `worker.Worker` does, on records that are there.
+"""Simulates a worker from its start to its end or its crash.
+
+It settles batches of given records as `worker.Worker` does.
 
 Knows a Scheduler, a Session and handlers. Knows no Kafka, no Redis and no clock: a retry's time comes when nothing else is
 left.
@@ -43,20 +45,20 @@ Key: TypeAlias = tuple[str, bytes]  # handler, message id
 
 @dataclass(slots=True)
 class Written:
-    """One committed transaction: its rows, and who was applied in it, for the first time or again.
+    """One committed transaction: its rows, and the messages applied in it.
 
-    told: False where the crash hid who was.
+    is_known: False where a crash hid which messages were applied.
     """
 
     rows: Mapping[str, Rows]
     first: list[str]
     again: list[str]
-    told: bool = True
+    is_known: bool = True
 
 
 @dataclass(slots=True)
 class Round:
-    """One call that delivered: what became of the messages, what was stored, and the sequences that were moved."""
+    """One delivery: outcomes, stored rows and moved sequences."""
 
     what: str
     delivered: list[Delivered] = field(default_factory=list)
@@ -64,12 +66,15 @@ class Round:
     sequences: list[str] = field(default_factory=list)
 
 
-class _PowerCut(BaseException):
-    """Raised at a step. Not an Exception, so nothing handles it but what drops the connection."""
+class SimulatedCrash(BaseException):
+    """Raised at a step, to simulate a crash.
+
+    Not an Exception, so that only the code that drops the connection handles it.
+    """
 
 
 class _Counting(Session):
-    """A worker's Session, which counts what each transaction has written just before it is committed."""
+    """A Session that counts what a transaction wrote, before its COMMIT."""
 
     rows: Mapping[str, Rows] = {}
     watch: Watch
@@ -89,8 +94,8 @@ class _Counting(Session):
         self.watch.committed()
 
 
-class Life:
-    """What a worker does between its start and its end. `run` it once.
+class SimulatedWorker:
+    """Simulates one worker. `run` it once.
 
     applied: what was ever applied, by this worker or those before it; it is added to.
     """
@@ -122,21 +127,23 @@ class Life:
         self._names: LedgerIds
 
     async def run(self, batch: int, retry: bool) -> None:
-        """Deliver the records, `batch` messages at a time. retry: try again what has failed.
+        """Deliver the records, `batch` messages at a time.
+
+        retry: try failed messages again.
 
         Raises what Session.open raises, and what no message is to blame for.
         """
         await self._open()
         try:
             await self._start()
-            with suppress(_PowerCut):
+            with suppress(SimulatedCrash):
                 await self._settle_all(batch, retry)
                 if self._session.is_usable:
                     self._round.sequences = await sequences_moved(self._session.connection)
             await self._watch.end()
         finally:
             await close(self._session.connection)
-        self._tell()
+        self._report()
 
     async def _open(self) -> None:
         session = await _Counting.open(self._settings)
@@ -178,8 +185,8 @@ class Life:
         by_partition: dict[Partition, list[Record]] = {}
         for record in records:
             by_partition.setdefault(Partition(record.topic, record.partition), []).append(record)
-        for partition, found in by_partition.items():
-            self._lane.add(partition, found)
+        for partition, its_records in by_partition.items():
+            self._lane.add(partition, its_records)
 
     async def _settle(self, batch: Batch, now: float) -> None:
         identify(batch.deliveries)
@@ -206,7 +213,7 @@ class Life:
                 random=_draw,
                 on_step=self._step,
             )
-        except _PowerCut:
+        except SimulatedCrash:
             self._crashed(part.batch)
             raise
 
@@ -224,7 +231,7 @@ class Life:
 
     def _step(self, step: str) -> None:
         if step == self._crash_at:
-            raise _PowerCut
+            raise SimulatedCrash
 
     def _settled(self, part: Batch, done: BatchResult, now: float) -> None:
         complete(self._lane, part, done, now)
@@ -237,7 +244,7 @@ class Life:
             self._again = 0
         for delivery in done.applied:
             self._end(delivery, APPLIED)
-            (written.again if _key(delivery) in self._applied else written.first).append(_told(delivery))
+            (written.again if _key(delivery) in self._applied else written.first).append(_label(delivery))
             self._applied.add(_key(delivery))
         for delivery, outcome in done.outcomes.items():
             self._end(delivery, outcome)
@@ -250,9 +257,9 @@ class Life:
         for delivery in self._unsettled:
             self._end(delivery, "crashed")
         if self._session.rows:  # it was committed, and the crash hides for whom, unless all were applied before
-            again = [_told(each) for each in part.deliveries if _key(each) in self._applied]
+            again = [_label(delivery) for delivery in part.deliveries if _key(delivery) in self._applied]
             is_known = len(again) == len(part.deliveries)
-            self._round.written.append(Written(self._session.rows, [], again if is_known else [], told=False))
+            self._round.written.append(Written(self._session.rows, [], again if is_known else [], is_known=False))
 
     def _failed(self, delivery: Delivery, error: BaseException) -> None:
         self._errors[delivery] = error
@@ -261,13 +268,13 @@ class Life:
             self._is_stuck = self._is_stuck or self._again > _AGAIN_MAX
         # pytest shows it, with its traceback, where the test fails.
         traceback = None if isinstance(error, Reject | Unreadable) else error
-        _log.warning("%s failed: %s", _told(delivery), _text(error), exc_info=traceback)
+        _log.warning("%s failed: %s", _label(delivery), _text(error), exc_info=traceback)
 
     def _end(self, delivery: Delivery, outcome: Outcome | str) -> None:
         end = (outcome, delivery.attempts, self._errors.get(delivery))
         self._ends[_place(delivery.handler, delivery.record)] = end
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         handlers = self._app.by_topic()
         for message, record in self._records:
             for handler in handlers[record.topic]:
@@ -290,7 +297,7 @@ def _place(handler: Handler, record: Record) -> _Place:
     return handler.name, record.topic, record.partition, record.offset
 
 
-def _told(delivery: Delivery) -> str:
+def _label(delivery: Delivery) -> str:
     return f"{delivery.handler.name} on {place_of(delivery.record)}"
 
 

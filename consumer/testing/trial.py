@@ -1,6 +1,6 @@
 """An App on a database and a log of its own: deliver to it, crash it, and see that no effect is stored twice.
 
-Knows what was delivered and what each transaction wrote; how it is delivered is in life.py. What it does not know: what
+Knows what was delivered and what each transaction wrote; how it is delivered is in simulated_worker.py. What it does not know: what
 the effects should be, which is for the test to say.
 """
 
@@ -19,7 +19,7 @@ from consumer.testing.messages import STEPS, TOLD_MAX, Delivered, Outside, Sent,
 from consumer.testing.outside_rows import OutsideRows
 from consumer.testing.outside_statements import Watch
 from consumer.testing.server import connection_to
-from consumer.testing.simulated_worker import Key, Life, Round, Written
+from consumer.testing.simulated_worker import Key, Round, SimulatedWorker, Written
 from consumer.testing.undisturbed import Contents, contents, differences
 
 
@@ -162,7 +162,7 @@ class Trial:
         for number, each in enumerate(self._rounds, 1):
             is_last = number == len(self._rounds)
             for written in each.written:
-                nobody = written.told and not written.first
+                nobody = written.is_known and not written.first
                 if written.again or (written.rows and (is_last or nobody)):
                     problems.append(f"call {number}, {each.what}: {_account(written)}")
             if is_last and each.sequences:
@@ -277,8 +277,8 @@ class Trial:
             if crash_at is not None and not records:
                 raise Misconfigured(f"crash_at={crash_at!r}: there is nothing to deliver, so nothing would crash")
             found, watch = Round(what), Watch(connection, self._outside)
-            life = Life(self._app, self._settings, found, records, crash_at, self._applied, watch)
-            await life.run(batch or len(records) or 1, retry)
+            worker = SimulatedWorker(self._app, self._settings, found, records, crash_at, self._applied, watch)
+            await worker.run(batch or len(records) or 1, retry)
         self._rounds.append(found)
         return list(found.delivered)
 
@@ -295,7 +295,7 @@ def _account(written: Written) -> str:
         for each in written.first
     ]
     if not who:
-        who = ["\n    by no message that is known" if written.told else "\n    in the transaction before the crash"]
+        who = ["\n    by no message that is known" if written.is_known else "\n    in the transaction before the crash"]
     return rows + "".join(who[:TOLD_MAX])
 
 

@@ -1,4 +1,4 @@
-"""Limits the share of dead letters: a bad deploy must not fail every message.
+"""Limits the share of dead letters, for example after a bad deploy.
 
 Pure: counts over the recent messages of a handler. Limitations: it knows this process only, from its start.
 """

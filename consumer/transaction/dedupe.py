@@ -95,7 +95,7 @@ def _distinct(
 def _settle_repeated(
     first: Delivery, second: Delivery, outcomes: dict[Delivery, Outcome], rivals: list[Delivery]
 ) -> None:
-    """Settle the second message of an id, or keep it as a rival."""
+    """Settle the second message of an id, or keep a rival."""
     if first.fingerprint == second.fingerprint:
         outcomes[second] = DUPLICATE[Cause.BATCH]
     else:

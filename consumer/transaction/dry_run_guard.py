@@ -1,4 +1,4 @@
-"""Dry runs: handlers run, their transactions are undone, and outside connections are refused.
+"""Refuses outside effects in dry runs, whose transactions are undone.
 
 Knows contexts, threads, the event loop and Python's audit events; knows no handler's code and no driver. A context variable
 says whose code runs; tasks, threads and executor calls inherit it. What runs under a handler's or a lifespan's name may not
@@ -53,11 +53,11 @@ _UNSEEN = (
 
 
 class OutsideRefused(ConsumerError):
-    """Raised in a handler that connects, sends or starts a process in a dry run."""
+    """Raised where a dry run connects, sends or starts a process."""
 
 
 def is_dry_run() -> bool:
-    """Whether this code runs for a dry run, whose database transaction is undone.
+    """Return whether this code runs in a dry run, which is undone.
 
     True in handlers, lifespans and what they start while `consumer replay` runs them with --call-handlers or --rebuild.
     """
@@ -80,12 +80,12 @@ def around(handler: Handler) -> Call:
     assert inner is not None
 
     async def call(value: Any, message: Any, tx: Any) -> object:
-        told = as_dry_run(message) if handler.wants_message else message
+        dry_message = as_dry_run(message) if handler.wants_message else message
         if _guard is not None and _guard.refused:  # the cancellation is on its way
             raise OutsideRefused(_guard.refused)
         token = _running.set(subject)
         try:
-            return await inner(told if value is message else value, told, tx)
+            return await inner(dry_message if value is message else value, dry_message, tx)
         finally:
             _running.reset(token)
 
@@ -94,23 +94,26 @@ def around(handler: Handler) -> Call:
 
 def unseen_clients() -> list[str]:
     """Loaded client libraries whose connections no dry run can refuse."""
-    return [each for each in _UNSEEN if each in sys.modules]
+    return [name for name in _UNSEEN if name in sys.modules]
 
 
 def opened_connections() -> set[tuple[int, str]]:
-    """Connected sockets of this process: descriptor and peer. Empty where the system does not list descriptors."""
-    found: set[tuple[int, str]] = set()
+    """Return the connected sockets of this process: descriptor and peer.
+
+    Empty where the system does not list descriptors.
+    """
+    connections: set[tuple[int, str]] = set()
     for place in (Path("/proc/self/fd"), Path("/dev/fd")):
         with suppress(OSError):
-            for each in place.iterdir():
-                if (peer := _peer(int(each.name))) is not None:
-                    found.add((int(each.name), peer))
-            return found
-    return found
+            for descriptor in place.iterdir():
+                if (peer := _peer(int(descriptor.name))) is not None:
+                    connections.add((int(descriptor.name), peer))
+            return connections
+    return connections
 
 
 def _peer(descriptor: Any) -> str | None:
-    """Where a descriptor is connected to by an address; None for anything else, as a pair of sockets."""
+    """Return the address that a descriptor is connected to; else None."""
     with suppress(OSError, TypeError, ValueError):
         number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
         with socket.socket(fileno=os.dup(number)) as copy:
@@ -120,7 +123,7 @@ def _peer(descriptor: Any) -> str | None:
 
 
 def _place(family: int, address: Any) -> str:
-    """A peer in words: its host and address family, without port or payload."""
+    """Return a peer's host and address family, without port or payload."""
     if isinstance(address, tuple) and address and isinstance(address[0], str):
         return f"{address[0]} ({socket.AddressFamily(family).name})"
     with suppress(ValueError):
@@ -129,9 +132,9 @@ def _place(family: int, address: Any) -> str:
 
 
 class Guard:
-    """Refuses what a dry run's handlers do outside; the first refusal also cancels the run.
+    """Refuses outside effects of a dry run; the first refusal cancels it.
 
-    alone: the process is the dry run's own, so that a thread that nobody accounts for is the application's.
+    alone: the process is the dry run's own, so that an unknown thread is the application's.
     """
 
     def __init__(self, *, alone: bool) -> None:
@@ -143,7 +146,7 @@ class Guard:
         self._threads: weakref.WeakKeyDictionary[threading.Thread, str] = weakref.WeakKeyDictionary()
 
     def end(self) -> None:
-        """Cancel nothing any more, and take back the cancellation that a refusal has asked for."""
+        """Stop refusing, and take back the cancellation of a refusal."""
         if self.refused and self._task is not None:
             while self._task.cancelling():
                 self._task.uncancel()
@@ -157,7 +160,10 @@ class Guard:
             self.check(f"connects to {_place(args[0].family, args[1])}")
 
     def note_thread(self, thread: threading.Thread) -> None:
-        """Remember for whom a thread is started. A pool's thread works for those who submit, who pass their context."""
+        """Remember for whom a thread is started.
+
+        A pool's thread works for those who submit, who pass their context.
+        """
         target = getattr(thread, "_target", None)
         is_pooled = getattr(target, "__module__", "") == "concurrent.futures.thread"
         if not is_pooled and (subject := self._subject()):
@@ -194,7 +200,10 @@ class Guard:
 
 
 def _is_cancelling_a_statement() -> bool:
-    """Whether asyncpg opens a connection to cancel a statement: harmless, and it may be our own transaction's."""
+    """Return whether asyncpg opens a connection to cancel a statement.
+
+    That is harmless, and the statement may be our own.
+    """
     frame = sys._getframe()
     while frame := frame.f_back:  # type: ignore[assignment]
         if frame.f_code.co_name == "_cancel" and str(frame.f_globals.get("__name__")).startswith("asyncpg."):
@@ -213,7 +222,10 @@ def _audit(event: str, args: Sequence[Any]) -> None:
 
 @contextmanager
 def guarded(*, alone: bool) -> Iterator[Guard]:
-    """Refuse outside effects of code that runs under a name, for the block. One at a time in a process."""
+    """Refuse outside effects of dry-run code in the block.
+
+    Once at a time in a process.
+    """
     global _guard, _is_hooked
     if not _is_hooked:
         sys.addaudithook(_audit)  # it stays for the life of the process
@@ -234,24 +246,24 @@ def _loop_guarded(guard: Guard) -> Iterator[None]:
     """Have the running loop ask before it connects or spawns."""
     loop: Any = asyncio.get_running_loop()
 
-    def asks(original: Callable[..., Any], told: Callable[[tuple[Any, ...]], str | None]) -> Callable[..., Any]:
+    def asks(original: Callable[..., Any], describe: Callable[[tuple[Any, ...]], str | None]) -> Callable[..., Any]:
         @functools.wraps(original)
         def method(*args: Any, **options: Any) -> Any:
-            if (what := told((*args, *options.values()))) is not None:
+            if (what := describe((*args, *options.values()))) is not None:
                 guard.check(what)
             return original(*args, **options)
 
         return method
 
     replaced: list[str] = []
-    for names, told in (
+    for names, describe in (
         (_LOOP_CONNECTS, _connects),
         (_LOOP_SPAWNS, lambda _: "starts a process"),
         (_LOOP_WATCHES, lambda args: (peer := _peer(args[0])) and f"connects to {peer}"),
     ):
         for name in names:
             if hasattr(loop, name):
-                setattr(loop, name, asks(getattr(loop, name), told))
+                setattr(loop, name, asks(getattr(loop, name), describe))
                 replaced.append(name)
     try:
         yield
@@ -261,18 +273,21 @@ def _loop_guarded(guard: Guard) -> Iterator[None]:
 
 
 def _connects(args: Sequence[Any]) -> str:
-    """What a connecting method of the loop does, in words: its first plain text after the protocol is the host."""
-    for each in args[1:]:
-        if isinstance(each, str):
-            return "connects to a local socket (AF_UNIX)" if "/" in each else f"connects to {each}"
-        if isinstance(each, tuple) and each and isinstance(each[0], str):
-            return f"connects to {each[0]}"
+    """Say what a connecting method of the loop does.
+
+    Its first plain text after the protocol is the host.
+    """
+    for argument in args[1:]:
+        if isinstance(argument, str):
+            return "connects to a local socket (AF_UNIX)" if "/" in argument else f"connects to {argument}"
+        if isinstance(argument, tuple) and argument and isinstance(argument[0], str):
+            return f"connects to {argument[0]}"
     return "opens a connection"
 
 
 @contextmanager
 def _threads_guarded(guard: Guard) -> Iterator[None]:
-    """Have threads, pools of threads and `multiprocessing` know or ask for whom they work."""
+    """Track for whom threads, pools and `multiprocessing` work."""
     submit: Any = ThreadPoolExecutor.submit
     start = threading.Thread.start
 

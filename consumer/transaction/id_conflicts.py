@@ -1,7 +1,8 @@
 """Says of a reused id whether the decoded values are equal.
 
-It reads the first message of the id from its log. A worker calls it after the transaction that stored the dead letters; without an answer they stay as they are. Limited to
-a few messages of a batch: where a producer rewrites every message, the answers are the same.
+It reads the first message of the id from its log. A worker calls it after the transaction that stored the dead letters;
+without an answer they stay as they are. Limited to a few messages of a batch: where a producer rewrites every message, the
+answers are the same.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ async def explain(connection: Any, log: Log, outcomes: Mapping[Delivery, Outcome
             if verdict is not CONFLICT:
                 place = (message.handler.number, UUID(bytes=message.id), message.fingerprint)
                 await connection.execute(_SAY, *place, verdict.error, CONFLICT.error)
-        except Exception:  # the log or the database does not answer: whoever needs them waits for them elsewhere
+        except Exception:  # the log or the database does not answer: the lanes wait for them
             return
 
 

@@ -34,7 +34,9 @@ _NO_LOGS: Mapping[Partition, Position] = {}
 
 
 def identify(deliveries: Iterable[Delivery], logs: Mapping[Partition, Position] = _NO_LOGS) -> set[str]:
-    """Set ids and fingerprints. A delivery without an id becomes a dead letter.
+    """Set ids and fingerprints.
+
+    A delivery without an id becomes a dead letter.
 
     Args:
         deliveries: of one record side by side, so that it is hashed once.

@@ -1,7 +1,7 @@
-"""Calls of handlers: begun, awaited, and ended by their limit.
+"""Starts, awaits and ends calls of handlers.
 
-Knows handlers, tasks and what is raised; knows no SQL. A handler may raise anything, a cancellation of its own making too: here
-all of it becomes an Exception, but for the order to this task to stop. What it does not know: what a call has written.
+A handler may raise anything, also a cancellation of its own; here all of it becomes an Exception, except the cancellation
+of this task. Limitations: it does not know what a call has written.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from consumer.transaction.tx import Tx
 
 
 class HandlerEnded(Exception):
-    """The handler ended itself by something that is no Exception: a cancellation, sys.exit, a panic."""
+    """The handler ended by its own cancellation, sys.exit or a panic."""
 
 
 def start_call(handler: Handler, argument: Any, tx: Tx | None, calls: CallTracker | None) -> Awaitable[object] | None:
-    """Run a handler up to where it waits for something. Returns what is left to await in this task; None when it has ended.
+    """Run a handler up to its first wait.
 
-    Most handlers only defer, and never wait. For those nothing more is needed: no limit can end what does not let go of the
-    event loop, and nothing that happens in it can come from elsewhere. To the handler it makes no difference: a coroutine runs
-    in the task that awaits it, up to where it waits. An exception is raised by what is returned.
+    Returns the rest to await; None when it has ended.
+
+    fast path: most handlers only defer, and never wait. They need no limit, since nothing ends code that does not yield to
+    the event loop, and no task of their own. A coroutine runs in the task that awaits it, up to its first wait, so the
+    handler sees no difference. An exception is raised by what is returned.
     """
     assert handler.call is not None
     if calls is not None:
@@ -74,7 +76,10 @@ async def finish_call(
     calls: CallTracker | None,
     since: float | None = None,
 ) -> None:
-    """Await what is left of a handler's call, within its limit. since: when it was begun, monotonic; None: now."""
+    """Await the rest of a handler's call, within its limit.
+
+    since: when it started, monotonic; None: now.
+    """
     if call is None:
         return
     if calls is None:
@@ -90,7 +95,10 @@ async def finish_call(
 
 
 async def await_call(call: Awaitable[object], tx: Tx | None) -> None:
-    """Await a call. Whatever it raises comes as an Exception, but for the order to this task to stop."""
+    """Await a call, and raise any failure as an Exception.
+
+    Only the cancellation of this task stays what it is.
+    """
     try:
         await call
     except (Exception, KeyboardInterrupt):

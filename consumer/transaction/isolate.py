@@ -150,7 +150,7 @@ def decide(
     evidence: Evidence | None = None,
     succeeded: bool = False,
 ) -> tuple[RetryLater | Dead, int]:
-    """Return the outcome of a message that failed by itself, and its attempts.
+    """Return outcome and attempts of a message that failed by itself.
 
     succeeded: whether other messages of its handler went through in the same transaction, before it.
     """

@@ -1,9 +1,8 @@
-"""What each lane is doing: which handlers are running, since when, and what becomes of those that take too long.
+"""Tracks running calls of handlers, and ends those that take too long.
 
-Knows handlers, tasks and times; knows no SQL. A call that outlasts its limit is cancelled, which handlers may clean up
-after; one that goes on in spite of that loses its connection (PostgreSQL undoes what it wrote) and its Tx, and when
-that does not end it either, the worker has to end: a task that swallows every exception cannot be stopped from outside.
-What is not known: whether a call that takes long would have ended by itself.
+A call that outlasts its limit is cancelled, so that the handler can clean up. If it goes on, it loses its connection
+(PostgreSQL undoes what it wrote) and its Tx. If that does not end it either, the worker ends: nothing stops a task from
+outside that swallows every exception. Limitations: whether a slow call would have ended by itself is unknown.
 """
 
 from __future__ import annotations
@@ -29,37 +28,40 @@ from consumer.transaction.tx import Tx
 
 GRACE_SECONDS = 5.0  # after the cancellation, before the connection is ended
 LAST_SECONDS = 2.0  # after that, before the worker is
-BLOCKED_SECONDS = 2.0  # an event loop that does not turn for so long is told of while it does not
+BLOCKED_SECONDS = 2.0  # an event loop that is blocked for so long is reported while it is blocked
 _LOOK_SECONDS = 0.5
 _OF_IDLE = 0.6  # of the idle timeout: a third may pass before the last call of a batch (see postgres/session.py), and some is left
 
 
 def limits(handlers: Iterable[Handler], settings: Settings) -> dict[str, float]:
-    """Seconds that one call of each handler may take, 0 for no limit.
+    """Return the seconds that a call may take, by handler.
 
-    Raises Misconfigured for a limit beyond which PostgreSQL would end the handler's idle transaction first, which cannot
-    be told from an outage.
+    0 for no limit. Raises Misconfigured for a limit beyond which PostgreSQL would end the handler's idle transaction first: that looks like
+    an outage.
     """
     idle = settings.postgres_idle_in_transaction_timeout_seconds
-    found: dict[str, float] = {}
-    for each in handlers:
-        seconds, name = each.timeout, f"timeout= of handler {each.name!r}"
+    limits: dict[str, float] = {}
+    for handler in handlers:
+        seconds, name = handler.timeout, f"timeout= of handler {handler.name!r}"
         if seconds is None:
             seconds, name = settings.handler_timeout_seconds, "CONSUMER_HANDLER_TIMEOUT_SECONDS"
         if seconds is None:
             seconds = idle / 2
-        if each.idempotent and seconds > idle * _OF_IDLE:
+        if handler.idempotent and seconds > idle * _OF_IDLE:
             raise Misconfigured(
                 f"{name} is {seconds:g} s, and PostgreSQL ends a transaction that is idle for {idle:g} s, with up to a third "
                 f"of that gone before the call: set CONSUMER_POSTGRES_IDLE_IN_TRANSACTION_TIMEOUT_SECONDS to at least "
                 f"{seconds / _OF_IDLE:.0f}, or the limit to at most {idle * _OF_IDLE:g} (or 0 for none)"
             )
-        found[each.name] = seconds
-    return found
+        limits[handler.name] = seconds
+    return limits
 
 
 class HandlerTimeout(ConsumerError):
-    """A call of a handler was ended by its limit. in_statement: it was waiting for PostgreSQL, which is nobody's fault."""
+    """The limit of a handler's call has ended it.
+
+    in_statement: it was waiting for PostgreSQL, so it may not be the handler's fault.
+    """
 
     def __init__(self, deliveries: Sequence[Delivery], seconds: float, in_statement: bool) -> None:
         where = "a statement of the handler" if in_statement else "the handler"
@@ -69,7 +71,10 @@ class HandlerTimeout(ConsumerError):
 
 
 class HandlerUncancellable(ConsumerError):
-    """A handler goes on after its cancellation and without its connection. Only the end of the process ends it."""
+    """A handler goes on after its cancellation and without its connection.
+
+    Only the end of the process ends it.
+    """
 
     def __init__(self, handler: str, cause: HandlerTimeout) -> None:
         super().__init__(f"handler {handler!r} cannot be stopped: it swallows its cancellation")
@@ -100,9 +105,9 @@ class Call:
 
 
 class CallTracker:
-    """One lane's. `running` are its calls; without any, it waits for PostgreSQL, since `changed_at`.
+    """The running calls of one lane.
 
-    running_inline: the handler that runs at this moment and has not waited for anything yet.
+    Without any, it waits for PostgreSQL, since `changed_at`. running_inline: the handler that runs at this moment and has not waited for anything yet.
     """
 
     __slots__ = ("_asking", "_limits", "changed_at", "running", "running_inline")
@@ -116,7 +121,7 @@ class CallTracker:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """In it, outside of handlers, there is nothing to wait for but PostgreSQL."""
+        """Mark a block in which only handlers and PostgreSQL are waited for."""
         self._asking = True
         self.step()
         try:
@@ -125,26 +130,26 @@ class CallTracker:
             self._asking = False
 
     def step(self) -> None:
-        """Something was answered."""
+        """Note that PostgreSQL or a handler has answered."""
         self.changed_at = time.monotonic()
 
-    def wrap_step(self, tell: Callable[[str], None]) -> Callable[[str], None]:
-        """A function that is told the steps of the transaction, and passes them on."""
+    def wrap_step(self, on_step: Callable[[str], None]) -> Callable[[str], None]:
+        """Return a function that notes a step and calls `on_step`."""
 
-        def told(step: str) -> None:
+        def noted(step: str) -> None:
             self.changed_at = time.monotonic()
-            tell(step)
+            on_step(step)
 
-        return told
+        return noted
 
     def waiting_seconds(self, now: float) -> float:
-        """How long PostgreSQL has not answered. Statements that handlers wait for are theirs to wait for."""
+        """Return how long PostgreSQL has not answered, outside of handlers."""
         return now - self.changed_at if self._asking and not self.running else 0.0
 
     def enter(
         self, handler: Handler, deliveries: Sequence[Delivery], tx: Tx | None, since: float | None = None
     ) -> Call:
-        """A handler was called by this task, and is waited for. since: when, monotonic; None: now."""
+        """Track a call that this task awaits. since: monotonic; None: now."""
         task = asyncio.current_task()
         assert task is not None
         call = Call(handler, deliveries, tx, task, time.monotonic() if since is None else since)
@@ -152,10 +157,10 @@ class CallTracker:
         return call
 
     def leave(self, call: Call, error: BaseException | None = None) -> None:
-        """It has ended, by an exception perhaps. Raises HandlerTimeout if it was its limit that ended it.
+        """Stop tracking a call. Raises HandlerTimeout if its limit ended it.
 
-        The order to this task to stop comes first, and is passed on even if the handler has swallowed it: a lane that went
-        on after its worker has ended would be nobody's.
+        The cancellation of this task comes first, and is raised even if the handler has swallowed it: a lane must not go on
+        after its worker has ended.
         """
         del self.running[call.task]
         self.step()
@@ -169,7 +174,7 @@ class CallTracker:
         raise HandlerTimeout(call.deliveries, self._limits[call.handler.name], call.in_statement) from error
 
     def enforce_limits(self, now: float) -> None:
-        """End what takes too long. Raises HandlerUncancellable for what cannot be ended."""
+        """End calls that take too long. Raises HandlerUncancellable for one that stays."""
         for call in list(self.running.values()):
             limit = self._limits.get(call.handler.name)
             if not limit:
@@ -211,7 +216,7 @@ def _tell(text: str, call: Call, now: float) -> None:
 
 
 def memory_mb() -> int | None:
-    """Memory of this process that is in RAM, as Linux counts it; None where that cannot be asked."""
+    """Return this process's memory in RAM; None on other systems than Linux."""
     try:
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
     except (OSError, ValueError, IndexError):
@@ -220,9 +225,9 @@ def memory_mb() -> int | None:
 
 
 class LoopWatch:
-    """A thread that says which handler blocks the event loop, while it does: the loop itself can only tell afterwards.
+    """A thread that reports which handler blocks the event loop.
 
-    It names the handler and the innermost line of code, and no values.
+    It reports while the loop is blocked; the loop itself could do so only afterwards. It names the handler and the innermost line of code, and no values.
     """
 
     def __init__(self, trackers: Iterable[CallTracker]) -> None:
@@ -250,7 +255,7 @@ class LoopWatch:
             self._loop.call_later(_LOOK_SECONDS, self._turn)
 
     def _watch(self) -> None:
-        told = 0.0
+        reported = 0.0
         before = time.monotonic()
         while not self._over.wait(_LOOK_SECONDS):
             now, slept_from = time.monotonic(), before
@@ -259,15 +264,15 @@ class LoopWatch:
                 continue  # this thread did not run either: the whole process was stopped
             blocked = now - self._turned_at - _LOOK_SECONDS
             if blocked < BLOCKED_SECONDS:
-                told = 0.0
-            elif blocked > 2 * told:
-                told = blocked
+                reported = 0.0
+            elif blocked > 2 * reported:
+                reported = blocked
                 self._tell(blocked)
 
     def _tell(self, seconds: float) -> None:
         task = asyncio.current_task(self._loop)
-        names = [each.running_inline.name for each in self._trackers if each.running_inline is not None]
-        names += [call.handler.name for each in self._trackers for call in [each.running.get(task)] if call]  # type: ignore[arg-type]
+        names = [calls.running_inline.name for calls in self._trackers if calls.running_inline is not None]
+        names += [call.handler.name for calls in self._trackers for call in [calls.running.get(task)] if call]  # type: ignore[arg-type]
         frame = sys._current_frames().get(self._thread_of_loop)
         place = None
         if frame is not None:

@@ -43,7 +43,7 @@ def _unmoved(scheduler: Scheduler, batch: Batch, updates: Sequence[PositionUpdat
 def _with_logs(
     logs: Mapping[Partition, Position], batch: Batch, updates: Sequence[PositionUpdate]
 ) -> list[PositionUpdate]:
-    """Return the updates with their logs, and the last record of a log."""
+    """Return the updates with their logs and last records."""
     last: dict[Partition, Print] = {}
     partitions = {update.partition for update in updates}
     for delivery in reversed(batch.deliveries):

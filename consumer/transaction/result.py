@@ -36,7 +36,7 @@ class LedgerIds:
 
 
 class FailedAttempt(NamedTuple):
-    """An error, and the attempts so far, with this one if it counts."""
+    """An error, and the attempts so far, with this one if counted."""
 
     attempts: int
     error: BaseException

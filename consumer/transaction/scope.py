@@ -1,7 +1,6 @@
-"""What the messages of one batch share: the connection, the deferred writes in batch order, and the turn to use it.
+"""What the messages of a batch share: connection and deferred writes.
 
-Knows one connection; knows no Kafka and no handlers. The batch rule is kept here: what a batch leaves is what its messages would
-leave one after the other. Writes go out in the order of their messages, grouped only where deferred_writes/statement_order.py proves that
+The batch rule is kept here: a batch leaves what its messages would leave one after the other. Writes go out in the order of their messages, grouped only where deferred_writes/statement_order.py proves that
 nothing differs. With concurrency, a message takes the turn with its first statement and keeps it until its handler ends.
 """
 
@@ -51,14 +50,17 @@ def savepoint_name() -> str:
 
 
 class Turn:
-    """Lets one message after the other use the connection, each until its handler ends, in the order they asked."""
+    """Lets messages use the connection in turn, until their handlers end."""
 
     def __init__(self) -> None:
         self.holder: Sender | None = None
         self._waiting: deque[tuple[Sender, asyncio.Future[None]]] = deque()
 
     async def take(self, tx: Sender) -> None:
-        """Wait until this message has the turn; other tasks of its handler may be waiting for it too."""
+        """Wait until this message has the turn.
+
+        Several tasks of its handler may wait for it.
+        """
         if self.holder is None:
             self.holder = tx
         while self.holder is not tx and tx.is_open:
@@ -74,21 +76,21 @@ class Turn:
                 tx.waiting_since = None
 
     def release(self, tx: Sender) -> None:
-        """Pass the turn on, if this message has it, and end its own waiting."""
+        """Pass the turn on, if this message has it; end its waiting."""
         if self._waiting:
-            for each, future in self._waiting:
-                if each is tx and not future.done():
+            for sender, future in self._waiting:
+                if sender is tx and not future.done():
                     future.set_result(None)
         if self.holder is not tx:
             return
-        self.holder = next((each for each, future in self._waiting if each.is_open and not future.done()), None)
-        for each, future in self._waiting:
-            if each is self.holder and not future.done():
+        self.holder = next((sender for sender, future in self._waiting if sender.is_open and not future.done()), None)
+        for sender, future in self._waiting:
+            if sender is self.holder and not future.done():
                 future.set_result(None)
 
 
 class Scope:
-    """The writes deferred so far, each message's at its place in the order.
+    """The deferred writes of a batch, in the order of its messages.
 
     constraints: those of the database that are checked at COMMIT, once a statement was awaited. flush_error: what a flush
     has failed with.
@@ -106,7 +108,10 @@ class Scope:
         self.makes_temporary = self.opens_cursor = self.sets_constraints = False
 
     def _begin(self) -> None:
-        """Forget what was learned in an earlier transaction that altered the schema, and may have been undone."""
+        """Forget what an earlier transaction learned if it altered the schema.
+
+        It may have been rolled back.
+        """
         if not self._begun:
             self._begun = True
             if self.columns.altered:
@@ -114,16 +119,19 @@ class Scope:
                 self.columns.altered = False
 
     def defer(self, tx: Sender) -> None:
-        """Note that a message has deferred writes now. One that holds the turn comes before those that ended meanwhile."""
+        """Note that a message has deferred writes now.
+
+        One that holds the turn comes before those that ended meanwhile.
+        """
         if tx.placed:
             self.deferred.insert(0, tx)
         else:
             self.deferred.append(tx)
 
     async def flush(self, tx: Sender | None = None) -> None:
-        """Send the deferred writes of all messages that have ended, and then those of `tx`, which is running.
+        """Send the deferred writes of ended messages, then those of `tx`.
 
-        Once `tx` has begun to use the connection, only its own: what has ended since comes after it. Raises what the
+        `tx` is running. Once `tx` has begun to use the connection, only its own: what has ended since comes after it. Raises what the
         database says. It is not known whose write it was: `flush_error` then says that the batch has failed, whatever a
         handler does with the exception.
         """
@@ -132,7 +140,7 @@ class Scope:
             self._begin()
             if self.constraints is None:
                 self.constraints = await self.columns.deferred_constraints()
-            pending = [each for each in self.deferred if not each.is_open and each is not tx]
+            pending = [sender for sender in self.deferred if not sender.is_open and sender is not tx]
             if tx.writes:
                 pending.append(tx)
         elif tx is not None:
@@ -145,10 +153,10 @@ class Scope:
             self.deferred = []
         else:
             sent = set(pending)
-            self.deferred = [each for each in self.deferred if each not in sent]
-        messages = [each.writes for each in pending]
-        for each in pending:
-            each.touched, each.writes = True, []
+            self.deferred = [sender for sender in self.deferred if sender not in sent]
+        messages = [sender.writes for sender in pending]
+        for sender in pending:
+            sender.touched, sender.writes = True, []
         try:
             await self.send(messages, unfinished=tx is not None and pending[-1] is tx)
         except BaseException as error:
@@ -156,9 +164,9 @@ class Scope:
             raise
 
     async def send(self, messages: Sequence[Writes], *, unfinished: bool = False) -> None:
-        """Send the writes of messages as if one message came after the other. Raises what the database says.
+        """Send writes as if one message came after the other.
 
-        unfinished: the last of them goes on after this.
+        Raises what the database says. unfinished: the last of them goes on after this.
         """
         self._begin()
         by_statement: dict[str, list[Sequence[Any]]] = {}
@@ -167,7 +175,7 @@ class Scope:
                 by_statement.setdefault(sql, []).append(arguments)
         kinds = [traits(sql) for sql in by_statement]
         constraints = await self.columns.deferred_constraints()
-        if any(each.outlasts for each in kinds) or (
+        if any(kind.outlasts for kind in kinds) or (
             constraints and None in (await self.columns.plans(by_statement)).values()
         ):
             await self._send_apart(messages, unfinished)
@@ -181,12 +189,12 @@ class Scope:
             await self._send_groups([(sql, [arguments]) for writes in messages for sql, arguments in writes])
 
     async def _send_apart(self, messages: Sequence[Writes], unfinished: bool) -> None:
-        """Send messages one by one, and after each what its own transaction would do at its end."""
+        """Send messages one by one, with the ends of their own transactions."""
         for number, writes in enumerate(messages, 1):
             kinds = [traits(sql) for sql, _ in writes]
             for kind in kinds:
                 self.note(kind)
-            if any(kind.changes_schema for kind in kinds):  # each may change what the next one means
+            if any(kind.changes_schema for kind in kinds):  # a statement may change what the next one means
                 for sql, arguments in writes:
                     await self.connection.execute(sql, *arguments)
                 self.schema_changed()
@@ -206,13 +214,13 @@ class Scope:
             await self.columns.send(sql, executions)
 
     def schema_changed(self) -> None:
-        """A statement of this transaction may have changed the schema: look again, here and after its end."""
+        """Forget what was read of the schema, here and after the transaction."""
         self.columns.forget()
         self.columns.altered = True
         self.constraints = None
 
     def undone(self) -> None:
-        """A part of the transaction was rolled back: what was learned of a schema that it had changed is no longer true."""
+        """Forget a schema whose change was rolled back to a savepoint."""
         if self.columns.altered:
             self.schema_changed()
 
@@ -226,11 +234,11 @@ class Scope:
 
     @property
     def leaves_something(self) -> bool:
-        """Whether the end of the running message has to do anything here; it may have deferred constraints to check."""
+        """Whether the end of the running message has work to do here."""
         return self.makes_temporary or self.opens_cursor or self.sets_constraints or bool(self.constraints)
 
     async def end_message(self) -> None:
-        """Check what the COMMIT of a message alone would check, and leave what its transaction would leave: rows."""
+        """Check and clean up as the COMMIT of this message alone would."""
         self.constraints = constraints = await self.columns.deferred_constraints()
         if constraints or self.sets_constraints:
             await self.connection.execute("set constraints all immediate")

@@ -1,7 +1,7 @@
-"""The transaction as a handler sees it: write, read, defer. It cannot be committed, rolled back or kept.
+"""The transaction as a handler sees it: write, read, defer.
 
-Knows one connection and the order of writes; knows no Kafka. Everything a handler does here is stored together with
-the claim of its message, or not at all.
+A handler cannot commit it, roll it back or keep it. What it does here is stored together with the claim of its message, or
+not at all.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from consumer.transaction.scope import Scope, savepoint_name
 _CANCELLED_SECONDS = 5.0
 _SET_LOCAL = "select current_setting($1, true), set_config($1, $2, true)"
 _RESET_LOCAL = "select set_config(s.name, s.value, true) from unnest($1::text[], $2::text[]) as s(name, value)"
-_SEVERAL = "{}: several commands in one text, which PostgreSQL takes only without parameters; send each by itself"
+_SEVERAL = "{}: several commands in one text, which PostgreSQL takes only without parameters; send them one by one"
 
 
 class _Level:
-    """The transaction, or a savepoint of one message in it: what is written inside may be undone without the rest.
+    """The transaction, or a savepoint of one message in it.
 
-    lock: one statement at a time, and a savepoint inside is one long statement. writes: deferred inside a savepoint.
+    What is written inside a savepoint may be undone without the rest. lock: one statement at a time, and a savepoint inside is one long statement. writes: deferred inside a savepoint.
     """
 
     __slots__ = ("lock", "open", "parent", "tx", "writes")
@@ -50,9 +50,9 @@ def _refuse_several(method: str, sql: str) -> None:
 
 
 class Tx:
-    """The PostgreSQL transaction that a handler's effects belong to. Ask for it by annotating a parameter ``Tx``.
+    """The PostgreSQL transaction of a handler's effects.
 
-    The methods are asyncpg's, with its arguments (``$1``, ``$2`` …) and its exceptions. A caller may not assume that
+    A handler gets it by annotating a parameter ``Tx``. The methods are asyncpg's, with its arguments (``$1``, ``$2`` …) and its exceptions. A caller may not assume that
     the transaction is of this message alone, nor keep the Tx: after the handler has returned it raises
     `TransactionMisuse`. A statement that fails outside a `savepoint()` fails the message, even if the handler
     swallows the exception: PostgreSQL would store nothing of that transaction.
@@ -83,7 +83,7 @@ class Tx:
 
     @property
     def dry_run(self) -> bool:
-        """Whether a replay calls the handler, and undoes this transaction: leave out effects elsewhere."""
+        """Whether this is a dry run, which is undone: avoid outside effects."""
         return is_dry_run()
 
     @property
@@ -92,13 +92,13 @@ class Tx:
         return self._asking > 0
 
     def turn_seconds(self, now: float) -> float:
-        """How long the handler has waited for other messages to end their use of the connection. now: monotonic."""
+        """Return how long the handler has waited for its turn. now: monotonic."""
         return self.waited_seconds + (0.0 if self.waiting_since is None else now - self.waiting_since)
 
     def defer(self, sql: str, *args: Any) -> None:
-        """Add a write whose result is not needed: it is sent with the others of the batch, grouped by statement.
+        """Add a write whose result is not needed.
 
-        The database ends up as if each write ran here. An awaited statement first sends what was deferred before it.
+        It is sent with the others of the batch, grouped by statement. The database ends up as if the write ran here. An awaited statement first sends what was deferred before it.
         Raises TransactionMisuse for transaction control, and for several commands with parameters. A caller may not assume
         that another error shows here: it shows when the write is sent, and then fails this message.
         """
@@ -114,14 +114,17 @@ class Tx:
         self.writes.append((sql, args))
 
     async def execute(self, sql: str, *args: Any, timeout: float | None = None) -> str:
-        """Run a statement; returns its command tag, for example ``UPDATE 1``. timeout: seconds."""
+        """Run a statement. Returns its command tag, for example ``UPDATE 1``.
+
+        timeout: seconds.
+        """
         if args:
             _refuse_several("execute", sql)
         result: str = await self._run("execute", sql, sql, *args, timeout=timeout)
         return result
 
     async def executemany(self, sql: str, args: Iterable[Sequence[Any]], *, timeout: float | None = None) -> None:
-        """Run a statement once for each element of `args`."""
+        """Run a statement once for every element of `args`."""
         _refuse_several("executemany", sql)
         await self._run("executemany", sql, sql, args, timeout=timeout)
 
@@ -163,7 +166,7 @@ class Tx:
         return result
 
     async def set_local(self, name: str, value: str) -> None:
-        """Set one of the application's own settings, like ``app.tenant``, for this message's statements only.
+        """Set a setting like ``app.tenant`` for this message's statements only.
 
         Those that are deferred after it are among them. The value before comes back for the next message; where there was
         none, PostgreSQL leaves the empty string. Raises TransactionMisuse for a name without a dot, or a value that is no str.
@@ -176,9 +179,9 @@ class Tx:
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncIterator[None]:
-        """A part that may fail without failing the message: on an exception its writes are undone, and it is raised on.
+        """Run a block that may fail without failing the message.
 
-        Deferred writes are sent where it begins and where it ends, so that they are inside or outside as written. Other
+        An exception undoes the block's writes and is raised. Deferred writes are sent where it begins and where it ends, so that they are inside or outside as written. Other
         tasks of the handler wait with their statements until it ends; those that are started inside are inside.
         """
         self._check(None)
@@ -274,7 +277,7 @@ class Tx:
 
     @contextmanager
     def _using(self) -> Iterator[None]:
-        """Note a task other than the handler's own, for as long as it uses this."""
+        """Track a task other than the handler's own while it uses this."""
         task = asyncio.current_task()
         if task is self._owner or task is None:
             yield
@@ -290,7 +293,7 @@ class Tx:
                 del self._others[task]
 
     def close(self) -> bool:
-        """The handler has returned: nothing more is written through this. False when `end` must be awaited instead."""
+        """End this. Returns False if `end` must be awaited instead."""
         if self._others or (self.touched and self._leaves_something()):
             return False
         self._close()
@@ -302,13 +305,13 @@ class Tx:
             self._scope.turn.release(self)
 
     def _leaves_something(self) -> bool:
-        """Whether later messages would meet what this one has set, or a check of it would come after them."""
+        """Whether later messages would meet settings or checks of this one."""
         return bool(self._settings) or self._scope.leaves_something
 
     async def end(self, *, failed: bool = False) -> None:
-        """The handler has returned: nothing more is written through this.
+        """End this after the handler has returned.
 
-        Tasks that it left in the middle of a statement or a savepoint are cancelled and waited for, so that none of
+        Tasks that the handler left in the middle of a statement or a savepoint are cancelled and waited for, so that none of
         them meets the next message. Raises TransactionMisuse when there were any. Then, unless it has failed, its writes
         are sent, what a COMMIT would check is checked, and its settings are as before; raises what the database says.
         """
@@ -336,11 +339,11 @@ class Tx:
             await self._scope.connection.execute(_RESET_LOCAL, list(self._settings), before)
 
     def abandon(self) -> None:
-        """Its handler does not end: nothing more is written through this, and what was written is undone."""
+        """Undo what was written, because the handler does not end."""
         self._close()
         self._scope.connection.terminate()
 
     def discard(self) -> None:
         """Forget what was deferred and not sent."""
         self.writes = []
-        self._scope.deferred = [each for each in self._scope.deferred if each is not self]
+        self._scope.deferred = [sender for sender in self._scope.deferred if sender is not self]
