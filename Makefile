@@ -7,12 +7,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 KAFKA := .cache/kafka
 SUPPLY := .cache/supply
+DOCS := .cache/docs
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 AT_A_TIME ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo shop unit coverage release-check test pythons check oracle verdicts audit lock bench format kafka chromium pgbouncer pictures clean
+.PHONY: help demo shop unit coverage release-check test pythons check oracle verdicts audit lock bench format kafka services chromium pgbouncer pictures docs clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,15 +61,17 @@ check: $(VENV)/dev ## Format, lint, strict types, the architecture, and known ho
 	$(BIN)/python -m pytest -q tests/project/test_architecture.py tests/project/test_sql_names.py tests/project/test_supply.py
 	@$(MAKE) --no-print-directory audit
 
-audit: ## Ask whether a hole is known in a locked version (passes where nobody can be asked)
+audit: ## Known vulnerabilities in locked versions (passes if the service cannot be reached)
 	-@$(MAKE) --no-print-directory --silent $(SUPPLY)/.complete
 	@$(PYTHON) requirements/audit.py $(SUPPLY)/bin/python
 
 # One resolution for all of Python and all platforms, with the hash of every file that may be installed.
 COMPILE = $(SUPPLY)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --no-emit-index-url
-lock: $(SUPPLY)/.complete ## Resolve the dependencies anew and write requirements/*.lock
+lock: $(SUPPLY)/.complete ## Resolve the dependencies again and write requirements/*.lock
 	$(COMPILE) --upgrade --extra dev pyproject.toml --output-file requirements/dev.lock
 	$(COMPILE) --upgrade --constraint requirements/dev.lock pyproject.toml --output-file requirements/runtime.lock
+	$(SUPPLY)/bin/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"]))' \
+		| $(COMPILE) --upgrade - --output-file requirements/docs.lock
 	$(SUPPLY)/bin/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]))' \
 		| $(COMPILE) --upgrade - --output-file requirements/build.lock
 
@@ -81,6 +84,9 @@ format: $(VENV)/dev ## Bring the code into shape
 
 kafka: $(KAFKA)/.complete ## Bring Apache Kafka's jars, for the tests
 
+services: $(VENV)/dev $(KAFKA)/.complete ## Kafka, PostgreSQL and Valkey on free ports until Ctrl-C, and the variables that lead to them
+	@$(BIN)/python tests/support/run_services.py
+
 chromium: ## Bring Chromium, for the tests of the page
 	@sh tests/chromium/install.sh
 
@@ -89,6 +95,10 @@ pgbouncer: ## Bring PgBouncer, for one test
 
 pictures: $(VENV)/dev chromium ## Take the pictures of docs/how-to/shop.md again
 	$(BIN)/python tests/shop/pictures.py
+
+docs: $(DOCS)/.complete ## Build the site of the documents, strictly (.cache/site/index.html)
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+	@echo "good: .cache/site/index.html"
 
 clean: ## Remove what was installed here
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -110,6 +120,12 @@ $(VENV)/demo $(VENV)/shop $(VENV)/dev: $(VENV)/python pyproject.toml
 $(SUPPLY)/.complete: Makefile
 	@$(PYTHON) -m venv $(SUPPLY)
 	@$(SUPPLY)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.11,<1' 'pip-audit>=2.10,<3'
+	@touch $@
+
+# Apart from the rest, too: what is installed for the site cannot come between the tests.
+$(DOCS)/.complete: requirements/docs.lock
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/docs.lock
 	@touch $@
 
 $(KAFKA)/.complete: tests/kafka/pom.xml

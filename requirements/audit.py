@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-LOCKS = ("runtime.lock", "dev.lock", "build.lock")
+LOCKS = ("runtime.lock", "dev.lock", "build.lock", "docs.lock")
 _SECONDS = 60
 # What requests and urllib3 call it, as pip-audit passes it on.
 _AWAY = (
