@@ -62,14 +62,13 @@ async def test_the_readmes_first_handler_works_as_it_stands(
     assert await value(place.dsn, "select balance from accounts where account = 7") == 1000
 
 
-async def test_the_readmes_refund_waits_for_its_payment_and_rejects_what_can_never_be(
+async def test_the_documented_refund_waits_for_its_payment_and_rejects_what_can_never_be(
     exactly_once: ExactlyOnce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, handlers = (ROOT / "README.md").read_text("utf-8").split("```python\n", 1)[1].split("```python\n", 1)
-    refund = handlers.split("```", 1)[0].split('@app.handler("ledger"', 1)[0]
-    imports = "from consumer import Message, Reject, Retry\n"
-    struct = "class Refund(msgspec.Struct):\n    refund_id: UUID\n    payment_id: UUID\n    amount: int\n"
-    code = "\n".join([first.split("```", 1)[0], imports, struct, refund])
+    pages = [ROOT / "README.md", ROOT / "docs" / "reference" / "handlers.md"]
+    first, handlers = (page.read_text("utf-8").split("```python\n", 1)[1].split("```", 1)[0] for page in pages)
+    refund = "class Refund" + handlers.split("class Refund", 1)[1].split('@app.handler("entries"', 1)[0]
+    code = "\n".join([first, "from consumer import Message, Reject, Retry\n", refund])
     (tmp_path / "readme_refund.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     app = load_app("readme_refund:app")

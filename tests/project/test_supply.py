@@ -44,7 +44,9 @@ def wanted(extra: str | None) -> list[Requirement]:
     return found
 
 
-@pytest.mark.parametrize(("lock", "extras"), [("runtime.lock", [None]), ("dev.lock", [None, "dev"])])
+@pytest.mark.parametrize(
+    ("lock", "extras"), [("runtime.lock", [None]), ("dev.lock", [None, "dev"]), ("docs.lock", ["docs"])]
+)
 def test_a_lock_fits_what_is_asked_for(lock: str, extras: list[str | None]) -> None:
     pins = locked(lock)
     for each in [one for extra in extras for one in wanted(extra)]:

@@ -1,0 +1,394 @@
+"""Plain English: words that are banned in code and documents, and the form of docstrings.
+
+Files that are not clean yet are listed. The lists may only shrink: a file that has become clean must leave its list.
+`python tests/project/test_language.py` prints both lists as they are now, with `--all` every fault.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT / "tests" / "support")]
+
+import documents  # noqa: E402
+
+pytestmark = pytest.mark.unit
+
+BANNED = re.compile(
+    r"\b(anew|told|whoever|nobody|heed(s|ed)?|in vain|lest|thereof|therein|whatsoever|befall(s|en)?|as ever|made (of|known)"
+    r"|is at it|comes? about|unasked|to be believed|a flat no)\b",
+    re.IGNORECASE,
+)
+FIRST_LINE_WORDS_MAX = 12
+CODE = sorted((ROOT / "consumer").rglob("*.py"))
+SQL = sorted((ROOT / "consumer").rglob("*.sql"))
+
+# Files that still have banned words, and files with docstrings whose first line is too long or unfinished.
+WORDS_LEFT: set[str] = {
+    "consumer/admin/report.py",
+    "consumer/app.py",
+    "consumer/cli/dlq_settle.py",
+    "consumer/cli/help_text.py",
+    "consumer/cli/migrate.py",
+    "consumer/cli/positions.py",
+    "consumer/cli/purge.py",
+    "consumer/cli/replay.py",
+    "consumer/cli/status.py",
+    "consumer/cli/terminal.py",
+    "consumer/core/constraints.py",
+    "consumer/core/dead_letter_seal.py",
+    "consumer/core/errors.py",
+    "consumer/core/evidence.py",
+    "consumer/core/hosts.py",
+    "consumer/core/identity.py",
+    "consumer/core/log_identity.py",
+    "consumer/core/message.py",
+    "consumer/core/models.py",
+    "consumer/core/ordering.py",
+    "consumer/core/partition_faults.py",
+    "consumer/core/shard_route.py",
+    "consumer/core/values.py",
+    "consumer/dead_letters/publisher.py",
+    "consumer/dead_letters/redrive.py",
+    "consumer/dead_letters/session.py",
+    "consumer/deferred_writes/grammar.py",
+    "consumer/demo/__init__.py",
+    "consumer/error_places.py",
+    "consumer/kafka/fetch_proxy.py",
+    "consumer/kafka/group.py",
+    "consumer/kafka/log_reader.py",
+    "consumer/kafka/oauth.py",
+    "consumer/kafka/protocol.py",
+    "consumer/kafka/source.py",
+    "consumer/local_servers.py",
+    "consumer/logs.py",
+    "consumer/postgres/claim_sql.py",
+    "consumer/postgres/dead_letters.py",
+    "consumer/postgres/migrate.py",
+    "consumer/postgres/migrations/0001_schema.sql",
+    "consumer/postgres/sql_text.py",
+    "consumer/postgres/stopped_partitions.py",
+    "consumer/postgres/waiting_messages.py",
+    "consumer/precheck/breaker.py",
+    "consumer/precheck/client.py",
+    "consumer/rebuild/absent_rows.py",
+    "consumer/rebuild/compare.py",
+    "consumer/rebuild/copies.py",
+    "consumer/rebuild/left_out.py",
+    "consumer/rebuild/rebuild.py",
+    "consumer/rebuild/scratch.py",
+    "consumer/replay/check.py",
+    "consumer/replay/findings.py",
+    "consumer/replay/html_page.py",
+    "consumer/replay/ledger_diff.py",
+    "consumer/replay/replay.py",
+    "consumer/replay/sealed_letters.py",
+    "consumer/replay/timeline.py",
+    "consumer/retention/task.py",
+    "consumer/schemes/database.py",
+    "consumer/schemes/lock.py",
+    "consumer/schemes/moves.py",
+    "consumer/schemes/redis_call.py",
+    "consumer/schemes/states.py",
+    "consumer/schemes/tokens.py",
+    "consumer/schemes/unique.py",
+    "consumer/schemes/versioned.py",
+    "consumer/schemes/web.py",
+    "consumer/sharding/shards.py",
+    "consumer/testing/messages.py",
+    "consumer/testing/outside_statements.py",
+    "consumer/testing/server.py",
+    "consumer/testing/simulated_worker.py",
+    "consumer/testing/trial.py",
+    "consumer/testing/undisturbed.py",
+    "consumer/transaction/dead_letter_rate.py",
+    "consumer/transaction/dry_run_guard.py",
+    "consumer/transaction/errors.py",
+    "consumer/transaction/id_conflicts.py",
+    "consumer/transaction/identify.py",
+    "consumer/transaction/limits.py",
+    "consumer/worker/assignment.py",
+    "consumer/worker/conflict_turns.py",
+    "consumer/worker/health.py",
+    "consumer/worker/lane.py",
+    "consumer/worker/message_log.py",
+    "consumer/worker/offset_commits.py",
+    "consumer/worker/restart_policy.py",
+    "consumer/worker/supervisor.py",
+}
+DOCSTRINGS_LEFT: set[str] = {
+    "consumer/__init__.py",
+    "consumer/__main__.py",
+    "consumer/admin/__init__.py",
+    "consumer/admin/report.py",
+    "consumer/app.py",
+    "consumer/app_loader.py",
+    "consumer/cli/__init__.py",
+    "consumer/cli/demo.py",
+    "consumer/cli/diagram.py",
+    "consumer/cli/dlq.py",
+    "consumer/cli/dlq_settle.py",
+    "consumer/cli/help_text.py",
+    "consumer/cli/interrupts.py",
+    "consumer/cli/main.py",
+    "consumer/cli/migrate.py",
+    "consumer/cli/name_filters.py",
+    "consumer/cli/per_shard.py",
+    "consumer/cli/position_actions.py",
+    "consumer/cli/positions.py",
+    "consumer/cli/purge.py",
+    "consumer/cli/replay.py",
+    "consumer/cli/run.py",
+    "consumer/cli/show.py",
+    "consumer/cli/status.py",
+    "consumer/cli/terminal.py",
+    "consumer/core/__init__.py",
+    "consumer/core/cloudevents.py",
+    "consumer/core/constraints.py",
+    "consumer/core/dead_letter_seal.py",
+    "consumer/core/dead_letters.py",
+    "consumer/core/decode.py",
+    "consumer/core/errors.py",
+    "consumer/core/evidence.py",
+    "consumer/core/fingerprint.py",
+    "consumer/core/handler.py",
+    "consumer/core/hosts.py",
+    "consumer/core/identifiers.py",
+    "consumer/core/identity.py",
+    "consumer/core/log_identity.py",
+    "consumer/core/message.py",
+    "consumer/core/models.py",
+    "consumer/core/ordering.py",
+    "consumer/core/outcome.py",
+    "consumer/core/partition_faults.py",
+    "consumer/core/retention.py",
+    "consumer/core/retry.py",
+    "consumer/core/shard_route.py",
+    "consumer/core/sqlstate.py",
+    "consumer/core/values.py",
+    "consumer/dead_letters/__init__.py",
+    "consumer/dead_letters/publisher.py",
+    "consumer/dead_letters/redrive.py",
+    "consumer/dead_letters/session.py",
+    "consumer/deferred_writes/__init__.py",
+    "consumer/deferred_writes/catalog.py",
+    "consumer/deferred_writes/grammar.py",
+    "consumer/deferred_writes/rounds.py",
+    "consumer/deferred_writes/statement_order.py",
+    "consumer/deferred_writes/writer.py",
+    "consumer/demo/__init__.py",
+    "consumer/demo/application.py",
+    "consumer/error_places.py",
+    "consumer/handler_records/__init__.py",
+    "consumer/handler_records/coverage.py",
+    "consumer/handler_records/handler_code.py",
+    "consumer/handler_records/id_rules.py",
+    "consumer/handler_records/notices.py",
+    "consumer/handler_records/settled_ranges.py",
+    "consumer/handler_records/source_text.py",
+    "consumer/kafka/__init__.py",
+    "consumer/kafka/bounds.py",
+    "consumer/kafka/brokers.py",
+    "consumer/kafka/decompression.py",
+    "consumer/kafka/fetch_proxy.py",
+    "consumer/kafka/group.py",
+    "consumer/kafka/log_reader.py",
+    "consumer/kafka/oauth.py",
+    "consumer/kafka/protocol.py",
+    "consumer/kafka/record_batch.py",
+    "consumer/kafka/source.py",
+    "consumer/local_servers.py",
+    "consumer/logs.py",
+    "consumer/postgres/__init__.py",
+    "consumer/postgres/claim_sql.py",
+    "consumer/postgres/claims.py",
+    "consumer/postgres/connection.py",
+    "consumer/postgres/connection_shortage.py",
+    "consumer/postgres/dead_letters.py",
+    "consumer/postgres/epoch.py",
+    "consumer/postgres/errors.py",
+    "consumer/postgres/grants.py",
+    "consumer/postgres/handlers.py",
+    "consumer/postgres/migrate.py",
+    "consumer/postgres/positions.py",
+    "consumer/postgres/protocol.py",
+    "consumer/postgres/server.py",
+    "consumer/postgres/session.py",
+    "consumer/postgres/sql_settings.py",
+    "consumer/postgres/sql_text.py",
+    "consumer/postgres/sql_tokens.py",
+    "consumer/postgres/stopped_partitions.py",
+    "consumer/postgres/waiting_messages.py",
+    "consumer/precheck/__init__.py",
+    "consumer/precheck/breaker.py",
+    "consumer/precheck/client.py",
+    "consumer/rebuild/__init__.py",
+    "consumer/rebuild/absent_rows.py",
+    "consumer/rebuild/applied.py",
+    "consumer/rebuild/applied_order.py",
+    "consumer/rebuild/beginnings.py",
+    "consumer/rebuild/compare.py",
+    "consumer/rebuild/copies.py",
+    "consumer/rebuild/first_rows.py",
+    "consumer/rebuild/left_out.py",
+    "consumer/rebuild/rebuild.py",
+    "consumer/rebuild/scratch.py",
+    "consumer/replay/__init__.py",
+    "consumer/replay/check.py",
+    "consumer/replay/effects.py",
+    "consumer/replay/findings.py",
+    "consumer/replay/html_page.py",
+    "consumer/replay/ledger_diff.py",
+    "consumer/replay/replay.py",
+    "consumer/replay/republish.py",
+    "consumer/replay/resume.py",
+    "consumer/replay/resume_rules.py",
+    "consumer/replay/sealed_letters.py",
+    "consumer/replay/second_look.py",
+    "consumer/replay/session.py",
+    "consumer/replay/timeline.py",
+    "consumer/retention/__init__.py",
+    "consumer/retention/task.py",
+    "consumer/schemes/__init__.py",
+    "consumer/schemes/database.py",
+    "consumer/schemes/lock.py",
+    "consumer/schemes/moves.py",
+    "consumer/schemes/redis_call.py",
+    "consumer/schemes/states.py",
+    "consumer/schemes/tokens.py",
+    "consumer/schemes/unique.py",
+    "consumer/schemes/versioned.py",
+    "consumer/schemes/web.py",
+    "consumer/settings.py",
+    "consumer/sharding/shards.py",
+    "consumer/testing/__init__.py",
+    "consumer/testing/messages.py",
+    "consumer/testing/outside_rows.py",
+    "consumer/testing/outside_statements.py",
+    "consumer/testing/server.py",
+    "consumer/testing/simulated_worker.py",
+    "consumer/testing/trial.py",
+    "consumer/testing/undisturbed.py",
+    "consumer/tls.py",
+    "consumer/transaction/__init__.py",
+    "consumer/transaction/apply.py",
+    "consumer/transaction/dead_letter_rate.py",
+    "consumer/transaction/dedupe.py",
+    "consumer/transaction/dry_run.py",
+    "consumer/transaction/dry_run_guard.py",
+    "consumer/transaction/errors.py",
+    "consumer/transaction/handler_runner.py",
+    "consumer/transaction/id_conflicts.py",
+    "consumer/transaction/identify.py",
+    "consumer/transaction/invoke.py",
+    "consumer/transaction/isolate.py",
+    "consumer/transaction/limits.py",
+    "consumer/transaction/position_updates.py",
+    "consumer/transaction/result.py",
+    "consumer/transaction/scope.py",
+    "consumer/transaction/settle.py",
+    "consumer/transaction/tx.py",
+    "consumer/worker/__init__.py",
+    "consumer/worker/assignment.py",
+    "consumer/worker/batch_results.py",
+    "consumer/worker/conflict_turns.py",
+    "consumer/worker/connections.py",
+    "consumer/worker/event_loop.py",
+    "consumer/worker/fetcher.py",
+    "consumer/worker/group_check.py",
+    "consumer/worker/halts.py",
+    "consumer/worker/health.py",
+    "consumer/worker/kafka_reports.py",
+    "consumer/worker/lane.py",
+    "consumer/worker/lifetime.py",
+    "consumer/worker/log_monitor.py",
+    "consumer/worker/message_log.py",
+    "consumer/worker/offset_commits.py",
+    "consumer/worker/partition_table.py",
+    "consumer/worker/partitions.py",
+    "consumer/worker/process.py",
+    "consumer/worker/registration.py",
+    "consumer/worker/restart_policy.py",
+    "consumer/worker/shard.py",
+    "consumer/worker/shard_check.py",
+    "consumer/worker/start_positions.py",
+    "consumer/worker/supervisor.py",
+    "consumer/worker/upkeep.py",
+    "consumer/worker/wait_reports.py",
+    "consumer/worker/watchdog.py",
+    "consumer/worker/worker.py",
+}
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def words_of(path: Path) -> list[str]:
+    """The banned words of a file. Code in a document does not count: it is tested where it is from."""
+    text = documents.prose(path) if path.suffix == ".md" else path.read_text("utf-8")
+    return [match[0] for match in BANNED.finditer(text.replace("_", " "))]
+
+
+def docstrings_of(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and first paragraph's first line of each docstring."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield getattr(node, "name", path.stem), text.split("\n", 1)[0]
+
+
+def is_well_formed(line: str) -> bool:
+    """Whether a first line is a short sentence."""
+    return line.rstrip().endswith((".", ":", "?")) and len(line.split()) <= FIRST_LINE_WORDS_MAX
+
+
+def badly_formed(path: Path) -> list[str]:
+    return [f"{name}: {line}" for name, line in docstrings_of(path) if not is_well_formed(line)]
+
+
+def unclean_words() -> set[str]:
+    return {_name(path) for path in [*CODE, *SQL] if words_of(path)}
+
+
+def unclean_docstrings() -> set[str]:
+    return {_name(path) for path in CODE if badly_formed(path)}
+
+
+DOCUMENTS = [*documents.PAGES, ROOT / "Makefile"]
+
+
+def test_documents_have_no_banned_word() -> None:
+    assert {_name(path): words_of(path) for path in DOCUMENTS if words_of(path)} == {}
+
+
+@pytest.mark.parametrize(
+    ("now", "left"),
+    [(unclean_words(), WORDS_LEFT), (unclean_docstrings(), DOCSTRINGS_LEFT)],
+    ids=["banned words", "first lines of docstrings"],
+)
+def test_the_lists_of_unclean_files_only_shrink(now: set[str], left: set[str]) -> None:
+    assert now - left == set(), "`python tests/project/test_language.py --all` prints the faults"
+    assert left - now == set(), "clean now: take it from the list"
+
+
+def main() -> None:
+    for title, files in (("WORDS_LEFT", unclean_words()), ("DOCSTRINGS_LEFT", unclean_docstrings())):
+        print(f"{title}: set[str] = {{")
+        print(*(f'    "{name}",' for name in sorted(files)), sep="\n")
+        print("}")
+    for path in [*CODE, *SQL] if "--all" in sys.argv else []:
+        for line in [*words_of(path), *(badly_formed(path) if path.suffix == ".py" else [])]:
+            print(f"{_name(path)}: {line}")
+
+
+if __name__ == "__main__":
+    main()
