@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from consumer.core.errors import ConsumerError, Misconfigured
@@ -28,8 +24,6 @@ from consumer.transaction.tx import Tx
 
 GRACE_SECONDS = 5.0  # after the cancellation, before the connection is ended
 LAST_SECONDS = 2.0  # after that, before the worker is
-BLOCKED_SECONDS = 2.0  # an event loop that is blocked for so long is reported while it is blocked
-_LOOK_SECONDS = 0.5
 _OF_IDLE = 0.6  # of the idle timeout: a third may pass before the last call of a batch (see postgres/session.py), and some is left
 
 
@@ -213,75 +207,3 @@ def _tell(text: str, call: Call, now: float) -> None:
         seconds=round(now - call.since, 1),
         in_statement=call.in_statement,
     )
-
-
-def memory_mb() -> int | None:
-    """Return this process's memory in RAM; None on other systems than Linux."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
-
-
-class LoopWatch:
-    """A thread that reports which handler blocks the event loop.
-
-    It reports while the loop is blocked; the loop itself could do so only afterwards. It names the handler and the innermost line of code, and no values.
-    """
-
-    def __init__(self, trackers: Iterable[CallTracker]) -> None:
-        self._trackers = list(trackers)
-        self._loop = asyncio.get_running_loop()
-        self._thread_of_loop = threading.get_ident()
-        self._turned_at = time.monotonic()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="consumer-loop-watch", daemon=True)
-
-    def start(self) -> None:
-        """Begin, in the event loop's own thread."""
-        self._turn()
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End; returns when the thread has."""
-        self._over.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _turn(self) -> None:
-        self._turned_at = time.monotonic()
-        if not self._over.is_set():
-            self._loop.call_later(_LOOK_SECONDS, self._turn)
-
-    def _watch(self) -> None:
-        reported = 0.0
-        before = time.monotonic()
-        while not self._over.wait(_LOOK_SECONDS):
-            now, slept_from = time.monotonic(), before
-            before = now
-            if now - slept_from > 2 * _LOOK_SECONDS:
-                continue  # this thread did not run either: the whole process was stopped
-            blocked = now - self._turned_at - _LOOK_SECONDS
-            if blocked < BLOCKED_SECONDS:
-                reported = 0.0
-            elif blocked > 2 * reported:
-                reported = blocked
-                self._tell(blocked)
-
-    def _tell(self, seconds: float) -> None:
-        task = asyncio.current_task(self._loop)
-        names = [calls.running_inline.name for calls in self._trackers if calls.running_inline is not None]
-        names += [call.handler.name for calls in self._trackers for call in [calls.running.get(task)] if call]  # type: ignore[arg-type]
-        frame = sys._current_frames().get(self._thread_of_loop)
-        place = None
-        if frame is not None:
-            code = frame.f_code
-            place = f"{code.co_filename.rsplit('/', 2)[-1]}:{frame.f_lineno} in {code.co_name}"
-        event(
-            logging.WARNING,
-            "the event loop is blocked: a handler does not await",
-            handler=names[0] if names else None,
-            at=place,
-            seconds=round(seconds, 1),
-        )

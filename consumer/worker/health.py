@@ -16,11 +16,12 @@ from consumer.core.message import Partition
 from consumer.kafka.source import KafkaError, Source
 from consumer.logs import event
 from consumer.settings import Settings
-from consumer.transaction.limits import HandlerUncancellable, memory_mb
+from consumer.transaction.limits import HandlerUncancellable
 from consumer.worker.connections import Connections
 from consumer.worker.kafka_reports import KafkaState
 from consumer.worker.lane import LaneRunner
 from consumer.worker.lifetime import Lifetime
+from consumer.worker.loop_monitor import memory_mb
 from consumer.worker.partition_table import State
 from consumer.worker.partitions import Partitions
 from consumer.worker.shard import Shard

@@ -27,7 +27,7 @@ from consumer.retention.task import Keeper, Timestamps
 from consumer.settings import Settings
 from consumer.sharding import shards as shard_registry
 from consumer.transaction.dead_letter_rate import DeadLetterRateLimit
-from consumer.transaction.limits import CallTracker, LoopWatch, limits
+from consumer.transaction.limits import CallTracker, limits
 from consumer.transaction.result import LedgerIds
 from consumer.worker.assignment import Assignment, Report
 from consumer.worker.batch_results import BatchResults
@@ -41,6 +41,7 @@ from consumer.worker.kafka_reports import KafkaState
 from consumer.worker.lane import LaneRunner, LaneServices
 from consumer.worker.lifetime import Lifetime
 from consumer.worker.log_monitor import LogMonitor
+from consumer.worker.loop_monitor import LoopMonitor
 from consumer.worker.message_log import MessageLog
 from consumer.worker.offset_commits import OffsetCommits
 from consumer.worker.partition_table import PartitionTable
@@ -224,7 +225,7 @@ class Worker:
         HandlerUncancellable, a handler's task still runs: nothing but the end of the process ends it.
         """
         async with self._app.running():
-            watch = LoopWatch(lane.calls for lane in self.lanes)
+            watch = LoopMonitor(lane.calls for lane in self.lanes)
             watch.start()
             try:
                 if await self._start():
