@@ -15,10 +15,21 @@ from uuid import UUID
 from consumer.app import App
 from consumer.core.dead_letter_seal import altered
 from consumer.core.identity import event_id, ids_of_text, reads_like_offset
-from consumer.core.log_identity import Committed, Log, Position, Reason, Stop, begin, judge
+from consumer.core.log_identity import (
+    CommittedOffset,
+    HaltReason,
+    ObservedLog,
+    PartitionHalt,
+    Position,
+    check_log,
+    decide_start,
+)
 from consumer.core.message import Partition
 from consumer.core.outcome import Cause
-from consumer.kafka.source import Identity, KafkaError, OpenTransaction, Source
+from consumer.kafka.consumer import KafkaConsumer
+from consumer.kafka.errors import KafkaError
+from consumer.kafka.log_inspection import OpenTransaction
+from consumer.kafka.protocol import Identity
 from consumer.postgres import dead_letters as dead_letters_table
 from consumer.postgres import handler_history, ledger_queries, positions, waiting_messages
 from consumer.postgres.positions import read_positions
@@ -125,7 +136,7 @@ async def miscounts(connection: Any, app: App) -> dict[str, dict[str, int]]:
     }
 
 
-async def partition_lags(connection: Any, source: Source, app: App) -> tuple[list[dict[str, Any]], list[str]]:
+async def partition_lags(connection: Any, source: KafkaConsumer, app: App) -> tuple[list[dict[str, Any]], list[str]]:
     """Per partition: position, end of the log, lag, what waits and what is unread; and the topics that do not exist.
 
     `waiting` messages hold the position back, so that `lag` counts everything behind them too; `unread` is what lies
@@ -133,17 +144,17 @@ async def partition_lags(connection: Any, source: Source, app: App) -> tuple[lis
     last stable offset: an open transaction of a producer holds it back. `end`, `lag` and `unread` are None where no
     leader tells.
     """
-    by_topic = await source.partitions(app.topics)
+    by_topic = await source.log.partitions(app.topics)
     partitions = [each for found in by_topic.values() for each in found]
     offsets = await positions.next_offsets(connection, app.name)
     _, waits = await waiting_messages.read(connection, app.name)
-    ends = await source.ends(partitions, partial=True) if partitions else {}
+    ends = await source.log.ends(partitions, partial=True) if partitions else {}
     absent = [topic for topic, found in by_topic.items() if not found]
-    refused = (await source.identity(absent)).refused if absent else frozenset()
+    refused = (await source.log.identity(absent)).refused if absent else frozenset()
     unknown = [each for each in partitions if each not in offsets]
     for topic in sorted(refused):  # what is known of them without Kafka: all topics have a partition 0
         partitions += sorted(each for each in offsets if each.topic == topic) or [Partition(topic, 0)]
-    begins = await source.beginnings(unknown, partial=True) if unknown else {}
+    begins = await source.log.beginnings(unknown, partial=True) if unknown else {}
     lags = []
     for each in partitions:
         position, end = offsets.get(each), ends.get(each)
@@ -167,16 +178,16 @@ class Health(NamedTuple):
     """What keeps a partition from going on: a person must act on a stop, a producer must end its transaction."""
 
     topic_id: UUID | None
-    stop: Stop | None
+    stop: PartitionHalt | None
     open_transaction: OpenTransaction | None
 
 
 async def partition_health(
     connection: Any,
-    source: Source,
+    source: KafkaConsumer,
     app: App,
     partitions: Sequence[Partition],
-    commits: Mapping[Partition, Committed] = {},
+    commits: Mapping[Partition, CommittedOffset] = {},
 ) -> dict[Partition, Health]:
     """Per partition, judged now as a worker would, whether one runs or not. Raises KafkaError.
 
@@ -187,11 +198,11 @@ async def partition_health(
     own = await installed_at(connection)
     positions = await read_positions(connection, app.name, partitions)
     unreadable = await read_stops(connection, app.name)
-    identity = await source.identity(app.topics)
+    identity = await source.log.identity(app.topics)
     seen = [each for each in partitions if each.topic not in identity.refused]
-    firsts = await source.beginnings(seen, partial=True) if seen else {}
-    stable = await source.ends(seen, partial=True) if seen else {}
-    highs = await source.ends(seen, partial=True, uncommitted=True) if seen else {}
+    firsts = await source.log.beginnings(seen, partial=True) if seen else {}
+    stable = await source.log.ends(seen, partial=True) if seen else {}
+    highs = await source.log.ends(seen, partial=True, uncommitted=True) if seen else {}
 
     async def look(partition: Partition) -> Health:
         """Asks the leader only where what is known of all partitions leaves something open."""
@@ -200,42 +211,44 @@ async def partition_health(
             return Health(
                 None, _stored(unreadable, partition, at) or refused_stop(partition, at.offset if at else 0), None
             )
-        log = Log(identity.cluster_id, identity.topics.get(partition.topic), firsts.get(partition), end)
+        log = ObservedLog(identity.cluster_id, identity.topics.get(partition.topic), firsts.get(partition), end)
         log = log._replace(out_of_range=at is not None and end is not None and at.offset > end)
-        stop = judge(partition, at, log) if at is not None else None
+        stop = check_log(partition, at, log) if at is not None else None
         if at is None and not app.shards:
-            start = begin(partition, commits.get(partition), firsts.get(partition, 0), own)
-            stop = start if isinstance(start, Stop) else None
+            start = decide_start(partition, commits.get(partition), firsts.get(partition, 0), own)
+            stop = start if isinstance(start, PartitionHalt) else None
         found = None
         if end is None:  # no leader at the moment
             return Health(log.topic_id, stop or _stored(unreadable, partition, at), None)
         try:
             if at is not None and at.seen is not None and stop is None:
-                log = log._replace(at_print=await source.print_at(partition, at.seen.offset))
-                stop = judge(partition, at, log)
+                log = log._replace(at_print=await source.log.fingerprint_at(partition, at.seen.offset))
+                stop = check_log(partition, at, log)
             if stable.get(partition, end) < end:
-                found = await source.open_transaction(partition)
+                found = await source.log.open_transaction(partition)
         except (KafkaError, TimeoutError):
             pass  # no leader at the moment, which `end` and `lag` could not tell either
-        if stop is None or stop.reason is Reason.OTHER_RECORD:  # damage can look like another record
+        if stop is None or stop.reason is HaltReason.OTHER_RECORD:  # damage can look like another record
             stop = _stored(unreadable, partition, at) or stop
         return Health(log.topic_id, stop, found)
 
     return dict(zip(partitions, await asyncio.gather(*map(look, partitions)), strict=True))
 
 
-def _stored(unreadable: Mapping[Partition, tuple[Stop, int]], partition: Partition, at: Position | None) -> Stop | None:
+def _stored(
+    unreadable: Mapping[Partition, tuple[PartitionHalt, int]], partition: Partition, at: Position | None
+) -> PartitionHalt | None:
     """Why a worker could not read a partition, unless its position has gone on since."""
     stop, first = unreadable.get(partition, (None, 0))
     return stop if at is None or at.offset <= first else None
 
 
-async def _asked(source: Source, partition: Partition, at: Position, log: Log) -> Log:
+async def _asked(source: KafkaConsumer, partition: Partition, at: Position, log: ObservedLog) -> ObservedLog:
     """With what only the partition's leader can tell. Raises KafkaError."""
-    peek = await source.peek(partition, at.offset)
+    peek = await source.log.peek(partition, at.offset)
     log = log._replace(end=peek.end if peek.end >= 0 else None, out_of_range=peek.out_of_range)
     if at.seen is not None:
-        log = log._replace(at_print=await source.print_at(partition, at.seen.offset))
+        log = log._replace(at_print=await source.log.fingerprint_at(partition, at.seen.offset))
     return log
 
 
@@ -387,8 +400,8 @@ async def move_position(connection: Any, app: str, partition: Partition, offset:
 
 
 async def adopt(
-    connection: Any, source: Source, app: App, partition: Partition, identity: Identity, first: int
-) -> Stop | None:
+    connection: Any, source: KafkaConsumer, app: App, partition: Partition, identity: Identity, first: int
+) -> PartitionHalt | None:
     """Begin another log at its beginning, where a position is of one that is gone. Returns what had been wrong with the
     position, None for one that is of this log: then nothing is changed.
 
@@ -402,8 +415,8 @@ async def adopt(
         at = (await read_positions(connection, app.name, [partition])).get(partition)
         if at is None:
             return None
-        log = Log(identity.cluster_id, topic_id, first)
-        stop = judge(partition, at, log) or judge(partition, at, await _asked(source, partition, at, log))
+        log = ObservedLog(identity.cluster_id, topic_id, first)
+        stop = check_log(partition, at, log) or check_log(partition, at, await _asked(source, partition, at, log))
         if stop is None or not stop.do.endswith("--adopt"):
             return None
         salt = topic_id.bytes if topic_id is not None else secrets.token_bytes(16)

@@ -30,14 +30,14 @@ from consumer.cli.terminal import (
     show,
     with_ledger,
 )
-from consumer.core.dead_letters import State, age_seconds
+from consumer.core.dead_letters import DeadLetterState, age_seconds
 from consumer.core.errors import Misconfigured
 from consumer.core.outcome import Reason
 from consumer.core.suggestions import UnknownName, check_known
 from consumer.dead_letters.redrive import Filters
 from consumer.settings import Settings
 
-_OPEN = (State.DEAD.value, State.WAITING.value)
+_OPEN = (DeadLetterState.DEAD.value, DeadLetterState.WAITING.value)
 
 OfHandler = Annotated[str | None, typer.Option("--handler", help="only of this handler")]
 OfTopic = Annotated[str | None, typer.Option("--topic", help="only from this topic")]
@@ -59,7 +59,9 @@ def dlq_list(
     topic: OfTopic = None,
     reason: ForReason = None,
     group: OfGroup = None,
-    state: Annotated[str, typer.Option("--state", help=f"open (dead or waiting), all, {', '.join(State)}")] = "open",
+    state: Annotated[
+        str, typer.Option("--state", help=f"open (dead or waiting), all, {', '.join(DeadLetterState)}")
+    ] = "open",
     older_than: OlderThan = None,
     newer_than: NewerThan = None,
     by_group: Annotated[bool, typer.Option("--by-group", help="count them by kind of error instead")] = False,
@@ -74,7 +76,7 @@ def dlq_list(
     A letter is dead (somebody must decide), waiting (behind a dead one of its key), applied (by a retry) or discarded.
     A filter that names what does not exist is an error (exit code 2), not an empty answer.
     """
-    states = {"open": _OPEN, "all": None, **{each.value: (each.value,) for each in State}}
+    states = {"open": _OPEN, "all": None, **{each.value: (each.value,) for each in DeadLetterState}}
     check_known("--state", state, states, "this command")
     found = filters(None, handler, topic, reason, group, older_than, newer_than)
     wanted = states["all"] if actions and state == "open" else states[state]

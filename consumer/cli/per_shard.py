@@ -16,7 +16,7 @@ from consumer.cli import terminal
 from consumer.cli.terminal import out, print_json
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.core.suggestions import UnknownName, suggestion
-from consumer.kafka.source import KafkaError
+from consumer.kafka.errors import KafkaError
 from consumer.settings import Settings
 from consumer.sharding import shards
 

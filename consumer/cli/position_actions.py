@@ -13,15 +13,16 @@ from consumer.admin import report
 from consumer.app import App
 from consumer.cli.terminal import Refused, print_json, with_ledger
 from consumer.core.errors import Misconfigured
-from consumer.core.log_identity import Log, Position, judge
+from consumer.core.log_identity import ObservedLog, Position, check_log
 from consumer.core.message import Partition
 from consumer.core.suggestions import UnknownName, suggestion
 from consumer.handler_records import coverage, id_rules, notices
 from consumer.kafka import group
+from consumer.kafka.bounds import AtPosition as AtPosition
 from consumer.kafka.bounds import Bound, Earliest, Latest, Offset, Time
-from consumer.kafka.bounds import Position as AtPosition
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.log_reader import find_partitions, parse
-from consumer.kafka.source import Identity, Source
+from consumer.kafka.protocol import Identity
 from consumer.postgres.positions import read_positions
 from consumer.settings import Settings
 
@@ -50,14 +51,14 @@ async def move(
 
     apply_again: also back to messages that were applied under ids of another rule.
     """
-    source = Source(settings, None)
+    source = KafkaConsumer(settings, None)
     await source.start(settings.wait_seconds)
     try:
         wanted = await find_partitions(source, [topic], None if partition is None else [partition])
-        firsts, ends = await source.beginnings(wanted), await source.ends(wanted)
+        firsts, ends = await source.log.beginnings(wanted), await source.log.ends(wanted)
         held = {each: Ends(firsts[each], ends[each]) for each in wanted}
         offsets = await _offsets(app, source, held, to, settings)
-        identity = await source.identity([topic])
+        identity = await source.log.identity([topic])
     finally:
         await source.stop(5)
 
@@ -80,7 +81,7 @@ async def move(
 
 
 async def _offsets(
-    app: App, source: Source, held: Mapping[Partition, Ends], to: str, settings: Settings
+    app: App, source: KafkaConsumer, held: Mapping[Partition, Ends], to: str, settings: Settings
 ) -> dict[Partition, int]:
     """Where each partition is to be moved. Raises Misconfigured for an offset that a log does not hold."""
     if to.strip().lower() == _COMMITTED:
@@ -90,7 +91,7 @@ async def _offsets(
         found = {each: commits[each].offset for each in held}
     else:
         bound = parse(to, "--to", int(time.time() * 1000), f"earliest, latest, {_COMMITTED}")
-        times = await source.offsets_at(list(held), bound.milliseconds) if isinstance(bound, Time) else {}
+        times = await source.log.offsets_at(list(held), bound.milliseconds) if isinstance(bound, Time) else {}
         found = {each: _offset(bound, ends, times.get(each)) for each, ends in held.items()}
     if wrong := [each for each, ends in held.items() if not ends.first <= found[each] <= ends.end]:
         spans = ", ".join(f"{_places([each])} {held[each].first} to {held[each].end}" for each in wrong[:5])
@@ -115,9 +116,9 @@ def _offset(bound: Bound, ends: Ends, at_time: int | None) -> int:
 
 
 def _refuse_other_logs(known: Mapping[Partition, Position], identity: Identity, topic: str) -> None:
-    log = Log(identity.cluster_id, identity.topics.get(topic))
+    log = ObservedLog(identity.cluster_id, identity.topics.get(topic))
     for partition, at in sorted(known.items()):
-        if (stop := judge(partition, at, log)) is not None:
+        if (stop := check_log(partition, at, log)) is not None:
             raise Misconfigured(f"{stop.text}: begin with it by --topic {topic} --adopt")
 
 
@@ -141,11 +142,11 @@ def _print_moved(
 
 async def adopt(app: App, topic: str, partition: int | None, settings: Settings, as_json: bool) -> int:
     """Begin another log at its beginning, for one partition or for all of a topic that stopped for this."""
-    source = Source(settings, None)
+    source = KafkaConsumer(settings, None)
     await source.start(settings.wait_seconds)
     try:
         wanted = await find_partitions(source, [topic], None if partition is None else [partition])
-        identity, firsts = await source.identity([topic]), await source.beginnings(wanted)
+        identity, firsts = await source.log.identity([topic]), await source.log.beginnings(wanted)
 
         async def ask(connection: Any) -> list[tuple[Partition, Any]]:
             return [

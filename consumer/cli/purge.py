@@ -19,7 +19,7 @@ from consumer.core.errors import Misconfigured
 from consumer.core.message import Partition
 from consumer.core.retention import HOUR, State, Step, Turn, Wait, contradictions, wanted
 from consumer.core.suggestions import UnknownName, suggestion
-from consumer.kafka.source import Source
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.postgres import generations
 from consumer.postgres.connection import database_epoch, translated_errors
 from consumer.postgres.handlers import topic_numbers
@@ -80,7 +80,7 @@ async def _purge(
     settings: Settings, hours: float, dry_run: bool, force: bool, retired: str | None, as_json: bool
 ) -> int:
     connection = await connected(settings)
-    source = Source(settings, None)
+    source = KafkaConsumer(settings, None)
     try:
         with translated_errors(settings):
             await database_epoch(connection, settings)

@@ -23,7 +23,7 @@ from consumer.core.errors import Misconfigured, ServiceUnavailable
 from consumer.core.identity import OffsetId
 from consumer.core.shard_route import Router
 from consumer.handler_records import notices
-from consumer.kafka.source import Source
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.postgres.connection import PAUSE_SECONDS, dsn_label, translated_errors, wait_for
 from consumer.postgres.errors import Outage
 from consumer.postgres.session import Session
@@ -136,11 +136,11 @@ async def _ready(app: App, path: str, settings: Settings) -> None:
             await precheck.start("")
         finally:
             await precheck.stop()
-    source = Source(settings, None)
+    source = KafkaConsumer(settings, None)
     await source.start(settings.wait_seconds)
     try:
-        missing = [topic for topic, found in (await source.partitions(app.topics)).items() if not found]
-        if target is not None and not (await source.partitions([target]))[target]:
+        missing = [topic for topic, found in (await source.log.partitions(app.topics)).items() if not found]
+        if target is not None and not (await source.log.partitions([target]))[target]:
             raise Misconfigured(f"--dead-letter-topic {target}: there is no such topic yet: it is not made by itself")
         await task.check(settings, list(app.topics))
     finally:

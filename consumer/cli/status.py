@@ -24,7 +24,7 @@ from consumer.cli.terminal import with_ledger as _with_ledger
 from consumer.core.message import Partition
 from consumer.handler_records import notices
 from consumer.kafka import group
-from consumer.kafka.source import Source
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.postgres import waiting_messages
 from consumer.settings import Settings
 
@@ -56,7 +56,7 @@ async def _probe(settings: Settings, as_json: bool) -> int:
     async def nothing(_: Any) -> None:
         return None
 
-    source = Source(settings, None)
+    source = KafkaConsumer(settings, None)
     await source.start(settings.wait_seconds)
     try:
         await _with_ledger(settings, nothing)
@@ -71,7 +71,7 @@ async def _probe(settings: Settings, as_json: bool) -> int:
 
 async def status_of(app: App, path: str, settings: Settings, as_json: bool, exact: bool = False) -> int:
     """Print the status of an App in one database; returns the exit code."""
-    source = Source(settings, None)
+    source = KafkaConsumer(settings, None)
     await source.start(settings.wait_seconds)
 
     async def ask(connection: Any) -> tuple[Any, ...]:

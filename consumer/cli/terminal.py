@@ -33,7 +33,7 @@ from rich.table import Column, Table
 from consumer import logs
 from consumer.cli.help_text import Command, heading_of, metavar_of
 from consumer.core.errors import ConsumerError, Misconfigured
-from consumer.kafka.source import KafkaError
+from consumer.kafka.errors import KafkaError
 from consumer.postgres.connection import connect, database_epoch, translated_errors, wait_for
 from consumer.postgres.errors import redacted_message, sqlstate_of
 from consumer.settings import Settings, load

@@ -18,7 +18,7 @@ from consumer.core.message import Record
 from consumer.core.outcome import Dead, Outcome, Reason, RetryLater
 
 
-class State(StrEnum):
+class DeadLetterState(StrEnum):
     """What a letter is. Open ones are dead or waiting; the others are settled for good, and stay as a trace."""
 
     DEAD = "dead"  # somebody must decide
@@ -35,30 +35,32 @@ class KeyHold(Enum):
     FREE = "free"
 
 
-class Fate(NamedTuple):
+class Transition(NamedTuple):
     """What an attempt makes of a letter: its state, whether it stays in its chain, and whether the next one may run."""
 
-    state: State
-    stays: bool
-    goes_on: bool
+    state: DeadLetterState
+    keeps_key_blocked: bool
+    releases_next: bool
 
 
-def holds(verdict: Dead) -> bool:
+def blocks_key(verdict: Dead) -> bool:
     """Whether later messages of its unit wait for this letter, or behind it."""
     return verdict.reason in (Reason.FAILED, Reason.BEHIND)
 
 
-def fate(outcome: Outcome | None) -> Fate:
+def next_state(outcome: Outcome | None) -> Transition:
     """The fate of the first letter of a chain, or of one without a chain. None: applied."""
     match outcome:
-        case Dead() if holds(outcome):
-            return Fate(State.DEAD, stays=True, goes_on=False)
+        case Dead() if blocks_key(outcome):
+            return Transition(DeadLetterState.DEAD, keeps_key_blocked=True, releases_next=False)
         case Dead():
-            return Fate(State.DEAD, stays=False, goes_on=True)  # a verdict about this message alone
+            return Transition(
+                DeadLetterState.DEAD, keeps_key_blocked=False, releases_next=True
+            )  # a verdict about this message alone
         case RetryLater():
-            return Fate(State.DEAD, stays=True, goes_on=False)
+            return Transition(DeadLetterState.DEAD, keeps_key_blocked=True, releases_next=False)
         case _:
-            return Fate(State.APPLIED, stays=False, goes_on=True)
+            return Transition(DeadLetterState.APPLIED, keeps_key_blocked=False, releases_next=True)
 
 
 def ordering_key_hash(order: str, record: Record) -> bytes | None:

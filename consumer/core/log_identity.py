@@ -17,7 +17,7 @@ from uuid import UUID
 from consumer.core.message import Partition
 
 
-class Print(NamedTuple):
+class RecordFingerprint(NamedTuple):
     """A record as it was once read: what should be found at its offset again. Time in milliseconds."""
 
     offset: int
@@ -36,16 +36,16 @@ class Position(NamedTuple):
     cluster_id: str | None = None
     topic_id: UUID | None = None
     salt: bytes | None = None
-    seen: Print | None = None
+    seen: RecordFingerprint | None = None
     first: int | None = None
     handlers: str | None = None  # numbers of those that settle from here on; see handler_records/settled_ranges.py
     holds: int = 0  # made by others than the partition's owner, so far; see replay/session.py
 
 
-NOWHERE = Position(-1)  # of a partition that has stopped without a position
+NO_POSITION = Position(-1)  # of a partition that has stopped without a position
 
 
-def note(copied: Iterable[tuple[str, Position | None]]) -> str:
+def commit_metadata(copied: Iterable[tuple[str, Position | None]]) -> str:
     """What is written beside a copy in Kafka: for each database which schema it is, and where the application began in it.
 
     copied: a schema's installation (one word) and the position in it.
@@ -53,7 +53,7 @@ def note(copied: Iterable[tuple[str, Position | None]]) -> str:
     return " ".join(f"{word} {at.first}" for word, at in copied if word and at is not None and at.first is not None)
 
 
-class Log(NamedTuple):
+class ObservedLog(NamedTuple):
     """What is seen of a partition's log now. None: the broker does not tell, or was not asked.
 
     out_of_range: the broker refused the position. at_print: what lies at the offset of the print (None: nothing, which
@@ -65,10 +65,10 @@ class Log(NamedTuple):
     first: int | None = None
     end: int | None = None
     out_of_range: bool = False
-    at_print: Print | None = None
+    at_print: RecordFingerprint | None = None
 
 
-class Reason(StrEnum):
+class HaltReason(StrEnum):
     """Why a partition does not go on by itself."""
 
     OTHER_CLUSTER = "other_cluster"
@@ -83,13 +83,13 @@ class Reason(StrEnum):
     OTHER_DATABASE = "other_database"
 
 
-class Stop(NamedTuple):
+class PartitionHalt(NamedTuple):
     """Why a partition stopped: one sentence, what lets it go on, the missing range.
 
     do: options of `consumer positions APP`; where no position helps, an instruction in words.
     """
 
-    reason: Reason
+    reason: HaltReason
     text: str
     do: str
     missing: tuple[int, int] | None = None  # first and last offset
@@ -99,23 +99,23 @@ class Stop(NamedTuple):
         return f"consumer positions {path} {self.do}{suffix}" if self.do.startswith("--") else self.do
 
 
-class Committed(NamedTuple):
+class CommittedOffset(NamedTuple):
     """What the group has committed in Kafka: the offset and the text beside it."""
 
     offset: int
-    note: str = ""
+    metadata: str = ""
 
 
-class Beginning(NamedTuple):
+class StartOffset(NamedTuple):
     """Where to begin a partition that has no position, and why there."""
 
     offset: int
     why: Literal["log", "lost", "shard", "group"]  # the log's beginning, our lost position, a new shard, another client
 
 
-def begin(
-    partition: Partition, committed: Committed | None, log_first: int, own: str, others: Collection[str] = ()
-) -> Beginning | Stop:
+def decide_start(
+    partition: Partition, committed: CommittedOffset | None, log_first: int, own: str, others: Collection[str] = ()
+) -> StartOffset | PartitionHalt:
     """Decide where a partition without a position begins, or why a person must decide.
 
     own: the installation of the ledger. others: those of the App's other shards. A commit that notes installations is a
@@ -124,19 +124,19 @@ def begin(
     messages its tables already hold.
     """
     if committed is None:
-        return Beginning(log_first, "log")
-    noted = _noted(committed.note)
+        return StartOffset(log_first, "log")
+    noted = _noted(committed.metadata)
     if own in noted:
-        return Beginning(max(noted[own], log_first), "lost")
+        return StartOffset(max(noted[own], log_first), "lost")
     if set(noted) - set(others):
-        return Stop(
-            Reason.OTHER_DATABASE,
+        return PartitionHalt(
+            HaltReason.OTHER_DATABASE,
             f"another database holds the positions of this application: its group has committed {committed.offset} in Kafka, "
             "and this ledger knows nothing of what is below. Use that database again, or decide: --to earliest applies all "
             f"that the log still holds, --to committed goes on at {committed.offset} and applies nothing below",
             f"--topic {partition.topic} --partition {partition.partition} --to earliest",
         )
-    return Beginning(committed.offset, "shard" if noted else "group")
+    return StartOffset(committed.offset, "shard" if noted else "group")
 
 
 def _noted(text: str) -> dict[str, int]:
@@ -147,42 +147,42 @@ def _noted(text: str) -> dict[str, int]:
     return dict(zip(words[::2], map(int, words[1::2]), strict=True))
 
 
-def judge(partition: Partition, known: Position, log: Log) -> Stop | None:
+def check_log(partition: Partition, known: Position, log: ObservedLog) -> PartitionHalt | None:
     """Why the partition must not go on from its position, or None."""
     where = f"--topic {partition.topic} --partition {partition.partition}"
     adopt = f"{where} --adopt"
     if _differ(known.cluster_id, log.cluster_id):
-        return Stop(
-            Reason.OTHER_CLUSTER,
+        return PartitionHalt(
+            HaltReason.OTHER_CLUSTER,
             f"the position {known.offset} is of the cluster {known.cluster_id}, and this is {log.cluster_id}: "
             "the same messages may have other offsets here",
             adopt,
         )
     if _differ(known.topic_id, log.topic_id):
-        return Stop(
-            Reason.OTHER_TOPIC,
+        return PartitionHalt(
+            HaltReason.OTHER_TOPIC,
             f"topic {partition.topic} was deleted and made anew: the position {known.offset} is of the topic with id "
             f"{known.topic_id}, and this one is {log.topic_id}",
             adopt,
         )
     if log.first is not None and known.offset < log.first:
         last = log.first - 1
-        return Stop(
-            Reason.RECORDS_REMOVED,
+        return PartitionHalt(
+            HaltReason.RECORDS_REMOVED,
             f"the records {known.offset} to {last} were removed from the log before they were read",
             f"{where} --to {log.first}",
             (known.offset, last),
         )
     if log.out_of_range and log.end is not None and known.offset > log.end:
-        return Stop(
-            Reason.BEYOND_THE_END,
+        return PartitionHalt(
+            HaltReason.BEYOND_THE_END,
             f"the position {known.offset} lies beyond the log, which ends at {log.end}: its tail was lost "
             "(unclean leader election, restored broker), or it is another log",
             f"{where} --to earliest",
         )
     if known.seen is not None and log.at_print is not None and known.seen != log.at_print:
-        return Stop(
-            Reason.OTHER_RECORD,
+        return PartitionHalt(
+            HaltReason.OTHER_RECORD,
             f"the record at offset {known.seen.offset} is not the one that was read there: the log was truncated and "
             "written again, or it is another one"
             + ("" if log.topic_id is not None else " (this broker does not tell topic ids)"),

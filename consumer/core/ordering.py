@@ -24,7 +24,7 @@ import msgspec
 from consumer.core.dead_letters import ordering_key_hash
 from consumer.core.evidence import Why
 from consumer.core.handler import Handler
-from consumer.core.log_identity import Print
+from consumer.core.log_identity import RecordFingerprint
 from consumer.core.message import Partition, Record
 from consumer.core.outcome import Outcome
 
@@ -108,7 +108,7 @@ class PositionUpdate(NamedTuple):
     previous: int
     next: int
     topic_id: UUID | None = None
-    seen: Print | None = None
+    seen: RecordFingerprint | None = None
     handlers: str | None = None
     holds: int = 0
 

@@ -8,45 +8,45 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from consumer.core.log_identity import Reason, Stop
+from consumer.core.log_identity import HaltReason, PartitionHalt
 from consumer.core.message import Partition
 
 RETRY_SECONDS = (2.0, 4.0, 8.0, 15.0)  # the last one again and again
 _TELL_AGAIN_SECONDS = 600.0
 
 
-class Failure(NamedTuple):
+class ReadFailure(NamedTuple):
     """What a fetch of a partition from `first` met.
 
     last: the last offset of the batch, None where it is unknown. is_brokers: the broker itself cannot read it.
     """
 
-    reason: Reason
+    reason: HaltReason
     text: str
     first: int
     last: int | None = None
     is_brokers: bool = False
 
 
-def stop_of(partition: Partition, failure: Failure) -> Stop:
+def halt_of(partition: Partition, failure: ReadFailure) -> PartitionHalt:
     """The Stop for a failure: what it says and which command goes on."""
     first, last = failure.first, failure.last if failure.last is not None else failure.first
     place = f"--topic {partition.topic} --partition {partition.partition}"
     match failure.reason:
-        case Reason.NOT_ALLOWED:
-            return Stop(
-                Reason.NOT_ALLOWED,
+        case HaltReason.NOT_ALLOWED:
+            return PartitionHalt(
+                HaltReason.NOT_ALLOWED,
                 f"Kafka refuses to read topic {partition.topic}: {failure.text}",
                 f"allow the worker's Kafka user READ and DESCRIBE on {partition.topic} (kafka-acls.sh); it goes on by itself",
             )
-        case Reason.BROKER_ERROR:
-            return Stop(
-                Reason.BROKER_ERROR,
+        case HaltReason.BROKER_ERROR:
+            return PartitionHalt(
+                HaltReason.BROKER_ERROR,
                 f"the brokers give nothing from offset {first}: {failure.text}",
                 "repair the partition in Kafka; it goes on by itself",
             )
     records = f"record {first}" if last == first else f"records {first} to {last}"
-    return Stop(
+    return PartitionHalt(
         failure.reason,
         f"{records} cannot be read: {failure.text}",
         f"{place} --to {last + 1}",
@@ -54,17 +54,17 @@ def stop_of(partition: Partition, failure: Failure) -> Stop:
     )
 
 
-class Trouble:
+class UnreadablePartition:
     """One unreadable partition: since when, how often it was tried, and whether that was told."""
 
-    def __init__(self, stop: Stop, first: int, now: float) -> None:
+    def __init__(self, stop: PartitionHalt, first: int, now: float) -> None:
         self.stop = stop
         self.first = first
         self.attempts = 0
         self.retry_at = now + RETRY_SECONDS[0]
         self._told_at: float | None = None
 
-    def again(self, stop: Stop, first: int, now: float) -> bool:
+    def record_failure(self, stop: PartitionHalt, first: int, now: float) -> bool:
         """Note a failure; returns whether it is to be logged: a new one at once, the same one rarely."""
         is_new = (stop.reason, stop.text) != (self.stop.reason, self.stop.text) or self._told_at is None
         if is_new:

@@ -20,7 +20,8 @@ from contextlib import suppress
 from typing import Any
 
 from consumer.core.errors import ConsumerError
-from consumer.kafka.source import KafkaError, producing
+from consumer.kafka.errors import KafkaError
+from consumer.kafka.producer import open_producer
 from consumer.logs import describe, event
 from consumer.postgres.session import Session
 from consumer.settings import Settings
@@ -50,7 +51,7 @@ async def relay(
         if session is None:
             return
         try:
-            async with producing(settings, idempotent=True) as producer:
+            async with open_producer(settings, idempotent=True) as producer:
                 while True:
                     pause = _BACKOFF_SECONDS[0]
                     if not await _publish(app, topic, session, producer):

@@ -20,7 +20,7 @@ from uuid import UUID
 
 from consumer.app import App
 from consumer.core.dead_letter_seal import REST, VALUE, altered
-from consumer.core.dead_letters import State
+from consumer.core.dead_letters import DeadLetterState
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.handler import Handler
 from consumer.core.identity import OffsetId, edit_id, message_id
@@ -213,7 +213,7 @@ class Redrive:
                 raise Misconfigured(
                     f"dead letter {number} is of the App {app!r}, not {self.app.name!r} (nothing was changed)"
                 )
-            if state not in (State.DEAD, State.WAITING):
+            if state not in (DeadLetterState.DEAD, DeadLetterState.WAITING):
                 raise Misconfigured(
                     f"dead letter {number} is {state} already: see `consumer dlq show {number}` (nothing was changed)"
                 )

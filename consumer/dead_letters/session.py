@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from consumer.core.dead_letters import Fate, State, fate, group_of
+from consumer.core.dead_letters import DeadLetterState, Transition, group_of, next_state
 from consumer.core.errors import ConsumerError
 from consumer.core.ordering import Delivery, PositionUpdate
 from consumer.core.outcome import Dead, Outcome, Reason, RetryLater
@@ -163,7 +163,7 @@ class LetterSession(Session):
                 continue
             each.begin(row)
             other = others.get((row["handler"], row["chain"]))
-            if row["state"] not in (State.DEAD, State.WAITING):
+            if row["state"] not in (DeadLetterState.DEAD, DeadLetterState.WAITING):
                 refused[each] = ("settled", f"it is {row['state']} already: see `consumer dlq show {each.number}`")
             elif each.what == "discard":
                 continue
@@ -249,18 +249,18 @@ class LetterSession(Session):
                     acted.append((letter, None))
                 continue
             row, new_id = letter.row, letter.edit.new_id if letter.edit is not None else None
-            if new_id is not None and after.state is State.APPLIED:
-                after = after._replace(state=State.DISCARDED)
-            acted.append((letter, new_id if after.state is State.DISCARDED else None))
-            if letter.edit is not None and after.state is State.DEAD:
+            if new_id is not None and after.state is DeadLetterState.APPLIED:
+                after = after._replace(state=DeadLetterState.DISCARDED)
+            acted.append((letter, new_id if after.state is DeadLetterState.DISCARDED else None))
+            if letter.edit is not None and after.state is DeadLetterState.DEAD:
                 continue  # the edit was no good: the letter is as it was
             updates.append(_updated(letter, after))
-            letter.goes_on = after.goes_on
-            if row["state"] == State.WAITING and after.state is State.DEAD:
+            letter.goes_on = after.releases_next
+            if row["state"] == DeadLetterState.WAITING and after.state is DeadLetterState.DEAD:
                 publish.append(letter.number)
-            if row["chain"] is not None and not after.stays:
+            if row["chain"] is not None and not after.keeps_key_blocked:
                 released.append((row["handler"], row["chain"]))
-            if after.state is State.APPLIED:
+            if after.state is DeadLetterState.APPLIED:
                 if letter.other_id and letter.edit is None:
                     stand_ins.append((row["handler"], row["id"]))
                 # A letter was counted when it died; now its message is applied, or something else.
@@ -303,7 +303,7 @@ class LetterSession(Session):
         try:
             await super().begin()
             await self._lock(letters)
-            after = Fate(State.DISCARDED, stays=False, goes_on=True)
+            after = Transition(DeadLetterState.DISCARDED, keeps_key_blocked=False, releases_next=True)
             for each in letters:
                 each.outcome, each.text = "discarded", each.why
             await self.connection.execute(
@@ -333,12 +333,12 @@ class LetterSession(Session):
             raise
 
 
-def _fate(letter: Letter) -> Fate | None:
+def _fate(letter: Letter) -> Transition | None:
     """What an attempt makes of a letter; None: it stays as it is."""
     if letter.outcome in ("unsure", "other_letter", "behind"):
         return None
     outcome: Outcome | None = letter.verdict
-    return fate(outcome)
+    return next_state(outcome)
 
 
 def told(letter: Letter) -> tuple[str, str]:
@@ -361,7 +361,7 @@ def told(letter: Letter) -> tuple[str, str]:
     return "applied", letter.why
 
 
-def _updated(letter: Letter, after: Fate) -> tuple[Any, ...]:
+def _updated(letter: Letter, after: Transition) -> tuple[Any, ...]:
     """The new row of a letter, as _UPDATE takes it."""
     row, verdict = letter.row, letter.verdict if letter.edit is None else None
     reason, error, kind, group = row["reason"], row["error"], row["kind"], row["error_group"]
@@ -371,4 +371,4 @@ def _updated(letter: Letter, after: Fate) -> tuple[Any, ...]:
         error, kind = storable(verdict.error), storable(verdict.kind)
         group = group_of(row["handler_name"], reason, kind, error)
     attempts = row["attempts"] if letter.attempts is None else letter.attempts
-    return letter.number, after.state.value, after.stays, reason, error, attempts, kind, group
+    return letter.number, after.state.value, after.keeps_key_blocked, reason, error, attempts, kind, group

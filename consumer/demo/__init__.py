@@ -28,7 +28,11 @@ from consumer.admin import report
 from consumer.core.errors import ConsumerError
 from consumer.core.message import Partition
 from consumer.demo.application import app
-from consumer.kafka.source import Source, create_topic, producing
+from consumer.kafka.admin import create_topic
+from consumer.kafka.brokers import Brokers
+from consumer.kafka.consumer import KafkaConsumer
+from consumer.kafka.log_inspection import LogInspection
+from consumer.kafka.producer import open_producer
 from consumer.local_servers import Postgres, Tansu, Valkey, die_with_parent
 from consumer.postgres import migrate
 from consumer.postgres.connection import connect
@@ -51,11 +55,11 @@ insert into accounts (account) select generate_series(0, {ACCOUNTS - 1});
 """
 
 
-class _Known(Source):
-    """The topic as its producer knows it: Tansu tells the beginning of the last batch for the end of the log."""
+class _KnownEnds(LogInspection):
+    """Ends of the log as the producer knows them: Tansu gives the beginning of the last batch for the end of the log."""
 
-    def __init__(self, settings: Settings, ends: Mapping[Partition, int]) -> None:
-        super().__init__(settings, None)
+    def __init__(self, brokers: Brokers, ends: Mapping[Partition, int]) -> None:
+        super().__init__(brokers)
         self._ends = ends
 
     async def ends(
@@ -242,7 +246,7 @@ class Demo:
         expected: dict[int, int] = {}
         seen: set[UUID] = set()
         pace = _PRODUCE_SECONDS * _CHUNK / len(self._payments)
-        async with producing(settings) as producer:
+        async with open_producer(settings) as producer:
             await self._all_opened.wait()
             self._tell(f"producing {len(self._payments):,} payments, {DUPLICATES_PERCENT} % of them twice")
             for start in range(0, len(self._payments), _CHUNK):
@@ -365,7 +369,14 @@ class Demo:
         found = self._found
         modes: tuple[Mode, ...] = ("check", "apply", "rebuild")
         replays = [
-            await replay(app, settings, [TOPIC], Options(mode=mode), Told(), source=_Known(settings, self._ends))
+            await replay(
+                app,
+                settings,
+                [TOPIC],
+                Options(mode=mode),
+                Told(),
+                source=KafkaConsumer(settings, None, inspect=lambda brokers: _KnownEnds(brokers, self._ends)),
+            )
             for mode in modes
         ]
         check, apply, rebuilt = replays

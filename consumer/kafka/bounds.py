@@ -24,7 +24,7 @@ class Latest:
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
+class AtPosition:
     """The application's position in PostgreSQL when the replay begins: up to where its workers have settled everything."""
 
 
@@ -42,7 +42,7 @@ class Time:
     milliseconds: int
 
 
-Bound: TypeAlias = Earliest | Latest | Position | Offset | Time
+Bound: TypeAlias = Earliest | Latest | AtPosition | Offset | Time
 
 
 class Span(NamedTuple):
@@ -58,7 +58,7 @@ class Span(NamedTuple):
         return self.end - self.first
 
 
-class Log(NamedTuple):
+class LogRange(NamedTuple):
     """What is known of a partition's log, to resolve bounds with. position: None before its first settled message."""
 
     begin: int
@@ -68,7 +68,7 @@ class Log(NamedTuple):
     to_time: int | None
 
 
-def span(partition: Partition, log: Log, start: Bound, end: Bound) -> Span:
+def span(partition: Partition, log: LogRange, start: Bound, end: Bound) -> Span:
     """The offsets of one partition between two bounds; empty where it holds nothing between them.
 
     Raises Misconfigured where the log has dropped records that the bounds ask for.
@@ -84,22 +84,22 @@ def span(partition: Partition, log: Log, start: Bound, end: Bound) -> Span:
             raise Misconfigured(
                 f"--from: {gone}, and that may be records of the time asked for; --from earliest takes what is left"
             )
-        case Position() if log.position is not None and log.position < log.begin:
+        case AtPosition() if log.position is not None and log.position < log.begin:
             raise Misconfigured(f"--from position: {gone}, and the position is {log.position}")
     match end:
-        case Offset() | Time() | Position() if last < log.begin:
+        case Offset() | Time() | AtPosition() if last < log.begin:
             raise Misconfigured(f"--to: {gone}")
     first = min(first, log.end)
     return Span(partition, first, max(first, min(last, log.end)))
 
 
-def _offset(bound: Bound, log: Log, at_time: int | None) -> int:
+def _offset(bound: Bound, log: LogRange, at_time: int | None) -> int:
     match bound:
         case Earliest():
             return log.begin
         case Latest():
             return log.end
-        case Position():
+        case AtPosition():
             return log.begin if log.position is None else log.position
         case Offset(number):
             return number

@@ -2,7 +2,7 @@
 
 Knows the answers to fetches. A partition that the broker refuses, or whose record batches have broken frames, is taken out of
 the answer and reported, since the client raises such an error from `getmany` for all partitions, asks again in a busy loop,
-or skips the records. What it does not know: what a batch holds; kafka/source.py guards its decoding.
+or skips the records. What it does not know: what a batch holds; kafka/fetch_faults.py guards its decoding.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from uuid import UUID
 from aiokafka.errors import for_code
 from aiokafka.protocol.fetch import FetchRequest
 
-from consumer.core.log_identity import Reason
+from consumer.core.log_identity import HaltReason
 from consumer.core.message import Partition
-from consumer.core.partition_faults import Failure
+from consumer.core.partition_faults import ReadFailure
 from consumer.kafka.protocol import FetchById, Unsupported
 from consumer.kafka.record_batch import Damage, check
 
@@ -35,7 +35,7 @@ class Listener(Protocol):
     def refused(self, partition: Partition) -> None:
         """The broker does not have the topic under its id (any more, or yet)."""
 
-    def failed(self, partition: Partition, failure: Failure) -> None:
+    def failed(self, partition: Partition, failure: ReadFailure) -> None:
         """It cannot be read from this offset on."""
 
     def delayed(self, partition: Partition, why: str) -> None:
@@ -190,7 +190,7 @@ class FetchingById:
             self._listener.refused(partition)
             self.force_metadata_update()
         elif error == _NOT_ALLOWED:
-            self._listener.failed(partition, Failure(Reason.NOT_ALLOWED, name, offset))
+            self._listener.failed(partition, ReadFailure(HaltReason.NOT_ALLOWED, name, offset))
         elif error in (_CORRUPT, _UNSUPPORTED_COMPRESSION) or (
             (damage := self._damaged.get(partition)) is not None and damage.first == offset
         ):
@@ -208,21 +208,21 @@ class FetchingById:
                 return 0, known
         return check(log, offset, end)
 
-    def _broken_at(self, partition: Partition, offset: int, name: str) -> Failure:
+    def _broken_at(self, partition: Partition, offset: int, name: str) -> ReadFailure:
         """A batch that the broker itself cannot read, with what was seen of it when it still came behind others."""
         damage = self._damaged.get(partition)
         if damage is None or damage.first != offset:
-            return Failure(Reason.DAMAGED, f"the broker answers {name}", offset, is_brokers=True)
-        return Failure(
-            Reason.DAMAGED, f"{damage.text} (the broker answers {name})", offset, damage.last, is_brokers=True
+            return ReadFailure(HaltReason.DAMAGED, f"the broker answers {name}", offset, is_brokers=True)
+        return ReadFailure(
+            HaltReason.DAMAGED, f"{damage.text} (the broker answers {name})", offset, damage.last, is_brokers=True
         )
 
 
-def _frame_failure(offset: int, size: int, damage: Damage | None) -> Failure:
+def _frame_failure(offset: int, size: int, damage: Damage | None) -> ReadFailure:
     if damage is not None:
-        return Failure(Reason.DAMAGED, damage.text, offset, damage.last)
-    return Failure(
-        Reason.TOO_LARGE,
+        return ReadFailure(HaltReason.DAMAGED, damage.text, offset, damage.last)
+    return ReadFailure(
+        HaltReason.TOO_LARGE,
         f"the broker gives only {size:,} bytes of a larger batch; raise CONSUMER_KAFKA_PARTITION_FETCH_BYTES_MAX",
         offset,
     )

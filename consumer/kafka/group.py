@@ -1,44 +1,54 @@
-"""Looks at an App's consumer group in Kafka without joining it: members that are no workers, and committed offsets.
+"""Members of an App's consumer group: how workers mark themselves, and which members are no workers.
 
-A member that is no worker of ours is given partitions, whose messages are then not applied. Workers are recognised by a mark
-in what they send when they join (kafka/source.py); those of earlier versions by their client id. Limitations: of a group that uses the newer rebalance
-protocol (KIP-848), which one foreign member is enough for, the members are not named.
+A member that is no worker of ours is assigned partitions, whose messages are then not applied. Workers send a mark when they
+join; those of earlier versions are recognised by their client id.
+
+Limitations: in a group that uses the newer rebalance protocol (KIP-848), for which one foreign member is enough, members are
+not named.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka.coordinator.protocol import ConsumerProtocolMemberMetadata
 from aiokafka.errors import KafkaError
 
-from consumer.core.log_identity import Committed
+from consumer.core.log_identity import CommittedOffset
 from consumer.core.message import Partition
-from consumer.kafka.source import MEMBER_MARK, connection_options, started
+from consumer.kafka.admin import open_admin_client
 from consumer.settings import Settings
 
+MEMBER_MARK = b"idempotent-consumer"  # sent when a worker joins its group
 _REQUEST_SECONDS = 10
 _AGAIN_SECONDS = 0.2
 _EARLIER_CLIENT_ID = "idempotent-consumer"
 NEWER_PROTOCOL = "a client with group.protocol=consumer"
 
 
+class WorkerAssignor(RoundRobinPartitionAssignor):  # type: ignore[misc]
+    """The client's default assignor, which also tells the group that this member is a worker."""
+
+    @classmethod
+    def metadata(cls, topics: Iterable[str]) -> ConsumerProtocolMemberMetadata:
+        return ConsumerProtocolMemberMetadata(cls.version, list(topics), MEMBER_MARK)
+
+
 class Group(NamedTuple):
     """strangers: client id and host of members that are no workers. settled: whether members can be told now."""
 
     strangers: tuple[str, ...]
-    commits: dict[Partition, Committed]
+    commits: dict[Partition, CommittedOffset]
     settled: bool
 
 
 async def look(settings: Settings, group: str) -> Group:
     """Members and offsets of a group, as its coordinator knows them now. Raises KafkaError or Misconfigured."""
-    admin = await started(lambda: AIOKafkaAdminClient(**connection_options(settings)), settings, settings.wait_seconds)
-    try:
+    async with open_admin_client(settings) as admin:
         return await asyncio.wait_for(_ask(admin, group), _REQUEST_SECONDS)
-    finally:
-        await admin.close()
 
 
 async def _ask(admin: Any, group: str) -> Group:
@@ -52,7 +62,7 @@ async def _ask(admin: Any, group: str) -> Group:
             if not error.retriable:
                 raise
             await asyncio.sleep(_AGAIN_SECONDS)
-    commits = {Partition(*each): Committed(int(at.offset), at.metadata or "") for each, at in offsets.items()}
+    commits = {Partition(*each): CommittedOffset(int(at.offset), at.metadata or "") for each, at in offsets.items()}
     commits = {each: at for each, at in commits.items() if at.offset >= 0}
     _, _, state, _, _, members, *_ = answer.groups[0]
     if state == "Dead" and commits:  # it exists, and the classic protocol cannot tell its members

@@ -1,6 +1,6 @@
 """Reading a range of topics without a group: what it is, and its records in order. Nothing of the group is touched.
 
-Knows Kafka through kafka/source.py; knows no ledger. Nothing is committed and nobody is joined, so workers never notice. What it
+Reads through kafka/consumer.py; knows no ledger. Nothing is committed and nobody is joined, so workers never notice. What it
 does not know: whether the log still holds a range by the time that it comes to it (LogTruncated then).
 """
 
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from consumer.core.errors import Misconfigured
 from consumer.core.message import Partition, Record
-from consumer.kafka.bounds import Bound, Earliest, Latest, Log, Offset, Position, Span, Time, span
-from consumer.kafka.source import Source
+from consumer.kafka.bounds import AtPosition, Bound, Earliest, Latest, LogRange, Offset, Span, Time, span
+from consumer.kafka.consumer import KafkaConsumer
 
 _POLL_SECONDS = 0.2
 _AGO = re.compile(r"([0-9]{1,9})(s|m|h|d)")
@@ -41,7 +41,7 @@ def parse(text: str, option: str, now_ms: int, names: str = "earliest, latest, p
         case "latest" | "end":
             return Latest()
         case "position":
-            return Position()
+            return AtPosition()
     if re.fullmatch("[0-9]{1,18}", given):
         return Offset(int(given))
     if ago := _AGO.fullmatch(given.lower()):
@@ -61,9 +61,11 @@ def parse(text: str, option: str, now_ms: int, names: str = "earliest, latest, p
     return Time(milliseconds)
 
 
-async def find_partitions(source: Source, topics: Sequence[str], numbers: Sequence[int] | None) -> list[Partition]:
+async def find_partitions(
+    source: KafkaConsumer, topics: Sequence[str], numbers: Sequence[int] | None
+) -> list[Partition]:
     """The partitions asked for. Raises Misconfigured for a topic or a partition that is not there."""
-    found = await source.partitions(topics)
+    found = await source.log.partitions(topics)
     wanted: list[Partition] = []
     for topic in topics:
         if not found[topic]:
@@ -76,13 +78,13 @@ async def find_partitions(source: Source, topics: Sequence[str], numbers: Sequen
 
 
 async def resolve(
-    source: Source, partitions: Sequence[Partition], start: Bound, end: Bound, positions: Mapping[Partition, int]
+    source: KafkaConsumer, partitions: Sequence[Partition], start: Bound, end: Bound, positions: Mapping[Partition, int]
 ) -> list[Span]:
     """The offsets to read of each partition. Raises Misconfigured where nothing is there, or not any more."""
-    begins, ends = await source.beginnings(partitions), await source.ends(partitions)
+    begins, ends = await source.log.beginnings(partitions), await source.log.ends(partitions)
     times: list[dict[Partition, int | None]] = []
     for bound in (start, end):
-        times.append(await source.offsets_at(partitions, bound.milliseconds) if isinstance(bound, Time) else {})
+        times.append(await source.log.offsets_at(partitions, bound.milliseconds) if isinstance(bound, Time) else {})
     if isinstance(start, Time) and isinstance(end, Time) and start.milliseconds >= end.milliseconds:
         raise Misconfigured("--from is not before --to")
     if isinstance(start, Offset) and isinstance(end, Offset) and start.number >= end.number:
@@ -94,7 +96,7 @@ async def resolve(
     spans = [
         span(
             each,
-            Log(begins[each], ends[each], positions.get(each), times[0].get(each), times[1].get(each)),
+            LogRange(begins[each], ends[each], positions.get(each), times[0].get(each), times[1].get(each)),
             start,
             end,
         )
@@ -109,7 +111,7 @@ async def resolve(
 
 
 async def _with_older_records(
-    source: Source, spans: Sequence[Span], ends: Mapping[Partition, int], milliseconds: int
+    source: KafkaConsumer, spans: Sequence[Span], ends: Mapping[Partition, int], milliseconds: int
 ) -> list[Span]:
     """Extend spans up to their last record from before a time.
 
@@ -124,7 +126,7 @@ async def _with_older_records(
     return [each._replace(end=max(each.end, past.get(each.partition, 0))) for each in spans]
 
 
-async def read(source: Source, spans: Sequence[Span]) -> AsyncIterator[Chunk]:
+async def read(source: KafkaConsumer, spans: Sequence[Span]) -> AsyncIterator[Chunk]:
     """The records of the spans: in order within each partition, the partitions as they come. The source must be started.
 
     Ends when every span was read to its end. Raises KafkaError, and LogTruncated when records were removed meanwhile.
@@ -133,7 +135,7 @@ async def read(source: Source, spans: Sequence[Span]) -> AsyncIterator[Chunk]:
     received = {each.partition: each.first for each in spans if each.length}
     source.assign(ends)
     for partition, offset in received.items():
-        source.go_on(partition, offset)
+        source.seek_and_resume(partition, offset)
     while ends:
         found = await source.poll(_POLL_SECONDS, lambda partition: received.get(Partition(*partition)))
         for partition in list(ends):

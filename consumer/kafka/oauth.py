@@ -1,7 +1,9 @@
-"""Tokens for SASL OAUTHBEARER, from a function of yours: `module:callable`, named by CONSUMER_KAFKA_SASL_TOKEN_PROVIDER.
+"""Tokens for SASL OAUTHBEARER, from the function that CONSUMER_KAFKA_SASL_TOKEN_PROVIDER names.
 
-Knows how to find the function, to call it, and how long an answer may be used; knows no Kafka. What it does not know:
-what a token means, and whether Kafka will take it. Neither a token nor the text of an error of yours is told to anybody.
+Imports the function, calls it, keeps its token until shortly before the expiry, and hands it to aiokafka. Neither a token nor
+the text of the function's errors is logged.
+
+Limitations: does not read the token; only Kafka decides whether it is valid.
 """
 
 from __future__ import annotations
@@ -18,6 +20,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from aiokafka import conn as client_connections
+from aiokafka.abc import AbstractTokenProvider
+from aiokafka.conn import OAuthAuthenticator
+from aiokafka.errors import KafkaError
+
 from consumer.core.errors import Misconfigured
 from consumer.logs import describe
 
@@ -28,11 +35,18 @@ _WANTED = "a token as text, or (token, expiry as seconds or milliseconds since 1
 
 
 class NoToken(Exception):
-    """The function did not give a token now. The text names the setting, and quotes nothing."""
+    """The function gave no token. The text names the setting, and quotes nothing."""
 
 
-def find(path: str) -> Callable[[], Any]:
-    """The function that `module:callable` names, with the current directory on the import path. Raises Misconfigured."""
+class TokenUnavailable(KafkaError):  # type: ignore[misc]
+    """NoToken, as an error that aiokafka answers by trying again."""
+
+
+def load_provider(path: str) -> Callable[[], Any]:
+    """Import the function that `module:callable` names. Raises Misconfigured.
+
+    The current directory is put on the import path.
+    """
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
         raise Misconfigured(f'CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={path}: write "module:callable"')
@@ -41,27 +55,28 @@ def find(path: str) -> Callable[[], Any]:
         sys.path.insert(0, here)
     try:
         with redirect_stdout(sys.stderr):
-            found: Any = importlib.import_module(module_name)
+            provider: Any = importlib.import_module(module_name)
         for name in attribute.split("."):
-            found = getattr(found, name)
+            provider = getattr(provider, name)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         raise Misconfigured(
             f"CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={path} cannot be imported: {describe(error)}"
         ) from None
-    if not callable(found):
+    if not callable(provider):
         raise Misconfigured(
-            f"CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={path} is a {type(found).__name__}, which cannot be called"
+            f"CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={path} is a {type(provider).__name__}, which cannot be called"
         )
-    return found  # type: ignore[no-any-return]
+    return provider  # type: ignore[no-any-return]
 
 
-class Bearer:
-    """Gives tokens, each for as long as it lasts.
+class TokenCache:
+    """Calls the function for a token, and keeps the token until it expires.
 
     function: called without arguments, in a thread when it is not async; returns the token as text, or a pair of it and its
-    expiry (seconds or milliseconds since 1970, a datetime, ISO 8601, or None). A token without an expiry is used once, so the function is asked at every connection.
+    expiry (seconds or milliseconds since 1970, a datetime, ISO 8601, or None). A token without an expiry is used once: the
+    function is called for every connection.
     """
 
     def __init__(self, function: Callable[[], Any], now: Callable[[], float] = time.time) -> None:
@@ -71,45 +86,44 @@ class Bearer:
         self._asking = asyncio.Lock()
 
     async def token(self) -> str:
-        """A token that has not expired. Raises NoToken when the function fails, takes too long or returns something else."""
+        """Return a token that has not expired. Raises NoToken when the function fails, takes too long or returns something else."""
         async with self._asking:  # many connections are opened at once
             if self._now() >= self._until:
                 self._token, self._until = await self._ask()
             return self._token
 
     def refused(self) -> None:
-        """Kafka did not take the last token: the next one is asked for anew, whatever its expiry was said to be."""
+        """Discard the kept token, which Kafka refused, whatever its expiry."""
         self._until = 0.0
 
     async def _ask(self) -> tuple[str, float]:
         try:
             async with asyncio.timeout(CALL_SECONDS):
                 if inspect.iscoroutinefunction(self._function):
-                    found = await self._function()
+                    answer = await self._function()
                 else:
-                    found = await asyncio.to_thread(self._function)
-                    if inspect.isawaitable(found):
-                        found = await found
+                    answer = await asyncio.to_thread(self._function)
+                    if inspect.isawaitable(answer):
+                        answer = await answer
         except Exception as error:
             raise NoToken(f"CONSUMER_KAFKA_SASL_TOKEN_PROVIDER gave no token: {describe(error)}") from None
-        token, expiry = found if isinstance(found, tuple) and len(found) == 2 else (found, 0.0)
+        token, expiry = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, 0.0)
         if not isinstance(token, str):
             raise NoToken(f"CONSUMER_KAFKA_SASL_TOKEN_PROVIDER must return {_WANTED}")
-        until = _seconds(expiry) if isinstance(found, tuple) else 0.0
+        until = _seconds(expiry) if isinstance(answer, tuple) else 0.0
         if until and until <= self._now():
             raise NoToken(
                 "CONSUMER_KAFKA_SASL_TOKEN_PROVIDER returned a token that has expired already: "
                 "look at its expiry and at this machine's clock"
             )
-        if not token or any(
-            not 0x20 < ord(each) < 0x7F for each in token
-        ):  # RFC 6750: visible ASCII; \x01 ends the field
+        # RFC 6750: visible ASCII; \x01 ends the field
+        if not token or any(not 0x20 < ord(character) < 0x7F for character in token):
             raise NoToken("CONSUMER_KAFKA_SASL_TOKEN_PROVIDER returned a text that can be no token")
         return token, until - _MARGIN_SECONDS
 
 
 def _seconds(expiry: object) -> float:
-    """An expiry in seconds since 1970; 0 for none. Raises NoToken for what is no point in time.
+    """Return an expiry in seconds since 1970; 0 for none. Raises NoToken for what is no time.
 
     Amazon's signer for MSK gives milliseconds, others a datetime or ISO 8601.
     """
@@ -133,3 +147,37 @@ def _seconds(expiry: object) -> float:
             "(a lifetime must be added to the time now)"
         )
     return float(expiry)
+
+
+class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
+    """Hands the tokens of a TokenCache to aiokafka."""
+
+    def __init__(self, tokens: TokenCache) -> None:
+        self._tokens = tokens
+
+    async def token(self) -> str:
+        try:
+            return await self._tokens.token()
+        except NoToken as error:
+            raise TokenUnavailable(str(error)) from None
+
+    def refused(self) -> None:
+        self._tokens.refused()
+
+
+class _Authenticator(OAuthAuthenticator):  # type: ignore[misc]
+    """Ends the exchange when the broker refuses a token.
+
+    The client's own takes a refused token for accepted, and waits for metadata for ever (seen with aiokafka 0.14). A broker
+    that refuses a token says why in an answer without an error code, and waits for one more byte before it sends the code
+    (RFC 7628, 3.2.3).
+    """
+
+    async def step(self, payload: bytes | None) -> tuple[bytes, bool] | None:
+        if self._token_sent and payload:
+            self._sasl_oauth_token_provider.refused()
+            return b"\x01", True
+        return await super().step(payload)  # type: ignore[no-any-return]
+
+
+client_connections.OAuthAuthenticator = _Authenticator

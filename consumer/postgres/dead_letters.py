@@ -25,7 +25,7 @@ from typing import Any
 from uuid import UUID
 
 from consumer.core.dead_letter_seal import seal
-from consumer.core.dead_letters import KeyHold, State, group_of, holds
+from consumer.core.dead_letters import DeadLetterState, KeyHold, blocks_key, group_of
 from consumer.core.message import Partition
 from consumer.core.ordering import Delivery, SavedAttempts
 from consumer.core.outcome import Dead, Reason
@@ -224,7 +224,7 @@ def storable(text: str) -> str:
 
 def _letter(delivery: Delivery, verdict: Dead, attempts: int) -> tuple[Any, ...]:
     record = delivery.record
-    chain = delivery.ordering_key_hash() if holds(verdict) and delivery.handler.idempotent else None
+    chain = delivery.ordering_key_hash() if blocks_key(verdict) and delivery.handler.idempotent else None
     return (
         delivery.handler.number,
         UUID(bytes=delivery.id),
@@ -240,7 +240,7 @@ def _letter(delivery: Delivery, verdict: Dead, attempts: int) -> tuple[Any, ...]
         verdict.reason.value,
         storable(verdict.error),
         attempts,
-        State.WAITING if verdict.reason is Reason.BEHIND else State.DEAD,
+        DeadLetterState.WAITING if verdict.reason is Reason.BEHIND else DeadLetterState.DEAD,
         UUID(bytes=chain) if chain is not None else None,
         storable(verdict.kind),
         group_of(delivery.handler.name, verdict.reason.value, verdict.kind, verdict.error),

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from consumer.core.log_identity import Position, Print
+from consumer.core.log_identity import Position, RecordFingerprint
 from consumer.core.message import Partition
 from consumer.core.ordering import PositionUpdate
 from consumer.postgres.protocol import Connection
@@ -136,7 +136,7 @@ async def read_positions(
     )
     return {
         Partition(topic, number): Position(
-            offset, cluster, id, salt, Print(*seen) if seen[0] is not None else None, first, handlers, holds
+            offset, cluster, id, salt, RecordFingerprint(*seen) if seen[0] is not None else None, first, handlers, holds
         )
         for topic, number, offset, cluster, id, salt, first, handlers, holds, *seen in map(tuple, rows)
     }

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from consumer.core.log_identity import Reason, Stop
+from consumer.core.log_identity import HaltReason, PartitionHalt
 from consumer.core.message import Partition
-from consumer.core.partition_faults import Failure, Trouble, stop_of
+from consumer.core.partition_faults import ReadFailure, UnreadablePartition, halt_of
 from consumer.postgres import positions
 from consumer.postgres.protocol import Connection
 
@@ -32,22 +32,22 @@ class Stops:
     """The unreadable partitions of one worker."""
 
     def __init__(self, databases: Sequence[str]) -> None:
-        self._troubles: dict[Partition, Trouble] = {}
+        self._troubles: dict[Partition, UnreadablePartition] = {}
         # By database, what it is to be told: a Stop, or None for a partition that goes on.
-        self._unsaved: dict[str, dict[Partition, Trouble | None]] = {name: {} for name in databases}
+        self._unsaved: dict[str, dict[Partition, UnreadablePartition | None]] = {name: {} for name in databases}
         self._refused: frozenset[str] = frozenset()
         self._refused_unsaved: dict[str, set[str]] = {name: set() for name in databases}
 
     def __bool__(self) -> bool:
         return bool(self._troubles)
 
-    def failed(self, partition: Partition, failure: Failure, now: float) -> tuple[Stop, bool]:
+    def failed(self, partition: Partition, failure: ReadFailure, now: float) -> tuple[PartitionHalt, bool]:
         """Note a failure. Returns why the partition stops, and whether that is to be logged."""
-        stop = stop_of(partition, failure)
+        stop = halt_of(partition, failure)
         trouble = self._troubles.get(partition)
         if trouble is None:
-            trouble = self._troubles[partition] = Trouble(stop, failure.first, now)
-        is_told = trouble.again(stop, failure.first, now)
+            trouble = self._troubles[partition] = UnreadablePartition(stop, failure.first, now)
+        is_told = trouble.record_failure(stop, failure.first, now)
         if is_told:
             self._save_later(partition, trouble)
         return stop, is_told
@@ -79,7 +79,7 @@ class Stops:
             unsaved &= topics
         self._refused = topics
 
-    def _save_later(self, partition: Partition, trouble: Trouble | None) -> None:
+    def _save_later(self, partition: Partition, trouble: UnreadablePartition | None) -> None:
         for unsaved in self._unsaved.values():
             unsaved[partition] = trouble
 
@@ -109,18 +109,18 @@ class Stops:
         """Take over what other workers wrote of partitions that are this worker's now."""
         for partition, (stop, first) in (await read(connection, app)).items():
             if partition in partitions and partition not in self._troubles:
-                self._troubles[partition] = Trouble(stop, first, now)
+                self._troubles[partition] = UnreadablePartition(stop, first, now)
 
 
-def refused_stop(partition: Partition, offset: int) -> Stop:
+def refused_stop(partition: Partition, offset: int) -> PartitionHalt:
     """Why a partition has stopped whose topic the Kafka user may not see."""
-    return stop_of(partition, Failure(Reason.NOT_ALLOWED, "its user may not see it", offset))
+    return halt_of(partition, ReadFailure(HaltReason.NOT_ALLOWED, "its user may not see it", offset))
 
 
-async def read(connection: Connection, app: str) -> Mapping[Partition, tuple[Stop, int]]:
+async def read(connection: Connection, app: str) -> Mapping[Partition, tuple[PartitionHalt, int]]:
     """The unreadable partitions of an application, as its workers wrote them, with the offsets where they stopped."""
-    found: dict[Partition, tuple[Stop, int]] = {}
+    found: dict[Partition, tuple[PartitionHalt, int]] = {}
     for topic, partition, reason, why, do, first, last in await connection.fetch(_READ, app):
         missing = (first, last) if do.startswith("--") else None
-        found[Partition(topic, partition)] = Stop(Reason(reason), why, do, missing), first
+        found[Partition(topic, partition)] = PartitionHalt(HaltReason(reason), why, do, missing), first
     return found

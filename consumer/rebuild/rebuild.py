@@ -33,7 +33,8 @@ from consumer.core.retry import Retry
 from consumer.handler_records import handler_code
 from consumer.kafka import log_reader
 from consumer.kafka.bounds import Span
-from consumer.kafka.source import KafkaError, LogTruncated, Source
+from consumer.kafka.consumer import KafkaConsumer
+from consumer.kafka.errors import KafkaError, LogTruncated
 from consumer.postgres.connection import connect, database_epoch, translated_errors
 from consumer.postgres.errors import Conflict, Outage
 from consumer.postgres.positions import read_positions
@@ -147,7 +148,7 @@ class Rebuilt:
 async def rebuild(
     app: App,
     settings: Settings,
-    source: Source,
+    source: KafkaConsumer,
     partitions: Sequence[Partition],
     *,
     handlers: Sequence[str] | None = None,
@@ -209,7 +210,7 @@ class _Rebuild:
         self,
         app: App,
         settings: Settings,
-        source: Source,
+        source: KafkaConsumer,
         partitions: Sequence[Partition],
         handlers: Sequence[str] | None,
         base: str | None,
@@ -331,7 +332,7 @@ class _Rebuild:
 
     async def _note_partitions(self) -> None:
         with _kafka_told_in_one_line(self.settings):
-            there = await self.source.partitions(sorted({each.topic for each in self.partitions}))
+            there = await self.source.log.partitions(sorted({each.topic for each in self.partitions}))
         for topic, every in there.items():
             left = len(set(every) - set(self.partitions))
             if left:
@@ -548,7 +549,10 @@ class _Pass:
         """What to replay: from the beginning of the log to where the state is. Problems go into `found.unknown`."""
         work = self.work
         with _kafka_told_in_one_line(work.settings):
-            begins, ends = await work.source.beginnings(work.partitions), await work.source.ends(work.partitions)
+            begins, ends = (
+                await work.source.log.beginnings(work.partitions),
+                await work.source.log.ends(work.partitions),
+            )
         known = list(work.partitions)
         rows = await self.connection.fetch(
             _AHEAD,

@@ -19,8 +19,8 @@ from consumer.core.log_identity import Position
 from consumer.core.message import Partition
 from consumer.core.ordering import Delivery
 from consumer.kafka.bounds import Span
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.log_reader import read
-from consumer.kafka.source import Source
 from consumer.replay.findings import BLOCK_BITS, Findings
 from consumer.transaction.identify import identify
 
@@ -54,7 +54,7 @@ where handler = $1 and topic = $2 and partition = $3 and "offset" >= $4 and "off
 
 async def compare(
     connection: Any,
-    source: Source,
+    source: KafkaConsumer,
     findings: Findings,
     handlers: Sequence[Handler],
     topics: Mapping[str, int],
@@ -164,7 +164,7 @@ class _Block:
     """The records of one block of a span, and the rows that name them. missing: ids that were not in the ledger."""
 
     connection: Any
-    source: Source
+    source: KafkaConsumer
     handler: Handler
     topic: int
     span: Span

@@ -28,15 +28,17 @@ from consumer.app_loader import running
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.handler import Handler
 from consumer.core.identity import CallableId, ids_of_text
-from consumer.core.log_identity import Log, judge
+from consumer.core.log_identity import ObservedLog, check_log
 from consumer.core.message import Partition, Record
 from consumer.core.ordering import Batch, Delivery, Scheduler
 from consumer.core.outcome import Dead, Outcome, RetryLater
 from consumer.core.suggestions import UnknownName, suggestion
 from consumer.handler_records import coverage, handler_code, id_rules
+from consumer.kafka.admin import group_offsets, is_compacted
 from consumer.kafka.bounds import Span
+from consumer.kafka.consumer import KafkaConsumer
+from consumer.kafka.errors import KafkaError, LogTruncated
 from consumer.kafka.log_reader import Chunk, find_partitions, parse, read, resolve
-from consumer.kafka.source import KafkaError, LogTruncated, Source, group_offsets, is_compacted
 from consumer.postgres.connection import dsn_label, translated_errors, wait_for
 from consumer.postgres.epoch import lineage
 from consumer.postgres.errors import Conflict, Outage
@@ -126,7 +128,7 @@ async def replay(
     options: Options,
     told: Told,
     resumed: dict[str, Any] | None = None,
-    source: Source | None = None,
+    source: KafkaConsumer | None = None,
     *,
     alone: bool = False,
 ) -> Findings:
@@ -140,7 +142,7 @@ async def replay(
     _check(options)
     one_database(app)
     engine = _Replay(app, settings, list(dict.fromkeys(topics)), options, told, resumed)
-    source = source or Source(settings, None)
+    source = source or KafkaConsumer(settings, None)
     if options.is_dry_run:
         return await _dry_run(app, engine, source, options, alone)
     if options.mode != "apply":
@@ -149,7 +151,7 @@ async def replay(
         return await engine.run(source)
 
 
-async def _dry_run(app: App, engine: _Replay, source: Source, options: Options, alone: bool) -> Findings:
+async def _dry_run(app: App, engine: _Replay, source: KafkaConsumer, options: Options, alone: bool) -> Findings:
     """Run with handlers that have no outside effects. Raises Misconfigured for one that would have some."""
     if options.allow_outside:
         return await _with_dry_handlers(app, engine, source)
@@ -165,7 +167,7 @@ async def _dry_run(app: App, engine: _Replay, source: Source, options: Options, 
     return found
 
 
-async def _with_dry_handlers(app: App, engine: _Replay, source: Source) -> Findings:
+async def _with_dry_handlers(app: App, engine: _Replay, source: KafkaConsumer) -> Findings:
     lifespan, subject = running(app), f"the lifespan of App {app.name!r}"
     with dry_run_guard.running_as(subject):
         await lifespan.__aenter__()
@@ -356,7 +358,7 @@ class _Replay:
 
     # -- life -------------------------------------------------------------------------------------------------------
 
-    async def run(self, source: Source) -> Findings:
+    async def run(self, source: KafkaConsumer) -> Findings:
         try:
             await source.start(self.settings.wait_seconds)
             await self._carry_out(source)
@@ -383,7 +385,7 @@ class _Replay:
         self.findings.seconds = time.monotonic() - self.begun_at
         return self.findings
 
-    async def _carry_out(self, source: Source) -> None:
+    async def _carry_out(self, source: KafkaConsumer) -> None:
         findings, options = self.findings, self.options
         session = self.witness.session = await self.session()
         self.epoch = session.epoch
@@ -392,9 +394,9 @@ class _Replay:
             self._refuse_changed(self.resumed, session)
         partitions = await find_partitions(source, self.topics, options.partitions)
         await self._learn(session, partitions)
-        identity = await source.identity(self.topics)
+        identity = await source.log.identity(self.topics)
         for each, at in sorted(self.names.logs.items()):
-            if stop := judge(each, at, Log(identity.cluster_id, identity.topics.get(each.topic))):
+            if stop := check_log(each, at, ObservedLog(identity.cluster_id, identity.topics.get(each.topic))):
                 raise CannotTell(f"{stop.text}; `consumer positions APP {stop.do}` begins with what is there now")
         if options.mode == "rebuild":
             await self._rebuild(source, partitions)
@@ -571,9 +573,9 @@ class _Replay:
                     "replayed",
                 )
 
-    async def _doubt_a_log_that_is_too_short(self, source: Source) -> None:
+    async def _doubt_a_log_that_is_too_short(self, source: KafkaConsumer) -> None:
         """A position beyond the end of the log: the topic was made anew, or lost its tail."""
-        ends = await source.ends(list(self.findings.positions))
+        ends = await source.log.ends(list(self.findings.positions))
         short = [
             f"{each.topic}:{each.partition} ends at {ends[each]}, and its position is {position}"
             for each, position in sorted(self.findings.positions.items())
@@ -594,7 +596,7 @@ class _Replay:
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
-    async def _read(self, source: Source) -> None:
+    async def _read(self, source: KafkaConsumer) -> None:
         spans = [each for each in self.findings.spans if each.length]
         number = min(self.settings.lanes, len(spans))
         by_topic = self.app.by_topic()
@@ -825,7 +827,7 @@ class _Replay:
                 moved |= set(await proof.sequences_moved(lane.proof.connection))
         effects.sequences = sorted(moved)
 
-    async def _compare_history(self, source: Source) -> None:
+    async def _compare_history(self, source: KafkaConsumer) -> None:
         findings = self.findings
         if narrowed := self._narrowed():
             findings.notes.append(f"ledger rows were not compared with the log the other way, because of {narrowed[0]}")
@@ -839,7 +841,7 @@ class _Replay:
             return policies[topic]
 
         async def read_ends() -> Mapping[Partition, int]:
-            return await source.ends(await find_partitions(source, self.topics, None))
+            return await source.log.ends(await find_partitions(source, self.topics, None))
 
         whole = self.options.end == "latest" and not self.options.partitions
         self.told.line("comparing the ledger's rows with the log")
@@ -912,7 +914,7 @@ class _Replay:
         if findings.precheck is not None and findings.precheck["unanswered"]:
             findings.notes.append(f"Redis did not answer for {findings.precheck['unanswered']:,} deliveries")
 
-    async def _rebuild(self, source: Source, partitions: Sequence[Partition]) -> None:
+    async def _rebuild(self, source: KafkaConsumer, partitions: Sequence[Partition]) -> None:
         options = self.options
         compacted = [topic for topic in self.topics if await is_compacted(self.settings, topic)]
         found = await rebuild_state(
@@ -950,7 +952,7 @@ class _Replay:
         self.rebuilding = f"in the rebuild ({phase}: {done:,} of {total:,}); nothing was changed"
         self.told.progress(phase, done, total)
 
-    async def _republish(self, source: Source) -> None:
+    async def _republish(self, source: KafkaConsumer) -> None:
         options, findings = self.options, self.findings
         assert options.republish_to is not None
         # Who will read the copy: those that take that topic, or, when it is new to the App, those of the topics that are read.
@@ -1053,7 +1055,7 @@ class _Replay:
                 "--resume: PostgreSQL is another one since, or went back in time; run it without --resume"
             )
 
-    async def _go_on_from(self, state: dict[str, Any], source: Source) -> None:
+    async def _go_on_from(self, state: dict[str, Any], source: KafkaConsumer) -> None:
         resume.refuse_changed(state["conditions"], self.conditions)
         try:
             self._restore(state)

@@ -19,8 +19,9 @@ from consumer.core.identity import DefaultId, OffsetId, from_headers, offset_id
 from consumer.core.log_identity import Position
 from consumer.core.message import Partition, Record
 from consumer.kafka.bounds import Span
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.log_reader import read
-from consumer.kafka.source import Source, producing
+from consumer.kafka.producer import open_producer
 from consumer.settings import Settings
 
 
@@ -49,7 +50,7 @@ def check(handlers: Sequence[Handler], topics: Sequence[str], target: str) -> No
 
 async def republish(
     settings: Settings,
-    source: Source,
+    source: KafkaConsumer,
     spans: Sequence[Span],
     target: str,
     *,
@@ -62,13 +63,13 @@ async def republish(
     fallback: give a message without an id the one that its offset stands for, with the salts of `logs`. Raises Misconfigured for a target
     that does not exist, KafkaError and LogTruncated.
     """
-    partitions = (await source.partitions([target]))[target]
+    partitions = (await source.log.partitions([target]))[target]
     if not partitions:
         raise Misconfigured(
             f"topic {target!r} does not exist: create it first, with as many partitions as the one that is read"
         )
     same = len(partitions) > max(each.partition.partition for each in spans)
-    async with producing(settings, idempotent=True) as producer:
+    async with open_producer(settings, idempotent=True) as producer:
         async for chunk in read(source, spans):
             sent: list[asyncio.Future[object]] = []
             refused = 0

@@ -19,7 +19,7 @@ from consumer.core.identity import rule_text
 from consumer.core.message import Partition
 from consumer.handler_records import handler_code
 from consumer.kafka.bounds import Span
-from consumer.kafka.source import Source
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.replay.check import Open, Witness
 from consumer.replay.findings import Findings
 from consumer.replay.resume_rules import Conditions, what_changed
@@ -82,11 +82,11 @@ def _known(topic_id: object) -> str | None:
     return None if topic_id is None else str(topic_id)
 
 
-async def refuse_shorter_logs(source: Source, spans: Sequence[Span], reached: Mapping[Partition, int]) -> None:
+async def refuse_shorter_logs(source: KafkaConsumer, spans: Sequence[Span], reached: Mapping[Partition, int]) -> None:
     """Raise Misconfigured where records that are still to be read are gone."""
     todo = [each for each in spans if reached.get(each.partition, each.first) < each.end]
-    begins = await source.beginnings([each.partition for each in todo])
-    ends = await source.ends([each.partition for each in todo])
+    begins = await source.log.beginnings([each.partition for each in todo])
+    ends = await source.log.ends([each.partition for each in todo])
     for each in todo:
         place, at = f"{each.partition.topic}:{each.partition.partition}", reached.get(each.partition, each.first)
         if begins[each.partition] > at:

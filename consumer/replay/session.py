@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from consumer.core.dead_letters import KeyHold, holds
+from consumer.core.dead_letters import KeyHold, blocks_key
 from consumer.core.message import Partition
 from consumer.core.ordering import Delivery, Scheduler
 from consumer.core.outcome import Dead
@@ -53,7 +53,9 @@ class ReplaySession(Session):
         self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
     ) -> None:
         await super().store_dead_letters(dead, attempts, claimed)
-        holding = [each for each, verdict in dead.items() if holds(verdict) and each.ordering_key_hash() is not None]
+        holding = [
+            each for each, verdict in dead.items() if blocks_key(verdict) and each.ordering_key_hash() is not None
+        ]
         if holding:
             await self.connection.execute(_RAISE, *_places(holding))
 

@@ -33,7 +33,9 @@ from consumer.core.retention import (
     wanted,
     what_is_wrong,
 )
-from consumer.kafka.source import KafkaError, Source, topic_configs
+from consumer.kafka.admin import topic_configs
+from consumer.kafka.consumer import KafkaConsumer
+from consumer.kafka.errors import KafkaError
 from consumer.logs import describe, event
 from consumer.postgres import generations
 from consumer.postgres.connection import connect, database_epoch, translated_errors
@@ -113,19 +115,19 @@ async def keep_up(
         pause = min(_PAUSE_SECONDS[1], pause * 2)
 
 
-async def reaching(source: Source, topics: Iterable[str], at: float, skew_hours: float) -> list[Partition]:
+async def reaching(source: KafkaConsumer, topics: Iterable[str], at: float, skew_hours: float) -> list[Partition]:
     """The partitions whose log holds records of that time or from before, as far as clocks agree. Raises KafkaError.
 
     Topics that are not there hold none. A log whose timestamps do not grow with the offset is judged by its first record
     that is younger.
     """
     try:
-        partitions = [each for found in (await source.partitions(topics)).values() for each in found]
+        partitions = [each for found in (await source.log.partitions(topics)).values() for each in found]
         if not partitions:
             return []
-        firsts = await source.beginnings(partitions)
-        ends = await source.ends(partitions)
-        younger = await source.offsets_at(partitions, int((at + skew_hours * HOUR) * 1000) + 1)
+        firsts = await source.log.beginnings(partitions)
+        ends = await source.log.ends(partitions)
+        younger = await source.log.offsets_at(partitions, int((at + skew_hours * HOUR) * 1000) + 1)
     except TimeoutError:
         raise KafkaError("no answer in time") from None  # else it would be taken for PostgreSQL's
     return [each for each in partitions if firsts[each] < (ends[each] if (past := younger.get(each)) is None else past)]
@@ -192,7 +194,7 @@ class Keeper:
     It has a connection of its own for as long as a round takes. Whatever fails is logged once and tried again.
     """
 
-    def __init__(self, settings: Settings, app: str, source: Source, draw: Callable[[], float]) -> None:
+    def __init__(self, settings: Settings, app: str, source: KafkaConsumer, draw: Callable[[], float]) -> None:
         self._settings = settings
         self._app = app
         self._source = source

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from consumer.core.dead_letters import holds
+from consumer.core.dead_letters import blocks_key
 from consumer.core.evidence import Evidence
 from consumer.core.ordering import Batch, Delivery, Scheduler
 from consumer.postgres.errors import Fenced
@@ -88,7 +88,7 @@ async def _store_dead_letters(
         for handler, (messages, reasons) in ended_by_handler(result.applied, result.outcomes).items():
             limit.check(handler, messages, reasons)
     for delivery, outcome in dead.items():
-        if holds(outcome):
+        if blocks_key(outcome):
             scheduler.mark_possibly_held(delivery)
     attempts = {delivery: failure.attempts for delivery, failure in result.failures.items()}
     await session.store_dead_letters(dead, attempts, claimed=[delivery for delivery in won if delivery in dead])

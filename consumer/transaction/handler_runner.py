@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, 
 from contextlib import suppress
 from typing import Any
 
-from consumer.core.dead_letters import holds
+from consumer.core.dead_letters import blocks_key
 from consumer.core.errors import TransactionMisuse, Unreadable
 from consumer.core.evidence import Evidence
 from consumer.core.handler import Handler
@@ -278,7 +278,7 @@ class HandlerRunner:
         self._result.failures[delivery] = FailedAttempt(attempts, error)
         if isinstance(outcome, RetryLater):
             self._blocked.add(delivery.ordering_key())
-        elif holds(outcome) and delivery.ordering_key_hash() is not None:
+        elif blocks_key(outcome) and delivery.ordering_key_hash() is not None:
             self._held.add(delivery.ordering_key())
 
 

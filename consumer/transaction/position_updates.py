@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from consumer.core.fingerprint import BYTES
 from consumer.core.identity import fingerprint
-from consumer.core.log_identity import Position, Print
+from consumer.core.log_identity import Position, RecordFingerprint
 from consumer.core.message import Partition
 from consumer.core.ordering import Batch, Delivery, PositionUpdate, Scheduler
 
@@ -44,7 +44,7 @@ def _with_logs(
     logs: Mapping[Partition, Position], batch: Batch, updates: Sequence[PositionUpdate]
 ) -> list[PositionUpdate]:
     """Return the updates with their logs and last records."""
-    last: dict[Partition, Print] = {}
+    last: dict[Partition, RecordFingerprint] = {}
     partitions = {update.partition for update in updates}
     for delivery in reversed(batch.deliveries):
         if len(last) == len(partitions):
@@ -54,7 +54,7 @@ def _with_logs(
             record = delivery.record
             of_bytes = delivery.handler.fingerprint is BYTES  # the log is compared by its bytes
             value_fingerprint = delivery.fingerprint if of_bytes else fingerprint(record.value)
-            last[partition] = Print(record.offset, record.timestamp, value_fingerprint)
+            last[partition] = RecordFingerprint(record.offset, record.timestamp, value_fingerprint)
     known = [(update, logs.get(update.partition) or Position(0)) for update in updates]
     return [
         update._replace(topic_id=at.topic_id, handlers=at.handlers, holds=at.holds, seen=last.get(update.partition))

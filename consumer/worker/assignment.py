@@ -14,9 +14,10 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from consumer.app import App
-from consumer.core.log_identity import Position, Stop
+from consumer.core.log_identity import PartitionHalt, Position
 from consumer.core.message import Partition
-from consumer.kafka.source import KafkaError, Source
+from consumer.kafka.consumer import KafkaConsumer
+from consumer.kafka.errors import KafkaError
 from consumer.logs import describe, event
 from consumer.postgres.errors import Outage
 from consumer.postgres.session import Session
@@ -40,7 +41,7 @@ Report = Callable[[dict[str, Any]], None]
 class _Read(NamedTuple):
     """What a shard knows of partitions that are to be opened."""
 
-    positions: Mapping[Partition, tuple[Position, Stop | None]]
+    positions: Mapping[Partition, tuple[Position, PartitionHalt | None]]
     chains: start_positions.Chains
     attempts: start_positions.Attempts
     ends: Mapping[Partition, int]  # of the logs, with several shards
@@ -53,7 +54,7 @@ class Assignment:
         self,
         app: App,
         settings: Settings,
-        source: Source,
+        source: KafkaConsumer,
         shards: Sequence[Shard],
         lanes: Sequence[LaneState],
         partitions: Partitions,
@@ -173,12 +174,12 @@ class Assignment:
             await start_positions.restore_stops(control, self._halts.unreadable, self._app.name, positions)
             await control.check_epoch()  # last, so that all that was read is of the epoch that is known
         # With shards: what the log holds now may have been applied before, in another one if the route has changed.
-        ends = await self._source.ends(wanted) if len(self._shards) > 1 else {}
+        ends = await self._source.log.ends(wanted) if len(self._shards) > 1 else {}
         return _Read(positions, chains, attempts, ends)
 
     async def _read_positions(
         self, shard: Shard, control: Session, wanted: list[Partition]
-    ) -> Mapping[Partition, tuple[Position, Stop | None]]:
+    ) -> Mapping[Partition, tuple[Position, PartitionHalt | None]]:
         numbers = {
             topic: [handler.number for handler in handlers if handler.idempotent]
             for topic, handlers in shard.by_topic.items()

@@ -12,7 +12,7 @@ import time
 from consumer.core.evidence import Evidence
 from consumer.core.ordering import Batch
 from consumer.core.shard_route import Router
-from consumer.kafka.source import Source
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.logs import event
 from consumer.postgres.session import Session
 from consumer.transaction import id_conflicts
@@ -30,7 +30,7 @@ class BatchResults:
     def __init__(
         self,
         table: PartitionTable,
-        source: Source,
+        source: KafkaConsumer,
         router: Router,
         dead_letter_rate: DeadLetterRateLimit,
         evidence: Evidence,
@@ -65,7 +65,7 @@ class BatchResults:
         if lane.shard.precheck is not None:
             lane.shard.precheck.mark(result.applied, session.epoch, time.time())
         if any([outcome is CONFLICT for outcome in result.outcomes.values()]):
-            await id_conflicts.explain(session.connection, self._source, result.outcomes)
+            await id_conflicts.explain(session.connection, self._source.log, result.outcomes)
 
     def _count(self, result: BatchResult) -> None:
         for handler, (messages, reasons) in ended_by_handler(result.applied, result.outcomes).items():

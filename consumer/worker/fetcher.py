@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from consumer.core.message import Partition, Record
 from consumer.core.shard_route import Router
-from consumer.kafka.source import KafkaError, LogTruncated, Source
+from consumer.kafka.consumer import KafkaConsumer
+from consumer.kafka.errors import KafkaError, LogTruncated
 from consumer.logs import event
 from consumer.worker.connections import BACKOFF_SECONDS
 from consumer.worker.halts import Halts
@@ -24,7 +25,7 @@ class Fetcher:
 
     def __init__(
         self,
-        source: Source,
+        source: KafkaConsumer,
         partitions: Partitions,
         halts: Halts,
         router: Router,

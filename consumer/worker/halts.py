@@ -10,9 +10,9 @@ import asyncio
 import logging
 import time
 
-from consumer.core.log_identity import Position, Stop
+from consumer.core.log_identity import PartitionHalt, Position
 from consumer.core.message import Partition
-from consumer.core.partition_faults import Failure
+from consumer.core.partition_faults import ReadFailure
 from consumer.logs import event
 from consumer.postgres.stopped_partitions import Stops
 from consumer.worker.partition_table import State
@@ -40,7 +40,7 @@ class Halts:
             self.check_due.set()
 
     def halt(
-        self, shard: Shard, partition: Partition, stop: Stop, position: Position, *, is_logged: bool = True
+        self, shard: Shard, partition: Partition, stop: PartitionHalt, position: Position, *, is_logged: bool = True
     ) -> None:
         """Halt a partition, and log why and what lets it go on."""
         self._partitions.halt(shard, partition, stop, position)
@@ -56,7 +56,7 @@ class Halts:
                 **shard.label,
             )
 
-    def cannot_be_read(self, partition: Partition, failure: Failure) -> None:
+    def cannot_be_read(self, partition: Partition, failure: ReadFailure) -> None:
         """Halt a partition that a fetch could not read, in every shard; it is tried again from time to time."""
         lanes = self._partitions.open_lanes_of(partition)
         if not lanes or self._table.state(partition) is State.HALTED or not self._table.has_assignment:

@@ -13,7 +13,8 @@ from typing import Any
 
 from consumer.core.errors import ConsumerError
 from consumer.core.message import Partition
-from consumer.kafka.source import KafkaError, Source
+from consumer.kafka.consumer import KafkaConsumer
+from consumer.kafka.errors import KafkaError
 from consumer.logs import event
 from consumer.settings import Settings
 from consumer.transaction.limits import HandlerUncancellable
@@ -42,7 +43,7 @@ class Health:
     def __init__(
         self,
         settings: Settings,
-        source: Source,
+        source: KafkaConsumer,
         shards: Sequence[Shard],
         runners: Sequence[LaneRunner],
         partitions: Partitions,
@@ -111,7 +112,7 @@ class Health:
             await asyncio.sleep(min(10.0, patience / 4))
             received = self._offsets_read() if self._table.has_assignment else {}
             try:
-                ends = await self._source.ends(list(received), partial=True) if received else {}
+                ends = await self._source.log.ends(list(received), partial=True) if received else {}
             except (KafkaError, TimeoutError, OSError) as error:
                 self._kafka.unavailable(error)
                 watchdog = Watchdog()  # an outage of Kafka is waited for

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Collection, Sequence
 
 from consumer.core.message import Partition
-from consumer.kafka.source import Identity
+from consumer.kafka.protocol import Identity
 from consumer.logs import describe, event
 
 _LEADERLESS_SECONDS = 30.0

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 
-from consumer.core.log_identity import Log, Reason, judge
+from consumer.core.log_identity import HaltReason, ObservedLog, check_log
 from consumer.core.message import Partition
-from consumer.core.partition_faults import Failure
-from consumer.kafka.source import Identity, KafkaError, Source
+from consumer.core.partition_faults import ReadFailure
+from consumer.kafka.consumer import KafkaConsumer
+from consumer.kafka.errors import KafkaError
+from consumer.kafka.protocol import Identity
 from consumer.logs import describe, event
 from consumer.worker.group_check import GroupCheck
 from consumer.worker.halts import Halts
@@ -36,7 +38,7 @@ class LogMonitor:
     def __init__(
         self,
         topics: Sequence[str],
-        source: Source,
+        source: KafkaConsumer,
         lanes: Sequence[LaneState],
         partitions: Partitions,
         halts: Halts,
@@ -65,7 +67,7 @@ class LogMonitor:
                 await asyncio.wait_for(self._halts.check_due.wait(), seconds)
             self._halts.check_due.clear()
             try:
-                identity = await self._source.identity(self._topics)
+                identity = await self._source.log.identity(self._topics)
                 self._kafka.available()
                 self._kafka.check_topics(self._topics, identity)
                 self._halts.unreadable.refused(identity.refused)
@@ -96,37 +98,37 @@ class LogMonitor:
             and self._source.is_leaderless(partition)
         }
         for partition in self._kafka.long_leaderless(leaderless, time.monotonic()):
-            failure = Failure(Reason.BROKER_ERROR, "the partition has no leader", leaderless[partition])
+            failure = ReadFailure(HaltReason.BROKER_ERROR, "the partition has no leader", leaderless[partition])
             self._halts.cannot_be_read(partition, failure)
 
     async def _check_identities(self, identity: Identity) -> None:
         """Halt partitions whose log is another one, and find out why fetches were refused."""
         epochs = self._table.assignment_epochs
         refusals = self._table.refusals()
-        firsts = await self._source.beginnings(list(refusals), partial=True) if refusals else {}
-        ends = await self._source.ends(list(refusals), partial=True) if refusals else {}
+        firsts = await self._source.log.beginnings(list(refusals), partial=True) if refusals else {}
+        ends = await self._source.log.ends(list(refusals), partial=True) if refusals else {}
         if epochs != self._table.assignment_epochs:
             return
         for lane in self._lanes:
             for partition in lane.scheduler.partitions:
-                log = Log(identity.cluster_id, identity.topics.get(partition.topic))
+                log = ObservedLog(identity.cluster_id, identity.topics.get(partition.topic))
                 if partition in refusals:
                     first, end = firsts.get(partition), ends.get(partition)
                     log = log._replace(first=first, end=end, out_of_range=refusals[partition])
                 self._check_log(lane, partition, log, identity, is_refused=partition in refusals)
 
     def _check_log(
-        self, lane: LaneState, partition: Partition, log: Log, identity: Identity, *, is_refused: bool
+        self, lane: LaneState, partition: Partition, log: ObservedLog, identity: Identity, *, is_refused: bool
     ) -> None:
         received = lane.scheduler.received(partition)
         if received is None or partition in self._table.halts(lane.shard.name):
             return
         position = self._table.positions(lane.shard.name)[partition]._replace(offset=received, seen=None)
-        stop = judge(partition, position, log)
+        stop = check_log(partition, position, log)
         if stop is not None:
             self._halts.halt(lane.shard, partition, stop, position)
         elif is_refused and partition.topic in identity.refused:
-            failure = Failure(Reason.NOT_ALLOWED, "its user may not see it", received)
+            failure = ReadFailure(HaltReason.NOT_ALLOWED, "its user may not see it", received)
             self._halts.cannot_be_read(partition, failure)
         elif is_refused and (log.topic_id is not None or position.topic_id is None):
             # A broker that knew less, or a leader that has just changed.
@@ -147,7 +149,7 @@ class LogMonitor:
             event(logging.INFO, "the open transaction has ended", topic=topic, partition=number)
 
     async def _log_open_transaction(self, partition: Partition) -> None:
-        transaction = await self._source.open_transaction(partition)
+        transaction = await self._source.log.open_transaction(partition)
         if transaction is not None:
             since = datetime.fromtimestamp(transaction.since_ms / 1000, UTC)
             event(

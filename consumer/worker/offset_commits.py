@@ -10,9 +10,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from consumer.core.log_identity import Position, note
+from consumer.core.log_identity import Position, commit_metadata
 from consumer.core.message import Partition
-from consumer.kafka.source import Source
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.logs import event
 from consumer.worker.connections import Connections
 from consumer.worker.halts import Halts
@@ -28,7 +28,7 @@ class OffsetCommits:
     def __init__(
         self,
         app: str,
-        source: Source,
+        source: KafkaConsumer,
         shards: Sequence[Shard],
         partitions: Partitions,
         halts: Halts,
@@ -83,7 +83,7 @@ class OffsetCommits:
     def _note(self, partition: Partition) -> str:
         """The text beside a committed offset."""
         positions = ((shard.installation, self._table.positions(shard.name).get(partition)) for shard in self._shards)
-        return note(positions)
+        return commit_metadata(positions)
 
     async def _skip_markers(self) -> None:
         """Let the lanes pass markers and aborted records, which the client hands to nobody.

@@ -17,7 +17,7 @@ from enum import Enum
 from typing import NamedTuple
 from uuid import UUID
 
-from consumer.core.log_identity import Position, Stop
+from consumer.core.log_identity import PartitionHalt, Position
 from consumer.core.message import Partition
 
 
@@ -63,7 +63,7 @@ Action = Hold | Pause | Resume | Seek
 class Halt(NamedTuple):
     """Why a partition is halted in one database, and at which position."""
 
-    stop: Stop
+    stop: PartitionHalt
     position: Position
 
 
@@ -250,7 +250,7 @@ class PartitionTable:
         if entry is not None and entry.state is State.REFUSED:
             self._end_stop(entry)
 
-    def halt(self, database: str, partition: Partition, stop: Stop, position: Position) -> list[Action]:
+    def halt(self, database: str, partition: Partition, stop: PartitionHalt, position: Position) -> list[Action]:
         """Stop a partition that must not go on from its position. What was read before is still settled."""
         entry = self._entries[partition]
         entry.places[database].halt = Halt(stop, position)

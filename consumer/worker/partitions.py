@@ -10,10 +10,10 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
-from consumer.core.log_identity import Position, Stop
+from consumer.core.log_identity import PartitionHalt, Position
 from consumer.core.message import Partition
 from consumer.core.ordering import SavedAttempts
-from consumer.kafka.source import Source
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.logs import event
 from consumer.settings import Settings
 from consumer.worker.partition_table import Action, Hold, PartitionTable, Pause, Resume, Seek
@@ -30,7 +30,7 @@ class Partitions:
     def __init__(
         self,
         table: PartitionTable,
-        source: Source,
+        source: KafkaConsumer,
         shards: Sequence[Shard],
         lanes: Sequence[LaneState],
         reporters: Mapping[str, Reporter],
@@ -155,7 +155,7 @@ class Partitions:
             lane.has_room = messages < self._messages_max * share and size < self._bytes_max * share
         for partition in self.table.partitions():
             self.read_on(partition)
-        self._source.expect_more(soon=self.table.has_paused)
+        self._source.set_fetch_wait(short=self.table.has_paused)
         return not serving or any(lane.has_room for lane in serving)
 
     def read_on(self, partition: Partition) -> None:
@@ -191,7 +191,7 @@ class Partitions:
         self.table.accept(partition)
         self.read_on(partition)
 
-    def halt(self, shard: Shard, partition: Partition, stop: Stop, position: Position) -> None:
+    def halt(self, shard: Shard, partition: Partition, stop: PartitionHalt, position: Position) -> None:
         """Fetch nothing more of a partition; what was read of it before is still settled."""
         self._take(self.table.halt(shard.name, partition, stop, position))
 
@@ -204,10 +204,10 @@ class Partitions:
         for action in actions:
             match action:
                 case Hold(partition):
-                    self._source.hold(partition)
+                    self._source.pause_until_positioned(partition)
                 case Pause(partition):
                     self._source.pause(partition)
                 case Resume(partition):
                     self._source.resume(partition)
                 case Seek(partition, offset, topic_id):
-                    self._source.go_on(partition, offset, topic_id)
+                    self._source.seek_and_resume(partition, offset, topic_id)

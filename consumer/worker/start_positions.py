@@ -12,12 +12,23 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
-from consumer.core.log_identity import NOWHERE, Beginning, Committed, Log, Position, Stop, begin, judge
+from consumer.core.log_identity import (
+    NO_POSITION,
+    CommittedOffset,
+    ObservedLog,
+    PartitionHalt,
+    Position,
+    StartOffset,
+    check_log,
+    decide_start,
+)
 from consumer.core.message import Partition
 from consumer.core.ordering import SavedAttempts
 from consumer.handler_records import coverage
 from consumer.handler_records.settled_ranges import Changes, as_text
-from consumer.kafka.source import CorruptRecordException, Identity, KafkaError, Source
+from consumer.kafka.consumer import KafkaConsumer
+from consumer.kafka.errors import CorruptRecordException, KafkaError
+from consumer.kafka.protocol import Identity
 from consumer.logs import event
 from consumer.postgres.errors import Outage
 from consumer.postgres.session import Session
@@ -30,14 +41,14 @@ Result = TypeVar("Result")
 
 
 async def read_positions(
-    source: Source,
+    source: KafkaConsumer,
     session: Session,
     app: str,
     wanted: list[Partition],
     label: Mapping[str, str],
     handlers: Mapping[str, Collection[int]],
     others: Collection[str] = (),
-) -> tuple[dict[Partition, tuple[Position, Stop | None]], Changes]:
+) -> tuple[dict[Partition, tuple[Position, PartitionHalt | None]], Changes]:
     """Read positions, and write them where there were none.
 
     Args:
@@ -50,10 +61,13 @@ async def read_positions(
     """
     changes = Changes()
     try:
-        identity = await source.identity(sorted({partition.topic for partition in wanted}))
+        identity = await source.log.identity(sorted({partition.topic for partition in wanted}))
         known = await session.positions(app, wanted)
-        committed = {partition: Committed(*copy) for partition, copy in (await source.copies(wanted)).items()}
-        stopped: dict[Partition, Stop] = {}
+        committed = {
+            partition: CommittedOffset(*copy)
+            for partition, copy in (await source.committed_with_metadata(wanted)).items()
+        }
+        stopped: dict[Partition, PartitionHalt] = {}
         if missing := [partition for partition in wanted if partition not in known]:
             begun, stopped = await _begin(source, session, app, missing, committed, identity, label, others)
             known |= await session.positions(app, begun)
@@ -73,28 +87,28 @@ async def read_positions(
         copied = committed.get(partition)
         _log_difference(partition, copied.offset if copied is not None else None, position.offset)
     judged = await _check_all(source, known, identity)
-    return {**{partition: (NOWHERE, stop) for partition, stop in stopped.items()}, **judged}, changes
+    return {**{partition: (NO_POSITION, stop) for partition, stop in stopped.items()}, **judged}, changes
 
 
 async def _begin(
-    source: Source,
+    source: KafkaConsumer,
     session: Session,
     app: str,
     missing: Sequence[Partition],
-    committed: Mapping[Partition, Committed],
+    committed: Mapping[Partition, CommittedOffset],
     identity: Identity,
     label: Mapping[str, str],
     others: Collection[str],
-) -> tuple[list[Partition], dict[Partition, Stop]]:
+) -> tuple[list[Partition], dict[Partition, PartitionHalt]]:
     """Write positions of partitions that have none. Returns those, and others that a person must decide about."""
-    firsts = await source.beginnings(missing, partial=True)
-    stopped: dict[Partition, Stop] = {}
-    begun: dict[Partition, Beginning] = {}
+    firsts = await source.log.beginnings(missing, partial=True)
+    stopped: dict[Partition, PartitionHalt] = {}
+    begun: dict[Partition, StartOffset] = {}
     for partition, first in firsts.items():
-        match begin(partition, committed.get(partition), first, session.installation, others):
-            case Stop() as stop:
+        match decide_start(partition, committed.get(partition), first, session.installation, others):
+            case PartitionHalt() as stop:
                 stopped[partition] = stop
-            case Beginning() as beginning:
+            case StartOffset() as beginning:
                 begun[partition] = beginning
     positions = {
         partition: Position(beginning.offset, identity.cluster_id, identity.topics.get(partition.topic))
@@ -126,10 +140,12 @@ async def _name_logs(
 
 
 async def restore_queues(
-    session: Session, numbers: Collection[int], positions: Mapping[Partition, tuple[Position, Stop | None]]
+    session: Session, numbers: Collection[int], positions: Mapping[Partition, tuple[Position, PartitionHalt | None]]
 ) -> tuple[Chains, Attempts]:
     """Read the chains that dead letters hold, and attempts. numbers: of the handlers. Raises Outage."""
-    offsets = {partition: position.offset for partition, (position, _) in positions.items() if position is not NOWHERE}
+    offsets = {
+        partition: position.offset for partition, (position, _) in positions.items() if position is not NO_POSITION
+    }
     if not offsets:
         return {}, {}
     return await _or_outage(session, lambda: session.restore(sorted(numbers), offsets))
@@ -151,7 +167,7 @@ async def _or_outage(session: Session, read: Callable[[], Awaitable[Result]]) ->
 # -- what the log says ------------------------------------------------------------------------------------------------
 
 
-def _log_beginning(partition: Partition, beginning: Beginning, log_first: int, label: Mapping[str, str]) -> None:
+def _log_beginning(partition: Partition, beginning: StartOffset, log_first: int, label: Mapping[str, str]) -> None:
     fields = {"topic": partition.topic, "partition": partition.partition, "offset": beginning.offset, **label}
     if beginning.why == "lost":
         event(
@@ -187,12 +203,12 @@ def _log_difference(partition: Partition, group: int | None, position: int) -> N
 
 
 async def _check_all(
-    source: Source, known: Mapping[Partition, Position], identity: Identity
-) -> dict[Partition, tuple[Position, Stop | None]]:
+    source: KafkaConsumer, known: Mapping[Partition, Position], identity: Identity
+) -> dict[Partition, tuple[Position, PartitionHalt | None]]:
     """Positions with what speaks against them, without those of which that is unknown now."""
     checks = await asyncio.gather(
         *(
-            _check(source, partition, position, Log(identity.cluster_id, identity.topics.get(partition.topic)))
+            _check(source, partition, position, ObservedLog(identity.cluster_id, identity.topics.get(partition.topic)))
             for partition, position in known.items()
         )
     )
@@ -203,18 +219,20 @@ async def _check_all(
     }
 
 
-async def _check(source: Source, partition: Partition, position: Position, log: Log) -> tuple[bool, Stop | None]:
+async def _check(
+    source: KafkaConsumer, partition: Partition, position: Position, log: ObservedLog
+) -> tuple[bool, PartitionHalt | None]:
     """What speaks against going on from a position; False where that is unknown now."""
     if log.topic_id is None and position.topic_id is not None and log.cluster_id is not None:
         return False, None  # the topic is being deleted, or this broker does not know it yet
-    stop = judge(partition, position, log)
+    stop = check_log(partition, position, log)
     if stop is None and position.seen is not None:
         try:
-            log = log._replace(at_print=await source.print_at(partition, position.seen.offset))
+            log = log._replace(at_print=await source.log.fingerprint_at(partition, position.seen.offset))
         except KafkaError as error:
             # What does not heal is reported by the fetch, which stops this partition alone.
             return not error.retriable or isinstance(error, CorruptRecordException), None
         except (TimeoutError, OSError):
             return False, None
-        stop = judge(partition, position, log)
+        stop = check_log(partition, position, log)
     return True, stop

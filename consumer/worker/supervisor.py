@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, assert_never
 
-from consumer.kafka.source import leave_group
+from consumer.kafka.admin import leave_group
 from consumer.logs import describe, event
 from consumer.settings import Settings
 from consumer.worker.restart_policy import EXIT_MISCONFIGURED, GiveUp, RestartAfter, Restarts

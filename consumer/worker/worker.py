@@ -21,7 +21,7 @@ from consumer.core.evidence import Evidence
 from consumer.core.ordering import Scheduler
 from consumer.core.shard_route import Router
 from consumer.dead_letters.publisher import relay
-from consumer.kafka.source import Source
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.logs import event
 from consumer.retention.task import Keeper, Timestamps
 from consumer.settings import Settings
@@ -105,7 +105,7 @@ class Worker:
         self._router = Router(tuple(app.shards) or ("",), app.route)
         self._message_log = MessageLog()
         self._evidence = Evidence()
-        self.source = Source(settings, app.name, os.environ.get("CONSUMER_WORKER", "0"))
+        self.source = KafkaConsumer(settings, app.name, os.environ.get("CONSUMER_WORKER", "0"))
         table = PartitionTable(app.shards or [""])
         self.shards = _shards_of(app, settings, table)
         self.lanes = _lanes_of(app, settings, self.shards)
@@ -139,8 +139,8 @@ class Worker:
         app, settings = self._app, self._settings
         halts = Halts(self.partitions, self.shards, path)
         self.source.on_refused = halts.refused
-        self.source.on_failed = halts.cannot_be_read
-        self.source.on_nothing_new = halts.nothing_new
+        self.source.on_unreadable = halts.cannot_be_read
+        self.source.on_end_reached = halts.nothing_new
         self._fetcher = Fetcher(
             self.source, self.partitions, halts, self._router, self._kafka, self._lifetime, self._on_step
         )

@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 from consumer import Settings
-from consumer.kafka.source import create_topic
+from consumer.kafka.admin import create_topic
 from consumer.local_servers import Postgres, Server, Tansu, Valkey, die_with_parent
 from consumer.postgres import migrate
 from consumer.postgres.connection import connect

@@ -30,7 +30,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from consumer.kafka.source import producing
+from consumer.kafka.producer import open_producer
 from consumer.local_servers import EmbeddedUnavailable
 from consumer.schemes.database import NotFound
 from consumer.schemes.redis_call import RedisAway
@@ -95,7 +95,7 @@ class Page:
         dsn = self.running.settings.dsn
         async with (
             asyncpg.create_pool(dsn, min_size=0, max_size=8, command_timeout=_DATABASE_SECONDS) as self._pool,
-            producing(self.running.settings) as self._producer,
+            open_producer(self.running.settings) as self._producer,
         ):
             probing = asyncio.create_task(self._probe())
             try:

@@ -21,8 +21,8 @@ from consumer.core.message import Partition
 from consumer.core.ordering import Delivery, Scheduler
 from consumer.dead_letters.session import LetterSession
 from consumer.handler_records.settled_ranges import Changes
-from consumer.kafka import source as kafka
-from consumer.kafka.source import Source
+from consumer.kafka import consumer as kafka
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.postgres.claims import REDELIVERED, ExistingClaim
 from consumer.postgres.session import Session
 from consumer.precheck.client import Precheck
@@ -37,10 +37,10 @@ def _kafka_keeps_the_positions(where_none: str = "beginning") -> None:
     """As most consumers do it: begin where the group has committed. PostgreSQL's positions are written and not read."""
 
     async def positions(
-        source: Source, session: Session, app: str, wanted: list[Partition], label: Any, *_: Any
+        source: KafkaConsumer, session: Session, app: str, wanted: list[Partition], label: Any, *_: Any
     ) -> tuple[dict[Partition, tuple[Position, None]], Changes]:
         committed = {each: await source.committed(each) for each in wanted}
-        others = await (source.beginnings if where_none == "beginning" else source.ends)(wanted)
+        others = await (source.log.beginnings if where_none == "beginning" else source.log.ends)(wanted)
         starts = {each: others[each] if offset is None else offset for each, offset in committed.items()}
         await session.begin_positions(app, {each: Position(at) for each, at in starts.items()})
         return {each: (Position(at), None) for each, at in starts.items()}, Changes()

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer.core.dead_letters import State, age_seconds, fate, group_of, holds, normalised, ordering_key_hash
+from consumer.core.dead_letters import (
+    DeadLetterState,
+    age_seconds,
+    blocks_key,
+    group_of,
+    next_state,
+    normalised,
+    ordering_key_hash,
+)
 from consumer.core.errors import Misconfigured
 from consumer.core.message import LogRecord
 from consumer.core.outcome import DUPLICATE, Cause, Dead, Reason, RetryLater
@@ -27,7 +35,7 @@ def test_messages_of_one_key_are_applied_in_the_order_of_the_log_whatever_is_ret
 ) -> None:
     """A worker that delivers one after the other, and an operator that retries or discards in between, by the rules of the core."""
     left = [each if isinstance(each, int) else 0 for each in messages]
-    letters: dict[int, State] = {}
+    letters: dict[int, DeadLetterState] = {}
     chain: list[int] = []  # numbers of messages, in the order of the log
     applied: list[int] = []
     discarded: set[int] = set()
@@ -42,13 +50,13 @@ def test_messages_of_one_key_are_applied_in_the_order_of_the_log_whatever_is_ret
         return None
 
     def settle(number: int) -> bool:
-        after = fate(run(number))
+        after = next_state(run(number))
         letters[number] = after.state
-        if not after.stays and number in chain:
+        if not after.keeps_key_blocked and number in chain:
             chain.remove(number)
-        if after.stays and number not in chain:
+        if after.keeps_key_blocked and number not in chain:
             chain.append(number)
-        return after.goes_on
+        return after.releases_next
 
     def operate() -> None:
         if not chain:
@@ -57,15 +65,15 @@ def test_messages_of_one_key_are_applied_in_the_order_of_the_log_whatever_is_ret
         if data.draw(st.booleans()):
             goes_on = settle(first)
         else:
-            letters[first], goes_on = State.DISCARDED, True
+            letters[first], goes_on = DeadLetterState.DISCARDED, True
             discarded.add(first)
             chain.remove(first)
-        while goes_on and chain and letters[chain[0]] is State.WAITING:
+        while goes_on and chain and letters[chain[0]] is DeadLetterState.WAITING:
             goes_on = settle(chain[0])
 
     for number in range(len(messages)):
         if chain:
-            letters[number] = State.WAITING
+            letters[number] = DeadLetterState.WAITING
             chain.append(number)
         else:
             settle(number)
@@ -78,13 +86,13 @@ def test_messages_of_one_key_are_applied_in_the_order_of_the_log_whatever_is_ret
     assert applied == sorted(applied)
     rejected = {n for n, each in enumerate(messages) if each == "rejected"} - discarded
     assert sorted([*applied, *rejected, *discarded]) == list(range(len(messages)))
-    assert all(letters[n] is State.DEAD for n in rejected)
+    assert all(letters[n] is DeadLetterState.DEAD for n in rejected)
 
 
 def test_only_a_handler_that_kept_failing_holds_back_what_follows() -> None:
-    assert {each for each in Reason if holds(Dead(each, ""))} == {Reason.FAILED, Reason.BEHIND}
-    assert fate(None) == fate(DUPLICATE[Cause.LEDGER]) == (State.APPLIED, False, True)
-    assert fate(RetryLater(1, "")) == (State.DEAD, True, False)
+    assert {each for each in Reason if blocks_key(Dead(each, ""))} == {Reason.FAILED, Reason.BEHIND}
+    assert next_state(None) == next_state(DUPLICATE[Cause.LEDGER]) == (DeadLetterState.APPLIED, False, True)
+    assert next_state(RetryLater(1, "")) == (DeadLetterState.DEAD, True, False)
 
 
 def record(topic: str, partition: int, key: bytes | None) -> LogRecord:

@@ -6,7 +6,18 @@ from uuid import UUID
 
 import pytest
 
-from consumer.core.log_identity import Beginning, Committed, Log, Position, Print, Reason, Stop, begin, judge, note
+from consumer.core.log_identity import (
+    CommittedOffset,
+    HaltReason,
+    ObservedLog,
+    PartitionHalt,
+    Position,
+    RecordFingerprint,
+    StartOffset,
+    check_log,
+    commit_metadata,
+    decide_start,
+)
 from consumer.core.message import Partition
 from consumer.worker.watchdog import OpenTransactions
 
@@ -14,41 +25,41 @@ pytestmark = pytest.mark.unit
 
 P = Partition("payments", 3)
 ONE, TWO = UUID(int=1), UUID(int=2)
-SEEN = Print(9, 1000, 77)
+SEEN = RecordFingerprint(9, 1000, 77)
 KNOWN = Position(10, "cluster-a", ONE, None, SEEN)
 
 
 @pytest.mark.parametrize(
     ("log", "reason"),
     [
-        (Log("cluster-a", ONE, 0, 10, at_print=SEEN), None),
-        (Log(), None),  # nothing is known against it
-        (Log("cluster-a", ONE, 10, 10), None),  # all that was removed had been read
-        (Log("cluster-a", ONE, 0, 5), None),  # an end that lags, or lies: only a refused fetch counts
-        (Log("cluster-a", ONE, 0, 10, at_print=None), None),  # compacted away
-        (Log("cluster-b", ONE, 0, 10), Reason.OTHER_CLUSTER),
-        (Log("cluster-b", TWO, 0, 10), Reason.OTHER_CLUSTER),
-        (Log("cluster-a", TWO, 0, 10), Reason.OTHER_TOPIC),
-        (Log(None, TWO, 50, 60), Reason.OTHER_TOPIC),  # the missing range of another topic means nothing
-        (Log("cluster-a", ONE, 11, 20), Reason.RECORDS_REMOVED),
-        (Log("cluster-a", ONE, 0, 9, out_of_range=True), Reason.BEYOND_THE_END),
-        (Log("cluster-a", ONE, 0, 10, at_print=SEEN._replace(timestamp=1001)), Reason.OTHER_RECORD),
-        (Log("cluster-a", ONE, 0, 10, at_print=SEEN._replace(fingerprint=78)), Reason.OTHER_RECORD),
+        (ObservedLog("cluster-a", ONE, 0, 10, at_print=SEEN), None),
+        (ObservedLog(), None),  # nothing is known against it
+        (ObservedLog("cluster-a", ONE, 10, 10), None),  # all that was removed had been read
+        (ObservedLog("cluster-a", ONE, 0, 5), None),  # an end that lags, or lies: only a refused fetch counts
+        (ObservedLog("cluster-a", ONE, 0, 10, at_print=None), None),  # compacted away
+        (ObservedLog("cluster-b", ONE, 0, 10), HaltReason.OTHER_CLUSTER),
+        (ObservedLog("cluster-b", TWO, 0, 10), HaltReason.OTHER_CLUSTER),
+        (ObservedLog("cluster-a", TWO, 0, 10), HaltReason.OTHER_TOPIC),
+        (ObservedLog(None, TWO, 50, 60), HaltReason.OTHER_TOPIC),  # the missing range of another topic means nothing
+        (ObservedLog("cluster-a", ONE, 11, 20), HaltReason.RECORDS_REMOVED),
+        (ObservedLog("cluster-a", ONE, 0, 9, out_of_range=True), HaltReason.BEYOND_THE_END),
+        (ObservedLog("cluster-a", ONE, 0, 10, at_print=SEEN._replace(timestamp=1001)), HaltReason.OTHER_RECORD),
+        (ObservedLog("cluster-a", ONE, 0, 10, at_print=SEEN._replace(fingerprint=78)), HaltReason.OTHER_RECORD),
     ],
 )
-def test_what_speaks_against_going_on(log: Log, reason: Reason | None) -> None:
-    stop = judge(P, KNOWN, log)
+def test_what_speaks_against_going_on(log: ObservedLog, reason: HaltReason | None) -> None:
+    stop = check_log(P, KNOWN, log)
     assert (stop and stop.reason) == reason
     if stop is not None:
         assert stop.do.startswith("--topic payments --partition 3 --")
 
 
 def test_a_position_of_which_nothing_was_recorded_is_believed() -> None:
-    assert judge(P, Position(10), Log("cluster-b", TWO, 0, 10, at_print=SEEN)) is None
+    assert check_log(P, Position(10), ObservedLog("cluster-b", TWO, 0, 10, at_print=SEEN)) is None
 
 
 def test_the_missing_range_is_exact_and_the_command_ends_at_it() -> None:
-    stop = judge(P, KNOWN, Log("cluster-a", ONE, 15, 20))
+    stop = check_log(P, KNOWN, ObservedLog("cluster-a", ONE, 15, 20))
     assert stop is not None
     assert stop.missing == (10, 14)
     assert "10 to 14" in stop.text
@@ -58,8 +69,8 @@ def test_the_missing_range_is_exact_and_the_command_ends_at_it() -> None:
 def test_the_same_topic_is_begun_again_where_another_one_is_adopted() -> None:
     """Ids made of offsets begin anew with an adoption, which would be wrong in the topic that they were made in."""
     other = SEEN._replace(fingerprint=78)
-    same_topic = judge(P, KNOWN, Log("cluster-a", ONE, 0, 10, at_print=other))
-    unknown = judge(P, KNOWN, Log(None, None, 0, 10, at_print=other))
+    same_topic = check_log(P, KNOWN, ObservedLog("cluster-a", ONE, 0, 10, at_print=other))
+    unknown = check_log(P, KNOWN, ObservedLog(None, None, 0, 10, at_print=other))
     assert same_topic is not None and same_topic.do.endswith("--to earliest")
     assert unknown is not None and unknown.do.endswith("--adopt")
 
@@ -88,30 +99,34 @@ OWN, GONE, OTHER_SHARD = "1700000000000001", "1600000000000001", "17000000000000
 @pytest.mark.parametrize(
     ("committed", "others", "expected"),
     [
-        (None, (), Beginning(3, "log")),
-        (Committed(90, ""), (), Beginning(90, "group")),
-        (Committed(90, "written by another client"), (), Beginning(90, "group")),
-        (Committed(90, "a b"), (), Beginning(90, "group")),
-        (Committed(90, f"{OWN} 20"), (), Beginning(20, "lost")),
-        (Committed(90, f"{OWN} 0"), (), Beginning(3, "lost")),  # the log has dropped its first records since
-        (Committed(90, f"{GONE} 0"), (), Reason.OTHER_DATABASE),
-        (Committed(90, f"{OTHER_SHARD} 0"), (OTHER_SHARD,), Beginning(90, "shard")),  # a shard that was added
-        (Committed(90, f"{OTHER_SHARD} 0 {GONE} 0"), (OTHER_SHARD,), Reason.OTHER_DATABASE),  # swapped for this one
-        (Committed(90, f"{OTHER_SHARD} 0 {OWN} 20"), (OTHER_SHARD,), Beginning(20, "lost")),
+        (None, (), StartOffset(3, "log")),
+        (CommittedOffset(90, ""), (), StartOffset(90, "group")),
+        (CommittedOffset(90, "written by another client"), (), StartOffset(90, "group")),
+        (CommittedOffset(90, "a b"), (), StartOffset(90, "group")),
+        (CommittedOffset(90, f"{OWN} 20"), (), StartOffset(20, "lost")),
+        (CommittedOffset(90, f"{OWN} 0"), (), StartOffset(3, "lost")),  # the log has dropped its first records since
+        (CommittedOffset(90, f"{GONE} 0"), (), HaltReason.OTHER_DATABASE),
+        (CommittedOffset(90, f"{OTHER_SHARD} 0"), (OTHER_SHARD,), StartOffset(90, "shard")),  # a shard that was added
+        (
+            CommittedOffset(90, f"{OTHER_SHARD} 0 {GONE} 0"),
+            (OTHER_SHARD,),
+            HaltReason.OTHER_DATABASE,
+        ),  # swapped for this one
+        (CommittedOffset(90, f"{OTHER_SHARD} 0 {OWN} 20"), (OTHER_SHARD,), StartOffset(20, "lost")),
     ],
 )
 def test_beginning_without_a_position(
-    committed: Committed | None, others: tuple[str, ...], expected: Beginning | Reason
+    committed: CommittedOffset | None, others: tuple[str, ...], expected: StartOffset | HaltReason
 ) -> None:
-    found = begin(P, committed, 3, OWN, others)
-    if isinstance(expected, Beginning):
+    found = decide_start(P, committed, 3, OWN, others)
+    if isinstance(expected, StartOffset):
         assert found == expected
     else:
-        assert isinstance(found, Stop) and found.reason is expected
+        assert isinstance(found, PartitionHalt) and found.reason is expected
         assert "--to earliest" in found.do and "--to committed" in found.text
 
 
 def test_note_of_a_position_is_recognised_as_its_own() -> None:
-    text = note([(OWN, Position(90, first=20)), (OTHER_SHARD, Position(80, first=10))])
-    assert begin(P, Committed(90, text), 0, OWN) == Beginning(20, "lost")
-    assert begin(P, Committed(90, text), 0, OTHER_SHARD) == Beginning(10, "lost")
+    text = commit_metadata([(OWN, Position(90, first=20)), (OTHER_SHARD, Position(80, first=10))])
+    assert decide_start(P, CommittedOffset(90, text), 0, OWN) == StartOffset(20, "lost")
+    assert decide_start(P, CommittedOffset(90, text), 0, OTHER_SHARD) == StartOffset(10, "lost")

@@ -21,7 +21,7 @@ from harness import Place, drained, migrated, query, report, settings_for, until
 
 from consumer import App, Settings, Tx
 from consumer.core.message import Partition
-from consumer.kafka.source import Source
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.local_servers import free_port
 
 
@@ -181,12 +181,12 @@ class Told:
 
 
 async def adopted(settings: Settings, app: App, partition: Partition) -> bool:
-    source = Source(settings, None)
+    source = KafkaConsumer(settings, None)
     await source.start(10)
     connection = await asyncpg.connect(settings.dsn)
     try:
-        identity = await source.identity([partition.topic])
-        first = (await source.beginnings([partition]))[partition]
+        identity = await source.log.identity([partition.topic])
+        first = (await source.log.beginnings([partition]))[partition]
         return await report.adopt(connection, source, app, partition, identity, first) is not None
     finally:
         await connection.close()

@@ -16,7 +16,7 @@ from services import Kafka
 
 from consumer import App, Settings, Tx
 from consumer.core.message import Partition
-from consumer.kafka.source import Source
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.local_servers import Postgres, free_port
 
 PARTITIONS = 4
@@ -54,7 +54,7 @@ async def all_right(dsn: str, expected: Sequence[int]) -> None:
 
 
 async def kafkas_offsets(app: App, settings: Settings, topic: str) -> int:
-    source = Source(settings, app.name)
+    source = KafkaConsumer(settings, app.name)
     await source.start(10)
     try:
         return sum([await source.committed(Partition(topic, n)) or 0 for n in range(PARTITIONS)])

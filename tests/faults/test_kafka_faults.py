@@ -17,8 +17,8 @@ from proxy import FETCH, HEARTBEAT, JOIN_GROUP, OFFSET_COMMIT, PRODUCE, SYNC_GRO
 
 from consumer import App, Settings, Tx
 from consumer.core.message import Partition
+from consumer.kafka.admin import group_offsets
 from consumer.kafka.fetch_proxy import FetchingById
-from consumer.kafka.source import group_offsets
 from consumer.worker.health import Stalled
 from consumer.worker.worker import Worker
 

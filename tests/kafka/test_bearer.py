@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from consumer.kafka.oauth import Bearer, NoToken
+from consumer.kafka.oauth import NoToken, TokenCache
 
 pytestmark = pytest.mark.unit
 
@@ -43,7 +43,7 @@ async def test_expiry_of_a_token_in_any_unit_ends_its_use_shortly_before(expiry:
         asked += 1
         return f"token{asked}", expiry if asked == 1 else None
 
-    bearer = Bearer(provider, lambda: now)
+    bearer = TokenCache(provider, lambda: now)
     assert await bearer.token() == "token1"
     now = NOW + 800
     assert await bearer.token() == "token1"
@@ -54,7 +54,7 @@ async def test_expiry_of_a_token_in_any_unit_ends_its_use_shortly_before(expiry:
 @pytest.mark.parametrize("expiry", [None, 0, 0.0])
 async def test_token_without_an_expiry_is_used_once(expiry: Any) -> None:
     given = iter(["one", "two"])
-    bearer = Bearer(lambda: (next(given), expiry), lambda: NOW)
+    bearer = TokenCache(lambda: (next(given), expiry), lambda: NOW)
     assert [await bearer.token(), await bearer.token()] == ["one", "two"]
 
 
@@ -79,5 +79,5 @@ async def test_token_without_an_expiry_is_used_once(expiry: Any) -> None:
 )
 async def test_token_with_an_impossible_expiry_is_refused_in_one_line(expiry: Any, says: str) -> None:
     with pytest.raises(NoToken, match=says) as refused:
-        await Bearer(lambda: ("secret-token", expiry), lambda: NOW).token()
+        await TokenCache(lambda: ("secret-token", expiry), lambda: NOW).token()
     assert "secret-token" not in str(refused.value) and "\n" not in str(refused.value)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from consumer.core.errors import Misconfigured
 from consumer.core.message import Partition
-from consumer.kafka.bounds import Bound, Earliest, Latest, Log, Offset, Position, Time, span
+from consumer.kafka.bounds import AtPosition, Bound, Earliest, Latest, LogRange, Offset, Time, span
 
 pytestmark = pytest.mark.unit
 
@@ -17,18 +17,18 @@ P = Partition("t", 3)
 
 def log(
     begin: int = 10, end: int = 50, position: int | None = 40, from_time: int | None = 20, to_time: int | None = 30
-) -> Log:
-    return Log(begin, end, position, from_time, to_time)
+) -> LogRange:
+    return LogRange(begin, end, position, from_time, to_time)
 
 
 @pytest.mark.parametrize(
     ("start", "end", "given", "expected"),
     [
         (Earliest(), Latest(), log(), (10, 50)),
-        (Earliest(), Position(), log(), (10, 40)),
-        (Position(), Latest(), log(), (40, 50)),
-        (Earliest(), Position(), log(position=None), (10, 10)),
-        (Position(), Latest(), log(position=None), (10, 50)),
+        (Earliest(), AtPosition(), log(), (10, 40)),
+        (AtPosition(), Latest(), log(), (40, 50)),
+        (Earliest(), AtPosition(), log(position=None), (10, 10)),
+        (AtPosition(), Latest(), log(position=None), (10, 50)),
         (Offset(10), Offset(11), log(), (10, 11)),
         (Offset(12), Offset(99), log(), (12, 50)),
         (Offset(99), Latest(), log(), (50, 50)),
@@ -40,7 +40,7 @@ def log(
         (Earliest(), Latest(), log(begin=50), (50, 50)),
     ],
 )
-def test_a_span_is_what_the_bounds_say(start: Bound, end: Bound, given: Log, expected: tuple[int, int]) -> None:
+def test_a_span_is_what_the_bounds_say(start: Bound, end: Bound, given: LogRange, expected: tuple[int, int]) -> None:
     found = span(P, given, start, end)
     assert (found.first, found.end) == expected
     assert found.length == expected[1] - expected[0]
@@ -51,12 +51,12 @@ def test_a_span_is_what_the_bounds_say(start: Bound, end: Bound, given: Log, exp
     [
         (Offset(9), Latest(), log()),
         (Time(1), Latest(), log(from_time=10)),
-        (Position(), Latest(), log(position=9)),
+        (AtPosition(), Latest(), log(position=9)),
         (Earliest(), Offset(9), log()),
-        (Earliest(), Position(), log(position=3)),
+        (Earliest(), AtPosition(), log(position=3)),
     ],
 )
-def test_what_the_log_has_dropped_is_refused_by_name(start: Bound, end: Bound, given: Log) -> None:
+def test_what_the_log_has_dropped_is_refused_by_name(start: Bound, end: Bound, given: LogRange) -> None:
     with pytest.raises(Misconfigured, match="t:3 begins at offset 10"):
         span(P, given, start, end)
 
@@ -64,8 +64,8 @@ def test_what_the_log_has_dropped_is_refused_by_name(start: Bound, end: Bound, g
 @given(
     st.integers(0, 100),
     st.integers(0, 100),
-    st.sampled_from([Earliest(), Latest(), Position(), Offset(0), Offset(55), Offset(200), Time(5)]),
-    st.sampled_from([Earliest(), Latest(), Position(), Offset(0), Offset(55), Offset(200), Time(5)]),
+    st.sampled_from([Earliest(), Latest(), AtPosition(), Offset(0), Offset(55), Offset(200), Time(5)]),
+    st.sampled_from([Earliest(), Latest(), AtPosition(), Offset(0), Offset(55), Offset(200), Time(5)]),
     st.none() | st.integers(0, 200),
     st.none() | st.integers(0, 100),
 )
@@ -74,7 +74,7 @@ def test_a_span_never_leaves_the_log(
 ) -> None:
     at = None if at is None else begin + min(at, length)  # Kafka tells of no record that the log does not hold
     try:
-        found = span(P, Log(begin, begin + length, position, at, at), start, end)
+        found = span(P, LogRange(begin, begin + length, position, at, at), start, end)
     except Misconfigured:
         return
     assert found.first <= found.end <= begin + length

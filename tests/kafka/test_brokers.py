@@ -19,7 +19,8 @@ from test_incarnations import Told
 from consumer import App, Settings, Tx
 from consumer.admin import report
 from consumer.core.message import Partition
-from consumer.kafka.source import Source, client_id
+from consumer.kafka.client import client_id
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.local_servers import free_port
 from consumer.postgres.connection import connect
 
@@ -94,7 +95,7 @@ async def test_status_of_a_thousand_topics_takes_one_request_for_each_question(
     topics = [f"many-{prefix}-{n:04}" for n in range(1000)]
     admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka, request_timeout_ms=120_000)
     await admin.start()
-    source = Source(place.settings(), None)
+    source = KafkaConsumer(place.settings(), None)
     connection = await connect(place.settings())
     try:
         for n in range(0, 1000, 200):
@@ -102,16 +103,16 @@ async def test_status_of_a_thousand_topics_takes_one_request_for_each_question(
         app = app_of(*topics)
         await source.start(30)
         asked: list[str] = []
-        ask = source._brokers.ask
+        ask = source.log._brokers.ask
 
         async def counted(node: int, request: Any, *more: Any) -> Any:
             asked.append(type(request).__name__)
             return await ask(node, request, *more)
 
-        monkeypatch.setattr(source._brokers, "ask", counted)
+        monkeypatch.setattr(source.log._brokers, "ask", counted)
 
         async def all_led() -> bool:
-            return len(await source.ends([Partition(each, 0) for each in topics], partial=True)) == 1000
+            return len(await source.log.ends([Partition(each, 0) for each in topics], partial=True)) == 1000
 
         await until("leaders", all_led, 60)
         asked.clear()
@@ -139,18 +140,18 @@ async def test_status_of_many_settled_partitions_asks_for_their_leaders_once(
         topic, *[Sent({"id": f"p{n}", "account": 1, "amount": 1}, id=f"p{n}", partition=n) for n in range(60)]
     )
     await consume_all(app, place.settings())
-    source = Source(place.settings(), None)
+    source = KafkaConsumer(place.settings(), None)
     connection = await connect(place.settings())
     try:
         await source.start(30)
         asked: list[str] = []
-        ask = source._brokers.ask
+        ask = source.log._brokers.ask
 
         async def counted(node: int, request: Any, *more: Any) -> Any:
             asked.append(type(request).__name__)
             return await ask(node, request, *more)
 
-        monkeypatch.setattr(source._brokers, "ask", counted)
+        monkeypatch.setattr(source.log._brokers, "ask", counted)
         partitions = [Partition(topic, n) for n in range(60)]
 
         health = await report.partition_health(connection, source, app, partitions)

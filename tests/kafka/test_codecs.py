@@ -17,7 +17,7 @@ from services import JARS
 from consumer import App, Tx
 from consumer.core.errors import Misconfigured
 from consumer.kafka import decompression
-from consumer.kafka.source import Source
+from consumer.kafka.consumer import KafkaConsumer
 
 CODECS = ["none", "gzip", "snappy", "lz4", "zstd"]
 
@@ -114,7 +114,7 @@ async def test_topics_that_java_compresses_are_read_with_and_without_transaction
 async def test_codec_that_is_missing_is_refused_at_start(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decompression, "cramjam", None)
     with pytest.raises(Misconfigured, match="pip install cramjam"):
-        await Source(place.settings(), None).start(1)
+        await KafkaConsumer(place.settings(), None).start(1)
 
 
 def test_limit_of_decompressed_bytes_that_is_no_number_is_refused(tmp_path: Path) -> None:

@@ -36,8 +36,10 @@ from consumer import App, Retry, Tx
 from consumer.core.log_identity import Position
 from consumer.core.message import Partition
 from consumer.core.ordering import PositionUpdate
+from consumer.kafka.admin import group_offsets
+from consumer.kafka.consumer import KafkaConsumer
+from consumer.kafka.log_inspection import LogInspection
 from consumer.kafka.protocol import Identity
-from consumer.kafka.source import Source, group_offsets
 from consumer.postgres.errors import Fenced
 from consumer.postgres.session import Session
 
@@ -91,10 +93,10 @@ async def remove_records(place: Place, topic: str, partition: int, before: int) 
 
 
 async def topic_id(place: Place, topic: str) -> str:
-    source = Source(place.settings(), None)
+    source = KafkaConsumer(place.settings(), None)
     await source.start(10)
     try:
-        return str((await source.identity([topic])).topics[topic])
+        return str((await source.log.identity([topic])).topics[topic])
     finally:
         await source.stop(5)
 
@@ -250,18 +252,18 @@ async def test_a_fetch_is_of_the_topic_with_the_id_and_of_no_other(place: Place)
     topic = await place.topic()
     await place.send(topic, payment("a"))
     partition = Partition(topic, 0)
-    source = Source(place.settings(), None)
+    source = KafkaConsumer(place.settings(), None)
     await source.start(10)
     refused = asyncio.Event()
     source.on_refused = lambda _: refused.set()
     try:
-        own_id = (await source.identity([topic])).topics[topic]
+        own_id = (await source.log.identity([topic])).topics[topic]
         source.assign([partition])
-        source.hold(partition)
-        source.go_on(partition, 0, own_id)
+        source.pause_until_positioned(partition)
+        source.seek_and_resume(partition, 0, own_id)
         assert [each.offset for each in (await source.poll(10, lambda _: None))[partition]] == [0]
-        source.hold(partition)
-        source.go_on(partition, 0, uuid.uuid4())
+        source.pause_until_positioned(partition)
+        source.seek_and_resume(partition, 0, uuid.uuid4())
         assert await source.poll(1, lambda _: None) == {}
         await asyncio.wait_for(refused.wait(), 10)
     finally:
@@ -315,7 +317,7 @@ async def test_a_broker_that_tells_no_ids_is_found_out_by_the_record_that_was_re
     topic = await place.topic()
     app = app_of(topic)
     with monkeypatch.context() as old_broker:
-        old_broker.setattr(Source, "identity", nothing)
+        old_broker.setattr(LogInspection, "identity", nothing)
         await place.send(topic, *[payment(f"p{n}") for n in range(5)])
         await consume_all(app, place.settings())
         await consume_all(app, place.settings())  # the same log raises no alarm

@@ -15,7 +15,7 @@ from harness import Place, Sent, consume_all, counts, drained, letters, query, u
 
 from consumer import App, Tx
 from consumer.admin import report
-from consumer.kafka.source import Source
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.postgres.connection import connect
 
 _CRC_AT, _ATTRIBUTES_AT, _BODY_AT = 17, 21, 61  # of a record batch, version 2
@@ -50,7 +50,7 @@ async def transaction(producer: AIOKafkaProducer, topic: str, names: list[str], 
 
 async def lags(app: App, place: Place) -> list[int]:
     settings = place.settings()
-    source = Source(settings, None)
+    source = KafkaConsumer(settings, None)
     await source.start(10)
     connection = await connect(settings)
     try:

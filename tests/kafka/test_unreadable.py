@@ -22,8 +22,9 @@ from consumer.admin import report
 from consumer.core.message import Partition
 from consumer.kafka import record_batch
 from consumer.kafka.bounds import Earliest, Latest
+from consumer.kafka.consumer import KafkaConsumer
+from consumer.kafka.errors import PartitionUnreadable
 from consumer.kafka.log_reader import read, resolve
-from consumer.kafka.source import PartitionUnreadable, Source
 from consumer.postgres.connection import connect
 
 _LENGTH_AT, _MAGIC_AT, _CRC_AT, _ATTRIBUTES_AT, _BODY_AT = 8, 16, 17, 21, 61
@@ -326,7 +327,7 @@ async def test_a_worker_that_starts_without_rights_records_the_partitions_that_i
 
 async def status_of(place: Place, app: App, **user: Any) -> dict[tuple[str, int], Any]:
     """Topic and partition -> why it has stopped, as `consumer status` says it to a user of Kafka."""
-    source = Source(place.settings(**user), None)
+    source = KafkaConsumer(place.settings(**user), None)
     await source.start(10)
     connection = await connect(place.settings())
     try:
@@ -348,7 +349,7 @@ async def test_reading_a_damaged_range_names_the_partition_and_the_offset(place:
     for first, last in BATCHES:
         await send_batch(place.kafka, topic, names(first, last))
     change_batch(segment(kafka, topic), 5, flip)
-    source = Source(place.settings(), None)
+    source = KafkaConsumer(place.settings(), None)
     await source.start(10)
     try:
         spans = await resolve(source, [Partition(topic, 0)], Earliest(), Latest(), {})

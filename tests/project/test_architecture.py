@@ -237,7 +237,6 @@ LONG_FILES = {
     "consumer/core/ordering.py",
     "consumer/dead_letters/redrive.py",
     "consumer/deferred_writes/grammar.py",
-    "consumer/kafka/source.py",
     "consumer/rebuild/copies.py",
     "consumer/rebuild/rebuild.py",
     "consumer/rebuild/scratch.py",

@@ -46,8 +46,8 @@ from services import Kafka
 
 from consumer import App, Misconfigured, Settings, Tx, tls, verify
 from consumer.core.errors import ServiceUnavailable
-from consumer.kafka.oauth import Bearer, NoToken, find
-from consumer.kafka.source import Source
+from consumer.kafka.consumer import KafkaConsumer
+from consumer.kafka.oauth import NoToken, TokenCache, load_provider
 from consumer.local_servers import Postgres, Valkey
 from consumer.postgres.connection import connect
 from consumer.precheck.client import Precheck
@@ -103,7 +103,7 @@ async def test_what_may_be_reached_in_clear_is_named_service_by_service() -> Non
     dsn = f"postgresql://u@{NOWHERE}/db"
     away = settings_for(dsn, "kafka:9092", "redis://cache:6379/0")
     with pytest.raises(Misconfigured, match=r"kafka at kafka .*CONSUMER_ALLOW_INSECURE=kafka"):
-        await Source(away, None).start(0.1)
+        await KafkaConsumer(away, None).start(0.1)
     with pytest.raises(Misconfigured, match=r"redis at cache .*rediss://.*CONSUMER_ALLOW_INSECURE=redis"):
         tls.redis_url(away)
     for weak in (
@@ -151,7 +151,7 @@ def by_tls(kafka: Kafka, **more: Any) -> Settings:
 
 
 async def test_kafka_by_tls_and_each_wrong_certificate(kafka: Kafka) -> None:
-    source = Source(by_tls(kafka), None)
+    source = KafkaConsumer(by_tls(kafka), None)
     await source.start(20)
     await source.stop(5)
     wrong = {
@@ -167,12 +167,12 @@ async def test_kafka_by_tls_and_each_wrong_certificate(kafka: Kafka) -> None:
     for says, given in wrong.items():
         with pytest.raises(Misconfigured, match=says) as found:
             await asyncio.wait_for(
-                Source(by_tls(kafka, **given), None).start(float("inf")), 30
+                KafkaConsumer(by_tls(kafka, **given), None).start(float("inf")), 30
             )  # a worker waits for ever
         assert not isinstance(found.value, ServiceUnavailable)
     # A port without TLS may be a broker behind a proxy that is not up yet: waited for, and then told.
     with pytest.raises(ServiceUnavailable, match="CONSUMER_KAFKA_SECURITY_PROTOCOL=SSL"):
-        await Source(by_tls(kafka, servers=kafka.bootstrap_servers), None).start(1)
+        await KafkaConsumer(by_tls(kafka, servers=kafka.bootstrap_servers), None).start(1)
 
 
 def token(subject: str, seconds: float = 3600) -> str:
@@ -205,14 +205,14 @@ async def test_kafka_by_sasl_applies_messages_and_refuses_a_wrong_password(
     assert (await counts(app, place.dsn))["settle"]["applied"] == 20
     wrong = by_sasl(kafka, None, kafka_sasl_mechanism=mechanism, kafka_sasl_password="canary")
     with pytest.raises(Misconfigured, match=r"refused the SASL credentials.*_PASSWORD") as found:
-        await asyncio.wait_for(Source(wrong, None).start(float("inf")), 30)
+        await asyncio.wait_for(KafkaConsumer(wrong, None).start(float("inf")), 30)
     assert "canary" not in str(found.value)
 
 
 async def test_kafka_that_does_not_offer_a_mechanism_is_no_outage(kafka: Kafka) -> None:
     wanted = by_sasl(kafka, None, kafka_sasl_mechanism="SCRAM-SHA-256")
     with pytest.raises(Misconfigured, match=r"does not offer SCRAM-SHA-256.*CONSUMER_KAFKA_SASL_MECHANISM"):
-        await asyncio.wait_for(Source(wanted, None).start(float("inf")), 30)
+        await asyncio.wait_for(KafkaConsumer(wanted, None).start(float("inf")), 30)
 
 
 async def test_a_token_is_fetched_anew_when_its_session_ends(
@@ -232,7 +232,7 @@ async def test_a_token_is_fetched_anew_when_its_session_ends(
     topic = await place.topic()
     app = paying(topic)
     settings = by_sasl(kafka, place, kafka_sasl_mechanism="OAUTHBEARER", kafka_sasl_token_provider=f"{name}:fetch")
-    module = find(f"{name}:fetch").__globals__
+    module = load_provider(f"{name}:fetch").__globals__
     asked, bad = module["asked"], module["bad"]
     async with working(app, settings):
         await place.send(topic, *payments(10))
@@ -268,11 +268,11 @@ async def test_tokens_that_are_refused_missing_or_expired_are_told(
 
     for path in ("expired", "nonsense"):
         with pytest.raises(Misconfigured, match=r"refused the SASL credentials.*_TOKEN_PROVIDER") as found:
-            await asyncio.wait_for(Source(wanted(f"{name}:{path}"), None).start(float("inf")), 30)
+            await asyncio.wait_for(KafkaConsumer(wanted(f"{name}:{path}"), None).start(float("inf")), 30)
         assert not isinstance(found.value, ServiceUnavailable) and "canary" not in str(found.value)
     for path, says in {"fails": "gave no token: RuntimeError", "number": "must return a token"}.items():
         with pytest.raises(ServiceUnavailable, match=says) as late:  # an identity provider may be away for a while
-            await Source(wanted(f"{name}:{path}"), None).start(0.5)
+            await KafkaConsumer(wanted(f"{name}:{path}"), None).start(0.5)
         assert "canary" not in str(late.value)
     for wrong, says in {
         None: "CONSUMER_KAFKA_SASL_TOKEN_PROVIDER",
@@ -281,7 +281,7 @@ async def test_tokens_that_are_refused_missing_or_expired_are_told(
         f"{name}:text": "cannot be called",
     }.items():
         with pytest.raises(Misconfigured, match=says):
-            await Source(wanted(wrong), None).start(0.5)
+            await KafkaConsumer(wanted(wrong), None).start(0.5)
 
 
 async def test_a_token_with_an_expiry_is_kept_until_shortly_before_it() -> None:
@@ -291,7 +291,7 @@ async def test_a_token_with_an_expiry_is_kept_until_shortly_before_it() -> None:
         asked.append(now)
         return f"token{len(asked)}", now + 100
 
-    bearer = Bearer(give, lambda: now)
+    bearer = TokenCache(give, lambda: now)
     assert await asyncio.gather(*[bearer.token() for _ in range(5)]) == ["token1"] * 5
     now += 69
     assert await bearer.token() == "token1"
@@ -301,8 +301,8 @@ async def test_a_token_with_an_expiry_is_kept_until_shortly_before_it() -> None:
     assert await bearer.token() == "token3" and len(asked) == 3
     for bad in ("", "two words", "a\x01b", "ü"):
         with pytest.raises(NoToken):
-            await Bearer(lambda bad=bad: bad).token()  # type: ignore[misc]
-    once = Bearer(lambda: f"fresh{len(asked.append(0) or asked)}")  # type: ignore[func-returns-value]
+            await TokenCache(lambda bad=bad: bad).token()  # type: ignore[misc]
+    once = TokenCache(lambda: f"fresh{len(asked.append(0) or asked)}")  # type: ignore[func-returns-value]
     assert await once.token() != await once.token()
 
 
@@ -327,10 +327,10 @@ async def test_the_documented_acls_are_enough(kafka: Kafka, place: Place, tmp_pa
     found = await verify(app, topic, settings=settings)
     assert found.ok, found
     closed = await place.topic()  # and to him there is no other topic
-    source = Source(settings, None)
+    source = KafkaConsumer(settings, None)
     await source.start(10)
     try:
-        assert await source.partitions([topic, closed]) == {topic: [(topic, 0), (topic, 1)], closed: []}
+        assert await source.log.partitions([topic, closed]) == {topic: [(topic, 0), (topic, 1)], closed: []}
     finally:
         await source.stop(5)
 

@@ -31,7 +31,7 @@ from services import Kafka
 from consumer import App, Message, Reject, Retry, Settings, Tx
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.message import Partition
-from consumer.kafka.source import Source
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.rebuild.rebuild import Rebuilt, rebuild
 from consumer.transaction.handler_runner import HandlerRunner
 from handlers import app as billing
@@ -92,8 +92,8 @@ def handling(topic: str, handle: Handle, **options: Any) -> App:
 
 
 @asynccontextmanager
-async def reader(settings: Settings) -> AsyncIterator[Source]:
-    source = Source(settings, None)
+async def reader(settings: Settings) -> AsyncIterator[KafkaConsumer]:
+    source = KafkaConsumer(settings, None)
     await source.start(10)
     try:
         yield source
@@ -105,15 +105,15 @@ async def rebuilt(place: Place, app: App, *topics: str, **options: Any) -> Rebui
     """Rebuild from all partitions of the topics, those of the app by default."""
     settings = options.pop("settings", None) or place.settings()
     async with reader(settings) as source, app.running():
-        found = await source.partitions(topics or app.topics)
+        found = await source.log.partitions(topics or app.topics)
         return await rebuild(app, settings, source, [each for those in found.values() for each in those], **options)
 
 
 async def settled(place: Place, app: App, **positions: int) -> None:
     """Say that everything produced so far is settled, without anybody having settled it."""
     async with reader(place.settings()) as source:
-        found = await source.partitions(app.topics)
-        ends = await source.ends([each for those in found.values() for each in those])
+        found = await source.log.partitions(app.topics)
+        ends = await source.log.ends([each for those in found.values() for each in those])
     for partition, end in ends.items():
         await query(
             place.dsn,
@@ -1214,7 +1214,7 @@ async def test_the_example_application_agrees(
     place = Place(kafka.bootstrap_servers, database, redis_url)
     for topic in billing.topics:
         async with reader(place.settings()) as source:
-            there = (await source.partitions([topic]))[topic]
+            there = (await source.log.partitions([topic]))[topic]
         if not there:
             await new_topic(kafka.bootstrap_servers, 2, topic)
     names = [str(uuid.uuid4()) for _ in range(40)]

@@ -23,7 +23,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from consumer import App, Settings
 from consumer.admin import report
-from consumer.kafka.source import Source
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.postgres import grants, migrate
 from consumer.worker.worker import Worker
 
@@ -168,7 +168,7 @@ def fetched(worker: Worker) -> int:
 
 async def drained(app: App, settings: Settings, seconds: float = 30) -> None:
     """Wait until everything produced so far is settled."""
-    source = Source(settings, None)
+    source = KafkaConsumer(settings, None)
     await source.start(10)
     try:
 

@@ -17,7 +17,7 @@ from harness import Place, Sent, consume_all, consumer, counts, letters, query
 
 from consumer import App, Message, Reject, Retry, Tx
 from consumer.dead_letters.redrive import Redrive
-from consumer.kafka.source import Source
+from consumer.kafka.consumer import KafkaConsumer
 from consumer.rebuild.rebuild import rebuild
 from consumer.replay.replay import Options, Told, replay
 
@@ -309,11 +309,11 @@ async def test_a_replay_and_a_rebuild_compare_as_the_handler_does(place: Place, 
     assert await place.reasons() == ["rejected", "rejected"]
     found = await replay(after, place.settings(), [topic], Options(), Told())
     assert found.ok and found.total("missing") == 0 and found.total("conflicts") == 0
-    source = Source(place.settings(), None)
+    source = KafkaConsumer(place.settings(), None)
     await source.start(10)
     try:
         async with after.running():
-            rebuilt = await rebuild(after, place.settings(), source, (await source.partitions([topic]))[topic])
+            rebuilt = await rebuild(after, place.settings(), source, (await source.log.partitions([topic]))[topic])
     finally:
         await source.stop(5)
     assert (rebuilt.applied, rebuilt.dead_lettered) == (2, 2)

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from consumer.core.log_identity import Position, Reason, Stop
+from consumer.core.log_identity import HaltReason, PartitionHalt, Position
 from consumer.core.message import Partition
 from consumer.worker.partition_table import Action, Hold, PartitionTable, Pause, Resume, Seek, State
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unit
 
 EAST, WEST = "east", "west"
 P0, P1 = Partition("payments", 0), Partition("payments", 1)
-STOP = Stop(Reason.DAMAGED, "it is damaged", "--to 1")
+STOP = PartitionHalt(HaltReason.DAMAGED, "it is damaged", "--to 1")
 
 partitions = st.sampled_from([P0, P1])
 databases = st.sampled_from([EAST, WEST])

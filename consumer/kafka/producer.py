@@ -1,0 +1,32 @@
+"""A producer that has every record acknowledged by all replicas in sync."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from aiokafka import AIOKafkaProducer
+
+from consumer.kafka.client import connection_options, start_client
+from consumer.settings import Settings
+
+
+@asynccontextmanager
+async def open_producer(settings: Settings, *, idempotent: bool = False) -> AsyncIterator[AIOKafkaProducer]:
+    """Yield a producer, and flush it on leaving.
+
+    On leaving, all replicas in sync have acknowledged every record, or an error is raised. idempotent: retries neither
+    repeat nor reorder records, as far as the broker can do that.
+    """
+    producer = await start_client(
+        lambda: AIOKafkaProducer(
+            **connection_options(settings), acks="all", linger_ms=5, enable_idempotence=idempotent
+        ),
+        settings,
+        settings.wait_seconds,
+    )
+    try:
+        yield producer
+        await producer.flush()
+    finally:
+        await producer.stop()
