@@ -61,7 +61,7 @@ def names(error: BaseException | None) -> str:
     return " ".join(parts)
 
 
-def told(error: BaseException | None, handler_place: str = "") -> str:
+def error_summary(error: BaseException | None, handler_place: str = "") -> str:
     """Kind, place and schema objects of an error in one short text without values."""
     if error is None:
         return "unknown"

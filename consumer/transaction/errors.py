@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from consumer.core.errors import RunAgain
 from consumer.core.evidence import Others, Verdict, judge
 from consumer.core.sqlstate import Meaning
-from consumer.error_places import frames, names, told
+from consumer.error_places import error_summary, frames, names
 from consumer.postgres.errors import Conflict, Fenced, Outage, meaning_of, redacted_message, sqlstate_of
 from consumer.postgres.session import Session
 from consumer.transaction.identify import printable
@@ -111,7 +111,7 @@ def facts_of(error: BaseException, handler_place: str = "") -> ErrorFacts:
     handler_place: shown where no frame is the user's.
     """
     code = sqlstate_of(error) or type(error).__name__
-    summary = told(error, handler_place)
+    summary = error_summary(error, handler_place)
     return ErrorFacts(
         error=error,
         meaning=_meaning(error),

@@ -1,4 +1,4 @@
-"""Watches the process of a worker: a blocked event loop, and its memory."""
+"""Watches a worker process: a blocked event loop, and its memory."""
 
 from __future__ import annotations
 

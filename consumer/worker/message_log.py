@@ -15,7 +15,7 @@ from typing import Any
 from consumer.core.errors import RunAgain
 from consumer.core.ordering import Delivery
 from consumer.core.outcome import Dead, Duplicate, Outcome, RetryLater
-from consumer.error_places import told
+from consumer.error_places import error_summary
 from consumer.handler_records.notices import filling
 from consumer.handler_records.settled_ranges import Change, Changes
 from consumer.logs import event, log
@@ -138,7 +138,7 @@ def log_duplicates(result: BatchResult) -> None:
 
 def _error_text(delivery: Delivery, error: BaseException | None, outcome: Outcome | None) -> str:
     if error is not None:
-        return told(error, delivery.handler.place)
+        return error_summary(error, delivery.handler.place)
     return outcome.reason.value if isinstance(outcome, Dead) else "unknown"
 
 
