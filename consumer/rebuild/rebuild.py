@@ -931,6 +931,8 @@ class _Pass:
             )
         for each in spans:
             place = f"{each.partition.topic}:{each.partition.partition}"
+            if each.first > 0 and self.work.base is not None:
+                notes.append(f"{place} begins at offset {each.first}: --base is taken for the state before that record")
             if each.partition not in self.positions:
                 what = "what the ledger has as applied was replayed" if each.length else "nothing of it is settled"
                 notes.append(f"{place} has no position: {what}")

@@ -894,6 +894,7 @@ async def test_records_that_were_removed_need_a_base(place: Place) -> None:
     """
     found = await rebuilt(place, app, base=base)
     assert found.agrees and found.messages == 6
+    assert f"{topic}:0 begins at offset 4: --base is taken for the state before that record" in found.notes
     found = await rebuilt(place, app, base=base.replace("balance = 4", "balance = 3"))
     assert differences(found) == [("accounts", "different", ("1",), (("balance", "10", "9"),))]
 

@@ -11,8 +11,9 @@ import pytest
 from harness import Place, Sent, consume_all, drained, migrated, query, working
 from test_rebuild import handling, message_id, new_app, paying, payment, rebuilt, sent
 
-from consumer import App, Tx, coverage
+from consumer import App, Tx
 from consumer.core.errors import Misconfigured
+from consumer.handler_records import coverage
 
 TABLES = """
 create table orders (id text primary key, status text not null, deleted_at timestamptz);

@@ -139,7 +139,9 @@ async def ask(servers: Servers, done: Settled, mode: Any) -> Answer:
     """Run a check or a rebuild in this process, as the command does."""
     life = Life(done.case, healed=done.life.healed)
     app = app_of(life, APP, done.topics)
-    base = done.case.seeds if mode == "rebuild" and done.case.base else None
+    # The case's file is for the state before the first message of all; with records gone, it would be a false statement.
+    has_base = mode == "rebuild" and done.case.base and done.case.fault.kind != "log_head"
+    base = done.case.seeds if has_base else None
     settings = servers.settings(done.dsn, batch_messages_max=done.case.batch)
     try:
         findings = await replay(app, settings, app.topics, Options(mode=mode, base=base), Told())
