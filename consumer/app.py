@@ -110,17 +110,19 @@ class App:
         }
 
         def register(function: F) -> F:
-            built = build(function, topics, options, Tx)
-            other = self._handlers.get(built.name)
-            if other is not None:
-                raise RegistrationError(
-                    f"{built.place}: two handlers are named {built.name!r}, the other one at {other.place}: "
-                    "give one of them another name with name="
-                )
-            self._handlers[built.name] = built
+            self._add(build(function, topics, options, Tx))
             return function
 
         return register
+
+    def _add(self, handler: Handler) -> None:
+        other = self._handlers.get(handler.name)
+        if other is not None:
+            raise RegistrationError(
+                f"{handler.place}: two handlers are named {handler.name!r}, the other one at {other.place}: "
+                "give one of them another name with name="
+            )
+        self._handlers[handler.name] = handler
 
     @property
     def handlers(self) -> Mapping[str, Handler]:

@@ -23,6 +23,7 @@ from consumer.core.retry import Retry
 
 Call: TypeAlias = Callable[[Any, Any, Any], Awaitable[object]]  # (value, message, tx)
 Function: TypeAlias = Callable[..., Awaitable[object]]
+Wrong: TypeAlias = Callable[[str], RegistrationError]  # makes the error of one handler from what is wrong with it
 
 ORDERS = ("key", "partition", "none")
 OPTIONS = (
@@ -133,7 +134,10 @@ def place_of(function: object) -> str:
 
 
 def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any], tx_type: type) -> Handler:
-    """Check a handler's options and signature. Raises RegistrationError, naming the place and what to write instead."""
+    """Check a handler's options and signature, and return the handler.
+
+    Raises RegistrationError, which names the place and what to write instead.
+    """
     place = place_of(function)
     name = options.get("name")
     if name is None:
@@ -142,82 +146,23 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
     def wrong(problem: str) -> RegistrationError:
         return RegistrationError(f"{place}: handler {name!r}: {problem}")
 
-    for option in options:
-        if option not in OPTIONS:
-            near = difflib.get_close_matches(option, OPTIONS, 1)
-            raise wrong(
-                f"unknown option {option!r}"
-                + (f", did you mean {near[0]!r}?" if near else "")
-                + f" (there are: {', '.join(OPTIONS)})"
-            )
+    _check_option_names(options, wrong)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise wrong("name= must be text of 1 to 200 characters without spaces")
-    for each in (name, *topics):
-        if isinstance(each, str) and any("\ud800" <= character <= "\udfff" for character in each):
-            raise RegistrationError(
-                f"{place}: {each.encode('ascii', 'backslashreplace').decode()}: a lone surrogate, which UTF-8 cannot write; leave it out"
-            )
-    if not topics:
-        raise wrong('name at least one topic: @app.handler("payments")')
-    for topic in topics:
-        if not isinstance(topic, str) or not _TOPIC.fullmatch(topic) or topic in (".", ".."):
-            raise wrong(f"topic {topic!r}: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
-    if len(set(topics)) != len(topics):
-        raise wrong("a topic is named twice")
+    _check_surrogates((name, *topics), place)
+    _check_topics(topics, wrong)
     if not inspect.iscoroutinefunction(inspect.unwrap(function)):
         raise wrong("must be an `async def` function")
-
-    order = options.get("order", "key")
-    if order not in ORDERS:
-        raise wrong(f"order={order!r}: one of {', '.join(map(repr, ORDERS))}")
-    concurrency = options.get("concurrency", 1)
-    if isinstance(concurrency, bool) or not isinstance(concurrency, int) or not 1 <= concurrency <= 1000:
-        raise wrong(f"concurrency={concurrency!r}: a whole number from 1 to 1000")
-    batch = options.get("batch")
-    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
-        raise wrong(f"batch={batch!r}: the most messages for one call, a whole number of at least 1")
-    if batch is not None and concurrency > 1:
-        raise wrong("batch= and concurrency= exclude each other: one call takes the whole batch")
-    retry = options.get("retry")
-    if retry is None:
-        retry = Retry()
-    if not isinstance(retry, Retry):
-        raise wrong(f"retry={retry!r}: a Retry(attempts=…, base=…, cap=…)")
-    timeout = options.get("timeout")
-    if timeout is not None and (
-        isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout <= 2_000_000
-    ):
-        raise wrong(f"timeout={timeout!r}: seconds that one call may take, 0 for no limit")
-    idempotent = options.get("idempotent", True)
-    if not isinstance(idempotent, bool):
-        raise wrong(f"idempotent={idempotent!r}: True or False")
-    allow_nan = options.get("allow_nan", False)
-    if not isinstance(allow_nan, bool):
-        raise wrong(f"allow_nan={allow_nan!r}: True or False")
-    version = options.get("version")
-    if version is not None and not (isinstance(version, str) and _NAME.fullmatch(version)):
-        raise wrong("version= must be text of 1 to 200 characters without spaces")
-    try:
-        rule = identity.parse_rule(options.get("message_id"))
-        compared = fingerprint.parse_rule(options.get("fingerprint", "bytes"))
-    except RegistrationError as error:
-        raise wrong(str(error)) from None
-    if not idempotent and compared is not fingerprint.BYTES:
-        raise wrong("idempotent=False opts out of the ledger, so no payloads are compared: drop fingerprint=")
-
+    order = _order(options, wrong)
+    concurrency, batch = _concurrency_and_batch(options, wrong)
+    retry, timeout = _retry(options, wrong), _timeout(options, wrong)
+    idempotent, allow_nan = _flag(options, "idempotent", True, wrong), _flag(options, "allow_nan", False, wrong)
+    version = _version(options, wrong)
+    rule, compared = _rules(options, idempotent, wrong)
     parameters, value_type, wants_message = _signature(function, batch, tx_type, wrong)
-    if not idempotent and "tx" in parameters:
-        raise wrong(
-            "idempotent=False opts out of the ledger, so there is no transaction to hand over: "
-            "drop the Tx parameter, or drop idempotent=False"
-        )
+    _check_tx(parameters, idempotent, wrong)
     if isinstance(rule, identity.FieldId):
         _check_field(rule.path[0], value_type, wrong)
-    try:
-        constraints.check(value_type)
-        decoder = decode.decoder(value_type, allow_nan=allow_nan)
-    except RegistrationError as error:
-        raise wrong(str(error)) from None
     return Handler(
         name=name,
         topics=topics,
@@ -232,7 +177,7 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
         timeout=timeout,
         idempotent=idempotent,
         value_type=value_type,
-        decoder=decoder,
+        decoder=_decoder(value_type, allow_nan, wrong),
         takes_none=decode.takes_none(value_type),
         wants_message=wants_message,
         wants_tx="tx" in parameters,
@@ -242,8 +187,118 @@ def build(function: Function, topics: tuple[str, ...], options: Mapping[str, Any
     )
 
 
+def _check_option_names(options: Mapping[str, Any], wrong: Wrong) -> None:
+    for option in options:
+        if option not in OPTIONS:
+            near = difflib.get_close_matches(option, OPTIONS, 1)
+            raise wrong(
+                f"unknown option {option!r}"
+                + (f", did you mean {near[0]!r}?" if near else "")
+                + f" (there are: {', '.join(OPTIONS)})"
+            )
+
+
+def _check_surrogates(texts: tuple[object, ...], place: str) -> None:
+    for text in texts:
+        if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+            raise RegistrationError(
+                f"{place}: {text.encode('ascii', 'backslashreplace').decode()}: a lone surrogate, which UTF-8 cannot write; leave it out"
+            )
+
+
+def _check_topics(topics: tuple[str, ...], wrong: Wrong) -> None:
+    if not topics:
+        raise wrong('name at least one topic: @app.handler("payments")')
+    for topic in topics:
+        if not isinstance(topic, str) or not _TOPIC.fullmatch(topic) or topic in (".", ".."):
+            raise wrong(f"topic {topic!r}: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
+    if len(set(topics)) != len(topics):
+        raise wrong("a topic is named twice")
+
+
+def _order(options: Mapping[str, Any], wrong: Wrong) -> str:
+    order = options.get("order", "key")
+    if order not in ORDERS:
+        raise wrong(f"order={order!r}: one of {', '.join(map(repr, ORDERS))}")
+    return order  # type: ignore[no-any-return]
+
+
+def _concurrency_and_batch(options: Mapping[str, Any], wrong: Wrong) -> tuple[int, int | None]:
+    concurrency = options.get("concurrency", 1)
+    if isinstance(concurrency, bool) or not isinstance(concurrency, int) or not 1 <= concurrency <= 1000:
+        raise wrong(f"concurrency={concurrency!r}: a whole number from 1 to 1000")
+    batch = options.get("batch")
+    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+        raise wrong(f"batch={batch!r}: the most messages for one call, a whole number of at least 1")
+    if batch is not None and concurrency > 1:
+        raise wrong("batch= and concurrency= exclude each other: one call takes the whole batch")
+    return concurrency, batch
+
+
+def _retry(options: Mapping[str, Any], wrong: Wrong) -> Retry:
+    retry = options.get("retry")
+    if retry is None:
+        return Retry()
+    if not isinstance(retry, Retry):
+        raise wrong(f"retry={retry!r}: a Retry(attempts=…, base=…, cap=…)")
+    return retry
+
+
+def _timeout(options: Mapping[str, Any], wrong: Wrong) -> float | None:
+    timeout = options.get("timeout")
+    if timeout is not None and (
+        isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout <= 2_000_000
+    ):
+        raise wrong(f"timeout={timeout!r}: seconds that one call may take, 0 for no limit")
+    return timeout
+
+
+def _flag(options: Mapping[str, Any], option: str, default: bool, wrong: Wrong) -> bool:
+    flag = options.get(option, default)
+    if not isinstance(flag, bool):
+        raise wrong(f"{option}={flag!r}: True or False")
+    return flag
+
+
+def _version(options: Mapping[str, Any], wrong: Wrong) -> str | None:
+    version = options.get("version")
+    if version is not None and not (isinstance(version, str) and _NAME.fullmatch(version)):
+        raise wrong("version= must be text of 1 to 200 characters without spaces")
+    return version
+
+
+def _rules(
+    options: Mapping[str, Any], idempotent: bool, wrong: Wrong
+) -> tuple[identity.IdRule, fingerprint.FingerprintRule]:
+    """Return the rule of message ids, and the rule of payload fingerprints."""
+    try:
+        rule = identity.parse_rule(options.get("message_id"))
+        compared = fingerprint.parse_rule(options.get("fingerprint", "bytes"))
+    except RegistrationError as error:
+        raise wrong(str(error)) from None
+    if not idempotent and compared is not fingerprint.BYTES:
+        raise wrong("idempotent=False opts out of the ledger, so no payloads are compared: drop fingerprint=")
+    return rule, compared
+
+
+def _check_tx(parameters: tuple[str | Resource, ...], idempotent: bool, wrong: Wrong) -> None:
+    if not idempotent and "tx" in parameters:
+        raise wrong(
+            "idempotent=False opts out of the ledger, so there is no transaction to hand over: "
+            "drop the Tx parameter, or drop idempotent=False"
+        )
+
+
+def _decoder(value_type: Any, allow_nan: bool, wrong: Wrong) -> decode.Decoder:
+    try:
+        constraints.check(value_type)
+        return decode.decoder(value_type, allow_nan=allow_nan)
+    except RegistrationError as error:
+        raise wrong(str(error)) from None
+
+
 def _signature(
-    function: Function, batch: int | None, tx_type: type, wrong: Callable[[str], RegistrationError]
+    function: Function, batch: int | None, tx_type: type, wrong: Wrong
 ) -> tuple[tuple[str | Resource, ...], Any, bool]:
     """The call plan: what each parameter is filled with, the declared type of the value, and whether it is a Message."""
     hints = _hints(function, wrong)
@@ -282,7 +337,7 @@ def _signature(
     return tuple(plan), declared, wants_message
 
 
-def _hints(function: Function, wrong: Callable[[str], RegistrationError]) -> dict[str, Any]:
+def _hints(function: Function, wrong: Wrong) -> dict[str, Any]:
     inner = inspect.unwrap(function)
     closure: dict[str, Any] = {}
     if inspect.isfunction(inner):
@@ -310,7 +365,7 @@ def _message_value(hint: Any) -> Any | None:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Message else None
 
 
-def _check_field(field: str, declared: Any, wrong: Callable[[str], RegistrationError]) -> None:
+def _check_field(field: str, declared: Any, wrong: Wrong) -> None:
     """A misspelt message_id="field:…" would make every message a dead letter: say so now, where the type tells."""
     names: list[str] = []
     declared = decode.bare(declared)

@@ -167,23 +167,16 @@ class StateMachine:
             if current is None:
                 raise IllegalMove(f"{call}: the row's state is NULL", None, to)
             standing = self.moves.standing(current, to, sources)
-            match standing:
-                case Standing.READY:
-                    continue  # another transaction moved it there between our two statements: try again
-                case Standing.THERE:
-                    return Moved.REPEATED
-                case Standing.LATE:
-                    raise TooLate(f"{call}: too late, it is {current!r} by now", current, to)
-                case Standing.EARLY if early == "reject":
-                    raise TooEarly(f"{call}: too early, it is only {current!r}", current, to)
-                case Standing.EARLY:
-                    raise Held(f"{call}: held, it is only {current!r}", current, to)
-                case Standing.NEVER:
-                    raise IllegalMove(f"{call}: no way leads there from {current!r}", current, to)
-                case Standing.UNKNOWN:
-                    raise IllegalMove(f"{call}: it is in a state that the moves do not name", current, to)
-                case _:
-                    assert_never(standing)
+            if standing is Standing.THERE:
+                return Moved.REPEATED
+            if standing is not Standing.READY:  # else race: another moved it there between the two statements
+                raise _refusal(standing, current, to, call, early)
+        return await self._move_locked(tx, id, to, sources, call, current or "")
+
+    async def _move_locked(
+        self, tx: Database, id: Any, to: str, sources: Collection[str], call: str, current: str
+    ) -> Moved:
+        """Move a row under its lock. Raises Held or Misfit."""
         # Either others move the row as fast as this looks, or the update does nothing. A lock tells them apart.
         if not await told(tx.fetch(self._lock_sql, id), call):
             raise Misfit(f"{call}: the row can be seen and not locked: {SUPPRESSED}")
@@ -192,7 +185,7 @@ class StateMachine:
         seen = await told(tx.fetch(self._look_sql, id), call)
         if seen and seen[0][0] in sources:
             raise Misfit(f"{call}: the row is in {seen[0][0]!r}, and the update changes nothing: {SUPPRESSED}")
-        raise Held(f"{call}: the row moves as fast as it is looked at", current or "", to)
+        raise Held(f"{call}: the row moves as fast as it is looked at", current, to)
 
     async def _moves(self, tx: Database, id: Any, to: str, sources: Collection[str], call: str) -> bool:
         """Run the UPDATE. Returns whether the row is in the state `to` by it."""
@@ -262,3 +255,24 @@ class StateMachine:
     def mermaid(self) -> str:
         """The machine as a Mermaid ``stateDiagram-v2``, for a page of documentation."""
         return self.moves.mermaid()
+
+
+def _refusal(
+    standing: Standing, current: str, to: str, call: str, early: Literal["hold", "reject"]
+) -> Held | TooEarly | TooLate | IllegalMove:
+    """Return the error for a row that stands where the move is not allowed."""
+    match standing:
+        case Standing.LATE:
+            return TooLate(f"{call}: too late, it is {current!r} by now", current, to)
+        case Standing.EARLY if early == "reject":
+            return TooEarly(f"{call}: too early, it is only {current!r}", current, to)
+        case Standing.EARLY:
+            return Held(f"{call}: held, it is only {current!r}", current, to)
+        case Standing.NEVER:
+            return IllegalMove(f"{call}: no way leads there from {current!r}", current, to)
+        case Standing.UNKNOWN:
+            return IllegalMove(f"{call}: it is in a state that the moves do not name", current, to)
+        case Standing.READY | Standing.THERE:
+            raise AssertionError(standing)
+        case _:
+            assert_never(standing)

@@ -6,7 +6,7 @@ its new values still follow from that; hence `Stale`, and a fresh read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from consumer.core.errors import RunAgain
@@ -65,19 +65,9 @@ async def update_versioned(
         raise ValueError("update_versioned: expected= is a version, so at least 0, and a bigint")
     if taken := {version, *where} & {*changed}:
         raise ValueError(f"update_versioned: set= names {sorted(taken)[0]!r}, which is the key's or the version's")
-    target, counter = table_ident(table), ident(version)
     values = [*set.values(), *key.values()]
-    sets = ", ".join(f"{ident(column)} = ${n}" for n, column in enumerate(changed, 1))
-    names_it = [f"{ident(column)} = ${n}" for n, column in enumerate(where, len(changed) + 1)]
-    sql = (
-        f"update {target} set {sets}, {counter} = {counter} + 1 "  # noqa: S608 - by ident
-        f"where {' and '.join(names_it)} and {counter} = ${len(values) + 1} returning {counter}"
-    )
+    sql, look = _statements(table, where, changed, version)
     call = f"update_versioned of {table}"
-    look = (
-        f"select {counter} from {target} "  # noqa: S608 - by ident
-        f"where {' and '.join(f'{ident(column)} = ${n}' for n, column in enumerate(where, 1))} limit 1"
-    )
     for _ in range(2):
         rows = await told(tx.fetch(sql, *values, expected), call)
         if len(rows) > 1:
@@ -93,6 +83,22 @@ async def update_versioned(
             raise Stale(f"{call}: version {found[0][0]} instead of {expected}", expected, int(found[0][0]))
         # race: another has just moved it to the expected version. It never comes back to one, so this happens once.
     raise Misfit(f"{call}: the row has the expected version, and the update changes nothing: {SUPPRESSED}")
+
+
+def _statements(table: str, where: Sequence[str], changed: Sequence[str], version: str) -> tuple[str, str]:
+    """Return the UPDATE, and the SELECT of the version that explains why it changed no row."""
+    target, counter = table_ident(table), ident(version)
+    sets = ", ".join(f"{ident(column)} = ${n}" for n, column in enumerate(changed, 1))
+    names_it = [f"{ident(column)} = ${n}" for n, column in enumerate(where, len(changed) + 1)]
+    sql = (
+        f"update {target} set {sets}, {counter} = {counter} + 1 "  # noqa: S608 - by ident
+        f"where {' and '.join(names_it)} and {counter} = ${len(changed) + len(where) + 1} returning {counter}"
+    )
+    look = (
+        f"select {counter} from {target} "  # noqa: S608 - by ident
+        f"where {' and '.join(f'{ident(column)} = ${n}' for n, column in enumerate(where, 1))} limit 1"
+    )
+    return sql, look
 
 
 def _grown(version: int | None, expected: int, call: str) -> int:

@@ -246,16 +246,12 @@ LONG_FILES = {
     "handlers/shop/web.py",
 }
 LONG_FUNCTIONS = {
-    "consumer/app.py: handler",
     "consumer/cli/purge.py: _purge",
     "consumer/cli/replay.py: replay_command",
-    "consumer/core/handler.py: build",
     "consumer/core/ordering.py: _take_fresh",
     "consumer/replay/findings.py: problems",
     "consumer/replay/ledger_diff.py: compare",
     "consumer/replay/replay.py: __init__",
-    "consumer/schemes/states.py: move",
-    "consumer/schemes/versioned.py: update_versioned",
 }
 
 
