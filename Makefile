@@ -96,8 +96,9 @@ pgbouncer: ## Bring PgBouncer, for one test
 pictures: $(VENV)/dev chromium ## Take the pictures of docs/how-to/shop.md again
 	$(BIN)/python tests/shop/pictures.py
 
+# Not --quiet: strict mode counts the warnings that are printed.
 docs: $(DOCS)/.complete ## Build the site of the documents, strictly (.cache/site/index.html)
-	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
 	@echo "good: .cache/site/index.html"
 
 clean: ## Remove what was installed here

@@ -20,7 +20,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import asyncpg
-from bench import NAIVE_MESSAGES, Bench, Produced, Workload, servers
+import bench as drains
+from bench import Bench, Produced, Workload, servers
 from scenarios import Contestant, Row, table, turns
 
 from consumer import logs
@@ -72,7 +73,7 @@ async def compare(python: str, messages: int, rounds: int) -> str:
         contestants: dict[str, Contestant] = {
             "loop by hand, a transaction a message": lambda: bench.naive(produced),
             "FastStream, a transaction a message": lambda: faststream(
-                bench, produced, python, "message", min(NAIVE_MESSAGES, messages)
+                bench, produced, python, "message", min(drains.NAIVE_MESSAGES, messages)
             ),
             "this project, two awaited statements a message": lambda: bench.ours(produced, "await"),
             "FastStream, batches claimed by hand": lambda: faststream(bench, produced, python, "batch", messages),
@@ -104,9 +105,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True, help="a Python that has FastStream")
     parser.add_argument("--messages", type=int, default=100_000)
+    parser.add_argument("--slow-messages", type=int, default=drains.NAIVE_MESSAGES, help="of the two slowest")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     logs.configure("error", "json")
+    drains.NAIVE_MESSAGES = given.slow_messages
     print(run_loop(compare(given.python, given.messages, given.rounds)), file=sys.stdout)
 
 

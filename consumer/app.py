@@ -24,16 +24,17 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
 class App:
     """A service: the Kafka group that it consumes as, and the scope of its message ids.
 
-    name: the group id, and part of the ledger's keys. Two Apps apply a message once each; renaming one makes every
-    message new to it. lifespan: an async context manager function that takes the App and yields a mapping of the
-    application's own resources (or one object); handlers get them by annotation or by parameter name. It is entered
-    in every worker process before the first message and left after the last.
-
-    shards: PostgreSQL databases by name, as DSNs or as ``"env:NAME"`` for the environment variable that holds one; at
-    least two. route: a pure function from a message's key (bytes, or None) to the name of the shard in which the message
-    is applied. Its ledger row and its effects are there, in one transaction; no transaction spans two shards. So what must
-    be applied once must always have the same key, in every topic, and the route must never change its mind (no ``hash()``,
-    which differs between processes). See docs/how-to/shards.md.
+    - name: the group id, and part of the ledger's keys. Two Apps apply a message once each; a renamed App applies every message
+      again.
+    - lifespan: an async context manager function that takes the App and yields a mapping of the application's own resources (or
+      one object). Handlers get them by annotation or by parameter name. It is entered in every worker process before the
+      first message and left after the last.
+    - shards: PostgreSQL databases by name, as DSNs or as ``"env:NAME"`` for the environment variable that holds one; at
+      least two.
+    - route: a pure function from a message's key (bytes, or None) to the name of the shard in which the message is applied. Its
+      ledger row and its effects are there, in one transaction; no transaction spans two shards. So a message that must be applied
+      once must always have the same key, in every topic, and the route must never change its answer (no ``hash()``, which
+      differs between processes). See docs/how-to/shards.md.
     """
 
     def __init__(
@@ -76,18 +77,21 @@ class App:
     ) -> Callable[[F], F]:
         """Register an async function for one or more topics.
 
-        message_id: ``"header:NAME"``, ``"field:path.to"`` or a function of the value; by default header ``message-id``,
-        else a CloudEvent's source and id, else the offset, which does not recognise a message that its producer sent
-        twice. fingerprint: what must be equal where an id comes again, or the message is a dead letter: the ``"bytes"``,
-        the decoded ``"value"``, what a function of the value returns, or None to compare nothing. See docs/reference/messages.md.
-        name: the handler's identity in the ledger, by default the function's name; changing it makes every message
-        new. order: what keeps its order, ``"key"``, ``"partition"`` or ``"none"``. concurrency: messages of different
-        keys handled at the same time, for handlers that wait for something slow. batch: hand over a list of at most so
-        many messages. retry: see `Retry`. timeout: seconds that one call may take, by default as the setting
-        ``handler_timeout_seconds`` says, 0 for no limit: a call that takes longer is cancelled, and that counts as an attempt
-        of its message. idempotent: False opts out of the ledger: the handler is called at least
-        once and may not ask for a Tx. allow_nan: True takes numbers that are not finite, which are unreadable otherwise.
-        version: names what the code does, so that a rebuild need not compare its source: change it with the effects.
+        - message_id: ``"header:NAME"``, ``"field:path.to"``, ``"offset"`` or a function of the value. By default the header
+          ``message-id``, else a CloudEvent's source and id, else the offset, which does not recognize a message that its
+          producer sent twice.
+        - fingerprint: what must be equal when an id comes again, or the message is a dead letter: ``"bytes"``, the decoded
+          ``"value"``, the result of a function of the value, or None to compare nothing. See docs/reference/messages.md.
+        - name: the handler's identity in the ledger, by default the function's name. Under another name every message is new.
+        - order: what keeps its order, ``"key"``, ``"partition"`` or ``"none"``.
+        - concurrency: how many messages of different keys run at the same time, for handlers that wait for something slow.
+        - batch: call the handler with a list of at most so many messages.
+        - retry: see `Retry`.
+        - timeout: seconds that one call may take, by default the setting ``handler_timeout_seconds``, 0 for no limit. A call
+          that takes longer is cancelled, and that counts as an attempt of its message.
+        - idempotent: False opts out of the ledger: the handler is called at least once and gets no Tx.
+        - allow_nan: True accepts numbers that are not finite, which are unreadable otherwise.
+        - version: names what the code does, so that a rebuild need not compare its source. Change it with the effects.
 
         Raises RegistrationError for a handler that cannot work, naming its place. The function is returned unchanged.
         """

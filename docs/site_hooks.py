@@ -12,6 +12,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 # A file of the root, and the page that shows it.
 FROM_ROOT = {
+    "README.md": "project/readme.md",
     "ARCHITECTURE.md": "explanation/architecture.md",
     "CONTRIBUTING.md": "project/contributing.md",
     "CHANGELOG.md": "project/changelog.md",
@@ -38,8 +39,6 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
         if not path or "://" in path or path.startswith("mailto:"):
             return found[0]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(in_tree), path))
-        if target == "README.md":
-            target = "docs/index.md"
         target = f"docs/{FROM_ROOT[target]}" if target in FROM_ROOT else target
         if not target.startswith("docs/"):
             if not (ROOT / target).exists():
