@@ -30,79 +30,19 @@ from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.errors import KafkaError
 from consumer.kafka.log_inspection import OpenTransaction
 from consumer.kafka.protocol import Identity
+from consumer.postgres import dead_letter_queries, handler_history, ledger_queries, positions, waiting_messages
 from consumer.postgres import dead_letters as dead_letters_table
-from consumer.postgres import handler_history, ledger_queries, positions, waiting_messages
+from consumer.postgres.dead_letter_queries import Matching
 from consumer.postgres.positions import read_positions
+from consumer.postgres.protocol import Connection
 from consumer.postgres.server import installed_at
 from consumer.postgres.stopped_partitions import read as read_stops
 from consumer.postgres.stopped_partitions import refused_stop
 
-_SHOW = """
-select l.id, h.app, h.name as handler, t.name as topic, l.partition, l."offset", l.applied_at,
-       d.dead_letter, d.reason, d.died_at, d.state as letter
-from consumer.ledger l
-join consumer.handlers h using (handler) join consumer.topics t using (topic)
-left join consumer.dead_letters d on d.handler = l.handler and d.id = l.id and d.fingerprint = l.fingerprint
-where l.id = any($1::uuid[]) order by h.app, h.name, l.id
-"""
-_MATCHES = """
-from consumer.dead_letters d join consumer.handlers h using (handler)
-where ($1::text is null or h.app = $1) and ($2::text is null or h.name = $2)
-  and ($3::text is null or d.topic = $3) and ($4::text is null or d.reason = $4)
-  and ($6::text is null or d.error_group = $6) and ($7::text[] is null or d.state = any($7))
-  and ($8::float8 is null or d.died_at < now() - make_interval(secs => $8))
-  and ($9::float8 is null or d.died_at > now() - make_interval(secs => $9))
-"""
-_LETTERS = (
-    """
-select d.dead_letter as letter, h.app, h.name as handler, d.id, d.topic, d.partition, d."offset", d.state, d.reason, d.kind,
-       d.error_group as group, d.error, d.attempts, d.died_at, octet_length(d.value) as value_bytes
-"""
-    + _MATCHES
-    + """ order by d.dead_letter desc limit $5
-"""
-)
-_GROUPS = (
-    """
-with groups as (
-    select d.error_group, h.app, h.name, d.reason, count(*) as count, min(d.dead_letter) as letter
-    """
-    + _MATCHES
-    + """ group by d.error_group, h.app, h.name, d.reason order by count(*) desc, letter limit $5
-)
-select g.error_group as group, g.app, g.name as handler, g.reason, d.kind, g.count, g.letter, d.error
-from groups g join consumer.dead_letters d on d.dead_letter = g.letter order by g.count desc, g.letter
-"""
-)
-_ACTIONS_OF = (
-    """
-select a.action, a.dead_letter as letter, a.at, a.operator, a.what, a.outcome, a.note, a.new_id, a.new_value
-from consumer.letter_actions a where a.dead_letter in (select d.dead_letter """
-    + _MATCHES
-    + """) order by a.action desc limit $5
-"""
-)
-_LETTER = """
-select d.*, h.app, h.name as handler_name,
-       (select count(*) from consumer.dead_letters e where (e.handler, e.chain) = (d.handler, d.chain) and e."offset" > d."offset") as behind,
-       (select e.dead_letter from consumer.dead_letters e where (e.handler, e.chain) = (d.handler, d.chain)
-        and e."offset" < d."offset" order by e."offset" limit 1) as first
-from consumer.dead_letters d join consumer.handlers h using (handler) where d.dead_letter = $1
-"""
-_ACTIONS = """
-select a.action, a.dead_letter as letter, a.at, a.operator, a.what, a.outcome, a.note, a.new_id, a.new_value
-from consumer.letter_actions a where $1::int8 is null or a.dead_letter = $1 order by a.action desc limit $2
-"""
-_OPEN = """
-select h.name, d.state, count(*) from consumer.dead_letters d join consumer.handlers h using (handler)
-where h.app = $1 and d.state in ('dead', 'waiting') group by 1, 2
-"""
-
-
 _LETTER_STATES = {"waiting": "waiting", "discarded": "discarded"}
 
 
-async def handler_counts(connection: Any, app: App) -> dict[str, dict[str, Any]]:
+async def handler_counts(connection: Connection, app: App) -> dict[str, dict[str, Any]]:
     """Per handler: applied, duplicates by cause, dead letters, skipped. Reads counters, and no row of the ledger."""
     found: dict[str, dict[str, Any]] = {
         name: {"applied": 0, "duplicates": {cause.value: 0 for cause in Cause}, "dead_lettered": 0, "skipped": 0}
@@ -122,7 +62,7 @@ async def handler_counts(connection: Any, app: App) -> dict[str, dict[str, Any]]
     return found
 
 
-async def miscounts(connection: Any, app: App) -> dict[str, dict[str, int]]:
+async def miscounts(connection: Connection, app: App) -> dict[str, dict[str, int]]:
     """Handlers whose counter of applied rows differs from the ledger's rows. Counts every row: slow on a large ledger."""
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         rows = await ledger_queries.rows_by_handler(connection, app.name)
@@ -136,7 +76,9 @@ async def miscounts(connection: Any, app: App) -> dict[str, dict[str, int]]:
     }
 
 
-async def partition_lags(connection: Any, source: KafkaConsumer, app: App) -> tuple[list[dict[str, Any]], list[str]]:
+async def partition_lags(
+    connection: Connection, source: KafkaConsumer, app: App
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Per partition: position, end of the log, lag, what waits and what is unread; and the topics that do not exist.
 
     `waiting` messages hold the position back, so that `lag` counts everything behind them too; `unread` is what lies
@@ -183,7 +125,7 @@ class Health(NamedTuple):
 
 
 async def partition_health(
-    connection: Any,
+    connection: Connection,
     source: KafkaConsumer,
     app: App,
     partitions: Sequence[Partition],
@@ -252,7 +194,7 @@ async def _asked(source: KafkaConsumer, partition: Partition, at: Position, log:
     return log
 
 
-async def find_message(connection: Any, text: str | bytes, source: str | None = None) -> dict[str, Any]:
+async def find_message(connection: Connection, text: str | bytes, source: str | None = None) -> dict[str, Any]:
     """What is known of a message id: under which key it is kept, and what each handler did with it.
 
     source: the source of the CloudEvent of that id.
@@ -265,7 +207,7 @@ async def find_message(connection: Any, text: str | bytes, source: str | None = 
         keys = ids_of_text(raw, await positions.salts(connection, topic, partition))
     else:
         keys = ids_of_text(raw)
-    rows = await connection.fetch(_SHOW, [UUID(bytes=each) for each in keys])
+    rows = await ledger_queries.show(connection, keys)
     return {
         "key": (rows[0]["id"].bytes if rows else keys[0]).hex(),
         "handlers": [
@@ -289,42 +231,25 @@ async def find_message(connection: Any, text: str | bytes, source: str | None = 
     }
 
 
-async def dead_letters(connection: Any, *only: Any, **more: Any) -> list[dict[str, Any]]:
-    """The newest dead letters, without their bytes. The filters are those of `_filters`."""
-    rows = await connection.fetch(_LETTERS, *_filters(*only, **more))
+async def dead_letters(connection: Connection, *only: Any, **more: Any) -> list[dict[str, Any]]:
+    """The newest dead letters, without their bytes. The filters are those of `Matching`."""
+    rows = await dead_letter_queries.newest(connection, Matching(*only, **more))
     return [{**dict(row), "id": row["id"].hex, "died_at": row["died_at"].isoformat()} for row in rows]
 
 
-async def letter_groups(connection: Any, *only: Any, **more: Any) -> list[dict[str, Any]]:
+async def letter_groups(connection: Connection, *only: Any, **more: Any) -> list[dict[str, Any]]:
     """Dead letters counted by kind of error, the most frequent first, with the first letter of each."""
-    return [dict(row) for row in await connection.fetch(_GROUPS, *_filters(*only, **more))]
+    return [dict(row) for row in await dead_letter_queries.groups(connection, Matching(*only, **more))]
 
 
-async def actions_of(connection: Any, *only: Any, **more: Any) -> list[dict[str, Any]]:
+async def actions_of(connection: Connection, *only: Any, **more: Any) -> list[dict[str, Any]]:
     """What people did to dead letters, the newest first."""
-    return [_action(row) for row in await connection.fetch(_ACTIONS_OF, *_filters(*only, **more))]
+    return [_action(row) for row in await dead_letter_queries.actions_on(connection, Matching(*only, **more))]
 
 
-def _filters(
-    app: str | None,
-    handler: str | None,
-    topic: str | None,
-    reason: str | None,
-    limit: int,
-    *,
-    group: str | None = None,
-    states: Sequence[str] | None = None,
-    older_than_seconds: float | None = None,
-    newer_than_seconds: float | None = None,
-) -> tuple[Any, ...]:
-    """The arguments of _MATCHES and the limit. states: of core/letters.State, None for all."""
-    wanted = None if states is None else list(states)
-    return app, handler, topic, reason, limit, group, wanted, older_than_seconds, newer_than_seconds
-
-
-async def dead_letter(connection: Any, number: int) -> dict[str, Any] | None:
+async def dead_letter(connection: Connection, number: int) -> dict[str, Any] | None:
     """One dead letter, whole, and what was done to it. Bytes are text where they are UTF-8, else {"base64": …}."""
-    row = await connection.fetchrow(_LETTER, number)
+    row = await dead_letter_queries.one(connection, number)
     if row is None:
         return None
     return {
@@ -356,9 +281,9 @@ async def dead_letter(connection: Any, number: int) -> dict[str, Any] | None:
     }
 
 
-async def actions(connection: Any, number: int | None, limit: int) -> list[dict[str, Any]]:
+async def actions(connection: Connection, number: int | None, limit: int) -> list[dict[str, Any]]:
     """What people did to one letter, or to all of them; the newest first."""
-    return [_action(row) for row in await connection.fetch(_ACTIONS, number, limit)]
+    return [_action(row) for row in await dead_letter_queries.actions(connection, number, limit)]
 
 
 def _action(row: Any) -> dict[str, Any]:
@@ -370,10 +295,10 @@ def _action(row: Any) -> dict[str, Any]:
     }
 
 
-async def open_letters(connection: Any, app: App) -> dict[str, dict[str, int]]:
+async def open_letters(connection: Connection, app: App) -> dict[str, dict[str, int]]:
     """Handler -> state -> letters that somebody must decide on, or that wait behind one."""
     found: dict[str, dict[str, int]] = {}
-    for name, state, count in await connection.fetch(_OPEN, app.name):
+    for name, state, count in await dead_letter_queries.open_counts(connection, app.name):
         found.setdefault(name, {})[state] = count
     return found
 
@@ -387,7 +312,7 @@ def _shown(raw: bytes | None) -> str | dict[str, str] | None:
         return {"base64": base64.b64encode(raw).decode()}
 
 
-async def move_position(connection: Any, app: str, partition: Partition, offset: int) -> int | None:
+async def move_position(connection: Connection, app: str, partition: Partition, offset: int) -> int | None:
     """Set the position of a partition in the log that it is of; returns the one before. Running workers notice.
 
     Ids stay in the ledger: going back applies nothing twice. Going forward skips what lies between, for good.
@@ -400,7 +325,7 @@ async def move_position(connection: Any, app: str, partition: Partition, offset:
 
 
 async def adopt(
-    connection: Any, source: KafkaConsumer, app: App, partition: Partition, identity: Identity, first: int
+    connection: Connection, source: KafkaConsumer, app: App, partition: Partition, identity: Identity, first: int
 ) -> PartitionHalt | None:
     """Begin another log at its beginning, where a position is of one that is gone. Returns what had been wrong with the
     position, None for one that is of this log: then nothing is changed.
@@ -426,7 +351,7 @@ async def adopt(
     return stop
 
 
-async def totals(connection: Any, app: App) -> Mapping[str, int]:
+async def totals(connection: Connection, app: App) -> Mapping[str, int]:
     """Applied, duplicates by cause and dead letters of all handlers together: what a progress line shows."""
     counts: Sequence[dict[str, Any]] = list((await handler_counts(connection, app)).values())
     found: dict[str, int] = {"applied": sum(each["applied"] for each in counts)}

@@ -38,9 +38,10 @@ from consumer.cli.terminal import (
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.outcome import Reason
 from consumer.core.suggestions import suggestion
-from consumer.dead_letters.redrive import Chain, Done, Filters, Redrive, edit_of
+from consumer.dead_letters.redrive import Done, Filters, Redrive, edit_of
 from consumer.dead_letters.session import Edit
 from consumer.postgres.connection import wait_for
+from consumer.postgres.dead_letter_actions import Chain
 from consumer.settings import Settings
 from consumer.sharding.shards import settings_of
 

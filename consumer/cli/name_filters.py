@@ -6,13 +6,9 @@ Knows the ledger's tables of names; decides nothing (core/suggestions.py does).
 from __future__ import annotations
 
 from consumer.core.suggestions import UnknownName, check_known, suggestion
+from consumer.postgres import dead_letter_queries
 from consumer.postgres import handlers as handler_names
 from consumer.postgres.protocol import Connection
-
-_GROUPS = """
-select distinct d.error_group from consumer.dead_letters d join consumer.handlers h using (handler)
-where d.error_group is not null and ($1::text is null or h.app = $1) and ($2::text is null or d.error_group = $2)
-"""
 
 
 async def check(
@@ -38,6 +34,6 @@ async def check(
     if topic is not None and topic not in topics:
         known = list(await handler_names.topic_numbers(connection))
         check_known("--topic", topic, [*known, *topics], "this database")
-    if group is not None and not await connection.fetch(_GROUPS, app, group):
-        known = [row[0] for row in await connection.fetch(_GROUPS, app, None)]
+    if group is not None and not await dead_letter_queries.error_groups(connection, app, group):
+        known = await dead_letter_queries.error_groups(connection, app, None)
         raise UnknownName(f"--group {group[:40]!r}: no dead letter of {where} is in it; {suggestion(group, known)}")

@@ -23,6 +23,7 @@ from consumer.core.errors import ConsumerError
 from consumer.kafka.errors import KafkaError
 from consumer.kafka.producer import open_producer
 from consumer.logs import describe, event
+from consumer.postgres import dead_letter_actions
 from consumer.postgres.session import Session
 from consumer.settings import Settings
 
@@ -31,12 +32,6 @@ _IDLE_SECONDS = 1.0
 _SEND_SECONDS = 30.0  # below the time after which PostgreSQL would end the transaction
 _BACKOFF_SECONDS = (0.2, 10.0)
 
-_TAKE = """
-select d.*, h.app, h.name as handler_name from consumer.letters_to_publish p
-join consumer.dead_letters d using (dead_letter) join consumer.handlers h using (handler)
-where h.app = $1 order by p.dead_letter limit $2 for update of p skip locked
-"""
-_PUBLISHED = "delete from consumer.letters_to_publish where dead_letter = any($1)"
 
 Header = tuple[str, bytes | None]
 
@@ -75,7 +70,7 @@ async def relay(
 async def _publish(app: str, topic: str, session: Session, producer: Any) -> int:
     """One transaction: take some, send them, wait for Kafka, and only then forget them. Returns how many."""
     await session.begin()
-    rows = await session.connection.fetch(_TAKE, app, _AT_A_TIME)
+    rows = await dead_letter_actions.take_unpublished(session.connection, app, _AT_A_TIME)
     if rows:
         async with asyncio.timeout(_SEND_SECONDS):
             sent = [
@@ -99,7 +94,7 @@ async def _publish(app: str, topic: str, session: Session, producer: Any) -> int
                 )
             elif isinstance(answer, BaseException):
                 raise answer
-        await session.connection.execute(_PUBLISHED, [row["dead_letter"] for row in rows])
+        await dead_letter_actions.mark_published(session.connection, [row["dead_letter"] for row in rows])
     await session.commit()
     return len(rows)
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 import asyncio
 import random
 from array import array
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-from uuid import UUID
+from typing import Any, TypeVar
 
 from consumer.app import App
 from consumer.core.dead_letter_seal import REST, VALUE, altered
@@ -30,8 +29,12 @@ from consumer.core.outcome import Reason
 from consumer.core.retry import Retry
 from consumer.dead_letters.session import Edit, Letter, LetterSession, NotOurs
 from consumer.handler_records import handler_code
+from consumer.postgres import dead_letter_queries
 from consumer.postgres.connection import dsn_label
+from consumer.postgres.dead_letter_actions import Chain
+from consumer.postgres.dead_letter_queries import OpenMatching
 from consumer.postgres.errors import Conflict, Outage
+from consumer.postgres.handlers import topic_numbers
 from consumer.settings import Settings
 from consumer.transaction.apply import apply_batch
 from consumer.transaction.errors import error_text
@@ -41,6 +44,8 @@ from consumer.transaction.isolate import FAILURES_MAX, Part
 from consumer.transaction.result import BEHIND, NEXT_BATCH, BatchResult, LedgerIds
 from consumer.transaction.settle import next_parts, pause_seconds, settle
 
+T = TypeVar("T")
+
 _NOBODY_WAITS = Scheduler({}, 1)
 _AT_A_TIME = 500  # letters in one transaction
 _BYTES_AT_A_TIME = 16 << 20
@@ -49,64 +54,6 @@ _ONCE = Retry(attempts=1)  # each retry command makes one attempt
 _STAND_IN = {Reason.NO_MESSAGE_ID, Reason.AMBIGUOUS_MESSAGE_ID, Reason.BAD_HEADER, Reason.UNREADABLE, Reason.NO_VALUE}
 # Left as they were, by a part of a batch that could not run them yet.
 _AGAIN = (NEXT_BATCH, BEHIND)
-
-_MATCHES = """
-from consumer.dead_letters d join consumer.handlers h using (handler)
-where h.app = $1 and d.state in ('dead', 'waiting')
-  and ($2::int8[] is null or d.dead_letter = any($2)) and ($3::text is null or h.name = $3)
-  and ($4::text is null or d.topic = $4) and ($5::text is null or d.reason = $5) and ($6::text is null or d.error_group = $6)
-  and ($7::float8 is null or d.died_at < now() - make_interval(secs => $7))
-  and ($8::float8 is null or d.died_at > now() - make_interval(secs => $8))
-"""
-# Of a chain, only those with no dead one before them: the others follow by themselves.
-_SELECT = (
-    """
-select d.dead_letter """
-    + _MATCHES
-    + """
-  and ($9 or d.chain is null or not exists (
-       select from consumer.dead_letters e where e.handler = d.handler and e.chain = d.chain
-          and e."offset" < d."offset" and e.state = 'dead'))
-  and ($10 or d.reason <> 'too_old')
-order by d.topic, d.partition, d."offset", d.dead_letter
-"""
-)
-_UNSURE = "select count(*) " + _MATCHES + " and d.reason = 'too_old'"
-_STATES = """
-select d.dead_letter, d.state, h.app, h.name,
-       (select e.dead_letter from consumer.dead_letters e where e.handler = d.handler and e.chain = d.chain
-           and (e."offset", e.dead_letter) < (d."offset", d.dead_letter) and e.state = 'dead'
-        order by e."offset", e.dead_letter limit 1), d.reason
-from consumer.dead_letters d join consumer.handlers h using (handler) where d.dead_letter = any($1)
-"""
-# With those that wait before them in their chains: they were added by a replay, and come first.
-_SIZES = """
-with asked as materialized (select * from unnest($1::int8[]) with ordinality as o(dead_letter, place)),
-wanted as (
-    select dead_letter, place, false as before from asked
-    union all
-    select e.dead_letter, min(a.place), true from asked a join consumer.dead_letters d using (dead_letter)
-    join consumer.dead_letters e on e.handler = d.handler and e.chain = d.chain and e.state = 'waiting'
-        and (e."offset", e.dead_letter) < (d."offset", d.dead_letter)
-    where not exists (select from asked b where b.dead_letter = e.dead_letter) group by e.dead_letter
-)
-select w.dead_letter, w.before, coalesce(octet_length(d.value), 0) + coalesce(octet_length(d.key), 0)
-from wanted w left join consumer.dead_letters d using (dead_letter)
-order by w.place, not w.before, d."offset", w.dead_letter
-"""
-_LETTERS = """
-select d.*, h.name as handler_name from consumer.dead_letters d join consumer.handlers h using (handler) where d.dead_letter = any($1)
-"""
-# Of each chain, its first letters, in order.
-_NEXT = """
-select o.place, d.dead_letter, d.state = 'waiting'
-from unnest($1::int2[], $2::uuid[]) with ordinality as o(handler, chain, place) cross join lateral (
-    select e.dead_letter, e.state, e."offset" from consumer.dead_letters e where e.handler = o.handler and e.chain = o.chain
-    order by e."offset", e.dead_letter limit $3) d
-order by o.place, d."offset", d.dead_letter
-"""
-
-Chain = tuple[int, UUID]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,15 +128,16 @@ class Redrive:
         A retry leaves out those that may have been applied already (see `unsure`), unless their reason is named.
         """
         sure = waiting or filters.reason == Reason.TOO_OLD
-        rows = await self.session.connection.fetch(_SELECT, *self._arguments(filters), waiting, sure)
-        return array("q", (row[0] for row in rows))
+        return await dead_letter_queries.select(
+            self.session.connection, self._matching(filters), waiting=waiting, too_old=sure
+        )
 
     async def unsure(self, filters: Filters) -> int:
         """How many open letters of the filters may have been applied already."""
-        return int(await self.session.connection.fetchval(_UNSURE, *self._arguments(filters)))
+        return await dead_letter_queries.count_unsure(self.session.connection, self._matching(filters))
 
-    def _arguments(self, filters: Filters) -> tuple[Any, ...]:
-        return (
+    def _matching(self, filters: Filters) -> OpenMatching:
+        return OpenMatching(
             self.app.name,
             None if filters.letters is None else list(filters.letters),
             filters.handler,
@@ -202,13 +150,13 @@ class Redrive:
 
     async def check(self, letters: Sequence[int], *, waiting: bool) -> None:
         """Raise Misconfigured for a letter that is not there, or of another App, or not to be settled, before anything is done."""
-        rows = {row[0]: tuple(row)[1:] for row in await self.session.connection.fetch(_STATES, list(letters))}
+        rows = await dead_letter_queries.standings(self.session.connection, list(letters))
         for number in letters:
             if number not in rows:
                 raise Misconfigured(
                     f"no dead letter {number}; see `consumer dlq list --state all` (nothing was changed)"
                 )
-            state, app, handler, first, _ = rows[number]
+            state, app, handler, first = rows[number]
             if app != self.app.name:
                 raise Misconfigured(
                     f"dead letter {number} is of the App {app!r}, not {self.app.name!r} (nothing was changed)"
@@ -288,7 +236,7 @@ class Redrive:
 
     async def _next(self, chains: Sequence[Chain]) -> list[int]:
         limit = max(1, _AT_A_TIME // len(chains))
-        rows = await self._fetch(_NEXT, [each[0] for each in chains], [each[1] for each in chains], limit)
+        rows = await self._read(dead_letter_queries.first_of(self.session.connection, chains, limit))
         numbers, ended = [], set()
         for place, number, never_ran in rows:
             if place not in ended and never_ran:
@@ -301,7 +249,9 @@ class Redrive:
         """Letters for one transaction each, by their bytes: (number, whether it waits before one that was asked for)."""
         found: list[list[tuple[int, bool]]] = []
         size = _BYTES_AT_A_TIME
-        for number, before, length in await self._fetch(_SIZES, list(numbers)):
+        for number, before, length in await self._read(
+            dead_letter_queries.sizes(self.session.connection, list(numbers))
+        ):
             if size + length > _BYTES_AT_A_TIME:
                 found.append([])
                 size = 0
@@ -309,9 +259,9 @@ class Redrive:
             size += length
         return found
 
-    async def _fetch(self, sql: str, *args: Any) -> Any:
+    async def _read(self, answer: Awaitable[T]) -> T:
         try:
-            return await self.session.connection.fetch(sql, *args)
+            return await answer
         except Exception as error:
             raise self._lost(error) from None
 
@@ -421,11 +371,8 @@ class Redrive:
 
     async def _deliveries(self, letters: Sequence[Letter]) -> list[tuple[Letter, Delivery | tuple[str, str]]]:
         """Each letter as its handler gets it, or why it cannot. Read without a lock: what is decided on is read again."""
-        rows = (
-            {row["dead_letter"]: row for row in await self._fetch(_LETTERS, [each.number for each in letters])}
-            if letters
-            else {}
-        )
+        numbers = [each.number for each in letters]
+        rows = await self._read(dead_letter_queries.whole(self.session.connection, numbers)) if letters else {}
         return [(each, self._delivery(each, rows.get(each.number))) for each in letters]
 
     def _delivery(self, letter: Letter, row: Any) -> Delivery | tuple[str, str]:
@@ -471,7 +418,7 @@ async def _session(settings: Settings, operator: str) -> LetterSession:
     assert isinstance(session, LetterSession)
     session.owns_positions = False
     session.operator = operator
-    session.topics = dict(await session.connection.fetch("select name, topic from consumer.topics"))
+    session.topics = await topic_numbers(session.connection)
     return session
 
 

@@ -22,62 +22,12 @@ from consumer.core.errors import ConsumerError
 from consumer.core.ordering import Delivery, PositionUpdate
 from consumer.core.outcome import Dead, Outcome, Reason, RetryLater
 from consumer.core.sqlstate import Meaning
+from consumer.postgres import claims, dead_letter_actions
 from consumer.postgres.claims import ExistingClaim
+from consumer.postgres.dead_letter_actions import Action, Settled
 from consumer.postgres.dead_letters import storable
 from consumer.postgres.errors import Conflict, Outage, meaning_of
 from consumer.postgres.session import Session
-
-_LOCK_CHAINS = """
-select true from consumer.held h where (h.handler, h.chain) in
-       (select d.handler, d.chain from consumer.dead_letters d where d.dead_letter = any($1))
-order by h.handler, h.chain for update of h
-"""
-_LOCK = """
-select d.dead_letter, d.state, d.chain, d.handler, d.id, d.fingerprint, d.topic, d.partition, d."offset", d.reason, d.error,
-       d.attempts, d.kind, d.error_group, h.name as handler_name
-from consumer.dead_letters d join consumer.handlers h using (handler)
-where d.dead_letter = any($1) order by d.dead_letter for no key update of d skip locked
-"""
-# Of each chain, the first letter that is not in this transaction: those after it must wait.
-_OTHERS = """
-with part as materialized (select unnest($1::int8[]) as dead_letter),
-chains as (select distinct d.handler, d.chain from consumer.dead_letters d join part using (dead_letter) where d.chain is not null)
-select c.handler, c.chain, f."offset", f.dead_letter from chains c cross join lateral (
-    select e."offset", e.dead_letter from consumer.dead_letters e where e.handler = c.handler and e.chain = c.chain
-       and e.dead_letter not in (select p.dead_letter from part p)   -- hashed once, where NOT EXISTS scans part for each
-    order by e."offset", e.dead_letter limit 1) f
-"""
-_REVIVE = """
-update consumer.ledger l set applied_at = now() from unnest($1::int2[], $2::uuid[], $3::int8[]) as o(handler, id, fingerprint)
-where l.handler = o.handler and l.id = o.id and l.fingerprint = o.fingerprint and l.applied_at is null
-returning l.handler, l.id
-"""
-_LAY_BACK = """
-update consumer.ledger l set applied_at = null from unnest($1::int2[], $2::uuid[]) as o(handler, id)
-where l.handler = o.handler and l.id = o.id
-"""
-_UPDATE = """
-update consumer.dead_letters d set state = n.state, chain = case when n.stays then d.chain end, reason = n.reason,
-       error = n.error, attempts = n.attempts, kind = n.kind, error_group = n.error_group
-from unnest($1::int8[], $2::text[], $3::bool[], $4::text[], $5::text[], $6::int4[], $7::text[], $8::text[])
-     as n(dead_letter, state, stays, reason, error, attempts, kind, error_group)
-where d.dead_letter = n.dead_letter
-"""
-_RELEASE = """
-delete from consumer.held h using unnest($1::int2[], $2::uuid[]) as o(handler, chain)
-where (h.handler, h.chain) = (o.handler, o.chain)
-  and not exists (select from consumer.dead_letters d where (d.handler, d.chain) = (h.handler, h.chain))
-returning h.handler, h.chain
-"""
-_DROP_STAND_INS = """
-delete from consumer.ledger l using unnest($1::int2[], $2::uuid[]) as o(handler, id)
-where l.handler = o.handler and l.id = o.id and l.applied_at is null
-"""
-_ACTIONS = """
-insert into consumer.letter_actions (dead_letter, operator, what, outcome, note, new_id, new_value)
-select * from unnest($1::int8[], $2::text[], $3::text[], $4::text[], $5::text[], $6::uuid[], $7::bytea[])
-"""
-_PUBLISH = "insert into consumer.letters_to_publish (dead_letter) select unnest($1::int8[]) on conflict do nothing"
 
 UNSURE = "it may have been applied already: the ledger no longer remembers its time"
 
@@ -152,9 +102,8 @@ class LetterSession(Session):
     async def _lock(self, letters: Sequence[Letter]) -> None:
         """Lock chains and letters. Raises NotOurs for those that are not to be settled now."""
         numbers = [each.number for each in letters]
-        await self.connection.fetch(_LOCK_CHAINS, numbers)
-        rows = {row["dead_letter"]: row for row in await self.connection.fetch(_LOCK, numbers)}
-        others = {(row[0], row[1]): (row[2], row[3]) for row in await self.connection.fetch(_OTHERS, numbers)}
+        rows = await dead_letter_actions.lock(self.connection, numbers)
+        others = await dead_letter_actions.first_others(self.connection, numbers)
         refused: dict[Letter, tuple[str, str]] = {}
         for each in letters:
             row = rows.get(each.number)
@@ -182,10 +131,9 @@ class LetterSession(Session):
             if not letters[each].other_id
         }
         prints = [letters[each].row["fingerprint"] for each in own.values()]
-        keys = [[key[0] for key in own], [key[1] for key in own]]
         if own:
-            for row in await self.connection.fetch(_REVIVE, *keys, prints):
-                letters[own[row[0], row[1]]].is_revived = True
+            for key in await claims.revive(self.connection, list(own), prints):
+                letters[own[key]].is_revived = True
         # Ids of their own, and those whose row went with its generation of the ledger: claimed like any other.
         rest = [each for each in deliveries if not letters[each].is_revived]
         lost = await super().claim(rest, topics) if rest else {}
@@ -224,9 +172,7 @@ class LetterSession(Session):
         """Take claims back in the way they were made."""
         revived = [self._letters[each].row for each in deliveries if self._letters[each].is_revived]
         if revived:
-            await self.connection.execute(
-                _LAY_BACK, [row["handler"] for row in revived], [row["id"] for row in revived]
-            )
+            await claims.mark_dead_again(self.connection, [(row["handler"], row["id"]) for row in revived])
         if claimed := [each for each in deliveries if self._letters[each].is_claimed]:
             await super().release_claims(claimed)
 
@@ -238,7 +184,7 @@ class LetterSession(Session):
     ) -> None:
         """Record what became of the letters, in the transaction that made it so."""
         totals = {key: n for key, n in counts.items() if key[3] in ("skipped", "kept")}
-        updates: list[tuple[Any, ...]] = []
+        updates: list[Settled] = []
         acted: list[tuple[Letter, bytes | None]] = []
         publish, released, stand_ins = [], [], []
         for delivery, letter in self._letters.items():
@@ -269,19 +215,20 @@ class LetterSession(Session):
                 if letter.outcome == "duplicate":
                     totals[*place, "duplicate:ledger"] = totals.get((*place, "duplicate:ledger"), 0) + 1
         if updates:
-            await self.connection.execute(_UPDATE, *map(list, zip(*updates, strict=True)))
+            await dead_letter_actions.settle(self.connection, updates)
         await self.act(acted)
         if publish and self._settings.dead_letter_topic is not None:
-            await self.connection.execute(_PUBLISH, publish)
-        for sql, keys in ((_RELEASE, released), (_DROP_STAND_INS, stand_ins)):
-            if keys:
-                await self.connection.execute(sql, [key[0] for key in keys], [key[1] for key in keys])
+            await dead_letter_actions.publish(self.connection, publish)
+        if released:
+            await dead_letter_actions.release(self.connection, released)
+        if stand_ins:
+            await claims.drop_dead(self.connection, stand_ins)
         await super().write_positions(app, (), totals)
 
     async def act(self, letters: Sequence[tuple[Letter, bytes | None]]) -> None:
         """Add what was done to letters to the record, with the id of those that became another intent."""
         rows = [
-            (
+            Action(
                 each.number,
                 storable(self.operator),
                 each.what,
@@ -293,7 +240,7 @@ class LetterSession(Session):
             for each, new_id in letters
         ]
         if rows:
-            await self.connection.execute(_ACTIONS, *map(list, zip(*rows, strict=True)))
+            await dead_letter_actions.record(self.connection, rows)
 
     async def discard(self, letters: Sequence[Letter]) -> list[tuple[int, UUID]]:
         """Settle letters without running anything, in one transaction. Returns their chains in which others wait.
@@ -306,16 +253,12 @@ class LetterSession(Session):
             after = Transition(DeadLetterState.DISCARDED, keeps_key_blocked=False, releases_next=True)
             for each in letters:
                 each.outcome, each.text = "discarded", each.why
-            await self.connection.execute(
-                _UPDATE, *map(list, zip(*[_updated(each, after) for each in letters], strict=True))
-            )
+            await dead_letter_actions.settle(self.connection, [_updated(each, after) for each in letters])
             await self.act([(each, None) for each in letters])
             rows = [each.row for each in letters if each.row["chain"] is not None]
             chains = dict.fromkeys((row["handler"], row["chain"]) for row in rows)
-            for row in await self.connection.fetch(
-                _RELEASE, [each[0] for each in chains], [each[1] for each in chains]
-            ):
-                chains.pop((row[0], row[1]), None)
+            for chain in await dead_letter_actions.release(self.connection, list(chains)):
+                chains.pop(chain, None)
             await self.commit()
             return list(chains)
         except (NotOurs, Conflict, Outage):
@@ -361,8 +304,8 @@ def told(letter: Letter) -> tuple[str, str]:
     return "applied", letter.why
 
 
-def _updated(letter: Letter, after: Transition) -> tuple[Any, ...]:
-    """The new row of a letter, as _UPDATE takes it."""
+def _updated(letter: Letter, after: Transition) -> Settled:
+    """What becomes of a letter's row."""
     row, verdict = letter.row, letter.verdict if letter.edit is None else None
     reason, error, kind, group = row["reason"], row["error"], row["kind"], row["error_group"]
     if verdict is not None:
@@ -371,4 +314,4 @@ def _updated(letter: Letter, after: Transition) -> tuple[Any, ...]:
         error, kind = storable(verdict.error), storable(verdict.kind)
         group = group_of(row["handler_name"], reason, kind, error)
     attempts = row["attempts"] if letter.attempts is None else letter.attempts
-    return letter.number, after.state.value, after.keeps_key_blocked, reason, error, attempts, kind, group
+    return Settled(letter.number, after.state.value, after.keeps_key_blocked, reason, error, attempts, kind, group)

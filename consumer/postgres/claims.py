@@ -22,6 +22,22 @@ _MOSTLY_KNOWN = 0.5
 _VERSIONS_MAX = 10  # of the ledger that may pass during one claim
 
 
+# Of all generations: an operator's transaction does not know where a claim is.
+_REVIVE = """
+update consumer.ledger l set applied_at = now() from unnest($1::int2[], $2::uuid[], $3::int8[]) as o(handler, id, fingerprint)
+where l.handler = o.handler and l.id = o.id and l.fingerprint = o.fingerprint and l.applied_at is null
+returning l.handler, l.id
+"""
+_MARK_DEAD = """
+update consumer.ledger l set applied_at = null from unnest($1::int2[], $2::uuid[]) as o(handler, id)
+where l.handler = o.handler and l.id = o.id
+"""
+_DROP_DEAD = """
+delete from consumer.ledger l using unnest($1::int2[], $2::uuid[]) as o(handler, id)
+where l.handler = o.handler and l.id = o.id and l.applied_at is null
+"""
+
+
 class ExistingClaim(NamedTuple):
     """What the ledger holds for an id that was claimed before.
 
@@ -179,6 +195,24 @@ async def claimed_ids(connection: Connection, ids: Sequence[tuple[int, bytes]]) 
     return {(row[0], row[1].bytes) for row in rows}
 
 
+async def revive(
+    connection: Connection, keys: Sequence[tuple[int, UUID]], fingerprints: Sequence[int]
+) -> list[tuple[int, UUID]]:
+    """Turn claims of dead letters into those of applied messages; return the (handler, id) of those that were dead."""
+    rows = await connection.fetch(_REVIVE, *_columns(keys), fingerprints)
+    return [(row[0], row[1]) for row in rows]
+
+
+async def mark_dead_again(connection: Connection, keys: Sequence[tuple[int, UUID]]) -> None:
+    """Undo `revive`."""
+    await connection.execute(_MARK_DEAD, *_columns(keys))
+
+
+async def drop_dead(connection: Connection, keys: Sequence[tuple[int, UUID]]) -> None:
+    """Delete claims of dead letters."""
+    await connection.execute(_DROP_DEAD, *_columns(keys))
+
+
 async def exist(connection: Connection, handler: int) -> bool:
     """Whether the ledger has any row of a handler."""
     return bool(await connection.fetchval("select exists (select from consumer.ledger where handler = $1)", handler))
@@ -187,6 +221,10 @@ async def exist(connection: Connection, handler: int) -> bool:
 def uuids(ids: Iterable[bytes]) -> list[UUID]:
     """Return ids as the driver takes them; its own type is made from bytes several times faster than Python's."""
     return [UUID(id) for id in ids]
+
+
+def _columns(keys: Sequence[tuple[int, UUID]]) -> tuple[list[int], list[UUID]]:
+    return [handler for handler, _ in keys], [id for _, id in keys]
 
 
 def _offers(deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> tuple[list[Any], ...]:

@@ -6,6 +6,8 @@ A query on consumer.ledger reads all of its generations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
 
 from consumer.core.message import Partition
 from consumer.postgres.protocol import Connection
@@ -26,6 +28,19 @@ select h.name, count(l.id) from consumer.handlers h
 left join consumer.ledger l on l.handler = h.handler and l.applied_at is not null
 where h.app = $1 group by h.name
 """
+_SHOW = """
+select l.id, h.app, h.name as handler, t.name as topic, l.partition, l."offset", l.applied_at,
+       d.dead_letter, d.reason, d.died_at, d.state as letter
+from consumer.ledger l
+join consumer.handlers h using (handler) join consumer.topics t using (topic)
+left join consumer.dead_letters d on d.handler = l.handler and d.id = l.id and d.fingerprint = l.fingerprint
+where l.id = any($1::uuid[]) order by h.app, h.name, l.id
+"""
+
+
+async def show(connection: Connection, ids: Sequence[bytes]) -> list[Any]:
+    """Return the rows of message ids in any application, with their dead letters."""
+    return await connection.fetch(_SHOW, [UUID(bytes=id) for id in ids])
 
 
 async def settled_below(connection: Connection, handler: int) -> dict[Partition, int]:

@@ -1,0 +1,126 @@
+"""What an operator's transaction, and the publisher, do to dead letters: lock, settle, record, publish.
+
+Tables: dead_letters, held, letter_actions, letters_to_publish. dead_letters.py explains the locks of chains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from consumer.postgres.protocol import Connection
+
+_LOCK_CHAINS = """
+select true from consumer.held h where (h.handler, h.chain) in
+       (select d.handler, d.chain from consumer.dead_letters d where d.dead_letter = any($1))
+order by h.handler, h.chain for update of h
+"""
+_LOCK = """
+select d.dead_letter, d.state, d.chain, d.handler, d.id, d.fingerprint, d.topic, d.partition, d."offset", d.reason, d.error,
+       d.attempts, d.kind, d.error_group, h.name as handler_name
+from consumer.dead_letters d join consumer.handlers h using (handler)
+where d.dead_letter = any($1) order by d.dead_letter for no key update of d skip locked
+"""
+# Of each chain, the first letter that is not in this transaction: those after it must wait.
+_OTHERS = """
+with part as materialized (select unnest($1::int8[]) as dead_letter),
+chains as (select distinct d.handler, d.chain from consumer.dead_letters d join part using (dead_letter) where d.chain is not null)
+select c.handler, c.chain, f."offset", f.dead_letter from chains c cross join lateral (
+    select e."offset", e.dead_letter from consumer.dead_letters e where e.handler = c.handler and e.chain = c.chain
+       and e.dead_letter not in (select p.dead_letter from part p)   -- hashed once, where NOT EXISTS scans part for each
+    order by e."offset", e.dead_letter limit 1) f
+"""
+_UPDATE = """
+update consumer.dead_letters d set state = n.state, chain = case when n.stays then d.chain end, reason = n.reason,
+       error = n.error, attempts = n.attempts, kind = n.kind, error_group = n.error_group
+from unnest($1::int8[], $2::text[], $3::bool[], $4::text[], $5::text[], $6::int4[], $7::text[], $8::text[])
+     as n(dead_letter, state, stays, reason, error, attempts, kind, error_group)
+where d.dead_letter = n.dead_letter
+"""
+_RELEASE = """
+delete from consumer.held h using unnest($1::int2[], $2::uuid[]) as o(handler, chain)
+where (h.handler, h.chain) = (o.handler, o.chain)
+  and not exists (select from consumer.dead_letters d where (d.handler, d.chain) = (h.handler, h.chain))
+returning h.handler, h.chain
+"""
+_RECORD = """
+insert into consumer.letter_actions (dead_letter, operator, what, outcome, note, new_id, new_value)
+select * from unnest($1::int8[], $2::text[], $3::text[], $4::text[], $5::text[], $6::uuid[], $7::bytea[])
+"""
+_TO_PUBLISH = "insert into consumer.letters_to_publish (dead_letter) select unnest($1::int8[]) on conflict do nothing"
+_TAKE = """
+select d.*, h.app, h.name as handler_name from consumer.letters_to_publish p
+join consumer.dead_letters d using (dead_letter) join consumer.handlers h using (handler)
+where h.app = $1 order by p.dead_letter limit $2 for update of p skip locked
+"""
+_PUBLISHED = "delete from consumer.letters_to_publish where dead_letter = any($1)"
+
+Chain = tuple[int, UUID]  # handler and chain
+
+
+class Settled(NamedTuple):
+    """What becomes of a dead letter. stays: in its chain, which it blocks or waits in."""
+
+    number: int
+    state: str
+    stays: bool
+    reason: str
+    error: str
+    attempts: int
+    kind: str
+    error_group: str | None
+
+
+class Action(NamedTuple):
+    """What an operator did to a dead letter. new_id, new_value: of an edit."""
+
+    number: int
+    operator: str
+    what: str
+    outcome: str
+    note: str
+    new_id: UUID | None
+    new_value: bytes | None
+
+
+async def lock(connection: Connection, numbers: Sequence[int]) -> dict[int, Any]:
+    """Lock the chains of dead letters, then the letters; return rows. Those that another operator has locked are absent."""
+    await connection.fetch(_LOCK_CHAINS, numbers)
+    return {row["dead_letter"]: row for row in await connection.fetch(_LOCK, numbers)}
+
+
+async def first_others(connection: Connection, numbers: Sequence[int]) -> dict[Chain, tuple[int, int]]:
+    """Return, of each of their chains, the first letter that is not among these: its offset and number."""
+    return {(row[0], row[1]): (row[2], row[3]) for row in await connection.fetch(_OTHERS, numbers)}
+
+
+async def settle(connection: Connection, settled: Sequence[Settled]) -> None:
+    """Write what became of dead letters."""
+    await connection.execute(_UPDATE, *map(list, zip(*settled, strict=True)))
+
+
+async def release(connection: Connection, chains: Sequence[Chain]) -> list[Chain]:
+    """Unblock those of the chains that have no letter left; return them."""
+    rows = await connection.fetch(_RELEASE, [handler for handler, _ in chains], [chain for _, chain in chains])
+    return [(row[0], row[1]) for row in rows]
+
+
+async def record(connection: Connection, actions: Sequence[Action]) -> None:
+    """Record what was done to dead letters."""
+    await connection.execute(_RECORD, *map(list, zip(*actions, strict=True)))
+
+
+async def publish(connection: Connection, numbers: Sequence[int]) -> None:
+    """Put dead letters on their way to the dead-letter topic."""
+    await connection.execute(_TO_PUBLISH, numbers)
+
+
+async def take_unpublished(connection: Connection, app: str, limit: int) -> list[Any]:
+    """Lock and return dead letters that are to be published, the oldest first."""
+    return await connection.fetch(_TAKE, app, limit)
+
+
+async def mark_published(connection: Connection, numbers: Sequence[int]) -> None:
+    """Take dead letters from their way to the dead-letter topic."""
+    await connection.execute(_PUBLISHED, numbers)

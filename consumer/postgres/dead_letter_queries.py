@@ -1,0 +1,246 @@
+"""Questions about dead letters, for commands. Reads only; dead_letters.py and dead_letter_actions.py write.
+
+Tables: dead_letters, letter_actions.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from consumer.postgres.protocol import Connection
+
+_MATCHES = """
+from consumer.dead_letters d join consumer.handlers h using (handler)
+where ($1::text is null or h.app = $1) and ($2::text is null or h.name = $2)
+  and ($3::text is null or d.topic = $3) and ($4::text is null or d.reason = $4)
+  and ($6::text is null or d.error_group = $6) and ($7::text[] is null or d.state = any($7))
+  and ($8::float8 is null or d.died_at < now() - make_interval(secs => $8))
+  and ($9::float8 is null or d.died_at > now() - make_interval(secs => $9))
+"""
+_LIST = (
+    """
+select d.dead_letter as letter, h.app, h.name as handler, d.id, d.topic, d.partition, d."offset", d.state, d.reason, d.kind,
+       d.error_group as group, d.error, d.attempts, d.died_at, octet_length(d.value) as value_bytes
+"""
+    + _MATCHES
+    + """ order by d.dead_letter desc limit $5
+"""
+)
+_GROUPS = (
+    """
+with groups as (
+    select d.error_group, h.app, h.name, d.reason, count(*) as count, min(d.dead_letter) as letter
+    """
+    + _MATCHES
+    + """ group by d.error_group, h.app, h.name, d.reason order by count(*) desc, letter limit $5
+)
+select g.error_group as group, g.app, g.name as handler, g.reason, d.kind, g.count, g.letter, d.error
+from groups g join consumer.dead_letters d on d.dead_letter = g.letter order by g.count desc, g.letter
+"""
+)
+_ACTIONS_OF = (
+    """
+select a.action, a.dead_letter as letter, a.at, a.operator, a.what, a.outcome, a.note, a.new_id, a.new_value
+from consumer.letter_actions a where a.dead_letter in (select d.dead_letter """
+    + _MATCHES
+    + """) order by a.action desc limit $5
+"""
+)
+_LETTER = """
+select d.*, h.app, h.name as handler_name,
+       (select count(*) from consumer.dead_letters e where (e.handler, e.chain) = (d.handler, d.chain) and e."offset" > d."offset") as behind,
+       (select e.dead_letter from consumer.dead_letters e where (e.handler, e.chain) = (d.handler, d.chain)
+        and e."offset" < d."offset" order by e."offset" limit 1) as first
+from consumer.dead_letters d join consumer.handlers h using (handler) where d.dead_letter = $1
+"""
+_ACTIONS = """
+select a.action, a.dead_letter as letter, a.at, a.operator, a.what, a.outcome, a.note, a.new_id, a.new_value
+from consumer.letter_actions a where $1::int8 is null or a.dead_letter = $1 order by a.action desc limit $2
+"""
+_OPEN = """
+select h.name, d.state, count(*) from consumer.dead_letters d join consumer.handlers h using (handler)
+where h.app = $1 and d.state in ('dead', 'waiting') group by 1, 2
+"""
+_ERROR_GROUPS = """
+select distinct d.error_group from consumer.dead_letters d join consumer.handlers h using (handler)
+where d.error_group is not null and ($1::text is null or h.app = $1) and ($2::text is null or d.error_group = $2)
+"""
+_OPEN_MATCHES = """
+from consumer.dead_letters d join consumer.handlers h using (handler)
+where h.app = $1 and d.state in ('dead', 'waiting')
+  and ($2::int8[] is null or d.dead_letter = any($2)) and ($3::text is null or h.name = $3)
+  and ($4::text is null or d.topic = $4) and ($5::text is null or d.reason = $5) and ($6::text is null or d.error_group = $6)
+  and ($7::float8 is null or d.died_at < now() - make_interval(secs => $7))
+  and ($8::float8 is null or d.died_at > now() - make_interval(secs => $8))
+"""
+# Of a chain, only those with no dead one before them: the others follow by themselves.
+_SELECT = (
+    """
+select d.dead_letter """
+    + _OPEN_MATCHES
+    + """
+  and ($9 or d.chain is null or not exists (
+       select from consumer.dead_letters e where e.handler = d.handler and e.chain = d.chain
+          and e."offset" < d."offset" and e.state = 'dead'))
+  and ($10 or d.reason <> 'too_old')
+order by d.topic, d.partition, d."offset", d.dead_letter
+"""
+)
+_UNSURE = "select count(*) " + _OPEN_MATCHES + " and d.reason = 'too_old'"
+_STATES = """
+select d.dead_letter, d.state, h.app, h.name,
+       (select e.dead_letter from consumer.dead_letters e where e.handler = d.handler and e.chain = d.chain
+           and (e."offset", e.dead_letter) < (d."offset", d.dead_letter) and e.state = 'dead'
+        order by e."offset", e.dead_letter limit 1), d.reason
+from consumer.dead_letters d join consumer.handlers h using (handler) where d.dead_letter = any($1)
+"""
+# With those that wait before them in their chains: they were added by a replay, and come first.
+_SIZES = """
+with asked as materialized (select * from unnest($1::int8[]) with ordinality as o(dead_letter, place)),
+wanted as (
+    select dead_letter, place, false as before from asked
+    union all
+    select e.dead_letter, min(a.place), true from asked a join consumer.dead_letters d using (dead_letter)
+    join consumer.dead_letters e on e.handler = d.handler and e.chain = d.chain and e.state = 'waiting'
+        and (e."offset", e.dead_letter) < (d."offset", d.dead_letter)
+    where not exists (select from asked b where b.dead_letter = e.dead_letter) group by e.dead_letter
+)
+select w.dead_letter, w.before, coalesce(octet_length(d.value), 0) + coalesce(octet_length(d.key), 0)
+from wanted w left join consumer.dead_letters d using (dead_letter)
+order by w.place, not w.before, d."offset", w.dead_letter
+"""
+_LETTERS = """
+select d.*, h.name as handler_name from consumer.dead_letters d join consumer.handlers h using (handler) where d.dead_letter = any($1)
+"""
+# Of each chain, its first letters, in order.
+_NEXT = """
+select o.place, d.dead_letter, d.state = 'waiting'
+from unnest($1::int2[], $2::uuid[]) with ordinality as o(handler, chain, place) cross join lateral (
+    select e.dead_letter, e.state, e."offset" from consumer.dead_letters e where e.handler = o.handler and e.chain = o.chain
+    order by e."offset", e.dead_letter limit $3) d
+order by o.place, d."offset", d.dead_letter
+"""
+
+
+class Matching(NamedTuple):
+    """Which dead letters of any state; None: all. The order is that of the statements' parameters."""
+
+    app: str | None
+    handler: str | None
+    topic: str | None
+    reason: str | None
+    limit: int
+    group: str | None = None
+    states: Sequence[str] | None = None
+    older_than_seconds: float | None = None
+    newer_than_seconds: float | None = None
+
+
+class OpenMatching(NamedTuple):
+    """Which open dead letters of an application; None: all. The order is that of the statements' parameters."""
+
+    app: str
+    numbers: Sequence[int] | None
+    handler: str | None
+    topic: str | None
+    reason: str | None
+    group: str | None
+    older_than_seconds: float | None
+    newer_than_seconds: float | None
+
+
+class Standing(NamedTuple):
+    """A dead letter, and the first dead one before it in its chain."""
+
+    state: str
+    app: str
+    handler: str
+    first: int | None
+
+
+class Size(NamedTuple):
+    """A dead letter to settle. before: it was not asked for, and comes before one that was."""
+
+    number: int
+    before: bool
+    length: int
+
+
+class Next(NamedTuple):
+    """A letter of the chain at a place. never_ran: it waits and was not tried."""
+
+    place: int
+    number: int
+    never_ran: bool
+
+
+async def newest(connection: Connection, matching: Matching) -> list[Any]:
+    """Return the newest dead letters, without their bytes."""
+    return await connection.fetch(_LIST, *matching)
+
+
+async def groups(connection: Connection, matching: Matching) -> list[Any]:
+    """Count dead letters by kind of error, the most frequent first."""
+    return await connection.fetch(_GROUPS, *matching)
+
+
+async def actions_on(connection: Connection, matching: Matching) -> list[Any]:
+    """Return what operators did to matching dead letters, the newest first."""
+    return await connection.fetch(_ACTIONS_OF, *matching)
+
+
+async def actions(connection: Connection, number: int | None, limit: int) -> list[Any]:
+    """Return what operators did to one dead letter or to all, the newest first."""
+    return await connection.fetch(_ACTIONS, number, limit)
+
+
+async def one(connection: Connection, number: int) -> Any | None:
+    """Return a dead letter with all its columns, and its place in its chain."""
+    return await connection.fetchrow(_LETTER, number)
+
+
+async def open_counts(connection: Connection, app: str) -> list[tuple[str, str, int]]:
+    """Count open dead letters: handler, state and number of each."""
+    return [(row[0], row[1], row[2]) for row in await connection.fetch(_OPEN, app)]
+
+
+async def error_groups(connection: Connection, app: str | None, group: str | None) -> list[str]:
+    """Return the error groups of an application (None: of all), or only this one."""
+    return [row[0] for row in await connection.fetch(_ERROR_GROUPS, app, group)]
+
+
+async def select(connection: Connection, matching: OpenMatching, *, waiting: bool, too_old: bool) -> array[int]:
+    """Return open dead letters in the order of the log.
+
+    waiting: also those behind a dead one of their chain. too_old: also those that may have been applied.
+    """
+    return array("q", (row[0] for row in await connection.fetch(_SELECT, *matching, waiting, too_old)))
+
+
+async def count_unsure(connection: Connection, matching: OpenMatching) -> int:
+    """Count open dead letters that may have been applied."""
+    return int(await connection.fetchval(_UNSURE, *matching))
+
+
+async def standings(connection: Connection, numbers: Sequence[int]) -> dict[int, Standing]:
+    """Return where dead letters stand, by number."""
+    return {row[0]: Standing(*tuple(row)[1:5]) for row in await connection.fetch(_STATES, numbers)}
+
+
+async def sizes(connection: Connection, numbers: Sequence[int]) -> list[Size]:
+    """Return dead letters with their bytes, each after those that wait before it in its chain."""
+    return [Size(*row) for row in await connection.fetch(_SIZES, numbers)]
+
+
+async def whole(connection: Connection, numbers: Sequence[int]) -> dict[int, Any]:
+    """Return dead letters with all their columns, by number, without locking them."""
+    return {row["dead_letter"]: row for row in await connection.fetch(_LETTERS, numbers)}
+
+
+async def first_of(connection: Connection, chains: Sequence[tuple[int, UUID]], limit: int) -> list[Next]:
+    """Return the first letters of chains, in order, at most `limit` of each."""
+    handlers, keys = [handler for handler, _ in chains], [chain for _, chain in chains]
+    return [Next(*row) for row in await connection.fetch(_NEXT, handlers, keys, limit)]
