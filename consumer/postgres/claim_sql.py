@@ -13,7 +13,10 @@ ADVISORY_CLASS = 1189079  # of the locks by which it is known that no claim of a
 
 
 class Generations(NamedTuple):
-    """What a claim must know. Whoever has it holds it for the version that it was read at, and asks for that again."""
+    """What a claim must know.
+
+    Whoever has it holds it for the version that it was read at, and asks for that again.
+    """
 
     version: int
     target: int  # the generation that claims go into
@@ -102,7 +105,10 @@ STANDING = _OFFERED + _LOST.format(ledger="consumer.ledger")
 
 @lru_cache(maxsize=32)
 def statements(target: int, turning: bool, live: tuple[int, ...]) -> Statements:
-    """The statements of a claim's transaction. They name no generation but those given, so they wait for no other one."""
+    """The statements of a claim's transaction.
+
+    They name no generation but those given, so they wait for no other one.
+    """
     claimed = _claimed(target, turning, [each for each in live if each != target])
     everywhere = " union all ".join(_EVERYWHERE.format(table=_read(each)) for each in live)
     lost = _LOST.format(ledger=_read(target) if live == (target,) else f"({everywhere})")

@@ -103,7 +103,10 @@ class Claims:
         return existing
 
     async def claimed(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, ExistingClaim]:
-        """Read the claims of ids that this transaction has claimed or lost. Raises Conflict when one has vanished."""
+        """Read the claims of ids that this transaction has claimed or lost.
+
+        Raises Conflict when one has vanished.
+        """
         lost = await self._connection.fetchrow(self._statements.standing, *_offers(deliveries, topics))
         existing, vanished = _existing(deliveries, lost)
         if vanished:
@@ -113,7 +116,10 @@ class Claims:
     async def existing(
         self, deliveries: Sequence[Delivery], topics: Mapping[str, int]
     ) -> tuple[dict[Delivery, ExistingClaim], list[Delivery]]:
-        """Read the claims of ids, and list the ids without one. Claims nothing and waits for no other transaction."""
+        """Read the claims of ids, and list the ids without one.
+
+        Claims nothing and waits for no other transaction.
+        """
         return _existing(deliveries, await self._connection.fetchrow(STANDING, *_offers(deliveries, topics)))
 
     async def release(self, deliveries: Sequence[Delivery]) -> None:

@@ -61,7 +61,10 @@ def translated_errors(settings: Settings) -> Iterator[None]:
 
 
 async def connect(settings: Settings, timeout_seconds: float = ATTEMPT_SECONDS) -> asyncpg.Connection[Any]:
-    """Connect, without looking at the database. Raises Misconfigured or Outage, naming the server."""
+    """Connect, without looking at the database.
+
+    Raises Misconfigured or Outage, naming the server.
+    """
     label = dsn_label(settings.dsn)
     try:
         return await asyncpg.connect(

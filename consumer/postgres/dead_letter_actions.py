@@ -1,4 +1,6 @@
-"""What an operator's transaction, and the publisher, do to dead letters: lock, settle, record, publish.
+"""Locks, settles, records and publishes dead letters.
+
+For an operator's transaction, and for the publisher.
 
 Tables: dead_letters, held, letter_actions, letters_to_publish. dead_letters.py explains the locks of chains.
 """
@@ -60,7 +62,10 @@ Chain = tuple[int, UUID]  # handler and chain
 
 
 class Settled(NamedTuple):
-    """What becomes of a dead letter. stays: in its chain, which it blocks or waits in."""
+    """What becomes of a dead letter.
+
+    stays: in its chain, which it blocks or waits in.
+    """
 
     number: int
     state: str
@@ -73,7 +78,10 @@ class Settled(NamedTuple):
 
 
 class Action(NamedTuple):
-    """What an operator did to a dead letter. new_id, new_value: of an edit."""
+    """What an operator did to a dead letter.
+
+    new_id, new_value: of an edit.
+    """
 
     number: int
     operator: str
@@ -85,13 +93,19 @@ class Action(NamedTuple):
 
 
 async def lock(connection: Connection, numbers: Sequence[int]) -> dict[int, Any]:
-    """Lock the chains of dead letters, then the letters; return rows. Those that another operator has locked are absent."""
+    """Lock the chains of dead letters, then the letters; return rows.
+
+    Those that another operator has locked are absent.
+    """
     await connection.fetch(_LOCK_CHAINS, numbers)
     return {row["dead_letter"]: row for row in await connection.fetch(_LOCK, numbers)}
 
 
 async def first_others(connection: Connection, numbers: Sequence[int]) -> dict[Chain, tuple[int, int]]:
-    """Return, of each of their chains, the first letter that is not among these: its offset and number."""
+    """Return the first letter of each chain that is not among these.
+
+    As offset and number, by the chains of these letters.
+    """
     return {(row[0], row[1]): (row[2], row[3]) for row in await connection.fetch(_OTHERS, numbers)}
 
 
@@ -117,7 +131,7 @@ async def publish(connection: Connection, numbers: Sequence[int]) -> None:
 
 
 async def take_unpublished(connection: Connection, app: str, limit: int) -> list[Any]:
-    """Lock and return dead letters that are to be published, the oldest first."""
+    """Lock and return dead letters to publish, the oldest first."""
     return await connection.fetch(_TAKE, app, limit)
 
 

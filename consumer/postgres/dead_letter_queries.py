@@ -126,7 +126,10 @@ order by o.place, d."offset", d.dead_letter
 
 
 class Matching(NamedTuple):
-    """Which dead letters of any state; None: all. The order is that of the statements' parameters."""
+    """Which dead letters of any state; None: all.
+
+    The order is that of the statements' parameters.
+    """
 
     app: str | None
     handler: str | None
@@ -140,7 +143,10 @@ class Matching(NamedTuple):
 
 
 class OpenMatching(NamedTuple):
-    """Which open dead letters of an application; None: all. The order is that of the statements' parameters."""
+    """Which open dead letters of an application; None: all.
+
+    The order is that of the statements' parameters.
+    """
 
     app: str
     numbers: Sequence[int] | None
@@ -153,7 +159,7 @@ class OpenMatching(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """A dead letter, and the first dead one before it in its chain."""
+    """A dead letter, and the first dead one before it."""
 
     state: str
     app: str
@@ -162,7 +168,10 @@ class Standing(NamedTuple):
 
 
 class Size(NamedTuple):
-    """A dead letter to settle. before: it was not asked for, and comes before one that was."""
+    """A dead letter to settle.
+
+    before: it was not asked for, and comes before one that was.
+    """
 
     number: int
     before: bool
@@ -170,7 +179,10 @@ class Size(NamedTuple):
 
 
 class Next(NamedTuple):
-    """A letter of the chain at a place. never_ran: it waits and was not tried."""
+    """A letter of the chain at a place.
+
+    never_ran: it waits and was not tried.
+    """
 
     place: int
     number: int
@@ -193,12 +205,12 @@ async def actions_on(connection: Connection, matching: Matching) -> list[Any]:
 
 
 async def actions(connection: Connection, number: int | None, limit: int) -> list[Any]:
-    """Return what operators did to one dead letter or to all, the newest first."""
+    """Return the actions on one dead letter or on all, newest first."""
     return await connection.fetch(_ACTIONS, number, limit)
 
 
 async def one(connection: Connection, number: int) -> Any | None:
-    """Return a dead letter with all its columns, and its place in its chain."""
+    """Return a dead letter with its columns and place in its chain."""
     return await connection.fetchrow(_LETTER, number)
 
 
@@ -208,7 +220,10 @@ async def open_counts(connection: Connection, app: str) -> list[tuple[str, str, 
 
 
 async def error_groups(connection: Connection, app: str | None, group: str | None) -> list[str]:
-    """Return the error groups of an application (None: of all), or only this one."""
+    """Return the error groups of an application, or only this one.
+
+    app: None for all applications.
+    """
     return [row[0] for row in await connection.fetch(_ERROR_GROUPS, app, group)]
 
 
@@ -231,7 +246,10 @@ async def standings(connection: Connection, numbers: Sequence[int]) -> dict[int,
 
 
 async def sizes(connection: Connection, numbers: Sequence[int]) -> list[Size]:
-    """Return dead letters with their bytes, each after those that wait before it in its chain."""
+    """Return the sizes of dead letters, those before them included.
+
+    Each comes after those that wait before it in its chain.
+    """
     return [Size(*row) for row in await connection.fetch(_SIZES, numbers)]
 
 
@@ -241,6 +259,6 @@ async def whole(connection: Connection, numbers: Sequence[int]) -> dict[int, Any
 
 
 async def first_of(connection: Connection, chains: Sequence[tuple[int, UUID]], limit: int) -> list[Next]:
-    """Return the first letters of chains, in order, at most `limit` of each."""
+    """Return the first letters of chains, at most `limit` of each."""
     handlers, keys = [handler for handler, _ in chains], [chain for _, chain in chains]
     return [Next(*row) for row in await connection.fetch(_NEXT, handlers, keys, limit)]

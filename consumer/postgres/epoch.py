@@ -1,4 +1,6 @@
-"""Compares epochs: which history of which database a connection sees. Epochs are text.
+"""Compares epochs: which history of which database a connection sees.
+
+Epochs are text.
 
 An epoch is ``system-timeline-nonce-started``. PostgreSQL raises the timeline whenever a standby is promoted or a backup
 is recovered to a point in time; `consumer migrate --new-epoch` changes the nonce; `started` is the server's start time.

@@ -20,7 +20,10 @@ class Outage(ConsumerError):
 
 
 class NotPrimary(Outage):
-    """The server answers but must not be written to. The text contains no values of rows."""
+    """The server answers but must not be written to.
+
+    The text contains no values of rows.
+    """
 
 
 class OtherEpoch(Outage):
@@ -40,7 +43,10 @@ class SchemaMissing(Misconfigured):
 
 
 def meaning_of(error: BaseException) -> Meaning:
-    """Classify an error. Errors of neither database nor driver are the handler's code."""
+    """Classify an error.
+
+    Errors of neither database nor driver are the handler's code.
+    """
     if isinstance(error, asyncpg.InvalidCachedStatementError):
         return Meaning.CONFLICT  # a table was altered meanwhile: prepared again, the statement works
     if isinstance(error, asyncpg.PostgresError):

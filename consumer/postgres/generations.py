@@ -44,12 +44,18 @@ async def look(connection: Connection) -> State:
 
 
 async def turn(connection: Connection, version: int) -> str:
-    """Take one step of a turn from this version. Returns what was done, or "busy" or "waiting"."""
+    """Take one step of a turn from this version.
+
+    Returns what was done, or "busy" or "waiting".
+    """
     return str(await connection.fetchval("select consumer.turn($1)", version))
 
 
 async def forget(connection: Connection, version: int, number: int) -> str:
-    """Stop looking into the oldest generation. Returns what was done, or "busy" or "waiting"."""
+    """Stop looking into the oldest generation.
+
+    Returns what was done, or "busy" or "waiting".
+    """
     return str(await connection.fetchval("select consumer.forget($1, $2)", version, number))
 
 

@@ -89,7 +89,10 @@ from consumer.handler_code c join consumer.handlers h using (handler) where h.ap
 
 
 class Covered(NamedTuple):
-    """A range of offsets that a handler has settled. past: None: up to the position."""
+    """A range of offsets that a handler has settled.
+
+    past: None: up to the position.
+    """
 
     handler: int
     partition: Partition
@@ -127,7 +130,10 @@ async def begin_coverage(connection: Connection, begins: Iterable[tuple[Partitio
 
 
 async def cover(connection: Connection, handler: int, ranges: Iterable[tuple[Partition, int, int]], why: str) -> None:
-    """Record ranges of a handler. ranges: partition, first offset and past offset of each."""
+    """Record ranges of a handler.
+
+    ranges: partition, first offset and past offset of each.
+    """
     await connection.executemany(_COVER, [(*partition, handler, first, past, why) for partition, first, past in ranges])
 
 
@@ -177,7 +183,10 @@ async def id_rules(connection: Connection, app: str) -> dict[str, str | None]:
 async def change_id_rule(
     connection: Connection, handler: int, rule: str, below: Sequence[tuple[Partition, int]]
 ) -> None:
-    """Record another id rule. below: up to which offsets messages may have ids of an earlier one; the greatest counts."""
+    """Record another id rule.
+
+    below: up to which offsets messages may have ids of an earlier one; the greatest counts.
+    """
     columns = (
         [partition.topic for partition, _ in below],
         [partition.partition for partition, _ in below],
@@ -194,7 +203,10 @@ async def id_rule_floors(connection: Connection, app: str) -> dict[tuple[str, Pa
 
 
 async def record_code(connection: Connection, app: str, codes: Sequence[tuple[str, str, str]]) -> None:
-    """Record that code runs now. codes: name of the handler, code and id code of each."""
+    """Record that code runs now.
+
+    codes: name of the handler, code and id code of each.
+    """
     columns = zip(*codes, strict=True) if codes else ((), (), ())
     await connection.execute(_RECORD_CODE, app, *map(list, columns))
 

@@ -27,7 +27,10 @@ order by r.renamed_at desc limit 1
 async def register(
     connection: Connection, app: str, handlers: Iterable[str], topics: Iterable[str]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the numbers of handlers and topics, and number new ones. Raises Misconfigured for a name of before."""
+    """Return the numbers of handlers and topics, and number new ones.
+
+    Raises Misconfigured for a name of before.
+    """
     await _refuse_renamed(connection, app, sorted(handlers))
     await connection.execute(_ADD_HANDLERS, app, sorted(handlers))
     await connection.execute(_ADD_TOPICS, sorted(topics))

@@ -1,4 +1,6 @@
-"""Questions about rows of the ledger, for commands, checks and rebuilds. Reads only; claims.py writes the ledger.
+"""Questions about rows of the ledger, for commands, checks and rebuilds.
+
+Reads only; claims.py writes the ledger.
 
 A query on consumer.ledger reads all of its generations.
 """
@@ -44,7 +46,10 @@ async def show(connection: Connection, ids: Sequence[bytes]) -> list[Any]:
 
 
 async def settled_below(connection: Connection, handler: int) -> dict[Partition, int]:
-    """Return up to which offset a handler has rows, by partition. Reads all of its rows."""
+    """Return up to which offset a handler has rows, by partition.
+
+    Reads all of its rows.
+    """
     rows = await connection.fetch(_SETTLED_BELOW, handler)
     return {Partition(row[0], row[1]): row[2] for row in rows}
 

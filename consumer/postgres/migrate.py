@@ -68,7 +68,10 @@ def as_sql() -> str:
 
 
 async def pending(connection: Connection) -> list[Migration]:
-    """Migrations that the database does not have. Changes nothing. Raises Misconfigured for one that was altered."""
+    """Migrations that the database does not have. Changes nothing.
+
+    Raises Misconfigured for one that was altered.
+    """
     applied: dict[int, str] = {}
     if await connection.fetchval("select to_regclass('consumer.schema_versions') is not null"):
         rows = await connection.fetch("select version, checksum from consumer.schema_versions")

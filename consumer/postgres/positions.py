@@ -76,14 +76,20 @@ where (app, topic, partition) = ($1, $2, $3)
 
 
 class Horizon(NamedTuple):
-    """Between which offsets an application knows a partition. first: where it began; None: not recorded."""
+    """Between which offsets an application knows a partition.
+
+    first: where it began; None: not recorded.
+    """
 
     next: int
     first: int | None
 
 
 class Settling(NamedTuple):
-    """Who settles a partition. handlers: their numbers as text; None: not recorded yet."""
+    """Who settles a partition.
+
+    handlers: their numbers as text; None: not recorded yet.
+    """
 
     first: int | None
     next: int
@@ -130,7 +136,10 @@ async def write(
 async def read_positions(
     connection: Connection, app: str, partitions: Sequence[Partition]
 ) -> dict[Partition, Position]:
-    """Return the positions that exist, of these partitions. Raises what the driver raises."""
+    """Return the positions that exist, of these partitions.
+
+    Raises what the driver raises.
+    """
     rows = await connection.fetch(
         _READ, app, [partition.topic for partition in partitions], [partition.partition for partition in partitions]
     )
@@ -257,7 +266,9 @@ async def exist(connection: Connection, app: str) -> bool:
 async def begin(
     connection: Connection, app: str, starts: Mapping[Partition, Position], of_group: Collection[Partition] = ()
 ) -> None:
-    """Write first positions. One that another worker has written in the meantime stays as it is.
+    """Write first positions.
+
+    One that another worker has written in the meantime stays as it is.
 
     of_group: those that begin where another client of the Kafka group has committed.
     """

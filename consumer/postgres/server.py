@@ -1,4 +1,6 @@
-"""Asks a PostgreSQL server which history of its database it serves. SQL only; knows no driver.
+"""Asks a PostgreSQL server which history of its database it serves.
+
+SQL only; knows no driver.
 
 Every transaction compares a stamp (timeline, start time, nonce) with that of its connection's start, because a pooler
 keeps client connections while the server behind them changes. Managed services refuse some of these functions (Amazon
@@ -26,7 +28,10 @@ _STATE = "select pg_catalog.pg_is_in_recovery(), pg_catalog.to_regclass('consume
 
 
 class Server(NamedTuple):
-    """A server as a connection sees it. stamp: what `stamp_sql` answered; another answer is another epoch."""
+    """A server as a connection sees it.
+
+    stamp: what `stamp_sql` answered; another answer is another epoch.
+    """
 
     epoch: str
     stamp_sql: str
@@ -68,7 +73,10 @@ async def begin_epoch(connection: Connection) -> None:
 
 
 async def identify(connection: Connection) -> Server:
-    """Read the epoch of a primary with the schema, outside a transaction. Raises what the driver raises."""
+    """Read the epoch of a primary with the schema, outside a transaction.
+
+    Raises what the driver raises.
+    """
     try:
         return await _read(connection, ())
     except Exception as error:

@@ -52,7 +52,10 @@ else (
 
 
 class Session:
-    """One worker connection. Every method but `close` raises Outage when the connection is lost."""
+    """One worker connection.
+
+    Every method but `close` raises Outage when the connection is lost.
+    """
 
     def __init__(
         self, connection: asyncpg.Connection[Any], settings: Settings, seen: Server, installation: str = ""
@@ -79,7 +82,10 @@ class Session:
 
     @classmethod
     async def open(cls, settings: Settings, timeout_seconds: float = ATTEMPT_SECONDS) -> Self:
-        """Connect and check that this is a primary with the schema. Raises Outage, Misconfigured or SchemaMissing."""
+        """Connect and check that this is a primary with the schema.
+
+        Raises Outage, Misconfigured or SchemaMissing.
+        """
         connection = await connect(settings, timeout_seconds)
         try:
             detect_dead_peers(connection)
@@ -117,7 +123,10 @@ class Session:
         await self.connection.execute(f"{self._begin}; {lock}")
 
     async def rollback(self) -> None:
-        """Undo the transaction. A connection on which that fails is ended, which undoes it too."""
+        """Undo the transaction.
+
+        A connection on which that fails is ended, which undoes it too.
+        """
         try:
             if self.connection.is_in_transaction():
                 await asyncio.wait_for(self.connection.execute("rollback"), _ROLLBACK_SECONDS)
@@ -148,7 +157,10 @@ class Session:
         self.connection.terminate()
 
     async def check_constraints(self) -> None:
-        """Check deferred constraints now, as a COMMIT would. Raises what the database says."""
+        """Check deferred constraints now, as a COMMIT would.
+
+        Raises what the database says.
+        """
         await self.connection.execute("set constraints all immediate")
 
     async def check_epoch(self) -> None:
@@ -194,7 +206,10 @@ class Session:
     async def store_dead_letters(
         self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
     ) -> None:
-        """Keep dead letters. claimed: those whose claim was inserted in this transaction, perhaps as applied."""
+        """Keep dead letters.
+
+        claimed: those whose claim was inserted in this transaction, perhaps as applied.
+        """
         if claimed:
             await self.claims.mark_dead(claimed)
         await dead_letters.store(self.connection, dead, attempts, publish=self._settings.dead_letter_topic is not None)
@@ -228,7 +243,10 @@ class Session:
     async def numbers(
         self, app: str, names: Iterable[str], topics: Iterable[str]
     ) -> tuple[dict[str, int], dict[str, int]]:
-        """Return the numbers of handlers and topics, and number new ones. Raises Outage or Misconfigured."""
+        """Return the numbers of handlers and topics, and number new ones.
+
+        Raises Outage or Misconfigured.
+        """
         with translated_errors(self._settings):
             return await handlers.register(self.connection, app, names, topics)
 
@@ -252,7 +270,10 @@ class Session:
     async def restore(
         self, numbers: Sequence[int], offsets: Mapping[Partition, int]
     ) -> tuple[dict[Partition, set[tuple[int, bytes]]], dict[Partition, dict[tuple[int, int], SavedAttempts]]]:
-        """Read the dead letters' chains and the attempts of partitions to open. Due times are seconds from now."""
+        """Read the dead letters' chains and the attempts of partitions to open.
+
+        Due times are seconds from now.
+        """
         return await dead_letters.restore(self.connection, numbers, offsets)
 
     async def with_dead_letter(self, deliveries: Sequence[Delivery]) -> list[Delivery]:

@@ -1,4 +1,7 @@
-"""Words of SQL texts: skips comments, quoted text and dollar quotes. Knows SQL's quoting rules; not a parser."""
+"""Words of SQL texts: skips comments, quoted text and dollar quotes.
+
+Knows SQL's quoting rules; not a parser.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ SKIP = re.compile(
 
 
 def first_words(sql: str) -> list[tuple[str, ...]]:
-    """The first two words of each statement of `sql`, in lower case. The body of a function is no statement of it."""
+    """The first two words of each statement of `sql`, in lower case.
+
+    The body of a function is no statement of it.
+    """
     statements: list[tuple[str, ...]] = []
     words: tuple[str, ...] = ()
     word, depth = "", 0  # the word before; how deep in `begin atomic … end`, where CASE has an END of its own

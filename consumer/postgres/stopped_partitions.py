@@ -42,7 +42,10 @@ class Stops:
         return bool(self._troubles)
 
     def failed(self, partition: Partition, failure: ReadFailure, now: float) -> tuple[PartitionHalt, bool]:
-        """Note a failure. Returns why the partition stops, and whether that is to be logged."""
+        """Note a failure.
+
+        Returns why the partition stops, and whether that is to be logged.
+        """
         stop = halt_of(partition, failure)
         trouble = self._troubles.get(partition)
         if trouble is None:
@@ -69,11 +72,17 @@ class Stops:
         return True
 
     def forget(self) -> None:
-        """Drop what is known: other workers may own the partitions now. Their rows stay."""
+        """Drop what is known: other workers may own the partitions now.
+
+        Their rows stay.
+        """
         self._troubles.clear()
 
     def refused(self, topics: frozenset[str]) -> None:
-        """Note which topics the worker may not see, now. A topic's rows go when one that may see it reads on."""
+        """Note which topics the worker may not see, now.
+
+        A topic's rows go when one that may see it reads on.
+        """
         for unsaved in self._refused_unsaved.values():
             unsaved |= topics - self._refused
             unsaved &= topics
@@ -87,7 +96,10 @@ class Stops:
         return bool(self._unsaved[database] or self._refused_unsaved[database])
 
     async def save(self, database: str, connection: Connection, app: str) -> None:
-        """Write what has changed since the last time. Raises the driver's errors, and loses nothing then."""
+        """Write what has changed since the last time.
+
+        Raises the driver's errors, and loses nothing then.
+        """
         if refused := self._refused_unsaved[database]:
             # Such a topic is assigned to nobody: its partitions are known from their positions.
             for partition, offset in (await positions.of_topics(connection, app, sorted(refused))).items():
