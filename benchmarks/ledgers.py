@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from consumer.core.retention import Drop, Forget, Turn
+from consumer.core.retention import Drop, Forget, RotateGeneration
 from consumer.retention import task
 
 
@@ -44,10 +44,10 @@ class Ledger:
         await connection.execute("checkpoint", timeout=600)
 
     async def turn(self) -> None:
-        while await self.step(Turn()) != "turned":
+        while await self.step(RotateGeneration()) != "turned":
             pass
 
-    async def step(self, step: Turn | Forget | Drop) -> str:
+    async def step(self, step: RotateGeneration | Forget | Drop) -> str:
         """A step, tried again until it is done. Tells how long the call that did it took."""
         while True:
             state = await task.look(self.connection)

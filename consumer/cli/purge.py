@@ -17,7 +17,7 @@ from consumer.cli.per_shard import ShardName, ShardsOf, over
 from consumer.cli.terminal import AsJson, Refused, cli, command, connected, err, out, print_json
 from consumer.core.errors import Misconfigured
 from consumer.core.message import Partition
-from consumer.core.retention import HOUR, State, Step, Turn, Wait, contradictions, wanted
+from consumer.core.retention import HOUR, LedgerState, RotateGeneration, Step, Wait, contradictions, wanted
 from consumer.core.suggestions import UnknownName, suggestion
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.postgres import generations
@@ -160,12 +160,12 @@ async def _purge(
             "the generation's time, which may be delivered again: wait until they are gone, or --force"
         )
     if stopped is not None and stopped.waits:
-        what = "a turn" if isinstance(stopped.step, Turn) else "a drop"
+        what = "a turn" if isinstance(stopped.step, RotateGeneration) else "a drop"
         raise Refused(f"{what} waits for a transaction or a reader that does not end: run it again (nothing is lost)")
     return 0
 
 
-async def _told(state: State, each: Any, hours: float, held: Any) -> dict[str, Any]:
+async def _told(state: LedgerState, each: Any, hours: float, held: Any) -> dict[str, Any]:
     """A generation, whether it is due, and why not."""
     drops, why = False, ""
     if each.forgotten:

@@ -27,7 +27,7 @@ _META = ("gt", "ge", "lt", "le", "multiple_of", "min_length", "max_length", "pat
 
 def check(declared: Any) -> None:
     """Raise RegistrationError for a constraint inside a type that would be ignored, with what to write instead."""
-    _Walk().look(declared, "the payload", decodes_itself=_decodes_itself_at_top(declared))
+    _ConstraintWalk().look(declared, "the payload", decodes_itself=_decodes_itself_at_top(declared))
 
 
 def _decodes_itself_at_top(declared: Any) -> bool:
@@ -51,7 +51,7 @@ def is_pydantic(part: Any) -> bool:
     )
 
 
-class _Walk:
+class _ConstraintWalk:
     """A walk through all annotations that are reached from a type, each once for each library."""
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ class Others(Enum):
     UNKNOWN = "too few to tell"
 
 
-class Verdict(Enum):
+class FailureVerdict(Enum):
     """What to do about a failure."""
 
     AGAIN = "run the batch again at once"
@@ -36,18 +36,18 @@ class Verdict(Enum):
     WAIT = "the message waits; no attempt is counted"
 
 
-_LOST = {(meaning, alone): Verdict.OUTAGE for meaning in Meaning for alone in (False, True)}
+_LOST = {(meaning, alone): FailureVerdict.OUTAGE for meaning in Meaning for alone in (False, True)}
 _MANY = {
-    Meaning.CONFLICT: Verdict.AGAIN,
-    Meaning.LOCKED: Verdict.AGAIN,
-    Meaning.OUTAGE: Verdict.OUTAGE,
-    Meaning.INTERNAL: Verdict.ISOLATE,
-    Meaning.DEPLOYMENT: Verdict.ISOLATE,
-    Meaning.STATE: Verdict.ISOLATE,
-    Meaning.MESSAGE: Verdict.ISOLATE,
-    Meaning.CODE: Verdict.ISOLATE,
+    Meaning.CONFLICT: FailureVerdict.AGAIN,
+    Meaning.LOCKED: FailureVerdict.AGAIN,
+    Meaning.OUTAGE: FailureVerdict.OUTAGE,
+    Meaning.INTERNAL: FailureVerdict.ISOLATE,
+    Meaning.DEPLOYMENT: FailureVerdict.ISOLATE,
+    Meaning.STATE: FailureVerdict.ISOLATE,
+    Meaning.MESSAGE: FailureVerdict.ISOLATE,
+    Meaning.CODE: FailureVerdict.ISOLATE,
 }
-_C, _W = Verdict.COUNT, Verdict.WAIT
+_C, _W = FailureVerdict.COUNT, FailureVerdict.WAIT
 _ALONE = {  #                 SUCCEED  FAIL_ALIKE  UNKNOWN
     Meaning.CONFLICT: dict(zip(Others, (_C, _W, _W), strict=True)),  # met again and again: its own statements cause it
     Meaning.LOCKED: dict(zip(Others, (_C, _W, _W), strict=True)),
@@ -61,7 +61,7 @@ _ALONE = {  #                 SUCCEED  FAIL_ALIKE  UNKNOWN
 }
 
 
-def judge(may_be: Meaning, *, answers: bool, alone: bool, others: Others) -> Verdict:
+def judge(may_be: Meaning, *, answers: bool, alone: bool, others: Others) -> FailureVerdict:
     """Decide about a failure. Defined for every combination.
 
     Args:
@@ -76,7 +76,7 @@ def judge(may_be: Meaning, *, answers: bool, alone: bool, others: Others) -> Ver
     return _ALONE[may_be][others] if alone else _MANY[may_be]
 
 
-class Why(NamedTuple):
+class FailureCause(NamedTuple):
     """Why a message waits. error: the kind and the place, never a value. since: Unix seconds."""
 
     error: str

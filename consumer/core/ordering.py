@@ -22,7 +22,7 @@ from uuid import UUID
 import msgspec
 
 from consumer.core.dead_letters import ordering_key_hash
-from consumer.core.evidence import Why
+from consumer.core.evidence import FailureCause
 from consumer.core.handler import Handler
 from consumer.core.log_identity import RecordFingerprint
 from consumer.core.message import Partition, Record
@@ -30,7 +30,7 @@ from consumer.core.outcome import Outcome
 
 UNDECODED = object()
 _HEADER_BYTES = 150  # of the objects that hold a header, besides its bytes: measured 147 with CPython 3.11
-_PARKED_BYTES_LEAST = 1 << 20  # of a partition
+_DELAYED_BYTES_LEAST = 1 << 20  # of a partition
 
 
 def _in_log_order(deliveries: list[Delivery], freed: int, segments: list[tuple[Partition, int, int]]) -> list[Delivery]:
@@ -69,7 +69,7 @@ class Delivery(msgspec.Struct, eq=False):
     delayed: bool = False  # its offset is among the open ones
     outcome: Outcome | None = None  # settled before any transaction: unreadable, skipped, known to Redis
     mark: int = -1  # successes of its handler when it failed first: see evidence.py
-    why: Why | None = None  # why it waits
+    why: FailureCause | None = None  # why it waits
 
     @property
     def partition(self) -> Partition:
@@ -387,7 +387,7 @@ class Scheduler:
 
     def _bytes_share(self) -> int:
         """Bytes that may be parked of one partition."""
-        return max(_PARKED_BYTES_LEAST, self._delayed_bytes_max // max(1, len(self._queues)))
+        return max(_DELAYED_BYTES_LEAST, self._delayed_bytes_max // max(1, len(self._queues)))
 
     def batch_of(self, deliveries: Iterable[Delivery]) -> Batch:
         """A batch in the caller's order, across partitions; frontiers stay where they are.

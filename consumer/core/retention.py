@@ -66,7 +66,7 @@ class Generation(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class LedgerState:
     """The ledger as it is, oldest generation first. horizon: rows from before it may be gone; None: none are."""
 
     now: float
@@ -78,7 +78,7 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class RotateGeneration:
     """One step towards the next generation."""
 
 
@@ -104,16 +104,16 @@ class Wait:
     seconds: float
 
 
-Step: TypeAlias = Turn | Forget | Drop | Wait
+Step: TypeAlias = RotateGeneration | Forget | Drop | Wait
 
 
-def due(state: State, policy: Policy) -> Step:
+def due(state: LedgerState, policy: Policy) -> Step:
     """What is to be done next. A generation is forgotten when its youngest row may be as old as the retention."""
     for each in state.generations:
         if each.forgotten:
             return Drop(each.number)
     if state.turning:
-        return Turn()
+        return RotateGeneration()
     oldest = state.generations[0]
     if oldest.closed_at is not None and oldest.closed_at + policy.retention * HOUR <= state.now:
         return Forget(oldest.number, oldest.closed_at)
@@ -123,7 +123,7 @@ def due(state: State, policy: Policy) -> Step:
     [present] = [each for each in state.generations if each.number == state.target]
     turns_at = present.opened_at + policy.generation * HOUR
     if turns_at <= state.now:
-        return Turn()
+        return RotateGeneration()
     return Wait(min(turns_at, forgets_at) - state.now)
 
 
@@ -135,7 +135,7 @@ def wanted(own: float, others: Mapping[str, float | None]) -> tuple[float | None
     return max([own, *(hours for app in longer if (hours := others[app]) is not None)]), longer
 
 
-class Log(NamedTuple):
+class TopicRetention(NamedTuple):
     """What a topic's settings say about how long its records can be read. None: for ever, or it is not known."""
 
     topic: str
@@ -145,7 +145,9 @@ class Log(NamedTuple):
     known: bool = True
 
 
-def contradictions(policy: Policy, window_hours: float | None, logs: Iterable[Log]) -> tuple[list[str], list[str]]:
+def contradictions(
+    policy: Policy, window_hours: float | None, logs: Iterable[TopicRetention]
+) -> tuple[list[str], list[str]]:
     """What cannot be as it is set, with the arithmetic, and what is worth a warning. window: of the marks in Redis, if any."""
     errors: list[str] = []
     warnings: list[str] = []

@@ -15,11 +15,12 @@ from typing import Any
 
 import msgspec
 
-from consumer.deferred_writes.grammar import FUNCTIONS, SIGNS, TYPES, Shape
 from consumer.deferred_writes.rounds import INT_MAX, are_keys
+from consumer.deferred_writes.statement_reader import FUNCTIONS, SIGNS, TYPES
+from consumer.deferred_writes.statement_shape import Shape
 
 
-class Why(Enum):
+class NotBatchedReason(Enum):
     """Why a statement is a barrier, or is not sent as arrays."""
 
     GRAMMAR = "it is not one of the forms that are understood"
@@ -193,7 +194,7 @@ class Plan:
     types: Sequence[str] = ()
     rows: bool = False
     sums: bool = False
-    why: Why | None = None
+    why: NotBatchedReason | None = None
 
 
 class _Column(msgspec.Struct):
@@ -229,21 +230,21 @@ def question(shape: Shape) -> tuple[Any, ...]:
     )
 
 
-def barrier(facts: Mapping[str, Any], shape: Shape) -> Why | None:
+def barrier(facts: Mapping[str, Any], shape: Shape) -> NotBatchedReason | None:
     """The first reason why a statement must keep its place, as far as its table is concerned."""
     if facts["relation"] is None:
-        return Why.TABLE
+        return NotBatchedReason.TABLE
     found = {
-        Why.KIND: not facts["tables"],
-        Why.INHERITED: facts["inherited"],
-        Why.RULE: facts["ruled"],
-        Why.POLICY: facts["secured"],
-        Why.TRIGGER: facts["triggered"],
-        Why.DOMAIN: facts["domains"],
-        Why.FUNCTION: facts["functions"] or not all(map(_is_harmless, facts["expressions"])),
-        Why.DEFERRED: facts["deferred"],
-        Why.ACTION: facts["acts"],
-        Why.SHADOWED: facts["shadowed"],
+        NotBatchedReason.KIND: not facts["tables"],
+        NotBatchedReason.INHERITED: facts["inherited"],
+        NotBatchedReason.RULE: facts["ruled"],
+        NotBatchedReason.POLICY: facts["secured"],
+        NotBatchedReason.TRIGGER: facts["triggered"],
+        NotBatchedReason.DOMAIN: facts["domains"],
+        NotBatchedReason.FUNCTION: facts["functions"] or not all(map(_is_harmless, facts["expressions"])),
+        NotBatchedReason.DEFERRED: facts["deferred"],
+        NotBatchedReason.ACTION: facts["acts"],
+        NotBatchedReason.SHADOWED: facts["shadowed"],
     }
     for why, applies in found.items():
         if applies:
@@ -251,11 +252,11 @@ def barrier(facts: Mapping[str, Any], shape: Shape) -> Why | None:
     columns = {each.name: each for each in _columns(facts)}
     used = {*shape.names, *shape.assigned, *(column for column, _ in shape.keys)}
     if not all(name in columns and columns[name].builtin for name in used):
-        return Why.COLUMN
+        return NotBatchedReason.COLUMN
     for name, place in _inserted(facts, shape):
         # A parameter alone is of its column's own type: then nothing but that type's input has a part in it.
         if name not in columns or not (columns[name].builtin or (place is not None and columns[name].base)):
-            return Why.COLUMN
+            return NotBatchedReason.COLUMN
     return None
 
 
@@ -294,35 +295,35 @@ def _reads_clock(facts: Mapping[str, Any], shape: Shape) -> bool:
     return shape.kind in ("insert", "upsert") and any(map(_CLOCK.search, facts["expressions"]))
 
 
-def _why_alone(facts: Mapping[str, Any], shape: Shape, types: Sequence[str]) -> Why | None:
+def _why_alone(facts: Mapping[str, Any], shape: Shape, types: Sequence[str]) -> NotBatchedReason | None:
     """Why the executions of a statement cannot be one."""
     if len(types) != shape.parameters or not TYPES.issuperset(types):
-        return Why.TYPE
+        return NotBatchedReason.TYPE
     if not shape.has_rows:
-        return Why.ROWS
+        return NotBatchedReason.ROWS
     if facts["selfish"]:
-        return Why.SELF
+        return NotBatchedReason.SELF
     columns = {each.name: each for each in _columns(facts)}
     for column, place in shape.borrowed:
         # As stored, it must be what the parameter was: no rounding, padding or cutting on the way.
         if columns[column].type != types[place] or columns[column].modifier != -1:
-            return Why.ROWS
+            return NotBatchedReason.ROWS
     if shape.kind == "insert":
         return None
     if not all(_is_key(columns[column], types[place], shape) for column, place in shape.keys):
-        return Why.KEY
+        return NotBatchedReason.KEY
     if shape.kind == "upsert":
         if facts["numbered"] or _reads_clock(facts, shape):
-            return Why.SEQUENCE
+            return NotBatchedReason.SEQUENCE
         [(key, _)] = shape.keys
         if any(each.columns != [key] or not each.plain for each in _uniques(facts)):
-            return Why.UNIQUE
+            return NotBatchedReason.UNIQUE
         if not all(each.bytewise for each in _uniques(facts)):
-            return Why.KEY
+            return NotBatchedReason.KEY
     elif shape.kind == "update":
         changed = _changed(facts, shape)
         if any(not each.plain or set(each.columns) & changed for each in _uniques(facts)):
-            return Why.UNIQUE
+            return NotBatchedReason.UNIQUE
     return None
 
 

@@ -13,7 +13,7 @@ from operator import itemgetter
 from typing import Any
 from uuid import UUID
 
-from consumer.deferred_writes.grammar import Shape
+from consumer.deferred_writes.statement_shape import Shape
 
 ROWS_MIN = 8  # fewer are sent one by one: each distinct statement is prepared once on every connection
 INT_MAX: Mapping[str, int] = {"int2": 2**15 - 1, "int4": 2**31 - 1, "int8": 2**63 - 1}
@@ -86,7 +86,7 @@ def _keys(arguments: Sequence[Sequence[Any]], places: Sequence[int], types: Sequ
     return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
 
 
-def rounds(
+def split_by_key_use(
     arguments: Sequence[Sequence[Any]], shape: Shape, types: Sequence[str]
 ) -> list[Sequence[Sequence[Any]]] | None:
     """The rows of each run of the statement, or None when their values do not fit it.
@@ -121,7 +121,7 @@ def rounds(
     return [[each for _, each in sorted(part, key=itemgetter(0))] for part in found]
 
 
-def sums(
+def sum_by_key(
     arguments: Sequence[Sequence[Any]], shape: Shape, types: Sequence[str]
 ) -> tuple[list[Sequence[Any]], list[Sequence[Any]]] | None:
     """One row for each key with the sums of what is added to it, and the arguments that must run one by one all the same.

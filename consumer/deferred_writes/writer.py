@@ -16,9 +16,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from consumer.core.identifiers import ident
-from consumer.deferred_writes.catalog import FACTS, Plan, Why, barrier, judge, question
+from consumer.deferred_writes.catalog import FACTS, NotBatchedReason, Plan, barrier, judge, question
 from consumer.deferred_writes.grammar import shape_of
-from consumer.deferred_writes.rounds import ROWS_MIN, rounds, sums
+from consumer.deferred_writes.rounds import ROWS_MIN, split_by_key_use, sum_by_key
 from consumer.logs import event, log
 
 _LOOKED_SECONDS = 60.0
@@ -31,21 +31,21 @@ select distinct n.nspname, c.conname from pg_constraint c join pg_namespace n on
 where c.condeferred and has_schema_privilege(n.oid, 'usage') and not pg_is_other_temp_schema(n.oid) order by 1, 2
 """
 
-ungrouped: Counter[Why] = (
+ungrouped: Counter[NotBatchedReason] = (
     Counter()
 )  # executions of deferred writes that were not grouped or sent as arrays, by the reason
-_logged: set[tuple[str, Why]] = set()
+_logged: set[tuple[str, NotBatchedReason]] = set()
 
 
-class _Known(NamedTuple):
+class _JudgedStatement(NamedTuple):
     """What is known of a statement: its plan, or why it is a barrier, and its text for many rows."""
 
     plan: Plan | None
-    why: Why | None
+    why: NotBatchedReason | None
     text: str = ""
 
 
-class Columns:
+class BulkWriter:
     """What one connection knows about statements that it was given.
 
     looks: the connection to ask with, if not the one to send with. arrays: whether many executions may become one.
@@ -56,7 +56,7 @@ class Columns:
         self._connection = connection
         self._looks = connection if looks is None else looks
         self._arrays = arrays
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, _JudgedStatement] = {}
         self._looked = time.monotonic()
         self._deferred: Sequence[str] | None = None
         self.altered = False
@@ -69,7 +69,7 @@ class Columns:
     async def plans(self, statements: Mapping[str, Sequence[object]]) -> dict[str, Plan | None]:
         """What each of the statements touches; None for a barrier. statements: with their executions."""
         if len(statements) > _TOGETHER_MAX:
-            ungrouped[Why.MANY] += sum(map(len, statements.values()))
+            ungrouped[NotBatchedReason.MANY] += sum(map(len, statements.values()))
             return dict.fromkeys(statements)
         found: dict[str, Plan | None] = {}
         for sql, executions in statements.items():
@@ -95,14 +95,14 @@ class Columns:
         if len(arguments) >= ROWS_MIN:
             known = await self._look(sql)
             plan = known.plan
-            if plan is not None and plan.sums and (found := sums(arguments, plan.shape, plan.types)) is not None:
+            if plan is not None and plan.sums and (found := sum_by_key(arguments, plan.shape, plan.types)) is not None:
                 summed, arguments = found
                 if summed:
                     await self._run(known, summed)
                 if not arguments:
                     return
             if plan is not None and plan.rows:
-                parts = rounds(arguments, plan.shape, plan.types)
+                parts = split_by_key_use(arguments, plan.shape, plan.types)
                 # Many uses of few keys make many rounds of few rows, which are no cheaper than the rows.
                 if parts is not None and len(parts) * 2 <= len(arguments):
                     for rows in parts:
@@ -116,10 +116,10 @@ class Columns:
             return
         await self._connection.executemany(sql, arguments)
 
-    async def _run(self, known: _Known, rows: Sequence[Sequence[Any]]) -> None:
+    async def _run(self, known: _JudgedStatement, rows: Sequence[Sequence[Any]]) -> None:
         await self._connection.execute(known.text, *zip(*rows, strict=True))
 
-    def _count(self, sql: str, why: Why | None, executions: int, *, barrier: bool) -> None:
+    def _count(self, sql: str, why: NotBatchedReason | None, executions: int, *, barrier: bool) -> None:
         """Count what was not grouped or not sent as arrays, and log each statement once with the reason."""
         if why is None or not self._arrays:
             return
@@ -136,33 +136,35 @@ class Columns:
             self.forget()
             self._looked = time.monotonic()
 
-    async def _look(self, sql: str) -> _Known:
+    async def _look(self, sql: str) -> _JudgedStatement:
         self._expire()
         known = self._known.get(sql)
         if known is None:
             known = self._known[sql] = await self._judged(sql)
         return known
 
-    async def _judged(self, sql: str) -> _Known:
+    async def _judged(self, sql: str) -> _JudgedStatement:
         """The plan of a statement, and its text for many rows if table and types are such that it leaves the same."""
         shape = shape_of(sql)
         if shape is None:
-            return _Known(None, Why.GRAMMAR)
+            return _JudgedStatement(None, NotBatchedReason.GRAMMAR)
         # It may fail where an earlier statement would have made it work, or where it is never sent: then it is a barrier.
-        known = _Known(None, Why.PREPARE)
+        known = _JudgedStatement(None, NotBatchedReason.PREPARE)
         await self._looks.execute("savepoint consumer_columns")
         try:
             facts = await self._looks.fetchrow(FACTS, *question(shape))
             if (why := barrier(facts, shape)) is not None:
-                known = _Known(None, why)
+                known = _JudgedStatement(None, why)
             else:
                 prepared = await self._looks.prepare(sql, name="")
                 plan = judge(facts, shape, [(each.schema, each.name) for each in prepared.get_parameters()])
-                known = _Known(replace(plan, rows=False, sums=False, why=plan.why or Why.ROWS), None)
+                known = _JudgedStatement(
+                    replace(plan, rows=False, sums=False, why=plan.why or NotBatchedReason.ROWS), None
+                )
                 if plan.rows and self._arrays:
                     text = shape.text(plan.types)
                     await self._looks.prepare(text, name="")
-                    known = _Known(plan, None, text)
+                    known = _JudgedStatement(plan, None, text)
         except Exception:
             if self._looks.is_closed():
                 raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from consumer.core.retention import Generation, State
+from consumer.core.retention import Generation, LedgerState
 from consumer.postgres.protocol import Connection
 
 _LOOK = """
@@ -37,10 +37,12 @@ where f.handler = any($1)
 """
 
 
-async def look(connection: Connection) -> State:
+async def look(connection: Connection) -> LedgerState:
     """Read the state of the ledger."""
     now, version, target, turning, horizon, *columns = await connection.fetchrow(_LOOK)
-    return State(now, version, target, turning, horizon, tuple(Generation(*row) for row in zip(*columns, strict=True)))
+    return LedgerState(
+        now, version, target, turning, horizon, tuple(Generation(*row) for row in zip(*columns, strict=True))
+    )
 
 
 async def turn(connection: Connection, version: int) -> str:

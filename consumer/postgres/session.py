@@ -20,7 +20,7 @@ from consumer.core.log_identity import Position
 from consumer.core.message import Partition
 from consumer.core.ordering import Delivery, PositionUpdate, SavedAttempts
 from consumer.core.outcome import Dead
-from consumer.deferred_writes.writer import Columns
+from consumer.deferred_writes.writer import BulkWriter
 from consumer.postgres import claims, dead_letters, grants, handlers, positions, server
 from consumer.postgres.claim_sql import ADVISORY_CLASS
 from consumer.postgres.claims import Claims, ExistingClaim
@@ -61,7 +61,7 @@ class Session:
         self, connection: asyncpg.Connection[Any], settings: Settings, seen: Server, installation: str = ""
     ) -> None:
         self.connection = connection
-        self.columns = Columns(connection)
+        self.columns = BulkWriter(connection)
         self._settings = settings
         self.server = seen  # as it was when the connection was opened: a pooler may lead to another one since
         self.epoch = seen.epoch

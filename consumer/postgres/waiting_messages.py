@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from consumer.core.evidence import Why
+from consumer.core.evidence import FailureCause
 from consumer.core.message import Partition
 from consumer.postgres.dead_letters import storable
 from consumer.postgres.protocol import Connection
@@ -59,7 +59,7 @@ class Row(NamedTuple):
     handler: int
     partition: Partition
     messages: int
-    why: Why
+    why: FailureCause
     read_up_to: int
 
 

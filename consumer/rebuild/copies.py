@@ -24,7 +24,7 @@ from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.identifiers import ident
 from consumer.core.ordering import Batch, Delivery, PositionUpdate
 from consumer.core.outcome import Dead
-from consumer.deferred_writes.writer import Columns
+from consumer.deferred_writes.writer import BulkWriter
 from consumer.postgres.claims import ExistingClaim
 from consumer.postgres.connection import milliseconds
 from consumer.postgres.errors import sqlstate_of
@@ -410,7 +410,7 @@ class CopiesSession(Session):
         proxy: Any = guard
         super().__init__(proxy, settings, NOWHERE)  # it closes its batches itself
         # Every text is looked at, and each row is traced to its messages.
-        self.columns = Columns(proxy, looks=guard.connection, arrays=False)
+        self.columns = BulkWriter(proxy, looks=guard.connection, arrays=False)
         self.batch_seconds_max = float("inf")  # nobody waits for it, and the idle timeout is off
         self.guard = guard
         self.raw = guard.connection

@@ -21,11 +21,11 @@ from consumer.core.retention import (
     HOUR,
     Drop,
     Forget,
-    Log,
+    LedgerState,
     Policy,
-    State,
+    RotateGeneration,
     Step,
-    Turn,
+    TopicRetention,
     Wait,
     contradictions,
     due,
@@ -54,7 +54,7 @@ _LOCK_NOT_AVAILABLE = "55P03"
 class Stopped(NamedTuple):
     """Why `keep_up` ended: the step it came to, and what holds it back, if anything."""
 
-    state: State
+    state: LedgerState
     step: Step
     partitions: Sequence[Partition] = ()  # whose logs still hold records of the generation's time
     waits: bool = False  # for other transactions, or for another process that is at it
@@ -65,11 +65,11 @@ def policy_of(settings: Settings, hours: float) -> Policy:
     return Policy.of(hours, settings.ledger_generation_hours, settings.ledger_clock_skew_hours)
 
 
-async def act(connection: Connection, state: State, step: Turn | Forget | Drop) -> str:
+async def act(connection: Connection, state: LedgerState, step: RotateGeneration | Forget | Drop) -> str:
     """Take a step. Returns what was done, or "busy" or "waiting" where nothing was."""
     try:
         match step:
-            case Turn():
+            case RotateGeneration():
                 return await generations.turn(connection, state.version)
             case Forget(number):
                 return await generations.forget(connection, state.version, number)
@@ -102,7 +102,7 @@ async def keep_up(
                 return Stopped(state, step)
             case Forget(_, closed_at) if partitions := await held(closed_at):
                 return Stopped(state, step, partitions)
-            case Turn() | Forget() | Drop():
+            case RotateGeneration() | Forget() | Drop():
                 done = await act(connection, state, step)
         if done not in ("busy", "waiting"):
             told(done, step)
@@ -133,17 +133,17 @@ async def reaching(source: KafkaConsumer, topics: Iterable[str], at: float, skew
     return [each for each in partitions if firsts[each] < (ends[each] if (past := younger.get(each)) is None else past)]
 
 
-async def logs_of(settings: Settings, topics: Sequence[str]) -> list[Log]:
+async def logs_of(settings: Settings, topics: Sequence[str]) -> list[TopicRetention]:
     """What the settings of the topics say about their logs; nothing of topics that are not there. Raises KafkaError."""
     found = []
     for topic, configs in (await topic_configs(settings, topics)).items():
         if configs is None:
-            found.append(Log(topic, None, 0, False, known=False))
+            found.append(TopicRetention(topic, None, 0, False, known=False))
             continue
         policies = (configs.get("cleanup.policy") or "delete").split(",")
         hours = int(configs.get("retention.ms") or -1) / 3_600_000
         segment = int(configs.get("segment.ms") or 0) / 3_600_000
-        found.append(Log(topic, hours if hours >= 0 else None, segment, "delete" not in policies))
+        found.append(TopicRetention(topic, hours if hours >= 0 else None, segment, "delete" not in policies))
     return found
 
 

@@ -19,7 +19,7 @@ _SPECIAL = frozenset(
 )
 
 
-class Standing(Enum):
+class MoveStanding(Enum):
     """How a row stands to a state that an event wants it in. Exactly one holds."""
 
     READY = "ready"  # one move away, from a state that the caller agrees to
@@ -93,23 +93,23 @@ class Moves:
             )
         return wanted
 
-    def standing(self, current: str, to: str, sources: Collection[str]) -> Standing:
+    def standing(self, current: str, to: str, sources: Collection[str]) -> MoveStanding:
         """How a row in `current` stands to `to`, which may be reached from `sources`.
 
         In a cycle a row may be both past `to` and on its way to it. That is LATE: held, an event of this round would be
         applied in the next one; late, it is told to somebody and changes nothing.
         """
         if current not in self.moves:
-            return Standing.UNKNOWN
+            return MoveStanding.UNKNOWN
         if current == to:
-            return Standing.THERE
+            return MoveStanding.THERE
         if current in sources:
-            return Standing.READY
+            return MoveStanding.READY
         if current in self._after[to]:
-            return Standing.LATE
+            return MoveStanding.LATE
         if not self._after[current].isdisjoint(sources):
-            return Standing.EARLY
-        return Standing.NEVER
+            return MoveStanding.EARLY
+        return MoveStanding.NEVER
 
     def mermaid(self) -> str:
         """The machine as a Mermaid ``stateDiagram-v2``. States whose names it would not take have an alias."""

@@ -14,7 +14,7 @@ from typing import Any, Literal, assert_never
 from consumer.core.errors import Reject, RunAgain
 from consumer.core.identifiers import ident, table_ident
 from consumer.schemes.database import SUPPRESSED, Database, Misfit, NotFound, told
-from consumer.schemes.moves import Moves, Standing
+from consumer.schemes.moves import Moves, MoveStanding
 
 _LOOKS = 3  # at a row that moves while it is looked at
 _SHOWN_MAX = 40  # characters of a foreign state
@@ -167,9 +167,9 @@ class StateMachine:
             if current is None:
                 raise IllegalMove(f"{call}: the row's state is NULL", None, to)
             standing = self.moves.standing(current, to, sources)
-            if standing is Standing.THERE:
+            if standing is MoveStanding.THERE:
                 return Moved.REPEATED
-            if standing is not Standing.READY:  # else race: another moved it there between the two statements
+            if standing is not MoveStanding.READY:  # else race: another moved it there between the two statements
                 raise _refusal(standing, current, to, call, early)
         return await self._move_locked(tx, id, to, sources, call, current or "")
 
@@ -258,21 +258,21 @@ class StateMachine:
 
 
 def _refusal(
-    standing: Standing, current: str, to: str, call: str, early: Literal["hold", "reject"]
+    standing: MoveStanding, current: str, to: str, call: str, early: Literal["hold", "reject"]
 ) -> Held | TooEarly | TooLate | IllegalMove:
     """Return the error for a row that stands where the move is not allowed."""
     match standing:
-        case Standing.LATE:
+        case MoveStanding.LATE:
             return TooLate(f"{call}: too late, it is {current!r} by now", current, to)
-        case Standing.EARLY if early == "reject":
+        case MoveStanding.EARLY if early == "reject":
             return TooEarly(f"{call}: too early, it is only {current!r}", current, to)
-        case Standing.EARLY:
+        case MoveStanding.EARLY:
             return Held(f"{call}: held, it is only {current!r}", current, to)
-        case Standing.NEVER:
+        case MoveStanding.NEVER:
             return IllegalMove(f"{call}: no way leads there from {current!r}", current, to)
-        case Standing.UNKNOWN:
+        case MoveStanding.UNKNOWN:
             return IllegalMove(f"{call}: it is in a state that the moves do not name", current, to)
-        case Standing.READY | Standing.THERE:
+        case MoveStanding.READY | MoveStanding.THERE:
             raise AssertionError(standing)
         case _:
             assert_never(standing)

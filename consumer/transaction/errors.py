@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from consumer.core.errors import RunAgain
-from consumer.core.evidence import Others, Verdict, judge
+from consumer.core.evidence import FailureVerdict, Others, judge
 from consumer.core.sqlstate import Meaning
 from consumer.error_places import error_summary, frames, names
 from consumer.postgres.errors import Conflict, Fenced, Outage, meaning_of, redacted_message, sqlstate_of
@@ -85,9 +85,9 @@ def _failed_transaction(
     meaning: Meaning, error: BaseException, *, answers: bool = True, alone: bool = False
 ) -> Conflict | Outage | None:
     match judge(meaning, answers=answers, alone=alone, others=Others.UNKNOWN):
-        case Verdict.AGAIN:
+        case FailureVerdict.AGAIN:
             return Conflict(error_text(error))
-        case Verdict.OUTAGE:
+        case FailureVerdict.OUTAGE:
             return Outage(error_text(error))
         case _:
             return None
@@ -135,7 +135,7 @@ def is_uncounted(error: BaseException) -> bool:
     """Return whether this failure, without evidence, does not count as an attempt."""
     if isinstance(error, RunAgain):
         return True
-    return judge(_meaning(error), answers=True, alone=True, others=Others.UNKNOWN) is Verdict.WAIT
+    return judge(_meaning(error), answers=True, alone=True, others=Others.UNKNOWN) is FailureVerdict.WAIT
 
 
 def error_text(error: BaseException | None) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from consumer.core.errors import Reject, RunAgain, Unreadable
-from consumer.core.evidence import Evidence, Others, Verdict, Why, judge
+from consumer.core.evidence import Evidence, FailureCause, FailureVerdict, Others, judge
 from consumer.core.ordering import Batch, Delivery
 from consumer.core.outcome import Dead, Reason, RetryLater
 from consumer.core.sqlstate import Meaning
@@ -97,7 +97,7 @@ def run_again(
     if part.batch.deliveries and part.batch.deliveries[0].outcome is None:
         [delivery] = part.batch.deliveries
         verdict, delivery.why = _judged(delivery, facts, evidence, at_least=at_least, answers=answers)
-        if verdict is Verdict.COUNT:
+        if verdict is FailureVerdict.COUNT:
             delivery.outcome, delivery.attempts = _counted(delivery, facts, random)
         else:
             delivery.outcome = _put_aside(random)
@@ -160,7 +160,7 @@ def decide(
     if isinstance(error, Unreadable):
         return Dead(Reason(error.reason), facts.text), delivery.attempts
     verdict, delivery.why = _judged(delivery, facts, evidence, succeeded)
-    if verdict is Verdict.COUNT:
+    if verdict is FailureVerdict.COUNT:
         return _counted(delivery, facts, random)
     if facts.timed_out:
         return _put_aside(random), delivery.attempts
@@ -176,7 +176,7 @@ def _judged(
     succeeded: bool = False,
     at_least: Meaning | None = None,
     answers: bool = True,
-) -> tuple[Verdict, Why]:
+) -> tuple[FailureVerdict, FailureCause]:
     """Return whether a message's own failure counts, and why it waits.
 
     at_least: what ended the transaction, where the error itself may be of a socket or of nothing in the database.
@@ -185,7 +185,7 @@ def _judged(
     handler = delivery.handler.name
     since = delivery.why.since if delivery.why is not None else facts.at
     if isinstance(facts.error, RunAgain):
-        return Verdict.WAIT, Why(facts.summary, since, systemic=False)
+        return FailureVerdict.WAIT, FailureCause(facts.summary, since, systemic=False)
     meaning = facts.meaning
     if at_least is not None and meaning in (Meaning.CODE, Meaning.MESSAGE):
         meaning = at_least
@@ -198,15 +198,20 @@ def _judged(
         if succeeded and meaning is Meaning.MESSAGE:
             others = Others.SUCCEED
     verdict = judge(meaning, answers=answers, alone=True, others=others)
-    if verdict is Verdict.COUNT and meaning in _PASSING and evidence is not None:
+    if verdict is FailureVerdict.COUNT and meaning in _PASSING and evidence is not None:
         delivery.mark = evidence.mark(handler)  # the next attempt counts only if others go through after this one
-    if verdict is Verdict.COUNT and others is Others.UNKNOWN and meaning is Meaning.MESSAGE and evidence is not None:
+    if (
+        verdict is FailureVerdict.COUNT
+        and others is Others.UNKNOWN
+        and meaning is Meaning.MESSAGE
+        and evidence is not None
+    ):
         # Before it becomes a dead letter, the rest of its batch has its turn: they may all fail alike.
         is_last = delivery.handler.retry.delay_seconds(facts.error, delivery.attempts + 1, 0.0) is None
         if is_last and not delivery.again:
-            verdict = Verdict.WAIT
-    systemic = verdict is not Verdict.COUNT and others is not Others.SUCCEED
-    return verdict, Why(facts.summary, since, systemic)
+            verdict = FailureVerdict.WAIT
+    systemic = verdict is not FailureVerdict.COUNT and others is not Others.SUCCEED
+    return verdict, FailureCause(facts.summary, since, systemic)
 
 
 def _counted(delivery: Delivery, facts: ErrorFacts, random: Callable[[], float]) -> tuple[RetryLater | Dead, int]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 
 from consumer.core.identifiers import ident
 from consumer.deferred_writes.statement_order import Group, commute, group
-from consumer.deferred_writes.writer import Columns
+from consumer.deferred_writes.writer import BulkWriter
 from consumer.postgres.sql_text import Traits, traits
 
 Writes: TypeAlias = Sequence[tuple[str, Sequence[Any]]]  # of one message, in order: SQL and arguments
@@ -96,7 +96,7 @@ class Scope:
     has failed with.
     """
 
-    def __init__(self, connection: Any, columns: Columns) -> None:
+    def __init__(self, connection: Any, columns: BulkWriter) -> None:
         self.connection = connection
         self.columns = columns
         self.turn = Turn()

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 from uuid import uuid4
 
-from consumer.core.evidence import Evidence, Why
+from consumer.core.evidence import Evidence, FailureCause
 from consumer.core.message import Partition
 from consumer.core.ordering import Delivery, Scheduler
 from consumer.postgres import positions, waiting_messages
@@ -130,7 +130,7 @@ class Reporter:
         delivery = next((delivery for delivery in deliveries if delivery.handler.name == error.handler), None)
         if delivery is None:
             return
-        why = Why(f"stopped by the dead-letter limit; most: {error.reason}", time.time(), systemic=True)
+        why = FailureCause(f"stopped by the dead-letter limit; most: {error.reason}", time.time(), systemic=True)
         with suppress(Exception):  # the log says the same
             async with asyncio.timeout(_ANSWER_SECONDS):
                 row = Row(delivery.handler.number, delivery.partition, error.count, why, 0)

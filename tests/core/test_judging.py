@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer.core.evidence import ALIKE_MIN, Evidence, Others, Verdict, judge
+from consumer.core.evidence import ALIKE_MIN, Evidence, FailureVerdict, Others, judge
 from consumer.core.message import Partition
 from consumer.core.sqlstate import Meaning
 
 pytestmark = pytest.mark.unit
 
 P = Partition("t", 0)
-_ = Verdict
+_ = FailureVerdict
 # class -> (not alone; alone and others succeed, all fail alike, too few to tell). Without an answer it is an outage.
 CELLS = {
     Meaning.CONFLICT: (_.AGAIN, _.COUNT, _.WAIT, _.WAIT),
@@ -36,12 +36,14 @@ def test_every_cell_of_the_table_is_decided(may_be: Meaning, answers: bool, alon
     found = judge(may_be, answers=answers, alone=alone, others=others)
     many, *by_others = CELLS[may_be]
     expected = many if not alone else by_others[list(Others).index(others)]
-    assert found is (expected if answers else Verdict.OUTAGE)
+    assert found is (expected if answers else FailureVerdict.OUTAGE)
 
 
 def test_a_message_is_never_counted_while_all_fail_alike_but_for_the_handlers_own_code() -> None:
     counted = {
-        each for each in Meaning if judge(each, answers=True, alone=True, others=Others.FAIL_ALIKE) is Verdict.COUNT
+        each
+        for each in Meaning
+        if judge(each, answers=True, alone=True, others=Others.FAIL_ALIKE) is FailureVerdict.COUNT
     }
     assert counted == {Meaning.CODE}
 

@@ -12,10 +12,10 @@ from consumer.core.retention import (
     Drop,
     Forget,
     Generation,
-    Log,
+    LedgerState,
     Policy,
-    State,
-    Turn,
+    RotateGeneration,
+    TopicRetention,
     Wait,
     contradictions,
     due,
@@ -43,12 +43,12 @@ def test_a_row_is_forgotten_no_earlier_than_the_retention_and_one_generation_lat
     for pause in pauses:
         now += pause * policy.generation * HOUR
         while True:
-            state = State(now, 1, live[-1].number, turning, None, tuple(live))
+            state = LedgerState(now, 1, live[-1].number, turning, None, tuple(live))
             match due(state, policy):
-                case Turn() if not turning:
+                case RotateGeneration() if not turning:
                     assert now - live[-1].opened_at >= policy.generation * HOUR - 1e-3
                     turning = True
-                case Turn():
+                case RotateGeneration():
                     numbers += 1
                     live = [*live[:-1], live[-1]._replace(closed_at=now), Generation(numbers, now, None, False)]
                     turning = False
@@ -71,10 +71,10 @@ def test_what_holds_the_oldest_back_does_not_make_claims_look_into_ever_more() -
     live = [Generation(n, n * HOUR, (n + 1) * HOUR, False) for n in range(1, GENERATIONS_MAX)]
     live.append(Generation(GENERATIONS_MAX, GENERATIONS_MAX * HOUR, None, False))
     now = (GENERATIONS_MAX + 5) * HOUR
-    assert due(State(now, 1, GENERATIONS_MAX, False, None, tuple(live)), policy) == Forget(1, 2 * HOUR)
+    assert due(LedgerState(now, 1, GENERATIONS_MAX, False, None, tuple(live)), policy) == Forget(1, 2 * HOUR)
     young = [each._replace(closed_at=each.closed_at and now) for each in live]
-    assert due(State(now, 1, GENERATIONS_MAX, False, None, tuple(young)), policy) == Wait(4 * HOUR)
-    assert due(State(now, 1, GENERATIONS_MAX, False, None, tuple(young[1:])), policy) == Turn()
+    assert due(LedgerState(now, 1, GENERATIONS_MAX, False, None, tuple(young)), policy) == Wait(4 * HOUR)
+    assert due(LedgerState(now, 1, GENERATIONS_MAX, False, None, tuple(young[1:])), policy) == RotateGeneration()
 
 
 @given(own=hours, others=st.dictionaries(st.text(min_size=1), st.none() | hours))
@@ -91,7 +91,7 @@ def test_rows_are_kept_for_whoever_wants_them_longest(own: float, others: dict[s
 def test_a_log_that_outlives_the_ledger_is_an_error_and_one_that_may_is_a_warning(
     kept: float, skew: float, log: float, segment: float
 ) -> None:
-    errors, warnings = contradictions(Policy.of(kept, None, skew), None, [Log("t", log, segment, False)])
+    errors, warnings = contradictions(Policy.of(kept, None, skew), None, [TopicRetention("t", log, segment, False)])
     assert any("topic t" in each for each in errors) == (log + skew > kept)
     assert bool(warnings) == (log + skew <= kept < log + skew + segment)
     assert any("too old to judge" in each for each in errors) == (kept <= skew)
@@ -99,7 +99,7 @@ def test_a_log_that_outlives_the_ledger_is_an_error_and_one_that_may_is_a_warnin
 
 def test_each_contradiction_shows_its_arithmetic_and_what_to_set() -> None:
     week = Policy.of(168, None, 1)
-    assert contradictions(week, 24, [Log("t", 24, 24, False)]) == ([], [])
+    assert contradictions(week, 24, [TopicRetention("t", 24, 24, False)]) == ([], [])
     cases = [
         (Policy.of(24, 48, 1), None, [], ["24 + 48 = 72 hours", "a quarter, 6"]),
         (Policy.of(168, 1, 1), None, [], ["168 generations", "5.6"]),
@@ -108,15 +108,15 @@ def test_each_contradiction_shows_its_arithmetic_and_what_to_set() -> None:
         (
             Policy.of(24, None, 1),
             None,
-            [Log("t", 168, 1, False)],
+            [TopicRetention("t", 168, 1, False)],
             ["is 169", "145 too few", "169 at least", "82800000"],
         ),
-        (week, None, [Log("t", None, 1, False)], ["retention.ms=-1", "for ever"]),
-        (week, None, [Log("t", 24, 1, True)], ["cleanup.policy=compact"]),
+        (week, None, [TopicRetention("t", None, 1, False)], ["retention.ms=-1", "for ever"]),
+        (week, None, [TopicRetention("t", 24, 1, True)], ["cleanup.policy=compact"]),
     ]
     for policy, window, logs, said in cases:
         errors, _ = contradictions(policy, window, logs)
         assert len(errors) == 1, (policy, errors)
         for each in said:
             assert each in errors[0], errors[0]
-    assert "DescribeConfigs" in contradictions(week, None, [Log("t", None, 0, False, known=False)])[1][0]
+    assert "DescribeConfigs" in contradictions(week, None, [TopicRetention("t", None, 0, False, known=False)])[1][0]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer.core.evidence import Others, Verdict, judge
+from consumer.core.evidence import FailureVerdict, Others, judge
 from consumer.core.sqlstate import CLASSES, EXACT, Meaning, meaning, without_values
 
 pytestmark = pytest.mark.unit
@@ -35,7 +35,7 @@ def test_a_code_means_what_the_design_says(expected: Meaning, code: str) -> None
 def test_a_code_of_an_outage_class_counts_without_evidence_never(group: str, rest: str) -> None:
     for others in (Others.UNKNOWN, Others.FAIL_ALIKE):
         found = judge(meaning(group + rest), answers=True, alone=True, others=others)
-        assert found is Verdict.WAIT
+        assert found is FailureVerdict.WAIT
 
 
 @given(st.text(max_size=8))

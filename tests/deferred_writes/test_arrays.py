@@ -12,7 +12,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from consumer.deferred_writes.writer import Columns
+from consumer.deferred_writes.writer import BulkWriter
 from consumer.local_servers import Postgres
 from consumer.transaction.scope import Scope
 
@@ -96,7 +96,7 @@ async def both(connection: Counting, writes: list[tuple[str, list[tuple[Any, ...
     one_by_one = await state(connection)
     await connection.execute("rollback")
     await connection.execute("begin")
-    columns = Columns(connection)
+    columns = BulkWriter(connection)
     for sql, arguments in writes:
         await columns.send(sql, arguments)
     ours = await state(connection)
@@ -183,7 +183,7 @@ async def test_writes_of_a_key_meet_each_other_in_order(connection: Counting) ->
         await connection.execute("rollback")
         await connection.execute("begin; select setval('numbers', 1)")
         before = connection.rows
-        await Scope(connection, Columns(connection)).send([[each] for each in writes])
+        await Scope(connection, BulkWriter(connection)).send([[each] for each in writes])
         sent_as_arrays += len(writes) - (connection.rows - before)
         ours = tuple(await connection.fetchrow(seen))
         await connection.execute("rollback")
@@ -192,7 +192,7 @@ async def test_writes_of_a_key_meet_each_other_in_order(connection: Counting) ->
 
 
 async def test_inserts_and_updates_are_sent_as_arrays(connection: Counting) -> None:
-    columns = Columns(connection)
+    columns = BulkWriter(connection)
     await connection.execute("begin")
     await columns.send(ADD, [(n % 20, 1) for n in range(100)])
     await columns.send(ENTRY, [(None,) * 9 for _ in range(100)])
@@ -205,7 +205,7 @@ UPDATED = "select n_tup_upd from pg_stat_xact_user_tables where relname = $1"
 
 
 async def test_what_is_added_to_one_row_is_added_at_once(connection: Counting) -> None:
-    columns = Columns(connection)
+    columns = BulkWriter(connection)
     await connection.execute("begin")
     await columns.send(ADD, [(n % 4, n) for n in range(100)])
     assert await connection.fetchval(UPDATED, "accounts") == 4 and connection.rows == 0
@@ -234,7 +234,7 @@ async def test_what_is_added_to_one_row_is_added_at_once(connection: Counting) -
 async def test_where_it_could_be_seen_in_between_each_is_added_alone(connection: Counting, change: str) -> None:
     await connection.execute(change)
     await connection.execute("begin")
-    await Columns(connection).send(ADD, [(n % 4, 1) for n in range(40)])
+    await BulkWriter(connection).send(ADD, [(n % 4, 1) for n in range(40)])
     assert await connection.fetchval(UPDATED, "accounts") == 40
     assert await connection.fetchval("select balance from accounts where id = 3") == 10
 
@@ -244,7 +244,7 @@ async def test_who_is_told_of_every_change_is_told_of_each() -> None:
         connection = await asyncpg.connect(server.dsn())
         await connection.execute(TABLES)
         await connection.execute("begin")
-        await Columns(connection).send(ADD, [(n % 4, 1) for n in range(40)])
+        await BulkWriter(connection).send(ADD, [(n % 4, 1) for n in range(40)])
         assert await connection.fetchval(UPDATED, "accounts") == 40
         await connection.close()
 
@@ -253,7 +253,7 @@ async def test_a_sum_fails_where_one_of_its_parts_would(connection: Counting) ->
     await connection.execute("begin")
     await connection.execute("update accounts set balance = 9223372036854775800 where id = 3")
     with pytest.raises(asyncpg.NumericValueOutOfRangeError):
-        await Columns(connection).send(ADD, [(3, 1)] * 8)
+        await BulkWriter(connection).send(ADD, [(3, 1)] * 8)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ async def test_an_alias_that_collides_only_costs_the_speed(connection: Counting)
     await connection.execute("create table odd (id int primary key, consumer_c1 int)")
     await connection.execute("insert into odd select n, 0 from generate_series(0, 19) n")
     await connection.execute("begin")
-    columns = Columns(connection)
+    columns = BulkWriter(connection)
     # The name of our own column, ambiguous in the statement that we make: seen when it is prepared, and given up.
     await columns.send("update odd set consumer_c1 = consumer_c1 + 1 where id = $1", [(n,) for n in range(20)])
     assert connection.rows == 20
@@ -289,7 +289,7 @@ async def test_an_alias_that_collides_only_costs_the_speed(connection: Counting)
 
 
 async def test_what_postgresql_says_is_raised(connection: Counting) -> None:
-    columns = Columns(connection)
+    columns = BulkWriter(connection)
     for sql, arguments, expected in [
         ("insert into once values ($1)", [(1,)] * 20, asyncpg.UniqueViolationError),
         ("insert into missing values ($1)", [(1,)] * 20, asyncpg.UndefinedTableError),
@@ -303,7 +303,7 @@ async def test_what_postgresql_says_is_raised(connection: Counting) -> None:
 
 
 async def test_a_trigger_made_later_is_seen_when_the_table_is_looked_at_again(connection: Counting) -> None:
-    columns = Columns(connection)
+    columns = BulkWriter(connection)
     rows = [(n,) for n in range(20)]
     await connection.execute("begin")
     await columns.send(ONCE, rows)

@@ -17,8 +17,8 @@ import asyncpg
 import pytest
 
 from consumer.deferred_writes import writer
-from consumer.deferred_writes.catalog import Why
-from consumer.deferred_writes.writer import Columns
+from consumer.deferred_writes.catalog import NotBatchedReason
+from consumer.deferred_writes.writer import BulkWriter
 from consumer.transaction.scope import Scope
 
 Message: TypeAlias = list[tuple[str, tuple[Any, ...]]]
@@ -94,7 +94,7 @@ async def one_by_one(connection: Any, messages: Sequence[Message]) -> tuple[dict
 async def batched(connection: Any, messages: Sequence[Message]) -> tuple[dict[str, list[str]], bool, int]:
     """What is left, whether the batch failed, and how many executions were sent."""
     counting = Counting(connection)
-    asked = Columns(counting)
+    asked = BulkWriter(counting)
     await connection.execute("begin")
     scope = Scope(counting, asked)
     scope.deferred = [Sending(message) for message in messages]  # type: ignore[misc]
@@ -874,13 +874,13 @@ async def test_batch_what_is_not_grouped_is_logged_once_and_counted(database: st
     found = [each.fields for each in caplog.records if each.message == "deferred statement not batched"]
     told = {(each["statement"], each["sent"], each["reason"]) for each in found}
     assert told == {
-        ("insert into seen values ($1, …)", "in message order", Why.KIND.value),
-        ("insert into stock (sku) select $1::int + … where true", "in message order", Why.GRAMMAR.value),
+        ("insert into seen values ($1, …)", "in message order", NotBatchedReason.KIND.value),
+        ("insert into stock (sku) select $1::int + … where true", "in message order", NotBatchedReason.GRAMMAR.value),
     }
     assert len(found) == len(told), "each once"
-    assert writer.ungrouped == {Why.KIND: 20, Why.GRAMMAR: 20}
+    assert writer.ungrouped == {NotBatchedReason.KIND: 20, NotBatchedReason.GRAMMAR: 20}
     writer._logged.clear()
     with caplog.at_level("DEBUG", logger="consumer"):
         await assert_equal(database, schema, each(20, ("update log set secret = $2 where n = $1", lambda n: (n, "x"))))
-    assert writer.ungrouped[Why.KEY] == 20
+    assert writer.ungrouped[NotBatchedReason.KEY] == 20
     assert "hunter2" not in caplog.text and "4711" not in caplog.text

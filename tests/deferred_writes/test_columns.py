@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer.deferred_writes.grammar import shape_of
-from consumer.deferred_writes.rounds import are_keys, rounds, sums
+from consumer.deferred_writes.rounds import are_keys, split_by_key_use, sum_by_key
 
 pytestmark = pytest.mark.unit
 
@@ -162,7 +162,7 @@ def test_no_round_meets_a_row_twice_and_each_row_keeps_its_order(arguments: list
     shape = shape_of(UPDATE)
     assert shape is not None
     numbered = [(key, place) for place, (key, _) in enumerate(arguments)]
-    found = rounds(numbered, shape, TYPES)
+    found = split_by_key_use(numbered, shape, TYPES)
     assert found is not None
     for each in found:
         keys = [key for key, _ in each]
@@ -206,7 +206,7 @@ def test_what_only_adds(sql: str, added: tuple[tuple[str, int], ...]) -> None:
 def test_sums_add_up_and_no_key_of_both_signs_is_summed(arguments: list[tuple[int, int, int]]) -> None:
     shape = shape_of("update a set b = b + $2, c = c - $3 where id = $1")
     assert shape is not None
-    found = sums(arguments, shape, ["int4"] * 3)
+    found = sum_by_key(arguments, shape, ["int4"] * 3)
     assert found is not None
     summed, alone = found
     keys = [row[0] for row in summed]
@@ -237,7 +237,7 @@ def test_sums_add_up_and_no_key_of_both_signs_is_summed(arguments: list[tuple[in
 def test_what_cannot_be_summed(arguments: list[tuple[object, ...]]) -> None:
     shape = shape_of(UPDATE)
     assert shape is not None
-    assert sums(arguments, shape, ["int4", "int4"]) is None
+    assert sum_by_key(arguments, shape, ["int4", "int4"]) is None
 
 
 @pytest.mark.parametrize(
@@ -257,14 +257,14 @@ def test_what_cannot_be_summed(arguments: list[tuple[object, ...]]) -> None:
 def test_values_that_do_not_fit(arguments: list[tuple[object, ...]]) -> None:
     shape = shape_of(UPDATE)
     assert shape is not None
-    assert rounds(arguments, shape, TYPES) is None
+    assert split_by_key_use(arguments, shape, TYPES) is None
 
 
 def test_rows_of_an_insert_stay_in_order() -> None:
     shape = shape_of("insert into a values ($1)")
     assert shape is not None
     rows = [(uuid4(),) for _ in range(20)]
-    assert rounds(rows, shape, ["uuid"]) == [rows]
+    assert split_by_key_use(rows, shape, ["uuid"]) == [rows]
 
 
 def test_types_are_names_that_are_known() -> None:
@@ -283,9 +283,9 @@ def test_rounds_spellings_of_one_uuid_are_one_key() -> None:
     shape = shape_of(UPDATE)
     assert shape is not None
     spellings = [A, A.upper(), A.replace("-", ""), UUID(A)]
-    found = rounds([(each, n) for n, each in enumerate(spellings)], shape, ["uuid", "int8"])
+    found = split_by_key_use([(each, n) for n, each in enumerate(spellings)], shape, ["uuid", "int8"])
     assert found == [[(each, n)] for n, each in enumerate(spellings)]
-    summed = sums([(each, 1) for each in spellings], shape, ["uuid", "int8"])
+    summed = sum_by_key([(each, 1) for each in spellings], shape, ["uuid", "int8"])
     assert summed == ([[A, 4]], [])
 
 
@@ -317,8 +317,8 @@ class Text(str):
 def test_rounds_values_off_the_list_are_no_keys(kind: str, values: list[object]) -> None:
     shape = shape_of(UPDATE)
     assert shape is not None
-    assert rounds([(each, 1) for each in values], shape, [kind, "int8"]) is None
-    assert sums([(each, 1) for each in values], shape, [kind, "int8"]) is None
+    assert split_by_key_use([(each, 1) for each in values], shape, [kind, "int8"]) is None
+    assert sum_by_key([(each, 1) for each in values], shape, [kind, "int8"]) is None
 
 
 @pytest.mark.parametrize(

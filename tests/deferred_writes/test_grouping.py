@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer.deferred_writes.catalog import Plan
-from consumer.deferred_writes.grammar import Shape
 from consumer.deferred_writes.statement_order import Group, Plans, Write, commute, group
+from consumer.deferred_writes.statement_shape import Shape
 
 pytestmark = pytest.mark.unit
 

@@ -106,8 +106,8 @@ def _rows_met_twice() -> None:
     """An array meets a row twice, and changes it once."""
     from consumer.deferred_writes import rounds
 
-    _replace(rounds, "rounds", lambda arguments, shape, types: [list(arguments)])
-    _replace(rounds, "sums", lambda arguments, shape, types: None)
+    _replace(rounds, "split_by_key_use", lambda arguments, shape, types: [list(arguments)])
+    _replace(rounds, "sum_by_key", lambda arguments, shape, types: None)
 
 
 @_mutant
@@ -115,7 +115,7 @@ def _sums_beyond_the_keys() -> None:
     """The last of several additions to a row is taken for their sum."""
     from consumer.deferred_writes import rounds
 
-    original = rounds.sums
+    original = rounds.sum_by_key
 
     def sums(arguments: Any, shape: Any, types: Any) -> Any:
         found = original(arguments, shape, types)
@@ -125,7 +125,7 @@ def _sums_beyond_the_keys() -> None:
         last = {tuple(str(each[place]) for place in places): each for each in arguments}
         return [last[tuple(str(row[place]) for place in places)] for row in found[0]], found[1]
 
-    _replace(rounds, "sums", sums)
+    _replace(rounds, "sum_by_key", sums)
 
 
 @_mutant
@@ -151,20 +151,20 @@ def _awaited_before_deferred() -> None:
 @_mutant
 def _constraints_at_the_end() -> None:
     """Deferred constraints are checked once, at the COMMIT of the whole batch."""
-    from consumer.deferred_writes.writer import Columns
+    from consumer.deferred_writes.writer import BulkWriter
 
     async def none(self: Any) -> list[str]:
         return []
 
-    _replace(Columns, "deferred_constraints", none)
+    _replace(BulkWriter, "deferred_constraints", none)
 
 
 @_mutant
 def _schema_known_for_a_minute() -> None:
     """What a handler's own DDL changes is noticed a minute later."""
-    from consumer.deferred_writes.writer import Columns
+    from consumer.deferred_writes.writer import BulkWriter
 
-    _replace(Columns, "forget", lambda self: None)
+    _replace(BulkWriter, "forget", lambda self: None)
 
 
 @_mutant
@@ -220,9 +220,9 @@ def _handler_after_handler() -> None:
 @_mutant
 def _errors_are_swallowed() -> None:
     """A deferred write that fails in a savepoint of its message is left out, and the message counts as applied."""
-    from consumer.deferred_writes.writer import Columns
+    from consumer.deferred_writes.writer import BulkWriter
 
-    original = Columns.send
+    original = BulkWriter.send
 
     async def send(self: Any, sql: str, arguments: Any) -> None:
         await self._connection.execute("savepoint oracle")
@@ -231,4 +231,4 @@ def _errors_are_swallowed() -> None:
         except Exception:
             await self._connection.execute("rollback to savepoint oracle")
 
-    _replace(Columns, "send", send)
+    _replace(BulkWriter, "send", send)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer.schemes.moves import Moves, Standing
+from consumer.schemes.moves import Moves, MoveStanding
 
 pytestmark = pytest.mark.unit
 
@@ -53,24 +53,24 @@ def test_a_standing_is_what_its_name_says(machine: Moves, data: st.DataObject) -
     coming = any((current, each) in leads for each in sources)
     standing = machine.standing(current, to, sources)
     if current == to:
-        assert standing is Standing.THERE
+        assert standing is MoveStanding.THERE
     elif current in sources:
-        assert standing is Standing.READY
+        assert standing is MoveStanding.READY
         assert to in machine.moves[current]
     elif past:
-        assert standing is Standing.LATE
+        assert standing is MoveStanding.LATE
     elif coming:
-        assert standing is Standing.EARLY
+        assert standing is MoveStanding.EARLY
     else:
-        assert standing is Standing.NEVER
+        assert standing is MoveStanding.NEVER
 
 
 @given(machines(acyclic=True), st.data())
 def test_without_cycles_nothing_is_both_early_and_late(machine: Moves, data: st.DataObject) -> None:
     current, to = data.draw(st.sampled_from([*machine.moves])), data.draw(st.sampled_from([*machine.moves]))
     standing = machine.standing(current, to, machine.before(to))
-    assert (standing is Standing.LATE) <= (to not in machine.after(current))
-    assert (standing is Standing.EARLY) == (
+    assert (standing is MoveStanding.LATE) <= (to not in machine.after(current))
+    assert (standing is MoveStanding.EARLY) == (
         to in machine.after(current) and to not in machine.moves[current] and current != to
     )
 
@@ -88,12 +88,12 @@ def test_events_of_one_walk_in_any_order_and_doubled_end_where_the_walk_ends(
         waiting, held = held, []
         for to in waiting:
             match machine.standing(state, to, machine.before(to)):
-                case Standing.READY:
+                case MoveStanding.READY:
                     assert to in machine.moves[state]
                     state = to
-                case Standing.EARLY:
+                case MoveStanding.EARLY:
                     held.append(to)
-                case Standing.THERE | Standing.LATE:
+                case MoveStanding.THERE | MoveStanding.LATE:
                     pass
                 case other:
                     pytest.fail(f"{other} for an event of the row's own walk")
@@ -105,30 +105,34 @@ def test_terminal_states_are_final() -> None:
     machine = Moves(ORDERS)
     assert machine.terminal == {"refunded", "void"}
     for final, to in itertools.product(machine.terminal, machine.moves):
-        assert machine.standing(final, to, machine.before(to)) in (Standing.THERE, Standing.LATE, Standing.NEVER)
+        assert machine.standing(final, to, machine.before(to)) in (
+            MoveStanding.THERE,
+            MoveStanding.LATE,
+            MoveStanding.NEVER,
+        )
 
 
 def test_what_the_words_mean_for_orders() -> None:
     machine = Moves(ORDERS)
 
-    def standing(current: str, to: str, expected_from: Any = None) -> Standing:
+    def standing(current: str, to: str, expected_from: Any = None) -> MoveStanding:
         return machine.standing(current, to, machine.sources(to, expected_from))
 
-    assert standing("new", "paid") is Standing.READY
-    assert standing("paid", "paid") is Standing.THERE
-    assert standing("new", "shipped") is Standing.EARLY
-    assert standing("shipped", "paid") is Standing.LATE
-    assert standing("void", "paid") is Standing.NEVER
-    assert standing("refunded", "new") is Standing.LATE
-    assert standing("lost", "paid") is Standing.UNKNOWN
-    assert standing("paid", "refunded") is Standing.READY
-    assert standing("paid", "refunded", "shipped") is Standing.EARLY  # only after it was shipped, says the caller
+    assert standing("new", "paid") is MoveStanding.READY
+    assert standing("paid", "paid") is MoveStanding.THERE
+    assert standing("new", "shipped") is MoveStanding.EARLY
+    assert standing("shipped", "paid") is MoveStanding.LATE
+    assert standing("void", "paid") is MoveStanding.NEVER
+    assert standing("refunded", "new") is MoveStanding.LATE
+    assert standing("lost", "paid") is MoveStanding.UNKNOWN
+    assert standing("paid", "refunded") is MoveStanding.READY
+    assert standing("paid", "refunded", "shipped") is MoveStanding.EARLY  # only after it was shipped, says the caller
 
 
 def test_in_a_cycle_what_may_be_late_is_not_held() -> None:
     machine = Moves({"open": ["work"], "work": ["done"], "done": ["open"]})
-    assert machine.standing("open", "work", machine.before("work")) is Standing.READY
-    assert machine.standing("open", "done", machine.before("done")) is Standing.LATE
+    assert machine.standing("open", "work", machine.before("work")) is MoveStanding.READY
+    assert machine.standing("open", "done", machine.before("done")) is MoveStanding.LATE
 
 
 # -- what cannot be meant ---------------------------------------------------------------------------------------------------
