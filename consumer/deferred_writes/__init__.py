@@ -1,1 +1,4 @@
-"""Deferred writes: which of them may share one statement, and how they are sent. Imports core and logs."""
+"""Deferred writes: which may share one statement, and how they are sent.
+
+Imports core and logs.
+"""

@@ -1,4 +1,6 @@
-"""What a statement may touch, judged by the catalog: which statements commute, and which may run once for many rows.
+"""What a statement may touch, judged by PostgreSQL's catalog.
+
+Decides which statements commute, and which may run once for many rows.
 
 `FACTS` asks PostgreSQL about the table behind a statement; `judge` decides with its answer. Two statements commute when what
 they touch has nothing in common. A statement of which that is not proved is a *barrier*: it keeps its place in the order
@@ -231,7 +233,7 @@ def question(shape: Shape) -> tuple[Any, ...]:
 
 
 def barrier(facts: Mapping[str, Any], shape: Shape) -> NotBatchedReason | None:
-    """The first reason why a statement must keep its place, as far as its table is concerned."""
+    """Return the first reason of its table why a statement stays in place."""
     if facts["relation"] is None:
         return NotBatchedReason.TABLE
     found = {
@@ -261,12 +263,15 @@ def barrier(facts: Mapping[str, Any], shape: Shape) -> NotBatchedReason | None:
 
 
 def _inserted(facts: Mapping[str, Any], shape: Shape) -> list[tuple[str, int | None]]:
-    """The columns that an INSERT gives a value, with its parameter if it is nothing else."""
+    """Return the columns that an INSERT fills, with their parameters."""
     return list(zip(shape.columns or [each.name for each in _columns(facts)], shape.inserted, strict=False))
 
 
 def judge(facts: Mapping[str, Any], shape: Shape, parameters: Sequence[tuple[str, str]]) -> Plan:
-    """The plan of a statement that is no barrier. parameters: schema and name of the type of each."""
+    """Return the plan of a statement that is no barrier.
+
+    parameters: schema and name of the type of each.
+    """
     types = [name if schema == "pg_catalog" else "" for schema, name in parameters]
     plan = Plan(
         shape=shape,
@@ -291,7 +296,7 @@ def judge(facts: Mapping[str, Any], shape: Shape, parameters: Sequence[tuple[str
 
 
 def _reads_clock(facts: Mapping[str, Any], shape: Shape) -> bool:
-    """Whether a default tells in which order rows were inserted, by the time."""
+    """Whether a default shows the time, and so the order of inserts."""
     return shape.kind in ("insert", "upsert") and any(map(_CLOCK.search, facts["expressions"]))
 
 
@@ -348,7 +353,10 @@ def _pins(facts: Mapping[str, Any], shape: Shape, types: Sequence[str]) -> dict[
 
 
 def _is_key(column: _Column, parameter: str, shape: Shape) -> bool:
-    """Whether a parameter tells this column's rows apart. A column with a length may store less than it was given."""
+    """Whether a parameter identifies rows by this column.
+
+    A column with a length may store less than it was given.
+    """
     stored = column.modifier == -1 or shape.kind in ("update", "delete")
     if column.generated and shape.kind != "delete":
         return False  # it may change with the columns that are assigned: a row may be found again under another value
@@ -356,7 +364,7 @@ def _is_key(column: _Column, parameter: str, shape: Shape) -> bool:
 
 
 def _changed(facts: Mapping[str, Any], shape: Shape) -> set[str]:
-    """The columns that an UPDATE may change: those assigned, and all that are generated."""
+    """Return the columns that an UPDATE assigns or that are generated."""
     return {*shape.assigned, *(each.name for each in _columns(facts) if each.generated)}
 
 
@@ -369,7 +377,10 @@ def _uniques(facts: Mapping[str, Any]) -> list[_Unique]:
 
 
 def _is_harmless(expression: str) -> bool:
-    """Whether a default or a constraint calls nothing but functions that are known, as PostgreSQL writes it out."""
+    """Whether a default or a constraint calls known functions only.
+
+    The text is as PostgreSQL prints it.
+    """
     if _NEXTVAL.search(expression):
         return False
     for call in _CALL.finditer(expression):

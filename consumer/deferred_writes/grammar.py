@@ -14,7 +14,7 @@ from consumer.deferred_writes.statement_shape import Shape
 
 
 def shape_of(sql: str) -> Shape | None:
-    """The shape of a statement, or None for one that must run as it is, in its place."""
+    """Return a statement's shape; None if it must run as it is."""
     tokens = tokenize(sql)
     if tokens is None or len(tokens) < 6:
         return None
@@ -88,7 +88,7 @@ def _upsert(reader: StatementReader, shape: Shape, target: Sequence[str], alias:
     assigned = _assignments(reader, (owner, "excluded"))
     where = reader.expression("", owners=(owner, "excluded")) if reader.takes("where") else []
     if place is None or plain_name(target[0]) in map(plain_name, assigned):
-        raise NotUnderstood  # the row that it meets could not be told from its arguments
+        raise NotUnderstood  # the row that it meets could not be known from its arguments
     # Here only the row that was to be inserted can be named: a parameter is read from the column that it was put into.
     source = {
         number: column for column, number in zip(shape.columns, shape.inserted, strict=True) if number is not None
@@ -201,7 +201,7 @@ def _delete(reader: StatementReader) -> Shape:
 
 
 def _terms(where: Sequence[Token]) -> list[list[Token]]:
-    """The terms of a condition that nothing but AND holds together; none when something else does."""
+    """Return the terms of a condition joined by AND only, else none."""
     terms: list[list[Token]] = [[]]
     depth = 0
     for token in where:
@@ -250,7 +250,7 @@ def _added(assigned: Mapping[str, Sequence[Token]], owner: str) -> tuple[tuple[s
 
 
 def _is_same_for_all(assigned: Mapping[str, Sequence[Token]], added: Sequence[tuple[str, int]]) -> bool:
-    """Whether the other columns become one and the same, whichever of a row's executions is the last."""
+    """Whether the other columns end the same, whichever execution is last."""
     columns = {column for column, _ in added}
     return all(
         token.kind in ("number", "text") or token.text in ("now", "(", ")", "null", "true", "false")

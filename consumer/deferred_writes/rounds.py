@@ -32,7 +32,7 @@ def _uuid(value: Any) -> int | None:
 
 
 def _is_uuid(kind: type) -> bool:
-    """Whether this is the standard UUID or the driver's own, which is what a query returns."""
+    """Whether this is the standard UUID or the driver's own."""
     return kind is UUID or (
         kind.__name__ == "UUID" and kind.__module__.startswith("asyncpg.") and issubclass(kind, UUID)
     )
@@ -62,17 +62,20 @@ _CLASSES: Mapping[str, type] = {"int2": int, "int4": int, "int8": int, "uuid": U
 
 
 def are_keys(column: str, parameter: str) -> bool:
-    """Whether a column of one type can be a key that is compared with a parameter of another."""
+    """Whether a column can be a key compared with such a parameter."""
     return column in _KEYS and _CLASSES[column] is _CLASSES.get(parameter)
 
 
 def key_of(kind: str, value: Any) -> Hashable | None:
-    """The value as a key of a column of this type, equal exactly where PostgreSQL finds it equal; None when that is not known."""
+    """Return the value as a key of a column of this type.
+
+    Keys are equal exactly where PostgreSQL finds the values equal; None where that is unknown.
+    """
     return _KEYS[kind](value)
 
 
 def _keys(arguments: Sequence[Sequence[Any]], places: Sequence[int], types: Sequence[str]) -> list[Any] | None:
-    """The key of each execution, or None when one of the values is not known to be a key."""
+    """Return the key of each execution; None if any is unknown."""
     columns: list[list[Any]] = []
     for place in places:
         column = list(map(itemgetter(place), arguments))
@@ -89,7 +92,7 @@ def _keys(arguments: Sequence[Sequence[Any]], places: Sequence[int], types: Sequ
 def split_by_key_use(
     arguments: Sequence[Sequence[Any]], shape: Shape, types: Sequence[str]
 ) -> list[Sequence[Sequence[Any]]] | None:
-    """The rows of each run of the statement, or None when their values do not fit it.
+    """Split rows into runs that use each key once; None if values do not fit.
 
     types: of the parameters. An UPDATE that met one row twice would change it once only. So the first use of each key is in the
     first round, the second in the second: one key's writes keep their order. A round is sorted by key, so that two
@@ -124,7 +127,9 @@ def split_by_key_use(
 def sum_by_key(
     arguments: Sequence[Sequence[Any]], shape: Shape, types: Sequence[str]
 ) -> tuple[list[Sequence[Any]], list[Sequence[Any]]] | None:
-    """One row for each key with the sums of what is added to it, and the arguments that must run one by one all the same.
+    """Sum what is added to each key.
+
+    Returns one row for each key, and the arguments that must run one by one nevertheless.
 
     None when the values do not fit. types: of the parameters. A key to which numbers of both signs are added is not summed:
     on the way, its column may leave its type's range, which is an error of one message. With one sign, it does so at the end

@@ -1,4 +1,6 @@
-"""Which deferred writes may share one statement, so that nothing differs from running them one after the other.
+"""Which deferred writes may share one statement.
+
+Grouped statements leave what running them one after the other would leave.
 
 The writes of a flush are one sequence, in the order of their messages. A write joins the newest group of its statement if it
 commutes with everything in the groups after that one. What a statement touches is proved by deferred_writes/catalog.py; one without a
@@ -24,7 +26,10 @@ _Element: TypeAlias = tuple[Hashable, ...]
 
 
 def commute(plans: Plans) -> bool:
-    """Whether all these statements commute: then one group of each is enough, whatever their arguments."""
+    """Whether all these statements commute, whatever their arguments.
+
+    Then one group of each is enough.
+    """
     touched: set[Hashable] = set()
     count = 0
     for plan in plans.values():
@@ -36,7 +41,10 @@ def commute(plans: Plans) -> bool:
 
 
 def group(writes: Iterable[Write], plans: Plans) -> list[Group]:
-    """Groups to run one after the other, the arguments of each in the order given. One pass; plans: of every statement."""
+    """Return groups to run one after the other, in one pass.
+
+    The arguments of each group keep their order. plans: of every statement.
+    """
     groups: list[Group] = []
     newest: dict[str, int] = {}  # SQL -> index of its newest group
     reached: dict[
@@ -74,7 +82,7 @@ def _new(groups: list[Group], newest: dict[str, int], sql: str) -> int:
 
 
 def _pins(plans: Plans) -> dict[str, _Pin]:
-    """For each table, one column that all its statements here are pinned by, if there is one."""
+    """Return, for each table, one column that pins all its statements."""
     by_relation: dict[int, list[tuple[str, Plan]]] = {}
     for sql, plan in plans.items():
         if plan is not None:
@@ -99,7 +107,7 @@ def _unpinned(plan: Plan) -> _Elements:
 
 
 def _pinned(plan: Plan, pin: _Pin, args: Sequence[Any]) -> _Elements:
-    """What one execution touches: of its table only the rows with its key."""
+    """Return what one execution touches: only rows with its key."""
     place, kind = pin
     table = plan.relation
     key = key_of(kind, args[place]) if place < len(args) else None

@@ -1,4 +1,4 @@
-"""Reads the tokens of a deferred write, and refuses every word that is not known to be harmless.
+"""Read the tokens of a deferred write; refuse unknown words.
 
 Every word of an expression is a keyword, a function or a type of the lists below, or a column. PostgreSQL resolves the names
 of tables; deferred_writes/catalog.py decides about them.
@@ -162,7 +162,7 @@ class StatementReader:
         return found
 
     def _word(self, token: Token, before: str, owners: Sequence[str]) -> None:
-        """Note what a word of an expression names. Raises NotUnderstood for one that is not known."""
+        """Record what a word names. Raises NotUnderstood for an unknown one."""
         text, after = token.text, self.next
         if token.kind == "word" and text in _REFUSED:
             raise NotUnderstood

@@ -1,4 +1,4 @@
-"""The shape of a deferred write: its table, keys and changes, and its text for many rows.
+"""The shape of a deferred write, and its text for many rows.
 
 `insert into t values ($1, $2)` a thousand times is `insert into t select c1, c2 from unnest($1, $2)` once; an UPDATE or an
 upsert likewise, in rounds that meet no row twice (deferred_writes/rounds.py), and a DELETE by key.
@@ -43,7 +43,10 @@ class Shape:
     _after: str = ""
 
     def text(self, types: Sequence[str]) -> str:
-        """The statement for arrays of these types, one for each parameter: names of `TYPES` only."""
+        """Return the statement for arrays, one for each parameter.
+
+        types: names of `TYPES` only.
+        """
         if len(types) != self.parameters or not TYPES.issuperset(types):
             raise ValueError(f"types {types} for {self.parameters} parameters")
         arrays = ", ".join(f"${n}::pg_catalog.{name}[]" for n, name in enumerate(types, 1))

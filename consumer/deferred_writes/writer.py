@@ -1,4 +1,6 @@
-"""Deferred writes of one connection: sent as arrays or as sums where that leaves what one execution each would leave.
+"""Send the deferred writes of a connection as arrays or sums.
+
+Only where that leaves what one execution for each message would leave.
 
 deferred_writes/grammar.py reads a statement, deferred_writes/catalog.py judges it by the table behind it; this asks PostgreSQL, once a connection
 and minute, and prepares the text for many rows. Limitations: a change of the schema by another session (a trigger, a rule, a
@@ -38,7 +40,7 @@ _logged: set[tuple[str, NotBatchedReason]] = set()
 
 
 class _JudgedStatement(NamedTuple):
-    """What is known of a statement: its plan, or why it is a barrier, and its text for many rows."""
+    """A statement's plan or why it is a barrier, and its text."""
 
     plan: Plan | None
     why: NotBatchedReason | None
@@ -67,7 +69,10 @@ class BulkWriter:
         self._deferred = None
 
     async def plans(self, statements: Mapping[str, Sequence[object]]) -> dict[str, Plan | None]:
-        """What each of the statements touches; None for a barrier. statements: with their executions."""
+        """Return each statement's plan; None for a barrier.
+
+        statements: with their executions.
+        """
         if len(statements) > _TOGETHER_MAX:
             ungrouped[NotBatchedReason.MANY] += sum(map(len, statements.values()))
             return dict.fromkeys(statements)
@@ -80,7 +85,7 @@ class BulkWriter:
         return found
 
     async def deferred_constraints(self) -> Sequence[str]:
-        """The constraints of this database that are checked at COMMIT, as SQL names them."""
+        """Return the constraints that are checked at COMMIT, as SQL names."""
         self._expire()
         if self._deferred is None:
             found = await self._looks.fetch(_DEFERRED)
@@ -88,7 +93,10 @@ class BulkWriter:
         return self._deferred
 
     async def send(self, sql: str, arguments: Sequence[Sequence[Any]]) -> None:
-        """Run a statement for each of the arguments, in as few executions as leave the same. Raises what the database says."""
+        """Run a statement for all arguments, in as few executions as possible.
+
+        Raises the database's errors.
+        """
         if len(arguments) == 1:
             await self._connection.execute(sql, *arguments[0])
             return
@@ -120,7 +128,7 @@ class BulkWriter:
         await self._connection.execute(known.text, *zip(*rows, strict=True))
 
     def _count(self, sql: str, why: NotBatchedReason | None, executions: int, *, barrier: bool) -> None:
-        """Count what was not grouped or not sent as arrays, and log each statement once with the reason."""
+        """Count what was not batched; log each statement once."""
         if why is None or not self._arrays:
             return
         ungrouped[why] += executions
@@ -144,7 +152,7 @@ class BulkWriter:
         return known
 
     async def _judged(self, sql: str) -> _JudgedStatement:
-        """The plan of a statement, and its text for many rows if table and types are such that it leaves the same."""
+        """Judge a statement by its table and the types of its parameters."""
         shape = shape_of(sql)
         if shape is None:
             return _JudgedStatement(None, NotBatchedReason.GRAMMAR)
@@ -177,5 +185,5 @@ _LITERAL = re.compile(r"'(?:[^']|'')*'|\$(\w*)\$.*?\$\1\$|(?<![\w$])[0-9][0-9.]*
 
 
 def without_literals(sql: str) -> str:
-    """The text of a statement in one line, without the values in it."""
+    """Return a statement in one line, without its literal values."""
     return " ".join(_LITERAL.sub("…", sql).split())[:200]

@@ -52,7 +52,10 @@ async def group_offsets(settings: Settings, group: str) -> dict[Partition, int]:
 
 
 async def topic_configs(settings: Settings, topics: Sequence[str]) -> dict[str, dict[str, str | None] | None]:
-    """Return the configuration of the topics that exist; None where it may not be read. Raises KafkaError."""
+    """Return the configuration of the topics that exist. Raises KafkaError.
+
+    None stands for a configuration that may not be read.
+    """
     async with open_admin_client(settings) as admin:
         resources = [ConfigResource(ConfigResourceType.TOPIC, topic) for topic in topics]
         answers = await asyncio.wait_for(admin.describe_configs(resources), _REQUEST_SECONDS) if resources else []
@@ -76,9 +79,9 @@ async def create_topic(settings: Settings, topic: str, partitions: int) -> None:
 
 
 async def leave_group(settings: Settings, group: str, member_id: str) -> None:
-    """Remove a dead process from its group, so that its partitions move at once.
+    """Remove a dead process from its group.
 
-    Raises KafkaError or OSError when that fails: then the session timeout does it.
+    Its partitions move at once. Raises KafkaError or OSError when that fails: then the session timeout does it.
     """
     client = AIOKafkaClient(**connection_options(settings))
     try:

@@ -1,4 +1,4 @@
-"""Connections to Kafka: the options of every client, and starting one with a deadline.
+"""Options of every Kafka client, and starting one with a deadline.
 
 Limitations: while it bootstraps, aiokafka reports every refusal as a broker that is down. `_explain_refusal` therefore
 connects once more by itself and names the setting that is wrong.
@@ -128,16 +128,19 @@ async def start_client(make: Callable[[], Any], settings: Settings, wait_seconds
 
 
 async def _discard(client: Any) -> None:
-    """Stop a client that did not start: else it complains when it is collected."""
+    """Stop a client that did not start.
+
+    Otherwise it warns when it is collected.
+    """
     if client is not None:
         with suppress(Exception):
             await (client.close() if isinstance(client, AIOKafkaAdminClient) else client.stop())
 
 
 async def _explain_refusal(settings: Settings) -> str:
-    """Connect to each broker once, and return why it refuses; empty if unknown.
+    """Connect to each broker once, and return why it refuses.
 
-    Raises Misconfigured for what waiting does not heal.
+    Empty if unknown. Raises Misconfigured for what waiting does not heal.
     """
     if settings.kafka_security_protocol == "PLAINTEXT":
         return ""
@@ -158,7 +161,10 @@ async def _explain_refusal(settings: Settings) -> str:
 
 
 def _explain(error: Exception, settings: Settings, broker: str) -> str:
-    """Return what an error of a connection means for the settings. Raises Misconfigured for what waiting does not heal."""
+    """Return what a connection error means for the settings.
+
+    Raises Misconfigured for what waiting does not heal.
+    """
     servers, protocol = settings.kafka_bootstrap_servers, settings.kafka_security_protocol
     match error:
         case ssl.SSLCertVerificationError():

@@ -1,4 +1,4 @@
-"""One member of a consumer group, or a reader without one: poll, seek, pause, commit.
+"""Poll, seek, pause and commit, in a consumer group or without one.
 
 Traps of aiokafka 0.14, measured or read in its source, and what is done about them:
 
@@ -127,7 +127,10 @@ class KafkaConsumer:
 
     @property
     def on_refused(self) -> Callable[[Partition], None]:
-        """Called with a partition whose topic the broker does not have under the id of `seek_and_resume`: it is paused."""
+        """Called with a partition whose topic was recreated.
+
+        The broker does not have the topic under the id of `seek_and_resume`; the partition is paused.
+        """
         return self._faults.on_refused
 
     @on_refused.setter
@@ -136,7 +139,10 @@ class KafkaConsumer:
 
     @property
     def on_unreadable(self) -> Callable[[Partition, ReadFailure], None] | None:
-        """Called with a partition that cannot be read: it is paused. None: `poll` raises PartitionUnreadable."""
+        """Called with a paused partition that cannot be read.
+
+        None: `poll` raises PartitionUnreadable.
+        """
         return self._faults.on_unreadable
 
     @on_unreadable.setter
@@ -155,7 +161,10 @@ class KafkaConsumer:
     # -- the group ----------------------------------------------------------------------------------------------------
 
     def subscribe(self, topics: Sequence[str], on_revoked: RebalanceCallback, on_assigned: RebalanceCallback) -> None:
-        """Join the group. A topic that does not exist yet is consumed as soon as it does."""
+        """Join the group.
+
+        A topic that does not exist yet is consumed as soon as it exists.
+        """
         self.consumer.subscribe(topics=list(topics), listener=_RebalanceListener(on_revoked, on_assigned))
 
     def assign(self, partitions: Iterable[Partition]) -> None:
@@ -172,7 +181,7 @@ class KafkaConsumer:
         return self._control.is_assigned(partition)
 
     def is_leaderless(self, partition: Partition) -> bool:
-        """Whether the brokers, as of their last answer, know the partition and no leader of it."""
+        """Whether the brokers knew no leader of a partition at last."""
         return self._control.is_leaderless(partition)
 
     # -- records ------------------------------------------------------------------------------------------------------
@@ -256,13 +265,16 @@ class KafkaConsumer:
     # -- offsets ------------------------------------------------------------------------------------------------------
 
     async def position(self, partition: Partition) -> int | None:
-        """Return the next offset that the client hands out, past markers and aborted records."""
+        """Return the next offset, past markers and aborted records."""
         with suppress(IllegalStateError):
             return int(await self.consumer.position(TopicPartition(*partition)))
         return None
 
     def held_back_at(self, partition: Partition) -> int | None:
-        """Return the offset at which an open transaction holds readers back, as of the last fetch."""
+        """Return the offset at which an open transaction holds readers back.
+
+        As of the last fetch.
+        """
         if self.is_assigned(partition):
             end = self.consumer.highwater(TopicPartition(*partition))
             stable = self.consumer.last_stable_offset(TopicPartition(*partition))
@@ -298,7 +310,10 @@ class KafkaConsumer:
 
 
 class _RebalanceListener(ConsumerRebalanceListener):  # type: ignore[misc]
-    """Hands rebalances to the worker. The client logs and swallows exceptions, so the worker's callbacks raise none."""
+    """Hands rebalances to the worker.
+
+    The client logs and swallows exceptions, so the worker's callbacks raise none.
+    """
 
     def __init__(self, on_revoked: RebalanceCallback, on_assigned: RebalanceCallback) -> None:
         self._on_revoked = on_revoked

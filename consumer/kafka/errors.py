@@ -14,7 +14,10 @@ from consumer.core.partition_faults import ReadFailure, halt_of
 
 
 class LogTruncated(Exception):
-    """The broker refused a fetch position: records were removed, or the log is another one."""
+    """The broker refused a fetch position.
+
+    Records were removed, or the log is another one.
+    """
 
     def __init__(self, partition: Partition, position: int) -> None:
         super().__init__(f"{partition.topic}:{partition.partition} does not hold offset {position}")

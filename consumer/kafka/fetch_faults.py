@@ -1,4 +1,4 @@
-"""Partitions that a fetch gives nothing of: paused, probed, and reported one by one.
+"""Pause, probe and report partitions that a fetch gives nothing of.
 
 aiokafka raises what is wrong with one partition for all of them. kafka/fetch_proxy.py and the guard around decoding report
 here instead, and `poll` calls `recover` when something was reported.
@@ -34,7 +34,7 @@ _THROTTLE_LOG_SECONDS = 60.0
 
 
 class FetchFaults:
-    """Listens to fetches, and knows which partitions cannot be read at the moment."""
+    """Listens to fetches, and knows which partitions are unreadable."""
 
     def __init__(self, settings: Settings, client_id: str) -> None:
         self._settings = settings
@@ -98,7 +98,10 @@ class FetchFaults:
             self._failures[partition] = failure
 
     def delayed(self, partition: Partition, error: str) -> None:
-        """Pause a partition for a moment; after a long delay it is unreadable."""
+        """Pause a partition for a moment.
+
+        After a long delay it is unreadable.
+        """
         loop = asyncio.get_running_loop()
         since = self._delayed.setdefault(partition, loop.time())
         if loop.time() - since > _DELAYED_SECONDS_MAX:
@@ -127,7 +130,10 @@ class FetchFaults:
         self.on_end_reached(partition)
 
     def empty(self, partition: Partition, offset: int) -> None:
-        """Record that a fetch gave nothing although there is more: others took the room, or it is damaged."""
+        """Record that a fetch gave nothing although there is more.
+
+        Other partitions took the room, or it is damaged.
+        """
         now = asyncio.get_running_loop().time()
         known, since = self._empty.get(partition, (offset, now))
         self._empty[partition] = (offset, since if known == offset else now)
@@ -151,7 +157,10 @@ class FetchFaults:
     # -- decoding -----------------------------------------------------------------------------------------------------
 
     def guard(self, partition: Partition, reader: Any, records: Iterator[Any]) -> Iterator[Any]:
-        """Yield decoded records up to the first that cannot be decoded, which is recorded instead of raised."""
+        """Yield records up to the first that cannot be decoded.
+
+        The failure is recorded instead of raised.
+        """
         try:
             yield from records
         except UnicodeDecodeError:
@@ -180,7 +189,7 @@ class FetchFaults:
         return bool(self._bad_headers or self._failures or self._to_probe)
 
     async def recover(self, fetched: Mapping[Any, Sequence[Record]]) -> dict[Partition, Sequence[Record]]:
-        """Add records that only we can decode, and report partitions that nobody can read.
+        """Add records that the client cannot decode, and report unreadable partitions.
 
         Raises PartitionUnreadable if `on_unreadable` is None.
         """
@@ -203,7 +212,7 @@ class FetchFaults:
         return {partition: of_partition for partition, of_partition in records.items() if of_partition}
 
     async def _probe(self, partition: Partition, offset: int) -> None:
-        """Ask for a partition alone, and record a failure if the broker gives nothing of it."""
+        """Ask for a partition alone; record a failure if nothing comes."""
         try:
             is_readable = await self._is_readable(partition, offset)
         except (KafkaError, TimeoutError):
@@ -214,7 +223,7 @@ class FetchFaults:
             self.failed(partition, ReadFailure(HaltReason.DAMAGED, text, offset, is_brokers=True))
 
     async def _with_next_readable(self, partition: Partition, failure: ReadFailure) -> ReadFailure:
-        """Add the last offset that the broker cannot give, where it is the broker that cannot read on.
+        """Add the last offset that the broker cannot read.
 
         Looks in ever larger steps, then between the last two: behind damage the broker may give nothing of a whole segment.
         """
@@ -251,7 +260,10 @@ class FetchFaults:
         return bool(peek.records) or peek.stable_end <= offset
 
     async def _read_bad_header(self, partition: Partition, offset: int) -> list[Record]:
-        """Decode records ourselves, from an offset to the end of the batch whose header key is not UTF-8."""
+        """Decode records whose header keys are not UTF-8 ourselves.
+
+        From an offset to the end of the batch with such a key.
+        """
         log, aborted = await self._inspection.raw_batches(
             partition, offset, self._settings.kafka_partition_fetch_bytes_max
         )
@@ -277,7 +289,7 @@ class FetchFaults:
 
 
 def _decoding_failure(error: Exception, settings: Settings) -> tuple[HaltReason, str]:
-    """Return why a batch cannot be decoded, in words that quote nothing of it."""
+    """Return why a batch cannot be decoded, without quoting it."""
     if isinstance(error, TooLarge):
         limit = settings.kafka_batch_decompressed_bytes_max
         return (

@@ -1,4 +1,6 @@
-"""Stands between aiokafka's fetcher and its client: fetches by topic id, and faults of one partition stay with it.
+"""Fetch by topic id, and keep faults of a partition with it.
+
+Stands between aiokafka's fetcher and its client.
 
 Knows the answers to fetches. A partition that the broker refuses, or whose record batches have broken frames, is taken out of
 the answer and reported, since the client raises such an error from `getmany` for all partitions, asks again in a busy loop,
@@ -30,10 +32,10 @@ _STABLE_END_AT = 3  # in a partition's part of an answer, from version 4 on
 
 
 class Listener(Protocol):
-    """Who is told about partitions that a fetch gave nothing of, and why."""
+    """Receives reports about partitions that a fetch gave nothing of."""
 
     def refused(self, partition: Partition) -> None:
-        """The broker does not have the topic under its id (any more, or yet)."""
+        """The broker does not have the topic under its id."""
 
     def failed(self, partition: Partition, failure: ReadFailure) -> None:
         """It cannot be read from this offset on."""
@@ -60,9 +62,9 @@ class Answer(NamedTuple):
 
 
 class FetchingById:
-    """Stands for the client where its fetcher sends requests: fetches go out by id, everything else as it is.
+    """A client whose fetches name topics by id.
 
-    ids: which topic each partition belongs to, of those that are fetched. A fetch with a partition that has no id goes by
+    Everything else goes out unchanged. ids: which topic each partition belongs to, of those that are fetched. A fetch with a partition that has no id goes by
     name.
     """
 
@@ -79,7 +81,7 @@ class FetchingById:
         return getattr(self._client, name)
 
     def force_metadata_update(self) -> Any:
-        """As the client's, but not in a busy loop while a partition has no leader."""
+        """Update the metadata, but not in a busy loop."""
         now = asyncio.get_running_loop().time()
         if now - self._metadata_asked_at < _METADATA_PAUSE_SECONDS:
             return asyncio.ensure_future(asyncio.sleep(_METADATA_PAUSE_SECONDS))
@@ -160,7 +162,7 @@ class FetchingById:
     def _sound(
         self, topic: str, row: tuple[Any, ...], offsets: Mapping[tuple[str, int], int]
     ) -> tuple[Any, ...] | None:
-        """What the client may read of a partition's part of the answer, or None."""
+        """Return what the client may read of a partition, or None."""
         number, error, log = row[0], row[1], row[-1]
         partition = Partition(topic, number)
         if error == _NONE:
@@ -201,7 +203,10 @@ class FetchingById:
         return None
 
     def _checked(self, partition: Partition, log: bytes, offset: int, end: int) -> tuple[int, Damage | None]:
-        """As `check`; a batch that was seen to be broken behind others is so alone, too, where it may look sound."""
+        """Check frames, remembering a batch that was broken behind others.
+
+        Alone, such a batch may look sound.
+        """
         if self._damaged:
             known = self._damaged.get(partition)
             if known is not None and known.first == offset and log.startswith(known.head):
@@ -209,7 +214,10 @@ class FetchingById:
         return check(log, offset, end)
 
     def _broken_at(self, partition: Partition, offset: int, name: str) -> ReadFailure:
-        """A batch that the broker itself cannot read, with what was seen of it when it still came behind others."""
+        """Return the failure for a batch that the broker itself cannot read.
+
+        It names what was wrong with the batch when it still came behind others.
+        """
         damage = self._damaged.get(partition)
         if damage is None or damage.first != offset:
             return ReadFailure(HaltReason.DAMAGED, f"the broker answers {name}", offset, is_brokers=True)

@@ -1,4 +1,4 @@
-"""Members of an App's consumer group: how workers mark themselves, and which members are no workers.
+"""Members of a consumer group, and which of them are no workers.
 
 A member that is no worker of ours is assigned partitions, whose messages are then not applied. Workers send a mark when they
 join; those of earlier versions are recognised by their client id.
@@ -30,7 +30,7 @@ NEWER_PROTOCOL = "a client with group.protocol=consumer"
 
 
 class WorkerAssignor(RoundRobinPartitionAssignor):  # type: ignore[misc]
-    """The client's default assignor, which also tells the group that this member is a worker."""
+    """The client's default assignor, which marks this member as a worker."""
 
     @classmethod
     def metadata(cls, topics: Iterable[str]) -> ConsumerProtocolMemberMetadata:
@@ -38,7 +38,10 @@ class WorkerAssignor(RoundRobinPartitionAssignor):  # type: ignore[misc]
 
 
 class Group(NamedTuple):
-    """strangers: client id and host of members that are no workers. settled: whether members can be told now."""
+    """Members and commits of a group.
+
+    strangers: client id and host of members that are no workers. settled: whether the members are known now.
+    """
 
     strangers: tuple[str, ...]
     commits: dict[Partition, CommittedOffset]
@@ -46,13 +49,16 @@ class Group(NamedTuple):
 
 
 async def look(settings: Settings, group: str) -> Group:
-    """Members and offsets of a group, as its coordinator knows them now. Raises KafkaError or Misconfigured."""
+    """Return members and offsets of a group.
+
+    Raises KafkaError or Misconfigured.
+    """
     async with open_admin_client(settings) as admin:
         return await asyncio.wait_for(_ask(admin, group), _REQUEST_SECONDS)
 
 
 async def _ask(admin: Any, group: str) -> Group:
-    """A cluster that no group has used before creates the topic of the offsets first: that is waited for."""
+    """Ask the coordinator; wait while the cluster creates the offsets' topic."""
     while True:
         try:
             offsets = await admin.list_consumer_group_offsets(group)

@@ -42,7 +42,7 @@ def to_record(partition: Any, record: Any) -> LogRecord:
 
 
 class FetchedRecords(OrderedDict[Any, Any]):
-    """What the client has fetched and not handed out, made to yield LogRecords and to raise nothing.
+    """Fetched records of the client, which yield LogRecords and raise nothing.
 
     The client's own records are dataclasses of eleven fields: a fifth of a replay's CPU time, and work for the collector of
     cycles.
@@ -61,9 +61,9 @@ class FetchedRecords(OrderedDict[Any, Any]):
 
 
 def batch_reader(partition: Partition, log: bytes, aborted: Any, offset: int) -> Any:
-    """Return an iterator over the records of raw batches from an offset on, without those of aborted transactions.
+    """Return an iterator over the records of raw batches.
 
-    When it raises, its `next_fetch_offset` is the first record that was not read.
+    It begins at the offset and leaves out aborted transactions. When it raises, its `next_fetch_offset` is the first record that was not read.
     """
     reader = PartitionRecords(
         TopicPartition(*partition), MemoryRecords(log), aborted, offset, None, None, True, READ_COMMITTED
@@ -73,7 +73,7 @@ def batch_reader(partition: Partition, log: bytes, aborted: Any, offset: int) ->
 
 
 def last_offset_on_stack(trace: TracebackType | None) -> int | None:
-    """Return the last offset of the batch that the client was decoding when it raised; None if unknown."""
+    """Return the last offset of the batch whose decoding raised."""
     batch = None
     while trace is not None:
         if trace.tb_frame.f_code.co_name == "_unpack_records":
@@ -86,7 +86,7 @@ def last_offset_on_stack(trace: TracebackType | None) -> int | None:
 
 
 class ClientControl:
-    """Partitions as a started AIOKafkaConsumer has them: assigned, paused, and read at a position."""
+    """Assigned and paused partitions of a started AIOKafkaConsumer, and their positions."""
 
     def __init__(self, consumer: AIOKafkaConsumer) -> None:
         self._consumer = consumer
@@ -103,7 +103,7 @@ class ClientControl:
         return getattr(coordinator, "member_id", "") or ""
 
     def intercept_fetches(self, guard: RecordGuard, proxy: Callable[[Any], Any]) -> None:
-        """Send fetches through a proxy of the client, and hand records out through a guard."""
+        """Send fetches through a proxy, and hand out records through a guard."""
         fetcher = self._consumer._fetcher
         fetcher._records = FetchedRecords(fetcher._records, guard)
         fetcher._client = proxy(fetcher._client)
@@ -129,16 +129,25 @@ class ClientControl:
             self._consumer.resume(TopicPartition(*partition))
 
     def seek(self, partition: Partition, offset: int) -> None:
-        """Fetch from an offset next. Raises IllegalStateError if the partition is not assigned."""
+        """Fetch from an offset next.
+
+        Raises IllegalStateError if the partition is not assigned.
+        """
         self._consumer.seek(TopicPartition(*partition), offset)
 
     def fetch_position(self, partition: Partition) -> int:
-        """Return the next offset to fetch. Raises IllegalStateError if the partition is not assigned."""
+        """Return the next offset to fetch.
+
+        Raises IllegalStateError if the partition is not assigned.
+        """
         assignment = self._consumer._subscription.subscription.assignment
         return int(assignment.state_value(TopicPartition(*partition)).position)
 
     def is_reading_at(self, partition: Partition, offset: int) -> bool:
-        """Whether a partition is being read from this offset; else a report about it is out of date."""
+        """Whether a partition is being read from this offset.
+
+        Otherwise a report about it is out of date.
+        """
         topic_partition = TopicPartition(*partition)
         subscription = self._consumer._subscription.subscription
         assignment = subscription.assignment if subscription is not None else None
@@ -148,7 +157,7 @@ class ClientControl:
         return bool(state.has_valid_position and state.position == offset and not state.paused)
 
     def is_leaderless(self, partition: Partition) -> bool:
-        """Whether the brokers, as of their last answer, know the partition and no leader of it."""
+        """Whether the brokers knew no leader of a partition at last."""
         return bool(self.client.cluster.leader_for_partition(TopicPartition(*partition)) == -1)
 
     async def committed_with_metadata(self, partitions: Sequence[Partition]) -> dict[Partition, tuple[int, str]]:

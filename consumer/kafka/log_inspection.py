@@ -1,4 +1,4 @@
-"""What a log is: ids of cluster and topic, its ends, single records, and open transactions.
+"""Ids, ends, single records and open transactions of logs.
 
 Asks the brokers directly; reads no partition on and joins no group. Limitations: an answer may be out of date when it is used.
 """
@@ -30,7 +30,10 @@ _REQUESTS_AT_A_TIME = 32
 
 
 class Peek(NamedTuple):
-    """The leader's view of a log: its ends, and the bytes from an offset on, open transactions included."""
+    """The leader's view of a log: its ends, and some bytes.
+
+    Open transactions are included.
+    """
 
     out_of_range: bool
     first: int
@@ -40,7 +43,10 @@ class Peek(NamedTuple):
 
 
 class OpenTransaction(NamedTuple):
-    """A producer's transaction that is neither committed nor aborted: nothing from `offset` on is handed out."""
+    """A transaction that is neither committed nor aborted.
+
+    Kafka hands out nothing from `offset` on.
+    """
 
     offset: int
     since_ms: int  # timestamp of its first record, since 1970
@@ -56,7 +62,7 @@ class LogInspection:
     # -- ids and records ----------------------------------------------------------------------------------------------
 
     async def identity(self, topics: Sequence[str]) -> Identity:
-        """Return the ids of the cluster and of topics, as one broker knows them. Raises KafkaError.
+        """Return the ids of the cluster and of topics. Raises KafkaError.
 
         They are empty where no broker gives ids.
         """
@@ -76,12 +82,12 @@ class LogInspection:
         return Peek(error == _OUT_OF_RANGE, first, stable, high, bytes(records or b""))
 
     async def fingerprint_at(self, partition: Partition, offset: int) -> RecordFingerprint | None:
-        """Return the fingerprint of the record at an offset; None where there is none. Raises KafkaError."""
+        """Return the fingerprint of the record at an offset. Raises KafkaError."""
         record = await self.record_at(partition, offset)
         return None if record is None else RecordFingerprint(offset, record.timestamp, fingerprint(record.value))
 
     async def record_at(self, partition: Partition, offset: int) -> LogRecord | None:
-        """Return the record at an offset, without its headers; None where there is none. Raises KafkaError."""
+        """Return the record at an offset, without headers. Raises KafkaError."""
         peek = await self.peek(partition, offset)
         for header, body in record_batch.batches(peek.records):
             if header.base_offset <= offset <= header.last_offset:
@@ -94,14 +100,14 @@ class LogInspection:
         return None
 
     async def raw_batches(self, partition: Partition, offset: int, bytes_max: int) -> tuple[bytes, Any]:
-        """Return the log from an offset on as bytes, and the aborted transactions in it. Raises KafkaError."""
+        """Return bytes of the log, and its aborted transactions. Raises KafkaError."""
         _, _, _, _, _, aborted, *_, log = await self._ask_leader(
             partition, offset, bytes_min=1, bytes_max=bytes_max, isolation_level=READ_COMMITTED, wait_ms=_RAW_WAIT_MS
         )
         return bytes(log), aborted
 
     async def open_transaction(self, partition: Partition) -> OpenTransaction | None:
-        """Return the transaction that holds a log's readers back, if there is one. Raises KafkaError."""
+        """Return the transaction that holds readers back. Raises KafkaError."""
         stable = (await self.ends([partition]))[partition]
         peek = await self.peek(partition, stable)
         if peek.stable_end >= peek.end or peek.stable_end != stable:
@@ -114,7 +120,7 @@ class LogInspection:
     async def _ask_leader(
         self, partition: Partition, offset: int, *, bytes_min: int, bytes_max: int, isolation_level: int, wait_ms: int
     ) -> Any:
-        """Return the leader's answer to a fetch of one partition, as the client would read it. Raises KafkaError.
+        """Return the leader's answer to a fetch. Raises KafkaError.
 
         bytes_min: how much to wait for. bytes_max: the leader gives the first batch whole nevertheless.
         """
@@ -146,9 +152,9 @@ class LogInspection:
     async def ends(
         self, partitions: Sequence[Partition], *, partial: bool = False, uncommitted: bool = False
     ) -> dict[Partition, int]:
-        """Return the ends of logs, up to the first open transaction. Raises KafkaError.
+        """Return the ends of logs. Raises KafkaError.
 
-        partial: leave out those that no broker gives now. uncommitted: with the records of open transactions.
+        Up to the first open transaction. partial: leave out those that no broker gives now. uncommitted: with the records of open transactions.
         """
         level = READ_UNCOMMITTED if uncommitted else READ_COMMITTED
         return await self._offsets(dict.fromkeys(partitions, LATEST), partial, level)
@@ -163,14 +169,17 @@ class LogInspection:
         return {partition: offset or 0 for partition, offset in offsets.items()}
 
     async def offsets_at(self, partitions: Sequence[Partition], time_ms: int) -> dict[Partition, int | None]:
-        """Return the offsets of the first records of that time or later; None where there are none. Raises KafkaError."""
+        """Return the first offsets of that time or later. Raises KafkaError."""
         offsets, problems = await self._brokers.offsets(dict.fromkeys(partitions, time_ms), READ_COMMITTED)
         if problems:
             raise next(iter(problems.values()))
         return offsets
 
     async def partitions(self, topics: Iterable[str]) -> dict[str, list[Partition]]:
-        """Return the partitions of each topic, none for a topic that does not exist. Raises KafkaError."""
+        """Return the partitions of each topic. Raises KafkaError.
+
+        A topic that does not exist has none.
+        """
         wanted = list(topics)
         leaders = await self._brokers.partitions(wanted)
         return {topic: [Partition(topic, number) for number in sorted(leaders.get(topic, ()))] for topic in wanted}

@@ -35,7 +35,7 @@ _WANTED = "a token as text, or (token, expiry as seconds or milliseconds since 1
 
 
 class NoToken(Exception):
-    """The function gave no token. The text names the setting, and quotes nothing."""
+    """The function gave no token; the text quotes nothing of it."""
 
 
 class TokenUnavailable(KafkaError):  # type: ignore[misc]
@@ -72,7 +72,7 @@ def load_provider(path: str) -> Callable[[], Any]:
 
 
 class TokenCache:
-    """Calls the function for a token, and keeps the token until it expires.
+    """Calls the function, and keeps its token until it expires.
 
     function: called without arguments, in a thread when it is not async; returns the token as text, or a pair of it and its
     expiry (seconds or milliseconds since 1970, a datetime, ISO 8601, or None). A token without an expiry is used once: the
@@ -86,7 +86,10 @@ class TokenCache:
         self._asking = asyncio.Lock()
 
     async def token(self) -> str:
-        """Return a token that has not expired. Raises NoToken when the function fails, takes too long or returns something else."""
+        """Return a token that has not expired.
+
+        Raises NoToken when the function fails, takes too long or returns something else.
+        """
         async with self._asking:  # many connections are opened at once
             if self._now() >= self._until:
                 self._token, self._until = await self._ask()
@@ -123,9 +126,9 @@ class TokenCache:
 
 
 def _seconds(expiry: object) -> float:
-    """Return an expiry in seconds since 1970; 0 for none. Raises NoToken for what is no time.
+    """Return an expiry in seconds since 1970; 0 for none.
 
-    Amazon's signer for MSK gives milliseconds, others a datetime or ISO 8601.
+    Raises NoToken for what is no time. Amazon's signer for MSK gives milliseconds, others a datetime or ISO 8601.
     """
     if expiry is None:
         return 0.0

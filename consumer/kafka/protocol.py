@@ -1,7 +1,6 @@
-"""Requests to Kafka that aiokafka 0.14 does not have: they name a topic by its id, which no other topic ever gets.
+"""Requests by topic id, which aiokafka 0.14 does not have.
 
-Knows the wire format (Metadata 10, Fetch 13) and the client's classes for it; decides nothing. Why: a topic that was
-deleted and made anew has the same name and the same offsets, and the client's own requests (Metadata 5, Fetch 11) name
+Knows the wire format (Metadata 10, Fetch 13) and the client's classes for it; decides nothing. Why: a recreated topic has the same name and the same offsets, and the client's own requests (Metadata 5, Fetch 11) name
 it only. A fetch by id is refused by the broker itself when the topic is another, so no record of another topic is
 ever taken for one of this. Brokers know ids since 2.8 and fetch by them since 3.1; older ones, and imitations, raise
 `Unsupported` and are asked by name. Sources: Kafka's message definitions (FetchRequest.json, MetadataRequest.json), KIP-516.
@@ -103,7 +102,7 @@ class _MetadataStruct(RequestStruct):  # type: ignore[misc]
 
 
 class TopicIds(Request[_MetadataStruct]):  # type: ignore[misc]
-    """Asks for the ids of topics, by name; a topic that does not exist is not created."""
+    """Asks for the ids of topics; creates none."""
 
     API_KEY = 3
 
@@ -116,9 +115,9 @@ class TopicIds(Request[_MetadataStruct]):  # type: ignore[misc]
 
 
 class Identity(NamedTuple):
-    """Which cluster this is, and which topics bear these names; a topic that does not exist is absent.
+    """Ids of the cluster and of topics.
 
-    refused: topics that the Kafka user may not see.
+    A topic that does not exist is absent. refused: topics that the Kafka user may not see.
     """
 
     cluster_id: str | None
