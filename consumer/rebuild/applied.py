@@ -24,6 +24,7 @@ from consumer.rebuild.left_out import LeftOut
 from consumer.transaction.identify import by_bytes
 
 EDITS_MAX = 100_000
+RETRIES_MAX = 100_000
 UNREADABLE_MAX = 10_000  # whose place in the ledger is looked up
 
 # What was never applied, and what came with an id that another payload had. Of a message that was applied after all, the
@@ -69,10 +70,16 @@ _EDITS = """
 select distinct on (d.dead_letter) d.*, a.new_id, a.new_value,
        (select (extract(epoch from l.applied_at) * 1000000)::int8 from consumer.ledger l
         where l.handler = d.handler and l.id = coalesce(a.new_id, d.id) and l.applied_at is not null) as applied_at,
-       (extract(epoch from a.at) * 1000000)::int8 as acted_at
+       (extract(epoch from a.at) * 1000000)::int8 as acted_at, a.action
 from consumer.letter_actions a join consumer.dead_letters d using (dead_letter)
 where d.handler = any($1) and a.what = 'edit' and a.outcome = 'applied' and d.topic = any($2)
 order by d.dead_letter, a.action desc limit $3
+"""
+# A transaction of retries takes the letters of a key one after the other, whatever their offsets.
+_RETRIES = """
+select d.handler, d.topic, d.partition, d."offset", a.action
+from consumer.letter_actions a join consumer.dead_letters d using (dead_letter)
+where d.handler = any($1) and a.what = 'retry' and a.outcome = 'applied' and d.topic = any($2) limit $3
 """
 _APPLIED_AT_PLACES = """
 select count(*) from unnest($1::int4[], $2::text[], $3::int4[], $4::int8[]) as o(handler, topic, partition, "offset")
@@ -108,7 +115,8 @@ class Applied:
     """Sorts the messages of one rebuild by what the ledger says of them.
 
     positions: below them everything is settled. conflicts: messages whose id was applied with another payload.
-    unrecorded: messages that the ledger does not know although they are settled.
+    unrecorded: messages that the ledger does not know although they are settled. too_many_retries: the order of the retries of
+    one transaction is not followed.
     """
 
     connection: Any
@@ -116,6 +124,7 @@ class Applied:
     spans: Mapping[Partition, Span] = field(default_factory=dict)
     conflicts: int = 0
     unrecorded: int = 0
+    too_many_retries: bool = False
     left_out: LeftOut = field(default_factory=LeftOut)
     codes: Mapping[int, Versions] = field(default_factory=dict)  # of handlers, by number
     # Messages that may have met another code, by handler.
@@ -123,6 +132,7 @@ class Applied:
     _dead: int = 0
     _edits: Sequence[Any] = ()
     _edited: set[_Place] = field(default_factory=set)
+    _retries: dict[_Place, int] = field(default_factory=dict)
     _unreadable: set[_Place] = field(default_factory=set)
 
     async def read(self, handlers: Collection[int], topics: Collection[str]) -> None:
@@ -136,6 +146,13 @@ class Applied:
         self._edits = await self.connection.fetch(_EDITS, list(handlers), list(topics), EDITS_MAX + 1)
         if len(self._edits) > EDITS_MAX:
             raise CannotTell(f"more than {EDITS_MAX:,} dead letters were edited; a rebuild cannot follow so many")
+        retries = await self.connection.fetch(_RETRIES, list(handlers), list(topics), RETRIES_MAX + 1)
+        self.too_many_retries = len(retries) > RETRIES_MAX
+        if not self.too_many_retries:
+            self._retries = {
+                (handler, Partition(topic, partition), offset): action
+                for handler, topic, partition, offset, action in retries
+            }
 
     def edits(self, handlers: Sequence[Handler]) -> list[Entry]:
         """Dead letters that an operator has edited and that were applied: with the edited value, when that was.
@@ -162,7 +179,9 @@ class Applied:
             )
             delivery = Delivery(handler, record)
             delivery.id, delivery.fingerprint = (row["new_id"] or row["id"]).bytes, row["fingerprint"]
-            entries.append(Entry(delivery, row["applied_at"] or row["acted_at"], row["timestamp"] * 1000))
+            entries.append(
+                Entry(delivery, row["applied_at"] or row["acted_at"], row["timestamp"] * 1000, action=row["action"])
+            )
         return entries
 
     async def entries(self, deliveries: Sequence[Delivery]) -> list[Entry]:
@@ -184,7 +203,10 @@ class Applied:
             versions = self.codes.get(delivery.handler.number)
             if versions is not None and delivery.outcome is None and versions.may_be_other(at):
                 self.with_other_code[delivery.handler.number] += 1
-            entries.append(Entry(delivery, at, record.timestamp * 1000, turn))
+            action = None
+            if self._retries and at is not None:
+                action = self._retries.get((delivery.handler.number, delivery.partition, record.offset))
+            entries.append(Entry(delivery, at, record.timestamp * 1000, turn, action))
         return entries
 
     async def _facts(self, deliveries: Sequence[Delivery]) -> tuple[list[int | None], dict[Delivery, _Fact]]:

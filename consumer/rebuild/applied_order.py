@@ -27,13 +27,15 @@ class Entry(NamedTuple):
     """A delivery and when it was applied.
 
     applied_at: microseconds since 1970 by PostgreSQL's clock, None where the ledger does not know.
-    time: the record's, in microseconds. turn: place of the handler among those of its topic.
+    time: the record's, in microseconds. turn: place of the handler among those of its topic. action: number of the operator's
+    action that applied it, for a dead letter that was retried; a transaction of retries runs in the order of these numbers.
     """
 
     delivery: Delivery
     applied_at: int | None
     time: int
     turn: int = 0
+    action: int | None = None
 
 
 def transactions(entries: Iterable[Entry]) -> list[list[Entry]]:
@@ -180,8 +182,9 @@ class AppliedOrder:
                 break
             entry = buffer.entries[0]
             at = self._time(entry)
-            if at is not None and buffer.earliest[0][0] < at:
-                self._note_contradiction(buffer, entry, at)
+            if at is not None and (entry.action is not None or buffer.earliest[0][0] < at):
+                if entry.action is None:
+                    self._note_contradiction(buffer, entry, at)
                 self._push_late(self._rank(entry, at, buffer.place), buffer.pop())
                 continue
             if at is None:
@@ -210,6 +213,8 @@ class AppliedOrder:
             self.contradicted[entry.delivery.handler.name] += 1
 
     def _rank(self, entry: Entry, at: int, place: int) -> _Rank:
+        if entry.action is not None:
+            return at + self._shift * place, -1, entry.action, 0
         return at + self._shift * place, place, entry.delivery.record.offset, entry.turn
 
     def _push_late(self, rank: _Rank, entry: Entry) -> None:

@@ -40,7 +40,7 @@ from consumer.postgres.errors import Conflict, Outage
 from consumer.postgres.positions import read_positions
 from consumer.rebuild import drawn, scratch
 from consumer.rebuild.absent_rows import AbsentRows, Statement, statements
-from consumer.rebuild.applied import Applied
+from consumer.rebuild.applied import RETRIES_MAX, Applied
 from consumer.rebuild.applied_order import LOOKAHEAD, AppliedOrder, Backlog, Entry, transactions
 from consumer.rebuild.beginnings import other_beginnings
 from consumer.rebuild.compare import KINDS, Compared, Excuse
@@ -942,6 +942,9 @@ class _Pass:
                     "never, and was replayed all the same"
                 )
                 notes.append(Excuse(text))
+        if self.applied.too_many_retries:
+            text = f"more than {RETRIES_MAX:,} dead letters were retried; their order inside a transaction was not followed"
+            notes.append(Excuse(text))
         self.work.contradicted = self.contradicted
         for name, count in sorted(self.contradicted.items()):
             notes.append(

@@ -165,3 +165,19 @@ def test_backlog_hands_out_blocks_and_says_which_is_the_last() -> None:
     assert not backlog.holds(partition)
     backlog.add(partition, [], complete=True)
     assert backlog.holds(partition) and backlog.take(partition, 3) == ([], True)
+
+
+def test_retries_of_one_transaction_follow_their_actions() -> None:
+    """A retry takes the letters of a key one after the other, whatever their offsets and partitions."""
+    order = AppliedOrder(PARTITIONS[:2])
+    first = [
+        entry(PARTITIONS[0], 0, 10),
+        entry(PARTITIONS[0], 1, 30)._replace(action=9),
+        entry(PARTITIONS[0], 2, 10),
+        entry(PARTITIONS[0], 3, 30)._replace(action=4),
+        entry(PARTITIONS[0], 4, 40),
+    ]
+    order.add(PARTITIONS[0], first, complete=True)
+    order.add(PARTITIONS[1], [entry(PARTITIONS[1], 0, 30)._replace(action=7)], complete=True)
+    assert taken(order) == [(0, 0), (0, 2), (0, 3), (1, 0), (0, 1), (0, 4)]
+    assert not order.contradicted
