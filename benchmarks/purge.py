@@ -29,8 +29,8 @@ from harness import settings_for  # noqa: E402
 from ledgers import Ledger  # noqa: E402
 
 from consumer import App, Tx  # noqa: E402
+from consumer.core.delivery import Delivery  # noqa: E402
 from consumer.core.message import LogRecord  # noqa: E402
-from consumer.core.ordering import Delivery  # noqa: E402
 from consumer.core.retention import Drop, Forget  # noqa: E402
 from consumer.local_servers import Postgres  # noqa: E402
 from consumer.postgres import migrate  # noqa: E402

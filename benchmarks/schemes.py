@@ -34,9 +34,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 from harness import migrated, settings_for  # noqa: E402
 
 from consumer import App, Retry, Tx  # noqa: E402
+from consumer.core.delivery import Delivery  # noqa: E402
 from consumer.core.identity import fingerprint  # noqa: E402
 from consumer.core.message import LogRecord  # noqa: E402
-from consumer.core.ordering import Delivery  # noqa: E402
 from consumer.local_servers import Postgres, Valkey  # noqa: E402
 from consumer.postgres.session import Session  # noqa: E402
 from consumer.schemes.lock import Lock, check_fence  # noqa: E402

@@ -1,13 +1,13 @@
 """Which messages run next, and up to where everything is settled.
 
-Knows partitions, offsets, keys and times as numbers; knows no Kafka, no database, no clock. A Scheduler serves some
-partitions with one connection, one batch at a time. It keeps three laws:
+Decides on partitions, offsets, keys and times as numbers. A Scheduler serves some partitions with one connection, one batch at
+a time. It keeps three invariants:
 
-- **order**: two messages of one unit of order (a key of one handler, or its partition) never run in the wrong order.
-  A message whose attempt failed is *parked*; later ones of its unit queue behind it; all others go on.
+- **order**: two messages of one ordering key (a key of one handler, or its partition) never run in the wrong order. A message
+  whose attempt failed is *delayed*; later ones of its key queue behind it; all others go on.
 - **position**: the position of a partition never passes a message that some handler has not settled.
-- **bounds**: nothing is taken of a partition that is *full*: one of which as many messages are parked, or as many bytes,
-  as the limits say. The others go on; what was fetched of it beyond is dropped, and read again when it has room.
+- **bounds**: nothing is taken of a partition that is *full*: one of which as many messages are delayed, or as many bytes, as
+  the limits say. The others go on; what was fetched of it beyond is dropped, and read again when it has room.
 """
 
 from __future__ import annotations
@@ -16,21 +16,12 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
-from uuid import UUID
 
-import msgspec
-
-from consumer.core.dead_letters import ordering_key_hash
-from consumer.core.evidence import FailureCause
+from consumer.core.delivery import Batch, Delivery, PositionUpdate, SavedAttempts, size_of
 from consumer.core.handler import Handler
-from consumer.core.log_identity import RecordFingerprint
 from consumer.core.message import Partition, Record
-from consumer.core.outcome import Outcome
 
-UNDECODED = object()
-_HEADER_BYTES = 150  # of the objects that hold a header, besides its bytes: measured 147 with CPython 3.11
-_DELAYED_BYTES_LEAST = 1 << 20  # of a partition
+_DELAYED_BYTES_MIN = 1 << 20  # of a partition
 
 
 def _in_log_order(deliveries: list[Delivery], freed: int, segments: list[tuple[Partition, int, int]]) -> list[Delivery]:
@@ -40,128 +31,40 @@ def _in_log_order(deliveries: list[Delivery], freed: int, segments: list[tuple[P
     at the front come from different partitions. segments: where each partition begins and ends behind them.
     """
     if freed:
-        return sorted(deliveries, key=lambda each: (each.record.topic, each.record.partition, each.record.offset))
+        return sorted(deliveries, key=_log_place)
     ordered = sorted(segments)
     if ordered == segments:
         return deliveries
-    return [each for _, begin, end in ordered for each in deliveries[begin:end]]
+    return [delivery for _, begin, end in ordered for delivery in deliveries[begin:end]]
 
 
-def size_of(record: Record) -> int:
-    """Bytes of a record that its producer decides on: value, key and headers, these with what their objects take."""
-    size = len(record.value or b"") + len(record.key or b"")
-    for key, value in record.headers:
-        size += len(key) + len(value or b"") + _HEADER_BYTES
-    return size
-
-
-class Delivery(msgspec.Struct, eq=False):
-    """One record for one handler: the unit of work, of attempts and of outcomes. Equal to itself only."""
-
-    handler: Handler
-    record: Record
-    id: bytes = b""  # set when identified
-    fingerprint: int = 0
-    value: object = UNDECODED
-    attempts: int = 0
-    again: int = 0  # times that its handler asked to be run again, which are no attempts
-    alone: bool = False  # to be called by itself: a call for many, of which it was one, took too long
-    delayed: bool = False  # its offset is among the open ones
-    outcome: Outcome | None = None  # settled before any transaction: unreadable, skipped, known to Redis
-    mark: int = -1  # successes of its handler when it failed first: see evidence.py
-    why: FailureCause | None = None  # why it waits
-
-    @property
-    def partition(self) -> Partition:
-        return Partition(self.record.topic, self.record.partition)
-
-    def ordering_key(self) -> Hashable:
-        """What keeps its order. A message without a key is ordered with nothing, as in Kafka's own contract."""
-        record, order = self.record, self.handler.order
-        if order == "key" and record.key is not None:
-            return (self.handler.name, record.topic, record.partition, record.key)
-        if order == "partition":
-            return (self.handler.name, record.topic, record.partition)
-        return (self.handler.name, record.topic, record.partition, record.offset, None)
-
-    def ordering_key_hash(self) -> bytes | None:
-        """The unit of order as the table of dead letters knows it; None when nothing waits for this message."""
-        return ordering_key_hash(self.handler.order, self.record)
-
-
-class SavedAttempts(NamedTuple):
-    """What is remembered of a message that has failed before: how often, and when it is due."""
-
-    attempts: int
-    due: float
-
-
-class PositionUpdate(NamedTuple):
-    """A partition's position, from what this worker last knew to what is settled now.
-
-    topic_id: of the log that both are of; the same offset of another log is not what this worker last knew. seen: the
-    last record that was read. handlers: those that have settled what is between. holds: as the owner read it with the holds
-    of dead letters, so that one made by somebody else since is noticed.
-    """
-
-    partition: Partition
-    previous: int
-    next: int
-    topic_id: UUID | None = None
-    seen: RecordFingerprint | None = None
-    handlers: str | None = None
-    holds: int = 0
-
-
-@dataclass(slots=True)
-class Batch:
-    """Deliveries to settle in one transaction.
-
-    ends: where each partition's frontier stands once they are settled. openings: which opening of each partition they
-    were taken from; of a partition that was closed or opened again since, nothing is recorded.
-    """
-
-    deliveries: list[Delivery]
-    ends: dict[Partition, int]
-    assignment_epochs: Mapping[Partition, int]
-
-    def split(self, at: int | None = None) -> tuple[Batch, Batch]:
-        """Two parts to settle one after the other, halves by default; the first one's ends stay below all in the second."""
-        middle = len(self.deliveries) // 2 if at is None else at
-        head, tail = self.deliveries[:middle], self.deliveries[middle:]
-        ends = dict(self.ends)
-        for delivery in tail:
-            partition = delivery.partition
-            if not delivery.delayed and partition in ends:
-                ends[partition] = min(ends[partition], delivery.record.offset)
-        return Batch(head, ends, self.assignment_epochs), Batch(tail, self.ends, self.assignment_epochs)
+def _log_place(delivery: Delivery) -> tuple[str, int, int]:
+    return delivery.record.topic, delivery.record.partition, delivery.record.offset
 
 
 @dataclass(slots=True)
 class _PartitionQueue:
-    """What is known of one partition."""
+    """One partition of a Scheduler."""
 
-    assignment_epoch: int  # number of this opening of the partition
+    assignment_epoch: int  # counts assignments of partitions to this Scheduler
     frontier: int  # everything below was taken, and is settled or open
     position: int  # as this worker last wrote or read it
     fetched: deque[Record] = field(default_factory=deque)
     sizes: deque[int] = field(default_factory=deque)  # of `fetched`, in bytes
     fetched_bytes: int = 0
     received: int = 0  # offset after the last record added
-    unsettled: dict[int, int] = field(default_factory=dict)  # offset -> deliveries parked
+    unsettled: dict[int, int] = field(default_factory=dict)  # offset -> deliveries delayed
     delayed: int = 0  # deliveries, in all
     delayed_bytes: int = 0
-    possibly_held: set[tuple[int, bytes]] = field(
-        default_factory=set
-    )  # that dead letters may hold: handler's number, chain
-    saved_attempts: dict[tuple[int, int], SavedAttempts] = field(
-        default_factory=dict
-    )  # handler's number, offset: failed before a restart
-    full: bool = False  # until a quarter of what may be parked is settled: each time, the log is read again
+    # Keys that a dead letter may hold: the handler's number, and the hash of the ordering key.
+    possibly_held: set[tuple[int, bytes]] = field(default_factory=set)
+    # Failures from before a restart, by the handler's number and the offset.
+    saved_attempts: dict[tuple[int, int], SavedAttempts] = field(default_factory=dict)
+    full: bool = False  # until a quarter of what may be delayed is settled: each time, the log is read again
 
 
 class Scheduler:
-    """Partitions that share a connection. Add records, take a batch, settle it; nothing else changes its state."""
+    """Partitions that share a connection: add records, take a batch, settle it."""
 
     def __init__(
         self,
@@ -170,9 +73,10 @@ class Scheduler:
         delayed_bytes_max: int = 1 << 62,
         idle_batch_interval: float = 0.0,
     ) -> None:
-        """parked_max: messages of a partition. parked_bytes_max: of all partitions, in equal shares of at least 1 MB.
+        """Set the limits.
 
-        bare_seconds: least time between two batches without messages, which only move positions.
+        delayed_max: messages of a partition. delayed_bytes_max: of all partitions, in equal shares of at least 1 MB.
+        idle_batch_interval: least time between two batches without messages, which only write positions.
         """
         self._handlers = handlers
         self._delayed_max = delayed_max
@@ -181,15 +85,15 @@ class Scheduler:
         self._idle_batch_after = 0.0
         self._retried_last = False
         self._queues: dict[Partition, _PartitionQueue] = {}
-        self._ready: deque[Delivery] = deque()  # once behind a failed message, now free to run
-        self._delayed: dict[Hashable, deque[Delivery]] = {}  # unit -> the failed message and those behind it
-        self._due: dict[Hashable, float] = {}  # unit -> time of the next attempt
+        self._ready: deque[Delivery] = deque()  # were behind a failed message, and are free to run now
+        self._delayed: dict[Hashable, deque[Delivery]] = {}  # key -> the failed message and those behind it
+        self._due: dict[Hashable, float] = {}  # key -> time of the next attempt
         self._last_epoch = 0
 
     # -- partitions come and go -------------------------------------------------------------------------------------
 
     def assign(self, partition: Partition, position: int) -> None:
-        """Begin a partition at `position`, forgetting whatever was known of it."""
+        """Begin a partition at `position`, and forget what was known of it."""
         self.revoke(partition)
         self._last_epoch += 1
         self._queues[partition] = _PartitionQueue(
@@ -202,32 +106,35 @@ class Scheduler:
         held_keys: Iterable[tuple[int, bytes]],
         saved_attempts: Mapping[tuple[int, int], SavedAttempts],
     ) -> None:
-        """What the table knows of a partition that was just opened: see deadletters.recall."""
+        """Add what the database knows of a partition that was just assigned."""
         if (queue := self._queues.get(partition)) is not None:
             queue.possibly_held, queue.saved_attempts = set(held_keys), dict(saved_attempts)
 
     def revoke(self, partition: Partition) -> None:
-        """Forget a partition: its fetched records, and those parked (they will be delivered again to its owner)."""
+        """Forget a partition, its fetched records, and those delayed.
+
+        They are delivered again to its next owner.
+        """
         self._queues.pop(partition, None)
         self._ready = deque(each for each in self._ready if each.partition != partition)
-        for unit, chain in list(self._delayed.items()):
-            if chain[0].partition == partition:  # a unit never spans two
-                del self._delayed[unit], self._due[unit]
+        for key, chain in list(self._delayed.items()):
+            if chain[0].partition == partition:  # a key never spans two
+                del self._delayed[key], self._due[key]
 
     @property
     def partitions(self) -> list[Partition]:
         return list(self._queues)
 
     def handlers(self) -> list[Handler]:
-        """The handlers of all topics."""
+        """Return the handlers of all topics."""
         return [each for found in self._handlers.values() for each in found]
 
     def position(self, partition: Partition) -> int:
-        """The position as this worker last wrote or read it."""
+        """Return the position as this worker last wrote or read it."""
         return self._queues[partition].position
 
     def received(self, partition: Partition) -> int | None:
-        """The offset to fetch from next, or None for a partition that is not open."""
+        """Return the offset to fetch next; None if not assigned."""
         queue = self._queues.get(partition)
         return queue.received if queue else None
 
@@ -236,10 +143,10 @@ class Scheduler:
     def add(
         self, partition: Partition, records: Sequence[Record], start: int | None = None, end: int | None = None
     ) -> tuple[int, int]:
-        """Queue fetched records, in offset order. Returns how many messages and bytes were kept.
+        """Queue fetched records, in offset order.
 
-        start and end: the records are all that the log holds for this lane from `start` up to `end`; by default from the
-        first to the last one. Records of a partition that is not open, and those below what was received already, are
+        Returns how many messages and bytes were kept. start and end: the records are all that the log holds from `start` up to `end`; by default from the
+        first to the last one. Records of a partition that is not assigned, and those below what was received already, are
         dropped. So are all that begin beyond it: what lies between would be lost, and is read again first.
         """
         queue = self._queues.get(partition)
@@ -268,12 +175,12 @@ class Scheduler:
         )
 
     def is_full(self, partition: Partition) -> bool:
-        """Whether nothing more of a partition is taken until some of its parked messages are settled."""
+        """Whether a partition waits until some delayed messages are settled."""
         queue = self._queues.get(partition)
         return queue is not None and queue.full
 
     def drop_fetched(self, partition: Partition) -> None:
-        """Forget what was fetched of a partition and not taken: it is fetched again from there."""
+        """Drop fetched records that were not taken; they are fetched again."""
         queue = self._queues.get(partition)
         if queue is not None and queue.fetched:
             queue.received = queue.fetched[0].offset
@@ -282,7 +189,10 @@ class Scheduler:
             queue.fetched_bytes = 0
 
     def waiting(self) -> list[tuple[Delivery, int, int]]:
-        """Messages that failed and wait: each with the number in its unit of order, itself included, and the frontier."""
+        """Return failed messages that wait.
+
+        With each: how many deliveries of its ordering key wait, itself included, and the partition's frontier.
+        """
         return [
             (chain[0], len(chain), queue.frontier)
             for chain in self._delayed.values()
@@ -297,7 +207,10 @@ class Scheduler:
     # -- batches go out ---------------------------------------------------------------------------------------------
 
     def take(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
-        """The next batch, or None. Retries that are due and fresh messages take turns, so that neither waits for ever."""
+        """Return the next batch, or None.
+
+        Retries that are due and fresh messages take turns, so that neither waits for ever.
+        """
         self._retried_last = not self._retried_last
         first, second = (
             (self._take_retries, self._take_fresh) if self._retried_last else (self._take_fresh, self._take_retries)
@@ -306,66 +219,35 @@ class Scheduler:
 
     def _take_retries(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
         retries: list[Delivery] = []
-        for unit, due in self._due.items():
+        for key, due in self._due.items():
             if due <= now and bytes_max > 0 and len(retries) < messages_max:
-                retries.append(self._delayed[unit][0])
+                retries.append(self._delayed[key][0])
                 bytes_max -= size_of(retries[-1].record)
         return Batch(retries, {}, self._epochs()) if retries else None
 
     def _take_fresh(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
+        is_taken = bool(self._ready)
         deliveries: list[Delivery] = []
-        ends: dict[Partition, int] = {}
-        taken = bool(self._ready)
         while self._ready and len(deliveries) < messages_max:
             deliveries.append(self._ready.popleft())
         freed = len(deliveries)
+        ends: dict[Partition, int] = {}
         segments: list[tuple[Partition, int, int]] = []
-        room_bytes = bytes_max
         bytes_share = self._bytes_share()
         for partition, queue in self._queues.items():
             if queue.full:
                 continue
             begin = len(deliveries)
             handlers = self._handlers.get(partition.topic, ())
-            number = min(len(queue.fetched), messages_max - len(deliveries))
-            if len(handlers) == 1 and number > 0 and not self._delayed and not queue.saved_attempts:
-                # As nearly always: nothing waits, so that nothing has to be looked at but the sizes.
-                size = sum(islice(queue.sizes, number))
-                if size <= room_bytes:
-                    [handler] = handlers
-                    taken = True
-                    room_bytes -= size
-                    queue.fetched_bytes -= size
-                    pop, drop = queue.fetched.popleft, queue.sizes.popleft
-                    deliveries += [Delivery(handler, pop()) for _ in range(number)]
-                    for _ in range(number):
-                        drop()
-                    ends[partition] = deliveries[-1].record.offset + 1
-            while (
-                queue.fetched
-                and queue.delayed < self._delayed_max
-                and queue.delayed_bytes < bytes_share
-                and len(deliveries) < messages_max
-                and (room_bytes > 0 or not deliveries)
-            ):
-                record = queue.fetched.popleft()
-                taken = True
-                size = queue.sizes.popleft()
-                queue.fetched_bytes -= size
-                room_bytes -= size
-                for handler in handlers:
-                    delivery = Delivery(handler, record)
-                    if not (
-                        (queue.saved_attempts and self._restore_attempt(queue, delivery))
-                        or (self._delayed and self._queue_behind(delivery))
-                    ):
-                        deliveries.append(delivery)
-                ends[partition] = record.offset + 1
+            bytes_max, end = self._take_fetched(queue, handlers, deliveries, messages_max, bytes_max, bytes_share)
+            if end is not None:
+                is_taken = True
+                ends[partition] = end
             if len(deliveries) > begin:
                 segments.append((partition, begin, len(deliveries)))
             if not queue.fetched and queue.received > queue.frontier:
                 ends[partition] = queue.received
-        if ends and not taken:
+        if ends and not is_taken:
             if now < self._idle_batch_after:
                 return None
             self._idle_batch_after = now + self._idle_batch_interval
@@ -375,10 +257,58 @@ class Scheduler:
             self._queues[first] = self._queues.pop(first)
         return Batch(_in_log_order(deliveries, freed, segments), ends, self._epochs()) if deliveries or ends else None
 
-    def batch_up_to(self, partition: Partition, deliveries: Iterable[Delivery], end: int) -> Batch:
-        """A batch of deliveries that the caller has chosen, in offset order; everything else below `end` is settled.
+    def _take_fetched(
+        self,
+        queue: _PartitionQueue,
+        handlers: Sequence[Handler],
+        deliveries: list[Delivery],
+        messages_max: int,
+        bytes_max: int,
+        bytes_share: int,
+    ) -> tuple[int, int | None]:
+        """Append deliveries of one partition to `deliveries`, within the limits.
 
-        Those whose unit waits for a failed message queue behind it. The partition must be open.
+        Returns how many bytes may still be taken, and the offset after the last record taken.
+        """
+        end: int | None = None
+        number = min(len(queue.fetched), messages_max - len(deliveries))
+        if len(handlers) == 1 and number > 0 and not self._delayed and not queue.saved_attempts:
+            # Fast path: nothing is delayed, so only the sizes count.
+            size = sum(islice(queue.sizes, number))
+            if size <= bytes_max:
+                [handler] = handlers
+                bytes_max -= size
+                queue.fetched_bytes -= size
+                pop, drop = queue.fetched.popleft, queue.sizes.popleft
+                deliveries += [Delivery(handler, pop()) for _ in range(number)]
+                for _ in range(number):
+                    drop()
+                end = deliveries[-1].record.offset + 1
+        while (
+            queue.fetched
+            and queue.delayed < self._delayed_max
+            and queue.delayed_bytes < bytes_share
+            and len(deliveries) < messages_max
+            and (bytes_max > 0 or not deliveries)
+        ):
+            record = queue.fetched.popleft()
+            size = queue.sizes.popleft()
+            queue.fetched_bytes -= size
+            bytes_max -= size
+            for handler in handlers:
+                delivery = Delivery(handler, record)
+                if not (
+                    (queue.saved_attempts and self._restore_attempt(queue, delivery))
+                    or (self._delayed and self._queue_behind(delivery))
+                ):
+                    deliveries.append(delivery)
+            end = record.offset + 1
+        return bytes_max, end
+
+    def batch_up_to(self, partition: Partition, deliveries: Iterable[Delivery], end: int) -> Batch:
+        """Return a batch of chosen deliveries, in offset order.
+
+        Everything else below `end` is settled. Deliveries whose key waits for a failed message queue behind it. The partition must be assigned.
         """
         queue = self._queues[partition]
         queue.received = max(queue.received, end)
@@ -386,13 +316,13 @@ class Scheduler:
         return Batch(free, {partition: end}, self._epochs())
 
     def _bytes_share(self) -> int:
-        """Bytes that may be parked of one partition."""
-        return max(_DELAYED_BYTES_LEAST, self._delayed_bytes_max // max(1, len(self._queues)))
+        """Return how many bytes of one partition may be delayed."""
+        return max(_DELAYED_BYTES_MIN, self._delayed_bytes_max // max(1, len(self._queues)))
 
     def batch_of(self, deliveries: Iterable[Delivery]) -> Batch:
-        """A batch in the caller's order, across partitions; frontiers stay where they are.
+        """Return a batch in the caller's order, across partitions.
 
-        Deliveries whose unit waits for a failed message queue behind it. Their partitions must be open.
+        Frontiers stay where they are. Deliveries whose key waits for a failed message queue behind it. Their partitions must be assigned.
         """
         free = [each for each in deliveries if not (self._delayed and self._queue_behind(each))]
         return Batch(free, {}, self._epochs())
@@ -401,12 +331,15 @@ class Scheduler:
         return {partition: queue.assignment_epoch for partition, queue in self._queues.items()}
 
     def _current_queue(self, batch: Batch, partition: Partition) -> _PartitionQueue | None:
-        """The partition as the batch knew it; None when it was closed, or opened again, since."""
+        """Return the partition; None if it was revoked or assigned again since."""
         queue = self._queues.get(partition)
         return queue if queue is not None and queue.assignment_epoch == batch.assignment_epochs.get(partition) else None
 
     def is_blocked(self, delivery: Delivery) -> bool:
-        """Whether a message of its unit before it has failed, in an earlier part of the same batch for example."""
+        """Whether an earlier message of its key has failed.
+
+        For example in an earlier part of the same batch.
+        """
         chain = self._delayed.get(delivery.ordering_key()) if self._delayed else None
         return chain is not None and chain[0] is not delivery
 
@@ -419,33 +352,33 @@ class Scheduler:
         return True
 
     def _restore_attempt(self, queue: _PartitionQueue, delivery: Delivery) -> bool:
-        """Whether a message has failed before a restart: then it waits as it did, and what follows it waits behind it."""
+        """Whether a message failed before a restart; then it waits again."""
         tried = queue.saved_attempts.pop((delivery.handler.number, delivery.record.offset), None)
         if tried is None:
             return False
         delivery.attempts = tried.attempts
         if not self._queue_behind(delivery):
-            unit = delivery.ordering_key()
-            self._delayed[unit], self._due[unit] = deque([delivery]), tried.due
+            key = delivery.ordering_key()
+            self._delayed[key], self._due[key] = deque([delivery]), tried.due
             self._delay(queue, delivery)
         return True
 
     # -- behind dead letters ----------------------------------------------------------------------------------------
 
     def mark_possibly_held(self, delivery: Delivery) -> None:
-        """Note that the chain of a delivery may be held: later messages of it are asked about."""
+        """Record that a dead letter may hold the key of a delivery."""
         queue, chain = self._queues.get(delivery.partition), delivery.ordering_key_hash()
         if queue is not None and chain is not None:
             queue.possibly_held.add((delivery.handler.number, chain))
 
     def mark_not_held(self, delivery: Delivery) -> None:
-        """Note that the chain of a delivery is held no more."""
+        """Record that no dead letter holds the key of a delivery."""
         queue, chain = self._queues.get(delivery.partition), delivery.ordering_key_hash()
         if queue is not None and chain is not None:
             queue.possibly_held.discard((delivery.handler.number, chain))
 
     def possibly_held(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
-        """Those whose chain may be held by a dead letter. Costs nothing where there are none."""
+        """Return deliveries whose key a dead letter may hold."""
         if not any(queue.possibly_held for queue in self._queues.values()):
             return []
         return [
@@ -466,30 +399,33 @@ class Scheduler:
             queue.unsettled[delivery.record.offset] = queue.unsettled.get(delivery.record.offset, 0) + 1
 
     def next_due(self) -> float | None:
-        """When the earliest retry is due."""
+        """Return when the earliest retry is due."""
         return min(self._due.values(), default=None)
 
     # -- and are settled --------------------------------------------------------------------------------------------
 
     def is_current(self, batch: Batch) -> bool:
-        """Whether every partition that was open when a batch was taken is still open as it was."""
+        """Whether all partitions are assigned as when the batch was taken."""
         return all(
             (queue := self._queues.get(partition)) is not None and queue.assignment_epoch == opening
             for partition, opening in batch.assignment_epochs.items()
         )
 
     def position_updates(self, batch: Batch, delayed: Iterable[Delivery]) -> list[PositionUpdate]:
-        """What the positions become when `batch` is settled but for the deliveries in `parked`. Changes nothing."""
-        staying = set(delayed)
+        """Return what positions become when a batch is settled.
+
+        delayed: its deliveries that are not settled. Changes nothing.
+        """
+        unsettled_now = set(delayed)
         opened: dict[Partition, dict[int, int]] = {}
         for delivery in batch.deliveries:
-            if delivery.delayed != (delivery in staying):
+            if delivery.delayed != (delivery in unsettled_now):
                 counts = opened.get(delivery.partition)
                 if counts is None:
                     queue = self._current_queue(batch, delivery.partition)
                     counts = opened[delivery.partition] = dict(queue.unsettled) if queue else {}
                 offset = delivery.record.offset
-                counts[offset] = counts.get(offset, 0) + (1 if delivery in staying else -1)
+                counts[offset] = counts.get(offset, 0) + (1 if delivery in unsettled_now else -1)
         found: list[PositionUpdate] = []
         for partition in {*batch.ends, *opened}:
             queue = self._current_queue(batch, partition)
@@ -505,9 +441,9 @@ class Scheduler:
     def settle(self, batch: Batch, delayed: Mapping[Delivery, float], updates: Sequence[PositionUpdate]) -> None:
         """Record what a committed transaction has settled.
 
-        parked: the deliveries that are not settled, with the time of their next attempt; those that only wait behind a
-        failed one of their unit are among them (their own time does not count). Of partitions that were closed since
-        the batch was taken, nothing is recorded: their next owner reads their messages again.
+        delayed: the deliveries that are not settled, with the time of their next attempt; those that only wait behind a
+        failed one of their key are among them (their own time does not count). Of partitions that were revoked since the
+        batch was taken, nothing is recorded: their next owner reads their messages again.
         """
         failed: dict[Hashable, list[Delivery]] = {}
         for delivery in batch.deliveries:
@@ -527,16 +463,16 @@ class Scheduler:
                     chain.popleft()
                     self._ready.extendleft(reversed(chain))
                     del self._delayed[delivery.ordering_key()], self._due[delivery.ordering_key()]
-        if self._ready and (anew := {unit for unit in failed if unit not in self._delayed}):
-            self._block_ready(anew)
-        for unit, deliveries in failed.items():
-            chain = self._delayed.get(unit)
+        if self._ready and (failed_again := {key for key in failed if key not in self._delayed}):
+            self._block_ready(failed_again)
+        for key, deliveries in failed.items():
+            chain = self._delayed.get(key)
             if chain is None or len(deliveries) > 1 or chain[0] is not deliveries[0]:
                 # Parts of a batch are settled one by one, so these may come after, or between, those that wait already.
                 waiting = {*(chain or ()), *deliveries}
-                self._delayed[unit] = chain = deque(sorted(waiting, key=lambda each: each.record.offset))
+                self._delayed[key] = chain = deque(sorted(waiting, key=lambda each: each.record.offset))
             if chain[0] in delayed:
-                self._due[unit] = delayed[chain[0]]
+                self._due[key] = delayed[chain[0]]
         for partition, end in batch.ends.items():
             queue = self._current_queue(batch, partition)
             if queue is not None:
@@ -546,13 +482,13 @@ class Scheduler:
             if queue is not None:
                 queue.position = move.next
 
-    def _block_ready(self, units: set[Hashable]) -> None:
-        """What was free to run of units that have failed anew waits again."""
+    def _block_ready(self, keys: set[Hashable]) -> None:
+        """Block what was free to run of keys that have failed again."""
         free: deque[Delivery] = deque()
         for each in self._ready:
-            unit = each.ordering_key()
-            if unit in units:
-                self._delayed.setdefault(unit, deque()).append(each)
+            key = each.ordering_key()
+            if key in keys:
+                self._delayed.setdefault(key, deque()).append(each)
             else:
                 free.append(each)
         self._ready = free

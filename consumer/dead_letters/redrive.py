@@ -20,11 +20,12 @@ from typing import Any, TypeVar
 from consumer.app import App
 from consumer.core.dead_letter_seal import REST, VALUE, altered
 from consumer.core.dead_letters import DeadLetterState
+from consumer.core.delivery import Batch, Delivery
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.handler import Handler
 from consumer.core.identity import OffsetId, edit_id, message_id
 from consumer.core.message import LogRecord
-from consumer.core.ordering import Batch, Delivery, Scheduler
+from consumer.core.ordering import Scheduler
 from consumer.core.outcome import Reason
 from consumer.core.retry import Retry
 from consumer.dead_letters.session import Edit, Letter, LetterSession, NotOurs

@@ -18,8 +18,8 @@ from typing import Any
 from uuid import UUID
 
 from consumer.core.dead_letters import DeadLetterState, Transition, group_of, next_state
+from consumer.core.delivery import Delivery, PositionUpdate
 from consumer.core.errors import ConsumerError
-from consumer.core.ordering import Delivery, PositionUpdate
 from consumer.core.outcome import Dead, Outcome, Reason, RetryLater
 from consumer.core.sqlstate import Meaning
 from consumer.postgres import claims, dead_letter_actions

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import asyncpg
 from asyncpg.pgproto.pgproto import UUID
 
-from consumer.core.ordering import Delivery
+from consumer.core.delivery import Delivery
 from consumer.core.retention import is_time, may_be_forgotten
 from consumer.postgres import generations
 from consumer.postgres.claim_sql import FIRST, READ, STANDING, Generations, Statements, statements

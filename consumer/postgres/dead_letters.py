@@ -26,8 +26,8 @@ from uuid import UUID
 
 from consumer.core.dead_letter_seal import seal
 from consumer.core.dead_letters import DeadLetterState, KeyHold, blocks_key, group_of
+from consumer.core.delivery import Delivery, SavedAttempts
 from consumer.core.message import Partition
-from consumer.core.ordering import Delivery, SavedAttempts
 from consumer.core.outcome import Dead, Reason
 from consumer.postgres.protocol import Connection
 

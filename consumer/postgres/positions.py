@@ -10,9 +10,9 @@ import uuid
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
+from consumer.core.delivery import PositionUpdate
 from consumer.core.log_identity import Position, RecordFingerprint
 from consumer.core.message import Partition
-from consumer.core.ordering import PositionUpdate
 from consumer.postgres.protocol import Connection
 
 _WRITE = """

@@ -15,10 +15,10 @@ from typing import Any, Self
 import asyncpg
 
 from consumer.core.dead_letters import KeyHold
+from consumer.core.delivery import Delivery, PositionUpdate, SavedAttempts
 from consumer.core.errors import Misconfigured
 from consumer.core.log_identity import Position
 from consumer.core.message import Partition
-from consumer.core.ordering import Delivery, PositionUpdate, SavedAttempts
 from consumer.core.outcome import Dead
 from consumer.deferred_writes.writer import BulkWriter
 from consumer.postgres import claims, dead_letters, grants, handlers, positions, server

@@ -22,10 +22,10 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError, RedisError, ResponseError
 from redis.retry import Retry
 
+from consumer.core.delivery import Delivery
 from consumer.core.errors import Misconfigured
 from consumer.core.handler import Handler
 from consumer.core.hosts import certificate_fault
-from consumer.core.ordering import Delivery
 from consumer.core.outcome import DUPLICATE, Cause
 from consumer.logs import describe, event
 from consumer.precheck.breaker import Breaker, Sampler

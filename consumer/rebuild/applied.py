@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from consumer.core.delivery import Delivery
 from consumer.core.errors import CannotTell
 from consumer.core.fingerprint import BYTES
 from consumer.core.handler import Handler
 from consumer.core.message import LogRecord, Partition
-from consumer.core.ordering import Delivery
 from consumer.core.outcome import DUPLICATE, SKIPPED, Cause, Dead
 from consumer.handler_records.source_text import Versions
 from consumer.kafka.bounds import Span

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from consumer.core.delivery import Delivery, size_of
 from consumer.core.message import Partition, Record
-from consumer.core.ordering import Delivery, size_of
 
 LOOKAHEAD = 2000  # entries of a partition that must be known before its first one is handed out
 _CONTRADICTED_MAX = 1000  # messages, after which no more are looked for

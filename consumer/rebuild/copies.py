@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 from uuid import UUID, uuid4
 
 from consumer.core.dead_letters import KeyHold
+from consumer.core.delivery import Batch, Delivery, PositionUpdate
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.identifiers import ident
-from consumer.core.ordering import Batch, Delivery, PositionUpdate
 from consumer.core.outcome import Dead
 from consumer.deferred_writes.writer import BulkWriter
 from consumer.postgres.claims import ExistingClaim

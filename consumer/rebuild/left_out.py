@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from consumer.core.delivery import Delivery
 from consumer.core.message import Partition
-from consumer.core.ordering import Delivery
 from consumer.core.retention import may_be_forgotten
 from consumer.handler_records import coverage
 from consumer.handler_records.settled_ranges import Stretch

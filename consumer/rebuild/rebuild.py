@@ -24,10 +24,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from consumer.app import App
+from consumer.core.delivery import Batch, Delivery
 from consumer.core.errors import CannotTell, Misconfigured, Reject
 from consumer.core.handler import Call, Handler
 from consumer.core.message import Partition, Record
-from consumer.core.ordering import Batch, Delivery, Scheduler
+from consumer.core.ordering import Scheduler
 from consumer.core.outcome import Cause, Dead, Duplicate, Reason, RetryLater, Skipped
 from consumer.core.retry import Retry
 from consumer.handler_records import handler_code

@@ -13,9 +13,9 @@ from functools import cached_property
 from typing import Any, NamedTuple
 from uuid import UUID
 
+from consumer.core.delivery import Delivery
 from consumer.core.fingerprint import BYTES
 from consumer.core.message import Partition
-from consumer.core.ordering import Delivery
 from consumer.core.outcome import Dead, Outcome, Reason, RetryLater
 from consumer.handler_records.settled_ranges import Stretch
 from consumer.postgres.claims import REDELIVERED, ExistingClaim

@@ -11,9 +11,9 @@ from typing import Any
 from uuid import UUID
 
 from consumer.core.dead_letters import edit_fault
+from consumer.core.delivery import Delivery
 from consumer.core.handler import Handler
 from consumer.core.message import LogRecord
-from consumer.core.ordering import Delivery
 from consumer.replay.findings import EDITED, Findings
 from consumer.transaction.identify import by_bytes, identify
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
+from consumer.core.delivery import Delivery
 from consumer.core.handler import Handler
 from consumer.core.log_identity import Position
 from consumer.core.message import Partition
-from consumer.core.ordering import Delivery
 from consumer.kafka.bounds import Span
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.log_reader import read

@@ -25,12 +25,13 @@ from typing import Any, Literal
 from consumer import tls
 from consumer.app import App
 from consumer.app_loader import running
+from consumer.core.delivery import Batch, Delivery
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.handler import Handler
 from consumer.core.identity import CallableId, ids_of_text
 from consumer.core.log_identity import ObservedLog, check_log
 from consumer.core.message import Partition, Record
-from consumer.core.ordering import Batch, Delivery, Scheduler
+from consumer.core.ordering import Scheduler
 from consumer.core.outcome import Dead, Outcome, RetryLater
 from consumer.core.suggestions import UnknownName, suggestion
 from consumer.handler_records import coverage, handler_code, id_rules

@@ -19,8 +19,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from consumer.core.dead_letters import KeyHold, blocks_key
+from consumer.core.delivery import Delivery
 from consumer.core.message import Partition
-from consumer.core.ordering import Delivery, Scheduler
+from consumer.core.ordering import Scheduler
 from consumer.core.outcome import Dead
 from consumer.postgres.session import Session
 

@@ -14,9 +14,9 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from consumer.core.delivery import Delivery
 from consumer.core.errors import Misconfigured
 from consumer.core.message import Partition
-from consumer.core.ordering import Delivery
 from consumer.core.retention import (
     HOUR,
     Drop,

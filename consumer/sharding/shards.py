@@ -11,8 +11,8 @@ import os
 from collections.abc import Sequence
 
 from consumer.app import App
+from consumer.core.delivery import Delivery
 from consumer.core.errors import Misconfigured
-from consumer.core.ordering import Delivery
 from consumer.core.shard_route import RECORDED_MAX, Probes, RouteFault, Router, explain_change, shown
 from consumer.postgres import positions, shard_tables
 from consumer.postgres.connection import dsn_label, translated_errors

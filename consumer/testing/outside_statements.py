@@ -16,9 +16,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from consumer.core.delivery import Delivery
 from consumer.core.handler import Handler
 from consumer.core.message import Message
-from consumer.core.ordering import Delivery
 from consumer.postgres.sql_text import transaction_control
 from consumer.testing.messages import Outside, place_of
 from consumer.testing.outside_rows import OutsideRows

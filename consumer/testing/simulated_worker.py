@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from consumer.app import App
+from consumer.core.delivery import Batch, Delivery
 from consumer.core.errors import Reject, Unreadable
 from consumer.core.handler import Handler
 from consumer.core.log_identity import Position
 from consumer.core.message import Partition, Record
-from consumer.core.ordering import Batch, Delivery, Scheduler
+from consumer.core.ordering import Scheduler
 from consumer.core.outcome import APPLIED, Applied, Cause, Dead, Duplicate, Outcome, RetryLater, Skipped
 from consumer.postgres.session import Session
 from consumer.replay.effects import Rows, rows_written, sequences_moved

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from consumer.core.dead_letters import blocks_key
+from consumer.core.delivery import Batch, Delivery
 from consumer.core.evidence import Evidence
-from consumer.core.ordering import Batch, Delivery, Scheduler
+from consumer.core.ordering import Scheduler
 from consumer.postgres.errors import Fenced
 from consumer.postgres.session import Session
 from consumer.transaction.dead_letter_rate import DeadLetterRateLimit

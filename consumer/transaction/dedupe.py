@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from consumer.core.dead_letters import KeyHold
+from consumer.core.delivery import Delivery
 from consumer.core.fingerprint import BYTES
-from consumer.core.ordering import Delivery, Scheduler
+from consumer.core.ordering import Scheduler
 from consumer.core.outcome import DUPLICATE, Applied, Cause, Dead, Duplicate, Outcome, Reason, RetryLater, Skipped
 from consumer.core.retention import is_time, what_is_wrong
 from consumer.postgres.claims import REDELIVERED, ExistingClaim

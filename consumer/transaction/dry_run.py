@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from consumer.core.ordering import Batch, Delivery, Scheduler
+from consumer.core.delivery import Batch, Delivery
+from consumer.core.ordering import Scheduler
 from consumer.postgres.claims import ExistingClaim
 from consumer.postgres.session import Session
 from consumer.transaction.dedupe import claim

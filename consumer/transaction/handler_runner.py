@@ -13,11 +13,11 @@ from contextlib import suppress
 from typing import Any
 
 from consumer.core.dead_letters import blocks_key
+from consumer.core.delivery import Delivery
 from consumer.core.errors import TransactionMisuse, Unreadable
 from consumer.core.evidence import Evidence
 from consumer.core.handler import Handler
 from consumer.core.message import LogRecord, Message
-from consumer.core.ordering import Delivery
 from consumer.core.outcome import SKIPPED, Reason, RetryLater
 from consumer.postgres.session import Session
 from consumer.transaction.errors import facts_of, raise_for_transaction, statements_of_messages

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 from uuid import UUID
 
+from consumer.core.delivery import Delivery
 from consumer.core.message import LogRecord, Partition
-from consumer.core.ordering import Delivery
 from consumer.core.outcome import Outcome
 from consumer.transaction.dedupe import conflict_of
 from consumer.transaction.identify import equal_values

@@ -10,6 +10,7 @@ from typing import Any
 
 from consumer.core.cloudevents import from_event
 from consumer.core.decode import read_again
+from consumer.core.delivery import UNDECODED, Delivery
 from consumer.core.errors import Unreadable
 from consumer.core.fingerprint import BYTES, of_value
 from consumer.core.handler import Handler
@@ -26,7 +27,6 @@ from consumer.core.identity import (
 )
 from consumer.core.log_identity import Position
 from consumer.core.message import LogRecord, Partition
-from consumer.core.ordering import UNDECODED, Delivery
 from consumer.core.outcome import Dead, Reason
 from consumer.core.values import canonical
 

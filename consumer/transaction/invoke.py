@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Generator, Sequence
 from types import CoroutineType, coroutine
 from typing import Any
 
+from consumer.core.delivery import Delivery
 from consumer.core.handler import Handler
-from consumer.core.ordering import Delivery
 from consumer.transaction.limits import CallTracker
 from consumer.transaction.tx import Tx
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from consumer.core.delivery import Batch, Delivery
 from consumer.core.errors import Reject, RunAgain, Unreadable
 from consumer.core.evidence import Evidence, FailureCause, FailureVerdict, Others, judge
-from consumer.core.ordering import Batch, Delivery
 from consumer.core.outcome import Dead, Reason, RetryLater
 from consumer.core.sqlstate import Meaning
 

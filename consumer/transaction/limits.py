@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
+from consumer.core.delivery import Delivery
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.core.handler import Handler
-from consumer.core.ordering import Delivery
 from consumer.logs import event
 from consumer.settings import Settings
 from consumer.transaction.tx import Tx

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from consumer.core.delivery import Batch, Delivery, PositionUpdate
 from consumer.core.fingerprint import BYTES
 from consumer.core.identity import fingerprint
 from consumer.core.log_identity import Position, RecordFingerprint
 from consumer.core.message import Partition
-from consumer.core.ordering import Batch, Delivery, PositionUpdate, Scheduler
+from consumer.core.ordering import Scheduler
 
 
 def position_updates(

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from consumer.core.delivery import Batch, Delivery, PositionUpdate
 from consumer.core.log_identity import Position
 from consumer.core.message import Partition
-from consumer.core.ordering import Batch, Delivery, PositionUpdate, Scheduler
+from consumer.core.ordering import Scheduler
 from consumer.core.outcome import Applied, Dead, Duplicate, Outcome, Reason, RetryLater, Skipped
 
 TOO_OLD = Dead(

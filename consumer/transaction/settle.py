@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
+from consumer.core.delivery import Batch, Delivery
 from consumer.core.evidence import Evidence
-from consumer.core.ordering import Batch, Delivery
 from consumer.core.sqlstate import Meaning
 from consumer.postgres.errors import Conflict, Outage
 from consumer.transaction.errors import facts_of

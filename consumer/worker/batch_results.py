@@ -9,8 +9,8 @@ import asyncio
 import logging
 import time
 
+from consumer.core.delivery import Batch
 from consumer.core.evidence import Evidence
-from consumer.core.ordering import Batch
 from consumer.core.shard_route import Router
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.logs import event

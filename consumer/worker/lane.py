@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from consumer.core.delivery import Batch
 from consumer.core.errors import ConsumerError
 from consumer.core.evidence import Evidence
-from consumer.core.ordering import Batch
 from consumer.core.outcome import RetryLater
 from consumer.logs import describe, event
 from consumer.postgres.errors import Conflict, Fenced, Outage, lock_timed_out, sqlstate_of

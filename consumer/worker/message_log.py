@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from consumer.core.delivery import Delivery
 from consumer.core.errors import RunAgain
-from consumer.core.ordering import Delivery
 from consumer.core.outcome import Dead, Duplicate, Outcome, RetryLater
 from consumer.error_places import error_summary
 from consumer.handler_records.notices import filling

@@ -10,9 +10,9 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
+from consumer.core.delivery import SavedAttempts
 from consumer.core.log_identity import PartitionHalt, Position
 from consumer.core.message import Partition
-from consumer.core.ordering import SavedAttempts
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.logs import event
 from consumer.settings import Settings

@@ -9,8 +9,9 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from consumer.core.delivery import Batch
 from consumer.core.handler import Handler
-from consumer.core.ordering import Batch, Scheduler
+from consumer.core.ordering import Scheduler
 from consumer.postgres.session import Session
 from consumer.settings import Settings
 from consumer.transaction.limits import CallTracker

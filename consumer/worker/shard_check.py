@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 
 from consumer.app import App
-from consumer.core.ordering import Batch, Delivery
+from consumer.core.delivery import Batch, Delivery
 from consumer.core.shard_route import Router
 from consumer.logs import describe, event
 from consumer.sharding import shards as shard_registry

@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
+from consumer.core.delivery import SavedAttempts
 from consumer.core.log_identity import (
     NO_POSITION,
     CommittedOffset,
@@ -23,7 +24,6 @@ from consumer.core.log_identity import (
     decide_start,
 )
 from consumer.core.message import Partition
-from consumer.core.ordering import SavedAttempts
 from consumer.handler_records import coverage
 from consumer.handler_records.settled_ranges import Changes, as_text
 from consumer.kafka.consumer import KafkaConsumer

@@ -13,9 +13,10 @@ from contextlib import suppress
 from typing import Any, Protocol
 from uuid import uuid4
 
+from consumer.core.delivery import Delivery
 from consumer.core.evidence import Evidence, FailureCause
 from consumer.core.message import Partition
-from consumer.core.ordering import Delivery, Scheduler
+from consumer.core.ordering import Scheduler
 from consumer.postgres import positions, waiting_messages
 from consumer.postgres.waiting_messages import Row
 from consumer.transaction.dead_letter_rate import TooManyDeadLetters

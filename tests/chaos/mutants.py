@@ -15,10 +15,11 @@ import asyncpg
 from asyncpg.pgproto.pgproto import UUID
 
 from consumer.core import cloudevents
+from consumer.core.delivery import Delivery
 from consumer.core.identity import message_id, offset_id
 from consumer.core.log_identity import Position
 from consumer.core.message import Partition
-from consumer.core.ordering import Delivery, Scheduler
+from consumer.core.ordering import Scheduler
 from consumer.dead_letters.session import LetterSession
 from consumer.handler_records.settled_ranges import Changes
 from consumer.kafka import consumer as kafka

@@ -21,7 +21,7 @@ from chaos.run import Run
 from chaos.schedule import KINDS, draw
 from chaos.workload import plan
 from consumer import App, Tx
-from consumer.core.ordering import Delivery
+from consumer.core.delivery import Delivery
 from consumer.core.outcome import DUPLICATE, Cause, Dead, Reason
 from consumer.transaction.result import ended_by_handler
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from consumer import App
+from consumer.core.delivery import Batch, Delivery, size_of
 from consumer.core.handler import Handler
 from consumer.core.message import LogRecord, Partition
-from consumer.core.ordering import Batch, Delivery, Scheduler, size_of
+from consumer.core.ordering import Scheduler
 from consumer.transaction.apply import apply_batch
 from consumer.transaction.identify import identify
 from consumer.transaction.result import LedgerIds

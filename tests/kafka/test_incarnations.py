@@ -33,9 +33,9 @@ from harness import (
 )
 
 from consumer import App, Retry, Tx
+from consumer.core.delivery import PositionUpdate
 from consumer.core.log_identity import Position
 from consumer.core.message import Partition
-from consumer.core.ordering import PositionUpdate
 from consumer.kafka.admin import group_offsets
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.log_inspection import LogInspection

@@ -12,8 +12,8 @@ import pytest
 from harness import as_worker, migrated, settings_for, until
 
 from consumer import App, Tx
+from consumer.core.delivery import Delivery
 from consumer.core.message import LogRecord
-from consumer.core.ordering import Delivery
 from consumer.postgres import claim_sql
 from consumer.postgres.claims import REDELIVERED
 from consumer.postgres.session import CONFLICTS_CLASS, Session

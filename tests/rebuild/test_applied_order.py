@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer import App
+from consumer.core.delivery import Delivery
 from consumer.core.message import Partition
-from consumer.core.ordering import Delivery
 from consumer.core.outcome import DUPLICATE, Cause
 from consumer.rebuild.applied_order import AppliedOrder, Backlog, Entry, transactions
 

@@ -37,8 +37,8 @@ from harness import (
 )
 
 from consumer import App, Reject, Tx
+from consumer.core.delivery import Delivery
 from consumer.core.message import LogRecord
-from consumer.core.ordering import Delivery
 from consumer.core.retention import Drop
 from consumer.postgres import generations
 from consumer.postgres.session import Session

@@ -13,8 +13,8 @@ from harness import Place, Sent, consume_all, counts, drained, query, until, val
 from redis.asyncio import Redis
 
 from consumer import App, Message, Retry, RunAgain, Tx
+from consumer.core.delivery import Delivery
 from consumer.core.message import LogRecord
-from consumer.core.ordering import Delivery
 from consumer.core.outcome import RetryLater
 from consumer.local_servers import Valkey
 from consumer.schemes.lock import LateWriter, Lock, check_fence

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from consumer import App
+from consumer.core.delivery import Delivery
 from consumer.core.message import LogRecord
-from consumer.core.ordering import Delivery
 from consumer.transaction.invoke import HandlerEnded, finish_call, start_call
 from consumer.transaction.limits import CallTracker
 

@@ -15,9 +15,9 @@ from harness import Place, Sent, consume_all, drained, letters, until, value, wo
 
 from consumer import App, Retry, RunAgain, Tx
 from consumer.admin import report
+from consumer.core.delivery import Batch, Delivery
 from consumer.core.evidence import Evidence
 from consumer.core.message import LogRecord
-from consumer.core.ordering import Batch, Delivery
 from consumer.core.outcome import RetryLater
 from consumer.postgres import waiting_messages
 from consumer.postgres.errors import Conflict, Outage

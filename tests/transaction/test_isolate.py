@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer import App, Reject, Retry, RunAgain
+from consumer.core.delivery import Batch, Delivery
 from consumer.core.errors import Unreadable
 from consumer.core.message import LogRecord
-from consumer.core.ordering import Batch, Delivery
 from consumer.core.outcome import Dead, Reason, RetryLater
 from consumer.core.sqlstate import Meaning
 from consumer.transaction.isolate import (

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from consumer import App
+from consumer.core.delivery import Batch, Delivery
 from consumer.core.errors import ConsumerError
 from consumer.core.message import LogRecord
-from consumer.core.ordering import Batch, Delivery
 from consumer.core.outcome import Outcome
 from consumer.postgres.errors import Conflict, Outage
 from consumer.transaction.isolate import Part, TransactionPoisoned
