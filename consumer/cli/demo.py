@@ -6,11 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from consumer.cli.terminal import (
-    AsJson,
-    cli,
-    command,
-)
+from consumer.cli.framework import AsJson, cli, command
 
 
 @command(cli, "demo")

@@ -13,7 +13,8 @@ import typer
 
 from consumer.app import App
 from consumer.app_loader import load_app
-from consumer.cli.terminal import AppPath, AsJson, Refused, cli, command, print_json
+from consumer.cli.framework import AppPath, AsJson, Refused, cli, command
+from consumer.cli.output import print_json
 from consumer.core.errors import Misconfigured
 from consumer.core.suggestions import UnknownName, suggestion
 from consumer.schemes.states import StateMachine

@@ -16,20 +16,10 @@ from rich.table import Table
 from consumer.admin import report
 from consumer.app_loader import load_app
 from consumer.cli import name_filters
+from consumer.cli.framework import POSTGRES, AsJson, command, dlq
+from consumer.cli.ledger_access import with_ledger
+from consumer.cli.output import names, out, print_json, printable, right, show
 from consumer.cli.per_shard import ShardName, ShardsOf, over
-from consumer.cli.terminal import (
-    POSTGRES,
-    AsJson,
-    command,
-    dlq,
-    names,
-    out,
-    print_json,
-    printable,
-    right,
-    show,
-    with_ledger,
-)
 from consumer.core.dead_letters import DeadLetterState, age_seconds
 from consumer.core.errors import Misconfigured
 from consumer.core.outcome import Reason

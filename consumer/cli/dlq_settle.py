@@ -20,21 +20,14 @@ import typer
 
 from consumer.app import App
 from consumer.app_loader import load_app, running
-from consumer.cli import name_filters, terminal
+from consumer.cli import name_filters
 from consumer.cli.dlq import ForReason, NewerThan, OfGroup, OfHandler, OfTopic, OlderThan, filters
+from consumer.cli.framework import POSTGRES, AppPath, AsJson, Refused, command, dlq
+from consumer.cli.output import out, print_json, printable
 from consumer.cli.per_shard import ShardName
-from consumer.cli.terminal import (
-    POSTGRES,
-    AppPath,
-    AsJson,
-    Interrupted,
-    Refused,
-    command,
-    dlq,
-    out,
-    print_json,
-    printable,
-)
+from consumer.cli.progress import progress
+from consumer.cli.prompts import ask
+from consumer.cli.signals import Interrupted
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.outcome import Reason
 from consumer.core.suggestions import suggestion
@@ -287,7 +280,7 @@ def _ask(question: str, wanted: _Wanted) -> None:
         raise Misconfigured(
             f"{question.removesuffix('?')}: say --yes, since nobody can be asked here (--dry-run shows the letters)"
         )
-    if not terminal.ask(question):
+    if not ask(question):
         raise Refused("nothing was changed")
 
 
@@ -393,7 +386,7 @@ async def _each(drive: Redrive, numbers: Sequence[int], left_out: int, wanted: _
     ended = False
     error = ""
     try:
-        with terminal.progress("letters") as bar:
+        with progress("letters") as bar:
             doing = f"{wanted.verb.removesuffix('y')}{'ing' if wanted.why is not None else 'ying'}"
             async for done in _run(drive, numbers, wanted):
                 answer.add(done)

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from consumer.cli import interrupts
-from consumer.cli.terminal import cli
+from consumer.cli.framework import cli
 
 # Each module registers its commands. `run` imports only its own, and starts sooner.
 _RUN = "run"

@@ -12,14 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from consumer.app_loader import load_app
+from consumer.cli.framework import POSTGRES, cli, command
+from consumer.cli.ledger_access import connected, with_ledger
 from consumer.cli.per_shard import ShardName, ShardsOf, over
-from consumer.cli.terminal import (
-    POSTGRES,
-    cli,
-    command,
-    connected,
-    with_ledger,
-)
 from consumer.core.errors import Misconfigured
 from consumer.handler_records import coverage
 from consumer.postgres import grants

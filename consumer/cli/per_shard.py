@@ -12,8 +12,8 @@ import typer
 
 from consumer.app import App
 from consumer.app_loader import load_app
-from consumer.cli import terminal
-from consumer.cli.terminal import out, print_json
+from consumer.cli.framework import Refused
+from consumer.cli.output import collecting, out, print_json
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.core.suggestions import UnknownName, suggestion
 from consumer.kafka.errors import KafkaError
@@ -59,7 +59,7 @@ async def over(app: App | str | None, shard: str | None, settings: Settings, as_
         if not as_json:
             out.print(f"shard {name}:", markup=False, highlight=False)
         try:
-            with terminal.collecting() as collected:
+            with collecting() as collected:
                 code = max(code, await run(found[name]))
             answers[name] = collected[0] if collected else None
         except UnknownName as error:
@@ -67,7 +67,7 @@ async def over(app: App | str | None, shard: str | None, settings: Settings, as_
             answers[name] = []
         except (ConsumerError, KafkaError, TimeoutError, OSError) as error:
             faults[name] = str(error) or type(error).__name__
-        except terminal.Refused as refused:  # by one, which says nothing of the others
+        except Refused as refused:  # by one, which says nothing of the others
             code = max(code, 1)
             if not as_json:
                 out.print(str(refused), markup=False, highlight=False)

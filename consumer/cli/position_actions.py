@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from consumer.admin import report
 from consumer.app import App
-from consumer.cli.terminal import Refused, print_json, with_ledger
+from consumer.cli.framework import Refused
+from consumer.cli.ledger_access import with_ledger
+from consumer.cli.output import print_json
 from consumer.core.errors import Misconfigured
 from consumer.core.log_identity import ObservedLog, Position, check_log
 from consumer.core.message import Partition

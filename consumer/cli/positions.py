@@ -8,9 +8,9 @@ import typer
 
 from consumer.app_loader import load_app
 from consumer.cli import position_actions as actions
+from consumer.cli.framework import SERVICES, AppPath, AsJson, cli, command
 from consumer.cli.per_shard import ShardName, over
 from consumer.cli.status import status_of
-from consumer.cli.terminal import SERVICES, AppPath, AsJson, cli, command
 from consumer.core.errors import Misconfigured
 from consumer.core.suggestions import UnknownName, suggestion
 from consumer.settings import Settings

@@ -13,8 +13,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
+from consumer.cli.framework import AsJson, Refused, cli, command
+from consumer.cli.ledger_access import connected
+from consumer.cli.output import err, out, print_json
 from consumer.cli.per_shard import ShardName, ShardsOf, over
-from consumer.cli.terminal import AsJson, Refused, cli, command, connected, err, out, print_json
 from consumer.core.errors import Misconfigured
 from consumer.core.message import Partition
 from consumer.core.retention import HOUR, LedgerState, RotateGeneration, Step, Wait, contradictions, wanted

@@ -20,8 +20,9 @@ from rich.table import Column, Table
 
 from consumer.app import App
 from consumer.app_loader import load_app
-from consumer.cli import terminal
-from consumer.cli.terminal import AppPath, AsJson, cli, command, err, out, printable
+from consumer.cli.framework import AppPath, AsJson, cli, command
+from consumer.cli.output import err, out, print_json, printable
+from consumer.cli.progress import progress
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.postgres.connection import dsn_label
 from consumer.replay import html_page
@@ -232,7 +233,7 @@ async def _replay(
             markup=False,
         )
     try:
-        with terminal.progress("offsets") as told:
+        with progress("offsets") as told:
             save = kept.save if kept is not None else None
             findings = await replay(
                 app, settings, topics, options, Told(told.line, told.announce, told.progress, save), resumed, alone=True
@@ -241,13 +242,13 @@ async def _replay(
         if as_json:  # who reads JSON learns of it there too
             unknown = Verdict.UNKNOWN
             answer = {"verdict": unknown.value, "exit_code": unknown.exit_code, "answer": str(error)}
-            terminal.print_json({"app": app.name, "mode": options.mode, **answer})
+            print_json({"app": app.name, "mode": options.mode, **answer})
         raise
     if kept is not None:
         kept.delete()
     found = findings.as_dict()
     if as_json:
-        terminal.print_json(found)
+        print_json(found)
     else:
         _show(findings, found)
     if report is not None:  # last: a disk that is full by now must not cost the answer

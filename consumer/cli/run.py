@@ -14,11 +14,7 @@ import typer
 from consumer import logs, tls
 from consumer.app import App
 from consumer.app_loader import load_app
-from consumer.cli.terminal import (
-    AppPath,
-    cli,
-    command,
-)
+from consumer.cli.framework import AppPath, cli, command
 from consumer.core.errors import Misconfigured, ServiceUnavailable
 from consumer.core.identity import OffsetId
 from consumer.core.shard_route import Router

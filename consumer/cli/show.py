@@ -7,16 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from consumer.admin import report
+from consumer.cli.framework import POSTGRES, AsJson, cli, command
+from consumer.cli.ledger_access import with_ledger
+from consumer.cli.output import out, print_json
 from consumer.cli.per_shard import ShardName, ShardsOf, over
-from consumer.cli.terminal import (
-    POSTGRES,
-    AsJson,
-    cli,
-    command,
-    out,
-    print_json,
-    with_ledger,
-)
 from consumer.core.errors import Misconfigured
 from consumer.settings import Settings
 

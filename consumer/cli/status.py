@@ -17,10 +17,11 @@ from rich.table import Table
 from consumer.admin import report
 from consumer.app import App
 from consumer.app_loader import load_app
+from consumer.cli.framework import SERVICES, AppPath, AsJson, cli, command
+from consumer.cli.ledger_access import with_ledger as _with_ledger
+from consumer.cli.output import out, print_json
+from consumer.cli.output import right as _right
 from consumer.cli.per_shard import ShardName, over
-from consumer.cli.terminal import SERVICES, AppPath, AsJson, cli, command, out, print_json
-from consumer.cli.terminal import right as _right
-from consumer.cli.terminal import with_ledger as _with_ledger
 from consumer.core.message import Partition
 from consumer.handler_records import notices
 from consumer.kafka import group

@@ -62,17 +62,17 @@ async def test_question_ends_at_once_when_interrupted(desk: Desk, tmp_path: Path
 
 
 ASKS_AGAIN = """
-from consumer import terminal
-from consumer.looping import run
+from consumer.cli import prompts, signals
+from consumer.worker.event_loop import run
 
 async def ask_again():
     for n in range(200):
         try:
-            terminal.ask(f"question {n}")
-        except terminal.Interrupted as ended:
+            prompts.ask(f"question {n}")
+        except signals.Interrupted as ended:
             print(f"code {ended.code}", flush=True)
 
-run(terminal._until_signal(ask_again()))
+run(signals.until_signal(ask_again()))
 """
 
 

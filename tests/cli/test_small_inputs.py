@@ -10,7 +10,7 @@ from pooler import Pooler, needs_pgbouncer
 
 from consumer import App, Misconfigured, RegistrationError, Settings
 from consumer.app_loader import load_app
-from consumer.cli.terminal import _URL_USER
+from consumer.cli.output import _URL_USER
 from consumer.kafka.log_reader import parse
 from consumer.local_servers import Postgres, Valkey
 from consumer.postgres.connection import connect, session_settings

@@ -1,0 +1,162 @@
+"""What every command shares: its arguments and settings as flags, its errors as one line, its exit code.
+
+Imports typer; imports no command. Exit codes: 0 a good answer, 1 a negative answer, 2 it could not start or the result is
+inconclusive, 130 and 143 a signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from pydantic import SecretStr
+
+from consumer import logs
+from consumer.cli.help_text import Command, heading_of, metavar_of
+from consumer.cli.output import fail
+from consumer.cli.signals import Interrupted, signal_handlers_kept, until_signal
+from consumer.core.errors import ConsumerError, Misconfigured
+from consumer.kafka.errors import KafkaError
+from consumer.postgres.errors import redacted_message, sqlstate_of
+from consumer.settings import Settings, load
+from consumer.worker.event_loop import run as run_loop
+
+cli = typer.Typer(
+    name="consumer",
+    help="Consume Kafka topics with each message's effects applied exactly once.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut the names of flags and variables that they should teach
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Every setting is also an environment variable: CONSUMER_ and its name, as shown beside it.",
+)
+dlq = typer.Typer(
+    help="Dead letters: messages that could not be applied, kept with their bytes.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+cli.add_typer(dlq, name="dlq")
+
+AppPath = Annotated[str, typer.Argument(metavar="APP", help='the App, as "module:attribute"', show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+POSTGRES = ("postgres_dsn", "postgres_ca_file", "postgres_pooler", "allow_insecure")
+SERVICES = ("kafka_", *POSTGRES)
+_SHORT = {"grace_seconds": "--grace", "wait_seconds": "--wait"}
+
+
+class Refused(Exception):
+    """The answer is no."""
+
+
+def command(
+    app: typer.Typer, name: str, settings: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """A command whose settings (all whose names begin with one of `settings`) are flags, and whose errors are one line."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., None]:
+        own = [
+            each for each in inspect.signature(function, eval_str=True).parameters.values() if each.name != "settings"
+        ]
+        fields = (
+            {each: field for each, field in Settings.model_fields.items() if each.startswith(settings)}
+            if settings
+            else {}
+        )
+
+        @functools.wraps(function)
+        def call(**given: Any) -> None:
+            flags = {each: given.pop(each) for each in fields}
+            try:
+                _check_text({**given, **flags})
+                if "settings" in inspect.signature(function).parameters:
+                    given["settings"] = own_settings = load(**flags)
+                    logs.configure(own_settings.log_level, own_settings.log_format, config=own_settings.log_config)
+                result = function(**given)
+                if inspect.iscoroutine(result):
+                    with signal_handlers_kept():  # at its end the loop sets those that Python begins with
+                        result = run_loop(until_signal(result))
+            except Interrupted as stopped:
+                fail(str(stopped), stopped.code)
+            except typer.Exit:
+                raise
+            except Refused as refused:
+                fail(str(refused), 1)
+            except ConsumerError as error:
+                fail(str(error), 2)
+            except (KafkaError, TimeoutError) as error:
+                fail(f"Kafka: {str(error) or type(error).__name__}", 2)
+            except (KeyboardInterrupt, typer.Abort):
+                fail("interrupted", 130)
+            except asyncio.CancelledError:
+                fail("terminated", 143)
+            except BrokenPipeError:
+                raise typer.Exit(1) from None
+            except Exception as error:
+                # Not foreseen, so its text is not known to be fit to print; that it is no answer is certain.
+                fail(f"{name}: {logs.describe(error)}{_sqlstate(error)}", 2)
+            else:
+                raise typer.Exit(result or 0)
+
+        options = [_option(each, field) for each, field in fields.items()]
+        call.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        call.__annotations__ = {each.name: each.annotation for each in [*own, *options]}
+        app.command(name, cls=Command)(call)
+        return call
+
+    return register
+
+
+_AS_BYTES = ("key", "message_id", "id")  # arguments that may hold bytes that are not UTF-8
+
+
+def _check_text(given: dict[str, Any]) -> None:
+    """Raise Misconfigured for an argument that is no text in UTF-8: neither PostgreSQL nor Kafka would take it."""
+    for name, value in given.items():
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, str) and name not in _AS_BYTES and any("\ud800" <= c <= "\udfff" for c in each):
+                raise Misconfigured(f"{_flag_of(name)}: not valid UTF-8; write it in UTF-8")
+
+
+def _flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _option(name: str, field: Any) -> inspect.Parameter:
+    kinds = [each for each in typing.get_args(field.annotation) or (field.annotation,) if each is not type(None)]
+    if typing.get_origin(field.annotation) is typing.Literal or any(
+        typing.get_origin(each) is typing.Literal for each in kinds
+    ):
+        kind: Any = str
+        choices = typing.get_args(field.annotation)
+        text = f"{field.description}: {', '.join(map(str, choices))}"
+    else:
+        kind = str if SecretStr in kinds else kinds[0]
+        while typing.get_origin(kind) is Annotated:
+            kind = typing.get_args(kind)[0]
+        text = field.description or ""
+    flag = f"--{name.replace('_', '-')}"
+    flags = [flag, f"--no-{flag[2:]}"] if kind is bool else [flag]
+    if name in _SHORT:
+        flags.insert(0, _SHORT[name])
+    declaration = "/".join(flags) if kind is bool else None
+    option = typer.Option(
+        *([declaration] if declaration else flags),
+        help=text,
+        metavar=None if kind is bool else metavar_of(name, kind),
+        show_default=False,
+        rich_help_panel=heading_of(name),
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _sqlstate(error: BaseException) -> str:
+    code = sqlstate_of(error)
+    return f" (SQLSTATE {code}: {redacted_message(error)})" if code else ""

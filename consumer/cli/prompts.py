@@ -1,0 +1,63 @@
+"""Yes-or-no questions that a signal ends at once."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import typing
+
+import typer
+
+from consumer.cli.signals import Interrupted, signal_handlers_kept
+
+
+def ask(question: str) -> bool:
+    """Ask a person yes or no; the default is no. Raises Interrupted on Ctrl-C, SIGTERM and at the end of the input.
+
+    The event loop's own handlers would wait until the read returns, so signals end it here.
+    """
+
+    def end(number: int, _: object) -> typing.NoReturn:
+        raise Interrupted("interrupted at the question: nothing was changed", number)
+
+    with signal_handlers_kept():
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, end)
+        try:
+            return _confirmed(question)
+        except (EOFError, KeyboardInterrupt):
+            raise Interrupted("interrupted at the question: nothing was changed") from None
+
+
+def _confirmed(question: str) -> bool:
+    while True:
+        typer.echo(f"{question} [y/N]: ", nl=False, err=True)
+        _until_typed()
+        match input().strip().lower():
+            case "y" | "yes":
+                return True
+            case "" | "n" | "no":
+                return False
+        typer.echo("Error: invalid input", err=True)
+
+
+def _until_typed() -> None:
+    """Wait until the terminal has a line, so that the read after it returns at once.
+
+    A signal just before a blocking read would run its handler only after the read. Here it writes to a pipe that is waited
+    for too, so its handler runs at once.
+    """
+    if not sys.stdin.isatty():
+        return
+    wakened, wake = os.pipe()
+    os.set_blocking(wake, False)
+    before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    try:
+        while sys.stdin not in select.select([sys.stdin, wakened], [], [])[0]:
+            os.read(wakened, 1)  # a signal whose handler has raised nothing
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(wakened)
+        os.close(wake)
