@@ -24,8 +24,8 @@ except ImportError:  # pragma: no cover - the tests install it
 
 from consumer.core.errors import ConsumerError
 from handlers.shop.guard import Guard
+from handlers.shop.pages import Page, application
 from handlers.shop.running import Running, running
-from handlers.shop.web import Page, application
 
 HOST = "127.0.0.1"
 PORT = 8080

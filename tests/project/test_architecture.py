@@ -242,7 +242,6 @@ LONG_FILES = {
     "consumer/replay/check.py",
     "consumer/replay/html_page.py",
     "consumer/replay/replay.py",
-    "handlers/shop/web.py",
 }
 LONG_FUNCTIONS = {
     "consumer/cli/purge.py: _purge",
@@ -299,7 +298,9 @@ SHOP = {
         "consumer.settings",
     },
     "guard": {"starlette"},
-    "web": {"asyncpg", "msgspec", "redis", "starlette", "consumer.local_servers", "consumer.kafka"},
+    "pages": {"asyncpg", "redis", "starlette", "consumer.local_servers", "consumer.kafka"},
+    "payments_api": {"asyncpg", "msgspec", "starlette"},
+    "requests": {"msgspec", "starlette"},
     "__main__": {"uvicorn", "consumer.core"},
 }
 

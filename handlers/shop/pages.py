@@ -1,20 +1,15 @@
-"""The payment page: what people and scripts may ask of it. It produces messages; a worker elsewhere charges.
+"""The payment page: its routes, what it shows, and the faults that it can make.
 
-Read `_pay` first: the recommended pair is there. Whatever a client sends wrong is told as problem+json (RFC 9457), and
-charges nothing. What it does not know: whether a message that Kafka took was charged. It looks that up for the page, and
-never says so in an answer to a tap.
+handlers/shop/payments_api.py produces the messages; a worker elsewhere charges.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import html
 import json
-import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from decimal import Decimal
 from http import HTTPStatus
 from pathlib import Path
 from string import Template
@@ -22,7 +17,6 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
-import msgspec
 from redis.asyncio import Redis
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -32,28 +26,20 @@ from starlette.routing import Route
 
 from consumer.kafka.producer import open_producer
 from consumer.local_servers import EmbeddedUnavailable
-from consumer.schemes.database import NotFound
 from consumer.schemes.redis_call import RedisAway
-from consumer.schemes.states import NotMoved
 from consumer.schemes.tokens import Tokens
-from consumer.schemes.versioned import Stale, update_versioned
-from consumer.schemes.web import Answered, Problem, TokenTaps, install
-from handlers.shop.application import ORDERS
-from handlers.shop.orders import Order, Orders, Sent, Switches, Tap, cents, money, switches
+from consumer.schemes.web import Answered, Problem, install
+from handlers.shop.orders import Order, Orders, Switches, switches
+from handlers.shop.payments_api import DATABASE_AWAY, DATABASE_SECONDS, TOKENS_SECONDS, PaymentsApi
+from handlers.shop.requests import COOKIE, body_of, is_form, visitor_of
 from handlers.shop.running import Running
 from handlers.shop.view import Seen, Services, is_waiting, told, topic_of
 
 _STATIC = Path(__file__).with_name("static")
-_COOKIE = "shop_visitor"
-_KAFKA_SECONDS = 2.0
-_TOKENS_SECONDS = 2.0
-_AGAIN_SECONDS = 6.0  # longer than an answer takes: both of the above, and a little
-_DATABASE_SECONDS = 2.0
 _LOOK_SECONDS = (0.1, 0.5)  # between two looks at an order: while something is on its way, and else
 _PROBE_SECONDS = 0.5
 _HEARTBEAT_SECONDS = 10.0
 _WATCHERS_MAX = 40
-_VERSION_MAX = 2**63 - 1
 _SERVICES = ("kafka", "postgresql", "redis", "worker")
 # One statement, so one snapshot. Positions and dead letters are the framework's tables.
 _SEEN = """
@@ -79,12 +65,8 @@ class Page:
         self.stopping = asyncio.Event()
         self._token_seconds = token_seconds
         self._redis = Redis.from_url(running.valkey.url)
-        self._tokens = Tokens(self._redis, prefix="shop:token:", budget_seconds=_TOKENS_SECONDS)
-        # Bound to the order as well: one's own token of another order is foreign here.
-        self._taps = TokenTaps(self._tokens, self._subject, field="token", again_after_seconds=_AGAIN_SECONDS)
-        self._pool: Any = None
-        self._producer: Any = None
-        self._sending: set[asyncio.Task[None]] = set()
+        self._tokens = Tokens(self._redis, prefix="shop:token:", budget_seconds=TOKENS_SECONDS)
+        self.payments = PaymentsApi(self.orders, self._tokens)
         self._watchers = 0
         self._kafka = self._redis_up = True
         self._template = Template((_STATIC / "page.html").read_text("utf-8"))
@@ -94,24 +76,24 @@ class Page:
         """Connections to all services, for as long as the block lasts."""
         dsn = self.running.settings.dsn
         async with (
-            asyncpg.create_pool(dsn, min_size=0, max_size=8, command_timeout=_DATABASE_SECONDS) as self._pool,
-            open_producer(self.running.settings) as self._producer,
+            asyncpg.create_pool(dsn, min_size=0, max_size=8, command_timeout=DATABASE_SECONDS) as self.payments.pool,
+            open_producer(self.running.settings) as self.payments.producer,
         ):
             probing = asyncio.create_task(self._probe())
             try:
                 yield
             finally:
                 self.running.thaw()  # else the producer would wait for it
-                for task in [probing, *self._sending]:
+                for task in [probing, *self.payments.sending]:
                     task.cancel()
-                await asyncio.gather(probing, *self._sending, return_exceptions=True)
+                await asyncio.gather(probing, *self.payments.sending, return_exceptions=True)
                 await self._redis.aclose()
 
     # -- pages ------------------------------------------------------------------------------------------------------
 
     async def page(self, request: Request) -> Response:
         """The page, with the visitor's open order; a new one where there is none."""
-        visitor = _visitor(request)
+        visitor = visitor_of(request)
         if visitor is None:
             visitor = uuid4()
         order = self.orders.open(visitor)
@@ -134,16 +116,16 @@ class Page:
         }
         body = self._template.substitute({name: html.escape(value) for name, value in values.items()})
         response = Response(body, status, media_type="text/html")
-        response.set_cookie(_COOKIE, order.visitor.hex, httponly=True, samesite="strict", max_age=86_400)
+        response.set_cookie(COOKIE, order.visitor.hex, httponly=True, samesite="strict", max_age=86_400)
         return response
 
     async def new_order(self, request: Request) -> Response:
         """Another order, under the given switches. It is the one that the visitor's page shows from then on."""
-        visitor = _visitor(request)
+        visitor = visitor_of(request)
         if visitor is None:
             raise Problem(403, "nobody", "Load the page first: it makes a visitor of you.")
-        given = await _body(request)
-        as_form = _is_form(request)
+        given = await body_of(request)
+        as_form = is_form(request)
         if as_form:  # an unchecked box is not sent
             given = {name: given.pop(name, "off") == "on" for name in ("greying", "token", "ledger")} | given
         try:
@@ -167,10 +149,10 @@ class Page:
 
     async def pay(self, request: Request) -> Response:
         """A tap. 202: Kafka has the message, and nothing is charged yet; any other answer is a problem."""
-        order = self._order(request)
+        order = self.payments.find_order(request)
         tap = order.tap()
         try:
-            response = await self._pay(request, order, tap)
+            response = await self.payments.pay(request, order, tap)
         except Answered as answer:
             tap.status = answer.status_code
             if isinstance(answer, Problem):
@@ -183,133 +165,23 @@ class Page:
             raise
         else:
             tap.status = response.status_code
-        if not _is_form(request):
+        if not is_form(request):
             return response
         # Without JavaScript. No redirect: a reload sends it again, which the page is there to show.
         told = json.loads(bytes(response.body))
         return await self._render(order, response.status_code, f"Answer {response.status_code}: {told['detail']}")
 
-    async def _pay(self, request: Request, order: Order, tap: Tap) -> Response:
-        given = await _body(request)
-        given.pop("token", None)  # of the form; the header's name is Idempotency-Key
-        try:
-            amount = cents(given.pop("amount", None))
-        except ValueError as error:
-            raise Problem(422, "amount_invalid", str(error)) from None
-        if given:
-            raise Problem(422, "field_unknown", f"There is no field {sorted(given)[0][:40]!r} in a payment.")
-        # Valid, so the token may be used up now.
-        message_id, answered = order.message_id, None
-        if order.token is not None:
-            answered = await self._taps(request)
-            try:
-                await answered.redeem(str(amount).encode())
-            except Problem as problem:
-                is_its_own = await _has(request, order)
-                if problem.code == "token_unknown" and is_its_own and not order.sent:
-                    self.orders.close(
-                        order
-                    )  # expired or lost: nobody can pay it, so the page loaded next shows another
-                if problem.code != "tokens_unavailable" or not order.switches.ledger or not is_its_own:
-                    raise
-                # Redis is away, and the ledger is behind: the message id is derived from the token alone.
-                order.unchecked, answered = True, None
-            else:
-                order.redeemed_by = order.redeemed_by or tap.number
-        elif order.switches.token and not order.switches.ledger:
-            raise Problem(503, "tokens_unavailable", "Redis was away when this order was made: make a new one.", 1)
-        sent = order.send(message_id or str(uuid4()))
-        body = msgspec.json.encode({"order": order.id, "visitor": order.visitor, "amount": amount})
-        task = asyncio.create_task(self._send(order, sent, body))
-        self._sending.add(task)
-        task.add_done_callback(self._sending.discard)
-        await asyncio.wait({task}, timeout=_KAFKA_SECONDS)
-        if sent.place is None:
-            again = (
-                "Tapping again is safe: it is the same message id."
-                if order.switches.ledger
-                else "It may come late, and with another tap be charged twice."
-            )
-            raise Problem(503, "kafka_unconfirmed", f"Kafka does not confirm: not accepted, not charged. {again}", 2)
-        tap.text = "accepted, not yet charged"
-        response = JSONResponse(
-            {
-                "state": "accepted",
-                "detail": "Accepted, not yet charged.",
-                "amount": money(amount),
-                "message_id": sent.message_id,
-                "partition": sent.place[0],
-                "offset": sent.place[1],
-            },
-            202,
-        )
-        return await answered.answer(response) if answered is not None else response
-
-    async def _send(self, order: Order, sent: Sent, body: bytes) -> None:
-        """Give it to Kafka, for as long as the client tries. Never cancelled by an answer that would not wait."""
-        headers = [("message-id", sent.message_id.encode())]
-        try:
-            found = await self._producer.send_and_wait(topic_of(order), body, key=order.id.bytes, headers=headers)
-        except Exception as error:  # whatever the client raises: it may have arrived all the same
-            logging.getLogger("shop").warning("kafka did not confirm a message: %s", type(error).__name__)
-            sent.given_up = True
-        else:
-            sent.place = (found.partition, found.offset)
-
-    async def _subject(self, request: Request) -> str | None:
-        visitor = _visitor(request)
-        return f"{visitor}/{request.path_params['id']}" if visitor is not None else None
-
     # -- the order's state ------------------------------------------------------------------------------------------
-
-    async def move(self, request: Request) -> Response:
-        """Move an order on (shipped, delivered), if it is still as the page has shown it: `version`, or 428."""
-        order = self._order(request)
-        if _is_form(request):
-            raise Problem(415, "media_type", "Send application/json.")
-        given = await _body(request)
-        to, version = given.pop("state", None), given.pop("version", None)
-        if not isinstance(to, str) or to not in ORDERS.moves.moves:
-            raise Problem(422, "state_unknown", f"state: one of {', '.join(ORDERS.moves.moves)}")
-        if version is None:
-            raise Problem(428, "version_missing", "version: the one that you have seen, so that nobody's work is lost.")
-        if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version < _VERSION_MAX:
-            raise Problem(422, "version_invalid", "version: a whole number, at least 0")
-        if given:
-            raise Problem(422, "field_unknown", f"There is no field {sorted(given)[0][:40]!r} in a move.")
-        if to in ("placed", "paid"):
-            raise Problem(409, "move_illegal", "Only a charge makes an order paid.")
-        try:
-            async with self._pool.acquire(timeout=_DATABASE_SECONDS) as connection, connection.transaction():
-                if await ORDERS.move(connection, order.id, to, early="reject"):
-                    # Another's change meanwhile raises Stale, and so undoes the move.
-                    now = await connection.fetchval("select now()")
-                    version = await update_versioned(
-                        connection, "shop.orders", {"order_id": order.id}, expected=version, set={"moved_at": now}
-                    )
-                else:  # it is there already: a repetition, which is answered like the first
-                    version = await connection.fetchval("select version from shop.orders where order_id = $1", order.id)
-        except Stale as stale:
-            raise Problem(409, "version_stale", f"It has changed: it is at version {stale.found} by now.") from None
-        except NotMoved as error:
-            raise Problem(409, "move_illegal", f"From {error.current!r} it cannot become {to!r} now.") from None
-        except NotFound:
-            raise Problem(409, "not_charged", "It is not in the database yet.") from None
-        except _DATABASE_AWAY:
-            raise Problem(
-                503, "database_unavailable", "PostgreSQL does not answer. See the state, then try again.", 1
-            ) from None
-        return JSONResponse({"state": to, "version": version})
 
     # -- what is seen -----------------------------------------------------------------------------------------------
 
     async def order(self, request: Request) -> Response:
         """The order as the page shows it, once."""
-        return JSONResponse(await self._told(self._order(request)))
+        return JSONResponse(await self._told(self.payments.find_order(request)))
 
     async def events(self, request: Request) -> Response:
         """The same by server-sent events: at once, and whenever it changes."""
-        order = self._order(request)
+        order = self.payments.find_order(request)
         if request.method == "HEAD":
             return Response(media_type="text/event-stream")
         if self._watchers >= _WATCHERS_MAX:
@@ -344,11 +216,11 @@ class Page:
     async def _seen(self, order: Order) -> Seen | None:
         """What PostgreSQL holds now; None when it does not say."""
         try:
-            async with self._pool.acquire(timeout=_DATABASE_SECONDS) as connection:
+            async with self.payments.pool.acquire(timeout=DATABASE_SECONDS) as connection:
                 text = await connection.fetchval(
                     _SEEN, order.id, order.visitor, order.switches.ledger, topic_of(order), order.id.bytes
                 )
-        except _DATABASE_AWAY:
+        except DATABASE_AWAY:
             return None
         found = json.loads(text)
         charges: dict[tuple[int, int], int] = {}
@@ -377,9 +249,9 @@ class Page:
         name = request.path_params["name"]
         if name not in _SERVICES:
             raise Problem(404, "service_unknown", f"There are {', '.join(_SERVICES)}.")
-        if _visitor(request) is None:
+        if visitor_of(request) is None:
             raise Problem(403, "nobody", "Load the page first: it makes a visitor of you.")
-        given = await _body(request)
+        given = await body_of(request)
         match given.get("do"):
             case "stop":
                 await self.running.stop(name)
@@ -392,66 +264,7 @@ class Page:
                 self.running.worker.kill()
             case _:
                 raise Problem(422, "do_unknown", "do: stop or start; kill for the worker")
-        return RedirectResponse("/", 303) if _is_form(request) else JSONResponse({"service": name, "did": given["do"]})
-
-    def _order(self, request: Request) -> Order:
-        visitor = _visitor(request)
-        found = self.orders.find(request.path_params["id"], visitor) if visitor is not None else None
-        if found is None:
-            raise Problem(404, "order_unknown", "There is no such order of yours. Load the page again.")
-        return found
-
-
-_DATABASE_AWAY = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
-
-
-def _visitor(request: Request) -> UUID | None:
-    text = request.cookies.get(_COOKIE, "")
-    try:
-        return UUID(hex=text) if len(text) == 32 else None
-    except ValueError:
-        return None
-
-
-def _is_form(request: Request) -> bool:
-    return _media_type(request) == "application/x-www-form-urlencoded"
-
-
-def _media_type(request: Request) -> str:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-_decoder = msgspec.json.Decoder(float_hook=Decimal)
-
-
-async def _body(request: Request) -> dict[str, Any]:
-    """The body's fields. Raises Problem: 415, 400, 422."""
-    if _is_form(request):
-        try:
-            pairs = (await request.form()).multi_items()
-        except HTTPException as error:  # too many fields, for example
-            raise Problem(error.status_code, "form_malformed", error.detail) from None
-        found: dict[str, Any] = dict(pairs)
-        if len(found) < len(pairs):
-            raise Problem(422, "field_repeated", "A field stands there twice.")
-        return found
-    if _media_type(request) != "application/json":
-        raise Problem(415, "media_type", "Send application/json, or a form that is application/x-www-form-urlencoded.")
-    try:
-        decoded = _decoder.decode(await request.body())
-    except (msgspec.DecodeError, RecursionError, ValueError, ArithmeticError):
-        raise Problem(400, "json_malformed", "The body is not JSON.") from None
-    if not isinstance(decoded, dict):
-        raise Problem(422, "not_an_object", "The body is JSON, but no object.")
-    return decoded
-
-
-async def _has(request: Request, order: Order) -> bool:
-    """Whether the request brings this order's own token."""
-    given = request.headers.get("idempotency-key")
-    if given is None:
-        given = str((await request.form()).get("token", ""))
-    return hmac.compare_digest(given.strip('"').encode(), (order.token or "").encode())
+        return RedirectResponse("/", 303) if is_form(request) else JSONResponse({"service": name, "did": given["do"]})
 
 
 def _static(name: str, media_type: str) -> Callable[[Request], Response]:
@@ -488,7 +301,7 @@ def application(page: Page) -> Starlette:
             Route("/orders/{id:uuid}", page.order, methods=["GET"]),
             Route("/orders/{id:uuid}/events", page.events, methods=["GET"]),
             Route("/orders/{id:uuid}/payments", page.pay, methods=["POST"]),
-            Route("/orders/{id:uuid}/state", page.move, methods=["POST"]),
+            Route("/orders/{id:uuid}/state", page.payments.move, methods=["POST"]),
             Route("/services/{name}", page.service, methods=["POST"]),
         ],
         exception_handlers={HTTPException: _refused, Exception: _failed},
