@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
 
+from consumer.core.message import Partition
+from consumer.postgres.dead_letters import SETTLES
 from consumer.postgres.protocol import Connection
 
 _MATCHES = """
@@ -123,6 +125,64 @@ from unnest($1::int2[], $2::uuid[]) with ordinality as o(handler, chain, place) 
     order by e."offset", e.dead_letter limit $3) d
 order by o.place, d."offset", d.dead_letter
 """
+_APPLIED_EDITS = """
+select distinct on (d.dead_letter) d.*, a.new_id, a.new_value,
+       (select (extract(epoch from l.applied_at) * 1000000)::int8 from consumer.ledger l
+        where l.handler = d.handler and l.id = coalesce(a.new_id, d.id) and l.applied_at is not null) as applied_at,
+       (extract(epoch from a.at) * 1000000)::int8 as acted_at, a.action
+from consumer.letter_actions a join consumer.dead_letters d using (dead_letter)
+where d.handler = any($1) and a.what = 'edit' and a.outcome = 'applied' and d.topic = any($2)
+order by d.dead_letter, a.action desc limit $3
+"""
+# In one statement, so that an edit which is committed meanwhile has its row.
+# A transaction of retries takes the letters of a key one after the other, whatever their offsets.
+_APPLIED_RETRIES = """
+select d.handler, d.topic, d.partition, d."offset", a.action
+from consumer.letter_actions a join consumer.dead_letters d using (dead_letter)
+where d.handler = any($1) and a.what = 'retry' and a.outcome = 'applied' and d.topic = any($2) limit $3
+"""
+_SEALED_SIZES = """
+select d.dead_letter, coalesce(octet_length(d.value), 0)::int8
+from consumer.dead_letters d join unnest($2::text[], $3::int4[], $4::int8[], $5::int8[]) as s(topic, partition, first, past)
+  on d.topic = s.topic and d.partition = s.partition and d."offset" >= s.first and d."offset" < s.past
+where d.handler = any($1) and ($6::bytea is null or d.key = $6) and ($7::uuid[] is null or d.id = any($7))
+order by d.dead_letter
+"""
+_SEALED = """
+select dead_letter, handler, id, fingerprint, topic, partition, "offset", "timestamp", key, value, header_keys, header_values, seal
+from consumer.dead_letters where dead_letter = any($1) order by dead_letter
+"""
+_EDITS_UNDER_NEW_IDS = """
+select a.action, a.dead_letter, a.new_id, a.new_value, d.handler, d.topic, d.partition, d."offset", d."timestamp", d.key,
+       d.header_keys, d.header_values, l.fingerprint, l.applied_at is not null as applied
+from consumer.letter_actions a join consumer.dead_letters d using (dead_letter)
+join unnest($2::text[], $3::int4[], $4::int8[], $5::int8[]) as s(topic, partition, first, past)
+  on d.topic = s.topic and d.partition = s.partition and d."offset" >= s.first and d."offset" < s.past
+left join consumer.ledger l on l.handler = d.handler and l.id = a.new_id
+where a.outcome = 'applied' and a.new_id is not null and d.handler = any($1) and a.action > $8
+  and ($6::bytea is null or d.key = $6) and ($7::uuid[] is null or d.id = any($7))
+order by a.action limit $9
+"""
+# Messages that were claimed although the ledger may have forgotten their row. They may have been applied before.
+_TOO_OLD = """
+select h.name, d.topic, d.partition, d."offset" from consumer.dead_letters d join consumer.handlers h using (handler)
+where d.handler = any($1) and d.topic = any($2) and d.reason = 'too_old' and d.state <> 'applied'
+order by 2, 3, 4
+"""
+_COUNT_SINCE = """
+select count(*) from consumer.dead_letters d
+join unnest($3::text[], $4::int4[], $5::int8[], $6::int8[]) as s(topic, partition, first, past)
+  on d.topic = s.topic and d.partition = s.partition and d."offset" >= s.first and d."offset" < s.past
+where d.dead_letter > $1 and d.handler = any($2)
+"""
+# Settled since: kept as a dead letter, or applied after all (an operator has retried its dead letter).
+_SETTLED = f"""
+select distinct o.place from unnest($1::int2[], $2::uuid[], $3::int8[], $4::int8[]) as o(handler, id, fingerprint, place)
+where exists (select from consumer.dead_letters d
+              where (d.handler, d.id, d.fingerprint) = (o.handler, o.id, o.fingerprint) and {SETTLES})
+   or exists (select from consumer.ledger l
+              where (l.handler, l.id, l.fingerprint) = (o.handler, o.id, o.fingerprint) and l.applied_at is not null)
+"""  # noqa: S608 - a constant of dead_letters.py
 
 
 class Matching(NamedTuple):
@@ -262,3 +322,101 @@ async def first_of(connection: Connection, chains: Sequence[tuple[int, UUID]], l
     """Return the first letters of chains, at most `limit` of each."""
     handlers, keys = [handler for handler, _ in chains], [chain for _, chain in chains]
     return [Next(*row) for row in await connection.fetch(_NEXT, handlers, keys, limit)]
+
+
+class Ranges(NamedTuple):
+    """Ranges of offsets, as columns."""
+
+    topics: Sequence[str]
+    partitions: Sequence[int]
+    firsts: Sequence[int]
+    ends: Sequence[int]
+
+    @classmethod
+    def of(cls, ranges: Sequence[tuple[Partition, int, int]]) -> Ranges:
+        """Convert ranges: partition, first offset, end."""
+        return cls(
+            [partition.topic for partition, _, _ in ranges],
+            [partition.partition for partition, _, _ in ranges],
+            [first for _, first, _ in ranges],
+            [end for _, _, end in ranges],
+        )
+
+
+async def applied_edits(
+    connection: Connection, handlers: Sequence[int], topics: Sequence[str], limit: int
+) -> list[Any]:
+    """Return edited dead letters that were applied, and when."""
+    return await connection.fetch(_APPLIED_EDITS, handlers, topics, limit)
+
+
+async def applied_retries(
+    connection: Connection, handlers: Sequence[int], topics: Sequence[str], limit: int
+) -> list[tuple[tuple[int, Partition, int], int]]:
+    """Return the places of retried dead letters, with the action.
+
+    A place is a handler, partition and offset.
+    """
+    rows = await connection.fetch(_APPLIED_RETRIES, handlers, topics, limit)
+    return [((row[0], Partition(row[1], row[2]), row[3]), row[4]) for row in rows]
+
+
+async def sealed_sizes(
+    connection: Connection, handlers: Sequence[int], ranges: Ranges, key: bytes | None, ids: Sequence[UUID] | None
+) -> list[tuple[int, int]]:
+    """Return the numbers of dead letters in ranges, with their bytes."""
+    rows = await connection.fetch(_SEALED_SIZES, handlers, *ranges, key, ids)
+    return [(row[0], row[1]) for row in rows]
+
+
+async def sealed(connection: Connection, numbers: Sequence[int]) -> list[Any]:
+    """Return the records of dead letters, with their seals."""
+    return await connection.fetch(_SEALED, numbers)
+
+
+async def edits_under_new_ids(
+    connection: Connection,
+    handlers: Sequence[int],
+    ranges: Ranges,
+    key: bytes | None,
+    ids: Sequence[UUID] | None,
+    *,
+    after: int,
+    limit: int,
+) -> list[Any]:
+    """Return applied edits under new ids, with their ledger rows.
+
+    after: the number of the last action that was returned before.
+    """
+    return await connection.fetch(_EDITS_UNDER_NEW_IDS, handlers, *ranges, key, ids, after, limit)
+
+
+async def too_old(
+    connection: Connection, handlers: Sequence[int], topics: Sequence[str]
+) -> list[tuple[str, str, int, int]]:
+    """Return the places of letters that may have been applied.
+
+    As handler, topic, partition and offset.
+    """
+    rows = await connection.fetch(_TOO_OLD, handlers, topics)
+    return [(row[0], row[1], row[2], row[3]) for row in rows]
+
+
+async def last_number(connection: Connection) -> int:
+    """Return the number of the last dead letter; 0 for none."""
+    number: int = await connection.fetchval("select coalesce(max(dead_letter), 0) from consumer.dead_letters")
+    return number
+
+
+async def count_since(connection: Connection, number: int, handlers: Sequence[int], ranges: Ranges) -> int:
+    """Count the dead letters of ranges that are younger than this one."""
+    count: int = await connection.fetchval(_COUNT_SINCE, number, handlers, *ranges)
+    return count
+
+
+async def settled_places(connection: Connection, keys: Sequence[tuple[int, UUID, int, int]]) -> set[int]:
+    """Return the places of messages that are settled.
+
+    keys: handler, id, fingerprint and place of each.
+    """
+    return {row[0] for row in await connection.fetch(_SETTLED, *map(list, zip(*keys, strict=True)))}

@@ -82,6 +82,9 @@ on conflict (handler, topic, partition, "offset") do update set attempts = exclu
 _FORGET = """
 delete from consumer.attempts where handler = $1 and topic = $2 and partition = $3 and "offset" = $4
 """
+_REPLACE_ERROR = """
+update consumer.dead_letters set error = $4 where handler = $1 and id = $2 and fingerprint = $3 and error = $5
+"""
 _FORGET_ATTEMPTS_IN = """
 delete from consumer.attempts where topic = $2 and partition = $3
 and handler in (select handler from consumer.handlers where app = $1)
@@ -91,13 +94,6 @@ _ATTEMPTS = """
 select handler, topic, partition, "offset", attempts, greatest(0, extract(epoch from due_at - now()))::float8
 from consumer.attempts where handler = any($1) and topic = any($2)
 """
-# Whether a dead letter d settles its message. One that was retried says that the ledger has its record as applied, and, unless it was
-# edited, with its payload: a row of this record that says something else was changed.
-SETTLES = """(d.state <> 'applied' or not exists (
-        select from consumer.ledger l join consumer.topics t on t.topic = l.topic
-        where (l.handler, l.id, t.name, l.partition, l."offset") = (d.handler, d.id, d.topic, d.partition, d."offset")
-          and (l.applied_at is null or (l.fingerprint <> d.fingerprint and not exists (
-              select from consumer.letter_actions a where a.dead_letter = d.dead_letter and a.new_value is not null)))))"""
 _WITH_DEAD_LETTER = f"""
 select o.place from unnest($1::int2[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
 where exists (select from consumer.dead_letters d
@@ -194,6 +190,13 @@ async def without_dead_letter(connection: Connection, keys: Sequence[tuple[int, 
         [fingerprint for _, _, fingerprint in keys],
     )
     return [row[0] - 1 for row in rows]
+
+
+async def replace_error(
+    connection: Connection, handler: int, id: UUID, fingerprint: int, *, before: str, error: str
+) -> None:
+    """Replace the error of a dead letter, unless it has changed."""
+    await connection.execute(_REPLACE_ERROR, handler, id, fingerprint, error, before)
 
 
 async def exist(connection: Connection, handler: int) -> bool:

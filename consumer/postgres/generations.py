@@ -85,6 +85,11 @@ async def horizon_ms(connection: Connection) -> int | None:
     return until
 
 
+async def has_forgotten(connection: Connection) -> bool:
+    """Whether any row is gone."""
+    return bool(await connection.fetchval("select horizon is not null from consumer.ledger_state"))
+
+
 async def forgotten_below(connection: Connection, handlers: Sequence[int]) -> dict[tuple[int, str, int], int]:
     """Return, per handler, topic and partition, up to which offset rows may be gone."""
     return {tuple(row)[:3]: row[3] for row in await connection.fetch(_FORGOTTEN, handlers)}

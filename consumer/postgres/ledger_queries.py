@@ -8,7 +8,7 @@ A query on consumer.ledger reads all of its generations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from consumer.core.message import Partition
@@ -38,6 +38,32 @@ join consumer.handlers h using (handler) join consumer.topics t using (topic)
 left join consumer.dead_letters d on d.handler = l.handler and d.id = l.id and d.fingerprint = l.fingerprint
 where l.id = any($1::uuid[]) order by h.app, h.name, l.id
 """
+_CLAIMING_RECORD = """
+select t.name, l.partition, l."offset" from consumer.ledger l join consumer.topics t using (topic)
+where l.handler = $1 and l.id = $2 and l."offset" >= 0
+"""
+_BLOCK_COUNTS = """
+select l.handler, l.topic, l.partition, l."offset" >> $6, count(*)
+from consumer.ledger l join unnest($2::int2[], $3::int4[], $4::int8[], $5::int8[]) as s(topic, partition, first, past)
+  on l.topic = s.topic and l.partition = s.partition and l."offset" >= s.first and l."offset" < s.past
+where l.handler = any($1) group by 1, 2, 3, 4
+"""
+# Rows that name no place that the log has: a partition that is not there, or an offset that was never written.
+_NOWHERE = """
+select l.handler, l.topic, l.partition, l.id, l."offset"
+from consumer.ledger l left join unnest($2::int2[], $3::int4[], $4::int8[]) as e(topic, partition, past)
+  on l.topic = e.topic and l.partition = e.partition
+where l.handler = any($1) and l.topic = any($5) and (e.past is null or l."offset" >= e.past)
+limit 1000
+"""
+_ABSENT = """
+select id from unnest($2::uuid[]) as o(id)
+where not exists (select from consumer.ledger l where l.handler = $1 and l.id = o.id)
+"""
+_BLOCK = """
+select id, "offset" from consumer.ledger
+where handler = $1 and topic = $2 and partition = $3 and "offset" >= $4 and "offset" < $5 order by "offset", id
+"""
 
 
 async def show(connection: Connection, ids: Sequence[bytes]) -> list[Any]:
@@ -62,3 +88,48 @@ async def other_handlers(connection: Connection, app: str, names: Sequence[str],
 async def rows_by_handler(connection: Connection, app: str) -> dict[str, int]:
     """Count an application's applied rows, by handler. Reads all of them."""
     return dict(await connection.fetch(_ROWS_BY_HANDLER, app))
+
+
+async def claiming_record(connection: Connection, handler: int, id: UUID) -> tuple[Partition, int] | None:
+    """Return where the record is that claimed an id."""
+    row = await connection.fetchrow(_CLAIMING_RECORD, handler, id)
+    return None if row is None else (Partition(row[0], row[1]), row[2])
+
+
+class Ranges(NamedTuple):
+    """Ranges of offsets, as columns. topics: numbers."""
+
+    topics: Sequence[int]
+    partitions: Sequence[int]
+    firsts: Sequence[int]
+    ends: Sequence[int]
+
+
+async def block_counts(
+    connection: Connection, handlers: Sequence[int], ranges: Ranges, block_bits: int
+) -> list[tuple[int, int, int, int, int]]:
+    """Count rows by handler, topic, partition and block of offsets."""
+    return [tuple(row) for row in await connection.fetch(_BLOCK_COUNTS, handlers, *ranges, block_bits)]
+
+
+async def rows_nowhere(
+    connection: Connection,
+    handlers: Sequence[int],
+    topics: Sequence[int],
+    partitions: Sequence[int],
+    ends: Sequence[int],
+) -> list[Any]:
+    """Return rows beyond the ends of their partitions: handler, topic, partition, id, offset."""
+    return await connection.fetch(_NOWHERE, handlers, topics, partitions, ends, sorted(set(topics)))
+
+
+async def rows_between(
+    connection: Connection, handler: int, topic: int, partition: int, first: int, end: int
+) -> list[tuple[UUID, int]]:
+    """Return ids and offsets of a handler's rows in a range."""
+    return [(row[0], row[1]) for row in await connection.fetch(_BLOCK, handler, topic, partition, first, end)]
+
+
+async def absent_ids(connection: Connection, handler: int, ids: Sequence[bytes]) -> set[bytes]:
+    """Return those ids that have no row."""
+    return {row[0].bytes for row in await connection.fetch(_ABSENT, handler, [UUID(bytes=id) for id in ids])}

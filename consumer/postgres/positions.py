@@ -69,6 +69,15 @@ _APPLIED = """
 select handler, sum(count)::int8 from consumer.outcomes where handler = any($1::int2[]) and outcome in ('kept', 'applied')
 group by handler
 """
+_LOCK_OF_HANDLER = """
+select true from consumer.positions p where p.app = (select app from consumer.handlers where handler = $1)
+   and (p.topic, p.partition) in (select * from unnest($2::text[], $3::int4[]))
+order by p.topic, p.partition for no key update of p
+"""
+_COUNT_HOLD = """
+update consumer.positions p set holds = p.holds + 1 where p.app = (select app from consumer.handlers where handler = $1)
+   and (p.topic, p.partition) in (select * from unnest($2::text[], $3::int4[]))
+"""
 _NAME_LOG = """
 update consumer.positions set cluster_id = coalesce(cluster_id, $4), topic_id = coalesce(topic_id, $5)
 where (app, topic, partition) = ($1, $2, $3)
@@ -222,6 +231,16 @@ async def restart(
     await connection.execute(_RESTART, app, *partition, offset, cluster_id, topic_id, salt)
 
 
+async def lock_of_handler(connection: Connection, handler: int, partitions: Sequence[Partition]) -> None:
+    """Lock positions of a handler's application until the transaction ends."""
+    await connection.fetch(_LOCK_OF_HANDLER, handler, *_columns(partitions))
+
+
+async def count_hold(connection: Connection, handler: int, partitions: Sequence[Partition]) -> None:
+    """Let the owners of partitions read the holds again: another process has added one."""
+    await connection.execute(_COUNT_HOLD, handler, *_columns(partitions))
+
+
 async def rewind(connection: Connection, app: str) -> None:
     """Set all positions of an application to 0."""
     await connection.execute("update consumer.positions set next_offset = 0 where app = $1", app)
@@ -279,6 +298,10 @@ async def begin(
             for partition, at in starts.items()
         ],
     )
+
+
+def _columns(partitions: Sequence[Partition]) -> tuple[list[str], list[int]]:
+    return [partition.topic for partition in partitions], [partition.partition for partition in partitions]
 
 
 async def name_logs(connection: Connection, app: str, logs: Mapping[Partition, tuple[str | None, uuid.UUID]]) -> None:

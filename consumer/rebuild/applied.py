@@ -6,9 +6,9 @@ Knows SQL through a connection that is handed in; the transaction that it runs i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from consumer.core.delivery import Delivery
 from consumer.core.errors import CannotTell
@@ -18,7 +18,10 @@ from consumer.core.message import LogRecord, Partition
 from consumer.core.outcome import DUPLICATE, SKIPPED, Cause, Dead
 from consumer.handler_records.source_text import Versions
 from consumer.kafka.bounds import Span
+from consumer.postgres import applied_queries, dead_letter_queries
+from consumer.postgres.applied_queries import Fact, Offers
 from consumer.postgres.claims import uuids
+from consumer.postgres.protocol import Connection
 from consumer.rebuild.applied_order import Entry
 from consumer.rebuild.left_out import LeftOut
 from consumer.transaction.identify import by_bytes
@@ -27,83 +30,13 @@ EDITS_MAX = 100_000
 RETRIES_MAX = 100_000
 UNREADABLE_MAX = 10_000  # whose place in the ledger is looked up
 
-# What was never applied, and what came with an id that another payload had. Of a message that was applied after all, the
-# dead letter stays.
-_DEAD = """
-insert into consumer_dead
-select handler, id, fingerprint from consumer.ledger where handler = any($1) and applied_at is null
-union
-select d.handler, d.id, d.fingerprint from consumer.dead_letters d
-left join consumer.ledger l on l.handler = d.handler and l.id = d.id
-where d.handler = any($1) and (l.handler is null or l.fingerprint <> d.fingerprint)
-"""
-_ARE_DEAD = """
-select place from unnest($1::int4[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
-join pg_temp.consumer_dead using (handler, id, fingerprint)
-"""
-_FACTS = """
-select o.place, round(date_part('epoch', l.applied_at) * 1000000)::int8, t.name, l.partition, l."offset",
-       l.fingerprint = o.fingerprint as alike
-from unnest($1::int4[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
-join consumer.ledger l on l.handler = o.handler and l.id = o.id
-join consumer.topics t on t.topic = l.topic
-where l.applied_at is not null
-"""
-# The same, with the times of messages that were applied as what they are apart from the rest: nearly always that is all.
-_TIMES = """
-with found as (
-    select o.place, round(date_part('epoch', l.applied_at) * 1000000)::int8 as at, t.name, l.partition, l."offset" as number,
-           l.fingerprint = o.fingerprint as alike,
-           l.fingerprint = o.fingerprint and l."offset" = o.number and l.partition = $5 and t.name = $6 as same
-    from unnest($1::int4[], $2::uuid[], $3::int8[], $4::int8[]) with ordinality as o(handler, id, fingerprint, number, place)
-    join consumer.ledger l on l.handler = o.handler and l.id = o.id
-    join consumer.topics t on t.topic = l.topic
-    where l.applied_at is not null
-)
-select array_agg(place) filter (where same), array_agg(at) filter (where same), array_agg(place) filter (where not same),
-       array_agg(at) filter (where not same), array_agg(name) filter (where not same),
-       array_agg(partition) filter (where not same), array_agg(number) filter (where not same),
-       array_agg(alike) filter (where not same)
-from found
-"""
-_EDITS = """
-select distinct on (d.dead_letter) d.*, a.new_id, a.new_value,
-       (select (extract(epoch from l.applied_at) * 1000000)::int8 from consumer.ledger l
-        where l.handler = d.handler and l.id = coalesce(a.new_id, d.id) and l.applied_at is not null) as applied_at,
-       (extract(epoch from a.at) * 1000000)::int8 as acted_at, a.action
-from consumer.letter_actions a join consumer.dead_letters d using (dead_letter)
-where d.handler = any($1) and a.what = 'edit' and a.outcome = 'applied' and d.topic = any($2)
-order by d.dead_letter, a.action desc limit $3
-"""
-# A transaction of retries takes the letters of a key one after the other, whatever their offsets.
-_RETRIES = """
-select d.handler, d.topic, d.partition, d."offset", a.action
-from consumer.letter_actions a join consumer.dead_letters d using (dead_letter)
-where d.handler = any($1) and a.what = 'retry' and a.outcome = 'applied' and d.topic = any($2) limit $3
-"""
-_APPLIED_AT_PLACES = """
-select count(*) from unnest($1::int4[], $2::text[], $3::int4[], $4::int8[]) as o(handler, topic, partition, "offset")
-join consumer.topics t on t.name = o.topic
-join consumer.ledger l on l.handler = o.handler and l.topic = t.topic and l.partition = o.partition
-                      and l."offset" = o."offset" and l.applied_at is not null
-"""
 
 _Place = tuple[int, Partition, int]  # handler, partition, offset
 
 
-class _Fact(NamedTuple):
-    """A row of the ledger: when and where it was applied, and whether with this payload."""
-
-    at: int
-    topic: str
-    partition: int
-    offset: int
-    is_alike: bool
-
-
-def offers(deliveries: Sequence[Delivery]) -> tuple[list[Any], ...]:
+def offers(deliveries: Sequence[Delivery]) -> Offers:
     """Handlers, ids and fingerprints, as columns."""
-    return (
+    return Offers(
         [each.handler.number for each in deliveries],
         uuids([each.id for each in deliveries]),
         [each.fingerprint for each in deliveries],
@@ -119,7 +52,7 @@ class Applied:
     one transaction is not followed.
     """
 
-    connection: Any
+    connection: Connection
     positions: Mapping[Partition, int]
     spans: Mapping[Partition, Span] = field(default_factory=dict)
     conflicts: int = 0
@@ -141,18 +74,18 @@ class Applied:
         Call it before the transaction becomes read only, and before the guard of the copies notes which tables of the
         framework are locked: what is locked later is taken for a handler's statement.
         """
-        tag = await self.connection.execute(_DEAD, list(handlers))
-        self._dead = int(tag.split()[-1])
-        self._edits = await self.connection.fetch(_EDITS, list(handlers), list(topics), EDITS_MAX + 1)
+        self._dead = await applied_queries.collect_dead(self.connection, list(handlers))
+        self._edits = await dead_letter_queries.applied_edits(
+            self.connection, list(handlers), list(topics), EDITS_MAX + 1
+        )
         if len(self._edits) > EDITS_MAX:
             raise CannotTell(f"more than {EDITS_MAX:,} dead letters were edited; a rebuild cannot follow so many")
-        retries = await self.connection.fetch(_RETRIES, list(handlers), list(topics), RETRIES_MAX + 1)
+        retries = await dead_letter_queries.applied_retries(
+            self.connection, list(handlers), list(topics), RETRIES_MAX + 1
+        )
         self.too_many_retries = len(retries) > RETRIES_MAX
         if not self.too_many_retries:
-            self._retries = {
-                (handler, Partition(topic, partition), offset): action
-                for handler, topic, partition, offset, action in retries
-            }
+            self._retries = dict(retries)
 
     def edits(self, handlers: Sequence[Handler]) -> list[Entry]:
         """Dead letters that an operator has edited and that were applied: with the edited value, when that was.
@@ -209,34 +142,35 @@ class Applied:
             entries.append(Entry(delivery, at, record.timestamp * 1000, turn, action))
         return entries
 
-    async def _facts(self, deliveries: Sequence[Delivery]) -> tuple[list[int | None], dict[Delivery, _Fact]]:
+    async def _facts(self, deliveries: Sequence[Delivery]) -> tuple[list[int | None], dict[Delivery, Fact]]:
         """When each was applied, if as what it is here, and what there is to know of the others.
 
         deliveries: of one partition. Those of a handler with a rule of comparison are looked for under the fingerprint of
         their bytes too: their row may be from before the rule.
         """
         times: list[int | None] = [None] * len(deliveries)
-        facts: dict[Delivery, _Fact] = {}
+        facts: dict[Delivery, Fact] = {}
         partition = deliveries[0].partition
         offsets = [each.record.offset for each in deliveries]
-        asked = (*offers(deliveries), offsets, partition.partition, partition.topic)
-        places, found, others, *columns = await self.connection.fetchrow(_TIMES, *asked)
-        for place, at in zip(places or (), found or (), strict=True):
+        answer = await applied_queries.times(self.connection, offers(deliveries), offsets, partition)
+        for place, at in answer.same:
             times[place - 1] = at
-        for place, *fact in zip(others or (), *(each or () for each in columns), strict=True):
+        for place, fact in answer.others:
             delivery = deliveries[place - 1]
-            if delivery not in facts or fact[4]:
-                facts[delivery] = _Fact(*fact)
+            if delivery not in facts or fact.is_alike:
+                facts[delivery] = fact
         earlier = [
             each
             for each, at in zip(deliveries, times, strict=True)
             if at is None and each.handler.fingerprint is not BYTES
         ]
         if earlier:
-            for place, *fact in await self.connection.fetch(_FACTS, *offers([by_bytes(each) for each in earlier])):
+            for place, fact in await applied_queries.facts(
+                self.connection, offers([by_bytes(each) for each in earlier])
+            ):
                 delivery = earlier[place - 1]
-                if delivery not in facts or fact[4]:
-                    facts[delivery] = _Fact(*fact)
+                if delivery not in facts or fact.is_alike:
+                    facts[delivery] = fact
         return times, facts
 
     async def _sort_dead(self, deliveries: Sequence[Delivery]) -> None:
@@ -244,13 +178,15 @@ class Applied:
             if (delivery.handler.number, delivery.partition, delivery.record.offset) in self._edited:
                 delivery.outcome = DUPLICATE[Cause.DEAD_LETTER]
         if self._dead and deliveries:
-            for delivery, _ in await self.ask(_ARE_DEAD, deliveries):
+            for delivery in await self.ask(applied_queries.dead_places, deliveries):
                 delivery.outcome = DUPLICATE[Cause.DEAD_LETTER]
 
-    async def ask(self, question: str, deliveries: Sequence[Delivery]) -> list[tuple[Delivery, Any]]:
-        """The rows of a question, each with its delivery.
+    async def ask(
+        self, question: Callable[[Connection, Offers], Awaitable[list[int]]], deliveries: Sequence[Delivery]
+    ) -> list[Delivery]:
+        """Return the deliveries whose places answer a question.
 
-        question: takes handlers, ids and fingerprints, and answers the place first. Deliveries of a handler with a rule
+        Deliveries of a handler with a rule
         of comparison are also looked for under the fingerprint of their bytes: their row may be from before the rule.
         """
         earlier = [each for each in deliveries if each.handler.fingerprint is not BYTES]
@@ -258,9 +194,9 @@ class Applied:
         if not asked:
             return []
         offered = [*deliveries, *map(by_bytes, earlier)]
-        return [(asked[row[0] - 1], row) for row in await self.connection.fetch(question, *offers(offered))]
+        return [asked[place - 1] for place in await question(self.connection, offers(offered))]
 
-    def _judge(self, delivery: Delivery, fact: _Fact | None) -> int | None:
+    def _judge(self, delivery: Delivery, fact: Fact | None) -> int | None:
         """Give a delivery without an effect its outcome; return when the others were applied, if that is known."""
         record = delivery.record
         if isinstance(delivery.outcome, Dead):
@@ -292,14 +228,7 @@ class Applied:
         places = sorted(self._unreadable)
         if not places:
             return 0
-        count: int = await self.connection.fetchval(
-            _APPLIED_AT_PLACES,
-            [handler for handler, _, _ in places],
-            [partition.topic for _, partition, _ in places],
-            [partition.partition for _, partition, _ in places],
-            [offset for _, _, offset in places],
-        )
-        return count
+        return await applied_queries.count_applied_at(self.connection, places)
 
     def note_unreadable(self, delivery: Delivery) -> None:
         """Note a message whose handler could not be given its value."""

@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from consumer.postgres import applied_queries, generations
+from consumer.postgres.protocol import Connection
 from consumer.rebuild.beginnings import beginning_doubt
 from consumer.rebuild.compare import Compared
 from consumer.rebuild.scratch import Comparison, Name
@@ -28,44 +30,31 @@ select exists (select from pg_proc p join pg_namespace n on n.oid = p.pronamespa
                  and n.nspname not in ('pg_catalog', 'information_schema', 'consumer'))
 """
 
-# The entries of handlers are updated (a new name, more topics), so that alone they say too little.
-_LEDGER = """
-select greatest(max(age(x)), (select max(age(xmin)) from consumer.handlers where handler = any($1))),
-       coalesce(bool_or(first <> last), false)
-from (select xmin as x, min(applied_at) as first, max(applied_at) as last
-      from consumer.ledger where handler = any($1) group by xmin) l
-"""
-
 
 async def older_than_handlers(
-    connection: Any, names: Collection[Name], handlers: Sequence[int], tables: Sequence[Mapping[str, Any]]
+    connection: Connection, names: Collection[Name], handlers: Sequence[int], tables: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """A reason for doubt for each of these tables that may not have begun empty. tables: what their comparison found."""
     found: list[dict[str, Any]] = []
     counts = {table["table"]: table for table in tables}
-    age, restored = await connection.fetchrow(_LEDGER, list(handlers)) if names else (None, False)
+    age, restored = await applied_queries.oldest_age(connection, list(handlers)) if names else (None, False)
     for name in names:
-        older, linked = await connection.fetchrow(
-            f"select count(*) filter (where age(t.xmin) > $2), "  # noqa: S608 - `real` is quoted
-            f"coalesce(bool_or(t.xmin in (select l.xmin from consumer.ledger l where l.handler = any($1))), false) from {name.real} t",
-            list(handlers),
-            age,
-        )
+        older, linked = await applied_queries.rows_and_ledger(connection, name.real, list(handlers), age)
         if doubt := beginning_doubt(name, older, counts[str(name)], knows=linked and not restored):
             found.append(doubt)
     return found
 
 
-async def leave_out_older(connection: Any, compared: Compared, handlers: Sequence[int]) -> list[str]:
+async def leave_out_older(connection: Connection, compared: Compared, handlers: Sequence[int]) -> list[str]:
     """Leave out rows from before these handlers first ran, if that makes all tables agree. Returns what to say of them.
 
     compared: its differing tables are only inserted into, on conflict perhaps. Then no message can have changed such a row
     unless it has lost its age, or differs from the rebuilt one.
     """
     differing = compared.differing()
-    age, restored = await connection.fetchrow(_LEDGER, list(handlers))
+    age, restored = await applied_queries.oldest_age(connection, list(handlers))
     # Of rows that the ledger has forgotten, nobody knows the age: a foreign row of their time would pass for an older one.
-    has_forgotten = await connection.fetchval("select horizon is not null from consumer.ledger_state")
+    has_forgotten = await generations.has_forgotten(connection)
     if age is None or restored or has_forgotten or await connection.fetchval(_FUNCTIONS):
         return []
     notes: list[str] = []

@@ -9,25 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from consumer.core.delivery import Delivery
 from consumer.core.message import Partition
 from consumer.core.retention import may_be_forgotten
 from consumer.handler_records import coverage
 from consumer.handler_records.settled_ranges import Stretch
+from consumer.postgres import dead_letter_queries, generations
+from consumer.postgres.protocol import Connection
 from consumer.rebuild.compare import Excuse
-
-# Messages that were claimed although the ledger may have forgotten their row. They may have been applied before.
-_TOO_OLD = """
-select h.name, d.topic, d.partition, d."offset" from consumer.dead_letters d join consumer.handlers h using (handler)
-where d.handler = any($1) and d.topic = any($2) and d.reason = 'too_old' and d.state <> 'applied'
-order by 2, 3, 4
-"""
-_BELOW = """
-select f.handler, t.name, f.partition, f.below from consumer.forgotten f join consumer.topics t using (topic)
-where f.handler = any($1)
-"""
 
 
 @dataclass(slots=True)
@@ -42,19 +32,17 @@ class LeftOut:
     _example: str = ""
 
     async def read(
-        self, connection: Any, app: str, handlers: Collection[int], topics: Collection[str], skew_hours: float
+        self, connection: Connection, app: str, handlers: Collection[int], topics: Collection[str], skew_hours: float
     ) -> None:
         """Ask the ledger, before the transaction becomes read only."""
         self.declared = (await coverage.look(connection, app)).declared
-        horizon_ms = await connection.fetchval(
-            "select ceil(extract(epoch from horizon) * 1000)::int8 from consumer.ledger_state"
-        )
+        horizon_ms = await generations.horizon_ms(connection)
         if horizon_ms is None:
             return
         self._until_ms = horizon_ms + round(skew_hours * 3_600_000)
-        self._below = {tuple(row)[:3]: row[3] for row in await connection.fetch(_BELOW, list(handlers))}
-        for handler, *place in await connection.fetch(_TOO_OLD, list(handlers), list(topics)):
-            self._doubt(handler, *place)
+        self._below = await generations.forgotten_below(connection, list(handlers))
+        for place in await dead_letter_queries.too_old(connection, list(handlers), list(topics)):
+            self._doubt(*place)
 
     def takes(self, delivery: Delivery, position: int) -> bool:
         """Whether a message that has no row is left out of the rebuild."""

@@ -36,6 +36,9 @@ from consumer.kafka import log_reader
 from consumer.kafka.bounds import Span
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.errors import KafkaError, LogTruncated
+from consumer.postgres import applied_queries
+from consumer.postgres import handlers as handler_names
+from consumer.postgres import positions as position_table
 from consumer.postgres.connection import connect, database_epoch, translated_errors
 from consumer.postgres.errors import Conflict, Outage
 from consumer.postgres.positions import read_positions
@@ -66,19 +69,6 @@ _OTHER_NUMBERS = 10_007  # where sequences start in a second rebuild
 _FOR_EVER = Retry(attempts=1 << 31, base=0, cap=0)  # as long as it helps: see _Pass._once_more
 _CHANGED = "nothing was changed, and it can be run again"
 
-# Positions stop below a message that waits for a retry; what was settled above them counts all the same.
-_AHEAD = """
-select p.topic, p.partition, max(l."offset") + 1 from consumer.ledger l
-join consumer.topics t on t.topic = l.topic
-join unnest($1::text[], $2::int4[], $3::int8[]) as p(topic, partition, next_offset)
-    on p.topic = t.name and p.partition = l.partition and l."offset" >= p.next_offset
-where l.handler = any($4) and l.applied_at is not null group by p.topic, p.partition
-"""
-_ARE_APPLIED = """
-select place from unnest($1::int4[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
-join consumer.ledger l on l.handler = o.handler and l.id = o.id
-where l.applied_at is not null and l.fingerprint = o.fingerprint
-"""
 _COLUMNS = """
 select n.nspname, c.relname, a.attname from pg_attribute a
 join pg_class c on c.oid = a.attrelid join pg_namespace n on n.oid = c.relnamespace
@@ -507,27 +497,23 @@ class _Pass:
     async def _number(self) -> None:
         """The real numbers of handlers and topics, and negative ones for those that the ledger does not know."""
         work = self.work
-        rows = await self.connection.fetch("select name, handler from consumer.handlers where app = $1", work.app.name)
-        known = {row[0]: row[1] for row in rows}
+        known = await handler_names.numbers(self.connection, work.app.name)
         for place, handler in enumerate(work.handlers, 1):
             handler.number = known.get(handler.name, -place)
         recorded = (await handler_code.look(self.connection, work.app)).code
         self.applied.codes = {each.number: recorded[each.name] for each in work.handlers if each.number > 0}
         self.gone = await handler_code.gone(self.connection, work.app, {each.topic for each in work.partitions})
-        topics = {row[0]: row[1] for row in await self.connection.fetch("select name, topic from consumer.topics")}
+        topics = await handler_names.topic_numbers(self.connection)
         wanted = sorted({each.topic for each in work.partitions})
         self.names = LedgerIds(work.app.name, {each: topics.get(each, -place) for place, each in enumerate(wanted, 1)})
 
     async def _read_ledger(self) -> None:
-        rows = await self.connection.fetch(
-            "select topic, partition, next_offset, first_offset from consumer.positions where app = $1",
-            self.work.app.name,
-        )
+        horizons = await position_table.horizons(self.connection, self.work.app.name)
         self.names.logs = await read_positions(self.connection, self.work.app.name, sorted(self.work.partitions))
-        for topic, partition, position, begun in rows:
-            if (each := Partition(topic, partition)) in self.work.partitions:
-                self.positions[each] = position
-                self.begun |= {each: begun} if begun else {}
+        for partition, horizon in horizons.items():
+            if partition in self.work.partitions:
+                self.positions[partition] = horizon.next
+                self.begun |= {partition: horizon.first} if horizon.first else {}
         numbers, topics = [each.number for each in self.work.handlers], sorted(self._by_topic)
         await self.applied.read(numbers, topics)
         skew = self.work.settings.ledger_clock_skew_hours
@@ -555,14 +541,11 @@ class _Pass:
                 await work.source.log.ends(work.partitions),
             )
         known = list(work.partitions)
-        rows = await self.connection.fetch(
-            _AHEAD,
-            [each.topic for each in known],
-            [each.partition for each in known],
-            [self.positions.get(each, begins[each]) for each in known],
-            [each.number for each in work.handlers],
+        ahead = await applied_queries.applied_beyond(
+            self.connection,
+            [(partition, self.positions.get(partition, begins[partition])) for partition in known],
+            [handler.number for handler in work.handlers],
         )
-        ahead = {Partition(row[0], row[1]): row[2] for row in rows}
         spans: list[Span] = []
         gone: list[str] = []
         beyond: list[str] = []
@@ -784,7 +767,7 @@ class _Pass:
 
     async def _are_applied(self, deliveries: Sequence[Delivery]) -> set[Delivery]:
         """Those that the ledger has as applied."""
-        return {each for each, _ in await self.applied.ask(_ARE_APPLIED, deliveries)}
+        return set(await self.applied.ask(applied_queries.applied_places, deliveries))
 
     def _settled_part(self, part: Batch, done: BatchResult) -> None:
         for delivery, outcome in done.outcomes.items():

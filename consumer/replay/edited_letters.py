@@ -14,27 +14,16 @@ from consumer.core.dead_letters import edit_fault
 from consumer.core.delivery import Delivery
 from consumer.core.handler import Handler
 from consumer.core.message import LogRecord
+from consumer.postgres import dead_letter_queries, generations
+from consumer.postgres.protocol import Connection
 from consumer.replay.findings import EDITED, Findings
 from consumer.transaction.identify import by_bytes, identify
 
 _EDITS_AT_ONCE = 500
 
-# In one statement, so that an edit which is committed meanwhile has its row.
-_EDITS = """
-select a.action, a.dead_letter, a.new_id, a.new_value, d.handler, d.topic, d.partition, d."offset", d."timestamp", d.key,
-       d.header_keys, d.header_values, l.fingerprint, l.applied_at is not null as applied
-from consumer.letter_actions a join consumer.dead_letters d using (dead_letter)
-join unnest($2::text[], $3::int4[], $4::int8[], $5::int8[]) as s(topic, partition, first, past)
-  on d.topic = s.topic and d.partition = s.partition and d."offset" >= s.first and d."offset" < s.past
-left join consumer.ledger l on l.handler = d.handler and l.id = a.new_id
-where a.outcome = 'applied' and a.new_id is not null and d.handler = any($1) and a.action > $8
-  and ($6::bytea is null or d.key = $6) and ($7::uuid[] is null or d.id = any($7))
-order by a.action limit $9
-"""
-
 
 async def check(
-    connection: Any,
+    connection: Connection,
     findings: Findings,
     handlers: Mapping[int, Handler],
     key: bytes | None,
@@ -42,19 +31,14 @@ async def check(
 ) -> None:
     """Count the edits of the range whose row is gone or another one. handlers, key, ids: as for the letters themselves."""
     findings.samples = [each for each in findings.samples if each["kind"] != EDITED]  # of a run that was interrupted
-    forgets = await connection.fetchval("select horizon is not null from consumer.ledger_state")
+    forgets = await generations.has_forgotten(connection)
     spans = findings.spans
-    narrowed = (
-        list(handlers),
-        [each.partition.topic for each in spans],
-        [each.partition.partition for each in spans],
-        [each.first for each in spans],
-        [each.end for each in spans],
-        key,
-        None if ids is None else [UUID(bytes=each) for each in ids],
-    )
+    ranges = dead_letter_queries.Ranges.of(spans)
+    wanted = None if ids is None else [UUID(bytes=id) for id in ids]
     last, forgotten = 0, 0
-    while rows := await connection.fetch(_EDITS, *narrowed, last, _EDITS_AT_ONCE):
+    while rows := await dead_letter_queries.edits_under_new_ids(
+        connection, list(handlers), ranges, key, wanted, after=last, limit=_EDITS_AT_ONCE
+    ):
         last = rows[-1]["action"]
         for row in rows:
             handler = handlers[row["handler"]]

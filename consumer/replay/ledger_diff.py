@@ -21,6 +21,8 @@ from consumer.core.message import Partition
 from consumer.kafka.bounds import Span
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.log_reader import read
+from consumer.postgres import ledger_queries
+from consumer.postgres.protocol import Connection
 from consumer.replay.findings import BLOCK_BITS, Findings
 from consumer.transaction.identify import identify
 
@@ -28,32 +30,9 @@ Block = tuple[str, Partition, int]  # handler, partition, number of the block
 
 FAULTY_MAX = 256  # blocks with a fault, after which the others that differ are left alone
 
-_ROWS = """
-select l.handler, l.topic, l.partition, l."offset" >> $6, count(*)
-from consumer.ledger l join unnest($2::int2[], $3::int4[], $4::int8[], $5::int8[]) as s(topic, partition, first, past)
-  on l.topic = s.topic and l.partition = s.partition and l."offset" >= s.first and l."offset" < s.past
-where l.handler = any($1) group by 1, 2, 3, 4
-"""
-# Rows that name no place that the log has: a partition that is not there, or an offset that was never written.
-_NOWHERE = """
-select l.handler, l.topic, l.partition, l.id, l."offset"
-from consumer.ledger l left join unnest($2::int2[], $3::int4[], $4::int8[]) as e(topic, partition, past)
-  on l.topic = e.topic and l.partition = e.partition
-where l.handler = any($1) and l.topic = any($5) and (e.past is null or l."offset" >= e.past)
-limit 1000
-"""
-_ABSENT = """
-select id from unnest($2::uuid[]) as o(id)
-where not exists (select from consumer.ledger l where l.handler = $1 and l.id = o.id)
-"""
-_BLOCK = """
-select id, "offset" from consumer.ledger
-where handler = $1 and topic = $2 and partition = $3 and "offset" >= $4 and "offset" < $5 order by "offset", id
-"""
-
 
 async def compare(
-    connection: Any,
+    connection: Connection,
     source: KafkaConsumer,
     findings: Findings,
     handlers: Sequence[Handler],
@@ -75,15 +54,13 @@ async def compare(
     numbers = {each.number: each for each in handlers}
     names = {number: name for name, number in topics.items()}
     spans = {each.partition: each for each in findings.spans if each.length}
-    rows = await connection.fetch(
-        _ROWS,
-        list(numbers),
-        [topics[each.topic] for each in spans],
-        [each.partition for each in spans],
-        [each.first for each in spans.values()],
-        [each.end for each in spans.values()],
-        BLOCK_BITS,
+    ranges = ledger_queries.Ranges(
+        [topics[partition.topic] for partition in spans],
+        [partition.partition for partition in spans],
+        [span.first for span in spans.values()],
+        [span.end for span in spans.values()],
     )
+    rows = await ledger_queries.block_counts(connection, list(numbers), ranges, BLOCK_BITS)
     there: dict[Block, int] = {(numbers[row[0]].name, Partition(names[row[1]], row[2]), row[3]): row[4] for row in rows}
     found = {each.name: {"rows": 0, "with_message": 0, "without_message": 0} for each in handlers}
     for (handler, _, _), count in there.items():
@@ -117,7 +94,7 @@ async def compare(
 
 
 async def _count_nowhere(
-    connection: Any,
+    connection: Connection,
     findings: Findings,
     found: Mapping[str, dict[str, int]],
     numbers: Mapping[int, Handler],
@@ -133,7 +110,7 @@ async def _count_nowhere(
 
 
 async def _rows_nowhere(
-    connection: Any,
+    connection: Connection,
     numbers: Mapping[int, Handler],
     topics: Mapping[str, int],
     read_ends: Callable[[], Awaitable[Mapping[Partition, int]]],
@@ -144,13 +121,12 @@ async def _rows_nowhere(
     rows, and only rows that are still beyond count.
     """
     ends = await read_ends()
-    rows = await connection.fetch(
-        _NOWHERE,
+    rows = await ledger_queries.rows_nowhere(
+        connection,
         list(numbers),
-        [topics[each.topic] for each in ends],
-        [each.partition for each in ends],
+        [topics[partition.topic] for partition in ends],
+        [partition.partition for partition in ends],
         list(ends.values()),
-        sorted({topics[each.topic] for each in ends}),
     )
     if not rows:
         return []
@@ -163,7 +139,7 @@ async def _rows_nowhere(
 class _Block:
     """The records of one block of a span, and the rows that name them. missing: ids that were not in the ledger."""
 
-    connection: Any
+    connection: Connection
     source: KafkaConsumer
     handler: Handler
     topic: int
@@ -190,7 +166,9 @@ class _Block:
             deliveries = [Delivery(self.handler, record) for record in chunk.records]
             identify(deliveries, logs)
             ids |= {each.record.offset: each.id for each in deliveries}
-        rows = await self.connection.fetch(_BLOCK, self.handler.number, self.topic, partition.partition, first, past)
+        rows = await ledger_queries.rows_between(
+            self.connection, self.handler.number, self.topic, partition.partition, first, past
+        )
         orphans, still_there = 0, set()
         for id, offset in rows:
             here = ids.get(offset)
@@ -211,12 +189,7 @@ class _Block:
         if len(still_there) >= told:
             return orphans, []
         candidates = {offset: id for offset, id in ids.items() if offset not in still_there and id not in self.missing}
-        absent = {
-            row[0].bytes
-            for row in await self.connection.fetch(
-                _ABSENT, self.handler.number, [UUID(bytes=id) for id in candidates.values()]
-            )
-        }
+        absent = await ledger_queries.absent_ids(self.connection, self.handler.number, list(candidates.values()))
         gone = [(offset, id) for offset, id in sorted(candidates.items()) if id in absent]
         return orphans, gone[: told - len(still_there)]
 

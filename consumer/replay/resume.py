@@ -20,18 +20,13 @@ from consumer.core.message import Partition
 from consumer.handler_records import handler_code
 from consumer.kafka.bounds import Span
 from consumer.kafka.consumer import KafkaConsumer
+from consumer.postgres import dead_letter_queries, generations
+from consumer.postgres.protocol import Connection
 from consumer.replay.check import Open, Witness
 from consumer.replay.findings import Findings
 from consumer.replay.resume_rules import Conditions, what_changed
 
 _AGAIN = "run it without --resume"
-_LETTERS_BEFORE = "select coalesce(max(dead_letter), 0) from consumer.dead_letters"
-_LETTERS_SINCE = """
-select count(*) from consumer.dead_letters d
-join unnest($3::text[], $4::int4[], $5::int8[], $6::int8[]) as s(topic, partition, first, past)
-  on d.topic = s.topic and d.partition = s.partition and d."offset" >= s.first and d."offset" < s.past
-where d.dead_letter > $1 and d.handler = any($2)
-"""
 
 
 def refuse_changed(before: object, now: Conditions) -> None:
@@ -64,7 +59,7 @@ def _handler_text(handler: Handler) -> str:
 
 
 async def conditions_of_services(
-    connection: Any, identity: Any, topics: Sequence[str], partitions: Sequence[Partition], witness: Witness
+    connection: Connection, identity: Any, topics: Sequence[str], partitions: Sequence[Partition], witness: Witness
 ) -> Conditions:
     """Which logs are read, and from where on the ledger knows."""
     return {
@@ -99,29 +94,22 @@ async def refuse_shorter_logs(source: KafkaConsumer, spans: Sequence[Span], reac
             )
 
 
-async def horizon(connection: Any) -> str:
+async def horizon(connection: Connection) -> str:
     """Up to when the ledger has dropped its rows."""
-    return str(await connection.fetchval("select horizon from consumer.ledger_state"))
+    return await generations.horizon_text(connection)
 
 
-async def letters_before(connection: Any) -> int:
+async def letters_before(connection: Connection) -> int:
     """The number of the last dead letter."""
-    found: int = await connection.fetchval(_LETTERS_BEFORE)
-    return found
+    return await dead_letter_queries.last_number(connection)
 
 
-async def doubt_letters(connection: Any, before: int, handlers: Sequence[Handler], findings: Findings) -> None:
+async def doubt_letters(connection: Connection, before: int, handlers: Sequence[Handler], findings: Findings) -> None:
     """Dead letters since the number `before` that the part before an interruption may have made, and does not know of."""
     spans = findings.spans
-    made: int = await connection.fetchval(
-        _LETTERS_SINCE,
-        before,
-        [each.number for each in handlers],
-        [each.partition.topic for each in spans],
-        [each.partition.partition for each in spans],
-        [each.first for each in spans],
-        [each.end for each in spans],
-    )
+    ranges = dead_letter_queries.Ranges.of(spans)
+    numbers = [handler.number for handler in handlers]
+    made = await dead_letter_queries.count_since(connection, before, numbers, ranges)
     if (unknown := made - findings.total("dead_lettered_now")) > 0:
         names = ", ".join(each.name for each in handlers)
         text = (
@@ -131,7 +119,7 @@ async def doubt_letters(connection: Any, before: int, handlers: Sequence[Handler
         findings.doubts.append({"kind": "dead_letters_meanwhile", "count": unknown, "text": text})
 
 
-async def weigh_rows_gone(connection: Any, findings: Findings, then: Conditions) -> None:
+async def weigh_rows_gone(connection: Connection, findings: Findings, then: Conditions) -> None:
     """Rows that the ledger has dropped as too old while this ran are no fault; nothing tells them from deleted ones."""
     if findings.rows_gone and await horizon(connection) != then["retention"]["ledger"]:
         text = (

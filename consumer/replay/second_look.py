@@ -11,18 +11,10 @@ from itertools import islice
 from typing import Any, TypeVar
 from uuid import UUID
 
-from consumer.postgres.dead_letters import SETTLES
+from consumer.postgres import dead_letter_queries
 from consumer.replay.check import Open, Witness
 
 _AT_ONCE = 4096
-# Settled since: kept as a dead letter, or applied after all (an operator has retried its dead letter).
-_SETTLED = f"""
-select distinct o.place from unnest($1::int2[], $2::uuid[], $3::int8[], $4::int8[]) as o(handler, id, fingerprint, place)
-where exists (select from consumer.dead_letters d
-              where (d.handler, d.id, d.fingerprint) = (o.handler, o.id, o.fingerprint) and {SETTLES})
-   or exists (select from consumer.ledger l
-              where (l.handler, l.id, l.fingerprint) = (o.handler, o.id, o.fingerprint) and l.applied_at is not null)
-"""  # noqa: S608 - a constant of deadletters.py
 
 _T = TypeVar("_T")
 
@@ -53,7 +45,7 @@ async def _without_letter(witness: Witness, numbers: Mapping[str, int], part: Se
     findings = witness.findings
     asked = [(numbers[each.handler], UUID(bytes=each.id), f, place) for place, each in enumerate(part) for f in each.fingerprints]  # fmt: skip
     session = await witness.open()
-    settled = {row[0] for row in await session.connection.fetch(_SETTLED, *map(list, zip(*asked, strict=True)))}
+    settled = await dead_letter_queries.settled_places(session.connection, asked)
     for place, each in enumerate(part):
         if place in settled:
             findings.unsettled -= 1

@@ -23,17 +23,8 @@ from consumer.core.delivery import Delivery
 from consumer.core.message import Partition
 from consumer.core.ordering import Scheduler
 from consumer.core.outcome import Dead
+from consumer.postgres import positions
 from consumer.postgres.session import Session
-
-_LOCK = """
-select true from consumer.positions p where p.app = (select app from consumer.handlers where handler = $1)
-   and (p.topic, p.partition) in (select * from unnest($2::text[], $3::int4[]))
-order by p.topic, p.partition for no key update of p
-"""
-_RAISE = """
-update consumer.positions p set holds = p.holds + 1 where p.app = (select app from consumer.handlers where handler = $1)
-   and (p.topic, p.partition) in (select * from unnest($2::text[], $3::int4[]))
-"""
 
 
 class AskingLane(Scheduler):
@@ -47,7 +38,7 @@ class ReplaySession(Session):
     """A Session that settles messages of partitions which others own, in the order of their keys."""
 
     async def holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
-        await self.connection.fetch(_LOCK, *_places(deliveries))
+        await positions.lock_of_handler(self.connection, *_places(deliveries))
         return await super().holds(deliveries)
 
     async def store_dead_letters(
@@ -58,9 +49,8 @@ class ReplaySession(Session):
             each for each, verdict in dead.items() if blocks_key(verdict) and each.ordering_key_hash() is not None
         ]
         if holding:
-            await self.connection.execute(_RAISE, *_places(holding))
+            await positions.count_hold(self.connection, *_places(holding))
 
 
-def _places(deliveries: Sequence[Delivery]) -> tuple[int, list[str], list[int]]:
-    partitions: list[Partition] = sorted({each.partition for each in deliveries})
-    return deliveries[0].handler.number, [each.topic for each in partitions], [each.partition for each in partitions]
+def _places(deliveries: Sequence[Delivery]) -> tuple[int, list[Partition]]:
+    return deliveries[0].handler.number, sorted({delivery.partition for delivery in deliveries})

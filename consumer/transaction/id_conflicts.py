@@ -9,26 +9,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 from uuid import UUID
 
 from consumer.core.delivery import Delivery
 from consumer.core.message import LogRecord, Partition
 from consumer.core.outcome import Outcome
+from consumer.postgres import dead_letters, ledger_queries
+from consumer.postgres.protocol import Connection
 from consumer.transaction.dedupe import conflict_of
 from consumer.transaction.identify import equal_values
 from consumer.transaction.result import CONFLICT
 
 _COMPARED_MAX = 10  # in one batch
 _READ_SECONDS = 2.0
-
-_FIRST = """
-select t.name, l.partition, l."offset" from consumer.ledger l join consumer.topics t using (topic)
-where l.handler = $1 and l.id = $2 and l."offset" >= 0
-"""
-_SAY = """
-update consumer.dead_letters set error = $4 where handler = $1 and id = $2 and fingerprint = $3 and error = $5
-"""
 
 
 class Log(Protocol):
@@ -37,7 +31,7 @@ class Log(Protocol):
     async def record_at(self, partition: Partition, offset: int) -> LogRecord | None: ...
 
 
-async def explain(connection: Any, log: Log, outcomes: Mapping[Delivery, Outcome]) -> None:
+async def explain(connection: Connection, log: Log, outcomes: Mapping[Delivery, Outcome]) -> None:
     """Add to dead letters of reused ids whether the values are equal.
 
     Raises nothing but a cancellation.
@@ -48,18 +42,17 @@ async def explain(connection: Any, log: Log, outcomes: Mapping[Delivery, Outcome
             is_equal = await _compare(connection, log, message)
             verdict = conflict_of(is_equal)
             if verdict is not CONFLICT:
-                place = (message.handler.number, UUID(bytes=message.id), message.fingerprint)
-                await connection.execute(_SAY, *place, verdict.error, CONFLICT.error)
+                key = (message.handler.number, UUID(bytes=message.id), message.fingerprint)
+                await dead_letters.replace_error(connection, *key, before=CONFLICT.error, error=verdict.error)
         except Exception:  # the log or the database does not answer: the lanes wait for them
             return
 
 
-async def _compare(connection: Any, log: Log, delivery: Delivery) -> bool | None:
-    row = await connection.fetchrow(_FIRST, delivery.handler.number, UUID(bytes=delivery.id))
-    if row is None:
+async def _compare(connection: Connection, log: Log, delivery: Delivery) -> bool | None:
+    claimed_by = await ledger_queries.claiming_record(connection, delivery.handler.number, UUID(bytes=delivery.id))
+    if claimed_by is None:
         return None
-    partition = Partition(row[0], row[1])
-    first = await asyncio.wait_for(log.record_at(partition, row[2]), _READ_SECONDS)
+    first = await asyncio.wait_for(log.record_at(*claimed_by), _READ_SECONDS)
     if first is None:
         return None
     return equal_values(Delivery(delivery.handler, first), Delivery(delivery.handler, delivery.record))

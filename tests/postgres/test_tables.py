@@ -12,6 +12,7 @@ from harness import as_worker, migrated
 from consumer.core.message import Partition
 from consumer.core.retention import Generation
 from consumer.postgres import (
+    applied_queries,
     claims,
     dead_letter_actions,
     dead_letter_queries,
@@ -24,6 +25,7 @@ from consumer.postgres import (
     server,
     shard_tables,
 )
+from consumer.postgres.applied_queries import Fact, Offers
 from consumer.postgres.dead_letter_actions import Action, Settled
 from consumer.postgres.dead_letter_queries import Matching, OpenMatching, Standing
 from consumer.postgres.handler_history import Covered, Registered
@@ -86,6 +88,10 @@ async def test_positions_are_begun_moved_and_restarted(connection: asyncpg.Conne
     assert await positions.settling(connection, APP) == {P: positions.Settling(9, 9, None, None)}
     assert await positions.salts(connection, "orders", "0") == [b"salt"]
     await positions.lock_app(connection, APP)
+    number = (await register(connection, "bill"))["bill"]
+    await positions.lock_of_handler(connection, number, [P])
+    await positions.count_hold(connection, number, [P])
+    assert (await positions.read_positions(connection, APP, [P]))[P].holds == 1
     await positions.rewind(connection, APP)
     assert await positions.next_offsets(connection, APP) == {P: 0}
     assert await positions.exist(connection, APP)
@@ -138,6 +144,7 @@ async def test_the_generations_and_what_was_declared_of_them(connection: asyncpg
     assert await generations.horizon_ms(connection) is None
     assert await generations.horizon_text(connection) == "None"
     assert await generations.forgotten_below(connection, [1]) == {}
+    assert not await generations.has_forgotten(connection)
     assert await server.schema_version(connection) >= 1
     assert (await server.installed_at(connection)).isdecimal()
 
@@ -182,6 +189,41 @@ async def test_claims_of_dead_letters_are_revived_marked_and_dropped(connection:
     assert not await claims.exist(connection, number)
 
 
+async def test_rebuilds_and_checks_read_what_was_applied(connection: asyncpg.Connection) -> None:
+    number = (await register(connection, "bill"))["bill"]
+    dead = uuid4()
+    await connection.execute("create temporary table consumer_dead (handler int, id uuid, fingerprint int8)")
+    await connection.execute(
+        """insert into consumer.ledger (handler, id, fingerprint, topic, partition, "offset", applied_at)
+           values ($1, $2, 7, 1, 0, 4, to_timestamp(1)), ($1, $3, 7, 1, 0, 5, null)""",
+        number,
+        ID,
+        dead,
+    )
+    offers = Offers([number] * 3, [ID, ID, dead], [7, 8, 7])
+    fact = Fact(1_000_000, "orders", 0, 4, True)
+    a = applied_queries
+    assert await a.collect_dead(connection, [number]) == 1
+    assert await a.dead_places(connection, offers) == [3]
+    assert await a.applied_places(connection, offers) == [1]
+    assert await a.facts(connection, offers) == [(1, fact), (2, fact._replace(is_alike=False))]
+    times = await a.times(connection, offers, [4, 4, 5], P)
+    assert times == ([(1, 1_000_000)], [(2, fact._replace(is_alike=False))])
+    assert await a.count_applied_at(connection, [(number, P, 4), (number, P, 5)]) == 1
+    assert await a.applied_beyond(connection, [(P, 2)], [number]) == {P: 5}
+    age, is_restored = await a.oldest_age(connection, [number])
+    assert age is not None and not is_restored
+    assert await a.rows_and_ledger(connection, "consumer.ledger", [number], age) == (0, True)
+
+    q = ledger_queries
+    assert await q.claiming_record(connection, number, ID) == (P, 4)
+    assert await q.claiming_record(connection, number, uuid4()) is None
+    assert await q.block_counts(connection, [number], q.Ranges([1], [0], [0], [9]), 2) == [(number, 1, 0, 1, 2)]
+    assert [row[3] for row in await q.rows_nowhere(connection, [number], [1], [0], [5])] == [dead]
+    assert await q.rows_between(connection, number, 1, 0, 0, 5) == [(ID, 4)]
+    assert await q.absent_ids(connection, number, [ID.bytes, bytes(16)]) == {bytes(16)}
+
+
 async def test_dead_letters_are_listed_locked_settled_and_recorded(connection: asyncpg.Connection) -> None:
     handler = (await register(connection, "bill"))["bill"]
     dead, waiting = await letter(connection, handler, 1, "dead"), await letter(connection, handler, 2, "waiting")
@@ -220,6 +262,23 @@ async def test_dead_letters_are_listed_locked_settled_and_recorded(connection: a
     assert [row["dead_letter"] for row in await a.take_unpublished(connection, APP, 5)] == [dead]
     await a.mark_published(connection, [dead])
     assert await a.take_unpublished(connection, APP, 5) == []
+    ranges = q.Ranges(["orders"], [0], [0], [9])
+    assert await q.last_number(connection) == waiting
+    assert await q.count_since(connection, dead, [handler], ranges) == 1
+    assert await q.too_old(connection, [handler], ["orders"]) == []
+    assert await q.applied_edits(connection, [handler], ["orders"], 5) == []
+    assert await q.edits_under_new_ids(connection, [handler], ranges, None, None, after=0, limit=5) == []
+    await a.record(connection, [Action(dead, "me", "retry", "applied", "", None, None)])
+    assert (await q.applied_retries(connection, [handler], ["orders"], 5))[0][0] == (handler, P, 1)
+    assert await q.sealed_sizes(connection, [handler], ranges, None, None) == [(dead, 5), (waiting, 5)]
+    assert [row["value"] for row in await q.sealed(connection, [dead])] == [b"value"]
+    assert q.Ranges.of([(P, 0, 9)]) == ranges
+    id = (await q.whole(connection, [waiting]))[waiting]["id"]
+    keys = [(handler, id, 7, 10), (handler, id, 8, 11)]
+    assert await q.settled_places(connection, keys) == {10}
+    await dead_letters.replace_error(connection, handler, id, 7, before="another", error="not written")
+    await dead_letters.replace_error(connection, handler, id, 7, before="error", error="explained")
+    assert (await q.whole(connection, [waiting]))[waiting]["error"] == "explained"
     assert await dead_letters.exist(connection, handler)
     await dead_letters.forget_attempts_of(connection, handler)
     await dead_letters.forget_attempts_in(connection, APP, P)

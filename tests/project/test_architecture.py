@@ -247,7 +247,6 @@ LONG_FUNCTIONS = {
     "consumer/cli/purge.py: _purge",
     "consumer/cli/replay.py: replay_command",
     "consumer/replay/findings.py: problems",
-    "consumer/replay/ledger_diff.py: compare",
     "consumer/replay/replay.py: __init__",
 }
 

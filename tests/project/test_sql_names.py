@@ -35,7 +35,7 @@ REVIEWED: dict[str, dict[str, str]] = {
         "counter": _BY_SCRATCH,
         "each.name.copy": _BY_SCRATCH,
     },
-    "rebuild/first_rows.py": {"name.real": _BY_SCRATCH},
+    "postgres/applied_queries.py": {"table": _BY_SCRATCH},
     "deferred_writes/grammar.py": {
         "listed": "tokens of the handler's own statement",
         "named": "a token of the handler's own statement",
@@ -87,7 +87,7 @@ REVIEWED: dict[str, dict[str, str]] = {
         "local": "of the same",
         "self.server.stamp_sql": "constants of postgres/server.py",
     },
-    "replay/second_look.py": {"SETTLES": "a constant of postgres/dead_letters.py"},
+    "postgres/dead_letter_queries.py": {"SETTLES": "a constant of postgres/dead_letters.py"},
     "postgres/migrate.py": {
         "each.version": "of our own files' names",
         "each.name": "of our own files' names",
