@@ -18,7 +18,7 @@ from uuid import UUID
 from consumer.core.identifiers import ident
 from consumer.postgres.errors import sqlstate_of
 from consumer.rebuild.beginnings import Sought, sought_by
-from consumer.rebuild.scratch import Name, Table, Use
+from consumer.rebuild.table_model import Name, Table, TableUsage
 
 _KEYS_MAX = 20_000  # that are kept before they are looked up
 _IDS_MAX = 3  # messages told of a table
@@ -46,7 +46,7 @@ class _Keys:
 class AbsentRows:
     """Notes what updates look for, of tables that no handler inserts into. known: as the copies of this pass have it."""
 
-    def __init__(self, connection: Any, known: Mapping[Name, Use]) -> None:
+    def __init__(self, connection: Any, known: Mapping[Name, TableUsage]) -> None:
         self._connection = connection
         self._known = known
         self._texts: dict[str, tuple[_Keys, tuple[int, ...]] | None] = {}  # and where the keys are among the arguments

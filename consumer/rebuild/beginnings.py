@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from consumer.deferred_writes.grammar import shape_of
-from consumer.rebuild.scratch import Name, Table, Use
+from consumer.rebuild.table_model import Name, Table, TableUsage
 
 _RETURNING = re.compile(r"\sreturning\s.*\Z", re.IGNORECASE | re.DOTALL)
 _CAST = re.compile(r"(\$[0-9]+)::[a-z0-9_]+", re.IGNORECASE)
@@ -34,7 +34,10 @@ def sought_by(sql: str) -> Sought | None:
 
 
 def other_beginnings(
-    tables: Sequence[Table], known: Mapping[Name, Use], counts: Sequence[Mapping[str, Any]], upserted: Collection[str]
+    tables: Sequence[Table],
+    known: Mapping[Name, TableUsage],
+    counts: Sequence[Mapping[str, Any]],
+    upserted: Collection[str],
 ) -> dict[Name, frozenset[str]]:
     """The columns that may have begun otherwise than a rebuild takes for granted, of each table in which rows differ.
 

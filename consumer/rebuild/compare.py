@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from consumer.rebuild.compare_sql import GENERATED, IGNORED, NOW, SHOWN_MAX, Comparison, key_of, left_out
 from consumer.rebuild.drawn_values import DRAWN
-from consumer.rebuild.scratch import GENERATED, IGNORED, NOW, SHOWN_MAX, Comparison, Name, Table, Use, key_of, left_out
+from consumer.rebuild.table_model import Name, Table, TableUsage
 
 KINDS = ("missing", "extra", "different")
 MARKS_MAX = 100_000  # differing rows of a table that two rebuilds are compared by
@@ -128,7 +129,7 @@ def _stable(
 
 async def compare(
     connection: Any,
-    tables: Sequence[tuple[Table, Use, Collection[str]]],
+    tables: Sequence[tuple[Table, TableUsage, Collection[str]]],
     ignore: set[tuple[Name, str]],
     put_back: set[tuple[Name, str]],
     sample_max: int,

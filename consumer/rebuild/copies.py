@@ -31,11 +31,12 @@ from consumer.postgres.errors import sqlstate_of
 from consumer.postgres.server import NOWHERE
 from consumer.postgres.session import Session
 from consumer.postgres.sql_tokens import first_words
-from consumer.rebuild import scratch
+from consumer.rebuild import copy_sql, statement_rules, table_model, trace_sql
 from consumer.rebuild.absent_rows import AbsentRows, statements
 from consumer.rebuild.applied import offers
 from consumer.rebuild.compare import Compared, Excuse
-from consumer.rebuild.scratch import Column, Constraint, DefaultSequence, Judgement, Name, Table, Touch, Use
+from consumer.rebuild.statement_rules import Decision, TableAccess
+from consumer.rebuild.table_model import Column, Constraint, DefaultSequence, Name, Table, TableUsage
 from consumer.settings import Settings
 
 TEXTS_MAX = 4096
@@ -183,7 +184,7 @@ class Guard:
     exception that tells it.
     """
 
-    def __init__(self, connection: Any, known: dict[Name, Use], owners: Mapping[str, str]) -> None:
+    def __init__(self, connection: Any, known: dict[Name, TableUsage], owners: Mapping[str, str]) -> None:
         self.connection = connection
         self.known = known
         self.tables: list[Table] = []
@@ -261,8 +262,8 @@ class Guard:
             return await method(*args, **options)
         except Exception as error:
             state = sqlstate_of(error)
-            if state == scratch.LEARNED:
-                name = scratch.learned(str(getattr(error, "detail", "")), self.tables, self.known)
+            if state == copy_sql.LEARNED:
+                name = copy_sql.learned(str(getattr(error, "detail", "")), self.tables, self.known)
                 self._stop(Again(f"{self._who(sql)} {self._how(name)}"))
             if state == _READ_ONLY:
                 self._refuse(
@@ -308,7 +309,7 @@ class Guard:
             touches = await self._touches(sql)
             if touches is None:
                 return
-            self._act(sql, scratch.judge(touches, self.shadows))
+            self._act(sql, statement_rules.judge(touches, self.shadows))
             self.reads |= {each.name for each in touches}
         if words[0][0] in _WRITING:
             self._writing.add(sql)
@@ -316,16 +317,16 @@ class Guard:
             self._seen.clear()
         self._seen.add(seen_as or sql)
 
-    def _act(self, sql: str, judgement: Judgement) -> None:
+    def _act(self, sql: str, judgement: Decision) -> None:
         if judgement.refusal is not None:
             self._refuse(sql, judgement.refusal)
         if judgement.copies:
             for name, inserted in judgement.copies.items():
-                self.known.setdefault(name, Use()).inserted |= inserted
+                self.known.setdefault(name, TableUsage()).inserted |= inserted
             names = ", ".join(str(each) for each in sorted(judgement.copies))
             self._stop(Again(f"{self._who(sql)} writes to {names}, which has no copy yet"))
 
-    async def _touches(self, sql: str) -> list[Touch] | None:
+    async def _touches(self, sql: str) -> list[TableAccess] | None:
         """The real relations that a statement touches, None for one that PostgreSQL cannot parse.
 
         PREPARE takes one statement and locks what it names, and the lock's mode says what for. The plan tells what is
@@ -358,15 +359,15 @@ class Guard:
         if not prepared:
             return None
         self.unplanned |= plan is None
-        done = scratch.operations(plan)
+        done = statement_rules.operations(plan)
         for each, acts in done.items():
             if each.schema == "pg_temp":
-                self.upserted |= {each.table} if scratch.UPSERT in acts else set()
+                self.upserted |= {each.table} if statement_rules.UPSERT in acts else set()
                 self.changed |= set() if acts.isdisjoint(("Update", "Merge", "Delete")) else {each.table}
                 if not acts.isdisjoint(("Update", "Merge")):
                     self.absent.updating.setdefault(each.table, set()).add(sql)
         touches = [
-            Touch(Name(schema, table), kind, part, written, "Insert" in done.get(Name(schema, table), ()))
+            TableAccess(Name(schema, table), kind, part, written, "Insert" in done.get(Name(schema, table), ()))
             for schema, table, kind, part, written in locks
             if written or Name(schema, table) in done or Name(schema, table) not in self.held
         ]
@@ -376,7 +377,7 @@ class Guard:
             for each in done
             if each not in told and each.schema not in ("pg_temp", "pg_catalog", "information_schema")
         ]
-        return touches + [Touch(each, "r", False, False, False) for each in hidden]
+        return touches + [TableAccess(each, "r", False, False, False) for each in hidden]
 
 
 @dataclass(slots=True)
@@ -535,7 +536,12 @@ class Copies:
     """One transaction with copies in it, from `begin` to the rollback of its connection."""
 
     def __init__(
-        self, connection: Any, settings: Settings, known: dict[Name, Use], owners: Mapping[str, str], base: str | None
+        self,
+        connection: Any,
+        settings: Settings,
+        known: dict[Name, TableUsage],
+        owners: Mapping[str, str],
+        base: str | None,
     ) -> None:
         self.connection = connection
         self.known = known
@@ -556,7 +562,7 @@ class Copies:
         """Begin the transaction, which sees the real state as of an exported snapshot. Raises CannotTell if that is gone."""
         try:
             await self.connection.execute(
-                f"begin isolation level repeatable read read write; set transaction snapshot {scratch.literal(snapshot)}"
+                f"begin isolation level repeatable read read write; set transaction snapshot {table_model.literal(snapshot)}"
             )
         except Exception as error:
             if sqlstate_of(error) in _NO_SNAPSHOT:
@@ -576,9 +582,9 @@ class Copies:
         cascades = await connection.fetch(_CASCADES, [each.oid for each in self.tables])
         await self._make_copies(cascades)
         if self._base is None:
-            await connection.execute(scratch.LEARN_FUNCTION)
+            await connection.execute(copy_sql.LEARN_FUNCTION)
             for number, table in enumerate(self.tables):
-                await self._run(scratch.learning(number, table, self.known[table.name]))
+                await self._run(copy_sql.learning(number, table, self.known[table.name]))
         if sought is not None:
             await self._seek(sought)
         await self._watch()
@@ -627,7 +633,7 @@ class Copies:
 
     async def _make_copies(self, cascades: Sequence[Any]) -> None:
         connection = self.connection
-        copier = scratch.Copier(self.numbers_from)
+        copier = copy_sql.Copier(self.numbers_from)
         deferred: dict[str, bool] = {}
         for number, table in enumerate(self.tables):
             statements, counters = copier.copy(table)
@@ -644,11 +650,11 @@ class Copies:
             oid = await connection.fetchval("select $1::text::regclass::oid", table.name.copy)
             self.session.copies.append(oid)
             made = [Constraint(*each) for each in await connection.fetch(_CONSTRAINTS, oid)]
-            await self._run(scratch.renamings(table, made))
+            await self._run(copy_sql.renamings(table, made))
             deferred |= {each.name: each.deferred for each in table.constraints if each.deferrable}
             self._fixed |= {number} if any(each.deferrable for each in table.constraints) else set()
             real = self.beginnings.get(table.name, frozenset())
-            filling = scratch.first_rows(table, self.known[table.name], self._base is not None, real)
+            filling = copy_sql.first_rows(table, self.known[table.name], self._base is not None, real)
             if filling is not None:
                 await self._fill(table, filling)
         by_oid = {each.oid: each for each in self.tables}
@@ -666,7 +672,7 @@ class Copies:
             self.session.deferred = f"set constraints {names} deferred" if again else ""
             await self.session.check_constraints()
 
-    async def _fill(self, table: Table, filling: scratch.Filling) -> None:
+    async def _fill(self, table: Table, filling: copy_sql.Filling) -> None:
         doubt = filling.doubt
         await self.connection.execute("savepoint rebuild_fill")
         try:
@@ -690,9 +696,9 @@ class Copies:
             raise Misconfigured(f"{self.doubts[0]}: give the first rows with --base FILE. Nothing was changed")
 
     async def _seek(self, sought: Compared) -> None:
-        await self._run(scratch.SOUGHT)
+        await self._run(trace_sql.SOUGHT)
         for place in sorted({each.place for each in sought.differences}):
-            await self._run(scratch.tracing(place, sought.comparisons[place]))
+            await self._run(trace_sql.tracing(place, sought.comparisons[place]))
         for each in sought.differences:
             self.session.trails[each.place, each.mark] = Trail(bool(each.deltas))
         await self.connection.executemany(
@@ -716,10 +722,10 @@ class Copies:
 
         The setting belongs to this savepoint: what is inside cannot take it back, and releasing it does.
         """
-        await self.connection.execute("savepoint rebuild_scratch; set transaction read only")
+        await self.connection.execute("savepoint rebuild_copies; set transaction read only")
 
     async def _run_base(self, base: str) -> None:
-        for statement in scratch.statements(base):
+        for statement in table_model.statements(base):
             try:
                 await self.guard.execute(statement)
             except Exception as error:
@@ -739,8 +745,8 @@ class Copies:
             if number in self._fixed or updates - self._compacted[number] < max(_COMPACT_AT, 2 * rows):
                 continue
             self._compacted[number] = updates
-            await self.connection.execute("release savepoint rebuild_scratch")
-            for statement in scratch.compaction(self.tables[number]):
+            await self.connection.execute("release savepoint rebuild_copies")
+            for statement in copy_sql.compaction(self.tables[number]):
                 tag = await self.connection.execute(statement)
                 if tag.startswith("INSERT"):
                     self._rows[number] = int(tag.split()[-1])

@@ -10,7 +10,7 @@ from typing import Any
 
 from consumer.rebuild.compare import Compared
 from consumer.rebuild.drawn_values import Place, Values, asks, drawn, may_be_drawn, shares, values
-from consumer.rebuild.scratch import Name
+from consumer.rebuild.table_model import Name
 
 
 async def values_of(

@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from consumer.core.identifiers import ident
-from consumer.rebuild.scratch import Column, Name, Table
+from consumer.rebuild.table_model import Column, Name, Table
 
 DRAWN = "drawn: two rebuilds give no value twice"
 VALUES_MAX = 100_000  # of a column

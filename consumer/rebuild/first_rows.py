@@ -17,7 +17,8 @@ from consumer.postgres import applied_queries, generations
 from consumer.postgres.protocol import Connection
 from consumer.rebuild.beginnings import beginning_doubt
 from consumer.rebuild.compare import Compared
-from consumer.rebuild.scratch import Comparison, Name
+from consumer.rebuild.compare_sql import Comparison
+from consumer.rebuild.table_model import Name
 
 # By the counts since the table was made or loaded: a row from before the first message that was lost would not be missed.
 _NEVER_LOST = """

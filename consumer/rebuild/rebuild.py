@@ -42,7 +42,7 @@ from consumer.postgres import positions as position_table
 from consumer.postgres.connection import connect, database_epoch, translated_errors
 from consumer.postgres.errors import Conflict, Outage
 from consumer.postgres.positions import read_positions
-from consumer.rebuild import drawn, scratch
+from consumer.rebuild import compare_sql, drawn
 from consumer.rebuild.absent_rows import AbsentRows, Statement, statements
 from consumer.rebuild.applied import RETRIES_MAX, Applied
 from consumer.rebuild.applied_order import LOOKAHEAD, AppliedOrder, Backlog, Entry, transactions
@@ -53,7 +53,7 @@ from consumer.rebuild.copies import TEXTS_MAX, Again, Copies, Halve, calling
 from consumer.rebuild.drawn_values import Place, Values
 from consumer.rebuild.first_rows import leave_out_older, older_than_handlers
 from consumer.rebuild.one_snapshot import OneSnapshot
-from consumer.rebuild.scratch import Name, Use
+from consumer.rebuild.table_model import Name, TableUsage
 from consumer.settings import Settings
 from consumer.transaction.apply import apply_batch
 from consumer.transaction.identify import identify
@@ -217,7 +217,7 @@ class _Rebuild:
         self.progress = progress
         self.owners: dict[str, str] = {}  # deferred SQL -> the handler that it was first seen from
         self.writers: set[str] = set()  # handlers that have written something, in any pass
-        self.known: dict[Name, Use] = {}
+        self.known: dict[Name, TableUsage] = {}
         self.contradicted: Counter[str] = Counter()  # of the first pass: see AppliedOrder
         self.absent: AbsentRows | None = None  # of the pass that runs
         self.snapshot = OneSnapshot(settings)
@@ -525,8 +525,8 @@ class _Pass:
         """The columns that the options mean. Raises Misconfigured before anything is replayed."""
         rows = await self.connection.fetch(_COLUMNS) if ignore or put_back else []
         columns = [(Name(row[0], row[1]), row[2]) for row in rows]
-        ignored = scratch.named(ignore, "--ignore", columns)
-        compared = scratch.named(put_back, "--compare", columns)
+        ignored = compare_sql.named(ignore, "--ignore", columns)
+        compared = compare_sql.named(put_back, "--compare", columns)
         if both := ignored & compared:
             name, column = min(both)
             raise Misconfigured(f"--ignore and --compare both name {name}.{column}: name it once")

@@ -24,18 +24,18 @@ CHECKED = {"ident", "table_ident", "literal", "savepoint_name"}
 NUMBERS = {"len", "int", "range", "enumerate"}
 
 # Built from names that were checked where they came from, or from PostgreSQL's own catalog, which quotes what it hands out.
-_BY_SCRATCH = "made of ident() and PostgreSQL's own expressions by rebuild/scratch.py"
+_BY_TABLE_MODEL = "made of ident() and PostgreSQL's own expressions by rebuild/table_model.py and the modules beside it"
 REVIEWED: dict[str, dict[str, str]] = {
-    "rebuild/absent_rows.py": {"table.name.copy": _BY_SCRATCH},
+    "rebuild/absent_rows.py": {"table.name.copy": _BY_TABLE_MODEL},
     "rebuild/copies.py": {
-        "table.name.copy": _BY_SCRATCH,
-        "by_oid[child].name.copy": _BY_SCRATCH,
+        "table.name.copy": _BY_TABLE_MODEL,
+        "by_oid[child].name.copy": _BY_TABLE_MODEL,
         "definition": "pg_get_constraintdef",
-        "filling.as_it_is": _BY_SCRATCH,
-        "counter": _BY_SCRATCH,
-        "each.name.copy": _BY_SCRATCH,
+        "filling.as_it_is": _BY_TABLE_MODEL,
+        "counter": _BY_TABLE_MODEL,
+        "each.name.copy": _BY_TABLE_MODEL,
     },
-    "postgres/applied_queries.py": {"table": _BY_SCRATCH},
+    "postgres/applied_queries.py": {"table": _BY_TABLE_MODEL},
     "deferred_writes/grammar.py": {
         "listed": "tokens of the handler's own statement",
         "named": "a token of the handler's own statement",
@@ -45,39 +45,38 @@ REVIEWED: dict[str, dict[str, str]] = {
         "table": "the table in that file",
         "each": "the functions in that file",
     },
-    "rebuild/drawn_values.py": {each: _BY_SCRATCH for each in ("table.name.real", "table.name.copy", "fits")},
-    "rebuild/scratch.py": {
-        expression: _BY_SCRATCH
+    "rebuild/drawn_values.py": {each: _BY_TABLE_MODEL for each in ("table.name.real", "table.name.copy", "fits")},
+    "rebuild/copy_sql.py": {
+        expression: _BY_TABLE_MODEL
+        for expression in ["copy", "default", "number", "start", "table.name.copy", "table.name.real"]
+    },
+    "rebuild/trace_sql.py": {"copy": _BY_TABLE_MODEL, "name": "a number of this run"},
+    "rebuild/compare_sql.py": {
+        expression: _BY_TABLE_MODEL
         for expression in [
-            "table.name.copy",
-            "table.name.real",
-            "self.table.name.copy",
-            "copy",
-            "number",
+            "', '.join([*taken, f'{real} as real', f'{1 - real} as rebuilt'])",
+            "', '.join(either)",
+            "_array((f'(r.{ident(each)}::numeric - b.{ident(each)}::numeric)::text' for each in self.numeric))",
+            "_array((f'left(b.{each}::text, {SHOWN_MAX + 1})' for each in names))",
+            "_array((f'left(r.{each}::text, {SHOWN_MAX + 1})' for each in names))",
+            "_array((f'left({each}::text, {SHOWN_MAX + 1})' for each in either))",
+            "_array((self._differ(each) for each in self.shown), 'bool')",
+            "asked",
+            "asked or 'null'",
+            "both",
+            "differing",
+            "group",
+            "place",
+            "plain",
+            "row_mark((f'c{n}' for n in range(len(self.columns))))",
+            "row_mark(either)",
+            "row_mark(every)",
+            "row_mark(keys)",
+            "self._counted()",
             "self._differs()",
             "self._joined()",
-            "self._counted()",
-            "_mark(either)",
+            "self.table.name.copy",
             "shown",
-            "both",
-            "group",
-            "name",
-            "default",
-            "', '.join([*taken, f'{real} as real', f'{1 - real} as rebuilt'])",
-            "_array((f'left({each}::text, {SHOWN_MAX + 1})' for each in either))",
-            "_array((f'left(r.{each}::text, {SHOWN_MAX + 1})' for each in names))",
-            "_array((f'left(b.{each}::text, {SHOWN_MAX + 1})' for each in names))",
-            "_array((self._differ(each) for each in self.shown), 'bool')",
-            "', '.join(either)",
-            "_mark(keys)",
-            "plain",
-            "differing",
-            "_mark(every)",
-            "asked or 'null'",
-            "asked",
-            "start",
-            "_mark((f'c{n}' for n in range(len(self.columns))))",
-            "_array((f'(r.{ident(each)}::numeric - b.{ident(each)}::numeric)::text' for each in self.numeric))",
         ]
     },
     "postgres/claim_sql.py": {"_RELEASE_CLAIMS.format(target='consumer.turning')": "a constant of that file"},

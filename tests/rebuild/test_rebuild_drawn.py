@@ -13,7 +13,7 @@ from test_rebuild import handling, rebuilt, sent
 
 from consumer import App, Tx
 from consumer.rebuild.drawn_values import DRAWN, Values, drawn
-from consumer.rebuild.scratch import Name
+from consumer.rebuild.table_model import Name
 
 _MADE = Name("public", "made")
 

@@ -56,7 +56,8 @@ def _dropped_columns() -> None:
     from dataclasses import replace
 
     from consumer.rebuild import compare
-    from consumer.rebuild.scratch import Comparison, Table
+    from consumer.rebuild.compare_sql import Comparison
+    from consumer.rebuild.table_model import Table
 
     original = compare._comparison
 

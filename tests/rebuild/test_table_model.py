@@ -6,28 +6,19 @@ from hypothesis import strategies as st
 
 from consumer.core.errors import Misconfigured
 from consumer.core.identifiers import ident
-from consumer.rebuild import scratch
-from consumer.rebuild.scratch import (
+from consumer.rebuild import copy_sql, trace_sql
+from consumer.rebuild.compare_sql import Comparison, key_of, left_out, named
+from consumer.rebuild.copy_sql import Copier, first_rows, learned, learning, renamings
+from consumer.rebuild.statement_rules import TableAccess, judge, operations
+from consumer.rebuild.table_model import (
     Column,
-    Comparison,
     Constraint,
-    Copier,
     DefaultSequence,
     Name,
     Table,
-    Touch,
-    Use,
-    first_rows,
-    judge,
-    key_of,
-    learned,
-    learning,
-    left_out,
+    TableUsage,
     literal,
     moving,
-    named,
-    operations,
-    renamings,
     statements,
 )
 
@@ -168,37 +159,37 @@ def test_what_a_copy_begins_with() -> None:
         number("id", not_null=True), number("balance", not_null=True, default="0"), Column("note"),
         number("twice", generated=True), number("bare", not_null=True),
     )  # fmt: skip
-    assert first_rows(of, Use(inserted=True), False) is None
-    assert first_rows(of, Use(), True) is None
-    plain = first_rows(of, Use(), False)
+    assert first_rows(of, TableUsage(inserted=True), False) is None
+    assert first_rows(of, TableUsage(), True) is None
+    plain = first_rows(of, TableUsage(), False)
     assert plain is not None and plain.doubt is None and '"twice"' not in plain.sql
     assert plain.sql.endswith('select "id", "balance", "note", "bare" from "public"."accounts"')
-    updated = first_rows(of, Use(updated={"balance", "note"}), False)
+    updated = first_rows(of, TableUsage(updated={"balance", "note"}), False)
     assert updated is not None and updated.doubt is None
     assert updated.sql.endswith('select "id", "bare" from "public"."accounts"')
-    unknown = first_rows(of, Use(updated={"bare"}), False)
+    unknown = first_rows(of, TableUsage(updated={"bare"}), False)
     assert unknown is not None and unknown.sql == unknown.as_it_is == plain.sql
     assert (
         unknown.doubt
         == "public.accounts: handlers update bare, which has no default, so nobody knows what it began with"
     )
-    whole = first_rows(table(Column("a")), Use(updated={"a"}), False)
+    whole = first_rows(table(Column("a")), TableUsage(updated={"a"}), False)
     assert whole is not None and whole.doubt is not None and "all of its columns" in whole.doubt
 
 
 def test_triggers_tell_what_is_not_known_yet_and_cost_nothing_for_what_is() -> None:
     of = table(number("id"), number("n"), number("m"), number("twice", generated=True))
-    assert learning(0, of, Use(inserted=True)) == []
-    made = "\n".join(learning(3, of, Use(updated={"n"})))
+    assert learning(0, of, TableUsage(inserted=True)) == []
+    made = "\n".join(learning(3, of, TableUsage(updated={"n"})))
     assert "before insert" in made and '"n"' not in made and '"twice"' not in made
     assert 'before update of "id", "m"' in made
-    assert len(learning(0, of, Use(updated={"id", "n", "m"}))) == 2  # only those of an insert and a delete
-    assert len(learning(0, of, Use(updated={"id", "n", "m"}, deleted=True))) == 1
+    assert len(learning(0, of, TableUsage(updated={"id", "n", "m"}))) == 2  # only those of an insert and a delete
+    assert len(learning(0, of, TableUsage(updated={"id", "n", "m"}, deleted=True))) == 1
 
-    known = {ACCOUNTS: Use(), EFFECTS: Use()}
+    known = {ACCOUNTS: TableUsage(), EFFECTS: TableUsage()}
     tables = [table(name=EFFECTS), of]
-    assert learned("1 update 1 2", tables, known) == ACCOUNTS and known[ACCOUNTS] == Use(False, {"n", "m"})
-    assert learned("0 insert", tables, known) == EFFECTS and known[EFFECTS] == Use(True, set())
+    assert learned("1 update 1 2", tables, known) == ACCOUNTS and known[ACCOUNTS] == TableUsage(False, {"n", "m"})
+    assert learned("0 insert", tables, known) == EFFECTS and known[EFFECTS] == TableUsage(True, set())
 
 
 # -- statements -----------------------------------------------------------------------------------------------------------
@@ -225,8 +216,10 @@ def test_a_plan_tells_its_relations_and_what_is_done_to_them() -> None:
     assert operations(None) == {}
 
 
-def touch(name: Name, kind: str = "r", written: bool = False, inserted: bool = False, part: bool = False) -> Touch:
-    return Touch(name, kind, part, written, inserted)
+def touch(
+    name: Name, kind: str = "r", written: bool = False, inserted: bool = False, part: bool = False
+) -> TableAccess:
+    return TableAccess(name, kind, part, written, inserted)
 
 
 VIEW, PART = Name("public", "open_accounts"), Name("public", "accounts_1")
@@ -254,7 +247,7 @@ def test_what_is_written_gets_a_copy_and_what_is_only_read_does_not() -> None:
         ([touch(Name("consumer", "ledger"), written=True)], "consumer.ledger, which is the framework's own"),
     ],
 )
-def test_what_leaves_the_copies_is_refused(touches: list[Touch], refusal: str) -> None:
+def test_what_leaves_the_copies_is_refused(touches: list[TableAccess], refusal: str) -> None:
     found = judge(touches, {ACCOUNTS: ACCOUNTS, VIEW: ACCOUNTS, PART: ACCOUNTS})
     assert found.refusal is not None and refusal in found.refusal
     assert found.copies == {}
@@ -291,14 +284,14 @@ def test_what_is_not_compared_and_why() -> None:
         number("id", identity=True), number("n"), Column("at", default="now()"), Column("key", default="gen_random_uuid()"),
         number("twice", generated=True), Column("seen", default="now()"), Column("stamp"), Column("x", default="x" * 99),
     )  # fmt: skip
-    every = left_out(of, Use(True), {(ACCOUNTS, "n")}, set(), {"id", "at"}, {"stamp"})
+    every = left_out(of, TableUsage(True), {(ACCOUNTS, "n")}, set(), {"id", "at"}, {"stamp"})
     assert every == {
         "id": "identity", "n": "--ignore", "at": "default now()", "twice": "generated", "stamp": "written as now()",
     }  # fmt: skip
     back = {(ACCOUNTS, each) for each in ("id", "at", "twice", "stamp")}
-    assert left_out(of, Use(True), set(), back, {"id", "at"}, {"stamp"}) == {}
+    assert left_out(of, TableUsage(True), set(), back, {"id", "at"}, {"stamp"}) == {}
     # A row that was taken over begins with a default that moves, and no message says when.
-    assert left_out(of, Use(updated={"seen"}), set(), set(), set(), set()) == {
+    assert left_out(of, TableUsage(updated={"seen"}), set(), set(), set(), set()) == {
         "twice": "generated", "seen": "default now()",
     }  # fmt: skip
     assert len(Column("x", default="nextval" + "x" * 99).why) == 80
@@ -346,13 +339,13 @@ def test_sql_quotes_every_name_that_comes_from_elsewhere() -> None:
     texts = [
         *Copier().copy(of).statements,
         *renamings(Table(of.name, 1, (), (), (Constraint(evil, "U"),)), [Constraint(evil + "2", "U")]),
-        *learning(0, of, Use()),
-        *scratch.compaction(of),
-        *scratch.tracing(0, other),
+        *learning(0, of, TableUsage()),
+        *copy_sql.compaction(of),
+        *trace_sql.tracing(0, other),
         other.counts(), other.samples(), other.nows() or "",
         Comparison(of, (), (column,)).counts(), Comparison(of, (), (column,)).samples(),
     ]  # fmt: skip
-    filling = first_rows(of, Use(), False)
+    filling = first_rows(of, TableUsage(), False)
     assert filling is not None
     for text in [*texts, filling.sql]:
         assert len(list(statements(text))) == 1, text
