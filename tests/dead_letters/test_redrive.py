@@ -68,6 +68,16 @@ async def test_redrive_that_does_not_apply_leaves_the_ledger_unchanged(desk: Des
     assert state == ("discarded" if path == "new id" else "applied")
 
 
+async def test_failed_retry_of_an_opted_out_handler_counts_one_attempt(desk: Desk) -> None:
+    number = await desk.letter("a", handler="watch", in_ledger=False)
+    desk.faults["a"] = "fails"
+    for attempts in (2, 3):
+        assert await desk.outcomes(number) == ["failed"]
+        assert await value(desk.dsn, "select attempts from consumer.dead_letters") == attempts
+    desk.faults.clear()
+    assert await desk.outcomes(number) == ["applied"]
+
+
 async def test_redrive_of_several_letters_of_one_id_applies_it_once_or_keeps_both(desk: Desk) -> None:
     """Two letters under stand-ins whose id can be told now, and is the same: one failing must not settle the other."""
     one, other = [

@@ -54,6 +54,11 @@ class Desk:
             for each in messages:
                 await self.effect(each["id"], tx)
 
+        @app.handler(TOPIC, name="watch", idempotent=False)
+        async def watch(message: Message[dict[str, Any]]) -> None:
+            if message.value["id"] in self.faults:
+                raise ValueError("no screen")
+
         for each in app.handlers.values():
             each.bind({})
         return app
