@@ -6,6 +6,7 @@ Limitations: an outage is waited for as long as it takes; it is not counted agai
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -13,6 +14,7 @@ from typing import TypeVar
 from consumer.core.errors import Misconfigured
 from consumer.logs import describe, event
 from consumer.postgres import connection_shortage
+from consumer.postgres.connection import wait_for
 from consumer.postgres.epoch import is_left_behind
 from consumer.postgres.errors import NotPrimary, Outage, sqlstate_of
 from consumer.postgres.session import Session
@@ -54,31 +56,34 @@ class Connections:
     async def open(self, shard: Shard) -> Session | None:
         """A connection to the primary, waited for; None when the worker stops first."""
         pause, logged = BACKOFF_SECONDS[0], ""
+
+        async def attempt(timeout_seconds: float) -> Session | None:
+            return None if self._lifetime.is_stopping else await self._open_once(shard, timeout_seconds)
+
+        def after(outage: Outage) -> float:
+            nonlocal pause, logged
+            cause = outage.__cause__ or outage
+            why = str(outage) if isinstance(outage, NotPrimary) else describe(cause)
+            if sqlstate_of(cause) == _TOO_MANY_CONNECTIONS:
+                self._share(shard)
+                pause = min(pause, _CROWDED_SECONDS)
+            if why != logged:
+                event(logging.WARNING, "waiting for postgresql", error=why, **shard.label)
+            logged = why
+            seconds, pause = pause, min(BACKOFF_SECONDS[1], pause * 2)
+            return seconds * (0.5 + self._random() / 2)
+
         self.waiting += 1
         try:
-            while not self._lifetime.is_stopping:
-                try:
-                    session = await self._open_once(shard)
-                except Outage as error:
-                    why = str(error) if isinstance(error, NotPrimary) else describe(error.__cause__ or error)
-                    if sqlstate_of(error.__cause__ or error) == _TOO_MANY_CONNECTIONS:
-                        self._share(shard)
-                        pause = min(pause, _CROWDED_SECONDS)
-                    if why != logged:
-                        event(logging.WARNING, "waiting for postgresql", error=why, **shard.label)
-                    logged = why
-                    await self._lifetime.pause(pause * (0.5 + self._random() / 2))
-                    pause = min(BACKOFF_SECONDS[1], pause * 2)
-                else:
-                    if logged:
-                        event(logging.INFO, "postgresql is back", **shard.label)
-                    return session
+            session = await wait_for(attempt, math.inf, after=after, sleep=self._lifetime.pause)
         finally:
             self.waiting -= 1
-        return None
+        if session is not None and logged:
+            event(logging.INFO, "postgresql is back", **shard.label)
+        return session
 
-    async def _open_once(self, shard: Shard) -> Session:
-        session = await Session.open(shard.settings)
+    async def _open_once(self, shard: Shard, timeout_seconds: float) -> Session:
+        session = await Session.open(shard.settings, timeout_seconds)
         if shard.epoch and is_left_behind(session.epoch, shard.epoch):
             session.close()
             raise NotPrimary(

@@ -349,7 +349,7 @@ async def test_the_current_directory_does_not_shadow_what_a_worker_imports(good:
             sys.executable,
             "-P",
             "-c",
-            f"import sys; sys.path.append({str(ROOT)!r}); import consumer.cli as c; c.main()",
+            f"import sys; sys.path.append({str(ROOT)!r}); import consumer.cli.main as c; c.main()",
             "run",
             "good:app",
         ],
