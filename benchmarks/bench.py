@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import asyncpg
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -31,7 +31,9 @@ from services import Kafka  # noqa: E402
 
 from consumer import App, Settings  # noqa: E402
 from consumer.local_servers import Postgres, Server, Valkey  # noqa: E402
-from consumer.replay.replay import Mode, Options, Told, replay  # noqa: E402
+from consumer.replay.options import Mode, Options, Progress  # noqa: E402
+from consumer.replay.rebuild_run import RebuildOptions, run_rebuild  # noqa: E402
+from consumer.replay.verify import replay  # noqa: E402
 from consumer.worker.worker import Worker  # noqa: E402
 
 NAIVE_MESSAGES = 4000  # of the slowest contestant, whose speed does not depend on how many there are
@@ -375,9 +377,12 @@ class Bench:
         await self.check(settings.dsn, made.entries)
         return float((len(made.entries) - int(before)) / seconds)
 
-    async def replay(self, made: Produced, mode: Mode, *, redis: bool = False) -> float:
+    async def replay(self, made: Produced, mode: Mode | Literal["rebuild"], *, redis: bool = False) -> float:
         app, settings = await self.applied(made, redis=redis)
-        found = await replay(app, settings, [made.topic], Options(mode=mode), Told())
+        if mode == "rebuild":
+            found = await run_rebuild(app, settings, [made.topic], RebuildOptions(), Progress())
+        else:
+            found = await replay(app, settings, [made.topic], Options(mode=mode), Progress())
         if not found.ok:
             raise SystemExit(f"the replay found problems: {found.answer()}")
         return len(made.entries) / found.seconds

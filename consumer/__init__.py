@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from consumer.core.message import Message
     from consumer.core.retry import Retry
     from consumer.replay.findings import Findings
-    from consumer.replay.replay import verify
+    from consumer.replay.verify import verify
     from consumer.settings import Settings
     from consumer.transaction.dry_run_guard import is_dry_run
     from consumer.transaction.tx import Tx
@@ -59,7 +59,7 @@ _MODULES = {
     "TransactionMisuse": "core.errors",
     "Tx": "transaction.tx",
     "is_dry_run": "transaction.dry_run_guard",
-    "verify": "replay.replay",
+    "verify": "replay.verify",
 }
 
 if not TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """`consumer replay`: its arguments, its progress, its answer as a table, JSON or a page, and the file to go on from.
 
-Knows the terminal and files; decides nothing (replay/replay.py does). What it leaves behind: the page that was asked for, and,
+Knows the terminal and files; decides nothing (replay/verify.py does). What it leaves behind: the page that was asked for, and,
 while a replay runs or after it was interrupted, a file with counts and offsets in the user's state directory.
 """
 
@@ -11,7 +11,7 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import typer
 from rich import box
@@ -27,11 +27,15 @@ from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.postgres.connection import dsn_label
 from consumer.replay import html_page
 from consumer.replay.findings import OUTCOMES, Findings, Verdict
-from consumer.replay.replay import Options, Told, one_database, replay
+from consumer.replay.options import Options, Progress
+from consumer.replay.rebuild_run import RebuildOptions, run_rebuild
+from consumer.replay.republish_run import RepublishOptions, run_republish
+from consumer.replay.selection import refuse_shards
+from consumer.replay.verify import replay
 from consumer.settings import Settings
 from consumer.transaction import dry_run_guard
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 
 
 @command(
@@ -155,34 +159,101 @@ def replay_command(
             raise Misconfigured(f"--base {base}: {error}") from None
     if report is not None:
         _check_writable(report)
-    options = Options(
-        mode=mode,
-        start=start,
-        end=end,
-        partitions=tuple(partitions or ()),
-        key=key,
-        message_id=message_id,
-        handlers=tuple(handlers or ()),
-        assume_unapplied=assume_unapplied,
-        ignore=tuple(ignore or ()),
-        compare=tuple(compare or ()),
-        base=text,
-        trace=trace,
-        republish_to=republish,
-        call_handlers=call_handlers,
-        allow_outside=allow_outside,
+    narrowing = {
+        "--from": start != "earliest",
+        "--to": end != "latest",
+        "--key": key is not None,
+        "--message-id": message_id is not None,
+        "--partition": bool(partitions),
+        "--assume-unapplied": assume_unapplied,
+    }
+    _refuse_contradictions(
+        mode,
+        narrowing,
+        {"--ignore": bool(ignore), "--compare": bool(compare), "--base": base is not None, "--no-trace": not trace},
+        {
+            "--call-handlers": call_handlers,
+            "--allow-outside": allow_outside and not rebuild and not call_handlers,
+            "--handler": bool(handlers),
+        },
     )
+    options: _AnyOptions
+    if rebuild:
+        options = RebuildOptions(
+            handlers=tuple(handlers or ()),
+            ignore=tuple(ignore or ()),
+            compare=tuple(compare or ()),
+            base=text,
+            trace=trace,
+            allow_outside=allow_outside,
+        )
+    elif republish is not None:
+        options = RepublishOptions(target=republish, start=start, end=end, partitions=tuple(partitions or ()), key=key)
+    else:
+        options = Options(
+            mode="apply" if apply else "check",
+            start=start,
+            end=end,
+            partitions=tuple(partitions or ()),
+            key=key,
+            message_id=message_id,
+            handlers=tuple(handlers or ()),
+            assume_unapplied=assume_unapplied,
+            call_handlers=call_handlers,
+            allow_outside=allow_outside,
+        )
     loaded = _loaded(app, options)
-    one_database(loaded)
+    refuse_shards(loaded)
     settings.dsn  # noqa: B018 - raises when there is none
     return _replay(app, loaded, settings, topics, options, resume=resume, report=report, as_json=as_json)
 
 
-def _loaded(path: str, options: Options) -> App:
+_AnyOptions: TypeAlias = Options | RebuildOptions | RepublishOptions
+
+
+def _refuse_contradictions(
+    mode: str, narrowing: dict[str, bool], of_rebuild: dict[str, bool], others: dict[str, bool]
+) -> None:
+    """Raise Misconfigured for flags that do not go with the mode."""
+    for option, given in narrowing.items():
+        if given and mode == "rebuild":
+            raise Misconfigured(
+                f"{option} does not go with --rebuild, which compares the state that all messages up to the position have made"
+            )
+    for option, given in of_rebuild.items():
+        if given and mode != "rebuild":
+            raise Misconfigured(f"{option} goes with --rebuild")
+    if others["--call-handlers"] and mode != "check":
+        raise Misconfigured(f"--call-handlers does not go with --{mode}: leave it out")
+    if others["--allow-outside"]:
+        raise Misconfigured(
+            "--allow-outside goes with --rebuild or --call-handlers: nothing else calls handlers in a dry run"
+        )
+    if mode == "republish" and (others["--handler"] or narrowing["--message-id"] or narrowing["--assume-unapplied"]):
+        raise Misconfigured(
+            "--republish copies records, whatever their handlers: leave out --handler, --message-id and --assume-unapplied"
+        )
+
+
+def _mode(options: _AnyOptions) -> str:
+    match options:
+        case RebuildOptions():
+            return "rebuild"
+        case RepublishOptions():
+            return "republish"
+        case Options():
+            return options.mode
+
+
+def _loaded(path: str, options: _AnyOptions) -> App:
     """The App. Raises Misconfigured if its import leaves a connection open that a dry run could not refuse to use."""
     before = dry_run_guard.opened_connections()
     app = load_app(path)
-    if options.is_dry_run and not options.allow_outside:
+    if isinstance(options, RebuildOptions):
+        is_guarded = not options.allow_outside
+    else:
+        is_guarded = isinstance(options, Options) and options.is_dry_run and not options.allow_outside
+    if is_guarded:
         if opened := sorted(peer for _, peer in dry_run_guard.opened_connections() - before):
             raise Misconfigured(
                 f"{path}: its import opens a connection to {opened[0]}, which a dry run cannot refuse to use; open it in the "
@@ -217,13 +288,13 @@ async def _replay(
     app: App,
     settings: Settings,
     topics: list[str],
-    options: Options,
+    options: _AnyOptions,
     *,
     resume: bool,
     report: Path | None,
     as_json: bool,
 ) -> int:
-    kept = None if options.mode == "rebuild" else _Kept(path, settings, topics, options)
+    kept = None if isinstance(options, RebuildOptions) else _Kept(path, settings, topics, options)
     resumed = None
     if resume and kept is not None:
         resumed = kept.load()
@@ -235,14 +306,19 @@ async def _replay(
     try:
         with progress("offsets") as told:
             save = kept.save if kept is not None else None
-            findings = await replay(
-                app, settings, topics, options, Told(told.line, told.announce, told.progress, save), resumed, alone=True
-            )
+            progress = Progress(told.line, told.announce, told.progress, save)
+            match options:
+                case RebuildOptions():
+                    findings = await run_rebuild(app, settings, topics, options, progress, alone=True)
+                case RepublishOptions():
+                    findings = await run_republish(app, settings, topics, options, progress, resumed)
+                case Options():
+                    findings = await replay(app, settings, topics, options, progress, resumed, alone=True)
     except ConsumerError as error:
         if as_json:  # who reads JSON learns of it there too
             unknown = Verdict.UNKNOWN
             answer = {"verdict": unknown.value, "exit_code": unknown.exit_code, "answer": str(error)}
-            print_json({"app": app.name, "mode": options.mode, **answer})
+            print_json({"app": app.name, "mode": _mode(options), **answer})
         raise
     if kept is not None:
         kept.delete()
@@ -266,12 +342,16 @@ def _write(path: Path, text: str) -> None:
 class _Kept:
     """The state of one replay on disk, so that the same one (same arguments, same services) can go on."""
 
-    def __init__(self, path: str, settings: Settings, topics: list[str], options: Options) -> None:
+    def __init__(self, path: str, settings: Settings, topics: list[str], options: Options | RepublishOptions) -> None:
         same = [
-            _STATE_VERSION, path, topics, dsn_label(settings.dsn), settings.kafka_bootstrap_servers, options.mode, options.start,
-            options.end, options.partitions, str(options.key), options.message_id, options.handlers, options.assume_unapplied,
-            options.republish_to, options.call_handlers,
-        ]  # fmt: skip
+            _STATE_VERSION,
+            path,
+            topics,
+            dsn_label(settings.dsn),
+            settings.kafka_bootstrap_servers,
+            _mode(options),
+            repr(options),
+        ]
         digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
         self._path = _state_directory() / "consumer" / f"replay-{digest}.json"
         self._told = False

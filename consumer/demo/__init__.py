@@ -36,7 +36,9 @@ from consumer.kafka.producer import open_producer
 from consumer.local_servers import Postgres, Tansu, Valkey, die_with_parent
 from consumer.postgres import migrate
 from consumer.postgres.connection import connect
-from consumer.replay.replay import Mode, Options, Told, replay
+from consumer.replay import options as replay_options
+from consumer.replay.rebuild_run import RebuildOptions, run_rebuild
+from consumer.replay.verify import replay
 from consumer.settings import Settings, load
 
 TOPIC = "payments"
@@ -363,23 +365,28 @@ class Demo:
         found.accounts_wrong = sum(balance != self._expected.get(each, 0) for each, balance in balances.items())
         found.redelivered_after_kill = len(self._reads.again)
 
+    def _log_reader(self, settings: Settings) -> KafkaConsumer:
+        return KafkaConsumer(settings, None, inspect=lambda brokers: _KnownEnds(brokers, self._ends))
+
     async def _replay(self, settings: Settings) -> None:
         """The topic once more: is anything missing, would anything happen twice, is the state what the topic says?"""
         self._tell("replaying the topic: check, apply, rebuild")
         found = self._found
-        modes: tuple[Mode, ...] = ("check", "apply", "rebuild")
-        replays = [
+        modes: tuple[replay_options.Mode, ...] = ("check", "apply")
+        check, apply = [
             await replay(
                 app,
                 settings,
                 [TOPIC],
-                Options(mode=mode),
-                Told(),
-                source=KafkaConsumer(settings, None, inspect=lambda brokers: _KnownEnds(brokers, self._ends)),
+                replay_options.Options(mode=mode),
+                replay_options.Progress(),
+                source=self._log_reader(settings),
             )
             for mode in modes
         ]
-        check, apply, rebuilt = replays
+        rebuilt = await run_rebuild(
+            app, settings, [TOPIC], RebuildOptions(), replay_options.Progress(), source=self._log_reader(settings)
+        )
         found.replayed = check.messages
         found.missing_in_replay = check.total("missing")
         assert check.effects is not None and rebuilt.rebuilt is not None
@@ -388,7 +395,7 @@ class Demo:
         found.differences_in_rebuild = sum(
             each["missing"] + each["extra"] + each["different"] for each in rebuilt.rebuilt["tables"]
         )
-        found.replays_agree = all(each.ok for each in replays) and check.messages == found.produced
+        found.replays_agree = all(each.ok for each in (check, apply, rebuilt)) and check.messages == found.produced
 
     # -- what is shown ----------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """What is seen of the messages of a replay: in transactions that are undone, and counted after them.
 
-Knows the dry runs of transaction/dry_run.py and the findings of replay/findings.py; knows no Kafka, and settles nothing. Read `Look`: it
+Knows the dry runs of transaction/dry_run.py and the findings of replay/findings.py; knows no Kafka, and settles nothing. Read `ChunkCheck`: it
 is the proof of one chunk. What it does not know: what a handler did outside its transaction.
 """
 
@@ -69,7 +69,7 @@ class Open(NamedTuple):
 
 
 @dataclass(slots=True)
-class Witness:
+class ReplayCheck:
     """What all looks of one replay share: the findings, what is missing so far, and a connection that sees what others commit.
 
     storing: what is missing is about to be applied, so it is counted when that is done. calling: handlers may be called
@@ -217,11 +217,11 @@ class Witness:
         return any(each.past is not None and each.first <= offset < each.past for each in found)
 
 
-class Look:
+class ChunkCheck:
     """What is seen of one chunk in the transaction that is undone; counted once that has gone through."""
 
-    def __init__(self, witness: Witness, partition: Partition, deliveries: Sequence[Delivery]) -> None:
-        self.witness = witness
+    def __init__(self, check: ReplayCheck, partition: Partition, deliveries: Sequence[Delivery]) -> None:
+        self.check = check
         self.partition = partition
         self.deliveries = deliveries
         self.unreadable = {each for each in deliveries if each.outcome is not None}  # as they were identified
@@ -237,10 +237,10 @@ class Look:
         self.standing: dict[Delivery, ExistingClaim] = {}
         self.absent: set[Delivery] = set()  # claimed, and not in the ledger
         self.forgotten: set[Delivery] = set()  # of those, the ones that a worker would not apply: too old
-        self.despite = 0  # claimed, although the ledger holds them
+        self.reclaimed = 0  # claimed, although the ledger holds them
         self.before: dict[str, proof.Rows] | None = None
         self.rows: dict[str, proof.Rows] = {}
-        self.otherwise = False
+        self.non_row_writes = False
         self.lost_claims_wrote = False
 
     # -- in the transaction -----------------------------------------------------------------------------------------
@@ -257,25 +257,25 @@ class Look:
             return fresh
         # While our claims are held, nobody else can commit these ids. So what another connection sees of them now was
         # there before, and should not have been claimable: their handlers may be called, and what they write is counted.
-        witness = self.witness
-        there, absent = await witness.standing(fresh)
+        check = self.check
+        there, absent = await check.standing(fresh)
         self.standing |= there
         self.absent = set(absent)
         self.forgotten = set(await session.too_old(absent))
-        self.despite = len(there)
-        return [each for each in fresh if each in there] if witness.calling else []
+        self.reclaimed = len(there)
+        return [each for each in fresh if each in there] if check.calling else []
 
     async def handled(self, session: Session, done: BatchResult) -> None:
         self.rows = await proof.rows_written(session.connection, self.before)
         # Claims that were won, of what is missing, are writes too: then the id of the transaction says nothing.
         says_nothing = self.rows or self.absent or self.lost_claims_wrote
-        self.otherwise = not says_nothing and await proof.wrote_anything(session.connection)
+        self.non_row_writes = not says_nothing and await proof.wrote_anything(session.connection)
 
     # -- after it ---------------------------------------------------------------------------------------------------
 
     async def sort(self) -> None:
         """Find what is missing, and whether what should be a dead letter is one."""
-        witness, standing = self.witness, self.standing
+        check, standing = self.check, self.standing
         await self._ask_behind_clashes()
         self.others = [each for each in self.deliveries if standing.get(each) is not REDELIVERED]
         self.others += [each for each in self.unreadable if standing.get(each) is REDELIVERED]
@@ -288,19 +288,19 @@ class Look:
             if delivery not in self.absent or self._in_doubt(delivery):
                 continue
             key = (delivery.handler.name, delivery.id)
-            before = witness.missing.get(key)
+            before = check.missing.get(key)
             if before is not None and before[3] != delivery.fingerprint:
                 self.clashing.add(delivery)  # with one that is missing itself
-                if witness.storing:
+                if check.storing:
                     self.missing.append(delivery)
             elif before is None and key not in seen:
                 seen.add(key)
                 self.missing.append(delivery)
-                if witness.storing:  # on its way: not to be taken up again
-                    witness.missing[key] = _missed(self.partition, delivery)
+                if check.storing:  # on its way: not to be taken up again
+                    check.missing[key] = _missed(self.partition, delivery)
         if doubtful:
-            self.buried = await witness.letters(doubtful)
-            if witness.storing:
+            self.buried = await check.letters(doubtful)
+            if check.storing:
                 clashing = [
                     each
                     for each in doubtful
@@ -325,11 +325,11 @@ class Look:
             and of_first.clashes
         ]
         if unsure:
-            found, _ = await self.witness.standing(unsure)
+            found, _ = await self.check.standing(unsure)
             self.standing |= found
 
     def _in_doubt(self, delivery: Delivery) -> bool:
-        return delivery in self.forgotten or self.witness.in_doubt(delivery)
+        return delivery in self.forgotten or self.check.in_doubt(delivery)
 
     def _clashes(self, delivery: Delivery) -> bool:
         what = self._what(delivery)
@@ -355,31 +355,31 @@ class Look:
 
     def tally_effects(self) -> None:
         """Count what was written."""
-        effects = self.witness.findings.effects
+        effects = self.check.findings.effects
         assert effects is not None
         effects.transactions += bool(self.deliveries)
-        effects.claims += self.despite
-        effects.otherwise += self.otherwise
+        effects.claims += self.reclaimed
+        effects.non_row_writes += self.non_row_writes
         for table, rows in self.rows.items():
             effects.add(table, rows.inserted, rows.updated, rows.deleted)
 
     def tally(self) -> None:
         """Count everything but what is missing."""
-        witness, findings, partition = self.witness, self.witness.findings, self.partition
+        check, findings, partition = self.check, self.check.findings, self.partition
         counts: dict[str, dict[str, list[int]]] = {}  # handler -> outcome -> timestamps
         here: dict[str, list[int]] = {}  # handler -> offsets of those whose row was made by themselves
         if len(self.others) < len(self.deliveries):
             others = set(self.others)
             plain = [each for each in self.deliveries if each not in others] if others else self.deliveries
             for handler in {each.handler for each in plain}:
-                if handler.name in witness.uncounted:
+                if handler.name in check.uncounted:
                     for each in plain:
                         if each.handler is handler:
-                            witness.keep_apart(each)
+                            check.keep_apart(each)
                 own = [each.record for each in plain if each.handler is handler]
                 counts[handler.name] = {"applied": [each.timestamp for each in own]}
                 here[handler.name] = [each.offset for each in own]
-        storing = set(self.missing) if witness.storing else set()
+        storing = set(self.missing) if check.storing else set()
         for delivery in self.others:
             if delivery in storing:
                 continue
@@ -390,9 +390,9 @@ class Look:
             if (
                 what is not None
                 and not what.clashes
-                and (not what.same_record or delivery.handler.name in witness.uncounted)
+                and (not what.same_record or delivery.handler.name in check.uncounted)
             ):
-                witness.keep_apart(delivery)
+                check.keep_apart(delivery)
             if self._clashes(delivery):
                 is_open = delivery not in self.buried and self._in_doubt(delivery)
                 outcome = self._doubt(delivery) if is_open else self._clash(delivery)
@@ -414,19 +414,19 @@ class Look:
         for name, offsets in here.items():
             for block, n in blocks(offsets).items():
                 key = (name, partition, block)
-                witness.matched[key] = witness.matched.get(key, 0) + n
+                check.matched[key] = check.matched.get(key, 0) + n
         self._tally_precheck()
 
     def _absent(self, delivery: Delivery) -> str:
-        findings = self.witness.findings
-        if self.witness.is_exempt(delivery):
+        findings = self.check.findings
+        if self.check.is_exempt(delivery):
             return "skipped"
         if self._in_doubt(delivery):
             detail = (
                 "older than what the ledger remembers"
                 if delivery in self.forgotten
                 else "from before message_id= changed"
-                if self.witness.has_other_id(delivery)
+                if self.check.has_other_id(delivery)
                 else "from before the ledger began"
             )
             findings.sample("unknown", **place(delivery), detail=detail)
@@ -437,34 +437,34 @@ class Look:
         if delivery in self._missing_now:
             return "missing"
         # Another lane, or a chunk before, was first with this id.
-        first = self.witness.missing.get((delivery.handler.name, delivery.id))
+        first = self.check.missing.get((delivery.handler.name, delivery.id))
         return self._clash(delivery) if first is not None and first[3] != delivery.fingerprint else "repeated"
 
     def _doubt(self, delivery: Delivery) -> str:
-        return "skipped" if self.witness.is_exempt(delivery) else "unknown"
+        return "skipped" if self.check.is_exempt(delivery) else "unknown"
 
     def _unsettled(self, delivery: Delivery, detail: str) -> None:
-        self.witness.count_unsettled(delivery, "unsettled")
-        self.witness.findings.sample("unsettled", **place(delivery), detail=detail)
+        self.check.count_unsettled(delivery, "unsettled")
+        self.check.findings.sample("unsettled", **place(delivery), detail=detail)
 
     @cached_property
     def _missing_now(self) -> set[Delivery]:
-        return {each for each in self.missing if (each.handler.name, each.id) not in self.witness.missing}
+        return {each for each in self.missing if (each.handler.name, each.id) not in self.check.missing}
 
     def _clash(self, delivery: Delivery) -> str:
-        findings = self.witness.findings
+        findings = self.check.findings
         if delivery not in self.buried:
-            self.witness.count_unsettled(delivery, "conflicts")
+            self.check.count_unsettled(delivery, "conflicts")
         text = "a dead letter" if delivery in self.buried else "no dead letter"
         findings.sample("conflicts", **place(delivery), detail=f"the id was used before with another payload; {text}")
         return "conflicts"
 
     def tally_missing(self, would: Mapping[Delivery, Outcome | None]) -> None:
         """Count what is missing. Its time is counted at the end, when it is known whether it still is."""
-        witness, findings = self.witness, self.witness.findings
+        check, findings = self.check, self.check.findings
         for delivery in self.missing:
             key = (delivery.handler.name, delivery.id)
-            if delivery in self.unreadable or key in witness.missing:
+            if delivery in self.unreadable or key in check.missing:
                 continue  # counted as unreadable; or another lane was first, and this one as repeated
             record, outcome = delivery.record, would.get(delivery)
             if isinstance(outcome, Dead) and outcome.reason in _UNREADABLE:
@@ -475,20 +475,20 @@ class Look:
             ahead = findings.is_ahead(self.partition, record.offset)
             findings.count(delivery.handler.name, self.partition, "missing")
             findings.ahead += ahead
-            if len(witness.missing) < _MISSING_MAX:
-                witness.missing[key] = _missed(self.partition, delivery)
+            if len(check.missing) < _MISSING_MAX:
+                check.missing[key] = _missed(self.partition, delivery)
             else:
                 findings.inexact = True
                 findings.times.add([record.timestamp], "missing")
             what = would_text(outcome)
-            witness.would[what] = witness.would.get(what, 0) + 1
+            check.would[what] = check.would.get(what, 0) + 1
             detail = ("not applied" if outcome is UNCALLED else f"would {what}") + (
                 "; workers have not come to it yet" if ahead else ""
             )
             findings.sample("missing", **place(delivery), detail=detail)
 
     def _tally_precheck(self) -> None:
-        found = self.witness.findings.precheck
+        found = self.check.findings.precheck
         if found is None:
             return
         asked = [each for each in self.deliveries if each not in self.unreadable]
@@ -503,7 +503,7 @@ class Look:
                 continue  # applied before the ledger forgot it, which Redis has not
             if what is None or what.clashes:
                 found["wrong"] += 1
-                self.witness.findings.sample(
+                self.check.findings.sample(
                     "precheck_wrong", **place(each), detail="Redis has a mark, the ledger has no row"
                 )
 

@@ -55,13 +55,13 @@ class Verdict(StrEnum):
 class Effects:
     """What the transactions wrote in which nothing was to be done: by the database's own count.
 
-    rows: table -> rows inserted, updated, deleted. otherwise: transactions that PostgreSQL gave an id although no row was
+    rows: table -> rows inserted, updated, deleted. non_row_writes: transactions that PostgreSQL gave an id although no row was
     counted (TRUNCATE, a row lock). claims: ids that were claimed although the ledger held them.
     """
 
     transactions: int = 0
     rows: dict[str, list[int]] = field(default_factory=dict)
-    otherwise: int = 0
+    non_row_writes: int = 0
     claims: int = 0
     sequences: list[str] = field(default_factory=list)
     uncounted: str = ""  # why sequences could not be looked at
@@ -74,7 +74,7 @@ class Effects:
     @property
     def any(self) -> bool:
         """Whether anything at all was written."""
-        return bool(self.total or self.otherwise or self.claims or self.sequences)
+        return bool(self.total or self.non_row_writes or self.claims or self.sequences)
 
     def add(self, table: str, inserted: int, updated: int, deleted: int) -> None:
         """Add rows of a table."""
@@ -181,8 +181,8 @@ class Findings:
         )
         add(
             "effects_otherwise",
-            effects.otherwise,
-            f"{_n(effects.otherwise, 'transaction')} wrote something that is no row (TRUNCATE, a row lock) for messages that were applied before",
+            effects.non_row_writes,
+            f"{_n(effects.non_row_writes, 'transaction')} wrote something that is no row (TRUNCATE, a row lock) for messages that were applied before",
         )
         add(
             "claims",
@@ -470,7 +470,7 @@ class Findings:
                 table: dict(zip(("inserted", "updated", "deleted"), row, strict=True))
                 for table, row in sorted(found.rows.items())
             },
-            "otherwise": found.otherwise,
+            "otherwise": found.non_row_writes,
             "claims": found.claims,
             "sequences": found.sequences,
             "how": how,

@@ -1,4 +1,4 @@
-"""The ledger's rows against the log: whether each names a message that is there. The other direction is replay/replay.py's.
+"""The ledger's rows against the log: whether each names a message that is there. The other direction is replay/check.py's.
 
 Knows the ledger's rows and reads the log again where the numbers differ; decides nothing about a message. While the range
 was read, every delivery told whether its row was made by that very record. So the rows made in a block of 4,096 offsets,

@@ -2,7 +2,7 @@
 
 Reads the ledger and asks the log for its ends; replay/resume_rules.py compares. A replay that goes on must end as one
 uninterrupted run would. So the ledger's rows that were seen before are looked at again at the end (replay/ledger_diff.py by number,
-`Witness.look_again` one by one), and everything else that the answer depends on must not have changed.
+`ReplayCheck.look_again` one by one), and everything else that the answer depends on must not have changed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,21 @@ from consumer.core.message import Partition
 from consumer.handler_records import handler_code
 from consumer.kafka.bounds import Span
 from consumer.kafka.consumer import KafkaConsumer
+from consumer.kafka.protocol import Identity
 from consumer.postgres import dead_letter_queries, generations
+from consumer.postgres.epoch import lineage
 from consumer.postgres.protocol import Connection
-from consumer.replay.check import Open, Witness
+from consumer.replay.check import ReplayCheck
 from consumer.replay.findings import Findings
 from consumer.replay.resume_rules import Conditions, what_changed
 
 _AGAIN = "run it without --resume"
+
+
+def refuse_another_database(before: object, epoch: str) -> None:
+    """Raise Misconfigured for a state of another or restored PostgreSQL."""
+    if lineage(str(before)) != lineage(epoch):
+        raise Misconfigured("--resume: PostgreSQL is another one since, or went back in time; run it without --resume")
 
 
 def refuse_changed(before: object, now: Conditions) -> None:
@@ -37,14 +45,12 @@ def refuse_changed(before: object, now: Conditions) -> None:
         raise Misconfigured(f"--resume: {changed} since the replay began; {_AGAIN}")
 
 
-def conditions_of_code(app: App, handlers: Sequence[Handler], topics: Sequence[str], options: Any) -> Conditions:
-    """What is asked for, and the handlers that take part in it."""
-    taking = [each for each in app.handlers.values() if set(topics) & set(each.topics)]
-    chosen = handlers if options.handlers else taking
+def conditions_of_code(app: App, handlers: Sequence[Handler], options: Any) -> Conditions:
+    """Return the options, and the code of the handlers that take part."""
     return {
         "the App's": {"name": app.name},
-        "option": {each.name: _text(getattr(options, each.name)) for each in fields(options)},
-        "handler": {each.name: _handler_text(each) for each in chosen},
+        "option": {field.name: _text(getattr(options, field.name)) for field in fields(options)},
+        "handler": {handler.name: _handler_text(handler) for handler in handlers},
     }
 
 
@@ -58,18 +64,24 @@ def _handler_text(handler: Handler) -> str:
     return _text([*codes, handler.order, handler.concurrency, handler.batch, handler.allow_nan, *how])
 
 
-async def conditions_of_services(
-    connection: Connection, identity: Any, topics: Sequence[str], partitions: Sequence[Partition], witness: Witness
-) -> Conditions:
-    """Which logs are read, and from where on the ledger knows."""
+def conditions_of_logs(identity: Identity, topics: Sequence[str], partitions: Sequence[Partition]) -> Conditions:
+    """Return which logs are read."""
     return {
         "cluster": {"Kafka": identity.cluster_id},
-        "topic": {each: _known(identity.topics.get(each)) for each in topics},
+        "topic": {topic: _known(identity.topics.get(topic)) for topic in topics},
         "partition": {f"{p.topic}:{p.partition}": "" for p in partitions},
+    }
+
+
+async def conditions_of_ledger(
+    connection: Connection, partitions: Sequence[Partition], check: ReplayCheck
+) -> Conditions:
+    """Return from where on the ledger knows, and its exemptions."""
+    return {
         "retention": {"ledger": await horizon(connection)},
-        "beginning of the ledger in": {f"{p.topic}:{p.partition}": str(witness.horizon.get(p)) for p in partitions},
-        "--begin-here of": {f"{name} {p.topic}:{p.partition}": _text(s) for (name, p), s in witness.exempt.items()},
-        "message_id= of": {f"{name} {p.topic}:{p.partition}": str(at) for (name, p), at in witness.floors.items()},
+        "beginning of the ledger in": {f"{p.topic}:{p.partition}": str(check.horizon.get(p)) for p in partitions},
+        "--begin-here of": {f"{name} {p.topic}:{p.partition}": _text(s) for (name, p), s in check.exempt.items()},
+        "message_id= of": {f"{name} {p.topic}:{p.partition}": str(at) for (name, p), at in check.floors.items()},
     }
 
 
@@ -128,33 +140,3 @@ async def weigh_rows_gone(connection: Connection, findings: Findings, then: Cond
         )
         findings.doubts.append({"kind": "rows_dropped", "count": findings.rows_gone, "text": text})
         findings.rows_gone = 0
-
-
-def witness_state(witness: Witness) -> dict[str, Any]:
-    """What a witness has seen, as JSON can hold it."""
-    return {
-        "matched": [[name, *p, block, n] for (name, p, block), n in witness.matched.items()],
-        "missing": [[name, id.hex(), *p, *rest] for (name, id), (p, *rest) in witness.missing.items()],
-        "apart": [[name, id.hex(), *p, at] for (name, id), (p, at) in witness.apart.items()],
-        "letters": [[name, id.hex(), print, *p, at] for (name, id, print), (p, at) in witness.letters_seen.items()],
-        "forgets": witness.forgets,
-        "would": witness.would,
-        "unsettled": [each.as_state() for each in witness.unsettled],
-    }
-
-
-def restore_witness(witness: Witness, state: Mapping[str, Any]) -> None:
-    """The reverse of `witness_state`. Raises Misconfigured where not all of it could be kept."""
-    if state["forgets"]:
-        raise Misconfigured(
-            f"--resume: more was seen before the interruption than can be looked at again ({state['forgets']}); {_AGAIN}"
-        )
-    witness.matched = {(n, Partition(t, p), block): count for n, t, p, block, count in state["matched"]}
-    if not witness.storing:  # those that were on their way are found missing once more
-        witness.missing = {
-            (n, bytes.fromhex(i)): (Partition(t, p), o, at, f) for n, i, t, p, o, at, f in state["missing"]
-        }
-    witness.apart = {(n, bytes.fromhex(i)): (Partition(t, p), at) for n, i, t, p, at in state["apart"]}
-    witness.letters_seen = {(n, bytes.fromhex(i), f): (Partition(t, p), at) for n, i, f, t, p, at in state["letters"]}
-    witness.would = dict(state["would"])
-    witness.unsettled = [Open.from_state(each) for each in state["unsettled"]]

@@ -1,6 +1,6 @@
 """The last look of a check: what workers have settled since the messages were read is no problem.
 
-Knows the ledger through the witness's connection and the findings; reads no log. A worker may be between any two steps of a check, so
+Knows the ledger through the check's connection and the findings; reads no log. A worker may be between any two steps of a check, so
 what was missing, or had no dead letter yet, is asked again when everything else is done.
 """
 
@@ -12,24 +12,24 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from consumer.postgres import dead_letter_queries
-from consumer.replay.check import Open, Witness
+from consumer.replay.check import Open, ReplayCheck
 
 _AT_ONCE = 4096
 
 _T = TypeVar("_T")
 
 
-async def look_again(witness: Witness, numbers: Mapping[str, int]) -> None:
+async def look_again(check: ReplayCheck, numbers: Mapping[str, int]) -> None:
     """Count what is settled by now as settled. numbers: of the handlers, by name."""
-    for part in _parts(list(witness.missing.items())):
-        await _missing(witness, numbers, part)
-    for some in _parts(witness.unsettled):
-        await _without_letter(witness, numbers, some)
+    for part in _parts(list(check.missing.items())):
+        await _missing(check, numbers, part)
+    for some in _parts(check.unsettled):
+        await _without_letter(check, numbers, some)
 
 
-async def _missing(witness: Witness, numbers: Mapping[str, int], part: Sequence[Any]) -> None:
-    findings = witness.findings
-    settled = await witness.which_stand([(numbers[handler], id) for (handler, id), _ in part])
+async def _missing(check: ReplayCheck, numbers: Mapping[str, int], part: Sequence[Any]) -> None:
+    findings = check.findings
+    settled = await check.which_stand([(numbers[handler], id) for (handler, id), _ in part])
     for (handler, id), (partition, offset, timestamp, _) in part:
         outcome = "missing"
         if (numbers[handler], id) in settled:
@@ -41,10 +41,10 @@ async def _missing(witness: Witness, numbers: Mapping[str, int], part: Sequence[
         findings.times.add([timestamp], outcome)
 
 
-async def _without_letter(witness: Witness, numbers: Mapping[str, int], part: Sequence[Open]) -> None:
-    findings = witness.findings
+async def _without_letter(check: ReplayCheck, numbers: Mapping[str, int], part: Sequence[Open]) -> None:
+    findings = check.findings
     asked = [(numbers[each.handler], UUID(bytes=each.id), f, place) for place, each in enumerate(part) for f in each.fingerprints]  # fmt: skip
-    session = await witness.open()
+    session = await check.open()
     settled = await dead_letter_queries.settled_places(session.connection, asked)
     for place, each in enumerate(part):
         if place in settled:

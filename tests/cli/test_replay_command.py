@@ -180,7 +180,7 @@ async def test_a_kept_state_that_is_no_state_is_one_line(shop: Shop) -> None:
     process_state = shop.directory / "state" / "consumer"
     process_state.mkdir(parents=True, exist_ok=True)
     from consumer.cli.replay import _Kept
-    from consumer.replay.replay import Options
+    from consumer.replay.options import Options
 
     settings = shop.place.settings(redis_url=None)
     name = _Kept(f"{shop.module}:app", settings, [shop.topic], Options())._path.name

@@ -17,7 +17,8 @@ from consumer import App, Retry, RunAgain, Tx
 from consumer.admin import report
 from consumer.core.message import Partition
 from consumer.dead_letters.redrive import Filters, Redrive
-from consumer.replay.replay import Options, Told, replay
+from consumer.replay.options import Options, Progress
+from consumer.replay.verify import replay
 
 
 class Shop:
@@ -55,7 +56,7 @@ class Shop:
             await connection.close()
 
     async def apply(self) -> dict[str, int]:
-        found = await replay(self.app, self.settings, [self.topic], Options(mode="apply"), Told())
+        found = await replay(self.app, self.settings, [self.topic], Options(mode="apply"), Progress())
         return {name: n for name, n in found.as_dict()["handlers"]["settle"].items() if n}
 
     async def retry_all(self) -> list[str]:
@@ -135,7 +136,7 @@ async def test_worker_that_runs_while_a_replay_makes_a_hold_is_undone(shop: Shop
         await shop.send("2")
         await until("the worker to be in the handler", lambda: _is(shop, "2"))
         options = Options(mode="apply", message_id="0")
-        found = await replay(shop.app, shop.settings, [shop.topic], options, Told())
+        found = await replay(shop.app, shop.settings, [shop.topic], options, Progress())
         assert found.total("dead_lettered_now") == 1
         shop.gates["2"].set()
         await until("it to wait", lambda: value(shop.place.dsn, "select count(*) = 2 from consumer.dead_letters"))

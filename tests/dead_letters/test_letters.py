@@ -32,7 +32,8 @@ from proxy import Proxy
 
 from consumer.dead_letters.redrive import Filters, Redrive
 from consumer.local_servers import Postgres, Valkey
-from consumer.replay.replay import Options, Told, replay
+from consumer.replay.options import Options, Progress
+from consumer.replay.verify import replay
 
 PATH = f"{ROOT}{os.pathsep}{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"
 
@@ -88,7 +89,7 @@ class Shop:
         await consume_all(self.app, self.settings)
 
     async def replay_is_ok(self) -> None:
-        findings = await replay(self.app, self.settings, [self.topic], Options(), Told())
+        findings = await replay(self.app, self.settings, [self.topic], Options(), Progress())
         assert findings.verdict().exit_code == 0, findings.problems()
 
 

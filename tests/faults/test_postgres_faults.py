@@ -40,7 +40,8 @@ from test_failover import all_right, app_on, caught_up, messages, through, told
 from consumer import App, Retry, Tx
 from consumer.local_servers import Postgres
 from consumer.postgres.connection import connect
-from consumer.replay.replay import Options, Told, replay
+from consumer.replay.options import Options, Progress
+from consumer.replay.verify import replay
 
 ONCE = Retry(attempts=1)  # a single failure that is counted makes a dead letter
 
@@ -528,7 +529,7 @@ async def test_check_behind_pgbouncer_counts_no_rows_of_other_clients(
         writing = asyncio.create_task(write())
         try:
             for _ in range(3):
-                found = await replay(app, settings, [topic], Options(), Told())
+                found = await replay(app, settings, [topic], Options(), Progress())
                 assert found.ok and found.effects is not None and found.effects.total == 0, found.answer()
         finally:
             writing.cancel()

@@ -12,7 +12,9 @@ from harness import Place, Sent, consume_all, query, working
 
 from consumer import App, Misconfigured, Tx
 from consumer.replay.findings import Findings
-from consumer.replay.replay import Options, Told, replay
+from consumer.replay.options import Options, Progress
+from consumer.replay.rebuild_run import RebuildOptions, run_rebuild
+from consumer.replay.verify import replay
 
 INSERT = "insert into effects values ($1, $2, $3)"
 
@@ -72,11 +74,11 @@ def messages(n: int, first: int = 0, **more: Any) -> list[Sent]:
 
 
 async def rebuilt(place: Place, app: App, topic: str) -> Findings:
-    return await replay(app, place.settings(), [topic], Options(mode="rebuild"), Told())
+    return await run_rebuild(app, place.settings(), [topic], RebuildOptions(), Progress())
 
 
 async def checked(place: Place, app: App, topic: str, **options: Any) -> Findings:
-    return await replay(app, place.settings(), [topic], Options(**options), Told())
+    return await replay(app, place.settings(), [topic], Options(**options), Progress())
 
 
 async def applied(place: Place, function: Callable[..., Any] = plain, **options: Any) -> tuple[App, str]:

@@ -14,24 +14,25 @@ from test_coverage import app_with
 from test_replay import app_of, counts, hashed, payment, run
 
 from consumer import App
-from consumer.replay import replay as replay_module
+from consumer.replay import summary
 from consumer.replay.findings import Findings
+from consumer.replay.run import Run
 
 
 async def settled_meanwhile(
     place: Place, app: App, topic: str, monkeypatch: pytest.MonkeyPatch, *, settle: bool
 ) -> Findings:
     """A check whose last look comes after a worker that has settled everything (settle), or nothing."""
-    original = replay_module._Replay._look_again
+    original = summary.conclude
 
-    async def look_again(self: Any) -> None:
-        assert self.findings.unsettled == 2
+    async def conclude(replay_run: Run, *args: Any, **options: Any) -> None:
+        assert replay_run.findings.unsettled == 2
         if settle:
             await consume_all(app, place.settings())
-        await original(self)
+        await original(replay_run, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(replay_module._Replay, "_look_again", look_again)
+        patch.setattr(summary, "conclude", conclude)
         return await run(place, app, topic)
 
 

@@ -29,9 +29,14 @@ from consumer.demo import plan
 from consumer.demo.application import settle
 from consumer.local_servers import Valkey
 from consumer.postgres.session import Session
-from consumer.replay import replay as replay_module
+from consumer.precheck.client import Precheck
+from consumer.replay import engine, summary
 from consumer.replay.findings import Findings
-from consumer.replay.replay import Options, Told, replay
+from consumer.replay.options import Limits, Options, Progress
+from consumer.replay.rebuild_run import RebuildOptions, run_rebuild
+from consumer.replay.republish_run import RepublishOptions, run_republish
+from consumer.replay.run import Run
+from consumer.replay.verify import replay
 
 QUICK = Retry(attempts=2, base=0.01, cap=0.05)
 INSERT = "insert into effects values ($1, $2, $3)"
@@ -64,7 +69,17 @@ def payment(name: str, account: int = 1, amount: int = 10, id: object = None, **
 
 async def run(place: Place, app: App, *topics: str, **options: Any) -> Findings:
     settings = place.settings(**options.pop("settings", {}))
-    return await replay(app, settings, topics, Options(**options), Told())
+    mode = options.get("mode", "check")
+    if mode == "rebuild":
+        return await run_rebuild(app, settings, topics, RebuildOptions(**_without_mode(options)), Progress())
+    if mode == "republish":
+        return await run_republish(app, settings, topics, RepublishOptions(**_without_mode(options)), Progress())
+    limits = Limits(**options.pop("limits", {}))
+    return await replay(app, settings, topics, Options(**options), Progress(), limits=limits)
+
+
+def _without_mode(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "mode"}
 
 
 def counts(found: Findings, handler: str = "settle") -> dict[str, int]:
@@ -201,13 +216,13 @@ async def test_a_handler_that_is_called_in_spite_of_its_claim_is_caught(
         return {}  # what a lost claim would have told
 
     monkeypatch.setattr(Session, "claim", claim)
-    if what == "rows":  # in several transactions of a session, of which each counts its own
-        monkeypatch.setattr(replay_module, "_CHUNK", 5)
+    # Several transactions of one session: each counts only its own rows.
+    limits = {"chunk_deliveries": 5} if what == "rows" else {}
     broken = True
     before = await everything(place.dsn)
-    unasked = await run(place, app, topic)  # calls no handler, and the claims tell
+    unasked = await run(place, app, topic, limits=limits)  # calls no handler, and the claims tell
     assert {each["kind"]: each["count"] for each in unasked.problems()} == {"claims": 20}
-    found = await run(place, app, topic, call_handlers=True)
+    found = await run(place, app, topic, call_handlers=True, limits=limits)
     kinds = {each["kind"]: each["count"] for each in found.problems()}
     expected = {
         "rows": {"claims": 20, "effects": 40},
@@ -398,14 +413,14 @@ async def test_what_a_worker_settles_meanwhile_is_not_missing(place: Place, monk
     topic = await place.topic(2)
     app = app_of(topic)
     await place.send(topic, *[payment(f"p{n}", n) for n in range(20)])
-    original = replay_module._Replay._look_again
+    original = summary.conclude
 
-    async def look_again(self: Any) -> None:
-        assert self.findings.total("missing") == 20
+    async def conclude(replay_run: Run, *args: Any, **options: Any) -> None:
+        assert replay_run.findings.total("missing") == 20
         await consume_all(app, place.settings())
-        await original(self)
+        await original(replay_run, *args, **options)
 
-    monkeypatch.setattr(replay_module._Replay, "_look_again", look_again)
+    monkeypatch.setattr(summary, "conclude", conclude)
     found = await run(place, app, topic)
     assert counts(found) == {"delivered": 20, "applied": 20} and found.ok and found.ahead == 0
 
@@ -475,7 +490,7 @@ async def test_a_filter_that_lets_nothing_through_is_no_proof(settled: tuple[Pla
         with pytest.raises(Misconfigured, match="no message of the range has that"):
             await run(place, app, topic, **narrowed)
     with pytest.raises(Misconfigured, match="no message of the range has that key"):
-        await run(place, app, topic, mode="republish", republish_to=await place.topic(), key="nope")
+        await run(place, app, topic, mode="republish", target=await place.topic(), key="nope")
     with pytest.raises(Misconfigured, match="not empty"):
         await run(place, app, topic, message_id="")
 
@@ -493,19 +508,16 @@ async def test_a_tombstone_with_a_used_id_is_a_conflict_until_it_is_a_dead_lette
 
 
 @pytest.mark.parametrize("chunk", [1, 4096])
-async def test_an_id_with_two_payloads_is_settled_by_one_apply(
-    place: Place, monkeypatch: pytest.MonkeyPatch, chunk: int
-) -> None:
-    monkeypatch.setattr(replay_module, "_CHUNK", chunk)
+async def test_an_id_with_two_payloads_is_settled_by_one_apply(place: Place, chunk: int) -> None:
     topic = await place.topic(2)
     app = app_of(topic)
     await place.send(topic, payment("x", id="same", partition=0), payment("y", id="same", partition=1))
     await place.send(topic, payment("z", id="same", partition=0))
-    found = await run(place, app, topic)
+    found = await run(place, app, topic, limits={"chunk_deliveries": chunk})
     assert (found.total("missing"), found.total("conflicts"), found.unsettled) == (1, 2, 2)
-    found = await run(place, app, topic, mode="apply")
+    found = await run(place, app, topic, mode="apply", limits={"chunk_deliveries": chunk})
     assert (found.total("applied_now"), found.total("dead_lettered_now")) == (1, 2)
-    assert (await run(place, app, topic)).ok
+    assert (await run(place, app, topic, limits={"chunk_deliveries": chunk})).ok
     assert len(await place.effects()) == 1 and len(await letters(place.dsn)) == 2
 
 
@@ -535,20 +547,20 @@ async def test_a_redis_that_hangs_is_not_asked_for_ever(
     await place.send(topic, *[payment(f"p{n}") for n in range(40)])
     settings = {"redis_url": own_valkey.url}
     await consume_all(app, place.settings(**settings))
-    monkeypatch.setattr(replay_module, "_CHUNK", 1)
-    monkeypatch.setattr(replay_module, "_PRECHECK_SECONDS", 0.05)
     asked = 0
-    original = replay_module.Precheck.known
+    original = Precheck.known
 
     async def known(self: Any, *args: Any) -> Any:
         nonlocal asked
         asked += 1
         return await original(self, *args)
 
-    monkeypatch.setattr(replay_module.Precheck, "known", known)
+    monkeypatch.setattr(Precheck, "known", known)
     os.kill(own_valkey.pid, signal.SIGSTOP)
     try:
-        found = await run(place, app, topic, settings=settings)
+        found = await run(
+            place, app, topic, settings=settings, limits={"chunk_deliveries": 1, "precheck_seconds": 0.05}
+        )
     finally:
         os.kill(own_valkey.pid, signal.SIGCONT)
     assert found.ok and found.precheck is not None and found.precheck["unanswered"] == 40
@@ -578,10 +590,7 @@ async def test_a_new_handler_is_filled_from_the_history(settled: tuple[Place, Ap
 
 
 @pytest.mark.parametrize("chunk", [1, 4096])
-async def test_what_fails_is_retried_in_order_and_then_a_dead_letter(
-    place: Place, monkeypatch: pytest.MonkeyPatch, chunk: int
-) -> None:
-    monkeypatch.setattr(replay_module, "_CHUNK", chunk)
+async def test_what_fails_is_retried_in_order_and_then_a_dead_letter(place: Place, chunk: int) -> None:
     topic = await place.topic()
     app = App(f"app-{uuid.uuid4().hex[:8]}")
     tries: dict[str, int] = {}
@@ -595,7 +604,7 @@ async def test_what_fails_is_retried_in_order_and_then_a_dead_letter(
 
     sent = [payment("late", 1), payment("after late", 1), payment("other", 2), payment("hopeless", 3), payment("d", 3)]
     await place.send(topic, *sent)
-    found = await run(place, app, topic, mode="apply")
+    found = await run(place, app, topic, mode="apply", limits={"chunk_deliveries": chunk})
     assert counts(found) == {
         "delivered": 5,
         "applied_now": 3,
@@ -605,7 +614,7 @@ async def test_what_fails_is_retried_in_order_and_then_a_dead_letter(
     order = dict(await query(place.dsn, "select id, amount from effects"))
     assert order["other"] < order["late"] < order["after late"]
     assert tries["hopeless"] == 3 and await place.reasons() == ["failed", "behind"]
-    assert (await run(place, app, topic)).ok
+    assert (await run(place, app, topic, limits={"chunk_deliveries": chunk})).ok
 
 
 async def test_apply_beside_running_workers_stays_exactly_once_and_leaves_the_group_alone(place: Place) -> None:
@@ -761,7 +770,7 @@ async def test_records_that_are_dropped_while_they_are_read_end_it(
     app = app_of(topic)
     await place.send(topic, *[payment(f"p{n}") for n in range(50)])
     await consume_all(app, place.settings())
-    original = replay_module.resolve
+    original = engine.resolve
 
     async def resolve(*args: Any) -> Any:
         spans = await original(*args)
@@ -771,7 +780,7 @@ async def test_records_that_are_dropped_while_they_are_read_end_it(
         await admin.close()
         return spans
 
-    monkeypatch.setattr(replay_module, "resolve", resolve)
+    monkeypatch.setattr(engine, "resolve", resolve)
     with pytest.raises(CannotTell, match=rf"{topic}:0 were removed .* offset 0"):
         await run(place, app, topic)
 
@@ -780,9 +789,7 @@ async def test_records_that_are_dropped_while_they_are_read_end_it(
 
 
 @pytest.mark.parametrize("mode", ["check", "apply"])
-async def test_what_was_interrupted_goes_on_where_it_was(
-    place: Place, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
+async def test_what_was_interrupted_goes_on_where_it_was(place: Place, mode: str) -> None:
     topic = await place.topic(2)
     app = app_of(topic)
     await place.send(topic, *[payment(f"p{n}", n % 30, partition=n % 2) for n in range(600)])
@@ -791,19 +798,21 @@ async def test_what_was_interrupted_goes_on_where_it_was(
         place.dsn, "delete from consumer.ledger where id = any($1) returning id", [hashed("p3"), hashed("p590")]
     )
     await query(place.dsn, "delete from effects where id in ('p3', 'p590') returning id")
-    monkeypatch.setattr(replay_module, "_CHUNK", 20)
+    limits = Limits(chunk_deliveries=20)
     states: list[dict[str, Any]] = []
 
     def progress(phase: str, done: int, total: int) -> None:
         if done > 250 and not states:
             task.cancel()
 
-    told = Told(progress=progress, save=states.append)
+    told = Progress(progress=progress, save=states.append)
     options = Options(mode=mode)  # type: ignore[arg-type]
-    task = asyncio.create_task(replay(app, place.settings(), [topic], options, told))
+    task = asyncio.create_task(replay(app, place.settings(), [topic], options, told, limits=limits))
     with pytest.raises(CannotTell, match=r"interrupted after 2\d\d of 600 offsets; .*--resume"):
         await task
-    found = await replay(app, place.settings(), [topic], options, Told(save=lambda _: None), states[-1])
+    found = await replay(
+        app, place.settings(), [topic], options, Progress(save=lambda _: None), states[-1], limits=limits
+    )
     if mode == "check":
         assert counts(found) == {"delivered": 600, "applied": 598, "missing": 2}
         assert found.history == {"settle": {"rows": 598, "with_message": 598, "without_message": 0}}
@@ -814,7 +823,7 @@ async def test_what_was_interrupted_goes_on_where_it_was(
         assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(600, 600)]
     other = [{**states[-1], "epoch": "another"}]
     with pytest.raises(Misconfigured, match="another one since"):
-        await replay(app, place.settings(), [topic], options, Told(), other[0])
+        await replay(app, place.settings(), [topic], options, Progress(), other[0])
 
 
 # -- copying ------------------------------------------------------------------------------------------------------------
@@ -833,14 +842,14 @@ async def test_a_copied_topic_is_applied_by_nobody_twice(place: Place, partition
     await place.send(topic, *[payment(f"p{n}", n % 5) for n in range(50)], *bare)
     await consume_all(app, place.settings())
     assert len(await place.effects()) == 60
-    found = await run(place, app, topic, mode="republish", republish_to=copy)
+    found = await run(place, app, topic, mode="republish", target=copy)
     assert found.republished == {"topic": copy, "copied": 60, "refused": 0} and found.ok
     for redis in (place.redis_url, None):
         await consume_all(app, place.settings(redis_url=redis))
         assert len(await place.effects()) == 60
     found = await run(place, app, copy)
     assert counts(found) == {"delivered": 60, "applied": 60} and found.ok
-    narrowed = await run(place, app, topic, mode="republish", republish_to=copy, key="3")
+    narrowed = await run(place, app, topic, mode="republish", target=copy, key="3")
     assert narrowed.republished is not None and narrowed.republished["copied"] == 10
 
 
@@ -853,11 +862,11 @@ async def test_a_copy_that_would_be_applied_again_is_refused(place: Place) -> No
 
     await place.send(topic, payment("a"))
     with pytest.raises(Misconfigured, match="would be applied again"):
-        await run(place, app, topic, mode="republish", republish_to=copy)
+        await run(place, app, topic, mode="republish", target=copy)
     with pytest.raises(Misconfigured, match="that is the topic that is read"):
-        await run(place, app, topic, mode="republish", republish_to=topic)
+        await run(place, app, topic, mode="republish", target=topic)
     with pytest.raises(Misconfigured, match="'nowhere' does not exist"):
-        await run(place, app_of(topic), topic, mode="republish", republish_to="nowhere")
+        await run(place, app_of(topic), topic, mode="republish", target="nowhere")
 
 
 # -- as a call ----------------------------------------------------------------------------------------------------------
@@ -1027,8 +1036,7 @@ async def test_a_log_that_ends_below_the_position_is_doubted(settled: tuple[Plac
     assert [each["kind"] for each in found.unknowns()] == ["log_too_short"] and found.verdict().exit_code == 2
 
 
-async def test_what_asks_to_be_run_again_for_ever_ends_an_apply(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay_module, "_FRUITLESS_SECONDS", 0.0)
+async def test_what_asks_to_be_run_again_for_ever_ends_an_apply(place: Place) -> None:
     topic = await place.topic()
     app = App(f"app-{uuid.uuid4().hex[:8]}")
 
@@ -1040,7 +1048,7 @@ async def test_what_asks_to_be_run_again_for_ever_ends_an_apply(place: Place, mo
 
     await place.send(topic, payment("held", 1), payment("other", 2))
     with pytest.raises(CannotTell, match="1 messages ask to be tried again"):
-        await run(place, app, topic, mode="apply")
+        await run(place, app, topic, mode="apply", limits={"fruitless_seconds": 0.0})
     assert await place.effects() == [("other", 2, 10)] and await place.reasons() == []
 
 

@@ -16,17 +16,15 @@ from harness import Place, consume_all, migrated, new_topic, query
 from test_replay import QUICK, Payment, app_of, counts, hashed, payment
 
 from consumer import App, CannotTell, Misconfigured, Retry, Tx
-from consumer.replay import replay as replay_module
+from consumer.replay import ledger_diff, summary
 from consumer.replay.findings import Findings
-from consumer.replay.replay import Options, Told, replay
+from consumer.replay.options import Limits, Options, Progress
 from consumer.replay.resume_rules import what_changed
+from consumer.replay.run import Run
+from consumer.replay.verify import replay
 
 State = dict[str, Any]
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay_module, "_CHUNK", 20)
+LIMITS = Limits(chunk_deliveries=20)
 
 
 async def interrupted(place: Place, app: App, topic: str, at: int = 250, **options: Any) -> State:
@@ -37,8 +35,8 @@ async def interrupted(place: Place, app: App, topic: str, at: int = 250, **optio
         if done > at:
             task.cancel()
 
-    told = Told(progress=progress, save=lambda state: states.append(json.dumps(state)))
-    task = asyncio.create_task(replay(app, place.settings(), [topic], Options(**options), told))
+    told = Progress(progress=progress, save=lambda state: states.append(json.dumps(state)))
+    task = asyncio.create_task(replay(app, place.settings(), [topic], Options(**options), told, limits=LIMITS))
     with pytest.raises(CannotTell, match="interrupted"):
         await task
     found: State = json.loads(states[-1])
@@ -46,7 +44,9 @@ async def interrupted(place: Place, app: App, topic: str, at: int = 250, **optio
 
 
 async def resumed(place: Place, app: App, topic: str, state: State, **options: Any) -> Findings:
-    return await replay(app, place.settings(), [topic], Options(**options), Told(save=lambda _: None), state)
+    return await replay(
+        app, place.settings(), [topic], Options(**options), Progress(save=lambda _: None), state, limits=LIMITS
+    )
 
 
 def lost(found: Findings) -> int:
@@ -176,14 +176,14 @@ async def test_rows_deleted_during_one_uninterrupted_check_are_missing(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app, topic = await settled(place)
-    original = replay_module._Replay._look_again
+    original = summary.conclude
 
-    async def look_again(self: Any) -> None:
+    async def conclude(run: Run, *args: Any, **options: Any) -> None:
         await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p7"))
-        await original(self)
+        await original(run, *args, **options)
 
-    monkeypatch.setattr(replay_module._Replay, "_look_again", look_again)
-    found = await replay(app, place.settings(), [topic], Options(), Told())
+    monkeypatch.setattr(summary, "conclude", conclude)
+    found = await replay(app, place.settings(), [topic], Options(), Progress(), limits=LIMITS)
     assert found.verdict().exit_code == 1 and lost(found) == 1
 
 
@@ -193,19 +193,19 @@ async def test_an_interruption_after_the_last_record_counts_nothing_twice(place:
     await place.send(topic, *[payment(f"p{n}", n % 30, -1 if n < 3 else 1) for n in range(300)])
     await consume_all(app, place.settings())
     await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p50"))
-    original = replay_module._Replay._compare_history
+    original = ledger_diff.compare
 
-    async def stop(self: Any, source: Any) -> None:
+    async def stop(*args: Any) -> None:
         asyncio.current_task().cancel()  # type: ignore[union-attr]
-        await original(self, source)
+        await original(*args)
 
     states: list[str] = []
-    told = Told(save=lambda state: states.append(json.dumps(state)))
+    told = Progress(save=lambda state: states.append(json.dumps(state)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay_module._Replay, "_compare_history", stop)
+        patch.setattr(ledger_diff, "compare", stop)
         await query(place.dsn, "delete from consumer.dead_letters where id = $1", hashed("p2"))
         with pytest.raises(CannotTell, match="--resume"):
-            await replay(app, place.settings(), [topic], Options(), told)
+            await replay(app, place.settings(), [topic], Options(), told, limits=LIMITS)
     found = await resumed(place, app, topic, json.loads(states[-1]))
     assert counts(found) == {"delivered": 300, "applied": 296, "dead_lettered": 3, "missing": 1}
     assert found.unsettled == 1 and lost(found) == 1
@@ -215,15 +215,15 @@ async def test_rows_dropped_by_the_ledger_during_a_check_are_a_reason_for_doubt(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app, topic = await settled(place, 100)
-    original = replay_module._Replay._look_again
+    original = summary.conclude
 
-    async def look_again(self: Any) -> None:
+    async def conclude(run: Run, *args: Any, **options: Any) -> None:
         await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p7"))
         await query(place.dsn, "update consumer.ledger_state set horizon = now() - interval '1 hour'")
-        await original(self)
+        await original(run, *args, **options)
 
-    monkeypatch.setattr(replay_module._Replay, "_look_again", look_again)
-    found = await replay(app, place.settings(), [topic], Options(), Told())
+    monkeypatch.setattr(summary, "conclude", conclude)
+    found = await replay(app, place.settings(), [topic], Options(), Progress(), limits=LIMITS)
     assert found.verdict().exit_code == 2
     assert [(each["kind"], each["count"]) for each in found.unknowns()] == [("rows_dropped", 1)]
 
@@ -392,16 +392,16 @@ async def test_another_range_or_filter_is_a_refusal(place: Place) -> None:
 async def test_an_interruption_before_anything_was_read_offers_no_resume(place: Place) -> None:
     app, topic = await settled(place)
     saved: list[State] = []
-    told = Told(line=lambda _: task.cancel(), save=saved.append)
-    original = replay_module._Replay._doubt_a_log_that_is_too_short
+    told = Progress(line=lambda _: task.cancel(), save=saved.append)
+    original = summary.doubt_short_log
 
-    async def stop(self: Any, source: Any) -> None:
+    async def stop(*args: Any) -> None:
         task.cancel()
-        await original(self, source)
+        await original(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay_module._Replay, "_doubt_a_log_that_is_too_short", stop)
-        task = asyncio.create_task(replay(app, place.settings(), [topic], Options(), told))
+        patch.setattr(summary, "doubt_short_log", stop)
+        task = asyncio.create_task(replay(app, place.settings(), [topic], Options(), told, limits=LIMITS))
         with pytest.raises(CannotTell) as ended:
             await task
     assert not saved and "--resume" not in str(ended.value)

@@ -42,7 +42,8 @@ from consumer.core.message import LogRecord
 from consumer.core.retention import Drop
 from consumer.postgres import generations
 from consumer.postgres.session import Session
-from consumer.replay.replay import Options, Told, replay
+from consumer.replay.options import Options, Progress
+from consumer.replay.verify import replay
 from consumer.retention import task as retention
 
 TOPIC = "t"
@@ -340,7 +341,7 @@ async def test_what_was_dropped_is_judged_by_nobody(place: Place, tmp_path: Path
     assert (await counts(app, place.dsn))["settle"]["applied"] == 2
 
     await query(place.dsn, "update consumer.positions set next_offset = 0, first_offset = 0 returning 1")
-    found = await replay(app, settings, [topic], Options(), Told())
+    found = await replay(app, settings, [topic], Options(), Progress())
     told = {name: n for name, n in found.as_dict()["handlers"]["settle"].items() if n}
     assert told == {"delivered": 3, "unknown": 2, "dead_lettered": 1}
     assert found.verdict().exit_code == 2

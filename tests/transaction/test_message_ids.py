@@ -19,7 +19,8 @@ from consumer import App, Message, Reject, Retry, Tx
 from consumer.dead_letters.redrive import Redrive
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.rebuild.rebuild import rebuild
-from consumer.replay.replay import Options, Told, replay
+from consumer.replay.options import Options, Progress
+from consumer.replay.verify import replay
 
 QUICK = Retry(attempts=2, base=0.01, cap=0.05)
 EFFECT = "insert into effects values ($1, 1, $2)"
@@ -307,7 +308,7 @@ async def test_a_replay_and_a_rebuild_compare_as_the_handler_does(place: Place, 
     await consume_all(after, place.settings())
     assert await place.effects() == [("a", 1, 5), ("c", 1, 1)]
     assert await place.reasons() == ["rejected", "rejected"]
-    found = await replay(after, place.settings(), [topic], Options(), Told())
+    found = await replay(after, place.settings(), [topic], Options(), Progress())
     assert found.ok and found.total("missing") == 0 and found.total("conflicts") == 0
     source = KafkaConsumer(place.settings(), None)
     await source.start(10)

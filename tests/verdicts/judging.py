@@ -13,7 +13,9 @@ import asyncpg
 
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.replay.findings import Findings
-from consumer.replay.replay import Options, Told, replay
+from consumer.replay.options import Options, Progress
+from consumer.replay.rebuild_run import RebuildOptions, run_rebuild
+from consumer.replay.verify import replay
 from verdicts.case import Case
 from verdicts.drawing import EFFECTS
 from verdicts.faults import plant
@@ -144,7 +146,10 @@ async def ask(servers: Servers, done: Settled, mode: Any) -> Answer:
     base = done.case.seeds if has_base else None
     settings = servers.settings(done.dsn, batch_messages_max=done.case.batch)
     try:
-        findings = await replay(app, settings, app.topics, Options(mode=mode, base=base), Told())
+        if mode == "rebuild":
+            findings = await run_rebuild(app, settings, app.topics, RebuildOptions(base=base), Progress())
+        else:
+            findings = await replay(app, settings, app.topics, Options(mode=mode), Progress())
     except (Misconfigured, CannotTell) as error:
         return Answer(mode, 2, [_NAMES.sub("…", str(error))[:110]], str(error))
     except Exception as error:  # a traceback is no verdict

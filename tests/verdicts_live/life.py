@@ -20,7 +20,9 @@ from uuid import uuid4
 from harness import as_worker, drained, migrated, new_topic, query, settings_for, until, value
 
 from consumer.core.errors import CannotTell, Misconfigured
-from consumer.replay.replay import Options, Told, replay
+from consumer.replay.options import Options, Progress
+from consumer.replay.rebuild_run import RebuildOptions, run_rebuild
+from consumer.replay.verify import replay
 from verdicts_live import planting, verdicts
 from verdicts_live.application import TABLES, build
 from verdicts_live.producing import Producing
@@ -128,7 +130,7 @@ class Life:
     async def rebuild(self) -> tuple[verdicts.Answer, bool | None]:
         """One rebuild, and whether it must notice what is planted (None: nothing is)."""
         seen = None if self.planted is None else self.planted.seen_by(None)
-        return await self._answer("rebuild", Options(mode="rebuild"), True), seen
+        return await self._answer("rebuild", RebuildOptions(), True), seen
 
     def _draw(self) -> tuple[dict[str, Any], bool]:
         """The options of a check, and whether it asks Redis."""
@@ -146,7 +148,7 @@ class Life:
         ]
         return chance.choices(kinds, [4, 6, 3, 2, 2, 2, 1])[0], redis
 
-    async def _answer(self, what: str, options: Options, redis: bool) -> verdicts.Answer:
+    async def _answer(self, what: str, options: Options | RebuildOptions, redis: bool) -> verdicts.Answer:
         for task in self._tasks:
             if task.done():
                 await task  # raises why it has ended: without producers the campaign would show nothing
@@ -155,7 +157,10 @@ class Life:
         topics = self.topics[:1] if set(options.handlers) & {"book", "tally"} else self.topics
         begun = time.monotonic()
         try:
-            found = await replay(app, settings, topics, options, Told())
+            if isinstance(options, RebuildOptions):
+                found = await run_rebuild(app, settings, topics, options, Progress())
+            else:
+                found = await replay(app, settings, topics, options, Progress())
         except (CannotTell, Misconfigured) as error:
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise asyncio.CancelledError from None  # a replay that is cancelled says that it cannot tell

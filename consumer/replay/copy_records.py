@@ -1,5 +1,6 @@
-"""Copying a range into another topic so that nothing is applied twice: each copy keeps the message id that it had.
+"""Copies records into another topic with their message ids.
 
+A copy keeps its message id, so nothing is applied twice.
 Knows records and the id rules of handlers; knows no ledger. Bytes, key, headers, timestamp and, within a partition, the
 order stay. A message whose id is its offset for want of a header gets that id as its `message-id` header, since a copy
 lies at another offset. A copy may be made twice (after an interruption), which is harmless for the same reason.
@@ -38,9 +39,9 @@ class Copied(NamedTuple):
 
 
 def check(handlers: Sequence[Handler], topics: Sequence[str], target: str) -> None:
-    """Raise Misconfigured where a copy would be applied again by one of these handlers, or would be read by itself."""
+    """Raise Misconfigured where a copy would be applied or copied again."""
     if target in topics:
-        raise Misconfigured(f"--republish {target}: that is the topic that is read; name another one")
+        raise Misconfigured(f"--to {target}: that is the topic that is read; name another one")
     for handler in handlers:
         if isinstance(handler.rule, OffsetId):
             raise Misconfigured(
@@ -96,7 +97,7 @@ async def republish(
 
 
 def needs_fallback(handlers: Sequence[Handler]) -> bool:
-    """Whether a handler takes the offset for the id of a message that has none."""
+    """Return whether a handler identifies messages without an id by offset."""
     return any(isinstance(each.rule, DefaultId) for each in handlers)
 
 
