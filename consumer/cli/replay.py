@@ -306,14 +306,14 @@ async def _replay(
     try:
         with progress("offsets") as told:
             save = kept.save if kept is not None else None
-            progress = Progress(told.line, told.announce, told.progress, save)
+            reports = Progress(told.line, told.announce, told.progress, save)
             match options:
                 case RebuildOptions():
-                    findings = await run_rebuild(app, settings, topics, options, progress, alone=True)
+                    findings = await run_rebuild(app, settings, topics, options, reports, alone=True)
                 case RepublishOptions():
-                    findings = await run_republish(app, settings, topics, options, progress, resumed)
+                    findings = await run_republish(app, settings, topics, options, reports, resumed)
                 case Options():
-                    findings = await replay(app, settings, topics, options, progress, resumed, alone=True)
+                    findings = await replay(app, settings, topics, options, reports, resumed, alone=True)
     except ConsumerError as error:
         if as_json:  # who reads JSON learns of it there too
             unknown = Verdict.UNKNOWN
