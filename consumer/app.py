@@ -1,4 +1,7 @@
-"""App: the service, its handlers and its resources. Registration only: nothing here connects to anything."""
+"""App: the service, its handlers and its resources.
+
+Registers only; connects to nothing.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
 
 
 class App:
-    """A service: the Kafka group that it consumes as, and the scope of its message ids.
+    """A service: its Kafka group, and the scope of its message ids.
 
     - name: the group id, and part of the ledger's keys. Two Apps apply a message once each; a renamed App applies every message
       again.
@@ -148,7 +151,10 @@ class App:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Enter the lifespan and hand its resources to the handlers. Raises RegistrationError for one that is missing."""
+        """Enter the lifespan and hand its resources to the handlers.
+
+        Raises RegistrationError for a resource that is missing.
+        """
         if self._lifespan is None:
             self._bind({})
             yield
@@ -165,7 +171,10 @@ class App:
 
 
 def _fault_of_shards(shards: object, route: object) -> str | None:
-    """What is wrong with shards= or route=. Addresses are not told: they may hold a password."""
+    """Return what is wrong with shards= or route=.
+
+    The text quotes no address, which may hold a password.
+    """
     if not isinstance(shards, Mapping) or len(shards) < 2:
         return "shards= takes a mapping of at least two names to DSNs (one database needs no shards)"
     if fault := check_names(shards):

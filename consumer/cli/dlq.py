@@ -24,7 +24,7 @@ from consumer.core.dead_letters import DeadLetterState, age_seconds
 from consumer.core.errors import Misconfigured
 from consumer.core.outcome import Reason
 from consumer.core.suggestions import UnknownName, check_known
-from consumer.dead_letters.redrive import Filters
+from consumer.dead_letters.retry import Filters
 from consumer.settings import Settings
 
 _OPEN = (DeadLetterState.DEAD.value, DeadLetterState.WAITING.value)

@@ -1,6 +1,6 @@
 """`consumer dlq retry` and `dlq discard`: arguments to calls, answers to text.
 
-Knows the terminal; decides nothing (dead_letters/redrive.py does). A first Ctrl-C or SIGTERM lets the transaction in hand come to its end, a second
+Knows the terminal; decides nothing (dead_letters/retry.py does). A first Ctrl-C or SIGTERM lets the transaction in hand come to its end, a second
 one undoes it. Exit codes: 0 all that was asked for is settled, 1 something is not, 2 bad input or a service away, 130 and 143 a signal.
 """
 
@@ -31,7 +31,7 @@ from consumer.cli.signals import Interrupted
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.outcome import Reason
 from consumer.core.suggestions import suggestion
-from consumer.dead_letters.redrive import Done, Filters, Redrive, edit_of
+from consumer.dead_letters.retry import Filters, Redrive, RetryResult, edit_of
 from consumer.dead_letters.session import Edit
 from consumer.postgres.connection import wait_for
 from consumer.postgres.dead_letter_actions import Chain
@@ -311,16 +311,16 @@ class _Answer:
     def __init__(self, asked: int, left_out: int) -> None:
         self.asked, self.left_out = asked, left_out
         self.counts: Counter[str] = Counter()
-        self.kept: list[Done] = []
-        self.bad: list[Done] = []
+        self.kept: list[RetryResult] = []
+        self.bad: list[RetryResult] = []
         self.reached = 0  # of those asked for
 
-    def add(self, done: Done) -> None:
+    def add(self, done: RetryResult) -> None:
         self.counts[done.outcome] += 1
         self.reached += not done.behind
         if len(self.kept) < _KEPT_MAX:
             self.kept.append(done)
-        if not done.is_good and len(self.bad) < _SHOWN_MAX:
+        if not done.is_settled and len(self.bad) < _SHOWN_MAX:
             self.bad.append(done)
 
     def is_good(self, bulk: bool) -> bool:
@@ -411,7 +411,7 @@ async def _each(drive: Redrive, numbers: Sequence[int], left_out: int, wanted: _
     return 0 if answer.is_good(bulk) else 1
 
 
-async def _run(drive: Redrive, numbers: Sequence[int], wanted: _Wanted) -> AsyncIterator[Done]:
+async def _run(drive: Redrive, numbers: Sequence[int], wanted: _Wanted) -> AsyncIterator[RetryResult]:
     """What became of each letter."""
     if wanted.why is None:
         async for done in drive.retry(numbers, wanted.edit):

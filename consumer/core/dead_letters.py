@@ -1,4 +1,4 @@
-"""Dead letters: what they hold back, what becomes of them, and which of them are of one kind.
+"""Dead letters: their states, what they block, and kinds of errors.
 
 Knows states and texts; knows no table. A *chain* is a dead letter whose handler kept failing and the later messages of its
 unit of order (the key, or the partition), which are kept as letters too and wait behind it. Only the first of a chain may
@@ -19,7 +19,10 @@ from consumer.core.outcome import Dead, Outcome, Reason, RetryLater
 
 
 class DeadLetterState(StrEnum):
-    """What a letter is. Open ones are dead or waiting; the others are settled for good, and stay as a trace."""
+    """The state of a dead letter.
+
+    Open ones are dead or waiting; the others are settled for good, and stay as a trace.
+    """
 
     DEAD = "dead"  # somebody must decide
     WAITING = "waiting"  # behind a dead one of its key; it has never run
@@ -36,7 +39,10 @@ class KeyHold(Enum):
 
 
 class Transition(NamedTuple):
-    """What an attempt makes of a letter: its state, whether it stays in its chain, and whether the next one may run."""
+    """A dead letter after an attempt.
+
+    Its state, whether its key stays blocked by it, and whether the next one of its chain may run.
+    """
 
     state: DeadLetterState
     keeps_key_blocked: bool
@@ -44,12 +50,15 @@ class Transition(NamedTuple):
 
 
 def blocks_key(verdict: Dead) -> bool:
-    """Whether later messages of its unit wait for this letter, or behind it."""
+    """Whether later messages of its ordering key wait for it."""
     return verdict.reason in (Reason.FAILED, Reason.BEHIND)
 
 
 def next_state(outcome: Outcome | None) -> Transition:
-    """The fate of the first letter of a chain, or of one without a chain. None: applied."""
+    """Return what the first dead letter of a chain becomes.
+
+    Or one without a chain. None: applied.
+    """
     match outcome:
         case Dead() if blocks_key(outcome):
             return Transition(DeadLetterState.DEAD, keeps_key_blocked=True, releases_next=False)
@@ -64,7 +73,10 @@ def next_state(outcome: Outcome | None) -> Transition:
 
 
 def ordering_key_hash(order: str, record: Record) -> bytes | None:
-    """16 bytes that stand for a unit of order, the same in every process; None for a message that is ordered with nothing."""
+    """Return 16 bytes that stand for an ordering key in every process.
+
+    None for a message that is ordered with nothing.
+    """
     if order == "none" or (order == "key" and record.key is None):
         return None
     digest = blake2b(digest_size=16)
@@ -84,14 +96,17 @@ _TEXT_MAX = 200
 
 
 def normalised(text: str) -> str:
-    """The text of an error without what is of one message only, as far as that shows."""
+    """Return an error's text without what belongs to one message."""
     text = _QUOTED.sub("'…'", text)
     text = _NUMBERS.sub("N", _IDS.sub("N", text))
     return " ".join(text.split())[:_TEXT_MAX]
 
 
 def group_of(handler: str, reason: str, kind: str, error: str) -> str:
-    """Ten hexadecimal digits, the same for errors of one kind. kind: the exception's class, or the SQLSTATE."""
+    """Return ten hexadecimal digits, the same for errors of one kind.
+
+    kind: the exception's class, or the SQLSTATE.
+    """
     parts = "\0".join((handler, reason, kind, normalised(error)))
     return blake2b(parts.encode("utf-8", "replace"), digest_size=5).hexdigest()
 
@@ -101,7 +116,10 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def age_seconds(text: str, option: str) -> int:
-    """Seconds of an age such as 90s, 10m, 24h, 7d or 2w. Raises Misconfigured, naming the option."""
+    """Return the seconds of an age such as 90s, 10m or 24h.
+
+    Also 7d or 2w. Raises Misconfigured, naming the option.
+    """
     found = _AGE.fullmatch(text)
     if found is None:
         raise Misconfigured(f"{option} {text[:40]!r}: an age, such as 10m, 24h or 7d")
@@ -109,7 +127,9 @@ def age_seconds(text: str, option: str) -> int:
 
 
 def edit_fault(applied: bool, found: int | None, expected: Collection[int]) -> str:
-    """What is wrong with the ledger's row of a letter that was applied under a new id; empty for nothing.
+    """Return what is wrong with the row of an edited letter.
+
+    It was applied under a new id. Empty for nothing.
 
     found: its fingerprint, None where there is no row. expected: those of the edited value, none where it is not kept.
     """

@@ -8,7 +8,7 @@
       CannotTell             a replay ended before it had an answer, exit code 2
       TransactionMisuse      a handler asked its Tx for something that would break the guarantee
       Reject                 raised by handlers: a dead letter at once
-      RunAgain               raised out of handlers: nobody's fault, tried again and not counted
+      RunAgain               raised out of handlers: not a failure: tried again and not counted
 
 Knows nothing of the drivers' own exceptions: `sqlstate.py` sorts those.
 """
@@ -21,11 +21,14 @@ class ConsumerError(Exception):
 
 
 class Misconfigured(ConsumerError):
-    """The program cannot start as it is configured. The text says what to change."""
+    """The configuration is unusable; the text says what to change."""
 
 
 class RegistrationError(Misconfigured):
-    """A handler or an App was declared in a way that cannot work. Raised at import, before anything runs."""
+    """A declaration of a handler or an App cannot work.
+
+    Raised at import, before anything runs.
+    """
 
 
 class ServiceUnavailable(Misconfigured):
@@ -33,7 +36,10 @@ class ServiceUnavailable(Misconfigured):
 
 
 class Unreadable(ConsumerError):
-    """A message that cannot be identified or decoded. `reason` is one of `outcome.Reason`."""
+    """A message that cannot be identified or decoded.
+
+    `reason` is one of `outcome.Reason`.
+    """
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -41,22 +47,30 @@ class Unreadable(ConsumerError):
 
 
 class CannotTell(ConsumerError):
-    """A replay ended before it had an answer. The text says why, how far it came, and what was changed (mostly nothing)."""
+    """A replay ended before it had an answer.
+
+    The text says why, how far it came, and what was changed (mostly nothing).
+    """
 
 
 class TransactionMisuse(ConsumerError):
-    """A handler tried to control its transaction, or used a Tx after its handler had returned."""
+    """A handler controlled its transaction, or used a Tx too late.
+
+    Too late means after the handler had returned.
+    """
 
 
 class Reject(ConsumerError):
-    """Raise it in a handler to make the message a dead letter at once, without a retry.
+    """Raise it in a handler to make the message a dead letter.
+
+    At once, without a retry.
 
     The text is kept with the dead letter. Nothing that the handler wrote for this message is stored.
     """
 
 
 class RunAgain(ConsumerError):
-    """Raised out of a handler, its message is tried again later, and that does not count as an attempt of the message.
+    """Raise it in a handler to try the message again, uncounted.
 
     Everything the handler wrote for the message is undone, later messages of its unit of order wait behind it, and the
     pauses grow as the handler's retry policy says (at least 50 ms). A caller may not assume an end to that: what must not wait for

@@ -53,7 +53,10 @@ class Resource:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Handler:
-    """One handler of an App. `number` is its place in the ledger, known once the worker has read it."""
+    """One handler of an App.
+
+    `number` is its place in the ledger, known once the worker has read it.
+    """
 
     name: str
     topics: tuple[str, ...]
@@ -80,7 +83,10 @@ class Handler:
     codes: tuple[str, str] | None = None  # fingerprints of its code, once they were asked for
 
     def bind(self, resources: Mapping[str, object]) -> None:
-        """Compile the call, with the lifespan's resources in their places. Raises RegistrationError for a missing one."""
+        """Compile the call, with the lifespan's resources.
+
+        Raises RegistrationError for a missing one.
+        """
         kinds: list[str | object] = []
         for parameter in self.parameters:
             kinds.append(parameter if isinstance(parameter, str) else _Bound(self._find(parameter, resources)))
@@ -109,7 +115,7 @@ class _Bound:
 
 
 def _compile(function: Function, kinds: list[Any]) -> Call:
-    """A call without a loop for the shapes that nearly all handlers have."""
+    """Return a call; without a loop for the usual signatures."""
     match kinds:
         case ["value"]:
             return lambda value, message, tx: function(value)
@@ -300,7 +306,10 @@ def _decoder(value_type: Any, allow_nan: bool, wrong: Wrong) -> decode.Decoder:
 def _signature(
     function: Function, batch: int | None, tx_type: type, wrong: Wrong
 ) -> tuple[tuple[str | Resource, ...], Any, bool]:
-    """The call plan: what each parameter is filled with, the declared type of the value, and whether it is a Message."""
+    """Return the call plan of a handler.
+
+    What each parameter is filled with, the declared type of the value, and whether it is a Message.
+    """
     hints = _hints(function, wrong)
     plan: list[str | Resource] = []
     declared: Any = inspect.Parameter.empty
@@ -366,7 +375,10 @@ def _message_value(hint: Any) -> Any | None:
 
 
 def _check_field(field: str, declared: Any, wrong: Wrong) -> None:
-    """A misspelt message_id="field:…" would make every message a dead letter: say so now, where the type tells."""
+    """Check the field of message_id="field:…" against the payload's type.
+
+    A misspelt one would make every message a dead letter.
+    """
     names: list[str] = []
     declared = decode.bare(declared)
     if isinstance(declared, type) and issubclass(declared, msgspec.Struct):

@@ -1,7 +1,7 @@
-"""Whether a position still means what it meant: of this cluster, of this topic, and in a log that still holds it.
+"""Whether a position still belongs to the log that is read.
 
-Knows what was written beside a position and what is seen of the log now; asks nobody. An offset is a number in one log:
-a topic deleted and made anew, another cluster, or a log whose beginning was removed may have the same number for another
+Knows what was written beside a position and what is seen of the log now; does no I/O. An offset is a number in one log:
+a topic deleted and recreated, another cluster, or a log whose beginning was removed may have the same number for another
 record, or none. What is not known: whether two logs of different ids hold the same messages. So nothing is guessed here:
 a partition stops, and a person says how it goes on.
 """
@@ -18,7 +18,7 @@ from consumer.core.message import Partition
 
 
 class RecordFingerprint(NamedTuple):
-    """A record as it was once read: what should be found at its offset again. Time in milliseconds."""
+    """What should be found at an offset again; time in milliseconds."""
 
     offset: int
     timestamp: int
@@ -26,9 +26,11 @@ class RecordFingerprint(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A row of positions: everything below `offset` is settled, in the log that the ids name (None: not recorded).
+    """A position: everything below `offset` is settled.
 
-    salt: mixed into ids that are made of offsets; None for the first log of a name. seen: the last record settled.
+    In the log that the ids name (None: not recorded).
+
+    salt: mixed into ids that are derived from offsets; None for the first log of a name. seen: the last record settled.
     first: where the application began.
     """
 
@@ -46,7 +48,9 @@ NO_POSITION = Position(-1)  # of a partition that has stopped without a position
 
 
 def commit_metadata(copied: Iterable[tuple[str, Position | None]]) -> str:
-    """What is written beside a copy in Kafka: for each database which schema it is, and where the application began in it.
+    """Return the metadata of an offset commit.
+
+    For each database: which schema it is, and where the application began in it.
 
     copied: a schema's installation (one word) and the position in it.
     """
@@ -54,7 +58,7 @@ def commit_metadata(copied: Iterable[tuple[str, Position | None]]) -> str:
 
 
 class ObservedLog(NamedTuple):
-    """What is seen of a partition's log now. None: the broker does not tell, or was not asked.
+    """A partition's log as it is now; None: unknown.
 
     out_of_range: the broker refused the position. at_print: what lies at the offset of the print (None: nothing, which
     compaction and retention bring about, so it proves nothing).
@@ -84,7 +88,7 @@ class HaltReason(StrEnum):
 
 
 class PartitionHalt(NamedTuple):
-    """Why a partition stopped: one sentence, what lets it go on, the missing range.
+    """Why a partition stopped, how it goes on, the missing range.
 
     do: options of `consumer positions APP`; where no position helps, an instruction in words.
     """
@@ -95,12 +99,15 @@ class PartitionHalt(NamedTuple):
     missing: tuple[int, int] | None = None  # first and last offset
 
     def command(self, path: str, suffix: str = "") -> str:
-        """What to run, or to do, so that the partition goes on. path: how commands name the App."""
+        """Return what to do so that the partition goes on.
+
+        path: how commands name the App.
+        """
         return f"consumer positions {path} {self.do}{suffix}" if self.do.startswith("--") else self.do
 
 
 class CommittedOffset(NamedTuple):
-    """What the group has committed in Kafka: the offset and the text beside it."""
+    """A committed offset of the group, and its metadata."""
 
     offset: int
     metadata: str = ""
@@ -116,7 +123,7 @@ class StartOffset(NamedTuple):
 def decide_start(
     partition: Partition, committed: CommittedOffset | None, log_first: int, own: str, others: Collection[str] = ()
 ) -> StartOffset | PartitionHalt:
-    """Decide where a partition without a position begins, or why a person must decide.
+    """Decide where to begin without a position, or why to halt.
 
     own: the installation of the ledger. others: those of the App's other shards. A commit that notes installations is a
     copy of positions in those ledgers. If this ledger is among them, a failover or a restore has taken its position
@@ -140,7 +147,10 @@ def decide_start(
 
 
 def _noted(text: str) -> dict[str, int]:
-    """Installations and where the application began in each; empty for another client's note."""
+    """Return installations and where the application began in each.
+
+    Empty for another client's metadata.
+    """
     words = text.split(" ")
     if len(words) % 2 or not all(re.fullmatch("[0-9]{1,18}", each) for each in words):
         return {}
@@ -161,7 +171,7 @@ def check_log(partition: Partition, known: Position, log: ObservedLog) -> Partit
     if _differ(known.topic_id, log.topic_id):
         return PartitionHalt(
             HaltReason.OTHER_TOPIC,
-            f"topic {partition.topic} was deleted and made anew: the position {known.offset} is of the topic with id "
+            f"topic {partition.topic} was deleted and recreated: the position {known.offset} is of the topic with id "
             f"{known.topic_id}, and this one is {log.topic_id}",
             adopt,
         )

@@ -1,4 +1,4 @@
-"""What travels: a record as the log gives it, and the Message that a handler sees.
+"""Records as the log has them, and messages as handlers see them.
 
 Knows the shape of a Kafka record, not the client that read it.
 """
@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 
 class Partition(NamedTuple):
-    """A partition of a topic; equal to the clients' own (topic, partition) tuples."""
+    """A partition of a topic; equal to the clients' own tuples."""
 
     topic: str
     partition: int
 
 
 class Record(Protocol):
-    """What is read of a record, whoever has read it."""
+    """What is read of a record, by whichever reader."""
 
     @property
     def topic(self) -> str: ...
@@ -40,7 +40,9 @@ class Record(Protocol):
 
 
 class Message(msgspec.Struct, Generic[T], frozen=True):
-    """A message and where it came from. Ask for it by annotating a parameter ``Message[T]``.
+    """A message and where it came from.
+
+    Ask for it by annotating a parameter ``Message[T]``.
 
     `value` is decoded to T. `headers` keeps order and repeated names. `timestamp` is the record's, in milliseconds
     since 1970 UTC, set by the producer or the broker: do not assume that it grows with the offset.
@@ -67,8 +69,10 @@ def as_dry_run(argument: Any) -> Any:
 
 
 class LogRecord(msgspec.Struct, frozen=True, gc=False):
-    """A record as it was read. Light, since there is one for each message: half of the client's own, and unseen by the
-    collector of cycles, for which it holds nothing that could lead back to it.
+    """A record as it was read.
+
+    Light, since there is one for each message: half of the client's own, and not tracked by the collector of cycles, since it
+    holds nothing that could lead back to it.
 
     `fault` says what is wrong with a record that the client could not read, kept byte for byte so that it can be a dead
     letter: its `headers` have their keys decoded with surrogateescape, so encode them back the same way for the raw bytes.

@@ -1,4 +1,4 @@
-"""How a message ends for one handler: a closed set, matched exhaustively wherever it is read.
+"""How a message ends for one handler: a closed set.
 
 Knows no table and no counter: `transaction/result.py` turns outcomes into rows.
 """
@@ -41,7 +41,10 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """Nothing to do: this id is settled already, for this handler. label: under which it is counted."""
+    """Nothing to do: the handler has settled this id already.
+
+    label: under which it is counted.
+    """
 
     cause: Cause
     label: str = field(init=False, compare=False)
@@ -52,7 +55,7 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """Kept in PostgreSQL with its reason and bytes; the handler left no effects.
+    """A dead letter, kept with its bytes; the handler left no effects.
 
     kind: class of the exception, or SQLSTATE. trace: one line of kind, place and schema objects, then the frames; no values.
     """
@@ -70,7 +73,7 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class RetryLater:
-    """The attempt failed; the message waits for its next one and holds its place."""
+    """The attempt failed; the message waits for its next attempt."""
 
     delay_seconds: float
     error: str

@@ -1,4 +1,4 @@
-"""Why one partition cannot be read, and how it goes on; the other partitions are not affected.
+"""Why one partition cannot be read, and how it goes on.
 
 Pure: what fetching reported becomes a Stop. What it does not know: whether the cause goes away by itself, so a worker tries
 again now and then, and a person may go on behind the records.
@@ -12,7 +12,7 @@ from consumer.core.log_identity import HaltReason, PartitionHalt
 from consumer.core.message import Partition
 
 RETRY_SECONDS = (2.0, 4.0, 8.0, 15.0)  # the last one again and again
-_TELL_AGAIN_SECONDS = 600.0
+_LOG_AGAIN_SECONDS = 600.0
 
 
 class ReadFailure(NamedTuple):
@@ -29,7 +29,7 @@ class ReadFailure(NamedTuple):
 
 
 def halt_of(partition: Partition, failure: ReadFailure) -> PartitionHalt:
-    """The Stop for a failure: what it says and which command goes on."""
+    """Return the halt for a failure."""
     first, last = failure.first, failure.last if failure.last is not None else failure.first
     place = f"--topic {partition.topic} --partition {partition.partition}"
     match failure.reason:
@@ -55,24 +55,27 @@ def halt_of(partition: Partition, failure: ReadFailure) -> PartitionHalt:
 
 
 class UnreadablePartition:
-    """One unreadable partition: since when, how often it was tried, and whether that was told."""
+    """One unreadable partition: its retries, and when it was logged."""
 
     def __init__(self, stop: PartitionHalt, first: int, now: float) -> None:
         self.stop = stop
         self.first = first
         self.attempts = 0
         self.retry_at = now + RETRY_SECONDS[0]
-        self._told_at: float | None = None
+        self._logged_at: float | None = None
 
     def record_failure(self, stop: PartitionHalt, first: int, now: float) -> bool:
-        """Note a failure; returns whether it is to be logged: a new one at once, the same one rarely."""
-        is_new = (stop.reason, stop.text) != (self.stop.reason, self.stop.text) or self._told_at is None
+        """Record a failure, and return whether to log it.
+
+        A new one at once, the same one rarely.
+        """
+        is_new = (stop.reason, stop.text) != (self.stop.reason, self.stop.text) or self._logged_at is None
         if is_new:
             self.attempts = 0
         self.stop, self.first = stop, first
         self.retry_at = now + RETRY_SECONDS[min(self.attempts, len(RETRY_SECONDS) - 1)]
         self.attempts += 1
-        if is_new or (self._told_at is not None and now - self._told_at > _TELL_AGAIN_SECONDS):
-            self._told_at = now
+        if is_new or (self._logged_at is not None and now - self._logged_at > _LOG_AGAIN_SECONDS):
+            self._logged_at = now
             return True
         return False

@@ -1,4 +1,4 @@
-"""How long the ledger remembers: what is due, and whether the settings contradict each other.
+"""How long the ledger remembers, and contradictions of its settings.
 
 Pure: times come in as arguments, in seconds since 1970 UTC by the database's clock. The arithmetic is docs/how-to/retention.md's.
 What it does not know: a producer that sends an id again, with a new timestamp, later than rows are kept.
@@ -19,7 +19,10 @@ _TIMES_BEGIN_MS = 946_684_800_000
 
 
 class Policy(NamedTuple):
-    """The settings, in hours. generation: how long claims go into one table. skew: how far clocks are apart at most."""
+    """The settings, in hours.
+
+    generation: how long claims go into one table. skew: how far clocks are apart at most.
+    """
 
     retention: float
     generation: float
@@ -45,7 +48,9 @@ def what_is_wrong(timestamp_ms: int) -> str:
 
 
 def may_be_forgotten(timestamp_ms: int, offset: int, until_ms: int, below: int | None) -> bool:
-    """Whether a message may have had a row that the ledger has dropped, so that a claim which is won proves nothing.
+    """Whether a dropped row may have been this message's.
+
+    Then a claim which is won proves nothing.
 
     A message is applied after it was produced, so a dropped row is of a message from before `until_ms`. A timestamp that is no time
     tells nothing; then the offset does: dropped rows are of records below `below`, the end of what was settled in
@@ -57,7 +62,10 @@ def may_be_forgotten(timestamp_ms: int, offset: int, until_ms: int, below: int |
 
 
 class Generation(NamedTuple):
-    """One table of the ledger. closed_at: every claim in it was made before; None for one that claims go into."""
+    """One table of the ledger.
+
+    closed_at: every claim in it is older; None for one that claims go into.
+    """
 
     number: int
     opened_at: float
@@ -67,7 +75,10 @@ class Generation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LedgerState:
-    """The ledger as it is, oldest generation first. horizon: rows from before it may be gone; None: none are."""
+    """The ledger's generations, oldest first.
+
+    horizon: rows from before it may be gone; None: none are.
+    """
 
     now: float
     version: int
@@ -84,7 +95,10 @@ class RotateGeneration:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Look no more into the oldest generation. closed_at: every row in it is older than that."""
+    """Stop looking into the oldest generation.
+
+    closed_at: every row in it is older than that.
+    """
 
     number: int
     closed_at: float
@@ -108,7 +122,10 @@ Step: TypeAlias = RotateGeneration | Forget | Drop | Wait
 
 
 def due(state: LedgerState, policy: Policy) -> Step:
-    """What is to be done next. A generation is forgotten when its youngest row may be as old as the retention."""
+    """Return the next step.
+
+    A generation is forgotten when its youngest row may be as old as the retention.
+    """
     for each in state.generations:
         if each.forgotten:
             return Drop(each.number)
@@ -128,7 +145,10 @@ def due(state: LedgerState, policy: Policy) -> Step:
 
 
 def wanted(own: float, others: Mapping[str, float | None]) -> tuple[float | None, list[str]]:
-    """The retention that suits every application of the database, in hours (None: for ever), and who wants more than `own`."""
+    """Return the retention that suits every application of the database.
+
+    In hours (None: for ever), and which applications want more than `own`.
+    """
     longer = sorted(app for app, hours in others.items() if hours is None or hours > own)
     if any(others[app] is None for app in longer):
         return None, longer
@@ -136,7 +156,7 @@ def wanted(own: float, others: Mapping[str, float | None]) -> tuple[float | None
 
 
 class TopicRetention(NamedTuple):
-    """What a topic's settings say about how long its records can be read. None: for ever, or it is not known."""
+    """How long a topic keeps its records; None: for ever, or unknown."""
 
     topic: str
     retention_hours: float | None
@@ -148,7 +168,10 @@ class TopicRetention(NamedTuple):
 def contradictions(
     policy: Policy, window_hours: float | None, logs: Iterable[TopicRetention]
 ) -> tuple[list[str], list[str]]:
-    """What cannot be as it is set, with the arithmetic, and what is worth a warning. window: of the marks in Redis, if any."""
+    """Return contradictions of the settings, and warnings, with the arithmetic.
+
+    window: of the marks in Redis, if any.
+    """
     errors: list[str] = []
     warnings: list[str] = []
     kept, part, skew = policy

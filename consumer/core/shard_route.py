@@ -1,4 +1,4 @@
-"""Which shard a message belongs to: asked of the application's route function, which is watched for a change of mind.
+"""Ask the application's route for shards, and detect changed answers.
 
 Pure: calls the function and compares its answers; knows no database. A route must be a pure function of the message key:
 a key that moves from one shard to another is applied in the second one although it stands in the first. What it does
@@ -31,7 +31,7 @@ _SHOWN_MAX = 60  # characters of a wrong answer
 
 
 class RouteFault(Misconfigured):
-    """The route cannot be relied on, so nothing more is applied. The text says what it did."""
+    """The route is unreliable, so nothing more is applied."""
 
 
 class Router:
@@ -47,7 +47,10 @@ class Router:
         self._recordable: dict[str, int] = {}  # by shard: how many more
 
     def split(self, records: Sequence[Record]) -> list[Sequence[Record]]:
-        """The records of each shard, in the order of `shards` and in their own. Raises RouteFault, naming the record."""
+        """Return the records of each shard, in their own order.
+
+        Shards come in the order of `shards`. Raises RouteFault, naming the record.
+        """
         if self._route is None:
             return [records]
         found: list[list[Record]] = [[] for _ in self.shards]
@@ -62,7 +65,10 @@ class Router:
         return list(found)
 
     def shard_of(self, key: bytes | None) -> str:
-        """The shard of a key. Raises RouteFault when the route raises, names no shard, or has changed its mind."""
+        """Return the shard of a key.
+
+        Raises RouteFault when the route raises, names no shard, or has changed its answer.
+        """
         earlier = self._answers.get(key)
         # What was never asked is asked twice, so that chance shows at once.
         for _ in range(1 if earlier is not None else 2):
@@ -82,7 +88,7 @@ class Router:
         except Exception as error:
             raise RouteFault(f"the route raises {type(error).__name__} for key {shown(key)}") from error
         if not isinstance(name, str) or name not in self._places:
-            said = repr(name)[:_SHOWN_MAX] if key in _FIXED else f"a {type(name).__name__}"  # it may be made of the key
+            said = repr(name)[:_SHOWN_MAX] if key in _FIXED else f"a {type(name).__name__}"  # it may contain the key
             raise RouteFault(
                 f"the route answers {said} for key {shown(key)}, which is none of {', '.join(self.shards)}"
             )
@@ -94,7 +100,10 @@ class Router:
         self._answers[key] = name
 
     def fixed_probes(self) -> Probes:
-        """What the route answers for a set of keys that never changes. Raises RouteFault."""
+        """Return the route's answers for a fixed set of keys.
+
+        Raises RouteFault.
+        """
         return {key: self.shard_of(key) for key in _FIXED}
 
     def start_recording(self, shard: str, count: int) -> None:
@@ -114,13 +123,19 @@ class Router:
         self._recordable[shard] = room
 
     def to_record(self, shard: str) -> list[bytes]:
-        """Keys of which something was applied for the first time since the last call, as far as this process knows."""
+        """Return keys applied for the first time since the last call.
+
+        As far as this process knows.
+        """
         keys = list(self._to_record.pop(shard, ()))
         self._recorded.setdefault(shard, set()).update(keys)
         return keys
 
     def changed(self, probes: Probes) -> tuple[bytes | None, str, str] | None:
-        """The first key that the route sends elsewhere than it was seen to: key, then, now. Raises RouteFault."""
+        """Return the first key whose shard has changed: key, then, now.
+
+        Raises RouteFault.
+        """
         for key, then in probes.items():
             now = self._asked(key)
             if now != then:
@@ -129,7 +144,7 @@ class Router:
 
 
 def shown(key: bytes | None) -> str:
-    """A key for a message to people, which is logged: those of messages are the users' own, and are told by a digest."""
+    """Format a key for logs: keys of messages as a digest."""
     if key is None:
         return "None (a message without a key)"
     if key in _FIXED:

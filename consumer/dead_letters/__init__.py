@@ -1,1 +1,4 @@
-"""Dead letters: retry, edit and discard them, and publish them to a topic. Imports transaction, postgres, kafka and handler_records."""
+"""Dead letters: retry, edit, discard, and publish them to a topic.
+
+Imports transaction, postgres, kafka and handler_records.
+"""

@@ -1,13 +1,13 @@
-"""Dead letters on their way to the dead-letter topic: after they are kept in PostgreSQL, at least once, in no fixed order.
+"""Publish dead letters to the dead-letter topic, at least once.
 
 Knows the table of letters to publish and a producer; settles nothing. A letter's row there is made in the transaction that makes
 the letter, and goes in the transaction that follows Kafka's acknowledgement; SKIP LOCKED lets the relays of several workers
 share the work, so that letters may overtake each other. Died in between, it is produced again, under the same `dead-letter-id`. The table of dead letters is the
-truth: what a retry does to a letter later is not told to the topic. What it does not know: whether anybody reads it.
+truth: what a retry does to a letter later is not published. Limitations: does not know whether anyone reads the topic.
 
 The copy has the original's key, value and headers, and besides: `dead-letter-id` (app/handler/number, the stable id of
 the copy), `dead-letter-app`, `-handler`, `-topic`, `-partition`, `-offset`, `-timestamp`, `-reason`, `-error` (the exception's class
-or SQLSTATE, not its text, which may quote the payload) and `-attempts`. What this client cannot send is told in
+or SQLSTATE, not its text, which may quote the payload) and `-attempts`. What this client cannot send is named in
 `dead-letter-altered`: headers whose keys are not UTF-8 are left out, and a message with neither key nor value gets an empty value.
 """
 
@@ -36,10 +36,13 @@ _BACKOFF_SECONDS = (0.2, 10.0)
 Header = tuple[str, bytes | None]
 
 
-async def relay(
+async def publish_loop(
     app: str, topic: str, settings: Settings, connect: Callable[[], Awaitable[Session | None]], woken: asyncio.Event
 ) -> None:
-    """Publish letters until cancelled. connect: a connection, waited for; None when the worker stops. woken: set when there may be some."""
+    """Publish dead letters until cancelled.
+
+    connect: waits for a connection; None when the worker stops. woken: set when there may be some.
+    """
     pause = _BACKOFF_SECONDS[0]
     while True:
         session = await connect()
@@ -68,7 +71,10 @@ async def relay(
 
 
 async def _publish(app: str, topic: str, session: Session, producer: Any) -> int:
-    """One transaction: take some, send them, wait for Kafka, and only then forget them. Returns how many."""
+    """Publish some dead letters in one transaction; return how many.
+
+    Their rows are deleted only after Kafka's acknowledgement.
+    """
     await session.begin()
     rows = await dead_letter_actions.take_unpublished(session.connection, app, _AT_A_TIME)
     if rows:
@@ -110,7 +116,7 @@ def headers_of(row: Any) -> list[Header]:
             altered.append("a header whose key is not UTF-8 was left out")
     if row["value"] is None and row["key"] is None:
         altered.append("the value was null")
-    told = {
+    fields = {
         "id": f"{row['app']}/{row['handler_name']}/{row['dead_letter']}",
         "app": row["app"],
         "handler": row["handler_name"],
@@ -122,4 +128,4 @@ def headers_of(row: Any) -> list[Header]:
         "error": row["kind"],
         "attempts": row["attempts"],
     } | ({"altered": "; ".join(altered)} if altered else {})
-    return kept + [(f"dead-letter-{name}", str(value).encode()) for name, value in told.items()]
+    return kept + [(f"dead-letter-{name}", str(value).encode()) for name, value in fields.items()]

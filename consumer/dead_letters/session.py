@@ -1,4 +1,4 @@
-"""One transaction over dead letters: locked, run by `apply_batch`, and recorded in the transaction that settles them.
+"""One transaction over dead letters: locked, run, and recorded.
 
 Knows letters, their chains and their rows of the ledger; knows no terminal and no Kafka.
 
@@ -34,15 +34,21 @@ UNSURE = "it may have been applied already: the ledger no longer remembers its t
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """Another payload for one letter. new_id: it is another intent, under this id; None: the same one."""
+    """Another payload for a dead letter.
+
+    new_id: it is another intent, under this id; None: the same one.
+    """
 
     value: bytes | None
     new_id: bytes | None = None
 
 
 @dataclass(slots=True, eq=False)
-class Letter:
-    """One letter on its way through transactions. The fields from `row` on belong to the transaction that runs."""
+class DeadLetter:
+    """A dead letter that is being settled.
+
+    The fields from `row` on belong to the transaction that runs.
+    """
 
     number: int
     what: str = "retry"  # retry, edit, discard
@@ -51,33 +57,38 @@ class Letter:
     behind: bool = False  # not asked for: it waits behind one that was settled
     other_id: bool = False  # claimed under an id that is not the letter's own
     row: Any = None  # as it was locked
-    is_revived: bool = False  # its dead row of the ledger was turned into an applied one
-    is_claimed: bool = False  # a row was inserted for it
-    lost: ExistingClaim | None = None  # what stood in the ledger instead
+    has_claim_revived: bool = False  # its dead row of the ledger was turned into an applied one
+    has_new_claim: bool = False  # a row was inserted for it
+    existing_claim: ExistingClaim | None = None  # what stood in the ledger instead
     is_postponed: bool = False
     verdict: Dead | None = None
     attempts: int | None = None
     outcome: str = ""
     text: str = ""
-    goes_on: bool = False  # whether those behind it may run
+    releases_next: bool = False  # whether those behind it may run
 
     def begin(self, row: Any) -> None:
-        """Forget what an earlier transaction did, which was undone or came to nothing."""
-        self.row, self.verdict, self.attempts, self.lost = row, None, None, None
-        self.is_revived = self.is_claimed = self.is_postponed = self.goes_on = False
+        """Forget what an earlier transaction did, which was undone."""
+        self.row, self.verdict, self.attempts, self.existing_claim = row, None, None, None
+        self.has_claim_revived = self.has_new_claim = self.is_postponed = self.releases_next = False
         self.outcome = self.text = ""
 
 
-class NotOurs(ConsumerError):
-    """Some letters are not to be settled here and now: each with why (taken, settled, behind, gone) and a text."""
+class NotClaimable(ConsumerError):
+    """Some dead letters cannot be settled now.
 
-    def __init__(self, letters: Mapping[Letter, tuple[str, str]]) -> None:
+    Each with why (taken, settled, behind, gone) and a text.
+    """
+
+    def __init__(self, letters: Mapping[DeadLetter, tuple[str, str]]) -> None:
         super().__init__("; ".join(text for _, text in letters.values()))
         self.letters = letters
 
 
-class LetterSession(Session):
-    """A Session whose messages are letters: locked, revived instead of claimed, and recorded instead of buried.
+class DeadLetterSession(Session):
+    """A Session whose messages are dead letters.
+
+    They are locked, revived instead of claimed, and recorded instead of stored.
 
     Call `start` before each transaction.
     """
@@ -86,7 +97,7 @@ class LetterSession(Session):
     may_be_applied: bool = False  # the operator has said to run letters whose messages may have been applied
     topics: Mapping[str, int] = {}
 
-    def start(self, letters: Mapping[Delivery, Letter]) -> None:
+    def start(self, letters: Mapping[Delivery, DeadLetter]) -> None:
         """Name the letters of the next transaction."""
         self._letters = dict(letters)
         self._begun = False
@@ -99,12 +110,12 @@ class LetterSession(Session):
         await super().begin()
         await self._lock(list(self._letters.values()))
 
-    async def _lock(self, letters: Sequence[Letter]) -> None:
-        """Lock chains and letters. Raises NotOurs for those that are not to be settled now."""
+    async def _lock(self, letters: Sequence[DeadLetter]) -> None:
+        """Lock chains and dead letters. Raises NotClaimable."""
         numbers = [each.number for each in letters]
         rows = await dead_letter_actions.lock(self.connection, numbers)
         others = await dead_letter_actions.first_others(self.connection, numbers)
-        refused: dict[Letter, tuple[str, str]] = {}
+        refused: dict[DeadLetter, tuple[str, str]] = {}
         for each in letters:
             row = rows.get(each.number)
             if row is None:
@@ -121,7 +132,7 @@ class LetterSession(Session):
             elif row["reason"] == Reason.TOO_OLD and not self.may_be_applied:
                 refused[each] = ("unsure", UNSURE)
         if refused:
-            raise NotOurs(refused)
+            raise NotClaimable(refused)
 
     async def claim(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, ExistingClaim]:
         letters = self._letters
@@ -133,17 +144,20 @@ class LetterSession(Session):
         prints = [letters[each].row["fingerprint"] for each in own.values()]
         if own:
             for key in await claims.revive(self.connection, list(own), prints):
-                letters[own[key]].is_revived = True
+                letters[own[key]].has_claim_revived = True
         # Ids of their own, and those whose row went with its generation of the ledger: claimed like any other.
-        rest = [each for each in deliveries if not letters[each].is_revived]
+        rest = [each for each in deliveries if not letters[each].has_claim_revived]
         lost = await super().claim(rest, topics) if rest else {}
         for each in rest:
-            letters[each].lost = lost.get(each)
-            letters[each].is_claimed = each not in lost
+            letters[each].existing_claim = lost.get(each)
+            letters[each].has_new_claim = each not in lost
         return lost
 
     async def too_old(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
-        """Those whose won claim proves nothing. A dead row that was there is proof that its message was not applied."""
+        """Return those whose won claim proves nothing.
+
+        A dead row that was there is proof that its message was not applied.
+        """
         if self.may_be_applied:
             return []
         letters = [(each, self._letters[each]) for each in deliveries]
@@ -151,14 +165,14 @@ class LetterSession(Session):
             [
                 each
                 for each, of in letters
-                if not (of.is_revived or (of.edit is not None and of.edit.new_id is not None))
+                if not (of.has_claim_revived or (of.edit is not None and of.edit.new_id is not None))
             ]
         )
 
     async def release_claims(self, deliveries: Sequence[Delivery]) -> None:
         for each in deliveries:
             self._letters[each].is_postponed = True
-        await self._lay_back(deliveries)
+        await self._undo_claims(deliveries)
 
     async def store_dead_letters(
         self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
@@ -166,14 +180,14 @@ class LetterSession(Session):
         for each, verdict in dead.items():
             letter = self._letters[each]
             letter.verdict, letter.attempts = verdict, attempts.get(each, each.attempts)
-        await self._lay_back(claimed)
+        await self._undo_claims(claimed)
 
-    async def _lay_back(self, deliveries: Sequence[Delivery]) -> None:
+    async def _undo_claims(self, deliveries: Sequence[Delivery]) -> None:
         """Take claims back in the way they were made."""
-        revived = [self._letters[each].row for each in deliveries if self._letters[each].is_revived]
+        revived = [self._letters[each].row for each in deliveries if self._letters[each].has_claim_revived]
         if revived:
             await claims.mark_dead_again(self.connection, [(row["handler"], row["id"]) for row in revived])
-        if claimed := [each for each in deliveries if self._letters[each].is_claimed]:
+        if claimed := [each for each in deliveries if self._letters[each].has_new_claim]:
             await super().release_claims(claimed)
 
     async def save_attempts(self, tried: Any, settled: Any) -> None:
@@ -182,15 +196,15 @@ class LetterSession(Session):
     async def write_positions(
         self, app: str, moves: Sequence[PositionUpdate], counts: Mapping[tuple[int, int, int, str], int]
     ) -> None:
-        """Record what became of the letters, in the transaction that made it so."""
+        """Record the results, in the transaction that settles them."""
         totals = {key: n for key, n in counts.items() if key[3] in ("skipped", "kept")}
         updates: list[Settled] = []
-        acted: list[tuple[Letter, bytes | None]] = []
+        acted: list[tuple[DeadLetter, bytes | None]] = []
         publish, released, stand_ins = [], [], []
         for delivery, letter in self._letters.items():
             letter.is_postponed = letter.is_postponed or isinstance(delivery.outcome, RetryLater)
-            letter.outcome, letter.text = told(letter)
-            if letter.is_postponed or not (after := _fate(letter)):
+            letter.outcome, letter.text = outcome_of(letter)
+            if letter.is_postponed or not (after := _next_state_of(letter)):
                 if letter.outcome in ("unsure", "other_letter"):
                     acted.append((letter, None))
                 continue
@@ -201,7 +215,7 @@ class LetterSession(Session):
             if letter.edit is not None and after.state is DeadLetterState.DEAD:
                 continue  # the edit was no good: the letter is as it was
             updates.append(_updated(letter, after))
-            letter.goes_on = after.releases_next
+            letter.releases_next = after.releases_next
             if row["state"] == DeadLetterState.WAITING and after.state is DeadLetterState.DEAD:
                 publish.append(letter.number)
             if row["chain"] is not None and not after.keeps_key_blocked:
@@ -225,8 +239,8 @@ class LetterSession(Session):
             await claims.drop_dead(self.connection, stand_ins)
         await super().write_positions(app, (), totals)
 
-    async def act(self, letters: Sequence[tuple[Letter, bytes | None]]) -> None:
-        """Add what was done to letters to the record, with the id of those that became another intent."""
+    async def act(self, letters: Sequence[tuple[DeadLetter, bytes | None]]) -> None:
+        """Record what was done to dead letters, and their new ids."""
         rows = [
             Action(
                 each.number,
@@ -242,8 +256,10 @@ class LetterSession(Session):
         if rows:
             await dead_letter_actions.record(self.connection, rows)
 
-    async def discard(self, letters: Sequence[Letter]) -> list[tuple[int, UUID]]:
-        """Settle letters without running anything, in one transaction. Returns their chains in which others wait.
+    async def discard(self, letters: Sequence[DeadLetter]) -> list[tuple[int, UUID]]:
+        """Settle dead letters without running anything, in one transaction.
+
+        Returns their chains in which others wait.
 
         Raises NotOurs, Conflict and Outage.
         """
@@ -261,7 +277,7 @@ class LetterSession(Session):
                 chains.pop(chain, None)
             await self.commit()
             return list(chains)
-        except (NotOurs, Conflict, Outage):
+        except (NotClaimable, Conflict, Outage):
             await self.rollback()
             raise
         except Exception as error:
@@ -276,15 +292,18 @@ class LetterSession(Session):
             raise
 
 
-def _fate(letter: Letter) -> Transition | None:
-    """What an attempt makes of a letter; None: it stays as it is."""
+def _next_state_of(letter: DeadLetter) -> Transition | None:
+    """Return what an attempt makes of a dead letter.
+
+    None: it stays as it is.
+    """
     if letter.outcome in ("unsure", "other_letter", "behind"):
         return None
     outcome: Outcome | None = letter.verdict
     return next_state(outcome)
 
 
-def told(letter: Letter) -> tuple[str, str]:
+def outcome_of(letter: DeadLetter) -> tuple[str, str]:
     """Outcome and text of an attempt."""
     if letter.is_postponed:
         return "postponed", "its handler cannot run it now; nothing was changed"
@@ -294,8 +313,8 @@ def told(letter: Letter) -> tuple[str, str]:
         if letter.verdict.reason is Reason.BEHIND:
             return "behind", "it waits behind another letter of its key"
         return letter.verdict.reason.value, letter.verdict.error
-    if letter.lost is not None:
-        if letter.lost.dead:
+    if letter.existing_claim is not None:
+        if letter.existing_claim.dead:
             return (
                 "other_letter",
                 "another dead letter has its id, and is not applied: retry that one; see `consumer show`",
@@ -304,12 +323,12 @@ def told(letter: Letter) -> tuple[str, str]:
     return "applied", letter.why
 
 
-def _updated(letter: Letter, after: Transition) -> Settled:
+def _updated(letter: DeadLetter, after: Transition) -> Settled:
     """What becomes of a letter's row."""
     row, verdict = letter.row, letter.verdict if letter.edit is None else None
     reason, error, kind, group = row["reason"], row["error"], row["kind"], row["error_group"]
     if verdict is not None:
-        # One under a stand-in keeps its reason: it says that its own id is still to be told, also after a change of the code.
+        # One under a stand-in keeps its reason: it says that its own id is still unknown, also after a change of the code.
         reason = reason if letter.other_id else verdict.reason.value
         error, kind = storable(verdict.error), storable(verdict.kind)
         group = group_of(row["handler_name"], reason, kind, error)

@@ -10,7 +10,7 @@ letters asks nothing. It may remember too much, which costs a query, and never t
 shows when the batch runs again, since the claim of its letter is lost to a dead row.
 
 **The race with a release.** Whoever settles letters of a chain locks its row FOR UPDATE, settles the first one, and deletes
-the row with the last (dead_letters/redrive.py). A worker that has a message of that chain locks the row FOR SHARE:
+the row with the last (dead_letters/retry.py). A worker that has a message of that chain locks the row FOR SHARE:
 
 - it gets the lock: nobody settles letters of the chain until the worker's COMMIT, after which its message is one of them,
   and the row cannot go before that one is settled too;

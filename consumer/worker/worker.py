@@ -20,7 +20,7 @@ from consumer.app import App
 from consumer.core.evidence import Evidence
 from consumer.core.ordering import Scheduler
 from consumer.core.shard_route import Router
-from consumer.dead_letters.publisher import relay
+from consumer.dead_letters.publisher import publish_loop
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.logs import event
 from consumer.retention.task import Keeper, Timestamps
@@ -271,7 +271,9 @@ class Worker:
             parts.append(Keeper(shard.settings, app.name, self.source, self._random).run())
             if (topic := settings.dead_letter_topic) is not None:
                 open_session = functools.partial(self._connections.open, shard)
-                parts.append(relay(app.name, topic, shard.settings, open_session, self._results.dead_letters_added))
+                parts.append(
+                    publish_loop(app.name, topic, shard.settings, open_session, self._results.dead_letters_added)
+                )
         return parts + [runner.run() for runner in self._runners]
 
     async def _work(self) -> None:

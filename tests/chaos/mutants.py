@@ -20,7 +20,7 @@ from consumer.core.identity import message_id, offset_id
 from consumer.core.log_identity import Position
 from consumer.core.message import Partition
 from consumer.core.ordering import Scheduler
-from consumer.dead_letters.session import LetterSession
+from consumer.dead_letters.session import DeadLetterSession
 from consumer.handler_records.settled_ranges import Changes
 from consumer.kafka import consumer as kafka
 from consumer.kafka.consumer import KafkaConsumer
@@ -265,11 +265,11 @@ def m15_epoch_read_once() -> None:
 def m16_claim_kept_after_a_postponed_retry() -> None:
     """A retry of a dead letter that is postponed leaves its claim."""
 
-    async def release_claims(self: LetterSession, deliveries: Any) -> None:
+    async def release_claims(self: DeadLetterSession, deliveries: Any) -> None:
         for each in deliveries:
             self._letters[each].is_postponed = True
 
-    LetterSession.release_claims = release_claims  # type: ignore[method-assign]
+    DeadLetterSession.release_claims = release_claims  # type: ignore[method-assign]
 
 
 def m17_hold_forgotten_by_apply() -> None:

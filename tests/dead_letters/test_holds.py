@@ -16,7 +16,7 @@ from harness import Place, Sent, consume_all, drained, query, until, value, work
 from consumer import App, Retry, RunAgain, Tx
 from consumer.admin import report
 from consumer.core.message import Partition
-from consumer.dead_letters.redrive import Filters, Redrive
+from consumer.dead_letters.retry import Filters, Redrive
 from consumer.replay.options import Options, Progress
 from consumer.replay.verify import replay
 

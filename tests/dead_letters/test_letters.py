@@ -30,7 +30,7 @@ from harness import (
 )
 from proxy import Proxy
 
-from consumer.dead_letters.redrive import Filters, Redrive
+from consumer.dead_letters.retry import Filters, Redrive
 from consumer.local_servers import Postgres, Valkey
 from consumer.replay.options import Options, Progress
 from consumer.replay.verify import replay

@@ -16,7 +16,7 @@ from redrive_desk import Desk
 
 from consumer.core.identity import message_id
 from consumer.core.outcome import Reason
-from consumer.dead_letters.redrive import Filters, edit_of
+from consumer.dead_letters.retry import Filters, edit_of
 
 UNCHANGED = ["again", "right", "missing", "conflict", "clean again", "clean missing"]
 DEAD = {each.value for each in Reason}
@@ -319,7 +319,7 @@ async def test_handler_whose_claim_was_kept_would_be_noticed(desk: Desk, monkeyp
 
     async def keep(self: object, deliveries: object) -> None: ...
 
-    monkeypatch.setattr(session.LetterSession, "_lay_back", keep)
+    monkeypatch.setattr(session.DeadLetterSession, "_undo_claims", keep)
     number = await desk.letter("a", key="k")
     desk.faults["a"] = "clean again"
     before = await desk.rows()

@@ -13,7 +13,7 @@ from test_replay import app_of, payment, run
 from consumer import App, Message, Reject, Tx
 from consumer.core.dead_letter_seal import REST, VALUE, altered, seal
 from consumer.core.message import LogRecord
-from consumer.dead_letters.redrive import Done, Edit, Redrive, edit_of
+from consumer.dead_letters.retry import Edit, Redrive, RetryResult, edit_of
 
 RECORD = LogRecord("orders", 1, 7, 1000, b"key", b"value", (("a", b"1"), ("b\udcff", None)), "")
 
@@ -56,7 +56,7 @@ def test_seal_names_the_parts_that_were_changed(changed: dict[str, Any], parts: 
     assert altered(row_of(RECORD, **changed)) == parts
 
 
-async def retried(place: Place, app: App, number: int, edit: Edit | None = None) -> list[Done]:
+async def retried(place: Place, app: App, number: int, edit: Edit | None = None) -> list[RetryResult]:
     drive = await Redrive.open(app, place.settings(), "test")
     try:
         return [done async for done in drive.retry([number], edit)]

@@ -16,7 +16,7 @@ from consumer import App, Message, Reject, RunAgain, Tx
 from consumer.core.dead_letters import ordering_key_hash
 from consumer.core.identity import fingerprint, message_id
 from consumer.core.message import LogRecord
-from consumer.dead_letters.redrive import Done, Edit, Redrive
+from consumer.dead_letters.retry import Edit, Redrive, RetryResult
 
 TOPIC = "orders"
 TABLES = """
@@ -172,7 +172,7 @@ class Desk:
         )  # fmt: skip
         self.offset += count
 
-    async def retry(self, *numbers: int, edit: Edit | None = None, unsure: bool = False) -> list[Done]:
+    async def retry(self, *numbers: int, edit: Edit | None = None, unsure: bool = False) -> list[RetryResult]:
         drive = await self.drive()
         try:
             if unsure:

@@ -16,7 +16,7 @@ from confluent_kafka import Producer
 from harness import Place, Sent, consume_all, consumer, counts, letters, query
 
 from consumer import App, Message, Reject, Retry, Tx
-from consumer.dead_letters.redrive import Redrive
+from consumer.dead_letters.retry import Redrive
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.rebuild.rebuild import rebuild
 from consumer.replay.options import Options, Progress

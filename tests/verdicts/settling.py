@@ -13,7 +13,7 @@ import asyncpg
 from harness import working
 
 from consumer import Settings
-from consumer.dead_letters.redrive import Filters, Redrive
+from consumer.dead_letters.retry import Filters, Redrive
 from consumer.dead_letters.session import Edit
 from verdicts.case import Case, Heal, Operate, Send, Settle
 from verdicts.drawing import EFFECTS

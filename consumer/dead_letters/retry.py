@@ -1,4 +1,4 @@
-"""Retrying, editing and discarding dead letters in batches, through the worker's own `apply_batch`.
+"""Retry, edit and discard dead letters in batches, through `apply_batch`.
 
 Knows letters, chains and the App's handlers; knows no terminal and no Kafka. A retried message keeps its id: its claim is there
 already, as dead, and becomes an applied one together with the handler's effects, so duplicates of it stay duplicates. After the first
@@ -28,7 +28,7 @@ from consumer.core.message import LogRecord
 from consumer.core.ordering import Scheduler
 from consumer.core.outcome import Reason
 from consumer.core.retry import Retry
-from consumer.dead_letters.session import Edit, Letter, LetterSession, NotOurs
+from consumer.dead_letters.session import DeadLetter, DeadLetterSession, Edit, NotClaimable
 from consumer.handler_records import handler_code
 from consumer.postgres import dead_letter_queries
 from consumer.postgres.connection import dsn_label
@@ -47,14 +47,14 @@ from consumer.transaction.settle import next_parts, pause_seconds, settle
 
 T = TypeVar("T")
 
-_NOBODY_WAITS = Scheduler({}, 1)
+_NOTHING_DELAYED = Scheduler({}, 1)
 _AT_A_TIME = 500  # letters in one transaction
 _BYTES_AT_A_TIME = 16 << 20
 _ONCE = Retry(attempts=1)  # each retry command makes one attempt
-# Kept under a stand-in for an id that could not be told. If it can be now, after a change of the code, that is the id.
+# Kept under a stand-in for an id that was unknown. If it can be now, after a change of the code, that is the id.
 _STAND_IN = {Reason.NO_MESSAGE_ID, Reason.AMBIGUOUS_MESSAGE_ID, Reason.BAD_HEADER, Reason.UNREADABLE, Reason.NO_VALUE}
 # Left as they were, by a part of a batch that could not run them yet.
-_AGAIN = (NEXT_BATCH, BEHIND)
+_NOT_RUN_YET = (NEXT_BATCH, BEHIND)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Filters:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class RetryResult:
     """What became of one letter.
 
     outcome: applied, duplicate or discarded where it is settled; taken, settled, behind, unsure, other_letter, postponed, gone,
@@ -84,14 +84,16 @@ class Done:
     behind: bool = False
 
     @property
-    def is_good(self) -> bool:
+    def is_settled(self) -> bool:
         """Whether the letter is settled by this."""
         return self.outcome in ("applied", "duplicate", "discarded")
 
 
 @dataclass(slots=True)
 class Redrive:
-    """An operator at the dead letters of one App. Open it, select, and settle; close it at the end.
+    """An operator's session with the dead letters of one App.
+
+    Open it, select, and settle; close it at the end.
 
     The App must be running (its lifespan entered) for anything but `discard` of a letter that holds back nothing.
     stopping: asked between transactions; what is not begun then is left as it is.
@@ -100,7 +102,7 @@ class Redrive:
     app: App
     settings: Settings
     operator: str
-    session: LetterSession
+    session: DeadLetterSession
     names: LedgerIds
     handlers: Mapping[str, Handler] = field(default_factory=dict)
     stopping: Callable[[], bool] = lambda: False
@@ -124,7 +126,9 @@ class Redrive:
     # -- which letters ----------------------------------------------------------------------------------------------
 
     async def select(self, filters: Filters, *, waiting: bool) -> array[int]:
-        """Open letters, in the order of the log. waiting: also those behind a dead one of their chain.
+        """Return open dead letters, in the order of the log.
+
+        waiting: also those behind a dead one of their chain.
 
         A retry leaves out those that may have been applied already (see `unsure`), unless their reason is named.
         """
@@ -150,7 +154,10 @@ class Redrive:
         )
 
     async def check(self, letters: Sequence[int], *, waiting: bool) -> None:
-        """Raise Misconfigured for a letter that is not there, or of another App, or not to be settled, before anything is done."""
+        """Raise Misconfigured for a letter that cannot be settled.
+
+        It does not exist, or belongs to another App. Nothing is done before.
+        """
         rows = await dead_letter_queries.standings(self.session.connection, list(letters))
         for number in letters:
             if number not in rows:
@@ -177,7 +184,7 @@ class Redrive:
 
     # -- settling them ----------------------------------------------------------------------------------------------
 
-    async def retry(self, letters: int | Sequence[int], edit: Edit | None = None) -> AsyncIterator[Done]:
+    async def retry(self, letters: int | Sequence[int], edit: Edit | None = None) -> AsyncIterator[RetryResult]:
         """Run letters, and then those that wait behind them until one fails.
 
         Raises CannotTell when PostgreSQL is lost: what was settled is settled, once, and nothing is half done.
@@ -186,26 +193,29 @@ class Redrive:
         what = "retry" if edit is None else "edit"
         for start in range(0, len(numbers), _AT_A_TIME):
             for some in await self._by_size(numbers[start : start + _AT_A_TIME]):
-                found = [Letter(number, what, edit=edit, behind=before) for number, before in some]
+                found = [DeadLetter(number, what, edit=edit, behind=before) for number, before in some]
                 async for done in self._run(found):
                     yield done
-                async for done in self.release(_freed(found)):
+                async for done in self.release(_released_keys(found)):
                     yield done
                 if self.stopping():
                     return
 
-    async def discard(self, letters: Sequence[int], why: str) -> tuple[list[Done], list[Chain]]:
-        """Settle letters as discarded. Returns those of their chains in which others wait: see `release`."""
-        found = [Letter(number, "discard", why) for number in letters]
-        results: list[Done] = []
+    async def discard(self, letters: Sequence[int], why: str) -> tuple[list[RetryResult], list[Chain]]:
+        """Settle dead letters as discarded.
+
+        Returns those of their chains in which others wait: see `release`.
+        """
+        found = [DeadLetter(number, "discard", why) for number in letters]
+        results: list[RetryResult] = []
         chains: list[Chain] = []
         failures = 0
         while found:
             try:
                 chains = await self.session.discard(found)
                 break
-            except NotOurs as error:
-                results += [Done(each.number, what, text) for each, (what, text) in error.letters.items()]
+            except NotClaimable as error:
+                results += [RetryResult(each.number, what, text) for each, (what, text) in error.letters.items()]
                 found = [each for each in found if each not in error.letters]
             except Conflict as error:
                 failures += 1
@@ -217,23 +227,26 @@ class Redrive:
                 await asyncio.sleep(0.02 * failures)
             except (Outage, OSError) as error:
                 raise self._lost(error, found) from None
-        results += [Done(each.number, "discarded") for each in found]
+        results += [RetryResult(each.number, "discarded") for each in found]
         return results, chains
 
-    async def release(self, chains: Sequence[Chain]) -> AsyncIterator[Done]:
-        """Run the letters of chains in order until one fails, as long as the first one has never run."""
+    async def release(self, chains: Sequence[Chain]) -> AsyncIterator[RetryResult]:
+        """Run the dead letters of chains in order until one fails.
+
+        Only as long as the first one has never run.
+        """
         for start in range(0, len(chains), _AT_A_TIME):
             free = list(chains[start : start + _AT_A_TIME])
             while free and not self.stopping():
                 numbers = await self._next(free)
                 found = [
-                    Letter(number, why="those before it are settled", behind=True)
+                    DeadLetter(number, why="those before it are settled", behind=True)
                     for some in await self._by_size(numbers)
                     for number, _ in some
                 ]
                 async for done in self._run(found):
                     yield done
-                free = _freed(found)
+                free = _released_keys(found)
 
     async def _next(self, chains: Sequence[Chain]) -> list[int]:
         limit = max(1, _AT_A_TIME // len(chains))
@@ -247,7 +260,10 @@ class Redrive:
         return numbers
 
     async def _by_size(self, numbers: Sequence[int]) -> list[list[tuple[int, bool]]]:
-        """Letters for one transaction each, by their bytes: (number, whether it waits before one that was asked for)."""
+        """Split dead letters into transactions by their bytes.
+
+        Each as (number, whether it waits before one that was asked for).
+        """
         found: list[list[tuple[int, bool]]] = []
         size = _BYTES_AT_A_TIME
         for number, before, length in await self._read(
@@ -273,7 +289,7 @@ class Redrive:
             raise self._lost(error) from None
         self.code_is_recorded = True
 
-    def _lost(self, error: BaseException, letters: Sequence[Letter] = ()) -> CannotTell:
+    def _lost(self, error: BaseException, letters: Sequence[DeadLetter] = ()) -> CannotTell:
         look = (
             f"; look at `consumer dlq show {letters[0].number}`: of letters {_range(letters)} all are settled, or none"
             if letters
@@ -281,19 +297,22 @@ class Redrive:
         )
         return CannotTell(f"{dsn_label(self.settings.dsn)}: {str(error) or type(error).__name__}{look}")
 
-    async def _run(self, letters: Sequence[Letter]) -> AsyncIterator[Done]:
-        """Bring letters to their end as a worker does, whatever parts that takes. Leaves the rest when it is to stop."""
+    async def _run(self, letters: Sequence[DeadLetter]) -> AsyncIterator[RetryResult]:
+        """Run dead letters as a worker does, in parts if needed.
+
+        Leaves the rest when it is to stop.
+        """
         if not self.code_is_recorded:
             await self._record_code()
-        by_delivery: dict[Delivery, Letter] = {}
+        by_delivery: dict[Delivery, DeadLetter] = {}
         for each, delivery in await self._deliveries(letters):
             if isinstance(delivery, Delivery):
                 by_delivery[delivery] = each
             else:
-                yield Done(each.number, *delivery, each.behind)
+                yield RetryResult(each.number, *delivery, each.behind)
         watched = [each for each in by_delivery if not each.handler.idempotent]
         await observe(watched, random.random)
-        refused: list[tuple[Letter, tuple[str, str]]] = []
+        refused: list[tuple[DeadLetter, tuple[str, str]]] = []
 
         async def prepare(part: Part) -> bool:
             return not self.stopping()
@@ -304,13 +323,13 @@ class Redrive:
                 return await apply_batch(
                     self.session,
                     self.names,
-                    _NOBODY_WAITS,
+                    _NOTHING_DELAYED,
                     part.batch,
                     use_savepoints=part.use_savepoints,
                     random=random.random,
                     on_step=lambda _: None,
                 )
-            except NotOurs as error:
+            except NotClaimable as error:
                 # Nothing was done: the letters that are left run in the next transaction.
                 refused.extend(error.letters.items())
                 rest = [each for each in part.batch.deliveries if by_delivery[each] not in error.letters]
@@ -328,34 +347,40 @@ class Redrive:
             if refused:
                 for each, (what, text) in refused:
                     if not (each.behind and what == "behind"):
-                        yield Done(each.number, what, text, each.behind)
+                        yield RetryResult(each.number, what, text, each.behind)
                 refused.clear()
                 continue
-            for done in await self._told({each: by_delivery[each] for each in part.batch.deliveries}, result):
+            for done in await self._results_of({each: by_delivery[each] for each in part.batch.deliveries}, result):
                 yield done
 
-    async def _told(self, found: Mapping[Delivery, Letter], settled: BatchResult) -> list[Done]:
-        """What became of the letters of a transaction. Postponed ones changed nothing, and are recorded here."""
+    async def _results_of(self, found: Mapping[Delivery, DeadLetter], settled: BatchResult) -> list[RetryResult]:
+        """Return the results of a transaction.
+
+        Postponed dead letters changed nothing, and are recorded here.
+        """
         postponed = []
         results = []
         for delivery, letter in found.items():
             outcome = settled.outcomes.get(delivery, delivery.outcome)
-            if outcome in _AGAIN or letter.outcome == "behind":
+            if outcome in _NOT_RUN_YET or letter.outcome == "behind":
                 continue
             if letter.is_postponed:
                 failure = settled.failures.get(delivery)
                 reason = error_text(failure.error) if failure is not None else str(getattr(outcome, "error", ""))
                 letter.text = f"its handler cannot run it now, and nothing was changed ({reason[:200]})"
                 postponed.append((letter, None))
-            results.append(Done(letter.number, letter.outcome, letter.text, letter.behind))
+            results.append(RetryResult(letter.number, letter.outcome, letter.text, letter.behind))
         try:
             await self.session.act(postponed)
         except Exception as error:
             raise self._lost(error) from None
         return results
 
-    async def _reconnect(self, error: BaseException, letters: Sequence[Letter]) -> None:
-        """Open another connection to the same database. Raises CannotTell when it does not answer, or is another one."""
+    async def _reconnect(self, error: BaseException, letters: Sequence[DeadLetter]) -> None:
+        """Open another connection to the same database.
+
+        Raises CannotTell when it does not answer, or is another database.
+        """
         before, self.session = self.session, self.session
         before.close()
         try:
@@ -370,13 +395,16 @@ class Redrive:
 
     # -- letters as deliveries --------------------------------------------------------------------------------------
 
-    async def _deliveries(self, letters: Sequence[Letter]) -> list[tuple[Letter, Delivery | tuple[str, str]]]:
-        """Each letter as its handler gets it, or why it cannot. Read without a lock: what is decided on is read again."""
+    async def _deliveries(self, letters: Sequence[DeadLetter]) -> list[tuple[DeadLetter, Delivery | tuple[str, str]]]:
+        """Return each dead letter as its handler gets it, or why not.
+
+        Read without a lock: what is decided on is read again.
+        """
         numbers = [each.number for each in letters]
         rows = await self._read(dead_letter_queries.whole(self.session.connection, numbers)) if letters else {}
         return [(each, self._delivery(each, rows.get(each.number))) for each in letters]
 
-    def _delivery(self, letter: Letter, row: Any) -> Delivery | tuple[str, str]:
+    def _delivery(self, letter: DeadLetter, row: Any) -> Delivery | tuple[str, str]:
         if row is None:
             return "gone", "there is no such letter any more"
         handler = self.handlers.get(row["handler_name"])
@@ -386,7 +414,7 @@ class Redrive:
         if parts := _altered(row, edit):
             return (
                 "altered",
-                f"{' and '.join(parts)} not as its message had it; {_mend(letter.number, parts)}",
+                f"{' and '.join(parts)} not as its message had it; {_how_to_repair(letter.number, parts)}",
             )
         names = [name.decode("utf-8", "surrogateescape") for name in row["header_keys"]]
         record = LogRecord(
@@ -408,15 +436,15 @@ class Redrive:
         elif (
             delivery.outcome is None and not by_offset and row["reason"] in _STAND_IN and delivery.id != row["id"].bytes
         ):
-            letter.other_id = True  # its id can be told now
+            letter.other_id = True  # its id is known now
         else:
             delivery.id, delivery.fingerprint = row["id"].bytes, row["fingerprint"]
         return delivery
 
 
-async def _session(settings: Settings, operator: str) -> LetterSession:
-    session = await LetterSession.open(settings)
-    assert isinstance(session, LetterSession)
+async def _session(settings: Settings, operator: str) -> DeadLetterSession:
+    session = await DeadLetterSession.open(settings)
+    assert isinstance(session, DeadLetterSession)
     session.owns_positions = False
     session.operator = operator
     session.topics = await topic_numbers(session.connection)
@@ -424,7 +452,10 @@ async def _session(settings: Settings, operator: str) -> LetterSession:
 
 
 def _batches(deliveries: Iterable[Delivery]) -> Iterator[Batch]:
-    """Batches in which no id comes twice: one letter must not count as a duplicate of another that may fail."""
+    """Yield batches in which no id comes twice.
+
+    A dead letter must not count as a duplicate of another that may fail.
+    """
     some: list[Delivery] = []
     seen: set[tuple[int, bytes]] = set()
     for each in deliveries:
@@ -439,32 +470,38 @@ def _batches(deliveries: Iterable[Delivery]) -> Iterator[Batch]:
 
 
 def _altered(row: Any, edit: Edit | None) -> list[str]:
-    """The parts of a letter that were changed where they are kept, and that would be applied."""
+    """Return stored parts that were changed and would be applied."""
     return [part for part in altered(row) or () if part == REST or edit is None]
 
 
-def _mend(number: int, parts: Sequence[str]) -> str:
+def _how_to_repair(number: int, parts: Sequence[str]) -> str:
     if VALUE in parts and REST not in parts:
         return f"give the right one: `consumer dlq retry APP {number} --value FILE --same-id`, or discard it"
     return "discard it, and produce the message again"
 
 
-def _freed(letters: Iterable[Letter]) -> list[Chain]:
-    """The chains whose next letters may run now. One whose last letter of a transaction failed is not among them."""
+def _released_keys(letters: Iterable[DeadLetter]) -> list[Chain]:
+    """Return the chains whose next dead letters may run now.
+
+    A chain whose last dead letter of a transaction failed is not among them.
+    """
     free: dict[Chain, bool] = {}
     for each in letters:
         if each.row is not None and each.row["chain"] is not None:
-            free[each.row["handler"], each.row["chain"]] = each.goes_on
+            free[each.row["handler"], each.row["chain"]] = each.releases_next
     return [chain for chain, goes_on in free.items() if goes_on]
 
 
-def _range(letters: Sequence[Letter]) -> str:
+def _range(letters: Sequence[DeadLetter]) -> str:
     numbers = [each.number for each in letters]
     return str(numbers[0]) if len(numbers) == 1 else f"{min(numbers)} to {max(numbers)}"
 
 
 def edit_of(number: int, value: bytes | None, new_id: str | None) -> Edit:
-    """An edit; new_id "auto" is made of the letter's number, so that the same command means the same intent."""
+    """Return an edit.
+
+    new_id "auto" is derived from the letter's number, so that the same command means the same intent.
+    """
     if new_id is None:
         return Edit(value)
     return Edit(value, edit_id(number) if new_id == "auto" else message_id(new_id.encode("utf-8", "surrogateescape")))
