@@ -197,35 +197,41 @@ def contradictions(
             f"that PostgreSQL has forgotten. Set it to {kept:g} at most"
         )
     for log in logs:
-        if not log.known:
-            warnings.append(
-                f"the settings of topic {log.topic} may not be read (DescribeConfigs), so it is not known whether its records "
-                f"go within {name}={kept:g}; what is older than its log's first record is asked again before anything is dropped"
-            )
-        elif log.compacted:
-            errors.append(
-                f"topic {log.topic} is compacted (cleanup.policy=compact): it keeps the newest record of a key for ever, and "
-                f"{name}={kept:g} would forget it. Unset {name}, or set cleanup.policy=compact,delete with a retention.ms of "
-                f"{_ms(kept - skew)} at most"
-            )
-        elif log.retention_hours is None:
-            errors.append(
-                f"topic {log.topic} keeps its records for ever (retention.ms=-1), and {name}={kept:g} would forget them. Unset "
-                f"{name}, or set retention.ms to {_ms(kept - skew)} at most"
-            )
-        elif (needed := log.retention_hours + skew) > kept:
-            errors.append(
-                f"topic {log.topic} can deliver a record again for {log.retention_hours:g} hours (retention.ms); with "
-                f"{skew:g} for clocks that differ that is {needed:g}, and {name}={kept:g} is {needed - kept:g} too few. "
-                f"Set it to {needed:g} at least, or retention.ms to {_ms(kept - skew)} at most"
-            )
-        elif (at_worst := needed + log.segment_hours) > kept:
-            warnings.append(
-                f"topic {log.topic} may keep records for {log.retention_hours:g} (retention.ms) + {log.segment_hours:g} "
-                f"(segment.ms: a log goes by whole segments) + {skew:g} (clocks) = {at_worst:g} hours, and {name} is {kept:g}: "
-                "nothing is dropped while the log holds records of that time"
-            )
+        _check_topic(log, kept, skew, errors, warnings)
     return errors, warnings
+
+
+def _check_topic(log: TopicRetention, kept: float, skew: float, errors: list[str], warnings: list[str]) -> None:
+    """Add what contradicts the retention of a topic's records."""
+    name = "CONSUMER_LEDGER_RETENTION_HOURS"
+    if not log.known:
+        warnings.append(
+            f"the settings of topic {log.topic} may not be read (DescribeConfigs), so it is not known whether its records "
+            f"go within {name}={kept:g}; what is older than its log's first record is asked again before anything is dropped"
+        )
+    elif log.compacted:
+        errors.append(
+            f"topic {log.topic} is compacted (cleanup.policy=compact): it keeps the newest record of a key for ever, and "
+            f"{name}={kept:g} would forget it. Unset {name}, or set cleanup.policy=compact,delete with a retention.ms of "
+            f"{_ms(kept - skew)} at most"
+        )
+    elif log.retention_hours is None:
+        errors.append(
+            f"topic {log.topic} keeps its records for ever (retention.ms=-1), and {name}={kept:g} would forget them. Unset "
+            f"{name}, or set retention.ms to {_ms(kept - skew)} at most"
+        )
+    elif (needed := log.retention_hours + skew) > kept:
+        errors.append(
+            f"topic {log.topic} can deliver a record again for {log.retention_hours:g} hours (retention.ms); with "
+            f"{skew:g} for clocks that differ that is {needed:g}, and {name}={kept:g} is {needed - kept:g} too few. "
+            f"Set it to {needed:g} at least, or retention.ms to {_ms(kept - skew)} at most"
+        )
+    elif (at_worst := needed + log.segment_hours) > kept:
+        warnings.append(
+            f"topic {log.topic} may keep records for {log.retention_hours:g} (retention.ms) + {log.segment_hours:g} "
+            f"(segment.ms: a log goes by whole segments) + {skew:g} (clocks) = {at_worst:g} hours, and {name} is {kept:g}: "
+            "nothing is dropped while the log holds records of that time"
+        )
 
 
 def _ms(hours: float) -> int:

@@ -282,7 +282,7 @@ async def test_a_topic_made_anew_between_two_runs_and_messages_without_ids(place
     async with working(app, place.settings(), path=PATH):
         [found] = await told.wait("partition stopped")
         replayed = await command(place, app, "replay", PATH, topic)
-        assert replayed.returncode == 2 and "made anew" in replayed.stderr
+        assert replayed.returncode == 2 and "recreated" in replayed.stderr
         assert len(await ids(place)) == 6
         assert (await as_written(place, app, found["do"])).returncode == 0
         await drained(app, place.settings())

@@ -350,7 +350,7 @@ async def begin_elsewhere(place: Place, app: App, topic: str) -> None:
         (rename_the_handler, "handler 'settle' was removed"),
         (change_the_code, "handler 'settle' has changed"),
         (change_the_id, "handler 'settle' has changed"),
-        (make_the_topic_again, "was deleted and made anew"),
+        (make_the_topic_again, "was deleted and recreated"),
         (remove_records, "begins at offset 290"),
         (add_a_partition, "partition '.*:2' was added"),
         (make_the_schema_again, "another one since"),
