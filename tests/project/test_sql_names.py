@@ -27,7 +27,7 @@ NUMBERS = {"len", "int", "range", "enumerate"}
 _BY_TABLE_MODEL = "made of ident() and PostgreSQL's own expressions by rebuild/table_model.py and the modules beside it"
 REVIEWED: dict[str, dict[str, str]] = {
     "rebuild/absent_rows.py": {"table.name.copy": _BY_TABLE_MODEL},
-    "rebuild/copies.py": {
+    "rebuild/shadow_tables.py": {
         "table.name.copy": _BY_TABLE_MODEL,
         "by_oid[child].name.copy": _BY_TABLE_MODEL,
         "definition": "pg_get_constraintdef",

@@ -32,7 +32,8 @@ from consumer import App, Message, Reject, Retry, Settings, Tx
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.message import Partition
 from consumer.kafka.consumer import KafkaConsumer
-from consumer.rebuild.rebuild import Rebuilt, rebuild
+from consumer.rebuild.rebuild import rebuild
+from consumer.rebuild.result import Rebuilt
 from consumer.transaction.handler_runner import HandlerRunner
 from handlers import app as billing
 
