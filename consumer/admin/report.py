@@ -194,8 +194,10 @@ async def _asked(source: KafkaConsumer, partition: Partition, at: Position, log:
     return log
 
 
-async def find_message(connection: Connection, text: str | bytes, source: str | None = None) -> dict[str, Any]:
-    """What is known of a message id: under which key it is kept, and what each handler did with it.
+async def find_message(
+    connection: Connection, app: str, text: str | bytes, source: str | None = None
+) -> dict[str, Any]:
+    """Return what each handler of an App did with a message id.
 
     source: the source of the CloudEvent of that id.
     """
@@ -207,7 +209,7 @@ async def find_message(connection: Connection, text: str | bytes, source: str | 
         keys = ids_of_text(raw, await positions.salts(connection, topic, partition))
     else:
         keys = ids_of_text(raw)
-    rows = await ledger_queries.show(connection, keys)
+    rows = [row for row in await ledger_queries.show(connection, keys) if row["app"] == app]
     return {
         "key": (rows[0]["id"].bytes if rows else keys[0]).hex(),
         "handlers": [

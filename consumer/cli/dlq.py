@@ -14,12 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from consumer.admin import report
-from consumer.app_loader import load_app
 from consumer.cli import name_filters
-from consumer.cli.framework import POSTGRES, AsJson, command, dlq
+from consumer.cli.framework import POSTGRES, AppOrName, AsJson, command, dlq
 from consumer.cli.ledger_access import with_ledger
 from consumer.cli.output import names, out, print_json, printable, right, show
-from consumer.cli.per_shard import ShardName, ShardsOf, over
+from consumer.cli.per_shard import NamedApp, ShardName, named_app, over
 from consumer.core.dead_letters import DeadLetterState, age_seconds
 from consumer.core.errors import Misconfigured
 from consumer.core.outcome import Reason
@@ -43,8 +42,8 @@ NewerThan = Annotated[
 
 @command(dlq, "list", (*POSTGRES, "wait_"))
 def dlq_list(
+    app: AppOrName,
     settings: Settings,
-    app: Annotated[str | None, typer.Option("--app", help='only of this App: its name, or "module:attribute"')] = None,
     handler: OfHandler = None,
     topic: OfTopic = None,
     reason: ForReason = None,
@@ -57,7 +56,6 @@ def dlq_list(
     by_group: Annotated[bool, typer.Option("--by-group", help="count them by kind of error instead")] = False,
     actions: Annotated[bool, typer.Option("--actions", help="what was done to letters, by whom, instead")] = False,
     limit: Annotated[int, typer.Option("--limit", min=1, max=100_000, help="the newest so many")] = 50,
-    shards_of: ShardsOf = None,
     shard: ShardName = None,
     as_json: AsJson = False,
 ) -> Any:
@@ -70,17 +68,25 @@ def dlq_list(
     check_known("--state", state, states, "this command")
     found = filters(None, handler, topic, reason, group, older_than, newer_than)
     wanted = states["all"] if actions and state == "open" else states[state]
-    if app is not None and ":" in app:
-        app = load_app(app).name
+    named = named_app(app)
     ask = _list_actions if actions else _list_groups if by_group else _list_letters
 
     async def run(on: Settings) -> int:
         async def answer(connection: Any) -> list[dict[str, Any]]:
-            await name_filters.check(connection, app, found.handler, found.topic, found.group)
+            await named.check(connection)
+            await name_filters.check(
+                connection,
+                named.name,
+                found.handler,
+                found.topic,
+                found.group,
+                handlers=named.handlers,
+                topics=named.topics,
+            )
             select = report.actions_of if actions else report.letter_groups if by_group else report.dead_letters
             return await select(
                 connection,
-                app,
+                named.name,
                 found.handler,
                 found.topic,
                 found.reason,
@@ -98,7 +104,7 @@ def dlq_list(
             ask(rows)
         return 0
 
-    return over(shards_of, shard, settings, as_json, run)
+    return over(named.app, shard, settings, as_json, run)
 
 
 def _list_actions(rows: Sequence[dict[str, Any]]) -> None:
@@ -165,6 +171,7 @@ def _print(table: Table, nothing: str) -> None:
 
 @command(dlq, "show", (*POSTGRES, "wait_"))
 def dlq_show(
+    app: AppOrName,
     letter: Annotated[
         int,
         typer.Argument(
@@ -176,20 +183,24 @@ def dlq_show(
         ),
     ],
     settings: Settings,
-    shards_of: ShardsOf = None,
     shard: ShardName = None,
     as_json: AsJson = False,
 ) -> Any:
     """One dead letter, with its bytes and headers, and what was done to it."""
-    if shards_of is not None and shard is None:
-        raise Misconfigured("each shard has numbers of its own: say which one with --shard NAME")
-    return over(shards_of, shard, settings, as_json, lambda on: _dlq_show(letter, on, as_json))
+    named = named_app(app)
+    if named.app is not None and named.app.shards and shard is None:
+        raise Misconfigured("each shard numbers its dead letters itself: select one with --shard NAME")
+    return over(named.app, shard, settings, as_json, lambda on: _dlq_show(named, letter, on, as_json))
 
 
-async def _dlq_show(number: int, settings: Settings, as_json: bool) -> int:
-    found = await with_ledger(settings, lambda connection: report.dead_letter(connection, number))
-    if found is None:
-        raise UnknownName(f"no dead letter {number}; see `consumer dlq list --state all`")
+async def _dlq_show(app: NamedApp, number: int, settings: Settings, as_json: bool) -> int:
+    async def ask(connection: Any) -> dict[str, Any] | None:
+        await app.check(connection)
+        return await report.dead_letter(connection, number)
+
+    found = await with_ledger(settings, ask)
+    if found is None or found["app"] != app.name:
+        raise UnknownName(f"no dead letter {number} of App {app.name!r}; see `consumer dlq list APP --state all`")
     if as_json:
         print_json(found)
         return 0

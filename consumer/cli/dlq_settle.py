@@ -364,7 +364,7 @@ class _Answer:
             )
         settled = sum(self.counts[each] for each in ("applied", "duplicate", "discarded")) if bulk else 0
         if (more := sum(self.counts.values()) - settled - len(bad)) > 0:
-            out.print(f"… and {more:,} more: consumer dlq list")
+            out.print(f"… and {more:,} more: consumer dlq list APP")
         out.print(self.counted(), markup=False, highlight=False)
         _say_left_out(self.left_out)
 

@@ -1,4 +1,4 @@
-"""What every command shares: its arguments and settings as flags, its errors as one line, its exit code.
+"""Declare commands: arguments and settings as flags, errors as one line.
 
 Imports typer; imports no command. Exit codes: 0 a good answer, 1 a negative answer, 2 it could not start or the result is
 inconclusive, 130 and 143 a signal.
@@ -10,7 +10,9 @@ import asyncio
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, is_dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Annotated, Any
 
 import typer
@@ -43,7 +45,19 @@ dlq = typer.Typer(
 cli.add_typer(dlq, name="dlq")
 
 AppPath = Annotated[str, typer.Argument(metavar="APP", help='the App, as "module:attribute"', show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+AppOrName = Annotated[
+    str,
+    typer.Argument(
+        metavar="APP", help='the App, as "module:attribute"; without shards also its name', show_default=False
+    ),
+]
+MaybeApp = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[APP]", help='the App, as "module:attribute"; needed only if it has shards', show_default=False
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON", rich_help_panel="Answer")]
 
 POSTGRES = ("postgres_dsn", "postgres_ca_file", "postgres_pooler", "allow_insecure")
 SERVICES = ("kafka_", *POSTGRES)
@@ -57,12 +71,17 @@ class Refused(Exception):
 def command(
     app: typer.Typer, name: str, settings: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
-    """A command whose settings (all whose names begin with one of `settings`) are flags, and whose errors are one line."""
+    """Declare a command with its settings as flags and one-line errors.
+
+    settings: prefixes of the settings that become flags. A parameter whose type is a dataclass becomes one flag for each of its
+    fields; the function receives the dataclass.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., None]:
-        own = [
-            each for each in inspect.signature(function, eval_str=True).parameters.values() if each.name != "settings"
-        ]
+        parameters = inspect.signature(function, eval_str=True).parameters.values()
+        groups: dict[str, Any] = {one.name: one.annotation for one in parameters if is_dataclass(one.annotation)}
+        own = [one for one in parameters if one.name != "settings" and one.name not in groups]
+        own += [one for group in groups.values() for one in _parameters_of(group)]
         fields = (
             {each: field for each, field in Settings.model_fields.items() if each.startswith(settings)}
             if settings
@@ -77,6 +96,8 @@ def command(
                 if "settings" in inspect.signature(function).parameters:
                     given["settings"] = own_settings = load(**flags)
                     logs.configure(own_settings.log_level, own_settings.log_format, config=own_settings.log_config)
+                for argument, group in groups.items():
+                    given[argument] = group(**{each.name: given.pop(each.name) for each in dataclass_fields(group)})
                 result = function(**given)
                 if inspect.iscoroutine(result):
                     with signal_handlers_kept():  # at its end the loop sets those that Python begins with
@@ -116,15 +137,31 @@ _AS_BYTES = ("key", "message_id", "id")  # arguments that may hold bytes that ar
 
 
 def _check_text(given: dict[str, Any]) -> None:
-    """Raise Misconfigured for an argument that is no text in UTF-8: neither PostgreSQL nor Kafka would take it."""
+    """Raise Misconfigured for text that is not UTF-8.
+
+    PostgreSQL and Kafka refuse it.
+    """
     for name, value in given.items():
         for each in value if isinstance(value, list | tuple) else [value]:
             if isinstance(each, str) and name not in _AS_BYTES and any("\ud800" <= c <= "\udfff" for c in each):
                 raise Misconfigured(f"{_flag_of(name)}: not valid UTF-8; write it in UTF-8")
 
 
+_ARGUMENTS = {"app": "APP", "topics": "TOPIC", "message_id": "MESSAGE_ID"}
+
+
+def _parameters_of(group: Any) -> Iterator[inspect.Parameter]:
+    """Return a parameter for each field of a dataclass of options."""
+    annotations = typing.get_type_hints(group, include_extras=True)
+    for each in dataclass_fields(group):
+        default = inspect.Parameter.empty if each.default is MISSING else each.default
+        yield inspect.Parameter(
+            each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotations[each.name]
+        )
+
+
 def _flag_of(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return _ARGUMENTS.get(name) or f"--{name.replace('_', '-')}"
 
 
 def _option(name: str, field: Any) -> inspect.Parameter:

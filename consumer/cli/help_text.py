@@ -29,7 +29,7 @@ _HEADINGS = (
     (("grace_", "wait_", "watchdog_", "restarts_", "worker_", "allow_"), "Process"),
     ("", "Limits"),
 )
-_ORDER = ("Options", *dict.fromkeys(heading for _, heading in _HEADINGS))
+_ORDER = ("Options", "Filters", "Range", "Answer", *dict.fromkeys(heading for _, heading in _HEADINGS))
 _KINDS = (
     (("_file", "_config"), "FILE"),
     ("_url", "URL"),

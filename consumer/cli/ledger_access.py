@@ -15,7 +15,10 @@ async def connected(settings: Settings) -> Any:
 
 
 async def with_ledger(settings: Settings, ask: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
-    """What `ask` finds on a connection to a ledger of this version. Raises Misconfigured, ServiceUnavailable."""
+    """Call `ask` with a connection to a ledger of this version.
+
+    Raises Misconfigured, ServiceUnavailable.
+    """
     connection = await connected(settings)
     try:
         with translated_errors(settings):

@@ -19,7 +19,20 @@ from consumer.cli.framework import cli
 
 # Each module registers its commands. `run` imports only its own, and starts sooner.
 _RUN = "run"
-_OTHERS = ("migrate", "status", "show", "positions", "diagram", "dlq", "dlq_settle", "purge", "replay", "demo")
+_OTHERS = (
+    "migrate",
+    "status",
+    "show",
+    "positions",
+    "diagram",
+    "dlq",
+    "dlq_settle",
+    "purge",
+    "replay",
+    "rebuild",
+    "republish",
+    "demo",
+)
 
 
 def whole() -> typer.Typer:

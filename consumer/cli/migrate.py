@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from consumer.app_loader import load_app
-from consumer.cli.framework import POSTGRES, cli, command
+from consumer.app import App
+from consumer.cli.framework import POSTGRES, MaybeApp, cli, command
 from consumer.cli.ledger_access import connected, with_ledger
-from consumer.cli.per_shard import ShardName, ShardsOf, over
+from consumer.cli.per_shard import ShardName, app_or_none, named_app, over
 from consumer.core.errors import Misconfigured
 from consumer.handler_records import coverage
 from consumer.postgres import grants
@@ -46,11 +46,11 @@ _NewEpoch = Annotated[
     ),
 ]
 _RenameHandler = Annotated[
-    tuple[str, str, str] | None,
+    tuple[str, str] | None,
     typer.Option(
         "--rename-handler",
-        metavar="APP OLD NEW",
-        help="give handler OLD of the App (its name, not its path) the name NEW in the ledger, and keep what it has settled; "
+        metavar="OLD NEW",
+        help="give handler OLD of APP (or of its name) the name NEW in the ledger, and keep what it has settled; "
         "running workers reconnect, and those with the old code are refused",
     ),
 ]
@@ -58,7 +58,7 @@ _NewRoute = Annotated[
     bool,
     typer.Option(
         "--new-route",
-        help="with --shards: declare that the App's shards or route have changed, and every key that moves was moved "
+        help="declare that the App's shards or route have changed, and every key that moves was moved "
         "(docs/how-to/shards.md); without it a change is refused",
     ),
 ]
@@ -67,6 +67,7 @@ _NewRoute = Annotated[
 @command(cli, "migrate", (*POSTGRES, "wait_"))
 def migrate(
     settings: Settings,
+    app: MaybeApp = None,
     sql: _Sql = False,
     check: _Check = False,
     file: _File = None,
@@ -74,7 +75,6 @@ def migrate(
     read_only: _ReadOnly = False,
     new_epoch: _NewEpoch = False,
     rename_handler: _RenameHandler = None,
-    shards_of: ShardsOf = None,
     shard: ShardName = None,
     new_route: _NewRoute = False,
 ) -> Any:
@@ -102,30 +102,32 @@ def migrate(
             own.append(path.read_text("utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise Misconfigured(f"--file {path}: {error}") from None
-    if new_route and (shards_of is None or shard is not None or check):
-        raise Misconfigured("--new-route goes with --shards APP, for all of its shards, and without --check")
+    if new_route and (app is None or shard is not None or check):
+        raise Misconfigured("--new-route goes with APP, for all of its shards, and without --check")
     names = [str(path) for path in file or []]
     if rename_handler is not None:
         if any(only) or file or new_epoch or new_route:
-            raise Misconfigured("--rename-handler goes with --shards and --shard alone")
-        return over(shards_of, shard, settings, False, lambda on: _rename(on, *rename_handler))
+            raise Misconfigured("--rename-handler goes with APP and --shard alone")
+        if app is None:
+            raise Misconfigured("--rename-handler: name the App: `consumer migrate APP --rename-handler OLD NEW`")
+        named = named_app(app)
+        return over(named.app, shard, settings, False, lambda on: _rename(on, named.name, *rename_handler))
 
     async def run(on: Settings) -> int:
         return await _migrate(on, check, own, names, new_epoch)
 
-    return _migrate_shards(shards_of, shard, settings, run, new_route)
+    return _migrate_shards(app_or_none(app), shard, settings, run, new_route)
 
 
 async def _migrate_shards(
-    path: str | None,
+    app: App | None,
     shard: str | None,
     settings: Settings,
     run: Callable[[Settings], Coroutine[Any, Any, int]],
     new: bool,
 ) -> int:
-    code = await over(path, shard, settings, False, run)
-    if new and path is not None:
-        app = load_app(path)
+    code = await over(app, shard, settings, False, run)
+    if new and app is not None:
         for name, on in shards.settings_of(app, settings).items():
             await with_ledger(on, partial(shards.forget, app, name))
         print("the shards and the route of the App are as they are now: workers may be started")

@@ -26,8 +26,6 @@ async def check(
     handlers, topics: names that exist besides, because the App that is at hand declares them.
     """
     where = "this database" if app is None else f"App {app!r}"
-    if app is not None:
-        check_known("--app", app, await handler_names.apps(connection), "this database")
     if handler is not None and handler not in handlers:
         known = await handler_names.names(connection, app)
         check_known("--handler", handler, [*known, *handlers], where)

@@ -1,4 +1,4 @@
-"""Output of the commands: text, tables and JSON that contain no control sequences.
+"""Print text, tables and JSON without control sequences.
 
 Imports rich; imports no other command module.
 """
@@ -41,7 +41,7 @@ _URL_USER = re.compile(r"(\w+://)(?!user(?::password)?@)\S*@")
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: what could drive it is shown as an escape."""
+    """Return text for a terminal, control characters as escapes."""
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode() for each in text
     )
@@ -53,12 +53,18 @@ def right(*names: str) -> list[Any]:
 
 
 def names(*names: str) -> list[Any]:
-    """Columns of names and numbers that people paste into a filter: never cut, never broken over lines."""
+    """Columns of names, which are never cut or wrapped.
+
+    People paste them into filters.
+    """
     return [Column(name, no_wrap=True, overflow="ignore") for name in names]
 
 
 def show(table: Table) -> None:
-    """Print a table; where it does not fit, each row as lines of `column  value`, so that no name is cut."""
+    """Print a table, or lines where it is too wide.
+
+    Then each row is printed as lines of `column  value`, so that no name is cut.
+    """
     if Measurement.get(out, out.options.update(width=10_000), table).minimum <= out.width:
         out.print(table)
         return
@@ -77,7 +83,7 @@ _collected: ContextVar[list[object] | None] = ContextVar("collected", default=No
 
 @contextmanager
 def collecting() -> Iterator[list[object]]:
-    """Keep what would be printed as JSON, to make one answer of several."""
+    """Collect JSON answers instead of printing them, to print them as one."""
     found: list[object] = []
     token = _collected.set(found)
     try:

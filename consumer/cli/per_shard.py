@@ -1,12 +1,12 @@
-"""Commands over the shards of an App: the same answer from each database, one after the other.
+"""Run a command on each shard of an App, one after the other.
 
-Knows the terminal; what is asked is the command's own. Without shards the command is asked once, as if this were not here.
+Without shards the command runs once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -15,36 +15,31 @@ from consumer.app_loader import load_app
 from consumer.cli.framework import Refused
 from consumer.cli.output import collecting, out, print_json
 from consumer.core.errors import ConsumerError, Misconfigured
-from consumer.core.suggestions import UnknownName, suggestion
+from consumer.core.suggestions import UnknownName, check_known, suggestion
 from consumer.kafka.errors import KafkaError
+from consumer.postgres.handlers import apps
 from consumer.settings import Settings
 from consumer.sharding import shards
 
-ShardsOf = Annotated[
-    str | None,
-    typer.Option(
-        "--shards", metavar="APP", help="the databases of this App's shards, instead of CONSUMER_POSTGRES_DSN"
-    ),
-]
 ShardName = Annotated[
     str | None, typer.Option("--shard", metavar="NAME", help="only this shard, of an App that has shards")
 ]
 Run = Callable[[Settings], Awaitable[int]]
 
 
-async def over(app: App | str | None, shard: str | None, settings: Settings, as_json: bool, run: Run) -> int:
-    """Run a command on each shard, or on the one that is named. Returns the worst exit code.
+async def over(app: App | None, shard: str | None, settings: Settings, as_json: bool, run: Run) -> int:
+    """Run a command on each shard, or on one; return the worst exit code.
 
-    One that fails does not keep the others from being asked, nor their answers from being printed. Raises Misconfigured at the end,
-    with what each said; at once for a shard that is none. A name that one shard knows need not be known to the others.
+    A shard that fails does not prevent the answers of the others. Raises Misconfigured at the end with the errors of all
+    shards, and at once for an unknown shard. A filter must be known to one shard at least.
     """
-    if isinstance(app, str):
-        app = load_app(app)
-        if not app.shards:
-            raise Misconfigured(f"--shards: App {app.name!r} has no shards: leave it out")
     if app is None or not app.shards:
         if shard is not None:
-            of = "name the App with --shards APP" if app is None else f"App {app.name!r} has no shards"
+            of = (
+                "give the App as the first argument, as module:attribute"
+                if app is None
+                else f"App {app.name!r} has no shards"
+            )
             raise Misconfigured(f"--shard {shard}: {of}")
         return await run(settings)
     found = shards.settings_of(app, settings)
@@ -79,3 +74,36 @@ async def over(app: App | str | None, shard: str | None, settings: Settings, as_
         done = f" (done: {', '.join(answers)})" if answers else ""
         raise Misconfigured("; ".join(f"shard {name}: {text}" for name, text in faults.items()) + done)
     return code
+
+
+class NamedApp(NamedTuple):
+    """An App that a command asks about: by its code, or only by its name in the ledger."""
+
+    name: str
+    app: App | None = None
+
+    @property
+    def handlers(self) -> tuple[str, ...]:
+        return tuple(self.app.handlers) if self.app is not None else ()
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        return tuple(self.app.topics) if self.app is not None else ()
+
+    async def check(self, connection: Any) -> None:
+        """Raise UnknownName for a bare name that the ledger does not hold."""
+        if self.app is None:
+            check_known("APP", self.name, await apps(connection), "this database")
+
+
+def named_app(text: str) -> NamedApp:
+    """Return the App of an argument APP; a text without a colon is its name. Raises Misconfigured."""
+    if ":" not in text:
+        return NamedApp(text)
+    app = load_app(text)
+    return NamedApp(app.name, app)
+
+
+def app_or_none(path: str | None) -> App | None:
+    """Load the App of an optional argument APP. Raises Misconfigured."""
+    return None if path is None else load_app(path)

@@ -89,15 +89,19 @@ async def _offsets(
     if to.strip().lower() == _COMMITTED:
         commits = (await group.look(settings, app.name)).commits
         if missing := [each for each in held if each not in commits]:
-            raise Misconfigured(f"--to committed: the group {app.name!r} has committed nothing of {_places(missing)}")
+            raise Misconfigured(
+                f"--move-to committed: the group {app.name!r} has committed nothing of {_places(missing)}"
+            )
         found = {each: commits[each].offset for each in held}
     else:
-        bound = parse(to, "--to", int(time.time() * 1000), f"earliest, latest, {_COMMITTED}")
+        bound = parse(to, "--move-to", int(time.time() * 1000), f"earliest, latest, {_COMMITTED}")
         times = await source.log.offsets_at(list(held), bound.milliseconds) if isinstance(bound, Time) else {}
         found = {each: _offset(bound, ends, times.get(each)) for each, ends in held.items()}
     if wrong := [each for each, ends in held.items() if not ends.first <= found[each] <= ends.end]:
         spans = ", ".join(f"{_places([each])} {held[each].first} to {held[each].end}" for each in wrong[:5])
-        raise Misconfigured(f"--to {to}: the log does not hold that offset (it holds: {spans}); nothing was changed")
+        raise Misconfigured(
+            f"--move-to {to}: the log does not hold that offset (it holds: {spans}); nothing was changed"
+        )
     return found
 
 
@@ -113,7 +117,7 @@ def _offset(bound: Bound, ends: Ends, at_time: int | None) -> int:
             return ends.end if at_time is None else at_time
         case AtPosition():
             raise Misconfigured(
-                "--to position: it is there already; write an offset, a time, earliest, latest or committed"
+                "--move-to position: it is there already; write an offset, a time, earliest, latest or committed"
             )
 
 

@@ -22,12 +22,12 @@ _Partition = Annotated[
 _To = Annotated[
     str | None,
     typer.Option(
-        "--to",
+        "--move-to",
         help="earliest, latest, committed (the offset that the group has committed in Kafka), an offset, a time such as "
         "2026-11-25T10:00:00Z, or how long ago, such as 90m, 24h or 7d",
     ),
 ]
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="with --to: show what would move, and change nothing")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="with --move-to: show what would move, and change nothing")]
 _Adopt = Annotated[
     bool,
     typer.Option(
@@ -40,7 +40,7 @@ _ApplyAgain = Annotated[
     bool,
     typer.Option(
         "--apply-again",
-        help="with --to: go back although message_id= has changed, and apply again what was applied under other ids",
+        help="with --move-to: go back although message_id= has changed, and apply again what was applied under other ids",
     ),
 ]
 _Handler = Annotated[str | None, typer.Option("--handler", help="with --begin-here and --accept-id-rule: the handler")]
@@ -118,7 +118,7 @@ def _check_together(
 ) -> None:
     """Raise Misconfigured for options that have no effect together."""
     if adopt and (to is not None or topic is None):
-        raise Misconfigured("--adopt goes with --topic, and maybe --partition, and without --to")
+        raise Misconfigured("--adopt goes with --move-topic, and maybe --partition, and without --move-to")
     if accept_id_rule and (
         begin_here or handler is None or adopt or topic is not None or to is not None or partition is not None
     ):
@@ -127,9 +127,9 @@ def _check_together(
         begin_here and (adopt or to is not None or partition is not None)
     ):
         raise Misconfigured(
-            "--begin-here goes with --handler, and maybe --topic, and without --to, --partition and --adopt"
+            "--begin-here goes with --handler, and maybe --topic, and without --move-to, --partition and --adopt"
         )
     if (dry_run or apply_again) and to is None:
-        raise Misconfigured(f"{'--dry-run' if dry_run else '--apply-again'} goes with --to")
+        raise Misconfigured(f"{'--dry-run' if dry_run else '--apply-again'} goes with --move-to")
     if not adopt and not begin_here and ((topic is None) != (to is None) or (partition is not None and to is None)):
-        raise Misconfigured("to move positions, give --topic and --to, and --partition for one of them")
+        raise Misconfigured("to move positions, give --topic and --move-to, and --partition for one of them")

@@ -1,4 +1,4 @@
-"""Progress of a long command on standard error: a bar on a terminal, lines elsewhere."""
+"""Show progress on standard error: a bar on a terminal, else lines."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _TELL_SECONDS = 5.0  # between two lines of progress where there is no terminal 
 
 
 class Bar:
-    """Progress with rate and time left: a bar on a terminal, a line now and then elsewhere."""
+    """Progress with rate and time left."""
 
     def __init__(self, bars: Progress | None, unit: str) -> None:
         self._bars = bars
         self._unit = unit
         self._tasks: dict[str, Any] = {}
-        self._begun_at = self._told_at = time.monotonic()
+        self._begun_at = self._printed_at = time.monotonic()
         self._first: dict[str, tuple[float, int]] = {}
 
     def line(self, text: str) -> None:
@@ -45,8 +45,8 @@ class Bar:
             if phase not in self._tasks:
                 self._tasks[phase] = self._bars.add_task(phase, total=total, rate="")
             self._bars.update(self._tasks[phase], completed=done, total=total, rate=f"{rate:,.0f}/s" if rate else "")
-        elif now - self._told_at > _TELL_SECONDS:
-            self._told_at = now
+        elif now - self._printed_at > _TELL_SECONDS:
+            self._printed_at = now
             left = f", {(total - done) / rate:,.0f} s left" if rate else ""
             err.print(
                 f"consumer: {phase}: {done:,} of {total:,} {self._unit} ({done / max(total, 1):.0%}), {rate:,.0f}/s{left}",

@@ -14,7 +14,9 @@ from consumer.cli.signals import Interrupted, signal_handlers_kept
 
 
 def ask(question: str) -> bool:
-    """Ask a person yes or no; the default is no. Raises Interrupted on Ctrl-C, SIGTERM and at the end of the input.
+    """Ask a yes-or-no question; the default is no.
+
+    Raises Interrupted on Ctrl-C, SIGTERM and at the end of the input.
 
     The event loop's own handlers would wait until the read returns, so signals end it here.
     """
@@ -44,7 +46,7 @@ def _confirmed(question: str) -> bool:
 
 
 def _until_typed() -> None:
-    """Wait until the terminal has a line, so that the read after it returns at once.
+    """Wait until the terminal has a line to read.
 
     A signal just before a blocking read would run its handler only after the read. Here it writes to a pipe that is waited
     for too, so its handler runs at once.

@@ -13,10 +13,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from consumer.cli.framework import AsJson, Refused, cli, command
+from consumer.cli.framework import AsJson, MaybeApp, Refused, cli, command
 from consumer.cli.ledger_access import connected
 from consumer.cli.output import err, out, print_json
-from consumer.cli.per_shard import ShardName, ShardsOf, over
+from consumer.cli.per_shard import ShardName, app_or_none, over
 from consumer.core.errors import Misconfigured
 from consumer.core.message import Partition
 from consumer.core.retention import HOUR, LedgerState, RotateGeneration, Step, Wait, contradictions, wanted
@@ -32,6 +32,7 @@ from consumer.settings import Settings
 @command(cli, "purge", ("kafka_", "postgres_", "allow_insecure", "ledger_", "wait_", "log_"))
 def purge_command(
     settings: Settings,
+    app: MaybeApp = None,
     older_than: Annotated[
         float | None,
         typer.Option(
@@ -48,11 +49,8 @@ def purge_command(
     ] = False,
     retired: Annotated[
         str | None,
-        typer.Option(
-            "--retired", metavar="APP", help="an application that is gone has no say any more in what is kept"
-        ),
+        typer.Option("--retired", metavar="NAME", help="ignore the retention declared by this decommissioned App"),
     ] = None,
-    shards_of: ShardsOf = None,
     shard: ShardName = None,
     as_json: AsJson = False,
 ) -> Any:
@@ -75,7 +73,9 @@ def purge_command(
             if own is not None and hours >= 0
             else f"--older-than {hours:g}: a number of hours"
         )
-    return over(shards_of, shard, settings, as_json, lambda each: _purge(each, hours, dry_run, force, retired, as_json))
+    return over(
+        app_or_none(app), shard, settings, as_json, lambda each: _purge(each, hours, dry_run, force, retired, as_json)
+    )
 
 
 async def _purge(
@@ -106,7 +106,7 @@ async def _purge(
         if longer:
             errors.append(
                 f"{', '.join(longer)} {'wants' if len(longer) == 1 else 'want'} rows for longer than {hours:g} hours, or did not say: "
-                "set CONSUMER_LEDGER_RETENTION_HOURS there and start it, or --retired APP if it is gone"
+                "set CONSUMER_LEDGER_RETENTION_HOURS there and start it, or --retired NAME if it is decommissioned"
             )
         if errors and not force and not dry_run:
             raise Misconfigured("; ".join(errors) + " (or --force)")

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a command runs: the command is cancelled and ends with one line."""
+"""Cancel a running command on SIGINT and SIGTERM; it ends with one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from consumer.core.errors import ConsumerError
 
 
 class Interrupted(ConsumerError):
-    """A signal ended the command early. The text says how far it came."""
+    """A signal ended the command early; the text gives the progress."""
 
     def __init__(self, text: str, number: int = signal.SIGINT) -> None:
         super().__init__(text)
@@ -23,7 +23,7 @@ class Interrupted(ConsumerError):
 
 @contextmanager
 def signal_handlers_kept() -> Iterator[None]:
-    """Restore the handlers of SIGINT and SIGTERM at the end of the block."""
+    """Restore the handlers of SIGINT and SIGTERM after the block."""
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -33,7 +33,9 @@ def signal_handlers_kept() -> Iterator[None]:
 
 
 async def until_signal(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run a command; SIGINT and SIGTERM cancel it. Raises Interrupted in place of whatever it raised then.
+    """Run a command that SIGINT and SIGTERM cancel.
+
+    Raises Interrupted in place of what the cancelled command raises.
 
     A command that handles signals itself replaces these handlers for as long as it does.
     """

@@ -109,7 +109,7 @@ async def status_of(app: App, path: str, settings: Settings, as_json: bool, exac
     for notice in told:
         _line(f"{notice.text}\n  to resolve it: {notice.do}")
     _show_waiting(waits)
-    _show_handlers(handlers, letters, f"--app {path}" + (f" --shards {path}" if app.shards else ""))
+    _show_handlers(handlers, letters, path)
     for name, each in (miscounts or {}).items():
         _line(
             f"{name}: {each['rows']:,} applied rows in the ledger, {each['counter']:,} counted: workers of a version before "

@@ -139,9 +139,9 @@ def decide_start(
         return PartitionHalt(
             HaltReason.OTHER_DATABASE,
             f"another database holds the positions of this application: its group has committed {committed.offset} in Kafka, "
-            "and this ledger knows nothing of what is below. Use that database again, or decide: --to earliest applies all "
-            f"that the log still holds, --to committed goes on at {committed.offset} and applies nothing below",
-            f"--topic {partition.topic} --partition {partition.partition} --to earliest",
+            "and this ledger knows nothing of what is below. Use that database again, or decide: --move-to earliest applies all "
+            f"that the log still holds, --move-to committed goes on at {committed.offset} and applies nothing below",
+            f"--topic {partition.topic} --partition {partition.partition} --move-to earliest",
         )
     return StartOffset(committed.offset, "shard" if noted else "group")
 
@@ -180,7 +180,7 @@ def check_log(partition: Partition, known: Position, log: ObservedLog) -> Partit
         return PartitionHalt(
             HaltReason.RECORDS_REMOVED,
             f"the records {known.offset} to {last} were removed from the log before they were read",
-            f"{where} --to {log.first}",
+            f"{where} --move-to {log.first}",
             (known.offset, last),
         )
     if log.out_of_range and log.end is not None and known.offset > log.end:
@@ -188,7 +188,7 @@ def check_log(partition: Partition, known: Position, log: ObservedLog) -> Partit
             HaltReason.BEYOND_THE_END,
             f"the position {known.offset} lies beyond the log, which ends at {log.end}: its tail was lost "
             "(unclean leader election, restored broker), or it is another log",
-            f"{where} --to earliest",
+            f"{where} --move-to earliest",
         )
     if known.seen is not None and log.at_print is not None and known.seen != log.at_print:
         return PartitionHalt(
@@ -196,7 +196,7 @@ def check_log(partition: Partition, known: Position, log: ObservedLog) -> Partit
             f"the record at offset {known.seen.offset} is not the one that was read there: the log was truncated and "
             "written again, or it is another one"
             + ("" if log.topic_id is not None else " (this broker does not tell topic ids)"),
-            f"{where} --to earliest" if log.topic_id is not None else adopt,
+            f"{where} --move-to earliest" if log.topic_id is not None else adopt,
         )
     return None
 

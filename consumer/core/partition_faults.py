@@ -49,7 +49,7 @@ def halt_of(partition: Partition, failure: ReadFailure) -> PartitionHalt:
     return PartitionHalt(
         failure.reason,
         f"{records} cannot be read: {failure.text}",
-        f"{place} --to {last + 1}",
+        f"{place} --move-to {last + 1}",
         (first, last),
     )
 

@@ -158,7 +158,7 @@ def explain_change(app: str, change: tuple[bytes | None, str, str]) -> str:
     return (
         f"the route of App {app!r} has changed: key {shown(key)} now goes to shard {now!r}, and went to {then!r}. What was "
         "applied in one shard would be applied again in the other. Put the old route back, or move the keys as "
-        "docs/how-to/shards.md says and then run `consumer migrate --shards APP --new-route`. (A route made with hash() answers differently "
+        "docs/how-to/shards.md says and then run `consumer migrate APP --new-route`. (A route made with hash() answers differently "
         "in each process: use zlib.crc32 or hashlib.)"
     )
 

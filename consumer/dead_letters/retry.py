@@ -162,7 +162,7 @@ class Redrive:
         for number in letters:
             if number not in rows:
                 raise Misconfigured(
-                    f"no dead letter {number}; see `consumer dlq list --state all` (nothing was changed)"
+                    f"no dead letter {number}; see `consumer dlq list APP --state all` (nothing was changed)"
                 )
             state, app, handler, first = rows[number]
             if app != self.app.name:
@@ -171,7 +171,7 @@ class Redrive:
                 )
             if state not in (DeadLetterState.DEAD, DeadLetterState.WAITING):
                 raise Misconfigured(
-                    f"dead letter {number} is {state} already: see `consumer dlq show {number}` (nothing was changed)"
+                    f"dead letter {number} is {state} already: see `consumer dlq show APP {number}` (nothing was changed)"
                 )
             if handler not in self.handlers and not waiting:
                 raise Misconfigured(
@@ -291,7 +291,7 @@ class Redrive:
 
     def _lost(self, error: BaseException, letters: Sequence[DeadLetter] = ()) -> CannotTell:
         look = (
-            f"; look at `consumer dlq show {letters[0].number}`: of letters {_range(letters)} all are settled, or none"
+            f"; look at `consumer dlq show APP {letters[0].number}`: of letters {_range(letters)} all are settled, or none"
             if letters
             else ""
         )

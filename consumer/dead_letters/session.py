@@ -124,7 +124,7 @@ class DeadLetterSession(Session):
             each.begin(row)
             other = others.get((row["handler"], row["chain"]))
             if row["state"] not in (DeadLetterState.DEAD, DeadLetterState.WAITING):
-                refused[each] = ("settled", f"it is {row['state']} already: see `consumer dlq show {each.number}`")
+                refused[each] = ("settled", f"it is {row['state']} already: see `consumer dlq show APP {each.number}`")
             elif each.what == "discard":
                 continue
             elif other is not None and other < (row["offset"], each.number):
@@ -317,7 +317,7 @@ def outcome_of(letter: DeadLetter) -> tuple[str, str]:
         if letter.existing_claim.dead:
             return (
                 "other_letter",
-                "another dead letter has its id, and is not applied: retry that one; see `consumer show`",
+                "another dead letter has its id, and is not applied: retry that one; see `consumer show APP ID`",
             )
         return "duplicate", "its id was applied otherwise"
     return "applied", letter.why

@@ -436,7 +436,7 @@ class Demo:
             ("missing in the replay", f"{found.missing_in_replay:,}"),
             ("rows that the replay would have written", f"{found.rows_written_by_replay:,}"),
             ("applied by `replay --apply`", f"{found.applied_by_replay:,}"),
-            ("differences found by `replay --rebuild`", f"{found.differences_in_rebuild:,}"),
+            ("differences found by `consumer rebuild`", f"{found.differences_in_rebuild:,}"),
         ):
             table.add_row(label, value)
         self._console.print(table)

@@ -79,7 +79,7 @@ def filling(path: str, topics: Iterable[str], handler: str, renamed_from: Collec
     )
     if not renamed_from:
         return new
-    renames = " or ".join(f"consumer migrate --rename-handler {app} {old} {handler}" for old in sorted(renamed_from))
+    renames = " or ".join(f"consumer migrate {app} --rename-handler {old} {handler}" for old in sorted(renamed_from))
     return f"if it was renamed: {renames}, since --apply would apply its messages again; only if it is new: {new}"
 
 
@@ -94,7 +94,7 @@ def _of_handlers(found: Assessment, app: str, path: str) -> Iterable[Notice]:
             "probable_rename",
             f"handler {each.new!r} has not settled what {each.old!r}, of the same topic {each.topic}, has, which is no longer in "
             "the App: if it was renamed, its messages would be applied again",
-            f"consumer migrate --rename-handler {app} {each.old} {each.new}",
+            f"consumer migrate {app} --rename-handler {each.old} {each.new}",
             True,
         )
     for name in sorted({each.handler for each in found.gaps}):
@@ -130,6 +130,6 @@ def _of_topics(picture: Picture, path: str, missing_topics: Collection[str]) -> 
             "began_with_group",
             f"{partition.topic}:{partition.partition} began at {offset}, which another client of the group had committed: "
             "what is before it was not applied",
-            f"consumer positions {path} --topic {partition.topic} --partition {partition.partition} --to earliest",
+            f"consumer positions {path} --topic {partition.topic} --partition {partition.partition} --move-to earliest",
             False,
         )

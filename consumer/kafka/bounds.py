@@ -88,7 +88,7 @@ def span(partition: Partition, log: LogRange, start: Bound, end: Bound) -> Span:
             raise Misconfigured(f"--from position: {gone}, and the position is {log.position}")
     match end:
         case Offset() | Time() | AtPosition() if last < log.begin:
-            raise Misconfigured(f"--to: {gone}")
+            raise Misconfigured(f"--until: {gone}")
     first = min(first, log.end)
     return Span(partition, first, max(first, min(last, log.end)))
 

@@ -30,7 +30,7 @@ class PartitionUnreadable(CannotTell):
 
     def __init__(self, partition: Partition, failure: ReadFailure) -> None:
         halt = halt_of(partition, failure)
-        action = "; leave them out with --from and --to" if halt.missing else f"; {halt.do}"
+        action = "; leave them out with --from and --until" if halt.missing else f"; {halt.do}"
         super().__init__(f"{partition.topic}:{partition.partition}: {halt.text}{action}")
         self.partition = partition
         self.failure = failure

@@ -86,10 +86,10 @@ async def resolve(
     for bound in (start, end):
         times.append(await source.log.offsets_at(partitions, bound.milliseconds) if isinstance(bound, Time) else {})
     if isinstance(start, Time) and isinstance(end, Time) and start.milliseconds >= end.milliseconds:
-        raise Misconfigured("--from is not before --to")
+        raise Misconfigured("--from is not before --until")
     if isinstance(start, Offset) and isinstance(end, Offset) and start.number >= end.number:
-        raise Misconfigured(f"the range is empty: --from {start.number} is not below --to {end.number}")
-    for bound, option in ((start, "--from"), (end, "--to")):
+        raise Misconfigured(f"the range is empty: --from {start.number} is not below --until {end.number}")
+    for bound, option in ((start, "--from"), (end, "--until")):
         if isinstance(bound, Offset) and all(bound.number > ends[each] for each in partitions):
             last = ", ".join(f"{each.topic}:{each.partition} at {ends[each]}" for each in partitions[:8])
             raise Misconfigured(f"{option} {bound.number} lies beyond the end of the log ({last})")
@@ -106,7 +106,7 @@ async def resolve(
         spans = await _with_older_records(source, spans, ends, end.milliseconds)
     if not any(each.length for each in spans):
         held = ", ".join(f"{each.topic}:{each.partition} {begins[each]} to {ends[each]}" for each in partitions[:8])
-        raise Misconfigured(f"the range is empty: nothing lies between --from and --to (the log holds {held})")
+        raise Misconfigured(f"the range is empty: nothing lies between --from and --until (the log holds {held})")
     return spans
 
 

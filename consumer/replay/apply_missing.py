@@ -107,7 +107,7 @@ class MissingMessages:
                 check.matched_now(delivery)
             case Dead(reason):
                 outcome = "dead_lettered_now"
-                findings.sample(outcome, **place(delivery), detail=f"{reason.value}: see `consumer dlq list`")
+                findings.sample(outcome, **place(delivery), detail=f"{reason.value}: see `consumer dlq list APP`")
             case RetryLater():
                 self._fruitless += 1
                 return

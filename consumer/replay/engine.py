@@ -123,7 +123,7 @@ class Engine:
         """Resolve the range, or restore that of the interrupted replay."""
         run = self._run
         now = int(run.started_at.timestamp() * 1000)
-        start, end = parse(run.options.start, "--from", now), parse(run.options.end, "--to", now)
+        start, end = parse(run.options.start, "--from", now), parse(run.options.end, "--until", now)
         if self._resumed is not None:
             await self._checkpoint.restore(self._resumed, source)
             return

@@ -233,7 +233,7 @@ class Findings:
         add(
             "dead_lettered_now",
             dead,
-            f"{_n(dead, 'message')} could not be applied: dead letters now, see `consumer dlq list`",
+            f"{_n(dead, 'message')} could not be applied: dead letters now, see `consumer dlq list APP`",
         )
         refused = (self.republished or {}).get("refused", 0)
         add(
@@ -290,9 +290,7 @@ class Findings:
     def _of_them_ahead(self, count: int) -> str:
         if not count:
             return ""
-        return (
-            f"; {count:,} of them beyond the position, where workers have not come yet (--to position leaves those out)"
-        )
+        return f"; {count:,} of them beyond the position, where workers have not come yet (--until position leaves those out)"
 
     def unknowns(self) -> list[dict[str, Any]]:
         """Why it could not tell, one line each."""
@@ -304,7 +302,7 @@ class Findings:
                     "kind": "before_ledger",
                     "count": unknown,
                     "text": f"{_n(unknown, 'delivery', 'deliveries')} from before the ledger began in their partition, or from before "
-                    "what it remembers, or from before message_id= of their handler changed: whether they were applied cannot be told. A later --from leaves them out, --rebuild compares the state itself, "
+                    "what it remembers, or from before message_id= of their handler changed: whether they were applied cannot be told. A later --from leaves them out, `consumer rebuild` compares the state itself, "
                     "--assume-unapplied takes them for missing",
                 }
             )

@@ -99,7 +99,7 @@ async def read_coverage(
             continue
         text = (
             f"handler {rename.new!r} is probably {rename.old!r}, renamed: the ledger holds {rename.old!r} for the same topic "
-            f"{rename.topic}, and the App no longer has it; `consumer migrate --rename-handler {app.name} {rename.old} {rename.new}` "
+            f"{rename.topic}, and the App no longer has it; `consumer migrate {app.name} --rename-handler {rename.old} {rename.new}` "
             "keeps what was settled"
         )
         if applies and rename.new not in named:

@@ -126,7 +126,7 @@ async def doubt_letters(connection: Connection, before: int, handlers: Sequence[
         names = ", ".join(each.name for each in handlers)
         text = (
             f"{unknown:,} dead letters of {names} were made since the replay began, by workers or by the part of it that was "
-            "interrupted: see `consumer dlq list`"
+            "interrupted: see `consumer dlq list APP`"
         )
         findings.doubts.append({"kind": "dead_letters_meanwhile", "count": unknown, "text": text})
 

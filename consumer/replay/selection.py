@@ -18,7 +18,7 @@ def refuse_shards(app: App) -> None:
     if app.shards:
         raise Misconfigured(
             f"App {app.name!r} has shards, and a replay knows one database only. To apply what is missing, move the positions back "
-            "with `consumer positions APP --topic T --partition N --to earliest`: what was applied is not applied again"
+            "with `consumer positions APP --topic T --partition N --move-to earliest`: what was applied is not applied again"
         )
 
 

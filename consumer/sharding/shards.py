@@ -70,7 +70,7 @@ async def _enroll(app: App, name: str, settings: Settings, session: Session) -> 
         if await positions.exist(connection, app.name):
             raise Misconfigured(
                 f"{dsn_label(settings.dsn)} has applied messages of App {app.name!r} without shards, and other shards know nothing "
-                "of them: see docs/how-to/shards.md, then run `consumer migrate --shards APP --new-route`"
+                "of them: see docs/how-to/shards.md, then run `consumer migrate APP --new-route`"
             )
         await shard_tables.enroll(connection, app.name, name, names)
         row = await shard_tables.enrolled(connection, app.name)
@@ -83,12 +83,12 @@ async def _enroll(app: App, name: str, settings: Settings, session: Session) -> 
     if row.shard != name:
         raise Misconfigured(
             f"{dsn_label(settings.dsn)} is shard {row.shard!r} of App {app.name!r}, and its address is given for {name!r}: were "
-            "they swapped? A shard is renamed with `consumer migrate --shards APP --new-route`"
+            "they swapped? A shard is renamed with `consumer migrate APP --new-route`"
         )
     if row.shards != names:
         raise Misconfigured(
             f"App {app.name!r} has the shards {', '.join(names)}, and had {', '.join(row.shards)}: keys that move would be "
-            "applied again. Move them as docs/how-to/shards.md says, then run `consumer migrate --shards APP --new-route`"
+            "applied again. Move them as docs/how-to/shards.md says, then run `consumer migrate APP --new-route`"
         )
 
 

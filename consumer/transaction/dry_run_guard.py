@@ -59,7 +59,7 @@ class OutsideRefused(ConsumerError):
 def is_dry_run() -> bool:
     """Return whether this code runs in a dry run, which is undone.
 
-    True in handlers, lifespans and what they start while `consumer replay` runs them with --call-handlers or --rebuild.
+    True in handlers, lifespans and what they start while `consumer replay --call-handlers` or `consumer rebuild` runs them.
     """
     return bool(_running.get())
 

@@ -110,7 +110,7 @@ class MessageLog:
         if error is not None:
             fields |= {"error": _error_text(delivery, error, outcome), "sqlstate": sqlstate_of(error)}
         if isinstance(outcome, Dead):
-            fields |= {"reason": outcome.reason.value, "do": "consumer dlq list"}
+            fields |= {"reason": outcome.reason.value, "do": "consumer dlq list APP"}
             if count == 1:
                 event(logging.WARNING, "dead letter", **fields)
             else:
@@ -173,7 +173,7 @@ def log_handler_changes(changes: Changes, app: str, path: str, label: Mapping[st
             handler=names.get(number, str(number)),
             topics=", ".join(topics),
             do="deploy one version of the App; another service needs another App name; a renamed handler: "
-            f"consumer migrate --rename-handler {app} {names.get(number, 'OLD')} NEW",
+            f"consumer migrate {app} --rename-handler {names.get(number, 'OLD')} NEW",
             **label,
         )
 

@@ -180,7 +180,7 @@ def _log_beginning(partition: Partition, beginning: StartOffset, log_first: int,
             logging.WARNING,
             "beginning at the commit of another client of this group: what is before it is not applied",
             skipped=beginning.offset - log_first,
-            do=f"consumer positions APP --topic {partition.topic} --partition {partition.partition} --to earliest",
+            do=f"consumer positions APP --topic {partition.topic} --partition {partition.partition} --move-to earliest",
             **fields,
         )
 

@@ -61,7 +61,7 @@ class Operators:
             case "look at positions":
                 return await self._run("positions", APP)
             case "apply what is missing":
-                return await self._run("replay", APP, self.topic, "--apply", "--to", "position")
+                return await self._run("replay", APP, self.topic, "--apply", "--until", "position")
             case "purge":
                 return await self._run("purge", "--older-than", "1000")
         raise AssertionError(fault.kind)

@@ -115,7 +115,7 @@ async def test_kafka_that_is_not_there_after_the_wait_is_one_line(good: Path, pl
 
 async def test_a_wrong_postgresql_password_is_one_line(good: Path, postgres: Postgres, kafka: Kafka) -> None:
     dsn = f"postgresql://demo:canary@127.0.0.1:{postgres.port}/postgres"
-    for command in (["run", "good:app"], ["migrate"], ["status", "good:app"], ["show", "x"]):
+    for command in (["run", "good:app"], ["migrate"], ["status", "good:app"], ["show", "good:app", "x"]):
         result = consumer(
             good, *command, CONSUMER_POSTGRES_DSN=dsn, CONSUMER_KAFKA_BOOTSTRAP_SERVERS=kafka.bootstrap_servers
         )
@@ -145,7 +145,12 @@ async def test_a_wrong_kafka_password_is_one_line(good: Path, place: Place, kafk
 
 
 async def test_a_missing_schema_is_one_line_that_names_the_command(good: Path, database: str, kafka: Kafka) -> None:
-    for command in (["run", "good:app"], ["status", "good:app"], ["show", "x"], ["dlq", "list"]):
+    for command in (
+        ["run", "good:app"],
+        ["status", "good:app"],
+        ["show", "good:app", "x"],
+        ["dlq", "list", "good:app"],
+    ):
         result = consumer(
             good, *command, CONSUMER_POSTGRES_DSN=database, CONSUMER_KAFKA_BOOTSTRAP_SERVERS=kafka.bootstrap_servers
         )
@@ -225,40 +230,46 @@ async def test_status_tells_positions_lag_and_outcomes(reported: dict[str, Any])
 
 
 async def test_show_tells_what_became_of_a_message(reported: dict[str, Any]) -> None:
-    result = consumer(reported["cwd"], "show", "a", "--json", **reported["environment"])
+    result = consumer(reported["cwd"], "show", "reported:app", "a", "--json", **reported["environment"])
     assert result.returncode == 0
     [found] = json.loads(result.stdout)["handlers"]
     assert (found["handler"], found["state"], found["partition"], found["offset"]) == ("settle", "applied", 0, 0)
     assert found["at"]
-    dead = consumer(reported["cwd"], "show", "c", **reported["environment"])
+    dead = consumer(reported["cwd"], "show", "reported:app", "c", **reported["environment"])
     assert dead.returncode == 0 and "dead-lettered" in dead.stdout and "rejected" in dead.stdout
-    unknown = consumer(reported["cwd"], "show", "never seen", **reported["environment"])
+    unknown = consumer(reported["cwd"], "show", "reported:app", "never seen", **reported["environment"])
     assert unknown.returncode == 1 and "unknown" in unknown.stdout
 
 
 async def test_dead_letters_are_listed_and_shown_byte_for_byte(reported: dict[str, Any]) -> None:
-    result = consumer(reported["cwd"], "dlq", "list", "--json", **reported["environment"])
+    result = consumer(reported["cwd"], "dlq", "list", "reported:app", "--json", **reported["environment"])
     listed = {each["reason"]: each for each in json.loads(result.stdout)}
     assert set(listed) == {"unreadable", "rejected"}
     assert "value" not in listed["rejected"]
     number = str(listed["unreadable"]["letter"])
-    shown = json.loads(consumer(reported["cwd"], "dlq", "show", number, "--json", **reported["environment"]).stdout)
+    shown = json.loads(
+        consumer(reported["cwd"], "dlq", "show", "reported:app", number, "--json", **reported["environment"]).stdout
+    )
     assert shown["value"] == {"base64": "/wA="}
     assert shown["headers"] == [["message-id", "broken"]]
     number = str(listed["rejected"]["letter"])
-    shown = json.loads(consumer(reported["cwd"], "dlq", "show", number, "--json", **reported["environment"]).stdout)
+    shown = json.loads(
+        consumer(reported["cwd"], "dlq", "show", "reported:app", number, "--json", **reported["environment"]).stdout
+    )
     assert shown["error"] == "no such account" and ["trace", {"base64": "/g=="}] in shown["headers"]
-    assert consumer(reported["cwd"], "dlq", "show", "999999", **reported["environment"]).returncode == 2
-    table = consumer(reported["cwd"], "dlq", "list", "--reason", "rejected", **reported["environment"]).stdout
+    assert consumer(reported["cwd"], "dlq", "show", "reported:app", "999999", **reported["environment"]).returncode == 2
+    table = consumer(
+        reported["cwd"], "dlq", "list", "reported:app", "--reason", "rejected", **reported["environment"]
+    ).stdout
     assert "no such account" in table and "unreadable" not in table
 
 
 async def test_a_position_is_moved_by_command_and_nonsense_is_refused(reported: dict[str, Any], place: Place) -> None:
     move = ["positions", "reported:app", "--topic", reported["topic"], "--partition", "1"]
     for wrong in ("9", "x", "-1"):
-        assert consumer(reported["cwd"], *move, "--to", wrong, **reported["environment"]).returncode == 2
+        assert consumer(reported["cwd"], *move, "--move-to", wrong, **reported["environment"]).returncode == 2
     assert consumer(reported["cwd"], *move, **reported["environment"]).returncode == 2
-    assert consumer(reported["cwd"], *move, "--to", "earliest", **reported["environment"]).returncode == 0
+    assert consumer(reported["cwd"], *move, "--move-to", "earliest", **reported["environment"]).returncode == 0
     rows = await query(place.dsn, "select next_offset from consumer.positions where partition = 1")
     assert rows == [(0,)]
 
@@ -383,11 +394,11 @@ async def test_dead_letters_do_not_drive_the_terminal_and_partition_100_is_no_em
     await place.send(topic, Sent(b"\x1b]0;owned\x07\x1b[2J:smile:\nreason      applied", id="x", partition=100))
     await consume_all(app, place.settings())
     environment = {"CONSUMER_POSTGRES_DSN": place.worker_dsn}
-    shown = consumer(tmp_path, "dlq", "show", "1", **environment).stdout
+    shown = consumer(tmp_path, "dlq", "show", app.name, "1", **environment).stdout
     assert "\x1b" not in shown and ":smile:" in shown
     assert len([line for line in shown.splitlines() if line.startswith("reason")]) == 1
-    assert f"{topic}:100:0" in consumer(tmp_path, "dlq", "list", **environment).stdout
-    assert f"{topic}:100:0" in consumer(tmp_path, "show", "x", **environment).stdout
+    assert f"{topic}:100:0" in consumer(tmp_path, "dlq", "list", app.name, **environment).stdout
+    assert f"{topic}:100:0" in consumer(tmp_path, "show", app.name, "x", **environment).stdout
 
 
 def test_help_shows_every_flag_and_variable_in_full(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_ctrl_c_at_any_moment_is_one_line(tmp_path: Path, entry: str, command: s
     (tmp_path / "x.py").write_text(APP)
     dsn = f"postgresql://127.0.0.1:{free_port()}/x"
     start = [sys.executable, "-m", "consumer"] if entry == "module" else console_script(tmp_path)
-    arguments = {"status": ["status", "x:app"], "run": ["run", "x:app"], "dlq": ["dlq", "list"]}[command]
+    arguments = {"status": ["status", "x:app"], "run": ["run", "x:app"], "dlq": ["dlq", "list", "x:app"]}[command]
     arguments += ["--postgres-dsn", dsn, "--wait", "60"]
     for delay in DELAYS:
         found = interrupted([*start, *arguments], tmp_path, delay)

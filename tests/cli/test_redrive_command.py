@@ -154,16 +154,16 @@ async def test_filter_that_names_nothing_is_an_error(desk: Desk, tmp_path: Path)
     number = await desk.letter("a")
     before = await desk.rows()
     for arguments, says in (
-        (["list", "--app", desk.name[:-1]], ["--app", f"did you mean {desk.name}?"]),
-        (["list", "--handler", "setle"], ["--handler 'setle'", "did you mean settle?"]),
-        (["list", "--app", desk.name, "--handler", "setle"], ["did you mean settle?"]),
-        (["list", "--topic", "order"], ["--topic 'order'", "did you mean orders?"]),
-        (["list", "--group", "abcdef0124"], ["--group", "did you mean abcdef0123?"]),
-        (["list", "--reason", "fail"], ["--reason", "did you mean failed?"]),
-        (["list", "--state", "death"], ["--state", "did you mean dead?"]),
-        (["list", "--by-group", "--handler", "setle"], ["did you mean settle?"]),
-        (["list", "--actions", "--topic", "order"], ["did you mean orders?"]),
-        (["show", str(number + 1)], ["no dead letter"]),
+        (["list", desk.name[:-1]], ["APP", f"did you mean {desk.name}?"]),
+        (["list", "redrive_desk:app", "--handler", "setle"], ["--handler 'setle'", "did you mean settle?"]),
+        (["list", desk.name, "--handler", "setle"], ["did you mean settle?"]),
+        (["list", "redrive_desk:app", "--topic", "order"], ["--topic 'order'", "did you mean orders?"]),
+        (["list", "redrive_desk:app", "--group", "abcdef0124"], ["--group", "did you mean abcdef0123?"]),
+        (["list", "redrive_desk:app", "--reason", "fail"], ["--reason", "did you mean failed?"]),
+        (["list", "redrive_desk:app", "--state", "death"], ["--state", "did you mean dead?"]),
+        (["list", "redrive_desk:app", "--by-group", "--handler", "setle"], ["did you mean settle?"]),
+        (["list", "redrive_desk:app", "--actions", "--topic", "order"], ["did you mean orders?"]),
+        (["show", "redrive_desk:app", str(number + 1)], ["no dead letter"]),
         (["retry", "redrive_desk:app", "--handler", "setle", "--yes"], ["did you mean settle?"]),
         (["retry", "redrive_desk:app", "--topic", "order", "--yes"], ["did you mean orders?"]),
         (["retry", "redrive_desk:app", "--group", "abcdef0124", "--yes"], ["did you mean abcdef0123?"]),
@@ -174,13 +174,13 @@ async def test_filter_that_names_nothing_is_an_error(desk: Desk, tmp_path: Path)
         is_one_line(dlq(desk, tmp_path, *arguments), *says)
     assert await desk.rows() == before
     for name in (desk.name, "redrive_desk:app"):
-        found = json.loads(dlq(desk, tmp_path, "list", "--app", name, "--json").stdout)
+        found = json.loads(dlq(desk, tmp_path, "list", name, "--json").stdout)
         assert [each["letter"] for each in found] == [number]
 
 
 async def test_tables_at_eighty_columns_cut_no_name(desk: Desk, tmp_path: Path) -> None:
     number = await desk.letter("a", key="k")
-    for arguments in (["list"], ["list", "--by-group"]):
+    for arguments in (["list"], ["list", "redrive_desk:app", "--by-group"]):
         with AtTerminal(tmp_path, "dlq", *arguments, **environment(desk)) as terminal:
             assert terminal.end() == 0, terminal.shown
         for name in (desk.name, "settle", "abcdef0123", "failed", str(number)):

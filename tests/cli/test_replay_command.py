@@ -58,9 +58,15 @@ class Shop:
         }
 
     def replay(self, *arguments: str, **environment: str) -> Result:
+        return self.command("replay", *arguments, **environment)
+
+    def rebuild(self, *arguments: str) -> Result:
+        return self.command("rebuild", *arguments)
+
+    def command(self, name: str, *arguments: str, **environment: str) -> Result:
         return consumer(
             self.directory,
-            "replay",
+            name,
             f"{self.module}:app",
             self.topic,
             *arguments,
@@ -111,7 +117,7 @@ async def test_what_is_missing_is_exit_code_1_and_repaired_by_apply(shop: Shop, 
     assert page.startswith("<!DOCTYPE html>") or page.startswith("<!doctype html>")
     assert shop.topic in page and "1 message missing" in page and "http" not in page.replace("http-equiv", "")
     assert shop.replay("--apply").returncode == 0
-    assert shop.replay("--partition", "1", "--from", "2", "--to", "5", "--handler", "settle").returncode == 0
+    assert shop.replay("--partition", "1", "--from", "2", "--until", "5", "--handler", "settle").returncode == 0
 
 
 async def test_what_cannot_be_told_is_exit_code_2(shop: Shop) -> None:
@@ -132,28 +138,70 @@ async def test_what_cannot_be_told_is_exit_code_2(shop: Shop) -> None:
         (["--from", "2999-01-01"], "in the future"),
         (["--from", "soon"], "--from 'soon'"),
         (["--from", "latest"], "the range is empty"),
-        (["--from", "5", "--to", "5"], "the range is empty"),
+        (["--from", "5", "--until", "5"], "the range is empty"),
         (["--resume"], "no replay with these arguments"),
-        (["--apply", "--rebuild"], "choose one of them"),
-        (["--ignore", "a"], "--ignore goes with --rebuild"),
-        (["--no-trace"], "--no-trace goes with --rebuild"),
         (["--message-id", "nope"], "no message of the range has that id"),
         (["--key", "nope"], "no message of the range has that key"),
         (["--key", "\udcff"], "no message of the range has that key"),
-        (["--rebuild", "--assume-unapplied"], "--assume-unapplied does not go with --rebuild"),
-        (["--rebuild", "--resume"], "--resume does not go with --rebuild"),
-        (["--republish", ""], "name the topic to copy to"),
         (["--report", "x" * 300], "--report"),
-        (["--rebuild", "--from", "3"], "--from does not go with --rebuild"),
-        (["--rebuild", "--base", "nowhere.sql"], "--base nowhere.sql"),
         (["--report", "nowhere/x.html"], "--report nowhere/x.html"),
-        (["--republish", "nowhere"], "'nowhere' does not exist"),
-        (["--republish", "x", "--handler", "settle"], "leave out --handler"),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, list) else None,
 )
 async def test_bad_input_is_one_line_and_exit_code_2(shop: Shop, arguments: list[str], says: str) -> None:
     is_one_line(shop.replay(*arguments), says)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "says"),
+    [
+        ("rebuild", ["--base", "nowhere.sql"], "--base nowhere.sql"),
+        ("rebuild", ["--report", "nowhere/x.html"], "--report nowhere/x.html"),
+        ("rebuild", ["--handler", "nobody"], "no handler 'nobody'"),
+        ("republish", ["--to", ""], "name the topic to copy to"),
+        ("republish", ["--to", "nowhere"], "'nowhere' does not exist"),
+        ("republish", ["--to", "x", "--from", "5", "--until", "5"], "the range is empty"),
+    ],
+)
+async def test_bad_input_of_rebuild_and_republish_is_one_line(
+    shop: Shop, command: str, arguments: list[str], says: str
+) -> None:
+    is_one_line(shop.command(command, *arguments), says)
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("replay", "--rebuild"),
+        ("replay", "--republish"),
+        ("replay", "--to"),
+        ("replay", "--ignore"),
+        ("rebuild", "--from"),
+        ("rebuild", "--resume"),
+        ("rebuild", "--assume-unapplied"),
+        ("republish", "--handler"),
+        ("republish", "--message-id"),
+    ],
+)
+def test_flag_of_another_command_is_refused(tmp_path: Path, command: str, flag: str) -> None:
+    result = consumer(tmp_path, command, "x:app", "orders", flag)
+    assert result.returncode == 2 and f"No such option: {flag}" in result.stderr
+
+
+async def test_republish_copies_a_range_with_its_ids(shop: Shop) -> None:
+    copy = await shop.place.topic(2)
+    result = shop.command("republish", "--to", copy, "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["mode"] == "republish" and found["republished"] == {"topic": copy, "copied": 44, "refused": 0}
+
+
+async def test_rebuild_finds_a_changed_row(shop: Shop) -> None:
+    assert shop.rebuild("--json").returncode == 0
+    await query(shop.place.dsn, "update accounts set balance = balance + 1 where id = 7 returning id")
+    result = shop.rebuild("--json")
+    found = json.loads(result.stdout)
+    assert (result.returncode, found["mode"], found["verdict"]) == (1, "rebuild", "no")
 
 
 async def test_services_that_are_not_there_are_one_line(shop: Shop) -> None:
@@ -179,11 +227,11 @@ async def test_a_kept_state_that_is_no_state_is_one_line(shop: Shop) -> None:
     shop.replay("--from", "1")  # makes the directory
     process_state = shop.directory / "state" / "consumer"
     process_state.mkdir(parents=True, exist_ok=True)
-    from consumer.cli.replay import _Kept
+    from consumer.cli.replay_state import SavedState
     from consumer.replay.options import Options
 
     settings = shop.place.settings(redis_url=None)
-    name = _Kept(f"{shop.module}:app", settings, [shop.topic], Options())._path.name
+    name = SavedState(f"{shop.module}:app", settings, [shop.topic], Options())._path.name
     for text in ("null", "{}", "[]", "{", '{"epoch": 1}'):
         (process_state / name).write_text(text)
         is_one_line(shop.replay("--resume"), "--resume")
@@ -255,10 +303,8 @@ async def test_help_teaches(tmp_path: Path) -> None:
     text = consumer(tmp_path, "replay", "--help").stdout
     for each in (
         "--from",
-        "--to",
+        "--until",
         "--apply",
-        "--rebuild",
-        "--republish",
         "--resume",
         "--report",
         "--json",

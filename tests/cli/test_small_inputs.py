@@ -115,9 +115,9 @@ def test_handler_name_with_a_lone_surrogate_is_refused(name: str) -> None:
     ("arguments", "flag"),
     [
         (["dlq", "retry", "shop:app", "1", "--value", "x.json", "--new-id", "\udcff"], "--new-id"),
-        (["dlq", "list", "--handler", "\udcff"], "--handler"),
-        (["replay", "shop:app", "\udcff"], "--topics"),
-        (["status", "shop\udcff:app"], "--app"),
+        (["dlq", "list", "shop", "--handler", "\udcff"], "--handler"),
+        (["replay", "shop:app", "\udcff"], "TOPIC"),
+        (["status", "shop\udcff:app"], "APP"),
     ],
 )
 def test_argument_that_is_not_utf8_is_named(place: Place, tmp_path: Path, arguments: list[str], flag: str) -> None:
@@ -149,4 +149,4 @@ def test_import_that_fails_inside_a_library_names_the_line_of_the_application(
 )
 def test_bound_that_is_no_bound_is_refused_with_the_words_of_its_command(names: dict[str, str], says: str) -> None:
     with pytest.raises(Misconfigured, match=says):
-        parse("yesterday", "--to", 0, **names)
+        parse("yesterday", "--move-to", 0, **names)

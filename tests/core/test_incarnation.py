@@ -63,7 +63,7 @@ def test_the_missing_range_is_exact_and_the_command_ends_at_it() -> None:
     assert stop is not None
     assert stop.missing == (10, 14)
     assert "10 to 14" in stop.text
-    assert stop.do == "--topic payments --partition 3 --to 15"
+    assert stop.do == "--topic payments --partition 3 --move-to 15"
 
 
 def test_the_same_topic_is_begun_again_where_another_one_is_adopted() -> None:
@@ -71,7 +71,7 @@ def test_the_same_topic_is_begun_again_where_another_one_is_adopted() -> None:
     other = SEEN._replace(fingerprint=78)
     same_topic = check_log(P, KNOWN, ObservedLog("cluster-a", ONE, 0, 10, at_print=other))
     unknown = check_log(P, KNOWN, ObservedLog(None, None, 0, 10, at_print=other))
-    assert same_topic is not None and same_topic.do.endswith("--to earliest")
+    assert same_topic is not None and same_topic.do.endswith("--move-to earliest")
     assert unknown is not None and unknown.do.endswith("--adopt")
 
 
@@ -123,7 +123,7 @@ def test_beginning_without_a_position(
         assert found == expected
     else:
         assert isinstance(found, PartitionHalt) and found.reason is expected
-        assert "--to earliest" in found.do and "--to committed" in found.text
+        assert "--move-to earliest" in found.do and "--move-to committed" in found.text
 
 
 def test_note_of_a_position_is_recognised_as_its_own() -> None:

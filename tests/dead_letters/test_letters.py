@@ -277,7 +277,13 @@ async def test_what_is_discarded_leaves_a_trace_and_frees_what_waits(shop: Shop,
     assert await shop.done() == ["a3", "a4"]
     await shop.replay_is_ok()
     shown = await asyncio.to_thread(
-        consumer, tmp_path, "dlq", "show", str(numbers["a1"]), CONSUMER_POSTGRES_DSN=shop.place.worker_dsn
+        consumer,
+        tmp_path,
+        "dlq",
+        "show",
+        shop.app.name,
+        str(numbers["a1"]),
+        CONSUMER_POSTGRES_DSN=shop.place.worker_dsn,
     )
     assert "discard by eve: discarded (a test order)" in shown.stdout
     found = await shop.dlq(

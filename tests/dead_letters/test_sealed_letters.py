@@ -131,12 +131,12 @@ async def test_commands_tell_of_an_altered_letter_in_one_line(place: Place, tmp_
         f"@app.handler({topic!r})\nasync def settle(payment: dict, tx: Tx) -> None: ...\n"
     )
     environment = {"CONSUMER_POSTGRES_DSN": place.dsn, "PYTHONPATH": str(tmp_path)}
-    shown = consumer(tmp_path, "dlq", "show", str(number), **environment)
+    shown = consumer(tmp_path, "dlq", "show", "shop:app", str(number), **environment)
     assert shown.returncode == 0
     assert "altered            not as its message had it: value; " in shown.stdout
     told = consumer(tmp_path, "dlq", "retry", "shop:app", str(number), "--yes", **environment)
     assert told.returncode == 1 and "altered" in told.stdout and "--value FILE --same-id" in told.stdout
-    as_json = consumer(tmp_path, "dlq", "show", str(number), "--json", **environment)
+    as_json = consumer(tmp_path, "dlq", "show", "shop:app", str(number), "--json", **environment)
     assert json.loads(as_json.stdout)["altered"] == ["value"]
 
 

@@ -291,5 +291,5 @@ async def test_a_log_whose_tail_was_lost_in_an_unclean_election_stops(  # the la
         async with working(app, settings):
             found = await Told(caplog).stop()
     assert found["reason"] == "other_record"
-    assert found["do"].endswith("--to earliest")
+    assert found["do"].endswith("--move-to earliest")
     assert await value(database, "select count(*) from effects") == 30

@@ -62,7 +62,7 @@ async def rename(place: Place, app: App, old: str, new: str) -> Result:
     """As the owner of the schema."""
     owner = Place(place.kafka, place.dsn, place.redis_url)
     owner.worker_dsn = place.dsn
-    return await command(owner, app, "migrate", "--rename-handler", app.name, old, new)
+    return await command(owner, app, "migrate", app.name, "--rename-handler", old, new)
 
 
 async def test_handler_added_in_a_rolling_deploy_knows_what_it_missed(place: Place, told: Told) -> None:
@@ -162,7 +162,7 @@ async def test_new_handler_that_begins_here_keeps_the_check_green(place: Place) 
     assert again.returncode == 1 and "nothing was changed" in again.stderr
     is_one_line(await command(place, both, "positions", BOTH, "--begin-here"), "--handler")
     is_one_line(await command(place, both, *declare[:3], "recrod", declare[4]), "no handler 'recrod'")
-    is_one_line(await command(place, both, *declare, "--to", "0"), "--begin-here goes with --handler")
+    is_one_line(await command(place, both, *declare, "--move-to", "0"), "--begin-here goes with --handler")
     assert len(await effects(place, "record")) == 10
 
 
@@ -177,7 +177,7 @@ async def test_renamed_function_is_reported_and_nothing_is_applied_twice(place: 
         code, shown = await status(place, new, RENAMED)
         assert code == 1
         [notice] = [each for each in shown["notices"] if each["kind"] == "probable_rename"]
-        assert notice["do"] == f"consumer migrate --rename-handler {old.name} settle pay"
+        assert notice["do"] == f"consumer migrate {old.name} --rename-handler settle pay"
         [gap] = [each for each in shown["notices"] if each["kind"] == "gap"]  # and its advice doubles nothing
         assert gap["do"].startswith(f"if it was renamed: {notice['do']}, since --apply would apply its messages again")
         checked = await replay(place, new, RENAMED)
@@ -187,7 +187,7 @@ async def test_renamed_function_is_reported_and_nothing_is_applied_twice(place: 
     assert len(await place.effects()) == 10
     async with working(new, place.settings()):
         [said] = await told.wait("a handler begins behind the application")
-        assert f"--rename-handler {old.name} settle pay, since --apply would apply" in said["do"]
+        assert f"{old.name} --rename-handler settle pay, since --apply would apply" in said["do"]
         renamed = await rename(place, new, "settle", "pay")
         assert renamed.returncode == 0, renamed.stderr
         await place.send(topic, *[payment(f"p{n}") for n in range(5)], payment("q"))  # sent again, and a new one
@@ -219,7 +219,7 @@ async def test_rename_of_handlers_that_both_have_rows_is_refused(place: Place) -
     is_one_line(await rename(place, app, "settle", "pay"), "has rows of its own", "--begin-here")
     is_one_line(await rename(place, app, "setle", "pay"), "has no handler 'setle'", "pay, settle")
     is_one_line(await rename(place, app, "pay", "pay"), "two names")
-    as_worker = await command(place, app, "migrate", "--rename-handler", app.name, "settle", "pays")
+    as_worker = await command(place, app, "migrate", app.name, "--rename-handler", "settle", "pays")
     is_one_line(as_worker, "permission denied", "run it as the owner")
     names = await query(place.dsn, "select name from consumer.handlers where app = $1 order by 1", app.name)
     assert names == [("pay",), ("settle",)]

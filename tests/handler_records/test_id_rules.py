@@ -69,14 +69,14 @@ async def test_changed_rule_is_reported_and_replay_applies_nothing_again(place: 
 
 async def test_positions_do_not_go_back_to_messages_with_other_ids(place: Place) -> None:
     app, topic = await settled(place)
-    back = ["positions", NEW, "--topic", topic, "--to", "earliest"]
+    back = ["positions", NEW, "--topic", topic, "--move-to", "earliest"]
     is_one_line(await command(place, app, *back), "in this code by offset", "--apply-again", "nothing was changed")
     is_one_line(await command(place, app, *back, "--dry-run"), "in this code by offset")
     assert (await command(place, app, *back[:-1], "latest")).returncode == 0
     assert await value(place.dsn, "select next_offset from consumer.positions where app = $1", app.name) == 10
     moved = await command(place, app, *back, "--apply-again")
     assert moved.returncode == 0, moved.stderr
-    is_one_line(await command(place, app, "positions", NEW, "--apply-again"), "--apply-again goes with --to")
+    is_one_line(await command(place, app, "positions", NEW, "--apply-again"), "--apply-again goes with --move-to")
 
 
 async def test_accepted_rule_protects_what_was_applied_before(place: Place) -> None:
@@ -96,7 +96,7 @@ async def test_accepted_rule_protects_what_was_applied_before(place: Place) -> N
     for options in ([], ["--handler", "settle"]):
         await command(place, app, "replay", NEW, topic, "--apply", *options)
         assert len(await place.effects()) == 11
-    back = ["positions", NEW, "--topic", topic, "--to"]
+    back = ["positions", NEW, "--topic", topic, "--move-to"]
     is_one_line(await command(place, app, *back, "9"), "below offset 10 would be applied again", "--apply-again")
     assert (await command(place, app, *back, "10")).returncode == 0
     await consume_all(offset_version(app), place.settings())

@@ -195,7 +195,9 @@ async def test_a_topic_made_anew_under_a_running_worker_stops_and_nothing_of_it_
         kafkas = await group_offsets(place.settings(), app.name)
         assert all(kafkas.get(Partition(topic, n), 5) == 5 for n in range(2))
 
-        refused = await command(place, app, "positions", PATH, "--topic", topic, "--partition", "0", "--to", "earliest")
+        refused = await command(
+            place, app, "positions", PATH, "--topic", topic, "--partition", "0", "--move-to", "earliest"
+        )
         assert refused.returncode == 2 and "--adopt" in refused.stderr
         assert (await stopped(place, app)).keys() == {0, 1}
         tried = "insert into consumer.attempts select handler, $1, n, 7, 2, now() from consumer.handlers, generate_series(0, 1) n"

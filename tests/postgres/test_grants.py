@@ -90,7 +90,8 @@ async def test_a_reader_sees_no_message_and_changes_nothing(place: Place, tmp_pa
         ):
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await query(dsn, sql)
-        assert consumer(tmp_path, "show", "x", CONSUMER_POSTGRES_DSN=dsn).returncode == 1  # unknown, but it may ask
+        (tmp_path / "good.py").write_text("from consumer import App\napp = App('good')\n")
+        assert consumer(tmp_path, "show", "good:app", "x", CONSUMER_POSTGRES_DSN=dsn).returncode == 1  # it may ask
     finally:
         connection = await asyncpg.connect(place.dsn)
         await connection.execute(f"drop owned by {quoted}; drop role {quoted}")

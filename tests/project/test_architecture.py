@@ -247,7 +247,6 @@ LONG_FILES = {
 }
 LONG_FUNCTIONS = {
     "consumer/cli/purge.py: _purge",
-    "consumer/cli/replay.py: replay_command",
     "consumer/replay/findings.py: problems",
 }
 

@@ -111,7 +111,7 @@ async def test_no_canary_is_found_where_it_does_not_belong(
     for arguments in (
         ["status", "canary_app:app", "--json"],
         ["status", "canary_app:app"],
-        ["show", f"{ID}-0"],
+        ["show", "canary_app:app", f"{ID}-0"],
         ["positions", "canary_app:app", "--json"],
         ["replay", "canary_app:app", topic, "--json", "--report", str(tmp_path / "page.html")],
         ["replay", "canary_app:app", topic],
@@ -119,8 +119,8 @@ async def test_no_canary_is_found_where_it_does_not_belong(
         await said(*arguments, code=None)
     told["the page"] = (tmp_path / "page.html").read_text()
     id_of_a_letter = await value(place.dsn, "select dead_letter from consumer.dead_letters order by 1 limit 1")
-    listed = [await said("dlq", "list", *more) for more in ([], ["--json"])]
-    shown = [await said("dlq", "show", str(id_of_a_letter), *more) for more in ([], ["--json"])]
+    listed = [await said("dlq", "list", "canary_app:app", *more) for more in ([], ["--json"])]
+    shown = [await said("dlq", "show", "canary_app:app", str(id_of_a_letter), *more) for more in ([], ["--json"])]
 
     # And what goes wrong before there is any.
     wrong = settings.model_dump() | {"wait_seconds": 0.5}

@@ -94,7 +94,7 @@ def payments(count: int, first: int = 0) -> list[Sent]:
     ],
 )
 def test_a_weaker_mode_is_refused_by_the_address_alone(tmp_path: Path, dsn: str, says: str) -> None:
-    result = consumer(tmp_path, "show", "x", "--wait", "0", CONSUMER_POSTGRES_DSN=dsn)
+    result = consumer(tmp_path, "show", "app", "x", "--wait", "0", CONSUMER_POSTGRES_DSN=dsn)
     is_one_line(result, says)
     assert "canary" not in result.stderr
 
@@ -428,7 +428,7 @@ async def test_postgresql_by_verify_full_and_each_wrong_certificate(
     await presented(tls_postgres, authority.issue("late", "localhost", expires=-timedelta(hours=1)))
     with pytest.raises(Misconfigured, match="has expired"):
         await opened(by_name, postgres_ca_file=ca)
-    result = consumer(tmp_path, "show", "x", CONSUMER_POSTGRES_DSN=by_name, CONSUMER_POSTGRES_CA_FILE=ca)
+    result = consumer(tmp_path, "show", "app", "x", CONSUMER_POSTGRES_DSN=by_name, CONSUMER_POSTGRES_CA_FILE=ca)
     is_one_line(result, "has expired")  # and it was not waited for: --wait is 30 s
     await presented(tls_postgres, authority.issue("right again", "localhost"))
 

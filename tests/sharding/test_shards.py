@@ -195,7 +195,7 @@ async def test_each_effect_once_over_two_servers_whose_workers_die_between_their
     assert {name: found[name]["handlers"]["settle"]["applied"] for name in NAMES} == {
         name: len(await shards.paid(name)) for name in NAMES
     }
-    known = shards.command(tmp_path, "show", stream[0].headers[0][1].decode(), "--shards", "shard_app:app", "--json")
+    known = shards.command(tmp_path, "show", "shard_app:app", stream[0].headers[0][1].decode(), "--json")
     states = [each["handlers"] for each in json.loads(known.stdout)["shards"].values()]
     assert sorted(map(len, states)) == [0, 2] and known.returncode == 0
 
@@ -232,7 +232,7 @@ async def test_a_route_that_has_changed_is_refused_at_start(shards: Shards, west
     before = await shards.all_paid()
     for route in ("the_other_way", "by_hash"):
         refused = shards.command(tmp_path, "run", "shard_app:app", route=route)
-        is_one_line(refused, "the route of App", "has changed", "consumer migrate --shards APP --new-route")
+        is_one_line(refused, "the route of App", "has changed", "consumer migrate APP --new-route")
     swapped = {"TEST_EAST": as_worker(shards.dsns["west"]), "TEST_WEST": as_worker(shards.dsns["east"])}
     is_one_line(shards.command(tmp_path, "run", "shard_app:app", **swapped), "is shard 'west'", "were they swapped?")
     same = {"TEST_WEST": as_worker(shards.dsns["east"])}
@@ -255,7 +255,7 @@ async def test_a_route_that_has_changed_is_refused_at_start(shards: Shards, west
 
     declared = shards.command(
         tmp_path,
-        *("migrate", "--shards", "shard_app:app", "--new-route"),
+        *("migrate", "shard_app:app", "--new-route"),
         route="the_other_way",
         **{f"TEST_{name.upper()}": dsn for name, dsn in shards.dsns.items()},
     )
@@ -277,7 +277,7 @@ async def test_a_key_that_moves_unnoticed_is_caught_before_anything_is_applied_a
     for dsn in shards.dsns.values():
         await query(dsn, "delete from consumer.route_probes where key = $1", MOVES.encode())
     for partition in range(3):
-        move = ["--topic", shards.topic, "--partition", str(partition), "--to", "earliest"]
+        move = ["--topic", shards.topic, "--partition", str(partition), "--move-to", "earliest"]
         moved = shards.command(tmp_path, "positions", "shard_app:app", *move)
         assert moved.returncode == 0 and moved.stdout.count("moved from") == 2, moved.stderr
     with pytest.raises(RouteFault, match=r"bytes.* stands in shard .*settle|bytes.* stands in shard .*record"):
@@ -347,21 +347,20 @@ def test_shards_that_cannot_work_are_refused_where_they_are_written(tmp_path: Pa
 async def test_commands_name_the_shard_or_say_what_to_do(shards: Shards, tmp_path: Path) -> None:
     path = "shard_app:app"
     is_one_line(shards.command(tmp_path, "status", path, "--shard", "north"), "it has: east, west")
-    is_one_line(shards.command(tmp_path, "dlq", "show", "1", "--shards", path), "--shard NAME")
-    is_one_line(shards.command(tmp_path, "show", "x", "--shard", "east"), "--shards APP")
+    is_one_line(shards.command(tmp_path, "dlq", "show", path, "1"), "--shard NAME")
+    is_one_line(shards.command(tmp_path, "show", "app", "x", "--shard", "east"), "module:attribute")
     is_one_line(shards.command(tmp_path, "replay", path, shards.topic), "has shards", "consumer positions")
-    is_one_line(shards.command(tmp_path, "migrate", "--new-route"), "--shards APP")
-    listed = shards.command(tmp_path, "dlq", "list", "--shards", path, "--json")
+    is_one_line(shards.command(tmp_path, "migrate", "--new-route"), "goes with APP")
+    listed = shards.command(tmp_path, "dlq", "list", path, "--json")
     assert json.loads(listed.stdout) == {"shards": {"east": [], "west": []}, "failed": {}}
     owners = {f"TEST_{name.upper()}": dsn for name, dsn in shards.dsns.items()}
-    checked = shards.command(tmp_path, "migrate", "--check", "--shards", path, **owners)
+    checked = shards.command(tmp_path, "migrate", path, "--check", **owners)
     assert checked.returncode == 0 and checked.stdout.count("up to date") == 2
     one = shards.command(
         tmp_path,
         "migrate",
-        "--check",
-        "--shards",
         path,
+        "--check",
         **{**owners, "TEST_WEST": "postgresql://127.0.0.1:1/x"},
         CONSUMER_WAIT_SECONDS="0",
     )
@@ -372,9 +371,9 @@ async def test_commands_name_the_shard_or_say_what_to_do(shards: Shards, tmp_pat
 async def test_commands_print_the_other_shards_answers_when_one_is_away(shards: Shards, tmp_path: Path) -> None:
     path = "shard_app:app"
     away = {"TEST_WEST": "postgresql://127.0.0.1:1/x", "CONSUMER_WAIT_SECONDS": "1"}
-    for arguments in (["status", path], ["dlq", "list", "--shards", path], ["show", "x", "--shards", path]):
+    for arguments in (["status", path], ["dlq", "list", path], ["show", path, "x"]):
         half = shards.command(tmp_path, *arguments, "--json", **away)
         is_one_line(half, "shard west:", "done: east")
         found = json.loads(half.stdout)
         assert set(found["shards"]) == {"east"} and set(found["failed"]) == {"west"}
-    is_one_line(shards.command(tmp_path, "dlq", "list", "--shards", path, "--group", "0123456789"), "--group")
+    is_one_line(shards.command(tmp_path, "dlq", "list", path, "--group", "0123456789"), "--group")

@@ -185,17 +185,18 @@ async def test_a_producer_of_another_language_writes_ids_that_are_found(place: P
     assert await place.reasons() == []
     dsn = place.worker_dsn
     for arguments in ((UUID_TEXT,), ("urn:uuid:" + UUID_TEXT,), ("1", "--source", "/eu")):
-        found = consumer(tmp_path, "show", *arguments, "--json", CONSUMER_POSTGRES_DSN=dsn)
+        found = consumer(tmp_path, "show", app.name, *arguments, "--json", CONSUMER_POSTGRES_DSN=dsn)
         assert found.returncode == 0, found.stderr
         assert json.loads(found.stdout)["handlers"][0]["state"] == "applied"
-    assert consumer(tmp_path, "show", "1", "--json", CONSUMER_POSTGRES_DSN=dsn).returncode == 1
+    assert consumer(tmp_path, "show", app.name, "1", "--json", CONSUMER_POSTGRES_DSN=dsn).returncode == 1
 
 
 async def test_the_offset_shows_a_message_without_an_id(place: Place, tmp_path: Any) -> None:
     topic = await place.topic()
     await place.send(topic, Sent({"id": "a"}))
-    await consume_all(app_of(topic), place.settings())
-    found = consumer(tmp_path, "show", f"{topic}:0:0", "--json", CONSUMER_POSTGRES_DSN=place.worker_dsn)
+    app = app_of(topic)
+    await consume_all(app, place.settings())
+    found = consumer(tmp_path, "show", app.name, f"{topic}:0:0", "--json", CONSUMER_POSTGRES_DSN=place.worker_dsn)
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["handlers"][0]["offset"] == 0
 

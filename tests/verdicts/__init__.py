@@ -1,1 +1,1 @@
-"""A judge for the verdicts of `consumer replay` and `--rebuild`: random applications, planted faults, and the truth."""
+"""A judge for the verdicts of `consumer replay` and `consumer rebuild`: random applications, planted faults, and the truth."""

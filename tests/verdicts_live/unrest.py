@@ -164,10 +164,10 @@ class Unrest:
         if not position:
             return False
         to = str(chance.randrange(position))
-        return await self._command("positions", APP, "--topic", topic, "--partition", str(partition), "--to", to)
+        return await self._command("positions", APP, "--topic", topic, "--partition", str(partition), "--move-to", to)
 
     async def _apply(self) -> bool | None:
-        return await self._command("replay", APP, self._producing.orders, "--apply", "--to", "position")
+        return await self._command("replay", APP, self._producing.orders, "--apply", "--until", "position")
 
     # -- topic, ledger and App --------------------------------------------------------------------------------------
 

@@ -74,15 +74,15 @@ async def test_recreated_database_stops_partitions_until_a_person_decides(
     async with working(app, other.settings(), path=PATH):
         found = await told.wait("partition stopped", 2)
         assert {each["reason"] for each in found} == {"other_database"}
-        assert all("committed 10" in each["why"] and "--to committed" in each["why"] for each in found)
+        assert all("committed 10" in each["why"] and "--move-to committed" in each["why"] for each in found)
         code, shown = await status(other, app)
         assert code == 1
         assert [each["stopped"]["reason"] for each in shown["partitions"]] == ["other_database"] * 2
         assert await ids(other) == [] and await positions(other, app) == {}
         where = ["--topic", topic, "--partition"]
-        here = await command(other, app, "positions", PATH, *where, "0", "--to", "committed")
+        here = await command(other, app, "positions", PATH, *where, "0", "--move-to", "committed")
         assert here.returncode == 0, here.stderr
-        all_of_it = await command(other, app, "positions", PATH, *where, "1", "--to", "earliest")
+        all_of_it = await command(other, app, "positions", PATH, *where, "1", "--move-to", "earliest")
         assert all_of_it.returncode == 0, all_of_it.stderr
         await drained(app, other.settings())
     assert set(await ids(other)) == {f"p{n}" for n in range(1, 20, 2)} | {f"q{n}" for n in range(4)}
@@ -124,7 +124,7 @@ async def test_beginning_at_another_clients_commit_is_told_with_what_it_skips(pl
     assert len(await ids(place)) == 5
     code, shown = await status(place, app)
     assert (code, kinds(shown)) == (0, ["began_with_group"])
-    moved = await command(place, app, "positions", PATH, "--topic", topic, "--to", "earliest")
+    moved = await command(place, app, "positions", PATH, "--topic", topic, "--move-to", "earliest")
     assert moved.returncode == 0, moved.stderr
     await consume_all(app, place.settings())
     assert len(await ids(place)) == 20
@@ -208,7 +208,7 @@ async def test_positions_move_a_whole_topic_to_a_time_or_show_it_first(place: Pl
     app = app_of(topic)
     await place.send(topic, *[payment(f"p{n}", n % 3) for n in range(30)])
     await consume_all(app, place.settings())
-    move = ["positions", PATH, "--topic", topic, "--to"]
+    move = ["positions", PATH, "--topic", topic, "--move-to"]
     shown = await command(place, app, *move, "24h", "--dry-run", "--json")
     assert [(each["before"], each["position"]) for each in json.loads(shown.stdout)] == [(10, 0)] * 3
     assert await positions(place, app) == {0: 10, 1: 10, 2: 10}
@@ -222,14 +222,14 @@ async def test_positions_move_a_whole_topic_to_a_time_or_show_it_first(place: Pl
     assert json.loads(one.stdout) == {"topic": topic, "partition": 1, "before": 10, "position": 0}
     is_one_line(await command(place, app, *move, "11"), "nothing was changed", f"{topic}:0 0 to 10")
     is_one_line(await command(place, app, *move, "position"), "it is there already")
-    is_one_line(await command(place, app, *move, "tomorrow"), "--to 'tomorrow'")
+    is_one_line(await command(place, app, *move, "tomorrow"), "--move-to 'tomorrow'")
     is_one_line(await command(place, app, *move, "2999-01-01"), "in the future")
-    is_one_line(await command(place, app, "positions", PATH, "--topic", topic), "--to")
+    is_one_line(await command(place, app, "positions", PATH, "--topic", topic), "--move-to")
     is_one_line(
-        await command(place, app, "positions", PATH, "--topic", topic, "--partition", "7", "--to", "0"),
+        await command(place, app, "positions", PATH, "--topic", topic, "--partition", "7", "--move-to", "0"),
         "no partition 7",
     )
-    is_one_line(await command(place, app, "positions", PATH, "--dry-run"), "--dry-run goes with --to")
+    is_one_line(await command(place, app, "positions", PATH, "--dry-run"), "--dry-run goes with --move-to")
     assert await positions(place, app) == {0: 10, 1: 0, 2: 10}
     await consume_all(app, place.settings())
     assert len(await ids(place)) == 30

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unit
 
 EAST, WEST = "east", "west"
 P0, P1 = Partition("payments", 0), Partition("payments", 1)
-STOP = PartitionHalt(HaltReason.DAMAGED, "it is damaged", "--to 1")
+STOP = PartitionHalt(HaltReason.DAMAGED, "it is damaged", "--move-to 1")
 
 partitions = st.sampled_from([P0, P1])
 databases = st.sampled_from([EAST, WEST])

@@ -1,0 +1,74 @@
+"""`consumer rebuild`: compare the handlers' tables with what the topics say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from consumer.cli import replay_run
+from consumer.cli.framework import AppPath, cli, command
+from consumer.cli.replay_options import SETTINGS, AllowOutside, AnswerFlags, Handlers, Topics
+from consumer.core.errors import Misconfigured
+from consumer.replay.rebuild_run import RebuildOptions
+from consumer.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RebuildFlags:
+    """Flags of `consumer rebuild`."""
+
+    handlers: Handlers = None
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", help="do not compare this column, or TABLE.COLUMN (may be repeated)"),
+    ] = None
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", help="compare this column although it is usually left out (may be repeated)"),
+    ] = None
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", metavar="FILE", help="SQL that creates the state before the first message"),
+    ] = None
+    trace: Annotated[bool, typer.Option("--trace/--no-trace", help="find the messages behind the differences")] = True
+    allow_outside: AllowOutside = False
+
+    def engine_options(self) -> RebuildOptions:
+        """Return the options of the rebuild. Raises Misconfigured if --base cannot be read."""
+        return RebuildOptions(
+            handlers=tuple(self.handlers or ()),
+            ignore=tuple(self.ignore or ()),
+            compare=tuple(self.compare or ()),
+            base=None if self.base is None else _text(self.base),
+            trace=self.trace,
+            allow_outside=self.allow_outside,
+        )
+
+
+@command(cli, "rebuild", SETTINGS)
+def rebuild_command(
+    app: AppPath, topics: Topics, settings: Settings, options: RebuildFlags, answer: AnswerFlags
+) -> Any:
+    """Run the handlers on empty copies of their tables, and compare the real tables with the copies.
+
+    Reads every message up to the positions. Everything that the handlers write is rolled back, and connections that they
+    open are refused.
+
+    Exit code 0: no difference. 1: differences. 2: the result is inconclusive.
+
+    \b
+    Examples:
+      consumer rebuild shop:app payments refunds
+      consumer rebuild shop:app payments --ignore accounts.updated_at --json
+    """
+    return replay_run.start(app, settings, topics, options.engine_options(), answer.report, answer.as_json)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Misconfigured(f"--base {path}: {error}") from None

@@ -1,0 +1,152 @@
+"""Run a replay for a command: load the App, show progress, print the answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from consumer.app import App
+from consumer.app_loader import load_app
+from consumer.cli.output import err, print_json
+from consumer.cli.progress import progress
+from consumer.cli.replay_output import show
+from consumer.cli.replay_state import AnyOptions, SavedState, mode_of
+from consumer.core.errors import ConsumerError, Misconfigured
+from consumer.replay import html_page
+from consumer.replay.findings import Findings, Verdict
+from consumer.replay.options import Options, Progress
+from consumer.replay.rebuild_run import RebuildOptions, run_rebuild
+from consumer.replay.republish_run import RepublishOptions, run_republish
+from consumer.replay.selection import refuse_shards
+from consumer.replay.verify import replay
+from consumer.settings import Settings
+from consumer.transaction import dry_run_guard
+
+
+def start(
+    path: str,
+    settings: Settings,
+    topics: list[str],
+    options: AnyOptions,
+    report: Path | None,
+    as_json: bool,
+    resume: bool = False,
+) -> Coroutine[Any, Any, int]:
+    """Check what can be checked at once, and return the run. Raises Misconfigured."""
+    if report is not None:
+        check_writable(report)
+    app = loaded(path, options)
+    refuse_shards(app)
+    settings.dsn  # noqa: B018 - raises when there is none
+    return run(path, app, settings, topics, options, resume=resume, report=report, as_json=as_json)
+
+
+def loaded(path: str, options: AnyOptions) -> App:
+    """Load the App.
+
+    Raises Misconfigured if its import leaves a connection open that a dry run could not refuse to use.
+    """
+    before = dry_run_guard.opened_connections()
+    app = load_app(path)
+    if isinstance(options, RebuildOptions):
+        is_guarded = not options.allow_outside
+    else:
+        is_guarded = isinstance(options, Options) and options.is_dry_run and not options.allow_outside
+    if is_guarded:
+        if opened := sorted(peer for _, peer in dry_run_guard.opened_connections() - before):
+            raise Misconfigured(
+                f"{path}: its import opens a connection to {opened[0]}, which a dry run cannot refuse to use; open it in the "
+                "lifespan, or allow it with --allow-outside"
+            )
+        if unseen := dry_run_guard.unseen_clients():
+            err.print(
+                f"consumer: {', '.join(unseen)}: this client connects without Python, so a dry run cannot refuse it: make "
+                "sure that no handler uses it here",
+                markup=False,
+            )
+    return app
+
+
+def check_writable(path: Path) -> None:
+    """Before hours of work, not after them."""
+    try:
+        _check_place(path)
+    except OSError as error:
+        raise Misconfigured(f"--report {str(path)[:80]}: {error.strerror or error}") from None
+
+
+def _check_place(path: Path) -> None:
+    if path.is_dir() or not path.parent.is_dir():
+        raise Misconfigured(f"--report {path}: no file can be written there")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise Misconfigured(f"--report {path}: no right to write there")
+
+
+async def run(
+    path: str,
+    app: App,
+    settings: Settings,
+    topics: list[str],
+    options: AnyOptions,
+    *,
+    resume: bool,
+    report: Path | None,
+    as_json: bool,
+) -> int:
+    kept = None if isinstance(options, RebuildOptions) else SavedState(path, settings, topics, options)
+    resumed = None
+    if resume and kept is not None:
+        resumed = kept.load()
+    elif kept is not None and kept.exists:
+        err.print(
+            "consumer: an earlier run of this replay was interrupted; this one starts over; --resume continues it",
+            markup=False,
+        )
+    try:
+        with progress("offsets") as bar:
+            save = kept.save if kept is not None else None
+            findings = await _findings(
+                app, settings, topics, options, Progress(bar.line, bar.announce, bar.progress, save), resumed
+            )
+    except ConsumerError as error:
+        if as_json:  # a program that reads JSON does not parse standard error
+            unknown = Verdict.UNKNOWN
+            answer = {"verdict": unknown.value, "exit_code": unknown.exit_code, "answer": str(error)}
+            print_json({"app": app.name, "mode": mode_of(options), **answer})
+        raise
+    if kept is not None:
+        kept.delete()
+    found = findings.as_dict()
+    if as_json:
+        print_json(found)
+    else:
+        show(findings, found)
+    if report is not None:  # last: a disk that is full by now must not cost the answer
+        _write(report, html_page.render(found))
+    return findings.verdict().exit_code
+
+
+async def _findings(
+    app: App,
+    settings: Settings,
+    topics: list[str],
+    options: AnyOptions,
+    reports: Progress,
+    resumed: dict[str, Any] | None,
+) -> Findings:
+    match options:
+        case RebuildOptions():
+            return await run_rebuild(app, settings, topics, options, reports, alone=True)
+        case RepublishOptions():
+            return await run_republish(app, settings, topics, options, reports, resumed)
+        case Options():
+            return await replay(app, settings, topics, options, reports, resumed, alone=True)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise Misconfigured(f"--report {path}: {error}") from None
