@@ -1,12 +1,10 @@
-"""`consumer dlq list` and `dlq show`, and the filters that all commands of dead letters share.
-
-Knows the terminal; decides nothing. Exit codes: 0 an answer, 2 bad input or a service away.
-"""
+"""`consumer dlq list` and `dlq show`, and the filters of dead letters."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -28,83 +26,110 @@ from consumer.settings import Settings
 
 _OPEN = (DeadLetterState.DEAD.value, DeadLetterState.WAITING.value)
 
-OfHandler = Annotated[str | None, typer.Option("--handler", help="only of this handler")]
-OfTopic = Annotated[str | None, typer.Option("--topic", help="only from this topic")]
-ForReason = Annotated[str | None, typer.Option("--reason", help=f"only for this reason: {', '.join(Reason)}")]
-OfGroup = Annotated[str | None, typer.Option("--group", help="only of this error group, as `dlq list` shows it")]
-OlderThan = Annotated[
-    str | None, typer.Option("--older-than", metavar="AGE", help="only that died before: 10m, 24h, 7d")
-]
-NewerThan = Annotated[
-    str | None, typer.Option("--newer-than", metavar="AGE", help="only that died since: 10m, 24h, 7d")
-]
+_FILTERS = "Filters"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterFlags:
+    """Filters of dead letters."""
+
+    handler: Annotated[str | None, typer.Option("--handler", help="only of this handler", rich_help_panel=_FILTERS)] = (
+        None
+    )
+    topic: Annotated[str | None, typer.Option("--topic", help="only from this topic", rich_help_panel=_FILTERS)] = None
+    reason: Annotated[
+        str | None,
+        typer.Option("--reason", help=f"only for this reason: {', '.join(Reason)}", rich_help_panel=_FILTERS),
+    ] = None
+    group: Annotated[
+        str | None,
+        typer.Option("--group", help="only of this error group, as `dlq list` shows it", rich_help_panel=_FILTERS),
+    ] = None
+    older_than: Annotated[
+        str | None,
+        typer.Option("--older-than", metavar="AGE", help="only stored before: 10m, 24h, 7d", rich_help_panel=_FILTERS),
+    ] = None
+    newer_than: Annotated[
+        str | None,
+        typer.Option("--newer-than", metavar="AGE", help="only stored since: 10m, 24h, 7d", rich_help_panel=_FILTERS),
+    ] = None
+
+    def filters(self, letters: list[int] | None = None) -> Filters:
+        """Return the filters. Raises Misconfigured for an unknown reason or a wrong age."""
+        if self.reason is not None:
+            check_known("--reason", self.reason, list(Reason), "this command")
+        return Filters(
+            tuple(dict.fromkeys(letters)) if letters else None,
+            self.handler,
+            self.topic,
+            self.reason,
+            self.group,
+            None if self.older_than is None else age_seconds(self.older_than, "--older-than"),
+            None if self.newer_than is None else age_seconds(self.newer_than, "--newer-than"),
+        )
 
 
 @command(dlq, "list", (*POSTGRES, "wait_"))
 def dlq_list(
     app: AppOrName,
     settings: Settings,
-    handler: OfHandler = None,
-    topic: OfTopic = None,
-    reason: ForReason = None,
-    group: OfGroup = None,
+    only: FilterFlags,
     state: Annotated[
         str, typer.Option("--state", help=f"open (dead or waiting), all, {', '.join(DeadLetterState)}")
     ] = "open",
-    older_than: OlderThan = None,
-    newer_than: NewerThan = None,
     by_group: Annotated[bool, typer.Option("--by-group", help="count them by kind of error instead")] = False,
-    actions: Annotated[bool, typer.Option("--actions", help="what was done to letters, by whom, instead")] = False,
+    actions: Annotated[
+        bool, typer.Option("--actions", help="list actions on dead letters instead: what was done, by whom")
+    ] = False,
     limit: Annotated[int, typer.Option("--limit", min=1, max=100_000, help="the newest so many")] = 50,
     shard: ShardName = None,
     as_json: AsJson = False,
 ) -> Any:
-    """The newest dead letters, without their payloads.
+    """List the newest dead letters, without their payloads.
 
-    A letter is dead (somebody must decide), waiting (behind a dead one of its key), applied (by a retry) or discarded.
+    A dead letter is dead (an operator must decide), waiting (behind another of its key), applied (by a retry) or discarded.
     A filter that names what does not exist is an error (exit code 2), not an empty answer.
     """
     states = {"open": _OPEN, "all": None, **{each.value: (each.value,) for each in DeadLetterState}}
     check_known("--state", state, states, "this command")
-    found = filters(None, handler, topic, reason, group, older_than, newer_than)
+    filters = only.filters()
     wanted = states["all"] if actions and state == "open" else states[state]
     named = named_app(app)
-    ask = _list_actions if actions else _list_groups if by_group else _list_letters
+    select = report.actions_of if actions else report.letter_groups if by_group else report.dead_letters
+    print_rows = _list_actions if actions else _list_groups if by_group else _list_letters
 
     async def run(on: Settings) -> int:
-        async def answer(connection: Any) -> list[dict[str, Any]]:
-            await named.check(connection)
-            await name_filters.check(
-                connection,
-                named.name,
-                found.handler,
-                found.topic,
-                found.group,
-                handlers=named.handlers,
-                topics=named.topics,
-            )
-            select = report.actions_of if actions else report.letter_groups if by_group else report.dead_letters
-            return await select(
-                connection,
-                named.name,
-                found.handler,
-                found.topic,
-                found.reason,
-                limit,
-                group=found.group,
-                states=wanted,
-                older_than_seconds=found.older_than_seconds,
-                newer_than_seconds=found.newer_than_seconds,
-            )
-
-        rows = await with_ledger(on, answer)
+        rows = await with_ledger(on, lambda connection: _selected(connection, named, filters, select, limit, wanted))
         if as_json:
             print_json(rows)
         else:
-            ask(rows)
+            print_rows(rows)
         return 0
 
     return over(named.app, shard, settings, as_json, run)
+
+
+async def _selected(
+    connection: Any, app: NamedApp, only: Filters, select: Any, limit: int, states: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """Check the filters against the database, and query."""
+    await app.check(connection)
+    await name_filters.check(
+        connection, app.name, only.handler, only.topic, only.group, handlers=app.handlers, topics=app.topics
+    )
+    rows: list[dict[str, Any]] = await select(
+        connection,
+        app.name,
+        only.handler,
+        only.topic,
+        only.reason,
+        limit,
+        group=only.group,
+        states=states,
+        older_than_seconds=only.older_than_seconds,
+        newer_than_seconds=only.newer_than_seconds,
+    )
+    return rows
 
 
 def _list_actions(rows: Sequence[dict[str, Any]]) -> None:
@@ -186,7 +211,7 @@ def dlq_show(
     shard: ShardName = None,
     as_json: AsJson = False,
 ) -> Any:
-    """One dead letter, with its bytes and headers, and what was done to it."""
+    """Show a dead letter with its bytes, headers and actions."""
     named = named_app(app)
     if named.app is not None and named.app.shards and shard is None:
         raise Misconfigured("each shard numbers its dead letters itself: select one with --shard NAME")
@@ -225,26 +250,3 @@ async def _dlq_show(app: NamedApp, number: int, settings: Settings, as_json: boo
         line += f" ({each['note']})" if each["note"] else ""
         out.print(printable(line), markup=False, highlight=False, soft_wrap=True)
     return 0
-
-
-def filters(
-    letters: list[int] | None,
-    handler: str | None,
-    topic: str | None,
-    reason: str | None,
-    group: str | None,
-    older_than: str | None,
-    newer_than: str | None,
-) -> Filters:
-    """Filters from options. Raises Misconfigured for a reason or an age that is none."""
-    if reason is not None:
-        check_known("--reason", reason, list(Reason), "this command")
-    return Filters(
-        tuple(dict.fromkeys(letters)) if letters else None,
-        handler,
-        topic,
-        reason,
-        group,
-        None if older_than is None else age_seconds(older_than, "--older-than"),
-        None if newer_than is None else age_seconds(newer_than, "--newer-than"),
-    )

@@ -21,7 +21,7 @@ import typer
 from consumer.app import App
 from consumer.app_loader import load_app, running
 from consumer.cli import name_filters
-from consumer.cli.dlq import ForReason, NewerThan, OfGroup, OfHandler, OfTopic, OlderThan, filters
+from consumer.cli.dlq import FilterFlags
 from consumer.cli.framework import POSTGRES, AppPath, AsJson, Refused, command, dlq
 from consumer.cli.output import out, print_json, printable
 from consumer.cli.per_shard import ShardName
@@ -58,13 +58,8 @@ Letters = Annotated[
 def dlq_retry(
     app: AppPath,
     settings: Settings,
+    only: FilterFlags,
     letters: Letters = None,
-    handler: OfHandler = None,
-    topic: OfTopic = None,
-    reason: ForReason = None,
-    group: OfGroup = None,
-    older_than: OlderThan = None,
-    newer_than: NewerThan = None,
     everything: All = False,
     yes: Yes = False,
     dry_run: DryRun = False,
@@ -102,26 +97,21 @@ def dlq_retry(
       consumer dlq retry shop:app 17 --value mended.json --same-id
     """  # fmt: skip
     edit = _edit(letters, value, same_id, new_id)
-    only = filters(letters, handler, topic, reason, group, older_than, newer_than)
-    _named(only, everything)
+    selected = only.filters(letters)
+    _named(selected, everything)
     loaded, on = _place(app, settings, shard)
-    return _settle(loaded, on, only, _Wanted(operator, yes, dry_run, as_json, edit=edit))
+    return _settle(loaded, on, selected, _Wanted(operator, yes, dry_run, as_json, edit=edit))
 
 
 @command(dlq, "discard", (*POSTGRES, "dead_letter_topic", "wait_", "log_"))
 def dlq_discard(
     app: AppPath,
     settings: Settings,
+    only: FilterFlags,
     letters: Letters = None,
     why: Annotated[
         str | None, typer.Option("--why", metavar="TEXT", help="the reason, for the record (required)")
     ] = None,
-    handler: OfHandler = None,
-    topic: OfTopic = None,
-    reason: ForReason = None,
-    group: OfGroup = None,
-    older_than: OlderThan = None,
-    newer_than: NewerThan = None,
     everything: All = False,
     yes: Yes = False,
     dry_run: DryRun = False,
@@ -135,10 +125,10 @@ def dlq_discard(
     """
     if why is None or not why.strip():
         raise Misconfigured("--why TEXT: say why these messages are not to be applied; it is kept with them")
-    only = filters(letters, handler, topic, reason, group, older_than, newer_than)
-    _named(only, everything)
+    selected = only.filters(letters)
+    _named(selected, everything)
     loaded, on = _place(app, settings, shard)
-    return _settle(loaded, on, only, _Wanted(operator, yes, dry_run, as_json, why=why.strip()))
+    return _settle(loaded, on, selected, _Wanted(operator, yes, dry_run, as_json, why=why.strip()))
 
 
 class _Wanted:

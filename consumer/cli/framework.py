@@ -11,6 +11,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, is_dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Annotated, Any
@@ -65,7 +66,7 @@ _SHORT = {"grace_seconds": "--grace", "wait_seconds": "--wait"}
 
 
 class Refused(Exception):
-    """The answer is no."""
+    """The command completed with a negative result (exit code 1)."""
 
 
 def command(
@@ -88,12 +89,14 @@ def command(
             else {}
         )
 
+        takes_settings = "settings" in inspect.signature(function).parameters
+
         @functools.wraps(function)
         def call(**given: Any) -> None:
             flags = {each: given.pop(each) for each in fields}
-            try:
+            with _errors_as_lines(name):
                 _check_text({**given, **flags})
-                if "settings" in inspect.signature(function).parameters:
+                if takes_settings:
                     given["settings"] = own_settings = load(**flags)
                     logs.configure(own_settings.log_level, own_settings.log_format, config=own_settings.log_config)
                 for argument, group in groups.items():
@@ -102,27 +105,7 @@ def command(
                 if inspect.iscoroutine(result):
                     with signal_handlers_kept():  # at its end the loop sets those that Python begins with
                         result = run_loop(until_signal(result))
-            except Interrupted as stopped:
-                fail(str(stopped), stopped.code)
-            except typer.Exit:
-                raise
-            except Refused as refused:
-                fail(str(refused), 1)
-            except ConsumerError as error:
-                fail(str(error), 2)
-            except (KafkaError, TimeoutError) as error:
-                fail(f"Kafka: {str(error) or type(error).__name__}", 2)
-            except (KeyboardInterrupt, typer.Abort):
-                fail("interrupted", 130)
-            except asyncio.CancelledError:
-                fail("terminated", 143)
-            except BrokenPipeError:
-                raise typer.Exit(1) from None
-            except Exception as error:
-                # Not foreseen, so its text is not known to be fit to print; that it is no answer is certain.
-                fail(f"{name}: {logs.describe(error)}{_sqlstate(error)}", 2)
-            else:
-                raise typer.Exit(result or 0)
+            raise typer.Exit(result or 0)
 
         options = [_option(each, field) for each, field in fields.items()]
         call.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
@@ -145,6 +128,32 @@ def _check_text(given: dict[str, Any]) -> None:
         for each in value if isinstance(value, list | tuple) else [value]:
             if isinstance(each, str) and name not in _AS_BYTES and any("\ud800" <= c <= "\udfff" for c in each):
                 raise Misconfigured(f"{_flag_of(name)}: not valid UTF-8; write it in UTF-8")
+
+
+@contextmanager
+def _errors_as_lines(name: str) -> Iterator[None]:
+    """Print an error of the block as one line, and exit."""
+    try:
+        yield
+    except Interrupted as stopped:
+        fail(str(stopped), stopped.code)
+    except typer.Exit:
+        raise
+    except Refused as refused:
+        fail(str(refused), 1)
+    except ConsumerError as error:
+        fail(str(error), 2)
+    except (KafkaError, TimeoutError) as error:
+        fail(f"Kafka: {str(error) or type(error).__name__}", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        fail("interrupted", 130)
+    except asyncio.CancelledError:
+        fail("terminated", 143)
+    except BrokenPipeError:
+        raise typer.Exit(1) from None
+    except Exception as error:
+        # An unexpected error: its text may quote secrets, so only its type and place are printed.
+        fail(f"{name}: {logs.describe(error)}{_sqlstate(error)}", 2)
 
 
 _ARGUMENTS = {"app": "APP", "topics": "TOPIC", "message_id": "MESSAGE_ID"}

@@ -1,4 +1,4 @@
-"""Run a command on each shard of an App, one after the other.
+"""Run a command on each shard of an App in turn.
 
 Without shards the command runs once.
 """
@@ -28,9 +28,9 @@ Run = Callable[[Settings], Awaitable[int]]
 
 
 async def over(app: App | None, shard: str | None, settings: Settings, as_json: bool, run: Run) -> int:
-    """Run a command on each shard, or on one; return the worst exit code.
+    """Run a command on each shard or on one.
 
-    A shard that fails does not prevent the answers of the others. Raises Misconfigured at the end with the errors of all
+    Returns the worst exit code. A shard that fails does not prevent the answers of the others. Raises Misconfigured at the end with the errors of all
     shards, and at once for an unknown shard. A filter must be known to one shard at least.
     """
     if app is None or not app.shards:
@@ -77,7 +77,10 @@ async def over(app: App | None, shard: str | None, settings: Settings, as_json: 
 
 
 class NamedApp(NamedTuple):
-    """An App that a command asks about: by its code, or only by its name in the ledger."""
+    """The App that a command asks about.
+
+    app: None where only its name in the ledger is given.
+    """
 
     name: str
     app: App | None = None
@@ -97,7 +100,10 @@ class NamedApp(NamedTuple):
 
 
 def named_app(text: str) -> NamedApp:
-    """Return the App of an argument APP; a text without a colon is its name. Raises Misconfigured."""
+    """Return the App of an argument APP.
+
+    Text without a colon is its name. Raises Misconfigured.
+    """
     if ":" not in text:
         return NamedApp(text)
     app = load_app(text)

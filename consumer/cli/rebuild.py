@@ -37,7 +37,10 @@ class RebuildFlags:
     allow_outside: AllowOutside = False
 
     def engine_options(self) -> RebuildOptions:
-        """Return the options of the rebuild. Raises Misconfigured if --base cannot be read."""
+        """Return the options of the rebuild.
+
+        Raises Misconfigured if --base cannot be read.
+        """
         return RebuildOptions(
             handlers=tuple(self.handlers or ()),
             ignore=tuple(self.ignore or ()),
@@ -52,9 +55,9 @@ class RebuildFlags:
 def rebuild_command(
     app: AppPath, topics: Topics, settings: Settings, options: RebuildFlags, answer: AnswerFlags
 ) -> Any:
-    """Run the handlers on empty copies of their tables, and compare the real tables with the copies.
+    """Rebuild tables from their topics, and compare them with the real ones.
 
-    Reads every message up to the positions. Everything that the handlers write is rolled back, and connections that they
+    Runs the handlers on empty copies of their tables. Reads every message up to the positions. Everything that the handlers write is rolled back, and connections that they
     open are refused.
 
     Exit code 0: no difference. 1: differences. 2: the result is inconclusive.

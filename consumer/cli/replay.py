@@ -69,7 +69,7 @@ class ReplayFlags(RangeFlags):
 
 @command(cli, "replay", SETTINGS)
 def replay_command(app: AppPath, topics: Topics, settings: Settings, options: ReplayFlags, answer: AnswerFlags) -> Any:
-    """Read topics again and prove that nothing is missing and nothing would happen twice.
+    """Read topics again and prove that nothing is missing or repeated.
 
     Every message passes through the worker's own code in transactions that are rolled back, and PostgreSQL counts what
     they write. Running workers are not disturbed: no group is joined, no offset is committed. Handlers run only with

@@ -1,4 +1,4 @@
-"""Run a replay for a command: load the App, show progress, print the answer."""
+"""Load the App, run a replay, show its progress and answer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def start(
     as_json: bool,
     resume: bool = False,
 ) -> Coroutine[Any, Any, int]:
-    """Check what can be checked at once, and return the run. Raises Misconfigured."""
+    """Check the arguments and return the run.
+
+    Raises Misconfigured.
+    """
     if report is not None:
         check_writable(report)
     app = loaded(path, options)
@@ -70,7 +73,7 @@ def loaded(path: str, options: AnyOptions) -> App:
 
 
 def check_writable(path: Path) -> None:
-    """Before hours of work, not after them."""
+    """Check --report before hours of work."""
     try:
         _check_place(path)
     except OSError as error:

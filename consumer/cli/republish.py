@@ -36,12 +36,15 @@ class RepublishFlags(RangeFlags):
 def republish_command(
     app: AppPath, topics: Topics, settings: Settings, options: RepublishFlags, answer: AnswerFlags
 ) -> Any:
-    """Copy records to another topic, with their message ids, so that no copy is applied twice.
+    """Copy records to another topic with their message ids.
+
+    A consumer of both topics applies each message once.
 
     \b
     Examples:
       consumer republish shop:app payments --to payments2
-      consumer republish shop:app payments --to payments2 --from 24h --until position
+      consumer republish shop:app payments --to payments2
+          --from 24h --until position
     """
     return replay_run.start(
         app, settings, topics, options.engine_options(), answer.report, answer.as_json, options.resume

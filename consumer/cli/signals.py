@@ -1,4 +1,4 @@
-"""Cancel a running command on SIGINT and SIGTERM; it ends with one line."""
+"""Cancel a running command on SIGINT and SIGTERM."""
 
 from __future__ import annotations
 
