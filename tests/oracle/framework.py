@@ -1,6 +1,6 @@
 """The framework's side: a case becomes an App, and its messages are settled as a worker settles them, without Kafka.
 
-Drives `consumer.testing.simulated_worker.Life`, which the project keeps in step with its worker. Notes in which order the final calls of
+Drives `consumer.testing.simulated_worker.SimulatedWorker`, which the project keeps in step with its worker. Notes in which order the final calls of
 the handlers began and ended, and what was sent to PostgreSQL.
 """
 
@@ -18,7 +18,7 @@ from consumer.core.handler import Handler as Registered
 from consumer.postgres.session import Session
 from consumer.settings import load
 from consumer.testing.messages import Sent, record_of
-from consumer.testing.simulated_worker import Life, Round
+from consumer.testing.simulated_worker import Round, SimulatedWorker
 from oracle.case import Case, Defer, Handler
 from oracle.case import Message as CaseMessage
 from oracle.handlers import run, run_batch
@@ -72,7 +72,7 @@ class NoWatch:
     async def end(self) -> None: ...
 
 
-class OracleLife(Life):
+class OracleLife(SimulatedWorker):
     """A worker's life that notes its batches and its statements."""
 
     seen: Seen
