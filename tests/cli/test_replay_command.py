@@ -193,7 +193,7 @@ async def test_republish_copies_a_range_with_its_ids(shop: Shop) -> None:
     result = shop.command("republish", "--to", copy, "--json")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert found["mode"] == "republish" and found["republished"] == {"topic": copy, "copied": 44, "refused": 0}
+    assert found["mode"] == "republish" and found["messages"] == 44
 
 
 async def test_rebuild_finds_a_changed_row(shop: Shop) -> None:
