@@ -309,7 +309,7 @@ def m20_claim_kept_of_what_waits() -> None:
 def m21_dead_letters_hold_nothing() -> None:
     """Messages of its key go on behind a dead letter, which is applied out of order later."""
     for module in (apply, handler_runner):
-        module.holds = lambda dead: False
+        module.blocks_key = lambda dead: False
 
 
 def m22_failures_leave_their_writes() -> None:
