@@ -180,7 +180,7 @@ async def test_filter_that_names_nothing_is_an_error(desk: Desk, tmp_path: Path)
 
 async def test_tables_at_eighty_columns_cut_no_name(desk: Desk, tmp_path: Path) -> None:
     number = await desk.letter("a", key="k")
-    for arguments in (["list"], ["list", "redrive_desk:app", "--by-group"]):
+    for arguments in (["list", "redrive_desk:app"], ["list", "redrive_desk:app", "--by-group"]):
         with AtTerminal(tmp_path, "dlq", *arguments, **environment(desk)) as terminal:
             assert terminal.end() == 0, terminal.shown
         for name in (desk.name, "settle", "abcdef0123", "failed", str(number)):

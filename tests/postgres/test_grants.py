@@ -90,7 +90,8 @@ async def test_a_reader_sees_no_message_and_changes_nothing(place: Place, tmp_pa
         ):
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await query(dsn, sql)
-        (tmp_path / "good.py").write_text("from consumer import App\napp = App('good')\n")
+        code = "from consumer import App\napp = App('good')\n@app.handler('x')\nasync def settle(value: bytes) -> None: ...\n"
+        (tmp_path / "good.py").write_text(code)
         assert consumer(tmp_path, "show", "good:app", "x", CONSUMER_POSTGRES_DSN=dsn).returncode == 1  # it may ask
     finally:
         connection = await asyncpg.connect(place.dsn)

@@ -350,12 +350,18 @@ class Shop:
         (directory / f"{self.module}.py").write_text(SOURCE.format(topic=topic, **self.parts))
 
     def replay(self, *arguments: str) -> Result:
+        return self.command("replay", *arguments)
+
+    def rebuild(self, *arguments: str) -> Result:
+        return self.command("rebuild", *arguments)
+
+    def command(self, name: str, *arguments: str) -> Result:
         environment = {
             "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": self.place.kafka,
             "CONSUMER_POSTGRES_DSN": self.place.worker_dsn,
             "XDG_STATE_HOME": str(self.directory / "state"),
         }
-        return consumer(self.directory, "replay", f"{self.module}:app", self.topic, *arguments, **environment)
+        return consumer(self.directory, name, f"{self.module}:app", self.topic, *arguments, **environment)
 
     def go_outside(self) -> None:
         (self.directory / "outside").touch()
