@@ -186,4 +186,4 @@ async def test_tables_at_eighty_columns_cut_no_name(desk: Desk, tmp_path: Path) 
         for name in (desk.name, "settle", "abcdef0123", "failed", str(number)):
             assert any(name in line.split() for line in terminal.shown.splitlines()), (name, terminal.shown)
         assert "…" not in terminal.shown
-    assert "orders:0:0" in dlq(desk, tmp_path, "list").stdout
+    assert "orders:0:0" in dlq(desk, tmp_path, "list", "redrive_desk:app").stdout
