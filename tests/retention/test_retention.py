@@ -446,7 +446,7 @@ async def test_records_without_usable_timestamps_are_noticed_and_applied_once(
         assert [row[0] for row in await place.effects()] == ["a0", "a1", "a2"]
         owner = await asyncpg.connect(place.dsn)
         try:  # everything that was applied is forgotten
-            while await retention.act(owner, await generations.look(owner), retention.Turn()) != "turned":
+            while await retention.act(owner, await generations.look(owner), retention.RotateGeneration()) != "turned":
                 pass
             while await retention.act(owner, await generations.look(owner), retention.Forget(1, 0.0)) != "forgotten":
                 pass
