@@ -44,9 +44,6 @@ class Server(NamedTuple):
         return "started" not in self.untold
 
 
-NOWHERE = Server("", "''", "")  # of a session that has no ledger of its own
-
-
 async def state(connection: Connection) -> tuple[bool, bool]:
     """Whether the server is a standby, and whether its database has the schema."""
     standby, migrated = await connection.fetchrow(_STATE)

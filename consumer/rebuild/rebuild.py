@@ -227,7 +227,7 @@ class _Rebuild:
             except RestartPass as again:  # a handler that does other things the second time
                 self.state.tell(f"{again}: beginning again from the start")
         for each in compared.differences:
-            each.messages, each.explained = current.copies.session.trails[each.place, each.mark].told()
+            each.messages, each.explained = current.copies.session.trails[each.place, each.mark].result()
 
 
 def _why_unstable(begun: str | None, columns: str) -> tuple[str, str]:

@@ -1,13 +1,12 @@
-"""The session of a rebuild: claims in a temporary table, and a trace of the messages behind differences.
+"""What a rebuild stores: claims in a temporary table, and the messages behind differences.
 
-It stands where the session of a worker would. Nothing of it outlasts the transaction.
+ShadowSession takes the place of a worker's Session (transaction/batch_store.py). Nothing of it outlasts the transaction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from uuid import UUID
 
 from consumer.core.dead_letters import KeyHold
@@ -15,14 +14,11 @@ from consumer.core.delivery import Batch, Delivery, PositionUpdate
 from consumer.core.outcome import Dead
 from consumer.deferred_writes.writer import BulkWriter
 from consumer.postgres.claims import ExistingClaim
-from consumer.postgres.server import NOWHERE
-from consumer.postgres.session import Session
 from consumer.rebuild.applied import offers
 from consumer.rebuild.statement_guard import SplitBatch, StatementGuard
 from consumer.rebuild.table_model import Name
-from consumer.settings import Settings
 
-_IDS_MAX = 3  # messages told of one difference
+_IDS_MAX = 3  # messages in the answer, of one difference
 _CLAIM = """
 with offered as materialized (
     select * from unnest($1::int4[], $2::uuid[], $3::int8[]) with ordinality as o(handler, id, fingerprint, place)
@@ -31,12 +27,12 @@ with offered as materialized (
 )
 select o.place, c.fingerprint <> o.fingerprint from offered o join pg_temp.consumer_claims c using (handler, id)
 """
-_UNCLAIM = """
+_RELEASE = """
 delete from pg_temp.consumer_claims c using unnest($1::int4[], $2::uuid[]) as o(handler, id)
 where (c.handler, c.id) = (o.handler, o.id)
 """
-# Of real tables: scans and writes of this transaction. Of copies: updates, and rows as far as that is known.
-_WATCH = """
+# Counts of this transaction. Of real tables: scans and writes. Of copies: updates; inserted minus deleted rows.
+_COUNTERS = """
 select current_setting('transaction_read_only') = 'on',
        exists (select from pg_locks where pid = pg_backend_pid() and locktype = 'advisory'),
        array(select pg_stat_get_xact_numscans(o) + pg_stat_get_xact_tuples_inserted(o)
@@ -55,13 +51,18 @@ select place, mark, bool_or(explains) from taken group by place, mark
 
 @dataclass(slots=True)
 class Trail:
-    """The messages found behind a row: those that changed it by exactly the difference, and the first that touched it."""
+    """The messages that touched a differing row.
+
+    deltas: whether numbers of the row differ. touching: the first messages that touched the row. explaining: the first that
+    changed a number by exactly the difference.
+    """
 
     deltas: bool
     touching: list[str] = field(default_factory=list)
     explaining: list[str] = field(default_factory=list)
 
     def wants(self, explains: bool) -> bool:
+        """Whether another message has room here."""
         return len(self.touching) < _IDS_MAX or (explains and len(self.explaining) < _IDS_MAX)
 
     @property
@@ -69,134 +70,156 @@ class Trail:
         return len(self.touching) >= _IDS_MAX and (not self.deltas or len(self.explaining) >= _IDS_MAX)
 
     def note(self, message: str, explains: bool) -> None:
-        for found in [self.touching, *([self.explaining] if explains else [])]:
-            if message not in found and len(found) < _IDS_MAX:
-                found.append(message)
+        for messages in [self.touching, *([self.explaining] if explains else [])]:
+            if message not in messages and len(messages) < _IDS_MAX:
+                messages.append(message)
 
-    def told(self) -> tuple[list[str], bool]:
+    def result(self) -> tuple[list[str], bool]:
+        """Return the messages, and whether each explains the difference."""
         return (self.explaining, True) if self.explaining else (self.touching, False)
 
 
-class ShadowSession(Session):
-    """A Session whose transaction is a savepoint, and whose ledger is a table of its own."""
+class ShadowSession:
+    """A BatchStore whose transaction is a savepoint, with claims of its own.
 
-    def __init__(self, guard: StatementGuard, settings: Settings) -> None:
-        proxy: Any = guard
-        super().__init__(proxy, settings, NOWHERE)  # it closes its batches itself
-        # Every text is looked at, and each row is traced to its messages.
-        self.columns = BulkWriter(proxy, looks=guard.connection, arrays=False)
-        self.batch_seconds_max = float("inf")  # nobody waits for it, and the idle timeout is off
-        self.guard = guard
-        self.raw = guard.connection
-        self.part: Batch | None = None
-        self.deferred: str | None = None  # SQL that defers again what a check at commit made immediate
-        self.watched: list[tuple[int, Name]] = []  # real relations
-        self.baseline: list[int] = []
-        self.copies: list[int] = []
-        self.updates: list[int] = []  # of each copy
-        self.rows: list[int] = []
+    Dead letters, attempts and positions are not stored. `write_positions` checks instead that the batch touched no real
+    table.
+    """
+
+    has_forgotten = False  # messages that the ledger may have forgotten are left out before
+
+    def __init__(self, guard: StatementGuard) -> None:
+        self.connection = guard
+        # The guard inspects every text, and each row is traced to its messages: so no executions are joined.
+        self.columns = BulkWriter(guard, looks=guard.connection, arrays=False)
+        self.batch_seconds_max = float("inf")  # a slow batch delays no worker, and the idle timeout is off
+        self.batch: Batch | None = None  # that is settled now
+        self.defer_again: str | None = None  # SQL that defers again what a check at commit made immediate
+        self.real_tables: list[tuple[int, Name]] = []  # oids of real relations, and the table that each belongs to
+        self.real_counts: list[int] = []  # of each real relation, before the first message
+        self.copies: list[int] = []  # oids
+        self.update_counts: list[int] = []  # of each copy
+        self.row_counts: list[int] = []  # of each copy: inserted minus deleted
         self.trails: dict[tuple[int, str], Trail] = {}
+        self._raw = guard.connection
         self._noted: list[tuple[tuple[int, str], bool]] = []
         self._open = False
 
+    @property
+    def is_usable(self) -> bool:
+        return not self.connection.is_closed()
+
     async def begin(self) -> None:
-        await self.raw.execute("savepoint rebuild_batch")
+        await self._raw.execute("savepoint rebuild_batch")
         self._open, self._noted = True, []
 
     async def rollback(self) -> None:
         try:
             if self._open:
                 self._open = False
-                await self.raw.execute("rollback to savepoint rebuild_batch; release savepoint rebuild_batch")
+                await self._raw.execute("rollback to savepoint rebuild_batch; release savepoint rebuild_batch")
         except Exception:
-            self.raw.terminate()
+            self._raw.terminate()
 
     async def commit(self) -> None:
-        if self.guard.verdict is not None:
-            raise self.guard.verdict  # a handler has swallowed it
+        if self.connection.verdict is not None:
+            raise self.connection.verdict  # a handler has swallowed it
         await self.check_constraints()
-        await self.raw.execute("release savepoint rebuild_batch")
+        await self._raw.execute("release savepoint rebuild_batch")
         self._open = False
         await self._note()
 
     async def check_constraints(self) -> None:
-        """What a COMMIT would check, and then as before: the next batch is another transaction to its handlers."""
-        if self.deferred is not None:
-            await self.raw.execute(f"set constraints all immediate; {self.deferred}")
+        """Check deferred constraints as a COMMIT would, and defer them again.
+
+        The next batch is another transaction to its handlers.
+        """
+        if self.defer_again is not None:
+            await self._raw.execute(f"set constraints all immediate; {self.defer_again}")
 
     def close(self) -> None:
-        self.raw.terminate()
+        self._raw.terminate()
 
     async def claim(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, ExistingClaim]:
-        lost = await self.raw.fetch(_CLAIM, *offers(deliveries))
+        lost = await self._raw.fetch(_CLAIM, *offers(deliveries))
         return {
             deliveries[place - 1]: ExistingClaim(dead=False, clashes=clashes, same_record=False)
             for place, clashes in lost
         }
 
     async def claimed(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, ExistingClaim]:
-        """Of ids that are claimed: offered again, they lose."""
+        """Claim again ids that are claimed: every one is lost."""
         return await self.claim(deliveries, topics)
 
+    async def too_old(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        return []
+
     async def release_claims(self, deliveries: Sequence[Delivery]) -> None:
-        await self.raw.execute(_UNCLAIM, *offers(deliveries)[:2])
+        await self._raw.execute(_RELEASE, *offers(deliveries)[:2])
 
     async def store_dead_letters(
         self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
     ) -> None:
-        """Nothing is kept of them: they keep their claim."""
+        """Store nothing: the messages keep their claims."""
 
     async def save_attempts(self, tried: Mapping[Delivery, tuple[int, float]], settled: Sequence[Delivery]) -> None:
-        """Nothing is kept of them either."""
+        """Store nothing: SinglePass counts the rounds."""
 
     async def holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
-        """Nothing holds back: what waits behind a dead letter was left out."""
+        """Hold nothing back: what waits behind a dead letter was left out."""
         return dict.fromkeys(deliveries, KeyHold.FREE)
 
     async def write_positions(
         self, app: str, moves: Sequence[PositionUpdate], counts: Mapping[tuple[int, int, int, str], int]
     ) -> None:
-        """Make sure that nothing real was touched, and look whether a sought row was."""
-        assert self.part is not None
-        advisory, real = await self.watch()
-        names = ", ".join(sorted({each.handler.name for each in self.part.deliveries}))
+        """Write nothing; check that the batch touched no real table.
+
+        Raises Misconfigured if it did, and SplitBatch if several messages touched a row that is traced.
+        """
+        assert self.batch is not None
+        advisory, real_counts = await self.read_counts()
+        names = ", ".join(sorted({delivery.handler.name for delivery in self.batch.deliveries}))
         if advisory:
-            self.guard.refuse(
+            self.connection.refuse(
                 f"one of the handlers {names} takes advisory locks, in a function perhaps: a rebuild would keep them to its "
                 "end, and hold up the workers"
             )
-        for (_, name), before, now in zip(self.watched, self.baseline, real, strict=True):
+        for (_, name), before, now in zip(self.real_tables, self.real_counts, real_counts, strict=True):
             if now > before:
-                self.guard.refuse(
+                self.connection.refuse(
                     f"one of the handlers {names} reads the real {name} and not its copy, in a function perhaps that names "
                     "the schema or is bound to the table"
                 )
         if self.trails:
-            touched = [((place, mark), explains) for place, mark, explains in await self.raw.fetch(_TOUCHED)]
-            self._noted = [(at, explains) for at, explains in touched if self.trails[at].wants(explains)]
-            if self._noted and len(self.part.deliveries) > 1:
+            touched = [((place, mark), explains) for place, mark, explains in await self._raw.fetch(_TOUCHED)]
+            self._noted = [(row, explains) for row, explains in touched if self.trails[row].wants(explains)]
+            if self._noted and len(self.batch.deliveries) > 1:
                 raise SplitBatch
 
-    async def watch(self) -> tuple[bool, list[int]]:
-        """Whether an advisory lock is held, and how often each real table was scanned or written to."""
-        read_only, advisory, real, self.updates, self.rows = await self.raw.fetchrow(
-            _WATCH, [oid for oid, _ in self.watched], self.copies
+    async def read_counts(self) -> tuple[bool, list[int]]:
+        """Read this transaction's counts from PostgreSQL.
+
+        Returns whether it holds an advisory lock, and of each real relation its scans and writes. Those of the copies go into
+        `update_counts` and `row_counts`.
+        """
+        read_only, advisory, real_counts, self.update_counts, self.row_counts = await self._raw.fetchrow(
+            _COUNTERS, [oid for oid, _ in self.real_tables], self.copies
         )
         if self._open and not read_only:
             raise AssertionError("the rebuild's transaction is not read only any more")
-        return advisory, real
+        return advisory, real_counts
 
     async def _note(self) -> None:
-        """The batch stands: its one message is behind the rows that it has touched."""
-        if self._noted and self.part is not None:
-            [delivery] = self.part.deliveries
-            for at, explains in self._noted:
-                self.trails[at].note(str(UUID(bytes=delivery.id)), explains)
-                if self.trails[at].complete:
-                    await self.raw.execute("delete from pg_temp.consumer_sought where place = $1 and mark = $2", *at)
+        """Note the one message of a committed batch at the rows that it touched."""
+        if self._noted and self.batch is not None:
+            [delivery] = self.batch.deliveries
+            for row, explains in self._noted:
+                self.trails[row].note(str(UUID(bytes=delivery.id)), explains)
+                if self.trails[row].complete:
+                    await self._raw.execute("delete from pg_temp.consumer_sought where place = $1 and mark = $2", *row)
         self._noted = []
 
     @property
     def is_traced(self) -> bool:
-        """Whether nothing is sought any more."""
-        return bool(self.trails) and all(each.complete for each in self.trails.values())
+        """Whether every traced row has its messages."""
+        return bool(self.trails) and all(trail.complete for trail in self.trails.values())

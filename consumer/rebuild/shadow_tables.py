@@ -118,7 +118,7 @@ class ShadowTables:
         self.known = known
         self.tables: list[Table] = []
         self.guard = StatementGuard(connection, known, owners)
-        self.session = ShadowSession(self.guard, settings)
+        self.session = ShadowSession(self.guard)
         self.doubts: list[str] = []
         self.numbers_from = 1  # of sequences of the copies
         self.beginnings: Mapping[Name, frozenset[str]] = {}  # columns that begin with real values
@@ -240,7 +240,7 @@ class ShadowTables:
         if deferred:
             again = [name for name, initially in deferred.items() if initially]
             names = ", ".join(f"pg_temp.{ident(each)}" for each in again)
-            self.session.deferred = f"set constraints {names} deferred" if again else ""
+            self.session.defer_again = f"set constraints {names} deferred" if again else ""
             await self.session.check_constraints()
 
     async def _fill(self, table: Table, filling: copy_sql.Filling) -> None:
@@ -283,9 +283,9 @@ class ShadowTables:
         for oid, copy, schema, table, kind in await self.connection.fetch(_SHADOWS, list(by_oid)):
             self.guard.shadows[Name(schema, table)] = by_oid[copy]
             if kind in ("r", "p", "m"):
-                self.session.watched.append((oid, by_oid[copy]))
+                self.session.real_tables.append((oid, by_oid[copy]))
         self.guard.held = {Name(row[0], row[1]) for row in await self.connection.fetch(LOCKS)}
-        _, self.session.baseline = await self.session.watch()
+        _, self.session.real_counts = await self.session.read_counts()
         self._compacted, self._rows = [0] * len(self.tables), [-1] * len(self.tables)
 
     async def _read_only(self) -> None:
@@ -311,8 +311,8 @@ class ShadowTables:
         if analyze:
             await self._analyze()
         await self.guard.absent.shrink(self.tables)
-        for number, updates in enumerate(self.session.updates):
-            rows = self._rows[number] if self._rows[number] >= 0 else self.session.rows[number]
+        for number, updates in enumerate(self.session.update_counts):
+            rows = self._rows[number] if self._rows[number] >= 0 else self.session.row_counts[number]
             if number in self._fixed or updates - self._compacted[number] < max(_COMPACT_AT, 2 * rows):
                 continue
             self._compacted[number] = updates

@@ -346,7 +346,7 @@ class SinglePass:
             self._settled_part(part.batch, result)
 
     async def _prepare(self, part: Part) -> bool:
-        self.copies.session.part = part.batch
+        self.copies.session.batch = part.batch
         return True
 
     async def _attempt(self, part: Part) -> BatchResult:
@@ -436,7 +436,7 @@ class SinglePass:
         if self.other in (FIRST, SAME_ORDER):
             state, values = (
                 self.state,
-                await drawn.values_of(self.connection, found, self.copies.session.updates, put_back),
+                await drawn.values_of(self.connection, found, self.copies.session.update_counts, put_back),
             )
             if self.other is FIRST:
                 state.first, state.values = found, values

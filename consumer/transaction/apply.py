@@ -13,7 +13,7 @@ from consumer.core.delivery import Batch, Delivery
 from consumer.core.evidence import Evidence
 from consumer.core.ordering import Scheduler
 from consumer.postgres.errors import Fenced
-from consumer.postgres.session import Session
+from consumer.transaction.batch_store import BatchStore
 from consumer.transaction.dead_letter_rate import DeadLetterRateLimit
 from consumer.transaction.dedupe import claim, hold_back, refuse_forgotten
 from consumer.transaction.errors import statements_of_messages, transaction
@@ -24,7 +24,7 @@ from consumer.transaction.result import BatchResult, LedgerIds, ended_by_handler
 
 
 async def apply_batch(
-    session: Session,
+    session: BatchStore,
     ids: LedgerIds,
     scheduler: Scheduler,
     batch: Batch,
@@ -69,13 +69,13 @@ async def apply_batch(
     return result
 
 
-async def _release_claims(session: Session, won: Sequence[Delivery], result: BatchResult) -> None:
+async def _release_claims(session: BatchStore, won: Sequence[Delivery], result: BatchResult) -> None:
     if result.delayed and (released := [delivery for delivery in won if delivery in result.delayed]):
         await session.release_claims(released)
 
 
 async def _store_dead_letters(
-    session: Session,
+    session: BatchStore,
     scheduler: Scheduler,
     won: Sequence[Delivery],
     result: BatchResult,
@@ -95,7 +95,7 @@ async def _store_dead_letters(
     await session.store_dead_letters(dead, attempts, claimed=[delivery for delivery in won if delivery in dead])
 
 
-async def _save_attempts(session: Session, batch: Batch, result: BatchResult) -> None:
+async def _save_attempts(session: BatchStore, batch: Batch, result: BatchResult) -> None:
     """Save the attempts of waiting messages, and forget those of settled ones."""
     delayed = result.delayed
     if tried := {

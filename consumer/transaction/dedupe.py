@@ -13,7 +13,7 @@ from consumer.core.ordering import Scheduler
 from consumer.core.outcome import DUPLICATE, Applied, Cause, Dead, Duplicate, Outcome, Reason, RetryLater, Skipped
 from consumer.core.retention import is_time, what_is_wrong
 from consumer.postgres.claims import REDELIVERED, ExistingClaim
-from consumer.postgres.session import Session
+from consumer.transaction.batch_store import BatchStore
 from consumer.transaction.identify import by_bytes, equal_values
 from consumer.transaction.result import BEHIND, BUSY, CONFLICT, HELD_BACK, TOO_OLD, LedgerIds
 
@@ -26,7 +26,7 @@ class Claims(NamedTuple):
 
 
 async def claim(
-    session: Session,
+    session: BatchStore,
     ids: LedgerIds,
     scheduler: Scheduler,
     deliveries: Sequence[Delivery],
@@ -104,7 +104,7 @@ def _settle_repeated(
 
 
 async def _under_rules(
-    session: Session, existing: dict[Delivery, ExistingClaim], topics: Mapping[str, int]
+    session: BatchStore, existing: dict[Delivery, ExistingClaim], topics: Mapping[str, int]
 ) -> dict[Delivery, ExistingClaim]:
     """Return the existing claims, with clashes as the handlers' rules see them.
 
@@ -169,7 +169,7 @@ def conflict_of(is_equal: bool | None) -> Dead:
     return Dead(Reason.ID_CONFLICT, f"{CONFLICT.error}; the decoded values are {values}")
 
 
-async def refuse_forgotten(session: Session, won: Sequence[Delivery], outcomes: dict[Delivery, Outcome]) -> None:
+async def refuse_forgotten(session: BatchStore, won: Sequence[Delivery], outcomes: dict[Delivery, Outcome]) -> None:
     """Make dead letters of messages that are older than the ledger remembers."""
     if not session.has_forgotten or not won:
         return
@@ -180,7 +180,7 @@ async def refuse_forgotten(session: Session, won: Sequence[Delivery], outcomes: 
 
 
 async def hold_back(
-    session: Session, scheduler: Scheduler, won: Sequence[Delivery], outcomes: dict[Delivery, Outcome]
+    session: BatchStore, scheduler: Scheduler, won: Sequence[Delivery], outcomes: dict[Delivery, Outcome]
 ) -> None:
     """Keep messages behind the dead letters of their keys.
 

@@ -14,14 +14,14 @@ from consumer.core.evidence import FailureVerdict, Others, judge
 from consumer.core.sqlstate import Meaning
 from consumer.error_places import error_summary, frames, names
 from consumer.postgres.errors import Conflict, Fenced, Outage, meaning_of, redacted_message, sqlstate_of
-from consumer.postgres.session import Session
+from consumer.transaction.batch_store import BatchStore
 from consumer.transaction.identify import printable
 from consumer.transaction.isolate import ErrorFacts, TransactionPoisoned
 from consumer.transaction.limits import HandlerTimeout
 
 
 @asynccontextmanager
-async def transaction(session: Session) -> AsyncIterator[None]:
+async def transaction(session: BatchStore) -> AsyncIterator[None]:
     """Begin a transaction; the block commits it, an error rolls it back.
 
     Raises TransactionPoisoned, Conflict, Outage, Fenced, or the error of a statement of our own: then the rights or the
@@ -54,7 +54,7 @@ async def transaction(session: Session) -> AsyncIterator[None]:
 
 
 @contextmanager
-def statements_of_messages(session: Session) -> Iterator[None]:
+def statements_of_messages(session: BatchStore) -> Iterator[None]:
     """Blame errors in the block on some message, unknown which.
 
     For what sends deferred writes, and for the checks of a COMMIT. Raises TransactionPoisoned, Conflict or Outage.
@@ -68,7 +68,7 @@ def statements_of_messages(session: Session) -> Iterator[None]:
         raise TransactionPoisoned from error
 
 
-def raise_for_transaction(session: Session, error: BaseException, *, spoiled: bool) -> None:
+def raise_for_transaction(session: BatchStore, error: BaseException, *, spoiled: bool) -> None:
     """Raise Conflict or Outage if an error ends the whole transaction.
 
     spoiled: whether the transaction is lost in any case. A conflict or an outage ends it, whichever message met it.

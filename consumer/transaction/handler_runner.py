@@ -19,7 +19,7 @@ from consumer.core.evidence import Evidence
 from consumer.core.handler import Handler
 from consumer.core.message import LogRecord, Message
 from consumer.core.outcome import SKIPPED, Reason, RetryLater
-from consumer.postgres.session import Session
+from consumer.transaction.batch_store import BatchStore
 from consumer.transaction.errors import facts_of, raise_for_transaction, statements_of_messages
 from consumer.transaction.identify import decoded, take_value
 from consumer.transaction.invoke import finish_call, start_call
@@ -41,7 +41,7 @@ class HandlerRunner:
 
     def __init__(
         self,
-        session: Session,
+        session: BatchStore,
         result: BatchResult,
         use_savepoints: bool,
         random: Callable[[], float],

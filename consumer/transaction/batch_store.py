@@ -1,0 +1,70 @@
+"""What a batch's transaction asks of the connection that holds it.
+
+`postgres.session.Session` does it with the ledger. A rebuild does it with temporary tables, inside a transaction that is
+rolled back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from consumer.core.dead_letters import KeyHold
+from consumer.core.delivery import Delivery, PositionUpdate
+from consumer.core.outcome import Dead
+from consumer.deferred_writes.writer import BulkWriter
+from consumer.postgres.claims import ExistingClaim
+
+
+class BatchStore(Protocol):
+    """Holds one transaction at a time, and stores what a batch leaves behind.
+
+    See Session for the methods. connection: runs the handlers' statements. batch_seconds_max: after which no further
+    message of a batch is started.
+    """
+
+    columns: BulkWriter
+    batch_seconds_max: float
+
+    @property
+    def connection(self) -> Any: ...
+
+    @property
+    def is_usable(self) -> bool: ...
+
+    async def begin(self) -> None: ...
+
+    async def commit(self) -> None: ...
+
+    async def rollback(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    async def claim(
+        self, deliveries: Sequence[Delivery], topics: Mapping[str, int], /
+    ) -> dict[Delivery, ExistingClaim]: ...
+
+    async def claimed(
+        self, deliveries: Sequence[Delivery], topics: Mapping[str, int], /
+    ) -> dict[Delivery, ExistingClaim]: ...
+
+    @property
+    def has_forgotten(self) -> bool: ...
+
+    async def too_old(self, deliveries: Sequence[Delivery], /) -> list[Delivery]: ...
+
+    async def holds(self, deliveries: Sequence[Delivery], /) -> dict[Delivery, KeyHold]: ...
+
+    async def release_claims(self, deliveries: Sequence[Delivery], /) -> None: ...
+
+    async def store_dead_letters(
+        self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
+    ) -> None: ...
+
+    async def save_attempts(
+        self, tried: Mapping[Delivery, tuple[int, float]], settled: Sequence[Delivery], /
+    ) -> None: ...
+
+    async def write_positions(
+        self, app: str, moves: Sequence[PositionUpdate], counts: Mapping[tuple[int, int, int, str], int], /
+    ) -> None: ...
