@@ -9,20 +9,9 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from consumer.cli.output import out, printable, right
-from consumer.replay.findings import OUTCOMES, Findings, Verdict
+from consumer.replay.findings import Findings, Verdict
+from consumer.replay.outcomes import OUTCOMES
 
-_TITLES = {
-    "applied": "applied",
-    "dead_lettered": "dead letters",
-    "skipped": "skipped",
-    "missing": "missing",
-    "repeated": "repeated",
-    "conflicts": "conflicts",
-    "unreadable": "unreadable",
-    "unknown": "cannot tell",
-    "applied_now": "applied now",
-    "dead_lettered_now": "dead letters now",
-}
 _ALWAYS = {"applied", "dead_lettered", "missing"}
 
 
@@ -33,7 +22,7 @@ def show(findings: Findings, found: dict[str, Any]) -> None:
         shown = [each for each in OUTCOMES if each in _ALWAYS or findings.total(each)]
         table = Table(
             "handler",
-            *right("delivered", *[_TITLES[each] for each in shown]),
+            *right("delivered", *[OUTCOMES[each].title for each in shown]),
             title=escape(title),
             title_justify="left",
             box=box.SIMPLE,

@@ -14,8 +14,8 @@ from consumer.cli.progress import progress
 from consumer.cli.replay_output import show
 from consumer.cli.replay_state import AnyOptions, SavedState, mode_of
 from consumer.core.errors import ConsumerError, Misconfigured
-from consumer.replay import html_page
 from consumer.replay.findings import Findings, Verdict
+from consumer.replay.html import page
 from consumer.replay.options import Options, Progress
 from consumer.replay.rebuild_run import RebuildOptions, run_rebuild
 from consumer.replay.republish_run import RepublishOptions, run_republish
@@ -127,7 +127,7 @@ async def run(
     else:
         show(findings, found)
     if report is not None:  # last: a disk that is full by now must not cost the answer
-        _write(report, html_page.render(found))
+        _write(report, page.render(found))
     return findings.verdict().exit_code
 
 

@@ -15,22 +15,9 @@ from uuid import UUID
 
 from consumer.core.message import Partition
 from consumer.kafka.bounds import Span
+from consumer.replay.outcomes import OUTCOMES
 from consumer.replay.timeline import Timeline
 
-# applied, dead_lettered: by the ledger. repeated: deliveries of an id that is counted as missing already. unknown: the ledger
-# began later than that. conflicts: the id was used with another payload. The last two: done by this replay, with --apply.
-OUTCOMES = (
-    "applied",
-    "dead_lettered",
-    "skipped",
-    "missing",
-    "repeated",
-    "conflicts",
-    "unreadable",
-    "unknown",
-    "applied_now",
-    "dead_lettered_now",
-)
 ALTERED = "altered_letter"
 EDITED = "edited_letter"
 UNSTABLE = ("depends_on_order", "beginning_unknown")  # kinds of doubt about rows that were taken out of the differences

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from consumer.replay import html_page
-from consumer.replay.html_page import OUTCOMES, render
+from consumer.replay.html.counts import COUNTS
+from consumer.replay.html.page import render, style
 from consumer.replay.timeline import Timeline
 
 OK = "Nothing is missing, nothing happens twice"
@@ -29,7 +29,7 @@ START = 1_764_061_200_000
 
 
 def counts(**known: int) -> dict[str, int]:
-    return {name: known.get(name, 0) for name in OUTCOMES}
+    return {name: known.get(name, 0) for name in COUNTS}
 
 
 def full() -> dict[str, Any]:
@@ -485,7 +485,7 @@ def test_any_duration_can_be_told(seconds: Any) -> None:
 
 
 def palettes() -> dict[str, dict[str, str]]:
-    light, dark = re.findall(r":root\{([^}]*)\}", html_page._STYLE)
+    light, dark = re.findall(r":root\{([^}]*)\}", style())
     both = [dict(re.findall(r"--([\w-]+):(#[0-9a-f]+)", each)) for each in (light, dark)]
     return {"light": both[0], "dark": {**both[0], **both[1]}}
 
@@ -512,8 +512,8 @@ def test_the_colours_can_be_told_from_their_ground(scheme: str) -> None:
     for tone in ("ok", "no", "unknown"):
         assert contrast(colours[tone], colours[f"{tone}-back"]) > 4.5
         assert contrast(colours[tone], colours["back"]) > 4.5
-    shades = re.findall(r"\.o-\w+\{--c:var\(--([\w-]+)\)\}", html_page._STYLE)
-    assert len(shades) == len(OUTCOMES)  # all but what was delivered, and one for names that we do not know
+    shades = re.findall(r"\.o-\w+\{--c:var\(--([\w-]+)\)\}", style())
+    assert len(shades) == len(COUNTS)  # all but what was delivered, and one for names that we do not know
     for shade in shades:
         assert contrast(colours[shade], colours["back"]) >= 3, shade
 

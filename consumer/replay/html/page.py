@@ -1,0 +1,66 @@
+"""Render what a replay found as one HTML page: the verdict first, then every number.
+
+Self-contained: no script, no address, its style inside, so that it can be mailed, printed and kept. An absent part of the
+findings is left out.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+
+from consumer.replay.html import rebuild_sections, sections
+from consumer.replay.html.elements import Html, el, plain
+from consumer.replay.html.values import Row
+
+
+def render(findings: Row) -> str:
+    """Return the page of findings, as `Findings.as_dict` returns them.
+
+    Its text can be written as UTF-8, whatever the findings hold.
+    """
+    verdict = findings["verdict"] if findings["verdict"] in sections.SHAPES else "unknown"
+    headline = sections.headline(findings, verdict)
+    parts = (
+        sections.reasons("Problems", findings.get("problems"), "no"),
+        sections.reasons(
+            "Why it could not tell" if verdict == "unknown" else "What could not be told",
+            findings.get("unknown"),
+            "unknown",
+        ),
+        sections.notes(findings),
+        sections.handlers(findings),
+        sections.effects(findings),
+        sections.partitions(findings),
+        sections.times(findings),
+        sections.history(findings),
+        sections.precheck(findings),
+        rebuild_sections.tables(findings),
+        rebuild_sections.differences(findings),
+        sections.republished(findings),
+        sections.samples(findings),
+        sections.ranges(findings),
+    )
+    page = el(
+        "html",
+        el(
+            "head",
+            Html('<meta charset="utf-8">'),
+            Html(
+                "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+            ),
+            Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+            Html('<meta name="color-scheme" content="light dark">'),
+            el("title", f"{plain(findings['app'])}: {plain(headline)}"),
+            el("style", Html(f"\n{style()}")),
+        ),
+        el("body", sections.header(findings, verdict, headline), el("main", *parts), sections.footer(findings)),
+        lang="en",
+    )
+    return f"<!doctype html>\n{page}\n"
+
+
+@cache
+def style() -> str:
+    """Return the style sheet of the page."""
+    return (resources.files(__package__) / "style.css").read_text("utf-8")
