@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from harness import Place, consume_all, consumer, query, value
-from test_replay import app_of, payment, run
+from payments_app import QUICK, payment, payments_app
+from replay_runs import run_replay
 
 from consumer import App, Message, Reject, Tx
 from consumer.core.dead_letter_seal import REST, VALUE, altered, seal
@@ -82,13 +83,13 @@ async def test_letter_with_another_value_is_named_and_not_applied(place: Place, 
 
     await place.send(topic, payment("a", amount=-1), payment("b", amount=-2), payment("c"))
     await consume_all(app, place.settings())
-    assert (await run(place, app, topic)).ok
+    assert (await run_replay(place, app, topic)).ok
     [(number, offset)] = await query(
         place.dsn,
         """update consumer.dead_letters set value = replace(convert_from(value, 'utf8'), '-1', '-1000')::bytea
            where convert_from(value, 'utf8') like '%"a"%' returning dead_letter, "offset" """,
     )
-    found = await run(place, app, topic)
+    found = await run_replay(place, app, topic)
     assert found.verdict().exit_code == 1
     [problem] = found.problems()
     assert problem["kind"] == "altered_letters" and problem["count"] == 1
@@ -107,12 +108,12 @@ async def test_letter_with_another_value_is_named_and_not_applied(place: Place, 
 @pytest.mark.parametrize("column", ["key", "header_values"])
 async def test_letter_with_another_key_or_header_is_not_applied_with_any_value(place: Place, column: str) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a", amount=-1))
     await consume_all(app, place.settings())
     changed = {"key": "'other'", "header_values": "array['other'::bytea]"}[column]
     number = await value(place.dsn, f"update consumer.dead_letters set {column} = {changed} returning dead_letter")
-    found = await run(place, app, topic)
+    found = await run_replay(place, app, topic)
     assert [each["kind"] for each in found.problems()] == ["altered_letters"]
     for edit in (None, Edit(json.dumps({"id": "a", "account": 1, "amount": 1}).encode())):
         [done] = await retried(place, app, number, edit)
@@ -122,7 +123,7 @@ async def test_letter_with_another_key_or_header_is_not_applied_with_any_value(p
 
 async def test_commands_tell_of_an_altered_letter_in_one_line(place: Place, tmp_path: Path) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a", amount=-1))
     await consume_all(app, place.settings())
     number = await value(place.dsn, "update consumer.dead_letters set value = 'x' returning dead_letter")
@@ -168,9 +169,9 @@ async def test_row_of_a_retried_letter_that_was_changed_is_a_problem(place: Plac
     right = Edit(json.dumps({"id": "a", "account": 1, "amount": 3}).encode()) if edited else None
     [done] = await retried(place, app, number, right)
     assert done.outcome == "applied"
-    assert (await run(place, app, topic)).ok
+    assert (await run_replay(place, app, topic)).ok
     await query(place.dsn, CHANGED_ROWS[change])
-    found = await run(place, app, topic)
+    found = await run_replay(place, app, topic)
     if change == "nothing" or (edited and change == "another fingerprint"):  # of an edit only its payload is kept
         assert found.ok
         return
@@ -191,7 +192,7 @@ async def test_row_of_a_letter_that_was_edited_under_a_new_id_is_looked_at(
     place: Place, change: str, exit_code: int, detail: str
 ) -> None:
     topic = await place.topic()
-    app = app_of(topic, fingerprint="value")
+    app = payments_app(topic, retry=QUICK, fingerprint="value")
     await place.send(topic, payment("a", amount=-1), payment("b"))
     await consume_all(app, place.settings())
     number = await value(place.dsn, "select dead_letter from consumer.dead_letters")
@@ -199,7 +200,7 @@ async def test_row_of_a_letter_that_was_edited_under_a_new_id_is_looked_at(
     [done] = await retried(place, app, number, edit_of(number, body, "auto"))
     assert done.outcome == "applied"
     await query(place.dsn, change.format('where "offset" < 0 returning id' if "select" not in change else ""))
-    found = await run(place, app, topic)
+    found = await run_replay(place, app, topic)
     assert found.verdict().exit_code == exit_code
     assert [each["kind"] for each in found.problems()] == (["edited_letters"] if exit_code else [])
     assert all(f"letter {number}: " in each["text"] and detail in each["text"] for each in found.problems())
@@ -207,7 +208,7 @@ async def test_row_of_a_letter_that_was_edited_under_a_new_id_is_looked_at(
 
 async def test_row_of_an_edited_letter_that_may_be_forgotten_is_a_reason(place: Place) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a", amount=-1), payment("b"))
     await consume_all(app, place.settings())
     number = await value(place.dsn, "select dead_letter from consumer.dead_letters")
@@ -215,5 +216,5 @@ async def test_row_of_an_edited_letter_that_may_be_forgotten_is_a_reason(place: 
     await retried(place, app, number, edit_of(number, body, "auto"))
     await query(place.dsn, 'delete from consumer.ledger where "offset" < 0 returning id')
     await query(place.dsn, "update consumer.ledger_state set horizon = 'epoch'")
-    found = await run(place, app, topic)
+    found = await run_replay(place, app, topic)
     assert [each["kind"] for each in found.unknowns()] == ["edits_forgotten"]

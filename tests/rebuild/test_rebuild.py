@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from typing import Any
 
-import msgspec
 import pytest
+from database_contents import all_rows
 from harness import (
     ROOT,
     Place,
@@ -26,140 +24,39 @@ from harness import (
     value,
     working,
 )
+from payments_app import INSERT, UPDATE, Payment, payments_app
+from rebuild_runs import (
+    Handle,
+    app_with_handler,
+    differences,
+    mark_settled,
+    message_id,
+    new_app,
+    numbered,
+    reader,
+    rebuilt,
+    uuid_payment,
+)
 from services import Kafka
 
-from consumer import App, Message, Reject, Retry, Settings, Tx
+from consumer import App, Message, Reject, Retry, Tx
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.message import Partition
-from consumer.kafka.consumer import KafkaConsumer
 from consumer.rebuild.rebuild import rebuild
 from consumer.rebuild.result import Rebuilt
 from consumer.transaction.handler_runner import HandlerRunner
 from handlers import app as billing
-
-INSERT = "insert into effects values ($1, $2, $3)"
-UPDATE = "update accounts set balance = balance + $2 where id = $1"
-QUICK = Retry(attempts=2, base=0.01, cap=0.01)
-
-Handle = Callable[[Any, Tx], Awaitable[None]]
-
-
-class Payment(msgspec.Struct):
-    id: str
-    account: int
-    amount: int
-
-
-def payment(name: str, account: int = 1, amount: int = 10, **more: Any) -> Sent:
-    body = {"id": name, "account": account, "amount": amount}
-    return Sent(body, id=message_id(name), key=str(account), **more)
-
-
-def message_id(name: str) -> str:
-    """The id of a message, as text."""
-    return str(uuid.uuid5(uuid.NAMESPACE_OID, name))
-
-
-def sent(n: int = 1, **fields: Any) -> list[Sent]:
-    """Messages that are dictionaries with a number `n` from 1 on, each with an id."""
-    return [Sent({"n": each, **fields}, id=message_id(f"m{each}"), key="k") for each in range(1, n + 1)]
-
-
-def new_app() -> App:
-    return App(f"app-{uuid.uuid4().hex[:8]}")
-
-
-def paying(topic: str, **options: Any) -> App:
-    """An app with the plainest handler: an insert into a table without a key, and an update of a balance."""
-    app = new_app()
-
-    @app.handler(topic, **options)
-    async def settle(payment: Payment, tx: Tx) -> None:
-        tx.defer(INSERT, payment.id, payment.account, payment.amount)
-        tx.defer(UPDATE, payment.account, payment.amount)
-
-    return app
-
-
-def handling(topic: str, handle: Handle, **options: Any) -> App:
-    """An app with one handler, `handle`, that does something with a dictionary."""
-    app = new_app()
-
-    @app.handler(topic, **{"name": "handle", "retry": QUICK, **options})
-    async def handler(body: dict[str, Any], tx: Tx) -> None:
-        await handle(body, tx)
-
-    return app
-
-
-@asynccontextmanager
-async def reader(settings: Settings) -> AsyncIterator[KafkaConsumer]:
-    source = KafkaConsumer(settings, None)
-    await source.start(10)
-    try:
-        yield source
-    finally:
-        await source.stop(5)
-
-
-async def rebuilt(place: Place, app: App, *topics: str, **options: Any) -> Rebuilt:
-    """Rebuild from all partitions of the topics, those of the app by default."""
-    settings = options.pop("settings", None) or place.settings()
-    async with reader(settings) as source, app.running():
-        found = await source.log.partitions(topics or app.topics)
-        return await rebuild(app, settings, source, [each for those in found.values() for each in those], **options)
-
-
-async def settled(place: Place, app: App, **positions: int) -> None:
-    """Say that everything produced so far is settled, without anybody having settled it."""
-    async with reader(place.settings()) as source:
-        found = await source.log.partitions(app.topics)
-        ends = await source.log.ends([each for those in found.values() for each in those])
-    for partition, end in ends.items():
-        await query(
-            place.dsn,
-            "insert into consumer.positions (app, topic, partition, next_offset) values ($1, $2, $3, $4)",
-            app.name,
-            *partition,
-            end,
-        )
-
-
-async def everything(dsn: str) -> dict[str, list[Any]]:
-    """All rows of all tables, and where the sequences stand."""
-    found: dict[str, list[Any]] = {}
-    for (name,) in await query(
-        dsn,
-        """select c.oid::regclass::text from pg_class c join pg_namespace n on n.oid = c.relnamespace
-           where relkind in ('r', 'S') and nspname not in ('pg_catalog', 'information_schema', 'pg_toast') order by 1""",
-    ):
-        found[name] = await query(dsn, f"select x::text from (select * from {name}) x order by 1")
-    return found
-
-
-def differences(found: Rebuilt) -> list[tuple[Any, ...]]:
-    """What differs, as short as it can be told."""
-    return sorted(
-        (
-            each["table"].removeprefix("public."),
-            each["kind"],
-            tuple(each["key"].values()),
-            tuple((name, both["real"], both["rebuilt"]) for name, both in each["columns"].items()),
-        )
-        for each in found.differences
-    )
-
 
 # -- the real state and the topics' ---------------------------------------------------------------------------------------
 
 
 async def test_a_state_that_the_messages_made_agrees(place: Place) -> None:
     topic = await place.topic(3)
-    app = paying(topic)
-    messages = [payment(f"p{n}", n % 7, n) for n in range(300)]
+    app = payments_app(topic)
+    messages = [uuid_payment(f"p{n}", n % 7, n) for n in range(300)]
     await place.send(topic, *messages, *messages[:50])
     await consume_all(app, place.settings())
-    before = await everything(place.dsn)
+    before = await all_rows(place.dsn)
     phases: list[tuple[str, int, int]] = []
     settings = place.settings(batch_messages_max=100)  # repeated in the same batch, and in others
     found = await rebuilt(place, app, settings=settings, progress=lambda *each: phases.append(each))
@@ -171,7 +68,7 @@ async def test_a_state_that_the_messages_made_agrees(place: Place) -> None:
         "public.effects": (300, 300, []),
     }
     assert ("replay", 350, 350) in phases and phases[-1] == ("compare", 2, 2)
-    assert await everything(place.dsn) == before
+    assert await all_rows(place.dsn) == before
     json.dumps(found.as_dict())
 
 
@@ -189,8 +86,8 @@ async def test_messages_that_nothing_is_wrong_with_are_settled_together(
 
     monkeypatch.setattr(HandlerRunner, "run_between_savepoints", alone)
     topic = await place.topic()
-    app = paying(topic)
-    await place.send(topic, *[payment(f"p{n}", n % 7, n) for n in range(40)])
+    app = payments_app(topic)
+    await place.send(topic, *[uuid_payment(f"p{n}", n % 7, n) for n in range(40)])
     await consume_all(app, place.settings())
     found = await rebuilt(place, app)
     assert found.agrees and (found.applied, found.failed) == (40, 0)
@@ -199,8 +96,8 @@ async def test_messages_that_nothing_is_wrong_with_are_settled_together(
 
 async def test_a_lost_effect_is_missing_and_has_its_message(place: Place) -> None:
     topic = await place.topic(2)
-    app = paying(topic)
-    await place.send(topic, *[payment(f"p{n}", n % 3) for n in range(30)])
+    app = payments_app(topic)
+    await place.send(topic, *[uuid_payment(f"p{n}", n % 3) for n in range(30)])
     await consume_all(app, place.settings())
     await query(place.dsn, "delete from effects where id = 'p7'")
     found = await rebuilt(place, app)
@@ -213,8 +110,8 @@ async def test_a_lost_effect_is_missing_and_has_its_message(place: Place) -> Non
 
 async def test_a_doubled_effect_is_extra_and_the_balance_tells_by_which_message(place: Place) -> None:
     topic = await place.topic(2)
-    app = paying(topic)
-    await place.send(topic, *[payment(f"p{n}", 4, 100 + n) for n in range(30)])
+    app = payments_app(topic)
+    await place.send(topic, *[uuid_payment(f"p{n}", 4, 100 + n) for n in range(30)])
     await consume_all(app, place.settings())
     await query(place.dsn, "insert into effects values ('p9', 4, 109)")
     await query(place.dsn, "update accounts set balance = balance + 109 where id = 4")
@@ -230,8 +127,8 @@ async def test_a_doubled_effect_is_extra_and_the_balance_tells_by_which_message(
 
 async def test_what_no_message_made_has_no_message_and_a_changed_number_has_those_that_made_it(place: Place) -> None:
     topic = await place.topic()
-    app = paying(topic)
-    await place.send(topic, payment("a", 1, 10), payment("b", 1, 20), payment("c", 2, 5))
+    app = payments_app(topic)
+    await place.send(topic, uuid_payment("a", 1, 10), uuid_payment("b", 1, 20), uuid_payment("c", 2, 5))
     await consume_all(app, place.settings())
     await query(place.dsn, "insert into effects values ('nobody', 9, 9)")
     await query(place.dsn, "update accounts set balance = 1000 where id = 1")
@@ -254,8 +151,8 @@ async def test_rows_of_a_table_with_a_key_are_missing_extra_or_different_and_eac
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tx.defer("insert into items (order_id, line, price) values ($1, $2, $3)", body["n"] // 10, body["n"] % 10, 1)
 
-    app = handling(topic, handle)
-    await place.send(topic, *sent(50))
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(50))
     await consume_all(app, place.settings())
     await query(place.dsn, "update items set price = 2 where order_id = 1")
     await query(place.dsn, "delete from items where order_id = 2")
@@ -288,8 +185,8 @@ async def test_a_lost_delete_has_the_messages_that_made_the_row_and_that_removed
         else:
             tx.defer("delete from effects where id = $1", str(body["n"] - 10))
 
-    app = handling(topic, handle)
-    await place.send(topic, *sent(15))
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(15))
     await consume_all(app, place.settings())
     assert (await rebuilt(place, app)).agrees
     await query(place.dsn, INSERT, "3", 1, 1)
@@ -299,9 +196,9 @@ async def test_a_lost_delete_has_the_messages_that_made_the_row_and_that_removed
 
 async def test_effects_from_before_the_framework_are_compared_without_a_ledger(place: Place) -> None:
     topic = await place.topic(2)
-    app = paying(topic)
-    await place.send(topic, *[payment(f"p{n}", n % 4, 1) for n in range(20)], payment("p0", 0, 1))
-    await settled(place, app)
+    app = payments_app(topic)
+    await place.send(topic, *[uuid_payment(f"p{n}", n % 4, 1) for n in range(20)], uuid_payment("p0", 0, 1))
+    await mark_settled(place, app)
     # As a consumer without this framework left it: p0 twice, p5 not at all.
     for n in [*range(20), 0]:
         if n != 5:
@@ -321,9 +218,9 @@ async def test_effects_from_before_the_framework_are_compared_without_a_ledger(p
 
 async def test_no_more_than_the_sample_is_told_of_a_table_and_all_is_counted(place: Place) -> None:
     topic = await place.topic()
-    app = paying(topic)
-    await place.send(topic, *[payment(f"p{n}", n) for n in range(50)])
-    await settled(place, app)
+    app = payments_app(topic)
+    await place.send(topic, *[uuid_payment(f"p{n}", n) for n in range(50)])
+    await mark_settled(place, app)
     await query(place.dsn, "insert into effects values ('x', 1, 1)")
     found = await rebuilt(place, app, sample_max=5)
     tables = {each["table"]: each for each in found.tables}
@@ -358,13 +255,13 @@ insert into rates values ('EUR', 1.5), ('USD', 2);
 async def agrees_after(place: Place, handle: Handle, messages: list[Sent], **options: Any) -> Rebuilt:
     """Let a worker settle the messages and rebuild; fail where the two differ."""
     topic = await place.topic(2)
-    app = handling(topic, handle, **options)
+    app = app_with_handler(topic, handle, **options)
     await place.send(topic, *messages)
     await consume_all(app, place.settings())
-    before = await everything(place.dsn)
+    before = await all_rows(place.dsn)
     found = await rebuilt(place, app, settings=place.settings(batch_messages_max=4))
     assert differences(found) == [] and found.agrees and not found.unknown, (found.differences, found.unknown)
-    assert await everything(place.dsn) == before
+    assert await all_rows(place.dsn) == before
     assert found.applied == len({each.headers[0][1] for each in messages}) and not found.dead_lettered
     return found
 
@@ -394,7 +291,7 @@ async def test_awaited_statements_savepoints_upserts_deletes_and_copy(place: Pla
             tx.defer("delete from items where order_id = $1 and line = 1", n % 5)
         tx.defer("update orders set note = $2 where id = $1", n % 5, f"after {n}")
 
-    found = await agrees_after(place, handle, [each for n in range(3) for each in sent(30)])
+    found = await agrees_after(place, handle, [each for n in range(3) for each in numbered(30)])
     assert {each["table"]: each["matched_by"] for each in found.tables} == {
         "public.items": ["order_id", "line"],
         "public.orders": ["id"],
@@ -411,7 +308,7 @@ async def rebuilt_again(place: Place, handle: Handle) -> Rebuilt:
     """Rebuild what `agrees_after` has rebuilt before."""
     [(name,)] = await query(place.dsn, "select distinct app from consumer.positions")
     [(topic,)] = await query(place.dsn, "select distinct topic from consumer.positions")
-    app = handling(topic, handle)
+    app = app_with_handler(topic, handle)
     app.name = name
     return await rebuilt(place, app)
 
@@ -434,7 +331,7 @@ async def test_batch_handlers_and_handlers_at_the_same_time(place: Place) -> Non
         await asyncio.sleep(0)
         await tx.execute(UPDATE, message.value.account, message.value.amount)
 
-    await place.send(topic, *[payment(f"p{n}", n % 9) for n in range(60)])
+    await place.send(topic, *[uuid_payment(f"p{n}", n % 9) for n in range(60)])
     await consume_all(app, place.settings())
     await query(place.dsn, "delete from effects where id in ('p11', 'p12')")
     found = await rebuilt(place, app)
@@ -458,13 +355,13 @@ async def test_numbers_and_times_that_a_rebuild_cannot_give_again_are_left_out(p
         assert number == await tx.fetchval("select lastval()") == await tx.fetchval("select currval('numbered_id_seq')")
         await tx.execute("insert into made (n, at) values ($1, now())", body["n"])
 
-    app = handling(topic, handle)
-    await place.send(topic, *sent(5))
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(5))
     await query(place.dsn, "select nextval('numbered_id_seq') from generate_series(1, 10)")
     await consume_all(app, place.settings())
-    before = await everything(place.dsn)
+    before = await all_rows(place.dsn)
     found = await rebuilt(place, app)
-    assert found.agrees and await everything(place.dsn) == before
+    assert found.agrees and await all_rows(place.dsn) == before
     tables = {each["table"]: each for each in found.tables}
     assert tables["public.numbered"]["matched_by"] == ["n"]
     assert tables["public.numbered"]["ignored"] == {
@@ -493,8 +390,8 @@ async def test_a_default_that_handlers_never_leave_to_the_database_is_compared(p
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tx.defer("insert into docs values ($1, $2)", message_id(str(body["n"])), body["n"])
 
-    app = handling(topic, handle)
-    await place.send(topic, *sent(3))
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(3))
     await consume_all(app, place.settings())
     await query(place.dsn, "update docs set n = 99 where n = 2")
     found = await rebuilt(place, app)
@@ -515,7 +412,7 @@ async def test_strange_names_and_other_schemas_of_the_path(place: Place) -> None
             body["n"] % 2,
         )
 
-    found = await agrees_after(place, handle, sent(20))
+    found = await agrees_after(place, handle, numbered(20))
     assert [(each["table"], each["matched_by"]) for each in found.tables] == [
         ("depot.stock", ["sku", "place"]),
         ('public.Strange "Name', ["Key Column"]),
@@ -533,7 +430,7 @@ async def test_a_table_that_is_only_read_is_read_where_it_is(place: Place) -> No
         price = await tx.fetchval("select price from prices where currency = $1", "USD")
         tx.defer(INSERT, f"{body['n']}", 1, int(rate * 10 + price))
 
-    found = await agrees_after(place, handle, sent(3))
+    found = await agrees_after(place, handle, numbered(3))
     assert [each["table"] for each in found.tables] == ["public.effects"]
     assert "only read, as they are now: public.prices, public.rates" in found.notes
 
@@ -550,7 +447,7 @@ async def test_rows_that_nobody_inserts_are_the_real_ones_and_begin_with_the_def
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         await tx.execute("update people set seen = $2, times = times + 1, at = now() where id = $1", body["n"] % 9, 1)
 
-    found = await agrees_after(place, handle, sent(20))
+    found = await agrees_after(place, handle, numbered(20))
     [table] = found.tables
     assert table["ignored"] == {"at": "default now()"} and table["rebuilt"] == 20
     await query(place.dsn, "update people set seen = 5 where id = 15")  # no message is of 15
@@ -574,7 +471,7 @@ async def test_a_merge_and_a_function_tell_that_they_insert_when_they_do(place: 
         await tx.execute("delete from effects where id = 'nothing'")
         await tx.execute("select book($1, $2)", body["n"], 2)
 
-    found = await agrees_after(place, handle, sent(10))
+    found = await agrees_after(place, handle, numbered(10))
     assert {each["table"]: each["rebuilt"] for each in found.tables} == {"public.accounts": 4, "public.effects": 10}
 
 
@@ -591,7 +488,7 @@ async def test_partitioned_tables_are_copied_as_one(place: Place) -> None:
         tx.defer("insert into events values ($1, date '2020-12-25' + $1::int, 0)", n)
         tx.defer("update events set n = n + 1 where id = $1", n)
 
-    found = await agrees_after(place, handle, sent(20))
+    found = await agrees_after(place, handle, numbered(20))
     assert found.tables[0]["table"] == "public.events" and found.tables[0]["rows"] == 20
     await query(place.dsn, "update events_2 set n = 7 where id = 15")
     [each] = (await rebuilt_again(place, handle)).differences
@@ -616,7 +513,7 @@ async def test_constraints_that_are_checked_at_the_end_and_rows_that_go_with_oth
         if n % 3 == 0:
             await tx.execute("delete from heads where id = $1", n - 1)
 
-    found = await agrees_after(place, handle, sent(12))
+    found = await agrees_after(place, handle, numbered(12))
     assert {each["table"]: each["rebuilt"] for each in found.tables} == {
         "public.heads": 8, "public.lines": 8, "public.ranks": 12,
     }  # fmt: skip
@@ -642,7 +539,7 @@ async def test_tables_without_a_key_count_rows_that_are_alike(place: Place) -> N
         await tx.execute("insert into ticks default values")
         await tx.execute("insert into strict values ($1)", n)  # a null cannot even be planned for it
 
-    found = await agrees_after(place, handle, sent(9))
+    found = await agrees_after(place, handle, numbered(9))
     assert {each["table"]: (each["matched_by"], each["rebuilt"]) for each in found.tables} == {
         "public.loose": ([], 9), "public.ticks": ([], 9), "public.strict": ([], 9),
     }  # fmt: skip
@@ -668,18 +565,18 @@ async def test_a_function_that_hides_the_refusal_writes_nothing_all_the_same(pla
         await tx.execute(INSERT, str(body["n"]), 1, 1)
         await tx.execute("select swallow($1)", body["n"])
 
-    app = handling(topic, handle)
-    await place.send(topic, *sent(3))
-    await settled(place, app)
-    before = await everything(place.dsn)
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(3))
+    await mark_settled(place, app)
+    before = await all_rows(place.dsn)
     assert (await rebuilt(place, app)).applied == 3
-    assert await everything(place.dsn) == before and before["elsewhere"] == []
+    assert await all_rows(place.dsn) == before and before["elsewhere"] == []
 
 
 async def test_hot_rows_and_many_batches_stay_right(place: Place) -> None:
     topic = await place.topic(2)
-    app = paying(topic)
-    await place.send(topic, *[payment(f"p{n}", n % 3, n) for n in range(9000)])
+    app = payments_app(topic)
+    await place.send(topic, *[uuid_payment(f"p{n}", n % 3, n) for n in range(9000)])
     await consume_all(app, place.settings())
     await query(place.dsn, "delete from effects where id = 'p4567'")
     found = await rebuilt(place, app, settings=place.settings(batch_messages_max=500))
@@ -701,9 +598,9 @@ async def test_dead_letters_are_left_out_and_the_unreadable_are_counted(place: P
             raise ValueError
 
     mended = False
-    app = handling(topic, handle)
+    app = app_with_handler(topic, handle)
     conflict = Sent({"n": 77}, id=message_id("m1"), key="k")
-    await place.send(topic, *sent(4), conflict, Sent(b"no json", id=message_id("x"), key="k"))
+    await place.send(topic, *numbered(4), conflict, Sent(b"no json", id=message_id("x"), key="k"))
     await consume_all(app, place.settings())
     mended = True  # a deployment later: the message is still a dead letter, and its effects still not there
     found = await rebuilt(place, app)
@@ -732,8 +629,8 @@ async def test_a_handler_that_fails_makes_the_answer_uncertain_and_tells_no_payl
             raise KeyError("secret payload")
 
     broken = False
-    app = handling(topic, handle)
-    await place.send(topic, *sent(4))
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(4))
     await consume_all(app, place.settings())
     broken = True
     found = await rebuilt(place, app)
@@ -759,10 +656,10 @@ async def test_a_message_that_needs_one_of_another_topic_is_tried_again_in_its_p
         tx.defer("update effects set amount = $2 where id = $1", payment.id.split("/")[0], min(left, payment.amount))
 
     # Older by the log's time, and of one key: the last of each payment counts.
-    await place.send(refunds, *[payment(f"p{n}/{k}", n, 9 - k) for n in range(40) for k in range(3)])
+    await place.send(refunds, *[uuid_payment(f"p{n}/{k}", n, 9 - k) for n in range(40) for k in range(3)])
     async with working(app, place.settings()):
         await until("a refund to wait", lambda: waits(place, app, refunds))
-        await place.send(payments, *[payment(f"p{n}", n, 100) for n in range(40)])
+        await place.send(payments, *[uuid_payment(f"p{n}", n, 100) for n in range(40)])
         await drained(app, place.settings())
     found = await rebuilt(place, app)
     assert found.agrees and not found.unknown and found.applied == 160
@@ -778,11 +675,11 @@ async def test_what_has_failed_is_tried_again_for_as_long_as_anything_is_gained(
             raise LookupError
         await tx.execute(INSERT, str(n), 1, 1)
 
-    app = handling(topic, handle, order="none", retry=Retry(attempts=1000, base=0.01, cap=0.02))
-    messages = sent(8)
+    app = app_with_handler(topic, handle, order="none", retry=Retry(attempts=1000, base=0.01, cap=0.02))
+    messages = numbered(8)
     del messages[6]  # the eighth waits in vain
     await place.send(topic, *reversed(messages))
-    await settled(place, app)
+    await mark_settled(place, app)
     for n in range(1, 7):
         await query(place.dsn, INSERT, str(n), 1, 1)
     found = await rebuilt(place, app)
@@ -806,8 +703,8 @@ async def test_what_is_settled_above_a_position_counts_and_what_is_not_does_not(
             raise LookupError
         tx.defer(INSERT, str(body["n"]), 1, 1)
 
-    app = handling(topic, handle, order="none", retry=Retry(attempts=1000, base=30, cap=30))
-    await place.send(topic, *sent(6))
+    app = app_with_handler(topic, handle, order="none", retry=Retry(attempts=1000, base=30, cap=30))
+    await place.send(topic, *numbered(6))
 
     async def five() -> bool:
         return len(await place.effects()) == 5
@@ -824,9 +721,9 @@ async def test_what_is_settled_above_a_position_counts_and_what_is_not_does_not(
 @pytest.mark.timeout(600)
 async def test_a_worker_that_goes_on_makes_no_difference(place: Place) -> None:
     topic = await place.topic(2)
-    app = paying(topic)
-    await place.send(topic, *[payment(f"p{n}", n % 7) for n in range(500)])
-    other = paying(topic)
+    app = payments_app(topic)
+    await place.send(topic, *[uuid_payment(f"p{n}", n % 7) for n in range(500)])
+    other = payments_app(topic)
     other.name = app.name
     ended = asyncio.Event()
 
@@ -834,7 +731,7 @@ async def test_a_worker_that_goes_on_makes_no_difference(place: Place) -> None:
         count = 500
         while not ended.is_set():
             sent = count
-            await place.send(topic, *[payment(f"p{count + n}", n % 7) for n in range(50)])
+            await place.send(topic, *[uuid_payment(f"p{count + n}", n % 7) for n in range(50)])
             count += 50
 
             # At the worker's pace: what is produced during one rebuild is work for the next, which must not grow.
@@ -860,11 +757,11 @@ async def test_a_worker_that_goes_on_makes_no_difference(place: Place) -> None:
 
 async def test_ranges_that_cannot_be_known_are_no_guess(place: Place) -> None:
     topic = await place.topic(2)
-    app = paying(topic)
-    await place.send(topic, payment("a", partition=0))
+    app = payments_app(topic)
+    await place.send(topic, uuid_payment("a", partition=0))
     found = await rebuilt(place, app)
     assert [each["kind"] for each in found.unknown] == ["nothing_settled"] and found.tables == []
-    await settled(place, app)
+    await mark_settled(place, app)
     await query(place.dsn, "update consumer.positions set next_offset = 99 where partition = 1")
     found = await rebuilt(place, app)
     assert [each["kind"] for each in found.unknown] == ["log_too_short"] and found.tables == []
@@ -876,8 +773,8 @@ async def test_ranges_that_cannot_be_known_are_no_guess(place: Place) -> None:
 
 async def test_records_that_were_removed_need_a_base(place: Place) -> None:
     topic = await place.topic()
-    app = paying(topic)
-    await place.send(topic, *[payment(f"p{n}", 1, 1) for n in range(10)])
+    app = payments_app(topic)
+    await place.send(topic, *[uuid_payment(f"p{n}", 1, 1) for n in range(10)])
     await consume_all(app, place.settings())
     from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
     from aiokafka.structs import TopicPartition
@@ -902,10 +799,10 @@ async def test_records_that_were_removed_need_a_base(place: Place) -> None:
 
 async def test_a_base_is_looked_at_like_a_handler(place: Place) -> None:
     topic = await place.topic()
-    app = paying(topic)
-    await place.send(topic, payment("a"))
-    await settled(place, app)
-    before = await everything(place.dsn)
+    app = payments_app(topic)
+    await place.send(topic, uuid_payment("a"))
+    await mark_settled(place, app)
+    before = await all_rows(place.dsn)
     for base, text in [
         ("insert into public.accounts values (1000, 1)", "--base names public.accounts with its schema"),
         ("insert into accounts values (0, 'x')", "--base: invalid input syntax"),
@@ -915,7 +812,7 @@ async def test_a_base_is_looked_at_like_a_handler(place: Place) -> None:
     ]:
         with pytest.raises(Misconfigured, match=text):
             await rebuilt(place, app, base=base)
-    assert await everything(place.dsn) == before
+    assert await all_rows(place.dsn) == before
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------------
@@ -983,15 +880,15 @@ async def test_what_would_leave_the_copies_is_refused_and_not_run(place: Place, 
             pass  # a handler that hides it changes nothing
         await tx.execute(UPDATE, 1, 1)
 
-    app = handling(topic, handle)
-    await place.send(topic, *sent(3))
-    await settled(place, app)
-    before = await everything(place.dsn)
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(3))
+    await mark_settled(place, app)
+    before = await all_rows(place.dsn)
     with pytest.raises(Misconfigured) as caught:
         await rebuilt(place, app)
     assert text in str(caught.value) and "handle" in str(caught.value) and "\n" not in str(caught.value)
     assert "Nothing was changed" in str(caught.value)
-    assert await everything(place.dsn) == before
+    assert await all_rows(place.dsn) == before
 
 
 async def test_copy_into_a_named_schema_foreign_parts_and_views_without_a_copy_are_refused(place: Place) -> None:
@@ -1024,23 +921,23 @@ async def test_copy_into_a_named_schema_foreign_parts_and_views_without_a_copy_a
         async def handle(body: dict[str, Any], tx: Tx, statement: Any = statement) -> None:
             await statement(tx)
 
-        app = handling(topic, handle)
-        await place.send(topic, *sent(1))
-        await settled(place, app)
+        app = app_with_handler(topic, handle)
+        await place.send(topic, *numbered(1))
+        await mark_settled(place, app)
         with pytest.raises(Misconfigured, match=text):
             await rebuilt(place, app)
 
 
 async def test_a_deferred_write_is_refused_with_the_name_of_its_own_handler(place: Place) -> None:
     topic = await place.topic()
-    app = paying(topic)
+    app = payments_app(topic)
 
     @app.handler(topic)
     async def audit(payment: Payment, tx: Tx) -> None:
         tx.defer("insert into public.effects values ($1, 0, 0)", payment.id)
 
-    await place.send(topic, payment("a"), payment("b"))
-    await settled(place, app)
+    await place.send(topic, uuid_payment("a"), uuid_payment("b"))
+    await mark_settled(place, app)
     with pytest.raises(Misconfigured, match=r"handler 'audit' names public\.effects"):
         await rebuilt(place, app)
     assert (await rebuilt(place, app, handlers=["settle"])).applied == 2
@@ -1058,9 +955,9 @@ async def test_rows_whose_beginning_nobody_knows_ask_for_a_base(place: Place) ->
         async def handle(body: dict[str, Any], tx: Tx, column: str = column) -> None:
             tx.defer(f"update facts set {column} = {column} + 1 where id = $1", body["n"])
 
-        app = handling(topic, handle)
-        await place.send(topic, *sent(1))
-        await settled(place, app)
+        app = app_with_handler(topic, handle)
+        await place.send(topic, *numbered(1))
+        await mark_settled(place, app)
         with pytest.raises(Misconfigured, match=f"{text}.*--base"):
             await rebuilt(place, app)
     found = await rebuilt(place, app, base="insert into facts values (1, 1, 0), (2, 2, 2)")
@@ -1069,8 +966,8 @@ async def test_rows_whose_beginning_nobody_knows_ask_for_a_base(place: Place) ->
 
 async def test_columns_to_leave_out_are_checked_before_anything_runs(place: Place) -> None:
     topic = await place.topic()
-    app = paying(topic)
-    await place.send(topic, payment("a"))
+    app = payments_app(topic)
+    await place.send(topic, uuid_payment("a"))
     await consume_all(app, place.settings())
     await query(place.dsn, "update accounts set balance = 5 where id = 3")
     for name in ("balance", "accounts.balance", "public.accounts.balance"):
@@ -1109,8 +1006,8 @@ async def test_what_was_not_replayed_is_told(place: Place) -> None:
         """create function nothing() returns trigger language plpgsql as $$ begin return new; end $$;
            create trigger told before insert on effects for each row execute function nothing()""",
     )
-    await place.send(first, payment("a", partition=0))
-    await settled(place, app)
+    await place.send(first, uuid_payment("a", partition=0))
+    await mark_settled(place, app)
     async with reader(place.settings()) as source, app.running():
         found = await rebuild(app, place.settings(), source, [Partition(first, 0)], handlers=["both"])
     notes = "\n".join(found.notes)
@@ -1140,9 +1037,9 @@ async def test_one_that_is_ended_in_the_middle_leaves_nothing(place: Place) -> N
             reached.set()
             await asyncio.Event().wait()
 
-    await place.send(topic, *[payment(f"p{n}") for n in range(30)])
-    await settled(place, app)
-    before = await everything(place.dsn)
+    await place.send(topic, *[uuid_payment(f"p{n}") for n in range(30)])
+    await mark_settled(place, app)
+    before = await all_rows(place.dsn)
     task = asyncio.create_task(rebuilt(place, app))
     await asyncio.wait_for(reached.wait(), 30)
     assert await value(place.dsn, "select count(*) from pg_class where relpersistence = 't' and relkind = 'r'") == 0
@@ -1157,14 +1054,14 @@ async def test_one_that_is_ended_in_the_middle_leaves_nothing(place: Place) -> N
         )
 
     await until("the connection to be gone", gone)
-    assert await everything(place.dsn) == before
+    assert await all_rows(place.dsn) == before
     written = "select coalesce(sum(n_tup_ins + n_tup_upd + n_tup_del), 0) from pg_stat_user_tables where relname = $1"
     assert await value(place.dsn, written, "effects") == 0
 
 
 async def test_a_connection_that_is_lost_ends_it_with_one_line(place: Place) -> None:
     topic = await place.topic()
-    app = paying(topic)
+    app = payments_app(topic)
 
     @app.handler(topic)
     async def kill(payment: Payment, tx: Tx) -> None:
@@ -1173,19 +1070,19 @@ async def test_a_connection_that_is_lost_ends_it_with_one_line(place: Place) -> 
             await query(place.dsn, "select pg_terminate_backend($1)", pid)
             await tx.execute(UPDATE, 1, 1)
 
-    await place.send(topic, *[payment(f"p{n}") for n in range(5)])
-    await settled(place, app)
-    before = await everything(place.dsn)
+    await place.send(topic, *[uuid_payment(f"p{n}") for n in range(5)])
+    await mark_settled(place, app)
+    before = await all_rows(place.dsn)
     with pytest.raises(CannotTell, match="nothing was changed, and it can be run again"):
         await rebuilt(place, app)
-    assert await everything(place.dsn) == before
+    assert await all_rows(place.dsn) == before
 
 
 async def test_a_role_that_may_not_make_temporary_tables_is_told_so(place: Place) -> None:
     topic = await place.topic()
-    app = paying(topic)
-    await place.send(topic, payment("a"))
-    await settled(place, app)
+    app = payments_app(topic)
+    await place.send(topic, uuid_payment("a"))
+    await mark_settled(place, app)
     name = place.dsn.rsplit("/", 1)[1]
     role = f"role_{uuid.uuid4().hex[:8]}"
     await query(place.dsn, f"revoke temporary on database {name} from public")
@@ -1200,8 +1097,8 @@ async def test_a_role_that_may_not_make_temporary_tables_is_told_so(place: Place
 
 async def test_behind_a_pooler_it_works_too(place: Place) -> None:
     topic = await place.topic()
-    app = paying(topic)
-    await place.send(topic, *[payment(f"p{n}", n % 3) for n in range(20)])
+    app = payments_app(topic)
+    await place.send(topic, *[uuid_payment(f"p{n}", n % 3) for n in range(20)])
     await consume_all(app, place.settings())
     await query(place.dsn, "delete from effects where id = 'p4'")
     found = await rebuilt(place, app, settings=place.settings(postgres_pooler=True))
@@ -1235,14 +1132,14 @@ async def test_the_example_application_agrees(
     # Other tests have sent to topics of these names: all of it is settled here, for the first time in this database.
     settings = place.settings()
     await consume_all(billing, settings)
-    before = await everything(database)
+    before = await all_rows(database)
     found = await rebuilt(place, billing)
     assert found.agrees and not found.unknown, (found.differences, found.unknown)
     assert found.dead_lettered > 0 and found.failed == 0
     assert {each["table"] for each in found.tables} == {
         "public.accounts", "public.audit_trail", "public.bookings", "public.payments", "public.receipts",
     }  # fmt: skip
-    assert await everything(database) == before
+    assert await all_rows(database) == before
     await query(
         database, "update accounts set balance = balance + 1030 where account = 2"
     )  # the payment of 30, doubled

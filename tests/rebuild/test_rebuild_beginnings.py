@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from harness import Place, Sent, consume_all, migrated, query
-from test_rebuild import handling, message_id, rebuilt, sent
+from rebuild_runs import app_with_handler, message_id, numbered, rebuilt, unknown_kinds
 
 from consumer import App, Reject, Tx
 from consumer.rebuild.beginnings import Sought, sought_by
@@ -15,10 +15,6 @@ PEOPLE = """
 create table people (id int primary key, kind text not null default 'a', note text, balance int not null default 0);
 insert into people (id, note) select n, 'seed ' || n from generate_series(1, 20) n;
 """
-
-
-def kinds(found: Any) -> list[str]:
-    return [each["kind"] for each in found.unknown]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +42,7 @@ def test_update_that_looks_for_rows_by_key_is_read(sql: str, sought: Sought | No
 async def after(place: Place, handle: Any, messages: list[Sent], tables: str = PEOPLE, **options: Any) -> App:
     await migrated(place.dsn, tables)
     topic = await place.topic()
-    app = handling(topic, handle, **options)
+    app = app_with_handler(topic, handle, **options)
     await place.send(topic, *messages)
     await consume_all(app, place.settings())
     return app
@@ -71,12 +67,12 @@ async def test_deleted_row_that_messages_had_updated_is_a_reason(place: Place, w
             case _:
                 tx.defer("update people set balance = balance + 5 where id = $1 and kind = 'a' and balance < 9", key)
 
-    app = await after(place, handle, sent(9))
+    app = await after(place, handle, numbered(9))
     found = await rebuilt(place, app)
     assert found.agrees and not found.unknown
     await query(place.dsn, "delete from people where id = 3")
     found = await rebuilt(place, app)
-    assert found.agrees and kinds(found) == ["rows_gone"]
+    assert found.agrees and unknown_kinds(found) == ["rows_gone"]
     text = found.unknown[0]["text"]
     assert "public.people: 1 rows that handler handle updates by id are not there" in text
     assert message_id("m3") in text
@@ -93,7 +89,7 @@ async def test_rows_that_were_never_there_are_no_reason(place: Place) -> None:
         if tag == "UPDATE 0" and body["n"] % 2:
             raise Reject("nobody")
 
-    app = await after(place, handle, sent(30))
+    app = await after(place, handle, numbered(30))
     found = await rebuilt(place, app)
     assert found.agrees and not found.unknown
     await query(place.dsn, "delete from people where id = 20")
@@ -105,21 +101,24 @@ async def test_updates_of_rows_that_cannot_be_told_are_a_reason_once_rows_are_go
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         await tx.execute("update people set balance = balance + 1 where id = any($1)", [body["n"], body["n"] + 1])
 
-    app = await after(place, handle, sent(5))
+    app = await after(place, handle, numbered(5))
     found = await rebuilt(place, app)
     assert found.agrees and not found.unknown
     await query(place.dsn, "delete from people where id = 2")
     found = await rebuilt(place, app)
-    assert kinds(found) == ["rows_gone"] and "update balance of rows that cannot be told" in found.unknown[0]["text"]
+    assert (
+        unknown_kinds(found) == ["rows_gone"]
+        and "update balance of rows that cannot be told" in found.unknown[0]["text"]
+    )
 
 
 async def test_column_without_a_default_that_handlers_only_update_has_an_unknown_beginning(place: Place) -> None:
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tx.defer("update people set note = $2 where id = $1", body["n"], f"note {body['n']}")
 
-    app = await after(place, handle, sent(5))
+    app = await after(place, handle, numbered(5))
     found = await rebuilt(place, app)
-    assert not found.differences and kinds(found) == ["beginning_unknown"]
+    assert not found.differences and unknown_kinds(found) == ["beginning_unknown"]
     assert "public.people: 15 rows differ" in found.unknown[0]["text"] and "(columns note)" in found.unknown[0]["text"]
     await query(place.dsn, "update people set note = 'lost' where id = 2")  # whatever it began with, a message wrote it
     found = await rebuilt(place, app)
@@ -136,9 +135,9 @@ async def test_balances_that_did_not_begin_with_the_default_are_no_fault(place: 
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tx.defer("update people set balance = balance + $1 where id = 1", body["n"])
 
-    app = await after(place, handle, sent(5), tables)
+    app = await after(place, handle, numbered(5), tables)
     found = await rebuilt(place, app)
-    assert not found.differences and kinds(found) == ["beginning_unknown"]
+    assert not found.differences and unknown_kinds(found) == ["beginning_unknown"]
     assert (await rebuilt(place, app, base="insert into people values (1, 100)")).agrees
 
 
@@ -151,7 +150,7 @@ async def test_upsert_into_a_table_with_rows_is_no_fault(place: Place, others: b
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tx.defer(upsert, f"s{body['n']}")
 
-    app = await after(place, handle, sent(5), f"{tables}; {'' if others else seeds}")
+    app = await after(place, handle, numbered(5), f"{tables}; {'' if others else seeds}")
     found = await rebuilt(place, app)
     assert not found.differences
     if others:
@@ -161,7 +160,7 @@ async def test_upsert_into_a_table_with_rows_is_no_fault(place: Place, others: b
         found = await rebuilt(place, app)  # most rows are as if the table had been empty
         assert sorted(each["kind"] for each in found.differences) == ["different", "extra"] and not found.unknown
     else:
-        assert kinds(found) == ["beginning_unknown"] and "public.stock" in found.unknown[0]["text"]
+        assert unknown_kinds(found) == ["beginning_unknown"] and "public.stock" in found.unknown[0]["text"]
         assert (await rebuilt(place, app, base=seeds)).agrees
         await query(place.dsn, "delete from stock where sku = 's2'")
         found = await rebuilt(place, app)
@@ -174,7 +173,7 @@ async def test_one_row_that_only_the_last_message_decides_is_a_fault_whatever_it
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tx.defer("insert into latest values (1, $1) on conflict (one) do update set value = $1", body["n"])
 
-    app = await after(place, handle, sent(3), tables)
+    app = await after(place, handle, numbered(3), tables)
     assert (await rebuilt(place, app)).agrees
     await query(place.dsn, "update latest set value = 2")
     found = await rebuilt(place, app)

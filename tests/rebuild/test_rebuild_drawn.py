@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from harness import Place, consume_all, migrated, query, value
-from test_rebuild import handling, rebuilt, sent
+from rebuild_runs import app_with_handler, numbered, rebuilt, unknown_kinds
 
 from consumer import App, Tx
 from consumer.rebuild.drawn_values import DRAWN, Values, drawn
@@ -18,16 +18,12 @@ from consumer.rebuild.table_model import Name
 _MADE = Name("public", "made")
 
 
-def kinds(found: Any) -> list[str]:
-    return [each["kind"] for each in found.unknown]
-
-
 async def applied(place: Place, ddl: str, handle: Any, count: int = 5) -> App:
     """An App whose handler has had that many messages."""
     await migrated(place.dsn, ddl)
     topic = await place.topic()
-    app = handling(topic, handle)
-    await place.send(topic, *sent(count))
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(count))
     await consume_all(app, place.settings())
     return app
 
@@ -68,9 +64,9 @@ async def test_drawn_values_of_another_kind_or_null_are_no_proof(place: Place) -
 
     app = await applied(place, "create table made (id text, n int)", handle)
     found = await rebuilt(place, app, compare=["made.id"])
-    assert kinds(found) == ["depends_on_order"]
+    assert unknown_kinds(found) == ["depends_on_order"]
     await query(place.dsn, "update made set id = 'foreign' where n = 1")
-    assert kinds(await rebuilt(place, app)) == ["depends_on_order"]
+    assert unknown_kinds(await rebuilt(place, app)) == ["depends_on_order"]
     await query(place.dsn, "update made set id = null where n = 1")
     found = await rebuilt(place, app)
     assert not found.agrees and not found.unknown
@@ -82,7 +78,7 @@ async def test_column_that_is_drawn_in_some_rows_only_is_no_agreement(place: Pla
 
     app = await applied(place, "create table made (id text, n int)", handle)
     await query(place.dsn, "update made set id = md5('altered') where n = 1")
-    assert kinds(await rebuilt(place, app)) == ["depends_on_order"]
+    assert unknown_kinds(await rebuilt(place, app)) == ["depends_on_order"]
 
 
 async def test_time_that_a_message_moves_is_no_agreement(place: Place) -> None:
@@ -91,7 +87,7 @@ async def test_time_that_a_message_moves_is_no_agreement(place: Place) -> None:
 
     app = await applied(place, "create table made (due timestamptz)", handle, 1)
     await query(place.dsn, "update made set due = due - interval '1 day'")
-    assert set(kinds(await rebuilt(place, app))) == {"depends_on_order"}
+    assert set(unknown_kinds(await rebuilt(place, app))) == {"depends_on_order"}
 
 
 async def test_sum_that_a_process_keeps_is_no_drawn_value(place: Place) -> None:
@@ -101,7 +97,7 @@ async def test_sum_that_a_process_keeps_is_no_drawn_value(place: Place) -> None:
         tx.defer("insert into made values ($1, $2)", next(numbers), body["n"])
 
     app = await applied(place, "create table made (id int, n int)", handle)
-    assert kinds(await rebuilt(place, app)) == ["depends_on_order"]
+    assert unknown_kinds(await rebuilt(place, app)) == ["depends_on_order"]
 
 
 async def test_drawn_value_that_several_messages_change_is_no_agreement(place: Place) -> None:
@@ -110,7 +106,7 @@ async def test_drawn_value_that_several_messages_change_is_no_agreement(place: P
         tx.defer(sql, body["n"] % 2, str(uuid.uuid4()))
 
     app = await applied(place, "create table made (k int primary key, token text)", handle)
-    assert kinds(await rebuilt(place, app)) == ["depends_on_order"]
+    assert unknown_kinds(await rebuilt(place, app)) == ["depends_on_order"]
 
 
 async def test_drawn_key_that_another_table_refers_to_is_no_agreement(place: Place) -> None:
@@ -122,7 +118,7 @@ async def test_drawn_key_that_another_table_refers_to_is_no_agreement(place: Pla
         tx.defer("insert into child values ($1, $2)", id, body["n"])
 
     app = await applied(place, "create table made (id text, n int); create table child (made text, n int)", handle)
-    assert set(kinds(await rebuilt(place, app))) == {"depends_on_order"}
+    assert set(unknown_kinds(await rebuilt(place, app))) == {"depends_on_order"}
     assert await value(place.dsn, "select count(*) from child") == 5
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from harness import Place, Sent, consume_all, drained, migrated, query, working
-from test_rebuild import handling, message_id, rebuilt, sent
+from rebuild_runs import app_with_handler, message_id, numbered, rebuilt, unknown_kinds
 
 from consumer import App, Message, Tx
 from consumer.replay.findings import UNSTABLE
@@ -59,10 +59,6 @@ WAYS = {
 }
 
 
-def kinds(found: Any) -> list[str]:
-    return [each["kind"] for each in found.unknown]
-
-
 @pytest.mark.parametrize("has_key", [True, False], ids=["with a key", "without a key"])
 @pytest.mark.parametrize("way", WAYS)
 async def test_values_of_the_day_or_time_are_no_fault_later(place: Place, way: str, has_key: bool) -> None:
@@ -73,8 +69,8 @@ async def test_values_of_the_day_or_time_are_no_fault_later(place: Place, way: s
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tx.defer(insert, body["n"], *([date.today()] if "$2" in insert else []))
 
-    app = handling(topic, handle)
-    await place.send(topic, *sent(5))
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(5))
     await consume_all(app, place.settings())
     await query(place.dsn, f"update made set {earlier}")
     found = await rebuilt(place, app)
@@ -95,13 +91,13 @@ async def test_counts_by_day_are_no_fault_later(place: Place) -> None:
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tx.defer("insert into daily values (current_date, 1) on conflict (day) do update set n = daily.n + 1")
 
-    app = handling(topic, handle)
-    await place.send(topic, *sent(5))
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(5))
     await consume_all(app, place.settings())
     assert (await rebuilt(place, app)).agrees
     await query(place.dsn, "update daily set day = day - 1")
     found = await rebuilt(place, app)
-    assert not found.differences and kinds(found) and set(kinds(found)) <= set(UNSTABLE)
+    assert not found.differences and unknown_kinds(found) and set(unknown_kinds(found)) <= set(UNSTABLE)
 
 
 async def test_day_that_a_message_says_is_compared(place: Place) -> None:
@@ -116,8 +112,8 @@ async def test_day_that_a_message_says_is_compared(place: Place) -> None:
         else:
             tx.defer("update due set deleted_on = current_date where id = $1", body["n"] - 5)
 
-    app = handling(topic, handle)
-    await place.send(topic, *sent(8))
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(8))
     await consume_all(app, place.settings())
     found = await rebuilt(place, app)
     assert found.agrees and not found.unknown
@@ -135,14 +131,14 @@ async def test_numbers_with_gaps_are_no_fault(place: Place) -> None:
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         await tx.execute("insert into numbered values (nextval('numbered_id_seq'), $1)", body["n"])
 
-    app = handling(topic, handle)
-    await place.send(topic, *sent(3))
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(3))
     await consume_all(app, place.settings())
     await query(place.dsn, "select nextval('numbered_id_seq') from generate_series(1, 7)")
-    await place.send(topic, *sent(6)[3:])
+    await place.send(topic, *numbered(6)[3:])
     await consume_all(app, place.settings())
     found = await rebuilt(place, app)
-    assert not found.differences and kinds(found) == ["depends_on_order"] and "id" in found.unknown[0]["text"]
+    assert not found.differences and unknown_kinds(found) == ["depends_on_order"] and "id" in found.unknown[0]["text"]
 
 
 async def test_keys_from_python_are_no_fault_in_any_table(place: Place) -> None:
@@ -152,8 +148,8 @@ async def test_keys_from_python_are_no_fault_in_any_table(place: Place) -> None:
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tx.defer("insert into made values ($1, $2)", uuid.uuid4(), body["n"])
 
-    app = handling(topic, handle)
-    await place.send(topic, *sent(5))
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(5))
     await consume_all(app, place.settings())
     found = await rebuilt(place, app)
     assert found.agrees and not found.unknown
@@ -198,11 +194,11 @@ async def test_trigger_that_sets_a_column_and_rule_are_reasons(place: Place) -> 
         tx.defer("insert into made (id) values ($1)", body["n"])
         tx.defer("insert into other values ($1)", body["n"])
 
-    app = handling(topic, handle)
-    await place.send(topic, *sent(3))
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(3))
     await consume_all(app, place.settings())
     found = await rebuilt(place, app)
-    assert sorted(kinds(found)) == ["rules", "triggers"]
+    assert sorted(unknown_kinds(found)) == ["rules", "triggers"]
     assert "public.made" in found.unknown[0]["text"] and "public.other" in found.unknown[1]["text"]
 
 
@@ -215,14 +211,14 @@ async def test_rebuilds_of_one_command_see_one_moment(place: Place) -> None:
         insert, update = "insert into totals values (1, $1)", "update totals set n = n + $1 where id = 1"
         tx.defer(insert if body["n"] == 1 else update, body["n"])
 
-    app, worker = handling(topic, handle), handling(topic, handle)
+    app, worker = app_with_handler(topic, handle), app_with_handler(topic, handle)
     worker.name = app.name  # another process of the same service
-    await place.send(topic, *sent(5))
+    await place.send(topic, *numbered(5))
     await consume_all(app, place.settings())
     await query(place.dsn, "update totals set n = n - 3")
 
     async def go_on() -> None:
-        await place.send(topic, *sent(7)[5:])
+        await place.send(topic, *numbered(7)[5:])
         await consume_all(worker, place.settings())
 
     moved: list[str] = []

@@ -9,7 +9,8 @@ import asyncpg
 import msgspec
 import pytest
 from harness import Place, Sent, consume_all, drained, migrated, query, working
-from test_rebuild import handling, message_id, new_app, paying, payment, rebuilt, sent
+from payments_app import payments_app
+from rebuild_runs import app_with_handler, message_id, new_app, numbered, rebuilt, unknown_kinds, uuid_payment
 
 from consumer import App, Tx
 from consumer.core.errors import Misconfigured
@@ -34,10 +35,6 @@ async def spread(place: Place) -> None:
            (select at, rank() over (order by at) as place from (select distinct applied_at as at from consumer.ledger) a) r
            where r.at = l.applied_at""",
     )
-
-
-def kinds(found: Any) -> list[str]:
-    return [each["kind"] for each in found.unknown]
 
 
 async def test_topics_settled_one_after_the_other_are_rebuilt_in_that_order(place: Place) -> None:
@@ -81,7 +78,7 @@ async def test_the_last_writer_of_two_partitions_is_the_one_that_was_applied_las
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tx.defer("insert into latest values (1, $1) on conflict (only_one) do update set value = $1", body["n"])
 
-    app = handling(topic, handle)
+    app = app_with_handler(topic, handle)
     async with working(app, place.settings()):
         for n, partition in enumerate([1 - last, last, 1 - last, last]):
             await place.send(topic, Sent({"n": n}, id=message_id(f"m{n}"), partition=partition))
@@ -90,7 +87,7 @@ async def test_the_last_writer_of_two_partitions_is_the_one_that_was_applied_las
     assert found.agrees and not found.unknown
     await query(place.dsn, "update latest set value = 2")
     found = await rebuilt(place, app)  # the four transactions may have overlapped, as far as the ledger knows
-    assert kinds(found) == ["depends_on_order"] and "latest" in found.unknown[0]["text"]
+    assert unknown_kinds(found) == ["depends_on_order"] and "latest" in found.unknown[0]["text"]
     await spread(place)
     assert not (await rebuilt(place, app)).agrees
 
@@ -105,8 +102,8 @@ async def test_a_lost_soft_delete_is_found_and_a_right_one_agrees(place: Place) 
         else:
             tx.defer("update orders set deleted_at = now() where id = $1", str(body["n"] - 10))
 
-    app = handling(topic, handle)
-    await place.send(topic, *sent(14))
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(14))
     await consume_all(app, place.settings())
     found = await rebuilt(place, app)
     assert found.agrees and not found.unknown
@@ -118,8 +115,8 @@ async def test_a_lost_soft_delete_is_found_and_a_right_one_agrees(place: Place) 
 
 async def test_messages_that_cannot_be_read_any_more_are_a_reason_for_doubt(place: Place) -> None:
     topic = await place.topic()
-    app = paying(topic)
-    await place.send(topic, *[payment(f"p{n}") for n in range(5)])
+    app = payments_app(topic)
+    await place.send(topic, *[uuid_payment(f"p{n}") for n in range(5)])
     await consume_all(app, place.settings())
     changed = App(app.name)
 
@@ -128,7 +125,7 @@ async def test_messages_that_cannot_be_read_any_more_are_a_reason_for_doubt(plac
         tx.defer("insert into effects values ($1, $2, 1)", payment.id, payment.branch)
 
     found = await rebuilt(place, changed)
-    assert "unreadable_now" in kinds(found)
+    assert "unreadable_now" in unknown_kinds(found)
 
 
 async def test_a_handler_that_writes_nothing_here_proves_nothing(place: Place) -> None:
@@ -141,26 +138,26 @@ async def test_a_handler_that_writes_nothing_here_proves_nothing(place: Place) -
         if enabled:
             tx.defer("insert into effects values ($1, 1, 1)", str(body["n"]))
 
-    await place.send(topic, *sent(5))
+    await place.send(topic, *numbered(5))
     await consume_all(app, place.settings())
     assert not (await rebuilt(place, app)).unknown
     enabled = False
     found = await rebuilt(place, app)
-    assert kinds(found) == ["nothing_compared"] and "settle" in found.unknown[0]["text"]
+    assert unknown_kinds(found) == ["nothing_compared"] and "settle" in found.unknown[0]["text"]
 
 
 async def test_tables_with_triggers_are_a_reason_for_doubt(place: Place) -> None:
     topic = await place.topic()
-    app = paying(topic)
+    app = payments_app(topic)
     await query(
         place.dsn,
         """create function doubled() returns trigger language plpgsql as
            $$ begin new.amount := new.amount * 2; return new; end $$""",
     )
     await query(place.dsn, "create trigger twice before insert on effects for each row execute function doubled()")
-    await place.send(topic, *[payment(f"p{n}") for n in range(5)])
+    await place.send(topic, *[uuid_payment(f"p{n}") for n in range(5)])
     await consume_all(app, place.settings())
-    assert "triggers" in kinds(await rebuilt(place, app))
+    assert "triggers" in unknown_kinds(await rebuilt(place, app))
 
 
 async def test_values_that_python_draws_are_found_by_rebuilding_twice(place: Place) -> None:
@@ -169,8 +166,8 @@ async def test_values_that_python_draws_are_found_by_rebuilding_twice(place: Pla
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tx.defer("insert into effects values ($1, $2, 1)", str(uuid.uuid4()), body["n"])
 
-    app = handling(topic, handle)
-    await place.send(topic, *sent(5))
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(5))
     await consume_all(app, place.settings())
     found = await rebuilt(place, app)
     assert found.agrees and not found.unknown
@@ -191,8 +188,8 @@ async def test_a_table_that_is_only_deleted_from_asks_for_its_first_rows(place: 
         quantity = await tx.fetchval("delete from stock where id = $1 returning quantity", body["n"])
         tx.defer("insert into effects values ($1, 1, $2)", str(body["n"]), quantity or 0)
 
-    app = handling(topic, handle)
-    await place.send(topic, *sent(2))
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(2))
     await consume_all(app, place.settings())
     with pytest.raises(Misconfigured, match=r"handlers delete from it and none inserts into it.*--base"):
         await rebuilt(place, app)
@@ -217,7 +214,7 @@ async def test_a_transaction_of_a_batch_handler_is_replayed_as_a_whole(place: Pl
             there = await tx.fetchval("select count(*) from orders")
             tx.defer("insert into latest values ($1, $2)", body["n"], there)
 
-    messages = sent(6)
+    messages = numbered(6)
     await place.send(topic, *messages[:3], messages[0], *messages[3:])
     await consume_all(app, place.settings())
     for most in (1, 4, 100):
@@ -233,8 +230,8 @@ async def test_rows_from_before_the_handlers_are_no_fault_of_theirs(place: Place
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tx.defer("insert into latest values ($1, 7) on conflict (only_one) do update set value = 7", body["n"])
 
-    app = handling(topic, handle)
-    await place.send(topic, *sent(2))
+    app = app_with_handler(topic, handle)
+    await place.send(topic, *numbered(2))
     await consume_all(app, place.settings())
     found = await rebuilt(place, app)
     assert found.agrees and not found.unknown and any("latest" in note for note in found.notes)
@@ -250,13 +247,13 @@ def keeping(topic: str) -> App:
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tx.defer("insert into latest values ($1, 7)", body["n"])
 
-    return handling(topic, handle)
+    return app_with_handler(topic, handle)
 
 
 async def test_after_a_restore_nothing_is_said_of_the_first_rows(place: Place) -> None:
     await migrated(place.dsn, TABLES)
     app = keeping(topic := await place.topic())
-    await place.send(topic, *sent(3))
+    await place.send(topic, *numbered(3))
     await consume_all(app, place.settings(batch_messages_max=1))
     # As pg_restore does: each table in a transaction of its own.
     for table, column in (("latest", "value"), ("consumer.handlers", "name"), ("consumer.ledger", "id")):
@@ -264,7 +261,7 @@ async def test_after_a_restore_nothing_is_said_of_the_first_rows(place: Place) -
     assert (await rebuilt(place, app)).agrees
     await query(place.dsn, "insert into latest values (9, 9)")
     found = await rebuilt(place, app)
-    assert kinds(found) == ["beginning_not_kept"] and "restored" in found.unknown[0]["text"]
+    assert unknown_kinds(found) == ["beginning_not_kept"] and "restored" in found.unknown[0]["text"]
     await query(place.dsn, "delete from latest where only_one = 1")
     found = await rebuilt(place, app)  # a lost row is a fault
     assert not found.unknown and {each["kind"] for each in found.differences} == {"missing", "extra"}
@@ -273,7 +270,7 @@ async def test_after_a_restore_nothing_is_said_of_the_first_rows(place: Place) -
 async def test_a_changed_entry_of_a_handler_makes_no_first_rows_of_its_own(place: Place) -> None:
     await migrated(place.dsn, TABLES)
     app = keeping(topic := await place.topic())
-    await place.send(topic, *sent(3))
+    await place.send(topic, *numbered(3))
     await consume_all(app, place.settings())
     await query(place.dsn, "insert into latest values (9, 9)")
     await query(place.dsn, "update consumer.handlers set name = name")  # as a new name, or another topic, does
@@ -288,7 +285,7 @@ async def test_a_clock_that_stepped_back_makes_the_order_a_reason(place: Place) 
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tx.defer("insert into latest values (1, $1) on conflict (only_one) do update set value = $1", body["n"])
 
-    app = handling(topic, handle)
+    app = app_with_handler(topic, handle)
     await place.send(topic, *[Sent({"n": n}, id=message_id(f"m{n}"), key="a") for n in range(6)])
     await consume_all(app, place.settings())
     await query(
@@ -296,7 +293,7 @@ async def test_a_clock_that_stepped_back_makes_the_order_a_reason(place: Place) 
         """update consumer.ledger set applied_at = applied_at - case when "offset" < 3 then 0 else 1 end * interval '1 hour'""",
     )
     found = await rebuilt(place, app)  # the ledger's order ends with the third message
-    assert kinds(found) == ["depends_on_order"] and found.agrees
+    assert unknown_kinds(found) == ["depends_on_order"] and found.agrees
     assert any("clock stepped back" in each for each in found.notes)
     await query(place.dsn, "delete from latest")  # missing in any order
     found = await rebuilt(place, app)
@@ -316,8 +313,8 @@ async def test_rows_from_before_the_handlers_stay_a_reason_where_they_may_be_a_f
         if rebuilding and doubt == "a lost delete":
             await tx.execute("delete from latest where only_one = 4")
 
-    app = handling(topic, handle)
-    for message in sent(2):
+    app = app_with_handler(topic, handle)
+    for message in numbered(2):
         await place.send(topic, message)
         await consume_all(app, place.settings())
     match doubt:
@@ -335,7 +332,7 @@ async def test_rows_from_before_the_handlers_stay_a_reason_where_they_may_be_a_f
     found = await rebuilt(place, app)
     assert found.unknown or not found.agrees
     expected = "beginning_not_kept" if doubt == "a restored ledger" else "began_with_rows"
-    assert expected in kinds(found) or doubt in ("a lost row", "a foreign row")
+    assert expected in unknown_kinds(found) or doubt in ("a lost row", "a foreign row")
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -358,7 +355,7 @@ async def test_message_that_a_new_handler_need_not_settle_is_no_conflict(place: 
         return app
 
     first, both = app_with("a"), app_with("a", "b")
-    await place.send(topic, *[Sent({"n": n}, id=message_id("one"), key="k") for n in (1,)], *sent(2))
+    await place.send(topic, *[Sent({"n": n}, id=message_id("one"), key="k") for n in (1,)], *numbered(2))
     await consume_all(first, place.settings())
     await place.send(topic, Sent({"n": 9}, id=message_id("one"), key="k"))
     await consume_all(both, place.settings())
@@ -367,4 +364,4 @@ async def test_message_that_a_new_handler_need_not_settle_is_no_conflict(place: 
         await coverage.begin_here(connection, both, "b", [topic])
         await connection.close()
     found = await rebuilt(place, both)
-    assert kinds(found) == ([] if declared else ["id_conflict"]) and found.agrees is declared
+    assert unknown_kinds(found) == ([] if declared else ["id_conflict"]) and found.agrees is declared

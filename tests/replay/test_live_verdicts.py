@@ -10,8 +10,9 @@ from uuid import uuid4
 
 import pytest
 from harness import Place, Sent, consume_all, consumer, query, until
+from payments_app import QUICK, payment, payments_app
+from replay_runs import ledger_id, outcome_counts, run_replay
 from test_coverage import app_with
-from test_replay import app_of, counts, hashed, payment, run
 
 from consumer import App
 from consumer.replay import summary
@@ -33,14 +34,14 @@ async def settled_meanwhile(
 
     with monkeypatch.context() as patch:
         patch.setattr(summary, "conclude", conclude)
-        return await run(place, app, topic)
+        return await run_replay(place, app, topic)
 
 
 async def test_letters_that_a_worker_makes_during_the_check_are_there(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a"))
     await consume_all(app, place.settings())
     # A conflict and a message that cannot be read: the worker makes dead letters of them, and has not come to them yet.
@@ -50,9 +51,9 @@ async def test_letters_that_a_worker_makes_during_the_check_are_there(
     assert "2 of them beyond the position" in found.problems()[0]["text"]
     found = await settled_meanwhile(place, app, topic, monkeypatch, settle=True)
     assert found.ok, found.problems()
-    assert counts(found) == {"delivered": 3, "applied": 1, "conflicts": 1, "unreadable": 1}
-    await query(place.dsn, "delete from consumer.dead_letters where id = $1", hashed("a"))
-    found = await run(place, app, topic)
+    assert outcome_counts(found) == {"delivered": 3, "applied": 1, "conflicts": 1, "unreadable": 1}
+    await query(place.dsn, "delete from consumer.dead_letters where id = $1", ledger_id("a"))
+    found = await run_replay(place, app, topic)
     assert found.verdict().exit_code == 1 and (found.unsettled, found.unsettled_ahead) == (1, 0)
 
 
@@ -76,11 +77,11 @@ async def purge(place: Place, tmp_path: Path, hours: str = "0") -> None:
 
 async def test_marks_in_redis_of_rows_that_the_ledger_forgot_are_not_wrong(place: Place, tmp_path: Path) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}") for n in range(5)])
     await consume_all(app, place.settings(ledger_clock_skew_hours=0, precheck_budget_ms=10_000))
     await purge(place, tmp_path)
-    found = await run(place, app, topic, settings={"ledger_clock_skew_hours": 0})
+    found = await run_replay(place, app, topic, settings={"ledger_clock_skew_hours": 0})
     assert found.precheck is not None and found.precheck["hits"] == 5
     assert found.precheck["wrong"] == 0 and not found.problems()
     assert [each["kind"] for each in found.unknowns()] == ["before_ledger"]
@@ -88,12 +89,12 @@ async def test_marks_in_redis_of_rows_that_the_ledger_forgot_are_not_wrong(place
 
 async def test_claims_that_are_lost_while_the_ledger_turns_are_no_writes(place: Place) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}") for n in range(5)])
     await consume_all(app, place.settings())
     for version in range(1, 5):  # from every step of a turn to the next one
-        found = await run(place, app, topic)
-        assert found.ok and counts(found) == {"delivered": 5, "applied": 5}, (version, found.problems())
+        found = await run_replay(place, app, topic)
+        assert found.ok and outcome_counts(found) == {"delivered": 5, "applied": 5}, (version, found.problems())
         assert await query(place.dsn, "select consumer.turn($1)", version)
 
 
@@ -109,7 +110,7 @@ async def declare(place: Place, topic: str, past: int) -> None:
 
 
 async def rebuild(place: Place, app: App, topic: str) -> Findings:
-    return await run(place, app, topic, mode="rebuild", settings={"ledger_clock_skew_hours": 0})
+    return await run_replay(place, app, topic, mode="rebuild", settings={"ledger_clock_skew_hours": 0})
 
 
 async def test_rebuild_leaves_out_what_a_new_handler_need_not_settle(place: Place) -> None:
@@ -141,11 +142,11 @@ async def test_conflicts_that_a_new_handler_need_not_settle_are_no_problem(place
     await consume_all(both, place.settings())
     await declare(place, topic, 3)
     for options in ({}, {"end": "position"}, {"message_id": "a"}):
-        found = await run(place, both, topic, **options)
+        found = await run_replay(place, both, topic, **options)
         assert found.ok, [*found.problems(), *found.unknowns()]
-    assert counts(found, "record") == {"delivered": 4, "skipped": 1, "applied": 2, "conflicts": 1}
+    assert outcome_counts(found, "record") == {"delivered": 4, "skipped": 1, "applied": 2, "conflicts": 1}
     await query(place.dsn, 'delete from consumer.dead_letters where "offset" = 4 returning 1')
-    found = await run(place, both, topic)
+    found = await run_replay(place, both, topic)
     assert found.verdict().exit_code == 1 and found.unsettled == 2
 
 
@@ -155,7 +156,7 @@ async def test_rebuild_does_not_guess_about_what_the_ledger_forgot(
 ) -> None:
     """The ledger has forgotten messages above a position that was moved back: they were applied, or never were."""
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     settings = place.settings(redis_url=None, ledger_clock_skew_hours=0)
     await place.send(topic, *[payment(f"p{n}") for n in range(10)])
     await consume_all(app, settings)

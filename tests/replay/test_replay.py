@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
-import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.records_to_delete import RecordsToDelete
 from aiokafka.structs import OffsetAndMetadata
+from database_contents import all_rows
 from harness import Place, Sent, consume_all, drained, letters, query, until, value, working
+from payments_app import INSERT, QUICK, UPDATE, Payment, payment, payments_app
+from replay_runs import ledger_id, outcome_counts, run_replay
 
 from consumer import App, CannotTell, Message, Misconfigured, Reject, Retry, RunAgain, Tx, verify
 from consumer.admin import report
-from consumer.core.identity import message_id
 from consumer.core.message import Partition
 from consumer.demo import plan
 from consumer.demo.application import settle
@@ -33,80 +34,15 @@ from consumer.precheck.client import Precheck
 from consumer.replay import engine, summary
 from consumer.replay.findings import Findings
 from consumer.replay.options import Limits, Options, Progress
-from consumer.replay.rebuild_run import RebuildOptions, run_rebuild
-from consumer.replay.republish_run import RepublishOptions, run_republish
 from consumer.replay.run import Run
 from consumer.replay.verify import replay
-
-QUICK = Retry(attempts=2, base=0.01, cap=0.05)
-INSERT = "insert into effects values ($1, $2, $3)"
-UPDATE = "update accounts set balance = balance + $2 where id = $1"
-
-
-class Payment(msgspec.Struct):
-    id: str
-    account: int
-    amount: int
-
-
-def app_of(topic: str, name: str | None = None, fingerprint: Any = "bytes") -> App:
-    app = App(name or f"app-{uuid.uuid4().hex[:8]}")
-
-    @app.handler(topic, name="settle", retry=QUICK, fingerprint=fingerprint)
-    async def settle(payment: Payment, tx: Tx) -> None:
-        if payment.amount < 0:
-            raise Reject("negative")
-        tx.defer(INSERT, payment.id, payment.account, payment.amount)
-        tx.defer(UPDATE, payment.account, payment.amount)
-
-    return app
-
-
-def payment(name: str, account: int = 1, amount: int = 10, id: object = None, **more: Any) -> Sent:
-    body = {"id": name, "account": account, "amount": amount}
-    return Sent(body, id=str(id if id is not None else name), key=str(account), **more)
-
-
-async def run(place: Place, app: App, *topics: str, **options: Any) -> Findings:
-    settings = place.settings(**options.pop("settings", {}))
-    mode = options.get("mode", "check")
-    if mode == "rebuild":
-        return await run_rebuild(app, settings, topics, RebuildOptions(**_without_mode(options)), Progress())
-    if mode == "republish":
-        return await run_republish(app, settings, topics, RepublishOptions(**_without_mode(options)), Progress())
-    limits = Limits(**options.pop("limits", {}))
-    return await replay(app, settings, topics, Options(**options), Progress(), limits=limits)
-
-
-def _without_mode(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != "mode"}
-
-
-def counts(found: Findings, handler: str = "settle") -> dict[str, int]:
-    """Those that are not zero."""
-    return {name: n for name, n in found.as_dict()["handlers"][handler].items() if n}
-
-
-def hashed(text: str) -> uuid.UUID:
-    """The key under which the ledger keeps an id."""
-    return uuid.UUID(bytes=message_id(text.encode()))
-
-
-async def everything(dsn: str) -> dict[str, Any]:
-    """The contents of all tables, to see that nothing was changed."""
-    tables = await query(
-        dsn, "select format('%I.%I', schemaname, tablename) from pg_tables where schemaname in ('public', 'consumer')"
-    )
-    found = {name: sorted(map(repr, await query(dsn, f"select * from {name}"))) for (name,) in tables}
-    sequences = await query(dsn, "select schemaname, sequencename, last_value from pg_sequences")
-    return {**found, "sequences": sorted(map(repr, sequences))}
 
 
 @pytest.fixture
 async def settled(place: Place) -> tuple[Place, App, str]:
     """A topic of 60 messages, 10 of them twice, all applied by a worker; one is a dead letter."""
     topic = await place.topic(2)
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     sent = [payment(f"p{n}", n % 7, n + 1) for n in range(59)] + [payment("bad", 1, -1)]
     await place.send(topic, *sent, *sent[:10])
     await consume_all(app, place.settings(precheck_budget_ms=5000))
@@ -115,39 +51,47 @@ async def settled(place: Place) -> tuple[Place, App, str]:
 
 async def test_all_is_applied(settled: tuple[Place, App, str]) -> None:
     place, app, topic = settled
-    before = await everything(place.dsn)
-    found = await run(place, app, topic)
-    assert counts(found) == {"delivered": 70, "applied": 69, "dead_lettered": 1}
+    before = await all_rows(place.dsn)
+    found = await run_replay(place, app, topic)
+    assert outcome_counts(found) == {"delivered": 70, "applied": 69, "dead_lettered": 1}
     assert found.verdict().exit_code == 0
     assert found.as_dict()["effects"]["rows"] == 0 and found.as_dict()["effects"]["transactions"] == 2
     assert found.history == {"settle": {"rows": 60, "with_message": 60, "without_message": 0}}
     assert found.precheck == {"asked": 70, "hits": 69, "wrong": 0, "unanswered": 0}
-    assert await everything(place.dsn) == before
+    assert await all_rows(place.dsn) == before
 
 
 async def test_a_message_that_was_lost_is_found_and_repaired(settled: tuple[Place, App, str]) -> None:
     place, app, topic = settled
-    [(id,)] = await query(place.dsn, "select id from consumer.ledger where id = $1", hashed("p3"))
+    [(id,)] = await query(place.dsn, "select id from consumer.ledger where id = $1", ledger_id("p3"))
     await query(place.dsn, "delete from consumer.ledger where id = $1", id)
     await query(place.dsn, "delete from effects where id = 'p3'")
     await query(place.dsn, "update accounts set balance = balance - 4 where id = 3")
-    before = await everything(place.dsn)
-    found = await run(place, app, topic)
-    assert counts(found) == {"delivered": 70, "applied": 67, "dead_lettered": 1, "missing": 1, "repeated": 1}
+    before = await all_rows(place.dsn)
+    found = await run_replay(place, app, topic)
+    assert outcome_counts(found) == {"delivered": 70, "applied": 67, "dead_lettered": 1, "missing": 1, "repeated": 1}
     assert found.verdict().exit_code == 1
     assert found.precheck is not None and found.precheck["wrong"] == 2
     [sample] = [each for each in found.samples if each["kind"] == "missing"]
     assert sample["id"] == str(id) and sample["detail"] == "not applied"
     assert found.ahead == 0
-    assert await everything(place.dsn) == before
+    assert await all_rows(place.dsn) == before
 
-    found = await run(place, app, topic, mode="apply")
-    assert counts(found) == {"delivered": 70, "applied": 67, "dead_lettered": 1, "repeated": 1, "applied_now": 1}
+    found = await run_replay(place, app, topic, mode="apply")
+    assert outcome_counts(found) == {
+        "delivered": 70,
+        "applied": 67,
+        "dead_lettered": 1,
+        "repeated": 1,
+        "applied_now": 1,
+    }
     assert found.verdict().exit_code == 0
     assert await value(place.dsn, "select count(*) from effects") == 59
     assert await value(place.dsn, "select sum(balance) from accounts") == sum(range(60))
-    found = await run(place, app, topic)
-    assert counts(found) == {"delivered": 70, "applied": 69, "dead_lettered": 1} and found.verdict().exit_code == 0
+    found = await run_replay(place, app, topic)
+    assert (
+        outcome_counts(found) == {"delivered": 70, "applied": 69, "dead_lettered": 1} and found.verdict().exit_code == 0
+    )
 
 
 # -- what it finds ------------------------------------------------------------------------------------------------------
@@ -155,9 +99,9 @@ async def test_a_message_that_was_lost_is_found_and_repaired(settled: tuple[Plac
 
 async def test_an_effect_without_a_ledger_row_is_missing_in_the_ledger(settled: tuple[Place, App, str]) -> None:
     place, app, topic = settled
-    await query(place.dsn, "delete from consumer.ledger where id = $1 returning id", hashed("p20"))
-    found = await run(place, app, topic)
-    assert counts(found) == {"delivered": 70, "applied": 68, "dead_lettered": 1, "missing": 1}
+    await query(place.dsn, "delete from consumer.ledger where id = $1 returning id", ledger_id("p20"))
+    found = await run_replay(place, app, topic)
+    assert outcome_counts(found) == {"delivered": 70, "applied": 68, "dead_lettered": 1, "missing": 1}
     assert found.verdict().exit_code == 1
 
 
@@ -170,18 +114,18 @@ async def test_a_ledger_row_without_a_message_is_found(settled: tuple[Place, App
            select 1, case $1 when 'one that is not there' then 30 else "offset" end, now(), partition, handler, topic, $2
            from consumer.ledger where id = $3 returning id""",
         offset,
-        hashed("never sent"),
-        hashed("p5"),
+        ledger_id("never sent"),
+        ledger_id("p5"),
     )
     if offset == "its own":  # as if p5 had been applied under another id
-        await query(place.dsn, "delete from consumer.ledger where id = $1 returning id", hashed("p5"))
-    found = await run(place, app, topic)
+        await query(place.dsn, "delete from consumer.ledger where id = $1 returning id", ledger_id("p5"))
+    found = await run_replay(place, app, topic)
     assert found.history == {
         "settle": {"rows": 60 + (offset != "its own"), "with_message": 59 + (offset != "its own"), "without_message": 1}
     }
     assert found.verdict().exit_code == 1
     [sample] = [each for each in found.samples if each["kind"] == "rows_without_message"]
-    assert sample["id"] == str(hashed("never sent"))
+    assert sample["id"] == str(ledger_id("never sent"))
 
 
 @pytest.mark.parametrize("what", ["rows", "a lock", "a sequence", "a failure"])
@@ -207,7 +151,7 @@ async def test_a_handler_that_is_called_in_spite_of_its_claim_is_caught(
 
     await place.send(topic, *[payment(f"p{n}") for n in range(20)])
     await consume_all(app, place.settings())
-    assert (await run(place, app, topic)).ok
+    assert (await run_replay(place, app, topic)).ok
 
     original = Session.claim
 
@@ -219,10 +163,10 @@ async def test_a_handler_that_is_called_in_spite_of_its_claim_is_caught(
     # Several transactions of one session: each counts only its own rows.
     limits = {"chunk_deliveries": 5} if what == "rows" else {}
     broken = True
-    before = await everything(place.dsn)
-    unasked = await run(place, app, topic, limits=limits)  # calls no handler, and the claims tell
+    before = await all_rows(place.dsn)
+    unasked = await run_replay(place, app, topic, limits=limits)  # calls no handler, and the claims tell
     assert {each["kind"]: each["count"] for each in unasked.problems()} == {"claims": 20}
-    found = await run(place, app, topic, call_handlers=True, limits=limits)
+    found = await run_replay(place, app, topic, call_handlers=True, limits=limits)
     kinds = {each["kind"]: each["count"] for each in found.problems()}
     expected = {
         "rows": {"claims": 20, "effects": 40},
@@ -232,7 +176,7 @@ async def test_a_handler_that_is_called_in_spite_of_its_claim_is_caught(
     }[what]
     assert kinds == expected
     assert found.verdict().exit_code == 1
-    assert counts(found) == {"delivered": 20, "applied": 20}
+    assert outcome_counts(found) == {"delivered": 20, "applied": 20}
     if what == "rows":
         effects = found.as_dict()["effects"]
         assert effects["tables"] == {
@@ -241,12 +185,12 @@ async def test_a_handler_that_is_called_in_spite_of_its_claim_is_caught(
         }
         assert "pg_stat_xact" in effects["how"]
     if what != "a sequence":
-        assert await everything(place.dsn) == before
+        assert await all_rows(place.dsn) == before
 
 
 async def test_every_outcome_is_counted_once_and_under_its_own_name(place: Place) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
 
     @app.handler(topic, idempotent=False)
     async def look(payment: bytes) -> None: ...
@@ -261,9 +205,9 @@ async def test_every_outcome_is_counted_once_and_under_its_own_name(place: Place
         Sent({"id": "none", "account": 1, "amount": 1}, id=""),  # an empty id
     )
     await consume_all(app, place.settings())
-    found = await run(place, app, topic)
-    assert counts(found) == {"delivered": 6, "applied": 2, "conflicts": 1, "dead_lettered": 2, "unreadable": 1}
-    assert counts(found, "look") == {"delivered": 6, "skipped": 6}
+    found = await run_replay(place, app, topic)
+    assert outcome_counts(found) == {"delivered": 6, "applied": 2, "conflicts": 1, "dead_lettered": 2, "unreadable": 1}
+    assert outcome_counts(found, "look") == {"delivered": 6, "skipped": 6}
     assert found.ok and found.unsettled == 0
     # What nobody has consumed yet, in the same chunk as what was.
     await place.send(
@@ -275,14 +219,14 @@ async def test_every_outcome_is_counted_once_and_under_its_own_name(place: Place
         Sent({"id": "none", "account": 1, "amount": 1}, id=""),
         payment("other again", id="a"),
     )
-    before = await everything(place.dsn)
-    unasked = await run(place, app, topic)
-    found = await run(place, app, topic, call_handlers=True)
-    assert counts(unasked) == counts(found)
+    before = await all_rows(place.dsn)
+    unasked = await run_replay(place, app, topic)
+    found = await run_replay(place, app, topic, call_handlers=True)
+    assert outcome_counts(unasked) == outcome_counts(found)
     assert {each["detail"] for each in unasked.samples if each["kind"] == "missing"} == {
         "not applied; workers have not come to it yet"
     }
-    assert counts(found) == {
+    assert outcome_counts(found) == {
         "delivered": 12,
         "applied": 2,
         "conflicts": 2,
@@ -296,24 +240,24 @@ async def test_every_outcome_is_counted_once_and_under_its_own_name(place: Place
         "would be applied; workers have not come to it yet",
         "would become a dead letter (rejected); workers have not come to it yet",
     }
-    assert await everything(place.dsn) == before
-    assert (await run(place, app, topic, end="position")).ok
+    assert await all_rows(place.dsn) == before
+    assert (await run_replay(place, app, topic, end="position")).ok
 
-    found = await run(place, app, topic, mode="apply")
+    found = await run_replay(place, app, topic, mode="apply")
     assert (found.total("applied_now"), found.total("dead_lettered_now")) == (1, 4)
     assert [each["kind"] for each in found.problems()] == ["dead_lettered_now"]  # somebody must look at those
     assert len(await letters(place.dsn)) == 8
-    assert (await run(place, app, topic)).ok
+    assert (await run_replay(place, app, topic)).ok
 
 
 async def test_a_conflict_of_which_the_dead_letter_is_gone_is_told(place: Place) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a"), payment("b", id="a"))
     await consume_all(app, place.settings())
-    assert (await run(place, app, topic)).ok
+    assert (await run_replay(place, app, topic)).ok
     await query(place.dsn, "delete from consumer.dead_letters returning id")
-    found = await run(place, app, topic)
+    found = await run_replay(place, app, topic)
     assert [each["kind"] for each in found.problems()] == ["unsettled"] and found.verdict().exit_code == 1
 
 
@@ -324,23 +268,23 @@ async def test_an_applied_payload_behind_a_conflicting_one_is_no_conflict(place:
     The row is from before the handler compared values, if it does now.
     """
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("first", id="same"), payment("second", id="same"), payment("second", id="same"))
     await commit(place, app.name, topic, 1)
     await consume_all(app, place.settings())
     assert await place.effects() == [("second", 1, 10)]
-    app = app_of(topic, app.name, rule)
-    applied = await run(place, app, topic, mode="apply", assume_unapplied=True)
+    app = payments_app(topic, name=app.name, retry=QUICK, fingerprint=rule)
+    applied = await run_replay(place, app, topic, mode="apply", assume_unapplied=True)
     assert (applied.total("dead_lettered_now"), applied.total("applied_now")) == (1, 0)
-    found = await run(place, app, topic)
+    found = await run_replay(place, app, topic)
     assert found.ok, found.answer()
-    assert counts(found) == {"delivered": 3, "applied": 2, "conflicts": 1}
+    assert outcome_counts(found) == {"delivered": 3, "applied": 2, "conflicts": 1}
 
 
 async def test_what_was_before_the_ledger_cannot_be_told(place: Place, kafka: Any) -> None:
     """A group that a hand-written loop has brought to offset 10, and that the framework goes on with."""
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}") for n in range(10)])
     admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
     await admin.start()
@@ -353,24 +297,24 @@ async def test_what_was_before_the_ledger_cannot_be_told(place: Place, kafka: An
             await place.send(topic, payment("new"))
             await consume_all(app, place.settings())
             assert await place.effects() == [("new", 1, 10)]
-        found = await run(place, app, topic)
+        found = await run_replay(place, app, topic)
         assert found.total("unknown") == 10 and found.total("missing") == 0
         assert found.verdict().exit_code == 2
         assert "--assume-unapplied" in found.answer()
-    assert (await run(place, app, topic, start="10")).ok
-    before = await everything(place.dsn)
-    assert (await run(place, app, topic, mode="apply")).verdict().exit_code == 2
-    assert await everything(place.dsn) == before
-    found = await run(place, app, topic, assume_unapplied=True)
+    assert (await run_replay(place, app, topic, start="10")).ok
+    before = await all_rows(place.dsn)
+    assert (await run_replay(place, app, topic, mode="apply")).verdict().exit_code == 2
+    assert await all_rows(place.dsn) == before
+    found = await run_replay(place, app, topic, assume_unapplied=True)
     assert found.total("missing") == 10 and found.verdict().exit_code == 1
-    assert (await run(place, app, topic, mode="apply", assume_unapplied=True)).total("applied_now") == 10
-    assert (await run(place, app, topic)).ok
+    assert (await run_replay(place, app, topic, mode="apply", assume_unapplied=True)).total("applied_now") == 10
+    assert (await run_replay(place, app, topic)).ok
 
 
 async def test_a_position_that_is_moved_back_takes_the_ledgers_beginning_with_it(place: Place) -> None:
     """Workers will come to what lies above it, so what is absent there is missing; what lies below stays in doubt."""
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}") for n in range(10)])
     await commit(place, app.name, topic, 10)
     await place.send(topic, payment("new"))
@@ -379,7 +323,7 @@ async def test_a_position_that_is_moved_back_takes_the_ledgers_beginning_with_it
     try:
         for to, unknown in ((3, 3), (8, 3)):
             await report.move_position(connection, app.name, Partition(topic, 0), to)
-            found = await run(place, app, topic)
+            found = await run_replay(place, app, topic)
             assert (found.total("unknown"), found.total("missing")) == (unknown, 10 - unknown)
     finally:
         await connection.close()
@@ -397,21 +341,21 @@ async def commit(place: Place, group: str, topic: str, offset: int) -> None:
 
 async def test_what_redis_says_is_held_against_the_ledger(place: Place, own_valkey: Valkey) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}") for n in range(10)])
     await consume_all(app, place.settings(redis_url=own_valkey.url))
-    found = await run(place, app, topic, settings={"redis_url": own_valkey.url})
+    found = await run_replay(place, app, topic, settings={"redis_url": own_valkey.url})
     assert found.precheck == {"asked": 10, "hits": 10, "wrong": 0, "unanswered": 0}
-    found = await run(place, app, topic, settings={"redis_url": None})
+    found = await run_replay(place, app, topic, settings={"redis_url": None})
     assert found.precheck is None and found.ok
     own_valkey.stop()
-    found = await run(place, app, topic, settings={"redis_url": own_valkey.url})
+    found = await run_replay(place, app, topic, settings={"redis_url": own_valkey.url})
     assert found.precheck == {"asked": 0, "hits": 0, "wrong": 0, "unanswered": 10} and found.ok
 
 
 async def test_what_a_worker_settles_meanwhile_is_not_missing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n) for n in range(20)])
     original = summary.conclude
 
@@ -421,13 +365,13 @@ async def test_what_a_worker_settles_meanwhile_is_not_missing(place: Place, monk
         await original(replay_run, *args, **options)
 
     monkeypatch.setattr(summary, "conclude", conclude)
-    found = await run(place, app, topic)
-    assert counts(found) == {"delivered": 20, "applied": 20} and found.ok and found.ahead == 0
+    found = await run_replay(place, app, topic)
+    assert outcome_counts(found) == {"delivered": 20, "applied": 20} and found.ok and found.ahead == 0
 
 
 async def test_aborted_transactions_and_markers_are_passed_over(place: Place) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     producer = AIOKafkaProducer(bootstrap_servers=place.kafka, transactional_id=uuid.uuid4().hex)
     await producer.start()
     for n, abort in enumerate([False, True, False, True]):
@@ -436,12 +380,12 @@ async def test_aborted_transactions_and_markers_are_passed_over(place: Place) ->
         await producer.send_and_wait(topic, sent.value, key=sent.key, headers=sent.headers)
         await (producer.abort_transaction() if abort else producer.commit_transaction())
     await consume_all(app, place.settings())
-    found = await run(place, app, topic)
-    assert counts(found) == {"delivered": 2, "applied": 2} and found.ok
+    found = await run_replay(place, app, topic)
+    assert outcome_counts(found) == {"delivered": 2, "applied": 2} and found.ok
     await producer.begin_transaction()  # and stays open: it is not read, nor waited for
     sent = payment("open")
     await producer.send_and_wait(topic, sent.value, key=sent.key, headers=sent.headers)
-    assert (await run(place, app, topic)).ok
+    assert (await run_replay(place, app, topic)).ok
     await producer.abort_transaction()
     await producer.stop()
 
@@ -449,7 +393,7 @@ async def test_aborted_transactions_and_markers_are_passed_over(place: Place) ->
 @pytest.mark.parametrize("policy", ["compact", "delete"])
 async def test_a_compacted_log_may_lack_what_the_ledger_has(place: Place, policy: str) -> None:
     topic = await place.topic(**{"cleanup.policy": policy})
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     producer = AIOKafkaProducer(bootstrap_servers=place.kafka, transactional_id=uuid.uuid4().hex)
     await producer.start()
     async with producer.transaction():
@@ -458,10 +402,10 @@ async def test_a_compacted_log_may_lack_what_the_ledger_has(place: Place, policy
             await producer.send_and_wait(topic, sent.value, key=name.encode(), headers=sent.headers)
     await producer.stop()
     await consume_all(app, place.settings())
-    assert (await run(place, app, topic)).ok
+    assert (await run_replay(place, app, topic)).ok
     # Its row now names the marker's offset, as if its record were gone.
-    await query(place.dsn, """update consumer.ledger set "offset" = 2 where id = $1 returning id""", hashed("a"))
-    found = await run(place, app, topic)
+    await query(place.dsn, """update consumer.ledger set "offset" = 2 where id = $1 returning id""", ledger_id("a"))
+    found = await run_replay(place, app, topic)
     assert found.ok is (policy == "compact")
     assert found.gone == (policy == "compact")
 
@@ -477,9 +421,9 @@ async def test_a_ledger_row_that_names_no_place_of_the_log_is_found(
            select 1, $1, now(), $2, handler, topic, $3 from consumer.ledger limit 1 returning id""",
         offset,
         partition,
-        hashed("never sent"),
+        ledger_id("never sent"),
     )
-    found = await run(place, app, topic)
+    found = await run_replay(place, app, topic)
     assert [each["kind"] for each in found.problems()] == ["rows_without_message"]
     assert found.samples[-1]["detail"] == "the log has no such offset"
 
@@ -488,62 +432,62 @@ async def test_a_filter_that_lets_nothing_through_is_no_proof(settled: tuple[Pla
     place, app, topic = settled
     for narrowed in ({"message_id": "nope"}, {"key": "nope"}):
         with pytest.raises(Misconfigured, match="no message of the range has that"):
-            await run(place, app, topic, **narrowed)
+            await run_replay(place, app, topic, **narrowed)
     with pytest.raises(Misconfigured, match="no message of the range has that key"):
-        await run(place, app, topic, mode="republish", target=await place.topic(), key="nope")
+        await run_replay(place, app, topic, mode="republish", target=await place.topic(), key="nope")
     with pytest.raises(Misconfigured, match="not empty"):
-        await run(place, app, topic, message_id="")
+        await run_replay(place, app, topic, message_id="")
 
 
 async def test_a_tombstone_with_a_used_id_is_a_conflict_until_it_is_a_dead_letter(place: Place) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a"))
     await consume_all(app, place.settings())
     await place.send(topic, Sent(None, id="a", key="k"))
-    assert (await run(place, app, topic)).unsettled == 1
+    assert (await run_replay(place, app, topic)).unsettled == 1
     await consume_all(app, place.settings())
-    found = await run(place, app, topic)
-    assert found.ok and counts(found) == {"delivered": 2, "applied": 1, "conflicts": 1}
+    found = await run_replay(place, app, topic)
+    assert found.ok and outcome_counts(found) == {"delivered": 2, "applied": 1, "conflicts": 1}
 
 
 @pytest.mark.parametrize("chunk", [1, 4096])
 async def test_an_id_with_two_payloads_is_settled_by_one_apply(place: Place, chunk: int) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("x", id="same", partition=0), payment("y", id="same", partition=1))
     await place.send(topic, payment("z", id="same", partition=0))
-    found = await run(place, app, topic, limits={"chunk_deliveries": chunk})
+    found = await run_replay(place, app, topic, limits={"chunk_deliveries": chunk})
     assert (found.total("missing"), found.total("conflicts"), found.unsettled) == (1, 2, 2)
-    found = await run(place, app, topic, mode="apply", limits={"chunk_deliveries": chunk})
+    found = await run_replay(place, app, topic, mode="apply", limits={"chunk_deliveries": chunk})
     assert (found.total("applied_now"), found.total("dead_lettered_now")) == (1, 2)
-    assert (await run(place, app, topic, limits={"chunk_deliveries": chunk})).ok
+    assert (await run_replay(place, app, topic, limits={"chunk_deliveries": chunk})).ok
     assert len(await place.effects()) == 1 and len(await letters(place.dsn)) == 2
 
 
 async def test_a_dead_letter_that_is_gone_is_told(settled: tuple[Place, App, str]) -> None:
     place, app, topic = settled
     await query(place.dsn, "delete from consumer.dead_letters returning 1")
-    found = await run(place, app, topic)
+    found = await run_replay(place, app, topic)
     assert [each["kind"] for each in found.problems()] == ["unsettled"]
     assert found.samples[-1]["detail"] == "its dead letter is gone"
 
 
 async def test_an_unreadable_message_from_before_the_ledger_cannot_be_told(place: Place) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, Sent(None, id="old", key="k"), payment("new"))
     await commit(place, app.name, topic, 1)
     await consume_all(app, place.settings())
-    found = await run(place, app, topic)
-    assert counts(found) == {"delivered": 2, "applied": 1, "unknown": 1} and found.verdict().exit_code == 2
+    found = await run_replay(place, app, topic)
+    assert outcome_counts(found) == {"delivered": 2, "applied": 1, "unknown": 1} and found.verdict().exit_code == 2
 
 
 async def test_a_redis_that_hangs_is_not_asked_for_ever(
     place: Place, own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}") for n in range(40)])
     settings = {"redis_url": own_valkey.url}
     await consume_all(app, place.settings(**settings))
@@ -558,7 +502,7 @@ async def test_a_redis_that_hangs_is_not_asked_for_ever(
     monkeypatch.setattr(Precheck, "known", known)
     os.kill(own_valkey.pid, signal.SIGSTOP)
     try:
-        found = await run(
+        found = await run_replay(
             place, app, topic, settings=settings, limits={"chunk_deliveries": 1, "precheck_seconds": 0.05}
         )
     finally:
@@ -578,15 +522,15 @@ async def test_a_new_handler_is_filled_from_the_history(settled: tuple[Place, Ap
     async def receipt(message: Message[Payment], tx: Tx) -> None:
         await tx.execute("insert into receipts values ($1, $2)", message.value.id, message.offset)
 
-    before = await everything(place.dsn)
-    found = await run(place, app, topic, handlers=("receipts",))
-    assert counts(found, "receipts") == {"delivered": 70, "missing": 60, "repeated": 10}
+    before = await all_rows(place.dsn)
+    found = await run_replay(place, app, topic, handlers=("receipts",))
+    assert outcome_counts(found, "receipts") == {"delivered": 70, "missing": 60, "repeated": 10}
     assert list(found.as_dict()["handlers"]) == ["receipts"]
-    assert await everything(place.dsn) == before
-    found = await run(place, app, topic, mode="apply", handlers=("receipts",))
+    assert await all_rows(place.dsn) == before
+    found = await run_replay(place, app, topic, mode="apply", handlers=("receipts",))
     assert found.total("applied_now") == 60 and found.ok
     assert await query(place.dsn, "select count(*), count(distinct id) from receipts") == [(60, 60)]
-    assert (await run(place, app, topic)).ok
+    assert (await run_replay(place, app, topic)).ok
 
 
 @pytest.mark.parametrize("chunk", [1, 4096])
@@ -604,8 +548,8 @@ async def test_what_fails_is_retried_in_order_and_then_a_dead_letter(place: Plac
 
     sent = [payment("late", 1), payment("after late", 1), payment("other", 2), payment("hopeless", 3), payment("d", 3)]
     await place.send(topic, *sent)
-    found = await run(place, app, topic, mode="apply", limits={"chunk_deliveries": chunk})
-    assert counts(found) == {
+    found = await run_replay(place, app, topic, mode="apply", limits={"chunk_deliveries": chunk})
+    assert outcome_counts(found) == {
         "delivered": 5,
         "applied_now": 3,
         "dead_lettered_now": 2,
@@ -614,12 +558,12 @@ async def test_what_fails_is_retried_in_order_and_then_a_dead_letter(place: Plac
     order = dict(await query(place.dsn, "select id, amount from effects"))
     assert order["other"] < order["late"] < order["after late"]
     assert tries["hopeless"] == 3 and await place.reasons() == ["failed", "behind"]
-    assert (await run(place, app, topic, limits={"chunk_deliveries": chunk})).ok
+    assert (await run_replay(place, app, topic, limits={"chunk_deliveries": chunk})).ok
 
 
 async def test_apply_beside_running_workers_stays_exactly_once_and_leaves_the_group_alone(place: Place) -> None:
     topic = await place.topic(4)
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n % 50) for n in range(3000)])
     generations: list[int] = []
     async with working(app, place.settings(batch_messages_max=50)) as worker:
@@ -630,10 +574,10 @@ async def test_apply_beside_running_workers_stays_exactly_once_and_leaves_the_gr
         await until("the worker to have its partitions", joined)
         generations.append(worker.source.consumer._coordinator.generation)
         for _ in range(2):
-            found = await run(place, app, topic, mode="apply")
+            found = await run_replay(place, app, topic, mode="apply")
             assert found.ok, found.problems()
         await drained(app, place.settings())
-        assert (await run(place, app, topic)).ok
+        assert (await run_replay(place, app, topic)).ok
         generations.append(worker.source.consumer._coordinator.generation)
     assert generations[0] == generations[1]
     assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(3000, 3000)]
@@ -642,14 +586,14 @@ async def test_apply_beside_running_workers_stays_exactly_once_and_leaves_the_gr
 
 async def test_a_rebalance_meanwhile_disturbs_nothing(place: Place) -> None:
     topic = await place.topic(4)
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n % 50) for n in range(3000)])
     async with working(app, place.settings(batch_messages_max=50)):
-        checking = asyncio.create_task(run(place, app, topic, mode="apply"))
+        checking = asyncio.create_task(run_replay(place, app, topic, mode="apply"))
         async with working(app, place.settings(batch_messages_max=50)):
             assert (await checking).ok
             await drained(app, place.settings())
-    assert (await run(place, app, topic)).ok
+    assert (await run_replay(place, app, topic)).ok
     assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(3000, 3000)]
 
 
@@ -658,7 +602,7 @@ async def test_a_rebalance_meanwhile_disturbs_nothing(place: Place) -> None:
 
 async def test_a_range_is_what_was_asked_for(place: Place) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n % 2, partition=n % 2) for n in range(20)])
     await asyncio.sleep(0.05)  # a gap between the timestamps
     middle = int(time.time() * 1000)
@@ -667,9 +611,9 @@ async def test_a_range_is_what_was_asked_for(place: Place) -> None:
     await consume_all(app, place.settings())
 
     async def delivered(**options: Any) -> int:
-        found = await run(place, app, topic, **options)
+        found = await run_replay(place, app, topic, **options)
         assert found.ok
-        return counts(found)["delivered"]
+        return outcome_counts(found)["delivered"]
 
     iso = f"{uuid_time(middle)}"
     assert await delivered() == 30
@@ -682,9 +626,9 @@ async def test_a_range_is_what_was_asked_for(place: Place) -> None:
     assert await delivered(message_id="q3") == 1
     assert await delivered(handlers=("settle",)) == 30
     assert await delivered(start="earliest", end="position") == 30
-    found = await run(place, app, topic, start="5", end="7")
+    found = await run_replay(place, app, topic, start="5", end="7")
     assert found.history == {"settle": {"rows": 4, "with_message": 4, "without_message": 0}}
-    assert (await run(place, app, topic, message_id="q3")).history is None
+    assert (await run_replay(place, app, topic, message_id="q3")).history is None
 
 
 def uuid_time(milliseconds: int) -> str:
@@ -721,12 +665,12 @@ async def test_a_range_that_cannot_be_is_one_clear_line(
     async def look(payment: bytes) -> None: ...
 
     with pytest.raises(Misconfigured, match=says):
-        await run(place, app, topic, **options)
+        await run_replay(place, app, topic, **options)
 
 
 async def test_topics_that_cannot_be_are_one_clear_line(place: Place) -> None:
     topic, empty = await place.topic(), await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
 
     @app.handler(empty, "nowhere", name="other")
     async def other(payment: bytes, tx: Tx) -> None: ...
@@ -742,9 +686,9 @@ async def test_topics_that_cannot_be_are_one_clear_line(place: Place) -> None:
         ((), "name at least one topic"),
     ):
         with pytest.raises(Misconfigured, match=says):
-            await run(place, app, *asked)
+            await run_replay(place, app, *asked)
     with pytest.raises(Misconfigured, match="does not take"):
-        await run(place, app, topic, handlers=("other",))
+        await run_replay(place, app, topic, handlers=("other",))
 
 
 async def test_records_that_the_log_has_dropped_are_named(settled: tuple[Place, App, str]) -> None:
@@ -755,11 +699,11 @@ async def test_records_that_the_log_has_dropped_are_named(settled: tuple[Place, 
     await admin.close()
     for start in ("0", "6"):
         with pytest.raises(Misconfigured, match=rf"{topic}:0 begins at offset 7"):
-            await run(place, app, topic, start=start)
+            await run_replay(place, app, topic, start=start)
     with pytest.raises(Misconfigured, match=rf"{topic}:0 begins at offset 7"):
-        await run(place, app, topic, start="1h")
-    found = await run(place, app, topic)
-    assert counts(found)["delivered"] == 63 and found.ok
+        await run_replay(place, app, topic, start="1h")
+    found = await run_replay(place, app, topic)
+    assert outcome_counts(found)["delivered"] == 63 and found.ok
     assert found.as_dict()["ranges"][0]["from"] == 7
 
 
@@ -767,7 +711,7 @@ async def test_records_that_are_dropped_while_they_are_read_end_it(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}") for n in range(50)])
     await consume_all(app, place.settings())
     original = engine.resolve
@@ -782,7 +726,7 @@ async def test_records_that_are_dropped_while_they_are_read_end_it(
 
     monkeypatch.setattr(engine, "resolve", resolve)
     with pytest.raises(CannotTell, match=rf"{topic}:0 were removed .* offset 0"):
-        await run(place, app, topic)
+        await run_replay(place, app, topic)
 
 
 # -- interrupted, and gone on ---------------------------------------------------------------------------------------------
@@ -791,11 +735,11 @@ async def test_records_that_are_dropped_while_they_are_read_end_it(
 @pytest.mark.parametrize("mode", ["check", "apply"])
 async def test_what_was_interrupted_goes_on_where_it_was(place: Place, mode: str) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n % 30, partition=n % 2) for n in range(600)])
     await consume_all(app, place.settings())
     await query(
-        place.dsn, "delete from consumer.ledger where id = any($1) returning id", [hashed("p3"), hashed("p590")]
+        place.dsn, "delete from consumer.ledger where id = any($1) returning id", [ledger_id("p3"), ledger_id("p590")]
     )
     await query(place.dsn, "delete from effects where id in ('p3', 'p590') returning id")
     limits = Limits(chunk_deliveries=20)
@@ -814,12 +758,12 @@ async def test_what_was_interrupted_goes_on_where_it_was(place: Place, mode: str
         app, place.settings(), [topic], options, Progress(save=lambda _: None), states[-1], limits=limits
     )
     if mode == "check":
-        assert counts(found) == {"delivered": 600, "applied": 598, "missing": 2}
+        assert outcome_counts(found) == {"delivered": 600, "applied": 598, "missing": 2}
         assert found.history == {"settle": {"rows": 598, "with_message": 598, "without_message": 0}}
         assert found.messages == 600
     else:
         assert found.ok and found.messages == 600
-        assert counts(found) == {"delivered": 600, "applied": 598, "applied_now": 2}
+        assert outcome_counts(found) == {"delivered": 600, "applied": 598, "applied_now": 2}
         assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(600, 600)]
     other = [{**states[-1], "epoch": "another"}]
     with pytest.raises(Misconfigured, match="another one since"):
@@ -842,14 +786,14 @@ async def test_a_copied_topic_is_applied_by_nobody_twice(place: Place, partition
     await place.send(topic, *[payment(f"p{n}", n % 5) for n in range(50)], *bare)
     await consume_all(app, place.settings())
     assert len(await place.effects()) == 60
-    found = await run(place, app, topic, mode="republish", target=copy)
+    found = await run_replay(place, app, topic, mode="republish", target=copy)
     assert found.republished == {"topic": copy, "copied": 60, "refused": 0} and found.ok
     for redis in (place.redis_url, None):
         await consume_all(app, place.settings(redis_url=redis))
         assert len(await place.effects()) == 60
-    found = await run(place, app, copy)
-    assert counts(found) == {"delivered": 60, "applied": 60} and found.ok
-    narrowed = await run(place, app, topic, mode="republish", target=copy, key="3")
+    found = await run_replay(place, app, copy)
+    assert outcome_counts(found) == {"delivered": 60, "applied": 60} and found.ok
+    narrowed = await run_replay(place, app, topic, mode="republish", target=copy, key="3")
     assert narrowed.republished is not None and narrowed.republished["copied"] == 10
 
 
@@ -862,11 +806,11 @@ async def test_a_copy_that_would_be_applied_again_is_refused(place: Place) -> No
 
     await place.send(topic, payment("a"))
     with pytest.raises(Misconfigured, match="would be applied again"):
-        await run(place, app, topic, mode="republish", target=copy)
+        await run_replay(place, app, topic, mode="republish", target=copy)
     with pytest.raises(Misconfigured, match="that is the topic that is read"):
-        await run(place, app, topic, mode="republish", target=topic)
+        await run_replay(place, app, topic, mode="republish", target=topic)
     with pytest.raises(Misconfigured, match="'nowhere' does not exist"):
-        await run(place, app_of(topic), topic, mode="republish", target="nowhere")
+        await run_replay(place, payments_app(topic, retry=QUICK), topic, mode="republish", target="nowhere")
 
 
 # -- as a call ----------------------------------------------------------------------------------------------------------
@@ -878,7 +822,7 @@ async def test_verify_is_the_same_as_a_call(settled: tuple[Place, App, str], tmp
     assert found.ok
     found.check()
     assert (await verify(app, settings=place.settings())).messages == 70  # all its topics
-    await query(place.dsn, "delete from consumer.ledger where id = $1 returning id", hashed("p3"))
+    await query(place.dsn, "delete from consumer.ledger where id = $1 returning id", ledger_id("p3"))
     found = await verify(app, topic, settings=place.settings(), start=0, end="latest")
     assert not found.ok
     with pytest.raises(AssertionError, match="missing: 1 message missing"):
@@ -916,9 +860,9 @@ async def test_several_handlers_of_several_topics(place: Place, batch: int | Non
     await place.send(one, *[payment(f"p{n}", n % 3) for n in range(50)])
     await place.send(two, *[payment(f"q{n}", n % 3) for n in range(20)])
     await consume_all(app, place.settings())
-    found = await run(place, app, one, two)
-    assert counts(found, "both") == {"delivered": 70, "applied": 70}
-    assert counts(found, "first") == {"delivered": 50, "applied": 50}
+    found = await run_replay(place, app, one, two)
+    assert outcome_counts(found, "both") == {"delivered": 70, "applied": 70}
+    assert outcome_counts(found, "first") == {"delivered": 50, "applied": 50}
     assert found.ok and len(found.as_dict()["partitions"]) == 5
     assert found.history is not None and found.history["both"]["rows"] == 70
 
@@ -954,11 +898,11 @@ async def paid(place: Place, database: str) -> tuple[Place, App, str]:
 
 async def test_the_demos_topic_has_nothing_to_complain_of(paid: tuple[Place, App, str]) -> None:
     place, app, topic = paid
-    check = await run(place, app, topic)
-    assert check.ok and counts(check) == {"delivered": 2000, "applied": 2000}
-    apply = await run(place, app, topic, mode="apply")
+    check = await run_replay(place, app, topic)
+    assert check.ok and outcome_counts(check) == {"delivered": 2000, "applied": 2000}
+    apply = await run_replay(place, app, topic, mode="apply")
     assert apply.ok and apply.total("applied_now") == 0
-    rebuilt = await run(place, app, topic, mode="rebuild")
+    rebuilt = await run_replay(place, app, topic, mode="rebuild")
     assert rebuilt.ok and rebuilt.rebuilt is not None
     assert (rebuilt.rebuilt["messages"], rebuilt.rebuilt["applied"], rebuilt.rebuilt["repeated"]) == (2000, 1800, 200)
     assert {each["table"] for each in rebuilt.rebuilt["tables"]} == {"public.accounts", "public.payments"}
@@ -984,12 +928,12 @@ async def test_a_lost_message_is_repaired_and_the_rebuild_agrees(paid: tuple[Pla
     await query(place.dsn, "delete from consumer.ledger where id = $1", id)
     await query(place.dsn, "delete from payments where payment_id = $1", id)
     await query(place.dsn, "update accounts set balance = balance - $2 where account = $1", account, amount)
-    assert (await run(place, app, topic)).total("missing") == 1
-    rebuilt = differences(await run(place, app, topic, mode="rebuild"))
+    assert (await run_replay(place, app, topic)).total("missing") == 1
+    rebuilt = differences(await run_replay(place, app, topic, mode="rebuild"))
     assert [each["messages"] for each in rebuilt["public.payments"]] == [[str(id)]]
-    assert (await run(place, app, topic, mode="apply")).total("applied_now") == 1
-    assert (await run(place, app, topic)).ok
-    assert (await run(place, app, topic, mode="rebuild")).ok
+    assert (await run_replay(place, app, topic, mode="apply")).total("applied_now") == 1
+    assert (await run_replay(place, app, topic)).ok
+    assert (await run_replay(place, app, topic, mode="rebuild")).ok
 
 
 async def test_an_effect_doubled_by_hand_is_named_with_columns_and_message(paid: tuple[Place, App, str]) -> None:
@@ -999,8 +943,8 @@ async def test_an_effect_doubled_by_hand_is_named_with_columns_and_message(paid:
     [(balance,)] = await query(
         place.dsn, "update accounts set balance = balance + $2 where account = $1 returning balance", account, amount
     )
-    assert (await run(place, app, topic)).ok  # the ledger is right
-    found = await run(place, app, topic, mode="rebuild")
+    assert (await run_replay(place, app, topic)).ok  # the ledger is right
+    found = await run_replay(place, app, topic, mode="rebuild")
     assert found.verdict().exit_code == 1
     by_table = differences(found)
     [extra] = by_table["public.payments"]
@@ -1015,16 +959,16 @@ async def test_an_effect_without_a_ledger_row_is_seen_by_the_check_alone(paid: t
     place, app, topic = paid
     id, *_ = await one_payment(place.dsn)
     await query(place.dsn, "delete from consumer.ledger where id = $1", id)
-    assert (await run(place, app, topic)).total("missing") == 1
-    assert (await run(place, app, topic, mode="rebuild")).ok  # the state is right: --apply would double it
+    assert (await run_replay(place, app, topic)).total("missing") == 1
+    assert (await run_replay(place, app, topic, mode="rebuild")).ok  # the state is right: --apply would double it
 
 
 async def test_a_ledger_row_without_its_effect_is_seen_by_the_rebuild_alone(paid: tuple[Place, App, str]) -> None:
     place, app, topic = paid
     id, *_ = await one_payment(place.dsn)
     await query(place.dsn, "delete from payments where payment_id = $1", id)
-    assert (await run(place, app, topic)).ok
-    [missing] = differences(await run(place, app, topic, mode="rebuild"))["public.payments"]
+    assert (await run_replay(place, app, topic)).ok
+    [missing] = differences(await run_replay(place, app, topic, mode="rebuild"))["public.payments"]
     assert (missing["kind"], missing["messages"]) == ("missing", [str(id)])
 
 
@@ -1032,7 +976,7 @@ async def test_a_log_that_ends_below_the_position_is_doubted(settled: tuple[Plac
     """As when a topic was deleted and made anew: nothing in it is missing, and it is not what was consumed."""
     place, app, topic = settled
     await query(place.dsn, "update consumer.positions set next_offset = 1000 where partition = 1")
-    found = await run(place, app, topic)
+    found = await run_replay(place, app, topic)
     assert [each["kind"] for each in found.unknowns()] == ["log_too_short"] and found.verdict().exit_code == 2
 
 
@@ -1048,7 +992,7 @@ async def test_what_asks_to_be_run_again_for_ever_ends_an_apply(place: Place) ->
 
     await place.send(topic, payment("held", 1), payment("other", 2))
     with pytest.raises(CannotTell, match="1 messages ask to be tried again"):
-        await run(place, app, topic, mode="apply", limits={"fruitless_seconds": 0.0})
+        await run_replay(place, app, topic, mode="apply", limits={"fruitless_seconds": 0.0})
     assert await place.effects() == [("other", 2, 10)] and await place.reasons() == []
 
 
@@ -1085,7 +1029,7 @@ async def test_a_rebuild_does_not_depend_on_the_names_of_topics(place: Place, wh
     await place.send(refunds, *[payment(f"r-p{n}", amount=-5, partition=0) for n in range(30)])
     await consume_all(app, place.settings()) if where == "one topic" else await consume_all_of(app, place, refunds, 30)
     assert await value(place.dsn, "select count(*) from effects") == 60
-    found = await run(place, app, *{pays, refunds}, mode="rebuild")
+    found = await run_replay(place, app, *{pays, refunds}, mode="rebuild")
     assert found.ok, found.answer()
 
 
@@ -1116,27 +1060,27 @@ async def test_what_is_rejected_in_the_rebuild_alone_makes_it_uncertain(place: P
     await place.send(topic, payment("a"))
     await consume_all(app, place.settings())
     changed_its_mind = True
-    found = await run(place, app, topic, mode="rebuild")
+    found = await run_replay(place, app, topic, mode="rebuild")
     assert found.verdict().exit_code == 2 and "although the ledger has it as applied" in found.answer()
 
 
 async def test_a_group_that_only_a_replay_has_filled_can_be_rebuilt(place: Place) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n) for n in range(20)])
-    assert (await run(place, app, topic, mode="apply")).total("applied_now") == 20
-    found = await run(place, app, topic, mode="rebuild")
+    assert (await run_replay(place, app, topic, mode="apply")).total("applied_now") == 20
+    found = await run_replay(place, app, topic, mode="rebuild")
     assert found.ok and found.messages == 20, found.answer()
     await query(place.dsn, "delete from effects where id = 'p7' returning 1")
-    assert (await run(place, app, topic, mode="rebuild")).verdict().exit_code == 1
+    assert (await run_replay(place, app, topic, mode="rebuild")).verdict().exit_code == 1
 
 
 async def test_a_compacted_log_makes_a_difference_uncertain(place: Place) -> None:
     topic = await place.topic(**{"cleanup.policy": "compact"})
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a"), payment("b"))
     await consume_all(app, place.settings())
-    assert (await run(place, app, topic, mode="rebuild")).ok
+    assert (await run_replay(place, app, topic, mode="rebuild")).ok
     await query(place.dsn, "insert into effects values ('of a record that is gone', 1, 1) returning 1")
-    found = await run(place, app, topic, mode="rebuild")
+    found = await run_replay(place, app, topic, mode="rebuild")
     assert found.verdict().exit_code == 2 and "is compacted" in found.answer()

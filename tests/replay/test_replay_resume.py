@@ -13,7 +13,8 @@ from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 from aiokafka.admin.records_to_delete import RecordsToDelete
 from harness import Place, consume_all, migrated, new_topic, query
-from test_replay import QUICK, Payment, app_of, counts, hashed, payment
+from payments_app import QUICK, Payment, payment, payments_app
+from replay_runs import ledger_id, outcome_counts
 
 from consumer import App, CannotTell, Misconfigured, Retry, Tx
 from consumer.replay import ledger_diff, summary
@@ -55,7 +56,7 @@ def lost(found: Findings) -> int:
 
 async def settled(place: Place, n: int = 600, **more: Any) -> tuple[App, str]:
     topic = await place.topic(2)
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n % 30, partition=n % 2, **more) for n in range(n)])
     await consume_all(app, place.settings())
     return app, topic
@@ -66,14 +67,14 @@ async def settled(place: Place, n: int = 600, **more: Any) -> tuple[App, str]:
 
 async def test_dead_letters_made_before_the_interruption_count(place: Place) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     amounts = {4: -1, 5: -1, 40: -1}
     await place.send(topic, *[payment(f"p{n}", n % 30, amounts.get(n, 1), partition=n % 2) for n in range(600)])
     state = await interrupted(place, app, topic, mode="apply")
     found = await resumed(place, app, topic, state, mode="apply")
     assert found.verdict().exit_code == 1
     assert [each["kind"] for each in found.problems()] == ["dead_lettered_now"]
-    assert counts(found) == {"delivered": 600, "applied_now": 597, "dead_lettered_now": 3}
+    assert outcome_counts(found) == {"delivered": 600, "applied_now": 597, "dead_lettered_now": 3}
     assert found.history == {"settle": {"rows": 600, "with_message": 600, "without_message": 0}}
     assert not any("dropped its first records" in each for each in found.notes)
     assert len(await place.effects()) == 597
@@ -94,14 +95,14 @@ async def test_an_apply_with_messages_that_wait_counts_each_once(place: Place) -
     state = await interrupted(place, app, topic, at=1, mode="apply")
     failing.clear()
     found = await resumed(place, app, topic, state, mode="apply")
-    assert found.ok and counts(found) == {"delivered": 300, "applied_now": 300}
+    assert found.ok and outcome_counts(found) == {"delivered": 300, "applied_now": 300}
     assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(300, 300)]
 
 
 async def test_dead_letters_that_the_state_does_not_know_are_a_reason_for_doubt(place: Place) -> None:
     """The process was killed: what it committed after the last state was saved is in the ledger only."""
     topic = await place.topic(1)
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n % 30, -1 if n == 100 else 1) for n in range(200)])
     state = await interrupted(place, app, topic, at=30, mode="apply")
     assert await place.effects()
@@ -116,7 +117,7 @@ async def test_ledger_rows_deleted_before_a_check_goes_on_are_missing(place: Pla
     app, topic = await settled(place)
     state = await interrupted(place, app, topic)
     assert state["findings"]["counts"]
-    gone = [hashed(f"p{n}") for n in range(100)]
+    gone = [ledger_id(f"p{n}") for n in range(100)]
     await query(place.dsn, "delete from consumer.ledger where id = any($1) returning id", gone)
     found = await resumed(place, app, topic, state)
     assert found.verdict().exit_code == 1
@@ -136,7 +137,7 @@ async def test_a_ledger_that_is_emptied_before_a_check_goes_on_is_missing(place:
 async def test_rows_deleted_before_a_narrowed_check_goes_on_are_missing(place: Place, narrowed: dict[str, str]) -> None:
     app, topic = await settled(place)
     state = await interrupted(place, app, topic, **narrowed)
-    await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p4"))
+    await query(place.dsn, "delete from consumer.ledger where id = $1", ledger_id("p4"))
     found = await resumed(place, app, topic, state, **narrowed)
     assert found.verdict().exit_code == 1 and lost(found) == 1
 
@@ -155,18 +156,18 @@ async def test_rows_of_a_copied_topic_deleted_before_a_check_goes_on_are_missing
     await place.send(copy, *sent)
     await consume_all(app, place.settings())
     state = await interrupted(place, app, copy)
-    await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p1"))
+    await query(place.dsn, "delete from consumer.ledger where id = $1", ledger_id("p1"))
     found = await resumed(place, app, copy, state)
     assert found.verdict().exit_code == 1 and lost(found) == 1
 
 
 async def test_dead_letters_deleted_before_a_check_goes_on_are_a_problem(place: Place) -> None:
     topic = await place.topic(1)
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n % 30, -1 if n < 3 else 1) for n in range(300)])
     await consume_all(app, place.settings())
     state = await interrupted(place, app, topic, at=100)
-    await query(place.dsn, "delete from consumer.dead_letters where id = $1", hashed("p2"))
+    await query(place.dsn, "delete from consumer.dead_letters where id = $1", ledger_id("p2"))
     found = await resumed(place, app, topic, state)
     assert found.verdict().exit_code == 1
     assert [(each["kind"], each["count"]) for each in found.problems()] == [("unsettled", 1)]
@@ -179,7 +180,7 @@ async def test_rows_deleted_during_one_uninterrupted_check_are_missing(
     original = summary.conclude
 
     async def conclude(run: Run, *args: Any, **options: Any) -> None:
-        await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p7"))
+        await query(place.dsn, "delete from consumer.ledger where id = $1", ledger_id("p7"))
         await original(run, *args, **options)
 
     monkeypatch.setattr(summary, "conclude", conclude)
@@ -189,10 +190,10 @@ async def test_rows_deleted_during_one_uninterrupted_check_are_missing(
 
 async def test_an_interruption_after_the_last_record_counts_nothing_twice(place: Place) -> None:
     topic = await place.topic(1)
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n % 30, -1 if n < 3 else 1) for n in range(300)])
     await consume_all(app, place.settings())
-    await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p50"))
+    await query(place.dsn, "delete from consumer.ledger where id = $1", ledger_id("p50"))
     original = ledger_diff.compare
 
     async def stop(*args: Any) -> None:
@@ -203,11 +204,11 @@ async def test_an_interruption_after_the_last_record_counts_nothing_twice(place:
     told = Progress(save=lambda state: states.append(json.dumps(state)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger_diff, "compare", stop)
-        await query(place.dsn, "delete from consumer.dead_letters where id = $1", hashed("p2"))
+        await query(place.dsn, "delete from consumer.dead_letters where id = $1", ledger_id("p2"))
         with pytest.raises(CannotTell, match="--resume"):
             await replay(app, place.settings(), [topic], Options(), told, limits=LIMITS)
     found = await resumed(place, app, topic, json.loads(states[-1]))
-    assert counts(found) == {"delivered": 300, "applied": 296, "dead_lettered": 3, "missing": 1}
+    assert outcome_counts(found) == {"delivered": 300, "applied": 296, "dead_lettered": 3, "missing": 1}
     assert found.unsettled == 1 and lost(found) == 1
 
 
@@ -218,7 +219,7 @@ async def test_rows_dropped_by_the_ledger_during_a_check_are_a_reason_for_doubt(
     original = summary.conclude
 
     async def conclude(run: Run, *args: Any, **options: Any) -> None:
-        await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p7"))
+        await query(place.dsn, "delete from consumer.ledger where id = $1", ledger_id("p7"))
         await query(place.dsn, "update consumer.ledger_state set horizon = now() - interval '1 hour'")
         await original(run, *args, **options)
 
@@ -251,7 +252,7 @@ Change = Callable[[Place, App, str], Awaitable[App | None]]
 
 
 async def add_a_handler(place: Place, app: App, topic: str) -> App:
-    changed = app_of(topic, app.name)
+    changed = payments_app(topic, name=app.name, retry=QUICK)
 
     @changed.handler(topic, name="other")
     async def other(payment: Payment, tx: Tx) -> None: ...
@@ -260,7 +261,7 @@ async def add_a_handler(place: Place, app: App, topic: str) -> App:
 
 
 async def add_an_opted_out_handler(place: Place, app: App, topic: str) -> App:
-    changed = app_of(topic, app.name)
+    changed = payments_app(topic, name=app.name, retry=QUICK)
 
     @changed.handler(topic, name="other", idempotent=False)
     async def other(payment: Payment) -> None: ...
@@ -269,7 +270,7 @@ async def add_an_opted_out_handler(place: Place, app: App, topic: str) -> App:
 
 
 async def rename_the_app(place: Place, app: App, topic: str) -> App:
-    return app_of(topic, app.name + "-b")
+    return payments_app(topic, name=app.name + "-b", retry=QUICK)
 
 
 def settling(app: App, topic: str, name: str = "settle", **options: Any) -> App:
@@ -370,7 +371,7 @@ async def test_what_has_changed_is_a_refusal_to_apply(place: Place, change: Chan
 
 async def is_refused(place: Place, mode: str, change: Change, says: str) -> None:
     app, topic = await settled(place)
-    await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p590"))
+    await query(place.dsn, "delete from consumer.ledger where id = $1", ledger_id("p590"))
     await query(place.dsn, "delete from effects where id = 'p590'")
     state = await interrupted(place, app, topic, mode=mode)
     changed = await change(place, app, topic) or app

@@ -10,7 +10,8 @@ from uuid import UUID
 import pytest
 from aiokafka import AIOKafkaProducer
 from harness import Place, consume_all, query
-from test_replay import app_of, counts, hashed, payment, run
+from payments_app import QUICK, payment, payments_app
+from replay_runs import ledger_id, outcome_counts, run_replay
 
 from consumer.core.message import Partition
 from consumer.replay import ledger_diff
@@ -18,7 +19,7 @@ from consumer.replay import ledger_diff
 
 async def test_an_end_in_time_includes_older_records_behind_a_clock_ahead(place: Place) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     now = int(time.time() * 1000)
     producer = AIOKafkaProducer(bootstrap_servers=place.kafka)
     await producer.start()
@@ -30,11 +31,11 @@ async def test_an_end_in_time_includes_older_records_behind_a_clock_ahead(place:
         await producer.stop()
     await consume_all(app, place.settings())
     end = datetime.fromtimestamp((now - 30_000) / 1000, UTC).isoformat()
-    found = await run(place, app, topic, end=end)
-    assert found.ok and counts(found) == {"delivered": 3, "applied": 3}
-    await query(place.dsn, "delete from consumer.ledger where id = $1", hashed("p2"))
-    found = await run(place, app, topic, end=end)
-    assert counts(found)["missing"] == 1 and found.verdict().exit_code == 1
+    found = await run_replay(place, app, topic, end=end)
+    assert found.ok and outcome_counts(found) == {"delivered": 3, "applied": 3}
+    await query(place.dsn, "delete from consumer.ledger where id = $1", ledger_id("p2"))
+    found = await run_replay(place, app, topic, end=end)
+    assert outcome_counts(found)["missing"] == 1 and found.verdict().exit_code == 1
 
 
 async def test_rows_of_messages_produced_meanwhile_are_not_beyond_the_log() -> None:
@@ -54,12 +55,12 @@ async def test_rows_of_messages_produced_meanwhile_are_not_beyond_the_log() -> N
 async def test_blocks_with_new_dead_letters_are_all_compared(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_diff, "FAULTY_MAX", 1)
     topic = await place.topic(4)
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n, partition=n % 4) for n in range(8)])
     await consume_all(app, place.settings())
     await place.send(topic, *[payment(f"bad{n}", n, -1, partition=n) for n in range(4)])
-    found = await run(place, app, topic, mode="apply")
-    assert counts(found) == {"delivered": 12, "applied": 8, "dead_lettered_now": 4}
+    found = await run_replay(place, app, topic, mode="apply")
+    assert outcome_counts(found) == {"delivered": 12, "applied": 8, "dead_lettered_now": 4}
     assert [each["kind"] for each in found.problems()] == ["dead_lettered_now"]
     assert found.history == {"settle": {"rows": 12, "with_message": 12, "without_message": 0}}
 
@@ -67,7 +68,7 @@ async def test_blocks_with_new_dead_letters_are_all_compared(place: Place, monke
 async def test_after_enough_faulty_blocks_the_others_are_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_diff, "FAULTY_MAX", 1)
     topic = await place.topic(3)
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n, partition=n % 3) for n in range(6)])
     await consume_all(app, place.settings())
     await query(
@@ -76,6 +77,6 @@ async def test_after_enough_faulty_blocks_the_others_are_named(place: Place, mon
            select fingerprint, "offset", applied_at, partition, handler, topic, gen_random_uuid() from consumer.ledger
            where "offset" = 0 returning id""",
     )
-    found = await run(place, app, topic)
+    found = await run_replay(place, app, topic)
     assert [(each["kind"], each["count"]) for each in found.problems()] == [("rows_without_message", 1)]
     assert any("in 2 more blocks" in each for each in found.notes)
