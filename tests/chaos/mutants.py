@@ -13,6 +13,7 @@ from typing import Any
 
 import asyncpg
 from asyncpg.pgproto.pgproto import UUID
+from replacing import replace
 
 from consumer.core import cloudevents
 from consumer.core.delivery import Delivery
@@ -56,8 +57,8 @@ def _kafka_keeps_the_positions(where_none: str = "beginning") -> None:
         )
         await write_positions(self, app, (), *more, **options)
 
-    start_positions.read_positions = positions  # type: ignore[assignment]
-    Session.write_positions = closing  # type: ignore[method-assign,assignment]
+    replace(start_positions, "read_positions", positions)
+    replace(Session, "write_positions", closing)
 
 
 def _workers() -> list[Worker]:
@@ -69,7 +70,7 @@ def _workers() -> list[Worker]:
         init(self, *arguments, **options)
         workers.append(self)
 
-    Worker.__init__ = creating  # type: ignore[method-assign]
+    replace(Worker, "__init__", creating)
     return workers
 
 
@@ -81,7 +82,7 @@ def m1_auto_commit() -> None:
     def made(**options: Any) -> Any:
         return real(**{**options, "enable_auto_commit": True, "auto_commit_interval_ms": 50})
 
-    kafka.AIOKafkaConsumer = made
+    replace(kafka, "AIOKafkaConsumer", made)
 
 
 def m2_commit_first() -> None:
@@ -95,7 +96,7 @@ def m2_commit_first() -> None:
         await worker.source.commit(batch.ends)
         await settle(self, batch)
 
-    LaneRunner.settle_batch = settling  # type: ignore[method-assign]
+    replace(LaneRunner, "settle_batch", settling)
 
 
 def m3_redis_first() -> None:
@@ -112,7 +113,7 @@ def m3_redis_first() -> None:
         await asyncio.gather(*precheck._marking)
         return await apply_batch(session, names, lane, batch, **options)
 
-    apply.apply_batch = applying
+    replace(apply, "apply_batch", applying)
 
 
 def m4_select_then_insert() -> None:
@@ -140,7 +141,7 @@ def m4_select_then_insert() -> None:
         )
         return {each: REDELIVERED for key, each in zip(keys, deliveries, strict=True) if key in there}
 
-    Session.claim = claim  # type: ignore[method-assign]
+    replace(Session, "claim", claim)
 
 
 def m5_separate_transactions() -> None:
@@ -153,7 +154,7 @@ def m5_separate_transactions() -> None:
         await self.begin()
         return standing
 
-    Session.claim = claiming  # type: ignore[method-assign]
+    replace(Session, "claim", claiming)
 
 
 def m6_swallow_and_commit() -> None:
@@ -177,9 +178,9 @@ def m6_swallow_and_commit() -> None:
     async def commit(self: Session) -> None:
         await self.connection.execute("commit")
 
-    invoke.await_call = awaiting
-    Session.write_positions = closing  # type: ignore[method-assign]
-    Session.commit = commit  # type: ignore[method-assign]
+    replace(invoke, "await_call", awaiting)
+    replace(Session, "write_positions", closing)
+    replace(Session, "commit", commit)
 
 
 def m7_trust_redis() -> None:
@@ -188,12 +189,12 @@ def m7_trust_redis() -> None:
     def key(self: Precheck, handler: Any, bucket: int, epoch: str | None = None) -> bytes:
         return f"consumer:{self._app}:{handler.name}:{bucket}".encode()
 
-    Precheck._key = key  # type: ignore[method-assign]
+    replace(Precheck, "_key", key)
 
 
 def m8_offset_as_id() -> None:
     """What was produced twice has two offsets, and so two ids."""
-    identify.id_of = lambda delivery, *_: (offset_id(delivery.record), False)
+    replace(identify, "id_of", lambda delivery, *_: (offset_id(delivery.record), False))
 
 
 def m9_commit_past_a_failure() -> None:
@@ -210,7 +211,7 @@ def m9_commit_past_a_failure() -> None:
             for queue, found in kept:
                 queue.unsettled = found
 
-    Scheduler.position_updates = moving  # type: ignore[method-assign]
+    replace(Scheduler, "position_updates", moving)
 
 
 def m10_early_purge() -> None:
@@ -221,7 +222,7 @@ def m10_early_purge() -> None:
         await self.connection.execute("delete from consumer.ledger where applied_at < now() - interval '200 ms'")
         await begin(self)
 
-    Session.begin = beginning  # type: ignore[method-assign]
+    replace(Session, "begin", beginning)
 
 
 def m11_no_scope() -> None:
@@ -232,7 +233,7 @@ def m11_no_scope() -> None:
         handlers, topics = await numbers(self, *arguments)
         return dict.fromkeys(handlers, min(handlers.values())), topics
 
-    Session.numbers = same  # type: ignore[method-assign]
+    replace(Session, "numbers", same)
 
 
 def m12_cancelled_commit() -> None:
@@ -244,7 +245,7 @@ def m12_cancelled_commit() -> None:
         except TimeoutError:
             pass
 
-    Session.commit = commit  # type: ignore[method-assign]
+    replace(Session, "commit", commit)
 
 
 def m13_reset_to_latest() -> None:
@@ -254,12 +255,12 @@ def m13_reset_to_latest() -> None:
 
 def m14_grouping_without_proof() -> None:
     """Statements of several messages are regrouped whether or not that changes what they do."""
-    scope.commute = lambda plans: True
+    replace(scope, "commute", lambda plans: True)
 
 
 def m15_epoch_read_once() -> None:
     """The epoch is that of the connection's start, whatever a transaction sees."""
-    Session._check_stamp = lambda self, stamp: None  # type: ignore[method-assign]
+    replace(Session, "_check_stamp", lambda self, stamp: None)
 
 
 def m16_claim_kept_after_a_postponed_retry() -> None:
@@ -269,7 +270,7 @@ def m16_claim_kept_after_a_postponed_retry() -> None:
         for each in deliveries:
             self._letters[each].is_postponed = True
 
-    DeadLetterSession.release_claims = release_claims  # type: ignore[method-assign]
+    replace(DeadLetterSession, "release_claims", release_claims)
 
 
 def m17_hold_forgotten_by_apply() -> None:
@@ -278,7 +279,7 @@ def m17_hold_forgotten_by_apply() -> None:
     async def holds(self: ReplaySession, deliveries: Any) -> dict[Any, Any]:
         return {}
 
-    ReplaySession.holds = holds  # type: ignore[method-assign]
+    replace(ReplaySession, "holds", holds)
 
 
 def m18_waiting_bounded_for_all_partitions() -> None:
@@ -290,12 +291,12 @@ def m18_waiting_bounded_for_all_partitions() -> None:
             return None
         return take(self, *arguments)
 
-    Scheduler._take_fresh = taking  # type: ignore[method-assign]
+    replace(Scheduler, "_take_fresh", taking)
 
 
 def m19_id_without_its_source() -> None:
     """A CloudEvent's id alone is its identity."""
-    cloudevents.event_id = lambda source, id: message_id(id)
+    replace(cloudevents, "event_id", lambda source, id: message_id(id))
 
 
 def m20_claim_kept_of_what_waits() -> None:
@@ -303,13 +304,13 @@ def m20_claim_kept_of_what_waits() -> None:
 
     async def release_claims(self: Session, deliveries: Any) -> None: ...
 
-    Session.release_claims = release_claims  # type: ignore[method-assign]
+    replace(Session, "release_claims", release_claims)
 
 
 def m21_dead_letters_hold_nothing() -> None:
     """Messages of its key go on behind a dead letter, which is applied out of order later."""
     for module in (apply, handler_runner):
-        module.blocks_key = lambda dead: False
+        replace(module, "blocks_key", lambda dead: False)
 
 
 def m22_failures_leave_their_writes() -> None:
@@ -322,7 +323,7 @@ def m22_failures_leave_their_writes() -> None:
             query += "; " + query.replace("release savepoint", "savepoint")
         return await execute(self, query, *args, **options)
 
-    asyncpg.Connection.execute = deaf
+    replace(asyncpg.Connection, "execute", deaf)
 
 
 def m23_a_letter_that_counts_as_applied() -> None:
@@ -332,7 +333,7 @@ def m23_a_letter_that_counts_as_applied() -> None:
     async def burying(self: Session, dead: Any, attempts: Any, claimed: Any) -> None:
         await store_dead_letters(self, dead, attempts, ())
 
-    Session.store_dead_letters = burying  # type: ignore[method-assign]
+    replace(Session, "store_dead_letters", burying)
 
 
 MUTANTS: dict[str, Callable[[], None]] = {

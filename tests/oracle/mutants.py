@@ -5,10 +5,11 @@ A mutant replaces one function. Each says in its docstring what goes wrong then.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from replacing import Replacement, replace_everywhere, undone_at_the_end
 
 MUTANTS: dict[str, Callable[[], None]] = {}
 
@@ -24,35 +25,12 @@ def install(name: str) -> None:
         MUTANTS[name]()
 
 
-class broken(AbstractContextManager[list[tuple[Any, str, Any]]]):  # noqa: N801 - reads as a statement
-    """The framework is broken in this way inside the block, and whole again after it."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._before: list[tuple[Any, str, Any]] = []
-
-    def __enter__(self) -> list[tuple[Any, str, Any]]:
-        """Break it; returns what was replaced: owner, name and original."""
-        _changes.clear()
-        install(self._name)
-        self._before = list(_changes)
-        return self._before
-
-    def __exit__(self, *_: object) -> None:
-        for owner, name, original in reversed(self._before):
-            setattr(owner, name, original)
-
-
-_changes: list[tuple[Any, str, Any]] = []
-
-
-def _replace(owner: Any, name: str, new: Any) -> None:
-    """Put something else in the place of a function, in every module that has imported it."""
-    original = getattr(owner, name)
-    for module in [owner, *(each for key, each in list(sys.modules.items()) if key.startswith("consumer"))]:
-        if getattr(module, name, None) is original:
-            _changes.append((module, name, original))
-            setattr(module, name, new)
+@contextmanager
+def broken(name: str) -> Iterator[list[Replacement]]:
+    """The framework is broken in this way inside the block, and whole again after it; gives what was replaced."""
+    with undone_at_the_end() as replacements:
+        install(name)
+        yield replacements
 
 
 @_mutant
@@ -60,7 +38,7 @@ def _grouping_without_proof() -> None:
     """All statements are taken to commute: the first ones of a batch run before the second ones."""
     from consumer.deferred_writes import statement_order
 
-    _replace(statement_order, "commute", lambda plans: True)
+    replace_everywhere(statement_order, "commute", lambda plans: True)
 
 
 @_mutant
@@ -79,7 +57,7 @@ def _barriers_are_passed() -> None:
         nothing = dataclasses.replace(known[0], touches=frozenset({object()}), pins={})
         return original(writes, {sql: plan or nothing for sql, plan in plans.items()})
 
-    _replace(statement_order, "group", group)
+    replace_everywhere(statement_order, "group", group)
 
 
 @_mutant
@@ -88,8 +66,10 @@ def _keys_as_python_compares_them() -> None:
     from consumer.deferred_writes import rounds
 
     keys = dict.fromkeys(rounds._KEYS, lambda value: value)
-    _replace(rounds, "_KEYS", keys)
-    _replace(rounds, "_keys", lambda arguments, places, types: [tuple(each[p] for p in places) for each in arguments])
+    replace_everywhere(rounds, "_KEYS", keys)
+    replace_everywhere(
+        rounds, "_keys", lambda arguments, places, types: [tuple(each[p] for p in places) for each in arguments]
+    )
 
 
 @_mutant
@@ -97,8 +77,8 @@ def _blind_to_the_catalog() -> None:
     """Triggers, rules, policies, generated columns and foreign keys are not looked at."""
     from consumer.deferred_writes import catalog
 
-    _replace(catalog, "barrier", lambda facts, shape: None)
-    _replace(catalog, "_why_alone", lambda facts, shape, types: None)
+    replace_everywhere(catalog, "barrier", lambda facts, shape: None)
+    replace_everywhere(catalog, "_why_alone", lambda facts, shape, types: None)
 
 
 @_mutant
@@ -106,8 +86,8 @@ def _rows_met_twice() -> None:
     """An array meets a row twice, and changes it once."""
     from consumer.deferred_writes import rounds
 
-    _replace(rounds, "split_by_key_use", lambda arguments, shape, types: [list(arguments)])
-    _replace(rounds, "sum_by_key", lambda arguments, shape, types: None)
+    replace_everywhere(rounds, "split_by_key_use", lambda arguments, shape, types: [list(arguments)])
+    replace_everywhere(rounds, "sum_by_key", lambda arguments, shape, types: None)
 
 
 @_mutant
@@ -125,7 +105,7 @@ def _sums_beyond_the_keys() -> None:
         last = {tuple(str(each[place]) for place in places): each for each in arguments}
         return [last[tuple(str(row[place]) for place in places)] for row in found[0]], found[1]
 
-    _replace(rounds, "sum_by_key", sums)
+    replace_everywhere(rounds, "sum_by_key", sums)
 
 
 @_mutant
@@ -135,7 +115,7 @@ def _no_turns() -> None:
 
     async def take(self: Any, tx: Any) -> None: ...
 
-    _replace(Turn, "take", take)
+    replace_everywhere(Turn, "take", take)
 
 
 @_mutant
@@ -145,7 +125,7 @@ def _awaited_before_deferred() -> None:
 
     async def flush(self: Any, level: Any) -> None: ...
 
-    _replace(Tx, "_flush", flush)
+    replace_everywhere(Tx, "_flush", flush)
 
 
 @_mutant
@@ -156,7 +136,7 @@ def _constraints_at_the_end() -> None:
     async def none(self: Any) -> list[str]:
         return []
 
-    _replace(BulkWriter, "deferred_constraints", none)
+    replace_everywhere(BulkWriter, "deferred_constraints", none)
 
 
 @_mutant
@@ -164,7 +144,7 @@ def _schema_known_for_a_minute() -> None:
     """What a handler's own DDL changes is noticed a minute later."""
     from consumer.deferred_writes.writer import BulkWriter
 
-    _replace(BulkWriter, "forget", lambda self: None)
+    replace_everywhere(BulkWriter, "forget", lambda self: None)
 
 
 @_mutant
@@ -191,7 +171,7 @@ def _failures_leave_their_writes() -> None:
         if type(self.connection).__name__ != "Deaf":
             self.connection = Deaf()
 
-    _replace(Session, "begin", begin)
+    replace_everywhere(Session, "begin", begin)
 
 
 @_mutant
@@ -199,7 +179,7 @@ def _settings_stay() -> None:
     """What `set_local` sets stays for the messages that follow."""
     from consumer.transaction import tx
 
-    _replace(tx, "_RESET_LOCAL", "select $1::text[], $2::text[]")
+    replace_everywhere(tx, "_RESET_LOCAL", "select $1::text[], $2::text[]")
 
 
 @_mutant
@@ -214,7 +194,7 @@ def _handler_after_handler() -> None:
         ordered = sorted(won, key=lambda each: numbers.index(each.handler.number))
         await original(self, ordered)
 
-    _replace(HandlerRunner, "run", run)
+    replace_everywhere(HandlerRunner, "run", run)
 
 
 @_mutant
@@ -231,4 +211,4 @@ def _errors_are_swallowed() -> None:
         except Exception:
             await self._connection.execute("rollback to savepoint oracle")
 
-    _replace(BulkWriter, "send", send)
+    replace_everywhere(BulkWriter, "send", send)

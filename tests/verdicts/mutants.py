@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from replacing import Replacement, replace, undone_at_the_end
+
 MUTANTS: dict[str, Callable[[], None]] = {}
-_changes: list[tuple[Any, str, Any]] = []
 
 
 def _mutant(patch: Callable[[], None]) -> Callable[[], None]:
@@ -22,20 +23,11 @@ def install(name: str) -> None:
 
 
 @contextmanager
-def broken(name: str) -> Iterator[None]:
-    """The verdicts are broken in this way inside the block, and whole again after it."""
-    _changes.clear()
-    install(name)
-    try:
-        yield
-    finally:
-        for owner, attribute, original in reversed(_changes):
-            setattr(owner, attribute, original)
-
-
-def _replace(owner: Any, attribute: str, new: Any) -> None:
-    _changes.append((owner, attribute, getattr(owner, attribute)))
-    setattr(owner, attribute, new)
+def broken(name: str) -> Iterator[list[Replacement]]:
+    """The verdicts are broken in this way inside the block, and whole again after it; gives what was replaced."""
+    with undone_at_the_end() as replacements:
+        install(name)
+        yield replacements
 
 
 @_mutant
@@ -47,13 +39,13 @@ def _partition_order() -> None:
         place = self._places.get(entry.delivery.partition, 0)
         return place, place, entry.delivery.record.offset, entry.turn
 
-    _replace(AppliedOrder, "_rank", rank)
+    replace(AppliedOrder, "_rank", rank)
 
 
 @_mutant
 def _dropped_columns() -> None:
     """Columns whose value depends on when things ran are not compared at all, not even whether they are null."""
-    from dataclasses import replace
+    import dataclasses
 
     from consumer.rebuild import compare
     from consumer.rebuild.compare_sql import Comparison
@@ -64,9 +56,9 @@ def _dropped_columns() -> None:
     def comparison(table: Table, ignored: Any, key: tuple[str, ...]) -> Comparison:
         made = original(table, ignored, key)
         columns = tuple(each for each in made.columns if each.name not in made.clocked)
-        return replace(made, columns=columns, null_only=(), clocked=frozenset())
+        return dataclasses.replace(made, columns=columns, null_only=(), clocked=frozenset())
 
-    _replace(compare, "_comparison", comparison)
+    replace(compare, "_comparison", comparison)
 
 
 @_mutant
@@ -77,7 +69,7 @@ def _ledger_unread() -> None:
     async def compare(*_: Any) -> None:
         return None
 
-    _replace(ledger_diff, "compare", compare)
+    replace(ledger_diff, "compare", compare)
 
 
 @_mutant
@@ -90,4 +82,4 @@ def _missing_uncounted() -> None:
     def total(self: Findings, outcome: str) -> int:
         return 0 if outcome == "missing" else original(self, outcome)
 
-    _replace(Findings, "total", total)
+    replace(Findings, "total", total)

@@ -1,0 +1,70 @@
+"""The tests themselves: what several test files share is in tests/support, and a mutant cannot miss its target."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from chaos.mutants import MUTANTS as CHAOS_MUTANTS
+from chaos.mutants import install
+from replacing import INHERITED, NothingToReplace, replace, replace_everywhere, undone_at_the_end
+from verdicts.mutants import MUTANTS as VERDICT_MUTANTS
+from verdicts.mutants import broken as broken_verdicts
+
+from consumer.core import dead_letters
+from consumer.transaction import apply
+
+pytestmark = pytest.mark.unit
+
+
+def test_replace_sets_an_attribute_that_exists_and_restores_it() -> None:
+    owner = SimpleNamespace(claim=1)
+    with undone_at_the_end() as replacements:
+        replace(owner, "claim", 2)
+        assert owner.claim == 2
+        assert replacements == [(owner, "claim", 1)]
+    assert owner.claim == 1
+
+
+def test_replace_refuses_an_attribute_that_does_not_exist() -> None:
+    owner = SimpleNamespace(claim=1)
+    with pytest.raises(NothingToReplace, match="claims: no such attribute"):
+        replace(owner, "claims", 2)
+    with pytest.raises(NothingToReplace, match=r"consumer\.transaction\.apply\.apply: no such attribute"):
+        replace_everywhere(apply, "apply", None)
+    assert vars(owner) == {"claim": 1}
+
+
+def test_replace_of_an_inherited_method_leaves_the_base_class_alone() -> None:
+    class Base:
+        def begin(self) -> str:
+            return "base"
+
+    class Child(Base): ...
+
+    with undone_at_the_end() as replacements:
+        replace(Child, "begin", lambda self: "replaced")
+        assert (Base().begin(), Child().begin()) == ("base", "replaced")
+        assert replacements[0].original is INHERITED
+    assert Child().begin() == "base" and "begin" not in vars(Child)
+
+
+def test_replace_everywhere_reaches_modules_that_import_the_name() -> None:
+    original = dead_letters.blocks_key
+    with undone_at_the_end():
+        replace_everywhere(dead_letters, "blocks_key", lambda verdict: False)
+        assert vars(apply)["blocks_key"] is dead_letters.blocks_key is not original
+    assert vars(apply)["blocks_key"] is dead_letters.blocks_key is original
+
+
+@pytest.mark.parametrize("name", CHAOS_MUTANTS)
+def test_chaos_mutant_replaces_something_that_exists(name: str) -> None:
+    with undone_at_the_end() as replacements:
+        install(name)
+        assert replacements
+
+
+@pytest.mark.parametrize("name", VERDICT_MUTANTS)
+def test_verdict_mutant_replaces_something_that_exists(name: str) -> None:
+    with broken_verdicts(name) as replacements:
+        assert replacements
