@@ -1,1 +1,4 @@
-"""What a database remembers of an App's handlers: what each settled, how it identifies messages, its code. Imports core, app, kafka."""
+"""What a database remembers of an App's handlers.
+
+The offsets that each has settled, how it identifies messages, and its code. Imports core, app, kafka and postgres.
+"""

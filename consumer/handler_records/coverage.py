@@ -48,12 +48,12 @@ def topics_of(app: App) -> dict[str, tuple[str, ...]]:
 
 
 async def register(connection: Connection, app: App) -> None:
-    """Record the topics of the App's handlers, by which a renamed one is recognised."""
+    """Record the topics of the App's handlers, to recognise renamed ones."""
     await handler_history.record_topics(connection, app.name, topics_of(app))
 
 
 async def switch(connection: Connection, app: str, wanted: Mapping[Partition, str]) -> Changes:
-    """Let positions name other handlers, and end and begin the stretches of those that come or go."""
+    """Name other handlers in positions, and begin and end their ranges."""
     partitions = sorted(wanted)
     async with connection.transaction():
         locked = await positions.lock_settling(connection, app, partitions)
@@ -74,7 +74,10 @@ def _at(settling: Mapping[Partition, positions.Settling]) -> dict[Partition, At]
 async def cover(
     connection: Connection, handler: int, stretches: Iterable[tuple[Partition, int, int]], why: str
 ) -> None:
-    """Record stretches that a replay has settled ("replayed"), or that the handler need not settle ("declared")."""
+    """Record ranges that a handler has settled or need not settle.
+
+    why: "replayed" or "declared".
+    """
     ranges = [(partition, first, past) for partition, first, past in stretches if first < past]
     await handler_history.cover(connection, handler, ranges, why)
 
@@ -107,9 +110,9 @@ async def look(connection: Connection, app: str) -> Picture:
 
 
 async def begin_here(connection: Connection, app: App, handler: str, topics: Collection[str]) -> list[Gap]:
-    """Record that a handler need not settle what it has missed. Returns the gaps that end so.
+    """Declare that a handler need not settle what it has missed.
 
-    Raises Misconfigured where the ledger does not know the handler.
+    Returns the gaps that this ends. Raises Misconfigured if the ledger does not know the handler.
     """
     async with connection.transaction():
         await positions.lock_app(connection, app.name)
@@ -123,9 +126,9 @@ async def begin_here(connection: Connection, app: App, handler: str, topics: Col
 
 
 async def rename(connection: Connection, app: str, old: str, new: str, operator: str) -> None:
-    """Give a handler another name and keep its rows. Waits for the batches in hand; running workers reconnect.
+    """Rename a handler and keep its rows.
 
-    Raises Misconfigured, and then changes nothing.
+    Waits for the batches in flight; running workers reconnect. Raises Misconfigured, and then changes nothing.
     """
     async with connection.transaction():
         # No turn of the ledger goes on meanwhile; then no claim runs, and those that begin later see the new epoch.

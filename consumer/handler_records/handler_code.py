@@ -1,9 +1,10 @@
-"""Keeps with the ledger which code each handler had and when, so that a difference may be put down to another code.
+"""Records which code each handler had and when.
 
-A fingerprint covers the options that decide what a message is, the source of the function and of what it wraps, and the
-functions, classes and plain constants of the application's own package that it reaches by name, with the payload's type.
-Written when a worker starts and every few minutes while it runs. Limitations: objects (clients, settings that are read
-later), dictionaries and lists, other packages, and functions of the database; `version=` of a handler replaces all of it.
+A replay uses it to explain a difference by a change of code. A fingerprint covers the options that decide what a
+message is, the source of the function and of what it wraps, and the functions, classes and plain constants of the
+application's own package that it reaches by name, with the payload's type. It is written when a worker starts and every
+few minutes while it runs. Limitations: objects (clients, settings that are read later), dictionaries and lists, other
+packages, and functions of the database; `version=` of a handler replaces all of it.
 """
 
 from __future__ import annotations
@@ -42,14 +43,20 @@ _PARTS_MAX = 2000  # functions, classes and constants that one handler reaches
 
 
 class Codes(NamedTuple):
-    """Fingerprints of a handler: of all its code, and of the function of message_id= alone ('' where it is none)."""
+    """Fingerprints of a handler's code and of its message_id= function.
+
+    The second is '' if message_id= is not a function.
+    """
 
     code: str
     id_code: str
 
 
 class Recorded(NamedTuple):
-    """What the ledger knows of the codes of an App's handlers, by name: of all their code, and of message_id= alone."""
+    """The recorded code versions of an App's handlers, by name.
+
+    Of all their code, and of the function of message_id= alone.
+    """
 
     code: Mapping[str, Versions]
     id_code: Mapping[str, Versions]
@@ -92,7 +99,7 @@ async def look(connection: Connection, app: App) -> Recorded:
 
 
 async def gone(connection: Connection, app: App, topics: Iterable[str]) -> list[str]:
-    """Handlers that have applied messages of the topics, and are not in the App."""
+    """Return handlers that applied messages of the topics, but left the App."""
     return await ledger_queries.other_handlers(connection, app.name, list(app.handlers), sorted(topics))
 
 
@@ -103,7 +110,7 @@ def _versions(rows: list[Any], column: int, now: str) -> Versions:
 
 
 def since_text(versions: Versions) -> str:
-    """When the code that runs now was first seen, to go on after "today's code"."""
+    """Return when the running code was first seen, after "today's code"."""
     if versions.since is None:
         return "which no worker has recorded"
     at = datetime.fromtimestamp(versions.since / 1_000_000, UTC)
@@ -111,7 +118,10 @@ def since_text(versions: Versions) -> str:
 
 
 def codes_at_start(handler: Handler) -> Codes:
-    """As `codes_of` was when it was first asked: what runs is what was imported, whatever the file says by now."""
+    """Return the result of the first `codes_of` call.
+
+    The code that runs is the code that was imported, whatever its file says by now.
+    """
     if not handler.codes:
         try:
             handler.codes = codes_of(handler)
@@ -126,7 +136,10 @@ def _hash(texts: list[str]) -> str:
 
 
 class _Walk:
-    """The texts of what a handler reaches, in an order that depends on nothing but the code."""
+    """Collects the texts of what a handler reaches, in a fixed order.
+
+    The order depends on nothing but the code.
+    """
 
     def __init__(self, handler: Handler) -> None:
         self._own = getattr(inspect.unwrap(handler.function), "__module__", None) or ""
@@ -136,7 +149,10 @@ class _Walk:
         self._todo: deque[tuple[str, Any]] = deque()
 
     def texts(self, *roots: Any) -> list[str]:
-        """The texts of these and of everything of the application that they use."""
+        """Return the texts of the roots and of all they use.
+
+        Only of what belongs to the application.
+        """
         self._todo.extend(("", each) for each in roots)
         found: list[str] = []
         while self._todo and len(found) < _PARTS_MAX:
@@ -158,7 +174,7 @@ class _Walk:
         return module == self._own or (root == self._root and root != "consumer")
 
     def _of(self, value: Any) -> Iterator[str]:
-        """The texts of one value; what it uses goes to the end of the queue."""
+        """Yield the texts of one value, and queue what it uses."""
         if isinstance(value, partial):
             self._todo.extend([("", value.func), *(("", each) for each in value.args), *sorted(value.keywords.items())])
             return
@@ -195,7 +211,10 @@ class _Walk:
                     self._todo.append((name, inner))
 
     def _use(self, function: FunctionType) -> None:
-        """Queue what a function reaches by name: globals, attributes of the application's modules, and closures."""
+        """Queue what a function reaches by name.
+
+        These are globals, attributes of the application's modules, and closures.
+        """
         names = sorted(names_used(function.__code__))
         for name in names:
             if name not in function.__globals__:
@@ -214,7 +233,7 @@ class _Walk:
 
 
 def _source(value: FunctionType | type) -> str:
-    """The source of a function or class; empty where it is not known."""
+    """Return the source of a function or class; empty if unknown."""
     try:
         if isinstance(value, type):
             return function_text(inspect.getsource(value))

@@ -1,8 +1,8 @@
-"""Remembers how each handler identifies its messages, so that a changed rule does not apply old ones again.
+"""Remembers how each handler identifies its messages.
 
-Ids of one rule say nothing of messages that were applied under another. The ledger keeps the rule as a text, and, after
-an accepted change, the offsets below which messages may have ids of an earlier rule. Limitation: a function is known by
-its name, so a change of what it returns is not noticed.
+A changed rule must not apply old messages again: ids of one rule say nothing of messages that were applied under
+another. The ledger keeps the rule as a text, and, after an accepted change, the offsets below which messages may have
+ids of an earlier rule. Limitations: a function is known by its name, so a change of what it returns is not noticed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class Change(NamedTuple):
 
 
 class IdRules(NamedTuple):
-    """What the ledger records, compared with the App. floors: by handler and partition, after accepted changes."""
+    """The recorded rules, compared with the App.
+
+    floors: the lowest offsets of the current rule after accepted changes, by handler and partition.
+    """
 
     changes: Mapping[str, Change]
     floors: Mapping[tuple[str, Partition], int]
@@ -71,9 +74,10 @@ async def look(connection: Connection, app: App) -> IdRules:
 
 
 async def accept(connection: Connection, app: App, handler: str) -> Change | None:
-    """Record the App's rule of a handler, and below which offsets messages may have ids of the earlier one.
+    """Record the App's rule of a handler, and where it begins.
 
-    Returns None where nothing differs. The workers with the old rule must have stopped.
+    Messages below the recorded offsets may have ids of the earlier rule. Returns None if nothing differs. The workers
+    with the old rule must have stopped.
     """
     change = (await look(connection, app)).changes.get(handler)
     if change is None:
@@ -90,7 +94,10 @@ async def accept(connection: Connection, app: App, handler: str) -> Change | Non
 async def refuse_going_back(
     connection: Connection, app: App, positions: Mapping[Partition, int], wanted: Mapping[Partition, int]
 ) -> None:
-    """Raise Misconfigured for positions that would be moved back to messages with ids of another rule."""
+    """Raise Misconfigured for positions moved back before a rule change.
+
+    Messages there have ids of another rule.
+    """
     rules = await look(connection, app)
     for partition, offset in sorted(wanted.items()):
         for handler in app.by_topic().get(partition.topic, ()):

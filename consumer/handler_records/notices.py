@@ -1,6 +1,7 @@
-"""What `consumer status` and `consumer run` say of an App beside its partitions: what is missed, and by whom.
+"""Notices of `consumer status` and `consumer run` about an App.
 
-Each notice has a kind, a sentence and the command that resolves it; the problems among them make the answer of `status` no.
+Each notice has a kind, a sentence and the command that resolves it; a problem among them makes the result of `status`
+negative.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ def gap_text(gaps: Collection[Gap]) -> str:
 
 
 def filling(path: str, topics: Iterable[str], handler: str, renamed_from: Collection[str], app: str) -> str:
-    """The commands that end the gap of a handler; those that would apply messages twice are not offered first."""
+    """Return the commands that end a handler's gap.
+
+    Those that would apply messages twice are not offered first.
+    """
     new = (
         f"consumer replay {path} {' '.join(topics)} --apply --handler {handler} fills it, "
         f"consumer positions {path} --handler {handler} --begin-here leaves it"

@@ -1,8 +1,8 @@
-"""Decides which offsets each handler has settled, from the stretches that the ledger records.
+"""Decides which offsets each handler has settled, from recorded ranges.
 
-Positions are per application: what is below a position was settled by the handlers that its worker had, not by those that
-were added later or that other workers have. A stretch is open while its handler settles up to the position. Limitations:
-a handler with `idempotent=False` keeps no ledger row, so no stretch either.
+Positions are per application: what is below a position was settled by the handlers that its worker had, not by those
+that were added later or that other workers have. A range is open while its handler settles up to the position.
+Limitations: a handler with `idempotent=False` keeps no ledger row, so no range either.
 """
 
 from __future__ import annotations
@@ -14,14 +14,20 @@ from consumer.core.message import Partition
 
 
 class Stretch(NamedTuple):
-    """Offsets that a handler has settled, or that it need not. past: None up to the position."""
+    """Offsets that a handler has settled, or need not settle.
+
+    past: the offset after the last one; None: up to the position.
+    """
 
     first: int
     past: int | None
 
 
 class At(NamedTuple):
-    """A position: where the application began, what is next, and the numbers of the handlers that settle from there on."""
+    """A position, and the handlers that settle from there on.
+
+    first: where the application began. next: the next offset to settle. handlers: their numbers.
+    """
 
     first: int | None
     next: int
@@ -49,7 +55,10 @@ class Changes(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """Offsets `first` to `past` - 1, which a handler of the App has not settled although the position is beyond."""
+    """Offsets below the position that a handler has not settled.
+
+    From `first` to `past` - 1.
+    """
 
     handler: str
     partition: Partition
@@ -58,7 +67,10 @@ class Gap(NamedTuple):
 
 
 class Rename(NamedTuple):
-    """A handler that lacks what one of the same topic, which the App no longer has, has settled."""
+    """A handler that was probably renamed.
+
+    It lacks what a handler of the same topic, which the App no longer has, has settled.
+    """
 
     old: str
     new: str
@@ -74,7 +86,10 @@ class Known(NamedTuple):
 
 
 class Assessment(NamedTuple):
-    """What the App's handlers have missed, and what speaks for another version of the App. absent: settling elsewhere."""
+    """What the App's handlers have missed, and signs of another App version.
+
+    absent: handlers that the App lacks and that still settle messages.
+    """
 
     gaps: tuple[Gap, ...] = ()
     renames: tuple[Rename, ...] = ()
@@ -94,7 +109,10 @@ def as_numbers(text: str | None) -> frozenset[int] | None:
 def changes(
     found: Mapping[Partition, At], wanted: Mapping[Partition, frozenset[int]], legacy: Collection[int]
 ) -> Changes:
-    """Which handlers begin and end where a worker takes over with the wanted ones."""
+    """Return which handlers begin and end when a worker takes over.
+
+    found: the positions. wanted: the numbers of the worker's handlers.
+    """
     begun, ended, late = [], [], []
     for partition, at in sorted(found.items()):
         before = at.handlers if at.handlers is not None else frozenset()
@@ -125,7 +143,10 @@ def assess(
     positions: Mapping[Partition, At],
     stretches: Mapping[tuple[int, Partition], Sequence[Stretch]],
 ) -> Assessment:
-    """Compare the App's handlers (name -> topics; those that keep ledger rows) with what the ledger has recorded."""
+    """Compare the App's handlers with what the ledger has recorded.
+
+    code: name -> topics of the handlers that keep ledger rows.
+    """
     gaps = []
     for name, topics in sorted(code.items()):
         handler = known.get(name)
@@ -151,7 +172,10 @@ def assess(
 def _may_have_settled(
     handler: Known, gaps: Iterable[Gap], stretches: Mapping[tuple[int, Partition], Sequence[Stretch]]
 ) -> bool:
-    """Whether a handler has settled anything of the gaps, as one has that was renamed."""
+    """Whether a handler has settled anything of the gaps.
+
+    A handler that was renamed has.
+    """
     return handler.legacy or any(
         own.first < gap.past and (own.past is None or own.past > gap.first)
         for gap in gaps

@@ -1,7 +1,8 @@
-"""Texts by which code is compared: source without layout and comments, or bytecode where there is no source.
+"""Texts by which code is compared: source, or bytecode without it.
 
 The text of a function is the same on every Python version where its source is known, and a change of layout, comments,
-decorators or of the function's own name leaves it the same. Limitation: brackets or quotes that a formatter changes count.
+decorators or of the function's own name leaves it the same. Limitation: brackets or quotes that a formatter changes
+count.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ _MARGIN_US = 600_000_000  # a worker renews its stretch every few minutes, and o
 
 
 class Stretch(NamedTuple):
-    """When workers may have applied messages with one code: microseconds since 1970 by PostgreSQL's clock."""
+    """When workers may have applied messages with one code.
+
+    Microseconds since 1970 by PostgreSQL's clock.
+    """
 
     first: int
     last: int
 
 
 class Versions(NamedTuple):
-    """What the ledger knows of the codes of one handler, beside the one that runs now.
+    """The recorded code versions of one handler, except the running one.
 
-    recorded: when any code was recorded first, None if none was. since: when the code that runs now was, None if never.
+    recorded: when any code was first recorded, None if none was. since: when the running code was, None if never.
     """
 
     others: tuple[Stretch, ...] = ()
@@ -38,7 +42,10 @@ class Versions(NamedTuple):
     since: int | None = None
 
     def may_be_other(self, applied_at: int | None) -> bool:
-        """Whether a message that was applied then (None: not known when) may have met another code than today's."""
+        """Whether a message may have been applied with other code than today's.
+
+        applied_at: None if unknown.
+        """
         if applied_at is None:
             return bool(self.others)
         if self.since is None or self.recorded is None or applied_at < self.recorded:
@@ -47,9 +54,9 @@ class Versions(NamedTuple):
 
 
 def function_text(source: str) -> str:
-    """The source of a function or class without layout, comments, decorators and its own name.
+    """Return a source without layout, comments, decorators and its own name.
 
-    Raises SyntaxError or tokenize.TokenError for what is no whole statement (a lambda in the middle of a call).
+    Raises SyntaxError or tokenize.TokenError if it is no whole statement (a lambda in the middle of a call).
     """
     words = list(_words(source))
     for place, word in enumerate(words):
@@ -60,7 +67,10 @@ def function_text(source: str) -> str:
 
 
 def _words(source: str) -> Iterator[str]:
-    """The tokens of a source. Of an f-string, which Python splits since 3.12, its text as it is written."""
+    """Yield the tokens of a source.
+
+    An f-string, which Python splits since 3.12, is one token as it is written.
+    """
     lines = [f"{line}\n" for line in source.split("\n")]
     margin = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
     # A line must keep its end: an empty one is the end of the source.
@@ -92,7 +102,10 @@ def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> 
 
 
 def bytecode_text(code: CodeType, python: str) -> str:
-    """A code object as a text that holds for one version of Python. python: that version."""
+    """Return a code object as text that holds for one Python version.
+
+    python: that version.
+    """
     consts = [
         bytecode_text(each, python) if isinstance(each, CodeType) else constant_text(each) or type(each).__name__
         for each in code.co_consts
@@ -101,7 +114,10 @@ def bytecode_text(code: CodeType, python: str) -> str:
 
 
 def names_used(code: CodeType) -> set[str]:
-    """The global names and attributes that a function and those inside it use."""
+    """Return global names and attributes used by a function.
+
+    Includes the functions inside it.
+    """
     found = set(code.co_names)
     for each in code.co_consts:
         if isinstance(each, CodeType):

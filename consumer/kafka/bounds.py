@@ -1,4 +1,4 @@
-"""Where a replay begins and ends, and what that means for one partition.
+"""Resolves where a replay begins and ends in each partition.
 
 Knows offsets and times as numbers; knows no Kafka and no clock. An end is exclusive: the first offset, or the first
 time, that is not replayed any more.
@@ -20,12 +20,18 @@ class Earliest:
 
 @dataclass(frozen=True, slots=True)
 class Latest:
-    """The end of the log when the replay begins, open transactions of producers excluded."""
+    """The end of the log when the replay begins.
+
+    Open transactions of producers are excluded.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class AtPosition:
-    """The application's position in PostgreSQL when the replay begins: up to where its workers have settled everything."""
+    """The application's position in PostgreSQL when the replay begins.
+
+    Its workers have settled everything below it.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +43,10 @@ class Offset:
 
 @dataclass(frozen=True, slots=True)
 class Time:
-    """The first record of that time (milliseconds since 1970 UTC) or later, by the records' own timestamps."""
+    """The first record of that time or later.
+
+    Milliseconds since 1970 UTC, by the records' own timestamps.
+    """
 
     milliseconds: int
 
@@ -54,12 +63,18 @@ class Span(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Offsets in it; records may be fewer, since the log is compacted and holds transaction markers."""
+        """Number of offsets.
+
+        Records may be fewer: the log may be compacted, and holds transaction markers.
+        """
         return self.end - self.first
 
 
 class LogRange(NamedTuple):
-    """What is known of a partition's log, to resolve bounds with. position: None before its first settled message."""
+    """What is known of a partition's log, to resolve bounds with.
+
+    position: None before its first settled message.
+    """
 
     begin: int
     end: int
@@ -69,9 +84,9 @@ class LogRange(NamedTuple):
 
 
 def span(partition: Partition, log: LogRange, start: Bound, end: Bound) -> Span:
-    """The offsets of one partition between two bounds; empty where it holds nothing between them.
+    """Return a partition's offsets between two bounds; may be empty.
 
-    Raises Misconfigured where the log has dropped records that the bounds ask for.
+    Raises Misconfigured if the log has dropped records that the bounds ask for.
     """
     first = _offset(start, log, log.from_time)
     last = _offset(end, log, log.to_time)

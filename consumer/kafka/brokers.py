@@ -1,8 +1,9 @@
-"""Ask Kafka's brokers in batches, and find them again when all of those that were known are gone.
+"""Queries Kafka's brokers in batches, and finds them again after an outage.
 
-Knows metadata, ListOffsets and which broker leads what; knows no record and no group. aiokafka bootstraps only at start, learns
-of one unknown topic in 100 ms, and asks on the connection on which a throttled fetch waits; this asks about any number of
-partitions at once, on a connection of its own. What it does not know: whether an answer is still true when it is read.
+Knows metadata, ListOffsets and the leaders of partitions; knows no record and no group. aiokafka bootstraps only at
+start, learns of one unknown topic in 100 ms, and sends requests on the connection on which a throttled fetch waits;
+this module asks about any number of partitions at once, on a connection of its own. Limitations: an answer may be out
+of date when it is read.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ _UNKNOWN = -1
 
 
 async def _connect(host: str, port: int, **options: Any) -> AIOKafkaConnection:
-    """As the client's create_conn, but a host that says nothing is given up soon: other connections wait for this one."""
+    """Connect like the client's create_conn, with a short timeout.
+
+    A host that does not answer must not hold up other connections, which wait for this one.
+    """
     connection = AIOKafkaConnection(host, port, **options)
     usual = connection._request_timeout
     connection._request_timeout = min(usual, _CONNECT_SECONDS)
@@ -60,14 +64,20 @@ class Brokers:
     # -- brokers that are gone ----------------------------------------------------------------------------------------
 
     async def _update(self, cluster: Any, topics: Collection[str]) -> bool:
-        """The client's update of its metadata, with the configured addresses where no known broker answers."""
+        """Update the client's metadata.
+
+        Asks the configured addresses if no known broker answers.
+        """
         if await self._update_from_known(cluster, topics):
             self._leave_old_addresses()
             return True
         return await self._update_from_configured(cluster, topics)
 
     async def _update_from_configured(self, cluster: Any, topics: Collection[str]) -> bool:
-        """Ask the configured addresses, with names resolved again. Never raises: the client's task would end."""
+        """Ask the configured addresses, with names resolved again.
+
+        Never raises: the client's task would end.
+        """
         hosts = list(self._client.hosts)
         random.shuffle(hosts)
         for host, port, _ in hosts:
@@ -104,7 +114,10 @@ class Brokers:
         }
 
     def _leave_old_addresses(self) -> None:
-        """Close connections to brokers that have moved: what is asked there would wait for a machine that is gone."""
+        """Close connections to brokers that have moved.
+
+        Requests there would wait for a machine that is gone.
+        """
         for (node, _), connection in list(self._client._conns.items()):
             broker = self._client.cluster.broker_metadata(node)
             if broker is not None and (broker.host, broker.port) != (connection.host, connection.port):
@@ -117,7 +130,10 @@ class Brokers:
         return await asyncio.wait_for(self._client.send(node, request, group=QUESTIONS), seconds)
 
     async def ask_anyone(self, request: Any) -> Any:
-        """The first answer that a broker gives. Raises the last error when none does."""
+        """Return the first answer that a broker gives.
+
+        Raises the last error if none answers.
+        """
         problem: Exception = KafkaConnectionError("no broker is known")
         for is_last in (False, True):
             nodes = [each.nodeId for each in self._client.cluster.brokers()]
@@ -134,7 +150,10 @@ class Brokers:
         raise problem
 
     async def partitions(self, topics: Iterable[str]) -> dict[str, dict[int, int]]:
-        """Topic -> partition -> leader (negative: none), of those topics that exist. Raises KafkaError, TimeoutError."""
+        """Return topic -> partition -> leader (negative: none) of existing topics.
+
+        Raises KafkaError, TimeoutError.
+        """
         wanted = sorted(set(topics))
         if not wanted:
             return {}
@@ -155,7 +174,10 @@ class Brokers:
         return leader if leader >= 0 else None
 
     async def leader_of(self, partition: Partition) -> int:
-        """The leader, asked for where it is not known. Raises KafkaError or TimeoutError."""
+        """Return the leader; asks for it if unknown.
+
+        Raises KafkaError or TimeoutError.
+        """
         if (leader := self.leader(partition)) is not None:
             return leader
         async with self._learning:  # many may ask about one topic at once: the first answer serves all
@@ -167,15 +189,19 @@ class Brokers:
         return leader
 
     def forget_leader(self, partition: Partition) -> None:
-        """Ask again the next time: what was known was wrong, or its broker does not answer."""
+        """Ask for the leader again the next time.
+
+        The known one was wrong, or its broker does not answer.
+        """
         self._leaders.pop(partition, None)
 
     async def offsets(
         self, wanted: Mapping[Partition, int], isolation_level: int, seconds: float = _ASK_SECONDS
     ) -> tuple[dict[Partition, int | None], dict[Partition, Exception]]:
-        """Offsets at times (EARLIEST, LATEST, or milliseconds since 1970; None: no record of that time), one request a leader.
+        """Return offsets at times, and errors of partitions without an answer.
 
-        Second: why the others have none, after trying for so long. Raises KafkaError or TimeoutError when no broker answers.
+        A time is EARLIEST, LATEST, or milliseconds since 1970; None: no record of that time. Sends one request to each
+        leader, and repeats it until the timeout. Raises KafkaError or TimeoutError when no broker answers.
         """
         clock = asyncio.get_running_loop().time
         deadline = clock() + seconds

@@ -54,7 +54,10 @@ _local = _Local()
 
 
 def prepare(bytes_max: int) -> None:
-    """Set the limit of this process. Raises Misconfigured when a codec is missing."""
+    """Set the limit of this process.
+
+    Raises Misconfigured if a codec is missing.
+    """
     if cramjam is None:
         raise Misconfigured(
             "Kafka codecs: the package cramjam is missing, so that topics compressed with snappy, lz4 or zstd cannot be read; "
@@ -126,7 +129,10 @@ def zstd_decode(payload: bytes) -> bytes:
 
 
 def _into_buffer(name: str, decompress: Callable[[bytes, mmap.mmap], int], payload: bytes) -> bytes:
-    """Decompress into memory as large as the limit, of which the system gives only what is written."""
+    """Decompress into a buffer as large as the limit.
+
+    The system allocates only the pages that are written.
+    """
     output = _local.output or mmap.mmap(-1, _Limit.bytes_max)
     # Not kept while it is in use: cramjam lets other threads run.
     _local.output = None

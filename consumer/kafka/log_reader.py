@@ -1,7 +1,7 @@
-"""Reading a range of topics without a group: what it is, and its records in order. Nothing of the group is touched.
+"""Reads a range of topics in order, without a consumer group.
 
-Reads through kafka/consumer.py; knows no ledger. Nothing is committed and nobody is joined, so workers never notice. What it
-does not know: whether the log still holds a range by the time that it comes to it (LogTruncated then).
+Reads through kafka/consumer.py; knows no ledger. Commits nothing and joins no group, so workers are not affected.
+Limitations: the log may drop records of a range before they are read (LogTruncated then).
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Chunk(NamedTuple):
-    """Records of one partition, in offset order, and the offset up to which the partition has now been read."""
+    """Records of one partition, in offset order.
+
+    Holds also the offset up to which the partition has now been read.
+    """
 
     partition: Partition
     records: Sequence[Record]
@@ -30,9 +33,10 @@ class Chunk(NamedTuple):
 
 
 def parse(text: str, option: str, now_ms: int, names: str = "earliest, latest, position") -> Bound:
-    """A bound as written: earliest, latest, position, an offset, an ISO 8601 time (UTC where it names no zone), or 90m ago.
+    """Parse a bound.
 
-    Raises Misconfigured for anything else, and for a time in the future.
+    Accepts earliest, latest, position, an offset, an ISO 8601 time (UTC without a zone), or an age such as 90m. Raises
+    Misconfigured for anything else, and for a time in the future.
     """
     given = text.strip()
     match given.lower():
@@ -64,7 +68,10 @@ def parse(text: str, option: str, now_ms: int, names: str = "earliest, latest, p
 async def find_partitions(
     source: KafkaConsumer, topics: Sequence[str], numbers: Sequence[int] | None
 ) -> list[Partition]:
-    """The partitions asked for. Raises Misconfigured for a topic or a partition that is not there."""
+    """Return the requested partitions.
+
+    Raises Misconfigured for a topic or a partition that does not exist.
+    """
     found = await source.log.partitions(topics)
     wanted: list[Partition] = []
     for topic in topics:
@@ -80,7 +87,10 @@ async def find_partitions(
 async def resolve(
     source: KafkaConsumer, partitions: Sequence[Partition], start: Bound, end: Bound, positions: Mapping[Partition, int]
 ) -> list[Span]:
-    """The offsets to read of each partition. Raises Misconfigured where nothing is there, or not any more."""
+    """Return the offsets to read of each partition.
+
+    Raises Misconfigured if the log holds none of them, or has dropped some.
+    """
     begins, ends = await source.log.beginnings(partitions), await source.log.ends(partitions)
     times: list[dict[Partition, int | None]] = []
     for bound in (start, end):
@@ -127,9 +137,10 @@ async def _with_older_records(
 
 
 async def read(source: KafkaConsumer, spans: Sequence[Span]) -> AsyncIterator[Chunk]:
-    """The records of the spans: in order within each partition, the partitions as they come. The source must be started.
+    """Yield the records of the spans, in order within each partition.
 
-    Ends when every span was read to its end. Raises KafkaError, and LogTruncated when records were removed meanwhile.
+    Partitions come as they are fetched. The source must be started. Ends when every span was read to its end. Raises
+    KafkaError, and LogTruncated when records were removed meanwhile.
     """
     ends = {each.partition: each.end for each in spans if each.length}
     received = {each.partition: each.first for each in spans if each.length}

@@ -1,7 +1,8 @@
-"""Reads Kafka's record batches without trusting them: their order and sizes, and header keys that are not UTF-8.
+"""Reads Kafka's record batches without trusting them.
 
-Knows the byte format (KIP-98); knows no client, no compression. `check` runs for every fetch and costs one step for a batch;
-the rest is used only for a batch that the client could not read, so it is plain rather than fast.
+Checks their order and sizes, and keeps header keys that are not UTF-8. Knows the byte format (KIP-98); knows no client
+and no compression. `check` runs for every fetch and takes one iteration for a batch; the rest is used only for a batch
+that the client could not read, so it is plain rather than fast.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class BatchHeader(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One record: header keys decoded with surrogateescape, so nothing of them is lost."""
+    """One record; header keys are decoded with surrogateescape, without loss."""
 
     offset: int
     timestamp: int
@@ -44,9 +45,10 @@ class Entry(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """A batch whose frame is wrong. first: the first offset missing. last: the last one, None where the bytes cannot tell.
+    """A batch whose frame is wrong.
 
-    next_at: where in the bytes the next sound batch begins. head: the first bytes of the broken one, to know it again.
+    first: the first missing offset. last: the last one, None if the bytes do not say. next_at: where in the bytes the
+    next sound batch begins. head: the first bytes of the broken one, to recognise it.
     """
 
     text: str
@@ -57,11 +59,12 @@ class Damage(NamedTuple):
 
 
 def check(log: bytes, wanted: int, end: int) -> tuple[int, Damage | None]:
-    """How many bytes of a fetched piece of log have sound frames, and what is wrong with the batch behind them.
+    """Return the size of the sound frames, and the first damage.
 
-    No checksum covers a batch's base offset, length and format, so a wrong one skips records silently, or ends the client.
-    A piece ends also where messages of an old format meet batches. wanted: the offset that was asked for. end: the high watermark, negative where it is unknown. A batch that is cut at the
-    end of the piece is sound: the next fetch brings it whole.
+    No checksum covers a batch's base offset, length and format, so a wrong one skips records silently, or ends the
+    client. A fetched piece of log ends also where messages of an old format meet batches. wanted: the offset that was
+    asked for. end: the high watermark, negative if unknown. A batch that is cut at the end of the piece is sound: the
+    next fetch brings it whole.
     """
     position = before = 0
     last, last_before, is_dense = wanted - 1, wanted - 1, True
@@ -97,7 +100,7 @@ def check(log: bytes, wanted: int, end: int) -> tuple[int, Damage | None]:
 
 
 def _damage(text: str, log: bytes, position: int, first: int, end: int) -> Damage:
-    """Damage of the batch at `position`, with the next batch that can be recognised.
+    """Describe the damaged batch at `position`; find the next sound one.
 
     A batch is recognised by its format, by an offset that fits, and by counts and sizes that agree.
     """
@@ -118,7 +121,10 @@ def _damage(text: str, log: bytes, position: int, first: int, end: int) -> Damag
 
 
 def batches(log: bytes) -> Iterator[tuple[BatchHeader, bytes]]:
-    """The whole batches of a fetched piece of log, each with its (maybe compressed) records."""
+    """Yield the whole batches of a fetched piece of log.
+
+    Each with its records, which may be compressed.
+    """
     position = 0
     while position + HEADER_BYTES <= len(log):
         base, length, _, magic, _, attributes, last, first_time, max_time, _, _, _, count = _HEADER.unpack_from(
@@ -142,7 +148,10 @@ def batches(log: bytes) -> Iterator[tuple[BatchHeader, bytes]]:
 
 
 def entries(header: BatchHeader, body: bytes) -> Iterator[Entry]:
-    """The records of a batch. `body` is already decompressed. Raises ValueError for bytes that are no records."""
+    """Yield the records of a batch.
+
+    `body` is decompressed already. Raises ValueError for bytes that are not records.
+    """
     position = 0
     for _ in range(header.records):
         length, position = _varint(body, position)

@@ -1,1 +1,4 @@
-"""How long the ledger remembers: the task that drops old generations. Imports core, kafka, postgres and settings."""
+"""Drops old generations of the ledger.
+
+Imports core, kafka, postgres and settings.
+"""

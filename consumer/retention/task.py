@@ -1,10 +1,10 @@
-"""Rows of the ledger that nobody needs any more go, by whole generations: the steps, and the task that takes them.
+"""Drops ledger rows that are no longer needed, by whole generations.
 
 Asks core/retention.py what is due and calls the functions of migrations/0001_schema.sql, each of which is one short
-transaction that waits for nobody. Any number of processes may do that at the same time: a step names the version of the
-ledger that it was decided on, and the second one finds another. Nothing is forgotten while the log holds a record of its
-time. What it does not know: topics of another Kafka cluster whose applications use the same database; each application
-says how long its rows are needed, and the longest counts.
+transaction that waits for no other. Any number of processes may do so at the same time: a step names the version of the
+ledger that it was decided on, and a second process finds another version. No generation is dropped while the log holds
+a record of its time. Limitations: does not see topics of another Kafka cluster whose applications use the same
+database; each application declares how long it needs its rows, and the longest time counts.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _LOCK_NOT_AVAILABLE = "55P03"
 
 
 class Stopped(NamedTuple):
-    """Why `keep_up` ended: the step it came to, and what holds it back, if anything."""
+    """Why `keep_up` ended: the next step, and what delays it."""
 
     state: LedgerState
     step: Step
@@ -66,7 +66,10 @@ def policy_of(settings: Settings, hours: float) -> Policy:
 
 
 async def act(connection: Connection, state: LedgerState, step: RotateGeneration | Forget | Drop) -> str:
-    """Take a step. Returns what was done, or "busy" or "waiting" where nothing was."""
+    """Take a step, and return what was done.
+
+    Returns "busy" or "waiting" if nothing was done.
+    """
     try:
         match step:
             case RotateGeneration():
@@ -88,10 +91,11 @@ async def keep_up(
     told: Callable[[str, Step], None],
     patience_seconds: float = _PATIENCE_SECONDS,
 ) -> Stopped:
-    """Do all that is due. told: of each thing that was done.
+    """Take all steps that are due.
 
-    held: the partitions whose logs can still deliver a record of that time or from before, in seconds since 1970; where
-    there are any, the generation stays. A caller may not assume that it is the only one at it, nor that all was done.
+    done: called with a description of each step and the step. held: returns the partitions whose logs can still deliver
+    a record of that time or from before, in seconds since 1970; if there are any, the generation stays. Limitations:
+    other processes may take steps at the same time, and a step that must wait is left after the patience.
     """
     waited, pause = 0.0, _PAUSE_SECONDS[0]
     while True:
@@ -116,10 +120,10 @@ async def keep_up(
 
 
 async def reaching(source: KafkaConsumer, topics: Iterable[str], at: float, skew_hours: float) -> list[Partition]:
-    """The partitions whose log holds records of that time or from before, as far as clocks agree. Raises KafkaError.
+    """Return partitions whose log holds records of that time or older.
 
-    Topics that are not there hold none. A log whose timestamps do not grow with the offset is judged by its first record
-    that is younger.
+    As far as clocks agree. Topics that do not exist hold none. A log whose timestamps do not grow with the offset is
+    judged by its first younger record. Raises KafkaError.
     """
     try:
         partitions = [each for found in (await source.log.partitions(topics)).values() for each in found]
@@ -134,7 +138,10 @@ async def reaching(source: KafkaConsumer, topics: Iterable[str], at: float, skew
 
 
 async def logs_of(settings: Settings, topics: Sequence[str]) -> list[TopicRetention]:
-    """What the settings of the topics say about their logs; nothing of topics that are not there. Raises KafkaError."""
+    """Return the retention settings of topics; omits missing topics.
+
+    Raises KafkaError.
+    """
     found = []
     for topic, configs in (await topic_configs(settings, topics)).items():
         if configs is None:
@@ -148,7 +155,10 @@ async def logs_of(settings: Settings, topics: Sequence[str]) -> list[TopicRetent
 
 
 async def check(settings: Settings, topics: Sequence[str]) -> None:
-    """Whether the settings fit each other and the topics. Raises Misconfigured with the arithmetic; logs what is doubtful."""
+    """Check that the settings fit each other and the topics.
+
+    Raises Misconfigured with the arithmetic; logs a warning for what is doubtful.
+    """
     if settings.ledger_retention_hours is None:
         return
     window = settings.precheck_window_hours if settings.redis_url is not None else None
@@ -163,7 +173,10 @@ async def check(settings: Settings, topics: Sequence[str]) -> None:
 
 
 class Timestamps:
-    """Notices, once a topic, records whose timestamps say nothing about their age, where rows are not kept for ever."""
+    """Warns once per topic of timestamps that say nothing about age.
+
+    Only if the ledger does not keep its rows for ever.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._matters = settings.ledger_retention_hours is not None
@@ -189,9 +202,10 @@ class Timestamps:
 
 
 class Keeper:
-    """The background task of a worker: says how long rows are needed, and does what is due. Never ends by itself.
+    """Declares how long rows are needed, and takes due steps.
 
-    It has a connection of its own for as long as a round takes. Whatever fails is logged once and tried again.
+    A background task of a worker that never ends by itself. It opens a connection of its own for each round. An error
+    is logged once and tried again.
     """
 
     def __init__(self, settings: Settings, app: str, source: KafkaConsumer, draw: Callable[[], float]) -> None:
@@ -218,7 +232,10 @@ class Keeper:
             await asyncio.sleep(pause * (0.5 + self._draw() / 2))
 
     async def _round(self) -> float:
-        """Do what is due. Returns the seconds until something may be due again."""
+        """Take the steps that are due.
+
+        Returns the seconds until something may be due again.
+        """
         settings, own = self._settings, self._settings.ledger_retention_hours
         connection = await connect(settings)
         try:

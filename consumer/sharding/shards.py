@@ -1,8 +1,9 @@
-"""An App over several databases: their addresses, and what each of them remembers, so that a mix-up is refused at start.
+"""Checks the databases of one App, so that mix-ups are refused.
 
-Knows the tables `shards` and `route_probes`; which message goes where is core/shard_route.py's. Every shard remembers its own
-name, the names of all, and a bounded number of keys with the shard that the route sent them to. What it does not know: the
-answers for keys that were never recorded; so worker/worker.py also asks the other shards about whatever may have been applied before.
+Knows the tables `shards` and `route_probes`; core/shard_route.py decides which message goes where. Every shard
+remembers its own name, the names of all, and a bounded number of keys with the shard that the route sent them to.
+Limitations: the answers for keys that were never recorded are unknown; so worker/shard_check.py also asks the other
+shards about messages that may have been applied before.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from consumer.settings import Settings
 
 
 def settings_of(app: App, settings: Settings) -> dict[str, Settings]:
-    """The settings for each shard, by name: the worker's, with its address. Without shards one, whose name is empty.
+    """Return the settings of each shard, by name.
 
-    Raises Misconfigured for a variable that is not set.
+    They are the worker's, with the shard's address. Without shards there is one, whose name is empty. Raises
+    Misconfigured for a variable that is not set.
     """
     if not app.shards:
         return {"": settings}
@@ -41,9 +43,9 @@ def settings_of(app: App, settings: Settings) -> dict[str, Settings]:
 
 
 async def check(app: App, router: Router, opened: Sequence[tuple[Settings, Session]]) -> None:
-    """Compare what the databases remember with the App, and let them remember what is new. opened: in the App's order.
+    """Compare what the databases remember with the App; record what is new.
 
-    Raises Misconfigured, RouteFault and Outage.
+    opened: in the App's order. Raises Misconfigured, RouteFault and Outage.
     """
     names = list(app.shards)
     by_lineage: dict[str, str] = {}
@@ -106,7 +108,10 @@ async def _check_route(app: App, name: str, router: Router, session: Session, fi
 
 
 async def record(app: App, name: str, router: Router, session: Session) -> None:
-    """Let a shard remember keys that were seen lately. Raises RouteFault when it remembers another answer for one."""
+    """Record recently seen keys in their shard.
+
+    Raises RouteFault if the shard remembers another answer for one.
+    """
     keys = router.to_record(name)
     if not keys:
         return
@@ -117,7 +122,10 @@ async def record(app: App, name: str, router: Router, session: Session) -> None:
 
 
 async def forget(app: App, name: str, connection: Connection) -> None:
-    """Begin anew with the names and the route that the App has now. Only after the keys that it moves were moved."""
+    """Start over with the App's current shard names and route.
+
+    Call it only after the keys that the route moves were moved.
+    """
     async with connection.transaction():
         await shard_tables.forget(connection, app.name)
         if name:
@@ -125,7 +133,7 @@ async def forget(app: App, name: str, connection: Connection) -> None:
 
 
 def stray(app: str, delivery: Delivery, there: str, here: str) -> RouteFault:
-    """What to tell people of a message that stands in another shard than the route names now."""
+    """Return the error for a message that another shard holds."""
     record = delivery.record
     return RouteFault(
         f"message {record.topic}:{record.partition}:{record.offset} with key {shown(record.key)} stands in shard {there!r} by handler "

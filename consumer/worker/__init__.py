@@ -1,1 +1,4 @@
-"""The worker: fetch, settle, publish results; its process and supervisor. Imports everything below it but replay and rebuild."""
+"""The worker: fetches, settles, and publishes results.
+
+Holds the process and its supervisor too. Imports every layer below it except replay, rebuild and testing.
+"""

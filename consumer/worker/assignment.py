@@ -1,4 +1,4 @@
-"""Partitions come and go: at a rebalance, at the end of the worker, and when their positions are to be read again.
+"""Opens partitions and gives them up, and reads their positions again.
 
 Positions are read from every shard, for as long as it takes. Limitations: whether a partition is still this worker's is
 decided when its position is written.
@@ -48,7 +48,10 @@ class _Read(NamedTuple):
 
 
 class Assignment:
-    """The rebalances of one worker. report: what the supervisor is to know. path: how commands name the App."""
+    """The rebalances of one worker.
+
+    report: called with what the supervisor must know. path: how commands name the App.
+    """
 
     def __init__(
         self,
@@ -88,13 +91,19 @@ class Assignment:
     # -- rebalances -------------------------------------------------------------------------------------------------
 
     async def on_assigned(self, assigned: set[Partition]) -> None:
-        """Note what to open. Asks nobody: the client sends no heartbeat meanwhile, and PostgreSQL may be away."""
+        """Note which partitions to open.
+
+        Asks no service: the client sends no heartbeat meanwhile, and PostgreSQL may be away.
+        """
         self._partitions.assign(assigned)
         self._group_check.is_due = True
         self._report({"member": self._source.member_id})  # at once: killed before the next beat, it is still taken out
 
     async def on_revoked(self, revoked: set[Partition]) -> None:
-        """Finish what is in flight; forget the rest, which the next owner reads again."""
+        """Finish what is in flight, and forget the rest.
+
+        The next owner reads the rest again.
+        """
         if revoked:
             event(logging.INFO, "partitions revoked", count=len(revoked))
             self._on_step("revoked")
@@ -102,7 +111,10 @@ class Assignment:
             await self.drain(min(DRAIN_SECONDS_MAX, self._settings.grace_seconds))
 
     async def drain(self, seconds: float) -> None:
-        """Take no new batch, wait for those in flight, copy positions to Kafka, and forget the partitions."""
+        """Settle what is in flight, commit offsets, and forget the partitions.
+
+        Lanes take no new batch meanwhile.
+        """
         self._partitions.begin_revoke()
         self._halts.forget()
         try:
@@ -130,7 +142,10 @@ class Assignment:
     # -- positions --------------------------------------------------------------------------------------------------
 
     async def position_partitions(self, shard: Shard) -> None:
-        """Give every assigned partition its position from a shard. Waits for services for as long as it takes."""
+        """Read the position of every assigned partition from a shard.
+
+        Waits for services for as long as it takes. Returns when the worker stops.
+        """
         pause = BACKOFF_SECONDS[0]
         while True:
             await shard.positions_wanted.wait()
@@ -161,7 +176,7 @@ class Assignment:
                 pause = BACKOFF_SECONDS[0]
 
     async def _read(self, shard: Shard, wanted: list[Partition]) -> _Read | None:
-        """Read positions, and what else a shard knows of partitions. None when it must be asked again."""
+        """Read what a shard knows of partitions; None: ask again."""
         async with shard.control_lock:
             control = await self._connections.control(shard)
             if control is None:

@@ -1,6 +1,7 @@
-"""Publishes the result of a committed batch: the queue, the counts, the log, the pre-check's marks.
+"""Publishes the result of a committed batch.
 
-Nothing here is needed for the guarantee: the transaction holds what was done, and its positions.
+It updates the queue, the counts, the log and the pre-check's marks. Nothing here is needed for the guarantee: the
+transaction holds what was done, and its positions.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from consumer.worker.shard import LaneState
 
 
 class BatchResults:
-    """Records what the lanes of one worker have settled. dead_letters_added: set when there are some to publish."""
+    """Records what the lanes of one worker have settled.
+
+    dead_letters_added: set when there are dead letters to publish.
+    """
 
     def __init__(
         self,
@@ -46,7 +50,7 @@ class BatchResults:
         self._warned_topics: set[str] = set()
 
     def warn_of_offset_ids(self, topics: set[str]) -> None:
-        """Log once for each topic that the offsets of its messages are their ids."""
+        """Warn once per topic that message ids are offsets."""
         for topic in topics - self._warned_topics:
             self._warned_topics.add(topic)
             event(logging.WARNING, OFFSET_IDS, topic=topic)

@@ -1,7 +1,7 @@
-"""When transactions run one at a time: after they met on the same rows.
+"""Decides when transactions run one at a time, after a conflict.
 
-Statements that run in message order lock rows in that order, so two batches easily wait for each other. Each deadlock costs
-PostgreSQL's `deadlock_timeout` (1 s) and undoes a batch. Transactions that take turns cannot meet.
+Statements that run in message order lock rows in that order, so two batches easily wait for each other. Each deadlock
+costs PostgreSQL's `deadlock_timeout` (1 s) and undoes a batch. Transactions that take turns cannot meet.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _FEW, _MANY = 8, 1024  # transactions
 
 
 def turn_of(app: str) -> int:
-    """The number of the turns that all workers of an application take; 32 bits."""
+    """Return the number under which an App's workers take turns; 32 bits."""
     return zlib.crc32(app.encode()) - (1 << 31)
 
 
@@ -40,7 +40,10 @@ class Turns:
         self._next = min(_MANY, self._next * 2)
 
     def timed_out(self) -> None:
-        """A transaction waited for its turn in vain: another one is slow, and waiting costs more than a deadlock."""
+        """Note that a transaction waited too long for its turn.
+
+        Another one is slow, and waiting costs more than a deadlock.
+        """
         self._left = 0
 
     def committed(self) -> None:

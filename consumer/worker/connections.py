@@ -1,6 +1,7 @@
-"""Connections to the databases: waited for, shared while the server has few, one beside the lanes of each shard.
+"""Opens connections to the databases, and shares them when they are few.
 
-Limitations: an outage is waited for as long as it takes; it is not counted against a message.
+Each shard has one connection beside its lanes. Limitations: an outage is waited for as long as it takes; it does not
+count against a message.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Connections:
         self._is_pooled = is_pooled
 
     async def open(self, shard: Shard) -> Session | None:
-        """A connection to the primary, waited for; None when the worker stops first."""
+        """Wait for a connection to the primary; None if the worker stops."""
         pause, logged = BACKOFF_SECONDS[0], ""
 
         async def attempt(timeout_seconds: float) -> Session | None:
@@ -111,9 +112,10 @@ class Connections:
     async def try_with_control(
         self, shard: Shard, action: Callable[[Session], Awaitable[Result]], problem: str
     ) -> Result | None:
-        """Do what can be left undone, over the connection beside the lanes if it is free.
+        """Run an optional action over the connection beside the lanes.
 
-        Returns None if it was not done. problem: the log event of a failure. Raises Misconfigured.
+        Returns None if that connection was busy or the action failed. problem: the log event of a failure. Raises
+        Misconfigured.
         """
         control = shard.control
         if control is None or not control.is_usable or shard.control_lock.locked():
@@ -152,9 +154,9 @@ class Connections:
             await self._lifetime.pause(_CROWDED_SECONDS * (0.5 + self._random() / 2))
 
     async def check_shortage(self, shard: Shard) -> None:
-        """Notice that connections run out, and do without the one beside the lanes while they do.
+        """Give up the connection beside the lanes while connections run out.
 
-        Under the lock of that connection. Raises the driver's errors.
+        The caller holds the lock of that connection. Raises the driver's errors.
         """
         if shard.control is not None and shard.control.is_usable:
             if not self._is_pooled and await connection_shortage.is_crowded(shard.control.connection):

@@ -1,4 +1,4 @@
-"""The event loop that everything here runs on, and how often the collector of cycles looks."""
+"""Runs the event loop, and sets how often the garbage collector runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Fetches records from Kafka and gives each to the lane of its shard, while some lane has room."""
+"""Fetches records and gives each to the lane of its shard.
+
+It fetches only while some lane has room.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,10 @@ class Fetcher:
         self._on_step = on_step
 
     async def run(self) -> None:
-        """Poll until the worker stops. Waits for Kafka as long as it takes. Raises RouteFault."""
+        """Poll until the worker stops.
+
+        Waits for Kafka as long as it takes. Raises RouteFault.
+        """
         pause = BACKOFF_SECONDS[0]
         while not self._lifetime.is_stopping:
             if not self._partitions.share_room():
@@ -68,7 +74,10 @@ class Fetcher:
                 self._on_step("fetched")
 
     def _queue(self, partition: Partition, records: Sequence[Record]) -> None:
-        """Give each record to the lane of its shard. The other lanes learn that there was nothing for them."""
+        """Give each record to the lane of its shard.
+
+        The other lanes get only the end offset: the poll held nothing for them.
+        """
         if not records:
             return
         start = self._table.advance(partition, records[-1].offset + 1)

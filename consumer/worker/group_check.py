@@ -1,4 +1,7 @@
-"""Logs members of the App's group that are no workers: the messages of their partitions are not applied."""
+"""Logs members of the App's group that are not workers.
+
+The messages of their partitions are not applied.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from consumer.settings import Settings
 
 
 class GroupCheck:
-    """Looks at the members of the group after each rebalance. is_due: the group has changed since the last look."""
+    """Checks the members of the group after each rebalance.
+
+    is_due: the group has changed since the last check.
+    """
 
     def __init__(self, app: str, settings: Settings) -> None:
         self.is_due = True
@@ -19,7 +25,10 @@ class GroupCheck:
         self._strangers: tuple[str, ...] = ()
 
     async def run(self) -> None:
-        """Look at the members, if that is due. Raises KafkaError, TimeoutError and OSError."""
+        """Check the members if that is due.
+
+        Raises KafkaError, TimeoutError and OSError.
+        """
         if not self.is_due:
             return
         members = await group.look(self._settings, self._app)

@@ -1,7 +1,7 @@
-"""Halts partitions that must not go on from their position, says why, and reads them again when they can be.
+"""Halts partitions that must not go on, and reads them again later.
 
-A halt lasts until the position is moved; of a partition that cannot be read, until a later attempt reads it.
-Limitations: what a log is now comes from log_monitor.py, what a fetch met from the Kafka client.
+A halt lasts until the position is moved; for a partition that cannot be read, until a later attempt reads it.
+Limitations: log_monitor.py observes the logs, and the Kafka client reports failed fetches.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Halts:
             )
 
     def cannot_be_read(self, partition: Partition, failure: ReadFailure) -> None:
-        """Halt a partition that a fetch could not read, in every shard; it is tried again from time to time."""
+        """Halt an unreadable partition in every shard; it is retried later."""
         lanes = self._partitions.open_lanes_of(partition)
         if not lanes or self._table.state(partition) is State.HALTED or not self._table.has_assignment:
             return
@@ -73,7 +73,7 @@ class Halts:
             self._partitions.retry(partition)
 
     def nothing_new(self, partition: Partition) -> None:
-        """Note that the broker answered a fetch at the end of a partition: it can be read."""
+        """Note that a fetch at the end of a partition succeeded."""
         if self.unreadable and (offset := self._table.offset(partition)) is not None:
             self.went_on(partition, offset, is_read=True)
 

@@ -1,6 +1,6 @@
-"""Ends what hangs: handlers beyond their limits, silent connections, a client that fetches nothing; sends heartbeats.
+"""Ends handlers, connections and clients that hang; sends heartbeats.
 
-Limitations: a handler that swallows its cancellation is ended by the end of the process only.
+Limitations: a handler that swallows its cancellation ends only with the process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ class Stalled(ConsumerError):
 
 
 class Health:
-    """The loops that watch one worker. is_outgrown: it was stopped because of the memory that it used."""
+    """The loops that watch one worker.
+
+    is_outgrown: the worker was stopped because of the memory that it used.
+    """
 
     def __init__(
         self,
@@ -65,10 +68,10 @@ class Health:
         self._report = report
 
     async def enforce_limits(self) -> None:
-        """End handlers that take too long, and connections that do not answer. Raises HandlerUncancellable.
+        """End handlers that take too long, and connections that do not answer.
 
-        A connection is ended, its statement never cancelled: if it was a COMMIT that was not answered, PostgreSQL decides
-        for itself what becomes of it, and the claims of the next run wait until it has.
+        A connection is ended, its statement never cancelled: if it was a COMMIT without an answer, PostgreSQL decides
+        its outcome, and the claims of the next run wait until it has. Raises HandlerUncancellable.
         """
         silence = self._settings.postgres_answer_timeout_seconds
         control_free_at = {shard.name: time.monotonic() for shard in self._shards}
@@ -102,9 +105,9 @@ class Health:
             lane.session.close()
 
     async def watch_progress(self) -> None:
-        """End the worker when nothing is fetched although there is something, which the client does not report.
+        """End the worker when records exist but none are fetched.
 
-        Raises Stalled.
+        The client does not report this state. Raises Stalled.
         """
         patience = self._settings.watchdog_seconds
         watchdog = Watchdog()
@@ -136,7 +139,10 @@ class Health:
         return sum(runner.lane.batches for runner in self._runners)
 
     async def send_heartbeats(self) -> None:
-        """Send the supervisor a heartbeat with the group member id, and log a blocked event loop."""
+        """Send heartbeats to the supervisor, and log a blocked event loop.
+
+        A heartbeat holds the group member id.
+        """
         while True:
             before = time.monotonic()
             self._check_memory()

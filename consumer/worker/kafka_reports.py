@@ -1,4 +1,4 @@
-"""Logs the state of Kafka as a whole: outages, deleted topics, topics that may not be read. Each once.
+"""Logs outages of Kafka, deleted topics and forbidden topics, once each.
 
 Limitations: partitions that cannot be read one by one are kept by postgres/stopped_partitions.py.
 """
@@ -38,7 +38,7 @@ class KafkaState:
         self._is_unavailable = False
 
     def check_topics(self, wanted: Sequence[str], identity: Identity) -> None:
-        """Log topics that have disappeared or may not be read, and those that are there again."""
+        """Log topics that disappeared, may not be read, or are back."""
         for topic in sorted(identity.refused - self._refused):
             event(
                 logging.ERROR,
@@ -64,6 +64,6 @@ class KafkaState:
         self._deleted = deleted
 
     def long_leaderless(self, partitions: Collection[Partition], now: float) -> list[Partition]:
-        """Those of the partitions without a leader that have had none for long."""
+        """Return the leaderless partitions that have had no leader for long."""
         self._leaderless = {partition: self._leaderless.get(partition, now) for partition in partitions}
         return [partition for partition, since in self._leaderless.items() if now - since > _LEADERLESS_SECONDS]

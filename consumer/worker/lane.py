@@ -1,7 +1,8 @@
-"""Settles batches on one connection: identify, pre-check, check the other shards, observe, settle, publish the result.
+"""Settles batches on one connection, in one line of steps.
 
-A batch is settled whatever happens, unless its partitions go away first: then their next owner reads it again.
-Limitations: does not know whether the worker still owns its partitions. The claims and the positions in PostgreSQL do.
+The steps: identify, pre-check, check the other shards, observe, settle, publish the result. A batch is settled whatever
+happens, unless its partitions go away first: then their next owner reads it again. Limitations: does not know whether
+the worker still owns its partitions. The claims and the positions in PostgreSQL do.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ _LAST_WORD_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class LaneServices:
-    """What the lanes of one worker share. turn: the number of the turns that its transactions take after conflicts."""
+    """What the lanes of one worker share.
+
+    turn: the number under which its transactions take turns after conflicts.
+    """
 
     settings: Settings
     partitions: Partitions
@@ -132,7 +136,7 @@ class LaneRunner:
             self.services.message_log.log_failure(delivery, error, delivery.outcome)
 
     async def _settle(self, batch: Batch, epoch: int) -> None:
-        """Settle a batch in one transaction, or in several where that fails; publish each result."""
+        """Settle a batch in one or more transactions; publish each result."""
         async for part, result in settle(
             [batch],
             lambda part: self._prepare(part, epoch),
@@ -147,7 +151,10 @@ class LaneRunner:
         return self.lane.session
 
     async def _prepare(self, part: Part, epoch: int) -> bool:
-        """Open the lane's connection where it has none. False: the partitions are not this worker's any more."""
+        """Open the lane's connection if it has none.
+
+        Returns False if the partitions are not this worker's any more.
+        """
         lane, services = self.lane, self.services
         lane.part = part.batch
         if lane.session is None or not lane.session.is_usable:
@@ -185,7 +192,10 @@ class LaneRunner:
         return result
 
     async def _after_failure(self, part: Part, error: Exception, epoch: int) -> Sequence[Part] | None:
-        """Report a failed transaction, wait, and decide what runs next. None: the partitions are to be read again."""
+        """Report a failed transaction, wait, and return what runs next.
+
+        None: the partitions are read again.
+        """
         lane, services = self.lane, self.services
         match error:
             case TransactionPoisoned():
@@ -216,7 +226,7 @@ class LaneRunner:
         return parts
 
     async def _run_again(self, part: Part, error: Conflict | Outage) -> Sequence[Part]:
-        """What to run after a conflict or an outage, and the pause before it."""
+        """Pause after a conflict or an outage; return what runs next."""
         services, shard = self.services, self.lane.shard
         cause = error.__cause__ or error
         if isinstance(error, Outage) or part.failures >= FAILURES_MAX:
@@ -243,10 +253,11 @@ class LaneRunner:
     # -- before the process ends ------------------------------------------------------------------------------------
 
     async def record_stuck_attempt(self, stuck: HandlerUncancellable) -> None:
-        """Settle the message of a handler that cannot be stopped, on another connection, before the process ends.
+        """Count the attempt of a handler that cannot be stopped.
 
-        Else it would be as new for the next process, which it would stop in the same way, for ever. Of the many messages
-        of a batch handler's call, nobody knows which it was.
+        Runs on another connection, before the process ends: otherwise the next process would find the message
+        unattempted, and stop in the same way, for ever. Skips the call of a batch handler: which of its messages is at
+        fault is unknown.
         """
         lane, services = self.lane, self.services
         deliveries = stuck.cause.deliveries

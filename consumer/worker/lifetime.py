@@ -1,4 +1,4 @@
-"""Whether a worker is to stop, and waits that end when it is."""
+"""Whether a worker stops, and waits that end when it does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notices logs that are not what they were: recreated topics, removed records, lost leaders, open transactions.
+"""Notices recreated topics, removed records, lost leaders and open transactions.
 
 Waits for Kafka as long as it takes. Limitations: a log is checked by its ids and its ends, not by its records.
 """
@@ -33,7 +33,10 @@ _REFUSED_INTERVAL_SECONDS = 0.5
 
 
 class LogMonitor:
-    """The loop that looks at the logs of one worker. patience_seconds: an open transaction is logged after that."""
+    """The loop that checks the logs of one worker.
+
+    patience_seconds: how long a producer's transaction may stay open before it is logged.
+    """
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class LogMonitor:
         self._open_transactions = OpenTransactions()
 
     async def run(self) -> None:
-        """Look at every interval, and at once when a fetch was refused."""
+        """Check at every interval, and at once when a fetch was refused."""
         while True:
             with suppress(TimeoutError):
                 seconds = min(_INTERVAL_SECONDS, self._patience_seconds / 2)
@@ -89,7 +92,10 @@ class LogMonitor:
                 self._halts.check_due.set()
 
     def _check_leaders(self) -> None:
-        """Halt partitions that have had no leader for long; the client says nothing of them."""
+        """Halt partitions that have had no leader for long.
+
+        The client does not report them.
+        """
         leaderless = {
             partition: offset
             for partition in self._table.partitions()
@@ -102,7 +108,7 @@ class LogMonitor:
             self._halts.cannot_be_read(partition, failure)
 
     async def _check_identities(self, identity: Identity) -> None:
-        """Halt partitions whose log is another one, and find out why fetches were refused."""
+        """Halt partitions whose log was replaced, and explain refused fetches."""
         epochs = self._table.assignment_epochs
         refusals = self._table.refusals()
         firsts = await self._source.log.beginnings(list(refusals), partial=True) if refusals else {}
@@ -135,7 +141,7 @@ class LogMonitor:
             self._partitions.accept(partition)
 
     async def _check_open_transactions(self) -> None:
-        """Log producers' transactions that hold a partition back for long, and their end."""
+        """Log open transactions that hold a partition back, and their end."""
         held = {
             partition: offset
             for partition in self._table.partitions()

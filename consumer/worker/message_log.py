@@ -1,7 +1,7 @@
-"""Logs messages that were not simply applied: where each is and why, never its content.
+"""Logs messages that were not simply applied, never their content.
 
-Failures are logged by handler and kind of error: the first one at once, then one line with a count, ever less often. The
-ledger and the dead letters hold what the log leaves out.
+Failures are logged by handler and kind of error: the first one at once, then one line with a count, ever less often.
+The ledger and the dead letters hold what the log leaves out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ASKED = "the handler asked for its message to be run again"
 
 @dataclass(slots=True)
 class _Kind:
-    """Lines of one kind: what happened since the last one, and when the next is due."""
+    """Repeated lines of one kind: their count, and when one is due."""
 
     level: int
     text: str
@@ -49,7 +49,10 @@ class _Kind:
 
 
 class MessageLog:
-    """The log of one worker. now: monotonic seconds, given by tests."""
+    """The log of one worker.
+
+    now, in its methods: monotonic seconds, passed by tests.
+    """
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[object, ...], _Kind] = {}
@@ -57,7 +60,10 @@ class MessageLog:
     def log_rarely(
         self, level: int, text: str, key: tuple[object, ...], fields: dict[str, Any], count: int = 1, now: float = 0.0
     ) -> None:
-        """Log the first event of a kind at once, and count later ones, which are logged ever less often."""
+        """Log the first event of a kind at once, and count later ones.
+
+        The count is logged ever less often.
+        """
         now = now or time.monotonic()
         kind = self._kinds.get((text, *key))
         if kind is None:
@@ -72,7 +78,10 @@ class MessageLog:
             self._log(kind, now)
 
     def flush(self, now: float = 0.0, *, is_last: bool = False) -> None:
-        """Log the kinds that are due, or all at the end, and forget those that have not occurred for a while."""
+        """Log the kinds that are due, or all at the end.
+
+        Forgets those that have not occurred for a while.
+        """
         now = now or time.monotonic()
         for key, kind in list(self._kinds.items()):
             if kind.count and (is_last or now >= kind.due):
@@ -87,7 +96,7 @@ class MessageLog:
         kind.due = now + kind.pause
 
     def log_failures(self, result: BatchResult) -> None:
-        """Log what failed in a batch: dead letters, and messages that are tried again."""
+        """Log a batch's dead letters and the messages that are retried."""
         by_kind: dict[tuple[object, ...], list[tuple[Delivery, BaseException | None, Outcome]]] = {}
         for delivery, outcome in result.outcomes.items():
             if (isinstance(outcome, Dead) and outcome is not HELD_BACK) or delivery in result.failures:
@@ -105,7 +114,10 @@ class MessageLog:
     def log_failure(
         self, delivery: Delivery, error: BaseException | None, outcome: Outcome | None, count: int = 1
     ) -> None:
-        """Log a message that failed: it is a dead letter now, or waits. count: of as many like it."""
+        """Log a failed message, which is a dead letter now or waits.
+
+        count: how many like it this line stands for.
+        """
         fields = _place(delivery)
         if error is not None:
             fields |= {"error": _error_text(delivery, error, outcome), "sqlstate": sqlstate_of(error)}
@@ -128,7 +140,10 @@ class MessageLog:
 
 
 def log_duplicates(result: BatchResult) -> None:
-    """Log duplicates at level debug: the ledger counts them, and keeps none of them."""
+    """Log duplicates at level debug.
+
+    The ledger counts them, and keeps none of them.
+    """
     if not log.isEnabledFor(logging.DEBUG):
         return
     for delivery, outcome in result.outcomes.items():
@@ -153,7 +168,7 @@ def _place(delivery: Delivery) -> dict[str, Any]:
 
 
 def log_handler_changes(changes: Changes, app: str, path: str, label: Mapping[str, str]) -> None:
-    """Log which handlers begin behind the application, and which ones this worker lacks."""
+    """Log handlers that begin behind the application or that are missing here."""
     names = changes.names
     for number, topics in _topics_by_handler(changes.late):
         name = names.get(number, str(number))

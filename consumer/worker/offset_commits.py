@@ -1,4 +1,4 @@
-"""Copies positions to Kafka from time to time, and notices positions that somebody else has moved.
+"""Copies positions to Kafka periodically, and notices positions that were moved.
 
 The positions in PostgreSQL count. Kafka's offsets are a copy for people and their tools, and for a database that has
 lost its positions.
@@ -23,7 +23,7 @@ from consumer.worker.shard_check import ShardCheck
 
 
 class OffsetCommits:
-    """Commits the offsets of one worker, and does by the way what is to be done as often."""
+    """Commits the offsets of one worker, and runs other periodic checks."""
 
     def __init__(
         self,
@@ -86,9 +86,9 @@ class OffsetCommits:
         return commit_metadata(positions)
 
     async def _skip_markers(self) -> None:
-        """Let the lanes pass markers and aborted records, which the client hands to nobody.
+        """Let the lanes pass markers and aborted records.
 
-        Without this, the position would stay below those at the end of a log.
+        The client hands neither out. Without this, the position would stay below those at the end of a log.
         """
         for partition in self._table.in_state(State.READING):
             end = await self._source.position(partition)
@@ -113,7 +113,10 @@ class OffsetCommits:
     # -- positions that somebody else has moved ---------------------------------------------------------------------
 
     async def _check_moved_positions(self, shard: Shard) -> None:
-        """Reopen idle partitions whose position was moved. A lane that settles something finds out by itself."""
+        """Reopen idle partitions whose position was moved.
+
+        A lane that settles something notices by itself.
+        """
         known = self._resting_positions(shard)
         if not known:
             return
@@ -133,7 +136,7 @@ class OffsetCommits:
                 self._partitions.reopen(lane, partition)
 
     def _resting_positions(self, shard: Shard) -> dict[Partition, Position]:
-        """Positions of partitions that are halted, or whose lane has nothing to do."""
+        """Return positions of partitions that are halted or idle."""
         halted = self._table.halts(shard.name)
         resting = {}
         for partition in self._table.partitions():
@@ -149,7 +152,7 @@ class OffsetCommits:
         return resting
 
     def _resting_position(self, shard: Shard, partition: Partition) -> Position | None:
-        """The position of a partition of which nothing is in hand, as it was last written or read; else None."""
+        """Return the last known position of an idle partition; else None."""
         lane = self._partitions.lane_of(shard, partition)
         received = lane.scheduler.received(partition) if lane is not None else None
         if lane is None or received is None:  # halted before it was opened

@@ -1,7 +1,8 @@
-"""Decides what the Kafka client does with each partition of a worker: one state machine per partition.
+"""Decides what the Kafka client does with each partition of a worker.
 
-Pure: a transition changes the table and returns the actions that the client has to take; partitions.py takes them.
-A partition has a place in every database (shard) of the App: each gives its own position, and each may halt it.
+Pure, with one state machine per partition: a transition changes the table and returns the actions that the client must
+take; partitions.py takes them. A partition has a place in every database (shard) of the App: each gives its own
+position, and each may halt it.
 
 Invariant: the client fetches a partition if and only if its state is READING.
 
@@ -22,7 +23,10 @@ from consumer.core.message import Partition
 
 
 class State(Enum):
-    """What a partition is doing. The later ones go before the earlier ones where both apply."""
+    """What a partition is doing.
+
+    Where two states apply, the later one wins.
+    """
 
     READING = "reading"  # the client fetches it
     PAUSED = "paused"  # a position is known, and no lane has room for it
@@ -50,7 +54,10 @@ class Resume(NamedTuple):
 
 
 class Seek(NamedTuple):
-    """Fetch a partition from an offset, of the topic with that id only (None: of the topic with its name)."""
+    """Fetch a partition from an offset.
+
+    topic_id: fetch only from the topic with that id; None: from the topic with that name.
+    """
 
     partition: Partition
     offset: int
@@ -69,7 +76,10 @@ class Halt(NamedTuple):
 
 @dataclass(slots=True)
 class _Place:
-    """A partition in one database. Neither open nor halted: its position is still to be read."""
+    """A partition in one database.
+
+    Neither open nor halted: its position must still be read.
+    """
 
     is_open: bool = False  # its position is known, and a lane takes its messages
     halt: Halt | None = None
@@ -98,7 +108,10 @@ class _Database:
 
 
 class PartitionTable:
-    """The partitions that are assigned to a worker. databases: the names of the App's shards, one in all without shards."""
+    """The partitions that are assigned to a worker.
+
+    databases: the names of the App's shards; one in all without shards.
+    """
 
     def __init__(self, databases: Iterable[str]) -> None:
         self._databases = {name: _Database() for name in databases}
@@ -119,7 +132,10 @@ class PartitionTable:
         return [Hold(partition) for partition in self._entries]
 
     def begin_revoke(self) -> None:
-        """End an assignment. Positions stay known until `finish_revoke`, for the batches in flight."""
+        """End an assignment.
+
+        Positions stay known until `finish_revoke`, for the batches in flight.
+        """
         self.has_assignment = False
         self._next_epochs()
 
@@ -130,7 +146,10 @@ class PartitionTable:
             database.cross_check_below.clear()
 
     def next_epoch(self, database: str) -> None:
-        """Make what is in flight in a database out of date: it is another one, or went back in time."""
+        """Outdate what is in flight in a database.
+
+        The database is another one, or went back in time.
+        """
         self._databases[database].assignment_epoch += 1
 
     def _next_epochs(self) -> None:
@@ -138,7 +157,10 @@ class PartitionTable:
             self.next_epoch(name)
 
     def assignment_epoch(self, database: str) -> int:
-        """The fence of a database: a result that was asked for in an earlier epoch is dropped."""
+        """Return the fence of a database.
+
+        A result that was requested in an earlier epoch is dropped.
+        """
         return self._databases[database].assignment_epoch
 
     @property
@@ -159,9 +181,10 @@ class PartitionTable:
         ]
 
     def open(self, database: str, partition: Partition, position: Position, cross_check_below: int = 0) -> None:
-        """Set the position of a partition in a database. The client seeks when `want` says from where.
+        """Set the position of a partition in a database.
 
-        cross_check_below: messages below this offset may have been applied in another database.
+        The client seeks when `want` says from where. cross_check_below: messages below this offset may have been
+        applied in another database.
         """
         entry = self._entries[partition]
         entry.places[database] = _Place(is_open=True)
@@ -175,7 +198,10 @@ class PartitionTable:
             entry.state = State.PAUSED
 
     def close(self, database: str, partition: Partition) -> list[Action]:
-        """Forget the position of a partition in a database: it is read again. Ends a halt there and a refusal."""
+        """Forget the position of a partition in a database.
+
+        It is read again. Ends a halt there and a refusal.
+        """
         entry = self._entries.get(partition)
         if entry is None:
             return []
@@ -191,20 +217,23 @@ class PartitionTable:
         return [Hold(partition)]
 
     def positions(self, database: str) -> dict[Partition, Position]:
-        """Positions as a database gave them, and the logs they are of. A live view.
+        """Return the positions and logs that a database gave: a live view.
 
         A partition stays in it when it is closed: a batch in flight may still have messages of it.
         """
         return self._databases[database].positions
 
     def cross_check_below(self, database: str) -> Mapping[Partition, int]:
-        """Offsets below which messages may have been applied in another database. A live view."""
+        """Return the offsets below which other databases must be asked.
+
+        Messages below them may have been applied in another database. A live view.
+        """
         return self._databases[database].cross_check_below
 
     # -- fetching ---------------------------------------------------------------------------------------------------
 
     def want(self, partition: Partition, offset: int | None) -> Action | None:
-        """Say from where lanes with room read a partition on; None: no lane has room."""
+        """Read a partition on from an offset; None: no lane has room."""
         entry = self._entries.get(partition)
         if entry is None or (entry.state is not State.READING and entry.state is not State.PAUSED):
             return None
@@ -226,7 +255,10 @@ class PartitionTable:
         return self._databases[name].positions[partition].topic_id
 
     def advance(self, partition: Partition, end: int) -> int | None:
-        """Note that the client has handed out everything up to `end`. Returns from where; None: it is to be dropped."""
+        """Note that the client has handed out everything up to `end`.
+
+        Returns from where; None: what it handed out is dropped.
+        """
         entry = self._entries.get(partition)
         if entry is None or entry.offset is None:
             return None
@@ -237,7 +269,10 @@ class PartitionTable:
     # -- refusals and halts -----------------------------------------------------------------------------------------
 
     def refuse(self, partition: Partition, *, out_of_range: bool) -> list[Action]:
-        """Note that the broker refused a fetch. Empty where that says nothing: of a fetch from before."""
+        """Note that the broker refused a fetch.
+
+        Returns nothing to do where the refusal is of an earlier fetch, and so says nothing.
+        """
         entry = self._entries.get(partition)
         if entry is None or entry.state in (State.UNPOSITIONED, State.HALTED):
             return []
@@ -245,20 +280,29 @@ class PartitionTable:
         return [Pause(partition)]
 
     def accept(self, partition: Partition) -> None:
-        """Note that nothing speaks against a partition whose fetch was refused. It goes on when `want` says so."""
+        """End the refusal of a partition: nothing speaks against it.
+
+        It goes on when `want` says so.
+        """
         entry = self._entries.get(partition)
         if entry is not None and entry.state is State.REFUSED:
             self._end_stop(entry)
 
     def halt(self, database: str, partition: Partition, stop: PartitionHalt, position: Position) -> list[Action]:
-        """Stop a partition that must not go on from its position. What was read before is still settled."""
+        """Stop a partition that must not go on from its position.
+
+        What was read before is still settled.
+        """
         entry = self._entries[partition]
         entry.places[database].halt = Halt(stop, position)
         entry.state = State.HALTED
         return [Pause(partition)]
 
     def retry(self, partition: Partition) -> None:
-        """End the halts of a partition that was being read. It goes on from where it was when `want` says so."""
+        """End the halts of a partition that was being read.
+
+        It goes on from where it was when `want` says so.
+        """
         entry = self._entries[partition]
         for place in entry.places.values():
             if place.is_open:
@@ -315,7 +359,7 @@ class PartitionTable:
         return list(self._entries)
 
     def number(self, partition: Partition) -> int | None:
-        """The place of a partition among those of the assignment; None for one that is not assigned."""
+        """Return the partition's number in the assignment; None if not assigned."""
         entry = self._entries.get(partition)
         return None if entry is None else entry.number
 
@@ -339,7 +383,10 @@ class PartitionTable:
         return [partition for partition, entry in self._entries.items() if entry.state is state]
 
     def offset(self, partition: Partition) -> int | None:
-        """The offset that the client hands out next; None for a partition that was never positioned."""
+        """Return the offset that the client hands out next.
+
+        None for a partition that was never positioned.
+        """
         entry = self._entries.get(partition)
         return None if entry is None else entry.offset
 

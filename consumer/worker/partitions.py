@@ -1,7 +1,8 @@
-"""Does what the partition table decides: moves the Kafka client, and opens and closes partitions in the lanes.
+"""Carries out what the partition table decides.
 
-Every part of the worker that changes what happens to a partition does it here. Limitations: asks no service; positions
-come in from assignment.py, and what speaks against them from halts.py.
+Moves the Kafka client, and opens and closes partitions in the lanes. Every part of the worker that changes what happens
+to a partition does it here. Limitations: asks no service; positions come in from assignment.py, and what speaks against
+them from halts.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from consumer.worker.wait_reports import Reporter
 
 
 class Partitions:
-    """The partitions of one worker: the table, the Kafka client and the lanes, kept in step.
+    """Keeps the table, the Kafka client and the lanes in step.
 
     room: set when a lane may have room again, so that the fetcher goes on.
     """
@@ -49,7 +50,7 @@ class Partitions:
     # -- lanes ------------------------------------------------------------------------------------------------------
 
     def lane_of(self, shard: Shard, partition: Partition) -> LaneState | None:
-        """The lane of a partition in a shard; None for a partition that is not assigned."""
+        """Return a partition's lane in a shard; None if not assigned."""
         number = self.table.number(partition)
         if number is None:
             return None
@@ -57,7 +58,10 @@ class Partitions:
         return lanes[number % len(lanes)]
 
     def lanes_of(self, partition: Partition) -> list[LaneState]:
-        """The lanes of a partition, one in each shard and in their order; empty where it is not assigned."""
+        """Return a partition's lanes, one per shard and in their order.
+
+        Empty if the partition is not assigned.
+        """
         number = self.table.number(partition)
         return [] if number is None else [lanes[number % len(lanes)] for lanes in self._by_shard.values()]
 
@@ -66,12 +70,12 @@ class Partitions:
         return [lane for lane in self.lanes_of(partition) if lane.scheduler.received(partition) is not None]
 
     def wake_lanes(self) -> None:
-        """Let every lane look for a batch, or for the reason not to take one."""
+        """Wake every lane to look for a batch or a stop."""
         for lane in self._lanes:
             lane.wake.set()
 
     def wake(self) -> None:
-        """Let the lanes and the fetcher notice that the worker is to stop."""
+        """Wake the lanes and the fetcher to notice a stop."""
         self.wake_lanes()
         self.room.set()
 
@@ -89,7 +93,10 @@ class Partitions:
         self.wake_lanes()
 
     def finish_revoke(self) -> None:
-        """Forget every partition and what was fetched of it; its next owner reads it again."""
+        """Forget every partition and what was fetched of it.
+
+        The next owner reads it again.
+        """
         for lane in self._lanes:
             for partition in lane.scheduler.partitions:
                 lane.scheduler.revoke(partition)
@@ -107,7 +114,10 @@ class Partitions:
         attempts: Mapping[tuple[int, int], SavedAttempts],
         cross_check_below: int,
     ) -> None:
-        """Go on with a partition from the position that a shard has. chains, attempts: what the shard remembers."""
+        """Read a partition on from the position that a shard has.
+
+        chains, attempts: what the shard remembers of its messages.
+        """
         lane = self.lane_of(shard, partition)
         if lane is None:
             return
@@ -117,7 +127,10 @@ class Partitions:
         self.read_on(partition)
 
     def reopen(self, lane: LaneState, partition: Partition) -> None:
-        """Forget what was read of a partition in a lane, and begin again at the position that PostgreSQL has."""
+        """Restart a partition of a lane at its position in PostgreSQL.
+
+        Forgets what was read of it.
+        """
         lane.scheduler.revoke(partition)
         self._take(self.table.close(lane.shard.name, partition))
         lane.shard.positions_wanted.set()
@@ -129,9 +142,9 @@ class Partitions:
         self.room.set()
 
     def new_epoch(self, shard: Shard, epoch: str) -> None:
-        """Reopen every partition of a database that is another one, or went back in time.
+        """Reopen every partition of a database that began another epoch.
 
-        What is in flight means nothing there.
+        It is another database, or it went back in time: what is in flight means nothing there.
         """
         event(logging.WARNING, "another epoch of postgresql: positions are read again", epoch=epoch, **shard.label)
         shard.epoch = epoch
@@ -146,7 +159,10 @@ class Partitions:
     # -- fetching ---------------------------------------------------------------------------------------------------
 
     def share_room(self) -> bool:
-        """Fetch nothing more for lanes whose share of the buffer is used up. Returns whether some lane has room."""
+        """Pause lanes whose share of the buffer is used up.
+
+        Returns whether some lane has room.
+        """
         serving = [lane for lane in self._lanes if lane.scheduler.partitions]
         for lane in serving:
             messages, size = lane.scheduler.fetched
@@ -159,11 +175,11 @@ class Partitions:
         return not serving or any(lane.has_room for lane in serving)
 
     def read_on(self, partition: Partition) -> None:
-        """Read a partition from where the first of its lanes that has room goes on; not at all while none has.
+        """Read a partition on for the lane that is furthest behind.
 
-        With one shard that is where the client is, except after the partition was opened. With several, a shard that
-        is away or slow fills its share of the buffer and is left behind, and the log is read again from there when it
-        has room: the lanes that are ahead drop what they have had.
+        Pauses it while no lane has room. With one shard that is where the client is, except after the partition was
+        opened. With several, a shard that is away or slow fills its share of the buffer and falls behind, and the log
+        is read again from there when it has room: the lanes that are ahead drop what they have had.
         """
         if not self.table.may_be_read(partition):
             return
@@ -181,7 +197,10 @@ class Partitions:
     # -- refusals and halts -----------------------------------------------------------------------------------------
 
     def refuse(self, partition: Partition, *, out_of_range: bool) -> bool:
-        """Pause a partition whose fetch was refused. Returns whether the refusal says something of it as it is now."""
+        """Pause a partition whose fetch was refused.
+
+        Returns False if the refusal is of an earlier fetch, and so says nothing.
+        """
         actions = self.table.refuse(partition, out_of_range=out_of_range)
         self._take(actions)
         return bool(actions)
@@ -192,7 +211,7 @@ class Partitions:
         self.read_on(partition)
 
     def halt(self, shard: Shard, partition: Partition, stop: PartitionHalt, position: Position) -> None:
-        """Fetch nothing more of a partition; what was read of it before is still settled."""
+        """Stop fetching a partition; what was read before is still settled."""
         self._take(self.table.halt(shard.name, partition, stop, position))
 
     def retry(self, partition: Partition) -> None:

@@ -1,8 +1,8 @@
-"""A worker process: what the supervisor starts. Not for people: `consumer run` is.
+"""Internal entry point of a worker process; use `consumer run`.
 
-Knows its two pipes: orders come in on standard input ("begin", then "drain", or its end, which says that the supervisor is
-gone), and reports go out as JSON lines on a descriptor of their own. Settings come through the environment, so that no secret is
-in a list of processes.
+The supervisor starts it and holds two pipes: orders come in on standard input ("begin", then "drain", or its end, when
+the supervisor has died), and reports go out as JSON lines on a descriptor of their own. Settings come through the
+environment, so that no secret is in a list of processes.
 """
 
 from __future__ import annotations

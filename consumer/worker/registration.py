@@ -1,6 +1,7 @@
-"""Connects to every database at the start, and learns there the numbers of the App's handlers and topics.
+"""Connects to every database and registers the App there.
 
-Refuses an App whose databases disagree with it. Limitations: what changes in a database later is noticed by its epoch.
+Reads the numbers of the App's handlers and topics. Refuses an App whose databases disagree with it. Limitations: a
+later change of a database is noticed by its epoch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from consumer.worker.shard import Shard
 
 
 async def register_all(app: App, router: Router, shards: Sequence[Shard], connections: Connections) -> bool:
-    """Connect to every shard and register the App there; False when that is to be tried again. Raises Misconfigured."""
+    """Connect to every shard and register the App; False: try again.
+
+    Raises Misconfigured.
+    """
     try:
         for number, shard in enumerate(shards):
             shard.control = await connections.open(shard)
@@ -49,7 +53,10 @@ async def register_all(app: App, router: Router, shards: Sequence[Shard], connec
 
 
 async def register(app: App, shard: Shard, control: Session) -> None:
-    """Learn the numbers of handlers and topics: a database that went back in time may give others."""
+    """Read the numbers of handlers and topics.
+
+    A database that went back in time may give others.
+    """
     numbers, topics = await control.numbers(app.name, app.handlers, app.topics)
     with translated_errors(shard.settings):
         await coverage.register(control.connection, app)
@@ -66,7 +73,7 @@ async def register(app: App, shard: Shard, control: Session) -> None:
 async def start_prechecks(
     app: App, settings: Settings, shards: Sequence[Shard], on_step: Callable[[str], None]
 ) -> None:
-    """Start the pre-check of every shard that can have one, if a Redis is configured."""
+    """Start the pre-check of each shard, if Redis is configured."""
     redis_url = tls.redis_url(settings)
     if redis_url is None:
         return

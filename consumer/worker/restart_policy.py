@@ -1,4 +1,7 @@
-"""Whether a worker process that ended is started again, and when. Knows ends and times; knows no process."""
+"""Decides whether and when an ended worker process is started again.
+
+Pure: judges exit codes and times, and starts nothing.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ EXIT_DEAD_LETTERS = 77  # it stopped at the limit of dead letters: another one w
 
 @dataclass(slots=True)
 class Restarts:
-    """The policy for one worker slot: exponential backoff, forgotten after a healthy run."""
+    """The policy for one worker slot: exponential backoff.
+
+    A healthy run resets it.
+    """
 
     in_a_row_max: int = 5
     healthy_seconds: float = 30.0

@@ -1,4 +1,4 @@
-"""What a worker knows of one database, and of one lane that settles batches in it.
+"""State of one database of a worker, and of one lane.
 
 Data only: the parts of the worker read and write it. An App without shards has one database, whose name is empty.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Shard:
-    """One database. What is known of its partitions is in the partition table."""
+    """One database; the partition table holds its partitions."""
 
     name: str
     settings: Settings  # the worker's, with the address of this database
@@ -53,7 +53,10 @@ class Shard:
 
 @dataclass(slots=True, eq=False)
 class LaneState:
-    """A lane: its queue, its connection and what it is doing. A partition has one lane in every shard."""
+    """A lane: its queue, its connection and what it is doing.
+
+    A partition has one lane in every shard.
+    """
 
     number: int
     shard: Shard

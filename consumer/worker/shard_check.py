@@ -1,7 +1,7 @@
-"""Asks the other shards about messages that may have been applied there before the route changed.
+"""Asks other shards about messages applied before the route changed.
 
 Of a partition with several shards, the messages that the log held when its position was read are asked about once. A
-message that another shard holds is not applied again: the worker ends, and says so.
+message that another shard holds is not applied again: the worker ends with an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from consumer.worker.shard import LaneState, Shard
 
 
 class ShardCheck:
-    """Compares what the shards of one App hold, and remembers in them where keys were sent."""
+    """Compares the shards of one App, and records their keys."""
 
     def __init__(
         self,
@@ -40,9 +40,10 @@ class ShardCheck:
         self._lifetime = lifetime
 
     async def is_in_no_other_shard(self, lane: LaneState, batch: Batch) -> bool:
-        """Whether no other shard has applied messages of a batch. Waits for a shard that is away.
+        """Whether no other shard has applied messages of a batch.
 
-        False when the lane's partitions went away meanwhile. Raises RouteFault, which ends the worker.
+        Waits for a shard that is away. False if the lane's partitions went away meanwhile. Raises RouteFault, which
+        ends the worker.
         """
         below = self._table.cross_check_below(lane.shard.name)
         if not below:
@@ -66,7 +67,10 @@ class ShardCheck:
         return True
 
     async def _held_by(self, shard: Shard, deliveries: list[Delivery], lane: LaneState) -> list[Delivery] | None:
-        """Deliveries that a shard has a claim of, by the very same record; None when the lane's partitions went away."""
+        """Return deliveries whose same record a shard has claimed.
+
+        None if the lane's partitions went away.
+        """
         epoch = self._table.assignment_epoch(lane.shard.name)
         handlers = {handler.name: handler for handler in shard.handlers}
         asked: dict[Delivery, Delivery] = {}
@@ -95,7 +99,10 @@ class ShardCheck:
         return None
 
     async def record_keys(self, shard: Shard) -> None:
-        """Let a shard remember where new keys were sent, so that another route is refused at the next start."""
+        """Record in a shard which new keys the route sent there.
+
+        Another route is then refused at the next start.
+        """
         if shard.name:
             await self._connections.try_with_control(
                 shard,

@@ -1,4 +1,4 @@
-"""Decides where reading goes on: from what a database knows of partitions, unless Kafka's log speaks against it.
+"""Decides from which offsets the worker reads its partitions.
 
 A position in PostgreSQL counts. Where there is none, the group's commit in Kafka does, and then the beginning of the
 log. core/log_identity.py judges. Limitations: does not know whether the partitions are still this worker's.
@@ -100,7 +100,10 @@ async def _begin(
     label: Mapping[str, str],
     others: Collection[str],
 ) -> tuple[list[Partition], dict[Partition, PartitionHalt]]:
-    """Write positions of partitions that have none. Returns those, and others that a person must decide about."""
+    """Write positions of partitions that have none.
+
+    Returns those, and others that an operator must decide about.
+    """
     firsts = await source.log.beginnings(missing, partial=True)
     stopped: dict[Partition, PartitionHalt] = {}
     begun: dict[Partition, StartOffset] = {}
@@ -124,7 +127,10 @@ async def _begin(
 async def _name_logs(
     session: Session, app: str, known: Mapping[Partition, Position], identity: Identity
 ) -> dict[Partition, Position]:
-    """Add ids to positions without them: of a version that did not look, or a broker that did not tell them."""
+    """Add the log's ids to positions without them.
+
+    An earlier version did not record them, or a broker did not report them.
+    """
     nameless = {
         partition: (identity.cluster_id, identity.topics[partition.topic])
         for partition, position in known.items()
@@ -142,7 +148,10 @@ async def _name_logs(
 async def restore_queues(
     session: Session, numbers: Collection[int], positions: Mapping[Partition, tuple[Position, PartitionHalt | None]]
 ) -> tuple[Chains, Attempts]:
-    """Read the chains that dead letters hold, and attempts. numbers: of the handlers. Raises Outage."""
+    """Read the keys that dead letters hold, and saved attempts.
+
+    numbers: of the handlers. Raises Outage.
+    """
     offsets = {
         partition: position.offset for partition, (position, _) in positions.items() if position is not NO_POSITION
     }
@@ -152,7 +161,7 @@ async def restore_queues(
 
 
 async def restore_stops(session: Session, stops: Stops, app: str, partitions: Collection[Partition]) -> None:
-    """Take over what other workers wrote of partitions that could not be read. Raises Outage."""
+    """Read which partitions other workers could not read. Raises Outage."""
     await _or_outage(session, lambda: stops.recall(session.connection, app, partitions, time.monotonic()))
 
 
@@ -186,7 +195,10 @@ def _log_beginning(partition: Partition, beginning: StartOffset, log_first: int,
 
 
 def _log_difference(partition: Partition, group: int | None, position: int) -> None:
-    """Behind is normal after a crash: Kafka's commit is a copy that lags. Ahead is not."""
+    """Log a difference between Kafka's committed offset and the position.
+
+    Kafka behind is normal after a crash: its commit is a copy that lags. Kafka ahead is not.
+    """
     if group is not None and group != position:
         event(
             logging.WARNING if group > position else logging.INFO,
@@ -205,7 +217,10 @@ def _log_difference(partition: Partition, group: int | None, position: int) -> N
 async def _check_all(
     source: KafkaConsumer, known: Mapping[Partition, Position], identity: Identity
 ) -> dict[Partition, tuple[Position, PartitionHalt | None]]:
-    """Positions with what speaks against them, without those of which that is unknown now."""
+    """Return positions with the reason to halt there, or None.
+
+    Leaves out positions that cannot be checked now.
+    """
     checks = await asyncio.gather(
         *(
             _check(source, partition, position, ObservedLog(identity.cluster_id, identity.topics.get(partition.topic)))
@@ -222,7 +237,7 @@ async def _check_all(
 async def _check(
     source: KafkaConsumer, partition: Partition, position: Position, log: ObservedLog
 ) -> tuple[bool, PartitionHalt | None]:
-    """What speaks against going on from a position; False where that is unknown now."""
+    """Return whether a position can be checked, and why to halt there."""
     if log.topic_id is None and position.topic_id is not None and log.cluster_id is not None:
         return False, None  # the topic is being deleted, or this broker does not know it yet
     stop = check_log(partition, position, log)

@@ -1,8 +1,9 @@
-"""The parent of the worker processes: starts, restarts, and ends them. Consumes nothing itself.
+"""Starts, restarts and ends the worker processes; consumes nothing itself.
 
-Knows processes, pipes and signals; what to do about an end is decided in worker/restart_policy.py. A worker that dies is taken
-out of its group at once, so that its partitions do not wait for the session timeout. Every wait has a bound: processes that a
-worker has forked may hold its pipes for ever. Limitations: whether a worker makes progress; only its event loop is seen.
+Handles processes, pipes and signals; worker/restart_policy.py decides what to do after an exit. A worker that dies is
+removed from its group at once, so that its partitions do not wait for the session timeout. Every wait has a bound:
+processes that a worker has forked may hold its pipes for ever. Limitations: sees whether a worker's event loop runs,
+not whether the worker makes progress.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ _KILLED_SECONDS = 5.0  # a killed process is gone by then, or the kernel does no
 
 @dataclass(slots=True, eq=False)
 class _Child:
-    """One running worker process. ended: its exit code, once it and its process group are gone."""
+    """One running worker process.
+
+    ended: its exit code, once it and its process group are gone.
+    """
 
     slot: int
     process: subprocess.Popen[bytes]
@@ -46,13 +50,16 @@ class _Child:
     readers: list[asyncio.Task[None]] = field(default_factory=list)
 
     def kill(self) -> None:
-        """Kill the process. Only while it is ours: a number that was waited for may be another's."""
+        """Kill the process, unless it was waited for.
+
+        race: the process id of a process that was waited for may be another process's.
+        """
         if not self.ended.done():
             with suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGKILL)
 
     async def code(self) -> int:
-        """The exit code of a killed process, or that of SIGKILL where it does not go away."""
+        """Return a killed process's exit code; SIGKILL's if it survives."""
         done, _ = await asyncio.wait({self.ended}, timeout=_KILLED_SECONDS)
         if not done:
             event(
@@ -63,7 +70,11 @@ class _Child:
 
 
 class Supervisor:
-    """`run` returns the exit code: 0 after a clean stop, 1 when restarts did not help, 2 for a configuration that cannot work."""
+    """Runs the worker processes of one App.
+
+    `run` returns the exit code: 0 after a clean stop, 1 when restarts did not help, 2 for a configuration that cannot
+    work.
+    """
 
     def __init__(self, path: str, app_name: str, workers: int, settings: Settings) -> None:
         self._path = path
@@ -77,7 +88,7 @@ class Supervisor:
         self._code = 0
 
     async def prepare(self) -> None:
-        """Start processes that import what a worker needs, and do no more until `run`, or until they are given up."""
+        """Start processes that import a worker's modules, then wait for `run`."""
         for slot in range(min(self._workers, os.cpu_count() or 1)):
             self._prepared[slot] = await self._start(slot)
 
@@ -90,7 +101,7 @@ class Supervisor:
             await self._last_reports(child)
 
     async def run(self) -> int:
-        """Keep the workers running until a signal comes, or until restarts do not help."""
+        """Run the workers until a signal, or until restarts do not help."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
@@ -112,7 +123,7 @@ class Supervisor:
         self._stopping.set()
 
     async def _keep(self, slot: int) -> None:
-        """One slot: a worker, and another one after it, until the order to stop."""
+        """Run a worker in a slot and replace it, until the stop."""
         restarts = Restarts(in_a_row_max=self._settings.restarts_max)
         while not self._stopping.is_set():
             child = self._prepared.pop(slot, None) or await self._start(slot)
@@ -192,7 +203,10 @@ class Supervisor:
             transport.close()
 
     async def _until_it_ends(self, child: _Child) -> int:
-        """Wait for the process; pass on the order to stop, and end it when it does not obey or does not beat."""
+        """Wait for a process to end, and pass on the stop.
+
+        It is killed when it does not stop in time, or sends no heartbeat.
+        """
         ended: asyncio.Future[Any] = child.ended
         stopping = asyncio.create_task(self._stopping.wait())
         at_once = asyncio.create_task(self._at_once.wait())
@@ -224,7 +238,10 @@ class Supervisor:
             at_once.cancel()
 
     async def _bury(self, child: _Child, code: int) -> None:
-        """Take a dead worker out of the group. One that left by itself is not in it any more, which does no harm."""
+        """Remove a dead worker from the group.
+
+        A worker that left by itself is not in it any more, which does no harm.
+        """
         await self._last_reports(child)
         self._children.pop(child.slot, None)
         if code == 0 or not child.member:
@@ -238,7 +255,10 @@ class Supervisor:
             event(logging.INFO, "dead worker taken out of its group", worker=child.slot)
 
     async def _last_reports(self, child: _Child) -> None:
-        """Read what a dead worker reported to the last, and close its pipes, whoever else may hold them."""
+        """Read a dead worker's last reports, and close its pipes.
+
+        A process that the worker has forked may still hold them.
+        """
         if child.process.stdin is not None:
             with suppress(OSError):
                 child.process.stdin.close()
@@ -250,7 +270,7 @@ class Supervisor:
 
 
 def _when_ended(process: subprocess.Popen[bytes]) -> asyncio.Future[int]:
-    """The exit code of a process, once it has ended and the rest of its process group was killed."""
+    """Return a process's exit code, after killing its process group."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[int] = loop.create_future()
 

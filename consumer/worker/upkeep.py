@@ -1,4 +1,4 @@
-"""Keeps a database up to date about a worker: what waits in it, and which code its handlers have."""
+"""Reports a worker's waiting messages and handler code to a database."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from consumer.worker.wait_reports import Reporter
 
 
 class Upkeep:
-    """The loop that reports to one shard over the connection beside its lanes."""
+    """Reports to one shard over the connection beside its lanes."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Upkeep:
         self._message_log = message_log
 
     async def run(self) -> None:
-        """Report at every interval, so that `consumer status` can show it from anywhere."""
+        """Report at every interval, for `consumer status`."""
         shard = self._shard
         while True:
             await asyncio.sleep(wait_reports.SECONDS)

@@ -1,6 +1,7 @@
-"""Reports messages that wait in a worker to the database, and learns what other workers have applied.
+"""Reports waiting messages to the database.
 
-Reads lanes; writes rows of postgres/waiting_messages.py. A worker in which nothing waits asks nothing.
+Learns there what other workers have applied. Reads lanes; writes rows of postgres/waiting_messages.py. A worker without
+waiting messages sends no query.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Reporter:
         self._full: set[Partition] = set()  # logged as such
 
     def log_full(self, partition: Partition) -> None:
-        """Log that a partition is not read on, once until it has room."""
+        """Log once that a partition is paused because it is full."""
         if partition in self._full:
             return
         self._full.add(partition)
@@ -82,7 +83,7 @@ class Reporter:
         return sorted(by_error.values(), key=lambda row: (row.handler, row.partition, row.why.error)), names
 
     async def report(self, connection: Any) -> None:
-        """Write what has changed, renew what has not, and note successes of other workers."""
+        """Write changed rows, renew the rest, and note other workers' successes."""
         now = time.monotonic()
         rows, names = self.rows()
         self._full = {
@@ -117,7 +118,10 @@ class Reporter:
             self._applied = {}
 
     async def finish(self, connection: Any, *, stays: bool) -> None:
-        """Delete what was written before partitions are given up; when the worker stops, bring it up to date."""
+        """Delete the rows before partitions are given up.
+
+        stays: the worker stops; the rows are brought up to date instead, for `consumer status`.
+        """
         if not self._written:
             return
         rows = self.rows()[0] if stays else []
@@ -127,7 +131,7 @@ class Reporter:
                 await waiting_messages.write(connection, self._worker, sorted(self._handlers), rows)
 
     async def record_halt(self, connection: Any, deliveries: Sequence[Delivery], error: TooManyDeadLetters) -> None:
-        """Record why the worker ends and is not started again, so that `status` can say so."""
+        """Record why the worker ends for good, for `consumer status`."""
         delivery = next((delivery for delivery in deliveries if delivery.handler.name == error.handler), None)
         if delivery is None:
             return
@@ -139,5 +143,5 @@ class Reporter:
 
 
 def _steady(rows: Sequence[Row]) -> list[tuple[object, ...]]:
-    """What makes rows worth writing: everything but the frontier, which moves all the time."""
+    """Return what makes rows worth writing: all but the moving frontier."""
     return [(row.handler, row.partition, row.messages, row.why) for row in rows]

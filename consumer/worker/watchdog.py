@@ -1,4 +1,4 @@
-"""Distinguishes a stalled worker from one that is idle, busy or waiting for a service or a producer.
+"""Distinguishes a stalled worker from an idle, busy or waiting one.
 
 Pure: judges offsets and times that it is given. Limitations: a broker that reports a wrong end offset misleads it.
 """
@@ -11,7 +11,7 @@ from consumer.core.message import Partition
 
 
 class Watchdog:
-    """Measures for how long nothing has moved although something should have, from what is observed."""
+    """Measures how long nothing has moved although something should have."""
 
     def __init__(self) -> None:
         self._received: dict[Partition, int] = {}
@@ -22,9 +22,10 @@ class Watchdog:
     def fetching_stalled_seconds(
         self, now: float, received: Mapping[Partition, int], ends: Mapping[Partition, int]
     ) -> float:
-        """Longest time that a partition's fetch position stood still below the end of its log.
+        """Return how long a fetch stood still below its log's end.
 
-        received: next offset to fetch, for partitions that should be fetching now (not paused, buffers not full).
+        received: next offset to fetch, for partitions that should be fetching now (not paused, buffers not full). Of
+        several partitions, the longest time.
         """
         longest = 0.0
         for partition, offset in received.items():
@@ -36,14 +37,17 @@ class Watchdog:
         return longest
 
     def settling_stalled_seconds(self, now: float, settled: int, *, has_work: bool) -> float:
-        """Time since the number of settled batches last changed while there was work that could be done."""
+        """Return how long no batch was settled although there was work."""
         if settled != self._settled or not has_work:
             self._settled, self._settled_since = settled, now
         return now - self._settled_since
 
 
 class OpenTransactions:
-    """Finds partitions that a producer's transaction holds back for long, from the offsets at which they are held."""
+    """Finds partitions that a producer's transaction holds back for long.
+
+    Judges by the offsets at which they are held.
+    """
 
     def __init__(self) -> None:
         self._held: dict[Partition, tuple[int, float]] = {}
@@ -52,9 +56,9 @@ class OpenTransactions:
     def changes(
         self, now: float, held: Mapping[Partition, int], patience_seconds: float
     ) -> tuple[list[Partition], list[Partition]]:
-        """Report partitions once that are held at one offset beyond the patience, and once when they go on.
+        """Return partitions held back beyond the patience, and those freed.
 
-        Returns the late ones and the freed ones.
+        Each is returned once.
         """
         self._held = {
             partition: (offset, self._held[partition][1] if self._held.get(partition, (None,))[0] == offset else now)

@@ -1,9 +1,9 @@
-"""One worker process: puts the parts together, runs them until one fails or `stop` is called, and drains.
+"""One worker process: assembles the parts, runs them, and drains.
 
 What goes through: fetcher.py hands records to the lanes, lane.py settles them, offset_commits.py copies positions to
-Kafka. Beside it: assignment.py, log_monitor.py, health.py and upkeep.py. A worker waits for any service that is away, for
-as long as it takes. Limitations: does not know whether it still owns its partitions; the claims and the positions in
-PostgreSQL do.
+Kafka. Beside it: assignment.py, log_monitor.py, health.py and upkeep.py. A worker waits for any service that is away,
+for as long as it takes. Limitations: does not know whether it still owns its partitions; the claims and the positions
+in PostgreSQL do.
 """
 
 from __future__ import annotations
@@ -80,10 +80,11 @@ def _lanes_of(app: App, settings: Settings, shards: list[Shard]) -> list[LaneSta
 
 
 class Worker:
-    """A member of the App's consumer group. `run` returns when `stop` was called and everything in flight is settled.
+    """A member of the App's consumer group.
 
-    report: called with small dictionaries about the worker's health, for its supervisor. step: called with the name of
-    each step of the flow as it is passed, for tests that end the process there. path: how commands name the App.
+    `run` returns when `stop` was called and everything in flight is settled. report: called with small dictionaries
+    about the worker's health, for its supervisor. on_step: called with the name of each step of the flow as it is
+    passed, for tests that end the process there. path: how commands name the App.
     """
 
     def __init__(
@@ -214,7 +215,10 @@ class Worker:
         return self._health.is_outgrown
 
     def stop(self) -> None:
-        """Drain: settle what is in flight, copy positions to Kafka, leave the group. May be called again, or early."""
+        """Drain, copy positions to Kafka, and leave the group.
+
+        May be called again, or before `run`.
+        """
         self._lifetime.stop()
         self.partitions.wake()
 
@@ -260,7 +264,7 @@ class Worker:
         return True
 
     def _parts(self) -> list[Coroutine[Any, Any, None]]:
-        """The loops of the worker. Each runs until it is cancelled, or fails."""
+        """Return the worker's loops; each runs until cancelled or failed."""
         app, settings, health = self._app, self._settings, self._health
         parts = [self._fetcher.run(), self._commits.run(), self._log_monitor.run()]
         parts += [health.watch_progress(), health.send_heartbeats(), health.enforce_limits()]
