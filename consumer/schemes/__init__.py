@@ -1,6 +1,7 @@
-"""The ways against a repeated request that stand beside the ledger; docs/how-to/schemes.md says which to take.
+"""Defences against repeated requests that complement the ledger.
 
-Each name is loaded when it is asked for, so that a module of handlers brings only what it uses.
+docs/how-to/schemes.md says which to use. Each name is loaded on first use, so that a module of handlers imports only
+what it needs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the PostgreSQL schemes ask of a transaction, and what they say when the table is not as they were told.
+"""What the PostgreSQL schemes need of a transaction, and their errors.
 
 Knows the three methods that a `Tx` and an asyncpg connection share, and SQLSTATEs; knows no driver.
 """
@@ -36,18 +36,24 @@ class Database(Protocol):
 
 
 class Misfit(ConsumerError):
-    """The table is not as the call says: no such table, column or unique index, or something suppresses the write."""
+    """The table is not as the call says.
 
-
-class NotFound(ConsumerError, LookupError):
-    """No row has this key. In a handler it counts as an attempt of the message, like any error.
-
-    Where another message makes the row, catch it and raise `RunAgain`: then it is early, and waits.
+    There is no such table, column or unique index, or something suppresses the write.
     """
 
 
-async def told(statement: Awaitable[T], call: str) -> T:
-    """The answer of a statement. Raises Misfit, naming the call, for a table that does not fit; else what the driver does."""
+class NotFound(ConsumerError, LookupError):
+    """No row has this key; in a handler, a counted attempt.
+
+    If another message creates the row, catch this and raise `RunAgain`: then the message is early, and waits.
+    """
+
+
+async def checked(statement: Awaitable[T], call: str) -> T:
+    """Run a statement and return its answer.
+
+    Raises Misfit, naming the call, for a table that does not fit; else what the driver raises.
+    """
     try:
         return await statement
     except Exception as error:

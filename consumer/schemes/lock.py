@@ -1,10 +1,10 @@
-"""A lock in Redis for work that is better not done by two at a time, with a number by which PostgreSQL refuses who is late.
+"""A lock in Redis, with a fence in PostgreSQL against late writers.
 
-Knows one Redis key, a clock that only moves forward, and one upsert. What it does not know, and no lock with a ttl can:
-whether its owner is paused. Between "I hold it" and the write that follows, any time may pass (a stopped process, a
-garbage collector, a packet), and another may hold it by then. **The lock saves work; the fence decides** (Martin Kleppmann,
-"How to do distributed locking", 2016, on fencing tokens and on Redlock). One Redis is enough for that, and several would
-not make it a guarantee either.
+For work that should not be done by two at a time. Knows one Redis key, a clock that only moves forward, and one upsert.
+Limitations: like any lock with a time to live, it cannot know whether its owner is paused. Between taking the lock and
+the write that follows, any time may pass (a stopped process, a garbage collector, a packet), and another may hold it by
+then. **The lock saves work; the fence decides** (Martin Kleppmann, "How to do distributed locking", 2016, on fencing
+tokens and on Redlock). One Redis is enough for that, and several would not make it a guarantee either.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from redis.asyncio.lock import Lock as RedisLock
 
 from consumer.core.errors import RunAgain, TransactionMisuse
 from consumer.core.identifiers import ident, table_ident
-from consumer.schemes.database import Database, told
+from consumer.schemes.database import Database, checked
 from consumer.schemes.redis_call import RedisAway, answer
 
 if TYPE_CHECKING:
@@ -60,43 +60,50 @@ class LockBusy(RunAgain):
 
 
 class LockLost(RunAgain):
-    """The lock was lost while the work was being done: another may have worked at the same time. The text says how."""
+    """The lock was lost during the work; the text says how.
+
+    Another owner may have worked at the same time.
+    """
 
 
 class LateWriter(RunAgain):
-    """Somebody who took the lock later has written already. Nothing may be written under this number any more."""
+    """A later owner of the lock has written already.
+
+    Nothing may be written under this number any more.
+    """
 
 
 class Lock:
-    """An asynchronous context manager: inside, this is the only owner of the lock, as far as anyone can know.
+    """An asynchronous context manager that holds a lock in Redis.
 
-    redis: a ``redis.asyncio`` client, decoding or not. name: of what is locked. ttl_seconds: after how long without a sign
-    of life others may have it, at least 0.1; it is renewed three times in that time while the block lives. wait_seconds:
-    how long to wait for it; waiters ask at random times of a few ms to 0.25 s, so nobody is first in line, and nobody is
-    always last. prefix: of its keys. ::
+    redis: a ``redis.asyncio`` client, decoding or not. name: of what is locked. ttl_seconds: after how long without a
+    renewal others may take it, at least 0.1; it is renewed three times in that time while the block runs. wait_seconds:
+    how long to wait for it; waiters ask at random intervals of a few ms to 0.25 s, so there is no queue, and no waiter
+    is always last. prefix: of its keys. ::
 
         async with Lock(redis, "invoices:2031", ttl_seconds=30, wait_seconds=5) as lock:
             async with connection.transaction():
                 await check_fence(connection, "fences", "invoices:2031", lock.number)
                 …
 
-    Entering raises LockBusy, or RedisAway. When the lock is lost inside (it was not renewed in time, Redis was flushed or
-    restarted or does not answer), `lost` is set, the block's task is cancelled where it waits, and LockLost is raised out
-    of the block; also at the end of a block that did not wait any more. An exception of the block's own goes out as it is.
+    Entering raises LockBusy, or RedisAway. When the lock is lost inside (it was not renewed in time, Redis was flushed
+    or restarted or does not answer), `lost` is set, the block's task is cancelled where it waits, and LockLost is
+    raised out of the block; also at the end of a block that did not wait any more. An exception of the block itself
+    propagates unchanged.
 
-    redis-py's own Lock serves for giving back and renewing: its scripts compare the owner's token first. Its acquire does
-    not: it has no number, and an answer that was lost looks to it like another owner. Nor has it a watchdog.
+    redis-py's own Lock is used for release and renewal: its scripts compare the owner's token first. Its acquire is
+    not: it has no number, and takes an answer that was lost for another owner. Nor has it a watchdog.
 
-    A caller may not assume
+    Limitations:
 
-    - that it is alone: see above. Whatever must not be done twice is checked by the fence, in the transaction that does it,
-      or is the ledger's;
-    - that a COMMIT was undone because the block was cancelled: one in flight is the caller's, and its outcome is unknown.
-      With the fence in its transaction it is right either way;
-    - that it lasts until a handler's transaction is committed: that is after the handler has returned, and so after the
-      block. In a handler only the fence protects the writes;
-    - that it can be held by several tasks or twice: each `Lock` is entered by one task, and by one at a time;
-    - that code which does not wait (a long computation) can be cancelled, or even be told.
+    - Another owner may work at the same time: see above. Whatever must not be done twice is checked by the fence, in the
+      transaction that does it, or is the ledger's.
+    - A cancelled block does not undo a COMMIT: one in flight is the caller's, and its outcome is unknown. With the fence in
+      its transaction it is right either way.
+    - The lock does not last until a handler's transaction is committed: that is after the handler has returned, and so
+      after the block. In a handler only the fence protects the writes.
+    - Each `Lock` is entered by one task, and once at a time.
+    - Code that does not wait (a long computation) cannot be cancelled, and does not notice the loss.
     """
 
     def __init__(
@@ -118,7 +125,7 @@ class Lock:
         self.lost = asyncio.Event()
         self._ttl = float(ttl_seconds)
         self._wait = float(wait_seconds)
-        # In a cluster, what stands in braces decides where a key lives: both must live in one place.
+        # In a cluster, the text in braces decides on which node a key is: both must be on one.
         self._key = f"{prefix}{{{name}}}"
         self._number_key = f"{self._key}:number"
         self._acquire_script = redis.register_script(_ACQUIRE)
@@ -135,10 +142,11 @@ class Lock:
 
     @property
     def number(self) -> int:
-        """The fencing number: higher than that of every earlier owner of this name. Raises RuntimeError outside the block.
+        """The fencing number: higher than that of every earlier owner.
 
-        It rises over restarts and flushes of Redis as long as the clock of its host does not go back by more than it was
-        away; until such a clock has caught up, the fence refuses new owners too.
+        Raises RuntimeError outside the block. It rises over restarts and flushes of Redis as long as the clock of its
+        host does not go back by more than it was away; until such a clock has caught up, the fence refuses new owners
+        too.
         """
         if self._number is None:
             raise RuntimeError("a lock has its number inside its block")
@@ -146,7 +154,7 @@ class Lock:
 
     async def __aenter__(self) -> Lock:
         if self._watchdog is not None:
-            raise RuntimeError("this Lock is held already: make another one for another block")
+            raise RuntimeError("this Lock is held already: create another one for another block")
         owner = asyncio.current_task()
         assert owner is not None
         self.lost = asyncio.Event()
@@ -156,7 +164,7 @@ class Lock:
         try:
             await self._acquire()
         except asyncio.CancelledError:
-            await self._release()  # it may have been ours by the time
+            await self._release()  # it may have been ours by then
             raise
         self._watchdog = asyncio.create_task(self._watch(owner))
         return self
@@ -166,7 +174,7 @@ class Lock:
     ) -> None:
         owner, watchdog = asyncio.current_task(), self._watchdog
         assert owner is not None and watchdog is not None
-        self._ending = True  # from here on the watchdog cancels nobody
+        self._ending = True  # from here on the watchdog cancels no task
         others = 0
         if self._cancelled:
             others = max(0, owner.uncancel() - self._cancelled_before)
@@ -180,7 +188,7 @@ class Lock:
             raise LockLost(self._why) from None
         if kind is None and (self.lost.is_set() or ours is False):
             self.lost.set()
-            raise LockLost(self._why or "the lock was gone before it was given back")
+            raise LockLost(self._why or "the lock was lost before it was released")
 
     async def _acquire(self) -> None:
         deadline = time.monotonic() + self._wait
@@ -204,11 +212,17 @@ class Lock:
             await asyncio.sleep(min(left, random.uniform(pause / 2, pause)))  # noqa: S311 - keeps waiters apart
 
     def _hold_from(self, asked: float) -> None:
-        """Redis has begun to count after it was asked, so nobody else can have it before this."""
+        """Note from when the lock is held.
+
+        Redis begins to count after the request, so no other owner can have it before this plus the time to live.
+        """
         self._until = asked + self._ttl * (1 - _DRIFT)
 
     async def _watch(self, owner: asyncio.Task[Any]) -> None:
-        """Renew while the block lives. Ends when the lock is lost, by Redis' word or because time has run out."""
+        """Renew while the block runs.
+
+        Ends when the lock is lost: Redis says so, or the time is over.
+        """
         pause = self._ttl / _RENEWALS
         while True:
             await asyncio.sleep(max(0.0, min(pause, self._until - time.monotonic())))
@@ -238,7 +252,10 @@ class Lock:
             owner.cancel()
 
     async def _release(self) -> bool | None:
-        """Give it back. Returns False when it was not ours any more, None when Redis did not say: then the ttl ends it."""
+        """Release the lock.
+
+        Returns False if it was lost before, None if Redis did not answer: then the time to live ends it.
+        """
         with suppress(RedisAway):
             return bool(await answer(self._release_script(keys=[self._key], args=[self._token]), _RELEASE_SECONDS))
         return None
@@ -253,20 +270,22 @@ async def check_fence(
     key_column: str = "name",
     number_column: str = "number",
 ) -> None:
-    """Let only the newest owner write: raise the number kept for `key`, or raise LateWriter when it is higher already.
+    """Let only the newest owner write.
 
-    tx: a `Tx`, or an asyncpg connection **in the transaction that does the writes**, before them and before the reads that they
-    follow from. table: your own, as in ``create table fences (name text primary key, number bigint not null)``; rows are made
-    on first use. number: a lock's.
+    Increases the number kept for `key`; raises LateWriter if it is higher already.
 
-    One upsert that only moves forward. Its row lock is held until the transaction ends, so an earlier owner either commits
-    before a later one's check is answered, or is refused. The same number passes again.
+    tx: a `Tx`, or an asyncpg connection **in the transaction that does the writes**, before them and before the reads
+    that they follow from. table: your own, as in ``create table fences (name text primary key, number bigint not
+    null)``; rows are inserted on first use. number: a lock's.
 
-    Raises LateWriter, TransactionMisuse outside a transaction (the check would protect nothing), TypeError and ValueError
-    for a number that is none, Misfit for a table, column or unique index that is not there.
+    One upsert that only moves forward. Its row lock is held until the transaction ends, so an earlier owner either
+    commits before a later one's check is answered, or is refused. The same number passes again.
 
-    A caller may not assume that it protects rows which others write without it, nor that taking the lock moves the fence:
-    until the later owner has come here, an earlier one still passes, and what the later one reads before is not protected.
+    Raises LateWriter, TransactionMisuse outside a transaction (the check would protect nothing), TypeError and
+    ValueError for an invalid number, Misfit for a table, column or unique index that does not exist.
+
+    Limitations: rows that others write without it are not protected. Taking the lock does not move the fence: until the
+    later owner calls this, an earlier one still passes, and what the later one reads before is not protected.
     """
     if isinstance(number, bool) or not isinstance(number, int):
         raise TypeError(f"check_fence: a number, not {type(number).__name__}")
@@ -276,7 +295,7 @@ async def check_fence(
     if in_transaction is not None and not in_transaction():
         raise TransactionMisuse("check_fence outside a transaction protects nothing: open one around it and the writes")
     name, kept = ident(key_column), ident(number_column)
-    passed = await told(
+    passed = await checked(
         tx.fetchval(
             f"insert into {table_ident(table)} as kept ({name}, {kept}) values ($1, $2) "  # noqa: S608 - by ident
             f"on conflict ({name}) do update set {kept} = excluded.{kept} where kept.{kept} <= excluded.{kept} returning true",

@@ -1,7 +1,7 @@
-"""Which state may follow which, and what that says of an event that comes early, late or never.
+"""Decides which state may follow which, and whether an event is early.
 
-Pure: decides by reachability, and draws. What it does not know: the state of any row, and why an event is early. Two
-events of different rounds through a cycle look alike here.
+Pure: decides by reachability, and draws the diagram. Limitations: does not know the state of any row, nor why an event
+is early. Two events of different rounds through a cycle look alike here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _SPECIAL = frozenset(
 
 
 class MoveStanding(Enum):
-    """How a row stands to a state that an event wants it in. Exactly one holds."""
+    """How a row relates to the state that an event asks for.
+
+    Exactly one holds.
+    """
 
     READY = "ready"  # one move away, from a state that the caller agrees to
     THERE = "there"  # it is in that state already
@@ -75,11 +78,14 @@ class Moves:
         return frozenset(state for state, after in self.moves.items() if to in after)
 
     def after(self, state: str) -> frozenset[str]:
-        """Every state that can come after this one, by one move or more."""
+        """Return every state reachable from this one, by one move or more."""
         return self._after[state]
 
     def sources(self, to: str, expected_from: str | Collection[str] | None) -> frozenset[str]:
-        """The states from which an event may move a row to `to`. Raises ValueError for what no move could do."""
+        """Return the states from which an event may lead to `to`.
+
+        Raises ValueError if there is none.
+        """
         self._check(to, f"{to!r} is no state")
         before = self.before(to)
         if expected_from is None:
@@ -94,10 +100,11 @@ class Moves:
         return wanted
 
     def standing(self, current: str, to: str, sources: Collection[str]) -> MoveStanding:
-        """How a row in `current` stands to `to`, which may be reached from `sources`.
+        """Return how a row in `current` stands to `to`.
 
-        In a cycle a row may be both past `to` and on its way to it. That is LATE: held, an event of this round would be
-        applied in the next one; late, it is told to somebody and changes nothing.
+        sources: the states from which `to` may be reached. In a cycle a row may be both past `to` and on its way to it.
+        That is LATE: held, an event of this round would be applied in the next one; late, it is reported and changes
+        nothing.
         """
         if current not in self.moves:
             return MoveStanding.UNKNOWN
@@ -112,7 +119,10 @@ class Moves:
         return MoveStanding.NEVER
 
     def mermaid(self) -> str:
-        """The machine as a Mermaid ``stateDiagram-v2``. States whose names it would not take have an alias."""
+        """Return the machine as a Mermaid ``stateDiagram-v2``.
+
+        States whose names Mermaid does not accept have an alias.
+        """
         aliases = {state: _alias(n, state) for n, state in enumerate(self.moves)}
         lines = ["stateDiagram-v2"]
         for state, alias in aliases.items():

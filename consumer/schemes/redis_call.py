@@ -1,6 +1,7 @@
-"""One question to Redis, within a budget. Whatever the library raises becomes `RedisAway`.
+"""Runs one Redis command within a time budget.
 
-Knows redis-py's exceptions; knows no command. What it does not know when it raises: whether Redis did what it was told.
+Whatever the library raises becomes `RedisAway`. Knows redis-py's exceptions; knows no command. Limitations: when it
+raises, the command may or may not have been executed.
 """
 
 from __future__ import annotations
@@ -17,19 +18,25 @@ T = TypeVar("T")
 
 
 class RedisAway(RunAgain):
-    """Redis did not answer in time, or cannot do it now (full, read-only, loading). It may have done it all the same."""
+    """Redis did not answer in time, or refuses (full, read-only, loading).
+
+    It may have executed the command all the same.
+    """
 
 
 async def answer(question: Awaitable[T], budget_seconds: float) -> T:
-    """What Redis answers. budget_seconds: for all of it, the library's own retries included. Raises RedisAway."""
-    told_before = _told_to_end()
+    """Return what Redis answers.
+
+    budget_seconds: for all of it, the library's own retries included. Raises RedisAway.
+    """
+    cancelled_before = _cancellations()
     try:
         async with asyncio.timeout(budget_seconds):
             found = await question
     except (RedisError, OSError, TimeoutError) as error:
-        _go_on(told_before)
+        _go_on(cancelled_before)
         raise RedisAway(f"Redis did not answer as it should: {type(error).__name__}") from error
-    _go_on(told_before)
+    _go_on(cancelled_before)
     return found
 
 
@@ -38,12 +45,15 @@ def text(found: object) -> str:
     return found.decode("utf-8") if isinstance(found, bytes) else str(found)
 
 
-def _told_to_end() -> int:
+def _cancellations() -> int:
     task = asyncio.current_task()
     return task.cancelling() if task is not None else 0
 
 
-def _go_on(told_before: int) -> None:
-    """Raise CancelledError when this task was told to end meanwhile: the library was seen to swallow that (redis 8.1)."""
-    if _told_to_end() > told_before:
+def _go_on(cancelled_before: int) -> None:
+    """Raise CancelledError if this task was cancelled meanwhile.
+
+    The library was seen to swallow the cancellation (redis 8.1).
+    """
+    if _cancellations() > cancelled_before:
         raise asyncio.CancelledError

@@ -1,7 +1,8 @@
-"""A row's state moves forward only: one conditional UPDATE, and one word for each way in which it does not.
+"""Moves a row's state forward only, by one conditional UPDATE.
 
-Knows a table, its state column and the moves that are allowed. What it does not know: why an event comes early or late,
-and what else belongs to a move; that is the handler's, and depends on the answer.
+Knows a table, its state column and the moves that are allowed; has one error for each way in which a move fails.
+Limitations: does not know why an event comes early or late, nor what else belongs to a move; that is the handler's, and
+depends on the answer.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Literal, assert_never
 
 from consumer.core.errors import Reject, RunAgain
 from consumer.core.identifiers import ident, table_ident
-from consumer.schemes.database import SUPPRESSED, Database, Misfit, NotFound, told
+from consumer.schemes.database import SUPPRESSED, Database, Misfit, NotFound, checked
 from consumer.schemes.moves import Moves, MoveStanding
 
 _LOOKS = 3  # at a row that moves while it is looked at
@@ -40,7 +41,10 @@ order by conname
 
 
 class Moved(Enum):
-    """What `StateMachine.move` did. True when the row has moved now, so: ``if await machine.move(…):`` and the rest."""
+    """What `StateMachine.move` did.
+
+    True if the row has moved now: write ``if await machine.move(…):`` before what depends on it.
+    """
 
     NOW = "now"
     REPEATED = "repeated"  # it was in that state already: nothing to do
@@ -50,9 +54,10 @@ class Moved(Enum):
 
 
 class NotMoved(Reject):
-    """The row cannot take this event, now or later: in a handler, a dead letter at once. Nothing was changed.
+    """The row cannot take this event, now or later.
 
-    `current` is the state that the row is in, `to` the one that was asked for.
+    In a handler, a dead letter at once. Nothing was changed. `current` is the state that the row is in, `to` the one
+    that was asked for.
     """
 
     def __init__(self, text: str, current: str | None, to: str) -> None:
@@ -62,21 +67,28 @@ class NotMoved(Reject):
 
 
 class IllegalMove(NotMoved):
-    """No move leads from where the row is to where it should be, neither now nor later."""
+    """No sequence of moves leads from the row's state to that one."""
 
 
 class TooLate(NotMoved):
-    """The row has gone past that state. It is never moved backwards; catch this where a late event is of no interest."""
+    """The row is past that state, and is never moved backwards.
+
+    Catch this if a late event does not matter.
+    """
 
 
 class TooEarly(NotMoved):
-    """The row may come to a state that allows the move, and ``early="reject"`` says not to wait for it."""
+    """The row may reach a state that allows the move later.
+
+    Raised with ``early="reject"``, instead of waiting.
+    """
 
 
 class Held(RunAgain):
-    """The row may come to a state that allows the move (``early="hold"``): the message waits for it, uncounted.
+    """The row may allow the move later, so the message waits.
 
-    `current` is the state that the row is in, `to` the one that was asked for.
+    Raised with ``early="hold"``; the wait is not counted as an attempt. `current` is the state that the row is in, `to`
+    the one that was asked for.
     """
 
     def __init__(self, text: str, current: str, to: str) -> None:
@@ -86,11 +98,11 @@ class Held(RunAgain):
 
 
 class StateMachine:
-    """The states of a table's rows. Make it once, where the module's other constants are.
+    """The states of a table's rows; create it once, as a constant.
 
-    table: ``table`` or ``schema.table``. column: the state's, of any text type or an enum. moves: state -> the states that
-    may follow; a terminal state has none. key: the column that names a row. start: the states in which rows are made, by
-    default the first one of `moves`. Raises ValueError or TypeError for moves that cannot be meant (see `Moves`).
+    table: ``table`` or ``schema.table``. column: the state's, of any text type or an enum. moves: state -> the states
+    that may follow; a terminal state has none. key: the column that names a row. start: the states in which rows are
+    created, by default the first one of `moves`. Raises ValueError or TypeError for inconsistent moves (see `Moves`).
 
     ::
 
@@ -131,25 +143,27 @@ class StateMachine:
         expected_from: str | Collection[str] | None = None,
         early: Literal["hold", "reject"] = "hold",
     ) -> Moved:
-        """Move one row to the state `to`, if it is in a state that allows it. One UPDATE; one more read when that fails.
+        """Move one row to the state `to`, if its state allows it.
 
-        tx: a `Tx` or an asyncpg connection. expected_from: fewer states than the moves allow. early: what becomes of an
+        Sends one UPDATE, and one SELECT if that changes no row.
+
+        tx: a `Tx` or an asyncpg connection. expected_from: fewer states than the moves allow. early: what happens to an
         event whose time may still come: "hold" raises Held (its message is tried again, uncounted), "reject" TooEarly.
 
-        Returns Moved.NOW, or Moved.REPEATED when the row is in that state already. Raises Held or TooEarly, TooLate,
-        IllegalMove (also for a row in a state that the moves do not name), NotFound, ValueError for a state that is none
-        or a move that the machine does not have, Misfit for a missing table or column.
+        Returns Moved.NOW, or Moved.REPEATED if the row is in that state already. Raises Held or TooEarly, TooLate,
+        IllegalMove (also for a row in a state that the moves do not name), NotFound, ValueError for an unknown state or
+        a move that the machine does not have, Misfit for a missing table or column.
 
-        A caller may not assume
+        Limitations:
 
-        - that the answer may be ignored: what else belongs to the move (an amount, another row) is done only when it is
-          true, in the same transaction, or a repetition does it again;
-        - that a repetition and a second round through a cycle are told apart, nor in a cycle late from early (it is
-          late then). Where rows go round, carry a version (`update_versioned`) or trust the ledger's message ids;
-        - that amounts add up: a state says that something happened, not how often;
-        - that a held message holds up nothing: later ones of its unit of order wait behind it. If the event it waits for
-          is one of them it waits for ever: take both through handlers of their own, or say ``order="none"``;
-        - an end to a hold. Give it one by the message's age: ``early="hold" if young(message) else "reject"``.
+        - Do not ignore the answer: what else belongs to the move (an amount, another row) is done only if it is true, in the
+          same transaction, or a repetition does it again.
+        - A repetition and a second round through a cycle are not distinguished, nor in a cycle late from early (it is late
+          then). For cycles, use a version (`update_versioned`) or rely on the ledger's message ids.
+        - Amounts do not add up: a state says that something happened, not how often.
+        - A held message holds up later ones of its unit of order. If the event it waits for is one of them it waits for ever:
+          take both through handlers of their own, or use ``order="none"``.
+        - A hold has no end. Give it one by the message's age: ``early="hold" if young(message) else "reject"``.
         """
         if early not in ("hold", "reject"):
             raise ValueError(f"early={early!r}: 'hold' or 'reject'")
@@ -158,7 +172,7 @@ class StateMachine:
         for _ in range(_LOOKS):
             if await self._moves(tx, id, to, sources, call):
                 return Moved.NOW
-            seen = await told(tx.fetch(self._look_sql, id), call)
+            seen = await checked(tx.fetch(self._look_sql, id), call)
             if not seen:
                 raise NotFound(f"{call}: there is no such row")
             if len(seen) > 1:
@@ -178,18 +192,18 @@ class StateMachine:
     ) -> Moved:
         """Move a row under its lock. Raises Held or Misfit."""
         # Either others move the row as fast as this looks, or the update does nothing. A lock tells them apart.
-        if not await told(tx.fetch(self._lock_sql, id), call):
+        if not await checked(tx.fetch(self._lock_sql, id), call):
             raise Misfit(f"{call}: the row can be seen and not locked: {SUPPRESSED}")
         if await self._moves(tx, id, to, sources, call):
             return Moved.NOW
-        seen = await told(tx.fetch(self._look_sql, id), call)
+        seen = await checked(tx.fetch(self._look_sql, id), call)
         if seen and seen[0][0] in sources:
             raise Misfit(f"{call}: the row is in {seen[0][0]!r}, and the update changes nothing: {SUPPRESSED}")
         raise Held(f"{call}: the row moves as fast as it is looked at", current, to)
 
     async def _moves(self, tx: Database, id: Any, to: str, sources: Collection[str], call: str) -> bool:
-        """Run the UPDATE. Returns whether the row is in the state `to` by it."""
-        moved = await told(tx.fetch(self._move_sql, id, to, sorted(sources)), call)
+        """Run the UPDATE; return whether it moved the row to `to`."""
+        moved = await checked(tx.fetch(self._move_sql, id, to, sorted(sources)), call)
         if len(moved) > 1:
             raise Misfit(f"{call}: the key names {len(moved)} rows, which have all moved now: roll back")
         if moved and moved[0][0] != to:
@@ -197,15 +211,15 @@ class StateMachine:
         return bool(moved)
 
     async def check(self, connection: Database) -> list[str]:
-        """Compare the moves with the table: its enum type or CHECK constraints, and the states of its rows.
+        """Compare the moves with the table, and return the differences.
 
-        connection: an asyncpg connection or a Tx. Returns the differences, each a line for a person; none when all fits.
-        Reads the whole table once: for a deployment's check or a test, not for every start. Raises Misfit when the table
-        or the column is not there.
+        Compares its enum type or CHECK constraints, and the states of its rows. connection: an asyncpg connection or a
+        Tx. Each difference is one line of text; an empty list means that all fits. Reads the whole table once: for a
+        deployment's check or a test, not for every start. Raises Misfit if the table or the column does not exist.
 
-        What it does not see: constraints over several columns, triggers, domains over domains, and lengths.
+        Limitations: ignores constraints over several columns, triggers, domains over domains, and lengths.
         """
-        found = await told(connection.fetch(_COLUMN, self._table_sql, self._column), self.name)
+        found = await checked(connection.fetch(_COLUMN, self._table_sql, self._column), self.name)
         if not found:
             raise Misfit(f"{self.name}: there is no such table or column")
         column = found[0]
@@ -242,7 +256,10 @@ class StateMachine:
         return differences
 
     async def _refused_by(self, connection: Database, constraint: Any, plain: str, asked: list[str]) -> list[str]:
-        """Those that a constraint refuses. PostgreSQL evaluates it: whatever its form, that is what it does."""
+        """Return the states that a constraint refuses.
+
+        PostgreSQL evaluates the constraint, so its form does not matter.
+        """
         column = "value" if constraint["of_domain"] else ident(self._column)  # a domain's says VALUE
         # Nothing else is in sight of the expression than the column that it speaks of.
         rows = await connection.fetch(
@@ -260,7 +277,7 @@ class StateMachine:
 def _refusal(
     standing: MoveStanding, current: str, to: str, call: str, early: Literal["hold", "reject"]
 ) -> Held | TooEarly | TooLate | IllegalMove:
-    """Return the error for a row that stands where the move is not allowed."""
+    """Return the error for a row whose state forbids the move."""
     match standing:
         case MoveStanding.LATE:
             return TooLate(f"{call}: too late, it is {current!r} by now", current, to)

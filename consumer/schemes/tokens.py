@@ -1,11 +1,12 @@
-"""Anti-replay tokens in Redis: given out with a form, used up by its first use, and the id of the message that it becomes.
+"""Anti-replay tokens in Redis, used up by their first use.
 
-Knows one Redis and a few scripts of one key each. What it does not know: whether Redis lost something. An asynchronous
-failover may bring back a token that was used up, and a flush loses all of them. Therefore the message id is derived from
-the token alone: the same token used "for the first time" twice gives the same id twice, and the ledger behind it applies
-it once. **The token keeps a person from paying twice by mistake; the ledger is the guarantee.**
+A token is issued with a form, and stands for the id of the message that the form becomes. Knows one Redis and a few
+scripts of one key each. Limitations: does not know whether Redis lost something. An asynchronous failover may bring
+back a token that was used up, and a flush loses all of them. Therefore the message id is derived from the token alone:
+the same token used "for the first time" twice gives the same id twice, and the ledger behind it applies it once. **The
+token keeps a person from paying twice by mistake; the ledger is the guarantee.**
 
-What is kept in Redis is a hash of the token, and of its subject a hash that nobody can guess at without the token.
+Redis holds a hash of the token, and a hash of its subject that cannot be guessed without the token.
 """
 
 from __future__ import annotations
@@ -88,20 +89,20 @@ class Foreign:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Never issued, expired, or lost by Redis: nobody can tell which."""
+    """Never issued, expired, or lost by Redis: indistinguishable."""
 
 
 Redeemed: TypeAlias = Fresh | Used | OtherPayload | Foreign | Unknown
 
 
 class Tokens:
-    """Issues and redeems tokens. One for a process; its methods may be called concurrently.
+    """Issues and redeems tokens; its methods may be called concurrently.
 
-    redis: a ``redis.asyncio`` client, decoding or not. prefix: of its keys; applications that share a Redis need
-    different ones. budget_seconds: for one question to Redis, with whatever the client retries.
+    One for a process. redis: a ``redis.asyncio`` client, decoding or not. prefix: of its keys; applications that share
+    a Redis need different ones. budget_seconds: for one command to Redis, with whatever the client retries.
 
-    Every method raises `RedisAway` when Redis does not answer in time or cannot do it. A caller may not assume that it has
-    done nothing then: issue another token, or redeem the same one again.
+    Every method raises `RedisAway` if Redis does not answer in time or refuses. It may have done its work all the same:
+    issue another token, or redeem the same one again.
     """
 
     def __init__(self, redis: Redis, *, prefix: str = "consumer:token:", budget_seconds: float = 1.0) -> None:
@@ -118,10 +119,11 @@ class Tokens:
         return isinstance(token, str) and _TOKEN.fullmatch(token) is not None
 
     async def issue(self, subject: str, ttl_seconds: float) -> str:
-        """A new token of 256 random bits for a subject: a user, a session, a user and a form; whoever may redeem it.
+        """Return a new token of 256 random bits for a subject.
 
-        Put it where only the subject sees it, and in no URL. Raises ValueError for a subject that is empty or longer than
-        1,000 characters, or a ttl that is no positive number of seconds; RedisAway.
+        subject: who may redeem it: a user, a session, a user and a form. Put the token where only the subject sees it,
+        and in no URL. Raises ValueError for a subject that is empty or longer than 1,000 characters, or a ttl that is
+        not a positive number of seconds; RedisAway.
         """
         if isinstance(ttl_seconds, bool) or not isinstance(ttl_seconds, int | float) or not 0.001 <= ttl_seconds < 1e9:
             raise ValueError("ttl_seconds: a positive number of seconds")
@@ -131,15 +133,15 @@ class Tokens:
         return token
 
     async def redeem(self, token: str, subject: str, payload: bytes = b"") -> Redeemed:
-        """Use a token up: of all who try, at whatever time, one is told Fresh.
+        """Use a token up: one attempt returns Fresh, whoever else tries.
 
-        payload: what is to be done with it, as bytes; a second use for something else is told OtherPayload (a digest of it
-        is kept). Raises ValueError for a subject that could not have been given one; RedisAway. A token of another form is
-        Unknown, and Redis is not asked.
+        payload: what the token is used for, as bytes; a second use for something else returns OtherPayload (a digest of
+        it is kept). Raises ValueError for a subject that no token can have; RedisAway; TypeError for a payload that is
+        not bytes. For a token of another form it returns Unknown without asking Redis.
 
-        A caller may not assume that Fresh comes once: Redis may have lost the first use. The message id is the same then.
-        After RedisAway the token may be used up by an attempt that published nothing: this process takes it over at the next
-        call, for another process it is Used without a result. TypeError for a payload that is not bytes.
+        Limitations: Fresh may come twice, if Redis has lost the first use. The message id is the same then. After
+        RedisAway the token may be used up by an attempt that published nothing: this process takes it over at the next
+        call, for another process it is Used without a result.
         """
         _check_subject(subject)
         if not isinstance(payload, bytes | bytearray | memoryview):
@@ -170,10 +172,10 @@ class Tokens:
                 return Unknown()
 
     async def store_result(self, token: str, subject: str, result: str) -> bool:
-        """Keep the first use's result, as long as the token lives, for the second one to be answered with.
+        """Keep the first use's result, to answer later uses with.
 
-        Returns False when the token is unknown, another's or not redeemed, or has a result: the first one stays. Raises
-        ValueError for more than 64 KiB of UTF-8; RedisAway.
+        It lives as long as the token. Returns False if the token is unknown, another subject's or not redeemed, or has
+        a result: the first one stays. Raises ValueError for more than 64 KiB of UTF-8; RedisAway.
         """
         _check_subject(subject)
         if not isinstance(result, str):
@@ -194,7 +196,10 @@ class Tokens:
 
 
 def message_id_of(token: str) -> str:
-    """The message id that a token stands for: a UUID (version 8), which tells nothing of the token."""
+    """Return the message id of a token: a UUID (version 8).
+
+    The token cannot be derived from it.
+    """
     digest = bytearray(hashlib.blake2b(token.encode(), digest_size=16, person=b"consumer-message").digest())
     digest[6] = digest[6] & 0x0F | 0x80
     digest[8] = digest[8] & 0x3F | 0x80
@@ -207,7 +212,10 @@ def _check_subject(subject: str) -> None:
 
 
 def _subject_digest(token: str, subject: str) -> str:
-    """Keyed with the token: subjects are guessable, and who reads Redis must not be able to try them."""
+    """Return a digest of the subject, keyed with the token.
+
+    Subjects are guessable, and a reader of Redis must not be able to try them.
+    """
     _check_subject(subject)
     key = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
     return hashlib.blake2b(subject.encode("utf-8", "surrogatepass"), key=key, digest_size=32).hexdigest()

@@ -1,9 +1,9 @@
-"""One row for one business key: the second insert of it does nothing, and says so.
+"""Inserts one row per business key; a second insert does nothing.
 
-Knows one INSERT. What it does not know: whether the row that stands under the key is the same as the one it was given,
-and what else belongs to the effect. The ledger is this scheme with the message's id as the key; use this one where the
-business has a key of its own (an invoice number, an order and its line), because that also catches the same payment
-under two message ids.
+Knows one INSERT. Limitations: does not know whether the existing row is the same as the one it was given, nor what else
+belongs to the effect. The ledger is this scheme with the message's id as the key; use this one where the business has a
+key of its own (an invoice number, an order and its line), because that also catches the same payment under two message
+ids.
 """
 
 from __future__ import annotations
@@ -12,28 +12,29 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from consumer.core.identifiers import column_names, columns_of, ident, table_ident
-from consumer.schemes.database import SUPPRESSED, Database, Misfit, told
+from consumer.schemes.database import SUPPRESSED, Database, Misfit, checked
 
 
 async def insert_once(tx: Database, table: str, row: Mapping[str, Any], conflict: str | Collection[str]) -> bool:
-    """Insert a row unless one with its key is there. Returns whether it is new.
+    """Insert a row unless its key exists; return whether it is new.
 
     tx: a `Tx`, or an asyncpg connection (in a transaction, if the row is a part of something). table: ``table`` or
-    ``schema.table``. row: column -> value. conflict: the column or columns of the key; a unique index must be on exactly
-    these. A concurrent insert of the same key is waited for, until its transaction commits or rolls back.
+    ``schema.table``. row: column -> value. conflict: the column or columns of the key; a unique index must be on
+    exactly these. A concurrent insert of the same key is waited for, until its transaction commits or rolls back.
 
-    Raises ValueError for an empty row, and for a key column that is not in the row or is None (PostgreSQL takes every
-    NULL for another value: such a key never meets itself); Misfit for a table, column or unique index that is not there, a
-    deferrable constraint, and an insert that something suppresses (one more statement finds out, only where nothing was new).
+    Raises ValueError for an empty row, and for a key column that is not in the row or is None (for PostgreSQL every
+    NULL is distinct: such a key never conflicts); Misfit for a table, column or unique index that does not exist, a
+    deferrable constraint, and an insert that something suppresses (one more statement finds out, only if nothing was
+    inserted).
 
-    A caller may not assume
+    Limitations:
 
-    - that the row which is there is the same: **one that differs and has the same key is silently not stored**. Where
-      that can happen, read the row and compare;
-    - that an effect of several statements is done once: only this insert is. Make the others depend on its answer, in
-      the same transaction (``if await insert_once(…):``), or leave it to the ledger;
-    - anything once the row is deleted: then its key is new again;
-    - anything of another database: with shards, what has one business key must have Kafka keys of one shard
+    - The existing row may differ: **one that differs and has the same key is silently not stored**. Where that can happen,
+      read the row and compare.
+    - Only this insert is done once, not an effect of several statements. Make the others depend on its answer, in the same
+      transaction (``if await insert_once(…):``), or leave it to the ledger.
+    - Once the row is deleted, its key is new again.
+    - Other databases are not checked: with shards, what has one business key must have Kafka keys of one shard
       (docs/how-to/shards.md), or the row is new in each.
     """
     columns = columns_of("row", row)
@@ -53,9 +54,9 @@ async def insert_once(tx: Database, table: str, row: Mapping[str, Any], conflict
     call = f"insert_once into {table}"
     for _ in range(2):
         # Never select and then insert: two that look at the same time would both find nothing.
-        if await told(tx.fetchval(sql, *row.values()), call):
+        if await checked(tx.fetchval(sql, *row.values()), call):
             return True
-        if await told(tx.fetchval(look, *[row[column] for column in key]), call):
+        if await checked(tx.fetchval(look, *[row[column] for column in key]), call):
             return False
         # race: the row of this key was deleted between the two statements
     raise Misfit(

@@ -1,7 +1,8 @@
-"""An update that holds only if nobody was there in between: optimistic concurrency control (Kung and Robinson, 1981).
+"""Updates a row only if its version is unchanged: optimistic locking.
 
-Knows one conditional UPDATE of one row with a version column. What it does not know: what the caller read, and whether
-its new values still follow from that; hence `Stale`, and a fresh read.
+Optimistic concurrency control (Kung and Robinson, 1981). Knows one conditional UPDATE of one row with a version column.
+Limitations: does not know what the caller read, nor whether its new values still follow from that; hence `Stale`, and a
+fresh read.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from typing import Any
 
 from consumer.core.errors import RunAgain
 from consumer.core.identifiers import columns_of, ident, table_ident
-from consumer.schemes.database import SUPPRESSED, Database, Misfit, NotFound, told
+from consumer.schemes.database import SUPPRESSED, Database, Misfit, NotFound, checked
 
 _VERSION_MAX = 2**63 - 1
 
 
 class Stale(RunAgain):
-    """The row has another version than the one that was read: somebody else was first. Read it again, and decide again.
+    """Another writer was first: read the row again, and decide again.
 
-    In a handler: let it go out. The message runs again by the handler's retry policy, uncounted. `expected` and `found`
-    are versions.
+    In a handler, do not catch it: the message runs again by the handler's retry policy, uncounted. `expected` and
+    `found` are versions.
     """
 
     def __init__(self, text: str, expected: int, found: int) -> None:
@@ -38,24 +39,26 @@ async def update_versioned(
     set: Mapping[str, Any],
     version: str = "version",
 ) -> int:
-    """Update one row if its version is still the expected one. Returns the new version, which is one higher.
+    """Update one row if its version is still the expected one.
 
-    tx: a `Tx` or an asyncpg connection. key: column -> value, and must name one row. expected: the version that was read
-    with the values which the new ones follow from. set: column -> new value. version: the column of whole numbers.
+    Returns the new version, which is one higher.
 
-    Raises Stale when another was first, NotFound when there is no such row (one more statement tells them apart, only
-    then), TypeError for an expected version that is no whole number and ValueError for one that can be none, ValueError
-    when `set` is empty or names the key or the version, Misfit for a missing table or column, a version that is NULL, an
-    update that a trigger, a rule or row-level security suppresses, or a key that named several rows (roll back then: they
-    were changed).
+    tx: a `Tx` or an asyncpg connection. key: column -> value, and must name one row. expected: the version that was
+    read with the values which the new ones follow from. set: column -> new value. version: the column of whole numbers.
 
-    A caller may not assume
+    Raises Stale if another was first, NotFound if there is no such row (one more statement distinguishes them, only
+    then), TypeError for an expected version that is not a whole number and ValueError for an impossible one, ValueError
+    if `set` is empty or names the key or the version, Misfit for a missing table or column, a version that is NULL, an
+    update that a trigger, a rule or row-level security suppresses, or a key that named several rows (roll back then:
+    they were changed).
 
-    - that it gets through: on a hot row each round lets one through and sends all others back. Someone always wins, so
-      together they make progress, but one may lose as often as all others succeed. Where many write one row, a row lock
-      (``select … for update``) is the better way: docs/how-to/schemes.md has the ratio measured;
-    - that a repetition is silent: the same update sent twice is Stale the second time. Recognising it is the ledger's;
-    - that other writers are kept out: each of them must move the version too. A trigger can see to that.
+    Limitations:
+
+    - It may not succeed: on a hot row each round lets one writer through and sends all others back. One always wins, so
+      together they make progress, but one may lose as often as all others succeed. If many write one row, a row lock
+      (``select … for update``) is the better way: docs/how-to/schemes.md has the measured ratio.
+    - A repetition is not silent: the same update sent twice is Stale the second time. Recognising it is the ledger's task.
+    - Other writers are not kept out: each of them must increment the version too. A trigger can enforce that.
     """
     where = columns_of("key", key)
     changed = columns_of("set", set)
@@ -69,12 +72,12 @@ async def update_versioned(
     sql, look = _statements(table, where, changed, version)
     call = f"update_versioned of {table}"
     for _ in range(2):
-        rows = await told(tx.fetch(sql, *values, expected), call)
+        rows = await checked(tx.fetch(sql, *values, expected), call)
         if len(rows) > 1:
             raise Misfit(f"{call}: the key names {len(rows)} rows, which are all changed now: roll back")
         if rows:
             return _grown(rows[0][0], expected, call)
-        found = await told(tx.fetch(look, *key.values()), call)
+        found = await checked(tx.fetch(look, *key.values()), call)
         if not found:
             raise NotFound(f"{call}: there is no such row")
         if found[0][0] is None:
@@ -86,7 +89,7 @@ async def update_versioned(
 
 
 def _statements(table: str, where: Sequence[str], changed: Sequence[str], version: str) -> tuple[str, str]:
-    """Return the UPDATE, and the SELECT of the version that explains why it changed no row."""
+    """Return the UPDATE, and the SELECT that explains a missing change."""
     target, counter = table_ident(table), ident(version)
     sets = ", ".join(f"{ident(column)} = ${n}" for n, column in enumerate(changed, 1))
     names_it = [f"{ident(column)} = ${n}" for n, column in enumerate(where, len(changed) + 1)]

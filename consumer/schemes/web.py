@@ -1,7 +1,7 @@
-"""A token on a web request: read from a header or a form field, used up when the endpoint says so, answered as HTTP expects.
+"""Reads and redeems a token of a web request, with HTTP answers.
 
-Knows Starlette (and so FastAPI) and `Tokens`; the one file that needs the extra `web`. What it does not know: whether the
-endpoint's message has reached Kafka.
+Knows Starlette (and so FastAPI) and `Tokens`; the one file that needs the extra `web`. What it does not know: whether
+the endpoint's message has reached Kafka.
 
 ================  ======================================  ===========================================================
 status            when                                    why this one
@@ -63,7 +63,10 @@ _NOT_KEPT = frozenset(
 
 
 class _Body(str):
-    """A body as text, which Starlette encodes again: then it is the bytes that it was made of, whatever they are."""
+    """A text body that is sent as exactly the bytes it represents.
+
+    Starlette encodes it again.
+    """
 
     _bytes: bytes
 
@@ -78,7 +81,7 @@ class _Body(str):
 
 
 class Answered(HTTPException):
-    """An answer in place of the endpoint's own: the first use's, or a problem. Starlette sends it by itself.
+    """An answer instead of the endpoint's: the first use's, or a problem.
 
     FastAPI would wrap it in JSON of its own: there, and wherever another handler of HTTPException is installed, call
     `install(app)` once.
@@ -102,7 +105,7 @@ class Problem(Answered):
     """problem+json. `code` tells programs what it is: token_missing, token_malformed and so on."""
 
     def __init__(self, status: int, code: str, detail: str, retry_after_seconds: int | None = None) -> None:
-        told = {
+        body = {
             "type": "about:blank",
             "title": HTTPStatus(status).phrase,
             "status": status,
@@ -110,7 +113,7 @@ class Problem(Answered):
             "code": code,
         }
         headers = {} if retry_after_seconds is None else {"retry-after": str(retry_after_seconds)}
-        super().__init__(status, "application/problem+json", json.dumps(told).encode(), headers)
+        super().__init__(status, "application/problem+json", json.dumps(body).encode(), headers)
         self.code = code
 
     def __repr__(self) -> str:
@@ -118,7 +121,7 @@ class Problem(Answered):
 
 
 def install(app: Starlette) -> None:
-    """Let an application (Starlette's or FastAPI's) send `Answered` and `Problem` as they are."""
+    """Send `Answered` and `Problem` unchanged from a Starlette or FastAPI application."""
     app.add_exception_handler(Answered, _send)
 
 
@@ -128,7 +131,10 @@ async def _send(request: Request, error: Exception) -> Response:
 
 
 class Tap:
-    """One request that came with a token. It is used up by `redeem`, and not before: validate first."""
+    """One request with a token.
+
+    `redeem` uses the token up, and nothing before it does: validate first.
+    """
 
     def __init__(self, tokens: Tokens, token: str, subject: str, again_after_seconds: float) -> None:
         self._tokens = tokens
@@ -140,18 +146,22 @@ class Tap:
 
     @property
     def message_id(self) -> str:
-        """The id to publish under, in the header ``message-id``. Raises RuntimeError before `redeem`."""
+        """The id to publish under, in the header ``message-id``.
+
+        Raises RuntimeError before `redeem`.
+        """
         if not self._message_id:
             raise RuntimeError("redeem() comes first")
         return self._message_id
 
     async def redeem(self, payload: bytes = b"") -> Tap:
-        """Use the token up, or raise what the client is to be told: a `Problem`, or the first use's answer.
+        """Use the token up, or raise the answer for the client.
 
-        payload: what is asked for, as bytes (the body, for example): a second use for something else is a problem then.
+        That is a `Problem`, or the first use's answer. payload: what is asked for, as bytes (the body, for example): a
+        second use for something else is a problem then.
 
-        A first use that has no answer after `again_after_seconds` is taken for dead: then this returns, with `repeated`
-        true and the same message id, and publishing again is safe. A caller may not assume that it returns once for a token.
+        A first use without an answer after `again_after_seconds` is taken for dead: then this returns, with `repeated`
+        true and the same message id, and publishing again is safe. So it may return more than once for a token.
         """
         try:
             found = await self._tokens.redeem(self._token, self._subject, payload)
@@ -211,11 +221,14 @@ class Tap:
 
 
 class TokenTaps:
-    """The dependency: a `Tap` of each request. ``Depends(taps)`` in FastAPI, ``await taps(request)`` in Starlette.
+    """The dependency that gives a `Tap` for each request.
 
-    tokens: those that the page's forms were given. subject: whom the request is from, exactly as it was issued; None for
-    nobody. header: where API clients put the token. field: of a form, for a page without JavaScript (needs
-    python-multipart); the header wins. again_after_seconds: see `Tap.redeem`; longer than an endpoint ever takes. ::
+    ``Depends(taps)`` in FastAPI, ``await taps(request)`` in Starlette.
+
+    tokens: those that the page's forms were given. subject: whom the request is from, exactly as it was issued; None
+    for an anonymous request. header: where API clients put the token. field: of a form, for a page without JavaScript
+    (needs python-multipart); the header wins. again_after_seconds: see `Tap.redeem`; longer than an endpoint ever
+    takes. ::
 
         taps = TokenTaps(tokens, subject=lambda request: request.session.get("user"))
 
@@ -243,7 +256,10 @@ class TokenTaps:
         self._again_after = again_after_seconds
 
     async def __call__(self, request: Request) -> Tap:
-        """Read the token of a request, without using it up. Raises Problem: 428, 422, or 403 when nobody is logged in."""
+        """Read the token of a request, without using it up.
+
+        Raises Problem: 428, 422, or 403 for an anonymous request.
+        """
         found: Any = self._subject(request)
         subject = await found if inspect.isawaitable(found) else found
         if not subject:

@@ -60,7 +60,7 @@ class MessageLog:
     def log_rarely(
         self, level: int, text: str, key: tuple[object, ...], fields: dict[str, Any], count: int = 1, now: float = 0.0
     ) -> None:
-        """Log the first event of a kind at once, and count later ones.
+        """Log the first event of a kind at once; count later ones.
 
         The count is logged ever less often.
         """
