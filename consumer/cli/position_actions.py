@@ -198,7 +198,7 @@ async def begin_here(app: App, handler: str, topic: str | None, settings: Settin
 async def accept_id_rule(app: App, handler: str, settings: Settings, as_json: bool) -> int:
     """Record that a handler identifies its messages by another rule from now on."""
 
-    async def ask(connection: Any) -> id_rules.Change | None:
+    async def ask(connection: Any) -> id_rules.RuleChange | None:
         return await id_rules.accept(connection, app, handler)
 
     change = await with_ledger(settings, ask)

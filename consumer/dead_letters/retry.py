@@ -193,10 +193,10 @@ class Redrive:
         what = "retry" if edit is None else "edit"
         for start in range(0, len(numbers), _AT_A_TIME):
             for some in await self._by_size(numbers[start : start + _AT_A_TIME]):
-                found = [DeadLetter(number, what, edit=edit, behind=before) for number, before in some]
-                async for done in self._run(found):
+                chosen = [DeadLetter(number, what, edit=edit, behind=before) for number, before in some]
+                async for done in self._run(chosen):
                     yield done
-                async for done in self.release(_released_keys(found)):
+                async for done in self.release(_released_keys(chosen)):
                     yield done
                 if self.stopping():
                     return
@@ -206,28 +206,28 @@ class Redrive:
 
         Returns those of their chains in which others wait: see `release`.
         """
-        found = [DeadLetter(number, "discard", why) for number in letters]
+        chosen = [DeadLetter(number, "discard", why) for number in letters]
         results: list[RetryResult] = []
         chains: list[Chain] = []
         failures = 0
-        while found:
+        while chosen:
             try:
-                chains = await self.session.discard(found)
+                chains = await self.session.discard(chosen)
                 break
             except NotClaimable as error:
-                results += [RetryResult(each.number, what, text) for each, (what, text) in error.letters.items()]
-                found = [each for each in found if each not in error.letters]
+                results += [RetryResult(letter.number, what, text) for letter, (what, text) in error.letters.items()]
+                chosen = [letter for letter in chosen if letter not in error.letters]
             except Conflict as error:
                 failures += 1
                 if failures > FAILURES_MAX:
                     raise CannotTell(
-                        f"dead letters {_range(found)} met other transactions {failures} times in a row ({error}): "
+                        f"dead letters {_range(chosen)} met other transactions {failures} times in a row ({error}): "
                         "nothing was changed of them"
                     ) from None
                 await asyncio.sleep(0.02 * failures)
             except (Outage, OSError) as error:
-                raise self._lost(error, found) from None
-        results += [RetryResult(each.number, "discarded") for each in found]
+                raise self._lost(error, chosen) from None
+        results += [RetryResult(letter.number, "discarded") for letter in chosen]
         return results, chains
 
     async def release(self, chains: Sequence[Chain]) -> AsyncIterator[RetryResult]:
@@ -239,14 +239,14 @@ class Redrive:
             free = list(chains[start : start + _AT_A_TIME])
             while free and not self.stopping():
                 numbers = await self._next(free)
-                found = [
+                chosen = [
                     DeadLetter(number, why="those before it are settled", behind=True)
                     for some in await self._by_size(numbers)
                     for number, _ in some
                 ]
-                async for done in self._run(found):
+                async for done in self._run(chosen):
                     yield done
-                free = _released_keys(found)
+                free = _released_keys(chosen)
 
     async def _next(self, chains: Sequence[Chain]) -> list[int]:
         limit = max(1, _AT_A_TIME // len(chains))
@@ -264,17 +264,17 @@ class Redrive:
 
         Each as (number, whether it waits before one that was asked for).
         """
-        found: list[list[tuple[int, bool]]] = []
+        groups: list[list[tuple[int, bool]]] = []
         size = _BYTES_AT_A_TIME
         for number, before, length in await self._read(
             dead_letter_queries.sizes(self.session.connection, list(numbers))
         ):
             if size + length > _BYTES_AT_A_TIME:
-                found.append([])
+                groups.append([])
                 size = 0
-            found[-1].append((number, before))
+            groups[-1].append((number, before))
             size += length
-        return found
+        return groups
 
     async def _read(self, answer: Awaitable[T]) -> T:
         try:
@@ -305,12 +305,12 @@ class Redrive:
         if not self.code_is_recorded:
             await self._record_code()
         by_delivery: dict[Delivery, DeadLetter] = {}
-        for each, delivery in await self._deliveries(letters):
+        for letter, delivery in await self._deliveries(letters):
             if isinstance(delivery, Delivery):
-                by_delivery[delivery] = each
+                by_delivery[delivery] = letter
             else:
-                yield RetryResult(each.number, *delivery, each.behind)
-        watched = [each for each in by_delivery if not each.handler.idempotent]
+                yield RetryResult(letter.number, *delivery, letter.behind)
+        watched = [delivery for delivery in by_delivery if not delivery.handler.idempotent]
         await observe(watched, random.random)
         refused: list[tuple[DeadLetter, tuple[str, str]]] = []
 
@@ -318,7 +318,7 @@ class Redrive:
             return not self.stopping()
 
         async def attempt(part: Part) -> BatchResult:
-            self.session.start({each: by_delivery[each] for each in part.batch.deliveries})
+            self.session.start({delivery: by_delivery[delivery] for delivery in part.batch.deliveries})
             try:
                 return await apply_batch(
                     self.session,
@@ -332,12 +332,12 @@ class Redrive:
             except NotClaimable as error:
                 # Nothing was done: the letters that are left run in the next transaction.
                 refused.extend(error.letters.items())
-                rest = [each for each in part.batch.deliveries if by_delivery[each] not in error.letters]
+                rest = [delivery for delivery in part.batch.deliveries if by_delivery[delivery] not in error.letters]
                 return BatchResult(outcomes=dict.fromkeys(rest, NEXT_BATCH))
 
         async def after_failure(part: Part, error: Exception) -> Sequence[Part]:
             if isinstance(error, Outage | OSError):
-                await self._reconnect(error, [by_delivery[each] for each in part.batch.deliveries])
+                await self._reconnect(error, [by_delivery[delivery] for delivery in part.batch.deliveries])
             parts = next_parts(part, error, random.random)
             if isinstance(error, Conflict):
                 await asyncio.sleep(pause_seconds(part.failures))
@@ -345,22 +345,24 @@ class Redrive:
 
         async for part, result in settle(_batches(by_delivery), prepare, attempt, after_failure, rerun_late=True):
             if refused:
-                for each, (what, text) in refused:
-                    if not (each.behind and what == "behind"):
-                        yield RetryResult(each.number, what, text, each.behind)
+                for letter, (what, text) in refused:
+                    if not (letter.behind and what == "behind"):
+                        yield RetryResult(letter.number, what, text, letter.behind)
                 refused.clear()
                 continue
-            for done in await self._results_of({each: by_delivery[each] for each in part.batch.deliveries}, result):
+            for done in await self._results_of(
+                {delivery: by_delivery[delivery] for delivery in part.batch.deliveries}, result
+            ):
                 yield done
 
-    async def _results_of(self, found: Mapping[Delivery, DeadLetter], settled: BatchResult) -> list[RetryResult]:
+    async def _results_of(self, letters: Mapping[Delivery, DeadLetter], settled: BatchResult) -> list[RetryResult]:
         """Return the results of a transaction.
 
         Postponed dead letters changed nothing, and are recorded here.
         """
         postponed = []
         results = []
-        for delivery, letter in found.items():
+        for delivery, letter in letters.items():
             outcome = settled.outcomes.get(delivery, delivery.outcome)
             if outcome in _NOT_RUN_YET or letter.outcome == "behind":
                 continue
@@ -400,9 +402,9 @@ class Redrive:
 
         Read without a lock: what is decided on is read again.
         """
-        numbers = [each.number for each in letters]
+        numbers = [letter.number for letter in letters]
         rows = await self._read(dead_letter_queries.whole(self.session.connection, numbers)) if letters else {}
-        return [(each, self._delivery(each, rows.get(each.number))) for each in letters]
+        return [(letter, self._delivery(letter, rows.get(letter.number))) for letter in letters]
 
     def _delivery(self, letter: DeadLetter, row: Any) -> Delivery | tuple[str, str]:
         if row is None:
@@ -458,12 +460,12 @@ def _batches(deliveries: Iterable[Delivery]) -> Iterator[Batch]:
     """
     some: list[Delivery] = []
     seen: set[tuple[int, bytes]] = set()
-    for each in deliveries:
-        key = (each.handler.number, each.id)
+    for delivery in deliveries:
+        key = (delivery.handler.number, delivery.id)
         if key in seen:
             yield Batch(some, {}, {})
             some, seen = [], set()
-        some.append(each)
+        some.append(delivery)
         seen.add(key)
     if some:
         yield Batch(some, {}, {})
@@ -486,14 +488,14 @@ def _released_keys(letters: Iterable[DeadLetter]) -> list[Chain]:
     A chain whose last dead letter of a transaction failed is not among them.
     """
     free: dict[Chain, bool] = {}
-    for each in letters:
-        if each.row is not None and each.row["chain"] is not None:
-            free[each.row["handler"], each.row["chain"]] = each.releases_next
+    for letter in letters:
+        if letter.row is not None and letter.row["chain"] is not None:
+            free[letter.row["handler"], letter.row["chain"]] = letter.releases_next
     return [chain for chain, goes_on in free.items() if goes_on]
 
 
 def _range(letters: Sequence[DeadLetter]) -> str:
-    numbers = [each.number for each in letters]
+    numbers = [letter.number for letter in letters]
     return str(numbers[0]) if len(numbers) == 1 else f"{min(numbers)} to {max(numbers)}"
 
 

@@ -112,45 +112,48 @@ class DeadLetterSession(Session):
 
     async def _lock(self, letters: Sequence[DeadLetter]) -> None:
         """Lock chains and dead letters. Raises NotClaimable."""
-        numbers = [each.number for each in letters]
+        numbers = [letter.number for letter in letters]
         rows = await dead_letter_actions.lock(self.connection, numbers)
         others = await dead_letter_actions.first_others(self.connection, numbers)
         refused: dict[DeadLetter, tuple[str, str]] = {}
-        for each in letters:
-            row = rows.get(each.number)
+        for letter in letters:
+            row = rows.get(letter.number)
             if row is None:
-                refused[each] = ("taken", "another operator has locked it")
+                refused[letter] = ("taken", "another operator has locked it")
                 continue
-            each.begin(row)
+            letter.begin(row)
             other = others.get((row["handler"], row["chain"]))
             if row["state"] not in (DeadLetterState.DEAD, DeadLetterState.WAITING):
-                refused[each] = ("settled", f"it is {row['state']} already: see `consumer dlq show APP {each.number}`")
-            elif each.what == "discard":
+                refused[letter] = (
+                    "settled",
+                    f"it is {row['state']} already: see `consumer dlq show APP {letter.number}`",
+                )
+            elif letter.what == "discard":
                 continue
-            elif other is not None and other < (row["offset"], each.number):
-                refused[each] = ("behind", "it waits behind another letter of its key")
+            elif other is not None and other < (row["offset"], letter.number):
+                refused[letter] = ("behind", "it waits behind another letter of its key")
             elif row["reason"] == Reason.TOO_OLD and not self.may_be_applied:
-                refused[each] = ("unsure", UNSURE)
+                refused[letter] = ("unsure", UNSURE)
         if refused:
             raise NotClaimable(refused)
 
     async def claim(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, ExistingClaim]:
         letters = self._letters
         own = {
-            (letters[each].row["handler"], letters[each].row["id"]): each
-            for each in deliveries
-            if not letters[each].other_id
+            (letters[delivery].row["handler"], letters[delivery].row["id"]): delivery
+            for delivery in deliveries
+            if not letters[delivery].other_id
         }
-        prints = [letters[each].row["fingerprint"] for each in own.values()]
+        prints = [letters[delivery].row["fingerprint"] for delivery in own.values()]
         if own:
             for key in await claims.revive(self.connection, list(own), prints):
                 letters[own[key]].has_claim_revived = True
         # Ids of their own, and those whose row went with its generation of the ledger: claimed like any other.
-        rest = [each for each in deliveries if not letters[each].has_claim_revived]
+        rest = [delivery for delivery in deliveries if not letters[delivery].has_claim_revived]
         lost = await super().claim(rest, topics) if rest else {}
-        for each in rest:
-            letters[each].existing_claim = lost.get(each)
-            letters[each].has_new_claim = each not in lost
+        for delivery in rest:
+            letters[delivery].existing_claim = lost.get(delivery)
+            letters[delivery].has_new_claim = delivery not in lost
         return lost
 
     async def too_old(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
@@ -160,34 +163,34 @@ class DeadLetterSession(Session):
         """
         if self.may_be_applied:
             return []
-        letters = [(each, self._letters[each]) for each in deliveries]
+        letters = [(delivery, self._letters[delivery]) for delivery in deliveries]
         return await super().too_old(
             [
-                each
-                for each, of in letters
+                delivery
+                for delivery, of in letters
                 if not (of.has_claim_revived or (of.edit is not None and of.edit.new_id is not None))
             ]
         )
 
     async def release_claims(self, deliveries: Sequence[Delivery]) -> None:
-        for each in deliveries:
-            self._letters[each].is_postponed = True
+        for delivery in deliveries:
+            self._letters[delivery].is_postponed = True
         await self._undo_claims(deliveries)
 
     async def store_dead_letters(
         self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
     ) -> None:
-        for each, verdict in dead.items():
-            letter = self._letters[each]
-            letter.verdict, letter.attempts = verdict, attempts.get(each, each.attempts)
+        for delivery, verdict in dead.items():
+            letter = self._letters[delivery]
+            letter.verdict, letter.attempts = verdict, attempts.get(delivery, delivery.attempts)
         await self._undo_claims(claimed)
 
     async def _undo_claims(self, deliveries: Sequence[Delivery]) -> None:
         """Take claims back in the way they were made."""
-        revived = [self._letters[each].row for each in deliveries if self._letters[each].has_claim_revived]
+        revived = [self._letters[delivery].row for delivery in deliveries if self._letters[delivery].has_claim_revived]
         if revived:
             await claims.mark_dead_again(self.connection, [(row["handler"], row["id"]) for row in revived])
-        if claimed := [each for each in deliveries if self._letters[each].has_new_claim]:
+        if claimed := [delivery for delivery in deliveries if self._letters[delivery].has_new_claim]:
             await super().release_claims(claimed)
 
     async def save_attempts(self, tried: Any, settled: Any) -> None:
@@ -243,15 +246,15 @@ class DeadLetterSession(Session):
         """Record what was done to dead letters, and their new ids."""
         rows = [
             Action(
-                each.number,
+                letter.number,
                 storable(self.operator),
-                each.what,
-                each.outcome,
-                storable(each.text),
+                letter.what,
+                letter.outcome,
+                storable(letter.text),
                 UUID(bytes=new_id) if new_id is not None else None,
-                each.edit.value if each.edit is not None else None,
+                letter.edit.value if letter.edit is not None else None,
             )
-            for each, new_id in letters
+            for letter, new_id in letters
         ]
         if rows:
             await dead_letter_actions.record(self.connection, rows)
@@ -267,11 +270,11 @@ class DeadLetterSession(Session):
             await super().begin()
             await self._lock(letters)
             after = Transition(DeadLetterState.DISCARDED, keeps_key_blocked=False, releases_next=True)
-            for each in letters:
-                each.outcome, each.text = "discarded", each.why
-            await dead_letter_actions.settle(self.connection, [_updated(each, after) for each in letters])
-            await self.act([(each, None) for each in letters])
-            rows = [each.row for each in letters if each.row["chain"] is not None]
+            for letter in letters:
+                letter.outcome, letter.text = "discarded", letter.why
+            await dead_letter_actions.settle(self.connection, [_updated(letter, after) for letter in letters])
+            await self.act([(letter, None) for letter in letters])
+            rows = [letter.row for letter in letters if letter.row["chain"] is not None]
             chains = dict.fromkeys((row["handler"], row["chain"]) for row in rows)
             for chain in await dead_letter_actions.release(self.connection, list(chains)):
                 chains.pop(chain, None)

@@ -1,7 +1,7 @@
 """Records which offsets each handler has settled, and renames handlers. handler_records/settled_ranges.py decides.
 
 A position names the handlers that settle from it on, and moves only for a worker that has exactly these. A worker with
-others ends and begins stretches at the position when it opens the partition: per assignment, never per batch.
+others ends and begins ranges at the position when it opens the partition: per assignment, never per batch.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from consumer.core.message import Partition
 from consumer.handler_records.settled_ranges import (
     Assessment,
     At,
-    Changes,
     Gap,
+    HandlerChanges,
     Known,
-    Stretch,
+    SettledRange,
     as_numbers,
     assess,
     changes,
@@ -33,18 +33,18 @@ class Picture(NamedTuple):
 
     known: Mapping[str, Known]
     positions: Mapping[Partition, At]
-    stretches: Mapping[tuple[int, Partition], list[Stretch]]
-    declared: Mapping[tuple[int, Partition], list[Stretch]]  # that a handler need not settle
+    ranges: Mapping[tuple[int, Partition], list[SettledRange]]
+    declared: Mapping[tuple[int, Partition], list[SettledRange]]  # that a handler need not settle
     began_with_group: Mapping[Partition, int]  # where the application began at another client's commit
 
     def assess(self, app: App) -> Assessment:
         """What the App's handlers have missed."""
-        return assess(topics_of(app), self.known, self.positions, self.stretches)
+        return assess(topics_of(app), self.known, self.positions, self.ranges)
 
 
 def topics_of(app: App) -> dict[str, tuple[str, ...]]:
     """The topics of the handlers that keep ledger rows."""
-    return {each.name: tuple(each.topics) for each in app.handlers.values() if each.idempotent}
+    return {handler.name: tuple(handler.topics) for handler in app.handlers.values() if handler.idempotent}
 
 
 async def register(connection: Connection, app: App) -> None:
@@ -52,7 +52,7 @@ async def register(connection: Connection, app: App) -> None:
     await handler_history.record_topics(connection, app.name, topics_of(app))
 
 
-async def switch(connection: Connection, app: str, wanted: Mapping[Partition, str]) -> Changes:
+async def switch(connection: Connection, app: str, wanted: Mapping[Partition, str]) -> HandlerChanges:
     """Name other handlers in positions, and begin and end their ranges."""
     partitions = sorted(wanted)
     async with connection.transaction():
@@ -68,43 +68,41 @@ async def switch(connection: Connection, app: str, wanted: Mapping[Partition, st
 
 
 def _at(settling: Mapping[Partition, positions.Settling]) -> dict[Partition, At]:
-    return {partition: At(each.first, each.next, as_numbers(each.handlers)) for partition, each in settling.items()}
+    return {partition: At(row.first, row.next, as_numbers(row.handlers)) for partition, row in settling.items()}
 
 
-async def cover(
-    connection: Connection, handler: int, stretches: Iterable[tuple[Partition, int, int]], why: str
-) -> None:
+async def cover(connection: Connection, handler: int, ranges: Iterable[tuple[Partition, int, int]], why: str) -> None:
     """Record ranges that a handler has settled or need not settle.
 
     why: "replayed" or "declared".
     """
-    ranges = [(partition, first, past) for partition, first, past in stretches if first < past]
-    await handler_history.cover(connection, handler, ranges, why)
+    filled = [(partition, first, past) for partition, first, past in ranges if first < past]
+    await handler_history.cover(connection, handler, filled, why)
 
 
 async def look(connection: Connection, app: str) -> Picture:
     """Read what is recorded."""
     registered = await handler_history.registered(connection, app)
     settling = await positions.settling(connection, app)
-    stretches: dict[tuple[int, Partition], list[Stretch]] = {}
-    declared: dict[tuple[int, Partition], list[Stretch]] = {}
+    ranges: dict[tuple[int, Partition], list[SettledRange]] = {}
+    declared: dict[tuple[int, Partition], list[SettledRange]] = {}
     for covered in await handler_history.coverage(connection, app):
-        stretch = Stretch(covered.first, covered.past)
-        stretches.setdefault((covered.handler, covered.partition), []).append(stretch)
+        settled = SettledRange(covered.first, covered.past)
+        ranges.setdefault((covered.handler, covered.partition), []).append(settled)
         if covered.why == "declared":
-            declared.setdefault((covered.handler, covered.partition), []).append(stretch)
+            declared.setdefault((covered.handler, covered.partition), []).append(settled)
     return Picture(
         {
             name: Known(handler.number, frozenset(handler.topics), handler.legacy)
             for name, handler in registered.items()
         },
         _at(settling),
-        stretches,
+        ranges,
         declared,
         {
-            partition: each.first
-            for partition, each in settling.items()
-            if each.began_with == "group" and each.first is not None
+            partition: row.first
+            for partition, row in settling.items()
+            if row.began_with == "group" and row.first is not None
         },
     )
 
@@ -119,9 +117,9 @@ async def begin_here(connection: Connection, app: App, handler: str, topics: Col
         picture = await look(connection, app.name)
         if handler not in picture.known:
             raise Misconfigured(f"handler {handler!r}: no worker has run with it yet; start one, then run this again")
-        gaps = [each for each in picture.assess(app).gaps if each.handler == handler and each.partition.topic in topics]
+        gaps = [gap for gap in picture.assess(app).gaps if gap.handler == handler and gap.partition.topic in topics]
         number = picture.known[handler].number
-        await cover(connection, number, [(each.partition, each.first, each.past) for each in gaps], "declared")
+        await cover(connection, number, [(gap.partition, gap.first, gap.past) for gap in gaps], "declared")
     return gaps
 
 

@@ -27,7 +27,7 @@ from consumer.core import fingerprint
 from consumer.core.handler import Handler
 from consumer.core.identity import CallableId, rule_text
 from consumer.handler_records.source_text import (
-    Stretch,
+    CodePeriod,
     Versions,
     bytecode_text,
     constant_text,
@@ -80,7 +80,7 @@ def codes_of(handler: Handler) -> Codes:
 
 async def record(connection: Connection, app: App) -> None:
     """Record that the App's code runs now. Its handlers must be registered."""
-    kept = [each for each in app.handlers.values() if each.idempotent]
+    kept = [handler for handler in app.handlers.values() if handler.idempotent]
     codes = [(handler.name, *codes_at_start(handler)) for handler in kept]
     await handler_history.record_code(connection, app.name, codes)
 
@@ -91,7 +91,7 @@ async def look(connection: Connection, app: App) -> Recorded:
     code: dict[str, Versions] = {}
     id_code: dict[str, Versions] = {}
     for handler in app.handlers.values():
-        own = [each for each in seen if each.handler == handler.name]
+        own = [row for row in seen if row.handler == handler.name]
         now = codes_at_start(handler)
         code[handler.name] = _versions(own, 1, now.code)
         id_code[handler.name] = _versions(own, 2, now.id_code)
@@ -104,7 +104,7 @@ async def gone(connection: Connection, app: App, topics: Iterable[str]) -> list[
 
 
 def _versions(rows: list[Any], column: int, now: str) -> Versions:
-    others = tuple(Stretch(row[3], row[4]) for row in rows if row[column] not in ("", now))
+    others = tuple(CodePeriod(row[3], row[4]) for row in rows if row[column] not in ("", now))
     since = min((row[3] for row in rows if row[column] == now), default=None)
     return Versions(others, min((row[3] for row in rows), default=None), since)
 
@@ -153,19 +153,19 @@ class _Walk:
 
         Only of what belongs to the application.
         """
-        self._todo.extend(("", each) for each in roots)
-        found: list[str] = []
-        while self._todo and len(found) < _PARTS_MAX:
+        self._todo.extend(("", root) for root in roots)
+        texts: list[str] = []
+        while self._todo and len(texts) < _PARTS_MAX:
             name, value = self._todo.popleft()
             if (text := constant_text(value)) is not None:
-                found.append(f"{name}={text}")
+                texts.append(f"{name}={text}")
                 continue
             if id(value) in self._seen:
                 continue
             self._seen.add(id(value))
             self._kept.append(value)
-            found += [f"{name}={text}" for text in self._of(value)]
-        return found
+            texts += [f"{name}={text}" for text in self._of(value)]
+        return texts
 
     def _is_ours(self, module: str | None) -> bool:
         if module is None:
@@ -176,7 +176,9 @@ class _Walk:
     def _of(self, value: Any) -> Iterator[str]:
         """Yield the texts of one value, and queue what it uses."""
         if isinstance(value, partial):
-            self._todo.extend([("", value.func), *(("", each) for each in value.args), *sorted(value.keywords.items())])
+            self._todo.extend(
+                [("", value.func), *(("", argument) for argument in value.args), *sorted(value.keywords.items())]
+            )
             return
         if isinstance(value, staticmethod | classmethod) or inspect.ismethod(value):
             value = value.__func__
@@ -193,7 +195,7 @@ class _Walk:
             if self._is_ours(value.__module__):
                 yield from self._of_class(value)
         elif typing.get_args(value):
-            self._todo.extend(("", each) for each in typing.get_args(value))
+            self._todo.extend(("", argument) for argument in typing.get_args(value))
         elif self._is_ours(type(value).__module__):
             self._todo.append(("", type(value)))
 
@@ -201,8 +203,8 @@ class _Walk:
         annotations: Mapping[str, Any] = {}
         with suppress(Exception):
             annotations = typing.get_type_hints(value, include_extras=True)
-        yield _source(value) or " ".join(f"{name}:{type_text(each)}" for name, each in annotations.items())
-        self._todo.extend(("", each) for each in (*value.__bases__, *annotations.values()))
+        yield _source(value) or " ".join(f"{name}:{type_text(annotation)}" for name, annotation in annotations.items())
+        self._todo.extend(("", type_used) for type_used in (*value.__bases__, *annotations.values()))
         for name, member in sorted(vars(value).items()):
             inner = getattr(member, "__func__", getattr(member, "fget", member))
             if isinstance(inner, FunctionType) and self._is_ours(inner.__module__):
@@ -222,13 +224,17 @@ class _Walk:
             value = function.__globals__[name]
             if isinstance(value, ModuleType):
                 if self._is_ours(value.__name__):
-                    self._todo.extend((f"{name}.{each}", vars(value)[each]) for each in names if each in vars(value))
+                    self._todo.extend(
+                        (f"{name}.{attribute}", vars(value)[attribute])
+                        for attribute in names
+                        if attribute in vars(value)
+                    )
             else:
                 self._todo.append((name, value))
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             with suppress(ValueError):  # has no value yet
                 self._todo.append((name, cell.cell_contents))
-        self._todo.extend(("", each) for each in function.__defaults__ or ())
+        self._todo.extend(("", default) for default in function.__defaults__ or ())
         self._todo.extend(sorted((function.__kwdefaults__ or {}).items()))
 
 

@@ -18,7 +18,7 @@ from consumer.postgres import handler_history, handlers, ledger_queries, positio
 from consumer.postgres.protocol import Connection
 
 
-class Change(NamedTuple):
+class RuleChange(NamedTuple):
     """A handler whose rule in the App differs from the recorded one."""
 
     handler: str
@@ -40,7 +40,7 @@ class IdRules(NamedTuple):
     floors: the lowest offsets of the current rule after accepted changes, by handler and partition.
     """
 
-    changes: Mapping[str, Change]
+    changes: Mapping[str, RuleChange]
     floors: Mapping[tuple[str, Partition], int]
 
 
@@ -54,7 +54,7 @@ def accepting(path: str, handler: str) -> str:
 
 def declared(app: App) -> dict[str, str]:
     """The rules of the handlers that keep ledger rows."""
-    return {each.name: rule_text(each.rule) for each in app.handlers.values() if each.idempotent}
+    return {handler.name: rule_text(handler.rule) for handler in app.handlers.values() if handler.idempotent}
 
 
 async def record(connection: Connection, app: App) -> None:
@@ -66,14 +66,14 @@ async def look(connection: Connection, app: App) -> IdRules:
     """Compare the recorded rules with the App's."""
     recorded = await handler_history.id_rules(connection, app.name)
     changes = {
-        name: Change(name, before, rule)
+        name: RuleChange(name, before, rule)
         for name, rule in declared(app).items()
         if (before := recorded.get(name)) is not None and before != rule
     }
     return IdRules(changes, await handler_history.id_rule_floors(connection, app.name))
 
 
-async def accept(connection: Connection, app: App, handler: str) -> Change | None:
+async def accept(connection: Connection, app: App, handler: str) -> RuleChange | None:
     """Record the App's rule of a handler, and where it begins.
 
     Messages below the recorded offsets may have ids of the earlier rule. Returns None if nothing differs. The workers

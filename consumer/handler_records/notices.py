@@ -36,11 +36,11 @@ async def gather(
 ) -> tuple[list[Notice], Assessment]:
     """All notices of an App, and what its handlers have missed."""
     picture = await look(connection, app.name)
-    found = picture.assess(app)
+    assessment = picture.assess(app)
     rules = await id_rules.look(connection, app)
     notices = [
         *_of_id_rules(rules, path),
-        *_of_handlers(found, app.name, path),
+        *_of_handlers(assessment, app.name, path),
         *_of_topics(picture, path, missing_topics),
     ]
     if group.strangers:
@@ -53,7 +53,7 @@ async def gather(
                 True,
             )
         )
-    return notices, found
+    return notices, assessment
 
 
 async def at_start(connection: Any, app: App, path: str) -> list[Notice]:
@@ -67,9 +67,9 @@ async def at_start(connection: Any, app: App, path: str) -> list[Notice]:
 
 def gap_text(gaps: Collection[Gap]) -> str:
     """Places and number of offsets."""
-    places = [f"{each.partition.topic}:{each.partition.partition} {each.first} to {each.past - 1}" for each in gaps]
+    places = [f"{gap.partition.topic}:{gap.partition.partition} {gap.first} to {gap.past - 1}" for gap in gaps]
     more = f" and {len(places) - _PLACES_MAX} more" if len(places) > _PLACES_MAX else ""
-    return f"{sum(each.past - each.first for each in gaps):,} offsets ({', '.join(places[:_PLACES_MAX])}{more})"
+    return f"{sum(gap.past - gap.first for gap in gaps):,} offsets ({', '.join(places[:_PLACES_MAX])}{more})"
 
 
 def filling(path: str, topics: Iterable[str], handler: str, renamed_from: Collection[str], app: str) -> str:
@@ -88,30 +88,30 @@ def filling(path: str, topics: Iterable[str], handler: str, renamed_from: Collec
 
 
 def _of_id_rules(rules: id_rules.IdRules, path: str) -> Iterable[Notice]:
-    for name, each in sorted(rules.changes.items()):
-        yield Notice("id_rule_changed", each.text, id_rules.accepting(path, name), True)
+    for name, change in sorted(rules.changes.items()):
+        yield Notice("id_rule_changed", change.text, id_rules.accepting(path, name), True)
 
 
-def _of_handlers(found: Assessment, app: str, path: str) -> Iterable[Notice]:
-    for each in found.renames:
+def _of_handlers(assessment: Assessment, app: str, path: str) -> Iterable[Notice]:
+    for rename in assessment.renames:
         yield Notice(
             "probable_rename",
-            f"handler {each.new!r} has not settled what {each.old!r}, of the same topic {each.topic}, has, which is no longer in "
+            f"handler {rename.new!r} has not settled what {rename.old!r}, of the same topic {rename.topic}, has, which is no longer in "
             "the App: if it was renamed, its messages would be applied again",
-            f"consumer migrate {app} --rename-handler {each.old} {each.new}",
+            f"consumer migrate {app} --rename-handler {rename.old} {rename.new}",
             True,
         )
-    for name in sorted({each.handler for each in found.gaps}):
-        gaps = [each for each in found.gaps if each.handler == name]
-        topics = sorted({each.partition.topic for each in gaps})
-        old = {each.old for each in found.renames if each.new == name}
+    for name in sorted({gap.handler for gap in assessment.gaps}):
+        gaps = [gap for gap in assessment.gaps if gap.handler == name]
+        topics = sorted({gap.partition.topic for gap in gaps})
+        old = {rename.old for rename in assessment.renames if rename.new == name}
         yield Notice(
             "gap",
             f"handler {name!r} has not settled {gap_text(gaps)}, which the application is past",
             filling(path, topics, name, old, app),
             True,
         )
-    for name in found.absent:
+    for name in assessment.absent:
         yield Notice(
             "absent_handler",
             f"handler {name!r} settles messages of this App in the ledger, and this code lacks it: another version of the App, "
@@ -122,7 +122,7 @@ def _of_handlers(found: Assessment, app: str, path: str) -> Iterable[Notice]:
 
 
 def _of_topics(picture: Picture, path: str, missing_topics: Collection[str]) -> Iterable[Notice]:
-    for topic in sorted({each.topic for each in picture.positions} & set(missing_topics)):
+    for topic in sorted({partition.topic for partition in picture.positions} & set(missing_topics)):
         yield Notice(
             "deleted_topic",
             f"topic {topic} was deleted: the ledger holds positions of it, and nothing of it is applied",

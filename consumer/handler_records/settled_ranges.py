@@ -13,7 +13,7 @@ from typing import NamedTuple
 from consumer.core.message import Partition
 
 
-class Stretch(NamedTuple):
+class SettledRange(NamedTuple):
     """Offsets that a handler has settled, or need not settle.
 
     past: the offset after the last one; None: up to the position.
@@ -34,7 +34,7 @@ class At(NamedTuple):
     handlers: frozenset[int] | None  # None: a version that did not record it
 
 
-class Change(NamedTuple):
+class HandlerChange(NamedTuple):
     """A handler that begins or ends at an offset."""
 
     partition: Partition
@@ -42,15 +42,15 @@ class Change(NamedTuple):
     offset: int
 
 
-class Changes(NamedTuple):
+class HandlerChanges(NamedTuple):
     """What a worker with other handlers than the one before changes.
 
     late: those that begin behind the application. names: of all handlers of the application, by number.
     """
 
-    begun: tuple[Change, ...] = ()
-    ended: tuple[Change, ...] = ()
-    late: tuple[Change, ...] = ()
+    begun: tuple[HandlerChange, ...] = ()
+    ended: tuple[HandlerChange, ...] = ()
+    late: tuple[HandlerChange, ...] = ()
     names: Mapping[int, str] = {}
 
 
@@ -82,7 +82,7 @@ class Known(NamedTuple):
 
     number: int
     topics: frozenset[str]
-    legacy: bool  # registered by a version that recorded no stretches
+    legacy: bool  # registered by a version that recorded no ranges
 
 
 class Assessment(NamedTuple):
@@ -103,45 +103,45 @@ def as_text(numbers: Iterable[int]) -> str:
 
 def as_numbers(text: str | None) -> frozenset[int] | None:
     """The reverse of `as_text`."""
-    return None if text is None else frozenset(int(each) for each in text.split(",") if each)
+    return None if text is None else frozenset(int(number) for number in text.split(",") if number)
 
 
 def changes(
-    found: Mapping[Partition, At], wanted: Mapping[Partition, frozenset[int]], legacy: Collection[int]
-) -> Changes:
+    positions: Mapping[Partition, At], wanted: Mapping[Partition, frozenset[int]], legacy: Collection[int]
+) -> HandlerChanges:
     """Return which handlers begin and end when a worker takes over.
 
     found: the positions. wanted: the numbers of the worker's handlers.
     """
     begun, ended, late = [], [], []
-    for partition, at in sorted(found.items()):
+    for partition, at in sorted(positions.items()):
         before = at.handlers if at.handlers is not None else frozenset()
         for handler in sorted(wanted[partition] - before):
             is_old = at.handlers is None and handler in legacy
-            begun.append(Change(partition, handler, (at.first or 0) if is_old else at.next))
+            begun.append(HandlerChange(partition, handler, (at.first or 0) if is_old else at.next))
             if not is_old and at.next > (at.first or 0):
                 late.append(begun[-1])
-        ended += [Change(partition, each, at.next) for each in sorted(before - wanted[partition])]
-    return Changes(tuple(begun), tuple(ended), tuple(late))
+        ended += [HandlerChange(partition, handler, at.next) for handler in sorted(before - wanted[partition])]
+    return HandlerChanges(tuple(begun), tuple(ended), tuple(late))
 
 
-def missed(first: int, position: int, stretches: Iterable[Stretch]) -> list[tuple[int, int]]:
-    """The parts of [first, position) that no stretch covers."""
-    found, at = [], first
-    for each in sorted(stretches, key=lambda each: each.first):
-        if at < each.first and at < position:
-            found.append((at, min(each.first, position)))
-        at = max(at, position if each.past is None else each.past)
+def missed(first: int, position: int, ranges: Iterable[SettledRange]) -> list[tuple[int, int]]:
+    """The parts of [first, position) that no range covers."""
+    gaps, at = [], first
+    for settled in sorted(ranges, key=lambda recorded: recorded.first):
+        if at < settled.first and at < position:
+            gaps.append((at, min(settled.first, position)))
+        at = max(at, position if settled.past is None else settled.past)
     if at < position:
-        found.append((at, position))
-    return found
+        gaps.append((at, position))
+    return gaps
 
 
 def assess(
     code: Mapping[str, Collection[str]],
     known: Mapping[str, Known],
     positions: Mapping[Partition, At],
-    stretches: Mapping[tuple[int, Partition], Sequence[Stretch]],
+    ranges: Mapping[tuple[int, Partition], Sequence[SettledRange]],
 ) -> Assessment:
     """Compare the App's handlers with what the ledger has recorded.
 
@@ -152,25 +152,25 @@ def assess(
         handler = known.get(name)
         for partition, at in sorted(positions.items()):
             if partition.topic in topics:
-                gaps += [Gap(name, partition, *each) for each in _missed_by(handler, partition, at, stretches)]
+                gaps += [Gap(name, partition, *offsets) for offsets in _missed_by(handler, partition, at, ranges)]
     missing: dict[str, list[Gap]] = {}
-    for each in gaps:
-        missing.setdefault(each.handler, []).append(each)
-    gone = {name: each for name, each in known.items() if name not in code}
+    for gap in gaps:
+        missing.setdefault(gap.handler, []).append(gap)
+    gone = {name: handler for name, handler in known.items() if name not in code}
     renames = [
         Rename(old, new, topic)
         for new, of_new in sorted(missing.items())
-        for old, each in sorted(gone.items())
-        if _may_have_settled(each, of_new, stretches)
-        for topic in sorted(each.topics & set(code[new]))[:1]
+        for old, handler in sorted(gone.items())
+        if _may_have_settled(handler, of_new, ranges)
+        for topic in sorted(handler.topics & set(code[new]))[:1]
     ]
     settling = {number for at in positions.values() for number in at.handlers or ()}
-    absent = [name for name, each in sorted(gone.items()) if each.number in settling]
+    absent = [name for name, handler in sorted(gone.items()) if handler.number in settling]
     return Assessment(tuple(gaps), tuple(renames), tuple(absent))
 
 
 def _may_have_settled(
-    handler: Known, gaps: Iterable[Gap], stretches: Mapping[tuple[int, Partition], Sequence[Stretch]]
+    handler: Known, gaps: Iterable[Gap], ranges: Mapping[tuple[int, Partition], Sequence[SettledRange]]
 ) -> bool:
     """Whether a handler has settled anything of the gaps.
 
@@ -179,7 +179,7 @@ def _may_have_settled(
     return handler.legacy or any(
         own.first < gap.past and (own.past is None or own.past > gap.first)
         for gap in gaps
-        for own in stretches.get((handler.number, gap.partition), ())
+        for own in ranges.get((handler.number, gap.partition), ())
     )
 
 
@@ -187,9 +187,9 @@ def _missed_by(
     handler: Known | None,
     partition: Partition,
     at: At,
-    stretches: Mapping[tuple[int, Partition], Sequence[Stretch]],
+    ranges: Mapping[tuple[int, Partition], Sequence[SettledRange]],
 ) -> list[tuple[int, int]]:
-    own = list(stretches.get((handler.number, partition), ())) if handler is not None else []
+    own = list(ranges.get((handler.number, partition), ())) if handler is not None else []
     if at.handlers is None and handler is not None and handler.legacy:
         return []
     return missed(at.first or 0, at.next, own)

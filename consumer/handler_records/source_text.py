@@ -18,10 +18,10 @@ from uuid import UUID
 
 _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER}
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-_MARGIN_US = 600_000_000  # a worker renews its stretch every few minutes, and one that was killed has not
+_MARGIN_US = 600_000_000  # a worker renews its period every few minutes, and one that was killed has not
 
 
-class Stretch(NamedTuple):
+class CodePeriod(NamedTuple):
     """When workers may have applied messages with one code.
 
     Microseconds since 1970 by PostgreSQL's clock.
@@ -37,7 +37,7 @@ class Versions(NamedTuple):
     recorded: when any code was first recorded, None if none was. since: when the running code was, None if never.
     """
 
-    others: tuple[Stretch, ...] = ()
+    others: tuple[CodePeriod, ...] = ()
     recorded: int | None = None
     since: int | None = None
 
@@ -50,7 +50,7 @@ class Versions(NamedTuple):
             return bool(self.others)
         if self.since is None or self.recorded is None or applied_at < self.recorded:
             return True
-        return any(each.first <= applied_at <= each.last + _MARGIN_US for each in self.others)
+        return any(period.first <= applied_at <= period.last + _MARGIN_US for period in self.others)
 
 
 def function_text(source: str) -> str:
@@ -107,8 +107,8 @@ def bytecode_text(code: CodeType, python: str) -> str:
     python: that version.
     """
     consts = [
-        bytecode_text(each, python) if isinstance(each, CodeType) else constant_text(each) or type(each).__name__
-        for each in code.co_consts
+        bytecode_text(const, python) if isinstance(const, CodeType) else constant_text(const) or type(const).__name__
+        for const in code.co_consts
     ]
     return " ".join([python, code.co_code.hex(), *consts, *code.co_names, *code.co_varnames, *code.co_freevars])
 
@@ -118,11 +118,11 @@ def names_used(code: CodeType) -> set[str]:
 
     Includes the functions inside it.
     """
-    found = set(code.co_names)
-    for each in code.co_consts:
-        if isinstance(each, CodeType):
-            found |= names_used(each)
-    return found
+    names = set(code.co_names)
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            names |= names_used(const)
+    return names
 
 
 def constant_text(value: Any) -> str | None:
@@ -132,7 +132,7 @@ def constant_text(value: Any) -> str | None:
     if isinstance(value, Enum):
         return f"{type(value).__qualname__}.{value.name}"
     if type(value) in (tuple, frozenset):
-        parts = [constant_text(each) for each in value]
+        parts = [constant_text(item) for item in value]
         if None in parts:
             return None
         texts = [part for part in parts if part is not None]

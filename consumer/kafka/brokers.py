@@ -136,7 +136,7 @@ class Brokers:
         """
         problem: Exception = KafkaConnectionError("no broker is known")
         for is_last in (False, True):
-            nodes = [each.nodeId for each in self._client.cluster.brokers()]
+            nodes = [broker.nodeId for broker in self._client.cluster.brokers()]
             random.shuffle(nodes)
             for node in nodes:
                 try:
@@ -158,19 +158,19 @@ class Brokers:
         if not wanted:
             return {}
         answer = await self.ask_anyone(MetadataRequest(wanted, allow_auto_topic_creation=False))
-        found = {
-            topic: {each[1]: each[2] for each in partitions}
+        by_topic = {
+            topic: {partition[1]: partition[2] for partition in partitions}
             for error, topic, _, partitions in answer.topics
             if error in (0, LeaderNotAvailableError.errno)
         }
-        for topic, leaders in found.items():
+        for topic, leaders in by_topic.items():
             self._leaders |= {Partition(topic, number): leader for number, leader in leaders.items()}
-        return found
+        return by_topic
 
     def leader(self, partition: Partition) -> int | None:
         """The leader as it is known without a question; None for none."""
-        found = self._client.cluster._partitions.get(partition.topic, {}).get(partition.partition)
-        leader = found.leader if found is not None else self._leaders.get(partition, -1)
+        metadata = self._client.cluster._partitions.get(partition.topic, {}).get(partition.partition)
+        leader = metadata.leader if metadata is not None else self._leaders.get(partition, -1)
         return leader if leader >= 0 else None
 
     async def leader_of(self, partition: Partition) -> int:
@@ -205,33 +205,37 @@ class Brokers:
         """
         clock = asyncio.get_running_loop().time
         deadline = clock() + seconds
-        found: dict[Partition, int | None] = {}
+        offsets: dict[Partition, int | None] = {}
         problems: dict[Partition, Exception] = {}
         left = dict(wanted)
-        leaders = {each: self.leader(each) for each in left}
+        leaders = {partition: self.leader(partition) for partition in left}
         while True:
-            if unknown := {each.topic for each in left if leaders[each] is None}:
+            if unknown := {partition.topic for partition in left if leaders[partition] is None}:
                 known = await self.partitions(unknown)
-                for each in left:
-                    leader = known.get(each.topic, {}).get(each.partition)
-                    if each.topic in unknown and leader is not None and leader >= 0:
-                        leaders[each] = leader
+                for partition in left:
+                    leader = known.get(partition.topic, {}).get(partition.partition)
+                    if partition.topic in unknown and leader is not None and leader >= 0:
+                        leaders[partition] = leader
             by_leader: dict[int, dict[Partition, int]] = {}
-            for each, time in left.items():
-                if (leader := leaders[each]) is not None:
-                    by_leader.setdefault(leader, {})[each] = time
+            for partition, time in left.items():
+                if (leader := leaders[partition]) is not None:
+                    by_leader.setdefault(leader, {})[partition] = time
                 else:
-                    problems[each] = LeaderNotAvailableError(f"{each.topic}:{each.partition}")
+                    problems[partition] = LeaderNotAvailableError(f"{partition.topic}:{partition.partition}")
             asked = [
                 self._offsets_of(leader, some, isolation_level, deadline - clock())
                 for leader, some in by_leader.items()
             ]
             for some_found, some_problems in await asyncio.gather(*asked):
-                found |= some_found
+                offsets |= some_found
                 problems |= some_problems
-            left = {each: time for each, time in left.items() if each not in found and _heals(problems[each])}
+            left = {
+                partition: time
+                for partition, time in left.items()
+                if partition not in offsets and _heals(problems[partition])
+            }
             if not left or clock() + _RETRY_SECONDS > deadline:
-                return found, {each: why for each, why in problems.items() if each not in found}
+                return offsets, {partition: why for partition, why in problems.items() if partition not in offsets}
             await asyncio.sleep(_RETRY_SECONDS)
             leaders = dict.fromkeys(left)
 
@@ -239,28 +243,28 @@ class Brokers:
         self, leader: int, wanted: Mapping[Partition, int], isolation_level: int, seconds: float
     ) -> tuple[dict[Partition, int | None], dict[Partition, Exception]]:
         by_topic: dict[str, list[tuple[int, int]]] = {}
-        for each, time in wanted.items():
-            by_topic.setdefault(each.topic, []).append((each.partition, time))
+        for partition, time in wanted.items():
+            by_topic.setdefault(partition.topic, []).append((partition.partition, time))
         try:
             answer = await self.ask(
                 leader, OffsetRequest(-1, isolation_level, list(by_topic.items())), max(_RETRY_SECONDS, seconds)
             )
         except (KafkaError, TimeoutError) as error:
             return {}, dict.fromkeys(wanted, error)
-        found: dict[Partition, int | None] = {}
+        offsets: dict[Partition, int | None] = {}
         problems: dict[Partition, Exception] = {}
         for topic, partitions in answer.topics:
             for number, code, *rest in partitions:
-                each = Partition(topic, number)
+                partition = Partition(topic, number)
                 if code:
-                    problems[each] = for_code(code)(f"{topic}:{number}")
+                    problems[partition] = for_code(code)(f"{topic}:{number}")
                 else:
                     at = rest[-1][0] if isinstance(rest[-1], list) else rest[-1]
-                    found[each] = None if at == _UNKNOWN else int(at)
-        for each in wanted:
-            if each not in found and each not in problems:
-                problems[each] = KafkaError(f"no answer about {each.topic}:{each.partition}")
-        return found, problems
+                    offsets[partition] = None if at == _UNKNOWN else int(at)
+        for partition in wanted:
+            if partition not in offsets and partition not in problems:
+                problems[partition] = KafkaError(f"no answer about {partition.topic}:{partition.partition}")
+        return offsets, problems
 
 
 def _heals(problem: Exception) -> bool:

@@ -142,10 +142,10 @@ def _into_buffer(name: str, decompress: Callable[[bytes, mmap.mmap], int], paylo
         if _OUTPUT_FULL in str(error):
             raise TooLarge from None
         raise Damaged(f"{name}: {error}") from None
-    found = output[:size]
+    decompressed = output[:size]
     if size <= _KEPT_BYTES_MAX:
         _local.output = output
-    return found
+    return decompressed
 
 
 _FUNCTIONS: Mapping[str, Callable[[bytes], bytes]] = {

@@ -305,7 +305,7 @@ def _decoding_failure(error: Exception, settings: Settings) -> tuple[HaltReason,
     return HaltReason.DAMAGED, f"the batch cannot be decoded ({type(error).__name__})"
 
 
-def _with_escaped_headers(partition: Partition, entry: record_batch.Entry) -> LogRecord:
+def _with_escaped_headers(partition: Partition, entry: record_batch.RawRecord) -> LogRecord:
     is_escaped = any("\udc80" <= character <= "\udcff" for key, _ in entry.headers for character in key)
     return LogRecord(
         topic=partition.topic,

@@ -107,24 +107,24 @@ class FetchingById:
         if named is not None:
             topics, names = named
             try:
-                found = await self._client.send(node, FetchById(request, topics), **options)
+                response = await self._client.send(node, FetchById(request, topics), **options)
             except Unsupported:
                 pass  # nothing was sent: a broker before 3.1
             else:
-                return self._screened(request, self._read(found, topics, names))
-        found = await self._client.send(node, request, **options)
-        throttle_ms = getattr(found, "throttle_time_ms", 0)
-        return self._screened(request, Answer(found.topics, found.API_VERSION, throttle_ms))
+                return self._screened(request, self._read(response, topics, names))
+        response = await self._client.send(node, request, **options)
+        throttle_ms = getattr(response, "throttle_time_ms", 0)
+        return self._screened(request, Answer(response.topics, response.API_VERSION, throttle_ms))
 
     def _by_id(self, request: FetchRequest) -> tuple[dict[UUID, list[tuple[int, int, int]]], dict[UUID, str]] | None:
         topics: dict[UUID, list[tuple[int, int, int]]] = {}
         names: dict[UUID, str] = {}
         for topic, partitions in request.topics:
-            for each in partitions:
-                id = self._ids.get(Partition(topic, each[0]))
+            for partition in partitions:
+                id = self._ids.get(Partition(topic, partition[0]))
                 if id is None:
                     return None
-                topics.setdefault(id, []).append(each)
+                topics.setdefault(id, []).append(partition)
                 names[id] = topic
         return topics, names
 
@@ -134,27 +134,29 @@ class FetchingById:
         if answer.error:  # of the whole request
             return Answer(
                 [
-                    (names[id], [(each[0], answer.error, -1, -1, -1, None, -1, b"") for each in partitions])
+                    (names[id], [(partition[0], answer.error, -1, -1, -1, None, -1, b"") for partition in partitions])
                     for id, partitions in topics.items()
                 ],
                 throttle_time_ms=answer.throttle_time_ms,
             )
-        found: list[tuple[str, list[tuple[Any, ...]]]] = []
+        by_topic: list[tuple[str, list[tuple[Any, ...]]]] = []
         for id, partitions, _ in answer.topics:
             rows = []
             for partition, error, high, stable, start, aborted, preferred, records, _ in partitions:
                 pairs = None if aborted is None else [(producer, first) for producer, first, _ in aborted]
                 rows.append((partition, error, high, stable, start, pairs, preferred, records or b""))
-            found.append((names[id], rows))
-        return Answer(found, throttle_time_ms=answer.throttle_time_ms)
+            by_topic.append((names[id], rows))
+        return Answer(by_topic, throttle_time_ms=answer.throttle_time_ms)
 
     # -- what is wrong stays with its partition -----------------------------------------------------------------------
 
     def _screened(self, request: FetchRequest, answer: Answer) -> Answer:
         self._is_throttled = answer.throttle_time_ms > 0
-        offsets = {(topic, each[0]): each[1] for topic, partitions in request.topics for each in partitions}
+        offsets = {
+            (topic, partition[0]): partition[1] for topic, partitions in request.topics for partition in partitions
+        }
         topics = [
-            (topic, [row for each in rows if (row := self._sound(topic, each, offsets)) is not None])
+            (topic, [row for fetched in rows if (row := self._sound(topic, fetched, offsets)) is not None])
             for topic, rows in answer.topics
         ]
         return answer._replace(topics=topics)

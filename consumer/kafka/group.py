@@ -68,8 +68,10 @@ async def _ask(admin: Any, group: str) -> Group:
             if not error.retriable:
                 raise
             await asyncio.sleep(_AGAIN_SECONDS)
-    commits = {Partition(*each): CommittedOffset(int(at.offset), at.metadata or "") for each, at in offsets.items()}
-    commits = {each: at for each, at in commits.items() if at.offset >= 0}
+    commits = {
+        Partition(*partition): CommittedOffset(int(at.offset), at.metadata or "") for partition, at in offsets.items()
+    }
+    commits = {partition: at for partition, at in commits.items() if at.offset >= 0}
     _, _, state, _, _, members, *_ = answer.groups[0]
     if state == "Dead" and commits:  # it exists, and the classic protocol cannot tell its members
         return Group((NEWER_PROTOCOL,), commits, True)

@@ -72,15 +72,17 @@ async def find_partitions(
 
     Raises Misconfigured for a topic or a partition that does not exist.
     """
-    found = await source.log.partitions(topics)
+    existing = await source.log.partitions(topics)
     wanted: list[Partition] = []
     for topic in topics:
-        if not found[topic]:
+        if not existing[topic]:
             raise Misconfigured(f"topic {topic!r} does not exist")
         for number in sorted(set(numbers or ())):
-            if Partition(topic, number) not in found[topic]:
-                raise Misconfigured(f"topic {topic!r} has no partition {number} (it has 0 to {len(found[topic]) - 1})")
-        wanted += [each for each in found[topic] if not numbers or each.partition in numbers]
+            if Partition(topic, number) not in existing[topic]:
+                raise Misconfigured(
+                    f"topic {topic!r} has no partition {number} (it has 0 to {len(existing[topic]) - 1})"
+                )
+        wanted += [partition for partition in existing[topic] if not numbers or partition.partition in numbers]
     return wanted
 
 
@@ -100,22 +102,33 @@ async def resolve(
     if isinstance(start, Offset) and isinstance(end, Offset) and start.number >= end.number:
         raise Misconfigured(f"the range is empty: --from {start.number} is not below --until {end.number}")
     for bound, option in ((start, "--from"), (end, "--until")):
-        if isinstance(bound, Offset) and all(bound.number > ends[each] for each in partitions):
-            last = ", ".join(f"{each.topic}:{each.partition} at {ends[each]}" for each in partitions[:8])
+        if isinstance(bound, Offset) and all(bound.number > ends[partition] for partition in partitions):
+            last = ", ".join(
+                f"{partition.topic}:{partition.partition} at {ends[partition]}" for partition in partitions[:8]
+            )
             raise Misconfigured(f"{option} {bound.number} lies beyond the end of the log ({last})")
     spans = [
         span(
-            each,
-            LogRange(begins[each], ends[each], positions.get(each), times[0].get(each), times[1].get(each)),
+            partition,
+            LogRange(
+                begins[partition],
+                ends[partition],
+                positions.get(partition),
+                times[0].get(partition),
+                times[1].get(partition),
+            ),
             start,
             end,
         )
-        for each in partitions
+        for partition in partitions
     ]
     if isinstance(end, Time):
         spans = await _with_older_records(source, spans, ends, end.milliseconds)
-    if not any(each.length for each in spans):
-        held = ", ".join(f"{each.topic}:{each.partition} {begins[each]} to {ends[each]}" for each in partitions[:8])
+    if not any(part.length for part in spans):
+        held = ", ".join(
+            f"{partition.topic}:{partition.partition} {begins[partition]} to {ends[partition]}"
+            for partition in partitions[:8]
+        )
         raise Misconfigured(f"the range is empty: nothing lies between --from and --until (the log holds {held})")
     return spans
 
@@ -129,11 +142,11 @@ async def _with_older_records(
     long before the last older one, and everything between would be left out without a word. So the rest is read.
     """
     past: dict[Partition, int] = {}
-    async for chunk in read(source, [Span(each.partition, each.end, ends[each.partition]) for each in spans]):
+    async for chunk in read(source, [Span(part.partition, part.end, ends[part.partition]) for part in spans]):
         for record in chunk.records:
             if record.timestamp < milliseconds:
                 past[chunk.partition] = record.offset + 1
-    return [each._replace(end=max(each.end, past.get(each.partition, 0))) for each in spans]
+    return [part._replace(end=max(part.end, past.get(part.partition, 0))) for part in spans]
 
 
 async def read(source: KafkaConsumer, spans: Sequence[Span]) -> AsyncIterator[Chunk]:
@@ -142,24 +155,24 @@ async def read(source: KafkaConsumer, spans: Sequence[Span]) -> AsyncIterator[Ch
     Partitions come as they are fetched. The source must be started. Ends when every span was read to its end. Raises
     KafkaError, and LogTruncated when records were removed meanwhile.
     """
-    ends = {each.partition: each.end for each in spans if each.length}
-    received = {each.partition: each.first for each in spans if each.length}
+    ends = {part.partition: part.end for part in spans if part.length}
+    received = {part.partition: part.first for part in spans if part.length}
     source.assign(ends)
     for partition, offset in received.items():
         source.seek_and_resume(partition, offset)
     while ends:
-        found = await source.poll(_POLL_SECONDS, lambda partition: received.get(Partition(*partition)))
+        polled = await source.poll(_POLL_SECONDS, lambda partition: received.get(Partition(*partition)))
         for partition in list(ends):
             end, offset = ends[partition], received[partition]
-            records = found.get(partition, ())
+            records = polled.get(partition, ())
             if records and records[0].offset < offset:
-                records = [each for each in records if each.offset >= offset]
+                records = [record for record in records if record.offset >= offset]
             if records:
                 offset = records[-1].offset + 1
                 if offset > end:
-                    records = [each for each in records if each.offset < end]
+                    records = [record for record in records if record.offset < end]
             else:
-                # Markers, aborted and compacted records are handed to nobody: only the client's position passes them.
+                # Markers, aborted and compacted records are never handed out: only the client's position passes them.
                 offset = max(offset, await source.position(partition) or 0)
             received[partition] = offset
             if offset >= end:

@@ -126,9 +126,9 @@ class Identity(NamedTuple):
 
     @classmethod
     def read(cls, answer: Any) -> Identity:
-        found = {topic[1]: topic[2] for topic in answer.topics if topic[0] == 0 and topic[2].int}
+        topics = {topic[1]: topic[2] for topic in answer.topics if topic[0] == 0 and topic[2].int}
         refused = frozenset(topic[1] for topic in answer.topics if topic[0] == _NOT_ALLOWED)
-        return cls(answer.cluster_id, found, refused)
+        return cls(answer.cluster_id, topics, refused)
 
 
 class _FetchResponse(Response):  # type: ignore[misc]

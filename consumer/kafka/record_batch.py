@@ -34,7 +34,7 @@ class BatchHeader(NamedTuple):
     records: int
 
 
-class Entry(NamedTuple):
+class RawRecord(NamedTuple):
     """One record; header keys are decoded with surrogateescape, without loss."""
 
     offset: int
@@ -147,7 +147,7 @@ def batches(log: bytes) -> Iterator[tuple[BatchHeader, bytes]]:
         position = end
 
 
-def entries(header: BatchHeader, body: bytes) -> Iterator[Entry]:
+def entries(header: BatchHeader, body: bytes) -> Iterator[RawRecord]:
     """Yield the records of a batch.
 
     `body` is decompressed already. Raises ValueError for bytes that are not records.
@@ -172,7 +172,7 @@ def entries(header: BatchHeader, body: bytes) -> Iterator[Entry]:
             headers.append(((name or b"").decode("utf-8", "surrogateescape"), content))
         if position != end:
             raise ValueError("a record's length does not fit its content")
-        yield Entry(header.base_offset + offset_delta, timestamp, key, value, tuple(headers))
+        yield RawRecord(header.base_offset + offset_delta, timestamp, key, value, tuple(headers))
 
 
 def _bytes(body: bytes, position: int) -> tuple[bytes | None, int]:

@@ -14,7 +14,7 @@ from consumer.core.delivery import Delivery
 from consumer.core.message import Partition
 from consumer.core.retention import may_be_forgotten
 from consumer.handler_records import coverage
-from consumer.handler_records.settled_ranges import Stretch
+from consumer.handler_records.settled_ranges import SettledRange
 from consumer.postgres import dead_letter_queries, generations
 from consumer.postgres.protocol import Connection
 from consumer.rebuild.compare import Excuse
@@ -24,7 +24,7 @@ from consumer.rebuild.compare import Excuse
 class LeftOut:
     """Counts what was left out. declared: by handler and partition, what it need not settle (`positions --begin-here`)."""
 
-    declared: Mapping[tuple[int, Partition], Sequence[Stretch]] = field(default_factory=dict)
+    declared: Mapping[tuple[int, Partition], Sequence[SettledRange]] = field(default_factory=dict)
     _until_ms: int | None = None  # messages from before may be forgotten; None: nothing is
     _below: Mapping[tuple[int, str, int], int] = field(default_factory=dict)
     _exempt: Counter[str] = field(default_factory=Counter)

@@ -17,7 +17,7 @@ from consumer.core.delivery import Delivery
 from consumer.core.fingerprint import BYTES
 from consumer.core.message import Partition
 from consumer.core.outcome import Dead, Outcome, Reason, RetryLater
-from consumer.handler_records.settled_ranges import Stretch
+from consumer.handler_records.settled_ranges import SettledRange
 from consumer.postgres.claims import REDELIVERED, ExistingClaim
 from consumer.postgres.session import Session
 from consumer.replay import effects as proof
@@ -84,7 +84,7 @@ class ReplayCheck:
     connect: Callable[[], Awaitable[Session]]
     topics: Mapping[str, int] = field(default_factory=dict)
     horizon: dict[Partition, int | None] = field(default_factory=dict)
-    exempt: Mapping[tuple[str, Partition], Sequence[Stretch]] = field(default_factory=dict)  # by handler
+    exempt: Mapping[tuple[str, Partition], Sequence[SettledRange]] = field(default_factory=dict)  # by handler
     floors: Mapping[tuple[str, Partition], int] = field(default_factory=dict)  # below: ids may be of another rule
     matched: dict[ledger_diff.Block, int] = field(default_factory=dict)  # rows made by the very records that were read
     # handler and id -> partition, offset, timestamp, fingerprint

@@ -15,7 +15,7 @@ from consumer.core.handler import Handler
 from consumer.core.identity import CallableId
 from consumer.core.message import Partition
 from consumer.handler_records import coverage, handler_code, id_rules
-from consumer.handler_records.settled_ranges import Stretch
+from consumer.handler_records.settled_ranges import SettledRange
 from consumer.kafka.admin import group_offsets
 from consumer.postgres.connection import translated_errors
 from consumer.postgres.session import Session
@@ -77,7 +77,7 @@ async def read_coverage(
     *,
     applies: bool = False,
     named: Collection[str] = (),
-) -> tuple[dict[tuple[str, Partition], Sequence[Stretch]], list[str]]:
+) -> tuple[dict[tuple[str, Partition], Sequence[SettledRange]], list[str]]:
     """Return exempted ranges, and notes on handlers that look renamed.
 
     Call it before new handlers are registered. Raises Misconfigured for a probable rename that would be applied without
@@ -86,7 +86,7 @@ async def read_coverage(
     with translated_errors(settings):
         picture = await coverage.look(session.connection, app.name)
     chosen = {handler.name for handler in handlers}
-    exempt: dict[tuple[str, Partition], Sequence[Stretch]] = {
+    exempt: dict[tuple[str, Partition], Sequence[SettledRange]] = {
         (name, partition): picture.declared[known.number, partition]
         for name, known in picture.known.items()
         if name in chosen

@@ -57,7 +57,7 @@ class Stopped(NamedTuple):
     state: LedgerState
     step: Step
     partitions: Sequence[Partition] = ()  # whose logs still hold records of the generation's time
-    waits: bool = False  # for other transactions, or for another process that is at it
+    waits: bool = False  # for other transactions, or for another process that takes a step
 
 
 def policy_of(settings: Settings, hours: float) -> Policy:
@@ -80,7 +80,7 @@ async def act(connection: Connection, state: LedgerState, step: RotateGeneration
                 return await generations.drop(connection, number)
     except Exception as error:
         if sqlstate_of(error) == _LOCK_NOT_AVAILABLE:
-            return "waiting"  # for somebody who reads the whole ledger
+            return "waiting"  # a long read of the whole ledger holds its lock
         raise
 
 
@@ -88,12 +88,12 @@ async def keep_up(
     connection: Connection,
     policy: Policy,
     held: Callable[[float], Awaitable[Sequence[Partition]]],
-    told: Callable[[str, Step], None],
+    on_step: Callable[[str, Step], None],
     patience_seconds: float = _PATIENCE_SECONDS,
 ) -> Stopped:
     """Take all steps that are due.
 
-    done: called with a description of each step and the step. held: returns the partitions whose logs can still deliver
+    on_step: called with what was done and the step. held: returns the partitions whose logs can still deliver
     a record of that time or from before, in seconds since 1970; if there are any, the generation stays. Limitations:
     other processes may take steps at the same time, and a step that must wait is left after the patience.
     """
@@ -109,7 +109,7 @@ async def keep_up(
             case RotateGeneration() | Forget() | Drop():
                 done = await act(connection, state, step)
         if done not in ("busy", "waiting"):
-            told(done, step)
+            on_step(done, step)
             waited, pause = 0.0, _PAUSE_SECONDS[0]
             continue
         if waited >= patience_seconds:
@@ -126,15 +126,21 @@ async def reaching(source: KafkaConsumer, topics: Iterable[str], at: float, skew
     judged by its first younger record. Raises KafkaError.
     """
     try:
-        partitions = [each for found in (await source.log.partitions(topics)).values() for each in found]
+        partitions = [
+            partition for of_topic in (await source.log.partitions(topics)).values() for partition in of_topic
+        ]
         if not partitions:
             return []
         firsts = await source.log.beginnings(partitions)
         ends = await source.log.ends(partitions)
         younger = await source.log.offsets_at(partitions, int((at + skew_hours * HOUR) * 1000) + 1)
     except TimeoutError:
-        raise KafkaError("no answer in time") from None  # else it would be taken for PostgreSQL's
-    return [each for each in partitions if firsts[each] < (ends[each] if (past := younger.get(each)) is None else past)]
+        raise KafkaError("no answer in time") from None  # a TimeoutError would be taken for PostgreSQL's
+    return [
+        partition
+        for partition in partitions
+        if firsts[partition] < (ends[partition] if (past := younger.get(partition)) is None else past)
+    ]
 
 
 async def logs_of(settings: Settings, topics: Sequence[str]) -> list[TopicRetention]:
@@ -142,16 +148,16 @@ async def logs_of(settings: Settings, topics: Sequence[str]) -> list[TopicRetent
 
     Raises KafkaError.
     """
-    found = []
+    retentions = []
     for topic, configs in (await topic_configs(settings, topics)).items():
         if configs is None:
-            found.append(TopicRetention(topic, None, 0, False, known=False))
+            retentions.append(TopicRetention(topic, None, 0, False, known=False))
             continue
         policies = (configs.get("cleanup.policy") or "delete").split(",")
         hours = int(configs.get("retention.ms") or -1) / 3_600_000
         segment = int(configs.get("segment.ms") or 0) / 3_600_000
-        found.append(TopicRetention(topic, hours if hours >= 0 else None, segment, "delete" not in policies))
-    return found
+        retentions.append(TopicRetention(topic, hours if hours >= 0 else None, segment, "delete" not in policies))
+    return retentions
 
 
 async def check(settings: Settings, topics: Sequence[str]) -> None:
@@ -166,8 +172,8 @@ async def check(settings: Settings, topics: Sequence[str]) -> None:
     errors, _ = contradictions(policy, window, ())
     if not errors:
         errors, warnings = contradictions(policy, window, await logs_of(settings, topics))
-        for each in warnings:
-            event(logging.WARNING, each)
+        for warning in warnings:
+            event(logging.WARNING, warning)
     if errors:
         raise Misconfigured("; ".join(errors))
 
@@ -186,8 +192,8 @@ class Timestamps:
         """Log the first such record of each topic."""
         if not self._matters:
             return
-        for each in deliveries:
-            record = each.record
+        for delivery in deliveries:
+            record = delivery.record
             if not is_time(record.timestamp) and record.topic not in self._seen:
                 self._seen.add(record.topic)
                 event(
@@ -208,28 +214,28 @@ class Keeper:
     is logged once and tried again.
     """
 
-    def __init__(self, settings: Settings, app: str, source: KafkaConsumer, draw: Callable[[], float]) -> None:
+    def __init__(self, settings: Settings, app: str, source: KafkaConsumer, random: Callable[[], float]) -> None:
         self._settings = settings
         self._app = app
         self._source = source
-        self._draw = draw
-        self._told = ""
+        self._random = random
+        self._logged = ""
 
     async def run(self) -> None:
         while True:
             try:
                 pause = await self._round()
             except (Outage, KafkaError, OSError) as error:  # TimeoutError is an OSError
-                self._tell("the ledger is not kept short for now", error=describe(error.__cause__ or error))
+                self._warn("the ledger is not kept short for now", error=describe(error.__cause__ or error))
                 pause = _ROUND_SECONDS_MAX / 4
             except Misconfigured as error:
-                self._tell(
+                self._warn(
                     "the ledger is not kept short",
                     error=str(error),
                     do="grant what `consumer migrate --grants ROLE` prints, or let `consumer purge` run as the owner now and then",
                 )
                 pause = _ROUND_SECONDS_MAX
-            await asyncio.sleep(pause * (0.5 + self._draw() / 2))
+            await asyncio.sleep(pause * (0.5 + self._random() / 2))
 
     async def _round(self) -> float:
         """Take the steps that are due.
@@ -246,7 +252,7 @@ class Keeper:
                     return _ROUND_SECONDS_MAX
                 hours, longer = wanted(own, await generations.declared(connection, self._app))
                 if hours is None:
-                    self._tell("nothing of the ledger is dropped: other applications keep theirs for ever", apps=longer)
+                    self._warn("nothing of the ledger is dropped: other applications keep theirs for ever", apps=longer)
                     return _ROUND_SECONDS_MAX
                 topics = sorted(await topic_numbers(connection))
                 skew = settings.ledger_clock_skew_hours
@@ -260,21 +266,21 @@ class Keeper:
             connection.terminate()
         if stopped.partitions:
             first = stopped.partitions[0]
-            self._tell(
+            self._warn(
                 "nothing of the ledger is dropped: a log still holds records of that time",
                 topic=first.topic,
                 partition=first.partition,
                 partitions=len(stopped.partitions),
             )
         elif not stopped.waits:
-            self._told = ""
+            self._logged = ""
         return min(_ROUND_SECONDS_MAX, stopped.step.seconds) if isinstance(stopped.step, Wait) else _ROUND_SECONDS_MAX
 
     def _done(self, what: str, step: Step) -> None:
         number = getattr(step, "number", None)
         event(logging.INFO, f"ledger {what}", **({} if number is None else {"generation": number}))
 
-    def _tell(self, what: str, **fields: Any) -> None:
-        if what + str(fields) != self._told:
-            self._told = what + str(fields)
+    def _warn(self, what: str, **fields: Any) -> None:
+        if what + str(fields) != self._logged:
+            self._logged = what + str(fields)
             event(logging.WARNING, what, **fields)

@@ -196,19 +196,19 @@ class Lock:
         kept_ms = max(ttl_ms * 10, _NUMBER_KEPT_SECONDS * 1000)
         while True:
             asked = time.monotonic()
-            found: list[Any] = await answer(
+            acquired: list[Any] = await answer(
                 self._acquire_script(keys=[self._key, self._number_key], args=[self._token, ttl_ms, kept_ms]),
                 self._ttl * (1 - _DRIFT),  # an answer that comes later is of a lock that has ended
             )
-            if int(found[0]):
+            if int(acquired[0]):
                 self._hold_from(asked)
-                self._number = int(found[1])
+                self._number = int(acquired[1])
                 return
             left = deadline - time.monotonic()
             if left <= 0:
                 raise LockBusy(f"the lock was held by another for {self._wait:g} s")
             shortest, longest = _PAUSE_SECONDS
-            pause = min(longest, max(shortest, int(found[1]) / 1000 if int(found[1]) >= 0 else longest))
+            pause = min(longest, max(shortest, int(acquired[1]) / 1000 if int(acquired[1]) >= 0 else longest))
             await asyncio.sleep(min(left, random.uniform(pause / 2, pause)))  # noqa: S311 - keeps waiters apart
 
     def _hold_from(self, asked: float) -> None:

@@ -48,21 +48,21 @@ class Moves:
         for state, after in self.moves.items():
             if not isinstance(state, str) or not state or "\0" in state:
                 raise TypeError(f"a state is text of at least one character, not {state!r}")
-            for each in sorted(after):
+            for follower in sorted(after):
                 self._check(
-                    each,
-                    f"{state!r} moves to {each!r}, which has no line of its own; a terminal state has none after it",
+                    follower,
+                    f"{state!r} moves to {follower!r}, which has no line of its own; a terminal state has none after it",
                 )
             if state in after:
                 raise ValueError(f"{state!r} moves to itself: that is a repetition, not a move")
         self.start = frozenset(_states("start", start) if start is not None else [next(iter(self.moves))])
-        for each in sorted(self.start):
-            self._check(each, f"start names {each!r}, which is no state")
+        for state in sorted(self.start):
+            self._check(state, f"start names {state!r}, which is no state")
         if not self.start:
             raise ValueError("start names no state")
         self._after = {state: self._closure(state) for state in self.moves}
-        reached = self.start.union(*(self._after[each] for each in self.start))
-        if lost := [each for each in self.moves if each not in reached]:
+        reached = self.start.union(*(self._after[state] for state in self.start))
+        if lost := [state for state in self.moves if state not in reached]:
             raise ValueError(
                 f"{', '.join(map(repr, lost))} cannot be reached from {', '.join(map(repr, sorted(self.start)))}: "
                 "add a move to it, or name it in start="
@@ -91,8 +91,8 @@ class Moves:
         if expected_from is None:
             return before
         wanted = frozenset([expected_from] if isinstance(expected_from, str) else expected_from)
-        for each in sorted(wanted):
-            self._check(each, f"expected_from names {each!r}, which is no state")
+        for state in sorted(wanted):
+            self._check(state, f"expected_from names {state!r}, which is no state")
         if not wanted <= before or not wanted:
             raise ValueError(
                 f"expected_from={sorted(wanted)}: the moves lead to {to!r} from {sorted(before) or 'nowhere'} only"
@@ -130,19 +130,19 @@ class Moves:
                 lines.append(f'    state "{_quoted(state)}" as {alias}')
         lines += [f"    [*] --> {aliases[state]}" for state in self.moves if state in self.start]
         for state, after in self.moves.items():
-            lines += [f"    {aliases[state]} --> {aliases[each]}" for each in self.moves if each in after]
+            lines += [f"    {aliases[state]} --> {aliases[target]}" for target in self.moves if target in after]
         lines += [f"    {aliases[state]} --> [*]" for state in self.moves if state in self.terminal]
         return "\n".join(lines) + "\n"
 
     def _closure(self, state: str) -> frozenset[str]:
-        found: set[str] = set()
+        reached: set[str] = set()
         ahead = [*self.moves[state]]
         while ahead:
-            each = ahead.pop()
-            if each not in found:
-                found.add(each)
-                ahead += self.moves[each]
-        return frozenset(found)
+            following = ahead.pop()
+            if following not in reached:
+                reached.add(following)
+                ahead += self.moves[following]
+        return frozenset(reached)
 
     def _check(self, state: str, problem: str) -> None:
         if state not in self.moves:
@@ -153,9 +153,9 @@ class Moves:
 def _states(what: str, given: Collection[str]) -> Iterable[str]:
     if isinstance(given, str) or not isinstance(given, Collection):
         raise TypeError(f"the states after {what!r} are a set or list, as in {{{str(given)!r}}}")
-    for each in given:
-        if not isinstance(each, str):
-            raise TypeError(f"a state is text, not {type(each).__name__}")
+    for state in given:
+        if not isinstance(state, str):
+            raise TypeError(f"a state is text, not {type(state).__name__}")
     return given
 
 
@@ -164,4 +164,7 @@ def _alias(number: int, state: str) -> str:
 
 
 def _quoted(state: str) -> str:
-    return "".join(f"#{ord(each)};" if each in '"#;<>&:' or not each.isprintable() else each for each in state)
+    return "".join(
+        f"#{ord(character)};" if character in '"#;<>&:' or not character.isprintable() else character
+        for character in state
+    )

@@ -32,17 +32,17 @@ async def answer(question: Awaitable[T], budget_seconds: float) -> T:
     cancelled_before = _cancellations()
     try:
         async with asyncio.timeout(budget_seconds):
-            found = await question
+            value = await question
     except (RedisError, OSError, TimeoutError) as error:
         _go_on(cancelled_before)
         raise RedisAway(f"Redis did not answer as it should: {type(error).__name__}") from error
     _go_on(cancelled_before)
-    return found
+    return value
 
 
-def text(found: object) -> str:
+def text(value: object) -> str:
     """An answer as text, whether or not the client decodes."""
-    return found.decode("utf-8") if isinstance(found, bytes) else str(found)
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 def _cancellations() -> int:

@@ -219,10 +219,10 @@ class StateMachine:
 
         Limitations: ignores constraints over several columns, triggers, domains over domains, and lengths.
         """
-        found = await checked(connection.fetch(_COLUMN, self._table_sql, self._column), self.name)
-        if not found:
+        columns = await checked(connection.fetch(_COLUMN, self._table_sql, self._column), self.name)
+        if not columns:
             raise Misfit(f"{self.name}: there is no such table or column")
-        column = found[0]
+        column = columns[0]
         states = list(self.moves.moves)
         differences: list[str] = []
         constraints = await connection.fetch(_CONSTRAINTS, column["table"], column["number"], column["type"])
@@ -231,13 +231,13 @@ class StateMachine:
         if column["enum"]:
             refused = {state: "its enum type" for state in states if state not in column["labels"]}
         for row in constraints:
-            named |= dict.fromkeys(each.replace("''", "'") for each in _LITERAL.findall(row["expression"]))
+            named |= dict.fromkeys(literal.replace("''", "'") for literal in _LITERAL.findall(row["expression"]))
         if not column["enum"] and not constraints:
             differences.append("neither an enum type nor a CHECK constraint keeps other states out of the column")
         asked = [
-            each
-            for each in dict.fromkeys([*states, *named, _NO_STATE])
-            if not column["enum"] or each in column["labels"]
+            state
+            for state in dict.fromkeys([*states, *named, _NO_STATE])
+            if not column["enum"] or state in column["labels"]
         ]
         for row in constraints:
             for state in await self._refused_by(connection, row, column["plain"], asked):

@@ -152,18 +152,18 @@ class Tokens:
         attempt = self._unanswered.pop(key, None) or secrets.token_hex(8)
         args = [_subject_digest(token, subject), attempt, hashlib.sha256(payload).hexdigest()]
         try:
-            found: list[Any] = await answer(self._redeem(keys=[key], args=args), self._budget)
+            reply: list[Any] = await answer(self._redeem(keys=[key], args=args), self._budget)
         except BaseException:
             if len(self._unanswered) >= _UNANSWERED_MAX:
                 self._unanswered.pop(next(iter(self._unanswered)))
             self._unanswered[key] = attempt
             raise
-        match text(found[0]):
+        match text(reply[0]):
             case "fresh":
                 return Fresh(message_id_of(token))
             case "used":
-                result = text(found[2]) if found[2] is not None else None
-                return Used(message_id_of(token), result, int(found[1]) / 1000)
+                result = text(reply[2]) if reply[2] is not None else None
+                return Used(message_id_of(token), result, int(reply[1]) / 1000)
             case "other payload":
                 return OtherPayload()
             case "foreign":

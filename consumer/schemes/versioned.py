@@ -24,10 +24,10 @@ class Stale(RunAgain):
     `found` are versions.
     """
 
-    def __init__(self, text: str, expected: int, found: int) -> None:
+    def __init__(self, text: str, expected: int, actual: int) -> None:
         super().__init__(text)
         self.expected = expected
-        self.found = found
+        self.found = actual
 
 
 async def update_versioned(
@@ -77,13 +77,13 @@ async def update_versioned(
             raise Misfit(f"{call}: the key names {len(rows)} rows, which are all changed now: roll back")
         if rows:
             return _grown(rows[0][0], expected, call)
-        found = await checked(tx.fetch(look, *key.values()), call)
-        if not found:
+        current = await checked(tx.fetch(look, *key.values()), call)
+        if not current:
             raise NotFound(f"{call}: there is no such row")
-        if found[0][0] is None:
+        if current[0][0] is None:
             raise Misfit(f"{call}: the version is NULL")
-        if found[0][0] != expected:
-            raise Stale(f"{call}: version {found[0][0]} instead of {expected}", expected, int(found[0][0]))
+        if current[0][0] != expected:
+            raise Stale(f"{call}: version {current[0][0]} instead of {expected}", expected, int(current[0][0]))
         # race: another has just moved it to the expected version. It never comes back to one, so this happens once.
     raise Misfit(f"{call}: the row has the expected version, and the update changes nothing: {SUPPRESSED}")
 

@@ -71,9 +71,9 @@ class _Body(str):
     _bytes: bytes
 
     def __new__(cls, body: bytes) -> _Body:
-        made = super().__new__(cls, body.decode("utf-8", "replace"))
-        made._bytes = body
-        return made
+        text = super().__new__(cls, body.decode("utf-8", "replace"))
+        text._bytes = body
+        return text
 
     def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
         """The bytes themselves."""
@@ -164,10 +164,10 @@ class Tap:
         true and the same message id, and publishing again is safe. So it may return more than once for a token.
         """
         try:
-            found = await self._tokens.redeem(self._token, self._subject, payload)
+            redeemed = await self._tokens.redeem(self._token, self._subject, payload)
         except RedisAway:
             raise _away() from None
-        match found:
+        match redeemed:
             case Fresh(message_id):
                 self._message_id = message_id
             case Used(message_id, result, used_seconds):
@@ -189,7 +189,7 @@ class Tap:
             case Unknown():
                 raise Problem(422, "token_unknown", "This token is unknown or has expired. Load the page again.")
             case _:
-                assert_never(found)
+                assert_never(redeemed)
         return self
 
     async def answer(self, response: Response) -> Response:
@@ -260,20 +260,20 @@ class TokenTaps:
 
         Raises Problem: 428, 422, or 403 for an anonymous request.
         """
-        found: Any = self._subject(request)
-        subject = await found if inspect.isawaitable(found) else found
+        answered: Any = self._subject(request)
+        subject = await answered if inspect.isawaitable(answered) else answered
         if not subject:
-            raise Problem(403, "nobody", "Nobody is logged in whom a token could have been issued to.")
+            raise Problem(403, "nobody", "No user is logged in, so no token can be valid.")
         given = request.headers.getlist(self._header)
         if not given and self._field is not None:
             with suppress(RuntimeError):  # a form that was read before, by FastAPI for example
                 await request.body()  # kept, so that the endpoint can read it after the form
             form = await request.form()
-            given = [each if isinstance(each, str) else "" for each in form.getlist(self._field)]
+            given = [value if isinstance(value, str) else "" for value in form.getlist(self._field)]
         try:
-            return Tap(self._tokens, self._token([each for each in given if each]), str(subject), self._again_after)
+            return Tap(self._tokens, self._token([value for value in given if value]), str(subject), self._again_after)
         except Problem:
-            await request.close()  # nobody else will look at the files of this form
+            await request.close()  # no other code reads the files of this form
             raise
 
     def _token(self, given: Sequence[str]) -> str:
@@ -301,8 +301,8 @@ def _replayed(result: str) -> Answered:
 
 def _headers_of(response: Response) -> dict[str, str]:
     """The headers of an answer that mean the same a second time."""
-    found: dict[str, str] = {}
+    headers: dict[str, str] = {}
     for name, value in response.headers.items():
         if name not in _NOT_KEPT:
-            found[name] = f"{found[name]}, {value}" if name in found else value
-    return found
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers

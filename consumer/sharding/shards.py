@@ -31,15 +31,15 @@ def settings_of(app: App, settings: Settings) -> dict[str, Settings]:
     """
     if not app.shards:
         return {"": settings}
-    found = {}
+    by_name = {}
     for name, address in app.shards.items():
         if address.startswith("env:"):
             variable = address.removeprefix("env:").strip()
             address = os.environ.get(variable, "")
             if not address:
                 raise Misconfigured(f"shard {name!r} of App {app.name!r}: {variable} is not set: put its DSN there")
-        found[name] = settings.at(address)
-    return found
+        by_name[name] = settings.at(address)
+    return by_name
 
 
 async def check(app: App, router: Router, opened: Sequence[tuple[Settings, Session]]) -> None:
@@ -77,7 +77,7 @@ async def _enroll(app: App, name: str, settings: Settings, session: Session) -> 
         await shard_tables.enroll(connection, app.name, name, names)
         row = await shard_tables.enrolled(connection, app.name)
     if row is None:
-        return  # without shards, as ever
+        return  # an App without shards
     if not name:
         raise Misconfigured(
             f"{dsn_label(settings.dsn)} is shard {row.shard!r} of App {app.name!r}: give the App its shards= and route="

@@ -150,7 +150,7 @@ class Assignment:
         while True:
             await shard.positions_wanted.wait()
             if self._lifetime.is_stopping:
-                return  # nothing is opened any more; asking on, with nothing to wait for, would let nobody else run
+                return  # nothing is opened any more; a loop that waits for nothing would block the event loop
             shard.positions_wanted.clear()
             wanted, epoch = self._table.unpositioned(shard.name), self._table.assignment_epoch(shard.name)
             if not wanted:

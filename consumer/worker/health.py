@@ -37,7 +37,7 @@ class Stalled(ConsumerError):
     """Alive but not consuming: the process ends, and its supervisor starts another."""
 
 
-class Health:
+class HealthMonitor:
     """The loops that watch one worker.
 
     is_outgrown: the worker was stopped because of the memory that it used.
@@ -147,7 +147,7 @@ class Health:
             before = time.monotonic()
             self._check_memory()
             self._report({"member": self._source.member_id, "batches": self.batches})
-            # Not in the group yet: report the member id as soon as there is one, or nobody could take us out.
+            # Not in the group yet: report the member id as soon as there is one, or the supervisor could not remove us.
             pause = _BEAT_SECONDS if self._source.member_id else _BEAT_SECONDS / 10
             await asyncio.sleep(pause)
             lag = time.monotonic() - before - pause

@@ -17,7 +17,7 @@ from consumer.core.errors import RunAgain
 from consumer.core.outcome import Dead, Duplicate, Outcome, RetryLater
 from consumer.error_places import error_summary
 from consumer.handler_records.notices import filling
-from consumer.handler_records.settled_ranges import Change, Changes
+from consumer.handler_records.settled_ranges import HandlerChange, HandlerChanges
 from consumer.logs import event, log
 from consumer.postgres.errors import sqlstate_of
 from consumer.transaction.result import HELD_BACK, BatchResult
@@ -167,7 +167,7 @@ def _place(delivery: Delivery) -> dict[str, Any]:
     }
 
 
-def log_handler_changes(changes: Changes, app: str, path: str, label: Mapping[str, str]) -> None:
+def log_handler_changes(changes: HandlerChanges, app: str, path: str, label: Mapping[str, str]) -> None:
     """Log handlers that begin behind the application or that are missing here."""
     names = changes.names
     for number, topics in _topics_by_handler(changes.late):
@@ -193,7 +193,7 @@ def log_handler_changes(changes: Changes, app: str, path: str, label: Mapping[st
         )
 
 
-def _topics_by_handler(changes: Iterable[Change]) -> list[tuple[int, list[str]]]:
+def _topics_by_handler(changes: Iterable[HandlerChange]) -> list[tuple[int, list[str]]]:
     topics: dict[int, set[str]] = {}
     for change in changes:
         topics.setdefault(change.handler, set()).add(change.partition.topic)

@@ -52,7 +52,7 @@ def main() -> None:
 
 
 async def _work(path: str, settings: Settings, descriptor: int) -> int:
-    worker = Worker(load_app(path), settings, report=lambda found: _send(descriptor, found), path=path)
+    worker = Worker(load_app(path), settings, report=lambda fields: _send(descriptor, fields), path=path)
     loop = asyncio.get_running_loop()
     ordered_at = 0.0
     begun = asyncio.Event()
@@ -100,9 +100,9 @@ async def _work(path: str, settings: Settings, descriptor: int) -> int:
     return EXIT_OUTGROWN if worker.outgrown else 0
 
 
-def _send(descriptor: int, found: dict[str, Any]) -> None:
+def _send(descriptor: int, fields: dict[str, Any]) -> None:
     with suppress(OSError):  # the supervisor is gone, which standard input says too, or does not read
-        os.write(descriptor, json.dumps(found).encode() + b"\n")
+        os.write(descriptor, json.dumps(fields).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Restarts:
     _in_a_row: int = field(default=0, init=False)
 
     def ended(self, ran_seconds: float, exit_code: int) -> Decision:
-        """Decide on a worker that ended although nobody asked it to.
+        """Decide what follows when a worker ended without being stopped.
 
         exit_code: as of a process, negative for a signal. A worker that found itself misconfigured is not tried again.
         One that has grown too large is replaced at once, unless it did so soon after its start: then a new one will, too.

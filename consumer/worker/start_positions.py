@@ -25,7 +25,7 @@ from consumer.core.log_identity import (
 )
 from consumer.core.message import Partition
 from consumer.handler_records import coverage
-from consumer.handler_records.settled_ranges import Changes, as_text
+from consumer.handler_records.settled_ranges import HandlerChanges, as_text
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.errors import CorruptRecordException, KafkaError
 from consumer.kafka.protocol import Identity
@@ -48,7 +48,7 @@ async def read_positions(
     label: Mapping[str, str],
     handlers: Mapping[str, Collection[int]],
     others: Collection[str] = (),
-) -> tuple[dict[Partition, tuple[Position, PartitionHalt | None]], Changes]:
+) -> tuple[dict[Partition, tuple[Position, PartitionHalt | None]], HandlerChanges]:
     """Read positions, and write them where there were none.
 
     Args:
@@ -59,7 +59,7 @@ async def read_positions(
     Returns each position with what speaks against going on from it, or None; and which handlers begin and end there. A
     partition whose log cannot be looked at now is left out. Raises Outage, KafkaError, TimeoutError.
     """
-    changes = Changes()
+    changes = HandlerChanges()
     try:
         identity = await source.log.identity(sorted({partition.topic for partition in wanted}))
         known = await session.positions(app, wanted)

@@ -36,7 +36,7 @@ from consumer.worker.connections import BACKOFF_SECONDS, Connections
 from consumer.worker.fetcher import Fetcher
 from consumer.worker.group_check import GroupCheck
 from consumer.worker.halts import Halts
-from consumer.worker.health import Health
+from consumer.worker.health import HealthMonitor
 from consumer.worker.kafka_reports import KafkaState
 from consumer.worker.lane import LaneRunner, LaneServices
 from consumer.worker.lifetime import Lifetime
@@ -123,7 +123,7 @@ class Worker:
         self._shard_check = ShardCheck(app, self._router, self.shards, table, self._connections, self._lifetime)
         self._add_ways_of_partitions(report, path)
         self._add_lanes()
-        self._health = Health(
+        self._health = HealthMonitor(
             settings,
             self.source,
             self.shards,

@@ -22,7 +22,7 @@ from consumer.core.log_identity import Position
 from consumer.core.message import Partition
 from consumer.core.ordering import Scheduler
 from consumer.dead_letters.session import DeadLetterSession
-from consumer.handler_records.settled_ranges import Changes
+from consumer.handler_records.settled_ranges import HandlerChanges
 from consumer.kafka import consumer as kafka
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.postgres.claims import REDELIVERED, ExistingClaim
@@ -40,12 +40,12 @@ def _kafka_keeps_the_positions(where_none: str = "beginning") -> None:
 
     async def positions(
         source: KafkaConsumer, session: Session, app: str, wanted: list[Partition], label: Any, *_: Any
-    ) -> tuple[dict[Partition, tuple[Position, None]], Changes]:
+    ) -> tuple[dict[Partition, tuple[Position, None]], HandlerChanges]:
         committed = {each: await source.committed(each) for each in wanted}
         others = await (source.log.beginnings if where_none == "beginning" else source.log.ends)(wanted)
         starts = {each: others[each] if offset is None else offset for each, offset in committed.items()}
         await session.begin_positions(app, {each: Position(at) for each, at in starts.items()})
-        return {each: (Position(at), None) for each, at in starts.items()}, Changes()
+        return {each: (Position(at), None) for each, at in starts.items()}, HandlerChanges()
 
     write_positions = Session.write_positions
 

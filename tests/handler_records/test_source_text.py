@@ -11,7 +11,7 @@ import pytest
 
 from consumer import App, Tx
 from consumer.handler_records.handler_code import codes_of
-from consumer.handler_records.source_text import Stretch, Versions, bytecode_text, constant_text, function_text
+from consumer.handler_records.source_text import CodePeriod, Versions, bytecode_text, constant_text, function_text
 
 pytestmark = pytest.mark.unit
 
@@ -178,7 +178,7 @@ def test_when_another_code_may_have_applied_a_message() -> None:
     now = Versions((), 5 * hour, 5 * hour)
     assert not now.may_be_other(6 * hour) and not now.may_be_other(None)
     assert now.may_be_other(4 * hour)  # before anything was recorded
-    both = Versions((Stretch(5 * hour, 7 * hour),), 5 * hour, 8 * hour)
+    both = Versions((CodePeriod(5 * hour, 7 * hour),), 5 * hour, 8 * hour)
     assert both.may_be_other(6 * hour) and both.may_be_other(7 * hour + 1) and both.may_be_other(None)
     assert not both.may_be_other(8 * hour)
     assert Versions().may_be_other(hour) and not Versions().may_be_other(None)

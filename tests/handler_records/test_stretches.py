@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from consumer.core.message import Partition
 from consumer.handler_records.settled_ranges import (
     At,
-    Change,
+    HandlerChange,
     Known,
     Rename,
-    Stretch,
+    SettledRange,
     as_numbers,
     as_text,
     assess,
@@ -25,14 +25,14 @@ pytestmark = pytest.mark.unit
 P = Partition("payments", 0)
 STRETCHES = st.lists(
     st.tuples(st.integers(0, 30), st.none() | st.integers(0, 30)).map(
-        lambda each: Stretch(each[0], None if each[1] is None else max(each))
+        lambda each: SettledRange(each[0], None if each[1] is None else max(each))
     ),
     max_size=5,
 )
 
 
 @given(st.integers(0, 20), st.integers(0, 40), STRETCHES)
-def test_missed_offsets_are_those_in_no_stretch(first: int, position: int, stretches: list[Stretch]) -> None:
+def test_missed_offsets_are_those_in_no_stretch(first: int, position: int, stretches: list[SettledRange]) -> None:
     covered = {
         offset
         for each in stretches
@@ -68,8 +68,8 @@ def test_handlers_that_come_and_go(
     at: At, wanted: set[int], begun: list[tuple[int, int]], ended: list[tuple[int, int]], late: list[int]
 ) -> None:
     found = changes({P: at}, {P: frozenset(wanted)}, legacy={1})
-    assert found.begun == tuple(Change(P, *each) for each in begun)
-    assert found.ended == tuple(Change(P, *each) for each in ended)
+    assert found.begun == tuple(HandlerChange(P, *each) for each in begun)
+    assert found.ended == tuple(HandlerChange(P, *each) for each in ended)
     assert [each.handler for each in found.late] == late
 
 
@@ -80,13 +80,13 @@ def test_renamed_handler_is_told_by_the_one_that_is_gone() -> None:
         "kept": Known(3, frozenset({"payments"}), False),
     }
     positions = {P: At(0, 50, frozenset({1, 3}))}
-    stretches = {(1, P): [Stretch(0, None)], (3, P): [Stretch(0, None)]}
+    stretches = {(1, P): [SettledRange(0, None)], (3, P): [SettledRange(0, None)]}
     found = assess({"settle_payment": ("payments",), "kept": ("payments",)}, known, positions, stretches)
     assert found.renames == (Rename("settle", "settle_payment", "payments"),)
     assert found.absent == ("settle",)
     assert [(each.handler, each.first, each.past) for each in found.gaps] == [("settle_payment", 0, 50)]
     # What the one that is gone has never settled is no sign of a new name: it was removed before, or added to other workers.
-    late = {(1, P): [Stretch(0, 30)], (3, P): [Stretch(0, 30), Stretch(40, None)]}
+    late = {(1, P): [SettledRange(0, 30)], (3, P): [SettledRange(0, 30), SettledRange(40, None)]}
     gap = assess({"kept": ("payments",)}, known, {P: At(0, 50, frozenset({3}))}, late)
     assert [each[2:] for each in gap.gaps] == [(30, 40)] and gap.renames == ()
     nothing_yet = assess({"settle_payment": ("payments",)}, known, {P: At(0, 0, frozenset({1}))}, {})

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer.kafka import record_batch
-from consumer.kafka.record_batch import BatchHeader, Entry
+from consumer.kafka.record_batch import BatchHeader, RawRecord
 
 pytestmark = pytest.mark.unit
 
@@ -58,12 +58,14 @@ def by_hand(headers: list[tuple[bytes | None, bytes | None]], value: bytes = b"v
     return struct.pack(">qi", 0, len(fixed) + len(body)) + fixed + body
 
 
-def read(log: bytes) -> list[Entry]:
+def read(log: bytes) -> list[RawRecord]:
     return [entry for header, body in record_batch.batches(log) for entry in record_batch.entries(header, body)]
 
 
-def expected(records: Any, base: int = 0) -> list[Entry]:
-    return [Entry(base + n, time, key, value, tuple(headers)) for n, (time, key, value, headers) in enumerate(records)]
+def expected(records: Any, base: int = 0) -> list[RawRecord]:
+    return [
+        RawRecord(base + n, time, key, value, tuple(headers)) for n, (time, key, value, headers) in enumerate(records)
+    ]
 
 
 @given(st.lists(st.tuples(BASES, RECORDS), max_size=4))
