@@ -24,7 +24,7 @@ def main() -> None:
 
     settings = load()
     configure("debug", "json")
-    worker = Worker(app, settings, step=passed)
+    worker = Worker(app, settings, on_step=passed)
 
     async def run() -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)

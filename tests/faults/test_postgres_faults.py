@@ -413,7 +413,9 @@ async def test_what_was_acknowledged_survives_a_power_cut_whatever_roles_and_han
                 os.killpg(server.pid, 9)  # the very moment after the answer
                 acknowledged.set()
 
-        async with working(app, settings_for(server.dsn(), kafka.bootstrap_servers, batch_messages_max=5), step=step):
+        async with working(
+            app, settings_for(server.dsn(), kafka.bootstrap_servers, batch_messages_max=5), on_step=step
+        ):
             await produce(kafka.bootstrap_servers, topic, [Sent({"n": n}, id=f"m{n}", key="k") for n in range(10)])
             await asyncio.wait_for(acknowledged.wait(), 30)
             server.kill()

@@ -78,7 +78,7 @@ def main() -> None:
     Session.commit = after_sending(step)  # type: ignore[method-assign]
     settings = load()
     configure("debug", "json")
-    asyncio.run(Worker(app_of(topic, name), settings, step=step).run())
+    asyncio.run(Worker(app_of(topic, name), settings, on_step=step).run())
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     configure("debug", "json")
-    asyncio.run(Worker(app, load(), step=passed).run())
+    asyncio.run(Worker(app, load(), on_step=passed).run())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,208 @@
+"""Builds the parts of one worker and connects them.
+
+Nothing runs here: worker.py starts and ends the parts. Limitations: connects to no service.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from consumer.app import App
+from consumer.core.evidence import Evidence
+from consumer.core.ordering import Scheduler
+from consumer.core.shard_route import Router
+from consumer.dead_letters.publisher import publish_loop
+from consumer.kafka.consumer import KafkaConsumer
+from consumer.retention.task import Keeper, Timestamps
+from consumer.settings import Settings
+from consumer.sharding import shards as shard_registry
+from consumer.transaction.dead_letter_rate import DeadLetterRateLimit
+from consumer.transaction.limits import CallTracker, limits
+from consumer.transaction.result import LedgerIds
+from consumer.worker.assignment import Assignment, Report
+from consumer.worker.batch_results import BatchResults
+from consumer.worker.conflict_turns import Turns, turn_of
+from consumer.worker.connections import Connections
+from consumer.worker.fetcher import Fetcher
+from consumer.worker.group_check import GroupCheck
+from consumer.worker.halts import Halts
+from consumer.worker.health import HealthMonitor
+from consumer.worker.kafka_reports import KafkaState
+from consumer.worker.lane import LaneRunner, LaneServices
+from consumer.worker.lifetime import Lifetime
+from consumer.worker.log_monitor import LogMonitor
+from consumer.worker.message_log import MessageLog
+from consumer.worker.offset_commits import OffsetCommits
+from consumer.worker.partition_table import PartitionTable
+from consumer.worker.partitions import Partitions
+from consumer.worker.shard import LaneState, Shard
+from consumer.worker.shard_check import ShardCheck
+from consumer.worker.upkeep import Upkeep
+from consumer.worker.wait_reports import Reporter
+
+
+def _shards_of(app: App, settings: Settings, table: PartitionTable) -> list[Shard]:
+    return [
+        Shard(name, own, LedgerIds(app.name, {}, table.positions(name)))
+        for name, own in shard_registry.settings_of(app, settings).items()
+    ]
+
+
+def _lanes_of(app: App, settings: Settings, shards: list[Shard]) -> list[LaneState]:
+    # Where a lane only learns how far the log was read, a transaction for each poll would be too many.
+    idle_batch_seconds = settings.kafka_commit_interval_seconds if len(shards) > 1 else 0.0
+    seconds_max = limits(app.handlers.values(), settings)
+    lanes: list[LaneState] = []
+    for shard in shards:
+        for _ in range(settings.lanes):
+            scheduler = Scheduler(
+                shard.by_topic,
+                settings.parked_messages_max,
+                settings.buffer_bytes_max // settings.lanes,
+                idle_batch_interval=idle_batch_seconds,
+            )
+            lanes.append(LaneState(len(lanes), shard, scheduler, CallTracker(seconds_max), Turns()))
+    return lanes
+
+
+class Parts:
+    """The parts of one worker; the arguments are those of `Worker`."""
+
+    def __init__(
+        self,
+        app: App,
+        settings: Settings,
+        report: Report,
+        on_step: Callable[[str], None],
+        random: Callable[[], float],
+        path: str,
+    ) -> None:
+        self._app = app
+        self._settings = settings
+        self._on_step = on_step
+        self._random = random
+        self.lifetime = Lifetime()
+        self.router = Router(tuple(app.shards) or ("",), app.route)
+        self.message_log = MessageLog()
+        self._kafka = KafkaState()
+        self._evidence = Evidence()
+        self.source = KafkaConsumer(settings, app.name, os.environ.get("CONSUMER_WORKER", "0"))
+        table = PartitionTable(app.shards or [""])
+        self.shards = _shards_of(app, settings, table)
+        self.lanes = _lanes_of(app, settings, self.shards)
+        self._reporters = {
+            shard.name: Reporter(self._evidence, self.message_log, [lane for lane in self.lanes if lane.shard is shard])
+            for shard in self.shards
+        }
+        self.partitions = Partitions(table, self.source, self.shards, self.lanes, self._reporters, settings)
+        self.connections = Connections(
+            self.partitions, self.lifetime, self.message_log, random, is_pooled=settings.postgres_pooler
+        )
+        self._shard_check = ShardCheck(app, self.router, self.shards, table, self.connections, self.lifetime)
+        self._add_record_flow(report, path)
+        self._add_lanes()
+        self.health = HealthMonitor(
+            settings,
+            self.source,
+            self.shards,
+            self._runners,
+            self.partitions,
+            self.connections,
+            self._kafka,
+            self.lifetime,
+            report,
+        )
+
+    def _add_record_flow(self, report: Report, path: str) -> None:
+        """Create what fetches records, and what opens, watches and gives up partitions."""
+        app, settings = self._app, self._settings
+        halts = Halts(self.partitions, self.shards, path)
+        self.source.on_refused = halts.refused
+        self.source.on_unreadable = halts.cannot_be_read
+        self.source.on_end_reached = halts.nothing_new
+        self._fetcher = Fetcher(
+            self.source, self.partitions, halts, self.router, self._kafka, self.lifetime, self._on_step
+        )
+        self._commits = OffsetCommits(
+            app.name,
+            self.source,
+            self.shards,
+            self.partitions,
+            halts,
+            self.connections,
+            self._shard_check,
+            self._on_step,
+            settings.kafka_commit_interval_seconds,
+        )
+        group_check = GroupCheck(app.name, settings)
+        self.assignment = Assignment(
+            app,
+            settings,
+            self.source,
+            self.shards,
+            self.lanes,
+            self.partitions,
+            halts,
+            self.connections,
+            self._commits,
+            self._reporters,
+            group_check,
+            self.lifetime,
+            report,
+            self._on_step,
+            path,
+        )
+        self._log_monitor = LogMonitor(
+            app.topics,
+            self.source,
+            self.lanes,
+            self.partitions,
+            halts,
+            group_check,
+            self._kafka,
+            self.lifetime,
+            settings.kafka_transaction_warning_seconds,
+        )
+
+    def _add_lanes(self) -> None:
+        dead_letter_rate = DeadLetterRateLimit(self._settings.dead_letter_limit)
+        self._results = BatchResults(
+            self.partitions.table, self.source, self.router, dead_letter_rate, self._evidence, self.message_log
+        )
+        services = LaneServices(
+            self._settings,
+            self.partitions,
+            self.connections,
+            self._shard_check,
+            self._results,
+            self._reporters,
+            self.message_log,
+            self._evidence,
+            dead_letter_rate,
+            Timestamps(self._settings),
+            self.lifetime,
+            turn_of(self._app.name),
+            self._random,
+            self._on_step,
+        )
+        self._runners = [LaneRunner(lane, services) for lane in self.lanes]
+
+    def loops(self) -> list[Coroutine[Any, Any, None]]:
+        """Return the worker's loops; each runs until cancelled or failed."""
+        app, settings, health = self._app, self._settings, self.health
+        loops = [self._fetcher.run(), self._commits.run(), self._log_monitor.run()]
+        loops += [health.watch_progress(), health.send_heartbeats(), health.enforce_limits()]
+        for shard in self.shards:
+            reporter = self._reporters[shard.name]
+            upkeep = Upkeep(app, shard, self.partitions.table, reporter, self.connections, self.message_log)
+            loops += [upkeep.run(), self.assignment.position_partitions(shard)]
+            loops.append(Keeper(shard.settings, app.name, self.source, self._random).run())
+            if (topic := settings.dead_letter_topic) is not None:
+                open_session = functools.partial(self.connections.open, shard)
+                loops.append(
+                    publish_loop(app.name, topic, shard.settings, open_session, self._results.dead_letters_added)
+                )
+        return loops + [runner.run() for runner in self._runners]
