@@ -446,8 +446,6 @@ class Redrive:
 
 async def _session(settings: Settings, operator: str) -> DeadLetterSession:
     session = await DeadLetterSession.open(settings)
-    assert isinstance(session, DeadLetterSession)
-    session.owns_positions = False
     session.operator = operator
     session.topics = await topic_numbers(session.connection)
     return session

@@ -93,6 +93,7 @@ class DeadLetterSession(Session):
     Call `start` before each transaction.
     """
 
+    owns_positions = False  # nor the saved attempts: those of a dead letter are in its own row
     operator: str = ""
     may_be_applied: bool = False  # the operator has said to run letters whose messages may have been applied
     topics: Mapping[str, int] = {}
@@ -192,9 +193,6 @@ class DeadLetterSession(Session):
             await claims.mark_dead_again(self.connection, [(row["handler"], row["id"]) for row in revived])
         if claimed := [delivery for delivery in deliveries if self._letters[delivery].has_new_claim]:
             await super().release_claims(claimed)
-
-    async def save_attempts(self, tried: Any, settled: Any) -> None:
-        """Do nothing: the attempts of a letter are in its own row."""
 
     async def write_positions(
         self, app: str, moves: Sequence[PositionUpdate], counts: Mapping[tuple[int, int, int, str], int]

@@ -97,12 +97,14 @@ class Claims:
             existing, unseen = _existing(unknown, await self.ask(unknown, topics, to_claim=True))
             if unseen:
                 # A second statement, because it sees what a concurrent transaction has committed while the first one waited.
-                existing |= await self.claimed(unseen, topics)
+                existing |= await self.claims_of(unseen, topics)
             existing |= known
         self.share_known = len(existing) / len(deliveries)
         return existing
 
-    async def claimed(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, ExistingClaim]:
+    async def claims_of(
+        self, deliveries: Sequence[Delivery], topics: Mapping[str, int]
+    ) -> dict[Delivery, ExistingClaim]:
         """Read the claims of ids that this transaction has claimed or lost.
 
         Raises Conflict when one has vanished.

@@ -21,7 +21,7 @@ from consumer.core.hosts import certificate_fault
 from consumer.core.sqlstate import Meaning
 from consumer.postgres import server
 from consumer.postgres.errors import NotPrimary, Outage, SchemaMissing, meaning_of, redacted_message
-from consumer.postgres.server import Server
+from consumer.postgres.server import ServerIdentity
 from consumer.settings import Settings
 
 T = TypeVar("T")
@@ -140,7 +140,7 @@ def milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000))
 
 
-async def database_epoch(connection: asyncpg.Connection[Any], settings: Settings) -> Server:
+async def database_epoch(connection: asyncpg.Connection[Any], settings: Settings) -> ServerIdentity:
     """Read which server and epoch a connection leads to.
 
     Raises NotPrimary for a standby, SchemaMissing for a missing or old schema, and what the driver raises.

@@ -5,7 +5,7 @@ with, beside one.
 
 **Why asking is enough.** Only the owner of a partition makes holds in it (a zombie is fenced by the positions, in the very
 transaction that would make one). So it knows which chains may be held: those of the table when it opened the partition, and
-those that it has made since. Of these it asks in each transaction (`ask`), and of no others, so that a worker without dead
+those that it has made since. Of these it asks in each transaction (`key_holds`), and of no others, so that a worker without dead
 letters asks nothing. It may remember too much, which costs a query, and never too little: a hold whose COMMIT got no answer
 shows when the batch runs again, since the claim of its letter is lost to a dead row.
 
@@ -116,31 +116,33 @@ async def store(
 
     publish: those that are new are also put on their way to the dead-letter topic.
     """
-    letters = [_letter(each, verdict, attempts.get(each, each.attempts)) for each, verdict in dead.items()]
+    letters = [
+        _letter(delivery, verdict, attempts.get(delivery, delivery.attempts)) for delivery, verdict in dead.items()
+    ]
     await connection.executemany(_LETTER, letters)
-    held = [each for each in letters if each[15] is not None]
+    held = [row for row in letters if row[15] is not None]
     if held:
-        await connection.execute(_HOLD, [each[0] for each in held], [each[15] for each in held])
+        await connection.execute(_HOLD, [row[0] for row in held], [row[15] for row in held])
     if publish:
-        await connection.execute(_TO_PUBLISH, *([each[n] for each in letters] for n in range(3)))
+        await connection.execute(_TO_PUBLISH, *([row[n] for row in letters] for n in range(3)))
 
 
-async def ask(connection: Connection, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
+async def key_holds(connection: Connection, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
     """Whether the chains of these deliveries are held; of those that are, they stay so until the transaction ends."""
-    chains = [each.ordering_key_hash() for each in deliveries]
+    chains = [delivery.ordering_key_hash() for delivery in deliveries]
     rows = await connection.fetch(
         _ASK,
-        [each.handler.number for each in deliveries],
-        [UUID(bytes=each) if each is not None else None for each in chains],
+        [delivery.handler.number for delivery in deliveries],
+        [UUID(bytes=chain) if chain is not None else None for chain in chains],
     )
-    found = {
+    holds = {
         (row[0], row[1].bytes): KeyHold.HELD if row[2] else KeyHold.BUSY if row[3] else KeyHold.FREE
         for row in rows
         if row[1] is not None
     }
     return {
-        each: found.get((each.handler.number, chain), KeyHold.FREE) if chain is not None else KeyHold.FREE
-        for each, chain in zip(deliveries, chains, strict=True)
+        delivery: holds.get((delivery.handler.number, chain), KeyHold.FREE) if chain is not None else KeyHold.FREE
+        for delivery, chain in zip(deliveries, chains, strict=True)
     }
 
 
@@ -149,8 +151,8 @@ async def save_attempts(
 ) -> None:
     """Keep attempts (how many, seconds until the next) of messages that are not settled, and forget those of settled ones."""
     if tried:
-        await connection.executemany(_TRIED, [(*_place(each), *found) for each, found in tried.items()])
-    if places := [_place(each) for each in settled]:
+        await connection.executemany(_TRIED, [(*_place(message), *attempt) for message, attempt in tried.items()])
+    if places := [_place(message) for message in settled]:
         await connection.executemany(_FORGET, places)
 
 
@@ -158,7 +160,7 @@ async def restore(
     connection: Connection, handlers: Sequence[int], positions: Mapping[Partition, int]
 ) -> tuple[dict[Partition, set[tuple[int, bytes]]], dict[Partition, dict[tuple[int, int], SavedAttempts]]]:
     """What a worker must know when it opens partitions: chains that may be held, and (handler, offset) that have failed before."""
-    topics = sorted({each.topic for each in positions})
+    topics = sorted({partition.topic for partition in positions})
     chains: dict[Partition, set[tuple[int, bytes]]] = {}
     tried: dict[Partition, dict[tuple[int, int], SavedAttempts]] = {}
     for handler, chain, topic, partition in await connection.fetch(_CHAINS, handlers, topics):
@@ -201,8 +203,8 @@ async def replace_error(
 
 async def exist(connection: Connection, handler: int) -> bool:
     """Whether there is any dead letter of a handler."""
-    found = await connection.fetchval("select exists (select from consumer.dead_letters where handler = $1)", handler)
-    return bool(found)
+    is_any = await connection.fetchval("select exists (select from consumer.dead_letters where handler = $1)", handler)
+    return bool(is_any)
 
 
 async def forget_attempts_of(connection: Connection, handler: int) -> None:

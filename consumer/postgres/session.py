@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import asyncpg
 
@@ -35,7 +35,7 @@ from consumer.postgres.connection import (
 )
 from consumer.postgres.errors import Fenced, OtherEpoch, Outage, is_definite
 from consumer.postgres.positions import Horizon
-from consumer.postgres.server import Server
+from consumer.postgres.server import ServerIdentity
 from consumer.settings import Settings
 
 CONFLICTS_CLASS = 1189081  # of the locks by which transactions take turns after conflicts
@@ -52,31 +52,33 @@ else (
 
 
 class Session:
-    """One worker connection.
+    """One connection, and the transactions of batches on it.
 
     Every method but `close` raises Outage when the connection is lost.
     """
 
+    # A retry of dead letters or a replay settles messages too, and leaves positions and attempts to the workers.
+    owns_positions: ClassVar[bool] = True
+
     def __init__(
-        self, connection: asyncpg.Connection[Any], settings: Settings, seen: Server, installation: str = ""
+        self, connection: asyncpg.Connection[Any], settings: Settings, identity: ServerIdentity, installation: str = ""
     ) -> None:
         self.connection = connection
-        self.columns = BulkWriter(connection)
+        self.bulk_writer = BulkWriter(connection)
         self._settings = settings
-        self.server = seen  # as it was when the connection was opened: a pooler may lead to another one since
-        self.epoch = seen.epoch
-        self._write_positions = positions.write_statement(seen.stamp_sql)
-        self.installation = installation  # which schema: constant until it is recreated, whatever time it goes back to
-        self.owns_positions = True  # a replay settles messages too, and leaves the positions to the workers
+        self.server = identity  # when the connection was opened; a pooler may lead to another server since
+        self.epoch = identity.epoch
+        self._write_positions = positions.write_statement(identity.stamp_sql)
+        self.installation = installation  # which schema: constant, also over restores, until it is recreated
         self.claims = Claims(connection, lambda: self.begin(), settings.ledger_clock_skew_hours)
         limits = session_settings(settings) if settings.postgres_pooler else {}
-        # Behind a pooler the session is not ours: limits travel with each transaction, and nothing outlives it.
+        # A pooler shares the server's session, so each transaction sets its own limits, and nothing outlives it.
         local = "".join(
             f"; set local {name} = '{value}'" for name, value in limits.items() if not name.startswith(("tcp", "app"))
         )
-        # Slow handlers leave the connection idle: commit what is done well before the server ends the transaction.
+        # Slow handlers leave the connection idle: commit well before the server ends the idle transaction.
         self.batch_seconds_max = min(_BATCH_SECONDS_MAX, settings.postgres_idle_in_transaction_timeout_seconds / 3)
-        # Transactions of sessions with one number run one at a time; 32 bits. None after a turn that did not come in time.
+        # Transactions of sessions with the same number run one at a time; 32 bits. None after a turn that came too late.
         self.turn: int | None = None
         self._begin = f"begin isolation level read committed{local}"
 
@@ -91,14 +93,14 @@ class Session:
             detect_dead_peers(connection)
             with translated_errors(settings):
                 async with asyncio.timeout(timeout_seconds):  # TimeoutError is an OSError: an outage
-                    seen = await database_epoch(connection, settings)
+                    identity = await database_epoch(connection, settings)
                     installation = await server.installed_at(connection)
                     missing = await connection.fetchval(_MISSING_RIGHTS, *grants.needed())
                 if missing:
                     raise Misconfigured(
-                        f"{dsn_label(settings.dsn)}: this role may not write to {missing}: grant it what `consumer migrate --grants ROLE` prints"
+                        f"{dsn_label(settings.dsn)}: this role may not write to {missing}; grant it what `consumer migrate --grants ROLE` prints"
                     )
-                session = cls(connection, settings, seen, installation)
+                session = cls(connection, settings, identity, installation)
                 await session.claims.read_generations()
         except BaseException:
             connection.terminate()
@@ -110,14 +112,17 @@ class Session:
         return not self.connection.is_closed()
 
     async def begin(self) -> None:
-        """Begin a transaction that holds the lock of the ledger's version: see migrations/0001_schema.sql."""
+        """Begin a transaction that holds the lock of the ledger's version.
+
+        See migrations/0001_schema.sql.
+        """
         lock = f"select pg_advisory_xact_lock_shared({ADVISORY_CLASS:d}, {self.claims.generations.version:d})"
         if self.turn is not None:
             turn = f"select pg_advisory_xact_lock({CONFLICTS_CLASS:d}, {self.turn:d})"
             try:
                 await self.connection.execute(f"{self._begin}; {turn}; {lock}")
                 return
-            except asyncpg.LockNotAvailableError:  # the wait is bounded: go on without a turn
+            except asyncpg.LockNotAvailableError:  # the wait is bounded: continue without a turn
                 self.turn = None
                 await self.rollback()
         await self.connection.execute(f"{self._begin}; {lock}")
@@ -164,7 +169,7 @@ class Session:
         await self.connection.execute("set constraints all immediate")
 
     async def check_epoch(self) -> None:
-        """Raise OtherEpoch when the server behind the connection is in another epoch than at first."""
+        """Raise OtherEpoch when the connection leads to another epoch than at first."""
         with translated_errors(self._settings):
             stamp = await self.connection.fetchval(f"select {self.server.stamp_sql}")
         self._check_stamp(stamp)
@@ -177,12 +182,14 @@ class Session:
     # -- what a batch's transaction stores ----------------------------------------------------------------------------
 
     async def claim(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, ExistingClaim]:
-        """Claim every id; return those that were claimed before (Claims.claim)."""
+        """Claim every id; return the earlier claims (Claims.claim)."""
         return await self.claims.claim(deliveries, topics)
 
-    async def claimed(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, ExistingClaim]:
-        """Read the claims of ids that this transaction has claimed or lost (Claims.claimed)."""
-        return await self.claims.claimed(deliveries, topics)
+    async def claims_of(
+        self, deliveries: Sequence[Delivery], topics: Mapping[str, int]
+    ) -> dict[Delivery, ExistingClaim]:
+        """Read the claims of ids that `claim` was called for (Claims.claims_of)."""
+        return await self.claims.claims_of(deliveries, topics)
 
     async def existing_claims(
         self, deliveries: Sequence[Delivery], topics: Mapping[str, int]
@@ -196,7 +203,10 @@ class Session:
         return self.claims.has_forgotten
 
     async def too_old(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
-        """Return those whose row may be gone, so that a claim that is won proves nothing (Claims.too_old)."""
+        """Return messages whose row may be gone (Claims.too_old).
+
+        That their claim was won proves nothing.
+        """
         return await self.claims.too_old(deliveries)
 
     async def release_claims(self, deliveries: Sequence[Delivery]) -> None:
@@ -206,7 +216,7 @@ class Session:
     async def store_dead_letters(
         self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
     ) -> None:
-        """Keep dead letters.
+        """Store dead letters, and mark their claims.
 
         claimed: those whose claim was inserted in this transaction, perhaps as applied.
         """
@@ -215,16 +225,19 @@ class Session:
         await dead_letters.store(self.connection, dead, attempts, publish=self._settings.dead_letter_topic is not None)
 
     async def save_attempts(self, tried: Mapping[Delivery, tuple[int, float]], settled: Sequence[Delivery]) -> None:
-        """Keep attempts, and seconds until the next, of unsettled messages; delete those of settled ones."""
+        """Save the attempts of delayed messages; delete those of settled ones.
+
+        tried: attempts, and seconds until the next.
+        """
         if self.owns_positions:
             await dead_letters.save_attempts(self.connection, tried, settled)
 
     async def write_positions(
         self, app: str, moves: Sequence[PositionUpdate], counts: Mapping[tuple[int, int, int, str], int]
     ) -> None:
-        """Write the positions, each only if it still is what this worker last knew, and count the outcomes.
+        """Write positions by compare-and-set, and count outcomes.
 
-        counts: (handler, topic, partition, outcome) -> messages. Raises Fenced when a position has moved, and OtherEpoch
+        A position is written only if it is what this worker last knew. counts: (handler, topic, partition, outcome) -> messages. Raises Fenced when a position has moved, and OtherEpoch
         when this transaction runs in another epoch than the connection began in.
         """
         if not self.owns_positions:
@@ -234,16 +247,19 @@ class Session:
         if moved != len(moves):
             raise Fenced("a position was moved by another worker, or the database went back in time")
 
-    async def holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
-        """Whether dead letters hold back these deliveries, for the time of this transaction."""
-        return await dead_letters.ask(self.connection, deliveries)
+    async def key_holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
+        """Return whether dead letters hold the keys of these messages.
+
+        The answer is valid until the end of this transaction.
+        """
+        return await dead_letters.key_holds(self.connection, deliveries)
 
     # -- what a worker or a command reads and registers beside batches ------------------------------------------------
 
     async def numbers(
         self, app: str, names: Iterable[str], topics: Iterable[str]
     ) -> tuple[dict[str, int], dict[str, int]]:
-        """Return the numbers of handlers and topics, and number new ones.
+        """Return the numbers of handlers and topics; number new ones.
 
         Raises Outage or Misconfigured.
         """
@@ -253,39 +269,45 @@ class Session:
     async def known_numbers(
         self, app: str, names: Iterable[str], topics: Iterable[str]
     ) -> tuple[dict[str, int], dict[str, int]]:
-        """Return numbers as `numbers` does, but write nothing: a new name gets a negative number, which no row has."""
+        """Return numbers as `numbers` does, without writing.
+
+        A new name gets a negative number, which no row has.
+        """
         with translated_errors(self._settings):
             return await handlers.known(self.connection, app, names, topics)
 
     async def horizons(self, app: str, partitions: Sequence[Partition]) -> dict[Partition, Horizon]:
-        """Return the positions of those partitions that have any, with the offsets where the application began."""
+        """Return the existing positions, with the offsets where the application began."""
         with translated_errors(self._settings):
             by_partition = await positions.horizons(self.connection, app)
         return {partition: by_partition[partition] for partition in partitions if partition in by_partition}
 
     async def claimed_ids(self, ids: Sequence[tuple[int, bytes]]) -> set[tuple[int, bytes]]:
-        """Return those (handler, id) that the ledger holds."""
+        """Return which (handler number, id) the ledger has."""
         return await claims.claimed_ids(self.connection, ids)
 
     async def restore(
         self, numbers: Sequence[int], offsets: Mapping[Partition, int]
     ) -> tuple[dict[Partition, set[tuple[int, bytes]]], dict[Partition, dict[tuple[int, int], SavedAttempts]]]:
-        """Read the dead letters' chains and the attempts of partitions to open.
+        """Read the held keys and the saved attempts of partitions to open.
 
         Due times are seconds from now.
         """
         return await dead_letters.restore(self.connection, numbers, offsets)
 
     async def with_dead_letter(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
-        """Return those that have a dead letter with this id and this payload."""
+        """Return the messages that have a dead letter with their id and payload."""
         return await dead_letters.with_dead_letter(self.connection, deliveries)
 
     async def without_dead_letter(self, keys: Sequence[tuple[int, bytes, int]]) -> list[int]:
-        """Return the places of those (handler, id, fingerprint) without dead letter that were not applied later."""
+        """Return the indexes of keys whose dead letter is missing.
+
+        keys: (handler number, id, fingerprint). A key that was applied later needs none.
+        """
         return await dead_letters.without_dead_letter(self.connection, keys)
 
     async def positions(self, app: str, partitions: Sequence[Partition]) -> dict[Partition, Position]:
-        """Return the positions that exist, of these partitions."""
+        """Return the existing positions of these partitions."""
         return await positions.read_positions(self.connection, app, partitions)
 
     async def begin_positions(

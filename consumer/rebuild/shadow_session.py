@@ -91,7 +91,7 @@ class ShadowSession:
     def __init__(self, guard: StatementGuard) -> None:
         self.connection = guard
         # The guard inspects every text, and each row is traced to its messages: so no executions are joined.
-        self.columns = BulkWriter(guard, looks=guard.connection, arrays=False)
+        self.bulk_writer = BulkWriter(guard, looks=guard.connection, arrays=False)
         self.batch_seconds_max = float("inf")  # a slow batch delays no worker, and the idle timeout is off
         self.batch: Batch | None = None  # that is settled now
         self.defer_again: str | None = None  # SQL that defers again what a check at commit made immediate
@@ -147,7 +147,9 @@ class ShadowSession:
             for place, clashes in lost
         }
 
-    async def claimed(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, ExistingClaim]:
+    async def claims_of(
+        self, deliveries: Sequence[Delivery], topics: Mapping[str, int]
+    ) -> dict[Delivery, ExistingClaim]:
         """Claim again ids that are claimed: every one is lost."""
         return await self.claim(deliveries, topics)
 
@@ -165,7 +167,7 @@ class ShadowSession:
     async def save_attempts(self, tried: Mapping[Delivery, tuple[int, float]], settled: Sequence[Delivery]) -> None:
         """Store nothing: SinglePass counts the rounds."""
 
-    async def holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
+    async def key_holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
         """Hold nothing back: what waits behind a dead letter was left out."""
         return dict.fromkeys(deliveries, KeyHold.FREE)
 

@@ -127,7 +127,6 @@ class MissingMessages:
         async def prepare(part: Part) -> bool:
             if lane.applying is None or not lane.applying.is_usable:
                 lane.applying = await run.primary.open(ReplaySession)
-                lane.applying.owns_positions = False
             if observer is None:
                 await self._record_code(lane.applying)
             return True

@@ -37,9 +37,11 @@ class AskingLane(Scheduler):
 class ReplaySession(Session):
     """A Session that settles messages of partitions which others own, in the order of their keys."""
 
-    async def holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
+    owns_positions = False
+
+    async def key_holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
         await positions.lock_of_handler(self.connection, *_places(deliveries))
-        return await super().holds(deliveries)
+        return await super().key_holds(deliveries)
 
     async def store_dead_letters(
         self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]

@@ -23,7 +23,7 @@ class BatchStore(Protocol):
     message of a batch is started.
     """
 
-    columns: BulkWriter
+    bulk_writer: BulkWriter
     batch_seconds_max: float
 
     @property
@@ -44,7 +44,7 @@ class BatchStore(Protocol):
         self, deliveries: Sequence[Delivery], topics: Mapping[str, int], /
     ) -> dict[Delivery, ExistingClaim]: ...
 
-    async def claimed(
+    async def claims_of(
         self, deliveries: Sequence[Delivery], topics: Mapping[str, int], /
     ) -> dict[Delivery, ExistingClaim]: ...
 
@@ -53,7 +53,7 @@ class BatchStore(Protocol):
 
     async def too_old(self, deliveries: Sequence[Delivery], /) -> list[Delivery]: ...
 
-    async def holds(self, deliveries: Sequence[Delivery], /) -> dict[Delivery, KeyHold]: ...
+    async def key_holds(self, deliveries: Sequence[Delivery], /) -> dict[Delivery, KeyHold]: ...
 
     async def release_claims(self, deliveries: Sequence[Delivery], /) -> None: ...
 

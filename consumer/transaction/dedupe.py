@@ -18,7 +18,7 @@ from consumer.transaction.identify import by_bytes, equal_values
 from consumer.transaction.result import BEHIND, BUSY, CONFLICT, HELD_BACK, TOO_OLD, LedgerIds
 
 
-class Claims(NamedTuple):
+class ClaimResult(NamedTuple):
     """The messages whose claim was won, and the others' existing claims."""
 
     won: list[Delivery]
@@ -31,7 +31,7 @@ async def claim(
     scheduler: Scheduler,
     deliveries: Sequence[Delivery],
     outcomes: dict[Delivery, Outcome],
-) -> Claims:
+) -> ClaimResult:
     """Claim the ids of a batch.
 
     A lost claim is a duplicate, or an id conflict. Messages that are settled already, or wait behind another, are not claimed.
@@ -41,10 +41,10 @@ async def claim(
     existing = await _under_rules(session, existing, ids.topics)
     won = _sort_out(claims, existing, scheduler, outcomes)
     if rivals:
-        of_rivals = await _under_rules(session, await session.claimed(rivals, ids.topics), ids.topics)
+        of_rivals = await _under_rules(session, await session.claims_of(rivals, ids.topics), ids.topics)
         _sort_out(rivals, of_rivals, scheduler, outcomes)
         _compare_values(rivals, won, outcomes)
-    return Claims(won, existing)
+    return ClaimResult(won, existing)
 
 
 def _distinct(
@@ -120,7 +120,7 @@ async def _under_rules(
         elif rule is not BYTES:
             twins[by_bytes(delivery)] = delivery
     if twins:
-        for twin, claim in (await session.claimed(list(twins), topics)).items():
+        for twin, claim in (await session.claims_of(list(twins), topics)).items():
             if not claim.clashes:
                 existing[twins[twin]] = claim
     return existing
@@ -189,7 +189,7 @@ async def hold_back(
     possibly_held = [message for message in scheduler.possibly_held(won) if message not in outcomes]
     if not possibly_held:
         return
-    for delivery, hold in (await session.holds(possibly_held)).items():
+    for delivery, hold in (await session.key_holds(possibly_held)).items():
         match hold:
             case KeyHold.HELD:
                 outcomes[delivery] = HELD_BACK

@@ -96,9 +96,9 @@ class Scope:
     has failed with.
     """
 
-    def __init__(self, connection: Any, columns: BulkWriter) -> None:
+    def __init__(self, connection: Any, bulk_writer: BulkWriter) -> None:
         self.connection = connection
-        self.columns = columns
+        self.bulk_writer = bulk_writer
         self.turn = Turn()
         self.deferred: list[Sender] = []
         self.constraints: Sequence[str] | None = None
@@ -114,9 +114,9 @@ class Scope:
         """
         if not self._begun:
             self._begun = True
-            if self.columns.altered:
-                self.columns.forget()
-                self.columns.altered = False
+            if self.bulk_writer.altered:
+                self.bulk_writer.forget()
+                self.bulk_writer.altered = False
 
     def defer(self, tx: Sender) -> None:
         """Note that a message has deferred writes now.
@@ -139,7 +139,7 @@ class Scope:
             tx.placed = True
             self._begin()
             if self.constraints is None:
-                self.constraints = await self.columns.deferred_constraints()
+                self.constraints = await self.bulk_writer.deferred_constraints()
             pending = [sender for sender in self.deferred if not sender.is_open and sender is not tx]
             if tx.writes:
                 pending.append(tx)
@@ -174,14 +174,14 @@ class Scope:
             for sql, arguments in writes:
                 by_statement.setdefault(sql, []).append(arguments)
         kinds = [traits(sql) for sql in by_statement]
-        constraints = await self.columns.deferred_constraints()
+        constraints = await self.bulk_writer.deferred_constraints()
         if any(kind.outlasts for kind in kinds) or (
-            constraints and None in (await self.columns.plans(by_statement)).values()
+            constraints and None in (await self.bulk_writer.plans(by_statement)).values()
         ):
             await self._send_apart(messages, unfinished)
             return
         several = 1 < len(by_statement) < sum(map(len, by_statement.values()))
-        if len(by_statement) == 1 or (several and commute(plans := await self.columns.plans(by_statement))):
+        if len(by_statement) == 1 or (several and commute(plans := await self.bulk_writer.plans(by_statement))):
             await self._send_groups(list(by_statement.items()))
         elif several:
             await self._send_groups(group([write for writes in messages for write in writes], plans))
@@ -207,21 +207,21 @@ class Scope:
         statements: dict[str, list[Sequence[Any]]] = {}
         for sql, arguments in writes:
             statements.setdefault(sql, []).append(arguments)
-        return group(writes, await self.columns.plans(statements))
+        return group(writes, await self.bulk_writer.plans(statements))
 
     async def _send_groups(self, groups: Sequence[Group]) -> None:
         for sql, executions in groups:
-            await self.columns.send(sql, executions)
+            await self.bulk_writer.send(sql, executions)
 
     def schema_changed(self) -> None:
         """Forget what was read of the schema, here and after the transaction."""
-        self.columns.forget()
-        self.columns.altered = True
+        self.bulk_writer.forget()
+        self.bulk_writer.altered = True
         self.constraints = None
 
     def undone(self) -> None:
         """Forget a schema whose change was rolled back to a savepoint."""
-        if self.columns.altered:
+        if self.bulk_writer.altered:
             self.schema_changed()
 
     def note(self, kind: Traits) -> None:
@@ -239,7 +239,7 @@ class Scope:
 
     async def end_message(self) -> None:
         """Check and clean up as the COMMIT of this message alone would."""
-        self.constraints = constraints = await self.columns.deferred_constraints()
+        self.constraints = constraints = await self.bulk_writer.deferred_constraints()
         if constraints or self.sets_constraints:
             await self.connection.execute("set constraints all immediate")
         if constraints:

@@ -276,10 +276,10 @@ def m16_claim_kept_after_a_postponed_retry() -> None:
 def m17_hold_forgotten_by_apply() -> None:
     """`replay --apply` does not ask whether a dead letter holds the key."""
 
-    async def holds(self: ReplaySession, deliveries: Any) -> dict[Any, Any]:
+    async def key_holds(self: ReplaySession, deliveries: Any) -> dict[Any, Any]:
         return {}
 
-    replace(ReplaySession, "holds", holds)
+    replace(ReplaySession, "key_holds", key_holds)
 
 
 def m18_waiting_bounded_for_all_partitions() -> None:

@@ -692,7 +692,7 @@ class _Nowhere:
     is_usable = True
     batch_seconds_max = 60.0
 
-    columns: Any = None
+    bulk_writer: Any = None
 
     @property
     def connection(self) -> _Nowhere:

@@ -228,7 +228,7 @@ async def test_server_without_wal_functions_works_with_pre_check(
     assert len(await place.effects()) == 10
     session = await Session.open(place.settings())
     session.close()
-    assert session.server.untold == ("system", "timeline") and session.server.tells_history
+    assert session.server.refused == ("system", "timeline") and session.server.tells_history
     assert session.epoch.startswith("0-0-")
 
 
