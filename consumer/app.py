@@ -139,15 +139,15 @@ class App:
     @property
     def topics(self) -> list[str]:
         """The topics that any handler takes, sorted."""
-        return sorted({topic for each in self._handlers.values() for topic in each.topics})
+        return sorted({topic for handler in self._handlers.values() for topic in handler.topics})
 
     def by_topic(self) -> dict[str, list[Handler]]:
         """The handlers of each topic."""
-        found: dict[str, list[Handler]] = {topic: [] for topic in self.topics}
-        for each in self._handlers.values():
-            for topic in each.topics:
-                found[topic].append(each)
-        return found
+        by_topic: dict[str, list[Handler]] = {topic: [] for topic in self.topics}
+        for handler in self._handlers.values():
+            for topic in handler.topics:
+                by_topic[topic].append(handler)
+        return by_topic
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -166,8 +166,8 @@ class App:
             yield
 
     def _bind(self, resources: Mapping[str, object]) -> None:
-        for each in self._handlers.values():
-            each.bind(resources)
+        for handler in self._handlers.values():
+            handler.bind(resources)
 
 
 def _fault_of_shards(shards: object, route: object) -> str | None:
@@ -179,9 +179,9 @@ def _fault_of_shards(shards: object, route: object) -> str | None:
         return "shards= takes a mapping of at least two names to DSNs (one database needs no shards)"
     if fault := check_names(shards):
         return f"shards=: {fault}"
-    for each, address in shards.items():
+    for shard, address in shards.items():
         if not isinstance(address, str) or not address.removeprefix("env:").strip():
-            return f'shards=: the address of {each!r} is a DSN, or "env:NAME" for the variable that holds it'
+            return f'shards=: the address of {shard!r} is a DSN, or "env:NAME" for the variable that holds it'
     if not callable(route) or inspect.iscoroutinefunction(route):
         return "route= takes a plain function, from a key (bytes or None) to the name of a shard"
     return None

@@ -49,26 +49,26 @@ def load_app(path: str) -> App:
             text = "no text"
         raise Misconfigured(f"cannot import {module_name!r}: {type(error).__name__}: {text}{_place(error)}") from None
     log.disabled = False  # as dictConfig leaves every logger that it does not name
-    found = module
+    target = module
     for name in attribute.split("."):
-        if not hasattr(found, name):
-            apps = [each for each, value in vars(module).items() if isinstance(value, App)]
+        if not hasattr(target, name):
+            apps = [name for name, value in vars(module).items() if isinstance(value, App)]
             hint = f", did you mean {module_name}:{apps[0]}?" if apps else ""
             raise Misconfigured(f"module {module_name!r} has no attribute {attribute!r}{hint}")
-        found = getattr(found, name)
-    if not isinstance(found, App):
-        raise Misconfigured(f"{path} is a {type(found).__name__}, not a consumer.App")
-    if not found.handlers:
+        target = getattr(target, name)
+    if not isinstance(target, App):
+        raise Misconfigured(f"{path} is a {type(target).__name__}, not a consumer.App")
+    if not target.handlers:
         raise Misconfigured(f"{path} has no handlers: are the modules that register them imported?")
-    return found
+    return target
 
 
 def _place(error: BaseException) -> str:
     """Where in the user's own files it happened."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = str(Path(__file__).parent)
-    own = [each for each in frames if "importlib" not in each.filename and not each.filename.startswith(ours)]
-    own = [each for each in own if is_users(each.filename)] or own
+    own = [frame for frame in frames if "importlib" not in frame.filename and not frame.filename.startswith(ours)]
+    own = [frame for frame in own if is_users(frame.filename)] or own
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({error.filename}:{error.lineno})"
     return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

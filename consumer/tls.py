@@ -66,7 +66,7 @@ def redis_url(settings: Settings) -> str | None:
     url = settings.redis_url.get_secret_value()
     try:
         parts = urlsplit(url)
-        found = [parts.hostname or "localhost"]
+        addresses = [parts.hostname or "localhost"]
         options = {(name, value.lower()) for name, value in parse_qsl(parts.query)}
     except ValueError:
         return url  # the client says what is wrong with it
@@ -76,11 +76,13 @@ def redis_url(settings: Settings) -> str | None:
             "percent-encode special characters of the password"
         )
     if parts.scheme == "redis":
-        _refuse("redis", found, settings, "write rediss:// in CONSUMER_REDIS_URL")
+        _refuse("redis", addresses, settings, "write rediss:// in CONSUMER_REDIS_URL")
     if parts.scheme == "rediss":
-        checks = {each for each in options if each[0] in ("ssl_cert_reqs", "ssl_check_hostname")}
+        checks = {option for option in options if option[0] in ("ssl_cert_reqs", "ssl_check_hostname")}
         if checks - {("ssl_cert_reqs", "required"), ("ssl_check_hostname", "true")}:
-            _refuse("redis", found, settings, "leave ssl_cert_reqs and ssl_check_hostname out of CONSUMER_REDIS_URL")
+            _refuse(
+                "redis", addresses, settings, "leave ssl_cert_reqs and ssl_check_hostname out of CONSUMER_REDIS_URL"
+            )
         if settings.redis_ca_file is not None:
             if not Path(settings.redis_ca_file).is_file():  # the client would only say that Redis is away
                 raise Misconfigured(f"CONSUMER_REDIS_CA_FILE: no file {settings.redis_ca_file}")
@@ -97,8 +99,8 @@ def postgres_tls(settings: Settings) -> ssl.SSLContext | None:
 
     Raises Misconfigured for a weaker sslmode and for certificates that cannot be read; ValueError for what is no DSN.
     """
-    found, options = hosts.of_postgres(settings.dsn, os.environ.get("PGHOST", ""))
-    if any("@" in each for each in found):
+    addresses, options = hosts.of_postgres(settings.dsn, os.environ.get("PGHOST", ""))
+    if any("@" in host for host in addresses):
         raise ValueError("a password that is not percent-encoded: the host would quote a part of it")
     mode = options.get("sslmode") or os.environ.get("PGSSLMODE")
     if mode not in (None, *_MODES):
@@ -108,8 +110,8 @@ def postgres_tls(settings: Settings) -> ssl.SSLContext | None:
         raise Misconfigured(
             f"CONSUMER_POSTGRES_DSN: {unread[0]} is an option of libpq, which is not used here; leave it out{hint}"
         )
-    away = hosts.elsewhere(found)
-    if "service" in options or (os.environ.get("PGSERVICE") and found == ["/"]):
+    away = hosts.elsewhere(addresses)
+    if "service" in options or (os.environ.get("PGSERVICE") and addresses == ["/"]):
         raise Misconfigured("CONSUMER_POSTGRES_DSN: service files are not read: write the host into the address")
     if settings.postgres_ca_file is None and mode not in _VERIFYING and (not away or "postgres" in settings.insecure):
         return None
@@ -119,7 +121,7 @@ def postgres_tls(settings: Settings) -> ssl.SSLContext | None:
             "into CONSUMER_POSTGRES_DSN (CONSUMER_POSTGRES_CA_FILE names a CA of your own), or allow it with "
             "CONSUMER_ALLOW_INSECURE=postgres"
         )
-    if unread := [each for each in _UNREAD if each in options]:
+    if unread := [option for option in _UNREAD if option in options]:
         raise Misconfigured(
             f"CONSUMER_POSTGRES_DSN: {unread[0]} is not supported together with verify-full: leave it out"
         )
@@ -142,8 +144,8 @@ def postgres_tls(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-def _refuse(service: str, found: list[str], settings: Settings, instead: str) -> None:
-    away = hosts.elsewhere(found)
+def _refuse(service: str, addresses: list[str], settings: Settings, instead: str) -> None:
+    away = hosts.elsewhere(addresses)
     if away and service not in settings.insecure:
         raise Misconfigured(
             f"{service} at {away[0]} would be reached off this machine without making sure who answers: {instead}, or allow it with "

@@ -58,7 +58,7 @@ def from_event(record: Record) -> bytes | None:
 
 def _only(values: Sequence[bytes | None], name: str) -> bytes:
     first = values[0]
-    if any(each != first for each in values):
+    if any(value != first for value in values):
         raise Unreadable(Reason.AMBIGUOUS_MESSAGE_ID, f"several {name!r} headers with different values")
     if not first:
         raise Unreadable(Reason.NO_MESSAGE_ID, f"the header {name!r} is empty")

@@ -34,7 +34,7 @@ def _decodes_itself_at_top(declared: Any) -> bool:
     """Whether pydantic decodes the whole: it does where the type, or a member of the outermost union, is its own."""
     inner = _bare(declared)
     is_union = typing.get_origin(inner) in (typing.Union, types.UnionType)
-    return any(is_pydantic(_bare(each)) for each in (typing.get_args(inner) if is_union else [inner]))
+    return any(is_pydantic(_bare(argument)) for argument in (typing.get_args(inner) if is_union else [inner]))
 
 
 def _bare(declared: Any) -> Any:
@@ -46,8 +46,8 @@ def is_pydantic(part: Any) -> bool:
     origin = typing.get_origin(part)
     part = origin if isinstance(origin, type) else part
     return any(
-        hasattr(part, each)
-        for each in ("__pydantic_validator__", "__pydantic_core_schema__", "__get_pydantic_core_schema__")
+        hasattr(part, attribute)
+        for attribute in ("__pydantic_validator__", "__pydantic_core_schema__", "__get_pydantic_core_schema__")
     )
 
 
@@ -69,12 +69,12 @@ class _ConstraintWalk:
             return
         if origin is Annotated:
             inner, *metadata = typing.get_args(declared)
-            for each in metadata:
-                self._judge(each, inner, place, decodes_itself)
+            for constraint in metadata:
+                self._judge(constraint, inner, place, decodes_itself)
             self.look(inner, place, decodes_itself)
             return
-        for each in _parts(declared):
-            self.look(each, place, decodes_itself)
+        for part in _parts(declared):
+            self.look(part, place, decodes_itself)
         kind = origin if isinstance(origin, type) else declared
         if isinstance(kind, type):
             is_model = is_pydantic(kind) and not dataclasses.is_dataclass(
@@ -109,7 +109,7 @@ class _ConstraintWalk:
 
     def _judge(self, metadata: Any, declared: Any, place: str, decodes_itself: bool) -> None:
         if isinstance(metadata, msgspec.Meta):
-            if decodes_itself and any(getattr(metadata, each) is not None for each in _META):
+            if decodes_itself and any(getattr(metadata, attribute) is not None for attribute in _META):
                 raise RegistrationError(
                     f"{place}: msgspec.Meta has no effect in a type that pydantic decodes; write pydantic.Field(…)"
                 )
@@ -146,16 +146,16 @@ def _constrains(metadata: Any) -> bool:
 
 def _as_meta(metadata: Any, declared: Any) -> str:
     """The msgspec.Meta that says the same; nothing where there is none."""
-    found: dict[str, Any] = {}
-    for each in getattr(metadata, "metadata", None) or _members(metadata):
-        known = {name: getattr(each, name, None) for name in _META}
+    constraints: dict[str, Any] = {}
+    for constraint in getattr(metadata, "metadata", None) or _members(metadata):
+        known = {name: getattr(constraint, name, None) for name in _META}
         if not any(value is not None for value in known.values()):
             return ""
-        found |= {name: value for name, value in known.items() if value is not None}
+        constraints |= {name: value for name, value in known.items() if value is not None}
     numeric = {"gt", "ge", "lt", "le", "multiple_of"}
-    fits = declared in (int, float) if found.keys() & numeric else declared is not Decimal
-    text = ", ".join(f"{name}={value!r}" for name, value in found.items())
-    return f"msgspec.Meta({text})" if found and fits else ""
+    fits = declared in (int, float) if constraints.keys() & numeric else declared is not Decimal
+    text = ", ".join(f"{name}={value!r}" for name, value in constraints.items())
+    return f"msgspec.Meta({text})" if constraints and fits else ""
 
 
 def _members(metadata: Any) -> list[Any]:
@@ -167,11 +167,11 @@ def _members(metadata: Any) -> list[Any]:
 
 def _parts(declared: Any) -> Iterator[Any]:
     """The types that a type is made of: arguments, what an alias or a NewType stands for, bounds of a variable."""
-    for each in typing.get_args(declared):
-        if isinstance(each, list | tuple):
-            yield from each
+    for argument in typing.get_args(declared):
+        if isinstance(argument, list | tuple):
+            yield from argument
         else:
-            yield each
+            yield argument
     for name in ("__supertype__", "__value__", "__bound__"):
         inner = getattr(declared, name, None) if not isinstance(declared, type) else None
         if inner is not None:
@@ -193,7 +193,7 @@ def _has_fields(kind: type) -> bool:
 
 def _defaults(kind: type) -> Iterator[tuple[str, Any]]:
     if dataclasses.is_dataclass(kind):
-        yield from ((each.name, each.default) for each in dataclasses.fields(kind))
+        yield from ((field.name, field.default) for field in dataclasses.fields(kind))
     elif issubclass(kind, msgspec.Struct):
         defaults = kind.__struct_defaults__
         yield from zip(kind.__struct_fields__[len(kind.__struct_fields__) - len(defaults) :], defaults, strict=True)

@@ -32,11 +32,11 @@ def altered(row: Mapping[str, Any]) -> list[str] | None:
     if kept is None:
         return None
     place = (row["topic"], row["partition"], row["offset"], row["timestamp"])
-    found = {
+    intact = {
         VALUE: kept[:_SIZE] == _of_value(row["value"]),
         REST: kept[_SIZE:] == _of_rest(place, row["key"], row["header_keys"], row["header_values"]),
     }
-    return [part for part, is_same in found.items() if not is_same]
+    return [part for part, is_same in intact.items() if not is_same]
 
 
 def _of_value(value: bytes | None) -> bytes:
@@ -57,8 +57,8 @@ def _of_rest(
 
 
 def _digest(parts: Iterable[bytes | None]) -> bytes:
-    made = blake2b(digest_size=_SIZE)
+    digest = blake2b(digest_size=_SIZE)
     for part in parts:
-        made.update(b"-" if part is None else b"%d:" % len(part))
-        made.update(part or b"")
-    return made.digest()
+        digest.update(b"-" if part is None else b"%d:" % len(part))
+        digest.update(part or b"")
+    return digest.digest()

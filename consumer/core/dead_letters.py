@@ -120,23 +120,23 @@ def age_seconds(text: str, option: str) -> int:
 
     Also 7d or 2w. Raises Misconfigured, naming the option.
     """
-    found = _AGE.fullmatch(text)
-    if found is None:
+    match = _AGE.fullmatch(text)
+    if match is None:
         raise Misconfigured(f"{option} {text[:40]!r}: an age, such as 10m, 24h or 7d")
-    return int(found[1]) * _UNITS[found[2]]
+    return int(match[1]) * _UNITS[match[2]]
 
 
-def edit_fault(applied: bool, found: int | None, expected: Collection[int]) -> str:
+def edit_fault(applied: bool, fingerprint: int | None, expected: Collection[int]) -> str:
     """Return what is wrong with the row of an edited letter.
 
     It was applied under a new id. Empty for nothing.
 
     found: its fingerprint, None where there is no row. expected: those of the edited value, none where it is not kept.
     """
-    if found is None:
+    if fingerprint is None:
         return "the ledger has no row of its new id"
     if not applied:
         return "the ledger's row of its new id is that of a dead letter"
-    if expected and found not in expected:
+    if expected and fingerprint not in expected:
         return "the ledger's row of its new id is of another payload"
     return ""

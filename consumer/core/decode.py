@@ -86,12 +86,12 @@ def _msgspec(wanted: Any, allow_nan: bool) -> Decoder:
     """msgspec's own decoder, with pydantic models inside the type decoding themselves."""
     inside = list(_inside(msgspec.inspect.type_info(wanted)))
     inner = {
-        each.cls: Model(each.cls, allow_nan=allow_nan)
-        for each in inside
-        if isinstance(each, msgspec.inspect.CustomType) and _must_be_pydantic(each.cls)
+        node.cls: Model(node.cls, allow_nan=allow_nan)
+        for node in inside
+        if isinstance(node, msgspec.inspect.CustomType) and _must_be_pydantic(node.cls)
     }
     decode = _with_models(wanted, inner, allow_nan) if inner else msgspec.json.Decoder(wanted).decode
-    has_decimals = any(isinstance(each, msgspec.inspect.DecimalType) for each in inside)
+    has_decimals = any(isinstance(node, msgspec.inspect.DecimalType) for node in inside)
     if allow_nan:
         return _lenient(decode, wanted, inner, has_decimals)
     if has_decimals:
@@ -123,7 +123,7 @@ def _lenient(decode: Decoder, wanted: Any, inner: dict[Any, Model], has_decimals
             if not _LITERAL.search(value):
                 raise
             tree = json.loads(value, parse_float=number)
-            return msgspec.convert(tree, wanted, dec_hook=lambda kind, found: inner[kind].from_tree(found))
+            return msgspec.convert(tree, wanted, dec_hook=lambda kind, value: inner[kind].from_tree(value))
 
     return read
 
@@ -141,13 +141,13 @@ def _inside(info: Any) -> Iterator[Any]:
     seen: set[int] = set()
     todo = [info]
     while todo:
-        each = todo.pop()
-        if isinstance(each, tuple | list):
-            todo.extend(each)
-        elif isinstance(each, msgspec.inspect.Type | msgspec.inspect.Field) and id(each) not in seen:
-            seen.add(id(each))
-            yield each
-            todo.extend(getattr(each, name) for name in each.__struct_fields__)
+        node = todo.pop()
+        if isinstance(node, tuple | list):
+            todo.extend(node)
+        elif isinstance(node, msgspec.inspect.Type | msgspec.inspect.Field) and id(node) not in seen:
+            seen.add(id(node))
+            yield node
+            todo.extend(getattr(node, name) for name in node.__struct_fields__)
 
 
 def read_again(decoder: Decoder, value: bytes, error: Exception) -> Any:

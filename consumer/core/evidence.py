@@ -102,17 +102,17 @@ class Evidence:
         self.is_needed = False  # whether anything has failed: until then, nobody needs to report successes
 
     def _of(self, handler: str) -> _Handler:
-        found = self._handlers.get(handler)
-        if found is None:
-            found = self._handlers[handler] = _Handler()
-        return found
+        record = self._handlers.get(handler)
+        if record is None:
+            record = self._handlers[handler] = _Handler()
+        return record
 
     def succeeded(self, handler: str) -> None:
         """Note that messages of a handler were applied and committed. Called once a batch."""
-        found = self._of(handler)
-        found.successes += 1
-        if found.failing:
-            found.failing.clear()
+        record = self._of(handler)
+        record.successes += 1
+        if record.failing:
+            record.failing.clear()
 
     def mark(self, handler: str) -> int:
         """The number of successes so far: kept with a message when it fails first."""
@@ -127,7 +127,7 @@ class Evidence:
 
     def others(self, handler: str, kind: str, mark: int) -> Others:
         """How other messages of the handler have fared since `mark`."""
-        found = self._of(handler)
-        if found.successes > mark:
+        record = self._of(handler)
+        if record.successes > mark:
             return Others.SUCCEED
-        return Others.FAIL_ALIKE if len(found.failing.get(kind, ())) >= ALIKE_MIN else Others.UNKNOWN
+        return Others.FAIL_ALIKE if len(record.failing.get(kind, ())) >= ALIKE_MIN else Others.UNKNOWN

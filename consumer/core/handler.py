@@ -128,7 +128,7 @@ def _compile(function: Function, kinds: list[Any]) -> Call:
 
     def call(value: Any, message: Any, tx: Any) -> Awaitable[object]:
         given = {"value": value, "message": message, "tx": tx}
-        return function(*[each.value if isinstance(each, _Bound) else given[each] for each in kinds])
+        return function(*[kind.value if isinstance(kind, _Bound) else given[kind] for kind in kinds])
 
     return call
 
@@ -384,7 +384,7 @@ def _check_field(field: str, declared: Any, wrong: Wrong) -> None:
     if isinstance(declared, type) and issubclass(declared, msgspec.Struct):
         names = list(declared.__struct_fields__)
     elif dataclasses.is_dataclass(declared):
-        names = [each.name for each in dataclasses.fields(declared)]
+        names = [field.name for field in dataclasses.fields(declared)]
     elif isinstance(declared, type) and hasattr(declared, "model_fields"):
         names = list(declared.model_fields)
     elif typing.is_typeddict(declared):

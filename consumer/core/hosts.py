@@ -29,16 +29,16 @@ def is_local(host: str) -> bool:
 
 def of_kafka(servers: str) -> list[str]:
     """The hosts of `host:port,…`; an IPv6 address may stand in brackets, or alone."""
-    found = []
-    for each in servers.split(","):
-        text = each.strip()
+    names = []
+    for part in servers.split(","):
+        text = part.strip()
         if text.startswith("["):
-            found.append(text[1:].partition("]")[0])
+            names.append(text[1:].partition("]")[0])
         elif text.count(":") > 1:
-            found.append(text)
+            names.append(text)
         else:
-            found.append(text.partition(":")[0])
-    return found
+            names.append(text.partition(":")[0])
+    return names
 
 
 def of_postgres(dsn: str, variable: str = "") -> tuple[list[str], dict[str, str]]:
@@ -54,8 +54,8 @@ def of_postgres(dsn: str, variable: str = "") -> tuple[list[str], dict[str, str]
     _, at, after = parts.netloc.partition("@")  # the first one, as the driver has it
     named = after if at else parts.netloc
     given = named or options.get("host") or variable
-    found = [_without_port(each) for each in given.split(",")] if given else ["/"]
-    return [unquote(each) for each in found] if named else found, options
+    names = [_without_port(part) for part in given.split(",")] if given else ["/"]
+    return [unquote(name) for name in names] if named else names, options
 
 
 def _without_port(spec: str) -> str:
@@ -68,7 +68,7 @@ def _without_port(spec: str) -> str:
 
 def elsewhere(hosts: Iterable[str]) -> list[str]:
     """Those that are not this machine."""
-    return [each for each in hosts if not is_local(each)]
+    return [host for host in hosts if not is_local(host)]
 
 
 def certificate_fault(code: int, text: str, ca: str, address: str) -> str:

@@ -176,12 +176,12 @@ def ids_of_text(text: str | bytes, salts: Iterable[bytes | None] = (None,)) -> t
     These are of an offset, as ``topic:partition:offset`` (salts: of the logs of that name), and of an edited dead letter.
     """
     raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
-    found = [message_id(raw)]
+    ids = [message_id(raw)]
     if reads_like_offset(raw):
-        found += [blake2b(raw + (salt or b""), digest_size=16).digest() for salt in (None, *salts)]
+        ids += [blake2b(raw + (salt or b""), digest_size=16).digest() for salt in (None, *salts)]
     elif edit := _EDIT_TEXT.fullmatch(raw):
-        found.append(edit_id(int(edit[1])))
-    return tuple(dict.fromkeys(found))
+        ids.append(edit_id(int(edit[1])))
+    return tuple(dict.fromkeys(ids))
 
 
 def reads_like_offset(raw: bytes) -> bool:
@@ -193,60 +193,60 @@ def fingerprint(value: bytes | None) -> int:
     """64 signed bits of the payload: two messages of one id with different fingerprints are not the same message."""
     if value is None:
         return NO_VALUE_FINGERPRINT
-    made = _fingerprint.copy()
-    made.update(value)
-    number: int = _signed(made.digest())[0]
+    digest = _fingerprint.copy()
+    digest.update(value)
+    number: int = _signed(digest.digest())[0]
     return number
 
 
 def from_headers(record: Record, name: str) -> bytes | None:
     """The 16 bytes from the header `name`, None without one. Raises Unreadable for an empty one, or two that differ."""
-    found: bytes | None = None
+    id: bytes | None = None
     seen = False
     for key, value in record.headers:
         if key == name:
-            if seen and value != found and not (value and found and message_id(value) == message_id(found)):
+            if seen and value != id and not (value and id and message_id(value) == message_id(id)):
                 raise Unreadable(Reason.AMBIGUOUS_MESSAGE_ID, f"several {name!r} headers with different values")
-            seen, found = True, value
+            seen, id = True, value
     if not seen:
         return None
-    if not found:
+    if not id:
         raise Unreadable(Reason.NO_MESSAGE_ID, f"the header {name!r} is empty")
-    return message_id(found)
+    return message_id(id)
 
 
 def from_value(rule: FieldId | CallableId, value: object) -> bytes:
     """The 16 bytes from a decoded value. Raises Unreadable where the value has no usable id."""
     match rule:
         case FieldId(path):
-            found = value
+            part = value
             for step in path:
                 try:
-                    found = found[step] if isinstance(found, dict) else getattr(found, step)
+                    part = part[step] if isinstance(part, dict) else getattr(part, step)
                 except Exception:  # a property may raise anything
                     raise Unreadable(Reason.NO_MESSAGE_ID, f"no field {'.'.join(path)!r}") from None
-            return from_object(found, f"the field {'.'.join(path)!r}")
+            return from_object(part, f"the field {'.'.join(path)!r}")
         case CallableId(function):
             try:
-                found = function(value)
+                part = function(value)
             except Exception as error:
                 raise Unreadable(Reason.NO_MESSAGE_ID, f"message_id function: {type(error).__name__}") from error
-            return from_object(found, "the result of the message_id function")
+            return from_object(part, "the result of the message_id function")
 
 
-def from_object(found: object, what: str) -> bytes:
+def from_object(value: object, what: str) -> bytes:
     """The 16 bytes from an id as a Python value: a UUID, text, bytes or an integer, not empty."""
-    if isinstance(found, UUID):
-        return found.bytes
-    if isinstance(found, str) and found:
-        return message_id(found.encode("utf-8", "surrogatepass"))
-    if isinstance(found, bytes) and found:
-        return message_id(found)
-    if isinstance(found, int) and not isinstance(found, bool):
+    if isinstance(value, UUID):
+        return value.bytes
+    if isinstance(value, str) and value:
+        return message_id(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, bytes) and value:
+        return message_id(value)
+    if isinstance(value, int) and not isinstance(value, bool):
         try:
-            return message_id(str(found).encode())
+            return message_id(str(value).encode())
         except ValueError:
             raise Unreadable(Reason.NO_MESSAGE_ID, f"{what} is a number of too many digits") from None
-    if found is None or found in ("", b""):
+    if value is None or value in ("", b""):
         raise Unreadable(Reason.NO_MESSAGE_ID, f"{what} is empty")
-    raise Unreadable(Reason.NO_MESSAGE_ID, f"{what} is a {type(found).__name__}: use text, bytes, int or UUID")
+    raise Unreadable(Reason.NO_MESSAGE_ID, f"{what} is a {type(value).__name__}: use text, bytes, int or UUID")

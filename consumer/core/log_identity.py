@@ -152,7 +152,7 @@ def _noted(text: str) -> dict[str, int]:
     Empty for another client's metadata.
     """
     words = text.split(" ")
-    if len(words) % 2 or not all(re.fullmatch("[0-9]{1,18}", each) for each in words):
+    if len(words) % 2 or not all(re.fullmatch("[0-9]{1,18}", word) for word in words):
         return {}
     return dict(zip(words[::2], map(int, words[1::2]), strict=True))
 

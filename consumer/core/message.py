@@ -64,7 +64,7 @@ class Message(msgspec.Struct, Generic[T], frozen=True):
 def as_dry_run(argument: Any) -> Any:
     """A handler's argument with `dry_run` set in its messages."""
     if isinstance(argument, list):
-        return [as_dry_run(each) for each in argument]
+        return [as_dry_run(message) for message in argument]
     return msgspec.structs.replace(argument, dry_run=True) if isinstance(argument, Message) else argument
 
 

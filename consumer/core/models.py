@@ -166,7 +166,7 @@ class Model:
         """Whether two values are equal in what was sent; defaults may differ from call to call."""
         if one == other:
             return True
-        one, other = (self._adapter.dump_python(each, exclude_unset=True, warnings=False) for each in (one, other))
+        one, other = (self._adapter.dump_python(model, exclude_unset=True, warnings=False) for model in (one, other))
         return bool(one == other)
 
     def _validate(self, validate: Callable[[Any], Any], given: Any) -> Any:
@@ -176,8 +176,8 @@ class Model:
             raise Unfit(self._text(error)) from None
 
     def _text(self, error: Any) -> str:
-        found = error.errors(include_url=False, include_context=False, include_input=False)
-        return "; ".join(f"{_path(each['loc'], self._names)}: {each['type']}" for each in found[:5])
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        return "; ".join(f"{_path(fault['loc'], self._names)}: {fault['type']}" for fault in errors[:5])
 
 
 def _encoded(value: Any) -> Any:
@@ -189,15 +189,15 @@ def _loses_in_text(tree: Any) -> bool:
     """Whether text in parsed JSON is itself an object or array with a number that a float changes."""
     todo = [tree]
     while todo:
-        each = todo.pop()
-        if isinstance(each, dict):
-            todo.extend(each.values())
-        elif isinstance(each, list):
-            todo.extend(each)
-        elif isinstance(each, str) and each.lstrip()[:1] in ("{", "["):
+        value = todo.pop()
+        if isinstance(value, dict):
+            todo.extend(value.values())
+        elif isinstance(value, list):
+            todo.extend(value)
+        elif isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
             numbers = Numbers()
             try:
-                todo.append(json.loads(each, parse_float=numbers.read))
+                todo.append(json.loads(value, parse_float=numbers.read))
             except ValueError:
                 continue  # other text
             if numbers.any_lost:
@@ -212,16 +212,16 @@ def _has(kind: str, adapter: Any) -> bool:
     if todo == [None]:
         return True
     while todo:
-        each = todo.pop()
-        if id(each) in seen:
+        value = todo.pop()
+        if id(value) in seen:
             continue
-        seen.add(id(each))
-        if isinstance(each, dict):
-            if each.get("type") == kind:
+        seen.add(id(value))
+        if isinstance(value, dict):
+            if value.get("type") == kind:
                 return True
-            todo.extend(each.values())
-        elif isinstance(each, list | tuple):
-            todo.extend(each)
+            todo.extend(value.values())
+        elif isinstance(value, list | tuple):
+            todo.extend(value)
     return False
 
 
@@ -233,14 +233,14 @@ def _names(adapter: Any) -> set[str]:
         return set()
     names: set[str] = set()
     while todo:
-        each = todo.pop()
-        if isinstance(each, dict):
-            names |= set(each.get("properties", {}))
-            todo.extend(each.values())
-        elif isinstance(each, list):
-            todo.extend(each)
+        schema = todo.pop()
+        if isinstance(schema, dict):
+            names |= set(schema.get("properties", {}))
+            todo.extend(schema.values())
+        elif isinstance(schema, list):
+            todo.extend(schema)
     return names
 
 
 def _path(place: tuple[int | str, ...], names: set[str]) -> str:
-    return ".".join(str(each) if isinstance(each, int) or each in names else "[...]" for each in place) or "value"
+    return ".".join(str(part) if isinstance(part, int) or part in names else "[...]" for part in place) or "value"

@@ -116,7 +116,7 @@ class Scheduler:
         They are delivered again to its next owner.
         """
         self._queues.pop(partition, None)
-        self._ready = deque(each for each in self._ready if each.partition != partition)
+        self._ready = deque(delivery for delivery in self._ready if delivery.partition != partition)
         for key, chain in list(self._delayed.items()):
             if chain[0].partition == partition:  # a key never spans two
                 del self._delayed[key], self._due[key]
@@ -127,7 +127,7 @@ class Scheduler:
 
     def handlers(self) -> list[Handler]:
         """Return the handlers of all topics."""
-        return [each for found in self._handlers.values() for each in found]
+        return [handler for handlers in self._handlers.values() for handler in handlers]
 
     def position(self, partition: Partition) -> int:
         """Return the position as this worker last wrote or read it."""
@@ -153,7 +153,7 @@ class Scheduler:
         if queue is None or (start is not None and start > queue.received):
             return 0, 0
         if records and records[0].offset < queue.received:
-            records = [each for each in records if each.offset >= queue.received]
+            records = [record for record in records if record.offset >= queue.received]
         if end is None:
             end = records[-1].offset + 1 if records else 0
         queue.received = max(queue.received, end)
@@ -312,7 +312,7 @@ class Scheduler:
         """
         queue = self._queues[partition]
         queue.received = max(queue.received, end)
-        free = [each for each in deliveries if not (self._delayed and self._queue_behind(each))]
+        free = [delivery for delivery in deliveries if not (self._delayed and self._queue_behind(delivery))]
         return Batch(free, {partition: end}, self._epochs())
 
     def _bytes_share(self) -> int:
@@ -324,7 +324,7 @@ class Scheduler:
 
         Frontiers stay where they are. Deliveries whose key waits for a failed message queue behind it. Their partitions must be assigned.
         """
-        free = [each for each in deliveries if not (self._delayed and self._queue_behind(each))]
+        free = [delivery for delivery in deliveries if not (self._delayed and self._queue_behind(delivery))]
         return Batch(free, {}, self._epochs())
 
     def _epochs(self) -> dict[Partition, int]:
@@ -382,11 +382,11 @@ class Scheduler:
         if not any(queue.possibly_held for queue in self._queues.values()):
             return []
         return [
-            each
-            for each in deliveries
-            if (queue := self._queues.get(each.partition)) is not None
+            delivery
+            for delivery in deliveries
+            if (queue := self._queues.get(delivery.partition)) is not None
             and queue.possibly_held
-            and (each.handler.number, each.ordering_key_hash()) in queue.possibly_held
+            and (delivery.handler.number, delivery.ordering_key_hash()) in queue.possibly_held
         ]
 
     def _delay(self, queue: _PartitionQueue, delivery: Delivery) -> None:
@@ -426,7 +426,7 @@ class Scheduler:
                     counts = opened[delivery.partition] = dict(queue.unsettled) if queue else {}
                 offset = delivery.record.offset
                 counts[offset] = counts.get(offset, 0) + (1 if delivery in unsettled_now else -1)
-        found: list[PositionUpdate] = []
+        updates: list[PositionUpdate] = []
         for partition in {*batch.ends, *opened}:
             queue = self._current_queue(batch, partition)
             if queue is None:
@@ -435,8 +435,8 @@ class Scheduler:
             frontier = max(queue.frontier, batch.ends.get(partition, queue.frontier))
             position = min((offset for offset, count in counts.items() if count > 0), default=frontier)
             if position != queue.position:
-                found.append(PositionUpdate(partition, queue.position, position))
-        return found
+                updates.append(PositionUpdate(partition, queue.position, position))
+        return updates
 
     def settle(self, batch: Batch, delayed: Mapping[Delivery, float], updates: Sequence[PositionUpdate]) -> None:
         """Record what a committed transaction has settled.
@@ -470,7 +470,7 @@ class Scheduler:
             if chain is None or len(deliveries) > 1 or chain[0] is not deliveries[0]:
                 # Parts of a batch are settled one by one, so these may come after, or between, those that wait already.
                 waiting = {*(chain or ()), *deliveries}
-                self._delayed[key] = chain = deque(sorted(waiting, key=lambda each: each.record.offset))
+                self._delayed[key] = chain = deque(sorted(waiting, key=lambda delivery: delivery.record.offset))
             if chain[0] in delayed:
                 self._due[key] = delayed[chain[0]]
         for partition, end in batch.ends.items():
@@ -485,12 +485,12 @@ class Scheduler:
     def _block_ready(self, keys: set[Hashable]) -> None:
         """Block what was free to run of keys that have failed again."""
         free: deque[Delivery] = deque()
-        for each in self._ready:
-            key = each.ordering_key()
+        for delivery in self._ready:
+            key = delivery.ordering_key()
             if key in keys:
-                self._delayed.setdefault(key, deque()).append(each)
+                self._delayed.setdefault(key, deque()).append(delivery)
             else:
-                free.append(each)
+                free.append(delivery)
         self._ready = free
 
     def _release(self, queue: _PartitionQueue, delivery: Delivery) -> None:

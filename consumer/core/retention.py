@@ -126,9 +126,9 @@ def due(state: LedgerState, policy: Policy) -> Step:
 
     A generation is forgotten when its youngest row may be as old as the retention.
     """
-    for each in state.generations:
-        if each.forgotten:
-            return Drop(each.number)
+    for generation in state.generations:
+        if generation.forgotten:
+            return Drop(generation.number)
     if state.turning:
         return RotateGeneration()
     oldest = state.generations[0]
@@ -137,7 +137,7 @@ def due(state: LedgerState, policy: Policy) -> Step:
     forgets_at = math.inf if oldest.closed_at is None else oldest.closed_at + policy.retention * HOUR
     if len(state.generations) >= GENERATIONS_MAX:
         return Wait(forgets_at - state.now)  # something holds the oldest back: the present one grows instead
-    [present] = [each for each in state.generations if each.number == state.target]
+    [present] = [generation for generation in state.generations if generation.number == state.target]
     turns_at = present.opened_at + policy.generation * HOUR
     if turns_at <= state.now:
         return RotateGeneration()

@@ -31,7 +31,7 @@ class Retry:
         object.__setattr__(self, "on", tuple(kinds))
         if isinstance(self.attempts, bool) or not isinstance(self.attempts, int) or self.attempts < 1:
             raise ValueError(f"Retry(attempts={self.attempts!r}): a whole number of at least 1")
-        numbers = all(isinstance(each, int | float) for each in (self.base, self.cap))
+        numbers = all(isinstance(number, int | float) for number in (self.base, self.cap))
         if not numbers or not 0 <= self.base <= self.cap:
             raise ValueError(f"Retry(base={self.base!r}, cap={self.cap!r}): seconds, 0 <= base <= cap")
 

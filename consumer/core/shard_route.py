@@ -53,7 +53,7 @@ class Router:
         """
         if self._route is None:
             return [records]
-        found: list[list[Record]] = [[] for _ in self.shards]
+        by_shard: list[list[Record]] = [[] for _ in self.shards]
         for record in records:
             try:
                 name = self.shard_of(record.key)
@@ -61,8 +61,8 @@ class Router:
                 raise RouteFault(
                     f"{fault} (message {record.topic}:{record.partition}:{record.offset}, which was not applied)"
                 ) from fault
-            found[self._places[name]].append(record)
-        return list(found)
+            by_shard[self._places[name]].append(record)
+        return list(by_shard)
 
     def shard_of(self, key: bytes | None) -> str:
         """Return the shard of a key.

@@ -30,8 +30,8 @@ def check_known(option: str, given: str, known: Iterable[str], where: str) -> No
 def suggestion(given: str, names: Iterable[str]) -> str:
     """Close matches, or all names when there are few."""
     known = sorted(set(names))
-    lowered = {each.lower(): each for each in known}
-    close = [lowered[each] for each in get_close_matches(given.lower(), lowered, n=3, cutoff=0.6)]
+    lowered = {name.lower(): name for name in known}
+    close = [lowered[name] for name in get_close_matches(given.lower(), lowered, n=3, cutoff=0.6)]
     if close:
         return f"did you mean {' or '.join(close)}?"
     if not known:

@@ -26,15 +26,15 @@ def fields_of(value: Any) -> Iterable[tuple[str, Any]] | None:
     """Names and values of a Struct, a pydantic model, a dataclass or an attrs class; None for anything else."""
     kind = type(value)
     if isinstance(value, msgspec.Struct):
-        return [(each, getattr(value, each)) for each in kind.__struct_fields__]
+        return [(name, getattr(value, name)) for name in kind.__struct_fields__]
     if hasattr(kind, "__pydantic_fields__") and not dataclasses.is_dataclass(kind):
-        found = [(each, getattr(value, each)) for each in kind.__pydantic_fields__]
+        fields = [(name, getattr(value, name)) for name in kind.__pydantic_fields__]
         extra = getattr(value, "__pydantic_extra__", None)
-        return [*found, ("[...]", extra)] if extra else found
+        return [*fields, ("[...]", extra)] if extra else fields
     if dataclasses.is_dataclass(kind):
-        return [(each.name, getattr(value, each.name)) for each in dataclasses.fields(kind)]
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(kind)]
     if hasattr(kind, "__attrs_attrs__"):
-        return [(each.name, getattr(value, each.name)) for each in kind.__attrs_attrs__]
+        return [(field.name, getattr(value, field.name)) for field in kind.__attrs_attrs__]
     return None
 
 
@@ -42,20 +42,20 @@ def not_finite(value: Any) -> str | None:
     """Where a number inside a value is NaN or infinite, by names of declared fields; None when all are finite."""
     todo: list[tuple[str, Any]] = [("", value)]
     while todo:
-        place, each = todo.pop()
-        if isinstance(each, float):
-            if not math.isfinite(each):
+        place, part = todo.pop()
+        if isinstance(part, float):
+            if not math.isfinite(part):
                 return place or "value"
-        elif isinstance(each, Decimal):
-            if not each.is_finite():
+        elif isinstance(part, Decimal):
+            if not part.is_finite():
                 return place or "value"
-        elif each is None or isinstance(each, str | int | bytes):
+        elif part is None or isinstance(part, str | int | bytes):
             continue
-        elif isinstance(each, Mapping):
-            todo.extend((f"{place}[...]", item) for pair in each.items() for item in pair)
-        elif isinstance(each, Sequence | Set):
-            todo.extend((f"{place}[...]", item) for item in each)
-        elif (fields := fields_of(each)) is not None:
+        elif isinstance(part, Mapping):
+            todo.extend((f"{place}[...]", item) for pair in part.items() for item in pair)
+        elif isinstance(part, Sequence | Set):
+            todo.extend((f"{place}[...]", item) for item in part)
+        elif (fields := fields_of(part)) is not None:
             todo.extend((f"{place}.{name}" if place else name, item) for name, item in fields)
     return None
 
@@ -92,9 +92,9 @@ def canonical(value: Any, depth: int = 0) -> bytes:
         tag = getattr(getattr(type(value), "__struct_config__", None), "tag", None)  # which member of a union it is
         return _unordered(b"{", items if tag is None else [*items, canonical(None) + canonical(tag)])
     if isinstance(value, Sequence):
-        return _framed(b"[", b"".join([canonical(each, inner) for each in value]))
+        return _framed(b"[", b"".join([canonical(element, inner) for element in value]))
     if isinstance(value, Set):
-        return _unordered(b"<", [canonical(each, inner) for each in value])
+        return _unordered(b"<", [canonical(element, inner) for element in value])
     return _framed(b"o", _text_of(value).encode())
 
 

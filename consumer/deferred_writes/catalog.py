@@ -236,7 +236,7 @@ def barrier(facts: Mapping[str, Any], shape: Shape) -> NotBatchedReason | None:
     """Return the first reason of its table why a statement stays in place."""
     if facts["relation"] is None:
         return NotBatchedReason.TABLE
-    found = {
+    reasons = {
         NotBatchedReason.KIND: not facts["tables"],
         NotBatchedReason.INHERITED: facts["inherited"],
         NotBatchedReason.RULE: facts["ruled"],
@@ -248,10 +248,10 @@ def barrier(facts: Mapping[str, Any], shape: Shape) -> NotBatchedReason | None:
         NotBatchedReason.ACTION: facts["acts"],
         NotBatchedReason.SHADOWED: facts["shadowed"],
     }
-    for why, applies in found.items():
+    for why, applies in reasons.items():
         if applies:
             return why
-    columns = {each.name: each for each in _columns(facts)}
+    columns = {column.name: column for column in _columns(facts)}
     used = {*shape.names, *shape.assigned, *(column for column, _ in shape.keys)}
     if not all(name in columns and columns[name].builtin for name in used):
         return NotBatchedReason.COLUMN
@@ -264,7 +264,7 @@ def barrier(facts: Mapping[str, Any], shape: Shape) -> NotBatchedReason | None:
 
 def _inserted(facts: Mapping[str, Any], shape: Shape) -> list[tuple[str, int | None]]:
     """Return the columns that an INSERT fills, with their parameters."""
-    return list(zip(shape.columns or [each.name for each in _columns(facts)], shape.inserted, strict=False))
+    return list(zip(shape.columns or [column.name for column in _columns(facts)], shape.inserted, strict=False))
 
 
 def judge(facts: Mapping[str, Any], shape: Shape, parameters: Sequence[tuple[str, str]]) -> Plan:
@@ -308,7 +308,7 @@ def _why_alone(facts: Mapping[str, Any], shape: Shape, types: Sequence[str]) -> 
         return NotBatchedReason.ROWS
     if facts["selfish"]:
         return NotBatchedReason.SELF
-    columns = {each.name: each for each in _columns(facts)}
+    columns = {column.name: column for column in _columns(facts)}
     for column, place in shape.borrowed:
         # As stored, it must be what the parameter was: no rounding, padding or cutting on the way.
         if columns[column].type != types[place] or columns[column].modifier != -1:
@@ -321,24 +321,24 @@ def _why_alone(facts: Mapping[str, Any], shape: Shape, types: Sequence[str]) -> 
         if facts["numbered"] or _reads_clock(facts, shape):
             return NotBatchedReason.SEQUENCE
         [(key, _)] = shape.keys
-        if any(each.columns != [key] or not each.plain for each in _uniques(facts)):
+        if any(unique.columns != [key] or not unique.plain for unique in _uniques(facts)):
             return NotBatchedReason.UNIQUE
-        if not all(each.bytewise for each in _uniques(facts)):
+        if not all(unique.bytewise for unique in _uniques(facts)):
             return NotBatchedReason.KEY
     elif shape.kind == "update":
         changed = _changed(facts, shape)
-        if any(not each.plain or set(each.columns) & changed for each in _uniques(facts)):
+        if any(not unique.plain or set(unique.columns) & changed for unique in _uniques(facts)):
             return NotBatchedReason.UNIQUE
     return None
 
 
 def _pins(facts: Mapping[str, Any], shape: Shape, types: Sequence[str]) -> dict[str, tuple[int, str]]:
     """Columns whose parameter decides which rows a statement meets."""
-    columns = {each.name: each for each in _columns(facts)}
+    columns = {column.name: column for column in _columns(facts)}
     places: dict[str, int] = dict(shape.keys)
     if shape.kind == "insert":
         places = {name: place for name, place in _inserted(facts, shape) if place is not None}
-    found: dict[str, tuple[int, str]] = {}
+    pins: dict[str, tuple[int, str]] = {}
     for name, place in places.items():
         if len(types) <= place or name not in columns or not _is_key(columns[name], types[place], shape):
             continue
@@ -348,8 +348,8 @@ def _pins(facts: Mapping[str, Any], shape: Shape, types: Sequence[str]) -> dict[
             if not unique.plain or not unique.bytewise or name not in unique.columns:
                 break
         else:
-            found[name] = (place, columns[name].type)
-    return found
+            pins[name] = (place, columns[name].type)
+    return pins
 
 
 def _is_key(column: _Column, parameter: str, shape: Shape) -> bool:
@@ -365,7 +365,7 @@ def _is_key(column: _Column, parameter: str, shape: Shape) -> bool:
 
 def _changed(facts: Mapping[str, Any], shape: Shape) -> set[str]:
     """Return the columns that an UPDATE assigns or that are generated."""
-    return {*shape.assigned, *(each.name for each in _columns(facts) if each.generated)}
+    return {*shape.assigned, *(column.name for column in _columns(facts) if column.generated)}
 
 
 def _columns(facts: Mapping[str, Any]) -> list[_Column]:

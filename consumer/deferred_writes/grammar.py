@@ -32,7 +32,7 @@ def shape_of(sql: str) -> Shape | None:
 
 
 def _join(tokens: Sequence[Token]) -> str:
-    return " ".join(each.text for each in tokens)
+    return " ".join(token.text for token in tokens)
 
 
 def _insert(reader: StatementReader) -> Shape:
@@ -45,14 +45,14 @@ def _insert(reader: StatementReader) -> Shape:
     while reader.takes(","):
         values.append(reader.expression(",", ")", owners=()))
     reader.take(")")
-    inserted = [_number(each[0]) if len(each) == 1 and each[0].kind == "parameter" else None for each in values]
+    inserted = [_number(tokens[0]) if len(tokens) == 1 and tokens[0].kind == "parameter" else None for tokens in values]
     named = f"{table} as {alias}" if alias else table
     listed = f"({', '.join(columns)})" if columns else ""
     shape = Shape(
         kind="insert",
         table=table,
         parameters=0,
-        inserted=tuple(None if each is None else each - 1 for each in inserted),
+        inserted=tuple(None if number is None else number - 1 for number in inserted),
         columns=tuple(map(plain_name, columns)),
         _before=f"insert into {named} {listed} select",
         _expressions=", ".join(map(_join, values)),
@@ -95,7 +95,7 @@ def _upsert(reader: StatementReader, shape: Shape, target: Sequence[str], alias:
     }
     borrowed: dict[str, int] = {}
     has_rows = True
-    for token in [each for tokens in (*assigned.values(), where) for each in tokens if each.kind == "parameter"]:
+    for token in [token for tokens in (*assigned.values(), where) for token in tokens if token.kind == "parameter"]:
         column = source.get(_number(token) - 1)
         if column is None:
             has_rows = False
@@ -104,7 +104,9 @@ def _upsert(reader: StatementReader, shape: Shape, target: Sequence[str], alias:
 
     def read(tokens: Sequence[Token]) -> str:
         quoted = {number: 'excluded."' + name.replace('"', '""') + '"' for number, name in source.items()}
-        return " ".join(quoted.get(_number(each) - 1, "") if each.kind == "parameter" else each.text for each in tokens)
+        return " ".join(
+            quoted.get(_number(token) - 1, "") if token.kind == "parameter" else token.text for token in tokens
+        )
 
     changes = ", ".join(f"{column} = {read(change)}" for column, change in assigned.items())
     condition = f" where {read(where)}" if where else ""
@@ -217,9 +219,9 @@ def _terms(where: Sequence[Token]) -> list[list[Token]]:
 
 def _equalities(terms: Sequence[Sequence[Token]], owner: str) -> list[tuple[str, int]]:
     """Columns that must equal a parameter."""
-    found: list[tuple[str, int]] = []
+    equalities: list[tuple[str, int]] = []
     for term in terms:
-        texts = [each.text for each in term]
+        texts = [token.text for token in term]
         if texts.count("=") != 1:
             continue
         at = texts.index("=")
@@ -228,25 +230,25 @@ def _equalities(terms: Sequence[Sequence[Token]], owner: str) -> list[tuple[str,
             sides.reverse()
         column, parameter = _column(sides[0], owner), sides[1]
         if column is not None and len(parameter) == 1 and parameter[0].kind == "parameter":
-            found.append((column, _number(parameter[0])))
-    return found
+            equalities.append((column, _number(parameter[0])))
+    return equalities
 
 
 def _added(assigned: Mapping[str, Sequence[Token]], owner: str) -> tuple[tuple[str, int], ...]:
     """Columns that become themselves plus or minus a parameter, with its place."""
-    found: list[tuple[str, int]] = []
+    added: list[tuple[str, int]] = []
     for column, change in assigned.items():
         *left, sign, last = change if len(change) > 2 else [*change, *change, *change]
         if sign.text in ("+", "-") and last.kind == "parameter" and _column(left, owner) == column:
-            found.append((column, _number(last) - 1))
+            added.append((column, _number(last) - 1))
         elif (
             change[0].kind == "parameter"
             and change[1:2]
             and change[1].text == "+"
             and _column(change[2:], owner) == column
         ):
-            found.append((column, _number(change[0]) - 1))
-    return tuple(found)
+            added.append((column, _number(change[0]) - 1))
+    return tuple(added)
 
 
 def _is_same_for_all(assigned: Mapping[str, Sequence[Token]], added: Sequence[tuple[str, int]]) -> bool:

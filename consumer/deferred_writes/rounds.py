@@ -84,7 +84,7 @@ def _keys(arguments: Sequence[Sequence[Any]], places: Sequence[int], types: Sequ
             if None in column:
                 return None
         elif types[place] == "uuid":
-            column = [each.int for each in column]
+            column = [key.int for key in column]
         columns.append(column)
     return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
 
@@ -98,13 +98,16 @@ def split_by_key_use(
     first round, the second in the second: one key's writes keep their order. A round is sorted by key, so that two
     transactions lock rows in one order. Rows to be deleted can meet as often as they like, and all go at once.
     """
-    if any(len(each) != shape.parameters for each in arguments):
+    if any(len(execution) != shape.parameters for execution in arguments):
         return None
     for column in range(shape.parameters):
         kinds = set(map(type, map(itemgetter(column), arguments)))
         if not kinds <= _PLAIN and not all(map(_is_plain, kinds)):
             return None
-        if kinds & _SIZED and sum(len(each[column]) for each in arguments if type(each[column]) in _SIZED) > _BYTES_MAX:
+        if (
+            kinds & _SIZED
+            and sum(len(execution[column]) for execution in arguments if type(execution[column]) in _SIZED) > _BYTES_MAX
+        ):
             return None
     if shape.kind == "insert":
         return [arguments]
@@ -113,15 +116,15 @@ def split_by_key_use(
         return None
     if shape.kind == "delete":
         return [[arguments[n] for n in sorted(range(len(keys)), key=keys.__getitem__)]]
-    found: list[list[tuple[Any, Sequence[Any]]]] = []
+    rounds: list[list[tuple[Any, Sequence[Any]]]] = []
     times: dict[Any, int] = {}
-    for key, each in zip(keys, arguments, strict=True):
+    for key, execution in zip(keys, arguments, strict=True):
         time = times.get(key, 0)
         times[key] = time + 1
-        if time == len(found):
-            found.append([])
-        found[time].append((key, each))
-    return [[each for _, each in sorted(part, key=itemgetter(0))] for part in found]
+        if time == len(rounds):
+            rounds.append([])
+        rounds[time].append((key, execution))
+    return [[execution for _, execution in sorted(part, key=itemgetter(0))] for part in rounds]
 
 
 def sum_by_key(
@@ -135,7 +138,7 @@ def sum_by_key(
     on the way, its column may leave its type's range, which is an error of one message. With one sign, it does so at the end
     if ever.
     """
-    if any(len(each) != shape.parameters for each in arguments):
+    if any(len(execution) != shape.parameters for execution in arguments):
         return None
     places = [place for _, place in shape.added]
     for place in places:
@@ -149,19 +152,19 @@ def sum_by_key(
     for number, place in enumerate(places):
         added = list(map(itemgetter(place), arguments))
         total: dict[Any, int] = {}
-        for each, value in zip(keys, added, strict=True):
-            total[each] = total.get(each, 0) + value
+        for key, value in zip(keys, added, strict=True):
+            total[key] = total.get(key, 0) + value
         limit = INT_MAX[types[place]]
         if max(total.values()) > limit or min(total.values()) < -limit:
             return None
         if min(added) < 0 < max(added):
-            mixed |= {each for each, value in zip(keys, added, strict=True) if value > 0} & {
-                each for each, value in zip(keys, added, strict=True) if value < 0
+            mixed |= {key for key, value in zip(keys, added, strict=True) if value > 0} & {
+                key for key, value in zip(keys, added, strict=True) if value < 0
             }
         if number == 0:
-            for each, first in zip(reversed(keys), reversed(arguments), strict=True):
-                rows[each] = list(first)
-        for each, value in total.items():
-            rows[each][place] = value
-    alone = [each for each, name in zip(arguments, keys, strict=True) if name in mixed] if mixed else []
-    return [rows[each] for each in sorted(rows) if each not in mixed], alone
+            for key, first in zip(reversed(keys), reversed(arguments), strict=True):
+                rows[key] = list(first)
+        for key, value in total.items():
+            rows[key][place] = value
+    alone = [execution for execution, name in zip(arguments, keys, strict=True) if name in mixed] if mixed else []
+    return [rows[key] for key in sorted(rows) if key not in mixed], alone

@@ -87,13 +87,13 @@ def _pins(plans: Plans) -> dict[str, _Pin]:
     for sql, plan in plans.items():
         if plan is not None:
             by_relation.setdefault(plan.relation, []).append((sql, plan))
-    found: dict[str, _Pin] = {}
+    pins: dict[str, _Pin] = {}
     for those in by_relation.values():
         shared = set.intersection(*(set(plan.pins) for _, plan in those))
         if len(those) > 1 and shared:
             column = min(shared)
-            found |= {sql: plan.pins[column] for sql, plan in those}
-    return found
+            pins |= {sql: plan.pins[column] for sql, plan in those}
+    return pins
 
 
 _Elements: TypeAlias = tuple[list[_Element], list[_Element]]  # to compare with what others have marked, and to mark
@@ -101,8 +101,8 @@ _Elements: TypeAlias = tuple[list[_Element], list[_Element]]  # to compare with 
 
 def _unpinned(plan: Plan) -> _Elements:
     """What every execution of a statement touches."""
-    return [element for each in plan.touches for element in ((each,), (each, "any"))], [
-        (each,) for each in plan.touches
+    return [element for table in plan.touches for element in ((table,), (table, "any"))], [
+        (table,) for table in plan.touches
     ]
 
 
@@ -114,19 +114,19 @@ def _pinned(plan: Plan, pin: _Pin, args: Sequence[Any]) -> _Elements:
     if key is None:  # it may be any row
         return _unpinned(plan)
     rest = plan.touches - {table}
-    meets = [element for each in rest for element in ((each,), (each, "any"))]
+    meets = [element for touched in rest for element in ((touched,), (touched, "any"))]
     return (
         [*meets, (table,), (table, "key", key)],
-        [*[(each,) for each in rest], (table, "key", key), (table, "any")],
+        [*[(touched,) for touched in rest], (table, "key", key), (table, "any")],
     )
 
 
-def _mark(found: list[tuple[int, str]], index: int, sql: str) -> None:
+def _mark(furthest: list[tuple[int, str]], index: int, sql: str) -> None:
     """Keep the newest group of the two statements that reached furthest."""
-    for place, (at, other) in enumerate(found):
+    for place, (at, other) in enumerate(furthest):
         if other == sql:
-            found[place] = (max(at, index), sql)
+            furthest[place] = (max(at, index), sql)
             return
-    found.append((index, sql))
-    if len(found) > 2:
-        found.remove(min(found, key=lambda each: each[0]))
+    furthest.append((index, sql))
+    if len(furthest) > 2:
+        furthest.remove(min(furthest, key=lambda mark: mark[0]))

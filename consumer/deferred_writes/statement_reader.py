@@ -68,7 +68,7 @@ class NotUnderstood(Exception):
 def tokenize(sql: str) -> list[Token] | None:
     if "--" in sql or "/*" in sql:
         return None
-    found: list[Token] = []
+    tokens: list[Token] = []
     position = 0
     while position < len(sql):
         match = _TOKEN.match(sql, position)
@@ -83,8 +83,8 @@ def tokenize(sql: str) -> list[Token] | None:
             if text not in SIGNS:
                 return None
         if kind is not None:
-            found.append(Token(kind, text.lower() if kind == "word" else text))
-    return found
+            tokens.append(Token(kind, text.lower() if kind == "word" else text))
+    return tokens
 
 
 class StatementReader:
@@ -109,7 +109,7 @@ class StatementReader:
 
     def takes(self, *texts: str) -> bool:
         """Whether these come next; if so they are passed."""
-        following = [each.text for each in self._tokens[self._position : self._position + len(texts)]]
+        following = [token.text for token in self._tokens[self._position : self._position + len(texts)]]
         if following != list(texts):
             return False
         self._position += len(texts)
@@ -129,18 +129,18 @@ class StatementReader:
 
     def names(self) -> list[str]:
         self.take("(")
-        found = [self.name()]
+        parts = [self.name()]
         while self.takes(","):
-            found.append(self.name())
+            parts.append(self.name())
         self.take(")")
-        return found
+        return parts
 
     def expression(self, *ends: str, owners: Sequence[str]) -> list[Token]:
         """Tokens up to one of `ends` outside parentheses, parameters replaced.
 
         owners: what columns may be qualified with; none where an expression may not use columns.
         """
-        found: list[Token] = []
+        tokens: list[Token] = []
         depth = 0
         while depth or self.next.text not in ends:
             token = self.take()
@@ -148,7 +148,7 @@ class StatementReader:
                 case "end":
                     raise NotUnderstood
                 case "word" | "quoted":
-                    self._word(token, found[-1].text if found else "", owners)
+                    self._word(token, tokens[-1].text if tokens else "", owners)
                 case "parameter":
                     number = int(token.text[1:])
                     self.parameters.add(number)
@@ -156,10 +156,10 @@ class StatementReader:
             depth += (token.text == "(") - (token.text == ")")
             if depth < 0:
                 raise NotUnderstood
-            found.append(token)
-        if not found:
+            tokens.append(token)
+        if not tokens:
             raise NotUnderstood
-        return found
+        return tokens
 
     def _word(self, token: Token, before: str, owners: Sequence[str]) -> None:
         """Record what a word names. Raises NotUnderstood for an unknown one."""

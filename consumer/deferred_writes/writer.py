@@ -76,20 +76,20 @@ class BulkWriter:
         if len(statements) > _TOGETHER_MAX:
             ungrouped[NotBatchedReason.MANY] += sum(map(len, statements.values()))
             return dict.fromkeys(statements)
-        found: dict[str, Plan | None] = {}
+        plans: dict[str, Plan | None] = {}
         for sql, executions in statements.items():
             known = await self._look(sql)
-            found[sql] = known.plan
+            plans[sql] = known.plan
             if known.plan is None:
                 self._count(sql, known.why, len(executions), barrier=True)
-        return found
+        return plans
 
     async def deferred_constraints(self) -> Sequence[str]:
         """Return the constraints that are checked at COMMIT, as SQL names."""
         self._expire()
         if self._deferred is None:
-            found = await self._looks.fetch(_DEFERRED)
-            self._deferred = [f"{ident(schema)}.{ident(name)}" for schema, name in found]
+            rows = await self._looks.fetch(_DEFERRED)
+            self._deferred = [f"{ident(schema)}.{ident(name)}" for schema, name in rows]
         return self._deferred
 
     async def send(self, sql: str, arguments: Sequence[Sequence[Any]]) -> None:
@@ -103,8 +103,8 @@ class BulkWriter:
         if len(arguments) >= ROWS_MIN:
             known = await self._look(sql)
             plan = known.plan
-            if plan is not None and plan.sums and (found := sum_by_key(arguments, plan.shape, plan.types)) is not None:
-                summed, arguments = found
+            if plan is not None and plan.sums and (sums := sum_by_key(arguments, plan.shape, plan.types)) is not None:
+                summed, arguments = sums
                 if summed:
                     await self._run(known, summed)
                 if not arguments:
@@ -165,7 +165,9 @@ class BulkWriter:
                 known = _JudgedStatement(None, why)
             else:
                 prepared = await self._looks.prepare(sql, name="")
-                plan = judge(facts, shape, [(each.schema, each.name) for each in prepared.get_parameters()])
+                plan = judge(
+                    facts, shape, [(parameter.schema, parameter.name) for parameter in prepared.get_parameters()]
+                )
                 known = _JudgedStatement(
                     replace(plan, rows=False, sums=False, why=plan.why or NotBatchedReason.ROWS), None
                 )

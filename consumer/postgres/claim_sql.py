@@ -109,8 +109,8 @@ def statements(target: int, turning: bool, live: tuple[int, ...]) -> Statements:
 
     They name no generation but those given, so they wait for no other one.
     """
-    claimed = _claimed(target, turning, [each for each in live if each != target])
-    everywhere = " union all ".join(_EVERYWHERE.format(table=_read(each)) for each in live)
+    claimed = _claimed(target, turning, [number for number in live if number != target])
+    everywhere = " union all ".join(_EVERYWHERE.format(table=_read(number)) for number in live)
     lost = _LOST.format(ledger=_read(target) if live == (target,) else f"({everywhere})")
     release_claims = _RELEASE_CLAIMS.format(target=_read(target))
     if turning:
@@ -128,7 +128,7 @@ def statements(target: int, turning: bool, live: tuple[int, ...]) -> Statements:
 def _claimed(target: int, turning: bool, older: list[int]) -> str:
     source, text = "offered", ""
     if older:
-        absent = " and ".join(_ABSENT.format(table=_read(each)) for each in older)
+        absent = " and ".join(_ABSENT.format(table=_read(number)) for number in older)
         source, text = "fresh", _FRESH.format(absent=absent)
     if turning:
         text += _TURNED.format(source=source)

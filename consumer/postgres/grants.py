@@ -140,7 +140,7 @@ def as_sql(role: str, purpose: For) -> str:
             for table, rights in TABLES[purpose].items()
             if rights
         ),
-        *(f"grant execute on function consumer.{each} to {name};" for each in _FUNCTIONS[purpose]),
+        *(f"grant execute on function consumer.{function} to {name};" for function in _FUNCTIONS[purpose]),
         "select consumer.share_grants();  -- with the later generations of the ledger",
         "commit;",
     ]

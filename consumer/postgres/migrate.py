@@ -44,25 +44,25 @@ class Migration(NamedTuple):
 def migrations() -> list[Migration]:
     """All migrations of this version of the package, oldest first."""
     files = [
-        each
-        for each in resources.files("consumer.postgres").joinpath("migrations").iterdir()
-        if each.name.endswith(".sql")
+        path
+        for path in resources.files("consumer.postgres").joinpath("migrations").iterdir()
+        if path.name.endswith(".sql")
     ]
     return [
-        Migration(int(each.name[:4]), each.name[5:-4], each.read_text("utf-8"))
-        for each in sorted(files, key=lambda f: f.name)
+        Migration(int(file.name[:4]), file.name[5:-4], file.read_text("utf-8"))
+        for file in sorted(files, key=lambda f: f.name)
     ]
 
 
 def as_sql() -> str:
     """All migrations as one script, with the bookkeeping, for people who apply SQL by other means."""
     parts = ["begin;", f"select pg_advisory_xact_lock({_LOCK});", _VERSIONS.strip()]
-    for each in migrations():
+    for migration in migrations():
         parts += [
-            f"\n-- {each.version:04} {each.name}",
-            each.sql.strip(),
+            f"\n-- {migration.version:04} {migration.name}",
+            migration.sql.strip(),
             "insert into consumer.schema_versions (version, name, checksum) "
-            f"values ({each.version}, '{each.name}', '{each.checksum}');",
+            f"values ({migration.version}, '{migration.name}', '{migration.checksum}');",
         ]
     return "\n".join([*parts, "commit;", ""])
 
@@ -76,14 +76,14 @@ async def pending(connection: Connection) -> list[Migration]:
     if await connection.fetchval("select to_regclass('consumer.schema_versions') is not null"):
         rows = await connection.fetch("select version, checksum from consumer.schema_versions")
         applied = {row[0]: row[1] for row in rows}
-    found = migrations()
-    for each in found:
-        if each.version in applied and applied[each.version] != each.checksum:
+    known = migrations()
+    for migration in known:
+        if migration.version in applied and applied[migration.version] != migration.checksum:
             raise Misconfigured(
-                f"migration {each.version:04} ({each.name}) was applied with another text: the files of this installation "
+                f"migration {migration.version:04} ({migration.name}) was applied with another text: the files of this installation "
                 "were changed after the fact"
             )
-    return [each for each in found if each.version not in applied]
+    return [migration for migration in known if migration.version not in applied]
 
 
 def _line(error: Any, text: str) -> str:
@@ -116,13 +116,13 @@ async def migrate(
         todo = await pending(connection)
         if todo:
             await connection.execute(_VERSIONS)
-        for each in todo:
-            await connection.execute(each.sql)
+        for migration in todo:
+            await connection.execute(migration.sql)
             await connection.execute(
                 "insert into consumer.schema_versions (version, name, checksum) values ($1, $2, $3)",
-                each.version,
-                each.name,
-                each.checksum,
+                migration.version,
+                migration.name,
+                migration.checksum,
             )
         if own and await connection.fetchval("select current_schema()") == "consumer":
             # A role named like our schema: "$user" leads the search path, and your tables would land among ours.

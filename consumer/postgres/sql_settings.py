@@ -44,13 +44,13 @@ class _Names:
             if sql[position].isspace():
                 position += 1
                 continue
-            found = SKIP.match(sql, position)
-            if found is None:
+            match = SKIP.match(sql, position)
+            if match is None:
                 if sql[position] == "(" and name:
                     self.called.add(name)
                 position, name = position + 1, ""
                 continue
-            token, start, position = found[0], found.end(), found.end()
+            token, start, position = match[0], match.end(), match.end()
             if token == "/*":
                 position = after_comment(sql, position)
             elif token.startswith("--"):
@@ -74,7 +74,7 @@ class _Names:
             sign = re.escape(escape[1] if escape else "\\")
             text = re.sub(
                 f"{sign}(?:\\+([0-9a-fA-F]{{6}})|([0-9a-fA-F]{{4}}))",
-                lambda found: _character(int(found[1] or found[2], 16)),
+                lambda match: _character(int(match[1] or match[2], 16)),
                 token[3:].removesuffix('"'),
             )
             self._escaped = text
@@ -94,14 +94,14 @@ def _without_comments(body: str) -> str:
     """The text of a block, with a space for each comment."""
     parts: list[str] = []
     position = 0
-    while found := re.compile(r"--[^\n\r]*|/\*|'(?:[^']|'')*(?:'|\Z)").search(body, position):
-        parts.append(body[position : found.start()])
-        position = found.end()
-        if found[0] == "/*":
+    while match := re.compile(r"--[^\n\r]*|/\*|'(?:[^']|'')*(?:'|\Z)").search(body, position):
+        parts.append(body[position : match.start()])
+        position = match.end()
+        if match[0] == "/*":
             position = after_comment(body, position)
             parts.append(" ")
-        elif found[0][0] == "'":
-            parts.append(found[0])
+        elif match[0][0] == "'":
+            parts.append(match[0])
         else:
             parts.append(" ")
     return "".join([*parts, body[position:]])

@@ -111,18 +111,18 @@ class Traits(NamedTuple):
 
 def traits(sql: str) -> Traits:
     """Remembers texts that it has read."""
-    found = _traits.get(sql)
-    if found is None:
+    remembered = _traits.get(sql)
+    if remembered is None:
         if len(_traits) >= _CHECKED_MAX:
             _traits.clear()
         commands = first_words(sql)
         into = any(words[0] in ("select", "with") for words in commands) and _INTO.search(_INSERT.sub("", sql))
         changes = bool(into) or any(words[0] not in _NO_DDL for words in commands)
-        found = _traits[sql] = Traits(
+        remembered = _traits[sql] = Traits(
             several=len(commands) > 1,
             changes_schema=changes,
             sets_constraints=("set", "constraints") in commands,
             makes_temporary=changes and _TEMPORARY.search(sql) is not None,
             opens_cursor=any(words[0] == "declare" for words in commands),
         )
-    return found
+    return remembered

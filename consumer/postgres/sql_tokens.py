@@ -33,8 +33,8 @@ def first_words(sql: str) -> list[tuple[str, ...]]:
     words: tuple[str, ...] = ()
     word, depth = "", 0  # the word before; how deep in `begin atomic … end`, where CASE has an END of its own
     position = 0
-    while found := SKIP.search(sql, position):
-        token, position = found[0], found.end()
+    while match := SKIP.search(sql, position):
+        token, position = match[0], match.end()
         if token == "/*":
             position = after_comment(sql, position)
         elif token[0] == "$":

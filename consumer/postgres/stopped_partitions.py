@@ -57,7 +57,11 @@ class Stops:
 
     def due(self, now: float, partitions: Collection[Partition]) -> list[Partition]:
         """Those of `partitions` that are to be tried again now."""
-        return [each for each, trouble in self._troubles.items() if each in partitions and trouble.retry_at <= now]
+        return [
+            partition
+            for partition, trouble in self._troubles.items()
+            if partition in partitions and trouble.retry_at <= now
+        ]
 
     def went_on(self, partition: Partition, position: int, *, is_read: bool = False) -> bool:
         """Note that a partition was read, or moved, to `position`; returns whether it had been unreadable.
@@ -131,8 +135,8 @@ def refused_stop(partition: Partition, offset: int) -> PartitionHalt:
 
 async def read(connection: Connection, app: str) -> Mapping[Partition, tuple[PartitionHalt, int]]:
     """The unreadable partitions of an application, as its workers wrote them, with the offsets where they stopped."""
-    found: dict[Partition, tuple[PartitionHalt, int]] = {}
+    stopped: dict[Partition, tuple[PartitionHalt, int]] = {}
     for topic, partition, reason, why, do, first, last in await connection.fetch(_READ, app):
         missing = (first, last) if do.startswith("--") else None
-        found[Partition(topic, partition)] = PartitionHalt(HaltReason(reason), why, do, missing), first
-    return found
+        stopped[Partition(topic, partition)] = PartitionHalt(HaltReason(reason), why, do, missing), first
+    return stopped

@@ -65,11 +65,11 @@ class Row(NamedTuple):
 
 async def write(connection: Connection, worker: UUID, handlers: Sequence[int], rows: Sequence[Row]) -> None:
     """Make a worker's rows of these handlers what they are now."""
-    errors = [storable(each.why.error)[:_ERROR_CHARACTERS_MAX] for each in rows]
+    errors = [storable(row.why.error)[:_ERROR_CHARACTERS_MAX] for row in rows]
     keys = (
-        [each.handler for each in rows],
-        [each.partition.topic for each in rows],
-        [each.partition.partition for each in rows],
+        [row.handler for row in rows],
+        [row.partition.topic for row in rows],
+        [row.partition.partition for row in rows],
         errors,
     )
     await connection.execute(_DELETE, worker, list(handlers), *keys)
@@ -78,10 +78,10 @@ async def write(connection: Connection, worker: UUID, handlers: Sequence[int], r
             _WRITE,
             worker,
             *keys,
-            [each.messages for each in rows],
-            [each.why.since for each in rows],
-            [each.why.systemic for each in rows],
-            [each.read_up_to for each in rows],
+            [row.messages for row in rows],
+            [row.why.since for row in rows],
+            [row.why.systemic for row in rows],
+            [row.read_up_to for row in rows],
         )
 
 
@@ -92,8 +92,8 @@ async def take_over(
     await connection.execute(
         _TAKE_OVER,
         worker,
-        [each.topic for each in partitions],
-        [each.partition for each in partitions],
+        [partition.topic for partition in partitions],
+        [partition.partition for partition in partitions],
         list(handlers),
         _TAKEN_OVER_SECONDS,
     )
@@ -110,11 +110,11 @@ async def read(connection: Connection, app: str) -> tuple[list[dict[str, Any]], 
     """What waits, as `status` reports it; and per partition how many messages wait, and up to where it was read."""
     rows = await connection.fetch(_READ, app, _EXPIRED_SECONDS)
     totals: dict[Partition, tuple[int, int]] = {}
-    found: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
     for name, topic, number, count, error, since, systemic, read_up_to in map(tuple, rows):
         waiting, read = totals.get(Partition(topic, number), (0, 0))
         totals[Partition(topic, number)] = (waiting + count, max(read, read_up_to))
-        found.append(
+        messages.append(
             {
                 "handler": name,
                 "topic": topic,
@@ -125,4 +125,4 @@ async def read(connection: Connection, app: str) -> tuple[list[dict[str, Any]], 
                 "systemic": systemic,
             }
         )
-    return found, totals
+    return messages, totals

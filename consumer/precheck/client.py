@@ -149,16 +149,18 @@ class Precheck:
             return
         questions: list[_Question] = []
         bucket = int(now_seconds // self._window)
-        for handler in {each.handler for each in deliveries}:
+        for handler in {delivery.handler for delivery in deliveries}:
             # Each window has a sampler of its own: where duplicates follow soon, few of them are as old as the one before.
             wanted_from = [
-                each
-                for each in (bucket, bucket - 1)
-                if handler.idempotent and self._sampler(handler, each).should_ask()
+                window
+                for window in (bucket, bucket - 1)
+                if handler.idempotent and self._sampler(handler, window).should_ask()
             ]
             if wanted_from:
-                wanted = [each for each in deliveries if each.handler is handler and each.outcome is None]
-                questions += [_Question(handler, each, wanted) for each in wanted_from if wanted]
+                wanted = [
+                    delivery for delivery in deliveries if delivery.handler is handler and delivery.outcome is None
+                ]
+                questions += [_Question(handler, window, wanted) for window in wanted_from if wanted]
         if not questions:
             return
         try:
@@ -181,7 +183,9 @@ class Precheck:
             by_handler.setdefault(delivery.handler, []).append(delivery)
         bucket = int(now_seconds // self._window)
         questions = [
-            _Question(handler, each, wanted) for handler, wanted in by_handler.items() for each in (bucket, bucket - 1)
+            _Question(handler, window, wanted)
+            for handler, wanted in by_handler.items()
+            for window in (bucket, bucket - 1)
         ]
         try:
             async with asyncio.timeout(self._budget):
@@ -190,30 +194,30 @@ class Precheck:
             _go_on()
             return None
         _go_on()
-        return {each for hits in answers for each in hits}
+        return {delivery for hits in answers for delivery in hits}
 
     async def _ask(self, questions: Sequence[_Question]) -> list[list[Delivery]]:
         """Those that Redis has a mark for, of each question. Raises what the library raises, and Untrusted."""
         nonce = os.urandom(8)
         members: dict[Handler, list[bytes]] = {}
-        for each in questions:
-            if each.handler not in members:
-                members[each.handler] = _members(each.deliveries)
+        for question in questions:
+            if question.handler not in members:
+                members[question.handler] = _members(question.deliveries)
         echo, *answers = await self._talk(
             _packed(b"ECHO", nonce),
             *(
-                _packed(b"SMISMEMBER", self._key(each.handler, each.bucket), members[each.handler])
-                for each in questions
+                _packed(b"SMISMEMBER", self._key(question.handler, question.bucket), members[question.handler])
+                for question in questions
             ),
         )
         if echo != nonce:
             raise Untrusted("an answer to another question")
-        found = []
+        hits = []
         for question, answer in zip(questions, answers, strict=True):
             if len(answer) != len(question.deliveries):
                 raise Untrusted("an answer of another length")
-            found.append(list(compress(question.deliveries, answer)))
-        return found
+            hits.append(list(compress(question.deliveries, answer)))
+        return hits
 
     def mark(self, applied: Sequence[Delivery], epoch: str, now_seconds: float) -> None:
         """Mark what was committed in `epoch`, in the background. Call it only after the COMMIT was answered."""
@@ -221,9 +225,11 @@ class Precheck:
             return
         bucket = int(now_seconds // self._window)
         commands = []
-        for handler in {each.handler for each in applied}:
+        for handler in {delivery.handler for delivery in applied}:
             key = self._key(handler, bucket, epoch)
-            commands.append(_packed(b"SADD", key, _members([each for each in applied if each.handler is handler])))
+            commands.append(
+                _packed(b"SADD", key, _members([delivery for delivery in applied if delivery.handler is handler]))
+            )
             commands.append(_packed(b"EXPIRE", key, b"%d" % int(self._window * 2)))
         task = asyncio.get_running_loop().create_task(self._send(commands))
         self._marking.add(task)
@@ -258,12 +264,12 @@ class Precheck:
         return f"consumer:{epoch or self._epoch}:{self._app}:{handler.name}:{bucket}".encode()
 
     def _sampler(self, handler: Handler, bucket: int) -> Sampler:
-        found = self._samplers.get((handler.name, bucket))
-        if found is None:
+        sampler = self._samplers.get((handler.name, bucket))
+        if sampler is None:
             if len(self._samplers) > _SAMPLERS_MAX:
                 self._samplers.clear()  # most are of windows that are over
-            found = self._samplers[handler.name, bucket] = Sampler()
-        return found
+            sampler = self._samplers[handler.name, bucket] = Sampler()
+        return sampler
 
     def _failed(self, error: Exception) -> None:
         """Open the breaker; a probe in the background closes it. Nobody else waits for Redis until then."""
@@ -317,7 +323,7 @@ def _go_on() -> None:
 
 def _members(deliveries: Sequence[Delivery]) -> list[bytes]:
     """Id and payload together: an id that is used again with another payload must not look known."""
-    return [each.id + _fingerprint(each.fingerprint) for each in deliveries]
+    return [delivery.id + _fingerprint(delivery.fingerprint) for delivery in deliveries]
 
 
 def _packed(name: bytes, key: bytes, rest: bytes | Sequence[bytes] = ()) -> bytes:
