@@ -98,7 +98,7 @@ class Session:
                     missing = await connection.fetchval(_MISSING_RIGHTS, *grants.needed())
                 if missing:
                     raise Misconfigured(
-                        f"{dsn_label(settings.dsn)}: this role may not write to {missing}; grant it what `consumer migrate --grants ROLE` prints"
+                        f"{dsn_label(settings.dsn)}: this role may not write to {missing}; run `consumer migrate --grants ROLE`, and execute what it prints"
                     )
                 session = cls(connection, settings, identity, installation)
                 await session.claims.read_generations()

@@ -43,7 +43,7 @@ REVIEWED: dict[str, dict[str, str]] = {
     "postgres/grants.py": {
         "', '.join(rights)": "the table in that file",
         "table": "the table in that file",
-        "each": "the functions in that file",
+        "function": "the functions in that file",
     },
     "rebuild/drawn_values.py": {each: _BY_TABLE_MODEL for each in ("table.name.real", "table.name.copy", "fits")},
     "rebuild/copy_sql.py": {
@@ -88,9 +88,9 @@ REVIEWED: dict[str, dict[str, str]] = {
     },
     "postgres/dead_letter_queries.py": {"SETTLES": "a constant of postgres/dead_letters.py"},
     "postgres/migrate.py": {
-        "each.version": "of our own files' names",
-        "each.name": "of our own files' names",
-        "each.checksum": "hexadecimal",
+        "migration.version": "of our own files' names",
+        "migration.name": "of our own files' names",
+        "migration.checksum": "hexadecimal",
     },
     "schemes/states.py": {
         "plain": "format_type",
