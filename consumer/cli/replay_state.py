@@ -17,7 +17,7 @@ from consumer.replay.rebuild_run import RebuildOptions
 from consumer.replay.republish_run import RepublishOptions
 from consumer.settings import Settings
 
-_STATE_VERSION = 3
+_STATE_VERSION = 4
 
 
 AnyOptions: TypeAlias = Options | RebuildOptions | RepublishOptions

@@ -18,8 +18,8 @@ from consumer.handler_records import handler_code
 from consumer.postgres.connection import translated_errors
 from consumer.postgres.errors import Conflict, Outage
 from consumer.postgres.session import Session
-from consumer.replay.check import UNCALLED, place
 from consumer.replay.run import ReplayLane, Run
+from consumer.replay.samples import UNCALLED, place
 from consumer.replay.session import ReplaySession
 from consumer.transaction.apply import apply_batch
 from consumer.transaction.dry_run import DryRunObserver, OnlyResult, dry_run
@@ -104,7 +104,7 @@ class MissingMessages:
         match result.outcomes.get(delivery):
             case None:
                 outcome = "applied_now"
-                check.matched_now(delivery)
+                check.count_applied(delivery)
             case Dead(reason):
                 outcome = "dead_lettered_now"
                 findings.sample(outcome, **place(delivery), detail=f"{reason.value}: see `consumer dlq list APP`")

@@ -15,10 +15,11 @@ from consumer.core.errors import Misconfigured
 from consumer.core.message import Partition
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.replay import resume
-from consumer.replay.check import Open, ReplayCheck
+from consumer.replay.check import MissingMessage, ReplayCheck
 from consumer.replay.effects import sequences_moved
 from consumer.replay.findings import Findings
 from consumer.replay.run import Run
+from consumer.replay.unsettled import UnsettledMessage
 
 
 class Checkpoint:
@@ -80,9 +81,9 @@ class Checkpoint:
             "counted": partition_rows(run.counted.before | run.counted.now),
             "positions": partition_rows(run.findings.positions),
             "findings": run.findings.as_state(),
-            "letters_before": run.dead_letters_before,
+            "dead_letters_before": run.dead_letters_before,
             "offset_ids": sorted(run.offset_ids),
-            "blind": run.lost_sequences or not run.has_read_sequences,
+            "lost_sequences": run.lost_sequences or not run.has_read_sequences,
             **_check_state(run.check),
         }
 
@@ -94,9 +95,9 @@ class Checkpoint:
         findings.positions = by_partition(state["positions"])
         run.resumed_at = by_partition(state["reached"])
         run.counted.before = by_partition(state["counted"])
-        run.dead_letters_before = state["letters_before"]
+        run.dead_letters_before = state["dead_letters_before"]
         run.offset_ids = set(state["offset_ids"])
-        run.lost_sequences = state["blind"]
+        run.lost_sequences = state["lost_sequences"]
         _restore_check(run.check, state)
 
 
@@ -127,11 +128,19 @@ def by_partition(rows: Sequence[Sequence[Any]]) -> dict[Partition, int]:
 
 def _check_state(check: ReplayCheck) -> dict[str, Any]:
     return {
-        "matched": [[name, *p, block, n] for (name, p, block), n in check.matched.items()],
-        "missing": [[name, id.hex(), *p, *rest] for (name, id), (p, *rest) in check.missing.items()],
-        "apart": [[name, id.hex(), *p, at] for (name, id), (p, at) in check.apart.items()],
-        "letters": [[name, id.hex(), print, *p, at] for (name, id, print), (p, at) in check.letters_seen.items()],
-        "forgets": check.forgets,
+        "matched": [[name, *partition, block, n] for (name, partition, block), n in check.matched.items()],
+        "missing": [
+            [name, id.hex(), *message.partition, message.offset, message.timestamp, message.fingerprint]
+            for (name, id), message in check.missing.items()
+        ],
+        "settled_elsewhere": [
+            [name, id.hex(), *partition, offset] for (name, id), (partition, offset) in check.settled_elsewhere.items()
+        ],
+        "dead_letters_seen": [
+            [name, id.hex(), fingerprint, *partition, offset]
+            for (name, id, fingerprint), (partition, offset) in check.dead_letters_seen.items()
+        ],
+        "overflow": check.overflow,
         "would": check.would,
         "unsettled": [message.as_state() for message in check.unsettled],
     }
@@ -142,17 +151,24 @@ def _restore_check(check: ReplayCheck, state: Mapping[str, Any]) -> None:
 
     Raises Misconfigured where not all of it could be kept.
     """
-    if state["forgets"]:
+    if state["overflow"]:
         raise Misconfigured(
             "--resume: more was seen before the interruption than can be looked at again "
-            f"({state['forgets']}); run it without --resume"
+            f"({state['overflow']}); run it without --resume"
         )
-    check.matched = {(n, Partition(t, p), block): count for n, t, p, block, count in state["matched"]}
-    if not check.storing:  # messages that were being applied are found missing again
+    check.matched = {(name, Partition(topic, number), block): n for name, topic, number, block, n in state["matched"]}
+    if not check.applies:  # messages that were being applied are found missing again
         check.missing = {
-            (n, bytes.fromhex(i)): (Partition(t, p), o, at, f) for n, i, t, p, o, at, f in state["missing"]
+            (name, bytes.fromhex(id)): MissingMessage(Partition(topic, number), offset, timestamp, fingerprint)
+            for name, id, topic, number, offset, timestamp, fingerprint in state["missing"]
         }
-    check.apart = {(n, bytes.fromhex(i)): (Partition(t, p), at) for n, i, t, p, at in state["apart"]}
-    check.letters_seen = {(n, bytes.fromhex(i), f): (Partition(t, p), at) for n, i, f, t, p, at in state["letters"]}
+    check.settled_elsewhere = {
+        (name, bytes.fromhex(id)): (Partition(topic, number), offset)
+        for name, id, topic, number, offset in state["settled_elsewhere"]
+    }
+    check.dead_letters_seen = {
+        (name, bytes.fromhex(id), fingerprint): (Partition(topic, number), offset)
+        for name, id, fingerprint, topic, number, offset in state["dead_letters_seen"]
+    }
     check.would = dict(state["would"])
-    check.unsettled = [Open.from_state(row) for row in state["unsettled"]]
+    check.unsettled = [UnsettledMessage.from_state(row) for row in state["unsettled"]]

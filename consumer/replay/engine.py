@@ -107,7 +107,7 @@ class Engine:
         run.findings.recoded = rules.recoded
         run.findings.positions = view.positions
         run.check.exempt, run.check.floors = exempt, rules.floors
-        run.check.topics, run.check.horizon = view.ids.topics, view.horizons
+        run.check.topics, run.check.horizons = view.ids.topics, view.horizons
 
     def _connect_precheck(self) -> None:
         run = self._run

@@ -19,7 +19,8 @@ from consumer.kafka.log_reader import Chunk, read
 from consumer.postgres.connection import dsn_label
 from consumer.postgres.errors import Conflict, Outage
 from consumer.replay.apply_missing import MissingMessages
-from consumer.replay.check import ChunkCheck
+from consumer.replay.chunk_check import ChunkCheck
+from consumer.replay.chunk_counts import ChunkCounts
 from consumer.replay.run import ReplayLane, Run
 from consumer.replay.session import AskingLane
 from consumer.transaction.dry_run import dry_run
@@ -113,21 +114,22 @@ class Reader:
         if deliveries:
             await self._claim_all(lane, Batch(deliveries, {}, {}), chunk)
             await chunk.sort()
+        counts = ChunkCounts(chunk)
         if run.applies:
-            self._count(chunk, records, end)
+            self._count(chunk, counts, records, end)
             await self._missing.store(lane, lane.scheduler.batch_up_to(partition, chunk.missing, end))
             return
         would = await self._missing.would_become(lane, chunk.missing)
         # invariant: from here on without waiting. The counts and the position must never disagree, or an interrupted
         # replay could not resume.
-        self._count(chunk, records, end)
-        chunk.tally_missing(would)
+        self._count(chunk, counts, records, end)
+        counts.count_missing(would)
         batch = lane.scheduler.batch_up_to(partition, (), end)
         lane.scheduler.settle(batch, {}, lane.scheduler.position_updates(batch, ()))
 
-    def _count(self, chunk: ChunkCheck, records: Sequence[Record], end: int) -> None:
+    def _count(self, chunk: ChunkCheck, counts: ChunkCounts, records: Sequence[Record], end: int) -> None:
         run, partition = self._run, chunk.partition
-        chunk.tally_effects()
+        counts.count_effects()
         if records and records[-1].offset < run.counted.before.get(partition, 0):
             return
         run.counted.now[partition] = end
@@ -135,7 +137,7 @@ class Reader:
         if records and run.message_ids is None:
             for name in self._skipping.get(partition.topic, ()):
                 run.findings.count(name, partition, "skipped", len(records))
-        chunk.tally()
+        counts.count_settled()
 
     async def _claim_all(self, lane: ReplayLane, batch: Batch, chunk: ChunkCheck) -> None:
         """Claim all messages, run wrongly won ones, count writes, roll back."""
@@ -168,11 +170,11 @@ class Reader:
         run = self._run
         if run.precheck is None or run.findings.precheck is None:
             return
-        chunk.hits = None
+        chunk.precheck_hits = None
         if self._redis_timeouts < run.limits.redis_timeouts:
             asked = [delivery for delivery in batch.deliveries if delivery.outcome is None]
-            chunk.hits = await run.precheck.known(asked, time.time())
-            self._redis_timeouts = 0 if chunk.hits is not None else self._redis_timeouts + 1
+            chunk.precheck_hits = await run.precheck.known(asked, time.time())
+            self._redis_timeouts = 0 if chunk.precheck_hits is not None else self._redis_timeouts + 1
 
 
 def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -2,7 +2,7 @@
 
 Reads the ledger and asks the log for its ends; replay/resume_rules.py compares. A replay that goes on must end as one
 uninterrupted run would. So the ledger's rows that were seen before are looked at again at the end (replay/ledger_diff.py by number,
-`ReplayCheck.look_again` one by one), and everything else that the answer depends on must not have changed.
+`ReplayCheck.find_deleted` one by one), and everything else that the answer depends on must not have changed.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ async def conditions_of_ledger(
     """Return from where on the ledger knows, and its exemptions."""
     return {
         "retention": {"ledger": await horizon(connection)},
-        "beginning of the ledger in": {f"{p.topic}:{p.partition}": str(check.horizon.get(p)) for p in partitions},
+        "beginning of the ledger in": {f"{p.topic}:{p.partition}": str(check.horizons.get(p)) for p in partitions},
         "--begin-here of": {f"{name} {p.topic}:{p.partition}": _text(s) for (name, p), s in check.exempt.items()},
         "message_id= of": {f"{name} {p.topic}:{p.partition}": str(at) for (name, p), at in check.floors.items()},
     }

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from consumer.postgres import dead_letter_queries
-from consumer.replay.check import Open, ReplayCheck
+from consumer.replay.check import ReplayCheck
+from consumer.replay.unsettled import UnsettledMessage
 
 _AT_ONCE = 4096
 
@@ -29,7 +30,7 @@ async def look_again(check: ReplayCheck, numbers: Mapping[str, int]) -> None:
 
 async def _missing(check: ReplayCheck, numbers: Mapping[str, int], part: Sequence[Any]) -> None:
     findings = check.findings
-    settled = await check.which_stand([(numbers[handler], id) for (handler, id), _ in part])
+    settled = await check.claimed_ids([(numbers[handler], id) for (handler, id), _ in part])
     for (handler, id), (partition, offset, timestamp, _) in part:
         outcome = "missing"
         if (numbers[handler], id) in settled:
@@ -41,7 +42,7 @@ async def _missing(check: ReplayCheck, numbers: Mapping[str, int], part: Sequenc
         findings.times.add([timestamp], outcome)
 
 
-async def _without_letter(check: ReplayCheck, numbers: Mapping[str, int], part: Sequence[Open]) -> None:
+async def _without_letter(check: ReplayCheck, numbers: Mapping[str, int], part: Sequence[UnsettledMessage]) -> None:
     findings = check.findings
     asked = [(numbers[each.handler], UUID(bytes=each.id), f, place) for place, each in enumerate(part) for f in each.fingerprints]  # fmt: skip
     session = await check.open()

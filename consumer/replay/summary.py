@@ -68,7 +68,7 @@ def _may_have_other_ids(run: Run, handler: Handler) -> bool:
 
 async def _check_again(run: Run) -> None:
     numbers = {handler.name: handler.number for handler in run.handlers}
-    await run.check.look_again(numbers)
+    await run.check.find_deleted(numbers)
     await second_look.look_again(run.check, numbers)
 
 

@@ -1,4 +1,4 @@
-"""What PostgreSQL counts of a transaction, and what it does not: the ground that testing.py and replay/check.py stand on."""
+"""What PostgreSQL counts of a transaction, and what it does not: the ground that testing.py and replay/chunk_check.py stand on."""
 
 from __future__ import annotations
 
