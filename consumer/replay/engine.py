@@ -21,8 +21,9 @@ from consumer.postgres.session import Session
 from consumer.precheck.client import Precheck
 from consumer.replay import resume, summary
 from consumer.replay.checkpoint import Checkpoint, read_sequences
+from consumer.replay.effect_counts import EffectCounts
 from consumer.replay.effects import check_countable
-from consumer.replay.findings import Effects, Findings
+from consumer.replay.findings import Findings
 from consumer.replay.ledger_view import read_coverage, read_id_rules, read_view
 from consumer.replay.primary import failures_as_cannot_tell, refuse_other_logs
 from consumer.replay.reader import Reader
@@ -88,7 +89,7 @@ class Engine:
         await summary.doubt_short_log(run, source)
         await check_countable(session.connection, dsn_label(run.settings.dsn))
         run.check.uncounted = summary.handlers_without_row_counts(run)
-        run.findings.effects = run.findings.effects or Effects()
+        run.findings.effects = run.findings.effects or EffectCounts()
 
     async def _read_ledger(self, session: Session, partitions: Sequence[Partition]) -> None:
         run, named = self._run, self._run.options.handlers

@@ -13,7 +13,7 @@ from harness import Place, Sent, consume_all, drained, migrated, query, working
 from rebuild_runs import app_with_handler, message_id, numbered, rebuilt, unknown_kinds
 
 from consumer import App, Message, Tx
-from consumer.replay.findings import UNSTABLE
+from consumer.replay.rebuild_verdict import UNSTABLE
 
 VOLATILE = """
 create function stamp() returns text language sql volatile as $$ select 'at ' || clock_timestamp() $$;
