@@ -187,7 +187,12 @@ class SinglePass:
             text = "no message of these partitions has been settled, so there is nothing to compute a state from"
             found.unknown.append({"kind": "nothing_settled", "count": len(state.partitions), "text": text})
         found.ranges = [
-            {"topic": each.partition.topic, "partition": each.partition.partition, "from": each.first, "to": each.end}
+            {
+                "topic": each.partition.topic,
+                "partition": each.partition.partition,
+                "from": each.first,
+                "until": each.end,
+            }
             for each in spans
         ]
         return spans

@@ -61,9 +61,8 @@ class ReplayCheck:
     horizons: dict[Partition, int | None] = field(default_factory=dict)
     exempt: Mapping[tuple[str, Partition], Sequence[SettledRange]] = field(default_factory=dict)  # by handler
     floors: Mapping[tuple[str, Partition], int] = field(default_factory=dict)  # below: ids may be of another rule
-    matched: dict[ledger_diff.Block, int] = field(
-        default_factory=dict
-    )  # ledger rows of the very records that were read
+    # Ledger rows of the very records that were read.
+    matched: dict[ledger_diff.Block, int] = field(default_factory=dict)
     missing: dict[tuple[str, bytes], MissingMessage] = field(default_factory=dict)  # by handler and id
     # Settled messages whose rows replay/ledger_diff.py does not count: handler and id -> partition, offset.
     settled_elsewhere: dict[tuple[str, bytes], tuple[Partition, int]] = field(default_factory=dict)
@@ -216,8 +215,8 @@ class ReplayCheck:
         if not self.exempt or self.assume_unapplied:
             return False
         offset = delivery.record.offset
-        stretches = self.exempt.get((delivery.handler.name, delivery.partition), ())
-        return any(stretch.past is not None and stretch.first <= offset < stretch.past for stretch in stretches)
+        ranges = self.exempt.get((delivery.handler.name, delivery.partition), ())
+        return any(settled.past is not None and settled.first <= offset < settled.past for settled in ranges)
 
 
 def _slices(items: list[Any]) -> Iterator[list[Any]]:

@@ -296,7 +296,7 @@ class Findings:
                     "topic": span.partition.topic,
                     "partition": span.partition.partition,
                     "from": span.first,
-                    "to": span.end,
+                    "until": span.end,
                     "position": self.positions.get(span.partition),
                     "read": None if self.mode == "rebuild" else self.read.get(span.partition, 0),
                 }

@@ -95,7 +95,7 @@ def filters(
     """Return the filters for the findings; None where nothing is filtered."""
     return {
         "from": None if start == "earliest" else start,
-        "to": None if end == "latest" else end,
+        "until": None if end == "latest" else end,
         "partitions": list(partitions) or None,
         "key": key.decode("utf-8", "backslashreplace") if isinstance(key, bytes) else key,
         "message_id": message_id,

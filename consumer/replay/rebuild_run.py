@@ -114,7 +114,7 @@ class _RebuildRun:
         findings.rebuilt = {**rebuilt.as_dict(), "compacted": compacted}
         findings.notes += rebuilt.notes
         findings.spans = [
-            Span(Partition(row["topic"], row["partition"]), row["from"], row["to"])
+            Span(Partition(row["topic"], row["partition"]), row["from"], row["until"])
             for row in findings.rebuilt["ranges"]
         ]
 

@@ -62,7 +62,7 @@ async def test_a_state_that_the_messages_made_agrees(place: Place) -> None:
     found = await rebuilt(place, app, settings=settings, progress=lambda *each: phases.append(each))
     assert found.agrees and not found.differences and not found.unknown
     assert (found.messages, found.applied, found.repeated) == (350, 300, 50)
-    assert sum(each["to"] - each["from"] for each in found.ranges) == 350
+    assert sum(each["until"] - each["from"] for each in found.ranges) == 350
     assert {each["table"]: (each["rows"], each["rebuilt"], each["matched_by"]) for each in found.tables} == {
         "public.accounts": (100, 100, ["id"]),
         "public.effects": (300, 300, []),
@@ -714,7 +714,7 @@ async def test_what_is_settled_above_a_position_counts_and_what_is_not_does_not(
         stuck.set()
         found = await rebuilt(place, app)
     assert found.agrees and (found.messages, found.applied) == (6, 5)
-    assert found.ranges[0]["to"] == 6
+    assert found.ranges[0]["until"] == 6
     assert any("1 messages above the positions" in each for each in found.notes)
 
 

@@ -54,8 +54,8 @@ def full() -> dict[str, Any]:
         "messages_per_second": 95_238,
         "filters": {"key": "7", "message_id": None, "handlers": ["settle"], "partitions": {"payments": [3, 4]}},
         "ranges": [
-            {"topic": "payments", "partition": 3, "from": 10, "to": 25_010, "position": 25_000, "read": 24_999},
-            {"topic": "payments", "partition": 4, "from": 0, "to": 25_001, "position": None, "read": 25_002},
+            {"topic": "payments", "partition": 3, "from": 10, "until": 25_010, "position": 25_000, "read": 24_999},
+            {"topic": "payments", "partition": 4, "from": 0, "until": 25_001, "position": None, "read": 25_002},
         ],
         "handlers": {"settle": settle, "notify": counts(delivered=200_000, applied=200_000)},
         "partitions": [

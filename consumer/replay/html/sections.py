@@ -330,7 +330,7 @@ def ranges(findings: Row) -> Html | None:
     spans: Sequence[Row] = findings.get("ranges") or ()
     if not spans:
         return None
-    names = ("from", "to", "position", "read")
+    names = ("from", "until", "position", "read")
     columns = [
         ("partition", "name"),
         ("from offset", "n"),
