@@ -177,6 +177,10 @@ class Postgres(Server):
         """The address of a database."""
         return f"postgresql://demo:{self._password}@127.0.0.1:{self.port}/{database}"
 
+    def program(self, name: str) -> Path:
+        """The path of one of the server's programs, once it is prepared."""
+        return self._install / "bin" / name
+
     def place(self) -> str:
         places = [tempfile.gettempdir(), "/tmp", "/var/tmp"]  # noqa: S108 - made by mkdtemp, whatever stands around it
         if os.geteuid() == 0:  # then it must be reached by another user
@@ -203,7 +207,7 @@ class Postgres(Server):
         if os.geteuid() == 0:
             for path in (data, secret):
                 os.chown(path, *_nobody())
-        command: list[str | Path] = [self._install / "bin" / "initdb", "-D", data, "-U", "demo", "-A", "scram-sha-256"]
+        command: list[str | Path] = [self.program("initdb"), "-D", data, "-U", "demo", "-A", "scram-sha-256"]
         done = subprocess.run(
             [*command, f"--pwfile={secret}", "-E", "UTF8", "--no-locale", "--no-sync", "--no-instructions"],
             capture_output=True,
@@ -225,11 +229,11 @@ class Postgres(Server):
             **self._options,
         }
         settings = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-        return [self._install / "bin" / "postgres", "-D", self.directory / "data", *settings]
+        return [self.program("postgres"), "-D", self.directory / "data", *settings]
 
     def answers(self) -> bool:
         command: list[str | Path] = [
-            self._install / "bin" / "pg_isready",
+            self.program("pg_isready"),
             "-q",
             "-h",
             "127.0.0.1",

@@ -13,7 +13,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ where c.condeferred and has_schema_privilege(n.oid, 'usage') and not pg_is_other
 ungrouped: Counter[NotBatchedReason] = (
     Counter()
 )  # executions of deferred writes that were not grouped or sent as arrays, by the reason
-_logged: set[tuple[str, NotBatchedReason]] = set()
+logged: set[tuple[str, NotBatchedReason]] = set()
 
 
 class _JudgedStatement(NamedTuple):
@@ -54,12 +54,20 @@ class BulkWriter:
     altered: whether a statement on this connection may have changed the schema since the transaction began.
     """
 
-    def __init__(self, connection: Any, *, looks: Any = None, arrays: bool = True) -> None:
+    def __init__(
+        self,
+        connection: Any,
+        *,
+        looks: Any = None,
+        arrays: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._connection = connection
         self._looks = connection if looks is None else looks
         self._arrays = arrays
         self._known: dict[str, _JudgedStatement] = {}
-        self._looked = time.monotonic()
+        self._clock = clock
+        self._looked = clock()
         self._deferred: Sequence[str] | None = None
         self.altered = False
 
@@ -132,17 +140,17 @@ class BulkWriter:
         if why is None or not self._arrays:
             return
         ungrouped[why] += executions
-        if log.isEnabledFor(logging.DEBUG) and len(_logged) < _TEXTS_MAX:
+        if log.isEnabledFor(logging.DEBUG) and len(logged) < _TEXTS_MAX:
             text = without_literals(sql)
-            if (text, why) not in _logged:
-                _logged.add((text, why))
+            if (text, why) not in logged:
+                logged.add((text, why))
                 how = "in message order" if barrier else "grouped, not as arrays"
                 event(logging.DEBUG, "deferred statement not batched", statement=text, sent=how, reason=why.value)
 
     def _expire(self) -> None:
-        if time.monotonic() - self._looked > _LOOKED_SECONDS or len(self._known) >= _TEXTS_MAX:
+        if self._clock() - self._looked > _LOOKED_SECONDS or len(self._known) >= _TEXTS_MAX:
             self.forget()
-            self._looked = time.monotonic()
+            self._looked = self._clock()
 
     async def _look(self, sql: str) -> _JudgedStatement:
         self._expire()

@@ -7,6 +7,7 @@ A COMMIT hidden in a function or a DO block needs no check here: PostgreSQL refu
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from consumer.core.errors import TransactionMisuse
@@ -19,7 +20,7 @@ _FORBIDDEN = frozenset(
         *("discard", "deallocate"),  # the driver's own prepared statements would be gone, for all messages that follow
     }
 )
-_CHECKED_MAX = 4096
+CHECKED_MAX = 4096
 
 # Commands of which it is known that they change no table's definition, whatever functions they call.
 _NO_DDL = frozenset(
@@ -45,7 +46,6 @@ _FROM_STDIN = re.compile(r"\bfrom\s+stdin\b", re.IGNORECASE)
 _INSERT = re.compile(r"\b(insert|merge)\s+into\b", re.IGNORECASE)
 _INTO = re.compile(r"\binto\b", re.IGNORECASE)
 _TEMPORARY = re.compile(r"\btemp(orary)?\b", re.IGNORECASE)
-_checked: set[str] = set()
 _traits: dict[str, Traits] = {}
 
 
@@ -57,13 +57,12 @@ def transaction_control(sql: str) -> str | None:
     return None
 
 
+@lru_cache(CHECKED_MAX)  # bounded: a handler may build a new text for each message
 def refuse_transaction_control(sql: str) -> None:
     """Raise TransactionMisuse for SQL that controls the transaction, or changes what other messages of it would meet.
 
     Remembers texts it has passed.
     """
-    if sql in _checked:
-        return
     if word := transaction_control(sql):
         raise TransactionMisuse(
             f"{word} in a handler: the framework commits the claim and the effect together. "
@@ -84,9 +83,6 @@ def refuse_transaction_control(sql: str) -> None:
             "set_config in a handler: the transaction and its connection are other messages' too. "
             'Use await tx.set_local("app.name", value) for this message, or give the role the setting (alter role … set)'
         )
-    if len(_checked) >= _CHECKED_MAX:  # SQL built anew for each message: forget rather than grow
-        _checked.clear()
-    _checked.add(sql)
 
 
 class Traits(NamedTuple):
@@ -113,7 +109,7 @@ def traits(sql: str) -> Traits:
     """Remembers texts that it has read."""
     remembered = _traits.get(sql)
     if remembered is None:
-        if len(_traits) >= _CHECKED_MAX:
+        if len(_traits) >= CHECKED_MAX:
             _traits.clear()
         commands = first_words(sql)
         into = any(words[0] in ("select", "with") for words in commands) and _INTO.search(_INSERT.sub("", sql))

@@ -44,7 +44,7 @@ from consumer.postgres.handlers import topic_numbers
 from consumer.postgres.protocol import Connection
 from consumer.settings import Settings
 
-_ROUND_SECONDS_MAX = 60.0  # between two looks of the background task
+ROUND_SECONDS_MAX = 60.0  # between two looks of the background task
 _PAUSE_SECONDS = (0.05, 1.0)  # between two attempts at a step that would have to wait
 _PATIENCE_SECONDS = 30.0  # of such attempts, in one round
 
@@ -227,14 +227,14 @@ class Keeper:
                 pause = await self._round()
             except (Outage, KafkaError, OSError) as error:  # TimeoutError is an OSError
                 self._warn("the ledger is not kept short for now", error=describe(error.__cause__ or error))
-                pause = _ROUND_SECONDS_MAX / 4
+                pause = ROUND_SECONDS_MAX / 4
             except Misconfigured as error:
                 self._warn(
                     "the ledger is not kept short",
                     error=str(error),
                     do="grant what `consumer migrate --grants ROLE` prints, or let `consumer purge` run as the owner now and then",
                 )
-                pause = _ROUND_SECONDS_MAX
+                pause = ROUND_SECONDS_MAX
             await asyncio.sleep(pause * (0.5 + self._random() / 2))
 
     async def _round(self) -> float:
@@ -249,11 +249,11 @@ class Keeper:
                 await database_epoch(connection, settings)
                 await generations.declare(connection, self._app, own)
                 if own is None:
-                    return _ROUND_SECONDS_MAX
+                    return ROUND_SECONDS_MAX
                 hours, longer = wanted(own, await generations.declared(connection, self._app))
                 if hours is None:
                     self._warn("nothing of the ledger is dropped: other applications keep theirs for ever", apps=longer)
-                    return _ROUND_SECONDS_MAX
+                    return ROUND_SECONDS_MAX
                 topics = sorted(await topic_numbers(connection))
                 skew = settings.ledger_clock_skew_hours
                 stopped = await keep_up(
@@ -274,7 +274,7 @@ class Keeper:
             )
         elif not stopped.waits:
             self._logged = ""
-        return min(_ROUND_SECONDS_MAX, stopped.step.seconds) if isinstance(stopped.step, Wait) else _ROUND_SECONDS_MAX
+        return min(ROUND_SECONDS_MAX, stopped.step.seconds) if isinstance(stopped.step, Wait) else ROUND_SECONDS_MAX
 
     def _done(self, what: str, step: Step) -> None:
         number = getattr(step, "number", None)

@@ -384,7 +384,7 @@ class Run:
         kept = ARTEFACTS / self._name
         with suppress(Exception):
             dump = [
-                self._rig.primary._install / "bin" / "pg_dump",
+                self._rig.primary.program("pg_dump"),
                 "--inserts",
                 "-d",
                 self._rig.primary.dsn(self._database),

@@ -290,12 +290,13 @@ async def test_an_alias_that_collides_only_costs_the_speed(connection: Counting)
 
 async def test_what_postgresql_says_is_raised(connection: Counting) -> None:
     columns = BulkWriter(connection)
-    for sql, arguments, expected in [
+    cases: list[tuple[str, list[tuple[Any, ...]], type[Exception]]] = [
         ("insert into once values ($1)", [(1,)] * 20, asyncpg.UniqueViolationError),
         ("insert into missing values ($1)", [(1,)] * 20, asyncpg.UndefinedTableError),
         ("insert into once values ($1)", [("a",)] * 20, asyncpg.DataError),
         ("insert into once values ($1)", [(2**40,)] * 20, asyncpg.DataError),
-    ]:
+    ]
+    for sql, arguments, expected in cases:
         await connection.execute("begin")
         with pytest.raises(expected):
             await columns.send(sql, arguments)
@@ -303,13 +304,14 @@ async def test_what_postgresql_says_is_raised(connection: Counting) -> None:
 
 
 async def test_a_trigger_made_later_is_seen_when_the_table_is_looked_at_again(connection: Counting) -> None:
-    columns = BulkWriter(connection)
+    now = 0.0
+    columns = BulkWriter(connection, clock=lambda: now)
     rows = [(n,) for n in range(20)]
     await connection.execute("begin")
     await columns.send(ONCE, rows)
     await connection.execute(
         "create trigger watch after insert on once for each statement execute function watch(); delete from once"
     )
-    columns._looked -= 61
+    now += 61
     await columns.send(ONCE, rows)
     assert await connection.fetchval("select count(*) from entries where name = 'watched'") == 20

@@ -868,7 +868,7 @@ async def test_batch_what_is_not_grouped_is_logged_once_and_counted(database: st
         ("update log set secret = $2 where n = $1", lambda n: (n, "hunter2")),
     )
     writer.ungrouped.clear()
-    writer._logged.clear()
+    writer.logged.clear()
     with caplog.at_level("DEBUG", logger="consumer"):
         await assert_equal(database, schema, messages)
     found = [each.fields for each in caplog.records if each.message == "deferred statement not batched"]
@@ -879,7 +879,7 @@ async def test_batch_what_is_not_grouped_is_logged_once_and_counted(database: st
     }
     assert len(found) == len(told), "each once"
     assert writer.ungrouped == {NotBatchedReason.KIND: 20, NotBatchedReason.GRAMMAR: 20}
-    writer._logged.clear()
+    writer.logged.clear()
     with caplog.at_level("DEBUG", logger="consumer"):
         await assert_equal(database, schema, each(20, ("update log set secret = $2 where n = $1", lambda n: (n, "x"))))
     assert writer.ungrouped[NotBatchedReason.KEY] == 20

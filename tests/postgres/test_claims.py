@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -15,13 +15,35 @@ from consumer import App, Tx
 from consumer.core.delivery import Delivery
 from consumer.core.message import LogRecord
 from consumer.postgres import claim_sql
-from consumer.postgres.claims import REDELIVERED
+from consumer.postgres.claims import REDELIVERED, Claims
+from consumer.postgres.protocol import Connection
 from consumer.postgres.session import CONFLICTS_CLASS, Session
 
 TOPIC = "t"
 
 
-class Claims:
+class RecordingClaims(Claims):
+    """Claims that remember which statements they sent: those that look and those that claim."""
+
+    def __init__(self, connection: Connection, begin: Callable[[], Awaitable[None]], clock_skew_hours: float) -> None:
+        super().__init__(connection, begin, clock_skew_hours)
+        self.asked: list[str] = []
+
+    async def ask(self, deliveries: Sequence[Delivery], topics: Mapping[str, int], *, to_claim: bool) -> Any:
+        self.asked.append("claim" if to_claim else "look")
+        return await super().ask(deliveries, topics, to_claim=to_claim)
+
+
+async def recorded(session: Session) -> list[str]:
+    """The statements of a session's claims, from now on."""
+    claims = RecordingClaims(session.connection, session.begin, 0)
+    await claims.read_generations()
+    claims.share_known = session.claims.share_known
+    session.claims = claims
+    return claims.asked
+
+
+class Claimants:
     """Sessions of a worker, and claims of messages that Kafka never saw."""
 
     def __init__(self, dsn: str) -> None:
@@ -56,54 +78,41 @@ class Claims:
 
 
 @pytest.fixture
-async def claims(database: str) -> AsyncIterator[Claims]:
+async def claims(database: str) -> AsyncIterator[Claimants]:
     await migrated(database)
-    made = Claims(database)
+    made = Claimants(database)
     yield made
     for session in made.opened:
         session.close()
 
 
-def counting(session: Session) -> list[str]:
-    """The statements that look or claim, from now on."""
-    told: list[str] = []
-    ask = session.claims.ask
-
-    async def asking(*given: Any, to_claim: bool) -> Any:
-        told.append("claim" if to_claim else "look")
-        return await ask(*given, to_claim=to_claim)
-
-    session.claims.ask = asking  # type: ignore[method-assign]
-    return told
-
-
 @pytest.mark.parametrize("partitions", [1, 3])
-async def test_what_is_known_is_looked_up_and_only_the_rest_is_claimed(claims: Claims, partitions: int) -> None:
+async def test_what_is_known_is_looked_up_and_only_the_rest_is_claimed(claims: Claimants, partitions: int) -> None:
     session = await claims.session()
     ids = [uuid4() for _ in range(40)]
     assert await claims.commit(session, claims.deliveries(ids, partitions)) == {}
-    told = counting(session)
+    asked = await recorded(session)
     again = claims.deliveries(ids, partitions)
     assert await claims.commit(session, again) == dict.fromkeys(again, REDELIVERED)
-    assert told == ["claim"]  # nobody knew yet
+    assert asked == ["claim"]  # nobody knew yet
     again = claims.deliveries(ids, partitions)
     assert await claims.commit(session, again) == dict.fromkeys(again, REDELIVERED)
-    assert told == ["claim", "look"]
+    assert asked == ["claim", "look"]
     mixed = claims.deliveries([*ids[:10], *[uuid4() for _ in range(30)]], partitions, print=2)
     found = await claims.commit(session, mixed)
     assert set(found) == set(mixed[:10]) and all(each.clashes for each in found.values())
-    assert told == ["claim", "look", "look", "claim"]
+    assert asked == ["claim", "look", "look", "claim"]
     assert await claims.commit(session, claims.deliveries([uuid4() for _ in range(5)])) == {}
-    assert told[4:] == ["claim"]  # most were new
+    assert asked[4:] == ["claim"]  # most were new
     assert await session.connection.fetchval("select count(*) from consumer.ledger") == 75
 
 
-async def test_a_claim_that_is_not_committed_yet_is_waited_for_after_a_look_too(claims: Claims) -> None:
+async def test_a_claim_that_is_not_committed_yet_is_waited_for_after_a_look_too(claims: Claimants) -> None:
     first, second = await claims.session(), await claims.session()
     ids = [uuid4() for _ in range(10)]
     await claims.commit(second, claims.deliveries(ids))
     await claims.commit(second, claims.deliveries(ids))  # so that it looks first
-    told = counting(second)
+    asked = await recorded(second)
     held = uuid4()
     await first.begin()
     await first.claim(claims.deliveries([held]), claims.topics)
@@ -118,11 +127,11 @@ async def test_a_claim_that_is_not_committed_yet_is_waited_for_after_a_look_too(
     await first.commit()
     found = await waiting
     assert set(found) == set(offered) and not found[offered[-1]].same_record  # the other's record, not this one
-    assert told[0] == "look" and "claim" in told
+    assert asked[0] == "look" and "claim" in asked
     await watcher.close()
 
 
-async def test_a_look_through_an_old_version_of_the_ledger_is_taken_again(claims: Claims, database: str) -> None:
+async def test_a_look_through_an_old_version_of_the_ledger_is_taken_again(claims: Claimants, database: str) -> None:
     """The generation that it names was dropped meanwhile."""
     session = await claims.session()
     ids = [uuid4() for _ in range(10)]
@@ -164,7 +173,7 @@ async def advisory_locks(session: Session, watcher: asyncpg.Connection) -> set[t
 
 
 async def test_a_transaction_holds_the_lock_of_the_ledgers_version_whether_its_turn_has_come_or_not(
-    claims: Claims, database: str
+    claims: Claimants, database: str
 ) -> None:
     """Without that lock a generation could be dropped below a claim, whose id would be claimed again."""
     claims.settings = claims.settings.model_copy(update={"postgres_lock_timeout_seconds": 0.2})

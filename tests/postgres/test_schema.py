@@ -8,8 +8,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from harness import query, settings_for, value
-from test_cli import consumer, is_one_line
+from harness import consumer, is_one_line, query, settings_for, value
 
 from consumer import Misconfigured
 from consumer.local_servers import Postgres
@@ -75,13 +74,9 @@ async def test_the_printed_sql_makes_the_same_schema(database: str, postgres: Po
     assert await query(database, "select 1 from pg_namespace where nspname = 'consumer'") == []  # it only looked
     printed = consumer(tmp_path, "migrate", "--sql")
     assert printed.returncode == 0
+    command: list[str | Path] = [postgres.program("psql"), "-v", "ON_ERROR_STOP=1", "-q", database]
     psql = await asyncio.to_thread(
-        subprocess.run,
-        [postgres._install / "bin" / "psql", "-v", "ON_ERROR_STOP=1", "-q", database],
-        input=printed.stdout,
-        text=True,
-        capture_output=True,
-        check=False,
+        lambda: subprocess.run(command, input=printed.stdout, text=True, capture_output=True, check=False)
     )
     assert psql.returncode == 0, psql.stderr
     assert consumer(tmp_path, "migrate", "--check", CONSUMER_POSTGRES_DSN=database).returncode == 0

@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
+from asyncpg.pgproto.pgproto import UUID
 from harness import as_worker, migrated
 
 from consumer.core.message import Partition
@@ -174,7 +175,7 @@ async def test_claims_of_dead_letters_are_revived_marked_and_dropped(connection:
         number,
         ID,
     )
-    key = (number, ID)
+    key = (number, UUID(ID.bytes))
     assert await claims.revive(connection, [key], [8]) == []  # with another payload
     assert await claims.revive(connection, [key], [7]) == [key]
     await claims.drop_dead(connection, [key])  # it is not dead

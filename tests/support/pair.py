@@ -9,6 +9,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from harness import until, value
+from proxy import Proxy
+
 from consumer.local_servers import Postgres, Server
 
 
@@ -31,7 +34,7 @@ class Copy(Postgres):
         source = f"postgresql://demo:{self._password}@127.0.0.1:{self._primary_port}/postgres"
         subprocess.run(
             [
-                self._install / "bin" / "pg_basebackup",
+                self.program("pg_basebackup"),
                 "-D",
                 data,
                 "-d",
@@ -92,3 +95,18 @@ def power_cut(server: Server) -> None:
     """SIGKILL for the server and all that it has started, at once."""
     os.killpg(server.pid, signal.SIGKILL)
     server.kill()
+
+
+async def caught_up(primary: Postgres, standby: Postgres) -> None:
+    """Wait until the standby has replayed what the primary has written so far."""
+    written = await value(primary.dsn(), "select pg_current_wal_lsn()::text")
+
+    async def replayed() -> bool:
+        return bool(await value(standby.dsn(), "select pg_last_wal_replay_lsn() >= $1::text::pg_lsn", written))
+
+    await until("the standby to have caught up", replayed)
+
+
+def through(dsn: str, proxy: Proxy, server: Postgres) -> str:
+    """The address of a database of the server, reached through the proxy."""
+    return dsn.replace(f":{server.port}/", f":{proxy.port}/")
