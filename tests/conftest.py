@@ -14,6 +14,7 @@ from harness import Place, migrated
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from services import Kafka
+from worker_log import WorkerLog
 
 from consumer.local_servers import Postgres, Valkey
 
@@ -93,3 +94,9 @@ async def place(kafka: Kafka, database: str, redis_url: str) -> Place:
     """The services, with the ledger and the tables of harness.TABLES made."""
     await migrated(database)
     return Place(kafka.bootstrap_servers, database, redis_url)
+
+
+@pytest.fixture
+def worker_log(caplog: pytest.LogCaptureFixture) -> Iterator[WorkerLog]:
+    with caplog.at_level(logging.INFO, logger="consumer"):
+        yield WorkerLog(caplog)

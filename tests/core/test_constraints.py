@@ -117,7 +117,7 @@ class Converted(msgspec.Struct):
     model: Annotated[Model, AfterValidator(lambda each: each)]
 
 
-Alias = NewType("Alias", Gt)  # type: ignore[valid-newtype]
+Alias = NewType("Alias", Gt)
 
 REFUSED: list[tuple[Any, str]] = [
     (Data, r"pydantic\.Field on Data\.amount .*write msgspec\.Meta\(gt=0\), or make Data a pydantic model"),

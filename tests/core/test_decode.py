@@ -66,9 +66,20 @@ class CheckedModel(pydantic.BaseModel):
 
 
 StrictModel = pydantic.create_model("StrictModel", __config__={"extra": "forbid"}, id=(str, ""))
-Cat = pydantic.create_model("Cat", kind=Literal["cat"])
-Dog = pydantic.create_model("Dog", kind=Literal["dog"])
-Owner = pydantic.create_model("Owner", pet=Annotated[Cat | Dog, pydantic.Field(discriminator="kind")])
+
+
+class Cat(pydantic.BaseModel):
+    kind: Literal["cat"]
+
+
+class Dog(pydantic.BaseModel):
+    kind: Literal["dog"]
+
+
+class Owner(pydantic.BaseModel):
+    pet: Annotated[Cat | Dog, pydantic.Field(discriminator="kind")]
+
+
 Holder = msgspec.defstruct("Holder", [("model", Model)])
 
 

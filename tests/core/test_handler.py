@@ -65,6 +65,7 @@ async def generator(payment: Payment) -> AsyncIterator[None]:
 
 Case = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], str]
 T = ("payments",)
+BAD_ORDERS: tuple[Any, ...] = ("keys", None, [])
 WRONG: list[Case] = [
     (nothing, T, {}, "takes no message"),
     (only_tx, T, {}, "takes no message"),
@@ -89,7 +90,7 @@ WRONG: list[Case] = [
         for topic in ("", "a b", "a/b", ".", "..", "x" * 250, "é", "a\n", 7)
     ],
     (fine, ("a", "b", "a"), {}, "a topic is named twice"),
-    *[(fine, T, {"order": each}, "one of 'key', 'partition', 'none'") for each in ("keys", None, [])],
+    *[(fine, T, {"order": order}, "one of 'key', 'partition', 'none'") for order in BAD_ORDERS],
     *[(fine, T, {"concurrency": each}, "concurrency=") for each in (0, -1, 1001, True, 1.0, "2", None)],
     *[(takes_list, T, {"batch": each}, "batch=") for each in (0, -1, True, 1.0, "2")],
     (takes_list, T, {"batch": 10, "concurrency": 2}, "exclude each other"),

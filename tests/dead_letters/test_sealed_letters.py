@@ -14,7 +14,8 @@ from replay_runs import run_replay
 from consumer import App, Message, Reject, Tx
 from consumer.core.dead_letter_seal import REST, VALUE, altered, seal
 from consumer.core.message import LogRecord
-from consumer.dead_letters.retry import Edit, Redrive, RetryResult, edit_of
+from consumer.dead_letters.retry import Redrive, RetryResult, edit_of
+from consumer.dead_letters.session import Edit
 
 RECORD = LogRecord("orders", 1, 7, 1000, b"key", b"value", (("a", b"1"), ("b\udcff", None)), "")
 
@@ -65,7 +66,7 @@ async def retried(place: Place, app: App, number: int, edit: Edit | None = None)
         drive.close()
 
 
-RULES = {"bytes": "bytes", "value": "value", "function": lambda body: body["id"], "nothing": None}
+RULES: dict[str, Any] = {"bytes": "bytes", "value": "value", "function": lambda body: body["id"], "nothing": None}
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -9,10 +9,11 @@ from contextlib import suppress
 from typing import Any
 
 import asyncpg
-import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer
-from harness import Place, Sent, buffered, consume_all, counts, drained, letters, query, until, value, working
+from harness import Place, buffered, consume_all, counts, drained, letters, query, until, value, working
+from payments_app import INSERT, UPDATE, Payment, payment
+from stored_state import effect_ids
 
 from consumer import App, Retry, TransactionMisuse, Tx
 from consumer.admin import report
@@ -22,27 +23,10 @@ from consumer.postgres.session import Session
 from consumer.worker.worker import Worker
 
 ONCE = Retry(attempts=1)
-INSERT = "insert into effects values ($1, $2, $3)"
-UPDATE = "update accounts set balance = balance + $2 where id = $1"
-
-
-class Payment(msgspec.Struct):
-    id: str
-    account: int
-    amount: int
-
-
-def payment(name: str, account: int = 1, amount: int = 10, id: str | None = None, partition: int | None = None) -> Sent:
-    body = {"id": name, "account": account, "amount": amount}
-    return Sent(body, id=id or name, key=str(account), partition=partition)
 
 
 def new_app() -> App:
     return App(f"adversity-{uuid.uuid4().hex[:8]}")
-
-
-async def ids(place: Place) -> list[str]:
-    return [row[0] for row in await place.effects()]
 
 
 # -- what a handler does --------------------------------------------------------------------------------------------
@@ -101,7 +85,7 @@ async def test_statements_gathered_beside_a_savepoint_that_fails_are_not_undone_
 
     await place.send(topic, payment("a"))
     await consume_all(app, place.settings())
-    assert await ids(place) == ["a"]
+    assert await effect_ids(place) == ["a"]
     assert await value(place.dsn, "select balance from accounts where id = 1") == 10
 
 
@@ -140,7 +124,7 @@ async def test_a_task_left_behind_meets_no_other_messages_transaction(place: Pla
         await place.send(topic, *[payment(f"d{n}", n + 10) for n in range(5)])
         await drained(app, place.settings())
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert await ids(place) == ["c", "d0", "d1", "d2", "d3", "d4"]
+    assert await effect_ids(place) == ["c", "d0", "d1", "d2", "d3", "d4"]
     assert [each["error"].split(":")[0] for each in await letters(place.dsn)] == [TransactionMisuse.__name__]
 
 
@@ -189,7 +173,7 @@ async def test_a_setting_of_the_session_is_refused_before_another_message_meets_
 
     await place.send(topic, payment("a"), payment("b", 2))
     await consume_all(app, place.settings())
-    assert await ids(place) == ["b"]
+    assert await effect_ids(place) == ["b"]
     assert await place.reasons() == ["failed"]
 
 
@@ -209,7 +193,7 @@ async def test_the_first_of_two_errors_says_what_it_was(place: Place) -> None:
 
     await place.send(topic, payment("a"))
     await consume_all(app, place.settings())
-    assert await ids(place) == ["a"]
+    assert await effect_ids(place) == ["a"]
 
 
 # -- what never ends ------------------------------------------------------------------------------------------------
@@ -228,7 +212,7 @@ async def test_slow_handlers_are_committed_before_postgresql_ends_the_transactio
 
     await place.send(topic, *[payment(f"p{n:02}", n % 10) for n in range(40)])
     await consume_all(app, place.settings(postgres_idle_in_transaction_timeout_seconds=1.5))
-    assert await ids(place) == [f"p{n:02}" for n in range(40)]
+    assert await effect_ids(place) == [f"p{n:02}" for n in range(40)]
     assert sorted(calls) == [f"p{n:02}" for n in range(40)]  # each once: nothing was begun again
     for account in range(10):
         own = [int(each[1:]) for each in calls if int(each[1:]) % 10 == account]
@@ -250,7 +234,7 @@ async def test_slow_calls_of_a_batch_handler_are_committed_in_time_too(place: Pl
     names = [f"p{n:02}" for n in range(60)]
     await place.send(topic, *[payment(each, int(each[1:]) % 10) for each in names])
     await consume_all(app, place.settings(postgres_idle_in_transaction_timeout_seconds=1.5))
-    assert await ids(place) == names
+    assert await effect_ids(place) == names
     assert sorted(calls) == names
 
 
@@ -271,7 +255,7 @@ async def test_a_message_that_always_meets_the_same_conflict_or_outage_stops_no_
     async with working(app, place.settings()):
 
         async def others() -> bool:
-            return len(await ids(place)) == 20
+            return len(await effect_ids(place)) == 20
 
         await until("the other messages", others)
         assert await place.reasons() == []  # not known to be its own fault
@@ -300,7 +284,7 @@ async def test_retries_of_slow_failures_do_not_starve_other_keys(place: Place) -
         await place.send(topic, *[payment(f"good{n}", 60 + n) for n in range(20)])
 
         async def there() -> bool:
-            return len(await ids(place)) == 20
+            return len(await effect_ids(place)) == 20
 
         await until("the good keys", there)
 
@@ -326,7 +310,7 @@ async def test_a_key_that_fails_in_one_partition_does_not_fill_the_buffer_of_ano
         await place.send(topic, *[payment(f"q{n}", 2, partition=1) for n in range(50)])
 
         async def there() -> bool:
-            return len(await ids(place)) == 50
+            return len(await effect_ids(place)) == 50
 
         await until("the other partition", there)
 
@@ -353,12 +337,12 @@ async def test_a_fault_of_the_deployment_at_commit_is_not_taken_for_an_unknown_o
     async with working(app, place.settings()):
 
         async def others() -> bool:
-            return await ids(place) == ["a", "c"]
+            return await effect_ids(place) == ["a", "c"]
 
         await until("the others to be applied", others)
         await drained(app, place.settings())
     # It fails alone while others go through, so it is its own fault, and nothing was stored of it.
-    assert await ids(place) == ["a", "c"]
+    assert await effect_ids(place) == ["a", "c"]
     assert [each["kind"] for each in await letters(place.dsn)] == ["42P01"]
 
 
@@ -377,7 +361,7 @@ async def test_a_table_altered_meanwhile_costs_no_message(place: Place) -> None:
         await query(place.dsn, "alter table accounts add column more int")
         await place.send(topic, payment("b"))
         await drained(app, place.settings())
-    assert await ids(place) == ["a", "b"]
+    assert await effect_ids(place) == ["a", "b"]
 
 
 # -- connections and positions ----------------------------------------------------------------------------------------
@@ -475,10 +459,10 @@ async def test_a_database_put_back_in_time_gets_its_lost_effects_again(place: Pl
         await place.send(topic, payment("after"))
 
         async def all_there() -> bool:
-            return len(await ids(place)) == 51
+            return len(await effect_ids(place)) == 51
 
         await until("the lost effects", all_there)
-    assert len(set(await ids(place))) == 51
+    assert len(set(await effect_ids(place))) == 51
 
 
 async def test_a_position_moved_back_is_noticed_while_nothing_comes_and_while_buffers_are_full(place: Place) -> None:

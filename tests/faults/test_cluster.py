@@ -17,29 +17,15 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
 from cluster import Cluster
-from harness import Place, drained, migrated, query, report, settings_for, until, value, working
+from harness import Place, drained, migrated, query, settings_for, until, value, working
+from payments_app import Payment, payments_app
+from worker_log import WorkerLog
 
-from consumer import App, Settings, Tx
+from consumer import App, Settings
+from consumer.admin import report
 from consumer.core.message import Partition
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.local_servers import free_port
-
-
-class Payment(msgspec.Struct):
-    id: str
-    account: int
-    amount: int
-
-
-def app_of(topic: str, name: str | None = None) -> App:
-    app = App(name or f"cluster-{uuid.uuid4().hex[:8]}")
-
-    @app.handler(topic)
-    async def settle(payment: Payment, tx: Tx) -> None:
-        tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
-        tx.defer("update accounts set balance = balance + $2 where id = $1", payment.account, payment.amount)
-
-    return app
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +100,8 @@ async def produce(cluster: Cluster, topic: str, names: list[str], acks: Any = "a
 
 async def test_a_lost_leader_a_lost_coordinator_and_then_all_of_them(cluster: Cluster, database: str) -> None:
     await migrated(database)
-    topic = await new_topic(cluster, 6, **{"min.insync.replicas": "2"})
-    app = app_of(topic)
+    topic = await new_topic(cluster, 6, 3, **{"min.insync.replicas": "2"})
+    app = payments_app(topic)
     settings = settings_for(database, cluster.bootstrap_servers, batch_messages_max=100)
     sent = 0
 
@@ -128,7 +114,7 @@ async def test_a_lost_leader_a_lost_coordinator_and_then_all_of_them(cluster: Cl
     async def all_applied() -> bool:
         return int(await value(database, "select count(*) from effects")) >= sent
 
-    async with working(app, settings), working(app_of(topic, app.name), settings):
+    async with working(app, settings), working(payments_app(topic, name=app.name), settings):
         sending = await some_more()
         await until("the first messages", all_applied)
         await sending
@@ -167,19 +153,6 @@ async def test_a_lost_leader_a_lost_coordinator_and_then_all_of_them(cluster: Cl
     assert await value(database, "select count(*) from consumer.dead_letters") == 0
 
 
-class Told:
-    """What the worker logs about partitions that stop."""
-
-    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
-        self._caplog = caplog
-
-    async def stop(self) -> dict[str, Any]:
-        async def there() -> list[dict[str, Any]]:
-            return [each.fields for each in self._caplog.records if each.message.startswith("partition stopped")]
-
-        return (await until("a partition to stop", there, 60))[0]  # type: ignore[no-any-return]
-
-
 async def adopted(settings: Settings, app: App, partition: Partition) -> bool:
     source = KafkaConsumer(settings, None)
     await source.start(10)
@@ -198,7 +171,7 @@ async def test_another_cluster_with_copied_records_is_noticed_and_adopting_it_do
 ) -> None:
     topic = await new_topic(cluster, 1)
     await harness.new_topic(place.kafka, 1, topic)  # the first cluster's, with the same messages at other offsets
-    app = app_of(topic)
+    app = payments_app(topic)
     first = place.settings()
     await place.send(topic, *[harness.Sent({"id": f"p{n}", "account": 1, "amount": 1}, id=f"p{n}") for n in range(10)])
     async with working(app, first):
@@ -207,7 +180,7 @@ async def test_another_cluster_with_copied_records_is_noticed_and_adopting_it_do
     second = settings_for(place.dsn, cluster.bootstrap_servers, place.redis_url)
     with caplog.at_level(logging.INFO, logger="consumer"):
         async with working(app, second):
-            found = await Told(caplog).stop()
+            found = (await WorkerLog(caplog).wait("partition stopped", seconds=60))[0]
             assert found["reason"] == "other_cluster"
             assert await value(place.dsn, "select count(*) from effects") == 10
             assert await adopted(second, app, Partition(topic, 0))
@@ -221,8 +194,8 @@ async def test_brokers_replaced_one_after_the_other_are_followed_by_an_idle_and_
 ) -> None:
     await migrated(database)
     first = {node.port for node in cluster.nodes}
-    busy_topic, idle_topic = [await new_topic(cluster, 3, **{"min.insync.replicas": "2"}) for _ in range(2)]
-    busy, idle = app_of(busy_topic), app_of(idle_topic)
+    busy_topic, idle_topic = [await new_topic(cluster, 3, 3, **{"min.insync.replicas": "2"}) for _ in range(2)]
+    busy, idle = payments_app(busy_topic), payments_app(idle_topic)
     settings = settings_for(database, cluster.bootstrap_servers)  # the first addresses, and no others
     sent = 10
 
@@ -271,7 +244,7 @@ async def test_a_log_whose_tail_was_lost_in_an_unclean_election_stops(  # the la
     [partition] = await described(cluster, topic)
     leader = partition["leader"]
     [follower] = set(partition["replicas"]) - {leader}
-    app = app_of(topic)
+    app = payments_app(topic)
     settings = settings_for(database, cluster.bootstrap_servers)
     await produce(cluster, topic, [f"p{n}" for n in range(10)])
     cluster.node(follower).kill()
@@ -289,7 +262,7 @@ async def test_a_log_whose_tail_was_lost_in_an_unclean_election_stops(  # the la
     await produce(cluster, topic, [f"q{n}" for n in range(30)], acks=1)  # other records at the same offsets
     with caplog.at_level(logging.INFO, logger="consumer"):
         async with working(app, settings):
-            found = await Told(caplog).stop()
+            found = (await WorkerLog(caplog).wait("partition stopped", seconds=60))[0]
     assert found["reason"] == "other_record"
     assert found["do"].endswith("--move-to earliest")
     assert await value(database, "select count(*) from effects") == 30

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from harness import Sent, as_worker, migrated, new_topic, produce, settings_for, until, working
+from harness import Sent, as_worker, fetched, migrated, new_topic, produce, settings_for, until, working
 from services import Kafka
 
 from consumer import App, Tx
@@ -67,8 +67,7 @@ async def test_too_few_connections_are_shared_and_every_partition_proceeds(
         running = [await workers.enter_async_context(working(app(), settings)) for _ in range(3)]
 
         async def is_shared_out() -> bool:
-            started = [each.source._consumer for each in running]
-            return all(each is not None and len(each.assignment()) == 4 for each in started)
+            return all(fetched(worker) == 4 for worker in running)
 
         await until("four partitions for each worker", is_shared_out, 60)
         await send(0)

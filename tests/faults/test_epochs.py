@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 from harness import Place, Sent, drained, migrated, new_topic, produce, query, settings_for, until, working
-from pair import Standby, power_cut
+from numbered_messages import PARTITIONS, all_applied_once, applied, messages, numbered_app
+from pair import Standby, caught_up, power_cut
 from pooler import Pooler, needs_pgbouncer
 from proxy import Proxy
 from redis.asyncio import Redis
 from services import Kafka
-from test_failover import all_right, app_on, applied, caught_up, messages, told
+from worker_log import is_logged
 
 from consumer import App, RunAgain, Tx
 from consumer.local_servers import Postgres
 from consumer.postgres.errors import OtherEpoch
 from consumer.postgres.session import Session
 
-PARTITIONS = 4
 PATIENT_MS = 30_000  # a mark that Redis does not take in time is never written
 
 
@@ -49,7 +49,7 @@ async def test_pooler_fails_over_to_standby_without_tail_nothing_lost_or_doubled
     caplog.set_level(logging.INFO, "consumer")
     await migrated(primary.dsn())
     topic = await new_topic(kafka.bootstrap_servers, PARTITIONS)
-    app = app_on(topic)
+    app = numbered_app(topic)
     async with Proxy(primary.port) as link:
         standby = await asyncio.to_thread(Standby(primary, link.port, {"fsync": "off"}).__enter__)
         try:
@@ -84,10 +84,10 @@ async def test_pooler_fails_over_to_standby_without_tail_nothing_lost_or_doubled
                     # What is lost, sent again by its producer, and new messages: no connection of the worker was cut.
                     await produce(kafka.bootstrap_servers, topic, messages(range(800)) + messages(range(800, 900)))
                     await drained(app, direct, 60)
-                    await all_right(standby.dsn(), range(900))
+                    await all_applied_once(standby.dsn(), range(900))
         finally:
             standby.stop()
-    assert told(caplog, "another epoch of postgresql")
+    assert is_logged(caplog, "another epoch of postgresql")
 
 
 async def test_transaction_sees_another_epoch_and_is_undone(place: Place) -> None:
@@ -139,7 +139,7 @@ async def test_new_epoch_under_running_worker_ends_marks_and_memory(
         gate.set()
         await drained(app, place.settings())
     assert sorted(int(row[0]) for row in await place.effects()) == list(range(20))
-    assert told(caplog, "another epoch of postgresql")
+    assert is_logged(caplog, "another epoch of postgresql")
 
 
 async def test_lost_handler_number_is_given_anew_after_failover(place: Place) -> None:
@@ -172,7 +172,7 @@ async def test_snapshot_of_the_same_timeline_is_another_epoch(
     caplog.set_level(logging.INFO, "consumer")
     await migrated(primary.dsn())
     topic = await new_topic(kafka.bootstrap_servers, PARTITIONS)
-    app = app_on(topic)
+    app = numbered_app(topic)
     settings = settings_for(primary.dsn(), kafka.bootstrap_servers, redis_url)
     data, snapshot = primary.directory / "data", primary.directory / "snapshot"
 
@@ -181,7 +181,7 @@ async def test_snapshot_of_the_same_timeline_is_another_epoch(
         await asyncio.to_thread(power_cut, primary)
         if copy:
             await asyncio.to_thread(shutil.rmtree, copy[1], True)
-            await asyncio.to_thread(subprocess.run, ["cp", "-a", *copy], check=True)
+            await asyncio.to_thread(lambda: subprocess.run(["cp", "-a", *copy], check=True))
         await asyncio.to_thread(primary.run)
         await asyncio.to_thread(primary.wait)
 
@@ -200,7 +200,7 @@ async def test_snapshot_of_the_same_timeline_is_another_epoch(
         assert await applied(primary.dsn()) == list(range(200))
         await produce(kafka.bootstrap_servers, topic, messages(range(0, 400, 10)))
         await drained(app, settings)
-        await all_right(primary.dsn(), range(400))
+        await all_applied_once(primary.dsn(), range(400))
 
 
 async def _shorn(place: Place, *functions: str) -> None:
@@ -216,7 +216,7 @@ async def test_server_without_wal_functions_works_with_pre_check(
     caplog.set_level(logging.INFO, "consumer")
     await _shorn(place, "pg_current_wal_lsn()", "pg_control_system()")
     topic = await place.topic()
-    app = app_on(topic)
+    app = numbered_app(topic)
     async with working(app, place.settings()):
         await place.send(topic, *[Sent({"n": n}, id=f"m{n}") for n in range(10)] * 2)
         await drained(app, place.settings())
@@ -238,10 +238,10 @@ async def test_server_that_tells_no_start_time_works_without_pre_check(
     caplog.set_level(logging.INFO, "consumer")
     await _shorn(place, "pg_postmaster_start_time()")
     topic = await place.topic()
-    app = app_on(topic)
+    app = numbered_app(topic)
     async with working(app, place.settings()):
         await place.send(topic, *[Sent({"n": n}, id=f"m{n}") for n in range(10)] * 2)
         await drained(app, place.settings())
     assert len(await place.effects()) == 10
     assert await marks(place.redis_url, app) == 0
-    assert told(caplog, "pre-check off: postgresql does not tell its start time")
+    assert is_logged(caplog, "pre-check off: postgresql does not tell its start time")

@@ -4,53 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
-from harness import Place, Sent, drained, migrated, new_topic, produce, query, settings_for, until, value, working
-from pair import Backup, Standby, power_cut
+from harness import Place, drained, migrated, new_topic, produce, query, settings_for, until, working
+from numbered_messages import PARTITIONS, all_applied_once, applied, messages, numbered_app
+from pair import Backup, Standby, caught_up, power_cut, through
 from proxy import Proxy
 from redis.asyncio import Redis
 from services import Kafka
+from worker_log import is_logged
 
-from consumer import App, Settings, Tx
+from consumer import App, Settings
 from consumer.core.message import Partition
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.local_servers import Postgres, free_port
-
-PARTITIONS = 4
-
-
-def app_on(topic: str) -> App:
-    app = App(f"failover-{uuid.uuid4().hex[:8]}")
-
-    @app.handler(topic)
-    async def settle(body: dict[str, int], tx: Tx) -> None:
-        tx.defer("insert into effects values ($1, $2, $3)", str(body["n"]), body["n"] % 100, body["n"])
-        tx.defer("update accounts set balance = balance + $2 where id = $1", body["n"] % 100, body["n"])
-
-    return app
-
-
-def messages(numbers: Sequence[int]) -> list[Sent]:
-    return [Sent({"n": n}, id=f"m{n}", key=str(n % 100), partition=n % PARTITIONS) for n in numbers]
-
-
-async def applied(dsn: str) -> list[int]:
-    return sorted(int(row[0]) for row in await query(dsn, "select id from effects"))
-
-
-async def all_right(dsn: str, expected: Sequence[int]) -> None:
-    """Each effect once, balances as recomputed, and a claim for each effect and no other."""
-    assert await applied(dsn) == sorted(expected)
-    balances = dict(await query(dsn, "select id, balance from accounts where balance <> 0"))
-    sums: dict[int, int] = {}
-    for n in expected:
-        sums[n % 100] = sums.get(n % 100, 0) + n
-    assert balances == {account: total for account, total in sums.items() if total}
-    assert await value(dsn, "select count(*) from consumer.ledger where applied_at is not null") == len(expected)
-    assert await value(dsn, "select count(*) from consumer.dead_letters") == 0
 
 
 async def kafkas_offsets(app: App, settings: Settings, topic: str) -> int:
@@ -62,27 +30,10 @@ async def kafkas_offsets(app: App, settings: Settings, topic: str) -> int:
         await source.stop(5)
 
 
-def told(caplog: pytest.LogCaptureFixture, text: str) -> bool:
-    return any(text in f"{each.getMessage()} {each.__dict__.get('fields')}" for each in caplog.records)
-
-
-async def caught_up(primary: Postgres, standby: Postgres) -> None:
-    at = await value(primary.dsn(), "select pg_current_wal_lsn()::text")
-
-    async def there() -> bool:
-        return bool(await value(standby.dsn(), "select pg_last_wal_replay_lsn() >= $1::text::pg_lsn", at))
-
-    await until("the standby to have caught up", there)
-
-
 @pytest.fixture
 def primary() -> Iterator[Postgres]:
     with Postgres({"fsync": "off", "wal_keep_size": "1GB"}) as server:
         yield server
-
-
-def through(dsn: str, proxy: Proxy, server: Postgres) -> str:
-    return dsn.replace(f":{server.port}/", f":{proxy.port}/")
 
 
 async def test_failover_to_a_standby_whose_tail_was_lost(
@@ -93,7 +44,7 @@ async def test_failover_to_a_standby_whose_tail_was_lost(
     caplog.set_level(logging.INFO, "consumer")
     await migrated(primary.dsn())
     topic = await new_topic(kafka.bootstrap_servers, PARTITIONS)
-    app = app_on(topic)
+    app = numbered_app(topic)
     async with Proxy(primary.port) as front, Proxy(primary.port) as link:
         standby = await asyncio.to_thread(Standby(primary, link.port, {"fsync": "off"}).__enter__)
         try:
@@ -102,7 +53,7 @@ async def test_failover_to_a_standby_whose_tail_was_lost(
             async with working(app, settings):
 
                 async def waits() -> bool:
-                    return told(caplog, "a standby")
+                    return is_logged(caplog, "a standby")
 
                 await until("the worker to wait for a primary", waits)
                 front.point(primary.port)
@@ -113,7 +64,7 @@ async def test_failover_to_a_standby_whose_tail_was_lost(
                 link.black_hole()  # what comes now, only the primary has
                 await produce(kafka.bootstrap_servers, topic, messages(range(600, 1200)))
                 await drained(app, settings)
-                await all_right(primary.dsn(), range(1200))
+                await all_applied_once(primary.dsn(), range(1200))
 
                 async def ahead() -> bool:
                     return await kafkas_offsets(app, settings, topic) == 1200
@@ -133,7 +84,7 @@ async def test_failover_to_a_standby_whose_tail_was_lost(
                 again = messages(range(0, 1200, 10))
                 await produce(kafka.bootstrap_servers, topic, again + messages(range(1200, 1300)))
                 await drained(app, settings)
-                await all_right(standby.dsn(), range(1300))
+                await all_applied_once(standby.dsn(), range(1300))
 
                 # The old primary is there again, alive and writable, behind the same address.
                 await asyncio.to_thread(primary.run)
@@ -143,7 +94,7 @@ async def test_failover_to_a_standby_whose_tail_was_lost(
                 await produce(kafka.bootstrap_servers, topic, messages(range(1300, 1400)))
 
                 async def refused() -> bool:
-                    return told(caplog, "an old primary")
+                    return is_logged(caplog, "an old primary")
 
                 await until("the worker to see what that is", refused)
                 assert await applied(primary.dsn()) == list(range(1200))  # as it was when it died
@@ -151,10 +102,10 @@ async def test_failover_to_a_standby_whose_tail_was_lost(
                 front.reset()
                 await drained(app, settings)
                 assert await applied(primary.dsn()) == list(range(1200))
-                await all_right(standby.dsn(), range(1400))
+                await all_applied_once(standby.dsn(), range(1400))
         finally:
             standby.stop()
-    assert told(caplog, "another epoch of postgresql")
+    assert is_logged(caplog, "another epoch of postgresql")
 
 
 async def test_a_restore_to_a_point_in_time(
@@ -165,7 +116,7 @@ async def test_a_restore_to_a_point_in_time(
     await migrated(primary.dsn())
     place = Place(kafka.bootstrap_servers, primary.dsn(), redis_url)
     topic = await place.topic(PARTITIONS)
-    app = app_on(topic)
+    app = numbered_app(topic)
     backup, port = Backup(primary), free_port()
     both = primary.dsn().replace(f":{primary.port}/", f":{primary.port},127.0.0.1:{port}/")
     settings = settings_for(f"{both}?target_session_attrs=read-write", kafka.bootstrap_servers, redis_url)
@@ -188,7 +139,7 @@ async def test_a_restore_to_a_point_in_time(
             there = settings_for(backup.dsn(), kafka.bootstrap_servers, redis_url)
             await place.send(topic, *messages(range(0, 800, 10)))
             await drained(app, there, 60)
-            await all_right(backup.dsn(), range(800))
+            await all_applied_once(backup.dsn(), range(800))
     finally:
         backup.stop()
-    assert told(caplog, "another epoch of postgresql")
+    assert is_logged(caplog, "another epoch of postgresql")

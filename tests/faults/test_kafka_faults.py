@@ -7,36 +7,21 @@ import uuid
 from contextlib import AsyncExitStack
 from typing import Any
 
-import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.client import AIOKafkaClient
 from aiokafka.protocol.admin import DeleteGroupsRequest
 from harness import Place, Sent, counts, drained, query, until, value, working
+from payments_app import payments_app
 from proxy import FETCH, HEARTBEAT, JOIN_GROUP, OFFSET_COMMIT, PRODUCE, SYNC_GROUP, Cut, Proxy
 
 from consumer import App, Settings, Tx
 from consumer.core.message import Partition
 from consumer.kafka.admin import group_offsets
-from consumer.kafka.fetch_proxy import FetchingById
+from consumer.kafka.protocol import FetchById
 from consumer.worker.health import Stalled
 from consumer.worker.worker import Worker
-
-
-class Payment(msgspec.Struct):
-    id: str
-    account: int
-    amount: int
-
-
-def app_of(topic: str, name: str | None = None) -> App:
-    app = App(name or f"faults-{uuid.uuid4().hex[:8]}")
-
-    @app.handler(topic)
-    async def settle(payment: Payment, tx: Tx) -> None:
-        tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
-
-    return app
 
 
 def payments(first: int, count: int = 200) -> list[Sent]:
@@ -73,7 +58,7 @@ async def test_requests_cut_before_during_and_after_they_were_done(place: Place,
     sent = 0
     async with Proxy(kafka.proxied, "kafka", kafka.proxy) as proxy:
         settings = through(place, kafka)
-        async with working(app_of(topic, name), settings):
+        async with working(payments_app(topic, name=name, balances=False), settings):
             cuts: list[Cut] = ["before", "after", "during"]
             for cut in cuts:
                 for label in (FETCH, OFFSET_COMMIT, HEARTBEAT):
@@ -84,7 +69,7 @@ async def test_requests_cut_before_during_and_after_they_were_done(place: Place,
                     await has_fired(proxy, label, cut)
                 for label in (JOIN_GROUP, SYNC_GROUP):
                     proxy.on(label, cut)
-                async with working(app_of(topic, name), settings):
+                async with working(payments_app(topic, name=name, balances=False), settings):
                     await place.send(topic, *payments(sent))
                     sent += 200
                     await applied(place, sent)
@@ -95,19 +80,19 @@ async def test_requests_cut_before_during_and_after_they_were_done(place: Place,
             await place.send(topic, *payments(sent))
             sent += 200
             await applied(place, sent)
-            async with working(app_of(topic, name), settings):
+            async with working(payments_app(topic, name=name, balances=False), settings):
                 await place.send(topic, *payments(sent))
                 sent += 200
                 await applied(place, sent)
             proxy.off()
-        await drained(app_of(topic, name), place.settings())
+        await drained(payments_app(topic, name=name, balances=False), place.settings())
     assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(sent, sent)]
     assert await value(place.dsn, "select sum(next_offset)::int8 from consumer.positions") == sent
 
 
 async def test_a_produce_whose_answer_was_lost_is_sent_again_and_counts_once(place: Place, kafka: Any) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     async with Proxy(kafka.proxied, "kafka", kafka.proxy) as proxy:
         proxy.on(PRODUCE, "after", times=2)
         producer = AIOKafkaProducer(bootstrap_servers=f"127.0.0.1:{kafka.proxy}", acks="all", enable_idempotence=False)
@@ -126,7 +111,7 @@ async def test_a_produce_whose_answer_was_lost_is_sent_again_and_counts_once(pla
 
 async def test_a_broker_that_says_nothing_holds_up_no_end_and_is_waited_for(place: Place, kafka: Any) -> None:
     topic = await place.topic(4)
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     async with Proxy(kafka.proxied, "kafka", kafka.proxy) as proxy, AsyncExitStack() as stack:
         settings = through(place, kafka).model_copy(update={"grace_seconds": 5.0})
         await stack.enter_async_context(working(app, settings))
@@ -154,7 +139,7 @@ async def test_a_broker_that_says_nothing_holds_up_no_end_and_is_waited_for(plac
 async def test_committed_offsets_that_are_gone_lose_and_repeat_nothing(place: Place, caplog: Any) -> None:
     """Expired, or deleted with Kafka's tool: the positions are in PostgreSQL."""
     topic = await place.topic(4)
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     async with working(app, place.settings()):
         await place.send(topic, *payments(0))
         await drained(app, place.settings())
@@ -179,13 +164,14 @@ async def test_committed_offsets_that_are_gone_lose_and_repeat_nothing(place: Pl
 async def test_a_compacted_topic_with_tombstones_under_load_ends_as_its_last_values(place: Place) -> None:
     await query(place.dsn, "create table latest (key text primary key, value int)")
     topic = await place.topic(
+        1,
         **{
             "cleanup.policy": "compact",
             "segment.ms": "50",
             "min.cleanable.dirty.ratio": "0.01",
             "max.compaction.lag.ms": "100",
             "delete.retention.ms": "60000",
-        }
+        },
     )
     app = App(f"compacted-{uuid.uuid4().hex[:8]}")
     upsert = "insert into latest values ($1, $2) on conflict (key) do update set value = excluded.value"
@@ -212,19 +198,21 @@ async def test_an_error_that_the_client_only_logs_ends_the_worker_and_the_next_o
 ) -> None:
     """The client fetches again for ever after an error that it does not know; the watchdog does not."""
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     await place.send(topic, *[Sent({"id": f"p{n}", "account": 1, "amount": 1}, id=f"p{n}") for n in range(5)])
-    read = FetchingById._read
+    send = AIOKafkaClient.send
     with monkeypatch.context() as broken:
 
-        def with_error(self: FetchingById, answer: Any, topics: Any, names: Any) -> Any:
-            answer.topics = [
-                (id, [(number, 56, *rest[1:]) for number, *rest in partitions], tags)
-                for id, partitions, tags in answer.topics
-            ]
-            return read(self, answer, topics, names)
+        async def with_error(self: AIOKafkaClient, node: int, request: Any, **options: Any) -> Any:
+            answer = await send(self, node, request, **options)
+            if isinstance(request, FetchById):
+                answer.topics = [
+                    (id, [(number, 56, *rest[1:]) for number, *rest in partitions], tags)
+                    for id, partitions, tags in answer.topics
+                ]
+            return answer
 
-        broken.setattr(FetchingById, "_read", with_error)
+        broken.setattr(AIOKafkaClient, "send", with_error)
         with pytest.raises(Stalled):
             await asyncio.wait_for(Worker(app, place.settings(watchdog_seconds=1)).run(), 60)
     async with working(app, place.settings()):

@@ -31,11 +31,12 @@ from harness import (
     value,
     working,
 )
-from pair import Standby, power_cut
+from numbered_messages import all_applied_once, messages, numbered_app
+from pair import Standby, caught_up, power_cut, through
 from pooler import Pooler, needs_pgbouncer
-from proxy import Proxy
+from proxy import Cut, Proxy
 from services import Kafka
-from test_failover import all_right, app_on, caught_up, messages, through, told
+from worker_log import fields_of, is_logged
 
 from consumer import App, Retry, Tx
 from consumer.local_servers import Postgres
@@ -86,7 +87,7 @@ async def test_a_commit_that_is_cut_before_during_or_after_it_reached_the_server
 ) -> None:
     caplog.set_level(logging.INFO, "consumer")
     topic = await new_topic(kafka.bootstrap_servers, 4)
-    app = app_on(topic)
+    app = numbered_app(topic)
     async with Proxy(own.port, "postgres") as proxy:
         settings = settings_for(through(there, proxy, own), kafka.bootstrap_servers, redis_url, batch_messages_max=40)
         opened: list[int] = []
@@ -96,14 +97,15 @@ async def test_a_commit_that_is_cut_before_during_or_after_it_reached_the_server
                 return sum(opened) >= 4
 
             await until("the partitions to be opened", is_open, 120)  # so that every COMMIT to come is a batch's
-            for part, cut in enumerate(("before", "after", "during")):
-                proxy.on("commit", cut, times=6, every=3)  # type: ignore[arg-type]
+            cuts: tuple[Cut, ...] = ("before", "after", "during")
+            for part, cut in enumerate(cuts):
+                proxy.on("commit", cut, times=6, every=3)
                 await produce(kafka.bootstrap_servers, topic, messages(range(part * 1000, part * 1000 + 1000)))
                 await drained(app, settings, 120)
                 assert proxy.fired["commit", cut] == 6
-    await all_right(there, range(3000))
-    unknown = [each for each in caplog.records if getattr(each, "fields", {}).get("why") == "postgresql lost"]
-    assert sum(each.fields["count"] for each in unknown) >= 18  # type: ignore[attr-defined]
+    await all_applied_once(there, range(3000))
+    unknown = [fields for fields in map(fields_of, caplog.records) if fields.get("why") == "postgresql lost"]
+    assert sum(fields["count"] for fields in unknown) >= 18
     # Those that had happened were found out: by the positions, which had moved with them.
     assert sum("positions have moved" in each.getMessage() for each in caplog.records) >= 10
 
@@ -115,7 +117,7 @@ async def test_a_connection_that_falls_silent_is_ended(
     """As half-open TCP: the peer's kernel answers, the peer does not. With "down" the COMMIT arrives, its answer does not."""
     caplog.set_level(logging.INFO, "consumer")
     topic = await new_topic(kafka.bootstrap_servers, 4)
-    app = app_on(topic)
+    app = numbered_app(topic)
     async with Proxy(own.port, "postgres") as proxy:
         settings = settings_for(
             through(there, proxy, own),
@@ -136,12 +138,12 @@ async def test_a_connection_that_falls_silent_is_ended(
             await produce(kafka.bootstrap_servers, topic, messages(range(400, 600)))
 
             async def noticed() -> bool:
-                return told(caplog, "postgresql does not answer")
+                return is_logged(caplog, "postgresql does not answer")
 
             await until("the silence to be noticed", noticed)
             proxy.heal()
             await drained(app, settings)
-    await all_right(there, range(600))
+    await all_applied_once(there, range(600))
 
 
 # -- what the server refuses or undoes ------------------------------------------------------------------------------
@@ -240,14 +242,15 @@ async def test_conflicts_of_all_kinds_are_nobodys_fault(own: Postgres, there: st
     assert done["cancel"] and done["terminate"]
 
     async def counted() -> bool:
-        return await value(own.dsn(), "select deadlocks from pg_stat_database where datname = $1", database) > before
+        now = await value(own.dsn(), "select deadlocks from pg_stat_database where datname = $1", database)
+        return bool(now > before)
 
     await until("PostgreSQL to have counted a deadlock", counted)
 
 
 async def test_an_index_that_is_made_anew_under_load(own: Postgres, there: str, kafka: Kafka, redis_url: str) -> None:
     topic = await new_topic(kafka.bootstrap_servers, 4)
-    app = app_on(topic)
+    app = numbered_app(topic)
     settings = settings_for(there, kafka.bootstrap_servers, redis_url, batch_messages_max=50)
     times = 0
 
@@ -271,7 +274,7 @@ async def test_an_index_that_is_made_anew_under_load(own: Postgres, there: str, 
             return times >= 2
 
         await until("the index to have been made anew", some)
-    await all_right(there, range(1500))
+    await all_applied_once(there, range(1500))
 
 
 async def test_a_server_that_is_full_of_connections_is_waited_for(
@@ -279,7 +282,7 @@ async def test_a_server_that_is_full_of_connections_is_waited_for(
 ) -> None:
     caplog.set_level(logging.INFO, "consumer")
     topic = await new_topic(kafka.bootstrap_servers, 4)
-    app = app_on(topic)
+    app = numbered_app(topic)
     settings = settings_for(there, kafka.bootstrap_servers, redis_url, batch_messages_max=50)
     crowd: list[asyncpg.Connection[Any]] = []
     async with working(app, settings):
@@ -297,14 +300,14 @@ async def test_a_server_that_is_full_of_connections_is_waited_for(
             await produce(kafka.bootstrap_servers, topic, messages(range(200, 400)))
 
             async def waits() -> bool:
-                return told(caplog, "TooManyConnectionsError")
+                return is_logged(caplog, "TooManyConnectionsError")
 
             await until("the worker to be refused", waits)
         finally:
             for each in crowd:
                 await each.close()
         await drained(app, settings)
-    await all_right(there, range(400))
+    await all_applied_once(there, range(400))
 
 
 # -- the disk ---------------------------------------------------------------------------------------------------------
@@ -347,7 +350,7 @@ async def test_a_full_disk_is_waited_for(
     with SmallDisk(small_disk) as server:
         await migrated(server.dsn())
         topic = await new_topic(kafka.bootstrap_servers, 4)
-        app = app_on(topic)
+        app = numbered_app(topic)
         settings = settings_for(server.dsn(), kafka.bootstrap_servers, redis_url, batch_messages_max=50)
         async with working(app, settings):
             await produce(kafka.bootstrap_servers, topic, messages(range(300)))
@@ -359,7 +362,7 @@ async def test_a_full_disk_is_waited_for(
             sending, sent = 300, 300
 
             def full() -> bool:
-                return told(caplog, "DiskFull") or server.process is None or server.process.poll() is not None
+                return is_logged(caplog, "DiskFull") or server.process is None or server.process.poll() is not None
 
             while not full() and sent < 20_000:
                 await produce(kafka.bootstrap_servers, topic, messages(range(sent, sent + 500)))
@@ -376,7 +379,7 @@ async def test_a_full_disk_is_waited_for(
                 await asyncio.to_thread(server.wait)
             await drained(app, settings, 60)
             assert sending < sent
-        await all_right(server.dsn(), range(sent))
+        await all_applied_once(server.dsn(), range(sent))
 
 
 # -- what counts as durable -------------------------------------------------------------------------------------------
@@ -434,7 +437,7 @@ async def test_a_commit_whose_wait_for_the_standby_was_cancelled_is_lost_and_don
     with Postgres({"fsync": "off", "synchronous_commit": "on"}) as primary:
         await migrated(primary.dsn())
         topic = await new_topic(kafka.bootstrap_servers, 4)
-        app = app_on(topic)
+        app = numbered_app(topic)
         async with Proxy(primary.port) as front, Proxy(primary.port) as link:
             standby = await asyncio.to_thread(Standby(primary, link.port, {"fsync": "off"}).__enter__)
             try:
@@ -449,15 +452,16 @@ async def test_a_commit_whose_wait_for_the_standby_was_cancelled_is_lost_and_don
                     await produce(kafka.bootstrap_servers, topic, messages(range(200, 300)))
                     cancelled = 0
 
-                    async def settled() -> bool:
+                    async def all_settled() -> bool:
                         nonlocal cancelled
                         cancelled += await value(
                             primary.dsn(),
                             "select count(pg_cancel_backend(pid)) from pg_stat_activity where wait_event = 'SyncRep'",
                         )
-                        return await value(primary.dsn(), "select sum(next_offset) from consumer.positions") == 300
+                        settled = await value(primary.dsn(), "select sum(next_offset) from consumer.positions")
+                        return bool(settled == 300)
 
-                    await until("the COMMITs to be cancelled", settled)
+                    await until("the COMMITs to be cancelled", all_settled)
                     assert cancelled
                     await asyncio.to_thread(power_cut, primary)
                     await query(standby.dsn(), "select pg_promote()")
@@ -466,7 +470,7 @@ async def test_a_commit_whose_wait_for_the_standby_was_cancelled_is_lost_and_don
                     front.reset()
                     await produce(kafka.bootstrap_servers, topic, messages(range(200, 300)))
                     await drained(app, settings)
-                await all_right(standby.dsn(), range(300))
+                await all_applied_once(standby.dsn(), range(300))
             finally:
                 standby.stop()
 
@@ -480,7 +484,7 @@ async def test_behind_pgbouncer_in_transaction_mode(
 ) -> None:
     caplog.set_level(logging.INFO, "consumer")
     topic = await new_topic(kafka.bootstrap_servers, 4)
-    app = app_on(topic)
+    app = numbered_app(topic)
     with Pooler(own, 2) as bouncer:
         settings = settings_for(
             bouncer.dsn(there),
@@ -508,7 +512,7 @@ async def test_behind_pgbouncer_in_transaction_mode(
                 there, "select distinct usename from pg_stat_activity where application_name = 'idempotent-consumer'"
             )
             assert settings_of_sessions == []  # nothing of ours stays in the pooler's sessions
-    await all_right(there, range(1200))
+    await all_applied_once(there, range(1200))
 
 
 @needs_pgbouncer
@@ -517,7 +521,7 @@ async def test_check_behind_pgbouncer_counts_no_rows_of_other_clients(
 ) -> None:
     """PostgreSQL counts written rows for each of its sessions, and a pooler lends one session to all clients in turn."""
     topic = await new_topic(kafka.bootstrap_servers, 4)
-    app = app_on(topic)
+    app = numbered_app(topic)
     await produce(kafka.bootstrap_servers, topic, messages(range(200)))
     with Pooler(own, 1) as bouncer:
         settings = settings_for(bouncer.dsn(there), kafka.bootstrap_servers, redis_url, postgres_pooler=True)

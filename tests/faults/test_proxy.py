@@ -59,7 +59,7 @@ async def test_a_black_hole_closes_nothing_and_gives_back_what_it_held(postgres:
     async with Proxy(postgres.port, "postgres") as proxy:
         connection = await asyncpg.connect(through(postgres.dsn(), proxy))
         for way in ("up", "down"):
-            proxy.black_hole(way)  # type: ignore[arg-type]
+            proxy.black_hole(way)
             asking = asyncio.create_task(connection.fetchval("select 7"))
             await asyncio.wait([asking], timeout=0.1)
             assert not asking.done()

@@ -6,33 +6,16 @@ import asyncio
 import os
 import random
 import signal
-import uuid
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import pytest
 import redis
 from harness import Place, Sent, counts, drained, query, until, value, working
+from payments_app import payments_app
+from worker_log import is_logged
 
-from consumer import App, Tx
 from consumer.local_servers import Valkey
-
-
-class Payment(msgspec.Struct):
-    id: str
-    account: int
-    amount: int
-
-
-def app_of(topic: str) -> App:
-    app = App(f"redis-{uuid.uuid4().hex[:8]}")
-
-    @app.handler(topic)
-    async def settle(payment: Payment, tx: Tx) -> None:
-        tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
-
-    return app
 
 
 def payments(first: int, count: int) -> list[Sent]:
@@ -83,7 +66,7 @@ async def test_redis_harmed_in_mid_run_costs_nothing_but_speed(
     place: Place, own_valkey: Valkey, harm: Callable[[Valkey], None]
 ) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     settings = place.settings(redis_url=own_valkey.url, batch_messages_max=100)
     async with working(app, settings):
         await place.send(topic, *payments(0, 1000))
@@ -101,12 +84,12 @@ async def test_redis_harmed_in_mid_run_costs_nothing_but_speed(
 
 
 async def test_a_frozen_redis_is_asked_once_in_its_budget_and_then_left_alone(
-    place: Place, own_valkey: Valkey, caplog: Any
+    place: Place, own_valkey: Valkey, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The breaker's two changes are told; between them no batch waits for Redis."""
     caplog.set_level("INFO", logger="consumer")
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     settings = place.settings(redis_url=own_valkey.url, batch_messages_max=10)
     async with working(app, settings) as worker:
         await place.send(topic, *payments(0, 100))
@@ -121,7 +104,7 @@ async def test_a_frozen_redis_is_asked_once_in_its_budget_and_then_left_alone(
             await check(deliveries, now)
             asked.append(loop.time() - begun)
 
-        worker.shards[0].precheck.check = timed  # type: ignore[method-assign]
+        monkeypatch.setattr(worker.shards[0].precheck, "check", timed)
         freeze(own_valkey)
         await place.send(topic, *payments(100, 500))
         await drained(app, settings)
@@ -131,10 +114,7 @@ async def test_a_frozen_redis_is_asked_once_in_its_budget_and_then_left_alone(
         ]  # a budget of 50 ms: all but the first few went by without asking
         assert len(waited) <= 5
 
-        def told(text: str) -> bool:
-            return any(text in record.getMessage() for record in caplog.records)
-
-        assert told("pre-check off")
+        assert is_logged(caplog, "pre-check off")
         os.kill(own_valkey.pid, signal.SIGCONT)
 
         async def back() -> bool:

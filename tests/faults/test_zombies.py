@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -149,9 +151,12 @@ async def test_members_that_come_and_go_keep_every_keys_order_and_double_nothing
         for n in range(5):
             sending = asyncio.create_task(send(40))
             opened: list[int] = []
-            other = Worker(ordered(topic, name), settings, report=lambda each, opened=opened: opened.extend(
-                [each["opened"]] if each.get("opened") else []
-            ))  # fmt: skip
+
+            def note(report: Mapping[str, Any], opened: list[int] = opened) -> None:
+                if report.get("opened"):
+                    opened.append(report["opened"])
+
+            other = Worker(ordered(topic, name), settings, report=note)
             task = asyncio.create_task(other.run())
 
             async def has_some(opened: list[int] = opened, task: asyncio.Task[None] = task) -> bool:

@@ -4,50 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from app_commands import command, status
+from handler_versions import BOTH, ONE, RENAMED, app_with
 from harness import Place, Result, consume_all, drained, fetched, is_one_line, query, until, value, working
-from test_incarnations import Told, command, payment
+from payments_app import lone_payment
+from worker_log import WorkerLog
 
-from consumer import App, Misconfigured, Tx
+from consumer import App, Misconfigured
 from consumer.worker.worker import Worker
-
-BOTH = "worker_app:app"  # with the handlers settle and record
-ONE = "worker_app:alone"  # with settle alone
-RENAMED = "worker_app:renamed"  # with pay, which was settle
-
-
-@pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> Iterator[Told]:
-    with caplog.at_level("INFO", logger="consumer"):
-        yield Told(caplog)
-
-
-def app_with(name: str, topic: str, *handlers: str) -> App:
-    """A version of an App, whose handlers each write a row of their own."""
-    app = App(name)
-
-    def add(own: str) -> None:
-        @app.handler(topic, name=own)
-        async def handle(body: dict[str, Any], tx: Tx) -> None:
-            tx.defer("insert into effects values ($1, 1, 1)", f"{own} {body['id']}")
-
-    for each in handlers:
-        add(each)
-    return app
 
 
 async def effects(place: Place, handler: str) -> list[str]:
     rows = await query(place.dsn, "select id from effects where id like $1 order by id", f"{handler} %")
     return [row[0].split(" ")[1] for row in rows]
-
-
-async def status(place: Place, app: App, path: str) -> tuple[int, dict[str, Any]]:
-    found = await command(place, app, "status", path, "--json")
-    return found.returncode, json.loads(found.stdout)
 
 
 def missed(found: dict[str, Any]) -> int:
@@ -65,11 +38,11 @@ async def rename(place: Place, app: App, old: str, new: str) -> Result:
     return await command(owner, app, "migrate", app.name, "--rename-handler", old, new)
 
 
-async def test_handler_added_in_a_rolling_deploy_knows_what_it_missed(place: Place, told: Told) -> None:
+async def test_handler_added_in_a_rolling_deploy_knows_what_it_missed(place: Place, worker_log: WorkerLog) -> None:
     topic = await place.topic(2)
     name = f"rolling-{uuid4().hex[:8]}"
     old, new = app_with(name, topic, "settle"), app_with(name, topic, "settle", "record")
-    sent = [payment(f"p{n:03}", n % 2) for n in range(60)]
+    sent = [lone_payment(f"p{n:03}", n % 2) for n in range(60)]
     async with working(old, place.settings()) as first:
         await place.send(topic, *sent[:20])
         await drained(old, place.settings())
@@ -84,9 +57,9 @@ async def test_handler_added_in_a_rolling_deploy_knows_what_it_missed(place: Pla
         # The newer one has gone, and the older one has all partitions again.
         await place.send(topic, *sent[40:])
         await drained(old, place.settings())
-    found = told.of("a handler begins behind the application")
+    found = worker_log.events("a handler begins behind the application")
     assert found and {each["handler"] for each in found} == {"record"}
-    [lacking] = {each["handler"] for each in told.of("this worker lacks a handler")}
+    [lacking] = {each["handler"] for each in worker_log.events("this worker lacks a handler")}
     assert lacking == "record"
     assert len(await effects(place, "settle")) == 60 and len(await effects(place, "record")) == 10
     code, shown = await status(place, new, BOTH)
@@ -110,13 +83,15 @@ async def _all_ids(place: Place) -> list[str]:
     return [row[0] for row in rows]
 
 
-async def test_position_moves_only_for_workers_with_the_handlers_that_it_names(place: Place, told: Told) -> None:
+async def test_position_moves_only_for_workers_with_the_handlers_that_it_names(
+    place: Place, worker_log: WorkerLog
+) -> None:
     """A worker that wakes up after another version has opened its partition records what it settles as its own."""
     topic = await place.topic()
     name = f"fenced-{uuid4().hex[:8]}"
     old = app_with(name, topic, "settle")
     async with working(old, place.settings()):
-        await place.send(topic, payment("a"))
+        await place.send(topic, lone_payment("a"))
         await drained(old, place.settings())
         # As another version does when it opens the partition, while this one does not know that it lost it.
         numbers = "insert into consumer.handlers (app, name) values ($1, 'record') returning handler"
@@ -131,9 +106,9 @@ async def test_position_moves_only_for_workers_with_the_handlers_that_it_names(p
             place.dsn,
             "insert into consumer.coverage (handler, topic, partition, first_offset) values ($1, $2, 0, 1)", number, topic,
         )  # fmt: skip
-        await place.send(topic, payment("b"))
+        await place.send(topic, lone_payment("b"))
         await drained(old, place.settings())
-    assert told.of("positions have moved")
+    assert worker_log.events("positions have moved")
     rows = await query(place.dsn, "select first_offset, past_offset from consumer.coverage where handler = $1", number)
     assert rows == [(1, 1)]
     assert await effects(place, "settle") == ["a", "b"]
@@ -143,9 +118,9 @@ async def test_new_handler_that_begins_here_keeps_the_check_green(place: Place) 
     topic = await place.topic()
     app = app_with(f"here-{uuid4().hex[:8]}", topic, "settle")
     both = app_with(app.name, topic, "settle", "record")
-    await place.send(topic, *[payment(f"p{n}") for n in range(10)])
+    await place.send(topic, *[lone_payment(f"p{n}") for n in range(10)])
     await consume_all(app, place.settings())
-    await place.send(topic, *[payment(f"q{n}") for n in range(10)])
+    await place.send(topic, *[lone_payment(f"q{n}") for n in range(10)])
     await consume_all(both, place.settings())
     assert (await status(place, both, BOTH))[0] == 1
     assert (await replay(place, both, BOTH)).returncode == 1  # messages are missing
@@ -166,11 +141,11 @@ async def test_new_handler_that_begins_here_keeps_the_check_green(place: Place) 
     assert len(await effects(place, "record")) == 10
 
 
-async def test_renamed_function_is_reported_and_nothing_is_applied_twice(place: Place, told: Told) -> None:
+async def test_renamed_function_is_reported_and_nothing_is_applied_twice(place: Place, worker_log: WorkerLog) -> None:
     topic = await place.topic()
     old = app_with(f"renamed-{uuid4().hex[:8]}", topic, "settle")
     new = app_with(old.name, topic, "pay")
-    await place.send(topic, *[payment(f"p{n}") for n in range(10)])
+    await place.send(topic, *[lone_payment(f"p{n}") for n in range(10)])
     await consume_all(old, place.settings())
     # Before any worker runs with the new name, and after.
     for _ in range(2):
@@ -186,11 +161,13 @@ async def test_renamed_function_is_reported_and_nothing_is_applied_twice(place: 
         await consume_all(new, place.settings())
     assert len(await place.effects()) == 10
     async with working(new, place.settings()):
-        [said] = await told.wait("a handler begins behind the application")
+        [said] = await worker_log.wait("a handler begins behind the application")
         assert f"{old.name} --rename-handler settle pay, since --apply would apply" in said["do"]
         renamed = await rename(place, new, "settle", "pay")
         assert renamed.returncode == 0, renamed.stderr
-        await place.send(topic, *[payment(f"p{n}") for n in range(5)], payment("q"))  # sent again, and a new one
+        await place.send(
+            topic, *[lone_payment(f"p{n}") for n in range(5)], lone_payment("q")
+        )  # sent again, and a new one
         await drained(new, place.settings())
     assert len(await place.effects()) == 11
     code, shown = await status(place, new, RENAMED)
@@ -212,9 +189,9 @@ async def test_rename_of_handlers_that_both_have_rows_is_refused(place: Place) -
     topic = await place.topic()
     app = app_with(f"twice-{uuid4().hex[:8]}", topic, "settle")
     new = app_with(app.name, topic, "pay")
-    await place.send(topic, payment("a"))
+    await place.send(topic, lone_payment("a"))
     await consume_all(app, place.settings())
-    await place.send(topic, payment("b"))
+    await place.send(topic, lone_payment("b"))
     await consume_all(new, place.settings())
     is_one_line(await rename(place, app, "settle", "pay"), "has rows of its own", "--begin-here")
     is_one_line(await rename(place, app, "setle", "pay"), "has no handler 'setle'", "pay, settle")
@@ -232,11 +209,11 @@ async def test_rename_under_a_running_worker_with_the_old_name_ends_that_worker(
     old = app_with(f"running-{uuid4().hex[:8]}", topic, "settle")
     worker = asyncio.create_task(Worker(old, place.settings()).run())
     try:
-        await place.send(topic, payment("a"))
+        await place.send(topic, lone_payment("a"))
         await drained(old, place.settings())
         done = await rename(place, old, "settle", "pay")
         assert done.returncode == 0, done.stderr
-        await place.send(topic, payment("b"))
+        await place.send(topic, lone_payment("b"))
         with pytest.raises(Misconfigured, match="was renamed to 'pay'"):
             await asyncio.wait_for(worker, 60)
     finally:
@@ -247,15 +224,15 @@ async def test_rename_under_a_running_worker_with_the_old_name_ends_that_worker(
     assert rows == [("pay",)]
 
 
-async def test_two_services_with_one_name_are_reported(place: Place, told: Told) -> None:
+async def test_two_services_with_one_name_are_reported(place: Place, worker_log: WorkerLog) -> None:
     topic = await place.topic()
     one = app_with(f"mistake-{uuid4().hex[:8]}", topic, "settle")
     other = app_with(one.name, topic, "ship")
-    await place.send(topic, payment("a"))
+    await place.send(topic, lone_payment("a"))
     await consume_all(one, place.settings())
-    await place.send(topic, payment("b"))
+    await place.send(topic, lone_payment("b"))
     await consume_all(other, place.settings())
-    [found] = told.of("this worker lacks a handler")
+    [found] = worker_log.events("this worker lacks a handler")
     assert found["handler"] == "settle" and "another service needs another App name" in found["do"]
 
 
@@ -263,7 +240,7 @@ async def test_handlers_of_a_ledger_of_the_version_before_have_missed_nothing(pl
     """Positions that name no handlers, and handlers that are marked as older."""
     topic = await place.topic()
     app = app_with(f"older-{uuid4().hex[:8]}", topic, "settle")
-    await place.send(topic, payment("a"), payment("b"))
+    await place.send(topic, lone_payment("a"), lone_payment("b"))
     await consume_all(app, place.settings())
     await query(place.dsn, "delete from consumer.coverage")
     await query(place.dsn, "update consumer.positions set handlers = null")
@@ -272,7 +249,7 @@ async def test_handlers_of_a_ledger_of_the_version_before_have_missed_nothing(pl
     await consume_all(app, place.settings())
     assert (await status(place, app, ONE))[0] == 0
     both = app_with(app.name, topic, "settle", "record")
-    await place.send(topic, payment("c"))
+    await place.send(topic, lone_payment("c"))
     await consume_all(both, place.settings())
     code, shown = await status(place, both, BOTH)
     assert (code, missed(shown)) == (1, 2)

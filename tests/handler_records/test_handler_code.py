@@ -9,20 +9,13 @@ from typing import Any
 import msgspec
 import pytest
 from harness import Place, Sent, consume_all, query, working
+from payments_app import INSERT, Payment, payment
 
 from consumer import App, Misconfigured, Tx
 from consumer.replay.findings import Findings
 from consumer.replay.options import Options, Progress
 from consumer.replay.rebuild_run import RebuildOptions, run_rebuild
 from consumer.replay.verify import replay
-
-INSERT = "insert into effects values ($1, $2, $3)"
-
-
-class Payment(msgspec.Struct):
-    id: str
-    account: int
-    amount: int
 
 
 class WithFee(msgspec.Struct):
@@ -69,8 +62,8 @@ def app_of(topic: str, function: Callable[..., Any], name: str = "", handler: st
 
 
 def messages(n: int, first: int = 0, **more: Any) -> list[Sent]:
-    bodies = [{"id": f"p{each}", "account": 1, "amount": 10} for each in range(first, first + n)]
-    return [Sent(each, id=each["id"] if not more else None, key="k") for each in bodies]
+    names = [f"p{number}" for number in range(first, first + n)]
+    return [payment(name, id=None if more else name, key="k") for name in names]
 
 
 async def rebuilt(place: Place, app: App, topic: str) -> Findings:

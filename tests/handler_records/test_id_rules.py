@@ -8,9 +8,10 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from app_commands import command, status
+from handler_versions import app_with
 from harness import Place, Result, consume_all, is_one_line, query, running, until, value
-from test_coverage import app_with
-from test_incarnations import command, payment
+from payments_app import lone_payment
 
 from consumer import App, Tx
 from consumer.core.identity import parse_rule, rule_text
@@ -34,7 +35,7 @@ async def settled(place: Place, count: int = 10) -> tuple[App, str]:
     """An App that has applied messages under the ids of their headers."""
     topic = await place.topic()
     app = app_with(f"rules-{uuid4().hex[:8]}", topic, "settle")
-    await place.send(topic, *[payment(f"p{n}") for n in range(count)])
+    await place.send(topic, *[lone_payment(f"p{n}") for n in range(count)])
     await consume_all(app, place.settings())
     assert len(await place.effects()) == count
     return app, topic
@@ -45,8 +46,8 @@ async def accept(place: Place, app: App) -> Result:
 
 
 async def notices(place: Place, app: App, path: str) -> tuple[int, list[str]]:
-    found = await command(place, app, "status", path, "--json")
-    return found.returncode, [each["kind"] for each in json.loads(found.stdout)["notices"]]
+    code, answer = await status(place, app, path)
+    return code, [notice["kind"] for notice in answer["notices"]]
 
 
 async def test_changed_rule_is_reported_and_replay_applies_nothing_again(place: Place) -> None:
@@ -87,7 +88,7 @@ async def test_accepted_rule_protects_what_was_applied_before(place: Place) -> N
     again = await accept(place, app)
     assert again.returncode == 1 and "nothing was changed" in again.stderr
     assert await notices(place, app, NEW) == (0, [])
-    await place.send(topic, payment("q"))
+    await place.send(topic, lone_payment("q"))
     await consume_all(offset_version(app), place.settings())
     assert len(await place.effects()) == 11
     checked = await command(place, app, "replay", NEW, topic)

@@ -8,42 +8,26 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from cluster import Cluster
 from harness import Place, Sent, consume_all, migrated, new_topic, produce, settings_for, until, value, working
+from payments_app import payment, payments_app
 from services import JARS
-from test_incarnations import Told
+from worker_log import WorkerLog
 
-from consumer import App, Settings, Tx
+from consumer import Settings
 from consumer.admin import report
 from consumer.core.message import Partition
+from consumer.kafka.brokers import Brokers
 from consumer.kafka.client import client_id
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.local_servers import free_port
 from consumer.postgres.connection import connect
 
 
-class Payment(msgspec.Struct):
-    id: str
-    account: int
-    amount: int
-
-
-def app_of(*topics: str) -> App:
-    app = App(f"brokers-{uuid.uuid4().hex[:8]}")
-    for n, topic in enumerate(topics):
-
-        @app.handler(topic, name=f"settle{n}")
-        async def settle(payment: Payment, tx: Tx) -> None:
-            tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
-
-    return app
-
-
 def payments(first: int, last: int) -> list[Sent]:
-    return [Sent({"id": f"p{n}", "account": 1, "amount": 1}, id=f"p{n}") for n in range(first, last)]
+    return [payment(f"p{n}", key=f"p{n}") for n in range(first, last)]
 
 
 async def effects(dsn: str, count: int, seconds: float = 90) -> None:
@@ -64,13 +48,13 @@ async def test_a_broker_that_returns_on_another_address_is_found_by_an_idle_work
 ) -> None:
     await migrated(database)
     caplog.set_level("INFO")
-    node, elsewhere, told = lone_broker.nodes[0], free_port(), Told(caplog)
+    node, elsewhere, worker_log = lone_broker.nodes[0], free_port(), WorkerLog(caplog)
     topic = await new_topic(lone_broker.bootstrap_servers, 2)
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     settings = settings_for(database, f"{lone_broker.bootstrap_servers},127.0.0.1:{elsewhere}")
 
     async def has(text: str) -> bool:
-        return bool(told.of(text))
+        return bool(worker_log.events(text))
 
     async with working(app, settings):
         await produce(lone_broker.bootstrap_servers, topic, payments(0, 20))
@@ -84,8 +68,21 @@ async def test_a_broker_that_returns_on_another_address_is_found_by_an_idle_work
         await until("its end in the log", lambda: has("kafka is back"), 60)
         await produce(lone_broker.bootstrap_servers, topic, payments(20, 60))
         await effects(database, 60)
-        assert len(told.of("waiting for kafka")) == 1
-        assert told.of("waiting for kafka")[0]["error"]
+        assert len(worker_log.events("waiting for kafka")) == 1
+        assert worker_log.events("waiting for kafka")[0]["error"]
+
+
+def recorded_requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kinds of requests that brokers are asked, from now on."""
+    asked: list[str] = []
+    ask = Brokers.ask
+
+    async def recorded(self: Brokers, node: int, request: Any, *more: Any) -> Any:
+        asked.append(type(request).__name__)
+        return await ask(self, node, request, *more)
+
+    monkeypatch.setattr(Brokers, "ask", recorded)
+    return asked
 
 
 async def test_status_of_a_thousand_topics_takes_one_request_for_each_question(
@@ -100,16 +97,9 @@ async def test_status_of_a_thousand_topics_takes_one_request_for_each_question(
     try:
         for n in range(0, 1000, 200):
             await admin.create_topics([NewTopic(each, 1, 1) for each in topics[n : n + 200]])
-        app = app_of(*topics)
+        app = payments_app(*topics, balances=False)
         await source.start(30)
-        asked: list[str] = []
-        ask = source.log._brokers.ask
-
-        async def counted(node: int, request: Any, *more: Any) -> Any:
-            asked.append(type(request).__name__)
-            return await ask(node, request, *more)
-
-        monkeypatch.setattr(source.log._brokers, "ask", counted)
+        asked = recorded_requests(monkeypatch)
 
         async def all_led() -> bool:
             return len(await source.log.ends([Partition(each, 0) for each in topics], partial=True)) == 1000
@@ -135,7 +125,7 @@ async def test_status_of_many_settled_partitions_asks_for_their_leaders_once(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     topic = await place.topic(60)
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     await place.send(
         topic, *[Sent({"id": f"p{n}", "account": 1, "amount": 1}, id=f"p{n}", partition=n) for n in range(60)]
     )
@@ -144,14 +134,7 @@ async def test_status_of_many_settled_partitions_asks_for_their_leaders_once(
     connection = await connect(place.settings())
     try:
         await source.start(30)
-        asked: list[str] = []
-        ask = source.log._brokers.ask
-
-        async def counted(node: int, request: Any, *more: Any) -> Any:
-            asked.append(type(request).__name__)
-            return await ask(node, request, *more)
-
-        monkeypatch.setattr(source.log._brokers, "ask", counted)
+        asked = recorded_requests(monkeypatch)
         partitions = [Partition(topic, n) for n in range(60)]
 
         health = await report.partition_health(connection, source, app, partitions)
@@ -186,8 +169,8 @@ async def test_a_throttled_worker_applies_messages_and_goes_on_at_full_speed_whe
     place: Place, kafka: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     topic = await place.topic()
-    app = app_of(topic)
-    told = Told(caplog)
+    app = payments_app(topic, balances=False)
+    worker_log = WorkerLog(caplog)
     settings = place.settings(kafka_client_id=f"slow-{uuid.uuid4().hex[:8]}")
     assert settings.kafka_client_id is not None
     filler = "x" * 1000
@@ -202,12 +185,12 @@ async def test_a_throttled_worker_applies_messages_and_goes_on_at_full_speed_whe
         return int(await value(place.dsn, "select count(*) from effects")) > 60
 
     async def has_told() -> bool:
-        return bool(told.of("kafka throttles the worker"))
+        return bool(worker_log.events("kafka throttles the worker"))
 
     async with working(app, settings):
         await until("the throttling in the log", has_told, 60)
         await until("messages in spite of the quota", some_applied, 90)
         assert int(await value(place.dsn, "select count(*) from effects")) < 300
-        assert not told.of("waiting for kafka")
+        assert not worker_log.events("waiting for kafka")
         await asyncio.to_thread(quota, kafka, settings.kafka_client_id, "--delete-config", "consumer_byte_rate")
         await effects(place.dsn, 300, 60)

@@ -12,30 +12,14 @@ import msgspec
 import pytest
 from confluent_kafka import Producer
 from harness import Place, consumer, drained, is_one_line, query, working
+from payments_app import Payment, payments_app
 from services import JARS
 
-from consumer import App, Tx
 from consumer.core.errors import Misconfigured
 from consumer.kafka import decompression
 from consumer.kafka.consumer import KafkaConsumer
 
 CODECS = ["none", "gzip", "snappy", "lz4", "zstd"]
-
-
-class Payment(msgspec.Struct):
-    id: str
-    account: int
-    amount: int
-
-
-def app_of(topic: str) -> App:
-    app = App(f"codecs-{uuid.uuid4().hex[:8]}")
-
-    @app.handler(topic)
-    async def settle(payment: Payment, tx: Tx) -> None:
-        tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
-
-    return app
 
 
 def body(name: str) -> bytes:
@@ -70,7 +54,7 @@ def send_by_librdkafka(kafka: str, topic: str, names: list[str], codec: str, kin
 @pytest.mark.parametrize("codec", CODECS)
 async def test_topics_that_librdkafka_compresses_are_read_whatever_the_producer(place: Place, codec: str) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     expected = []
     for kind in ("plain", "idempotent", "transactional"):
         names = [f"{kind}-{n:03}" for n in range(100)]
@@ -102,7 +86,7 @@ async def test_topics_that_java_compresses_are_read_with_and_without_transaction
     place: Place, codec: str, tmp_path: Path
 ) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     payload = tmp_path / "payload"
     payload.write_bytes(body("java") + b"\n")
     await asyncio.to_thread(send_by_java, place.kafka, topic, payload, 300, codec, codec in ("snappy", "zstd"))

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import shlex
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 from aiokafka.admin.records_to_delete import RecordsToDelete
+from app_commands import PATH, command, run_as_printed, stopped_partitions
 from harness import (
-    ROOT,
     Place,
-    Result,
-    Sent,
     buffered,
     consume_all,
-    consumer,
     counts,
     drained,
     is_one_line,
@@ -31,6 +24,9 @@ from harness import (
     until,
     working,
 )
+from payments_app import INSERT, Payment, lone_payment, payments_app
+from stored_state import effect_ids, positions
+from worker_log import WorkerLog
 
 from consumer import App, Retry, Tx
 from consumer.core.delivery import PositionUpdate
@@ -43,37 +39,20 @@ from consumer.kafka.protocol import Identity
 from consumer.postgres.errors import Fenced
 from consumer.postgres.session import Session
 
-PATH = "worker_app:alone"  # the App of these tests, as a module that commands can load
 
+def gated_app(topic: str, gate: asyncio.Event) -> App:
+    """Its handler waits for the gate."""
+    app = App(f"logs-{uuid.uuid4().hex[:8]}")
 
-class Payment(msgspec.Struct):
-    id: str
-    account: int
-    amount: int
-
-
-def app_of(*topics: str, gate: asyncio.Event | None = None, name: str | None = None) -> App:
-    app = App(name or f"logs-{uuid.uuid4().hex[:8]}")
-    for n, topic in enumerate(topics):
-
-        @app.handler(topic, name=f"settle{n or ''}")
-        async def settle(payment: Payment, tx: Tx) -> None:
-            if gate is not None:
-                await gate.wait()
-            tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
+    @app.handler(topic, name="settle")
+    async def settle(payment: Payment, tx: Tx) -> None:
+        await gate.wait()
+        tx.defer(INSERT, payment.id, payment.account, payment.amount)
 
     return app
 
 
-def payment(name: str, partition: int = 0, id: str | None = "") -> Sent:
-    return Sent({"id": name, "account": 1, "amount": 1}, id=name if id == "" else id, key=name, partition=partition)
-
-
-async def ids(place: Place) -> list[str]:
-    return [row[0] for row in await place.effects()]
-
-
-async def made_anew(place: Place, topic: str, partitions: int) -> None:
+async def recreate_topic(place: Place, topic: str, partitions: int) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
     await admin.start()
     try:
@@ -101,89 +80,33 @@ async def topic_id(place: Place, topic: str) -> str:
         await source.stop(5)
 
 
-async def command(place: Place, app: App, *arguments: str) -> Result:
-    """A `consumer` command about this App."""
-    environment = {
-        "TEST_APP": app.name,
-        "TEST_TOPIC": app.topics[0],
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}",
-    }
-    settings = place.settings(log_level="warning").dump()
-    return await asyncio.to_thread(consumer, ROOT / "tests" / "support", *arguments, **settings, **environment)
-
-
-async def stopped(place: Place, app: App) -> dict[int, dict[str, Any]]:
-    """What `consumer status` says of the partitions that have stopped; its exit code must say that some have."""
-    told = await command(place, app, "status", PATH, "--json")
-    found = {each["partition"]: each["stopped"] for each in json.loads(told.stdout)["partitions"] if each["stopped"]}
-    assert told.returncode == (1 if found else 0), told.stderr
-    return found
-
-
-async def as_written(place: Place, app: App, line: str) -> Result:
-    """Run a command just as it was printed."""
-    program, *arguments = shlex.split(line)
-    assert program == "consumer"
-    return await command(place, app, *arguments)
-
-
-class Told:
-    """What the worker logs."""
-
-    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
-        self._caplog = caplog
-
-    def of(self, text: str) -> list[dict[str, Any]]:
-        return [
-            {"text": each.message, **getattr(each, "fields", {})}
-            for each in self._caplog.records
-            if text in each.message
-        ]
-
-    async def wait(self, text: str, count: int = 1) -> list[dict[str, Any]]:
-        async def there() -> list[dict[str, Any]]:
-            found = self.of(text)
-            return found if len(found) >= count else []
-
-        return await until(f"{count} times: {text}", there)  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> Iterator[Told]:
-    with caplog.at_level(logging.INFO, logger="consumer"):
-        yield Told(caplog)
-
-
-async def positions(place: Place, app: App) -> dict[int, int]:
-    rows = await query(
-        place.dsn, "select partition, next_offset from consumer.positions where (app, topic) = ($1, $2)",
-        app.name, app.topics[0],
-    )  # fmt: skip
-    return dict(rows)
-
-
 # -- a topic made anew ------------------------------------------------------------------------------------------------
 
 
 async def test_a_topic_made_anew_under_a_running_worker_stops_and_nothing_of_it_is_applied(
-    place: Place, told: Told
+    place: Place, worker_log: WorkerLog
 ) -> None:
     topic, other = sorted([await new_topic(place.kafka, 2, f"a-{uuid.uuid4().hex}"), await place.topic()])
-    app = app_of(topic, other)
+    app = payments_app(topic, other, balances=False)
     old = await topic_id(place, topic)
     async with working(app, place.settings(), path=PATH) as worker:
-        await place.send(topic, *[payment(f"old{n}", n % 2) for n in range(10)])
+        await place.send(topic, *[lone_payment(f"old{n}", n % 2) for n in range(10)])
         await drained(app, place.settings())
         before = await positions(place, app)
-        await made_anew(place, topic, 2)
+        await recreate_topic(place, topic, 2)
         # As many as before and more, so that the old offsets exist; some of them were applied, in the old topic.
-        await place.send(topic, *[payment(f"new{n}", n % 2) for n in range(20)], payment("old3", 0), payment("old4", 1))
+        await place.send(
+            topic,
+            *[lone_payment(f"new{n}", n % 2) for n in range(20)],
+            lone_payment("old3", 0),
+            lone_payment("old4", 1),
+        )
         await worker.source.consumer._client.force_metadata_update()  # which comes by itself within 10 s
-        found = await told.wait("partition stopped", 2)
-        await place.send(other, payment("elsewhere"))
+        found = await worker_log.wait("partition stopped", 2)
+        await place.send(other, lone_payment("elsewhere"))
 
         async def others_go_on() -> bool:
-            return "elsewhere" in await ids(place)
+            return "elsewhere" in await effect_ids(place)
 
         await until("the other topic to go on", others_go_on)
         new = await topic_id(place, topic)
@@ -191,7 +114,7 @@ async def test_a_topic_made_anew_under_a_running_worker_stops_and_nothing_of_it_
             assert each["reason"] == "other_topic"
             assert topic in each["why"] and old in each["why"] and new in each["why"]
         assert await positions(place, app) == before == {0: 5, 1: 5}
-        assert not [each for each in await ids(place) if each.startswith("new")]
+        assert not [each for each in await effect_ids(place) if each.startswith("new")]
         kafkas = await group_offsets(place.settings(), app.name)
         assert all(kafkas.get(Partition(topic, n), 5) == 5 for n in range(2))
 
@@ -199,18 +122,18 @@ async def test_a_topic_made_anew_under_a_running_worker_stops_and_nothing_of_it_
             place, app, "positions", PATH, "--topic", topic, "--partition", "0", "--move-to", "earliest"
         )
         assert refused.returncode == 2 and "--adopt" in refused.stderr
-        assert (await stopped(place, app)).keys() == {0, 1}
+        assert (await stopped_partitions(place, app)).keys() == {0, 1}
         tried = "insert into consumer.attempts select handler, $1, n, 7, 2, now() from consumer.handlers, generate_series(0, 1) n"
         await query(place.dsn, tried, topic)
-        done = await as_written(place, app, found[0]["do"])  # of one partition
+        done = await run_as_printed(place, app, found[0]["do"])  # of one partition
         assert done.returncode == 0, done.stderr
-        assert len(await stopped(place, app)) == 1
+        assert len(await stopped_partitions(place, app)) == 1
         done = await command(place, app, "positions", PATH, "--topic", topic, "--adopt")  # of those that are left
         assert done.returncode == 0, done.stderr
         # Attempts of the old log are not of the messages that have its offsets now.
         assert await query(place.dsn, "select from consumer.attempts where topic = $1", topic) == []
         await drained(app, place.settings())
-    assert sorted(await ids(place)) == sorted(
+    assert sorted(await effect_ids(place)) == sorted(
         ["elsewhere", *(f"old{n}" for n in range(10)), *(f"new{n}" for n in range(20))]
     )
     assert sum((await counts(app, place.dsn))["settle"]["duplicates"].values()) == 2
@@ -220,7 +143,9 @@ async def test_a_topic_made_anew_under_a_running_worker_stops_and_nothing_of_it_
         is_one_line(await command(place, app, "positions", PATH, *wrong))
 
 
-async def test_attempts_of_a_vanished_log_do_not_count_against_the_adopted_one(place: Place, told: Told) -> None:
+async def test_attempts_of_a_vanished_log_do_not_count_against_the_adopted_one(
+    place: Place, worker_log: WorkerLog
+) -> None:
     topic = await new_topic(place.kafka, 1, f"a-{uuid.uuid4().hex}")
     app = App(f"logs-{uuid.uuid4().hex[:8]}")
     failures = {"old": 1000, "new": 2}  # at offset 0 of each log
@@ -230,29 +155,29 @@ async def test_attempts_of_a_vanished_log_do_not_count_against_the_adopted_one(p
         if failures.get(payment.id, 0) > 0:
             failures[payment.id] -= 1
             raise RuntimeError("not yet")
-        tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
+        tx.defer(INSERT, payment.id, payment.account, payment.amount)
 
     async def tried() -> bool:
         return bool(await query(place.dsn, "select from consumer.attempts where attempts >= 2"))
 
     async with working(app, place.settings()):
-        await place.send(topic, payment("old"), *[payment(f"good{n}") for n in range(5)])
+        await place.send(topic, lone_payment("old"), *[lone_payment(f"good{n}") for n in range(5)])
         await until("two attempts", tried)
-    await made_anew(place, topic, 1)
-    await place.send(topic, payment("new"), *[payment(f"better{n}") for n in range(5)])
+    await recreate_topic(place, topic, 1)
+    await place.send(topic, lone_payment("new"), *[lone_payment(f"better{n}") for n in range(5)])
     async with working(app, place.settings(), path=PATH):
-        [found] = await told.wait("partition stopped")
-        assert (await as_written(place, app, found["do"])).returncode == 0
+        [found] = await worker_log.wait("partition stopped")
+        assert (await run_as_printed(place, app, found["do"])).returncode == 0
         await drained(app, place.settings())
     assert failures["new"] == 0
     assert await place.reasons() == []
-    assert set(await ids(place)) >= {"new", *(f"better{n}" for n in range(5))}
+    assert set(await effect_ids(place)) >= {"new", *(f"better{n}" for n in range(5))}
 
 
 async def test_a_fetch_is_of_the_topic_with_the_id_and_of_no_other(place: Place) -> None:
     """Whatever the client believes of the cluster: the broker refuses, at the fetch itself."""
     topic = await place.topic()
-    await place.send(topic, payment("a"))
+    await place.send(topic, lone_payment("a"))
     partition = Partition(topic, 0)
     source = KafkaConsumer(place.settings(), None)
     await source.start(10)
@@ -272,26 +197,26 @@ async def test_a_fetch_is_of_the_topic_with_the_id_and_of_no_other(place: Place)
         await source.stop(5)
 
 
-async def test_a_topic_made_anew_between_two_runs_and_messages_without_ids(place: Place, told: Told) -> None:
+async def test_a_topic_made_anew_between_two_runs_and_messages_without_ids(place: Place, worker_log: WorkerLog) -> None:
     """Their ids are their offsets: the same ones, and even the same payloads, are other messages in another log."""
     topic = await place.topic()
-    app = app_of(topic)
-    same = [payment(f"p{n}", id=None) for n in range(6)]
+    app = payments_app(topic, balances=False)
+    same = [lone_payment(f"p{n}", id=None) for n in range(6)]
     await place.send(topic, *same)
     await consume_all(app, place.settings())
-    await made_anew(place, topic, 1)
+    await recreate_topic(place, topic, 1)
     await place.send(topic, *same, *same)
     async with working(app, place.settings(), path=PATH):
-        [found] = await told.wait("partition stopped")
+        [found] = await worker_log.wait("partition stopped")
         replayed = await command(place, app, "replay", PATH, topic)
         assert replayed.returncode == 2 and "recreated" in replayed.stderr
-        assert len(await ids(place)) == 6
-        assert (await as_written(place, app, found["do"])).returncode == 0
+        assert len(await effect_ids(place)) == 6
+        assert (await run_as_printed(place, app, found["do"])).returncode == 0
         await drained(app, place.settings())
-    assert len(await ids(place)) == 18
+    assert len(await effect_ids(place)) == 18
     await query(place.dsn, "update consumer.positions set next_offset = 0")
     await consume_all(app, place.settings())  # and again: within the new log they are recognised
-    assert len(await ids(place)) == 18
+    assert len(await effect_ids(place)) == 18
 
 
 async def test_a_worker_that_slept_through_an_adoption_cannot_move_the_new_logs_position(place: Place) -> None:
@@ -311,67 +236,69 @@ async def test_a_worker_that_slept_through_an_adoption_cannot_move_the_new_logs_
 
 
 async def test_a_broker_that_tells_no_ids_is_found_out_by_the_record_that_was_read_last(
-    place: Place, told: Told, monkeypatch: pytest.MonkeyPatch
+    place: Place, worker_log: WorkerLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def nothing(*_: Any) -> Identity:
         return Identity(None, {})
 
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     with monkeypatch.context() as old_broker:
         old_broker.setattr(LogInspection, "identity", nothing)
-        await place.send(topic, *[payment(f"p{n}") for n in range(5)])
+        await place.send(topic, *[lone_payment(f"p{n}") for n in range(5)])
         await consume_all(app, place.settings())
         await consume_all(app, place.settings())  # the same log raises no alarm
-        assert not told.of("partition stopped")
-        await made_anew(place, topic, 1)
-        await place.send(topic, *[payment(f"q{n}") for n in range(9)])
+        assert not worker_log.events("partition stopped")
+        await recreate_topic(place, topic, 1)
+        await place.send(topic, *[lone_payment(f"q{n}") for n in range(9)])
         async with working(app, place.settings(), path=PATH):
-            [found] = await told.wait("partition stopped")
+            [found] = await worker_log.wait("partition stopped")
     assert found["reason"] == "other_record"
-    assert await ids(place) == [f"p{n}" for n in range(5)]
+    assert await effect_ids(place) == [f"p{n}" for n in range(5)]
 
 
 # -- records that are gone ----------------------------------------------------------------------------------------------
 
 
-async def test_records_removed_before_they_were_read_stop_their_partition_alone(place: Place, told: Told) -> None:
+async def test_records_removed_before_they_were_read_stop_their_partition_alone(
+    place: Place, worker_log: WorkerLog
+) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
-    await place.send(topic, *[payment(f"p{n}", n % 2) for n in range(20)])
+    app = payments_app(topic, balances=False)
+    await place.send(topic, *[lone_payment(f"p{n}", n % 2) for n in range(20)])
     await consume_all(app, place.settings())
-    await place.send(topic, *[payment(f"q{n}", n % 2) for n in range(20)])
+    await place.send(topic, *[lone_payment(f"q{n}", n % 2) for n in range(20)])
     await remove_records(place, topic, 0, 17)  # q0 to q12 of partition 0, at 10 to 16
     async with working(app, place.settings(), path=PATH):
-        [found] = await told.wait("partition stopped")
+        [found] = await worker_log.wait("partition stopped")
         assert (found["reason"], found["partition"]) == ("records_removed", 0)
         assert "10 to 16" in found["why"]
 
         async def the_other_partition() -> bool:
-            return {f"q{n}" for n in range(1, 20, 2)} <= set(await ids(place))
+            return {f"q{n}" for n in range(1, 20, 2)} <= set(await effect_ids(place))
 
         await until("the other partition", the_other_partition)
-        told_by_status = (await stopped(place, app))[0]
+        told_by_status = (await stopped_partitions(place, app))[0]
         assert told_by_status["missing"] == {"first": 10, "last": 16}
         assert told_by_status["do"] == found["do"]
         text = (await command(place, app, "status", PATH)).stdout
         assert f"{topic}:0 has stopped" in text and "10 to 16" in text and found["do"] in text
         assert await positions(place, app) == {0: 10, 1: 20}
-        assert (await as_written(place, app, found["do"])).returncode == 0
+        assert (await run_as_printed(place, app, found["do"])).returncode == 0
         await drained(app, place.settings())
-    assert {each for each in await ids(place) if each.startswith("q")} == {
+    assert {each for each in await effect_ids(place) if each.startswith("q")} == {
         *(f"q{n}" for n in range(1, 20, 2)), "q14", "q16", "q18"
     }  # fmt: skip
-    assert await stopped(place, app) == {}
+    assert await stopped_partitions(place, app) == {}
 
 
 async def test_records_removed_in_front_of_a_running_worker_what_it_has_read_is_settled_first(
-    place: Place, told: Told
+    place: Place, worker_log: WorkerLog
 ) -> None:
     topic = await place.topic(2)
     gate = asyncio.Event()
-    app = app_of(topic, gate=gate)
-    await place.send(topic, *[payment(f"p{n:04}") for n in range(3000)])
+    app = gated_app(topic, gate)
+    await place.send(topic, *[lone_payment(f"p{n:04}") for n in range(3000)])
     settings = place.settings(buffer_messages_max=100, batch_messages_max=50, kafka_partition_fetch_bytes_max=1000)
     async with working(app, settings, path=PATH) as worker:
 
@@ -381,64 +308,66 @@ async def test_records_removed_in_front_of_a_running_worker_what_it_has_read_is_
         await until("a full buffer", full)
         await remove_records(place, topic, 0, 2900)
         gate.set()
-        [found] = await told.wait("partition stopped")
-        await place.send(topic, payment("other", 1))
+        [found] = await worker_log.wait("partition stopped")
+        await place.send(topic, lone_payment("other", 1))
 
         async def settled() -> bool:
-            return "other" in await ids(place) and not buffered(worker)[0]
+            return "other" in await effect_ids(place) and not buffered(worker)[0]
 
         await until("what was read", settled)
-        done = [each for each in await ids(place) if each != "other"]
+        done = [each for each in await effect_ids(place) if each != "other"]
         first = len(done)
         assert 50 <= first < 2900
         assert done == [f"p{n:04}" for n in range(first)]  # up to the hole, without one of its own
         assert f"{first} to 2899" in found["why"]
-        assert (await stopped(place, app))[0]["missing"] == {"first": first, "last": 2899}
-        assert (await as_written(place, app, found["do"])).returncode == 0
+        assert (await stopped_partitions(place, app))[0]["missing"] == {"first": first, "last": 2899}
+        assert (await run_as_printed(place, app, found["do"])).returncode == 0
         await drained(app, settings)
-    assert (await ids(place))[-100:] == [f"p{n}" for n in range(2900, 3000)]
+    assert (await effect_ids(place))[-100:] == [f"p{n}" for n in range(2900, 3000)]
 
 
 # -- what else a log may do ---------------------------------------------------------------------------------------------
 
 
 async def test_a_hanging_transaction_is_told_and_the_partition_goes_on_after_its_abort(
-    place: Place, told: Told
+    place: Place, worker_log: WorkerLog
 ) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     producer = AIOKafkaProducer(bootstrap_servers=place.kafka, transactional_id=f"t-{uuid.uuid4().hex}")
     await producer.start()
     try:
         async with working(app, place.settings(kafka_transaction_warning_seconds=0.6), path=PATH):
-            await place.send(topic, payment("before"))
+            await place.send(topic, lone_payment("before"))
             await drained(app, place.settings())
             await producer.begin_transaction()
             await producer.send_and_wait(topic, b"ghost", partition=0)
-            await place.send(topic, payment("behind"), payment("beside", 1))
-            [found] = await told.wait("open transaction holds")
+            await place.send(topic, lone_payment("behind"), lone_payment("beside", 1))
+            [found] = await worker_log.wait("open transaction holds")
             assert (found["partition"], found["offset"]) == (0, 1)
             status = json.loads((await command(place, app, "status", PATH, "--json")).stdout)
             held = {each["partition"]: each["open_transaction"] for each in status["partitions"]}
             assert held == {0: {"offset": 1, "since": found["since"]}, 1: None}
 
             async def beside() -> bool:
-                return await ids(place) == ["before", "beside"]
+                return await effect_ids(place) == ["before", "beside"]
 
             await until("the other partition", beside)
             await producer.abort_transaction()
             await drained(app, place.settings())
-            await told.wait("the open transaction has ended")
+            await worker_log.wait("the open transaction has ended")
     finally:
         await producer.stop()
-    assert await ids(place) == ["before", "behind", "beside"]
+    assert await effect_ids(place) == ["before", "behind", "beside"]
 
 
-async def test_partitions_added_under_a_running_worker_begin_at_their_beginning(place: Place, told: Told) -> None:
+async def test_partitions_added_under_a_running_worker_begin_at_their_beginning(
+    place: Place, worker_log: WorkerLog
+) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     async with working(app, place.settings()) as worker:
-        await place.send(topic, payment("a"), payment("b"))
+        await place.send(topic, lone_payment("a"), lone_payment("b"))
         await drained(app, place.settings())
         admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
         await admin.start()
@@ -446,8 +375,10 @@ async def test_partitions_added_under_a_running_worker_begin_at_their_beginning(
             await admin.create_partitions({topic: NewPartitions(total_count=3)})
         finally:
             await admin.close()
-        await place.send(topic, *[payment(f"p{n}", n % 3) for n in range(9)], payment("b", 2))  # once more, elsewhere
+        await place.send(
+            topic, *[lone_payment(f"p{n}", n % 3) for n in range(9)], lone_payment("b", 2)
+        )  # once more, elsewhere
         await worker.source.consumer._client.force_metadata_update()  # which comes by itself within 10 s
         await drained(app, place.settings())
-    assert await ids(place) == ["a", "b", *(f"p{n}" for n in range(9))]
+    assert await effect_ids(place) == ["a", "b", *(f"p{n}" for n in range(9))]
     assert sum((await counts(app, place.dsn))["settle"]["duplicates"].values()) == 1

@@ -12,29 +12,14 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.record.util import calc_crc32c
 from harness import Place, Sent, consume_all, counts, drained, letters, query, until, value, working
+from payments_app import Payment, payments_app
 
-from consumer import App, Tx
+from consumer import App
 from consumer.admin import report
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.postgres.connection import connect
 
 _CRC_AT, _ATTRIBUTES_AT, _BODY_AT = 17, 21, 61  # of a record batch, version 2
-
-
-class Payment(msgspec.Struct):
-    id: str
-    account: int
-    amount: int
-
-
-def app_of(topic: str) -> App:
-    app = App(f"log-{uuid.uuid4().hex[:8]}")
-
-    @app.handler(topic)
-    async def settle(payment: Payment, tx: Tx) -> None:
-        tx.defer("insert into effects values ($1, $2, $3)", payment.id, payment.account, payment.amount)
-
-    return app
 
 
 def body(name: str) -> bytes:
@@ -63,7 +48,7 @@ async def lags(app: App, place: Place) -> list[int]:
 
 async def test_aborted_messages_have_no_effect_and_gaps_do_not_stall(place: Place) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     producer = AIOKafkaProducer(bootstrap_servers=place.kafka, transactional_id=f"t-{uuid.uuid4().hex}")
     await producer.start()
     try:
@@ -87,7 +72,7 @@ async def test_aborted_messages_have_no_effect_and_gaps_do_not_stall(place: Plac
 
 async def test_an_open_transaction_holds_its_messages_back_and_then_they_are_applied(place: Place) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     producer = AIOKafkaProducer(bootstrap_servers=place.kafka, transactional_id=f"t-{uuid.uuid4().hex}")
     await producer.start()
     try:
@@ -127,14 +112,15 @@ async def offsets(place: Place, topic: str) -> list[int]:
 
 async def test_gaps_of_compaction_do_not_stall(place: Place) -> None:
     topic = await place.topic(
+        1,
         **{
             "cleanup.policy": "compact",
             "segment.ms": "50",
             "min.cleanable.dirty.ratio": "0.01",
             "max.compaction.lag.ms": "100",
-        }
+        },
     )
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
 
     async def compacted() -> bool:  # a segment is closed by the first record after its time
         await place.send(topic, Sent(body("same"), id="same", key="same"))
@@ -175,7 +161,7 @@ async def test_a_header_key_that_is_not_utf8_is_a_dead_letter_and_the_partition_
     place: Place, compressed: bool
 ) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     await place.send(topic, *[Sent(body(f"early-{n}"), id=f"early-{n}", partition=n % 2) for n in range(10)])
     await send_with_bad_header(place, topic, ["a", "b", "c"], "b", compressed)
     await place.send(topic, *[Sent(body(f"late-{n}"), id=f"late-{n}", partition=n % 2) for n in range(10)])

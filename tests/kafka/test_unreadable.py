@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.record.util import calc_crc32c
+from app_commands import run_as_printed, stopped_partitions
 from harness import Place, Sent, consume_all, query, until, value, working
-from test_incarnations import Told, app_of, as_written, stopped
+from payments_app import payments_app
+from worker_log import WorkerLog
 
 from consumer import App
 from consumer.admin import report
@@ -159,23 +161,23 @@ async def test_damage_on_disk_stops_its_partition_alone_and_the_printed_command_
     place: Place, kafka: Any, caplog: pytest.LogCaptureFixture, change: Callable[[bytearray], None]
 ) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
-    told = Told(caplog)
+    app = payments_app(topic, balances=False)
+    worker_log = WorkerLog(caplog)
     for first, last in BATCHES:
         await send_batch(place.kafka, topic, names(first, last))
     change_batch(segment(kafka, topic), 5, change)
     async with working(app, place.settings()):
-        await until("the partition to stop", lambda: has(told, "partition stopped"), 90)
-        [found] = told.of("partition stopped")
+        await until("the partition to stop", lambda: has(worker_log, "partition stopped"), 90)
+        [found] = worker_log.events("partition stopped")
         assert (found["topic"], found["partition"]) == (topic, 0)
         await send_batch(place.kafka, topic, names(0, 50, "other"), 1)
         await until("the healthy partition", lambda: applied(place, names(0, 50, "other")))
         await until("what stands before the damage", lambda: applied(place, names(0, 5)))
         await until("the row", lambda: rows(place, app.name))
-        status = await stopped(place, app)
+        status = await stopped_partitions(place, app)
         assert status.keys() == {0}
         assert status[0]["missing"] and status[0]["missing"]["first"] == 5, status
-        assert (await as_written(place, app, status[0]["do"])).returncode == 0
+        assert (await run_as_printed(place, app, status[0]["do"])).returncode == 0
         if status[0]["missing"]["last"] == 9:
             await until("what comes behind it", lambda: applied(place, names(10, 15)))
         else:  # a broker that does not find its way past the damage gives nothing of the rest of the segment
@@ -183,11 +185,11 @@ async def test_damage_on_disk_stops_its_partition_alone_and_the_printed_command_
             assert status[0]["missing"]["last"] == 14
         assert not await applied(place, names(5, 6))
         await until("the row to go", lambda: no_rows(place, app.name))
-        assert await stopped(place, app) == {}
+        assert await stopped_partitions(place, app) == {}
 
 
-async def has(told: Told, text: str) -> bool:
-    return bool(told.of(text))
+async def has(worker_log: WorkerLog, text: str) -> bool:
+    return bool(worker_log.events(text))
 
 
 async def applied(place: Place, ids: list[str]) -> bool:
@@ -209,8 +211,8 @@ async def test_a_small_batch_that_would_fill_the_memory_stops_its_partition_alon
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
-    told = Told(caplog)
+    app = payments_app(topic, balances=False)
+    worker_log = WorkerLog(caplog)
 
     def bomb(raw: bytearray) -> None:
         """A record whose value of 400 MB packs into 400 kB."""
@@ -228,13 +230,13 @@ async def test_a_small_batch_that_would_fill_the_memory_stops_its_partition_alon
     await send_batch(place.kafka, topic, names(5, 6), change=bomb)
     await send_batch(place.kafka, topic, names(6, 10))
     async with working(app, place.settings()):
-        await until("the partition to stop", lambda: has(told, "partition stopped"), 60)
-        assert "CONSUMER_KAFKA_BATCH_DECOMPRESSED_BYTES_MAX" in told.of("partition stopped")[0]["why"]
+        await until("the partition to stop", lambda: has(worker_log, "partition stopped"), 60)
+        assert "CONSUMER_KAFKA_BATCH_DECOMPRESSED_BYTES_MAX" in worker_log.events("partition stopped")[0]["why"]
         await send_batch(place.kafka, topic, names(0, 50, "other"), 1)
         await until("the healthy partition", lambda: applied(place, names(0, 50, "other")))
         await until("the row", lambda: rows(place, app.name))
         assert await rows(place, app.name) == [("too_large", 5, 5)]
-        assert (await as_written(place, app, (await stopped(place, app))[0]["do"])).returncode == 0
+        assert (await run_as_printed(place, app, (await stopped_partitions(place, app))[0]["do"])).returncode == 0
         await until("what comes behind it", lambda: applied(place, names(6, 10)))
 
 
@@ -251,8 +253,8 @@ async def test_a_right_to_read_that_is_taken_away_stops_that_topic_alone_until_i
     place: Place, kafka: Any, caplog: pytest.LogCaptureFixture, keeps_describe: bool
 ) -> None:
     topic, other = await place.topic(), await place.topic()
-    app = app_of(topic, other)
-    told = Told(caplog)
+    app = payments_app(topic, other, balances=False)
+    worker_log = WorkerLog(caplog)
     group = ["--allow-principal", "User:dave", "--operation", "All", "--group", app.name]
     read_one = ["--allow-principal", "User:dave", "--operation", "Read", "--operation", "Describe", "--topic", topic]
     read_other = [*read_one[:-1], other]
@@ -273,7 +275,7 @@ async def test_a_right_to_read_that_is_taken_away_stops_that_topic_alone_until_i
                 kafka.acls, ["--add", "--allow-principal", "User:dave", "--operation", "Describe", "--topic", topic]
             )
         line = "partition stopped" if keeps_describe else "kafka does not let the worker see a topic"
-        await until("the stop in the log", lambda: has(told, line), 60)
+        await until("the stop in the log", lambda: has(worker_log, line), 60)
         await until("the row", lambda: rows(place, app.name))
         # Only now: a fetch that was waiting when the right was taken away is still answered.
         await send_batch(place.kafka, topic, names(5, 10))
@@ -294,9 +296,9 @@ async def test_a_worker_that_starts_without_rights_records_the_partitions_that_i
     place: Place, kafka: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     known, new, other = await place.topic(2), await place.topic(), await place.topic()
-    app = app_of(known, new, other)
+    app = payments_app(known, new, other, balances=False)
     await send_batch(place.kafka, known, names(0, 5), 1)
-    await consume_all(app_of(known, name=app.name), place.settings())  # as a user who may
+    await consume_all(payments_app(known, name=app.name, balances=False), place.settings())  # as a user who may
     allow = ["--add", "--allow-principal", "User:dave", "--operation", "All"]
     await asyncio.to_thread(kafka.acls, [*allow, "--group", app.name])
     await asyncio.to_thread(kafka.acls, [*allow, "--topic", other])
@@ -363,8 +365,8 @@ async def test_records_larger_than_the_fetch_limit_are_applied_in_all_partitions
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     topic = await place.topic(3)
-    app = app_of(topic)
-    told = Told(caplog)
+    app = payments_app(topic, balances=False)
+    worker_log = WorkerLog(caplog)
     sent = []
     for n in range(12):
         id, pad = f"m{n:02}", os.urandom(150_000).hex()
@@ -373,5 +375,5 @@ async def test_records_larger_than_the_fetch_limit_are_applied_in_all_partitions
         await place.send(topic, message)
     async with working(app, place.settings(kafka_partition_fetch_bytes_max=1000)):
         await until("all of them", lambda: applied(place, sent), 90)
-        assert not told.of("partition stopped")
+        assert not worker_log.events("partition stopped")
     assert await value(place.dsn, "select count(*) from effects") == 12

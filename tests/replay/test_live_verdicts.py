@@ -9,10 +9,10 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from handler_versions import app_with
 from harness import Place, Sent, consume_all, consumer, query, until
 from payments_app import QUICK, payment, payments_app
 from replay_runs import ledger_id, outcome_counts, run_replay
-from test_coverage import app_with
 
 from consumer import App
 from consumer.replay import summary

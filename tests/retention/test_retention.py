@@ -39,7 +39,7 @@ from harness import (
 from consumer import App, Reject, Tx
 from consumer.core.delivery import Delivery
 from consumer.core.message import LogRecord
-from consumer.core.retention import Drop
+from consumer.core.retention import Drop, Forget, RotateGeneration
 from consumer.postgres import generations
 from consumer.postgres.session import Session
 from consumer.replay.options import Options, Progress
@@ -354,7 +354,7 @@ async def test_what_was_dropped_is_judged_by_nobody(place: Place, tmp_path: Path
 async def test_workers_turn_and_drop_in_the_background_what_the_log_no_longer_holds(
     place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(retention, "_ROUND_SECONDS_MAX", 0.2)
+    monkeypatch.setattr(retention, "ROUND_SECONDS_MAX", 0.2)
     caplog.set_level(logging.INFO)
     topic = await place.topic(2)
     other = app_of(topic, f"{topic}-other")
@@ -446,9 +446,9 @@ async def test_records_without_usable_timestamps_are_noticed_and_applied_once(
         assert [row[0] for row in await place.effects()] == ["a0", "a1", "a2"]
         owner = await asyncpg.connect(place.dsn)
         try:  # everything that was applied is forgotten
-            while await retention.act(owner, await generations.look(owner), retention.RotateGeneration()) != "turned":
+            while await retention.act(owner, await generations.look(owner), RotateGeneration()) != "turned":
                 pass
-            while await retention.act(owner, await generations.look(owner), retention.Forget(1, 0.0)) != "forgotten":
+            while await retention.act(owner, await generations.look(owner), Forget(1, 0.0)) != "forgotten":
                 pass
             await retention.act(owner, await generations.look(owner), Drop(1))
         finally:

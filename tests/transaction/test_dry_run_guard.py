@@ -227,7 +227,7 @@ async def test_lifespan_that_connects_is_refused_by_name(place: Place, gateway: 
 
     @asynccontextmanager
     async def lifespan(_: App) -> AsyncIterator[dict[str, object]]:
-        _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer = (await asyncio.open_connection("127.0.0.1", gateway.port))[1]
         yield {"writer": writer}
         writer.close()
 

@@ -9,9 +9,9 @@ from typing import Any
 from uuid import uuid4
 
 import asyncpg
-import msgspec
 import pytest
 from harness import Place, Sent, consume_all, drained, letters, until, value, working
+from payments_app import INSERT, Payment
 
 from consumer import App, Retry, RunAgain, Tx
 from consumer.admin import report
@@ -25,19 +25,12 @@ from consumer.transaction.dead_letter_rate import TooManyDeadLetters
 from consumer.transaction.isolate import FAILURES_MAX, Part
 from consumer.transaction.settle import next_parts
 
-INSERT = "insert into effects values ($1, $2, $3)"
 QUICK = Retry(attempts=2, base=0.02, cap=0.1)
 
 
 def raised(error: Exception, cause: Exception | None) -> Exception:
     error.__cause__ = cause
     return error
-
-
-class Payment(msgspec.Struct):
-    id: str
-    account: int
-    amount: int
 
 
 def payment(id: str, account: int = 1, key: str | None = None, partition: int | None = None) -> Sent:
@@ -434,7 +427,7 @@ async def test_a_handler_that_fails_for_all_holds_up_no_other_handler_of_its_top
 
         async def shown() -> bool:
             found = await waits(place, app)
-            return sum(each["count"] for each in found if each["systemic"]) == 40
+            return bool(sum(row["count"] for row in found if row["systemic"]) == 40)
 
         await until("all of the broken one to be shown", shown)
         assert {each["handler"] for each in await waits(place, app)} == {"broken"}
@@ -467,7 +460,7 @@ def test_conflict_or_outage_of_a_message_alone_without_evidence_counts_no_attemp
 
 def answer(code: str, severity: str = "ERROR") -> asyncpg.PostgresError:
     """An error as the server sends it. FATAL ends the connection."""
-    return asyncpg.PostgresError.new({"S": severity, "V": severity, "C": code, "M": "no"})  # type: ignore[no-any-return]
+    return asyncpg.PostgresError.new({"S": severity, "V": severity, "C": code, "M": "no"})
 
 
 @pytest.mark.parametrize(

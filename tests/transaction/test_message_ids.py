@@ -171,13 +171,14 @@ async def test_a_producer_of_another_language_writes_ids_that_are_found(place: P
     topic = await place.topic()
     app = app_of(topic, dict)
     producer = Producer({"bootstrap.servers": place.kafka, "compression.type": "zstd"})
-    for headers in (
+    spellings: list[dict[str, str | bytes | None] | list[tuple[str, str | bytes | None]]] = [
         {"message-id": UUID_TEXT},
         [("message-id", UUID_TEXT.upper()), ("message-id", UUID_TEXT)],
         [("message-id", uuid.UUID(UUID_TEXT).bytes)],
         {"ce_id": "1", "ce_source": "/eu", "ce_type": None},
         {"ce_source": "/eu", "ce_id": "1"},
-    ):
+    ]
+    for headers in spellings:
         producer.produce(topic, b"\xef\xbb\xbf" + json.dumps({"a": 1}).encode(), headers=headers)
     assert producer.flush(30) == 0
     await consume_all(app, place.settings())

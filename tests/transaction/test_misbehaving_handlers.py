@@ -13,8 +13,10 @@ from typing import Any
 import asyncpg
 import pytest
 from harness import Place, Sent, consume_all, drained, letters, query, until, value, working
-from test_workers import Service, message
+from payments_app import INSERT
+from stored_state import effect_ids
 from worker_app import SWALLOWS
+from worker_service import Service, message
 
 from consumer import App, Message, Retry, TransactionMisuse, Tx
 from consumer.core.errors import Misconfigured, RegistrationError
@@ -24,7 +26,6 @@ from consumer.worker.process import EXIT_STALLED
 from consumer.worker.restart_policy import EXIT_OUTGROWN
 from consumer.worker.worker import Worker
 
-INSERT = "insert into effects values ($1, $2, $3)"
 TWICE = Retry(attempts=2, base=0.01, cap=0.01)
 NAMES = [f"p{n:03}" for n in range(100)]
 BAD = "p037"
@@ -36,10 +37,6 @@ def new_app() -> App:
 
 def sent(name: str, key: str | None = None) -> Sent:
     return Sent({"id": name}, id=name, key=key or name)
-
-
-async def ids(place: Place) -> list[str]:
-    return [row[0] for row in await place.effects()]
 
 
 # -- that hang ------------------------------------------------------------------------------------------------------
@@ -84,7 +81,7 @@ async def test_a_call_that_hangs_is_ended_found_at_once_and_counted(place: Place
     # The one after the bad one has its key: it waits behind it, as a letter too in the end.
     await place.send(topic, *[sent(each, "same" if each in (BAD, "p038") else each) for each in NAMES])
     await consume_all(app, place.settings())
-    assert await ids(place) == [each for each in NAMES if each not in (BAD, "p038")]
+    assert await effect_ids(place) == [each for each in NAMES if each not in (BAD, "p038")]
     assert await place.reasons() == ["failed", "behind"]
     [letter] = [each for each in await letters(place.dsn) if each["state"] == "dead"]
     assert (letter["attempts"], "HandlerTimeout" in letter["error"]) == (2, True)
@@ -108,7 +105,7 @@ async def test_a_statement_that_takes_too_long_is_cancelled_and_nobodys_fault(pl
     async with working(app, place.settings()):
 
         async def others() -> bool:
-            return len(await ids(place)) == 99
+            return len(await effect_ids(place)) == 99
 
         await until("the others", others)
         assert runs[BAD] == 1
@@ -207,9 +204,12 @@ async def test_a_handler_that_swallows_its_cancellation_loses_its_connection_and
     let_go.set()
     await asyncio.wait_for(over.wait(), 10)
     assert [type(each) for each in late] == [TransactionMisuse]
-    assert (await ids(place), await place.reasons()) == ([], ["failed"])  # its attempt was counted, for all to see
+    assert (await effect_ids(place), await place.reasons()) == (
+        [],
+        ["failed"],
+    )  # its attempt was counted, for all to see
     await consume_all(app, place.settings())  # so the next process does not meet it
-    assert (await ids(place), await place.reasons()) == (["after", "before"], ["failed"])
+    assert (await effect_ids(place), await place.reasons()) == (["after", "before"], ["failed"])
 
 
 async def test_the_process_of_such_a_handler_ends_and_another_takes_over(place: Place, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ async def test_a_handler_that_blocks_the_event_loop_is_named_while_it_does_and_s
     assert told[0].created < woke[0]
     revoked = [each.created for each in caplog.records if each.getMessage() == "partitions revoked"]
     assert all(each > woke[0] for each in revoked)
-    assert await ids(place) == ["a", "b", "blocks"]
+    assert await effect_ids(place) == ["a", "b", "blocks"]
 
 
 # -- that leak ------------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ async def test_what_a_handler_writes_on_a_connection_of_its_own_happens_at_least
 
     await place.send(topic, sent("a"))
     await consume_all(app, place.settings())
-    assert await ids(place) == ["own", "own", "through tx"]
+    assert await effect_ids(place) == ["own", "own", "through tx"]
 
 
 ENDING = [
@@ -340,5 +340,5 @@ async def test_no_handler_can_commit_by_any_of_these_ways(place: Place) -> None:
     both = [each for pair in zip(good, ENDING, strict=False) for each in pair]
     await place.send(topic, *map(sent, [*both, good[-1]]))
     await consume_all(app, place.settings())
-    assert await ids(place) == good
+    assert await effect_ids(place) == good
     assert await place.reasons() == ["failed"] * len(ENDING)

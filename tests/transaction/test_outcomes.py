@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypedDict
 
-import msgspec
 import pydantic
 import pytest
 from harness import (
@@ -28,40 +27,16 @@ from harness import (
     value,
     working,
 )
+from payments_app import INSERT, UPDATE, Payment, payment, payments_app
 
 from consumer import App, Message, Reject, Retry, Tx
 
 QUICK = Retry(attempts=3, base=0.01, cap=0.05)
-INSERT = "insert into effects values ($1, $2, $3)"
-UPDATE = "update accounts set balance = balance + $2 where id = $1"
-
-
-class Payment(msgspec.Struct):
-    id: str
-    account: int
-    amount: int
-
-
-def app_of(topic: str, **options: Any) -> App:
-    """An app with the plainest handler: an insert and an update, both deferred."""
-    app = App(f"app-{uuid.uuid4().hex[:8]}")
-
-    @app.handler(topic, name="settle", retry=options.pop("retry", QUICK), **options)
-    async def settle(payment: Payment, tx: Tx) -> None:
-        tx.defer(INSERT, payment.id, payment.account, payment.amount)
-        tx.defer(UPDATE, payment.account, payment.amount)
-
-    return app
-
-
-def payment(name: str, account: int = 1, amount: int = 10, id: object = None) -> Sent:
-    body = {"id": name, "account": account, "amount": amount}
-    return Sent(body, id=str(id if id is not None else name), key=str(account))
 
 
 async def test_a_message_delivered_twice_is_applied_once(place: Place) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a"), payment("b", 2), payment("a"))
     await consume_all(app, place.settings())
     await place.send(topic, payment("a"), payment("b", 2))  # in another run, too
@@ -79,7 +54,7 @@ async def test_a_message_delivered_twice_is_applied_once(place: Place) -> None:
 
 async def test_without_redis_the_ledger_stops_every_duplicate(place: Place) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     for _ in range(2):
         await place.send(topic, *[payment(f"p{n}") for n in range(20)])
         await consume_all(app, place.settings(redis_url=None))
@@ -89,7 +64,7 @@ async def test_without_redis_the_ledger_stops_every_duplicate(place: Place) -> N
 
 async def test_with_redis_the_precheck_stops_them_before_they_are_decoded(place: Place) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     for _ in range(2):
         await place.send(topic, *[payment(f"p{n}") for n in range(20)])
         await consume_all(app, place.settings())
@@ -99,14 +74,13 @@ async def test_with_redis_the_precheck_stops_them_before_they_are_decoded(place:
 
 async def test_marks_of_a_database_that_was_made_anew_are_not_believed(place: Place) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a"))
     await consume_all(app, place.settings())
     for statement in ("drop schema consumer cascade", "truncate effects"):
         await query(place.dsn, statement)
     await migrated(place.dsn, "")
-    other = App(app.name)  # the same scope, and Redis still holds the mark
-    other._handlers.update(app._handlers)
+    other = payments_app(topic, name=app.name, retry=QUICK)  # the same scope, and Redis still holds the mark
     await place.send(topic, payment("a"))
     # A person has decided to go on at the group's offset: without a position the partition would stop.
     await query(
@@ -121,7 +95,7 @@ async def test_marks_of_a_database_that_was_made_anew_are_not_believed(place: Pl
 
 async def test_one_id_with_two_payloads_is_a_conflict_not_a_duplicate(place: Place) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a", id="same"), payment("b", id="same"))
     await consume_all(app, place.settings())
     await place.send(topic, payment("c", id="same"), payment("b", id="same"), payment("a", id="same"))
@@ -133,7 +107,7 @@ async def test_one_id_with_two_payloads_is_a_conflict_not_a_duplicate(place: Pla
 async def test_what_is_applied_stays_a_duplicate_behind_another_payload_of_its_id(place: Place) -> None:
     """Without Redis, so that the batch brings both to the ledger: the second of them is what it holds."""
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     settings = place.settings(redis_url=None)
     await place.send(topic, payment("a", id="same"))
     await consume_all(app, settings)
@@ -148,7 +122,7 @@ async def test_what_is_applied_stays_a_duplicate_behind_another_payload_of_its_i
 @pytest.mark.parametrize("size", [1, 36, 5000])
 async def test_an_id_of_any_length_and_any_bytes_works(place: Place, size: int) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     raw = (bytes(range(256)) * 20)[-size:]
     await place.send(topic, *[Sent({"id": "x", "account": 1, "amount": 1}, id=raw)] * 3)
     await consume_all(app, place.settings())
@@ -159,7 +133,7 @@ async def test_messages_that_cannot_be_read_are_dead_letters_with_their_bytes_an
     place: Place,
 ) -> None:
     topic = await place.topic()
-    app = app_of(topic, message_id="header:message-id")
+    app = payments_app(topic, retry=QUICK, message_id="header:message-id")
     await place.send(
         topic,
         Sent(b"\xff not json", id="1"),
@@ -207,7 +181,7 @@ async def test_without_any_id_the_offset_counts_and_one_warning_says_what_that_m
     place: Place, caplog: Any
 ) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     body = {"id": "x", "account": 1, "amount": 1}
     await place.send(topic, Sent(body), Sent(body))
     with caplog.at_level("WARNING", logger="consumer"):
@@ -388,7 +362,7 @@ async def test_a_constraint_checked_at_commit_costs_its_own_message_only(place: 
         place.dsn, "alter table effects add foreign key (account) references parents deferrable initially deferred"
     )
     topic = await place.topic()
-    app = app_of(topic, retry=Retry(attempts=1))
+    app = payments_app(topic, retry=Retry(attempts=1))
     await place.send(topic, *[payment(f"p{n}", account=n) for n in range(100)])
     await consume_all(app, place.settings())
     assert len(await place.effects()) == 99
@@ -620,7 +594,7 @@ async def test_two_handlers_of_one_topic_and_one_of_two_topics_each_apply_once(p
 
 async def test_two_apps_share_a_database_and_a_redis_and_nothing_leaks(place: Place) -> None:
     topic = await place.topic()
-    apps = [app_of(topic), app_of(topic)]
+    apps = [payments_app(topic, retry=QUICK), payments_app(topic, retry=QUICK)]
     for _ in range(2):
         await place.send(topic, payment("a"), payment("b", 2))
         for app in apps:
@@ -730,7 +704,7 @@ async def test_offsets_set_with_kafkas_own_tools_have_no_effect_and_that_is_said
     from aiokafka import AIOKafkaConsumer, TopicPartition
 
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}") for n in range(10)])
     await consume_all(app, place.settings())
     tool = AIOKafkaConsumer(bootstrap_servers=place.kafka, group_id=app.name, enable_auto_commit=False)
@@ -759,7 +733,7 @@ async def test_a_position_moved_by_an_operator_is_noticed_by_a_running_worker(pl
     from consumer.core.message import Partition
 
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     settings = place.settings(redis_url=None)
     await place.send(topic, *[payment(f"p{n}") for n in range(10)])
     async with working(app, settings):
@@ -779,7 +753,7 @@ async def test_a_position_moved_by_an_operator_is_noticed_by_a_running_worker(pl
 
 async def test_the_fingerprint_in_the_ledger_is_that_of_the_bytes_produced(place: Place) -> None:
     topic = await place.topic()
-    app = app_of(topic)
+    app = payments_app(topic, retry=QUICK)
     sent = payment("a")
     await place.send(topic, sent)
     await consume_all(app, place.settings())

@@ -295,7 +295,7 @@ async def test_ddl_of_an_awaited_statement_is_seen_at_once(exactly_once: Exactly
 
 
 @pytest.mark.parametrize("options", [{}, {"concurrency": 4}, {"batch": 3}], ids=str)
-async def test_set_local_is_valid_for_its_own_message_only(exactly_once: ExactlyOnce, options: dict[str, int]) -> None:
+async def test_set_local_is_valid_for_its_own_message_only(exactly_once: ExactlyOnce, options: dict[str, Any]) -> None:
     app = App("turns")
 
     async def one(n: int, tx: Tx) -> None:

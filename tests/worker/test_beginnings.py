@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
 
 import asyncpg
 import confluent_kafka
-import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
+from app_commands import PATH, command, status
 from harness import Place, consume_all, drained, fetched, is_one_line, migrated, query, until, working
-from test_incarnations import PATH, Told, app_of, command, group_offsets, ids, payment, positions
+from payments_app import lone_payment, payments_app
+from stored_state import effect_ids, positions
+from worker_log import WorkerLog
 
 from consumer import App
+from consumer.kafka.admin import group_offsets
 from consumer.local_servers import Postgres
-
-
-@pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> Iterator[Told]:
-    with caplog.at_level("INFO", logger="consumer"):
-        yield Told(caplog)
 
 
 async def recreated(place: Place, postgres: Postgres) -> Place:
@@ -42,11 +38,6 @@ async def query_alone(dsn: str, sql: str) -> None:
         await connection.close()
 
 
-async def status(place: Place, app: App) -> tuple[int, dict[str, Any]]:
-    found = await command(place, app, "status", PATH, "--json")
-    return found.returncode, json.loads(found.stdout)
-
-
 def kinds(found: dict[str, Any]) -> list[str]:
     return [each["kind"] for each in found["notices"]]
 
@@ -61,42 +52,42 @@ async def copied(place: Place, app: App, offsets: int) -> None:
 
 
 async def test_recreated_database_stops_partitions_until_a_person_decides(
-    place: Place, postgres: Postgres, told: Told
+    place: Place, postgres: Postgres, worker_log: WorkerLog
 ) -> None:
     topic = await place.topic(2)
-    app = app_of(topic)
-    await place.send(topic, *[payment(f"p{n}", n % 2) for n in range(20)])
+    app = payments_app(topic, balances=False)
+    await place.send(topic, *[lone_payment(f"p{n}", n % 2) for n in range(20)])
     async with working(app, place.settings()):
         await drained(app, place.settings())
         await copied(place, app, 20)
     other = await recreated(place, postgres)
-    await other.send(topic, *[payment(f"q{n}", n % 2) for n in range(4)])
+    await other.send(topic, *[lone_payment(f"q{n}", n % 2) for n in range(4)])
     async with working(app, other.settings(), path=PATH):
-        found = await told.wait("partition stopped", 2)
+        found = await worker_log.wait("partition stopped", 2)
         assert {each["reason"] for each in found} == {"other_database"}
         assert all("committed 10" in each["why"] and "--move-to committed" in each["why"] for each in found)
         code, shown = await status(other, app)
         assert code == 1
         assert [each["stopped"]["reason"] for each in shown["partitions"]] == ["other_database"] * 2
-        assert await ids(other) == [] and await positions(other, app) == {}
+        assert await effect_ids(other) == [] and await positions(other, app) == {}
         where = ["--topic", topic, "--partition"]
         here = await command(other, app, "positions", PATH, *where, "0", "--move-to", "committed")
         assert here.returncode == 0, here.stderr
         all_of_it = await command(other, app, "positions", PATH, *where, "1", "--move-to", "earliest")
         assert all_of_it.returncode == 0, all_of_it.stderr
         await drained(app, other.settings())
-    assert set(await ids(other)) == {f"p{n}" for n in range(1, 20, 2)} | {f"q{n}" for n in range(4)}
+    assert set(await effect_ids(other)) == {f"p{n}" for n in range(1, 20, 2)} | {f"q{n}" for n in range(4)}
     code, shown = await status(other, app)
     assert (code, shown["notices"]) == (0, [])
 
 
 async def test_database_from_before_the_application_reads_again_from_its_beginning(
-    place: Place, postgres: Postgres, told: Told
+    place: Place, postgres: Postgres, worker_log: WorkerLog
 ) -> None:
     """The same installation, put back to a time when the App was unknown: nothing of it is lost."""
     topic = await place.topic()
-    app = app_of(topic)
-    await place.send(topic, *[payment(f"p{n}") for n in range(10)])
+    app = payments_app(topic, balances=False)
+    await place.send(topic, *[lone_payment(f"p{n}") for n in range(10)])
     async with working(app, place.settings()):
         await drained(app, place.settings())
         await copied(place, app, 10)
@@ -105,37 +96,39 @@ async def test_database_from_before_the_application_reads_again_from_its_beginni
     await query(place.dsn, "delete from effects")
     await query(place.dsn, "update consumer.installation set nonce = gen_random_uuid()")
     await consume_all(app, place.settings())
-    assert len(await ids(place)) == 10
-    assert told.of("postgresql has lost its position")
+    assert len(await effect_ids(place)) == 10
+    assert worker_log.events("postgresql has lost its position")
 
 
-async def test_beginning_at_another_clients_commit_is_told_with_what_it_skips(place: Place, told: Told) -> None:
+async def test_beginning_at_another_clients_commit_is_told_with_what_it_skips(
+    place: Place, worker_log: WorkerLog
+) -> None:
     topic = await place.topic()
-    app = app_of(topic)
-    await place.send(topic, *[payment(f"p{n}") for n in range(20)])
+    app = payments_app(topic, balances=False)
+    await place.send(topic, *[lone_payment(f"p{n}") for n in range(20)])
     client = AIOKafkaConsumer(bootstrap_servers=place.kafka, group_id=app.name, enable_auto_commit=False)
     await client.start()
     client.assign([TopicPartition(topic, 0)])
     await client.commit({TopicPartition(topic, 0): 15})
     await client.stop()
     await consume_all(app, place.settings())
-    [found] = told.of("beginning at the commit of another client")
+    [found] = worker_log.events("beginning at the commit of another client")
     assert (found["skipped"], found["offset"]) == (15, 15)
-    assert len(await ids(place)) == 5
+    assert len(await effect_ids(place)) == 5
     code, shown = await status(place, app)
     assert (code, kinds(shown)) == (0, ["began_with_group"])
     moved = await command(place, app, "positions", PATH, "--topic", topic, "--move-to", "earliest")
     assert moved.returncode == 0, moved.stderr
     await consume_all(app, place.settings())
-    assert len(await ids(place)) == 20
+    assert len(await effect_ids(place)) == 20
     assert kinds((await status(place, app))[1]) == []
 
 
-async def test_classic_stranger_in_the_group_is_reported(place: Place, told: Told) -> None:
+async def test_classic_stranger_in_the_group_is_reported(place: Place, worker_log: WorkerLog) -> None:
     topic = await place.topic(4)
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     async with working(app, place.settings()) as worker:
-        await place.send(topic, payment("a"))
+        await place.send(topic, lone_payment("a"))
         await drained(app, place.settings())
         assert kinds((await status(place, app))[1]) == []
         client = AIOKafkaConsumer(
@@ -143,7 +136,7 @@ async def test_classic_stranger_in_the_group_is_reported(place: Place, told: Tol
         )
         await client.start()
         try:
-            [found] = await told.wait("another client is a member")
+            [found] = await worker_log.wait("another client is a member")
             assert "a-stranger" in found["clients"]
             code, shown = await status(place, app)
             assert (code, kinds(shown)) == (1, ["stranger"])
@@ -155,14 +148,14 @@ async def test_classic_stranger_in_the_group_is_reported(place: Place, told: Tol
             return fetched(worker) == 4
 
         await until("the worker to have all partitions again", alone)
-    assert await ids(place) == ["a"]
+    assert await effect_ids(place) == ["a"]
 
 
-async def test_stranger_with_the_newer_protocol_is_reported(place: Place, told: Told) -> None:
+async def test_stranger_with_the_newer_protocol_is_reported(place: Place, worker_log: WorkerLog) -> None:
     topic = await place.topic(4)
-    app = app_of(topic)
+    app = payments_app(topic, balances=False)
     async with working(app, place.settings()):
-        await place.send(topic, *[payment(f"p{n}", n) for n in range(4)])
+        await place.send(topic, *[lone_payment(f"p{n}", n) for n in range(4)])
         await drained(app, place.settings())
         await copied(place, app, 4)
         client = confluent_kafka.Consumer(
@@ -176,7 +169,7 @@ async def test_stranger_with_the_newer_protocol_is_reported(place: Place, told: 
                 return bool(client.assignment())
 
             await until("the stranger to be assigned something", joined, 60)
-            await told.wait("another client is a member")
+            await worker_log.wait("another client is a member")
             code, shown = await status(place, app)
             assert (code, kinds(shown)) == (1, ["stranger"])
         finally:
@@ -185,8 +178,8 @@ async def test_stranger_with_the_newer_protocol_is_reported(place: Place, told: 
 
 async def test_deleted_topic_is_a_problem_of_status(place: Place) -> None:
     topic = await place.topic()
-    app = app_of(topic)
-    await place.send(topic, payment("a"))
+    app = payments_app(topic, balances=False)
+    await place.send(topic, lone_payment("a"))
     await consume_all(app, place.settings())
     admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
     await admin.start()
@@ -205,8 +198,8 @@ async def test_deleted_topic_is_a_problem_of_status(place: Place) -> None:
 
 async def test_positions_move_a_whole_topic_to_a_time_or_show_it_first(place: Place) -> None:
     topic = await place.topic(3)
-    app = app_of(topic)
-    await place.send(topic, *[payment(f"p{n}", n % 3) for n in range(30)])
+    app = payments_app(topic, balances=False)
+    await place.send(topic, *[lone_payment(f"p{n}", n % 3) for n in range(30)])
     await consume_all(app, place.settings())
     move = ["positions", PATH, "--topic", topic, "--move-to"]
     shown = await command(place, app, *move, "24h", "--dry-run", "--json")
@@ -232,4 +225,4 @@ async def test_positions_move_a_whole_topic_to_a_time_or_show_it_first(place: Pl
     is_one_line(await command(place, app, "positions", PATH, "--dry-run"), "--dry-run goes with --move-to")
     assert await positions(place, app) == {0: 10, 1: 0, 2: 10}
     await consume_all(app, place.settings())
-    assert len(await ids(place)) == 30
+    assert len(await effect_ids(place)) == 30

@@ -16,6 +16,7 @@ from services import Kafka
 from consumer import App, Message, Retry, Tx, logs
 
 CANARY = "canary7f3a"
+NO_IDS: dict[str, str] = {}
 
 
 class Terminal(io.StringIO):
@@ -73,7 +74,7 @@ async def test_no_payload_id_key_or_secret_is_logged(place: Place, kafka: Kafka,
     @app.handler(topic, name="typed", message_id=f"header:{CANARY}")
     async def typed(value: list[int], tx: Tx) -> None: ...
 
-    @app.handler(topic, name="by_function", message_id=lambda value: {}[CANARY])
+    @app.handler(topic, name="by_function", message_id=lambda value: NO_IDS[CANARY])
     async def by_function(value: dict[str, Any]) -> None: ...
 
     @app.handler(topic, name="opted_out", idempotent=False, retry=Retry(attempts=1))

@@ -253,8 +253,8 @@ class TableMachine(RuleBasedStateMachine):
         self.epochs = self.table.assignment_epochs
 
 
-class TestTableAgainstItsModel(TableMachine.TestCase):  # type: ignore[misc, name-defined]
-    settings = settings(max_examples=200, stateful_step_count=40)
+TableMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40)
+TestTableAgainstItsModel = TableMachine.TestCase
 
 
 @pytest.fixture

@@ -7,72 +7,19 @@ import os
 import random
 import signal
 import uuid
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.structs import TopicPartition
-from harness import Command, Place, Sent, consume_all, counts, drained, new_topic, query, running, until, value
+from harness import Command, Place, Sent, consume_all, counts, drained, new_topic, query, until, value
 from worker_app import BLOCKS, DIES, HANGS, SLOW
+from worker_service import Service, message
 
 from consumer import App, Tx
 from consumer.core.identity import message_id
 from consumer.worker.health import Stalled
 from consumer.worker.worker import Worker
-
-RUN = ["run", "worker_app:app"]
-
-
-class Service:
-    """`consumer run worker_app:app` on a topic of its own."""
-
-    def __init__(self, place: Place, topic: str, directory: Path, **settings: Any) -> None:
-        self.place = place
-        self.topic = topic
-        self.name = f"workers-{uuid.uuid4().hex[:8]}"
-        self.settings = place.settings(**settings)
-        self.directory = directory
-
-    def run(self, workers: int = 1, name: str = "run") -> AbstractAsyncContextManager[Command]:
-        environment = {"TEST_APP": self.name, "TEST_TOPIC": self.topic}
-        command = [*RUN, "--workers", str(workers)]
-        return running(command, self.settings, self.directory / name, **environment)
-
-    @property
-    def app(self) -> App:
-        """The same app, for counting."""
-        app = App(self.name)
-
-        @app.handler(self.topic)
-        async def settle(body: bytes, tx: Tx) -> None: ...
-
-        @app.handler(self.topic)
-        async def record(body: bytes, tx: Tx) -> None: ...
-
-        return app
-
-    async def settled(self, seconds: float = 60) -> None:
-        await drained(self.app, self.settings, seconds)
-
-    async def opened(self, command: Command, partitions: int, workers: int = 1) -> None:
-        """Wait until so many workers of a command have partitions, together so many."""
-
-        async def all_open() -> bool:
-            newest: dict[int, int] = {}
-            for each in command.events():
-                if each["event"] == "partitions opened":
-                    newest[each["pid"]] = each["count"]
-                elif each["event"] == "partitions revoked":
-                    newest.pop(each["pid"], None)
-            return len(newest) >= workers and sum(newest.values()) >= partitions
-
-        await until(f"{partitions} partitions to be opened", all_open)
-
-    async def stop(self, command: Command, code: int = 0) -> None:
-        command.process.send_signal(signal.SIGTERM)
-        assert await command.wait() == code, command.errors[-2000:]
 
 
 async def effects_are(place: Place, expected: dict[str, tuple[int, int]]) -> None:
@@ -85,10 +32,6 @@ async def effects_are(place: Place, expected: dict[str, tuple[int, int]]) -> Non
         balances[account] = balances.get(account, 0) + amount
     stored = dict(await query(place.dsn, "select id, balance from accounts where balance <> 0"))
     assert stored == {account: balance for account, balance in balances.items() if balance}
-
-
-def message(name: str, account: int, amount: int = 1, partition: int | None = None) -> Sent:
-    return Sent({"id": name, "account": account, "amount": amount}, id=name, key=str(account), partition=partition)
 
 
 async def test_thirty_thousand_messages_with_a_worker_killed_and_one_added(place: Place, tmp_path: Path) -> None:
@@ -135,12 +78,11 @@ async def test_thirty_thousand_messages_with_a_worker_killed_and_one_added(place
         await place.send(topic, *again[2000:])
         await service.settled()
     await effects_are(place, expected)
-    found = await counts(service.app, place.dsn)
-    for each in found.values():
-        assert each["applied"] == 27_000
+    for handler in (await counts(service.app, place.dsn)).values():
+        assert handler["applied"] == 27_000
         # At least: what was settled above a message that had to wait is delivered again to the next owner, and counted.
-        assert sum(each["duplicates"].values()) >= 3000
-        assert each["dead_lettered"] == 0
+        assert sum(handler["duplicates"].values()) >= 3000
+        assert handler["dead_lettered"] == 0
 
 
 async def test_a_killed_workers_partitions_move_at_once(place: Place, tmp_path: Path) -> None:
