@@ -30,12 +30,16 @@ decode = msgspec.json.Decoder(Payment).decode
 
 async def write_unnest(connection: Any, fresh: list[Payment]) -> None:
     """The effects of many payments in two statements, the balances summed before."""
-    columns = [[each.id for each in fresh], [each.account for each in fresh], [each.amount for each in fresh]]
+    columns = [
+        [payment.id for payment in fresh],
+        [payment.account for payment in fresh],
+        [payment.amount for payment in fresh],
+    ]
     await connection.execute(INSERT_ALL, *columns)
     sums: dict[int, int] = {}
-    for each in fresh:
-        sums[each.account] = sums.get(each.account, 0) + each.amount
-    await connection.execute(UPDATE_ALL, sorted(sums), [sums[each] for each in sorted(sums)])
+    for payment in fresh:
+        sums[payment.account] = sums.get(payment.account, 0) + payment.amount
+    await connection.execute(UPDATE_ALL, sorted(sums), [sums[account] for account in sorted(sums)])
 
 
 def register(app: App, topic: str, kind: str) -> None:

@@ -59,15 +59,15 @@ class Workload:
 
     def entries(self) -> list[Entry]:
         chance = random.Random(1)
-        found: list[Entry] = []
+        entries: list[Entry] = []
         for n in range(self.messages):
             if n and chance.random() < self.duplicates:
-                found.append(found[chance.randrange(n)])
+                entries.append(entries[chance.randrange(n)])
             else:
-                found.append(
+                entries.append(
                     (uuid.UUID(int=chance.getrandbits(128)), 0 if self.hot else chance.randrange(self.keys), n % 1000)
                 )
-        return found
+        return entries
 
 
 @dataclass
@@ -101,10 +101,10 @@ class Cpu:
 
     def _now(self) -> dict[str, float]:
         times = os.times()
-        found = {"worker": times.user + times.system}
+        seconds = {"worker": times.user + times.system}
         for server in (self.bench.kafka, self.bench.postgres, self.bench.valkey):
-            found[server.name] = _tree_seconds(server.pid)
-        return found
+            seconds[server.name] = _tree_seconds(server.pid)
+        return seconds
 
 
 def _tree_seconds(root: int) -> float:
@@ -142,9 +142,9 @@ class Bench:
         """The topic that holds a workload, produced once."""
         if workload not in self._produced:
             topic = await new_topic(self.kafka.bootstrap_servers, workload.partitions)
-            made = Produced(workload, topic, workload.entries())
-            await self.send(topic, workload.partitions, made.entries)
-            self._produced[workload] = made
+            produced = Produced(workload, topic, workload.entries())
+            await self.send(topic, workload.partitions, produced.entries)
+            self._produced[workload] = produced
         return self._produced[workload]
 
     async def send(self, topic: str, partitions: int, entries: Sequence[Entry]) -> None:
@@ -197,25 +197,25 @@ class Bench:
         count, ids = await connection.fetchrow("select count(*), count(distinct id) from effects")
         balance = await connection.fetchval("select sum(balance) from accounts")
         await connection.close()
-        wanted = (len(distinct), len(distinct), sum(each[2] for each in distinct))
+        wanted = (len(distinct), len(distinct), sum(payment[2] for payment in distinct))
         if (count, ids, balance) != wanted:
             raise SystemExit(f"wrong effects: {(count, ids, balance)} instead of {wanted}")
 
-    async def reader(self, made: Produced) -> AIOKafkaConsumer:
+    async def reader(self, produced: Produced) -> AIOKafkaConsumer:
         consumer = AIOKafkaConsumer(
             bootstrap_servers=self.kafka.bootstrap_servers, enable_auto_commit=False, auto_offset_reset="earliest"
         )
         await consumer.start()
-        consumer.assign([TopicPartition(made.topic, each) for each in range(made.workload.partitions)])
+        consumer.assign([TopicPartition(produced.topic, number) for number in range(produced.workload.partitions)])
         return consumer
 
     # -- contestants ----------------------------------------------------------------------------------------------------
 
-    async def naive(self, made: Produced) -> float:
+    async def naive(self, produced: Produced) -> float:
         """The loop that people write: one transaction a message."""
         dsn = await self.database()
         connection = await asyncpg.connect(dsn)
-        consumer = await self.reader(made)
+        consumer = await self.reader(produced)
         taken: list[Entry] = []
         begun = time.perf_counter()
         async for message in consumer:
@@ -226,7 +226,7 @@ class Bench:
                     await connection.execute(INSERT, payment.id, payment.account, payment.amount)
                     await connection.execute(UPDATE, payment.account, payment.amount)
             taken.append((payment.id, payment.account, payment.amount))
-            if len(taken) == min(NAIVE_MESSAGES, len(made.entries)):
+            if len(taken) == min(NAIVE_MESSAGES, len(produced.entries)):
                 break
         seconds = time.perf_counter() - begun
         await consumer.stop()
@@ -235,16 +235,16 @@ class Bench:
         await self.drop(dsn)
         return len(taken) / seconds
 
-    async def _by_hand(self, made: Produced, write: Callable[[Any, list[Payment]], Awaitable[None]]) -> float:
+    async def _by_hand(self, produced: Produced, write: Callable[[Any, list[Payment]], Awaitable[None]]) -> float:
         """Two connections take turns: one batch is written while the next is read and decoded."""
         dsn = await self.database()
         connections = [await asyncpg.connect(dsn), await asyncpg.connect(dsn)]
-        consumer = await self.reader(made)
-        left = len(made.entries)
+        consumer = await self.reader(produced)
+        left = len(produced.entries)
         busy: list[asyncio.Task[None]] = []
 
         async def settle(connection: Any, payments: list[Payment]) -> None:
-            first = {each.id: each for each in payments}
+            first = {payment.id: payment for payment in payments}
             async with connection.transaction():
                 fresh = [first[row[0]] for row in await connection.fetch(CLAIM, list(first))]
                 await write(connection, fresh)
@@ -252,8 +252,8 @@ class Bench:
         begun = time.perf_counter()
         number = 0
         while left:
-            found = await consumer.getmany(timeout_ms=500, max_records=2000)
-            payments = [decode(record.value) for records in found.values() for record in records]
+            batches = await consumer.getmany(timeout_ms=500, max_records=2000)
+            payments = [decode(record.value) for records in batches.values() for record in records]
             if not payments:
                 continue
             left -= len(payments)
@@ -268,54 +268,65 @@ class Bench:
         await consumer.stop()
         for connection in connections:
             await connection.close()
-        await self.check(dsn, made.entries)
+        await self.check(dsn, produced.entries)
         await self.drop(dsn)
-        return len(made.entries) / seconds
+        return len(produced.entries) / seconds
 
-    async def by_hand_executemany(self, made: Produced) -> float:
+    async def by_hand_executemany(self, produced: Produced) -> float:
         """The best loop by hand for any statements: a batch a transaction, `executemany`."""
 
         async def write(connection: Any, fresh: list[Payment]) -> None:
-            ordered = sorted(fresh, key=lambda each: each.account)  # two connections lock balances in one order
-            await connection.executemany(INSERT, [(each.id, each.account, each.amount) for each in ordered])
-            await connection.executemany(UPDATE, [(each.account, each.amount) for each in ordered])
+            ordered = sorted(fresh, key=lambda payment: payment.account)  # two connections lock balances in one order
+            await connection.executemany(INSERT, [(payment.id, payment.account, payment.amount) for payment in ordered])
+            await connection.executemany(UPDATE, [(payment.account, payment.amount) for payment in ordered])
 
-        return await self._by_hand(made, write)
+        return await self._by_hand(produced, write)
 
-    async def by_hand_unnest(self, made: Produced) -> float:
+    async def by_hand_unnest(self, produced: Produced) -> float:
         """The best loop by hand for this very workload: `unnest`, balances summed before."""
-        return await self._by_hand(made, write_unnest)
+        return await self._by_hand(produced, write_unnest)
 
     async def ours(
-        self, made: Produced, kind: str, *, redis: bool = False, workers: int = 1, dsn: str | None = None, **more: Any
+        self,
+        produced: Produced,
+        kind: str,
+        *,
+        redis: bool = False,
+        workers: int = 1,
+        dsn: str | None = None,
+        **more: Any,
     ) -> float:
         """A worker in this process, or several as `consumer run` starts them. kind: a handler of application.py."""
         own = dsn is None
-        dsn = dsn or await self.database(max(1000, made.workload.keys))
+        dsn = dsn or await self.database(max(1000, produced.workload.keys))
         app = App(f"bench-{uuid.uuid4().hex[:8]}")
-        register(app, made.topic, kind)
+        register(app, produced.topic, kind)
         settings = self.settings(dsn, redis=redis, **more)
         watcher = await asyncpg.connect(dsn)
-        running_ = self.working(app, settings) if workers == 1 else self.processes(app, made, kind, settings, workers)
+        running_ = (
+            self.working(app, settings) if workers == 1 else self.processes(app, produced, kind, settings, workers)
+        )
         async with running_ as task:
             while not (before := await watcher.fetchval(SETTLED)):  # from the first commit on: joining is not measured
                 await asyncio.sleep(0.002)
             begun = time.perf_counter()
-            while await watcher.fetchval(SETTLED) < len(made.entries):
+            while await watcher.fetchval(SETTLED) < len(produced.entries):
                 await asyncio.sleep(0.02)
                 if isinstance(task, asyncio.Task) and task.done():
                     raise SystemExit(f"the worker has ended: {task.exception()}")
             seconds = time.perf_counter() - begun
         await watcher.close()
-        await self.check(dsn, made.entries)
+        await self.check(dsn, produced.entries)
         if own:
             await self.drop(dsn)
-        return float((len(made.entries) - int(before)) / seconds)
+        return float((len(produced.entries) - int(before)) / seconds)
 
     def settings(self, dsn: str, *, redis: bool = False, **more: Any) -> Settings:
         given = {"log_level": "error", "kafka_commit_interval_seconds": 1, "kafka_heartbeat_seconds": 0.5, **more}
-        found: Settings = settings_for(dsn, self.kafka.bootstrap_servers, self.valkey.url if redis else None, **given)
-        return found
+        settings: Settings = settings_for(
+            dsn, self.kafka.bootstrap_servers, self.valkey.url if redis else None, **given
+        )
+        return settings
 
     @asynccontextmanager
     async def working(self, app: App, settings: Settings) -> AsyncIterator[Any]:
@@ -329,7 +340,7 @@ class Bench:
 
     @asynccontextmanager
     async def processes(
-        self, app: App, made: Produced, kind: str, settings: Settings, workers: int
+        self, app: App, produced: Produced, kind: str, settings: Settings, workers: int
     ) -> AsyncIterator[Any]:
         with TemporaryDirectory() as directory:
             arguments = ["run", "application:app", "--workers", str(workers)]
@@ -339,81 +350,81 @@ class Bench:
                 Path(directory),
                 PYTHONPATH=os.pathsep.join(map(str, [ROOT, ROOT / "benchmarks"])),
                 BENCH_APP=app.name,
-                BENCH_TOPIC=made.topic,
+                BENCH_TOPIC=produced.topic,
                 BENCH_KIND=kind,
             ) as command:
                 yield command
                 command.process.terminate()
                 await command.wait()
 
-    async def applied(self, made: Produced, *, redis: bool) -> tuple[App, Settings]:
+    async def applied(self, produced: Produced, *, redis: bool) -> tuple[App, Settings]:
         """A database in which everything is applied, made once."""
-        if redis not in made.applied:
+        if redis not in produced.applied:
             app = App(f"bench-{uuid.uuid4().hex[:8]}")
-            register(app, made.topic, "defer")
+            register(app, produced.topic, "defer")
             settings = self.settings(await self.database(), redis=redis)
             watcher = await asyncpg.connect(settings.dsn)
             async with self.working(app, settings):
-                while await watcher.fetchval(SETTLED) < len(made.entries):
+                while await watcher.fetchval(SETTLED) < len(produced.entries):
                     await asyncio.sleep(0.05)
             await watcher.execute("vacuum analyze")
             await watcher.close()
-            made.applied[redis] = app, settings
-        return made.applied[redis]
+            produced.applied[redis] = app, settings
+        return produced.applied[redis]
 
-    async def again(self, made: Produced, *, redis: bool) -> float:
+    async def again(self, produced: Produced, *, redis: bool) -> float:
         """A worker that is given everything once more: its positions are put back to the beginning."""
-        app, settings = await self.applied(made, redis=redis)
+        app, settings = await self.applied(produced, redis=redis)
         watcher = await asyncpg.connect(settings.dsn)
         await watcher.execute("update consumer.positions set next_offset = 0")
         async with self.working(app, settings):
             while not (before := await watcher.fetchval(SETTLED)):
                 await asyncio.sleep(0.002)
             begun = time.perf_counter()
-            while await watcher.fetchval(SETTLED) < len(made.entries):
+            while await watcher.fetchval(SETTLED) < len(produced.entries):
                 await asyncio.sleep(0.02)
             seconds = time.perf_counter() - begun
         await watcher.close()
-        await self.check(settings.dsn, made.entries)
-        return float((len(made.entries) - int(before)) / seconds)
+        await self.check(settings.dsn, produced.entries)
+        return float((len(produced.entries) - int(before)) / seconds)
 
-    async def replay(self, made: Produced, mode: Mode | Literal["rebuild"], *, redis: bool = False) -> float:
-        app, settings = await self.applied(made, redis=redis)
+    async def replay(self, produced: Produced, mode: Mode | Literal["rebuild"], *, redis: bool = False) -> float:
+        app, settings = await self.applied(produced, redis=redis)
         if mode == "rebuild":
-            found = await run_rebuild(app, settings, [made.topic], RebuildOptions(), Progress())
+            findings = await run_rebuild(app, settings, [produced.topic], RebuildOptions(), Progress())
         else:
-            found = await replay(app, settings, [made.topic], Options(mode=mode), Progress())
-        if not found.ok:
-            raise SystemExit(f"the replay found problems: {found.answer()}")
-        return len(made.entries) / found.seconds
+            findings = await replay(app, settings, [produced.topic], Options(mode=mode), Progress())
+        if not findings.ok:
+            raise SystemExit(f"the replay found problems: {findings.answer()}")
+        return len(produced.entries) / findings.seconds
 
-    async def aiokafka_alone(self, made: Produced) -> float:
+    async def aiokafka_alone(self, produced: Produced) -> float:
         """The limit on one side: reading, and nothing else."""
-        consumer = await self.reader(made)
-        left = len(made.entries)
+        consumer = await self.reader(produced)
+        left = len(produced.entries)
         begun = time.perf_counter()
         while left > 0:
             left -= sum(map(len, (await consumer.getmany(timeout_ms=500, max_records=2000)).values()))
         seconds = time.perf_counter() - begun
         await consumer.stop()
-        return len(made.entries) / seconds
+        return len(produced.entries) / seconds
 
-    async def postgresql_alone(self, made: Produced) -> float:
+    async def postgresql_alone(self, produced: Produced) -> float:
         """The limit on the other side: the `unnest` loop, fed from memory."""
         dsn = await self.database()
         connection = await asyncpg.connect(dsn)
-        payments = [Payment(id, account, amount, "") for id, account, amount in made.entries]
+        payments = [Payment(id, account, amount, "") for id, account, amount in produced.entries]
         begun = time.perf_counter()
         for start in range(0, len(payments), 2000):
-            first = {each.id: each for each in payments[start : start + 2000]}
+            first = {payment.id: payment for payment in payments[start : start + 2000]}
             async with connection.transaction():
                 fresh = [first[row[0]] for row in await connection.fetch(CLAIM, list(first))]
                 await write_unnest(connection, fresh)
         seconds = time.perf_counter() - begun
         await connection.close()
-        await self.check(dsn, made.entries)
+        await self.check(dsn, produced.entries)
         await self.drop(dsn)
-        return len(made.entries) / seconds
+        return len(produced.entries) / seconds
 
 
 def servers(**postgres: str) -> tuple[Server, ...]:

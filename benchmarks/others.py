@@ -83,11 +83,11 @@ async def compare(python: str, messages: int, rounds: int) -> str:
         return table(_rows(await turns(contestants, rounds)))
 
 
-def _rows(found: dict[str, list[float]]) -> list[Row]:
+def _rows(seconds: dict[str, list[float]]) -> list[Row]:
     """Medians, and ratios to the first contestant within each round: the load of the machine changes between rounds."""
-    base = next(iter(found.values()))
+    base = next(iter(seconds.values()))
     rows: list[Row] = []
-    for name, speeds in found.items():
+    for name, speeds in seconds.items():
         ratios = sorted(speed / other for speed, other in zip(speeds, base, strict=True))
         rows.append(
             {

@@ -64,12 +64,12 @@ class Bench:
         session.close()
 
     def batch(self) -> list[Delivery]:
-        made = []
+        claims = []
         for offset in range(BATCH):
-            each = Delivery(self.handler, LogRecord(TOPIC, 0, offset, 0, None, b"{}", (), ""))
-            each.id, each.fingerprint = uuid.uuid4().bytes, 1
-            made.append(each)
-        return made
+            delivery = Delivery(self.handler, LogRecord(TOPIC, 0, offset, 0, None, b"{}", (), ""))
+            delivery.id, delivery.fingerprint = uuid.uuid4().bytes, 1
+            claims.append(delivery)
+        return claims
 
     async def claims(self, stop: asyncio.Event, seconds: list[float]) -> None:
         session = await Session.open(self.settings)
@@ -96,17 +96,17 @@ async def under(bench: Bench, what: Any) -> list[float]:
     return seconds
 
 
-def told(name: str, seconds: list[float]) -> dict[str, float]:
-    found = {
+def timed(name: str, seconds: list[float]) -> dict[str, float]:
+    measured = {
         "batches": len(seconds),
         "median_ms": round(statistics.median(seconds) * 1000, 1),
         "p99_ms": round(statistics.quantiles(seconds, n=100)[98] * 1000, 1),
         "longest_ms": round(max(seconds) * 1000, 1),
     }
     print(
-        f"{name:<28} {found['batches']:>6} batches   median {found['median_ms']:>7} ms   99 % {found['p99_ms']:>7} ms   longest {found['longest_ms']:>7} ms"
+        f"{name:<28} {measured['batches']:>6} batches   median {measured['median_ms']:>7} ms   99 % {measured['p99_ms']:>7} ms   longest {measured['longest_ms']:>7} ms"
     )
-    return found
+    return measured
 
 
 async def run(dsn: str, rows: int, idle_seconds: float) -> dict[str, Any]:
@@ -114,16 +114,16 @@ async def run(dsn: str, rows: int, idle_seconds: float) -> dict[str, Any]:
     await bench.open()
     print("filling the ledger")
     await bench.ledger.fill(rows)
-    found: dict[str, Any] = {"rows": rows}
-    found["one_generation"] = told("one generation", await under(bench, asyncio.sleep(idle_seconds)))
+    measured: dict[str, Any] = {"rows": rows}
+    measured["one_generation"] = timed("one generation", await under(bench, asyncio.sleep(idle_seconds)))
 
     async def turning() -> None:
         await asyncio.sleep(1)
         await bench.ledger.turn()
         await asyncio.sleep(1)
 
-    found["turning"] = told("while it turns", await under(bench, turning()))
-    found["before"] = told("two generations, idle", await under(bench, asyncio.sleep(idle_seconds)))
+    measured["turning"] = timed("while it turns", await under(bench, turning()))
+    measured["before"] = timed("two generations, idle", await under(bench, asyncio.sleep(idle_seconds)))
 
     async def dropping() -> None:
         await asyncio.sleep(1)
@@ -131,15 +131,15 @@ async def run(dsn: str, rows: int, idle_seconds: float) -> dict[str, Any]:
         await bench.ledger.step(Drop(1))
         await asyncio.sleep(2)
 
-    found["dropping"] = told("while the rows are dropped", await under(bench, dropping()))
-    found["after"] = told("one generation, small", await under(bench, asyncio.sleep(idle_seconds)))
+    measured["dropping"] = timed("while the rows are dropped", await under(bench, dropping()))
+    measured["after"] = timed("one generation, small", await under(bench, asyncio.sleep(idle_seconds)))
     for live in range(2, LIVE_MAX + 1):
         await bench.ledger.fill(min(rows, 500_000))
         await bench.ledger.turn()
         seconds = await under(bench, asyncio.sleep(idle_seconds / 2))
-        found[f"live_{live}"] = told(f"{live} generations", seconds)
+        measured[f"live_{live}"] = timed(f"{live} generations", seconds)
     await bench.connection.close()
-    return found
+    return measured
 
 
 def main() -> None:
@@ -149,9 +149,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers there too")
     given = parser.parse_args()
     with Postgres({"shared_buffers": "512MB", "max_wal_size": "8GB", "maintenance_work_mem": "512MB"}) as server:
-        found = asyncio.run(run(server.dsn(), given.rows, given.seconds))
+        measured = asyncio.run(run(server.dsn(), given.rows, given.seconds))
     if given.json:
-        given.json.write_text(json.dumps(found, indent=2))
+        given.json.write_text(json.dumps(measured, indent=2))
 
 
 if __name__ == "__main__":

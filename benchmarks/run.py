@@ -34,23 +34,23 @@ PLOT = ROOT / "docs" / "reference" / "performance.svg"
 
 
 async def run(names: list[str], options: Options) -> dict[str, Found]:
-    found: dict[str, Found] = {}
+    results: dict[str, Found] = {}
     with ExitStack() as stack:
-        kafka, postgres, valkey = (stack.enter_context(each) for each in servers())
+        kafka, postgres, valkey = (stack.enter_context(server) for server in servers())
         bench = Bench(kafka, postgres, valkey)
         for name in names:
             begun = time.monotonic()
-            found[name] = await SCENARIOS[name][1](bench, options)
-            print(section(name, found[name]), flush=True)
+            results[name] = await SCENARIOS[name][1](bench, options)
+            print(section(name, results[name]), flush=True)
             print(f"{name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
-    return found
+    return results
 
 
-def section(name: str, found: Found) -> str:
-    return f"### {SCENARIOS[name][0]}\n\n{found.about}\n\n{table(found.rows)}\n"
+def section(name: str, result: Found) -> str:
+    return f"### {SCENARIOS[name][0]}\n\n{result.about}\n\n{table(result.rows)}\n"
 
 
-def write(names: list[str], found: dict[str, Found], options: Options) -> None:
+def write(names: list[str], results: dict[str, Found], options: Options) -> None:
     """Replace the measured parts of the page, each between its own marks, and the plot."""
     text = PAGE.read_text("utf-8")
     for name in names:
@@ -58,15 +58,15 @@ def write(names: list[str], found: dict[str, Found], options: Options) -> None:
         if begin not in text or end not in text:
             print(f"{PAGE.name} has no {begin}: not written", file=sys.stderr)
             continue
-        made = (
-            f'{section(name, found[name])}\n`make bench ARGS="--scenario {name} --messages {options.messages} --rounds {options.rounds}"`, '
+        page = (
+            f'{section(name, results[name])}\n`make bench ARGS="--scenario {name} --messages {options.messages} --rounds {options.rounds}"`, '
             f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, all on one machine.\n"
         )
-        text = f"{text.partition(begin)[0]}{begin}\n\n{made}\n{end}{text.partition(end)[2]}"
-        if found[name].bars:
-            base = next(iter(found[name].bars))
+        text = f"{text.partition(begin)[0]}{begin}\n\n{page}\n{end}{text.partition(end)[2]}"
+        if results[name].bars:
+            base = next(iter(results[name].bars))
             PLOT.write_text(
-                bars("Messages a second, and how many times the loop people write", found[name].bars, base), "utf-8"
+                bars("Messages a second, and how many times the loop people write", results[name].bars, base), "utf-8"
             )
     PAGE.write_text(text, "utf-8")
 
@@ -86,17 +86,19 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"put the result into {PAGE.relative_to(Path(ROOT))}")
     given = parser.parse_args()
     names = (
-        [each for each in SCENARIOS if each not in UNUSUAL] if given.scenario == "all" else given.scenario.split(",")
+        [scenario for scenario in SCENARIOS if scenario not in UNUSUAL]
+        if given.scenario == "all"
+        else given.scenario.split(",")
     )
-    if unknown := [each for each in names if each not in SCENARIOS]:
+    if unknown := [name for name in names if name not in SCENARIOS]:
         parser.error(f"no scenario {', '.join(unknown)}: there are {', '.join(SCENARIOS)}")
     if min(given.messages, given.rounds, given.ledger_rows, given.seconds) <= 0:
         parser.error("--messages, --rounds, --ledger-rows and --seconds are more than 0")
     options = Options(given.messages, given.rounds, given.only, given.ledger_rows, given.seconds)
     logs.configure("error", "json")
-    found = run_loop(run(names, options))
+    results = run_loop(run(names, options))
     if given.write:
-        write(names, found, options)
+        write(names, results, options)
 
 
 if __name__ == "__main__":

@@ -49,16 +49,16 @@ Contestant = Callable[[], Awaitable[float]]
 
 async def turns(contestants: dict[str, Contestant], rounds: int) -> dict[str, list[float]]:
     """Let contestants take turns, round after round."""
-    found: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(1, rounds + 1):
         for name, contestant in contestants.items():
-            found[name].append(await contestant())
-            print(f"round {number}  {name:42} {found[name][-1]:12,.0f} msg/s", file=sys.stderr, flush=True)
-    return found
+            seconds[name].append(await contestant())
+            print(f"round {number}  {name:42} {seconds[name][-1]:12,.0f} msg/s", file=sys.stderr, flush=True)
+    return seconds
 
 
-def rows_of(found: dict[str, list[float]], base: str) -> list[Row]:
-    middle = statistics.median(found[base])
+def rows_of(seconds: dict[str, list[float]], base: str) -> list[Row]:
+    middle = statistics.median(seconds[base])
     return [
         {
             "contestant": name,
@@ -69,52 +69,55 @@ def rows_of(found: dict[str, list[float]], base: str) -> list[Row]:
             if statistics.median(speeds) < 10 * middle
             else f"{statistics.median(speeds) / middle:.1f}",
         }
-        for name, speeds in found.items()
+        for name, speeds in seconds.items()
     ]
 
 
 async def reference(bench: Bench, given: Options) -> Found:
     """All contestants on the workload of reference."""
-    made = await bench.produced(Workload(given.messages))
+    produced = await bench.produced(Workload(given.messages))
     contestants: dict[str, Contestant] = {
-        "the loop people write": lambda: bench.naive(made),
-        "by hand: executemany, two connections": lambda: bench.by_hand_executemany(made),
-        "by hand: unnest, two connections": lambda: bench.by_hand_unnest(made),
-        "ours: defer": lambda: bench.ours(made, "defer"),
-        "ours: defer, with Redis": lambda: bench.ours(made, "defer", redis=True),
-        "ours: defer, two workers": lambda: bench.ours(made, "defer", workers=2),
-        "ours: two awaited statements": lambda: bench.ours(made, "await"),
-        "ours: batch handler": lambda: bench.ours(made, "batch"),
-        "ours: batch handler, with Redis": lambda: bench.ours(made, "batch", redis=True),
-        "ours: batch handler, two workers": lambda: bench.ours(made, "batch", workers=2),
-        "limit: aiokafka alone": lambda: bench.aiokafka_alone(made),
-        "limit: PostgreSQL alone": lambda: bench.postgresql_alone(made),
+        "the loop people write": lambda: bench.naive(produced),
+        "by hand: executemany, two connections": lambda: bench.by_hand_executemany(produced),
+        "by hand: unnest, two connections": lambda: bench.by_hand_unnest(produced),
+        "ours: defer": lambda: bench.ours(produced, "defer"),
+        "ours: defer, with Redis": lambda: bench.ours(produced, "defer", redis=True),
+        "ours: defer, two workers": lambda: bench.ours(produced, "defer", workers=2),
+        "ours: two awaited statements": lambda: bench.ours(produced, "await"),
+        "ours: batch handler": lambda: bench.ours(produced, "batch"),
+        "ours: batch handler, with Redis": lambda: bench.ours(produced, "batch", redis=True),
+        "ours: batch handler, two workers": lambda: bench.ours(produced, "batch", workers=2),
+        "limit: aiokafka alone": lambda: bench.aiokafka_alone(produced),
+        "limit: PostgreSQL alone": lambda: bench.postgresql_alone(produced),
     }
     first = next(iter(contestants))
     if given.only:
-        wanted = [first, *(each for each in contestants if any(part in each for part in given.only.split(",")))]
+        wanted = [
+            first,
+            *(contestant for contestant in contestants if any(part in contestant for part in given.only.split(","))),
+        ]
         contestants = {name: contestants[name] for name in dict.fromkeys(wanted)}
-    found = await turns(contestants, given.rounds)
+    seconds = await turns(contestants, given.rounds)
     return Found(
         f"{given.messages:,} messages in 8 partitions, about 200 bytes of JSON, 10 % duplicates, 1,000 keys; the effect of a "
         "message is one INSERT and one UPDATE.",
-        rows_of(found, first),
-        {name: statistics.median(speeds) for name, speeds in found.items()},
+        rows_of(seconds, first),
+        {name: statistics.median(speeds) for name, speeds in seconds.items()},
     )
 
 
 async def replays(bench: Bench, given: Options) -> Found:
     """What is applied, once more: to a worker, and to `consumer replay`; against reading alone."""
-    made = await bench.produced(Workload(given.messages))
+    produced = await bench.produced(Workload(given.messages))
     base = "limit: aiokafka alone"
     contestants: dict[str, Contestant] = {
-        base: lambda: bench.aiokafka_alone(made),
-        "a worker again, with Redis": lambda: bench.again(made, redis=True),
-        "a worker again": lambda: bench.again(made, redis=False),
-        "replay: check": lambda: bench.replay(made, "check"),
-        "replay: check, with Redis": lambda: bench.replay(made, "check", redis=True),
-        "replay: apply, nothing missing": lambda: bench.replay(made, "apply"),
-        "replay: rebuild": lambda: bench.replay(made, "rebuild"),
+        base: lambda: bench.aiokafka_alone(produced),
+        "a worker again, with Redis": lambda: bench.again(produced, redis=True),
+        "a worker again": lambda: bench.again(produced, redis=False),
+        "replay: check": lambda: bench.replay(produced, "check"),
+        "replay: check, with Redis": lambda: bench.replay(produced, "check", redis=True),
+        "replay: apply, nothing missing": lambda: bench.replay(produced, "apply"),
+        "replay: rebuild": lambda: bench.replay(produced, "rebuild"),
     }
     return Found("All messages are applied: 100 % duplicates.", rows_of(await turns(contestants, given.rounds), base))
 
@@ -123,15 +126,17 @@ async def duplicates(bench: Bench, given: Options) -> Found:
     """What the pre-check costs and saves, by the share of duplicates."""
     rows: list[Row] = []
     for share in (0.0, 0.1, 0.2, 0.5, 0.8):
-        made = await bench.produced(Workload(given.messages, duplicates=share))
-        found = await turns(
+        produced = await bench.produced(Workload(given.messages, duplicates=share))
+        seconds = await turns(
             {
-                f"{share:.0%} duplicates, without Redis": lambda made=made: bench.ours(made, "defer"),  # type: ignore[misc]
-                f"{share:.0%} duplicates, with Redis": lambda made=made: bench.ours(made, "defer", redis=True),  # type: ignore[misc]
+                f"{share:.0%} duplicates, without Redis": lambda produced=produced: bench.ours(produced, "defer"),  # type: ignore[misc]
+                f"{share:.0%} duplicates, with Redis": lambda produced=produced: bench.ours(
+                    produced, "defer", redis=True
+                ),  # type: ignore[misc]
             },
             given.rounds,
         )
-        off, on = (statistics.median(speeds) for speeds in found.values())
+        off, on = (statistics.median(speeds) for speeds in seconds.values())
         rows.append(
             {
                 "duplicates": f"{share:.0%}",
@@ -153,20 +158,20 @@ async def shapes(bench: Bench, given: Options) -> Found:
         "1 partition": Workload(given.messages, partitions=1),
         "64 partitions": Workload(given.messages, partitions=64),
     }
-    made = {name: await bench.produced(each) for name, each in workloads.items()}
-    found = await turns(
-        {name: lambda each=each: bench.ours(each, "defer") for name, each in made.items()},  # type: ignore[misc]
+    produced_of = {name: await bench.produced(workload) for name, workload in workloads.items()}
+    seconds = await turns(
+        {name: lambda produced=produced: bench.ours(produced, "defer") for name, produced in produced_of.items()},  # type: ignore[misc]
         given.rounds,
     )
-    return Found("A handler that defers, one worker.", rows_of(found, base))
+    return Found("A handler that defers, one worker.", rows_of(seconds, base))
 
 
 async def slow(bench: Bench, given: Options) -> Found:
     """Handlers that wait 10 ms each: concurrency=64, one partition, 1,000 keys."""
     messages = min(given.messages, 30_000)
-    made = await bench.produced(Workload(messages, partitions=1))
-    found = await turns({"slow handlers": lambda: bench.ours(made, "slow")}, given.rounds)
-    speed = statistics.median(found["slow handlers"])
+    produced = await bench.produced(Workload(messages, partitions=1))
+    seconds = await turns({"slow handlers": lambda: bench.ours(produced, "slow")}, given.rounds)
+    speed = statistics.median(seconds["slow handlers"])
     return Found(
         "Each handler waits 10 ms for something elsewhere; 64 at a time make 6,400 msg/s at most.",
         [{"msg/s": f"{speed:,.0f}", "of 64 / 10 ms": f"{speed / 6400:.0%}"}],
@@ -256,8 +261,8 @@ async def _latency_at(bench: Bench, name: str, rate: float, seconds: float) -> R
     dsn = await _timed(bench)
     app = App(f"bench-{uuid.uuid4().hex[:8]}")
     register(app, topic, "timed")
-    made = Produced(Workload(0), topic, [])
-    async with bench.processes(app, made, "timed", bench.settings(dsn), 1):
+    produced = Produced(Workload(0), topic, [])
+    async with bench.processes(app, produced, "timed", bench.settings(dsn), 1):
         while not await value(dsn, "select count(*) = 8 from consumer.positions"):
             await asyncio.sleep(0.05)
         await asyncio.sleep(1)  # the first connections and statements are not what is measured
@@ -265,16 +270,16 @@ async def _latency_at(bench: Bench, name: str, rate: float, seconds: float) -> R
         while await value(dsn, SETTLED) < total:
             await asyncio.sleep(0.05)
     connection = await asyncpg.connect(dsn)
-    found = await connection.fetchrow(
+    latencies = await connection.fetchrow(
         """select count(*), percentile_disc(array[0.5, 0.99, 0.999, 1.0]) within group (order by late) from (
            select 1000 * (extract(epoch from pg_xact_commit_timestamp(xmin)) - due) as late from timed) as t"""
     )
     await connection.close()
-    if found[0] != total:
-        raise SystemExit(f"wrong effects: {found[0]} instead of {total}")
+    if latencies[0] != total:
+        raise SystemExit(f"wrong effects: {latencies[0]} instead of {total}")
     await bench.drop(dsn)
     row = {"rate": name, "msg/s": f"{rate:,.0f}"}
-    row |= {f"{q}, ms": f"{late:.1f}" for q, late in zip(("p50", "p99", "p99.9", "max"), found[1], strict=True)}
+    row |= {f"{q}, ms": f"{late:.1f}" for q, late in zip(("p50", "p99", "p99.9", "max"), latencies[1], strict=True)}
     print(f"latency  {row}", file=sys.stderr, flush=True)
     return row
 
@@ -286,11 +291,11 @@ async def killed(bench: Bench, given: Options) -> Found:
         topic = await new_topic(bench.kafka.bootstrap_servers, 8)
         dsn = await _timed(bench)
         app = App(f"bench-{uuid.uuid4().hex[:8]}")
-        made = Produced(Workload(0), topic, [])
+        produced = Produced(Workload(0), topic, [])
         settings = bench.settings(dsn, log_level="info", kafka_session_timeout_seconds=30)
-        async with bench.processes(app, made, "timed", settings, 2) as command:
-            opened = lambda: [each for each in command.events() if each["event"] == "partitions opened"]  # noqa: E731
-            while {each["count"] for each in opened()[-2:]} != {4}:
+        async with bench.processes(app, produced, "timed", settings, 2) as command:
+            opened = lambda: [event for event in command.events() if event["event"] == "partitions opened"]  # noqa: E731
+            while {event["count"] for event in opened()[-2:]} != {4}:
                 await asyncio.sleep(0.1)
             running_ = asyncio.Event()
             sending = asyncio.create_task(_open_loop(bench, topic, 8, 1000, given.seconds, running_))
@@ -324,7 +329,7 @@ async def killed(bench: Bench, given: Options) -> Found:
 
 async def ledger(bench: Bench, given: Options) -> Found:
     """A ledger that is full, and that is purged meanwhile, against an empty one."""
-    made = await bench.produced(Workload(given.messages))
+    produced = await bench.produced(Workload(given.messages))
     dsn = await bench.database()
     begun = time.perf_counter()
     connection = await asyncpg.connect(dsn)
@@ -354,25 +359,25 @@ async def ledger(bench: Bench, given: Options) -> Found:
         await connection.execute("delete from consumer.positions")
         await connection.execute("vacuum accounts")
         purging = asyncio.create_task(purge())
-        speed = await bench.ours(made, "defer", dsn=dsn)
+        speed = await bench.ours(produced, "defer", dsn=dsn)
         await purging
         return speed
 
     base = "empty ledger"
     name = f"ledger of {given.ledger_rows:,} rows, purged meanwhile"
-    found = await turns({base: lambda: bench.ours(made, "defer"), name: full}, given.rounds)
+    seconds = await turns({base: lambda: bench.ours(produced, "defer"), name: full}, given.rounds)
     await connection.close()
     await bench.drop(dsn)
     return Found(
         "Random ids (UUIDv4), the worst case for the index; a handler that defers. While the full one is worked on, a generation of "
         "a million rows is forgotten and dropped, and the ledger turns: its claims look into the full generation and two to four more.",
-        rows_of(found, base),
+        rows_of(seconds, base),
     )
 
 
 async def cost(bench: Bench, given: Options) -> Found:
     """Bytes and CPU seconds of a message, by the servers' own counts."""
-    made = await bench.produced(Workload(given.messages, duplicates=0.0))
+    produced = await bench.produced(Workload(given.messages, duplicates=0.0))
     rows: list[Row] = []
     lean: Row = {}
 
@@ -387,7 +392,7 @@ async def cost(bench: Bench, given: Options) -> Found:
         dsn = await bench.database()
         before = await wal(dsn)
         with Cpu(bench) as cpu:
-            await bench.ours(made, kind, redis=redis, dsn=dsn)
+            await bench.ours(produced, kind, redis=redis, dsn=dsn)
             seconds = cpu.seconds()
         written = await wal(dsn) - before
         size = await value(
@@ -395,30 +400,32 @@ async def cost(bench: Bench, given: Options) -> Found:
             """select sum(pg_total_relation_size(c.oid)) from pg_class c join pg_namespace n on n.oid = c.relnamespace
                where n.nspname = 'consumer' and c.relkind = 'r' and c.relname like 'ledger%'""",
         )
-        n = len(made.entries)
+        n = len(produced.entries)
         if kind == "batch":
             lean = await _without_provenance(dsn, n)
         await bench.drop(dsn)
-        per_million = {each: f"{seconds[each] / n * 1e6:.1f}" for each in ("worker", "postgresql", "valkey", "kafka")}
+        per_million = {
+            server: f"{seconds[server] / n * 1e6:.1f}" for server in ("worker", "postgresql", "valkey", "kafka")
+        }
         rows.append(
             {
                 "contestant": name,
                 "ledger, bytes a message": f"{float(size) / n:.0f}",
                 "WAL, bytes a message": f"{written / n:.0f}",
-                **{f"{each}, CPU s a million": text for each, text in per_million.items()},
+                **{f"{server}, CPU s a million": text for server, text in per_million.items()},
             }
         )
     # The same effects by the same statements, without a ledger: what is left is the ledger's own.
     dsn = await bench.database()
     connection = await asyncpg.connect(dsn)
     before = await wal(dsn)
-    for start in range(0, len(made.entries), 2000):
+    for start in range(0, len(produced.entries), 2000):
         async with connection.transaction():
-            await write_unnest(connection, [Payment(*each, "") for each in made.entries[start : start + 2000]])
+            await write_unnest(connection, [Payment(*entry, "") for entry in produced.entries[start : start + 2000]])
     rows.append(
         {
             "contestant": "the effects alone (batch handler's statements)",
-            "WAL, bytes a message": f"{(await wal(dsn) - before) / len(made.entries):.0f}",
+            "WAL, bytes a message": f"{(await wal(dsn) - before) / len(produced.entries):.0f}",
         }
     )
     rows.append(lean)
@@ -461,18 +468,18 @@ def _resident_mb(pid: int) -> float:
 
 async def memory(bench: Bench, given: Options) -> Found:
     """A worker's memory while it works off a backlog."""
-    made = await bench.produced(Workload(given.messages))
+    produced = await bench.produced(Workload(given.messages))
     dsn = await bench.database()
     app = App(f"bench-{uuid.uuid4().hex[:8]}")
     sizes: list[float] = []
-    async with bench.processes(app, made, "defer", bench.settings(dsn, log_level="info"), 1) as command:
+    async with bench.processes(app, produced, "defer", bench.settings(dsn, log_level="info"), 1) as command:
         while not command.worker_pids():
             await asyncio.sleep(0.05)
         [pid] = command.worker_pids().values()
-        while await value(dsn, SETTLED) < len(made.entries):
+        while await value(dsn, SETTLED) < len(produced.entries):
             sizes.append(_resident_mb(pid))
             await asyncio.sleep(0.5)
-    await bench.check(dsn, made.entries)
+    await bench.check(dsn, produced.entries)
     await bench.drop(dsn)
     tenth = max(1, len(sizes) // 10)
     return Found(
@@ -496,9 +503,9 @@ async def start(bench: Bench, given: Options) -> Found:
         await bench.send(topic, 8, entries)
         dsn = await bench.database()
         app = App(f"bench-{uuid.uuid4().hex[:8]}")
-        made = Produced(Workload(100), topic, entries)
+        produced = Produced(Workload(100), topic, entries)
         begun = time.time()
-        async with bench.processes(app, made, "defer", bench.settings(dsn), 1):
+        async with bench.processes(app, produced, "defer", bench.settings(dsn), 1):
             while not await value(dsn, "select count(*) from effects"):
                 await asyncio.sleep(0.02)
             first = await value(dsn, "select extract(epoch from min(pg_xact_commit_timestamp(xmin))) from effects")

@@ -318,11 +318,11 @@ async def hot(dsn: str, tasks: int, one: Callable[[Any, Callable[[], None]], Awa
             await one(connection, lose)
 
     begun = time.perf_counter()
-    await asyncio.gather(*[work(each) for each in connections])
+    await asyncio.gather(*[work(connection) for connection in connections])
     seconds = time.perf_counter() - begun
     balance = await connections[0].fetchval("select balance from accounts where id = 1")
-    for each in connections:
-        await each.close()
+    for connection in connections:
+        await connection.close()
     if balance != HOT_UPDATES:
         raise SystemExit(f"an update was lost: {balance} instead of {HOT_UPDATES}")
     return HOT_UPDATES / seconds, lost / HOT_UPDATES
@@ -349,8 +349,8 @@ async def locked(connection: Any, lose: Callable[[], None]) -> None:
 
 
 async def run(rounds: int, operations: int) -> tuple[dict[str, list[float]], dict[int, list[list[float]]]]:
-    found: dict[str, list[float]] = {each: [] for each in CONTESTANTS}
-    contested: dict[int, list[list[float]]] = {each: [] for each in HOT_TASKS}
+    microseconds: dict[str, list[float]] = {contestant: [] for contestant in CONTESTANTS}
+    contested: dict[int, list[list[float]]] = {tasks: [] for tasks in HOT_TASKS}
     with Postgres({"shared_buffers": "256MB", "max_wal_size": "4GB"}) as postgres, Valkey() as valkey:
         dsn = postgres.dsn()
         await migrated(dsn, TABLES)
@@ -364,27 +364,29 @@ async def run(rounds: int, operations: int) -> tuple[dict[str, list[float]], dic
                 for _, name in itertools.product(range(SLICES), CONTESTANTS):
                     seconds[name] += await CONTESTANTS[name][1](bench)
                 for name in CONTESTANTS:
-                    found[name].append(seconds[name] / (bench.operations * SLICES) * 1e6)
+                    microseconds[name].append(seconds[name] / (bench.operations * SLICES) * 1e6)
                 for tasks in HOT_TASKS:
                     speed, lost = await hot(dsn, tasks, optimistic)
                     contested[tasks].append([speed, lost, (await hot(dsn, tasks, locked))[0]])
                 print(f"round {number + 1} of {rounds}", file=sys.stderr)
         await session.connection.close()
-    return found, contested
+    return microseconds, contested
 
 
-def tables(found: dict[str, list[float]], contested: dict[int, list[list[float]]], operations: int) -> str:
+def tables(seconds: dict[str, list[float]], contested: dict[int, list[list[float]]], operations: int) -> str:
     lines = [
-        f"{operations} operations, median of {len(next(iter(found.values())))} interleaved rounds, {os.cpu_count()} cores "
+        f"{operations} operations, median of {len(next(iter(seconds.values())))} interleaved rounds, {os.cpu_count()} cores "
         f"({platform.machine()}), Python {platform.python_version()}, servers on the same machine.",
         "",
         "| operation | in | µs | lowest | highest | round trips' worth |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
-    trips = {place: next(name for name in found if CONTESTANTS[name][0] == place) for place in ("PostgreSQL", "Redis")}
-    for name, costs in found.items():
+    trips = {
+        place: next(name for name in seconds if CONTESTANTS[name][0] == place) for place in ("PostgreSQL", "Redis")
+    }
+    for name, costs in seconds.items():
         place = CONTESTANTS[name][0]
-        worth = statistics.median(costs) / statistics.median(found[trips[place]])
+        worth = statistics.median(costs) / statistics.median(seconds[trips[place]])
         lines.append(
             f"| {name} | {place} | {statistics.median(costs):,.0f} | {min(costs):,.0f} | {max(costs):,.0f} | {worth:.1f} |"
         )
@@ -396,8 +398,8 @@ def tables(found: dict[str, list[float]], contested: dict[int, list[list[float]]
         "| ---: | ---: | ---: | ---: | ---: |",
     ]
     for tasks, rounds in contested.items():
-        optimist, lost, pessimist = (statistics.median(each) for each in zip(*rounds, strict=True))
-        ratio = statistics.median(each[2] / each[0] for each in rounds)
+        optimist, lost, pessimist = (statistics.median(seconds) for seconds in zip(*rounds, strict=True))
+        ratio = statistics.median(round[2] / round[0] for round in rounds)
         lines.append(f"| {tasks} | {optimist:,.0f} | {lost:.2f} | {pessimist:,.0f} | {ratio:.1f} times as fast |")
     return "\n".join(lines)
 

@@ -39,10 +39,10 @@ hypothesis_settings.load_profile("core")
 def _levels_of_loggers() -> Iterator[None]:
     """A test that silences a logger does so for itself: others read what was logged."""
     loggers = [logging.getLogger(name) for name in ("", "consumer", "aiokafka", "asyncio")]
-    levels = [each.level for each in loggers]
+    levels = [logger.level for logger in loggers]
     yield
-    for each, level in zip(loggers, levels, strict=True):
-        each.setLevel(level)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The command of the harness: `make chaos`, or `python -m chaos` with tests/ on the path. `--help` tells the rest."""
+"""The command of the harness: `make chaos`, or `python -m chaos` with tests/ on the path. `--help` lists its options."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def _runs(given: argparse.Namespace, first: int) -> int:
             outcome = await Run(rig, seed, given.seconds, rate=given.rate, workers=given.workers, ways=set_up).run()
             good &= outcome.good
             brief = given.brief and outcome.good
-            print(json.dumps(asdict(outcome)) if given.json else line(outcome) if brief else told(outcome), flush=True)
+            print(json.dumps(asdict(outcome)) if given.json else line(outcome) if brief else described(outcome), flush=True)
             if given.record is not None:
                 with given.record.open("a") as table:
                     table.write(row(outcome))
@@ -96,19 +96,19 @@ def line(outcome: Outcome) -> str:
     )
 
 
-def told(outcome: Outcome) -> str:
+def described(outcome: Outcome) -> str:
     """The tables of a run: faults, counts, invariants."""
     lines = [f"\nseed {outcome.seed} ({outcome.ways})\n", f"{'at':>6}  {'fault':28} what happened"]
-    for each in outcome.faults:
-        lines.append(f"{each.at:6.1f}  {each.fault.kind:28} {each.error or each.seen}")
+    for fault in outcome.faults:
+        lines.append(f"{fault.at:6.1f}  {fault.fault.kind:28} {fault.error or fault.seen}")
     lines += ["", *(f"{number:>8,}  {name}" for name, number in outcome.counts.items()), ""]
     for name, text in INVARIANTS.items():
         broken = outcome.violations.get(name)
         unknown = not outcome.counted and not broken
         verdict = "VIOLATED" if broken else "n/a" if "n/a" in text else "?" if unknown else "holds"
         lines.append(f"{name:4} {verdict:8}  {text}")
-        lines += [f"               {each}" for each in broken or ()]
-    lines += ["", *(f"does not count: {each}" for each in outcome.vacuous)]
+        lines += [f"               {violation}" for violation in broken or ()]
+    lines += ["", *(f"does not count: {reason}" for reason in outcome.vacuous)]
     lines.append(f"seed {outcome.seed}: {'good' if outcome.good else 'NOT GOOD'}")
     if outcome.directory:
         lines.append(f"kept: {outcome.directory}")
@@ -119,11 +119,11 @@ def told(outcome: Outcome) -> str:
 
 def row(outcome: Outcome) -> str:
     """A run as a row of docs/explanation/chaos.md's table."""
-    kinds = sorted({each.fault.kind for each in outcome.faults})
+    kinds = sorted({fault.fault.kind for fault in outcome.faults})
     what = "no violation" if outcome.good else ", ".join(outcome.violations) or "does not count"
     counts = outcome.counts
-    numbers = [counts.get(each, 0) for each in ("records", "duplicates", "redelivered", "unknown commits")]
-    return f"| {outcome.seed} | {outcome.ways} | {len(outcome.faults)} | {len(kinds)} | {' | '.join(f'{each:,}' for each in numbers)} | {what} |\n"
+    numbers = [counts.get(name, 0) for name in ("records", "duplicates", "redelivered", "unknown commits")]
+    return f"| {outcome.seed} | {outcome.ways} | {len(outcome.faults)} | {len(kinds)} | {' | '.join(f'{number:,}' for number in numbers)} | {what} |\n"
 
 
 if __name__ == "__main__":

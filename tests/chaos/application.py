@@ -159,11 +159,11 @@ async def forms(message: Message[Order | None], tx: Tx) -> None:
         return
     # Of one partition, since two workers at once would serialise such statements only by a lock.
     place = f"{message.topic}:{message.partition}:{key}"
-    ticket, line, add, found, gone, new, opened, booked = FORMS
+    ticket, line, add, lookup, gone, new, opened, booked = FORMS
     tx.defer(ticket, id)
     tx.defer(line, id)
     tx.defer(add, place, amount)
-    tx.defer(found, place, amount)
+    tx.defer(lookup, place, amount)
     tx.defer(gone, place)
     tx.defer(new, place, id)
     account = spelled(key, id)

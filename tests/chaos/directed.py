@@ -161,32 +161,32 @@ class Stage:
             await self._died(self._start(scenario, mutant, die=scenario.die))
         process = self._start(scenario, mutant)
         try:
-            found = await self._judged(scenario, mutant)
+            violations = await self._judged(scenario, mutant)
             if scenario.back:
                 await self._stop(process)
                 await self._admin(f"create database {self._database}_before template {self._database}")
                 process = self._start(scenario, mutant)
-            if scenario.rewound and not found:
+            if scenario.rewound and not violations:
                 await self._rewind()
             if scenario.stopped:
                 await self._stop(process)
-            if scenario.after and not found:
+            if scenario.after and not violations:
                 await asyncio.sleep(0.3)  # what an early purge waits for
                 await self._send(scenario.after)
-                found = {} if scenario.stopped else await self._judged(scenario, mutant)
-            for environment, arguments in [] if found else scenario.commands:
+                violations = {} if scenario.stopped else await self._judged(scenario, mutant)
+            for environment, arguments in [] if violations else scenario.commands:
                 await self._command(scenario, mutant, environment, arguments)
             if scenario.stopped:
                 process = self._start(scenario, mutant)
-            if scenario.commands and not found:
-                self._edits = [each._replace(required=True) for each in self._edits]
-                found = await self._judged(scenario, mutant)
-            if scenario.back and not found:
+            if scenario.commands and not violations:
+                self._edits = [edit._replace(required=True) for edit in self._edits]
+                violations = await self._judged(scenario, mutant)
+            if scenario.back and not violations:
                 await self._stop(process)
                 await self._put_back()
                 process = self._start(scenario, mutant)
-                found = await self._judged(scenario, mutant)
-            return found
+                violations = await self._judged(scenario, mutant)
+            return violations
         finally:
             process.kill()
             process.wait()
@@ -196,16 +196,16 @@ class Stage:
     async def _judged(self, scenario: Scenario, mutant: str) -> Violations:
         deadline = time.monotonic() + _SECONDS
         while True:
-            found, settled, ids = await self._look()
+            violations, settled, ids = await self._look()
             if scenario.applied:  # it is never settled: what must be applied all the same counts
-                wanted = {str(self._ids[each]) for each in scenario.applied if each in self._ids}
+                wanted = {str(self._ids[name]) for name in scenario.applied if name in self._ids}
                 settled = wanted <= ids
                 if not settled and time.monotonic() > deadline - _SECONDS + _APPLIED_SECONDS:
-                    found.setdefault("I11", []).append(
+                    violations.setdefault("I11", []).append(
                         f"{len(wanted - ids)} messages of another partition are not applied"
                     )
-            if found or settled:
-                return found
+            if violations or settled:
+                return violations
             who = mutant or "the real consumer"
             assert time.monotonic() < deadline, f"{who} does not settle the scenario of {scenario.mutant}"
             await asyncio.sleep(0.3)  # looking is work, too
@@ -213,25 +213,25 @@ class Stage:
     async def _look(self) -> tuple[Violations, bool, set[str]]:
         """What is wrong now, whether everything is settled, and which ids every handler has applied. What is in flight is not wrong."""
         group = await evidence.committed(self._kafka, self._name, self._topic)
-        found = Evidence(log=self._log, edits=self._edits)
+        gathered = Evidence(log=self._log, edits=self._edits)
         connection = await asyncpg.connect(self._postgres.dsn(self._database))
         try:
-            await evidence.look(connection, self._name, found)
+            await evidence.look(connection, self._name, gathered)
         finally:
             await connection.close()
-        ends = {(each.topic, each.partition): each.offset + 1 for each in self._log}
-        settled = all(found.positions.get(place, 0) >= end for place, end in ends.items())
-        violations = judge(found, everything_settled=settled)
+        ends = {(record.topic, record.partition): record.offset + 1 for record in self._log}
+        settled = all(gathered.positions.get(place, 0) >= end for place, end in ends.items())
+        violations = judge(gathered, everything_settled=settled)
         offsets = (
             {(self._topic, partition): offset for partition, offset in (group or {}).items()}
             if self._kafka_counts
             else {}
         )
-        claims = {(each.handler, each.id) for each in found.ledger}
-        letters = {(each.handler, each.id, each.fingerprint) for each in found.letters}
+        claims = {(claim.handler, claim.id) for claim in gathered.ledger}
+        letters = {(letter.handler, letter.id, letter.fingerprint) for letter in gathered.letters}
         if bad := terminal(self._log, offsets, claims, letters):
             violations.setdefault("I5", []).append(f"online, kafka's commit: {bad[0]}")
-        applied = Counter(each.id for each in found.effects)
+        applied = Counter(effect.id for effect in gathered.effects)
         return violations, settled, {id for id, count in applied.items() if count >= len(HANDLERS)}
 
     # -- acts -------------------------------------------------------------------------------------------------------
@@ -241,12 +241,12 @@ class Stage:
         await producer.start()
         try:
             futures = []
-            for each in messages:
-                id = self._ids.setdefault(each.id, str(uuid.uuid4()))
+            for message in messages:
+                id = self._ids.setdefault(message.id, str(uuid.uuid4()))
                 futures.append(
                     await producer.send(
-                        self._topic, each.value, key=each.key.encode(), partition=each.partition,
-                        headers=each.headers if each.source else [("message-id", id.encode())],
+                        self._topic, message.value, key=message.key.encode(), partition=message.partition,
+                        headers=message.headers if message.source else [("message-id", id.encode())],
                     )
                 )  # fmt: skip
             await asyncio.gather(*futures)
@@ -295,14 +295,14 @@ class Stage:
         if "{letter}" in arguments:
             given |= await self._mending()
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "consumer", *[given.get(each, each) for each in arguments], "--json",
+            sys.executable, "-m", "consumer", *[given.get(argument, argument) for argument in arguments], "--json",
             env={**self._environment(scenario, mutant), **environment},
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        out, told = await asyncio.wait_for(process.communicate(), _SECONDS)
+        out, errors = await asyncio.wait_for(process.communicate(), _SECONDS)
         with (self._directory / f"{self._name}.log").open("ab") as log:
-            log.write(b"$ consumer %s\n" % " ".join(arguments).encode() + out + told)
-        assert process.returncode in (0, 1), told.decode()[-400:]
+            log.write(b"$ consumer %s\n" % " ".join(arguments).encode() + out + errors)
+        assert process.returncode in (0, 1), errors.decode()[-400:]
 
     async def _mending(self) -> dict[str, str]:
         """The letter of `book`, and another payload for it under another id; the same each time."""
@@ -374,5 +374,5 @@ async def play_all(
         async with places:
             return await stage().play(scenario, mutant)
 
-    plays_on: list[Awaitable[Violations]] = [one(*each) for each in plays]
+    plays_on: list[Awaitable[Violations]] = [one(*play) for play in plays]
     return await asyncio.gather(*plays_on, return_exceptions=True)

@@ -55,14 +55,14 @@ async def read_log(servers: str, topics: Sequence[str], partitions: int) -> tupl
             consumer.assign(wanted)
             ends = await consumer.end_offsets(wanted)
             records: list[Any] = []
-            left = {each for each in wanted if ends[each] > 0}
+            left = {partition for partition in wanted if ends[partition] > 0}
             while left:
-                for found in (await consumer.getmany(timeout_ms=200)).values():
-                    records += found
-                left = {each for each in left if await consumer.position(each) < ends[each]}
+                for fetched in (await consumer.getmany(timeout_ms=200)).values():
+                    records += fetched
+                left = {partition for partition in left if await consumer.position(partition) < ends[partition]}
         finally:
             await consumer.stop()
-    return [entry(each) for each in records], records
+    return [entry(record) for record in records], records
 
 
 async def no_open_transaction(servers: str, topic: str, partitions: int) -> None:
@@ -98,12 +98,12 @@ class Tail:
             try:
                 await asyncio.wait_for(consumer.start(), 5)
                 consumer.assign(self._partitions)
-                for each in self._partitions:
-                    known = self.entries[each.partition]
-                    consumer.seek(each, known[-1].offset + 1 if known else 0)
+                for partition in self._partitions:
+                    known = self.entries[partition.partition]
+                    consumer.seek(partition, known[-1].offset + 1 if known else 0)
                 while True:
-                    for each, records in (await consumer.getmany(timeout_ms=300)).items():
-                        self.entries[each.partition] += [entry(record) for record in records]
+                    for partition, records in (await consumer.getmany(timeout_ms=300)).items():
+                        self.entries[partition.partition] += [entry(record) for record in records]
             except Exception:
                 await asyncio.sleep(0.2)
             finally:
@@ -117,8 +117,12 @@ async def committed(servers: str, group: str, topic: str) -> dict[int, int] | No
     try:
         async with asyncio.timeout(3):
             await admin.start()
-            found = await admin.list_consumer_group_offsets(group)
-        return {each.partition: at.offset for each, at in found.items() if each.topic == topic and at.offset >= 0}
+            offsets = await admin.list_consumer_group_offsets(group)
+        return {
+            partition.partition: at.offset
+            for partition, at in offsets.items()
+            if partition.topic == topic and at.offset >= 0
+        }
     except Exception:
         return None
     finally:
@@ -194,34 +198,34 @@ async def marks(valkey: Valkey, epoch: str, app: str) -> set[tuple[str, str, int
     """What Redis says of this database's epoch: handler, id and fingerprint of each mark."""
     import redis.asyncio as client
 
-    found: set[tuple[str, str, int]] = set()
+    marks: set[tuple[str, str, int]] = set()
     async with client.Redis.from_url(valkey.url) as redis:
         async for key in redis.scan_iter(match=f"consumer:{epoch}:{app}:*"):
             handler = key.decode().split(":")[-2]
             for member in await redis.smembers(key):
                 id = member[:16].hex()
                 text = f"{id[:8]}-{id[8:12]}-{id[12:16]}-{id[16:20]}-{id[20:]}"
-                found.add((handler, text, int.from_bytes(member[16:24], "big", signed=True)))
-    return found
+                marks.add((handler, text, int.from_bytes(member[16:24], "big", signed=True)))
+    return marks
 
 
 def events(logs: Sequence[Path]) -> list[dict[str, Any]]:
     """The lines of the workers' logs that are JSON."""
-    found = []
+    events = []
     for path in logs:
         for line in path.read_text("utf-8", "replace").splitlines():
             if line.startswith("{"):
                 with suppress(ValueError):
-                    found.append(json.loads(line))
-    return found
+                    events.append(json.loads(line))
+    return events
 
 
 def redelivered(lines: Sequence[dict[str, Any]], log: Sequence[LogEntry]) -> int:
     """How many records were fetched again, by what the workers say that they have fetched."""
-    there = {(each.topic, each.partition, each.offset) for each in log}
+    there = {(record.topic, record.partition, record.offset) for record in log}
     fetched, distinct = 0, set()
-    for each in lines:
-        if each.get("event") == "fetched":
-            fetched += each["count"]
-            distinct.update((each["topic"], each["partition"], at) for at in range(each["first"], each["last"] + 1))
+    for line in lines:
+        if line.get("event") == "fetched":
+            fetched += line["count"]
+            distinct.update((line["topic"], line["partition"], at) for at in range(line["first"], line["last"] + 1))
     return max(0, fetched - len(distinct & there))  # in between may lie markers, and what was aborted

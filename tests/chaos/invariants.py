@@ -149,23 +149,23 @@ class _Found:
 
 def judge(evidence: Evidence, *, everything_settled: bool = True) -> Violations:
     """The violations, by invariant. everything_settled: the log was consumed to its end, so what is missing is lost."""
-    found = _Found()
+    violations = _Found()
     log = _Log(evidence.log)
-    _journal(evidence, log, found)
+    _journal(evidence, log, violations)
     for handler in (*HANDLERS, "late") if evidence.versions else HANDLERS:
         if everything_settled:
-            _ends(handler, evidence, log, found)
-        _effects(handler, evidence, log, found)
+            _ends(handler, evidence, log, violations)
+        _effects(handler, evidence, log, violations)
         if everything_settled and handler in HANDLERS:
-            _conservation(handler, evidence, log, found)
-    _forms(evidence, found)
-    _letters(evidence, log, found)
-    _marks(evidence, found)
+            _conservation(handler, evidence, log, violations)
+    _forms(evidence, violations)
+    _letters(evidence, log, violations)
+    _marks(evidence, violations)
     found_terminal = terminal(evidence.log, evidence.positions, *_settled(evidence))
     for text in found_terminal:
-        found.add("I5", text)
-        found.add("I14", text)
-    return found.result()
+        violations.add("I5", text)
+        violations.add("I14", text)
+    return violations.result()
 
 
 class _Log:
@@ -174,207 +174,225 @@ class _Log:
     def __init__(self, entries: Iterable[LogEntry]) -> None:
         self.entries = list(entries)
         self.by_id: dict[str, list[LogEntry]] = defaultdict(list)
-        for each in self.entries:
-            self.by_id[each.id].append(each)
-        self.at = {(each.topic, each.partition, each.offset): each for each in self.entries}
-        self.records = Counter(each.topic for each in self.entries)
+        for entry in self.entries:
+            self.by_id[entry.id].append(entry)
+        self.at = {(entry.topic, entry.partition, entry.offset): entry for entry in self.entries}
+        self.records = Counter(entry.topic for entry in self.entries)
 
 
-def _journal(evidence: Evidence, log: _Log, found: _Found) -> None:
-    there = {(each.id, each.fingerprint) for each in log.entries}
-    ok = {(each["id"], each["hash"]) for each in evidence.journal.values() if each["state"] in ("ok", "info", "sent")}
-    for each in evidence.journal.values():
-        mine = (each["id"], each["hash"])
-        if each["state"] == "ok" and mine not in there:
-            found.add("I1", f"{each['id']} was acknowledged and is not in the log")
-        if each["state"] == "fail" and mine in there and mine not in ok:
-            found.add("I3", f"{each['id']} was aborted and is in the log")
+def _journal(evidence: Evidence, log: _Log, violations: _Found) -> None:
+    there = {(entry.id, entry.fingerprint) for entry in log.entries}
+    ok = {
+        (entry["id"], entry["hash"]) for entry in evidence.journal.values() if entry["state"] in ("ok", "info", "sent")
+    }
+    for entry in evidence.journal.values():
+        mine = (entry["id"], entry["hash"])
+        if entry["state"] == "ok" and mine not in there:
+            violations.add("I1", f"{entry['id']} was acknowledged and is not in the log")
+        if entry["state"] == "fail" and mine in there and mine not in ok:
+            violations.add("I3", f"{entry['id']} was aborted and is in the log")
     if evidence.journal:
         for id, fingerprint in there - ok:
-            found.add("I3", f"{id} ({fingerprint}) is in the log, and nobody has sent it")
+            violations.add("I3", f"{id} ({fingerprint}) is in the log, and nobody has sent it")
 
 
-def _ends(handler: str, evidence: Evidence, log: _Log, found: _Found) -> None:
+def _ends(handler: str, evidence: Evidence, log: _Log, violations: _Found) -> None:
     """I1, I7: each id one end, each payload of an id that is used twice a letter."""
-    counts = Counter(each.id for each in evidence.effects if each.handler == handler)
-    letters = {(each.id, each.fingerprint): each.reason for each in evidence.letters if each.handler == handler}
-    payload_applied = {each.id: each for each in evidence.effects if each.handler == handler}
+    counts = Counter(effect.id for effect in evidence.effects if effect.handler == handler)
+    letters = {
+        (letter.id, letter.fingerprint): letter.reason for letter in evidence.letters if letter.handler == handler
+    }
+    payload_applied = {effect.id: effect for effect in evidence.effects if effect.handler == handler}
     for id, entries in log.by_id.items():
-        payloads = {each.fingerprint: each for each in entries}
-        buried = {each for each in payloads if (id, each) in letters}
+        payloads = {entry.fingerprint: entry for entry in entries}
+        buried = {payload for payload in payloads if (id, payload) in letters}
         if counts[id] == 0:
             if not buried:
-                _lost(handler, f"{handler}: {id} ({_place(entries[0])}) has no effect and is no dead letter", found)
-            elif all(each.amount is not None and not each.may_fail for each in entries) and "behind" not in {
-                letters[id, each] for each in buried
+                _lost(
+                    handler, f"{handler}: {id} ({_place(entries[0])}) has no effect and is no dead letter", violations
+                )
+            elif all(entry.amount is not None and not entry.may_fail for entry in entries) and "behind" not in {
+                letters[id, payload] for payload in buried
             }:
-                _lost(handler, f"{handler}: {id} is nothing but a conflict", found)
+                _lost(handler, f"{handler}: {id} is nothing but a conflict", violations)
             missing = set(payloads) - buried
         else:
             effect = payload_applied[id]
             record = log.at.get((effect.topic, effect.partition, effect.offset))
             missing = set(payloads) - buried - ({record.fingerprint} if record else set())
-        for each in missing if len(payloads) > 1 else ():
-            found.add(
-                "I7", f"{handler}: {id} came with another payload ({_place(payloads[each])}), which is no dead letter"
+        for fingerprint in missing if len(payloads) > 1 else ():
+            violations.add(
+                "I7",
+                f"{handler}: {id} came with another payload ({_place(payloads[fingerprint])}), which is no dead letter",
             )
 
 
-def _lost(handler: str, text: str, found: _Found) -> None:
-    found.add("I1", text)
-    found.add("I10", text)
+def _lost(handler: str, text: str, violations: _Found) -> None:
+    violations.add("I1", text)
+    violations.add("I10", text)
 
 
-def _effects(handler: str, evidence: Evidence, log: _Log, found: _Found) -> None:
+def _effects(handler: str, evidence: Evidence, log: _Log, violations: _Found) -> None:
     """I2, I3, I4, I7, I8: of what is there."""
-    mine = [each for each in evidence.effects if each.handler == handler]
-    for each in evidence.letters:
-        if each.handler == handler and each.state == "applied" and each.id not in {effect.id for effect in mine}:
-            found.add("I1", f"{handler}: {each.id} is a letter that was applied, and has no effect")
-    rows = {each.id: each for each in evidence.ledger if each.handler == handler}
-    counts = Counter(each.id for each in mine)
-    edits = {each.id: each for each in evidence.edits if each.handler == handler}
-    for each in edits.values():
-        if each.required and not counts[each.id]:
-            found.add("I1", f"{handler}: {each.id}, which an operator gave a letter, has no effect")
+    mine = [effect for effect in evidence.effects if effect.handler == handler]
+    for letter in evidence.letters:
+        if letter.handler == handler and letter.state == "applied" and letter.id not in {effect.id for effect in mine}:
+            violations.add("I1", f"{handler}: {letter.id} is a letter that was applied, and has no effect")
+    rows = {claim.id: claim for claim in evidence.ledger if claim.handler == handler}
+    counts = Counter(effect.id for effect in mine)
+    edits = {edit.id: edit for edit in evidence.edits if edit.handler == handler}
+    for required_edit in edits.values():
+        if required_edit.required and not counts[required_edit.id]:
+            violations.add("I1", f"{handler}: {required_edit.id}, which an operator gave a letter, has no effect")
     for id, count in counts.items():
         if count > 1:
-            found.add("I2", f"{handler}: {id} has {count} effects")
-            found.add("I10", f"{handler}: {id} has {count} effects")
+            violations.add("I2", f"{handler}: {id} has {count} effects")
+            violations.add("I10", f"{handler}: {id} has {count} effects")
     sums: Counter[str] = Counter()
-    for each in mine:
-        sums[each.key] += each.amount
-        record = log.at.get((each.topic, each.partition, each.offset))
-        if (edit := edits.get(each.id)) is not None:
-            if (edit.key, edit.amount) != (each.key, each.amount):
-                found.add("I7", f"{handler}: {each.id} is applied with another payload than its operator gave")
-        elif record is None or record.id != each.id:
-            found.add("I3", f"{handler}: {each.id} is applied, and not in the log at {each.partition}:{each.offset}")
-        elif (record.key, record.amount) != (each.key, each.amount):
-            found.add("I7", f"{handler}: {each.id} is applied with another payload than {_place(record)} has")
-        row = rows.get(each.id)
+    for effect in mine:
+        sums[effect.key] += effect.amount
+        record = log.at.get((effect.topic, effect.partition, effect.offset))
+        if (edit := edits.get(effect.id)) is not None:
+            if (edit.key, edit.amount) != (effect.key, effect.amount):
+                violations.add("I7", f"{handler}: {effect.id} is applied with another payload than its operator gave")
+        elif record is None or record.id != effect.id:
+            violations.add(
+                "I3", f"{handler}: {effect.id} is applied, and not in the log at {effect.partition}:{effect.offset}"
+            )
+        elif (record.key, record.amount) != (effect.key, effect.amount):
+            violations.add("I7", f"{handler}: {effect.id} is applied with another payload than {_place(record)} has")
+        row = rows.get(effect.id)
         if row is None or not row.applied:
-            found.add("I4", f"{handler}: {each.id} has an effect and no row in the ledger that says so")
-        elif row.xmin != each.xid & 0xFFFFFFFF:
-            found.add("I4", f"{handler}: {each.id}: claim and effect are of two transactions ({row.xmin}, {each.xid})")
+            violations.add("I4", f"{handler}: {effect.id} has an effect and no row in the ledger that says so")
+        elif row.xmin != effect.xid & 0xFFFFFFFF:
+            violations.add(
+                "I4", f"{handler}: {effect.id}: claim and effect are of two transactions ({row.xmin}, {effect.xid})"
+            )
     for row in rows.values():
         if row.applied and not counts[row.id]:
-            found.add("I4", f"{handler}: {row.id} is applied, says the ledger, and has no effect")
+            violations.add("I4", f"{handler}: {row.id} is applied, says the ledger, and has no effect")
         record = log.at.get((row.topic, row.partition, row.offset))
         if record is not None and (record.id, record.fingerprint) != (row.id, row.fingerprint):
-            found.add("I7", f"{handler}: the ledger has another fingerprint of {row.id} than the log")
+            violations.add("I7", f"{handler}: the ledger has another fingerprint of {row.id} than the log")
     balances = {key: amount for (of, key), amount in evidence.balances.items() if of == handler}
     expected = _expected_sums(handler, evidence, log)
     for key in sorted({*sums, *balances, *expected}):
         if not sums[key] == balances.get(key, 0) == expected[key]:
-            found.add(
+            violations.add(
                 "I2",
                 f"{handler}: {key}: effects {sums[key]}, balance {balances.get(key, 0)}, by the log {expected[key]}",
             )
     lists: dict[tuple[str, int, str], list[int]] = defaultdict(list)
-    for each in mine:
-        lists[each.topic, each.partition, each.key].append(each.offset)
+    for effect in mine:
+        lists[effect.topic, effect.partition, effect.key].append(effect.offset)
     for (of, *place), offsets in evidence.orders.items():
         if of == handler and handler in HANDLERS:
-            placed = [each for each in offsets if each >= 0]  # an edit with a new id has no place in the log
+            placed = [offset for offset in offsets if offset >= 0]  # an edit with a new id has no place in the log
             if any(a >= b for a, b in zip(placed, placed[1:], strict=False)):
-                found.add("I8", f"{handler}: {place} was applied in the order {_bend(placed)}")
+                violations.add("I8", f"{handler}: {place} was applied in the order {_bend(placed)}")
             if sorted(offsets) != sorted(lists[tuple(place)]):  # type: ignore[index]
-                found.add("I2", f"{handler}: {place}: the list of its order has {len(offsets)} entries, not {len(lists[tuple(place)])}")  # type: ignore[index]  # fmt: skip
+                violations.add("I2", f"{handler}: {place}: the list of its order has {len(offsets)} entries, not {len(lists[tuple(place)])}")  # type: ignore[index]  # fmt: skip
 
 
-def _forms(evidence: Evidence, found: _Found) -> None:
+def _forms(evidence: Evidence, violations: _Found) -> None:
     """I17: what order-dependent statements left, measured by the effects of their handler."""
     if (forms := evidence.forms) is None:
         return
-    mine = [each for each in evidence.effects if each.handler == "forms" and UUID(each.id).int % 3 == 0]
-    ids = Counter(each.id for each in mine)
+    mine = [effect for effect in evidence.effects if effect.handler == "forms" and UUID(effect.id).int % 3 == 0]
+    ids = Counter(effect.id for effect in mine)
     if Counter(id for _, id in forms.tickets) != ids:
-        found.add("I17", f"{len(forms.tickets)} tickets for {len(mine)} effects")
+        violations.add("I17", f"{len(forms.tickets)} tickets for {len(mine)} effects")
     if Counter(forms.lines) != Counter(forms.tickets):
         wrong = len(set(forms.lines) - set(forms.tickets))
-        found.add("I17", f"{wrong} of {len(forms.lines)} lines belong to the ticket of another message")
+        violations.add("I17", f"{wrong} of {len(forms.lines)} lines belong to the ticket of another message")
     sums: dict[str, int] = defaultdict(int)  # by place; a Counter would take zero for nothing
     balances: dict[UUID, int] = defaultdict(int)
-    for each in mine:
-        sums[f"{each.topic}:{each.partition}:{each.key}"] += each.amount
-        balances[account_of(each.key)] += each.amount
+    for effect in mine:
+        sums[f"{effect.topic}:{effect.partition}:{effect.key}"] += effect.amount
+        balances[account_of(effect.key)] += effect.amount
     if sorted(forms.stock) != sorted(sums.items()):
         differ = sorted({key for key, _ in set(forms.stock) ^ set(sums.items())})[:3]
-        found.add("I17", f"stock is not what was added to it, for {differ}")
+        violations.add("I17", f"stock is not what was added to it, for {differ}")
     rows = Counter(key for key, _ in forms.latest)
     if rows != Counter(dict.fromkeys(sums, 1)):
-        found.add("I17", f"not one latest row for each key: {(rows - Counter(dict.fromkeys(sums, 1))).most_common(3)}")
+        violations.add(
+            "I17", f"not one latest row for each key: {(rows - Counter(dict.fromkeys(sums, 1))).most_common(3)}"
+        )
     if not {id for _, id in forms.latest} <= set(ids):
-        found.add("I17", "a latest row is of no effect")
+        violations.add("I17", "a latest row is of no effect")
     if forms.accounts != dict(balances):
-        found.add("I17", f"accounts come to {sum(forms.accounts.values())}, and should to {sum(balances.values())}")
+        violations.add(
+            "I17", f"accounts come to {sum(forms.accounts.values())}, and should to {sum(balances.values())}"
+        )
 
 
 def _expected_sums(handler: str, evidence: Evidence, log: _Log) -> Counter[str]:
     """By key, what the applied ids come to, each counted once with the payload that the log has where it was applied."""
     sums: Counter[str] = Counter()
     seen: set[str] = set()
-    edits = {each.id: each for each in evidence.edits if each.handler == handler}
-    for each in evidence.effects:
-        if each.handler == handler and each.id in edits and each.id not in seen:
-            seen.add(each.id)
-            sums[edits[each.id].key] += edits[each.id].amount
+    edits = {edit.id: edit for edit in evidence.edits if edit.handler == handler}
+    for effect in evidence.effects:
+        if effect.handler == handler and effect.id in edits and effect.id not in seen:
+            seen.add(effect.id)
+            sums[edits[effect.id].key] += edits[effect.id].amount
             continue
-        record = log.at.get((each.topic, each.partition, each.offset))
-        if each.handler == handler and each.id not in seen and record is not None:
-            seen.add(each.id)
+        record = log.at.get((effect.topic, effect.partition, effect.offset))
+        if effect.handler == handler and effect.id not in seen and record is not None:
+            seen.add(effect.id)
             sums[record.key] += record.amount or 0
     return sums
 
 
-def _conservation(handler: str, evidence: Evidence, log: _Log, found: _Found) -> None:
+def _conservation(handler: str, evidence: Evidence, log: _Log, violations: _Found) -> None:
     """I12, for each topic. What waits holds back the position: what was applied beyond it may come again, as a duplicate."""
     for topic, records in log.records.items():
-        applied = sum(1 for each in evidence.ledger if each.handler == handler and each.topic == topic and each.applied)
+        applied = sum(
+            1 for claim in evidence.ledger if claim.handler == handler and claim.topic == topic and claim.applied
+        )
         others = {what: n for (of, where, what), n in evidence.outcomes.items() if (of, where) == (handler, topic)}
         others.pop("kept", None)  # counts the ledger's rows, which are counted here
         if not 0 <= applied + sum(others.values()) - records <= evidence.redelivered:
-            found.add("I12", f"{handler}: {records} records in {topic}, and {applied} applied, {others}")
+            violations.add("I12", f"{handler}: {records} records in {topic}, and {applied} applied, {others}")
 
 
-def _letters(evidence: Evidence, log: _Log, found: _Found) -> None:
+def _letters(evidence: Evidence, log: _Log, violations: _Found) -> None:
     """I15: only what cannot be applied, what comes under a used id, and what waits behind such."""
     at_fault = defaultdict(list)
     # What `late` has missed is applied later: then earlier messages of a key wait behind later ones.
     letters = sorted(
-        evidence.letters, key=lambda each: (each.handler == "late" and each.reason == "behind", each.offset)
+        evidence.letters, key=lambda letter: (letter.handler == "late" and letter.reason == "behind", letter.offset)
     )
-    for each in letters:
-        record = log.at.get((each.topic, each.partition, each.offset))
-        if record is None or record.id != each.id or record.fingerprint != each.fingerprint:
-            found.add(
-                "I7", f"{each.handler}: the letter {each.id} is not what the log has at {each.partition}:{each.offset}"
+    for letter in letters:
+        record = log.at.get((letter.topic, letter.partition, letter.offset))
+        if record is None or record.id != letter.id or record.fingerprint != letter.fingerprint:
+            violations.add(
+                "I7",
+                f"{letter.handler}: the letter {letter.id} is not what the log has at {letter.partition}:{letter.offset}",
             )
             continue
-        unit = (each.handler, each.topic, each.partition, record.key)
-        payloads = {entry.fingerprint for entry in log.by_id[each.id]}
-        if each.reason == "behind":
+        unit = (letter.handler, letter.topic, letter.partition, record.key)
+        payloads = {entry.fingerprint for entry in log.by_id[letter.id]}
+        if letter.reason == "behind":
             if not at_fault[unit]:
-                found.add("I15", f"{each.handler}: {each.id} waits behind nothing")
+                violations.add("I15", f"{letter.handler}: {letter.id} waits behind nothing")
         elif record.amount is None or record.may_fail or len(payloads) > 1:
-            at_fault[unit].append(each.offset)
+            at_fault[unit].append(letter.offset)
         else:
-            found.add(
+            violations.add(
                 "I15",
-                f"{each.handler}: {each.id} ({_place(record)}) is a dead letter ({each.reason}) for no fault of its own",
+                f"{letter.handler}: {letter.id} ({_place(record)}) is a dead letter ({letter.reason}) for no fault of its own",
             )
 
 
-def _marks(evidence: Evidence, found: _Found) -> None:
-    rows = {(each.handler, each.id, each.fingerprint) for each in evidence.ledger}
+def _marks(evidence: Evidence, violations: _Found) -> None:
+    rows = {(claim.handler, claim.id, claim.fingerprint) for claim in evidence.ledger}
     for handler, id, fingerprint in evidence.marks - rows:
-        found.add("I9", f"{handler}: Redis has a mark of {id} ({fingerprint}), and the ledger has no such row")
+        violations.add("I9", f"{handler}: Redis has a mark of {id} ({fingerprint}), and the ledger has no such row")
 
 
 def _settled(evidence: Evidence) -> tuple[set[tuple[str, str]], set[tuple[str, str, int]]]:
-    claims = {(each.handler, each.id) for each in evidence.ledger}
-    return claims, {(each.handler, each.id, each.fingerprint) for each in evidence.letters}
+    claims = {(claim.handler, claim.id) for claim in evidence.ledger}
+    return claims, {(letter.handler, letter.id, letter.fingerprint) for letter in evidence.letters}
 
 
 def terminal(
@@ -384,15 +402,15 @@ def terminal(
     letters: set[tuple[str, str, int]],
 ) -> list[str]:
     """I5: what lies below an offset and has no end, for each handler."""
-    found = []
-    for each in log:
-        if each.offset < offsets.get((each.topic, each.partition), 0):
+    ends = []
+    for record in log:
+        if record.offset < offsets.get((record.topic, record.partition), 0):
             for handler in HANDLERS:
-                if (handler, each.id) not in claims and (handler, each.id, each.fingerprint) not in letters:
-                    found.append(
-                        f"{handler}: {each.id} ({_place(each)}) is not settled, below {offsets[each.topic, each.partition]}"
+                if (handler, record.id) not in claims and (handler, record.id, record.fingerprint) not in letters:
+                    ends.append(
+                        f"{handler}: {record.id} ({_place(record)}) is not settled, below {offsets[record.topic, record.partition]}"
                     )
-    return found
+    return ends
 
 
 def _place(entry: LogEntry) -> str:

@@ -99,7 +99,7 @@ def _with(state: State, number: int, worker: Worker) -> tuple[Worker, Worker]:
 
 
 def _unlocked(state: State, number: int) -> tuple[tuple[str, int], ...]:
-    return tuple(each for each in state.locks if each[1] != number)
+    return tuple(lock for lock in state.locks if lock[1] != number)
 
 
 def steps(state: State, rules: Rules, bounds: Bounds) -> Iterator[tuple[str, State]]:
@@ -116,7 +116,7 @@ def steps(state: State, rules: Rules, bounds: Bounds) -> Iterator[tuple[str, Sta
         # The other one gets the partition. This one is not told: it is paused, and goes on some time.
         yield "rebalance", state._replace(owner=1 - state.owner, faults=state.faults + 1)
     if state.failovers < bounds.failovers:
-        cut = tuple(Worker() if each.at in ("claim", "handle", "commit") else each for each in state.workers)
+        cut = tuple(Worker() if worker.at in ("claim", "handle", "commit") else worker for worker in state.workers)
         yield (
             "the primary dies, the standby takes over",
             state._replace(
@@ -174,7 +174,7 @@ def _work(state: State, number: int, rules: Rules, bounds: Bounds) -> Iterator[t
         )
     elif worker.at == "claim":
         id = id_at(offset, rules)
-        if any(each == id and holder != number for each, holder in state.locks):
+        if any(locked == id and holder != number for locked, holder in state.locks):
             return  # it waits for the other's transaction
         there = id in state.database.claims if rules.claim_is_atomic else worker.looked
         if there:
@@ -252,7 +252,7 @@ def is_quiescent(state: State) -> bool:
     """Nobody is in the middle of anything, and the owner has read the log to its end, in this epoch of the database."""
     owner = state.workers[state.owner]
     return (
-        all(each.at in ("down", "idle") for each in state.workers)
+        all(worker.at in ("down", "idle") for worker in state.workers)
         and owner.at == "idle"
         and owner.next == END
         and owner.epoch == state.epoch
@@ -321,7 +321,7 @@ if __name__ == "__main__":
 
     for name, rules in {"the real rules": Rules(), **MUTANT_RULES}.items():
         begun = time.monotonic()
-        found = explore(rules)
-        print(name, found.states, found.quiescent, found.effects, f"{time.monotonic() - begun:.1f} s")
-        for each in found.wrong or ():
-            print("   ", each)
+        result = explore(rules)
+        print(name, result.states, result.quiescent, result.effects, f"{time.monotonic() - begun:.1f} s")
+        for event in result.wrong or ():
+            print("   ", event)

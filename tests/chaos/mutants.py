@@ -41,11 +41,11 @@ def _kafka_keeps_the_positions(where_none: str = "beginning") -> None:
     async def positions(
         source: KafkaConsumer, session: Session, app: str, wanted: list[Partition], label: Any, *_: Any
     ) -> tuple[dict[Partition, tuple[Position, None]], HandlerChanges]:
-        committed = {each: await source.committed(each) for each in wanted}
+        committed = {partition: await source.committed(partition) for partition in wanted}
         others = await (source.log.beginnings if where_none == "beginning" else source.log.ends)(wanted)
-        starts = {each: others[each] if offset is None else offset for each, offset in committed.items()}
-        await session.begin_positions(app, {each: Position(at) for each, at in starts.items()})
-        return {each: (Position(at), None) for each, at in starts.items()}, HandlerChanges()
+        starts = {partition: others[partition] if offset is None else offset for partition, offset in committed.items()}
+        await session.begin_positions(app, {partition: Position(at) for partition, at in starts.items()})
+        return {partition: (Position(at), None) for partition, at in starts.items()}, HandlerChanges()
 
     write_positions = Session.write_positions
 
@@ -79,10 +79,10 @@ def m1_auto_commit() -> None:
     _kafka_keeps_the_positions()
     real = kafka.AIOKafkaConsumer
 
-    def made(**options: Any) -> Any:
+    def auto_committing(**options: Any) -> Any:
         return real(**{**options, "enable_auto_commit": True, "auto_commit_interval_ms": 50})
 
-    replace(kafka, "AIOKafkaConsumer", made)
+    replace(kafka, "AIOKafkaConsumer", auto_committing)
 
 
 def m2_commit_first() -> None:
@@ -108,7 +108,7 @@ def m3_redis_first() -> None:
         [worker] = workers
         precheck = worker.shards[0].precheck
         assert precheck is not None
-        fresh = [each for each in batch.deliveries if each.outcome is None]
+        fresh = [delivery for delivery in batch.deliveries if delivery.outcome is None]
         precheck.mark(fresh, session.epoch, time.time())
         await asyncio.gather(*precheck._marking)
         return await apply_batch(session, names, lane, batch, **options)
@@ -122,7 +122,7 @@ def m4_select_then_insert() -> None:
     async def claim(
         self: Session, deliveries: Sequence[Delivery], topics: Mapping[str, int]
     ) -> dict[Delivery, ExistingClaim]:
-        keys = [(each.handler.number, UUID(each.id)) for each in deliveries]
+        keys = [(delivery.handler.number, UUID(delivery.id)) for delivery in deliveries]
         rows = await self.connection.fetch(
             """select l.handler, l.id from consumer.ledger l
                join unnest($1::int2[], $2::uuid[]) o(handler, id) using (handler, id)""",
@@ -134,12 +134,18 @@ def m4_select_then_insert() -> None:
             """insert into consumer.ledger (handler, id, fingerprint, topic, partition, "offset", applied_at)
                values ($1, $2, $3, $4, $5, $6, now()) on conflict do nothing""",
             [
-                (*key, each.fingerprint, topics[each.record.topic], each.record.partition, each.record.offset)
-                for key, each in sorted(zip(keys, deliveries, strict=True), key=lambda pair: str(pair[0]))
+                (
+                    *key,
+                    delivery.fingerprint,
+                    topics[delivery.record.topic],
+                    delivery.record.partition,
+                    delivery.record.offset,
+                )
+                for key, delivery in sorted(zip(keys, deliveries, strict=True), key=lambda pair: str(pair[0]))
                 if key not in there
             ],
         )
-        return {each: REDELIVERED for key, each in zip(keys, deliveries, strict=True) if key in there}
+        return {delivery: REDELIVERED for key, delivery in zip(keys, deliveries, strict=True) if key in there}
 
     replace(Session, "claim", claim)
 
@@ -208,8 +214,8 @@ def m9_commit_past_a_failure() -> None:
         try:
             return moves(self, batch, {}, *more)
         finally:
-            for queue, found in kept:
-                queue.unsettled = found
+            for queue, unsettled in kept:
+                queue.unsettled = unsettled
 
     replace(Scheduler, "position_updates", moving)
 
@@ -267,8 +273,8 @@ def m16_claim_kept_after_a_postponed_retry() -> None:
     """A retry of a dead letter that is postponed leaves its claim."""
 
     async def release_claims(self: DeadLetterSession, deliveries: Any) -> None:
-        for each in deliveries:
-            self._letters[each].is_postponed = True
+        for delivery in deliveries:
+            self._letters[delivery].is_postponed = True
 
     replace(DeadLetterSession, "release_claims", release_claims)
 

@@ -56,10 +56,10 @@ class Nemesis:
     async def run(self, faults: list[Fault]) -> None:
         """All of them, however late. Returns when each has happened and is over."""
         self._begun = time.monotonic()
-        resources = dict.fromkeys(each.resource for each in faults)
+        resources = dict.fromkeys(fault.resource for fault in faults)
         async with asyncio.TaskGroup() as group:
             for resource in resources:
-                group.create_task(self._each([each for each in faults if each.resource == resource]))
+                group.create_task(self._each([fault for fault in faults if fault.resource == resource]))
 
     async def _each(self, faults: list[Fault]) -> None:
         for fault in faults:
@@ -133,8 +133,10 @@ class Nemesis:
                     await client.start()
                     wanted = [TopicPartition(self._topic, n) for n in range(PARTITIONS)]
                     client.assign(wanted)
-                    before = [await client.committed(each) or 0 for each in wanted]
-                    await client.commit(dict(zip(wanted, [each // (1 + fault.size) for each in before], strict=True)))
+                    before = [await client.committed(partition) or 0 for partition in wanted]
+                    await client.commit(
+                        dict(zip(wanted, [offset // (1 + fault.size) for offset in before], strict=True))
+                    )
                 break
             except Exception:
                 await asyncio.sleep(0.3)

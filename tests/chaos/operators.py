@@ -81,20 +81,20 @@ class Operators:
 
     async def _run(self, *arguments: str) -> str:
         """A command, again while servers are away. Exit code 1 is an answer, too: letters are left, for example."""
-        told = ""
+        errors = ""
         for _ in range(_ATTEMPTS):
-            code, told = await self._once(*arguments)
+            code, errors = await self._once(*arguments)
             if code in (0, 1):
                 self.acts += 1
                 return f"exit code {code}"
-            if "wants rows for longer" in told:
+            if "wants rows for longer" in errors:
                 return "refused: the application wants its rows"
-            if "Traceback" in told:
+            if "Traceback" in errors:
                 break
-            if "not open" in told or "no such letter" in told or "is settled" in told or "already" in told:
+            if "not open" in errors or "no such letter" in errors or "is settled" in errors or "already" in errors:
                 return "settled by somebody else"
             await asyncio.sleep(1)
-        raise CommandFailed(f"{' '.join(arguments[:2])}: {told[-300:]}")
+        raise CommandFailed(f"{' '.join(arguments[:2])}: {errors[-300:]}")
 
     async def _once(self, *arguments: str) -> tuple[int, str]:
         process = await asyncio.create_subprocess_exec(
@@ -103,14 +103,14 @@ class Operators:
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         try:
-            _, told = await process.communicate()
+            _, errors = await process.communicate()
         except BaseException:
             process.kill()
             raise
         assert process.returncode is not None
-        return process.returncode, told.decode("utf-8", "replace")
+        return process.returncode, errors.decode("utf-8", "replace")
 
 
 def settled(letters: Any) -> int:
     """How many letters operators have settled, which are counted twice: as dead letters, and as applied."""
-    return sum(1 for each in letters if each.state in ("applied", "discarded"))
+    return sum(1 for letter in letters if letter.state in ("applied", "discarded"))

@@ -47,11 +47,11 @@ class Producing:
                     await self._client(True)
                     break
                 await asyncio.sleep(0.5)
-            for each in list(self._clients):
-                await self._drop(each)
+            for client in list(self._clients):
+                await self._drop(client)
 
     async def _send(self, burst: Burst) -> None:
-        self._write([self._line(n, each, "sent") for n, each in enumerate(burst.messages, self.sent)])
+        self._write([self._line(n, message, "sent") for n, message in enumerate(burst.messages, self.sent)])
         outcome: list[str | int] = ["info"] * len(burst.messages)
         transactional = bool(burst.ending)
         ended = False
@@ -61,11 +61,15 @@ class Producing:
                 if transactional:
                     await producer.begin_transaction()
                 futures = []
-                for each in burst.messages:
-                    headers = [("message-id", each.id.encode())]
+                for message in burst.messages:
+                    headers = [("message-id", message.id.encode())]
                     futures.append(
                         await producer.send(
-                            self._topic, each.value, key=each.key.encode(), partition=each.partition, headers=headers
+                            self._topic,
+                            message.value,
+                            key=message.key.encode(),
+                            partition=message.partition,
+                            headers=headers,
                         )
                     )
                 for n, answer in enumerate(await asyncio.gather(*futures, return_exceptions=True)):
@@ -82,7 +86,9 @@ class Producing:
             outcome = ["fail"] * len(outcome)  # whether or not the answer came: nobody will commit it
         elif transactional and not ended:
             outcome = ["info"] * len(outcome)
-        self._write([self._line(n, each, outcome[n - self.sent]) for n, each in enumerate(burst.messages, self.sent)])
+        self._write(
+            [self._line(n, message, outcome[n - self.sent]) for n, message in enumerate(burst.messages, self.sent)]
+        )
         self.sent += len(burst.messages)
 
     async def _client(self, transactional: bool) -> AIOKafkaProducer:
@@ -108,32 +114,32 @@ class Producing:
         with suppress(Exception):
             await asyncio.wait_for(producer.stop(), 3)
 
-    def _line(self, number: int, each: Planned, outcome: str | int) -> dict[str, Any]:
+    def _line(self, number: int, planned: Planned, outcome: str | int) -> dict[str, Any]:
         state = "ok" if isinstance(outcome, int) else outcome
         offset = outcome if isinstance(outcome, int) else None
-        found = {
+        line = {
             "n": number,
-            "id": each.id,
-            "partition": each.partition,
-            "hash": fingerprint(each.value),
+            "id": planned.id,
+            "partition": planned.partition,
+            "hash": fingerprint(planned.value),
             "state": state,
         }
         return (
-            found
-            | ({"kind": each.kind} if state == "sent" else {})
+            line
+            | ({"kind": planned.kind} if state == "sent" else {})
             | ({"offset": offset} if offset is not None else {})
         )
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
-        self._journal.write("".join(json.dumps(each) + "\n" for each in lines))
+        self._journal.write("".join(json.dumps(line) + "\n" for line in lines))
         self._journal.flush()
         os.fsync(self._journal.fileno())
 
 
 def read(journal: Path) -> dict[int, dict[str, Any]]:
     """The last that is known of each message, by number."""
-    found: dict[int, dict[str, Any]] = {}
+    latest: dict[int, dict[str, Any]] = {}
     for line in journal.read_text().splitlines():
-        each = json.loads(line)
-        found[each["n"]] = found.get(each["n"], {}) | each
-    return found
+        entry = json.loads(line)
+        latest[entry["n"]] = latest.get(entry["n"], {}) | entry
+    return latest

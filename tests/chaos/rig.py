@@ -40,9 +40,9 @@ class ProxiedKafka(Kafka):
     def command(self) -> Sequence[str | Path]:
         command = super().command()
         properties = self.directory / "server.properties"
-        before, found, after = properties.read_text().partition("advertised.listeners=PLAINTEXT://127.0.0.1:")
-        assert found
-        properties.write_text(f"{before}{found}{self.advertised}{after[len(str(self.port)) :]}{_MORE_OF_KAFKA}")
+        before, separator, after = properties.read_text().partition("advertised.listeners=PLAINTEXT://127.0.0.1:")
+        assert separator
+        properties.write_text(f"{before}{separator}{self.advertised}{after[len(str(self.port)) :]}{_MORE_OF_KAFKA}")
         return command
 
 
@@ -70,13 +70,13 @@ async def _keep(pooler: Pooler) -> None:
 
 def children(pid: int) -> list[int]:
     """The children of a process, without those that are dead and not yet buried."""
-    found = []
+    pids = []
     with suppress(OSError):
-        for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        for part in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
             with suppress(OSError):
-                if Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                    found.append(int(each))
-    return found
+                if Path(f"/proc/{part}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                    pids.append(int(part))
+    return pids
 
 
 def kill_tree(server: Server) -> None:
@@ -114,8 +114,8 @@ class Rig:
 
     async def __aenter__(self) -> Rig:
         try:
-            for each in (self.kafka, self.valkey, self.primary):
-                each.start()
+            for server in (self.kafka, self.valkey, self.primary):
+                server.start()
             self.kafka_proxy = Proxy(self.kafka.port, "kafka", self.kafka.advertised)
             self.redis_proxy = Proxy(self.valkey.port, "redis")
             self.postgres_proxy = Proxy(self.primary.port, "postgres")
@@ -132,9 +132,9 @@ class Rig:
             self._keeping.cancel()
         for proxy in self.proxies:
             await proxy.__aexit__()
-        for each in (self.pooler, self.standby, self.primary, self.valkey, self.kafka):
-            if each is not None:
-                each.stop()
+        for server in (self.pooler, self.standby, self.primary, self.valkey, self.kafka):
+            if server is not None:
+                server.stop()
         with suppress(OSError):
             self.directory.rmdir()
 
@@ -255,19 +255,17 @@ class Consumers:
 
     def pids(self) -> list[int]:
         """Of worker processes that are there now, and not paused, in an order that does not depend on chance."""
-        found = []
+        pids = []
         for command in self.running:
             alive = set(children(command.process.pid))
-            found += [
-                pid for _, pid in sorted(command.worker_pids().items()) if pid in alive and pid not in self.paused
-            ]
-        return found
+            pids += [pid for _, pid in sorted(command.worker_pids().items()) if pid in alive and pid not in self.paused]
+        return pids
 
     async def opened(self, command: Command) -> None:
         """Wait until one of its workers has opened partitions, or it has ended."""
 
         async def has() -> bool:
-            return command.process.poll() is not None or any("opened" in each["event"] for each in command.events())
+            return command.process.poll() is not None or any("opened" in event["event"] for event in command.events())
 
         await until("partitions to be opened", has, 150)
 

@@ -106,12 +106,12 @@ class Watch:
                     and offset <= self._ahead.get(partition, -1)
                 ):
                     continue
-                known = [each for each in self._tail.entries.get(partition, []) if each.offset < offset]
+                known = [record for record in self._tail.entries.get(partition, []) if record.offset < offset]
                 bad = terminal(known, {(self._topic, partition): offset}, claims, letters)
                 if bad:
-                    found = self._violations.setdefault("I5", [])
-                    if len(found) < 5:
-                        found.append(f"online, {name} {offset}: {bad[0]} ({len(bad)} such)")
+                    texts = self._violations.setdefault("I5", [])
+                    if len(texts) < 5:
+                        texts.append(f"online, {name} {offset}: {bad[0]} ({len(bad)} such)")
 
 
 class Run:
@@ -143,9 +143,11 @@ class Run:
     async def run(self) -> Outcome:
         """The whole of it. Keeps its artefacts only when something is wrong."""
         self._directory.mkdir()
-        (self._directory / "schedule.json").write_text(json.dumps([asdict(each) for each in self._schedule], indent=1))
+        (self._directory / "schedule.json").write_text(
+            json.dumps([asdict(fault) for fault in self._schedule], indent=1)
+        )
         rig, outcome = self._rig, self.outcome
-        if any(each.kind == "fail over" for each in self._schedule):
+        if any(fault.kind == "fail over" for fault in self._schedule):
             await rig.with_standby()
         self._database = await rig.database()
         self._topic = await new_topic(rig.bootstrap_servers, PARTITIONS, f"{self._name}-log")
@@ -208,7 +210,9 @@ class Run:
             await asyncio.gather(sending, watching, return_exceptions=True)
         outcome.counts["unknown commits"] = nemesis.unknown_commits
         outcome.counts["messages sent"] = producing.sent
-        outcome.vacuous += [f"{each.fault.kind} did not happen: {each.error}" for each in nemesis.outcome if each.error]
+        outcome.vacuous += [
+            f"{attempt.fault.kind} did not happen: {attempt.error}" for attempt in nemesis.outcome if attempt.error
+        ]
         if len(nemesis.outcome) != len(self._schedule):
             outcome.vacuous.append("not all faults have happened")
         if not nemesis.unknown_commits:
@@ -230,28 +234,28 @@ class Run:
             env={**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"},
             stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        _, told = await process.communicate()
-        assert process.returncode == 0, f"lag is left: {told.decode()[-4000:]}"
+        _, errors = await process.communicate()
+        assert process.returncode == 0, f"lag is left: {errors.decode()[-4000:]}"
         return int((time.monotonic() - started) * 1000)
 
     async def _settle(self, consumers: Consumers) -> None:
         """Judge; stop the workers; replay; read again from zero and in a copy; judge again."""
         outcome = self.outcome
-        found, _ = await self._evidence([self._topic])
-        found.redelivered = evidence.redelivered(evidence.events(consumers.logs), found.log)
-        outcome.counts["redelivered"] = found.redelivered
+        gathered, _ = await self._evidence([self._topic])
+        gathered.redelivered = evidence.redelivered(evidence.events(consumers.logs), gathered.log)
+        outcome.counts["redelivered"] = gathered.redelivered
         outcome.counts["operators' commands"] = self._operators.acts
-        outcome.counts["letters settled by operators"] = settled(found.letters)
-        found.redelivered += settled(found.letters) + len(found.edits)
-        self._add(judge(found))
+        outcome.counts["letters settled by operators"] = settled(gathered.letters)
+        gathered.redelivered += settled(gathered.letters) + len(gathered.edits)
+        self._add(judge(gathered))
         if not outcome.counts["redelivered"]:
             outcome.vacuous.append("no record was delivered again")
         outcome.counts |= {
-            "records": len(found.log),
-            "effects": len(found.effects),
-            "dead letters": len(found.letters),
-            "duplicates": sum(n for (_, _, what), n in found.outcomes.items() if what.startswith("duplicate")),
-            "marks in Redis": len(found.marks),
+            "records": len(gathered.log),
+            "effects": len(gathered.effects),
+            "dead letters": len(gathered.letters),
+            "duplicates": sum(n for (_, _, what), n in gathered.outcomes.items() if what.startswith("duplicate")),
+            "marks in Redis": len(gathered.marks),
         }
         if not outcome.counts["duplicates"]:
             self._add({"I12": ["no duplicate was recognised"]})
@@ -271,7 +275,7 @@ class Run:
             self._add({"I6": ["reading again from zero and in a copy has changed the effects"]})
         self._add(
             {
-                name: [f"after the replay: {each}" for each in texts]
+                name: [f"after the replay: {text}" for text in texts]
                 for name, texts in judge(again).items()
                 if name != "I12"
             }
@@ -285,18 +289,18 @@ class Run:
             env={**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"},
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        out, told = await process.communicate()
+        out, errors = await process.communicate()
         if process.returncode not in (0, 1):
             self._add(
                 {
                     "I6": [
-                        f"`replay --apply --handler late` ends with {process.returncode}: {(told or out).decode()[-500:]}"
+                        f"`replay --apply --handler late` ends with {process.returncode}: {(errors or out).decode()[-500:]}"
                     ]
                 }
             )
-        found, _ = await self._evidence([self._topic])
-        found.versions = True
-        self._add(judge(found))
+        evidence, _ = await self._evidence([self._topic])
+        evidence.versions = True
+        self._add(judge(evidence))
 
     async def _again(self, consumers: Consumers) -> None:
         """Positions back to zero, and everything once more in the copy."""
@@ -306,8 +310,8 @@ class Run:
         await producer.start()
         try:
             futures = [
-                await producer.send(f"{self._topic}-copy", each.value, key=each.key, partition=each.partition, headers=list(each.headers))
-                for each in records
+                await producer.send(f"{self._topic}-copy", record.value, key=record.key, partition=record.partition, headers=list(record.headers))
+                for record in records
             ]  # fmt: skip
             await asyncio.gather(*futures)
         finally:
@@ -324,10 +328,10 @@ class Run:
             env={**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"},
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        out, told = await process.communicate()
+        out, errors = await process.communicate()
         if process.returncode != 0:
             (self._directory / "replay.json").write_bytes(out)
-            self._add({"I6": [f"`consumer replay` ends with {process.returncode}: {(told or out).decode()[-500:]}"]})
+            self._add({"I6": [f"`consumer replay` ends with {process.returncode}: {(errors or out).decode()[-500:]}"]})
 
     def _logs(self, consumers: Consumers) -> None:
         for path in consumers.logs:
@@ -342,25 +346,27 @@ class Run:
 
     async def _evidence(self, topics: list[str]) -> tuple[Evidence, list[LogEntry]]:
         log, _ = await evidence.read_log(self._rig.bootstrap_servers, topics, PARTITIONS)
-        found = Evidence(log=log)
-        found.edits = self._operators.edits
+        gathered = Evidence(log=log)
+        gathered.edits = self._operators.edits
         if topics == [self._topic]:
-            found.journal = read(self._journal)
+            gathered.journal = read(self._journal)
         connection = await asyncpg.connect(self._rig.primary.dsn(self._database))
         try:
             epoch = await _epoch(connection)
-            found.marks = await evidence.marks(self._rig.valkey, epoch, self._name)  # first: a mark comes after its row
-            await evidence.look(connection, self._name, found)
+            gathered.marks = await evidence.marks(
+                self._rig.valkey, epoch, self._name
+            )  # first: a mark comes after its row
+            await evidence.look(connection, self._name, gathered)
         finally:
             await connection.close()
-        return found, log
+        return gathered, log
 
     async def _hashes(self) -> list[Any]:
         connection = await asyncpg.connect(self._rig.primary.dsn(self._database))
         try:
             return [
-                await connection.fetchval(_EFFECT_TABLES.format(each))
-                for each in ("effects", "balances", "orders", *_FORMS)
+                await connection.fetchval(_EFFECT_TABLES.format(handler))
+                for handler in ("effects", "balances", "orders", *_FORMS)
             ]
         finally:
             await connection.close()
@@ -393,7 +399,7 @@ class Run:
             (self._directory / "dump.sql").write_bytes((await process.communicate())[0])
         with suppress(Exception):
             log, _ = await evidence.read_log(self._rig.bootstrap_servers, [self._topic], PARTITIONS)
-            (self._directory / "log.jsonl").write_text("".join(json.dumps(each._asdict()) + "\n" for each in log))
+            (self._directory / "log.jsonl").write_text("".join(json.dumps(record._asdict()) + "\n" for record in log))
         (self._directory / "outcome.json").write_text(json.dumps(asdict(self.outcome), indent=1))
         kept.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(self._directory, kept)

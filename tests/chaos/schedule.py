@@ -112,9 +112,9 @@ def draw(seed: int, seconds: float, operators: bool = False) -> list[Fault]:
             lasts = chance.uniform(shortest, longest)
             faults.append(Fault(round(at, 2), resource, kind, round(lasts, 2), chance.randint(1, 3)))
             at += lasts + chance.uniform(*_PAUSES[resource])
-    return sorted(faults, key=lambda each: (each.at, each.resource))
+    return sorted(faults, key=lambda fault: (fault.at, fault.resource))
 
 
 def _kind(chance: random.Random, kinds: dict[str, tuple[int, float, float]], drawn: list[str], at: float) -> str:
-    open_to = [each for each in kinds if each not in ONCE or drawn.count(each) < 1 + int(at // 60)]
-    return chance.choices(open_to, [kinds[each][0] for each in open_to])[0]
+    open_to = [kind for kind in kinds if kind not in ONCE or drawn.count(kind) < 1 + int(at // 60)]
+    return chance.choices(open_to, [kinds[kind][0] for kind in open_to])[0]

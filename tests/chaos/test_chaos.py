@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 from harness import Place, Sent, consume_all, drained, working
 
-from chaos.__main__ import told
+from chaos.__main__ import described
 from chaos.directed import SCENARIOS, Stage, play_all
 from chaos.mutants import MUTANTS
 from chaos.rig import Rig
@@ -32,10 +32,10 @@ def test_a_schedule_is_a_function_of_its_seed() -> None:
     drawn: Counter[str] = Counter()
     for seed in range(200):
         faults = draw(seed, 20)
-        drawn.update(each.kind for each in faults)
-        assert {"kill worker", "commit cut after"} <= {each.kind for each in faults}
+        drawn.update(fault.kind for fault in faults)
+        assert {"kill worker", "commit cut after"} <= {fault.kind for fault in faults}
         for resource in KINDS:
-            mine = [each for each in faults if each.resource == resource]
+            mine = [fault for fault in faults if fault.resource == resource]
             assert all(a.at + a.seconds <= b.at for a, b in zip(mine, mine[1:], strict=False)), "two at a time"
     assert set(drawn) == {kind for kinds in KINDS.values() for kind in kinds}
 
@@ -43,19 +43,19 @@ def test_a_schedule_is_a_function_of_its_seed() -> None:
 def test_what_is_produced_is_a_function_of_the_seed_and_has_its_shares() -> None:
     bursts = list(islice(plan(3, 4), 300))
     assert bursts == list(islice(plan(3, 4), 300))
-    kinds = Counter(each.kind for burst in bursts for each in burst.messages)
+    kinds = Counter(message.kind for burst in bursts for message in burst.messages)
     share = {kind: count / kinds.total() for kind, count in kinds.items()}
     assert 0.08 < share["duplicate"] < 0.12
     assert 0.005 < share["clash"] < 0.02
     assert 0.01 < share["unreadable"] + share["raises"] < 0.025
     assert 0.01 < share["null"] < 0.03
     assert {burst.ending for burst in bursts} == {"", "commit", "abort"}
-    keys = Counter(each.key for burst in bursts for each in burst.messages).most_common()
+    keys = Counter(message.key for burst in bursts for message in burst.messages).most_common()
     assert keys[0][1] > 10 * keys[-1][1]
 
 
 def test_there_is_a_scenario_for_each_mutant() -> None:
-    assert list(MUTANTS) == [f"M{n}" for n in range(1, 24)] == [each.mutant for each in SCENARIOS]
+    assert list(MUTANTS) == [f"M{n}" for n in range(1, 24)] == [scenario.mutant for scenario in SCENARIOS]
 
 
 _ALSO_WITHOUT = ("M1", "M4", "M6", "M7", "M9", "M10", "M12", *(f"M{n}" for n in range(14, 24)))
@@ -68,11 +68,11 @@ async def test_each_broken_consumer_is_caught_and_the_real_one_is_not(
     def stage() -> Stage:
         return Stage(kafka.bootstrap_servers, postgres, valkey, tmp_path)
 
-    plays = [(each, each.mutant) for each in SCENARIOS]
-    plays += [(each, "") for each in SCENARIOS if each.mutant in _ALSO_WITHOUT]
-    found = await play_all(stage, plays)
+    plays = [(scenario, scenario.mutant) for scenario in SCENARIOS]
+    plays += [(scenario, "") for scenario in SCENARIOS if scenario.mutant in _ALSO_WITHOUT]
+    results = await play_all(stage, plays)
     wrong = []
-    for (scenario, name), violations in zip(plays, found, strict=True):
+    for (scenario, name), violations in zip(plays, results, strict=True):
         if isinstance(violations, BaseException):
             wrong.append(f"{name or 'the real consumer'} in {scenario.mutant}: {violations}")
         elif name and not scenario.caught_by & set(violations):
@@ -143,4 +143,4 @@ async def test_a_short_random_run_violates_nothing() -> None:
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     async with Rig() as rig:
         outcome = await Run(rig, seed=5, seconds=5, workers=1).run()
-    assert outcome.good, told(outcome)
+    assert outcome.good, described(outcome)

@@ -57,10 +57,10 @@ def plan(seed: int, partitions: int, size: int = 40) -> Iterator[Burst]:
         ending = chance.choice(["commit", "abort"]) if chance.random() < 0.12 else ""
         messages = []
         for _ in range(6 if ending else size):
-            each = _message(chance, weights, [] if ending == "abort" else recent, partitions)
-            messages.append(each)
-            if each.kind in ("plain", "null") and ending != "abort":
-                recent = [*recent[-_RECENT:], each]
+            planned = _message(chance, weights, [] if ending == "abort" else recent, partitions)
+            messages.append(planned)
+            if planned.kind in ("plain", "null") and ending != "abort":
+                recent = [*recent[-_RECENT:], planned]
         yield Burst(tuple(messages), ending)
 
 
@@ -74,7 +74,7 @@ def _message(chance: random.Random, weights: list[float], recent: list[Planned],
         return Planned("duplicate", again.id, again.key, elsewhere, again.value)
     key = f"key-{chance.choices(range(_KEYS), weights)[0]}"
     if what < 0.12:
-        candidates = [each for each in recent if each.key.startswith("clash-")]
+        candidates = [message for message in recent if message.key.startswith("clash-")]
         key = f"clash-{chance.randrange(6)}"
         if candidates and chance.random() < 0.5:
             before = chance.choice(candidates)

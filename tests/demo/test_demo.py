@@ -40,31 +40,31 @@ def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def left_behind(directory: Path) -> list[str]:
     """Directories of its servers, and processes that work in them."""
-    found = [each.name for each in directory.iterdir()]
+    names = [path.name for path in directory.iterdir()]
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             command = process.read_text("utf-8", "replace")  # any process of this machine, with any bytes
         except OSError:
             continue
         if str(directory) in command:
-            found.append(command)
-    return found
+            names.append(command)
+    return names
 
 
 def test_its_numbers_agree_and_it_removes_what_it_started(place: Path) -> None:
     process = start(place, "--payments", "3000", "--json")
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    found = json.loads(output)
-    assert found["produced"] == 3000
-    assert found["distinct"] == found["applied"] == found["payments_stored"] == 2700
-    assert found["replayed"] == 3000 and found["replays_agree"]
-    for each in ("missing_in_replay", "rows_written_by_replay", "applied_by_replay", "differences_in_rebuild"):
-        assert found[each] == 0
-    stopped = [found[f"duplicates_by_{each}"] for each in ("batch", "precheck", "ledger")]
+    report = json.loads(output)
+    assert report["produced"] == 3000
+    assert report["distinct"] == report["applied"] == report["payments_stored"] == 2700
+    assert report["replayed"] == 3000 and report["replays_agree"]
+    for key in ("missing_in_replay", "rows_written_by_replay", "applied_by_replay", "differences_in_rebuild"):
+        assert report[key] == 0
+    stopped = [report[f"duplicates_by_{source}"] for source in ("batch", "precheck", "ledger")]
     assert sum(stopped) == 300
-    assert found["balance_sum"] == found["balance_sum_expected"] > 0
-    assert found["agree"] is True
+    assert report["balance_sum"] == report["balance_sum_expected"] > 0
+    assert report["agree"] is True
     assert "SIGKILL" in errors
     assert left_behind(place) == []
 
@@ -100,7 +100,7 @@ def test_a_wrong_number_is_not_called_agreement() -> None:
 def test_the_plan_holds_the_duplicates_it_promises() -> None:
     planned = plan(1000, random.Random(1))
     assert len(planned) == 1000
-    repeated = Counter(each.payment_id for each in planned)
+    repeated = Counter(payment.payment_id for payment in planned)
     assert len(repeated) == 1000 - 1000 * DUPLICATES_PERCENT // 100
     assert set(repeated.values()) == {1, 2}
-    assert any(each.elsewhere for each in planned)
+    assert any(payment.elsewhere for payment in planned)

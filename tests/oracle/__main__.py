@@ -70,14 +70,14 @@ def _search(given: argparse.Namespace) -> int:
     seed = int(time.time()) % 1_000_000 * 1000 if given.seed is None else given.seed
     summary = Summary(seed)
 
-    def told(example: Counterexample) -> None:
+    def print_example(example: Counterexample) -> None:
         if not given.json:
             print(f"\nseed {example.seed}, after {example.after_seconds} s:\n\n{example.test}\n", flush=True)
 
     async def run() -> None:
         with Postgres({"fsync": "off", "synchronous_commit": "off", "autovacuum": "off"}) as server:
             async with Databases(server.dsn()) as databases:
-                await search(databases, summary, seconds=given.seconds, cases=given.cases, stop_at=given.stop_at, shrink_seconds=given.shrink_seconds, told=told, alone=given.alone)  # fmt: skip
+                await search(databases, summary, seconds=given.seconds, cases=given.cases, stop_at=given.stop_at, shrink_seconds=given.shrink_seconds, on_found=print_example, alone=given.alone)  # fmt: skip
 
     if not given.json:
         print(f"seed {seed} …", flush=True)
@@ -87,7 +87,7 @@ def _search(given: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         code = 130
     print(json.dumps(summary.as_dict()) if given.json else summary, flush=True)
-    return code or int(bool(summary.found))
+    return code or int(bool(summary.counterexamples))
 
 
 if __name__ == "__main__":

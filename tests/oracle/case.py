@@ -20,13 +20,13 @@ class Shown:
 
     def __repr__(self) -> str:
         shown = []
-        for each in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, each.name)
-            default = each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
+        for member in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, member.name)
+            default = member.default_factory() if member.default_factory is not dataclasses.MISSING else member.default
             if default is dataclasses.MISSING:
                 shown.append(repr(value))
             elif value != default or type(value) is not type(default):
-                shown.append(f"{each.name}={value!r}")
+                shown.append(f"{member.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
@@ -196,7 +196,7 @@ class Case(Shown):
 
     def schema(self) -> list[str]:
         """The statements that make its tables."""
-        return [*(each for table in self.tables for each in table.statements()), *self.ddl]
+        return [*(statement for table in self.tables for statement in table.statements()), *self.ddl]
 
     def steps(self) -> Iterator[Step]:
         """Every step of every handler."""
@@ -226,7 +226,7 @@ def arguments_of(step: Step) -> list[str]:
 
 
 @dataclass
-class Found:
+class Difference:
     """What is wrong with a case. kind: table, outcome, order, crash or hang."""
 
     kind: str
@@ -234,17 +234,17 @@ class Found:
     details: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.kind}: {self.text}", *(f"  {each}" for each in self.details)])
+        return "\n".join([f"{self.kind}: {self.text}", *(f"  {detail}" for detail in self.details)])
 
 
-def pasted(case: Case, found: Found) -> str:
+def pasted(case: Case, difference: Difference) -> str:
     """The case as a test."""
     lines = ["async def test_counterexample(oracle: Oracle) -> None:"]
-    lines += [f"    # {each}" for each in str(found).splitlines()[:12]]
+    lines += [f"    # {line}" for line in str(difference).splitlines()[:12]]
     lines.append("    await oracle.expect_equal(Case(")
     for name, values in (("tables", case.tables), ("handlers", case.handlers), ("messages", case.messages)):
-        lines += [f"        {name}=(", *(f"            {each!r}," for each in values), "        ),"]
+        lines += [f"        {name}=(", *(f"            {value!r}," for value in values), "        ),"]
     if case.ddl:
-        lines += ["        ddl=(", *(f"            {each!r}," for each in case.ddl), "        ),"]
+        lines += ["        ddl=(", *(f"            {statement!r}," for statement in case.ddl), "        ),"]
     lines += [f"        batch={case.batch},", "    ))"]
     return "\n".join(lines)

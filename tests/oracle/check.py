@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import asyncpg
 
 from oracle import framework, serial
-from oracle.case import Case, Found
+from oracle.case import Case, Difference
 from oracle.databases import Databases, Rows, State
 from oracle.framework import Place, Seen
 
@@ -24,9 +24,12 @@ _SEARCHED_MAX = 5  # calls of which every order is tried
 
 @dataclass
 class Verdict:
-    """What came of a case. found: what is wrong. refused: messages that the framework has refused, and said why."""
+    """The result of a case.
 
-    found: Found | None = None
+    difference: what is wrong. refused: messages that the framework refused with a reason.
+    """
+
+    difference: Difference | None = None
     seen: Seen | None = None
     refused: int = 0
     failed: int = 0
@@ -43,41 +46,43 @@ async def check(databases: Databases, case: Case) -> Verdict:
     try:
         seen = await framework.settle(databases.framework, case)
     except TimeoutError:
-        return Verdict(Found("hang", "the batch was not settled in time"))
+        return Verdict(Difference("hang", "the batch was not settled in time"))
     except asyncpg.PostgresConnectionError:
         raise
     except Exception as error:
-        return Verdict(Found("crash", f"{type(error).__name__}: {error}"))
+        return Verdict(Difference("crash", f"{type(error).__name__}: {error}"))
     verdict = Verdict(seen=seen)
-    verdict.refused = sum(_is_refused(each) for each in seen.places.values())
-    verdict.failed = sum(each.outcome != "applied" for each in seen.places.values())
+    verdict.refused = sum(_is_refused(place) for place in seen.places.values())
+    verdict.failed = sum(place.outcome != "applied" for place in seen.places.values())
     ours = await databases.state(databases.framework)
     called = [
-        place for place, each in seen.places.items() if each.calls and not _is_refused(each) and not _waits_behind(each)
+        place
+        for place, sighting in seen.places.items()
+        if sighting.calls and not _is_refused(sighting) and not _waits_behind(sighting)
     ]
     # A batch handler takes messages together, so their order beside those of other handlers is free, too.
     several = len(case.handlers) > 1
-    is_free = any(each.concurrency > 1 or (several and each.batch is not None) for each in case.handlers)
+    is_free = any(handler.concurrency > 1 or (several and handler.batch is not None) for handler in case.handlers)
     if wrong := _unasked(case, seen):
-        verdict.found = wrong
+        verdict.difference = wrong
         return verdict
-    is_exact = all(each.calls <= 1 and each.outcome == "applied" for each in seen.places.values() if each.calls)
-    found = None
+    is_exact = all(place.calls <= 1 and place.outcome == "applied" for place in seen.places.values() if place.calls)
+    difference = None
     for order in _orders(case, seen, called) if is_free else [_by_batch(seen, called)]:
-        found = await _compare(databases, case, seen, order, ours, is_exact)
-        if found is None:
+        difference = await _compare(databases, case, seen, order, ours, is_exact)
+        if difference is None:
             return verdict
     verdict.undecided = is_free and len(called) > _SEARCHED_MAX
-    verdict.found = None if verdict.undecided else found
+    verdict.difference = None if verdict.undecided else difference
     return verdict
 
 
 async def _compare(
     databases: Databases, case: Case, seen: Seen, order: Sequence[Place], ours: State, is_exact: bool
-) -> Found | None:
+) -> Difference | None:
     """Run one message after the other in this order, and tell the first difference."""
     working = {
-        place[0] for place, each in seen.places.items() if each.outcome == "applied"
+        place[0] for place, sighting in seen.places.items() if sighting.outcome == "applied"
     }  # handlers not all of whose messages fail
     await databases.reset_serial(case)
     async with databases.serial_connection() as connection:
@@ -89,9 +94,9 @@ async def _compare(
             if (error is None) != (sighting.outcome == "applied"):
                 went = "succeeds" if error is None else f"fails with {type(error).__name__}: {error}"
                 text = f"message {message} at handler {handler} is {sighting.outcome} ({sighting.cause}: {sighting.error}) in the batch; alone it {went}"
-                return Found("outcome", text)
+                return Difference("outcome", text)
             if error is not None and sighting.outcome == "waiting" and not _may_wait(error) and handler in working:
-                return Found("outcome", f"message {message} waits for ever ({sighting.error}); alone: {error}")
+                return Difference("outcome", f"message {message} waits for ever ({sighting.error}); alone: {error}")
     theirs = await databases.state(databases.serial)
     return _difference(case, ours, theirs, is_exact)
 
@@ -126,7 +131,7 @@ def _settled_order(seen: Seen) -> list[Place]:
     return list(dict.fromkeys(reversed(taken)))[::-1]
 
 
-def _unasked(case: Case, seen: Seen) -> Found | None:
+def _unasked(case: Case, seen: Seen) -> Difference | None:
     """A message whose handler was not called, without a reason for that among the messages before it."""
     settled: dict[tuple[int, int], list[int | None]] = {}  # handler and id -> payloads, the one that counts first
     stopped: dict[tuple[int, int, str | None], bool] = {}  # and whether by one that waits
@@ -142,7 +147,7 @@ def _unasked(case: Case, seen: Seen) -> Found | None:
         if sighting.outcome == "not delivered" and stopped.get(unit):
             continue
         if sighting.outcome in ("not delivered", "crashed"):
-            return Found("outcome", f"message {number} at handler {handler} was not delivered")
+            return Difference("outcome", f"message {number} at handler {handler} was not delivered")
         if key in settled:
             first, *others = settled[key]
             wanted = ["duplicate"] if message.payload == first else ["id_conflict"]
@@ -151,15 +156,17 @@ def _unasked(case: Case, seen: Seen) -> Found | None:
             # Behind a letter of its key, an id that was used before may also be told so.
             if word not in wanted and not (is_ordered and unit in stopped):
                 text = f"message {number} at handler {handler} is {sighting.outcome}, not {' or '.join(wanted)}"
-                return Found("outcome", text)
+                return Difference("outcome", text)
             settled[key].append(message.payload)
             continue
         settled[key] = [message.payload]
         if is_ordered and unit in stopped:
             if sighting.outcome == "applied":
-                return Found("outcome", f"message {number} is applied, behind a failed message of its key")
+                return Difference("outcome", f"message {number} is applied, behind a failed message of its key")
         elif not sighting.calls and not (is_ordered and _is_behind(case, seen, place)):
-            return Found("outcome", f"message {number} is {sighting.outcome} ({sighting.cause}), and was never tried")
+            return Difference(
+                "outcome", f"message {number} is {sighting.outcome} ({sighting.cause}), and was never tried"
+            )
         elif sighting.outcome == "waiting" or (sighting.outcome == "dead-lettered" and sighting.cause == "failed"):
             stopped[unit] = sighting.outcome == "waiting"
     return None
@@ -222,23 +229,23 @@ def _keeps_keys(case: Case, seen: Seen, order: Sequence[Place]) -> bool:
     return True
 
 
-def _difference(case: Case, ours: State, theirs: State, is_exact: bool) -> Found | None:
+def _difference(case: Case, ours: State, theirs: State, is_exact: bool) -> Difference | None:
     """The first table that differs. Values of a sequence are compared by rank where statements were run again."""
     if not is_exact:
         ours, theirs = _ranked(ours), _ranked(theirs)
     for name in sorted({*ours.tables, *theirs.tables}):
         mine, other = ours.tables.get(name), theirs.tables.get(name)
         if mine is None or other is None:
-            return Found("table", f"{name} is there on one side only")
+            return Difference("table", f"{name} is there on one side only")
         if mine.columns != other.columns:
-            return Found("table", f"{name} has columns {mine.columns} in the batch, {other.columns} one by one")
-        found, wanted = Counter(mine.rows), Counter(other.rows)
-        if found != wanted:
-            details = [f"batch only:      {row}" for row in list((found - wanted).elements())[:5]]
-            details += [f"one by one only: {row}" for row in list((wanted - found).elements())[:5]]
-            return Found("table", f"{name} ({', '.join(mine.columns)}) differs", details)
+            return Difference("table", f"{name} has columns {mine.columns} in the batch, {other.columns} one by one")
+        rows, wanted = Counter(mine.rows), Counter(other.rows)
+        if rows != wanted:
+            details = [f"batch only:      {row}" for row in list((rows - wanted).elements())[:5]]
+            details += [f"one by one only: {row}" for row in list((wanted - rows).elements())[:5]]
+            return Difference("table", f"{name} ({', '.join(mine.columns)}) differs", details)
     if is_exact and ours.sequences != theirs.sequences:
-        return Found("table", f"sequences are {ours.sequences} in the batch, {theirs.sequences} one by one")
+        return Difference("table", f"sequences are {ours.sequences} in the batch, {theirs.sequences} one by one")
     return None
 
 
@@ -249,7 +256,10 @@ def _ranked(state: State) -> State:
         for place, column in enumerate(rows.columns):
             if domain := _domain(column):
                 values.setdefault(domain, set()).update(int(row[place]) for row in rows.rows if row[place] is not None)
-    ranks = {domain: {each: n for n, each in enumerate(sorted(found))} for domain, found in values.items()}
+    ranks = {
+        domain: {value: n for n, value in enumerate(sorted(values_of_domain))}
+        for domain, values_of_domain in values.items()
+    }
     tables = {}
     for name, rows in state.tables.items():
         domains = [_domain(column) for column in rows.columns]

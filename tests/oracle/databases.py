@@ -146,7 +146,7 @@ class Databases:
         connection = self._connections[address.rsplit("/", 1)[1]]
         tables = {}
         for name, columns in await connection.fetch(_COLUMNS):
-            selected = ", ".join(f'"{each}"::text' for each in columns)
+            selected = ", ".join(f'"{column}"::text' for column in columns)
             rows = await connection.fetch(f'select {selected} from only "{name}"')
             tables[name] = Rows(columns, [tuple(row) for row in rows])
         return State(tables, dict(await connection.fetch(_SEQUENCES)))

@@ -95,8 +95,8 @@ class OracleLife(SimulatedWorker):
 
     async def _settle(self, batch: Any, now: float) -> None:
         places = [
-            (int(each.handler.name[1:]), self.index[each.record.partition, each.record.offset])
-            for each in batch.deliveries
+            (int(delivery.handler.name[1:]), self.index[delivery.record.partition, delivery.record.offset])
+            for delivery in batch.deliveries
         ]
         self.seen.batches.append(places)
         await super()._settle(batch, now)
@@ -108,19 +108,19 @@ def _app(case: Case, name: str, topic: str, index: Mapping[tuple[int, int], int]
 
     def register(number: int, handler: Handler) -> None:
         def begin(messages: Sequence[Message[bytes]]) -> list[CaseMessage]:
-            found = [index[each.partition, each.offset] for each in messages]
-            for each in found:
-                sighting = seen.places[number, each]
+            indexes = [index[message.partition, message.offset] for message in messages]
+            for index in indexes:
+                sighting = seen.places[number, index]
                 sighting.began, sighting.calls = next(ticks), sighting.calls + 1
-            return [case.messages[each] for each in found]
+            return [case.messages[index] for index in indexes]
 
         def end(messages: Sequence[Message[bytes]]) -> None:
-            for each in messages:
-                seen.places[number, index[each.partition, each.offset]].ended = next(ticks)
+            for message in messages:
+                seen.places[number, index[message.partition, message.offset]].ended = next(ticks)
 
         async def one(message: Message[bytes], tx: Tx) -> None:
-            [found] = begin([message])
-            await run(handler.steps, tx, dict(found.fields), Reject)
+            [message_case] = begin([message])
+            await run(handler.steps, tx, dict(message_case.fields), Reject)
             end([message])
 
         async def many(messages: list[Message[bytes]], tx: Tx) -> None:
@@ -156,19 +156,19 @@ async def settle(dsn: str, case: Case, timeout_seconds: float = 60) -> Seen:
         for handler in range(len(case.handlers)):
             seen.places[handler, place] = Sighting("not delivered", "", "", None)
     app = _app(case, f"oracle-{number}", topic, index, seen)
-    for each in app.handlers.values():
-        each.bind({})
+    for handler in app.handlers.values():
+        handler.bind({})
     settings = load(postgres_dsn=dsn, postgres_pooler=False, postgres_lock_timeout_seconds=5.0)
-    told = Round("oracle")
-    life = OracleLife(app, settings, told, records, None, set(), NoWatch())  # type: ignore[arg-type]
+    round_seen = Round("oracle")
+    life = OracleLife(app, settings, round_seen, records, None, set(), NoWatch())  # type: ignore[arg-type]
     life.seen, life.index = seen, index
     async with asyncio.timeout(timeout_seconds):
         await life.run(case.batch, True)
     place_of = {id(sent): place for place, (sent, _) in enumerate(records)}
-    for each in told.delivered:
-        sighting = seen.places[int(each.handler[1:]), place_of[id(each.message)]]
-        sighting.outcome, sighting.cause = each.outcome, each.cause
-        sighting.error, sighting.exception = each.error, each.exception
+    for delivered in round_seen.delivered:
+        sighting = seen.places[int(delivered.handler[1:]), place_of[id(delivered.message)]]
+        sighting.outcome, sighting.cause = delivered.outcome, delivered.cause
+        sighting.error, sighting.exception = delivered.error, delivered.exception
     return seen
 
 

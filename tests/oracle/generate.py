@@ -66,7 +66,7 @@ class Draft:
         return name
 
     def pool(self, kind: Kind) -> str:
-        same = [name for name, each in self.slots.items() if each.what == "pool" and each.kind is kind]
+        same = [name for name, slot in self.slots.items() if slot.what == "pool" and slot.kind is kind]
         if same and self.chance.random() < 0.6:
             return self.chance.choice(same)
         style = self.chance.choice(
@@ -111,7 +111,7 @@ def draw(seed: object, set_local: bool = False) -> Case:
     used = {name for handler in handlers for step in walk(handler.steps) for name in arguments_of(step)}
     used |= {step.variable for handler in handlers for step in walk(handler.steps) if isinstance(step, IfNone)}
     slots = {
-        name: slot for name, slot in slots.items() if name in used or any(each.of == name for each in slots.values())
+        name: slot for name, slot in slots.items() if name in used or any(slot.of == name for slot in slots.values())
     }
     if is_near:
         messages = _messages(chance, slots, chance.choice([12, 20, 30, 60]), booms=0.02)
@@ -120,8 +120,8 @@ def draw(seed: object, set_local: bool = False) -> Case:
         count = chance.choices([3, 6, 12, 20, 40], [1, 2, 3, 4, 2])[0]
         messages = _messages(chance, slots, count, booms=chance.choice([0, 0.06]))
         batch = chance.choice([2, 5, 20, 60, 60, 60])
-    ddl = tuple(FUNCTIONS[each] for each in sorted(needs))
-    return Case((log, *(each.table() for each in tables)), tuple(handlers), tuple(messages), batch, ddl)
+    ddl = tuple(FUNCTIONS[need] for need in sorted(needs))
+    return Case((log, *(table.table() for table in tables)), tuple(handlers), tuple(messages), batch, ddl)
 
 
 def _near_handler(draft: Draft, is_spelled: bool) -> Handler:
@@ -136,7 +136,7 @@ def _near_handler(draft: Draft, is_spelled: bool) -> Handler:
     steps = [step for form in forms for step in form(draft, draft.table())]
     if draft.chance.random() < (0.15 if len(forms) == 1 else 0.4):
         names = list(_FORMS)
-        form = draft.chance.choices(names, [_FORMS[each] for each in names])[0]
+        form = draft.chance.choices(names, [_FORMS[name] for name in names])[0]
         at = draft.chance.randrange(len(steps) + 1)
         steps[at:at] = form(draft, draft.table())
     return Handler(tuple(steps))
@@ -147,11 +147,11 @@ def _handler(draft: Draft) -> Handler:
     steps: list[Step] = []
     for _ in range(chance.choices([1, 2, 3, 4], [4, 5, 2, 1])[0]):
         names = list(_FORMS)
-        form = chance.choices(names, [_FORMS[each] for each in names])[0]
-        found = form(draft, draft.table())
-        if chance.random() < 0.06 and found:
-            found = [Savepoint(tuple(found), fails=chance.random() < 0.3)]
-        steps += found
+        form = chance.choices(names, [_FORMS[name] for name in names])[0]
+        handler_drawn = form(draft, draft.table())
+        if chance.random() < 0.06 and handler_drawn:
+            handler_drawn = [Savepoint(tuple(handler_drawn), fails=chance.random() < 0.3)]
+        steps += handler_drawn
         if chance.random() < 0.04:
             steps.append(Boom())
     way = chance.random()
@@ -425,7 +425,7 @@ def _function(draft: Draft, t: Drawn) -> list[Step]:
 def _gather(draft: Draft, t: Drawn) -> list[Step]:
     """Two tasks of the handler, on the one Tx."""
     steps = (*_add(draft, t), *_log_row(draft, t), *_log(draft, t))
-    return [Gather(tuple(Execute(each.sql, each.args) if isinstance(each, Defer) else each for each in steps))]
+    return [Gather(tuple(Execute(step.sql, step.args) if isinstance(step, Defer) else step for step in steps))]
 
 
 def _temporary(draft: Draft, t: Drawn) -> list[Step]:
@@ -527,9 +527,13 @@ def _value(chance: random.Random, slot: Slot, fresh: int, count: int, width: int
             if slot.style == "mixed":
                 return chance.choice(spellings)
             if slot.style == "class":
-                kinds = list(dict.fromkeys(type(each) for value in slot.kind.pool for each in value))
+                kinds = list(
+                    dict.fromkeys(
+                        type(spelling) for spellings_of_value in slot.kind.pool for spelling in spellings_of_value
+                    )
+                )
                 kind = kinds[-1] if chosen % 2 else kinds[chosen % len(kinds)]  # the last one has most spellings
-                wanted = [each for each in spellings if type(each) is kind]
+                wanted = [spelling for spelling in spellings if type(spelling) is kind]
                 return chance.choice(wanted or spellings[:1])
             return spellings[0]
         case "number":

@@ -64,8 +64,8 @@ async def run(steps: Sequence[Step], tx: Any, fields: dict[str, Any], reject: ty
                     await asyncio.sleep(0)
             case Gather(inner):
                 async with asyncio.TaskGroup() as group:
-                    for each in inner:
-                        group.create_task(run([each], tx, fields, reject))
+                    for step in inner:
+                        group.create_task(run([step], tx, fields, reject))
             case SetLocal(name, arg):
                 await tx.set_local(name, *_values((arg,), fields))
 
@@ -75,17 +75,17 @@ async def run_batch(handler: Handler, messages: Sequence[Message], tx: Any, reje
     if handler.many:
         [step] = handler.steps
         assert isinstance(step, Execute)
-        await tx.executemany(step.sql, [_values(step.args, each.fields) for each in messages])
+        await tx.executemany(step.sql, [_values(step.args, message.fields) for message in messages])
         return
-    for each in messages:
-        await run(handler.steps, tx, dict(each.fields), reject)
+    for message in messages:
+        await run(handler.steps, tx, dict(message.fields), reject)
 
 
 def _values(args: Sequence[str], fields: dict[str, Any]) -> list[Any]:
-    found = []
+    values = []
     for text in args:
         first, *rest = (fields.get(name) for name in text.split("+"))
-        for each in rest:
-            first = None if first is None or each is None else first + each
-        found.append(first)
-    return found
+        for argument in rest:
+            first = None if first is None or argument is None else first + argument
+        values.append(first)
+    return values

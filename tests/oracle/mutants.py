@@ -49,7 +49,7 @@ def _barriers_are_passed() -> None:
     original = statement_order.group
 
     def group(writes: Any, plans: Any) -> Any:
-        known = [each for each in plans.values() if each is not None]
+        known = [plan for plan in plans.values() if plan is not None]
         if not known:
             return original(writes, plans)
         import dataclasses
@@ -68,7 +68,7 @@ def _keys_as_python_compares_them() -> None:
     keys = dict.fromkeys(rounds._KEYS, lambda value: value)
     replace_everywhere(rounds, "_KEYS", keys)
     replace_everywhere(
-        rounds, "_keys", lambda arguments, places, types: [tuple(each[p] for p in places) for each in arguments]
+        rounds, "_keys", lambda arguments, places, types: [tuple(argument[p] for p in places) for argument in arguments]
     )
 
 
@@ -98,12 +98,12 @@ def _sums_beyond_the_keys() -> None:
     original = rounds.sum_by_key
 
     def sums(arguments: Any, shape: Any, types: Any) -> Any:
-        found = original(arguments, shape, types)
-        if found is None:
+        summed = original(arguments, shape, types)
+        if summed is None:
             return None
         places = [place for _, place in shape.keys]
-        last = {tuple(str(each[place]) for place in places): each for each in arguments}
-        return [last[tuple(str(row[place]) for place in places)] for row in found[0]], found[1]
+        last = {tuple(str(argument[place]) for place in places): argument for argument in arguments}
+        return [last[tuple(str(row[place]) for place in places)] for row in summed[0]], summed[1]
 
     replace_everywhere(rounds, "sum_by_key", sums)
 
@@ -190,8 +190,8 @@ def _handler_after_handler() -> None:
     original = HandlerRunner.run
 
     async def run(self: Any, won: Any) -> None:
-        numbers = [each.handler.number for each in won]
-        ordered = sorted(won, key=lambda each: numbers.index(each.handler.number))
+        numbers = [delivery.handler.number for delivery in won]
+        ordered = sorted(won, key=lambda delivery: numbers.index(delivery.handler.number))
         await original(self, ordered)
 
     replace_everywhere(HandlerRunner, "run", run)

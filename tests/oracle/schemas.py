@@ -79,13 +79,13 @@ def draw_tables(chance: random.Random, odd: float, is_spelled: bool) -> tuple[li
     """
     kinds = [draw_kind(chance) for _ in range(2)]
     if odd < 0.5 and chance.random() < 0.7:  # the types whose keys can be grouped
-        common = [each for each in KINDS if each.name in ("int", "bigint", "uuid", "uuid", "text")]
+        common = [kind for kind in KINDS if kind.name in ("int", "bigint", "uuid", "uuid", "text")]
         kinds = [chance.choice(common), chance.choice(common)]
     if is_spelled:
-        several = [each for each in KINDS if any(len(values) > 1 for values in each.pool)]
+        several = [kind for kind in KINDS if any(len(values) > 1 for values in kind.pool)]
         kinds = [chance.choice(several)]
     if chance.random() < (0.6 if is_spelled else 0.2):  # the key that is spelled in most ways
-        kinds[0] = next(each for each in KINDS if each.name == "uuid")
+        kinds[0] = next(kind for kind in KINDS if kind.name == "uuid")
     before: set[str] = set()
     tables: list[Drawn] = []
     for number in range(1 if is_spelled else chance.choices([1, 2, 3], [5, 4, 2])[0]):
@@ -94,8 +94,8 @@ def draw_tables(chance: random.Random, odd: float, is_spelled: bool) -> tuple[li
             before.add(drawn.kind.before)
             drawn.before.append(drawn.kind.before)
         tables.append(drawn)
-    columns = ["txt text", "n numeric", *(f"{each.serial} bigint" for each in tables if each.serial), "nid8 bigint"]
-    if not any(each.is_watched for each in tables) and chance.random() < 0.3:
+    columns = ["txt text", "n numeric", *(f"{table.serial} bigint" for table in tables if table.serial), "nid8 bigint"]
+    if not any(table.is_watched for table in tables) and chance.random() < 0.3:
         columns.append("sid9 serial")
     log = Table("l0", tuple(columns), before=("create sequence s0",))
     return tables, log
@@ -110,8 +110,8 @@ def _draw(chance: random.Random, number: int, kind: Kind, earlier: list[Drawn], 
     t.is_unique = unique in ("primary key", "unique")
     t.columns = [f"k {kind.type} {unique}".strip(), f"n {t.number} default 0", "s text default ''"]
     if chance.random() < 0.6:
-        values = [each[0] for each in kind.pool if chance.random() < 0.8]
-        t.rows = [f"insert into {name} (k, n) values ({literal(each)}, 10)" for each in values]
+        values = [spellings[0] for spellings in kind.pool if chance.random() < 0.8]
+        t.rows = [f"insert into {name} (k, n) values ({literal(value)}, 10)" for value in values]
     if chance.random() < odd * 0.7:
         _add_serial(chance, t, number)
     if chance.random() < odd:
@@ -147,7 +147,7 @@ def _check(chance: random.Random, t: Drawn, earlier: list[Drawn]) -> None:
 
 
 def _generated(chance: random.Random, t: Drawn, earlier: list[Drawn]) -> None:
-    if not any(each.startswith("g ") for each in t.columns):
+    if not any(column.startswith("g ") for column in t.columns):
         t.columns.append(f"g {t.number} generated always as (n * 2) {chance.choice(['stored', 'virtual'])}")
 
 
@@ -161,7 +161,7 @@ def _parent(chance: random.Random, t: Drawn, earlier: list[Drawn]) -> None:
 
 
 def _reference(chance: random.Random, t: Drawn, earlier: list[Drawn]) -> None:
-    fitting = [each for each in earlier if each.is_unique]
+    fitting = [table for table in earlier if table.is_unique]
     if fitting and t.ref is None:
         t.ref = chance.choice(fitting)
         t.columns.append(
@@ -179,7 +179,7 @@ def _partitions(chance: random.Random, t: Drawn, earlier: list[Drawn]) -> None:
         t.options
         or t.has_parent
         or t.kind.type == "jsonb"
-        or any("exclude" in each or "unique" in each for each in t.columns[1:])
+        or any("exclude" in column or "unique" in column for column in t.columns[1:])
     ):
         return
     if t.kind.name == "enum":  # its hash is of the type's oid, which is another one in the other database
@@ -253,7 +253,7 @@ def _rule(chance: random.Random, t: Drawn, earlier: list[Drawn]) -> None:
 
 
 def _policy(chance: random.Random, t: Drawn, earlier: list[Drawn]) -> None:
-    if any("row level security" in each for each in t.extras):
+    if any("row level security" in extra for extra in t.extras):
         return
     t.extras += [
         f"alter table {t.name} enable row level security",
@@ -286,7 +286,7 @@ def _index(chance: random.Random, t: Drawn, earlier: list[Drawn]) -> None:
 
 
 def _counting_default(chance: random.Random, t: Drawn, earlier: list[Drawn]) -> None:
-    if any("_count" in each for each in t.extras):
+    if any("_count" in extra for extra in t.extras):
         return
     t.extras += [
         f"create function {t.name}_count() returns bigint language plpgsql as $$ begin return (select count(*) from {t.name}); end $$",
@@ -297,7 +297,7 @@ def _counting_default(chance: random.Random, t: Drawn, earlier: list[Drawn]) -> 
 
 
 def _counting_check(chance: random.Random, t: Drawn, earlier: list[Drawn]) -> None:
-    if any("_limit" in each for each in t.extras):
+    if any("_limit" in extra for extra in t.extras):
         return
     t.extras += [
         f"create function {t.name}_limit() returns bool language plpgsql as $$ begin return (select coalesce(sum(n), 0) < 150 from {t.name}); end $$",

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 import asyncpg
 
 from oracle import framework
-from oracle.case import Case, Found, pasted
+from oracle.case import Case, Difference, pasted
 from oracle.check import Verdict, check
 from oracle.databases import Databases
 from oracle.generate import draw
@@ -45,7 +45,7 @@ class Summary:
     rewritten: int = 0
     rows_rewritten: int = 0
     cases_rewritten: int = 0
-    found: list[Counterexample] = field(default_factory=list)
+    counterexamples: list[Counterexample] = field(default_factory=list)
 
     def add(self, case: Case, verdict: Verdict) -> None:
         """Count a case."""
@@ -80,7 +80,7 @@ class Summary:
             "of them for several writes": self.rewritten,
             "writes in those": self.rows_rewritten,
             "cases with grouped writes": self.cases_rewritten,
-            "counterexamples": len(self.found),
+            "counterexamples": len(self.counterexamples),
         }
         lines = [f"{number:>9,}  {name}" for name, number in counts.items()]
         return "\n".join([f"seed {self.seed}, {self.seconds:.0f} s", *lines])
@@ -94,7 +94,7 @@ async def search(
     cases: int = 0,
     stop_at: int = 1,
     shrink_seconds: float = 60,
-    told: Callable[[Counterexample], None] = lambda _: None,
+    on_found: Callable[[Counterexample], None] = lambda _: None,
     alone: bool = False,
 ) -> None:
     """Check cases until the time is over or `stop_at` counterexamples were found. `summary` is kept up to date.
@@ -103,24 +103,24 @@ async def search(
     """
     began = time.monotonic()
     seed = summary.seed
-    while (now := time.monotonic()) - began < seconds and len(summary.found) < stop_at:
+    while (now := time.monotonic()) - began < seconds and len(summary.counterexamples) < stop_at:
         if cases and summary.cases >= cases:
             break
         case = draw(seed, framework.HAS_SET_LOCAL)
         if alone:
-            handlers = tuple(replace(each, batch=None, many=False, concurrency=1) for each in case.handlers)
+            handlers = tuple(replace(handler, batch=None, many=False, concurrency=1) for handler in case.handlers)
             case = replace(case, batch=1, handlers=handlers)
         verdict = await check(databases, case)
         if verdict.undecided:
             case, verdict = await _decided(databases, case, verdict)
         summary.add(case, verdict)
         summary.seconds = time.monotonic() - began
-        if verdict.found is not None:
+        if verdict.difference is not None:
             after = time.monotonic() - began
-            found = await minimal(databases, case, verdict.found, shrink_seconds)
-            example = Counterexample(seed, round(after, 1), found[1].kind, str(found[1]), pasted(*found))
-            summary.found.append(example)
-            told(example)
+            small, difference = await minimal(databases, case, verdict.difference, shrink_seconds)
+            example = Counterexample(seed, round(after, 1), difference.kind, str(difference), pasted(small, difference))
+            summary.counterexamples.append(example)
+            on_found(example)
             began += time.monotonic() - now  # shrinking is not searching
         seed += 1
 
@@ -130,24 +130,24 @@ async def _decided(databases: Databases, case: Case, verdict: Verdict) -> tuple[
     few = max(2, 5 // len(case.handlers))
     for start in range(0, min(len(case.messages), 8 * few), few):
         fewer = replace(case, messages=case.messages[start : start + few])
-        found = await check(databases, fewer)
-        if found.found is not None:
-            return fewer, found
+        verdict_of_fewer = await check(databases, fewer)
+        if verdict_of_fewer.difference is not None:
+            return fewer, verdict_of_fewer
     return case, verdict
 
 
-async def minimal(databases: Databases, case: Case, found: Found, seconds: float) -> tuple[Case, Found]:
+async def minimal(databases: Databases, case: Case, difference: Difference, seconds: float) -> tuple[Case, Difference]:
     """The smallest case that fails in the same way, and what is then wrong with it."""
-    last = [found]
+    last = [difference]
 
     async def fails(candidate: Case) -> bool:
         try:
             verdict = await check(databases, candidate)
         except asyncpg.PostgresError:  # its tables cannot be made: something that they need was taken away
             return False
-        if verdict.found is None or verdict.found.kind != found.kind:
+        if verdict.difference is None or verdict.difference.kind != difference.kind:
             return False
-        last[0] = verdict.found
+        last[0] = verdict.difference
         return True
 
     smaller = await shrink(case, fails, seconds)

@@ -33,12 +33,12 @@ async def shrink(case: Case, fails: Fails, seconds: float) -> Case:
     changed = True
     while changed and time.monotonic() < until:
         changed = False
-        for each in passes:
+        for simpler in passes:
             # Tried from the smaller case on, after every success.
             progress = True
             while progress and time.monotonic() < until:
                 progress = False
-                for candidate in each(case):
+                for candidate in simpler(case):
                     if time.monotonic() >= until:
                         break
                     if repr(candidate) in tried:
@@ -89,17 +89,17 @@ def _simpler_steps(steps: tuple[Step, ...]) -> Iterator[tuple[Step, ...]]:
         others: list[tuple[Step, ...]] = []
         match step:
             case Savepoint(inner):
-                others = [inner, *((replace(step, steps=each),) for each in _simpler_steps(inner))]
+                others = [inner, *((replace(step, steps=simpler),) for simpler in _simpler_steps(inner))]
             case Gather(inner):
-                others = [inner, *((replace(step, steps=each),) for each in _simpler_steps(inner) if each)]
+                others = [inner, *((replace(step, steps=simpler),) for simpler in _simpler_steps(inner) if simpler)]
             case IfNone(_, inner, otherwise):
                 others = [inner, otherwise]
-                others += [(replace(step, steps=each),) for each in _simpler_steps(inner)]
-                others += [(replace(step, otherwise=each),) for each in _simpler_steps(otherwise)]
+                others += [(replace(step, steps=simpler),) for simpler in _simpler_steps(inner)]
+                others += [(replace(step, otherwise=simpler),) for simpler in _simpler_steps(otherwise)]
             case Execute(sql, args):
                 others = [(Defer(sql, args),)]
-        for each in others:
-            yield (*steps[:number], *each, *steps[number + 1 :])
+        for simpler in others:
+            yield (*steps[:number], *simpler, *steps[number + 1 :])
 
 
 def _fewer_tables(case: Case) -> Iterator[Case]:
@@ -124,7 +124,7 @@ def _smaller_table(table: Table) -> Iterator[Table]:
     for number in range(len(table.before)):
         yield replace(table, before=_without(table.before, number))
     if table.options:
-        yield replace(table, options="", extras=tuple(each for each in table.extras if "partition of" not in each))
+        yield replace(table, options="", extras=tuple(extra for extra in table.extras if "partition of" not in extra))
     for number, column in enumerate(table.columns):
         for word in (" deferrable initially deferred", " default 0", " default ''", " on delete cascade", " primary key", " unique", " not null"):  # fmt: skip
             if word in column:
@@ -139,27 +139,28 @@ def _simpler_messages(case: Case) -> Iterator[Case]:
     if lean != case:
         yield lean
     yield replace(
-        case, messages=tuple(replace(each, key="k", partition=0) for each in case.messages if each.key != "k")
+        case, messages=tuple(replace(message, key="k", partition=0) for message in case.messages if message.key != "k")
     )
     for way in ({"key": "k"}, {"key": None}, {"partition": 0}, {"payload": None}):
         [(name, value)] = way.items()
-        if any(getattr(each, name) != value for each in case.messages):
-            yield replace(case, messages=tuple(replace(each, **way) for each in case.messages))  # type: ignore[arg-type]
-    ids = tuple(replace(each, id=number + 1) for number, each in enumerate(case.messages))
-    if any(each.id != number + 1 for number, each in enumerate(case.messages)):
+        if any(getattr(message, name) != value for message in case.messages):
+            yield replace(case, messages=tuple(replace(message, **way) for message in case.messages))  # type: ignore[arg-type]
+    ids = tuple(replace(message, id=number + 1) for number, message in enumerate(case.messages))
+    if any(message.id != number + 1 for number, message in enumerate(case.messages)):
         yield replace(case, messages=ids)
-    for name in {name for each in case.messages for name in each.fields} - {"boom"}:
-        values = list(dict.fromkeys(repr(each.fields.get(name)) for each in case.messages))
+    for name in {name for message in case.messages for name in message.fields} - {"boom"}:
+        values = list(dict.fromkeys(repr(message.fields.get(name)) for message in case.messages))
         if len(values) > 1:
             first = case.messages[0].fields.get(name)
             yield _with_field(case, name, lambda _, first=first: first)
-        if len(values) > 1 and all(isinstance(each.fields.get(name), int) for each in case.messages):
+        if len(values) > 1 and all(isinstance(message.fields.get(name), int) for message in case.messages):
             yield _with_field(case, name, lambda _: 1)
 
 
 def _with_field(case: Case, name: str, change: Callable[[Message], Any]) -> Case:
     return replace(
-        case, messages=tuple(replace(each, fields={**each.fields, name: change(each)}) for each in case.messages)
+        case,
+        messages=tuple(replace(message, fields={**message.fields, name: change(message)}) for message in case.messages),
     )
 
 
@@ -167,12 +168,12 @@ def _without_unused(case: Case) -> Case:
     """The case without fields that no step names."""
     used = {name for step in case.steps() for name in arguments_of(step)} | {"boom"}
     used |= {step.variable for handler in case.handlers for step in walk(handler.steps) if isinstance(step, IfNone)}
-    if all(used.issuperset(each.fields) for each in case.messages):
+    if all(used.issuperset(message.fields) for message in case.messages):
         return case
     return replace(
         case,
         messages=tuple(
-            replace(each, fields={name: value for name, value in each.fields.items() if name in used})
-            for each in case.messages
+            replace(message, fields={name: value for name, value in message.fields.items() if name in used})
+            for message in case.messages
         ),
     )

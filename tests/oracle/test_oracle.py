@@ -38,7 +38,7 @@ class Oracle:
         verdict = await self.check(case)
         assert not verdict.invalid, verdict.invalid
         assert not verdict.undecided
-        assert verdict.found is None, str(verdict.found)
+        assert verdict.difference is None, str(verdict.difference)
         return verdict
 
 
@@ -105,7 +105,7 @@ async def test_a_minute_of_random_applications_is_equal(
         print(f"\nmake oracle ARGS='--seed {seed} --seconds {ORACLE_SECONDS}'")
     summary = Summary(seed)
     await search(oracle.databases, summary, seconds=ORACLE_SECONDS, shrink_seconds=60)
-    assert not summary.found, "\n\n".join(each.test for each in summary.found)
+    assert not summary.counterexamples, "\n\n".join(counterexample.test for counterexample in summary.counterexamples)
     assert summary.cases > 3
     assert summary.invalid <= summary.cases // 4
 
@@ -117,9 +117,9 @@ async def test_a_broken_framework_is_found(oracle: Oracle, name: str) -> None:
     await oracle.expect_equal(case)
     with broken(name):
         verdict = await oracle.check(case)
-    assert verdict.found is not None
-    assert verdict.found.kind == kind, str(verdict.found)
-    assert [each for each in lines if each not in str(verdict.found)] == [], str(verdict.found)
+    assert verdict.difference is not None
+    assert verdict.difference.kind == kind, str(verdict.difference)
+    assert [line for line in lines if line not in str(verdict.difference)] == [], str(verdict.difference)
     await oracle.expect_equal(case)
 
 
@@ -137,7 +137,7 @@ async def test_one_message_in_each_transaction_differs_in_nothing(oracle: Oracle
     """Nor does the oracle find differences that are its own."""
     summary = Summary(1)
     await search(oracle.databases, summary, seconds=60, cases=12, shrink_seconds=0, alone=True)
-    assert not summary.found, summary.found
+    assert not summary.counterexamples, summary.counterexamples
 
 
 @pytest.mark.timeout(300)
@@ -145,14 +145,14 @@ async def test_a_counterexample_is_made_small(oracle: Oracle) -> None:
     padded = replace(PAYMENTS, messages=PAYMENTS.messages[:16], batch=20, ddl=("create table unused ()",))
     with broken("rows-met-twice"):
         verdict = await oracle.check(padded)
-        assert verdict.found is not None
-        small, found = await minimal(oracle.databases, padded, verdict.found, 120)
-    assert found.kind == "table"
+        assert verdict.difference is not None
+        small, difference = await minimal(oracle.databases, padded, verdict.difference, 120)
+    assert difference.kind == "table"
     assert len(small.messages) < 12
     assert len(small.tables) == 1
     assert len(small.handlers[0].steps) == 1
     assert not small.ddl
-    assert "await oracle.expect_equal(Case(" in pasted(small, found)
+    assert "await oracle.expect_equal(Case(" in pasted(small, difference)
 
 
 @pytest.mark.parametrize(

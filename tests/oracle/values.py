@@ -68,8 +68,8 @@ class Kind:
 
 
 def _uuids() -> tuple[Spellings, ...]:
-    found = [UUID(int=0xABCDEF0123456789ABCDEF0123456700 + n) for n in range(4)]
-    return tuple((each, str(each), str(each).upper(), each.hex) for each in found)
+    values = [UUID(int=0xABCDEF0123456789ABCDEF0123456700 + n) for n in range(4)]
+    return tuple((value, str(value), str(value).upper(), value.hex) for value in values)
 
 
 _ZONE = datetime.timezone(datetime.timedelta(hours=2))
@@ -96,7 +96,7 @@ KINDS = (
     Kind("char", "char(8)", (("a", "a ", Text("a  ")), ("b",), ("A",)), _text, weight=2),
     Kind("numeric", "numeric", ((1, Decimal(1), Decimal("1.0"), "1.00", 1.0, True), (Decimal("2.5"), 2.5, "2.50"), (0, Decimal("-0")), (Decimal("NaN"),)), Decimal, weight=2),
     Kind("numeric2", "numeric(8,2)", ((1, Decimal("1.001"), "1.00"), (Decimal("2.5"), Decimal("2.504"))), _int),
-    Kind("timestamptz", "timestamptz", tuple((each, each.astimezone(_ZONE)) for each in (_NOON, _NOON + datetime.timedelta(hours=2))), lambda n: _NOON + datetime.timedelta(days=n + 1), weight=2),
+    Kind("timestamptz", "timestamptz", tuple((moment, moment.astimezone(_ZONE)) for moment in (_NOON, _NOON + datetime.timedelta(hours=2))), lambda n: _NOON + datetime.timedelta(days=n + 1), weight=2),
     Kind("timestamp", "timestamp", ((datetime.datetime(2026, 1, 2),), (datetime.datetime(2026, 1, 3, 4, 5),))),
     Kind("date", "date", ((datetime.date(2026, 1, 2), datetime.datetime(2026, 1, 2, 3)), (datetime.date(2026, 1, 3),)), lambda n: datetime.date(2027, 1, 1) + datetime.timedelta(days=n)),
     Kind("citext", "citext", (("a", "A", Text("a")), ("b", "B"), ("red", Color.RED, "RED")), _text, weight=2),
@@ -118,4 +118,4 @@ KINDS = (
 
 def draw_kind(chance: random.Random) -> Kind:
     """A type of keys, the common ones more often."""
-    return chance.choices(KINDS, [each.weight for each in KINDS])[0]
+    return chance.choices(KINDS, [kind.weight for kind in KINDS])[0]

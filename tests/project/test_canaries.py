@@ -21,7 +21,7 @@ from services import Kafka
 
 from consumer.local_servers import Valkey
 
-VALUE, KEY, HEADER, ID, OWN_WORDS = (f"canary{each}" for each in ("value1a", "key2b", "header3c", "id4d", "words5e"))
+VALUE, KEY, HEADER, ID, OWN_WORDS = (f"canary{word}" for word in ("value1a", "key2b", "header3c", "id4d", "words5e"))
 REDIS_PASSWORD = "canaryredis6f"
 OF_MESSAGES = {VALUE, KEY, HEADER, ID}
 TABLES = """
@@ -42,7 +42,7 @@ BELONGS = {
 
 
 def seen(text: str, secrets: set[str]) -> set[str]:
-    return {each for each in secrets if each in text}
+    return {secret for secret in secrets if secret in text}
 
 
 async def test_no_canary_is_found_where_it_does_not_belong(
@@ -76,7 +76,7 @@ async def test_no_canary_is_found_where_it_does_not_belong(
     conflict = Sent({"do": "nothing", "text": VALUE}, id=f"{ID}-0", key=f"{KEY}-0", partition=0)
     await place.send(topic, *sent, unreadable, conflict)
 
-    told: dict[str, str] = {}
+    texts: dict[str, str] = {}
     numbers = itertools.count()
     environment = {"TEST_APP": name, "TEST_TOPIC": topic, "TEST_OWN_WORDS": OWN_WORDS}
 
@@ -87,7 +87,7 @@ async def test_no_canary_is_found_where_it_does_not_belong(
         async with running(arguments, given, cwd, **environment) as command:
             output, _ = await asyncio.to_thread(command.process.communicate, timeout=60)
         assert code is None or command.process.returncode == code, (arguments, command.errors[-2000:])
-        told[f"{arguments[0]} {arguments[1].removeprefix(ID)} #{number}"] = output + command.errors
+        texts[f"{arguments[0]} {arguments[1].removeprefix(ID)} #{number}"] = output + command.errors
         return output
 
     async with running(["run", "canary_app:app", "--workers", "2"], settings, tmp_path / "run", **environment) as run:
@@ -100,12 +100,12 @@ async def test_no_canary_is_found_where_it_does_not_belong(
         pids = [run.process.pid, *run.worker_pids().values()]
         lines = [Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in pids]
         assert len(lines) == 3
-        told["the list of processes"] = "\n".join(lines)
+        texts["the list of processes"] = "\n".join(lines)
         run.process.send_signal(signal.SIGTERM)
         assert await run.wait() == 0
-        told["run"] = run.errors + (run.process.stdout.read() if run.process.stdout else "")
-    assert "dead letter" in told["run"] and "an error that ended a thread" in told["run"]
-    assert "an error that could not be raised" in told["run"] and "an error that nobody awaited" in told["run"]
+        texts["run"] = run.errors + (run.process.stdout.read() if run.process.stdout else "")
+    assert "dead letter" in texts["run"] and "an error that ended a thread" in texts["run"]
+    assert "an error that could not be raised" in texts["run"] and "an error that nobody awaited" in texts["run"]
 
     # Every answer that reports.
     for arguments in (
@@ -117,7 +117,7 @@ async def test_no_canary_is_found_where_it_does_not_belong(
         ["replay", "canary_app:app", topic],
     ):
         await said(*arguments, code=None)
-    told["the page"] = (tmp_path / "page.html").read_text()
+    texts["the page"] = (tmp_path / "page.html").read_text()
     id_of_a_letter = await value(place.dsn, "select dead_letter from consumer.dead_letters order by 1 limit 1")
     listed = [await said("dlq", "list", "canary_app:app", *more) for more in ([], ["--json"])]
     shown = [await said("dlq", "show", "canary_app:app", str(id_of_a_letter), *more) for more in ([], ["--json"])]
@@ -139,7 +139,7 @@ async def test_no_canary_is_found_where_it_does_not_belong(
     starts = [said("run", "canary_app:app", code=2, given=type(settings)(**{**wrong, **odd})) for odd in odd_ones]
     await asyncio.gather(*starts)
 
-    for what, text in told.items():
+    for what, text in texts.items():
         allowed: set[str] = set()
         if what.startswith("dlq list"):
             allowed = {OWN_WORDS}
@@ -162,14 +162,14 @@ async def test_no_canary_is_found_where_it_does_not_belong(
     assert ("dead_letters", "value") in columns
     held = set()
     for table, column in columns:
-        found = await query(place.dsn, f'select "{column}" from consumer."{table}"')
-        text = " ".join(_text(row[0]) for row in found)
+        values = await query(place.dsn, f'select "{column}" from consumer."{table}"')
+        text = " ".join(_text(row[0]) for row in values)
         assert seen(text, everywhere) <= BELONGS.get((table, column), set()), (table, column)
         held |= seen(text, everywhere)
     assert held == OF_MESSAGES | {OWN_WORDS}
 
 
-def _text(found: Any) -> str:
-    if isinstance(found, list):
-        return " ".join(map(_text, found))
-    return found.decode("utf-8", "replace") if isinstance(found, bytes) else str(found)
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_text, value))
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -35,9 +35,9 @@ ONE_SHOT = {"topics", "migrate"}
 
 
 def seconds(text: str) -> int:
-    found = DURATION.fullmatch(text)
-    assert found and text, f"{text!r} is no duration of minutes and seconds"
-    return int(found[1] or 0) * 60 + int(found[2] or 0)
+    duration = DURATION.fullmatch(text)
+    assert duration and text, f"{text!r} is no duration of minutes and seconds"
+    return int(duration[1] or 0) * 60 + int(duration[2] or 0)
 
 
 def parsed(arguments: list[str]) -> dict[str, Any]:
@@ -52,9 +52,9 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
 def substituted(value: Any) -> Any:
     """As compose would, where nothing is set in the environment: only the form ${NAME:-default} is allowed."""
     if isinstance(value, dict):
-        return {key: substituted(each) for key, each in value.items()}
+        return {key: substituted(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [substituted(each) for each in value]
+        return [substituted(item) for item in value]
     if not isinstance(value, str):
         return value
     filled = re.sub(r"\$\{[A-Z_]+:-([^{}$]*)\}", r"\1", value.replace("$$", "\0"))
@@ -86,21 +86,21 @@ def load_settings(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) 
 
 
 def assert_settings_exist(names: Any) -> None:
-    known = {f"CONSUMER_{each.upper()}" for each in Settings.model_fields}
+    known = {f"CONSUMER_{field.upper()}" for field in Settings.model_fields}
     assert set(names) <= known, f"no such settings: {sorted(set(names) - known)}"
 
 
 @pytest.fixture
 def compose() -> dict[str, Any]:
     (document,) = documents(COMPOSE)
-    found: dict[str, Any] = substituted(document)
-    return found
+    composed: dict[str, Any] = substituted(document)
+    return composed
 
 
 @pytest.fixture
 def services(compose: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = compose["services"]
-    return found
+    services_found: dict[str, dict[str, Any]] = compose["services"]
+    return services_found
 
 
 @pytest.fixture(autouse=True)
@@ -166,15 +166,15 @@ def test_compose_images_are_pinned(services: dict[str, dict[str, Any]]) -> None:
 
 
 def test_compose_publishes_on_loopback_only(services: dict[str, dict[str, Any]]) -> None:
-    ports = [each for service in services.values() for each in service.get("ports", [])]
+    ports = [port for service in services.values() for port in service.get("ports", [])]
     assert ports
-    for each in ports:
-        assert re.fullmatch(r"127\.0\.0\.1:\d+:\d+", str(each)), f"{each!r} is published to the network"
+    for port in ports:
+        assert re.fullmatch(r"127\.0\.0\.1:\d+:\d+", str(port)), f"{port!r} is published to the network"
     assert not any("network_mode" in service or "privileged" in service for service in services.values())
 
 
 def test_compose_keeps_data_in_named_volumes(compose: dict[str, Any]) -> None:
-    used = [each.split(":") for service in compose["services"].values() for each in service.get("volumes", [])]
+    used = [volume.split(":") for service in compose["services"].values() for volume in service.get("volumes", [])]
     assert {name for name, *_ in used} == set(compose["volumes"])
     services = compose["services"]
     assert services["kafka"]["volumes"] == [f"kafka-data:{services['kafka']['environment']['KAFKA_LOG_DIRS']}"]
@@ -193,10 +193,10 @@ def test_compose_passwords_come_from_the_environment() -> None:
 
 def test_compose_addresses_agree(monkeypatch: pytest.MonkeyPatch, services: dict[str, dict[str, Any]]) -> None:
     kafka = services["kafka"]["environment"]
-    advertised = dict(each.split("://") for each in kafka["KAFKA_ADVERTISED_LISTENERS"].split(","))
-    listening = dict(each.split("://") for each in kafka["KAFKA_LISTENERS"].split(","))
+    advertised = dict(part.split("://") for part in kafka["KAFKA_ADVERTISED_LISTENERS"].split(","))
+    listening = dict(part.split("://") for part in kafka["KAFKA_LISTENERS"].split(","))
     assert set(listening) == {*advertised, kafka["KAFKA_CONTROLLER_LISTENER_NAMES"]}
-    assert set(listening) == {each.split(":")[0] for each in kafka["KAFKA_LISTENER_SECURITY_PROTOCOL_MAP"].split(",")}
+    assert set(listening) == {part.split(":")[0] for part in kafka["KAFKA_LISTENER_SECURITY_PROTOCOL_MAP"].split(",")}
     for name, address in advertised.items():
         assert address.rpartition(":")[2] == listening[name].rpartition(":")[2]
     assert f"{advertised['HOST']}:9092" in services["kafka"]["ports"]
@@ -222,7 +222,7 @@ def test_compose_addresses_agree(monkeypatch: pytest.MonkeyPatch, services: dict
 
 def test_compose_settings_exist(services: dict[str, dict[str, Any]]) -> None:
     for service in services.values():
-        assert_settings_exist(each for each in service.get("environment", {}) if each.startswith("CONSUMER_"))
+        assert_settings_exist(name for name in service.get("environment", {}) if name.startswith("CONSUMER_"))
 
 
 def test_compose_topics_are_those_of_the_handlers(services: dict[str, dict[str, Any]]) -> None:
@@ -240,7 +240,7 @@ def test_compose_commands_are_understood(monkeypatch: pytest.MonkeyPatch, servic
     assert seconds(services["workers"]["stop_grace_period"]) >= grace + 10
     migrate = parsed(services["migrate"]["command"])
     assert migrate[""] == "migrate"
-    assert all((ROOT / each).is_file() for each in migrate["file"])
+    assert all((ROOT / path).is_file() for path in migrate["file"])
     probe, entry, *arguments = services["workers"]["healthcheck"]["test"]
     status = parsed(arguments)
     assert (probe, entry, status[""], status["app"]) == ("CMD", "consumer", "probe", run["app"])
@@ -320,7 +320,7 @@ def test_image_copies_what_exists_and_is_not_ignored() -> None:
     }
     assert copied == kept
     assert {"consumer", "handlers", "pyproject.toml"} <= copied
-    assert all((ROOT / each).exists() for each in copied)
+    assert all((ROOT / path).exists() for path in copied)
     # The last stage has the venv and the handlers; consumer is in the venv.
     final = [rest for word, rest in list(stages())[-1] if word == "COPY"]
     assert final == ["--from=build /venv /venv", "handlers ./handlers"]
@@ -335,13 +335,13 @@ def test_image_settings_exist() -> None:
 
 @pytest.fixture
 def objects() -> dict[str, dict[str, Any]]:
-    found = documents(KUBERNETES)
-    assert [(each["apiVersion"], each["kind"]) for each in found] == [
+    manifests = documents(KUBERNETES)
+    assert [(object["apiVersion"], object["kind"]) for object in manifests] == [
         ("v1", "ConfigMap"),
         ("batch/v1", "Job"),
         ("apps/v1", "Deployment"),
     ]
-    return {each["kind"]: each for each in found}
+    return {object["kind"]: object for object in manifests}
 
 
 def pod(thing: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -353,15 +353,15 @@ def pod(thing: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def environment(objects: dict[str, dict[str, Any]], kind: str) -> dict[str, str]:
     """As the container gets it; what comes from a Secret has a made-up value of the right form."""
     _, container = pod(objects[kind])
-    found: dict[str, str] = {}
-    for each in container.get("envFrom", []):
-        assert each["configMapRef"]["name"] == objects["ConfigMap"]["metadata"]["name"]
-        found |= objects["ConfigMap"]["data"]
-    for each in container["env"]:
+    variables: dict[str, str] = {}
+    for source in container.get("envFrom", []):
+        assert source["configMapRef"]["name"] == objects["ConfigMap"]["metadata"]["name"]
+        variables |= objects["ConfigMap"]["data"]
+    for variable in container["env"]:
         # A secret is named, never written down.
-        found[each["name"]] = f"made-up-{each['valueFrom']['secretKeyRef']['key']}"
-    assert all(isinstance(each, str) for each in found.values()), "a ConfigMap holds strings: quote the numbers"
-    return found
+        variables[variable["name"]] = f"made-up-{variable['valueFrom']['secretKeyRef']['key']}"
+    assert all(isinstance(text, str) for text in variables.values()), "a ConfigMap holds strings: quote the numbers"
+    return variables
 
 
 def test_kubernetes_settings_exist(monkeypatch: pytest.MonkeyPatch, objects: dict[str, dict[str, Any]]) -> None:
@@ -389,7 +389,7 @@ def test_kubernetes_commands_are_understood(
     _, job = pod(objects["Job"])
     migrate = parsed(job["args"])
     assert migrate[""] == "migrate"
-    assert all((ROOT / each).is_file() for each in migrate["file"])
+    assert all((ROOT / path).is_file() for path in migrate["file"])
     assert job["image"] == workers["image"]
 
 

@@ -63,7 +63,9 @@ def _flags(command: tuple[str, ...]) -> frozenset[str]:
     flags = {"--help", "-h", "--version"}
     for name in command:
         group = group.commands[name]
-    return frozenset(flags | {flag for each in group.params for flag in (*each.opts, *each.secondary_opts)})
+    return frozenset(
+        flags | {flag for parameter in group.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    )
 
 
 def _command_of(words: list[str]) -> tuple[str, ...]:

@@ -124,7 +124,7 @@ async def test_the_tutorial_works_as_pasted(own_kafka: Kafka, database: str, tmp
 
 
 @pytest.mark.parametrize(
-    "block", [each for each in BLOCKS if each.language == "python" and "= App(" in each.code], ids=str
+    "block", [block for block in BLOCKS if block.language == "python" and "= App(" in block.code], ids=str
 )
 def test_a_registration_is_accepted(block: Block, tmp_path: Path) -> None:
     (tmp_path / "page.py").write_text(block.code, "utf-8")

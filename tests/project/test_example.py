@@ -83,7 +83,7 @@ async def test_the_documented_refund_waits_for_its_payment_and_rejects_what_can_
     [waits] = await shop.deliver(early, retry=False)
     assert (waits.outcome, waits.attempts) == ("waiting", 1)
     paid = testing.Sent("payments", {"payment_id": payment_id, "account": 7, "amount": 1000}, id=payment_id)
-    outcomes = {each.message: each.outcome for each in await shop.deliver(paid, more)}
+    outcomes = {delivered.message: delivered.outcome for delivered in await shop.deliver(paid, more)}
     assert outcomes == {early: "applied", paid: "applied", more: "dead-lettered"}
 
 
@@ -97,7 +97,7 @@ async def without(kafka: Kafka, topics: Sequence[str]) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
     await admin.start()
     try:
-        await admin.delete_topics([each for each in topics if each in await admin.list_topics()])
+        await admin.delete_topics([topic for topic in topics if topic in await admin.list_topics()])
 
         async def gone() -> bool:
             return not set(topics) & set(await admin.list_topics())
@@ -134,14 +134,14 @@ async def test_payments_refunds_bookings_and_clicks(kafka: Kafka, database: str,
     ]
     assert await value(database, "select count(*) from receipts") == 2
     assert await query(database, "select count(*), sum(amount) from bookings") == [(900, sum(range(900)))]
-    assert sorted(each["error"] for each in await letters(database)) == [
+    assert sorted(letter["error"] for letter in await letters(database)) == [
         "a refund needs a positive amount",
         "more than is left of the payment",
     ]
-    found = await counts(renamed, database)
-    assert found["count"]["skipped"] == 10
-    assert found["audit"]["applied"] == 2 + 4 + 1000  # refunds and entries have no id of their own for it
-    assert found["book"]["applied"] == 900 and sum(found["book"]["duplicates"].values()) == 100
+    outcome_counts = await counts(renamed, database)
+    assert outcome_counts["count"]["skipped"] == 10
+    assert outcome_counts["audit"]["applied"] == 2 + 4 + 1000  # refunds and entries have no id of their own for it
+    assert outcome_counts["book"]["applied"] == 900 and sum(outcome_counts["book"]["duplicates"].values()) == 100
 
 
 # -- the same, without Kafka: other batches, crashes, and again --------------------------------------------------------
@@ -173,7 +173,7 @@ def sent() -> list[testing.Sent]:
 
 async def is_stored_once(trial: Trial) -> None:
     balances = await trial.fetch("select account, balance from accounts where balance <> 0 order by 1")
-    assert [tuple(each) for each in balances] == [(0, 100 - 30 + 400 - 50), (1, 200), (2, 300)]
+    assert [tuple(balance) for balance in balances] == [(0, 100 - 30 + 400 - 50), (1, 200), (2, 300)]
     assert await trial.fetchval("select count(*) from payments") == 4
     assert await trial.fetchval("select count(*) from receipts") == 4
     assert await trial.fetchval("select sum(amount) from bookings") == 1 + 2 + 3
@@ -187,12 +187,12 @@ async def is_stored_once(trial: Trial) -> None:
 @pytest.mark.parametrize("batch", [1, 3, None])
 async def test_each_effect_is_there_once_in_batches_of_any_size(exactly_once: ExactlyOnce, batch: int | None) -> None:
     trial = await exactly_once(billing, schema=SCHEMA)
-    found = await trial.deliver(*sent(), batch=batch)
-    assert {each.outcome for each in found} == {"applied", "duplicate", "dead-lettered"}
+    deliveries = await trial.deliver(*sent(), batch=batch)
+    assert {delivered.outcome for delivered in deliveries} == {"applied", "duplicate", "dead-lettered"}
     await is_stored_once(trial)
     for size in (1, 5, None):
         again = await trial.deliver_again(batch=size)
-        assert {each.outcome for each in again} == {"duplicate"}
+        assert {delivered.outcome for delivered in again} == {"duplicate"}
         trial.assert_no_new_effects()
     trial.assert_nothing_outside()
     await is_stored_once(trial)
@@ -220,8 +220,13 @@ async def test_an_early_refund_waits_for_its_payment(exactly_once: ExactlyOnce) 
     [audited, refunded] = await trial.deliver(early, retry=False)
     assert (refunded.outcome, audited.outcome) == ("waiting", "applied")
     assert refunded.error == "PaymentNotSettled: no payment of that id yet"
-    found = await trial.deliver(sent()[0])
-    assert {each.handler for each in found if each.outcome == "applied"} == {"refund", "audit", "settle", "receipts"}
+    deliveries = await trial.deliver(sent()[0])
+    assert {delivered.handler for delivered in deliveries if delivered.outcome == "applied"} == {
+        "refund",
+        "audit",
+        "settle",
+        "receipts",
+    }
     assert await trial.fetchval("select balance from accounts where account = 0") == 95
 
 
@@ -229,7 +234,7 @@ async def test_clicks_are_counted_at_least_once(exactly_once: ExactlyOnce) -> No
     clicks = Clicks()
     trial = await exactly_once(billing, schema=SCHEMA, resources={"clicks": clicks})
     looked = [testing.Sent("clicks", {"page": page}) for page in ("/", "/", "/help")]
-    assert {each.outcome for each in await trial.deliver(*looked)} == {"skipped"}
+    assert {delivered.outcome for delivered in await trial.deliver(*looked)} == {"skipped"}
     assert clicks.pages == {"/": 2, "/help": 1}
     await trial.deliver_again()
     assert clicks.pages == {"/": 4, "/help": 2}, "an opt-out is called again"

@@ -37,5 +37,5 @@ def test_every_test_that_is_named_exists() -> None:
         for file, test in named:
             if file not in known:
                 body = ast.parse((TESTS / file).read_text("utf-8")).body
-                known[file] = {each.name for each in body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)}
+                known[file] = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
             assert not test or test in known[file], f"{item}: there is no {file}::{test}"

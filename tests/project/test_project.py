@@ -36,6 +36,6 @@ def test_hosted_ci_runs_what_a_change_must_pass_and_nothing_else() -> None:
 
 
 def test_hooks_run_what_is_locked() -> None:
-    found = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    assert [repository["repo"] for repository in found] == ["local"]
-    assert all(hook["entry"].startswith(".venv/bin/") for hook in found[0]["hooks"])
+    repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repository["repo"] for repository in repositories] == ["local"]
+    assert all(hook["entry"].startswith(".venv/bin/") for hook in repositories[0]["hooks"])

@@ -45,7 +45,9 @@ REVIEWED: dict[str, dict[str, str]] = {
         "table": "the table in that file",
         "function": "the functions in that file",
     },
-    "rebuild/drawn_values.py": {each: _BY_TABLE_MODEL for each in ("table.name.real", "table.name.copy", "fits")},
+    "rebuild/drawn_values.py": {
+        expression: _BY_TABLE_MODEL for expression in ("table.name.real", "table.name.copy", "fits")
+    },
     "rebuild/copy_sql.py": {
         expression: _BY_TABLE_MODEL
         for expression in ["copy", "default", "number", "start", "table.name.copy", "table.name.real"]
@@ -155,7 +157,7 @@ class _Source:
             case ast.FormattedValue(value=value):
                 return self.is_good(value, seen)
             case ast.JoinedStr(values=values):
-                return all(self.is_good(each, seen) for each in values)
+                return all(self.is_good(value, seen) for value in values)
             case ast.BinOp(left=left, right=right):
                 return self.is_good(left, seen) and self.is_good(right, seen)
             case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in CHECKED | NUMBERS:
@@ -167,13 +169,13 @@ class _Source:
             case ast.GeneratorExp(elt=element) | ast.ListComp(elt=element):
                 return self.is_good(element, seen)
             case ast.List(elts=elements) | ast.Tuple(elts=elements):
-                return all(self.is_good(each, seen) for each in elements)
+                return all(self.is_good(element, seen) for element in elements)
             case ast.Starred(value=value):
                 return self.is_good(value, seen)
             case ast.Name() | ast.Attribute():
                 name = ast.unparse(node)
                 given = self.assigned.get(name, [])
-                return bool(given) and name not in seen and all(self.is_good(each, seen | {name}) for each in given)
+                return bool(given) and name not in seen and all(self.is_good(value, seen | {name}) for value in given)
         return False
 
     def statements(self) -> Iterator[tuple[int, list[ast.expr]]]:
@@ -182,12 +184,12 @@ class _Source:
             text, parts = "", []
             match node:
                 case ast.JoinedStr(values=values):
-                    text = "".join(str(each.value) if isinstance(each, ast.Constant) else "?" for each in values)
-                    parts = [each for each in values if isinstance(each, ast.FormattedValue)]
+                    text = "".join(str(value.value) if isinstance(value, ast.Constant) else "?" for value in values)
+                    parts = [value for value in values if isinstance(value, ast.FormattedValue)]
                 case ast.BinOp(left=ast.Constant(value=str() as text), op=ast.Add() | ast.Mod(), right=right):
                     parts = [right]
                 case ast.Call(func=ast.Attribute(value=ast.Constant(value=str() as text), attr="format" | "replace")):
-                    parts = [*node.args, *(each.value for each in node.keywords)]
+                    parts = [*node.args, *(keyword.value for keyword in node.keywords)]
             if parts and _SQL.search(text):
                 yield node.lineno, parts
 
@@ -195,9 +197,9 @@ class _Source:
 def unchecked(path: Path) -> Iterator[tuple[int, str]]:
     source = _Source(path)
     for line, parts in source.statements():
-        for each in parts:
-            if not source.is_good(each):
-                yield line, ast.unparse(each.value if isinstance(each, ast.FormattedValue) else each)
+        for part in parts:
+            if not source.is_good(part):
+                yield line, ast.unparse(part.value if isinstance(part, ast.FormattedValue) else part)
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -206,15 +208,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_what_is_put_into_sql_is_checked(path: Path) -> None:
     reviewed = REVIEWED.get(str(path.relative_to(PACKAGE)), {})
-    found = [(line, each) for line, each in unchecked(path) if each not in reviewed]
-    assert not found, (
+    unreviewed = [(line, expression) for line, expression in unchecked(path) if expression not in reviewed]
+    assert not unreviewed, (
         "quote it with core's ident(), bind it as $1, or write into REVIEWED why nobody outside can choose it"
     )
 
 
 def test_the_list_holds_nothing_that_is_gone() -> None:
     for name, reviewed in REVIEWED.items():
-        left = set(reviewed) - {each for _, each in unchecked(PACKAGE / name)}
+        left = set(reviewed) - {expression for _, expression in unchecked(PACKAGE / name)}
         assert not left, f"{name}: take {sorted(left)} from REVIEWED"
 
 

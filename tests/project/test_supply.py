@@ -21,27 +21,27 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 def locked(name: str) -> dict[str, list[Version]]:
     """Package -> its versions (more than one where they depend on the platform). Fails for a line without a hash."""
-    found: dict[str, list[Version]] = {}
+    versions: dict[str, list[Version]] = {}
     for entry in re.sub(r"\\\n\s*", "", (LOCKS / name).read_text("utf-8")).splitlines():
         requirement, *hashes = entry.split("--hash=")
         parsed = Requirement(requirement.strip())
-        assert hashes and all(re.fullmatch("sha256:[0-9a-f]{64} ?", each) for each in hashes), entry
+        assert hashes and all(re.fullmatch("sha256:[0-9a-f]{64} ?", hash) for hash in hashes), entry
         [pin] = parsed.specifier
         assert pin.operator == "==" and parsed.url is None
-        found.setdefault(canonicalize_name(parsed.name), []).append(Version(pin.version))
-    return found
+        versions.setdefault(canonicalize_name(parsed.name), []).append(Version(pin.version))
+    return versions
 
 
 def wanted(extra: str | None) -> list[Requirement]:
     """What pyproject.toml asks for, with the extras that an extra names."""
     lines = PROJECT["dependencies"] if extra is None else PROJECT["optional-dependencies"][extra]
-    found = []
-    for each in map(Requirement, lines):
-        if each.name == PROJECT["name"]:
-            found += [one for name in sorted(each.extras) for one in wanted(name)]
+    requirements = []
+    for requirement in map(Requirement, lines):
+        if requirement.name == PROJECT["name"]:
+            requirements += [one for name in sorted(requirement.extras) for one in wanted(name)]
         else:
-            found.append(each)
-    return found
+            requirements.append(requirement)
+    return requirements
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,11 @@ def wanted(extra: str | None) -> list[Requirement]:
 )
 def test_a_lock_fits_what_is_asked_for(lock: str, extras: list[str | None]) -> None:
     pins = locked(lock)
-    for each in [one for extra in extras for one in wanted(extra)]:
-        versions = pins.get(canonicalize_name(each.name), [])
-        assert versions and all(each.specifier.contains(one) for one in versions), f"{each}: run `make lock`"
+    for requirement in [one for extra in extras for one in wanted(extra)]:
+        versions = pins.get(canonicalize_name(requirement.name), [])
+        assert versions and all(requirement.specifier.contains(one) for one in versions), (
+            f"{requirement}: run `make lock`"
+        )
 
 
 def test_the_locks_agree_with_each_other_and_name_no_host() -> None:
@@ -59,16 +61,16 @@ def test_the_locks_agree_with_each_other_and_name_no_host() -> None:
     assert {name: dev.get(name) for name in runtime} == runtime
     [build] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["build-system"]["requires"]
     asked = Requirement(build)
-    assert all(asked.specifier.contains(each) for each in locked("build.lock")[asked.name])
+    assert all(asked.specifier.contains(version) for version in locked("build.lock")[asked.name])
     for path in LOCKS.iterdir():
         assert "://" not in path.read_text("utf-8"), path
 
 
 def test_the_image_installs_nothing_else() -> None:
     text = re.sub(r"\\\n\s*", "", (ROOT / "deploy" / "Dockerfile").read_text("utf-8"))
-    installs = [each.split("&&")[0] for each in text.split("pip install ")[1:]]
+    installs = [part.split("&&")[0] for part in text.split("pip install ")[1:]]
     assert len(installs) == 3
-    assert all("--require-hashes" in each or "--no-deps" in each for each in installs), installs
+    assert all("--require-hashes" in install or "--no-deps" in install for install in installs), installs
     assert "--no-build-isolation" in text  # else the builder would be fetched without a hash
 
 

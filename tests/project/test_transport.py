@@ -165,11 +165,11 @@ async def test_kafka_by_tls_and_each_wrong_certificate(kafka: Kafka) -> None:
         "CONSUMER_KAFKA_SECURITY_CA_FILE.*No such file": {"kafka_security_ca_file": "/nowhere.pem"},
     }
     for says, given in wrong.items():
-        with pytest.raises(Misconfigured, match=says) as found:
+        with pytest.raises(Misconfigured, match=says) as raised:
             await asyncio.wait_for(
                 KafkaConsumer(by_tls(kafka, **given), None).start(float("inf")), 30
             )  # a worker waits for ever
-        assert not isinstance(found.value, ServiceUnavailable)
+        assert not isinstance(raised.value, ServiceUnavailable)
     # A port without TLS may be a broker behind a proxy that is not up yet: waited for, and then told.
     with pytest.raises(ServiceUnavailable, match="CONSUMER_KAFKA_SECURITY_PROTOCOL=SSL"):
         await KafkaConsumer(by_tls(kafka, servers=kafka.bootstrap_servers), None).start(1)
@@ -179,8 +179,8 @@ def token(subject: str, seconds: float = 3600) -> str:
     """An unsigned token, as Kafka's own unsecured handler takes it."""
     now = time.time()
     claims = {"sub": subject, "iat": now - 1, "exp": now + seconds}
-    parts = [json.dumps(each).encode() for each in ({"alg": "none"}, claims)]
-    return ".".join(base64.urlsafe_b64encode(each).rstrip(b"=").decode() for each in parts) + "."
+    parts = [json.dumps(part).encode() for part in ({"alg": "none"}, claims)]
+    return ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts) + "."
 
 
 def by_sasl(kafka: Kafka, place: Place | None, **more: Any) -> Settings:
@@ -204,9 +204,9 @@ async def test_kafka_by_sasl_applies_messages_and_refuses_a_wrong_password(
     await consume_all(app, by_sasl(kafka, place, kafka_sasl_mechanism=mechanism))
     assert (await counts(app, place.dsn))["settle"]["applied"] == 20
     wrong = by_sasl(kafka, None, kafka_sasl_mechanism=mechanism, kafka_sasl_password="canary")
-    with pytest.raises(Misconfigured, match=r"refused the SASL credentials.*_PASSWORD") as found:
+    with pytest.raises(Misconfigured, match=r"refused the SASL credentials.*_PASSWORD") as raised:
         await asyncio.wait_for(KafkaConsumer(wrong, None).start(float("inf")), 30)
-    assert "canary" not in str(found.value)
+    assert "canary" not in str(raised.value)
 
 
 async def test_kafka_that_does_not_offer_a_mechanism_is_no_outage(kafka: Kafka) -> None:
@@ -267,9 +267,9 @@ async def test_tokens_that_are_refused_missing_or_expired_are_told(
         return by_sasl(kafka, None, kafka_sasl_mechanism="OAUTHBEARER", kafka_sasl_token_provider=path)
 
     for path in ("expired", "nonsense"):
-        with pytest.raises(Misconfigured, match=r"refused the SASL credentials.*_TOKEN_PROVIDER") as found:
+        with pytest.raises(Misconfigured, match=r"refused the SASL credentials.*_TOKEN_PROVIDER") as raised:
             await asyncio.wait_for(KafkaConsumer(wanted(f"{name}:{path}"), None).start(float("inf")), 30)
-        assert not isinstance(found.value, ServiceUnavailable) and "canary" not in str(found.value)
+        assert not isinstance(raised.value, ServiceUnavailable) and "canary" not in str(raised.value)
     for path, says in {"fails": "gave no token: RuntimeError", "number": "must return a token"}.items():
         with pytest.raises(ServiceUnavailable, match=says) as late:  # an identity provider may be away for a while
             await KafkaConsumer(wanted(f"{name}:{path}"), None).start(0.5)
@@ -310,11 +310,11 @@ async def test_the_documented_acls_are_enough(kafka: Kafka, place: Place, tmp_pa
     topic = await place.topic(2)
     app = paying(topic)
     page = (Path(__file__).parent.parent.parent / "docs" / "how-to" / "security.md").read_text()
-    lines = [each.split()[1:] for each in page.splitlines() if each.startswith("kafka-acls.sh ")]
+    lines = [line.split()[1:] for line in page.splitlines() if line.startswith("kafka-acls.sh ")]
     names = {"User:billing": "User:dave", "payments": topic, "billing": app.name}
-    given = [[names.get(each, each) for each in line] for line in lines]
+    given = [[names.get(word, word) for word in line] for line in lines]
     assert len(given) == 2
-    await asyncio.gather(*[asyncio.to_thread(kafka.acls, each) for each in given])
+    await asyncio.gather(*[asyncio.to_thread(kafka.acls, arguments) for arguments in given])
     settings = place.settings(
         kafka_bootstrap_servers=kafka.sasl_servers,
         kafka_security_protocol="SASL_PLAINTEXT",
@@ -324,8 +324,8 @@ async def test_the_documented_acls_are_enough(kafka: Kafka, place: Place, tmp_pa
     await place.send(topic, *payments(20))
     await consume_all(app, settings)
     assert (await counts(app, place.dsn))["settle"]["applied"] == 20
-    found = await verify(app, topic, settings=settings)
-    assert found.ok, found
+    findings = await verify(app, topic, settings=settings)
+    assert findings.ok, findings
     closed = await place.topic()  # and to him there is no other topic
     source = KafkaConsumer(settings, None)
     await source.start(10)
@@ -366,7 +366,7 @@ class TlsPostgres(Postgres):
         shutil.chown(kept, owner.st_uid, owner.st_gid)
         lines = {"ssl": "on", "ssl_cert_file": kept, "ssl_key_file": kept}
         (self.directory / "data" / "postgresql.auto.conf").write_text(
-            "".join(f"{name} = '{each}'\n" for name, each in lines.items())
+            "".join(f"{name} = '{line}'\n" for name, line in lines.items())
         )
         os.kill(self.pid, signal.SIGHUP)
 
@@ -485,7 +485,7 @@ async def tls_in_front(port: int, certificate: Path) -> AsyncIterator[int]:
             finally:
                 sink.close()
 
-        tasks.update(asyncio.create_task(each) for each in (pump(reader, ahead), pump(behind, writer)))
+        tasks.update(asyncio.create_task(direction) for direction in (pump(reader, ahead), pump(behind, writer)))
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
     try:
@@ -522,8 +522,8 @@ async def test_redis_by_tls_as_a_user_with_the_documented_rights(
         await consume_all(app, settings)
         await place.send(topic, *payments(30))
         await consume_all(app, settings)
-        found = (await counts(app, place.dsn))["settle"]
-        assert found["applied"] == 30 and found["duplicates"]["precheck"] == 30
+        outcome_counts = (await counts(app, place.dsn))["settle"]
+        assert outcome_counts["applied"] == 30 and outcome_counts["duplicates"]["precheck"] == 30
         stranger = Authority(tmp_path, "stranger")
         for given, says in [
             ({"redis_url": url, "redis_ca_file": str(stranger.file)}, "signed by nobody.*CONSUMER_REDIS_CA_FILE"),

@@ -49,7 +49,7 @@ def entry(partition: Partition, offset: int, applied_at: int | None, time: int =
 
 def taken(order: AppliedOrder, most: int = 1000) -> list[tuple[int, int]]:
     """Place of the partition and offset of what is handed out now."""
-    return [(PARTITIONS.index(each.delivery.partition), each.delivery.record.offset) for each in order.take(most)]
+    return [(PARTITIONS.index(entry.delivery.partition), entry.delivery.record.offset) for entry in order.take(most)]
 
 
 def test_partitions_follow_the_time_of_their_transactions() -> None:
@@ -128,7 +128,7 @@ def test_known_times_are_sorted_however_they_come(ats: list[list[int]], most: in
     order = AppliedOrder(PARTITIONS, lookahead=25)
     rest = {p: [entry(p, n, at) for n, at in enumerate(those)] for p, those in zip(PARTITIONS, ats, strict=True)}
     expected = sorted((at, place, offset) for place, those in enumerate(ats) for offset, at in enumerate(those))
-    found: list[tuple[int, int]] = []
+    offsets: list[tuple[int, int]] = []
     while rest:
         partition = chance.choice(sorted(rest))
         size = chance.randrange(1, 10)
@@ -136,10 +136,10 @@ def test_known_times_are_sorted_however_they_come(ats: list[list[int]], most: in
         rest[partition] = rest[partition][size:]
         if not rest[partition]:
             del rest[partition]
-        found += taken(order, most)
+        offsets += taken(order, most)
     while more := taken(order, most):
-        found += more
-    assert found == [(place, offset) for _, place, offset in expected]
+        offsets += more
+    assert offsets == [(place, offset) for _, place, offset in expected]
     assert order.held == 0
 
 
@@ -149,19 +149,19 @@ def test_what_has_no_effect_splits_no_transaction() -> None:
     entries = [entry(orders, offset, at) for offset, at in enumerate([None, 7, None, 7, 9, None, 9])]
     for place in (0, 2):
         entries[place].delivery.outcome = DUPLICATE[Cause.LEDGER]
-    offsets = [[each.delivery.record.offset for each in part] for part in transactions(entries)]
+    offsets = [[entry.delivery.record.offset for entry in part] for part in transactions(entries)]
     assert offsets == [[0], [1, 2, 3], [4], [5], [6]]
 
 
 def test_backlog_hands_out_blocks_and_says_which_is_the_last() -> None:
     backlog, partition = Backlog(), PARTITIONS[0]
     assert not backlog.holds(partition)
-    backlog.add(partition, [Rec(*partition, each) for each in range(5)], complete=False)
+    backlog.add(partition, [Rec(*partition, number) for number in range(5)], complete=False)
     taken, is_last = backlog.take(partition, 3)
-    assert [each.offset for each in taken] == [0, 1, 2] and not is_last
+    assert [record.offset for record in taken] == [0, 1, 2] and not is_last
     backlog.add(partition, [], complete=True)
     taken, is_last = backlog.take(partition, 3)
-    assert [each.offset for each in taken] == [3, 4] and is_last
+    assert [record.offset for record in taken] == [3, 4] and is_last
     assert not backlog.holds(partition)
     backlog.add(partition, [], complete=True)
     assert backlog.holds(partition) and backlog.take(partition, 3) == ([], True)

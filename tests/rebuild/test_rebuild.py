@@ -59,17 +59,17 @@ async def test_a_state_that_the_messages_made_agrees(place: Place) -> None:
     before = await all_rows(place.dsn)
     phases: list[tuple[str, int, int]] = []
     settings = place.settings(batch_messages_max=100)  # repeated in the same batch, and in others
-    found = await rebuilt(place, app, settings=settings, progress=lambda *each: phases.append(each))
-    assert found.agrees and not found.differences and not found.unknown
-    assert (found.messages, found.applied, found.repeated) == (350, 300, 50)
-    assert sum(each["until"] - each["from"] for each in found.ranges) == 350
-    assert {each["table"]: (each["rows"], each["rebuilt"], each["matched_by"]) for each in found.tables} == {
+    result = await rebuilt(place, app, settings=settings, progress=lambda *event: phases.append(event))
+    assert result.agrees and not result.differences and not result.unknown
+    assert (result.messages, result.applied, result.repeated) == (350, 300, 50)
+    assert sum(span["until"] - span["from"] for span in result.ranges) == 350
+    assert {table["table"]: (table["rows"], table["rebuilt"], table["matched_by"]) for table in result.tables} == {
         "public.accounts": (100, 100, ["id"]),
         "public.effects": (300, 300, []),
     }
     assert ("replay", 350, 350) in phases and phases[-1] == ("compare", 2, 2)
     assert await all_rows(place.dsn) == before
-    json.dumps(found.as_dict())
+    json.dumps(result.as_dict())
 
 
 async def test_messages_that_nothing_is_wrong_with_are_settled_together(
@@ -89,8 +89,8 @@ async def test_messages_that_nothing_is_wrong_with_are_settled_together(
     app = payments_app(topic)
     await place.send(topic, *[uuid_payment(f"p{n}", n % 7, n) for n in range(40)])
     await consume_all(app, place.settings())
-    found = await rebuilt(place, app)
-    assert found.agrees and (found.applied, found.failed) == (40, 0)
+    result = await rebuilt(place, app)
+    assert result.agrees and (result.applied, result.failed) == (40, 0)
     assert not by_itself
 
 
@@ -100,12 +100,12 @@ async def test_a_lost_effect_is_missing_and_has_its_message(place: Place) -> Non
     await place.send(topic, *[uuid_payment(f"p{n}", n % 3) for n in range(30)])
     await consume_all(app, place.settings())
     await query(place.dsn, "delete from effects where id = 'p7'")
-    found = await rebuilt(place, app)
-    assert not found.agrees
-    [each] = found.differences
-    assert each["kind"] == "missing" and each["count"] == 1
-    assert each["columns"]["id"] == {"real": None, "rebuilt": "p7"}
-    assert each["messages"] == [message_id("p7")]
+    result = await rebuilt(place, app)
+    assert not result.agrees
+    [difference] = result.differences
+    assert difference["kind"] == "missing" and difference["count"] == 1
+    assert difference["columns"]["id"] == {"real": None, "rebuilt": "p7"}
+    assert difference["messages"] == [message_id("p7")]
 
 
 async def test_a_doubled_effect_is_extra_and_the_balance_tells_by_which_message(place: Place) -> None:
@@ -115,8 +115,8 @@ async def test_a_doubled_effect_is_extra_and_the_balance_tells_by_which_message(
     await consume_all(app, place.settings())
     await query(place.dsn, "insert into effects values ('p9', 4, 109)")
     await query(place.dsn, "update accounts set balance = balance + 109 where id = 4")
-    found = await rebuilt(place, app)
-    balance, effect = sorted(found.differences, key=lambda each: each["table"])
+    result = await rebuilt(place, app)
+    balance, effect = sorted(result.differences, key=lambda difference: difference["table"])
     total = sum(100 + n for n in range(30))
     assert balance["key"] == {"id": "4"} and balance["kind"] == "different"
     assert balance["columns"] == {"balance": {"real": str(total + 109), "rebuilt": str(total)}}
@@ -132,16 +132,16 @@ async def test_what_no_message_made_has_no_message_and_a_changed_number_has_thos
     await consume_all(app, place.settings())
     await query(place.dsn, "insert into effects values ('nobody', 9, 9)")
     await query(place.dsn, "update accounts set balance = 1000 where id = 1")
-    found = await rebuilt(place, app)
-    assert differences(found) == [
+    result = await rebuilt(place, app)
+    assert differences(result) == [
         ("accounts", "different", ("1",), (("balance", "1000", "30"),)),
         ("effects", "extra", (), (("id", "nobody", None), ("account", "9", None), ("amount", "9", None))),
     ]
-    by_kind = {each["kind"]: each for each in found.differences}
+    by_kind = {difference["kind"]: difference for difference in result.differences}
     assert by_kind["extra"]["messages"] == []
     assert sorted(by_kind["different"]["messages"]) == sorted([message_id("a"), message_id("b")])
     assert not by_kind["different"]["explained"]
-    assert all(each["messages"] == [] for each in (await rebuilt(place, app, trace=False)).differences)
+    assert all(difference["messages"] == [] for difference in (await rebuilt(place, app, trace=False)).differences)
 
 
 async def test_rows_of_a_table_with_a_key_are_missing_extra_or_different_and_each_kind_is_told(place: Place) -> None:
@@ -157,19 +157,19 @@ async def test_rows_of_a_table_with_a_key_are_missing_extra_or_different_and_eac
     await query(place.dsn, "update items set price = 2 where order_id = 1")
     await query(place.dsn, "delete from items where order_id = 2")
     await query(place.dsn, "insert into items values (9, 1, 5), (9, 2, 5)")
-    found = await rebuilt(place, app, sample_max=6)
-    [table] = found.tables
+    result = await rebuilt(place, app, sample_max=6)
+    [table] = result.tables
     assert (table["rows"], table["rebuilt"]) == (42, 50)
     assert (table["missing"], table["extra"], table["different"]) == (10, 2, 10)
-    assert differences(found) == [
+    assert differences(result) == [
         ("items", "different", ("1", "0"), (("price", "2.00", "1.00"),)),
         ("items", "different", ("1", "1"), (("price", "2.00", "1.00"),)),
-        ("items", "extra", ("9", "1"), (("price", "5.00", None), *[(each, None, None) for each in NOTHING])),
-        ("items", "extra", ("9", "2"), (("price", "5.00", None), *[(each, None, None) for each in NOTHING])),
-        ("items", "missing", ("2", "0"), (("price", None, "1.00"), *[(each, None, None) for each in NOTHING])),
-        ("items", "missing", ("2", "1"), (("price", None, "1.00"), *[(each, None, None) for each in NOTHING])),
+        ("items", "extra", ("9", "1"), (("price", "5.00", None), *[(column, None, None) for column in NOTHING])),
+        ("items", "extra", ("9", "2"), (("price", "5.00", None), *[(column, None, None) for column in NOTHING])),
+        ("items", "missing", ("2", "0"), (("price", None, "1.00"), *[(column, None, None) for column in NOTHING])),
+        ("items", "missing", ("2", "1"), (("price", None, "1.00"), *[(column, None, None) for column in NOTHING])),
     ]
-    by_key = {tuple(each["key"].values()): each["messages"] for each in found.differences}
+    by_key = {tuple(difference["key"].values()): difference["messages"] for difference in result.differences}
     assert by_key["1", "0"] == [message_id("m10")] and by_key["2", "1"] == [message_id("m21")] and not by_key["9", "1"]
 
 
@@ -190,8 +190,8 @@ async def test_a_lost_delete_has_the_messages_that_made_the_row_and_that_removed
     await consume_all(app, place.settings())
     assert (await rebuilt(place, app)).agrees
     await query(place.dsn, INSERT, "3", 1, 1)
-    [each] = (await rebuilt(place, app)).differences
-    assert each["kind"] == "extra" and each["messages"] == [message_id("m3"), message_id("m13")]
+    [difference] = (await rebuilt(place, app)).differences
+    assert difference["kind"] == "extra" and difference["messages"] == [message_id("m3"), message_id("m13")]
 
 
 async def test_effects_from_before_the_framework_are_compared_without_a_ledger(place: Place) -> None:
@@ -204,14 +204,17 @@ async def test_effects_from_before_the_framework_are_compared_without_a_ledger(p
         if n != 5:
             await query(place.dsn, INSERT, f"p{n}", n % 4, 1)
             await query(place.dsn, UPDATE, n % 4, 1)
-    found = await rebuilt(place, app)
-    assert [each[:3] for each in differences(found)] == [
+    result = await rebuilt(place, app)
+    assert [difference[:3] for difference in differences(result)] == [
         ("accounts", "different", ("0",)),
         ("accounts", "different", ("1",)),
         ("effects", "extra", ()),
         ("effects", "missing", ()),
     ]
-    extra, missing = (next(each for each in found.differences if each["kind"] == kind) for kind in ("extra", "missing"))
+    extra, missing = (
+        next(difference for difference in result.differences if difference["kind"] == kind)
+        for kind in ("extra", "missing")
+    )
     assert extra["messages"] == [message_id("p0")] and missing["messages"] == [message_id("p5")]
     assert await value(place.dsn, "select count(*) from consumer.ledger") == 0
 
@@ -222,13 +225,13 @@ async def test_no_more_than_the_sample_is_told_of_a_table_and_all_is_counted(pla
     await place.send(topic, *[uuid_payment(f"p{n}", n) for n in range(50)])
     await mark_settled(place, app)
     await query(place.dsn, "insert into effects values ('x', 1, 1)")
-    found = await rebuilt(place, app, sample_max=5)
-    tables = {each["table"]: each for each in found.tables}
+    result = await rebuilt(place, app, sample_max=5)
+    tables = {table["table"]: table for table in result.tables}
     assert tables["public.effects"]["missing"] == 50 and tables["public.effects"]["extra"] == 1
     assert tables["public.accounts"]["different"] == 50
-    kinds = [each["kind"] for each in found.differences]
+    kinds = [difference["kind"] for difference in result.differences]
     assert (kinds.count("different"), kinds.count("missing"), kinds.count("extra")) == (5, 4, 1)
-    assert all(each["messages"] for each in found.differences if each["kind"] != "extra")
+    assert all(difference["messages"] for difference in result.differences if difference["kind"] != "extra")
 
 
 # -- what handlers do -----------------------------------------------------------------------------------------------------
@@ -259,11 +262,11 @@ async def agrees_after(place: Place, handle: Handle, messages: list[Sent], **opt
     await place.send(topic, *messages)
     await consume_all(app, place.settings())
     before = await all_rows(place.dsn)
-    found = await rebuilt(place, app, settings=place.settings(batch_messages_max=4))
-    assert differences(found) == [] and found.agrees and not found.unknown, (found.differences, found.unknown)
+    result = await rebuilt(place, app, settings=place.settings(batch_messages_max=4))
+    assert differences(result) == [] and result.agrees and not result.unknown, (result.differences, result.unknown)
     assert await all_rows(place.dsn) == before
-    assert found.applied == len({each.headers[0][1] for each in messages}) and not found.dead_lettered
-    return found
+    assert result.applied == len({message.headers[0][1] for message in messages}) and not result.dead_lettered
+    return result
 
 
 async def test_awaited_statements_savepoints_upserts_deletes_and_copy(place: Place) -> None:
@@ -291,14 +294,14 @@ async def test_awaited_statements_savepoints_upserts_deletes_and_copy(place: Pla
             tx.defer("delete from items where order_id = $1 and line = 1", n % 5)
         tx.defer("update orders set note = $2 where id = $1", n % 5, f"after {n}")
 
-    found = await agrees_after(place, handle, [each for n in range(3) for each in numbered(30)])
-    assert {each["table"]: each["matched_by"] for each in found.tables} == {
+    result = await agrees_after(place, handle, [message for n in range(3) for message in numbered(30)])
+    assert {table["table"]: table["matched_by"] for table in result.tables} == {
         "public.items": ["order_id", "line"],
         "public.orders": ["id"],
     }
     await query(place.dsn, 'update items set raw = \'{"a": 2, "b": 1}\', where_ = point(1, 3) where order_id = 1')
-    found = await rebuilt_again(place, handle)
-    assert {name for each in found.differences for name in each["columns"]} == {"raw", "where_"}
+    result = await rebuilt_again(place, handle)
+    assert {name for difference in result.differences for name in difference["columns"]} == {"raw", "where_"}
 
 
 _last: dict[str, App] = {}
@@ -321,9 +324,9 @@ async def test_batch_handlers_and_handlers_at_the_same_time(place: Place) -> Non
     async def book(payments: list[Payment], tx: Tx) -> None:
         await tx.execute(
             "insert into effects select * from unnest($1::text[], $2::int[], $3::bigint[])",
-            [each.id for each in payments],
-            [each.account for each in payments],
-            [each.amount for each in payments],
+            [payment.id for payment in payments],
+            [payment.account for payment in payments],
+            [payment.amount for payment in payments],
         )
 
     @app.handler(topic, concurrency=8)
@@ -334,9 +337,11 @@ async def test_batch_handlers_and_handlers_at_the_same_time(place: Place) -> Non
     await place.send(topic, *[uuid_payment(f"p{n}", n % 9) for n in range(60)])
     await consume_all(app, place.settings())
     await query(place.dsn, "delete from effects where id in ('p11', 'p12')")
-    found = await rebuilt(place, app)
-    assert sorted(each["messages"] for each in found.differences) == sorted([[message_id("p11")], [message_id("p12")]])
-    assert (found.messages, found.applied) == (60, 120)
+    result = await rebuilt(place, app)
+    assert sorted(difference["messages"] for difference in result.differences) == sorted(
+        [[message_id("p11")], [message_id("p12")]]
+    )
+    assert (result.messages, result.applied) == (60, 120)
 
 
 async def test_numbers_and_times_that_a_rebuild_cannot_give_again_are_left_out(place: Place) -> None:
@@ -360,9 +365,9 @@ async def test_numbers_and_times_that_a_rebuild_cannot_give_again_are_left_out(p
     await query(place.dsn, "select nextval('numbered_id_seq') from generate_series(1, 10)")
     await consume_all(app, place.settings())
     before = await all_rows(place.dsn)
-    found = await rebuilt(place, app)
-    assert found.agrees and await all_rows(place.dsn) == before
-    tables = {each["table"]: each for each in found.tables}
+    result = await rebuilt(place, app)
+    assert result.agrees and await all_rows(place.dsn) == before
+    tables = {table["table"]: table for table in result.tables}
     assert tables["public.numbered"]["matched_by"] == ["n"]
     assert tables["public.numbered"]["ignored"] == {
         "id": "default nextval('numbered_id_seq'::regclass)",
@@ -376,11 +381,13 @@ async def test_numbers_and_times_that_a_rebuild_cannot_give_again_are_left_out(p
         "who": "default CURRENT_USER",
         "code": "default ('no. '::text || nextval('hidden.numbers'::regclass))",
     }
-    found = await rebuilt(place, app, compare=["made.id", "made_at"], trace=False)
-    tables = {each["table"]: each for each in found.tables}
+    result = await rebuilt(place, app, compare=["made.id", "made_at"], trace=False)
+    tables = {table["table"]: table for table in result.tables}
     assert tables["public.made"]["matched_by"] == ["id"] and tables["public.made"]["missing"] == 0
     assert tables["public.numbered"]["different"] == 0  # two rebuilds give two times
-    assert [each["kind"] for each in found.unknown] == ["depends_on_order"] and "made_at" in found.unknown[0]["text"]
+    assert [unknown["kind"] for unknown in result.unknown] == ["depends_on_order"] and "made_at" in result.unknown[0][
+        "text"
+    ]
 
 
 async def test_a_default_that_handlers_never_leave_to_the_database_is_compared(place: Place) -> None:
@@ -394,9 +401,9 @@ async def test_a_default_that_handlers_never_leave_to_the_database_is_compared(p
     await place.send(topic, *numbered(3))
     await consume_all(app, place.settings())
     await query(place.dsn, "update docs set n = 99 where n = 2")
-    found = await rebuilt(place, app)
-    assert found.tables[0]["matched_by"] == ["id"] and found.tables[0]["ignored"] == {}
-    assert differences(found) == [("docs", "different", (message_id("2"),), (("n", "99", "2"),))]
+    result = await rebuilt(place, app)
+    assert result.tables[0]["matched_by"] == ["id"] and result.tables[0]["ignored"] == {}
+    assert differences(result) == [("docs", "different", (message_id("2"),), (("n", "99", "2"),))]
 
 
 async def test_strange_names_and_other_schemas_of_the_path(place: Place) -> None:
@@ -412,14 +419,16 @@ async def test_strange_names_and_other_schemas_of_the_path(place: Place) -> None
             body["n"] % 2,
         )
 
-    found = await agrees_after(place, handle, numbered(20))
-    assert [(each["table"], each["matched_by"]) for each in found.tables] == [
+    result = await agrees_after(place, handle, numbered(20))
+    assert [(table["table"], table["matched_by"]) for table in result.tables] == [
         ("depot.stock", ["sku", "place"]),
         ('public.Strange "Name', ["Key Column"]),
     ]
     await query(place.dsn, 'update "Strange ""Name" set "a""b\'c" = 1 where "Key Column" = 4')
-    [each] = (await rebuilt_again(place, handle)).differences
-    assert each["columns"] == {"a\"b'c": {"real": "1", "rebuilt": "8"}} and each["messages"] == [message_id("m4")]
+    [difference] = (await rebuilt_again(place, handle)).differences
+    assert difference["columns"] == {"a\"b'c": {"real": "1", "rebuilt": "8"}} and difference["messages"] == [
+        message_id("m4")
+    ]
 
 
 async def test_a_table_that_is_only_read_is_read_where_it_is(place: Place) -> None:
@@ -430,9 +439,9 @@ async def test_a_table_that_is_only_read_is_read_where_it_is(place: Place) -> No
         price = await tx.fetchval("select price from prices where currency = $1", "USD")
         tx.defer(INSERT, f"{body['n']}", 1, int(rate * 10 + price))
 
-    found = await agrees_after(place, handle, numbered(3))
-    assert [each["table"] for each in found.tables] == ["public.effects"]
-    assert "only read, as they are now: public.prices, public.rates" in found.notes
+    result = await agrees_after(place, handle, numbered(3))
+    assert [table["table"] for table in result.tables] == ["public.effects"]
+    assert "only read, as they are now: public.prices, public.rates" in result.notes
 
 
 async def test_rows_that_nobody_inserts_are_the_real_ones_and_begin_with_the_defaults_of_what_is_updated(
@@ -447,11 +456,13 @@ async def test_rows_that_nobody_inserts_are_the_real_ones_and_begin_with_the_def
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         await tx.execute("update people set seen = $2, times = times + 1, at = now() where id = $1", body["n"] % 9, 1)
 
-    found = await agrees_after(place, handle, numbered(20))
-    [table] = found.tables
+    result = await agrees_after(place, handle, numbered(20))
+    [table] = result.tables
     assert table["ignored"] == {"at": "default now()"} and table["rebuilt"] == 20
     await query(place.dsn, "update people set seen = 5 where id = 15")  # no message is of 15
-    assert [each[:3] for each in differences(await rebuilt_again(place, handle))] == [("people", "different", ("15",))]
+    assert [difference[:3] for difference in differences(await rebuilt_again(place, handle))] == [
+        ("people", "different", ("15",))
+    ]
 
 
 async def test_a_merge_and_a_function_tell_that_they_insert_when_they_do(place: Place) -> None:
@@ -471,8 +482,8 @@ async def test_a_merge_and_a_function_tell_that_they_insert_when_they_do(place: 
         await tx.execute("delete from effects where id = 'nothing'")
         await tx.execute("select book($1, $2)", body["n"], 2)
 
-    found = await agrees_after(place, handle, numbered(10))
-    assert {each["table"]: each["rebuilt"] for each in found.tables} == {"public.accounts": 4, "public.effects": 10}
+    result = await agrees_after(place, handle, numbered(10))
+    assert {table["table"]: table["rebuilt"] for table in result.tables} == {"public.accounts": 4, "public.effects": 10}
 
 
 async def test_partitioned_tables_are_copied_as_one(place: Place) -> None:
@@ -488,11 +499,11 @@ async def test_partitioned_tables_are_copied_as_one(place: Place) -> None:
         tx.defer("insert into events values ($1, date '2020-12-25' + $1::int, 0)", n)
         tx.defer("update events set n = n + 1 where id = $1", n)
 
-    found = await agrees_after(place, handle, numbered(20))
-    assert found.tables[0]["table"] == "public.events" and found.tables[0]["rows"] == 20
+    result = await agrees_after(place, handle, numbered(20))
+    assert result.tables[0]["table"] == "public.events" and result.tables[0]["rows"] == 20
     await query(place.dsn, "update events_2 set n = 7 where id = 15")
-    [each] = (await rebuilt_again(place, handle)).differences
-    assert each["key"] == {"id": "15", "day": "2021-01-09"} and each["messages"] == [message_id("m15")]
+    [difference] = (await rebuilt_again(place, handle)).differences
+    assert difference["key"] == {"id": "15", "day": "2021-01-09"} and difference["messages"] == [message_id("m15")]
 
 
 async def test_constraints_that_are_checked_at_the_end_and_rows_that_go_with_others(place: Place) -> None:
@@ -513,8 +524,8 @@ async def test_constraints_that_are_checked_at_the_end_and_rows_that_go_with_oth
         if n % 3 == 0:
             await tx.execute("delete from heads where id = $1", n - 1)
 
-    found = await agrees_after(place, handle, numbered(12))
-    assert {each["table"]: each["rebuilt"] for each in found.tables} == {
+    result = await agrees_after(place, handle, numbered(12))
+    assert {table["table"]: table["rebuilt"] for table in result.tables} == {
         "public.heads": 8, "public.lines": 8, "public.ranks": 12,
     }  # fmt: skip
 
@@ -539,21 +550,25 @@ async def test_tables_without_a_key_count_rows_that_are_alike(place: Place) -> N
         await tx.execute("insert into ticks default values")
         await tx.execute("insert into strict values ($1)", n)  # a null cannot even be planned for it
 
-    found = await agrees_after(place, handle, numbered(9))
-    assert {each["table"]: (each["matched_by"], each["rebuilt"]) for each in found.tables} == {
+    result = await agrees_after(place, handle, numbered(9))
+    assert {table["table"]: (table["matched_by"], table["rebuilt"]) for table in result.tables} == {
         "public.loose": ([], 9), "public.ticks": ([], 9), "public.strict": ([], 9),
     }  # fmt: skip
     await query(place.dsn, "update loose set raw = '{\"a\":1}' where ctid = (select min(ctid) from loose where n = 1)")
     await query(place.dsn, "insert into ticks values (now())")
-    found = await rebuilt_again(place, handle)
-    tables = {each["table"]: (each["missing"], each["extra"], each["different"]) for each in found.tables}
+    result = await rebuilt_again(place, handle)
+    tables = {table["table"]: (table["missing"], table["extra"], table["different"]) for table in result.tables}
     assert tables == {"public.loose": (1, 1, 0), "public.ticks": (0, 1, 0), "public.strict": (0, 0, 0)}
-    missing = next(each for each in found.differences if each["kind"] == "missing")
+    missing = next(difference for difference in result.differences if difference["kind"] == "missing")
     assert missing["messages"] == [message_id("m1"), message_id("m4"), message_id("m7")]  # any of them: all are alike
     assert missing["columns"]["long"]["rebuilt"] == "1" * 199 + "…"
     await query(place.dsn, "update loose set n = 2 where n = 100")  # as if the updates had been lost
-    found = await rebuilt_again(place, handle)
-    lost = [each for each in found.differences if each["columns"].get("n") == {"real": "2", "rebuilt": None}]
+    result = await rebuilt_again(place, handle)
+    lost = [
+        difference
+        for difference in result.differences
+        if difference["columns"].get("n") == {"real": "2", "rebuilt": None}
+    ]
     assert lost[0]["count"] == 3 and lost[0]["messages"] == [message_id("m2"), message_id("m5"), message_id("m8")]
 
 
@@ -579,9 +594,9 @@ async def test_hot_rows_and_many_batches_stay_right(place: Place) -> None:
     await place.send(topic, *[uuid_payment(f"p{n}", n % 3, n) for n in range(9000)])
     await consume_all(app, place.settings())
     await query(place.dsn, "delete from effects where id = 'p4567'")
-    found = await rebuilt(place, app, settings=place.settings(batch_messages_max=500))
-    assert [each["messages"] for each in found.differences] == [[message_id("p4567")]]
-    assert found.applied == 9000
+    result = await rebuilt(place, app, settings=place.settings(batch_messages_max=500))
+    assert [difference["messages"] for difference in result.differences] == [[message_id("p4567")]]
+    assert result.applied == 9000
 
 
 # -- which messages -------------------------------------------------------------------------------------------------------
@@ -603,9 +618,9 @@ async def test_dead_letters_are_left_out_and_the_unreadable_are_counted(place: P
     await place.send(topic, *numbered(4), conflict, Sent(b"no json", id=message_id("x"), key="k"))
     await consume_all(app, place.settings())
     mended = True  # a deployment later: the message is still a dead letter, and its effects still not there
-    found = await rebuilt(place, app)
-    assert found.agrees and not found.unknown
-    assert (found.applied, found.dead_lettered, found.rejected, found.failed) == (
+    result = await rebuilt(place, app)
+    assert result.agrees and not result.unknown
+    assert (result.applied, result.dead_lettered, result.rejected, result.failed) == (
         1,
         5,
         0,
@@ -614,10 +629,10 @@ async def test_dead_letters_are_left_out_and_the_unreadable_are_counted(place: P
     # Without what the ledger knows, the handlers decide.
     await query(place.dsn, "delete from consumer.dead_letters")
     await query(place.dsn, "delete from consumer.ledger")
-    found = await rebuilt(place, app)
-    assert (found.applied, found.dead_lettered, found.rejected, found.unreadable) == (3, 0, 1, 1)
-    assert [each["kind"] for each in found.unknown] == ["id_conflict"]
-    assert sorted(each["columns"]["id"]["rebuilt"] for each in found.differences) == ["3", "4"]
+    result = await rebuilt(place, app)
+    assert (result.applied, result.dead_lettered, result.rejected, result.unreadable) == (3, 0, 1, 1)
+    assert [unknown["kind"] for unknown in result.unknown] == ["id_conflict"]
+    assert sorted(difference["columns"]["id"]["rebuilt"] for difference in result.differences) == ["3", "4"]
 
 
 async def test_a_handler_that_fails_makes_the_answer_uncertain_and_tells_no_payload(place: Place) -> None:
@@ -633,11 +648,13 @@ async def test_a_handler_that_fails_makes_the_answer_uncertain_and_tells_no_payl
     await place.send(topic, *numbered(4))
     await consume_all(app, place.settings())
     broken = True
-    found = await rebuilt(place, app)
-    assert (found.applied, found.failed) == (3, 1)
-    [unknown] = found.unknown
+    result = await rebuilt(place, app)
+    assert (result.applied, result.failed) == (3, 1)
+    [unknown] = result.unknown
     assert unknown["kind"] == "failed" and "handle: KeyError (1)" in unknown["text"] and "secret" not in unknown["text"]
-    assert [(each["kind"], each["columns"]["id"]["real"]) for each in found.differences] == [("extra", "2")]
+    assert [(difference["kind"], difference["columns"]["id"]["real"]) for difference in result.differences] == [
+        ("extra", "2")
+    ]
 
 
 async def test_a_message_that_needs_one_of_another_topic_is_tried_again_in_its_place(place: Place) -> None:
@@ -661,8 +678,8 @@ async def test_a_message_that_needs_one_of_another_topic_is_tried_again_in_its_p
         await until("a refund to wait", lambda: waits(place, app, refunds))
         await place.send(payments, *[uuid_payment(f"p{n}", n, 100) for n in range(40)])
         await drained(app, place.settings())
-    found = await rebuilt(place, app)
-    assert found.agrees and not found.unknown and found.applied == 160
+    result = await rebuilt(place, app)
+    assert result.agrees and not result.unknown and result.applied == 160
     assert await value(place.dsn, "select sum(amount) from effects") == 40 * 7
 
 
@@ -682,9 +699,9 @@ async def test_what_has_failed_is_tried_again_for_as_long_as_anything_is_gained(
     await mark_settled(place, app)
     for n in range(1, 7):
         await query(place.dsn, INSERT, str(n), 1, 1)
-    found = await rebuilt(place, app)
-    assert found.agrees and (found.applied, found.failed) == (6, 1)
-    assert [each["text"] for each in found.unknown] == [
+    result = await rebuilt(place, app)
+    assert result.agrees and (result.applied, result.failed) == (6, 1)
+    assert [unknown["text"] for unknown in result.unknown] == [
         "1 messages failed in the rebuild, so their effects are not in it: handle: LookupError (1)"
     ]
 
@@ -712,10 +729,10 @@ async def test_what_is_settled_above_a_position_counts_and_what_is_not_does_not(
     async with working(app, place.settings()):
         await until("the others to be settled", five)
         stuck.set()
-        found = await rebuilt(place, app)
-    assert found.agrees and (found.messages, found.applied) == (6, 5)
-    assert found.ranges[0]["until"] == 6
-    assert any("1 messages above the positions" in each for each in found.notes)
+        result = await rebuilt(place, app)
+    assert result.agrees and (result.messages, result.applied) == (6, 5)
+    assert result.ranges[0]["until"] == 6
+    assert any("1 messages above the positions" in note for note in result.notes)
 
 
 @pytest.mark.timeout(600)
@@ -746,8 +763,8 @@ async def test_a_worker_that_goes_on_makes_no_difference(place: Place) -> None:
         producing = asyncio.create_task(produce_on())
         try:
             for _ in range(3):
-                found = await rebuilt(place, other, settings=place.settings(batch_messages_max=100))
-                assert found.agrees and found.messages > 0, found.differences
+                result = await rebuilt(place, other, settings=place.settings(batch_messages_max=100))
+                assert result.agrees and result.messages > 0, result.differences
         finally:
             ended.set()
         count = await producing
@@ -759,16 +776,16 @@ async def test_ranges_that_cannot_be_known_are_no_guess(place: Place) -> None:
     topic = await place.topic(2)
     app = payments_app(topic)
     await place.send(topic, uuid_payment("a", partition=0))
-    found = await rebuilt(place, app)
-    assert [each["kind"] for each in found.unknown] == ["nothing_settled"] and found.tables == []
+    result = await rebuilt(place, app)
+    assert [unknown["kind"] for unknown in result.unknown] == ["nothing_settled"] and result.tables == []
     await mark_settled(place, app)
     await query(place.dsn, "update consumer.positions set next_offset = 99 where partition = 1")
-    found = await rebuilt(place, app)
-    assert [each["kind"] for each in found.unknown] == ["log_too_short"] and found.tables == []
+    result = await rebuilt(place, app)
+    assert [unknown["kind"] for unknown in result.unknown] == ["log_too_short"] and result.tables == []
     await query(place.dsn, "delete from consumer.positions where partition = 1")
-    found = await rebuilt(place, app)
-    assert not found.unknown and found.messages == 1
-    assert any(f"{topic}:1 has no position" in each for each in found.notes)
+    result = await rebuilt(place, app)
+    assert not result.unknown and result.messages == 1
+    assert any(f"{topic}:1 has no position" in note for note in result.notes)
 
 
 async def test_records_that_were_removed_need_a_base(place: Place) -> None:
@@ -783,18 +800,18 @@ async def test_records_that_were_removed_need_a_base(place: Place) -> None:
     await admin.start()
     await admin.delete_records({TopicPartition(topic, 0): RecordsToDelete(before_offset=4)})
     await admin.close()
-    found = await rebuilt(place, app)
-    assert [each["kind"] for each in found.unknown] == ["records_gone"] and found.tables == []
+    result = await rebuilt(place, app)
+    assert [unknown["kind"] for unknown in result.unknown] == ["records_gone"] and result.tables == []
     base = """
         insert into accounts select n, 0 from generate_series(0, 99) as n;  -- everybody; and then
         update accounts set balance = 4 where id = 1;
         insert into effects select 'p' || n, 1, 1 from generate_series(0, 3) as n
     """
-    found = await rebuilt(place, app, base=base)
-    assert found.agrees and found.messages == 6
-    assert f"{topic}:0 begins at offset 4: --base is taken for the state before that record" in found.notes
-    found = await rebuilt(place, app, base=base.replace("balance = 4", "balance = 3"))
-    assert differences(found) == [("accounts", "different", ("1",), (("balance", "10", "9"),))]
+    result = await rebuilt(place, app, base=base)
+    assert result.agrees and result.messages == 6
+    assert f"{topic}:0 begins at offset 4: --base is taken for the state before that record" in result.notes
+    result = await rebuilt(place, app, base=base.replace("balance = 4", "balance = 3"))
+    assert differences(result) == [("accounts", "different", ("1",), (("balance", "10", "9"),))]
 
 
 async def test_a_base_is_looked_at_like_a_handler(place: Place) -> None:
@@ -960,8 +977,8 @@ async def test_rows_whose_beginning_nobody_knows_ask_for_a_base(place: Place) ->
         await mark_settled(place, app)
         with pytest.raises(Misconfigured, match=f"{text}.*--base"):
             await rebuilt(place, app)
-    found = await rebuilt(place, app, base="insert into facts values (1, 1, 0), (2, 2, 2)")
-    assert found.agrees
+    result = await rebuilt(place, app, base="insert into facts values (1, 1, 0), (2, 2, 2)")
+    assert result.agrees
 
 
 async def test_columns_to_leave_out_are_checked_before_anything_runs(place: Place) -> None:
@@ -971,10 +988,10 @@ async def test_columns_to_leave_out_are_checked_before_anything_runs(place: Plac
     await consume_all(app, place.settings())
     await query(place.dsn, "update accounts set balance = 5 where id = 3")
     for name in ("balance", "accounts.balance", "public.accounts.balance"):
-        found = await rebuilt(place, app, ignore=[name])
-        assert found.agrees and found.tables[0]["ignored"] == {"balance": "--ignore"}
-    found = await rebuilt(place, app, ignore=["accounts.id"], trace=False)
-    assert found.tables[0]["matched_by"] == [] and (found.tables[0]["missing"], found.tables[0]["extra"]) == (1, 1)
+        result = await rebuilt(place, app, ignore=[name])
+        assert result.agrees and result.tables[0]["ignored"] == {"balance": "--ignore"}
+    result = await rebuilt(place, app, ignore=["accounts.id"], trace=False)
+    assert result.tables[0]["matched_by"] == [] and (result.tables[0]["missing"], result.tables[0]["extra"]) == (1, 1)
     for options, text in [
         ({"ignore": ["balanse"]}, "--ignore balanse: no table has such a column, did you mean balance"),
         ({"compare": ["effects.balance"]}, "--compare effects.balance: no table has such a column"),
@@ -1009,16 +1026,17 @@ async def test_what_was_not_replayed_is_told(place: Place) -> None:
     await place.send(first, uuid_payment("a", partition=0))
     await mark_settled(place, app)
     async with reader(place.settings()) as source, app.running():
-        found = await rebuild(app, place.settings(), source, [Partition(first, 0)], handlers=["both"])
-    notes = "\n".join(found.notes)
+        result = await rebuild(app, place.settings(), source, [Partition(first, 0)], handlers=["both"])
+    notes = "\n".join(result.notes)
     assert f"1 of 2 partitions of {first}" in notes
     assert "not run: other;" in notes
     assert f"handler both also takes {second}" in notes
     assert any(
-        "public.effects has triggers that do not run in a rebuild (told)" in each["text"] for each in found.unknown
+        "public.effects has triggers that do not run in a rebuild (told)" in unknown["text"]
+        for unknown in result.unknown
     )
-    found = await rebuilt(place, app, first)
-    assert "handler free opted out of the ledger and was left out" in found.notes
+    result = await rebuilt(place, app, first)
+    assert "handler free opted out of the ledger and was left out" in result.notes
 
 
 # -- ends -----------------------------------------------------------------------------------------------------------------
@@ -1101,8 +1119,8 @@ async def test_behind_a_pooler_it_works_too(place: Place) -> None:
     await place.send(topic, *[uuid_payment(f"p{n}", n % 3) for n in range(20)])
     await consume_all(app, place.settings())
     await query(place.dsn, "delete from effects where id = 'p4'")
-    found = await rebuilt(place, app, settings=place.settings(postgres_pooler=True))
-    assert [each["messages"] for each in found.differences] == [[message_id("p4")]]
+    result = await rebuilt(place, app, settings=place.settings(postgres_pooler=True))
+    assert [difference["messages"] for difference in result.differences] == [[message_id("p4")]]
 
 
 async def test_the_example_application_agrees(
@@ -1133,16 +1151,16 @@ async def test_the_example_application_agrees(
     settings = place.settings()
     await consume_all(billing, settings)
     before = await all_rows(database)
-    found = await rebuilt(place, billing)
-    assert found.agrees and not found.unknown, (found.differences, found.unknown)
-    assert found.dead_lettered > 0 and found.failed == 0
-    assert {each["table"] for each in found.tables} == {
+    result = await rebuilt(place, billing)
+    assert result.agrees and not result.unknown, (result.differences, result.unknown)
+    assert result.dead_lettered > 0 and result.failed == 0
+    assert {table["table"] for table in result.tables} == {
         "public.accounts", "public.audit_trail", "public.bookings", "public.payments", "public.receipts",
     }  # fmt: skip
     assert await all_rows(database) == before
     await query(
         database, "update accounts set balance = balance + 1030 where account = 2"
     )  # the payment of 30, doubled
-    found = await rebuilt(place, billing, "payments", "refunds")
-    account = next(each for each in found.differences if each["table"] == "public.accounts")
+    result = await rebuilt(place, billing, "payments", "refunds")
+    account = next(difference for difference in result.differences if difference["table"] == "public.accounts")
     assert account["explained"] and account["messages"] == [names[30]]

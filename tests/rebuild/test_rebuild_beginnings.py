@@ -68,17 +68,17 @@ async def test_deleted_row_that_messages_had_updated_is_a_reason(place: Place, w
                 tx.defer("update people set balance = balance + 5 where id = $1 and kind = 'a' and balance < 9", key)
 
     app = await after(place, handle, numbered(9))
-    found = await rebuilt(place, app)
-    assert found.agrees and not found.unknown
+    result = await rebuilt(place, app)
+    assert result.agrees and not result.unknown
     await query(place.dsn, "delete from people where id = 3")
-    found = await rebuilt(place, app)
-    assert found.agrees and unknown_kinds(found) == ["rows_gone"]
-    text = found.unknown[0]["text"]
+    result = await rebuilt(place, app)
+    assert result.agrees and unknown_kinds(result) == ["rows_gone"]
+    text = result.unknown[0]["text"]
     assert "public.people: 1 rows that handler handle updates by id are not there" in text
     assert message_id("m3") in text
     base = "insert into people (id, note) select n, 'seed ' || n from generate_series(1, 20) n"
-    found = await rebuilt(place, app, base=base)
-    assert not found.agrees and not found.unknown
+    result = await rebuilt(place, app, base=base)
+    assert not result.agrees and not result.unknown
 
 
 async def test_rows_that_were_never_there_are_no_reason(place: Place) -> None:
@@ -90,8 +90,8 @@ async def test_rows_that_were_never_there_are_no_reason(place: Place) -> None:
             raise Reject("nobody")
 
     app = await after(place, handle, numbered(30))
-    found = await rebuilt(place, app)
-    assert found.agrees and not found.unknown
+    result = await rebuilt(place, app)
+    assert result.agrees and not result.unknown
     await query(place.dsn, "delete from people where id = 20")
     [reason] = (await rebuilt(place, app)).unknown
     assert reason["kind"] == "rows_gone" and reason["count"] == 6  # 20, and 22 to 30
@@ -102,13 +102,13 @@ async def test_updates_of_rows_that_cannot_be_told_are_a_reason_once_rows_are_go
         await tx.execute("update people set balance = balance + 1 where id = any($1)", [body["n"], body["n"] + 1])
 
     app = await after(place, handle, numbered(5))
-    found = await rebuilt(place, app)
-    assert found.agrees and not found.unknown
+    result = await rebuilt(place, app)
+    assert result.agrees and not result.unknown
     await query(place.dsn, "delete from people where id = 2")
-    found = await rebuilt(place, app)
+    result = await rebuilt(place, app)
     assert (
-        unknown_kinds(found) == ["rows_gone"]
-        and "update balance of rows that cannot be told" in found.unknown[0]["text"]
+        unknown_kinds(result) == ["rows_gone"]
+        and "update balance of rows that cannot be told" in result.unknown[0]["text"]
     )
 
 
@@ -117,14 +117,16 @@ async def test_column_without_a_default_that_handlers_only_update_has_an_unknown
         tx.defer("update people set note = $2 where id = $1", body["n"], f"note {body['n']}")
 
     app = await after(place, handle, numbered(5))
-    found = await rebuilt(place, app)
-    assert not found.differences and unknown_kinds(found) == ["beginning_unknown"]
-    assert "public.people: 15 rows differ" in found.unknown[0]["text"] and "(columns note)" in found.unknown[0]["text"]
+    result = await rebuilt(place, app)
+    assert not result.differences and unknown_kinds(result) == ["beginning_unknown"]
+    assert (
+        "public.people: 15 rows differ" in result.unknown[0]["text"] and "(columns note)" in result.unknown[0]["text"]
+    )
     await query(place.dsn, "update people set note = 'lost' where id = 2")  # whatever it began with, a message wrote it
-    found = await rebuilt(place, app)
-    assert [each["key"] for each in found.differences] == [{"id": "2"}]
+    result = await rebuilt(place, app)
+    assert [difference["key"] for difference in result.differences] == [{"id": "2"}]
     base = "insert into people (id, note) select n, 'seed ' || n from generate_series(1, 20) n"
-    assert [each["key"] for each in (await rebuilt(place, app, base=base)).differences] == [{"id": "2"}]
+    assert [difference["key"] for difference in (await rebuilt(place, app, base=base)).differences] == [{"id": "2"}]
 
 
 async def test_balances_that_did_not_begin_with_the_default_are_no_fault(place: Place) -> None:
@@ -136,8 +138,8 @@ async def test_balances_that_did_not_begin_with_the_default_are_no_fault(place: 
         tx.defer("update people set balance = balance + $1 where id = 1", body["n"])
 
     app = await after(place, handle, numbered(5), tables)
-    found = await rebuilt(place, app)
-    assert not found.differences and unknown_kinds(found) == ["beginning_unknown"]
+    result = await rebuilt(place, app)
+    assert not result.differences and unknown_kinds(result) == ["beginning_unknown"]
     assert (await rebuilt(place, app, base="insert into people values (1, 100)")).agrees
 
 
@@ -151,20 +153,25 @@ async def test_upsert_into_a_table_with_rows_is_no_fault(place: Place, others: b
         tx.defer(upsert, f"s{body['n']}")
 
     app = await after(place, handle, numbered(5), f"{tables}; {'' if others else seeds}")
-    found = await rebuilt(place, app)
-    assert not found.differences
+    result = await rebuilt(place, app)
+    assert not result.differences
     if others:
-        assert found.agrees and not found.unknown
+        assert result.agrees and not result.unknown
         await query(place.dsn, "update stock set amount = amount + 1 where sku = 's2'")
         await query(place.dsn, "insert into stock values ('foreign', 1)")
-        found = await rebuilt(place, app)  # most rows are as if the table had been empty
-        assert sorted(each["kind"] for each in found.differences) == ["different", "extra"] and not found.unknown
+        result = await rebuilt(place, app)  # most rows are as if the table had been empty
+        assert (
+            sorted(difference["kind"] for difference in result.differences) == ["different", "extra"]
+            and not result.unknown
+        )
     else:
-        assert unknown_kinds(found) == ["beginning_unknown"] and "public.stock" in found.unknown[0]["text"]
+        assert unknown_kinds(result) == ["beginning_unknown"] and "public.stock" in result.unknown[0]["text"]
         assert (await rebuilt(place, app, base=seeds)).agrees
         await query(place.dsn, "delete from stock where sku = 's2'")
-        found = await rebuilt(place, app)
-        assert [(each["kind"], each["key"]["sku"]) for each in found.differences] == [("missing", "s2")]
+        result = await rebuilt(place, app)
+        assert [(difference["kind"], difference["key"]["sku"]) for difference in result.differences] == [
+            ("missing", "s2")
+        ]
 
 
 async def test_one_row_that_only_the_last_message_decides_is_a_fault_whatever_it_began_with(place: Place) -> None:
@@ -176,5 +183,5 @@ async def test_one_row_that_only_the_last_message_decides_is_a_fault_whatever_it
     app = await after(place, handle, numbered(3), tables)
     assert (await rebuilt(place, app)).agrees
     await query(place.dsn, "update latest set value = 2")
-    found = await rebuilt(place, app)
-    assert [each["kind"] for each in found.differences] == ["different"] and not found.unknown
+    result = await rebuilt(place, app)
+    assert [difference["kind"] for difference in result.differences] == ["different"] and not result.unknown

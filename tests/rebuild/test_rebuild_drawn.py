@@ -46,16 +46,16 @@ async def test_drawn_values_are_left_out_and_every_other_fault_is_found(place: P
 
     ddl = f"create function draw() returns float language sql volatile as 'select random()'; create table made ({columns})"
     app = await applied(place, ddl, handle)
-    found = await rebuilt(place, app)
-    assert found.agrees and not found.unknown and not found.differences
-    assert found.tables[0]["ignored"] == {"id": DRAWN}
-    assert any(note.startswith("public.made.id is drawn") for note in found.notes)
+    result = await rebuilt(place, app)
+    assert result.agrees and not result.unknown and not result.differences
+    assert result.tables[0]["ignored"] == {"id": DRAWN}
+    assert any(note.startswith("public.made.id is drawn") for note in result.notes)
     await query(place.dsn, "update made set n = 77 where n = 2")
-    found = await rebuilt(place, app)
-    assert not found.agrees and not found.unknown
+    result = await rebuilt(place, app)
+    assert not result.agrees and not result.unknown
     await query(place.dsn, "delete from made where n = 77")
-    found = await rebuilt(place, app)
-    assert [each["kind"] for each in found.differences] == ["missing"] and not found.unknown
+    result = await rebuilt(place, app)
+    assert [difference["kind"] for difference in result.differences] == ["missing"] and not result.unknown
 
 
 async def test_drawn_values_of_another_kind_or_null_are_no_proof(place: Place) -> None:
@@ -63,13 +63,13 @@ async def test_drawn_values_of_another_kind_or_null_are_no_proof(place: Place) -
         tx.defer("insert into made values ($1, $2)", str(uuid.uuid4()), body["n"])
 
     app = await applied(place, "create table made (id text, n int)", handle)
-    found = await rebuilt(place, app, compare=["made.id"])
-    assert unknown_kinds(found) == ["depends_on_order"]
+    result = await rebuilt(place, app, compare=["made.id"])
+    assert unknown_kinds(result) == ["depends_on_order"]
     await query(place.dsn, "update made set id = 'foreign' where n = 1")
     assert unknown_kinds(await rebuilt(place, app)) == ["depends_on_order"]
     await query(place.dsn, "update made set id = null where n = 1")
-    found = await rebuilt(place, app)
-    assert not found.agrees and not found.unknown
+    result = await rebuilt(place, app)
+    assert not result.agrees and not result.unknown
 
 
 async def test_column_that_is_drawn_in_some_rows_only_is_no_agreement(place: Place) -> None:
@@ -127,7 +127,7 @@ def _values(*hashes: int, length: int | None = None) -> Values:
 
 
 @pytest.mark.parametrize(
-    ("first", "again", "varying", "found"),
+    ("first", "again", "varying", "columns"),
     [
         ({"a": _values(1, 2)}, {"a": _values(3, 4)}, {"a"}, {"a"}),
         ({"a": _values(1, 2)}, {"a": _values(2, 4)}, {"a"}, set()),
@@ -140,8 +140,8 @@ def _values(*hashes: int, length: int | None = None) -> Values:
     ],
 )
 def test_drawn_columns_are_those_in_which_nothing_is_given_twice(
-    first: dict[str, Values], again: dict[str, Values], varying: set[str] | None, found: set[str]
+    first: dict[str, Values], again: dict[str, Values], varying: set[str] | None, columns: set[str]
 ) -> None:
-    told = {} if varying is None else {_MADE: varying}
-    mine, others = ({(_MADE, column): each for column, each in which.items()} for which in (first, again))
-    assert drawn(mine, others, told) == {(_MADE, column) for column in found}
+    varying_columns = {} if varying is None else {_MADE: varying}
+    mine, others = ({(_MADE, column): values for column, values in which.items()} for which in (first, again))
+    assert drawn(mine, others, varying_columns) == {(_MADE, column) for column in columns}

@@ -73,15 +73,17 @@ async def test_values_of_the_day_or_time_are_no_fault_later(place: Place, way: s
     await place.send(topic, *numbered(5))
     await consume_all(app, place.settings())
     await query(place.dsn, f"update made set {earlier}")
-    found = await rebuilt(place, app)
-    assert not found.differences
-    assert all(each["kind"] in UNSTABLE and "public.made" in each["text"] for each in found.unknown)
+    result = await rebuilt(place, app)
+    assert not result.differences
+    assert all(unknown["kind"] in UNSTABLE and "public.made" in unknown["text"] for unknown in result.unknown)
     await query(place.dsn, "delete from made where id = 3")
-    found = await rebuilt(place, app)
+    result = await rebuilt(place, app)
     if has_key:
-        assert [(each["kind"], each["key"]) for each in found.differences] == [("missing", {"id": "3"})]
+        assert [(difference["kind"], difference["key"]) for difference in result.differences] == [
+            ("missing", {"id": "3"})
+        ]
     else:
-        assert found.differences or found.unknown
+        assert result.differences or result.unknown
 
 
 async def test_counts_by_day_are_no_fault_later(place: Place) -> None:
@@ -96,8 +98,8 @@ async def test_counts_by_day_are_no_fault_later(place: Place) -> None:
     await consume_all(app, place.settings())
     assert (await rebuilt(place, app)).agrees
     await query(place.dsn, "update daily set day = day - 1")
-    found = await rebuilt(place, app)
-    assert not found.differences and unknown_kinds(found) and set(unknown_kinds(found)) <= set(UNSTABLE)
+    result = await rebuilt(place, app)
+    assert not result.differences and unknown_kinds(result) and set(unknown_kinds(result)) <= set(UNSTABLE)
 
 
 async def test_day_that_a_message_says_is_compared(place: Place) -> None:
@@ -115,12 +117,12 @@ async def test_day_that_a_message_says_is_compared(place: Place) -> None:
     app = app_with_handler(topic, handle)
     await place.send(topic, *numbered(8))
     await consume_all(app, place.settings())
-    found = await rebuilt(place, app)
-    assert found.agrees and not found.unknown
+    result = await rebuilt(place, app)
+    assert result.agrees and not result.unknown
     await query(place.dsn, "update due set day = day - 1 where id = 2")
     await query(place.dsn, "update due set deleted_on = null where id = 3")
-    found = await rebuilt(place, app)
-    assert [each["key"]["id"] for each in found.differences] == ["2", "3"] and not found.unknown
+    result = await rebuilt(place, app)
+    assert [difference["key"]["id"] for difference in result.differences] == ["2", "3"] and not result.unknown
 
 
 async def test_numbers_with_gaps_are_no_fault(place: Place) -> None:
@@ -137,8 +139,10 @@ async def test_numbers_with_gaps_are_no_fault(place: Place) -> None:
     await query(place.dsn, "select nextval('numbered_id_seq') from generate_series(1, 7)")
     await place.send(topic, *numbered(6)[3:])
     await consume_all(app, place.settings())
-    found = await rebuilt(place, app)
-    assert not found.differences and unknown_kinds(found) == ["depends_on_order"] and "id" in found.unknown[0]["text"]
+    result = await rebuilt(place, app)
+    assert (
+        not result.differences and unknown_kinds(result) == ["depends_on_order"] and "id" in result.unknown[0]["text"]
+    )
 
 
 async def test_keys_from_python_are_no_fault_in_any_table(place: Place) -> None:
@@ -151,8 +155,8 @@ async def test_keys_from_python_are_no_fault_in_any_table(place: Place) -> None:
     app = app_with_handler(topic, handle)
     await place.send(topic, *numbered(5))
     await consume_all(app, place.settings())
-    found = await rebuilt(place, app)
-    assert found.agrees and not found.unknown
+    result = await rebuilt(place, app)
+    assert result.agrees and not result.unknown
 
 
 async def test_id_on_two_partitions_is_replayed_from_where_it_was_applied(place: Place) -> None:
@@ -171,8 +175,8 @@ async def test_id_on_two_partitions_is_replayed_from_where_it_was_applied(place:
             for partition in (n % 2, 1 - n % 2):
                 await place.send(topic, Sent({"n": n}, id=message_id(f"m{n}"), partition=partition))
                 await drained(app, place.settings())
-    found = await rebuilt(place, app)
-    assert found.agrees and not found.unknown
+    result = await rebuilt(place, app)
+    assert result.agrees and not result.unknown
     await query(place.dsn, "update seen set at = at + 1 where id = (select max(id) from seen)")
     assert len((await rebuilt(place, app)).differences) == 1
 
@@ -197,9 +201,9 @@ async def test_trigger_that_sets_a_column_and_rule_are_reasons(place: Place) -> 
     app = app_with_handler(topic, handle)
     await place.send(topic, *numbered(3))
     await consume_all(app, place.settings())
-    found = await rebuilt(place, app)
-    assert sorted(unknown_kinds(found)) == ["rules", "triggers"]
-    assert "public.made" in found.unknown[0]["text"] and "public.other" in found.unknown[1]["text"]
+    result = await rebuilt(place, app)
+    assert sorted(unknown_kinds(result)) == ["rules", "triggers"]
+    assert "public.made" in result.unknown[0]["text"] and "public.other" in result.unknown[1]["text"]
 
 
 async def test_rebuilds_of_one_command_see_one_moment(place: Place) -> None:
@@ -230,8 +234,8 @@ async def test_rebuilds_of_one_command_see_one_moment(place: Place) -> None:
             going_on.start()
             going_on.join()
 
-    found = await rebuilt(place, app, tell=tell)
+    result = await rebuilt(place, app, tell=tell)
     assert moved and await query(place.dsn, "select n from totals") == [(25,)]
-    assert not found.unknown and [(each["kind"], each["key"]) for each in found.differences] == [
+    assert not result.unknown and [(difference["kind"], difference["key"]) for difference in result.differences] == [
         ("different", {"id": "1"})
     ]

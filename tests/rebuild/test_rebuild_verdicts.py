@@ -61,13 +61,13 @@ async def test_topics_settled_one_after_the_other_are_rebuilt_in_that_order(plac
             await drained(app, place.settings())
     assert await query(place.dsn, "select distinct status from orders") == [("shipped",)]
     await spread(place)
-    found = await rebuilt(place, app)
-    assert found.agrees and not found.unknown
+    result = await rebuilt(place, app)
+    assert result.agrees and not result.unknown
     await query(place.dsn, "update orders set status = 'paid' where id = '7'")
-    found = await rebuilt(place, app)
-    assert not found.agrees and not found.unknown
-    [each] = found.differences
-    assert each["columns"] == {"status": {"real": "paid", "rebuilt": "shipped"}}
+    result = await rebuilt(place, app)
+    assert not result.agrees and not result.unknown
+    [difference] = result.differences
+    assert difference["columns"] == {"status": {"real": "paid", "rebuilt": "shipped"}}
 
 
 @pytest.mark.parametrize("last", [0, 1])
@@ -83,11 +83,11 @@ async def test_the_last_writer_of_two_partitions_is_the_one_that_was_applied_las
         for n, partition in enumerate([1 - last, last, 1 - last, last]):
             await place.send(topic, Sent({"n": n}, id=message_id(f"m{n}"), partition=partition))
             await drained(app, place.settings())
-    found = await rebuilt(place, app)
-    assert found.agrees and not found.unknown
+    result = await rebuilt(place, app)
+    assert result.agrees and not result.unknown
     await query(place.dsn, "update latest set value = 2")
-    found = await rebuilt(place, app)  # the four transactions may have overlapped, as far as the ledger knows
-    assert unknown_kinds(found) == ["depends_on_order"] and "latest" in found.unknown[0]["text"]
+    result = await rebuilt(place, app)  # the four transactions may have overlapped, as far as the ledger knows
+    assert unknown_kinds(result) == ["depends_on_order"] and "latest" in result.unknown[0]["text"]
     await spread(place)
     assert not (await rebuilt(place, app)).agrees
 
@@ -105,12 +105,12 @@ async def test_a_lost_soft_delete_is_found_and_a_right_one_agrees(place: Place) 
     app = app_with_handler(topic, handle)
     await place.send(topic, *numbered(14))
     await consume_all(app, place.settings())
-    found = await rebuilt(place, app)
-    assert found.agrees and not found.unknown
+    result = await rebuilt(place, app)
+    assert result.agrees and not result.unknown
     await query(place.dsn, "update orders set deleted_at = null where id = '3'")
     await query(place.dsn, "update orders set deleted_at = now() where id = '9'")
-    found = await rebuilt(place, app)
-    assert [each["key"]["id"] for each in found.differences] == ["3", "9"] and not found.unknown
+    result = await rebuilt(place, app)
+    assert [difference["key"]["id"] for difference in result.differences] == ["3", "9"] and not result.unknown
 
 
 async def test_messages_that_cannot_be_read_any_more_are_a_reason_for_doubt(place: Place) -> None:
@@ -124,8 +124,8 @@ async def test_messages_that_cannot_be_read_any_more_are_a_reason_for_doubt(plac
     async def settle(payment: Renamed, tx: Tx) -> None:
         tx.defer("insert into effects values ($1, $2, 1)", payment.id, payment.branch)
 
-    found = await rebuilt(place, changed)
-    assert "unreadable_now" in unknown_kinds(found)
+    result = await rebuilt(place, changed)
+    assert "unreadable_now" in unknown_kinds(result)
 
 
 async def test_a_handler_that_writes_nothing_here_proves_nothing(place: Place) -> None:
@@ -142,8 +142,8 @@ async def test_a_handler_that_writes_nothing_here_proves_nothing(place: Place) -
     await consume_all(app, place.settings())
     assert not (await rebuilt(place, app)).unknown
     enabled = False
-    found = await rebuilt(place, app)
-    assert unknown_kinds(found) == ["nothing_compared"] and "settle" in found.unknown[0]["text"]
+    result = await rebuilt(place, app)
+    assert unknown_kinds(result) == ["nothing_compared"] and "settle" in result.unknown[0]["text"]
 
 
 async def test_tables_with_triggers_are_a_reason_for_doubt(place: Place) -> None:
@@ -169,10 +169,10 @@ async def test_values_that_python_draws_are_found_by_rebuilding_twice(place: Pla
     app = app_with_handler(topic, handle)
     await place.send(topic, *numbered(5))
     await consume_all(app, place.settings())
-    found = await rebuilt(place, app)
-    assert found.agrees and not found.unknown
-    found = await rebuilt(place, app, ignore=["effects.id"])
-    assert found.agrees and not found.unknown
+    result = await rebuilt(place, app)
+    assert result.agrees and not result.unknown
+    result = await rebuilt(place, app, ignore=["effects.id"])
+    assert result.agrees and not result.unknown
     await query(place.dsn, "delete from effects where account = 2")
     assert not (await rebuilt(place, app, ignore=["effects.id"])).agrees
 
@@ -218,8 +218,8 @@ async def test_a_transaction_of_a_batch_handler_is_replayed_as_a_whole(place: Pl
     await place.send(topic, *messages[:3], messages[0], *messages[3:])
     await consume_all(app, place.settings())
     for most in (1, 4, 100):
-        found = await rebuilt(place, app, settings=place.settings(batch_messages_max=most))
-        assert found.agrees and not found.unknown
+        result = await rebuilt(place, app, settings=place.settings(batch_messages_max=most))
+        assert result.agrees and not result.unknown
 
 
 async def test_rows_from_before_the_handlers_are_no_fault_of_theirs(place: Place) -> None:
@@ -233,14 +233,14 @@ async def test_rows_from_before_the_handlers_are_no_fault_of_theirs(place: Place
     app = app_with_handler(topic, handle)
     await place.send(topic, *numbered(2))
     await consume_all(app, place.settings())
-    found = await rebuilt(place, app)
-    assert found.agrees and not found.unknown and any("latest" in note for note in found.notes)
+    result = await rebuilt(place, app)
+    assert result.agrees and not result.unknown and any("latest" in note for note in result.notes)
     assert (await rebuilt(place, app, base=seeds)).agrees
     await query(place.dsn, "delete from latest where only_one = 3")
     assert (await rebuilt(place, app)).agrees
     await query(place.dsn, "insert into latest values (9, 9)")
-    found = await rebuilt(place, app)
-    assert [each["kind"] for each in found.differences] == ["extra"] and not found.unknown
+    result = await rebuilt(place, app)
+    assert [difference["kind"] for difference in result.differences] == ["extra"] and not result.unknown
 
 
 def keeping(topic: str) -> App:
@@ -260,11 +260,11 @@ async def test_after_a_restore_nothing_is_said_of_the_first_rows(place: Place) -
         await query(place.dsn, f"update {table} set {column} = {column}")
     assert (await rebuilt(place, app)).agrees
     await query(place.dsn, "insert into latest values (9, 9)")
-    found = await rebuilt(place, app)
-    assert unknown_kinds(found) == ["beginning_not_kept"] and "restored" in found.unknown[0]["text"]
+    result = await rebuilt(place, app)
+    assert unknown_kinds(result) == ["beginning_not_kept"] and "restored" in result.unknown[0]["text"]
     await query(place.dsn, "delete from latest where only_one = 1")
-    found = await rebuilt(place, app)  # a lost row is a fault
-    assert not found.unknown and {each["kind"] for each in found.differences} == {"missing", "extra"}
+    result = await rebuilt(place, app)  # a lost row is a fault
+    assert not result.unknown and {difference["kind"] for difference in result.differences} == {"missing", "extra"}
 
 
 async def test_a_changed_entry_of_a_handler_makes_no_first_rows_of_its_own(place: Place) -> None:
@@ -274,8 +274,8 @@ async def test_a_changed_entry_of_a_handler_makes_no_first_rows_of_its_own(place
     await consume_all(app, place.settings())
     await query(place.dsn, "insert into latest values (9, 9)")
     await query(place.dsn, "update consumer.handlers set name = name")  # as a new name, or another topic, does
-    found = await rebuilt(place, app)
-    assert not found.unknown and [each["kind"] for each in found.differences] == ["extra"]
+    result = await rebuilt(place, app)
+    assert not result.unknown and [difference["kind"] for difference in result.differences] == ["extra"]
 
 
 async def test_a_clock_that_stepped_back_makes_the_order_a_reason(place: Place) -> None:
@@ -292,12 +292,12 @@ async def test_a_clock_that_stepped_back_makes_the_order_a_reason(place: Place) 
         place.dsn,
         """update consumer.ledger set applied_at = applied_at - case when "offset" < 3 then 0 else 1 end * interval '1 hour'""",
     )
-    found = await rebuilt(place, app)  # the ledger's order ends with the third message
-    assert unknown_kinds(found) == ["depends_on_order"] and found.agrees
-    assert any("clock stepped back" in each for each in found.notes)
+    result = await rebuilt(place, app)  # the ledger's order ends with the third message
+    assert unknown_kinds(result) == ["depends_on_order"] and result.agrees
+    assert any("clock stepped back" in note for note in result.notes)
     await query(place.dsn, "delete from latest")  # missing in any order
-    found = await rebuilt(place, app)
-    assert [each["kind"] for each in found.differences] == ["missing"] and not found.unknown
+    result = await rebuilt(place, app)
+    assert [difference["kind"] for difference in result.differences] == ["missing"] and not result.unknown
 
 
 @pytest.mark.parametrize(
@@ -329,10 +329,10 @@ async def test_rows_from_before_the_handlers_stay_a_reason_where_they_may_be_a_f
         case "a function":
             await query(place.dsn, "create function touch() returns int language sql volatile as 'select 1'")
     rebuilding.append(True)
-    found = await rebuilt(place, app)
-    assert found.unknown or not found.agrees
+    result = await rebuilt(place, app)
+    assert result.unknown or not result.agrees
     expected = "beginning_not_kept" if doubt == "a restored ledger" else "began_with_rows"
-    assert expected in unknown_kinds(found) or doubt in ("a lost row", "a foreign row")
+    assert expected in unknown_kinds(result) or doubt in ("a lost row", "a foreign row")
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -363,5 +363,5 @@ async def test_message_that_a_new_handler_need_not_settle_is_no_conflict(place: 
         connection = await asyncpg.connect(place.dsn)
         await coverage.begin_here(connection, both, "b", [topic])
         await connection.close()
-    found = await rebuilt(place, both)
-    assert unknown_kinds(found) == ([] if declared else ["id_conflict"]) and found.agrees is declared
+    result = await rebuilt(place, both)
+    assert unknown_kinds(result) == ([] if declared else ["id_conflict"]) and result.agrees is declared

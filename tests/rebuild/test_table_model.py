@@ -73,10 +73,14 @@ WHOLE = [
 
 @given(st.lists(st.sampled_from(WHOLE)), st.sampled_from([";", " ;\n", "; ;", "; -- ;\n;", ";/* ; */;"]))
 def test_a_text_is_taken_apart_where_its_statements_end(texts: list[str], between: str) -> None:
-    assert [each.rstrip() for each in statements(between.join(texts))] == texts or "--" in between or "/*" in between
-    found = list(statements(between.join(texts)))
-    assert len(found) == len(texts)
-    assert all(text in each for text, each in zip(texts, found, strict=True))
+    assert (
+        [statement.rstrip() for statement in statements(between.join(texts))] == texts
+        or "--" in between
+        or "/*" in between
+    )
+    parts = list(statements(between.join(texts)))
+    assert len(parts) == len(texts)
+    assert all(text in statement for text, statement in zip(texts, parts, strict=True))
 
 
 @pytest.mark.parametrize("text", ["", ";", " ; ", "-- only a comment; so\n", "/* ; */"])
@@ -121,10 +125,10 @@ def test_a_copy_has_sequences_of_its_own_and_notes_uses_of_defaults_that_move() 
         number("fixed", default="7"),
         number("twice", generated=True),
     )
-    made, counters = Copier().copy(of)
-    assert made[0].startswith('create temp table "accounts" (like "public"."accounts" including all')
-    assert made.count('create temp sequence "numbers"') == 1
-    text = "\n".join(made[1:])
+    copied, counters = Copier().copy(of)
+    assert copied[0].startswith('create temp table "accounts" (like "public"."accounts" including all')
+    assert copied.count('create temp sequence "numbers"') == 1
+    text = "\n".join(copied[1:])
     assert "public" not in text and "'pg_temp.\"numbers\"'::regclass" in text
     assert set(counters) == {"n", "m", "at"} and len(set(counters.values())) == 3
     assert '"fixed"' not in text and '"twice"' not in text and '"id"' not in text
@@ -138,16 +142,19 @@ def test_names_in_the_one_schema_of_all_copies_do_not_meet() -> None:
     for schema in ("a", "b"):
         sequence = DefaultSequence(f"{schema}.s", "s")
         column = number("n", default=f"nextval('{schema}.s'::regclass)", sequences=(sequence,))
-        made, _ = copier.copy(table(column, name=Name(schema, f"in_{schema}")))
-        assert f'create temp sequence "{"s" if schema == "a" else "s_1"}"' in made
+        copied, _ = copier.copy(table(column, name=Name(schema, f"in_{schema}")))
+        assert f'create temp sequence "{"s" if schema == "a" else "s_1"}"' in copied
 
 
 def test_the_keys_of_a_copy_get_the_names_of_their_originals_even_if_those_are_crossed() -> None:
     of = Table(
         ACCOUNTS, 1, (), (), (Constraint("x", "UNIQUE (a)"), Constraint("y", "UNIQUE (b)"), Constraint("z", "U"))
     )
-    made = [Constraint("y", "UNIQUE (a)"), Constraint("x", "UNIQUE (b)"), Constraint("z", "U")]
-    steps = [each.removeprefix('alter table pg_temp."accounts" rename constraint ') for each in renamings(of, made)]
+    constraints = [Constraint("y", "UNIQUE (a)"), Constraint("x", "UNIQUE (b)"), Constraint("z", "U")]
+    steps = [
+        statement.removeprefix('alter table pg_temp."accounts" rename constraint ')
+        for statement in renamings(of, constraints)
+    ]
     assert steps == [
         '"y" to consumer_renamed_0', '"x" to consumer_renamed_1', 'consumer_renamed_0 to "x"', 'consumer_renamed_1 to "y"',
     ]  # fmt: skip
@@ -180,9 +187,9 @@ def test_what_a_copy_begins_with() -> None:
 def test_triggers_tell_what_is_not_known_yet_and_cost_nothing_for_what_is() -> None:
     of = table(number("id"), number("n"), number("m"), number("twice", generated=True))
     assert learning(0, of, TableUsage(inserted=True)) == []
-    made = "\n".join(learning(3, of, TableUsage(updated={"n"})))
-    assert "before insert" in made and '"n"' not in made and '"twice"' not in made
-    assert 'before update of "id", "m"' in made
+    sql = "\n".join(learning(3, of, TableUsage(updated={"n"})))
+    assert "before insert" in sql and '"n"' not in sql and '"twice"' not in sql
+    assert 'before update of "id", "m"' in sql
     assert len(learning(0, of, TableUsage(updated={"id", "n", "m"}))) == 2  # only those of an insert and a delete
     assert len(learning(0, of, TableUsage(updated={"id", "n", "m"}, deleted=True))) == 1
 
@@ -226,8 +233,8 @@ VIEW, PART = Name("public", "open_accounts"), Name("public", "accounts_1")
 
 
 def test_what_is_written_gets_a_copy_and_what_is_only_read_does_not() -> None:
-    found = judge([touch(ACCOUNTS, written=True), touch(EFFECTS, written=True, inserted=True), touch(VIEW, "v")], {})
-    assert found == (None, {ACCOUNTS: False, EFFECTS: True})
+    decision = judge([touch(ACCOUNTS, written=True), touch(EFFECTS, written=True, inserted=True), touch(VIEW, "v")], {})
+    assert decision == (None, {ACCOUNTS: False, EFFECTS: True})
     assert judge([touch(ACCOUNTS), touch(VIEW, "v"), touch(PART, "f"), touch(PART, part=True)], {}) == (None, {})
     assert judge([touch(ACCOUNTS, "p", written=True)], {}).copies == {ACCOUNTS: False}
 
@@ -248,9 +255,9 @@ def test_what_is_written_gets_a_copy_and_what_is_only_read_does_not() -> None:
     ],
 )
 def test_what_leaves_the_copies_is_refused(touches: list[TableAccess], refusal: str) -> None:
-    found = judge(touches, {ACCOUNTS: ACCOUNTS, VIEW: ACCOUNTS, PART: ACCOUNTS})
-    assert found.refusal is not None and refusal in found.refusal
-    assert found.copies == {}
+    decision = judge(touches, {ACCOUNTS: ACCOUNTS, VIEW: ACCOUNTS, PART: ACCOUNTS})
+    assert decision.refusal is not None and refusal in decision.refusal
+    assert decision.copies == {}
 
 
 # -- comparison -----------------------------------------------------------------------------------------------------------
@@ -288,7 +295,7 @@ def test_what_is_not_compared_and_why() -> None:
     assert every == {
         "id": "identity", "n": "--ignore", "at": "default now()", "twice": "generated", "stamp": "written as now()",
     }  # fmt: skip
-    back = {(ACCOUNTS, each) for each in ("id", "at", "twice", "stamp")}
+    back = {(ACCOUNTS, column) for column in ("id", "at", "twice", "stamp")}
     assert left_out(of, TableUsage(True), set(), back, {"id", "at"}, {"stamp"}) == {}
     # A row that was taken over begins with a default that moves, and no message says when.
     assert left_out(of, TableUsage(updated={"seen"}), set(), set(), set(), set()) == {

@@ -46,15 +46,15 @@ async def test_letters_that_a_worker_makes_during_the_check_are_there(
     await consume_all(app, place.settings())
     # A conflict and a message that cannot be read: the worker makes dead letters of them, and has not come to them yet.
     await place.send(topic, payment("a", amount=11), Sent(b"{", id="bad", key="1"))
-    found = await settled_meanwhile(place, app, topic, monkeypatch, settle=False)
-    assert found.verdict().exit_code == 1 and found.unsettled == found.unsettled_ahead == 2
-    assert "2 of them beyond the position" in found.problems()[0]["text"]
-    found = await settled_meanwhile(place, app, topic, monkeypatch, settle=True)
-    assert found.ok, found.problems()
-    assert outcome_counts(found) == {"delivered": 3, "applied": 1, "conflicts": 1, "unreadable": 1}
+    findings = await settled_meanwhile(place, app, topic, monkeypatch, settle=False)
+    assert findings.verdict().exit_code == 1 and findings.unsettled == findings.unsettled_ahead == 2
+    assert "2 of them beyond the position" in findings.problems()[0]["text"]
+    findings = await settled_meanwhile(place, app, topic, monkeypatch, settle=True)
+    assert findings.ok, findings.problems()
+    assert outcome_counts(findings) == {"delivered": 3, "applied": 1, "conflicts": 1, "unreadable": 1}
     await query(place.dsn, "delete from consumer.dead_letters where id = $1", ledger_id("a"))
-    found = await run_replay(place, app, topic)
-    assert found.verdict().exit_code == 1 and (found.unsettled, found.unsettled_ahead) == (1, 0)
+    findings = await run_replay(place, app, topic)
+    assert findings.verdict().exit_code == 1 and (findings.unsettled, findings.unsettled_ahead) == (1, 0)
 
 
 async def purge(place: Place, tmp_path: Path, hours: str = "0") -> None:
@@ -81,10 +81,10 @@ async def test_marks_in_redis_of_rows_that_the_ledger_forgot_are_not_wrong(place
     await place.send(topic, *[payment(f"p{n}") for n in range(5)])
     await consume_all(app, place.settings(ledger_clock_skew_hours=0, precheck_budget_ms=10_000))
     await purge(place, tmp_path)
-    found = await run_replay(place, app, topic, settings={"ledger_clock_skew_hours": 0})
-    assert found.precheck is not None and found.precheck["hits"] == 5
-    assert found.precheck["wrong"] == 0 and not found.problems()
-    assert [each["kind"] for each in found.unknowns()] == ["before_ledger"]
+    findings = await run_replay(place, app, topic, settings={"ledger_clock_skew_hours": 0})
+    assert findings.precheck is not None and findings.precheck["hits"] == 5
+    assert findings.precheck["wrong"] == 0 and not findings.problems()
+    assert [unknown["kind"] for unknown in findings.unknowns()] == ["before_ledger"]
 
 
 async def test_claims_that_are_lost_while_the_ledger_turns_are_no_writes(place: Place) -> None:
@@ -93,8 +93,11 @@ async def test_claims_that_are_lost_while_the_ledger_turns_are_no_writes(place: 
     await place.send(topic, *[payment(f"p{n}") for n in range(5)])
     await consume_all(app, place.settings())
     for version in range(1, 5):  # from every step of a turn to the next one
-        found = await run_replay(place, app, topic)
-        assert found.ok and outcome_counts(found) == {"delivered": 5, "applied": 5}, (version, found.problems())
+        findings = await run_replay(place, app, topic)
+        assert findings.ok and outcome_counts(findings) == {"delivered": 5, "applied": 5}, (
+            version,
+            findings.problems(),
+        )
         assert await query(place.dsn, "select consumer.turn($1)", version)
 
 
@@ -121,15 +124,17 @@ async def test_rebuild_leaves_out_what_a_new_handler_need_not_settle(place: Plac
     await consume_all(app, place.settings())
     await place.send(topic, *[payment(f"q{n}") for n in range(10)])
     await consume_all(both, place.settings())
-    found = await rebuild(place, both, topic)
-    assert found.verdict().exit_code == 1, "the new handler has missed what was before it, and nobody said that it may"
+    findings = await rebuild(place, both, topic)
+    assert findings.verdict().exit_code == 1, (
+        "the new handler has missed what was before it, and nobody said that it may"
+    )
     await declare(place, topic, 10)
-    found = await rebuild(place, both, topic)
-    assert found.ok, [*found.problems(), *found.unknowns()]
-    assert any("10 messages were left out" in each for each in found.notes)
+    findings = await rebuild(place, both, topic)
+    assert findings.ok, [*findings.problems(), *findings.unknowns()]
+    assert any("10 messages were left out" in note for note in findings.notes)
     await query(place.dsn, "delete from effects where id = 'record q3'")
-    found = await rebuild(place, both, topic)
-    assert found.verdict().exit_code == 1
+    findings = await rebuild(place, both, topic)
+    assert findings.verdict().exit_code == 1
 
 
 async def test_conflicts_that_a_new_handler_need_not_settle_are_no_problem(place: Place) -> None:
@@ -142,12 +147,12 @@ async def test_conflicts_that_a_new_handler_need_not_settle_are_no_problem(place
     await consume_all(both, place.settings())
     await declare(place, topic, 3)
     for options in ({}, {"end": "position"}, {"message_id": "a"}):
-        found = await run_replay(place, both, topic, **options)
-        assert found.ok, [*found.problems(), *found.unknowns()]
-    assert outcome_counts(found, "record") == {"delivered": 4, "skipped": 1, "applied": 2, "conflicts": 1}
+        findings = await run_replay(place, both, topic, **options)
+        assert findings.ok, [*findings.problems(), *findings.unknowns()]
+    assert outcome_counts(findings, "record") == {"delivered": 4, "skipped": 1, "applied": 2, "conflicts": 1}
     await query(place.dsn, 'delete from consumer.dead_letters where "offset" = 4 returning 1')
-    found = await run_replay(place, both, topic)
-    assert found.verdict().exit_code == 1 and found.unsettled == 2
+    findings = await run_replay(place, both, topic)
+    assert findings.verdict().exit_code == 1 and findings.unsettled == 2
 
 
 @pytest.mark.parametrize("delivered_again", [False, True])
@@ -161,17 +166,17 @@ async def test_rebuild_does_not_guess_about_what_the_ledger_forgot(
     await place.send(topic, *[payment(f"p{n}") for n in range(10)])
     await consume_all(app, settings)
     await purge(place, tmp_path)
-    found = await rebuild(place, app, topic)
-    assert found.ok, "below the position everything was settled, whatever the ledger remembers"
+    findings = await rebuild(place, app, topic)
+    assert findings.ok, "below the position everything was settled, whatever the ledger remembers"
     await query(place.dsn, "update consumer.positions set next_offset = 4 returning 1")
     if delivered_again:
         await consume_all(app, settings)
         assert await place.reasons() == ["too_old"] * 6
     else:
         await place.send(topic, payment("new"))
-    found = await rebuild(place, app, topic)
-    assert found.verdict().exit_code == 2, found.problems()
-    [doubt] = found.unknowns()
+    findings = await rebuild(place, app, topic)
+    assert findings.verdict().exit_code == 2, findings.problems()
+    [doubt] = findings.unknowns()
     assert (
         "the ledger has forgotten" in doubt["text"] and f"settle 6; the first is {topic}:0 at offset 4" in doubt["text"]
     )

@@ -36,7 +36,7 @@ def full() -> dict[str, Any]:
     """Findings with something in every place."""
     timeline = Timeline()
     for name, number in (("applied", 9000), ("repeated", 700), ("dead_lettered", 90), ("missing", 1)):
-        timeline.add([START + each * 7_200_000 // number for each in range(number)], name)
+        timeline.add([START + n * 7_200_000 // number for n in range(number)], name)
     timeline.add([-1, 0], "applied")
     settle = counts(delivered=200_000, applied=190_999, repeated=9_000, missing=1, applied_now=3)
     return {
@@ -164,24 +164,24 @@ class Parsed(HTMLParser):
         return "".join(self.texts)
 
     def named(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for each, attributes in self.elements if each == tag]
+        return [attributes for element, attributes in self.elements if element == tag]
 
 
-def leaves(found: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    if isinstance(found, dict | list) and found:
-        for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if isinstance(tree, dict | list) and tree:
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from leaves(value, (*path, key))
     else:
-        yield path, found
+        yield path, tree
 
 
-def changed(found: Any, change: Callable[[tuple[Any, ...], Any], Any], path: tuple[Any, ...] = ()) -> Any:
+def changed(tree: Any, change: Callable[[tuple[Any, ...], Any], Any], path: tuple[Any, ...] = ()) -> Any:
     """A copy with each leaf as `change` makes it."""
-    if isinstance(found, dict) and found:
-        return {key: changed(value, change, (*path, key)) for key, value in found.items()}
-    if isinstance(found, list) and found:
-        return [changed(value, change, (*path, number)) for number, value in enumerate(found)]
-    return change(path, found)
+    if isinstance(tree, dict) and tree:
+        return {key: changed(value, change, (*path, key)) for key, value in tree.items()}
+    if isinstance(tree, list) and tree:
+        return [changed(value, change, (*path, number)) for number, value in enumerate(tree)]
+    return change(path, tree)
 
 
 # Names that come from elsewhere: of handlers, tables, columns and filters, and of outcomes that we do not know.
@@ -211,7 +211,7 @@ def payload(number: int, unseen: str) -> str:
 
 def hostile(unseen: str) -> tuple[dict[str, Any], int]:
     """Findings in which every text, and every name that is not ours, is an attack; and how many there are."""
-    found, number = full(), 0
+    findings, number = full(), 0
 
     def next_payload() -> str:
         nonlocal number
@@ -224,14 +224,14 @@ def hostile(unseen: str) -> tuple[dict[str, Any], int]:
             return value
         return next_payload()
 
-    found = changed(found, attack)
+    findings = changed(findings, attack)
     for path in FREE:
-        place = found
+        place = findings
         for step in path:
             place = place[step]
         for name in list(place)[:1]:
             place[next_payload()] = place.pop(name)
-    return found, number
+    return findings, number
 
 
 # Text that can be seen as it is takes a shorter way.
@@ -242,9 +242,9 @@ HOSTILE_SEEN = hostile("")[0]
 # -- what is in it ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("found", [HOSTILE, HOSTILE_SEEN], ids=["unseen", "seen"])
-def test_whatever_the_findings_hold_is_text(found: dict[str, Any]) -> None:
-    source = render(found)
+@pytest.mark.parametrize("findings", [HOSTILE, HOSTILE_SEEN], ids=["unseen", "seen"])
+def test_whatever_the_findings_hold_is_text(findings: dict[str, Any]) -> None:
+    source = render(findings)
     source.encode("utf-8")  # the half of a surrogate is an escape by now
     assert not set(source) & {"\x00", "\x1b", "\u202e", "\u200b", "\ud800"}
     parsed = Parsed(source)
@@ -252,40 +252,44 @@ def test_whatever_the_findings_hold_is_text(found: dict[str, Any]) -> None:
     names = {name for _, attributes in parsed.elements for name in attributes}
     assert not any(name.startswith("on") or name in {"src", "href", "xlink:href", "srcset", "action"} for name in names)
     shown = set(re.findall(r"number(\d+)\.", parsed.text))
-    assert shown == {str(each) for each in range(1, ATTACKS + 1)}
+    assert shown == {str(number) for number in range(1, ATTACKS + 1)}
     for escaped in (r"\x00", r"\x1b", r"\n", r"\u202e", r"\u200b", r"\ud800"):
-        assert (f'<span class="esc">{escaped}</span>' in source) == (found is HOSTILE)
+        assert (f'<span class="esc">{escaped}</span>' in source) == (findings is HOSTILE)
 
 
 def test_it_fetches_nothing_and_runs_nothing() -> None:
     source = render(full())
     parsed = Parsed(source)
     assert source.startswith("<!doctype html>\n<html")
-    assert "default-src 'none'; style-src 'unsafe-inline'" in [each.get("content") for each in parsed.named("meta")]
+    assert "default-src 'none'; style-src 'unsafe-inline'" in [
+        attributes.get("content") for attributes in parsed.named("meta")
+    ]
     assert not {"script", "link", "img", "iframe", "base", "form", "a", "use"} & {tag for tag, _ in parsed.elements}
     assert "url(" not in parsed.style and "@import" not in parsed.style and "<" not in parsed.style
 
 
 def test_every_number_is_there() -> None:
     number = 0
-    told: dict[tuple[Any, ...], int] = {}
+    numbers: dict[tuple[Any, ...], int] = {}
 
     def count(path: tuple[Any, ...], value: Any) -> Any:
         nonlocal number
         if isinstance(value, bool) or not isinstance(value, int) or path[-1] == "width_seconds":
             return value
         number += 1
-        told[path] = 1_000_000 + number * 1009
-        return told[path]
+        numbers[path] = 1_000_000 + number * 1009
+        return numbers[path]
 
-    found = changed(full(), count)
-    parsed = Parsed(render(found))
+    findings = changed(full(), count)
+    parsed = Parsed(render(findings))
     words = set(re.findall(r"[\d,]+\d", "|".join(parsed.texts)))
     # A key or a filter is a value, not a count: it is shown as it is.
-    values = {path for path in told if "key" in path or path[0] == "filters"}
-    missing = {path for path, each in told.items() if (str(each) if path in values else f"{each:,}") not in words}
+    values = {path for path in numbers if "key" in path or path[0] == "filters"}
+    missing = {
+        path for path, number in numbers.items() if (str(number) if path in values else f"{number:,}") not in words
+    }
     assert missing == set()
-    assert len(told) > 300
+    assert len(numbers) > 300
 
 
 def test_values_are_told_from_their_absence() -> None:
@@ -293,9 +297,9 @@ def test_values_are_told_from_their_absence() -> None:
     assert "null" in parsed.texts and "empty text" in parsed.texts and "no usable time" in parsed.texts
     assert "None" not in parsed.text
     # A row that the database lacks has no values there, not even null ones.
-    found = full()
-    del found["rebuild"]["differences"][0]
-    parsed = Parsed(render(found))
+    findings = full()
+    del findings["rebuild"]["differences"][0]
+    parsed = Parsed(render(findings))
     assert "null" not in parsed.texts and "database" not in parsed.texts and "12" in parsed.texts
 
 
@@ -322,7 +326,11 @@ def test_the_verdict_is_the_heading(change: dict[str, Any], headline: str) -> No
     assert [tag for tag, _ in parsed.elements].count("h1") == 1
     assert f"<title>billing: {headline}</title>" in source
     assert (OK in source) == (headline == OK)
-    kinds = [each["class"] for each in parsed.named("div") if (each.get("class") or "").startswith("verdict")]
+    kinds = [
+        attributes["class"]
+        for attributes in parsed.named("div")
+        if (attributes.get("class") or "").startswith("verdict")
+    ]
     assert kinds == [f"verdict {change['verdict'] if change['verdict'] != 'surely' else 'unknown'}"]
 
 
@@ -332,10 +340,10 @@ def test_beside_a_good_verdict_its_reason_stands_once() -> None:
 
 
 def test_that_only_a_part_was_looked_at_stands_beside_the_verdict() -> None:
-    told = "Only a part was looked at"
-    assert f"{told}: key 7; handlers settle; partitions payments = 3, 4" in Parsed(render(full())).text
+    heading = "Only a part was looked at"
+    assert f"{heading}: key 7; handlers settle; partitions payments = 3, 4" in Parsed(render(full())).text
     for filters in ({}, None, {"key": None, "message_id": None, "handlers": None, "partitions": None}):
-        assert told not in Parsed(render({**full(), "filters": filters})).text
+        assert heading not in Parsed(render({**full(), "filters": filters})).text
 
 
 SECTIONS = {
@@ -364,15 +372,15 @@ def test_the_sections_stand_in_their_order() -> None:
 
 @pytest.mark.parametrize(("name", "heading"), SECTIONS.items())
 def test_what_is_absent_is_left_out(name: str, heading: str) -> None:
-    found = full()
-    before = Parsed(render(found)).headings
+    findings = full()
+    before = Parsed(render(findings)).headings
     assert heading in before
     gone = {heading, "Differences"} if name == "rebuild" else {heading}
-    expected = [each for each in before if each not in gone]
-    del found[name]
-    assert Parsed(render(found)).headings == expected
+    expected = [part for part in before if part not in gone]
+    del findings[name]
+    assert Parsed(render(findings)).headings == expected
     for empty in (None, [], {}):
-        assert Parsed(render({**found, name: empty})).headings == expected
+        assert Parsed(render({**findings, name: empty})).headings == expected
 
 
 def test_no_part_of_a_part_has_to_be_there() -> None:
@@ -380,13 +388,13 @@ def test_no_part_of_a_part_has_to_be_there() -> None:
     whole = full()
     del whole["times"]["buckets"][2:]  # all alike
     paths = {path[:length] for path, _ in leaves(whole) for length in range(1, len(path) + 1)}
-    names = {each[-1] for each in FREE}
+    names = {path[-1] for path in FREE}
     for path in paths:
         if path[0] in MINIMAL or isinstance(path[-1], int):
             continue
         for remove in (True, False):
-            found = copy.deepcopy(whole)
-            place = found
+            findings = copy.deepcopy(whole)
+            place = findings
             for step in path[:-1]:
                 place = place[step]
             if remove:
@@ -395,7 +403,7 @@ def test_no_part_of_a_part_has_to_be_there() -> None:
                 continue  # under a name that comes from elsewhere something stands
             else:
                 place[path[-1]] = None
-            assert "None" not in Parsed(render(found)).text, path
+            assert "None" not in Parsed(render(findings)).text, path
 
 
 def test_tables_say_what_they_are() -> None:
@@ -405,7 +413,7 @@ def test_tables_say_what_they_are() -> None:
     assert (
         tables == len(parsed.named("caption")) == source.count('class="scroll" role="region" tabindex="0" aria-label=')
     )
-    assert {each.get("scope") for each in parsed.named("th")} == {"col", "row"}
+    assert {attributes.get("scope") for attributes in parsed.named("th")} == {"col", "row"}
     for table in re.findall(r"<table>.*?</table>", source):
         rows = [len(re.findall(r"<t[hd][ >]", row)) for row in re.findall(r"<tr>.*?</tr>", table)]
         assert len(set(rows)) == 1 and rows[0] > 1
@@ -447,7 +455,9 @@ def test_the_chart_is_as_high_as_what_it_shows() -> None:
 def test_times_that_cannot_be_drawn_are_told(change: dict[str, Any]) -> None:
     parsed = Parsed(render({**full(), "times": {**full()["times"], **change}}))
     assert "By time" in parsed.headings and parsed.named("figure") == []
-    assert any((each.get("aria-label") or "").startswith("Messages in steps") for each in parsed.named("div"))
+    assert any(
+        (attributes.get("aria-label") or "").startswith("Messages in steps") for attributes in parsed.named("div")
+    )
 
 
 def test_a_bar_is_no_longer_than_what_was_delivered() -> None:
@@ -486,7 +496,7 @@ def test_any_duration_can_be_told(seconds: Any) -> None:
 
 def palettes() -> dict[str, dict[str, str]]:
     light, dark = re.findall(r":root\{([^}]*)\}", style())
-    both = [dict(re.findall(r"--([\w-]+):(#[0-9a-f]+)", each)) for each in (light, dark)]
+    both = [dict(re.findall(r"--([\w-]+):(#[0-9a-f]+)", palette)) for palette in (light, dark)]
     return {"light": both[0], "dark": {**both[0], **both[1]}}
 
 
@@ -494,9 +504,9 @@ def contrast(one: str, other: str) -> float:
     """By the formula of WCAG 2."""
 
     def luminance(colour: str) -> float:
-        digits = colour[1:] if len(colour) == 7 else "".join(each * 2 for each in colour[1:])
+        digits = colour[1:] if len(colour) == 7 else "".join(digit * 2 for digit in colour[1:])
         parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
-        linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in parts]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     darker, lighter = sorted((luminance(one), luminance(other)))
@@ -606,7 +616,7 @@ def measured(chromium: Chromium, sources: dict[str, str], widths: tuple[int, ...
     title = re.search(r"<title>(.*?)</title>", dumped, re.DOTALL)
     assert title and title[1], dumped[:500]
     text = title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&nbsp;", " ").replace("&amp;", "&")
-    return {each["name"]: each for each in json.loads(text)}
+    return {page["name"]: page for page in json.loads(text)}
 
 
 def test_no_page_scrolls_sideways_and_no_value_runs(chromium: Chromium) -> None:
@@ -622,17 +632,17 @@ def test_no_page_scrolls_sideways_and_no_value_runs(chromium: Chromium) -> None:
         "minimal": render(MINIMAL),
         "control": control,
     }
-    found = measured(chromium, sources, (360, 1280))
-    assert len(found) == 12
-    for name, each in found.items():
+    widths = measured(chromium, sources, (360, 1280))
+    assert len(widths) == 12
+    for name, width in widths.items():
         if name.startswith("control"):
-            assert each["ran"] and each["scrolls"] > each["width"] and each["beyond"], each
+            assert width["ran"] and width["scrolls"] > width["width"] and width["beyond"], width
         else:
-            assert not each["ran"], name
-            assert each["scrolls"] <= each["width"] == int(name.split()[1]), each
-            assert each["beyond"] == [] and each["reached"], each
-    assert len(found["full 360"]["boxes"]) > 5
-    assert found["full 1280"]["boxes"] == []
+            assert not width["ran"], name
+            assert width["scrolls"] <= width["width"] == int(name.split()[1]), width
+            assert width["beyond"] == [] and width["reached"], width
+    assert len(widths["full 360"]["boxes"]) > 5
+    assert widths["full 1280"]["boxes"] == []
 
 
 def test_as_it_is_chromium_reads_it_as_we_wrote_it(chromium: Chromium) -> None:
@@ -642,7 +652,7 @@ def test_as_it_is_chromium_reads_it_as_we_wrote_it(chromium: Chromium) -> None:
     written = re.findall(r"<([a-z0-9]+)", re.sub(r"<title>.*?</title>", "", source))
     read = re.findall(r"<([a-z0-9]+)", re.sub(r"<title>.*?</title>", "", dumped))
     assert read == written  # nothing was closed, moved or added for us
-    assert set(re.findall(r"number(\d+)\.", dumped)) == {str(each) for each in range(1, ATTACKS + 1)}
+    assert set(re.findall(r"number(\d+)\.", dumped)) == {str(number) for number in range(1, ATTACKS + 1)}
 
 
 @pytest.mark.parametrize("width", [360, 1280])
@@ -652,7 +662,7 @@ def test_it_is_drawn_light_and_dark(chromium: Chromium, width: int, scheme: str)
     size, lines = png(image)
     assert size == (width, 900)
     ground = palettes()[scheme]["back"]
-    expected = bytes.fromhex(ground[1:] if len(ground) == 7 else "".join(each * 2 for each in ground[1:]))
+    expected = bytes.fromhex(ground[1:] if len(ground) == 7 else "".join(digit * 2 for digit in ground[1:]))
     # Whatever its filter is, the first pixel of an image stands there as it is.
     assert lines[0][1:4] == expected
     assert len(set(lines)) > 200  # no empty sheet
@@ -670,4 +680,4 @@ def png(image: bytes) -> tuple[tuple[int, int], list[bytes]]:
         at += 12 + length
     raw = zlib.decompress(packed)
     step = 1 + width * {2: 3, 6: 4}[colours]
-    return (width, height), [raw[each * step : (each + 1) * step] for each in range(height)]
+    return (width, height), [raw[number * step : (number + 1) * step] for number in range(height)]

@@ -32,9 +32,9 @@ async def connection(database: str) -> AsyncIterator[Any]:
     first = await asyncpg.connect(database)
     await first.execute(TABLES)
     await first.close()
-    found = await asyncpg.connect(database)  # a session that has written nothing yet
-    yield found
-    await found.close()
+    connection = await asyncpg.connect(database)  # a session that has written nothing yet
+    yield connection
+    await connection.close()
 
 
 async def written(connection: Any, *statements: str) -> dict[str, Rows]:
@@ -42,8 +42,8 @@ async def written(connection: Any, *statements: str) -> dict[str, Rows]:
     await connection.execute("begin")
     try:
         before = await rows_written(connection)
-        for each in statements:
-            await connection.execute(each)
+        for statement in statements:
+            await connection.execute(statement)
         return await rows_written(connection, before)
     finally:
         await connection.execute("rollback")
@@ -94,16 +94,16 @@ async def test_a_long_value_counts_once_for_its_table(connection: Any) -> None:
 
 async def test_truncate_and_other_ddl_show_in_the_catalogs(connection: Any) -> None:
     await connection.execute("insert into things values (1)")
-    found = await written(connection, "truncate things")
-    assert list(found) == ["pg_catalog.pg_class"] and found["pg_catalog.pg_class"].updated
-    found = await written(connection, "create table made (id int)")
-    assert found["pg_catalog.pg_class"].inserted == 1 and "pg_catalog.pg_attribute" in found
+    effects = await written(connection, "truncate things")
+    assert list(effects) == ["pg_catalog.pg_class"] and effects["pg_catalog.pg_class"].updated
+    effects = await written(connection, "create table made (id int)")
+    assert effects["pg_catalog.pg_class"].inserted == 1 and "pg_catalog.pg_attribute" in effects
 
 
 async def test_temporary_tables_count_under_a_name_that_is_the_same_in_every_session(connection: Any) -> None:
-    found = await written(connection, "create temp table scratch (id int)", "insert into scratch values (1)")
-    assert found["pg_temp.scratch"] == Rows(1, 0, 0)
-    assert "pg_catalog.pg_class" in found
+    effects = await written(connection, "create temp table scratch (id int)", "insert into scratch values (1)")
+    assert effects["pg_temp.scratch"] == Rows(1, 0, 0)
+    assert "pg_catalog.pg_class" in effects
 
 
 async def test_what_earlier_transactions_of_the_session_wrote_is_taken_off(connection: Any) -> None:

@@ -52,12 +52,12 @@ async def settled(place: Place) -> tuple[Place, App, str]:
 async def test_all_is_applied(settled: tuple[Place, App, str]) -> None:
     place, app, topic = settled
     before = await all_rows(place.dsn)
-    found = await run_replay(place, app, topic)
-    assert outcome_counts(found) == {"delivered": 70, "applied": 69, "dead_lettered": 1}
-    assert found.verdict().exit_code == 0
-    assert found.as_dict()["effects"]["rows"] == 0 and found.as_dict()["effects"]["transactions"] == 2
-    assert found.history == {"settle": {"rows": 60, "with_message": 60, "without_message": 0}}
-    assert found.precheck == {"asked": 70, "hits": 69, "wrong": 0, "unanswered": 0}
+    findings = await run_replay(place, app, topic)
+    assert outcome_counts(findings) == {"delivered": 70, "applied": 69, "dead_lettered": 1}
+    assert findings.verdict().exit_code == 0
+    assert findings.as_dict()["effects"]["rows"] == 0 and findings.as_dict()["effects"]["transactions"] == 2
+    assert findings.history == {"settle": {"rows": 60, "with_message": 60, "without_message": 0}}
+    assert findings.precheck == {"asked": 70, "hits": 69, "wrong": 0, "unanswered": 0}
     assert await all_rows(place.dsn) == before
 
 
@@ -68,29 +68,30 @@ async def test_a_message_that_was_lost_is_found_and_repaired(settled: tuple[Plac
     await query(place.dsn, "delete from effects where id = 'p3'")
     await query(place.dsn, "update accounts set balance = balance - 4 where id = 3")
     before = await all_rows(place.dsn)
-    found = await run_replay(place, app, topic)
-    assert outcome_counts(found) == {"delivered": 70, "applied": 67, "dead_lettered": 1, "missing": 1, "repeated": 1}
-    assert found.verdict().exit_code == 1
-    assert found.precheck is not None and found.precheck["wrong"] == 2
-    [sample] = [each for each in found.samples if each["kind"] == "missing"]
+    findings = await run_replay(place, app, topic)
+    assert outcome_counts(findings) == {"delivered": 70, "applied": 67, "dead_lettered": 1, "missing": 1, "repeated": 1}
+    assert findings.verdict().exit_code == 1
+    assert findings.precheck is not None and findings.precheck["wrong"] == 2
+    [sample] = [sample for sample in findings.samples if sample["kind"] == "missing"]
     assert sample["id"] == str(id) and sample["detail"] == "not applied"
-    assert found.ahead == 0
+    assert findings.ahead == 0
     assert await all_rows(place.dsn) == before
 
-    found = await run_replay(place, app, topic, mode="apply")
-    assert outcome_counts(found) == {
+    findings = await run_replay(place, app, topic, mode="apply")
+    assert outcome_counts(findings) == {
         "delivered": 70,
         "applied": 67,
         "dead_lettered": 1,
         "repeated": 1,
         "applied_now": 1,
     }
-    assert found.verdict().exit_code == 0
+    assert findings.verdict().exit_code == 0
     assert await value(place.dsn, "select count(*) from effects") == 59
     assert await value(place.dsn, "select sum(balance) from accounts") == sum(range(60))
-    found = await run_replay(place, app, topic)
+    findings = await run_replay(place, app, topic)
     assert (
-        outcome_counts(found) == {"delivered": 70, "applied": 69, "dead_lettered": 1} and found.verdict().exit_code == 0
+        outcome_counts(findings) == {"delivered": 70, "applied": 69, "dead_lettered": 1}
+        and findings.verdict().exit_code == 0
     )
 
 
@@ -100,9 +101,9 @@ async def test_a_message_that_was_lost_is_found_and_repaired(settled: tuple[Plac
 async def test_an_effect_without_a_ledger_row_is_missing_in_the_ledger(settled: tuple[Place, App, str]) -> None:
     place, app, topic = settled
     await query(place.dsn, "delete from consumer.ledger where id = $1 returning id", ledger_id("p20"))
-    found = await run_replay(place, app, topic)
-    assert outcome_counts(found) == {"delivered": 70, "applied": 68, "dead_lettered": 1, "missing": 1}
-    assert found.verdict().exit_code == 1
+    findings = await run_replay(place, app, topic)
+    assert outcome_counts(findings) == {"delivered": 70, "applied": 68, "dead_lettered": 1, "missing": 1}
+    assert findings.verdict().exit_code == 1
 
 
 @pytest.mark.parametrize("offset", ["its own", "another's", "one that is not there"])
@@ -119,12 +120,12 @@ async def test_a_ledger_row_without_a_message_is_found(settled: tuple[Place, App
     )
     if offset == "its own":  # as if p5 had been applied under another id
         await query(place.dsn, "delete from consumer.ledger where id = $1 returning id", ledger_id("p5"))
-    found = await run_replay(place, app, topic)
-    assert found.history == {
+    findings = await run_replay(place, app, topic)
+    assert findings.history == {
         "settle": {"rows": 60 + (offset != "its own"), "with_message": 59 + (offset != "its own"), "without_message": 1}
     }
-    assert found.verdict().exit_code == 1
-    [sample] = [each for each in found.samples if each["kind"] == "rows_without_message"]
+    assert findings.verdict().exit_code == 1
+    [sample] = [sample for sample in findings.samples if sample["kind"] == "rows_without_message"]
     assert sample["id"] == str(ledger_id("never sent"))
 
 
@@ -165,9 +166,9 @@ async def test_a_handler_that_is_called_in_spite_of_its_claim_is_caught(
     broken = True
     before = await all_rows(place.dsn)
     unasked = await run_replay(place, app, topic, limits=limits)  # calls no handler, and the claims tell
-    assert {each["kind"]: each["count"] for each in unasked.problems()} == {"claims": 20}
-    found = await run_replay(place, app, topic, call_handlers=True, limits=limits)
-    kinds = {each["kind"]: each["count"] for each in found.problems()}
+    assert {problem["kind"]: problem["count"] for problem in unasked.problems()} == {"claims": 20}
+    findings = await run_replay(place, app, topic, call_handlers=True, limits=limits)
+    kinds = {problem["kind"]: problem["count"] for problem in findings.problems()}
     expected = {
         "rows": {"claims": 20, "effects": 40},
         "a lock": {"claims": 20, "effects_otherwise": 1},
@@ -175,10 +176,10 @@ async def test_a_handler_that_is_called_in_spite_of_its_claim_is_caught(
         "a failure": {"claims": 20},
     }[what]
     assert kinds == expected
-    assert found.verdict().exit_code == 1
-    assert outcome_counts(found) == {"delivered": 20, "applied": 20}
+    assert findings.verdict().exit_code == 1
+    assert outcome_counts(findings) == {"delivered": 20, "applied": 20}
     if what == "rows":
-        effects = found.as_dict()["effects"]
+        effects = findings.as_dict()["effects"]
         assert effects["tables"] == {
             "public.accounts": {"inserted": 0, "updated": 20, "deleted": 0},
             "public.effects": {"inserted": 20, "updated": 0, "deleted": 0},
@@ -205,10 +206,16 @@ async def test_every_outcome_is_counted_once_and_under_its_own_name(place: Place
         Sent({"id": "none", "account": 1, "amount": 1}, id=""),  # an empty id
     )
     await consume_all(app, place.settings())
-    found = await run_replay(place, app, topic)
-    assert outcome_counts(found) == {"delivered": 6, "applied": 2, "conflicts": 1, "dead_lettered": 2, "unreadable": 1}
-    assert outcome_counts(found, "look") == {"delivered": 6, "skipped": 6}
-    assert found.ok and found.unsettled == 0
+    findings = await run_replay(place, app, topic)
+    assert outcome_counts(findings) == {
+        "delivered": 6,
+        "applied": 2,
+        "conflicts": 1,
+        "dead_lettered": 2,
+        "unreadable": 1,
+    }
+    assert outcome_counts(findings, "look") == {"delivered": 6, "skipped": 6}
+    assert findings.ok and findings.unsettled == 0
     # What nobody has consumed yet, in the same chunk as what was.
     await place.send(
         topic,
@@ -221,12 +228,12 @@ async def test_every_outcome_is_counted_once_and_under_its_own_name(place: Place
     )
     before = await all_rows(place.dsn)
     unasked = await run_replay(place, app, topic)
-    found = await run_replay(place, app, topic, call_handlers=True)
-    assert outcome_counts(unasked) == outcome_counts(found)
-    assert {each["detail"] for each in unasked.samples if each["kind"] == "missing"} == {
+    findings = await run_replay(place, app, topic, call_handlers=True)
+    assert outcome_counts(unasked) == outcome_counts(findings)
+    assert {sample["detail"] for sample in unasked.samples if sample["kind"] == "missing"} == {
         "not applied; workers have not come to it yet"
     }
-    assert outcome_counts(found) == {
+    assert outcome_counts(findings) == {
         "delivered": 12,
         "applied": 2,
         "conflicts": 2,
@@ -235,17 +242,17 @@ async def test_every_outcome_is_counted_once_and_under_its_own_name(place: Place
         "missing": 2,
         "repeated": 1,
     }
-    assert (found.unsettled, found.ahead) == (3, 2)
-    assert {each["detail"] for each in found.samples if each["kind"] == "missing"} == {
+    assert (findings.unsettled, findings.ahead) == (3, 2)
+    assert {sample["detail"] for sample in findings.samples if sample["kind"] == "missing"} == {
         "would be applied; workers have not come to it yet",
         "would become a dead letter (rejected); workers have not come to it yet",
     }
     assert await all_rows(place.dsn) == before
     assert (await run_replay(place, app, topic, end="position")).ok
 
-    found = await run_replay(place, app, topic, mode="apply")
-    assert (found.total("applied_now"), found.total("dead_lettered_now")) == (1, 4)
-    assert [each["kind"] for each in found.problems()] == ["dead_lettered_now"]  # somebody must look at those
+    findings = await run_replay(place, app, topic, mode="apply")
+    assert (findings.total("applied_now"), findings.total("dead_lettered_now")) == (1, 4)
+    assert [problem["kind"] for problem in findings.problems()] == ["dead_lettered_now"]  # somebody must look at those
     assert len(await letters(place.dsn)) == 8
     assert (await run_replay(place, app, topic)).ok
 
@@ -257,8 +264,8 @@ async def test_a_conflict_of_which_the_dead_letter_is_gone_is_told(place: Place)
     await consume_all(app, place.settings())
     assert (await run_replay(place, app, topic)).ok
     await query(place.dsn, "delete from consumer.dead_letters returning id")
-    found = await run_replay(place, app, topic)
-    assert [each["kind"] for each in found.problems()] == ["unsettled"] and found.verdict().exit_code == 1
+    findings = await run_replay(place, app, topic)
+    assert [problem["kind"] for problem in findings.problems()] == ["unsettled"] and findings.verdict().exit_code == 1
 
 
 @pytest.mark.parametrize("rule", ["bytes", "value"])
@@ -276,9 +283,9 @@ async def test_an_applied_payload_behind_a_conflicting_one_is_no_conflict(place:
     app = payments_app(topic, name=app.name, retry=QUICK, fingerprint=rule)
     applied = await run_replay(place, app, topic, mode="apply", assume_unapplied=True)
     assert (applied.total("dead_lettered_now"), applied.total("applied_now")) == (1, 0)
-    found = await run_replay(place, app, topic)
-    assert found.ok, found.answer()
-    assert outcome_counts(found) == {"delivered": 3, "applied": 2, "conflicts": 1}
+    findings = await run_replay(place, app, topic)
+    assert findings.ok, findings.answer()
+    assert outcome_counts(findings) == {"delivered": 3, "applied": 2, "conflicts": 1}
 
 
 async def test_what_was_before_the_ledger_cannot_be_told(place: Place, kafka: Any) -> None:
@@ -297,16 +304,16 @@ async def test_what_was_before_the_ledger_cannot_be_told(place: Place, kafka: An
             await place.send(topic, payment("new"))
             await consume_all(app, place.settings())
             assert await place.effects() == [("new", 1, 10)]
-        found = await run_replay(place, app, topic)
-        assert found.total("unknown") == 10 and found.total("missing") == 0
-        assert found.verdict().exit_code == 2
-        assert "--assume-unapplied" in found.answer()
+        findings = await run_replay(place, app, topic)
+        assert findings.total("unknown") == 10 and findings.total("missing") == 0
+        assert findings.verdict().exit_code == 2
+        assert "--assume-unapplied" in findings.answer()
     assert (await run_replay(place, app, topic, start="10")).ok
     before = await all_rows(place.dsn)
     assert (await run_replay(place, app, topic, mode="apply")).verdict().exit_code == 2
     assert await all_rows(place.dsn) == before
-    found = await run_replay(place, app, topic, assume_unapplied=True)
-    assert found.total("missing") == 10 and found.verdict().exit_code == 1
+    findings = await run_replay(place, app, topic, assume_unapplied=True)
+    assert findings.total("missing") == 10 and findings.verdict().exit_code == 1
     assert (await run_replay(place, app, topic, mode="apply", assume_unapplied=True)).total("applied_now") == 10
     assert (await run_replay(place, app, topic)).ok
 
@@ -323,8 +330,8 @@ async def test_a_position_that_is_moved_back_takes_the_ledgers_beginning_with_it
     try:
         for to, unknown in ((3, 3), (8, 3)):
             await report.move_position(connection, app.name, Partition(topic, 0), to)
-            found = await run_replay(place, app, topic)
-            assert (found.total("unknown"), found.total("missing")) == (unknown, 10 - unknown)
+            findings = await run_replay(place, app, topic)
+            assert (findings.total("unknown"), findings.total("missing")) == (unknown, 10 - unknown)
     finally:
         await connection.close()
 
@@ -344,13 +351,13 @@ async def test_what_redis_says_is_held_against_the_ledger(place: Place, own_valk
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}") for n in range(10)])
     await consume_all(app, place.settings(redis_url=own_valkey.url))
-    found = await run_replay(place, app, topic, settings={"redis_url": own_valkey.url})
-    assert found.precheck == {"asked": 10, "hits": 10, "wrong": 0, "unanswered": 0}
-    found = await run_replay(place, app, topic, settings={"redis_url": None})
-    assert found.precheck is None and found.ok
+    findings = await run_replay(place, app, topic, settings={"redis_url": own_valkey.url})
+    assert findings.precheck == {"asked": 10, "hits": 10, "wrong": 0, "unanswered": 0}
+    findings = await run_replay(place, app, topic, settings={"redis_url": None})
+    assert findings.precheck is None and findings.ok
     own_valkey.stop()
-    found = await run_replay(place, app, topic, settings={"redis_url": own_valkey.url})
-    assert found.precheck == {"asked": 0, "hits": 0, "wrong": 0, "unanswered": 10} and found.ok
+    findings = await run_replay(place, app, topic, settings={"redis_url": own_valkey.url})
+    assert findings.precheck == {"asked": 0, "hits": 0, "wrong": 0, "unanswered": 10} and findings.ok
 
 
 async def test_what_a_worker_settles_meanwhile_is_not_missing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,8 +372,8 @@ async def test_what_a_worker_settles_meanwhile_is_not_missing(place: Place, monk
         await original(replay_run, *args, **options)
 
     monkeypatch.setattr(summary, "conclude", conclude)
-    found = await run_replay(place, app, topic)
-    assert outcome_counts(found) == {"delivered": 20, "applied": 20} and found.ok and found.ahead == 0
+    findings = await run_replay(place, app, topic)
+    assert outcome_counts(findings) == {"delivered": 20, "applied": 20} and findings.ok and findings.ahead == 0
 
 
 async def test_aborted_transactions_and_markers_are_passed_over(place: Place) -> None:
@@ -380,8 +387,8 @@ async def test_aborted_transactions_and_markers_are_passed_over(place: Place) ->
         await producer.send_and_wait(topic, sent.value, key=sent.key, headers=sent.headers)
         await (producer.abort_transaction() if abort else producer.commit_transaction())
     await consume_all(app, place.settings())
-    found = await run_replay(place, app, topic)
-    assert outcome_counts(found) == {"delivered": 2, "applied": 2} and found.ok
+    findings = await run_replay(place, app, topic)
+    assert outcome_counts(findings) == {"delivered": 2, "applied": 2} and findings.ok
     await producer.begin_transaction()  # and stays open: it is not read, nor waited for
     sent = payment("open")
     await producer.send_and_wait(topic, sent.value, key=sent.key, headers=sent.headers)
@@ -405,9 +412,9 @@ async def test_a_compacted_log_may_lack_what_the_ledger_has(place: Place, policy
     assert (await run_replay(place, app, topic)).ok
     # Its row now names the marker's offset, as if its record were gone.
     await query(place.dsn, """update consumer.ledger set "offset" = 2 where id = $1 returning id""", ledger_id("a"))
-    found = await run_replay(place, app, topic)
-    assert found.ok is (policy == "compact")
-    assert found.gone == (policy == "compact")
+    findings = await run_replay(place, app, topic)
+    assert findings.ok is (policy == "compact")
+    assert findings.gone == (policy == "compact")
 
 
 @pytest.mark.parametrize(("partition", "offset"), [(0, 999_999), (77, 0), (1, 40)])
@@ -423,9 +430,9 @@ async def test_a_ledger_row_that_names_no_place_of_the_log_is_found(
         partition,
         ledger_id("never sent"),
     )
-    found = await run_replay(place, app, topic)
-    assert [each["kind"] for each in found.problems()] == ["rows_without_message"]
-    assert found.samples[-1]["detail"] == "the log has no such offset"
+    findings = await run_replay(place, app, topic)
+    assert [problem["kind"] for problem in findings.problems()] == ["rows_without_message"]
+    assert findings.samples[-1]["detail"] == "the log has no such offset"
 
 
 async def test_a_filter_that_lets_nothing_through_is_no_proof(settled: tuple[Place, App, str]) -> None:
@@ -447,8 +454,8 @@ async def test_a_tombstone_with_a_used_id_is_a_conflict_until_it_is_a_dead_lette
     await place.send(topic, Sent(None, id="a", key="k"))
     assert (await run_replay(place, app, topic)).unsettled == 1
     await consume_all(app, place.settings())
-    found = await run_replay(place, app, topic)
-    assert found.ok and outcome_counts(found) == {"delivered": 2, "applied": 1, "conflicts": 1}
+    findings = await run_replay(place, app, topic)
+    assert findings.ok and outcome_counts(findings) == {"delivered": 2, "applied": 1, "conflicts": 1}
 
 
 @pytest.mark.parametrize("chunk", [1, 4096])
@@ -457,10 +464,10 @@ async def test_an_id_with_two_payloads_is_settled_by_one_apply(place: Place, chu
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("x", id="same", partition=0), payment("y", id="same", partition=1))
     await place.send(topic, payment("z", id="same", partition=0))
-    found = await run_replay(place, app, topic, limits={"chunk_deliveries": chunk})
-    assert (found.total("missing"), found.total("conflicts"), found.unsettled) == (1, 2, 2)
-    found = await run_replay(place, app, topic, mode="apply", limits={"chunk_deliveries": chunk})
-    assert (found.total("applied_now"), found.total("dead_lettered_now")) == (1, 2)
+    findings = await run_replay(place, app, topic, limits={"chunk_deliveries": chunk})
+    assert (findings.total("missing"), findings.total("conflicts"), findings.unsettled) == (1, 2, 2)
+    findings = await run_replay(place, app, topic, mode="apply", limits={"chunk_deliveries": chunk})
+    assert (findings.total("applied_now"), findings.total("dead_lettered_now")) == (1, 2)
     assert (await run_replay(place, app, topic, limits={"chunk_deliveries": chunk})).ok
     assert len(await place.effects()) == 1 and len(await letters(place.dsn)) == 2
 
@@ -468,9 +475,9 @@ async def test_an_id_with_two_payloads_is_settled_by_one_apply(place: Place, chu
 async def test_a_dead_letter_that_is_gone_is_told(settled: tuple[Place, App, str]) -> None:
     place, app, topic = settled
     await query(place.dsn, "delete from consumer.dead_letters returning 1")
-    found = await run_replay(place, app, topic)
-    assert [each["kind"] for each in found.problems()] == ["unsettled"]
-    assert found.samples[-1]["detail"] == "its dead letter is gone"
+    findings = await run_replay(place, app, topic)
+    assert [problem["kind"] for problem in findings.problems()] == ["unsettled"]
+    assert findings.samples[-1]["detail"] == "its dead letter is gone"
 
 
 async def test_an_unreadable_message_from_before_the_ledger_cannot_be_told(place: Place) -> None:
@@ -479,8 +486,10 @@ async def test_an_unreadable_message_from_before_the_ledger_cannot_be_told(place
     await place.send(topic, Sent(None, id="old", key="k"), payment("new"))
     await commit(place, app.name, topic, 1)
     await consume_all(app, place.settings())
-    found = await run_replay(place, app, topic)
-    assert outcome_counts(found) == {"delivered": 2, "applied": 1, "unknown": 1} and found.verdict().exit_code == 2
+    findings = await run_replay(place, app, topic)
+    assert (
+        outcome_counts(findings) == {"delivered": 2, "applied": 1, "unknown": 1} and findings.verdict().exit_code == 2
+    )
 
 
 async def test_a_redis_that_hangs_is_not_asked_for_ever(
@@ -502,12 +511,12 @@ async def test_a_redis_that_hangs_is_not_asked_for_ever(
     monkeypatch.setattr(Precheck, "known", known)
     os.kill(own_valkey.pid, signal.SIGSTOP)
     try:
-        found = await run_replay(
+        findings = await run_replay(
             place, app, topic, settings=settings, limits={"chunk_deliveries": 1, "precheck_seconds": 0.05}
         )
     finally:
         os.kill(own_valkey.pid, signal.SIGCONT)
-    assert found.ok and found.precheck is not None and found.precheck["unanswered"] == 40
+    assert findings.ok and findings.precheck is not None and findings.precheck["unanswered"] == 40
     assert asked == 3
 
 
@@ -523,12 +532,12 @@ async def test_a_new_handler_is_filled_from_the_history(settled: tuple[Place, Ap
         await tx.execute("insert into receipts values ($1, $2)", message.value.id, message.offset)
 
     before = await all_rows(place.dsn)
-    found = await run_replay(place, app, topic, handlers=("receipts",))
-    assert outcome_counts(found, "receipts") == {"delivered": 70, "missing": 60, "repeated": 10}
-    assert list(found.as_dict()["handlers"]) == ["receipts"]
+    findings = await run_replay(place, app, topic, handlers=("receipts",))
+    assert outcome_counts(findings, "receipts") == {"delivered": 70, "missing": 60, "repeated": 10}
+    assert list(findings.as_dict()["handlers"]) == ["receipts"]
     assert await all_rows(place.dsn) == before
-    found = await run_replay(place, app, topic, mode="apply", handlers=("receipts",))
-    assert found.total("applied_now") == 60 and found.ok
+    findings = await run_replay(place, app, topic, mode="apply", handlers=("receipts",))
+    assert findings.total("applied_now") == 60 and findings.ok
     assert await query(place.dsn, "select count(*), count(distinct id) from receipts") == [(60, 60)]
     assert (await run_replay(place, app, topic)).ok
 
@@ -548,13 +557,13 @@ async def test_what_fails_is_retried_in_order_and_then_a_dead_letter(place: Plac
 
     sent = [payment("late", 1), payment("after late", 1), payment("other", 2), payment("hopeless", 3), payment("d", 3)]
     await place.send(topic, *sent)
-    found = await run_replay(place, app, topic, mode="apply", limits={"chunk_deliveries": chunk})
-    assert outcome_counts(found) == {
+    findings = await run_replay(place, app, topic, mode="apply", limits={"chunk_deliveries": chunk})
+    assert outcome_counts(findings) == {
         "delivered": 5,
         "applied_now": 3,
         "dead_lettered_now": 2,
     }  # "d" waits behind the hopeless one
-    assert found.verdict().exit_code == 1
+    assert findings.verdict().exit_code == 1
     order = dict(await query(place.dsn, "select id, amount from effects"))
     assert order["other"] < order["late"] < order["after late"]
     assert tries["hopeless"] == 3 and await place.reasons() == ["failed", "behind"]
@@ -574,8 +583,8 @@ async def test_apply_beside_running_workers_stays_exactly_once_and_leaves_the_gr
         await until("the worker to have its partitions", joined)
         generations.append(worker.source.consumer._coordinator.generation)
         for _ in range(2):
-            found = await run_replay(place, app, topic, mode="apply")
-            assert found.ok, found.problems()
+            findings = await run_replay(place, app, topic, mode="apply")
+            assert findings.ok, findings.problems()
         await drained(app, place.settings())
         assert (await run_replay(place, app, topic)).ok
         generations.append(worker.source.consumer._coordinator.generation)
@@ -611,9 +620,9 @@ async def test_a_range_is_what_was_asked_for(place: Place) -> None:
     await consume_all(app, place.settings())
 
     async def delivered(**options: Any) -> int:
-        found = await run_replay(place, app, topic, **options)
-        assert found.ok
-        return outcome_counts(found)["delivered"]
+        findings = await run_replay(place, app, topic, **options)
+        assert findings.ok
+        return outcome_counts(findings)["delivered"]
 
     iso = f"{uuid_time(middle)}"
     assert await delivered() == 30
@@ -626,8 +635,8 @@ async def test_a_range_is_what_was_asked_for(place: Place) -> None:
     assert await delivered(message_id="q3") == 1
     assert await delivered(handlers=("settle",)) == 30
     assert await delivered(start="earliest", end="position") == 30
-    found = await run_replay(place, app, topic, start="5", end="7")
-    assert found.history == {"settle": {"rows": 4, "with_message": 4, "without_message": 0}}
+    narrowed = await run_replay(place, app, topic, start="5", end="7")
+    assert narrowed.history == {"settle": {"rows": 4, "with_message": 4, "without_message": 0}}
     assert (await run_replay(place, app, topic, message_id="q3")).history is None
 
 
@@ -702,9 +711,9 @@ async def test_records_that_the_log_has_dropped_are_named(settled: tuple[Place, 
             await run_replay(place, app, topic, start=start)
     with pytest.raises(Misconfigured, match=rf"{topic}:0 begins at offset 7"):
         await run_replay(place, app, topic, start="1h")
-    found = await run_replay(place, app, topic)
-    assert outcome_counts(found)["delivered"] == 63 and found.ok
-    assert found.as_dict()["ranges"][0]["from"] == 7
+    findings = await run_replay(place, app, topic)
+    assert outcome_counts(findings)["delivered"] == 63 and findings.ok
+    assert findings.as_dict()["ranges"][0]["from"] == 7
 
 
 async def test_records_that_are_dropped_while_they_are_read_end_it(
@@ -749,21 +758,21 @@ async def test_what_was_interrupted_goes_on_where_it_was(place: Place, mode: str
         if done > 250 and not states:
             task.cancel()
 
-    told = Progress(progress=progress, save=states.append)
+    reports = Progress(progress=progress, save=states.append)
     options = Options(mode=mode)  # type: ignore[arg-type]
-    task = asyncio.create_task(replay(app, place.settings(), [topic], options, told, limits=limits))
+    task = asyncio.create_task(replay(app, place.settings(), [topic], options, reports, limits=limits))
     with pytest.raises(CannotTell, match=r"interrupted after 2\d\d of 600 offsets; .*--resume"):
         await task
-    found = await replay(
+    findings = await replay(
         app, place.settings(), [topic], options, Progress(save=lambda _: None), states[-1], limits=limits
     )
     if mode == "check":
-        assert outcome_counts(found) == {"delivered": 600, "applied": 598, "missing": 2}
-        assert found.history == {"settle": {"rows": 598, "with_message": 598, "without_message": 0}}
-        assert found.messages == 600
+        assert outcome_counts(findings) == {"delivered": 600, "applied": 598, "missing": 2}
+        assert findings.history == {"settle": {"rows": 598, "with_message": 598, "without_message": 0}}
+        assert findings.messages == 600
     else:
-        assert found.ok and found.messages == 600
-        assert outcome_counts(found) == {"delivered": 600, "applied": 598, "applied_now": 2}
+        assert findings.ok and findings.messages == 600
+        assert outcome_counts(findings) == {"delivered": 600, "applied": 598, "applied_now": 2}
         assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(600, 600)]
     other = [{**states[-1], "epoch": "another"}]
     with pytest.raises(Misconfigured, match="another one since"):
@@ -786,13 +795,13 @@ async def test_a_copied_topic_is_applied_by_nobody_twice(place: Place, partition
     await place.send(topic, *[payment(f"p{n}", n % 5) for n in range(50)], *bare)
     await consume_all(app, place.settings())
     assert len(await place.effects()) == 60
-    found = await run_replay(place, app, topic, mode="republish", target=copy)
-    assert found.republished == {"topic": copy, "copied": 60, "refused": 0} and found.ok
+    findings = await run_replay(place, app, topic, mode="republish", target=copy)
+    assert findings.republished == {"topic": copy, "copied": 60, "refused": 0} and findings.ok
     for redis in (place.redis_url, None):
         await consume_all(app, place.settings(redis_url=redis))
         assert len(await place.effects()) == 60
-    found = await run_replay(place, app, copy)
-    assert outcome_counts(found) == {"delivered": 60, "applied": 60} and found.ok
+    findings = await run_replay(place, app, copy)
+    assert outcome_counts(findings) == {"delivered": 60, "applied": 60} and findings.ok
     narrowed = await run_replay(place, app, topic, mode="republish", target=copy, key="3")
     assert narrowed.republished is not None and narrowed.republished["copied"] == 10
 
@@ -818,15 +827,15 @@ async def test_a_copy_that_would_be_applied_again_is_refused(place: Place) -> No
 
 async def test_verify_is_the_same_as_a_call(settled: tuple[Place, App, str], tmp_path: Path) -> None:
     place, app, topic = settled
-    found = await verify(app, topic, settings=place.settings())
-    assert found.ok
-    found.check()
+    findings = await verify(app, topic, settings=place.settings())
+    assert findings.ok
+    findings.check()
     assert (await verify(app, settings=place.settings())).messages == 70  # all its topics
     await query(place.dsn, "delete from consumer.ledger where id = $1 returning id", ledger_id("p3"))
-    found = await verify(app, topic, settings=place.settings(), start=0, end="latest")
-    assert not found.ok
+    findings = await verify(app, topic, settings=place.settings(), start=0, end="latest")
+    assert not findings.ok
     with pytest.raises(AssertionError, match="missing: 1 message missing"):
-        found.check()
+        findings.check()
     assert (await verify(app, topic, settings=place.settings(), apply=True)).ok
     with pytest.raises(Misconfigured, match="choose one"):
         await verify(app, topic, settings=place.settings(), apply=True, rebuild=True)
@@ -860,11 +869,11 @@ async def test_several_handlers_of_several_topics(place: Place, batch: int | Non
     await place.send(one, *[payment(f"p{n}", n % 3) for n in range(50)])
     await place.send(two, *[payment(f"q{n}", n % 3) for n in range(20)])
     await consume_all(app, place.settings())
-    found = await run_replay(place, app, one, two)
-    assert outcome_counts(found, "both") == {"delivered": 70, "applied": 70}
-    assert outcome_counts(found, "first") == {"delivered": 50, "applied": 50}
-    assert found.ok and len(found.as_dict()["partitions"]) == 5
-    assert found.history is not None and found.history["both"]["rows"] == 70
+    findings = await run_replay(place, app, one, two)
+    assert outcome_counts(findings, "both") == {"delivered": 70, "applied": 70}
+    assert outcome_counts(findings, "first") == {"delivered": 50, "applied": 50}
+    assert findings.ok and len(findings.as_dict()["partitions"]) == 5
+    assert findings.history is not None and findings.history["both"]["rows"] == 70
 
 
 # -- the demo's topic, and the four ways in which ledger, log and state can disagree ------------------------------------
@@ -884,12 +893,12 @@ async def paid(place: Place, database: str) -> tuple[Place, App, str]:
     app.handler(topic)(settle)
     sent = [
         Sent(
-            {"payment_id": str(each.payment_id), "account": each.account, "amount": each.amount},
-            id=each.payment_id,
-            key=str(each.account),
-            partition=(each.account + each.elsewhere) % 8,
+            {"payment_id": str(payment.payment_id), "account": payment.account, "amount": payment.amount},
+            id=payment.payment_id,
+            key=str(payment.account),
+            partition=(payment.account + payment.elsewhere) % 8,
         )
-        for each in plan(2000, random.Random(4))
+        for payment in plan(2000, random.Random(4))
     ]
     await place.send(topic, *sent)
     await consume_all(app, place.settings())
@@ -905,7 +914,7 @@ async def test_the_demos_topic_has_nothing_to_complain_of(paid: tuple[Place, App
     rebuilt = await run_replay(place, app, topic, mode="rebuild")
     assert rebuilt.ok and rebuilt.rebuilt is not None
     assert (rebuilt.rebuilt["messages"], rebuilt.rebuilt["applied"], rebuilt.rebuilt["repeated"]) == (2000, 1800, 200)
-    assert {each["table"] for each in rebuilt.rebuilt["tables"]} == {"public.accounts", "public.payments"}
+    assert {table["table"] for table in rebuilt.rebuilt["tables"]} == {"public.accounts", "public.payments"}
     assert await value(place.dsn, "select count(*) from payments") == 1800
 
 
@@ -914,11 +923,11 @@ async def one_payment(dsn: str) -> tuple[uuid.UUID, int, int]:
     return id, account, amount
 
 
-def differences(found: Findings) -> dict[str, list[dict[str, Any]]]:
-    assert found.rebuilt is not None
+def differences(findings: Findings) -> dict[str, list[dict[str, Any]]]:
+    assert findings.rebuilt is not None
     by_table: dict[str, list[dict[str, Any]]] = {}
-    for each in found.rebuilt["differences"]:
-        by_table.setdefault(each["table"], []).append(each)
+    for difference in findings.rebuilt["differences"]:
+        by_table.setdefault(difference["table"], []).append(difference)
     return by_table
 
 
@@ -930,7 +939,7 @@ async def test_a_lost_message_is_repaired_and_the_rebuild_agrees(paid: tuple[Pla
     await query(place.dsn, "update accounts set balance = balance - $2 where account = $1", account, amount)
     assert (await run_replay(place, app, topic)).total("missing") == 1
     rebuilt = differences(await run_replay(place, app, topic, mode="rebuild"))
-    assert [each["messages"] for each in rebuilt["public.payments"]] == [[str(id)]]
+    assert [difference["messages"] for difference in rebuilt["public.payments"]] == [[str(id)]]
     assert (await run_replay(place, app, topic, mode="apply")).total("applied_now") == 1
     assert (await run_replay(place, app, topic)).ok
     assert (await run_replay(place, app, topic, mode="rebuild")).ok
@@ -944,9 +953,9 @@ async def test_an_effect_doubled_by_hand_is_named_with_columns_and_message(paid:
         place.dsn, "update accounts set balance = balance + $2 where account = $1 returning balance", account, amount
     )
     assert (await run_replay(place, app, topic)).ok  # the ledger is right
-    found = await run_replay(place, app, topic, mode="rebuild")
-    assert found.verdict().exit_code == 1
-    by_table = differences(found)
+    findings = await run_replay(place, app, topic, mode="rebuild")
+    assert findings.verdict().exit_code == 1
+    by_table = differences(findings)
     [extra] = by_table["public.payments"]
     assert (extra["kind"], extra["count"], extra["messages"]) == ("extra", 1, [str(id)])
     [other] = by_table["public.accounts"]
@@ -976,8 +985,10 @@ async def test_a_log_that_ends_below_the_position_is_doubted(settled: tuple[Plac
     """As when a topic was deleted and made anew: nothing in it is missing, and it is not what was consumed."""
     place, app, topic = settled
     await query(place.dsn, "update consumer.positions set next_offset = 1000 where partition = 1")
-    found = await run_replay(place, app, topic)
-    assert [each["kind"] for each in found.unknowns()] == ["log_too_short"] and found.verdict().exit_code == 2
+    findings = await run_replay(place, app, topic)
+    assert [unknown["kind"] for unknown in findings.unknowns()] == [
+        "log_too_short"
+    ] and findings.verdict().exit_code == 2
 
 
 async def test_what_asks_to_be_run_again_for_ever_ends_an_apply(place: Place) -> None:
@@ -1029,8 +1040,8 @@ async def test_a_rebuild_does_not_depend_on_the_names_of_topics(place: Place, wh
     await place.send(refunds, *[payment(f"r-p{n}", amount=-5, partition=0) for n in range(30)])
     await consume_all(app, place.settings()) if where == "one topic" else await consume_all_of(app, place, refunds, 30)
     assert await value(place.dsn, "select count(*) from effects") == 60
-    found = await run_replay(place, app, *{pays, refunds}, mode="rebuild")
-    assert found.ok, found.answer()
+    findings = await run_replay(place, app, *{pays, refunds}, mode="rebuild")
+    assert findings.ok, findings.answer()
 
 
 async def consume_all_of(app: App, place: Place, topic: str, messages: int) -> None:
@@ -1060,8 +1071,8 @@ async def test_what_is_rejected_in_the_rebuild_alone_makes_it_uncertain(place: P
     await place.send(topic, payment("a"))
     await consume_all(app, place.settings())
     changed_its_mind = True
-    found = await run_replay(place, app, topic, mode="rebuild")
-    assert found.verdict().exit_code == 2 and "although the ledger has it as applied" in found.answer()
+    findings = await run_replay(place, app, topic, mode="rebuild")
+    assert findings.verdict().exit_code == 2 and "although the ledger has it as applied" in findings.answer()
 
 
 async def test_a_group_that_only_a_replay_has_filled_can_be_rebuilt(place: Place) -> None:
@@ -1069,8 +1080,8 @@ async def test_a_group_that_only_a_replay_has_filled_can_be_rebuilt(place: Place
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n) for n in range(20)])
     assert (await run_replay(place, app, topic, mode="apply")).total("applied_now") == 20
-    found = await run_replay(place, app, topic, mode="rebuild")
-    assert found.ok and found.messages == 20, found.answer()
+    findings = await run_replay(place, app, topic, mode="rebuild")
+    assert findings.ok and findings.messages == 20, findings.answer()
     await query(place.dsn, "delete from effects where id = 'p7' returning 1")
     assert (await run_replay(place, app, topic, mode="rebuild")).verdict().exit_code == 1
 
@@ -1082,5 +1093,5 @@ async def test_a_compacted_log_makes_a_difference_uncertain(place: Place) -> Non
     await consume_all(app, place.settings())
     assert (await run_replay(place, app, topic, mode="rebuild")).ok
     await query(place.dsn, "insert into effects values ('of a record that is gone', 1, 1) returning 1")
-    found = await run_replay(place, app, topic, mode="rebuild")
-    assert found.verdict().exit_code == 2 and "is compacted" in found.answer()
+    findings = await run_replay(place, app, topic, mode="rebuild")
+    assert findings.verdict().exit_code == 2 and "is compacted" in findings.answer()

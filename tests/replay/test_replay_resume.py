@@ -36,12 +36,12 @@ async def interrupted(place: Place, app: App, topic: str, at: int = 250, **optio
         if done > at:
             task.cancel()
 
-    told = Progress(progress=progress, save=lambda state: states.append(json.dumps(state)))
-    task = asyncio.create_task(replay(app, place.settings(), [topic], Options(**options), told, limits=LIMITS))
+    reports = Progress(progress=progress, save=lambda state: states.append(json.dumps(state)))
+    task = asyncio.create_task(replay(app, place.settings(), [topic], Options(**options), reports, limits=LIMITS))
     with pytest.raises(CannotTell, match="interrupted"):
         await task
-    found: State = json.loads(states[-1])
-    return found
+    state: State = json.loads(states[-1])
+    return state
 
 
 async def resumed(place: Place, app: App, topic: str, state: State, **options: Any) -> Findings:
@@ -50,8 +50,8 @@ async def resumed(place: Place, app: App, topic: str, state: State, **options: A
     )
 
 
-def lost(found: Findings) -> int:
-    return sum(each["count"] for each in found.problems() if each["kind"] in ("missing", "rows_gone"))
+def lost(findings: Findings) -> int:
+    return sum(problem["count"] for problem in findings.problems() if problem["kind"] in ("missing", "rows_gone"))
 
 
 async def settled(place: Place, n: int = 600, **more: Any) -> tuple[App, str]:
@@ -71,12 +71,12 @@ async def test_dead_letters_made_before_the_interruption_count(place: Place) -> 
     amounts = {4: -1, 5: -1, 40: -1}
     await place.send(topic, *[payment(f"p{n}", n % 30, amounts.get(n, 1), partition=n % 2) for n in range(600)])
     state = await interrupted(place, app, topic, mode="apply")
-    found = await resumed(place, app, topic, state, mode="apply")
-    assert found.verdict().exit_code == 1
-    assert [each["kind"] for each in found.problems()] == ["dead_lettered_now"]
-    assert outcome_counts(found) == {"delivered": 600, "applied_now": 597, "dead_lettered_now": 3}
-    assert found.history == {"settle": {"rows": 600, "with_message": 600, "without_message": 0}}
-    assert not any("dropped its first records" in each for each in found.notes)
+    findings = await resumed(place, app, topic, state, mode="apply")
+    assert findings.verdict().exit_code == 1
+    assert [problem["kind"] for problem in findings.problems()] == ["dead_lettered_now"]
+    assert outcome_counts(findings) == {"delivered": 600, "applied_now": 597, "dead_lettered_now": 3}
+    assert findings.history == {"settle": {"rows": 600, "with_message": 600, "without_message": 0}}
+    assert not any("dropped its first records" in note for note in findings.notes)
     assert len(await place.effects()) == 597
 
 
@@ -94,8 +94,8 @@ async def test_an_apply_with_messages_that_wait_counts_each_once(place: Place) -
     await place.send(topic, *[payment(f"p{n}", n) for n in range(300)])
     state = await interrupted(place, app, topic, at=1, mode="apply")
     failing.clear()
-    found = await resumed(place, app, topic, state, mode="apply")
-    assert found.ok and outcome_counts(found) == {"delivered": 300, "applied_now": 300}
+    findings = await resumed(place, app, topic, state, mode="apply")
+    assert findings.ok and outcome_counts(findings) == {"delivered": 300, "applied_now": 300}
     assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(300, 300)]
 
 
@@ -107,9 +107,9 @@ async def test_dead_letters_that_the_state_does_not_know_are_a_reason_for_doubt(
     state = await interrupted(place, app, topic, at=30, mode="apply")
     assert await place.effects()
     await interrupted(place, app, topic, at=150, mode="apply")  # goes on from nothing: its state is lost
-    found = await resumed(place, app, topic, state, mode="apply")
-    assert found.verdict().exit_code == 2
-    [doubt] = found.unknowns()
+    findings = await resumed(place, app, topic, state, mode="apply")
+    assert findings.verdict().exit_code == 2
+    [doubt] = findings.unknowns()
     assert doubt["kind"] == "dead_letters_meanwhile" and doubt["count"] == 1 and "settle" in doubt["text"]
 
 
@@ -119,18 +119,18 @@ async def test_ledger_rows_deleted_before_a_check_goes_on_are_missing(place: Pla
     assert state["findings"]["counts"]
     gone = [ledger_id(f"p{n}") for n in range(100)]
     await query(place.dsn, "delete from consumer.ledger where id = any($1) returning id", gone)
-    found = await resumed(place, app, topic, state)
-    assert found.verdict().exit_code == 1
-    assert lost(found) == 100
+    findings = await resumed(place, app, topic, state)
+    assert findings.verdict().exit_code == 1
+    assert lost(findings) == 100
 
 
 async def test_a_ledger_that_is_emptied_before_a_check_goes_on_is_missing(place: Place) -> None:
     app, topic = await settled(place)
     state = await interrupted(place, app, topic, at=599)
     await query(place.dsn, "delete from consumer.ledger")
-    found = await resumed(place, app, topic, state)
-    assert found.verdict().exit_code == 1
-    assert lost(found) == 600
+    findings = await resumed(place, app, topic, state)
+    assert findings.verdict().exit_code == 1
+    assert lost(findings) == 600
 
 
 @pytest.mark.parametrize("narrowed", [{"key": "4"}, {"message_id": "p4"}], ids=["key", "message id"])
@@ -138,8 +138,8 @@ async def test_rows_deleted_before_a_narrowed_check_goes_on_are_missing(place: P
     app, topic = await settled(place)
     state = await interrupted(place, app, topic, **narrowed)
     await query(place.dsn, "delete from consumer.ledger where id = $1", ledger_id("p4"))
-    found = await resumed(place, app, topic, state, **narrowed)
-    assert found.verdict().exit_code == 1 and lost(found) == 1
+    findings = await resumed(place, app, topic, state, **narrowed)
+    assert findings.verdict().exit_code == 1 and lost(findings) == 1
 
 
 async def test_rows_of_a_copied_topic_deleted_before_a_check_goes_on_are_missing(place: Place) -> None:
@@ -157,8 +157,8 @@ async def test_rows_of_a_copied_topic_deleted_before_a_check_goes_on_are_missing
     await consume_all(app, place.settings())
     state = await interrupted(place, app, copy)
     await query(place.dsn, "delete from consumer.ledger where id = $1", ledger_id("p1"))
-    found = await resumed(place, app, copy, state)
-    assert found.verdict().exit_code == 1 and lost(found) == 1
+    findings = await resumed(place, app, copy, state)
+    assert findings.verdict().exit_code == 1 and lost(findings) == 1
 
 
 async def test_dead_letters_deleted_before_a_check_goes_on_are_a_problem(place: Place) -> None:
@@ -168,9 +168,9 @@ async def test_dead_letters_deleted_before_a_check_goes_on_are_a_problem(place: 
     await consume_all(app, place.settings())
     state = await interrupted(place, app, topic, at=100)
     await query(place.dsn, "delete from consumer.dead_letters where id = $1", ledger_id("p2"))
-    found = await resumed(place, app, topic, state)
-    assert found.verdict().exit_code == 1
-    assert [(each["kind"], each["count"]) for each in found.problems()] == [("unsettled", 1)]
+    findings = await resumed(place, app, topic, state)
+    assert findings.verdict().exit_code == 1
+    assert [(problem["kind"], problem["count"]) for problem in findings.problems()] == [("unsettled", 1)]
 
 
 async def test_rows_deleted_during_one_uninterrupted_check_are_missing(
@@ -184,8 +184,8 @@ async def test_rows_deleted_during_one_uninterrupted_check_are_missing(
         await original(run, *args, **options)
 
     monkeypatch.setattr(summary, "conclude", conclude)
-    found = await replay(app, place.settings(), [topic], Options(), Progress(), limits=LIMITS)
-    assert found.verdict().exit_code == 1 and lost(found) == 1
+    findings = await replay(app, place.settings(), [topic], Options(), Progress(), limits=LIMITS)
+    assert findings.verdict().exit_code == 1 and lost(findings) == 1
 
 
 async def test_an_interruption_after_the_last_record_counts_nothing_twice(place: Place) -> None:
@@ -201,15 +201,15 @@ async def test_an_interruption_after_the_last_record_counts_nothing_twice(place:
         await original(*args)
 
     states: list[str] = []
-    told = Progress(save=lambda state: states.append(json.dumps(state)))
+    progress = Progress(save=lambda state: states.append(json.dumps(state)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger_diff, "compare", stop)
         await query(place.dsn, "delete from consumer.dead_letters where id = $1", ledger_id("p2"))
         with pytest.raises(CannotTell, match="--resume"):
-            await replay(app, place.settings(), [topic], Options(), told, limits=LIMITS)
-    found = await resumed(place, app, topic, json.loads(states[-1]))
-    assert outcome_counts(found) == {"delivered": 300, "applied": 296, "dead_lettered": 3, "missing": 1}
-    assert found.unsettled == 1 and lost(found) == 1
+            await replay(app, place.settings(), [topic], Options(), progress, limits=LIMITS)
+    findings = await resumed(place, app, topic, json.loads(states[-1]))
+    assert outcome_counts(findings) == {"delivered": 300, "applied": 296, "dead_lettered": 3, "missing": 1}
+    assert findings.unsettled == 1 and lost(findings) == 1
 
 
 async def test_rows_dropped_by_the_ledger_during_a_check_are_a_reason_for_doubt(
@@ -224,9 +224,9 @@ async def test_rows_dropped_by_the_ledger_during_a_check_are_a_reason_for_doubt(
         await original(run, *args, **options)
 
     monkeypatch.setattr(summary, "conclude", conclude)
-    found = await replay(app, place.settings(), [topic], Options(), Progress(), limits=LIMITS)
-    assert found.verdict().exit_code == 2
-    assert [(each["kind"], each["count"]) for each in found.unknowns()] == [("rows_dropped", 1)]
+    findings = await replay(app, place.settings(), [topic], Options(), Progress(), limits=LIMITS)
+    assert findings.verdict().exit_code == 2
+    assert [(unknown["kind"], unknown["count"]) for unknown in findings.unknowns()] == [("rows_dropped", 1)]
 
 
 async def test_sequences_moved_before_an_interruption_are_known_after_it(place: Place) -> None:
@@ -241,8 +241,8 @@ async def test_sequences_moved_before_an_interruption_are_known_after_it(place: 
         await query(place.dsn, statement)
     state = await interrupted(place, app, topic)
     await query(place.dsn, "drop trigger counts on consumer.ledger")
-    found = await resumed(place, app, topic, state)
-    assert "sequences" in [each["kind"] for each in found.problems()]
+    findings = await resumed(place, app, topic, state)
+    assert "sequences" in [problem["kind"] for problem in findings.problems()]
 
 
 # -- or a refusal -------------------------------------------------------------------------------------------------------
@@ -358,13 +358,13 @@ async def begin_elsewhere(place: Place, app: App, topic: str) -> None:
         (drop_old_rows, "retention 'ledger' has changed"),
         (begin_elsewhere, "beginning of the ledger in .* has changed"),
     ],
-    ids=lambda each: each.__name__ if callable(each) else "",
+    ids=lambda change: change.__name__ if callable(change) else "",
 )
 async def test_what_has_changed_is_a_refusal(place: Place, change: Change, says: str) -> None:
     await is_refused(place, "check", change, says)
 
 
-@pytest.mark.parametrize("change", [add_a_handler, rename_the_handler], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("change", [add_a_handler, rename_the_handler], ids=lambda change: change.__name__)
 async def test_what_has_changed_is_a_refusal_to_apply(place: Place, change: Change) -> None:
     await is_refused(place, "apply", change, "--resume: handler")
 
@@ -393,7 +393,7 @@ async def test_another_range_or_filter_is_a_refusal(place: Place) -> None:
 async def test_an_interruption_before_anything_was_read_offers_no_resume(place: Place) -> None:
     app, topic = await settled(place)
     saved: list[State] = []
-    told = Progress(line=lambda _: task.cancel(), save=saved.append)
+    progress = Progress(line=lambda _: task.cancel(), save=saved.append)
     original = summary.doubt_short_log
 
     async def stop(*args: Any) -> None:
@@ -402,7 +402,7 @@ async def test_an_interruption_before_anything_was_read_offers_no_resume(place: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(summary, "doubt_short_log", stop)
-        task = asyncio.create_task(replay(app, place.settings(), [topic], Options(), told, limits=LIMITS))
+        task = asyncio.create_task(replay(app, place.settings(), [topic], Options(), progress, limits=LIMITS))
         with pytest.raises(CannotTell) as ended:
             await task
     assert not saved and "--resume" not in str(ended.value)

@@ -31,11 +31,11 @@ async def test_an_end_in_time_includes_older_records_behind_a_clock_ahead(place:
         await producer.stop()
     await consume_all(app, place.settings())
     end = datetime.fromtimestamp((now - 30_000) / 1000, UTC).isoformat()
-    found = await run_replay(place, app, topic, end=end)
-    assert found.ok and outcome_counts(found) == {"delivered": 3, "applied": 3}
+    findings = await run_replay(place, app, topic, end=end)
+    assert findings.ok and outcome_counts(findings) == {"delivered": 3, "applied": 3}
     await query(place.dsn, "delete from consumer.ledger where id = $1", ledger_id("p2"))
-    found = await run_replay(place, app, topic, end=end)
-    assert outcome_counts(found)["missing"] == 1 and found.verdict().exit_code == 1
+    findings = await run_replay(place, app, topic, end=end)
+    assert outcome_counts(findings)["missing"] == 1 and findings.verdict().exit_code == 1
 
 
 async def test_rows_of_messages_produced_meanwhile_are_not_beyond_the_log() -> None:
@@ -59,10 +59,10 @@ async def test_blocks_with_new_dead_letters_are_all_compared(place: Place, monke
     await place.send(topic, *[payment(f"p{n}", n, partition=n % 4) for n in range(8)])
     await consume_all(app, place.settings())
     await place.send(topic, *[payment(f"bad{n}", n, -1, partition=n) for n in range(4)])
-    found = await run_replay(place, app, topic, mode="apply")
-    assert outcome_counts(found) == {"delivered": 12, "applied": 8, "dead_lettered_now": 4}
-    assert [each["kind"] for each in found.problems()] == ["dead_lettered_now"]
-    assert found.history == {"settle": {"rows": 12, "with_message": 12, "without_message": 0}}
+    findings = await run_replay(place, app, topic, mode="apply")
+    assert outcome_counts(findings) == {"delivered": 12, "applied": 8, "dead_lettered_now": 4}
+    assert [problem["kind"] for problem in findings.problems()] == ["dead_lettered_now"]
+    assert findings.history == {"settle": {"rows": 12, "with_message": 12, "without_message": 0}}
 
 
 async def test_after_enough_faulty_blocks_the_others_are_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +77,6 @@ async def test_after_enough_faulty_blocks_the_others_are_named(place: Place, mon
            select fingerprint, "offset", applied_at, partition, handler, topic, gen_random_uuid() from consumer.ledger
            where "offset" = 0 returning id""",
     )
-    found = await run_replay(place, app, topic)
-    assert [(each["kind"], each["count"]) for each in found.problems()] == [("rows_without_message", 1)]
-    assert any("in 2 more blocks" in each for each in found.notes)
+    findings = await run_replay(place, app, topic)
+    assert [(problem["kind"], problem["count"]) for problem in findings.problems()] == [("rows_without_message", 1)]
+    assert any("in 2 more blocks" in note for note in findings.notes)

@@ -36,31 +36,31 @@ Batches = Sequence[tuple[Sequence[int], str]]
 
 
 def timeline(batches: Batches) -> Timeline:
-    made = Timeline()
+    timeline = Timeline()
     for times, name in batches:
-        made.add(times, name)
-    return made
+        timeline.add(times, name)
+    return timeline
 
 
-def totals(found: dict[str, Any]) -> Counter[str]:
-    counted = Counter(found["untimed"])
-    for row in found["buckets"]:
+def totals(findings: dict[str, Any]) -> Counter[str]:
+    counted = Counter(findings["untimed"])
+    for row in findings["buckets"]:
         counted.update({name: count for name, count in row.items() if name != "at"})
     return counted
 
 
 def naive(batches: Batches) -> dict[str, Any]:
     """The same from all timestamps at once, by the standard library's calendar."""
-    pairs = [(each, name) for times, name in batches for each in times]
-    timed = [(each // 1000, name) for each, name in pairs if 0 < each < END]
-    seconds = [each for each, _ in timed] or [0]
-    width = next(each for each in WIDTHS if max(seconds) // each - min(seconds) // each < BUCKETS_MAX)
-    counts = Counter((each // width * width, name) for each, name in timed)
+    pairs = [(time, name) for times, name in batches for time in times]
+    timed = [(time // 1000, name) for time, name in pairs if 0 < time < END]
+    seconds = [time for time, _ in timed] or [0]
+    width = next(width for width in WIDTHS if max(seconds) // width - min(seconds) // width < BUCKETS_MAX)
+    counts = Counter((time // width * width, name) for time, name in timed)
     rows: dict[int, dict[str, Any]] = {}
     for (start, name), count in sorted(counts.items()):
         at = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=start)
         rows.setdefault(start, {"at": at.strftime("%Y-%m-%dT%H:%M:%SZ")})[name] = count
-    untimed = Counter(name for each, name in pairs if not 0 < each < END)
+    untimed = Counter(name for time, name in pairs if not 0 < time < END)
     return {"width_seconds": width, "buckets": list(rows.values()), "untimed": dict(untimed)}
 
 
@@ -68,24 +68,24 @@ def naive(batches: Batches) -> dict[str, Any]:
 @example([([1, END - 1, *ABSURD], "applied")])
 @example([([NOW], "applied"), ([NOW + 240_000], "missing")])
 def test_it_says_what_a_naive_count_says(batches: Batches) -> None:
-    found = timeline(batches).as_dict()
-    assert found == naive(batches)
-    assert totals(found) == Counter(name for times, name in batches for _ in times)
-    assert len(found["buckets"]) <= BUCKETS_MAX
+    findings = timeline(batches).as_dict()
+    assert findings == naive(batches)
+    assert totals(findings) == Counter(name for times, name in batches for _ in times)
+    assert len(findings["buckets"]) <= BUCKETS_MAX
 
 
 @given(BATCHES, st.randoms(use_true_random=False))
 def test_the_order_and_the_batches_do_not_matter(batches: Batches, chance: random.Random) -> None:
-    singles = [([each], name) for times, name in batches for each in times]
+    singles = [([time], name) for times, name in batches for time in times]
     chance.shuffle(singles)
     assert timeline(singles).as_dict() == timeline(batches).as_dict()
 
 
 @given(BATCHES, BATCHES)
 def test_it_goes_on_from_what_it_told(before: Batches, after: Batches) -> None:
-    told = json.loads(json.dumps(timeline(before).as_dict()))
-    restored = Timeline.from_dict(told)
-    assert restored.as_dict() == told
+    report = json.loads(json.dumps(timeline(before).as_dict()))
+    restored = Timeline.from_dict(report)
+    assert restored.as_dict() == report
     for times, name in after:
         restored.add(times, name)
     assert restored.as_dict() == timeline([*before, *after]).as_dict()
@@ -102,27 +102,27 @@ def test_one_bucket_too_many_takes_the_next_width(width: int, wider: int) -> Non
 def test_the_calendar_is_right_on_every_day() -> None:
     day, number = datetime(1970, 1, 1, 23, 59, 59, tzinfo=UTC), 0
     while day.year < 2200:
-        made = Timeline()
-        made.add([number * 86_400_000 + 86_399_999], "x")
-        told = made.as_dict()
-        assert told["buckets"][0]["at"] == f"{day:%Y-%m-%dT%H:%M:%S}Z"
-        assert Timeline.from_dict(told).as_dict() == told
+        timeline = Timeline()
+        timeline.add([number * 86_400_000 + 86_399_999], "x")
+        report = timeline.as_dict()
+        assert report["buckets"][0]["at"] == f"{day:%Y-%m-%dT%H:%M:%S}Z"
+        assert Timeline.from_dict(report).as_dict() == report
         day, number = day + timedelta(days=1), number + 1
     assert number == END // 86_400_000
 
 
 def test_absurd_times_do_not_make_the_buckets_wide() -> None:
-    found = timeline([([NOW, *ABSURD], "applied"), ([-1], "missing")]).as_dict()
-    assert found["width_seconds"] == 1
-    assert found["buckets"] == [{"at": "2026-09-21T14:13:20Z", "applied": 1}]
-    assert found["untimed"] == {"applied": len(ABSURD), "missing": 1}
+    findings = timeline([([NOW, *ABSURD], "applied"), ([-1], "missing")]).as_dict()
+    assert findings["width_seconds"] == 1
+    assert findings["buckets"] == [{"at": "2026-09-21T14:13:20Z", "applied": 1}]
+    assert findings["untimed"] == {"applied": len(ABSURD), "missing": 1}
 
 
 def test_an_iterator_will_do_and_nothing_is_nothing() -> None:
-    made = Timeline()
-    made.add(iter([NOW, NOW]), "applied")
-    made.add([], "missing")
-    assert totals(made.as_dict()) == {"applied": 2}
+    timeline = Timeline()
+    timeline.add(iter([NOW, NOW]), "applied")
+    timeline.add([], "missing")
+    assert totals(timeline.as_dict()) == {"applied": 2}
     assert Timeline().as_dict() == {"width_seconds": 1, "buckets": [], "untimed": {}}
 
 

@@ -33,9 +33,9 @@ def test_each_machine_is_drawn_once_and_found_by_either_name(tmp_path: Path) -> 
     assert drawn.stdout.splitlines()[:3] == ["%% orders.ORDERS: orders.status", "stateDiagram-v2", "    [*] --> new"]
     assert drawn.stdout.count("stateDiagram-v2") == 1
     for name in ("ORDERS", "orders.ORDERS", "orders.status"):
-        found = json.loads(consumer(tmp_path, "diagram", "orders:app", name, "--json").stdout)
-        assert [each["name"] for each in found] == ["orders.ORDERS"]
-        assert found[0]["mermaid"] in drawn.stdout
+        machines = json.loads(consumer(tmp_path, "diagram", "orders:app", name, "--json").stdout)
+        assert [machine["name"] for machine in machines] == ["orders.ORDERS"]
+        assert machines[0]["mermaid"] in drawn.stdout
 
 
 def test_none_and_none_of_that_name_are_said_in_one_line(tmp_path: Path) -> None:

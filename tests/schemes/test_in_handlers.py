@@ -52,8 +52,8 @@ async def status(place: Place, id: int = 1) -> str:
 
 
 async def outcomes(app: App, place: Place, handler: str) -> tuple[int, int]:
-    found = (await counts(app, place.dsn))[handler]
-    return found["applied"], found["dead_lettered"]
+    outcome_counts = (await counts(app, place.dsn))[handler]
+    return outcome_counts["applied"], outcome_counts["dead_lettered"]
 
 
 # -- an optimistic lock ---------------------------------------------------------------------------------------------------
@@ -252,10 +252,10 @@ def paying(topic: str) -> App:
 
 async def tap(shop: Place, topic: str, tokens: Tokens, token: str) -> object:
     """As a web application does: redeem, and publish under the message id that the token becomes."""
-    found = await tokens.redeem(token, "alice")
-    if isinstance(found, Fresh):
-        await shop.send(topic, Sent({"amount": 5}, id=found.message_id))
-    return found
+    answer = await tokens.redeem(token, "alice")
+    if isinstance(answer, Fresh):
+        await shop.send(topic, Sent({"amount": 5}, id=answer.message_id))
+    return answer
 
 
 async def test_redis_flushed_between_two_taps_does_not_double_the_payment(shop: Place, own_valkey: Valkey) -> None:
@@ -283,17 +283,17 @@ async def test_a_failover_that_forgets_the_first_tap_lets_the_second_through_and
     async with Redis.from_url(own_valkey.url) as redis:
         tokens = Tokens(redis)
         token = await tokens.issue("alice", 60)
-        [key] = [each async for each in redis.scan_iter(match="consumer:token:*")]
+        [key] = [key_name async for key_name in redis.scan_iter(match="consumer:token:*")]
         replica = await redis.dump(key)
         taps = [await tap(shop, topic, tokens, token)]
         await consume_all(app, shop.settings(redis_url=None))
         await redis.restore(key, 60_000, replica, replace=True)  # promoted without the first tap
         taps += await asyncio.gather(*[tap(shop, topic, tokens, token) for _ in range(5)])
         await consume_all(app, shop.settings(redis_url=None))
-    assert [type(each) for each in taps].count(Fresh) == 2
+    assert [type(tap) for tap in taps].count(Fresh) == 2
     assert len(await shop.effects()) == 1
-    found = (await counts(app, shop.dsn))["pay"]
-    assert (found["applied"], found["duplicates"]["ledger"]) == (1, 1)
+    outcome_counts = (await counts(app, shop.dsn))["pay"]
+    assert (outcome_counts["applied"], outcome_counts["duplicates"]["ledger"]) == (1, 1)
 
 
 async def test_limit_after_a_flush_a_new_token_is_a_new_payment(shop: Place, own_valkey: Valkey) -> None:
@@ -317,6 +317,6 @@ def test_the_pauses_of_what_is_run_again_grow_and_never_vanish(base: float, paus
     async def handle(body: bytes, tx: Tx) -> None: ...
 
     delivery = Delivery(app.handlers["handle"], LogRecord("t", 0, 0, 0, None, b"", ()))
-    found = [decide(delivery, facts_of(RunAgain("not yet")), lambda: 1.0) for _ in pauses]
-    assert all(isinstance(outcome, RetryLater) for outcome, _ in found)
-    assert [(outcome.delay_seconds, attempts) for outcome, attempts in found] == [(each, 0) for each in pauses]
+    decisions = [decide(delivery, facts_of(RunAgain("not yet")), lambda: 1.0) for _ in pauses]
+    assert all(isinstance(outcome, RetryLater) for outcome, _ in decisions)
+    assert [(outcome.delay_seconds, attempts) for outcome, attempts in decisions] == [(pause, 0) for pause in pauses]

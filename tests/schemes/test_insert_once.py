@@ -49,7 +49,7 @@ async def test_a_table_in_a_schema_and_a_key_of_one_column(connection: asyncpg.C
 async def test_of_twenty_at_the_same_time_one_is_new(connect: Connect) -> None:
     connections = [await connect() for _ in range(20)]
     row = {"number": "A7", "year": 2031, "amount": 5}
-    new = await asyncio.gather(*[insert_once(each, "invoices", row, KEY) for each in connections])
+    new = await asyncio.gather(*[insert_once(connection, "invoices", row, KEY) for connection in connections])
     assert sorted(new) == [False] * 19 + [True]
 
 
@@ -131,11 +131,11 @@ async def test_a_call_that_cannot_be_meant_is_refused_before_it_is_sent(
 async def test_a_table_that_does_not_fit_is_told_by_name(
     connection: asyncpg.Connection, table: str, row: dict[str, Any], conflict: Any, says: str
 ) -> None:
-    with pytest.raises(Misfit, match=says) as found:
+    with pytest.raises(Misfit, match=says) as raised:
         await insert_once(connection, table, row, conflict)
-    assert isinstance(found.value, ConsumerError)
-    assert f"insert_once into {table}" in str(found.value)
-    assert "A7" not in str(found.value)
+    assert isinstance(raised.value, ConsumerError)
+    assert f"insert_once into {table}" in str(raised.value)
+    assert "A7" not in str(raised.value)
 
 
 async def test_errors_of_the_row_itself_are_the_databases(connection: asyncpg.Connection) -> None:

@@ -179,7 +179,7 @@ async def test_the_work_is_cancelled_and_told_when_redis_loses_the_lock(
     async with Redis.from_url(own_valkey.url) as client:
         lock = Lock(client, name, 1.0)
         cancelled = False
-        with pytest.raises(LockLost) as found:
+        with pytest.raises(LockLost) as raised:
             async with asyncio.timeout(60):
                 async with lock:
                     match harm:
@@ -203,7 +203,7 @@ async def test_the_work_is_cancelled_and_told_when_redis_loses_the_lock(
         assert cancelled
         assert lock.lost.is_set()
         expected = "was not renewed" if harm in ("frozen", "stopped") else "another's, or Redis has lost it"
-        assert expected in str(found.value)
+        assert expected in str(raised.value)
         task = asyncio.current_task()
         assert task is not None and task.cancelling() == 0  # this task may go on as if nothing had been
 
@@ -358,8 +358,8 @@ async def test_a_lock_that_cannot_be_meant_is_refused(redis: Redis, wrong: dict[
 
 
 def test_none_of_it_is_a_messages_fault() -> None:
-    for each in (LockBusy, LockLost, LateWriter, RedisAway):
-        assert issubclass(each, RunAgain) and issubclass(each, ConsumerError)
+    for error in (LockBusy, LockLost, LateWriter, RedisAway):
+        assert issubclass(error, RunAgain) and issubclass(error, ConsumerError)
 
 
 # -- the fence --------------------------------------------------------------------------------------------------------------
@@ -376,8 +376,8 @@ async def passes(connection: asyncpg.Connection, number: int) -> bool:
 
 async def test_the_fence_only_moves_forward(connection: asyncpg.Connection) -> None:
     await connection.execute(TABLES)
-    found = [await passes(connection, number) for number in (5, 5, 7, 6, 5, 7, 8)]
-    assert found == [True, True, True, False, False, True, True]
+    passed = [await passes(connection, number) for number in (5, 5, 7, 6, 5, 7, 8)]
+    assert passed == [True, True, True, False, False, True, True]
     assert await connection.fetchval("select number from fences") == 8
 
 

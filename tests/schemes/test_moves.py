@@ -34,11 +34,11 @@ def machines(draw: Any, acyclic: bool = False) -> Moves:
 
 def paths(machine: Moves) -> set[tuple[str, str]]:
     """Which state leads to which, by Warshall's algorithm: another one than the code's."""
-    found = {(one, other) for one, after in machine.moves.items() for other in after}
+    single_moves = {(one, other) for one, after in machine.moves.items() for other in after}
     for middle, one, other in itertools.product(machine.moves, repeat=3):
-        if (one, middle) in found and (middle, other) in found:
-            found.add((one, other))
-    return found
+        if (one, middle) in single_moves and (middle, other) in single_moves:
+            single_moves.add((one, other))
+    return single_moves
 
 
 @given(machines(), st.data())
@@ -50,7 +50,7 @@ def test_a_standing_is_what_its_name_says(machine: Moves, data: st.DataObject) -
     assert sources == (before if chosen is None else chosen) or set(before) == sources
     leads = paths(machine)
     past = (to, current) in leads
-    coming = any((current, each) in leads for each in sources)
+    coming = any((current, source) in leads for source in sources)
     standing = machine.standing(current, to, sources)
     if current == to:
         assert standing is MoveStanding.THERE
@@ -215,5 +215,5 @@ def test_every_move_is_drawn_once(machine: Moves) -> None:
     lines = machine.mermaid().splitlines()
     assert len(lines) == len(set(lines))
     for state, after in machine.moves.items():
-        assert {f"    {state} --> {each}" for each in after} <= set(lines)
+        assert {f"    {state} --> {target}" for target in after} <= set(lines)
     assert len(lines) == 1 + sum(map(len, machine.moves.values())) + len(machine.start) + len(machine.terminal)

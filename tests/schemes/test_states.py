@@ -73,16 +73,16 @@ async def test_nothing_moves_a_row_out_of_a_terminal_state(connection: asyncpg.C
 
 async def test_of_many_at_the_same_time_one_moves_the_row(connect: Connect) -> None:
     connections = [await connect() for _ in range(10)]
-    found = await asyncio.gather(*[ORDERS.move(each, 1, "paid") for each in connections])
-    assert sorted(map(bool, found)) == [False] * 9 + [True]
+    outcomes = await asyncio.gather(*[ORDERS.move(connection, 1, "paid") for connection in connections])
+    assert sorted(map(bool, outcomes)) == [False] * 9 + [True]
 
 
 async def test_of_two_ways_out_of_a_state_one_is_taken(connect: Connect) -> None:
     for id in range(1, 10):
-        found = await asyncio.gather(
+        outcomes = await asyncio.gather(
             ORDERS.move(await connect(), id, "paid"), ORDERS.move(await connect(), id, "void"), return_exceptions=True
         )
-        assert sorted(type(each).__name__ for each in found) == ["IllegalMove", "Moved"]
+        assert sorted(type(outcome).__name__ for outcome in outcomes) == ["IllegalMove", "Moved"]
 
 
 async def test_a_row_that_moves_between_the_update_and_the_look_is_tried_again(connection: asyncpg.Connection) -> None:
@@ -225,7 +225,9 @@ async def test_differences_are_told_both_ways(connection: asyncpg.Connection) ->
 async def test_a_constraint_of_any_form_is_understood(connection: asyncpg.Connection, constraint: str) -> None:
     await connection.execute("alter table orders drop constraint orders_status_check")
     await connection.execute(f"alter table orders add constraint states check ({constraint})")
-    assert [each for each in await ORDERS.check(connection) if "refuses it" in each or "through" in each] == []
+    assert [
+        problem for problem in await ORDERS.check(connection) if "refuses it" in problem or "through" in problem
+    ] == []
     other = StateMachine("orders", "status", {**MOVES, "void": ["gone"], "gone": ()})
     assert "'gone' is a state of the moves, and constraint states refuses it" in await other.check(connection)
 
@@ -239,9 +241,9 @@ async def test_a_table_that_restricts_nothing_is_told(connection: asyncpg.Connec
     assert await ORDERS.check(connection) == ["the CHECK constraints let states through that nothing names"]
     await connection.execute("update orders set status = 'lost ' || repeat('x', 100) where id = 1")
     await connection.execute("update orders set status = null where id in (2, 3)")
-    told = await ORDERS.check(connection)
-    assert "2 rows are in the state NULL, which the moves do not name" in told
-    assert f"1 rows are in the state 'lost {'x' * 35}', which the moves do not name" in told
+    problems = await ORDERS.check(connection)
+    assert "2 rows are in the state NULL, which the moves do not name" in problems
+    assert f"1 rows are in the state 'lost {'x' * 35}', which the moves do not name" in problems
 
 
 async def test_an_enum_is_compared_label_by_label(connection: asyncpg.Connection) -> None:

@@ -54,10 +54,10 @@ async def tables(connection: asyncpg.Connection) -> None:
 async def test_update_versioned_that_is_suppressed_is_a_misfit(connection: asyncpg.Connection, way: str) -> None:
     await connection.execute(WAYS[way])
     before = await connection.fetchval("select status from orders where id = 1")
-    with pytest.raises(Misfit, match="update_versioned of orders: ") as found:
+    with pytest.raises(Misfit, match="update_versioned of orders: ") as raised:
         async with asyncio.timeout(30), connection.transaction():
             await update_versioned(connection, "orders", {"id": 1}, expected=0, set={"status": "paid"})
-    assert "instead of 0" not in str(found.value)
+    assert "instead of 0" not in str(raised.value)
     assert await connection.fetchval("select status from orders where id = 1") == before
 
 
@@ -95,9 +95,9 @@ async def test_errors_of_the_applications_trigger_come_as_they_are(connection: a
 
 
 async def test_a_version_ahead_of_the_row_is_stale_and_no_misfit(connection: asyncpg.Connection) -> None:
-    with pytest.raises(Stale) as found:
+    with pytest.raises(Stale) as raised:
         await update_versioned(connection, "orders", {"id": 1}, expected=3, set={"status": "x"})
-    assert isinstance(found.value, RunAgain) and (found.value.expected, found.value.found) == (3, 0)
+    assert isinstance(raised.value, RunAgain) and (raised.value.expected, raised.value.found) == (3, 0)
 
 
 async def test_a_row_that_another_moves_meanwhile_is_not_taken_for_suppressed(connection: asyncpg.Connection) -> None:
@@ -110,9 +110,9 @@ async def test_a_row_that_another_moves_meanwhile_is_not_taken_for_suppressed(co
             if sql.startswith("update") and not self.raced:
                 self.raced = True
                 await connection.execute("update orders set version = 9, status = 'shipped'")
-                found = await connection.fetch(sql, *args)
+                rows = await connection.fetch(sql, *args)
                 await connection.execute("update orders set version = 0, status = 'new'")
-                return list(found)
+                return list(rows)
             return list(await connection.fetch(sql, *args))
 
     assert await update_versioned(Racing(), "orders", {"id": 1}, expected=0, set={"status": "new"}) == 1  # type: ignore[arg-type]

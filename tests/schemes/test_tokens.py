@@ -37,13 +37,13 @@ def tokens(redis: Redis, prefix: str) -> Tokens:
 async def kept(redis: Redis, prefix: str) -> dict[str, dict[str, str]]:
     """Everything in Redis under the prefix, as text."""
 
-    def text(each: Any) -> str:
-        return each.decode() if isinstance(each, bytes) else each
+    def text(value: Any) -> str:
+        return value.decode() if isinstance(value, bytes) else value
 
-    found = {}
+    entries = {}
     async for key in redis.scan_iter(match=f"{prefix}*"):
-        found[text(key)] = {text(field): text(value) for field, value in (await redis.hgetall(key)).items()}
-    return found
+        entries[text(key)] = {text(field): text(value) for field, value in (await redis.hgetall(key)).items()}
+    return entries
 
 
 async def test_the_first_use_is_fresh_and_the_second_knows_the_same_message(tokens: Tokens) -> None:
@@ -71,9 +71,9 @@ async def test_the_second_is_answered_with_the_first_ones_result(tokens: Tokens)
 
 async def test_of_fifty_at_the_same_time_one_is_fresh(tokens: Tokens) -> None:
     token = await tokens.issue(ALICE, 60)
-    found = await asyncio.gather(*[tokens.redeem(token, ALICE) for _ in range(50)])
-    assert [type(each) for each in found].count(Fresh) == 1
-    assert {each.message_id for each in found if isinstance(each, Fresh | Used)} == {message_id_of(token)}
+    answers = await asyncio.gather(*[tokens.redeem(token, ALICE) for _ in range(50)])
+    assert [type(answer) for answer in answers].count(Fresh) == 1
+    assert {answer.message_id for answer in answers if isinstance(answer, Fresh | Used)} == {message_id_of(token)}
 
 
 async def test_a_foreign_token_is_not_used_up_by_the_attempt(tokens: Tokens) -> None:
@@ -126,7 +126,7 @@ async def test_what_could_not_have_been_issued_is_unknown_and_redis_is_not_asked
 async def test_a_token_is_unguessable_and_no_two_are_alike(tokens: Tokens) -> None:
     issued = {await tokens.issue(ALICE, 60) for _ in range(100)}
     assert len(issued) == 100
-    assert all(Tokens.is_well_formed(each) and len(each) == 43 for each in issued)
+    assert all(Tokens.is_well_formed(token) and len(token) == 43 for token in issued)
 
 
 async def test_redis_keeps_hashes_only_and_the_log_nothing(
@@ -227,7 +227,7 @@ async def test_limit_a_failover_may_give_a_used_token_back_but_its_message_id_is
 ) -> None:
     tokens = Tokens(own_redis, prefix=prefix)
     token = await tokens.issue(ALICE, 60)
-    [key] = [each async for each in own_redis.scan_iter(match=f"{prefix}*")]
+    [key] = [key_name async for key_name in own_redis.scan_iter(match=f"{prefix}*")]
     replica = await own_redis.dump(key)  # what a replica had when the primary died
     first = await tokens.redeem(token, ALICE)
     await own_redis.restore(key, 60_000, replica, replace=True)
@@ -254,10 +254,10 @@ async def test_a_redis_that_cannot_is_told_as_such_in_time(own_valkey: Valkey, p
             case "read-only":
                 await client.execute_command("REPLICAOF", "127.0.0.1", "1")
         begun = time.monotonic()
-        with pytest.raises(RedisAway) as found:
+        with pytest.raises(RedisAway) as raised:
             await tokens.redeem(token, ALICE)
         assert time.monotonic() - begun < 5
-        assert token not in str(found.value)
-        assert isinstance(found.value, RunAgain)  # in a handler, not the message's fault
+        assert token not in str(raised.value)
+        assert isinstance(raised.value, RunAgain)  # in a handler, not the message's fault
         with pytest.raises(RedisAway):
             await tokens.issue(ALICE, 60)

@@ -37,9 +37,9 @@ async def account(connection: asyncpg.Connection, id: int = 1) -> tuple[int, int
 async def test_the_version_that_was_read_goes_through_once(connection: asyncpg.Connection) -> None:
     key = {"bank": "b", "id": 1}
     assert await update_versioned(connection, "accounts", key, expected=0, set={"balance": 90}) == 1
-    with pytest.raises(Stale) as found:
+    with pytest.raises(Stale) as raised:
         await update_versioned(connection, "accounts", key, expected=0, set={"balance": 80})
-    assert (found.value.expected, found.value.found) == (0, 1)
+    assert (raised.value.expected, raised.value.found) == (0, 1)
     assert await account(connection) == (90, 1)
     assert await update_versioned(connection, "accounts", key, expected=1, set={"balance": 80}) == 2
 

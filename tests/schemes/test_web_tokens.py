@@ -80,9 +80,9 @@ def is_problem(answer: Answer, status: int, code: str) -> None:
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.headers["cache-control"] == "no-store"
     assert answer.headers["content-length"] == str(len(answer.body))
-    told = answer.json
-    assert (told["status"], told["code"], told["type"]) == (status, code, "about:blank")
-    assert told["title"] and told["detail"]
+    problem = answer.json
+    assert (problem["status"], problem["code"], problem["type"]) == (status, code, "about:blank")
+    assert problem["title"] and problem["detail"]
 
 
 async def test_the_second_tap_is_answered_with_the_first_ones_answer(shop: Shop, tokens: Tokens) -> None:
@@ -100,8 +100,8 @@ async def test_twenty_taps_at_once_are_one_payment(shop: Shop, tokens: Tokens) -
     token = await tokens.issue("alice", 60)
     answers = await asyncio.gather(*[shop.tap(token) for _ in range(20)])
     assert len(shop.published) == 1
-    assert {each.status for each in answers} <= {202, 409}
-    assert {each.json["paid"] for each in answers if each.status == 202} == {1}
+    assert {answer.status for answer in answers} <= {202, 409}
+    assert {answer.json["paid"] for answer in answers if answer.status == 202} == {1}
 
 
 async def test_while_the_first_is_at_work_the_second_is_a_conflict(shop: Shop, tokens: Tokens) -> None:
@@ -267,8 +267,8 @@ async def test_the_message_id_comes_after_the_redeeming(tokens: Tokens) -> None:
 def test_neither_kind_of_answer_shows_its_body_in_a_log() -> None:
     from consumer.schemes.web import Answered
 
-    told = Answered(202, "application/json", b'{"iban": "DE00"}')
-    assert "DE00" not in str(told) + repr(told)
+    stored = Answered(202, "application/json", b'{"iban": "DE00"}')
+    assert "DE00" not in str(stored) + repr(stored)
     assert repr(Problem(409, "token_in_use", "x")) == "Problem(409, 'token_in_use')"
 
 
@@ -317,11 +317,11 @@ class Lossy:
         tokens._redeem = self  # type: ignore[assignment]
 
     async def __call__(self, **arguments: Any) -> Any:
-        found = await self.script(**arguments)
+        answer = await self.script(**arguments)
         if self.losses:
             self.losses -= 1
             raise ConnectionError("the answer was lost")
-        return found
+        return answer
 
 
 @pytest.mark.parametrize("losses", [1, 3])

@@ -19,12 +19,12 @@ def shop() -> Iterator[Shop]:
     with TemporaryDirectory(dir="/tmp") as name:
         place = Path(name)
         place.chmod(0o755)
-        found = Shop(TMPDIR=name)
+        started_shop = Shop(TMPDIR=name)
         try:
-            yield found
-            ends_by_ctrl_c(found, place)  # here, since another one takes 5 s to start
+            yield started_shop
+            ends_by_ctrl_c(started_shop, place)  # here, since another one takes 5 s to start
         finally:
-            found.end()
+            started_shop.end()
 
 
 def ends_by_ctrl_c(shop: Shop, place: Path) -> None:
@@ -47,21 +47,21 @@ def ends_by_ctrl_c(shop: Shop, place: Path) -> None:
 
 def left_behind(directory: Path) -> list[str]:
     """Directories of its servers, and processes that work in them."""
-    found = [each.name for each in directory.iterdir()]
+    names = [path.name for path in directory.iterdir()]
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             command = process.read_text("utf-8", "replace")  # any process of this machine, with any bytes
         except OSError:
             continue
         if str(directory) in command:
-            found.append(command)
-    return found
+            names.append(command)
+    return names
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    found = Browser()
+    started_browser = Browser()
     try:
-        yield found
+        yield started_browser
     finally:
-        found.close()
+        started_browser.close()

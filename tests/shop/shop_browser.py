@@ -36,7 +36,7 @@ class Browser:
         self._home = tempfile.mkdtemp(prefix="shop-chromium-")
         theirs_in, ours_out = os.pipe()
         ours_in, theirs_out = os.pipe()
-        high = [fcntl.fcntl(each, fcntl.F_DUPFD, 20) for each in (theirs_in, theirs_out)]
+        high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 20) for descriptor in (theirs_in, theirs_out)]
 
         def as_three_and_four() -> None:
             os.dup2(high[0], 3)
@@ -55,8 +55,8 @@ class Browser:
             pass_fds=(3, 4),
             preexec_fn=as_three_and_four,
         )
-        for each in (theirs_in, theirs_out, *high):
-            os.close(each)
+        for descriptor in (theirs_in, theirs_out, *high):
+            os.close(descriptor)
         self._out, self._in = ours_out, ours_in
         self._number = 0
         self._answers: dict[int, Queue[dict[str, Any]]] = {}
@@ -74,11 +74,11 @@ class Browser:
             asked["sessionId"] = session
         os.write(self._out, json.dumps(asked).encode() + b"\0")
         try:
-            found = answers.get(timeout=_ANSWER_SECONDS)
+            answer = answers.get(timeout=_ANSWER_SECONDS)
         except Empty:
             raise AssertionError(f"chromium does not answer {method}") from None
-        assert "error" not in found, (method, found["error"])
-        return dict(found["result"])
+        assert "error" not in answer, (method, answer["error"])
+        return dict(answer["result"])
 
     @contextlib.contextmanager
     def visitor(self, width: int = 1100, height: int = 900) -> Iterator[Visitor]:
@@ -104,14 +104,14 @@ class Browser:
 
     def _read(self) -> None:
         rest = b""
-        while found := os.read(self._in, 1 << 16):
-            *whole, rest = (rest + found).split(b"\0")
-            for each in whole:
-                told = json.loads(each)
-                if "id" in told:
-                    self._answers.pop(told["id"]).put(told)
+        while data := os.read(self._in, 1 << 16):
+            *whole, rest = (rest + data).split(b"\0")
+            for text in whole:
+                message = json.loads(text)
+                if "id" in message:
+                    self._answers.pop(message["id"]).put(message)
                 else:
-                    self.events.append(told)
+                    self.events.append(message)
 
 
 class Visitor:
@@ -124,8 +124,8 @@ class Visitor:
 
     def tab(self, url: str) -> Tab:
         width, height = self._size
-        found = self._browser.call("Target.createTarget", url="about:blank", browserContextId=self._context)
-        target = found["targetId"]
+        created = self._browser.call("Target.createTarget", url="about:blank", browserContextId=self._context)
+        target = created["targetId"]
         session = self._browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         tab = Tab(self._browser, session)
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -147,19 +147,19 @@ class Tab:
 
     def js(self, expression: str) -> Any:
         """The value of an expression; a promise is waited for. Fails the test when it throws."""
-        found = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
+        evaluated = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in evaluated, evaluated["exceptionDetails"]
+        return evaluated["result"].get("value")
 
     def until(self, expression: str, seconds: float = _UNTIL_SECONDS) -> Any:
         """Wait until an expression is true; it may throw meanwhile, as where a page is being replaced."""
         deadline = time.monotonic() + seconds
         while True:
-            found: Any = None
+            value: Any = None
             with contextlib.suppress(AssertionError):
-                found = self.js(expression)
-            if found:
-                return found
+                value = self.js(expression)
+            if value:
+                return value
             assert time.monotonic() < deadline, (expression, self.text())
             time.sleep(0.03)
 
@@ -189,8 +189,8 @@ class Tab:
 
     def _loads(self) -> int:
         return sum(
-            each["method"] == "Page.loadEventFired" and each.get("sessionId") == self._session
-            for each in list(self._browser.events)
+            event["method"] == "Page.loadEventFired" and event.get("sessionId") == self._session
+            for event in list(self._browser.events)
         )
 
     def click(self, selector: str, times: int = 1, loads: bool = False) -> None:
@@ -238,17 +238,17 @@ class Tab:
 
     def png(self, path: Path, whole: bool = True) -> None:
         """A picture of the whole page."""
-        found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(found["data"]))
+        screenshot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(screenshot["data"]))
 
     def complaints(self) -> list[str]:
         """Exceptions of scripts, and what the content security policy refused."""
-        found = []
-        for each in list(self._browser.events):
-            if each.get("sessionId") != self._session:
+        complaints = []
+        for event in list(self._browser.events):
+            if event.get("sessionId") != self._session:
                 continue
-            if each["method"] == "Runtime.exceptionThrown":
-                found.append(json.dumps(each["params"]["exceptionDetails"]))
-            elif each["method"] == "Log.entryAdded" and each["params"]["entry"]["source"] == "security":
-                found.append(each["params"]["entry"]["text"])
-        return found
+            if event["method"] == "Runtime.exceptionThrown":
+                complaints.append(json.dumps(event["params"]["exceptionDetails"]))
+            elif event["method"] == "Log.entryAdded" and event["params"]["entry"]["source"] == "security":
+                complaints.append(event["params"]["entry"]["text"])
+        return complaints

@@ -48,10 +48,10 @@ class Shop:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, "the shop did not start"
-        self.told = json.loads(line)
-        self.url: str = self.told["page"]
+        self.announced = json.loads(line)
+        self.url: str = self.announced["page"]
         self.host = self.url.removeprefix("http://")
-        self.dsn: str = self.told["postgres_dsn"]
+        self.dsn: str = self.announced["postgres_dsn"]
 
     def ask(
         self, method: str, path: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
@@ -144,9 +144,9 @@ def read(page: bytes) -> tuple[str, str]:
 
 def is_settled(view: dict[str, Any]) -> bool:
     """Whether everything that this order sent has come to its end."""
-    return all(each["status"] is not None for each in view["taps"]) and not any(
-        "not settled" in each["fate"] or each["place"] is None or "nobody can tell" in each["fate"]
-        for each in view["messages"]
+    return all(tap["status"] is not None for tap in view["taps"]) and not any(
+        "not settled" in message["fate"] or message["place"] is None or "nobody can tell" in message["fate"]
+        for message in view["messages"]
     )
 
 
@@ -154,8 +154,8 @@ def soon(condition: Any, what: str, seconds: float = 60) -> Any:
     """Wait for a condition without a loop of asyncio."""
     deadline = time.monotonic() + seconds
     while True:
-        found = condition()
-        if found:
-            return found
+        value = condition()
+        if value:
+            return value
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
         time.sleep(0.05)

@@ -18,9 +18,9 @@ def test_a_port_that_is_taken(by: str, monkeypatch: pytest.MonkeyPatch, capsys: 
         monkeypatch.setenv("SHOP_PORT", port)
         # Refused before anything is started: starting would say so on standard output.
         assert main(["--port", port] if by == "flag" else []) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.count("\n") == 1
-    assert f"port {port}" in told.err and "is taken" in told.err and "--port 0" in told.err
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert f"port {port}" in printed.err and "is taken" in printed.err and "--port 0" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,6 @@ def test_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
-    told = capsys.readouterr().out
-    for each in ("--port", "SHOP_PORT", "--token-seconds", "--json", "Ctrl-C", "make shop"):
-        assert each in told
+    printed = capsys.readouterr().out
+    for text in ("--port", "SHOP_PORT", "--token-seconds", "--json", "Ctrl-C", "make shop"):
+        assert text in printed

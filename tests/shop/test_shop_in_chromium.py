@@ -51,8 +51,8 @@ def settled(tab: Tab, order: str, taps: int) -> dict[str, Any]:
     """Wait until at least so many taps have an answer and every message has come to its end."""
 
     def there() -> dict[str, Any] | None:
-        found = view(tab, order)
-        return found if len(found["taps"]) >= taps and is_settled(found) else None
+        shown = view(tab, order)
+        return shown if len(shown["taps"]) >= taps and is_settled(shown) else None
 
     return dict(soon(there, f"{taps} taps of the order to be settled"))
 
@@ -64,16 +64,16 @@ async def is_charged(
 
     earlier: charges of this visitor's orders before.
     """
-    found = settled(tab, order, taps)
-    assert await shop.charges(order) == times, found
+    shown = settled(tab, order, taps)
+    assert await shop.charges(order) == times, shown
     balance = START - (earlier + times) * PRICE
     assert await shop.balance(order, ledger) == balance
-    assert found["charged"]["times"] == times
-    told = "Charged once" if times == 1 else f"Charged {times} times"
-    tab.until(f"document.getElementById('verdict').textContent.startsWith('{told}')")
+    assert shown["charged"]["times"] == times
+    sentence = "Charged once" if times == 1 else f"Charged {times} times"
+    tab.until(f"document.getElementById('verdict').textContent.startsWith('{sentence}')")
     tab.until(f"document.getElementById('balance').textContent.endsWith('{balance / 100:,.2f}')")
     assert tab.complaints() == []
-    return found
+    return shown
 
 
 @contextmanager
@@ -94,21 +94,21 @@ async def test_double_click(shop: Shop, browser: Browser, greying: bool, token: 
         tab.click("#tap", times=2)
         taps = 1 if greying else 2
         times = 1 if greying or token or ledger else 2
-        found = await is_charged(shop, tab, order, times, taps, ledger=ledger)
-        messages = found["messages"]
+        shown = await is_charged(shop, tab, order, times, taps, ledger=ledger)
+        messages = shown["messages"]
         assert len(messages) == (1 if greying or token else 2)
-        assert ("charged" in messages[0]["fate"]) and found["order"]["state"] == "paid"
+        assert ("charged" in messages[0]["fate"]) and shown["order"]["state"] == "paid"
         if ledger and len(messages) == 2:  # it is told who stopped it, once the worker's log line has come
 
-            def told() -> bool:
+            def is_named() -> bool:
                 fate = view(tab, order)["messages"][1]["fate"]
                 return "stopped by the pre-check" in fate or "stopped by the ledger" in fate
 
-            soon(told, "who stopped the second")
+            soon(is_named, "who stopped the second")
         if token and not greying:  # the second tap has the first one's answer, at once or after it was told to wait
             replayed = "answered with the first tap's result"
-            soon(lambda: replayed in [each["text"] for each in view(tab, order)["taps"]], "the first one's answer")
-            assert {each["status"] for each in view(tab, order)["taps"]} <= {202, 409}
+            soon(lambda: replayed in [tap["text"] for tap in view(tab, order)["taps"]], "the first one's answer")
+            assert {tap["status"] for tap in view(tab, order)["taps"]} <= {202, 409}
             assert await shop.charges(order) == 1
 
 
@@ -118,11 +118,11 @@ async def test_twenty_taps_at_once(shop: Shop, browser: Browser, token: bool, le
         order = set_switches(tab, token=token, ledger=ledger)
         tab.click("#twenty")
         times = 1 if token or ledger else 20
-        found = await is_charged(shop, tab, order, times, 20, ledger=ledger)
-        assert len(found["messages"]) == (1 if token else 20)
-        tab.until("document.querySelectorAll('#messages li').length === " + str(len(found["messages"])))
+        shown = await is_charged(shop, tab, order, times, 20, ledger=ledger)
+        assert len(shown["messages"]) == (1 if token else 20)
+        tab.until("document.querySelectorAll('#messages li').length === " + str(len(shown["messages"])))
         if ledger and not token:
-            assert sum("stopped by" in each["fate"] for each in found["messages"]) == 19
+            assert sum("stopped by" in message["fate"] for message in shown["messages"]) == 19
 
 
 @pytest.mark.parametrize(("token", "ledger"), LAYERS)
@@ -139,8 +139,8 @@ async def test_reload_sends_it_again(shop: Shop, browser: Browser, token: bool, 
         tab.call("Emulation.setScriptExecutionDisabled", value=False)
         tab.goto(shop.url)
         times = 1 if token or ledger else 3
-        found = await is_charged(shop, tab, order, times, 3, ledger=ledger)
-        assert len(found["taps"]) == 3, "the reload did not send it again"
+        shown = await is_charged(shop, tab, order, times, 3, ledger=ledger)
+        assert len(shown["taps"]) == 3, "the reload did not send it again"
 
 
 @pytest.mark.parametrize(("token", "ledger"), LAYERS)
@@ -210,9 +210,9 @@ async def test_redis_stopped(shop: Shop, browser: Browser) -> None:
         try:
             does(tab, "redis", "Stop")
             tab.click("#tap", times=2)
-            found = await is_charged(shop, tab, order, 1, 2, ledger=True)
-            assert [each["status"] for each in found["taps"]] == [202, 202]
-            assert "could not be checked" in found["token"]["text"]
+            shown = await is_charged(shop, tab, order, 1, 2, ledger=True)
+            assert [tap["status"] for tap in shown["taps"]] == [202, 202]
+            assert "could not be checked" in shown["token"]["text"]
             # One that is made meanwhile has no token, and says so; two tabs of it share the ledger's id.
             order = set_switches(tab, greying=False)
             assert tab.js("document.body.dataset.token") == ""
@@ -272,10 +272,10 @@ async def test_worker_killed_between_tap_and_effect(shop: Shop, browser: Browser
             return await shop.charges(order) >= (1 if ledger else 2)
 
         await until("the next worker to charge it", again)
-        found = settled(tab, order, 1)
-        assert await shop.charges(order) == found["charged"]["times"] == (1 if ledger else 2)
+        shown = settled(tab, order, 1)
+        assert await shop.charges(order) == shown["charged"]["times"] == (1 if ledger else 2)
         if not ledger:
-            assert "delivered again" in found["messages"][0]["fate"]
+            assert "delivered again" in shown["messages"][0]["fate"]
 
 
 async def test_it_says_the_truth_while_services_are_away(shop: Shop, browser: Browser) -> None:
@@ -296,8 +296,8 @@ async def test_it_says_the_truth_while_services_are_away(shop: Shop, browser: Br
         tab.until("document.getElementById('notice').textContent.startsWith('Answer 503: Kafka does not confirm')")
         assert await shop.charges(order) == 0
         does(tab, "kafka", "Start")
-        found = settled(tab, order, 1)
-        assert len(found["messages"]) == 1 and await shop.charges(order) == 1
+        shown = settled(tab, order, 1)
+        assert len(shown["messages"]) == 1 and await shop.charges(order) == 1
 
         order = set_switches(tab, greying=False)
         does(tab, "postgresql", "Stop")
@@ -306,7 +306,7 @@ async def test_it_says_the_truth_while_services_are_away(shop: Shop, browser: Br
         tab.until("document.getElementById('notice').textContent.includes('202: Accepted, not yet charged.')")
         assert "cannot be told" in tab.js("document.getElementById('balance').textContent")
         does(tab, "postgresql", "Start")
-        found = settled(tab, order, 2)
+        shown = settled(tab, order, 2)
         assert await shop.charges(order) == 1
 
 
@@ -398,8 +398,8 @@ async def test_by_keyboard_alone(shop: Shop, browser: Browser) -> None:
         assert tab.js(here) == "tap"
         tab_to("twenty")
         tab.key("Enter")
-        found = settled(tab, order, 21)
-        assert await shop.charges(order) == 1 and len(found["messages"]) == 1
+        shown = settled(tab, order, 21)
+        assert await shop.charges(order) == 1 and len(shown["messages"]) == 1
 
 
 async def test_changes_are_announced_and_everything_has_a_name(shop: Shop, browser: Browser) -> None:
@@ -415,10 +415,12 @@ async def test_changes_are_announced_and_everything_has_a_name(shop: Shop, brows
         nodes = tab.call("Accessibility.getFullAXTree")["nodes"]
         roles = ("button", "checkbox", "textbox", "combobox", "list", "region")
         named = [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes if not n.get("ignored")]
-        found = [(role, name) for role, name in named if role in roles]
-        assert {role for role, _ in found} >= {"button", "checkbox", "list", "region"}
-        assert [each for each in found if each[0] != "list" and not each[1]] == []
-        assert len({name for role, name in found if role == "button"}) == sum(role == "button" for role, _ in found)
+        named_nodes = [(role, name) for role, name in named if role in roles]
+        assert {role for role, _ in named_nodes} >= {"button", "checkbox", "list", "region"}
+        assert [node for node in named_nodes if node[0] != "list" and not node[1]] == []
+        assert len({name for role, name in named_nodes if role == "button"}) == sum(
+            role == "button" for role, _ in named_nodes
+        )
         assert tab.js("document.documentElement.lang") == "en"
         assert tab.js("document.querySelectorAll('h1').length") == 1
 
@@ -444,11 +446,11 @@ async def test_shipping_needs_the_version_that_was_seen(shop: Shop, browser: Bro
         # Another one changes the row, and this page has not heard of it yet.
         stale = view(tab, order)["order"]["version"]
         await shop.value("update shop.orders set version = version + 1 where order_id = $1 returning 1", UUID(order))
-        told = tab.js(
+        announced = tab.js(
             f"fetch('/orders/{order}/state', {{method: 'POST', headers: {{'content-type': 'application/json'}},"
             f" body: JSON.stringify({{state: 'shipped', version: {stale}}})}}).then(async r => [r.status, (await r.json()).code])"
         )
-        assert told == [409, "version_stale"]
+        assert announced == [409, "version_stale"]
         assert view(tab, order)["order"]["state"] == "paid"
         tab.until("document.getElementById('state').textContent === 'paid'")
         soon(lambda: tab.js(f"version === {stale + 1}"), "the page to know the new version")

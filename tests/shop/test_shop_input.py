@@ -40,17 +40,17 @@ def is_problem(answer: Answer, status: int, code: str | None = None) -> dict[str
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.headers["cache-control"] == "no-store"
     assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
-    told = answer.json
-    assert told["status"] == status and told["title"] and told["detail"] and told["type"]
-    assert code is None or told["code"] == code
-    return dict(told)
+    problem = answer.json
+    assert problem["status"] == status and problem["title"] and problem["detail"] and problem["type"]
+    assert code is None or problem["code"] == code
+    return dict(problem)
 
 
 async def is_untouched(shop: Shop, script: Script) -> None:
     """The order has sent no message, and PostgreSQL knows nothing of it."""
     view = script.view()
     assert view["messages"] == [] and view["charged"]["times"] == 0
-    assert all(400 <= each["status"] < 500 for each in view["taps"])
+    assert all(400 <= tap["status"] < 500 for tap in view["taps"])
     assert await shop.charges(script.order) == 0
 
 
@@ -95,7 +95,7 @@ AMOUNTS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("amount", AMOUNTS, ids=lambda each: repr(each)[:30])
+@pytest.mark.parametrize("amount", AMOUNTS, ids=lambda value: repr(value)[:30])
 async def test_amounts_that_are_none(shop: Shop, fixed: Script, amount: Any) -> None:
     given = {"amount": amount}
     is_problem(
@@ -119,18 +119,18 @@ async def test_amounts_that_are_none(shop: Shop, fixed: Script, amount: Any) -> 
 
 BODIES: list[tuple[bytes, int]] = [
     *(
-        (each, 400)
-        for each in (b"", b"{", b"nonsense", b"{'amount': 1}", b'{"amount": NaN}', b'{"amount": 1', b"\xff\xfe")
+        (body, 400)
+        for body in (b"", b"{", b"nonsense", b"{'amount': 1}", b'{"amount": NaN}', b'{"amount": 1', b"\xff\xfe")
     ),
-    *((each, 400) for each in (b'{"amount": "\xff"}', b"\0", b'{"amount": 01}', b"[" * 8000, b'{"a":' * 1500)),
-    *((each, 422) for each in (b"[]", b"1", b"null", b'"12.50"', b"true", b"{}", b'{"amounts": 1}')),
-    *((each, 422) for each in (b'{"amount": "12.50", "currency": "EUR"}', b'{"amount": "12.50", "order": "x"}')),
+    *((body, 400) for body in (b'{"amount": "\xff"}', b"\0", b'{"amount": 01}', b"[" * 8000, b'{"a":' * 1500)),
+    *((body, 422) for body in (b"[]", b"1", b"null", b'"12.50"', b"true", b"{}", b'{"amounts": 1}')),
+    *((body, 422) for body in (b'{"amount": "12.50", "currency": "EUR"}', b'{"amount": "12.50", "order": "x"}')),
     (b'{"amount": "' + b"1" * 9000 + b'"}', 413),
     (b'{"amount": 1' + b"0" * 5000 + b"}", 400),  # a number beyond what is decoded
 ]
 
 
-@pytest.mark.parametrize(("body", "status"), BODIES, ids=lambda each: str(each)[:30])
+@pytest.mark.parametrize(("body", "status"), BODIES, ids=lambda value: str(value)[:30])
 async def test_bodies_that_are_none(shop: Shop, fixed: Script, body: bytes, status: int) -> None:
     is_problem(fixed.post(f"/orders/{fixed.order}/payments", body, idempotency_key=fixed.token), status)
     await is_untouched(shop, fixed)
@@ -146,7 +146,7 @@ async def test_bodies_that_are_none(shop: Shop, fixed: Script, body: bytes, stat
         ("amount=1&token", 422),
         ("amount=1&x=2", 422),
     ],
-    ids=lambda each: str(each)[:30],
+    ids=lambda value: str(value)[:30],
 )
 async def test_forms_that_are_none(shop: Shop, fixed: Script, body: str, status: int) -> None:
     answer = fixed.post(f"/orders/{fixed.order}/payments", body, content_type=FORM["content-type"], idempotency_key="x")
@@ -208,7 +208,7 @@ async def test_tokens_of_others_and_of_other_orders(shop: Shop, script: Script) 
 
 
 async def test_a_token_that_has_expired(shop: Shop, script: Script) -> None:
-    async with Redis.from_url(shop.told["redis_url"]) as redis:
+    async with Redis.from_url(shop.announced["redis_url"]) as redis:
         key = Tokens(redis, prefix="shop:token:")._key(script.token)
         assert await redis.pexpire(key, 1)
         while await redis.exists(key):
@@ -238,7 +238,7 @@ async def test_a_token_again_for_another_amount(shop: Shop, script: Script) -> N
 
 async def test_an_id_again_for_another_amount_is_refused_by_the_ledger(shop: Shop, script: Script) -> None:
     script.again(token=False)
-    assert [script.pay(each).status for each in ("12.50", "13.00")] == [202, 202]
+    assert [script.pay(amount).status for amount in ("12.50", "13.00")] == [202, 202]
     soon(lambda: is_settled(script.view()), "the payments to be settled")
     assert "used for another amount" in script.view()["messages"][1]["fate"]
     assert await shop.charges(script.order) == 1
@@ -286,7 +286,9 @@ def test_other_names_of_this_server(shop: Shop, host: str) -> None:
 
 def test_it_listens_on_this_machine_only(shop: Shop) -> None:
     port = int(shop.host.partition(":")[2])
-    for address in {each[4][0] for each in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}:
+    for address in {
+        address_info[4][0] for address_info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
+    }:
         if not address.startswith("127."):
             with pytest.raises(OSError, match="refused"):
                 socket.create_connection((str(address), port), timeout=5)
@@ -294,15 +296,15 @@ def test_it_listens_on_this_machine_only(shop: Shop) -> None:
 
 MOVES: list[tuple[dict[str, Any], int, str]] = [
     *(
-        ({"state": each, "version": 1}, 422, "state_unknown")
-        for each in ("lost", "", "PAID", None, 1, [], {}, "paid\0")
+        ({"state": state, "version": 1}, 422, "state_unknown")
+        for state in ("lost", "", "PAID", None, 1, [], {}, "paid\0")
     ),
     ({"version": 1}, 422, "state_unknown"),
     ({"state": "shipped"}, 428, "version_missing"),
     ({"state": "shipped", "version": None}, 428, "version_missing"),
     *(
-        ({"state": "shipped", "version": each}, 422, "version_invalid")
-        for each in ("1", "one", 1.5, 1.0, True, -1, 2**63, 10**30, [], {}, "")
+        ({"state": "shipped", "version": version}, 422, "version_invalid")
+        for version in ("1", "one", 1.5, 1.0, True, -1, 2**63, 10**30, [], {}, "")
     ),
     ({"state": "shipped", "version": 1, "by": "me"}, 422, "field_unknown"),
     ({"state": "paid", "version": 1}, 409, "move_illegal"),  # only a charge can
@@ -311,7 +313,7 @@ MOVES: list[tuple[dict[str, Any], int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "status", "code"), MOVES, ids=lambda each: str(each)[:50])
+@pytest.mark.parametrize(("given", "status", "code"), MOVES, ids=lambda value: str(value)[:50])
 async def test_moves_that_are_none(shop: Shop, fixed: Script, given: dict[str, Any], status: int, code: str) -> None:
     is_problem(fixed.post(f"/orders/{fixed.order}/state", json.dumps(given)), status, code)
     await is_untouched(shop, fixed)
@@ -407,7 +409,7 @@ async def test_whatever_is_sent_is_no_500_and_no_charge(shop: Shop, fixed: Scrip
         "/",
         "/orders",
         "/services/x",
-        *(f"/orders/{fixed.order}{each}" for each in ("", "/payments", "/state", "/x")),
+        *(f"/orders/{fixed.order}{path}" for path in ("", "/payments", "/state", "/x")),
     ]
     for _ in range(300):
         text = "".join(chance.choices(string.printable + '{}[]":,', k=chance.randrange(200)))
@@ -442,13 +444,13 @@ async def test_twenty_requests_at_once(shop: Shop, script: Script, token: bool, 
     view = script.view()
     if "could not be checked" not in view["token"]["text"]:  # on a machine that is too busy for Redis to answer in time
         assert len(view["messages"]) == (1 if token else 20)
-    statuses = [each.status for each in answers]
+    statuses = [answer.status for answer in answers]
     assert set(statuses) <= ({202, 409} if token else {202})
-    for each in answers:
-        if each.status == 409:
-            assert int(each.headers["retry-after"]) >= 1 and is_problem(each, 409, "token_in_use")
+    for answer in answers:
+        if answer.status == 409:
+            assert int(answer.headers["retry-after"]) >= 1 and is_problem(answer, 409, "token_in_use")
     # Who was told to wait gets the first one's answer.
     last = script.pay()
     assert last.status == 202
     if token:
-        assert last.body in [each.body for each in answers] and last.headers["idempotent-replayed"] == "true"
+        assert last.body in [answer.body for answer in answers] and last.headers["idempotent-replayed"] == "true"

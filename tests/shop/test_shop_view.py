@@ -39,25 +39,25 @@ def test_nothing_is_called_charged_that_postgresql_does_not_hold(
     order = Order(
         uuid4(), VISITOR, layers, "t" * 43 if token and layers.token else None, sent=sent, unchecked=unchecked
     )
-    found = told(order, seen, up, causes)
-    verdict = found["verdict"]["text"]
+    view = told(order, seen, up, causes)
+    verdict = view["verdict"]["text"]
     times = sum(seen.charges.values()) if seen is not None else 0
     assert verdict.startswith("Charged") == (times > 0)
     assert ("Charged once" in verdict) == (times == 1)
-    assert (found["verdict"]["tone"] == "ok") == (times == 1)
+    assert (view["verdict"]["tone"] == "ok") == (times == 1)
     if times > 1:
-        assert f"{times} times" in verdict and found["verdict"]["tone"] == "bad"
+        assert f"{times} times" in verdict and view["verdict"]["tone"] == "bad"
     if verdict.startswith("Accepted"):  # only what Kafka has confirmed
-        assert any(each.place is not None for each in sent)
-    assert (found["charged"] is None) == (found["account"]["balance"] is None) == (seen is None)
-    for message, each in zip(found["messages"], sent, strict=True):
+        assert any(tap.place is not None for tap in sent)
+    assert (view["charged"] is None) == (view["account"]["balance"] is None) == (seen is None)
+    for message, tap in zip(view["messages"], sent, strict=True):
         says_charged = message["fate"].endswith(": charged") or "charged " in message["fate"]
         assert says_charged == (
-            each.place is not None and not each.given_up and seen is not None and each.place in seen.charges
+            tap.place is not None and not tap.given_up and seen is not None and tap.place in seen.charges
         )
-        settled = each.place is not None and seen is not None and each.place[1] < seen.positions.get(each.place[0], 0)
+        settled = tap.place is not None and seen is not None and tap.place[1] < seen.positions.get(tap.place[0], 0)
         assert settled or "stopped" not in message["fate"]
-    if seen is None and any(not each.given_up for each in sent):
+    if seen is None and any(not tap.given_up for tap in sent):
         assert is_waiting(order, seen)
 
 
@@ -86,7 +86,13 @@ def test_amounts(text: object, expected: int) -> None:
 
 
 def test_money() -> None:
-    assert [money(each) for each in (0, 5, 123_456, -5, -123_450)] == ["0.00", "0.05", "1,234.56", "-0.05", "-1,234.50"]
+    assert [money(amount) for amount in (0, 5, 123_456, -5, -123_450)] == [
+        "0.00",
+        "0.05",
+        "1,234.56",
+        "-0.05",
+        "-1,234.50",
+    ]
 
 
 def test_an_order_is_its_visitors_and_the_oldest_are_forgotten() -> None:
@@ -108,7 +114,7 @@ def test_taps_are_numbered_and_only_the_newest_are_kept() -> None:
     order = Order(uuid4(), VISITOR, Switches())
     numbers = [order.tap().number for _ in range(TAPS_KEPT + 5)]
     assert numbers == list(range(1, TAPS_KEPT + 6))
-    assert [each.number for each in order.taps] == numbers[5:]
+    assert [tap.number for tap in order.taps] == numbers[5:]
 
 
 def test_switches_that_are_not_named_are_on() -> None:

@@ -39,7 +39,7 @@ class Authority:
         issuer = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(self._identifier)
         certificate = (
             _builder(subject, self._name, key.public_key(), expires)
-            .add_extension(x509.SubjectAlternativeName([_name(each) for each in hosts]), critical=False)
+            .add_extension(x509.SubjectAlternativeName([_name(host) for host in hosts]), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(issuer, critical=False)
             .sign(self._key, hashes.SHA256())

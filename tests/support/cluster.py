@@ -59,7 +59,7 @@ class Node(Server):
         properties.write_text(
             _PROPERTIES.format(
                 number=self.number,
-                voters=",".join(f"{each.number}@127.0.0.1:{each.controller}" for each in cluster.nodes),
+                voters=",".join(f"{node.number}@127.0.0.1:{node.controller}" for node in cluster.nodes),
                 port=self.port,
                 controller=self.controller,
                 directory=self.directory,

@@ -69,11 +69,11 @@ def prose(page: Path) -> str:
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub and MkDocs make them."""
     text = _FENCE.sub("", page.read_text("utf-8"))
-    made: set[str] = set()
+    anchors_found: set[str] = set()
     for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
-        made.add(re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", plain)))
-    return made
+        anchors_found.add(re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", plain)))
+    return anchors_found
 
 
 # -- settings -----------------------------------------------------------------------------------------------------------
@@ -142,14 +142,14 @@ def _passed(
     trees: dict[Path, ast.Module], function: str, place: int, name: str, constants: dict[str, str]
 ) -> list[str]:
     """The texts that calls of a function pass as one of its parameters."""
-    found: list[str] = []
+    passed: list[str] = []
     for tree in trees.values():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == function:
                 given = [word.value for word in node.keywords if word.arg == name]
                 given = given or node.args[place : place + 1]
-                found += [text for one in given for text in _texts(one, constants)]
-    return found
+                passed += [text for one in given for text in _texts(one, constants)]
+    return passed
 
 
 def _level(node: ast.expr) -> str:
@@ -221,12 +221,12 @@ def documented_events() -> dict[str, tuple[str, frozenset[str], str]]:
 
 def merged(events: list[Event]) -> dict[str, tuple[str, list[str]]]:
     """Event -> levels and fields of all calls that log it."""
-    found: dict[str, tuple[str, list[str]]] = {}
+    levels_and_fields: dict[str, tuple[str, list[str]]] = {}
     for text in sorted({event.text for event in events}):
         same = [event for event in events if event.text == text]
         levels = sorted({one for event in same for one in event.level.split(" or ")})
-        found[text] = " or ".join(levels), sorted({field for event in same for field in event.fields})
-    return found
+        levels_and_fields[text] = " or ".join(levels), sorted({field for event in same for field in event.fields})
+    return levels_and_fields
 
 
 def events_table(rows: dict[str, tuple[str, list[str]]], meanings: dict[str, str]) -> str:

@@ -103,9 +103,9 @@ async def until(what: str, condition: Callable[[], Awaitable[Any]], seconds: flo
     """Wait until the condition is true and return its value; fail by naming it."""
     deadline = time.monotonic() + seconds
     while True:
-        found = await condition()
-        if found:
-            return found
+        value = await condition()
+        if value:
+            return value
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
         await asyncio.sleep(0.05)
 
@@ -134,8 +134,10 @@ async def produce(kafka: str, topic: str, messages: Iterable[Sent]) -> None:
     await producer.start()
     try:
         futures = [
-            await producer.send(topic, each.value, key=each.key, partition=each.partition, headers=each.headers)
-            for each in messages
+            await producer.send(
+                topic, message.value, key=message.key, partition=message.partition, headers=message.headers
+            )
+            for message in messages
         ]
         await asyncio.gather(*futures)
     finally:
@@ -157,7 +159,7 @@ async def working(app: App, settings: Settings, **options: Any) -> AsyncIterator
 def buffered(worker: Worker) -> tuple[int, int]:
     """Messages and bytes that wait in a worker to be taken."""
     waiting = [lane.scheduler.fetched for lane in worker.lanes]
-    return sum(each[0] for each in waiting), sum(each[1] for each in waiting)
+    return sum(lane_counts[0] for lane_counts in waiting), sum(lane_counts[1] for lane_counts in waiting)
 
 
 def fetched(worker: Worker) -> int:
@@ -178,7 +180,7 @@ async def drained(app: App, settings: Settings, seconds: float = 30) -> None:
                 lags, missing = await report.partition_lags(connection, source, app)
             finally:
                 await connection.close()
-            return not missing and not any(each["lag"] != 0 for each in lags)
+            return not missing and not any(lag["lag"] != 0 for lag in lags)
 
         await until("no lag", no_lag, seconds)
     finally:
@@ -234,8 +236,10 @@ class Place:
         return await query(self.dsn, "select id, account, amount from effects order by id")
 
     async def reasons(self) -> list[str]:
-        found = sorted(await letters(self.dsn), key=lambda each: (each["topic"], each["partition"], each["offset"]))
-        return [each["reason"] for each in found]
+        dead_letters = sorted(
+            await letters(self.dsn), key=lambda letter: (letter["topic"], letter["partition"], letter["offset"])
+        )
+        return [letter["reason"] for letter in dead_letters]
 
 
 class Command:
@@ -264,15 +268,15 @@ class Command:
 
     def events(self) -> list[dict[str, Any]]:
         """What was logged so far, as JSON lines."""
-        found = []
+        events = []
         for line in self._log.read_text("utf-8").splitlines():
             if line.startswith("{"):
-                found.append(json.loads(line))
-        return found
+                events.append(json.loads(line))
+        return events
 
     def worker_pids(self) -> dict[int, int]:
         """Slot -> pid of the newest worker process in it."""
-        return {each["worker"]: each["worker_pid"] for each in self.events() if "worker_pid" in each}
+        return {event["worker"]: event["worker_pid"] for event in self.events() if "worker_pid" in event}
 
     @property
     def errors(self) -> str:
@@ -332,12 +336,12 @@ def consumer(cwd: Path, *arguments: str, **environment: str) -> Result:
 
 def is_one_line(result: Result, *says: str, code: int = 2) -> None:
     assert result.returncode == code, result.stderr
-    lines = [each for each in result.stderr.splitlines() if each.strip()]
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("consumer: ")
     assert "Traceback" not in result.stderr + result.stdout
-    for each in says:
-        assert each in lines[0]
+    for expected in says:
+        assert expected in lines[0]
 
 
 async def new_topic(kafka: str, partitions: int = 1, name: str | None = None, **configs: str) -> str:
@@ -349,8 +353,10 @@ async def new_topic(kafka: str, partitions: int = 1, name: str | None = None, **
         await admin.create_topics([NewTopic(topic, partitions, 1, topic_configs=configs)])
 
         async def led() -> bool:
-            found = await admin.describe_topics([topic])
-            return len(found[0]["partitions"]) == partitions and all(p["leader"] >= 0 for p in found[0]["partitions"])
+            descriptions = await admin.describe_topics([topic])
+            return len(descriptions[0]["partitions"]) == partitions and all(
+                p["leader"] >= 0 for p in descriptions[0]["partitions"]
+            )
 
         await until("the topic to have leaders", led)
     finally:

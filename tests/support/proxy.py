@@ -145,14 +145,14 @@ class _Redis(_Raw):
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, Label | None]]:
         self.rest += data
-        while (found := self._command()) is not None:
-            size, name = found
+        while (parsed := self._command()) is not None:
+            size, name = parsed
             command, self.rest = self.rest[:size], self.rest[size:]
             yield command, name
 
     def _command(self) -> tuple[int, Label | None] | None:
-        line, found, _ = self.rest.partition(b"\r\n")
-        if not found:
+        line, separator, _ = self.rest.partition(b"\r\n")
+        if not separator:
             return None
         if not line.startswith(b"*"):
             return len(line) + 2, None
@@ -202,8 +202,8 @@ class _Link:
     answer: asyncio.Event = field(default_factory=asyncio.Event)
 
     def abort(self) -> None:
-        for each in (self.client, self.server):
-            _reset(each)
+        for writer in (self.client, self.server):
+            _reset(writer)
 
 
 class Proxy:
@@ -271,8 +271,8 @@ class Proxy:
     def black_hole(self, way: Way = "both") -> None:
         """Pass nothing on, an end neither, and close nothing; "up" is towards the server. New connections are accepted."""
         self.fired[f"black hole {way}"] += 1
-        for each in ("up", "down") if way == "both" else (way,):
-            self._gates[each].clear()
+        for direction in ("up", "down") if way == "both" else (way,):
+            self._gates[direction].clear()
 
     def heal(self) -> None:
         """No latency, no slices, no black hole: what was held back is passed on."""
@@ -312,8 +312,8 @@ class Proxy:
             except OSError:
                 _reset(client)
                 return
-            for each in (client, server):
-                each.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for writer in (client, server):
+                writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             link = _Link(client, server, self._protocol())
             self._links.add(link)
             try:
@@ -436,7 +436,9 @@ async def _obey(proxy: Proxy, line: str) -> dict[str, object]:
             proxy.off()
         case ["counts"]:
             seen = {str(label): count for label, count in proxy.seen.items()}
-            fired = {each if isinstance(each, str) else f"{each[0]} {each[1]}": n for each, n in proxy.fired.items()}
+            fired = {
+                fault if isinstance(fault, str) else f"{fault[0]} {fault[1]}": n for fault, n in proxy.fired.items()
+            }
             return {"seen": seen, "fired": fired, "connections": proxy.connections}
         case _:
             return {"error": f"no such command: {line.strip()}"}

@@ -51,16 +51,16 @@ class Desk:
 
         @app.handler(TOPIC, name="many", batch=10)
         async def many(messages: list[dict[str, Any]], tx: Tx) -> None:
-            for each in messages:
-                await self.effect(each["id"], tx)
+            for message in messages:
+                await self.effect(message["id"], tx)
 
         @app.handler(TOPIC, name="watch", idempotent=False)
         async def watch(message: Message[dict[str, Any]]) -> None:
             if message.value["id"] in self.faults:
                 raise ValueError("no screen")
 
-        for each in app.handlers.values():
-            each.bind({})
+        for handler in app.handlers.values():
+            handler.bind({})
         return app
 
     async def effect(self, id: str, tx: Tx) -> None:
@@ -182,8 +182,8 @@ class Desk:
             drive.close()
 
     async def outcomes(self, *numbers: int, **more: Any) -> list[str]:
-        found = await self.retry(*numbers, **more)
-        return [each.outcome for each in found]
+        results = await self.retry(*numbers, **more)
+        return [result.outcome for result in results]
 
     async def done(self) -> list[str]:
         return [row[0] for row in await query(self.dsn, "select id from done order by n")]

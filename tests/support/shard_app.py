@@ -57,7 +57,9 @@ def unknown(key: bytes | None) -> str:
 
 
 MOVES = "the-key-that-moves"
-ROUTES = {each.__name__: each for each in (by_crc, the_other_way, by_hash, one_key_moved, by_chance, raises, unknown)}
+ROUTES = {
+    route.__name__: route for route in (by_crc, the_other_way, by_hash, one_key_moved, by_chance, raises, unknown)
+}
 
 
 def app_of(name: str, topic: str, route: str, east: str = "env:TEST_EAST", west: str = "env:TEST_WEST") -> App:

@@ -80,8 +80,8 @@ class AtTerminal:
         if not select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
             return False
         try:
-            found = os.read(self._fd, 65536)
+            data = os.read(self._fd, 65536)
         except OSError:  # the other end is closed
             return False
-        self.shown += found.decode("utf-8", "replace").replace("\r\n", "\n")
-        return bool(found)
+        self.shown += data.decode("utf-8", "replace").replace("\r\n", "\n")
+        return bool(data)

@@ -149,7 +149,7 @@ NO_SESSIONS = (
 
 
 @pytest.mark.parametrize("shown", ["by asyncpg here", "by another driver", "by rows alone"])
-@pytest.mark.parametrize("way", WAYS, ids=[each.__name__ for each in WAYS])
+@pytest.mark.parametrize("way", WAYS, ids=[way.__name__ for way in WAYS])
 async def test_rows_stored_outside_are_found(
     exactly_once: ExactlyOnce, way: Callable[[Elsewhere], Awaitable[None]], shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,21 +196,21 @@ async def test_rows_stored_by_another_process_are_found_at_each_crash(
         trial = await exactly_once(app_of(act), schema=TABLES)
         dsn[:] = [trial.dsn]
         await trial.deliver(*payments(1), crash_at=step)
-        [found] = trial.outside_statements()
-        assert (found.handler, found.message) == ("settle", "payments:0@0")
-        assert found.statement == "unknown: it changed rows of public.mails"
+        [statement] = trial.outside_statements()
+        assert (statement.handler, statement.message) == ("settle", "payments:0@0")
+        assert statement.statement == "unknown: it changed rows of public.mails"
 
 
 @pytest.mark.parametrize("calls", [1, 2, 4])
 async def test_prove_with_rows_stored_outside_by_a_single_call_fails(exactly_once: ExactlyOnce, calls: int) -> None:
     """The first call is that of the undisturbed run, on a copy: the handler writes to the database that it knows."""
     dsn: list[str] = []
-    made = 0
+    call_count = 0
 
     async def act(message: Message[Any]) -> None:
-        nonlocal made
-        made += 1
-        if made == calls:
+        nonlocal call_count
+        call_count += 1
+        if call_count == calls:
             subprocess.run([sys.executable, "-c", PROCESS, dsn[0], MAIL], check=True)  # noqa: ASYNC221
 
     trial = await exactly_once(app_of(act), schema=TABLES)
@@ -244,8 +244,8 @@ async def test_what_a_transaction_of_the_worker_stores_is_not_outside(exactly_on
 
     @app.handler("payments", batch=2)
     async def settle(messages: list[Message[dict[str, Any]]], tx: Tx) -> None:
-        for each in messages:
-            await tx.execute("insert into effects values ($1)", each.id)
+        for message in messages:
+            await tx.execute("insert into effects values ($1)", message.id)
             await tx.execute("insert into parts values (1), (11)")
             await tx.execute("insert into later values (1)")
             await tx.copy_records_to_table("mails", records=[("copied",)])
@@ -256,7 +256,7 @@ async def test_what_a_transaction_of_the_worker_stores_is_not_outside(exactly_on
             async with tx.savepoint():
                 await tx.execute("update mails set id = id")
             await tx.execute("truncate short")
-            await tx.execute(f"create table made_{each.value['n']} (id int)")
+            await tx.execute(f"create table made_{message.value['n']} (id int)")
             await tx.execute("refresh materialized view seen")
         await other[0].execute("insert into noise values (1)")
 
@@ -283,7 +283,7 @@ async def test_what_a_transaction_of_the_worker_stores_is_not_outside(exactly_on
         await other[0].close()
     assert await trial.fetchval("select count(*) from late") > 0
     # asyncpg tells of statements on the neighbour's connection; no row of this database was stored by others.
-    assert {each.statement for each in trial.outside_statements()} == {"insert into noise values (1)"}
+    assert {statement.statement for statement in trial.outside_statements()} == {"insert into noise values (1)"}
 
 
 async def test_a_transaction_that_was_open_before_is_not_laid_to_a_handler(exactly_once: ExactlyOnce) -> None:

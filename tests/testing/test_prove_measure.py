@@ -60,15 +60,15 @@ def noting(what: Callable[[], object]) -> Callable[[App], None]:
 def place_in_the_batch(app: App) -> None:
     @app.handler("payments", batch=100)
     async def settle(messages: list[Message[dict[str, Any]]], tx: Tx) -> None:
-        for n, each in enumerate(messages):
-            tx.defer(INSERT, each.id, 1, str(n))
+        for n, message in enumerate(messages):
+            tx.defer(INSERT, message.id, 1, str(n))
 
 
 def size_of_the_batch(app: App) -> None:
     @app.handler("payments", batch=100)
     async def settle(messages: list[Message[dict[str, Any]]], tx: Tx) -> None:
-        for each in messages:
-            tx.defer(INSERT, each.id, len(messages), "")
+        for message in messages:
+            tx.defer(INSERT, message.id, len(messages), "")
 
 
 def running_total(app: App) -> None:
@@ -208,9 +208,9 @@ async def test_prove_with_one_wrong_answer_of_the_claim_fails(
     questions = itertools.count(1)
 
     async def wrong(self: Any, deliveries: Any, topics: Any) -> Any:
-        found = await claim(self, deliveries, topics)
+        claims = await claim(self, deliveries, topics)
         if next(questions) != question:
-            return found
+            return claims
         return (
             {}
             if answer == "new"

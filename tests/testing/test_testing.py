@@ -70,7 +70,7 @@ def payment(n: int, amount: int | None = None) -> Sent:
 
 
 def ends(delivered: list[Delivered]) -> list[tuple[str, str, str]]:
-    return [(each.handler, each.outcome, each.cause) for each in delivered]
+    return [(delivered.handler, delivered.outcome, delivered.cause) for delivered in delivered]
 
 
 async def rows(trial: Trial) -> tuple[int, int, int]:
@@ -93,13 +93,13 @@ async def test_messages_are_applied_once_and_then_duplicates(exactly_once: Exact
         ("settle", "applied", ""), ("record", "applied", ""),
         ("settle", "duplicate", "batch"), ("record", "duplicate", "batch"),
     ]  # fmt: skip
-    assert [(each.message.id, each.offset) for each in first] == [
+    assert [(delivered.message.id, delivered.offset) for delivered in first] == [
         ("id-1", 0), ("id-1", 0), ("id-2", 1), ("id-2", 1), ("id-1", 2), ("id-1", 2),
     ]  # fmt: skip
     for size in (1, 2, None):
         again = await trial.deliver_again(batch=size)
-        assert {each.cause for each in again} == ({"ledger", "batch"} if size is None else {"ledger"})
-        assert [each.outcome for each in again] == ["duplicate"] * 6
+        assert {delivered.cause for delivered in again} == ({"ledger", "batch"} if size is None else {"ledger"})
+        assert [delivered.outcome for delivered in again] == ["duplicate"] * 6
         trial.assert_no_new_effects()
     assert ends(await trial.deliver(payment(2), batch=1)) == [
         ("settle", "duplicate", "ledger"), ("record", "duplicate", "ledger")
@@ -118,17 +118,17 @@ async def test_what_one_transaction_wrote_is_not_laid_to_the_next(exactly_once: 
 
 async def test_every_end_is_told_with_its_cause(exactly_once: ExactlyOnce) -> None:
     trial = await exactly_once(app_of(), schema=TABLES)
-    found = await trial.deliver(
+    deliveries = await trial.deliver(
         payment(1, 0), payment(2, -5), Sent("payments", b"{", id="x"), Sent("payments", None, id="y"), payment(1, 7)
     )
-    assert ends(found) == [
+    assert ends(deliveries) == [
         ("settle", "applied", ""), ("record", "dead-lettered", "failed"),
         ("settle", "applied", ""), ("record", "dead-lettered", "rejected"),
         ("settle", "dead-lettered", "unreadable"), ("record", "dead-lettered", "unreadable"),
         ("settle", "dead-lettered", "no_value"), ("record", "dead-lettered", "no_value"),
         ("settle", "dead-lettered", "id_conflict"), ("record", "dead-lettered", "id_conflict"),
     ]  # fmt: skip
-    failed, rejected = found[1], found[3]
+    failed, rejected = deliveries[1], deliveries[3]
     assert (failed.error, failed.attempts) == ("LookupError: not yet", 3)
     assert isinstance(failed.exception, LookupError) and failed.exception.__traceback__ is not None
     assert str(rejected) == "record on payments:0@1 (id id-2): dead-lettered (rejected): a negative amount"
@@ -148,13 +148,13 @@ async def test_a_failed_message_may_be_left_waiting_and_those_of_its_key_behind_
 
     trial = await exactly_once(app, schema=TABLES)
     sent = [payment(0, 0), payment(3), payment(1)]  # the first two share a key
-    found = await trial.deliver(*sent, retry=False)
-    assert [each.outcome for each in found] == ["waiting", "waiting", "applied"]
-    assert found[0].error == "LookupError: not yet" and "waits behind" in found[1].error
-    assert [each.outcome for each in await trial.deliver(retry=False)] == ["waiting", "waiting", "duplicate"]
+    deliveries = await trial.deliver(*sent, retry=False)
+    assert [delivered.outcome for delivered in deliveries] == ["waiting", "waiting", "applied"]
+    assert deliveries[0].error == "LookupError: not yet" and "waits behind" in deliveries[1].error
+    assert [delivered.outcome for delivered in await trial.deliver(retry=False)] == ["waiting", "waiting", "duplicate"]
     trial.assert_no_new_effects()  # what the failed attempt wrote was undone
     healed = True
-    assert [each.outcome for each in await trial.deliver()] == ["applied", "applied", "duplicate"]
+    assert [delivered.outcome for delivered in await trial.deliver()] == ["applied", "applied", "duplicate"]
     await trial.deliver_again()
     trial.assert_no_new_effects()
     assert await trial.fetch("select id from payments order by id") == [("p0",), ("p1",), ("p3",)]
@@ -172,8 +172,8 @@ async def test_retries_do_not_wait_for_their_time(exactly_once: ExactlyOnce) -> 
         tx.defer(INSERT, payment.id, payment.account, payment.amount)
 
     trial = await exactly_once(app, schema=TABLES)
-    [found] = await trial.deliver(payment(1))
-    assert (found.outcome, found.attempts, calls) == ("applied", 3, 4)
+    [delivered] = await trial.deliver(payment(1))
+    assert (delivered.outcome, delivered.attempts, calls) == ("applied", 3, 4)
 
 
 async def test_what_keeps_meeting_a_conflict_is_left_and_told(exactly_once: ExactlyOnce) -> None:
@@ -184,8 +184,8 @@ async def test_what_keeps_meeting_a_conflict_is_left_and_told(exactly_once: Exac
         await tx.execute("do $$ begin raise serialization_failure; end $$")
 
     trial = await exactly_once(app, schema=TABLES)
-    [found] = await trial.deliver(payment(1))
-    assert found.outcome == "waiting" and "put aside (SerializationError" in found.error
+    [delivered] = await trial.deliver(payment(1))
+    assert delivered.outcome == "waiting" and "put aside (SerializationError" in delivered.error
 
 
 async def test_batch_handlers_orders_and_concurrency(exactly_once: ExactlyOnce) -> None:
@@ -194,8 +194,8 @@ async def test_batch_handlers_orders_and_concurrency(exactly_once: ExactlyOnce) 
     @app.handler("payments", batch=4, name="many")
     async def many(payments: list[Message[Payment]], tx: Tx) -> None:
         sizes.append(len(payments))
-        for each in payments:
-            tx.defer(INSERT, each.value.id, each.value.account, each.value.amount)
+        for payment in payments:
+            tx.defer(INSERT, payment.value.id, payment.value.account, payment.value.amount)
 
     @app.handler("payments", concurrency=3, order="none")
     async def slow(payment: Payment, tx: Tx) -> None:
@@ -227,18 +227,18 @@ async def test_partitions_headers_and_kinds_of_values(exactly_once: ExactlyOnce)
     some = uuid.uuid4()
     trial = await exactly_once(app)
     values = [{"a": 1}, b"\xff", None, "text", Model(a=some), Plain(2), [some], 1.5, Payment("p", 1, 2)]
-    sent = [Sent("things", each, headers={"thing": n}, partition=n % 2) for n, each in enumerate(values)]
+    sent = [Sent("things", value, headers={"thing": n}, partition=n % 2) for n, value in enumerate(values)]
     sent.append(Sent("things", b"", headers=[("thing", "a"), ("x", "1"), ("x", None)], key=b"\0", timestamp=5))
-    found = await trial.deliver(*sent)
-    assert {each.outcome for each in found} == {"applied"}, found
-    assert {each.value for each in got} == {
+    deliveries = await trial.deliver(*sent)
+    assert {delivered.outcome for delivered in deliveries} == {"applied"}, deliveries
+    assert {message.value for message in got} == {
         b'{"a":1}', b"\xff", None, b'"text"', f'{{"a":"{some}"}}'.encode(), b'{"a":2}', f'["{some}"]'.encode(), b"1.5",
         b'{"id":"p","account":1,"amount":2}', b"",
     }  # fmt: skip
-    assert sorted((each.partition, each.offset) for each in got) == [(0, n) for n in range(6)] + [
+    assert sorted((message.partition, message.offset) for message in got) == [(0, n) for n in range(6)] + [
         (1, n) for n in range(4)
     ]
-    [last] = [each for each in got if each.value == b""]
+    [last] = [message for message in got if message.value == b""]
     assert (last.key, last.headers, last.timestamp) == (b"\0", (("thing", b"a"), ("x", b"1"), ("x", None)), 5)
     assert got[0].timestamp > 1_700_000_000_000
 
@@ -249,14 +249,14 @@ async def test_partitions_headers_and_kinds_of_values(exactly_once: ExactlyOnce)
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_crash_stores_all_or_nothing_and_the_next_worker_goes_on(exactly_once: ExactlyOnce, step: str) -> None:
     trial = await exactly_once(app_of(), schema=TABLES)
-    found = await trial.deliver(*[payment(n) for n in range(1, 7)], batch=2, crash_at=step)
-    assert [each.outcome for each in found] == ["crashed"] * 4 + ["not delivered"] * 8
+    deliveries = await trial.deliver(*[payment(n) for n in range(1, 7)], batch=2, crash_at=step)
+    assert [delivered.outcome for delivered in deliveries] == ["crashed"] * 4 + ["not delivered"] * 8
     assert await rows(trial) == ((2, 2, 3) if step == "committed" else (0, 0, 0))
-    found = await trial.deliver(batch=2)
-    assert [each.message.id for each in found[::2]] == [f"id-{n}" for n in range(3 if step == "committed" else 1, 7)], (
-        "it goes on where the positions are"
-    )
-    assert {each.outcome for each in found} == {"applied"}
+    deliveries = await trial.deliver(batch=2)
+    assert [delivered.message.id for delivered in deliveries[::2]] == [
+        f"id-{n}" for n in range(3 if step == "committed" else 1, 7)
+    ], "it goes on where the positions are"
+    assert {delivered.outcome for delivered in deliveries} == {"applied"}
     await trial.deliver_again(batch=3)
     trial.assert_no_new_effects()
     assert await rows(trial) == (6, 6, 21)
@@ -271,11 +271,11 @@ async def test_prove_crashes_at_every_step_of_every_transaction(
     deliver = trial._deliver
 
     async def noted(what: str, size: Any, crash_at: Any, *rest: Any, **more: Any) -> Any:
-        found = await deliver(what, size, crash_at, *rest, **more)
+        deliveries = await deliver(what, size, crash_at, *rest, **more)
         if crash_at:
             crashes.append(crash_at)
-            assert "crashed" in {each.outcome for each in found}
-        return found
+            assert "crashed" in {delivered.outcome for delivered in deliveries}
+        return deliveries
 
     monkeypatch.setattr(trial, "_deliver", noted)
     await trial.prove(*[payment(n) for n in range(1, 5)], batch=batch)
@@ -464,11 +464,11 @@ async def test_statements_by_asyncpg_elsewhere_are_listed(exactly_once: ExactlyO
     await trial.deliver(payment(1), crash_at="handled")
     await trial.deliver_again()
     assert await trial.fetchval("select count(*) from mails") == 2, "doubled: that is why it is listed"
-    found = trial.outside_statements()
-    assert [(each.handler, each.message, each.connection) for each in found] == [
+    statements = trial.outside_statements()
+    assert [(delivered.handler, delivered.message, delivered.connection) for delivered in statements] == [
         ("settle", "payments:0@0", "asyncpg")
     ] * 2
-    assert "mails" in found[0].statement
+    assert "mails" in statements[0].statement
     with pytest.raises(
         AssertionError, match=r"(?s)outside their transactions.*settle on payments:0@0, through asyncpg: .*mails"
     ):
@@ -499,8 +499,8 @@ async def test_a_pool_of_the_application_is_seen_and_its_own_statements_are_not(
     trial = await exactly_once(app, schema=TABLES)
     address.append(trial.dsn)
     await trial.deliver(payment(1), payment(2), payment(3))
-    assert [each.statement for each in trial.outside_statements()] == ["select 1", "select 2"]
-    assert {each.message for each in trial.outside_statements()} == {"payments:0@1"}
+    assert [statement.statement for statement in trial.outside_statements()] == ["select 1", "select 2"]
+    assert {statement.message for statement in trial.outside_statements()} == {"payments:0@1"}
 
 
 def in_a_thread(work: Any) -> None:
@@ -527,14 +527,15 @@ async def test_another_drivers_session_that_stays_open_is_seen_with_its_last_sta
     try:
         await trial.deliver(*[payment(n) for n in (1, 2, 3)])
     finally:
-        for each in held:
-            each.kill()
-            each.wait()
-            each.stdout.close()
-    [found] = trial.outside_statements()
-    assert (found.handler, found.message) == ("settle", "payments:0@1")
+        for connection in held:
+            connection.kill()
+            connection.wait()
+            connection.stdout.close()
+    [statement] = trial.outside_statements()
+    assert (statement.handler, statement.message) == ("settle", "payments:0@1")
     assert (
-        "another program" in found.connection and found.statement == "update accounts set balance = 1 where account = 9"
+        "another program" in statement.connection
+        and statement.statement == "update accounts set balance = 1 where account = 9"
     )
 
 
@@ -563,10 +564,10 @@ async def test_another_drivers_session_that_was_closed_again_is_seen_to_have_bee
     trial = await exactly_once(app, schema=TABLES + "create table mails (id text)")
     where.append(trial.dsn)
     await trial.deliver(payment(1), payment(2))
-    found = trial.outside_statements()
-    assert {each.message for each in found} == {"payments:0@0", "payments:0@1"}
-    for each in found:  # it may linger for a moment, and then its statement can be read
-        assert "1 session(s) opened and closed again" in each.statement or "mails" in each.statement
+    statements = trial.outside_statements()
+    assert {delivered.message for delivered in statements} == {"payments:0@0", "payments:0@1"}
+    for delivered in statements:  # it may linger for a moment, and then its statement can be read
+        assert "1 session(s) opened and closed again" in delivered.statement or "mails" in delivered.statement
 
 
 async def test_handlers_without_a_transaction_may_do_as_they_like(exactly_once: ExactlyOnce) -> None:
@@ -593,7 +594,7 @@ async def test_handlers_without_a_transaction_may_do_as_they_like(exactly_once: 
 
 async def test_one_app_in_many_databases_is_left_as_it_was(exactly_once: ExactlyOnce) -> None:
     app = app_of()
-    before = [(each.call, each.number) for each in app.handlers.values()]
+    before = [(handler.call, handler.number) for handler in app.handlers.values()]
     first = await exactly_once(app, schema=TABLES)
     other = App("other")
     other.handler("things")(_nothing)
@@ -606,7 +607,7 @@ async def test_one_app_in_many_databases_is_left_as_it_was(exactly_once: Exactly
     await first.deliver_again()
     first.assert_no_new_effects()
     assert (await rows(first), await rows(second)) == ((1, 1, 1), (1, 1, 2))
-    assert [(each.call, each.number) for each in app.handlers.values()] == before
+    assert [(handler.call, handler.number) for handler in app.handlers.values()] == before
 
 
 async def _nothing(thing: dict[str, Any], tx: Tx) -> None:
@@ -616,12 +617,12 @@ async def _nothing(thing: dict[str, Any], tx: Tx) -> None:
 async def test_an_app_is_delivered_to_by_one_at_a_time(exactly_once: ExactlyOnce) -> None:
     app = app_of()
     trials = [await exactly_once(app, schema=TABLES) for _ in range(2)]
-    found = await asyncio.gather(*(each.deliver(payment(1)) for each in trials), return_exceptions=True)
-    [refused] = [each for each in found if not isinstance(each, list)]  # whichever came second
+    deliveries = await asyncio.gather(*(trial.deliver(payment(1)) for trial in trials), return_exceptions=True)
+    [refused] = [delivered for delivered in deliveries if not isinstance(delivered, list)]  # whichever came second
     assert isinstance(refused, Misconfigured) and "'shop' is being delivered to already" in str(refused)
-    for each in trials:
-        await each.deliver()
-    assert sorted([await rows(each) for each in trials]) == [(0, 0, 0), (1, 1, 1)], "what is refused is not appended"
+    for trial in trials:
+        await trial.deliver()
+    assert sorted([await rows(trial) for trial in trials]) == [(0, 0, 0), (1, 1, 1)], "what is refused is not appended"
 
 
 async def test_resources_come_from_the_lifespan_or_from_the_test(exactly_once: ExactlyOnce) -> None:
@@ -961,6 +962,6 @@ async def test_what_asks_to_be_run_again_for_ever_is_left_waiting(exactly_once: 
         Sent("payments", Payment(name, account, 1), id=name, key=account)
         for account, name in enumerate(("held", "other"))
     )
-    found = await shop.deliver(held, other)
-    assert [each.outcome for each in found] == ["waiting", "applied"]
-    assert found[0].attempts == 0
+    deliveries = await shop.deliver(held, other)
+    assert [delivered.outcome for delivered in deliveries] == ["waiting", "applied"]
+    assert deliveries[0].attempts == 0

@@ -49,7 +49,7 @@ def _run(given: argparse.Namespace) -> int:
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     summary = Summary(int(time.time()) % 1_000_000 * 1000 if given.seed is None else given.seed)
 
-    def told(judged: Judged) -> None:
+    def print_judged(judged: Judged) -> None:
         if not given.json and (given.every or judged.is_wrong):
             print("\n" + "\n".join(judged.lines()) + f"\n{judged.undecided} {judged.seconds:.1f} s", flush=True)
         elif not given.json and judged.undecided:
@@ -58,7 +58,7 @@ def _run(given: argparse.Namespace) -> int:
     async def run() -> None:
         with Kafka() as kafka, Postgres({"fsync": "off", "synchronous_commit": "off"}) as server:
             async with Servers(kafka.bootstrap_servers, server.dsn()) as servers:
-                await judge_all(servers, summary, seconds=given.seconds, cases=given.cases, stop_at=given.stop_at, told=told)  # fmt: skip
+                await judge_all(servers, summary, seconds=given.seconds, cases=given.cases, stop_at=given.stop_at, on_wrong=print_judged)  # fmt: skip
 
     if not given.json:
         print(f"seed {summary.seed} …", flush=True)

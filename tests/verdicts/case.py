@@ -136,17 +136,17 @@ class Case(Shown):
     @property
     def seeds(self) -> str:
         """The first rows of all tables, as SQL."""
-        return ";\n".join(each for table in self.tables for each in table.seeds)
+        return ";\n".join(seed for table in self.tables for seed in table.seeds)
 
     def lines(self) -> list[str]:
         """A compact description."""
-        sends = sum(isinstance(each, Send) for each in self.history)
-        rest = [repr(each) for each in self.history if not isinstance(each, Send)]
+        sends = sum(isinstance(event, Send) for event in self.history)
+        rest = [repr(event) for event in self.history if not isinstance(event, Send)]
         return [
             f"topics with {', '.join(map(str, self.partitions))} partitions; {sends} records; batch {self.batch}, lanes "
             f"{self.lanes}, workers {self.workers}{', spread' if self.spread else ''}{', with --base' if self.base else ''}",
-            *(f"table {each.name}: {'; '.join([*each.ddl, *each.seeds])}" for each in self.tables),
-            *(repr(each) for each in self.handlers),
+            *(f"table {table.name}: {'; '.join([*table.ddl, *table.seeds])}" for table in self.tables),
+            *(repr(handler) for handler in self.handlers),
             "history: " + " ".join(map(_short, self.history))
             if sends <= 12
             else f"history: {sends} records, {' '.join(rest)}",

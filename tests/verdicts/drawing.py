@@ -26,7 +26,7 @@ def draw(seed: int) -> Case:
     payloads: list[dict[str, Any]] = []
     history = _history(chance, handlers, partitions, payloads, firsts)
     kind = "none" if chance.random() < 0.4 else chance.choice(FAULTS)
-    sent = sorted({each.payload for each in history if isinstance(each, Send)})
+    sent = sorted({event.payload for event in history if isinstance(event, Send)})
     fault = Fault(kind, chance.randrange(1 << 30), chance.choice(sent), chance.choice(sent))
     if kind == "effect_foreign":
         fault = Fault(kind, fault.chance, fault.payload, _payload(chance, payloads, ""))
@@ -44,7 +44,7 @@ def draw(seed: int) -> Case:
         lanes=2 if concurrent else 1,
         workers=chance.choice([1, 2]) if concurrent else 1,
         spread=not concurrent and chance.random() < 0.6,
-        base=any(each.seeds for each in tables) and chance.random() < 0.4,
+        base=any(table.seeds for table in tables) and chance.random() < 0.4,
     )
 
 
@@ -81,7 +81,7 @@ def _history(
     payloads: list[dict[str, Any]],
     firsts: list[int],
 ) -> list[Event]:
-    topics = sorted({each.topic for each in handlers})
+    topics = sorted({handler.topic for handler in handlers})
     keyed, failing = chance.random() < 0.7, chance.random() < 0.5
     at = 0
     sent: list[Send] = []
@@ -135,11 +135,11 @@ def _send(
 
 def _between(chance: random.Random, payloads: list[dict[str, Any]]) -> list[Event]:
     """Time goes by; maybe operators look at the dead letters."""
-    found: list[Event] = [Settle(restart=chance.random() < 0.15)] if chance.random() < 0.8 else []
-    if found and any(each["boom"] for each in payloads) and chance.random() < 0.7:
+    events: list[Event] = [Settle(restart=chance.random() < 0.15)] if chance.random() < 0.8 else []
+    if events and any(payload["boom"] for payload in payloads) and chance.random() < 0.7:
         if chance.random() < 0.8:
-            found.append(Heal())
+            events.append(Heal())
         what = chance.choice(["retry", "retry", "discard", "edit", "replace"])
         payload = _payload(chance, payloads, "") if what in ("edit", "replace") else 0
-        found.append(Operate(what, chance.choice([1, 1, 5]), payload))
-    return found
+        events.append(Operate(what, chance.choice([1, 1, 5]), payload))
+    return events

@@ -54,7 +54,7 @@ async def _in_rows(
         or (kind == "row_lost" and how & {"update", "delete from"})
     ]
     if kind == "row_doubled":
-        tables = [each for each in tables if each in keyless]
+        tables = [table for table in tables if table in keyless]
     chance.shuffle(tables)
     for table in tables:
         columns = {row[0]: (row[1], row[2]) for row in await connection.fetch(_COLUMNS, table)}
@@ -66,20 +66,20 @@ async def _in_rows(
 
 def _change(kind: str, table: str, columns: Mapping[str, tuple[bool, bool]], chance: random.Random) -> str:
     row = _ANY_ROW.format(table, "true", chance.random())
-    given = [each for each, (_, generated) in columns.items() if not generated]
+    given = [column for column, (_, generated) in columns.items() if not generated]
     match kind:
         case "row_lost":
             return f"delete from {table} where ctid = {row}"
         case "row_doubled":
             return f"insert into {table} ({', '.join(given)}) select {', '.join(given)} from {table} where ctid = {row}"
         case "row_foreign":
-            values = [_FOREIGN.get(each, each) for each in given]
+            values = [_FOREIGN.get(column, column) for column in given]
             return (
                 f"insert into {table} ({', '.join(given)}) select {', '.join(values)} from {table} where ctid = {row}"
             )
         case "row_altered":
-            numbers = [each for each in _NUMBERS if each in columns]
-            texts = [each for each in ("status", "state") if each in columns]
+            numbers = [column for column in _NUMBERS if column in columns]
+            texts = [column for column in ("status", "state") if column in columns]
             if not numbers and not texts:
                 return ""
             column = chance.choice([*numbers, *texts])
@@ -87,9 +87,9 @@ def _change(kind: str, table: str, columns: Mapping[str, tuple[bool, bool]], cha
             return f"update {table} set {column} = {value} where ctid = {row}"
         case _:
             may = [
-                each
-                for each, (fixed, _) in columns.items()
-                if MOVING.fullmatch(each) and not fixed and each[-3:] == "_at"
+                column
+                for column, (fixed, _) in columns.items()
+                if MOVING.fullmatch(column) and not fixed and column[-3:] == "_at"
             ]
             if not may:
                 return ""

@@ -66,8 +66,8 @@ class Life:
 
     def fields(self, payload: int, timestamp: int) -> dict[str, Any]:
         """What a handler reads of a message."""
-        found = {**self.case.payloads[payload], "ts": timestamp}
-        return {**found, "boom": ""} if self.healed else found
+        fields = {**self.case.payloads[payload], "ts": timestamp}
+        return {**fields, "boom": ""} if self.healed else fields
 
     def effects(self, payload: int, timestamp: int) -> list[dict[str, Any]]:
         """The fields for which a handler runs its steps: once those of its message, unless it is sabotaged."""
@@ -102,8 +102,8 @@ class Life:
 def app_of(life: Life, name: str, topics: list[str]) -> App:
     """An App with the handlers of a case, which do what its life says."""
     app = App(name)
-    for each in life.case.handlers:
-        _register(app, life, each, topics[each.topic])
+    for handler in life.case.handlers:
+        _register(app, life, handler, topics[handler.topic])
     return app
 
 
@@ -120,5 +120,5 @@ def _register(app: App, life: Life, handler: Handler, topic: str) -> None:
 
         @app.handler(topic, batch=handler.batch, **options)
         async def many(messages: list[Message[dict[str, Any]]], tx: Tx) -> None:
-            for each in messages:
-                await life.call(handler, each, tx)
+            for message in messages:
+                await life.call(handler, message, tx)

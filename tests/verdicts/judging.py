@@ -54,14 +54,14 @@ class Judged:
     @property
     def is_wrong(self) -> bool:
         """Whether any verdict is wrong."""
-        return any(each.wrong for each in self.answers)
+        return any(answer.wrong for answer in self.answers)
 
     def lines(self) -> list[str]:
         """A compact description."""
         planted = f"planted: {self.fault or 'nothing'}{', visible in the rows' if self.visible else ''}"
         said = [
-            f"{each.mode}: exit code {each.code}{' is WRONG' if each.wrong else ''}; {each.text}"
-            for each in self.answers
+            f"{answer.mode}: exit code {answer.code}{' is WRONG' if answer.wrong else ''}; {answer.text}"
+            for answer in self.answers
         ]
         return [f"seed {self.case.seed}", *self.case.lines(), planted, *said]
 
@@ -69,51 +69,51 @@ class Judged:
 async def judge(servers: Servers, case: Case) -> Judged:
     """Judge a case."""
     began = time.monotonic()
-    found = Judged(case)
+    judged = Judged(case)
     topics = await servers.topics(case.partitions)
     try:
         async with servers.database() as dsn:
             connection = await asyncpg.connect(dsn, statement_cache_size=0)
             try:
-                await _judge(servers, case, found, dsn, topics, connection)
+                await _judge(servers, case, judged, dsn, topics, connection)
             finally:
                 await connection.close()
     except Unsettled as error:
-        found.undecided = str(error)
+        judged.undecided = str(error)
     finally:
         await servers.drop(topics)
-    found.seconds = time.monotonic() - began
-    return found
+    judged.seconds = time.monotonic() - began
+    return judged
 
 
 async def _judge(
-    servers: Servers, case: Case, found: Judged, dsn: str, topics: list[str], connection: asyncpg.Connection
+    servers: Servers, case: Case, judged: Judged, dsn: str, topics: list[str], connection: asyncpg.Connection
 ) -> None:
     done = await settle(servers, case, dsn, topics, connection)
-    await _plant(servers, done, found, connection)
+    await _plant(servers, done, judged, connection)
     for mode in ("check", "rebuild"):
         answer = await ask(servers, done, mode)
-        answer.wrong |= answer.code in wrong_codes(case.fault.kind if found.fault else "none", found.visible, mode)
-        found.answers.append(answer)
+        answer.wrong |= answer.code in wrong_codes(case.fault.kind if judged.fault else "none", judged.visible, mode)
+        judged.answers.append(answer)
 
 
-async def _plant(servers: Servers, done: Settled, found: Judged, connection: asyncpg.Connection) -> None:
+async def _plant(servers: Servers, done: Settled, judged: Judged, connection: asyncpg.Connection) -> None:
     """Plant the fault, or see what became of that of an effect; tell whether it is visible in the rows."""
     case, life = done.case, done.life
     actual = await rows_of(connection)
     settled = Life(case, case.fault, healed=True) if case.fault.kind in EFFECTS else Life(case, healed=True)
     order = await _order(connection, done, settled, actual)
     if order is None:
-        found.undecided = "plain asyncpg leaves other rows than the worker"
+        judged.undecided = "plain asyncpg leaves other rows than the worker"
     clean = await replayed(connection, case, Life(case, healed=True), order or done.applied)
     if case.fault.kind in EFFECTS:
-        found.visible = clean.rows != actual
-        if found.visible and not case.is_serial:
-            found.visible = (await replayed(connection, case, life, done.by_ledger)).rows != actual
-        found.fault = case.fault.kind if found.visible else ""
+        judged.visible = clean.rows != actual
+        if judged.visible and not case.is_serial:
+            judged.visible = (await replayed(connection, case, life, done.by_ledger)).rows != actual
+        judged.fault = case.fault.kind if judged.visible else ""
     elif case.fault.kind != "none":
-        found.fault = await plant(servers, done, connection, case.fault, clean.writes)
-        found.visible = await rows_of(connection) != actual
+        judged.fault = await plant(servers, done, connection, case.fault, clean.writes)
+        judged.visible = await rows_of(connection) != actual
 
 
 async def _order(connection: asyncpg.Connection, done: Settled, life: Life, actual: Rows) -> Calls | None:
@@ -159,7 +159,7 @@ async def ask(servers: Servers, done: Settled, mode: Any) -> Answer:
 
 def _reasons(findings: Findings) -> list[str]:
     reasons = []
-    for each in [*findings.problems(), *findings.unknowns()]:
-        _, found, why = each["text"].partition("this may explain it: ")
-        reasons.append(f"{each['kind']}: {_NAMES.sub('…', why)[:70]}" if found else each["kind"])
+    for finding in [*findings.problems(), *findings.unknowns()]:
+        _, separator, why = finding["text"].partition("this may explain it: ")
+        reasons.append(f"{finding['kind']}: {_NAMES.sub('…', why)[:70]}" if separator else finding["kind"])
     return list(dict.fromkeys(reasons))

@@ -54,9 +54,9 @@ def _dropped_columns() -> None:
     original = compare._comparison
 
     def comparison(table: Table, ignored: Any, key: tuple[str, ...]) -> Comparison:
-        made = original(table, ignored, key)
-        columns = tuple(each for each in made.columns if each.name not in made.clocked)
-        return dataclasses.replace(made, columns=columns, null_only=(), clocked=frozenset())
+        comparison_of_all = original(table, ignored, key)
+        columns = tuple(column for column in comparison_of_all.columns if column.name not in comparison_of_all.clocked)
+        return dataclasses.replace(comparison_of_all, columns=columns, null_only=(), clocked=frozenset())
 
     replace(compare, "_comparison", comparison)
 

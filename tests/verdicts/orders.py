@@ -21,8 +21,8 @@ def possible_orders(done: Settled) -> Iterator[Calls]:
     if done.case.is_serial:
         return
     yield done.by_ledger
-    groups = [list(some) for _, some in groupby(done.applied, lambda each: done.times[each[0]])]
-    for parts in ([[each] for each in done.applied], groups):
+    groups = [list(some) for _, some in groupby(done.applied, lambda call: done.times[call[0]])]
+    for parts in ([[call] for call in done.applied], groups):
         for distance in range(1, len(parts)):
             for last in range(distance, len(parts)):
                 yield from _exchanged(parts, last - distance, last)

@@ -37,8 +37,8 @@ def journal(chance: random.Random, tag: str) -> Part:
     key = chance.choice(["i text primary key", "i text", "i text", "sid serial primary key, i text"])
     columns, names, values, args = [key, "k int", "n int"], ["i", "k", "n"], ["$1", "$2", "$3"], ["i", "k", "n"]
     ddl: list[str] = []
-    for each in chance.sample(range(9), chance.choice([0, 0, 1, 2])):
-        match each:
+    for kind in chance.sample(range(9), chance.choice([0, 0, 1, 2])):
+        match kind:
             case 0:
                 columns.append("made_at timestamptz not null default now()")
             case 1:
@@ -126,7 +126,7 @@ def flow(chance: random.Random, tag: str) -> Part:
     ]
     if chance.random() < 0.5:
         return Part([table], steps)
-    return Part([table], [[When("op", op, tuple(each)) for op, each in zip("abc", steps, strict=True)]])
+    return Part([table], [[When("op", op, tuple(step)) for op, step in zip("abc", steps, strict=True)]])
 
 
 def deletes(chance: random.Random, tag: str) -> Part:
@@ -230,7 +230,7 @@ _PARTS: tuple[tuple[Callable[[random.Random, str], Part], int], ...] = (
 
 def draw_part(chance: random.Random, tag: str) -> Part:
     """One of the parts. Each handler may fail before or after what it does."""
-    [make] = chance.choices([each for each, _ in _PARTS], [weight for _, weight in _PARTS])
+    [make] = chance.choices([kind for kind, _ in _PARTS], [weight for _, weight in _PARTS])
     part = make(chance, tag)
     for steps in part.handlers:
         steps.insert(chance.choice([0, len(steps)]), Boom())

@@ -62,11 +62,13 @@ class Servers:
         """New topics, whose names sort in their order."""
         unique = uuid4().hex[:10]
         names = [f"verdicts-{unique}-{n}" for n in range(len(partitions))]
-        await self._client.create_topics([NewTopic(each, n, 1) for each, n in zip(names, partitions, strict=True)])
+        await self._client.create_topics([NewTopic(name, n, 1) for name, n in zip(names, partitions, strict=True)])
 
         async def led() -> bool:
-            found = await self._client.describe_topics(names)
-            return [len([p for p in each["partitions"] if p["leader"] >= 0]) for each in found] == list(partitions)
+            descriptions = await self._client.describe_topics(names)
+            return [
+                len([p for p in description["partitions"] if p["leader"] >= 0]) for description in descriptions
+            ] == list(partitions)
 
         await until("the topics to have leaders", led)
         return names

@@ -33,10 +33,10 @@ class Summary:
         self.faults += bool(judged.fault)
         if judged.undecided:
             self.undecided[judged.undecided.split(":")[0]] += 1
-        for each in judged.answers:
-            self.verdicts[each.mode, judged.case.fault.kind if judged.fault else "none", each.code] += 1
-            if each.code == 2 and not judged.fault:
-                self.unknown.update(f"{each.mode}: {reason}" for reason in each.reasons)
+        for answer in judged.answers:
+            self.verdicts[answer.mode, judged.case.fault.kind if judged.fault else "none", answer.code] += 1
+            if answer.code == 2 and not judged.fault:
+                self.unknown.update(f"{answer.mode}: {reason}" for reason in answer.reasons)
         if judged.is_wrong:
             self.wrong.append(judged)
 
@@ -46,7 +46,7 @@ class Summary:
 
     def wrongs(self, code: int) -> int:
         """How many verdicts with this exit code are wrong."""
-        return sum(answer.wrong and answer.code == code for each in self.wrong for answer in each.answers)
+        return sum(answer.wrong and answer.code == code for judged in self.wrong for answer in judged.answers)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -61,7 +61,7 @@ class Summary:
             "unknown": dict(self.unknown.most_common()),
             "wrong_0": self.wrongs(0),
             "wrong_1": self.wrongs(1),
-            "wrong": [each.lines() for each in self.wrong],
+            "wrong": [judged.lines() for judged in self.wrong],
         }
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ async def judge_all(
     cases: int = 0,
     stop_at: int = 0,
     first: Iterable[Case] = (),
-    told: Callable[[Judged], None] = lambda _: None,
+    on_wrong: Callable[[Judged], None] = lambda _: None,
 ) -> None:
     """Judge cases until the time is over. first: cases that come before those of the seed. `summary` is kept up to date."""
     began = time.monotonic()
@@ -104,6 +104,6 @@ async def judge_all(
         judged = await judge(servers, case)
         summary.add(judged)
         summary.seconds = time.monotonic() - began
-        told(judged)
+        on_wrong(judged)
         if stop_at and len(summary.wrong) >= stop_at:
             break

@@ -90,7 +90,7 @@ async def settle(servers: Servers, case: Case, dsn: str, topics: list[str], conn
                         batch.append(events.pop(0))  # type: ignore[arg-type]
                     await _send(servers, done, batch, began)
                 elif isinstance(event, Settle):
-                    last = not any(isinstance(each, Send) for each in events)
+                    last = not any(isinstance(event, Send) for event in events)
                     await _wait(connection, done, last)
                     if event.restart and events:
                         break
@@ -105,13 +105,13 @@ async def settle(servers: Servers, case: Case, dsn: str, topics: list[str], conn
 
 async def _send(servers: Servers, done: Settled, events: list[Send], began: int) -> None:
     records = []
-    for each in events:
-        topic = done.topics[each.topic]
-        done.ends[topic, each.partition] = done.ends.get((topic, each.partition), 0) + 1
-        headers = [("message-id", message_id(done.case.seed, each.id).encode())]
-        key = None if each.key is None else each.key.encode()
-        value = json.dumps({"m": each.payload}).encode()
-        records.append((topic, {"value": value, "key": key, "partition": each.partition, "headers": headers, "timestamp_ms": began + each.at}))  # fmt: skip
+    for event in events:
+        topic = done.topics[event.topic]
+        done.ends[topic, event.partition] = done.ends.get((topic, event.partition), 0) + 1
+        headers = [("message-id", message_id(done.case.seed, event.id).encode())]
+        key = None if event.key is None else event.key.encode()
+        value = json.dumps({"m": event.payload}).encode()
+        records.append((topic, {"value": value, "key": key, "partition": event.partition, "headers": headers, "timestamp_ms": began + event.at}))  # fmt: skip
     await servers.send(records)
 
 
@@ -144,14 +144,14 @@ async def _operate(event: Operate, done: Settled, settings: Settings) -> None:
             letters = list(await drive.select(Filters(), waiting=event.what == "discard"))[: event.most]
             if event.what == "discard" and letters:
                 _, chains = await drive.discard(letters, "of no use")
-                _ = [each async for each in drive.release(chains)]
+                _ = [_result async for _result in drive.release(chains)]
             elif event.what == "retry":
-                _ = [each async for each in drive.retry(letters)]
+                _ = [_result async for _result in drive.retry(letters)]
             elif letters:
                 name = f"{done.case.seed}.new{event.payload}"
                 new = uuid.uuid5(uuid.NAMESPACE_OID, name).bytes if event.what == "replace" else None
                 edit = Edit(json.dumps({"m": event.payload}).encode(), new)
-                _ = [each async for each in drive.retry(letters[:1], edit)]
+                _ = [_result async for _result in drive.retry(letters[:1], edit)]
         finally:
             drive.close()
 
@@ -161,11 +161,11 @@ async def _read_order(done: Settled, connection: asyncpg.Connection) -> None:
     if done.case.spread:
         await _spread(connection)
     done.times = times = {Place(*row[:4]): row[4] for row in await connection.fetch(_TIMES)}
-    calls = {each: done.life.calls[each] for each in times if each in done.life.calls}
-    done.applied = sorted(calls.items(), key=lambda each: each[1].turn)
+    calls = {key: done.life.calls[key] for key in times if key in done.life.calls}
+    done.applied = sorted(calls.items(), key=lambda call: call[1].turn)
     turns = {handler.name: n for n, handler in enumerate(done.case.handlers)}
     done.by_ledger = sorted(
-        calls.items(), key=lambda each: (times.get(each[0], 0.0), *each[0][1:], turns[each[0].handler])
+        calls.items(), key=lambda call: (times.get(call[0], 0.0), *call[0][1:], turns[call[0].handler])
     )
 
 

@@ -30,8 +30,8 @@ SECONDS = 25
 
 @pytest.fixture
 async def servers(kafka: Kafka, postgres: Postgres) -> AsyncIterator[Servers]:
-    async with Servers(kafka.bootstrap_servers, postgres.dsn()) as found:
-        yield found
+    async with Servers(kafka.bootstrap_servers, postgres.dsn()) as servers:
+        yield servers
 
 
 def test_a_seed_draws_the_same_case_every_time_and_every_kind_of_fault() -> None:
@@ -47,8 +47,8 @@ def test_calls_of_overlapping_transactions_may_have_come_in_other_orders() -> No
     ]
     times = {place: float(place.handler == "b") for place, _ in calls}
     done = Settled(case, "", ["t"], Life(case), applied=calls, by_ledger=calls, times=times)
-    found = {tuple(call.turn for _, call in order) for order in possible_orders(done)}
-    assert found == {(0, 1, 2), (0, 2, 1), (2, 0, 1)}
+    orders = {tuple(call.turn for _, call in order) for order in possible_orders(done)}
+    assert orders == {(0, 1, 2), (0, 2, 1), (2, 0, 1)}
     done.case = dataclasses.replace(case, workers=1, lanes=1)
     assert len(list(possible_orders(done))) == 1
 
@@ -64,7 +64,7 @@ async def test_a_short_run_finds_no_wrong_verdict(
     caplog.set_level(logging.CRITICAL, "consumer")
     summary = Summary(seed)
     await judge_all(servers, summary, seconds=SECONDS)
-    assert not summary.wrong, "\n\n".join("\n".join(each.lines()) for each in summary.wrong)
+    assert not summary.wrong, "\n\n".join("\n".join(judged.lines()) for judged in summary.wrong)
     assert summary.cases
 
 
@@ -74,7 +74,7 @@ async def test_a_directed_case_gets_exactly_the_right_answers(servers: Servers, 
     case, check, rebuild = DIRECTED[name]
     judged = await judge(servers, case)
     assert not judged.undecided
-    assert [each.code for each in judged.answers] == [check, rebuild], "\n".join(judged.lines())
+    assert [answer.code for answer in judged.answers] == [check, rebuild], "\n".join(judged.lines())
     assert not judged.is_wrong
 
 
@@ -84,7 +84,7 @@ async def test_a_broken_verdict_is_caught(servers: Servers, mutant: str) -> None
     name, mode, code = CAUGHT[mutant]
     with broken(mutant):
         judged = await judge(servers, DIRECTED[name][0])
-    assert [(each.mode, each.code) for each in judged.answers if each.wrong] == [(mode, code)], "\n".join(
+    assert [(answer.mode, answer.code) for answer in judged.answers if answer.wrong] == [(mode, code)], "\n".join(
         judged.lines()
     )
 

@@ -49,15 +49,15 @@ class NotingTx(PlainTx):
 
 async def rows_of(connection: asyncpg.Connection) -> Rows:
     """The rows of all tables, as far as two runs can have the same."""
-    found: Rows = {}
+    rows_by_table: Rows = {}
     for name, columns in await connection.fetch(_COLUMNS):
         taken = [
-            f"case when \"{each}\" is not null then 'some' end" if MOVING.fullmatch(each) else f'"{each}"::text'
-            for each in columns
+            f"case when \"{column}\" is not null then 'some' end" if MOVING.fullmatch(column) else f'"{column}"::text'
+            for column in columns
         ]
         rows = await connection.fetch(f'select {", ".join(taken)} from only "{name}"')
-        found[name] = Counter(tuple(row) for row in rows)
-    return found
+        rows_by_table[name] = Counter(tuple(row) for row in rows)
+    return rows_by_table
 
 
 async def replayed(
@@ -65,7 +65,7 @@ async def replayed(
 ) -> Replayed:
     """What these calls leave on empty tables, each in a savepoint, in a transaction that is undone."""
     sent: set[str] = set()
-    steps = {each.name: each.steps for each in case.handlers}
+    steps = {handler.name: handler.steps for handler in case.handlers}
     transaction = connection.transaction()
     await transaction.start()
     try:
@@ -86,13 +86,13 @@ async def replayed(
     finally:
         await transaction.rollback()
     writes: dict[str, set[str]] = {}
-    names = {each.name for each in case.tables}
+    names = {table.name for table in case.tables}
     for sql in sent:
-        found = [(what, table) for what, table in _WRITES.findall(sql) if table in names]
-        for what, table in found:
+        tables_written = [(what, table) for what, table in _WRITES.findall(sql) if table in names]
+        for what, table in tables_written:
             writes.setdefault(table, set()).add(what)
         if "do update set" in sql:
-            writes[found[0][1]].add("update")
+            writes[tables_written[0][1]].add("update")
     for table in case.tables:
         if table.fed_by in writes:
             writes.setdefault(table.name, set()).update(writes[table.fed_by])

@@ -35,8 +35,8 @@ def main() -> int:
     seed = int(time.time()) % 1_000_000 if given.seed is None else given.seed
     tally = Tally()
     code = 0
-    for each in (signal.SIGINT, signal.SIGTERM):  # SIGINT is ignored in what a script starts in the background
-        signal.signal(each, signal.default_int_handler)
+    for stop_signal in (signal.SIGINT, signal.SIGTERM):  # SIGINT is ignored in what a script starts in the background
+        signal.signal(stop_signal, signal.default_int_handler)
     try:
         asyncio.run(_run(given, seed, tally))
     except KeyboardInterrupt:  # workers and servers were ended on the way here

@@ -60,14 +60,16 @@ def build(name: str, orders: str, cancellations: str, *, mended: bool, version: 
 
     @app.handler(orders, batch=50)
     async def tally(messages: list[Message[Order]], tx: Tx) -> None:
-        await tx.executemany(_EFFECT, [("tally", _id(each), each.value.key, each.value.amount) for each in messages])
+        await tx.executemany(
+            _EFFECT, [("tally", _id(message), message.value.key, message.value.amount) for message in messages]
+        )
 
     @app.handler(cancellations, retry=retry)
     async def cancel(message: Message[Cancellation], tx: Tx) -> None:
-        found = await tx.fetchval(
+        value = await tx.fetchval(
             "update orders set cancelled = true where id = $1 returning true", message.value.order
         )
-        if not found:
+        if not value:
             raise LookupError("no such order yet")
         tx.defer(_EFFECT, "cancel", _id(message), message.value.key, 0)
 

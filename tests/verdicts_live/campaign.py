@@ -68,12 +68,12 @@ async def _live(life: Life, tally: Tally, checks: int, rebuilds: int, progress: 
         tally.disturbances.update(life.unrest.done)
         tally.rates.update(life.producing.rates)
         tally.kinds.update(life.producing.kinds)
-        for each in life.unrest.failed:
-            progress(f"  a disturbance did not happen: {each}")
+        for failure in life.unrest.failed:
+            progress(f"  a disturbance did not happen: {failure}")
 
 
 def _line(answer: Answer) -> str:
-    texts = "" if answer.code == 0 else "".join(f"\n      {each[:500]}" for each in answer.texts)
+    texts = "" if answer.code == 0 else "".join(f"\n      {text[:500]}" for text in answer.texts)
     return f"  {answer.what}: exit {answer.code} {'; '.join(answer.kinds)} ({answer.messages:,} messages, {answer.seconds:.1f} s){texts}"
 
 

@@ -114,7 +114,7 @@ class Life:
         self.unrest.forbidden |= {"rewind a position", "replay --apply", "the ledger forgets"}
         kind = kind or self.chance.choice(planting.KINDS)
         async with self.unrest.busy:
-            recent = [each[3] for each in self.producing.recent]
+            recent = [order[3] for order in self.producing.recent]
             self.planted = await planting.plant(kind, self.dsn, self.name, recent, self.chance)
 
     # -- answers ----------------------------------------------------------------------------------------------------
@@ -122,8 +122,8 @@ class Life:
     async def check(self) -> tuple[verdicts.Answer, bool | None]:
         """One check, and whether it must notice what is planted (None: nothing is)."""
         options, redis = self._draw()
-        told = ", ".join(f"{key}={_short(each)}" for key, each in options.items())
-        what = f"check {told or 'plain'}{'' if redis else ', without Redis'}"
+        shown = ", ".join(f"{key}={_short(value)}" for key, value in options.items())
+        what = f"check {shown or 'plain'}{'' if redis else ', without Redis'}"
         seen = None if self.planted is None else self.planted.seen_by(options)
         return await self._answer(what, Options(**options), redis), seen
 
@@ -158,14 +158,14 @@ class Life:
         begun = time.monotonic()
         try:
             if isinstance(options, RebuildOptions):
-                found = await run_rebuild(app, settings, topics, options, Progress())
+                findings = await run_rebuild(app, settings, topics, options, Progress())
             else:
-                found = await replay(app, settings, topics, options, Progress())
+                findings = await replay(app, settings, topics, options, Progress())
         except (CannotTell, Misconfigured) as error:
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise asyncio.CancelledError from None  # a replay that is cancelled says that it cannot tell
             return verdicts.of_error(what, error, time.monotonic() - begun)
-        return verdicts.of_findings(what, found, time.monotonic() - begun)
+        return verdicts.of_findings(what, findings, time.monotonic() - begun)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 

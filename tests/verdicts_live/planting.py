@@ -56,7 +56,7 @@ async def plant(kind: str, dsn: str, app: str, recent: Collection[str], chance: 
         row = await until("a message that may be the victim", victim, 60)
         arguments = [row["id"], handler, uuid4()]
         sql = _WRITES[kind]
-        tag = await connection.execute(sql, *[each for n, each in enumerate(arguments, 1) if f"${n}" in sql])
+        tag = await connection.execute(sql, *[argument for n, argument in enumerate(arguments, 1) if f"${n}" in sql])
         assert tag.split()[-1] == "1", (kind, tag)
     finally:
         await connection.close()

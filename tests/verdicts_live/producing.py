@@ -42,7 +42,7 @@ class Producing:
         await producer.start()
         try:
             while True:
-                rate, _, (least, most) = self.chance.choices(RATES, [each[1] for each in RATES])[0]
+                rate, _, (least, most) = self.chance.choices(RATES, [rate[1] for rate in RATES])[0]
                 if sum(self.kinds.values()) > self.most:
                     rate = min(rate, 20)
                 await self._at(producer, rate, self.chance.uniform(least, most))
@@ -91,7 +91,7 @@ class Producing:
             self.kinds["failing"] += 1
             key = f"fails-{chance.randrange(5)}"
             return self._order(id, key, json.dumps({"key": key, "amount": amount, "fails": True}).encode())
-        orders = [each for each in self.recent if each[0] == self.orders]
+        orders = [order for order in self.recent if order[0] == self.orders]
         if what < 0.25 and orders:
             unknown = chance.random() < 0.05
             self.kinds["cancellations of nothing" if unknown else "cancellations"] += 1

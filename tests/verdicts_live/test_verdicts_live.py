@@ -62,7 +62,7 @@ async def test_a_fault_that_is_planted_beside_workers_is_noticed(servers: Server
         (Answer("rebuild", 1, ("differences",)), True, False),
         (Answer("rebuild", 1, ("differences",)), False, True),
     ],
-    ids=lambda each: None if not isinstance(each, Answer) else f"{each.what}-{each.code}{'-behind' if each.behind else ''}",
+    ids=lambda answer: None if not isinstance(answer, Answer) else f"{answer.what}-{answer.code}{'-behind' if answer.behind else ''}",
 )  # fmt: skip
 def test_the_tally_knows_wrong_verdicts(answer: Answer, seen: bool | None, wrong: bool) -> None:
     tally = Tally()

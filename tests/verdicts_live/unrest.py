@@ -66,8 +66,8 @@ class Unrest:
     async def run(self) -> None:
         while True:
             await asyncio.sleep(self._chance.uniform(0.2, 2.0))
-            kinds = [each for each in self._KINDS if each not in self.forbidden]
-            await self.act(self._chance.choices(kinds, [self._WEIGHTS.get(each, 4) for each in kinds])[0])
+            kinds = [kind for kind in self._KINDS if kind not in self.forbidden]
+            await self.act(self._chance.choices(kinds, [self._WEIGHTS.get(kind, 4) for kind in kinds])[0])
 
     async def act(self, kind: str) -> None:
         """Do it once. What fails is kept in `failed`: a disturbance that did not happen is no evidence."""
@@ -129,10 +129,10 @@ class Unrest:
         return await self._command("dlq", "discard", APP, *numbers, "--why", "no such order", "--yes") if numbers else False  # fmt: skip
 
     async def _edit_letter(self) -> bool | None:
-        found = await self._letters("h.name = 'book' and d.reason in ('failed', 'unreadable')", 1)
-        if not found:
+        letters = await self._letters("h.name = 'book' and d.reason in ('failed', 'unreadable')", 1)
+        if not letters:
             return False
-        number, key = found[0]
+        number, key = letters[0]
         path = self._directory / f"edited-{number}.json"
         path.write_text(json.dumps({"key": key, "amount": number}))
         return await self._command("dlq", "retry", APP, str(number), "--value", str(path), "--same-id", "--yes")
@@ -213,13 +213,13 @@ class Unrest:
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         try:
-            _, told = await process.communicate()
+            _, errors = await process.communicate()
         except BaseException:
             with suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
             raise
-        text = told.decode("utf-8", "replace")
+        text = errors.decode("utf-8", "replace")
         if "is settled" in text or "not open" in text or "no letter" in text:
             return False
         if process.returncode not in good:

@@ -26,22 +26,24 @@ class Answer:
         return self.what.startswith("rebuild")
 
 
-def of_findings(what: str, found: Any, seconds: float) -> Answer:
+def of_findings(what: str, findings: Any, seconds: float) -> Answer:
     """What a replay has answered."""
-    told = found.as_dict()
-    lines = [*told["problems"], *told["unknown"]]
-    kinds = tuple(each["kind"] for each in lines)
-    ahead = (found.ahead, found.unsettled_ahead) == (found.total("missing"), found.unsettled)
+    report = findings.as_dict()
+    lines = [*report["problems"], *report["unknown"]]
+    kinds = tuple(line["kind"] for line in lines)
+    ahead = (findings.ahead, findings.unsettled_ahead) == (findings.total("missing"), findings.unsettled)
     behind = bool(kinds) and set(kinds) <= {"missing", "unsettled"} and ahead and "position" not in what
     examples = [
-        str(each) for each in found.samples if each["kind"] in kinds or "no dead letter" in str(each.get("detail"))
+        str(sample)
+        for sample in findings.samples
+        if sample["kind"] in kinds or "no dead letter" in str(sample.get("detail"))
     ]
     texts = (
-        *(each["text"] for each in lines),
+        *(line["text"] for line in lines),
         *examples[:3],
-        *map(str, (told["rebuild"] or {}).get("differences", ())[:3]),
+        *map(str, (report["rebuild"] or {}).get("differences", ())[:3]),
     )
-    return Answer(what, told["exit_code"], kinds, texts, behind, seconds, found.messages)
+    return Answer(what, report["exit_code"], kinds, texts, behind, seconds, findings.messages)
 
 
 def of_error(what: str, error: Exception, seconds: float) -> Answer:
@@ -116,12 +118,12 @@ class Tally:
 
     def table(self) -> str:
         """The summary for a terminal."""
-        told = self.as_dict()
-        lines = [f"\n{told['checks']:,} checks and {told['rebuilds']:,} rebuilds in {self.seconds:,.0f} s"]
+        report = self.as_dict()
+        lines = [f"\n{report['checks']:,} checks and {report['rebuilds']:,} rebuilds in {self.seconds:,.0f} s"]
         for title in ("verdicts", "reasons_of_2", "noticed", "disturbances", "messages_by_rate", "messages_by_kind"):
-            if told[title]:
-                lines += ["", title.replace("_", " "), *(f"{n:>8,}  {name}" for name, n in told[title].items())]
-        for each in self.wrong:
-            lines += ["", f"WRONG: {each}"]
+            if report[title]:
+                lines += ["", title.replace("_", " "), *(f"{n:>8,}  {name}" for name, n in report[title].items())]
+        for answer in self.wrong:
+            lines += ["", f"WRONG: {answer}"]
         lines += ["", f"{len(self.wrong)} wrong verdicts"]
         return "\n".join(lines)
