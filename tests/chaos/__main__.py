@@ -73,7 +73,10 @@ async def _runs(given: argparse.Namespace, first: int) -> int:
             outcome = await Run(rig, seed, given.seconds, rate=given.rate, workers=given.workers, ways=set_up).run()
             good &= outcome.good
             brief = given.brief and outcome.good
-            print(json.dumps(asdict(outcome)) if given.json else line(outcome) if brief else described(outcome), flush=True)
+            print(
+                json.dumps(asdict(outcome)) if given.json else line(outcome) if brief else described(outcome),
+                flush=True,
+            )
             if given.record is not None:
                 with given.record.open("a") as table:
                     table.write(row(outcome))
