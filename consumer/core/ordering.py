@@ -296,11 +296,13 @@ class Scheduler:
             queue.fetched_bytes -= size
             bytes_max -= size
             for handler in handlers:
-                delivery = Delivery(handler, record)
-                if not (
-                    (queue.saved_attempts and self._restore_attempt(queue, delivery))
-                    or (self._delayed and self._queue_behind(delivery))
-                ):
+                saved = (
+                    queue.saved_attempts.pop((handler.number, record.offset), None) if queue.saved_attempts else None
+                )
+                delivery = Delivery(handler, record, attempts=saved.attempts if saved is not None else 0)
+                if saved is not None:
+                    self._wait_again(queue, delivery, saved.due)
+                elif not (self._delayed and self._queue_behind(delivery)):
                     deliveries.append(delivery)
             end = record.offset + 1
         return bytes_max, end
@@ -351,17 +353,12 @@ class Scheduler:
         self._delay(self._queues[delivery.partition], delivery)
         return True
 
-    def _restore_attempt(self, queue: _PartitionQueue, delivery: Delivery) -> bool:
-        """Whether a message failed before a restart; then it waits again."""
-        tried = queue.saved_attempts.pop((delivery.handler.number, delivery.record.offset), None)
-        if tried is None:
-            return False
-        delivery.attempts = tried.attempts
+    def _wait_again(self, queue: _PartitionQueue, delivery: Delivery, due: float) -> None:
+        """Delay a message that failed before a restart."""
         if not self._queue_behind(delivery):
             key = delivery.ordering_key()
-            self._delayed[key], self._due[key] = deque([delivery]), tried.due
+            self._delayed[key], self._due[key] = deque([delivery]), due
             self._delay(queue, delivery)
-        return True
 
     # -- behind dead letters ----------------------------------------------------------------------------------------
 

@@ -430,18 +430,17 @@ class Redrive:
             headers=tuple(zip(names, row["header_values"], strict=True)),
             fault="a header key that is not UTF-8" if any(not _is_text(name) for name in names) else "",
         )
-        delivery = Delivery(handler, record)
-        delivery.attempts = row["attempts"]
+        attempts = row["attempts"]
+        delivery = Delivery(handler, record, attempts=attempts)
         by_offset = bool(identify([delivery])) or isinstance(handler.rule, OffsetId)
         if edit is not None and edit.new_id is not None:
-            letter.other_id, delivery.id, delivery.outcome = True, edit.new_id, None
-        elif (
-            delivery.outcome is None and not by_offset and row["reason"] in _STAND_IN and delivery.id != row["id"].bytes
-        ):
+            letter.other_id = True
+            return Delivery(handler, record, edit.new_id, delivery.fingerprint, attempts=attempts)
+        own_id = row["id"].bytes
+        if delivery.outcome is None and not by_offset and row["reason"] in _STAND_IN and delivery.id != own_id:
             letter.other_id = True  # its id is known now
-        else:
-            delivery.id, delivery.fingerprint = row["id"].bytes, row["fingerprint"]
-        return delivery
+            return delivery
+        return Delivery(handler, record, own_id, row["fingerprint"], attempts=attempts, outcome=delivery.outcome)
 
 
 async def _session(settings: Settings, operator: str) -> DeadLetterSession:

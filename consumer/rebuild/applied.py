@@ -110,8 +110,7 @@ class Applied:
                 value=row["new_value"],
                 headers=tuple(zip(names, row["header_values"], strict=True)),
             )
-            delivery = Delivery(handler, record)
-            delivery.id, delivery.fingerprint = (row["new_id"] or row["id"]).bytes, row["fingerprint"]
+            delivery = Delivery(handler, record, (row["new_id"] or row["id"]).bytes, row["fingerprint"])
             entries.append(
                 Entry(delivery, row["applied_at"] or row["acted_at"], row["timestamp"] * 1000, action=row["action"])
             )

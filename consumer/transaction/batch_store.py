@@ -17,7 +17,7 @@ from consumer.postgres.claims import ExistingClaim
 
 
 class BatchStore(Protocol):
-    """Holds one transaction at a time, and stores what a batch leaves behind.
+    """One transaction at a time, and what a batch stores in it.
 
     See Session for the methods. connection: runs the handlers' statements. batch_seconds_max: after which no further
     message of a batch is started.

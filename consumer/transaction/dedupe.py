@@ -176,7 +176,7 @@ async def refuse_forgotten(session: BatchStore, won: Sequence[Delivery], outcome
     for delivery in await session.too_old([message for message in won if message.outcome is None]):
         at = delivery.record.timestamp
         dead = TOO_OLD if is_time(at) else replace(TOO_OLD, error=f"{TOO_OLD.error} ({what_is_wrong(at)})")
-        outcomes[delivery] = delivery.outcome = dead
+        outcomes[delivery] = dead
 
 
 async def hold_back(

@@ -286,7 +286,7 @@ def _chunks(deliveries: Sequence[Delivery], size: int) -> Iterator[list[Delivery
     """Yield the messages of the calls of a batch handler, in order."""
     chunk: list[Delivery] = []
     for delivery in deliveries:
-        if chunk and (len(chunk) == size or delivery.alone or chunk[-1].alone):
+        if chunk and (len(chunk) == size or delivery.call_alone or chunk[-1].call_alone):
             yield chunk
             chunk = []
         chunk.append(delivery)

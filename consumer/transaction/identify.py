@@ -126,9 +126,7 @@ def by_bytes(delivery: Delivery) -> Delivery:
 
     Rows from before a handler got its rule of comparison have this one.
     """
-    twin = Delivery(delivery.handler, delivery.record)
-    twin.id, twin.fingerprint = delivery.id, fingerprint(delivery.record.value)
-    return twin
+    return Delivery(delivery.handler, delivery.record, delivery.id, fingerprint(delivery.record.value))
 
 
 def decoded(delivery: Delivery) -> Any:

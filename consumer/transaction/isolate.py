@@ -96,7 +96,7 @@ def run_again(
         return part.halves()
     if part.batch.deliveries and part.batch.deliveries[0].outcome is None:
         [delivery] = part.batch.deliveries
-        verdict, delivery.why = _judged(delivery, facts, evidence, at_least=at_least, answers=answers)
+        verdict, delivery.failure_cause = _judged(delivery, facts, evidence, at_least=at_least, answers=answers)
         if verdict is FailureVerdict.COUNT:
             delivery.outcome, delivery.attempts = _counted(delivery, facts, random)
         else:
@@ -127,7 +127,7 @@ def _run_around(part: Part, facts: ErrorFacts, random: Callable[[], float], evid
     """Return parts around a slow call, whose limit must not pass twice."""
     if len(facts.timed_out) > 1:  # one of those that a batch handler was given: they are called one by one
         for delivery in facts.timed_out:
-            delivery.alone = True
+            delivery.call_alone = True
         return [Part(part.batch, part.use_savepoints)]
     [delivery] = facts.timed_out
     delivery.outcome, delivery.attempts = decide(delivery, facts, random, evidence)
@@ -159,13 +159,13 @@ def decide(
         return Dead(Reason.REJECTED, facts.text, type(error).__name__, facts.trace), delivery.attempts + 1
     if isinstance(error, Unreadable):
         return Dead(Reason(error.reason), facts.text), delivery.attempts
-    verdict, delivery.why = _judged(delivery, facts, evidence, succeeded)
+    verdict, delivery.failure_cause = _judged(delivery, facts, evidence, succeeded)
     if verdict is FailureVerdict.COUNT:
         return _counted(delivery, facts, random)
     if facts.timed_out:
         return _put_aside(random), delivery.attempts
-    delivery.again += 1
-    pause = delivery.handler.retry.pause_seconds(delivery.again, random())
+    delivery.reruns += 1
+    pause = delivery.handler.retry.pause_seconds(delivery.reruns, random())
     return RetryLater(max(_PAUSE_SECONDS_MIN, pause), type(error).__name__), delivery.attempts
 
 
@@ -183,7 +183,7 @@ def _judged(
     answers: whether the connection still answered after the error.
     """
     handler = delivery.handler.name
-    since = delivery.why.since if delivery.why is not None else facts.at
+    since = delivery.failure_cause.since if delivery.failure_cause is not None else facts.at
     if isinstance(facts.error, RunAgain):
         return FailureVerdict.WAIT, FailureCause(facts.summary, since, systemic=False)
     meaning = facts.meaning
@@ -191,15 +191,17 @@ def _judged(
         meaning = at_least
     others = Others.UNKNOWN
     if evidence is not None:
-        if delivery.mark < 0:
-            delivery.mark = evidence.mark(handler)
+        if delivery.success_mark < 0:
+            delivery.success_mark = evidence.mark(handler)
         evidence.failed(handler, facts.kind, delivery.partition, delivery.record.offset)
-        others = evidence.others(handler, facts.kind, delivery.mark)
+        others = evidence.others(handler, facts.kind, delivery.success_mark)
         if succeeded and meaning is Meaning.MESSAGE:
             others = Others.SUCCEED
     verdict = judge(meaning, answers=answers, alone=True, others=others)
     if verdict is FailureVerdict.COUNT and meaning in _PASSING and evidence is not None:
-        delivery.mark = evidence.mark(handler)  # the next attempt counts only if others go through after this one
+        delivery.success_mark = evidence.mark(
+            handler
+        )  # the next attempt counts only if others go through after this one
     if (
         verdict is FailureVerdict.COUNT
         and others is Others.UNKNOWN
@@ -208,7 +210,7 @@ def _judged(
     ):
         # Before it becomes a dead letter, the rest of its batch has its turn: they may all fail alike.
         is_last = delivery.handler.retry.delay_seconds(facts.error, delivery.attempts + 1, 0.0) is None
-        if is_last and not delivery.again:
+        if is_last and not delivery.reruns:
             verdict = FailureVerdict.WAIT
     systemic = verdict is not FailureVerdict.COUNT and others is not Others.SUCCEED
     return verdict, FailureCause(facts.summary, since, systemic)

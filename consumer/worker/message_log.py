@@ -129,7 +129,9 @@ class MessageLog:
                 event(logging.WARNING, "more dead letters of the same kind", count=count, **fields)
         elif isinstance(outcome, RetryLater):
             asked = isinstance(error, RunAgain)
-            counted = error is None or (delivery.why is not None and not delivery.why.systemic and not asked)
+            counted = error is None or (
+                delivery.failure_cause is not None and not delivery.failure_cause.systemic and not asked
+            )
             self.log_rarely(
                 logging.INFO if asked else logging.WARNING,
                 ASKED if asked else RETRIED if counted else WAITS,

@@ -75,8 +75,8 @@ class ShardCheck:
         handlers = {handler.name: handler for handler in shard.handlers}
         asked: dict[Delivery, Delivery] = {}
         for delivery in deliveries:
-            twin = Delivery(handlers[delivery.handler.name], delivery.record)  # with its number there
-            twin.id, twin.fingerprint = delivery.id, delivery.fingerprint
+            handler = handlers[delivery.handler.name]  # with its number there
+            twin = Delivery(handler, delivery.record, delivery.id, delivery.fingerprint)
             asked[twin] = delivery
         lane.idle.set()  # nothing is in flight
         while epoch == self._table.assignment_epoch(lane.shard.name) and not self._lifetime.is_stopping:

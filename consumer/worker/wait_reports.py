@@ -68,18 +68,18 @@ class Reporter:
         names: dict[int, str] = {}
         for lane in self._lanes:
             for head, count, read_up_to in lane.scheduler.waiting():
-                if head.why is None:
+                if head.failure_cause is None:
                     continue
                 names[head.handler.number] = head.handler.name
-                key = (head.handler.number, head.partition, head.why.error)
+                key = (head.handler.number, head.partition, head.failure_cause.error)
                 if (known := by_error.get(key)) is not None:
-                    why = head.why
+                    why = head.failure_cause
                     why = why._replace(
                         since=min(why.since, known.why.since), systemic=why.systemic or known.why.systemic
                     )
                     by_error[key] = Row(key[0], key[1], known.messages + count, why, read_up_to)
                 elif len(by_error) < _ROWS_MAX:
-                    by_error[key] = Row(key[0], key[1], count, head.why, read_up_to)
+                    by_error[key] = Row(key[0], key[1], count, head.failure_cause, read_up_to)
         return sorted(by_error.values(), key=lambda row: (row.handler, row.partition, row.why.error)), names
 
     async def report(self, connection: Any) -> None:

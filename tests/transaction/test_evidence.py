@@ -269,7 +269,7 @@ async def test_many_failures_of_one_kind_are_a_few_log_lines(place: Place, caplo
 
         async def many() -> bool:
             heads = [head for lane in worker.lanes for head, _, _ in lane.scheduler.waiting()]
-            return len(heads) == 160 and all(each.again >= 5 for each in heads)
+            return len(heads) == 160 and all(each.reruns >= 5 for each in heads)
 
         await until("all to have failed five times", many, 60)
     lines = [each for each in caplog.records if "uncounted" in each.getMessage()]

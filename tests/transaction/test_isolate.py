@@ -85,7 +85,7 @@ def test_a_slow_call_for_many_messages_is_repeated_one_by_one() -> None:
     slow = part.batch.deliveries[1:3]
     parts = run_smaller(part, facts(TimeoutError(), timed_out=slow), half)
     assert offsets(parts) == [[0, 1, 2, 3, 4]]
-    assert [each.alone for each in part.batch.deliveries] == [False, True, True, False, False]
+    assert [each.call_alone for each in part.batch.deliveries] == [False, True, True, False, False]
 
 
 def test_savepoints_are_tried_before_halves_up_to_their_number() -> None:
@@ -109,7 +109,7 @@ def test_a_part_that_keeps_failing_alone_is_put_aside_and_counts_no_attempt() ->
     [after] = run_again(part, facts(OSError(), at=7.0), half, at_least=Meaning.OUTAGE, answers=False)
     [message] = part.batch.deliveries
     assert (message.outcome, message.attempts, after.failures) == (RetryLater(7.5, PUT_ASIDE), 0, 0)
-    assert message.why is not None and message.why.since == 7.0
+    assert message.failure_cause is not None and message.failure_cause.since == 7.0
 
 
 def test_attempts_end_in_a_dead_letter_by_the_policy() -> None:
@@ -139,4 +139,4 @@ def test_a_message_keeps_the_time_since_which_it_waits() -> None:
     message = delivery()
     decide(message, facts(RunAgain("not yet"), at=1.0), half)
     decide(message, facts(RunAgain("not yet"), at=9.0), half)
-    assert message.why is not None and message.why.since == 1.0
+    assert message.failure_cause is not None and message.failure_cause.since == 1.0

@@ -1,0 +1,41 @@
+"""Who writes to a Delivery: what its docstring says, against the code."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import consumer
+from consumer.core.delivery import Delivery
+
+pytestmark = pytest.mark.unit
+
+PACKAGE = Path(consumer.__file__).parent
+NAMES = {"delivery", "message"}  # what a Delivery is called
+WRITERS = {
+    "transaction/identify.py": {"id", "fingerprint", "value", "outcome"},
+    "precheck/client.py": {"outcome"},
+    "transaction/handler_runner.py": {"outcome", "attempts"},
+    "transaction/isolate.py": {"outcome", "attempts", "reruns", "call_alone", "success_mark", "failure_cause"},
+    "transaction/result.py": {"outcome", "attempts"},
+    "core/ordering.py": {"delayed"},
+    "rebuild/applied.py": {"outcome"},
+    "rebuild/single_pass.py": {"outcome"},
+}
+
+
+def writes(path: Path) -> Iterator[str]:
+    """Fields that a file assigns on something that is called like a Delivery."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        is_written = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        if is_written and isinstance(node.value, ast.Name) and node.value.id in NAMES:
+            yield node.attr
+
+
+def test_fields_are_written_only_where_the_table_says() -> None:
+    fields = set(Delivery.__struct_fields__)
+    written = {str(path.relative_to(PACKAGE)): set(writes(path)) & fields for path in PACKAGE.rglob("*.py")}
+    assert {name: names for name, names in written.items() if names} == WRITERS
