@@ -1,1 +1,4 @@
-"""What commands ask of the services, without a terminal. Imports core, kafka, postgres and handler_records."""
+"""What commands ask of the services and decide, without a terminal.
+
+Imports every package below `worker`. `cli/` calls it and prints the answers.
+"""

@@ -1,1 +1,4 @@
-"""The `consumer` command: arguments to calls, answers to text. Decides nothing. Imports everything."""
+"""The `consumer` command: arguments to calls, answers to text.
+
+Decides nothing; imports everything.
+"""

@@ -1,4 +1,4 @@
-"""`consumer demo`: a run with duplicates and a killed worker, on servers of its own."""
+"""`consumer demo`: duplicates and a killed worker, on its own servers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def demo(
     workers: Annotated[int, typer.Option("--workers", min=2, max=8, help="worker processes")] = 2,
     as_json: AsJson = False,
 ) -> Any:
-    """Produce payments with duplicates, kill a worker in the middle, and show that every balance is right.
+    """Produce duplicates, kill a worker, and show that every balance is right.
 
     Starts an embedded broker, PostgreSQL and Valkey of its own, and removes them at the end.
     """

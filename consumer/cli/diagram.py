@@ -1,7 +1,6 @@
-"""`consumer diagram`: the state machines of an application, as Mermaid text.
+"""`consumer diagram`: print the state machines of an application as Mermaid.
 
-Knows modules and the terminal; what is drawn is the machine's own (schemes/states.py). What it does not see: machines that
-no imported module holds under a name.
+A machine draws itself (schemes/states.py). Limitation: finds only machines that an imported module holds under a name.
 """
 
 from __future__ import annotations
@@ -29,29 +28,30 @@ def diagram(
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Draw the state machines of an application as Mermaid text, for a page of documentation.
+    """Draw the state machines of an application as Mermaid text.
 
     They are looked for in the App's module, its submodules, and the modules of its handlers. Exit code 1 when there is none,
     2 for a name that none has.
 
     \b
     Examples:
-      consumer diagram shop.orders:app                  all of them
+      consumer diagram shop.orders:app
+          all state machines
       consumer diagram shop.orders:app ORDERS > orders.mmd
       consumer diagram shop.orders:app orders.status --json
     """
-    machines = find(load_app(app), app.partition(":")[0])
+    machines = find_machines(load_app(app), app.partition(":")[0])
     if not machines:
-        raise Refused(f"{app} has no StateMachine: is the module that makes it imported, and has it a name there?")
+        raise Refused(f"{app}: has no StateMachine; import the module that creates it, and give it a name there")
     if name is not None:
-        known = {each for place, machine in machines.items() for each in (place, machine.name)}
+        known = {text for place, machine in machines.items() for text in (place, machine.name)}
         machines = {
             place: machine
             for place, machine in machines.items()
             if name in (place, place.rpartition(".")[2], machine.name)
         }
         if not machines:
-            raise UnknownName(f"{app} has no StateMachine {name!r}; {suggestion(name, known)}")
+            raise UnknownName(f"NAME: {app} has no StateMachine {name!r}; {suggestion(name, known)}")
     if as_json:
         print_json(
             [
@@ -68,15 +68,18 @@ def diagram(
     return 0
 
 
-def find(app: App, module: str) -> dict[str, StateMachine]:
-    """The machines by module and variable; each once, under the name where it is found first. Raises Misconfigured."""
-    modules = {module, *(each.function.__module__ for each in app.handlers.values())}
-    modules |= {each for each in sys.modules if each.startswith(f"{module}.")}
-    found: dict[str, StateMachine] = {}
+def find_machines(app: App, module: str) -> dict[str, StateMachine]:
+    """Find the machines of an App by module and variable.
+
+    A machine with several names has the first one. Raises Misconfigured.
+    """
+    modules = {module, *(handler.function.__module__ for handler in app.handlers.values())}
+    modules |= {name for name in sys.modules if name.startswith(f"{module}.")}
+    machines: dict[str, StateMachine] = {}
     for name in sorted(modules):
         if name not in sys.modules:
-            raise Misconfigured(f"the module {name!r} of a handler is not imported")
+            raise Misconfigured(f"{name}: the module of a handler is not imported; import it in the App's module")
         for variable, value in vars(sys.modules[name]).items():
-            if isinstance(value, StateMachine) and not any(value is each for each in found.values()):
-                found[f"{name}.{variable}"] = value
-    return found
+            if isinstance(value, StateMachine) and not any(value is machine for machine in machines.values()):
+                machines[f"{name}.{variable}"] = value
+    return machines

@@ -11,17 +11,17 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from consumer.admin import report
-from consumer.cli import name_filters
+from consumer.admin import dead_letters, name_filters
+from consumer.admin.ledger_access import with_ledger
 from consumer.cli.framework import POSTGRES, AppOrName, AsJson, command, dlq
-from consumer.cli.ledger_access import with_ledger
-from consumer.cli.output import names, out, print_json, printable, right, show
+from consumer.cli.output import line, names, numbers, print_json, printable, show
 from consumer.cli.per_shard import NamedApp, ShardName, named_app, over
 from consumer.core.dead_letters import DeadLetterState, age_seconds
 from consumer.core.errors import Misconfigured
 from consumer.core.outcome import Reason
 from consumer.core.suggestions import UnknownName, check_known
 from consumer.dead_letters.retry import Filters
+from consumer.postgres.protocol import Connection
 from consumer.settings import Settings
 
 _OPEN = (DeadLetterState.DEAD.value, DeadLetterState.WAITING.value)
@@ -55,7 +55,10 @@ class FilterFlags:
     ] = None
 
     def filters(self, letters: list[int] | None = None) -> Filters:
-        """Return the filters. Raises Misconfigured for an unknown reason or a wrong age."""
+        """Return the filters.
+
+        Raises Misconfigured for an unknown reason and for text that is no age.
+        """
         if self.reason is not None:
             check_known("--reason", self.reason, list(Reason), "this command")
         return Filters(
@@ -75,11 +78,19 @@ def dlq_list(
     settings: Settings,
     only: FilterFlags,
     state: Annotated[
-        str, typer.Option("--state", help=f"open (dead or waiting), all, {', '.join(DeadLetterState)}")
+        str,
+        typer.Option(
+            "--state", help=f"open (dead or waiting), all, {', '.join(DeadLetterState)}", rich_help_panel=_FILTERS
+        ),
     ] = "open",
-    by_group: Annotated[bool, typer.Option("--by-group", help="count them by kind of error instead")] = False,
+    by_group: Annotated[
+        bool, typer.Option("--by-group", help="count them by kind of error instead", rich_help_panel="Answer")
+    ] = False,
     actions: Annotated[
-        bool, typer.Option("--actions", help="list actions on dead letters instead: what was done, by whom")
+        bool,
+        typer.Option(
+            "--actions", help="list actions on dead letters instead: what was done, by whom", rich_help_panel="Answer"
+        ),
     ] = False,
     limit: Annotated[int, typer.Option("--limit", min=1, max=100_000, help="the newest so many")] = 50,
     shard: ShardName = None,
@@ -90,16 +101,15 @@ def dlq_list(
     A dead letter is dead (an operator must decide), waiting (behind another of its key), applied (by a retry) or discarded.
     A filter that names what does not exist is an error (exit code 2), not an empty answer.
     """
-    states = {"open": _OPEN, "all": None, **{each.value: (each.value,) for each in DeadLetterState}}
+    states = {"open": _OPEN, "all": None, **{known.value: (known.value,) for known in DeadLetterState}}
     check_known("--state", state, states, "this command")
     filters = only.filters()
-    wanted = states["all"] if actions and state == "open" else states[state]
+    wanted_states = states["all"] if actions and state == "open" else states[state]
     named = named_app(app)
-    select = report.actions_of if actions else report.letter_groups if by_group else report.dead_letters
-    print_rows = _list_actions if actions else _list_groups if by_group else _list_letters
+    select, print_rows = _answer(by_group, actions)
 
     async def run(on: Settings) -> int:
-        rows = await with_ledger(on, lambda connection: _selected(connection, named, filters, select, limit, wanted))
+        rows = await with_ledger(on, lambda connection: _rows(connection, named, filters, select, limit, wanted_states))
         if as_json:
             print_json(rows)
         else:
@@ -109,80 +119,87 @@ def dlq_list(
     return over(named.app, shard, settings, as_json, run)
 
 
-async def _selected(
-    connection: Any, app: NamedApp, only: Filters, select: Any, limit: int, states: Sequence[str] | None
+async def _rows(
+    connection: Connection, app: NamedApp, filters: Filters, select: Any, limit: int, states: Sequence[str] | None
 ) -> list[dict[str, Any]]:
     """Check the filters against the database, and query."""
     await app.check(connection)
     await name_filters.check(
-        connection, app.name, only.handler, only.topic, only.group, handlers=app.handlers, topics=app.topics
+        connection, app.name, filters.handler, filters.topic, filters.group, handlers=app.handlers, topics=app.topics
     )
     rows: list[dict[str, Any]] = await select(
         connection,
         app.name,
-        only.handler,
-        only.topic,
-        only.reason,
+        filters.handler,
+        filters.topic,
+        filters.reason,
         limit,
-        group=only.group,
+        group=filters.group,
         states=states,
-        older_than_seconds=only.older_than_seconds,
-        newer_than_seconds=only.newer_than_seconds,
+        older_than_seconds=filters.older_than_seconds,
+        newer_than_seconds=filters.newer_than_seconds,
     )
     return rows
 
 
-def _list_actions(rows: Sequence[dict[str, Any]]) -> None:
+def _answer(by_group: bool, actions: bool) -> tuple[Any, Any]:
+    """Choose the query and the table."""
+    if actions:
+        return dead_letters.actions, _print_actions
+    return (dead_letters.error_groups, _print_groups) if by_group else (dead_letters.dead_letters, _print_dead_letters)
+
+
+def _print_actions(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(*names("at", "letter", "who", "what", "outcome"), "note")
-    for each in rows:
+    for row in rows:
         table.add_row(
-            each["at"][:19],
-            str(each["letter"]),
-            escape(printable(each["operator"])),
-            each["what"],
-            each["outcome"],
-            escape(printable(each["note"][:80])),
+            row["at"][:19],
+            str(row["letter"]),
+            escape(printable(row["operator"])),
+            row["what"],
+            row["outcome"],
+            escape(printable(row["note"][:80])),
         )
     _print(table, "no actions")
 
 
-def _list_letters(rows: Sequence[dict[str, Any]]) -> None:
+def _print_dead_letters(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(
         *names("letter", "app", "handler", "from", "state", "reason", "group"),
         "error",
-        *right("attempts"),
+        *numbers("attempts"),
         *names("died at"),
     )
-    for each in rows:
+    for row in rows:
         table.add_row(
-            str(each["letter"]),
-            escape(printable(each["app"])),
-            escape(printable(each["handler"])),
-            escape(f"{each['topic']}:{each['partition']}:{each['offset']}"),
-            each["state"],
-            each["reason"],
-            each["group"] or "-",
-            escape(printable(each["error"][:80])),
-            str(each["attempts"]),
-            each["died_at"][:19],
+            str(row["letter"]),
+            escape(printable(row["app"])),
+            escape(printable(row["handler"])),
+            escape(f"{row['topic']}:{row['partition']}:{row['offset']}"),
+            row["state"],
+            row["reason"],
+            row["group"] or "-",
+            escape(printable(row["error"][:80])),
+            str(row["attempts"]),
+            row["died_at"][:19],
         )
     _print(table, "no dead letters")
 
 
-def _list_groups(rows: Sequence[dict[str, Any]]) -> None:
+def _print_groups(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(
-        *names("group"), *right("letters"), *names("app", "handler", "reason"), "kind", *names("letter"), "for example"
+        *names("group"), *numbers("letters"), *names("app", "handler", "reason", "kind", "letter"), "for example"
     )
-    for each in rows:
+    for row in rows:
         table.add_row(
-            each["group"] or "-",
-            f"{each['count']:,}",
-            escape(printable(each["app"])),
-            escape(printable(each["handler"])),
-            each["reason"],
-            escape(printable(each["kind"])),
-            str(each["letter"]),
-            escape(printable(each["error"][:80])),
+            row["group"] or "-",
+            f"{row['count']:,}",
+            escape(printable(row["app"])),
+            escape(printable(row["handler"])),
+            row["reason"],
+            escape(printable(row["kind"])),
+            str(row["letter"]),
+            escape(printable(row["error"][:80])),
         )
     _print(table, "no dead letters")
 
@@ -191,7 +208,7 @@ def _print(table: Table, nothing: str) -> None:
     if table.row_count:
         show(table)
     else:
-        out.print(nothing)
+        line(nothing)
 
 
 @command(dlq, "show", (*POSTGRES, "wait_"))
@@ -214,39 +231,39 @@ def dlq_show(
     """Show a dead letter with its bytes, headers and actions."""
     named = named_app(app)
     if named.app is not None and named.app.shards and shard is None:
-        raise Misconfigured("each shard numbers its dead letters itself: select one with --shard NAME")
+        raise Misconfigured("--shard: each shard numbers its dead letters itself; select one with --shard NAME")
     return over(named.app, shard, settings, as_json, lambda on: _dlq_show(named, letter, on, as_json))
 
 
 async def _dlq_show(app: NamedApp, number: int, settings: Settings, as_json: bool) -> int:
-    async def ask(connection: Any) -> dict[str, Any] | None:
+    async def ask(connection: Connection) -> dict[str, Any] | None:
         await app.check(connection)
-        return await report.dead_letter(connection, number)
+        return await dead_letters.dead_letter(connection, number)
 
-    found = await with_ledger(settings, ask)
-    if found is None or found["app"] != app.name:
-        raise UnknownName(f"no dead letter {number} of App {app.name!r}; see `consumer dlq list APP --state all`")
-    if as_json:
-        print_json(found)
-        return 0
-    actions = found.pop("actions")
-    trace = found.pop("trace")
-    altered = found.pop("altered")
-    for name, value in found.items():
-        out.print(
-            f"{name:18} {printable(value) if isinstance(value, str) else json.dumps(value)}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+    answer = await with_ledger(settings, ask)
+    if answer is None or answer["app"] != app.name:
+        raise UnknownName(
+            f"LETTER: no dead letter {number} of App {app.name!r}; see `consumer dlq list APP --state all`"
         )
-    if altered:
-        text = f"not as its message had it: {' and '.join(altered)}; `consumer dlq retry` does not apply it as it is"
-        out.print(f"{'altered':18} {text}", markup=False, highlight=False, soft_wrap=True)
-    for n, frame in enumerate(trace):
-        out.print(f"{'' if n else 'trace':18} {printable(frame)}", markup=False, highlight=False, soft_wrap=True)
-    for each in reversed(actions):
-        line = f"{each['at'][:19]} {each['what']} by {each['operator']}: {each['outcome']}"
-        line += f", as {each['new_id']}" if each["new_id"] else ""
-        line += f" ({each['note']})" if each["note"] else ""
-        out.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        print_json(answer)
+    else:
+        _print_dead_letter(answer)
     return 0
+
+
+def _print_dead_letter(answer: dict[str, Any]) -> None:
+    for name, value in answer.items():
+        if name not in ("actions", "trace", "altered"):
+            line(f"{name:18} {value if isinstance(value, str) else json.dumps(value)}")
+    if altered := answer["altered"]:
+        line(
+            f"{'altered':18} not as its message had it: {' and '.join(altered)}; `consumer dlq retry` does not apply it as it is"
+        )
+    for n, frame in enumerate(answer["trace"]):
+        line(f"{'' if n else 'trace':18} {frame}")
+    for action in reversed(answer["actions"]):
+        text = f"{action['at'][:19]} {action['what']} by {action['operator']}: {action['outcome']}"
+        text += f", as {action['new_id']}" if action["new_id"] else ""
+        text += f" ({action['note']})" if action["note"] else ""
+        line(text)

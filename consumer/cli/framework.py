@@ -58,6 +58,7 @@ MaybeApp = Annotated[
         metavar="[APP]", help='the App, as "module:attribute"; needed only if it has shards', show_default=False
     ),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="show what would be done, and change nothing")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON", rich_help_panel="Answer")]
 
 POSTGRES = ("postgres_dsn", "postgres_ca_file", "postgres_pooler", "allow_insecure")
@@ -80,11 +81,13 @@ def command(
 
     def register(function: Callable[..., Any]) -> Callable[..., None]:
         parameters = inspect.signature(function, eval_str=True).parameters.values()
-        groups: dict[str, Any] = {one.name: one.annotation for one in parameters if is_dataclass(one.annotation)}
-        own = [one for one in parameters if one.name != "settings" and one.name not in groups]
-        own += [one for group in groups.values() for one in _parameters_of(group)]
+        groups: dict[str, Any] = {
+            parameter.name: parameter.annotation for parameter in parameters if is_dataclass(parameter.annotation)
+        }
+        own = [parameter for parameter in parameters if parameter.name not in {"settings", *groups}]
+        own += [parameter for group in groups.values() for parameter in _parameters_of(group)]
         fields = (
-            {each: field for each, field in Settings.model_fields.items() if each.startswith(settings)}
+            {field: info for field, info in Settings.model_fields.items() if field.startswith(settings)}
             if settings
             else {}
         )
@@ -93,23 +96,23 @@ def command(
 
         @functools.wraps(function)
         def call(**given: Any) -> None:
-            flags = {each: given.pop(each) for each in fields}
+            flags = {field: given.pop(field) for field in fields}
             with _errors_as_lines(name):
                 _check_text({**given, **flags})
                 if takes_settings:
                     given["settings"] = own_settings = load(**flags)
                     logs.configure(own_settings.log_level, own_settings.log_format, config=own_settings.log_config)
                 for argument, group in groups.items():
-                    given[argument] = group(**{each.name: given.pop(each.name) for each in dataclass_fields(group)})
+                    given[argument] = group(**{field.name: given.pop(field.name) for field in dataclass_fields(group)})
                 result = function(**given)
                 if inspect.iscoroutine(result):
-                    with signal_handlers_kept():  # at its end the loop sets those that Python begins with
+                    with signal_handlers_kept():  # the loop ends with Python's own handlers
                         result = run_loop(until_signal(result))
             raise typer.Exit(result or 0)
 
-        options = [_option(each, field) for each, field in fields.items()]
+        options = [_option(field, info) for field, info in fields.items()]
         call.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-        call.__annotations__ = {each.name: each.annotation for each in [*own, *options]}
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *options]}
         app.command(name, cls=Command)(call)
         return call
 
@@ -122,11 +125,11 @@ _AS_BYTES = ("key", "message_id", "id")  # arguments that may hold bytes that ar
 def _check_text(given: dict[str, Any]) -> None:
     """Raise Misconfigured for text that is not UTF-8.
 
-    PostgreSQL and Kafka refuse it.
+    PostgreSQL and Kafka refuse it. Arguments that may be bytes are exempt.
     """
     for name, value in given.items():
-        for each in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(each, str) and name not in _AS_BYTES and any("\ud800" <= c <= "\udfff" for c in each):
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and name not in _AS_BYTES and any("\ud800" <= char <= "\udfff" for char in text):
                 raise Misconfigured(f"{_flag_of(name)}: not valid UTF-8; write it in UTF-8")
 
 
@@ -162,10 +165,10 @@ _ARGUMENTS = {"app": "APP", "topics": "TOPIC", "message_id": "MESSAGE_ID"}
 def _parameters_of(group: Any) -> Iterator[inspect.Parameter]:
     """Return a parameter for each field of a dataclass of options."""
     annotations = typing.get_type_hints(group, include_extras=True)
-    for each in dataclass_fields(group):
-        default = inspect.Parameter.empty if each.default is MISSING else each.default
+    for field in dataclass_fields(group):
+        default = inspect.Parameter.empty if field.default is MISSING else field.default
         yield inspect.Parameter(
-            each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotations[each.name]
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotations[field.name]
         )
 
 
@@ -174,32 +177,32 @@ def _flag_of(name: str) -> str:
 
 
 def _option(name: str, field: Any) -> inspect.Parameter:
-    kinds = [each for each in typing.get_args(field.annotation) or (field.annotation,) if each is not type(None)]
+    kinds = [kind for kind in typing.get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
     if typing.get_origin(field.annotation) is typing.Literal or any(
-        typing.get_origin(each) is typing.Literal for each in kinds
+        typing.get_origin(kind) is typing.Literal for kind in kinds
     ):
-        kind: Any = str
+        value_type: Any = str
         choices = typing.get_args(field.annotation)
         text = f"{field.description}: {', '.join(map(str, choices))}"
     else:
-        kind = str if SecretStr in kinds else kinds[0]
-        while typing.get_origin(kind) is Annotated:
-            kind = typing.get_args(kind)[0]
+        value_type = str if SecretStr in kinds else kinds[0]
+        while typing.get_origin(value_type) is Annotated:
+            value_type = typing.get_args(value_type)[0]
         text = field.description or ""
     flag = f"--{name.replace('_', '-')}"
-    flags = [flag, f"--no-{flag[2:]}"] if kind is bool else [flag]
+    flags = [flag, f"--no-{flag[2:]}"] if value_type is bool else [flag]
     if name in _SHORT:
         flags.insert(0, _SHORT[name])
-    declaration = "/".join(flags) if kind is bool else None
+    declaration = "/".join(flags) if value_type is bool else None
     option = typer.Option(
         *([declaration] if declaration else flags),
         help=text,
-        metavar=None if kind is bool else metavar_of(name, kind),
+        metavar=None if value_type is bool else metavar_of(name, value_type),
         show_default=False,
         rich_help_panel=heading_of(name),
     )
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[value_type | None, option]
     )
 
 

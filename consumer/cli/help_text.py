@@ -1,6 +1,6 @@
-"""The help of a command: its options under headings, each with its default and its environment variable.
+"""The help of a command: options by heading, with defaults and variables.
 
-Knows settings, typer's options and text; knows no command. Lines are wrapped at blanks alone, so that no name is cut.
+Knows settings, typer's options and text; knows no command. Lines are wrapped at spaces alone, so that no name is cut.
 """
 
 from __future__ import annotations
@@ -29,7 +29,17 @@ _HEADINGS = (
     (("grace_", "wait_", "watchdog_", "restarts_", "worker_", "allow_"), "Process"),
     ("", "Limits"),
 )
-_ORDER = ("Options", "Filters", "Range", "Answer", *dict.fromkeys(heading for _, heading in _HEADINGS))
+_ORDER = (
+    "Selection",
+    "Filters",
+    "Range",
+    "Move",
+    "Other changes",
+    "Print only",
+    "Options",
+    "Answer",
+    *dict.fromkeys(heading for _, heading in _HEADINGS),
+)
 _KINDS = (
     (("_file", "_config"), "FILE"),
     ("_url", "URL"),
@@ -57,23 +67,23 @@ class Command(typer.core.TyperCommand):
 
     def format_usage(self, ctx: Any, formatter: Any) -> None:
         """Write the first line: the command and its arguments."""
-        arguments = [_shape(each) for each in self.get_params(ctx) if each.param_type_name == "argument"]
+        arguments = [_shape(param) for param in self.get_params(ctx) if param.param_type_name == "argument"]
         formatter.write_usage(ctx.command_path, " ".join(["[OPTIONS]", *arguments]))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options, by heading."""
         width = min(_WIDTH_MAX, formatter.width)
         sections: dict[str, list[str]] = {}
-        for each in self.get_params(ctx):
-            if getattr(each, "hidden", False):
+        for param in self.get_params(ctx):
+            if getattr(param, "hidden", False):
                 continue
-            if each.param_type_name == "argument":
-                sections.setdefault("Arguments", []).append(_argument(each, width))
+            if param.param_type_name == "argument":
+                sections.setdefault("Arguments", []).append(_argument(param, width))
             else:
-                heading = getattr(each, "rich_help_panel", None) or "Options"
-                sections.setdefault(heading, []).append(_option(each, width))
+                heading = getattr(param, "rich_help_panel", None) or "Options"
+                sections.setdefault(heading, []).append(_option(param, width))
         known = ("Arguments", *_ORDER)
-        for heading in [*known, *(each for each in sections if each not in known)]:
+        for heading in [*known, *(heading for heading in sections if heading not in known)]:
             if heading in sections:
                 formatter.write(f"\n{heading}:\n" + "".join(sections[heading]))
 
@@ -105,7 +115,7 @@ def _option(option: Any, width: int) -> str:
     if (default := _default(option)) is not None:
         facts.append(f"default: {default}")
     variables = [option.envvar] if isinstance(option.envvar, str) else option.envvar or []
-    facts += [f"env: {each}" for each in variables]
+    facts += [f"env: {variable}" for variable in variables]
     if option.required:
         facts.append("required")
     return f"  {names}{value}\n" + _wrapped(option.help or "", facts, width)
@@ -115,12 +125,12 @@ def _value(option: Any) -> str:
     if option.metavar:
         return str(option.metavar)
     kind = getattr(getattr(option, "type_descriptor", None), "annotation", None)
-    for each in (kind, *typing.get_args(kind)):
-        if typing.get_origin(each) is typing.Literal:
-            return "|".join(map(str, typing.get_args(each)))
-        if each in (int, float):
+    for alternative in (kind, *typing.get_args(kind)):
+        if typing.get_origin(alternative) is typing.Literal:
+            return "|".join(map(str, typing.get_args(alternative)))
+        if alternative in (int, float):
             return "NUMBER"
-        if isinstance(each, type) and issubclass(each, Path):
+        if isinstance(alternative, type) and issubclass(alternative, Path):
             return "FILE"
     return "TEXT"
 
@@ -150,21 +160,21 @@ def _default(option: Any) -> str | None:
 
 
 def _wrapped(text: str, facts: list[str], width: int) -> str:
-    """A text and the facts after it, each fact unbroken where a line can hold it."""
+    """Wrap a text and its facts; keep each fact on one line."""
     lines = _lines(text, width) if text else []
     if facts:
-        told = "[" + "; ".join(facts) + "]"
-        joined = f"{lines[-1]} {told}" if lines else _INDENT + told
+        bracketed = "[" + "; ".join(facts) + "]"
+        joined = f"{lines[-1]} {bracketed}" if lines else _INDENT + bracketed
         if len(joined) <= width:
             lines[-1:] = [joined]
-        elif len(_INDENT + told) <= width:
-            lines.append(_INDENT + told)
+        elif len(_INDENT + bracketed) <= width:
+            lines.append(_INDENT + bracketed)
         else:
-            parts = [f"{each};" for each in facts[:-1]] + [facts[-1]]
+            parts = [f"{fact};" for fact in facts[:-1]] + [facts[-1]]
             parts[0], parts[-1] = "[" + parts[0], parts[-1] + "]"
             for part in parts:
                 lines += _lines(part, width)
-    return "".join(f"{each}\n" for each in lines)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _lines(text: str, width: int) -> list[str]:

@@ -1,14 +1,17 @@
-"""Ctrl-C and SIGTERM while a command has nothing to undo: one line, and the exit code of the signal.
+"""End on a signal while there is nothing to undo.
 
-Imports nothing that takes time, since it comes first. A handler, not an exception: an import may swallow an exception, or
-print a traceback of it.
+Imports nothing that takes time, because it comes first. A handler, not an exception: an import may swallow an exception,
+or print a traceback of it.
 """
 
 import os
 
 
 def end_at_once() -> None:
-    """Let SIGINT and SIGTERM end this process at once; a SIGINT that is ignored stays so."""
+    """Let SIGINT and SIGTERM end this process at once.
+
+    A SIGINT that is ignored stays ignored.
+    """
     try:
         import signal
 
@@ -23,5 +26,5 @@ def end_at_once() -> None:
 def _end(number: int, _: object) -> None:
     try:
         os.write(2, b"consumer: interrupted\n" if number == 2 else b"consumer: terminated\n")
-    finally:  # also where standard error is closed
+    finally:  # also if standard error is closed
         os._exit(128 + number)

@@ -1,7 +1,7 @@
-"""The `consumer` command. Turns arguments into calls and answers into text; decides nothing.
+"""The `consumer` command: imports the commands and runs one.
 
-Exit codes: 0 a good answer, 1 the answer is no (unknown, not up to date, restarts did not help), 2 it could not start or
-could not tell. Every error is one line on standard error, without a traceback, which would quote what the error quotes.
+Exit codes: 0 a good answer, 1 a bad answer (unknown, not up to date, restarts did not help), 2 it could not start or the
+answer is inconclusive. Every error is one line on standard error, without a traceback, which could quote a secret.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import typer
 from consumer.cli import interrupts
 from consumer.cli.framework import cli
 
-# Each module registers its commands. `run` imports only its own, and starts sooner.
+# Each module registers its commands. `run` imports only its own, so it starts sooner.
 _RUN = "run"
 _OTHERS = (
     "migrate",
@@ -36,7 +36,7 @@ _OTHERS = (
 
 
 def whole() -> typer.Typer:
-    """Import every command; returns the complete command line."""
+    """Import every command; return the complete command line."""
     for module in (_RUN, *_OTHERS):
         importlib.import_module(f"consumer.cli.{module}")
     return cli
@@ -48,13 +48,13 @@ def _only_run() -> typer.Typer:
 
 
 def main() -> None:
-    """Entry of the command."""
+    """Run the command that the arguments name."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed by who started us: else the next file that is opened would take its place
+        except OSError:  # closed by the parent process: the next file that is opened would take its place
             os.open(os.devnull, os.O_RDWR)
-    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115 - for as long as the process lives
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115 - open until the process ends
     sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
     interrupts.end_at_once()
     (_only_run() if sys.argv[1:2] == [_RUN] else whole())(prog_name="consumer")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import getpass
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from consumer.admin.ledger_access import connected, with_ledger
 from consumer.app import App
 from consumer.cli.framework import POSTGRES, MaybeApp, cli, command
-from consumer.cli.ledger_access import connected, with_ledger
 from consumer.cli.per_shard import ShardName, app_or_none, named_app, over
 from consumer.core.errors import Misconfigured
 from consumer.handler_records import coverage
@@ -24,25 +24,42 @@ from consumer.postgres.errors import redacted_message, sqlstate_of
 from consumer.settings import Settings
 from consumer.sharding import shards
 
-_Sql = Annotated[bool, typer.Option("--sql", help="print the SQL and change nothing")]
-_Check = Annotated[bool, typer.Option("--check", help="change nothing; exit 1 when something is to be done")]
-_File = Annotated[
+_PRINT, _OTHER = "Print only", "Other changes"
+
+_Sql = Annotated[bool, typer.Option("--sql", help="print the SQL and change nothing", rich_help_panel=_PRINT)]
+_Check = Annotated[
+    bool,
+    typer.Option("--check", help="change nothing; exit 1 if something is to be done", rich_help_panel=_PRINT),
+]
+_GrantsFor = Annotated[
+    str | None,
+    typer.Option(
+        "--grants",
+        metavar="ROLE",
+        help="print the rights that a worker's role needs, and change nothing",
+        rich_help_panel=_PRINT,
+    ),
+]
+_ReadOnly = Annotated[
+    bool,
+    typer.Option(
+        "--read-only",
+        help="with --grants: those of a role for `status`, `show` and dashboards",
+        rich_help_panel=_PRINT,
+    ),
+]
+_Files = Annotated[
     list[Path] | None,
     typer.Option(
         "--file", help="your own SQL, run after ours in the same transaction; write it so that it may run again"
     ),
 ]
-_GrantsFor = Annotated[
-    str | None,
-    typer.Option("--grants", metavar="ROLE", help="print the rights that a worker's role needs, and change nothing"),
-]
-_ReadOnly = Annotated[
-    bool, typer.Option("--read-only", help="with --grants: those of a role for `status`, `show` and dashboards")
-]
 _NewEpoch = Annotated[
     bool,
     typer.Option(
-        "--new-epoch", help="declare that the database was put back from a copy of its disk: Redis's marks end"
+        "--new-epoch",
+        help="declare that the database was restored from a copy of its disk: Redis's marks end",
+        rich_help_panel=_OTHER,
     ),
 ]
 _RenameHandler = Annotated[
@@ -52,6 +69,7 @@ _RenameHandler = Annotated[
         metavar="OLD NEW",
         help="give handler OLD of APP (or of its name) the name NEW in the ledger, and keep what it has settled; "
         "running workers reconnect, and those with the old code are refused",
+        rich_help_panel=_OTHER,
     ),
 ]
 _NewRoute = Annotated[
@@ -60,6 +78,7 @@ _NewRoute = Annotated[
         "--new-route",
         help="declare that the App's shards or route have changed, and every key that moves was moved "
         "(docs/how-to/shards.md); without it a change is refused",
+        rich_help_panel=_OTHER,
     ),
 ]
 
@@ -70,7 +89,7 @@ def migrate(
     app: MaybeApp = None,
     sql: _Sql = False,
     check: _Check = False,
-    file: _File = None,
+    files: _Files = None,
     grants_for: _GrantsFor = None,
     read_only: _ReadOnly = False,
     new_epoch: _NewEpoch = False,
@@ -78,45 +97,52 @@ def migrate(
     shard: ShardName = None,
     new_route: _NewRoute = False,
 ) -> Any:
-    """Create or update the ledger's tables (schema "consumer"). Safe when several run at once.
+    """Create or update the ledger's tables (schema "consumer").
 
-    Run it as a role that owns them and that only this command uses. Workers need less: `consumer migrate --grants ROLE`
-    prints what, as SQL for the owner.
+    Safe when several run at once. Run it as a role that owns the tables and that only this command uses. Workers need less:
+    `consumer migrate --grants ROLE` prints what, as SQL for the owner.
     """
-    only = [sql, check, grants_for is not None]
-    if sum(only) > 1 or (any(only) and (file or new_epoch)):
+    print_only = [sql, check, grants_for is not None]
+    if sum(print_only) > 1 or (any(print_only) and (files or new_epoch)):
         raise Misconfigured(
-            "--sql, --check and --grants change nothing: give one of them, and neither --file nor --new-epoch"
+            "--sql, --check and --grants: each changes nothing; give one of them, and neither --file nor --new-epoch"
         )
     if grants_for is not None:
         print(grants.as_sql(grants_for, grants.For.READER if read_only else grants.For.WORKER), end="")
         return 0
     if read_only:
-        raise Misconfigured("--read-only goes with --grants ROLE")
+        raise Misconfigured("--read-only: no effect alone; it goes with --grants ROLE")
     if sql:
         print(schema.as_sql(), end="")
         return 0
-    own = []
-    for path in file or []:
-        try:
-            own.append(path.read_text("utf-8-sig"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise Misconfigured(f"--file {path}: {error}") from None
+    own = _read(files or [])
     if new_route and (app is None or shard is not None or check):
-        raise Misconfigured("--new-route goes with APP, for all of its shards, and without --check")
-    names = [str(path) for path in file or []]
+        raise Misconfigured("--new-route: for all shards of an App; it goes with APP, without --shard and --check")
     if rename_handler is not None:
-        if any(only) or file or new_epoch or new_route:
-            raise Misconfigured("--rename-handler goes with APP and --shard alone")
+        if check or files or new_epoch or new_route:
+            raise Misconfigured("--rename-handler: not with these flags; it goes with APP and --shard alone")
         if app is None:
-            raise Misconfigured("--rename-handler: name the App: `consumer migrate APP --rename-handler OLD NEW`")
+            raise Misconfigured(
+                "--rename-handler: no App is given; write `consumer migrate APP --rename-handler OLD NEW`"
+            )
         named = named_app(app)
         return over(named.app, shard, settings, False, lambda on: _rename(on, named.name, *rename_handler))
 
     async def run(on: Settings) -> int:
-        return await _migrate(on, check, own, names, new_epoch)
+        return await _migrate(on, check, own, new_epoch)
 
     return _migrate_shards(app_or_none(app), shard, settings, run, new_route)
+
+
+def _read(files: Sequence[Path]) -> list[tuple[str, str]]:
+    """Read files of SQL; return paths and texts. Raises Misconfigured."""
+    texts = []
+    for path in files:
+        try:
+            texts.append((str(path), path.read_text("utf-8-sig")))
+        except (OSError, UnicodeDecodeError) as error:
+            raise Misconfigured(f"--file {path}: {error}; name a text file that can be read") from None
+    return texts
 
 
 async def _migrate_shards(
@@ -124,10 +150,10 @@ async def _migrate_shards(
     shard: str | None,
     settings: Settings,
     run: Callable[[Settings], Coroutine[Any, Any, int]],
-    new: bool,
+    new_route: bool,
 ) -> int:
     code = await over(app, shard, settings, False, run)
-    if new and app is not None:
+    if new_route and app is not None:
         for name, on in shards.settings_of(app, settings).items():
             await with_ledger(on, partial(shards.forget, app, name))
         print("the shards and the route of the App are as they are now: workers may be started")
@@ -136,45 +162,47 @@ async def _migrate_shards(
 
 async def _rename(settings: Settings, app: str, old: str, new: str) -> int:
     if old == new or not new:
-        raise Misconfigured("--rename-handler: OLD and NEW must be two names")
+        raise Misconfigured("--rename-handler: OLD and NEW are one name; give two names")
     operator = getpass.getuser() if sys.stdin is not None else ""
 
-    async def carry_out(connection: Any) -> None:
-        await coverage.rename(connection, app, old, new, operator)
-
     try:
-        await with_ledger(settings, carry_out)
+        await with_ledger(settings, lambda connection: coverage.rename(connection, app, old, new, operator))
     except Exception as error:
         if sqlstate_of(error) is None:
             raise
         raise Misconfigured(
-            f"{dsn_label(settings.dsn)}: {redacted_message(error)} (nothing was changed; run it as the owner of the schema)"
+            f"{dsn_label(settings.dsn)}: {redacted_message(error)}; run it as the owner of the schema (nothing was changed)"
         ) from None
     print(f"handler {old!r} of App {app!r} is {new!r} in the ledger now; workers with the old name are refused")
     return 0
 
 
-async def _migrate(settings: Settings, check: bool, own: list[str], names: list[str], new_epoch: bool) -> int:
+async def _migrate(settings: Settings, check: bool, own: Sequence[tuple[str, str]], new_epoch: bool) -> int:
+    """Migrate one database. own: the user's SQL, as paths and texts."""
     connection = await connected(settings)
     try:
         if check:
-            todo = await schema.pending(connection)
-            for each in todo:
-                print(f"pending: {each.version:04} {each.name}")
-            print("the schema is not up to date: run `consumer migrate`" if todo else "the schema is up to date")
-            return 1 if todo else 0
-        done = await schema.migrate(connection, *own, names=names, new_epoch=new_epoch)
+            return _print_pending(await schema.pending(connection))
+        names, texts = [name for name, _ in own], [text for _, text in own]
+        applied = await schema.migrate(connection, *texts, names=names, new_epoch=new_epoch)
     except Exception as error:
         if sqlstate_of(error) is None:
             raise
-        raise Misconfigured(f"{dsn_label(settings.dsn)}: {redacted_message(error)} (nothing was changed)") from None
+        raise Misconfigured(f"{dsn_label(settings.dsn)}: {redacted_message(error)}; nothing was changed") from None
     finally:
         connection.terminate()
-    for each in done:
-        print(f"applied: {each.version:04} {each.name}")
-    told = [f"; {len(own)} file(s) of your own were run"] if own else []
-    told += ["; a new epoch has begun"] if new_epoch else []
-    print("the schema is up to date" + "".join(told))
-    if done:
+    for migration in applied:
+        print(f"applied: {migration.version:04} {migration.name}")
+    extra = f"; {len(own)} file(s) of your own were run" if own else ""
+    extra += "; a new epoch has begun" if new_epoch else ""
+    print(f"the schema is up to date{extra}")
+    if applied:
         print("workers need few rights on it: `consumer migrate --grants ROLE` prints them")
     return 0
+
+
+def _print_pending(pending: Sequence[schema.Migration]) -> int:
+    for migration in pending:
+        print(f"pending: {migration.version:04} {migration.name}")
+    print("the schema is not up to date: run `consumer migrate`" if pending else "the schema is up to date")
+    return 1 if pending else 0

@@ -1,6 +1,6 @@
 """Print text, tables and JSON without control sequences.
 
-Imports rich; imports no other command module.
+Imports rich; imports no other module of `cli`. Identifiers are never cut, because people paste them into filters.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-# emoji: partition 100 is no emoji. Piped, nothing is cut.
+# emoji: without it ":100:" in topic:100:0 would become one. A pipe has no width at which to wrap.
 out = Console(emoji=False, width=None if sys.stdout is not None and sys.stdout.isatty() else 1000)
 err = Console(stderr=True, soft_wrap=True, emoji=False)
 
 
 def fail(text: str, code: int) -> typing.NoReturn:
-    # Whatever is quoted in it: one line, no control sequences, no password of an address.
+    """Print one line on standard error and exit.
+
+    The line has no control sequence and no password of an address, whatever the text quotes.
+    """
     line = _URL_USER.sub(r"\1***@", printable(" ".join(text.split())))
     err.print(
         f"[bold red]consumer:[/] {escape(line)}" if err.is_terminal else f"consumer: {line}",
@@ -36,46 +39,48 @@ def fail(text: str, code: int) -> typing.NoReturn:
     raise typer.Exit(code)
 
 
-# A user and password, which may hold a slash or an at sign; but not what our own hints say in their place.
+# A user and password, which may hold a slash or an at sign; but not the placeholder in our own hints.
 _URL_USER = re.compile(r"(\w+://)(?!user(?::password)?@)\S*@")
 
 
 def printable(text: str) -> str:
-    """Return text for a terminal, control characters as escapes."""
+    """Return text for a terminal, with control characters as escapes."""
     return "".join(
-        each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode() for each in text
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
     )
 
 
-def right(*names: str) -> list[Any]:
-    """Columns of numbers."""
-    return [Column(name, justify="right", overflow="fold") for name in names]
+def line(text: str) -> None:
+    """Print one line on standard output, with control characters as escapes."""
+    out.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def names(*names: str) -> list[Any]:
-    """Columns of names, which are never cut or wrapped.
+def numbers(*titles: str) -> list[Column]:
+    """Make columns of numbers."""
+    return [Column(title, justify="right", no_wrap=True, overflow="ignore") for title in titles]
 
-    People paste them into filters.
+
+def names(*titles: str) -> list[Column]:
+    """Make columns of identifiers, which are never cut or wrapped."""
+    return [Column(title, no_wrap=True, overflow="ignore") for title in titles]
+
+
+def show(table: Table, title: str = "") -> None:
+    """Print a table, or lines if it is too wide.
+
+    Then each row is printed as lines of `column  value`, so that no identifier is cut.
     """
-    return [Column(name, no_wrap=True, overflow="ignore") for name in names]
-
-
-def show(table: Table) -> None:
-    """Print a table, or lines where it is too wide.
-
-    Then each row is printed as lines of `column  value`, so that no name is cut.
-    """
+    if title:
+        line(title)
     if Measurement.get(out, out.options.update(width=10_000), table).minimum <= out.width:
         out.print(table)
         return
-    if table.title:
-        out.print(table.title, highlight=False, soft_wrap=True)
     titles = [str(column.header) for column in table.columns]
     width = max(map(len, titles))
     for cells in zip(*(column.cells for column in table.columns), strict=True):
         out.print()
-        for title, cell in zip(titles, cells, strict=True):
-            out.print(f"{title:{width}}  {cell}", highlight=False, soft_wrap=True)
+        for name, cell in zip(titles, cells, strict=True):
+            out.print(f"{name:{width}}  {cell}", highlight=False, soft_wrap=True)
 
 
 _collected: ContextVar[list[object] | None] = ContextVar("collected", default=None)
@@ -84,16 +89,17 @@ _collected: ContextVar[list[object] | None] = ContextVar("collected", default=No
 @contextmanager
 def collecting() -> Iterator[list[object]]:
     """Collect JSON answers instead of printing them, to print them as one."""
-    found: list[object] = []
-    token = _collected.set(found)
+    answers: list[object] = []
+    token = _collected.set(answers)
     try:
-        yield found
+        yield answers
     finally:
         _collected.reset(token)
 
 
-def print_json(found: object) -> None:
+def print_json(answer: Any) -> None:
+    """Print an answer as one JSON document."""
     if (collected := _collected.get()) is not None:
-        collected.append(found)
+        collected.append(answer)
         return
-    print(json.dumps(found, indent=2, default=str))
+    print(json.dumps(answer, indent=2, default=str))

@@ -13,7 +13,7 @@ import typer
 from consumer.app import App
 from consumer.app_loader import load_app
 from consumer.cli.framework import Refused
-from consumer.cli.output import collecting, out, print_json
+from consumer.cli.output import collecting, line, print_json
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.core.suggestions import UnknownName, check_known, suggestion
 from consumer.kafka.errors import KafkaError
@@ -28,58 +28,68 @@ Run = Callable[[Settings], Awaitable[int]]
 
 
 async def over(app: App | None, shard: str | None, settings: Settings, as_json: bool, run: Run) -> int:
-    """Run a command on each shard or on one.
+    """Run a command on each shard, or on one.
 
-    Returns the worst exit code. A shard that fails does not prevent the answers of the others. Raises Misconfigured at the end with the errors of all
-    shards, and at once for an unknown shard. A filter must be known to one shard at least.
+    Returns the worst exit code. A shard that fails does not prevent the answers of the others. Raises Misconfigured at once
+    for an unknown shard, and at the end with the errors of all shards. A filter must be known to at least one shard.
     """
     if app is None or not app.shards:
         if shard is not None:
-            of = (
-                "give the App as the first argument, as module:attribute"
+            raise Misconfigured(
+                f"--shard {shard}: no App is given; give it as the first argument, as module:attribute"
                 if app is None
-                else f"App {app.name!r} has no shards"
+                else f"--shard {shard}: App {app.name!r} has no shards; leave out --shard"
             )
-            raise Misconfigured(f"--shard {shard}: {of}")
         return await run(settings)
-    found = shards.settings_of(app, settings)
-    if shard is not None and shard not in found:
-        raise Misconfigured(f"--shard {shard[:40]!r}: not known to App {app.name!r}; {suggestion(shard, found)}")
-    wanted = [shard] if shard is not None else list(found)
-    code = 0
-    answers: dict[str, object] = {}
-    faults: dict[str, str] = {}
-    unknown: dict[str, UnknownName] = {}
-    for name in wanted:
+    by_shard = shards.settings_of(app, settings)
+    if shard is not None and shard not in by_shard:
+        raise Misconfigured(f"--shard {shard[:40]!r}: not known to App {app.name!r}; {suggestion(shard, by_shard)}")
+    selected = [shard] if shard is not None else list(by_shard)
+    results = _Results()
+    for name in selected:
         if not as_json:
-            out.print(f"shard {name}:", markup=False, highlight=False)
+            line(f"shard {name}:")
+        await results.add(name, run(by_shard[name]), as_json)
+    if len(results.unknown) == len(selected):
+        raise results.unknown[selected[0]]
+    if as_json:
+        print_json({"shards": results.answers, "failed": results.faults})
+    if results.faults:
+        answered = f" (done: {', '.join(results.answers)})" if results.answers else ""
+        faults = "; ".join(f"shard {name}: {text}" for name, text in results.faults.items())
+        raise Misconfigured(faults + answered)
+    return results.code
+
+
+class _Results:
+    """What the shards answered."""
+
+    def __init__(self) -> None:
+        self.code = 0
+        self.answers: dict[str, object] = {}
+        self.faults: dict[str, str] = {}
+        self.unknown: dict[str, UnknownName] = {}
+
+    async def add(self, shard: str, answer: Awaitable[int], as_json: bool) -> None:
         try:
             with collecting() as collected:
-                code = max(code, await run(found[name]))
-            answers[name] = collected[0] if collected else None
+                self.code = max(self.code, await answer)
+            self.answers[shard] = collected[0] if collected else None
         except UnknownName as error:
-            unknown[name] = error
-            answers[name] = []
+            self.unknown[shard] = error
+            self.answers[shard] = []
         except (ConsumerError, KafkaError, TimeoutError, OSError) as error:
-            faults[name] = str(error) or type(error).__name__
-        except Refused as refused:  # by one, which says nothing of the others
-            code = max(code, 1)
+            self.faults[shard] = str(error) or type(error).__name__
+        except Refused as refused:  # by one shard, which says nothing of the others
+            self.code = max(self.code, 1)
             if not as_json:
-                out.print(str(refused), markup=False, highlight=False)
-    if len(unknown) == len(wanted):
-        raise unknown[wanted[0]]
-    if as_json:
-        print_json({"shards": answers, "failed": faults})
-    if faults:
-        done = f" (done: {', '.join(answers)})" if answers else ""
-        raise Misconfigured("; ".join(f"shard {name}: {text}" for name, text in faults.items()) + done)
-    return code
+                line(str(refused))
 
 
 class NamedApp(NamedTuple):
     """The App that a command asks about.
 
-    app: None where only its name in the ledger is given.
+    app: None if only its name in the ledger is given.
     """
 
     name: str

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from consumer.cli.output import err, printable
 
-_TELL_SECONDS = 5.0  # between two lines of progress where there is no terminal for a bar
+_LINE_SECONDS = 5.0  # between two lines of progress, without a terminal for a bar
 
 
 class Bar:
@@ -25,7 +25,7 @@ class Bar:
         self._first: dict[str, tuple[float, int]] = {}
 
     def line(self, text: str) -> None:
-        """Something that a person should know."""
+        """Print a line above the bar; only on a terminal."""
         if self._bars is not None:
             self._bars.console.print(text, markup=False, highlight=False)
 
@@ -37,7 +37,7 @@ class Bar:
             err.print(f"consumer: {printable(text)}", markup=False, highlight=False)
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        """So much of a phase is done."""
+        """Show how much of a phase is done."""
         now = time.monotonic()
         at, before = self._first.setdefault(phase, (now, done))
         rate = (done - before) / (now - at) if now - at > 0.5 else 0.0
@@ -45,7 +45,7 @@ class Bar:
             if phase not in self._tasks:
                 self._tasks[phase] = self._bars.add_task(phase, total=total, rate="")
             self._bars.update(self._tasks[phase], completed=done, total=total, rate=f"{rate:,.0f}/s" if rate else "")
-        elif now - self._printed_at > _TELL_SECONDS:
+        elif now - self._printed_at > _LINE_SECONDS:
             self._printed_at = now
             left = f", {(total - done) / rate:,.0f} s left" if rate else ""
             err.print(
@@ -57,7 +57,7 @@ class Bar:
 
 @contextmanager
 def progress(unit: str) -> Iterator[Bar]:
-    """Progress of the block on standard error, counted in `unit`."""
+    """Show progress of the block on standard error, counted in `unit`."""
     if not err.is_terminal:
         yield Bar(None, unit)
         return

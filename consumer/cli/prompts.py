@@ -16,17 +16,16 @@ from consumer.cli.signals import Interrupted, signal_handlers_kept
 def ask(question: str) -> bool:
     """Ask a yes-or-no question; the default is no.
 
-    Raises Interrupted on Ctrl-C, SIGTERM and at the end of the input.
-
-    The event loop's own handlers would wait until the read returns, so signals end it here.
+    Raises Interrupted on Ctrl-C, SIGTERM and at the end of the input. The event loop's own handlers would wait until the
+    read returns, so signals end it here.
     """
 
     def end(number: int, _: object) -> typing.NoReturn:
         raise Interrupted("interrupted at the question: nothing was changed", number)
 
     with signal_handlers_kept():
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, end)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, end)
         try:
             return _confirmed(question)
         except (EOFError, KeyboardInterrupt):
@@ -48,8 +47,8 @@ def _confirmed(question: str) -> bool:
 def _until_typed() -> None:
     """Wait until the terminal has a line to read.
 
-    A signal just before a blocking read would run its handler only after the read. Here it writes to a pipe that is waited
-    for too, so its handler runs at once.
+    The handler of a signal just before a blocking read would run only after the read. Here a signal also writes to a pipe
+    that is waited for, so its handler runs at once.
     """
     if not sys.stdin.isatty():
         return
@@ -58,7 +57,7 @@ def _until_typed() -> None:
     before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     try:
         while sys.stdin not in select.select([sys.stdin, wakened], [], [])[0]:
-            os.read(wakened, 1)  # a signal whose handler has raised nothing
+            os.read(wakened, 1)  # a signal whose handler raised nothing
     finally:
         signal.set_wakeup_fd(before)
         os.close(wakened)

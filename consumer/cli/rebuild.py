@@ -57,8 +57,8 @@ def rebuild_command(
 ) -> Any:
     """Rebuild tables from their topics, and compare them with the real ones.
 
-    Runs the handlers on empty copies of their tables. Reads every message up to the positions. Everything that the handlers write is rolled back, and connections that they
-    open are refused.
+    Runs the handlers on empty copies of their tables, with every message up to the positions. What the handlers write is
+    rolled back, and connections that they open are refused.
 
     Exit code 0: no difference. 1: differences. 2: the result is inconclusive.
 
@@ -74,4 +74,4 @@ def _text(path: Path) -> str:
     try:
         return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise Misconfigured(f"--base {path}: {error}") from None
+        raise Misconfigured(f"--base {path}: {error}; name a text file that can be read") from None

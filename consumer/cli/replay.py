@@ -71,9 +71,9 @@ class ReplayFlags(RangeFlags):
 def replay_command(app: AppPath, topics: Topics, settings: Settings, options: ReplayFlags, answer: AnswerFlags) -> Any:
     """Read topics again and prove that nothing is missing or repeated.
 
-    Every message passes through the worker's own code in transactions that are rolled back, and PostgreSQL counts what
-    they write. Running workers are not disturbed: no group is joined, no offset is committed. Handlers run only with
-    --apply or --call-handlers; the latter refuses connections that handlers open.
+    Every message passes through the worker's own code in transactions that are rolled back, and PostgreSQL counts what they
+    write. Running workers are not disturbed: no group is joined, no offset is committed. Handlers run only with --apply or
+    --call-handlers; the latter refuses connections that handlers open.
 
     Exit code 0: nothing missing, nothing written. 1: something is. 2: the result is inconclusive.
 

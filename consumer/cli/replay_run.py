@@ -34,10 +34,7 @@ def start(
     as_json: bool,
     resume: bool = False,
 ) -> Coroutine[Any, Any, int]:
-    """Check the arguments and return the run.
-
-    Raises Misconfigured.
-    """
+    """Check the arguments and return the run. Raises Misconfigured."""
     if report is not None:
         check_writable(report)
     app = loaded(path, options)
@@ -49,7 +46,7 @@ def start(
 def loaded(path: str, options: AnyOptions) -> App:
     """Load the App.
 
-    Raises Misconfigured if its import leaves a connection open that a dry run could not refuse to use.
+    Raises Misconfigured if its import leaves a connection open, which a dry run could not refuse to use.
     """
     before = dry_run_guard.opened_connections()
     app = load_app(path)
@@ -77,14 +74,16 @@ def check_writable(path: Path) -> None:
     try:
         _check_place(path)
     except OSError as error:
-        raise Misconfigured(f"--report {str(path)[:80]}: {error.strerror or error}") from None
+        raise Misconfigured(
+            f"--report {str(path)[:80]}: {error.strerror or error}; name a file that can be written"
+        ) from None
 
 
 def _check_place(path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir():
-        raise Misconfigured(f"--report {path}: no file can be written there")
+        raise Misconfigured(f"--report {path}: no file can be written there; name a file in a directory that exists")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise Misconfigured(f"--report {path}: no right to write there")
+        raise Misconfigured(f"--report {path}: no right to write there; name another file")
 
 
 async def run(
@@ -98,36 +97,36 @@ async def run(
     report: Path | None,
     as_json: bool,
 ) -> int:
-    kept = None if isinstance(options, RebuildOptions) else SavedState(path, settings, topics, options)
+    saved = None if isinstance(options, RebuildOptions) else SavedState(path, settings, topics, options)
     resumed = None
-    if resume and kept is not None:
-        resumed = kept.load()
-    elif kept is not None and kept.exists:
+    if resume and saved is not None:
+        resumed = saved.load()
+    elif saved is not None and saved.exists:
         err.print(
             "consumer: an earlier run of this replay was interrupted; this one starts over; --resume continues it",
             markup=False,
         )
     try:
         with progress("offsets") as bar:
-            save = kept.save if kept is not None else None
+            save = saved.save if saved is not None else None
             findings = await _findings(
                 app, settings, topics, options, Progress(bar.line, bar.announce, bar.progress, save), resumed
             )
     except ConsumerError as error:
         if as_json:  # a program that reads JSON does not parse standard error
             unknown = Verdict.UNKNOWN
-            answer = {"verdict": unknown.value, "exit_code": unknown.exit_code, "answer": str(error)}
-            print_json({"app": app.name, "mode": mode_of(options), **answer})
+            failure = {"verdict": unknown.value, "exit_code": unknown.exit_code, "answer": str(error)}
+            print_json({"app": app.name, "mode": mode_of(options), **failure})
         raise
-    if kept is not None:
-        kept.delete()
-    found = findings.as_dict()
+    if saved is not None:
+        saved.delete()
+    answer = findings.as_dict()
     if as_json:
-        print_json(found)
+        print_json(answer)
     else:
-        show(findings, found)
+        show(findings, answer)
     if report is not None:  # last: a disk that is full by now must not cost the answer
-        _write(report, page.render(found))
+        _write(report, page.render(answer))
     return findings.verdict().exit_code
 
 
@@ -152,4 +151,4 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, "utf-8")
     except OSError as error:
-        raise Misconfigured(f"--report {path}: {error}") from None
+        raise Misconfigured(f"--report {path}: {error}; name a file that can be written") from None

@@ -55,7 +55,7 @@ class SavedState:
 
     @property
     def exists(self) -> bool:
-        """Whether there is something to go on from."""
+        """Whether there is a state to continue from."""
         try:
             return self._path.exists()
         except OSError:
@@ -64,24 +64,24 @@ class SavedState:
     def load(self) -> dict[str, Any]:
         """Return the state.
 
-        Raises Misconfigured when there is none that can be read.
+        Raises Misconfigured if there is none that can be read.
         """
         try:
-            found: Any = json.loads(self._path.read_text("utf-8"))
-            if not isinstance(found, dict):
+            state: Any = json.loads(self._path.read_text("utf-8"))
+            if not isinstance(state, dict):
                 raise ValueError("not the state of a replay")
         except FileNotFoundError:
             raise Misconfigured(
                 "--resume: no replay with these arguments and services was interrupted; run it without --resume"
             ) from None
         except (OSError, ValueError) as error:
-            raise Misconfigured(f"--resume: {self._path} cannot be read: {error}") from None
-        return found
+            raise Misconfigured(f"--resume: {self._path} cannot be read: {error}; run it without --resume") from None
+        return state
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the state as a whole.
 
-        Without a writable place the replay cannot be resumed.
+        If the place is not writable, the replay cannot be resumed; that is printed once.
         """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

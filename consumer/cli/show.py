@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from consumer.admin import report
+from consumer.admin.ledger_access import with_ledger
+from consumer.admin.messages import find_message
 from consumer.cli.framework import POSTGRES, AppOrName, AsJson, cli, command
-from consumer.cli.ledger_access import with_ledger
-from consumer.cli.output import out, print_json
+from consumer.cli.output import line, print_json
 from consumer.cli.per_shard import NamedApp, ShardName, named_app, over
 from consumer.core.errors import Misconfigured
+from consumer.postgres.protocol import Connection
 from consumer.settings import Settings
 
 
@@ -32,47 +33,47 @@ def show(
     shard: ShardName = None,
     as_json: AsJson = False,
 ) -> Any:
-    """Show when, from where and by which handler of the App a message was applied.
+    """Show when, from where and by which handler a message was applied.
 
-    Exit code 1 when the id is unknown.
+    Exit code 1 when the App does not know the id.
     """
-    wanted: str | bytes = message_id
+    id: str | bytes = message_id
     if hexadecimal:
         try:
-            wanted = bytes.fromhex(message_id)
+            id = bytes.fromhex(message_id)
         except ValueError:
-            raise Misconfigured(f"--hex {message_id}: not hexadecimal") from None
-    return _show_in(named_app(app), shard, wanted, source, settings, as_json)
+            raise Misconfigured(f"--hex {message_id}: not hexadecimal; write two digits for each byte") from None
+    return _show_in_shards(named_app(app), shard, id, source, settings, as_json)
 
 
-async def _show_in(
-    app: NamedApp, shard: str | None, wanted: str | bytes, source: str | None, settings: Settings, as_json: bool
+async def _show_in_shards(
+    app: NamedApp, shard: str | None, id: str | bytes, source: str | None, settings: Settings, as_json: bool
 ) -> int:
     codes: list[int] = []
 
     async def run(on: Settings) -> int:
-        codes.append(await _show(app, wanted, source, on, as_json))
+        codes.append(await _show(app, id, source, on, as_json))
         return 0
 
     await over(app.app, shard, settings, as_json, run)
-    return min(codes)  # known to one of them is known
+    return min(codes)  # an id that one shard knows is known
 
 
-async def _show(app: NamedApp, wanted: str | bytes, source: str | None, settings: Settings, as_json: bool) -> int:
-    async def ask(connection: Any) -> dict[str, Any]:
+async def _show(app: NamedApp, id: str | bytes, source: str | None, settings: Settings, as_json: bool) -> int:
+    async def ask(connection: Connection) -> dict[str, Any]:
         await app.check(connection)
-        return await report.find_message(connection, app.name, wanted, source)
+        return await find_message(connection, app.name, id, source)
 
-    found = await with_ledger(settings, ask)
+    answer = await with_ledger(settings, ask)
     if as_json:
-        print_json(found)
-        return 0 if found["handlers"] else 1
-    if not found["handlers"]:
-        out.print(f"unknown: no handler of {app.name!r} has applied this id, and it is no dead letter", markup=False)
-        return 1
-    for each in found["handlers"]:
-        line = f"{each['state']} by {each['app']}/{each['handler']} at {each['at']} from {each['topic']}:{each['partition']}:{each['offset']}"
-        if each["letter"]:
-            line += f" ({each['reason']}; consumer dlq show APP {each['letter']})"
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
-    return 0
+        print_json(answer)
+    elif not answer["handlers"]:
+        line(f"unknown: no handler of {app.name!r} has applied this id, and it is no dead letter")
+    else:
+        for handler in answer["handlers"]:
+            place = f"{handler['topic']}:{handler['partition']}:{handler['offset']}"
+            text = f"{handler['state']} by {handler['app']}/{handler['handler']} at {handler['at']} from {place}"
+            if handler["letter"]:
+                text += f" ({handler['reason']}; consumer dlq show APP {handler['letter']})"
+            line(text)
+    return 0 if answer["handlers"] else 1

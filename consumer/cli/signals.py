@@ -24,20 +24,19 @@ class Interrupted(ConsumerError):
 @contextmanager
 def signal_handlers_kept() -> Iterator[None]:
     """Restore the handlers of SIGINT and SIGTERM after the block."""
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler if handler is not None else signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 async def until_signal(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run a command that SIGINT and SIGTERM cancel.
 
-    Raises Interrupted in place of what the cancelled command raises.
-
-    A command that handles signals itself replaces these handlers for as long as it does.
+    Raises Interrupted in place of what the cancelled command raises. A command that handles signals itself replaces these
+    handlers.
     """
     task = asyncio.current_task()
     assert task is not None

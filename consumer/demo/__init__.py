@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from consumer.admin import report
+from consumer.admin.counts import handler_counts
 from consumer.core.errors import ConsumerError
 from consumer.core.message import Partition
 from consumer.demo.application import app
@@ -231,7 +231,7 @@ class Demo:
                 if time.monotonic() > deadline:
                     raise DemoFailed(f"only {done} of {total} messages were settled: {' | '.join(self._errors[-3:])}")
                 await asyncio.sleep(0.1)  # the pace of the display
-                counts = (await report.handler_counts(connection, app))["settle"]
+                counts = (await handler_counts(connection, app))["settle"]
                 done = counts["applied"] + sum(counts["duplicates"].values()) + counts["dead_lettered"]
                 bars.update(settled, completed=done, description=_of(counts))
                 if done and not self._console.is_terminal and time.monotonic() > told_at + _TELL_SECONDS:
@@ -354,7 +354,7 @@ class Demo:
         if self._victim == 0:
             raise DemoFailed("no worker was killed: nothing was shown")
         found = self._found
-        counts = (await report.handler_counts(connection, app))["settle"]
+        counts = (await handler_counts(connection, app))["settle"]
         found.applied, found.dead_lettered = counts["applied"], counts["dead_lettered"]
         causes = counts["duplicates"]
         found.duplicates_by_batch, found.duplicates_by_precheck = causes["batch"], causes["precheck"]

@@ -128,7 +128,7 @@ async def test_bulk_retry_leaves_out_what_may_have_been_applied_and_says_so(desk
     old, new = await desk.letter("old", reason="too_old"), await desk.letter("new")
     result = dlq(desk, tmp_path, "retry", "redrive_desk:app", "--all", "--yes")
     assert result.returncode == 0, result.stderr
-    assert "1 letters are left out" in result.stdout and "--reason too_old" in result.stdout
+    assert "1 dead letters are left out" in result.stdout and "--reason too_old" in result.stdout
     assert await desk.done() == ["new"]
     found = json.loads(dlq(desk, tmp_path, "retry", "redrive_desk:app", "--all", "--yes", "--json").stdout)
     assert (found["asked"], found["left_out"], found["letters"], found["changed"]) == (0, 1, [], False)

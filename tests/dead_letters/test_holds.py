@@ -14,7 +14,7 @@ import pytest
 from harness import Place, Sent, consume_all, drained, query, until, value, working
 
 from consumer import App, Retry, RunAgain, Tx
-from consumer.admin import report
+from consumer.admin.positions import move_position
 from consumer.core.message import Partition
 from consumer.dead_letters.retry import Filters, Redrive
 from consumer.replay.options import Options, Progress
@@ -51,7 +51,7 @@ class Shop:
     async def move(self, offset: int) -> None:
         connection = await asyncpg.connect(self.place.dsn)
         try:
-            await report.move_position(connection, self.app.name, Partition(self.topic, 0), offset)
+            await move_position(connection, self.app.name, Partition(self.topic, 0), offset)
         finally:
             await connection.close()
 

@@ -325,7 +325,7 @@ async def test_filters_choose_and_bad_input_changes_nothing(shop: Shop, tmp_path
         drive.close()
     number = str(rows["rejected"]["letter"])
     for arguments, says in (
-        ((), "name letters"),
+        ((), "LETTER: dead letters are not selected"),
         ((number, "--all"), "one of the three"),
         (("--all",), "--yes"),
         (("99999",), "no dead letter 99999"),

@@ -16,7 +16,7 @@ from payments_app import INSERT, UPDATE, Payment, payment
 from stored_state import effect_ids
 
 from consumer import App, Retry, TransactionMisuse, Tx
-from consumer.admin import report
+from consumer.admin.positions import move_position
 from consumer.core.message import Partition
 from consumer.local_servers import Postgres
 from consumer.postgres.session import Session
@@ -478,7 +478,7 @@ async def test_a_position_moved_back_is_noticed_while_nothing_comes_and_while_bu
     async def move_back() -> None:
         connection = await asyncpg.connect(place.dsn)
         try:
-            await report.move_position(connection, app.name, Partition(topic, 0), 0)
+            await move_position(connection, app.name, Partition(topic, 0), 0)
         finally:
             await connection.close()
 

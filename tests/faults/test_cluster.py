@@ -22,7 +22,7 @@ from payments_app import Payment, payments_app
 from worker_log import WorkerLog
 
 from consumer import App, Settings
-from consumer.admin import report
+from consumer.admin.positions import adopt_log
 from consumer.core.message import Partition
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.local_servers import free_port
@@ -160,7 +160,7 @@ async def adopted(settings: Settings, app: App, partition: Partition) -> bool:
     try:
         identity = await source.log.identity([partition.topic])
         first = (await source.log.beginnings([partition]))[partition]
-        return await report.adopt(connection, source, app, partition, identity, first) is not None
+        return await adopt_log(connection, source, app, partition, identity, first) is not None
     finally:
         await connection.close()
         await source.stop(5)

@@ -17,7 +17,7 @@ from services import JARS
 from worker_log import WorkerLog
 
 from consumer import Settings
-from consumer.admin import report
+from consumer.admin.partitions import partition_health, partition_lags
 from consumer.core.message import Partition
 from consumer.kafka.brokers import Brokers
 from consumer.kafka.client import client_id
@@ -107,9 +107,9 @@ async def test_status_of_a_thousand_topics_takes_one_request_for_each_question(
         await until("leaders", all_led, 60)
         asked.clear()
 
-        lags, missing = await report.partition_lags(connection, source, app)
+        lags, missing = await partition_lags(connection, source, app)
         partitions = [Partition(each["topic"], each["partition"]) for each in lags]
-        health = await report.partition_health(connection, source, app, partitions)
+        health = await partition_health(connection, source, app, partitions)
 
         assert len(lags) == len(health) == 1000 and not missing
         assert all(each["lag"] == 0 for each in lags)
@@ -137,7 +137,7 @@ async def test_status_of_many_settled_partitions_asks_for_their_leaders_once(
         asked = recorded_requests(monkeypatch)
         partitions = [Partition(topic, n) for n in range(60)]
 
-        health = await report.partition_health(connection, source, app, partitions)
+        health = await partition_health(connection, source, app, partitions)
 
         assert all(each.stop is None for each in health.values())
         assert asked.count("FetchRequest") == 60, asked  # the record that was settled last, of each

@@ -15,7 +15,7 @@ from harness import Place, Sent, consume_all, counts, drained, letters, query, u
 from payments_app import Payment, payments_app
 
 from consumer import App
-from consumer.admin import report
+from consumer.admin.partitions import partition_lags
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.postgres.connection import connect
 
@@ -39,7 +39,7 @@ async def lags(app: App, place: Place) -> list[int]:
     await source.start(10)
     connection = await connect(settings)
     try:
-        found, _ = await report.partition_lags(connection, source, app)
+        found, _ = await partition_lags(connection, source, app)
         return [each["lag"] for each in found]
     finally:
         connection.terminate()

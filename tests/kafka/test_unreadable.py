@@ -20,7 +20,7 @@ from payments_app import payments_app
 from worker_log import WorkerLog
 
 from consumer import App
-from consumer.admin import report
+from consumer.admin.partitions import partition_health, partition_lags
 from consumer.core.message import Partition
 from consumer.kafka import record_batch
 from consumer.kafka.bounds import Earliest, Latest
@@ -333,10 +333,10 @@ async def status_of(place: Place, app: App, **user: Any) -> dict[tuple[str, int]
     await source.start(10)
     connection = await connect(place.settings())
     try:
-        lags, missing = await report.partition_lags(connection, source, app)
+        lags, missing = await partition_lags(connection, source, app)
         assert not missing
         partitions = [Partition(each["topic"], each["partition"]) for each in lags]
-        health = await report.partition_health(connection, source, app, partitions)
+        health = await partition_health(connection, source, app, partitions)
     finally:
         connection.terminate()
         await source.stop(5)

@@ -73,6 +73,7 @@ LIBRARIES = {
 
 # Modules that decide without I/O, clock, randomness or event loop: the package core, and these beside their users.
 PURE = {
+    "admin/purge_plan.py",
     "deferred_writes/catalog.py",
     "deferred_writes/grammar.py",
     "deferred_writes/rounds.py",
@@ -252,10 +253,8 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "handlers").rglob("*.py")])
 every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 # Still above the limits; each goes from this list when it is split.
-LONG_FILES = {}
-LONG_FUNCTIONS = {
-    "consumer/cli/purge.py: _purge",
-}
+LONG_FILES: set[str] = set()
+LONG_FUNCTIONS: set[str] = set()
 
 
 @every_source

@@ -24,7 +24,7 @@ from payments_app import INSERT, QUICK, UPDATE, Payment, payment, payments_app
 from replay_runs import ledger_id, outcome_counts, run_replay
 
 from consumer import App, CannotTell, Message, Misconfigured, Reject, Retry, RunAgain, Tx, verify
-from consumer.admin import report
+from consumer.admin.positions import move_position
 from consumer.core.message import Partition
 from consumer.demo import plan
 from consumer.demo.application import settle
@@ -329,7 +329,7 @@ async def test_a_position_that_is_moved_back_takes_the_ledgers_beginning_with_it
     connection = await asyncpg.connect(place.dsn)
     try:
         for to, unknown in ((3, 3), (8, 3)):
-            await report.move_position(connection, app.name, Partition(topic, 0), to)
+            await move_position(connection, app.name, Partition(topic, 0), to)
             findings = await run_replay(place, app, topic)
             assert (findings.total("unknown"), findings.total("missing")) == (unknown, 10 - unknown)
     finally:

@@ -22,7 +22,9 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from consumer import App, Settings
-from consumer.admin import report
+from consumer.admin.counts import handler_counts
+from consumer.admin.dead_letters import dead_letters
+from consumer.admin.partitions import partition_lags
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.postgres import grants, migrate
 from consumer.worker.worker import Worker
@@ -177,7 +179,7 @@ async def drained(app: App, settings: Settings, seconds: float = 30) -> None:
         async def no_lag() -> bool:
             connection = await asyncpg.connect(settings.dsn, statement_cache_size=0)  # it may be a pooler
             try:
-                lags, missing = await report.partition_lags(connection, source, app)
+                lags, missing = await partition_lags(connection, source, app)
             finally:
                 await connection.close()
             return not missing and not any(lag["lag"] != 0 for lag in lags)
@@ -197,7 +199,7 @@ async def counts(app: App, dsn: str) -> dict[str, dict[str, Any]]:
     """As `consumer status` counts."""
     connection = await asyncpg.connect(dsn)
     try:
-        return await report.handler_counts(connection, app)
+        return await handler_counts(connection, app)
     finally:
         await connection.close()
 
@@ -206,7 +208,7 @@ async def letters(dsn: str) -> list[dict[str, Any]]:
     """The dead letters, oldest first."""
     connection = await asyncpg.connect(dsn)
     try:
-        return (await report.dead_letters(connection, None, None, None, None, 1000))[::-1]
+        return (await dead_letters(connection, None, None, None, None, 1000))[::-1]
     finally:
         await connection.close()
 

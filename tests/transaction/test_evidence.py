@@ -14,7 +14,8 @@ from harness import Place, Sent, consume_all, drained, letters, until, value, wo
 from payments_app import INSERT, Payment
 
 from consumer import App, Retry, RunAgain, Tx
-from consumer.admin import report
+from consumer.admin.counts import handler_counts, miscounts
+from consumer.admin.dead_letters import dead_letter
 from consumer.core.delivery import Batch, Delivery
 from consumer.core.evidence import Evidence
 from consumer.core.message import LogRecord
@@ -310,9 +311,7 @@ async def test_a_dead_letter_keeps_the_frames_of_its_error_without_values(place:
     await consume_all(app, place.settings())
     connection = await asyncpg.connect(place.dsn)
     try:
-        letter = await report.dead_letter(
-            connection, await value(place.dsn, "select dead_letter from consumer.dead_letters")
-        )
+        letter = await dead_letter(connection, await value(place.dsn, "select dead_letter from consumer.dead_letters"))
     finally:
         await connection.close()
     assert letter is not None
@@ -385,11 +384,11 @@ async def test_counters_tell_what_is_applied_and_rows_agree(place: Place) -> Non
     await consume_all(app, place.settings())
     connection = await asyncpg.connect(place.dsn)
     try:
-        found = (await report.handler_counts(connection, app))["settle"]
+        found = (await handler_counts(connection, app))["settle"]
         assert (found["applied"], found["dead_lettered"]) == (490, 10)
-        assert await report.miscounts(connection, app) == {}
+        assert await miscounts(connection, app) == {}
         await connection.execute("delete from consumer.ledger where ctid = (select min(ctid) from consumer.ledger)")
-        assert await report.miscounts(connection, app) == {"settle": {"rows": 489, "counter": 490}}
+        assert await miscounts(connection, app) == {"settle": {"rows": 489, "counter": 490}}
     finally:
         await connection.close()
 

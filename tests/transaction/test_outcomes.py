@@ -729,7 +729,7 @@ async def test_offsets_set_with_kafkas_own_tools_have_no_effect_and_that_is_said
 async def test_a_position_moved_by_an_operator_is_noticed_by_a_running_worker(place: Place) -> None:
     import asyncpg
 
-    from consumer.admin import report
+    from consumer.admin.positions import move_position
     from consumer.core.message import Partition
 
     topic = await place.topic()
@@ -739,7 +739,7 @@ async def test_a_position_moved_by_an_operator_is_noticed_by_a_running_worker(pl
     async with working(app, settings):
         await drained(app, settings)
         connection = await asyncpg.connect(place.dsn)
-        assert await report.move_position(connection, app.name, Partition(topic, 0), 0) == 10
+        assert await move_position(connection, app.name, Partition(topic, 0), 0) == 10
         await connection.close()
         await place.send(topic, payment("p10"))
         await drained(app, settings)

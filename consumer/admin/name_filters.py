@@ -1,7 +1,4 @@
-"""Filters of commands, checked against the names that a database holds.
-
-Knows the ledger's tables of names; decides nothing (core/suggestions.py does).
-"""
+"""Check the filters of commands against the names that a database holds."""
 
 from __future__ import annotations
 
@@ -21,9 +18,9 @@ async def check(
     handlers: tuple[str, ...] = (),
     topics: tuple[str, ...] = (),
 ) -> None:
-    """Raise UnknownName for a filter that names what the database does not know.
+    """Raise UnknownName for a filter with a name that does not exist.
 
-    handlers, topics: names that exist besides, because the App that is at hand declares them.
+    handlers, topics: names that the App declares; they exist even if the database does not know them yet.
     """
     where = "this database" if app is None else f"App {app!r}"
     if handler is not None and handler not in handlers:

@@ -1,0 +1,151 @@
+"""The status of an App in one database.
+
+Reads counters and positions, and no row of the ledger unless asked to. Reads only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from consumer.admin.counts import handler_counts, miscounts, open_dead_letters
+from consumer.admin.ledger_access import with_ledger
+from consumer.admin.partitions import PartitionHealth, partition_health, partition_lags
+from consumer.app import App
+from consumer.core.message import Partition
+from consumer.handler_records import notices
+from consumer.handler_records.notices import Notice
+from consumer.handler_records.settled_ranges import Gap
+from consumer.kafka import group
+from consumer.kafka.consumer import KafkaConsumer
+from consumer.postgres import waiting_messages
+from consumer.postgres.protocol import Connection
+from consumer.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What `consumer status` reports.
+
+    miscounts: None unless the ledger's rows were counted.
+    """
+
+    app: str
+    handlers: Mapping[str, dict[str, Any]]
+    open_dead_letters: Mapping[str, dict[str, int]]
+    partitions: Sequence[dict[str, Any]]
+    missing_topics: Sequence[str]
+    waiting: Sequence[dict[str, Any]]
+    notices: Sequence[Notice]
+    gaps: Sequence[Gap]
+    miscounts: Mapping[str, dict[str, int]] | None = None
+
+    @property
+    def is_good(self) -> bool:
+        """Whether no operator has to act."""
+        return not (
+            any(partition["stopped"] for partition in self.partitions)
+            or any(waiting["systemic"] for waiting in self.waiting)
+            or any(notice.is_problem for notice in self.notices)
+            or self.miscounts
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the answer of `consumer status --json`."""
+        answer = {
+            "app": self.app,
+            "handlers": self.handlers,
+            "open_letters": self.open_dead_letters,
+            "partitions": self.partitions,
+            "missing_topics": self.missing_topics,
+            "waiting": self.waiting,
+            "notices": [notice.as_dict() for notice in self.notices],
+            "gaps": [gap_as_dict(gap) for gap in self.gaps],
+        }
+        return answer if self.miscounts is None else answer | {"miscounts": self.miscounts}
+
+
+async def read_status(app: App, path: str, settings: Settings, exact: bool = False) -> Status:
+    """Read the status of an App in one database.
+
+    path: how commands name the App. exact: also count the ledger's rows. Raises KafkaError, Misconfigured,
+    ServiceUnavailable.
+    """
+    source = KafkaConsumer(settings, None)
+    await source.start(settings.wait_seconds)
+
+    async def ask(connection: Connection) -> Status:
+        lags, missing = await partition_lags(connection, source, app)
+        partitions = [Partition(lag["topic"], lag["partition"]) for lag in lags]
+        members = await group.look(settings, app.name)
+        handlers = await handler_counts(connection, app)
+        dead_letters = await open_dead_letters(connection, app)
+        health = await partition_health(connection, source, app, partitions, members.commits)
+        waiting, _ = await waiting_messages.read(connection, app.name)
+        wrong_counts = await miscounts(connection, app) if exact else None
+        all_notices, coverage = await notices.gather(connection, app, path, members, missing)
+        return Status(
+            app=app.name,
+            handlers=handlers,
+            open_dead_letters=dead_letters,
+            partitions=[
+                lag | health_as_dict(health[partition], path) for lag, partition in zip(lags, partitions, strict=True)
+            ],
+            missing_topics=missing,
+            waiting=waiting,
+            notices=all_notices,
+            gaps=coverage.gaps,
+            miscounts=wrong_counts,
+        )
+
+    try:
+        return await with_ledger(settings, ask)
+    finally:
+        await source.stop(5)
+
+
+async def probe(settings: Settings) -> None:
+    """Check that Kafka and PostgreSQL answer and the ledger exists.
+
+    Raises KafkaError, Misconfigured, ServiceUnavailable.
+    """
+
+    async def nothing(_: Connection) -> None:
+        return None
+
+    source = KafkaConsumer(settings, None)
+    await source.start(settings.wait_seconds)
+    try:
+        await with_ledger(settings, nothing)
+    finally:
+        await source.stop(5)
+
+
+def gap_as_dict(gap: Gap) -> dict[str, Any]:
+    """Return a gap as `--json` prints it."""
+    return {"handler": gap.handler, **gap.partition._asdict(), "first": gap.first, "past": gap.past}
+
+
+def health_as_dict(health: PartitionHealth, path: str) -> dict[str, Any]:
+    """Return what `status --json` prints of a partition's health.
+
+    path: how commands name the App.
+    """
+    stop, transaction = health.stop, health.open_transaction
+    return {
+        "topic_id": None if health.topic_id is None else str(health.topic_id),
+        "stopped": stop
+        and {
+            "reason": stop.reason.value,
+            "why": stop.text,
+            "missing": stop.missing and {"first": stop.missing[0], "last": stop.missing[1]},
+            "do": stop.command(path),
+        },
+        "open_transaction": transaction
+        and {
+            "offset": transaction.offset,
+            "since": datetime.fromtimestamp(transaction.since_ms / 1000, UTC).isoformat(timespec="seconds"),
+        },
+    }
