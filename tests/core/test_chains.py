@@ -34,7 +34,7 @@ def test_messages_of_one_key_are_applied_in_the_order_of_the_log_whatever_is_ret
     messages: list[Any], data: st.DataObject
 ) -> None:
     """A worker that delivers one after the other, and an operator that retries or discards in between, by the rules of the core."""
-    left = [each if isinstance(each, int) else 0 for each in messages]
+    left = [message if isinstance(message, int) else 0 for message in messages]
     letters: dict[int, DeadLetterState] = {}
     chain: list[int] = []  # numbers of messages, in the order of the log
     applied: list[int] = []
@@ -84,13 +84,13 @@ def test_messages_of_one_key_are_applied_in_the_order_of_the_log_whatever_is_ret
         operate()
         assert (len(chain), sum(left)) < before  # it comes to an end
     assert applied == sorted(applied)
-    rejected = {n for n, each in enumerate(messages) if each == "rejected"} - discarded
+    rejected = {n for n, message in enumerate(messages) if message == "rejected"} - discarded
     assert sorted([*applied, *rejected, *discarded]) == list(range(len(messages)))
     assert all(letters[n] is DeadLetterState.DEAD for n in rejected)
 
 
 def test_only_a_handler_that_kept_failing_holds_back_what_follows() -> None:
-    assert {each for each in Reason if blocks_key(Dead(each, ""))} == {Reason.FAILED, Reason.BEHIND}
+    assert {reason for reason in Reason if blocks_key(Dead(reason, ""))} == {Reason.FAILED, Reason.BEHIND}
     assert next_state(None) == next_state(DUPLICATE[Cause.LEDGER]) == (DeadLetterState.APPLIED, False, True)
     assert next_state(RetryLater(1, "")) == (DeadLetterState.DEAD, True, False)
 
@@ -101,11 +101,11 @@ def record(topic: str, partition: int, key: bytes | None) -> LogRecord:
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "a:1", "b"]), st.integers(0, 12), st.binary(max_size=3)), unique=True))
 def test_a_chain_is_of_one_key_of_one_partition(places: list[tuple[str, int, bytes]]) -> None:
-    chains = [ordering_key_hash("key", record(*each)) for each in places]
+    chains = [ordering_key_hash("key", record(*place)) for place in places]
     assert len(set(chains)) == len(places)
     partitions = {(topic, number) for topic, number, _ in places}
-    assert len({ordering_key_hash("partition", record(*each)) for each in places}) == len(partitions)
-    assert not {ordering_key_hash("partition", record(*each)) for each in places} & set(chains)
+    assert len({ordering_key_hash("partition", record(*place)) for place in places}) == len(partitions)
+    assert not {ordering_key_hash("partition", record(*place)) for place in places} & set(chains)
     assert all(chain is not None and len(chain) == 16 for chain in chains)
 
 
@@ -142,13 +142,13 @@ def test_errors_that_differ_in_more_are_not() -> None:
 
 @given(st.text(), st.text(), st.text(), st.text())
 def test_any_text_has_a_kind(handler: str, reason: str, kind: str, error: str) -> None:
-    found = group_of(handler, reason, kind, error)
-    assert len(found) == 10
-    assert int(found, 16) >= 0
+    group = group_of(handler, reason, kind, error)
+    assert len(group) == 10
+    assert int(group, 16) >= 0
 
 
 def test_ages() -> None:
-    assert [age_seconds(each, "--x") for each in ("90s", "10m", "24h", "7d", "2w")] == [90, 600, 86400, 604800, 1209600]
+    assert [age_seconds(text, "--x") for text in ("90s", "10m", "24h", "7d", "2w")] == [90, 600, 86400, 604800, 1209600]
     for bad in ("", "h", "1", "-1h", "1.5h", "1 h", "1y", "\uff11h", "9999999999h"):
         with pytest.raises(Misconfigured, match="--older-than"):
             age_seconds(bad, "--older-than")
@@ -164,10 +164,10 @@ def test_the_share_is_of_the_last_thousand_or_a_batch_more(batches: list[tuple[i
     done: list[tuple[int, int]] = []
     for good, bad in batches:
         recent: list[tuple[int, int]] = []
-        for each in reversed(done):
+        for counts in reversed(done):
             if sum(g + b for g, b in recent) >= WINDOW:
                 break
-            recent.append(each)
+            recent.append(counts)
         dead = bad + sum(b for _, b in recent)
         total = good + bad + sum(g + b for g, b in recent)
         too_many = bad > 0 and dead >= DEAD_LETTERS_MIN and dead > limit * total

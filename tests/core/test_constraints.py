@@ -114,7 +114,7 @@ class Holder(msgspec.Struct):
 
 
 class Converted(msgspec.Struct):
-    model: Annotated[Model, AfterValidator(lambda each: each)]
+    model: Annotated[Model, AfterValidator(lambda model: model)]
 
 
 Alias = NewType("Alias", Gt)
@@ -146,7 +146,7 @@ REFUSED: list[tuple[Any, str]] = [
     (pydantic.conint(gt=3), r"msgspec\.Meta\(gt=3\)"),
     (pydantic.StrictInt, "Strict on"),
     (Annotated[int, AfterValidator(abs)], "AfterValidator on"),
-    (Annotated[int, lambda each: each > 0], "function on"),
+    (Annotated[int, lambda number: number > 0], "function on"),
     (Annotated[int, Field(alias="x")], r"pydantic\.Field on"),
     (Converted, "AfterValidator on"),
     (Wrong, r"Wrong\.amount: msgspec\.Meta has no effect .*pydantic\.Field"),

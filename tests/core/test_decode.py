@@ -122,9 +122,9 @@ VALUES: list[tuple[Any, bytes, object]] = [
 
 @pytest.mark.parametrize(("declared", "payload", "value"), VALUES, ids=repr)
 def test_a_payload_becomes_a_value_of_the_declared_type(declared: Any, payload: bytes, value: object) -> None:
-    found = decode.decoder(declared)(payload)
-    assert found == value
-    assert type(found) is type(value)
+    decoded = decode.decoder(declared)(payload)
+    assert decoded == value
+    assert type(decoded) is type(value)
 
 
 @given(st.binary(max_size=30))

@@ -169,11 +169,11 @@ def test_different_values_have_different_forms(one: Any, other: Any) -> None:
 
 
 def test_the_form_does_not_depend_on_the_process() -> None:
-    made = "import uuid; from consumer.core.values import canonical; "
+    imports = "import uuid; from consumer.core.values import canonical; "
     value = '{"b": {3, 1, "x"}, "a": [1.5, None, uuid.UUID(int=7)]}'
-    found = [
+    forms = [
         subprocess.run(
-            [sys.executable, "-c", f"{made}print(canonical({value}).hex())"],
+            [sys.executable, "-c", f"{imports}print(canonical({value}).hex())"],
             env={"PYTHONHASHSEED": seed},
             capture_output=True,
             text=True,
@@ -181,7 +181,7 @@ def test_the_form_does_not_depend_on_the_process() -> None:
         ).stdout
         for seed in ("1", "2")
     ]
-    assert found[0] == found[1] != ""
+    assert forms[0] == forms[1] != ""
 
 
 def test_the_fingerprints_in_the_ledger_of_an_older_release_still_fit() -> None:
@@ -197,7 +197,7 @@ def test_the_fingerprints_in_the_ledger_of_an_older_release_still_fit() -> None:
 ])  # fmt: skip
 def test_the_value_is_compared_however_it_was_written(declared: Any, texts: list[bytes]) -> None:
     rule, decode = fingerprint.parse_rule("value"), decoder(declared)
-    assert len({fingerprint.of_value(rule, decode(each)) for each in texts}) == 1
+    assert len({fingerprint.of_value(rule, decode(text)) for text in texts}) == 1
 
 
 def test_each_form_of_the_option_is_read() -> None:

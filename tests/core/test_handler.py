@@ -91,19 +91,19 @@ WRONG: list[Case] = [
     ],
     (fine, ("a", "b", "a"), {}, "a topic is named twice"),
     *[(fine, T, {"order": order}, "one of 'key', 'partition', 'none'") for order in BAD_ORDERS],
-    *[(fine, T, {"concurrency": each}, "concurrency=") for each in (0, -1, 1001, True, 1.0, "2", None)],
-    *[(takes_list, T, {"batch": each}, "batch=") for each in (0, -1, True, 1.0, "2")],
+    *[(fine, T, {"concurrency": count}, "concurrency=") for count in (0, -1, 1001, True, 1.0, "2", None)],
+    *[(takes_list, T, {"batch": size}, "batch=") for size in (0, -1, True, 1.0, "2")],
     (takes_list, T, {"batch": 10, "concurrency": 2}, "exclude each other"),
     (fine, T, {"batch": 10}, "annotate 'payment' as list[T]"),
-    *[(fine, T, {"retry": each}, "a Retry(attempts=") for each in (3, "3", {"attempts": 3})],
-    *[(fine, T, {"idempotent": each}, "True or False") for each in (None, 0, "no")],
+    *[(fine, T, {"retry": retry}, "a Retry(attempts=") for retry in (3, "3", {"attempts": 3})],
+    *[(fine, T, {"idempotent": flag}, "True or False") for flag in (None, 0, "no")],
     (takes_tx, T, {"idempotent": False}, "drop the Tx parameter, or drop idempotent=False"),
-    *[(fine, T, {"message_id": each}, '"header:NAME"') for each in ("id", "", 7, fine)],
+    *[(fine, T, {"message_id": rule}, '"header:NAME"') for rule in ("id", "", 7, fine)],
     (fine, T, {"message_id": "field:payr"}, "no such field, did you mean 'payer'?"),
     (fine, T, {"message_id": "field:xyz.id"}, "no such field (there are: id, payer)"),
     (text, T, {"message_id": "field:id"}, "needs a payload with fields, and it is str"),
-    *[(fine, T, {"fingerprint": each}, '"bytes", "value"') for each in ("id", "", 7, fine, dict)],
-    *[(fine, T, {"allow_nan": each}, "True or False") for each in (None, 0, "no")],
+    *[(fine, T, {"fingerprint": rule}, '"bytes", "value"') for rule in ("id", "", 7, fine, dict)],
+    *[(fine, T, {"allow_nan": flag}, "True or False") for flag in (None, 0, "no")],
     (fine, T, {"idempotent": False, "fingerprint": None}, "drop fingerprint="),
     (misspelt, T, {}, "Strukt"),
     (half, T, {}, "dict[1:"),
@@ -137,7 +137,7 @@ MISSPELT = ["concurency=3", "fingerprint='bites'", "order='keys'", "retry=3", "a
 
 def test_mypy_knows_the_options_of_a_handler(tmp_path: Path) -> None:
     lines = ["from consumer import App, Retry", 'app = App("shop")']
-    lines += [f'app.handler("payments", {each})' for each in [*ACCEPTED, *MISSPELT]]
+    lines += [f'app.handler("payments", {options})' for options in [*ACCEPTED, *MISSPELT]]
     source = tmp_path / "typed.py"
     source.write_text("\n".join(lines))
     arguments = [
@@ -149,7 +149,7 @@ def test_mypy_knows_the_options_of_a_handler(tmp_path: Path) -> None:
         str(source),
     ]
     text, errors, _ = mypy.api.run(arguments)
-    wrong = {int(found[1]) for found in re.finditer(r"typed\.py:(\d+):(?:\d+:)? error", text)}
+    wrong = {int(match[1]) for match in re.finditer(r"typed\.py:(\d+):(?:\d+:)? error", text)}
     first = 3 + len(ACCEPTED)
     assert wrong == set(range(first, first + len(MISSPELT))), text + errors
 
@@ -226,7 +226,7 @@ async def test_the_call_hands_over_what_the_signature_asks_for(stub: Any) -> Non
     wanted = stub.__name__.removeprefix("batch_").split("_")
     async with app.running():
         assert handler.call is not None
-        assert await handler.call(given["v"], given["m"], given["t"]) == [given[each] for each in wanted]
+        assert await handler.call(given["v"], given["m"], given["t"]) == [given[name] for name in wanted]
     assert (handler.wants_tx, handler.wants_message, handler.value_type) == ("t" in wanted, "m" in wanted, Payment)
 
 

@@ -63,7 +63,7 @@ QUERIES = st.lists(
     st.sampled_from(
         ["host=other.example", "host=/run/x", "host=127.0.0.1,far.example", "port=7", "sslmode=require", "user=u"]
     ),
-    unique_by=lambda each: each.split("=")[0],
+    unique_by=lambda parameter: parameter.split("=")[0],
     max_size=3,
 ).map("&".join)
 
@@ -85,13 +85,15 @@ def test_the_hosts_are_those_that_the_driver_will_try(user: str, spec: str, quer
             return  # it will try nothing
         if not spec and not variable and "host=" not in query:
             return  # its own list of sockets, and localhost
-        tried = [each.rpartition("/.s.PGSQL.")[0] if isinstance(each, str) else each[0] for each in addresses]
+        tried = [
+            address.rpartition("/.s.PGSQL.")[0] if isinstance(address, str) else address[0] for address in addresses
+        ]
         assert of_postgres(dsn, variable)[0] == tried
 
 
 @given(
     st.lists(
-        st.builds(str.__add__, HOSTS.filter(lambda each: "%" not in each), st.sampled_from(["", ":9092"])), min_size=1
+        st.builds(str.__add__, HOSTS.filter(lambda host: "%" not in host), st.sampled_from(["", ":9092"])), min_size=1
     )
 )
 def test_the_brokers_are_those_that_the_client_will_try(servers: list[str]) -> None:

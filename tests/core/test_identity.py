@@ -26,8 +26,8 @@ from consumer.core.outcome import Reason
 pytestmark = pytest.mark.unit
 
 UUID_TEXT = b"0190a5c1-7ab4-7c3e-8f00-1234567890ab"
-UUID_TEXTS = st.uuids().map(lambda each: str(each).encode())
-RAW_IDS = st.binary(max_size=80) | UUID_TEXTS | st.uuids().map(lambda each: each.bytes)
+UUID_TEXTS = st.uuids().map(lambda id: str(id).encode())
+RAW_IDS = st.binary(max_size=80) | UUID_TEXTS | st.uuids().map(lambda id: id.bytes)
 NEAR_ME = (
     bytes,
     bytes.upper,
@@ -87,18 +87,18 @@ SPELLINGS: list[Callable[[UUID], bytes]] = [
 
 
 @given(st.uuids(), st.sampled_from(SPELLINGS))
-def test_every_spelling_of_a_uuid_is_that_uuid_wherever_it_comes_from(each: UUID, spelling: Any) -> None:
-    raw = spelling(each)
-    assert identity.message_id(raw) == each.bytes
-    assert identity.from_headers(record(headers=(("x", raw),)), "x") == each.bytes
-    for found in (raw, raw.decode(), each):
-        assert identity.from_object(found, "it") == each.bytes
-    assert identity.ids_of_text(raw) == (each.bytes,)
+def test_every_spelling_of_a_uuid_is_that_uuid_wherever_it_comes_from(id: UUID, spelling: Any) -> None:
+    raw = spelling(id)
+    assert identity.message_id(raw) == id.bytes
+    assert identity.from_headers(record(headers=(("x", raw),)), "x") == id.bytes
+    for spelled in (raw, raw.decode(), id):
+        assert identity.from_object(spelled, "it") == id.bytes
+    assert identity.ids_of_text(raw) == (id.bytes,)
 
 
 @given(st.uuids(version=4) | st.uuids(version=1))
-def test_the_sixteen_bytes_of_a_uuid_are_that_uuid(each: UUID) -> None:
-    assert identity.message_id(each.bytes) == each.bytes
+def test_the_sixteen_bytes_of_a_uuid_are_that_uuid(id: UUID) -> None:
+    assert identity.message_id(id.bytes) == id.bytes
 
 
 @pytest.mark.parametrize(
@@ -138,10 +138,10 @@ def test_a_text_of_a_person_stands_for_all_ids_that_it_may_mean() -> None:
 
 
 @given(st.uuids())
-def test_a_uuid_keeps_its_own_bytes_in_either_case_and_as_a_uuid_object(each: UUID) -> None:
-    assert identity.message_id(str(each).encode()) == each.bytes
-    assert identity.message_id(str(each).upper().encode()) == each.bytes
-    assert identity.from_object(each, "it") == each.bytes
+def test_a_uuid_keeps_its_own_bytes_in_either_case_and_as_a_uuid_object(id: UUID) -> None:
+    assert identity.message_id(str(id).encode()) == id.bytes
+    assert identity.message_id(str(id).upper().encode()) == id.bytes
+    assert identity.from_object(id, "it") == id.bytes
 
 
 def test_the_keys_in_the_ledger_of_an_older_release_still_fit() -> None:
@@ -181,14 +181,14 @@ def test_the_header_of_that_very_name_is_the_id() -> None:
 )
 def test_an_empty_header_or_two_that_differ_are_refused(values: list[bytes | None]) -> None:
     with pytest.raises(Unreadable, match="'message-id'") as caught:
-        identity.from_headers(record(headers=tuple(("message-id", each) for each in values)), "message-id")
+        identity.from_headers(record(headers=tuple(("message-id", value) for value in values)), "message-id")
     several = len(set(values)) > 1
     assert caught.value.reason == (Reason.AMBIGUOUS_MESSAGE_ID if several else Reason.NO_MESSAGE_ID)
 
 
 @pytest.mark.parametrize("values", [[b"a", b"a"], [b"a"] * 3, [UUID_TEXT, UUID_TEXT.upper()]], ids=repr)
 def test_a_header_repeated_with_one_id_is_that_id(values: list[bytes]) -> None:
-    headers = tuple(("message-id", each) for each in values)
+    headers = tuple(("message-id", value) for value in values)
     assert identity.from_headers(record(headers=headers), "message-id") == identity.message_id(values[0])
 
 
@@ -203,11 +203,11 @@ class Outer:
 
 @pytest.mark.parametrize("nested", [lambda x: Outer(Inner({"id": x})), lambda x: {"inner": {"ids": {"id": x}}}])
 @pytest.mark.parametrize(
-    ("found", "raw"), [("7", b"7"), (0, b"0"), (-1, b"-1"), (b"\xff", b"\xff"), ("\udcff", b"\xed\xb3\xbf")]
+    ("value", "raw"), [("7", b"7"), (0, b"0"), (-1, b"-1"), (b"\xff", b"\xff"), ("\udcff", b"\xed\xb3\xbf")]
 )
-def test_a_field_is_reached_through_attributes_and_keys(nested: Any, found: object, raw: bytes) -> None:
+def test_a_field_is_reached_through_attributes_and_keys(nested: Any, value: object, raw: bytes) -> None:
     rule = FieldId(("inner", "ids", "id"))
-    assert identity.from_value(rule, nested(found)) == identity.message_id(raw)
+    assert identity.from_value(rule, nested(value)) == identity.message_id(raw)
 
 
 @pytest.mark.parametrize("value", [{}, {"a": None}, {"a": {}}, {"a": "text"}, {"a": {"b": 1}}, None, [1]], ids=repr)
@@ -217,11 +217,11 @@ def test_a_path_that_leads_nowhere_is_no_id(value: object) -> None:
     assert caught.value.reason == Reason.NO_MESSAGE_ID
 
 
-@pytest.mark.parametrize("found", [None, "", b"", True, False, 1.0, [], {}, ("a",)], ids=repr)
-def test_a_value_that_is_no_id_is_refused_wherever_it_comes_from(found: object) -> None:
+@pytest.mark.parametrize("no_id", [None, "", b"", True, False, 1.0, [], {}, ("a",)], ids=repr)
+def test_a_value_that_is_no_id_is_refused_wherever_it_comes_from(no_id: object) -> None:
     for rule in (FieldId(("id",)), CallableId(lambda value: value["id"])):
         with pytest.raises(Unreadable) as caught:
-            identity.from_value(rule, {"id": found})
+            identity.from_value(rule, {"id": no_id})
         assert caught.value.reason == Reason.NO_MESSAGE_ID
 
 

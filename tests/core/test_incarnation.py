@@ -118,12 +118,12 @@ OWN, GONE, OTHER_SHARD = "1700000000000001", "1600000000000001", "17000000000000
 def test_beginning_without_a_position(
     committed: CommittedOffset | None, others: tuple[str, ...], expected: StartOffset | HaltReason
 ) -> None:
-    found = decide_start(P, committed, 3, OWN, others)
+    decision = decide_start(P, committed, 3, OWN, others)
     if isinstance(expected, StartOffset):
-        assert found == expected
+        assert decision == expected
     else:
-        assert isinstance(found, PartitionHalt) and found.reason is expected
-        assert "--move-to earliest" in found.do and "--move-to committed" in found.text
+        assert isinstance(decision, PartitionHalt) and decision.reason is expected
+        assert "--move-to earliest" in decision.do and "--move-to committed" in decision.text
 
 
 def test_note_of_a_position_is_recognised_as_its_own() -> None:

@@ -33,17 +33,17 @@ CELLS = {
     ("may_be", "answers", "alone", "others"), list(itertools.product(Meaning, (True, False), (True, False), Others))
 )
 def test_every_cell_of_the_table_is_decided(may_be: Meaning, answers: bool, alone: bool, others: Others) -> None:
-    found = judge(may_be, answers=answers, alone=alone, others=others)
+    verdict = judge(may_be, answers=answers, alone=alone, others=others)
     many, *by_others = CELLS[may_be]
     expected = many if not alone else by_others[list(Others).index(others)]
-    assert found is (expected if answers else FailureVerdict.OUTAGE)
+    assert verdict is (expected if answers else FailureVerdict.OUTAGE)
 
 
 def test_a_message_is_never_counted_while_all_fail_alike_but_for_the_handlers_own_code() -> None:
     counted = {
-        each
-        for each in Meaning
-        if judge(each, answers=True, alone=True, others=Others.FAIL_ALIKE) is FailureVerdict.COUNT
+        meaning
+        for meaning in Meaning
+        if judge(meaning, answers=True, alone=True, others=Others.FAIL_ALIKE) is FailureVerdict.COUNT
     }
     assert counted == {Meaning.CODE}
 
@@ -75,14 +75,14 @@ def test_messages_fail_alike_when_enough_of_them_do_and_none_succeeds(events: li
     seen, failing = Evidence(), set[int]()
     mark = seen.mark("h")
     since = 0
-    for each in events:
-        if each is None:
+    for event in events:
+        if event is None:
             seen.succeeded("h")
             failing.clear()
             since += 1
         else:
-            seen.failed("h", "k", P, each)
-            failing.add(each)
+            seen.failed("h", "k", P, event)
+            failing.add(event)
         if since:
             assert seen.others("h", "k", mark) is Others.SUCCEED
         expected = Others.FAIL_ALIKE if len(failing) >= ALIKE_MIN else Others.UNKNOWN

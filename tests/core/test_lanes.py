@@ -60,9 +60,9 @@ def rec(offset: int, key: bytes | None = b"k", at: Partition = P0, size: int = 0
 
 
 def lane_of(*orders: Order, parked_max: int = 1000, at: Sequence[Partition] = (P0,), position: int = 0) -> Scheduler:
-    lane = Scheduler(handlers_of({each.topic: orders or ("key",) for each in at}), parked_max)
-    for each in at:
-        lane.assign(each, position)
+    lane = Scheduler(handlers_of({partition.topic: orders or ("key",) for partition in at}), parked_max)
+    for partition in at:
+        lane.assign(partition, position)
     return lane
 
 
@@ -78,7 +78,7 @@ def settle(lane: Scheduler, batch: Batch, parked: Mapping[Delivery, float] | Non
 
 
 def offsets(batch: Batch) -> list[int]:
-    return [each.record.offset for each in batch.deliveries]
+    return [delivery.record.offset for delivery in batch.deliveries]
 
 
 # -- the machine --------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class LaneMachine(RuleBasedStateMachine):
     def begin(self) -> None:
         self.handlers = handlers_of(ORDERS)
         self.lane = Scheduler(self.handlers, PARKED_MAX)
-        self.models = {each: Model() for each in (P0, P1, Q0)}
+        self.models = {partition: Model() for partition in (P0, P1, Q0)}
         self.now = 0.0
         self.parts: list[Batch] = []  # of the batch in flight, the next one last
         self.blocked: set[Hashable] = set()
@@ -137,13 +137,13 @@ class LaneMachine(RuleBasedStateMachine):
     def records_are_fetched(self, at: Partition, most: int, again: int) -> None:
         """again: the client hands over records that it has handed over before."""
         model = self.models[at]
-        wanted = [each for each in model.log if each.offset >= model.received - again][: most + again]
+        wanted = [record for record in model.log if record.offset >= model.received - again][: most + again]
         opened = [
-            Rec(each.topic, each.partition, each.offset, each.key, each.value, opening=model.openings)
-            for each in wanted
+            Rec(record.topic, record.partition, record.offset, record.key, record.value, opening=model.openings)
+            for record in wanted
         ]
         kept, size = self.lane.add(at, opened)
-        new = [each for each in opened if each.offset >= model.received] if model.is_open else []
+        new = [record for record in opened if record.offset >= model.received] if model.is_open else []
         assert (kept, size) == (len(new), sum(map(size_of, new)))
         if new:
             model.received = new[-1].offset + 1
@@ -174,7 +174,7 @@ class LaneMachine(RuleBasedStateMachine):
 
     @staticmethod
     def fetched(model: Model) -> list[Rec]:
-        return [each for each in model.log if model.taken <= each.offset < model.received]
+        return [record for record in model.log if model.taken <= record.offset < model.received]
 
     # Partitions come and go, between batches.
 
@@ -210,8 +210,8 @@ class LaneMachine(RuleBasedStateMachine):
     @rule(messages_max=st.integers(1, 8), bytes_max=st.sampled_from([1, 50, LARGE]))
     def a_batch_is_taken(self, messages_max: int, bytes_max: int) -> None:
         due = self.lane.next_due()
-        full = {each for each in self.models if self.lane.is_full(each)}
-        buffered = {each for each, model in self.models.items() if model.is_open and self.fetched(model)}
+        full = {partition for partition in self.models if self.lane.is_full(partition)}
+        buffered = {partition for partition, model in self.models.items() if model.is_open and self.fetched(model)}
         batch = self.lane.take(self.now, messages_max, bytes_max)
         if due is not None and due <= self.now:
             assert batch is not None, "a retry that is due is held up"
@@ -227,14 +227,17 @@ class LaneMachine(RuleBasedStateMachine):
 
     def check_what_was_taken(self, batch: Batch) -> None:
         """Of the records now taken, a delivery is in the batch unless one of its unit waits from before."""
-        inside = {(each.handler.name, each.partition, each.record.offset): each for each in batch.deliveries}
+        inside = {
+            (delivery.handler.name, delivery.partition, delivery.record.offset): delivery
+            for delivery in batch.deliveries
+        }
         assert len(inside) == len(batch.deliveries)
         for at, end in batch.ends.items():
             model = self.models[at]
             waiting = {
-                each.ordering_key()
-                for each in self.unsettled(at, model.taken)
-                if (each.handler.name, at, each.record.offset) not in inside
+                delivery.ordering_key()
+                for delivery in self.unsettled(at, model.taken)
+                if (delivery.handler.name, at, delivery.record.offset) not in inside
             }
             for record in model.log:
                 if model.taken <= record.offset < end:
@@ -291,7 +294,7 @@ class LaneMachine(RuleBasedStateMachine):
         assert isinstance(delivery.record, Rec)
         assert model.is_open and delivery.record.opening == model.openings, "a delivery outlived its partition"
         assert (delivery.handler.name, offset) not in model.settled, "applied twice"
-        earlier = [each for each in self.unsettled(at, offset) if each.ordering_key() == delivery.ordering_key()]
+        earlier = [other for other in self.unsettled(at, offset) if other.ordering_key() == delivery.ordering_key()]
         assert not earlier, "applied before an earlier message of its unit"
         model.settled.add((delivery.handler.name, offset))
 
@@ -299,7 +302,9 @@ class LaneMachine(RuleBasedStateMachine):
         """At the first message that is not settled, or in the gap before it."""
         for at, model in self.models.items():
             if model.is_open:
-                first = min((each.record.offset for each in self.unsettled(at, model.end)), default=model.received)
+                first = min(
+                    (delivery.record.offset for delivery in self.unsettled(at, model.end)), default=model.received
+                )
                 first = min(first, model.received)
                 last = max((r.offset for r in model.log if r.offset < first), default=-1)
                 assert model.stored <= first, "a position passed a message that is not settled"
@@ -426,7 +431,7 @@ def test_one_handler_that_fails_holds_the_position_and_not_the_other_handler() -
     settle(lane, batch, {first: 9.0})
     assert lane.position(P0) == 0
     lane.add(P0, [rec(1)])
-    assert [(each.handler, each.record.offset) for each in take(lane).deliveries] == [(second.handler, 1)]
+    assert [(delivery.handler, delivery.record.offset) for delivery in take(lane).deliveries] == [(second.handler, 1)]
 
 
 def test_the_same_key_of_two_partitions_is_two_units() -> None:
@@ -435,7 +440,7 @@ def test_the_same_key_of_two_partitions_is_two_units() -> None:
     batch = take(lane)
     settle(lane, batch, {batch.deliveries[0]: 9.0})
     lane.add(P1, [rec(0, at=P1)])
-    assert [each.partition for each in take(lane).deliveries] == [P1]
+    assert [delivery.partition for delivery in take(lane).deliveries] == [P1]
 
 
 def test_a_record_for_nobody_to_receive_still_moves_the_position() -> None:
@@ -484,7 +489,7 @@ def test_a_busy_partition_does_not_starve_another() -> None:
         lane.add(P0, [rec(10 * n + m, None) for m in range(10)])
         lane.add(P1, [rec(10 * n + m, None, P1) for m in range(10)])
         batch = take(lane, messages_max=5)
-        seen |= {each.partition for each in batch.deliveries}
+        seen |= {delivery.partition for delivery in batch.deliveries}
         settle(lane, batch)
     assert seen == {P0, P1}
 
@@ -514,7 +519,7 @@ def test_closing_one_partition_keeps_what_is_parked_of_another() -> None:
     settle(lane, batch, dict.fromkeys(batch.deliveries, 1.0))
     lane.revoke(P0)
     assert lane.delayed == 1
-    assert [each.partition for each in take(lane, now=1.0).deliveries] == [P1]
+    assert [delivery.partition for delivery in take(lane, now=1.0).deliveries] == [P1]
 
 
 def test_a_retry_keeps_its_place_when_it_fails_again() -> None:
@@ -554,7 +559,7 @@ def test_a_full_partition_does_not_hold_up_another() -> None:
     lane.drop_fetched(P0)
     assert (lane.received(P0), lane.fetched[0]) == (2, 1)
     batch = take(lane)
-    assert [each.partition for each in batch.deliveries] == [P1]
+    assert [delivery.partition for delivery in batch.deliveries] == [P1]
     settle(lane, batch)
     settle(lane, take(lane, now=5.0))
     assert not lane.is_full(P0)
@@ -586,7 +591,7 @@ def test_the_first_half_of_a_batch_ends_below_everything_of_the_second() -> None
     lane = lane_of("key", "none")
     lane.add(P0, [rec(0), rec(4), rec(9)])
     head, tail = take(lane).split()
-    assert [(each.handler.order, each.record.offset) for each in head.deliveries] == [
+    assert [(delivery.handler.order, delivery.record.offset) for delivery in head.deliveries] == [
         ("key", 0),
         ("none", 0),
         ("key", 4),
@@ -632,7 +637,9 @@ def test_a_batch_settled_after_its_partition_was_opened_again_does_not_touch_the
     lane.add(P0, [rec(0), rec(1, b"z")])
     again = take(lane)
     assert offsets(again) == [0, 1]
-    assert [each.next for each in lane.position_updates(again, again.deliveries)] == [], "nothing of it is settled yet"
+    assert [update.next for update in lane.position_updates(again, again.deliveries)] == [], (
+        "nothing of it is settled yet"
+    )
 
 
 def test_closing_a_partition_does_not_miscount_what_is_in_flight_of_another() -> None:
@@ -660,8 +667,8 @@ async def test_a_delivery_of_the_second_half_does_not_overtake_a_failure_of_the_
         if len(payload) == 1 and ran.count(1) == 1:
             raise ValueError("the first attempt of the first message")
 
-    for each in app.handlers.values():
-        each.bind({})
+    for handler in app.handlers.values():
+        handler.bind({})
     lane = Scheduler(app.by_topic(), 100)
     lane.assign(P0, 0)
     lane.add(P0, [rec(0, size=1), rec(1, size=2)])
@@ -682,7 +689,9 @@ async def test_a_delivery_of_the_second_half_does_not_overtake_a_failure_of_the_
                 random=lambda: 0.5,
                 on_step=lambda _: None,
             )
-            lane.settle(part, {each: now + delay for each, delay in done.delayed.items()}, done.position_updates)
+            lane.settle(
+                part, {delivery: now + delay for delivery, delay in done.delayed.items()}, done.position_updates
+            )
     assert ran == [1, 1, 2]
 
 
@@ -723,9 +732,9 @@ def test_retries_and_fresh_messages_take_turns() -> None:
         lane.add(P0, [rec(n, b"b")])
         batch = take(lane)
         turns += offsets(batch)
-        settle(lane, batch, {each: 0.0 for each in batch.deliveries if each.record.offset == 0})
+        settle(lane, batch, {delivery: 0.0 for delivery in batch.deliveries if delivery.record.offset == 0})
     assert turns.count(0) >= 2
-    assert [each for each in turns if each] == list(range(1, len(turns) - turns.count(0) + 1))
+    assert [offset for offset in turns if offset] == list(range(1, len(turns) - turns.count(0) + 1))
 
 
 def test_bytes_that_wait_are_bounded_too() -> None:
@@ -761,8 +770,8 @@ def test_records_beyond_what_was_received_are_refused_because_what_lies_between_
     assert lane.received(P0) == 22
     batch = lane.take(0, 100, 1000)
     assert batch is not None
-    assert [each.record.offset for each in batch.deliveries] == [12, 21]
-    assert [each.next for each in lane.position_updates(batch, [])] == [22]
+    assert [delivery.record.offset for delivery in batch.deliveries] == [12, 21]
+    assert [update.next for update in lane.position_updates(batch, [])] == [22]
 
 
 def test_batches_that_only_move_positions_are_rare_and_do_not_hold_up_messages() -> None:
@@ -801,7 +810,7 @@ def test_a_batch_goes_by_topic_partition_and_offset_whichever_partition_is_first
             lane.add(partition, [rec(turn * 2 + n, at=partition) for n in range(2)])
         batch = lane.take(0.0, 100, LARGE)
         assert batch is not None
-        places = [(each.partition, each.record.offset) for each in batch.deliveries]
+        places = [(delivery.partition, delivery.record.offset) for delivery in batch.deliveries]
         assert places == sorted(places) and len(places) == 6
         lane.settle(batch, {}, lane.position_updates(batch, ()))
 
@@ -812,12 +821,12 @@ def test_messages_that_waited_are_in_the_order_of_the_log_too() -> None:
         lane.add(partition, [rec(n, b"%d" % (n % 2), at=partition) for n in range(4)])
     batch = lane.take(0.0, 100, LARGE)
     assert batch is not None
-    failed = {each: 1.0 for each in batch.deliveries if each.record.offset % 2}
+    failed = {delivery: 1.0 for delivery in batch.deliveries if delivery.record.offset % 2}
     lane.settle(batch, failed, lane.position_updates(batch, failed))
     retries = lane.take(2.0, 100, LARGE)
-    assert retries is not None and {each.record.offset for each in retries.deliveries} == {1}
+    assert retries is not None and {delivery.record.offset for delivery in retries.deliveries} == {1}
     lane.settle(retries, {}, lane.position_updates(retries, ()))
     freed = lane.take(3.0, 100, LARGE)
     assert freed is not None
-    places = [(each.partition, each.record.offset) for each in freed.deliveries]
+    places = [(delivery.partition, delivery.record.offset) for delivery in freed.deliveries]
     assert places == [(P0, 3), (P1, 3)]

@@ -9,17 +9,17 @@ pytestmark = pytest.mark.unit
 
 
 def test_the_rules_lose_and_double_nothing_in_any_state() -> None:
-    found = explore(Rules())
-    assert found.wrong is None, found.wrong
-    assert found.states > 50_000
-    assert found.quiescent > 1_000
+    explored = explore(Rules())
+    assert explored.wrong is None, explored.wrong
+    assert explored.states > 50_000
+    assert explored.quiescent > 1_000
 
 
 @pytest.mark.parametrize("name", MUTANT_RULES)
 def test_a_broken_rule_is_found(name: str) -> None:
-    found = explore(MUTANT_RULES[name])
-    assert found.wrong is not None
-    assert found.effects != (1, 1)
+    explored = explore(MUTANT_RULES[name])
+    assert explored.wrong is not None
+    assert explored.effects != (1, 1)
 
 
 def test_without_faults_nothing_goes_wrong_even_for_most_mutants() -> None:

@@ -104,60 +104,60 @@ class Typed(TypedDict):
 Alias = NewType("Alias", Price)
 INNER = '{"amount":%s}'
 NESTED: list[tuple[Any, str, Any]] = [
-    (Price, INNER, lambda found: found.amount),
-    (Price | None, INNER, lambda found: found.amount),
-    (Optional[Price], INNER, lambda found: found.amount),  # noqa: UP045 - both spellings
-    (Price | int, INNER, lambda found: found.amount),
-    (Annotated[Price, "a price"], INNER, lambda found: found.amount),
-    (Alias, INNER, lambda found: found.amount),
-    (list[Price], f"[{INNER}]", lambda found: found[0].amount),
-    (tuple[Price, ...], f"[{INNER}]", lambda found: found[0].amount),
-    (dict[str, Price], f'{{"a":{INNER}}}', lambda found: found["a"].amount),
-    (dict[str, list[Price | None]], f'{{"a":[null,{INNER}]}}', lambda found: found["a"][1].amount),
-    (Order, f'{{"lines":[{INNER}]}}', lambda found: found.lines[0].amount),
-    (Order, f'{{"by_name":{{"a":{INNER}}}}}', lambda found: found.by_name["a"].amount),
-    (Box[Price], f'{{"inner":{INNER}}}', lambda found: found.inner.amount),
-    (Box[Decimal], '{"inner":%s}', lambda found: found.inner),
-    (Struct, f'{{"price":{INNER}}}', lambda found: found.price.amount),
-    (Struct, '{"price":{},"amount":%s}', lambda found: found.amount),
-    (FrozenStruct, f'{{"price":{INNER},"extra":1.10}}', lambda found: found.price.amount),
-    (Frozen, '{"amount":%s,"extra":{"x":1.10}}', lambda found: found.amount),
-    (Data, f'{{"prices":[{INNER}]}}', lambda found: found.prices[0].amount),
-    (Data, '{"prices":[],"amount":%s}', lambda found: found.amount),
-    (PydanticData, INNER, lambda found: found.amount),
-    (Typed, f'{{"price":{INNER},"amount":1}}', lambda found: found["price"].amount),
-    (Typed, '{"price":{},"amount":%s}', lambda found: found["amount"]),
-    (Decimal, "%s", lambda found: found),
-    (list[Decimal], "[%s]", lambda found: found[0]),
-    (dict[str, Decimal], '{"a":%s}', lambda found: found["a"]),
+    (Price, INNER, lambda value: value.amount),
+    (Price | None, INNER, lambda value: value.amount),
+    (Optional[Price], INNER, lambda value: value.amount),  # noqa: UP045 - both spellings
+    (Price | int, INNER, lambda value: value.amount),
+    (Annotated[Price, "a price"], INNER, lambda value: value.amount),
+    (Alias, INNER, lambda value: value.amount),
+    (list[Price], f"[{INNER}]", lambda value: value[0].amount),
+    (tuple[Price, ...], f"[{INNER}]", lambda value: value[0].amount),
+    (dict[str, Price], f'{{"a":{INNER}}}', lambda value: value["a"].amount),
+    (dict[str, list[Price | None]], f'{{"a":[null,{INNER}]}}', lambda value: value["a"][1].amount),
+    (Order, f'{{"lines":[{INNER}]}}', lambda value: value.lines[0].amount),
+    (Order, f'{{"by_name":{{"a":{INNER}}}}}', lambda value: value.by_name["a"].amount),
+    (Box[Price], f'{{"inner":{INNER}}}', lambda value: value.inner.amount),
+    (Box[Decimal], '{"inner":%s}', lambda value: value.inner),
+    (Struct, f'{{"price":{INNER}}}', lambda value: value.price.amount),
+    (Struct, '{"price":{},"amount":%s}', lambda value: value.amount),
+    (FrozenStruct, f'{{"price":{INNER},"extra":1.10}}', lambda value: value.price.amount),
+    (Frozen, '{"amount":%s,"extra":{"x":1.10}}', lambda value: value.amount),
+    (Data, f'{{"prices":[{INNER}]}}', lambda value: value.prices[0].amount),
+    (Data, '{"prices":[],"amount":%s}', lambda value: value.amount),
+    (PydanticData, INNER, lambda value: value.amount),
+    (Typed, f'{{"price":{INNER},"amount":1}}', lambda value: value["price"].amount),
+    (Typed, '{"price":{},"amount":%s}', lambda value: value["amount"]),
+    (Decimal, "%s", lambda value: value),
+    (list[Decimal], "[%s]", lambda value: value[0]),
+    (dict[str, Decimal], '{"a":%s}', lambda value: value["a"]),
 ]
 
 
 @pytest.mark.parametrize(("declared", "text", "amount_of"), NESTED)
 @pytest.mark.parametrize("sent", [SENT, "0.10", "100.00", "-1.5e-3", "1e2", "123456789012345678901234567890", "1e-400"])
 def test_digits_are_stored_as_sent_wherever_the_decimal_is(declared: Any, text: str, amount_of: Any, sent: str) -> None:
-    found = amount_of(decode.decoder(declared)((text % sent).encode()))
-    assert type(found) is Decimal and found == Decimal(sent)
+    amount = amount_of(decode.decoder(declared)((text % sent).encode()))
+    assert type(amount) is Decimal and amount == Decimal(sent)
     if "e" not in sent:
-        assert found.as_tuple() == Decimal(sent).as_tuple()
+        assert amount.as_tuple() == Decimal(sent).as_tuple()
 
 
 @given(st.decimals(allow_nan=False, allow_infinity=False, min_value=-(10**30), max_value=10**30, places=6))
 def test_a_model_keeps_any_digits(amount: Decimal) -> None:
     sent = format(amount, "f")
-    found = decode.decoder(Price)(f'{{"amount":{sent},"rate":{sent},"extra":[{sent}]}}'.encode())
-    assert found.amount.as_tuple() == Decimal(sent).as_tuple()
-    assert type(found.rate) is float and found.rate == float(sent)
-    assert type(found.extra[0]) is float and found.extra[0] == float(sent)
+    price = decode.decoder(Price)(f'{{"amount":{sent},"rate":{sent},"extra":[{sent}]}}'.encode())
+    assert price.amount.as_tuple() == Decimal(sent).as_tuple()
+    assert type(price.rate) is float and price.rate == float(sent)
+    assert type(price.extra[0]) is float and price.extra[0] == float(sent)
 
 
-@pytest.mark.parametrize("declared", [Price, Whole], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("declared", [Price, Whole], ids=lambda model: model.__name__)
 @pytest.mark.parametrize("sent", ["9007199254740993.0", "9007199254740993e0", "1234567890123456700.0"])
 def test_a_whole_number_written_with_a_point_is_exact(declared: Any, sent: str) -> None:
     assert decode.decoder(declared)(b'{"count":%s}' % sent.encode()).count == int(Decimal(sent))
 
 
-@pytest.mark.parametrize("declared", [Price, Whole], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("declared", [Price, Whole], ids=lambda model: model.__name__)
 def test_a_fraction_that_a_float_would_drop_is_refused(declared: Any) -> None:
     with pytest.raises(Exception, match="number") as caught:
         decode.decoder(declared)(b'{"count":9007199254740992.5}')
@@ -167,15 +167,15 @@ def test_a_fraction_that_a_float_would_drop_is_refused(declared: Any) -> None:
 @pytest.mark.parametrize("declared", [Price, Whole, dict, Any, Struct], ids=str)
 def test_floats_stay_floats_and_undeclared_numbers_are_floats(declared: Any) -> None:
     text = f'{{"rate":{SENT},"extra":{{"x":[{SENT}]}},"price":{{}}}}'
-    found = decode.decoder(declared)(text.encode())
-    rate, extra = (found["rate"], found["extra"]) if isinstance(found, dict) else (found.rate, found.extra)
+    decoded = decode.decoder(declared)(text.encode())
+    rate, extra = (decoded["rate"], decoded["extra"]) if isinstance(decoded, dict) else (decoded.rate, decoded.extra)
     assert type(rate) is float and type(extra["x"][0]) is float
 
 
 def test_a_time_in_seconds_and_nanoseconds_is_read_beside_a_decimal() -> None:
-    found = decode.decoder(Price)(b'{"at":1700000000.123456789,"amount":1.10}')
-    assert found.at == datetime.datetime(2023, 11, 14, 22, 13, 20, 123457, datetime.UTC)
-    assert str(found.amount) == "1.10"
+    price = decode.decoder(Price)(b'{"at":1700000000.123456789,"amount":1.10}')
+    assert price.at == datetime.datetime(2023, 11, 14, 22, 13, 20, 123457, datetime.UTC)
+    assert str(price.amount) == "1.10"
 
 
 def test_limits_of_a_decimal_are_checked() -> None:
@@ -196,8 +196,8 @@ def test_a_model_that_reads_json_otherwise_refuses_what_it_would_lose() -> None:
 
 @pytest.mark.parametrize("sent", ["1.10", SENT])
 def test_a_model_that_reads_json_otherwise_keeps_its_reading(sent: str) -> None:
-    found = decode.decoder(Encoded)(b'{"amount":%s,"raw":"eA=="}' % sent.encode())
-    assert (found.raw, found.amount) == (b"x", Decimal(sent))
+    decoded = decode.decoder(Encoded)(b'{"amount":%s,"raw":"eA=="}' % sent.encode())
+    assert (decoded.raw, decoded.amount) == (b"x", Decimal(sent))
 
 
 NOT_FINITE: list[tuple[Any, str]] = [
@@ -240,8 +240,8 @@ def test_a_handler_that_asks_for_them_gets_them(declared: Any, text: str) -> Non
 
 
 def test_a_handler_that_asks_for_them_gets_the_other_digits_too() -> None:
-    found = decode.decoder(dict[str, Decimal], allow_nan=True)(b'{"a":NaN,"b":%s}' % SENT.encode())
-    assert found["b"] == Decimal(SENT) and found["a"].is_nan()
+    decoded = decode.decoder(dict[str, Decimal], allow_nan=True)(b'{"a":NaN,"b":%s}' % SENT.encode())
+    assert decoded["b"] == Decimal(SENT) and decoded["a"].is_nan()
     model = decode.decoder(Price, allow_nan=True)(b'{"rate":NaN,"amount":1.10}')
     assert math.isnan(model.rate) and model.amount == Decimal("1.1")
 
@@ -269,8 +269,8 @@ def test_digits_that_json_inside_text_would_lose_are_refused(inner: str) -> None
     "inner", ['{"amount": "12345678901234567.89"}', '{"amount": 10.1}', '{"amount": 12345678901234567}']
 )
 def test_json_inside_text_keeps_digits_that_it_can_keep(inner: str) -> None:
-    found = decode.decoder(Wrapped)(json.dumps({"body": inner, "note": "[1.1"}).encode())
-    assert found.body.amount == Decimal(str(json.loads(inner, parse_float=Decimal)["amount"]))
+    decoded = decode.decoder(Wrapped)(json.dumps({"body": inner, "note": "[1.1"}).encode())
+    assert decoded.body.amount == Decimal(str(json.loads(inner, parse_float=Decimal)["amount"]))
 
 
 class Fee(pydantic.BaseModel):

@@ -62,7 +62,7 @@ def test_a_row_is_forgotten_no_earlier_than_the_retention_and_one_generation_lat
                     assert seconds > 0
                     break
         # What is kept: at most the generations that a whole retention needs, one that is filling and one that is going.
-        assert all(each.closed_at is None or now - each.closed_at < retention * HOUR for each in live)
+        assert all(generation.closed_at is None or now - generation.closed_at < retention * HOUR for generation in live)
         assert len(live) <= GENERATIONS_MAX
 
 
@@ -72,19 +72,19 @@ def test_what_holds_the_oldest_back_does_not_make_claims_look_into_ever_more() -
     live.append(Generation(GENERATIONS_MAX, GENERATIONS_MAX * HOUR, None, False))
     now = (GENERATIONS_MAX + 5) * HOUR
     assert due(LedgerState(now, 1, GENERATIONS_MAX, False, None, tuple(live)), policy) == Forget(1, 2 * HOUR)
-    young = [each._replace(closed_at=each.closed_at and now) for each in live]
+    young = [generation._replace(closed_at=generation.closed_at and now) for generation in live]
     assert due(LedgerState(now, 1, GENERATIONS_MAX, False, None, tuple(young)), policy) == Wait(4 * HOUR)
     assert due(LedgerState(now, 1, GENERATIONS_MAX, False, None, tuple(young[1:])), policy) == RotateGeneration()
 
 
 @given(own=hours, others=st.dictionaries(st.text(min_size=1), st.none() | hours))
 def test_rows_are_kept_for_whoever_wants_them_longest(own: float, others: dict[str, float | None]) -> None:
-    found, longer = wanted(own, others)
+    kept, longer = wanted(own, others)
     if None in others.values():
-        assert found is None
+        assert kept is None
     else:
-        assert found == max([own, *(each for each in others.values() if each is not None)])
-    assert longer == sorted(app for app, each in others.items() if each is None or each > own)
+        assert kept == max([own, *(hours for hours in others.values() if hours is not None)])
+    assert longer == sorted(app for app, hours in others.items() if hours is None or hours > own)
 
 
 @given(kept=hours, skew=st.floats(0, 100), log=hours, segment=hours)
@@ -92,9 +92,9 @@ def test_a_log_that_outlives_the_ledger_is_an_error_and_one_that_may_is_a_warnin
     kept: float, skew: float, log: float, segment: float
 ) -> None:
     errors, warnings = contradictions(Policy.of(kept, None, skew), None, [TopicRetention("t", log, segment, False)])
-    assert any("topic t" in each for each in errors) == (log + skew > kept)
+    assert any("topic t" in error for error in errors) == (log + skew > kept)
     assert bool(warnings) == (log + skew <= kept < log + skew + segment)
-    assert any("too old to judge" in each for each in errors) == (kept <= skew)
+    assert any("too old to judge" in error for error in errors) == (kept <= skew)
 
 
 def test_each_contradiction_shows_its_arithmetic_and_what_to_set() -> None:
@@ -117,6 +117,6 @@ def test_each_contradiction_shows_its_arithmetic_and_what_to_set() -> None:
     for policy, window, logs, said in cases:
         errors, _ = contradictions(policy, window, logs)
         assert len(errors) == 1, (policy, errors)
-        for each in said:
-            assert each in errors[0], errors[0]
+        for phrase in said:
+            assert phrase in errors[0], errors[0]
     assert "DescribeConfigs" in contradictions(week, None, [TopicRetention("t", None, 0, False, known=False)])[1][0]

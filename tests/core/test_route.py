@@ -25,10 +25,10 @@ def record(offset: int, key: bytes | None) -> LogRecord:
 def test_records_go_to_their_shards_in_their_order() -> None:
     records = [record(n, None if n % 7 == 0 else str(n % 5).encode()) for n in range(50)]
     parts = Router(NAMES, by_crc).split(records)
-    assert sorted([each.offset for part in parts for each in part]) == list(range(50))
+    assert sorted([record.offset for part in parts for record in part]) == list(range(50))
     for name, part in zip(NAMES, parts, strict=True):
-        assert [each.offset for each in part] == sorted(each.offset for each in part)
-        assert {by_crc(each.key) for each in part} <= {name}
+        assert [record.offset for record in part] == sorted(record.offset for record in part)
+        assert {by_crc(record.key) for record in part} <= {name}
 
 
 def test_without_a_route_everything_is_one_shards() -> None:

@@ -22,7 +22,7 @@ TABLE = {
 
 
 @pytest.mark.parametrize(
-    ("expected", "code"), [(each, code) for each, codes in TABLE.items() for code in codes.split()]
+    ("expected", "code"), [(meaning, code) for meaning, codes in TABLE.items() for code in codes.split()]
 )
 def test_a_code_means_what_the_design_says(expected: Meaning, code: str) -> None:
     assert meaning(code) is expected
@@ -34,8 +34,8 @@ def test_a_code_means_what_the_design_says(expected: Meaning, code: str) -> None
 )
 def test_a_code_of_an_outage_class_counts_without_evidence_never(group: str, rest: str) -> None:
     for others in (Others.UNKNOWN, Others.FAIL_ALIKE):
-        found = judge(meaning(group + rest), answers=True, alone=True, others=others)
-        assert found is FailureVerdict.WAIT
+        verdict = judge(meaning(group + rest), answers=True, alone=True, others=others)
+        assert verdict is FailureVerdict.WAIT
 
 
 @given(st.text(max_size=8))
@@ -68,22 +68,22 @@ def test_values_are_left_out_and_names_are_not(code: str, message: str, left: st
 
 def every_code() -> list[str]:
     """All SQLSTATEs that the driver has a class for: it is made from PostgreSQL's own errcodes.txt."""
-    found = {getattr(each, "sqlstate", None) for each in vars(asyncpg.exceptions).values() if isinstance(each, type)}
-    return sorted(each for each in found if isinstance(each, str))
+    codes = {getattr(value, "sqlstate", None) for value in vars(asyncpg.exceptions).values() if isinstance(value, type)}
+    return sorted(code for code in codes if isinstance(code, str))
 
 
 def test_every_code_of_postgresql_is_in_a_class_that_was_judged() -> None:
     codes = every_code()
     assert len(codes) > 250
-    assert [each for each in codes if each not in EXACT and each[:2] not in CLASSES] == []
+    assert [code for code in codes if code not in EXACT and code[:2] not in CLASSES] == []
 
 
 def test_whatever_is_not_about_the_message_is_not_counted_against_it() -> None:
     """By the first two characters, as PostgreSQL names its classes; the few exceptions are named."""
-    of_the_message = {each for each in every_code() if meaning(each) is Meaning.MESSAGE}
-    assert {each[:2] for each in of_the_message}.isdisjoint(
+    of_the_message = {code for code in every_code() if meaning(code) is Meaning.MESSAGE}
+    assert {code[:2] for code in of_the_message}.isdisjoint(
         {"08", "0A", "28", "3D", "3F", "40", "42", "53", "55", "57", "58", "72", "F0", "HV", "XX"}
     )
-    assert {each for each in every_code() if each[:2] in ("22", "23", "25", "P0")} - of_the_message == {
+    assert {code for code in every_code() if code[:2] in ("22", "23", "25", "P0")} - of_the_message == {
         "2200H", "25006", "25P03", "25P04",
     }  # fmt: skip

@@ -46,7 +46,7 @@ class Shop:
                 raise ValueError("no account")
 
     async def send(self, *ids: str, key: str = "k") -> None:
-        await self.place.send(self.topic, *[Sent({"id": each}, id=each, key=key) for each in ids])
+        await self.place.send(self.topic, *[Sent({"id": id}, id=id, key=key) for id in ids])
 
     async def move(self, offset: int) -> None:
         connection = await asyncpg.connect(self.place.dsn)
@@ -56,8 +56,8 @@ class Shop:
             await connection.close()
 
     async def apply(self) -> dict[str, int]:
-        found = await replay(self.app, self.settings, [self.topic], Options(mode="apply"), Progress())
-        return {name: n for name, n in found.as_dict()["handlers"]["settle"].items() if n}
+        findings = await replay(self.app, self.settings, [self.topic], Options(mode="apply"), Progress())
+        return {name: n for name, n in findings.as_dict()["handlers"]["settle"].items() if n}
 
     async def retry_all(self) -> list[str]:
         async with self.app.running():
@@ -136,8 +136,8 @@ async def test_worker_that_runs_while_a_replay_makes_a_hold_is_undone(shop: Shop
         await shop.send("2")
         await until("the worker to be in the handler", lambda: _is(shop, "2"))
         options = Options(mode="apply", message_id="0")
-        found = await replay(shop.app, shop.settings, [shop.topic], options, Progress())
-        assert found.total("dead_lettered_now") == 1
+        findings = await replay(shop.app, shop.settings, [shop.topic], options, Progress())
+        assert findings.total("dead_lettered_now") == 1
         shop.gates["2"].set()
         await until("it to wait", lambda: value(shop.place.dsn, "select count(*) = 2 from consumer.dead_letters"))
         shop.waiting.clear()

@@ -49,14 +49,14 @@ class Shop:
         self.environment = {"TEST_APP": self.name, "TEST_TOPIC": topic, "PYTHONPATH": PATH}
 
     async def send(self, *ids: str, key: str | None = "k") -> None:
-        await self.place.send(self.topic, *[sent(each, key) for each in ids])
+        await self.place.send(self.topic, *[sent(id, key) for id in ids])
 
     async def fail(self, kind: str, *ids: str) -> None:
-        for each in ids:
+        for id in ids:
             await query(
                 self.place.dsn,
                 "insert into faults values ($1, $2) on conflict (id) do update set kind = $2",
-                each,
+                id,
                 kind,
             )
 
@@ -123,15 +123,15 @@ async def test_later_messages_of_a_key_wait_in_order_while_others_go_on_until_a_
     await shop.replay_is_ok()
 
     first = (await shop.numbers())["a1"]
-    found = await shop.dlq(tmp_path, "retry", str(first), code=1)  # it still fails
-    assert [each["outcome"] for each in found["letters"]] == ["failed"]
-    assert [each["attempts"] for each in await letters(shop.place.dsn) if each["letter"] == first] == [2]
+    answer = await shop.dlq(tmp_path, "retry", str(first), code=1)  # it still fails
+    assert [letter["outcome"] for letter in answer["letters"]] == ["failed"]
+    assert [letter["attempts"] for letter in await letters(shop.place.dsn) if letter["letter"] == first] == [2]
     assert await shop.done() == ["b1", "b2", "n1"]
 
     await shop.heal()
     await shop.fail("constraint", "a3")
-    found = await shop.dlq(tmp_path, "retry", "--all", "--yes", code=1)
-    assert [(each["outcome"], each["behind"]) for each in found["letters"]] == [
+    answer = await shop.dlq(tmp_path, "retry", "--all", "--yes", code=1)
+    assert [(letter["outcome"], letter["behind"]) for letter in answer["letters"]] == [
         ("applied", False), ("applied", True), ("failed", True),
     ]  # fmt: skip
     assert await shop.states() == {"a1": "applied", "a2": "applied", "a3": "dead", "a4": "waiting"}
@@ -142,10 +142,10 @@ async def test_later_messages_of_a_key_wait_in_order_while_others_go_on_until_a_
     await shop.dlq(tmp_path, "retry", "--reason", "failed", "--yes")
     await shop.send("a1", "a6", key="a")  # what was retried stays a duplicate, and the key is free
     await shop.consume()
-    assert [each for each in await shop.done() if each[0] == "a"] == ["a1", "a2", "a3", "a4", "a5", "a6"]
+    assert [id for id in await shop.done() if id[0] == "a"] == ["a1", "a2", "a3", "a4", "a5", "a6"]
     assert await value(shop.place.dsn, "select count(*) from consumer.held") == 0
-    found = (await counts(shop.app, shop.place.dsn))["settle"]
-    assert (found["applied"], found["dead_lettered"], sum(found["duplicates"].values())) == (9, 0, 2)
+    answer = (await counts(shop.app, shop.place.dsn))["settle"]
+    assert (answer["applied"], answer["dead_lettered"], sum(answer["duplicates"].values())) == (9, 0, 2)
     await shop.replay_is_ok()
 
 
@@ -228,8 +228,8 @@ async def test_two_operators_at_once_settle_each_of_thousands_of_letters_once(sh
 
 async def test_an_edit_is_the_same_intent_or_a_new_one_and_counts_once(shop: Shop, tmp_path: Path) -> None:
     await shop.fail("fails", "same", "new", "worse")
-    for each in ("same", "new", "worse"):
-        await shop.send(each, f"{each}-2", key=each)
+    for id in ("same", "new", "worse"):
+        await shop.send(id, f"{id}-2", key=id)
     await shop.consume()
     numbers = await shop.numbers()
     mended = tmp_path / "mended.json"
@@ -242,13 +242,13 @@ async def test_an_edit_is_the_same_intent_or_a_new_one_and_counts_once(shop: Sho
     text = await shop.dlq(tmp_path, "retry", str(numbers["new"]), *edit, "--new-id", "auto", code=2)
     assert "discarded already" in text
     mended.write_text("{no json")
-    found = await shop.dlq(tmp_path, "retry", str(numbers["worse"]), *edit, "--same-id", code=1)
-    assert found["letters"][0]["outcome"] == "unreadable"
+    answer = await shop.dlq(tmp_path, "retry", str(numbers["worse"]), *edit, "--same-id", code=1)
+    assert answer["letters"][0]["outcome"] == "unreadable"
     states = await shop.states()
-    assert [states[each] for each in ("same", "new", "worse", "worse-2")] == ["applied", "discarded", "dead", "waiting"]
+    assert [states[id] for id in ("same", "new", "worse", "worse-2")] == ["applied", "discarded", "dead", "waiting"]
     assert await shop.done() == ["mended", "same-2", "mended", "new-2"]
-    for each in ("same", "new"):  # duplicates of both are duplicates
-        await shop.send(each, key=each)
+    for id in ("same", "new"):  # duplicates of both are duplicates
+        await shop.send(id, key=id)
     await shop.consume()
     assert len(await shop.done()) == 4
     await shop.replay_is_ok()
@@ -261,10 +261,10 @@ async def test_what_is_discarded_leaves_a_trace_and_frees_what_waits(shop: Shop,
     await shop.consume()
     numbers = await shop.numbers()
     assert "--why" in await shop.dlq(tmp_path, "discard", str(numbers["a1"]), code=2)
-    found = await shop.dlq(
+    answer = await shop.dlq(
         tmp_path, "discard", str(numbers["a1"]), str(numbers["a2"]), "--why", "a test order", "--operator", "eve"
     )
-    assert [each["outcome"] for each in found["letters"]] == ["discarded", "discarded", "applied"]
+    assert [letter["outcome"] for letter in answer["letters"]] == ["discarded", "discarded", "applied"]
     assert await shop.done() == ["a3"]
     assert await shop.states() == {"a1": "discarded", "a2": "discarded", "a3": "applied", "c1": "dead", "c2": "waiting"}
     [action] = await query(
@@ -286,10 +286,10 @@ async def test_what_is_discarded_leaves_a_trace_and_frees_what_waits(shop: Shop,
         CONSUMER_POSTGRES_DSN=shop.place.worker_dsn,
     )
     assert "discard by eve: discarded (a test order)" in shown.stdout
-    found = await shop.dlq(
+    answer = await shop.dlq(
         tmp_path, "discard", "--all", "--why", "x", "--yes"
     )  # those that wait are meant too, and do not run
-    assert {each["outcome"] for each in found["letters"]} == {"discarded"}
+    assert {letter["outcome"] for letter in answer["letters"]} == {"discarded"}
     assert await shop.done() == ["a3", "a4"]
     assert await value(shop.place.dsn, "select count(*) from consumer.held") == 0
 
@@ -303,8 +303,8 @@ async def test_filters_choose_and_bad_input_changes_nothing(shop: Shop, tmp_path
     await query(
         shop.place.dsn, "update consumer.dead_letters set died_at = now() - interval '2 days' where reason = 'rejected'"
     )
-    rows = {each["reason"]: each for each in await letters(shop.place.dsn)}
-    groups = {each["group"] for each in await letters(shop.place.dsn) if each["reason"] == "failed"}
+    rows = {letter["reason"]: letter for letter in await letters(shop.place.dsn)}
+    groups = {letter["group"] for letter in await letters(shop.place.dsn) if letter["reason"] == "failed"}
     assert len(groups) == 1  # the two differ in their values only
     drive = await Redrive.open(shop.app, shop.settings, "test")
     try:
@@ -337,7 +337,7 @@ async def test_filters_choose_and_bad_input_changes_nothing(shop: Shop, tmp_path
     ):
         text = await shop.dlq(tmp_path, "retry", *arguments, code=2)
         assert says in text, arguments
-        assert len([each for each in text.splitlines() if each.strip()]) == 1
+        assert len([line for line in text.splitlines() if line.strip()]) == 1
     assert (await shop.dlq(tmp_path, "retry", "--all", "--dry-run"))["changed"] is False
     assert await value(shop.place.dsn, "select count(*) from consumer.letter_actions") == 0
     assert await query(shop.place.dsn, "select distinct state from consumer.dead_letters") == [("dead",)]
@@ -348,7 +348,7 @@ async def test_a_worker_that_would_dead_letter_everything_stops_and_is_not_start
 ) -> None:
     await query(shop.place.dsn, "insert into faults select 'm' || n, 'fails' from generate_series(0, 199) n")
     await shop.send(*[f"m{n}" for n in range(200)], key=None)
-    environment = {each: text for each, text in shop.environment.items() if each != "PYTHONPATH"}
+    environment = {name: text for name, text in shop.environment.items() if name != "PYTHONPATH"}
     async with running(
         ["run", "letters_app:app", "--workers", "2"], shop.settings, tmp_path / "run", **environment
     ) as command:
@@ -356,7 +356,7 @@ async def test_a_worker_that_would_dead_letter_everything_stops_and_is_not_start
     assert (
         "'settle'" in command.errors and "failed" in command.errors and "CONSUMER_DEAD_LETTER_LIMIT" in command.errors
     )
-    assert not any(each["event"] == "worker ended; starting another" for each in command.events())
+    assert not any(event["event"] == "worker ended; starting another" for event in command.events())
     assert await value(shop.place.dsn, "select count(*) from consumer.dead_letters") == 0
     assert await value(shop.place.dsn, "select max(next_offset) from consumer.positions") == 0
 

@@ -19,14 +19,14 @@ from consumer.core.outcome import Reason
 from consumer.dead_letters.retry import Filters, edit_of
 
 UNCHANGED = ["again", "right", "missing", "conflict", "clean again", "clean missing"]
-DEAD = {each.value for each in Reason}
+DEAD = {reason.value for reason in Reason}
 
 
 @pytest.fixture
 async def desk(database: str) -> Desk:
-    made = Desk(database)
-    await made.open()
-    return made
+    desk = Desk(database)
+    await desk.open()
+    return desk
 
 
 async def check_nothing_changed(desk: Desk, number: int, before: list[object], outcome: str) -> None:
@@ -81,7 +81,7 @@ async def test_failed_retry_of_an_opted_out_handler_counts_one_attempt(desk: Des
 async def test_redrive_of_several_letters_of_one_id_applies_it_once_or_keeps_both(desk: Desk) -> None:
     """Two letters under stand-ins whose id can be told now, and is the same: one failing must not settle the other."""
     one, other = [
-        await desk.letter("a", handler="field", reason="unreadable", stored_id=each * 16) for each in (b"1", b"2")
+        await desk.letter("a", handler="field", reason="unreadable", stored_id=byte * 16) for byte in (b"1", b"2")
     ]
     before = await desk.rows()
     desk.faults["a"] = "again"
@@ -113,24 +113,24 @@ async def test_redrive_of_a_batch_changes_only_the_letters_that_were_applied(des
         numbers.append(await desk.letter(f"x{n}", key=f"k{n}"))
         await desk.letter(f"x{n}-behind", key=f"k{n}", state="waiting", reason="behind")
     before = await desk.rows()
-    found = {each.dead_letter: each.outcome for each in await desk.retry(*numbers)}
+    outcomes = {result.dead_letter: result.outcome for result in await desk.retry(*numbers)}
     applied = [n for n, fault in enumerate(faults) if not fault]
-    assert [found[numbers[n]] for n in applied] == ["applied"] * 3
-    assert (found[numbers[1]], found[numbers[2]], found[numbers[7]]) == ("postponed", "failed", "rejected")
+    assert [outcomes[numbers[n]] for n in applied] == ["applied"] * 3
+    assert (outcomes[numbers[1]], outcomes[numbers[2]], outcomes[numbers[7]]) == ("postponed", "failed", "rejected")
     behind = [*applied, 7]  # rejected is a verdict about that message alone: those behind it go on
     assert sorted(await desk.done()) == sorted([*(f"x{n}" for n in applied), *(f"x{n}-behind" for n in behind)])
     after = await desk.rows()
     changed = {before[0][i][1] for i in range(len(before[0])) if before[0][i] != after[0][i]}
     wanted = [*(f"x{n}" for n in applied), *(f"x{n}-behind" for n in behind)]
-    assert changed == {UUID(bytes=message_id(each.encode())) for each in wanted}
+    assert changed == {UUID(bytes=message_id(id.encode())) for id in wanted}
     assert len(after[2]) == len(faults) - len(behind)
 
 
 async def test_redrive_whose_connection_is_lost_changes_nothing_and_goes_on_with_others(desk: Desk) -> None:
     desk.faults["b"] = "lost"
-    numbers = [await desk.letter(each, key=each) for each in ("a", "b", "c")]
-    found = {each.dead_letter: each.outcome for each in await desk.retry(*numbers)}
-    assert found[numbers[1]] not in ("applied", "duplicate")
+    numbers = [await desk.letter(id, key=id) for id in ("a", "b", "c")]
+    outcomes = {result.dead_letter: result.outcome for result in await desk.retry(*numbers)}
+    assert outcomes[numbers[1]] not in ("applied", "duplicate")
     assert sorted(await desk.done()) == ["a", "c"]
     assert await query(desk.dsn, "select count(*) from consumer.ledger where applied_at is null") == [(1,)]
     desk.faults.clear()
@@ -182,8 +182,8 @@ async def test_redrive_after_the_ledger_turned_applies_each_letter_once(desk: De
     drive = await desk.drive()
     try:
         await turned(desk)
-        found = [done.outcome async for done in drive.retry([plain, gone, stand_in])]
-        assert found == ["applied"] * 3
+        outcomes = [done.outcome async for done in drive.retry([plain, gone, stand_in])]
+        assert outcomes == ["applied"] * 3
         await forgotten(desk)
         edited = await desk.letter("d")
         assert [done.outcome async for done in drive.retry(edited, edit_of(edited, b'{"id": "d"}', "new"))] == [
@@ -229,15 +229,15 @@ async def test_edit_of_an_unreadable_letter_takes_the_id_of_its_new_payload(desk
     number = await desk.letter(
         "x", handler="field", reason="unreadable", stored_id=b"s" * 16, value=b"{broken", headers=()
     )
-    edit = edit_of(number, json.dumps({"id": "told"}).encode(), None)
+    edit = edit_of(number, json.dumps({"id": "given"}).encode(), None)
     assert await desk.outcomes(number, edit=edit) == ["applied"]
     assert await value(
         desk.dsn,
         "select applied_at is not null from consumer.ledger where id = $1",
-        UUID(bytes=message_id(b"told")),
+        UUID(bytes=message_id(b"given")),
     )
     # Sent again by its producer, in words that can be read: a duplicate.
-    again = await desk.letter("told", handler="field", reason="failed", in_ledger=False)
+    again = await desk.letter("given", handler="field", reason="failed", in_ledger=False)
     assert await desk.outcomes(again) == ["duplicate"]
     broken = await desk.letter(
         "y", handler="field", reason="unreadable", stored_id=b"t" * 16, value=b"{broken", headers=()
@@ -253,9 +253,9 @@ async def test_chain_runs_in_order_and_stops_where_one_fails(desk: Desk) -> None
         row[0] for row in await query(desk.dsn, "select dead_letter from consumer.dead_letters where state = 'dead'")
     ]
     desk.faults["m1100"] = "fails"
-    found = await desk.retry(first)
-    assert [each.outcome for each in found] == ["applied"] * 1100 + ["failed"]
-    assert [each.behind for each in found] == [False] + [True] * 1100
+    results = await desk.retry(first)
+    assert [result.outcome for result in results] == ["applied"] * 1100 + ["failed"]
+    assert [result.behind for result in results] == [False] + [True] * 1100
     assert await desk.done() == [f"m{n}" for n in range(1100)]
     assert await query(desk.dsn, "select state, count(*) from consumer.dead_letters group by 1 order by 1") == [
         ("applied", 1100), ("dead", 1), ("waiting", 199),
@@ -265,10 +265,10 @@ async def test_chain_runs_in_order_and_stops_where_one_fails(desk: Desk) -> None
     try:
         numbers = await drive.select(Filters(), waiting=False)
         assert len(numbers) == 1
-        found = [done async for done in drive.retry(numbers)]
+        results = [done async for done in drive.retry(numbers)]
     finally:
         drive.close()
-    assert [each.outcome for each in found] == ["applied"] * 100 + ["postponed"]
+    assert [result.outcome for result in results] == ["applied"] * 100 + ["postponed"]
     desk.faults.clear()
     number = await value(
         desk.dsn, "select min(dead_letter) from consumer.dead_letters where state in ('dead', 'waiting')"
@@ -335,9 +335,9 @@ async def test_discard_names_only_the_chains_in_which_letters_wait(desk: Desk) -
     drive = await desk.drive()
     try:
         results, chains = await drive.discard([alone, first], "not wanted")
-        assert [each.outcome for each in results] == ["discarded", "discarded"]
+        assert [result.outcome for result in results] == ["discarded", "discarded"]
         assert len(chains) == 1  # with 300,000 letters of as many keys there is nothing to keep in memory
-        assert [(each.dead_letter, each.outcome) async for each in drive.release(chains)] == [(behind, "applied")]
+        assert [(result.dead_letter, result.outcome) async for result in drive.release(chains)] == [(behind, "applied")]
     finally:
         drive.close()
     assert await desk.done() == ["behind"]

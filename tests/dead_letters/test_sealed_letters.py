@@ -30,7 +30,7 @@ def row_of(record: LogRecord, **changed: Any) -> dict[str, Any]:
         "key": record.key,
         "value": record.value,
         "header_keys": [name.encode("utf-8", "surrogateescape") for name, _ in record.headers],
-        "header_values": [each for _, each in record.headers],
+        "header_values": [value for _, value in record.headers],
     }
     return {**row, **changed}
 
@@ -90,12 +90,12 @@ async def test_letter_with_another_value_is_named_and_not_applied(place: Place, 
         """update consumer.dead_letters set value = replace(convert_from(value, 'utf8'), '-1', '-1000')::bytea
            where convert_from(value, 'utf8') like '%"a"%' returning dead_letter, "offset" """,
     )
-    found = await run_replay(place, app, topic)
-    assert found.verdict().exit_code == 1
-    [problem] = found.problems()
+    findings = await run_replay(place, app, topic)
+    assert findings.verdict().exit_code == 1
+    [problem] = findings.problems()
     assert problem["kind"] == "altered_letters" and problem["count"] == 1
     assert f"settle {topic}:0 offset {offset} (letter {number}: value)" in problem["text"]
-    assert "1000" not in json.dumps(found.as_dict()["samples"])
+    assert "1000" not in json.dumps(findings.as_dict()["samples"])
     rejects = False
     [done] = await retried(place, app, number)
     assert done.outcome == "altered" and f"`consumer dlq retry APP {number} --value FILE --same-id`" in done.text
@@ -114,8 +114,8 @@ async def test_letter_with_another_key_or_header_is_not_applied_with_any_value(p
     await consume_all(app, place.settings())
     changed = {"key": "'other'", "header_values": "array['other'::bytea]"}[column]
     number = await value(place.dsn, f"update consumer.dead_letters set {column} = {changed} returning dead_letter")
-    found = await run_replay(place, app, topic)
-    assert [each["kind"] for each in found.problems()] == ["altered_letters"]
+    findings = await run_replay(place, app, topic)
+    assert [problem["kind"] for problem in findings.problems()] == ["altered_letters"]
     for edit in (None, Edit(json.dumps({"id": "a", "account": 1, "amount": 1}).encode())):
         [done] = await retried(place, app, number, edit)
         assert done.outcome == "altered" and "discard it" in done.text
@@ -136,8 +136,8 @@ async def test_commands_tell_of_an_altered_letter_in_one_line(place: Place, tmp_
     shown = consumer(tmp_path, "dlq", "show", "shop:app", str(number), **environment)
     assert shown.returncode == 0
     assert "altered            not as its message had it: value; " in shown.stdout
-    told = consumer(tmp_path, "dlq", "retry", "shop:app", str(number), "--yes", **environment)
-    assert told.returncode == 1 and "altered" in told.stdout and "--value FILE --same-id" in told.stdout
+    result = consumer(tmp_path, "dlq", "retry", "shop:app", str(number), "--yes", **environment)
+    assert result.returncode == 1 and "altered" in result.stdout and "--value FILE --same-id" in result.stdout
     as_json = consumer(tmp_path, "dlq", "show", "shop:app", str(number), "--json", **environment)
     assert json.loads(as_json.stdout)["altered"] == ["value"]
 
@@ -172,12 +172,12 @@ async def test_row_of_a_retried_letter_that_was_changed_is_a_problem(place: Plac
     assert done.outcome == "applied"
     assert (await run_replay(place, app, topic)).ok
     await query(place.dsn, CHANGED_ROWS[change])
-    found = await run_replay(place, app, topic)
+    findings = await run_replay(place, app, topic)
     if change == "nothing" or (edited and change == "another fingerprint"):  # of an edit only its payload is kept
-        assert found.ok
+        assert findings.ok
         return
-    assert found.verdict().exit_code == 1
-    assert [problem["kind"] for problem in found.problems()] == ["unsettled"]
+    assert findings.verdict().exit_code == 1
+    assert [problem["kind"] for problem in findings.problems()] == ["unsettled"]
 
 
 @pytest.mark.parametrize(
@@ -201,10 +201,10 @@ async def test_row_of_a_letter_that_was_edited_under_a_new_id_is_looked_at(
     [done] = await retried(place, app, number, edit_of(number, body, "auto"))
     assert done.outcome == "applied"
     await query(place.dsn, change.format('where "offset" < 0 returning id' if "select" not in change else ""))
-    found = await run_replay(place, app, topic)
-    assert found.verdict().exit_code == exit_code
-    assert [each["kind"] for each in found.problems()] == (["edited_letters"] if exit_code else [])
-    assert all(f"letter {number}: " in each["text"] and detail in each["text"] for each in found.problems())
+    findings = await run_replay(place, app, topic)
+    assert findings.verdict().exit_code == exit_code
+    assert [problem["kind"] for problem in findings.problems()] == (["edited_letters"] if exit_code else [])
+    assert all(f"letter {number}: " in problem["text"] and detail in problem["text"] for problem in findings.problems())
 
 
 async def test_row_of_an_edited_letter_that_may_be_forgotten_is_a_reason(place: Place) -> None:
@@ -217,5 +217,5 @@ async def test_row_of_an_edited_letter_that_may_be_forgotten_is_a_reason(place: 
     await retried(place, app, number, edit_of(number, body, "auto"))
     await query(place.dsn, 'delete from consumer.ledger where "offset" < 0 returning id')
     await query(place.dsn, "update consumer.ledger_state set horizon = 'epoch'")
-    found = await run_replay(place, app, topic)
-    assert [each["kind"] for each in found.unknowns()] == ["edits_forgotten"]
+    findings = await run_replay(place, app, topic)
+    assert [unknown["kind"] for unknown in findings.unknowns()] == ["edits_forgotten"]

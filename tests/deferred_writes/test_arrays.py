@@ -80,12 +80,12 @@ async def connection(database: str) -> AsyncIterator[Counting]:
 
 
 async def state(connection: Any) -> list[Any]:
-    found = []
+    contents = []
     for table in ("entries", "accounts", "once", "blind", "watched", "tallied", "parent", "orders", "lines", "notes"):
         # The identity goes on counting where a transaction was undone: the order is what is compared.
         columns = "row_number() over (order by place), to_jsonb(t) - 'place'" if table == "entries" else "*"
-        found.append([tuple(row) for row in await connection.fetch(f"select {columns} from {table} t order by 1")])
-    return found
+        contents.append([tuple(row) for row in await connection.fetch(f"select {columns} from {table} t order by 1")])
+    return contents
 
 
 async def both(connection: Counting, writes: list[tuple[str, list[tuple[Any, ...]]]]) -> tuple[list[Any], list[Any]]:
@@ -106,7 +106,7 @@ async def both(connection: Counting, writes: list[tuple[str, list[tuple[Any, ...
 
 def random_story(chance: random.Random) -> list[tuple[str, tuple[Any, ...]]]:
     """Orders and their lines, as handlers would write them: of each key in order, of all keys mixed."""
-    found = []
+    stories = []
     for key in range(chance.choice([1, 12, 60])):
         story: list[tuple[str, tuple[Any, ...]]] = [("insert into orders (id, ref) values ($1, $1)", (key,))]
         if not chance.randrange(3):
@@ -122,12 +122,12 @@ def random_story(chance: random.Random) -> list[tuple[str, tuple[Any, ...]]]:
             story.append(("insert into lines (order_id, name) values ($1, $2)", (key + 1000, "moved")))
         if not chance.randrange(8):
             story.append(("insert into notes (ref, text) select $1, state from orders where ref = $1", (key,)))
-        found.append(story)
+        stories.append(story)
     mixed = []
-    while found:
-        story_of_one = chance.choice(found)
+    while stories:
+        story_of_one = chance.choice(stories)
         mixed.append(story_of_one.pop(0))
-        found = [each for each in found if each]
+        stories = [story for story in stories if story]
     return mixed
 
 
@@ -175,7 +175,7 @@ async def test_writes_of_a_key_meet_each_other_in_order(connection: Counting) ->
     for seed in range(60):
         writes = random_story(random.Random(seed))
         if seed % 2:  # without the statement that no array can be made of, a barrier to all others
-            writes = [each for each in writes if "select" not in each[0]]
+            writes = [write for write in writes if "select" not in write[0]]
         await connection.execute("begin; select setval('numbers', 1)")
         for sql, args in writes:
             await connection.execute(sql, *args)
@@ -183,7 +183,7 @@ async def test_writes_of_a_key_meet_each_other_in_order(connection: Counting) ->
         await connection.execute("rollback")
         await connection.execute("begin; select setval('numbers', 1)")
         before = connection.rows
-        await Scope(connection, BulkWriter(connection)).send([[each] for each in writes])
+        await Scope(connection, BulkWriter(connection)).send([[write] for write in writes])
         sent_as_arrays += len(writes) - (connection.rows - before)
         ours = tuple(await connection.fetchrow(seen))
         await connection.execute("rollback")

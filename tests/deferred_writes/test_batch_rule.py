@@ -121,7 +121,8 @@ async def assert_equal(dsn: str, schema: str, messages: Sequence[Message]) -> in
     return statements
 
 
-def each(count: int, *writes: tuple[str, Callable[[int], tuple[Any, ...]]]) -> list[Message]:
+def same_writes(count: int, *writes: tuple[str, Callable[[int], tuple[Any, ...]]]) -> list[Message]:
+    """So many messages with the same writes, whose arguments depend on their number."""
     return [[(sql, args(n)) for sql, args in writes] for n in range(count)]
 
 
@@ -133,7 +134,7 @@ ACCOUNTS = "create table accounts (id int primary key, balance bigint not null d
 CASES: dict[str, tuple[str, list[Message]]] = {
     "currval": (
         ORDERS,
-        each(
+        same_writes(
             20,
             ("insert into orders (customer) values ($1)", lambda n: (n,)),
             ("insert into items values (currval('orders_id_seq'), $1)", lambda n: (n,)),
@@ -141,7 +142,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "lastval": (
         ORDERS,
-        each(
+        same_writes(
             20,
             ("insert into orders (customer) values ($1)", lambda n: (n,)),
             ("insert into items select lastval(), $1", lambda n: (n,)),
@@ -150,7 +151,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     "default currval": (
         "create sequence s; create table orders (id bigint default nextval('s'), customer int);"
         "create table items (order_id bigint default currval('s'), name int);",
-        each(
+        same_writes(
             20,
             ("insert into orders (customer) values ($1)", lambda n: (n,)),
             ("insert into items (name) values ($1)", lambda n: (n,)),
@@ -158,7 +159,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "default lastval": (
         "create table orders (id bigserial, customer int); create table items (order_id bigint default lastval(), name int);",
-        each(
+        same_writes(
             20,
             ("insert into orders (customer) values ($1)", lambda n: (n,)),
             ("insert into items (name) values ($1)", lambda n: (n,)),
@@ -167,7 +168,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     "identity and lastval": (
         "create table orders (id bigint generated always as identity, customer int);"
         "create table items (order_id bigint, name int);",
-        each(
+        same_writes(
             20,
             ("insert into orders (customer) values ($1)", lambda n: (n,)),
             ("insert into items values (lastval(), $1)", lambda n: (n,)),
@@ -175,11 +176,13 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "a sequence that two tables share": (
         "create sequence s; create table a (id bigint default nextval('s'), x int); create table b (id bigint default nextval('s'), x int);",
-        each(20, ("insert into a (x) values ($1)", lambda n: (n,)), ("insert into b (x) values ($1)", lambda n: (n,))),
+        same_writes(
+            20, ("insert into a (x) values ($1)", lambda n: (n,)), ("insert into b (x) values ($1)", lambda n: (n,))
+        ),
     ),
     "two inserts that take numbers of one table": (
         "create table t (k int, n int, id bigint generated always as identity);",
-        each(
+        same_writes(
             20,
             ("insert into t (k, n) values ($1, $2)", lambda n: (n, n)),
             ("insert into t (k) values ($1) on conflict do nothing", lambda n: (n + 1,)),
@@ -188,11 +191,13 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     "two tables that note the time": (
         "create table a (n int, at timestamptz default clock_timestamp()); create table b (n int, at timestamptz default clock_timestamp());"
         "create view order_of_all as select n, what, rank() over (order by at) from (select *, 'a' what from a union all select *, 'b' from b) q;",
-        each(20, ("insert into a (n) values ($1)", lambda n: (n,)), ("insert into b (n) values ($1)", lambda n: (n,))),
+        same_writes(
+            20, ("insert into a (n) values ($1)", lambda n: (n,)), ("insert into b (n) values ($1)", lambda n: (n,))
+        ),
     ),
     "delete and insert": (
         "create table lines (cart int, name int);",
-        each(
+        same_writes(
             20,
             ("delete from lines where cart = $1", lambda n: (n % 3,)),
             ("insert into lines values ($1, $2)", lambda n: (n % 3, n)),
@@ -200,7 +205,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "update, and insert where it met no row": (
         STOCK,
-        each(
+        same_writes(
             20,
             ("update stock set quantity = quantity + $2 where sku = $1", lambda n: (n % 4, n)),
             (
@@ -211,7 +216,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "update, and insert on conflict do nothing": (
         STOCK,
-        each(
+        same_writes(
             20,
             ("update stock set quantity = quantity + $2 where sku = $1", lambda n: (n % 4, n)),
             ("insert into stock (sku, quantity) values ($1, $2) on conflict do nothing", lambda n: (n % 4, n)),
@@ -220,21 +225,21 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     "swap of unique places": (
         "create table places (name int primary key, place int unique); insert into places select n, n from generate_series(0, 19) n;",
         [
-            *each(20, ("update places set place = $2 where name = $1", lambda n: (n, n + 100))),
-            *each(20, ("update places set place = $2 where name = $1", lambda n: (n, 19 - n))),
+            *same_writes(20, ("update places set place = $2 where name = $1", lambda n: (n, n + 100))),
+            *same_writes(20, ("update places set place = $2 where name = $1", lambda n: (n, 19 - n))),
         ],
     ),
     "swap that fails alone": (
         "create table places (name int primary key, place int unique); insert into places select n, n from generate_series(0, 19) n;",
-        each(20, ("update places set place = $2 where name = $1", lambda n: (n, (n + 1) % 20))),
+        same_writes(20, ("update places set place = $2 where name = $1", lambda n: (n, (n + 1) % 20))),
     ),
     "a child before its parent": (
         "create table nodes (id int primary key, parent int references nodes);",
-        each(20, ("insert into nodes values ($1, $2)", lambda n: (19 - n, 18 - n if n < 19 else None))),
+        same_writes(20, ("insert into nodes values ($1, $2)", lambda n: (19 - n, 18 - n if n < 19 else None))),
     ),
     "a child before its parent in another table": (
         "create table parents (id int primary key); create table children (parent int references parents);",
-        each(
+        same_writes(
             20,
             ("insert into children values ($1)", lambda n: (n + 1,)),
             ("insert into parents values ($1)", lambda n: (n + 1,)),
@@ -243,7 +248,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     "a parent that goes with its children": (
         "create table parents (id int primary key); create table children (parent int references parents on delete cascade, n int);"
         "insert into parents select generate_series(0, 3);",
-        each(
+        same_writes(
             20,
             ("insert into children values ($1, $2)", lambda n: (n % 4, n)),
             ("delete from parents where id = $1", lambda n: (n % 4 if n > 15 else 99,)),
@@ -255,7 +260,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
         create function note() returns trigger language plpgsql as $$ begin
             new.total := (select sum(balance) from accounts); return new; end $$;
         create trigger note before insert on log for each row execute function note();""",
-        each(
+        same_writes(
             20,
             ("insert into log (n) values ($1)", lambda n: (n,)),
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
@@ -268,7 +273,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
         create function note() returns trigger language plpgsql as $$ begin
             new.total := (select sum(balance) from accounts); return new; end $$;
         create trigger note before update of other, n on log for each row execute function note();""",
-        each(
+        same_writes(
             20,
             ("update log set n = n + $2 where id = $1", lambda n: (n, 1)),
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
@@ -281,7 +286,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
         create function note() returns trigger language plpgsql as $$ begin
             new.total := (select sum(balance) from accounts); return new; end $$;
         create trigger note before update of double on log for each row execute function note();""",
-        each(
+        same_writes(
             20,
             ("update log set n = n + $2 where id = $1", lambda n: (n, 1)),
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
@@ -295,7 +300,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
         create function note() returns trigger language plpgsql as $$ begin
             new.total := (select sum(balance) from accounts); return new; end $$;
         create trigger note before insert on log1 for each row execute function note();""",
-        each(
+        same_writes(
             20,
             ("update log set part = $2 where id = $1", lambda n: (n, 1)),
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
@@ -305,7 +310,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
         ACCOUNTS
         + """create function total() returns numeric language sql as 'select sum(balance) from accounts';
         create table log (n int, total numeric default total());""",
-        each(
+        same_writes(
             20,
             ("insert into log (n) values ($1)", lambda n: (n,)),
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
@@ -315,7 +320,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
         ACCOUNTS
         + """create function total() returns numeric language sql as 'select sum(balance) from accounts';
         create table log (n int check (n > total()));""",
-        each(
+        same_writes(
             20,
             ("insert into log (n) values ($1)", lambda n: (1000 + n,)),
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
@@ -326,7 +331,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
         + """create function total() returns numeric language sql as 'select sum(balance) from accounts';
         create domain more as int check (value >= total());
         create table log (n more);""",
-        each(
+        same_writes(
             20,
             ("insert into log (n) values ($1)", lambda n: (sum(range(n)),)),
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
@@ -337,7 +342,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
         + """create type mark as (n int); create table log (n int, at mark);
         create function marked(int) returns mark language sql as 'select row(sum(balance)::int)::mark from accounts';
         create cast (int as mark) with function marked(int) as assignment;""",
-        each(
+        same_writes(
             20,
             ("insert into log values ($1, $2::int)", lambda n: (n, n)),
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
@@ -347,7 +352,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
         ACCOUNTS
         + """create table log (id int primary key, n numeric); insert into log select generate_series(0, 19);
         create function seen(log) returns numeric language sql as 'select sum(balance) from accounts';""",
-        each(
+        same_writes(
             20,
             ("update log set n = log.seen where id = $1", lambda n: (n,)),
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
@@ -358,7 +363,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
         + """create table log (id int primary key, n numeric, t text default '5'); insert into log select generate_series(0, 19);
         create function seen(text, int) returns numeric language sql as 'select sum(balance) from accounts';
         create operator + (leftarg = text, rightarg = int, function = seen);""",
-        each(
+        same_writes(
             20,
             ("update log set n = t + 1 where id = $1", lambda n: (n,)),
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
@@ -368,7 +373,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
         ACCOUNTS
         + """create table log (id int primary key, n numeric, t text default '5'); insert into log select generate_series(0, 19);
         create function abs(text) returns numeric language sql as 'select sum(balance) from accounts';""",
-        each(
+        same_writes(
             20,
             ("update log set n = abs(t) where id = $1", lambda n: (n,)),
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
@@ -376,7 +381,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "a view": (
         ACCOUNTS + "create view rich as select * from accounts where balance > 5;",
-        each(
+        same_writes(
             30,
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
             ("update rich set balance = 0 where id = $1", lambda n: (n % 3,)),
@@ -385,7 +390,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     "a rule": (
         ACCOUNTS + "create table log (n numeric); create table seen (id int);"
         "create rule note as on insert to seen do also insert into log select sum(balance) from accounts;",
-        each(
+        same_writes(
             20,
             ("insert into seen values ($1)", lambda n: (n,)),
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
@@ -393,7 +398,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "a parent by inheritance": (
         "create table a (id int, n int default 0); create table b () inherits (a); insert into b select generate_series(0, 3);",
-        each(
+        same_writes(
             20,
             ("update a set n = n * 2 where id = $1", lambda n: (n % 4,)),
             ("update b set n = n + 1 where id = $1", lambda n: (n % 4,)),
@@ -402,7 +407,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     "a partition and its parent": (
         "create table a (id int, n int) partition by list (id); create table a1 partition of a for values in (0, 1);"
         "create table a2 partition of a default; insert into a select generate_series(0, 3), 0;",
-        each(
+        same_writes(
             20,
             ("update a set n = n * 2 where id = $1", lambda n: (n % 4,)),
             ("update a1 set n = n + 1 where id = $1", lambda n: (n % 4,)),
@@ -411,7 +416,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     "deferred constraint that a later message repairs": (
         "create table parents (id int primary key);"
         "create table children (parent int references parents deferrable initially deferred);",
-        each(
+        same_writes(
             20,
             ("insert into children values ($1)", lambda n: (1,)),
             ("insert into parents values ($1)", lambda n: (n,)),
@@ -432,7 +437,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     "ddl among the writes": (
         "create table log (n int); create table a (id int);",
         [
-            *each(10, ("insert into a values ($1)", lambda n: (n,))),
+            *same_writes(10, ("insert into a values ($1)", lambda n: (n,))),
             [
                 (
                     "create function note() returns trigger language plpgsql as $$ begin insert into log values (new.id); return null; end $$",
@@ -442,37 +447,37 @@ CASES: dict[str, tuple[str, list[Message]]] = {
                 ("drop trigger note on a", ()),
                 ("create trigger note after insert on a for each row execute function note()", ()),
             ],
-            *each(10, ("insert into a values ($1)", lambda n: (n,))),
+            *same_writes(10, ("insert into a values ($1)", lambda n: (n,))),
         ],
     ),
     "a temporary table that shadows another": (
         "create table a (id int);",
         [
-            *each(10, ("insert into a values ($1)", lambda n: (n,))),
+            *same_writes(10, ("insert into a values ($1)", lambda n: (n,))),
             [
                 ("create temp table a (id int) on commit drop", ()),
                 ("insert into a values ($1)", (99,)),
                 ("drop table pg_temp.a", ()),
             ],
-            *each(10, ("insert into a values ($1)", lambda n: (n,))),
+            *same_writes(10, ("insert into a values ($1)", lambda n: (n,))),
         ],
     ),
     "a column that is added": (
         "create table a (id int);",
         [
-            *each(10, ("insert into a (id) values ($1)", lambda n: (n,))),
+            *same_writes(10, ("insert into a (id) values ($1)", lambda n: (n,))),
             [("alter table a add extra int", ())],
-            *each(10, ("insert into a (id, extra) values ($1, $1)", lambda n: (n,))),
+            *same_writes(10, ("insert into a (id, extra) values ($1, $1)", lambda n: (n,))),
         ],
     ),
     "several commands in one text": (
         "create table a (n int default 0); insert into a values (0);",
-        each(20, ("update a set n = n + 1; update a set n = n * 2", lambda n: ())),
+        same_writes(20, ("update a set n = n + 1; update a set n = n * 2", lambda n: ())),
     ),
     "spellings of one uuid": (
         "create table accounts (id uuid primary key, balance bigint not null default 0);"
         f"insert into accounts values ('{A}');",
-        each(
+        same_writes(
             100,
             (
                 "update accounts set balance = balance + $2 where id = $1",
@@ -483,7 +488,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     "spellings of one uuid in two statements": (
         "create table accounts (id uuid primary key, balance bigint not null default 0);"
         f"insert into accounts values ('{A}');",
-        each(
+        same_writes(
             40,
             ("update accounts set balance = balance + $2 where id = $1", lambda n: ([A, A.upper()][n % 2], n)),
             ("update accounts set balance = balance * 2 - $2 where id = $1", lambda n: ([A.upper(), A][n % 2], n)),
@@ -491,7 +496,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "numeric keys": (
         "create table accounts (id numeric primary key, balance bigint not null default 0); insert into accounts values (1);",
-        each(
+        same_writes(
             40,
             (
                 "update accounts set balance = balance + $2 where id = $1",
@@ -501,7 +506,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "instants in several time zones": (
         "create table accounts (id timestamptz primary key, n int not null default 0); insert into accounts values ('2026-01-01T00:00Z');",
-        each(
+        same_writes(
             40,
             (
                 "update accounts set n = n * 3 % 1000 + $2 where id = $1",
@@ -514,11 +519,13 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "padded characters": (
         "create table accounts (id char(4) primary key, n int not null default 0); insert into accounts values ('a');",
-        each(40, ("update accounts set n = n * 3 % 1000 + $2 where id = $1", lambda n: ("a" + " " * (n % 4), n))),
+        same_writes(
+            40, ("update accounts set n = n * 3 % 1000 + $2 where id = $1", lambda n: ("a" + " " * (n % 4), n))
+        ),
     ),
     "text cut to its length": (
         "create table seen (id varchar(2) primary key, n int);",
-        each(
+        same_writes(
             40,
             (
                 "insert into seen (id, n) values ($1, $2) on conflict (id) do update set n = seen.n * 2 % 1000 + excluded.n",
@@ -528,7 +535,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "floats without a sign": (
         "create table accounts (id float8 primary key, n int not null default 0); insert into accounts values (0), ('NaN');",
-        each(
+        same_writes(
             40,
             (
                 "update accounts set n = n * 3 % 1000 + $2 where id = $1",
@@ -538,7 +545,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "an upsert that meets a row twice": (
         STOCK,
-        each(
+        same_writes(
             40,
             (
                 "insert into stock (sku, quantity) values ($1, $2) on conflict (sku) do update set quantity = stock.quantity * 2 % 1000 + $2, note = excluded.sku || 'x'",
@@ -548,7 +555,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "an upsert with a condition": (
         STOCK,
-        each(
+        same_writes(
             40,
             (
                 "insert into stock as s (sku, quantity) values ($1, $2) on conflict (sku) do update set quantity = excluded.quantity where s.quantity < $2 - 1",
@@ -558,7 +565,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "an upsert beside a second unique index": (
         "create table t (a int primary key, b int unique, n int default 0);",
-        each(
+        same_writes(
             40,
             (
                 "insert into t (a, b) values ($1, $2) on conflict (a) do update set n = t.n + 1, b = excluded.b",
@@ -568,14 +575,14 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "an upsert that takes numbers": (
         "create table t (a int primary key, n int default 0, id bigserial);",
-        each(
+        same_writes(
             40,
             ("insert into t (a) values ($1) on conflict (a) do update set n = t.n + 1", lambda n: ((n * 7) % 30,)),
         ),
     ),
     "an upsert whose value is rounded": (
         "create table t (a int primary key, n numeric(8, 1) default 0);",
-        each(
+        same_writes(
             40,
             (
                 "insert into t (a, n) values ($1, $2) on conflict (a) do update set n = t.n + $2",
@@ -585,7 +592,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "two statements on one table": (
         STOCK + "insert into stock select generate_series(0, 9);",
-        each(
+        same_writes(
             40,
             ("update stock set quantity = quantity + $2 where sku = $1", lambda n: (n % 10, n)),
             ("update stock set quantity = quantity * 2 % 1000 where sku = $1", lambda n: ((n * 3) % 10,)),
@@ -593,7 +600,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "a condition on what another statement changes": (
         STOCK + "insert into stock select generate_series(0, 3);",
-        each(
+        same_writes(
             40,
             ("update stock set note = $2 where sku = $1 and quantity < 10", lambda n: (n % 4, str(n))),
             ("update stock set quantity = quantity + 1 where sku = $1", lambda n: ((n + 1) % 4,)),
@@ -601,7 +608,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "values without a key": (
         STOCK + "insert into stock select generate_series(0, 3);",
-        each(
+        same_writes(
             40,
             ("update stock set quantity = quantity + $2 where sku = $1", lambda n: (None if n % 5 == 0 else n % 4, n)),
             ("update stock set quantity = quantity * 2 % 1000 where sku = $1", lambda n: (n % 4,)),
@@ -610,33 +617,33 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     "exclusion of overlaps": (
         "create table t (id int primary key, span int4range, exclude using gist (span with &&)); insert into t select n, int4range(n, n + 1) from generate_series(0, 9) n;",
         [
-            *each(10, ("update t set span = int4range($2, $2 + 1) where id = $1", lambda n: (n, 100 + n))),
-            *each(10, ("update t set span = int4range($2, $2 + 1) where id = $1", lambda n: (n, 9 - n))),
+            *same_writes(10, ("update t set span = int4range($2, $2 + 1) where id = $1", lambda n: (n, 100 + n))),
+            *same_writes(10, ("update t set span = int4range($2, $2 + 1) where id = $1", lambda n: (n, 9 - n))),
         ],
     ),
     "a generated column": (
         "create table t (id int primary key, n int not null default 0, twice int generated always as (n * 2) stored);"
         "insert into t select generate_series(0, 9);",
-        each(40, ("update t set n = n + $2 where id = $1", lambda n: (n % 10, n))),
+        same_writes(40, ("update t set n = n + $2 where id = $1", lambda n: (n % 10, n))),
     ),
     "a key that is generated": (
         "create table t (n int not null default 0, twice int generated always as (n * 2) stored); insert into t select generate_series(0, 9);",
-        each(40, ("update t set n = n + 1 where twice = $1", lambda n: ((n * 7) % 20 // 2 * 2,))),
+        same_writes(40, ("update t set n = n + 1 where twice = $1", lambda n: ((n * 7) % 20 // 2 * 2,))),
     ),
     "a unique column that is generated": (
         "create table t (id int primary key, n int not null, twice int generated always as (n * 2) stored unique);"
         "insert into t select n, n from generate_series(0, 19) n;",
         [
-            *each(20, ("update t set n = $2 where id = $1", lambda n: (n, n + 100))),
-            *each(20, ("update t set n = $2 where id = $1", lambda n: (n, 119 - n + 100))),
-            *each(20, ("update t set n = $2 where id = $1", lambda n: (19 - n, 300 - n))),
+            *same_writes(20, ("update t set n = $2 where id = $1", lambda n: (n, n + 100))),
+            *same_writes(20, ("update t set n = $2 where id = $1", lambda n: (n, 119 - n + 100))),
+            *same_writes(20, ("update t set n = $2 where id = $1", lambda n: (19 - n, 300 - n))),
         ],
     ),
     "a reference that is generated": (
         "create table parents (id int primary key); insert into parents values (0);"
         "create table children (id int primary key, n int default 0, parent int generated always as (n) stored references parents);"
         "insert into children select n, 0 from generate_series(0, 19) n;",
-        each(
+        same_writes(
             20,
             ("update children set n = $2 where id = $1", lambda n: (n, n)),
             ("insert into parents values ($1)", lambda n: (n + 1,)),
@@ -646,7 +653,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
         "create table parents (id int primary key); insert into parents values (0);"
         "create table children (id int primary key, n int default 0, parent int generated always as (n) stored references parents);"
         "insert into children select n, 0 from generate_series(0, 19) n;",
-        each(
+        same_writes(
             20,
             ("update children set n = $2 where id = $1", lambda n: (n, n + 1)),
             ("insert into parents values ($1)", lambda n: (n + 1,)),
@@ -655,7 +662,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     "an enum": (
         "create type state as enum ('new', 'paid'); create table t (id int primary key, s state default 'new'); create table u (s state);"
         "insert into t select generate_series(0, 9);",
-        each(
+        same_writes(
             40,
             ("update t set s = $2 where id = $1", lambda n: (n % 10, ["paid", "new"][n % 2])),
             ("insert into u values ($1)", lambda n: ("paid",)),
@@ -663,11 +670,11 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     ),
     "an overflow on the way": (
         "create table t (id int primary key, n int not null default 2147483640); insert into t select generate_series(0, 3);",
-        each(40, ("update t set n = n + $2 where id = $1", lambda n: (n % 4, 9 if n % 8 < 4 else -9))),
+        same_writes(40, ("update t set n = n + $2 where id = $1", lambda n: (n % 4, 9 if n % 8 < 4 else -9))),
     ),
     "numbers without parameters": (
         "create table a (n int default 0); insert into a values (0); create table b (n int);",
-        each(
+        same_writes(
             20,
             ("update a set n = n + 1", lambda n: ()),
             ("insert into b select n from a", lambda n: ()),
@@ -677,16 +684,16 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     "additions across a gap between partitions": (
         "create table t (id int, n int not null) partition by range (n); create table t1 partition of t for values from (0) to (10);"
         "create table t2 partition of t for values from (20) to (100); insert into t values (1, 5);",
-        each(8, ("update t set n = n + $2 where id = $1", lambda n: (1, 4))),
+        same_writes(8, ("update t set n = n + $2 where id = $1", lambda n: (1, 4))),
     ),
     "additions to what decides the partition, sent to the partition": (
         "create table t (id int, n int) partition by list (n); create table t1 partition of t for values in (0, 3); insert into t values (1, 0);",
-        each(8, ("update t1 set n = n + $2 where id = $1", lambda n: (1, 1 if n < 3 else 0))),
+        same_writes(8, ("update t1 set n = n + $2 where id = $1", lambda n: (1, 1 if n < 3 else 0))),
     ),
     "an upsert that notes the time": (
         "create table t (id int primary key, v int, at timestamptz default clock_timestamp());"
         "create view order_of_all as select v as n, 't' as what, rank() over (order by at) from t;",
-        each(
+        same_writes(
             10,
             (
                 "insert into t (id, v) values ($1, $2) on conflict (id) do update set v = excluded.v",
@@ -697,14 +704,14 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     "an operator whose signs are two operators apart": (
         "create table t (id int primary key, v int); insert into t select n, 10 from generate_series(0, 19) n;"
         "create function seven(int, int) returns int language sql as 'select 7'; create operator %- (leftarg = int, rightarg = int, function = seven);",
-        each(10, ("update t set v = v %- $2 where id = $1", lambda n: (n, n + 1))),
+        same_writes(10, ("update t set v = v %- $2 where id = $1", lambda n: (n, n + 1))),
     ),
     "an operator of several signs that reads another table": (
         ACCOUNTS
         + """create table log (id int primary key, n numeric, t text default '5'); insert into log select generate_series(0, 19);
         create function seen(text, int) returns numeric language sql as 'select sum(balance) from accounts';
         create operator %- (leftarg = text, rightarg = int, function = seen);""",
-        each(
+        same_writes(
             20,
             ("update log set n = t %- 1 where id = $1", lambda n: (n,)),
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (n % 3, n)),
@@ -716,7 +723,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
         "create operator =# (leftarg = text, rightarg = text, function = eq);"
         "create operator class blind for type text using btree as operator 3 =#, function 1 cmp(text, text);"
         "create table t (name text not null, n int); create unique index on t (name blind);",
-        each(
+        same_writes(
             20,
             (
                 "insert into t (name, n) values ($1, $2) on conflict (name) do update set n = t.n + excluded.n",
@@ -748,7 +755,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
         f"a domain that reads another table, in {place}": (
             "create table log (n int); create function seen() returns bigint language sql as 'select count(*) from public.log';"
             f"create domain more as int check (value >= public.seen()); {table}",
-            each(
+            same_writes(
                 20, ("insert into t (id) values ($1)", lambda n: (15,)), ("insert into log values ($1)", lambda n: (n,))
             ),
         )
@@ -763,7 +770,7 @@ CASES: dict[str, tuple[str, list[Message]]] = {
     },
     "clocks and random numbers": (
         "create table a (id int, at timestamptz default now(), constraint k check (at <= now())); create table b (n int);",
-        each(
+        same_writes(
             20,
             ("insert into b values ($1)", lambda n: (n,)),
             ("update b set n = n + 1 where n = $1", lambda n: (n - 1,)),
@@ -783,12 +790,12 @@ ADD = "update accounts set balance = balance + $2 where id = $1"
 FAST: dict[str, tuple[str, list[Message], int]] = {
     "insert and additive update": (
         "create table payments (id uuid primary key, account int, amount bigint);" + ACCOUNTS,
-        each(200, (PAYMENT, lambda n: (UUID(int=n), n % 10, n)), (ADD, lambda n: (n % 10, n))),
+        same_writes(200, (PAYMENT, lambda n: (UUID(int=n), n % 10, n)), (ADD, lambda n: (n % 10, n))),
         2,
     ),
     "upsert with one key column": (
         STOCK + ORDERS,
-        each(
+        same_writes(
             200,
             ("insert into items values ($1, $1)", lambda n: (n,)),
             (
@@ -800,7 +807,7 @@ FAST: dict[str, tuple[str, list[Message], int]] = {
     ),
     "delete by key": (
         STOCK + "insert into stock select generate_series(0, 199);" + ORDERS,
-        each(
+        same_writes(
             200,
             ("delete from stock where sku = $1", lambda n: (n % 150,)),
             ("insert into items values ($1, $1)", lambda n: (n,)),
@@ -809,7 +816,7 @@ FAST: dict[str, tuple[str, list[Message], int]] = {
     ),
     "a transfer between two accounts": (
         "create table accounts (id int primary key, balance bigint not null default 0); insert into accounts select generate_series(0, 999);",
-        each(
+        same_writes(
             200,
             ("update accounts set balance = balance - $2 where id = $1", lambda n: (n, n)),
             ("update accounts set balance = balance + $2 where id = $1", lambda n: (999 - n, n)),
@@ -819,18 +826,20 @@ FAST: dict[str, tuple[str, list[Message], int]] = {
     "partitions": (
         "create table log (id int, n int) partition by range (id); create table log1 partition of log for values from (0) to (100);"
         "create table log2 partition of log default;" + ACCOUNTS,
-        each(200, ("insert into log values ($1, $2)", lambda n: (n, n)), (ADD, lambda n: (n % 10, n))),
+        same_writes(200, ("insert into log values ($1, $2)", lambda n: (n, n)), (ADD, lambda n: (n % 10, n))),
         2,
     ),
     "fields of a document": (
         "create table t (id int primary key, name text, j jsonb); insert into t select n from generate_series(0, 99) n;",
-        each(200, ("update t set j = $2, name = $2::jsonb ->> 'a' where id = $1", lambda n: (n % 100, '{"a": "b"}'))),
+        same_writes(
+            200, ("update t set j = $2, name = $2::jsonb ->> 'a' where id = $1", lambda n: (n % 100, '{"a": "b"}'))
+        ),
         2,
     ),
     "additions beside what decides the partition": (
         "create table t (id int primary key, n int default 0) partition by range (id); create table t1 partition of t default;"
         "insert into t select generate_series(0, 9);",
-        each(200, ("update t set n = n + $2 where id = $1", lambda n: (n % 10, n))),
+        same_writes(200, ("update t set n = n + $2 where id = $1", lambda n: (n % 10, n))),
         1,
     ),
     "additions beside a trigger for updates of another column": (
@@ -838,12 +847,12 @@ FAST: dict[str, tuple[str, list[Message], int]] = {
         create function fails() returns trigger language plpgsql as $$ begin raise 'it fires'; end $$;
         create trigger fails before update of other on t for each row execute function fails();
         create trigger fails_too before update of other on t execute function fails();""",
-        each(200, ("update t set n = n + $2 where id = $1", lambda n: (n % 10, n))),
+        same_writes(200, ("update t set n = n + $2 where id = $1", lambda n: (n % 10, n))),
         1,
     ),
     "an update with a condition": (
         STOCK + "insert into stock select generate_series(0, 99);" + ORDERS,
-        each(
+        same_writes(
             200,
             ("update stock set note = $2 where sku = $1 and quantity = 0", lambda n: (n % 100, str(n))),
             ("insert into items values ($1, $1)", lambda n: (n,)),
@@ -861,7 +870,7 @@ async def test_batch_forms_of_the_grammar_stay_grouped(database: str, name: str)
 
 async def test_batch_what_is_not_grouped_is_logged_once_and_counted(database: str, caplog: Any) -> None:
     schema = STOCK + "create table log (n numeric unique, secret text); create view seen as select * from log;"
-    messages = each(
+    messages = same_writes(
         20,
         ("insert into seen values ($1, 'hunter2')", lambda n: (n,)),
         ("insert into stock (sku) select $1::int + 4711 where true", lambda n: (n,)),
@@ -871,16 +880,18 @@ async def test_batch_what_is_not_grouped_is_logged_once_and_counted(database: st
     writer.logged.clear()
     with caplog.at_level("DEBUG", logger="consumer"):
         await assert_equal(database, schema, messages)
-    found = [each.fields for each in caplog.records if each.message == "deferred statement not batched"]
-    told = {(each["statement"], each["sent"], each["reason"]) for each in found}
-    assert told == {
+    logged = [record.fields for record in caplog.records if record.message == "deferred statement not batched"]
+    statements = {(fields["statement"], fields["sent"], fields["reason"]) for fields in logged}
+    assert statements == {
         ("insert into seen values ($1, …)", "in message order", NotBatchedReason.KIND.value),
         ("insert into stock (sku) select $1::int + … where true", "in message order", NotBatchedReason.GRAMMAR.value),
     }
-    assert len(found) == len(told), "each once"
+    assert len(logged) == len(statements), "each once"
     assert writer.ungrouped == {NotBatchedReason.KIND: 20, NotBatchedReason.GRAMMAR: 20}
     writer.logged.clear()
     with caplog.at_level("DEBUG", logger="consumer"):
-        await assert_equal(database, schema, each(20, ("update log set secret = $2 where n = $1", lambda n: (n, "x"))))
+        await assert_equal(
+            database, schema, same_writes(20, ("update log set secret = $2 where n = $1", lambda n: (n, "x")))
+        )
     assert writer.ungrouped[NotBatchedReason.KEY] == 20
     assert "hunter2" not in caplog.text and "4711" not in caplog.text

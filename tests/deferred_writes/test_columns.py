@@ -162,12 +162,12 @@ def test_no_round_meets_a_row_twice_and_each_row_keeps_its_order(arguments: list
     shape = shape_of(UPDATE)
     assert shape is not None
     numbered = [(key, place) for place, (key, _) in enumerate(arguments)]
-    found = split_by_key_use(numbered, shape, TYPES)
-    assert found is not None
-    for each in found:
-        keys = [key for key, _ in each]
+    rounds = split_by_key_use(numbered, shape, TYPES)
+    assert rounds is not None
+    for rows in rounds:
+        keys = [key for key, _ in rows]
         assert keys == sorted(set(keys))
-    executed = [write for each in found for write in each]
+    executed = [write for rows in rounds for write in rows]
     assert Counter(executed) == Counter(numbered)
     for key in range(6):
         places = [place for other, place in executed if other == key]
@@ -206,14 +206,14 @@ def test_what_only_adds(sql: str, added: tuple[tuple[str, int], ...]) -> None:
 def test_sums_add_up_and_no_key_of_both_signs_is_summed(arguments: list[tuple[int, int, int]]) -> None:
     shape = shape_of("update a set b = b + $2, c = c - $3 where id = $1")
     assert shape is not None
-    found = sum_by_key(arguments, shape, ["int4"] * 3)
-    assert found is not None
-    summed, alone = found
+    sums = sum_by_key(arguments, shape, ["int4"] * 3)
+    assert sums is not None
+    summed, alone = sums
     keys = [row[0] for row in summed]
     assert keys == sorted(set(keys))
     both = {key for key in range(5) if {n > 0 for k, n, _ in arguments if k == key and n} == {True, False}}
     assert not both.intersection(keys)
-    assert alone == [each for each in arguments if each[0] in both]
+    assert alone == [row for row in arguments if row[0] in both]
     for key in range(5):
         rows = [*(row for row in summed if row[0] == key), *(row for row in alone if row[0] == key)]
         for place in (1, 2):
@@ -283,9 +283,9 @@ def test_rounds_spellings_of_one_uuid_are_one_key() -> None:
     shape = shape_of(UPDATE)
     assert shape is not None
     spellings = [A, A.upper(), A.replace("-", ""), UUID(A)]
-    found = split_by_key_use([(each, n) for n, each in enumerate(spellings)], shape, ["uuid", "int8"])
-    assert found == [[(each, n)] for n, each in enumerate(spellings)]
-    summed = sum_by_key([(each, 1) for each in spellings], shape, ["uuid", "int8"])
+    rounds = split_by_key_use([(spelling, n) for n, spelling in enumerate(spellings)], shape, ["uuid", "int8"])
+    assert rounds == [[(spelling, n)] for n, spelling in enumerate(spellings)]
+    summed = sum_by_key([(spelling, 1) for spelling in spellings], shape, ["uuid", "int8"])
     assert summed == ([[A, 4]], [])
 
 
@@ -317,8 +317,8 @@ class Text(str):
 def test_rounds_values_off_the_list_are_no_keys(kind: str, values: list[object]) -> None:
     shape = shape_of(UPDATE)
     assert shape is not None
-    assert split_by_key_use([(each, 1) for each in values], shape, [kind, "int8"]) is None
-    assert sum_by_key([(each, 1) for each in values], shape, [kind, "int8"]) is None
+    assert split_by_key_use([(value, 1) for value in values], shape, [kind, "int8"]) is None
+    assert sum_by_key([(value, 1) for value in values], shape, [kind, "int8"]) is None
 
 
 @pytest.mark.parametrize(

@@ -63,17 +63,17 @@ def test_group_writes_run_once_each(writes: list[Write]) -> None:
 
 @given(numbered_writes())
 def test_group_writes_that_do_not_commute_keep_their_order(writes: list[Write]) -> None:
-    found = executed(group(writes, PLANS))
-    for at, one in enumerate(found):
-        for other in found[at + 1 :]:
+    order = executed(group(writes, PLANS))
+    for at, one in enumerate(order):
+        for other in order[at + 1 :]:
             assert one[1][1] < other[1][1] or may_swap(one, other), (one, other)
 
 
 @given(numbered_writes())
 def test_group_barriers_only_keep_the_order_of_all(writes: list[Write]) -> None:
-    found = group(writes, dict.fromkeys(SQLS))
-    assert executed(found) == writes
-    assert all(one[0] != other[0] for one, other in zip(found, found[1:], strict=False))
+    groups = group(writes, dict.fromkeys(SQLS))
+    assert executed(groups) == writes
+    assert all(one[0] != other[0] for one, other in zip(groups, groups[1:], strict=False))
 
 
 @given(numbered_writes())

@@ -39,10 +39,10 @@ async def test_a_payload_that_a_handler_changes_is_new_in_the_next_run(place: Pl
     app = new_app()
 
     async def settle(payments: list[dict[str, Any]], tx: Tx) -> None:
-        for each in payments:
-            each["amount"] += 1
-            tx.defer(INSERT, each.pop("id"), each["account"], each["amount"])
-            if each["account"] == 2:
+        for body in payments:
+            body["amount"] += 1
+            tx.defer(INSERT, body.pop("id"), body["account"], body["amount"])
+            if body["account"] == 2:
                 tx.defer("select 1/0")
 
     if batch:
@@ -125,7 +125,7 @@ async def test_a_task_left_behind_meets_no_other_messages_transaction(place: Pla
         await drained(app, place.settings())
     await asyncio.gather(*tasks, return_exceptions=True)
     assert await effect_ids(place) == ["c", "d0", "d1", "d2", "d3", "d4"]
-    assert [each["error"].split(":")[0] for each in await letters(place.dsn)] == [TransactionMisuse.__name__]
+    assert [letter["error"].split(":")[0] for letter in await letters(place.dsn)] == [TransactionMisuse.__name__]
 
 
 class Panic(BaseException):
@@ -155,8 +155,8 @@ async def test_whatever_a_handler_raises_costs_its_own_message_only(
 
     await place.send(topic, payment("a"), payment("bad", 2), payment("c", 3))
     await consume_all(app, place.settings())
-    found = (await counts(app, place.dsn))["settle"]
-    assert (found["applied"] + found["skipped"], found["dead_lettered"]) == (2, 1)
+    counted = (await counts(app, place.dsn))["settle"]
+    assert (counted["applied"] + counted["skipped"], counted["dead_lettered"]) == (2, 1)
 
 
 async def test_a_setting_of_the_session_is_refused_before_another_message_meets_it(place: Place) -> None:
@@ -215,7 +215,7 @@ async def test_slow_handlers_are_committed_before_postgresql_ends_the_transactio
     assert await effect_ids(place) == [f"p{n:02}" for n in range(40)]
     assert sorted(calls) == [f"p{n:02}" for n in range(40)]  # each once: nothing was begun again
     for account in range(10):
-        own = [int(each[1:]) for each in calls if int(each[1:]) % 10 == account]
+        own = [int(id[1:]) for id in calls if int(id[1:]) % 10 == account]
         assert own == sorted(own)
 
 
@@ -226,13 +226,13 @@ async def test_slow_calls_of_a_batch_handler_are_committed_in_time_too(place: Pl
 
     @app.handler(topic, batch=5)
     async def settle(payments: list[Payment], tx: Tx) -> None:
-        calls.extend(each.id for each in payments)
+        calls.extend(settled.id for settled in payments)
         await asyncio.sleep(0.25)
-        for each in payments:
-            tx.defer(INSERT, each.id, each.account, each.amount)
+        for settled in payments:
+            tx.defer(INSERT, settled.id, settled.account, settled.amount)
 
     names = [f"p{n:02}" for n in range(60)]
-    await place.send(topic, *[payment(each, int(each[1:]) % 10) for each in names])
+    await place.send(topic, *[payment(name, int(name[1:]) % 10) for name in names])
     await consume_all(app, place.settings(postgres_idle_in_transaction_timeout_seconds=1.5))
     assert await effect_ids(place) == names
     assert sorted(calls) == names
@@ -343,7 +343,7 @@ async def test_a_fault_of_the_deployment_at_commit_is_not_taken_for_an_unknown_o
         await drained(app, place.settings())
     # It fails alone while others go through, so it is its own fault, and nothing was stored of it.
     assert await effect_ids(place) == ["a", "c"]
-    assert [each["kind"] for each in await letters(place.dsn)] == ["42P01"]
+    assert [letter["kind"] for letter in await letters(place.dsn)] == ["42P01"]
 
 
 async def test_a_table_altered_meanwhile_costs_no_message(place: Place) -> None:
@@ -428,8 +428,8 @@ async def test_postgresql_killed_under_load_loses_and_doubles_nothing(place: Pla
                 await asyncio.to_thread(server.wait)
             await drained(app, settings)
         assert await query(dsn, "select count(*), count(distinct id) from effects") == [(3000, 3000)]
-        found = (await counts(app, dsn))["settle"]
-        assert (found["applied"], found["dead_lettered"]) == (3000, 0)
+        counted = (await counts(app, dsn))["settle"]
+        assert (counted["applied"], counted["dead_lettered"]) == (3000, 0)
 
 
 async def test_a_database_put_back_in_time_gets_its_lost_effects_again(place: Place) -> None:
@@ -535,8 +535,11 @@ async def test_every_delivery_is_counted_once(place: Place) -> None:
     await consume_all(app, place.settings())
     await place.send(topic, *same)
     await consume_all(app, place.settings())
-    for found in (await counts(app, place.dsn)).values():
-        assert found["applied"] + sum(found["duplicates"].values()) + found["dead_lettered"] + found["skipped"] == 8
+    for counted in (await counts(app, place.dsn)).values():
+        assert (
+            counted["applied"] + sum(counted["duplicates"].values()) + counted["dead_lettered"] + counted["skipped"]
+            == 8
+        )
 
 
 async def test_a_commit_that_was_answered_with_rollback_is_noticed(place: Place) -> None:

@@ -48,24 +48,26 @@ async def described(cluster: Cluster, topic: str) -> list[dict[str, Any]]:
     """The partitions of a topic; none while the broker that is asked is down."""
     try:
         async with admin_of(cluster) as admin:
-            [found] = await admin.describe_topics([topic])
+            [description] = await admin.describe_topics([topic])
     except KafkaError:
         return []
-    return sorted(found["partitions"], key=lambda each: each["partition"])
+    return sorted(description["partitions"], key=lambda partition: partition["partition"])
 
 
 async def replicated(cluster: Cluster, topic: str, replicas: int) -> None:
-    found: list[dict[str, Any]] = []
+    partitions: list[dict[str, Any]] = []
 
     async def in_sync() -> bool:
-        found[:] = await described(cluster, topic)
-        return bool(found) and all(len(each["isr"]) == replicas and each["leader"] > 0 for each in found)
+        partitions[:] = await described(cluster, topic)
+        return bool(partitions) and all(
+            len(partition["isr"]) == replicas and partition["leader"] > 0 for partition in partitions
+        )
 
     try:
         await until("all replicas to be in sync", in_sync, 120)
     except AssertionError as error:
         raise AssertionError(
-            f"{error}; partitions: {found}; logs: {[str(each.directory) for each in cluster.nodes]}"
+            f"{error}; partitions: {partitions}; logs: {[str(node.directory) for node in cluster.nodes]}"
         ) from error
 
 
@@ -180,8 +182,8 @@ async def test_another_cluster_with_copied_records_is_noticed_and_adopting_it_do
     second = settings_for(place.dsn, cluster.bootstrap_servers, place.redis_url)
     with caplog.at_level(logging.INFO, logger="consumer"):
         async with working(app, second):
-            found = (await WorkerLog(caplog).wait("partition stopped", seconds=60))[0]
-            assert found["reason"] == "other_cluster"
+            stop = (await WorkerLog(caplog).wait("partition stopped", seconds=60))[0]
+            assert stop["reason"] == "other_cluster"
             assert await value(place.dsn, "select count(*) from effects") == 10
             assert await adopted(second, app, Partition(topic, 0))
             await drained(app, second)
@@ -219,9 +221,9 @@ async def test_brokers_replaced_one_after_the_other_are_followed_by_an_idle_and_
             await until("the busy worker", all_applied, 90)
 
             async def is_known(number: int = node.number, port: int = node.port) -> bool:
-                clients = [each.source.consumer._client for each in (busy_worker, idle_worker)]
-                known = [each.cluster.broker_metadata(number) for each in clients]
-                return all(each is not None and each.port == port for each in known)
+                clients = [worker.source.consumer._client for worker in (busy_worker, idle_worker)]
+                known = [client.cluster.broker_metadata(number) for client in clients]
+                return all(broker is not None and broker.port == port for broker in known)
 
             await until("the new address to be known", is_known, 60)
         assert not first & {node.port for node in cluster.nodes}
@@ -256,13 +258,13 @@ async def test_a_log_whose_tail_was_lost_in_an_unclean_election_stops(  # the la
     await asyncio.to_thread(cluster.node(follower).wait)
 
     async def led_by_the_other() -> bool:
-        return [each["leader"] for each in await described(cluster, topic)] == [follower]
+        return [partition["leader"] for partition in await described(cluster, topic)] == [follower]
 
     await until("an unclean election", led_by_the_other, 40)
     await produce(cluster, topic, [f"q{n}" for n in range(30)], acks=1)  # other records at the same offsets
     with caplog.at_level(logging.INFO, logger="consumer"):
         async with working(app, settings):
-            found = (await WorkerLog(caplog).wait("partition stopped", seconds=60))[0]
-    assert found["reason"] == "other_record"
-    assert found["do"].endswith("--move-to earliest")
+            stop = (await WorkerLog(caplog).wait("partition stopped", seconds=60))[0]
+    assert stop["reason"] == "other_record"
+    assert stop["do"].endswith("--move-to earliest")
     assert await value(database, "select count(*) from effects") == 30

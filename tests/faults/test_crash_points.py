@@ -38,11 +38,11 @@ IN_THE_FLOW = [
 
 def messages(start: int = 0) -> list[Sent]:
     """Forty payments, every fourth of them twice."""
-    found = []
+    payments = []
     for n in range(start, start + 40):
-        each = Sent({"id": str(n), "account": n % 10, "amount": n}, id=f"id-{n}", key=str(n % 10))
-        found += [each, each] if n % 4 == 0 else [each]
-    return found
+        payment = Sent({"id": str(n), "account": n % 10, "amount": n}, id=f"id-{n}", key=str(n % 10))
+        payments += [payment, payment] if n % 4 == 0 else [payment]
+    return payments
 
 
 def crashing(settings: Settings, topic: str, app: str, step: str, nth: int, log: Path) -> subprocess.Popen[bytes]:
@@ -105,8 +105,8 @@ async def test_a_crash_loses_nothing_and_doubles_nothing(
     assert await ended(process) == 137
     await consume_all(app, settings)
     await each_effect_is_there_once(database, 40 * nth)
-    found = await counts(app, database)
-    assert {name: each["applied"] for name, each in found.items()} == {"settle": 40 * nth, "record": 40 * nth}
+    counted = await counts(app, database)
+    assert {name: handler["applied"] for name, handler in counted.items()} == {"settle": 40 * nth, "record": 40 * nth}
 
 
 async def test_a_crash_while_partitions_are_revoked(kafka: Any, database: str, redis_url: str, tmp_path: Path) -> None:

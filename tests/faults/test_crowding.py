@@ -32,22 +32,22 @@ async def test_too_few_connections_are_shared_and_every_partition_proceeds(
     topic = await new_topic(kafka.bootstrap_servers, 12)
     app_name = f"crowded-{uuid4().hex[:8]}"
 
-    def told() -> list[logging.LogRecord]:
-        return [each for each in caplog.records if "too few connections" in each.getMessage()]
+    def refusals() -> list[logging.LogRecord]:
+        return [record for record in caplog.records if "too few connections" in record.getMessage()]
 
-    async def is_told() -> bool:
-        return bool(told())
+    async def is_refused() -> bool:
+        return bool(refusals())
 
     def app() -> App:
-        made = App(app_name)
+        app = App(app_name)
 
-        @made.handler(topic)
+        @app.handler(topic)
         async def settle(body: dict[str, str], tx: Tx) -> None:
             # Every lane keeps its connection until one more is refused: twelve lanes want one, and there are seven.
-            await until("a refused connection", is_told, 100)
+            await until("a refused connection", is_refused, 100)
             tx.defer("insert into effects values ($1, 1, 1)", body["id"])
 
-        return made
+        return app
 
     async def send(begin: int) -> None:
         await produce(
@@ -76,4 +76,4 @@ async def test_too_few_connections_are_shared_and_every_partition_proceeds(
         await until("all of them again", lambda: all_of(1200), 120)
     assert await looking.fetchval("select count(distinct id) from effects") == 1200
     await looking.close()
-    assert 1 <= len(told()) <= 30  # by each worker when it begins, not by each lane and batch
+    assert 1 <= len(refusals()) <= 30  # by each worker when it begins, not by each lane and batch

@@ -36,7 +36,7 @@ def primary() -> Iterator[Postgres]:
 async def marks(redis_url: str, app: App) -> int:
     redis = Redis.from_url(redis_url)
     try:
-        return sum([await redis.scard(each) async for each in redis.scan_iter(match=f"consumer:*:{app.name}:*")])
+        return sum([await redis.scard(key) async for key in redis.scan_iter(match=f"consumer:*:{app.name}:*")])
     finally:
         await redis.aclose()
 
@@ -205,8 +205,8 @@ async def test_snapshot_of_the_same_timeline_is_another_epoch(
 
 async def _shorn(place: Place, *functions: str) -> None:
     """Take functions away from everybody but superusers, as managed services do."""
-    for each in functions:
-        await query(place.dsn, f"revoke execute on function pg_catalog.{each} from public")
+    for function in functions:
+        await query(place.dsn, f"revoke execute on function pg_catalog.{function} from public")
 
 
 async def test_server_without_wal_functions_works_with_pre_check(

@@ -98,8 +98,8 @@ async def test_a_produce_whose_answer_was_lost_is_sent_again_and_counts_once(pla
         producer = AIOKafkaProducer(bootstrap_servers=f"127.0.0.1:{kafka.proxy}", acks="all", enable_idempotence=False)
         await producer.start()
         try:
-            for each in payments(0, 5):
-                await producer.send_and_wait(topic, each.value, partition=0, headers=each.headers)
+            for sent in payments(0, 5):
+                await producer.send_and_wait(topic, sent.value, partition=0, headers=sent.headers)
         finally:
             await producer.stop()
         assert proxy.fired[PRODUCE, "after"] == 2
@@ -156,8 +156,8 @@ async def test_committed_offsets_that_are_gone_lose_and_repeat_nothing(place: Pl
     with caplog.at_level("INFO", logger="consumer"):
         async with working(app, place.settings()):
             await drained(app, place.settings())
-    found = (await counts(app, place.dsn))["settle"]
-    assert (found["applied"], sum(found["duplicates"].values())) == (400, 0)  # it was not even read again
+    counted = (await counts(app, place.dsn))["settle"]
+    assert (counted["applied"], sum(counted["duplicates"].values())) == (400, 0)  # it was not even read again
     assert (await group_offsets(place.settings(), app.name))[Partition(topic, 0)] == 100
 
 

@@ -91,7 +91,7 @@ async def test_a_commit_that_is_cut_before_during_or_after_it_reached_the_server
     async with Proxy(own.port, "postgres") as proxy:
         settings = settings_for(through(there, proxy, own), kafka.bootstrap_servers, redis_url, batch_messages_max=40)
         opened: list[int] = []
-        async with working(app, settings, report=lambda each: opened.append(each.get("opened") or 0)):
+        async with working(app, settings, report=lambda report: opened.append(report.get("opened") or 0)):
 
             async def is_open() -> bool:
                 return sum(opened) >= 4
@@ -107,7 +107,7 @@ async def test_a_commit_that_is_cut_before_during_or_after_it_reached_the_server
     unknown = [fields for fields in map(fields_of, caplog.records) if fields.get("why") == "postgresql lost"]
     assert sum(fields["count"] for fields in unknown) >= 18
     # Those that had happened were found out: by the positions, which had moved with them.
-    assert sum("positions have moved" in each.getMessage() for each in caplog.records) >= 10
+    assert sum("positions have moved" in record.getMessage() for record in caplog.records) >= 10
 
 
 @pytest.mark.parametrize("way", ["down", "both"])
@@ -304,8 +304,8 @@ async def test_a_server_that_is_full_of_connections_is_waited_for(
 
             await until("the worker to be refused", waits)
         finally:
-            for each in crowd:
-                await each.close()
+            for connection in crowd:
+                await connection.close()
         await drained(app, settings)
     await all_applied_once(there, range(400))
 
@@ -535,8 +535,8 @@ async def test_check_behind_pgbouncer_counts_no_rows_of_other_clients(
         writing = asyncio.create_task(write())
         try:
             for _ in range(3):
-                found = await replay(app, settings, [topic], Options(), Progress())
-                assert found.ok and found.effects is not None and found.effects.total == 0, found.answer()
+                findings = await replay(app, settings, [topic], Options(), Progress())
+                assert findings.ok and findings.effects is not None and findings.effects.total == 0, findings.answer()
         finally:
             writing.cancel()
             await asyncio.wait([writing])

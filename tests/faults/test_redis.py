@@ -21,14 +21,14 @@ from consumer.local_servers import Valkey
 def payments(first: int, count: int) -> list[Sent]:
     """`count` payments, and every tenth of them once more at a place of its own."""
     chance = random.Random(first)
-    each = [
+    payments = [
         Sent({"id": str(n), "account": n % 7, "amount": 1}, id=f"id-{n}", key=str(n % 7))
         for n in range(first, first + count)
     ]
-    found = list(each)
-    for one in chance.sample(each, count // 10):
-        found.insert(chance.randrange(len(found)), one)
-    return found
+    sent = list(payments)
+    for one in chance.sample(payments, count // 10):
+        sent.insert(chance.randrange(len(sent)), one)
+    return sent
 
 
 def stop(server: Valkey) -> None:
@@ -77,10 +77,10 @@ async def test_redis_harmed_in_mid_run_costs_nothing_but_speed(
     rows = await query(place.dsn, "select id, count(*) from effects group by id")
     assert sorted(int(row[0]) for row in rows) == list(range(3000))
     assert {row[1] for row in rows} == {1}
-    found = (await counts(app, place.dsn))["settle"]
-    assert found["applied"] == 3000
-    assert sum(found["duplicates"].values()) == 100 + 200 + 550
-    assert found["dead_lettered"] == 0
+    counted = (await counts(app, place.dsn))["settle"]
+    assert counted["applied"] == 3000
+    assert sum(counted["duplicates"].values()) == 100 + 200 + 550
+    assert counted["dead_lettered"] == 0
 
 
 async def test_a_frozen_redis_is_asked_once_in_its_budget_and_then_left_alone(
@@ -110,7 +110,7 @@ async def test_a_frozen_redis_is_asked_once_in_its_budget_and_then_left_alone(
         await drained(app, settings)
         assert len(asked) >= 50
         waited = [
-            each for each in asked if each > 0.02
+            seconds for seconds in asked if seconds > 0.02
         ]  # a budget of 50 ms: all but the first few went by without asking
         assert len(waited) <= 5
 

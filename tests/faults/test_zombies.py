@@ -60,12 +60,12 @@ class Zombie:
         return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
     def messages(self, start: int) -> list[Sent]:
-        found = []
+        payments = []
         for n in range(start, start + 40):
             name = f"{self.step}-{n}"
-            each = Sent({"id": name, "account": n % 10, "amount": 1}, id=f"{self.topic}-{n}", key=str(n % 10))
-            found += [each, each] if n % 4 == 0 else [each]
-        return found
+            payment = Sent({"id": name, "account": n % 10, "amount": 1}, id=f"{self.topic}-{n}", key=str(n % 10))
+            payments += [payment, payment] if n % 4 == 0 else [payment]
+        return payments
 
     def end(self) -> None:
         self.process.kill()
@@ -81,27 +81,27 @@ async def test_a_zombie_at_every_step_holds_up_its_successor_for_a_while_and_doe
             topic = await place.topic()
             zombies.append(Zombie(place, topic, step, tmp_path))
             await place.send(topic, *zombies[-1].messages(0))
-        for each in zombies:
-            await until(f"the worker to stop at {each.step}", each.stopped, 60)
+        for zombie in zombies:
+            await until(f"the worker to stop at {zombie.step}", zombie.stopped, 60)
         async with AsyncExitStack() as successors:
-            for each in zombies:
-                await successors.enter_async_context(working(each.app, each.settings))
+            for zombie in zombies:
+                await successors.enter_async_context(working(zombie.app, zombie.settings))
             # Without a limit to how long a silent transaction lives, this would wait for ever.
-            await asyncio.gather(*[drained(each.app, each.settings, 60) for each in zombies])
-            for each in zombies:
-                assert await each.stopped()
-                size = each.log.stat().st_size
-                each.process.send_signal(signal.SIGCONT)
-                await place.send(each.topic, *each.messages(40))
+            await asyncio.gather(*[drained(zombie.app, zombie.settings, 60) for zombie in zombies])
+            for zombie in zombies:
+                assert await zombie.stopped()
+                size = zombie.log.stat().st_size
+                zombie.process.send_signal(signal.SIGCONT)
+                await place.send(zombie.topic, *zombie.messages(40))
 
-                async def goes_on(log: Path = each.log, size: int = size) -> bool:
+                async def goes_on(log: Path = zombie.log, size: int = size) -> bool:
                     return log.stat().st_size > size
 
-                await until(f"the zombie of {each.step} to go on", goes_on)
-            await asyncio.gather(*[drained(each.app, each.settings, 60) for each in zombies])
+                await until(f"the zombie of {zombie.step} to go on", goes_on)
+            await asyncio.gather(*[drained(zombie.app, zombie.settings, 60) for zombie in zombies])
     finally:
-        for each in zombies:
-            each.end()
+        for zombie in zombies:
+            zombie.end()
     expected = {f"{name} {step}-{n}" for name in ("settle", "record") for step in STEPS for n in range(80)}
     assert {row[0] for row in await query(place.dsn, "select distinct id from effects")} == expected
     assert await value(place.dsn, "select count(*) from effects") == len(expected)
@@ -176,8 +176,8 @@ async def test_members_that_come_and_go_keep_every_keys_order_and_double_nothing
         await drained(ordered(topic, name), settings, 60)
     rows = await query(place.dsn, "select key, array_agg(n order by place) from steps group by key")
     assert len(rows) == keys
-    for key, found in rows:
-        assert found == list(range(sent)), key
+    for key, numbers in rows:
+        assert numbers == list(range(sent)), key
 
 
 async def test_a_member_without_partitions_takes_over(place: Place) -> None:
@@ -191,7 +191,7 @@ async def test_a_member_without_partitions_takes_over(place: Place) -> None:
         await drained(ordered(topic, name), settings)
         members: list[str] = []
         async with working(
-            ordered(topic, name), settings, report=lambda each: members.append(each.get("member") or "")
+            ordered(topic, name), settings, report=lambda report: members.append(report.get("member") or "")
         ):
 
             async def joined() -> bool:

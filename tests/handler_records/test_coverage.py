@@ -23,8 +23,8 @@ async def effects(place: Place, handler: str) -> list[str]:
     return [row[0].split(" ")[1] for row in rows]
 
 
-def missed(found: dict[str, Any]) -> int:
-    return sum(each["past"] - each["first"] for each in found["gaps"])
+def missed(answer: dict[str, Any]) -> int:
+    return sum(gap["past"] - gap["first"] for gap in answer["gaps"])
 
 
 async def replay(place: Place, app: App, path: str, *arguments: str) -> Result:
@@ -57,20 +57,20 @@ async def test_handler_added_in_a_rolling_deploy_knows_what_it_missed(place: Pla
         # The newer one has gone, and the older one has all partitions again.
         await place.send(topic, *sent[40:])
         await drained(old, place.settings())
-    found = worker_log.events("a handler begins behind the application")
-    assert found and {each["handler"] for each in found} == {"record"}
-    [lacking] = {each["handler"] for each in worker_log.events("this worker lacks a handler")}
+    behind = worker_log.events("a handler begins behind the application")
+    assert behind and {event["handler"] for event in behind} == {"record"}
+    [lacking] = {event["handler"] for event in worker_log.events("this worker lacks a handler")}
     assert lacking == "record"
     assert len(await effects(place, "settle")) == 60 and len(await effects(place, "record")) == 10
     code, shown = await status(place, new, BOTH)
     assert code == 1 and missed(shown) == 50
-    assert {each["handler"] for each in shown["gaps"]} == {"record"}
-    [gap] = [each for each in shown["notices"] if each["kind"] == "gap"]
+    assert {gap["handler"] for gap in shown["gaps"]} == {"record"}
+    [gap] = [notice for notice in shown["notices"] if notice["kind"] == "gap"]
     assert f"replay {BOTH} {topic} --apply --handler record" in gap["do"]
     await consume_all(new, place.settings())
     filled = await replay(place, new, BOTH, "--apply", "--handler", "record")
     assert filled.returncode == 0, filled.stderr + filled.stdout
-    ids = [f"record {each}" for each in await _all_ids(place)]
+    ids = [f"record {id}" for id in await _all_ids(place)]
     assert len(ids) == 60
     code, shown = await status(place, new, BOTH)
     assert (code, shown["gaps"], shown["notices"]) == (0, [], [])
@@ -151,9 +151,9 @@ async def test_renamed_function_is_reported_and_nothing_is_applied_twice(place: 
     for _ in range(2):
         code, shown = await status(place, new, RENAMED)
         assert code == 1
-        [notice] = [each for each in shown["notices"] if each["kind"] == "probable_rename"]
+        [notice] = [notice for notice in shown["notices"] if notice["kind"] == "probable_rename"]
         assert notice["do"] == f"consumer migrate {old.name} --rename-handler settle pay"
-        [gap] = [each for each in shown["notices"] if each["kind"] == "gap"]  # and its advice doubles nothing
+        [gap] = [notice for notice in shown["notices"] if notice["kind"] == "gap"]  # and its advice doubles nothing
         assert gap["do"].startswith(f"if it was renamed: {notice['do']}, since --apply would apply its messages again")
         checked = await replay(place, new, RENAMED)
         assert checked.returncode == 1 and "renamed" in checked.stdout
@@ -232,8 +232,8 @@ async def test_two_services_with_one_name_are_reported(place: Place, worker_log:
     await consume_all(one, place.settings())
     await place.send(topic, lone_payment("b"))
     await consume_all(other, place.settings())
-    [found] = worker_log.events("this worker lacks a handler")
-    assert found["handler"] == "settle" and "another service needs another App name" in found["do"]
+    [event] = worker_log.events("this worker lacks a handler")
+    assert event["handler"] == "settle" and "another service needs another App name" in event["do"]
 
 
 async def test_handlers_of_a_ledger_of_the_version_before_have_missed_nothing(place: Place) -> None:

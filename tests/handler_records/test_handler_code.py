@@ -51,8 +51,8 @@ def by_account_and_id(value: Any) -> object:
 
 
 def by_the_same_id(value: Any) -> object:
-    found = value["id"] if isinstance(value, dict) else value.id
-    return found
+    id = value["id"] if isinstance(value, dict) else value.id
+    return id
 
 
 def app_of(topic: str, function: Callable[..., Any], name: str = "", handler: str = "settle", **options: Any) -> App:
@@ -85,19 +85,19 @@ async def applied(place: Place, function: Callable[..., Any] = plain, **options:
 async def test_rows_that_differ_after_a_change_of_the_code_are_no_proof(place: Place) -> None:
     app, topic = await applied(place)
     changed = app_of(topic, doubling, app.name)
-    found = await rebuilt(place, changed, topic)
-    assert found.verdict().exit_code == 2 and not found.problems()
-    [each] = found.unknowns()
-    assert each["kind"] == "differences" and each["count"] == 20
-    assert "handler settle: 10 messages were, or may have been, applied by other code" in each["text"]
-    assert "no worker has recorded" in each["text"]
+    findings = await rebuilt(place, changed, topic)
+    assert findings.verdict().exit_code == 2 and not findings.problems()
+    [unknown] = findings.unknowns()
+    assert unknown["kind"] == "differences" and unknown["count"] == 20
+    assert "handler settle: 10 messages were, or may have been, applied by other code" in unknown["text"]
+    assert "no worker has recorded" in unknown["text"]
 
 
 async def test_rows_that_differ_under_the_same_code_are_a_fault(place: Place) -> None:
     app, topic = await applied(place)
     await query(place.dsn, "delete from effects where id = 'p3'")
-    found = await rebuilt(place, app, topic)
-    assert found.verdict().exit_code == 1
+    findings = await rebuilt(place, app, topic)
+    assert findings.verdict().exit_code == 1
     again = app_of(topic, plain, app.name)  # as another process would have it
     assert (await rebuilt(place, again, topic)).verdict().exit_code == 1
 
@@ -105,9 +105,9 @@ async def test_rows_that_differ_under_the_same_code_are_a_fault(place: Place) ->
 async def test_rows_that_are_equal_after_a_change_of_the_code_are_right(place: Place) -> None:
     app, topic = await applied(place)
     changed = app_of(topic, rearranged, app.name)
-    found = await rebuilt(place, changed, topic)
-    assert found.verdict().exit_code == 0
-    assert any("other code" in each for each in found.notes)
+    findings = await rebuilt(place, changed, topic)
+    assert findings.verdict().exit_code == 0
+    assert any("other code" in note for note in findings.notes)
 
 
 async def test_code_of_two_deployments_names_since_when_the_last_one_is_known(place: Place) -> None:
@@ -115,8 +115,8 @@ async def test_code_of_two_deployments_names_since_when_the_last_one_is_known(pl
     changed = app_of(topic, doubling, app.name)
     await place.send(topic, *messages(10, 10))
     await consume_all(changed, place.settings())
-    found = await rebuilt(place, changed, topic)
-    assert found.verdict().exit_code == 2 and "which is recorded since 20" in found.unknowns()[0]["text"]
+    findings = await rebuilt(place, changed, topic)
+    assert findings.verdict().exit_code == 2 and "which is recorded since 20" in findings.unknowns()[0]["text"]
     rows = await query(place.dsn, "select count(*), count(distinct code) from consumer.handler_code")
     assert rows == [(2, 2)]
 
@@ -144,8 +144,8 @@ async def test_a_version_says_that_changed_code_does_the_same(place: Place) -> N
 async def test_a_changed_payload_type_is_a_change_of_the_code(place: Place) -> None:
     app, topic = await applied(place)
     changed = app_of(topic, with_fee, app.name)
-    found = await rebuilt(place, changed, topic)
-    assert found.verdict().exit_code == 2 and "other code" in found.unknowns()[0]["text"]
+    findings = await rebuilt(place, changed, topic)
+    assert findings.verdict().exit_code == 2 and "other code" in findings.unknowns()[0]["text"]
 
 
 async def test_rows_of_a_handler_that_is_gone_are_no_proof(place: Place) -> None:
@@ -155,8 +155,8 @@ async def test_rows_of_a_handler_that_is_gone_are_no_proof(place: Place) -> None
     await place.send(topic, *messages(10))
     await consume_all(app, place.settings())
     without = app_of(topic, plain, app.name)
-    found = await rebuilt(place, without, topic)
-    assert found.verdict().exit_code == 2 and "not in the App any more: second" in found.unknowns()[0]["text"]
+    findings = await rebuilt(place, without, topic)
+    assert findings.verdict().exit_code == 2 and "not in the App any more: second" in findings.unknowns()[0]["text"]
 
 
 async def test_workers_record_their_code_once(place: Place) -> None:
@@ -203,10 +203,10 @@ async def test_missing_messages_after_a_change_of_the_id_function_are_no_proof(p
     same = changed_to(by_the_same_id)
     assert (await checked(place, same, topic)).verdict().exit_code == 0
     other = changed_to(by_account_and_id)
-    found = await checked(place, other, topic)
-    assert found.verdict().exit_code == 2 and not found.problems()
-    [each] = found.unknowns()
-    assert each["kind"] == "id_code_changed" and each["count"] == 20 and "'settle'" in each["text"]
+    findings = await checked(place, other, topic)
+    assert findings.verdict().exit_code == 2 and not findings.problems()
+    [unknown] = findings.unknowns()
+    assert unknown["kind"] == "id_code_changed" and unknown["count"] == 20 and "'settle'" in unknown["text"]
     with pytest.raises(Misconfigured, match="name it with --handler settle"):
         await checked(place, other, topic, mode="apply")
     await query(place.dsn, "delete from consumer.ledger")

@@ -57,8 +57,8 @@ async def test_changed_rule_is_reported_and_replay_applies_nothing_again(place: 
     assert len(await place.effects()) == 10
     assert await notices(place, app, NEW) == (1, ["id_rule_changed"])
     checked = await command(place, app, "replay", NEW, topic, "--json")
-    found = json.loads(checked.stdout)
-    assert (checked.returncode, found["verdict"]) == (2, "unknown"), checked.stdout
+    answer = json.loads(checked.stdout)
+    assert (checked.returncode, answer["verdict"]) == (2, "unknown"), checked.stdout
     assert "id_rule_changed" in checked.stdout
     # The code with the recorded rule is as good as before.
     assert await notices(place, app, OLD) == (0, [])
@@ -120,10 +120,10 @@ async def test_run_logs_a_changed_rule_once(place: Place, tmp_path: Any) -> None
     environment = {"TEST_APP": app.name, "TEST_TOPIC": topic}
     async with running(["run", NEW], place.settings(log_level="warning"), tmp_path, **environment) as worker:
 
-        async def told() -> list[Any]:
-            return [each for each in worker.events() if "its messages were identified by default" in str(each)]
+        async def warnings() -> list[Any]:
+            return [event for event in worker.events() if "its messages were identified by default" in str(event)]
 
-        assert len(await until("the warning", told)) == 1
+        assert len(await until("the warning", warnings)) == 1
     assert await value(place.dsn, "select id_rule from consumer.handlers where app = $1", app.name) == "default"
 
 

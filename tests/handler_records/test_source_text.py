@@ -129,10 +129,10 @@ def test_a_changed_payload_type_changes_the_code() -> None:
 
     assert of(Item) != of(Renamed)
     assert of(list[Item]) != of(list[Renamed])
-    made = [msgspec.defstruct("Made", [(name, str)]) for name in ("a", "a", "b")]
-    for each in made:
-        each.__module__ = __name__
-    first, same, third = map(of, made)
+    types = [msgspec.defstruct("Made", [(name, str)]) for name in ("a", "a", "b")]
+    for item in types:
+        item.__module__ = __name__
+    first, same, third = map(of, types)
     assert first == same != third
 
 
@@ -147,8 +147,8 @@ def test_code_without_source_is_compared_by_its_bytecode() -> None:
     def compiled(text: str) -> Callable[..., Any]:
         names: dict[str, Any] = {"Order": Order, "Tx": Tx, "__name__": __name__}
         exec(text, names)
-        found: Callable[..., Any] = names["settle"]
-        return found
+        settle: Callable[..., Any] = names["settle"]
+        return settle
 
     text = "async def settle(order: Order, tx: Tx) -> None:\n    tx.defer('insert into a values (1)')\n"
     first, same = compiled(text), compiled(text)

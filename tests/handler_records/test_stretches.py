@@ -35,8 +35,8 @@ STRETCHES = st.lists(
 def test_missed_offsets_are_those_in_no_stretch(first: int, position: int, stretches: list[SettledRange]) -> None:
     covered = {
         offset
-        for each in stretches
-        for offset in range(each.first, position if each.past is None else each.past)
+        for settled in stretches
+        for offset in range(settled.first, position if settled.past is None else settled.past)
     }  # fmt: skip
     gaps = missed(first, position, stretches)
     assert [offset for a, b in gaps for offset in range(a, b)] == [
@@ -67,10 +67,10 @@ def test_numbers_of_handlers_survive_being_written() -> None:
 def test_handlers_that_come_and_go(
     at: At, wanted: set[int], begun: list[tuple[int, int]], ended: list[tuple[int, int]], late: list[int]
 ) -> None:
-    found = changes({P: at}, {P: frozenset(wanted)}, legacy={1})
-    assert found.begun == tuple(HandlerChange(P, *each) for each in begun)
-    assert found.ended == tuple(HandlerChange(P, *each) for each in ended)
-    assert [each.handler for each in found.late] == late
+    difference = changes({P: at}, {P: frozenset(wanted)}, legacy={1})
+    assert difference.begun == tuple(HandlerChange(P, *change) for change in begun)
+    assert difference.ended == tuple(HandlerChange(P, *change) for change in ended)
+    assert [handler.handler for handler in difference.late] == late
 
 
 def test_renamed_handler_is_told_by_the_one_that_is_gone() -> None:
@@ -81,13 +81,13 @@ def test_renamed_handler_is_told_by_the_one_that_is_gone() -> None:
     }
     positions = {P: At(0, 50, frozenset({1, 3}))}
     stretches = {(1, P): [SettledRange(0, None)], (3, P): [SettledRange(0, None)]}
-    found = assess({"settle_payment": ("payments",), "kept": ("payments",)}, known, positions, stretches)
-    assert found.renames == (Rename("settle", "settle_payment", "payments"),)
-    assert found.absent == ("settle",)
-    assert [(each.handler, each.first, each.past) for each in found.gaps] == [("settle_payment", 0, 50)]
+    assessment = assess({"settle_payment": ("payments",), "kept": ("payments",)}, known, positions, stretches)
+    assert assessment.renames == (Rename("settle", "settle_payment", "payments"),)
+    assert assessment.absent == ("settle",)
+    assert [(gap.handler, gap.first, gap.past) for gap in assessment.gaps] == [("settle_payment", 0, 50)]
     # What the one that is gone has never settled is no sign of a new name: it was removed before, or added to other workers.
     late = {(1, P): [SettledRange(0, 30)], (3, P): [SettledRange(0, 30), SettledRange(40, None)]}
     gap = assess({"kept": ("payments",)}, known, {P: At(0, 50, frozenset({3}))}, late)
-    assert [each[2:] for each in gap.gaps] == [(30, 40)] and gap.renames == ()
+    assert [gap[2:] for gap in gap.gaps] == [(30, 40)] and gap.renames == ()
     nothing_yet = assess({"settle_payment": ("payments",)}, known, {P: At(0, 0, frozenset({1}))}, {})
     assert (nothing_yet.renames, nothing_yet.gaps) == ((), ())

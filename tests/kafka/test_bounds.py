@@ -41,9 +41,9 @@ def log(
     ],
 )
 def test_a_span_is_what_the_bounds_say(start: Bound, end: Bound, given: LogRange, expected: tuple[int, int]) -> None:
-    found = span(P, given, start, end)
-    assert (found.first, found.end) == expected
-    assert found.length == expected[1] - expected[0]
+    resolved = span(P, given, start, end)
+    assert (resolved.first, resolved.end) == expected
+    assert resolved.length == expected[1] - expected[0]
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_a_span_never_leaves_the_log(
 ) -> None:
     at = None if at is None else begin + min(at, length)  # Kafka tells of no record that the log does not hold
     try:
-        found = span(P, LogRange(begin, begin + length, position, at, at), start, end)
+        resolved = span(P, LogRange(begin, begin + length, position, at, at), start, end)
     except Misconfigured:
         return
-    assert found.first <= found.end <= begin + length
-    assert found.first >= begin or not found.length
+    assert resolved.first <= resolved.end <= begin + length
+    assert resolved.first >= begin or not resolved.length

@@ -96,23 +96,23 @@ async def test_status_of_a_thousand_topics_takes_one_request_for_each_question(
     connection = await connect(place.settings())
     try:
         for n in range(0, 1000, 200):
-            await admin.create_topics([NewTopic(each, 1, 1) for each in topics[n : n + 200]])
+            await admin.create_topics([NewTopic(name, 1, 1) for name in topics[n : n + 200]])
         app = payments_app(*topics, balances=False)
         await source.start(30)
         asked = recorded_requests(monkeypatch)
 
         async def all_led() -> bool:
-            return len(await source.log.ends([Partition(each, 0) for each in topics], partial=True)) == 1000
+            return len(await source.log.ends([Partition(name, 0) for name in topics], partial=True)) == 1000
 
         await until("leaders", all_led, 60)
         asked.clear()
 
         lags, missing = await partition_lags(connection, source, app)
-        partitions = [Partition(each["topic"], each["partition"]) for each in lags]
+        partitions = [Partition(row["topic"], row["partition"]) for row in lags]
         health = await partition_health(connection, source, app, partitions)
 
         assert len(lags) == len(health) == 1000 and not missing
-        assert all(each["lag"] == 0 for each in lags)
+        assert all(row["lag"] == 0 for row in lags)
         assert len(asked) < 30, asked
     finally:
         connection.terminate()
@@ -139,7 +139,7 @@ async def test_status_of_many_settled_partitions_asks_for_their_leaders_once(
 
         health = await partition_health(connection, source, app, partitions)
 
-        assert all(each.stop is None for each in health.values())
+        assert all(state.stop is None for state in health.values())
         assert asked.count("FetchRequest") == 60, asked  # the record that was settled last, of each
         assert len(asked) < 60 + 10, asked
     finally:

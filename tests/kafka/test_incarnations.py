@@ -102,7 +102,7 @@ async def test_a_topic_made_anew_under_a_running_worker_stops_and_nothing_of_it_
             lone_payment("old4", 1),
         )
         await worker.source.consumer._client.force_metadata_update()  # which comes by itself within 10 s
-        found = await worker_log.wait("partition stopped", 2)
+        events = await worker_log.wait("partition stopped", 2)
         await place.send(other, lone_payment("elsewhere"))
 
         async def others_go_on() -> bool:
@@ -110,11 +110,11 @@ async def test_a_topic_made_anew_under_a_running_worker_stops_and_nothing_of_it_
 
         await until("the other topic to go on", others_go_on)
         new = await topic_id(place, topic)
-        for each in found:
-            assert each["reason"] == "other_topic"
-            assert topic in each["why"] and old in each["why"] and new in each["why"]
+        for event in events:
+            assert event["reason"] == "other_topic"
+            assert topic in event["why"] and old in event["why"] and new in event["why"]
         assert await positions(place, app) == before == {0: 5, 1: 5}
-        assert not [each for each in await effect_ids(place) if each.startswith("new")]
+        assert not [id for id in await effect_ids(place) if id.startswith("new")]
         kafkas = await group_offsets(place.settings(), app.name)
         assert all(kafkas.get(Partition(topic, n), 5) == 5 for n in range(2))
 
@@ -125,7 +125,7 @@ async def test_a_topic_made_anew_under_a_running_worker_stops_and_nothing_of_it_
         assert (await stopped_partitions(place, app)).keys() == {0, 1}
         tried = "insert into consumer.attempts select handler, $1, n, 7, 2, now() from consumer.handlers, generate_series(0, 1) n"
         await query(place.dsn, tried, topic)
-        done = await run_as_printed(place, app, found[0]["do"])  # of one partition
+        done = await run_as_printed(place, app, events[0]["do"])  # of one partition
         assert done.returncode == 0, done.stderr
         assert len(await stopped_partitions(place, app)) == 1
         done = await command(place, app, "positions", PATH, "--topic", topic, "--adopt")  # of those that are left
@@ -166,8 +166,8 @@ async def test_attempts_of_a_vanished_log_do_not_count_against_the_adopted_one(
     await recreate_topic(place, topic, 1)
     await place.send(topic, lone_payment("new"), *[lone_payment(f"better{n}") for n in range(5)])
     async with working(app, place.settings(), path=PATH):
-        [found] = await worker_log.wait("partition stopped")
-        assert (await run_as_printed(place, app, found["do"])).returncode == 0
+        [stop] = await worker_log.wait("partition stopped")
+        assert (await run_as_printed(place, app, stop["do"])).returncode == 0
         await drained(app, place.settings())
     assert failures["new"] == 0
     assert await place.reasons() == []
@@ -188,7 +188,7 @@ async def test_a_fetch_is_of_the_topic_with_the_id_and_of_no_other(place: Place)
         source.assign([partition])
         source.pause_until_positioned(partition)
         source.seek_and_resume(partition, 0, own_id)
-        assert [each.offset for each in (await source.poll(10, lambda _: None))[partition]] == [0]
+        assert [record.offset for record in (await source.poll(10, lambda _: None))[partition]] == [0]
         source.pause_until_positioned(partition)
         source.seek_and_resume(partition, 0, uuid.uuid4())
         assert await source.poll(1, lambda _: None) == {}
@@ -207,11 +207,11 @@ async def test_a_topic_made_anew_between_two_runs_and_messages_without_ids(place
     await recreate_topic(place, topic, 1)
     await place.send(topic, *same, *same)
     async with working(app, place.settings(), path=PATH):
-        [found] = await worker_log.wait("partition stopped")
+        [stop] = await worker_log.wait("partition stopped")
         replayed = await command(place, app, "replay", PATH, topic)
         assert replayed.returncode == 2 and "recreated" in replayed.stderr
         assert len(await effect_ids(place)) == 6
-        assert (await run_as_printed(place, app, found["do"])).returncode == 0
+        assert (await run_as_printed(place, app, stop["do"])).returncode == 0
         await drained(app, place.settings())
     assert len(await effect_ids(place)) == 18
     await query(place.dsn, "update consumer.positions set next_offset = 0")
@@ -252,8 +252,8 @@ async def test_a_broker_that_tells_no_ids_is_found_out_by_the_record_that_was_re
         await recreate_topic(place, topic, 1)
         await place.send(topic, *[lone_payment(f"q{n}") for n in range(9)])
         async with working(app, place.settings(), path=PATH):
-            [found] = await worker_log.wait("partition stopped")
-    assert found["reason"] == "other_record"
+            [stop] = await worker_log.wait("partition stopped")
+    assert stop["reason"] == "other_record"
     assert await effect_ids(place) == [f"p{n}" for n in range(5)]
 
 
@@ -270,9 +270,9 @@ async def test_records_removed_before_they_were_read_stop_their_partition_alone(
     await place.send(topic, *[lone_payment(f"q{n}", n % 2) for n in range(20)])
     await remove_records(place, topic, 0, 17)  # q0 to q12 of partition 0, at 10 to 16
     async with working(app, place.settings(), path=PATH):
-        [found] = await worker_log.wait("partition stopped")
-        assert (found["reason"], found["partition"]) == ("records_removed", 0)
-        assert "10 to 16" in found["why"]
+        [stop] = await worker_log.wait("partition stopped")
+        assert (stop["reason"], stop["partition"]) == ("records_removed", 0)
+        assert "10 to 16" in stop["why"]
 
         async def the_other_partition() -> bool:
             return {f"q{n}" for n in range(1, 20, 2)} <= set(await effect_ids(place))
@@ -280,13 +280,13 @@ async def test_records_removed_before_they_were_read_stop_their_partition_alone(
         await until("the other partition", the_other_partition)
         told_by_status = (await stopped_partitions(place, app))[0]
         assert told_by_status["missing"] == {"first": 10, "last": 16}
-        assert told_by_status["do"] == found["do"]
+        assert told_by_status["do"] == stop["do"]
         text = (await command(place, app, "status", PATH)).stdout
-        assert f"{topic}:0 has stopped" in text and "10 to 16" in text and found["do"] in text
+        assert f"{topic}:0 has stopped" in text and "10 to 16" in text and stop["do"] in text
         assert await positions(place, app) == {0: 10, 1: 20}
-        assert (await run_as_printed(place, app, found["do"])).returncode == 0
+        assert (await run_as_printed(place, app, stop["do"])).returncode == 0
         await drained(app, place.settings())
-    assert {each for each in await effect_ids(place) if each.startswith("q")} == {
+    assert {id for id in await effect_ids(place) if id.startswith("q")} == {
         *(f"q{n}" for n in range(1, 20, 2)), "q14", "q16", "q18"
     }  # fmt: skip
     assert await stopped_partitions(place, app) == {}
@@ -308,20 +308,20 @@ async def test_records_removed_in_front_of_a_running_worker_what_it_has_read_is_
         await until("a full buffer", full)
         await remove_records(place, topic, 0, 2900)
         gate.set()
-        [found] = await worker_log.wait("partition stopped")
+        [stop] = await worker_log.wait("partition stopped")
         await place.send(topic, lone_payment("other", 1))
 
         async def settled() -> bool:
             return "other" in await effect_ids(place) and not buffered(worker)[0]
 
         await until("what was read", settled)
-        done = [each for each in await effect_ids(place) if each != "other"]
+        done = [id for id in await effect_ids(place) if id != "other"]
         first = len(done)
         assert 50 <= first < 2900
         assert done == [f"p{n:04}" for n in range(first)]  # up to the hole, without one of its own
-        assert f"{first} to 2899" in found["why"]
+        assert f"{first} to 2899" in stop["why"]
         assert (await stopped_partitions(place, app))[0]["missing"] == {"first": first, "last": 2899}
-        assert (await run_as_printed(place, app, found["do"])).returncode == 0
+        assert (await run_as_printed(place, app, stop["do"])).returncode == 0
         await drained(app, settings)
     assert (await effect_ids(place))[-100:] == [f"p{n}" for n in range(2900, 3000)]
 
@@ -343,11 +343,11 @@ async def test_a_hanging_transaction_is_told_and_the_partition_goes_on_after_its
             await producer.begin_transaction()
             await producer.send_and_wait(topic, b"ghost", partition=0)
             await place.send(topic, lone_payment("behind"), lone_payment("beside", 1))
-            [found] = await worker_log.wait("open transaction holds")
-            assert (found["partition"], found["offset"]) == (0, 1)
+            [transaction] = await worker_log.wait("open transaction holds")
+            assert (transaction["partition"], transaction["offset"]) == (0, 1)
             status = json.loads((await command(place, app, "status", PATH, "--json")).stdout)
-            held = {each["partition"]: each["open_transaction"] for each in status["partitions"]}
-            assert held == {0: {"offset": 1, "since": found["since"]}, 1: None}
+            held = {row["partition"]: row["open_transaction"] for row in status["partitions"]}
+            assert held == {0: {"offset": 1, "since": transaction["since"]}, 1: None}
 
             async def beside() -> bool:
                 return await effect_ids(place) == ["before", "beside"]

@@ -39,8 +39,8 @@ async def lags(app: App, place: Place) -> list[int]:
     await source.start(10)
     connection = await connect(settings)
     try:
-        found, _ = await partition_lags(connection, source, app)
-        return [each["lag"] for each in found]
+        rows, _ = await partition_lags(connection, source, app)
+        return [row["lag"] for row in rows]
     finally:
         connection.terminate()
         await source.stop(5)
@@ -101,11 +101,11 @@ async def offsets(place: Place, topic: str) -> list[int]:
         partition = TopicPartition(topic, 0)
         consumer.assign([partition])
         end = (await consumer.end_offsets([partition]))[partition]
-        found: list[int] = []
+        offsets: list[int] = []
         while await consumer.position(partition) < end:
             for records in (await consumer.getmany(timeout_ms=100)).values():
-                found += [each.offset for each in records]
-        return found
+                offsets += [record.offset for record in records]
+        return offsets
     finally:
         await consumer.stop()
 
@@ -124,8 +124,8 @@ async def test_gaps_of_compaction_do_not_stall(place: Place) -> None:
 
     async def compacted() -> bool:  # a segment is closed by the first record after its time
         await place.send(topic, Sent(body("same"), id="same", key="same"))
-        found = await offsets(place, topic)
-        return found[-1] - found[0] + 1 > len(found)
+        kept = await offsets(place, topic)
+        return kept[-1] - kept[0] + 1 > len(kept)
 
     await place.send(topic, Sent(body("first"), id="first", key="first"))
     await until("a gap in the log", compacted)
@@ -170,8 +170,8 @@ async def test_a_header_key_that_is_not_utf8_is_a_dead_letter_and_the_partition_
     await consume_all(app, place.settings())
     expected = sorted(["a", "c", *(f"{when}-{n}" for when in ("early", "late") for n in range(10))])
     assert [row[0] for row in await query(place.dsn, "select id from effects order by id")] == expected
-    found = await letters(place.dsn)
-    assert [each["reason"] for each in found] == ["bad_header", "bad_header"]
+    dead = await letters(place.dsn)
+    assert [letter["reason"] for letter in dead] == ["bad_header", "bad_header"]
     rows: list[tuple[Any, ...]] = await query(
         place.dsn, "select value, header_keys, header_values from consumer.dead_letters order by dead_letter"
     )

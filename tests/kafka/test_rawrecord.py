@@ -109,7 +109,7 @@ def test_records_removed_by_compaction_leave_gaps_and_the_last_offset() -> None:
     struct.pack_into(">q", built, 0, 100)
     struct.pack_into(">i", built, LAST_OFFSET_DELTA, 9)
     [(header, body)] = record_batch.batches(bytes(built))
-    assert [each.offset for each in record_batch.entries(header, body)] == [102, 105]
+    assert [entry.offset for entry in record_batch.entries(header, body)] == [102, 105]
     assert header.last_offset == 109
 
 
@@ -132,10 +132,10 @@ def test_a_batch_of_an_older_format_ends_the_reading() -> None:
 @given(st.binary(max_size=60), st.integers(-1, 5))
 def test_bytes_that_are_no_records_raise_nothing_but_value_error(body: bytes, count: int) -> None:
     try:
-        found = list(record_batch.entries(BatchHeader(0, 0, 0, False, 0, 0, 0, count), body))
+        entries = list(record_batch.entries(BatchHeader(0, 0, 0, False, 0, 0, 0, count), body))
     except ValueError:
         return
-    assert len(found) == max(count, 0)
+    assert len(entries) == max(count, 0)
 
 
 @given(RECORDS, st.data())

@@ -65,7 +65,7 @@ def test_check_of_sound_batches_takes_all_with_gaps_and_a_cut_end() -> None:
         batch(8),
         batch(5, count=0),
     ],
-    ids=lambda each: each[:17].hex(),
+    ids=lambda raw: raw[:17].hex(),
 )
 def test_check_of_a_broken_frame_cuts_before_it_and_names_what_is_missing(bad: bytes) -> None:
     size, damage = check(batch(0) + bad + batch(10), 0, 15)

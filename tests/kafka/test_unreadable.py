@@ -155,7 +155,7 @@ def broken_record(raw: bytearray) -> None:
         old_format,
         broken_record,
     ],
-    ids=lambda each: each.__name__,
+    ids=lambda function: function.__name__,
 )
 async def test_damage_on_disk_stops_its_partition_alone_and_the_printed_command_goes_on(
     place: Place, kafka: Any, caplog: pytest.LogCaptureFixture, change: Callable[[bytearray], None]
@@ -168,8 +168,8 @@ async def test_damage_on_disk_stops_its_partition_alone_and_the_printed_command_
     change_batch(segment(kafka, topic), 5, change)
     async with working(app, place.settings()):
         await until("the partition to stop", lambda: has(worker_log, "partition stopped"), 90)
-        [found] = worker_log.events("partition stopped")
-        assert (found["topic"], found["partition"]) == (topic, 0)
+        [stop] = worker_log.events("partition stopped")
+        assert (stop["topic"], stop["partition"]) == (topic, 0)
         await send_batch(place.kafka, topic, names(0, 50, "other"), 1)
         await until("the healthy partition", lambda: applied(place, names(0, 50, "other")))
         await until("what stands before the damage", lambda: applied(place, names(0, 5)))
@@ -193,8 +193,8 @@ async def has(worker_log: WorkerLog, text: str) -> bool:
 
 
 async def applied(place: Place, ids: list[str]) -> bool:
-    found = await value(place.dsn, "select count(distinct id) from effects where id = any($1::text[])", ids)
-    return bool(found == len(ids))
+    count = await value(place.dsn, "select count(distinct id) from effects where id = any($1::text[])", ids)
+    return bool(count == len(ids))
 
 
 async def rows(place: Place, app: str) -> list[tuple[Any, ...]]:
@@ -241,11 +241,11 @@ async def test_a_small_batch_that_would_fill_the_memory_stops_its_partition_alon
 
 
 def varint(number: int) -> bytes:
-    raw, found = number << 1, bytearray()
+    raw, encoded = number << 1, bytearray()
     while raw > 0x7F:
-        found.append(raw & 0x7F | 0x80)
+        encoded.append(raw & 0x7F | 0x80)
         raw >>= 7
-    return bytes([*found, raw])
+    return bytes([*encoded, raw])
 
 
 @pytest.mark.parametrize("keeps_describe", [True, False], ids=["READ lost", "DESCRIBE lost too"])
@@ -314,7 +314,7 @@ async def test_a_worker_that_starts_without_rights_records_the_partitions_that_i
         await until("the rows", lambda: rows(place, app.name), 60)
         assert sorted(await rows(place, app.name)) == [("not_allowed", 0, 0), ("not_allowed", 5, 5)]
         told_by_status = await status_of(place, app, **user)
-        assert {each: stop and stop["reason"] for each, stop in told_by_status.items()} == {
+        assert {partition: stop and stop["reason"] for partition, stop in told_by_status.items()} == {
             (known, 0): "not_allowed",
             (known, 1): "not_allowed",
             (new, 0): "not_allowed",
@@ -335,14 +335,14 @@ async def status_of(place: Place, app: App, **user: Any) -> dict[tuple[str, int]
     try:
         lags, missing = await partition_lags(connection, source, app)
         assert not missing
-        partitions = [Partition(each["topic"], each["partition"]) for each in lags]
+        partitions = [Partition(row["topic"], row["partition"]) for row in lags]
         health = await partition_health(connection, source, app, partitions)
     finally:
         connection.terminate()
         await source.stop(5)
     return {
-        each: at.stop and {"reason": at.stop.reason, "why": at.stop.text, "do": at.stop.do}
-        for each, at in health.items()
+        partition: at.stop and {"reason": at.stop.reason, "why": at.stop.text, "do": at.stop.do}
+        for partition, at in health.items()
     }
 
 

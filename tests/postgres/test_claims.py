@@ -72,17 +72,17 @@ class Claimants:
 
     async def commit(self, session: Session, offered: list[Delivery]) -> dict[Delivery, Any]:
         await session.begin()
-        found = await session.claim(offered, self.topics)
+        existing = await session.claim(offered, self.topics)
         await session.commit()
-        return found
+        return existing
 
 
 @pytest.fixture
 async def claims(database: str) -> AsyncIterator[Claimants]:
     await migrated(database)
-    made = Claimants(database)
-    yield made
-    for session in made.opened:
+    claimants = Claimants(database)
+    yield claimants
+    for session in claimants.opened:
         session.close()
 
 
@@ -99,8 +99,8 @@ async def test_what_is_known_is_looked_up_and_only_the_rest_is_claimed(claims: C
     assert await claims.commit(session, again) == dict.fromkeys(again, REDELIVERED)
     assert asked == ["claim", "look"]
     mixed = claims.deliveries([*ids[:10], *[uuid4() for _ in range(30)]], partitions, print=2)
-    found = await claims.commit(session, mixed)
-    assert set(found) == set(mixed[:10]) and all(each.clashes for each in found.values())
+    existing = await claims.commit(session, mixed)
+    assert set(existing) == set(mixed[:10]) and all(claim.clashes for claim in existing.values())
     assert asked == ["claim", "look", "look", "claim"]
     assert await claims.commit(session, claims.deliveries([uuid4() for _ in range(5)])) == {}
     assert asked[4:] == ["claim"]  # most were new
@@ -125,8 +125,8 @@ async def test_a_claim_that_is_not_committed_yet_is_waited_for_after_a_look_too(
     await until("the second one to wait", waits)
     assert not waiting.done()
     await first.commit()
-    found = await waiting
-    assert set(found) == set(offered) and not found[offered[-1]].same_record  # the other's record, not this one
+    existing = await waiting
+    assert set(existing) == set(offered) and not existing[offered[-1]].same_record  # the other's record, not this one
     assert asked[0] == "look" and "claim" in asked
     await watcher.close()
 
@@ -155,9 +155,9 @@ async def test_a_look_through_an_old_version_of_the_ledger_is_taken_again(claims
         version = await owner.fetchval("select version from consumer.ledger_state")
         assert await owner.fetchval("select consumer.forget($1, $2)", version, number) == "forgotten"
         assert await owner.fetchval("select consumer.drop_generation($1)", number) == "dropped"
-    for each in (session, other):
-        assert each.claims.share_known == 1.0
-        assert await claims.commit(each, claims.deliveries([uuid4() for _ in range(3)])) == {}
+    for looking in (session, other):
+        assert looking.claims.share_known == 1.0
+        assert await claims.commit(looking, claims.deliveries([uuid4() for _ in range(3)])) == {}
     assert await owner.fetchval("select count(*) from consumer.ledger") == 6
     await owner.close()
 

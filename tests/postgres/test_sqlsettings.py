@@ -108,5 +108,5 @@ def test_check_setting_takes_dotted_names(name: str) -> None:
     ],
 )
 def test_traits_of_texts(sql: str, several: bool, changes: bool, temporary: bool) -> None:
-    found = traits(sql)
-    assert (found.several, found.changes_schema, found.makes_temporary) == (several, changes, temporary)
+    shown = traits(sql)
+    assert (shown.several, shown.changes_schema, shown.makes_temporary) == (several, changes, temporary)

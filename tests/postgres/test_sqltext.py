@@ -164,7 +164,7 @@ def test_the_same_words_elsewhere_pass(sql: str) -> None:
 def test_control_is_found_wherever_it_stands(
     before: list[str], blank: str, control: str, after: str, case: type[str]
 ) -> None:
-    text = "".join(f"{each}\n;" for each in before)
+    text = "".join(f"{statement}\n;" for statement in before)
     with pytest.raises(TransactionMisuse):
         refuse_transaction_control(text + blank + case(control) + after)
 

@@ -87,16 +87,16 @@ class Claims:
         return Delivery(self.handler, LogRecord(TOPIC, 0, offset, timestamp, None, b"{}", (), ""))
 
     def delivery(self, id: UUID, offset: int = 0) -> Delivery:
-        made = self.at(0, offset)
-        made.id, made.fingerprint = id.bytes, 1
-        return made
+        delivery = self.at(0, offset)
+        delivery.id, delivery.fingerprint = id.bytes, 1
+        return delivery
 
     async def claim(self, session: Session, *ids: UUID) -> set[UUID]:
         """Those that were won, in a transaction that is left open."""
         offered = {self.delivery(id): id for id in ids}
         await session.begin()
         lost = await session.claim(list(offered), self.topics)
-        return {id for each, id in offered.items() if each not in lost}
+        return {id for delivery, id in offered.items() if delivery not in lost}
 
     async def version(self) -> int:
         return int(await self.watcher.fetchval("select version from consumer.ledger_state"))
@@ -132,18 +132,18 @@ class Claims:
 @pytest.fixture
 async def claims(database: str) -> AsyncIterator[Claims]:
     await migrated(database)
-    made = Claims(database)
-    await made.open()
+    claims = Claims(database)
+    await claims.open()
     try:
-        yield made
+        yield claims
     finally:
-        made.close()
+        claims.close()
 
 
 def orders(steps: str) -> Iterator[str]:
     """All orders of the steps in which each lower-case letter's capital comes after it."""
     for order in sorted(set(itertools.permutations(steps))):
-        if all(order.index(each) < order.index(each.upper()) for each in "ab"):
+        if all(order.index(letter) < order.index(letter.upper()) for letter in "ab"):
             yield "".join(order)
 
 
@@ -279,8 +279,8 @@ async def test_a_drop_waits_for_claims_and_readers_and_carries_dead_letters(clai
     closed = await value(claims.dsn, "select (extract(epoch from horizon) * 1000)::int8 from consumer.ledger_state")
     hour = 3_600_000
     # A timestamp that is no time says nothing: the offset tells, and the dropped rows were of offset 0.
-    old = [claims.at(closed + hour), *(claims.at(each, offset=0) for each in (-1, 0, closed // 1000))]
-    new = [claims.at(closed + hour + 2), *(claims.at(each, offset=1) for each in (-1, 0, closed // 1000))]
+    old = [claims.at(closed + hour), *(claims.at(timestamp, offset=0) for timestamp in (-1, 0, closed // 1000))]
+    new = [claims.at(closed + hour + 2), *(claims.at(timestamp, offset=1) for timestamp in (-1, 0, closed // 1000))]
     assert await session.too_old(old + new) == old
     standing = await session.claim([dead], claims.topics)
     assert standing[dead].dead
@@ -341,10 +341,10 @@ async def test_what_was_dropped_is_judged_by_nobody(place: Place, tmp_path: Path
     assert (await counts(app, place.dsn))["settle"]["applied"] == 2
 
     await query(place.dsn, "update consumer.positions set next_offset = 0, first_offset = 0 returning 1")
-    found = await replay(app, settings, [topic], Options(), Progress())
-    told = {name: n for name, n in found.as_dict()["handlers"]["settle"].items() if n}
-    assert told == {"delivered": 3, "unknown": 2, "dead_lettered": 1}
-    assert found.verdict().exit_code == 2
+    findings = await replay(app, settings, [topic], Options(), Progress())
+    counted = {name: n for name, n in findings.as_dict()["handlers"]["settle"].items() if n}
+    assert counted == {"delivered": 3, "unknown": 2, "dead_lettered": 1}
+    assert findings.verdict().exit_code == 2
     await place.send(topic, *sent("c"))
     await consume_all(app, settings)
     assert [row[0] for row in await place.effects()] == ["a", "b", "c"]
@@ -441,8 +441,8 @@ async def test_records_without_usable_timestamps_are_noticed_and_applied_once(
         await send("a")
         with caplog.at_level(logging.WARNING):
             await consume_all(app, settings)
-        told = [each.getMessage() for each in caplog.records if "timestamp" in each.getMessage()]
-        assert len(told) == 1 and "1764450000 is in seconds" in told[0]
+        warnings = [record.getMessage() for record in caplog.records if "timestamp" in record.getMessage()]
+        assert len(warnings) == 1 and "1764450000 is in seconds" in warnings[0]
         assert [row[0] for row in await place.effects()] == ["a0", "a1", "a2"]
         owner = await asyncpg.connect(place.dsn)
         try:  # everything that was applied is forgotten

@@ -61,8 +61,8 @@ class Shards:
         self.name = f"shards-{uuid4().hex[:8]}"
 
     def app(self, route: str = "by_crc", **swapped: str) -> App:
-        found = {name: as_worker(dsn) for name, dsn in self.dsns.items()} | swapped
-        return app_of(self.name, self.topic, route, found["east"], found["west"])
+        dsns = {name: as_worker(dsn) for name, dsn in self.dsns.items()} | swapped
+        return app_of(self.name, self.topic, route, dsns["east"], dsns["west"])
 
     def settings(self, **more: Any) -> Settings:
         return settings_for("", self.kafka, None, **more)
@@ -84,7 +84,7 @@ class Shards:
         return [(row[0], row[1]) for row in await query(self.dsns[shard], "select id, amount from paid order by n")]
 
     async def all_paid(self) -> list[str]:
-        return sorted([each[0] for name in NAMES for each in await self.paid(name)])
+        return sorted([payment[0] for name in NAMES for payment in await self.paid(name)])
 
 
 async def another_database(server: Postgres) -> str:
@@ -132,20 +132,23 @@ class Working:
 async def expect(shards: Shards, messages: list[Sent]) -> None:
     """Every message once, in the shard of its key, in the order of its key, for both handlers."""
     wanted: dict[str, dict[str, list[int]]] = {name: {} for name in NAMES}
-    for each in messages:
-        body = json.loads(each.value or b"")
+    for message in messages:
+        body = json.loads(message.value or b"")
         key, n = body["id"].split("/")
         numbers = wanted[by_crc(key.encode())].setdefault(key, [])
         if n not in map(str, numbers):
             numbers.append(int(n))
     for name in NAMES:
-        found: dict[str, list[int]] = {}
+        paid: dict[str, list[int]] = {}
         for id, n in await shards.paid(name):
-            found.setdefault(id.split("/")[0], []).append(n)
-        assert found == wanted[name]
+            paid.setdefault(id.split("/")[0], []).append(n)
+        assert paid == wanted[name]
         by_handler = await counts(shards.app(), shards.dsns[name])
         once_each = sum(map(len, wanted[name].values()))
-        assert {each: by_handler[each]["applied"] for each in by_handler} == {"settle": once_each, "record": once_each}
+        assert {handler: by_handler[handler]["applied"] for handler in by_handler} == {
+            "settle": once_each,
+            "record": once_each,
+        }
         recorded = await query(shards.dsns[name], "select id from effects")
         assert len(recorded) == sum(map(len, wanted[name].values())) == len(set(recorded))
 
@@ -191,12 +194,12 @@ async def test_each_effect_once_over_two_servers_whose_workers_die_between_their
     await expect(shards, stream)
 
     status = shards.command(tmp_path, "status", "shard_app:app", "--json")
-    found = json.loads(status.stdout)["shards"]
-    assert {name: found[name]["handlers"]["settle"]["applied"] for name in NAMES} == {
+    by_shard = json.loads(status.stdout)["shards"]
+    assert {name: by_shard[name]["handlers"]["settle"]["applied"] for name in NAMES} == {
         name: len(await shards.paid(name)) for name in NAMES
     }
     known = shards.command(tmp_path, "show", "shard_app:app", stream[0].headers[0][1].decode(), "--json")
-    states = [each["handlers"] for each in json.loads(known.stdout)["shards"].values()]
+    states = [answer["handlers"] for answer in json.loads(known.stdout)["shards"].values()]
     assert sorted(map(len, states)) == [0, 2] and known.returncode == 0
 
 
@@ -374,6 +377,6 @@ async def test_commands_print_the_other_shards_answers_when_one_is_away(shards: 
     for arguments in (["status", path], ["dlq", "list", path], ["show", path, "x"]):
         half = shards.command(tmp_path, *arguments, "--json", **away)
         is_one_line(half, "shard west:", "done: east")
-        found = json.loads(half.stdout)
-        assert set(found["shards"]) == {"east"} and set(found["failed"]) == {"west"}
+        answer = json.loads(half.stdout)
+        assert set(answer["shards"]) == {"east"} and set(answer["failed"]) == {"west"}
     is_one_line(shards.command(tmp_path, "dlq", "list", path, "--group", "0123456789"), "--group")

@@ -52,11 +52,11 @@ class Service:
 
         async def all_open() -> bool:
             newest: dict[int, int] = {}
-            for each in command.events():
-                if each["event"] == "partitions opened":
-                    newest[each["pid"]] = each["count"]
-                elif each["event"] == "partitions revoked":
-                    newest.pop(each["pid"], None)
+            for event in command.events():
+                if event["event"] == "partitions opened":
+                    newest[event["pid"]] = event["count"]
+                elif event["event"] == "partitions revoked":
+                    newest.pop(event["pid"], None)
             return len(newest) >= workers and sum(newest.values()) >= partitions
 
         await until(f"{partitions} partitions to be opened", all_open)

@@ -46,18 +46,18 @@ async def test_one_that_waits_for_nothing_has_ended_when_it_was_begun() -> None:
 
 
 async def test_one_that_waits_goes_on_where_it_was_in_the_same_task_and_context() -> None:
-    told: list[Any] = []
+    seen: list[Any] = []
 
     async def handle(value: bytes) -> None:
         token = inside.set("inside")
         for n in range(3):
             await asyncio.sleep(0)
-            told.append((n, inside.get(), asyncio.current_task()))
+            seen.append((n, inside.get(), asyncio.current_task()))
         inside.reset(token)
 
     calls = CallTracker({"it": 0.0})
     assert await run(handle, calls) is not None
-    assert told == [(n, "inside", asyncio.current_task()) for n in range(3)]
+    assert seen == [(n, "inside", asyncio.current_task()) for n in range(3)]
     assert inside.get() == "outside" and not calls.running and calls.running_inline is None
 
 
@@ -85,7 +85,7 @@ async def test_what_it_raises_comes_out_whenever_it_does(
 
 
 async def test_a_cancellation_reaches_it_where_it_waits_and_may_be_cleaned_up_after() -> None:
-    told: list[str] = []
+    seen: list[str] = []
     reached = asyncio.Event()
 
     async def handle(value: bytes) -> None:
@@ -94,7 +94,7 @@ async def test_a_cancellation_reaches_it_where_it_waits_and_may_be_cleaned_up_af
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             await asyncio.sleep(0)
-            told.append("cleaned up")
+            seen.append("cleaned up")
             raise
 
     task = asyncio.create_task(run(handle))
@@ -102,55 +102,55 @@ async def test_a_cancellation_reaches_it_where_it_waits_and_may_be_cleaned_up_af
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert told == ["cleaned up"]
+    assert seen == ["cleaned up"]
 
 
 async def test_a_cancellation_reaches_it_where_it_only_lets_others_go_first() -> None:
     """There is nothing there that was cancelled itself: it must be thrown."""
-    told: list[str] = []
+    seen: list[str] = []
 
     async def handle(value: bytes) -> None:
         asyncio.get_running_loop().call_soon(task.cancel)
         try:
             await asyncio.sleep(0)
         except asyncio.CancelledError:
-            told.append("cancelled")
+            seen.append("cancelled")
             raise
 
     task = asyncio.create_task(run(handle))
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert told == ["cancelled"]
+    assert seen == ["cancelled"]
 
 
 async def test_an_exception_of_what_it_waits_for_may_be_caught_in_it() -> None:
-    told: list[str] = []
+    seen: list[str] = []
 
     async def handle(value: bytes) -> None:
         try:
             async with asyncio.timeout(0.01):
                 await asyncio.Event().wait()
         except TimeoutError:
-            told.append("late")
+            seen.append("late")
 
     await run(handle)
-    assert told == ["late"]
+    assert seen == ["late"]
 
 
 async def test_a_wrapper_may_return_any_awaitable() -> None:
-    told: list[str] = []
+    seen: list[str] = []
 
     class Waiting:
         def __await__(self) -> Generator[Any, Any, None]:
             yield from asyncio.sleep(0).__await__()
-            told.append("awaited")
+            seen.append("awaited")
 
     handler = handler_of(_plain)
     handler.call = lambda *_: Waiting()
     left = start_call(handler, b"", None, None)
-    assert isinstance(left, Waiting) and not told
+    assert isinstance(left, Waiting) and not seen
     await finish_call(handler, left, None, [], None)
-    assert told == ["awaited"]
+    assert seen == ["awaited"]
 
 
 async def _plain(value: bytes) -> None: ...

@@ -57,8 +57,8 @@ class Gateway:
                 connection.sendall(b"HTTP/1.0 200 OK\r\ncontent-length: 0\r\n\r\n")
 
     def close(self) -> None:
-        for each in [*self.open, self.socket]:
-            each.close()
+        for connection in [*self.open, self.socket]:
+            connection.close()
 
 
 @pytest.fixture
@@ -151,9 +151,9 @@ def app_that(topic: str, way: Callable[[], Any], lifespan: Any = None) -> App:
     @app.handler(topic, name="settle")
     async def settle(payment: dict[str, Any], tx: Tx) -> None:
         tx.defer(INSERT, payment["id"], 1, 1)
-        found = way()
-        if asyncio.isfuture(found) or asyncio.iscoroutine(found):
-            await found
+        result = way()
+        if asyncio.isfuture(result) or asyncio.iscoroutine(result):
+            await result
 
     return app
 
@@ -180,9 +180,9 @@ async def test_rebuild_with_outside_allowed_calls_and_says_so(place: Place, gate
     await place.send(topic, *sent(3))
     await consume_all(app, place.settings())
     before = gateway.connections
-    found = await verify(app, topic, settings=place.settings(), rebuild=True, allow_outside=True)
-    assert found.ok and gateway.connections > before
-    assert any("calls of settle" in each and "allowed" in each for each in found.notes)
+    findings = await verify(app, topic, settings=place.settings(), rebuild=True, allow_outside=True)
+    assert findings.ok and gateway.connections > before
+    assert any("calls of settle" in note and "allowed" in note for note in findings.notes)
 
 
 async def test_check_calls_no_handler_unless_asked(place: Place, gateway: Gateway) -> None:
@@ -203,12 +203,12 @@ async def test_check_calls_no_handler_unless_asked(place: Place, gateway: Gatewa
 
     app = app_that(topic, count, lifespan)
     await place.send(topic, *sent(5))
-    found = await verify(app, topic, settings=place.settings())
-    assert (found.total("missing"), calls, entered) == (5, 0, 0)
-    assert any("no handler was called" in each and "--call-handlers" in each for each in found.notes)
-    found = await verify(app, topic, settings=place.settings(), call_handlers=True)
-    assert (found.total("missing"), calls, entered) == (5, 5, 1)
-    assert any("5 would be applied" in each for each in found.notes)
+    findings = await verify(app, topic, settings=place.settings())
+    assert (findings.total("missing"), calls, entered) == (5, 0, 0)
+    assert any("no handler was called" in note and "--call-handlers" in note for note in findings.notes)
+    findings = await verify(app, topic, settings=place.settings(), call_handlers=True)
+    assert (findings.total("missing"), calls, entered) == (5, 5, 1)
+    assert any("5 would be applied" in note for note in findings.notes)
     assert await value(place.dsn, "select count(*) from effects") == 0
 
 
@@ -282,17 +282,17 @@ async def test_handlers_can_ask_whether_this_is_a_dry_run(place: Place, gateway:
 
     @app.handler(topic, name="book", batch=10)
     async def book(messages: list[Message[dict[str, Any]]], tx: Tx) -> None:
-        seen.append((*[each.dry_run for each in messages], tx.dry_run))
-        for each in messages:
-            tx.defer(INSERT, each.value["id"], 2, 1)  # a handler that writes nothing proves nothing in a rebuild
+        seen.append((*[message.dry_run for message in messages], tx.dry_run))
+        for message in messages:
+            tx.defer(INSERT, message.value["id"], 2, 1)  # a handler that writes nothing proves nothing in a rebuild
 
     await place.send(topic, *sent(1))
     await consume_all(app, place.settings())
-    assert {flag for each in seen for flag in each} == {False}
+    assert {flag for flags in seen for flag in flags} == {False}
     seen.clear()
-    found = await verify(app, topic, settings=place.settings(), rebuild=True)
-    assert found.ok, found.problems()
-    assert seen[0] == (True,) and {flag for each in seen for flag in each} == {True}
+    findings = await verify(app, topic, settings=place.settings(), rebuild=True)
+    assert findings.ok, findings.problems()
+    assert seen[0] == (True,) and {flag for flags in seen for flag in flags} == {True}
     assert not is_dry_run()
 
 
@@ -314,8 +314,8 @@ async def test_statement_that_is_cancelled_in_a_dry_run_is_no_outside_effect(pla
             await impatient(tx)
 
     await place.send(topic, *sent(1))
-    found = await verify(app, topic, settings=place.settings(), call_handlers=True)
-    assert found.total("missing") == 1
+    findings = await verify(app, topic, settings=place.settings(), call_handlers=True)
+    assert findings.total("missing") == 1
 
 
 async def test_other_tasks_and_threads_of_the_process_go_on(place: Place, gateway: Gateway) -> None:
@@ -333,11 +333,11 @@ async def test_other_tasks_and_threads_of_the_process_go_on(place: Place, gatewa
     thread = threading.Thread(target=elsewhere)
     thread.start()
     try:
-        found = await verify(app, topic, settings=place.settings(), rebuild=True)
+        findings = await verify(app, topic, settings=place.settings(), rebuild=True)
     finally:
         ended.set()
         thread.join()
-    assert found.ok and gateway.connections > 0
+    assert findings.ok and gateway.connections > 0
 
 
 class Shop:
@@ -413,8 +413,8 @@ async def test_rebuild_says_how_many_calls_it_makes_before_it_starts(place: Plac
     await place.send(topic, *sent(7))
     applied = shop.replay("--apply")
     assert applied.returncode == 0, applied.stderr
-    found = shop.rebuild()
-    assert "makes up to 7 calls of settle" in found.stderr
+    findings = shop.rebuild()
+    assert "makes up to 7 calls of settle" in findings.stderr
     is_one_line(shop.replay("--apply", "--call-handlers"), "--call-handlers does not go with --apply")
     is_one_line(shop.replay("--allow-outside"), "--allow-outside goes with --call-handlers")
 

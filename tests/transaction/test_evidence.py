@@ -203,12 +203,12 @@ async def test_a_handler_whose_messages_all_fail_alike_waits_and_buries_nothing(
     async with working(app, place.settings()):
 
         async def shown() -> bool:
-            found = await waits(place, app)
-            return bool(found) and sum(each["count"] for each in found) == messages
+            waiting = await waits(place, app)
+            return bool(waiting) and sum(row["count"] for row in waiting) == messages
 
         await until("all to be shown as waiting", shown)
-        found = await waits(place, app)
-        assert all(each["systemic"] and code in each["error"] and each["handler"] == "settle" for each in found)
+        waiting = await waits(place, app)
+        assert all(row["systemic"] and code in row["error"] and row["handler"] == "settle" for row in waiting)
         assert await letters(place.dsn) == []
         assert await value(place.dsn, "select count(*) from consumer.attempts where attempts > 0") == 0
         await query_all(place, mend)
@@ -270,10 +270,10 @@ async def test_many_failures_of_one_kind_are_a_few_log_lines(place: Place, caplo
 
         async def many() -> bool:
             heads = [head for lane in worker.lanes for head, _, _ in lane.scheduler.waiting()]
-            return len(heads) == 160 and all(each.reruns >= 5 for each in heads)
+            return len(heads) == 160 and all(head.reruns >= 5 for head in heads)
 
         await until("all to have failed five times", many, 60)
-    lines = [each for each in caplog.records if "uncounted" in each.getMessage()]
+    lines = [record for record in caplog.records if "uncounted" in record.getMessage()]
     assert 1 <= len(lines) <= 12  # for at least 800 failures
     fields = lines[0].fields  # type: ignore[attr-defined]
     assert fields["handler"] == "settle" and "test_evidence.py:" in fields["error"]
@@ -341,7 +341,9 @@ async def test_what_waits_for_messages_of_another_topic_does_not_hold_them_up(pl
     async with working(app, settings) as worker:
 
         async def is_full() -> bool:
-            return any(lane.scheduler.is_full(each) for lane in worker.lanes for each in lane.scheduler.partitions)
+            return any(
+                lane.scheduler.is_full(partition) for lane in worker.lanes for partition in lane.scheduler.partitions
+            )
 
         await until("the partition to be full", is_full)
         await place.send(ordered, *map(payment, names))
@@ -365,7 +367,7 @@ async def test_a_busy_key_that_fails_holds_up_no_other_key_and_keeps_its_order(p
         tx.defer(INSERT, payment.id, payment.account, payment.amount)
 
     busy = [f"busy{n:04}" for n in range(1500)]
-    await place.send(topic, *[payment(each, key="busy", partition=0) for each in busy])
+    await place.send(topic, *[payment(name, key="busy", partition=0) for name in busy])
     await place.send(topic, *[payment(f"p{n}", partition=n % 2) for n in range(200)])
     async with working(app, place.settings()):
         await until("the other keys", applied(place, 200))
@@ -384,8 +386,8 @@ async def test_counters_tell_what_is_applied_and_rows_agree(place: Place) -> Non
     await consume_all(app, place.settings())
     connection = await asyncpg.connect(place.dsn)
     try:
-        found = (await handler_counts(connection, app))["settle"]
-        assert (found["applied"], found["dead_lettered"]) == (490, 10)
+        counted = (await handler_counts(connection, app))["settle"]
+        assert (counted["applied"], counted["dead_lettered"]) == (490, 10)
         assert await miscounts(connection, app) == {}
         await connection.execute("delete from consumer.ledger where ctid = (select min(ctid) from consumer.ledger)")
         assert await miscounts(connection, app) == {"settle": {"rows": 489, "counter": 490}}
@@ -401,8 +403,8 @@ async def test_a_handler_that_fails_for_all_holds_up_no_other_handler_of_its_top
     app = App(f"evidence-{uuid4().hex[:8]}")
 
     async def write(payments: list[Payment], tx: Tx) -> None:
-        for each in payments:
-            tx.defer("insert into later values ($1)", each.id)
+        for payment in payments:
+            tx.defer("insert into later values ($1)", payment.id)
 
     if batch is None:
 
@@ -425,11 +427,11 @@ async def test_a_handler_that_fails_for_all_holds_up_no_other_handler_of_its_top
         await until("the other handler", applied(place, 40))
 
         async def shown() -> bool:
-            found = await waits(place, app)
-            return bool(sum(row["count"] for row in found if row["systemic"]) == 40)
+            waiting = await waits(place, app)
+            return bool(sum(row["count"] for row in waiting if row["systemic"]) == 40)
 
         await until("all of the broken one to be shown", shown)
-        assert {each["handler"] for each in await waits(place, app)} == {"broken"}
+        assert {row["handler"] for row in await waits(place, app)} == {"broken"}
         assert await letters(place.dsn) == []
         await query_all(place, 'create table later (id text); grant all on later to "test-worker"')
         await drained(app, place.settings())

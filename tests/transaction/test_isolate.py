@@ -54,7 +54,7 @@ def half() -> float:
 
 
 def offsets(parts: Sequence[Part]) -> list[list[int]]:
-    return [[each.record.offset for each in part.batch.deliveries] for part in reversed(parts)]
+    return [[delivery.record.offset for delivery in part.batch.deliveries] for part in reversed(parts)]
 
 
 @given(st.integers(2, 300), st.booleans(), st.integers(0, FAILURES_MAX - 1), st.sampled_from(["again", "smaller"]))
@@ -67,7 +67,7 @@ def test_parts_hold_every_message_once_and_in_order(
     else:
         parts = run_smaller(part, facts(ValueError()), half)
     assert [offset for ran in offsets(parts) for offset in ran] == list(range(count))
-    assert all(each.outcome is None for each in part.batch.deliveries)
+    assert all(delivery.outcome is None for delivery in part.batch.deliveries)
 
 
 @given(st.integers(2, 100), st.data())
@@ -77,7 +77,7 @@ def test_a_slow_call_runs_apart_from_all_others_and_is_not_waited_for_again(coun
     parts = run_smaller(part, facts(TimeoutError("slow"), timed_out=[slow]), half)
     assert [offset for ran in offsets(parts) for offset in ran] == list(range(count))
     assert [slow.record.offset] in offsets(parts)
-    assert [each for each in part.batch.deliveries if each.outcome is not None] == [slow]
+    assert [delivery for delivery in part.batch.deliveries if delivery.outcome is not None] == [slow]
 
 
 def test_a_slow_call_for_many_messages_is_repeated_one_by_one() -> None:
@@ -85,7 +85,7 @@ def test_a_slow_call_for_many_messages_is_repeated_one_by_one() -> None:
     slow = part.batch.deliveries[1:3]
     parts = run_smaller(part, facts(TimeoutError(), timed_out=slow), half)
     assert offsets(parts) == [[0, 1, 2, 3, 4]]
-    assert [each.call_alone for each in part.batch.deliveries] == [False, True, True, False, False]
+    assert [delivery.call_alone for delivery in part.batch.deliveries] == [False, True, True, False, False]
 
 
 def test_savepoints_are_tried_before_halves_up_to_their_number() -> None:

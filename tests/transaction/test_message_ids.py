@@ -68,28 +68,28 @@ async def both_ways(place: Place, topic: str, app: App, *messages: Sent) -> None
     """The messages in one batch without Redis, and again one after the other with it."""
     await place.send(topic, *messages)
     await consume_all(app, place.settings(redis_url=None))
-    for each in messages:
-        await place.send(topic, each)
+    for message in messages:
+        await place.send(topic, message)
     await consume_all(app, place.settings())
 
 
 async def test_one_uuid_in_any_spelling_of_its_header_is_one_message(place: Place) -> None:
     topic = await place.topic()
     app = app_of(topic)
-    await both_ways(place, topic, app, *[Sent({"id": "a"}, id=each) for each in SPELLINGS])
+    await both_ways(place, topic, app, *[Sent({"id": "a"}, id=spelling) for spelling in SPELLINGS])
     assert await place.effects() == [(uuid.UUID(UUID_TEXT).hex, 1, 1)]
     assert await place.reasons() == []
 
 
 async def test_one_uuid_in_any_spelling_of_a_field_is_one_message_also_with_another_annotation(place: Place) -> None:
     topic = await place.topic()
-    texts = [each.decode() for each in SPELLINGS[:-1]]
+    texts = [spelling.decode() for spelling in SPELLINGS[:-1]]
     first = app_of(topic, Payment, message_id="field:id", fingerprint=None)
-    await both_ways(place, topic, first, *[Sent({"id": each}) for each in texts])
+    await both_ways(place, topic, first, *[Sent({"id": text}) for text in texts])
     assert await applied(place) == 1
     for value_type, rule in ((ByUuid, "field:id"), (ByUuid, lambda value: value.id), (dict, lambda value: value["id"])):
         changed = app_of(topic, value_type, first.name, message_id=rule, fingerprint=None)
-        await both_ways(place, topic, changed, *[Sent({"id": each}) for each in texts[:3]])
+        await both_ways(place, topic, changed, *[Sent({"id": text}) for text in texts[:3]])
         assert await applied(place) == 1
     assert await place.reasons() == []
 
@@ -186,9 +186,9 @@ async def test_a_producer_of_another_language_writes_ids_that_are_found(place: P
     assert await place.reasons() == []
     dsn = place.worker_dsn
     for arguments in ((UUID_TEXT,), ("urn:uuid:" + UUID_TEXT,), ("1", "--source", "/eu")):
-        found = consumer(tmp_path, "show", app.name, *arguments, "--json", CONSUMER_POSTGRES_DSN=dsn)
-        assert found.returncode == 0, found.stderr
-        assert json.loads(found.stdout)["handlers"][0]["state"] == "applied"
+        result = consumer(tmp_path, "show", app.name, *arguments, "--json", CONSUMER_POSTGRES_DSN=dsn)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["handlers"][0]["state"] == "applied"
     assert consumer(tmp_path, "show", app.name, "1", "--json", CONSUMER_POSTGRES_DSN=dsn).returncode == 1
 
 
@@ -197,9 +197,9 @@ async def test_the_offset_shows_a_message_without_an_id(place: Place, tmp_path: 
     await place.send(topic, Sent({"id": "a"}))
     app = app_of(topic)
     await consume_all(app, place.settings())
-    found = consumer(tmp_path, "show", app.name, f"{topic}:0:0", "--json", CONSUMER_POSTGRES_DSN=place.worker_dsn)
-    assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout)["handlers"][0]["offset"] == 0
+    result = consumer(tmp_path, "show", app.name, f"{topic}:0:0", "--json", CONSUMER_POSTGRES_DSN=place.worker_dsn)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["handlers"][0]["offset"] == 0
 
 
 # What is compared where an id comes again.
@@ -246,13 +246,13 @@ async def test_a_batch_handler_and_a_model_compare_values(place: Place) -> None:
     app = App(f"app-{uuid.uuid4().hex[:8]}")
 
     async def book(models: list[Any], tx: Tx) -> None:
-        for each in models:
-            tx.defer(EFFECT, each.id, int(each.amount))
+        for model in models:
+            tx.defer(EFFECT, model.id, int(model.amount))
 
     book.__annotations__["models"] = list[Model]
     app.handler(topic, batch=10, message_id="field:id", fingerprint="value")(book)
     bodies = [b'{"id":"a","amount":5}', b'{"amount":5.00,"id":"a"}', b'{"id":"a","amount":"5.0"}']
-    await both_ways(place, topic, app, *[Sent(each) for each in bodies])
+    await both_ways(place, topic, app, *[Sent(body) for body in bodies])
     assert await place.effects() == [("a", 1, 5)]
     assert await place.reasons() == []
 
@@ -304,14 +304,14 @@ async def test_a_replay_and_a_rebuild_compare_as_the_handler_does(place: Place, 
     await place.send(topic, rewritten(0), Sent({"id": "b", "amount": -1}, id="2"))
     await consume_all(before, place.settings())
     await place.send(
-        topic, *[Sent(each, id="3") for each in (b'{"id":"c"}', b'{ "id": "c" }', b'{"amount":1,"id":"c"}')]
+        topic, *[Sent(body, id="3") for body in (b'{"id":"c"}', b'{ "id": "c" }', b'{"amount":1,"id":"c"}')]
     )
     await place.send(topic, Sent(b'{ "id": "b", "amount": -1 }', id="4"), rewritten(0))
     await consume_all(after, place.settings())
     assert await place.effects() == [("a", 1, 5), ("c", 1, 1)]
     assert await place.reasons() == ["rejected", "rejected"]
-    found = await replay(after, place.settings(), [topic], Options(), Progress())
-    assert found.ok and found.total("missing") == 0 and found.total("conflicts") == 0
+    findings = await replay(after, place.settings(), [topic], Options(), Progress())
+    assert findings.ok and findings.total("missing") == 0 and findings.total("conflicts") == 0
     source = KafkaConsumer(place.settings(), None)
     await source.start(10)
     try:
@@ -329,12 +329,12 @@ async def test_a_dead_letter_of_an_event_is_retried_under_the_rule_that_was_miss
     await place.send(topic, binary(None, "1", {"a": 1}), binary(None, "2", {"a": 1}))
     await consume_all(app, place.settings())
     changed = app_of(topic, dict, app.name, message_id="header:ce_id", fingerprint="value")
-    numbers = [each["letter"] for each in await letters(place.dsn)]
+    numbers = [letter["letter"] for letter in await letters(place.dsn)]
     async with changed.running():
         desk = await Redrive.open(changed, place.settings(), "operator")
-        done = [each async for each in desk.retry(numbers)]
+        done = [result async for result in desk.retry(numbers)]
         desk.close()
-    assert [each.outcome for each in done] == ["applied", "applied"], done
+    assert [result.outcome for result in done] == ["applied", "applied"], done
     await place.send(topic, binary(None, "1", {"a": 1.0}))
     await consume_all(changed, place.settings())
     assert await applied(place) == 2
@@ -363,7 +363,7 @@ async def test_bytes_that_are_no_json_are_named(place: Place) -> None:
     )
     await consume_all(app, place.settings())
     assert await applied(place) == 1
-    texts = [each["error"] for each in await letters(place.dsn)]
+    texts = [letter["error"] for letter in await letters(place.dsn)]
     assert ["UTF-16" in texts[0], "UTF-16" in texts[1]] == [True, True]
     assert "Confluent's wire format (schema id 7)" in texts[2]
     assert "allow_nan=True" in texts[3]

@@ -64,9 +64,9 @@ async def test_a_call_that_hangs_is_ended_found_at_once_and_counted(place: Place
 
         @app.handler(topic, batch=100, timeout=0.4, retry=TWICE, name="settle")
         async def many(bodies: list[dict[str, str]], tx: Tx) -> None:
-            for each in bodies:
-                await one(each, tx)
-            if BAD in [each["id"] for each in bodies]:
+            for body in bodies:
+                await one(body, tx)
+            if BAD in [body["id"] for body in bodies]:
                 await hang()
 
     else:
@@ -79,11 +79,11 @@ async def test_a_call_that_hangs_is_ended_found_at_once_and_counted(place: Place
             order.append(body["id"])
 
     # The one after the bad one has its key: it waits behind it, as a letter too in the end.
-    await place.send(topic, *[sent(each, "same" if each in (BAD, "p038") else each) for each in NAMES])
+    await place.send(topic, *[sent(name, "same" if name in (BAD, "p038") else name) for name in NAMES])
     await consume_all(app, place.settings())
-    assert await effect_ids(place) == [each for each in NAMES if each not in (BAD, "p038")]
+    assert await effect_ids(place) == [name for name in NAMES if name not in (BAD, "p038")]
     assert await place.reasons() == ["failed", "behind"]
-    [letter] = [each for each in await letters(place.dsn) if each["state"] == "dead"]
+    [letter] = [letter for letter in await letters(place.dsn) if letter["state"] == "dead"]
     assert (letter["attempts"], "HandlerTimeout" in letter["error"]) == (2, True)
     assert len(hung) == (3 if "batch" in kind else 2)  # a batch does not say whose fault it was: once for all of it
 
@@ -203,7 +203,7 @@ async def test_a_handler_that_swallows_its_cancellation_loses_its_connection_and
     await until("PostgreSQL to have undone it", undone)
     let_go.set()
     await asyncio.wait_for(over.wait(), 10)
-    assert [type(each) for each in late] == [TransactionMisuse]
+    assert [type(error) for error in late] == [TransactionMisuse]
     assert (await effect_ids(place), await place.reasons()) == (
         [],
         ["failed"],
@@ -219,10 +219,10 @@ async def test_the_process_of_such_a_handler_ends_and_another_takes_over(place: 
         await place.send(service.topic, message("m", SWALLOWS))
 
         async def replaced() -> bool:
-            return len({each["worker_pid"] for each in command.events() if "worker_pid" in each}) == 2
+            return len({event["worker_pid"] for event in command.events() if "worker_pid" in event}) == 2
 
         await until("another worker process", replaced, 60)
-        assert [each["exit_code"] for each in command.events() if "exit_code" in each] == [EXIT_STALLED]
+        assert [event["exit_code"] for event in command.events() if "exit_code" in event] == [EXIT_STALLED]
 
 
 # -- that block -----------------------------------------------------------------------------------------------------
@@ -251,16 +251,18 @@ async def test_a_handler_that_blocks_the_event_loop_is_named_while_it_does_and_s
         await place.send(topic, sent("blocks"), sent("b"))
         await drained(app, place.settings())
         assert (worker.source.member_id, worker.source.consumer._coordinator.generation) == before
-    told = [
-        each for each in caplog.records if each.getMessage() == "the event loop is blocked: a handler does not await"
+    blocked = [
+        record
+        for record in caplog.records
+        if record.getMessage() == "the event loop is blocked: a handler does not await"
     ]
-    assert told
-    fields: dict[str, Any] = told[0].__dict__["fields"]
+    assert blocked
+    fields: dict[str, Any] = blocked[0].__dict__["fields"]
     assert fields["handler"] == "settle"
     assert "test_misbehaving_handlers.py" in fields["at"]
-    assert told[0].created < woke[0]
-    revoked = [each.created for each in caplog.records if each.getMessage() == "partitions revoked"]
-    assert all(each > woke[0] for each in revoked)
+    assert blocked[0].created < woke[0]
+    revoked = [record.created for record in caplog.records if record.getMessage() == "partitions revoked"]
+    assert all(moment > woke[0] for moment in revoked)
     assert await effect_ids(place) == ["a", "b", "blocks"]
 
 
@@ -272,9 +274,9 @@ async def test_a_worker_that_has_grown_too_large_drains_and_is_replaced(place: P
     async with service.run() as command:
         assert await command.wait(60) == 1  # each is too large at once here: the supervisor does not go on for ever
         events = command.events()
-        assert any("too much memory" in each["event"] for each in events)
-        assert [each["exit_code"] for each in events if "exit_code" in each] == [EXIT_OUTGROWN] * 2
-        assert sum(each["event"] == "worker stopped" for each in events) == 2  # in order, not killed
+        assert any("too much memory" in event["event"] for event in events)
+        assert [event["exit_code"] for event in events if "exit_code" in event] == [EXIT_OUTGROWN] * 2
+        assert sum(event["event"] == "worker stopped" for event in events) == 2  # in order, not killed
 
 
 # -- that go around their Tx, or end its transaction ------------------------------------------------------------------
@@ -337,7 +339,7 @@ async def test_no_handler_can_commit_by_any_of_these_ways(place: Place) -> None:
             await tx.execute(name)
 
     good = [f"good {n:02}" for n in range(len(ENDING) + 1)]
-    both = [each for pair in zip(good, ENDING, strict=False) for each in pair]
+    both = [name for pair in zip(good, ENDING, strict=False) for name in pair]
     await place.send(topic, *map(sent, [*both, good[-1]]))
     await consume_all(app, place.settings())
     assert await effect_ids(place) == good

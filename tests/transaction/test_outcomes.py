@@ -46,10 +46,10 @@ async def test_a_message_delivered_twice_is_applied_once(place: Place) -> None:
         (1, 10),
         (2, 10),
     ]
-    found = (await counts(app, place.dsn))["settle"]
-    assert found["applied"] == 2
-    assert sum(found["duplicates"].values()) == 3
-    assert found["dead_lettered"] == 0
+    counted = (await counts(app, place.dsn))["settle"]
+    assert counted["applied"] == 2
+    assert sum(counted["duplicates"].values()) == 3
+    assert counted["dead_lettered"] == 0
 
 
 async def test_without_redis_the_ledger_stops_every_duplicate(place: Place) -> None:
@@ -58,8 +58,8 @@ async def test_without_redis_the_ledger_stops_every_duplicate(place: Place) -> N
     for _ in range(2):
         await place.send(topic, *[payment(f"p{n}") for n in range(20)])
         await consume_all(app, place.settings(redis_url=None))
-    found = (await counts(app, place.dsn))["settle"]
-    assert (found["applied"], found["duplicates"]["ledger"], found["duplicates"]["precheck"]) == (20, 20, 0)
+    counted = (await counts(app, place.dsn))["settle"]
+    assert (counted["applied"], counted["duplicates"]["ledger"], counted["duplicates"]["precheck"]) == (20, 20, 0)
 
 
 async def test_with_redis_the_precheck_stops_them_before_they_are_decoded(place: Place) -> None:
@@ -68,8 +68,8 @@ async def test_with_redis_the_precheck_stops_them_before_they_are_decoded(place:
     for _ in range(2):
         await place.send(topic, *[payment(f"p{n}") for n in range(20)])
         await consume_all(app, place.settings())
-    found = (await counts(app, place.dsn))["settle"]
-    assert (found["applied"], found["duplicates"]["ledger"], found["duplicates"]["precheck"]) == (20, 0, 20)
+    counted = (await counts(app, place.dsn))["settle"]
+    assert (counted["applied"], counted["duplicates"]["ledger"], counted["duplicates"]["precheck"]) == (20, 0, 20)
 
 
 async def test_marks_of_a_database_that_was_made_anew_are_not_believed(place: Place) -> None:
@@ -115,8 +115,8 @@ async def test_what_is_applied_stays_a_duplicate_behind_another_payload_of_its_i
     await consume_all(app, settings)
     assert await place.effects() == [("a", 1, 10)]
     assert await place.reasons() == ["id_conflict"]
-    found = (await counts(app, place.dsn))["settle"]["duplicates"]
-    assert (found["ledger"], found["batch"]) == (1, 1)
+    duplicates = (await counts(app, place.dsn))["settle"]["duplicates"]
+    assert (duplicates["ledger"], duplicates["batch"]) == (1, 1)
 
 
 @pytest.mark.parametrize("size", [1, 36, 5000])
@@ -155,8 +155,8 @@ async def test_messages_that_cannot_be_read_are_dead_letters_with_their_bytes_an
         place.dsn, 'select value, header_keys, header_values, "offset" from consumer.dead_letters order by 4'
     )
     assert rows[0] == (b"\xff not json", [b"message-id"], [b"1"], 0)
-    found = (await counts(app, place.dsn))["settle"]
-    assert found["duplicates"]["dead_letter"] == 1
+    counted = (await counts(app, place.dsn))["settle"]
+    assert counted["duplicates"]["dead_letter"] == 1
 
 
 async def test_an_id_from_a_field_and_from_a_function(place: Place) -> None:
@@ -171,7 +171,7 @@ async def test_an_id_from_a_field_and_from_a_function(place: Place) -> None:
     async def function(body: dict[str, Any], tx: Tx) -> None:
         tx.defer(INSERT, f"function {body['meta']['id']}", 1, 1)
 
-    await place.send(topic, *[Sent({"meta": {"id": each}}) for each in ("a", "a", "b", None)])
+    await place.send(topic, *[Sent({"meta": {"id": id}}) for id in ("a", "a", "b", None)])
     await consume_all(app, place.settings())
     assert [row[0] for row in await place.effects()] == ["function a", "function b", "nested a", "nested b"]
     assert await place.reasons() == ["no_message_id", "no_message_id"]
@@ -187,7 +187,7 @@ async def test_without_any_id_the_offset_counts_and_one_warning_says_what_that_m
     with caplog.at_level("WARNING", logger="consumer"):
         await consume_all(app, place.settings())
     assert len(await place.effects()) == 2
-    assert sum("their offset is used" in each.message for each in caplog.records) == 1
+    assert sum("their offset is used" in record.message for record in caplog.records) == 1
 
 
 @dataclasses.dataclass
@@ -265,11 +265,11 @@ async def test_a_handler_that_raises_costs_its_own_message_only(place: Place) ->
 
     names = [f"p{n}" for n in range(30)]
     names[7], names[19] = "bad", "refused"
-    await place.send(topic, *[payment(each, account=n) for n, each in enumerate(names)])
+    await place.send(topic, *[payment(name, account=n) for n, name in enumerate(names)])
     await consume_all(app, place.settings())
     assert [row[0] for row in await place.effects()] == sorted(set(names) - {"bad", "refused"})
-    found = await letters(place.dsn)
-    assert sorted((each["reason"], each["attempts"]) for each in found) == [("failed", 3), ("rejected", 1)]
+    dead = await letters(place.dsn)
+    assert sorted((letter["reason"], letter["attempts"]) for letter in dead) == [("failed", 3), ("rejected", 1)]
     assert runs.count("bad") == 3
     assert runs.count("refused") == 1
     assert runs.count("p3") == 1  # a message that only deferred is taken out of its batch; the others are not run again
@@ -332,7 +332,7 @@ async def test_a_swallowed_database_error_never_marks_a_message_without_its_effe
                 pass
 
     names = [f"p{n}" for n in range(neighbours)] + ["bad"]
-    await place.send(topic, *[payment(each, account=n % 90) for n, each in enumerate(names)])
+    await place.send(topic, *[payment(name, account=n % 90) for n, name in enumerate(names)])
     await consume_all(app, place.settings())
     assert len(await place.effects()) == neighbours
     assert await place.reasons() == ["failed"]
@@ -541,8 +541,8 @@ async def test_a_batch_handler_gets_lists_without_duplicates_and_one_bad_message
     @app.handler(topic, batch=50, retry=Retry(attempts=1))
     async def book(entries: list[Payment], tx: Tx) -> None:
         sizes.append(len(entries))
-        await tx.executemany(INSERT, [(each.id, each.account, each.amount) for each in entries])
-        if any(each.id == "p77" for each in entries):
+        await tx.executemany(INSERT, [(entry.id, entry.account, entry.amount) for entry in entries])
+        if any(entry.id == "p77" for entry in entries):
             raise ValueError
 
     await place.send(
@@ -566,12 +566,12 @@ async def test_a_handler_that_opted_out_runs_without_a_ledger_row(place: Place) 
             raise ValueError
         seen.append(click["n"])
 
-    await place.send(topic, *[Sent({"n": each}) for each in ("1", "2", "bad", "2")])
+    await place.send(topic, *[Sent({"n": number}) for number in ("1", "2", "bad", "2")])
     await consume_all(app, place.settings())
     assert sorted(seen) == ["1", "2", "2"]
     assert await value(place.dsn, "select count(*) from consumer.ledger") == 0
-    found = (await counts(app, place.dsn))["count"]
-    assert (found["applied"], found["skipped"], found["dead_lettered"]) == (0, 3, 1)
+    counted = (await counts(app, place.dsn))["count"]
+    assert (counted["applied"], counted["skipped"], counted["dead_lettered"]) == (0, 3, 1)
 
 
 async def test_two_handlers_of_one_topic_and_one_of_two_topics_each_apply_once(place: Place) -> None:
@@ -601,8 +601,8 @@ async def test_two_apps_share_a_database_and_a_redis_and_nothing_leaks(place: Pl
             await consume_all(app, place.settings())
     assert [row[0] for row in await place.effects()] == ["a", "a", "b", "b"]
     for app in apps:
-        found = (await counts(app, place.dsn))["settle"]
-        assert (found["applied"], sum(found["duplicates"].values())) == (2, 2)
+        counted = (await counts(app, place.dsn))["settle"]
+        assert (counted["applied"], sum(counted["duplicates"].values())) == (2, 2)
 
 
 async def test_one_handler_failing_does_not_hold_up_another_of_the_topic(place: Place) -> None:
@@ -679,7 +679,7 @@ async def test_concurrent_handlers_keep_the_order_of_their_units(place: Place, o
     else:
         assert most > 4
     if order != "none":
-        assert all(each == sorted(each) for each in seen.values())
+        assert all(amounts == sorted(amounts) for amounts in seen.values())
 
 
 async def test_deferred_writes_reach_a_key_in_the_order_of_its_messages(place: Place) -> None:
@@ -714,15 +714,15 @@ async def test_offsets_set_with_kafkas_own_tools_have_no_effect_and_that_is_said
     await tool.stop()
 
     async def opened() -> bool:
-        return any(each.message == "partitions opened" for each in caplog.records)
+        return any(record.message == "partitions opened" for record in caplog.records)
 
     with caplog.at_level("INFO", logger="consumer"):
         async with working(app, place.settings()):
             await until("the partition to be opened", opened, 120)
             await drained(app, place.settings())
-    found = [each for each in caplog.records if "differs from the position" in each.message]
-    assert len(found) == 1
-    assert "consumer positions" in found[0].fields["do"]
+    logged = [record for record in caplog.records if "differs from the position" in record.message]
+    assert len(logged) == 1
+    assert "consumer positions" in logged[0].fields["do"]
     assert len(await place.effects()) == 10
 
 

@@ -32,7 +32,7 @@ def batch_of(*offsets: int) -> Batch:
 
 
 def offsets_of(part: Part) -> list[int]:
-    return [each.record.offset for each in part.batch.deliveries]
+    return [delivery.record.offset for delivery in part.batch.deliveries]
 
 
 class Settled:

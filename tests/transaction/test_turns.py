@@ -53,7 +53,7 @@ async def test_concurrency_read_and_write_of_one_row_loses_no_update(exactly_onc
         await tx.execute(SET, 0, balance + 1)
 
     trial = await exactly_once(app_of(handle, concurrency=8), schema=TABLES)
-    assert {each.outcome for each in await trial.deliver(*sent(40))} == {"applied"}
+    assert {result.outcome for result in await trial.deliver(*sent(40))} == {"applied"}
     assert await trial.fetchval(GET, 0) == 40
 
 
@@ -120,7 +120,7 @@ async def test_concurrency_tasks_of_one_handler_share_its_turn(exactly_once: Exa
             await asyncio.gather(*(tx.execute(NOTE, n, "inside") for _ in range(3)))
 
     trial = await exactly_once(app_of(handle, concurrency=6), schema=TABLES)
-    assert {each.outcome for each in await trial.deliver(*sent(24))} == {"applied"}
+    assert {result.outcome for result in await trial.deliver(*sent(24))} == {"applied"}
     assert await trial.fetchval("select sum(balance) from accounts") == 96
     assert await trial.fetchval("select count(*) from log") == 72
 
@@ -137,8 +137,10 @@ async def test_concurrency_a_failure_in_a_turn_passes_it_on(exactly_once: Exactl
             await tx.execute("select 1 / 0")
 
     trial = await exactly_once(app_of(handle, concurrency=4, retry=Retry(attempts=1)), schema=TABLES)
-    found = await trial.deliver(*sent(20))
-    assert [each.outcome for each in found] == ["dead-lettered" if n % 5 in (1, 2, 3) else "applied" for n in range(20)]
+    results = await trial.deliver(*sent(20))
+    assert [result.outcome for result in results] == [
+        "dead-lettered" if n % 5 in (1, 2, 3) else "applied" for n in range(20)
+    ]
     assert await trial.fetchval(GET, 0) == 8
 
 
@@ -172,7 +174,7 @@ async def test_defer_several_commands_without_parameters_run(exactly_once: Exact
             )
 
     trial = await exactly_once(app_of(handle), schema=TABLES)
-    assert {each.outcome for each in await trial.deliver(*sent(5))} == {"applied"}
+    assert {result.outcome for result in await trial.deliver(*sent(5))} == {"applied"}
     assert await trial.fetchval(GET, 0) == 2**11 - 2
 
 
@@ -181,17 +183,17 @@ async def test_several_commands_that_cannot_work_fail_their_message(exactly_once
     async def handle(n: int, tx: Tx) -> None:
         if n == 1:
             text = "insert into log (n) values ($1); insert into log (n) values ($1)"
-            found = getattr(tx, method)(text, [(n,)] if method == "executemany" else n)
-            if found is not None:
-                await found
+            pending = getattr(tx, method)(text, [(n,)] if method == "executemany" else n)
+            if pending is not None:
+                await pending
         tx.defer(NOTE, n, "")
 
     trial = await exactly_once(app_of(handle, retry=Retry(attempts=1)), schema=TABLES)
-    found = await trial.deliver(*sent(3))
-    assert [each.outcome for each in found] == ["applied", "dead-lettered", "applied"]
-    assert isinstance(found[1].exception, TransactionMisuse)
-    assert str(found[1].exception).startswith(f"{method}: several commands in one text")
-    assert "\n" not in str(found[1].exception)
+    results = await trial.deliver(*sent(3))
+    assert [result.outcome for result in results] == ["applied", "dead-lettered", "applied"]
+    assert isinstance(results[1].exception, TransactionMisuse)
+    assert str(results[1].exception).startswith(f"{method}: several commands in one text")
+    assert "\n" not in str(results[1].exception)
 
 
 DEFERRED = """
@@ -218,8 +220,8 @@ async def test_a_deferred_constraint_is_checked_for_each_message(exactly_once: E
                 await tx.execute(text)
 
     trial = await exactly_once(app_of(handle, retry=Retry(attempts=1)), schema=DEFERRED)
-    found = await trial.deliver(*sent(4))
-    assert [each.outcome for each in found] == ["applied", "dead-lettered", "applied", "applied"]
+    results = await trial.deliver(*sent(4))
+    assert [result.outcome for result in results] == ["applied", "dead-lettered", "applied", "applied"]
     assert await trial.fetchval("select array_agg(parent) from children") == [3]
 
 
@@ -235,7 +237,7 @@ async def test_set_constraints_ends_with_its_message(exactly_once: ExactlyOnce, 
                 await tx.execute(text)
 
     trial = await exactly_once(app_of(handle, retry=Retry(attempts=1)), schema=DEFERRED)
-    assert [each.outcome for each in await trial.deliver(*sent(3))] == ["applied", "dead-lettered", "dead-lettered"]
+    assert [result.outcome for result in await trial.deliver(*sent(3))] == ["applied", "dead-lettered", "dead-lettered"]
 
 
 @pytest.mark.parametrize("last", ["defer", "execute"])
@@ -247,12 +249,12 @@ async def test_a_deferred_constraint_may_be_violated_within_a_message(exactly_on
         await tx.fetchval("select 1")
         async with tx.savepoint():
             tx.defer(f"insert into children values ({n})")
-        found = getattr(tx, last)("insert into parents values ($1)", n)
-        if found is not None:
-            await found
+        pending = getattr(tx, last)("insert into parents values ($1)", n)
+        if pending is not None:
+            await pending
 
     trial = await exactly_once(app_of(handle, retry=Retry(attempts=1)), schema=DEFERRED)
-    assert {each.outcome for each in await trial.deliver(*sent(5))} == {"applied"}
+    assert {result.outcome for result in await trial.deliver(*sent(5))} == {"applied"}
 
 
 @pytest.mark.parametrize("way", ["defer", "execute"])
@@ -264,12 +266,12 @@ async def test_temporary_tables_and_cursors_end_with_their_message(exactly_once:
             "declare c cursor for select n from staging",
             "insert into log (n) select n from staging",
         ):
-            found = getattr(tx, way)(text)
-            if found is not None:
-                await found
+            pending = getattr(tx, way)(text)
+            if pending is not None:
+                await pending
 
     trial = await exactly_once(app_of(handle, retry=Retry(attempts=1)), schema=TABLES)
-    assert {each.outcome for each in await trial.deliver(*sent(5))} == {"applied"}
+    assert {result.outcome for result in await trial.deliver(*sent(5))} == {"applied"}
     assert await trial.fetchval("select array_agg(n order by n) from log") == [0, 1, 2, 3, 4]
 
 
@@ -324,11 +326,11 @@ async def test_set_local_is_valid_for_its_own_message_only(exactly_once: Exactly
             await one(n, tx)
 
     trial = await exactly_once(app, schema=TABLES)
-    assert {each.outcome for each in await trial.deliver(*sent(30))} == {"applied"}
-    found = await trial.fetch(
+    assert {result.outcome for result in await trial.deliver(*sent(30))} == {"applied"}
+    rows = await trial.fetch(
         "select n, array_agg(coalesce(tenant, '') order by ctid) as t from tenants group by n order by n"
     )
-    for n, tenants in found:
+    for n, tenants in rows:
         own = f"tenant {n % 3}" if n % 3 else ""
         assert tenants == ["", own, *([own] if n % 2 else []), *(["another"] if n % 3 == 2 else [])], n
 
@@ -355,8 +357,10 @@ async def test_set_local_is_reset_after_every_kind_of_failure(exactly_once: Exac
             tx.defer(OF_TENANT, n)
 
     trial = await exactly_once(app_of(handle, concurrency=concurrency, retry=Retry(attempts=1)), schema=TABLES)
-    found = await trial.deliver(*sent(24))
-    assert [each.outcome for each in found] == ["dead-lettered" if n % 8 in (1, 3, 5) else "applied" for n in range(24)]
+    results = await trial.deliver(*sent(24))
+    assert [result.outcome for result in results] == [
+        "dead-lettered" if n % 8 in (1, 3, 5) else "applied" for n in range(24)
+    ]
     rows = {(n, tenant or "") for n, tenant in await trial.fetch("select n, tenant from tenants")}
     assert rows == {(n, "") for n in range(0, 24, 2)} | {(n, "leaked") for n in range(7, 24, 8)}
 
@@ -395,9 +399,9 @@ async def test_set_local_refuses_in_one_line(exactly_once: ExactlyOnce, name: An
         await tx.set_local(name, value)
 
     trial = await exactly_once(app_of(handle, retry=Retry(attempts=1)), schema=TABLES)
-    [found] = await trial.deliver(*sent(1))
-    assert found.outcome == "dead-lettered" and isinstance(found.exception, TransactionMisuse)
-    assert says in str(found.exception) and "\n" not in str(found.exception)
+    [result] = await trial.deliver(*sent(1))
+    assert result.outcome == "dead-lettered" and isinstance(result.exception, TransactionMisuse)
+    assert says in str(result.exception) and "\n" not in str(result.exception)
 
 
 @pytest.mark.parametrize("way", ["execute", "defer", "fetchval"])
@@ -414,15 +418,15 @@ async def test_set_config_is_refused_and_reaches_no_other_message(
 ) -> None:
     async def handle(n: int, tx: Tx) -> None:
         if n == 1:
-            found = getattr(tx, way)(sql)
-            if found is not None:
-                await found
+            pending = getattr(tx, way)(sql)
+            if pending is not None:
+                await pending
         tx.defer(OF_TENANT, n)
 
     trial = await exactly_once(app_of(handle, retry=Retry(attempts=1)), schema=TABLES)
-    found = await trial.deliver(*sent(3))
-    assert [each.outcome for each in found] == ["applied", "dead-lettered", "applied"]
-    assert "tx.set_local" in str(found[1].exception)
+    results = await trial.deliver(*sent(3))
+    assert [result.outcome for result in results] == ["applied", "dead-lettered", "applied"]
+    assert "tx.set_local" in str(results[1].exception)
     assert await trial.fetchval("select count(*) from tenants where coalesce(tenant, '') <> ''") == 0
 
 
@@ -460,5 +464,5 @@ async def test_set_local_serves_row_security_by_tenant(place: Place) -> None:
     rows = await query(place.dsn, "select tenant, n, visible from counts order by n, tenant")
     assert rows == sorted(
         [("none", n, 0) for n in range(12)] + [(f"t{n % 3}", n, n // 3 + 1) for n in range(12)],
-        key=lambda each: (each[1], each[0]),
+        key=lambda row: (row[1], row[0]),
     )

@@ -56,7 +56,7 @@ def run(directory: Path, style: str, *, before: str = "", config: str | None = N
 
 
 def test_application_logs_as_json_have_level_extra_and_traceback(tmp_path: Path) -> None:
-    lines = [json.loads(each) for each in run(tmp_path, "json").splitlines()]
+    lines = [json.loads(line) for line in run(tmp_path, "json").splitlines()]
     info, ours, failed, ours_failed = lines
     assert (info["logger"], info["level"], info["tenant"]) == ("shop", "info", "acme")
     assert info["event"].startswith("order 4711\nof two lines") and len(info["event"]) > 600
@@ -163,7 +163,7 @@ def test_log_config_file_decides_where_everything_goes(tmp_path: Path, name: str
     errors = run(tmp_path, "json", config=name)
     mine = (tmp_path / "mine.log").read_text()
     assert "INFO shop order 4711" in mine and "ERROR shop.orders it failed" in mine and "ours" not in mine
-    assert [json.loads(each)["event"] for each in errors.splitlines()] == ["ours", "ours failed"]
+    assert [json.loads(line)["event"] for line in errors.splitlines()] == ["ours", "ours failed"]
 
 
 @pytest.mark.parametrize(

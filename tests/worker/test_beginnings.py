@@ -38,8 +38,8 @@ async def query_alone(dsn: str, sql: str) -> None:
         await connection.close()
 
 
-def kinds(found: dict[str, Any]) -> list[str]:
-    return [each["kind"] for each in found["notices"]]
+def kinds(answer: dict[str, Any]) -> list[str]:
+    return [notice["kind"] for notice in answer["notices"]]
 
 
 async def copied(place: Place, app: App, offsets: int) -> None:
@@ -63,12 +63,12 @@ async def test_recreated_database_stops_partitions_until_a_person_decides(
     other = await recreated(place, postgres)
     await other.send(topic, *[lone_payment(f"q{n}", n % 2) for n in range(4)])
     async with working(app, other.settings(), path=PATH):
-        found = await worker_log.wait("partition stopped", 2)
-        assert {each["reason"] for each in found} == {"other_database"}
-        assert all("committed 10" in each["why"] and "--move-to committed" in each["why"] for each in found)
+        stops = await worker_log.wait("partition stopped", 2)
+        assert {stop["reason"] for stop in stops} == {"other_database"}
+        assert all("committed 10" in stop["why"] and "--move-to committed" in stop["why"] for stop in stops)
         code, shown = await status(other, app)
         assert code == 1
-        assert [each["stopped"]["reason"] for each in shown["partitions"]] == ["other_database"] * 2
+        assert [row["stopped"]["reason"] for row in shown["partitions"]] == ["other_database"] * 2
         assert await effect_ids(other) == [] and await positions(other, app) == {}
         where = ["--topic", topic, "--partition"]
         here = await command(other, app, "positions", PATH, *where, "0", "--move-to", "committed")
@@ -112,8 +112,8 @@ async def test_beginning_at_another_clients_commit_is_told_with_what_it_skips(
     await client.commit({TopicPartition(topic, 0): 15})
     await client.stop()
     await consume_all(app, place.settings())
-    [found] = worker_log.events("beginning at the commit of another client")
-    assert (found["skipped"], found["offset"]) == (15, 15)
+    [event] = worker_log.events("beginning at the commit of another client")
+    assert (event["skipped"], event["offset"]) == (15, 15)
     assert len(await effect_ids(place)) == 5
     code, shown = await status(place, app)
     assert (code, kinds(shown)) == (0, ["began_with_group"])
@@ -136,8 +136,8 @@ async def test_classic_stranger_in_the_group_is_reported(place: Place, worker_lo
         )
         await client.start()
         try:
-            [found] = await worker_log.wait("another client is a member")
-            assert "a-stranger" in found["clients"]
+            [event] = await worker_log.wait("another client is a member")
+            assert "a-stranger" in event["clients"]
             code, shown = await status(place, app)
             assert (code, kinds(shown)) == (1, ["stranger"])
             assert "a-stranger" in shown["notices"][0]["text"]
@@ -203,7 +203,7 @@ async def test_positions_move_a_whole_topic_to_a_time_or_show_it_first(place: Pl
     await consume_all(app, place.settings())
     move = ["positions", PATH, "--topic", topic, "--move-to"]
     shown = await command(place, app, *move, "24h", "--dry-run", "--json")
-    assert [(each["before"], each["position"]) for each in json.loads(shown.stdout)] == [(10, 0)] * 3
+    assert [(row["before"], row["position"]) for row in json.loads(shown.stdout)] == [(10, 0)] * 3
     assert await positions(place, app) == {0: 10, 1: 10, 2: 10}
     assert (await command(place, app, *move, "24h")).returncode == 0
     assert await positions(place, app) == {0: 0, 1: 0, 2: 0}

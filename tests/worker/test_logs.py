@@ -27,11 +27,13 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def restored() -> Iterator[None]:
     """The loggers as pytest had them."""
-    before = [(each, each.handlers[:], each.level, each.propagate) for each in (logging.getLogger(), logs.log)]
+    before = [
+        (logger, logger.handlers[:], logger.level, logger.propagate) for logger in (logging.getLogger(), logs.log)
+    ]
     yield
-    for each, handlers, level, propagate in before:
-        each.handlers[:], each.propagate = handlers, propagate
-        each.setLevel(level)
+    for logger, handlers, level, propagate in before:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 def test_json_off_a_terminal_and_text_on_one(restored: None) -> None:
@@ -84,9 +86,12 @@ async def test_no_payload_id_key_or_secret_is_logged(place: Place, kafka: Kafka,
     doings = ["raise", "sql", "defer", "wrong", "misuse", "nothing"]
     sent = [
         Sent(
-            {"do": each, "text": CANARY}, id=f"{CANARY}-{each}", key=CANARY + each, headers=[(CANARY, CANARY.encode())]
+            {"do": action, "text": CANARY},
+            id=f"{CANARY}-{action}",
+            key=CANARY + action,
+            headers=[(CANARY, CANARY.encode())],
         )
-        for each in doings
+        for action in doings
     ]
     await place.send(topic, sent[0])
     await consume_all(app, place.settings())  # apart, since of one batch only the first failures are told
@@ -103,9 +108,9 @@ async def test_no_payload_id_key_or_secret_is_logged(place: Place, kafka: Kafka,
             return "waits, uncounted" in stream.getvalue()
 
         await until("it to be told", waits)
-    found = stream.getvalue()
-    for line in found.splitlines():
+    logged = stream.getvalue()
+    for line in logged.splitlines():
         json.loads(line)
-    assert "dead letter" in found and "tried again" in found
-    assert CANARY not in found
-    assert WORKER_PASSWORD not in found
+    assert "dead letter" in logged and "tried again" in logged
+    assert CANARY not in logged
+    assert WORKER_PASSWORD not in logged

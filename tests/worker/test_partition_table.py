@@ -157,9 +157,9 @@ class TableMachine(RuleBasedStateMachine):
 
     @rule(is_committed=st.booleans())
     def offsets_are_committed(self, is_committed: bool) -> None:
-        everywhere = {each for each in self.moved if all(each in at for at in self.open.values())}
+        everywhere = {partition for partition in self.moved if all(partition in at for at in self.open.values())}
         moved = self.table.take_moved()
-        assert moved == sorted(each for each in everywhere if not self._is_halted(each))
+        assert moved == sorted(partition for partition in everywhere if not self._is_halted(partition))
         self.moved = set() if is_committed else set(moved)
         if not is_committed:
             self.table.put_back_moved(moved)
@@ -217,7 +217,7 @@ class TableMachine(RuleBasedStateMachine):
             unpositioned = [] if self.is_draining else sorted(self.assigned - known)
             assert self.table.unpositioned(database) == unpositioned
             positions = self.table.positions(database)
-            assert all(positions[each] == at for each, at in self.open[database].items())
+            assert all(positions[partition] == at for partition, at in self.open[database].items())
 
     def _state(self, partition: Partition) -> State | None:
         if partition not in self.assigned:

@@ -14,7 +14,7 @@ CODES = st.integers(-64, 255).filter(lambda code: code != 2)
 def test_waits_double_up_to_the_longest() -> None:
     restarts = Restarts(in_a_row_max=8, first_seconds=0.5, longest_seconds=15)
     waits = [restarts.ended(1, 1) for _ in range(8)]
-    assert waits == [RestartAfter(each) for each in (0.5, 1, 2, 4, 8, 15, 15, 15)]
+    assert waits == [RestartAfter(seconds) for seconds in (0.5, 1, 2, 4, 8, 15, 15, 15)]
 
 
 @given(st.integers(1, 20), CODES)
@@ -30,9 +30,9 @@ def test_it_gives_up_after_so_many_short_runs_in_a_row(limit: int, code: int) ->
 def test_a_healthy_run_forgets_the_ends_before_it(healthy: list[bool], code: int) -> None:
     restarts = Restarts(in_a_row_max=3, healthy_seconds=30)
     row = 0
-    for each in healthy:
-        row = 1 if each else row + 1
-        decision = restarts.ended(30 if each else 29.9, code)
+    for is_healthy in healthy:
+        row = 1 if is_healthy else row + 1
+        decision = restarts.ended(30 if is_healthy else 29.9, code)
         assert isinstance(decision, GiveUp) == (row > 3)
         if row > 3:
             return

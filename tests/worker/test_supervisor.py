@@ -84,7 +84,7 @@ class Service:
 
     def children(self) -> list[int]:
         file = self.directory / "run" / "children"
-        return [int(each) for each in file.read_text().split()] if file.exists() else []
+        return [int(number) for number in file.read_text().split()] if file.exists() else []
 
 
 def is_alive(pid: int) -> bool:
@@ -102,10 +102,10 @@ async def settled(place: Place, number: int) -> None:
 
 
 def has(command: Command, text: str) -> Callable[[], Any]:
-    async def found() -> bool:
-        return any(text in str(each["event"]) for each in command.events())
+    async def is_logged() -> bool:
+        return any(text in str(event["event"]) for event in command.events())
 
-    return found
+    return is_logged
 
 
 @pytest.mark.parametrize("setup", [POOL, CHILD, DEAF], ids=["process pool", "deaf child", "forked, without its group"])
@@ -136,7 +136,7 @@ async def test_the_applications_log_lines_come_from_workers(place: Place, tmp_pa
     async with service.run() as command:
         await place.send(topic, Sent({"id": "a"}, id="a"))
         await settled(place, 1)
-        [line] = [each for each in command.events() if each["event"] == "settling"]
+        [line] = [event for event in command.events() if event["event"] == "settling"]
         assert (line["logger"], line["level"], line["payment"]) == ("shop", "info", "a")
         command.process.send_signal(signal.SIGTERM)
         assert await command.wait(40) in (0, 1)

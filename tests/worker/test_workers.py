@@ -25,7 +25,7 @@ from consumer.worker.worker import Worker
 async def effects_are(place: Place, expected: dict[str, tuple[int, int]]) -> None:
     """Each effect of both handlers once, and every balance as recomputed from what was produced."""
     rows = await query(place.dsn, "select id, count(*) from effects group by id")
-    assert {row[0] for row in rows} == {f"{name} {each}" for name in ("settle", "record") for each in expected}
+    assert {row[0] for row in rows} == {f"{name} {id}" for name in ("settle", "record") for id in expected}
     assert [row for row in rows if row[1] != 1] == []
     balances: dict[int, int] = {}
     for account, amount in expected.values():
@@ -40,12 +40,12 @@ async def test_thirty_thousand_messages_with_a_worker_killed_and_one_added(place
     service = Service(place, topic, tmp_path)
     chance = random.Random(30_000)
     expected = {f"p{n}": (chance.randrange(100), chance.randrange(1, 1000)) for n in range(27_000)}
-    stream = [message(name, *each, partition=each[0] % 8) for name, each in expected.items()]
+    stream = [message(name, *payment, partition=payment[0] % 8) for name, payment in expected.items()]
     again = [
         message(name, *expected[name], partition=chance.randrange(8)) for name in chance.sample(sorted(expected), 3000)
     ]
-    for each in again[:2000]:  # these in the same run, the others in another one
-        stream.insert(chance.randrange(len(stream)), each)
+    for repeated in again[:2000]:  # these in the same run, the others in another one
+        stream.insert(chance.randrange(len(stream)), repeated)
     # A repetition may come before what it repeats: nobody can tell them apart.
 
     async with service.run(3) as command:
@@ -56,7 +56,7 @@ async def test_thirty_thousand_messages_with_a_worker_killed_and_one_added(place
         victim = sorted(command.worker_pids().values())[1]
 
         async def in_hand() -> bool:
-            return any(each["event"] == "fetched" and each["pid"] == victim for each in command.events())
+            return any(event["event"] == "fetched" and event["pid"] == victim for event in command.events())
 
         await until("the victim to have read something", in_hand)
         os.kill(victim, signal.SIGKILL)
@@ -68,9 +68,9 @@ async def test_thirty_thousand_messages_with_a_worker_killed_and_one_added(place
             await sending
             await place.send(topic, *stream[last:])  # to all partitions, of which the added one has some
             await service.settled()
-            assert any(each["event"] == "fetched" for each in another.events())  # the added one took its part
+            assert any(event["event"] == "fetched" for event in another.events())  # the added one took its part
             await service.stop(another)
-        assert any(each.get("killed_by") == "SIGKILL" for each in command.events())
+        assert any(event.get("killed_by") == "SIGKILL" for event in command.events())
         await service.stop(command)
     await effects_are(place, expected)
 
@@ -104,7 +104,7 @@ async def group_members(servers: str, group: str) -> int:
     await admin.start()
     try:
         [response] = await admin.describe_consumer_groups([group])
-        return sum(len(each[5]) for each in response.groups)
+        return sum(len(group[5]) for group in response.groups)
     finally:
         await admin.close()
 
@@ -122,7 +122,7 @@ async def test_sigterm_drains_and_leaves_the_group(place: Place, tmp_path: Path)
         await until("the first effects", some)
         await service.stop(command)
         assert await group_members(place.kafka, service.name) == 0
-        assert any(each["event"].startswith("stopping") for each in command.events())
+        assert any(event["event"].startswith("stopping") for event in command.events())
     done = await value(place.dsn, "select count(*) from effects")
     assert 0 < done < 80  # it did not wait for all there was
     assert done == await value(place.dsn, "select count(*) from consumer.ledger")  # and left nothing half done
@@ -153,7 +153,7 @@ async def test_a_second_signal_ends_at_once(place: Place, tmp_path: Path) -> Non
         command.process.send_signal(signal.SIGTERM)
 
         async def heard() -> bool:
-            return any(each["event"].startswith("stopping") for each in command.events())
+            return any(event["event"].startswith("stopping") for event in command.events())
 
         await until("the first signal to be heard", heard)
         command.process.send_signal(signal.SIGINT)
@@ -167,7 +167,7 @@ async def test_a_drain_ends_with_its_grace_and_undoes_what_was_open(place: Place
         await hanging(service, command)
         command.process.send_signal(signal.SIGTERM)
         await command.wait()
-        assert any("drain took too long" in each["event"] for each in command.events())
+        assert any("drain took too long" in event["event"] for event in command.events())
     assert await value(place.dsn, "select count(*) from consumer.ledger") == 0
     assert await value(place.dsn, "select next_offset from consumer.positions") == 0
 
@@ -181,7 +181,7 @@ async def test_when_restarts_do_not_help_the_others_are_ended_and_the_exit_code_
         await service.opened(command, 2, workers=2)
         await place.send(topic, message("good", 1, partition=0), message("bad", DIES, partition=1))
         assert await command.wait(60) == 1
-        events = [each["event"] for each in command.events()]
+        events = [event["event"] for event in command.events()]
         assert "worker ended; starting another" in events
         assert "giving up: the other workers are ended" in events
     assert await value(place.dsn, "select count(*) from consumer.ledger where id = $1", uuid_of("bad")) == 0
@@ -201,7 +201,7 @@ async def test_a_worker_whose_event_loop_is_blocked_is_ended(place: Place, tmp_p
         await service.opened(command, 2)
         await place.send(topic, message("bad", BLOCKS))
         assert await command.wait(60) == 1
-        assert any("does not beat" in each["event"] for each in command.events())
+        assert any("does not beat" in event["event"] for event in command.events())
 
 
 async def test_workers_whose_parent_was_killed_drain_and_end(place: Place, tmp_path: Path) -> None:
@@ -244,10 +244,10 @@ async def test_a_topic_that_does_not_exist_yet_is_consumed_when_it_does(place: P
     service = Service(place, topic, tmp_path)
     async with service.run() as command:
 
-        async def told() -> bool:
-            return any("does not exist yet" in each["event"] for each in command.events())
+        async def is_logged() -> bool:
+            return any("does not exist yet" in event["event"] for event in command.events())
 
-        await until("the warning", told)
+        await until("the warning", is_logged)
         await new_topic(place.kafka, 1, topic)
         await place.send(topic, message("m", 1))
         await service.settled()
