@@ -1,1 +1,5 @@
-"""Replay: read topics again, check them against the ledger, apply what is missing. Imports rebuild and what it imports, and precheck."""
+"""Read topics again: check the ledger, apply what is missing, rebuild, republish.
+
+Promise: a check changes nothing, and an apply settles each missing message once. Imports rebuild, everything that
+rebuild imports, and precheck.
+"""

@@ -1,6 +1,7 @@
-"""What all chunks of one replay share: the missing messages, and a connection that sees what others commit.
+"""Keep what all chunks of one replay share.
 
-Asks the ledger and the dead letters, and settles nothing. Reads no log. chunk_check.py checks one chunk.
+That is what is missing so far, and a connection that sees what others commit. Asks the ledger and the dead letters, and
+settles nothing. Reads no log. chunk_check.py checks one chunk.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ class MissingMessage(NamedTuple):
 class ReplayCheck:
     """What all chunks of one replay share.
 
-    applies: what is missing is about to be applied, so it is counted when that is done. calls_handlers: handlers may be called
-    for messages that could be claimed although they are settled. horizons: where the ledger began in a partition, None where that was not
-    recorded; absence of earlier messages proves nothing.
+    applies: what is missing is about to be applied, so it is counted when that is done. calls_handlers: handlers may be
+    called for messages that could be claimed although they are settled. horizons: where the ledger began in a
+    partition, None where that was not recorded; absence of earlier messages proves nothing.
     """
 
     findings: Findings

@@ -69,7 +69,7 @@ class Checkpoint:
         try:
             self._restore(state)
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise Misconfigured("--resume: the state that was kept cannot be read; run it without --resume") from None
+            raise Misconfigured("--resume: the saved state cannot be read; run it without --resume") from None
         await resume.refuse_shorter_logs(source, run.findings.spans, run.resumed_at)
 
     def _state(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def partition_rows(offsets: Mapping[Partition, int]) -> list[list[Any]]:
 
 
 def by_partition(rows: Sequence[Sequence[Any]]) -> dict[Partition, int]:
-    """Return what `partition_rows` made into rows."""
+    """Return offsets by partition, from what `partition_rows` returned."""
     return {Partition(topic, number): offset for topic, number, offset in rows}
 
 

@@ -1,4 +1,4 @@
-"""Check one chunk: claim its messages again in a transaction that is rolled back.
+"""Check one chunk: claim its messages again, and roll back.
 
 A claim that is won shows that the ledger lacks the message, or that the claim does not hold. chunk_counts.py counts the
 result. Limitations: it does not see what a handler did outside its transaction.
@@ -19,10 +19,11 @@ from consumer.transaction.result import BatchResult
 
 
 class ChunkCheck:
-    """What the ledger says about one chunk, as an observer of its dry run.
+    """Observes the dry run of one chunk, and asks the ledger.
 
-    missing: to be run dry, or applied. precheck_hits: None where Redis did not answer. others: all but those that the ledger has as applied by
-    the very same record. clashing: with the payload of a message that is missing too. dead: those that are a dead letter.
+    missing: to be run dry, or applied. precheck_hits: None where Redis did not answer. others: all but those that the
+    ledger has as applied by the very same record. clashing: with the payload of a message that is missing too. dead:
+    those that are a dead letter.
     """
 
     def __init__(self, check: ReplayCheck, partition: Partition, deliveries: Sequence[Delivery]) -> None:
@@ -64,7 +65,7 @@ class ChunkCheck:
             # race: while the ledger rotates, or a worker claims the same id at this moment, a lost claim writes too
             self.lost_claims_wrote = await wrote_anything(session.connection)
             return won
-        # invariant: while our claims are held, nobody else can commit these ids. What another connection sees of them
+        # invariant: while our claims are held, no other transaction can commit these ids. What another connection sees of them
         # now was there before, and must not have been claimable: the writes of their handlers are counted.
         check = self.check
         settled, absent = await check.existing_claims(won)
@@ -125,8 +126,8 @@ class ChunkCheck:
     async def _ask_behind_clashes(self) -> None:
         """Ask about payloads behind a first one that clashes.
 
-        Only the first delivery with an id was claimed. Its answer says nothing about another payload: that may be the one
-        that was applied, where the worker began behind the first.
+        Only the first delivery with an id was claimed. Its answer says nothing about another payload: that may be the
+        one that was applied, where the worker began behind the first.
         """
         unsure = [
             delivery
@@ -169,7 +170,7 @@ class ChunkCheck:
 
     @cached_property
     def _firsts(self) -> dict[tuple[str, bytes], Delivery]:
-        """The first delivery of each handler and id."""
+        """Return the first delivery of each handler and id."""
         firsts: dict[tuple[str, bytes], Delivery] = {}
         for delivery in self.deliveries:
             firsts.setdefault((delivery.handler.name, delivery.id), delivery)

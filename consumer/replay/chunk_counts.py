@@ -98,7 +98,7 @@ class ChunkCounts:
     # -- outcomes ---------------------------------------------------------------------------------------------------
 
     def _count_redelivered(self) -> None:
-        """Count messages that the ledger has as applied by the very same record.
+        """Count messages that their own record has applied, by the ledger.
 
         Fast path: nearly all messages are these.
         """

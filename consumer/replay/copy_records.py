@@ -1,9 +1,9 @@
 """Copies records into another topic with their message ids.
 
-A copy keeps its message id, so nothing is applied twice.
-Knows records and the id rules of handlers; knows no ledger. Bytes, key, headers, timestamp and, within a partition, the
-order stay. A message whose id is its offset for want of a header gets that id as its `message-id` header, since a copy
-lies at another offset. A copy may be made twice (after an interruption), which is harmless for the same reason.
+A copy keeps its message id, so nothing is applied twice. Uses records and the id rules of handlers, and no ledger.
+Bytes, key, headers, timestamp and, within a partition, the order stay. A message without an id of its own is identified
+by its offset. Its copy has another offset, so it gets that id as its `message-id` header. After an interruption a
+record may be copied twice, which is harmless for the same reason.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from consumer.kafka.producer import open_producer
 from consumer.settings import Settings
 
 
-class Copied(NamedTuple):
-    """Of one partition: copied up to this offset.
+class CopiedPart(NamedTuple):
+    """How far one partition is copied.
 
-    refused: records that this client cannot send: header keys that are not UTF-8, or neither key nor value.
+    next: the next offset. refused: records that this client cannot send, because a header key is not UTF-8, or because
+    they have neither key nor value.
     """
 
     partition: Partition
@@ -41,7 +42,7 @@ class Copied(NamedTuple):
 def check(handlers: Sequence[Handler], topics: Sequence[str], target: str) -> None:
     """Raise Misconfigured where a copy would be applied or copied again."""
     if target in topics:
-        raise Misconfigured(f"--to {target}: that is the topic that is read; name another one")
+        raise Misconfigured(f"--to {target}: this topic is read; name another one")
     for handler in handlers:
         if isinstance(handler.rule, OffsetId):
             raise Misconfigured(
@@ -58,21 +59,21 @@ async def republish(
     wanted: Callable[[Record], bool],
     fallback: bool,
     logs: Mapping[Partition, Position],
-) -> AsyncIterator[Copied]:
+) -> AsyncIterator[CopiedPart]:
     """Copy the wanted records of the spans; yields after each acknowledged part.
 
-    fallback: give a message without an id the one that its offset stands for, with the salts of `logs`. Raises Misconfigured for a target
-    that does not exist, KafkaError and LogTruncated.
+    fallback: give a message without an id the id of its offset, with the salts of `logs`. Raises Misconfigured for a
+    target that does not exist, KafkaError and LogTruncated.
     """
     partitions = (await source.log.partitions([target]))[target]
     if not partitions:
         raise Misconfigured(
             f"topic {target!r} does not exist: create it first, with as many partitions as the one that is read"
         )
-    same = len(partitions) > max(each.partition.partition for each in spans)
+    has_all_partitions = len(partitions) > max(span.partition.partition for span in spans)
     async with open_producer(settings, idempotent=True) as producer:
         async for chunk in read(source, spans):
-            sent: list[asyncio.Future[object]] = []
+            sending: list[asyncio.Future[object]] = []
             refused = 0
             for record in chunk.records:
                 if not wanted(record):
@@ -81,30 +82,36 @@ async def republish(
                 if headers is None or (record.key is None and record.value is None):
                     refused += 1
                     continue
-                place = record.partition if same else record.partition % len(partitions) if record.key is None else None
-                sent.append(
+                partition = (
+                    record.partition
+                    if has_all_partitions
+                    else record.partition % len(partitions)
+                    if record.key is None
+                    else None
+                )
+                sending.append(
                     await producer.send(
                         target,
                         record.value,
                         key=record.key,
-                        partition=place,
+                        partition=partition,
                         headers=headers,
                         timestamp_ms=record.timestamp if record.timestamp >= 0 else None,
                     )
                 )
-            await asyncio.gather(*sent)
-            yield Copied(chunk.partition, chunk.next, len(sent), refused)
+            await asyncio.gather(*sending)
+            yield CopiedPart(chunk.partition, chunk.next, len(sending), refused)
 
 
 def needs_fallback(handlers: Sequence[Handler]) -> bool:
     """Return whether a handler identifies messages without an id by offset."""
-    return any(isinstance(each.rule, DefaultId) for each in handlers)
+    return any(isinstance(handler.rule, DefaultId) for handler in handlers)
 
 
 def _headers(
     record: Record, fallback: bool, logs: Mapping[Partition, Position]
 ) -> list[tuple[str, bytes | None]] | None:
-    """The headers of the copy; None where they cannot be sent."""
+    """Return the headers of the copy; None where they cannot be sent."""
     headers = list(record.headers)
     try:
         for key, _ in headers:
@@ -112,11 +119,13 @@ def _headers(
     except UnicodeEncodeError:
         return None
     try:
-        has_one = from_headers(record, "message-id") or from_event(record)
+        has_id = from_headers(record, "message-id") or from_event(record)
     except Unreadable:
-        return headers  # an id that cannot be read: a dead letter here and there
-    if fallback and not has_one:
-        at = logs.get(Partition(record.topic, record.partition))
-        id = UUID(bytes=offset_id(record, at.salt if at is not None else None))  # as a UUID it keeps its 16 bytes
+        return headers  # an id that cannot be read: a dead letter in both topics
+    if fallback and not has_id:
+        position = logs.get(Partition(record.topic, record.partition))
+        id = UUID(
+            bytes=offset_id(record, position.salt if position is not None else None)
+        )  # as a UUID it keeps its 16 bytes
         headers.append(("message-id", str(id).encode()))
     return headers

@@ -1,4 +1,4 @@
-"""Count what transactions wrote in which nothing was to be done."""
+"""Count what transactions wrote that should have written nothing."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from consumer.replay.wording import counted, problem, rows_were
 
 @dataclass(slots=True)
 class EffectCounts:
-    """What the database counted in transactions in which nothing was to be done.
+    """What transactions wrote that should have written nothing.
 
-    rows: table -> rows inserted, updated, deleted. non_row_writes: transactions that PostgreSQL gave an id although no row was
-    counted (TRUNCATE, a row lock). claims: ids that were claimed although the ledger held them. uncounted: why sequences were not read.
+    rows: table -> rows inserted, updated, deleted. non_row_writes: transactions that PostgreSQL gave an id although no
+    row was counted (TRUNCATE, a row lock). claims: ids that were claimed although the ledger held them. uncounted: why
+    sequences were not read.
     """
 
     transactions: int = 0
@@ -41,7 +42,7 @@ class EffectCounts:
             row[column] += count
 
     def problems(self) -> Iterator[dict[str, Any]]:
-        """Yield one problem for each kind of write; the count may be 0."""
+        """Yield a problem for each kind of write; counts may be 0."""
         tables = ", ".join(f"{table} {sum(row)}" for table, row in sorted(self.rows.items()) if any(row))
         yield problem(
             "effects",
@@ -68,7 +69,7 @@ class EffectCounts:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the counts, and how they were counted, as JSON can hold them."""
+        """Return the counts, and how they were counted."""
         how = (
             f"every message was claimed as a worker does, in {counted(self.transactions, 'transaction')} rolled back afterwards; "
             "before each rollback PostgreSQL was asked how many rows of which tables this transaction had inserted, updated "

@@ -1,9 +1,8 @@
 """Runs one replay: prepares, reads the range, and concludes.
 
-Imports kafka, postgres, precheck and handler_records.
-A range is read without joining the group (kafka/log_reader.py). Every message goes through the steps of `apply_batch` in
-transactions that are rolled back (reader.py); with apply, missing messages go through it again and are stored
-(apply_missing.py). Limitations: see `replay` in verify.py.
+Imports kafka, postgres, precheck and handler_records. A range is read without joining the group (kafka/log_reader.py).
+Every message goes through the steps of `apply_batch` in transactions that are rolled back (reader.py); with apply,
+missing messages go through it again and are stored (apply_missing.py). Limitations: see `replay` in verify.py.
 """
 
 from __future__ import annotations
@@ -129,4 +128,4 @@ class Engine:
             await self._checkpoint.restore(self._resumed, source)
             return
         run.findings.spans = await resolve(source, partitions, start, end, run.findings.positions)
-        run.dead_letters_before = await resume.letters_before(session.connection)
+        run.dead_letters_before = await resume.last_dead_letter(session.connection)

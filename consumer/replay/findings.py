@@ -1,7 +1,8 @@
 """Collect what a replay found, and conclude: counts, problems, and one verdict.
 
 Knows numbers and names; reads no log, no ledger and no terminal. Every delivery is counted under exactly one of
-OUTCOMES. The verdict is "ok" only when nothing is missing, nothing was written, nothing differs and nothing is in doubt.
+OUTCOMES. The verdict is "ok" only when nothing is missing, nothing was written, nothing differs and nothing is in
+doubt.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from consumer.replay.samples import place_of
 from consumer.replay.timeline import Timeline
 from consumer.replay.wording import counted, problem
 
-ALTERED = "altered_letter"
-EDITED = "edited_letter"
+ALTERED = "altered_dead_letter"
+EDITED = "edited_dead_letter"
 SAMPLES_MAX = 20  # of each kind
 BLOCK_BITS = 12  # ledger rows are compared with the log in blocks of 4,096 offsets
 
@@ -174,14 +175,14 @@ class Findings:
             f"{counted(self.altered, 'dead letter')} hold another record than their message had: "
             f"{self._examples(ALTERED, self.altered)}; `consumer dlq retry APP LETTER --value FILE --same-id` gives the right value"
         )
-        return problem("altered_letters", self.altered, text)
+        return problem("altered_dead_letters", self.altered, text)
 
     def _edited_problem(self) -> dict[str, Any]:
         text = (
             f"{counted(self.edits_changed, 'dead letter')} applied under a new id, whose ledger row is gone or another one: "
             f"{self._examples(EDITED, self.edits_changed)}"
         )
-        return problem("edited_letters", self.edits_changed, text)
+        return problem("edited_dead_letters", self.edits_changed, text)
 
     def _precheck_problem(self) -> dict[str, Any]:
         wrong = (self.precheck or {}).get("wrong", 0)
@@ -202,7 +203,7 @@ class Findings:
         return problem("not_copied", refused, text)
 
     def _examples(self, kind: str, count: int) -> str:
-        """Return the first three examples of a kind, and how many more there are."""
+        """Return three examples of a kind, and how many more there are."""
         samples = [sample for sample in self.samples if sample["kind"] == kind][:3]
         places = [
             f"{sample['handler']} {sample['topic']}:{sample['partition']} offset {sample['offset']} ({sample['detail']})"

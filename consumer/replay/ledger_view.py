@@ -27,7 +27,7 @@ _EVERY_OFFSET = 1 << 63  # greater than any offset
 
 @dataclass(frozen=True, slots=True)
 class LedgerView:
-    """Where an App stands in its partitions, by the ledger.
+    """The positions of an App in its partitions, by the ledger.
 
     horizons: where the ledger begins; None where that was not recorded.
     """
@@ -114,7 +114,8 @@ async def read_coverage(
 class IdRuleView:
     """Where messages may have been applied under ids of another rule.
 
-    floors: below, ids of a handler may be of another rule. recoded: handlers whose message_id= function had other code, and why.
+    floors: below, ids of a handler may be of another rule. recoded: handlers whose message_id= function had other code,
+    and why.
     """
 
     floors: dict[tuple[str, Partition], int]

@@ -42,8 +42,8 @@ class Options:
 class Limits:
     """Sizes and times of a replay; tests choose smaller ones.
 
-    fruitless_attempts, fruitless_seconds: a message whose handler raises RunAgain is never given up. After so many attempts and so
-    much time without any other result, the replay ends with that answer.
+    fruitless_attempts, fruitless_seconds: a message whose handler raises RunAgain is never given up. After so many
+    attempts and so much time without any other result, the replay ends with that answer.
     """
 
     chunk_deliveries: int = 4096  # in one transaction: enough to make its round trips cheap
@@ -80,7 +80,7 @@ def validate_filters(key: object, message_id: object, partitions: tuple[object, 
         raise Misconfigured(f"key: text or bytes, not {type(key).__name__}")
     if message_id is not None and not (isinstance(message_id, str) and message_id):
         raise Misconfigured("--message-id: the id as its producer sent it, not empty")
-    if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in partitions):
+    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in partitions):
         raise Misconfigured("--partition: a number of at least 0")
 
 

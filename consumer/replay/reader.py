@@ -22,7 +22,7 @@ from consumer.replay.apply_missing import MissingMessages
 from consumer.replay.chunk_check import ChunkCheck
 from consumer.replay.chunk_counts import ChunkCounts
 from consumer.replay.run import ReplayLane, Run
-from consumer.replay.session import AskingLane
+from consumer.replay.session import AskingScheduler
 from consumer.transaction.dry_run import dry_run
 from consumer.transaction.identify import identify
 from consumer.transaction.isolate import FAILURES_MAX, TransactionPoisoned
@@ -49,7 +49,7 @@ class Reader:
         spans = [span for span in run.findings.spans if span.length]
         by_topic = run.app.by_topic()
         run.lanes = [
-            ReplayLane(AskingLane(by_topic, run.settings.parked_messages_max), asyncio.Queue(2))
+            ReplayLane(AskingScheduler(by_topic, run.settings.parked_messages_max), asyncio.Queue(2))
             for _ in range(max(1, min(run.settings.lanes, len(spans))))
         ]
         sessions = await asyncio.gather(*[run.primary.open() for _ in run.lanes])

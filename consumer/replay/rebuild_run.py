@@ -1,8 +1,7 @@
 """Rebuilds the state of topics, and reports it as findings.
 
-`consumer rebuild` runs it. Imports rebuild, kafka and postgres.
-Handlers run on empty copies of their tables in transactions that are rolled back (rebuild/rebuild.py). They may not connect
-anywhere, unless `allow_outside` is set.
+`consumer rebuild` runs it. Imports rebuild, kafka and postgres. Handlers run on empty copies of their tables in
+transactions that are rolled back (rebuild/rebuild.py). They may not connect anywhere, unless `allow_outside` is set.
 """
 
 from __future__ import annotations
@@ -55,7 +54,8 @@ async def run_rebuild(
 ) -> Findings:
     """Rebuild tables from these topics, and compare the real ones.
 
-    source: reads the log; by default a consumer without a group. alone: the process does nothing else (dry_run_guard.py).
+    source: reads the log; by default a consumer without a group. alone: the process does nothing else
+    (dry_run_guard.py).
 
     Raises Misconfigured for what cannot be rebuilt, CannotTell when it ended early. It changes nothing.
     """

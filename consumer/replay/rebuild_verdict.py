@@ -19,7 +19,7 @@ _DIFFERENCES = {
 
 
 def difference_problems(rebuilt: Rebuilt) -> Iterator[dict[str, Any]]:
-    """Yield a problem for each table and kind, where nothing else explains it."""
+    """Yield a problem for each table and kind, unless something explains it."""
     if _is_conclusive(rebuilt):
         for table, kind, count in _differences(rebuilt):
             yield problem("differences", count, f"{table}: {counted(count, 'row')} {_DIFFERENCES[kind]}")

@@ -1,8 +1,8 @@
 """Copies a range of topics into another topic.
 
-`consumer republish` runs it. Imports kafka and postgres.
-It reads the ledger for positions and for the ids of messages, and changes nothing in PostgreSQL. An interrupted copy can
-resume; records of its last part may then be copied twice, which is harmless (copy_records.py).
+`consumer republish` runs it. Imports kafka and postgres. It reads the ledger for positions and for the ids of messages,
+and changes nothing in PostgreSQL. An interrupted copy can resume; records of its last part may then be copied twice,
+which is harmless (copy_records.py).
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ async def run_republish(
 ) -> Findings:
     """Copy records into the target topic, with their message ids.
 
-    resumed: the state that `progress.save` got from an interrupted run with the same options. source: reads the log; by default a
-    consumer without a group.
+    resumed: the state that `progress.save` got from an interrupted run with the same options. source: reads the log; by
+    default a consumer without a group.
 
     Raises Misconfigured for what cannot be copied, CannotTell when it ended early.
     """
@@ -137,7 +137,7 @@ class _RepublishRun:
         try:
             self._restore(resumed)
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise Misconfigured("--resume: the state that was kept cannot be read; run it without --resume") from None
+            raise Misconfigured("--resume: the saved state cannot be read; run it without --resume") from None
         await resume.refuse_shorter_logs(source, self.findings.spans, self.reached)
 
     async def _copy(self, source: KafkaConsumer) -> None:

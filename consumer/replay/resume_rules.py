@@ -1,22 +1,28 @@
-"""Decides whether an interrupted replay may go on: whatever its answer depends on must be as it was."""
+"""Decide whether an interrupted replay may go on.
+
+Everything that its answer depends on must be unchanged.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-# Subject ("handler", "topic", "option") -> name -> what it was, None where that was not known.
+# Subject ("handler", "topic", "option") -> name -> its value then, None where that was unknown.
 Conditions = Mapping[str, Mapping[str, str | None]]
 
 
 def what_changed(before: Conditions, now: Conditions) -> str | None:
-    """The first difference in a few words, without values; None where nothing differs."""
-    for subject, here in now.items():
-        then = before.get(subject, {})
-        for name in sorted({*then, *here}):
-            if name not in here:
+    """Return the first difference in a few words, without values.
+
+    None where nothing differs.
+    """
+    for subject, current in now.items():
+        earlier = before.get(subject, {})
+        for name in sorted({*earlier, *current}):
+            if name not in current:
                 return f"{subject} {name!r} was removed"
-            if name not in then:
+            if name not in earlier:
                 return f"{subject} {name!r} was added"
-            if None not in (then[name], here[name]) and then[name] != here[name]:
+            if None not in (earlier[name], current[name]) and earlier[name] != current[name]:
                 return f"{subject} {name!r} has changed"
     return None

@@ -14,7 +14,7 @@ from consumer.kafka.admin import is_compacted
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.log_reader import find_partitions
 from consumer.postgres.connection import translated_errors
-from consumer.replay import edited_letters, ledger_diff, resume, sealed_letters, second_look
+from consumer.replay import edited_dead_letters, ledger_diff, resume, sealed_dead_letters, second_look
 from consumer.replay.run import Run
 
 
@@ -24,9 +24,9 @@ async def conclude(run: Run, source: KafkaConsumer, *, resumed: bool) -> None:
     await _compare_ledger(run, source)
     await _check_dead_letters(run)
     connection = (await run.check.open()).connection
-    await resume.weigh_rows_gone(connection, run.findings, run.conditions)
+    await resume.doubt_gone_rows(connection, run.findings, run.conditions)
     if resumed and run.applies:
-        await resume.doubt_letters(connection, run.dead_letters_before, run.handlers, run.findings)
+        await resume.doubt_dead_letters(connection, run.dead_letters_before, run.handlers, run.findings)
     _add_notes(run)
     await _record_coverage(run)
 
@@ -112,8 +112,8 @@ async def _compare_ledger(run: Run, source: KafkaConsumer) -> None:
 async def _check_dead_letters(run: Run) -> None:
     connection = (await run.check.open()).connection
     handlers = {handler.number: handler for handler in run.handlers if handler.number > 0}
-    for part in (sealed_letters, edited_letters):
-        await part.check(connection, run.findings, handlers, run.key, run.message_ids)
+    for module in (sealed_dead_letters, edited_dead_letters):
+        await module.check(connection, run.findings, handlers, run.key, run.message_ids)
 
 
 def _add_notes(run: Run) -> None:

@@ -1,8 +1,8 @@
-"""Counts by time, in bounded memory: how many of each kind lay in each second, minute or week of the log.
+"""Count messages by time, in bounded memory.
 
-Every count that is added is kept, whatever its time: the buckets grow wider when the span grows, and the same counts
-give the same buckets in whatever order they came. Knows timestamps as records carry them; no clock. What it cannot know:
-whether they are true. One sound-looking timestamp years away from the others makes all buckets wide.
+Every count is kept, whatever its time: the buckets grow wider when the span grows, and the same counts give the same
+buckets in any order. Uses timestamps as records carry them, and no clock. Limitation: one wrong but plausible
+timestamp, years away from the others, makes all buckets wide.
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ from typing import Any
 BUCKETS_MAX = 240
 # In seconds. Each divides the next, so that a bucket goes whole into a wider one; after the last they double.
 _WIDTHS = (1, 5, 15, 60, 300, 900, 1800, 3600, 3 * 3600, 6 * 3600, 12 * 3600, 86400, 7 * 86400)
-# 0 is what a client sends that knows no time, and Kafka's own sign for none is -1. From 2200 on: nanoseconds, 2**63-1.
+# A client without a clock sends 0, and -1 is Kafka's own sign for none. From 2200 on: nanoseconds, 2**63-1.
 _FIRST_MS, _END_MS = 1, 7_258_118_400_000
 _AT = "at"
 
 
 class Timeline:
-    """Counts under names, by the time of their records: at most BUCKETS_MAX buckets for each name."""
+    """Counts under names, in at most BUCKETS_MAX buckets of time."""
 
     def __init__(self) -> None:
         self._width = _WIDTHS[0]
         self._buckets: dict[str, Counter[int]] = {}  # by name, then by seconds since 1970, in widths
         self._untimed: Counter[str] = Counter()
-        self._first, self._last = 0, -1  # the buckets that all names lie between; none yet
+        self._first, self._last = 0, -1  # the outermost buckets of all names; none yet
 
     def add(self, timestamps_ms: Iterable[int], name: str) -> None:
-        """Counts each of them once under this name: milliseconds since 1970, whatever they hold."""
+        """Count each timestamp once under this name.
+
+        They are milliseconds since 1970; any number is allowed. Raises ValueError for the name "at".
+        """
         if name == _AT:
             raise ValueError(f"a count cannot be called {name!r}")
         times = timestamps_ms if isinstance(timestamps_ms, list) else list(timestamps_ms)
@@ -37,72 +40,78 @@ class Timeline:
             return
         lowest, highest = min(times), max(times)
         if lowest < _FIRST_MS or highest >= _END_MS:
-            sound = [each for each in times if _FIRST_MS <= each < _END_MS]
-            self._untimed[name] += len(times) - len(sound)
-            if not sound:
+            usable = [timestamp for timestamp in times if _FIRST_MS <= timestamp < _END_MS]
+            self._untimed[name] += len(times) - len(usable)
+            if not usable:
                 return
-            times, lowest, highest = sound, min(sound), max(sound)
-        # The width first: the counts of this batch then never need more buckets than are kept.
-        self._reach(lowest // 1000, highest // 1000)
+            times, lowest, highest = usable, min(usable), max(usable)
+        # The width comes first, so that the counts of this batch never need more buckets than are kept.
+        self._include(lowest // 1000, highest // 1000)
         width_ms = self._width * 1000
         buckets = self._buckets.setdefault(name, Counter())
         if lowest // width_ms == highest // width_ms:
             buckets[lowest // width_ms] += len(times)
         else:
-            buckets.update(Counter([each // width_ms for each in times]))
+            buckets.update(Counter([timestamp // width_ms for timestamp in times]))
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON can hold it. Buckets in which nothing lies are left out; the others begin `at`, and stand in order."""
+        """Return it as JSON can hold it.
+
+        Empty buckets are left out. The others are in order, and begin `at`.
+        """
         rows: dict[int, dict[str, Any]] = {}
         for name in sorted(self._buckets):
             for bucket, count in self._buckets[name].items():
                 rows.setdefault(bucket, {_AT: _iso(bucket * self._width)})[name] = count
         return {
             "width_seconds": self._width,
-            "buckets": [rows[each] for each in sorted(rows)],
+            "buckets": [rows[bucket] for bucket in sorted(rows)],
             "untimed": dict(sorted(self._untimed.items())),
         }
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> Timeline:
-        """What `as_dict` told, to go on from there. ValueError for anything else."""
+    def from_dict(cls, state: Mapping[str, Any]) -> Timeline:
+        """Return what `as_dict` wrote, to go on from there.
+
+        Raises ValueError for anything else.
+        """
         self = cls()
         try:
-            self._width = _known_width(found["width_seconds"])
-            for row in found["buckets"]:
+            self._width = _known_width(state["width_seconds"])
+            for row in state["buckets"]:
                 seconds = _seconds(row[_AT])
                 if seconds % self._width or not 0 <= seconds * 1000 < _END_MS:
                     raise ValueError(f"no bucket of {self._width} s begins at {row[_AT]}")
                 for name, count in row.items():
                     if name != _AT:
                         self._buckets.setdefault(name, Counter())[seconds // self._width] += _positive(count)
-                self._reach(seconds, seconds)
-            if self._width != found["width_seconds"]:
-                raise ValueError(f"more than {BUCKETS_MAX} buckets of {found['width_seconds']} s")
-            self._untimed.update({name: _positive(count) for name, count in found["untimed"].items()})
+                self._include(seconds, seconds)
+            if self._width != state["width_seconds"]:
+                raise ValueError(f"more than {BUCKETS_MAX} buckets of {state['width_seconds']} s")
+            self._untimed.update({name: _positive(count) for name, count in state["untimed"].items()})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a timeline: {error!r}") from None
         return self
 
-    def _reach(self, first: int, last: int) -> None:
-        """Takes in the buckets between two times, in seconds, and makes all wider if they are too many."""
+    def _include(self, first: int, last: int) -> None:
+        """Cover the time between two seconds, with wider buckets if need be."""
         first, last = first // self._width, last // self._width
         if self._first <= self._last:
             first, last = min(first, self._first), max(last, self._last)
         while last - first >= BUCKETS_MAX:
             wider = _wider(self._width)
-            times = wider // self._width
+            factor = wider // self._width
             for name, buckets in self._buckets.items():
                 merged: Counter[int] = Counter()
                 for bucket, count in buckets.items():
-                    merged[bucket // times] += count
+                    merged[bucket // factor] += count
                 self._buckets[name] = merged
-            self._width, first, last = wider, first // times, last // times
+            self._width, first, last = wider, first // factor, last // factor
         self._first, self._last = first, last
 
 
 def _wider(width: int) -> int:
-    return next((each for each in _WIDTHS if each > width), width * 2)
+    return next((wider for wider in _WIDTHS if wider > width), width * 2)
 
 
 def _known_width(value: Any) -> int:
@@ -120,12 +129,12 @@ def _positive(value: Any) -> int:
     return value
 
 
-# The core knows no `datetime`, which has a clock. The calendar is arithmetic: a year that begins in March has its leap day
-# at its end, and 146,097 days are 400 years. 719,468 days lie between 0000-03-01 and 1970-01-01.
+# A pure module does not import `datetime`, which has a clock. The calendar is arithmetic: a year that begins in March has its
+# leap day at its end, and 146,097 days are 400 years. 719,468 days are between 0000-03-01 and 1970-01-01.
 
 
 def _iso(seconds: int) -> str:
-    """2026-11-25T10:00:00Z"""
+    """Return a time such as 2026-11-25T10:00:00Z."""
     days, rest = divmod(seconds, 86400)
     era, day = divmod(days + 719_468, 146_097)
     year = (day - day // 1460 + day // 36524 - day // 146_096) // 365
@@ -140,7 +149,10 @@ def _iso(seconds: int) -> str:
 
 
 def _seconds(text: str) -> int:
-    """The seconds of what `_iso` wrote; ValueError for anything else."""
+    """Return the seconds of what `_iso` wrote.
+
+    Raises ValueError for anything else.
+    """
     try:
         year, month, day = int(text[0:4]), int(text[5:7]), int(text[8:10])
         hour, minute, second = int(text[11:13]), int(text[14:16]), int(text[17:19])

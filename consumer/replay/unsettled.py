@@ -1,4 +1,4 @@
-"""A message that should be a dead letter, and is none so far."""
+"""Keep messages that should be dead letters, and are none so far."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from consumer.transaction.identify import by_bytes
 
 
 class UnsettledMessage(NamedTuple):
-    """A message that should be a dead letter, and is none so far.
+    """A message that should be a dead letter.
+
+    None is stored so far.
 
     fingerprints: those that its dead letter may have. kind: of its sample.
     """

@@ -93,8 +93,8 @@ async def test_letter_with_another_value_is_named_and_not_applied(place: Place, 
     findings = await run_replay(place, app, topic)
     assert findings.verdict().exit_code == 1
     [problem] = findings.problems()
-    assert problem["kind"] == "altered_letters" and problem["count"] == 1
-    assert f"settle {topic}:0 offset {offset} (letter {number}: value)" in problem["text"]
+    assert problem["kind"] == "altered_dead_letters" and problem["count"] == 1
+    assert f"settle {topic}:0 offset {offset} (dead letter {number}: value)" in problem["text"]
     assert "1000" not in json.dumps(findings.as_dict()["samples"])
     rejects = False
     [done] = await retried(place, app, number)
@@ -115,7 +115,7 @@ async def test_letter_with_another_key_or_header_is_not_applied_with_any_value(p
     changed = {"key": "'other'", "header_values": "array['other'::bytea]"}[column]
     number = await value(place.dsn, f"update consumer.dead_letters set {column} = {changed} returning dead_letter")
     findings = await run_replay(place, app, topic)
-    assert [problem["kind"] for problem in findings.problems()] == ["altered_letters"]
+    assert [problem["kind"] for problem in findings.problems()] == ["altered_dead_letters"]
     for edit in (None, Edit(json.dumps({"id": "a", "account": 1, "amount": 1}).encode())):
         [done] = await retried(place, app, number, edit)
         assert done.outcome == "altered" and "discard it" in done.text
@@ -203,7 +203,7 @@ async def test_row_of_a_letter_that_was_edited_under_a_new_id_is_looked_at(
     await query(place.dsn, change.format('where "offset" < 0 returning id' if "select" not in change else ""))
     findings = await run_replay(place, app, topic)
     assert findings.verdict().exit_code == exit_code
-    assert [problem["kind"] for problem in findings.problems()] == (["edited_letters"] if exit_code else [])
+    assert [problem["kind"] for problem in findings.problems()] == (["edited_dead_letters"] if exit_code else [])
     assert all(f"letter {number}: " in problem["text"] and detail in problem["text"] for problem in findings.problems())
 
 

@@ -340,7 +340,7 @@ def test_beside_a_good_verdict_its_reason_stands_once() -> None:
 
 
 def test_that_only_a_part_was_looked_at_stands_beside_the_verdict() -> None:
-    heading = "Only a part was looked at"
+    heading = "Only a part was checked"
     assert f"{heading}: key 7; handlers settle; partitions payments = 3, 4" in Parsed(render(full())).text
     for filters in ({}, None, {"key": None, "message_id": None, "handlers": None, "partitions": None}):
         assert heading not in Parsed(render({**full(), "filters": filters})).text
@@ -348,10 +348,10 @@ def test_that_only_a_part_was_looked_at_stands_beside_the_verdict() -> None:
 
 SECTIONS = {
     "problems": "Problems",
-    "unknown": "What could not be told",
+    "unknown": "What is unknown",
     "notes": "Notes",
     "handlers": "By handler",
-    "effects": "What messages that were applied would do again",
+    "effects": "What applied messages would do again",
     "partitions": "By partition",
     "times": "By time",
     "history": "The ledger against the log",

@@ -1,6 +1,6 @@
 """Draw counts over time as stacked bars.
 
-The drawing fills the space there is. All text stands beside it, so that none is stretched.
+The drawing fills its space. All text is beside it, so that none is stretched.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ SLOTS_MAX = 1000  # of the chart; a timeline makes 240
 
 
 class _Scale(NamedTuple):
-    """The time of the first slot, the width of one, their number, and the highest count drawn."""
+    """The scale of a chart.
+
+    first: the time of the first slot. width: of a slot. top: the highest count of the scale.
+    """
 
     first: datetime
     width: timedelta
@@ -63,7 +66,7 @@ def chart(buckets: Sequence[Row], names: Sequence[str], width_seconds: object) -
 
 
 def _bar(scale: _Scale, at: datetime, row: Row, names: Sequence[str], total: int) -> Html:
-    """Return the stacked bar of one bucket, with its numbers as a title."""
+    """Return the bar of one bucket, with its numbers as a title."""
     slot, under = scale.slot(at), 100.0
     gap = 0.12 if scale.slots <= 120 else 0.0
     rects = [f'<rect class="air" x="{slot}" width="1" height="100"/>']
@@ -79,7 +82,7 @@ def _bar(scale: _Scale, at: datetime, row: Row, names: Sequence[str], total: int
 
 
 def _mark(slot: int, row: Row) -> list[str]:
-    """Return the mark below the bar of a bucket with a problem, if any."""
+    """Return the mark of a bucket that has a problem."""
     marks = [f'<rect class="{shade(name)}" x="{slot}" width="1" height="8"/>' for name in GRAVE if row.get(name)]
     return marks[:1]
 
@@ -94,14 +97,14 @@ def _grid(top: int, tick: int) -> Html:
 
 
 def _axis(scale: _Scale, last: datetime) -> Html:
-    """Return the times of the first and the last slot, and of the middle."""
+    """Return the times of the beginning, the middle and the end."""
     first = scale.first
     times = [_two_lines(first), _two_lines(first + (last - first) / 2), _two_lines(last)]
     return el("div", Html("".join(times if scale.slots > 1 else [times[0], times[2]])), class_="axis")
 
 
 def _tick(highest: int) -> int:
-    """Return a round step that divides the height into four parts at most."""
+    """Return a round step that divides the height into at most four."""
     power = 1
     while True:
         for factor in (1, 2, 5):

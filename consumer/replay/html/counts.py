@@ -46,7 +46,7 @@ def shade(name: str) -> str:
 
 
 def present_counts(rows: Iterable[Row], beside: Iterable[str] = ()) -> list[str]:
-    """Return the names of the counts in these rows, in the order of columns.
+    """Return the counts that these rows have, in the order of columns.
 
     beside: keys that are no counts. What this run did is left out where it did nothing.
     """
@@ -78,7 +78,7 @@ def legend(names: Iterable[str], totals: Mapping[str, int] | None = None) -> Htm
 def bar(row: Row, names: Iterable[str], largest: int) -> Html:
     """Return a bar of the outcomes of one partition.
 
-    Its length is what was delivered, relative to the largest partition. The numbers stand beside it.
+    Its length is what was delivered, relative to the largest partition. The numbers are beside it.
     """
     total = drawn_count(row.get(TOTAL))
     parts = [(name, drawn_count(row.get(name))) for name in names if name != TOTAL]

@@ -1,7 +1,7 @@
 """Turn text into HTML elements: the only place that escapes.
 
-Names and values come from topics and tables, and may be hostile. They are shown as they are; characters that cannot be seen
-are shown as escapes.
+Names and values come from topics and tables, and may be hostile. They are shown as they are; characters that cannot be
+seen are shown as escapes.
 """
 
 from __future__ import annotations

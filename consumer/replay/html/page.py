@@ -1,7 +1,9 @@
-"""Render what a replay found as one HTML page: the verdict first, then every number.
+"""Render the findings of a replay as one HTML page.
 
-Self-contained: no script, no address, its style inside, so that it can be mailed, printed and kept. An absent part of the
-findings is left out.
+The verdict comes first, then every number.
+
+Self-contained: no script, no address, its style inside, so that it can be mailed, printed and kept. An absent part of
+the findings is left out.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ def render(findings: Row) -> str:
     parts = (
         sections.reasons("Problems", findings.get("problems"), "no"),
         sections.reasons(
-            "Why it could not tell" if verdict == "unknown" else "What could not be told",
+            "Why the answer is unknown" if verdict == "unknown" else "What is unknown",
             findings.get("unknown"),
             "unknown",
         ),

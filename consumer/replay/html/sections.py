@@ -26,7 +26,7 @@ from consumer.replay.html.values import (
 )
 
 _OK = "Nothing is missing, nothing happens twice"
-SHAPES = {  # beside the words, never instead of them
+SHAPES = {  # beside the words, never in their place
     "ok": "M5 12.5l4.5 4.5L19 7.5",
     "no": "M6.5 6.5l11 11M17.5 6.5l-11 11",
     "unknown": "M8.5 9a3.5 3.5 0 1 1 5.2 3.1c-1.2.7-1.7 1.4-1.7 2.7M12 18.2v.1",
@@ -82,7 +82,7 @@ def header(findings: Row, verdict: str, heading: str) -> Html:
                 el("p", answer) if heading == _OK and not answer.startswith("Nothing is missing") else None,
                 el(
                     "p",
-                    Html("Only a part was looked at: "),
+                    Html("Only a part was checked: "),
                     Html(
                         "; ".join(f"{escaped(name.replace('_', ' '))} {shown_value(value)}" for name, value in narrowed)
                     ),
@@ -109,7 +109,7 @@ def reasons(title: str, rows: Iterable[Row] | None, kind: str) -> Html | None:
         )
         for row in rows
     ]
-    return section(title, el("ul", *lines, class_=f"told {kind}"))
+    return section(title, el("ul", *lines, class_=f"reasons {kind}"))
 
 
 def notes(findings: Row) -> Html | None:
@@ -131,7 +131,7 @@ def handlers(findings: Row) -> Html | None:
     return section(
         "By handler",
         data_table(
-            "What became of the messages, for each handler",
+            "Outcomes of the messages, by handler",
             [("handler", "name"), *((label(name), "n") for name in names)],
             rows,
         ),
@@ -152,7 +152,7 @@ def effects(findings: Row) -> Html | None:
         facts.append(("transactions, rolled back", number(counted["transactions"])))
     written = {
         "rows": "rows written",
-        "otherwise": "transactions that wrote otherwise",
+        "otherwise": "transactions with other writes",
         "claims": "ids that could be claimed again",
     }
     facts += [(title, marked(counted[name])) for name, title in written.items() if counted.get(name) is not None]
@@ -160,9 +160,9 @@ def effects(findings: Row) -> Html | None:
     if sequences is not None:
         facts.append(("sequences moved", shown_value(sequences) if sequences else marked(0)))
     return section(
-        "What messages that were applied would do again",
+        "What applied messages would do again",
         fact_list(facts),
-        data_table("Rows written, for each table", [("table", "name"), *((name, "n") for name in columns)], rows)
+        data_table("Rows written, by table", [("table", "name"), *((name, "n") for name in columns)], rows)
         if tables
         else None,
         el("p", f"How it was counted: {counted['how']}") if counted.get("how") else None,
@@ -363,5 +363,5 @@ def footer(findings: Row) -> Html:
         "footer",
         el("h2", "How it was run"),
         fact_list(facts),
-        el("p", "This page stands by itself: no script, and nothing of it is fetched from elsewhere.", class_="small"),
+        el("p", "This page is self-contained: it has no script and loads nothing.", class_="small"),
     )

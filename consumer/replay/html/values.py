@@ -27,12 +27,15 @@ def number(value: object) -> object:
 
 
 def drawn_count(value: object) -> int:
-    """Return what is drawn for a value; 0 where it is no number."""
+    """Return the number to draw; 0 for anything else."""
     return max(0, value) if isinstance(value, int) else 0
 
 
 def code(value: object) -> Html:
-    """Return a value or a name, isolated from the direction of the text around it."""
+    """Return a value or a name as code.
+
+    Its direction of writing is isolated from the text around it.
+    """
     if value is None:
         return el("em", "null")
     if value == "":
@@ -46,7 +49,7 @@ def name_or_dash(value: object) -> Html:
 
 
 def when(value: object) -> Html:
-    """Return a time in UTC, or the value as it is where it is no time."""
+    """Return a time in UTC, or anything else unchanged."""
     at = moment(value)
     if at is None:
         return code(value)
@@ -54,7 +57,7 @@ def when(value: object) -> Html:
 
 
 def moment(value: object) -> datetime | None:
-    """Return an ISO 8601 time with a zone as UTC; None for anything else."""
+    """Parse an ISO 8601 time with a zone; None for anything else."""
     try:
         at = datetime.fromisoformat(str(value))
         return at.astimezone(UTC) if at.tzinfo else None
@@ -79,7 +82,7 @@ def several(count: int, one: str, many: str) -> str:
 
 
 def shown_value(value: object) -> Html:
-    """Return a filter or a key: `a = 1, b = 2`, or a list."""
+    """Return a filter or a key, as names with values."""
     match value:
         case Mapping():
             parts = [Html(f"{code(key)} = {shown_value(inner)}") for key, inner in value.items()]

@@ -1,7 +1,8 @@
-"""Whether the ledger still has what dead letters became that were edited under a new id.
+"""Check that the ledger still has the rows of edited dead letters.
 
-Such a row names its letter in place of an offset (minus its number), so no record of the log accounts for it; the trace of the
-letter does, with the new id and value. Reads them through the connection that the caller gives; knows no Kafka.
+A dead letter that was edited under a new id is applied with a row that names the dead letter in place of an offset
+(minus its number). No record of the log accounts for such a row; the recorded edit does, with the new id and value.
+Reads through the connection that the caller gives, and never Kafka.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from consumer.core.message import LogRecord
 from consumer.postgres import dead_letter_queries, generations
 from consumer.postgres.protocol import Connection
 from consumer.replay.findings import EDITED, Findings
+from consumer.replay.wording import problem
 from consumer.transaction.identify import by_bytes, identify
 
 _EDITS_AT_ONCE = 500
@@ -29,34 +31,39 @@ async def check(
     key: bytes | None,
     ids: Collection[bytes] | None,
 ) -> None:
-    """Count the edits of the range whose row is gone or another one. handlers, key, ids: as for the letters themselves."""
-    findings.samples = [each for each in findings.samples if each["kind"] != EDITED]  # of a run that was interrupted
-    forgets = await generations.has_forgotten(connection)
-    spans = findings.spans
-    ranges = dead_letter_queries.Ranges.of(spans)
+    """Count edits whose ledger row is gone, or another one.
+
+    handlers: by number. key, ids: only of these, None for all.
+    """
+    findings.drop_samples(EDITED)  # of the part before an interruption
+    has_forgotten = await generations.has_forgotten(connection)
+    ranges = dead_letter_queries.Ranges.of(findings.spans)
     wanted = None if ids is None else [UUID(bytes=id) for id in ids]
-    last, forgotten = 0, 0
+    last_action, forgotten = 0, 0
     while rows := await dead_letter_queries.edits_under_new_ids(
-        connection, list(handlers), ranges, key, wanted, after=last, limit=_EDITS_AT_ONCE
+        connection, list(handlers), ranges, key, wanted, after=last_action, limit=_EDITS_AT_ONCE
     ):
-        last = rows[-1]["action"]
+        last_action = rows[-1]["action"]
         for row in rows:
             handler = handlers[row["handler"]]
             fault = edit_fault(row["applied"], row["fingerprint"], _fingerprints(handler, row))
-            if fault and row["fingerprint"] is None and forgets:
+            if fault and row["fingerprint"] is None and has_forgotten:
                 forgotten += 1
             elif fault:
                 _count(findings, handler, row, fault)
     if forgotten:
         text = (
-            f"{forgotten:,} dead letters were applied under a new id, and the ledger, which has forgotten old rows, has none of "
-            "that id: whether it was deleted cannot be told"
+            f"{forgotten:,} dead letters were applied under a new id, and the ledger, which has dropped old rows, has none of "
+            "that id: whether it was deleted is unknown"
         )
-        findings.doubts.append({"kind": "edits_forgotten", "count": forgotten, "text": text})
+        findings.doubts.append(problem("edits_forgotten", forgotten, text))
 
 
 def _fingerprints(handler: Handler, row: Any) -> Collection[int]:
-    """The fingerprints that an edited letter may have in the ledger; none where its value is not kept."""
+    """Return the fingerprints that the edit may have in the ledger.
+
+    There are none where its value is not kept.
+    """
     if row["new_value"] is None:
         return ()
     names = [name.decode("utf-8", "surrogateescape") for name in row["header_keys"]]
@@ -83,5 +90,5 @@ def _count(findings: Findings, handler: Handler, row: Any, fault: str) -> None:
         partition=row["partition"],
         offset=row["offset"],
         id=row["new_id"].hex,
-        detail=f"letter {row['dead_letter']}: {fault}",
+        detail=f"dead letter {row['dead_letter']}: {fault}",
     )
