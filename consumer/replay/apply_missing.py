@@ -19,7 +19,7 @@ from consumer.postgres.connection import translated_errors
 from consumer.postgres.errors import Conflict, Outage
 from consumer.postgres.session import Session
 from consumer.replay.run import ReplayLane, Run
-from consumer.replay.samples import UNCALLED, place
+from consumer.replay.samples import UNCALLED, delivery_place
 from consumer.replay.session import ReplaySession
 from consumer.transaction.apply import apply_batch
 from consumer.transaction.dry_run import DryRunObserver, OnlyResult, dry_run
@@ -107,7 +107,9 @@ class MissingMessages:
                 check.count_applied(delivery)
             case Dead(reason):
                 outcome = "dead_lettered_now"
-                findings.sample(outcome, **place(delivery), detail=f"{reason.value}: see `consumer dlq list APP`")
+                findings.sample(
+                    outcome, **delivery_place(delivery), detail=f"{reason.value}: see `consumer dlq list APP`"
+                )
             case RetryLater():
                 self._fruitless += 1
                 return

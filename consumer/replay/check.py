@@ -19,7 +19,7 @@ from consumer.postgres.claims import ExistingClaim
 from consumer.postgres.session import Session
 from consumer.replay import ledger_diff
 from consumer.replay.findings import BLOCK_BITS, Findings
-from consumer.replay.samples import place_of
+from consumer.replay.samples import sample_place
 from consumer.replay.unsettled import UnsettledMessage
 from consumer.transaction.identify import by_bytes
 
@@ -180,7 +180,7 @@ class ReplayCheck:
             for index in gone:
                 (name, id, _), (partition, offset) = dead_letters[index]
                 self.findings.unsettled += 1
-                where = place_of(name, partition, offset, id)
+                where = sample_place(name, partition, offset, id)
                 self.findings.sample("unsettled", **where, detail="its dead letter is gone")
 
     # -- what absence means -----------------------------------------------------------------------------------------

@@ -65,8 +65,8 @@ class ChunkCheck:
             # race: while the ledger rotates, or a worker claims the same id at this moment, a lost claim writes too
             self.lost_claims_wrote = await wrote_anything(session.connection)
             return won
-        # invariant: while our claims are held, no other transaction can commit these ids. What another connection sees of them
-        # now was there before, and must not have been claimable: the writes of their handlers are counted.
+        # invariant: while our claims are held, no other transaction can commit these ids. What another connection sees
+        # of them now was there before, and must not have been claimable: the writes of their handlers are counted.
         check = self.check
         settled, absent = await check.existing_claims(won)
         self.existing |= settled

@@ -13,7 +13,7 @@ from consumer.core.outcome import Dead, Outcome, Reason
 from consumer.postgres.claims import ExistingClaim
 from consumer.replay.chunk_check import ChunkCheck
 from consumer.replay.findings import blocks
-from consumer.replay.samples import UNCALLED, place, would_text
+from consumer.replay.samples import UNCALLED, delivery_place, would_text
 
 _UNREADABLE = {
     Reason.UNREADABLE,
@@ -93,7 +93,7 @@ class ChunkCounts:
             detail = ("not applied" if outcome is UNCALLED else f"would {effect}") + (
                 "; workers have not come to it yet" if ahead else ""
             )
-            findings.sample("missing", **place(delivery), detail=detail)
+            findings.sample("missing", **delivery_place(delivery), detail=detail)
 
     # -- outcomes ---------------------------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ class ChunkCounts:
                 if check.may_have_other_id(delivery)
                 else "from before the ledger began"
             )
-            self._findings.sample("unknown", **place(delivery), detail=detail)
+            self._findings.sample("unknown", **delivery_place(delivery), detail=detail)
             return "unknown"
         if delivery in chunk.unreadable:
             self._count_unsettled(delivery, f"would {would_text(delivery.outcome)}")
@@ -185,12 +185,12 @@ class ChunkCounts:
             self._check.count_unsettled(delivery, "conflicts")
         text = "a dead letter" if is_dead else "no dead letter"
         detail = f"the id was used before with another payload; {text}"
-        self._findings.sample("conflicts", **place(delivery), detail=detail)
+        self._findings.sample("conflicts", **delivery_place(delivery), detail=detail)
         return "conflicts"
 
     def _count_unsettled(self, delivery: Delivery, detail: str) -> None:
         self._check.count_unsettled(delivery, "unsettled")
-        self._findings.sample("unsettled", **place(delivery), detail=detail)
+        self._findings.sample("unsettled", **delivery_place(delivery), detail=detail)
 
     def _count_precheck(self) -> None:
         """Count what Redis answered, and marks without a ledger row."""
@@ -210,4 +210,4 @@ class ChunkCounts:
             if claim is None or claim.clashes:
                 counts["wrong"] += 1
                 detail = "Redis has a mark, the ledger has no row"
-                self._findings.sample("precheck_wrong", **place(delivery), detail=detail)
+                self._findings.sample("precheck_wrong", **delivery_place(delivery), detail=detail)

@@ -25,8 +25,8 @@ select format('%I.%I', case when schemaname like 'pg\\_temp\\_%' then 'pg_temp' 
 from pg_stat_xact_all_tables
 where schemaname <> 'consumer' and schemaname not like 'pg\\_toast%' and n_tup_ins + n_tup_upd + n_tup_del > 0
 """
-# currval raises where this session has called neither nextval nor setval, and where the role has no right to the sequence.
-# The error is caught on the server, whose log would be full of it otherwise.
+# currval raises where this session has called neither nextval nor setval, and where the role has no right to the
+# sequence. The error is caught on the server, whose log would be full of it otherwise.
 _SEQUENCES = """
 do $$
 declare

@@ -18,7 +18,7 @@ from consumer.kafka.bounds import Span
 from consumer.replay.effect_counts import EffectCounts
 from consumer.replay.outcomes import OUTCOMES
 from consumer.replay.rebuild_verdict import difference_doubts, difference_problems
-from consumer.replay.samples import place_of
+from consumer.replay.samples import sample_place
 from consumer.replay.timeline import Timeline
 from consumer.replay.wording import counted, problem
 
@@ -108,7 +108,7 @@ class Findings:
     def count_gone(self, handler: str, partition: Partition, offset: int, id: bytes) -> None:
         """Count a ledger row that was deleted after its message was read."""
         self.rows_gone += 1
-        self.sample("rows_gone", **place_of(handler, partition, offset, id), detail="its ledger row was deleted")
+        self.sample("rows_gone", **sample_place(handler, partition, offset, id), detail="its ledger row was deleted")
 
     def total(self, outcome: str) -> int:
         """Return the deliveries of all handlers under one of OUTCOMES."""

@@ -24,7 +24,7 @@ from consumer.kafka.log_reader import read
 from consumer.postgres import ledger_queries
 from consumer.postgres.protocol import Connection
 from consumer.replay.findings import BLOCK_BITS, Findings
-from consumer.replay.samples import place_of
+from consumer.replay.samples import sample_place
 from consumer.transaction.identify import identify
 
 Block = tuple[str, Partition, int]  # handler, partition, number of the block
@@ -48,12 +48,13 @@ async def compare(
 
     Args:
         source: is read again, from other offsets.
-        matched: how many deliveries of each block had a ledger row of their own record. Fewer rows now means that some were
-            deleted since.
+        matched: how many deliveries of each block had a ledger row of their own record. Fewer rows now means that some
+            were deleted since.
         missing: ids, with their handlers, that the ledger lacked when they were read.
-        is_compacted: asked about a topic where records are gone. Rows of such records are no problem, since a compacted log
-            drops records by design.
-        read_ends: reads where every partition of the topics ends now, to find rows beyond. None when the range is narrower.
+        is_compacted: asked about a topic where records are gone. Rows of such records are no problem, since a compacted
+            log drops records by design.
+        read_ends: reads where every partition of the topics ends now, to find rows beyond. None when the range is
+            narrower.
 
     Raises KafkaError, LogTruncated, and what the database raises.
     """
@@ -221,4 +222,4 @@ class _BlockComparison:
 
 
 def _sample(findings: Findings, handler: str, partition: Partition, offset: int, id: bytes, detail: str) -> None:
-    findings.sample("rows_without_message", **place_of(handler, partition, offset, id), detail=detail)
+    findings.sample("rows_without_message", **sample_place(handler, partition, offset, id), detail=detail)

@@ -142,7 +142,7 @@ class _RepublishRun:
 
     async def _copy(self, source: KafkaConsumer) -> None:
         findings, target = self.findings, self.options.target
-        # The readers of the copy: the handlers of the target, or, where it is new to the App, those of the topics that are read.
+        # The handlers that read the copy: those of the target, or, where it is new to the App, of the topics that are read.
         readers = handlers_of(self.app, [target]) or handlers_of(self.app, self.topics)
         copy_records.check(readers, self.topics, target)
         findings.republished = self.copied

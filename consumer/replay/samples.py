@@ -30,12 +30,12 @@ def would_text(outcome: Outcome | None) -> str:
             return "be a duplicate by now"
 
 
-def place(delivery: Delivery) -> dict[str, Any]:
+def delivery_place(delivery: Delivery) -> dict[str, Any]:
     """Return where a delivery is: handler, partition, offset and id."""
-    return place_of(delivery.handler.name, delivery.partition, delivery.record.offset, delivery.id)
+    return sample_place(delivery.handler.name, delivery.partition, delivery.record.offset, delivery.id)
 
 
-def place_of(handler: str, partition: Partition, offset: int, id: bytes) -> dict[str, Any]:
+def sample_place(handler: str, partition: Partition, offset: int, id: bytes) -> dict[str, Any]:
     """Return the place of a message, for a sample."""
     return {
         "handler": handler,

@@ -5,11 +5,11 @@ only the owner of a partition makes holds in it. A replay settles messages of pa
 does more, in each transaction that stores:
 
 - It asks about every key that it has a message of, since workers and other replays make holds while it runs.
-- Before it asks, it locks the positions of its partitions until its COMMIT. The owner updates them in the transaction that makes
-  a hold, so no hold appears between the question and the COMMIT.
-- When it makes a hold itself, it raises `positions.holds`. The owner's next transaction in that partition reads another number than
-  it read with the holds (Fenced), rolls back, and reads position and holds again. A transaction of the owner that runs meanwhile
-  waits for the row, and then reads the same.
+- Before it asks, it locks the positions of its partitions until its COMMIT. The owner updates them in the transaction
+  that makes a hold, so no hold appears between the question and the COMMIT.
+- When it makes a hold itself, it raises `positions.holds`. The owner's next transaction in that partition reads another
+  number than it read with the holds (Fenced), rolls back, and reads position and holds again. A transaction of the owner
+  that runs meanwhile waits for the row, and then reads the same.
 
 Limitation: a message that waits for its next attempt in a worker is no dead letter, and holds nothing here. A replay
 that covers it settles it itself, in order. A replay that is narrowed to later messages overtakes it.

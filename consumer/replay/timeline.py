@@ -129,8 +129,8 @@ def _positive(value: Any) -> int:
     return value
 
 
-# A pure module does not import `datetime`, which has a clock. The calendar is arithmetic: a year that begins in March has its
-# leap day at its end, and 146,097 days are 400 years. 719,468 days are between 0000-03-01 and 1970-01-01.
+# A pure module does not import `datetime`, which has a clock. The calendar is arithmetic: a year that begins in March
+# has its leap day at its end, and 146,097 days are 400 years. 719,468 days are between 0000-03-01 and 1970-01-01.
 
 
 def _iso(seconds: int) -> str:

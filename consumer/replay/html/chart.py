@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from consumer.replay.html.counts import GRAVE, label, shade
 from consumer.replay.html.elements import Html, el
-from consumer.replay.html.values import Row, drawn_count, moment, several
+from consumer.replay.html.values import JsonRow, drawn_count, moment, several
 
 SLOTS_MAX = 1000  # of the chart; a timeline makes 240
 
@@ -31,7 +31,7 @@ class _Scale(NamedTuple):
         return (at - self.first) // self.width
 
 
-def chart(buckets: Sequence[Row], names: Sequence[str], width_seconds: object) -> Html | None:
+def chart(buckets: Sequence[JsonRow], names: Sequence[str], width_seconds: object) -> Html | None:
     """Return the chart of these buckets; None where they cannot be drawn."""
     moments = [moment(row.get("at")) for row in buckets]
     starts = [at for at in moments if at is not None]
@@ -65,7 +65,7 @@ def chart(buckets: Sequence[Row], names: Sequence[str], width_seconds: object) -
     )
 
 
-def _bar(scale: _Scale, at: datetime, row: Row, names: Sequence[str], total: int) -> Html:
+def _bar(scale: _Scale, at: datetime, row: JsonRow, names: Sequence[str], total: int) -> Html:
     """Return the bar of one bucket, with its numbers as a title."""
     slot, under = scale.slot(at), 100.0
     gap = 0.12 if scale.slots <= 120 else 0.0
@@ -81,7 +81,7 @@ def _bar(scale: _Scale, at: datetime, row: Row, names: Sequence[str], total: int
     return el("g", el("title", title), Html("".join(rects)))
 
 
-def _mark(slot: int, row: Row) -> list[str]:
+def _mark(slot: int, row: JsonRow) -> list[str]:
     """Return the mark of a bucket that has a problem."""
     marks = [f'<rect class="{shade(name)}" x="{slot}" width="1" height="8"/>' for name in GRAVE if row.get(name)]
     return marks[:1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from consumer.replay.html.elements import Html, el
-from consumer.replay.html.values import Row, drawn_count, number
+from consumer.replay.html.values import JsonRow, drawn_count, number
 from consumer.replay.outcomes import OF_THIS_RUN, OUTCOMES, CountedOutcome
 
 TOTAL = "delivered"
@@ -45,7 +45,7 @@ def shade(name: str) -> str:
     return f"o-{name}" if name in COUNTS else "o-other"
 
 
-def present_counts(rows: Iterable[Row], beside: Iterable[str] = ()) -> list[str]:
+def present_counts(rows: Iterable[JsonRow], beside: Iterable[str] = ()) -> list[str]:
     """Return the counts that these rows have, in the order of columns.
 
     beside: keys that are no counts. What this run did is left out where it did nothing.
@@ -75,7 +75,7 @@ def legend(names: Iterable[str], totals: Mapping[str, int] | None = None) -> Htm
     )
 
 
-def bar(row: Row, names: Iterable[str], largest: int) -> Html:
+def bar(row: JsonRow, names: Iterable[str], largest: int) -> Html:
     """Return a bar of the outcomes of one partition.
 
     Its length is what was delivered, relative to the largest partition. The numbers are beside it.

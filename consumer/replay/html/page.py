@@ -13,10 +13,10 @@ from importlib import resources
 
 from consumer.replay.html import rebuild_sections, sections
 from consumer.replay.html.elements import Html, el, plain
-from consumer.replay.html.values import Row
+from consumer.replay.html.values import JsonRow
 
 
-def render(findings: Row) -> str:
+def render(findings: JsonRow) -> str:
     """Return the page of findings, as `Findings.as_dict` returns them.
 
     Its text can be written as UTF-8, whatever the findings hold.

@@ -8,7 +8,7 @@ from typing import Any
 from consumer.replay.html.blocks import data_table, fact_list, section
 from consumer.replay.html.counts import count_cell
 from consumer.replay.html.elements import Html, el
-from consumer.replay.html.values import ABSENT, Row, code, name_or_dash, shown_value
+from consumer.replay.html.values import ABSENT, JsonRow, code, name_or_dash, shown_value
 
 DIFFERENCES = {
     "missing": "the topic gives this row, the database lacks it",
@@ -17,9 +17,9 @@ DIFFERENCES = {
 }
 
 
-def tables(findings: Row) -> Html | None:
+def tables(findings: JsonRow) -> Html | None:
     """Return how many rows of each table agree with the topic."""
-    compared: Sequence[Row] = (findings.get("rebuild") or {}).get("tables") or ()
+    compared: Sequence[JsonRow] = (findings.get("rebuild") or {}).get("tables") or ()
     if not compared:
         return None
     counts = ("rows", "rebuilt", *DIFFERENCES)
@@ -49,9 +49,9 @@ def _ignored(columns: Mapping[str, Any]) -> Html:
     return Html("".join(el("div", code(name), el("span", f" {why}", class_="small")) for name, why in columns.items()))
 
 
-def differences(findings: Row) -> Html | None:
+def differences(findings: JsonRow) -> Html | None:
     """Return the rows in which database and topic disagree."""
-    differing: Sequence[Row] = (findings.get("rebuild") or {}).get("differences") or ()
+    differing: Sequence[JsonRow] = (findings.get("rebuild") or {}).get("differences") or ()
     if not differing:
         return None
     rows = [
@@ -81,7 +81,7 @@ def differences(findings: Row) -> Html | None:
     )
 
 
-def _sides(columns: Mapping[str, Row], kind: str) -> Html:
+def _sides(columns: Mapping[str, JsonRow], kind: str) -> Html:
     """Return the two values of each column, one below the other.
 
     So a digit that differs stands below its counterpart.

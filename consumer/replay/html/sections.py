@@ -13,7 +13,7 @@ from consumer.replay.html.chart import chart
 from consumer.replay.html.counts import COUNTS, TOTAL, bar, count_cell, label, legend, present_counts
 from consumer.replay.html.elements import Html, el, escaped
 from consumer.replay.html.values import (
-    Row,
+    JsonRow,
     code,
     drawn_count,
     duration,
@@ -33,7 +33,7 @@ SHAPES = {  # beside the words, never in their place
 }
 
 
-def headline(findings: Row, verdict: str) -> str:
+def headline(findings: JsonRow, verdict: str) -> str:
     """Return the answer as a heading that begins with the verdict."""
     answer = re.sub(r"^(no|could not tell)\s*:\s*", "", str(findings["answer"]), flags=re.IGNORECASE)
     match verdict:
@@ -45,7 +45,7 @@ def headline(findings: Row, verdict: str) -> str:
     return f"Could not tell: {answer}"
 
 
-def header(findings: Row, verdict: str, heading: str) -> Html:
+def header(findings: JsonRow, verdict: str, heading: str) -> Html:
     """Return the verdict, what it is about, and the main numbers."""
     answer = str(findings["answer"])
     narrowed = [(name, value) for name, value in (findings.get("filters") or {}).items() if value is not None]
@@ -97,7 +97,7 @@ def header(findings: Row, verdict: str, heading: str) -> Html:
     )
 
 
-def reasons(title: str, rows: Iterable[Row] | None, kind: str) -> Html | None:
+def reasons(title: str, rows: Iterable[JsonRow] | None, kind: str) -> Html | None:
     """Return problems or doubts, one line each."""
     if not rows:
         return None
@@ -112,15 +112,15 @@ def reasons(title: str, rows: Iterable[Row] | None, kind: str) -> Html | None:
     return section(title, el("ul", *lines, class_=f"reasons {kind}"))
 
 
-def notes(findings: Row) -> Html | None:
+def notes(findings: JsonRow) -> Html | None:
     """Return what the replay noted."""
     lines = findings.get("notes")
     return section("Notes", el("ul", *(el("li", line) for line in lines), class_="notes")) if lines else None
 
 
-def handlers(findings: Row) -> Html | None:
+def handlers(findings: JsonRow) -> Html | None:
     """Return the outcomes by handler, with their meanings."""
-    by_handler: Mapping[str, Row] = findings.get("handlers") or {}
+    by_handler: Mapping[str, JsonRow] = findings.get("handlers") or {}
     if not by_handler:
         return None
     names = present_counts(by_handler.values())
@@ -139,12 +139,12 @@ def handlers(findings: Row) -> Html | None:
     )
 
 
-def effects(findings: Row) -> Html | None:
+def effects(findings: JsonRow) -> Html | None:
     """Return what applied messages would write again."""
     counted = findings.get("effects")
     if not counted:
         return None
-    tables: Mapping[str, Row] = counted.get("tables") or {}
+    tables: Mapping[str, JsonRow] = counted.get("tables") or {}
     columns = ("inserted", "updated", "deleted")
     rows = ([code(table), *(count_cell("missing", row.get(name)) for name in columns)] for table, row in tables.items())
     facts: list[tuple[str, object]] = []
@@ -169,16 +169,16 @@ def effects(findings: Row) -> Html | None:
     )
 
 
-def partitions(findings: Row) -> Html | None:
+def partitions(findings: JsonRow) -> Html | None:
     """Return the outcomes by partition, a table for each handler."""
-    counted: Sequence[Row] = findings.get("partitions") or ()
+    counted: Sequence[JsonRow] = findings.get("partitions") or ()
     if not counted:
         return None
     present = present_counts(counted, ("handler", "topic", "partition"))
     names = [name for name in present if name == TOTAL or any(row.get(name) for row in counted)]
     empty = [label(name) for name in present if name not in names]
     largest = max(drawn_count(row.get(TOTAL)) for row in counted)
-    by_handler: dict[str, list[Row]] = {}
+    by_handler: dict[str, list[JsonRow]] = {}
     for row in counted:
         by_handler.setdefault(str(row.get("handler") or ""), []).append(row)
     tables = [
@@ -201,13 +201,13 @@ def partitions(findings: Row) -> Html | None:
     )
 
 
-def times(findings: Row) -> Html | None:
+def times(findings: JsonRow) -> Html | None:
     """Return the outcomes by time: chart and numbers."""
     timeline = findings.get("times")
     if not timeline or not (timeline.get("buckets") or timeline.get("untimed")):
         return None
-    buckets: Sequence[Row] = timeline.get("buckets") or ()
-    untimed: Row = timeline.get("untimed") or {}
+    buckets: Sequence[JsonRow] = timeline.get("buckets") or ()
+    untimed: JsonRow = timeline.get("untimed") or {}
     names = [name for name in present_counts([*buckets, untimed], ("at",)) if name != TOTAL]
     totals = {name: sum(drawn_count(row.get(name)) for row in (*buckets, untimed)) for name in names}
     width = _time_span(timeline.get("width_seconds"))
@@ -243,9 +243,9 @@ def _time_span(seconds: object) -> str:
     return f"{number(seconds)} seconds"
 
 
-def history(findings: Row) -> Html | None:
+def history(findings: JsonRow) -> Html | None:
     """Return how many ledger rows have a message in the log."""
-    by_handler: Mapping[str, Row] = findings.get("history") or {}
+    by_handler: Mapping[str, JsonRow] = findings.get("history") or {}
     if not by_handler:
         return None
     rows = [
@@ -263,7 +263,7 @@ def history(findings: Row) -> Html | None:
     )
 
 
-def precheck(findings: Row) -> Html | None:
+def precheck(findings: JsonRow) -> Html | None:
     """Return how far the marks in Redis agree with the ledger."""
     counted = findings.get("precheck")
     if not counted:
@@ -281,7 +281,7 @@ def precheck(findings: Row) -> Html | None:
     )
 
 
-def republished(findings: Row) -> Html | None:
+def republished(findings: JsonRow) -> Html | None:
     """Return how many records were copied."""
     copied = findings.get("republish")
     if not copied:
@@ -298,9 +298,9 @@ def republished(findings: Row) -> Html | None:
     )
 
 
-def samples(findings: Row) -> Html | None:
+def samples(findings: JsonRow) -> Html | None:
     """Return examples of messages, with places and ids."""
-    examples: Sequence[Row] = findings.get("samples") or ()
+    examples: Sequence[JsonRow] = findings.get("samples") or ()
     if not examples:
         return None
     rows = [
@@ -325,9 +325,9 @@ def samples(findings: Row) -> Html | None:
     return section("Examples", data_table("Messages to look at", columns, rows))
 
 
-def ranges(findings: Row) -> Html | None:
+def ranges(findings: JsonRow) -> Html | None:
     """Return the offsets that were read."""
-    spans: Sequence[Row] = findings.get("ranges") or ()
+    spans: Sequence[JsonRow] = findings.get("ranges") or ()
     if not spans:
         return None
     names = ("from", "until", "position", "read")
@@ -342,7 +342,7 @@ def ranges(findings: Row) -> Html | None:
     return section("What was read", data_table("Offsets of each partition", columns, rows))
 
 
-def footer(findings: Row) -> Html:
+def footer(findings: JsonRow) -> Html:
     """Return how the replay was run."""
     facts: list[tuple[str, object]] = [("app", code(findings["app"])), ("mode", code(findings["mode"]))]
     if findings.get("started_at") is not None:

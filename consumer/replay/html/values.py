@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from consumer.replay.html.elements import Html, el
 
-Row: TypeAlias = Mapping[str, Any]
+JsonRow: TypeAlias = Mapping[str, Any]
 
 ABSENT = "\u2013"
 
@@ -93,6 +93,6 @@ def shown_value(value: object) -> Html:
     return Html(", ".join(parts)) if parts else el("em", "none")
 
 
-def partition_name(row: Row) -> Html:
+def partition_name(row: JsonRow) -> Html:
     """Return topic and partition on one line."""
     return Html(f"{name_or_dash(row.get('topic'))} {el('span', number(row.get('partition')), class_='partition')}")
