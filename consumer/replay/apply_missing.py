@@ -85,7 +85,8 @@ class MissingMessages:
             and time.monotonic() > self._settled_at + limits.fruitless_seconds
         ):
             raise CannotTell(
-                f"{lane.scheduler.delayed:,} messages ask to be tried again and again ({self._run.how_far()})"
+                f"{lane.scheduler.delayed:,} messages: their handlers ask to run again every time; correct the handlers "
+                f"({self._run.how_far()})"
             )
         await self._retry(lane, self._take(lane))
 

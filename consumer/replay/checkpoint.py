@@ -153,7 +153,7 @@ def _restore_check(check: ReplayCheck, state: Mapping[str, Any]) -> None:
     """
     if state["overflow"]:
         raise Misconfigured(
-            "--resume: more was seen before the interruption than can be looked at again "
+            "--resume: more was seen before the interruption than can be checked again "
             f"({state['overflow']}); run it without --resume"
         )
     check.matched = {(name, Partition(topic, number), block): n for name, topic, number, block, n in state["matched"]}

@@ -39,7 +39,9 @@ class Primary:
             self.epoch = session.epoch
         elif lineage(session.epoch) != lineage(self.epoch):
             session.close()
-            raise CannotTell(f"PostgreSQL is another one now, or went back in time: begin again ({self._how_far()})")
+            raise CannotTell(
+                f"PostgreSQL: another one now, or an earlier state of it; start the replay again ({self._how_far()})"
+            )
         return session
 
 
@@ -52,8 +54,8 @@ def failures_as_cannot_tell(settings: Settings, how_far: Callable[[], str]) -> I
         raise CannotTell(f"interrupted {how_far()}") from None
     except LogTruncated as error:
         raise CannotTell(
-            f"records of {error.partition.topic}:{error.partition.partition} were removed from the log while it was read: "
-            f"it does not hold offset {error.position} any more ({how_far()})"
+            f"{error.partition.topic}:{error.partition.partition}: records were removed from the log while it was read; "
+            f"it no longer holds offset {error.position} ({how_far()})"
         ) from None
     except (KafkaError, TimeoutError) as error:
         raise CannotTell(f"Kafka: {str(error) or type(error).__name__} ({how_far()})") from None

@@ -35,7 +35,7 @@ _AGAIN = "run it without --resume"
 def refuse_another_database(before: object, epoch: str) -> None:
     """Raise Misconfigured for a state of another or restored PostgreSQL."""
     if lineage(str(before)) != lineage(epoch):
-        raise Misconfigured(f"--resume: PostgreSQL is another one since, or went back in time; {_AGAIN}")
+        raise Misconfigured(f"--resume: PostgreSQL is another one since, or in an earlier state; {_AGAIN}")
 
 
 def refuse_changed(before: object, now: Conditions) -> None:

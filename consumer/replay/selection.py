@@ -17,8 +17,8 @@ def refuse_shards(app: App) -> None:
     """Raise Misconfigured for an App with shards."""
     if app.shards:
         raise Misconfigured(
-            f"App {app.name!r} has shards, and a replay knows one database only. To apply what is missing, move the positions back "
-            "with `consumer positions APP --topic T --partition N --move-to earliest`: what was applied is not applied again"
+            f"App {app.name!r}: it has shards, and a replay reads one database only; to apply what is missing, move the positions "
+            "back with `consumer positions APP --topic T --partition N --move-to earliest` (nothing is applied twice)"
         )
 
 
@@ -47,7 +47,8 @@ def choose_handlers(app: App, topics: Sequence[str], names: Sequence[str] = ()) 
         if names:
             raise Misconfigured(f"no handler of {', '.join(names)} takes topic {topic!r}")
         raise Misconfigured(
-            f"no handler that keeps a ledger row takes topic {topic!r}: all are idempotent=False, so there is nothing to verify"
+            f"topic {topic!r}: all its handlers have idempotent=False and keep no ledger row, so there is nothing to verify; "
+            "leave it out"
         )
     return chosen
 
@@ -55,7 +56,7 @@ def choose_handlers(app: App, topics: Sequence[str], names: Sequence[str] = ()) 
 def refuse_no_topics(app: App, topics: Sequence[str]) -> None:
     """Raise Misconfigured where no topic is named."""
     if not topics:
-        raise Misconfigured(f"name at least one topic of {app.name!r} (it has: {', '.join(app.topics)})")
+        raise Misconfigured(f"topics: name at least one topic of {app.name!r} (it has: {', '.join(app.topics)})")
 
 
 def _check_name(app: App, topics: Sequence[str], name: str) -> None:
@@ -64,7 +65,7 @@ def _check_name(app: App, topics: Sequence[str], name: str) -> None:
         raise UnknownName(f"{app.name!r} has no handler {name!r}; {suggestion(name, app.handlers)}")
     if not handler.idempotent:
         raise Misconfigured(
-            f"handler {name!r} is not idempotent (idempotent=False): it keeps no ledger row, so there is nothing to verify"
+            f"handler {name!r}: it has idempotent=False and keeps no ledger row, so there is nothing to verify; leave it out"
         )
     if not set(topics) & set(handler.topics):
         raise Misconfigured(
