@@ -12,8 +12,8 @@ from typing import NamedTuple
 from consumer.core.errors import Misconfigured
 from consumer.core.outcome import Reason
 from consumer.core.suggestions import suggestion
+from consumer.dead_letters.edits import Edit
 from consumer.dead_letters.retry import Filters, Redrive, RetryResult
-from consumer.dead_letters.session import Edit
 from consumer.postgres.dead_letter_actions import Chain
 
 _DISCARD_AT_A_TIME = 500
@@ -53,8 +53,8 @@ class Selection(NamedTuple):
 
 async def select(redrive: Redrive, filters: Filters, options: SettleOptions) -> Selection:
     """Select the dead letters. Raises Misconfigured for one that cannot be settled."""
-    if filters.letters is not None:
-        return await _select_by_number(redrive, filters, filters.letters, options)
+    if filters.dead_letters is not None:
+        return await _select_by_number(redrive, filters, filters.dead_letters, options)
     if filters.handler is not None and filters.handler not in redrive.handlers and not options.is_discard:
         raise Misconfigured(
             f"--handler {filters.handler[:80]!r}: not known to App {redrive.app.name!r}, so nothing can run its dead letters; "

@@ -21,8 +21,8 @@ from consumer.cli.per_shard import ShardName
 from consumer.cli.settle_run import Answering, settle_all
 from consumer.core.errors import Misconfigured
 from consumer.core.suggestions import suggestion
-from consumer.dead_letters.retry import Filters, edit_of
-from consumer.dead_letters.session import Edit
+from consumer.dead_letters.edits import Edit, edit_of
+from consumer.dead_letters.retry import Filters
 from consumer.settings import Settings
 from consumer.sharding.shards import settings_of
 
@@ -134,8 +134,8 @@ def _app_and_database(path: str, settings: Settings, shard: str | None) -> tuple
 
 def _check_selected(filters: Filters, everything: bool) -> None:
     """Raise Misconfigured unless dead letters are selected in exactly one way."""
-    is_filtered = filters != Filters(filters.letters)
-    if [filters.letters is not None, is_filtered, everything].count(True) != 1:
+    is_filtered = filters != Filters(filters.dead_letters)
+    if [filters.dead_letters is not None, is_filtered, everything].count(True) != 1:
         raise Misconfigured(
             "LETTER: dead letters are not selected in exactly one way; name them by number, or by filters (--handler, "
             "--reason, --group …), or say --all: one of the three"

@@ -65,7 +65,7 @@ async def settle_all(
                 _confirm(question)
             if unsure:
                 redrive.allow_unsure()
-            return await _settle(redrive, numbers, left_out, options, answering, bulk=filters.letters is None)
+            return await _settle(redrive, numbers, left_out, options, answering, bulk=filters.dead_letters is None)
         finally:
             redrive.close()
 

@@ -1,4 +1,4 @@
-"""Dead letters: retry, edit, discard, and publish them to a topic.
+"""Retries, edits, discards and publishes dead letters.
 
 Imports transaction, postgres, kafka and handler_records.
 """

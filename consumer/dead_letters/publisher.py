@@ -1,14 +1,16 @@
-"""Publish dead letters to the dead-letter topic, at least once.
+"""Publishes dead letters to the dead-letter topic, at least once.
 
-Knows the table of letters to publish and a producer; settles nothing. A letter's row there is made in the transaction that makes
-the letter, and goes in the transaction that follows Kafka's acknowledgement; SKIP LOCKED lets the relays of several workers
-share the work, so that letters may overtake each other. Died in between, it is produced again, under the same `dead-letter-id`. The table of dead letters is the
-truth: what a retry does to a letter later is not published. Limitations: does not know whether anyone reads the topic.
+Knows the table of dead letters to publish and a producer; settles nothing. The transaction that stores a dead letter
+inserts a row there, and the transaction after Kafka's acknowledgement deletes it; SKIP LOCKED lets several workers
+share the work, so that dead letters may overtake each other. After a crash in between, it is produced again, under the
+same `dead-letter-id`. The table of dead letters is authoritative: what a retry does to a dead letter later is not
+published. Limitations: does not know whether anyone reads the topic.
 
 The copy has the original's key, value and headers, and besides: `dead-letter-id` (app/handler/number, the stable id of
-the copy), `dead-letter-app`, `-handler`, `-topic`, `-partition`, `-offset`, `-timestamp`, `-reason`, `-error` (the exception's class
-or SQLSTATE, not its text, which may quote the payload) and `-attempts`. What this client cannot send is named in
-`dead-letter-altered`: headers whose keys are not UTF-8 are left out, and a message with neither key nor value gets an empty value.
+the copy), `dead-letter-app`, `-handler`, `-topic`, `-partition`, `-offset`, `-timestamp`, `-reason`, `-error` (the
+exception's class or SQLSTATE, not its text, which may quote the payload) and `-attempts`. What this client cannot send
+is named in `dead-letter-altered`: headers whose keys are not UTF-8 are left out, and a message with neither key nor
+value gets an empty value.
 """
 
 from __future__ import annotations
@@ -91,11 +93,11 @@ async def _publish(app: str, topic: str, session: Session, producer: Any) -> int
             answers = await asyncio.gather(*sent, return_exceptions=True)
         for row, answer in zip(rows, answers, strict=True):
             if isinstance(answer, KafkaError) and not answer.retriable:
-                # Too large for that topic, say: it would hold up all others for ever. The letter is where it counts.
+                # For example too large for that topic: it would hold up all others for ever. PostgreSQL keeps it.
                 event(
                     logging.ERROR,
                     "a dead letter cannot be published and is left out; it stays in postgresql",
-                    letter=row["dead_letter"],
+                    dead_letter=row["dead_letter"],
                     error=describe(answer),
                 )
             elif isinstance(answer, BaseException):
@@ -106,7 +108,7 @@ async def _publish(app: str, topic: str, session: Session, producer: Any) -> int
 
 
 def headers_of(row: Any) -> list[Header]:
-    """The headers of the copy of a letter."""
+    """Return the headers of the copy of a dead letter."""
     kept: list[Header] = []
     altered = []
     for name, value in zip(row["header_keys"], row["header_values"], strict=True):

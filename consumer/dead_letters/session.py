@@ -1,13 +1,15 @@
-"""One transaction over dead letters: locked, run, and recorded.
+"""One transaction over dead letters: locks, runs and records them.
 
-Knows letters, their chains and their rows of the ledger; knows no terminal and no Kafka.
+Knows dead letters, their chains and their rows of the ledger; knows no terminal and no Kafka.
 
-**Invariant.** Ledger, letter and chain change only for letters that end as applied, duplicate, dead or discarded. Every other
-outcome (postponed, waiting, taken, unsure) takes the claim back in the way it was made: a dead row that was turned into an applied one
-becomes dead again, a row that was inserted is deleted. A failed edit does the same, since the letter keeps its own bytes.
+**Invariant.** Ledger, dead letter and chain change only for dead letters that end as applied, duplicate, dead or
+discarded. Every other outcome (postponed, waiting, taken, unsure) undoes the claim: a dead row that was turned into an
+applied one becomes dead again, a row that was inserted is deleted. A failed edit does the same, since the dead letter
+keeps its own bytes.
 
-**Two operators at once.** The transaction begins by locking the rows of the letters' chains, and then the letters (SKIP LOCKED: those
-that another operator has locked are left to them). State, reason and fingerprint are read under these locks.
+**Two operators at once.** The transaction begins by locking the rows of the dead letters' chains, and then the dead
+letters (SKIP LOCKED: those that another operator has locked are left to them). State, reason and fingerprint are read
+under these locks.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from uuid import UUID
 from consumer.core.dead_letters import DeadLetterState, Transition, group_of, next_state
 from consumer.core.delivery import Delivery, PositionUpdate
 from consumer.core.errors import ConsumerError
-from consumer.core.outcome import Dead, Outcome, Reason, RetryLater
+from consumer.core.outcome import Dead, Reason, RetryLater
 from consumer.core.sqlstate import Meaning
+from consumer.dead_letters.edits import Edit
 from consumer.postgres import claims, dead_letter_actions
 from consumer.postgres.claims import ExistingClaim
 from consumer.postgres.dead_letter_actions import Action, Settled
@@ -30,17 +33,6 @@ from consumer.postgres.errors import Conflict, Outage, meaning_of
 from consumer.postgres.session import Session
 
 UNSURE = "it may have been applied already: the ledger no longer remembers its time"
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """Another payload for a dead letter.
-
-    new_id: it is another intent, under this id; None: the same one.
-    """
-
-    value: bytes | None
-    new_id: bytes | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +47,7 @@ class DeadLetter:
     why: str = ""
     edit: Edit | None = None
     behind: bool = False  # not asked for: it waits behind one that was settled
-    other_id: bool = False  # claimed under an id that is not the letter's own
+    other_id: bool = False  # claimed under an id that is not the dead letter's own
     row: Any = None  # as it was locked
     has_claim_revived: bool = False  # its dead row of the ledger was turned into an applied one
     has_new_claim: bool = False  # a row was inserted for it
@@ -68,7 +60,7 @@ class DeadLetter:
     releases_next: bool = False  # whether those behind it may run
 
     def begin(self, row: Any) -> None:
-        """Forget what an earlier transaction did, which was undone."""
+        """Reset the fields of an earlier transaction, which was rolled back."""
         self.row, self.verdict, self.attempts, self.existing_claim = row, None, None, None
         self.has_claim_revived = self.has_new_claim = self.is_postponed = self.releases_next = False
         self.outcome = self.text = ""
@@ -77,30 +69,28 @@ class DeadLetter:
 class NotClaimable(ConsumerError):
     """Some dead letters cannot be settled now.
 
-    Each with why (taken, settled, behind, gone) and a text.
+    dead_letters: each with the outcome (taken, settled, behind, unsure) and a text.
     """
 
-    def __init__(self, letters: Mapping[DeadLetter, tuple[str, str]]) -> None:
-        super().__init__("; ".join(text for _, text in letters.values()))
-        self.letters = letters
+    def __init__(self, dead_letters: Mapping[DeadLetter, tuple[str, str]]) -> None:
+        super().__init__("; ".join(text for _, text in dead_letters.values()))
+        self.dead_letters = dead_letters
 
 
 class DeadLetterSession(Session):
     """A Session whose messages are dead letters.
 
-    They are locked, revived instead of claimed, and recorded instead of stored.
-
-    Call `start` before each transaction.
+    They are locked, revived instead of claimed, and recorded instead of stored. Call `start` before each transaction.
     """
 
     owns_positions = False  # nor the saved attempts: those of a dead letter are in its own row
     operator: str = ""
-    may_be_applied: bool = False  # the operator has said to run letters whose messages may have been applied
+    may_be_applied: bool = False  # the operator has said to run dead letters whose messages may have been applied
     topics: Mapping[str, int] = {}
 
-    def start(self, letters: Mapping[Delivery, DeadLetter]) -> None:
-        """Name the letters of the next transaction."""
-        self._letters = dict(letters)
+    def start(self, dead_letters: Mapping[Delivery, DeadLetter]) -> None:
+        """Set the dead letters of the next transaction."""
+        self._dead_letters = dict(dead_letters)
         self._begun = False
         self._who: Delivery | None = None
 
@@ -109,89 +99,93 @@ class DeadLetterSession(Session):
             raise Conflict("the ledger turned")
         self._begun = True
         await super().begin()
-        await self._lock(list(self._letters.values()))
+        await self._lock(list(self._dead_letters.values()))
 
-    async def _lock(self, letters: Sequence[DeadLetter]) -> None:
+    async def _lock(self, dead_letters: Sequence[DeadLetter]) -> None:
         """Lock chains and dead letters. Raises NotClaimable."""
-        numbers = [letter.number for letter in letters]
+        numbers = [dead_letter.number for dead_letter in dead_letters]
         rows = await dead_letter_actions.lock(self.connection, numbers)
         others = await dead_letter_actions.first_others(self.connection, numbers)
         refused: dict[DeadLetter, tuple[str, str]] = {}
-        for letter in letters:
-            row = rows.get(letter.number)
+        for dead_letter in dead_letters:
+            row = rows.get(dead_letter.number)
             if row is None:
-                refused[letter] = ("taken", "another operator has locked it")
+                refused[dead_letter] = ("taken", "another operator has locked it")
                 continue
-            letter.begin(row)
+            dead_letter.begin(row)
             other = others.get((row["handler"], row["chain"]))
             if row["state"] not in (DeadLetterState.DEAD, DeadLetterState.WAITING):
-                refused[letter] = (
+                refused[dead_letter] = (
                     "settled",
-                    f"it is {row['state']} already: see `consumer dlq show APP {letter.number}`",
+                    f"it is {row['state']} already: see `consumer dlq show APP {dead_letter.number}`",
                 )
-            elif letter.what == "discard":
+            elif dead_letter.what == "discard":
                 continue
-            elif other is not None and other < (row["offset"], letter.number):
-                refused[letter] = ("behind", "it waits behind another letter of its key")
+            elif other is not None and other < (row["offset"], dead_letter.number):
+                refused[dead_letter] = ("behind", "it waits behind another dead letter of its key")
             elif row["reason"] == Reason.TOO_OLD and not self.may_be_applied:
-                refused[letter] = ("unsure", UNSURE)
+                refused[dead_letter] = ("unsure", UNSURE)
         if refused:
             raise NotClaimable(refused)
 
     async def claim(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> dict[Delivery, ExistingClaim]:
-        letters = self._letters
+        dead_letters = self._dead_letters
         own = {
-            (letters[delivery].row["handler"], letters[delivery].row["id"]): delivery
+            (dead_letters[delivery].row["handler"], dead_letters[delivery].row["id"]): delivery
             for delivery in deliveries
-            if not letters[delivery].other_id
+            if not dead_letters[delivery].other_id
         }
-        prints = [letters[delivery].row["fingerprint"] for delivery in own.values()]
+        prints = [dead_letters[delivery].row["fingerprint"] for delivery in own.values()]
         if own:
             for key in await claims.revive(self.connection, list(own), prints):
-                letters[own[key]].has_claim_revived = True
+                dead_letters[own[key]].has_claim_revived = True
         # Ids of their own, and those whose row went with its generation of the ledger: claimed like any other.
-        rest = [delivery for delivery in deliveries if not letters[delivery].has_claim_revived]
+        rest = [delivery for delivery in deliveries if not dead_letters[delivery].has_claim_revived]
         lost = await super().claim(rest, topics) if rest else {}
         for delivery in rest:
-            letters[delivery].existing_claim = lost.get(delivery)
-            letters[delivery].has_new_claim = delivery not in lost
+            dead_letters[delivery].existing_claim = lost.get(delivery)
+            dead_letters[delivery].has_new_claim = delivery not in lost
         return lost
 
     async def too_old(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
-        """Return those whose won claim proves nothing.
+        """Return those whose new claim proves nothing.
 
-        A dead row that was there is proof that its message was not applied.
+        A dead row in the ledger proves that its message was not applied.
         """
         if self.may_be_applied:
             return []
-        letters = [(delivery, self._letters[delivery]) for delivery in deliveries]
+        dead_letters = [(delivery, self._dead_letters[delivery]) for delivery in deliveries]
         return await super().too_old(
             [
                 delivery
-                for delivery, of in letters
+                for delivery, of in dead_letters
                 if not (of.has_claim_revived or (of.edit is not None and of.edit.new_id is not None))
             ]
         )
 
     async def release_claims(self, deliveries: Sequence[Delivery]) -> None:
         for delivery in deliveries:
-            self._letters[delivery].is_postponed = True
+            self._dead_letters[delivery].is_postponed = True
         await self._undo_claims(deliveries)
 
     async def store_dead_letters(
         self, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], claimed: Sequence[Delivery]
     ) -> None:
         for delivery, verdict in dead.items():
-            letter = self._letters[delivery]
-            letter.verdict, letter.attempts = verdict, attempts.get(delivery, delivery.attempts)
+            dead_letter = self._dead_letters[delivery]
+            dead_letter.verdict, dead_letter.attempts = verdict, attempts.get(delivery, delivery.attempts)
         await self._undo_claims(claimed)
 
     async def _undo_claims(self, deliveries: Sequence[Delivery]) -> None:
-        """Take claims back in the way they were made."""
-        revived = [self._letters[delivery].row for delivery in deliveries if self._letters[delivery].has_claim_revived]
+        """Undo claims: mark revived rows dead again, delete inserted ones."""
+        revived = [
+            self._dead_letters[delivery].row
+            for delivery in deliveries
+            if self._dead_letters[delivery].has_claim_revived
+        ]
         if revived:
             await claims.mark_dead_again(self.connection, [(row["handler"], row["id"]) for row in revived])
-        if claimed := [delivery for delivery in deliveries if self._letters[delivery].has_new_claim]:
+        if claimed := [delivery for delivery in deliveries if self._dead_letters[delivery].has_new_claim]:
             await super().release_claims(claimed)
 
     async def write_positions(
@@ -202,32 +196,32 @@ class DeadLetterSession(Session):
         updates: list[Settled] = []
         acted: list[tuple[DeadLetter, bytes | None]] = []
         publish, released, stand_ins = [], [], []
-        for delivery, letter in self._letters.items():
-            letter.is_postponed = letter.is_postponed or isinstance(delivery.outcome, RetryLater)
-            letter.outcome, letter.text = outcome_of(letter)
-            if letter.is_postponed or not (after := _next_state_of(letter)):
-                if letter.outcome in ("unsure", "other_letter"):
-                    acted.append((letter, None))
+        for delivery, dead_letter in self._dead_letters.items():
+            dead_letter.is_postponed = dead_letter.is_postponed or isinstance(delivery.outcome, RetryLater)
+            dead_letter.outcome, dead_letter.text = outcome_of(dead_letter)
+            if dead_letter.is_postponed or not (after := _next_state_of(dead_letter)):
+                if dead_letter.outcome in ("unsure", "other_letter"):
+                    acted.append((dead_letter, None))
                 continue
-            row, new_id = letter.row, letter.edit.new_id if letter.edit is not None else None
+            row, new_id = dead_letter.row, dead_letter.edit.new_id if dead_letter.edit is not None else None
             if new_id is not None and after.state is DeadLetterState.APPLIED:
                 after = after._replace(state=DeadLetterState.DISCARDED)
-            acted.append((letter, new_id if after.state is DeadLetterState.DISCARDED else None))
-            if letter.edit is not None and after.state is DeadLetterState.DEAD:
-                continue  # the edit was no good: the letter is as it was
-            updates.append(_updated(letter, after))
-            letter.releases_next = after.releases_next
+            acted.append((dead_letter, new_id if after.state is DeadLetterState.DISCARDED else None))
+            if dead_letter.edit is not None and after.state is DeadLetterState.DEAD:
+                continue  # the edit was no good: the dead letter is as it was
+            updates.append(_updated(dead_letter, after))
+            dead_letter.releases_next = after.releases_next
             if row["state"] == DeadLetterState.WAITING and after.state is DeadLetterState.DEAD:
-                publish.append(letter.number)
+                publish.append(dead_letter.number)
             if row["chain"] is not None and not after.keeps_key_blocked:
                 released.append((row["handler"], row["chain"]))
             if after.state is DeadLetterState.APPLIED:
-                if letter.other_id and letter.edit is None:
+                if dead_letter.other_id and dead_letter.edit is None:
                     stand_ins.append((row["handler"], row["id"]))
-                # A letter was counted when it died; now its message is applied, or something else.
+                # A dead letter was counted when it died; now its message is applied, or something else.
                 place = (row["handler"], self.topics.get(row["topic"], -1), row["partition"])
                 totals[*place, "dead_lettered"] = totals.get((*place, "dead_lettered"), 0) - 1
-                if letter.outcome == "duplicate":
+                if dead_letter.outcome == "duplicate":
                     totals[*place, "duplicate:ledger"] = totals.get((*place, "duplicate:ledger"), 0) + 1
         if updates:
             await dead_letter_actions.settle(self.connection, updates)
@@ -240,39 +234,39 @@ class DeadLetterSession(Session):
             await claims.drop_dead(self.connection, stand_ins)
         await super().write_positions(app, (), totals)
 
-    async def act(self, letters: Sequence[tuple[DeadLetter, bytes | None]]) -> None:
+    async def act(self, dead_letters: Sequence[tuple[DeadLetter, bytes | None]]) -> None:
         """Record what was done to dead letters, and their new ids."""
         rows = [
             Action(
-                letter.number,
+                dead_letter.number,
                 storable(self.operator),
-                letter.what,
-                letter.outcome,
-                storable(letter.text),
+                dead_letter.what,
+                dead_letter.outcome,
+                storable(dead_letter.text),
                 UUID(bytes=new_id) if new_id is not None else None,
-                letter.edit.value if letter.edit is not None else None,
+                dead_letter.edit.value if dead_letter.edit is not None else None,
             )
-            for letter, new_id in letters
+            for dead_letter, new_id in dead_letters
         ]
         if rows:
             await dead_letter_actions.record(self.connection, rows)
 
-    async def discard(self, letters: Sequence[DeadLetter]) -> list[tuple[int, UUID]]:
-        """Settle dead letters without running anything, in one transaction.
+    async def discard(self, dead_letters: Sequence[DeadLetter]) -> list[tuple[int, UUID]]:
+        """Settle dead letters in one transaction, without running them.
 
-        Returns their chains in which others wait.
-
-        Raises NotOurs, Conflict and Outage.
+        Returns their chains in which others wait. Raises NotClaimable, Conflict and Outage.
         """
         try:
             await super().begin()
-            await self._lock(letters)
+            await self._lock(dead_letters)
             after = Transition(DeadLetterState.DISCARDED, keeps_key_blocked=False, releases_next=True)
-            for letter in letters:
-                letter.outcome, letter.text = "discarded", letter.why
-            await dead_letter_actions.settle(self.connection, [_updated(letter, after) for letter in letters])
-            await self.act([(letter, None) for letter in letters])
-            rows = [letter.row for letter in letters if letter.row["chain"] is not None]
+            for dead_letter in dead_letters:
+                dead_letter.outcome, dead_letter.text = "discarded", dead_letter.why
+            await dead_letter_actions.settle(
+                self.connection, [_updated(dead_letter, after) for dead_letter in dead_letters]
+            )
+            await self.act([(dead_letter, None) for dead_letter in dead_letters])
+            rows = [dead_letter.row for dead_letter in dead_letters if dead_letter.row["chain"] is not None]
             chains = dict.fromkeys((row["handler"], row["chain"]) for row in rows)
             for chain in await dead_letter_actions.release(self.connection, list(chains)):
                 chains.pop(chain, None)
@@ -293,45 +287,41 @@ class DeadLetterSession(Session):
             raise
 
 
-def _next_state_of(letter: DeadLetter) -> Transition | None:
-    """Return what an attempt makes of a dead letter.
-
-    None: it stays as it is.
-    """
-    if letter.outcome in ("unsure", "other_letter", "behind"):
+def _next_state_of(dead_letter: DeadLetter) -> Transition | None:
+    """Return what an attempt makes of a dead letter; None: no change."""
+    if dead_letter.outcome in ("unsure", "other_letter", "behind"):
         return None
-    outcome: Outcome | None = letter.verdict
-    return next_state(outcome)
+    return next_state(dead_letter.verdict)
 
 
-def outcome_of(letter: DeadLetter) -> tuple[str, str]:
-    """Outcome and text of an attempt."""
-    if letter.is_postponed:
+def outcome_of(dead_letter: DeadLetter) -> tuple[str, str]:
+    """Return the outcome and the text of an attempt."""
+    if dead_letter.is_postponed:
         return "postponed", "its handler cannot run it now; nothing was changed"
-    if letter.verdict is not None:
-        if letter.verdict.reason is Reason.TOO_OLD:
+    if dead_letter.verdict is not None:
+        if dead_letter.verdict.reason is Reason.TOO_OLD:
             return "unsure", UNSURE
-        if letter.verdict.reason is Reason.BEHIND:
-            return "behind", "it waits behind another letter of its key"
-        return letter.verdict.reason.value, letter.verdict.error
-    if letter.existing_claim is not None:
-        if letter.existing_claim.dead:
+        if dead_letter.verdict.reason is Reason.BEHIND:
+            return "behind", "it waits behind another dead letter of its key"
+        return dead_letter.verdict.reason.value, dead_letter.verdict.error
+    if dead_letter.existing_claim is not None:
+        if dead_letter.existing_claim.dead:
             return (
                 "other_letter",
                 "another dead letter has its id, and is not applied: retry that one; see `consumer show APP ID`",
             )
         return "duplicate", "its id was applied otherwise"
-    return "applied", letter.why
+    return "applied", dead_letter.why
 
 
-def _updated(letter: DeadLetter, after: Transition) -> Settled:
-    """What becomes of a letter's row."""
-    row, verdict = letter.row, letter.verdict if letter.edit is None else None
+def _updated(dead_letter: DeadLetter, after: Transition) -> Settled:
+    """Return the new values of a dead letter's row."""
+    row, verdict = dead_letter.row, dead_letter.verdict if dead_letter.edit is None else None
     reason, error, kind, group = row["reason"], row["error"], row["kind"], row["error_group"]
     if verdict is not None:
         # One under a stand-in keeps its reason: it says that its own id is still unknown, also after a change of the code.
-        reason = reason if letter.other_id else verdict.reason.value
+        reason = reason if dead_letter.other_id else verdict.reason.value
         error, kind = storable(verdict.error), storable(verdict.kind)
         group = group_of(row["handler_name"], reason, kind, error)
-    attempts = row["attempts"] if letter.attempts is None else letter.attempts
-    return Settled(letter.number, after.state.value, after.keeps_key_blocked, reason, error, attempts, kind, group)
+    attempts = row["attempts"] if dead_letter.attempts is None else dead_letter.attempts
+    return Settled(dead_letter.number, after.state.value, after.keeps_key_blocked, reason, error, attempts, kind, group)

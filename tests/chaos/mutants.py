@@ -274,7 +274,7 @@ def m16_claim_kept_after_a_postponed_retry() -> None:
 
     async def release_claims(self: DeadLetterSession, deliveries: Any) -> None:
         for delivery in deliveries:
-            self._letters[delivery].is_postponed = True
+            self._dead_letters[delivery].is_postponed = True
 
     replace(DeadLetterSession, "release_claims", release_claims)
 

@@ -91,7 +91,7 @@ class Operators:
                 return "refused: the application wants its rows"
             if "Traceback" in errors:
                 break
-            if "not open" in errors or "no such letter" in errors or "is settled" in errors or "already" in errors:
+            if "not open" in errors or "no such dead letter" in errors or "is settled" in errors or "already" in errors:
                 return "settled by somebody else"
             await asyncio.sleep(1)
         raise CommandFailed(f"{' '.join(arguments[:2])}: {errors[-300:]}")

@@ -16,7 +16,8 @@ from redrive_desk import Desk
 
 from consumer.core.identity import message_id
 from consumer.core.outcome import Reason
-from consumer.dead_letters.retry import Filters, edit_of
+from consumer.dead_letters.edits import edit_of
+from consumer.dead_letters.retry import Filters
 
 UNCHANGED = ["again", "right", "missing", "conflict", "clean again", "clean missing"]
 DEAD = {reason.value for reason in Reason}

@@ -14,8 +14,8 @@ from replay_runs import run_replay
 from consumer import App, Message, Reject, Tx
 from consumer.core.dead_letter_seal import REST, VALUE, altered, seal
 from consumer.core.message import LogRecord
-from consumer.dead_letters.retry import Redrive, RetryResult, edit_of
-from consumer.dead_letters.session import Edit
+from consumer.dead_letters.edits import Edit, edit_of
+from consumer.dead_letters.retry import Redrive, RetryResult
 
 RECORD = LogRecord("orders", 1, 7, 1000, b"key", b"value", (("a", b"1"), ("b\udcff", None)), "")
 

@@ -74,6 +74,7 @@ LIBRARIES = {
 # Modules that decide without I/O, clock, randomness or event loop: the package core, and these beside their users.
 PURE = {
     "admin/purge_plan.py",
+    "dead_letters/edits.py",
     "deferred_writes/catalog.py",
     "deferred_writes/grammar.py",
     "deferred_writes/rounds.py",

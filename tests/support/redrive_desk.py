@@ -16,7 +16,8 @@ from consumer import App, Message, Reject, RunAgain, Tx
 from consumer.core.dead_letters import ordering_key_hash
 from consumer.core.identity import fingerprint, message_id
 from consumer.core.message import LogRecord
-from consumer.dead_letters.retry import Edit, Redrive, RetryResult
+from consumer.dead_letters.edits import Edit
+from consumer.dead_letters.retry import Redrive, RetryResult
 
 TOPIC = "orders"
 TABLES = """

@@ -13,8 +13,8 @@ import asyncpg
 from harness import working
 
 from consumer import Settings
+from consumer.dead_letters.edits import Edit
 from consumer.dead_letters.retry import Filters, Redrive
-from consumer.dead_letters.session import Edit
 from verdicts.case import Case, Heal, Operate, Send, Settle
 from verdicts.drawing import EFFECTS
 from verdicts.handlers import Call, Life, Place, app_of
