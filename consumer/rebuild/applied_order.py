@@ -1,11 +1,13 @@
-"""Merge the partitions of a rebuild into the order in which their effects were applied.
+"""Merges partitions into the order in which their effects were applied.
 
-The ledger knows the transaction that applied a message by its time (`applied_at`, PostgreSQL's clock). Inside one
+Pure. The ledger has the time of the transaction that applied a message (`applied_at`, PostgreSQL's clock). Within one
 transaction a worker settles its batch by topic, partition and offset. A message that the ledger does not know follows
-its record's time. Limitations: two transactions that overlapped may have met a row in the other order than they began;
-`shift` gives a second possible order, so that a caller can find the rows that depend on it. PostgreSQL's clock may have stepped
-back: messages of one key whose times contradict their offsets are counted, and `by_records` gives the order without
-the ledger's times. A step back that puts no two messages of a key in the wrong order is not noticed.
+the time of its record.
+
+Limitations: two transactions that overlapped may have met a row in the other order than they began; `shift` gives a second
+possible order, so that a caller can find the rows that depend on it. PostgreSQL's clock may have stepped back: messages of
+one key whose times contradict their offsets are counted, and `by_records` gives the order without the ledger's times. A
+step back that puts no two messages of a key in the wrong order is not noticed.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ from typing import NamedTuple
 from consumer.core.delivery import Delivery, size_of
 from consumer.core.message import Partition, Record
 
-LOOKAHEAD = 2000  # entries of a partition that must be known before its first one is handed out
-_CONTRADICTED_MAX = 1000  # messages, after which no more are looked for
+LOOKAHEAD = 2000  # entries of a partition that must be known before its first one is taken
+_CONTRADICTED_MAX = 1000  # messages, after which the search ends
 
 
-class Entry(NamedTuple):
+class OrderEntry(NamedTuple):
     """A delivery and when it was applied.
 
-    applied_at: microseconds since 1970 by PostgreSQL's clock, None where the ledger does not know.
-    time: the record's, in microseconds. turn: place of the handler among those of its topic. action: number of the operator's
-    action that applied it, for a dead letter that was retried; a transaction of retries runs in the order of these numbers.
+    applied_at: microseconds since 1970 by PostgreSQL's clock; None where the ledger does not know. time: of the record, in
+    microseconds. turn: index of the handler among those of its topic. action: for a retried dead letter, the number of the
+    operator's action; a transaction of retries runs in the order of these numbers.
     """
 
     delivery: Delivery
@@ -38,39 +40,47 @@ class Entry(NamedTuple):
     action: int | None = None
 
 
-def transactions(entries: Iterable[Entry]) -> list[list[Entry]]:
-    """Entries in their order, those of one transaction together. What has no effect goes with what is before it."""
-    found: list[list[Entry]] = []
+def transactions(entries: Iterable[OrderEntry]) -> list[list[OrderEntry]]:
+    """Group entries by transaction, in their order.
+
+    An entry without an effect belongs to the group before it.
+    """
+    groups: list[list[OrderEntry]] = []
     at: int | None = None
     for entry in entries:
         is_new = entry.applied_at != at and (entry.applied_at is not None or entry.delivery.outcome is None)
-        if is_new or not found:
-            found.append([])
+        if is_new or not groups:
+            groups.append([])
         if is_new:
             at = entry.applied_at
-        found[-1].append(entry)
-    return found
+        groups[-1].append(entry)
+    return groups
 
 
 _Rank = tuple[int, int, int, int]  # time, partition, offset, handler: the order in which a worker settles
 
 
 class _Buffer:
-    """Entries of one partition in offset order, with the earliest time that any of them was applied."""
+    """Entries of one partition, in offset order.
+
+    place: index of the partition. sizes: bytes of each entry. first: number of entries[0], counted from the beginning.
+    earliest: sliding minimum of (applied_at, number), both ascending. latest: time of the last entry that was taken;
+    entries without a time of their own keep their order by it. size: bytes of all entries.
+    """
 
     __slots__ = ("complete", "earliest", "entries", "first", "latest", "place", "size", "sizes")
 
     def __init__(self, place: int) -> None:
-        self.place = place  # of the partition
-        self.entries: deque[Entry] = deque()
-        self.sizes: deque[int] = deque()  # of each entry, in bytes
-        self.first = 0  # number of entries[0], counted from the beginning
-        self.earliest: deque[tuple[int, int]] = deque()  # sliding minimum: (applied_at, number), both ascending
-        self.latest = 0  # time of the entry handed out last: entries without a time of their own keep their order
-        self.size = 0  # bytes
+        self.place = place
+        self.entries: deque[OrderEntry] = deque()
+        self.sizes: deque[int] = deque()
+        self.first = 0
+        self.earliest: deque[tuple[int, int]] = deque()
+        self.latest = 0
+        self.size = 0
         self.complete = False
 
-    def append(self, entry: Entry, at: int | None) -> None:
+    def append(self, entry: OrderEntry, at: int | None) -> None:
         size = size_of(entry.delivery.record)
         self.sizes.append(size)
         self.size += size
@@ -80,7 +90,7 @@ class _Buffer:
             self.earliest.append((at, self.first + len(self.entries)))
         self.entries.append(entry)
 
-    def pop(self) -> Entry:
+    def pop(self) -> OrderEntry:
         if self.earliest and self.earliest[0][1] == self.first:
             self.earliest.popleft()
         self.first += 1
@@ -89,12 +99,12 @@ class _Buffer:
 
 
 class AppliedOrder:
-    """Takes entries partition by partition, hands them out in the order of their effects.
+    """Merges entries of several partitions into one order.
 
-    shift: microseconds by which each further partition is taken later than it was: another order that is possible when
-    transactions overlapped. bytes_max: of one partition; with more, its first entry is handed out without looking further.
-    by_records: by the records' times alone, each partition in the order of its offsets. contradicted: by handler, messages
-    that the ledger has as applied later than later messages of their key.
+    shift: microseconds by which each partition comes later than the one before it, for another possible order of overlapping
+    transactions. bytes_max: of one partition; beyond it, its first entry is taken without further lookahead. by_records:
+    ignore the ledger's times; each partition keeps the order of its offsets. contradicted: by handler, messages that were
+    applied after later messages of their key.
     """
 
     def __init__(
@@ -113,22 +123,22 @@ class AppliedOrder:
         self._shift = shift
         self._by_records = by_records
         self.contradicted: Counter[str] = Counter()
-        self._late: list[tuple[_Rank, int, Entry]] = []  # applied after later entries of their partition: retries
+        self._late: list[tuple[_Rank, int, OrderEntry]] = []  # retries, applied after later entries of their partition
         self._heads: list[tuple[_Rank, Partition]] = []
-        self._blocked = set(self._places)  # partitions of which more must be read before anything is handed out
+        self._blocked = set(self._places)  # partitions that must be read further before anything is taken
         self._number = 0
 
     @property
     def held(self) -> int:
-        """Entries that are not handed out yet."""
+        """The number of entries that are not taken yet."""
         return len(self._late) + sum(len(buffer.entries) for buffer in self._buffers.values())
 
     def is_low(self, partition: Partition) -> bool:
         """Whether more of the partition should be added."""
         return not self._knows_enough(self._buffers[partition], 1.5)
 
-    def add(self, partition: Partition, entries: Sequence[Entry], *, complete: bool) -> None:
-        """Add entries in offset order. complete: nothing of the partition follows."""
+    def add(self, partition: Partition, entries: Sequence[OrderEntry], *, complete: bool) -> None:
+        """Add entries in offset order. complete: no others follow."""
         buffer = self._buffers[partition]
         buffer.complete = buffer.complete or complete
         for entry in entries:
@@ -136,15 +146,15 @@ class AppliedOrder:
         if partition in self._blocked:
             self._offer(partition)
 
-    def add_late(self, entry: Entry) -> None:
-        """Add an entry that is of no place in its partition: an edited dead letter, for example."""
+    def add_late(self, entry: OrderEntry) -> None:
+        """Add an entry that has no offset, such as an edit."""
         at = entry.applied_at if entry.applied_at is not None else entry.time
         place = self._places.get(entry.delivery.partition, len(self._places))
         self._push_late(self._rank(entry, at, place), entry)
 
-    def take(self, most: int) -> list[Entry]:
-        """The next entries, at most so many; none while a partition must be read first."""
-        taken: list[Entry] = []
+    def take(self, most: int) -> list[OrderEntry]:
+        """Return the next entries; none while a partition must be read first."""
+        taken: list[OrderEntry] = []
         while len(taken) < most and not self._blocked:
             if self._late and (not self._heads or self._late[0][0] < self._heads[0][0]):
                 taken.append(heapq.heappop(self._late)[2])
@@ -168,14 +178,17 @@ class AppliedOrder:
         )
 
     def _offer(self, partition: Partition) -> None:
-        """Put the partition's next entry among the heads, or block until it is known."""
+        """Add the partition's next entry to the heads, or block."""
         rank = self._next_rank(partition)
         if rank is not None:
             self._blocked.discard(partition)
             heapq.heappush(self._heads, (rank, partition))
 
     def _next_rank(self, partition: Partition) -> _Rank | None:
-        """Where the partition's next entry belongs; None, and blocked, until it is known. Late entries are put aside."""
+        """Return the rank of the partition's next entry.
+
+        None if it is not known yet: then the partition blocks. Late entries go to `_late`.
+        """
         buffer = self._buffers[partition]
         while buffer.entries:
             if not self._knows_enough(buffer):
@@ -197,50 +210,50 @@ class AppliedOrder:
             self._blocked.add(partition)
         return None
 
-    def _time(self, entry: Entry) -> int | None:
+    def _time(self, entry: OrderEntry) -> int | None:
         return None if self._by_records else entry.applied_at
 
-    def _note_contradiction(self, buffer: _Buffer, entry: Entry, at: int) -> None:
-        """Count the entry if a later one that must wait for it was applied before."""
+    def _note_contradiction(self, buffer: _Buffer, entry: OrderEntry, at: int) -> None:
+        """Count an entry applied after a later one of its key."""
         if self.contradicted.total() >= _CONTRADICTED_MAX:
             return
-        unit = entry.delivery.ordering_key()
+        key = entry.delivery.ordering_key()
         later = islice(buffer.entries, 1, None)
         if any(
-            each.applied_at is not None and each.applied_at < at and each.delivery.ordering_key() == unit
-            for each in later
+            other.applied_at is not None and other.applied_at < at and other.delivery.ordering_key() == key
+            for other in later
         ):
             self.contradicted[entry.delivery.handler.name] += 1
 
-    def _rank(self, entry: Entry, at: int, place: int) -> _Rank:
+    def _rank(self, entry: OrderEntry, at: int, place: int) -> _Rank:
         if entry.action is not None:
             return at + self._shift * place, -1, entry.action, 0
         return at + self._shift * place, place, entry.delivery.record.offset, entry.turn
 
-    def _push_late(self, rank: _Rank, entry: Entry) -> None:
+    def _push_late(self, rank: _Rank, entry: OrderEntry) -> None:
         self._number += 1
         heapq.heappush(self._late, (rank, self._number, entry))
 
 
 class Backlog:
-    """Records that were read and are not put in order yet. An order looks ahead no further than it must."""
+    """Records that were read and are not in the order yet."""
 
     def __init__(self) -> None:
         self._records: dict[Partition, deque[Record]] = {}
         self._complete: set[Partition] = set()
 
     def add(self, partition: Partition, records: Iterable[Record], *, complete: bool) -> None:
-        """Add records in offset order. complete: nothing of the partition follows."""
+        """Add records in offset order. complete: no others follow."""
         self._records.setdefault(partition, deque()).extend(records)
         if complete:
             self._complete.add(partition)
 
     def holds(self, partition: Partition) -> bool:
-        """Whether something of the partition is left to take."""
+        """Return whether `take` has something for the partition."""
         return partition in self._records
 
     def take(self, partition: Partition, most: int) -> tuple[list[Record], bool]:
-        """The next records of a partition, at most so many, and whether nothing of it follows."""
+        """Return the next records of a partition, and whether none follow."""
         held = self._records[partition]
         taken = [held.popleft() for _ in range(min(most, len(held)))]
         if not held:

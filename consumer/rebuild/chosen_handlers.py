@@ -1,4 +1,4 @@
-"""The handlers that a rebuild runs, and the notes about those that it leaves out."""
+"""Chooses the handlers that a rebuild runs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from consumer.core.errors import Misconfigured, Reject
 from consumer.core.handler import Call, Handler
 from consumer.core.message import Partition
 from consumer.core.retry import Retry
-from consumer.rebuild.absent_rows import Statement, statements
+from consumer.rebuild.absent_rows import Statement, sent_statements
 from consumer.rebuild.compare import Excuse
 from consumer.rebuild.state import RebuildState
-from consumer.rebuild.statement_guard import TEXTS_MAX, calling
+from consumer.rebuild.statement_guard import TEXTS_MAX, current_handler
 
-_FOR_EVER = Retry(attempts=1 << 31, base=0, cap=0)  # as long as it helps: see SinglePass._once_more
+_UNLIMITED = Retry(attempts=1 << 31, base=0, cap=0)  # SinglePass._retry_failed decides when to give up
 
 
 def choose_handlers(
     app: App, partitions: Sequence[Partition], wanted: Sequence[str] | None, state: RebuildState
 ) -> tuple[list[Handler], list[str]]:
-    """The handlers to run, as copies, and what there is to say about the others."""
-    topics = {each.topic for each in partitions}
+    """Return the handlers to run, and notes about the others.
+
+    The handlers are copies whose calls are observed. wanted: names, None or empty for all. Raises Misconfigured for a name that
+    no handler has, for a handler of none of the topics, and when none is left.
+    """
+    topics = {partition.topic for partition in partitions}
     for name in wanted or ():
         if name not in app.handlers:
             near = difflib.get_close_matches(name, app.handlers, 1)
@@ -36,43 +40,53 @@ def choose_handlers(
             )
         if not topics & set(app.handlers[name].topics):
             raise Misconfigured(f"handler {name!r} takes none of the topics {', '.join(sorted(topics))}")
-    named = [
-        each for each in app.handlers.values() if topics & set(each.topics) and (not wanted or each.name in wanted)
+    candidates = [
+        handler
+        for handler in app.handlers.values()
+        if topics & set(handler.topics) and (not wanted or handler.name in wanted)
     ]
-    chosen = [each for each in named if each.idempotent]
+    chosen = [handler for handler in candidates if handler.idempotent]
     if not chosen:
         raise Misconfigured(
             f"no handler with a ledger takes {', '.join(sorted(topics)) or 'anything'}: nothing to rebuild"
         )
     notes: list[str] = [
-        f"handler {each.name} opted out of the ledger and was left out" for each in named if not each.idempotent
+        f"handler {handler.name} opted out of the ledger and was left out"
+        for handler in candidates
+        if not handler.idempotent
     ]
-    others = [each.name for each in app.handlers.values() if each.idempotent and each not in chosen]
+    others = [handler.name for handler in app.handlers.values() if handler.idempotent and handler not in chosen]
     if others:
         notes.append(Excuse(f"not run: {', '.join(others)}; what they wrote to the same tables is extra here"))
-    for each in chosen:
-        if left := sorted(set(each.topics) - topics):
-            text = f"handler {each.name} also takes {', '.join(left)}: not replayed, so those rows are extra here"
+    for handler in chosen:
+        if left := sorted(set(handler.topics) - topics):
+            text = f"handler {handler.name} also takes {', '.join(left)}: not replayed, so those rows are extra here"
             notes.append(Excuse(text))
     copies = [
-        dataclasses.replace(each, retry=_FOR_EVER, call=_named(each.name, each.call, state))
-        for each in chosen
-        if each.call is not None
+        dataclasses.replace(handler, retry=_UNLIMITED, call=_observed(handler.name, handler.call, state))
+        for handler in chosen
+        if handler.call is not None
     ]
     return copies, notes
 
 
 class EarlyReject(Exception):
-    """The handler raised Reject. It may only be early here: partitions and topics have no order between them."""
+    """The handler raised Reject, perhaps only because of the order here.
+
+    Partitions and topics have no order between them, so a later attempt may succeed.
+    """
 
 
-def _named(name: str, call: Call, state: RebuildState) -> Call:
-    """A handler's call that tells whose SQL it is, for the sentence that refuses it, and what its updates look for."""
-    owners, writers = state.owners, state.writers
+def _observed(name: str, call: Call, state: RebuildState) -> Call:
+    """Wrap a handler's call, to note its statements.
 
-    async def named(value: Any, message: Any, tx: Any) -> object:
+    They name the handler when a statement is refused, and say which rows its updates look for.
+    """
+    owners, writers = state.sql_owners, state.writers
+
+    async def observed(value: Any, message: Any, tx: Any) -> object:
         noted: list[Statement] = []
-        token, sent = calling.set(name), statements.set(noted)
+        token, sent = current_handler.set(name), sent_statements.set(noted)
         try:
             result = await call(value, message, tx)
             if state.absent is not None:
@@ -82,8 +96,8 @@ def _named(name: str, call: Call, state: RebuildState) -> Call:
         except Reject as error:
             raise EarlyReject from error
         finally:
-            calling.reset(token)
-            statements.reset(sent)
+            current_handler.reset(token)
+            sent_statements.reset(sent)
             for sql, _ in tx.writes:
                 writers.add(name)
                 if sql not in owners:
@@ -91,4 +105,4 @@ def _named(name: str, call: Call, state: RebuildState) -> Call:
                         owners.clear()
                     owners[sql] = name
 
-    return named
+    return observed

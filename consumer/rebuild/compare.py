@@ -1,8 +1,8 @@
-"""Tables beside their copies: how many rows are missing, extra or different, and a few of them.
+"""Compares tables with their copies: counts of differing rows, and a sample.
 
-Knows PostgreSQL through a connection that is handed in, in a transaction where both sides stand still; knows no message.
-Everything is counted there: no more rows than the sample come here, whatever the tables hold. What it does not know: which
-side is right. A column that depends on when things ran says nothing, so it is left out, and that is told.
+PostgreSQL counts, in the transaction of the rebuild, where both sides stand still: no more rows than the sample are fetched,
+whatever the size of the tables. Columns that depend on when things ran are left out, and the answer names them.
+Limitation: which side is right is unknown.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from consumer.rebuild.compare_sql import GENERATED, IGNORED, NOW, SHOWN_MAX, Comparison, key_of, left_out
+from consumer.rebuild.compare_sql import GENERATED, IGNORED, NOW, SHOWN_MAX, TableComparison, ignored_columns, match_key
 from consumer.rebuild.drawn_values import DRAWN
-from consumer.rebuild.table_model import Name, Table, TableUsage
+from consumer.rebuild.table_model import ColumnName, Name, Table, TableUsage
 
 KINDS = ("missing", "extra", "different")
-MARKS_MAX = 100_000  # differing rows of a table that two rebuilds are compared by
+MARKS_MAX = 100_000  # differing rows of a table, by which two rebuilds are compared
 
 
 class Excuse(str):
@@ -28,10 +28,11 @@ class Excuse(str):
 
 @dataclass(slots=True)
 class Difference:
-    """A row that is missing, extra or different, or several rows of a table without a key that are alike.
+    """A row that is missing, extra or different.
 
-    place: which of the tables. mark: by what the row is known again. deltas: by how much its numbers differ.
-    explained: each of the messages changed the row by exactly the difference.
+    In a table without a key, it stands for `count` equal rows. place: index of the table. mark: identifies the row in
+    another pass. deltas: by how much its numbers differ. explained: each of the messages changed the row by exactly the
+    difference.
     """
 
     place: int
@@ -57,8 +58,12 @@ class Difference:
         }
 
 
-class Marked(NamedTuple):
-    """How often a row differs, in which columns and by which values, and its mark in the sample. See Comparison.marks."""
+class MarkedRow(NamedTuple):
+    """A differing row, as TableComparison.marks gives it.
+
+    times: how often it differs. columns: hashes of the columns that differ, with their values. sampled: its mark in the
+    sample.
+    """
 
     times: int
     columns: frozenset[int]
@@ -66,29 +71,33 @@ class Marked(NamedTuple):
 
 
 @dataclass(slots=True)
-class Compared:
-    """What a comparison has found: a dictionary for each table, and the sample."""
+class ComparisonResult:
+    """Counts and samples of one comparison.
+
+    tables: one dictionary for each. marks: by table, then by kind and mark. sums: by table, a hash of each column of the
+    copy.
+    """
 
     tables: list[dict[str, Any]] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
-    comparisons: list[Comparison] = field(default_factory=list)
-    marks: dict[str, dict[tuple[str, str], Marked]] = field(default_factory=dict)  # by table, and by kind and mark
-    sums: dict[str, dict[str, str | None]] = field(default_factory=dict)  # of their columns, in the rebuild
+    comparisons: list[TableComparison] = field(default_factory=list)
+    marks: dict[str, dict[tuple[str, str], MarkedRow]] = field(default_factory=dict)
+    sums: dict[str, dict[str, str | None]] = field(default_factory=dict)
 
     def differing(self) -> set[str]:
-        """The tables in which rows differ."""
+        """Return the tables in which rows differ."""
         return {table["table"] for table in self.tables if any(table[kind] for kind in KINDS)}
 
-    def varying(self, again: Compared, table: str) -> list[str]:
-        """The columns of a table that another rebuild fills otherwise."""
+    def varying(self, again: ComparisonResult, table: str) -> list[str]:
+        """Return the columns that another rebuild fills with other values."""
         sums = again.sums.get(table, {})
         return [column for column, value in self.sums.get(table, {}).items() if sums.get(column) != value]
 
-    def keep_stable(self, again: Compared) -> dict[str, int]:
-        """Keep the differences that another rebuild has found too. Returns how many rows of each table were dropped.
+    def keep_stable(self, again: ComparisonResult) -> dict[str, int]:
+        """Keep the differences that another rebuild has too.
 
-        What two rebuilds make differently depends on the order of messages, or on when they run: it says nothing
-        about the real rows.
+        Returns how many rows of each table were dropped. Rows that two rebuilds make differently depend on the order of
+        messages, or on when they run: they say nothing about the real rows.
         """
         dropped: dict[str, int] = {}
         for table in self.tables:
@@ -101,58 +110,65 @@ class Compared:
             for kind in KINDS:
                 if table[kind] <= MARKS_MAX:
                     table[kind] = min(table[kind], kinds[kind])
-            # A row that no rebuild makes may be one that each rebuild makes otherwise.
+            # An extra row may be the real form of a row that every rebuild makes differently.
             table["extra"] = max(0, table["extra"] - (before["missing"] - table["missing"]))
             dropped[name] = sum(before[kind] - table[kind] for kind in KINDS)
             if all(before[kind] <= MARKS_MAX for kind in KINDS):
                 self.marks[name] = stable
                 kept = {(kind, marked.sampled) for (kind, _), marked in stable.items()}
                 self.differences = [
-                    each for each in self.differences if str(each.table) != name or (each.kind, each.mark) in kept
+                    difference
+                    for difference in self.differences
+                    if str(difference.table) != name or (difference.kind, difference.mark) in kept
                 ]
         return {name: count for name, count in dropped.items() if count}
 
 
 def _stable(
-    mine: Mapping[tuple[str, str], Marked], others: Mapping[tuple[str, str], Marked]
-) -> dict[tuple[str, str], Marked]:
-    """The rows that differ in both, and where both have them in a column for which the two rebuilds give one value."""
-    found: dict[tuple[str, str], Marked] = {}
+    mine: Mapping[tuple[str, str], MarkedRow], others: Mapping[tuple[str, str], MarkedRow]
+) -> dict[tuple[str, str], MarkedRow]:
+    """Return the rows that differ in both rebuilds, in the same way.
+
+    At least one column differs in both and has one value in the two rebuilds.
+    """
+    stable: dict[tuple[str, str], MarkedRow] = {}
     for place, marked in mine.items():
         if (other := others.get(place)) is None:
             continue
         columns = marked.columns & other.columns
         if columns or not (marked.columns or other.columns):
-            found[place] = Marked(min(marked.times, other.times), columns, marked.sampled)
-    return found
+            stable[place] = MarkedRow(min(marked.times, other.times), columns, marked.sampled)
+    return stable
 
 
 async def compare(
     connection: Any,
     tables: Sequence[tuple[Table, TableUsage, Collection[str]]],
-    ignore: set[tuple[Name, str]],
-    put_back: set[tuple[Name, str]],
+    ignore: set[ColumnName],
+    put_back: set[ColumnName],
     sample_max: int,
     progress: Callable[[int], None],
     rebuild: str,
-    drawn: Collection[tuple[Name, str]] = (),
-) -> Compared:
-    """Compare each table with its copy. tables: each with its use, and the columns whose moving default gave a value.
+    drawn: Collection[ColumnName] = (),
+) -> ComparisonResult:
+    """Compare each table with its copy.
 
-    rebuild: a name of this one, another than those that it will be compared with have. drawn: see core/drawn.py.
+    tables: each with its use, and the columns whose volatile default gave a value. ignore, put_back: columns to leave out,
+    and columns to compare in any case. progress: called with the index of each table. rebuild: a name that other rebuilds do
+    not have (see TableComparison.marks). drawn: see drawn_values.py.
     """
-    found = Compared()
+    result = ComparisonResult()
     for place, (table, use, used) in enumerate(tables):
         progress(place)
-        row = await connection.fetchrow(sql) if (sql := Comparison(table, (), ()).nows()) else None
-        nows = {name for name, holds in row.items() if holds} if row else set()
-        chance = {column: DRAWN for name, column in drawn if name == table.name}
-        ignored = left_out(table, use, ignore, put_back, set(used), nows, chance)
-        key = key_of(table, ignored)
+        row = await connection.fetchrow(sql) if (sql := TableComparison(table, (), ()).clock_columns()) else None
+        clock_names = {name for name, holds_time in row.items() if holds_time} if row else set()
+        drawn_here = {column: DRAWN for name, column in drawn if name == table.name}
+        ignored = ignored_columns(table, use, ignore, put_back, set(used), clock_names, drawn_here)
+        key = match_key(table, ignored)
         comparison = _comparison(table, ignored, key)
         rows, rebuilt, missing, extra, different = await connection.fetchrow(comparison.counts())
-        found.comparisons.append(comparison)
-        found.tables.append(
+        result.comparisons.append(comparison)
+        result.tables.append(
             {
                 "table": str(table.name),
                 "rows": rows,
@@ -166,28 +182,33 @@ async def compare(
         )
         if missing or extra or different:
             samples = await connection.fetch(comparison.samples(), sample_max)
-            found.differences += [_difference(place, comparison, each) for each in samples]
+            result.differences += [_difference(place, comparison, sample) for sample in samples]
             rows = await connection.fetch(comparison.marks(rebuild), MARKS_MAX)
-            found.marks[str(table.name)] = {(row[0], row[1]): Marked(row[2], frozenset(row[3]), row[4]) for row in rows}
-            found.sums[str(table.name)] = dict(await connection.fetchrow(comparison.sums(rebuild)))
+            result.marks[str(table.name)] = {
+                (row[0], row[1]): MarkedRow(row[2], frozenset(row[3]), row[4]) for row in rows
+            }
+            result.sums[str(table.name)] = dict(await connection.fetchrow(comparison.column_sums(rebuild)))
     progress(len(tables))
-    return found
+    return result
 
 
-def _comparison(table: Table, ignored: Mapping[str, str], key: tuple[str, ...]) -> Comparison:
-    """What is compared of a table. Of values that a rebuild cannot give again: whether there is one."""
-    rest = [each for each in table.columns if each.name not in key]
-    clocked = frozenset(each.name for each in rest if ignored.get(each.name) == NOW and key)
+def _comparison(table: Table, ignored: Mapping[str, str], key: tuple[str, ...]) -> TableComparison:
+    """Choose what is compared of a table.
+
+    Columns that a rebuild cannot repeat are compared as null or not null.
+    """
+    rest = [column for column in table.columns if column.name not in key]
+    clocked = frozenset(column.name for column in rest if ignored.get(column.name) == NOW and key)
     null_only = [
-        each
-        for each in rest
-        if each.name in ignored and each.name not in clocked and ignored[each.name] not in (IGNORED, GENERATED)
+        column
+        for column in rest
+        if column.name in ignored and column.name not in clocked and ignored[column.name] not in (IGNORED, GENERATED)
     ]
-    columns = [each for each in rest if each.name not in ignored or each.name in clocked]
-    return Comparison(table, key, tuple(columns), tuple(null_only), clocked)
+    columns = [column for column in rest if column.name not in ignored or column.name in clocked]
+    return TableComparison(table, key, tuple(columns), tuple(null_only), clocked)
 
 
-def _difference(place: int, comparison: Comparison, row: Any) -> Difference:
+def _difference(place: int, comparison: TableComparison, row: Any) -> Difference:
     kind, count, key, real, rebuilt, differs, deltas, mark = row
     columns: dict[str, dict[str, str | None]] = {}
     for n, column in enumerate(comparison.shown):

@@ -1,6 +1,6 @@
-"""The SQL that compares a table with its copy, and which columns are left out.
+"""SQL that compares tables with copies, and which columns are compared.
 
-Pure: every name is quoted by `ident`; runs nothing.
+Pure. Every name is quoted by `ident`.
 """
 
 # ruff: noqa: S608 - every name in the SQL of this file is quoted by `ident`
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from consumer.core.errors import Misconfigured
 from consumer.core.identifiers import ident
-from consumer.rebuild.table_model import Column, Name, Table, TableUsage, literal
+from consumer.rebuild.table_model import Column, ColumnName, Table, TableUsage, literal
 
 NOW = "written as now()"
 IGNORED = "--ignore"
@@ -21,13 +21,14 @@ GENERATED = "generated"
 SHOWN_MAX = 200  # characters of a value in an answer
 
 
-def named(given: Sequence[str], option: str, columns: Iterable[tuple[Name, str]]) -> set[tuple[Name, str]]:
-    """The columns that `column`, `table.column` or `schema.table.column` means.
+def named(given: Sequence[str], option: str, columns: Iterable[ColumnName]) -> set[ColumnName]:
+    """Return the columns that an option names.
 
-    Raises Misconfigured for one that no table has, with names that are near it.
+    given: as `column`, `table.column` or `schema.table.column`. columns: all that exist. Raises Misconfigured for one that no
+    table has, and suggests similar names.
     """
-    found: set[tuple[Name, str]] = set()
-    forms: dict[str, list[tuple[Name, str]]] = {}
+    columns_named: set[ColumnName] = set()
+    forms: dict[str, list[ColumnName]] = {}
     for name, column in columns if given else ():
         for form in (column, f"{name.table}.{column}", f"{name}.{column}"):
             forms.setdefault(form, []).append((name, column))
@@ -39,23 +40,23 @@ def named(given: Sequence[str], option: str, columns: Iterable[tuple[Name, str]]
                 + (f", did you mean {' or '.join(near)}?" if near else "")
                 + " (write column, table.column or schema.table.column)"
             )
-        found |= set(forms[text])
-    return found
+        columns_named |= set(forms[text])
+    return columns_named
 
 
-def left_out(
+def ignored_columns(
     table: Table,
     use: TableUsage,
-    ignore: set[tuple[Name, str]],
-    compare: set[tuple[Name, str]],
+    ignore: set[ColumnName],
+    compare: set[ColumnName],
     used: set[str],
-    nows: set[str],
+    clock_names: set[str],
     drawn: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The columns that are not compared, each with the reason.
+    """Return the columns that are not compared, each with the reason.
 
-    used: columns whose moving default gave a value in the rebuild. nows: columns that hold the time of the rebuild.
-    drawn: columns that another rebuild has shown to be drawn, each with what to say.
+    ignore, compare: what the options name. used: columns whose volatile default gave a value in the rebuild. clock_names:
+    columns that hold the time of the rebuild. drawn: columns that another rebuild has shown to be drawn, with the reason.
     """
     reasons: dict[str, str] = {}
     for column in table.columns:
@@ -65,30 +66,35 @@ def left_out(
             reasons[column.name] = IGNORED
         elif column.generated:
             reasons[column.name] = GENERATED
-        elif column.moves and (column.name in used or (not use.inserted and column.name in use.updated)):
-            reasons[column.name] = column.why
-        elif column.name in nows:
+        elif column.has_volatile_default and (column.name in used or (not use.inserted and column.name in use.updated)):
+            reasons[column.name] = column.ignored_because
+        elif column.name in clock_names:
             reasons[column.name] = NOW
         elif drawn and column.name in drawn:
             reasons[column.name] = drawn[column.name]
     return reasons
 
 
-def key_of(table: Table, ignored: Mapping[str, str]) -> tuple[str, ...]:
-    """The columns to match rows by, none when only whole rows can be counted."""
-    return next((key for key in table.keys if not any(each in ignored for each in key)), ())
+def match_key(table: Table, ignored: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the columns to match rows by; none: count whole rows."""
+    return next((key for key in table.keys if not any(name in ignored for name in key)), ())
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """The SQL that compares a table with its copy. Counts first: samples are only worth asking for where they differ."""
+class TableComparison:
+    """The SQL that compares a table with its copy.
+
+    The counts are asked for first, samples only where they differ. columns: compared, without those of the key.
+    null_only: columns that a rebuild cannot repeat, compared as null or not null. clocked: of `columns`, those that hold the
+    rebuild's own time in some rows. where: which real rows are compared, as SQL.
+    """
 
     table: Table
     key: tuple[str, ...]
-    columns: tuple[Column, ...]  # compared, without those of the key
-    null_only: tuple[Column, ...] = ()  # values that no rebuild can give again: compared as null or not null
-    clocked: frozenset[str] = frozenset()  # of `columns`: hold the rebuild's own time in some rows
-    where: str = "true"  # which real rows are compared, as SQL
+    columns: tuple[Column, ...]
+    null_only: tuple[Column, ...] = ()
+    clocked: frozenset[str] = frozenset()
+    where: str = "true"
 
     @property
     def shown(self) -> tuple[Column, ...]:
@@ -97,31 +103,34 @@ class Comparison:
 
     @property
     def marked(self) -> tuple[str, ...]:
-        """The columns by which a row is known again."""
-        return self.key or tuple(each.name for each in self.columns)
+        """The columns that identify a row in another pass."""
+        return self.key or tuple(column.name for column in self.columns)
 
     @property
     def numeric(self) -> tuple[str, ...]:
-        return tuple(each.name for each in self.columns if each.numeric) if self.key else ()
+        return tuple(column.name for column in self.columns if column.numeric) if self.key else ()
 
     def counts(self) -> str:
-        """rows, rebuilt, missing, extra, different."""
+        """Return SQL for: rows, rebuilt, missing, extra, different."""
         if not self.key:
             return (
                 "select coalesce(sum(real), 0)::int8, coalesce(sum(rebuilt), 0)::int8, "
                 "coalesce(sum(greatest(rebuilt - real, 0)), 0)::int8, coalesce(sum(greatest(real - rebuilt, 0)), 0)::int8, "
-                f"0::int8 from ({self._counted()}) as counted"
+                f"0::int8 from ({self._row_counts()}) as counted"
             )
         real, rebuilt = f"r.{ident(self.key[0])}", f"b.{ident(self.key[0])}"
         return (
             f"select count({real}), count({rebuilt}), count(*) filter (where {real} is null), "
             f"count(*) filter (where {rebuilt} is null), "
-            f"count(*) filter (where {real} is not null and {rebuilt} is not null and ({self._differs()})) "
+            f"count(*) filter (where {real} is not null and {rebuilt} is not null and ({self._row_differs()})) "
             f"from {self._joined()}"
         )
 
     def samples(self) -> str:
-        """kind, count, key, real, rebuilt, differs, deltas, mark: at most $1 rows, of every kind in turn."""
+        """Return SQL for a sample of the differing rows.
+
+        Columns: kind, count, key, real, rebuilt, differs, deltas, mark. At most $1 rows, the kinds in turn.
+        """
         if not self.key:
             shown = _array(f"left(c{n}::text, {SHOWN_MAX + 1})" for n in range(len(self.shown)))
             order = ", ".join(["kind", *(f"c{n}" for n in range(len(self.shown)))])
@@ -130,96 +139,107 @@ class Comparison:
                 f"array[]::text[] as deltas, mark from (select kind, abs(real - rebuilt)::int8 as count, {shown} as shown, "
                 f"{row_mark(f'c{n}' for n in range(len(self.columns)))} as mark, "
                 f"row_number() over (partition by kind order by {order}) as place from "
-                f"(select *, case when real > rebuilt then 'extra' else 'missing' end as kind from ({self._counted()}) "
+                f"(select *, case when real > rebuilt then 'extra' else 'missing' end as kind from ({self._row_counts()}) "
                 "as counted where real <> rebuilt) as differing) as numbered order by place, kind limit $1"
             )
         real, rebuilt = f"r.{ident(self.key[0])}", f"b.{ident(self.key[0])}"
-        either = self._either()
-        names = [ident(each.name) for each in self.shown]
+        key_values = self._key_values()
+        names = [ident(column.name) for column in self.shown]
         return (
             "select kind, 1::int8 as count, key, real, rebuilt, differs, deltas, mark from (select *, "
             "row_number() over (partition by kind order by place) as turn from ("
             f"select case when {real} is null then 'missing' when {rebuilt} is null then 'extra' else 'different' end as kind, "
-            f"row({', '.join(either)}) as place, "
-            f"{_array(f'left({each}::text, {SHOWN_MAX + 1})' for each in either)} as key, "
-            f"{_array(f'left(r.{each}::text, {SHOWN_MAX + 1})' for each in names)} as real, "
-            f"{_array(f'left(b.{each}::text, {SHOWN_MAX + 1})' for each in names)} as rebuilt, "
-            f"{_array((self._differ(each) for each in self.shown), 'bool')} as differs, "
-            f"{_array(f'(r.{ident(each)}::numeric - b.{ident(each)}::numeric)::text' for each in self.numeric)} as deltas, "
-            f"{row_mark(either)} as mark from {self._joined()} "
-            f"where {real} is null or {rebuilt} is null or {self._differs()}) as differing) as numbered "
+            f"row({', '.join(key_values)}) as place, "
+            f"{_array(f'left({value}::text, {SHOWN_MAX + 1})' for value in key_values)} as key, "
+            f"{_array(f'left(r.{name}::text, {SHOWN_MAX + 1})' for name in names)} as real, "
+            f"{_array(f'left(b.{name}::text, {SHOWN_MAX + 1})' for name in names)} as rebuilt, "
+            f"{_array((self._column_differs(column) for column in self.shown), 'bool')} as differs, "
+            f"{_array(f'(r.{ident(name)}::numeric - b.{ident(name)}::numeric)::text' for name in self.numeric)} as deltas, "
+            f"{row_mark(key_values)} as mark from {self._joined()} "
+            f"where {real} is null or {rebuilt} is null or {self._row_differs()}) as differing) as numbered "
             "order by turn, kind limit $1"
         )
 
     def marks(self, rebuild: str) -> str:
-        """kind, a mark of every row that differs, how often, a mark of each column that does, and its mark in `samples`.
+        """Return SQL for the marks of the differing rows.
 
-        At most $1, in order. The mark of a row with a key is one of the key, else one of the whole row. rebuild: stands for
-        values that are the rebuild's own day or time, which another one makes otherwise.
+        Columns: kind, mark, how often, a mark of each differing column, the mark in `samples`. At most $1 rows, in order. The mark
+        is of the key, or else of the whole row. rebuild: replaces values that are the rebuild's own day or time, which differ
+        in another rebuild.
         """
         if not self.key:
-            every = [
-                self._own_or(each, f"c{n}", f"rebuilt > real and {_own(each, f'c{n}')}", rebuild)
-                for n, each in enumerate(self.columns)
+            shown = [
+                self._value_or_rebuild_time(
+                    column, f"c{n}", f"rebuilt > real and {_is_rebuild_time(column, f'c{n}')}", rebuild
+                )
+                for n, column in enumerate(self.columns)
             ]
-            every += [f"c{n}" for n in range(len(self.columns), len(self.shown))]
+            shown += [f"c{n}" for n in range(len(self.columns), len(self.shown))]
             plain = row_mark(f"c{n}" for n in range(len(self.columns)))
             return (
                 "select case when real > rebuilt then 'extra' else 'missing' end as kind, "
-                f"{row_mark(every)} as mark, abs(real - rebuilt)::int8, array[]::int8[], {plain} "
-                f"from ({self._counted()}) as counted where real <> rebuilt order by kind, mark limit $1"
+                f"{row_mark(shown)} as mark, abs(real - rebuilt)::int8, array[]::int8[], {plain} "
+                f"from ({self._row_counts()}) as counted where real <> rebuilt order by kind, mark limit $1"
             )
         real, rebuilt = f"r.{ident(self.key[0])}", f"b.{ident(self.key[0])}"
-        by_name = {each.name: each for each in self.table.columns}
-        either = self._either()
+        by_name = {column.name: column for column in self.table.columns}
+        key_values = self._key_values()
         keys = [
-            self._own_or(by_name[name], each, f"{real} is null and {_own(by_name[name], f'b.{ident(name)}')}", rebuild)
-            for name, each in zip(self.key, either, strict=True)
+            self._value_or_rebuild_time(
+                by_name[name],
+                value,
+                f"{real} is null and {_is_rebuild_time(by_name[name], f'b.{ident(name)}')}",
+                rebuild,
+            )
+            for name, value in zip(self.key, key_values, strict=True)
         ]
-        differing = _array((self._column_mark(n, each, rebuild) for n, each in enumerate(self.shown)), "int8")
+        differing = _array((self._column_mark(n, column, rebuild) for n, column in enumerate(self.shown)), "int8")
         return (
             f"select case when {real} is null then 'missing' when {rebuilt} is null then 'extra' else 'different' end "
-            f"as kind, {row_mark(keys)} as mark, 1::int8, array_remove({differing}, null), {row_mark(either)} from {self._joined()} "
-            f"where {real} is null or {rebuilt} is null or {self._differs()} order by kind, mark limit $1"
+            f"as kind, {row_mark(keys)} as mark, 1::int8, array_remove({differing}, null), {row_mark(key_values)} from {self._joined()} "
+            f"where {real} is null or {rebuilt} is null or {self._row_differs()} order by kind, mark limit $1"
         )
 
     def _column_mark(self, number: int, column: Column, rebuild: str) -> str:
-        """A hash of what the rebuild gives for a column, null where it does not differ."""
+        """Return SQL: a hash of the rebuilt value, null if not different."""
         real, value = f"r.{ident(column.name)}", f"b.{ident(column.name)}"
-        given = self._own_or(column, value, _own(column, value), rebuild)
+        given = self._value_or_rebuild_time(column, value, _is_rebuild_time(column, value), rebuild)
         return (
-            f"case when {self._differ(column)} then hashtextextended('{number:d} ' || "
+            f"case when {self._column_differs(column)} then hashtextextended('{number:d} ' || "
             f"case when {real} is null then 'some' when {value} is null then 'none' else {given} end, 0) end"
         )
 
     @staticmethod
-    def _own_or(column: Column, value: str, condition: str, rebuild: str) -> str:
-        if not column.dated:
+    def _value_or_rebuild_time(column: Column, value: str, condition: str, rebuild: str) -> str:
+        if not column.is_date_or_time:
             return _text(column, value)
         return f"case when {condition} then {literal(rebuild)} else {_text(column, value)} end"
 
-    def sums(self, rebuild: str) -> str:
-        """A hash of every column of the copy, whatever the order of its rows. rebuild: as for `marks`."""
-        by_name = {each.name: each for each in self.table.columns}
+    def column_sums(self, rebuild: str) -> str:
+        """Return SQL for a hash of each column of the copy.
+
+        The order of the rows does not matter. rebuild: as for `marks`.
+        """
+        by_name = {column.name: column for column in self.table.columns}
         asked = ", ".join(
-            f"sum(hashtextextended({self._own_or(column, ident(name), _own(column, ident(name)), rebuild)}, 0)::numeric)::text "
+            f"sum(hashtextextended({self._value_or_rebuild_time(column, ident(name), _is_rebuild_time(column, ident(name)), rebuild)}, 0)::numeric)::text "
             f"as {ident(name)}"
-            for name in [*self.key, *(each.name for each in self.columns)]
+            for name in [*self.key, *(column.name for column in self.columns)]
             if (column := by_name[name])
         )
         return f"select {asked or 'null'} from {self.table.name.copy}"
 
-    def nows(self) -> str | None:
-        """Which columns hold the time of the rebuild: a value of each, and None where there are no times."""
-        times = [each.name for each in self.table.columns if each.timestamp]
-        asked = ", ".join(f"coalesce(bool_or({ident(each)} = now()), false) as {ident(each)}" for each in times)
+    def clock_columns(self) -> str | None:
+        """Return SQL: which columns hold the rebuild's time; None without times."""
+        times = [column.name for column in self.table.columns if column.timestamp]
+        asked = ", ".join(f"coalesce(bool_or({ident(name)} = now()), false) as {ident(name)}" for name in times)
         return f"select {asked} from {self.table.name.copy}" if times else None
 
-    def _either(self) -> list[str]:
-        return [f"coalesce(r.{ident(each)}, b.{ident(each)})" for each in self.key]
+    def _key_values(self) -> list[str]:
+        return [f"coalesce(r.{ident(name)}, b.{ident(name)})" for name in self.key]
 
     def _joined(self) -> str:
-        on = " and ".join(f"r.{ident(each)} = b.{ident(each)}" for each in self.key)
+        on = " and ".join(f"r.{ident(name)} = b.{ident(name)}" for name in self.key)
         return f"{self._real} as r full join {self.table.name.copy} as b on {on}"
 
     @property
@@ -227,7 +247,7 @@ class Comparison:
         name = self.table.name.real
         return name if self.where == "true" else f"(select * from {name} where {self.where})"
 
-    def _differ(self, column: Column) -> str:
+    def _column_differs(self, column: Column) -> str:
         real, rebuilt = f"r.{ident(column.name)}", f"b.{ident(column.name)}"
         if column in self.null_only:
             return f"({real} is null) <> ({rebuilt} is null)"
@@ -237,12 +257,12 @@ class Comparison:
             return f"case when {rebuilt} = now() then {real} is null else {differs} end"
         return differs
 
-    def _differs(self) -> str:
-        return " or ".join(self._differ(each) for each in self.shown) or "false"
+    def _row_differs(self) -> str:
+        return " or ".join(self._column_differs(column) for column in self.shown) or "false"
 
-    def _counted(self) -> str:
-        """How often each row stands in the real table and in its copy."""
-        taken = [f"{self._counted_value(each)} as c{n}" for n, each in enumerate(self.shown)]
+    def _row_counts(self) -> str:
+        """Return SQL: how often each row is in table and copy."""
+        taken = [f"{self._counted_value(column)} as c{n}" for n, column in enumerate(self.shown)]
         both = " union all ".join(
             f"select {', '.join([*taken, f'{real} as real', f'{1 - real} as rebuilt'])} from {place} as side_{real:d}"
             for real, place in ((1, self._real), (0, self.table.name.copy))
@@ -258,25 +278,25 @@ class Comparison:
         return name if column.comparable else f"{name}::text"
 
 
-# Beginnings of what the rebuild runs in, here and in UTC: values that a handler made of the clock, and not of its message.
+# The current minute, hour, …, year, in the local zone and in UTC: values that come from the clock, not from a message.
 _MOMENTS = "unnest('{minute,hour,day,week,month,quarter,year}'::text[]) u, unnest(array[now(), clock_timestamp()]) t"
-_OWN = {
+_REBUILD_TIMES = {
     "date": f"array(select date_trunc(u, x)::date from {_MOMENTS}, unnest(array[t::timestamp, t at time zone 'UTC']) x)",
     "timestamp": f"array(select date_trunc(u, x) from {_MOMENTS}, unnest(array[t::timestamp, t at time zone 'UTC']) x)",
     "timestamptz": f"array(select x from {_MOMENTS}, unnest(array[date_trunc(u, t), date_trunc(u, t, 'UTC')]) x)",
 }
 
 
-def _own(column: Column, value: str) -> str:
-    """Whether a value is the rebuild's own day or time."""
-    return f"coalesce({value} = any({_OWN[column.type_name]}), false)" if column.dated else "false"
+def _is_rebuild_time(column: Column, value: str) -> str:
+    """Return SQL: whether a value is the rebuild's own day or time."""
+    return f"coalesce({value} = any({_REBUILD_TIMES[column.type_name]}), false)" if column.is_date_or_time else "false"
 
 
 def _text(column: Column, value: str) -> str:
-    """A value as text, the same in all time zones."""
+    """Return SQL: a value as text, the same in all time zones."""
     return (
         f"(({value}) at time zone 'UTC')::text"
-        if column.dated and column.type_name == "timestamptz"
+        if column.is_date_or_time and column.type_name == "timestamptz"
         else f"({value})::text"
     )
 
@@ -286,6 +306,6 @@ def _array(expressions: Iterable[str], kind: str = "text") -> str:
 
 
 def row_mark(expressions: Iterable[str]) -> str:
-    """A row's columns as a hash of their texts: of one length, and the same in both passes."""
-    texts = ", ".join(f"({each})::text" for each in expressions)
+    """Return SQL: a hash of values, the same in both passes."""
+    texts = ", ".join(f"({expression})::text" for expression in expressions)
     return f"encode(sha256(convert_to(row({texts})::text, 'UTF8')), 'hex')"

@@ -1,6 +1,6 @@
-"""The SQL that makes copies of tables, fills them, and learns how handlers use them.
+"""SQL that copies tables, and notes how handlers use them.
 
-Pure: every name is quoted by `ident`; runs nothing.
+Pure. Every name is quoted by `ident`.
 """
 
 # ruff: noqa: S608 - every name in the SQL of this file is quoted by `ident`
@@ -22,37 +22,43 @@ from consumer.rebuild.table_model import (
     literal,
 )
 
-LEARNED = "IC001"  # SQLSTATE of the triggers that tell how a table is used
+LEARNED = "IC001"  # SQLSTATE of the triggers that report how a table is used
 
 
-class Copying(NamedTuple):
-    """How the copy of a table is made, and the sequence that tells, for a column, whether its moving default was used."""
+class CopySql(NamedTuple):
+    """The statements that copy a table.
+
+    counters: by column, a sequence that is called when its volatile default gives a value.
+    """
 
     statements: list[str]
     counters: dict[str, str]
 
 
 class Copier:
-    """Writes the SQL that makes copies; keeps the names that are taken in pg_temp.
+    """Writes the SQL of copies, and keeps the names used in pg_temp.
 
-    numbers_from: where the sequences of the copies start.
+    sequence_start: the first value of the copies' sequences.
     """
 
-    def __init__(self, numbers_from: int = 1) -> None:
-        self._numbers_from = numbers_from
-        self._taken: dict[str, str] = {}  # name in pg_temp -> what it stands for
+    def __init__(self, sequence_start: int = 1) -> None:
+        self._numbers_from = sequence_start
+        self._taken: dict[str, str] = {}  # name in pg_temp -> the real name
         self._counters = 0
 
-    def copy(self, table: Table) -> Copying:
-        """The copy without its rows. Raises Misconfigured for a second table of one name."""
+    def copy(self, table: Table) -> CopySql:
+        """Return the SQL of an empty copy.
+
+        Raises Misconfigured for a second table of the same name.
+        """
         other = self._taken.setdefault(table.name.table, str(table.name))
         if other != str(table.name):
             raise Misconfigured(
                 f"{other} and {table.name} have one name, and a rebuild can have a copy of one of them only: "
-                "replay their handlers one after the other with --handler"
+                "rebuild their handlers one after the other with --handler"
             )
         copy = table.name.copy
-        made = [
+        statements = [
             f"create temp table {ident(table.name.table)} "
             f"(like {table.name.real} including all excluding comments excluding statistics)"
         ]
@@ -64,20 +70,20 @@ class Copier:
             for sequence in column.sequences:
                 own, fresh = self._sequence(sequence)
                 start = f" start {self._numbers_from:d}" if self._numbers_from != 1 else ""
-                made += [f"create temp sequence {ident(own)}{start}"] if fresh else []
+                statements += [f"create temp sequence {ident(own)}{start}"] if fresh else []
                 name = literal(f"pg_temp.{ident(own)}")
                 default = default.replace(f"{literal(sequence.written)}::regclass", f"{name}::regclass")
-            if column.moves:
-                # What the default gives cannot be compared, what a handler gives in its place can: so a use is noted. By
-                # setval(), which a rollback does not undo, and which leaves lastval() alone.
+            if column.has_volatile_default:
+                # A value of the default cannot be compared, but one that a handler gives can: so uses of the default are
+                # noted. setval() survives a rollback and does not change lastval().
                 self._counters += 1
                 counter = f"consumer_used_{self._counters}"
-                made.append(f"create temp sequence {counter}")
+                statements.append(f"create temp sequence {counter}")
                 counters[column.name] = f"pg_temp.{counter}"
                 default = f"case when setval('pg_temp.{counter}'::regclass, 1) > 0 then {default} end"
             if default != column.default:
-                made.append(f"alter table {copy} alter column {ident(column.name)} set default {default}")
-        return Copying(made, counters)
+                statements.append(f"alter table {copy} alter column {ident(column.name)} set default {default}")
+        return CopySql(statements, counters)
 
     def _sequence(self, sequence: DefaultSequence) -> tuple[str, bool]:
         for name in (sequence.name, *(f"{sequence.name[:55]}_{n}" for n in range(1, 1000))):
@@ -89,19 +95,20 @@ class Copier:
         raise AssertionError("a thousand sequences of one name")
 
 
-def renamings(table: Table, made: Sequence[Constraint]) -> list[str]:
-    """Give the keys of a copy the names of their originals, which `on conflict on constraint` may use.
+def renamings(table: Table, constraints: Sequence[Constraint]) -> list[str]:
+    """Return SQL that gives a copy's keys the names of their originals.
 
-    made: the constraints of the copy. In two steps, because PostgreSQL may have named one like another's original.
+    `on conflict on constraint` may use these names. constraints: of the copy. Renames in two steps, because PostgreSQL may
+    have given one key the name of another key's original.
     """
-    left = {each.name: each.definition for each in made}
+    left = {constraint.name: constraint.definition for constraint in constraints}
     pairs: list[tuple[str, str]] = []
     for wanted in table.constraints:
-        found = next((name for name, text in left.items() if text == wanted.definition), None)
-        if found is not None:
-            del left[found]
-            if found != wanted.name:
-                pairs.append((found, wanted.name))
+        current = next((name for name, text in left.items() if text == wanted.definition), None)
+        if current is not None:
+            del left[current]
+            if current != wanted.name:
+                pairs.append((current, wanted.name))
     alter = f"alter table {table.name.copy} rename constraint"
     return [f"{alter} {ident(old)} to consumer_renamed_{n}" for n, (old, _) in enumerate(pairs)] + [
         f"{alter} consumer_renamed_{n} to {ident(new)}" for n, (_, new) in enumerate(pairs)
@@ -109,7 +116,11 @@ def renamings(table: Table, made: Sequence[Constraint]) -> list[str]:
 
 
 class Filling(NamedTuple):
-    """How a copy is filled: with the defaults of what handlers update, or as it is, and why that says nothing."""
+    """SQL that fills a copy.
+
+    sql: takes the real rows, with defaults in the columns that handlers update. as_it_is: takes the real rows unchanged.
+    doubt: why the copy does not begin as the table did, if so.
+    """
 
     sql: str
     as_it_is: str
@@ -117,18 +128,20 @@ class Filling(NamedTuple):
 
 
 def first_rows(table: Table, use: TableUsage, with_base: bool, real: Collection[str] = frozenset()) -> Filling | None:
-    """What a copy begins with; None when it begins empty.
+    """Return how to fill a copy; None if it begins empty.
 
-    Rows that no handler inserts are taken over, and the columns that handlers update begin with their defaults. Where
-    that cannot be, it is only a doubt for now: the statement that inserts may be the next one. real: columns that begin
-    with what is there now, whatever is known of the table.
+    Rows that no handler inserts are copied, and the columns that handlers update begin with their defaults. Where this is
+    impossible, it is only a doubt for now: the next statement may insert. with_base: the first rows come from --base. real:
+    columns that begin with their real values in any case.
     """
     if with_base or (use.inserted and not real):
         return None
-    every = [each for each in table.columns if not each.generated]
-    kept = [each for each in every if each.name not in use.updated or each.name in real or use.inserted]
+    writable = [column for column in table.columns if not column.generated]
+    kept = [column for column in writable if column.name not in use.updated or column.name in real or use.inserted]
     unknown = [
-        each.name for each in every if each not in kept and each.not_null and each.default is None and not each.identity
+        column.name
+        for column in writable
+        if column not in kept and column.not_null and column.default is None and not column.identity
     ]
     doubt = None
     if use.inserted:
@@ -136,45 +149,48 @@ def first_rows(table: Table, use: TableUsage, with_base: bool, real: Collection[
     elif use.deleted:
         doubt = f"{table.name}: handlers delete from it and none inserts into it, so what they deleted is not known"
     elif unknown:
-        doubt = f"{table.name}: handlers update {', '.join(unknown)}, which has no default, so nobody knows what it began with"
+        doubt = (
+            f"{table.name}: handlers update {', '.join(unknown)}, which has no default, so its first values are unknown"
+        )
     elif not kept:
-        doubt = f"{table.name}: handlers update all of its columns, so nobody knows what they began with"
+        doubt = f"{table.name}: handlers update all of its columns, so their first values are unknown"
 
     def taking(columns: Sequence[Column]) -> str:
-        names = ", ".join(ident(each.name) for each in columns)
+        names = ", ".join(ident(column.name) for column in columns)
         return f"insert into {table.name.copy} ({names}) overriding system value select {names} from {table.name.real}"
 
-    return Filling(taking(every if doubt else kept), taking(every), doubt)
+    return Filling(taking(writable if doubt else kept), taking(writable), doubt)
 
 
 def learning(number: int, table: Table, use: TableUsage) -> list[str]:
-    """Triggers on a copy with real rows that raise LEARNED when it is inserted into, or another column is updated.
+    """Return triggers that raise LEARNED at a new use of a copy.
 
-    They fire once a statement, for no rows too. Those of single columns come first and take notes, so that one
-    exception tells all columns of an UPDATE. Of columns that are known already there are none: they cost nothing.
+    For copies with real rows: an insert, a delete, or an update of another column. They fire once for each statement, even
+    without rows. Those of single columns run first and take notes, so that one exception names all columns of an UPDATE.
+    A use that is known already has no trigger, and costs nothing.
     """
     if use.inserted:
         return []
     copy, call = table.name.copy, "for each statement execute function pg_temp.consumer_learn"
-    made = [f"create trigger consumer_learn_i before insert on {copy} {call}('{number}', 'insert')"]
+    triggers = [f"create trigger consumer_learn_i before insert on {copy} {call}('{number}', 'insert')"]
     if not use.deleted:
-        made.append(f"create trigger consumer_learn_d before delete on {copy} {call}('{number}', 'delete')")
+        triggers.append(f"create trigger consumer_learn_d before delete on {copy} {call}('{number}', 'delete')")
     unknown = [
-        (place, each.name)
-        for place, each in enumerate(table.columns)
-        if not each.generated and each.name not in use.updated
+        (place, column.name)
+        for place, column in enumerate(table.columns)
+        if not column.generated and column.name not in use.updated
     ]
     for place, name in unknown:
-        made.append(
+        triggers.append(
             f"create trigger consumer_learn_a{place} before update of {ident(name)} on {copy} "
             f"{call}('{number}', 'note', '{place}')"
         )
     if unknown:
         columns = ", ".join(ident(name) for _, name in unknown)
-        made.append(
+        triggers.append(
             f"create trigger consumer_learn_b before update of {columns} on {copy} {call}('{number}', 'update')"
         )
-    return made
+    return triggers
 
 
 LEARN_FUNCTION = f"""
@@ -188,28 +204,31 @@ begin
     if tg_argv[1] in ('insert', 'delete') then
         noted := '';
     end if;
-    raise exception using errcode = '{LEARNED}', message = 'consumer: a table is used in a way that was not known',
+    raise exception using errcode = '{LEARNED}', message = 'consumer: a table is used in a new way',
         detail = tg_argv[0] || ' ' || tg_argv[1] || noted;
 end $learn$
 """
 
 
-def learned(detail: str, tables: Sequence[Table], known: Mapping[Name, TableUsage]) -> Name:
-    """Note in `known` what a learning trigger told, and return the table."""
+def learned(detail: str, tables: Sequence[Table], usage: Mapping[Name, TableUsage]) -> Name:
+    """Add what a learning trigger reported to `usage`; return the table."""
     number, how, *places = detail.split()
     table = tables[int(number)]
-    use = known[table.name]
+    use = usage[table.name]
     if how == "insert":
         use.inserted = True
     if how == "delete":
         use.deleted = True
-    use.updated |= {table.columns[int(each)].name for each in places}
+    use.updated |= {table.columns[int(place)].name for place in places}
     return table.name
 
 
 def compaction(table: Table) -> list[str]:
-    """Write a copy anew without the dead versions of its rows, which the one long transaction can drop in no other way."""
-    columns = ", ".join(ident(each.name) for each in table.columns if not each.generated)
+    """Return SQL that rewrites a copy without dead row versions.
+
+    VACUUM cannot remove them while the one long transaction runs.
+    """
+    columns = ", ".join(ident(column.name) for column in table.columns if not column.generated)
     copy = table.name.copy
     return [
         f"create temp table consumer_side as select {columns} from {copy}",

@@ -1,14 +1,14 @@
-"""The state computed anew from the topics alone, and compared with the real one: what was lost, and what was doubled.
+"""Rebuilds tables from the topics, and compares them with the real ones.
 
-Handlers run through `apply_batch` against copies of their tables (shadow_tables.py), each distinct id once, in order per key, in
-one transaction that is undone at its end: nothing is written, nothing is left behind. That transaction sees the real state
-as of one moment, and the positions of that moment tell up to where the topics must be replayed, so workers may go on.
+Handlers run through `apply_batch` on copies of their tables (shadow_tables.py), each distinct id once, in order per key, in
+one transaction that is rolled back: nothing is written. The transaction sees the real state as of one moment. The positions
+of that moment say how far the topics must be replayed, so workers may go on meanwhile.
 
-Which tables are copied is found out on the way; what is learned of them begins everything again from the start.
+A pass finds out which tables handlers write to. What it learns makes it start over, with copies of more tables. Where rows
+differ, further passes find what depends on order, on time or on first rows, and which messages are behind the difference.
 
-What it does not know: what handlers do outside PostgreSQL (that happens again), what stood in a table before the first
-message (`base` tells), in which order two topics were settled (the records' times are followed), and which of the two
-states is right.
+Limitations: effects outside PostgreSQL happen again; what a table held before the first message is unknown (`base` gives
+it); the order between topics follows the times of the records; which of the two states is right is unknown.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from consumer.kafka.bounds import Span
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.postgres.connection import connect, translated_errors
 from consumer.postgres.errors import Outage
-from consumer.rebuild import drawn
+from consumer.rebuild import drawn_columns
 from consumer.rebuild.chosen_handlers import choose_handlers
-from consumer.rebuild.compare import KINDS, Compared, Excuse
-from consumer.rebuild.one_snapshot import OneSnapshot
+from consumer.rebuild.compare import KINDS, ComparisonResult, Excuse
 from consumer.rebuild.pass_report import report
-from consumer.rebuild.result import Rebuilt
+from consumer.rebuild.result import RebuildResult
+from consumer.rebuild.shared_snapshot import SharedSnapshot
 from consumer.rebuild.single_pass import SinglePass
 from consumer.rebuild.state import NOTHING_CHANGED, Progress, RebuildState, Tell, kafka_errors
 from consumer.rebuild.statement_guard import RestartPass
@@ -55,32 +55,43 @@ async def rebuild(
     tell: Tell = lambda _: None,
     progress: Progress = lambda phase, done, total: None,
     announce: Callable[[int, Sequence[str]], None] = lambda calls, handlers: None,
-) -> Rebuilt:
-    """Compute the state anew from these partitions and compare it with the real one. Nothing is changed, whatever happens.
+) -> RebuildResult:
+    """Rebuild tables from these partitions and compare them; change nothing.
 
-    app: with its lifespan entered. source: started, without a group. handlers: their names, by default all that take one
-    of the topics. ignore, compare: columns to leave out, or to put back. base: SQL for the first rows of the tables. trace:
-    replay once more to find the messages behind the differences. sample_max: differences told of each table. announce: gets
-    the number of calls and the handlers, before the first call.
+    Args:
+        app: with its lifespan entered.
+        settings: with the DSN of the database.
+        source: started, without a group.
+        partitions: all of them, or rows of the others count as extra.
+        handlers: names; by default all that take one of the topics.
+        ignore: columns to leave out.
+        compare: columns to compare in any case.
+        base: SQL for the first rows of the tables.
+        trace: replay once more, to find the messages behind the differences.
+        sample_max: differences in the result, of each table.
+        tell: gets a line when the rebuild starts over.
+        progress: gets the phase, and how much of it is done.
+        announce: gets the number of calls and the handlers, before the first call.
 
-    Raises Misconfigured for what cannot be rebuilt, CannotTell when a service went away in the middle: one line each.
+    Raises Misconfigured for what cannot be rebuilt, and CannotTell if a service fails meanwhile: one line each.
     """
-    begun = time.monotonic()
+    began = time.monotonic()
     with postgres_errors(settings):
         state = RebuildState(
-            app, settings, source, sorted(set(partitions)), base, tell, progress, OneSnapshot(settings)
+            app, settings, source, sorted(set(partitions)), base, tell, progress, SharedSnapshot(settings)
         )
         state.handlers, state.notes = choose_handlers(app, state.partitions, handlers, state)
         try:
-            found = await _Rebuild(state).run(ignore, compare, sample_max, trace, announce)
+            result = await _Rebuild(state, ignore, compare, sample_max, announce).run(trace)
         finally:
             await state.snapshot.close()
-    found.seconds = round(time.monotonic() - begun, 3)
-    return found
+    result.seconds = round(time.monotonic() - began, 3)
+    return result
 
 
 @contextmanager
 def postgres_errors(settings: Settings) -> Iterator[None]:
+    """Turn an outage of PostgreSQL into CannotTell."""
     try:
         with translated_errors(settings):
             yield
@@ -89,153 +100,170 @@ def postgres_errors(settings: Settings) -> Iterator[None]:
 
 
 class _Rebuild:
-    """The passes of one rebuild, until one knows all tables from its start."""
+    """Runs passes, until one has copies of all tables from its start."""
 
-    def __init__(self, state: RebuildState) -> None:
-        self.state = state
-        self._announce: Callable[[int, Sequence[str]], None] | None = None  # called once, before the first pass
-
-    async def run(
+    def __init__(
         self,
+        state: RebuildState,
         ignore: Sequence[str],
         compare: Sequence[str],
         sample_max: int,
-        trace: bool,
         announce: Callable[[int, Sequence[str]], None],
-    ) -> Rebuilt:
-        """Replay, compare, and replay again for what differs: is it stable, and which messages are behind it?"""
-        found = Rebuilt()
-        self._announce = announce
+    ) -> None:
+        self.state = state
+        self._ignore = ignore
+        self._compare = compare
+        self._sample_max = sample_max
+        self._announce: Callable[[int, Sequence[str]], None] | None = announce  # None after the first call
+
+    async def run(self, trace: bool) -> RebuildResult:
+        """Replay and compare, then replay again for the rows that differ."""
+        state, result = self.state, RebuildResult()
         await self._note_partitions()
-        first = await self._compared(found, ignore, compare, sample_max)
+        first = await self._replay(result)
         if first is None:
-            return found
+            return result
         compared, spans = first
-        if self.state.values and compared.differing() and not found.unknown:
-            compared = await self._without_drawn(found, compared, ignore, compare, sample_max)
-        if compared.differing() and not found.unknown:
-            for other in (*OTHER_ORDERS, BY_RECORDS) if self.state.contradicted else OTHER_ORDERS:
+        if state.first_values and compared.differing() and not result.unknown:
+            compared = await self._without_drawn(result, compared)
+        if compared.differing() and not result.unknown:
+            for variation in (*OTHER_ORDERS, BY_RECORDS) if state.contradicted else OTHER_ORDERS:
                 if compared.differing():
-                    self.state.tell(
-                        "rows differ: rebuilding again in another order, to find what depends on order or time"
-                    )
-                    await self._keep_stable(found, compared, ignore, compare, other)
-            if not compared.differing().isdisjoint(map(str, self.state.beginnings)):
-                self.state.tell("rows differ: rebuilding again from other rows, to find what depends on the first ones")
-                await self._keep_stable(found, compared, ignore, compare, OTHER_ROWS)
+                    state.tell("rows differ: rebuilding again in another order, to find what depends on order or time")
+                    await self._keep_stable(result, compared, variation)
+            if not compared.differing().isdisjoint(map(str, state.uncertain_columns)):
+                state.tell("rows differ: rebuilding again from other rows, to find what depends on the first ones")
+                await self._keep_stable(result, compared, OTHER_ROWS)
         if trace and compared.differences:
             await self._trace(compared, spans)
-        found.differences = [each.as_dict() for each in compared.differences]
-        return found
+        result.differences = [difference.as_dict() for difference in compared.differences]
+        return result
 
     def _calls(self, spans: Sequence[Span]) -> int:
-        """Calls of handlers for one pass over these spans, at most."""
+        """Return the largest number of calls that a pass can make."""
         takers = Counter(topic for handler in self.state.handlers for topic in handler.topics)
-        return sum(each.length * takers[each.partition.topic] for each in spans)
+        return sum(span.length * takers[span.partition.topic] for span in spans)
 
-    async def _compared(
-        self, found: Rebuilt, ignore: Sequence[str], compare: Sequence[str], sample_max: int, other: Variation = FIRST
-    ) -> tuple[Compared, list[Span]] | None:
-        """One rebuild and its comparison; None when `found.unknown` says why there can be none.
+    async def _replay(
+        self, result: RebuildResult, variation: Variation = FIRST
+    ) -> tuple[ComparisonResult, list[Span]] | None:
+        """Rebuild once and compare.
 
-        other: not FIRST for a further rebuild, which reports nothing and sees the real tables as the first one did.
+        Returns None if `result.unknown` says why this is impossible. A variation reports nothing else, sees the real tables
+        as the first rebuild did, and has no sample unless it repeats the first.
         """
+        is_first = variation is FIRST
+        sample_max = self._sample_max if variation in (FIRST, SAME_ORDER) else 0
         while True:
-            if other is FIRST:
+            if is_first:
                 await self.state.snapshot.take()
             try:
-                async with self._pass(other=other) as current:
-                    left_out, put_back = await current.columns_named(ignore, compare)
-                    spans = await current.spans(found)
-                    if found.unknown:
-                        found.notes = self.state.notes
+                async with self._pass(variation=variation) as current:
+                    ignored, put_back = await current.columns_named(self._ignore, self._compare)
+                    spans = await current.spans(result)
+                    if result.unknown:
+                        result.notes = self.state.notes
                         return None
                     if self._announce is not None:
-                        self._announce(self._calls(spans), [each.name for each in self.state.handlers])
+                        self._announce(self._calls(spans), [handler.name for handler in self.state.handlers])
                         self._announce = None
-                    await current.replay(spans, "replay" if other is FIRST else "again")
-                    compared = await current.compare(left_out, put_back, sample_max)
-                    if other is FIRST:
-                        await report(current, found, compared, spans)
+                    await current.replay(spans, "replay" if is_first else "again")
+                    compared = await current.compare(ignored, put_back, sample_max)
+                    if is_first:
+                        await report(current, result, compared, spans)
                 return compared, spans
             except RestartPass as learned:
-                self.state.tell(f"{learned}: beginning again from the start")
+                self.state.tell(f"{learned}: starting over")
 
-    async def _without_drawn(
-        self, found: Rebuilt, first: Compared, ignore: Sequence[str], compare: Sequence[str], sample_max: int
-    ) -> Compared:
-        """Rebuild once more in the same order, and leave out the columns that are drawn, if there are any."""
+    async def _without_drawn(self, result: RebuildResult, first: ComparisonResult) -> ComparisonResult:
+        """Rebuild again in the same order, to leave out drawn columns.
+
+        Returns the comparison without them, or the first one if there are none.
+        """
         self.state.tell("rows differ: rebuilding again in the same order, to find values that are drawn")
-        second = await self._compared(Rebuilt(), ignore, compare, sample_max, SAME_ORDER)
+        second = await self._replay(RebuildResult(), SAME_ORDER)
         if second is None or not self.state.drawn:
             return first
-        found.tables = second[0].tables
-        found.notes = [*found.notes, *drawn.notes(self.state.drawn)]
-        return second[0]
+        compared, _ = second
+        result.tables = compared.tables
+        result.notes = [*result.notes, *drawn_columns.notes(self.state.drawn)]
+        return compared
 
-    async def _keep_stable(
-        self, found: Rebuilt, compared: Compared, ignore: Sequence[str], compare: Sequence[str], other: Variation
-    ) -> None:
-        """Drop the differences that a second rebuild does not show, and give them as reasons for doubt."""
-        again = Rebuilt()
-        second = await self._compared(again, ignore, compare, 0, other)
+    async def _keep_stable(self, result: RebuildResult, compared: ComparisonResult, variation: Variation) -> None:
+        """Drop differences that a variation does not show.
+
+        They become reasons in `result.unknown`.
+        """
+        other = RebuildResult()
+        second = await self._replay(other, variation)
         if second is None:
-            found.unknown += again.unknown
+            result.unknown += other.unknown
             return
-        for name, count in compared.keep_stable(second[0]).items():
-            columns = ", ".join(compared.varying(second[0], name))
-            begun = {str(each): ", ".join(sorted(listed)) for each, listed in self.state.beginnings.items()}
-            kind, text = _why_unstable(begun.get(name) if other.begins else None, columns)
-            found.unknown.append({"kind": kind, "count": count, "text": f"{name}: {count} rows differ, {text}"})
+        varied, _ = second
+        for name, count in compared.keep_stable(varied).items():
+            columns = ", ".join(compared.varying(varied, name))
+            uncertain = {str(table): ", ".join(sorted(names)) for table, names in self.state.uncertain_columns.items()}
+            kind, text = _why_unstable(uncertain.get(name) if variation.with_real_values else None, columns)
+            result.unknown.append({"kind": kind, "count": count, "text": f"{name}: {count} rows differ, {text}"})
         left = {(table["table"], kind) for table in compared.tables for kind in KINDS if table[kind]}
-        compared.differences = [each for each in compared.differences if (str(each.table), each.kind) in left]
+        compared.differences = [
+            difference for difference in compared.differences if (str(difference.table), difference.kind) in left
+        ]
 
     async def _note_partitions(self) -> None:
+        """Note partitions of the topics that are not replayed."""
+        replayed = self.state.partitions
         with kafka_errors(self.state.settings):
-            there = await self.state.source.log.partitions(sorted({each.topic for each in self.state.partitions}))
-        for topic, every in there.items():
-            left = len(set(every) - set(self.state.partitions))
+            by_topic = await self.state.source.log.partitions(sorted({partition.topic for partition in replayed}))
+        for topic, partitions in by_topic.items():
+            left = len(set(partitions) - set(replayed))
             if left:
                 self.state.notes.append(
-                    Excuse(f"{left} of {len(every)} partitions of {topic} were not replayed: their rows are extra")
+                    Excuse(f"{left} of {len(partitions)} partitions of {topic} were not replayed: their rows are extra")
                 )
 
     @asynccontextmanager
-    async def _pass(self, sought: Compared | None = None, other: Variation = FIRST) -> AsyncIterator[SinglePass]:
+    async def _pass(
+        self, traced: ComparisonResult | None = None, variation: Variation = FIRST
+    ) -> AsyncIterator[SinglePass]:
         connection = await connect(self.state.settings)
         try:
-            current = SinglePass(self.state, connection, other)
-            current.copies.numbers_from = _OTHER_NUMBERS if other.shift else 1
-            await current.set_up(sought)
+            current = SinglePass(self.state, connection, variation)
+            current.copies.sequence_start = _OTHER_NUMBERS if variation.shift else 1
+            await current.set_up(traced)
             yield current
             await connection.execute("rollback")
         finally:
-            # Whatever has happened: an open transaction is undone when its connection ends.
+            # The server rolls back an open transaction when its connection ends.
             try:
                 with suppress(Exception):
                     await connection.close(timeout=5)
             finally:
                 connection.terminate()
 
-    async def _trace(self, compared: Compared, spans: Sequence[Span]) -> None:
-        """Replay again, and note the messages that touch a row of the sample."""
+    async def _trace(self, compared: ComparisonResult, spans: Sequence[Span]) -> None:
+        """Replay again, and give each difference the messages behind it."""
         while True:
             try:
                 async with self._pass(compared) as current:
                     await current.replay(spans, "trace")
                 break
-            except RestartPass as again:  # a handler that does other things the second time
-                self.state.tell(f"{again}: beginning again from the start")
-        for each in compared.differences:
-            each.messages, each.explained = current.copies.session.trails[each.place, each.mark].result()
+            except RestartPass as learned:  # a handler uses the tables in another way this time
+                self.state.tell(f"{learned}: starting over")
+        for difference in compared.differences:
+            trail = current.copies.session.trails[difference.place, difference.mark]
+            difference.messages, difference.explained = trail.result()
 
 
-def _why_unstable(begun: str | None, columns: str) -> tuple[str, str]:
-    """What may explain rows that two rebuilds make differently. begun: columns that began otherwise in the second one."""
-    if begun is not None:
+def _why_unstable(uncertain: str | None, columns: str) -> tuple[str, str]:
+    """Return kind and text of why two rebuilds differ.
+
+    uncertain: the columns that began with other values in the second one, if any.
+    """
+    if uncertain is not None:
         text = (
-            f"and other rows do when the table begins with other values (columns {begun}): what was there before the first "
-            "message is not known; --base FILE gives the first rows"
+            f"and other rows do when the table begins with other values (columns {uncertain}): what was there before the "
+            "first message is not known; --base FILE gives the first rows"
         )
         return "beginning_unknown", text
     text = (

@@ -1,4 +1,4 @@
-"""What a rebuild stores: claims in a temporary table, and the messages behind differences.
+"""Stores a rebuild's claims, and traces the messages behind differences.
 
 ShadowSession takes the place of a worker's Session (transaction/batch_store.py). Nothing of it outlasts the transaction.
 """
@@ -14,7 +14,7 @@ from consumer.core.delivery import Batch, Delivery, PositionUpdate
 from consumer.core.outcome import Dead
 from consumer.deferred_writes.writer import BulkWriter
 from consumer.postgres.claims import ExistingClaim
-from consumer.rebuild.applied import offers
+from consumer.rebuild.ledger_history import offers
 from consumer.rebuild.statement_guard import SplitBatch, StatementGuard
 from consumer.rebuild.table_model import Name
 
@@ -122,8 +122,8 @@ class ShadowSession:
             self._raw.terminate()
 
     async def commit(self) -> None:
-        if self.connection.verdict is not None:
-            raise self.connection.verdict  # a handler has swallowed it
+        if self.connection.stopped_by is not None:
+            raise self.connection.stopped_by  # a handler has swallowed it
         await self.check_constraints()
         await self._raw.execute("release savepoint rebuild_batch")
         self._open = False
@@ -212,7 +212,7 @@ class ShadowSession:
         return advisory, real_counts
 
     async def _note(self) -> None:
-        """Note the one message of a committed batch at the rows that it touched."""
+        """Note the message of a batch at the rows that it touched."""
         if self._noted and self.batch is not None:
             [delivery] = self.batch.deliveries
             for row, explains in self._noted:

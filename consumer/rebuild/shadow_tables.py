@@ -1,7 +1,7 @@
-"""Copies of tables in pg_temp, in one transaction that its caller rolls back.
+"""Creates copies of tables in pg_temp, in one transaction.
 
-Once the copies exist, the transaction is read only: PostgreSQL refuses every write outside pg_temp, in functions too, and
-every nextval() of a real sequence. Limitations: what handlers do outside PostgreSQL is not known here.
+Its caller rolls it back. Once the copies exist, the transaction is read only: PostgreSQL refuses every write outside pg_temp, in functions too, and
+every nextval() of a real sequence. Limitation: what handlers do outside PostgreSQL is not known here.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.identifiers import ident
 from consumer.postgres.connection import milliseconds
 from consumer.postgres.errors import sqlstate_of
-from consumer.rebuild import copy_sql, table_model, trace_sql
-from consumer.rebuild.compare import Compared, Excuse
+from consumer.rebuild import copy_sql, table_catalog, table_model, trace_sql
+from consumer.rebuild.compare import ComparisonResult, Excuse
 from consumer.rebuild.shadow_session import ShadowSession, Trail
 from consumer.rebuild.statement_guard import LOCKS, StatementGuard
-from consumer.rebuild.table_model import Column, Constraint, DefaultSequence, Name, Table, TableUsage
+from consumer.rebuild.table_model import Name, Table, TableUsage
 from consumer.settings import Settings
 
-_COMPACT_AT = 2000  # updates of a copy, and twice its rows
-_BUFFER = "64MB"  # of the server's memory for the copies; the rest of them is on its disk
-_NO_SNAPSHOT = frozenset({"22023", "42704", "55000"})  # what importing one answers whose connection has ended
+_COMPACT_AT = 2000  # updates of a copy, if they are also twice its rows
+_BUFFER = "64MB"  # of the server's memory, for the copies; the rest is on its disk
+_NO_SNAPSHOT = frozenset({"22023", "42704", "55000"})  # of an import whose exporting connection has ended
 _SETTINGS = """
 select set_config(name, value, true) from (values
-    ('idle_in_transaction_session_timeout', '0'),  -- a slow handler, or a slow broker, leaves it idle
+    ('idle_in_transaction_session_timeout', '0'),  -- a slow handler or broker leaves the connection idle
     ('statement_timeout', '0'), ('transaction_timeout', '0'),
     ('standard_conforming_strings', 'on'),
-    -- Some paths name pg_temp, and name it last: then a name without a schema would mean the real table.
+    -- A path may name pg_temp last: then a name without a schema would mean the real table.
     ('search_path', case when current_setting('search_path') ilike '%pg_temp%' then 'pg_temp, ' else '' end
                     || current_setting('search_path'))
 ) as s(name, value) where exists (select from pg_settings p where p.name = s.name)
@@ -42,39 +42,7 @@ create temp table consumer_dead (
     handler int4 not null, id uuid not null, fingerprint int8 not null, primary key (handler, id, fingerprint)
 )
 """
-_TABLE = """
-select c.oid, row_security_active(c.oid),
-       array(select tgname::text from pg_trigger where tgrelid = c.oid and not tgisinternal and tgenabled <> 'D' order by 1),
-       array(select rulename::text from pg_rewrite where ev_class = c.oid and ev_enabled <> 'D' order by 1)
-from pg_class c join pg_namespace n on n.oid = c.relnamespace where n.nspname = $1 and c.relname = $2
-"""
-_TABLE_COLUMNS = """
-select a.attname::text, a.attnotnull or t.typnotnull, coalesce(pg_get_expr(d.adbin, d.adrelid), t.typdefault),
-       a.attidentity <> '', a.attgenerated <> '', b.typname::text, b.typcategory::text,
-       b.typnamespace = 'pg_catalog'::regnamespace,
-       array(select s.oid::regclass::text || chr(10) || s.relname from pg_depend p
-             join pg_class s on s.oid = p.refobjid and s.relkind = 'S'
-             where p.classid = 'pg_attrdef'::regclass and p.objid = d.oid and p.refclassid = 'pg_class'::regclass)
-from pg_attribute a join pg_type t on t.oid = a.atttypid
-join pg_type b on b.oid = case when t.typtype = 'd' then t.typbasetype else t.oid end
-left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
-where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped order by a.attnum
-"""
-_TABLE_KEYS = """
-select array(select a.attname::text from unnest(i.indkey::int2[]) with ordinality as k(number, place)
-             join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.number
-             where k.place <= i.indnkeyatts order by k.place)
-from pg_index i where i.indrelid = $1 and i.indisunique and i.indisvalid and i.indpred is null and i.indexprs is null
-  and not exists (select from unnest(i.indkey::int2[]) with ordinality as k(number, place)
-                  join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.number
-                  where k.place <= i.indnkeyatts and not a.attnotnull)
-order by i.indisprimary desc, i.indnkeyatts, i.indexrelid
-"""
-_CONSTRAINTS = """
-select conname::text, pg_get_constraintdef(oid), condeferrable, condeferred from pg_constraint
-where conrelid = $1 and contype in ('p', 'u', 'x') order by conname
-"""
-# Only those that change rows: what a foreign key refuses was refused before, and its message is a dead letter.
+# Only those that change rows: what another foreign key refuses is a dead letter already.
 _CASCADES = """
 select conrelid, confrelid, conname::text, pg_get_constraintdef(oid), confrelid::regclass::text, condeferrable, condeferred
 from pg_constraint where contype = 'f' and conparentid = 0 and conrelid = any($1) and confrelid = any($1)
@@ -104,33 +72,40 @@ where c.relkind in ('r', 'm') and c.relpersistence <> 't' and n.nspname not in (
 
 
 class ShadowTables:
-    """One transaction with copies in it, from `begin` to the rollback of its connection."""
+    """One transaction with copies of tables, from `begin` to its rollback.
+
+    doubts: why a copy does not begin as its table did. sequence_start: the first value of the copies' sequences.
+    real_columns: columns that begin with real values, by table.
+    """
 
     def __init__(
         self,
         connection: Any,
         settings: Settings,
-        known: dict[Name, TableUsage],
+        usage: dict[Name, TableUsage],
         owners: Mapping[str, str],
         base: str | None,
     ) -> None:
         self.connection = connection
-        self.known = known
+        self.usage = usage
         self.tables: list[Table] = []
-        self.guard = StatementGuard(connection, known, owners)
+        self.guard = StatementGuard(connection, usage, owners)
         self.session = ShadowSession(self.guard)
         self.doubts: list[str] = []
-        self.numbers_from = 1  # of sequences of the copies
-        self.beginnings: Mapping[Name, frozenset[str]] = {}  # columns that begin with real values
+        self.sequence_start = 1
+        self.real_columns: Mapping[Name, frozenset[str]] = {}
         self._settings = settings
         self._base = base
-        self._counters: list[dict[str, str]] = []
-        self._fixed: set[int] = set()  # tables that are not written anew: their rows hang together
-        self._compacted: list[int] = []  # updates of each copy when it was last written anew
-        self._rows: list[int] = []  # of each copy then
+        self._counters: list[dict[str, str]] = []  # of each copy: column -> sequence that counts uses of its default
+        self._fixed: set[int] = set()  # copies that are not compacted: constraints connect their rows
+        self._compacted: list[int] = []  # of each copy: its updates when it was last compacted
+        self._rows: list[int] = []  # of each copy: its rows then, -1 for unknown
 
     async def begin(self, snapshot: str) -> None:
-        """Begin the transaction, which sees the real state as of an exported snapshot. Raises CannotTell if that is gone."""
+        """Begin the transaction, with an exported snapshot.
+
+        Raises CannotTell if the snapshot is gone.
+        """
         try:
             await self.connection.execute(
                 f"begin isolation level repeatable read read write; set transaction snapshot {table_model.literal(snapshot)}"
@@ -146,25 +121,33 @@ class ShadowTables:
             f"set local lock_timeout = {milliseconds(self._settings.postgres_lock_timeout_seconds):d}; {_CLAIMS}"
         )
 
-    async def make(self, sought: Compared | None) -> None:
-        """Make the copies and fill them, and make the transaction read only."""
+    async def create(self, traced: ComparisonResult | None) -> None:
+        """Create and fill the copies; make the transaction read only.
+
+        traced: the differences whose messages are to be found, if any.
+        """
         connection = self.connection
-        self.tables = self.guard.tables = [await self._described(name) for name in sorted(self.known)]
-        cascades = await connection.fetch(_CASCADES, [each.oid for each in self.tables])
-        await self._make_copies(cascades)
+        self.tables = self.guard.tables = [
+            await table_catalog.describe(connection, name) for name in sorted(self.usage)
+        ]
+        cascades = await connection.fetch(_CASCADES, [table.oid for table in self.tables])
+        await self._create_copies(cascades)
         if self._base is None:
             await connection.execute(copy_sql.LEARN_FUNCTION)
             for number, table in enumerate(self.tables):
-                await self._run(copy_sql.learning(number, table, self.known[table.name]))
-        if sought is not None:
-            await self._seek(sought)
-        await self._watch()
-        await self._read_only()
+                await self._run(copy_sql.learning(number, table, self.usage[table.name]))
+        if traced is not None:
+            await self._trace(traced)
+        await self._note_real_tables()
+        await self._set_read_only()
         if self._base is not None:
             await self._run_base(self._base)
 
     async def _more_buffers(self) -> None:
-        """More memory for the copies. Too late on a connection of a pooler that has had temporary tables before."""
+        """Reserve more memory for the copies.
+
+        PostgreSQL refuses it after a first temporary table, as on a connection of a pooler.
+        """
         await self.connection.execute("savepoint rebuild_buffers")
         try:
             await self.connection.execute(f"set local temp_buffers = '{_BUFFER}'")
@@ -174,85 +157,69 @@ class ShadowTables:
             await self.connection.execute("rollback to savepoint rebuild_buffers")
         await self.connection.execute("release savepoint rebuild_buffers")
 
-    async def _described(self, name: Name) -> Table:
-        connection = self.connection
-        row = await connection.fetchrow(_TABLE, name.schema, name.table)
-        if row is None:
-            raise Misconfigured(
-                f"{name} was dropped or renamed while the rebuild ran; nothing was changed, and it can be run again"
-            )
-        oid = row[0]
-        columns = [
-            Column(
-                name=column,
-                not_null=not_null,
-                default=None if generated else default,
-                identity=identity,
-                generated=generated,
-                type_name=type_name,
-                category=category,
-                built_in=built_in,
-                sequences=tuple(DefaultSequence(*each.split("\n", 1)) for each in sequences),
-            )
-            for column, not_null, default, identity, generated, type_name, category, built_in, sequences in (
-                await connection.fetch(_TABLE_COLUMNS, oid)
-            )
-        ]
-        keys = tuple(tuple(each[0]) for each in await connection.fetch(_TABLE_KEYS, oid))
-        constraints = tuple(Constraint(*each) for each in await connection.fetch(_CONSTRAINTS, oid))
-        return Table(name, oid, tuple(columns), keys, constraints, tuple(row[2]), row[1], tuple(row[3]))
-
-    async def _make_copies(self, cascades: Sequence[Any]) -> None:
-        connection = self.connection
-        copier = copy_sql.Copier(self.numbers_from)
-        deferred: dict[str, bool] = {}
+    async def _create_copies(self, cascades: Sequence[Any]) -> None:
+        copier = copy_sql.Copier(self.sequence_start)
+        deferrable: dict[str, bool] = {}  # constraints of the copies, and whether they are deferred at first
         for number, table in enumerate(self.tables):
-            statements, counters = copier.copy(table)
-            await self._run(statements)
-            for column in table.columns:
-                if column.identity:
-                    counters[column.name] = await connection.fetchval(
-                        "select pg_get_serial_sequence($1, $2)", table.name.copy, column.name
-                    )
-                    await connection.execute(
-                        f"alter table {table.name.copy} alter column {ident(column.name)} restart with {self.numbers_from:d}"
-                    )
-            self._counters.append(counters)
-            oid = await connection.fetchval("select $1::text::regclass::oid", table.name.copy)
-            self.session.copies.append(oid)
-            made = [Constraint(*each) for each in await connection.fetch(_CONSTRAINTS, oid)]
-            await self._run(copy_sql.renamings(table, made))
-            deferred |= {each.name: each.deferred for each in table.constraints if each.deferrable}
-            self._fixed |= {number} if any(each.deferrable for each in table.constraints) else set()
-            real = self.beginnings.get(table.name, frozenset())
-            filling = copy_sql.first_rows(table, self.known[table.name], self._base is not None, real)
-            if filling is not None:
-                await self._fill(table, filling)
-        by_oid = {each.oid: each for each in self.tables}
-        for child, parent, name, definition, written, deferrable, is_deferred in cascades:
+            await self._create_copy(copier, table)
+            constraints = {row.name: row.deferred for row in table.constraints if row.deferrable}
+            self._fixed |= {number} if constraints else set()
+            deferrable |= constraints
+        deferrable |= await self._add_cascades(cascades)
+        if deferrable:
+            deferred = [name for name, is_deferred in deferrable.items() if is_deferred]
+            names = ", ".join(f"pg_temp.{ident(name)}" for name in deferred)
+            self.session.defer_again = f"set constraints {names} deferred" if deferred else ""
+            await self.session.check_constraints()
+
+    async def _create_copy(self, copier: copy_sql.Copier, table: Table) -> None:
+        connection, copy = self.connection, table.name.copy
+        statements, counters = copier.copy(table)
+        await self._run(statements)
+        for column in table.columns:
+            if column.identity:
+                counters[column.name] = await connection.fetchval(
+                    "select pg_get_serial_sequence($1, $2)", copy, column.name
+                )
+                await connection.execute(
+                    f"alter table {copy} alter column {ident(column.name)} restart with {self.sequence_start:d}"
+                )
+        self._counters.append(counters)
+        oid = await connection.fetchval("select $1::text::regclass::oid", copy)
+        self.session.copies.append(oid)
+        await self._run(copy_sql.renamings(table, await table_catalog.constraints(connection, oid)))
+        real = self.real_columns.get(table.name, frozenset())
+        filling = copy_sql.first_rows(table, self.usage[table.name], self._base is not None, real)
+        if filling is not None:
+            await self._fill(table, filling)
+
+    async def _add_cascades(self, cascades: Sequence[Any]) -> dict[str, bool]:
+        """Give the copies the foreign keys that change rows.
+
+        Returns those that are deferrable, and whether they are deferred at first.
+        """
+        deferrable: dict[str, bool] = {}
+        by_oid = {table.oid: table for table in self.tables}
+        for child, parent, name, definition, written, is_deferrable, is_deferred in cascades:
             target = f"REFERENCES {by_oid[parent].name.copy}("
             definition = definition.replace(f"REFERENCES {written}(", target).removesuffix(" NOT VALID")
-            await connection.execute(
+            await self.connection.execute(
                 f"alter table {by_oid[child].name.copy} add constraint {ident(name)} {definition} not valid"
             )
-            deferred |= {name: is_deferred} if deferrable else {}
-            self._fixed |= {self.tables.index(by_oid[each]) for each in (child, parent)}
-        if deferred:
-            again = [name for name, initially in deferred.items() if initially]
-            names = ", ".join(f"pg_temp.{ident(each)}" for each in again)
-            self.session.defer_again = f"set constraints {names} deferred" if again else ""
-            await self.session.check_constraints()
+            deferrable |= {name: is_deferred} if is_deferrable else {}
+            self._fixed |= {self.tables.index(by_oid[oid]) for oid in (child, parent)}
+        return deferrable
 
     async def _fill(self, table: Table, filling: copy_sql.Filling) -> None:
         doubt = filling.doubt
         await self.connection.execute("savepoint rebuild_fill")
         try:
-            # A trigger cannot be made on a table whose constraints are still to be checked.
+            # A trigger cannot be created on a table with pending constraint checks.
             await self.connection.execute(f"{filling.sql}; set constraints all immediate")
         except Exception as error:
             if (sqlstate_of(error) or "")[:2] != "23":
                 raise
-            updated = ", ".join(sorted(self.known[table.name].updated))
+            updated = ", ".join(sorted(self.usage[table.name].updated))
             doubt = f"{table.name}: its rows cannot begin with the defaults of {updated}, which handlers update"
             await self.connection.execute(
                 f"rollback to savepoint rebuild_fill; {filling.as_it_is}; set constraints all immediate"
@@ -262,52 +229,58 @@ class ShadowTables:
             self.doubts.append(doubt)
 
     def check_doubts(self) -> None:
-        """Raise Misconfigured for tables of which nobody knows what they began with: no handler has inserted into them."""
+        """Raise Misconfigured for tables whose first rows are unknown.
+
+        No handler has inserted into them.
+        """
         if self.doubts:
             raise Misconfigured(f"{self.doubts[0]}: give the first rows with --base FILE. Nothing was changed")
 
-    async def _seek(self, sought: Compared) -> None:
+    async def _trace(self, traced: ComparisonResult) -> None:
         await self._run(trace_sql.SOUGHT)
-        for place in sorted({each.place for each in sought.differences}):
-            await self._run(trace_sql.tracing(place, sought.comparisons[place]))
-        for each in sought.differences:
-            self.session.trails[each.place, each.mark] = Trail(bool(each.deltas))
+        for place in sorted({difference.place for difference in traced.differences}):
+            await self._run(trace_sql.tracing(place, traced.comparisons[place]))
+        for difference in traced.differences:
+            self.session.trails[difference.place, difference.mark] = Trail(bool(difference.deltas))
         await self.connection.executemany(
             "insert into pg_temp.consumer_sought values ($1, $2, $3) on conflict do nothing",
-            [(each.place, each.mark, json.dumps(each.deltas)) for each in sought.differences],
+            [(difference.place, difference.mark, json.dumps(difference.deltas)) for difference in traced.differences],
         )
 
-    async def _watch(self) -> None:
-        """Note what shows the rows of a table that has a copy, and what this transaction has locked itself."""
-        by_oid = {each.oid: each.name for each in self.tables}
+    async def _note_real_tables(self) -> None:
+        """Note the relations that show rows of a table with a copy."""
+        by_oid = {table.oid: table.name for table in self.tables}
         for oid, copy, schema, table, kind in await self.connection.fetch(_SHADOWS, list(by_oid)):
             self.guard.shadows[Name(schema, table)] = by_oid[copy]
             if kind in ("r", "p", "m"):
                 self.session.real_tables.append((oid, by_oid[copy]))
-        self.guard.held = {Name(row[0], row[1]) for row in await self.connection.fetch(LOCKS)}
+        self.guard.locked_here = {Name(row[0], row[1]) for row in await self.connection.fetch(LOCKS)}
         _, self.session.real_counts = await self.session.read_counts()
         self._compacted, self._rows = [0] * len(self.tables), [-1] * len(self.tables)
 
-    async def _read_only(self) -> None:
-        """From here on PostgreSQL refuses every write outside pg_temp, in functions too, and every nextval() there.
+    async def _set_read_only(self) -> None:
+        """Let PostgreSQL refuse every write outside pg_temp.
 
-        The setting belongs to this savepoint: what is inside cannot take it back, and releasing it does.
+        invariant: the setting belongs to this savepoint. Nothing inside it can undo it; releasing the savepoint does.
         """
         await self.connection.execute("savepoint rebuild_copies; set transaction read only")
 
     async def _run_base(self, base: str) -> None:
-        for statement in table_model.statements(base):
+        for statement in table_model.split_statements(base):
             try:
                 await self.guard.execute(statement)
             except Exception as error:
-                if sqlstate_of(error) is None or self.guard.verdict is not None:
-                    raise self.guard.verdict or error from None
+                if sqlstate_of(error) is None or self.guard.stopped_by is not None:
+                    raise self.guard.stopped_by or error from None
                 raise Misconfigured(f"--base: {error} (in: {' '.join(statement.split())[:80]})") from None
         await self.session.check_constraints()
         await self._analyze()
 
     async def keep_fast(self, analyze: bool) -> None:
-        """What a server does by itself between transactions: statistics for the planner, and no dead versions of rows."""
+        """Do what the server does between transactions: analyze, and vacuum.
+
+        analyze: whether it is time for new statistics.
+        """
         if analyze:
             await self._analyze()
         await self.guard.absent.shrink(self.tables)
@@ -321,10 +294,10 @@ class ShadowTables:
                 tag = await self.connection.execute(statement)
                 if tag.startswith("INSERT"):
                     self._rows[number] = int(tag.split()[-1])
-            await self._read_only()
+            await self._set_read_only()
 
     async def columns_used(self) -> list[set[str]]:
-        """Of each table, the columns whose moving default gave a value."""
+        """Return, of each table, the columns whose default gave a value."""
         return [
             {
                 column
@@ -335,53 +308,53 @@ class ShadowTables:
         ]
 
     def unknown(self) -> list[dict[str, Any]]:
-        """What the copies lack, so that agreement proves nothing."""
-        found: list[dict[str, Any]] = []
+        """Return what the copies lack, so that agreement proves nothing."""
+        reasons: list[dict[str, Any]] = []
         for table in self.tables:
             if table.triggers:
                 text = (
                     f"{table.name} has triggers that do not run in a rebuild ({', '.join(table.triggers)}): what they write "
                     "was not compared"
                 )
-                found.append({"kind": "triggers", "count": len(table.triggers), "text": text})
+                reasons.append({"kind": "triggers", "count": len(table.triggers), "text": text})
             if table.row_security:
                 text = (
                     f"{table.name} hides rows from this role by row security: run the rebuild with a role that may see all "
                     "rows (BYPASSRLS)"
                 )
-                found.append({"kind": "row_security", "count": 1, "text": text})
+                reasons.append({"kind": "row_security", "count": 1, "text": text})
             if table.rules:
                 text = f"{table.name} has rules, which a rebuild does not follow: {', '.join(table.rules)}"
-                found.append({"kind": "rules", "count": len(table.rules), "text": text})
-        return found
+                reasons.append({"kind": "rules", "count": len(table.rules), "text": text})
+        return reasons
 
-    async def rows_gone(self, compared: Compared) -> list[dict[str, Any]]:
-        """Why tables that no handler inserts into may lack rows."""
+    async def rows_gone(self, compared: ComparisonResult) -> list[dict[str, Any]]:
+        """Return why tables that no handler inserts into may lack rows."""
         if self._base is not None:
             return []
-        return await self.guard.absent.reasons(self.tables, [each["rows"] for each in compared.tables])
+        return await self.guard.absent.reasons(self.tables, [table["rows"] for table in compared.tables])
 
     def notes(self) -> list[str]:
-        """What a person should know about the copies."""
+        """Return the notes of the answer about the copies."""
         notes = []
         for table in self.tables:
-            use = self.known[table.name]
+            use = self.usage[table.name]
             if self._base is None and not use.inserted:
                 began = f"with the default as {', '.join(sorted(use.updated))}" if use.updated else "as they are"
                 notes.append(f"no handler inserts into {table.name}: it began with its real rows, {began}")
         if self.guard.reads:
-            names = ", ".join(str(each) for each in sorted(self.guard.reads))
+            names = ", ".join(str(name) for name in sorted(self.guard.reads))
             notes.append(Excuse(f"only read, as they are now: {names}"))
         return notes
 
     async def check_writes(self) -> None:
-        """Make sure once more that nothing real was written: PostgreSQL's own count of this transaction."""
+        """Check by PostgreSQL's counts that no real table was written to."""
         written = await self.connection.fetch(_WRITTEN)
         if written:
             raise AssertionError(f"the rebuild has written to {written[0][0]}")
 
     async def _analyze(self) -> None:
-        await self._run([f"analyze {each.name.copy}" for each in self.tables])
+        await self._run([f"analyze {table.name.copy}" for table in self.tables])
 
     async def _run(self, statements: Sequence[str]) -> None:
         for statement in statements:

@@ -1,4 +1,4 @@
-"""What the passes of a rebuild share: its options, services, and what they learn of the tables."""
+"""State shared by the passes of one rebuild."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from consumer.core.message import Partition
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.errors import KafkaError, LogTruncated
 from consumer.rebuild.absent_rows import AbsentRows
-from consumer.rebuild.compare import Compared
-from consumer.rebuild.drawn_values import Place, Values
-from consumer.rebuild.one_snapshot import OneSnapshot
-from consumer.rebuild.table_model import Name, TableUsage
+from consumer.rebuild.compare import ComparisonResult
+from consumer.rebuild.drawn_values import ColumnValues
+from consumer.rebuild.shared_snapshot import SharedSnapshot
+from consumer.rebuild.table_model import ColumnName, Name, TableUsage
 from consumer.settings import Settings
 
 NOTHING_CHANGED = "nothing was changed, and it can be run again"
@@ -28,12 +28,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(slots=True)
 class RebuildState:
-    """What all passes of one rebuild share, and what they learn.
+    """The options and services of one rebuild, and what its passes learned.
 
-    known: how handlers use the tables. owners: deferred SQL, and the handler that it was first seen from. writers: handlers
-    that have written something, in any pass. contradicted: of the first pass, see AppliedOrder. absent: of the pass that runs.
-    beginnings: of further rebuilds, see beginnings.py. first, values: what the first rebuild gives, and values that may be
-    drawn. drawn: columns that are.
+    sql_owners: the handler that first sent a deferred statement, by its SQL. writers: handlers that wrote something, in any
+    pass. usage: how handlers use the tables. contradicted: of the first pass, see AppliedOrder. absent: of the current
+    pass. uncertain_columns: columns that may have begun with other values (first_rows_rules.py). first_comparison,
+    first_values: of the first rebuild, with the values that may be drawn. drawn: columns that are.
     """
 
     app: App
@@ -43,22 +43,23 @@ class RebuildState:
     base: str | None
     tell: Tell
     progress: Progress
-    snapshot: OneSnapshot
-    owners: dict[str, str] = field(default_factory=dict)
+    snapshot: SharedSnapshot
+    sql_owners: dict[str, str] = field(default_factory=dict)
     writers: set[str] = field(default_factory=set)
-    known: dict[Name, TableUsage] = field(default_factory=dict)
+    usage: dict[Name, TableUsage] = field(default_factory=dict)
     contradicted: Counter[str] = field(default_factory=Counter)
     absent: AbsentRows | None = None
-    beginnings: Mapping[Name, frozenset[str]] = field(default_factory=dict)
-    first: Compared = field(default_factory=Compared)
-    values: dict[Place, Values] = field(default_factory=dict)
-    drawn: frozenset[Place] = frozenset()
+    uncertain_columns: Mapping[Name, frozenset[str]] = field(default_factory=dict)
+    first_comparison: ComparisonResult = field(default_factory=ComparisonResult)
+    first_values: dict[ColumnName, ColumnValues] = field(default_factory=dict)
+    drawn: frozenset[ColumnName] = frozenset()
     handlers: list[Handler] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 @contextmanager
 def kafka_errors(settings: Settings) -> Iterator[None]:
+    """Turn errors of Kafka into CannotTell."""
     try:
         yield
     except LogTruncated as error:

@@ -1,7 +1,7 @@
-"""Looks at every SQL text of handlers before it runs beside the copies for the first time.
+"""Inspects every SQL text of handlers before its first run.
 
-What it learns of the tables ends the pass, and the next one begins with the copies that were missing. Limitations: what a
-function does inside is not seen; what was written is looked up after each batch.
+What the guard learns about the tables ends the pass, and the next one starts with the copies that were missing.
+Limitation: what a function does is not seen; ShadowSession checks after each batch what was written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from consumer.core.identifiers import ident
 from consumer.postgres.errors import sqlstate_of
 from consumer.postgres.sql_tokens import first_words
 from consumer.rebuild import copy_sql, statement_rules
-from consumer.rebuild.absent_rows import AbsentRows, statements
+from consumer.rebuild.absent_rows import AbsentRows, sent_statements
 from consumer.rebuild.statement_rules import Decision, TableAccess
 from consumer.rebuild.table_model import Name, Table, TableUsage
 
@@ -38,79 +38,83 @@ where l.locktype = 'relation' and l.pid = pg_backend_pid() and c.relpersistence 
   and c.relkind in ('r', 'p', 'v', 'm', 'f') and n.nspname not in ('pg_catalog', 'pg_toast', 'information_schema')
 group by 1, 2, 3, 4
 """
-calling: ContextVar[str] = ContextVar("consumer_rebuild_handler", default="")
+current_handler: ContextVar[str] = ContextVar("consumer_rebuild_handler", default="")
 
 
 class RestartPass(Exception):
-    """Something was learned of the tables: begin again from the start."""
+    """Something was learned about the tables: start over."""
 
 
 class SplitBatch(Exception):
-    """The batch touched a row whose messages are sought: settle it in smaller parts, down to one message."""
+    """Several messages of a batch touched a traced row: settle smaller parts."""
 
 
 class StatementGuard:
-    """Stands where the connection would: looks at every new SQL text before it runs for the first time.
+    """Takes the place of the connection, and inspects each new SQL text.
 
-    `verdict` is what ends the pass, a refusal or something learned. It is kept here, because a handler may swallow the
-    exception that tells it.
+    usage: how handlers use the tables; added to. stopped_by: what ends the pass, a refusal or something learned; kept here
+    because a handler may swallow the exception. shadows: real relations that show rows of a table with a copy. locked_here:
+    relations that the rebuild itself has locked, so that a lock proves nothing. reads: real relations without a copy.
+    writers: handlers that sent a statement that writes. upserted: names of copies that are inserted into on conflict.
+    changed: names of copies that are updated or deleted from. unplanned: a statement ran whose plan is not known, so these
+    sets may be incomplete.
     """
 
-    def __init__(self, connection: Any, known: dict[Name, TableUsage], owners: Mapping[str, str]) -> None:
+    def __init__(self, connection: Any, usage: dict[Name, TableUsage], owners: Mapping[str, str]) -> None:
         self.connection = connection
-        self.known = known
+        self.usage = usage
         self.tables: list[Table] = []
-        self.shadows: dict[Name, Name] = {}  # real relations that show the rows of a table that has a copy
-        self.held: set[Name] = set()  # locked by ourselves, so a lock says nothing of them
-        self.reads: set[Name] = set()  # real relations that have no copy
-        self.verdict: Misconfigured | RestartPass | None = None
-        self.writers: set[str] = set()  # handlers that have sent a statement that writes
-        self.absent = AbsentRows(connection, known)
-        self.upserted: set[str] = set()  # names of copies that are inserted into on conflict
-        self.changed: set[str] = set()  # names of copies that other statements than INSERT change
-        self.unplanned = False  # a statement ran that could not be planned, so it may be missing there
-        self._owners = owners
+        self.shadows: dict[Name, Name] = {}
+        self.locked_here: set[Name] = set()
+        self.reads: set[Name] = set()
+        self.stopped_by: Misconfigured | RestartPass | None = None
+        self.writers: set[str] = set()
+        self.absent = AbsentRows(connection, usage)
+        self.upserted: set[str] = set()
+        self.changed: set[str] = set()
+        self.unplanned = False
+        self._sql_owners = owners
         self._seen: set[str] = set()
-        self._writing: set[str | None] = {None}  # texts that write; None is a COPY
+        self._writing: set[str | None] = {None}  # texts that write; None stands for COPY
 
     async def execute(self, sql: str, *args: Any, timeout: float | None = None) -> Any:
         if sql not in self._seen:
-            await self._look(sql)
-        return await self._watched(sql, self.connection.execute, sql, *args, timeout=timeout)
+            await self._inspect(sql)
+        return await self._run(sql, self.connection.execute, sql, *args, timeout=timeout)
 
     async def executemany(self, sql: str, args: Any, *, timeout: float | None = None) -> Any:
         if sql not in self._seen:
-            await self._look(sql)
-        if statements.get() is not None:  # of a handler's call, and perhaps an iterator
-            for each in (args := list(args)):
-                self._note(sql, each)
-        return await self._watched(sql, self.connection.executemany, sql, args, timeout=timeout)
+            await self._inspect(sql)
+        if sent_statements.get() is not None:  # a call of a handler runs; args may be an iterator
+            for arguments in (args := list(args)):
+                self._note(sql, arguments)
+        return await self._run(sql, self.connection.executemany, sql, args, timeout=timeout)
 
     async def fetch(self, sql: str, *args: Any, timeout: float | None = None) -> Any:
         if sql not in self._seen:
-            await self._look(sql)
-        return await self._watched(sql, self.connection.fetch, sql, *args, timeout=timeout)
+            await self._inspect(sql)
+        return await self._run(sql, self.connection.fetch, sql, *args, timeout=timeout)
 
     async def fetchrow(self, sql: str, *args: Any, timeout: float | None = None) -> Any:
         if sql not in self._seen:
-            await self._look(sql)
-        return await self._watched(sql, self.connection.fetchrow, sql, *args, timeout=timeout)
+            await self._inspect(sql)
+        return await self._run(sql, self.connection.fetchrow, sql, *args, timeout=timeout)
 
     async def fetchval(self, sql: str, *args: Any, column: int = 0, timeout: float | None = None) -> Any:
         if sql not in self._seen:
-            await self._look(sql)
-        return await self._watched(sql, self.connection.fetchval, sql, *args, column=column, timeout=timeout)
+            await self._inspect(sql)
+        return await self._run(sql, self.connection.fetchval, sql, *args, column=column, timeout=timeout)
 
     async def copy_records_to_table(self, table_name: str, *, schema_name: str | None = None, **options: Any) -> Any:
         if schema_name is not None:
             self._refuse(
                 None, f"names {table_name} with its schema, and so means the real table: leave schema_name out"
             )
-        # COPY cannot be looked at. An INSERT goes to the same table; what else is wrong with it, COPY says itself.
+        # PostgreSQL plans no COPY. An INSERT into the same table is inspected instead.
         text = f"insert into {ident(table_name)} select"
         if text not in self._seen:
-            await self._look(f"insert into {ident(table_name)} default values", text)
-        return await self._watched(None, self.connection.copy_records_to_table, table_name, **options)
+            await self._inspect(f"insert into {ident(table_name)} default values", text)
+        return await self._run(None, self.connection.copy_records_to_table, table_name, **options)
 
     def is_in_transaction(self) -> bool:
         return bool(self.connection.is_in_transaction())
@@ -122,11 +126,11 @@ class StatementGuard:
         self.connection.terminate()
 
     def _note(self, sql: str, arguments: Sequence[Any]) -> None:
-        if sql in self._writing and (noted := statements.get()) is not None:
+        if sql in self._writing and (noted := sent_statements.get()) is not None:
             noted.append((sql, arguments))
 
-    async def _watched(self, sql: str | None, method: Any, *args: Any, **options: Any) -> Any:
-        if sql in self._writing and (handler := calling.get()):
+    async def _run(self, sql: str | None, method: Any, *args: Any, **options: Any) -> Any:
+        if sql in self._writing and (handler := current_handler.get()):
             self.writers.add(handler)
             if sql is not None:
                 self._note(sql, args[1:])
@@ -135,75 +139,103 @@ class StatementGuard:
         except Exception as error:
             state = sqlstate_of(error)
             if state == copy_sql.LEARNED:
-                name = copy_sql.learned(str(getattr(error, "detail", "")), self.tables, self.known)
-                self._stop(RestartPass(f"{self._who(sql)} {self._how(name)}"))
+                name = copy_sql.learned(str(getattr(error, "detail", "")), self.tables, self.usage)
+                self._stop(RestartPass(f"{self._sender(sql)} {self._usage_text(name)}"))
             if state == _READ_ONLY:
                 self._refuse(
                     sql, f"writes outside the copies, in a function perhaps, and PostgreSQL refused it ({error})"
                 )
             raise
 
-    def _how(self, name: Name) -> str:
-        use = self.known[name]
+    def _usage_text(self, name: Name) -> str:
+        use = self.usage[name]
         if use.deleted and not use.inserted:
             return f"deletes from {name}"
         return f"inserts into {name}" if use.inserted else f"updates {name} ({', '.join(sorted(use.updated))})"
 
-    def _who(self, sql: str | None) -> str:
-        owner = self._owners.get(sql or "") or calling.get()
+    def _sender(self, sql: str | None) -> str:
+        owner = self._sql_owners.get(sql or "") or current_handler.get()
         return f"handler {owner!r}" if owner else "--base"
 
-    def _stop(self, verdict: Misconfigured | RestartPass) -> NoReturn:
-        self.verdict = self.verdict or verdict
-        raise self.verdict
+    def _stop(self, reason: Misconfigured | RestartPass) -> NoReturn:
+        self.stopped_by = self.stopped_by or reason
+        raise self.stopped_by
 
     def _refuse(self, sql: str | None, what: str) -> NoReturn:
-        self.refuse(f"{self._who(sql)} {what}")
+        self.refuse(f"{self._sender(sql)} {what}")
 
     def refuse(self, what: str) -> NoReturn:
-        """End the pass, and the rebuild with it."""
+        """End the rebuild. Raises Misconfigured."""
         self._stop(Misconfigured(f"{what}. Nothing was changed"))
 
-    async def _look(self, sql: str, seen_as: str | None = None) -> None:
-        """Find out what a text touches. Returns when it may run; what cannot be parsed may, and says so itself."""
-        if self.verdict is not None:
-            raise self.verdict
+    async def _inspect(self, sql: str, seen_as: str | None = None) -> None:
+        """Inspect a text. Returns if it may run.
+
+        A text that cannot be parsed may run: PostgreSQL refuses it. seen_as: the text to remember as inspected, if another.
+        """
+        if self.stopped_by is not None:
+            raise self.stopped_by
         words = first_words(sql)
-        if not words or _SAVEPOINT.fullmatch(sql):  # the framework's own: a handler's were refused by its Tx
+        if not words or _SAVEPOINT.fullmatch(sql):  # of the framework: Tx refuses those of a handler
             return
         if len(words) > 1:
-            self._refuse(sql, "sends several statements in one text, which cannot be looked at: send them one by one")
+            self._refuse(sql, "sends several statements in one text, which cannot be inspected: send them one by one")
         if words[0][0] not in _PLANNED and words[0] != ("set", "constraints") and words[0][0] != "show":
-            self._refuse(sql, f"runs {words[0][0].upper()}, and nobody can tell beforehand what that touches")
+            self._refuse(sql, f"runs {words[0][0].upper()}, and what that touches is not known beforehand")
         if re.search(r"\bpg_(try_)?advisory", sql, re.IGNORECASE):
             self._refuse(sql, "takes advisory locks: a rebuild would keep them to its end, and hold up the workers")
         if words[0][0] in _PLANNED:
-            touches = await self._touches(sql)
-            if touches is None:
+            accesses = await self._accesses(sql)
+            if accesses is None:
                 return
-            self._act(sql, statement_rules.judge(touches, self.shadows))
-            self.reads |= {each.name for each in touches}
+            self._follow(sql, statement_rules.decide_statement(accesses, self.shadows))
+            self.reads |= {access.name for access in accesses}
         if words[0][0] in _WRITING:
             self._writing.add(sql)
-        if len(self._seen) >= TEXTS_MAX:  # SQL built anew for each message: forget rather than grow
+        if len(self._seen) >= TEXTS_MAX:  # SQL with literals of each message: forget rather than grow
             self._seen.clear()
         self._seen.add(seen_as or sql)
 
-    def _act(self, sql: str, judgement: Decision) -> None:
-        if judgement.refusal is not None:
-            self._refuse(sql, judgement.refusal)
-        if judgement.copies:
-            for name, inserted in judgement.copies.items():
-                self.known.setdefault(name, TableUsage()).inserted |= inserted
-            names = ", ".join(str(each) for each in sorted(judgement.copies))
-            self._stop(RestartPass(f"{self._who(sql)} writes to {names}, which has no copy yet"))
+    def _follow(self, sql: str, decision: Decision) -> None:
+        if decision.refusal is not None:
+            self._refuse(sql, decision.refusal)
+        if decision.copies:
+            for name, inserted in decision.copies.items():
+                self.usage.setdefault(name, TableUsage()).inserted |= inserted
+            names = ", ".join(str(name) for name in sorted(decision.copies))
+            self._stop(RestartPass(f"{self._sender(sql)} writes to {names}, which has no copy yet"))
 
-    async def _touches(self, sql: str) -> list[TableAccess] | None:
-        """The real relations that a statement touches, None for one that PostgreSQL cannot parse.
+    async def _accesses(self, sql: str) -> list[TableAccess] | None:
+        """Return the real relations that a statement touches.
 
-        PREPARE takes one statement and locks what it names, and the lock's mode says what for. The plan tells what is
-        read of tables that are locked by us already, and what is inserted into. It must be the generic one: with
-        values, `where id = null` would be planned as nothing at all.
+        None for a statement that PostgreSQL cannot parse. The modes of its locks tell reading from writing. The plan tells what
+        is read of relations that are locked already, and what is inserted into.
+        """
+        planned = await self._plan(sql)
+        if planned is None:
+            return None
+        locks, plan = planned
+        self.unplanned |= plan is None
+        operations = statement_rules.operations(plan)
+        self._note_operations(sql, operations)
+        accesses = [
+            TableAccess(Name(schema, table), kind, part, written, "Insert" in operations.get(Name(schema, table), ()))
+            for schema, table, kind, part, written in locks
+            if written or Name(schema, table) in operations or Name(schema, table) not in self.locked_here
+        ]
+        locked = {access.name for access in accesses}
+        only_planned = [
+            relation
+            for relation in operations
+            if relation not in locked and relation.schema not in ("pg_temp", "pg_catalog", "information_schema")
+        ]
+        return accesses + [TableAccess(relation, "r", False, False, False) for relation in only_planned]
+
+    async def _plan(self, sql: str) -> tuple[list[Any], Any] | None:
+        """Return the locks and the plan of a statement.
+
+        None if PostgreSQL cannot parse it; no plan if it cannot plan it. PREPARE locks what the statement names. The plan must be
+        the generic one: with values, `where id = null` would be planned as nothing at all.
         """
         name = f"consumer_{uuid4().hex}"
         connection = self.connection
@@ -222,31 +254,19 @@ class StatementGuard:
         except Exception as error:
             if sqlstate_of(error) is None:
                 raise
-            # Not even parsed: it will say so itself. Not planned (null for a domain that takes none): the locks must do.
+            # Not parsed: it fails when it runs. Not planned (null for a domain that is not null): only the locks are known.
         finally:
             if not connection.is_closed():
                 await connection.execute("rollback to savepoint rebuild_look; release savepoint rebuild_look")
                 if prepared:
                     await connection.execute(f"deallocate {name}")
-        if not prepared:
-            return None
-        self.unplanned |= plan is None
-        done = statement_rules.operations(plan)
-        for each, acts in done.items():
-            if each.schema == "pg_temp":
-                self.upserted |= {each.table} if statement_rules.UPSERT in acts else set()
-                self.changed |= set() if acts.isdisjoint(("Update", "Merge", "Delete")) else {each.table}
+        return (locks, plan) if prepared else None
+
+    def _note_operations(self, sql: str, operations: Mapping[Name, set[str]]) -> None:
+        """Note what a statement does to copies."""
+        for relation, acts in operations.items():
+            if relation.schema == "pg_temp":
+                self.upserted |= {relation.table} if statement_rules.UPSERT in acts else set()
+                self.changed |= set() if acts.isdisjoint(("Update", "Merge", "Delete")) else {relation.table}
                 if not acts.isdisjoint(("Update", "Merge")):
-                    self.absent.updating.setdefault(each.table, set()).add(sql)
-        touches = [
-            TableAccess(Name(schema, table), kind, part, written, "Insert" in done.get(Name(schema, table), ()))
-            for schema, table, kind, part, written in locks
-            if written or Name(schema, table) in done or Name(schema, table) not in self.held
-        ]
-        told = {each.name for each in touches}
-        hidden = [
-            each
-            for each in done
-            if each not in told and each.schema not in ("pg_temp", "pg_catalog", "information_schema")
-        ]
-        return touches + [TableAccess(each, "r", False, False, False) for each in hidden]
+                    self.absent.updating.setdefault(relation.table, set()).add(sql)

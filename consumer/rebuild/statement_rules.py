@@ -1,7 +1,7 @@
 """Which statements of handlers may run beside the copies.
 
-Pure. Limitations: what a function does inside is not known here. PostgreSQL refuses its writes (the transaction is read
-only), and the rebuild looks afterwards at what was touched.
+Pure. Limitation: what a function does is not known here. PostgreSQL refuses its writes (the transaction is read only), and
+ShadowSession checks after each batch which real tables were touched.
 """
 
 from __future__ import annotations
@@ -15,69 +15,77 @@ UPSERT = "Upsert"  # among the operations of a plan
 
 
 class TableAccess(NamedTuple):
-    """A real relation that a statement touches. kind: pg_class.relkind. part: of a partitioned or inherited table."""
+    """A real relation that a statement touches.
+
+    kind: pg_class.relkind. part: whether it belongs to a partitioned or inherited table. written: written to, or rows locked.
+    """
 
     name: Name
     kind: str
     part: bool
-    written: bool  # or its rows locked
+    written: bool
     inserted: bool
 
 
 class Decision(NamedTuple):
-    """What to do about a statement: refuse it, or begin again with copies of these tables. Neither: run it."""
+    """Refuse a statement, start over with more copies, or run it.
+
+    refusal: why it is refused. copies: tables that need a copy, and whether the statement inserts into them.
+    """
 
     refusal: str | None
-    copies: dict[Name, bool]  # and whether it is known to insert into them
+    copies: dict[Name, bool]
 
 
 def operations(plan: Any) -> dict[Name, set[str]]:
-    """The relations of an `explain (verbose, format json)`, with what is done to each (Insert, Update, …, or read)."""
-    found: dict[Name, set[str]] = {}
+    """Return the relations of a plan, with what is done to each.
+
+    plan: of `explain (verbose, format json)`. The operations are PostgreSQL's (Insert, Update, …), UPSERT, and "read".
+    """
+    by_relation: dict[Name, set[str]] = {}
     pending = [plan]
     while pending:
-        each = pending.pop()
-        if isinstance(each, list):
-            pending += each
-        elif isinstance(each, dict):
-            if "Relation Name" in each and "Schema" in each:
-                name = Name(each["Schema"], each["Relation Name"])
-                found.setdefault(name, set()).add(each.get("Operation", "read"))
-                if "Conflict Resolution" in each:
-                    found[name].add(UPSERT)
-            pending += [value for value in each.values() if isinstance(value, dict | list)]
-    return found
+        node = pending.pop()
+        if isinstance(node, list):
+            pending += node
+        elif isinstance(node, dict):
+            if "Relation Name" in node and "Schema" in node:
+                name = Name(node["Schema"], node["Relation Name"])
+                by_relation.setdefault(name, set()).add(node.get("Operation", "read"))
+                if "Conflict Resolution" in node:
+                    by_relation[name].add(UPSERT)
+            pending += [value for value in node.values() if isinstance(value, dict | list)]
+    return by_relation
 
 
-def judge(touches: Sequence[TableAccess], shadows: Mapping[Name, Name]) -> Decision:
-    """Whether a statement stays within the copies.
+def decide_statement(accesses: Sequence[TableAccess], shadows: Mapping[Name, Name]) -> Decision:
+    """Decide whether a statement stays within the copies.
 
-    touches: the real relations that it touches. shadows: real relations whose rows are those of a table that has a
-    copy: itself, its partitions, views of it. What is only read and has no copy is the same here as there, so it is read
-    where it is.
+    accesses: the real relations that it touches. shadows: real relations that show rows of a table with a copy: the table
+    itself, its partitions, views of it. A table without a copy that is only read is read where it is: no handler changes it.
     """
-    for each in touches:
-        if each.name.schema == OURS:
-            return Decision(f"touches {each.name}, which is the framework's own", {})
-    views = [each for each in touches if each.kind in "vm"]
-    for each in [*views, *touches]:
-        table = shadows.get(each.name)
+    for access in accesses:
+        if access.name.schema == OURS:
+            return Decision(f"accesses {access.name}, which is the framework's own", {})
+    views = [access for access in accesses if access.kind in "vm"]
+    for access in [*views, *accesses]:
+        table = shadows.get(access.name)
         if table is None:
             continue
-        if each.kind in "vm":
-            return Decision(f"reads {table} through the view {each.name}, which shows the real table only", {})
-        if table == each.name:
+        if access.kind in "vm":
+            return Decision(f"reads {table} through the view {access.name}, which shows the real table only", {})
+        if table == access.name:
             return Decision(f"names {table} with its schema, and so means the real table: leave the schema out", {})
-        return Decision(f"names {each.name}, a part of {table}: name {table.table} itself", {})
+        return Decision(f"names {access.name}, a part of {table}: name {table.table} itself", {})
     copies: dict[Name, bool] = {}
-    for each in touches:
-        if not each.written:
+    for access in accesses:
+        if not access.written:
             continue
-        if each.kind in "vm":
-            return Decision(f"writes or locks through the view {each.name}: name its table", {})
-        if each.kind == "f":
-            return Decision(f"writes to {each.name}, a foreign table: its rows are in another place", {})
-        if each.part:
-            return Decision(f"writes to {each.name}, a part of another table or one with parts: that has no copy", {})
-        copies[each.name] = copies.get(each.name, False) or each.inserted
+        if access.kind in "vm":
+            return Decision(f"writes or locks through the view {access.name}: name its table", {})
+        if access.kind == "f":
+            return Decision(f"writes to {access.name}, a foreign table: its rows are in another place", {})
+        if access.part:
+            return Decision(f"writes to {access.name}, a part of another table or one with parts: that has no copy", {})
+        copies[access.name] = copies.get(access.name, False) or access.inserted
     return Decision(None, copies)

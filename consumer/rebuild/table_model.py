@@ -1,6 +1,6 @@
 """The tables of a rebuild, and how handlers use them.
 
-Pure. A copy lives in pg_temp under the name of its original, so that a statement that names no schema meets the copy.
+Pure. A copy is in pg_temp under the name of its original, so that a statement that names no schema uses the copy.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ from consumer.postgres.sql_tokens import first_words
 OURS = "consumer"  # the schema that no handler may touch
 _DEFAULT_MAX = 80
 _AFTER = ("consumer_after", "consumer_after")
-# What gives another value at another time, in another order or session.
-_MOVING = re.compile(
+# Functions whose value depends on the time, the order of calls or the session.
+_VOLATILE = re.compile(
     r"\b(nextval|now|current_timestamp|current_date|current_time|localtimestamp|localtime|clock_timestamp"
     r"|statement_timestamp|transaction_timestamp|timeofday|random|random_normal|gen_random_uuid|gen_random_bytes|uuidv4"
     r"|uuidv7|uuid_generate_v[0-9a-z]+|txid_current|pg_current_xact_id|pg_backend_pid|current_user|session_user)\b",
     re.IGNORECASE,
 )
-# Types whose `=` says that two values are the same; points have none, and that of boxes compares their areas.
+# Types whose `=` means the same value; points have no `=`, and that of boxes compares areas.
 _COMPARABLE_CATEGORIES = frozenset("NSBDTIEV")
 _COMPARABLE_TYPES = frozenset({"uuid", "bytea", "jsonb", "pg_lsn"})
 
 
 def literal(text: str) -> str:
-    """Text as SQL, quoted (standard_conforming_strings is on)."""
+    """Quote a text as SQL; standard_conforming_strings must be on.
+
+    Raises Misconfigured for a text with a NUL.
+    """
     if "\0" in text:
         raise Misconfigured("text with a NUL cannot be sent to PostgreSQL")
     return "'" + text.replace("'", "''") + "'"
@@ -44,20 +47,26 @@ class Name(NamedTuple):
 
     @property
     def real(self) -> str:
-        """The real one, as SQL."""
+        """The real table, as SQL."""
         return f"{ident(self.schema)}.{ident(self.table)}"
 
     @property
     def copy(self) -> str:
-        """Its copy, as SQL."""
+        """The copy, as SQL."""
         return f"pg_temp.{ident(self.table)}"
 
     def __str__(self) -> str:
         return f"{self.schema}.{self.table}"
 
 
+ColumnName = tuple[Name, str]  # a table and one of its columns
+
+
 class DefaultSequence(NamedTuple):
-    """A sequence that a default takes numbers from: how PostgreSQL writes it there, and its name."""
+    """A sequence that a column's default uses.
+
+    written: how PostgreSQL writes it in the default. name: without its schema.
+    """
 
     written: str
     name: str
@@ -65,7 +74,7 @@ class DefaultSequence(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column, as far as a copy and a comparison need to know it."""
+    """What a copy and a comparison need to know of a column."""
 
     name: str
     not_null: bool = False
@@ -78,13 +87,13 @@ class Column:
     sequences: tuple[DefaultSequence, ...] = ()
 
     @property
-    def moves(self) -> bool:
-        """Whether its default depends on when, and in which order, it is asked for."""
-        return self.identity or (self.default is not None and moving(self.default))
+    def has_volatile_default(self) -> bool:
+        """Whether its default depends on the time or the order of calls."""
+        return self.identity or (self.default is not None and is_volatile(self.default))
 
     @property
     def comparable(self) -> bool:
-        """Whether `=` compares its values; else their texts are compared."""
+        """Whether its values are compared with `=`, not as texts."""
         if self.category == "E":
             return True
         return self.built_in and (self.category in _COMPARABLE_CATEGORIES or self.type_name in _COMPARABLE_TYPES)
@@ -98,18 +107,18 @@ class Column:
         return self.built_in and self.type_name in ("timestamptz", "timestamp")
 
     @property
-    def dated(self) -> bool:
-        """Whether its values may be taken from the clock."""
+    def is_date_or_time(self) -> bool:
+        """Whether its values may come from the clock."""
         return self.built_in and self.type_name in ("date", "timestamp", "timestamptz")
 
     @property
-    def why(self) -> str:
-        """Why it is not compared, when it moves."""
+    def ignored_because(self) -> str:
+        """Why it is not compared, if its default is volatile."""
         return "identity" if self.identity else f"default {self.default}"[:_DEFAULT_MAX]
 
 
 class Constraint(NamedTuple):
-    """A key or an exclusion, as PostgreSQL describes it."""
+    """A key or exclusion constraint, as PostgreSQL describes it."""
 
     name: str
     definition: str
@@ -119,36 +128,44 @@ class Constraint(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A real table that is copied. keys: of columns that are not null, the primary key first."""
+    """A real table that is copied.
+
+    keys: unique keys whose columns are not null, the primary key first. triggers: enabled ones of users; a copy has none.
+    row_security: it hides rows from the role of this connection.
+    """
 
     name: Name
     oid: int
     columns: tuple[Column, ...]
     keys: tuple[tuple[str, ...], ...] = ()
     constraints: tuple[Constraint, ...] = ()
-    triggers: tuple[str, ...] = ()  # of users: a copy has none of them
-    row_security: bool = False  # hides rows from the role of this connection
+    triggers: tuple[str, ...] = ()
+    row_security: bool = False
     rules: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
 class TableUsage:
-    """How handlers use a table, as far as it is known. One that none of them inserts into begins with its real rows."""
+    """How handlers use a table, as far as this is known.
+
+    A table that no handler inserts into begins with its real rows. updated: names of columns.
+    """
 
     inserted: bool = False
     updated: set[str] = field(default_factory=set)
     deleted: bool = False
 
 
-def moving(expression: str) -> bool:
-    """Whether an expression gives another value when it is asked again, in a rebuild for example."""
-    return _MOVING.search(re.sub("'(?:[^']|'')*'", "''", expression)) is not None
+def is_volatile(expression: str) -> bool:
+    """Return whether an expression may give another value when evaluated again."""
+    return _VOLATILE.search(re.sub("'(?:[^']|'')*'", "''", expression)) is not None
 
 
-def statements(sql: str) -> Iterator[str]:
-    """The statements of a text, one by one. A semicolon inside quotes, comments or a function's body ends none.
+def split_statements(sql: str) -> Iterator[str]:
+    """Yield the statements of a text.
 
-    For each semicolon it is asked whether the words after it would begin a statement.
+    A semicolon inside quotes, a comment or the body of a function ends no statement: one ends it only if the words after it
+    would begin another statement.
     """
     start = at = 0
     while (at := sql.find(";", at)) >= 0:

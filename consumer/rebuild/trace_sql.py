@@ -1,6 +1,6 @@
-"""The SQL that finds the messages behind a difference.
+"""SQL that finds the messages behind a difference.
 
-Pure: every name is quoted by `ident`; runs nothing.
+Pure. Every name is quoted by `ident`.
 """
 
 # ruff: noqa: S608 - every name in the SQL of this file is quoted by `ident`
@@ -8,7 +8,7 @@ Pure: every name is quoted by `ident`; runs nothing.
 from __future__ import annotations
 
 from consumer.core.identifiers import ident
-from consumer.rebuild.compare_sql import Comparison, row_mark
+from consumer.rebuild.compare_sql import TableComparison, row_mark
 from consumer.rebuild.table_model import literal
 
 SOUGHT = (
@@ -18,17 +18,20 @@ SOUGHT = (
 )
 
 
-def tracing(place: int, comparison: Comparison) -> list[str]:
-    """A trigger on a copy that notes when a sought row is touched, and whether that changed a number by the difference."""
+def tracing(place: int, comparison: TableComparison) -> list[str]:
+    """Return SQL for a trigger that notes changes of traced rows.
+
+    It notes too whether the change of a number is exactly the difference. place: index of the table.
+    """
     name, copy = f"pg_temp.consumer_touch_{place}", comparison.table.name.copy
 
     def mark(of: str) -> str:
-        return row_mark(f"{of}.{ident(each)}" for each in comparison.marked)
+        return row_mark(f"{of}.{ident(column)}" for column in comparison.marked)
 
     explains = " or ".join(
-        f"abs(cast(s.deltas ->> {literal(each)} as numeric)) = "
-        f"abs(coalesce(new.{ident(each)}, 0)::numeric - coalesce(old.{ident(each)}, 0)::numeric)"
-        for each in comparison.numeric
+        f"abs(cast(s.deltas ->> {literal(column)} as numeric)) = "
+        f"abs(coalesce(new.{ident(column)}, 0)::numeric - coalesce(old.{ident(column)}, 0)::numeric)"
+        for column in comparison.numeric
     )
     body = f"""
 declare

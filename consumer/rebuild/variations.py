@@ -11,27 +11,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Variation:
-    """In what a further rebuild differs from the first one.
+    """How a further rebuild differs from the first one.
 
-    shift: how many microseconds later each partition comes than the one before it: transactions that are less than a second
-    apart may have overlapped, and then met a row in either order. zone: hours from UTC. begins: with real values, where
-    it is not known what a table began with. by_records: in the order of the records' times, not of the ledger's.
+    shift: microseconds by which each partition comes later than the one before it. Transactions less than a second apart
+    may have overlapped, and then met a row in either order. zone: hours from UTC. with_real_values: columns whose first
+    values are not known begin with today's values. by_records: in the order of the records' times, not of the ledger's.
+    repeats_first: no difference, to find drawn values.
     """
 
     shift: int = 0
     zone: int | None = None
-    begins: bool = False
+    with_real_values: bool = False
     by_records: bool = False
-    same: bool = False  # as the first one, to find values that are drawn
+    repeats_first: bool = False
 
     @property
     def name(self) -> str:
-        return repr(dataclasses.replace(self, same=False))
+        """A name that the first rebuild and its repetition share."""
+        return repr(dataclasses.replace(self, repeats_first=False))
 
 
 FIRST = Variation()
-# In one of the two zones it is another day than in the server's, at any time.
+# One of the two zones has, at any time, another day than the server.
 OTHER_ORDERS = (Variation(-1_000_000, zone=14), Variation(1_000_000, zone=-12))
-OTHER_ROWS = Variation(begins=True)
+OTHER_ROWS = Variation(with_real_values=True)
 BY_RECORDS = Variation(by_records=True)
-SAME_ORDER = Variation(same=True)
+SAME_ORDER = Variation(repeats_first=True)

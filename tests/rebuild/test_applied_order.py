@@ -13,7 +13,7 @@ from consumer import App
 from consumer.core.delivery import Delivery
 from consumer.core.message import Partition
 from consumer.core.outcome import DUPLICATE, Cause
-from consumer.rebuild.applied_order import AppliedOrder, Backlog, Entry, transactions
+from consumer.rebuild.applied_order import AppliedOrder, Backlog, OrderEntry, transactions
 
 pytestmark = pytest.mark.unit
 
@@ -43,8 +43,8 @@ def _handler() -> Any:
 HANDLER = _handler()
 
 
-def entry(partition: Partition, offset: int, applied_at: int | None, time: int = 0) -> Entry:
-    return Entry(Delivery(HANDLER, Rec(*partition, offset)), applied_at, time)
+def entry(partition: Partition, offset: int, applied_at: int | None, time: int = 0) -> OrderEntry:
+    return OrderEntry(Delivery(HANDLER, Rec(*partition, offset)), applied_at, time)
 
 
 def taken(order: AppliedOrder, most: int = 1000) -> list[tuple[int, int]]:
@@ -94,8 +94,8 @@ def test_a_shift_gives_the_other_order_of_what_overlapped() -> None:
     assert taken(order) == [(0, 0), (1, 0)]
 
 
-def keyed(offset: int, applied_at: int, key: bytes | None, time: int = 0) -> Entry:
-    return Entry(Delivery(HANDLER, Rec("orders", 0, offset, key=key)), applied_at, time)
+def keyed(offset: int, applied_at: int, key: bytes | None, time: int = 0) -> OrderEntry:
+    return OrderEntry(Delivery(HANDLER, Rec("orders", 0, offset, key=key)), applied_at, time)
 
 
 def test_times_that_contradict_the_offsets_of_a_key_are_counted() -> None:

@@ -43,7 +43,7 @@ from consumer import App, Message, Reject, Retry, Tx
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.core.message import Partition
 from consumer.rebuild.rebuild import rebuild
-from consumer.rebuild.result import Rebuilt
+from consumer.rebuild.result import RebuildResult
 from consumer.transaction.handler_runner import HandlerRunner
 from handlers import app as billing
 
@@ -255,7 +255,7 @@ insert into rates values ('EUR', 1.5), ('USD', 2);
 """
 
 
-async def agrees_after(place: Place, handle: Handle, messages: list[Sent], **options: Any) -> Rebuilt:
+async def agrees_after(place: Place, handle: Handle, messages: list[Sent], **options: Any) -> RebuildResult:
     """Let a worker settle the messages and rebuild; fail where the two differ."""
     topic = await place.topic(2)
     app = app_with_handler(topic, handle, **options)
@@ -307,7 +307,7 @@ async def test_awaited_statements_savepoints_upserts_deletes_and_copy(place: Pla
 _last: dict[str, App] = {}
 
 
-async def rebuilt_again(place: Place, handle: Handle) -> Rebuilt:
+async def rebuilt_again(place: Place, handle: Handle) -> RebuildResult:
     """Rebuild what `agrees_after` has rebuilt before."""
     [(name,)] = await query(place.dsn, "select distinct app from consumer.positions")
     [(topic,)] = await query(place.dsn, "select distinct topic from consumer.positions")

@@ -9,7 +9,7 @@ from harness import Place, Sent, consume_all, migrated, query
 from rebuild_runs import app_with_handler, message_id, numbered, rebuilt, unknown_kinds
 
 from consumer import App, Reject, Tx
-from consumer.rebuild.beginnings import Sought, sought_by
+from consumer.rebuild.update_targets import UpdateTarget, update_target
 
 PEOPLE = """
 create table people (id int primary key, kind text not null default 'a', note text, balance int not null default 0);
@@ -20,12 +20,15 @@ insert into people (id, note) select n, 'seed ' || n from generate_series(1, 20)
 @pytest.mark.parametrize(
     ("sql", "sought"),
     [
-        ("update people set note = $1 where id = $2", Sought("people", (("id", 1),))),
+        ("update people set note = $1 where id = $2", UpdateTarget("people", (("id", 1),))),
         (
             "update people p set note = $1 where p.id = $2::int and p.kind = $3",
-            Sought("people", (("id", 1), ("kind", 2))),
+            UpdateTarget("people", (("id", 1), ("kind", 2))),
         ),
-        ("update people set note = 'x' where id = $1 and balance > 3 returning note", Sought("people", (("id", 0),))),
+        (
+            "update people set note = 'x' where id = $1 and balance > 3 returning note",
+            UpdateTarget("people", (("id", 0),)),
+        ),
         ("update people set id = id + 1 where id = $1", None),
         ("update people set note = $1", None),
         ("update people set note = $1 where id = $2 or id = 3", None),
@@ -35,8 +38,8 @@ insert into people (id, note) select n, 'seed ' || n from generate_series(1, 20)
         ("insert into people values ($1)", None),
     ],
 )
-def test_update_that_looks_for_rows_by_key_is_read(sql: str, sought: Sought | None) -> None:
-    assert sought_by(sql) == sought
+def test_update_that_looks_for_rows_by_key_is_read(sql: str, sought: UpdateTarget | None) -> None:
+    assert update_target(sql) == sought
 
 
 async def after(place: Place, handle: Any, messages: list[Sent], tables: str = PEOPLE, **options: Any) -> App:
@@ -108,7 +111,7 @@ async def test_updates_of_rows_that_cannot_be_told_are_a_reason_once_rows_are_go
     result = await rebuilt(place, app)
     assert (
         unknown_kinds(result) == ["rows_gone"]
-        and "update balance of rows that cannot be told" in result.unknown[0]["text"]
+        and "update balance of rows that do not follow" in result.unknown[0]["text"]
     )
 
 

@@ -12,7 +12,7 @@ from harness import Place, consume_all, migrated, query, value
 from rebuild_runs import app_with_handler, numbered, rebuilt, unknown_kinds
 
 from consumer import App, Tx
-from consumer.rebuild.drawn_values import DRAWN, Values, drawn
+from consumer.rebuild.drawn_values import DRAWN, ColumnValues, find_drawn
 from consumer.rebuild.table_model import Name
 
 _MADE = Name("public", "made")
@@ -122,8 +122,8 @@ async def test_drawn_key_that_another_table_refers_to_is_no_agreement(place: Pla
     assert await value(place.dsn, "select count(*) from child") == 5
 
 
-def _values(*hashes: int, length: int | None = None) -> Values:
-    return Values(frozenset(hashes), length)
+def _values(*hashes: int, length: int | None = None) -> ColumnValues:
+    return ColumnValues(frozenset(hashes), length)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def _values(*hashes: int, length: int | None = None) -> Values:
     ],
 )
 def test_drawn_columns_are_those_in_which_nothing_is_given_twice(
-    first: dict[str, Values], again: dict[str, Values], varying: set[str] | None, columns: set[str]
+    first: dict[str, ColumnValues], again: dict[str, ColumnValues], varying: set[str] | None, columns: set[str]
 ) -> None:
     varying_columns = {} if varying is None else {_MADE: varying}
     mine, others = ({(_MADE, column): values for column, values in which.items()} for which in (first, again))
-    assert drawn(mine, others, varying_columns) == {(_MADE, column) for column in columns}
+    assert find_drawn(mine, others, varying_columns) == {(_MADE, column) for column in columns}

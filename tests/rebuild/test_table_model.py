@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from consumer.core.errors import Misconfigured
 from consumer.core.identifiers import ident
 from consumer.rebuild import copy_sql, trace_sql
-from consumer.rebuild.compare_sql import Comparison, key_of, left_out, named
+from consumer.rebuild.compare_sql import TableComparison, ignored_columns, match_key, named
 from consumer.rebuild.copy_sql import Copier, first_rows, learned, learning, renamings
-from consumer.rebuild.statement_rules import TableAccess, judge, operations
+from consumer.rebuild.statement_rules import TableAccess, decide_statement, operations
 from consumer.rebuild.table_model import (
     Column,
     Constraint,
@@ -17,9 +17,9 @@ from consumer.rebuild.table_model import (
     Name,
     Table,
     TableUsage,
+    is_volatile,
     literal,
-    moving,
-    statements,
+    split_statements,
 )
 
 pytestmark = pytest.mark.unit
@@ -74,18 +74,18 @@ WHOLE = [
 @given(st.lists(st.sampled_from(WHOLE)), st.sampled_from([";", " ;\n", "; ;", "; -- ;\n;", ";/* ; */;"]))
 def test_a_text_is_taken_apart_where_its_statements_end(texts: list[str], between: str) -> None:
     assert (
-        [statement.rstrip() for statement in statements(between.join(texts))] == texts
+        [statement.rstrip() for statement in split_statements(between.join(texts))] == texts
         or "--" in between
         or "/*" in between
     )
-    parts = list(statements(between.join(texts)))
+    parts = list(split_statements(between.join(texts)))
     assert len(parts) == len(texts)
     assert all(text in statement for text, statement in zip(texts, parts, strict=True))
 
 
 @pytest.mark.parametrize("text", ["", ";", " ; ", "-- only a comment; so\n", "/* ; */"])
 def test_a_text_without_a_statement_has_none(text: str) -> None:
-    assert list(statements(text)) == []
+    assert list(split_statements(text)) == []
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_a_text_without_a_statement_has_none(text: str) -> None:
     ],
 )
 def test_which_defaults_give_another_value_another_time(expression: str, moves: bool) -> None:
-    assert moving(expression) is moves
-    assert Column("c", default=expression).moves is moves
+    assert is_volatile(expression) is moves
+    assert Column("c", default=expression).has_volatile_default is moves
 
 
 # -- copies ---------------------------------------------------------------------------------------------------------------
@@ -177,8 +177,7 @@ def test_what_a_copy_begins_with() -> None:
     unknown = first_rows(of, TableUsage(updated={"bare"}), False)
     assert unknown is not None and unknown.sql == unknown.as_it_is == plain.sql
     assert (
-        unknown.doubt
-        == "public.accounts: handlers update bare, which has no default, so nobody knows what it began with"
+        unknown.doubt == "public.accounts: handlers update bare, which has no default, so its first values are unknown"
     )
     whole = first_rows(table(Column("a")), TableUsage(updated={"a"}), False)
     assert whole is not None and whole.doubt is not None and "all of its columns" in whole.doubt
@@ -233,10 +232,15 @@ VIEW, PART = Name("public", "open_accounts"), Name("public", "accounts_1")
 
 
 def test_what_is_written_gets_a_copy_and_what_is_only_read_does_not() -> None:
-    decision = judge([touch(ACCOUNTS, written=True), touch(EFFECTS, written=True, inserted=True), touch(VIEW, "v")], {})
+    decision = decide_statement(
+        [touch(ACCOUNTS, written=True), touch(EFFECTS, written=True, inserted=True), touch(VIEW, "v")], {}
+    )
     assert decision == (None, {ACCOUNTS: False, EFFECTS: True})
-    assert judge([touch(ACCOUNTS), touch(VIEW, "v"), touch(PART, "f"), touch(PART, part=True)], {}) == (None, {})
-    assert judge([touch(ACCOUNTS, "p", written=True)], {}).copies == {ACCOUNTS: False}
+    assert decide_statement([touch(ACCOUNTS), touch(VIEW, "v"), touch(PART, "f"), touch(PART, part=True)], {}) == (
+        None,
+        {},
+    )
+    assert decide_statement([touch(ACCOUNTS, "p", written=True)], {}).copies == {ACCOUNTS: False}
 
 
 @pytest.mark.parametrize(
@@ -255,7 +259,7 @@ def test_what_is_written_gets_a_copy_and_what_is_only_read_does_not() -> None:
     ],
 )
 def test_what_leaves_the_copies_is_refused(touches: list[TableAccess], refusal: str) -> None:
-    decision = judge(touches, {ACCOUNTS: ACCOUNTS, VIEW: ACCOUNTS, PART: ACCOUNTS})
+    decision = decide_statement(touches, {ACCOUNTS: ACCOUNTS, VIEW: ACCOUNTS, PART: ACCOUNTS})
     assert decision.refusal is not None and refusal in decision.refusal
     assert decision.copies == {}
 
@@ -291,28 +295,30 @@ def test_what_is_not_compared_and_why() -> None:
         number("id", identity=True), number("n"), Column("at", default="now()"), Column("key", default="gen_random_uuid()"),
         number("twice", generated=True), Column("seen", default="now()"), Column("stamp"), Column("x", default="x" * 99),
     )  # fmt: skip
-    every = left_out(of, TableUsage(True), {(ACCOUNTS, "n")}, set(), {"id", "at"}, {"stamp"})
+    every = ignored_columns(of, TableUsage(True), {(ACCOUNTS, "n")}, set(), {"id", "at"}, {"stamp"})
     assert every == {
         "id": "identity", "n": "--ignore", "at": "default now()", "twice": "generated", "stamp": "written as now()",
     }  # fmt: skip
     back = {(ACCOUNTS, column) for column in ("id", "at", "twice", "stamp")}
-    assert left_out(of, TableUsage(True), set(), back, {"id", "at"}, {"stamp"}) == {}
+    assert ignored_columns(of, TableUsage(True), set(), back, {"id", "at"}, {"stamp"}) == {}
     # A row that was taken over begins with a default that moves, and no message says when.
-    assert left_out(of, TableUsage(updated={"seen"}), set(), set(), set(), set()) == {
+    assert ignored_columns(of, TableUsage(updated={"seen"}), set(), set(), set(), set()) == {
         "twice": "generated", "seen": "default now()",
     }  # fmt: skip
-    assert len(Column("x", default="nextval" + "x" * 99).why) == 80
+    assert len(Column("x", default="nextval" + "x" * 99).ignored_because) == 80
 
 
 def test_rows_are_matched_by_the_first_key_of_which_nothing_is_left_out() -> None:
     of = table(number("id"), number("a"), number("b"), keys=(("id",), ("a", "b"), ("a",)))
-    assert key_of(of, {}) == ("id",)
-    assert key_of(of, {"id": "identity"}) == ("a", "b")
-    assert key_of(of, {"id": "identity", "b": "--ignore"}) == ("a",)
-    assert key_of(of, {"id": "identity", "a": "--ignore"}) == ()
+    assert match_key(of, {}) == ("id",)
+    assert match_key(of, {"id": "identity"}) == ("a", "b")
+    assert match_key(of, {"id": "identity", "b": "--ignore"}) == ("a",)
+    assert match_key(of, {"id": "identity", "a": "--ignore"}) == ()
     columns = (of.columns[1], Column("t"))
-    assert Comparison(of, ("id",), columns).marked == ("id",) and Comparison(of, ("id",), columns).numeric == ("a",)
-    assert Comparison(of, (), columns).marked == ("a", "t") and Comparison(of, (), columns).numeric == ()
+    assert TableComparison(of, ("id",), columns).marked == ("id",) and TableComparison(
+        of, ("id",), columns
+    ).numeric == ("a",)
+    assert TableComparison(of, (), columns).marked == ("a", "t") and TableComparison(of, (), columns).numeric == ()
 
 
 @pytest.mark.parametrize(
@@ -333,26 +339,26 @@ def test_values_are_compared_by_their_type_where_that_can_and_else_by_their_text
     column: Column, comparable: bool
 ) -> None:
     assert column.comparable is comparable
-    comparison = Comparison(table(number("id"), column), ("id",), (column,))
+    comparison = TableComparison(table(number("id"), column), ("id",), (column,))
     assert ("::text is distinct from" in comparison.counts()) is not comparable
-    assert ("::text as c0" in Comparison(table(column), (), (column,)).counts()) is not comparable
+    assert ("::text as c0" in TableComparison(table(column), (), (column,)).counts()) is not comparable
 
 
 def test_sql_quotes_every_name_that_comes_from_elsewhere() -> None:
     evil = "x\"; drop table y; --'"
     column = Column(evil, type_name="int4", category="N", default=None)
     of = Table(Name(evil, evil), 1, (column, Column("at", type_name="timestamptz", category="D")), ((evil,),))
-    other = Comparison(of, (evil,), (column,))
+    other = TableComparison(of, (evil,), (column,))
     texts = [
         *Copier().copy(of).statements,
         *renamings(Table(of.name, 1, (), (), (Constraint(evil, "U"),)), [Constraint(evil + "2", "U")]),
         *learning(0, of, TableUsage()),
         *copy_sql.compaction(of),
         *trace_sql.tracing(0, other),
-        other.counts(), other.samples(), other.nows() or "",
-        Comparison(of, (), (column,)).counts(), Comparison(of, (), (column,)).samples(),
+        other.counts(), other.samples(), other.clock_columns() or "",
+        TableComparison(of, (), (column,)).counts(), TableComparison(of, (), (column,)).samples(),
     ]  # fmt: skip
     filling = first_rows(of, TableUsage(), False)
     assert filling is not None
     for text in [*texts, filling.sql]:
-        assert len(list(statements(text))) == 1, text
+        assert len(list(split_statements(text))) == 1, text

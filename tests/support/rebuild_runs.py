@@ -13,7 +13,7 @@ from payments_app import QUICK, payment
 from consumer import App, Settings, Tx
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.rebuild.rebuild import rebuild
-from consumer.rebuild.result import Rebuilt
+from consumer.rebuild.result import RebuildResult
 
 Handle = Callable[[Any, Tx], Awaitable[None]]
 
@@ -60,7 +60,7 @@ async def reader(settings: Settings) -> AsyncIterator[KafkaConsumer]:
         await source.stop(5)
 
 
-async def rebuilt(place: Place, app: App, *topics: str, **options: Any) -> Rebuilt:
+async def rebuilt(place: Place, app: App, *topics: str, **options: Any) -> RebuildResult:
     """Rebuild from all partitions of the topics, those of the app by default."""
     settings = options.pop("settings", None) or place.settings()
     async with reader(settings) as source, app.running():
@@ -84,7 +84,7 @@ async def mark_settled(place: Place, app: App) -> None:
         )
 
 
-def differences(result: Rebuilt) -> list[tuple[Any, ...]]:
+def differences(result: RebuildResult) -> list[tuple[Any, ...]]:
     """What differs, in short: table, kind, key, and both values of each column."""
     return sorted(
         (
@@ -97,6 +97,6 @@ def differences(result: Rebuilt) -> list[tuple[Any, ...]]:
     )
 
 
-def unknown_kinds(result: Rebuilt) -> list[str]:
+def unknown_kinds(result: RebuildResult) -> list[str]:
     """The kinds of its reasons for doubt."""
     return [unknown["kind"] for unknown in result.unknown]

@@ -33,9 +33,9 @@ def broken(name: str) -> Iterator[list[Replacement]]:
 @_mutant
 def _partition_order() -> None:
     """A rebuild takes one partition after the other, whenever their messages were applied."""
-    from consumer.rebuild.applied_order import AppliedOrder, Entry
+    from consumer.rebuild.applied_order import AppliedOrder, OrderEntry
 
-    def rank(self: AppliedOrder, entry: Entry, at: int) -> tuple[int, int, int, int]:
+    def rank(self: AppliedOrder, entry: OrderEntry, at: int) -> tuple[int, int, int, int]:
         place = self._places.get(entry.delivery.partition, 0)
         return place, place, entry.delivery.record.offset, entry.turn
 
@@ -48,12 +48,12 @@ def _dropped_columns() -> None:
     import dataclasses
 
     from consumer.rebuild import compare
-    from consumer.rebuild.compare_sql import Comparison
+    from consumer.rebuild.compare_sql import TableComparison
     from consumer.rebuild.table_model import Table
 
     original = compare._comparison
 
-    def comparison(table: Table, ignored: Any, key: tuple[str, ...]) -> Comparison:
+    def comparison(table: Table, ignored: Any, key: tuple[str, ...]) -> TableComparison:
         comparison_of_all = original(table, ignored, key)
         columns = tuple(column for column in comparison_of_all.columns if column.name not in comparison_of_all.clocked)
         return dataclasses.replace(comparison_of_all, columns=columns, null_only=(), clocked=frozenset())

@@ -1,7 +1,8 @@
-"""Messages without a ledger row that a rebuild leaves out: their handler need not settle them, or the ledger may have forgotten them.
+"""Messages without a ledger row that a rebuild leaves out.
 
-Knows SQL through a connection that is handed in. Limitation: a message below the position that the ledger has forgotten counts as applied,
-because everything below a position is settled and dead letters are never forgotten.
+Either their handler need not settle them, or the ledger may have forgotten whether they were applied. Limitation: a
+message below the position that the ledger has forgotten counts as applied, because everything below a position is settled
+and dead letters are never forgotten.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from consumer.rebuild.compare import Excuse
 
 
 @dataclass(slots=True)
-class LeftOut:
-    """Counts what was left out. declared: by handler and partition, what it need not settle (`positions --begin-here`)."""
+class OmittedMessages:
+    """Decides which messages are left out, and counts them.
+
+    declared: by handler and partition, the offsets that it need not settle (`consumer positions --begin-here`).
+    """
 
     declared: Mapping[tuple[int, Partition], Sequence[SettledRange]] = field(default_factory=dict)
-    _until_ms: int | None = None  # messages from before may be forgotten; None: nothing is
+    _until_ms: int | None = None  # older messages may be forgotten; None: nothing is forgotten
     _below: Mapping[tuple[int, str, int], int] = field(default_factory=dict)
     _exempt: Counter[str] = field(default_factory=Counter)
     _doubtful: Counter[str] = field(default_factory=Counter)
@@ -34,7 +38,10 @@ class LeftOut:
     async def read(
         self, connection: Connection, app: str, handlers: Collection[int], topics: Collection[str], skew_hours: float
     ) -> None:
-        """Ask the ledger, before the transaction becomes read only."""
+        """Read from the ledger what may be left out.
+
+        Call it before the transaction becomes read only.
+        """
         self.declared = (await coverage.look(connection, app)).declared
         horizon_ms = await generations.horizon_ms(connection)
         if horizon_ms is None:
@@ -45,10 +52,10 @@ class LeftOut:
             self._doubt(*place)
 
     def takes(self, delivery: Delivery, position: int) -> bool:
-        """Whether a message that has no row is left out of the rebuild."""
+        """Return whether a message without a row is left out; counts it."""
         number, partition, record = delivery.handler.number, delivery.partition, delivery.record
         offset = record.offset
-        if any(each.first <= offset < (each.past or 0) for each in self.declared.get((number, partition), ())):
+        if any(span.first <= offset < (span.past or 0) for span in self.declared.get((number, partition), ())):
             self._exempt[delivery.handler.name] += 1
             return True
         if offset < position:
@@ -59,12 +66,12 @@ class LeftOut:
         return True
 
     def reach(self, partition: Partition) -> int:
-        """Up to where the ledger had rows that it has forgotten."""
+        """Return the offset below which the ledger has forgotten rows."""
         return max((past for (_, *place), past in self._below.items() if tuple(place) == partition), default=0)
 
     @property
     def exempt(self) -> int:
-        """How many were left out because their handler need not settle them."""
+        """Count of those that their handler need not settle."""
         return self._exempt.total()
 
     def _doubt(self, handler: str, topic: str, partition: int, offset: int) -> None:
@@ -72,15 +79,15 @@ class LeftOut:
         self._example = self._example or f"{topic}:{partition} at offset {offset}"
 
     def notes(self) -> list[str]:
-        """What a person should know about them."""
+        """Return the notes of the answer about them."""
         notes = [
             f"handler {name}: {count:,} messages were left out, which it need not settle (`consumer positions --begin-here`)"
             for name, count in sorted(self._exempt.items())
         ]
         if self._doubtful:
-            told = ", ".join(f"{name} {count:,}" for name, count in sorted(self._doubtful.items()))
+            counts = ", ".join(f"{name} {count:,}" for name, count in sorted(self._doubtful.items()))
             text = (
-                f"the ledger has forgotten whether messages above the position or with a dead letter too_old were applied before ({told}; "
+                f"messages above the position, or with a dead letter too_old, may have been applied: the ledger has forgotten it ({counts}; "
                 f"the first is {self._example}), so their effects are not in the rebuild"
             )
             notes.append(Excuse(text))

@@ -1,8 +1,8 @@
-"""One moment for all passes of a rebuild: a connection that keeps the snapshot in which each of them sees the real tables.
+"""Keeps one snapshot of the real tables for all passes.
 
-Workers go on between two passes. If each saw another state, a row that has lost an effect and was changed since would look
-as if it depended on when its handler ran. Knows PostgreSQL; knows no message. Limitation: a table that is truncated or
-written anew by ALTER TABLE between two passes looks empty to the second one.
+Workers write between two passes. If each pass saw another state, a row that lost an effect and was changed since would look
+as if it depended on when its handler ran. Limitation: a table that is truncated, or rewritten by ALTER TABLE, between two
+passes looks empty to the second one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from consumer.postgres.connection import connect
 from consumer.settings import Settings
 
-# It is idle for as long as the rebuild runs.
+# The connection is idle while the rebuild runs.
 _BEGIN = """
 begin isolation level repeatable read read only;
 select set_config(name, value, true) from (values
@@ -22,8 +22,11 @@ select set_config(name, value, true) from (values
 """
 
 
-class OneSnapshot:
-    """A snapshot, from `take` to `close`. name: by which another transaction imports it."""
+class SharedSnapshot:
+    """A snapshot that other transactions import, from `take` to `close`.
+
+    name: what they import it by.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.name = ""
@@ -31,7 +34,7 @@ class OneSnapshot:
         self._connection: Any = None
 
     async def take(self) -> None:
-        """See the state as of now from here on. A snapshot that was taken before is gone."""
+        """Take a snapshot of the current state; drop the one before."""
         if self._connection is None:
             self._connection = await connect(self._settings)
         else:
@@ -40,7 +43,7 @@ class OneSnapshot:
         self.name = await self._connection.fetchval("select pg_export_snapshot()")
 
     async def close(self) -> None:
-        """Let it go, whatever has happened."""
+        """Drop the snapshot and its connection; raises nothing."""
         if self._connection is not None:
             try:
                 with suppress(Exception):
