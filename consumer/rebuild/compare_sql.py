@@ -221,19 +221,19 @@ class TableComparison:
         The order of the rows does not matter. rebuild: as for `marks`.
         """
         by_name = {column.name: column for column in self.table.columns}
-        asked = ", ".join(
+        columns_sql = ", ".join(
             f"sum(hashtextextended({self._value_or_rebuild_time(column, ident(name), _is_rebuild_time(column, ident(name)), rebuild)}, 0)::numeric)::text "
             f"as {ident(name)}"
             for name in [*self.key, *(column.name for column in self.columns)]
             if (column := by_name[name])
         )
-        return f"select {asked or 'null'} from {self.table.name.copy}"
+        return f"select {columns_sql or 'null'} from {self.table.name.copy}"
 
     def clock_columns(self) -> str | None:
         """Return SQL: which columns hold the rebuild's time; None without times."""
         times = [column.name for column in self.table.columns if column.timestamp]
-        asked = ", ".join(f"coalesce(bool_or({ident(name)} = now()), false) as {ident(name)}" for name in times)
-        return f"select {asked} from {self.table.name.copy}" if times else None
+        columns_sql = ", ".join(f"coalesce(bool_or({ident(name)} = now()), false) as {ident(name)}" for name in times)
+        return f"select {columns_sql} from {self.table.name.copy}" if times else None
 
     def _key_values(self) -> list[str]:
         return [f"coalesce(r.{ident(name)}, b.{ident(name)})" for name in self.key]
