@@ -86,6 +86,7 @@ class Life:
             self.unrest.forbidden.add("the ledger forgets")
         else:
             self.producing.skews_ms = (0,)
+            self.producing.repeats_seconds = 3  # the ledger remembers for five seconds at least (unrest.py)
         return self
 
     async def __aexit__(self, *_: object) -> None:

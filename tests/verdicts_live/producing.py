@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import time
 import zlib
@@ -23,7 +24,10 @@ _TICK_SECONDS = 0.05
 
 @dataclass
 class Producing:
-    """A task: `run` until it is cancelled. sent: by rate; kinds: by kind. recent: what may be produced again."""
+    """A task: `run` until it is cancelled. sent: by rate; kinds: by kind. recent: what may be produced again.
+
+    repeats_seconds: no message is produced again later than that. A ledger that forgets sooner would rightly apply it twice.
+    """
 
     servers: str
     orders: str
@@ -34,7 +38,9 @@ class Producing:
     most: int = 250  # messages; after them only a few each second, so that replays stay short
     kinds: Counter[str] = field(default_factory=Counter)
     rates: Counter[int] = field(default_factory=Counter)
+    repeats_seconds: float = math.inf
     recent: deque[tuple[str, int, str, str, bytes]] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    _kept_at: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))  # of those in `recent`
     added: list[int] = field(default_factory=list)  # partitions of the orders that were added meanwhile
 
     async def run(self) -> None:
@@ -72,6 +78,9 @@ class Producing:
 
     def _draw(self) -> tuple[str, int, str, str, bytes]:
         chance, what = self.chance, self.chance.random()
+        while self._kept_at and time.monotonic() - self._kept_at[0] > self.repeats_seconds:
+            self._kept_at.popleft()
+            self.recent.popleft()
         id = str(UUID(int=chance.getrandbits(128)))
         amount = chance.randint(1, 1000)
         if what < 0.08 and self.recent:
@@ -112,4 +121,5 @@ class Producing:
 
     def _kept(self, what: tuple[str, int, str, str, bytes]) -> tuple[str, int, str, str, bytes]:
         self.recent.append(what)
+        self._kept_at.append(time.monotonic())
         return what
