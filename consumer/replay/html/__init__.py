@@ -1,6 +1,5 @@
 """Show the findings of a replay as one HTML page.
 
-page.py puts the sections together, sections.py and rebuild_sections.py write them, elements.py escapes all text. The
-modules import core/, the names of outcomes (replay/outcomes.py) and the standard library; nothing counts again. The
-only file that is read is style.css.
+page.py puts the sections together, sections.py and rebuild_sections.py write them, elements.py escapes all text. Of
+consumer they import replay/outcomes.py alone. Nothing is counted again, and the only file that is read is style.css.
 """

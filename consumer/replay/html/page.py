@@ -1,9 +1,7 @@
 """Render the findings of a replay as one HTML page.
 
-The verdict comes first, then every number.
-
-Self-contained: no script, no address, its style inside, so that it can be mailed, printed and kept. An absent part of
-the findings is left out.
+The verdict comes first, then every number. The page is self-contained: it has no script and no address, and its style
+is inside, so that it can be mailed, printed and kept. An absent part of the findings is left out.
 """
 
 from __future__ import annotations
