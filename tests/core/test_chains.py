@@ -30,9 +30,7 @@ BEHAVIOURS = st.one_of(st.just("good"), st.just("rejected"), st.integers(1, 3))
 
 
 @given(st.lists(BEHAVIOURS, max_size=12), st.data())
-def test_messages_of_one_key_are_applied_in_the_order_of_the_log_whatever_is_retried_when(
-    messages: list[Any], data: st.DataObject
-) -> None:
+def test_messages_of_one_key_are_applied_in_log_order_despite_retries(messages: list[Any], data: st.DataObject) -> None:
     """A worker that delivers one after the other, and an operator that retries or discards in between, by the rules of the core."""
     left = [message if isinstance(message, int) else 0 for message in messages]
     letters: dict[int, DeadLetterState] = {}
@@ -147,7 +145,7 @@ def test_any_text_has_a_kind(handler: str, reason: str, kind: str, error: str) -
     assert int(group, 16) >= 0
 
 
-def test_ages() -> None:
+def test_ages_are_read_in_seconds_minutes_hours_days_and_weeks() -> None:
     assert [age_seconds(text, "--x") for text in ("90s", "10m", "24h", "7d", "2w")] == [90, 600, 86400, 604800, 1209600]
     for bad in ("", "h", "1", "-1h", "1.5h", "1 h", "1y", "\uff11h", "9999999999h"):
         with pytest.raises(Misconfigured, match="--older-than"):
@@ -182,7 +180,7 @@ def test_the_share_is_of_the_last_thousand_or_a_batch_more(batches: list[tuple[i
             done.append((good, bad))
 
 
-def test_a_handful_of_bad_messages_is_accepted_and_nothing_is_with_a_limit_of_0() -> None:
+def test_few_bad_messages_are_accepted_except_with_a_limit_of_0() -> None:
     DeadLetterRateLimit(0.5).check("h", DEAD_LETTERS_MIN - 1, ["failed"] * (DEAD_LETTERS_MIN - 1))
     with pytest.raises(TooManyDeadLetters, match="50 dead letters of its last 50"):
         DeadLetterRateLimit(0.5).check("h", DEAD_LETTERS_MIN, ["failed"] * DEAD_LETTERS_MIN)

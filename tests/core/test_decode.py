@@ -138,19 +138,19 @@ def test_bytes_are_handed_over_untouched_and_text_is_utf8_or_fails(payload: byte
 
 @pytest.mark.parametrize("declared", [Struct, Model, Data, Typed, dict, Paid | Refunded, Struct | None], ids=str)
 @pytest.mark.parametrize("payload", [b"", b"{", b"[1]", b"7", b"\xff", b'{"id":1,"amount":"x"}{}', JSON + b"x"])
-def test_what_is_not_of_the_type_raises_and_is_explained(declared: Any, payload: bytes) -> None:
+def test_payload_of_another_type_raises_and_is_explained(declared: Any, payload: bytes) -> None:
     with pytest.raises(Exception) as caught:
         decode.decoder(declared)(payload)
     assert decode.explain(caught.value)
 
 
 @pytest.mark.parametrize("declared", [Struct | None, Optional[Model], Union[None, str, int], None, type(None), Any])  # noqa: UP007, UP045
-def test_these_take_a_null_value(declared: Any) -> None:
+def test_types_that_allow_null_take_a_null_value(declared: Any) -> None:
     assert decode.takes_none(declared)
 
 
 @pytest.mark.parametrize("declared", [Struct, dict, list[int | None], dict[str, None], str | int, bytes, object])
-def test_these_do_not(declared: Any) -> None:
+def test_types_that_do_not_allow_null_refuse_it(declared: Any) -> None:
     assert not decode.takes_none(declared)
 
 
@@ -217,7 +217,7 @@ def test_an_explanation_names_the_field(declared: Any) -> None:
     assert "amount" in decode.explain(caught.value) and "int" in decode.explain(caught.value)
 
 
-def test_of_any_other_error_only_the_kind_is_told() -> None:
+def test_explanation_of_any_other_error_names_only_its_kind() -> None:
     assert decode.explain(RuntimeError(CANARY)) == "RuntimeError"
 
 

@@ -30,8 +30,9 @@ WRITERS = {
 def writes(path: Path) -> Iterator[str]:
     """Fields that a file assigns on something that is called like a Delivery."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        is_written = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-        if is_written and isinstance(node.value, ast.Name) and node.value.id in NAMES:
+        if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Store):
+            continue
+        if isinstance(node.value, ast.Name) and node.value.id in NAMES:
             yield node.attr
 
 

@@ -220,7 +220,7 @@ async def not_plain(value: object) -> object: ...
     ["", "Value", "field:a", 7, True, b"bytes", dict, not_plain],
     ids=lambda option: getattr(option, "__name__", repr(option)),
 )
-def test_anything_else_is_refused_with_the_forms_there_are(option: object) -> None:
+def test_unknown_option_is_refused_with_the_forms_there_are(option: object) -> None:
     with pytest.raises(RegistrationError, match='"bytes", "value", a plain function of the value, or None'):
         fingerprint.parse_rule(option)
 

@@ -154,7 +154,7 @@ def test_mypy_knows_the_options_of_a_handler(tmp_path: Path) -> None:
     assert wrong == set(range(first, first + len(MISSPELT))), text + errors
 
 
-def test_two_handlers_of_one_name_are_refused_with_both_places_and_the_first_stays() -> None:
+def test_second_handler_of_a_name_is_refused_with_both_places() -> None:
     app = App("shop")
     app.handler("a", name="x")(fine)
     with pytest.raises(RegistrationError) as caught:
@@ -169,7 +169,7 @@ def test_a_decorator_without_its_call_is_refused() -> None:
         App("shop").handler(fine)  # type: ignore[arg-type]
 
 
-def test_a_handler_that_speaks_of_itself_can_be_registered_inside_a_function() -> None:
+def test_handler_that_refers_to_itself_registers_inside_a_function() -> None:
     app = App("shop")
 
     @app.handler("payments")

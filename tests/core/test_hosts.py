@@ -21,7 +21,7 @@ DRIVERS_PARSER: Any = vars(connect_utils)["_parse_connect_dsn_and_args"]
 @pytest.mark.parametrize(
     "host", ["localhost", "LocalHost", "127.0.0.1", "127.9.9.9", "::1", "[::1]", "/run/postgresql"]
 )
-def test_this_machine(host: str) -> None:
+def test_address_of_this_machine_is_local(host: str) -> None:
     assert is_local(host)
 
 
@@ -49,7 +49,7 @@ def test_this_machine(host: str) -> None:
         "l\u043ecalhost",  # a Cyrillic o
     ],
 )
-def test_elsewhere(host: str) -> None:
+def test_address_of_another_machine_is_elsewhere(host: str) -> None:
     assert not is_local(host)
 
 

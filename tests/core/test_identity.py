@@ -159,7 +159,7 @@ def test_an_offset_id_belongs_to_one_place_in_the_log(one: Any, other: Any) -> N
 
 
 @given(st.binary(), st.binary())
-def test_a_fingerprint_tells_payloads_apart_and_fits_a_bigint(one: bytes, other: bytes) -> None:
+def test_fingerprints_of_different_payloads_differ_and_fit_a_bigint(one: bytes, other: bytes) -> None:
     assert (identity.fingerprint(one) == identity.fingerprint(other)) == (one == other)
     assert -(2**63) <= identity.fingerprint(one) < 2**63
 
@@ -257,6 +257,6 @@ BAD = [
 
 
 @pytest.mark.parametrize("option", BAD, ids=repr)
-def test_anything_else_is_refused_with_the_forms_there_are(option: object) -> None:
+def test_unknown_option_is_refused_with_the_forms_there_are(option: object) -> None:
     with pytest.raises(RegistrationError, match=r"header:NAME.*field:path\.to.*offset"):
         identity.parse_rule(option)

@@ -47,14 +47,14 @@ KNOWN = Position(10, "cluster-a", ONE, None, SEEN)
         (ObservedLog("cluster-a", ONE, 0, 10, at_print=SEEN._replace(fingerprint=78)), HaltReason.OTHER_RECORD),
     ],
 )
-def test_what_speaks_against_going_on(log: ObservedLog, reason: HaltReason | None) -> None:
+def test_reason_to_stop_is_decided_by_log_and_last_record(log: ObservedLog, reason: HaltReason | None) -> None:
     stop = check_log(P, KNOWN, log)
     assert (stop and stop.reason) == reason
     if stop is not None:
         assert stop.do.startswith("--topic payments --partition 3 --")
 
 
-def test_a_position_of_which_nothing_was_recorded_is_believed() -> None:
+def test_position_without_a_recorded_log_is_accepted() -> None:
     assert check_log(P, Position(10), ObservedLog("cluster-b", TWO, 0, 10, at_print=SEEN)) is None
 
 
@@ -75,7 +75,7 @@ def test_the_same_topic_is_begun_again_where_another_one_is_adopted() -> None:
     assert unknown is not None and unknown.do.endswith("--adopt")
 
 
-def test_an_open_transaction_is_told_once_and_its_end_too() -> None:
+def test_open_transaction_and_its_end_are_reported_once() -> None:
     watch = OpenTransactions()
     assert watch.changes(0.0, {P: 7}, 10) == ([], [])
     assert watch.changes(9.0, {P: 7}, 10) == ([], [])
@@ -87,7 +87,7 @@ def test_an_open_transaction_is_told_once_and_its_end_too() -> None:
     assert watch.changes(43.0, {}, 10) == ([], [])
 
 
-def test_a_transaction_that_moves_on_is_not_told() -> None:
+def test_transaction_that_moves_on_is_not_reported() -> None:
     watch = OpenTransactions()
     for second in range(100):
         assert watch.changes(float(second), {P: second}, 10) == ([], [])
@@ -115,7 +115,7 @@ OWN, GONE, OTHER_SHARD = "1700000000000001", "1600000000000001", "17000000000000
         (CommittedOffset(90, f"{OTHER_SHARD} 0 {OWN} 20"), (OTHER_SHARD,), StartOffset(20, "lost")),
     ],
 )
-def test_beginning_without_a_position(
+def test_start_without_a_position_is_decided_by_commit_and_database(
     committed: CommittedOffset | None, others: tuple[str, ...], expected: StartOffset | HaltReason
 ) -> None:
     decision = decide_start(P, committed, 3, OWN, others)

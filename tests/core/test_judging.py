@@ -39,7 +39,7 @@ def test_every_cell_of_the_table_is_decided(may_be: Meaning, answers: bool, alon
     assert verdict is (expected if answers else FailureVerdict.OUTAGE)
 
 
-def test_a_message_is_never_counted_while_all_fail_alike_but_for_the_handlers_own_code() -> None:
+def test_message_that_fails_as_all_others_do_counts_only_for_handler_code() -> None:
     counted = {
         meaning
         for meaning in Meaning

@@ -423,7 +423,7 @@ def test_an_empty_key_is_a_key() -> None:
     assert offsets(take(lane)) == []
 
 
-def test_one_handler_that_fails_holds_the_position_and_not_the_other_handler() -> None:
+def test_failing_handler_holds_the_position_but_no_other_handler() -> None:
     lane = lane_of("key", "key")
     lane.add(P0, [rec(0)])
     batch = take(lane)
@@ -443,7 +443,7 @@ def test_the_same_key_of_two_partitions_is_two_units() -> None:
     assert [delivery.partition for delivery in take(lane).deliveries] == [P1]
 
 
-def test_a_record_for_nobody_to_receive_still_moves_the_position() -> None:
+def test_record_without_a_handler_still_moves_the_position() -> None:
     lane = lane_of(position=5)
     lane.add(P0, (), 5, 9)
     batch = take(lane)
@@ -473,7 +473,7 @@ def test_records_below_what_was_received_are_dropped() -> None:
     assert offsets(take(lane)) == [5, 8]
 
 
-def test_a_batch_stays_within_its_messages_and_its_bytes_but_holds_at_least_one() -> None:
+def test_batch_stays_within_its_limits_but_holds_at_least_one_message() -> None:
     lane = lane_of()
     lane.add(P0, [rec(n, size=10) for n in range(10)])
     for messages_max, bytes_max, expected in [(3, LARGE, [0, 1, 2]), (100, 20, [3, 4]), (100, 1, [5]), (1, LARGE, [6])]:
@@ -536,7 +536,7 @@ def test_a_retry_keeps_its_place_when_it_fails_again() -> None:
     assert offsets(take(lane, now=9)) == [1]
 
 
-def test_nothing_is_taken_from_the_log_while_enough_is_parked_and_retries_go_on() -> None:
+def test_full_partition_takes_nothing_new_while_its_retries_go_on() -> None:
     lane = lane_of(parked_max=2)
     lane.add(P0, [rec(0, b"a"), rec(1, b"b")])
     batch = take(lane)
@@ -567,7 +567,7 @@ def test_a_full_partition_does_not_hold_up_another() -> None:
     assert offsets(take(lane)) == [2]
 
 
-def test_what_waits_is_told_with_those_behind_it() -> None:
+def test_waiting_messages_are_listed_with_those_behind_them() -> None:
     lane = lane_of()
     lane.add(P0, [rec(0), rec(1, b"z"), rec(2)])
     batch = take(lane)
@@ -615,7 +615,7 @@ def test_a_failure_in_the_second_half_queues_behind_one_of_the_first() -> None:
     assert (lane.delayed, lane.position(P0)) == (0, 2)
 
 
-def test_a_batch_settled_after_its_partition_was_closed_leaves_nothing_behind() -> None:
+def test_batch_settled_after_its_partition_closed_leaves_nothing() -> None:
     lane = lane_of()
     lane.add(P0, [rec(0), rec(1)])
     batch = take(lane)
@@ -626,7 +626,7 @@ def test_a_batch_settled_after_its_partition_was_closed_leaves_nothing_behind() 
     assert lane.take(99, 100, LARGE) is None
 
 
-def test_a_batch_settled_after_its_partition_was_opened_again_does_not_touch_the_new_opening() -> None:
+def test_batch_settled_after_a_reopening_does_not_touch_the_new_opening() -> None:
     lane = lane_of()
     lane.add(P0, [rec(0), rec(1, b"z")])
     batch = take(lane)
@@ -642,7 +642,7 @@ def test_a_batch_settled_after_its_partition_was_opened_again_does_not_touch_the
     )
 
 
-def test_closing_a_partition_does_not_miscount_what_is_in_flight_of_another() -> None:
+def test_closing_a_partition_keeps_the_counts_of_another_in_flight() -> None:
     lane = lane_of(at=(P0, P1))
     lane.add(P0, [rec(0), rec(1)])
     batch = take(lane)
@@ -655,7 +655,7 @@ def test_closing_a_partition_does_not_miscount_what_is_in_flight_of_another() ->
     assert lane.delayed == 0
 
 
-async def test_a_delivery_of_the_second_half_does_not_overtake_a_failure_of_the_first() -> None:
+async def test_second_half_of_a_batch_does_not_overtake_a_failed_first_half() -> None:
     """With apply_batch itself, and a session that stores nothing: the worker cuts a batch whose fault is not found."""
 
     ran: list[int] = []
@@ -748,7 +748,7 @@ def test_bytes_that_wait_are_bounded_too() -> None:
     assert lane.delayed <= 1 + 4
 
 
-def test_a_batch_knows_that_a_partition_was_opened_anew() -> None:
+def test_batch_knows_that_its_partition_was_opened_again() -> None:
     lane = lane_of("key")
     lane.add(P0, [rec(0)])
     batch = take(lane)
@@ -759,7 +759,7 @@ def test_a_batch_knows_that_a_partition_was_opened_anew() -> None:
     assert not lane.is_current(batch)
 
 
-def test_records_beyond_what_was_received_are_refused_because_what_lies_between_would_be_lost() -> None:
+def test_records_behind_a_gap_are_refused_because_the_gap_would_be_lost() -> None:
     lane = lane_of()
     lane.assign(P0, 10)
     assert lane.add(P0, [rec(12)], start=11, end=13) == (0, 0)
@@ -774,7 +774,7 @@ def test_records_beyond_what_was_received_are_refused_because_what_lies_between_
     assert [update.next for update in lane.position_updates(batch, [])] == [22]
 
 
-def test_batches_that_only_move_positions_are_rare_and_do_not_hold_up_messages() -> None:
+def test_batches_that_only_move_positions_are_rare_and_delay_no_message() -> None:
     lane = Scheduler(handlers_of({"pay": ("key",)}), 100, idle_batch_interval=5)
     lane.assign(P0, 0)
 
@@ -803,7 +803,7 @@ def test_size_of_a_record_counts_the_objects_of_its_headers() -> None:
     assert size_of(many) > 50 * 147
 
 
-def test_a_batch_goes_by_topic_partition_and_offset_whichever_partition_is_first_in_turn() -> None:
+def test_batch_is_in_order_of_topic_partition_and_offset() -> None:
     lane = lane_of("none", at=(P0, P1, Q0))
     for turn in range(3):
         for partition in (Q0, P0, P1):

@@ -235,18 +235,18 @@ def test_a_number_that_is_not_finite_is_unreadable(declared: Any, text: str) -> 
 
 
 @pytest.mark.parametrize(("declared", "text"), NOT_FINITE)
-def test_a_handler_that_asks_for_them_gets_them(declared: Any, text: str) -> None:
+def test_handler_with_allow_nan_gets_numbers_that_are_not_finite(declared: Any, text: str) -> None:
     decode.decoder(declared, allow_nan=True)(text.encode())
 
 
-def test_a_handler_that_asks_for_them_gets_the_other_digits_too() -> None:
+def test_handler_with_allow_nan_keeps_the_digits_of_other_numbers() -> None:
     decoded = decode.decoder(dict[str, Decimal], allow_nan=True)(b'{"a":NaN,"b":%s}' % SENT.encode())
     assert decoded["b"] == Decimal(SENT) and decoded["a"].is_nan()
     model = decode.decoder(Price, allow_nan=True)(b'{"rate":NaN,"amount":1.10}')
     assert math.isnan(model.rate) and model.amount == Decimal("1.1")
 
 
-def test_words_that_only_look_like_it_are_text() -> None:
+def test_text_that_only_looks_like_a_number_stays_text() -> None:
     class Named(msgspec.Struct):
         name: str
         amount: Decimal

@@ -32,7 +32,7 @@ hours = st.floats(0.01, 10_000)
     share=st.floats(1 / (GENERATIONS_MAX - 2), 1),
     pauses=st.lists(st.floats(0, 3), min_size=1, max_size=60),
 )
-def test_a_row_is_forgotten_no_earlier_than_the_retention_and_one_generation_later_at_most(
+def test_row_is_forgotten_within_one_generation_after_its_retention(
     retention: float, share: float, pauses: list[float]
 ) -> None:
     """Time passes in steps of 0 to 3 generations; after each, everything that is due is done."""
@@ -66,7 +66,7 @@ def test_a_row_is_forgotten_no_earlier_than_the_retention_and_one_generation_lat
         assert len(live) <= GENERATIONS_MAX
 
 
-def test_what_holds_the_oldest_back_does_not_make_claims_look_into_ever_more() -> None:
+def test_generations_stop_growing_while_the_oldest_is_held_back() -> None:
     policy = Policy.of(4, 1, 0)
     live = [Generation(n, n * HOUR, (n + 1) * HOUR, False) for n in range(1, GENERATIONS_MAX)]
     live.append(Generation(GENERATIONS_MAX, GENERATIONS_MAX * HOUR, None, False))
@@ -78,7 +78,7 @@ def test_what_holds_the_oldest_back_does_not_make_claims_look_into_ever_more() -
 
 
 @given(own=hours, others=st.dictionaries(st.text(min_size=1), st.none() | hours))
-def test_rows_are_kept_for_whoever_wants_them_longest(own: float, others: dict[str, float | None]) -> None:
+def test_rows_are_kept_for_the_longest_declared_retention(own: float, others: dict[str, float | None]) -> None:
     kept, longer = wanted(own, others)
     if None in others.values():
         assert kept is None
@@ -88,7 +88,7 @@ def test_rows_are_kept_for_whoever_wants_them_longest(own: float, others: dict[s
 
 
 @given(kept=hours, skew=st.floats(0, 100), log=hours, segment=hours)
-def test_a_log_that_outlives_the_ledger_is_an_error_and_one_that_may_is_a_warning(
+def test_log_that_outlives_the_ledger_is_an_error_or_a_warning(
     kept: float, skew: float, log: float, segment: float
 ) -> None:
     errors, warnings = contradictions(Policy.of(kept, None, skew), None, [TopicRetention("t", log, segment, False)])

@@ -63,7 +63,7 @@ def test_a_fault_quotes_neither_the_error_nor_a_messages_key() -> None:
         assert "iban" not in said and "invalid literal" not in said
 
 
-def test_probes_tell_a_route_from_any_other() -> None:
+def test_probes_distinguish_a_route_from_any_other() -> None:
     probes = Router(NAMES, by_crc).fixed_probes()
     assert Router(NAMES, by_crc).changed(probes) is None
     turned = Router(NAMES, lambda key: NAMES[(zlib.crc32(key or b"") + 1) % 3])

@@ -78,7 +78,7 @@ def test_every_code_of_postgresql_is_in_a_class_that_was_judged() -> None:
     assert [code for code in codes if code not in EXACT and code[:2] not in CLASSES] == []
 
 
-def test_whatever_is_not_about_the_message_is_not_counted_against_it() -> None:
+def test_codes_that_are_not_about_the_message_count_no_attempt() -> None:
     """By the first two characters, as PostgreSQL names its classes; the few exceptions are named."""
     of_the_message = {code for code in every_code() if meaning(code) is Meaning.MESSAGE}
     assert {code[:2] for code in of_the_message}.isdisjoint(

@@ -107,9 +107,7 @@ async def shop(place: Place) -> Shop:
     return Shop(place, await place.topic(1))
 
 
-async def test_later_messages_of_a_key_wait_in_order_while_others_go_on_until_a_retry(
-    shop: Shop, tmp_path: Path
-) -> None:
+async def test_later_messages_of_a_key_wait_in_order_until_a_retry(shop: Shop, tmp_path: Path) -> None:
     await shop.fail("fails", "a1")
     await shop.send("a1", "a2", key="a")
     await shop.send("b1", "b2", key="b")
@@ -207,7 +205,7 @@ async def test_attempts_go_on_where_a_killed_worker_left_them(shop: Shop, tmp_pa
     assert await value(shop.place.dsn, "select count(*) from consumer.attempts") == 0
 
 
-async def test_two_operators_at_once_settle_each_of_thousands_of_letters_once(shop: Shop, tmp_path: Path) -> None:
+async def test_two_operators_settle_each_of_thousands_of_dead_letters_once(shop: Shop, tmp_path: Path) -> None:
     ids = [f"m{n}" for n in range(1000)]
     await query(shop.place.dsn, "insert into faults select 'm' || n, 'fails' from generate_series(0, 999) n")
     shop.settings = shop.place.settings(dead_letter_limit=1)
@@ -343,9 +341,7 @@ async def test_filters_choose_and_bad_input_changes_nothing(shop: Shop, tmp_path
     assert await query(shop.place.dsn, "select distinct state from consumer.dead_letters") == [("dead",)]
 
 
-async def test_a_worker_that_would_dead_letter_everything_stops_and_is_not_started_again(
-    shop: Shop, tmp_path: Path
-) -> None:
+async def test_worker_above_the_dead_letter_limit_stops_for_good(shop: Shop, tmp_path: Path) -> None:
     await query(shop.place.dsn, "insert into faults select 'm' || n, 'fails' from generate_series(0, 199) n")
     await shop.send(*[f"m{n}" for n in range(200)], key=None)
     environment = {name: text for name, text in shop.environment.items() if name != "PYTHONPATH"}
@@ -361,9 +357,7 @@ async def test_a_worker_that_would_dead_letter_everything_stops_and_is_not_start
     assert await value(shop.place.dsn, "select max(next_offset) from consumer.positions") == 0
 
 
-async def test_an_outage_of_any_service_dead_letters_nothing(
-    shop: Shop, postgres: Postgres, own_valkey: Valkey
-) -> None:
+async def test_outage_of_any_service_makes_no_dead_letter(shop: Shop, postgres: Postgres, own_valkey: Valkey) -> None:
     """PostgreSQL and Redis go away and come back in the middle; one attempt is all that a message has."""
     dsn = shop.place.worker_dsn
     port = int(dsn.split("@")[1].split(":")[1].split("/")[0])
@@ -391,7 +385,7 @@ async def test_an_outage_of_any_service_dead_letters_nothing(
     assert await value(shop.place.dsn, "select count(*) from consumer.attempts") == 0
 
 
-async def test_letters_go_to_the_topic_too_again_after_a_crash_under_the_same_id(shop: Shop) -> None:
+async def test_dead_letters_are_published_again_after_a_crash_under_the_same_id(shop: Shop) -> None:
     target = await shop.place.topic(1)
     settings = shop.place.settings(dead_letter_topic=target)
     await shop.fail("fails", "bad")

@@ -79,7 +79,7 @@ async def test_failed_retry_of_an_opted_out_handler_counts_one_attempt(desk: Des
     assert await desk.outcomes(number) == ["applied"]
 
 
-async def test_redrive_of_several_letters_of_one_id_applies_it_once_or_keeps_both(desk: Desk) -> None:
+async def test_redrive_of_dead_letters_of_one_id_applies_it_once_or_keeps_both(desk: Desk) -> None:
     """Two letters under stand-ins whose id can be told now, and is the same: one failing must not settle the other."""
     one, other = [
         await desk.letter("a", handler="field", reason="unreadable", stored_id=byte * 16) for byte in (b"1", b"2")
@@ -106,7 +106,7 @@ async def test_redrive_under_the_id_of_another_dead_letter_settles_nothing(desk:
     assert await desk.done() == ["a"]
 
 
-async def test_redrive_of_a_batch_changes_only_the_letters_that_were_applied(desk: Desk) -> None:
+async def test_redrive_of_a_batch_changes_only_applied_dead_letters(desk: Desk) -> None:
     faults = ["", "again", "fails", "clean again", "clean fails", "", "missing", "rejected", "", "conflict"]
     numbers = []
     for n, fault in enumerate(faults):
@@ -127,7 +127,7 @@ async def test_redrive_of_a_batch_changes_only_the_letters_that_were_applied(des
     assert len(after[2]) == len(faults) - len(behind)
 
 
-async def test_redrive_whose_connection_is_lost_changes_nothing_and_goes_on_with_others(desk: Desk) -> None:
+async def test_redrive_that_loses_its_connection_goes_on_with_others(desk: Desk) -> None:
     desk.faults["b"] = "lost"
     numbers = [await desk.letter(id, key=id) for id in ("a", "b", "c")]
     outcomes = {result.dead_letter: result.outcome for result in await desk.retry(*numbers)}
@@ -175,7 +175,7 @@ async def forgotten(desk: Desk) -> None:
         await query(desk.dsn, "select consumer.drop_generation($1)", number)
 
 
-async def test_redrive_after_the_ledger_turned_applies_each_letter_once(desk: Desk) -> None:
+async def test_redrive_after_the_ledger_turned_applies_each_dead_letter_once(desk: Desk) -> None:
     """The ledger turns after the session has connected, so that the claim finds another version than it knows."""
     plain = await desk.letter("a", key="k")
     gone = await desk.letter("b", in_ledger=False)
@@ -226,7 +226,7 @@ async def test_redrive_whose_ledger_row_was_dropped_is_unsure_when_its_time_is(d
     assert await desk.outcomes(young) == ["applied"]
 
 
-async def test_edit_of_an_unreadable_letter_takes_the_id_of_its_new_payload(desk: Desk) -> None:
+async def test_edit_of_an_unreadable_dead_letter_takes_the_id_of_its_new_payload(desk: Desk) -> None:
     number = await desk.letter(
         "x", handler="field", reason="unreadable", stored_id=b"s" * 16, value=b"{broken", headers=()
     )
@@ -279,7 +279,7 @@ async def test_chain_runs_in_order_and_stops_where_one_fails(desk: Desk) -> None
     assert await value(desk.dsn, "select count(*) from consumer.held") == 0
 
 
-async def test_two_operators_in_batches_settle_each_letter_once(desk: Desk) -> None:
+async def test_two_operators_in_batches_settle_each_dead_letter_once(desk: Desk) -> None:
     await desk.many(4000)
     other = Desk(desk.dsn)
     other.name, other.app, other.faults = desk.name, desk.app, desk.faults
@@ -329,7 +329,7 @@ async def test_handler_whose_claim_was_kept_would_be_noticed(desk: Desk, monkeyp
         await check_nothing_changed(desk, number, before, outcome)
 
 
-async def test_discard_names_only_the_chains_in_which_letters_wait(desk: Desk) -> None:
+async def test_discard_names_only_the_chains_in_which_dead_letters_wait(desk: Desk) -> None:
     alone = await desk.letter("alone", key="k1")
     first = await desk.letter("first", key="k2")
     behind = await desk.letter("behind", key="k2", reason="behind", state="waiting")

@@ -70,7 +70,7 @@ RULES: dict[str, Any] = {"bytes": "bytes", "value": "value", "function": lambda 
 
 
 @pytest.mark.parametrize("rule", RULES)
-async def test_letter_with_another_value_is_named_and_not_applied(place: Place, rule: str) -> None:
+async def test_dead_letter_with_another_value_is_named_and_not_applied(place: Place, rule: str) -> None:
     """Whatever of a payload is compared: the function compares the id alone, which stays."""
     topic = await place.topic()
     app = App(f"app-{topic}")
@@ -107,7 +107,7 @@ async def test_letter_with_another_value_is_named_and_not_applied(place: Place, 
 
 
 @pytest.mark.parametrize("column", ["key", "header_values"])
-async def test_letter_with_another_key_or_header_is_not_applied_with_any_value(place: Place, column: str) -> None:
+async def test_dead_letter_with_another_key_or_header_is_never_applied(place: Place, column: str) -> None:
     topic = await place.topic()
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a", amount=-1))
@@ -122,7 +122,7 @@ async def test_letter_with_another_key_or_header_is_not_applied_with_any_value(p
     assert await value(place.dsn, "select count(*) from effects") == 0
 
 
-async def test_commands_tell_of_an_altered_letter_in_one_line(place: Place, tmp_path: Path) -> None:
+async def test_commands_report_an_altered_dead_letter_in_one_line(place: Place, tmp_path: Path) -> None:
     topic = await place.topic()
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a", amount=-1))
@@ -151,7 +151,7 @@ CHANGED_ROWS = {
 
 @pytest.mark.parametrize("edited", [False, True], ids=["as it was", "edited"])
 @pytest.mark.parametrize("change", CHANGED_ROWS)
-async def test_row_of_a_retried_letter_that_was_changed_is_a_problem(place: Place, change: str, edited: bool) -> None:
+async def test_changed_row_of_a_retried_dead_letter_is_a_problem(place: Place, change: str, edited: bool) -> None:
     """Also where a second message has used the id: its own conflict is one that a dead letter settles."""
     topic = await place.topic()
     app = App(f"app-{topic}")
@@ -189,7 +189,7 @@ async def test_row_of_a_retried_letter_that_was_changed_is_a_problem(place: Plac
         ("select from consumer.ledger {}", 0, ""),
     ],
 )
-async def test_row_of_a_letter_that_was_edited_under_a_new_id_is_looked_at(
+async def test_row_of_a_dead_letter_edited_under_a_new_id_is_checked(
     place: Place, change: str, exit_code: int, detail: str
 ) -> None:
     topic = await place.topic()
@@ -207,7 +207,7 @@ async def test_row_of_a_letter_that_was_edited_under_a_new_id_is_looked_at(
     assert all(f"letter {number}: " in problem["text"] and detail in problem["text"] for problem in findings.problems())
 
 
-async def test_row_of_an_edited_letter_that_may_be_forgotten_is_a_reason(place: Place) -> None:
+async def test_forgotten_row_of_an_edited_dead_letter_leaves_the_verdict_unknown(place: Place) -> None:
     topic = await place.topic()
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a", amount=-1), payment("b"))

@@ -204,7 +204,7 @@ async def test_inserts_and_updates_are_sent_as_arrays(connection: Counting) -> N
 UPDATED = "select n_tup_upd from pg_stat_xact_user_tables where relname = $1"
 
 
-async def test_what_is_added_to_one_row_is_added_at_once(connection: Counting) -> None:
+async def test_additions_to_one_row_are_sent_at_once(connection: Counting) -> None:
     columns = BulkWriter(connection)
     await connection.execute("begin")
     await columns.send(ADD, [(n % 4, n) for n in range(100)])
@@ -231,7 +231,7 @@ async def test_what_is_added_to_one_row_is_added_at_once(connection: Counting) -
         "alter table accounts alter balance type float8",
     ],
 )
-async def test_where_it_could_be_seen_in_between_each_is_added_alone(connection: Counting, change: str) -> None:
+async def test_sum_that_could_be_seen_in_between_is_added_one_by_one(connection: Counting, change: str) -> None:
     await connection.execute(change)
     await connection.execute("begin")
     await BulkWriter(connection).send(ADD, [(n % 4, 1) for n in range(40)])
@@ -239,7 +239,7 @@ async def test_where_it_could_be_seen_in_between_each_is_added_alone(connection:
     assert await connection.fetchval("select balance from accounts where id = 3") == 10
 
 
-async def test_who_is_told_of_every_change_is_told_of_each() -> None:
+async def test_trigger_on_every_change_sees_each_change() -> None:
     with Postgres({"wal_level": "logical"}) as server:
         connection = await asyncpg.connect(server.dsn())
         await connection.execute(TABLES)
@@ -268,7 +268,7 @@ async def test_a_sum_fails_where_one_of_its_parts_would(connection: Counting) ->
         ("update accounts set balance = balance + 1 where id = $1::text::int", [(str(n),) for n in range(20)]),
     ],
 )
-async def test_tables_that_could_tell_are_written_row_by_row(
+async def test_tables_that_could_notice_are_written_row_by_row(
     connection: Counting, sql: str, arguments: list[tuple[Any, ...]]
 ) -> None:
     one_by_one, ours = await both(connection, [(sql, arguments)])
@@ -288,7 +288,7 @@ async def test_an_alias_that_collides_only_costs_the_speed(connection: Counting)
     await connection.execute("commit")
 
 
-async def test_what_postgresql_says_is_raised(connection: Counting) -> None:
+async def test_error_of_postgresql_is_raised(connection: Counting) -> None:
     columns = BulkWriter(connection)
     cases: list[tuple[str, list[tuple[Any, ...]], type[Exception]]] = [
         ("insert into once values ($1)", [(1,)] * 20, asyncpg.UniqueViolationError),

@@ -56,7 +56,7 @@ UPDATE = "update accounts set balance = balance + $2 where id = $1"
         ),
     ],
 )
-def test_how_it_reads_for_many_rows(sql: str, types: list[str], wanted: str) -> None:
+def test_statement_for_many_rows_reads_as_expected(sql: str, types: list[str], wanted: str) -> None:
     shape = shape_of(sql)
     assert shape is not None
     assert " ".join(shape.text(types).split()) == wanted
@@ -72,7 +72,7 @@ def test_how_it_reads_for_many_rows(sql: str, types: list[str], wanted: str) -> 
         ("update a set b = $1 where id = $2 and b = $3", (("id", 1),)),  # b changes: it tells no rows apart
     ],
 )
-def test_the_columns_that_tell_rows_apart(sql: str, keys: tuple[tuple[str, int], ...]) -> None:
+def test_columns_that_identify_rows(sql: str, keys: tuple[tuple[str, int], ...]) -> None:
     shape = shape_of(sql)
     assert shape is not None and shape.keys == keys
 
@@ -146,7 +146,7 @@ def test_the_columns_that_tell_rows_apart(sql: str, keys: tuple[tuple[str, int],
         "update a set b = $1x where id = $2",
     ],
 )
-def test_what_must_run_as_it_is(sql: str) -> None:
+def test_statement_outside_the_grammar_runs_as_it_is(sql: str) -> None:
     assert shape_of(sql) is None
 
 
@@ -197,7 +197,7 @@ def test_no_round_meets_a_row_twice_and_each_row_keeps_its_order(arguments: list
         ("insert into a values ($1, $2)", ()),
     ],
 )
-def test_what_only_adds(sql: str, added: tuple[tuple[str, int], ...]) -> None:
+def test_additions_of_a_statement_are_recognised(sql: str, added: tuple[tuple[str, int], ...]) -> None:
     shape = shape_of(sql)
     assert shape is not None and shape.added == added
 
@@ -234,7 +234,7 @@ def test_sums_add_up_and_no_key_of_both_signs_is_summed(arguments: list[tuple[in
         [(1.0, 1), (1.0, 1)],
     ],
 )
-def test_what_cannot_be_summed(arguments: list[tuple[object, ...]]) -> None:
+def test_arguments_that_cannot_be_summed_are_left_alone(arguments: list[tuple[object, ...]]) -> None:
     shape = shape_of(UPDATE)
     assert shape is not None
     assert sum_by_key(arguments, shape, ["int4", "int4"]) is None
@@ -254,7 +254,7 @@ def test_what_cannot_be_summed(arguments: list[tuple[object, ...]]) -> None:
         [(str(UUID(int=10)), 1), (1, 1)],
     ],
 )
-def test_values_that_do_not_fit(arguments: list[tuple[object, ...]]) -> None:
+def test_values_that_do_not_fit_the_type_are_left_alone(arguments: list[tuple[object, ...]]) -> None:
     shape = shape_of(UPDATE)
     assert shape is not None
     assert split_by_key_use(arguments, shape, TYPES) is None

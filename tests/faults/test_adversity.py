@@ -59,7 +59,7 @@ async def test_a_payload_that_a_handler_changes_is_new_in_the_next_run(place: Pl
     assert await place.reasons() == ["failed"]
 
 
-async def test_statements_gathered_beside_a_savepoint_that_fails_are_not_undone_with_it(place: Place) -> None:
+async def test_deferred_writes_beside_a_failed_savepoint_are_kept(place: Place) -> None:
     topic = await place.topic()
     app = new_app()
 
@@ -142,7 +142,7 @@ class Mute(Exception):
     "error",
     [Panic("x"), Mute(), GeneratorExit(), SystemExit(0), asyncio.CancelledError(), BaseExceptionGroup("x", [Panic()])],
 )
-async def test_whatever_a_handler_raises_costs_its_own_message_only(
+async def test_any_exception_of_a_handler_costs_its_own_message_only(
     place: Place, error: BaseException, idempotent: bool
 ) -> None:
     topic = await place.topic()
@@ -159,7 +159,7 @@ async def test_whatever_a_handler_raises_costs_its_own_message_only(
     assert (counted["applied"] + counted["skipped"], counted["dead_lettered"]) == (2, 1)
 
 
-async def test_a_setting_of_the_session_is_refused_before_another_message_meets_it(place: Place) -> None:
+async def test_session_setting_is_refused_before_it_reaches_another_message(place: Place) -> None:
     await query(place.dsn, "create schema tenant")
     await query(place.dsn, "create table tenant.effects (like public.effects)")
     topic = await place.topic()
@@ -199,7 +199,7 @@ async def test_the_first_of_two_errors_says_what_it_was(place: Place) -> None:
 # -- what never ends ------------------------------------------------------------------------------------------------
 
 
-async def test_slow_handlers_are_committed_before_postgresql_ends_the_transaction(place: Place) -> None:
+async def test_slow_handlers_commit_before_postgresql_ends_their_transaction(place: Place) -> None:
     topic = await place.topic()
     app = new_app()
     calls: list[str] = []
@@ -239,7 +239,7 @@ async def test_slow_calls_of_a_batch_handler_are_committed_in_time_too(place: Pl
 
 
 @pytest.mark.parametrize("code", ["55P03", "40001", "53100", "08001"])
-async def test_a_message_that_always_meets_the_same_conflict_or_outage_stops_no_other(place: Place, code: str) -> None:
+async def test_message_that_always_meets_a_conflict_or_outage_stops_no_other(place: Place, code: str) -> None:
     topic = await place.topic()
     app = new_app()
     runs: list[str] = []
@@ -289,7 +289,7 @@ async def test_retries_of_slow_failures_do_not_starve_other_keys(place: Place) -
         await until("the good keys", there)
 
 
-async def test_a_key_that_fails_in_one_partition_does_not_fill_the_buffer_of_another(place: Place) -> None:
+async def test_failing_key_of_one_partition_leaves_room_for_another(place: Place) -> None:
     topic = await place.topic(2)
     app = new_app()
 
@@ -315,7 +315,7 @@ async def test_a_key_that_fails_in_one_partition_does_not_fill_the_buffer_of_ano
         await until("the other partition", there)
 
 
-async def test_a_fault_of_the_deployment_at_commit_is_not_taken_for_an_unknown_outcome(place: Place) -> None:
+async def test_deployment_fault_at_commit_is_no_unknown_outcome(place: Place) -> None:
     await query(
         place.dsn,
         """create function chk() returns trigger language plpgsql as
@@ -465,7 +465,7 @@ async def test_a_database_put_back_in_time_gets_its_lost_effects_again(place: Pl
     assert len(set(await effect_ids(place))) == 51
 
 
-async def test_a_position_moved_back_is_noticed_while_nothing_comes_and_while_buffers_are_full(place: Place) -> None:
+async def test_position_moved_back_is_noticed_when_idle_and_when_full(place: Place) -> None:
     topic = await place.topic()
     app = new_app()
     gate = asyncio.Event()

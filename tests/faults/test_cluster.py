@@ -100,7 +100,7 @@ async def produce(cluster: Cluster, topic: str, names: list[str], acks: Any = "a
         await producer.stop()
 
 
-async def test_a_lost_leader_a_lost_coordinator_and_then_all_of_them(cluster: Cluster, database: str) -> None:
+async def test_lost_leader_lost_coordinator_and_lost_cluster_lose_nothing(cluster: Cluster, database: str) -> None:
     await migrated(database)
     topic = await new_topic(cluster, 6, 3, **{"min.insync.replicas": "2"})
     app = payments_app(topic)
@@ -168,7 +168,7 @@ async def adopted(settings: Settings, app: App, partition: Partition) -> bool:
         await source.stop(5)
 
 
-async def test_another_cluster_with_copied_records_is_noticed_and_adopting_it_doubles_nothing(
+async def test_cluster_with_copied_records_is_noticed_and_adopted_once(
     place: Place, cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     topic = await new_topic(cluster, 1)
@@ -191,7 +191,7 @@ async def test_another_cluster_with_copied_records_is_noticed_and_adopting_it_do
 
 
 @pytest.mark.timeout(600)
-async def test_brokers_replaced_one_after_the_other_are_followed_by_an_idle_and_a_busy_worker(
+async def test_brokers_replaced_one_by_one_are_followed_by_idle_and_busy_workers(
     cluster: Cluster, database: str
 ) -> None:
     await migrated(database)

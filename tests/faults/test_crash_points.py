@@ -109,7 +109,9 @@ async def test_a_crash_loses_nothing_and_doubles_nothing(
     assert {name: handler["applied"] for name, handler in counted.items()} == {"settle": 40 * nth, "record": 40 * nth}
 
 
-async def test_a_crash_while_partitions_are_revoked(kafka: Any, database: str, redis_url: str, tmp_path: Path) -> None:
+async def test_crash_while_partitions_are_revoked_doubles_nothing(
+    kafka: Any, database: str, redis_url: str, tmp_path: Path
+) -> None:
     await migrated(database)
     topic = await new_topic(kafka.bootstrap_servers, 4)
     settings = settings_for(

@@ -142,7 +142,7 @@ async def test_new_epoch_under_running_worker_ends_marks_and_memory(
     assert is_logged(caplog, "another epoch of postgresql")
 
 
-async def test_lost_handler_number_is_given_anew_after_failover(place: Place) -> None:
+async def test_lost_handler_number_is_replaced_after_failover(place: Place) -> None:
     """The lost tail held the handler's number; another application has it now."""
     topic = await place.topic()
     app = App(f"epochs-{topic}")
@@ -232,7 +232,7 @@ async def test_server_without_wal_functions_works_with_pre_check(
     assert session.epoch.startswith("0-0-")
 
 
-async def test_server_that_tells_no_start_time_works_without_pre_check(
+async def test_server_that_hides_its_start_time_works_without_pre_check(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "consumer")

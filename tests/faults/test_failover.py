@@ -36,7 +36,7 @@ def primary() -> Iterator[Postgres]:
         yield server
 
 
-async def test_failover_to_a_standby_whose_tail_was_lost(
+async def test_failover_to_a_standby_without_the_tail_loses_nothing(
     primary: Postgres, kafka: Kafka, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One worker, running throughout, with one address: first a standby's, then the primary's, then the new primary's,
@@ -108,7 +108,7 @@ async def test_failover_to_a_standby_whose_tail_was_lost(
     assert is_logged(caplog, "another epoch of postgresql")
 
 
-async def test_a_restore_to_a_point_in_time(
+async def test_restore_to_a_point_in_time_gets_lost_effects_again(
     primary: Postgres, kafka: Kafka, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The same system identifier, a new timeline; found by a DSN that names both places, by a worker that runs on."""

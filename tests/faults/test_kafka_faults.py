@@ -161,7 +161,7 @@ async def test_committed_offsets_that_are_gone_lose_and_repeat_nothing(place: Pl
     assert (await group_offsets(place.settings(), app.name))[Partition(topic, 0)] == 100
 
 
-async def test_a_compacted_topic_with_tombstones_under_load_ends_as_its_last_values(place: Place) -> None:
+async def test_compacted_topic_with_tombstones_ends_as_its_last_values(place: Place) -> None:
     await query(place.dsn, "create table latest (key text primary key, value int)")
     topic = await place.topic(
         1,
@@ -193,9 +193,7 @@ async def test_a_compacted_topic_with_tombstones_under_load_ends_as_its_last_val
     assert await value(place.dsn, "select count(*) from consumer.dead_letters") == 0
 
 
-async def test_an_error_that_the_client_only_logs_ends_the_worker_and_the_next_one_goes_on(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_error_that_the_client_only_logs_ends_the_worker(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client fetches again for ever after an error that it does not know; the watchdog does not."""
     topic = await place.topic()
     app = payments_app(topic, balances=False)

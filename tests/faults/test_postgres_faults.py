@@ -82,7 +82,7 @@ async def dead_letters(dsn: str) -> int:
 
 
 @pytest.mark.timeout(600)
-async def test_a_commit_that_is_cut_before_during_or_after_it_reached_the_server(
+async def test_commit_cut_before_during_or_after_the_server_doubles_nothing(
     own: Postgres, there: str, kafka: Kafka, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "consumer")
@@ -149,7 +149,7 @@ async def test_a_connection_that_falls_silent_is_ended(
 # -- what the server refuses or undoes ------------------------------------------------------------------------------
 
 
-async def test_conflicts_of_all_kinds_are_nobodys_fault(own: Postgres, there: str, kafka: Kafka) -> None:
+async def test_conflicts_of_all_kinds_count_no_attempt(own: Postgres, there: str, kafka: Kafka) -> None:
     """Deadlocks of two lanes, a lock that somebody else holds, statements cancelled and connections ended at random
     instants, serialization failures and statements that take too long: with a single attempt allowed."""
     topic = await new_topic(kafka.bootstrap_servers, 2)
@@ -248,7 +248,9 @@ async def test_conflicts_of_all_kinds_are_nobodys_fault(own: Postgres, there: st
     await until("PostgreSQL to have counted a deadlock", counted)
 
 
-async def test_an_index_that_is_made_anew_under_load(own: Postgres, there: str, kafka: Kafka, redis_url: str) -> None:
+async def test_index_rebuilt_under_load_loses_and_doubles_nothing(
+    own: Postgres, there: str, kafka: Kafka, redis_url: str
+) -> None:
     topic = await new_topic(kafka.bootstrap_servers, 4)
     app = numbered_app(topic)
     settings = settings_for(there, kafka.bootstrap_servers, redis_url, batch_messages_max=50)
@@ -342,7 +344,7 @@ def small_disk() -> Iterator[Path]:
         disk.rmdir()
 
 
-async def test_a_full_disk_is_waited_for(
+async def test_full_disk_is_waited_for(
     small_disk: Path, kafka: Kafka, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without room PostgreSQL refuses rows, or ends itself when it is its log that has none: then somebody starts it again."""
@@ -385,7 +387,7 @@ async def test_a_full_disk_is_waited_for(
 # -- what counts as durable -------------------------------------------------------------------------------------------
 
 
-async def test_what_was_acknowledged_survives_a_power_cut_whatever_roles_and_handlers_set(kafka: Kafka) -> None:
+async def test_acknowledged_messages_survive_a_power_cut_despite_settings(kafka: Kafka) -> None:
     """synchronous_commit = off by role, by database and by a handler through a function; the WAL writer is asleep."""
     with Postgres(
         {"fsync": "on", "wal_writer_delay": "10s", "wal_writer_flush_after": "0", "autovacuum": "off"}
@@ -429,7 +431,7 @@ async def test_what_was_acknowledged_survives_a_power_cut_whatever_roles_and_han
         assert settled == 10 == await value(server.dsn(), "select count(*) from effects")
 
 
-async def test_a_commit_whose_wait_for_the_standby_was_cancelled_is_lost_and_done_again(
+async def test_commit_whose_wait_for_the_standby_was_cancelled_is_repeated(
     kafka: Kafka, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """PostgreSQL answers COMMIT with a warning then, and has it on one machine only. The position dies with the effect."""
@@ -479,7 +481,7 @@ async def test_a_commit_whose_wait_for_the_standby_was_cancelled_is_lost_and_don
 
 
 @needs_pgbouncer
-async def test_behind_pgbouncer_in_transaction_mode(
+async def test_pgbouncer_in_transaction_mode_loses_and_doubles_nothing(
     own: Postgres, there: str, kafka: Kafka, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "consumer")

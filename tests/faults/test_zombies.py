@@ -72,9 +72,7 @@ class Zombie:
         self.process.wait()
 
 
-async def test_a_zombie_at_every_step_holds_up_its_successor_for_a_while_and_does_nothing_twice(
-    place: Place, tmp_path: Path
-) -> None:
+async def test_zombie_at_any_step_delays_its_successor_and_doubles_nothing(place: Place, tmp_path: Path) -> None:
     zombies: list[Zombie] = []
     try:
         for step in STEPS:

@@ -43,7 +43,7 @@ def lone_broker() -> Iterator[Cluster]:
         yield cluster
 
 
-async def test_a_broker_that_returns_on_another_address_is_found_by_an_idle_worker(
+async def test_broker_that_returns_on_another_address_is_found_when_idle(
     lone_broker: Cluster, database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     await migrated(database)
@@ -165,7 +165,7 @@ def quota(kafka: Any, client: str, *change: str) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-async def test_a_throttled_worker_applies_messages_and_goes_on_at_full_speed_when_the_quota_is_lifted(
+async def test_throttled_worker_goes_on_and_recovers_when_the_quota_is_lifted(
     place: Place, kafka: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     topic = await place.topic()

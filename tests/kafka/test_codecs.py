@@ -52,7 +52,7 @@ def send_by_librdkafka(kafka: str, topic: str, names: list[str], codec: str, kin
 
 
 @pytest.mark.parametrize("codec", CODECS)
-async def test_topics_that_librdkafka_compresses_are_read_whatever_the_producer(place: Place, codec: str) -> None:
+async def test_topics_compressed_by_any_kind_of_librdkafka_producer_are_read(place: Place, codec: str) -> None:
     topic = await place.topic(2)
     app = payments_app(topic, balances=False)
     expected = []
@@ -82,9 +82,7 @@ def send_by_java(kafka: str, topic: str, payload: Path, count: int, codec: str, 
 
 
 @pytest.mark.parametrize("codec", CODECS)
-async def test_topics_that_java_compresses_are_read_with_and_without_transactions(
-    place: Place, codec: str, tmp_path: Path
-) -> None:
+async def test_topics_compressed_by_the_java_client_are_read(place: Place, codec: str, tmp_path: Path) -> None:
     topic = await place.topic(2)
     app = payments_app(topic, balances=False)
     payload = tmp_path / "payload"

@@ -83,7 +83,7 @@ async def topic_id(place: Place, topic: str) -> str:
 # -- a topic made anew ------------------------------------------------------------------------------------------------
 
 
-async def test_a_topic_made_anew_under_a_running_worker_stops_and_nothing_of_it_is_applied(
+async def test_topic_recreated_under_a_running_worker_stops_before_it_is_read(
     place: Place, worker_log: WorkerLog
 ) -> None:
     topic, other = sorted([await new_topic(place.kafka, 2, f"a-{uuid.uuid4().hex}"), await place.topic()])
@@ -197,7 +197,9 @@ async def test_a_fetch_is_of_the_topic_with_the_id_and_of_no_other(place: Place)
         await source.stop(5)
 
 
-async def test_a_topic_made_anew_between_two_runs_and_messages_without_ids(place: Place, worker_log: WorkerLog) -> None:
+async def test_recreated_topic_with_messages_without_ids_is_applied_once_adopted(
+    place: Place, worker_log: WorkerLog
+) -> None:
     """Their ids are their offsets: the same ones, and even the same payloads, are other messages in another log."""
     topic = await place.topic()
     app = payments_app(topic, balances=False)
@@ -219,7 +221,7 @@ async def test_a_topic_made_anew_between_two_runs_and_messages_without_ids(place
     assert len(await effect_ids(place)) == 18
 
 
-async def test_a_worker_that_slept_through_an_adoption_cannot_move_the_new_logs_position(place: Place) -> None:
+async def test_worker_that_missed_an_adoption_cannot_move_the_new_position(place: Place) -> None:
     """The number is the same in both logs: only the topic's id tells that it is not the one that this worker knew."""
     old, new = uuid.uuid4(), uuid.uuid4()
     partition = Partition(await place.topic(), 0)
@@ -235,7 +237,7 @@ async def test_a_worker_that_slept_through_an_adoption_cannot_move_the_new_logs_
         session.close()
 
 
-async def test_a_broker_that_tells_no_ids_is_found_out_by_the_record_that_was_read_last(
+async def test_recreated_topic_without_topic_ids_is_noticed_by_its_last_record(
     place: Place, worker_log: WorkerLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def nothing(*_: Any) -> Identity:
@@ -292,7 +294,7 @@ async def test_records_removed_before_they_were_read_stop_their_partition_alone(
     assert await stopped_partitions(place, app) == {}
 
 
-async def test_records_removed_in_front_of_a_running_worker_what_it_has_read_is_settled_first(
+async def test_records_removed_ahead_of_a_worker_stop_after_what_it_has_read(
     place: Place, worker_log: WorkerLog
 ) -> None:
     topic = await place.topic(2)
@@ -329,9 +331,7 @@ async def test_records_removed_in_front_of_a_running_worker_what_it_has_read_is_
 # -- what else a log may do ---------------------------------------------------------------------------------------------
 
 
-async def test_a_hanging_transaction_is_told_and_the_partition_goes_on_after_its_abort(
-    place: Place, worker_log: WorkerLog
-) -> None:
+async def test_hanging_transaction_is_reported_and_its_abort_releases_it(place: Place, worker_log: WorkerLog) -> None:
     topic = await place.topic(2)
     app = payments_app(topic, balances=False)
     producer = AIOKafkaProducer(bootstrap_servers=place.kafka, transactional_id=f"t-{uuid.uuid4().hex}")

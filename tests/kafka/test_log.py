@@ -70,7 +70,7 @@ async def test_aborted_messages_have_no_effect_and_gaps_do_not_stall(place: Plac
         await producer.stop()
 
 
-async def test_an_open_transaction_holds_its_messages_back_and_then_they_are_applied(place: Place) -> None:
+async def test_messages_of_an_open_transaction_are_applied_after_its_commit(place: Place) -> None:
     topic = await place.topic()
     app = payments_app(topic, balances=False)
     producer = AIOKafkaProducer(bootstrap_servers=place.kafka, transactional_id=f"t-{uuid.uuid4().hex}")
@@ -157,9 +157,7 @@ async def send_with_bad_header(place: Place, topic: str, names: list[str], bad: 
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-async def test_a_header_key_that_is_not_utf8_is_a_dead_letter_and_the_partition_goes_on(
-    place: Place, compressed: bool
-) -> None:
+async def test_record_with_a_header_key_that_is_not_utf8_is_a_dead_letter(place: Place, compressed: bool) -> None:
     topic = await place.topic(2)
     app = payments_app(topic, balances=False)
     await place.send(topic, *[Sent(body(f"early-{n}"), id=f"early-{n}", partition=n % 2) for n in range(10)])

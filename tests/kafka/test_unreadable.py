@@ -157,7 +157,7 @@ def broken_record(raw: bytearray) -> None:
     ],
     ids=lambda function: function.__name__,
 )
-async def test_damage_on_disk_stops_its_partition_alone_and_the_printed_command_goes_on(
+async def test_damage_on_disk_stops_its_partition_until_the_printed_command(
     place: Place, kafka: Any, caplog: pytest.LogCaptureFixture, change: Callable[[bytearray], None]
 ) -> None:
     topic = await place.topic(2)
@@ -207,7 +207,7 @@ async def no_rows(place: Place, app: str) -> bool:
     return not await rows(place, app)
 
 
-async def test_a_small_batch_that_would_fill_the_memory_stops_its_partition_alone(
+async def test_batch_that_decompresses_beyond_the_limit_stops_its_partition(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     topic = await place.topic(2)
@@ -249,7 +249,7 @@ def varint(number: int) -> bytes:
 
 
 @pytest.mark.parametrize("keeps_describe", [True, False], ids=["READ lost", "DESCRIBE lost too"])
-async def test_a_right_to_read_that_is_taken_away_stops_that_topic_alone_until_it_is_back(
+async def test_revoked_right_to_read_stops_its_topic_until_it_is_granted(
     place: Place, kafka: Any, caplog: pytest.LogCaptureFixture, keeps_describe: bool
 ) -> None:
     topic, other = await place.topic(), await place.topic()
@@ -292,7 +292,7 @@ async def test_a_right_to_read_that_is_taken_away_stops_that_topic_alone_until_i
         await until("the row to go", lambda: no_rows(place, app.name))
 
 
-async def test_a_worker_that_starts_without_rights_records_the_partitions_that_it_may_not_see(
+async def test_worker_without_rights_records_the_partitions_it_may_not_see(
     place: Place, kafka: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     known, new, other = await place.topic(2), await place.topic(), await place.topic()

@@ -172,9 +172,7 @@ async def advisory_locks(session: Session, watcher: asyncpg.Connection) -> set[t
     return {(names[row[0]], row[1]) for row in rows}
 
 
-async def test_a_transaction_holds_the_lock_of_the_ledgers_version_whether_its_turn_has_come_or_not(
-    claims: Claimants, database: str
-) -> None:
+async def test_transaction_holds_the_version_lock_with_and_without_its_turn(claims: Claimants, database: str) -> None:
     """Without that lock a generation could be dropped below a claim, whose id would be claimed again."""
     claims.settings = claims.settings.model_copy(update={"postgres_lock_timeout_seconds": 0.2})
     session, other = await claims.session(), await claims.session()

@@ -36,6 +36,6 @@ def test_start_time_makes_another_epoch_of_the_same_lineage() -> None:
     assert is_left_behind("6a-00000001-abc-300", "6a-00000002-abc-200")
 
 
-def test_unknown_parts_leave_nobody_behind() -> None:
+def test_unknown_parts_make_no_server_an_old_primary() -> None:
     assert not is_left_behind("0-0-abc-100", "6a-00000002-abc-200")
     assert not is_left_behind("6a-00000001-abc-100", "0-0-abc-200")

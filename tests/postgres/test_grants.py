@@ -99,7 +99,7 @@ async def test_a_reader_sees_no_message_and_changes_nothing(place: Place, tmp_pa
         await connection.close()
 
 
-async def test_a_role_without_the_rights_is_told_how_to_get_them(place: Place, tmp_path: Path) -> None:
+async def test_role_without_rights_gets_an_error_with_the_command_to_grant_them(place: Place, tmp_path: Path) -> None:
     connection = await asyncpg.connect(place.dsn)
     try:
         await connection.execute(f'revoke delete on consumer.ledger from "{WORKER}"')

@@ -209,7 +209,7 @@ def test_what_is_refused_once_is_refused_again() -> None:
             refuse_transaction_control("select 1; commit")
 
 
-def test_statements_built_anew_each_time_do_not_grow_the_memory() -> None:
+def test_statements_built_for_each_message_do_not_grow_the_memory() -> None:
     for n in range(2 * sql_text.CHECKED_MAX):
         refuse_transaction_control(f"select {n}")
     assert refuse_transaction_control.cache_info().currsize == sql_text.CHECKED_MAX

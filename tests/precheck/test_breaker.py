@@ -9,7 +9,7 @@ from consumer.precheck.breaker import Breaker, Sampler
 pytestmark = pytest.mark.unit
 
 
-def test_a_breaker_is_closed_until_the_first_failure_and_again_after_a_success() -> None:
+def test_breaker_opens_at_the_first_failure_and_closes_after_a_success() -> None:
     breaker = Breaker()
     assert not breaker.is_open
     breaker.failed()

@@ -312,7 +312,7 @@ def sent(*ids: str) -> list[Sent]:
     return [Sent({"id": id}, id=id) for id in ids]
 
 
-async def test_what_was_dropped_is_judged_by_nobody(place: Place, tmp_path: Path) -> None:
+async def test_messages_of_a_dropped_generation_are_too_old_to_judge(place: Place, tmp_path: Path) -> None:
     """A log that is delivered again from the beginning, after a purge by force."""
     topic = await place.topic()
     app = app_of(topic)
@@ -351,7 +351,7 @@ async def test_what_was_dropped_is_judged_by_nobody(place: Place, tmp_path: Path
     assert await place.reasons() == ["too_old", "too_old", "rejected"]
 
 
-async def test_workers_turn_and_drop_in_the_background_what_the_log_no_longer_holds(
+async def test_workers_drop_generations_that_the_log_no_longer_holds(
     place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(retention, "ROUND_SECONDS_MAX", 0.2)
@@ -404,7 +404,7 @@ async def test_workers_turn_and_drop_in_the_background_what_the_log_no_longer_ho
     assert [row[0] for row in await place.effects()] == sorted(f"a{n}" for n in range(number))
 
 
-async def test_contradictions_are_told_at_start(place: Place, tmp_path: Path) -> None:
+async def test_contradicting_settings_are_reported_at_start(place: Place, tmp_path: Path) -> None:
     topic = await place.topic()
     (tmp_path / "mine.py").write_text(
         f"from consumer import App\napp = App('mine')\n@app.handler({topic!r})\nasync def f(value: bytes) -> None: ...\n"

@@ -160,9 +160,7 @@ async def settled(shards: Shards, count: int, *names: str) -> None:
     await until(f"{count} payments in {names or NAMES}", all_there, 60)
 
 
-async def test_each_effect_once_over_two_servers_whose_workers_die_between_their_commits(
-    shards: Shards, tmp_path: Path
-) -> None:
+async def test_workers_killed_between_commits_of_two_servers_double_nothing(shards: Shards, tmp_path: Path) -> None:
     stream = [payment(key, n) for n in range(25) for key in KEYS]
     stream += stream[100:200]  # produced again, with the same keys
     await shards.send(*stream)
@@ -269,9 +267,7 @@ async def test_a_route_that_has_changed_is_refused_at_start(shards: Shards, west
         await settled(shards, len(KEYS) + 1)
 
 
-async def test_a_key_that_moves_unnoticed_is_caught_before_anything_is_applied_again(
-    shards: Shards, tmp_path: Path
-) -> None:
+async def test_key_that_moved_to_another_shard_is_caught_before_it_is_applied(shards: Shards, tmp_path: Path) -> None:
     """No probe has it: that it was applied is found by asking the other shard."""
     async with Working(shards.app(), shards.settings()):
         await shards.send(payment(MOVES, 0), *(payment(key, 0) for key in KEYS))
@@ -297,9 +293,7 @@ async def test_a_key_that_moves_unnoticed_is_caught_before_anything_is_applied_a
     ("route", "says"),
     [("by_chance", "answered"), ("raises", "raises ValueError"), ("unknown", "answers a str")],
 )
-async def test_a_route_that_cannot_be_relied_on_stops_the_worker_and_loses_nothing(
-    shards: Shards, route: str, says: str
-) -> None:
+async def test_unreliable_route_stops_the_worker_and_loses_nothing(shards: Shards, route: str, says: str) -> None:
     await shards.send(payment(KEYS[0], 0))
     for n in range(30):  # by chance it may answer alike a few times
         await shards.send(payment("trap", n))

@@ -35,7 +35,7 @@ async def run(function: Any, calls: CallTracker | None = None) -> Awaitable[obje
     return left
 
 
-async def test_one_that_waits_for_nothing_has_ended_when_it_was_begun() -> None:
+async def test_handler_that_waits_for_nothing_ends_when_started() -> None:
     seen = []
 
     async def handle(value: bytes) -> None:
@@ -45,7 +45,7 @@ async def test_one_that_waits_for_nothing_has_ended_when_it_was_begun() -> None:
     assert seen == [(b"value", asyncio.current_task())]
 
 
-async def test_one_that_waits_goes_on_where_it_was_in_the_same_task_and_context() -> None:
+async def test_handler_that_waits_continues_in_the_same_task_and_context() -> None:
     seen: list[Any] = []
 
     async def handle(value: bytes) -> None:
@@ -72,7 +72,7 @@ async def test_one_that_waits_goes_on_where_it_was_in_the_same_task_and_context(
         (GeneratorExit, HandlerEnded),
     ],
 )
-async def test_what_it_raises_comes_out_whenever_it_does(
+async def test_exception_of_a_handler_comes_out_before_and_after_a_wait(
     waits: bool, raised: type[BaseException], comes_as: type[Exception]
 ) -> None:
     async def handle(value: bytes) -> None:
@@ -84,7 +84,7 @@ async def test_what_it_raises_comes_out_whenever_it_does(
         await run(handle)
 
 
-async def test_a_cancellation_reaches_it_where_it_waits_and_may_be_cleaned_up_after() -> None:
+async def test_cancellation_reaches_a_waiting_handler_which_may_clean_up() -> None:
     seen: list[str] = []
     reached = asyncio.Event()
 
@@ -105,7 +105,7 @@ async def test_a_cancellation_reaches_it_where_it_waits_and_may_be_cleaned_up_af
     assert seen == ["cleaned up"]
 
 
-async def test_a_cancellation_reaches_it_where_it_only_lets_others_go_first() -> None:
+async def test_cancellation_reaches_a_handler_that_only_yields() -> None:
     """There is nothing there that was cancelled itself: it must be thrown."""
     seen: list[str] = []
 
@@ -123,7 +123,7 @@ async def test_a_cancellation_reaches_it_where_it_only_lets_others_go_first() ->
     assert seen == ["cancelled"]
 
 
-async def test_an_exception_of_what_it_waits_for_may_be_caught_in_it() -> None:
+async def test_handler_may_catch_an_exception_of_what_it_waits_for() -> None:
     seen: list[str] = []
 
     async def handle(value: bytes) -> None:

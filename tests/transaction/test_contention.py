@@ -99,7 +99,7 @@ async def test_a_row_that_another_application_locks_makes_no_lane_take_turns(pla
     assert await value(place.dsn, "select sum(balance) from accounts") == 10
 
 
-async def test_a_lock_that_was_waited_for_is_told_from_one_that_was_not(database: str) -> None:
+async def test_lock_timeout_differs_from_a_lock_refused_at_once(database: str) -> None:
     """NOWAIT fails with the same SQLSTATE where the application's own transactions meet: then turns help."""
     one, other = await asyncpg.connect(database), await asyncpg.connect(database)
     try:

@@ -111,9 +111,7 @@ OF_ONE = {
 
 @pytest.mark.parametrize("deferred", [False, True], ids=["awaited", "deferred"])
 @pytest.mark.parametrize("name", OF_ONE)
-async def test_a_message_that_fails_alone_while_others_succeed_becomes_a_dead_letter(
-    place: Place, name: str, deferred: bool
-) -> None:
+async def test_message_that_alone_fails_becomes_a_dead_letter(place: Place, name: str, deferred: bool) -> None:
     before, statement, code = OF_ONE[name]
     if before:
         await query_all(place, before)
@@ -279,7 +277,7 @@ async def test_many_failures_of_one_kind_are_a_few_log_lines(place: Place, caplo
     assert fields["handler"] == "settle" and "test_evidence.py:" in fields["error"]
 
 
-async def test_the_dead_letter_limit_says_why_it_stopped_the_worker_in_status_too(place: Place) -> None:
+async def test_dead_letter_limit_is_named_by_the_error_and_by_status(place: Place) -> None:
     topic = await place.topic()
     app = App(f"evidence-{uuid4().hex[:8]}")
 
@@ -377,7 +375,7 @@ async def test_a_busy_key_that_fails_holds_up_no_other_key_and_keeps_its_order(p
     assert list(dict.fromkeys(order)) == busy
 
 
-async def test_counters_tell_what_is_applied_and_rows_agree(place: Place) -> None:
+async def test_counters_agree_with_the_rows_of_the_ledger(place: Place) -> None:
     """B18: `status` reads counters, which are exact over duplicates, dead letters, retries and several partitions."""
     topic = await place.topic(3)
     app = app_of(topic, "do $$ begin raise 'no'; end $$")
@@ -396,9 +394,7 @@ async def test_counters_tell_what_is_applied_and_rows_agree(place: Place) -> Non
 
 
 @pytest.mark.parametrize("batch", [None, 10], ids=["single", "batch"])
-async def test_a_handler_that_fails_for_all_holds_up_no_other_handler_of_its_topic(
-    place: Place, batch: int | None
-) -> None:
+async def test_handler_that_fails_for_all_delays_no_other_handler(place: Place, batch: int | None) -> None:
     topic = await place.topic()
     app = App(f"evidence-{uuid4().hex[:8]}")
 
@@ -451,7 +447,7 @@ async def test_a_handler_that_fails_for_all_holds_up_no_other_handler_of_its_top
     ],
     ids=repr,
 )
-def test_conflict_or_outage_of_a_message_alone_without_evidence_counts_no_attempt(error: Any) -> None:
+def test_conflict_or_outage_without_evidence_counts_no_attempt(error: Any) -> None:
     handler = app_of("t", "select 1").handlers["settle"]
     delivery = Delivery(handler, LogRecord("t", 0, 0, 0, None, b"{}", ()))
     next_parts(Part(Batch([delivery], {}, {}), failures=FAILURES_MAX - 1), error, lambda: 0.5)
@@ -480,9 +476,7 @@ def answer(code: str, severity: str = "ERROR") -> asyncpg.PostgresError:
     ],
     ids=repr,
 )
-def test_each_attempt_of_a_message_alone_needs_an_answer_and_a_later_success_of_others(
-    error: Any, counts: bool
-) -> None:
+def test_attempt_counts_after_an_answer_and_a_later_success_of_others(error: Any, counts: bool) -> None:
     handler = app_of("t", "select 1", retry=Retry(attempts=9)).handlers["settle"]
     delivery = Delivery(handler, LogRecord("t", 0, 0, 0, None, b"{}", ()))
     evidence = Evidence()

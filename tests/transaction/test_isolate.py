@@ -71,7 +71,7 @@ def test_parts_hold_every_message_once_and_in_order(
 
 
 @given(st.integers(2, 100), st.data())
-def test_a_slow_call_runs_apart_from_all_others_and_is_not_waited_for_again(count: int, data: st.DataObject) -> None:
+def test_slow_call_runs_apart_and_is_not_waited_for_again(count: int, data: st.DataObject) -> None:
     part = part_of(count)
     slow = part.batch.deliveries[data.draw(st.integers(0, count - 1))]
     parts = run_smaller(part, facts(TimeoutError("slow"), timed_out=[slow]), half)
@@ -104,7 +104,7 @@ def test_a_message_that_is_alone_is_at_fault() -> None:
     assert isinstance(message.outcome, RetryLater) and message.attempts == 1
 
 
-def test_a_part_that_keeps_failing_alone_is_put_aside_and_counts_no_attempt() -> None:
+def test_part_that_keeps_failing_alone_waits_and_counts_no_attempt() -> None:
     part = part_of(1, failures=FAILURES_MAX - 1)
     [after] = run_again(part, facts(OSError(), at=7.0), half, at_least=Meaning.OUTAGE, answers=False)
     [message] = part.batch.deliveries

@@ -88,7 +88,7 @@ async def test_a_call_that_hangs_is_ended_found_at_once_and_counted(place: Place
     assert len(hung) == (3 if "batch" in kind else 2)  # a batch does not say whose fault it was: once for all of it
 
 
-async def test_a_statement_that_takes_too_long_is_cancelled_and_nobodys_fault(place: Place) -> None:
+async def test_statement_that_takes_too_long_is_cancelled_and_not_counted(place: Place) -> None:
     """A database that is slow cannot be told from a query that is: the message waits aside, and no other does."""
     topic = await place.topic()
     app = new_app()
@@ -164,7 +164,7 @@ async def test_an_order_to_stop_is_not_taken_for_a_handlers_limit(place: Place) 
 # -- that cannot be stopped -----------------------------------------------------------------------------------------
 
 
-async def test_a_handler_that_swallows_its_cancellation_loses_its_connection_and_ends_the_worker(
+async def test_handler_that_swallows_its_cancellation_ends_the_worker(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "GRACE_SECONDS", 0.3)
@@ -228,7 +228,7 @@ async def test_the_process_of_such_a_handler_ends_and_another_takes_over(place: 
 # -- that block -----------------------------------------------------------------------------------------------------
 
 
-async def test_a_handler_that_blocks_the_event_loop_is_named_while_it_does_and_stays_a_member(
+async def test_handler_that_blocks_the_event_loop_is_named_and_stays_a_member(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As `time.sleep(12)` under the default session timeout of 30 s: shorter here, in the same proportion."""
@@ -282,7 +282,7 @@ async def test_a_worker_that_has_grown_too_large_drains_and_is_replaced(place: P
 # -- that go around their Tx, or end its transaction ------------------------------------------------------------------
 
 
-async def test_what_a_handler_writes_on_a_connection_of_its_own_happens_at_least_once(place: Place) -> None:
+async def test_write_on_a_handlers_own_connection_happens_at_least_once(place: Place) -> None:
     """Outside the promise, as README says: a run that fails does not take the own write back, and the next one repeats it."""
     topic = await place.topic()
     app = new_app()

@@ -72,7 +72,7 @@ async def test_with_redis_the_precheck_stops_them_before_they_are_decoded(place:
     assert (counted["applied"], counted["duplicates"]["ledger"], counted["duplicates"]["precheck"]) == (20, 0, 20)
 
 
-async def test_marks_of_a_database_that_was_made_anew_are_not_believed(place: Place) -> None:
+async def test_marks_of_a_recreated_database_are_ignored(place: Place) -> None:
     topic = await place.topic()
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a"))
@@ -104,7 +104,7 @@ async def test_one_id_with_two_payloads_is_a_conflict_not_a_duplicate(place: Pla
     assert await place.reasons() == ["id_conflict", "id_conflict"]
 
 
-async def test_what_is_applied_stays_a_duplicate_behind_another_payload_of_its_id(place: Place) -> None:
+async def test_applied_message_stays_a_duplicate_behind_a_conflicting_payload(place: Place) -> None:
     """Without Redis, so that the batch brings both to the ledger: the second of them is what it holds."""
     topic = await place.topic()
     app = payments_app(topic, retry=QUICK)
@@ -129,7 +129,7 @@ async def test_an_id_of_any_length_and_any_bytes_works(place: Place, size: int) 
     assert len(await place.effects()) == 1
 
 
-async def test_messages_that_cannot_be_read_are_dead_letters_with_their_bytes_and_the_partition_goes_on(
+async def test_unreadable_messages_become_dead_letters_with_their_bytes(
     place: Place,
 ) -> None:
     topic = await place.topic()
@@ -177,9 +177,7 @@ async def test_an_id_from_a_field_and_from_a_function(place: Place) -> None:
     assert await place.reasons() == ["no_message_id", "no_message_id"]
 
 
-async def test_without_any_id_the_offset_counts_and_one_warning_says_what_that_misses(
-    place: Place, caplog: Any
-) -> None:
+async def test_message_without_an_id_uses_its_offset_and_warns_once(place: Place, caplog: Any) -> None:
     topic = await place.topic()
     app = payments_app(topic, retry=QUICK)
     body = {"id": "x", "account": 1, "amount": 1}
@@ -275,7 +273,7 @@ async def test_a_handler_that_raises_costs_its_own_message_only(place: Place) ->
     assert runs.count("p3") == 1  # a message that only deferred is taken out of its batch; the others are not run again
 
 
-async def test_a_message_that_fails_twice_and_then_succeeds_is_applied_once_and_in_order_of_its_key(
+async def test_message_that_succeeds_at_its_third_attempt_keeps_its_order(
     place: Place,
 ) -> None:
     topic = await place.topic()
@@ -316,9 +314,7 @@ async def test_retry_on_names_the_exceptions_worth_another_attempt(place: Place)
 
 
 @pytest.mark.parametrize("neighbours", [0, 5, 150])
-async def test_a_swallowed_database_error_never_marks_a_message_without_its_effect(
-    place: Place, neighbours: int
-) -> None:
+async def test_swallowed_database_error_claims_no_message_without_its_effect(place: Place, neighbours: int) -> None:
     topic = await place.topic()
     app = App("swallower")
 
@@ -386,7 +382,7 @@ async def test_transaction_control_in_a_handler_is_refused(place: Place, stateme
     assert "TransactionMisuse" in (await letters(place.dsn))[0]["error"]
 
 
-async def test_a_procedure_that_commits_is_refused_by_the_server_and_marks_nothing(place: Place) -> None:
+async def test_procedure_that_commits_is_refused_and_claims_nothing(place: Place) -> None:
     await query(place.dsn, "create procedure sneaky() language plpgsql as $$ begin commit; end $$")
     topic = await place.topic()
     app = App("sneaky")
@@ -421,9 +417,7 @@ async def test_a_handler_cancelled_from_within_is_a_failed_attempt(place: Place)
 
 
 @pytest.mark.parametrize("neighbours", [0, 5])
-async def test_a_statement_cancelled_in_the_middle_never_marks_its_message_without_its_effect(
-    place: Place, neighbours: int
-) -> None:
+async def test_cancelled_statement_claims_no_message_without_its_effect(place: Place, neighbours: int) -> None:
     """The handler's own timeout cancels its statement, and the handler goes on as if nothing had been."""
     topic = await place.topic()
     app = App(f"app-{uuid.uuid4().hex[:8]}")
@@ -533,7 +527,7 @@ async def test_an_awaited_read_sees_what_earlier_messages_of_its_key_deferred(pl
     assert [row[2] for row in await place.effects()] == [0, 10, 20, 30, 40]
 
 
-async def test_a_batch_handler_gets_lists_without_duplicates_and_one_bad_message_is_found(place: Place) -> None:
+async def test_batch_handler_gets_no_duplicates_and_its_bad_message_is_isolated(place: Place) -> None:
     topic = await place.topic()
     app = App("batches")
     sizes: list[int] = []

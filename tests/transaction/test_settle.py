@@ -108,12 +108,12 @@ async def test_an_error_that_nothing_heals_is_raised() -> None:
         await Settled(fails(lambda part: True, ConsumerError("the schema does not fit"))).of(batch_of(1))
 
 
-async def test_it_stops_when_a_part_cannot_be_prepared() -> None:
+async def test_loop_stops_when_a_part_cannot_be_prepared() -> None:
     settled = await Settled(lambda part: BatchResult(), prepares=1).of(batch_of(1), batch_of(2))
     assert settled.committed == [[1]]
 
 
-async def test_it_stops_when_a_failure_says_so() -> None:
+async def test_loop_stops_when_a_failure_says_so() -> None:
     class Stopping(Settled):
         async def after_failure(self, part: Part, error: Exception) -> None:
             return None

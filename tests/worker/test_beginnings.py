@@ -81,7 +81,7 @@ async def test_recreated_database_stops_partitions_until_a_person_decides(
     assert (code, shown["notices"]) == (0, [])
 
 
-async def test_database_from_before_the_application_reads_again_from_its_beginning(
+async def test_database_restored_to_before_the_app_reads_from_the_beginning(
     place: Place, postgres: Postgres, worker_log: WorkerLog
 ) -> None:
     """The same installation, put back to a time when the App was unknown: nothing of it is lost."""
@@ -100,9 +100,7 @@ async def test_database_from_before_the_application_reads_again_from_its_beginni
     assert worker_log.events("postgresql has lost its position")
 
 
-async def test_beginning_at_another_clients_commit_is_told_with_what_it_skips(
-    place: Place, worker_log: WorkerLog
-) -> None:
+async def test_start_at_another_clients_commit_reports_what_it_skips(place: Place, worker_log: WorkerLog) -> None:
     topic = await place.topic()
     app = payments_app(topic, balances=False)
     await place.send(topic, *[lone_payment(f"p{n}") for n in range(20)])

@@ -267,7 +267,7 @@ def table() -> PartitionTable:
     return table
 
 
-def test_partition_without_room_is_paused_once_and_resumed_from_where_it_was(table: PartitionTable) -> None:
+def test_partition_without_room_is_paused_once_and_resumed_in_place(table: PartitionTable) -> None:
     assert table.advance(P0, 15) == 10
     assert table.want(P0, None) == Pause(P0)
     assert table.want(P0, None) is None
@@ -285,7 +285,7 @@ def test_records_of_a_partition_without_position_are_dropped(table: PartitionTab
     assert table.advance(P0, 20) is None
 
 
-def test_partition_that_is_opened_where_the_client_is_is_sought_to_all_the_same(table: PartitionTable) -> None:
+def test_partition_opened_at_the_clients_offset_is_sought_to_anyway(table: PartitionTable) -> None:
     table.close("", P0)
     table.open("", P0, Position(10))
     assert table.want(P0, 10) == Seek(P0, 10, None)

@@ -18,7 +18,7 @@ def test_waits_double_up_to_the_longest() -> None:
 
 
 @given(st.integers(1, 20), CODES)
-def test_it_gives_up_after_so_many_short_runs_in_a_row(limit: int, code: int) -> None:
+def test_supervisor_gives_up_after_too_many_short_runs(limit: int, code: int) -> None:
     restarts = Restarts(in_a_row_max=limit)
     assert all(isinstance(restarts.ended(0.1, code), RestartAfter) for _ in range(limit))
     decision = restarts.ended(0.1, code)
@@ -38,7 +38,7 @@ def test_a_healthy_run_forgets_the_ends_before_it(healthy: list[bool], code: int
             return
 
 
-def test_a_worker_that_keeps_dying_after_healthy_runs_is_always_restarted_soon() -> None:
+def test_worker_that_dies_after_healthy_runs_is_always_restarted_soon() -> None:
     restarts = Restarts()
     assert {restarts.ended(3600, -9) for _ in range(1000)} == {RestartAfter(0.5)}
 

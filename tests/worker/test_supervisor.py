@@ -154,7 +154,7 @@ async def test_worker_that_reads_no_orders_is_ended(place: Place, tmp_path: Path
         assert await command.wait(40) == 1
 
 
-def test_log_that_nobody_reads_does_not_keep_the_supervisor(place: Place, tmp_path: Path) -> None:
+def test_log_without_a_reader_does_not_keep_the_supervisor(place: Place, tmp_path: Path) -> None:
     """Standard error is a full pipe: SIGTERM ends the supervisor all the same."""
     service = Service(place, "nowhere", tmp_path, POOL)
     read, write = os.pipe()

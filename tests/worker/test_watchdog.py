@@ -14,7 +14,7 @@ TIMES = st.lists(st.floats(0, 1000), min_size=1, max_size=20).map(sorted)
 
 
 @given(TIMES)
-def test_a_partition_that_stands_still_below_its_end_is_stalled_since_it_was_first_seen(times: list[float]) -> None:
+def test_partition_that_stands_still_is_stalled_since_it_was_first_seen(times: list[float]) -> None:
     watchdog = Watchdog()
     for now in times:
         assert watchdog.fetching_stalled_seconds(now, {A: 5}, {A: 9}) == now - times[0]
@@ -48,7 +48,7 @@ def test_the_longest_stall_counts() -> None:
     assert watchdog.fetching_stalled_seconds(10, {A: 0, B: 1}, {A: 9, B: 9}) == 10
 
 
-def test_a_partition_that_was_paused_or_lost_begins_anew() -> None:
+def test_partition_that_was_paused_or_lost_starts_its_watch_again() -> None:
     watchdog = Watchdog()
     watchdog.fetching_stalled_seconds(0, {A: 0}, {A: 9})
     assert watchdog.fetching_stalled_seconds(50, {}, {}) == 0

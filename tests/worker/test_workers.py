@@ -172,9 +172,7 @@ async def test_a_drain_ends_with_its_grace_and_undoes_what_was_open(place: Place
     assert await value(place.dsn, "select next_offset from consumer.positions") == 0
 
 
-async def test_when_restarts_do_not_help_the_others_are_ended_and_the_exit_code_says_so(
-    place: Place, tmp_path: Path
-) -> None:
+async def test_restarts_that_do_not_help_end_all_workers_with_exit_code_1(place: Place, tmp_path: Path) -> None:
     topic = await place.topic(2)
     service = Service(place, topic, tmp_path, restarts_max=1)
     async with service.run(2) as command:
