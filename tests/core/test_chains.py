@@ -1,4 +1,4 @@
-"""Chains of dead letters, kinds of errors, ages, and the share of dead letters."""
+"""Chains, kinds, ages and the share of dead letters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ BEHAVIOURS = st.one_of(st.just("good"), st.just("rejected"), st.integers(1, 3))
 
 @given(st.lists(BEHAVIOURS, max_size=12), st.data())
 def test_messages_of_one_key_are_applied_in_log_order_despite_retries(messages: list[Any], data: st.DataObject) -> None:
-    """A worker that delivers one after the other, and an operator that retries or discards in between, by the rules of the core."""
+    """A worker and an operator together keep the order of a key.
+
+    The worker delivers one message after the other; the operator retries or discards in between, by the rules of the core.
+    """
     left = [message if isinstance(message, int) else 0 for message in messages]
     letters: dict[int, DeadLetterState] = {}
     chain: list[int] = []  # numbers of messages, in the order of the log
@@ -157,7 +160,7 @@ def test_ages_are_read_in_seconds_minutes_hours_days_and_weeks() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 400)), max_size=20), st.floats(0.01, 0.99))
 def test_the_share_is_of_the_last_thousand_or_a_batch_more(batches: list[tuple[int, int]], limit: float) -> None:
-    """Against a plain recount: the newest batches that together hold at least the window."""
+    """The share equals a plain recount of the newest batches."""
     share = DeadLetterRateLimit(limit)
     done: list[tuple[int, int]] = []
     for good, bad in batches:

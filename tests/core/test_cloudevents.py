@@ -1,5 +1,7 @@
-"""A CloudEvent is identified by its source and its id together, the same in binary and in structured mode. One whose id
-cannot be read is refused: never is it taken for another producer's event, and never for a message without an id.
+"""A CloudEvent is identified by its source and its id together.
+
+Binary and structured mode give the same id. An event whose id cannot be read is refused: it is never another producer's
+event, and never a message without an id.
 """
 
 from __future__ import annotations

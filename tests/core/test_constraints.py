@@ -1,4 +1,7 @@
-"""A constraint in an annotation is enforced or refused at registration, with the way that works; never is it ignored."""
+"""Constraints in annotations are enforced, or refused at registration.
+
+The refusal names the way that works.
+"""
 
 from __future__ import annotations
 

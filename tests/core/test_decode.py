@@ -1,6 +1,7 @@
-"""Each kind of declared type gets a value of that type or an exception, never something else; null is a value only
-where the type says so; a type that JSON cannot give is refused at registration. What `explain` says of a failure helps
-and quotes no value of the payload, because it is stored and logged where payloads may not be.
+"""Payloads become values of the declared type, or raise.
+
+Null is a value only where the type says so. A type that JSON cannot give is refused at registration. What `explain` says of
+a failure quotes no value of the payload, because it is stored and logged where payloads may not be.
 """
 
 from __future__ import annotations

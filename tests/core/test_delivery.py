@@ -28,7 +28,7 @@ WRITERS = {
 
 
 def writes(path: Path) -> Iterator[str]:
-    """Fields that a file assigns on something that is called like a Delivery."""
+    """The fields that a file assigns on a Delivery."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Store):
             continue

@@ -1,5 +1,6 @@
-"""The canonical bytes of a value are equal exactly where the values are, in every process; a fingerprint is made of them.
-An option that is none of the forms is refused at registration, and a function that fails makes its message unreadable.
+"""Fingerprints are equal exactly where values are, in every process.
+
+A fingerprint option of unknown form is refused at registration. A function that fails makes its message unreadable.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Broken(dict[str, int]):
 
 
 class Attrs:
-    """As attrs makes a class; attrs itself is not needed to read one."""
+    """A class as attrs generates it; attrs itself is not needed."""
 
     __attrs_attrs__ = (SimpleNamespace(name="price"),)
 
@@ -243,7 +244,7 @@ def test_a_function_that_gives_nothing_usable_makes_its_message_unreadable(funct
 @pytest.mark.parametrize("limit", [1000, 200_000])
 @pytest.mark.parametrize(("levels", "too_deep"), [(150, False), (250, True), (100_000, True)])
 def test_a_value_that_is_nested_too_deeply_is_unreadable(levels: int, too_deep: bool, limit: int) -> None:
-    """Whatever limit of recursion some library has set: mypy sets one that the stack does not hold."""
+    """It is unreadable under any recursion limit: mypy sets a high one."""
     value: Any = 1
     for _ in range(levels):
         value = [value]

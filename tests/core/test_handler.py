@@ -1,6 +1,7 @@
-"""A handler that cannot work is refused where it is written: a RegistrationError that begins with the file and line of
-the handler and says what to write instead. A handler that is accepted is called with exactly what its annotations ask
-for, in the order of its signature, and with the lifespan's resources by annotation or by name.
+"""Handlers that cannot work are refused where they are written.
+
+The RegistrationError begins with the handler's file and line and says what to write instead. An accepted handler is called
+with exactly what its annotations ask for, in the order of its signature, and with the lifespan's resources.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ RESOURCES = {"pool": Pool(), "limit": 5, "one": Mailer(), "two": MAILER}
 
 
 def recording(stub: Any) -> Any:
-    """The function with its signature and a body that returns what it was given; decorated, as handlers may be."""
+    """The function with its signature and a body that returns its arguments."""
 
     @wraps(stub)
     async def call(*given: object) -> list[object]:

@@ -1,4 +1,4 @@
-"""Which addresses are this machine's: by their text, and as the drivers themselves read them."""
+"""Which addresses are local, by their text and to the drivers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A declared id becomes the same 16 bytes on every delivery, whatever its length, bytes or a UUID's case, and two ids
-that differ become different ones; the bytes never change between releases, because the ledger holds them. An id that
-is absent, empty, repeated or of an unusable type is refused with its reason; a rule that is none of the forms is
-refused at registration.
+"""A declared id becomes the same 16 bytes on every delivery.
+
+That holds for any length, any bytes and either case of a UUID; different ids become different bytes. The bytes never change
+between releases, because the ledger holds them. An id that is absent, empty, repeated or of an unusable type is refused
+with its reason; a rule of unknown form is refused at registration.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ def record(topic: str = "t", partition: int = 0, offset: int = 0, headers: Any =
 
 
 def folded(raw: bytes) -> bytes:
-    """The raw id, or that of the UUID which it spells, by the standard library's own reading of a UUID."""
+    """The raw id, or the UUID that it spells.
+
+    The standard library decides what spells a UUID.
+    """
     if len(raw) == 16:
         uuid = UUID(bytes=raw)
         return str(uuid).encode() if uuid.variant == RFC_4122 and uuid.version in range(1, 9) else raw

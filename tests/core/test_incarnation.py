@@ -1,4 +1,4 @@
-"""When a position still means what it meant, and when a producer holds a partition back for long."""
+"""When a position is valid, and when a transaction blocks its partition."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ def test_the_missing_range_is_exact_and_the_command_ends_at_it() -> None:
 
 
 def test_the_same_topic_is_begun_again_where_another_one_is_adopted() -> None:
-    """Ids made of offsets begin anew with an adoption, which would be wrong in the topic that they were made in."""
+    """Ids that are offsets start again with an adoption.
+
+    That would be wrong in the topic where they were given.
+    """
     other = SEEN._replace(fingerprint=78)
     same_topic = check_log(P, KNOWN, ObservedLog("cluster-a", ONE, 0, 10, at_print=other))
     unknown = check_log(P, KNOWN, ObservedLog(None, None, 0, 10, at_print=other))

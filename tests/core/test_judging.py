@@ -1,4 +1,4 @@
-"""What a failure is: every cell of the table, and what a process has seen of its handlers."""
+"""How failures are judged, and the evidence of a process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.unit
 
 P = Partition("t", 0)
 _ = FailureVerdict
-# class -> (not alone; alone and others succeed, all fail alike, too few to tell). Without an answer it is an outage.
+# class -> (not alone; alone and others succeed, all fail alike, unknown). Without an answer it is an outage.
 CELLS = {
     Meaning.CONFLICT: (_.AGAIN, _.COUNT, _.WAIT, _.WAIT),
     Meaning.LOCKED: (_.AGAIN, _.COUNT, _.WAIT, _.WAIT),
@@ -71,7 +71,10 @@ def test_the_same_message_failing_again_is_no_evidence_about_others() -> None:
 
 @given(st.lists(st.one_of(st.none(), st.integers(0, 9)), max_size=60))
 def test_messages_fail_alike_when_enough_of_them_do_and_none_succeeds(events: list[int | None]) -> None:
-    """Against a recount: None is a success, a number the offset of a message that fails."""
+    """The verdict equals a recount.
+
+    None is a success, a number the offset of a message that fails.
+    """
     seen, failing = Evidence(), set[int]()
     mark = seen.mark("h")
     since = 0

@@ -1,4 +1,7 @@
-"""The laws of a Scheduler, against a naive model that keeps the whole log and a set of what is settled."""
+"""The rules of a Scheduler, against a simple model.
+
+The model keeps the whole log and the set of what is settled.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ LARGE = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Rec:
-    """A record, and the opening of its partition in which it was handed to the lane."""
+    """A record, and the opening of its partition that received it."""
 
     topic: str
     partition: int
@@ -91,7 +94,7 @@ BATCH_MAX = 8
 
 @dataclass
 class Model:
-    """What is true of one partition: the log, and what was settled since it was opened."""
+    """One partition: its log, and what was settled since it was opened."""
 
     log: list[Rec] = field(default_factory=list)
     end: int = 0  # of the log
@@ -105,9 +108,10 @@ class Model:
 
 
 class LaneMachine(RuleBasedStateMachine):
-    """Takes batches and settles them as transaction/apply.py does: a message behind a failed one of its unit is not run.
+    """Takes and settles batches as transaction/apply.py does.
 
-    That holds over all parts of a batch that was cut, too: `blocked` lives as long as the batch.
+    A message behind a failed one of its unit of order is not run. That holds over all parts of a batch that was cut, too:
+    `blocked` lives as long as the batch.
     """
 
     @initialize()
@@ -151,7 +155,7 @@ class LaneMachine(RuleBasedStateMachine):
 
     @rule(at=st.sampled_from([P0, P1, Q0]), gap=st.integers(1, 4))
     def the_log_holds_nothing_more_for_a_while(self, at: Partition, gap: int) -> None:
-        """Transaction markers at the end of the log: the client's position moves, and no record comes."""
+        """Markers at the log's end move the position without a record."""
         model = self.models[at]
         if model.is_open and model.received >= model.end:
             model.end += gap
@@ -165,7 +169,7 @@ class LaneMachine(RuleBasedStateMachine):
 
     @rule(at=st.sampled_from([P0, P1, Q0]))
     def what_is_fetched_of_a_full_partition_is_dropped(self, at: Partition) -> None:
-        """As the worker does, so that it does not take the room of others: it is fetched again."""
+        """What is dropped is fetched again, so that others have its room."""
         model = self.models[at]
         if model.is_open and self.lane.is_full(at) and (fetched := self.fetched(model)):
             self.lane.drop_fetched(at)
@@ -218,7 +222,7 @@ class LaneMachine(RuleBasedStateMachine):
         elif buffered - full:
             assert batch is not None, "keys that did not fail are delayed"
         elif full:
-            assert batch is not None or due is not None, "nobody will ever make room"
+            assert batch is not None or due is not None, "nothing will ever make room"
         assert batch is None or not full & batch.ends.keys(), "records were taken although enough are parked"
         if batch is not None:
             assert len(batch.deliveries) < messages_max + HANDLERS_MAX
@@ -226,7 +230,7 @@ class LaneMachine(RuleBasedStateMachine):
             self.parts, self.blocked = [batch], set()
 
     def check_what_was_taken(self, batch: Batch) -> None:
-        """Of the records now taken, a delivery is in the batch unless one of its unit waits from before."""
+        """Check that a delivery is taken unless its unit of order waits."""
         inside = {
             (delivery.handler.name, delivery.partition, delivery.record.offset): delivery
             for delivery in batch.deliveries
@@ -299,7 +303,7 @@ class LaneMachine(RuleBasedStateMachine):
         model.settled.add((delivery.handler.name, offset))
 
     def check_positions(self) -> None:
-        """At the first message that is not settled, or in the gap before it."""
+        """Check that positions are at the first unsettled message, or before it."""
         for at, model in self.models.items():
             if model.is_open:
                 first = min(
@@ -340,7 +344,7 @@ class LaneMachine(RuleBasedStateMachine):
             assert self.lane.fetched == (len(waiting), sum(map(size_of, waiting)))
 
     def teardown(self) -> None:
-        """When nothing fails any more, everything drains, and every position is where the log ends."""
+        """Without failures everything drains, and positions reach the log's end."""
         if not hasattr(self, "lane"):
             return
         for _ in range(10_000):
@@ -458,7 +462,7 @@ def test_an_end_never_goes_back_nor_over_what_was_not_read() -> None:
     assert lane.received(P0) == 5
     lane.add(P0, [rec(7)], 5, 9)
     assert lane.received(P0) == 9
-    lane.add(P0, (), 12, 20)  # nobody knows what lies between 9 and 12
+    lane.add(P0, (), 12, 20)  # what lies between 9 and 12 is unknown
     assert lane.received(P0) == 9
     lane.add(P1, (), 0, 20)  # not open: not an error
     assert lane.received(P1) is None
@@ -656,7 +660,10 @@ def test_closing_a_partition_keeps_the_counts_of_another_in_flight() -> None:
 
 
 async def test_second_half_of_a_batch_does_not_overtake_a_failed_first_half() -> None:
-    """With apply_batch itself, and a session that stores nothing: the worker cuts a batch whose fault is not found."""
+    """The worker cuts a batch whose fault is unknown.
+
+    This runs apply_batch itself, with a session that stores nothing.
+    """
 
     ran: list[int] = []
     app = App("test")

@@ -1,4 +1,7 @@
-"""The small model of the whole, explored to its end: the rules hold in every state, and each broken rule does not."""
+"""A small model of the whole, explored to its end.
+
+The rules hold in every state; each broken rule does not.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def test_a_broken_rule_is_found(name: str) -> None:
 
 
 def test_without_faults_nothing_goes_wrong_even_for_most_mutants() -> None:
-    """So it is the faults that the model finds them by, and not a mistake in the model."""
+    """The model finds mutants only where something fails."""
     quiet = Bounds(crashes=0, failovers=0, faults=0, purges=0)
     fine = {name for name, rules in MUTANT_RULES.items() if explore(rules, quiet).wrong is None}
     assert fine >= set(MUTANT_RULES) - {"M8", "M13"}

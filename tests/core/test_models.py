@@ -1,5 +1,7 @@
-"""The digits that were sent are stored or refused, whatever the type and however it is nested; numbers that are not finite
-are unreadable unless the handler takes them. What has the declared type keeps it: a float stays a float.
+"""Numbers keep the digits that were sent, or are refused.
+
+That holds for any type and nesting. Numbers that are not finite are unreadable unless the handler allows them. A float stays
+a float.
 """
 
 from __future__ import annotations

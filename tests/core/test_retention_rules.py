@@ -1,4 +1,4 @@
-"""The arithmetic of retention: nothing is forgotten early, everything in the end, and each contradiction shows its numbers."""
+"""When rows may be forgotten, and which settings contradict each other."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ hours = st.floats(0.01, 10_000)
 def test_row_is_forgotten_within_one_generation_after_its_retention(
     retention: float, share: float, pauses: list[float]
 ) -> None:
-    """Time passes in steps of 0 to 3 generations; after each, everything that is due is done."""
+    """After steps of 0 to 3 generations, everything that is due happens."""
     policy = Policy(retention, retention * share, 0)
     now, numbers = 0.0, 1
     live = [Generation(1, now, None, False)]

@@ -1,4 +1,4 @@
-"""A route is asked, remembered and believed only while it answers alike."""
+"""A route is asked, and remembered while it is consistent."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_values_are_left_out_and_names_are_not(code: str, message: str, left: st
 
 
 def every_code() -> list[str]:
-    """All SQLSTATEs that the driver has a class for: it is made from PostgreSQL's own errcodes.txt."""
+    """All SQLSTATEs of the driver, which come from PostgreSQL's errcodes.txt."""
     codes = {getattr(value, "sqlstate", None) for value in vars(asyncpg.exceptions).values() if isinstance(value, type)}
     return sorted(code for code in codes if isinstance(code, str))
 
@@ -79,7 +79,7 @@ def test_every_code_of_postgresql_is_in_a_class_that_was_judged() -> None:
 
 
 def test_codes_that_are_not_about_the_message_count_no_attempt() -> None:
-    """By the first two characters, as PostgreSQL names its classes; the few exceptions are named."""
+    """Codes are judged by their class; the exceptions are listed."""
     of_the_message = {code for code in every_code() if meaning(code) is Meaning.MESSAGE}
     assert {code[:2] for code in of_the_message}.isdisjoint(
         {"08", "0A", "28", "3D", "3F", "40", "42", "53", "55", "57", "58", "72", "F0", "HV", "XX"}

@@ -1,4 +1,4 @@
-"""A replay that applies, a live worker and the holds of dead letters: neither overtakes what the other holds.
+"""A replay that applies and a worker respect each other's holds.
 
 The order of effects is checked on real Kafka and PostgreSQL.
 """
@@ -22,7 +22,7 @@ from consumer.replay.verify import replay
 
 
 class Shop:
-    """One handler that fails for the ids in `faults`, waits for a gate, and writes the order of its effects."""
+    """An App whose handler fails, waits for a gate and records order."""
 
     def __init__(self, place: Place, topic: str) -> None:
         self.place, self.topic = place, topic
@@ -118,7 +118,10 @@ async def test_worker_waits_behind_a_hold_that_a_replay_has_made(shop: Shop) -> 
 
 @pytest.mark.parametrize("stuck", [False, True], ids=["position moves", "position is held by another message"])
 async def test_worker_that_runs_while_a_replay_makes_a_hold_is_undone(shop: Shop, stuck: bool) -> None:
-    """Its transaction has begun before the hold, and commits after it. Also where its position does not move."""
+    """Its transaction begins before the hold and commits after it.
+
+    That holds also where its position does not move.
+    """
     shop.faults.add("0")
     await shop.send("0")
     await shop.move(0)

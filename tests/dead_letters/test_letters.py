@@ -1,4 +1,7 @@
-"""Dead letters: order behind them, attempts that outlive a worker, operators, the limit and the topic. Real processes."""
+"""Order behind dead letters, saved attempts, operators, limit and topic.
+
+With real processes.
+"""
 
 from __future__ import annotations
 
@@ -148,7 +151,10 @@ async def test_later_messages_of_a_key_wait_in_order_until_a_retry(shop: Shop, t
 
 
 async def test_a_worker_and_an_operator_at_one_key_keep_its_order(shop: Shop) -> None:
-    """Letters come while letters are settled, again and again: the races that postgres/dead_letters.py walks through."""
+    """Dead letters appear while others are settled.
+
+    These are the races that postgres/dead_letters.py describes.
+    """
     ids = [f"{n:04}" for n in range(400)]
     await shop.fail("fails", *ids[::40])
 
@@ -230,21 +236,21 @@ async def test_an_edit_is_the_same_intent_or_a_new_one_and_counts_once(shop: Sho
         await shop.send(id, f"{id}-2", key=id)
     await shop.consume()
     numbers = await shop.numbers()
-    mended = tmp_path / "mended.json"
-    mended.write_text('{"id": "mended", "amount": 2}')
-    edit = ["--value", str(mended)]
+    edited = tmp_path / "edited.json"
+    edited.write_text('{"id": "edited", "amount": 2}')
+    edit = ["--value", str(edited)]
     text = await shop.dlq(tmp_path, "retry", str(numbers["same"]), *edit, code=2)
     assert "--same-id" in text and "--new-id" in text
     await shop.dlq(tmp_path, "retry", str(numbers["same"]), *edit, "--same-id")
     await shop.dlq(tmp_path, "retry", str(numbers["new"]), *edit, "--new-id", "auto")
     text = await shop.dlq(tmp_path, "retry", str(numbers["new"]), *edit, "--new-id", "auto", code=2)
     assert "discarded already" in text
-    mended.write_text("{no json")
+    edited.write_text("{no json")
     answer = await shop.dlq(tmp_path, "retry", str(numbers["worse"]), *edit, "--same-id", code=1)
     assert answer["letters"][0]["outcome"] == "unreadable"
     states = await shop.states()
     assert [states[id] for id in ("same", "new", "worse", "worse-2")] == ["applied", "discarded", "dead", "waiting"]
-    assert await shop.done() == ["mended", "same-2", "mended", "new-2"]
+    assert await shop.done() == ["edited", "same-2", "edited", "new-2"]
     for id in ("same", "new"):  # duplicates of both are duplicates
         await shop.send(id, key=id)
     await shop.consume()
@@ -358,7 +364,7 @@ async def test_worker_above_the_dead_letter_limit_stops_for_good(shop: Shop, tmp
 
 
 async def test_outage_of_any_service_makes_no_dead_letter(shop: Shop, postgres: Postgres, own_valkey: Valkey) -> None:
-    """PostgreSQL and Redis go away and come back in the middle; one attempt is all that a message has."""
+    """PostgreSQL and Redis stop and return; messages have one attempt."""
     dsn = shop.place.worker_dsn
     port = int(dsn.split("@")[1].split(":")[1].split("/")[0])
     async with Proxy(port, "postgres") as database, Proxy(own_valkey.port, "redis") as redis:

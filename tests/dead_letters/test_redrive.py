@@ -1,12 +1,13 @@
-"""Redriving dead letters: the ledger, the letter and its chain change only for what is settled, whatever else happens.
+"""A redrive changes ledger, dead letter and chain only where it settles.
 
-On real PostgreSQL, compared by rows. Without Kafka: redrive reads no log.
+On real PostgreSQL, compared by rows. Without Kafka: a redrive reads no log.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -31,7 +32,10 @@ async def desk(database: str) -> Desk:
 
 
 async def check_nothing_changed(desk: Desk, number: int, before: list[object], outcome: str) -> None:
-    """The ledger and the chains are as before; the letter too, unless it failed again."""
+    """Check that ledger and chains are unchanged, and the dead letter too.
+
+    A dead letter that failed again may have one attempt more.
+    """
     after = await desk.rows()
     assert after[0] == before[0], outcome
     assert after[2:] == before[2:], outcome
@@ -44,8 +48,10 @@ async def check_nothing_changed(desk: Desk, number: int, before: list[object], o
 @pytest.mark.parametrize("path", ["plain", "new id", "same id", "stand-in", "field", "no ledger row", "many"])
 async def test_redrive_that_does_not_apply_leaves_the_ledger_unchanged(desk: Desk, path: str, fault: str) -> None:
     handler = {"many": "many", "field": "field"}.get(path, "settle")
-    stand_in = {"reason": "unreadable", "stored_id": b"s" * 16} if path in ("stand-in", "field") else {}
-    number = await desk.letter("a", key="k", handler=handler, in_ledger=path != "no ledger row", **stand_in)  # type: ignore[arg-type]
+    unreadable: dict[str, Any] = (
+        {"reason": "unreadable", "stored_id": b"s" * 16} if path in ("stand-in", "field") else {}
+    )
+    number = await desk.letter("a", key="k", handler=handler, in_ledger=path != "no ledger row", **unreadable)
     edit = {
         "new id": edit_of(number, b'{"id": "a"}', "another"),
         "same id": edit_of(number, b'{"id": "a"}', None),
@@ -80,7 +86,10 @@ async def test_failed_retry_of_an_opted_out_handler_counts_one_attempt(desk: Des
 
 
 async def test_redrive_of_dead_letters_of_one_id_applies_it_once_or_keeps_both(desk: Desk) -> None:
-    """Two letters under stand-ins whose id can be told now, and is the same: one failing must not settle the other."""
+    """Two unreadable messages turn out to have one id.
+
+    One that fails must not settle the other.
+    """
     one, other = [
         await desk.letter("a", handler="field", reason="unreadable", stored_id=byte * 16) for byte in (b"1", b"2")
     ]
@@ -164,7 +173,7 @@ async def turned(desk: Desk) -> None:
 
 
 async def forgotten(desk: Desk) -> None:
-    """Drop what the ledger holds in older generations than the present one; dead letters stay."""
+    """Drop the older generations of the ledger; dead letters stay."""
     await turned(desk)
     version = "(select version from consumer.ledger_state)"
     for (number,) in await query(
@@ -176,14 +185,14 @@ async def forgotten(desk: Desk) -> None:
 
 
 async def test_redrive_after_the_ledger_turned_applies_each_dead_letter_once(desk: Desk) -> None:
-    """The ledger turns after the session has connected, so that the claim finds another version than it knows."""
+    """The ledger turns after connecting, so the claim finds another version."""
     plain = await desk.letter("a", key="k")
     gone = await desk.letter("b", in_ledger=False)
-    stand_in = await desk.letter("c", reason="unreadable", stored_id=b"3" * 16)
+    unreadable = await desk.letter("c", reason="unreadable", stored_id=b"3" * 16)
     drive = await desk.drive()
     try:
         await turned(desk)
-        outcomes = [done.outcome async for done in drive.retry([plain, gone, stand_in])]
+        outcomes = [done.outcome async for done in drive.retry([plain, gone, unreadable])]
         assert outcomes == ["applied"] * 3
         await forgotten(desk)
         edited = await desk.letter("d")
@@ -212,7 +221,7 @@ async def test_bulk_retry_leaves_out_what_may_have_been_applied(desk: Desk) -> N
 
 
 async def test_redrive_whose_ledger_row_was_dropped_is_unsure_when_its_time_is(desk: Desk) -> None:
-    """A conflict or a stand-in claims an id of which the ledger may have forgotten that it was applied."""
+    """A claim is unsure where the ledger may have forgotten the id."""
     desk.settings = desk.settings.model_copy(update={"ledger_clock_skew_hours": 0.0})
     numbers = [
         await desk.letter("a", reason="id_conflict", in_ledger=False),
@@ -315,7 +324,7 @@ async def test_stopping_leaves_the_rest_untouched(desk: Desk) -> None:
 
 
 async def test_handler_whose_claim_was_kept_would_be_noticed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check of this file is able to fail: a session that forgets to take a claim back is caught."""
+    """A session that keeps its claim is caught by this file's check."""
     from consumer.dead_letters import session
 
     async def keep(self: object, deliveries: object) -> None: ...
@@ -337,7 +346,7 @@ async def test_discard_names_only_the_chains_in_which_dead_letters_wait(desk: De
     try:
         results, chains = await drive.discard([alone, first], "not wanted")
         assert [result.outcome for result in results] == ["discarded", "discarded"]
-        assert len(chains) == 1  # with 300,000 letters of as many keys there is nothing to keep in memory
+        assert len(chains) == 1  # with 300,000 dead letters of as many keys nothing is kept in memory
         assert [(result.dead_letter, result.outcome) async for result in drive.release(chains)] == [(behind, "applied")]
     finally:
         drive.close()

@@ -1,4 +1,7 @@
-"""Dead letters that were changed where they are kept: named by a check, and not applied by a retry."""
+"""Dead letters that were changed in the table are not applied.
+
+A check names them.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,10 @@ RULES: dict[str, Any] = {"bytes": "bytes", "value": "value", "function": lambda 
 
 @pytest.mark.parametrize("rule", RULES)
 async def test_dead_letter_with_another_value_is_named_and_not_applied(place: Place, rule: str) -> None:
-    """Whatever of a payload is compared: the function compares the id alone, which stays."""
+    """That holds for every fingerprint rule.
+
+    The function compares the id alone, which stays.
+    """
     topic = await place.topic()
     app = App(f"app-{topic}")
     rejects = True
@@ -152,7 +158,10 @@ CHANGED_ROWS = {
 @pytest.mark.parametrize("edited", [False, True], ids=["as it was", "edited"])
 @pytest.mark.parametrize("change", CHANGED_ROWS)
 async def test_changed_row_of_a_retried_dead_letter_is_a_problem(place: Place, change: str, edited: bool) -> None:
-    """Also where a second message has used the id: its own conflict is one that a dead letter settles."""
+    """That holds also where a second message has used the id.
+
+    Its own conflict is one that a dead letter settles.
+    """
     topic = await place.topic()
     app = App(f"app-{topic}")
     rejects = True

@@ -1,4 +1,4 @@
-"""Writes sent as arrays leave what the same writes would have left one by one."""
+"""Writes sent as arrays leave what single writes would leave."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def both(connection: Counting, writes: list[tuple[str, list[tuple[Any, ...
 
 
 def random_story(chance: random.Random) -> list[tuple[str, tuple[Any, ...]]]:
-    """Orders and their lines, as handlers would write them: of each key in order, of all keys mixed."""
+    """Orders and lines as handlers write them, with keys mixed."""
     stories = []
     for key in range(chance.choice([1, 12, 60])):
         story: list[tuple[str, tuple[Any, ...]]] = [("insert into orders (id, ref) values ($1, $1)", (key,))]
@@ -167,7 +167,10 @@ async def test_many_rows_leave_what_one_after_the_other_would(connection: Counti
 
 
 async def test_writes_of_a_key_meet_each_other_in_order(connection: Counting) -> None:
-    """Foreign keys, sequences and rows that are read: what a statement would miss if another had gone before it."""
+    """What a statement would miss if another had run before it.
+
+    Foreign keys, sequences and rows that are read.
+    """
     seen = """select (select jsonb_agg(to_jsonb(o) order by id) from orders o),
               (select jsonb_agg(to_jsonb(l) order by order_id, name) from lines l),
               (select jsonb_agg(to_jsonb(n) order by nth) from notes n)"""

@@ -1,4 +1,4 @@
-"""A batch of deferred writes leaves what plain asyncpg leaves that runs one message after the other.
+"""A batch leaves what its messages leave one after the other.
 
 Each case is a schema and the writes of some messages. The same messages go through `Scope` in one transaction, and through a
 plain connection in a transaction each, on another database with the same schema.
@@ -92,7 +92,7 @@ async def one_by_one(connection: Any, messages: Sequence[Message]) -> tuple[dict
 
 
 async def batched(connection: Any, messages: Sequence[Message]) -> tuple[dict[str, list[str]], bool, int]:
-    """What is left, whether the batch failed, and how many executions were sent."""
+    """Return what is left, whether the batch failed, and its executions."""
     counting = Counting(connection)
     asked = BulkWriter(counting)
     await connection.execute("begin")
@@ -108,7 +108,10 @@ async def batched(connection: Any, messages: Sequence[Message]) -> tuple[dict[st
 
 
 async def assert_equal(dsn: str, schema: str, messages: Sequence[Message]) -> int:
-    """Returns how many executions the batch sent. A batch that fails runs again one message at a time, as in production."""
+    """Compare both ways, and return how many executions the batch sent.
+
+    A batch that fails runs again one message at a time, as in production.
+    """
     async with connected(dsn, schema) as connection:
         left, failed = await one_by_one(connection, messages)
     async with connected(dsn, schema) as connection:
@@ -122,7 +125,7 @@ async def assert_equal(dsn: str, schema: str, messages: Sequence[Message]) -> in
 
 
 def same_writes(count: int, *writes: tuple[str, Callable[[int], tuple[Any, ...]]]) -> list[Message]:
-    """So many messages with the same writes, whose arguments depend on their number."""
+    """Messages with the same writes, whose arguments depend on their number."""
     return [[(sql, args(n)) for sql, args in writes] for n in range(count)]
 
 

@@ -69,7 +69,7 @@ def test_statement_for_many_rows_reads_as_expected(sql: str, types: list[str], w
         ('update a set b = b + $1 where "id" = $2 and a.kind = $3', (("id", 1), ("kind", 2))),
         ("update s.a x set b = $1 where $2 = x.id and x.b > 0", (("id", 1),)),
         ("update a as x set b = $1 where (id = $2 or true) and c = $3", (("c", 2),)),
-        ("update a set b = $1 where id = $2 and b = $3", (("id", 1),)),  # b changes: it tells no rows apart
+        ("update a set b = $1 where id = $2 and b = $3", (("id", 1),)),  # b changes: it identifies no row
     ],
 )
 def test_columns_that_identify_rows(sql: str, keys: tuple[tuple[str, int], ...]) -> None:

@@ -36,7 +36,10 @@ PLANS: Plans = {
 
 @st.composite
 def numbered_writes(draw: st.DrawFn) -> list[Write]:
-    """Writes whose second argument is their place; the first is a key, or no value that is known as one."""
+    """Writes whose second argument is their place.
+
+    The first is a key, or a value that is not known to be one.
+    """
     pairs = draw(st.lists(st.tuples(st.sampled_from(SQLS), st.sampled_from([1, 2, 3, None])), max_size=40))
     return [(sql, (key, place)) for place, (sql, key) in enumerate(pairs)]
 

@@ -1,4 +1,7 @@
-"""Handlers, logs and databases that behave badly: every test here was a bug once, found by trying to break the promise."""
+"""Handlers, logs and databases that behave badly.
+
+Each of these was a bug once.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def new_app() -> App:
 
 @pytest.mark.parametrize("batch", [None, 10])
 async def test_a_payload_that_a_handler_changes_is_new_in_the_next_run(place: Place, batch: int | None) -> None:
-    """A neighbour's failure makes the batch run again: with the payload as it was produced."""
+    """The batch runs again with the payload as it was produced."""
     topic = await place.topic()
     app = new_app()
 
@@ -178,7 +181,7 @@ async def test_session_setting_is_refused_before_it_reaches_another_message(plac
 
 
 async def test_the_first_of_two_errors_says_what_it_was(place: Place) -> None:
-    """A swallowed deadlock, and then the statement after it: to be run again, and no fault of the message."""
+    """A swallowed deadlock runs again, although another error follows."""
     topic = await place.topic()
     app = new_app()
     runs: list[int] = []
@@ -401,7 +404,7 @@ async def test_connections_that_are_ended_at_any_instant_end_no_worker(place: Pl
 
 
 async def test_postgresql_killed_under_load_loses_and_doubles_nothing(place: Place) -> None:
-    """A server of its own: SIGKILL, and up again with what it had written."""
+    """The server is killed with SIGKILL and started again."""
     from harness import as_worker, migrated, settings_for
 
     with Postgres() as server:
@@ -433,7 +436,7 @@ async def test_postgresql_killed_under_load_loses_and_doubles_nothing(place: Pla
 
 
 async def test_a_database_put_back_in_time_gets_its_lost_effects_again(place: Place) -> None:
-    """Under a running worker: the marks in Redis know more than the database, and are of another epoch."""
+    """Redis has marks of another epoch than the restored database."""
     topic = await place.topic()
     app = new_app()
 
@@ -518,7 +521,7 @@ async def test_a_partition_that_begins_with_aborted_records_only_is_settled(plac
 
 
 async def test_every_delivery_is_counted_once(place: Place) -> None:
-    """Conflicts and failures that come again are kept once as letters, and counted as often as they came."""
+    """Repeated failures are stored once, and counted as often as delivered."""
     topic = await place.topic()
     app = new_app()
 
@@ -543,7 +546,7 @@ async def test_every_delivery_is_counted_once(place: Place) -> None:
 
 
 async def test_a_commit_that_was_answered_with_rollback_is_noticed(place: Place) -> None:
-    """The last line of defence, asked directly: nothing before it knows of the failed statement."""
+    """The session checks this itself, without an earlier error."""
     session = await Session.open(place.settings())
     try:
         await session.begin()

@@ -1,4 +1,4 @@
-"""Three brokers, of which some die: nothing is lost, nothing happens twice, and everybody goes on without being told."""
+"""Three brokers, some of which die: workers go on by themselves."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def admin_of(cluster: Cluster) -> AsyncIterator[AIOKafkaAdminClient]:
 
 
 async def described(cluster: Cluster, topic: str) -> list[dict[str, Any]]:
-    """The partitions of a topic; none while the broker that is asked is down."""
+    """The partitions of a topic; none while the broker is down."""
     try:
         async with admin_of(cluster) as admin:
             [description] = await admin.describe_topics([topic])
@@ -80,7 +80,10 @@ async def new_topic(cluster: Cluster, partitions: int, replicas: int = 3, **conf
 
 
 async def produce(cluster: Cluster, topic: str, names: list[str], acks: Any = "all") -> None:
-    """Send each until it is acknowledged, again after an error: so some may be there twice, under one id."""
+    """Send each name until it is acknowledged.
+
+    After an error it is sent again, so some may be there twice, under one id.
+    """
     producer = AIOKafkaProducer(bootstrap_servers=cluster.bootstrap_servers, acks=acks, request_timeout_ms=3000)
     await producer.start()
 

@@ -1,4 +1,7 @@
-"""A hard exit at each step of the flow: after a restart every effect is there once. The steps are those of worker/worker.py."""
+"""After a hard exit at any step, every effect is there once.
+
+The steps are those of worker/worker.py.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,10 @@ from consumer.local_servers import Postgres
 
 @pytest.fixture
 def small() -> Iterator[Postgres]:
-    """A server with seven connections for workers, one for the test, and three that PostgreSQL reserves."""
+    """A server with seven connections for workers and one for the test.
+
+    PostgreSQL reserves three more.
+    """
     with Postgres({"fsync": "off", "max_connections": "11"}) as server:
         yield server
 

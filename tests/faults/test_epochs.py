@@ -1,4 +1,7 @@
-"""The epoch is known in every transaction: with a pooler, through a proxy, after a snapshot, on servers that tell little."""
+"""The epoch is known in every transaction.
+
+With a pooler, through a proxy, after a snapshot, and on servers that hide it.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ async def marks(redis_url: str, app: App) -> int:
 async def test_pooler_fails_over_to_standby_without_tail_nothing_lost_or_doubled(
     primary: Postgres, kafka: Kafka, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Clients stay connected to PgBouncer throughout, and Redis holds marks of the lost timeline."""
+    """Clients stay connected while Redis holds marks of the lost timeline."""
     caplog.set_level(logging.INFO, "consumer")
     await migrated(primary.dsn())
     topic = await new_topic(kafka.bootstrap_servers, PARTITIONS)
@@ -113,7 +116,10 @@ async def test_transaction_sees_another_epoch_and_is_undone(place: Place) -> Non
 async def test_new_epoch_under_running_worker_ends_marks_and_memory(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Rows that went back in time on the same connections: one message waits, so no position tells."""
+    """Rows went back in time, and no position shows it.
+
+    One message waits, so the position has not moved.
+    """
     caplog.set_level(logging.INFO, "consumer")
     topic = await place.topic()
     gate = asyncio.Event()
@@ -168,7 +174,10 @@ async def test_lost_handler_number_is_replaced_after_failover(place: Place) -> N
 async def test_snapshot_of_the_same_timeline_is_another_epoch(
     primary: Postgres, kafka: Kafka, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A copy of the disk, started behind the same address: system identifier, timeline and nonce are the same."""
+    """A copy of the disk starts behind the same address.
+
+    System identifier, timeline and nonce are the same.
+    """
     caplog.set_level(logging.INFO, "consumer")
     await migrated(primary.dsn())
     topic = await new_topic(kafka.bootstrap_servers, PARTITIONS)
@@ -177,7 +186,10 @@ async def test_snapshot_of_the_same_timeline_is_another_epoch(
     data, snapshot = primary.directory / "data", primary.directory / "snapshot"
 
     async def start(*copy: Path) -> None:
-        """Start the server from its data after a power cut, having copied files with `cp -a` first."""
+        """Start the server after a power cut, with files copied first.
+
+        They are copied with `cp -a`.
+        """
         await asyncio.to_thread(power_cut, primary)
         if copy:
             await asyncio.to_thread(shutil.rmtree, copy[1], True)
@@ -204,7 +216,7 @@ async def test_snapshot_of_the_same_timeline_is_another_epoch(
 
 
 async def _shorn(place: Place, *functions: str) -> None:
-    """Take functions away from everybody but superusers, as managed services do."""
+    """Revoke functions from all but superusers, as managed services do."""
     for function in functions:
         await query(place.dsn, f"revoke execute on function pg_catalog.{function} from public")
 
@@ -212,7 +224,7 @@ async def _shorn(place: Place, *functions: str) -> None:
 async def test_server_without_wal_functions_works_with_pre_check(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As Amazon Aurora, which tells no WAL position: the start time makes the epoch."""
+    """Amazon Aurora hides the WAL position: the start time makes the epoch."""
     caplog.set_level(logging.INFO, "consumer")
     await _shorn(place, "pg_current_wal_lsn()", "pg_control_system()")
     topic = await place.topic()

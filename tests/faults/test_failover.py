@@ -1,4 +1,7 @@
-"""PostgreSQL goes back in time while Kafka's offsets and Redis's marks do not: what was lost is applied again, once."""
+"""PostgreSQL goes back in time; what was lost is applied again.
+
+Kafka's offsets and Redis's marks do not go back.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,10 @@ def primary() -> Iterator[Postgres]:
 async def test_failover_to_a_standby_without_the_tail_loses_nothing(
     primary: Postgres, kafka: Kafka, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One worker, running throughout, with one address: first a standby's, then the primary's, then the new primary's,
-    in between that of the old primary, which has come back and does not know that it is left behind."""
+    """One worker runs throughout, behind one address.
+
+    The address leads to a standby, the primary, the new primary, the old primary after its return, and the new primary again.
+    """
     caplog.set_level(logging.INFO, "consumer")
     await migrated(primary.dsn())
     topic = await new_topic(kafka.bootstrap_servers, PARTITIONS)
@@ -111,7 +116,10 @@ async def test_failover_to_a_standby_without_the_tail_loses_nothing(
 async def test_restore_to_a_point_in_time_gets_lost_effects_again(
     primary: Postgres, kafka: Kafka, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The same system identifier, a new timeline; found by a DSN that names both places, by a worker that runs on."""
+    """The system identifier is the same, the timeline new.
+
+    The DSN names both places, and the worker runs on.
+    """
     caplog.set_level(logging.INFO, "consumer")
     await migrated(primary.dsn())
     place = Place(kafka.bootstrap_servers, primary.dsn(), redis_url)

@@ -1,4 +1,4 @@
-"""Requests to Kafka that are cut on their way, or after they were done; a broker that says nothing; offsets that are gone."""
+"""Requests to Kafka are cut, brokers say nothing, offsets disappear."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def has_fired(proxy: Proxy, label: int, cut: Cut) -> None:
 
 
 async def test_requests_cut_before_during_and_after_they_were_done(place: Place, kafka: Any) -> None:
-    """Each in turn while messages flow and a second member comes and goes: nothing is lost, nothing happens twice."""
+    """Each cut happens while messages flow and members change."""
     topic = await place.topic(4)
     name = f"cut-{uuid.uuid4().hex[:8]}"
     sent = 0
@@ -194,7 +194,7 @@ async def test_compacted_topic_with_tombstones_ends_as_its_last_values(place: Pl
 
 
 async def test_error_that_the_client_only_logs_ends_the_worker(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client fetches again for ever after an error that it does not know; the watchdog does not."""
+    """The client retries an unknown error for ever; the watchdog ends it."""
     topic = await place.topic()
     app = payments_app(topic, balances=False)
     await place.send(topic, *[Sent({"id": f"p{n}", "account": 1, "amount": 1}, id=f"p{n}") for n in range(5)])

@@ -1,4 +1,4 @@
-"""PostgreSQL in trouble: cut, silent, cancelled, full, crowded, behind a pooler. Nothing lost, nothing twice, nobody's fault.
+"""PostgreSQL is cut, silent, full or crowded: nothing is lost or doubled.
 
 Effects are written to a table without a unique key, so that doubles would show. Each fault is seen to have happened.
 """
@@ -114,7 +114,10 @@ async def test_commit_cut_before_during_or_after_the_server_doubles_nothing(
 async def test_a_connection_that_falls_silent_is_ended(
     own: Postgres, there: str, kafka: Kafka, redis_url: str, caplog: pytest.LogCaptureFixture, way: str
 ) -> None:
-    """As half-open TCP: the peer's kernel answers, the peer does not. With "down" the COMMIT arrives, its answer does not."""
+    """The peer's kernel answers, the peer does not.
+
+    With "down" the COMMIT arrives, and its answer does not.
+    """
     caplog.set_level(logging.INFO, "consumer")
     topic = await new_topic(kafka.bootstrap_servers, 4)
     app = numbered_app(topic)
@@ -150,8 +153,10 @@ async def test_a_connection_that_falls_silent_is_ended(
 
 
 async def test_conflicts_of_all_kinds_count_no_attempt(own: Postgres, there: str, kafka: Kafka) -> None:
-    """Deadlocks of two lanes, a lock that somebody else holds, statements cancelled and connections ended at random
-    instants, serialization failures and statements that take too long: with a single attempt allowed."""
+    """Deadlocks, locks, cancelled statements, ended connections: one attempt.
+
+    Also serialization failures, and statements that take too long.
+    """
     topic = await new_topic(kafka.bootstrap_servers, 2)
     app = App(f"conflicts-{uuid.uuid4().hex[:8]}")
     runs = 0
@@ -218,7 +223,7 @@ async def test_conflicts_of_all_kinds_count_no_attempt(own: Postgres, there: str
             connection.terminate()
 
     async def crosses() -> None:
-        """Locks both rows, each time in the other order: whichever order a worker takes, the two deadlock soon."""
+        """Lock both rows in alternating order, so that workers deadlock."""
         connection = await asyncpg.connect(there)
         try:
             while True:
@@ -275,7 +280,7 @@ async def test_index_rebuilt_under_load_loses_and_doubles_nothing(
         async def some() -> bool:
             return times >= 2
 
-        await until("the index to have been made anew", some)
+        await until("the index to be rebuilt", some)
     await all_applied_once(there, range(1500))
 
 
@@ -347,7 +352,10 @@ def small_disk() -> Iterator[Path]:
 async def test_full_disk_is_waited_for(
     small_disk: Path, kafka: Kafka, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without room PostgreSQL refuses rows, or ends itself when it is its log that has none: then somebody starts it again."""
+    """PostgreSQL refuses rows, or stops when its WAL has no room.
+
+    Then the test starts it again.
+    """
     caplog.set_level(logging.INFO, "consumer")
     with SmallDisk(small_disk) as server:
         await migrated(server.dsn())
@@ -388,7 +396,10 @@ async def test_full_disk_is_waited_for(
 
 
 async def test_acknowledged_messages_survive_a_power_cut_despite_settings(kafka: Kafka) -> None:
-    """synchronous_commit = off by role, by database and by a handler through a function; the WAL writer is asleep."""
+    """synchronous_commit = off by role, database and handler's function.
+
+    The WAL writer sleeps meanwhile.
+    """
     with Postgres(
         {"fsync": "on", "wal_writer_delay": "10s", "wal_writer_flush_after": "0", "autovacuum": "off"}
     ) as server:
@@ -434,7 +445,10 @@ async def test_acknowledged_messages_survive_a_power_cut_despite_settings(kafka:
 async def test_commit_whose_wait_for_the_standby_was_cancelled_is_repeated(
     kafka: Kafka, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """PostgreSQL answers COMMIT with a warning then, and has it on one machine only. The position dies with the effect."""
+    """PostgreSQL answers COMMIT with a warning, on one machine only.
+
+    The position is lost together with the effect.
+    """
     caplog.set_level(logging.INFO, "consumer")
     with Postgres({"fsync": "off", "synchronous_commit": "on"}) as primary:
         await migrated(primary.dsn())
@@ -521,7 +535,7 @@ async def test_pgbouncer_in_transaction_mode_loses_and_doubles_nothing(
 async def test_check_behind_pgbouncer_counts_no_rows_of_other_clients(
     own: Postgres, there: str, kafka: Kafka, redis_url: str
 ) -> None:
-    """PostgreSQL counts written rows for each of its sessions, and a pooler lends one session to all clients in turn."""
+    """A pooler's sessions count the written rows of all its clients."""
     topic = await new_topic(kafka.bootstrap_servers, 4)
     app = numbered_app(topic)
     await produce(kafka.bootstrap_servers, topic, messages(range(200)))
@@ -547,7 +561,10 @@ async def test_check_behind_pgbouncer_counts_no_rows_of_other_clients(
 
 @needs_pgbouncer
 async def test_statements_outside_transactions_work_behind_pgbouncer(own: Postgres, there: str, kafka: Kafka) -> None:
-    """Twelve clients share three sessions, so that each statement can meet another session than the one before it."""
+    """Twelve clients share three sessions.
+
+    So each statement may use another session than the one before it.
+    """
     with Pooler(own, 3) as bouncer:
         settings = settings_for(bouncer.dsn(there), kafka.bootstrap_servers, None, postgres_pooler=True)
 

@@ -1,4 +1,4 @@
-"""The proxy does what it says: the other tests believe its faults."""
+"""The proxy does what it says: other tests rely on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Redis is a hint: stopped, frozen, full, read-only or emptied in mid-run, everything is applied, and nothing waits long."""
+"""Redis fails in mid-run: everything is applied, and nothing waits long."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from consumer.local_servers import Valkey
 
 
 def payments(first: int, count: int) -> list[Sent]:
-    """`count` payments, and every tenth of them once more at a place of its own."""
+    """`count` payments, every tenth of them once more somewhere."""
     chance = random.Random(first)
     payments = [
         Sent({"id": str(n), "account": n % 7, "amount": 1}, id=f"id-{n}", key=str(n % 7))
@@ -86,7 +86,7 @@ async def test_redis_harmed_in_mid_run_costs_nothing_but_speed(
 async def test_a_frozen_redis_is_asked_once_in_its_budget_and_then_left_alone(
     place: Place, own_valkey: Valkey, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The breaker's two changes are told; between them no batch waits for Redis."""
+    """The breaker logs both changes; between them no batch waits."""
     caplog.set_level("INFO", logger="consumer")
     topic = await place.topic()
     app = payments_app(topic, balances=False)

@@ -1,4 +1,7 @@
-"""Workers that stop without dying (SIGSTOP, a frozen machine) and come back, and members that come and go: real processes, real signals."""
+"""Workers that freeze and return, and members that come and go.
+
+Real processes, real signals.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ STEPS = ["fetched", "begun", "claimed", "before_commit", "commit_sent", "committ
 
 
 class Zombie:
-    """A worker process that stops itself at a step, with an application and a topic of its own."""
+    """A worker process that stops itself at a step.
+
+    It has an App and a topic of its own.
+    """
 
     def __init__(self, place: Place, topic: str, step: str, directory: Path) -> None:
         self.step, self.topic = step, topic
@@ -123,7 +129,10 @@ def ordered(topic: str, name: str) -> App:
 
 @pytest.mark.timeout(600)
 async def test_members_that_come_and_go_keep_every_keys_order_and_double_nothing(place: Place) -> None:
-    """Eager rebalances, one after the other, while messages flow; half of the members leave in the middle of a batch."""
+    """Members join and leave in turn while messages flow.
+
+    Half of them leave in the middle of a batch.
+    """
     await query(place.dsn, "create table steps (place bigserial, key text not null, n int not null)")
     topic = await place.topic(4)
     name = f"flap-{uuid.uuid4().hex[:8]}"

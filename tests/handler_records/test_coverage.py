@@ -1,4 +1,4 @@
-"""Handlers that are added, renamed, or missing in some workers: what they miss is known, reported, and can be filled."""
+"""What added, renamed or missing handlers miss can be filled."""
 
 from __future__ import annotations
 
@@ -77,7 +77,10 @@ async def test_handler_added_in_a_rolling_deploy_knows_what_it_missed(place: Pla
 
 
 async def _all_ids(place: Place) -> list[str]:
-    """Ids that both handlers have applied, each once; those of the fill are worker_app's own effects."""
+    """Ids that both handlers have applied, each once.
+
+    Those of the fill are worker_app's own effects.
+    """
     rows = await query(place.dsn, "select id, count(*) from effects where id like 'record %' group by id")
     assert all(count == 1 for _, count in rows)
     return [row[0] for row in rows]
@@ -86,7 +89,7 @@ async def _all_ids(place: Place) -> list[str]:
 async def test_position_moves_only_for_workers_with_the_handlers_that_it_names(
     place: Place, worker_log: WorkerLog
 ) -> None:
-    """A worker that wakes up after another version has opened its partition records what it settles as its own."""
+    """A worker that was fenced records what it settles as its own."""
     topic = await place.topic()
     name = f"fenced-{uuid4().hex[:8]}"
     old = app_with(name, topic, "settle")

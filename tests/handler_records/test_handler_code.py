@@ -1,4 +1,4 @@
-"""Which code applied a message is known: verdicts after the code of a handler has changed, and where it has not."""
+"""Verdicts depend on which code has applied a message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A handler whose `message_id=` changes: its earlier messages are not applied again by replays and moved positions."""
+"""A changed `message_id=` applies no earlier message again."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ async def test_accepted_rule_protects_what_was_applied_before(place: Place) -> N
 
 
 async def test_rows_beyond_the_position_are_protected_when_a_rule_is_accepted(place: Place) -> None:
-    """A message that waits holds the position back while later ones are applied."""
+    """A waiting message holds the position back while later ones are applied."""
     app, topic = await settled(place)
     await query(place.dsn, "update consumer.positions set next_offset = 3 where app = $1", app.name)
     assert (await accept(place, app)).returncode == 0

@@ -1,4 +1,4 @@
-"""Which offsets a handler has settled, and what a worker with other handlers changes."""
+"""Which offsets a handler has settled, and what other handlers change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a token of CONSUMER_KAFKA_SASL_TOKEN_PROVIDER is used: its expiry in every unit and type that signers give."""
+"""A token is used until its expiry, in any unit and type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bounds become offsets: what is asked for, what the log has dropped, what is empty."""
+"""Bounds become offsets, within what the log holds."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_what_the_log_has_dropped_is_refused_by_name(start: Bound, end: Bound, g
 def test_a_span_never_leaves_the_log(
     begin: int, length: int, start: Bound, end: Bound, position: int | None, at: int | None
 ) -> None:
-    at = None if at is None else begin + min(at, length)  # Kafka tells of no record that the log does not hold
+    at = None if at is None else begin + min(at, length)  # Kafka names no record that the log does not hold
     try:
         resolved = span(P, LogRange(begin, begin + length, position, at, at), start, end)
     except Misconfigured:

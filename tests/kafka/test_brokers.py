@@ -1,4 +1,4 @@
-"""Brokers that go away, come back elsewhere, throttle, or lead a thousand partitions; what the log says of them."""
+"""Brokers that move, throttle, or lead a thousand partitions."""
 
 from __future__ import annotations
 
@@ -184,11 +184,11 @@ async def test_throttled_worker_goes_on_and_recovers_when_the_quota_is_lifted(
     async def some_applied() -> bool:
         return int(await value(place.dsn, "select count(*) from effects")) > 60
 
-    async def has_told() -> bool:
+    async def is_logged() -> bool:
         return bool(worker_log.events("kafka throttles the worker"))
 
     async with working(app, settings):
-        await until("the throttling in the log", has_told, 60)
+        await until("the throttling in the log", is_logged, 60)
         await until("messages in spite of the quota", some_applied, 90)
         assert int(await value(place.dsn, "select count(*) from effects")) < 300
         assert not worker_log.events("waiting for kafka")

@@ -1,4 +1,4 @@
-"""Topics as other clients write them: every codec, by librdkafka and by Kafka's own Java client, with transactions."""
+"""Topics compressed by librdkafka and by the Java client are read."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def test_topics_compressed_by_any_kind_of_librdkafka_producer_are_read(pla
 
 
 def send_by_java(kafka: str, topic: str, payload: Path, count: int, codec: str, transactional: bool) -> None:
-    """Kafka's own load generator: its lines are those of the file, drawn at random."""
+    """Send lines of the file, drawn at random, with Kafka's load generator."""
     options = [f"bootstrap.servers={kafka}", f"compression.type={codec}", "linger.ms=50", "acks=all"]
     command = [
         *("java", "-Xmx128m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", f"{JARS}/*"),

@@ -1,4 +1,4 @@
-"""Decompression of every codec: what clients write, what is cut or is none of it, and what would become too large."""
+"""Every codec decompresses, within the limit, or raises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A log that is not what it was: made anew, cut at its beginning, another one. It is noticed, and a person decides."""
+"""A log that was recreated or cut stops until an operator decides."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def topic_id(place: Place, topic: str) -> str:
         await source.stop(5)
 
 
-# -- a topic made anew ------------------------------------------------------------------------------------------------
+# -- a recreated topic -------------------------------------------------------------------------------------------------
 
 
 async def test_topic_recreated_under_a_running_worker_stops_before_it_is_read(
@@ -175,7 +175,7 @@ async def test_attempts_of_a_vanished_log_do_not_count_against_the_adopted_one(
 
 
 async def test_a_fetch_is_of_the_topic_with_the_id_and_of_no_other(place: Place) -> None:
-    """Whatever the client believes of the cluster: the broker refuses, at the fetch itself."""
+    """The broker refuses the fetch itself, with any metadata of the client."""
     topic = await place.topic()
     await place.send(topic, lone_payment("a"))
     partition = Partition(topic, 0)
@@ -200,7 +200,7 @@ async def test_a_fetch_is_of_the_topic_with_the_id_and_of_no_other(place: Place)
 async def test_recreated_topic_with_messages_without_ids_is_applied_once_adopted(
     place: Place, worker_log: WorkerLog
 ) -> None:
-    """Their ids are their offsets: the same ones, and even the same payloads, are other messages in another log."""
+    """Equal offsets and payloads are other messages in another log."""
     topic = await place.topic()
     app = payments_app(topic, balances=False)
     same = [lone_payment(f"p{n}", id=None) for n in range(6)]
@@ -222,7 +222,7 @@ async def test_recreated_topic_with_messages_without_ids_is_applied_once_adopted
 
 
 async def test_worker_that_missed_an_adoption_cannot_move_the_new_position(place: Place) -> None:
-    """The number is the same in both logs: only the topic's id tells that it is not the one that this worker knew."""
+    """The offset is the same in both logs; the topic id differs."""
     old, new = uuid.uuid4(), uuid.uuid4()
     partition = Partition(await place.topic(), 0)
     session = await Session.open(place.settings())
@@ -280,9 +280,9 @@ async def test_records_removed_before_they_were_read_stop_their_partition_alone(
             return {f"q{n}" for n in range(1, 20, 2)} <= set(await effect_ids(place))
 
         await until("the other partition", the_other_partition)
-        told_by_status = (await stopped_partitions(place, app))[0]
-        assert told_by_status["missing"] == {"first": 10, "last": 16}
-        assert told_by_status["do"] == stop["do"]
+        by_status = (await stopped_partitions(place, app))[0]
+        assert by_status["missing"] == {"first": 10, "last": 16}
+        assert by_status["do"] == stop["do"]
         text = (await command(place, app, "status", PATH)).stdout
         assert f"{topic}:0 has stopped" in text and "10 to 16" in text and stop["do"] in text
         assert await positions(place, app) == {0: 10, 1: 20}

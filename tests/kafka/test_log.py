@@ -1,4 +1,4 @@
-"""What a Kafka log can hold besides messages: aborted transactions, markers, gaps, records that the client cannot read."""
+"""Aborted transactions, markers, gaps and records that cannot be read."""
 
 from __future__ import annotations
 
@@ -135,7 +135,10 @@ async def test_gaps_of_compaction_do_not_stall(place: Place) -> None:
 
 
 async def send_with_bad_header(place: Place, topic: str, names: list[str], bad: str, compressed: bool) -> None:
-    """One batch, in which the record of `bad` has a header key that is not UTF-8. No client sends that: made by hand."""
+    """Send one batch whose `bad` record has a header key not UTF-8.
+
+    No client sends that, so it is built by hand.
+    """
     producer = AIOKafkaProducer(bootstrap_servers=place.kafka)
     await producer.start()
     try:

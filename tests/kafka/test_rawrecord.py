@@ -1,6 +1,7 @@
-"""Whatever records a batch holds, they come out as they were put in: offsets, timestamps, null and empty keys and
-values, headers in order, and header keys that are not UTF-8 without losing a byte. A batch cut off at the end of a
-fetch is left out, and bytes that are no records raise ValueError, nothing else.
+"""Records come out of a batch as they were put in.
+
+Offsets, timestamps, null and empty keys and values, headers in order, and header keys that are not UTF-8. A batch cut off at
+the end of a fetch is left out, and bytes that are no records raise only ValueError.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ BYTES = st.none() | st.binary(max_size=200)
 HEADERS = st.lists(st.tuples(st.text(max_size=8), BYTES), max_size=4)
 RECORDS = st.lists(st.tuples(st.integers(0, 2**42), BYTES, BYTES, HEADERS), min_size=1, max_size=6)
 BASES = st.integers(0, 2**62)
-ATTRIBUTES = 21  # where the fields stand in a batch
+ATTRIBUTES = 21  # position of the field in a batch
 LAST_OFFSET_DELTA = 23
 
 
 def batch(records: Any, base: int = 0, codec: int = 0, attributes: int = 0) -> bytes:
-    """A batch as aiokafka's producer builds it, with the parts that a broker fills in."""
+    """A batch of aiokafka's producer, with what a broker fills in."""
     builder = DefaultRecordBatchBuilder(2, codec, 0, -1, -1, -1, 1 << 30)
     for delta, (timestamp, key, value, headers) in enumerate(records):
         assert builder.append(delta, timestamp, key, value, headers)
@@ -41,7 +42,10 @@ def batch(records: Any, base: int = 0, codec: int = 0, attributes: int = 0) -> b
 
 
 def by_hand(headers: list[tuple[bytes | None, bytes | None]], value: bytes = b"v") -> bytes:
-    """A batch of one record, header keys as bytes: no client builds one that is not UTF-8."""
+    """A batch of one record, with header keys as bytes.
+
+    No client builds one that is not UTF-8.
+    """
 
     def field(content: bytes | None) -> bytes:
         return number(-1) if content is None else number(len(content)) + content

@@ -1,4 +1,7 @@
-"""Which frames of record batches are sound: order, sizes and formats, of batches whose checksums cover none of them."""
+"""Frames of record batches are checked for order, size and format.
+
+The checksums of batches cover none of them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A partition that cannot be read stops alone: with its reason in `consumer status`, and with the command that goes on."""
+"""A partition that cannot be read stops alone.
+
+`consumer status` gives the reason, and the command that goes on.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def names(first: int, last: int, prefix: str = "m") -> list[str]:
 async def send_batch(
     kafka: str, topic: str, ids: list[str], partition: int = 0, change: Callable[[bytearray], None] = lambda _: None
 ) -> None:
-    """One record batch, maybe changed by hand; its checksum and its length fit."""
+    """Send one record batch, changed by hand; checksum and length fit."""
     producer = AIOKafkaProducer(bootstrap_servers=kafka, max_request_size=1 << 30, request_timeout_ms=120_000)
     await producer.start()
     try:
@@ -67,7 +70,7 @@ def segment(kafka: Any, topic: str, partition: int = 0) -> Path:
 
 
 def change_batch(path: Path, first: int, change: Callable[[bytearray], None]) -> None:
-    """Change a batch where the broker keeps it, as a bad disk does."""
+    """Change a batch in the broker's file, as a bad disk does."""
     log = path.read_bytes()
     position = 0
     for header, body in record_batch.batches(log):
@@ -283,10 +286,10 @@ async def test_revoked_right_to_read_stops_its_topic_until_it_is_granted(
         await until("the other topic", lambda: applied(place, names(0, 50, "other")))
         assert await rows(place, app.name) == [("not_allowed", 5, 5)]
         for user in ({}, sasl):  # an operator's, who may see the topic, and the worker's own
-            told_by_status = await status_of(place, app, **user)
-            assert told_by_status[topic, 0]["reason"] == "not_allowed", told_by_status
-            assert topic in told_by_status[topic, 0]["why"] and "READ and DESCRIBE" in told_by_status[topic, 0]["do"]
-            assert told_by_status[other, 0] is None
+            stops = await status_of(place, app, **user)
+            assert stops[topic, 0]["reason"] == "not_allowed", stops
+            assert topic in stops[topic, 0]["why"] and "READ and DESCRIBE" in stops[topic, 0]["do"]
+            assert stops[other, 0] is None
         await asyncio.to_thread(kafka.acls, ["--add", *read_one])
         await until("what comes behind it", lambda: applied(place, names(5, 10)), 60)
         await until("the row to go", lambda: no_rows(place, app.name))
@@ -313,8 +316,8 @@ async def test_worker_without_rights_records_the_partitions_it_may_not_see(
         await until("the topic that it may read", lambda: applied(place, names(0, 5, "other")), 60)
         await until("the rows", lambda: rows(place, app.name), 60)
         assert sorted(await rows(place, app.name)) == [("not_allowed", 0, 0), ("not_allowed", 5, 5)]
-        told_by_status = await status_of(place, app, **user)
-        assert {partition: stop and stop["reason"] for partition, stop in told_by_status.items()} == {
+        stops = await status_of(place, app, **user)
+        assert {partition: stop and stop["reason"] for partition, stop in stops.items()} == {
             (known, 0): "not_allowed",
             (known, 1): "not_allowed",
             (new, 0): "not_allowed",
@@ -328,7 +331,7 @@ async def test_worker_without_rights_records_the_partitions_it_may_not_see(
 
 
 async def status_of(place: Place, app: App, **user: Any) -> dict[tuple[str, int], Any]:
-    """Topic and partition -> why it has stopped, as `consumer status` says it to a user of Kafka."""
+    """Topic and partition -> its stop, as `consumer status` reports it."""
     source = KafkaConsumer(place.settings(**user), None)
     await source.start(10)
     connection = await connect(place.settings())

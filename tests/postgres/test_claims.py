@@ -1,4 +1,4 @@
-"""Where most ids are known the ledger is looked at before it is claimed in, and the answers are the same."""
+"""Looking before claiming gives the same answers where most ids are known."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOPIC = "t"
 
 
 class RecordingClaims(Claims):
-    """Claims that remember which statements they sent: those that look and those that claim."""
+    """Claims that record whether a statement looked or claimed."""
 
     def __init__(self, connection: Connection, begin: Callable[[], Awaitable[None]], clock_skew_hours: float) -> None:
         super().__init__(connection, begin, clock_skew_hours)
@@ -94,7 +94,7 @@ async def test_what_is_known_is_looked_up_and_only_the_rest_is_claimed(claims: C
     asked = await recorded(session)
     again = claims.deliveries(ids, partitions)
     assert await claims.commit(session, again) == dict.fromkeys(again, REDELIVERED)
-    assert asked == ["claim"]  # nobody knew yet
+    assert asked == ["claim"]  # the session expected new ids
     again = claims.deliveries(ids, partitions)
     assert await claims.commit(session, again) == dict.fromkeys(again, REDELIVERED)
     assert asked == ["claim", "look"]
@@ -163,7 +163,10 @@ async def test_a_look_through_an_old_version_of_the_ledger_is_taken_again(claims
 
 
 async def advisory_locks(session: Session, watcher: asyncpg.Connection) -> set[tuple[str, str]]:
-    """What a session's transaction holds: of the ledger's version, of the turns after conflicts."""
+    """The advisory locks that a session's transaction holds.
+
+    Of the ledger's version, and of the turns after conflicts.
+    """
     names = {claim_sql.ADVISORY_CLASS: "version", CONFLICTS_CLASS: "turn"}
     rows = await watcher.fetch(
         "select classid::int8, mode from pg_locks where locktype = 'advisory' and granted and pid = $1",
@@ -173,7 +176,10 @@ async def advisory_locks(session: Session, watcher: asyncpg.Connection) -> set[t
 
 
 async def test_transaction_holds_the_version_lock_with_and_without_its_turn(claims: Claimants, database: str) -> None:
-    """Without that lock a generation could be dropped below a claim, whose id would be claimed again."""
+    """Without the lock a generation could be dropped below a claim.
+
+    Then its id would be claimed again.
+    """
     claims.settings = claims.settings.model_copy(update={"postgres_lock_timeout_seconds": 0.2})
     session, other = await claims.session(), await claims.session()
     watcher = await asyncpg.connect(database)
@@ -185,7 +191,7 @@ async def test_transaction_holds_the_version_lock_with_and_without_its_turn(clai
         session.turn = other.turn = 7
         await session.begin()
         assert await advisory_locks(session, watcher) == {version, turn}
-        await other.begin()  # waits for its turn in vain
+        await other.begin()  # its turn does not come
         assert await advisory_locks(other, watcher) == {version}
         assert other.turn is None
     finally:

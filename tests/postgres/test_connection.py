@@ -15,7 +15,7 @@ pytestmark = pytest.mark.unit
 
 
 class Server:
-    """Fails so many times, then answers; keeps how long each attempt was given."""
+    """Fails a number of times, then answers; records each timeout."""
 
     def __init__(self, *outages: Exception) -> None:
         self.outages = list(outages)

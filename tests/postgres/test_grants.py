@@ -1,4 +1,4 @@
-"""The rights that are printed for a role: enough for everything that the other tests run, and what they do not give.
+"""The printed rights of a role are enough, and no more.
 
 That they are enough is shown by the suite itself: its workers and commands connect as harness.WORKER, which has them.
 """
@@ -30,7 +30,7 @@ async def test_every_table_and_function_of_the_schema_is_named(place: Place) -> 
 
 
 async def test_a_worker_may_do_what_is_printed_and_nothing_else(place: Place) -> None:
-    """Asked of PostgreSQL's catalog, so that a right too many is found whatever gave it."""
+    """PostgreSQL's catalog shows every right, also an inherited one."""
     given = await query(
         place.dsn,
         """select c.relname, lower(p) from pg_class c, unnest(array['select', 'insert', 'update', 'delete', 'truncate',

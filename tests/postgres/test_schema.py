@@ -1,4 +1,4 @@
-"""Migrations: printed, checked, applied once however many run at once, and never beside what they do not know."""
+"""Migrations are printed, checked, and applied once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every question and every write of a table runs against the schema, as a worker's role."""
+"""Every query and write of a table runs with a worker's rights."""
 
 from __future__ import annotations
 

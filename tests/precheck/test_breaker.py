@@ -35,7 +35,7 @@ def test_a_success_makes_the_next_pause_short_again() -> None:
 
 
 def asked_of(sampler: Sampler, batches: int, hits: int) -> int:
-    """How many of `batches` batches of 1,000 ids are asked for, each with so many hits."""
+    """How many of `batches` batches are asked for, given their hits."""
     asked = 0
     for _ in range(batches):
         if sampler.should_ask():

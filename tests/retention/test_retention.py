@@ -1,7 +1,7 @@
-"""The ledger's generations: no interleaving of two claims and a turn applies an id twice, and what is dropped is known to be.
+"""Generations of the ledger turn and drop without applying an id twice.
 
 The interleavings are of real connections under the worker's role; a step that waits for another transaction is left waiting,
-as PostgreSQL tells it, and the next step is taken.
+and the next step is taken.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TOPIC = "t"
 
 
 class Claims:
-    """A handler's claims without Kafka: sessions, the numbers of names, and one who looks on."""
+    """A handler's claims without Kafka: sessions, numbers and a watcher."""
 
     def __init__(self, dsn: str) -> None:
         self.dsn = dsn
@@ -141,7 +141,7 @@ async def claims(database: str) -> AsyncIterator[Claims]:
 
 
 def orders(steps: str) -> Iterator[str]:
-    """All orders of the steps in which each lower-case letter's capital comes after it."""
+    """All orders in which each capital comes after its small letter."""
     for order in sorted(set(itertools.permutations(steps))):
         if all(order.index(letter) < order.index(letter.upper()) for letter in "ab"):
             yield "".join(order)
@@ -159,10 +159,7 @@ async def settled_or_blocked(claims: Claims, session: Session, task: asyncio.Tas
 
 
 async def run_order(claims: Claims, sessions: dict[str, Session], order: str, ends: dict[str, str]) -> None:
-    """a, b: two sessions claim the same id. A, B: they end. L: a step of a turn.
-
-    a has the generations of the beginning, b those of the moment of its claim, as a session has that was just opened.
-    """
+    """Run the steps: a, b claim; A, B end; L turns."""
     id = uuid4()
     won: dict[str, bool] = {}
     running: dict[str, asyncio.Task[set[UUID]]] = {}
@@ -190,7 +187,7 @@ async def run_order(claims: Claims, sessions: dict[str, Session], order: str, en
     winners = sum(won.values())
     assert winners == 1 if "commit" in ends.values() else winners == 0, (order, ends, won)
     assert await claims.rows(id) == winners, (order, ends)
-    # And from now on it is a duplicate, whoever asks.
+    # From now on it is a duplicate for every session.
     for session in sessions.values():
         assert await claims.claim(session, id) == set()
         await session.rollback()
@@ -219,7 +216,7 @@ async def test_a_claim_that_is_running_holds_up_the_turn_and_not_the_reverse(cla
     assert len(await claims.claim(slow, first := uuid4())) == 1  # and its handler takes its time
     assert await claims.turn() == "opened"
     assert [await claims.turn() for _ in range(3)] == ["waiting"] * 3
-    assert len(await claims.claim(quick, second := uuid4())) == 1  # held up by nobody
+    assert len(await claims.claim(quick, second := uuid4())) == 1  # which waits for no other
     await quick.commit()
     await slow.commit()
     assert [await claims.turn() for _ in range(2)] == ["moved", "turned"]
@@ -264,7 +261,7 @@ async def test_a_drop_waits_for_claims_and_readers_and_carries_dead_letters(clai
     await session.connection.execute("update consumer.ledger set applied_at = null where id = $1", ids[2])
     await session.commit()
     assert await claims.turn_to_the_next() == 2
-    # One who is at the letter now, as a retry would be, and one whose claim looked into the first generation.
+    # One session locks the dead letter, as a retry does; the claim of another looked into the first generation.
     await claims.watcher.execute("begin; select from consumer.dead_letters for update")
     assert await claims.forget(1) == "waiting"
     await claims.watcher.execute("commit")
@@ -274,11 +271,11 @@ async def test_a_drop_waits_for_claims_and_readers_and_carries_dead_letters(clai
     assert await looking.too_old([claims.at(0), claims.at(946_684_800_000)]) == []
     assert await claims.forget(1) == "forgotten"
     assert await claims.drop(1) == "waiting"
-    # Whoever begins now finds only the dead letter, and learns that the rest cannot be judged.
+    # A transaction that begins now sees only the dead letter, and that the rest cannot be judged.
     assert await claims.claim(session, *ids) == set(ids[:2])
     closed = await value(claims.dsn, "select (extract(epoch from horizon) * 1000)::int8 from consumer.ledger_state")
     hour = 3_600_000
-    # A timestamp that is no time says nothing: the offset tells, and the dropped rows were of offset 0.
+    # Without a usable timestamp the offset decides, and the dropped rows were of offset 0.
     old = [claims.at(closed + hour), *(claims.at(timestamp, offset=0) for timestamp in (-1, 0, closed // 1000))]
     new = [claims.at(closed + hour + 2), *(claims.at(timestamp, offset=1) for timestamp in (-1, 0, closed // 1000))]
     assert await session.too_old(old + new) == old
@@ -313,7 +310,7 @@ def sent(*ids: str) -> list[Sent]:
 
 
 async def test_messages_of_a_dropped_generation_are_too_old_to_judge(place: Place, tmp_path: Path) -> None:
-    """A log that is delivered again from the beginning, after a purge by force."""
+    """The log is delivered again from the beginning after a purge."""
     topic = await place.topic()
     app = app_of(topic)
     settings = place.settings(redis_url=None, ledger_clock_skew_hours=0)
@@ -424,7 +421,7 @@ async def test_contradicting_settings_are_reported_at_start(place: Place, tmp_pa
 async def test_records_without_usable_timestamps_are_noticed_and_applied_once(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A producer of seconds, one of zeros and one of none, with retention on, before and after a drop."""
+    """Producers send seconds, zeros or no time, before and after a drop."""
     topic = await place.topic()
     app = app_of(topic)
     settings = place.settings(redis_url=None, ledger_retention_hours=200, ledger_clock_skew_hours=0)

@@ -1,4 +1,7 @@
-"""One App over two PostgreSQL servers: each effect once in one of them, whatever dies; and a route that changes is refused."""
+"""One App over two PostgreSQL servers: each effect once.
+
+A route that changes is refused.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def west() -> Iterator[Postgres]:
 
 
 class Shards:
-    """Two databases on two servers, a topic, and a name of the App."""
+    """Two databases on two servers, with a topic and an App name."""
 
     def __init__(self, kafka: str, east: str, west: str, topic: str) -> None:
         self.kafka, self.dsns, self.topic = kafka, {"east": east, "west": west}, topic
@@ -130,7 +133,7 @@ class Working:
 
 
 async def expect(shards: Shards, messages: list[Sent]) -> None:
-    """Every message once, in the shard of its key, in the order of its key, for both handlers."""
+    """Check each message once, in its shard and its key's order."""
     wanted: dict[str, dict[str, list[int]]] = {name: {} for name in NAMES}
     for message in messages:
         body = json.loads(message.value or b"")
@@ -213,7 +216,7 @@ async def test_while_one_server_is_down_the_other_ones_messages_go_on(shards: Sh
         try:
             await shards.send(*stream[10 * len(KEYS) :])
             await settled(shards, 30 * east, "east")
-            async with Working(shards.app(), settings) as second:  # it waits for the server, and holds up nobody
+            async with Working(shards.app(), settings) as second:  # it waits for the server, and delays no other shard
                 await asyncio.sleep(0)
                 west.run()
                 west.wait()
@@ -268,7 +271,7 @@ async def test_a_route_that_has_changed_is_refused_at_start(shards: Shards, west
 
 
 async def test_key_that_moved_to_another_shard_is_caught_before_it_is_applied(shards: Shards, tmp_path: Path) -> None:
-    """No probe has it: that it was applied is found by asking the other shard."""
+    """No probe knows the key: asking the other shard finds it."""
     async with Working(shards.app(), shards.settings()):
         await shards.send(payment(MOVES, 0), *(payment(key, 0) for key in KEYS))
         await settled(shards, len(KEYS) + 1)

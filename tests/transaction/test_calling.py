@@ -1,4 +1,4 @@
-"""A handler that was begun before it is awaited cannot tell: what it awaits, is told and raises is the same."""
+"""Handlers behave the same when they are started before they are awaited."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches that lock the same rows in different orders: every message is applied, and soon."""
+"""Batches that lock the same rows in different orders all proceed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CountedTurns(conflict_turns.Turns):
 
 
 async def test_rows_locked_in_opposite_orders_by_many_lanes_do_not_starve(place: Place) -> None:
-    """With whole batches again and again, each deadlock costs a second and hardly any transaction goes through."""
+    """Lanes take turns, since each deadlock of whole batches costs a second."""
     topic = await place.topic(4)
     app = App("contended")
 
@@ -47,7 +47,7 @@ async def test_rows_locked_in_opposite_orders_by_many_lanes_do_not_starve(place:
 
 
 async def test_a_turn_that_a_slow_transaction_holds_is_waited_for_once_only(place: Place) -> None:
-    """With a slow handler in its turn, each transaction of the other lanes would wait for the longest time of a lock."""
+    """A slow transaction delays other lanes once, not for each of theirs."""
     topic = await place.topic()
     app = App("slow-turn")
 
@@ -72,7 +72,7 @@ async def test_a_turn_that_a_slow_transaction_holds_is_waited_for_once_only(plac
 
 
 async def test_a_row_that_another_application_locks_makes_no_lane_take_turns(place: Place) -> None:
-    """Else the lane that waits for the row would hold the turn meanwhile, again and again."""
+    """Otherwise the lane that waits for the row would hold the turn."""
     topic = await place.topic()
     app = App("locked-row")
 
@@ -100,7 +100,7 @@ async def test_a_row_that_another_application_locks_makes_no_lane_take_turns(pla
 
 
 async def test_lock_timeout_differs_from_a_lock_refused_at_once(database: str) -> None:
-    """NOWAIT fails with the same SQLSTATE where the application's own transactions meet: then turns help."""
+    """NOWAIT has the same SQLSTATE, and there turns help."""
     one, other = await asyncpg.connect(database), await asyncpg.connect(database)
     try:
         await one.execute("create table t (id int primary key); insert into t values (1)")

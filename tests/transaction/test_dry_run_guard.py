@@ -1,4 +1,7 @@
-"""Dry runs: the check calls no handler; a rebuild and --call-handlers refuse what handlers do outside."""
+"""Dry runs refuse what handlers do outside the database.
+
+A check calls no handler; a rebuild and --call-handlers do.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ async def settle(payment: dict, tx: Tx) -> None:
 
 
 class Gateway:
-    """A server elsewhere, as far as a handler knows, that counts who connects."""
+    """A server outside, which counts connections."""
 
     def __init__(self) -> None:
         self.socket = socket.create_server(("127.0.0.1", 0))
@@ -222,7 +225,7 @@ async def test_call_handlers_refuses_what_goes_outside(place: Place, gateway: Ga
 
 
 async def test_lifespan_that_connects_is_refused_by_name(place: Place, gateway: Gateway) -> None:
-    """Later sends on that connection could not be told from the framework's own."""
+    """Later sends on that connection look like the framework's own."""
     topic = await place.topic()
 
     @asynccontextmanager
@@ -319,7 +322,7 @@ async def test_statement_that_is_cancelled_in_a_dry_run_is_no_outside_effect(pla
 
 
 async def test_other_tasks_and_threads_of_the_process_go_on(place: Place, gateway: Gateway) -> None:
-    """`verify` in a process that does other things: those are not the dry run's."""
+    """What other tasks of the process do is not the dry run's."""
     topic = await place.topic()
     app = app_that(topic, lambda: None)
     await place.send(topic, *sent(20))
@@ -341,7 +344,7 @@ async def test_other_tasks_and_threads_of_the_process_go_on(place: Place, gatewa
 
 
 class Shop:
-    """An application in a directory, and `consumer replay` run in it: on the command's own event loop."""
+    """An application in a directory, for `consumer replay` in it."""
 
     def __init__(self, place: Place, topic: str, directory: Path, **parts: str) -> None:
         self.place, self.topic, self.directory = place, topic, directory

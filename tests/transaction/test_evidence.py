@@ -1,4 +1,4 @@
-"""Errors judged by evidence: one message's fault is counted, a systemic one waits and buries nothing."""
+"""One message's fault is counted; a systemic one waits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def payment(id: str, account: int = 1, key: str | None = None, partition: int | 
 
 
 def app_of(topic: str, statement: str, retry: Retry = QUICK, deferred: bool = False) -> App:
-    """A handler whose statement on a `bad` message, or on all if the statement says so, is the one given."""
+    """An App whose handler runs one more statement on `bad` messages.
+
+    It runs on all messages if the statement contains {account}.
+    """
     app = App(f"evidence-{uuid4().hex[:8]}")
 
     @app.handler(topic, retry=retry)
@@ -318,7 +321,7 @@ async def test_a_dead_letter_keeps_the_frames_of_its_error_without_values(place:
 
 
 async def test_what_waits_for_messages_of_another_topic_does_not_hold_them_up(place: Place) -> None:
-    """B4: as many as wait of one kind, what they wait for is read."""
+    """B4: however many wait of one kind, new messages are read."""
     shipped, ordered = await place.topic(), await place.topic()
     app = App(f"evidence-{uuid4().hex[:8]}")
 
@@ -350,16 +353,16 @@ async def test_what_waits_for_messages_of_another_topic_does_not_hold_them_up(pl
 
 
 async def test_a_busy_key_that_fails_holds_up_no_other_key_and_keeps_its_order(place: Place) -> None:
-    """B40: messages behind a failing one do not take the room of other keys and partitions."""
+    """B40: messages behind a failing one leave room for other keys."""
     topic = await place.topic(2)
     app = App(f"evidence-{uuid4().hex[:8]}")
-    mended = asyncio.Event()
+    repaired = asyncio.Event()
     order: list[str] = []
 
     @app.handler(topic, retry=Retry(attempts=100_000, base=0.05, cap=0.2))
     async def settle(payment: Payment, tx: Tx) -> None:
         if payment.id.startswith("busy"):
-            if not mended.is_set():
+            if not repaired.is_set():
                 raise ConnectionError
             order.append(payment.id)
         tx.defer(INSERT, payment.id, payment.account, payment.amount)
@@ -369,14 +372,17 @@ async def test_a_busy_key_that_fails_holds_up_no_other_key_and_keeps_its_order(p
     await place.send(topic, *[payment(f"p{n}", partition=n % 2) for n in range(200)])
     async with working(app, place.settings()):
         await until("the other keys", applied(place, 200))
-        mended.set()
+        repaired.set()
         await drained(app, place.settings(), 120)
     assert len(await place.effects()) == 1700
     assert list(dict.fromkeys(order)) == busy
 
 
 async def test_counters_agree_with_the_rows_of_the_ledger(place: Place) -> None:
-    """B18: `status` reads counters, which are exact over duplicates, dead letters, retries and several partitions."""
+    """B18: the counters that `status` reads are exact.
+
+    Over duplicates, dead letters, retries and several partitions.
+    """
     topic = await place.topic(3)
     app = app_of(topic, "do $$ begin raise 'no'; end $$")
     sent = [payment(f"p{n}", -1 if n % 50 == 7 else 1, partition=n % 3) for n in range(500)]

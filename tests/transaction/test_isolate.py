@@ -1,4 +1,4 @@
-"""What runs after a failed transaction, and what a message that fails by itself becomes. Pure: no service, no clock."""
+"""What runs after a failed transaction, and what a failed message becomes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Which messages are one message, with all services: ids in headers, CloudEvents, UUIDs in any spelling, deletions, offsets,
-and what of two payloads of one id is compared. Each producer that is imitated writes its headers as it really does.
+"""Which messages are one message, with all services.
+
+Ids in headers, CloudEvents, UUIDs in any spelling, deletions, offsets, and what is compared of two payloads of one id. Each
+producer that is imitated writes its headers as it really does.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class ByUuid(msgspec.Struct):
 
 
 def app_of(topic: str, value_type: Any = Payment, name: str = "", **options: Any) -> App:
-    """An app whose handler leaves one row for each message that it applies."""
+    """An App whose handler leaves one row for each applied message."""
     app = App(name or f"app-{uuid.uuid4().hex[:8]}")
 
     async def settle(message: Message[Any], tx: Tx) -> None:
@@ -65,7 +67,7 @@ async def applied(place: Place) -> int:
 
 
 async def both_ways(place: Place, topic: str, app: App, *messages: Sent) -> None:
-    """The messages in one batch without Redis, and again one after the other with it."""
+    """Send messages in one batch without Redis, then singly with it."""
     await place.send(topic, *messages)
     await consume_all(app, place.settings(redis_url=None))
     for message in messages:
@@ -206,7 +208,7 @@ async def test_the_offset_shows_a_message_without_an_id(place: Place, tmp_path: 
 
 
 def rewritten(n: int) -> Sent:
-    """One payment, as a relay writes it anew each time."""
+    """One payment, as a relay writes it with other bytes each time."""
     body = [b'{"id":"a","amount":5}', b'{ "amount": 5, "id": "a" }', b'{"id":"a","amount":5,"sentAt":%d}' % n]
     return Sent(body[n % 3], id="1")
 
@@ -289,7 +291,7 @@ async def test_the_dead_letter_of_a_used_id_says_whether_the_values_are_equal(
 
 @pytest.mark.parametrize("option", ["value", None])
 async def test_a_replay_and_a_rebuild_compare_as_the_handler_does(place: Place, option: Any) -> None:
-    """Also for what was applied, and what became a dead letter, before the handler had its rule."""
+    """That includes messages of before the handler had its rule."""
     topic = await place.topic()
     name = f"app-{uuid.uuid4().hex[:8]}"
 

@@ -1,4 +1,4 @@
-"""Handlers that hang, swallow their cancellation, block the event loop, leak, go around their Tx or end its transaction."""
+"""Handlers that hang, block, leak or go around their Tx."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sent(name: str, key: str | None = None) -> Sent:
 
 @pytest.mark.parametrize("kind", ["before it wrote", "after it wrote", "batch", "batch after it wrote", "concurrent"])
 async def test_a_call_that_hangs_is_ended_found_at_once_and_counted(place: Place, kind: str) -> None:
-    """Its batch runs into the limit once for each of its attempts, and not once more for each half of a search."""
+    """Its batch reaches the limit once per attempt, not once per half."""
     topic = await place.topic()
     app = new_app()
     hung: list[int] = []
@@ -78,7 +78,7 @@ async def test_a_call_that_hangs_is_ended_found_at_once_and_counted(place: Place
                 await hang()
             order.append(body["id"])
 
-    # The one after the bad one has its key: it waits behind it, as a letter too in the end.
+    # The next message has the key of the bad one: it waits behind it, in the end as a dead letter.
     await place.send(topic, *[sent(name, "same" if name in (BAD, "p038") else name) for name in NAMES])
     await consume_all(app, place.settings())
     assert await effect_ids(place) == [name for name in NAMES if name not in (BAD, "p038")]
@@ -89,7 +89,7 @@ async def test_a_call_that_hangs_is_ended_found_at_once_and_counted(place: Place
 
 
 async def test_statement_that_takes_too_long_is_cancelled_and_not_counted(place: Place) -> None:
-    """A database that is slow cannot be told from a query that is: the message waits aside, and no other does."""
+    """The message waits alone, since the database may be slow."""
     topic = await place.topic()
     app = new_app()
     runs: Counter[str] = Counter()
@@ -231,7 +231,7 @@ async def test_the_process_of_such_a_handler_ends_and_another_takes_over(place: 
 async def test_handler_that_blocks_the_event_loop_is_named_and_stays_a_member(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As `time.sleep(12)` under the default session timeout of 30 s: shorter here, in the same proportion."""
+    """As `time.sleep(12)` with the default session timeout, but shorter."""
     caplog.set_level(logging.INFO, "consumer")
     topic = await place.topic(2)
     app = new_app()
@@ -283,7 +283,7 @@ async def test_a_worker_that_has_grown_too_large_drains_and_is_replaced(place: P
 
 
 async def test_write_on_a_handlers_own_connection_happens_at_least_once(place: Place) -> None:
-    """Outside the promise, as README says: a run that fails does not take the own write back, and the next one repeats it."""
+    """A failed run keeps its own write, and the next repeats it."""
     topic = await place.topic()
     app = new_app()
     failing = [1]
@@ -321,7 +321,10 @@ ENDING = [
 
 
 async def test_no_handler_can_commit_by_any_of_these_ways(place: Place) -> None:
-    """Refused before it is sent, or by PostgreSQL; what was written before it is not stored, and no neighbour suffers."""
+    """Each is refused before it is sent, or by PostgreSQL.
+
+    What was written before it is not stored, and no other message suffers.
+    """
     await query(place.dsn, "create procedure ends_it() language plpgsql as $$ begin commit; end $$")
     await query(place.dsn, "create procedure outer_one() language plpgsql as $$ begin call ends_it(); end $$")
     await query(

@@ -1,4 +1,7 @@
-"""Every message ends as exactly one of applied, duplicate, dead-lettered or skipped: on real services, one worker."""
+"""Every message ends as applied, duplicate, dead-lettered or skipped.
+
+On real services, with one worker.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +108,7 @@ async def test_one_id_with_two_payloads_is_a_conflict_not_a_duplicate(place: Pla
 
 
 async def test_applied_message_stays_a_duplicate_behind_a_conflicting_payload(place: Place) -> None:
-    """Without Redis, so that the batch brings both to the ledger: the second of them is what it holds."""
+    """Without Redis both reach the ledger, which holds the second."""
     topic = await place.topic()
     app = payments_app(topic, retry=QUICK)
     settings = place.settings(redis_url=None)
@@ -418,7 +421,7 @@ async def test_a_handler_cancelled_from_within_is_a_failed_attempt(place: Place)
 
 @pytest.mark.parametrize("neighbours", [0, 5])
 async def test_cancelled_statement_claims_no_message_without_its_effect(place: Place, neighbours: int) -> None:
-    """The handler's own timeout cancels its statement, and the handler goes on as if nothing had been."""
+    """The handler's own timeout cancels its statement, and it goes on."""
     topic = await place.topic()
     app = App(f"app-{uuid.uuid4().hex[:8]}")
     slow = {"slow"}
@@ -440,7 +443,7 @@ async def test_cancelled_statement_claims_no_message_without_its_effect(place: P
 
 
 async def test_buffers_are_bounded_in_messages_and_in_bytes(place: Place) -> None:
-    """A handler that waits: what is fetched stays below the limits and one fetch, however much there is."""
+    """What is fetched stays below the limits plus one fetch."""
     topic = await place.topic()
     app = App(f"app-{uuid.uuid4().hex[:8]}")
     gate, called = asyncio.Event(), asyncio.Event()

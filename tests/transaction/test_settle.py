@@ -1,4 +1,7 @@
-"""The settle loop: which parts of a batch run, in which order, and when it stops. Transactions are stand-ins here."""
+"""Which parts of a batch run, in which order, until when.
+
+Transactions are replaced by a recording.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ def offsets_of(part: Part) -> list[int]:
 
 
 class Settled:
-    """Runs the loop over stand-in transactions, and keeps which parts ran and which were committed."""
+    """Runs the loop over recorded transactions.
+
+    It keeps which parts ran and which were committed.
+    """
 
     def __init__(self, run: Callable[[Part], BatchResult], *, prepares: int = 1000, rerun_late: bool = False) -> None:
         self.run = run

@@ -1,4 +1,4 @@
-"""Messages that await statements, concurrently or not, leave what one after the other leaves; so do their settings."""
+"""Concurrent messages leave what single ones leave, settings included."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ async def test_concurrency_read_and_write_of_one_row_loses_no_update(exactly_onc
 
 
 async def test_concurrency_deferred_writes_of_a_message_stay_together(exactly_once: ExactlyOnce) -> None:
-    """A flush of one message sends no half of another, and what it reads holds all of those before it."""
+    """A flush sends no half of another message.
+
+    What it reads includes all earlier writes of that message.
+    """
 
     async def handle(n: int, tx: Tx) -> None:
         tx.defer("update accounts set balance = balance + 1 where id = $1", 0)
@@ -205,7 +208,10 @@ create table siblings (parent int references parents deferrable initially immedi
 
 @pytest.mark.parametrize("deferring", [True, False])
 async def test_a_deferred_constraint_is_checked_for_each_message(exactly_once: ExactlyOnce, deferring: bool) -> None:
-    """Message 1 violates it until message 2 comes: alone it fails at COMMIT. Message 3 heals itself."""
+    """Message 1 violates it until message 2 comes; message 3 repairs itself.
+
+    Alone, message 1 fails at COMMIT.
+    """
 
     async def handle(n: int, tx: Tx) -> None:
         texts = {
@@ -276,7 +282,7 @@ async def test_temporary_tables_and_cursors_end_with_their_message(exactly_once:
 
 
 async def test_ddl_of_an_awaited_statement_is_seen_at_once(exactly_once: ExactlyOnce) -> None:
-    """Writes are sent as arrays before; after a statement-level trigger they must not be."""
+    """Writes are sent as arrays only until a statement-level trigger exists."""
 
     async def handle(n: int, tx: Tx) -> None:
         if n == 20:

@@ -1,4 +1,4 @@
-"""The application's own logging, through our handlers and through a file of its own."""
+"""The application's own logging, with our handlers and with a file."""
 
 from __future__ import annotations
 

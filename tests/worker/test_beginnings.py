@@ -1,4 +1,7 @@
-"""Where a partition begins that has no position: another database, another client's commit; strangers and deleted topics."""
+"""Where a partition without a position starts.
+
+Another database, another client's commit, strangers in the group, deleted topics.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,7 @@ async def test_recreated_database_stops_partitions_until_a_person_decides(
 async def test_database_restored_to_before_the_app_reads_from_the_beginning(
     place: Place, postgres: Postgres, worker_log: WorkerLog
 ) -> None:
-    """The same installation, put back to a time when the App was unknown: nothing of it is lost."""
+    """The database is restored to before the App: nothing is lost."""
     topic = await place.topic()
     app = payments_app(topic, balances=False)
     await place.send(topic, *[lone_payment(f"p{n}") for n in range(10)])

@@ -1,4 +1,4 @@
-"""Logs are structured, and hold nothing that a message, an id or a secret consists of, whatever goes wrong."""
+"""Logs are structured, and contain no message, id or secret."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_json_off_a_terminal_and_text_on_one(restored: None) -> None:
 
 
 async def test_no_payload_id_key_or_secret_is_logged(place: Place, kafka: Kafka, restored: None) -> None:
-    """Everything that can go wrong with a message goes wrong, at the level of most words."""
+    """Every failure of a message happens, at the most verbose level."""
     stream = io.StringIO()
     logs.configure("debug", "json", stream)
     topic = await place.topic()
@@ -94,20 +94,20 @@ async def test_no_payload_id_key_or_secret_is_logged(place: Place, kafka: Kafka,
         for action in doings
     ]
     await place.send(topic, sent[0])
-    await consume_all(app, place.settings())  # apart, since of one batch only the first failures are told
+    await consume_all(app, place.settings())  # apart, since only the first failures of a batch are logged
     await place.send(
         topic, *sent, sent[0], Sent(f'"{CANARY}'.encode(), id=CANARY), Sent({"text": CANARY}, id=f"{CANARY}-raise")
     )
     await consume_all(app, place.settings())
     assert len(await letters(place.dsn)) > 20
-    # What does not fit the schema waits, for the code or the schema to be mended.
+    # What does not fit the schema waits until the code or the schema is repaired.
     await place.send(topic, Sent({"do": "syntax", "text": CANARY}, id=f"{CANARY}-syntax", key=f"{CANARY}-syntax"))
     async with working(app, place.settings()):
 
         async def waits() -> bool:
             return "waits, uncounted" in stream.getvalue()
 
-        await until("it to be told", waits)
+        await until("the log event", waits)
     logged = stream.getvalue()
     for line in logged.splitlines():
         json.loads(line)

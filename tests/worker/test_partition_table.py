@@ -1,4 +1,4 @@
-"""The partition table against a client that obeys it and a model that keeps one set for each question."""
+"""The partition table, against a client and a simple model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ offsets = st.integers(0, 5)
 
 
 class Client:
-    """A Kafka client: what it is assigned, where each partition is, and whether it is fetched."""
+    """A Kafka client: its assignment, offsets and paused partitions."""
 
     def __init__(self) -> None:
         self.offsets: dict[Partition, int | None] = {}
@@ -33,7 +33,7 @@ class Client:
         self.topic_ids: dict[Partition, UUID | None] = {}
 
     def assign(self, assigned: set[Partition]) -> None:
-        """As after a rebalance: the client would fetch all of them, from wherever it likes."""
+        """After a rebalance the client fetches all, from any offset."""
         self.offsets = dict.fromkeys(assigned)
         self.fetching = set(assigned)
 
@@ -292,7 +292,7 @@ def test_partition_opened_at_the_clients_offset_is_sought_to_anyway(table: Parti
 
 
 def test_halt_at_opening_outlasts_a_retry_and_ends_with_a_moved_position() -> None:
-    """Nothing was read of it, so that there is nothing to go on with but another position."""
+    """Nothing was read, so only another position helps."""
     table = PartitionTable([EAST, WEST])
     table.assign([P0])
     table.open(EAST, P0, Position(4))

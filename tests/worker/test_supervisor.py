@@ -1,4 +1,7 @@
-"""The supervisor never waits without a bound: forked processes that hold pipes, full pipes, workers that obey nothing."""
+"""The supervisor never waits without a bound.
+
+Not for forked processes that hold pipes, full pipes, or workers that do not react.
+"""
 
 from __future__ import annotations
 
@@ -155,7 +158,7 @@ async def test_worker_that_reads_no_orders_is_ended(place: Place, tmp_path: Path
 
 
 def test_log_without_a_reader_does_not_keep_the_supervisor(place: Place, tmp_path: Path) -> None:
-    """Standard error is a full pipe: SIGTERM ends the supervisor all the same."""
+    """Standard error is a full pipe, and SIGTERM ends the supervisor."""
     service = Service(place, "nowhere", tmp_path, POOL)
     read, write = os.pipe()
     environment = {**os.environ, **service.settings.dump(), "PYTHONPATH": f"{tmp_path}:{ROOT}"}

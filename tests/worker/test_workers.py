@@ -1,4 +1,7 @@
-"""Worker processes as users run them: killed, added, drained, ended twice, given up. Real processes, real signals."""
+"""Worker processes are killed, added, drained and given up.
+
+Real processes, real signals.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from consumer.worker.worker import Worker
 
 
 async def effects_are(place: Place, expected: dict[str, tuple[int, int]]) -> None:
-    """Each effect of both handlers once, and every balance as recomputed from what was produced."""
+    """Check each effect of both handlers once, and every balance."""
     rows = await query(place.dsn, "select id, count(*) from effects group by id")
     assert {row[0] for row in rows} == {f"{name} {id}" for name in ("settle", "record") for id in expected}
     assert [row for row in rows if row[1] != 1] == []
@@ -46,7 +49,7 @@ async def test_thirty_thousand_messages_with_a_worker_killed_and_one_added(place
     ]
     for repeated in again[:2000]:  # these in the same run, the others in another one
         stream.insert(chance.randrange(len(stream)), repeated)
-    # A repetition may come before what it repeats: nobody can tell them apart.
+    # A repetition may come before what it repeats: they are equal.
 
     async with service.run(3) as command:
         await service.opened(command, 8, workers=3)
@@ -86,7 +89,7 @@ async def test_thirty_thousand_messages_with_a_worker_killed_and_one_added(place
 
 
 async def test_a_killed_workers_partitions_move_at_once(place: Place, tmp_path: Path) -> None:
-    """Long before the session timeout, which is two minutes here; the restart of the dead one is not what helps."""
+    """The session timeout is two minutes here, and no restart helps."""
     topic = await place.topic(4)
     service = Service(place, topic, tmp_path, kafka_session_timeout_seconds=120, restarts_max=3)
     async with service.run(2) as command:
