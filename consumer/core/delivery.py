@@ -120,13 +120,13 @@ class PositionUpdate(NamedTuple):
 class Batch:
     """Deliveries to settle in one transaction.
 
-    ends: the frontier of each partition once they are settled. assignment_epochs: the epoch of each partition when they were
+    ends: the frontier of each partition once they are settled. partition_epochs: the epoch of each partition when they were
     taken; a partition that was revoked or assigned again since is not changed by them.
     """
 
     deliveries: list[Delivery]
     ends: dict[Partition, int]
-    assignment_epochs: Mapping[Partition, int]
+    partition_epochs: Mapping[Partition, int]
 
     def split(self, at: int | None = None) -> tuple[Batch, Batch]:
         """Split into two parts to settle one after the other.
@@ -140,4 +140,4 @@ class Batch:
             partition = delivery.partition
             if not delivery.delayed and partition in ends:
                 ends[partition] = min(ends[partition], delivery.record.offset)
-        return Batch(head, ends, self.assignment_epochs), Batch(tail, self.ends, self.assignment_epochs)
+        return Batch(head, ends, self.partition_epochs), Batch(tail, self.ends, self.partition_epochs)

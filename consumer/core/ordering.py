@@ -46,7 +46,7 @@ def _log_place(delivery: Delivery) -> tuple[str, int, int]:
 class _PartitionQueue:
     """One partition of a Scheduler."""
 
-    assignment_epoch: int  # counts assignments of partitions to this Scheduler
+    epoch: int  # counts assignments of partitions to this Scheduler
     frontier: int  # everything below was taken, and is settled or open
     position: int  # as this worker last wrote or read it
     fetched: deque[Record] = field(default_factory=deque)
@@ -330,12 +330,12 @@ class Scheduler:
         return Batch(free, {}, self._epochs())
 
     def _epochs(self) -> dict[Partition, int]:
-        return {partition: queue.assignment_epoch for partition, queue in self._queues.items()}
+        return {partition: queue.epoch for partition, queue in self._queues.items()}
 
     def _current_queue(self, batch: Batch, partition: Partition) -> _PartitionQueue | None:
         """Return the partition; None if it was revoked or assigned again since."""
         queue = self._queues.get(partition)
-        return queue if queue is not None and queue.assignment_epoch == batch.assignment_epochs.get(partition) else None
+        return queue if queue is not None and queue.epoch == batch.partition_epochs.get(partition) else None
 
     def is_blocked(self, delivery: Delivery) -> bool:
         """Whether an earlier message of its key has failed.
@@ -404,8 +404,8 @@ class Scheduler:
     def is_current(self, batch: Batch) -> bool:
         """Whether all partitions are assigned as when the batch was taken."""
         return all(
-            (queue := self._queues.get(partition)) is not None and queue.assignment_epoch == opening
-            for partition, opening in batch.assignment_epochs.items()
+            (queue := self._queues.get(partition)) is not None and queue.epoch == opening
+            for partition, opening in batch.partition_epochs.items()
         )
 
     def position_updates(self, batch: Batch, delayed: Iterable[Delivery]) -> list[PositionUpdate]:

@@ -18,7 +18,7 @@ from consumer.dead_letters.edits import altered_parts, how_to_repair
 from consumer.dead_letters.session import DeadLetter
 from consumer.transaction.identify import identify
 
-# Kept under a stand-in for an id that was unknown. If it can be now, after a change of the code, that is the id.
+# Reasons with a stand-in for an unknown id. If a change of the code makes the id known, that one counts.
 _STAND_IN = {Reason.NO_MESSAGE_ID, Reason.AMBIGUOUS_MESSAGE_ID, Reason.BAD_HEADER, Reason.UNREADABLE, Reason.NO_VALUE}
 
 
@@ -44,7 +44,7 @@ def delivery_of(
     record = LogRecord(
         topic=row["topic"],
         partition=row["partition"],
-        # A new intent is of no record in the log: its row of the ledger names the dead letter instead.
+        # A new intent has no record in the log: its row of the ledger names the dead letter instead.
         offset=row["offset"] if edit is None or edit.new_id is None else -dead_letter.number,
         timestamp=row["timestamp"],
         key=row["key"],

@@ -50,7 +50,7 @@ _NOTHING_DELAYED = Scheduler({}, 1)
 _AT_A_TIME = 500  # dead letters in one transaction
 _BYTES_AT_A_TIME = 16 << 20
 _ONCE = Retry(attempts=1)  # each retry command makes one attempt
-# Left as they were, by a part of a batch that could not run them yet.
+# Left unchanged by a part of a batch that could not run them yet.
 _NOT_RUN_YET = (NEXT_BATCH, BEHIND)
 
 
@@ -163,19 +163,19 @@ class Redrive:
             state, app, handler, first = rows[number]
             if app != self.app.name:
                 raise Misconfigured(
-                    f"dead letter {number} is of the App {app!r}, not {self.app.name!r} (nothing was changed)"
+                    f"dead letter {number}: belongs to the App {app!r}, not {self.app.name!r}; name that App (nothing was changed)"
                 )
             if state not in (DeadLetterState.DEAD, DeadLetterState.WAITING):
                 raise Misconfigured(
-                    f"dead letter {number} is {state} already: see `consumer dlq show APP {number}` (nothing was changed)"
+                    f"dead letter {number}: is {state} already; see `consumer dlq show APP {number}` (nothing was changed)"
                 )
             if handler not in self.handlers and not waiting:
                 raise Misconfigured(
-                    f"dead letter {number} is of the handler {handler!r}, which {self.app.name!r} does not have (nothing was changed)"
+                    f"dead letter {number}: {self.app.name!r} has no handler {handler!r}; discard it, or add the handler (nothing was changed)"
                 )
             if not waiting and first is not None and first not in dead_letters:
                 raise Misconfigured(
-                    f"dead letter {number} waits behind number {first} of its key: that one comes first (nothing was changed)"
+                    f"dead letter {number}: waits behind number {first} of its key; retry that one first (nothing was changed)"
                 )
 
     # -- settling them ----------------------------------------------------------------------------------------------
@@ -220,8 +220,8 @@ class Redrive:
                 failures += 1
                 if failures > FAILURES_MAX:
                     raise CannotTell(
-                        f"dead letters {_range(chosen)} met other transactions {failures} times in a row ({error}): "
-                        "nothing was changed of them"
+                        f"dead letters {_range(chosen)}: {failures} conflicts with other transactions in a row ({error}); "
+                        "nothing was changed, try again"
                     ) from None
                 await asyncio.sleep(0.02 * failures)
             except (Outage, OSError) as error:

@@ -46,12 +46,12 @@ class DeadLetter:
     what: str = "retry"  # retry, edit, discard
     why: str = ""
     edit: Edit | None = None
-    behind: bool = False  # not asked for: it waits behind one that was settled
+    behind: bool = False  # not asked for: it waited behind one that was settled
     other_id: bool = False  # claimed under an id that is not the dead letter's own
     row: Any = None  # as it was locked
     has_claim_revived: bool = False  # its dead row of the ledger was turned into an applied one
     has_new_claim: bool = False  # a row was inserted for it
-    existing_claim: ExistingClaim | None = None  # what stood in the ledger instead
+    existing_claim: ExistingClaim | None = None  # the ledger's row, if its id was claimed before
     is_postponed: bool = False
     verdict: Dead | None = None
     attempts: int | None = None
@@ -95,8 +95,8 @@ class DeadLetterSession(Session):
         self._who: Delivery | None = None
 
     async def begin(self) -> None:
-        if self._begun:  # the claim has found that the ledger turned, and undone what was revived before
-            raise Conflict("the ledger turned")
+        if self._begun:  # the claim met a new generation of the ledger, and rolled back what was revived
+            raise Conflict("the ledger has begun another generation")
         self._begun = True
         await super().begin()
         await self._lock(list(self._dead_letters.values()))
@@ -139,7 +139,7 @@ class DeadLetterSession(Session):
         if own:
             for key in await claims.revive(self.connection, list(own), prints):
                 dead_letters[own[key]].has_claim_revived = True
-        # Ids of their own, and those whose row went with its generation of the ledger: claimed like any other.
+        # Other ids, and ids whose row was dropped with its generation of the ledger: claimed like any other.
         rest = [delivery for delivery in deliveries if not dead_letters[delivery].has_claim_revived]
         lost = await super().claim(rest, topics) if rest else {}
         for delivery in rest:
@@ -208,7 +208,7 @@ class DeadLetterSession(Session):
                 after = after._replace(state=DeadLetterState.DISCARDED)
             acted.append((dead_letter, new_id if after.state is DeadLetterState.DISCARDED else None))
             if dead_letter.edit is not None and after.state is DeadLetterState.DEAD:
-                continue  # the edit was no good: the dead letter is as it was
+                continue  # the edit failed: the dead letter stays as it was
             updates.append(_updated(dead_letter, after))
             dead_letter.releases_next = after.releases_next
             if row["state"] == DeadLetterState.WAITING and after.state is DeadLetterState.DEAD:
@@ -218,7 +218,7 @@ class DeadLetterSession(Session):
             if after.state is DeadLetterState.APPLIED:
                 if dead_letter.other_id and dead_letter.edit is None:
                     stand_ins.append((row["handler"], row["id"]))
-                # A dead letter was counted when it died; now its message is applied, or something else.
+                # It was counted as dead-lettered before; now its message is applied or a duplicate.
                 place = (row["handler"], self.topics.get(row["topic"], -1), row["partition"])
                 totals[*place, "dead_lettered"] = totals.get((*place, "dead_lettered"), 0) - 1
                 if dead_letter.outcome == "duplicate":
@@ -319,7 +319,7 @@ def _updated(dead_letter: DeadLetter, after: Transition) -> Settled:
     row, verdict = dead_letter.row, dead_letter.verdict if dead_letter.edit is None else None
     reason, error, kind, group = row["reason"], row["error"], row["kind"], row["error_group"]
     if verdict is not None:
-        # One under a stand-in keeps its reason: it says that its own id is still unknown, also after a change of the code.
+        # With a stand-in id it keeps its reason: its own id is still unknown, even after a change of the code.
         reason = reason if dead_letter.other_id else verdict.reason.value
         error, kind = storable(verdict.error), storable(verdict.kind)
         group = group_of(row["handler_name"], reason, kind, error)

@@ -129,7 +129,7 @@ async def rename(connection: Connection, app: str, old: str, new: str, operator:
     Waits for the batches in flight; running workers reconnect. Raises Misconfigured, and then changes nothing.
     """
     async with connection.transaction():
-        # No turn of the ledger goes on meanwhile; then no claim runs, and those that begin later see the new epoch.
+        # invariant: no generation changes and no claim runs meanwhile; later claims see the new epoch.
         version = await generations.lock_version(connection)
         await connection.execute("select pg_advisory_xact_lock($1, $2)", ADVISORY_CLASS, version)
         numbers = await handlers.lock_numbers(connection, app)

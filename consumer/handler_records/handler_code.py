@@ -125,7 +125,7 @@ def codes_at_start(handler: Handler) -> Codes:
     if not handler.codes:
         try:
             handler.codes = codes_of(handler)
-        except Exception:  # an object that cannot be looked at must not stop a worker
+        except Exception:  # an object that cannot be inspected must not stop a worker
             handler.codes = Codes("unknown", "")
     code, id_code = handler.codes
     return Codes(code, id_code)
@@ -243,8 +243,8 @@ def _source(value: FunctionType | type) -> str:
     try:
         if isinstance(value, type):
             return function_text(inspect.getsource(value))
-        # Not inspect.getsource, which gives the source of what a wrapper wraps, and looks at all modules.
+        # Not inspect.getsource: it returns the source of what a wrapper wraps, and searches all modules.
         lines = linecache.getlines(value.__code__.co_filename, value.__globals__)
         return function_text("".join(inspect.getblock(lines[value.__code__.co_firstlineno - 1 :])))
-    except Exception:  # no file, a file that is another one by now, half a statement
+    except Exception:  # no file, another file by now, or half a statement
         return ""

@@ -27,7 +27,7 @@ class RuleChange(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What differs and what it means, in one sentence."""
+        """The difference and its consequence, in one sentence."""
         return (
             f"handler {self.handler!r}: its messages were identified by {self.recorded}, and in this code by {self.declared}: "
             "what was applied before is not recognised, and would be applied again where it is read again"
@@ -45,7 +45,7 @@ class IdRules(NamedTuple):
 
 
 def accepting(path: str, handler: str) -> str:
-    """What to do about a changed rule."""
+    """Return what to do about a changed rule."""
     return (
         "write message_id= as it was; if the change is meant, stop the workers with the old code, then "
         f"consumer positions {path} --handler {handler} --accept-id-rule"
@@ -53,7 +53,7 @@ def accepting(path: str, handler: str) -> str:
 
 
 def declared(app: App) -> dict[str, str]:
-    """The rules of the handlers that keep ledger rows."""
+    """Return the rules of the handlers that keep ledger rows."""
     return {handler.name: rule_text(handler.rule) for handler in app.handlers.values() if handler.idempotent}
 
 
@@ -83,7 +83,9 @@ async def accept(connection: Connection, app: App, handler: str) -> RuleChange |
     if change is None:
         return None
     number = (await handlers.numbers(connection, app.name))[handler]
-    settled = await ledger_queries.settled_below(connection, number)  # reads all rows of the handler, so without locks
+    settled = await ledger_queries.settled_below(
+        connection, number
+    )  # not under the locks below: reads all rows of the handler
     async with connection.transaction():
         await positions.lock_app(connection, app.name)
         at = await positions.of_topics(connection, app.name, list(app.handlers[handler].topics))

@@ -34,7 +34,7 @@ class Notice(NamedTuple):
 async def gather(
     connection: Any, app: App, path: str, group: Group, missing_topics: Collection[str]
 ) -> tuple[list[Notice], Assessment]:
-    """All notices of an App, and what its handlers have missed."""
+    """Return all notices of an App, and what its handlers have missed."""
     picture = await look(connection, app.name)
     assessment = picture.assess(app)
     rules = await id_rules.look(connection, app)
@@ -57,7 +57,7 @@ async def gather(
 
 
 async def at_start(connection: Any, app: App, path: str) -> list[Notice]:
-    """What is to be said before workers begin."""
+    """Return the notices to show before workers start."""
     rules = await id_rules.look(connection, app)
     return [
         *_of_id_rules(rules, path),
@@ -66,7 +66,7 @@ async def at_start(connection: Any, app: App, path: str) -> list[Notice]:
 
 
 def gap_text(gaps: Collection[Gap]) -> str:
-    """Places and number of offsets."""
+    """Return the number of missed offsets and their ranges as text."""
     places = [f"{gap.partition.topic}:{gap.partition.partition} {gap.first} to {gap.past - 1}" for gap in gaps]
     more = f" and {len(places) - _PLACES_MAX} more" if len(places) > _PLACES_MAX else ""
     return f"{sum(gap.past - gap.first for gap in gaps):,} offsets ({', '.join(places[:_PLACES_MAX])}{more})"

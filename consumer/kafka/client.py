@@ -78,11 +78,13 @@ def _sasl_options(settings: Settings) -> dict[str, Any]:
     options: dict[str, Any] = {"sasl_mechanism": settings.kafka_sasl_mechanism}
     if settings.kafka_sasl_mechanism == "OAUTHBEARER":
         if settings.kafka_sasl_token_provider is None:
-            raise Misconfigured("SASL OAUTHBEARER needs CONSUMER_KAFKA_SASL_TOKEN_PROVIDER=module:callable")
+            raise Misconfigured(
+                "SASL OAUTHBEARER: no token provider; set CONSUMER_KAFKA_SASL_TOKEN_PROVIDER=module:callable"
+            )
         provider = TokenProvider(TokenCache(load_provider(settings.kafka_sasl_token_provider)))
         return options | {"sasl_oauth_token_provider": provider}
     if settings.kafka_sasl_username is None or settings.kafka_sasl_password is None:
-        raise Misconfigured("SASL needs CONSUMER_KAFKA_SASL_USERNAME and CONSUMER_KAFKA_SASL_PASSWORD")
+        raise Misconfigured("SASL: no credentials; set CONSUMER_KAFKA_SASL_USERNAME and CONSUMER_KAFKA_SASL_PASSWORD")
     return options | {
         "sasl_plain_username": settings.kafka_sasl_username,
         "sasl_plain_password": settings.kafka_sasl_password.get_secret_value(),

@@ -105,7 +105,7 @@ class KafkaConsumer:
         try:
             await asyncio.wait_for(self._consumer.stop(), timeout_seconds)
         except asyncio.CancelledError:
-            # Since Python 3.12 the client's own cancelled tasks come out here: they must not hide why this stops.
+            # Since Python 3.12 the client's own cancelled tasks are raised here: they must not hide the reason of this stop.
             if task is not None and task.cancelling() > cancelled:
                 raise
         except Exception:  # noqa: S110 - the connection is gone either way

@@ -28,7 +28,7 @@ except ImportError:
 from consumer.core.errors import Misconfigured
 
 _GZIP_WINDOW = 31  # zlib: the largest window, with gzip's header and trailer
-_KEPT_BYTES_MAX = 8 << 20  # a buffer that was filled beyond this is given back
+_KEPT_BYTES_MAX = 8 << 20  # a buffer that was filled beyond this is freed
 _XERIAL = b"\x82SNAPPY\x00"
 _XERIAL_HEADER_BYTES = 16
 _OUTPUT_FULL = "failed to write whole buffer"  # cramjam's text, of lz4 and of zstd

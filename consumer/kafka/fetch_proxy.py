@@ -75,7 +75,7 @@ class FetchingById:
         self._metadata_asked_at = 0.0
         self._throttled_until: dict[int, float] = {}
         self._is_throttled = False
-        self._damaged: dict[Partition, Damage] = {}  # behind what was given last; a broker may refuse to give it
+        self._damaged: dict[Partition, Damage] = {}  # after what was returned last; a broker may refuse to return it
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
@@ -177,7 +177,7 @@ class FetchingById:
                 return row
             size, damage = self._checked(partition, log, offset, row[2])
             if size == 0 and damage is not None and damage.last is not None and damage.last < offset:
-                log = log[damage.next_at :]  # the broken batch stands before what is wanted
+                log = log[damage.next_at :]  # the broken batch is before the requested offset
                 row = (*row[:-1], log)
                 size, damage = check(log, offset, row[2])
             if damage is not None:

@@ -133,7 +133,7 @@ class LogInspection:
             except (KafkaError, TimeoutError):
                 self._brokers.forget_leader(partition)
                 raise
-        if not response.topics:  # throttled, or an imitation of Kafka that had no time
+        if not response.topics:  # throttled, or a broker other than Kafka that had no time
             raise LeaderNotAvailableError(f"{partition.topic}:{partition.partition}")
         answer = response.topics[0][1][0]
         if answer[1] not in (0, _OUT_OF_RANGE):

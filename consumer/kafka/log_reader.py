@@ -59,9 +59,11 @@ def parse(text: str, option: str, now_ms: int, names: str = "earliest, latest, p
             "or how long ago, such as 90m, 24h or 7d"
         ) from None
     if milliseconds > now_ms:
-        raise Misconfigured(f"{option} {given}: that is in the future (times without a zone are UTC)")
+        raise Misconfigured(
+            f"{option} {given}: a time in the future; give an earlier one (times without a zone are UTC)"
+        )
     if milliseconds < 0:
-        raise Misconfigured(f"{option} {given}: that is before 1970")
+        raise Misconfigured(f"{option} {given}: a time before 1970; give a later one")
     return Time(milliseconds)
 
 
@@ -76,7 +78,7 @@ async def find_partitions(
     wanted: list[Partition] = []
     for topic in topics:
         if not existing[topic]:
-            raise Misconfigured(f"topic {topic!r} does not exist")
+            raise Misconfigured(f"topic {topic!r} does not exist; check its name and the Kafka cluster")
         for number in sorted(set(numbers or ())):
             if Partition(topic, number) not in existing[topic]:
                 raise Misconfigured(
@@ -98,7 +100,7 @@ async def resolve(
     for bound in (start, end):
         times.append(await source.log.offsets_at(partitions, bound.milliseconds) if isinstance(bound, Time) else {})
     if isinstance(start, Time) and isinstance(end, Time) and start.milliseconds >= end.milliseconds:
-        raise Misconfigured("--from is not before --until")
+        raise Misconfigured("--from: not before --until; give an earlier time")
     if isinstance(start, Offset) and isinstance(end, Offset) and start.number >= end.number:
         raise Misconfigured(f"the range is empty: --from {start.number} is not below --until {end.number}")
     for bound, option in ((start, "--from"), (end, "--until")):
@@ -106,7 +108,7 @@ async def resolve(
             last = ", ".join(
                 f"{partition.topic}:{partition.partition} at {ends[partition]}" for partition in partitions[:8]
             )
-            raise Misconfigured(f"{option} {bound.number} lies beyond the end of the log ({last})")
+            raise Misconfigured(f"{option} {bound.number}: beyond the end of the log; give an offset up to it ({last})")
     spans = [
         span(
             partition,

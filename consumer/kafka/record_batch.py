@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 _HEADER = struct.Struct(">qiibIhiqqqhii")  # base offset … records count
 HEADER_BYTES = _HEADER.size
-LOG_OVERHEAD_BYTES = 12  # base offset and length stand before the counted part
+LOG_OVERHEAD_BYTES = 12  # base offset and length precede the counted part
 _START = struct.Struct(">qiibIhi")  # base offset, length, leader epoch, format, CRC, attributes, last offset delta
 _LENGTH_MIN = {0: 14, 1: 22, 2: HEADER_BYTES - LOG_OVERHEAD_BYTES}  # by format; 0 and 1 hold a message, not a batch
-_FORMAT_AT = 16  # the byte that tells the format
+_FORMAT_AT = 16  # index of the byte with the format
 _LOG_APPEND_TIME = 0x08
 _CODEC = 0x07
 
@@ -83,7 +83,7 @@ def check(log: bytes, wanted: int, end: int) -> tuple[int, Damage | None]:
         if position and (magic == 2) != (log[_FORMAT_AT] == 2):
             return position, None  # the client reads a piece of one format: the rest comes with the next fetch
         if magic == 2:
-            if delta < 0 or 0 <= end < base:  # an imitation of Kafka gives the last batch's base as the end
+            if delta < 0 or 0 <= end < base:  # Tansu reports the last batch's base as the end
                 text = f"its offsets {base} to {base + delta} do not lie in the log"
                 return position, _damage(text, log, position, last + 1, end)
             if position and base <= last:

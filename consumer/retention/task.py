@@ -44,7 +44,7 @@ from consumer.postgres.handlers import topic_numbers
 from consumer.postgres.protocol import Connection
 from consumer.settings import Settings
 
-ROUND_SECONDS_MAX = 60.0  # between two looks of the background task
+ROUND_SECONDS_MAX = 60.0  # between two rounds of the background task
 _PAUSE_SECONDS = (0.05, 1.0)  # between two attempts at a step that would have to wait
 _PATIENCE_SECONDS = 30.0  # of such attempts, in one round
 

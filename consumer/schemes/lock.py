@@ -198,7 +198,7 @@ class Lock:
             asked = time.monotonic()
             acquired: list[Any] = await answer(
                 self._acquire_script(keys=[self._key, self._number_key], args=[self._token, ttl_ms, kept_ms]),
-                self._ttl * (1 - _DRIFT),  # an answer that comes later is of a lock that has ended
+                self._ttl * (1 - _DRIFT),  # a later answer would be for a lock that has expired
             )
             if int(acquired[0]):
                 self._hold_from(asked)
@@ -228,7 +228,7 @@ class Lock:
             await asyncio.sleep(max(0.0, min(pause, self._until - time.monotonic())))
             asked = time.monotonic()  # not the loop's, which stands still within a callback (uvloop)
             if asked >= self._until:
-                # This process was stopped, or its loop was kept busy, or Redis did not answer all the while.
+                # This process was stopped, its loop was busy, or Redis did not answer in all that time.
                 self._lose(owner, f"the lock was not renewed within its ttl of {self._ttl:g} s")
                 return
             try:
@@ -236,7 +236,7 @@ class Lock:
                     self._renew_script(keys=[self._key], args=[self._token, int(self._ttl * 1000)]), self._until - asked
                 )
             except RedisAway:
-                pause = min(self._ttl / _RENEWALS, _PAUSE_SECONDS[1])  # there is time left: ask again soon
+                pause = min(self._ttl / _RENEWALS, _PAUSE_SECONDS[1])  # time is left: renew again soon
                 continue
             if not renewed:
                 self._lose(owner, "the lock is another's, or Redis has lost it")

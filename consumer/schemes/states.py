@@ -17,7 +17,7 @@ from consumer.core.identifiers import ident, table_ident
 from consumer.schemes.database import SUPPRESSED, Database, Misfit, NotFound, checked
 from consumer.schemes.moves import Moves, MoveStanding
 
-_LOOKS = 3  # at a row that moves while it is looked at
+_LOOKS = 3  # attempts to read a row that moves meanwhile
 _SHOWN_MAX = 40  # characters of a foreign state
 _FOREIGN_MAX = 10
 _LITERAL = re.compile(r"'((?:[^']|'')*)'")
@@ -183,7 +183,9 @@ class StateMachine:
             standing = self.moves.standing(current, to, sources)
             if standing is MoveStanding.THERE:
                 return Moved.REPEATED
-            if standing is not MoveStanding.READY:  # else race: another moved it there between the two statements
+            if (
+                standing is not MoveStanding.READY
+            ):  # else race: another writer moved it there between the two statements
                 raise _refusal(standing, current, to, call, early)
         return await self._move_locked(tx, id, to, sources, call, current or "")
 
@@ -191,7 +193,7 @@ class StateMachine:
         self, tx: Database, id: Any, to: str, sources: Collection[str], call: str, current: str
     ) -> Moved:
         """Move a row under its lock. Raises Held or Misfit."""
-        # Either others move the row as fast as this looks, or the update does nothing. A lock tells them apart.
+        # Either other writers keep moving the row, or the update does nothing. A lock distinguishes them.
         if not await checked(tx.fetch(self._lock_sql, id), call):
             raise Misfit(f"{call}: the row can be seen and not locked: {SUPPRESSED}")
         if await self._moves(tx, id, to, sources, call):
@@ -261,7 +263,7 @@ class StateMachine:
         PostgreSQL evaluates the constraint, so its form does not matter.
         """
         column = "value" if constraint["of_domain"] else ident(self._column)  # a domain's says VALUE
-        # Nothing else is in sight of the expression than the column that it speaks of.
+        # The expression sees only the column that it names.
         rows = await connection.fetch(
             f"select c.{column}::text from (select s::{plain} as {column} "  # noqa: S608 - by ident, and the catalog's
             f"from unnest($1::text[]) as s) as c where ({constraint['expression']}) is false",

@@ -108,7 +108,7 @@ class Tokens:
     def __init__(self, redis: Redis, *, prefix: str = "consumer:token:", budget_seconds: float = 1.0) -> None:
         self._prefix = prefix
         self._budget = budget_seconds
-        self._unanswered: dict[str, str] = {}  # key -> the attempt of this process that Redis may or may not have noted
+        self._unanswered: dict[str, str] = {}  # key -> this process's attempt that Redis may have recorded
         self._issue = redis.register_script(_ISSUE)
         self._redeem = redis.register_script(_REDEEM)
         self._store = redis.register_script(_STORE)

@@ -53,7 +53,7 @@ async def insert_once(tx: Database, table: str, row: Mapping[str, Any], conflict
     look = f"select true from {table_ident(table)} where {names_it} limit 1"  # noqa: S608 - by ident
     call = f"insert_once into {table}"
     for _ in range(2):
-        # Never select and then insert: two that look at the same time would both find nothing.
+        # race: select and then insert would let two concurrent callers both find nothing.
         if await checked(tx.fetchval(sql, *row.values()), call):
             return True
         if await checked(tx.fetchval(look, *[row[column] for column in key]), call):

@@ -84,7 +84,7 @@ async def update_versioned(
             raise Misfit(f"{call}: the version is NULL")
         if current[0][0] != expected:
             raise Stale(f"{call}: version {current[0][0]} instead of {expected}", expected, int(current[0][0]))
-        # race: another has just moved it to the expected version. It never comes back to one, so this happens once.
+        # race: another writer has just moved it to the expected version. Versions only rise, so this happens once.
     raise Misfit(f"{call}: the row has the expected version, and the update changes nothing: {SUPPRESSED}")
 
 

@@ -88,7 +88,7 @@ class Answered(HTTPException):
     """
 
     def __init__(self, status: int, media_type: str, body: bytes, headers: Mapping[str, str] = {}) -> None:
-        # Starlette's own handler sends `detail` under these headers: what it is given is the whole answer.
+        # Starlette's own handler sends `detail` with these headers, so `detail` holds the whole answer.
         sent = {"content-type": media_type} if media_type else {}
         sent |= {"cache-control": "no-store", **headers}
         super().__init__(status, detail=_Body(body), headers=sent)
@@ -293,7 +293,7 @@ def _away() -> Problem:
 
 def _replayed(result: str) -> Answered:
     status, headers, body = json.loads(result)
-    if isinstance(headers, str):  # of a version that kept the media type alone
+    if isinstance(headers, str):  # stored by a version that kept only the media type
         headers = {"content-type": headers}
     media_type = headers.pop("content-type", "")
     return Answered(status, media_type, body.encode("latin-1"), headers | _REPLAYED)

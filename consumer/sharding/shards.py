@@ -37,7 +37,9 @@ def settings_of(app: App, settings: Settings) -> dict[str, Settings]:
             variable = address.removeprefix("env:").strip()
             address = os.environ.get(variable, "")
             if not address:
-                raise Misconfigured(f"shard {name!r} of App {app.name!r}: {variable} is not set: put its DSN there")
+                raise Misconfigured(
+                    f"shard {name!r} of App {app.name!r}: {variable} is not set; set it to the shard's DSN"
+                )
         by_name[name] = settings.at(address)
     return by_name
 
@@ -52,8 +54,8 @@ async def check(app: App, router: Router, opened: Sequence[tuple[Settings, Sessi
     for name, (_, session) in zip(names, opened, strict=bool(names)):
         if (other := by_lineage.setdefault(lineage(session.epoch), name)) != name:
             raise Misconfigured(
-                f"shards {other!r} and {name!r} of App {app.name!r} are the same database: give each its own (or, if one was "
-                "made as a copy of the other, run `consumer migrate --new-epoch` on it)"
+                f"shards {other!r} and {name!r} of App {app.name!r} are the same database; give each its own (or, if one is "
+                "a copy of the other, run `consumer migrate --new-epoch` on it)"
             )
     fixed = router.fixed_probes() if names else {}
     for place, (settings, session) in enumerate(opened):
@@ -71,8 +73,8 @@ async def _enroll(app: App, name: str, settings: Settings, session: Session) -> 
     if row is None and name:
         if await positions.exist(connection, app.name):
             raise Misconfigured(
-                f"{dsn_label(settings.dsn)} has applied messages of App {app.name!r} without shards, and other shards know nothing "
-                "of them: see docs/how-to/shards.md, then run `consumer migrate APP --new-route`"
+                f"{dsn_label(settings.dsn)} has applied messages of App {app.name!r} without shards, of which other shards know "
+                "nothing; see docs/how-to/shards.md, then run `consumer migrate APP --new-route`"
             )
         await shard_tables.enroll(connection, app.name, name, names)
         row = await shard_tables.enrolled(connection, app.name)
@@ -80,7 +82,7 @@ async def _enroll(app: App, name: str, settings: Settings, session: Session) -> 
         return  # an App without shards
     if not name:
         raise Misconfigured(
-            f"{dsn_label(settings.dsn)} is shard {row.shard!r} of App {app.name!r}: give the App its shards= and route="
+            f"{dsn_label(settings.dsn)} is shard {row.shard!r} of App {app.name!r}: the App has none; give it shards= and route="
         )
     if row.shard != name:
         raise Misconfigured(

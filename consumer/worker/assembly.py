@@ -52,7 +52,7 @@ def _shards_of(app: App, settings: Settings, table: PartitionTable) -> list[Shar
 
 
 def _lanes_of(app: App, settings: Settings, shards: list[Shard]) -> list[LaneState]:
-    # Where a lane only learns how far the log was read, a transaction for each poll would be too many.
+    # With several shards a poll may hold nothing for a lane but the end offset: not worth a transaction each time.
     idle_batch_seconds = settings.kafka_commit_interval_seconds if len(shards) > 1 else 0.0
     seconds_max = limits(app.handlers.values(), settings)
     lanes: list[LaneState] = []

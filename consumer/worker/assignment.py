@@ -39,7 +39,7 @@ Report = Callable[[dict[str, Any]], None]
 
 
 class _Read(NamedTuple):
-    """What a shard knows of partitions that are to be opened."""
+    """What a shard knows of partitions before they are opened."""
 
     positions: Mapping[Partition, tuple[Position, PartitionHalt | None]]
     chains: start_positions.Chains
@@ -97,7 +97,9 @@ class Assignment:
         """
         self._partitions.assign(assigned)
         self._group_check.is_due = True
-        self._report({"member": self._source.member_id})  # at once: killed before the next beat, it is still taken out
+        self._report(
+            {"member": self._source.member_id}
+        )  # at once, so that the supervisor can remove it even if it dies before its next heartbeat
 
     async def on_revoked(self, revoked: set[Partition]) -> None:
         """Finish what is in flight, and forget the rest.
@@ -187,8 +189,8 @@ class Assignment:
             numbers = {handler.number for handler in shard.handlers}
             chains, attempts = await start_positions.restore_queues(control, numbers, positions)
             await start_positions.restore_stops(control, self._halts.unreadable, self._app.name, positions)
-            await control.check_epoch()  # last, so that all that was read is of the epoch that is known
-        # With shards: what the log holds now may have been applied before, in another one if the route has changed.
+            await control.check_epoch()  # invariant: last, so that everything read before is of this epoch
+        # With several shards: another one may have applied what the log holds now, if the route has changed.
         ends = await self._source.log.ends(wanted) if len(self._shards) > 1 else {}
         return _Read(positions, chains, attempts, ends)
 

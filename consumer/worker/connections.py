@@ -125,7 +125,7 @@ class Connections:
                 return await action(control)
         except Misconfigured:
             raise
-        except Exception as error:  # it is tried again, and nothing depends on it meanwhile
+        except Exception as error:  # retried later; nothing depends on it until then
             event(logging.DEBUG, problem, error=describe(error), **shard.label)
             control.close()
             return None

@@ -16,7 +16,7 @@ def run(main_coroutine: Any) -> Any:
     message), since it looks again and again at records that are in use and go away by themselves. Its first threshold is
     above what is in use at a time, so it sees what is left over.
     """
-    gc.freeze()  # what was imported stays
+    gc.freeze()  # imported modules are never collected
     gc.set_threshold(200_000, 20, 50)
     logs.guard()
     main_coroutine = _guarded(main_coroutine)

@@ -82,11 +82,11 @@ class Fetcher:
             return
         start = self._table.advance(partition, records[-1].offset + 1)
         if start is None:
-            return  # it has no position yet: it will be sought to it
+            return  # not positioned yet: these records are fetched again
         end = max(start, records[-1].offset + 1)
         self._halts.went_on(partition, end)
         for lane, of_shard in zip(self._partitions.lanes_of(partition), self._router.split(records), strict=True):
-            # What a lane has no room for is read again, from where that lane is.
+            # Records that a lane has no room for are fetched again later, from where that lane is.
             wanted = lane.has_room and not lane.scheduler.is_full(partition)
             kept, _ = lane.scheduler.add(partition, of_shard, start, end) if wanted else (0, 0)
             if kept:

@@ -23,7 +23,7 @@ from consumer.worker.shard import Shard
 class Halts:
     """The halted and the refused partitions of one worker.
 
-    check_due: set when a fetch was refused, so that the logs are looked at at once. path: how commands name the App.
+    check_due: set when a fetch was refused, so that the logs are checked at once. path: how commands name the App.
     """
 
     def __init__(self, partitions: Partitions, shards: list[Shard], path: str) -> None:
@@ -83,5 +83,5 @@ class Halts:
             event(logging.INFO, "the partition is read again", topic=partition.topic, partition=partition.partition)
 
     def forget(self) -> None:
-        """Drop what is known of unreadable partitions: other workers may own them."""
+        """Forget unreadable partitions: other workers may own them."""
         self.unreadable.forget()

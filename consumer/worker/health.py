@@ -28,7 +28,7 @@ from consumer.worker.partitions import Partitions
 from consumer.worker.shard import Shard
 from consumer.worker.watchdog import Watchdog
 
-_LIMITS_SECONDS = 0.1  # how exactly the limits of handlers are kept
+_LIMITS_SECONDS = 0.1  # between two checks of the handlers' limits
 _BEAT_SECONDS = 1.0
 _LOOP_LAG_SECONDS = 2.0
 

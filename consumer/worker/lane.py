@@ -216,7 +216,7 @@ class LaneRunner:
                 raise error
 
     def _cut(self, part: Part, error: TransactionPoisoned) -> Sequence[Part]:
-        """What to run after a message spoiled the transaction."""
+        """Return what runs after a message spoiled the transaction."""
         services, deliveries = self.services, part.batch.deliveries
         if isinstance(error.__cause__, HandlerTimeout) and error.__cause__.in_statement:
             self.lane.turns.conflicted()
@@ -242,11 +242,11 @@ class LaneRunner:
                     **shard.label,
                 },
             )
-        # Such a lock may be held by anybody. To wait for it in turn would only hold up the other lanes.
+        # A lock timeout may have any cause: taking turns would only hold up the other lanes.
         if isinstance(error, Conflict) and not lock_timed_out(cause):
             self.lane.turns.conflicted()
         parts = next_parts(part, error, services.random, services.evidence)
-        # The first conflict is run again almost at once; what keeps failing is left ever more time.
+        # The first conflict runs again almost at once; repeated failures wait ever longer.
         await services.lifetime.pause(pause_seconds(part.failures) * (0.5 + services.random() / 2))
         return parts
 
@@ -263,7 +263,7 @@ class LaneRunner:
         deliveries = stuck.cause.deliveries
         if len(deliveries) > 1 or not deliveries[0].handler.idempotent or lane.part is None:
             return
-        alone = Batch(list(deliveries), {}, lane.part.assignment_epochs)
+        alone = Batch(list(deliveries), {}, lane.part.partition_epochs)
         facts = facts_of(stuck.cause, deliveries[0].handler.place)
         [part] = run_smaller(Part(alone, use_savepoints=True), facts, services.random)
         try:
@@ -271,7 +271,7 @@ class LaneRunner:
                 session = await Session.open(lane.shard.settings)
                 try:
                     if session.epoch != lane.shard.epoch:
-                        return  # what is known of the message is of another history
+                        return  # the database has another history: the attempt does not belong to it
                     await apply.apply_batch(
                         session,
                         lane.shard.ids,

@@ -28,7 +28,7 @@ from consumer.worker.partitions import Partitions
 from consumer.worker.shard import LaneState
 from consumer.worker.watchdog import OpenTransactions
 
-_INTERVAL_SECONDS = 5.0  # a refused fetch is looked into at once
+_INTERVAL_SECONDS = 5.0  # a refused fetch is checked at once
 _REFUSED_INTERVAL_SECONDS = 0.5
 
 
@@ -86,7 +86,7 @@ class LogMonitor:
                 await self._group_check.run()
                 await self._check_open_transactions()
             except (KafkaError, TimeoutError, OSError) as error:
-                event(logging.DEBUG, "the logs cannot be looked at now", error=describe(error))
+                event(logging.DEBUG, "the logs cannot be checked now", error=describe(error))
             if self._table.refusals():
                 await self._lifetime.pause(_REFUSED_INTERVAL_SECONDS)
                 self._halts.check_due.set()

@@ -71,9 +71,9 @@ class LoopMonitor:
                 reported = 0.0
             elif blocked > 2 * reported:
                 reported = blocked
-                self._tell(blocked)
+                self._log_blocked(blocked)
 
-    def _tell(self, seconds: float) -> None:
+    def _log_blocked(self, seconds: float) -> None:
         task = asyncio.current_task(self._loop)
         names = [calls.running_inline.name for calls in self._trackers if calls.running_inline is not None]
         names += [call.handler.name for calls in self._trackers for call in [calls.running.get(task)] if call]  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from consumer.transaction.result import HELD_BACK, BatchResult
 _FIRST_SECONDS = 5.0  # after the first line of a kind; then twice as long each time
 _MOST_SECONDS = 600.0
 _KINDS_MAX = 1000  # beyond, the oldest is forgotten, so that its next failure is logged at once
-_DEAD_EACH_MAX = 20  # dead letters of one batch and kind, one line each
+_DEAD_EACH_MAX = 20  # dead letters of one batch and kind that are logged one by one
 
 OFFSET_IDS = (
     "messages without an id: their offset is used, which does not recognise a message that was produced twice, "

@@ -101,7 +101,7 @@ class OffsetCommits:
             self._table.advance(partition, end)
 
     async def _save_unreadable(self, shard: Shard) -> None:
-        """Let `consumer status` know, in whatever process, which partitions cannot be read."""
+        """Write which partitions cannot be read, for `consumer status`."""
         unreadable = self._halts.unreadable
         if unreadable.has_unsaved(shard.name):
             await self._connections.try_with_control(
@@ -129,7 +129,7 @@ class OffsetCommits:
         for partition, position in known.items():
             lane = self._partitions.lane_of(shard, partition)
             if lane is None or self._resting_position(shard, partition) != position:
-                continue  # it has moved on by itself meanwhile
+                continue  # race: the lane has settled something meanwhile
             current = stored.get(partition, position)
             if (current.offset, current.topic_id) != (position.offset, position.topic_id):
                 event(logging.WARNING, "positions have moved: reading them again", topic=partition.topic, **shard.label)

@@ -32,7 +32,7 @@ class State(Enum):
     PAUSED = "paused"  # a position is known, and no lane has room for it
     UNPOSITIONED = "unpositioned"  # no database has given a position yet
     REFUSED = "refused"  # the broker refused a fetch, and the log monitor has not found out why
-    HALTED = "halted"  # it must not go on from its position; until the position is moved or the cause is gone
+    HALTED = "halted"  # it must not go on until its position is moved or the cause is gone
 
 
 class Hold(NamedTuple):
@@ -93,8 +93,8 @@ class _Entry:
     places: dict[str, _Place]
     state: State = State.UNPOSITIONED
     offset: int | None = None  # that the client hands out next; None: it was never positioned
-    must_seek: bool = False  # the client is not, or may not be, where it should be
-    out_of_range: bool = False  # of a refusal: the broker said that the log does not hold the offset
+    must_seek: bool = False  # the client may be at another offset
+    out_of_range: bool = False  # of a refusal: the log does not hold the offset
     has_moved: bool = False  # something was settled since the last commit to Kafka
 
 
@@ -122,7 +122,7 @@ class PartitionTable:
 
     def assign(self, partitions: Iterable[Partition]) -> list[Action]:
         """Begin an assignment: every partition waits for its position."""
-        self.finish_revoke()  # nothing of the last assignment, whether or not its end was seen
+        self.finish_revoke()  # whether or not the end of the last assignment was seen
         self.has_assignment = True
         self._next_epochs()
         self._entries = {
@@ -159,7 +159,8 @@ class PartitionTable:
     def assignment_epoch(self, database: str) -> int:
         """Return the fence of a database.
 
-        A result that was requested in an earlier epoch is dropped.
+        Whatever was asked in an earlier epoch is dropped: all partitions were given up since. A partition that is opened
+        again alone keeps the epoch, for the sake of its lane's other partitions; core/ordering.py fences it.
         """
         return self._databases[database].assignment_epoch
 
@@ -171,7 +172,7 @@ class PartitionTable:
     # -- positions --------------------------------------------------------------------------------------------------
 
     def unpositioned(self, database: str) -> list[Partition]:
-        """Partitions whose position in a database is to be read, in order."""
+        """Return the partitions without a position in a database, in order."""
         if not self.has_assignment:
             return []
         return [
@@ -330,9 +331,9 @@ class PartitionTable:
             del below[partition]
 
     def take_moved(self) -> list[Partition]:
-        """Partitions whose offset is to be committed to Kafka, each once.
+        """Return the partitions whose offset moved since the last call.
 
-        Not of one that is halted, where Kafka's offset may be another log's, nor of one without a position in some
+        Leaves out halted partitions, where Kafka's offset may be of another log, and those without a position in some
         database.
         """
         moved = []
@@ -397,7 +398,7 @@ class PartitionTable:
         }
 
     def halts(self, database: str) -> dict[Partition, Halt]:
-        """What is halted in a database."""
+        """Return the halts of a database."""
         return {
             partition: halt
             for partition, entry in self._entries.items()

@@ -166,7 +166,7 @@ class Partitions:
         serving = [lane for lane in self._lanes if lane.scheduler.partitions]
         for lane in serving:
             messages, size = lane.scheduler.fetched
-            # A lane that others have gone ahead of needs room for more than a little: each time, the log is read again.
+            # A lane that fell behind resumes only with plenty of room: each time, the log is read again.
             share = 0.5 if len(self._shards) > 1 and not lane.has_room else 1.0
             lane.has_room = messages < self._messages_max * share and size < self._bytes_max * share
         for partition in self.table.partitions():

@@ -31,13 +31,13 @@ from consumer.worker.worker import Worker
 
 EXIT_FAILED = 1
 EXIT_STALLED = 75
-_SECOND_SIGNAL_SECONDS = 0.5  # sooner than that it is the same order, arriving by two ways
+_SECOND_SIGNAL_SECONDS = 0.5  # sooner, it is the same order from the terminal and the supervisor
 
 
 def main() -> None:
     """Entry of `python -m consumer.worker.process APP FD`."""
     path, descriptor = sys.argv[1], int(sys.argv[2])
-    os.set_inheritable(descriptor, False)  # what the application starts must not hold our pipe
+    os.set_inheritable(descriptor, False)  # child processes of the application must not hold the pipe
     os.set_blocking(descriptor, False)  # a supervisor that does not read must not stop the event loop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the supervisor passes it on
     try:
@@ -77,9 +77,7 @@ async def _work(path: str, settings: Settings, descriptor: int) -> int:
 
     loop.add_signal_handler(signal.SIGTERM, stop)
     loop.add_reader(0, order)
-    await (
-        begun.wait()
-    )  # what was imported so far was so while our parent made sure that there is something to begin with
+    await begun.wait()  # modules are imported before this, while the supervisor checks the services
     try:
         await worker.run()
     except Misconfigured:
@@ -93,15 +91,15 @@ async def _work(path: str, settings: Settings, descriptor: int) -> int:
     except HandlerUncancellable as error:
         event(logging.ERROR, str(error))
         sys.stdout.flush()
-        os._exit(EXIT_STALLED)  # here: the event loop would wait for the task that does not end
-    except BaseException as error:  # a traceback would quote what the error quotes
+        os._exit(EXIT_STALLED)  # not by return: the event loop would wait for the task that does not end
+    except BaseException as error:  # no traceback: it would quote what the error quotes
         event(logging.ERROR, "worker failed", error=describe(error))
         return EXIT_FAILED
     return EXIT_OUTGROWN if worker.outgrown else 0
 
 
 def _send(descriptor: int, fields: dict[str, Any]) -> None:
-    with suppress(OSError):  # the supervisor is gone, which standard input says too, or does not read
+    with suppress(OSError):  # the supervisor is gone, which standard input reports too, or does not read
         os.write(descriptor, json.dumps(fields).encode() + b"\n")
 
 

@@ -77,7 +77,7 @@ async def start_prechecks(
     redis_url = tls.redis_url(settings)
     if redis_url is None:
         return
-    from consumer.precheck.client import Precheck  # here: its library takes a quarter of a second to import
+    from consumer.precheck.client import Precheck  # imported only if needed: it takes a quarter of a second
 
     for shard in shards:
         if shard.control is not None and not shard.control.server.tells_history:

@@ -27,7 +27,7 @@ Decision: TypeAlias = RestartAfter | GiveUp
 
 EXIT_MISCONFIGURED = 2
 EXIT_OUTGROWN = 76  # drained, because it used too much memory
-EXIT_DEAD_LETTERS = 77  # it stopped at the limit of dead letters: another one would do the same
+EXIT_DEAD_LETTERS = 77  # stopped at the limit of dead letters: a restart would stop there too
 
 
 @dataclass(slots=True)

@@ -30,7 +30,7 @@ from consumer.worker.restart_policy import EXIT_MISCONFIGURED, GiveUp, RestartAf
 _ROOT = str(Path(__file__).resolve().parent.parent.parent)
 _LEAVE_SECONDS = 5.0
 _AFTER_GRACE_SECONDS = 2.0
-_LAST_REPORTS_SECONDS = 1.0  # for what a dead worker's pipe still holds
+_LAST_REPORTS_SECONDS = 1.0  # to read a dead worker's last reports
 _KILLED_SECONDS = 5.0  # a killed process is gone by then, or the kernel does not let go of it
 
 
@@ -93,7 +93,7 @@ class Supervisor:
             self._prepared[slot] = await self._start(slot)
 
     async def give_up(self) -> None:
-        """End what was prepared."""
+        """Kill the prepared processes."""
         for child in self._prepared.values():
             child.kill()
         for child in self._prepared.values():
@@ -105,7 +105,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
-        slots = [asyncio.create_task(self._keep(slot)) for slot in range(self._workers)]
+        slots = [asyncio.create_task(self._run_slot(slot)) for slot in range(self._workers)]
         try:
             await asyncio.gather(*slots)
         finally:
@@ -122,14 +122,14 @@ class Supervisor:
         event(logging.INFO, "stopping: workers drain", signal=signal.Signals(number).name, again="ends them at once")
         self._stopping.set()
 
-    async def _keep(self, slot: int) -> None:
+    async def _run_slot(self, slot: int) -> None:
         """Run a worker in a slot and replace it, until the stop."""
         restarts = Restarts(in_a_row_max=self._settings.restarts_max)
         while not self._stopping.is_set():
             child = self._prepared.pop(slot, None) or await self._start(slot)
             self._begin(child)
             code = await self._until_it_ends(child)
-            await self._bury(child, code)
+            await self._remove_from_group(child, code)
             if self._stopping.is_set():
                 self._code = self._code or (1 if code > 0 else 0)
                 return
@@ -139,13 +139,19 @@ class Supervisor:
                         logging.WARNING,
                         "worker ended; starting another",
                         worker=slot,
-                        **_end(code),
+                        **_exit_fields(code),
                         after_seconds=seconds,
                     )
                     with suppress(TimeoutError):
                         await asyncio.wait_for(self._stopping.wait(), seconds)
                 case GiveUp(why):
-                    event(logging.ERROR, "giving up: the other workers are ended", worker=slot, why=why, **_end(code))
+                    event(
+                        logging.ERROR,
+                        "giving up: the other workers are ended",
+                        worker=slot,
+                        why=why,
+                        **_exit_fields(code),
+                    )
                     self._code = EXIT_MISCONFIGURED if code == EXIT_MISCONFIGURED else 1
                     self._stopping.set()
                 case decision:
@@ -154,11 +160,11 @@ class Supervisor:
     async def _start(self, slot: int) -> _Child:
         reports, report_to = os.pipe()
         try:
-            # Not asyncio's: it waits for the pipes to be closed too, which processes of the worker's own may hold.
+            # Not asyncio's: that waits until the pipes are closed, and children of the worker may hold them.
             process = subprocess.Popen(  # noqa: ASYNC220 - our own interpreter; starting does not block
                 [
                     sys.executable,
-                    "-P",  # a logging.py in the current directory is not the one that we import
+                    "-P",  # do not import a logging.py of the current directory
                     "-c",
                     f"import sys; sys.path.append({_ROOT!r}); from consumer.worker.process import main; main()",
                     self._path,
@@ -167,7 +173,7 @@ class Supervisor:
                 stdin=subprocess.PIPE,
                 bufsize=0,
                 pass_fds=(report_to,),
-                process_group=0,  # its own, so that what it has started ends with it
+                process_group=0,  # its own, so that its children can be killed with it
                 env=os.environ | self._settings.dump() | {"CONSUMER_WORKER": str(slot)},
             )
         finally:
@@ -186,7 +192,7 @@ class Supervisor:
 
     def _order(self, child: _Child, order: bytes) -> None:
         if child.process.stdin is not None:
-            with suppress(OSError):  # it is dead, or its pipe is full because it reads nothing
+            with suppress(OSError):  # it is dead, or does not read its pipe
                 child.process.stdin.write(order)
 
     async def _listen(self, child: _Child, descriptor: int) -> None:
@@ -219,7 +225,7 @@ class Supervisor:
                 if time.monotonic() - child.beat_at > patience:
                     event(
                         logging.ERROR,
-                        "worker does not beat: its event loop is blocked or stopped; ending it",
+                        "worker sends no heartbeat: its event loop is blocked or stopped; ending it",
                         worker=child.slot,
                     )
                     child.kill()
@@ -237,7 +243,7 @@ class Supervisor:
             stopping.cancel()
             at_once.cancel()
 
-    async def _bury(self, child: _Child, code: int) -> None:
+    async def _remove_from_group(self, child: _Child, code: int) -> None:
         """Remove a dead worker from the group.
 
         A worker that left by itself is not in it any more, which does no harm.
@@ -249,7 +255,7 @@ class Supervisor:
         try:
             async with asyncio.timeout(_LEAVE_SECONDS):
                 await leave_group(self._settings, self._group, child.member)
-        except Exception as error:  # Kafka is away: then the session timeout does it
+        except Exception as error:  # Kafka is away: the session timeout removes it
             event(logging.WARNING, "could not take the dead worker out of its group", error=describe(error))
         else:
             event(logging.INFO, "dead worker taken out of its group", worker=child.slot)
@@ -274,25 +280,25 @@ def _when_ended(process: subprocess.Popen[bytes]) -> asyncio.Future[int]:
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[int] = loop.create_future()
 
-    def tell(code: int) -> None:
+    def set_code(code: int) -> None:
         if not ended.done():
             ended.set_result(code)
 
     def wait() -> None:
         if hasattr(os, "waitid"):
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-            # race: as long as the process was not waited for, nothing else can have its number, nor its group's.
+            # race: until the process is waited for, no other process can get its id, nor its group's.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
         with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(tell, code)
+            loop.call_soon_threadsafe(set_code, code)
 
     threading.Thread(target=wait, name=f"wait-{process.pid}", daemon=True).start()
     return ended
 
 
-def _end(code: int) -> dict[str, object]:
+def _exit_fields(code: int) -> dict[str, object]:
     if code < 0:
         with suppress(ValueError):
             return {"killed_by": signal.Signals(-code).name}

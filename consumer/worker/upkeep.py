@@ -52,7 +52,7 @@ class Upkeep:
                         await self._reporter.report(control.connection)
                         await self._renew_code(control.connection)
                     await self._connections.check_shortage(shard)
-            except Exception as error:  # it is tried again; nothing depends on it but what people see
+            except Exception as error:  # retried later; only `consumer status` depends on it
                 event(logging.DEBUG, "what waits cannot be reported now", error=describe(error), **shard.label)
                 if control is not None:
                     control.close()

@@ -25,7 +25,7 @@ from consumer.worker.message_log import MessageLog
 
 SECONDS = 2.0
 _ANSWER_SECONDS = 2.0
-_ROWS_MAX = 200  # of one worker and database; the rest is counted under the commonest error
+_ROWS_MAX = 200  # of one worker and database; further errors are not reported
 
 
 class HasScheduler(Protocol):
@@ -45,10 +45,10 @@ class Reporter:
         self._written: list[Row] = []
         self._written_at = 0.0
         self._owned: set[Partition] = set()
-        self._taking_over: dict[Partition, float] = {}  # until when rows of an earlier owner are looked for
+        self._taking_over: dict[Partition, float] = {}  # until when rows of an earlier owner are searched
         self._handlers: set[int] = set()
         self._applied: dict[int, int] = {}
-        self._full: set[Partition] = set()  # logged as such
+        self._full: set[Partition] = set()  # already logged
 
     def log_full(self, partition: Partition) -> None:
         """Log once that a partition is paused because it is full."""
@@ -63,7 +63,7 @@ class Reporter:
         )
 
     def rows(self) -> tuple[list[Row], dict[int, str]]:
-        """What waits now, and the handlers that it waits for, by number."""
+        """Return the waiting messages, and the names of their handlers by number."""
         by_error: dict[tuple[int, Partition, str], Row] = {}
         names: dict[int, str] = {}
         for lane in self._lanes:

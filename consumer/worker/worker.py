@@ -22,7 +22,7 @@ from consumer.worker.connections import BACKOFF_SECONDS
 from consumer.worker.loop_monitor import LoopMonitor
 from consumer.worker.registration import register_all, start_prechecks
 
-_CANCELLED_SECONDS = 3.0  # what does not end when it is cancelled is left behind
+_CANCELLED_SECONDS = 3.0  # a task that ignores its cancellation for so long is left behind
 
 
 class Worker:
@@ -121,7 +121,7 @@ class Worker:
             stopping.cancel()
             for task in tasks:
                 task.cancel()
-            # Not gather: a handler that swallows its cancellation would keep the worker for ever.
+            # Not gather: a handler that swallows its cancellation would block the worker for ever.
             ended, _ = await asyncio.wait([stopping, *tasks], timeout=_CANCELLED_SECONDS)
             await asyncio.gather(*ended, return_exceptions=True)
 

@@ -202,7 +202,7 @@ async def test_a_worker_whose_event_loop_is_blocked_is_ended(place: Place, tmp_p
         await service.opened(command, 2)
         await place.send(topic, message("bad", BLOCKS))
         assert await command.wait(60) == 1
-        assert any("does not beat" in event["event"] for event in command.events())
+        assert any("sends no heartbeat" in event["event"] for event in command.events())
 
 
 async def test_workers_whose_parent_was_killed_drain_and_end(place: Place, tmp_path: Path) -> None:
