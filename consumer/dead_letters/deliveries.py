@@ -25,9 +25,9 @@ _STAND_IN = {Reason.NO_MESSAGE_ID, Reason.AMBIGUOUS_MESSAGE_ID, Reason.BAD_HEADE
 def delivery_of(
     dead_letter: DeadLetter, row: Any, app: str, handlers: Mapping[str, Handler]
 ) -> Delivery | tuple[str, str]:
-    """Return a dead letter as its handler gets it, or the outcome and text why not.
+    """Return a dead letter as its handler gets it, or why not.
 
-    row: as dead_letter_queries.whole reads it; None if it is gone.
+    row: as dead_letter_queries.whole reads it; None if it is gone. The reason is an outcome and a text.
     """
     if row is None:
         return "gone", "there is no such dead letter any more"

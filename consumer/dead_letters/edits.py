@@ -1,7 +1,7 @@
-"""Edits of dead letters: another payload, under the same message id or a new one.
+"""Edits of dead letters: another payload under the same id, or another.
 
-Pure: decides on rows that were read; retry.py runs edited dead letters. The bytes that a dead letter keeps never change:
-a failed edit leaves it as it was.
+Pure: decides on rows that were read; retry.py runs edited dead letters. The bytes that a dead letter keeps never
+change: a failed edit leaves it as it was.
 """
 
 from __future__ import annotations

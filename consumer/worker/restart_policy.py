@@ -23,7 +23,7 @@ class GiveUp:
     why: str
 
 
-Decision: TypeAlias = RestartAfter | GiveUp
+RestartDecision: TypeAlias = RestartAfter | GiveUp
 
 EXIT_MISCONFIGURED = 2
 EXIT_OUTGROWN = 76  # drained, because it used too much memory
@@ -43,7 +43,7 @@ class Restarts:
     longest_seconds: float = 15.0
     _in_a_row: int = field(default=0, init=False)
 
-    def ended(self, ran_seconds: float, exit_code: int) -> Decision:
+    def ended(self, ran_seconds: float, exit_code: int) -> RestartDecision:
         """Decide what follows when a worker ended without being stopped.
 
         exit_code: as of a process, negative for a signal. A worker that found itself misconfigured is not tried again.
