@@ -194,7 +194,7 @@ class Bench:
         """Raise unless each distinct id has its effects once."""
         distinct = set(entries)
         connection = await asyncpg.connect(dsn)
-        count, ids = await connection.fetchrow("select count(*), count(distinct id) from effects")
+        [(count, ids)] = await connection.fetch("select count(*), count(distinct id) from effects")
         balance = await connection.fetchval("select sum(balance) from accounts")
         await connection.close()
         wanted = (len(distinct), len(distinct), sum(payment[2] for payment in distinct))

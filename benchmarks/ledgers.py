@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from consumer.core.retention import Drop, Forget, RotateGeneration
+from consumer.postgres import generations
 from consumer.retention import task
 
 
@@ -50,7 +51,7 @@ class Ledger:
     async def step(self, step: RotateGeneration | Forget | Drop) -> str:
         """A step, tried again until it is done. Tells how long the call that did it took."""
         while True:
-            state = await task.look(self.connection)
+            state = await generations.look(self.connection)
             began = time.perf_counter()
             done = await task.act(self.connection, state, step)
             if done not in ("waiting", "busy"):

@@ -58,7 +58,7 @@ async def faststream(bench: Bench, produced: Produced, python: str, kind: str, m
 async def _check_part(dsn: str) -> None:
     """Raise unless the effects of a part of the topic are there once."""
     connection = await asyncpg.connect(dsn)
-    count, ids, total = await connection.fetchrow("select count(*), count(distinct id), sum(amount) from effects")
+    [(count, ids, total)] = await connection.fetch("select count(*), count(distinct id), sum(amount) from effects")
     balance = await connection.fetchval("select sum(balance) from accounts")
     await connection.close()
     if count != ids or total != balance:

@@ -17,7 +17,7 @@ import asyncpg
 from aiokafka import AIOKafkaProducer
 from application import Payment, register, write_unnest
 from bench import SETTLED, Bench, Cpu, Entry, Produced, Workload, body
-from harness import new_topic, value
+from harness import Command, new_topic, value
 from ledgers import Ledger
 
 from consumer import App
@@ -270,18 +270,23 @@ async def _latency_at(bench: Bench, name: str, rate: float, seconds: float) -> R
         while await value(dsn, SETTLED) < total:
             await asyncio.sleep(0.05)
     connection = await asyncpg.connect(dsn)
-    latencies = await connection.fetchrow(
+    [(count, latencies)] = await connection.fetch(
         """select count(*), percentile_disc(array[0.5, 0.99, 0.999, 1.0]) within group (order by late) from (
            select 1000 * (extract(epoch from pg_xact_commit_timestamp(xmin)) - due) as late from timed) as t"""
     )
     await connection.close()
-    if latencies[0] != total:
-        raise SystemExit(f"wrong effects: {latencies[0]} instead of {total}")
+    if count != total:
+        raise SystemExit(f"wrong effects: {count} instead of {total}")
     await bench.drop(dsn)
     row = {"rate": name, "msg/s": f"{rate:,.0f}"}
-    row |= {f"{q}, ms": f"{late:.1f}" for q, late in zip(("p50", "p99", "p99.9", "max"), latencies[1], strict=True)}
+    row |= {f"{q}, ms": f"{late:.1f}" for q, late in zip(("p50", "p99", "p99.9", "max"), latencies, strict=True)}
     print(f"latency  {row}", file=sys.stderr, flush=True)
     return row
+
+
+def _last_opened(command: Command) -> list[int]:
+    """With how many partitions each of the last two began."""
+    return [event["count"] for event in command.events() if event["event"] == "partitions opened"][-2:]
 
 
 async def killed(bench: Bench, given: Options) -> Found:
@@ -294,8 +299,7 @@ async def killed(bench: Bench, given: Options) -> Found:
         produced = Produced(Workload(0), topic, [])
         settings = bench.settings(dsn, log_level="info", kafka_session_timeout_seconds=30)
         async with bench.processes(app, produced, "timed", settings, 2) as command:
-            opened = lambda: [event for event in command.events() if event["event"] == "partitions opened"]  # noqa: E731
-            while {event["count"] for event in opened()[-2:]} != {4}:
+            while _last_opened(command) != [4, 4]:
                 await asyncio.sleep(0.1)
             running_ = asyncio.Event()
             sending = asyncio.create_task(_open_loop(bench, topic, 8, 1000, given.seconds, running_))
@@ -307,7 +311,7 @@ async def killed(bench: Bench, given: Options) -> Found:
             while await value(dsn, SETTLED) < total:
                 await asyncio.sleep(0.05)
         connection = await asyncpg.connect(dsn)
-        count, gap = await connection.fetchrow(
+        [(count, gap)] = await connection.fetch(
             """select (select count(distinct id) from timed), max(gap) from (
                select extract(epoch from at - lag(at) over (partition by partition order by at)) as gap, at from (
                    select distinct partition, pg_xact_commit_timestamp(xmin) as at from timed) t) g

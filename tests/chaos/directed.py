@@ -309,7 +309,7 @@ class Stage:
         if not self._edits:
             connection = await asyncpg.connect(self._postgres.dsn(self._database))
             try:
-                self._letter, topic, partition, offset = await connection.fetchrow(_FIRST_LETTER)
+                [(self._letter, topic, partition, offset)] = await connection.fetch(_FIRST_LETTER)
             finally:
                 await connection.close()
             self._edits = [Edit("book", str(uuid.uuid4()), "a", 5, topic, partition, offset)]

@@ -203,6 +203,7 @@ async def marks(valkey: Valkey, epoch: str, app: str) -> set[tuple[str, str, int
         async for key in redis.scan_iter(match=f"consumer:{epoch}:{app}:*"):
             handler = key.decode().split(":")[-2]
             for member in await redis.smembers(key):
+                assert isinstance(member, bytes)
                 id = member[:16].hex()
                 text = f"{id[:8]}-{id[8:12]}-{id[12:16]}-{id[16:20]}-{id[20:]}"
                 marks.add((handler, text, int.from_bytes(member[16:24], "big", signed=True)))
@@ -223,7 +224,7 @@ def events(logs: Sequence[Path]) -> list[dict[str, Any]]:
 def redelivered(lines: Sequence[dict[str, Any]], log: Sequence[LogEntry]) -> int:
     """How many records were fetched again, by what the workers say that they have fetched."""
     there = {(record.topic, record.partition, record.offset) for record in log}
-    fetched, distinct = 0, set()
+    fetched, distinct = 0, set[tuple[str, int, int]]()
     for line in lines:
         if line.get("event") == "fetched":
             fetched += line["count"]

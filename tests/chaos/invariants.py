@@ -357,7 +357,7 @@ def _conservation(handler: str, evidence: Evidence, log: _Log, violations: _Foun
 
 def _letters(evidence: Evidence, log: _Log, violations: _Found) -> None:
     """I15: only what cannot be applied, what comes under a used id, and what waits behind such."""
-    at_fault = defaultdict(list)
+    at_fault: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
     # What `late` has missed is applied later: then earlier messages of a key wait behind later ones.
     letters = sorted(
         evidence.letters, key=lambda letter: (letter.handler == "late" and letter.reason == "behind", letter.offset)

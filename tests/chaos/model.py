@@ -116,12 +116,16 @@ def steps(state: State, rules: Rules, bounds: Bounds) -> Iterator[tuple[str, Sta
         # The other one gets the partition. This one is not told: it is paused, and goes on some time.
         yield "rebalance", state._replace(owner=1 - state.owner, faults=state.faults + 1)
     if state.failovers < bounds.failovers:
-        cut = tuple(Worker() if worker.at in ("claim", "handle", "commit") else worker for worker in state.workers)
+        first, second = (Worker() if worker.at in ("claim", "handle", "commit") else worker for worker in state.workers)
         yield (
             "the primary dies, the standby takes over",
             state._replace(
-                database=state.standby, epoch=state.epoch + 1, workers=cut, locks=(), failovers=state.failovers + 1
-            ),  # type: ignore[arg-type]
+                database=state.standby,
+                epoch=state.epoch + 1,
+                workers=(first, second),
+                locks=(),
+                failovers=state.failovers + 1,
+            ),
         )
     if state.standby != state.database and state.failovers < bounds.failovers:
         yield "the standby catches up", state._replace(standby=state.database)

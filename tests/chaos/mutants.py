@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import asyncpg
+from aiokafka import AIOKafkaConsumer
 from asyncpg.pgproto.pgproto import UUID
 from replacing import replace
 
@@ -77,7 +78,7 @@ def _workers() -> list[Worker]:
 def m1_auto_commit() -> None:
     """The client commits what it has handed out, whether or not anything was done with it."""
     _kafka_keeps_the_positions()
-    real = kafka.AIOKafkaConsumer
+    real = AIOKafkaConsumer
 
     def auto_committing(**options: Any) -> Any:
         return real(**{**options, "enable_auto_commit": True, "auto_commit_interval_ms": 50})

@@ -15,12 +15,13 @@ from typing import ClassVar
 import asyncpg
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from harness import WORKER
-from proxy import OFFSET_COMMIT, Proxy
+from proxy import OFFSET_COMMIT, Cut, Proxy, Way
 
 from chaos.operators import Operators
 from chaos.rig import PARTITIONS, Consumers, Rig, kill_tree, started_again
 from chaos.schedule import OPERATORS, Fault
 
+_CUTS: dict[str, Cut] = {"commit cut before": "before", "commit cut after": "after", "commit cut during": "during"}
 _SECONDS_MAX = 90.0  # for a fault to happen
 _COMMAND_SECONDS_MAX = 240.0  # and for an operator's command, which waits for servers that are away
 
@@ -150,8 +151,7 @@ class Nemesis:
     # -- postgresql -------------------------------------------------------------------------------------------------
 
     async def _cut_commits(self, fault: Fault) -> str:
-        proxy, cut = self._rig.postgres_proxy, fault.kind.rsplit(" ", 1)[1]
-        assert cut in ("before", "after", "during")
+        proxy, cut = self._rig.postgres_proxy, _CUTS[fault.kind]
         before = proxy.fired["commit", cut]
         proxy.on("commit", cut, times=fault.size)
         while proxy.fired["commit", cut] < before + fault.size:
@@ -206,12 +206,12 @@ class Nemesis:
     async def _done(self) -> tuple[int, str]:
         connection = await self._to_primary()
         try:
-            row = await connection.fetchrow(
+            [(done, position)] = await connection.fetch(
                 """select coalesce(sum(next_offset), 0)::bigint, pg_current_wal_lsn()::text
                    from consumer.positions where app = $1""",
                 self._app,
             )
-            return row[0], row[1]
+            return done, position
         finally:
             await connection.close()
 
@@ -242,8 +242,9 @@ class Nemesis:
 
     async def _silence(self, fault: Fault) -> str:
         proxy = self._proxy(fault)
-        way = self._chance.choice(["both", "up", "down"])
-        proxy.black_hole(way)  # type: ignore[arg-type]
+        ways: list[Way] = ["both", "up", "down"]
+        way = self._chance.choice(ways)
+        proxy.black_hole(way)
         await asyncio.sleep(fault.seconds)
         proxy.heal()
         return f"{way}, {fault.seconds:g} s"

@@ -390,7 +390,7 @@ class Run:
         kept = ARTEFACTS / self._name
         with suppress(Exception):
             dump = [
-                self._rig.primary.program("pg_dump"),
+                str(self._rig.primary.program("pg_dump")),
                 "--inserts",
                 "-d",
                 self._rig.primary.dsn(self._database),
@@ -415,12 +415,12 @@ class Run:
 
 async def _epoch(connection: asyncpg.Connection) -> str:
     """As ARCHITECTURE.md tells it: system identifier, timeline, nonce, start of the server."""
-    row = await connection.fetchrow(
+    [(system, timeline, nonce, started)] = await connection.fetch(
         """select to_hex(system_identifier), substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8), i.nonce,
                   to_hex((extract(epoch from pg_postmaster_start_time()) * 1000000)::int8)
            from pg_control_system(), consumer.installation i"""
     )
-    return f"{row[0]}-{row[1]}-{row[2].hex[:12]}-{row[3]}"
+    return f"{system}-{timeline}-{nonce.hex[:12]}-{started}"
 
 
 # In a process of its own, because the application's module reads its environment when it is imported.

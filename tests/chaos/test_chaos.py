@@ -22,7 +22,7 @@ from chaos.schedule import KINDS, draw
 from chaos.workload import plan
 from consumer import App, Tx
 from consumer.core.delivery import Delivery
-from consumer.core.outcome import DUPLICATE, Cause, Dead, Reason
+from consumer.core.outcome import DUPLICATE, Cause, Dead, Outcome, Reason
 from consumer.transaction.result import ended_by_handler
 
 
@@ -133,7 +133,10 @@ def test_duplicates_count_as_messages_for_the_dead_letter_limit() -> None:
     handler: Any = type("Named", (), {"name": "book"})()
     record: Any = None
     conflict, *others = [Delivery(handler, record) for _ in range(3)]
-    outcomes = {conflict: Dead(Reason.ID_CONFLICT, ""), **dict.fromkeys(others, DUPLICATE[Cause.LEDGER])}
+    outcomes: dict[Delivery, Outcome] = {
+        conflict: Dead(Reason.ID_CONFLICT, ""),
+        **dict.fromkeys(others, DUPLICATE[Cause.LEDGER]),
+    }
     assert ended_by_handler([], outcomes) == {"book": (3, ["id_conflict"])}
 
 

@@ -255,7 +255,9 @@ def _ranked(state: State) -> State:
     for rows in state.tables.values():
         for place, column in enumerate(rows.columns):
             if domain := _domain(column):
-                values.setdefault(domain, set()).update(int(row[place]) for row in rows.rows if row[place] is not None)
+                values.setdefault(domain, set()).update(
+                    int(value) for row in rows.rows if (value := row[place]) is not None
+                )
     ranks = {
         domain: {value: n for n, value in enumerate(sorted(values_of_domain))}
         for domain, values_of_domain in values.items()

@@ -156,8 +156,8 @@ async def settle(dsn: str, case: Case, timeout_seconds: float = 60) -> Seen:
         for handler in range(len(case.handlers)):
             seen.places[handler, place] = Sighting("not delivered", "", "", None)
     app = _app(case, f"oracle-{number}", topic, index, seen)
-    for handler in app.handlers.values():
-        handler.bind({})
+    for registered in app.handlers.values():
+        registered.bind({})
     settings = load(postgres_dsn=dsn, postgres_pooler=False, postgres_lock_timeout_seconds=5.0)
     round_seen = Round("oracle")
     life = OracleLife(app, settings, round_seen, records, None, set(), NoWatch())  # type: ignore[arg-type]

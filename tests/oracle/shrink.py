@@ -14,7 +14,6 @@ from oracle.case import (
     Gather,
     Handler,
     IfNone,
-    Message,
     Savepoint,
     Step,
     Table,
@@ -141,26 +140,24 @@ def _simpler_messages(case: Case) -> Iterator[Case]:
     yield replace(
         case, messages=tuple(replace(message, key="k", partition=0) for message in case.messages if message.key != "k")
     )
-    for way in ({"key": "k"}, {"key": None}, {"partition": 0}, {"payload": None}):
-        [(name, value)] = way.items()
+    for name, value in (("key", "k"), ("key", None), ("partition", 0), ("payload", None)):
         if any(getattr(message, name) != value for message in case.messages):
-            yield replace(case, messages=tuple(replace(message, **way) for message in case.messages))  # type: ignore[arg-type]
+            yield replace(case, messages=tuple(replace(message, **{name: value}) for message in case.messages))
     ids = tuple(replace(message, id=number + 1) for number, message in enumerate(case.messages))
     if any(message.id != number + 1 for number, message in enumerate(case.messages)):
         yield replace(case, messages=ids)
     for name in {name for message in case.messages for name in message.fields} - {"boom"}:
         values = list(dict.fromkeys(repr(message.fields.get(name)) for message in case.messages))
         if len(values) > 1:
-            first = case.messages[0].fields.get(name)
-            yield _with_field(case, name, lambda _, first=first: first)
+            yield _with_field(case, name, case.messages[0].fields.get(name))
         if len(values) > 1 and all(isinstance(message.fields.get(name), int) for message in case.messages):
-            yield _with_field(case, name, lambda _: 1)
+            yield _with_field(case, name, 1)
 
 
-def _with_field(case: Case, name: str, change: Callable[[Message], Any]) -> Case:
+def _with_field(case: Case, name: str, value: object) -> Case:
     return replace(
         case,
-        messages=tuple(replace(message, fields={**message.fields, name: change(message)}) for message in case.messages),
+        messages=tuple(replace(message, fields={**message.fields, name: value}) for message in case.messages),
     )
 
 

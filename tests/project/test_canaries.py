@@ -29,8 +29,10 @@ create table effects (id text not null, account int not null, amount bigint not 
 create table people (email text primary key, age int check (age > 0));
 create table children (email text references people deferrable initially deferred);
 """
-DOINGS = ("raise", "unique", "unique deferred", "check", "foreign", "cast", "argument", "swallowed", "future", "thread")
-DOINGS += ("finalizer", "task")
+DOINGS = (
+    "raise", "unique", "unique deferred", "check", "foreign", "cast", "argument", "swallowed", "future", "thread",
+    "finalizer", "task",
+)  # fmt: skip
 # Where they belong, by column.
 BELONGS = {
     ("dead_letters", "key"): {KEY},
@@ -94,7 +96,7 @@ async def test_no_canary_is_found_where_it_does_not_belong(
 
         async def settled() -> bool:
             rows = await query(place.dsn, "select sum(next_offset) from consumer.positions where app = $1", name)
-            return rows[0][0] == len(DOINGS) + 2
+            return bool(rows[0][0] == len(DOINGS) + 2)
 
         await until("everything to be settled", settled, 60)
         pids = [run.process.pid, *run.worker_pids().values()]

@@ -181,7 +181,7 @@ class _Source:
     def statements(self) -> Iterator[tuple[int, list[ast.expr]]]:
         """SQL that is put together, with what is put into it."""
         for node in ast.walk(self.tree):
-            text, parts = "", []
+            text, parts = "", list[ast.expr]()
             match node:
                 case ast.JoinedStr(values=values):
                     text = "".join(str(value.value) if isinstance(value, ast.Constant) else "?" for value in values)
@@ -191,6 +191,7 @@ class _Source:
                 case ast.Call(func=ast.Attribute(value=ast.Constant(value=str() as text), attr="format" | "replace")):
                     parts = [*node.args, *(keyword.value for keyword in node.keywords)]
             if parts and _SQL.search(text):
+                assert isinstance(node, ast.expr)
                 yield node.lineno, parts
 
 

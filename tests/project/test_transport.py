@@ -13,7 +13,9 @@ import json
 import os
 import shutil
 import signal
+import socket
 import ssl
+import struct
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -371,16 +373,17 @@ class TlsPostgres(Postgres):
         os.kill(self.pid, signal.SIGHUP)
 
 
-async def serial(server: TlsPostgres) -> str:
+def serial(server: TlsPostgres) -> str:
     """Of the certificate that a new connection is shown."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    connection = await asyncpg.connect(server.dsn(), ssl=context)
-    try:
-        wire = connection._transport.get_extra_info("ssl_object")
-        return str(wire.getpeercert(binary_form=True).hex())
-    finally:
-        await connection.close()
+    with socket.create_connection(("127.0.0.1", server.port)) as plain:
+        plain.sendall(struct.pack("!ii", 8, 80877103))  # PostgreSQL's SSLRequest
+        assert plain.recv(1) == b"S"
+        with context.wrap_socket(plain) as encrypted:
+            certificate = encrypted.getpeercert(binary_form=True)
+    assert certificate is not None
+    return certificate.hex()
 
 
 async def presented(server: TlsPostgres, certificate: Path) -> None:
@@ -391,7 +394,7 @@ async def presented(server: TlsPostgres, certificate: Path) -> None:
 
     async def shown() -> bool:
         try:
-            return await serial(server) == der
+            return serial(server) == der
         except (OSError, asyncpg.PostgresError):
             return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,7 +29,7 @@ async def applied(place: Place, ddl: str, handle: Any, count: int = 5) -> App:
     return app
 
 
-WAYS = {
+WAYS: dict[str, tuple[str, Callable[[int], tuple[Any, ...]]]] = {
     "Python's uuid as a key": ("id uuid primary key, n int", lambda n: (uuid.uuid4(), n)),
     "a volatile function": ("id float default draw(), n int", lambda n: (n,)),
     "Python's time": ("id timestamp, n int", lambda n: (datetime.now(UTC).replace(tzinfo=None), n)),

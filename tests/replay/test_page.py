@@ -379,7 +379,8 @@ def test_what_is_absent_is_left_out(name: str, heading: str) -> None:
     expected = [part for part in before if part not in gone]
     del findings[name]
     assert Parsed(render(findings)).headings == expected
-    for empty in (None, [], {}):
+    nothing: tuple[Any, ...] = (None, [], {})
+    for empty in nothing:
         assert Parsed(render({**findings, name: empty})).headings == expected
 
 

@@ -399,7 +399,7 @@ async def test_aborted_transactions_and_markers_are_passed_over(place: Place) ->
 
 @pytest.mark.parametrize("policy", ["compact", "delete"])
 async def test_a_compacted_log_may_lack_what_the_ledger_has(place: Place, policy: str) -> None:
-    topic = await place.topic(**{"cleanup.policy": policy})
+    topic = await place.topic(1, **{"cleanup.policy": policy})
     app = payments_app(topic, retry=QUICK)
     producer = AIOKafkaProducer(bootstrap_servers=place.kafka, transactional_id=uuid.uuid4().hex)
     await producer.start()
@@ -1087,7 +1087,7 @@ async def test_a_group_that_only_a_replay_has_filled_can_be_rebuilt(place: Place
 
 
 async def test_a_compacted_log_makes_a_difference_uncertain(place: Place) -> None:
-    topic = await place.topic(**{"cleanup.policy": "compact"})
+    topic = await place.topic(1, **{"cleanup.policy": "compact"})
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a"), payment("b"))
     await consume_all(app, place.settings())

@@ -28,7 +28,7 @@ State = dict[str, Any]
 LIMITS = Limits(chunk_deliveries=20)
 
 
-async def interrupted(place: Place, app: App, topic: str, at: int = 250, **options: Any) -> State:
+async def interrupted(place: Place, app: App, topic: str, *, at: int = 250, **options: Any) -> State:
     """The state of a replay that is interrupted after so many offsets, as it is read from disk."""
     states: list[str] = []
 
@@ -134,7 +134,7 @@ async def test_a_ledger_that_is_emptied_before_a_check_goes_on_is_missing(place:
 
 
 @pytest.mark.parametrize("narrowed", [{"key": "4"}, {"message_id": "p4"}], ids=["key", "message id"])
-async def test_rows_deleted_before_a_narrowed_check_goes_on_are_missing(place: Place, narrowed: dict[str, str]) -> None:
+async def test_rows_deleted_before_a_narrowed_check_goes_on_are_missing(place: Place, narrowed: dict[str, Any]) -> None:
     app, topic = await settled(place)
     state = await interrupted(place, app, topic, **narrowed)
     await query(place.dsn, "delete from consumer.ledger where id = $1", ledger_id("p4"))
@@ -393,7 +393,11 @@ async def test_another_range_or_filter_is_a_refusal(place: Place) -> None:
 async def test_an_interruption_before_anything_was_read_offers_no_resume(place: Place) -> None:
     app, topic = await settled(place)
     saved: list[State] = []
-    progress = Progress(line=lambda _: task.cancel(), save=saved.append)
+
+    def cancel(_: str) -> None:
+        task.cancel()
+
+    progress = Progress(line=cancel, save=saved.append)
     original = summary.doubt_short_log
 
     async def stop(*args: Any) -> None:
@@ -409,7 +413,7 @@ async def test_an_interruption_before_anything_was_read_offers_no_resume(place: 
 
 
 def test_what_changed_names_the_first_difference() -> None:
-    before = {"handler": {"a": "1", "b": "2"}, "topic": {"t": None}}
+    before: dict[str, dict[str, str | None]] = {"handler": {"a": "1", "b": "2"}, "topic": {"t": None}}
     assert what_changed(before, before) is None
     assert what_changed(before, {"handler": {"a": "1", "b": "2"}, "topic": {"t": "x"}}) is None  # was not known
     assert what_changed(before, {**before, "handler": {"a": "1"}}) == "handler 'b' was removed"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from uuid import uuid4
 
@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 from hypothesis import settings
 from redis.asyncio import Redis
+from scheme_database import Connect
 
 from consumer.local_servers import Valkey
 
@@ -19,7 +20,7 @@ settings.load_profile("schemes")
 
 
 @pytest.fixture
-async def connect(database: str) -> AsyncIterator[Callable[[], object]]:
+async def connect(database: str) -> AsyncIterator[Connect]:
     """Makes connections to one empty database; they are closed at the end."""
     async with AsyncExitStack() as stack:
 
@@ -32,7 +33,7 @@ async def connect(database: str) -> AsyncIterator[Callable[[], object]]:
 
 
 @pytest.fixture
-async def connection(connect: Callable[[], object]) -> asyncpg.Connection:
+async def connection(connect: Connect) -> asyncpg.Connection:
     return await connect()
 
 

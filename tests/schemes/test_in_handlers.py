@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from typing import Any
+from typing import Any, Literal
 
 import asyncpg
 import pytest
@@ -48,7 +48,7 @@ def new_app() -> App:
 
 
 async def status(place: Place, id: int = 1) -> str:
-    return await value(place.dsn, "select status from orders where id = $1", id)
+    return str(await value(place.dsn, "select status from orders where id = $1", id))
 
 
 async def outcomes(app: App, place: Place, handler: str) -> tuple[int, int]:
@@ -71,7 +71,7 @@ async def test_stale_runs_again_with_a_fresh_read_and_costs_no_attempt(shop: Pla
         key = {"id": body["n"]}
         await update_versioned(tx, "orders", key, expected=version if body["n"] == 1 else 0, set={"note": "seen"})
 
-    await shop.send(topic, *[Sent({"n": n}, id=n, key=str(n)) for n in (2, 1, 3)])  # with neighbours in its batch
+    await shop.send(topic, *[Sent({"n": n}, id=str(n), key=str(n)) for n in (2, 1, 3)])  # with neighbours in its batch
     await consume_all(app, shop.settings())
     assert await outcomes(app, shop, "note") == (3, 0)
     noted = await query(shop.dsn, "select id, version from orders where note = 'seen' order by id")
@@ -87,7 +87,7 @@ async def test_a_hot_row_in_two_workers_loses_no_update_and_buries_nobody(shop: 
         row = await tx.fetchrow("select version, coalesce(note, '0')::int as n from orders where id = 1")
         await update_versioned(tx, "orders", {"id": 1}, expected=row["version"], set={"note": str(row["n"] + 1)})
 
-    await shop.send(topic, *[Sent({"n": n}, id=n, key=str(n), partition=n % 2) for n in range(40)])
+    await shop.send(topic, *[Sent({"n": n}, id=str(n), key=str(n), partition=n % 2) for n in range(40)])
     async with working(app, shop.settings()):
         await consume_all(app, shop.settings())
     assert await value(shop.dsn, "select note from orders where id = 1") == "40"
@@ -129,7 +129,7 @@ async def test_limit_an_event_that_is_held_holds_up_the_one_that_it_waits_for_if
 ) -> None:
     tries = {"shipped": 0, "paid": 0}
 
-    def app_of(topic: str, order: str) -> App:
+    def app_of(topic: str, order: Literal["key", "none"]) -> App:
         app = new_app()
 
         @app.handler(topic, name="event", retry=ONE_ATTEMPT, order=order)
@@ -204,7 +204,9 @@ async def test_a_business_key_stops_what_comes_under_two_message_ids(shop: Place
         if await insert_once(tx, "payments", {"number": body["number"], "amount": 5}, conflict="number"):
             tx.defer("update accounts set balance = balance + 5 where id = 1")
 
-    await shop.send(topic, *[Sent({"number": "A7"}, id=n) for n in range(3)])  # the producer made a new id for each try
+    await shop.send(
+        topic, *[Sent({"number": "A7"}, id=str(n)) for n in range(3)]
+    )  # the producer made a new id for each try
     await consume_all(app, shop.settings())
     assert await value(shop.dsn, "select balance from accounts where id = 1") == 5
     assert await outcomes(app, shop, "pay") == (3, 0)  # the ledger saw three messages, and could see no more
@@ -213,7 +215,8 @@ async def test_a_business_key_stops_what_comes_under_two_message_ids(shop: Place
 async def test_a_late_writer_in_a_handler_writes_nothing_and_takes_the_lock_again(
     shop: Place, own_valkey: Valkey
 ) -> None:
-    topic, app, numbers = await shop.topic(), new_app(), []
+    topic, app = await shop.topic(), new_app()
+    numbers: list[int] = []
 
     async with Redis.from_url(own_valkey.url) as redis:
 
@@ -285,6 +288,7 @@ async def test_a_failover_that_forgets_the_first_tap_lets_the_second_through_and
         token = await tokens.issue("alice", 60)
         [key] = [key_name async for key_name in redis.scan_iter(match="consumer:token:*")]
         replica = await redis.dump(key)
+        assert replica is not None
         taps = [await tap(shop, topic, tokens, token)]
         await consume_all(app, shop.settings(redis_url=None))
         await redis.restore(key, 60_000, replica, replace=True)  # promoted without the first tap
@@ -318,5 +322,5 @@ def test_the_pauses_of_what_is_run_again_grow_and_never_vanish(base: float, paus
 
     delivery = Delivery(app.handlers["handle"], LogRecord("t", 0, 0, 0, None, b"", ()))
     decisions = [decide(delivery, facts_of(RunAgain("not yet")), lambda: 1.0) for _ in pauses]
-    assert all(isinstance(outcome, RetryLater) for outcome, _ in decisions)
-    assert [(outcome.delay_seconds, attempts) for outcome, attempts in decisions] == [(pause, 0) for pause in pauses]
+    delayed = [(outcome.delay_seconds, tries) for outcome, tries in decisions if isinstance(outcome, RetryLater)]
+    assert delayed == [(pause, 0) for pause in pauses]

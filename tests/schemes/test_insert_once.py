@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import asyncpg
 import pytest
 from harness import until
+from scheme_database import Connect
 
 from consumer import ConsumerError
 from consumer.schemes.database import Misfit
 from consumer.schemes.unique import insert_once
-
-Connect = Callable[[], Awaitable[asyncpg.Connection]]
 
 TABLES = """
 create table invoices (number text, year int, amount bigint not null, note text, primary key (number, year));

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,6 +15,7 @@ import asyncpg
 import pytest
 from harness import ROOT, until
 from redis.asyncio import Redis
+from scheme_database import Connect
 
 from consumer import ConsumerError, TransactionMisuse
 from consumer.core.errors import RunAgain
@@ -23,8 +23,6 @@ from consumer.local_servers import Valkey
 from consumer.schemes.database import Misfit
 from consumer.schemes.lock import LateWriter, Lock, LockBusy, LockLost, check_fence
 from consumer.schemes.redis_call import RedisAway
-
-Connect = Callable[[], Awaitable[asyncpg.Connection]]
 
 LONG, SHORT = 30.0, 0.3  # seconds of ttl: never over in a test, and soon over
 
@@ -114,7 +112,7 @@ async def test_an_owner_that_dies_holds_it_no_longer_than_its_ttl(redis: Redis, 
 
 
 async def test_numbers_rise_even_when_redis_has_lost_them(own_redis: Redis, name: str) -> None:
-    numbers = []
+    numbers: list[int] = []
     for harm in ("nothing", "flush", "flush", "a clock that goes back"):
         if harm == "flush":
             await own_redis.flushall()
@@ -403,7 +401,7 @@ async def test_an_earlier_owner_waits_for_a_later_ones_transaction_and_is_then_t
     waiting = asyncio.create_task(passes(early, 2))
 
     async def blocked() -> bool:
-        return await watcher.fetchval("select exists (select from pg_locks where not granted)")
+        return bool(await watcher.fetchval("select exists (select from pg_locks where not granted)"))
 
     await until("the earlier owner to wait", blocked)
     await (transaction.commit() if ends == "commit" else transaction.rollback())

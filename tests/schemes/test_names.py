@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import asyncpg
 import pytest
 from hypothesis import given
@@ -28,7 +30,7 @@ def test_what_can_be_no_name_is_refused_not_cut(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [None, 1, b"t", ["t"]])
-def test_what_is_no_text_is_refused(name: object) -> None:
+def test_what_is_no_text_is_refused(name: Any) -> None:
     with pytest.raises(TypeError):
         ident(name)
     with pytest.raises(TypeError):
@@ -51,7 +53,8 @@ def test_columns_are_named_once_and_there_is_one_at_least() -> None:
     with pytest.raises(ValueError, match="twice"):
         column_names("key", ["a", "a"])
     with pytest.raises(TypeError, match="row is a mapping"):
-        columns_of("row", [("a", 1)])
+        not_a_mapping: Any = [("a", 1)]
+        columns_of("row", not_a_mapping)
 
 
 async def test_postgresql_takes_the_worst_name_for_what_it_is(connection: asyncpg.Connection) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import asyncpg
 import pytest
+from scheme_database import Connect, RecordedDatabase
 
 from consumer import ConsumerError, Reject
 from consumer.core.errors import RunAgain
 from consumer.schemes.database import Misfit, NotFound
 from consumer.schemes.states import Held, IllegalMove, Moved, NotMoved, StateMachine, TooEarly, TooLate
-
-Connect = Callable[[], Awaitable[asyncpg.Connection]]
 
 MOVES = {"new": {"paid", "void"}, "paid": {"shipped"}, "shipped": (), "void": ()}
 ORDERS = StateMachine("orders", "status", MOVES)
@@ -30,7 +28,7 @@ async def tables(connection: asyncpg.Connection) -> None:
 
 
 async def state(connection: asyncpg.Connection, id: int = 1) -> str:
-    return await connection.fetchval("select status from orders where id = $1", id)
+    return str(await connection.fetchval("select status from orders where id = $1", id))
 
 
 async def test_each_way_in_which_a_move_ends_has_a_word_of_its_own(connection: asyncpg.Connection) -> None:
@@ -86,35 +84,25 @@ async def test_of_two_ways_out_of_a_state_one_is_taken(connect: Connect) -> None
 
 
 async def test_a_row_that_moves_between_the_update_and_the_look_is_tried_again(connection: asyncpg.Connection) -> None:
-    class Busy:
+    class Busy(RecordedDatabase):
         """Another transaction commits the state that allows the move, right before the row is looked at."""
 
-        updates = 0
-
-        async def fetch(self, sql: str, *args: Any) -> list[Any]:
-            if sql.startswith("update"):
-                self.updates += 1
-            else:
+        async def fetch(self, sql: str, /, *args: Any) -> list[Any]:
+            if not sql.startswith("update"):
                 await connection.execute("update orders set status = 'paid' where id = 1")
-            return await connection.fetch(sql, *args)
+            return await super().fetch(sql, *args)
 
-    busy = Busy()
+    busy = Busy(connection)
     assert await ORDERS.move(busy, 1, "shipped") is Moved.NOW
-    assert busy.updates == 2
+    assert sum(sql.startswith("update") for sql in busy.statements) == 2
 
 
 async def test_one_statement_when_it_moves(connection: asyncpg.Connection) -> None:
-    statements: list[str] = []
-
-    class Counting:
-        async def fetch(self, sql: str, *args: Any) -> list[Any]:
-            statements.append(sql)
-            return await connection.fetch(sql, *args)
-
-    assert await ORDERS.move(Counting(), 1, "paid")
-    assert len(statements) == 1
-    assert not await ORDERS.move(Counting(), 1, "paid")
-    assert len(statements) == 3
+    database = RecordedDatabase(connection)
+    assert await ORDERS.move(database, 1, "paid")
+    assert len(database.statements) == 1
+    assert not await ORDERS.move(database, 1, "paid")
+    assert len(database.statements) == 3
 
 
 async def test_a_state_that_the_moves_do_not_name_is_told(connection: asyncpg.Connection) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import asyncpg
 import pytest
+from scheme_database import RecordedDatabase
 
 from consumer.core.errors import RunAgain
 from consumer.schemes.database import Misfit, NotFound
@@ -101,22 +103,22 @@ async def test_a_version_ahead_of_the_row_is_stale_and_no_misfit(connection: asy
 
 
 async def test_a_row_that_another_moves_meanwhile_is_not_taken_for_suppressed(connection: asyncpg.Connection) -> None:
-    class Racing:
+    class Racing(RecordedDatabase):
         """Another moves the row before the first statement, and back before the look."""
 
         raced = False
 
-        async def fetch(self, sql: str, /, *args: object) -> list[asyncpg.Record]:
+        async def fetch(self, sql: str, /, *args: Any) -> list[Any]:
             if sql.startswith("update") and not self.raced:
                 self.raced = True
                 await connection.execute("update orders set version = 9, status = 'shipped'")
-                rows = await connection.fetch(sql, *args)
+                rows = await super().fetch(sql, *args)
                 await connection.execute("update orders set version = 0, status = 'new'")
-                return list(rows)
-            return list(await connection.fetch(sql, *args))
+                return rows
+            return await super().fetch(sql, *args)
 
-    assert await update_versioned(Racing(), "orders", {"id": 1}, expected=0, set={"status": "new"}) == 1  # type: ignore[arg-type]
-    assert await ORDERS.move(Racing(), 1, "paid") is Moved.NOW  # type: ignore[arg-type]
+    assert await update_versioned(Racing(connection), "orders", {"id": 1}, expected=0, set={"status": "new"}) == 1
+    assert await ORDERS.move(Racing(connection), 1, "paid") is Moved.NOW
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,8 @@ async def test_an_answer_that_was_lost_and_asked_for_again_by_the_library_is_sti
 ) -> None:
     """The reply to the first use is cut off behind our back: the library connects anew and sends the command again."""
 
+    cut = False
+
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal cut
         upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", valkey.port)
@@ -201,7 +203,6 @@ async def test_an_answer_that_was_lost_and_asked_for_again_by_the_library_is_sti
         upstream_writer.close()
         await task
 
-    cut = False
     server = await asyncio.start_server(relay, "127.0.0.1", 0)
     async with server, Redis(port=server.sockets[0].getsockname()[1]) as client:
         tokens = Tokens(client, prefix=prefix, budget_seconds=10)
@@ -228,7 +229,8 @@ async def test_limit_a_failover_may_give_a_used_token_back_but_its_message_id_is
     tokens = Tokens(own_redis, prefix=prefix)
     token = await tokens.issue(ALICE, 60)
     [key] = [key_name async for key_name in own_redis.scan_iter(match=f"{prefix}*")]
-    replica = await own_redis.dump(key)  # what a replica had when the primary died
+    replica = await own_redis.dump(key)
+    assert replica is not None  # what a replica had when the primary died
     first = await tokens.redeem(token, ALICE)
     await own_redis.restore(key, 60_000, replica, replace=True)
     second = await tokens.redeem(token, ALICE)

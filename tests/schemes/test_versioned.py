@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import asyncpg
 import pytest
 from harness import until
+from scheme_database import Connect, RecordedDatabase
 
 from consumer import ConsumerError, Retry
 from consumer.core.errors import RunAgain
 from consumer.schemes.database import Misfit, NotFound
 from consumer.schemes.versioned import Stale, update_versioned
-
-Connect = Callable[[], Awaitable[asyncpg.Connection]]
 
 TASKS, EACH = 8, 10
 
@@ -30,8 +28,8 @@ async def tables(connection: asyncpg.Connection) -> None:
 
 
 async def account(connection: asyncpg.Connection, id: int = 1) -> tuple[int, int]:
-    row = await connection.fetchrow("select balance, version from accounts where id = $1", id)
-    return tuple(row)
+    [(balance, version)] = await connection.fetch("select balance, version from accounts where id = $1", id)
+    return balance, version
 
 
 async def test_the_version_that_was_read_goes_through_once(connection: asyncpg.Connection) -> None:
@@ -56,19 +54,12 @@ async def test_no_row_is_told_from_another_version(connection: asyncpg.Connectio
 
 
 async def test_one_statement_when_it_goes_through_and_two_when_not(connection: asyncpg.Connection) -> None:
-    class Counting:
-        statements = 0
-
-        async def fetch(self, sql: str, *args: Any) -> list[Any]:
-            self.statements += 1
-            return await connection.fetch(sql, *args)
-
-    counting = Counting()
-    await update_versioned(counting, "accounts", {"id": 1}, expected=0, set={"balance": 1})
-    assert counting.statements == 1
+    database = RecordedDatabase(connection)
+    await update_versioned(database, "accounts", {"id": 1}, expected=0, set={"balance": 1})
+    assert len(database.statements) == 1
     with pytest.raises(Stale):
-        await update_versioned(counting, "accounts", {"id": 1}, expected=0, set={"balance": 1})
-    assert counting.statements == 3
+        await update_versioned(database, "accounts", {"id": 1}, expected=0, set={"balance": 1})
+    assert len(database.statements) == 3
 
 
 async def test_one_that_waited_for_another_is_stale_and_not_last(connect: Connect) -> None:

@@ -287,25 +287,21 @@ def test_other_names_of_this_server(shop: Shop, host: str) -> None:
 def test_it_listens_on_this_machine_only(shop: Shop) -> None:
     port = int(shop.host.partition(":")[2])
     for address in {
-        address_info[4][0] for address_info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
+        str(address_info[4][0]) for address_info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
     }:
         if not address.startswith("127."):
             with pytest.raises(OSError, match="refused"):
-                socket.create_connection((str(address), port), timeout=5)
+                socket.create_connection((address, port), timeout=5)
 
 
+STRANGE_STATES: list[Any] = ["lost", "", "PAID", None, 1, [], {}, "paid\0"]
+STRANGE_VERSIONS: list[Any] = ["1", "one", 1.5, 1.0, True, -1, 2**63, 10**30, [], {}, ""]
 MOVES: list[tuple[dict[str, Any], int, str]] = [
-    *(
-        ({"state": state, "version": 1}, 422, "state_unknown")
-        for state in ("lost", "", "PAID", None, 1, [], {}, "paid\0")
-    ),
+    *(({"state": state, "version": 1}, 422, "state_unknown") for state in STRANGE_STATES),
     ({"version": 1}, 422, "state_unknown"),
     ({"state": "shipped"}, 428, "version_missing"),
     ({"state": "shipped", "version": None}, 428, "version_missing"),
-    *(
-        ({"state": "shipped", "version": version}, 422, "version_invalid")
-        for version in ("1", "one", 1.5, 1.0, True, -1, 2**63, 10**30, [], {}, "")
-    ),
+    *(({"state": "shipped", "version": version}, 422, "version_invalid") for version in STRANGE_VERSIONS),
     ({"state": "shipped", "version": 1, "by": "me"}, 422, "field_unknown"),
     ({"state": "paid", "version": 1}, 409, "move_illegal"),  # only a charge can
     ({"state": "placed", "version": 1}, 409, "move_illegal"),
@@ -413,7 +409,9 @@ async def test_whatever_is_sent_is_no_500_and_no_charge(shop: Shop, fixed: Scrip
     ]
     for _ in range(300):
         text = "".join(chance.choices(string.printable + '{}[]":,', k=chance.randrange(200)))
-        given = {"".join(chance.choices(string.ascii_lowercase, k=5)): chance.choice([text, 1, None, [text]])}
+        given: dict[str, Any] = {
+            "".join(chance.choices(string.ascii_lowercase, k=5)): chance.choice([text, 1, None, [text]])
+        }
         given |= {
             chance.choice(["amount", "state", "version", "do", "token"]): chance.choice([text, -1, 1e99, None, {}])
         }

@@ -11,7 +11,8 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine
 
-import msgspec
+from payments_app import INSERT, UPDATE, Payment
+from replacing import replace
 
 from consumer import App, Tx
 from consumer.logs import configure
@@ -20,24 +21,18 @@ from consumer.settings import load
 from consumer.worker.worker import Worker
 
 
-class Payment(msgspec.Struct):
-    id: str
-    account: int
-    amount: int
-
-
 def app_of(topic: str, name: str) -> App:
     """One handler that defers and one that awaits, so that each message has two kinds of effects."""
     app = App(name)
 
     @app.handler(topic, name="settle")
     async def settle(payment: Payment, tx: Tx) -> None:
-        tx.defer("insert into effects values ($1, $2, $3)", f"settle {payment.id}", payment.account, payment.amount)
-        tx.defer("update accounts set balance = balance + $2 where id = $1", payment.account, payment.amount)
+        tx.defer(INSERT, f"settle {payment.id}", payment.account, payment.amount)
+        tx.defer(UPDATE, payment.account, payment.amount)
 
     @app.handler(topic, name="record")
     async def record(payment: Payment, tx: Tx) -> None:
-        await tx.execute("insert into effects values ($1, $2, $3)", f"record {payment.id}", payment.account, 0)
+        await tx.execute(INSERT, f"record {payment.id}", payment.account, 0)
 
     return app
 
@@ -75,7 +70,7 @@ def after_sending(step: CrashAt) -> Callable[[Session], Coroutine[None, None, No
 def main() -> None:
     topic, name, wanted, nth = sys.argv[1:5]
     step = CrashAt(wanted, int(nth), stop_itself if "stop" in sys.argv[5:] else lambda: os._exit(137))
-    Session.commit = after_sending(step)  # type: ignore[method-assign]
+    replace(Session, "commit", after_sending(step))
     settings = load()
     configure("debug", "json")
     asyncio.run(Worker(app_of(topic, name), settings, on_step=step).run())

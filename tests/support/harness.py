@@ -40,7 +40,7 @@ insert into accounts select generate_series(0, 99);
 
 def settings_for(dsn: str, kafka: str, redis_url: str | None = None, **more: Any) -> Settings:
     """Settings of a test: quick timers, and nothing from the environment."""
-    quick = {
+    quick: dict[str, Any] = {
         "kafka_bootstrap_servers": kafka,
         "postgres_dsn": dsn,
         "redis_url": redis_url,
@@ -51,7 +51,7 @@ def settings_for(dsn: str, kafka: str, redis_url: str | None = None, **more: Any
         "log_level": "debug",
         "log_format": "json",
     }
-    return Settings(**{**quick, **more})  # type: ignore[arg-type]
+    return Settings(**{**quick, **more})
 
 
 # The role as which everything that a test runs connects: what `consumer migrate --grants` prints is all it may do with

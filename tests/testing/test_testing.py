@@ -513,14 +513,14 @@ def in_a_thread(work: Any) -> None:
 async def test_another_drivers_session_that_stays_open_is_seen_with_its_last_statement(
     exactly_once: ExactlyOnce,
 ) -> None:
-    app, trials, held = App("shop"), [], []
+    app, trials, held = App("shop"), list[Trial](), list[subprocess.Popen[bytes]]()
 
     @app.handler("payments")
     async def settle(payment: Payment, tx: Tx) -> None:
         tx.defer(INSERT, payment.id, payment.account, payment.amount)
         if payment.amount == 2:
             held.append(subprocess.Popen([sys.executable, "-c", SESSION, trials[0].dsn], stdout=subprocess.PIPE))
-            assert held[0].stdout.readline() == b"done\n"
+            assert held[0].stdout is not None and held[0].stdout.readline() == b"done\n"
 
     trial = await exactly_once(app, schema=TABLES)
     trials.append(trial)
@@ -528,9 +528,8 @@ async def test_another_drivers_session_that_stays_open_is_seen_with_its_last_sta
         await trial.deliver(*[payment(n) for n in (1, 2, 3)])
     finally:
         for connection in held:
-            connection.kill()
-            connection.wait()
-            connection.stdout.close()
+            with connection:  # closes its pipe, and waits
+                connection.kill()
     [statement] = trial.outside_statements()
     assert (statement.handler, statement.message) == ("settle", "payments:0@1")
     assert (
@@ -659,12 +658,13 @@ async def test_resources_come_from_the_lifespan_or_from_the_test(exactly_once: E
 
 async def test_wrong_calls_are_one_line_and_deliver_nothing(exactly_once: ExactlyOnce) -> None:
     trial = await exactly_once(app_of(), schema=TABLES)
+    number: Any = 1.5  # of a type that Sent does not take
     wrong: list[tuple[Any, dict[str, Any], str]] = [
         ([Sent("paymens", {})], {}, "no handler of 'shop' takes topic 'paymens', did you mean 'payments'?"),
         ([payment(1), Sent("payments", object())], {}, "cannot become JSON, give bytes: it holds a object"),
-        ([Sent("payments", {}, key=1.5)], {}, "key is a float: use text, bytes, int or UUID"),
+        ([Sent("payments", {}, key=number)], {}, "key is a float: use text, bytes, int or UUID"),
         ([Sent("payments", {}, id=True)], {}, "id is a bool"),
-        ([Sent("payments", {}, headers={"a": 1.5})], {}, "header 'a' is a float"),
+        ([Sent("payments", {}, headers={"a": number})], {}, "header 'a' is a float"),
         ([Sent("payments", {}, partition=-1)], {}, "partition=-1"),
         ([{"id": 1}], {}, 'a dict is no message: give Sent("topic", value, id=…)'),
         ([[payment(1)]], {}, "a list is no message"),

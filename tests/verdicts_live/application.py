@@ -8,6 +8,7 @@ rebuilds run the mended code. LIVE_VERSION=2 has one more handler, `late`.
 from __future__ import annotations
 
 import os
+from typing import Any
 from uuid import UUID
 
 import msgspec
@@ -83,7 +84,7 @@ def build(name: str, orders: str, cancellations: str, *, mended: bool, version: 
     return app
 
 
-def _id(message: Message[object]) -> UUID:
+def _id(message: Message[Any]) -> UUID:
     return UUID((dict(message.headers)["message-id"] or b"").decode())
 
 

@@ -163,7 +163,7 @@ class Life:
             else:
                 findings = await replay(app, settings, topics, options, Progress())
         except (CannotTell, Misconfigured) as error:
-            if (task := asyncio.current_task()) is not None and task.cancelling():
+            if (current := asyncio.current_task()) is not None and current.cancelling():
                 raise asyncio.CancelledError from None  # a replay that is cancelled says that it cannot tell
             return verdicts.of_error(what, error, time.monotonic() - begun)
         return verdicts.of_findings(what, findings, time.monotonic() - begun)

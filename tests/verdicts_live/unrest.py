@@ -201,11 +201,11 @@ class Unrest:
             await self._workers.stop(self._workers.running[0])
         self.environment["LIVE_VERSION"] = "2"
         await self._workers.opened(self._workers.start())
-        await self._command("positions", APP, "--handler", "late", "--begin-here", good=(0, 1))
+        await self._command("positions", APP, "--handler", "late", "--begin-here")
         self.version = 2
         return None
 
-    async def _command(self, *arguments: str, good: tuple[int, ...] = (0, 1), **environment: str) -> bool | None:
+    async def _command(self, *arguments: str, **environment: str) -> bool | None:
         """A command as an operator types it, of the mended application. False where there was nothing to do."""
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "consumer", *arguments, "--json",
@@ -222,7 +222,7 @@ class Unrest:
         text = errors.decode("utf-8", "replace")
         if "is settled" in text or "not open" in text or "no letter" in text:
             return False
-        if process.returncode not in good:
+        if process.returncode not in (0, 1):
             raise RuntimeError(f"{' '.join(arguments[:2])}: exit code {process.returncode}: {text[-400:]}")
         return None
 
