@@ -69,7 +69,7 @@ def register(app: App, topic: str, kind: str) -> None:
 
             @app.handler(topic, concurrency=64)
             async def slow(payment: Payment, tx: Tx) -> None:
-                await asyncio.sleep(0.010)  # something elsewhere that takes so long
+                await asyncio.sleep(0.010)  # stands for a call to another service
                 tx.defer(INSERT, payment.id, payment.account, payment.amount)
                 tx.defer(UPDATE, payment.account, payment.amount)
 

@@ -1,6 +1,6 @@
 """The services, the workload and the contestants of the benchmarks. Every drain is checked: a wrong effect ends the run.
 
-What it does not know: what else this machine does meanwhile. So contestants take turns, and medians are told.
+Limitations: other work on this machine distorts the times. So contestants take turns, and the median is reported.
 """
 
 from __future__ import annotations

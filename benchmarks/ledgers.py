@@ -19,7 +19,10 @@ class Ledger:
         self.connection = connection
 
     async def fill(self, rows: int) -> None:
-        """Rows of nobody in the generation that claims go into, before anybody claims: the key is built after them, which is faster."""
+        """Insert rows into the current generation of the ledger.
+
+        They belong to no handler. The primary key is built after them, which is faster.
+        """
         connection = self.connection
         target = await connection.fetchval("select target from consumer.ledger_state")
         table = "consumer.ledger" if target == 1 else f"consumer.ledger_{int(target)}"

@@ -1,7 +1,7 @@
 """Whether turning and dropping generations holds up batches: claims on two connections, timed while it happens and while not.
 
 A ledger of 10 million rows, closed, and two connections that claim 2,000 ids at a time, commit and begin again, as lanes do.
-First nothing else happens; then the ledger turns, forgets the 10 million and drops their table, again and again. Told are the
+First nothing else happens; then the ledger turns, forgets the 10 million and drops their table, again and again. The result is the
 median and the longest time from BEGIN to COMMIT of each. PostgreSQL with fsync on, started here.
 
     .venv/bin/python benchmarks/purge.py                    10 million rows (about 3 minutes)

@@ -1,6 +1,6 @@
 """How fast, as ratios in one run: against the loop that people write, the best loop by hand, and the limits.
 
-Real Kafka, PostgreSQL (fsync on) and Valkey, started here. Contestants take turns, round after round; what is told is the
+Real Kafka, PostgreSQL (fsync on) and Valkey, started here. Contestants take turns, round after round; the result is the
 median, with the lowest and the highest. After every drain the effects are compared with what was produced: a wrong one ends
 the run.
 
@@ -77,7 +77,7 @@ def main() -> None:
         "--scenario", default="reference", help=f"all, or some of: {', '.join(SCENARIOS)} (default: reference)"
     )
     parser.add_argument("--messages", type=int, default=100_000, help="messages of a drain (default: 100,000)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the median is told (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; the result is their median (default: 3)")
     parser.add_argument("--only", help="of the reference: contestants whose name holds this (several: a,b)")
     parser.add_argument(
         "--ledger-rows", type=int, default=5_000_000, help="rows of the full ledger (default: 5 million)"

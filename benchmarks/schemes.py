@@ -1,7 +1,7 @@
 """What each scheme against repetition costs, in µs an operation; and what a hot row does to an optimistic lock.
 
 Real PostgreSQL (fsync on) and Valkey, started here; one client, which waits for each answer. Contestants take turns, many
-times in a round; what is told is the median of the rounds. PostgreSQL's operations run in one open transaction, as in a batch: what they add
+times in a round; the result is the median of the rounds. PostgreSQL's operations run in one open transaction, as in a batch: what they add
 to it. A wrong number of rows, or a lost update, ends the run.
 
     python benchmarks/schemes.py

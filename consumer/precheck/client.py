@@ -250,7 +250,7 @@ class Precheck:
         The library would pack a command's arguments one after the other, in Python, at 0.5 µs each: more than all the
         rest of a mark costs the worker.
         """
-        connection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+        connection = await self._redis.connection_pool.get_connection()
         try:
             await connection.send_packed_command(commands)
             return [await connection.read_response() for _ in commands]

@@ -90,20 +90,20 @@ def _fail(handler: str, message: Message[Order | None]) -> None:
     if order is None:
         return
     if order.raises:
-        raise ValueError("as told")
+        raise ValueError("as the message asks")
     if order.fails and os.environ.get("CHAOS_POSTPONE"):
         raise RunAgain("not now")
     if order.fails and not os.environ.get("CHAOS_MENDED"):
-        raise ValueError("as told, until it is mended")
+        raise ValueError("as the message asks, until the code is fixed")
     if order.late and handler != "audit":
-        raise ValueError("as told")
+        raise ValueError("as the message asks")
     if order.once and (handler, _id(message)) not in _tried:
         _tried.add((handler, _id(message)))
-        raise ValueError("as told, once")
+        raise ValueError("as the message asks, once")
 
 
 async def _swallow(tx: Tx) -> None:
-    """A failed statement that nobody shall hear of."""
+    """A failed statement whose error the handler swallows."""
     with suppress(Exception):
         await tx.execute("select 1 / 0")
 
@@ -140,7 +140,7 @@ async def audit(message: Message[Order | None], tx: Tx) -> None:
         return
     await tx.execute(EFFECT, "audit", _id(message), key, amount, *where)
     if order is not None and order.late:
-        raise ValueError("as told, too late")
+        raise ValueError("as the message asks, too late")
     await tx.execute(BALANCE, "audit", key, amount)
     await tx.execute(ORDER, "audit", message.topic, message.partition, key, message.offset)
 

@@ -82,7 +82,7 @@ class Edit(NamedTuple):
     topic: str
     partition: int
     offset: int
-    required: bool = False  # it was told to be applied
+    required: bool = False  # an operator applied it
 
 
 class Effect(NamedTuple):
@@ -193,7 +193,7 @@ def _journal(evidence: Evidence, log: _Log, violations: _Found) -> None:
             violations.add("I3", f"{entry['id']} was aborted and is in the log")
     if evidence.journal:
         for id, fingerprint in there - ok:
-            violations.add("I3", f"{id} ({fingerprint}) is in the log, and nobody has sent it")
+            violations.add("I3", f"{id} ({fingerprint}) is in the log, and was not sent")
 
 
 def _ends(handler: str, evidence: Evidence, log: _Log, violations: _Found) -> None:

@@ -113,7 +113,7 @@ def steps(state: State, rules: Rules, bounds: Bounds) -> Iterator[tuple[str, Sta
             )
             yield f"worker {number} is killed", down
     if state.faults < bounds.faults:
-        # The other one gets the partition. This one is not told: it is paused, and goes on some time.
+        # The other worker gets the partition. This one is paused, does not notice, and goes on later.
         yield "rebalance", state._replace(owner=1 - state.owner, faults=state.faults + 1)
     if state.failovers < bounds.failovers:
         first, second = (Worker() if worker.at in ("claim", "handle", "commit") else worker for worker in state.workers)
@@ -253,7 +253,7 @@ def _commit(
 
 
 def is_quiescent(state: State) -> bool:
-    """Nobody is in the middle of anything, and the owner has read the log to its end, in this epoch of the database."""
+    """Whether all workers are idle and the owner has read the log to its end in this epoch."""
     owner = state.workers[state.owner]
     return (
         all(worker.at in ("down", "idle") for worker in state.workers)

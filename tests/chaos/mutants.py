@@ -165,7 +165,7 @@ def m5_separate_transactions() -> None:
 
 
 def m6_swallow_and_commit() -> None:
-    """Nobody notices that a statement has failed, and COMMIT's answer, which is ROLLBACK, is not read."""
+    """A failed statement is not noticed, and the answer to COMMIT, which is ROLLBACK, is not read."""
     await_call, write_positions = invoke.await_call, Session.write_positions
 
     async def awaiting(call: Any, tx: Any) -> None:

@@ -1,4 +1,7 @@
-"""Does what the schedule says, and tells what became of it. A fault that did not happen is told too: then the run does not count."""
+"""Injects the faults of a schedule and records what happened.
+
+A fault that did not happen is recorded, too: the run then does not count.
+"""
 
 from __future__ import annotations
 

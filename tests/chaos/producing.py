@@ -1,7 +1,7 @@
 """Sends what workload.py plans, through all faults, and keeps a journal of its own: what it meant to send, and what it knows.
 
 Three answers, as in Jepsen: *ok* (it is in the log, at this offset), *fail* (it never will be: its transaction was aborted),
-*info* (nobody knows). A line is on the disk before its message is sent. It never gives up, and never waits for ever.
+*info* (unknown). A line is on the disk before its message is sent. It never gives up, and never waits for ever.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Producing:
         except Exception:
             await self._drop(transactional)
         if burst.ending == "abort":
-            outcome = ["fail"] * len(outcome)  # whether or not the answer came: nobody will commit it
+            outcome = ["fail"] * len(outcome)  # whether or not the answer came: it is never committed
         elif transactional and not ended:
             outcome = ["info"] * len(outcome)
         self._write(

@@ -82,7 +82,7 @@ async def test_each_broken_consumer_is_caught_and_the_real_one_is_not(
     assert not wrong, "\n".join(wrong)
 
 
-async def test_a_first_position_that_a_failover_has_lost_is_not_made_up_from_kafkas_copy(place: Place) -> None:
+async def test_position_lost_in_a_failover_is_not_taken_from_kafka(place: Place) -> None:
     """Found by the model (chaos/model.py): the position's row lay in the lost tail, and Kafka's commit did not."""
     topic = await place.topic()
     app = App(f"lost-{uuid4().hex[:8]}")
@@ -106,7 +106,7 @@ async def test_a_first_position_that_a_failover_has_lost_is_not_made_up_from_kaf
         await connection.close()
 
 
-async def test_a_worker_told_to_stop_while_it_opens_partitions_without_postgresql_stops(place: Place) -> None:
+async def test_worker_that_opens_partitions_without_postgresql_can_be_stopped(place: Place) -> None:
     """Found by a random run: it asked for a connection again and again, got none at once, and let nothing else run."""
     topic = await place.topic()
     app = App(f"stops-{uuid4().hex[:8]}")

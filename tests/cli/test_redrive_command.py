@@ -39,7 +39,7 @@ async def test_question_ends_at_once_when_interrupted(desk: Desk, tmp_path: Path
     before = await desk.rows()
     command = ["dlq", what[0], "redrive_desk:app", "--all", *what[1:]]
     for signal_number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (None, 1)):
-        with AtTerminal(tmp_path, *command, **environment(desk)) as terminal:
+        with AtTerminal(tmp_path, *command, environment=environment(desk)) as terminal:
             terminal.until("[y/N]")
             if signal_number == signal.SIGINT:
                 terminal.press("\x03")
@@ -51,7 +51,7 @@ async def test_question_ends_at_once_when_interrupted(desk: Desk, tmp_path: Path
             assert "nothing was changed" in terminal.shown and "Traceback" not in terminal.shown
             assert " at " not in terminal.shown.split("consumer: ")[-1].replace(" at the question", "")
     assert await desk.rows() == before
-    with AtTerminal(tmp_path, *command, **environment(desk)) as terminal:
+    with AtTerminal(tmp_path, *command, environment=environment(desk)) as terminal:
         terminal.until("[y/N]")
         terminal.press("y\n")
         assert terminal.end() == 0, terminal.shown
@@ -95,7 +95,7 @@ async def test_bulk_retry_that_is_interrupted_keeps_what_is_done(
 ) -> None:
     await desk.many(3000)
     command = ["dlq", "retry", "redrive_desk:app", "--all", "--yes"]
-    with AtTerminal(tmp_path, *command, **environment(desk), TEST_DESK_PAUSE="0.002") as terminal:
+    with AtTerminal(tmp_path, *command, environment={**environment(desk), "TEST_DESK_PAUSE": "0.002"}) as terminal:
         await until("some to be applied", lambda: value(desk.dsn, "select count(*) > 0 from done"))
         terminal.process.send_signal(signal_number)
         assert terminal.end() == code, terminal.shown
@@ -114,7 +114,7 @@ async def test_bulk_retry_that_is_interrupted_keeps_what_is_done(
 async def test_second_interrupt_undoes_the_transaction_in_hand(desk: Desk, tmp_path: Path) -> None:
     await desk.many(20)
     command = ["dlq", "retry", "redrive_desk:app", "--all", "--yes"]
-    with AtTerminal(tmp_path, *command, **environment(desk), TEST_DESK_PAUSE="3600") as terminal:
+    with AtTerminal(tmp_path, *command, environment={**environment(desk), "TEST_DESK_PAUSE": "3600"}) as terminal:
         begun = "select exists (select from pg_stat_activity where state = 'idle in transaction' and datname = current_database())"
         await until("the handler to run", lambda: value(desk.dsn, begun))
         for number in (signal.SIGINT, signal.SIGTERM):  # two of one kind may arrive as one
@@ -181,7 +181,7 @@ async def test_filter_that_names_nothing_is_an_error(desk: Desk, tmp_path: Path)
 async def test_tables_at_eighty_columns_cut_no_name(desk: Desk, tmp_path: Path) -> None:
     number = await desk.letter("a", key="k")
     for arguments in (["list", "redrive_desk:app"], ["list", "redrive_desk:app", "--by-group"]):
-        with AtTerminal(tmp_path, "dlq", *arguments, **environment(desk)) as terminal:
+        with AtTerminal(tmp_path, "dlq", *arguments, environment=environment(desk)) as terminal:
             assert terminal.end() == 0, terminal.shown
         for name in (desk.name, "settle", "abcdef0123", "failed", str(number)):
             assert any(name in line.split() for line in terminal.shown.splitlines()), (name, terminal.shown)

@@ -212,7 +212,7 @@ def walk(steps: Sequence[Step]) -> Iterator[Step]:
 
 
 def arguments_of(step: Step) -> list[str]:
-    """The names that a step's own arguments are made of."""
+    """The names that a step's own arguments use."""
     match step:
         case Defer(args=args) | Execute(args=args) | FetchVal(args=args):
             texts = list(args)

@@ -153,7 +153,7 @@ def _unasked(case: Case, seen: Seen) -> Difference | None:
             wanted = ["duplicate"] if message.payload == first else ["id_conflict"]
             wanted += ["duplicate"] if message.payload in others else []  # of that conflict
             word = sighting.cause if sighting.outcome == "dead-lettered" else sighting.outcome
-            # Behind a letter of its key, an id that was used before may also be told so.
+            # Behind a dead letter of its key, an id that was used before may also be reported as a conflict.
             if word not in wanted and not (is_ordered and unit in stopped):
                 text = f"message {number} at handler {handler} is {sighting.outcome}, not {' or '.join(wanted)}"
                 return Difference("outcome", text)

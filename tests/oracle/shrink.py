@@ -140,7 +140,8 @@ def _simpler_messages(case: Case) -> Iterator[Case]:
     yield replace(
         case, messages=tuple(replace(message, key="k", partition=0) for message in case.messages if message.key != "k")
     )
-    for name, value in (("key", "k"), ("key", None), ("partition", 0), ("payload", None)):
+    ways: list[tuple[str, Any]] = [("key", "k"), ("key", None), ("partition", 0), ("payload", None)]
+    for name, value in ways:
         if any(getattr(message, name) != value for message in case.messages):
             yield replace(case, messages=tuple(replace(message, **{name: value}) for message in case.messages))
     ids = tuple(replace(message, id=number + 1) for number, message in enumerate(case.messages))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from typing import Any
 from uuid import UUID
 
 import msgspec
@@ -54,7 +55,7 @@ fields = st.tuples(
 
 
 @given(fields, fields)
-def test_different_inputs_never_share_an_id(one: tuple, other: tuple) -> None:
+def test_different_inputs_never_share_an_id(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
     assert (derived_id(*one) == derived_id(*other)) == (one == other)
 
 
@@ -161,7 +162,7 @@ header_names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), mi
         st.tuples(header_names, st.one_of(st.none(), st.binary(max_size=20), st.text(st.characters(codec="utf-8"))))
     )
 )
-def test_headers_survive_postgresql_byte_for_byte(pairs: list) -> None:
+def test_headers_survive_postgresql_byte_for_byte(pairs: list[Any]) -> None:
     headers = checked_headers(pairs)
     assert headers == tuple((name, value.encode() if isinstance(value, str) else value) for name, value in pairs)
     text = headers_as_json(headers)
@@ -184,7 +185,7 @@ def test_a_record_that_kafka_would_refuse_is_refused() -> None:
 
 
 @given(st.lists(st.tuples(header_names, st.binary(max_size=20)), max_size=3), st.binary(max_size=300))
-def test_the_size_is_at_least_that_of_the_record_batch(pairs: list, value: bytes) -> None:
+def test_the_size_is_at_least_that_of_the_record_batch(pairs: list[Any], value: bytes) -> None:
     from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
     record = OutgoingRecord("t", ID, b"key", value, checked_headers(pairs), TRACE)

@@ -1,4 +1,4 @@
-"""I16: what is secret, and what messages hold, is found again nowhere but where it belongs.
+"""I16: secrets and the contents of messages appear only where they belong.
 
 Real processes, at the level of most words, with everything failing that can quote what it was given. Passwords belong in the
 environment alone; bytes of messages in the dead letters' bytes, and in the answer of `dlq show`; a handler's own words in the dead

@@ -291,7 +291,7 @@ def stages() -> Iterator[list[tuple[str, str]]]:
     yield stage
 
 
-def test_image_runs_as_nobody_in_particular() -> None:
+def test_image_runs_as_any_user() -> None:
     final = list(stages())[-1]
     users = [rest for word, rest in final if word == "USER"]
     assert users and re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", users[-1]), f"USER {users} is not a number, or is root"

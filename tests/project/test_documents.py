@@ -166,7 +166,7 @@ def test_the_settings_are_listed_as_they_are() -> None:
     assert table == documents.settings_table(), "run: python tests/support/documents.py"
 
 
-# Events whose text comes from elsewhere, and what it is.
+# Events whose text is not a constant of the code, and where it comes from.
 _TEXTS_FROM_ELSEWHERE = {
     "notice.text",  # of handler_records/notices.py, as `consumer status` shows it
     "each",  # warnings about the retention, with its numbers

@@ -152,5 +152,5 @@ async def test_sql_parses(block: Block, database: str) -> None:
 
 
 def _as_statements(code: str) -> str:
-    """A query whose result nobody takes is `perform` in PL/pgSQL."""
+    """A query whose result is not used is `perform` in PL/pgSQL."""
     return re.sub(r"(^|;)(\s*)select\b", r"\1\2perform", code)

@@ -62,7 +62,7 @@ async def test_the_readmes_first_handler_works_as_it_stands(
     assert await value(place.dsn, "select balance from accounts where account = 7") == 1000
 
 
-async def test_the_documented_refund_waits_for_its_payment_and_rejects_what_can_never_be(
+async def test_documented_refund_waits_for_its_payment_or_is_rejected(
     exactly_once: ExactlyOnce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pages = [ROOT / "README.md", ROOT / "docs" / "reference" / "handlers.md"]

@@ -24,7 +24,9 @@ CHECKED = {"ident", "table_ident", "literal", "savepoint_name"}
 NUMBERS = {"len", "int", "range", "enumerate"}
 
 # Built from names that were checked where they came from, or from PostgreSQL's own catalog, which quotes what it hands out.
-_BY_TABLE_MODEL = "made of ident() and PostgreSQL's own expressions by rebuild/table_model.py and the modules beside it"
+_BY_TABLE_MODEL = (
+    "built from ident() and PostgreSQL's own expressions by rebuild/table_model.py and the modules beside it"
+)
 REVIEWED: dict[str, dict[str, str]] = {
     "rebuild/absent_rows.py": {"table.name.copy": _BY_TABLE_MODEL},
     "rebuild/shadow_tables.py": {
@@ -211,7 +213,7 @@ def test_what_is_put_into_sql_is_checked(path: Path) -> None:
     reviewed = REVIEWED.get(str(path.relative_to(PACKAGE)), {})
     unreviewed = [(line, expression) for line, expression in unchecked(path) if expression not in reviewed]
     assert not unreviewed, (
-        "quote it with core's ident(), bind it as $1, or write into REVIEWED why nobody outside can choose it"
+        "quote it with core's ident(), bind it as $1, or write into REVIEWED why no caller can choose it"
     )
 
 

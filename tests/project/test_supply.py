@@ -99,7 +99,7 @@ CLEAN = {"dependencies": [{"name": "fine", "version": "1", "vulns": []}]}
         ("", "invalid requirements input: dev.lock", 1, 2, "could not tell: invalid requirements input"),
     ],
 )
-def test_the_audit_tells_a_finding_from_an_absence(
+def test_audit_distinguishes_a_finding_from_an_absence(
     tmp_path: Path, out: str, err: str, code: int, expected: int, says: str
 ) -> None:
     stub = tmp_path / "python"

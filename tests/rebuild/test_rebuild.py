@@ -75,7 +75,7 @@ async def test_a_state_that_the_messages_made_agrees(place: Place) -> None:
 async def test_messages_that_nothing_is_wrong_with_are_settled_together(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was once done one by one, between savepoints, and told the same, eight times as slowly."""
+    """One by one, between savepoints, has the same result and takes eight times as long."""
 
     by_itself: list[Any] = []
     run_between_savepoints = HandlerRunner.run_between_savepoints
@@ -108,7 +108,7 @@ async def test_a_lost_effect_is_missing_and_has_its_message(place: Place) -> Non
     assert difference["messages"] == [message_id("p7")]
 
 
-async def test_a_doubled_effect_is_extra_and_the_balance_tells_by_which_message(place: Place) -> None:
+async def test_doubled_effect_is_extra_and_the_balance_names_its_message(place: Place) -> None:
     topic = await place.topic(2)
     app = payments_app(topic)
     await place.send(topic, *[uuid_payment(f"p{n}", 4, 100 + n) for n in range(30)])
@@ -125,7 +125,7 @@ async def test_a_doubled_effect_is_extra_and_the_balance_tells_by_which_message(
     assert effect["columns"]["amount"] == {"real": "109", "rebuilt": None}
 
 
-async def test_what_no_message_made_has_no_message_and_a_changed_number_has_those_that_made_it(place: Place) -> None:
+async def test_difference_names_the_messages_that_wrote_the_row(place: Place) -> None:
     topic = await place.topic()
     app = payments_app(topic)
     await place.send(topic, uuid_payment("a", 1, 10), uuid_payment("b", 1, 20), uuid_payment("c", 2, 5))
@@ -144,7 +144,7 @@ async def test_what_no_message_made_has_no_message_and_a_changed_number_has_thos
     assert all(difference["messages"] == [] for difference in (await rebuilt(place, app, trace=False)).differences)
 
 
-async def test_rows_of_a_table_with_a_key_are_missing_extra_or_different_and_each_kind_is_told(place: Place) -> None:
+async def test_rows_with_a_key_are_missing_extra_or_different(place: Place) -> None:
     await migrated(place.dsn, SHAPES)
     topic = await place.topic(2)
 
@@ -176,7 +176,7 @@ async def test_rows_of_a_table_with_a_key_are_missing_extra_or_different_and_eac
 NOTHING = ("details", "raw", "tags", "where_")  # columns of items that stay empty
 
 
-async def test_a_lost_delete_has_the_messages_that_made_the_row_and_that_removed_it(place: Place) -> None:
+async def test_lost_delete_names_the_messages_of_insert_and_delete(place: Place) -> None:
     topic = await place.topic()
 
     async def handle(body: dict[str, Any], tx: Tx) -> None:
@@ -219,7 +219,7 @@ async def test_effects_from_before_the_framework_are_compared_without_a_ledger(p
     assert await value(place.dsn, "select count(*) from consumer.ledger") == 0
 
 
-async def test_no_more_than_the_sample_is_told_of_a_table_and_all_is_counted(place: Place) -> None:
+async def test_differences_of_a_table_are_sampled_and_all_counted(place: Place) -> None:
     topic = await place.topic()
     app = payments_app(topic)
     await place.send(topic, *[uuid_payment(f"p{n}", n) for n in range(50)])
@@ -444,7 +444,7 @@ async def test_a_table_that_is_only_read_is_read_where_it_is(place: Place) -> No
     assert "only read, as they are now: public.prices, public.rates" in result.notes
 
 
-async def test_rows_that_nobody_inserts_are_the_real_ones_and_begin_with_the_defaults_of_what_is_updated(
+async def test_rows_without_an_insert_begin_as_real_rows_with_default_values(
     place: Place,
 ) -> None:
     await migrated(
@@ -465,7 +465,7 @@ async def test_rows_that_nobody_inserts_are_the_real_ones_and_begin_with_the_def
     ]
 
 
-async def test_a_merge_and_a_function_tell_that_they_insert_when_they_do(place: Place) -> None:
+async def test_inserts_by_merge_and_functions_are_noticed(place: Place) -> None:
     await migrated(
         place.dsn,
         """create function book(account int, by bigint) returns void language plpgsql as $$
@@ -506,7 +506,7 @@ async def test_partitioned_tables_are_copied_as_one(place: Place) -> None:
     assert difference["key"] == {"id": "15", "day": "2021-01-09"} and difference["messages"] == [message_id("m15")]
 
 
-async def test_constraints_that_are_checked_at_the_end_and_rows_that_go_with_others(place: Place) -> None:
+async def test_deferred_constraints_and_cascades_are_rebuilt(place: Place) -> None:
     await migrated(
         place.dsn,
         """create table ranks (id int primary key, rank int not null,
@@ -635,7 +635,7 @@ async def test_dead_letters_are_left_out_and_the_unreadable_are_counted(place: P
     assert sorted(difference["columns"]["id"]["rebuilt"] for difference in result.differences) == ["3", "4"]
 
 
-async def test_a_handler_that_fails_makes_the_answer_uncertain_and_tells_no_payload(place: Place) -> None:
+async def test_failing_handler_makes_the_verdict_unknown_without_payloads(place: Place) -> None:
     topic = await place.topic()
 
     async def handle(body: dict[str, Any], tx: Tx) -> None:
@@ -657,7 +657,7 @@ async def test_a_handler_that_fails_makes_the_answer_uncertain_and_tells_no_payl
     ]
 
 
-async def test_a_message_that_needs_one_of_another_topic_is_tried_again_in_its_place(place: Place) -> None:
+async def test_message_that_needs_another_topics_message_is_retried_in_order(place: Place) -> None:
     payments, refunds = await place.topic(), await place.topic()
     app = new_app()
 
@@ -694,7 +694,7 @@ async def test_what_has_failed_is_tried_again_for_as_long_as_anything_is_gained(
 
     app = app_with_handler(topic, handle, order="none", retry=Retry(attempts=1000, base=0.01, cap=0.02))
     messages = numbered(8)
-    del messages[6]  # the eighth waits in vain
+    del messages[6]  # the eighth waits and is not applied
     await place.send(topic, *reversed(messages))
     await mark_settled(place, app)
     for n in range(1, 7):
@@ -908,7 +908,7 @@ async def test_what_would_leave_the_copies_is_refused_and_not_run(place: Place, 
     assert await all_rows(place.dsn) == before
 
 
-async def test_copy_into_a_named_schema_foreign_parts_and_views_without_a_copy_are_refused(place: Place) -> None:
+async def test_copies_foreign_parts_and_views_that_cannot_be_copied_are_refused(place: Place) -> None:
     await migrated(
         place.dsn,
         FUNCTIONS
@@ -960,7 +960,7 @@ async def test_a_deferred_write_is_refused_with_the_name_of_its_own_handler(plac
     assert (await rebuilt(place, app, handlers=["settle"])).applied == 2
 
 
-async def test_rows_whose_beginning_nobody_knows_ask_for_a_base(place: Place) -> None:
+async def test_rows_with_an_unknown_beginning_ask_for_a_base(place: Place) -> None:
     await migrated(
         place.dsn,
         "create table facts (id int primary key, n int not null, unique_ int unique default 5); "
@@ -1002,7 +1002,7 @@ async def test_columns_to_leave_out_are_checked_before_anything_runs(place: Plac
             await rebuilt(place, app, **options)
 
 
-async def test_what_was_not_replayed_is_told(place: Place) -> None:
+async def test_what_was_not_replayed_is_reported(place: Place) -> None:
     first, second = await place.topic(2), await place.topic()
     app = new_app()
 
@@ -1096,7 +1096,7 @@ async def test_a_connection_that_is_lost_ends_it_with_one_line(place: Place) -> 
     assert await all_rows(place.dsn) == before
 
 
-async def test_a_role_that_may_not_make_temporary_tables_is_told_so(place: Place) -> None:
+async def test_role_without_the_right_to_temporary_tables_is_an_error(place: Place) -> None:
     topic = await place.topic()
     app = payments_app(topic)
     await place.send(topic, uuid_payment("a"))

@@ -90,7 +90,7 @@ async def test_rows_that_were_never_there_are_no_reason(place: Place) -> None:
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tag = await tx.execute("update people set balance = balance + 1 where id = $1", body["n"])
         if tag == "UPDATE 0" and body["n"] % 2:
-            raise Reject("nobody")
+            raise Reject("no such person")
 
     app = await after(place, handle, numbered(30))
     result = await rebuilt(place, app)
@@ -100,7 +100,7 @@ async def test_rows_that_were_never_there_are_no_reason(place: Place) -> None:
     assert reason["kind"] == "rows_gone" and reason["count"] == 6  # 20, and 22 to 30
 
 
-async def test_updates_of_rows_that_cannot_be_told_are_a_reason_once_rows_are_gone(place: Place) -> None:
+async def test_updates_of_unknown_rows_are_a_doubt_once_rows_are_gone(place: Place) -> None:
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         await tx.execute("update people set balance = balance + 1 where id = any($1)", [body["n"], body["n"] + 1])
 
@@ -115,7 +115,7 @@ async def test_updates_of_rows_that_cannot_be_told_are_a_reason_once_rows_are_go
     )
 
 
-async def test_column_without_a_default_that_handlers_only_update_has_an_unknown_beginning(place: Place) -> None:
+async def test_updated_column_without_a_default_has_an_unknown_beginning(place: Place) -> None:
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tx.defer("update people set note = $2 where id = $1", body["n"], f"note {body['n']}")
 
@@ -177,7 +177,7 @@ async def test_upsert_into_a_table_with_rows_is_no_fault(place: Place, others: b
         ]
 
 
-async def test_one_row_that_only_the_last_message_decides_is_a_fault_whatever_it_began_with(place: Place) -> None:
+async def test_row_decided_by_the_last_message_is_a_fault_despite_its_beginning(place: Place) -> None:
     tables = "create table latest (one int primary key, value int not null)"
 
     async def handle(body: dict[str, Any], tx: Tx) -> None:

@@ -71,7 +71,7 @@ async def test_topics_settled_one_after_the_other_are_rebuilt_in_that_order(plac
 
 
 @pytest.mark.parametrize("last", [0, 1])
-async def test_the_last_writer_of_two_partitions_is_the_one_that_was_applied_last(place: Place, last: int) -> None:
+async def test_last_writer_of_two_partitions_is_the_last_applied(place: Place, last: int) -> None:
     await migrated(place.dsn, TABLES)
     topic = await place.topic(2)
 
@@ -303,7 +303,7 @@ async def test_a_clock_that_stepped_back_makes_the_order_a_reason(place: Place) 
 @pytest.mark.parametrize(
     "doubt", ["a lost delete", "a restored ledger", "a lost row", "a lost older row", "a foreign row", "a function"]
 )
-async def test_rows_from_before_the_handlers_stay_a_reason_where_they_may_be_a_fault(place: Place, doubt: str) -> None:
+async def test_rows_from_before_the_handlers_stay_a_doubt_where_they_may_matter(place: Place, doubt: str) -> None:
     await migrated(place.dsn, f"{TABLES}; insert into latest select g, 100 from generate_series(1, 4) g where g <> 2")
     topic = await place.topic()
     rebuilding: list[bool] = []

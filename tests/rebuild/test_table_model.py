@@ -115,7 +115,7 @@ def test_which_defaults_give_another_value_another_time(expression: str, moves: 
 # -- copies ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_copy_has_sequences_of_its_own_and_notes_uses_of_defaults_that_move() -> None:
+def test_copy_has_its_own_sequences_and_notes_moving_defaults() -> None:
     own = DefaultSequence("public.numbers", "numbers")
     of = table(
         number("id", identity=True, not_null=True),
@@ -146,7 +146,7 @@ def test_names_in_the_one_schema_of_all_copies_do_not_meet() -> None:
         assert f'create temp sequence "{"s" if schema == "a" else "s_1"}"' in copied
 
 
-def test_the_keys_of_a_copy_get_the_names_of_their_originals_even_if_those_are_crossed() -> None:
+def test_keys_of_a_copy_have_their_originals_names_even_if_crossed() -> None:
     of = Table(
         ACCOUNTS, 1, (), (), (Constraint("x", "UNIQUE (a)"), Constraint("y", "UNIQUE (b)"), Constraint("z", "U"))
     )
@@ -183,7 +183,7 @@ def test_what_a_copy_begins_with() -> None:
     assert whole is not None and whole.doubt is not None and "all of its columns" in whole.doubt
 
 
-def test_triggers_tell_what_is_not_known_yet_and_cost_nothing_for_what_is() -> None:
+def test_triggers_report_only_what_is_not_known_yet() -> None:
     of = table(number("id"), number("n"), number("m"), number("twice", generated=True))
     assert learning(0, of, TableUsage(inserted=True)) == []
     sql = "\n".join(learning(3, of, TableUsage(updated={"n"})))
@@ -201,7 +201,7 @@ def test_triggers_tell_what_is_not_known_yet_and_cost_nothing_for_what_is() -> N
 # -- statements -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_tells_its_relations_and_what_is_done_to_them() -> None:
+def test_plan_names_its_relations_and_what_is_done_to_them() -> None:
     scan = {"Node Type": "Seq Scan", "Relation Name": "accounts", "Schema": "pg_temp"}
     plan = [
         {
@@ -335,9 +335,7 @@ def test_rows_are_matched_by_the_first_key_of_which_nothing_is_left_out() -> Non
         (Column("c", type_name="citext", category="S", built_in=False), False),
     ],
 )
-def test_values_are_compared_by_their_type_where_that_can_and_else_by_their_text(
-    column: Column, comparable: bool
-) -> None:
+def test_values_are_compared_by_type_and_otherwise_by_text(column: Column, comparable: bool) -> None:
     assert column.comparable is comparable
     comparison = TableComparison(table(number("id"), column), ("id",), (column,))
     assert ("::text is distinct from" in comparison.counts()) is not comparable

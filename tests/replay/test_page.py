@@ -184,7 +184,7 @@ def changed(tree: Any, change: Callable[[tuple[Any, ...], Any], Any], path: tupl
     return change(path, tree)
 
 
-# Names that come from elsewhere: of handlers, tables, columns and filters, and of outcomes that we do not know.
+# Names that the page does not choose: of handlers, tables, columns and filters, and of outcomes that we do not know.
 FREE = [
     ("handlers", "settle"),
     ("handlers",),
@@ -292,7 +292,7 @@ def test_every_number_is_there() -> None:
     assert len(numbers) > 300
 
 
-def test_values_are_told_from_their_absence() -> None:
+def test_values_differ_from_their_absence() -> None:
     parsed = Parsed(render(full()))
     assert "null" in parsed.texts and "empty text" in parsed.texts and "no usable time" in parsed.texts
     assert "None" not in parsed.text
@@ -453,7 +453,7 @@ def test_the_chart_is_as_high_as_what_it_shows() -> None:
         {"buckets": [], "untimed": {"applied": 4}},
     ],
 )
-def test_times_that_cannot_be_drawn_are_told(change: dict[str, Any]) -> None:
+def test_times_that_cannot_be_drawn_are_named(change: dict[str, Any]) -> None:
     parsed = Parsed(render({**full(), "times": {**full()["times"], **change}}))
     assert "By time" in parsed.headings and parsed.named("figure") == []
     assert any(
@@ -486,7 +486,7 @@ def test_a_text_without_end_is_cut() -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.04, 59.9, 60, 3725.2, 1e9, float("inf"), float("nan"), "long"])
-def test_any_duration_can_be_told(seconds: Any) -> None:
+def test_any_duration_has_a_text(seconds: Any) -> None:
     expected = {0.04: "0.0 s", 59.9: "59.9 s", 60: "1 min 0 s", 3725.2: "1 h 2 min", 1e9: "277,777 h 46 min"}
     parsed = Parsed(render({**MINIMAL, "seconds": seconds}))
     assert expected.get(seconds, str(seconds)) in parsed.texts
@@ -515,7 +515,7 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_colours_can_be_told_from_their_ground(scheme: str) -> None:
+def test_colours_contrast_with_their_ground(scheme: str) -> None:
     colours = palettes()[scheme]
     for ground in ("back", "ok-back", "no-back", "unknown-back"):
         assert contrast(colours["text"], colours[ground]) > 7
@@ -582,7 +582,7 @@ def chromium(tmp_path: Path) -> Chromium:
 
 _MEASURE = """
 addEventListener('load', () => {
-  const told = [...document.querySelectorAll('iframe')].map(frame => {
+  const frames = [...document.querySelectorAll('iframe')].map(frame => {
     const window = frame.contentWindow, document = window.document, root = document.documentElement;
     const inside = [...document.querySelectorAll('body *')].filter(each => !each.closest('.scroll *, svg *'));
     const boxes = [...document.querySelectorAll('.scroll')];
@@ -596,7 +596,7 @@ addEventListener('load', () => {
       reached: boxes.every(each => { each.focus(); return document.activeElement === each || !each.checkVisibility(); }),
     };
   });
-  document.title = JSON.stringify(told);
+  document.title = JSON.stringify(frames);
 });
 """
 

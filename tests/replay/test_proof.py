@@ -100,7 +100,7 @@ async def test_truncate_and_other_ddl_show_in_the_catalogs(connection: Any) -> N
     assert effects["pg_catalog.pg_class"].inserted == 1 and "pg_catalog.pg_attribute" in effects
 
 
-async def test_temporary_tables_count_under_a_name_that_is_the_same_in_every_session(connection: Any) -> None:
+async def test_temporary_tables_have_one_name_in_every_session(connection: Any) -> None:
     effects = await written(connection, "create temp table scratch (id int)", "insert into scratch values (1)")
     assert effects["pg_temp.scratch"] == Rows(1, 0, 0)
     assert "pg_catalog.pg_class" in effects

@@ -28,6 +28,7 @@ from consumer.admin.positions import move_position
 from consumer.core.message import Partition
 from consumer.demo import plan
 from consumer.demo.application import settle
+from consumer.kafka import log_reader
 from consumer.local_servers import Valkey
 from consumer.postgres.session import Session
 from consumer.precheck.client import Precheck
@@ -158,15 +159,15 @@ async def test_a_handler_that_is_called_in_spite_of_its_claim_is_caught(
 
     async def claim(self: Session, deliveries: Any, topics: Mapping[str, int]) -> Any:
         await original(self, deliveries, topics)
-        return {}  # what a lost claim would have told
+        return {}  # as if no claim had been lost
 
     monkeypatch.setattr(Session, "claim", claim)
     # Several transactions of one session: each counts only its own rows.
     limits = {"chunk_deliveries": 5} if what == "rows" else {}
     broken = True
     before = await all_rows(place.dsn)
-    unasked = await run_replay(place, app, topic, limits=limits)  # calls no handler, and the claims tell
-    assert {problem["kind"]: problem["count"] for problem in unasked.problems()} == {"claims": 20}
+    unclaimed = await run_replay(place, app, topic, limits=limits)  # calls no handler, and the claims tell
+    assert {problem["kind"]: problem["count"] for problem in unclaimed.problems()} == {"claims": 20}
     findings = await run_replay(place, app, topic, call_handlers=True, limits=limits)
     kinds = {problem["kind"]: problem["count"] for problem in findings.problems()}
     expected = {
@@ -216,7 +217,7 @@ async def test_every_outcome_is_counted_once_and_under_its_own_name(place: Place
     }
     assert outcome_counts(findings, "look") == {"delivered": 6, "skipped": 6}
     assert findings.ok and findings.unsettled == 0
-    # What nobody has consumed yet, in the same chunk as what was.
+    # What is not consumed yet, in the same chunk as what is.
     await place.send(
         topic,
         payment("b"),
@@ -227,10 +228,10 @@ async def test_every_outcome_is_counted_once_and_under_its_own_name(place: Place
         payment("other again", id="a"),
     )
     before = await all_rows(place.dsn)
-    unasked = await run_replay(place, app, topic)
+    unclaimed = await run_replay(place, app, topic)
     findings = await run_replay(place, app, topic, call_handlers=True)
-    assert outcome_counts(unasked) == outcome_counts(findings)
-    assert {sample["detail"] for sample in unasked.samples if sample["kind"] == "missing"} == {
+    assert outcome_counts(unclaimed) == outcome_counts(findings)
+    assert {sample["detail"] for sample in unclaimed.samples if sample["kind"] == "missing"} == {
         "not applied; workers have not come to it yet"
     }
     assert outcome_counts(findings) == {
@@ -257,7 +258,7 @@ async def test_every_outcome_is_counted_once_and_under_its_own_name(place: Place
     assert (await run_replay(place, app, topic)).ok
 
 
-async def test_a_conflict_of_which_the_dead_letter_is_gone_is_told(place: Place) -> None:
+async def test_conflict_whose_dead_letter_is_gone_is_reported(place: Place) -> None:
     topic = await place.topic()
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a"), payment("b", id="a"))
@@ -288,7 +289,7 @@ async def test_an_applied_payload_behind_a_conflicting_one_is_no_conflict(place:
     assert outcome_counts(findings) == {"delivered": 3, "applied": 2, "conflicts": 1}
 
 
-async def test_what_was_before_the_ledger_cannot_be_told(place: Place, kafka: Any) -> None:
+async def test_message_from_before_the_ledger_is_unknown(place: Place, kafka: Any) -> None:
     """A group that a hand-written loop has brought to offset 10, and that the framework goes on with."""
     topic = await place.topic()
     app = payments_app(topic, retry=QUICK)
@@ -446,7 +447,7 @@ async def test_a_filter_that_lets_nothing_through_is_no_proof(settled: tuple[Pla
         await run_replay(place, app, topic, message_id="")
 
 
-async def test_a_tombstone_with_a_used_id_is_a_conflict_until_it_is_a_dead_letter(place: Place) -> None:
+async def test_tombstone_with_a_used_id_is_a_conflict_until_dead_lettered(place: Place) -> None:
     topic = await place.topic()
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, payment("a"))
@@ -472,7 +473,7 @@ async def test_an_id_with_two_payloads_is_settled_by_one_apply(place: Place, chu
     assert len(await place.effects()) == 1 and len(await letters(place.dsn)) == 2
 
 
-async def test_a_dead_letter_that_is_gone_is_told(settled: tuple[Place, App, str]) -> None:
+async def test_missing_dead_letter_is_reported(settled: tuple[Place, App, str]) -> None:
     place, app, topic = settled
     await query(place.dsn, "delete from consumer.dead_letters returning 1")
     findings = await run_replay(place, app, topic)
@@ -480,7 +481,7 @@ async def test_a_dead_letter_that_is_gone_is_told(settled: tuple[Place, App, str
     assert findings.samples[-1]["detail"] == "its dead letter is gone"
 
 
-async def test_an_unreadable_message_from_before_the_ledger_cannot_be_told(place: Place) -> None:
+async def test_unreadable_message_from_before_the_ledger_is_unknown(place: Place) -> None:
     topic = await place.topic()
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, Sent(None, id="old", key="k"), payment("new"))
@@ -570,7 +571,7 @@ async def test_what_fails_is_retried_in_order_and_then_a_dead_letter(place: Plac
     assert (await run_replay(place, app, topic, limits={"chunk_deliveries": chunk})).ok
 
 
-async def test_apply_beside_running_workers_stays_exactly_once_and_leaves_the_group_alone(place: Place) -> None:
+async def test_apply_beside_running_workers_applies_once_and_leaves_the_group(place: Place) -> None:
     topic = await place.topic(4)
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n % 50) for n in range(3000)])
@@ -723,7 +724,7 @@ async def test_records_that_are_dropped_while_they_are_read_end_it(
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}") for n in range(50)])
     await consume_all(app, place.settings())
-    original = engine.resolve
+    original = log_reader.resolve
 
     async def resolve(*args: Any) -> Any:
         spans = await original(*args)
@@ -783,7 +784,7 @@ async def test_what_was_interrupted_goes_on_where_it_was(place: Place, mode: str
 
 
 @pytest.mark.parametrize("partitions", [3, 2, 5])
-async def test_a_copied_topic_is_applied_by_nobody_twice(place: Place, partitions: int) -> None:
+async def test_copied_topic_is_not_applied_twice(place: Place, partitions: int) -> None:
     topic, copy = await place.topic(3), await place.topic(partitions)
     app = App(f"app-{uuid.uuid4().hex[:8]}")
 
@@ -839,7 +840,7 @@ async def test_verify_is_the_same_as_a_call(settled: tuple[Place, App, str], tmp
     assert (await verify(app, topic, settings=place.settings(), apply=True)).ok
     with pytest.raises(Misconfigured, match="choose one"):
         await verify(app, topic, settings=place.settings(), apply=True, rebuild=True)
-    for heedless in (
+    calls: list[dict[str, Any]] = [
         {"rebuild": True, "start": 3},
         {"rebuild": True, "key": "a"},
         {"rebuild": True, "partitions": [0]},
@@ -848,9 +849,10 @@ async def test_verify_is_the_same_as_a_call(settled: tuple[Place, App, str], tmp
         {"key": 5},
         {"message_id": b"x"},
         {"partitions": [-1]},
-    ):
+    ]
+    for wrong in calls:
         with pytest.raises(Misconfigured):
-            await verify(app, topic, settings=place.settings(), **heedless)  # type: ignore[arg-type]
+            await verify(app, topic, settings=place.settings(), **wrong)
 
 
 @pytest.mark.parametrize("batch", [None, 7])
@@ -982,7 +984,7 @@ async def test_a_ledger_row_without_its_effect_is_seen_by_the_rebuild_alone(paid
 
 
 async def test_a_log_that_ends_below_the_position_is_doubted(settled: tuple[Place, App, str]) -> None:
-    """As when a topic was deleted and made anew: nothing in it is missing, and it is not what was consumed."""
+    """As in a recreated topic: nothing in it is missing, and it is not the log that was consumed."""
     place, app, topic = settled
     await query(place.dsn, "update consumer.positions set next_offset = 1000 where partition = 1")
     findings = await run_replay(place, app, topic)

@@ -40,7 +40,7 @@ async def test_an_end_in_time_includes_older_records_behind_a_clock_ahead(place:
 
 async def test_rows_of_messages_produced_meanwhile_are_not_beyond_the_log() -> None:
     class Rows:
-        async def fetch(self, sql: str, *args: Any) -> list[Any]:
+        async def fetch(self, query: str, /, *args: Any) -> list[Any]:
             return [(1, 1, 0, UUID(int=1), 7), (1, 1, 0, UUID(int=2), 12), (1, 1, 5, UUID(int=3), 0)]
 
     reads = iter([{Partition("t", 0): 5}, {Partition("t", 0): 10, Partition("t", 5): 1}])
@@ -48,7 +48,8 @@ async def test_rows_of_messages_produced_meanwhile_are_not_beyond_the_log() -> N
     async def read_ends() -> dict[Partition, int]:
         return next(reads)
 
-    rows = await ledger_diff._rows_nowhere(Rows(), {}, {"t": 1}, read_ends)
+    connection: Any = Rows()
+    rows = await ledger_diff._rows_nowhere(connection, {}, {"t": 1}, read_ends)
     assert [row[4] for row in rows] == [12]
 
 

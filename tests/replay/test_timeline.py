@@ -1,5 +1,5 @@
 """Whatever timestamps come, in whatever order and batches: no count is lost, the buckets stay few, and the same counts give
-the same answer. What was told can be taken up again; what was not told so is refused.
+the same answer. A saved state can be resumed; another one is refused.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def test_the_order_and_the_batches_do_not_matter(batches: Batches, chance: rando
 
 
 @given(BATCHES, BATCHES)
-def test_it_goes_on_from_what_it_told(before: Batches, after: Batches) -> None:
+def test_timeline_resumes_from_its_saved_state(before: Batches, after: Batches) -> None:
     report = json.loads(json.dumps(timeline(before).as_dict()))
     restored = Timeline.from_dict(report)
     assert restored.as_dict() == report
@@ -157,7 +157,7 @@ GOOD = {"width_seconds": 60, "buckets": [{"at": "2026-09-21T14:13:00Z", "applied
         {"untimed": [1]},
     ],
 )
-def test_what_it_never_told_is_refused(change: dict[str, Any]) -> None:
+def test_state_that_is_not_a_timelines_is_refused(change: dict[str, Any]) -> None:
     assert Timeline.from_dict(GOOD).as_dict() == GOOD
     with pytest.raises(ValueError):
         Timeline.from_dict({**GOOD, **change})

@@ -1,4 +1,6 @@
-"""An owner of a lock in a process of its own, to be stopped: says what it holds, writes when told to, says how it ended.
+"""A process that owns a lock, for tests that stop it.
+
+It prints what it holds, writes when it reads a line, and prints how it ended.
 
 On uvloop, as workers are.
 

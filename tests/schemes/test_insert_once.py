@@ -67,7 +67,7 @@ async def test_one_that_is_rolled_back_was_never_there(connect: Connect) -> None
 # -- limits ---------------------------------------------------------------------------------------------------------------
 
 
-async def test_limit_a_row_that_differs_under_the_same_key_is_silently_not_stored(
+async def test_limit_different_row_under_the_same_key_is_silently_dropped(
     connection: asyncpg.Connection,
 ) -> None:
     assert await insert_once(connection, "invoices", {"number": "A7", "year": 2031, "amount": 5}, KEY)
@@ -75,13 +75,13 @@ async def test_limit_a_row_that_differs_under_the_same_key_is_silently_not_store
     assert await connection.fetchval("select amount from invoices") == 5
 
 
-async def test_limit_an_effect_of_several_statements_is_not_done_once_unless_it_depends_on_the_answer(
+async def test_limit_statements_that_ignore_the_answer_are_doubled(
     connection: asyncpg.Connection,
 ) -> None:
     row = {"number": "A7", "year": 2031, "amount": 5}
     for _ in range(2):
         await insert_once(connection, "invoices", row, KEY)
-        await connection.execute("update accounts set balance = balance + 5")  # asked nobody: doubled
+        await connection.execute("update accounts set balance = balance + 5")  # without asking: doubled
     assert await connection.fetchval("select balance from accounts") == 10
     await connection.execute("truncate invoices; update accounts set balance = 0")
     for _ in range(2):
@@ -126,7 +126,7 @@ async def test_a_call_that_cannot_be_meant_is_refused_before_it_is_sent(
         ("shopp.lines", {"line": 1}, "line", "no such (table|schema)"),
     ],
 )
-async def test_a_table_that_does_not_fit_is_told_by_name(
+async def test_table_that_does_not_fit_is_an_error_that_names_it(
     connection: asyncpg.Connection, table: str, row: dict[str, Any], conflict: Any, says: str
 ) -> None:
     with pytest.raises(Misfit, match=says) as raised:

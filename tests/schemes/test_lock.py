@@ -1,4 +1,4 @@
-"""A lock that can be lost says so, and PostgreSQL refuses whoever writes late: with real processes, Valkey and PostgreSQL."""
+"""A lost lock is reported, and PostgreSQL refuses late writers: real processes, Valkey and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ async def test_an_owner_that_dies_holds_it_no_longer_than_its_ttl(redis: Redis, 
     dead = Lock(redis, name, SHORT)
     await dead.__aenter__()
     assert dead._watchdog is not None
-    dead._watchdog.cancel()  # nobody renews any more
+    dead._watchdog.cancel()  # it is not renewed any more
     async with Lock(redis, name, LONG, wait_seconds=20) as lock:
         assert lock.number > 0
 
@@ -133,9 +133,7 @@ async def test_another_owners_lock_is_not_given_back(redis: Redis, name: str) ->
     assert await redis.get(key_of(name)) in (b"another", "another")
 
 
-async def test_an_answer_that_was_lost_and_asked_for_again_by_the_library_is_not_another_owner(
-    valkey: Valkey, name: str
-) -> None:
+async def test_lost_answer_that_the_library_retries_is_no_second_owner(valkey: Valkey, name: str) -> None:
     cut = False
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -171,7 +169,7 @@ async def test_an_answer_that_was_lost_and_asked_for_again_by_the_library_is_not
 
 
 @pytest.mark.parametrize("harm", ["flushed", "restarted", "frozen", "stopped", "taken"])
-async def test_the_work_is_cancelled_and_told_when_redis_loses_the_lock(
+async def test_work_is_cancelled_with_lock_lost_when_redis_loses_the_lock(
     own_valkey: Valkey, name: str, harm: str
 ) -> None:
     async with Redis.from_url(own_valkey.url) as client:
@@ -219,7 +217,7 @@ async def test_a_short_outage_of_redis_is_survived(own_redis: Redis, name: str) 
         assert not lock.lost.is_set()
 
 
-async def test_work_that_does_not_wait_is_told_at_its_end(redis: Redis, name: str) -> None:
+async def test_work_that_does_not_wait_ends_with_lock_lost(redis: Redis, name: str) -> None:
     lock = Lock(redis, name, SHORT)
     with pytest.raises(LockLost):
         async with lock:
@@ -228,7 +226,7 @@ async def test_work_that_does_not_wait_is_told_at_its_end(redis: Redis, name: st
 
 
 @pytest.mark.parametrize("harm", ["flushed", "stopped"])
-async def test_work_that_swallows_the_cancellation_is_told_at_its_end(
+async def test_work_that_swallows_the_cancellation_ends_with_lock_lost(
     own_valkey: Valkey, own_redis: Redis, name: str, harm: str
 ) -> None:
     with pytest.raises(LockLost):
@@ -324,12 +322,12 @@ async def test_one_that_stops_waiting_for_it_leaves_nothing_behind(redis: Redis,
     assert await redis.exists(key_of(name)) == 0
 
 
-async def test_redis_away_is_told_on_entering(own_valkey: Valkey, name: str) -> None:
+async def test_redis_away_is_an_error_on_entering(own_valkey: Valkey, name: str) -> None:
     async with Redis.from_url(own_valkey.url) as client:
         own_valkey.kill()
         with pytest.raises(RedisAway):
             async with Lock(client, name, SHORT):
-                pytest.fail("nobody knows whether it is held")
+                pytest.fail("the block must not run while it is unknown whether the lock is held")
 
 
 async def test_a_lock_is_entered_once_at_a_time(redis: Redis, name: str) -> None:
@@ -389,9 +387,7 @@ async def test_what_was_rolled_back_did_not_move_the_fence(connection: asyncpg.C
 
 
 @pytest.mark.parametrize("ends", ["commit", "rollback"])
-async def test_an_earlier_owner_waits_for_a_later_ones_transaction_and_is_then_told(
-    connect: Connect, ends: str
-) -> None:
+async def test_earlier_owner_waits_for_the_later_transaction_and_is_refused(connect: Connect, ends: str) -> None:
     late, early, watcher = await connect(), await connect(), await connect()
     await watcher.execute(TABLES)
     assert await passes(watcher, 1)
@@ -408,7 +404,7 @@ async def test_an_earlier_owner_waits_for_a_later_ones_transaction_and_is_then_t
     assert await waiting is (ends == "rollback")
 
 
-async def test_limit_an_owner_that_has_not_come_to_the_fence_yet_has_not_closed_it(connect: Connect) -> None:
+async def test_limit_fence_is_open_until_the_new_owner_reaches_it(connect: Connect) -> None:
     later, earlier = await connect(), await connect()
     await later.execute(TABLES)
     async with later.transaction():
@@ -457,7 +453,7 @@ async def test_a_number_that_is_none_is_refused(connection: asyncpg.Connection, 
         await check_fence(connection, "fences", "x", number)
 
 
-async def test_a_fence_table_that_does_not_fit_is_told(connection: asyncpg.Connection) -> None:
+async def test_fence_table_that_does_not_fit_is_an_error(connection: asyncpg.Connection) -> None:
     await connection.execute("create table nokey (name text, number bigint)")
     for table, says in (("nowhere", "no such table"), ("nokey", "no unique index")):
         with pytest.raises(Misfit, match=says):
@@ -510,6 +506,6 @@ async def test_a_paused_owner_writes_late_and_only_the_fence_stops_it(
     if fenced == "fenced":
         assert heard == {b"refused", b"lost True"}
         assert writers == ["second owner"]
-    else:  # the limit: `lost` is told too late for what was on its way
+    else:  # the limit: `lost` comes too late for what was on its way
         assert heard == {b"written", b"lost True"}
         assert writers == ["second owner", "paused owner"]

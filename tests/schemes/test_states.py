@@ -105,7 +105,7 @@ async def test_one_statement_when_it_moves(connection: asyncpg.Connection) -> No
     assert len(database.statements) == 3
 
 
-async def test_a_state_that_the_moves_do_not_name_is_told(connection: asyncpg.Connection) -> None:
+async def test_state_that_the_moves_do_not_name_is_an_error(connection: asyncpg.Connection) -> None:
     await connection.execute("alter table orders drop constraint orders_status_check")
     await connection.execute(
         "update orders set status = 'lost' where id = 1; update orders set status = null where id = 2"
@@ -127,7 +127,7 @@ async def test_a_call_that_cannot_be_meant_is_refused(connection: asyncpg.Connec
         await StateMachine("orders", "state", MOVES).move(connection, 1, "paid")
 
 
-async def test_a_key_that_names_several_rows_is_told(connection: asyncpg.Connection) -> None:
+async def test_key_of_several_rows_is_an_error(connection: asyncpg.Connection) -> None:
     await connection.execute(
         "create table lines (id int, status text); insert into lines values (1, 'new'), (1, 'new')"
     )
@@ -157,13 +157,13 @@ async def test_an_enum_and_a_domain_are_columns_too(connection: asyncpg.Connecti
 # -- limits ---------------------------------------------------------------------------------------------------------------
 
 
-async def test_limit_what_else_belongs_to_a_move_is_doubled_unless_it_depends_on_the_answer(
+async def test_limit_statements_beside_a_move_that_ignore_the_answer_are_doubled(
     connection: asyncpg.Connection,
 ) -> None:
     await connection.execute("create table account (balance int); insert into account values (0)")
     for _ in range(2):
         await ORDERS.move(connection, 1, "paid")
-        await connection.execute("update account set balance = balance + 5")  # asked nobody
+        await connection.execute("update account set balance = balance + 5")  # without asking
         if await ORDERS.move(connection, 2, "paid"):
             await connection.execute("update account set balance = balance + 100")
     assert await connection.fetchval("select balance from account") == 2 * 5 + 100
@@ -173,9 +173,7 @@ async def test_limit_a_second_round_through_a_cycle_looks_like_a_repetition(conn
     machine = StateMachine("tries", "state", {"waiting": ["failed"], "failed": ["waiting"]})
     await connection.execute("create table tries (id int, state text); insert into tries values (1, 'waiting')")
     assert await machine.move(connection, 1, "failed") is Moved.NOW
-    assert (
-        await machine.move(connection, 1, "failed") is Moved.REPEATED
-    )  # of the second try, or of the first? Nobody knows
+    assert await machine.move(connection, 1, "failed") is Moved.REPEATED  # of the second try, or of the first? Unknown
     assert await machine.move(connection, 1, "waiting") is Moved.NOW
     assert (
         await machine.move(connection, 1, "failed") is Moved.NOW
@@ -189,7 +187,7 @@ async def test_a_table_that_fits_has_no_differences(connection: asyncpg.Connecti
     assert await ORDERS.check(connection) == []
 
 
-async def test_differences_are_told_both_ways(connection: asyncpg.Connection) -> None:
+async def test_differences_are_reported_both_ways(connection: asyncpg.Connection) -> None:
     wider = StateMachine("orders", "status", {**MOVES, "shipped": ["returned"], "returned": ()})
     assert await wider.check(connection) == [
         "'returned' is a state of the moves, and constraint orders_status_check refuses it"
@@ -220,7 +218,7 @@ async def test_a_constraint_of_any_form_is_understood(connection: asyncpg.Connec
     assert "'gone' is a state of the moves, and constraint states refuses it" in await other.check(connection)
 
 
-async def test_a_table_that_restricts_nothing_is_told(connection: asyncpg.Connection) -> None:
+async def test_table_that_restricts_nothing_is_reported(connection: asyncpg.Connection) -> None:
     await connection.execute("alter table orders drop constraint orders_status_check")
     assert await ORDERS.check(connection) == [
         "neither an enum type nor a CHECK constraint keeps other states out of the column"
@@ -260,7 +258,7 @@ async def test_a_quote_in_a_state_and_a_constraint_that_is_not_enforced(connecti
     ]
 
 
-async def test_a_missing_table_or_column_is_told(connection: asyncpg.Connection) -> None:
+async def test_missing_table_or_column_is_reported(connection: asyncpg.Connection) -> None:
     for machine in (StateMachine("nowhere", "status", MOVES), StateMachine("orders", "nothing", MOVES)):
         with pytest.raises(Misfit, match="no such table or column"):
             await machine.check(connection)

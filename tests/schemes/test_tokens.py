@@ -83,7 +83,7 @@ async def test_a_foreign_token_is_not_used_up_by_the_attempt(tokens: Tokens) -> 
     assert await tokens.redeem(token, BOB) == Foreign()
 
 
-async def test_the_same_token_for_something_else_is_told(tokens: Tokens) -> None:
+async def test_same_token_for_something_else_is_an_error(tokens: Tokens) -> None:
     token = await tokens.issue(ALICE, 60)
     assert isinstance(await tokens.redeem(token, ALICE, b"10 EUR"), Fresh)
     assert await tokens.redeem(token, ALICE, b"99 EUR") == OtherPayload()
@@ -145,7 +145,7 @@ async def test_redis_keeps_hashes_only_and_the_log_nothing(
     assert hashlib.blake2b(ALICE.encode(), digest_size=32).hexdigest() not in everything
 
 
-def test_the_message_id_is_a_uuid_that_depends_on_the_token_alone_and_does_not_tell_it() -> None:
+def test_message_id_is_a_uuid_of_the_token_that_does_not_reveal_it() -> None:
     one, other = "a" * 43, "b" * 43
     assert (
         message_id_of(one) == message_id_of(one) == "698d9331-09e4-8c5b-825a-5616bca918e7"
@@ -177,10 +177,8 @@ async def test_a_result_that_is_too_long_is_refused(tokens: Tokens) -> None:
     assert await tokens.store_result(token, ALICE, "é" * (RESULT_BYTES_MAX // 2))
 
 
-async def test_an_answer_that_was_lost_and_asked_for_again_by_the_library_is_still_fresh(
-    valkey: Valkey, prefix: str
-) -> None:
-    """The reply to the first use is cut off behind our back: the library connects anew and sends the command again."""
+async def test_lost_answer_that_the_library_retries_is_still_fresh(valkey: Valkey, prefix: str) -> None:
+    """The reply to the first use is cut off: the library reconnects and sends the command again."""
 
     cut = False
 
@@ -223,9 +221,7 @@ async def test_limit_a_flush_makes_every_token_unknown(own_redis: Redis, prefix:
     assert await tokens.redeem(token, ALICE) == Unknown()
 
 
-async def test_limit_a_failover_may_give_a_used_token_back_but_its_message_id_is_the_same(
-    own_redis: Redis, prefix: str
-) -> None:
+async def test_limit_token_restored_by_a_failover_keeps_its_message_id(own_redis: Redis, prefix: str) -> None:
     tokens = Tokens(own_redis, prefix=prefix)
     token = await tokens.issue(ALICE, 60)
     [key] = [key_name async for key_name in own_redis.scan_iter(match=f"{prefix}*")]
@@ -239,7 +235,7 @@ async def test_limit_a_failover_may_give_a_used_token_back_but_its_message_id_is
 
 
 @pytest.mark.parametrize("harm", ["stopped", "frozen", "full", "read-only"])
-async def test_a_redis_that_cannot_is_told_as_such_in_time(own_valkey: Valkey, prefix: str, harm: str) -> None:
+async def test_broken_redis_is_reported_in_time(own_valkey: Valkey, prefix: str, harm: str) -> None:
     import os
     import signal
 

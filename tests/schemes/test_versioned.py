@@ -1,4 +1,4 @@
-"""No lost update, whoever comes when; and what a hot row costs: on a real PostgreSQL."""
+"""No update is lost in any order, and what a hot row costs: on a real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def test_the_version_that_was_read_goes_through_once(connection: asyncpg.C
     assert await update_versioned(connection, "accounts", key, expected=1, set={"balance": 80}) == 2
 
 
-async def test_no_row_is_told_from_another_version(connection: asyncpg.Connection) -> None:
+async def test_missing_row_is_not_another_version(connection: asyncpg.Connection) -> None:
     with pytest.raises(NotFound):
         await update_versioned(connection, "accounts", {"bank": "b", "id": 9}, expected=0, set={"balance": 1})
     with pytest.raises(Stale):  # a version from the future, which a message that came early may carry
@@ -106,7 +106,7 @@ async def test_a_call_that_cannot_be_meant_is_refused(
         await update_versioned(connection, "accounts", key, expected=0, set=values)
 
 
-async def test_a_table_that_does_not_fit_is_told_by_name(connection: asyncpg.Connection) -> None:
+async def test_table_that_does_not_fit_is_an_error_that_names_it(connection: asyncpg.Connection) -> None:
     for wrong in ({"table": "acounts"}, {"key": {"no": 1}}, {"set": {"ballance": 1}}, {"version": "revision"}):
         call: dict[str, Any] = {"table": "accounts", "key": {"id": 1}, "set": {"balance": 1}} | wrong
         with pytest.raises(Misfit, match="there is no such"):
@@ -115,7 +115,7 @@ async def test_a_table_that_does_not_fit_is_told_by_name(connection: asyncpg.Con
         await update_versioned(connection, "accounts", {"id": 3}, expected=0, set={"balance": 1})
 
 
-async def test_a_key_that_names_several_rows_is_told_and_rolled_back_by_whoever_owns_the_transaction(
+async def test_key_of_several_rows_is_an_error_and_rolled_back_by_the_caller(
     connection: asyncpg.Connection,
 ) -> None:
     await connection.execute("update accounts set version = 0")
@@ -163,7 +163,7 @@ async def test_on_a_hot_row_no_update_is_lost_and_everybody_gets_through(connect
     assert max(lost) <= (TASKS - 1) * EACH
 
 
-async def test_limit_a_fresh_read_is_the_callers_and_without_it_the_same_update_is_stale_for_ever(
+async def test_limit_update_without_a_fresh_read_stays_stale(
     connection: asyncpg.Connection,
 ) -> None:
     await update_versioned(connection, "accounts", {"id": 1}, expected=0, set={"balance": 1})
@@ -179,7 +179,7 @@ async def test_limit_a_writer_that_leaves_the_version_alone_is_overwritten(conne
     assert await account(connection) == (101, 1)
 
 
-async def test_with_a_row_lock_no_update_is_lost_and_nobody_tries_twice(connect: Connect) -> None:
+async def test_row_lock_loses_no_update_and_needs_no_second_try(connect: Connect) -> None:
     attempts = 0
 
     async def work() -> None:

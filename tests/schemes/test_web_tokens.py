@@ -132,7 +132,7 @@ async def test_a_first_use_that_died_is_done_again_under_the_same_message_id(tok
     assert (await shop.tap(token)).headers["idempotent-replayed"] == "true"
 
 
-async def test_bad_tokens_are_told_as_their_ecosystem_expects_and_nothing_is_published(
+async def test_bad_tokens_are_standard_errors_and_nothing_is_published(
     shop: Shop, tokens: Tokens, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -151,13 +151,13 @@ async def test_bad_tokens_are_told_as_their_ecosystem_expects_and_nothing_is_pub
     assert token not in caplog.text
 
 
-async def test_an_expired_token_is_told(shop: Shop, tokens: Tokens) -> None:
+async def test_expired_token_is_an_error(shop: Shop, tokens: Tokens) -> None:
     token = await tokens.issue("alice", 0.001)
     await asyncio.sleep(0.01)
     is_problem(await shop.tap(token), 422, "token_unknown")
 
 
-async def test_another_amount_under_the_same_token_is_told(shop: Shop, tokens: Tokens) -> None:
+async def test_another_amount_under_the_same_token_is_an_error(shop: Shop, tokens: Tokens) -> None:
     token = await tokens.issue("alice", 60)
     assert (await shop.tap(token, amount="10")).status == 202
     is_problem(await shop.tap(token, amount="99"), 422, "token_used_for_another")
@@ -211,9 +211,7 @@ async def test_redis_away_is_503_and_never_500(own_valkey: Valkey, prefix: str, 
         assert shop.published == []
 
 
-async def test_redis_that_goes_away_before_the_answer_is_kept_costs_the_replay_only(
-    own_valkey: Valkey, prefix: str
-) -> None:
+async def test_redis_lost_before_the_answer_is_stored_costs_only_the_replay(own_valkey: Valkey, prefix: str) -> None:
     async with Redis.from_url(own_valkey.url) as client:
         shop = Shop(Tokens(client, prefix=prefix, budget_seconds=0.3))
         token = await shop.tokens.issue("alice", 60)
@@ -275,7 +273,7 @@ def test_neither_kind_of_answer_shows_its_body_in_a_log() -> None:
 # -- FastAPI --------------------------------------------------------------------------------------------------------------
 
 
-async def test_in_fastapi_it_is_a_dependency_and_a_body_that_is_invalid_leaves_the_token_good(tokens: Tokens) -> None:
+async def test_fastapi_dependency_with_an_invalid_body_keeps_the_token_good(tokens: Tokens) -> None:
     fastapi = pytest.importorskip("fastapi")
     taps = TokenTaps(tokens, user_of, field="token")
     app = fastapi.FastAPI()
@@ -338,7 +336,7 @@ async def test_token_whose_answer_was_lost_is_good_for_the_next_tap(tokens: Toke
     assert (await shop.tap(token, amount="3")).status == 422
 
 
-async def test_token_whose_answer_was_lost_in_another_process_is_in_use_for_a_while(
+async def test_token_whose_answer_was_lost_elsewhere_is_in_use_for_a_while(
     redis: Redis, prefix: str, tokens: Tokens
 ) -> None:
     token = await tokens.issue("alice", 60)

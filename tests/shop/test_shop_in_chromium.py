@@ -98,14 +98,14 @@ async def test_double_click(shop: Shop, browser: Browser, greying: bool, token: 
         messages = shown["messages"]
         assert len(messages) == (1 if greying or token else 2)
         assert ("charged" in messages[0]["fate"]) and shown["order"]["state"] == "paid"
-        if ledger and len(messages) == 2:  # it is told who stopped it, once the worker's log line has come
+        if ledger and len(messages) == 2:  # the page says who stopped it, once the worker's log line has come
 
             def is_named() -> bool:
                 fate = view(tab, order)["messages"][1]["fate"]
                 return "stopped by the pre-check" in fate or "stopped by the ledger" in fate
 
             soon(is_named, "who stopped the second")
-        if token and not greying:  # the second tap has the first one's answer, at once or after it was told to wait
+        if token and not greying:  # the second tap has the first one's answer, at once or after it had to wait
             replayed = "answered with the first tap's result"
             soon(lambda: replayed in [tap["text"] for tap in view(tab, order)["taps"]], "the first one's answer")
             assert {tap["status"] for tap in view(tab, order)["taps"]} <= {202, 409}

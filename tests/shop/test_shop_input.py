@@ -1,4 +1,4 @@
-"""Requests as nobody means them: the status that HTTP has for each, problem+json, never a 500 and never a charge.
+"""Requests that make no sense: the status that HTTP has for each, problem+json, never a 500 and never a charge.
 
 And requests as scripts send them: twenty that are truly concurrent, for each setting of the layers.
 """
@@ -218,7 +218,7 @@ async def test_a_token_that_has_expired(shop: Shop, script: Script) -> None:
     assert script.load() == (script.order, script.token)
     is_problem(script.pay(), 422, "token_unknown")
     await is_untouched(shop, script)
-    # Nobody could pay it any more: the page loaded next shows another order, which can be.
+    # It can no longer be paid: the page loaded next shows another order, which can.
     expired = script.order
     script.order, script.token = script.load()
     assert script.order != expired and script.pay().status == 202
@@ -370,7 +370,7 @@ def test_paths_and_methods(shop: Shop, fixed: Script) -> None:
 @pytest.mark.parametrize(
     "cookie", ["", "shop_visitor=", "shop_visitor=abc", "shop_visitor=" + "0" * 32, "shop_visitor=" + "z" * 32]
 )
-def test_nobody(shop: Shop, fixed: Script, cookie: str) -> None:
+def test_requests_without_a_visitor_are_refused(shop: Shop, fixed: Script, cookie: str) -> None:
     headers = {"cookie": cookie, "content-type": "application/json", "idempotency-key": fixed.token}
     is_problem(shop.ask("POST", f"/orders/{fixed.order}/payments", '{"amount": 1}', headers), 404)
     if cookie != "shop_visitor=" + "0" * 32:  # which is a visitor, of no order
@@ -447,7 +447,7 @@ async def test_twenty_requests_at_once(shop: Shop, script: Script, token: bool, 
     for answer in answers:
         if answer.status == 409:
             assert int(answer.headers["retry-after"]) >= 1 and is_problem(answer, 409, "token_in_use")
-    # Who was told to wait gets the first one's answer.
+    # A tap that had to wait gets the first one's answer.
     last = script.pay()
     assert last.status == 202
     if token:

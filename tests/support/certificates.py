@@ -1,4 +1,4 @@
-"""Certificates for the servers of the tests: right ones, expired ones, and those of a stranger. Made anew for each run."""
+"""Certificates for the servers of the tests, created in each run: right ones, expired ones, and those of a stranger."""
 
 from __future__ import annotations
 

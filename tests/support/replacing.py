@@ -1,6 +1,6 @@
 """Breaking code on purpose: replaces functions and methods, and refuses a name that does not exist.
 
-A mutant whose target was renamed would otherwise set an attribute that nobody reads, and break nothing.
+A mutant whose target was renamed would otherwise set an attribute that is never read, and break nothing.
 """
 
 from __future__ import annotations

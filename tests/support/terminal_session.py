@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from harness import ROOT
@@ -31,7 +32,7 @@ class AtTerminal:
         *arguments: str,
         columns: int = 80,
         program: tuple[str, ...] = ("-m", "consumer"),
-        **environment: str,
+        environment: Mapping[str, str] = {},
     ) -> None:
         clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
         self._fd, child = pty.openpty()

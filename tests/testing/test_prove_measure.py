@@ -113,7 +113,7 @@ async def test_prove_with_effects_that_do_not_follow_from_the_message_fails(
         await trial.prove(*payments(), batch=batch)
 
 
-async def test_prove_leaves_out_what_it_is_told_to_ignore(exactly_once: ExactlyOnce) -> None:
+async def test_prove_leaves_out_ignored_tables(exactly_once: ExactlyOnce) -> None:
     app = App(f"shop-{uuid.uuid4().hex[:8]}")
     noting(uuid.uuid4)(app)
     for ignore in (["effects.noted"], ["noted"], ["public.effects.noted"], ["effects"]):

@@ -116,7 +116,7 @@ async def test_what_one_transaction_wrote_is_not_laid_to_the_next(exactly_once: 
     trial.assert_no_new_effects()
 
 
-async def test_every_end_is_told_with_its_cause(exactly_once: ExactlyOnce) -> None:
+async def test_every_outcome_has_its_cause(exactly_once: ExactlyOnce) -> None:
     trial = await exactly_once(app_of(), schema=TABLES)
     deliveries = await trial.deliver(
         payment(1, 0), payment(2, -5), Sent("payments", b"{", id="x"), Sent("payments", None, id="y"), payment(1, 7)
@@ -137,7 +137,7 @@ async def test_every_end_is_told_with_its_cause(exactly_once: ExactlyOnce) -> No
     assert await rows(trial) == (2, 0, -5)
 
 
-async def test_a_failed_message_may_be_left_waiting_and_those_of_its_key_behind_it(exactly_once: ExactlyOnce) -> None:
+async def test_failed_message_may_wait_with_those_of_its_key_behind_it(exactly_once: ExactlyOnce) -> None:
     app, healed = App("shop"), False
 
     @app.handler("payments")
@@ -176,7 +176,7 @@ async def test_retries_do_not_wait_for_their_time(exactly_once: ExactlyOnce) -> 
     assert (delivered.outcome, delivered.attempts, calls) == ("applied", 3, 4)
 
 
-async def test_what_keeps_meeting_a_conflict_is_left_and_told(exactly_once: ExactlyOnce) -> None:
+async def test_message_that_keeps_conflicting_is_left_and_reported(exactly_once: ExactlyOnce) -> None:
     app = App("shop")
 
     @app.handler("payments")
@@ -304,7 +304,7 @@ async def test_prove_shows_nothing_where_nothing_is_applied(exactly_once: Exactl
         await trial.prove(payment(1))
 
 
-async def test_prove_tells_of_messages_that_do_not_end(exactly_once: ExactlyOnce) -> None:
+async def test_prove_reports_messages_that_do_not_end(exactly_once: ExactlyOnce) -> None:
     app = App("shop")
 
     @app.handler("payments")
@@ -357,7 +357,7 @@ async def test_prove_finds_such_a_claim(exactly_once: ExactlyOnce, monkeypatch: 
 async def test_the_same_message_under_another_id_is_a_new_effect(exactly_once: ExactlyOnce) -> None:
     app = App("shop")
 
-    @app.handler("payments", message_id=lambda _: uuid.uuid4())  # an id made up anew for each delivery
+    @app.handler("payments", message_id=lambda _: uuid.uuid4())  # another id for each delivery
     async def settle(payment: Payment, tx: Tx) -> None:
         tx.defer(INSERT, payment.id, payment.account, payment.amount)
 
@@ -382,7 +382,7 @@ async def test_what_deferred_triggers_write_counts(exactly_once: ExactlyOnce, mo
         trial.assert_no_new_effects()
 
 
-async def test_first_effects_are_told_apart_from_second_ones(exactly_once: ExactlyOnce) -> None:
+async def test_first_and_second_effects_are_distinguished(exactly_once: ExactlyOnce) -> None:
     trial = await exactly_once(app_of(), schema=TABLES)
     with pytest.raises(AssertionError, match=r"nothing was applied yet, so this would show nothing$"):
         trial.assert_no_new_effects()
@@ -510,7 +510,7 @@ def in_a_thread(work: Any) -> None:
     thread.join()
 
 
-async def test_another_drivers_session_that_stays_open_is_seen_with_its_last_statement(
+async def test_open_session_of_another_driver_shows_its_last_statement(
     exactly_once: ExactlyOnce,
 ) -> None:
     app, trials, held = App("shop"), list[Trial](), list[subprocess.Popen[bytes]]()
@@ -549,7 +549,7 @@ asyncio.run(main())
 """
 
 
-async def test_another_drivers_session_that_was_closed_again_is_seen_to_have_been_there(
+async def test_closed_session_of_another_driver_is_noticed(
     exactly_once: ExactlyOnce,
 ) -> None:
     where: list[str] = []
@@ -908,7 +908,7 @@ async def test_where(exactly_once):
     runs.runpytest_subprocess(*options, "-k", "right or where").assert_outcomes(passed=2, deselected=5)
 
 
-async def test_a_role_that_may_not_create_databases_is_told_so(
+async def test_role_that_may_not_create_databases_is_an_error(
     runs: pytest.Pytester, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await query(postgres.dsn(), "create role poor login password 'poor'")

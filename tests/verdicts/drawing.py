@@ -95,7 +95,7 @@ def _history(
             sent.append(send)
             history.append(send)
     history += _between(chance, payloads)
-    for topic in firsts:  # whoever waits gets what it waits for, in the end
+    for topic in firsts:  # each message that waits gets what it waits for, in the end
         for k in KEYS:
             payload = _payload(chance, payloads, "", k=k, op="a")
             history.append(Send(payload, 1000 + payload, topic, chance.randrange(partitions[topic]), f"k{k}", at))

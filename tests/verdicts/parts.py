@@ -1,4 +1,4 @@
-"""What applications are made of: tables, and the steps of the handlers that fill them.
+"""The parts of random applications: tables, and the steps of the handlers that fill them.
 
 A part draws its tables and handlers under a tag of its own. All handlers read the same fields: `i` (unique), `k` (a few
 values, so that messages meet), `n`, `op` (a, b or c) and `ts` (the record's time).
@@ -130,7 +130,7 @@ def flow(chance: random.Random, tag: str) -> Part:
 
 
 def deletes(chance: random.Random, tag: str) -> Part:
-    """Rows that are inserted, updated and deleted again; maybe what was deleted is kept elsewhere."""
+    """Rows that are inserted, updated and deleted again; maybe deleted rows are kept in another table."""
     name, kept = f"stock{tag}", f"sold{tag}"
     tables = [Table(name, (f"create table {name} (k int primary key, n int not null)",))]
     delete = f"delete from {name} where k = $1"

@@ -48,7 +48,7 @@ def build(name: str, orders: str, cancellations: str, *, mended: bool, version: 
     async def book(message: Message[Order], tx: Tx) -> None:
         order, id = message.value, _id(message)
         if order.fails and not mended:
-            raise ValueError("as told, until the code is mended")
+            raise ValueError("as the message asks, until the code is fixed")
         tx.defer(_EFFECT, "book", id, order.key, order.amount)
         tx.defer(_BALANCE, "book", order.key, order.amount)
         tx.defer("insert into orders (id, amount) values ($1, $2)", id, order.amount)

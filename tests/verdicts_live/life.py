@@ -80,7 +80,7 @@ class Life:
         self.workers = Workers(self.settings, self._directory, environment)
         owner = settings_for(self.dsn, servers.kafka, servers.redis, wait_seconds=30, ledger_clock_skew_hours=0.0003)
         self.unrest = Unrest(self.workers, self.producing, owner, environment, self.dsn, self._directory, random.Random(f"{self.seed}:unrest"))  # fmt: skip
-        # What the ledger has forgotten, nobody can tell: a life in four, so that the others tell more. Not with
+        # What the ledger has dropped is unknown to a check: one life in four, so that the others have more certain verdicts. Not with
         # producers whose clocks are behind: their messages become dead letters (too_old), by design.
         if self._faults or self.chance.random() < 0.75:
             self.unrest.forbidden.add("the ledger forgets")
