@@ -240,7 +240,7 @@ def test_compose_commands_are_understood(monkeypatch: pytest.MonkeyPatch, servic
     assert seconds(services["workers"]["stop_grace_period"]) >= grace + 10
     migrate = parsed(services["migrate"]["command"])
     assert migrate[""] == "migrate"
-    assert all((ROOT / path).is_file() for path in migrate["file"])
+    assert all((ROOT / path).is_file() for path in migrate["files"])
     probe, entry, *arguments = services["workers"]["healthcheck"]["test"]
     status = parsed(arguments)
     assert (probe, entry, status[""], status["app"]) == ("CMD", "consumer", "probe", run["app"])
@@ -389,7 +389,7 @@ def test_kubernetes_commands_are_understood(
     _, job = pod(objects["Job"])
     migrate = parsed(job["args"])
     assert migrate[""] == "migrate"
-    assert all((ROOT / path).is_file() for path in migrate["file"])
+    assert all((ROOT / path).is_file() for path in migrate["files"])
     assert job["image"] == workers["image"]
 
 

@@ -14,6 +14,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 from harness import ROOT, until
+from lossy_redis import LossyRedis
 from redis.asyncio import Redis
 from scheme_database import Connect
 
@@ -304,17 +305,10 @@ async def test_a_timeout_around_it_is_a_timeout(redis: Redis, name: str) -> None
 
 
 async def test_one_that_stops_waiting_for_it_leaves_nothing_behind(redis: Redis, name: str) -> None:
-    lock = Lock(redis, name, LONG)
-    acquire, taken = lock._acquire_script, asyncio.Event()
-
-    async def answered_never(**arguments: Any) -> Any:
-        await acquire(**arguments)
-        taken.set()
-        await for_ever()
-
-    lock._acquire_script = answered_never  # type: ignore[assignment]
-    task = asyncio.create_task(lock.__aenter__())
-    await taken.wait()
+    client = LossyRedis(redis)
+    client.losses, client.hangs = 1, True
+    task = asyncio.create_task(Lock(client, name, LONG).__aenter__())
+    await client.executed.wait()
     assert await redis.exists(key_of(name))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -20,6 +20,7 @@ from consumer.schemes.tokens import Tokens, Unknown, message_id_of
 pytest.importorskip("starlette", reason="needs the extra `web`")
 
 from asgi_client import Answer, post
+from lossy_redis import LossyRedis
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -306,26 +307,12 @@ async def test_fastapi_dependency_with_an_invalid_body_keeps_the_token_good(toke
     assert len(published) == 1
 
 
-class Lossy:
-    """Redis executes the script, and its answer never comes; as often as `losses` says."""
-
-    def __init__(self, tokens: Tokens, losses: int) -> None:
-        self.losses = losses
-        self.script = tokens._redeem
-        tokens._redeem = self  # type: ignore[assignment]
-
-    async def __call__(self, **arguments: Any) -> Any:
-        answer = await self.script(**arguments)
-        if self.losses:
-            self.losses -= 1
-            raise ConnectionError("the answer was lost")
-        return answer
-
-
 @pytest.mark.parametrize("losses", [1, 3])
-async def test_token_whose_answer_was_lost_is_good_for_the_next_tap(tokens: Tokens, losses: int) -> None:
+async def test_token_whose_answer_was_lost_is_good_for_the_next_tap(redis: Redis, prefix: str, losses: int) -> None:
+    client = LossyRedis(redis)
+    tokens = Tokens(client, prefix=prefix)
     shop, token = Shop(tokens), await tokens.issue("alice", 60)
-    Lossy(tokens, losses)
+    client.losses = losses
     for _ in range(losses):
         answer = await shop.tap(token)
         assert answer.status == 503 and "Nothing was done" not in answer.body.decode()
@@ -336,11 +323,11 @@ async def test_token_whose_answer_was_lost_is_good_for_the_next_tap(tokens: Toke
     assert (await shop.tap(token, amount="3")).status == 422
 
 
-async def test_token_whose_answer_was_lost_elsewhere_is_in_use_for_a_while(
-    redis: Redis, prefix: str, tokens: Tokens
-) -> None:
+async def test_token_whose_answer_was_lost_elsewhere_is_in_use_for_a_while(redis: Redis, prefix: str) -> None:
+    client = LossyRedis(redis)
+    tokens = Tokens(client, prefix=prefix)
     token = await tokens.issue("alice", 60)
-    Lossy(tokens, 1)
+    client.losses = 1
     assert (await Shop(tokens).tap(token)).status == 503
     answer = await Shop(Tokens(redis, prefix=prefix)).tap(token)
     assert answer.status == 409 and 1 <= int(answer.headers["retry-after"]) <= 10
