@@ -1,4 +1,4 @@
-"""Real services, started once a run on free ports; a database of its own for every test, a Valkey of its own on demand."""
+"""Real services, started once a run on free ports, and a database for each test."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ hypothesis_settings.load_profile("core")
 
 @pytest.fixture(autouse=True)
 def _levels_of_loggers() -> Iterator[None]:
-    """A test that silences a logger does so for itself: others read what was logged."""
+    """Restore the levels of loggers after each test."""
     loggers = [logging.getLogger(name) for name in ("", "consumer", "aiokafka", "asyncio")]
     levels = [logger.level for logger in loggers]
     yield
@@ -66,7 +66,10 @@ def valkey() -> Iterator[Valkey]:
 
 @pytest.fixture
 def redis_url(valkey: Valkey) -> str:
-    """Shared: marks of one test mean nothing to another, since each has an epoch of its own."""
+    """The shared Valkey.
+
+    Marks of one test mean nothing to another, since each database has an epoch of its own.
+    """
     return valkey.url
 
 

@@ -1,4 +1,4 @@
-"""The structure holds: packages import downwards, drivers stay in their packages, pure modules are pure, files are short."""
+"""Layers, drivers, purity and lengths are as ARCHITECTURE.md says."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ IMPURE_LIBRARIES = {
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The modules that a file imports; of `from package import name`, the name too."""
+    """The modules that a file imports, and the names it imports from packages."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         match node:
             case ast.Import(names):

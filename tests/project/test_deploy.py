@@ -1,7 +1,7 @@
-"""The compose file, the image and the Kubernetes objects say what the code understands. Needs no Docker.
+"""The code understands the compose file, the image and the Kubernetes objects.
 
-Everything that these files name and the code owns is looked up in the code: settings, flags, topics, paths. What only a
-running engine could tell (whether the images exist and start) is not here.
+Settings, flags, topics and paths that these files name are looked up in the code. Needs no Docker. Limitations: whether
+the images exist and start.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def seconds(text: str) -> int:
 
 
 def parsed(arguments: list[str]) -> dict[str, Any]:
-    """What the real command makes of these arguments, without running it. Fails on anything it does not know."""
+    """Parse arguments as the real command does, without running it."""
     group: Any = typer.main.get_command(whole())
     with group.make_context("consumer", list(arguments), resilient_parsing=True) as context:
         name, command, rest = group.resolve_command(context, arguments)
@@ -50,7 +50,7 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
 
 
 def substituted(value: Any) -> Any:
-    """As compose would, where nothing is set in the environment: only the form ${NAME:-default} is allowed."""
+    """Substitute ${NAME:-default}, the only allowed form, with its default."""
     if isinstance(value, dict):
         return {key: substituted(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -63,7 +63,7 @@ def substituted(value: Any) -> Any:
 
 
 class _Strict(yaml.SafeLoader):
-    """Refuses a key that is there twice, as compose does; PyYAML lets the last one win."""
+    """Refuses a repeated key, as compose does; PyYAML takes the last."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         # Before the merges: a key may well stand both in an anchor and beside it.
@@ -351,7 +351,7 @@ def pod(thing: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def environment(objects: dict[str, dict[str, Any]], kind: str) -> dict[str, str]:
-    """As the container gets it; what comes from a Secret has a made-up value of the right form."""
+    """The environment of a container, with valid stand-ins for secrets."""
     _, container = pod(objects[kind])
     variables: dict[str, str] = {}
     for source in container.get("envFrom", []):

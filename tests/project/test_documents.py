@@ -1,4 +1,4 @@
-"""The documents agree with the code: links, commands, flags, settings, public names, log events, code that compiles."""
+"""Links, commands, flags, settings, names and events of the documents exist."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_shell_commands_exist(block: Block) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_flags_in_the_text_exist(page: Path) -> None:
-    """`consumer X --flag` within a line; flags by themselves are checked by the words beside them."""
+    """`consumer X --flag` in one line; lone flags are checked by neighbouring words."""
     for line in re.findall(r"`(consumer [a-z][^`\n]*)`", page.read_text("utf-8")):
         plain = re.sub(r"[\[\]|…]", " ", line)
         words = plain.split()[1:]

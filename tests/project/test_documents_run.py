@@ -1,4 +1,4 @@
-"""The documents' code runs: README and tutorial as a reader pastes them, registrations, SQL that PostgreSQL accepts."""
+"""The code of the documents runs as a reader pastes it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ _SETTLED = """select (select coalesce(sum(next_offset), 0) from consumer.positio
 
 @pytest.fixture
 def own_kafka() -> Iterator[Kafka]:
-    """A Kafka without the group and the topics of other pages: a position in another database would stop the workers."""
+    """A Kafka of its own.
+
+    With the group and topics of another page, a position in another database would stop the workers.
+    """
     with Kafka() as server:
         yield server
 
 
 class Reader:
-    """Follows a page in an empty directory: writes its files, runs its commands."""
+    """Follows a page in an empty directory: writes files, runs commands."""
 
     def __init__(self, directory: Path, kafka: str, dsn: str) -> None:
         self.directory = directory

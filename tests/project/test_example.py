@@ -39,7 +39,7 @@ pytest_plugins = ["consumer.testing"]
 
 @pytest.fixture
 def renamed(monkeypatch: pytest.MonkeyPatch) -> Iterator[App]:
-    """The app as a group of its own, since its topics have fixed names and Kafka is shared by all tests."""
+    """The App as a group of its own, because its topics have fixed names."""
     monkeypatch.setattr(billing, "name", f"billing-{uuid.uuid4().hex[:8]}")
     yield billing
 
@@ -151,7 +151,7 @@ PAID = [str(uuid.uuid5(uuid.NAMESPACE_OID, str(n))) for n in range(4)]
 
 
 def sent() -> list[testing.Sent]:
-    """Payments, two of them twice; a refund twice, one too high, one that comes before its payment; bookings."""
+    """Payments, refunds and bookings, with duplicates, one early and one too high."""
 
     def payment(n: int) -> testing.Sent:
         value = {"payment_id": PAID[n], "account": n % 3, "amount": 100 * (n + 1)}

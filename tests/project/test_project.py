@@ -1,4 +1,4 @@
-"""The project's own files agree with each other: commands that the documents name exist, hosted CI runs what is required."""
+"""The project's own files agree with each other."""
 
 from __future__ import annotations
 

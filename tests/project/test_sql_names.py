@@ -1,7 +1,7 @@
-"""No SQL is built from an unchecked name: what is put into a statement is a quoted name, a number, or stands on a list here.
+"""SQL is built only from quoted names, numbers and reviewed values.
 
 Reads the source. A value is known to be good when it is a call of one of CHECKED, a number, a constant, or a variable that
-is only ever assigned such. What it does not know is on REVIEWED, with the reason why it cannot be an outsider's text.
+is only ever assigned such. Other values are listed in REVIEWED, with the reason why no caller can choose them.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class _Source:
         return False
 
     def statements(self) -> Iterator[tuple[int, list[ast.expr]]]:
-        """SQL that is put together, with what is put into it."""
+        """SQL that is put together, with the expressions in it."""
         for node in ast.walk(self.tree):
             text, parts = "", list[ast.expr]()
             match node:

@@ -1,4 +1,4 @@
-"""What is installed is what is locked: the locks fit pyproject.toml, hold a hash for every file, and are used; the audit's answers."""
+"""Installed is what is locked: the locks are complete, hashed and used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
 def locked(name: str) -> dict[str, list[Version]]:
-    """Package -> its versions (more than one where they depend on the platform). Fails for a line without a hash."""
+    """Package -> its versions, several where they depend on the platform.
+
+    Fails for a line without a hash.
+    """
     versions: dict[str, list[Version]] = {}
     for entry in re.sub(r"\\\n\s*", "", (LOCKS / name).read_text("utf-8")).splitlines():
         requirement, *hashes = entry.split("--hash=")

@@ -1,4 +1,4 @@
-"""The tests themselves: what several test files share is in tests/support, and a mutant cannot miss its target."""
+"""Test modules do not import each other; mutants cannot miss their target."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TESTS = ROOT / "tests"
 
 
 def imported_modules(source: str) -> set[str]:
-    """The last parts of the names of all modules that a file imports, anywhere in it."""
+    """The last parts of the names of all imported modules."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

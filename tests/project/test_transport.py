@@ -1,7 +1,7 @@
-"""TLS, SASL and rights on real servers: the right credentials work, and each wrong one is one line that says what to check.
+"""TLS, SASL and rights: wrong credentials are one line that says what to check.
 
-Valkey's wheel has no TLS, so it stands behind a few lines that end it; to a client that is a TLS server like another.
-What is refused off this machine is refused by the address alone, so no test needs to reach beyond it.
+Valkey's wheel has no TLS, so a small proxy ends it. Plaintext to other hosts is refused by the address alone, so no test
+needs another host.
 """
 
 from __future__ import annotations
@@ -220,9 +220,9 @@ async def test_kafka_that_does_not_offer_a_mechanism_is_no_outage(kafka: Kafka) 
 async def test_token_is_fetched_again_when_its_session_ends(
     kafka: Kafka, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The broker ends every session after 2 s (tests/support/services.py): the worker goes on with another token.
+    """The broker ends each session after 2 s: the worker continues with another token.
 
-    One of them is refused although it was said to last: it is not offered again.
+    A token that is refused before its time is not offered again.
     """
     name = f"provider_{uuid.uuid4().hex[:8]}"
     (tmp_path / f"{name}.py").write_text(
@@ -374,7 +374,7 @@ class TlsPostgres(Postgres):
 
 
 def serial(server: TlsPostgres) -> str:
-    """Of the certificate that a new connection is shown."""
+    """The certificate that a new connection gets, as hexadecimal DER."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with socket.create_connection(("127.0.0.1", server.port)) as plain:

@@ -1,4 +1,4 @@
-"""One request to an ASGI application in this process, and its whole answer."""
+"""Sends a request to an ASGI application in this process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Answer:
 async def post(
     app: Any, path: str, body: bytes = b"", headers: Mapping[str, str] | Sequence[tuple[str, str]] = ()
 ) -> Answer:
-    """POST, as a server hands it over. An exception of the application is raised here."""
+    """Send a POST request. Raises what the application raises."""
     pairs = headers.items() if isinstance(headers, Mapping) else headers
     scope = {
         "type": "http",

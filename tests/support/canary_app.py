@@ -1,4 +1,4 @@
-"""The application of tests/project/test_canaries.py: its handlers fail in every way that could quote what they were given."""
+"""Handlers that fail in every way that could quote their message."""
 
 from __future__ import annotations
 

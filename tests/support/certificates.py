@@ -1,4 +1,4 @@
-"""Certificates for the servers of the tests, created in each run: right ones, expired ones, and those of a stranger."""
+"""Certificates for the servers of the tests: valid, expired, and untrusted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Apache Kafka on several brokers, for what one broker cannot show: a lost leader, a lost coordinator, another cluster.
+"""Apache Kafka on several brokers: lost leaders, lost coordinators, other clusters.
 
 Each node is broker and controller. Needs what tests/support/services.py needs.
 """
@@ -40,7 +40,10 @@ replica.lag.time.max.ms=3000
 
 
 class Node(Server):
-    """One broker of a Cluster. `kill` and then `run` and `wait`: it comes back with what it had."""
+    """One broker of a Cluster.
+
+    After `kill`, `run` and `wait` it is back with its data.
+    """
 
     name = "kafka-node"
 
@@ -114,7 +117,10 @@ class Cluster:
             node.stop()
 
     def run(self) -> None:
-        """Start all nodes, also again after `kill`. From the main thread: they die with the thread that started them."""
+        """Start all nodes, also after `kill`.
+
+        Call it from the main thread: the nodes end with the thread that started them.
+        """
         for node in self.nodes:
             node.run()
 

@@ -1,4 +1,4 @@
-"""A worker process that ends itself at a step, or stops as a zombie would: `crash_worker.py TOPIC APP STEP NTH [stop]`.
+"""A worker that ends or freezes itself: `crash_worker.py TOPIC APP STEP NTH [stop]`.
 
 Settings come from the environment. The step `commit_sent` lies between a COMMIT on its way and its answer.
 """
@@ -22,7 +22,7 @@ from consumer.worker.worker import Worker
 
 
 def app_of(topic: str, name: str) -> App:
-    """One handler that defers and one that awaits, so that each message has two kinds of effects."""
+    """Build an App with a handler that defers and one that awaits."""
     app = App(name)
 
     @app.handler(topic, name="settle")
@@ -38,7 +38,7 @@ def app_of(topic: str, name: str) -> App:
 
 
 class CrashAt:
-    """Counts a step, and ends or stops the process the nth time, as a power cut or a frozen machine would."""
+    """Ends or stops the process the nth time that a step is reached."""
 
     def __init__(self, step: str, nth: int, end: Callable[[], None]) -> None:
         self._step = step
@@ -57,7 +57,7 @@ def stop_itself() -> None:
 
 
 def after_sending(step: CrashAt) -> Callable[[Session], Coroutine[None, None, None]]:
-    """A Session.commit that comes to the step when the statement was sent and its answer was not read."""
+    """Build a Session.commit that reports the step between statement and answer."""
     commit = Session.commit
 
     async def commit_and_stop(self: Session) -> None:

@@ -1,4 +1,4 @@
-"""What a database holds, to compare it before and after something that must not write."""
+"""The contents of a database, to compare before and after."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from harness import query
 
 
 async def all_rows(dsn: str) -> dict[str, list[tuple[Any, ...]]]:
-    """The rows of every table, the ledger's too, and the values of every sequence."""
+    """Read the rows of every table and the values of every sequence."""
     names = await query(
         dsn,
         """select c.oid::regclass::text from pg_class c join pg_namespace n on n.oid = c.relnamespace

@@ -1,7 +1,7 @@
-"""What the documents say, for the tests that compare it with the code, and the tables that are written from the code.
+"""Reads documents for tests, and writes their tables from the code.
 
 `python tests/support/documents.py` writes the table of docs/reference/settings.md and the events of docs/log-events.md; the meanings of
-events are kept, and a new event gets an empty one, which the test refuses.
+events are kept; a new event gets an empty one, which a test refuses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _FENCE = re.compile(
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of code. file: the name that its first line gives it, if that is a comment with one."""
+    """A fenced block of code.
+
+    file: the name in the comment of its first line, if there is one.
+    """
 
     page: Path
     line: int
@@ -98,7 +101,10 @@ _LEVELS = {10: "debug", 20: "info", 30: "warning", 40: "error"}
 
 @dataclass(frozen=True)
 class Event:
-    """One call that logs: constant text, level, and the names of its fields ("…" where a mapping adds some)."""
+    """A call that logs: text, level and names of fields.
+
+    A field "…" stands for a mapping that adds some.
+    """
 
     text: str
     level: str
@@ -117,7 +123,7 @@ def _constants(tree: ast.Module) -> dict[str, str]:
 
 
 def _texts(node: ast.expr, constants: dict[str, str]) -> list[str]:
-    """The texts that an expression may be, with "…" for a part that varies; empty where nothing of it is known."""
+    """The texts that an expression may have; "…" for a varying part."""
     match node:
         case ast.Constant(value=str(text)):
             return [text]
@@ -131,7 +137,7 @@ def _texts(node: ast.expr, constants: dict[str, str]) -> list[str]:
 
 
 def _parameter(function: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> int | None:
-    """The place of a parameter among the arguments of a call, without `self`."""
+    """The index of a parameter among the arguments, without `self`."""
     names = [one.arg for one in (*function.args.posonlyargs, *function.args.args)]
     if name not in names:
         return None
@@ -164,7 +170,7 @@ def _level(node: ast.expr) -> str:
 
 
 def logged() -> tuple[list[Event], list[str]]:
-    """All events of consumer/, and the calls whose text cannot be found in the code that calls them."""
+    """All events of consumer/, and the calls whose text is unknown."""
     events: list[Event] = []
     unknown: list[str] = []
     files = sorted((ROOT / "consumer").rglob("*.py"))

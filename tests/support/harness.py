@@ -1,4 +1,4 @@
-"""What the tests on real services share: producing, running workers in this process or as processes, and waiting.
+"""What tests on real services share: producing, running workers, waiting.
 
 Waiting is always for a condition, with a deadline that fails the test by naming what was waited for.
 """
@@ -77,7 +77,7 @@ def as_worker(dsn: str) -> str:
 
 
 async def migrated(dsn: str, tables: str = TABLES) -> None:
-    """The ledger's tables and those of the test, and a role for workers with the rights that are printed for it."""
+    """Create the tables of ledger and test, and a role for workers."""
     connection = await asyncpg.connect(dsn)
     try:
         await migrate.migrate(connection, tables)
@@ -97,12 +97,15 @@ async def query(dsn: str, sql: str, *args: Any) -> list[tuple[Any, ...]]:
 
 
 async def value(dsn: str, sql: str, *args: Any) -> Any:
-    """First column of the first row."""
+    """The first column of the first row."""
     return (await query(dsn, sql, *args))[0][0]
 
 
 async def until(what: str, condition: Callable[[], Awaitable[Any]], seconds: float = 30) -> Any:
-    """Wait until the condition is true and return its value; fail by naming it."""
+    """Wait until the condition is true, and return its value.
+
+    Fails with `what` after so many seconds.
+    """
     deadline = time.monotonic() + seconds
     while True:
         value = await condition()
@@ -148,7 +151,7 @@ async def produce(kafka: str, topic: str, messages: Iterable[Sent]) -> None:
 
 @asynccontextmanager
 async def working(app: App, settings: Settings, **options: Any) -> AsyncIterator[Worker]:
-    """A worker in this process; stopped, and its failure raised, at the end."""
+    """Run a worker in this process; stop it, and raise its failure, at the end."""
     worker = Worker(app, settings, **options)
     task = asyncio.create_task(worker.run())
     try:
@@ -214,9 +217,9 @@ async def letters(dsn: str) -> list[dict[str, Any]]:
 
 
 class Place:
-    """The services of one test: a database of its own, and as many topics as it asks for.
+    """The services of one test: its own database and topics.
 
-    dsn: the owner's address of the database, to look and to prepare. worker_dsn: what is run, connects with that.
+    dsn: the address for the owner of the database, for set-up and assertions. worker_dsn: the address for workers and commands.
     """
 
     def __init__(self, kafka: str, dsn: str, redis_url: str) -> None:
@@ -245,7 +248,7 @@ class Place:
 
 
 class Command:
-    """A `consumer` command as a process of its own, with its log lines."""
+    """A `consumer` command as a process, with its log lines."""
 
     def __init__(
         self, arguments: Sequence[str], settings: Settings, cwd: Path, environment: Mapping[str, str] = {}
@@ -293,7 +296,7 @@ class Command:
         return self.process.poll() is not None
 
     def end(self) -> None:
-        """Kill what is left of it: the workers notice that their parent is gone."""
+        """Kill the command and its workers."""
         if self.process.poll() is None:
             for pid in self.worker_pids().values():
                 try:
@@ -310,7 +313,7 @@ class Command:
 async def running(
     arguments: Sequence[str], settings: Settings, cwd: Path, **environment: str
 ) -> AsyncIterator[Command]:
-    """A command that is ended at the latest when the block is left."""
+    """Run a command, and end it at the end of the block."""
     cwd.mkdir(exist_ok=True)
     command = Command(arguments, settings, cwd, environment)
     try:

@@ -1,6 +1,6 @@
-"""The application of tests of dead letters: what its handler does to a message stands in the table `faults`.
+"""An App whose handler does to a message what table `faults` says.
 
-So a test, another process, or an operator's command sees and changes it. Each run of the handler is written to a file.
+So tests, other processes and operators' commands can change it. Each run of the handler is written to a file.
 """
 
 from __future__ import annotations

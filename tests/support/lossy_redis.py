@@ -1,4 +1,4 @@
-"""A Redis client that loses answers, as a connection does that breaks at the wrong moment."""
+"""A Redis client that loses answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 
 class LossyRedis(Redis):
-    """Redis executes the script, and its answer never comes: of the next `losses` scripts.
+    """Executes scripts and loses the answers of the next `losses` ones.
 
     hangs: wait for ever instead of raising ConnectionError. executed: set when an answer was lost.
     """

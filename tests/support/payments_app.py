@@ -1,4 +1,4 @@
-"""The small App that most tests on real services use: payments, each an effect and an addition to a balance.
+"""The App of most tests on real services: payments and balances.
 
 Its tables are those of harness.TABLES.
 """
@@ -47,7 +47,9 @@ def payment(
 
 
 def payments_app(*topics: str, name: str | None = None, balances: bool = True, **options: Any) -> App:
-    """An App with a handler for each topic: `settle`, `settle1`, and so on. It rejects negative amounts.
+    """Build an App with handlers `settle`, `settle1` and so on.
+
+    They reject negative amounts.
 
     name: by default one that no other test has.
     balances: whether the handlers also add to the balance of the account; its row is then locked until the COMMIT.

@@ -1,4 +1,4 @@
-"""PgBouncer in transaction mode, whose server can be replaced while its clients stay connected."""
+"""PgBouncer in transaction mode; its server can be replaced under its clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A TCP proxy that does to a connection what networks and dying servers do: delays, cuts, silence, in the middle of a request.
+"""A TCP proxy that delays, cuts and silences connections, even within a request.
 
 It may cut exactly where it hurts: it reads enough of PostgreSQL's, Kafka's and Redis's protocols to see a COMMIT, a
 Kafka request or a Redis command pass, and cuts before the server has it, after the server has done it, or while it does
@@ -40,7 +40,10 @@ _COMMIT = re.compile(rb"\s*(commit|end)\b", re.IGNORECASE)
 
 
 class _Raw:
-    """A protocol that is not read: every piece is passed on as it comes. rest: the beginning of an unfinished request."""
+    """Any protocol: passes bytes on unread.
+
+    rest: the beginning of an unfinished request.
+    """
 
     def __init__(self) -> None:
         self.rest = b""
@@ -49,7 +52,7 @@ class _Raw:
         yield data, None
 
     def answered(self, data: bytes) -> bool:
-        """Whether the answer to the request that was labelled last is complete in what the server sent since."""
+        """Whether the answer to the last labelled request is complete."""
         return bool(data)
 
 
@@ -111,7 +114,7 @@ class _Postgres(_Raw):
 
 
 class _Kafka(_Raw):
-    """Kafka's requests, labelled with their api keys; answers are found by their correlation id."""
+    """Kafka's requests, labelled with their api keys, and their answers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,7 +210,7 @@ class _Link:
 
 
 class Proxy:
-    """Listens on a loopback port, and passes connections on to `upstream` with the faults that are set.
+    """Listens on a loopback port and passes connections on, with faults.
 
     upstream: the server's port on loopback, or (host, port); `point` moves it for new connections. protocol: what it
     can see, "postgres", "kafka", "redis" or "raw". port: 0 takes a free one; it stays the same for as long as this lives.
@@ -254,7 +257,7 @@ class Proxy:
         """Cut connections at a request: before the server has it, after it has answered (the client never hears it),
         or during: the client is cut off at once and the server is left alone with it.
 
-        times: how often, None for always. skip: requests to let through first. every: then each so manieth.
+        times: how often, None for always. skip: requests to let through first. every: then every nth request.
         """
         self._triggers[label] = _Trigger(cut, times, skip, every)
 
@@ -269,13 +272,16 @@ class Proxy:
             link.abort()
 
     def black_hole(self, way: Way = "both") -> None:
-        """Pass nothing on, an end neither, and close nothing; "up" is towards the server. New connections are accepted."""
+        """Pass nothing on, not even an end, and close nothing.
+
+        way: "up" is towards the server. New connections are accepted.
+        """
         self.fired[f"black hole {way}"] += 1
         for direction in ("up", "down") if way == "both" else (way,):
             self._gates[direction].clear()
 
     def heal(self) -> None:
-        """No latency, no slices, no black hole: what was held back is passed on."""
+        """End latency, slices and black holes, and pass on what was held back."""
         self.latency_seconds, self.slice_bytes = 0.0, 0
         for gate in self._gates.values():
             gate.set()
@@ -297,7 +303,7 @@ class Proxy:
             self._listener = await asyncio.start_server(self._serve, sock=listening)
 
     def point(self, upstream: int | tuple[str, int]) -> None:
-        """Where new connections go from now on. Those that are open stay where they are: `reset` ends them."""
+        """Set where new connections go; `reset` ends the open ones."""
         self.upstream = ("127.0.0.1", upstream) if isinstance(upstream, int) else upstream
 
     # -- the way ----------------------------------------------------------------------------------------------------
@@ -387,7 +393,7 @@ class Proxy:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """End a connection so that the other side sees a reset, and not an orderly end."""
+    """End a connection with a reset."""
     with contextlib.suppress(OSError, AttributeError):
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()

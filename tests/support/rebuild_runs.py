@@ -1,4 +1,4 @@
-"""Rebuilds as the tests run them, without the command line, and the Apps and messages that they start from."""
+"""Runs rebuilds without the command line, with Apps and messages for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Handle = Callable[[Any, Tx], Awaitable[None]]
 
 
 def message_id(name: str) -> str:
-    """A UUID that belongs to the name: a rebuild prints those, and digests of all other ids."""
+    """The UUID that belongs to a name.
+
+    A rebuild prints UUIDs, and digests of all other ids.
+    """
     return str(uuid.uuid5(uuid.NAMESPACE_OID, name))
 
 
@@ -29,7 +32,10 @@ def uuid_payment(name: str, account: int = 1, amount: int = 10, **more: Any) -> 
 
 
 def numbered(count: int = 1, **fields: Any) -> list[Sent]:
-    """Messages of one key that are dictionaries with a number `n` from 1 on, with the ids of m1, m2 and so on."""
+    """Messages of one key: dictionaries with `n` from 1 on.
+
+    Their ids are message_id("m1"), message_id("m2") and so on.
+    """
     return [Sent({"n": n, **fields}, id=message_id(f"m{n}"), key="k") for n in range(1, count + 1)]
 
 
@@ -61,7 +67,7 @@ async def reader(settings: Settings) -> AsyncIterator[KafkaConsumer]:
 
 
 async def rebuilt(place: Place, app: App, *topics: str, **options: Any) -> RebuildResult:
-    """Rebuild from all partitions of the topics, those of the app by default."""
+    """Rebuild from all partitions of the topics, by default of the App."""
     settings = options.pop("settings", None) or place.settings()
     async with reader(settings) as source, app.running():
         partitions = await source.log.partitions(topics or app.topics)
@@ -85,7 +91,7 @@ async def mark_settled(place: Place, app: App) -> None:
 
 
 def differences(result: RebuildResult) -> list[tuple[Any, ...]]:
-    """What differs, in short: table, kind, key, and both values of each column."""
+    """What differs, in short: table, kind, key, and values of columns."""
     return sorted(
         (
             difference["table"].removeprefix("public."),

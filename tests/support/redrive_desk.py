@@ -1,4 +1,4 @@
-"""Dead letters made by SQL, and an App whose handlers do to a message what the test says: for tests of redrive without Kafka."""
+"""Dead letters inserted by SQL, and an App: tests of retries without Kafka."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ create function clash() returns void language plpgsql as $$ begin raise exceptio
 
 
 class Desk:
-    """A database with one App: letters go in by SQL, operators work on them, and rows are compared."""
+    """A database with one App, in which tests insert and settle dead letters."""
 
     def __init__(self, dsn: str, name: str | None = None) -> None:
         self.dsn = dsn
@@ -114,7 +114,7 @@ class Desk:
         timestamp: int | None = None,
         in_ledger: bool = True,
     ) -> int:
-        """A letter with its dead row of the ledger, as a worker would have left it."""
+        """Insert a dead letter and its claim, as a worker leaves them."""
         offset, self.offset = self.offset, self.offset + 1
         headers = [("message-id", id.encode())] if headers is None else headers
         body = json.dumps({"id": id}).encode() if value is None else value
@@ -154,7 +154,10 @@ class Desk:
         return int(number)
 
     async def many(self, count: int, key: str | None = None, size: int = 0) -> None:
-        """Letters of `settle` in bulk, ids m0, m1 and so on; with a key the first is dead and the others wait behind it."""
+        """Insert dead letters of `settle` with the ids m0, m1 and so on.
+
+        With a key, the first is failed and the others wait behind it.
+        """
         first = await self.letter("m0", key=key)
         await query(
             self.dsn,

@@ -1,4 +1,4 @@
-"""Breaking code on purpose: replaces functions and methods, and refuses a name that does not exist.
+"""Replaces functions and methods, and refuses names that do not exist.
 
 A mutant whose target was renamed would otherwise set an attribute that is never read, and break nothing.
 """
@@ -42,7 +42,7 @@ def replace(owner: Any, name: str, new: object) -> None:
 
 
 def replace_everywhere(owner: Any, name: str, new: object) -> None:
-    """As replace(), and in every loaded module of the framework that has imported the attribute under its name."""
+    """Replace an attribute, also in framework modules that imported it by name."""
     original = getattr(owner, name, None)
     replace(owner, name, new)
     for module_name, module in list(sys.modules.items()):
@@ -52,7 +52,10 @@ def replace_everywhere(owner: Any, name: str, new: object) -> None:
 
 @contextmanager
 def undone_at_the_end() -> Iterator[list[Replacement]]:
-    """Undo at the end of the block what was replaced in it; gives the list of it, which grows meanwhile."""
+    """Undo at the end of the block what was replaced in it.
+
+    Gives the list of replacements, which grows meanwhile.
+    """
     replacements: list[Replacement] = []
     _recorded.append(replacements)
     try:

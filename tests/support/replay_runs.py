@@ -1,4 +1,4 @@
-"""Replays as the tests run them, without the command line, and what their findings count."""
+"""Runs replays without the command line, and counts their outcomes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from consumer.replay.verify import replay
 
 
 async def run_replay(place: Place, app: App, *topics: str, **options: Any) -> Findings:
-    """Run a replay, rebuild or republishing to its end, with the options of its mode.
+    """Run a replay, rebuild or republishing with the options of its mode.
 
     settings, limits: changes to the settings and limits of the run.
     """
@@ -36,7 +36,7 @@ def _without_mode(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def outcome_counts(findings: Findings, handler: str = "settle") -> dict[str, int]:
-    """How many messages of a handler ended in which way, without the zeros."""
+    """How many messages of a handler had which outcome, without zeros."""
     return {name: count for name, count in findings.as_dict()["handlers"][handler].items() if count}
 
 

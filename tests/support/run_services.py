@@ -1,4 +1,4 @@
-"""Kafka, PostgreSQL and Valkey on free ports until Ctrl-C, and the variables that lead to them: `make services`."""
+"""Kafka, PostgreSQL and Valkey on free ports until Ctrl-C: `make services`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections as the schemes take them, and one that records its statements: a base for tests that interfere with them."""
+"""Connections for tests of the schemes: they record or change statements."""
 
 from __future__ import annotations
 

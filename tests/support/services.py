@@ -1,4 +1,6 @@
-"""Apache Kafka for the tests, from its own jars: one KRaft node, started once a run. The other servers are consumer/local_servers.py's.
+"""Apache Kafka for the tests: one KRaft node, started once a run.
+
+The other servers are those of consumer/local_servers.py.
 
 Needs Java 17 and the jars that `make kafka` copies with Maven.
 """

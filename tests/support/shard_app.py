@@ -1,4 +1,4 @@
-"""The application of the tests on shards: two databases, and a route that the environment chooses.
+"""An App with two shards, and a route that the environment chooses.
 
 `python shard_app.py STEP NTH` is a worker that kills itself when it passes a step the nth time.
 """

@@ -1,6 +1,6 @@
-"""Headless Chromium by its own protocol, over two pipes: real clicks, keys, reloads, tabs and slow networks.
+"""Drives headless Chromium: clicks, keys, reloads, tabs, slow networks.
 
-Blocking: what it drives runs in other processes. Commands are those of the Chrome DevTools Protocol.
+It speaks the Chrome DevTools Protocol over two pipes. Calls block.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _UNTIL_SECONDS = 60
 
 
 class Browser:
-    """One Chromium; each `visitor` is a profile of its own, with its own cookies."""
+    """One Chromium; each `visitor` has its own profile and cookies."""
 
     def __init__(self) -> None:
         path = shutil.which("chromium")
@@ -65,7 +65,7 @@ class Browser:
         self._reader.start()
 
     def call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
-        """The answer of a command. Fails the test when it is an error."""
+        """Send a command and return its answer. Fails on an error."""
         self._number += 1
         number = self._number
         answers = self._answers[number] = Queue()
@@ -146,13 +146,13 @@ class Tab:
         return self._browser.call(method, self._session, **parameters)
 
     def js(self, expression: str) -> Any:
-        """The value of an expression; a promise is waited for. Fails the test when it throws."""
+        """Evaluate an expression, waiting for promises. Fails when it throws."""
         evaluated = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in evaluated, evaluated["exceptionDetails"]
         return evaluated["result"].get("value")
 
     def until(self, expression: str, seconds: float = _UNTIL_SECONDS) -> Any:
-        """Wait until an expression is true; it may throw meanwhile, as where a page is being replaced."""
+        """Wait until an expression is true; meanwhile it may throw."""
         deadline = time.monotonic() + seconds
         while True:
             value: Any = None
@@ -194,7 +194,7 @@ class Tab:
         )
 
     def click(self, selector: str, times: int = 1, loads: bool = False) -> None:
-        """Real presses of the mouse in the middle of an element, one right after the other."""
+        """Click the middle of an element, as often as `times` says."""
         before = self._loads()
         x, y = self.js(
             f"(() => {{const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"

@@ -1,4 +1,4 @@
-"""The page as a process, and requests to it as a script sends them: whatever bytes, one connection each."""
+"""The shop as a process, and raw requests to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A `consumer` command at a terminal of its own: what it shows, keys pressed there, signals sent to it."""
+"""Runs a `consumer` command at a terminal: output, keys and signals."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from harness import ROOT
 
 
 def _at_a_terminal() -> None:
-    """In the child: Ctrl-C at this terminal reaches it, whatever the parent ignores."""
+    """In the child: let Ctrl-C at this terminal reach it."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class AtTerminal:
-    """Use as a context; the command is killed at its end. program: another one than `consumer`, as Python's arguments."""
+    """A command at a terminal; use as a context, which kills it.
+
+    program: another one than `consumer`, as arguments of Python.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,6 @@
-"""The application of tests that run `consumer run worker_app:app`. Topic and name come from the environment.
+"""The App of `consumer run worker_app:app`.
+
+Topic and name come from the environment.
 
 Some accounts are traps: they do to a worker what a handler should not.
 """
