@@ -65,7 +65,7 @@ def _check_name(app: App, topics: Sequence[str], name: str) -> None:
         raise UnknownName(f"{app.name!r} has no handler {name!r}; {suggestion(name, app.handlers)}")
     if not handler.idempotent:
         raise Misconfigured(
-            f"handler {name!r}: it has idempotent=False and keeps no ledger row, so there is nothing to verify; leave it out"
+            f"handler {name!r}: it is not idempotent (idempotent=False) and keeps no ledger row to verify; leave it out"
         )
     if not set(topics) & set(handler.topics):
         raise Misconfigured(
