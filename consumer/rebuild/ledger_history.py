@@ -70,7 +70,7 @@ class LedgerHistory:
     _unreadable: set[_Place] = field(default_factory=set)
 
     async def read(self, handlers: Collection[int], topics: Collection[str]) -> None:
-        """Read which messages were never applied, edited or retried.
+        """Read which messages are dead letters, were edited, or were retried.
 
         Call it before the transaction becomes read only, and before StatementGuard notes which tables are locked: a later
         lock counts as that of a handler's statement. Raises CannotTell if too many were edited.
@@ -207,8 +207,7 @@ class LedgerHistory:
         """
         record = delivery.record
         if isinstance(delivery.outcome, Dead):
-            if len(self._unreadable) < UNREADABLE_MAX:
-                self._unreadable.add((delivery.handler.number, delivery.partition, record.offset))
+            self.note_unreadable(delivery)
         elif delivery.outcome is None and fact is None:
             if self.omitted.takes(delivery, self.positions.get(delivery.partition, 0)):
                 delivery.outcome = SKIPPED
@@ -238,6 +237,6 @@ class LedgerHistory:
         return await applied_queries.count_applied_at(self.connection, places)
 
     def note_unreadable(self, delivery: Delivery) -> None:
-        """Note a message whose value cannot be decoded."""
+        """Note a message that has no id, or whose value cannot be decoded."""
         if len(self._unreadable) < UNREADABLE_MAX:
             self._unreadable.add((delivery.handler.number, delivery.partition, delivery.record.offset))

@@ -162,7 +162,9 @@ class ShadowTables:
         deferrable: dict[str, bool] = {}  # constraints of the copies, and whether they are deferred at first
         for number, table in enumerate(self.tables):
             await self._create_copy(copier, table)
-            constraints = {row.name: row.deferred for row in table.constraints if row.deferrable}
+            constraints = {
+                constraint.name: constraint.deferred for constraint in table.constraints if constraint.deferrable
+            }
             self._fixed |= {number} if constraints else set()
             deferrable |= constraints
         deferrable |= await self._add_cascades(cascades)

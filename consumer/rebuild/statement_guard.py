@@ -19,7 +19,7 @@ from consumer.postgres.errors import sqlstate_of
 from consumer.postgres.sql_tokens import first_words
 from consumer.rebuild import copy_sql, statement_rules
 from consumer.rebuild.absent_rows import AbsentRows, sent_statements
-from consumer.rebuild.statement_rules import Decision, TableAccess
+from consumer.rebuild.statement_rules import StatementDecision, TableAccess
 from consumer.rebuild.table_model import Name, Table, TableUsage
 
 TEXTS_MAX = 4096
@@ -196,7 +196,7 @@ class StatementGuard:
             self._seen.clear()
         self._seen.add(seen_as or sql)
 
-    def _follow(self, sql: str, decision: Decision) -> None:
+    def _follow(self, sql: str, decision: StatementDecision) -> None:
         if decision.refusal is not None:
             self._refuse(sql, decision.refusal)
         if decision.copies:

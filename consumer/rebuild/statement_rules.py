@@ -27,7 +27,7 @@ class TableAccess(NamedTuple):
     inserted: bool
 
 
-class Decision(NamedTuple):
+class StatementDecision(NamedTuple):
     """Refuse a statement, start over with more copies, or run it.
 
     refusal: why it is refused. copies: tables that need a copy, and whether the statement inserts into them.
@@ -58,7 +58,7 @@ def operations(plan: Any) -> dict[Name, set[str]]:
     return by_relation
 
 
-def decide_statement(accesses: Sequence[TableAccess], shadows: Mapping[Name, Name]) -> Decision:
+def decide_statement(accesses: Sequence[TableAccess], shadows: Mapping[Name, Name]) -> StatementDecision:
     """Decide whether a statement stays within the copies.
 
     accesses: the real relations that it touches. shadows: real relations that show rows of a table with a copy: the table
@@ -66,26 +66,32 @@ def decide_statement(accesses: Sequence[TableAccess], shadows: Mapping[Name, Nam
     """
     for access in accesses:
         if access.name.schema == OURS:
-            return Decision(f"accesses {access.name}, which is the framework's own", {})
+            return StatementDecision(f"accesses {access.name}, which is the framework's own", {})
     views = [access for access in accesses if access.kind in "vm"]
     for access in [*views, *accesses]:
         table = shadows.get(access.name)
         if table is None:
             continue
         if access.kind in "vm":
-            return Decision(f"reads {table} through the view {access.name}, which shows the real table only", {})
+            return StatementDecision(
+                f"reads {table} through the view {access.name}, which shows the real table only", {}
+            )
         if table == access.name:
-            return Decision(f"names {table} with its schema, and so means the real table: leave the schema out", {})
-        return Decision(f"names {access.name}, a part of {table}: name {table.table} itself", {})
+            return StatementDecision(
+                f"names {table} with its schema, and so means the real table: leave the schema out", {}
+            )
+        return StatementDecision(f"names {access.name}, a part of {table}: name {table.table} itself", {})
     copies: dict[Name, bool] = {}
     for access in accesses:
         if not access.written:
             continue
         if access.kind in "vm":
-            return Decision(f"writes or locks through the view {access.name}: name its table", {})
+            return StatementDecision(f"writes or locks through the view {access.name}: name its table", {})
         if access.kind == "f":
-            return Decision(f"writes to {access.name}, a foreign table: its rows are in another place", {})
+            return StatementDecision(f"writes to {access.name}, a foreign table: its rows are in another place", {})
         if access.part:
-            return Decision(f"writes to {access.name}, a part of another table or one with parts: that has no copy", {})
+            return StatementDecision(
+                f"writes to {access.name}, a part of another table or one with parts: that has no copy", {}
+            )
         copies[access.name] = copies.get(access.name, False) or access.inserted
-    return Decision(None, copies)
+    return StatementDecision(None, copies)
