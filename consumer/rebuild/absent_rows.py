@@ -166,7 +166,7 @@ class AbsentRows:
         if unread or not texts:
             updated = ", ".join(sorted(self._usage[name].updated))
             text = (
-                f"{name}: handlers update {updated} of rows that do not follow from their statements, and rows may have been deleted "
+                f"{name}: handlers update {updated} of rows that cannot be derived from their statements, and rows may have been deleted "
                 "since: what messages did to those was not compared; --base FILE gives the first rows"
             )
             reasons.append({"kind": "rows_gone", "count": max(1, len(unread)), "text": text})

@@ -42,7 +42,7 @@ class Copier:
     """
 
     def __init__(self, sequence_start: int = 1) -> None:
-        self._numbers_from = sequence_start
+        self._sequence_start = sequence_start
         self._taken: dict[str, str] = {}  # name in pg_temp -> the real name
         self._counters = 0
 
@@ -68,11 +68,9 @@ class Copier:
             if default is None or column.generated or column.identity:
                 continue
             for sequence in column.sequences:
-                own, fresh = self._sequence(sequence)
-                start = f" start {self._numbers_from:d}" if self._numbers_from != 1 else ""
-                statements += [f"create temp sequence {ident(own)}{start}"] if fresh else []
-                name = literal(f"pg_temp.{ident(own)}")
-                default = default.replace(f"{literal(sequence.written)}::regclass", f"{name}::regclass")
+                created, own = self._sequence(sequence)
+                statements += created
+                default = default.replace(f"{literal(sequence.written)}::regclass", f"{literal(own)}::regclass")
             if column.has_volatile_default:
                 # A value of the default cannot be compared, but one that a handler gives can: so uses of the default are
                 # noted. setval() survives a rollback and does not change lastval().
@@ -85,13 +83,16 @@ class Copier:
                 statements.append(f"alter table {copy} alter column {ident(column.name)} set default {default}")
         return CopySql(statements, counters)
 
-    def _sequence(self, sequence: DefaultSequence) -> tuple[str, bool]:
+    def _sequence(self, sequence: DefaultSequence) -> tuple[list[str], str]:
+        """Return the SQL of a sequence's copy, if it is new, and its name."""
         for name in (sequence.name, *(f"{sequence.name[:55]}_{n}" for n in range(1, 1000))):
+            own = f"pg_temp.{ident(name)}"
             if name not in self._taken:
                 self._taken[name] = sequence.written
-                return name, True
+                start = f" start {self._sequence_start:d}" if self._sequence_start != 1 else ""
+                return [f"create temp sequence {ident(name)}{start}"], own
             if self._taken[name] == sequence.written:
-                return name, False
+                return [], own
         raise AssertionError("a thousand sequences of one name")
 
 

@@ -111,7 +111,7 @@ async def test_updates_of_unknown_rows_are_a_doubt_once_rows_are_gone(place: Pla
     result = await rebuilt(place, app)
     assert (
         unknown_kinds(result) == ["rows_gone"]
-        and "update balance of rows that do not follow" in result.unknown[0]["text"]
+        and "update balance of rows that cannot be derived" in result.unknown[0]["text"]
     )
 
 
