@@ -163,7 +163,7 @@ async def _health(
     transaction = None
     try:
         if at is not None and at.seen is not None and stop is None:
-            log = log._replace(at_print=await inspection.fingerprint_at(partition, at.seen.offset))
+            log = log._replace(at_seen=await inspection.fingerprint_at(partition, at.seen.offset))
             stop = check_log(partition, at, log)
         if bounds.stable.get(partition, end) < end:
             transaction = await inspection.open_transaction(partition)

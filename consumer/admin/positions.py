@@ -62,5 +62,5 @@ async def _ask_leader(source: KafkaConsumer, partition: Partition, at: Position,
     peek = await source.log.peek(partition, at.offset)
     log = log._replace(end=peek.end if peek.end >= 0 else None, out_of_range=peek.out_of_range)
     if at.seen is not None:
-        log = log._replace(at_print=await source.log.fingerprint_at(partition, at.seen.offset))
+        log = log._replace(at_seen=await source.log.fingerprint_at(partition, at.seen.offset))
     return log

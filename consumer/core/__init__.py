@@ -1,1 +1,1 @@
-"""The decisions. Nothing in this folder knows asyncio, a driver, a clock or chance: time and draws come in as arguments."""
+"""Decisions and their vocabulary. Pure: no event loop, driver, clock or randomness."""

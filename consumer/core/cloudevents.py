@@ -1,8 +1,8 @@
-"""The id of a CloudEvent: its source and its id together, in binary and in structured mode.
+"""Identifies CloudEvents by source and id, in binary and structured mode.
 
-Knows headers and, in structured mode, two fields of the body. An event whose id cannot be read is refused: to take the
-offset instead would apply a second send of it again, and to take the id without its source would drop another
-producer's event as a duplicate.
+Reads headers and, in structured mode, two fields of the body. An event whose id cannot be read is refused. With the
+offset as its id, a second send would be applied again; with the id without the source, another producer's event would be
+dropped as a duplicate.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from consumer.core.identity import event_id
 from consumer.core.message import Record
 from consumer.core.outcome import Reason
 
-_ID = ("ce_id", "ce-id")  # the Kafka binding's spelling, and that of HTTP, which bridges leave as it is
+_ID = ("ce_id", "ce-id")  # the Kafka binding's spelling, and HTTP's, which bridges keep
 _SOURCE = ("ce_source", "ce-source")
 _CONTENT_TYPE = ("content-type", "contenttype")  # Spring writes contentType, older ones with the value in quotes
 _STRUCTURED = b"application/cloudevents"
@@ -32,7 +32,10 @@ _read_envelope = msgspec.json.Decoder(_Envelope).decode
 
 
 def from_event(record: Record) -> bytes | None:
-    """The 16 bytes of a CloudEvent; None for a record that is none. Raises Unreadable for one without id or source."""
+    """Return the 16 bytes of a CloudEvent's id; None for other records.
+
+    Raises Unreadable for an event without id or source.
+    """
     ids: list[bytes | None] = []
     sources: list[bytes | None] = []
     for key, value in record.headers:

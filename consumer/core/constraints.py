@@ -1,8 +1,8 @@
 """Refuses constraints in annotations that the decoder of their type would ignore.
 
 msgspec decodes Structs, dataclasses, TypedDicts, NamedTuples and plain types, and enforces `msgspec.Meta` alone; pydantic
-decodes its models, and does not know `msgspec.Meta`. What one of them ignores would let every value through, so it is an
-error at registration. Text and objects that constrain nothing are left alone.
+decodes its models, and does not know `msgspec.Meta`. A constraint that its decoder ignores would accept every value, so it
+is an error at registration. Text and objects that constrain nothing are allowed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,18 @@ _META = ("gt", "ge", "lt", "le", "multiple_of", "min_length", "max_length", "pat
 
 
 def check(declared: Any) -> None:
-    """Raise RegistrationError for a constraint inside a type that would be ignored, with what to write instead."""
+    """Raise RegistrationError for a constraint that would be ignored.
+
+    The error says what to write instead.
+    """
     _ConstraintWalk().look(declared, "the payload", decodes_itself=_decodes_itself_at_top(declared))
 
 
 def _decodes_itself_at_top(declared: Any) -> bool:
-    """Whether pydantic decodes the whole: it does where the type, or a member of the outermost union, is its own."""
+    """Return whether pydantic decodes the whole value.
+
+    It does where the type, or a member of the outermost union, is a pydantic type.
+    """
     inner = _bare(declared)
     is_union = typing.get_origin(inner) in (typing.Union, types.UnionType)
     return any(is_pydantic(_bare(argument)) for argument in (typing.get_args(inner) if is_union else [inner]))
@@ -42,7 +48,7 @@ def _bare(declared: Any) -> Any:
 
 
 def is_pydantic(part: Any) -> bool:
-    """Whether pydantic, and not msgspec, decodes a class, or a generic one with its arguments."""
+    """Return whether pydantic, and not msgspec, decodes a class."""
     origin = typing.get_origin(part)
     part = origin if isinstance(origin, type) else part
     return any(
@@ -52,14 +58,14 @@ def is_pydantic(part: Any) -> bool:
 
 
 class _ConstraintWalk:
-    """A walk through all annotations that are reached from a type, each once for each library."""
+    """Visits all annotations inside a type, once for each library."""
 
     def __init__(self) -> None:
         self._seen: set[tuple[int, bool]] = set()
-        self._alive: list[Any] = []  # so that no id is used again
+        self._alive: list[Any] = []  # so that no id() is reused
 
     def look(self, declared: Any, place: str, decodes_itself: bool) -> None:
-        """decodes_itself: pydantic decodes what is here; else msgspec does."""
+        """Check a type. decodes_itself: pydantic decodes it; else msgspec does."""
         if (id(declared), decodes_itself) in self._seen:
             return
         self._seen.add((id(declared), decodes_itself))
@@ -102,7 +108,7 @@ class _ConstraintWalk:
                     raise _ignored(f"pydantic.Field as the default of {name}.{field}", name, "")
         try:
             hints = typing.get_type_hints(kind, include_extras=True)
-        except Exception:  # the library that decodes it says more of a name that does not exist
+        except Exception:  # a missing name: the library that decodes the type has the better error
             return
         for field, hint in hints.items():
             self.look(hint, f"{name}.{field}", decodes_itself)
@@ -128,7 +134,7 @@ def _ignored(what: str, owner: str, instead: str) -> RegistrationError:
 
 
 def _constrains(metadata: Any) -> bool:
-    """Whether an object in an annotation may limit or change values."""
+    """Return whether an object in an annotation may limit or change values."""
     if isinstance(metadata, str | int | float | bytes) or metadata is None:
         return False
     kind = metadata if isinstance(metadata, type) else type(metadata)
@@ -145,7 +151,7 @@ def _constrains(metadata: Any) -> bool:
 
 
 def _as_meta(metadata: Any, declared: Any) -> str:
-    """The msgspec.Meta that says the same; nothing where there is none."""
+    """Return the equivalent msgspec.Meta as code; empty where there is none."""
     constraints: dict[str, Any] = {}
     for constraint in getattr(metadata, "metadata", None) or _members(metadata):
         known = {name: getattr(constraint, name, None) for name in _META}
@@ -166,7 +172,10 @@ def _members(metadata: Any) -> list[Any]:
 
 
 def _parts(declared: Any) -> Iterator[Any]:
-    """The types that a type is made of: arguments, what an alias or a NewType stands for, bounds of a variable."""
+    """Yield the types inside a type.
+
+    Its arguments, what an alias or a NewType stands for, and the bounds of a type variable.
+    """
     for argument in typing.get_args(declared):
         if isinstance(argument, list | tuple):
             yield from argument

@@ -1,8 +1,8 @@
-"""Whether a dead letter still holds the record that it was made of: a digest of the value, and one of the rest.
+"""Digests that show whether a dead letter still holds its record.
 
-Knows records and bytes; knows no table. The fingerprint of a message cannot tell: its rule may compare nothing, or need code
-that has changed since. Limitations: older letters have no digests; a change of the digest together with the record is
-not noticed; reason, error and state of a letter, and the value of an edit, are not covered.
+Knows records and bytes; knows no table. The fingerprint of a message cannot replace them: its rule may compare nothing, or
+need code that has changed since. Limitations: older dead letters have no digests; a change of both digest and record is not
+noticed; reason, error and state of a dead letter, and the value of an edit, are not covered.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SIZE = 16  # bytes of each digest
 
 
 def seal(record: Record) -> bytes:
-    """The digests of a record, as they are kept with its letter."""
+    """Return the digests of a record, for its dead letter."""
     names = [key.encode("utf-8", "surrogateescape") for key, _ in record.headers]
     values = [value for _, value in record.headers]
     place = (record.topic, record.partition, record.offset, record.timestamp)
@@ -27,7 +27,10 @@ def seal(record: Record) -> bytes:
 
 
 def altered(row: Mapping[str, Any]) -> list[str] | None:
-    """Which parts of a letter's row are not those of its message: VALUE, REST; None where that cannot be told."""
+    """Return which parts of a dead letter's row have changed: VALUE, REST.
+
+    None for a row without digests.
+    """
     kept = row["seal"]
     if kept is None:
         return None

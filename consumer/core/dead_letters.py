@@ -1,8 +1,8 @@
 """Dead letters: their states, what they block, and kinds of errors.
 
 Knows states and texts; knows no table. A *chain* is a dead letter whose handler kept failing and the later messages of its
-unit of order (the key, or the partition), which are kept as letters too and wait behind it. Only the first of a chain may
-run. A letter for any other reason is a verdict about that message alone, and holds back nothing.
+unit of order (the key, or the partition), which become dead letters too and wait behind it. Only the first of a chain may
+run. A dead letter for any other reason concerns its message alone, and blocks nothing.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from consumer.core.outcome import Dead, Outcome, Reason, RetryLater
 class DeadLetterState(StrEnum):
     """The state of a dead letter.
 
-    Open ones are dead or waiting; the others are settled for good, and stay as a trace.
+    Dead and waiting ones are open; the others are settled for good, and are kept as a record.
     """
 
-    DEAD = "dead"  # somebody must decide
+    DEAD = "dead"  # an operator must decide
     WAITING = "waiting"  # behind a dead one of its key; it has never run
     APPLIED = "applied"  # by a retry
     DISCARDED = "discarded"
 
 
 class KeyHold(Enum):
-    """What PostgreSQL says of a chain, within the transaction that asks."""
+    """Whether dead letters hold a key, within the transaction that asks."""
 
-    HELD = "held"  # and stays so until this transaction ends
-    BUSY = "busy"  # its letters are being settled this moment
+    HELD = "held"  # until this transaction ends
+    BUSY = "busy"  # another transaction is settling them
     FREE = "free"
 
 
@@ -50,14 +50,14 @@ class Transition(NamedTuple):
 
 
 def blocks_key(verdict: Dead) -> bool:
-    """Whether later messages of its ordering key wait for it."""
+    """Return whether later messages of its ordering key wait for it."""
     return verdict.reason in (Reason.FAILED, Reason.BEHIND)
 
 
 def next_state(outcome: Outcome | None) -> Transition:
-    """Return what the first dead letter of a chain becomes.
+    """Return what a dead letter becomes after an attempt.
 
-    Or one without a chain. None: applied.
+    It is the first one of its chain, or has no chain. outcome: None for applied.
     """
     match outcome:
         case Dead() if blocks_key(outcome):
@@ -65,7 +65,7 @@ def next_state(outcome: Outcome | None) -> Transition:
         case Dead():
             return Transition(
                 DeadLetterState.DEAD, keeps_key_blocked=False, releases_next=True
-            )  # a verdict about this message alone
+            )  # it concerns this message alone
         case RetryLater():
             return Transition(DeadLetterState.DEAD, keeps_key_blocked=True, releases_next=False)
         case _:
@@ -116,22 +116,23 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def age_seconds(text: str, option: str) -> int:
-    """Return the seconds of an age such as 90s, 10m or 24h.
+    """Return the seconds of an age.
 
-    Also 7d or 2w. Raises Misconfigured, naming the option.
+    For example 90s, 10m, 24h, 7d or 2w.
+
+    Raises Misconfigured, naming the option.
     """
     match = _AGE.fullmatch(text)
     if match is None:
-        raise Misconfigured(f"{option} {text[:40]!r}: an age, such as 10m, 24h or 7d")
+        raise Misconfigured(f"{option} {text[:40]!r}: not an age; write 10m, 24h or 7d, for example")
     return int(match[1]) * _UNITS[match[2]]
 
 
 def edit_fault(applied: bool, fingerprint: int | None, expected: Collection[int]) -> str:
-    """Return what is wrong with the row of an edited letter.
+    """Return what is wrong with an edit's row in the ledger.
 
-    It was applied under a new id. Empty for nothing.
-
-    found: its fingerprint, None where there is no row. expected: those of the edited value, none where it is not kept.
+    The edit was applied under a new id. Empty for nothing. fingerprint: of the row; None without a row. expected:
+    fingerprints of the edited value; empty where the value is not stored.
     """
     if fingerprint is None:
         return "the ledger has no row of its new id"

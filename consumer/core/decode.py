@@ -1,8 +1,8 @@
-"""From bytes to the type that a handler declares. Knows types and JSON; knows no topic.
+"""Decodes bytes to the type that a handler declares.
 
-bytes stay bytes, str is UTF-8, a pydantic model validates itself (models.py), everything else is msgspec's: Struct,
+Knows types and JSON; knows no topic. bytes stay bytes, str is UTF-8, a pydantic model validates itself (models.py), everything else is msgspec's: Struct,
 dataclass, TypedDict, dict, list, numbers and unions of them, with pydantic models inside them if need be. Compiled once
-for each handler. The text about bytes that do not fit never quotes them.
+for each handler. Errors about bytes that do not fit never quote them.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ _LITERAL = re.compile(
 
 
 def bare(declared: Any) -> Any:
-    """The type without the Annotated around it."""
+    """Return a type without the Annotated around it."""
     return typing.get_args(declared)[0] if typing.get_origin(declared) is Annotated else declared
 
 
 def takes_none(declared: Any) -> bool:
-    """Whether a null value (a tombstone) is a value of the declared type."""
+    """Return whether the declared type includes None (a tombstone)."""
     return declared in (None, type(None), Any) or type(None) in members(declared)
 
 
 def members(declared: Any) -> tuple[Any, ...]:
-    """The members of a union, or nothing."""
+    """Return the members of a union; empty for other types."""
     declared = bare(declared)
     if typing.get_origin(declared) in (typing.Union, types.UnionType):
         return typing.get_args(declared)
@@ -55,9 +55,9 @@ def members(declared: Any) -> tuple[Any, ...]:
 
 
 def decoder(declared: Any, *, allow_nan: bool = False) -> Decoder:
-    """A function from bytes to `declared`, raising any exception for bytes that are not of the type.
+    """Return a function that decodes bytes to `declared`.
 
-    allow_nan: take numbers that are not finite. Raises RegistrationError for a type that cannot be decoded from JSON.
+    It raises any exception for bytes that are not of the type. allow_nan: accept numbers that are not finite. Raises RegistrationError for a type that cannot be decoded from JSON.
     """
     parts = [part for part in members(declared) if part is not type(None)]
     wanted = parts[0] if len(parts) == 1 else declared
@@ -73,7 +73,10 @@ def decoder(declared: Any, *, allow_nan: bool = False) -> Decoder:
 
 
 def _unparsed(plain: type, declared: Any) -> Decoder:
-    """Bytes as they are, or text without its byte order mark, checked where the annotation constrains them."""
+    """Return a decoder for bytes or text, with the annotation's constraints.
+
+    Text loses its byte order mark.
+    """
     limited = declared if typing.get_origin(declared) is Annotated else None
     if plain is bytes:
         return bytes if limited is None else lambda value: msgspec.convert(value, limited)
@@ -83,7 +86,7 @@ def _unparsed(plain: type, declared: Any) -> Decoder:
 
 
 def _msgspec(wanted: Any, allow_nan: bool) -> Decoder:
-    """msgspec's own decoder, with pydantic models inside the type decoding themselves."""
+    """Return msgspec's decoder, in which pydantic models decode themselves."""
     inside = list(_inside(msgspec.inspect.type_info(wanted)))
     inner = {
         node.cls: Model(node.cls, allow_nan=allow_nan)
@@ -111,7 +114,10 @@ def _with_models(wanted: Any, inner: dict[Any, Model], allow_nan: bool) -> Decod
 
 
 def _lenient(decode: Decoder, wanted: Any, inner: dict[Any, Model], has_decimals: bool) -> Decoder:
-    """Also for JSON with the literals NaN and Infinity, and numbers beyond a float's range, which msgspec refuses."""
+    """Return a decoder that also accepts numbers that are not finite.
+
+    Those are the literals NaN and Infinity, and numbers beyond a float's range, which msgspec refuses.
+    """
 
     def number(text: str) -> float | Decimal:
         return Decimal(text) if has_decimals and math.isfinite(float(text)) else float(text)
@@ -132,12 +138,14 @@ def _must_be_pydantic(part: Any) -> bool:
     if part is object:
         return False  # anything
     if not is_pydantic(part):
-        raise TypeError(f"{getattr(part, '__name__', part)} is neither of JSON's types nor one that is made from them")
+        raise TypeError(
+            f"{getattr(part, '__name__', part)} is no type of JSON, and none that msgspec converts from them"
+        )
     return True
 
 
 def _inside(info: Any) -> Iterator[Any]:
-    """All types inside a type, as msgspec describes them."""
+    """Yield all types inside a type, as msgspec describes them."""
     seen: set[int] = set()
     todo = [info]
     while todo:
@@ -151,7 +159,10 @@ def _inside(info: Any) -> Iterator[Any]:
 
 
 def read_again(decoder: Decoder, value: bytes, error: Exception) -> Any:
-    """The value of bytes that a decoder refused, without their byte order mark. Raises Unreadable with the reason."""
+    """Decode again without the byte order mark.
+
+    error: what the decoder raised first. Raises Unreadable with the reason.
+    """
     if value.startswith(_BOM):
         try:
             return decoder(value.removeprefix(_BOM))
@@ -168,7 +179,10 @@ def _literal_in(value: bytes, error: Exception) -> str | None:
 
 
 def _format_of(value: bytes) -> str | None:
-    """What bytes that are no JSON in UTF-8 are, where their beginning tells, and what to do about it."""
+    """Return which format bytes have instead of JSON, and what to do.
+
+    None where their beginning does not show it.
+    """
     first = value[:4]
     if first[:2] in (b"\xff\xfe", b"\xfe\xff") or (len(value) > 3 and (first[:2].count(0) == 1 == first[2:].count(0))):
         return "JSON in UTF-16 or UTF-32: send it as UTF-8, or annotate the payload as bytes"
@@ -185,7 +199,7 @@ def _format_of(value: bytes) -> str | None:
 
 
 def explain(error: BaseException) -> str:
-    """What was wrong with the bytes, without the bytes."""
+    """Return what is wrong with the bytes, without quoting them."""
     match error:
         case Unfit():
             return str(error)

@@ -102,9 +102,9 @@ class SavedAttempts(NamedTuple):
 class PositionUpdate(NamedTuple):
     """A partition's position: as this worker last knew it, and now.
 
-    topic_id: of the log of both; the same offset of another log is not what this worker last knew. seen: the last record
-    that was read. handlers: those that have settled what is between. holds: the number of holds when the owner read them, so
-    that a hold which another process adds is noticed.
+    topic_id: of the log of both; the same offset of another log is another position. seen: the last record that was
+    read. handlers: those that have settled the messages between. hold_count: holds when the owner read them, so that a
+    hold which another process adds is noticed.
     """
 
     partition: Partition
@@ -113,7 +113,7 @@ class PositionUpdate(NamedTuple):
     topic_id: UUID | None = None
     seen: RecordFingerprint | None = None
     handlers: str | None = None
-    holds: int = 0
+    hold_count: int = 0
 
 
 @dataclass(slots=True)

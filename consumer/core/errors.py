@@ -8,9 +8,9 @@
       CannotTell             a replay ended before it had an answer, exit code 2
       TransactionMisuse      a handler asked its Tx for something that would break the guarantee
       Reject                 raised by handlers: a dead letter at once
-      RunAgain               raised out of handlers: not a failure: tried again and not counted
+      RunAgain               raised by handlers: no failure; tried again and not counted
 
-Knows nothing of the drivers' own exceptions: `sqlstate.py` sorts those.
+It has nothing of the drivers' exceptions: `sqlstate.py` classifies those.
 """
 
 from __future__ import annotations
@@ -56,16 +56,14 @@ class CannotTell(ConsumerError):
 class TransactionMisuse(ConsumerError):
     """A handler controlled its transaction, or used a Tx too late.
 
-    Too late means after the handler had returned.
+    Too late means after the handler has returned.
     """
 
 
 class Reject(ConsumerError):
     """Raise it in a handler to make the message a dead letter.
 
-    At once, without a retry.
-
-    The text is kept with the dead letter. Nothing that the handler wrote for this message is stored.
+    That happens at once, without a retry. The text is kept with the dead letter. Nothing that the handler wrote for this message is stored.
     """
 
 
@@ -73,6 +71,6 @@ class RunAgain(ConsumerError):
     """Raise it in a handler to try the message again, uncounted.
 
     Everything the handler wrote for the message is undone, later messages of its unit of order wait behind it, and the
-    pauses grow as the handler's retry policy says (at least 50 ms). A caller may not assume an end to that: what must not wait for
-    ever is caught by the handler, which knows how old its message is, and raised on as a `Reject`.
+    pauses grow as the handler's retry policy says (at least 50 ms). There is no limit: a handler whose messages must not wait
+    for ever catches the cause, looks at the age of its message, and raises `Reject`.
     """

@@ -1,8 +1,8 @@
 """Decides what a failure is, from its error class and from evidence.
 
-A SQLSTATE says what an error may be (sqlstate.py). Three observations say what it is: does the connection still answer,
-does the failure come back when its message is alone, and do other messages of the same handler go through. `judge` is the
-table; `Evidence` is what one process has observed. Pure: no clock, no driver.
+A SQLSTATE says what an error may be (sqlstate.py). Three observations say what it is: whether the connection still answers,
+whether the failure repeats when its message is alone, and whether other messages of the same handler succeed. `judge` is
+the table; `Evidence` is what one process has observed. Pure: no clock, no driver.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import NamedTuple
 from consumer.core.message import Partition
 from consumer.core.sqlstate import Meaning
 
-ALIKE_MIN = 5  # messages that fail in the same way, with no success between them: the handler fails, not its messages
+ALIKE_MIN = 5  # messages failing in one way, with no success between: the handler is at fault, not the messages
 _REMEMBERED_MAX = 64  # failing messages of one handler and kind; only whether there are ALIKE_MIN matters
 
 
 class Others(Enum):
-    """How other messages of the same handler fare, since this one failed first."""
+    """How other messages of the handler ended since the first failure."""
 
-    SUCCEED = "some went through"
-    FAIL_ALIKE = "several fail in the same way and none went through"
-    UNKNOWN = "too few to tell"
+    SUCCEED = "some succeeded"
+    FAIL_ALIKE = "several failed in the same way and none succeeded"
+    UNKNOWN = "too few to decide"
 
 
 class FailureVerdict(Enum):
@@ -49,7 +49,7 @@ _MANY = {
 }
 _C, _W = FailureVerdict.COUNT, FailureVerdict.WAIT
 _ALONE = {  #                 SUCCEED  FAIL_ALIKE  UNKNOWN
-    Meaning.CONFLICT: dict(zip(Others, (_C, _W, _W), strict=True)),  # met again and again: its own statements cause it
+    Meaning.CONFLICT: dict(zip(Others, (_C, _W, _W), strict=True)),  # repeated: its own statements cause it
     Meaning.LOCKED: dict(zip(Others, (_C, _W, _W), strict=True)),
     Meaning.OUTAGE: dict(zip(Others, (_C, _W, _W), strict=True)),  # the server works for the others
     Meaning.INTERNAL: dict(zip(Others, (_C, _W, _W), strict=True)),
@@ -77,7 +77,11 @@ def judge(may_be: Meaning, *, answers: bool, alone: bool, others: Others) -> Fai
 
 
 class FailureCause(NamedTuple):
-    """Why a message waits. error: the kind and the place, never a value. since: Unix seconds."""
+    """Why a message waits.
+
+    error: its kind and its place, never a value. since: Unix seconds. systemic: the handler or a service is at fault, not
+    the message.
+    """
 
     error: str
     since: float
@@ -91,15 +95,15 @@ class _Handler:
 
 
 class Evidence:
-    """What this process has seen of each handler: successes, and failures since the last one.
+    """Successes of each handler, and failures since the last one.
 
-    Limitations: it knows this process only, until `succeeded` reports what others have committed; a restart forgets it,
-    so that a message waits once more, which loses nothing.
+    Limitations: it knows this process only, until `succeeded` reports what others have committed. A restart forgets it:
+    then a message waits once more, which loses nothing.
     """
 
     def __init__(self) -> None:
         self._handlers: dict[str, _Handler] = {}
-        self.is_needed = False  # whether anything has failed: until then, nobody needs to report successes
+        self.is_needed = False  # whether anything has failed; until then, successes need not be reported
 
     def _of(self, handler: str) -> _Handler:
         record = self._handlers.get(handler)
@@ -108,25 +112,25 @@ class Evidence:
         return record
 
     def succeeded(self, handler: str) -> None:
-        """Note that messages of a handler were applied and committed. Called once a batch."""
+        """Count a commit with messages of a handler; called once a batch."""
         record = self._of(handler)
         record.successes += 1
         if record.failing:
             record.failing.clear()
 
     def mark(self, handler: str) -> int:
-        """The number of successes so far: kept with a message when it fails first."""
+        """Return the number of successes; kept with a message that fails first."""
         self.is_needed = True
         return self._of(handler).successes
 
     def failed(self, handler: str, kind: str, partition: Partition, offset: int) -> None:
-        """Note that a message failed by itself. kind: equal for failures that are alike."""
+        """Record that a message failed. kind: equal for similar failures."""
         messages = self._of(handler).failing.setdefault(kind, set())
         if len(messages) < _REMEMBERED_MAX:
             messages.add((partition, offset))
 
     def others(self, handler: str, kind: str, mark: int) -> Others:
-        """How other messages of the handler have fared since `mark`."""
+        """Return how other messages of the handler ended since `mark`."""
         record = self._of(handler)
         if record.successes > mark:
             return Others.SUCCEED

@@ -1,7 +1,7 @@
-"""What of a payload is compared where an id comes again: the handler's option ``fingerprint=``.
+"""The option ``fingerprint=``: what is compared when an id repeats.
 
-Knows the option and decoded values; knows no ledger. A message with the id of an earlier one and another fingerprint is a
-conflict; with the same fingerprint it is a duplicate.
+Knows the option and decoded values; knows no ledger. A message with the id of an earlier one is a duplicate if the
+fingerprint is the same, and a conflict otherwise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Option: TypeAlias = Literal["bytes", "value"] | Callable[[Any], object] | None
 
 @dataclass(frozen=True, slots=True)
 class FingerprintRule:
-    """What is compared. Of the bytes unless `of_value` is a function of the decoded value, or nothing is compared."""
+    """What is compared: the bytes, a function of the value, or nothing."""
 
     of_value: Callable[[Any], object] | None = None
     compares: bool = True
@@ -32,7 +32,7 @@ NOTHING = FingerprintRule(compares=False)
 
 
 def parse_rule(option: object) -> FingerprintRule:
-    """The rule behind ``fingerprint=``. Raises RegistrationError for anything that is not one of the forms."""
+    """Parse the option ``fingerprint=``. Raises RegistrationError."""
     if option is None:
         return NOTHING
     if option == "bytes":
@@ -47,7 +47,10 @@ def parse_rule(option: object) -> FingerprintRule:
 
 
 def of_value(rule: FingerprintRule, value: object) -> int:
-    """64 signed bits of a decoded value under a rule. Raises Unreadable where its function gives nothing usable."""
+    """Return 64 signed bits of a decoded value under a rule.
+
+    Raises Unreadable for a value, or a function's result, that cannot be compared.
+    """
     if not rule.compares or rule.of_value is None or value is None:
         return NO_VALUE_FINGERPRINT
     what = "value" if rule.of_value is _itself else "function"

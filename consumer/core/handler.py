@@ -23,7 +23,7 @@ from consumer.core.retry import Retry
 
 Call: TypeAlias = Callable[[Any, Any, Any], Awaitable[object]]  # (value, message, tx)
 Function: TypeAlias = Callable[..., Awaitable[object]]
-Wrong: TypeAlias = Callable[[str], RegistrationError]  # makes the error of one handler from what is wrong with it
+Wrong: TypeAlias = Callable[[str], RegistrationError]  # problem -> the error, which names the handler
 
 ORDERS = ("key", "partition", "none")
 OPTIONS = (
@@ -80,7 +80,7 @@ class Handler:
     number: int = -1
     allow_nan: bool = False
     version: str | None = None  # of its code, as the user names it
-    codes: tuple[str, str] | None = None  # fingerprints of its code, once they were asked for
+    codes: tuple[str, str] | None = None  # fingerprints of its code, once they were computed
 
     def bind(self, resources: Mapping[str, object]) -> None:
         """Compile the call, with the lifespan's resources.
@@ -96,7 +96,7 @@ class Handler:
         if isinstance(wanted.annotation, type):
             try:
                 fitting = [value for value in resources.values() if isinstance(value, wanted.annotation)]
-            except TypeError:  # a Protocol, a TypedDict, Any: types that cannot be asked
+            except TypeError:  # a Protocol, a TypedDict, Any: isinstance does not work
                 fitting = []
             if len(fitting) == 1:
                 return fitting[0]
@@ -104,7 +104,7 @@ class Handler:
             return resources[wanted.name]
         has = ", ".join(sorted(resources)) or "nothing"
         raise RegistrationError(
-            f"{self.place}: handler {self.name!r} asks for {wanted.name!r}, and the lifespan yields {has}: "
+            f"{self.place}: handler {self.name!r} asks for {wanted.name!r}, and the lifespan yields {has}; "
             f'yield {{"{wanted.name}": …}} from the App\'s lifespan'
         )
 
@@ -134,7 +134,7 @@ def _compile(function: Function, kinds: list[Any]) -> Call:
 
 
 def place_of(function: object) -> str:
-    """file:line of a function, for an error that names it."""
+    """Return file:line of a function, for errors."""
     code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
     return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(function)
 
@@ -377,14 +377,14 @@ def _message_value(hint: Any) -> Any | None:
 def _check_field(field: str, declared: Any, wrong: Wrong) -> None:
     """Check the field of message_id="field:…" against the payload's type.
 
-    A misspelt one would make every message a dead letter.
+    With a misspelt one, every message would become a dead letter.
     """
     names: list[str] = []
     declared = decode.bare(declared)
     if isinstance(declared, type) and issubclass(declared, msgspec.Struct):
         names = list(declared.__struct_fields__)
     elif dataclasses.is_dataclass(declared):
-        names = [field.name for field in dataclasses.fields(declared)]
+        names = [attribute.name for attribute in dataclasses.fields(declared)]
     elif isinstance(declared, type) and hasattr(declared, "model_fields"):
         names = list(declared.model_fields)
     elif typing.is_typeddict(declared):

@@ -1,7 +1,7 @@
-"""Which addresses lead off this machine, and what is wrong with a certificate. Decides by the text alone, resolves nothing.
+"""Which addresses are of other machines; what is wrong with a certificate.
 
-Pure. What it does not know: where a name leads. So of names only `localhost` counts as this machine; `localhost.example`
-and a name that resolves to 127.0.0.1 do not.
+Pure: it reads the text and resolves nothing. So the only name of this machine is `localhost`; `localhost.example` and a
+name that resolves to 127.0.0.1 count as other machines.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ipaddress
 from collections.abc import Iterable
 from urllib.parse import parse_qs, unquote, urlsplit
 
-# OpenSSL's verify codes (x509_vfy.h), which the standard library hands on as SSLCertVerificationError.verify_code.
+# OpenSSL's verify codes (x509_vfy.h), which Python gives as SSLCertVerificationError.verify_code.
 _EXPIRED = {10}
 _NOT_YET = {9}
 _ISSUER = {2, 18, 19, 20, 21}
@@ -18,7 +18,10 @@ _NAME = {62, 64}
 
 
 def is_local(host: str) -> bool:
-    """Whether a host, as written, is this machine: a path of a Unix socket, a loopback address, or `localhost`."""
+    """Return whether a host is this machine.
+
+    That is the path of a Unix socket, a loopback address, or `localhost`.
+    """
     if host.startswith("/") or host.lower() == "localhost":
         return True
     try:
@@ -28,7 +31,7 @@ def is_local(host: str) -> bool:
 
 
 def of_kafka(servers: str) -> list[str]:
-    """The hosts of `host:port,…`; an IPv6 address may stand in brackets, or alone."""
+    """Return the hosts of `host:port,…`; IPv6 with or without brackets."""
     names = []
     for part in servers.split(","):
         text = part.strip()
@@ -42,10 +45,10 @@ def of_kafka(servers: str) -> list[str]:
 
 
 def of_postgres(dsn: str, variable: str = "") -> tuple[list[str], dict[str, str]]:
-    """The hosts that asyncpg will try for a DSN, and the options after its question mark.
+    """Return the hosts that asyncpg tries for a DSN, and its options.
 
-    variable: PGHOST, which counts when the DSN names no host; without either, it tries this machine's sockets. Raises
-    ValueError for what is no DSN. `tests/core/test_hosts.py` compares the answer with the driver's own reading.
+    variable: PGHOST, used when the DSN names no host; without either, asyncpg tries this machine's sockets. Raises
+    ValueError for anything but a DSN. `tests/core/test_hosts.py` compares the answer with the driver's own reading.
     """
     parts = urlsplit(dsn)
     if parts.scheme not in ("postgresql", "postgres"):
@@ -67,21 +70,21 @@ def _without_port(spec: str) -> str:
 
 
 def elsewhere(hosts: Iterable[str]) -> list[str]:
-    """Those that are not this machine."""
+    """Return the hosts that are not this machine."""
     return [host for host in hosts if not is_local(host)]
 
 
 def certificate_fault(code: int, text: str, ca: str, address: str) -> str:
-    """What is wrong with a server's certificate, and what to check.
+    """Return what is wrong with a server's certificate, and what to check.
 
     code, text: OpenSSL's. ca: the setting that names the CA file. address: the setting that names the host.
     """
     if code in _EXPIRED:
-        return f"its certificate has expired ({text}): it must be renewed there"
+        return f"its certificate has expired ({text}); renew it on the server"
     if code in _NOT_YET:
-        return f"its certificate is not valid yet ({text}): compare the clocks"
+        return f"its certificate is not valid yet ({text}); compare the clocks"
     if code in _NAME:
-        return f"its certificate is for another host ({text}): check the host name in {address}"
+        return f"its certificate is for another host ({text}); check the host name in {address}"
     if code in _ISSUER:
-        return f"its certificate was signed by nobody that is trusted here ({text}): check {ca}"
-    return f"its certificate is not accepted ({text}): check {ca}"
+        return f"its certificate has no trusted issuer ({text}); check {ca}"
+    return f"its certificate is not accepted ({text}); check {ca}"

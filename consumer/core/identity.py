@@ -1,9 +1,9 @@
-"""What makes a message that message: 16 bytes from its declared id, and a fingerprint of its bytes.
+"""Message ids: 16 bytes from the declared id. Fingerprints of payloads.
 
 Knows records and rules; knows no ledger. A UUID, in any of its spellings, keeps its own 16 bytes, so that time-ordered
 ids keep their locality in an index; anything else, of any length and any bytes, is a 128-bit BLAKE2b. At 10**8 hashed
-ids the chance of any collision is about 1.5e-23 (birthday bound, n**2 / 2**129). Ids that the framework makes (of
-offsets, CloudEvents, edited dead letters) have namespaces of their own: no declared id is ever equal to one of them.
+ids the chance of any collision is about 1.5e-23 (birthday bound, n**2 / 2**129). Ids that the framework
+generates (from offsets, CloudEvents, edited dead letters) have their own namespaces: no declared id ever equals one.
 """
 
 from __future__ import annotations
@@ -27,32 +27,35 @@ NO_VALUE_FINGERPRINT = 0
 _UUID_BITS = re.compile(rb".{6}[\x10-\x8f].[\x80-\xbf].{7}", re.DOTALL)  # version 1 to 8, and the RFC's variant
 _OFFSET_TEXT = re.compile(
     rb"[A-Za-z0-9._-]{1,249}:[0-9]{1,10}:[0-9]{1,19}(?:.{16})?", re.DOTALL
-)  # as offset_id makes it
+)  # the form of offset_id
 _EDIT_TEXT = re.compile(rb"edit-of-dead-letter-([0-9]{1,19})")
-_fingerprint = blake2b(digest_size=8)  # copied for each: a third cheaper than made anew
+_fingerprint = blake2b(digest_size=8)  # copied for each payload: a third cheaper than a new one
 _signed = Struct(">q").unpack
 
 
 @dataclass(frozen=True, slots=True)
 class HeaderId:
-    """The id is the value of a header; without it the message is a dead letter."""
+    """The id is a header's value; without it the message is dead."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class DefaultId:
-    """Header message-id, else a CloudEvent's source and id, else the offset, which does not recognise a second send."""
+    """The header message-id, else a CloudEvent's id, else the offset.
+
+    An offset does not recognise a message that is sent twice.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class OffsetId:
-    """The id is where the message lies in the log, by choice."""
+    """The id is the message's offset, by choice."""
 
 
 @dataclass(frozen=True, slots=True)
 class FieldId:
-    """The id is a field of the decoded value, reached by attributes and keys."""
+    """The id is a field of the decoded value."""
 
     path: tuple[str, ...]
 
@@ -68,7 +71,7 @@ IdRule: TypeAlias = HeaderId | DefaultId | OffsetId | FieldId | CallableId
 
 
 def parse_rule(option: object) -> IdRule:
-    """The rule behind ``message_id=``. Raises RegistrationError for anything that is not one of the forms."""
+    """Parse the option ``message_id=``. Raises RegistrationError."""
     if option is None:
         return DefaultId()
     if option == "offset":
@@ -87,7 +90,10 @@ def parse_rule(option: object) -> IdRule:
 
 
 def rule_text(rule: IdRule) -> str:
-    """The rule as a text, by which the ledger remembers it: two rules of one text give the same ids."""
+    """Return a rule as text, for the ledger.
+
+    Two rules with the same text give the same ids.
+    """
     match rule:
         case DefaultId():
             return "default"
@@ -106,7 +112,7 @@ def rule_text(rule: IdRule) -> str:
 
 
 def message_id(raw: bytes) -> bytes:
-    """The 16 bytes under which a declared id is kept.
+    """Return the 16 bytes of a declared id.
 
     All spellings of a UUID are one id: either case, with or without dashes, in braces or quotes, after ``urn:uuid:``,
     between spaces, or as its 16 bytes. Other ids are compared byte by byte: "7" and "07" are two.
@@ -119,7 +125,7 @@ def message_id(raw: bytes) -> bytes:
                 try:
                     return unhexlify(digits)
                 except ValueError:
-                    pass  # no UUID after all: an id like any other
+                    pass  # not a UUID
         if (uuid := _uuid_of(raw)) is not None:
             return uuid
     if 58 in raw and _OFFSET_TEXT.fullmatch(raw):  # ":", six times as fast to find as a number
@@ -128,12 +134,18 @@ def message_id(raw: bytes) -> bytes:
 
 
 def own_id(namespace: bytes, raw: bytes) -> bytes:
-    """The 16 bytes of an id in a namespace that no declared id reaches. namespace: at most 16 bytes."""
+    """Return 16 bytes in a namespace that no declared id is in.
+
+    namespace: at most 16 bytes.
+    """
     return blake2b(raw, digest_size=16, person=namespace).digest()
 
 
 def _uuid_of(raw: bytes) -> bytes | None:
-    """The bytes of a UUID that is not in its 36-character form; None for what is no UUID."""
+    """Return the bytes of a UUID in another form than 36 characters.
+
+    None for anything else.
+    """
     if len(raw) == 16:
         return raw if _UUID_BITS.fullmatch(raw) else None
     text = raw.strip()
@@ -152,28 +164,33 @@ def _uuid_of(raw: bytes) -> bytes | None:
 
 
 def offset_id(record: Record, salt: bytes | None = None) -> bytes:
-    """The id of a message that declares none: where it lies in the log. A copy of it elsewhere is another message.
+    """Return the id of a message that declares none, from its offset.
 
-    salt: tells a log from an earlier one of the same name, whose offsets were the same numbers.
+    So a copy of it in another place is another message. salt: distinguishes a log from an earlier one of the same name,
+    which had the same offsets.
     """
     raw = f"{record.topic}:{record.partition}:{record.offset}".encode() + (salt or b"")
     return blake2b(raw, digest_size=16).digest()
 
 
 def edit_id(number: int) -> bytes:
-    """The id of an edited dead letter: of its number, so that the same command means the same intent."""
+    """Return the id of an edited dead letter, from its number.
+
+    So the same command, run twice, is the same intent.
+    """
     return own_id(b"edit", b"%d" % number)
 
 
 def event_id(source: bytes, id: bytes) -> bytes:
-    """The id of a CloudEvent, which its source and its id identify together."""
+    """Return the id of a CloudEvent, from its source and id."""
     return own_id(b"cloudevent", message_id(id) + source)
 
 
 def ids_of_text(text: str | bytes, salts: Iterable[bytes | None] = (None,)) -> tuple[bytes, ...]:
-    """The ids that a person may mean by a text: the declared one first, then those that the framework makes.
+    """Return the ids that a text from an operator may mean.
 
-    These are of an offset, as ``topic:partition:offset`` (salts: of the logs of that name), and of an edited dead letter.
+    The declared id comes first, then those that the framework generates: of an offset, as ``topic:partition:offset``
+    (salts: of the logs of that name), and of an edited dead letter.
     """
     raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
     ids = [message_id(raw)]
@@ -185,12 +202,15 @@ def ids_of_text(text: str | bytes, salts: Iterable[bytes | None] = (None,)) -> t
 
 
 def reads_like_offset(raw: bytes) -> bool:
-    """Whether a text may stand for the id of an offset."""
+    """Return whether a text has the form of an offset's id."""
     return _OFFSET_TEXT.fullmatch(raw) is not None
 
 
 def fingerprint(value: bytes | None) -> int:
-    """64 signed bits of the payload: two messages of one id with different fingerprints are not the same message."""
+    """Return 64 signed bits of a payload.
+
+    Two messages with one id and different fingerprints are not the same message.
+    """
     if value is None:
         return NO_VALUE_FINGERPRINT
     digest = _fingerprint.copy()
@@ -200,7 +220,10 @@ def fingerprint(value: bytes | None) -> int:
 
 
 def from_headers(record: Record, name: str) -> bytes | None:
-    """The 16 bytes from the header `name`, None without one. Raises Unreadable for an empty one, or two that differ."""
+    """Return the 16 bytes of the id in a header, if any.
+
+    Raises Unreadable for an empty header, and for two that differ.
+    """
     id: bytes | None = None
     seen = False
     for key, value in record.headers:
@@ -216,13 +239,16 @@ def from_headers(record: Record, name: str) -> bytes | None:
 
 
 def from_value(rule: FieldId | CallableId, value: object) -> bytes:
-    """The 16 bytes from a decoded value. Raises Unreadable where the value has no usable id."""
+    """Return the 16 bytes of the id in a decoded value.
+
+    Raises Unreadable for a value without a usable id.
+    """
     match rule:
         case FieldId(path):
             part = value
-            for step in path:
+            for name in path:
                 try:
-                    part = part[step] if isinstance(part, dict) else getattr(part, step)
+                    part = part[name] if isinstance(part, dict) else getattr(part, name)
                 except Exception:  # a property may raise anything
                     raise Unreadable(Reason.NO_MESSAGE_ID, f"no field {'.'.join(path)!r}") from None
             return from_object(part, f"the field {'.'.join(path)!r}")
@@ -235,7 +261,10 @@ def from_value(rule: FieldId | CallableId, value: object) -> bytes:
 
 
 def from_object(value: object, what: str) -> bytes:
-    """The 16 bytes from an id as a Python value: a UUID, text, bytes or an integer, not empty."""
+    """Return the 16 bytes of an id given as a Python value.
+
+    That is a UUID, text, bytes or an integer, not empty; raises Unreadable for others. what: names it in errors.
+    """
     if isinstance(value, UUID):
         return value.bytes
     if isinstance(value, str) and value:

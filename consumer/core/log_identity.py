@@ -1,9 +1,9 @@
-"""Whether a position still belongs to the log that is read.
+"""Checks that a position still belongs to the log that is read.
 
-Knows what was written beside a position and what is seen of the log now; does no I/O. An offset is a number in one log:
+Compares what is stored beside a position with the log as it is now; does no I/O. An offset is a number in one log:
 a topic deleted and recreated, another cluster, or a log whose beginning was removed may have the same number for another
-record, or none. What is not known: whether two logs of different ids hold the same messages. So nothing is guessed here:
-a partition stops, and a person says how it goes on.
+record, or none. Limitations: whether two logs with different ids have the same messages is unknown. So nothing is guessed:
+a partition halts, and an operator decides how it continues.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from consumer.core.message import Partition
 
 
 class RecordFingerprint(NamedTuple):
-    """What should be found at an offset again; time in milliseconds."""
+    """A record's timestamp, in milliseconds, and fingerprint, at an offset."""
 
     offset: int
     timestamp: int
@@ -28,9 +28,7 @@ class RecordFingerprint(NamedTuple):
 class Position(NamedTuple):
     """A position: everything below `offset` is settled.
 
-    In the log that the ids name (None: not recorded).
-
-    salt: mixed into ids that are derived from offsets; None for the first log of a name. seen: the last record settled.
+    It is an offset in the log that the ids name (None: not recorded). salt: mixed into ids that are derived from offsets; None for the first log of a name. seen: the last record settled.
     first: where the application began.
     """
 
@@ -41,18 +39,17 @@ class Position(NamedTuple):
     seen: RecordFingerprint | None = None
     first: int | None = None
     handlers: str | None = None  # numbers of those that settle from here on; see handler_records/settled_ranges.py
-    holds: int = 0  # made by others than the partition's owner, so far; see replay/session.py
+    hold_count: int = 0  # holds by others than the partition's owner; see replay/session.py
 
 
-NO_POSITION = Position(-1)  # of a partition that has stopped without a position
+NO_POSITION = Position(-1)  # of a partition that halted without a position
 
 
 def commit_metadata(copied: Iterable[tuple[str, Position | None]]) -> str:
     """Return the metadata of an offset commit.
 
-    For each database: which schema it is, and where the application began in it.
-
-    copied: a schema's installation (one word) and the position in it.
+    It names the schema of each database, and where the application began in it. copied: a schema's installation (one
+    word) and the position in it.
     """
     return " ".join(f"{word} {at.first}" for word, at in copied if word and at is not None and at.first is not None)
 
@@ -60,8 +57,8 @@ def commit_metadata(copied: Iterable[tuple[str, Position | None]]) -> str:
 class ObservedLog(NamedTuple):
     """A partition's log as it is now; None: unknown.
 
-    out_of_range: the broker refused the position. at_print: what lies at the offset of the print (None: nothing, which
-    compaction and retention bring about, so it proves nothing).
+    out_of_range: the broker refused the position. at_seen: the record at the offset of the last settled one (None: no
+    record, which compaction and retention cause, so it proves nothing).
     """
 
     cluster_id: str | None = None
@@ -69,11 +66,11 @@ class ObservedLog(NamedTuple):
     first: int | None = None
     end: int | None = None
     out_of_range: bool = False
-    at_print: RecordFingerprint | None = None
+    at_seen: RecordFingerprint | None = None
 
 
 class HaltReason(StrEnum):
-    """Why a partition does not go on by itself."""
+    """Why a partition does not continue by itself."""
 
     OTHER_CLUSTER = "other_cluster"
     OTHER_TOPIC = "other_topic"
@@ -88,7 +85,7 @@ class HaltReason(StrEnum):
 
 
 class PartitionHalt(NamedTuple):
-    """Why a partition stopped, how it goes on, the missing range.
+    """Why a partition halted, how it continues, the missing range.
 
     do: options of `consumer positions APP`; where no position helps, an instruction in words.
     """
@@ -99,7 +96,7 @@ class PartitionHalt(NamedTuple):
     missing: tuple[int, int] | None = None  # first and last offset
 
     def command(self, path: str, suffix: str = "") -> str:
-        """Return what to do so that the partition goes on.
+        """Return what to do so that the partition continues.
 
         path: how commands name the App.
         """
@@ -125,10 +122,10 @@ def decide_start(
 ) -> StartOffset | PartitionHalt:
     """Decide where to begin without a position, or why to halt.
 
-    own: the installation of the ledger. others: those of the App's other shards. A commit that notes installations is a
-    copy of positions in those ledgers. If this ledger is among them, a failover or a restore has taken its position
-    together with the work below it. If one of them is gone, this database has replaced it, and nothing tells which
-    messages its tables already hold.
+    own: the installation of the ledger. others: those of the App's other shards. A commit that names installations is a
+    copy of positions in those ledgers. If this ledger is among them, a failover or a restore has lost its position
+    together with the work below it. If one of them is gone, this database has replaced it, and it is unknown which
+    messages its tables already have.
     """
     if committed is None:
         return StartOffset(log_first, "log")
@@ -158,7 +155,7 @@ def _noted(text: str) -> dict[str, int]:
 
 
 def check_log(partition: Partition, known: Position, log: ObservedLog) -> PartitionHalt | None:
-    """Why the partition must not go on from its position, or None."""
+    """Return why the partition must not continue from its position, or None."""
     where = f"--topic {partition.topic} --partition {partition.partition}"
     adopt = f"{where} --adopt"
     if _differ(known.cluster_id, log.cluster_id):
@@ -190,12 +187,12 @@ def check_log(partition: Partition, known: Position, log: ObservedLog) -> Partit
             "(unclean leader election, restored broker), or it is another log",
             f"{where} --move-to earliest",
         )
-    if known.seen is not None and log.at_print is not None and known.seen != log.at_print:
+    if known.seen is not None and log.at_seen is not None and known.seen != log.at_seen:
         return PartitionHalt(
             HaltReason.OTHER_RECORD,
             f"the record at offset {known.seen.offset} is not the one that was read there: the log was truncated and "
             "written again, or it is another one"
-            + ("" if log.topic_id is not None else " (this broker does not tell topic ids)"),
+            + ("" if log.topic_id is not None else " (this broker has no topic ids)"),
             f"{where} --move-to earliest" if log.topic_id is not None else adopt,
         )
     return None

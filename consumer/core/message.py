@@ -1,6 +1,6 @@
 """Records as the log has them, and messages as handlers see them.
 
-Knows the shape of a Kafka record, not the client that read it.
+Knows the fields of a Kafka record, not the client that read it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Partition(NamedTuple):
 
 
 class Record(Protocol):
-    """What is read of a record, by whichever reader."""
+    """A record, of any reader."""
 
     @property
     def topic(self) -> str: ...
@@ -45,9 +45,9 @@ class Message(msgspec.Struct, Generic[T], frozen=True):
     Ask for it by annotating a parameter ``Message[T]``.
 
     `value` is decoded to T. `headers` keeps order and repeated names. `timestamp` is the record's, in milliseconds
-    since 1970 UTC, set by the producer or the broker: do not assume that it grows with the offset.
+    since 1970 UTC, set by the producer or the broker; it need not grow with the offset.
     `id` is the 16-byte identity as hexadecimal text, the same for every delivery of the message.
-    `dry_run` is true while a replay calls the handler in a transaction that is undone: leave out effects elsewhere.
+    `dry_run` is true while a replay calls the handler in a transaction that is rolled back: skip effects elsewhere.
     """
 
     id: str
@@ -62,7 +62,7 @@ class Message(msgspec.Struct, Generic[T], frozen=True):
 
 
 def as_dry_run(argument: Any) -> Any:
-    """A handler's argument with `dry_run` set in its messages."""
+    """Return a handler's argument with `dry_run` set in its messages."""
     if isinstance(argument, list):
         return [as_dry_run(message) for message in argument]
     return msgspec.structs.replace(argument, dry_run=True) if isinstance(argument, Message) else argument
@@ -71,11 +71,11 @@ def as_dry_run(argument: Any) -> Any:
 class LogRecord(msgspec.Struct, frozen=True, gc=False):
     """A record as it was read.
 
-    Light, since there is one for each message: half of the client's own, and not tracked by the collector of cycles, since it
-    holds nothing that could lead back to it.
+    It is light, since there is one for each message: half of the client's own. The garbage collector does not track it,
+    since it has no reference that could lead back to it.
 
-    `fault` says what is wrong with a record that the client could not read, kept byte for byte so that it can be a dead
-    letter: its `headers` have their keys decoded with surrogateescape, so encode them back the same way for the raw bytes.
+    `fault` says what is wrong with a record that the client could not read. Its bytes are kept, for a dead letter: the keys
+    of its `headers` are decoded with surrogateescape; encode them in the same way for the raw bytes.
     """
 
     topic: str

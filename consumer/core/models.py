@@ -1,8 +1,10 @@
-"""Pydantic models from JSON, without losing digits and without numbers that are not finite.
+"""Reads pydantic models from JSON without losing digits.
 
-pydantic reads a JSON number with a point as a float before a Decimal or an int sees it. So where a float does not keep
-the digits that were sent, the JSON is parsed here, with such numbers as Decimals, and the model validates the result.
-That is done only if the model takes the parsed form exactly as it takes the JSON; else the number is refused.
+Numbers that are not finite are refused.
+
+pydantic reads a JSON number with a point as a float before a Decimal or an int sees it. So where a float would lose
+digits, the JSON is parsed here, with such numbers as Decimals, and the model validates the result. That is correct only if
+the model reads the parsed form exactly as it reads the JSON; else the number is refused.
 """
 
 from __future__ import annotations
@@ -27,23 +29,23 @@ LOST_DIGITS = "a number has more digits than the type keeps: send it as text, or
 
 
 class Unfit(ValueError):
-    """Bytes that a type refused. Its text says where and why, and quotes nothing of them."""
+    """Bytes that a type refused; the text quotes no values."""
 
 
 class Number(Decimal):
-    """A number of which a float would not keep the digits."""
+    """A number with more digits than a float keeps."""
 
 
 class Numbers:
-    """Reads JSON numbers with a point or an exponent: floats, or Numbers where a float would lose something.
+    """Reads JSON numbers as floats, or without loss as Number.
 
-    exactly: keep also the zeros at the end, which mean nothing to a float and something to a Decimal.
+    For numbers with a point or an exponent. exactly: keep also trailing zeros, which count in a Decimal only.
     """
 
     def __init__(self, exactly: bool = True) -> None:
         self.exactly = exactly
-        self.any = False  # whether a Number was made since this was last reset
-        self.any_lost = False  # whether a float would be another number
+        self.any = False  # whether there was a Number since the last reset
+        self.any_lost = False  # whether a float would have another value
 
     def read(self, text: str) -> float | Number:
         number = float(text)
@@ -62,7 +64,7 @@ class Numbers:
         self.any = self.any_lost = False
 
     def plain(self, value: Any) -> Any:
-        """The value with floats for Numbers that no Decimal took, and nothing remembered."""
+        """Return the value with floats for the Numbers left in it; reset."""
         if self.any:
             value = plain(value)
         self.reset()
@@ -70,12 +72,15 @@ class Numbers:
 
 
 def _is_itself(number: float) -> bool:
-    """Whether an int made of a float has the digits of its text: 1e23 is 99999999999999991611392."""
+    """Return whether int() of a float has the digits of its text.
+
+    1e23 has not: it is 99999999999999991611392.
+    """
     return not number.is_integer() or Decimal(number) == Decimal(repr(number))
 
 
 def plain(value: Any) -> Any:
-    """The value with a float for every Number inside; containers are changed in place where they can be."""
+    """Return the value with floats for Numbers; changes containers in place."""
     match value:
         case Number():
             return float(value)
@@ -99,14 +104,17 @@ def plain(value: Any) -> Any:
 
 
 def check_finite(value: Any, raw: bytes) -> Any:
-    """The value. Raises Unfit for a number inside that is not finite; `raw` says whether one is possible."""
+    """Return the value; raise Unfit for a number that is not finite.
+
+    raw: its bytes, which show whether one is possible.
+    """
     if _MAYBE_NOT_FINITE.search(raw) and (place := not_finite(value)) is not None:
         raise Unfit(f"{place}: a number that is not finite; allow_nan=True of the handler would take it")
     return value
 
 
 class Model:
-    """A pydantic type, compiled. Raises what pydantic raises for a type that it cannot take."""
+    """A compiled pydantic type. Raises what pydantic raises for a bad type."""
 
     def __init__(self, declared: Any, *, allow_nan: bool) -> None:
         from pydantic import TypeAdapter, ValidationError  # only when a handler declares a pydantic type
@@ -120,15 +128,15 @@ class Model:
         self._loses_digits = (_POINT if self._exactly else _LONG).search
 
     def from_bytes(self, raw: bytes) -> Any:
-        """The value of JSON. Raises Unfit."""
+        """Read JSON. Raises Unfit."""
         value = self._read(raw)
         return value if self._allow_nan else check_finite(value, raw)
 
     def from_tree(self, tree: Any) -> Any:
-        """The value of parsed JSON, which is inside that of another type. Raises Unfit."""
+        """Read parsed JSON, from inside a value of another type. Raises Unfit."""
         if not_finite(tree) is not None:  # JSON has no such numbers
             return self._validate(self._adapter.validate_python, plain(tree))
-        # Encoded again, since a model may read JSON otherwise than it reads Python's values.
+        # Encoded again, since a model may read JSON in another way than Python's values.
         return self.from_bytes(msgspec.json.encode(tree, enc_hook=_encoded))
 
     def _read(self, raw: bytes) -> Any:
@@ -147,11 +155,14 @@ class Model:
         return self._exact(raw, tree, value, numbers.any_lost) if numbers.any else value
 
     def _exact(self, raw: bytes, tree: Any, value: Any, any_lost: bool) -> Any:
-        """The value with all digits, if parsed JSON means to the type what JSON means; else refused, if any are lost."""
+        """Return the value with all digits, if the type allows it.
+
+        Otherwise return it as it is, or raise Unfit if digits are lost.
+        """
         try:
             same = self._is_same(self._adapter.validate_python(json.loads(raw)), value)
             exact = self._adapter.validate_python(tree)
-        except Exception as error:  # a validator of the user's may take floats only, and raises anything
+        except Exception as error:  # a validator of the application may accept floats only, and may raise anything
             if any_lost:
                 what = self._text(error) if isinstance(error, self._refusal) else type(error).__name__
                 raise Unfit(f"{what}; {LOST_DIGITS}") from None
@@ -163,7 +174,10 @@ class Model:
         return value
 
     def _is_same(self, one: Any, other: Any) -> bool:
-        """Whether two values are equal in what was sent; defaults may differ from call to call."""
+        """Return whether two values are equal, apart from defaults.
+
+        Defaults may differ from call to call.
+        """
         if one == other:
             return True
         one, other = (self._adapter.dump_python(model, exclude_unset=True, warnings=False) for model in (one, other))
@@ -181,12 +195,12 @@ class Model:
 
 
 def _encoded(value: Any) -> Any:
-    """A Number as JSON; msgspec writes other Decimals as text, which models read as well."""
+    """Return a Number as JSON; msgspec writes other Decimals as text."""
     return msgspec.Raw(str(value).encode())
 
 
 def _loses_in_text(tree: Any) -> bool:
-    """Whether text in parsed JSON is itself an object or array with a number that a float changes."""
+    """Return whether JSON inside a text has a number that floats change."""
     todo = [tree]
     while todo:
         value = todo.pop()
@@ -206,7 +220,10 @@ def _loses_in_text(tree: Any) -> bool:
 
 
 def _has(kind: str, adapter: Any) -> bool:
-    """Whether the type holds a pydantic schema of this kind somewhere; True where that cannot be told."""
+    """Return whether a type has a pydantic schema of this kind inside.
+
+    True where that is unknown.
+    """
     seen: set[int] = set()
     todo = [getattr(adapter, "core_schema", None)]
     if todo == [None]:
@@ -226,10 +243,13 @@ def _has(kind: str, adapter: Any) -> bool:
 
 
 def _names(adapter: Any) -> set[str]:
-    """Names of fields, which may be told; all other names in an error's place come from the bytes."""
+    """Return the names of fields, which errors may show.
+
+    All other names in an error's path come from the bytes.
+    """
     try:
         todo = [adapter.json_schema()]
-    except Exception:  # a type whose JSON cannot be described: then no name is told
+    except Exception:  # a type without a JSON schema: then no name is shown
         return set()
     names: set[str] = set()
     while todo:

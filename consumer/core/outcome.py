@@ -13,9 +13,9 @@ from typing import TypeAlias
 class Cause(StrEnum):
     """Why a message was recognised as a duplicate."""
 
-    BATCH = "batch"  # the same id stood earlier in the same batch
+    BATCH = "batch"  # the same id came earlier in the same batch
     PRECHECK = "precheck"  # Redis had the mark of a committed transaction
-    LEDGER = "ledger"  # PostgreSQL's unique key answered
+    LEDGER = "ledger"  # PostgreSQL's unique key had the id
     DEAD_LETTER = "dead_letter"  # its first delivery is a dead letter
 
 
@@ -24,14 +24,14 @@ class Reason(StrEnum):
 
     UNREADABLE = "unreadable"  # not the declared type
     NO_VALUE = "no_value"  # a null value for a handler that does not take None
-    NO_MESSAGE_ID = "no_message_id"  # none where one is required, or an empty one
+    NO_MESSAGE_ID = "no_message_id"  # none where one is required, or it is empty
     AMBIGUOUS_MESSAGE_ID = "ambiguous_message_id"  # several id headers
     BAD_HEADER = "bad_header"  # a header key that is not UTF-8
     ID_CONFLICT = "id_conflict"  # the id was used before with another payload
     REJECTED = "rejected"  # the handler raised Reject
     FAILED = "failed"  # the handler kept raising
-    TOO_OLD = "too_old"  # older than what the ledger remembers: it may have been applied, or not
-    BEHIND = "behind"  # it waits behind a dead letter of its key, and has never run
+    TOO_OLD = "too_old"  # older than the ledger remembers: it may have been applied
+    BEHIND = "behind"  # it waits behind a dead letter of its key; its handler was not called
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Applied:
 class Duplicate:
     """Nothing to do: the handler has settled this id already.
 
-    label: under which it is counted.
+    label: its name in counts.
     """
 
     cause: Cause
@@ -55,7 +55,7 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """A dead letter, kept with its bytes; the handler left no effects.
+    """A dead letter, stored with its bytes; the handler left no effects.
 
     kind: class of the exception, or SQLSTATE. trace: one line of kind, place and schema objects, then the frames; no values.
     """

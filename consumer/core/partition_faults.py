@@ -1,7 +1,7 @@
-"""Why one partition cannot be read, and how it goes on.
+"""Why one partition cannot be read, and how it continues.
 
-Pure: what fetching reported becomes a Stop. What it does not know: whether the cause goes away by itself, so a worker tries
-again now and then, and a person may go on behind the records.
+Pure: turns what fetching reported into a PartitionHalt. Limitations: whether the cause ends by itself is unknown. So a
+worker tries again from time to time, and an operator may skip the records.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import NamedTuple
 from consumer.core.log_identity import HaltReason, PartitionHalt
 from consumer.core.message import Partition
 
-RETRY_SECONDS = (2.0, 4.0, 8.0, 15.0)  # the last one again and again
+RETRY_SECONDS = (2.0, 4.0, 8.0, 15.0)  # the last one repeats
 _LOG_AGAIN_SECONDS = 600.0
 
 
 class ReadFailure(NamedTuple):
-    """What a fetch of a partition from `first` met.
+    """The failure of a fetch of a partition from offset `first`.
 
     last: the last offset of the batch, None where it is unknown. is_brokers: the broker itself cannot read it.
     """
@@ -67,7 +67,7 @@ class UnreadablePartition:
     def record_failure(self, stop: PartitionHalt, first: int, now: float) -> bool:
         """Record a failure, and return whether to log it.
 
-        A new one at once, the same one rarely.
+        A new one is logged at once, a repeated one rarely.
         """
         is_new = (stop.reason, stop.text) != (self.stop.reason, self.stop.text) or self._logged_at is None
         if is_new:

@@ -1,7 +1,7 @@
 """How long the ledger remembers, and contradictions of its settings.
 
-Pure: times come in as arguments, in seconds since 1970 UTC by the database's clock. The arithmetic is docs/how-to/retention.md's.
-What it does not know: a producer that sends an id again, with a new timestamp, later than rows are kept.
+Pure: times are arguments, in seconds since 1970 UTC by the database's clock. docs/how-to/retention.md explains the
+arithmetic. Limitations: it cannot see that a producer sends an id again, with a new timestamp, after its row was dropped.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-GENERATIONS_PER_RETENTION = 4  # where the settings do not say: rows are kept for 1 to 1.25 times the retention
-GENERATIONS_MAX = 32  # that are live at a time; a claim looks for each id in all of them
+GENERATIONS_PER_RETENTION = 4  # by default; rows are kept for 1 to 1.25 times the retention
+GENERATIONS_MAX = 32  # live at a time; a claim looks for each id in all of them
 HOUR = 3600.0
-# 2000-01-01 in milliseconds. A smaller timestamp is no time of a record: seconds instead of milliseconds, 0, or -1 for none.
+# 2000-01-01 in milliseconds. A smaller timestamp is not a record's time: seconds instead of milliseconds, 0, or -1.
 _TIMES_BEGIN_MS = 946_684_800_000
 
 
@@ -34,12 +34,12 @@ class Policy(NamedTuple):
 
 
 def is_time(timestamp_ms: int) -> bool:
-    """Whether a record's timestamp can be milliseconds since 1970."""
+    """Return whether a record's timestamp can be milliseconds since 1970."""
     return timestamp_ms >= _TIMES_BEGIN_MS
 
 
 def what_is_wrong(timestamp_ms: int) -> str:
-    """Describe a timestamp that is no time, for people."""
+    """Return what is wrong with a timestamp that is not a time."""
     if timestamp_ms < 0:
         return "its record has no timestamp"
     if timestamp_ms >= _TIMES_BEGIN_MS // 1000:
@@ -48,13 +48,11 @@ def what_is_wrong(timestamp_ms: int) -> str:
 
 
 def may_be_forgotten(timestamp_ms: int, offset: int, until_ms: int, below: int | None) -> bool:
-    """Whether a dropped row may have been this message's.
+    """Return whether a dropped row may have been this message's.
 
-    Then a claim which is won proves nothing.
-
-    A message is applied after it was produced, so a dropped row is of a message from before `until_ms`. A timestamp that is no time
-    tells nothing; then the offset does: dropped rows are of records below `below`, the end of what was settled in
-    this log when they were dropped (None: nothing was).
+    Then a won claim proves nothing. A message is applied after it was produced, so dropped rows are of messages from before
+    `until_ms`. For a timestamp that is not a time, the offset decides: dropped rows are of records below `below`, the end of
+    what was settled in this log when they were dropped (None: nothing was).
     """
     if is_time(timestamp_ms):
         return timestamp_ms <= until_ms
@@ -64,7 +62,7 @@ def may_be_forgotten(timestamp_ms: int, offset: int, until_ms: int, below: int |
 class Generation(NamedTuple):
     """One table of the ledger.
 
-    closed_at: every claim in it is older; None for one that claims go into.
+    closed_at: every claim in it is older; None while claims are added.
     """
 
     number: int
@@ -113,7 +111,7 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nothing is due for so long."""
+    """Nothing is due for this time."""
 
     seconds: float
 
@@ -136,7 +134,7 @@ def due(state: LedgerState, policy: Policy) -> Step:
         return Forget(oldest.number, oldest.closed_at)
     forgets_at = math.inf if oldest.closed_at is None else oldest.closed_at + policy.retention * HOUR
     if len(state.generations) >= GENERATIONS_MAX:
-        return Wait(forgets_at - state.now)  # something holds the oldest back: the present one grows instead
+        return Wait(forgets_at - state.now)  # the oldest must stay, so the present one grows
     [present] = [generation for generation in state.generations if generation.number == state.target]
     turns_at = present.opened_at + policy.generation * HOUR
     if turns_at <= state.now:
@@ -147,7 +145,7 @@ def due(state: LedgerState, policy: Policy) -> Step:
 def wanted(own: float, others: Mapping[str, float | None]) -> tuple[float | None, list[str]]:
     """Return the retention that suits every application of the database.
 
-    In hours (None: for ever), and which applications want more than `own`.
+    In hours (None: for ever); and which applications want more than `own`.
     """
     longer = sorted(app for app, hours in others.items() if hours is None or hours > own)
     if any(others[app] is None for app in longer):
@@ -206,8 +204,8 @@ def _check_topic(log: TopicRetention, kept: float, skew: float, errors: list[str
     name = "CONSUMER_LEDGER_RETENTION_HOURS"
     if not log.known:
         warnings.append(
-            f"the settings of topic {log.topic} may not be read (DescribeConfigs), so it is not known whether its records "
-            f"go within {name}={kept:g}; what is older than its log's first record is asked again before anything is dropped"
+            f"the settings of topic {log.topic} may not be read (DescribeConfigs), so it is unknown whether its records "
+            f"go within {name}={kept:g}; the start of its log is read again before anything is dropped"
         )
     elif log.compacted:
         errors.append(

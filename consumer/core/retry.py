@@ -1,4 +1,7 @@
-"""When a failed message is tried again. Knows attempts and errors; knows no clock, and chance comes in as a draw."""
+"""When a failed message is tried again.
+
+Pure: attempts, errors and a random number are arguments.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How often, and how long apart, a message whose handler raises is tried again.
+    """How often a message whose handler raises is tried again, and when.
 
-    attempts: runs in all, the first one included; 1 means never again. base, cap: seconds; the wait before attempt n+1
-    is drawn between half and all of ``min(cap, base * 2**(n-1))`` (equal jitter: it never hammers and never synchronises).
-    on: the exceptions worth another attempt; any other makes the message a dead letter at once.
+    attempts: calls in all, with the first; 1 means no retry. base, cap: seconds; the wait before attempt n+1 is random,
+    between half and all of ``min(cap, base * 2**(n-1))`` (equal jitter). on: exceptions that are retried; any other makes
+    the message a dead letter at once.
 
-    A caller may not assume that only this message is run again: a batch that fails runs again as a whole, and its
-    effects still count once.
+    Not only this message runs again: a batch that fails runs again as a whole, and its effects still count once.
     """
 
     attempts: int = 5
@@ -35,16 +37,19 @@ class Retry:
         if not numbers or not 0 <= self.base <= self.cap:
             raise ValueError(f"Retry(base={self.base!r}, cap={self.cap!r}): seconds, 0 <= base <= cap")
 
-    def delay_seconds(self, error: BaseException, attempts: int, draw: float) -> float | None:
-        """Seconds until the next attempt, or None when there is none.
+    def delay_seconds(self, error: BaseException, attempts: int, random: float) -> float | None:
+        """Return the seconds until the next attempt; None when there is none.
 
-        attempts: runs that have failed so far, at least 1. draw: a number in [0, 1).
+        attempts: failed attempts so far, at least 1. random: in [0, 1).
         """
         if attempts >= self.attempts or not isinstance(error, self.on):
             return None
-        return self.pause_seconds(attempts, draw)
+        return self.pause_seconds(attempts, random)
 
-    def pause_seconds(self, attempts: int, draw: float) -> float:
-        """Seconds between attempt `attempts` and the next, whether or not there is one. draw: a number in [0, 1)."""
+    def pause_seconds(self, attempts: int, random: float) -> float:
+        """Return the seconds after attempt `attempts`, without a limit of attempts.
+
+        random: in [0, 1).
+        """
         longest = min(self.cap, self.base * 2.0 ** min(attempts - 1, 60))  # 2**60 is past any cap; no overflow
-        return longest * (0.5 + draw / 2)
+        return longest * (0.5 + random / 2)

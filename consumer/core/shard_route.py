@@ -1,10 +1,9 @@
-"""Ask the application's route for shards, and detect changed answers.
+"""Asks the application's route for shards, and detects changed answers.
 
-Pure: calls the function and compares its answers; knows no database. A route must be a pure function of the message key:
-a key that moves from one shard to another is applied in the second one although it stands in the first. What it does
-not know: the answers for keys that it never saw. Those that it saw are remembered, up to a bound, and those of messages that
-were applied are there to be kept: what a wrong route answered for a message that was then refused must not speak against the
-right one.
+Pure: calls the function and compares its answers; knows no database. A route must be a pure function of the message key: a
+key that moves from one shard to another is applied in the second one although it was applied in the first. Limitations:
+answers for keys that it has not seen are unknown. It remembers a bounded number of answers. Only those for applied
+messages are stored in the database: a wrong route's answer for a refused message must not count against the right route.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class Router:
         Raises RouteFault when the route raises, names no shard, or has changed its answer.
         """
         earlier = self._answers.get(key)
-        # What was never asked is asked twice, so that chance shows at once.
+        # Ask twice for a new key, to detect a route that is not deterministic.
         for _ in range(1 if earlier is not None else 2):
             name = self._asked(key)
             if earlier is not None and name != earlier:
@@ -111,7 +110,7 @@ class Router:
         self._recordable[shard] = count
 
     def applied(self, shard: str, records: Iterable[Record]) -> None:
-        """Note records that were applied in a shard."""
+        """Remember keys of records that were applied in a shard."""
         room = self._recordable.get(shard, 0)
         if room <= 0:
             return
@@ -123,10 +122,7 @@ class Router:
         self._recordable[shard] = room
 
     def to_record(self, shard: str) -> list[bytes]:
-        """Return keys applied for the first time since the last call.
-
-        As far as this process knows.
-        """
+        """Return keys that this process applied first since the last call."""
         keys = list(self._to_record.pop(shard, ()))
         self._recorded.setdefault(shard, set()).update(keys)
         return keys
@@ -153,19 +149,19 @@ def shown(key: bytes | None) -> str:
 
 
 def explain_change(app: str, change: tuple[bytes | None, str, str]) -> str:
-    """What to tell people of a route that has changed."""
+    """Return the error text for a changed route."""
     key, then, now = change
     return (
-        f"the route of App {app!r} has changed: key {shown(key)} now goes to shard {now!r}, and went to {then!r}. What was "
-        "applied in one shard would be applied again in the other. Put the old route back, or move the keys as "
-        "docs/how-to/shards.md says and then run `consumer migrate APP --new-route`. (A route made with hash() answers differently "
+        f"the route of App {app!r} has changed: key {shown(key)} now goes to shard {now!r}, and went to {then!r}. Messages "
+        "applied in one shard would be applied again in the other. Restore the old route, or move the keys as "
+        "docs/how-to/shards.md says and then run `consumer migrate APP --new-route`. (A route that uses hash() answers differently "
         "in each process: use zlib.crc32 or hashlib.)"
     )
 
 
 def check_names(names: Iterable[str]) -> str | None:
-    """What is wrong with names of shards, or None."""
+    """Return what is wrong with the names of shards, or None."""
     for name in names:
         if not isinstance(name, str) or not name.isascii() or not name.replace("-", "_").isidentifier():
-            return f"{name!r} cannot name a shard: letters, digits, - and _, not beginning with a digit"
+            return f"{name!r} cannot name a shard; use letters, digits, - and _, not beginning with a digit"
     return None

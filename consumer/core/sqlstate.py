@@ -1,4 +1,6 @@
-"""What a database error means for the message that met it. Knows SQLSTATE codes; knows no driver.
+"""What a database error means for the message that caused it.
+
+Knows SQLSTATE codes; knows no driver.
 
 The table follows PostgreSQL's own classes (documentation, appendix A) and its advice on which to retry (section 13.5).
 """
@@ -16,8 +18,8 @@ class Meaning(Enum):
     LOCKED = "locked"  # another session holds a lock for too long
     OUTAGE = "outage"  # the server's state: drop the connection, wait, run again
     INTERNAL = "internal"  # a broken server, or one function or extension that reports its input so
-    DEPLOYMENT = "deployment"  # the schema or the rights do not fit the code, or one message names what is not there
-    STATE = "state"  # something of the database must be mended, or one message asks for what cannot be
+    DEPLOYMENT = "deployment"  # the schema or the rights do not fit the code, or one message names a missing object
+    STATE = "state"  # the database needs a repair, or one message asks for something impossible
     MESSAGE = "message"  # values and rows of the message
     CODE = "code"  # raised by the handler's own code, not by the database
 
@@ -35,7 +37,7 @@ EXACT = {
     "53300": Meaning.OUTAGE,  # too_many_connections
     "HV00N": Meaning.OUTAGE,  # fdw_unable_to_establish_connection
 }
-# Every class of PostgreSQL's list, so that none is judged by accident: tests/core/test_sqlstate.py walks them all.
+# Every class of PostgreSQL's list, so that each has a decision: tests/core/test_sqlstate.py compares.
 CLASSES = {
     "08": Meaning.OUTAGE,  # connection exception
     "53": Meaning.INTERNAL,  # insufficient resources: one message may ask for too much memory
@@ -58,7 +60,7 @@ CLASSES = {
     "HV": Meaning.STATE,  # foreign data wrapper: what another server says
     "72": Meaning.CONFLICT,  # snapshot too old
 }
-# What the statements of one message have met: its values, its rows, the states that it found, the code that it reached.
+# Of the statements of one message: its values, its rows, the states it read, the code it called.
 CLASSES |= dict.fromkeys(
     [
         "00",
@@ -91,15 +93,18 @@ CLASSES |= dict.fromkeys(
 
 
 def meaning(sqlstate: str) -> Meaning:
-    """What an error with this SQLSTATE may be. An unlisted class (an application's own, by RAISE) is the message's."""
+    """Return what an error with this SQLSTATE may be.
+
+    An unlisted class (an application's own, by RAISE) is the message's.
+    """
     return EXACT.get(sqlstate) or CLASSES.get(sqlstate[:2]) or Meaning.MESSAGE
 
 
 def without_values(sqlstate: str, message: str) -> str:
-    """A primary message without the values that a data exception (class 22) quotes: between quotes, or after a colon.
+    """Return an error's message without the values that it quotes.
 
-    The driver's own, of arguments that do not fit, are of that class too. Other messages quote names only; values of rows
-    stand in their DETAIL, which is not part of this.
+    Data exceptions (class 22) quote values, between quotes or after a colon; the driver's errors about arguments are of that
+    class too. Other messages quote names only; values of rows are in their DETAIL, which is not part of the message.
     """
     if not sqlstate.startswith("22"):
         return message

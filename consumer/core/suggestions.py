@@ -1,6 +1,6 @@
-"""Names that people give to commands, checked against those that exist.
+"""Checks names given to commands against those that exist.
 
-Pure. A misspelt filter must never look like an empty answer, so an unknown name is an error that shows close matches.
+Pure. A misspelt filter must not look like an empty answer, so an unknown name is an error that shows close matches.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ _SHOWN_MAX = 8
 
 
 class UnknownName(Misconfigured):
-    """A filter names what does not exist in this database or App."""
+    """A filter has a name that this database does not have."""
 
 
 def check_known(option: str, given: str, known: Iterable[str], where: str) -> None:
     """Raise UnknownName unless `given` is one of the known names.
 
-    option: what the person wrote, such as --topic. where: whose names these are, to follow "not known to".
+    option: as typed, such as --topic. where: whose names these are, to follow "not known to".
     """
     names = sorted(set(known))
     if given not in names:
@@ -28,7 +28,7 @@ def check_known(option: str, given: str, known: Iterable[str], where: str) -> No
 
 
 def suggestion(given: str, names: Iterable[str]) -> str:
-    """Close matches, or all names when there are few."""
+    """Return close matches as text, or all names when there are few."""
     known = sorted(set(names))
     lowered = {name.lower(): name for name in known}
     close = [lowered[name] for name in get_close_matches(given.lower(), lowered, n=3, cutoff=0.6)]

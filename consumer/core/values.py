@@ -1,8 +1,8 @@
-"""Walking through decoded values of any declared type: whether all of it is finite, and its canonical bytes.
+"""Canonical bytes of decoded values, and a check for finite numbers.
 
-Knows the containers and scalars that JSON decoders make; knows no handler. Two values have the same canonical bytes
-exactly if they are equal: independent of key order, white space, the spelling of numbers and of times, and the same in
-every process and release, because fingerprints made of them are stored.
+Knows the containers and scalars that JSON decoders return; knows no handler. Two values have the same canonical bytes
+exactly if they are equal, whatever the order of keys, white space, and the notation of numbers and times. The bytes are
+the same in every process and release, because fingerprints of them are stored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _DIGITS_MAX = 400  # a float has at most 309 digits before the point
 
 
 def fields_of(value: Any) -> Iterable[tuple[str, Any]] | None:
-    """Names and values of a Struct, a pydantic model, a dataclass or an attrs class; None for anything else."""
+    """Return the names and values of a value's fields.
+
+    For a Struct, a pydantic model, a dataclass or an attrs class; None for anything else.
+    """
     kind = type(value)
     if isinstance(value, msgspec.Struct):
         return [(name, getattr(value, name)) for name in kind.__struct_fields__]
@@ -39,7 +42,10 @@ def fields_of(value: Any) -> Iterable[tuple[str, Any]] | None:
 
 
 def not_finite(value: Any) -> str | None:
-    """Where a number inside a value is NaN or infinite, by names of declared fields; None when all are finite."""
+    """Return the path of a number that is not finite, if any.
+
+    It has the names of declared fields only.
+    """
     todo: list[tuple[str, Any]] = [("", value)]
     while todo:
         place, part = todo.pop()
@@ -61,9 +67,10 @@ def not_finite(value: Any) -> str | None:
 
 
 def canonical(value: Any, depth: int = 0) -> bytes:
-    """The canonical bytes of a value. Raises TypeError for a type that has none, RecursionError beyond _DEPTH_MAX levels.
+    """Return the canonical bytes of a value.
 
-    The interpreter's own limit may be too high for its stack, once some library has raised it.
+    Raises TypeError for a type that has none, and RecursionError beyond _DEPTH_MAX levels: the interpreter's own limit may
+    be too high for its stack, once a library has raised it.
     """
     if depth > _DEPTH_MAX:
         raise RecursionError
@@ -99,7 +106,7 @@ def canonical(value: Any, depth: int = 0) -> bytes:
 
 
 def _framed(kind: bytes, body: bytes) -> bytes:
-    """With its length before it, so that no two sequences of values have the same bytes."""
+    """Prefix the length, so that different sequences have different bytes."""
     return b"%s%d:%s" % (kind, len(body), body)
 
 
@@ -128,14 +135,17 @@ def _number(value: int | float | Decimal) -> bytes:
         if not 0 <= exponent <= _DIGITS_MAX:
             shown = float(value) if abs(exponent) < _DIGITS_MAX else None
             if shown is not None and Decimal(repr(shown)) == value:
-                return repr(shown).encode()  # as the float of the same digits
+                return repr(shown).encode()  # like a float with the same digits
             return f"{'-' * sign}{short}e{exponent}".encode()
         value = int(short) * 10**exponent * (-1 if sign else 1)
     return hex(int(value)).encode()
 
 
 def _text_of(value: Any) -> str:
-    """The text of a scalar of another type: of times, in UTC; of secrets and addresses, as they were sent."""
+    """Return the text of a scalar of another type.
+
+    Times are in UTC; secrets and addresses as they were sent.
+    """
     kind = type(value)
     if kind.__module__ == "datetime":
         offset = value.utcoffset() if hasattr(value, "utcoffset") else None

@@ -137,7 +137,7 @@ async def write(
         if counts
         else ([], [], [], [], []),
         [move.handlers for move in moves],
-        [move.holds for move in moves],
+        [move.hold_count for move in moves],
     )
     return moved, stamp
 

@@ -58,6 +58,8 @@ def _with_logs(
             last[partition] = RecordFingerprint(record.offset, record.timestamp, value_fingerprint)
     known = [(update, logs.get(update.partition) or Position(0)) for update in updates]
     return [
-        update._replace(topic_id=at.topic_id, handlers=at.handlers, holds=at.holds, seen=last.get(update.partition))
+        update._replace(
+            topic_id=at.topic_id, handlers=at.handlers, hold_count=at.hold_count, seen=last.get(update.partition)
+        )
         for update, at in known
     ]

@@ -243,7 +243,7 @@ async def _check(
     stop = check_log(partition, position, log)
     if stop is None and position.seen is not None:
         try:
-            log = log._replace(at_print=await source.log.fingerprint_at(partition, position.seen.offset))
+            log = log._replace(at_seen=await source.log.fingerprint_at(partition, position.seen.offset))
         except KafkaError as error:
             # What does not heal is reported by the fetch, which stops this partition alone.
             return not error.retriable or isinstance(error, CorruptRecordException), None

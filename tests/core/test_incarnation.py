@@ -32,19 +32,19 @@ KNOWN = Position(10, "cluster-a", ONE, None, SEEN)
 @pytest.mark.parametrize(
     ("log", "reason"),
     [
-        (ObservedLog("cluster-a", ONE, 0, 10, at_print=SEEN), None),
+        (ObservedLog("cluster-a", ONE, 0, 10, at_seen=SEEN), None),
         (ObservedLog(), None),  # nothing is known against it
         (ObservedLog("cluster-a", ONE, 10, 10), None),  # all that was removed had been read
         (ObservedLog("cluster-a", ONE, 0, 5), None),  # an end that lags, or lies: only a refused fetch counts
-        (ObservedLog("cluster-a", ONE, 0, 10, at_print=None), None),  # compacted away
+        (ObservedLog("cluster-a", ONE, 0, 10, at_seen=None), None),  # compacted away
         (ObservedLog("cluster-b", ONE, 0, 10), HaltReason.OTHER_CLUSTER),
         (ObservedLog("cluster-b", TWO, 0, 10), HaltReason.OTHER_CLUSTER),
         (ObservedLog("cluster-a", TWO, 0, 10), HaltReason.OTHER_TOPIC),
         (ObservedLog(None, TWO, 50, 60), HaltReason.OTHER_TOPIC),  # the missing range of another topic means nothing
         (ObservedLog("cluster-a", ONE, 11, 20), HaltReason.RECORDS_REMOVED),
         (ObservedLog("cluster-a", ONE, 0, 9, out_of_range=True), HaltReason.BEYOND_THE_END),
-        (ObservedLog("cluster-a", ONE, 0, 10, at_print=SEEN._replace(timestamp=1001)), HaltReason.OTHER_RECORD),
-        (ObservedLog("cluster-a", ONE, 0, 10, at_print=SEEN._replace(fingerprint=78)), HaltReason.OTHER_RECORD),
+        (ObservedLog("cluster-a", ONE, 0, 10, at_seen=SEEN._replace(timestamp=1001)), HaltReason.OTHER_RECORD),
+        (ObservedLog("cluster-a", ONE, 0, 10, at_seen=SEEN._replace(fingerprint=78)), HaltReason.OTHER_RECORD),
     ],
 )
 def test_reason_to_stop_is_decided_by_log_and_last_record(log: ObservedLog, reason: HaltReason | None) -> None:
@@ -55,7 +55,7 @@ def test_reason_to_stop_is_decided_by_log_and_last_record(log: ObservedLog, reas
 
 
 def test_position_without_a_recorded_log_is_accepted() -> None:
-    assert check_log(P, Position(10), ObservedLog("cluster-b", TWO, 0, 10, at_print=SEEN)) is None
+    assert check_log(P, Position(10), ObservedLog("cluster-b", TWO, 0, 10, at_seen=SEEN)) is None
 
 
 def test_the_missing_range_is_exact_and_the_command_ends_at_it() -> None:
@@ -72,8 +72,8 @@ def test_the_same_topic_is_begun_again_where_another_one_is_adopted() -> None:
     That would be wrong in the topic where they were given.
     """
     other = SEEN._replace(fingerprint=78)
-    same_topic = check_log(P, KNOWN, ObservedLog("cluster-a", ONE, 0, 10, at_print=other))
-    unknown = check_log(P, KNOWN, ObservedLog(None, None, 0, 10, at_print=other))
+    same_topic = check_log(P, KNOWN, ObservedLog("cluster-a", ONE, 0, 10, at_seen=other))
+    unknown = check_log(P, KNOWN, ObservedLog(None, None, 0, 10, at_seen=other))
     assert same_topic is not None and same_topic.do.endswith("--move-to earliest")
     assert unknown is not None and unknown.do.endswith("--adopt")
 

@@ -92,7 +92,7 @@ async def test_positions_are_begun_moved_and_restarted(connection: asyncpg.Conne
     number = (await register(connection, "bill"))["bill"]
     await positions.lock_of_handler(connection, number, [P])
     await positions.count_hold(connection, number, [P])
-    assert (await positions.read_positions(connection, APP, [P]))[P].holds == 1
+    assert (await positions.read_positions(connection, APP, [P]))[P].hold_count == 1
     await positions.rewind(connection, APP)
     assert await positions.next_offsets(connection, APP) == {P: 0}
     assert await positions.exist(connection, APP)

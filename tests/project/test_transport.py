@@ -157,9 +157,7 @@ async def test_kafka_by_tls_and_each_wrong_certificate(kafka: Kafka) -> None:
     await source.start(20)
     await source.stop(5)
     wrong = {
-        "signed by nobody that is trusted.*CONSUMER_KAFKA_SECURITY_CA_FILE": {
-            "kafka_security_ca_file": str(kafka.stranger)
-        },
+        "has no trusted issuer.*CONSUMER_KAFKA_SECURITY_CA_FILE": {"kafka_security_ca_file": str(kafka.stranger)},
         "for another host.*CONSUMER_KAFKA_BOOTSTRAP_SERVERS": {
             "servers": kafka.tls_servers.replace("localhost", "127.0.0.1")
         },
@@ -420,9 +418,9 @@ async def test_postgresql_by_verify_full_and_each_wrong_certificate(
     await opened(f"{by_name}?sslmode=verify-full&sslrootcert={ca}")
     await opened(by_name.replace("@localhost", "@localhost:1,localhost"), postgres_ca_file=ca)  # the first is down
     for dsn, given, says in [
-        (by_name, str(stranger.file), "signed by nobody that is trusted.*CONSUMER_POSTGRES_CA_FILE"),
+        (by_name, str(stranger.file), "has no trusted issuer.*CONSUMER_POSTGRES_CA_FILE"),
         (tls_postgres.dsn(), ca, "for another host.*CONSUMER_POSTGRES_DSN"),
-        (f"{by_name}?sslmode=verify-full", None, "signed by nobody that is trusted"),  # the system's do not know it
+        (f"{by_name}?sslmode=verify-full", None, "has no trusted issuer"),  # the system's do not know it
         (by_name, "/nowhere.pem", "CONSUMER_POSTGRES_CA_FILE.*cannot be used"),
         (f"{by_name}?sslpassword=x", ca, "sslpassword is not supported"),
     ]:
@@ -529,7 +527,7 @@ async def test_redis_by_tls_as_a_user_with_the_documented_rights(
         assert outcome_counts["applied"] == 30 and outcome_counts["duplicates"]["precheck"] == 30
         stranger = Authority(tmp_path, "stranger")
         for given, says in [
-            ({"redis_url": url, "redis_ca_file": str(stranger.file)}, "signed by nobody.*CONSUMER_REDIS_CA_FILE"),
+            ({"redis_url": url, "redis_ca_file": str(stranger.file)}, "has no trusted issuer.*CONSUMER_REDIS_CA_FILE"),
             (
                 {"redis_url": url.replace("localhost", "127.0.0.1"), "redis_ca_file": str(authority.file)},
                 "for another host",
