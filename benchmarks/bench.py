@@ -30,7 +30,7 @@ from harness import migrated, new_topic, running, settings_for  # noqa: E402
 from services import Kafka  # noqa: E402
 
 from consumer import App, Settings  # noqa: E402
-from consumer.local_servers import Postgres, Server, Valkey  # noqa: E402
+from consumer.local_servers import LocalServer, Postgres, Valkey  # noqa: E402
 from consumer.replay.options import Mode, Options, Progress  # noqa: E402
 from consumer.replay.rebuild_run import RebuildOptions, run_rebuild  # noqa: E402
 from consumer.replay.verify import replay  # noqa: E402
@@ -427,7 +427,7 @@ class Bench:
         return len(produced.entries) / seconds
 
 
-def servers(**postgres: str) -> tuple[Server, ...]:
+def servers(**postgres: str) -> tuple[LocalServer, ...]:
     """Kafka, PostgreSQL with fsync on, and Valkey; to be entered."""
     tuned = {"shared_buffers": "256MB", "max_wal_size": "4GB", "track_commit_timestamp": "on", **postgres}
     return Kafka(), Postgres(tuned), Valkey()

@@ -1,11 +1,12 @@
 """Consume at-least-once Kafka topics; apply each message's effects in PostgreSQL exactly once.
 
 Start here: an `App` holds handlers; `consumer run module:app` runs them. A batch of messages is fetched (kafka/consumer.py),
-checked against Redis (precheck/client.py), and settled in one transaction that holds the claims, the handlers' effects and
-the positions (transaction/apply.py, postgres/session.py); then it is marked in Redis and its offsets are committed to Kafka (worker/worker.py).
+checked against Redis (precheck/client.py), and settled in one transaction with the claims, the handlers' effects and the
+positions (transaction/apply.py, postgres/session.py). Then it is marked in Redis, and its offsets are committed to Kafka
+(worker/worker.py).
 """
 
-TYPE_CHECKING = False  # as `typing` has it, which takes a while to import
+TYPE_CHECKING = False  # like typing.TYPE_CHECKING, without the slow import of typing
 if TYPE_CHECKING:
     from consumer.app import App
     from consumer.core.errors import (
@@ -65,7 +66,7 @@ _MODULES = {
 if not TYPE_CHECKING:
 
     def __getattr__(name):
-        """Import a name when it is used: the command answers Ctrl-C before it imports what takes time."""
+        """Import a name on first use: Ctrl-C must work during imports."""
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         import importlib

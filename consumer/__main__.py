@@ -4,7 +4,10 @@ from consumer.cli import interrupts
 
 
 def main() -> None:
-    """Answer signals in one line from here on, then import the command, which takes a while, and run it."""
+    """Handle signals, then import and run the command.
+
+    The import takes a while, so signals are handled first.
+    """
     interrupts.end_at_once()
     from consumer.cli.main import main as command
 

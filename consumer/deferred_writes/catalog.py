@@ -233,7 +233,7 @@ def question(shape: Shape) -> tuple[Any, ...]:
 
 
 def barrier(facts: Mapping[str, Any], shape: Shape) -> NotBatchedReason | None:
-    """Return the first reason of its table why a statement stays in place."""
+    """Return the first reason why a statement keeps its place, if any."""
     if facts["relation"] is None:
         return NotBatchedReason.TABLE
     reasons = {

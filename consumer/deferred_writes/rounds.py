@@ -92,7 +92,9 @@ def _keys(arguments: Sequence[Sequence[Any]], places: Sequence[int], types: Sequ
 def split_by_key_use(
     arguments: Sequence[Sequence[Any]], shape: Shape, types: Sequence[str]
 ) -> list[Sequence[Sequence[Any]]] | None:
-    """Split rows into runs that use each key once; None if values do not fit.
+    """Split rows into runs that use each key once.
+
+    None if values do not fit.
 
     types: of the parameters. An UPDATE that met one row twice would change it once only. So the first use of each key is in the
     first round, the second in the second: one key's writes keep their order. A round is sorted by key, so that two

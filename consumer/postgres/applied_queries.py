@@ -12,8 +12,8 @@ from uuid import UUID
 from consumer.core.message import Partition
 from consumer.postgres.protocol import Connection
 
-# What was never applied, and what came with an id that another payload had. Of a message that was applied after all, the
-# dead letter stays.
+# Messages that were never applied, and those whose id another payload had. The dead letter of a message that was applied
+# later stays.
 _DEAD = """
 insert into consumer_dead
 select handler, id, fingerprint from consumer.ledger where handler = any($1) and applied_at is null
@@ -39,7 +39,7 @@ join consumer.ledger l on l.handler = o.handler and l.id = o.id
 join consumer.topics t on t.topic = l.topic
 where l.applied_at is not null
 """
-# The same, with the times of messages that were applied as what they are apart from the rest: nearly always that is all.
+# The same, with the times of messages that were applied under their own record apart: nearly always, there are no others.
 _TIMES = """
 with found as (
     select o.place, round(date_part('epoch', l.applied_at) * 1000000)::int8 as at, t.name, l.partition, l."offset" as number,
@@ -62,7 +62,7 @@ join consumer.topics t on t.name = o.topic
 join consumer.ledger l on l.handler = o.handler and l.topic = t.topic and l.partition = o.partition
                       and l."offset" = o."offset" and l.applied_at is not null
 """
-# Positions stop below a message that waits for a retry; what was settled above them counts all the same.
+# Positions stop below a message that waits for a retry; messages settled above them count too.
 _AHEAD = """
 select p.topic, p.partition, max(l."offset") + 1 from consumer.ledger l
 join consumer.topics t on t.topic = l.topic
@@ -70,7 +70,7 @@ join unnest($1::text[], $2::int4[], $3::int8[]) as p(topic, partition, next_offs
     on p.topic = t.name and p.partition = l.partition and l."offset" >= p.next_offset
 where l.handler = any($4) and l.applied_at is not null group by p.topic, p.partition
 """
-# The entries of handlers are updated (a new name, more topics), so that alone they say too little.
+# The rows of handlers are updated (a new name, more topics), so alone they are not enough.
 _AGE = """
 select greatest(max(age(x)), (select max(age(xmin)) from consumer.handlers where handler = any($1))),
        coalesce(bool_or(first <> last), false)
@@ -103,7 +103,7 @@ class Fact(NamedTuple):
 class Times(NamedTuple):
     """Places of messages that were applied.
 
-    same: as what they are, with the time. others: otherwise, with their row.
+    same: under their own record, with the time. others: under another record or payload, with the row.
     """
 
     same: list[tuple[int, int]]
@@ -111,9 +111,9 @@ class Times(NamedTuple):
 
 
 async def collect_dead(connection: Connection, handlers: Sequence[int]) -> int:
-    """Fill the temporary table consumer_dead; return how many rows.
+    """Fill the temporary table consumer_dead with messages never applied.
 
-    With messages that were never applied.
+    Returns how many.
     """
     tag = await connection.execute(_DEAD, handlers)
     return int(tag.split()[-1])
@@ -170,9 +170,9 @@ async def applied_beyond(
 
 
 async def oldest_age(connection: Connection, handlers: Sequence[int]) -> tuple[int | None, bool]:
-    """Return the age of the handlers' first transaction.
+    """Return the age of the handlers' first transaction, in transactions.
 
-    In transactions; and whether a restore has hidden it.
+    Also returns whether a restore has hidden it.
     """
     age, is_restored = await connection.fetchrow(_AGE, handlers)
     return age, is_restored

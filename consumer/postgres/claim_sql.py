@@ -1,7 +1,9 @@
-"""The statements of a claim, for the generations of the ledger that are live. Text only; postgres/claims.py runs it.
+"""The SQL of a claim, for the live generations of the ledger.
+
+Text only; claims.py runs it.
 
 migrations/0001_schema.sql explains generations, and how a turn goes from one to the next without holding up a claim or
-letting an id be claimed in both. With one generation a claim is a plain insert; each older one costs an index probe an id.
+letting an id be claimed in both. With one generation a claim is a plain insert; each older one costs an index probe per id.
 """
 
 from __future__ import annotations
@@ -9,13 +11,13 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-ADVISORY_CLASS = 1189079  # of the locks by which it is known that no claim of a version is running
+ADVISORY_CLASS = 1189079  # of the locks that show whether a claim of a version is running
 
 
 class Generations(NamedTuple):
-    """What a claim must know.
+    """The live generations, as of a version.
 
-    Whoever has it holds it for the version that it was read at, and asks for that again.
+    A claim reads the version again, and is undone if it has changed.
     """
 
     version: int
@@ -37,7 +39,11 @@ from consumer.ledger_state
 
 
 class Statements(NamedTuple):
-    """offers: handler, id, fingerprint, topic, partition, offset, applied as arrays; _alike: one handler and partition."""
+    """The statements of a claim's transaction.
+
+    Their parameters are handler, id, fingerprint, topic, partition, offset and applied, as arrays. Those that end in _alike
+    are for messages of one handler and partition.
+    """
 
     claim: str
     claim_alike: str
@@ -58,7 +64,7 @@ with offered as materialized (
     select $1::int2 as handler, id, fingerprint, $4::int2 as topic, $5::int4 as partition, "offset", $7::bool as applied, place
     from unnest($2::uuid[], $3::int8[], $6::int8[]) with ordinality as o(id, fingerprint, "offset", place)
 )"""
-# Not in the generation: an index probe for each id, whatever the planner thinks of its size (a join may scan it).
+# Not in the generation. An index probe per id, whatever size the planner assumes (a join may scan the table).
 _ABSENT = "coalesce((select false from {table} l where l.handler = o.handler and l.id = o.id limit 1), true)"
 _FRESH = """, fresh as materialized (
     select * from offered o where {absent}
@@ -75,9 +81,8 @@ _CLAIMED = """, claimed as (
     on conflict (handler, id) do nothing
     returning handler, id
 )"""
-# The places of the offers that were lost, and of those among them: that another record made, that are dead letters, that
-# hold another payload, and that this statement cannot see. One probe of the index for each (a join may scan the ledger).
-# And the version, as it is now.
+# The places of the offers that were lost; among them those of another record, of dead letters, of another payload, and
+# those that this statement cannot see. One index probe each (a join may scan the ledger). And the version, as it is now.
 _LOST = """
 select array_agg(place), array_agg(place) filter (where not same_record), array_agg(place) filter (where dead),
        array_agg(place) filter (where clashes), array_agg(place) filter (where same_record is null),
@@ -88,7 +93,7 @@ from offered o left join lateral (
     from {ledger} l where l.handler = o.handler and l.id = o.id limit 1
 ) as found on true
 """
-# Hashed, and never a join in nested loops, which the planner would take for the few rows that it expects.
+# Hashed: a join would run as nested loops, since the planner expects few rows.
 _NOT_CLAIMED = "where (o.handler, o.id) not in (select handler, id from claimed)"
 _OF_THEM = "{source} where ((handler, id) in (select handler, id from turned)) is true"
 _EVERYWHERE = 'select handler, id, fingerprint, topic, partition, "offset", applied_at from {table}'
@@ -99,15 +104,15 @@ update {target} l set applied_at = null
 from unnest($1::int2[], $2::uuid[]) as o(handler, id) where (l.handler, l.id) = (o.handler, o.id)
 """
 
-# What stands, asked of all generations at once: for those that hold no version's lock. Waits where one is being dropped.
+# Existing claims in all generations, for transactions without a version's lock. Waits while one is being dropped.
 STANDING = _OFFERED + _LOST.format(ledger="consumer.ledger")
 
 
 @lru_cache(maxsize=32)
 def statements(target: int, turning: bool, live: tuple[int, ...]) -> Statements:
-    """The statements of a claim's transaction.
+    """Return the statements for these generations.
 
-    They name no generation but those given, so they wait for no other one.
+    They name no other generation, so they wait for no other one.
     """
     claimed = _claimed(target, turning, [number for number in live if number != target])
     everywhere = " union all ".join(_EVERYWHERE.format(table=_read(number)) for number in live)
@@ -141,5 +146,8 @@ def _write(number: int) -> str:
 
 
 def _read(number: int) -> str:
-    """Of this generation alone: the first one is the parent of the others, who would be read with it."""
+    """Return the name to read one generation.
+
+    The first one is the parent of the others: without ONLY they would be read too.
+    """
     return "only consumer.ledger" if number == 1 else _write(number)

@@ -1,4 +1,4 @@
-"""The claims of one connection's transactions: rows of the ledger, inserted once per handler and message id.
+"""Claims: rows of the ledger, one per handler and message id.
 
 claim_sql.py writes the statements; migrations/0001_schema.sql explains the generations of the ledger.
 """
@@ -39,10 +39,10 @@ where l.handler = o.handler and l.id = o.id and l.applied_at is null
 
 
 class ExistingClaim(NamedTuple):
-    """What the ledger holds for an id that was claimed before.
+    """The ledger's row of an id that was claimed before.
 
-    clashes: with another payload. same_record: claimed by this very record, so this is a redelivery; otherwise the message
-    was produced again.
+    clashes: it has another payload. same_record: this record claimed it, so this is a redelivery; otherwise the message was
+    produced again.
     """
 
     dead: bool
@@ -60,7 +60,7 @@ _EXISTING = {
 
 
 class Claims:
-    """Claims ids on one connection, in the generations of the ledger that are live.
+    """Claims ids on one connection, in the live generations.
 
     begin: starts the connection's transaction again, after a claim found that the ledger has turned.
     """
@@ -90,7 +90,7 @@ class Claims:
         """
         known: dict[Delivery, ExistingClaim] = {}
         unknown = deliveries
-        if self.share_known > _MOSTLY_KNOWN:  # as in a replay: looking costs half of what losing a claim does
+        if self.share_known > _MOSTLY_KNOWN:  # as in a replay: looking costs half as much as losing a claim
             known, unknown = _existing(deliveries, await self.ask(deliveries, topics, to_claim=False))
         existing = known
         if unknown:
@@ -133,9 +133,9 @@ class Claims:
         await self._connection.execute(self._statements.mark_claims_dead, *_keys(deliveries))
 
     async def too_old(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
-        """Return those whose row may be gone, so that a claim that is won proves nothing.
+        """Return messages whose row may be gone.
 
-        Judges by the horizon of the version that this transaction's claim was checked against. The clocks of producers and
+        That their claim was won proves nothing. The horizon is that of the version of this transaction's claim. The clocks of producers and
         of PostgreSQL may differ by `ledger_clock_skew_hours`. Records without a usable timestamp are judged by their offsets
         (core/retention.py). Limitation: a producer that sends an id again with a new timestamp, later than rows are kept.
         """
@@ -162,7 +162,7 @@ class Claims:
         return statements(self.generations.target, self.generations.turning, self.generations.live)
 
     async def ask(self, deliveries: Sequence[Delivery], topics: Mapping[str, int], *, to_claim: bool) -> Any:
-        """Claim or only look, in a new transaction where the ledger has turned since its generations were read."""
+        """Claim or look; in a new transaction if the ledger has turned."""
         alike = _offers_alike(deliveries, topics)
         offers = alike if alike is not None else _offers(deliveries, topics)
         for _ in range(_VERSIONS_MAX):
@@ -182,7 +182,7 @@ class Claims:
                     return lost
             except asyncpg.UndefinedTableError as gone:  # a generation that was dropped, maybe
                 error = gone
-            # The transaction holds nothing but this claim and a look at what is committed, so it can be undone.
+            # So far, the transaction contains only this claim and reads, so it can be undone.
             await self._connection.execute("rollback")
             before = self.generations
             await self.read_generations()
@@ -193,7 +193,7 @@ class Claims:
 
 
 async def claimed_ids(connection: Connection, ids: Sequence[tuple[int, bytes]]) -> set[tuple[int, bytes]]:
-    """Return those (handler, id) that the ledger holds."""
+    """Return which (handler number, id) the ledger has."""
     rows = await connection.fetch(
         """select l.handler, l.id from unnest($1::int2[], $2::uuid[]) as o(handler, id)
            join consumer.ledger l using (handler, id)""",
@@ -206,7 +206,10 @@ async def claimed_ids(connection: Connection, ids: Sequence[tuple[int, bytes]]) 
 async def revive(
     connection: Connection, keys: Sequence[tuple[int, UUID]], fingerprints: Sequence[int]
 ) -> list[tuple[int, UUID]]:
-    """Turn claims of dead letters into those of applied messages; return the (handler, id) of those that were dead."""
+    """Turn claims of dead letters into claims of applied messages.
+
+    Returns the (handler, id) of those that were dead.
+    """
     rows = await connection.fetch(_REVIVE, *_columns(keys), fingerprints)
     return [(row[0], row[1]) for row in rows]
 
@@ -222,12 +225,12 @@ async def drop_dead(connection: Connection, keys: Sequence[tuple[int, UUID]]) ->
 
 
 async def exist(connection: Connection, handler: int) -> bool:
-    """Whether the ledger has any row of a handler."""
+    """Return whether the ledger has any row of a handler."""
     return bool(await connection.fetchval("select exists (select from consumer.ledger where handler = $1)", handler))
 
 
 def uuids(ids: Iterable[bytes]) -> list[UUID]:
-    """Return ids as the driver takes them; its own type is made from bytes several times faster than Python's."""
+    """Return ids as the driver's UUIDs, which are faster than Python's."""
     return [UUID(id) for id in ids]
 
 
@@ -248,7 +251,10 @@ def _offers(deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> tuple[
 
 
 def _offers_alike(deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> tuple[Any, ...] | None:
-    """Return the offers where all are of one handler and partition and none is a dead letter; else None."""
+    """Return the offers of messages of one handler and partition.
+
+    None if there are others, or a dead letter among them.
+    """
     handler, record = deliveries[0].handler, deliveries[0].record
     topic, partition = record.topic, record.partition
     ids, fingerprints, offsets = [], [], []
@@ -268,7 +274,10 @@ def _offers_alike(deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> 
 
 
 def _existing(deliveries: Sequence[Delivery], lost: Any) -> tuple[dict[Delivery, ExistingClaim], list[Delivery]]:
-    """Return the claims that were lost to existing ones, and those whose existing claim the statement could not see."""
+    """Return the existing claims, and the messages whose claim is not visible.
+
+    A statement does not see what was committed while it waited.
+    """
     everything, elsewhere, dead, clashes, unseen = (
         [deliveries[place - 1] for place in places or ()] for places in lost[:5]
     )

@@ -1,6 +1,6 @@
-"""Connections to PostgreSQL: their options and limits, the wait for a server, and which database answers.
+"""Connects to PostgreSQL, waits for it, and checks which database answers.
 
-Limitations: a connection's transactions are in session.py.
+A connection's transactions are in session.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def dsn_label(dsn: str) -> str:
 
 @contextmanager
 def translated_errors(settings: Settings) -> Iterator[None]:
-    """Turn errors of our own statements into Outage (wait) or Misconfigured (rights or schema do not fit)."""
+    """Raise Outage or Misconfigured for errors of our own statements.
+
+    Misconfigured: the rights or the schema do not fit.
+    """
     try:
         yield
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
@@ -84,7 +87,7 @@ async def connect(settings: Settings, timeout_seconds: float = ATTEMPT_SECONDS) 
         raise Misconfigured(f"{label}: {fault}") from None
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InternalClientError) as error:
         if isinstance(error, ConnectionError) and "rejected SSL upgrade" in str(error):
-            raise Misconfigured(f"{label} speaks no TLS: turn it on there, or see CONSUMER_ALLOW_INSECURE") from None
+            raise Misconfigured(f"{label} has no TLS: turn it on, or see CONSUMER_ALLOW_INSECURE") from None
         if isinstance(error, asyncpg.ProtocolViolationError) and "unsupported startup parameter" in str(error):
             raise Misconfigured(f"{label} is PgBouncer: set CONSUMER_POSTGRES_POOLER=true") from None
         if isinstance(error, asyncpg.PostgresError) and meaning_of(error) is Meaning.DEPLOYMENT:
@@ -105,10 +108,10 @@ async def wait_for(
     after: Callable[[Outage], float] = lambda outage: PAUSE_SECONDS,
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
 ) -> T:
-    """Repeat an attempt until PostgreSQL is there; raise ServiceUnavailable after so many seconds.
+    """Repeat an attempt until PostgreSQL answers.
 
-    attempt: receives how long it may take. after: receives the outage of a failed attempt, returns the pause before the
-    next one. Other errors of the attempt end the wait.
+    attempt: receives how many seconds it may take. after: receives the outage of a failed attempt, returns the pause before
+    the next one. Raises ServiceUnavailable after `seconds`, and any other error of an attempt at once.
     """
     clock = asyncio.get_running_loop().time
     deadline = clock() + seconds
@@ -160,7 +163,7 @@ async def database_epoch(connection: asyncpg.Connection[Any], settings: Settings
 
 
 def detect_dead_peers(connection: asyncpg.Connection[Any]) -> None:
-    """Let the kernel end a connection whose peer is gone, so that nothing waits for hours.
+    """Let the kernel end a connection whose peer is gone.
 
     Linux has all of these options; elsewhere those that exist are set.
     """

@@ -1,6 +1,6 @@
-"""Finds out that a server has few connections left, so that workers share them instead of keeping idle ones.
+"""Detects that a server has few connections left.
 
-Knows SQL; connections come in. Limitations: behind a pooler the server's connections say nothing, and nothing is asked.
+Then workers share them. Limitations: behind a pooler the number of connections means nothing, and nothing is asked.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from consumer.postgres.protocol import Connection
 
 FREE_MIN = 2  # with fewer, another worker may be waiting for one
-SECONDS = 15.0  # connections are shared for so long after the last sign of want
+SECONDS = 15.0  # for which connections are shared after the last shortage
 HELD_SECONDS_MAX = 0.5  # by a lane, while they are shared
 
-# The least of what the server, the role and the database leave. Rows of other roles hide their kind of backend, not their
-# database; reserved_connections exists since PostgreSQL 16.
+# The smallest remainder of the server, the role and the database. Rows of other roles hide their kind of backend, not
+# their database; reserved_connections exists since PostgreSQL 16.
 _FREE = """
 select least(
     current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
@@ -27,5 +27,5 @@ select least(
 
 
 async def is_crowded(connection: Connection) -> bool:
-    """Whether the server, the role or the database has hardly a connection left."""
+    """Return whether few connections are left to the server, role or database."""
     return bool(await connection.fetchval(_FREE) < FREE_MIN)

@@ -1,8 +1,6 @@
 """Locks, settles, records and publishes dead letters.
 
-For an operator's transaction, and for the publisher.
-
-Tables: dead_letters, held, letter_actions, letters_to_publish. dead_letters.py explains the locks of chains.
+For an operator's transaction, and for the publisher. Tables: dead_letters, held, letter_actions, letters_to_publish. dead_letters.py explains the locks of chains.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ select d.dead_letter, d.state, d.chain, d.handler, d.id, d.fingerprint, d.topic,
 from consumer.dead_letters d join consumer.handlers h using (handler)
 where d.dead_letter = any($1) order by d.dead_letter for no key update of d skip locked
 """
-# Of each chain, the first letter that is not in this transaction: those after it must wait.
+# Of each chain, the first dead letter that is not in this transaction: those after it must wait.
 _OTHERS = """
 with part as materialized (select unnest($1::int8[]) as dead_letter),
 chains as (select distinct d.handler, d.chain from consumer.dead_letters d join part using (dead_letter) where d.chain is not null)
@@ -62,7 +60,7 @@ Chain = tuple[int, UUID]  # handler and chain
 
 
 class Settled(NamedTuple):
-    """What becomes of a dead letter.
+    """The new state of a dead letter.
 
     stays: in its chain, which it blocks or waits in.
     """
@@ -93,7 +91,7 @@ class Action(NamedTuple):
 
 
 async def lock(connection: Connection, numbers: Sequence[int]) -> dict[int, Any]:
-    """Lock the chains of dead letters, then the letters; return rows.
+    """Lock the chains of dead letters, then the dead letters; return rows.
 
     Those that another operator has locked are absent.
     """
@@ -102,20 +100,20 @@ async def lock(connection: Connection, numbers: Sequence[int]) -> dict[int, Any]
 
 
 async def first_others(connection: Connection, numbers: Sequence[int]) -> dict[Chain, tuple[int, int]]:
-    """Return the first letter of each chain that is not among these.
+    """Return the first other dead letter of each chain.
 
-    As offset and number, by the chains of these letters.
+    As offset and number, by chain.
     """
     return {(row[0], row[1]): (row[2], row[3]) for row in await connection.fetch(_OTHERS, numbers)}
 
 
 async def settle(connection: Connection, settled: Sequence[Settled]) -> None:
-    """Write what became of dead letters."""
+    """Write the new states of dead letters."""
     await connection.execute(_UPDATE, *map(list, zip(*settled, strict=True)))
 
 
 async def release(connection: Connection, chains: Sequence[Chain]) -> list[Chain]:
-    """Unblock those of the chains that have no letter left; return them."""
+    """Unblock the chains that have no dead letter left; return them."""
     rows = await connection.fetch(_RELEASE, [handler for handler, _ in chains], [chain for _, chain in chains])
     return [(row[0], row[1]) for row in rows]
 
@@ -126,7 +124,7 @@ async def record(connection: Connection, actions: Sequence[Action]) -> None:
 
 
 async def publish(connection: Connection, numbers: Sequence[int]) -> None:
-    """Put dead letters on their way to the dead-letter topic."""
+    """Queue dead letters for the dead-letter topic."""
     await connection.execute(_TO_PUBLISH, numbers)
 
 
@@ -136,5 +134,5 @@ async def take_unpublished(connection: Connection, app: str, limit: int) -> list
 
 
 async def mark_published(connection: Connection, numbers: Sequence[int]) -> None:
-    """Take dead letters from their way to the dead-letter topic."""
+    """Remove dead letters from the queue for the dead-letter topic."""
     await connection.execute(_PUBLISHED, numbers)

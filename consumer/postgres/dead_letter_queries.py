@@ -1,4 +1,6 @@
-"""Questions about dead letters, for commands. Reads only; dead_letters.py and dead_letter_actions.py write.
+"""Questions about dead letters, for commands.
+
+Reads only; dead_letters.py and dead_letter_actions.py write.
 
 Tables: dead_letters, letter_actions.
 """
@@ -78,7 +80,7 @@ where h.app = $1 and d.state in ('dead', 'waiting')
   and ($7::float8 is null or d.died_at < now() - make_interval(secs => $7))
   and ($8::float8 is null or d.died_at > now() - make_interval(secs => $8))
 """
-# Of a chain, only those with no dead one before them: the others follow by themselves.
+# Of a chain, only those without a dead one before them: the others follow by themselves.
 _SELECT = (
     """
 select d.dead_letter """
@@ -117,7 +119,7 @@ order by w.place, not w.before, d."offset", w.dead_letter
 _LETTERS = """
 select d.*, h.name as handler_name from consumer.dead_letters d join consumer.handlers h using (handler) where d.dead_letter = any($1)
 """
-# Of each chain, its first letters, in order.
+# Of each chain, its first dead letters, in order.
 _NEXT = """
 select o.place, d.dead_letter, d.state = 'waiting'
 from unnest($1::int2[], $2::uuid[]) with ordinality as o(handler, chain, place) cross join lateral (
@@ -135,7 +137,7 @@ where d.handler = any($1) and a.what = 'edit' and a.outcome = 'applied' and d.to
 order by d.dead_letter, a.action desc limit $3
 """
 # In one statement, so that an edit which is committed meanwhile has its row.
-# A transaction of retries takes the letters of a key one after the other, whatever their offsets.
+# A transaction of retries settles the dead letters of a key one after the other, whatever their offsets.
 _APPLIED_RETRIES = """
 select d.handler, d.topic, d.partition, d."offset", a.action
 from consumer.letter_actions a join consumer.dead_letters d using (dead_letter)
@@ -239,7 +241,7 @@ class Size(NamedTuple):
 
 
 class Next(NamedTuple):
-    """A letter of the chain at a place.
+    """A dead letter of the chain at a place.
 
     never_ran: it waits and was not tried.
     """
@@ -301,7 +303,7 @@ async def count_unsure(connection: Connection, matching: OpenMatching) -> int:
 
 
 async def standings(connection: Connection, numbers: Sequence[int]) -> dict[int, Standing]:
-    """Return where dead letters stand, by number."""
+    """Return the states of dead letters, by number."""
     return {row[0]: Standing(*tuple(row)[1:5]) for row in await connection.fetch(_STATES, numbers)}
 
 
@@ -319,7 +321,7 @@ async def whole(connection: Connection, numbers: Sequence[int]) -> dict[int, Any
 
 
 async def first_of(connection: Connection, chains: Sequence[tuple[int, UUID]], limit: int) -> list[Next]:
-    """Return the first letters of chains, at most `limit` of each."""
+    """Return the first dead letters of chains, at most `limit` of each."""
     handlers, keys = [handler for handler, _ in chains], [chain for _, chain in chains]
     return [Next(*row) for row in await connection.fetch(_NEXT, handlers, keys, limit)]
 
@@ -394,7 +396,7 @@ async def edits_under_new_ids(
 async def too_old(
     connection: Connection, handlers: Sequence[int], topics: Sequence[str]
 ) -> list[tuple[str, str, int, int]]:
-    """Return the places of letters that may have been applied.
+    """Return the places of dead letters that may have been applied.
 
     As handler, topic, partition and offset.
     """

@@ -1,21 +1,20 @@
-"""Dead letters, the chains that they hold, and attempts, as rows: what a batch's transaction writes of them and asks about.
+"""Rows of dead letters, held chains and attempts.
 
-Knows SQL; connections come in. Everything here runs inside a transaction of session.Session or, for what a partition begins
-with, beside one.
+For a batch's transaction and, when a partition is opened, outside of one.
 
-**Why asking is enough.** Only the owner of a partition makes holds in it (a zombie is fenced by the positions, in the very
-transaction that would make one). So it knows which chains may be held: those of the table when it opened the partition, and
-those that it has made since. Of these it asks in each transaction (`key_holds`), and of no others, so that a worker without dead
-letters asks nothing. It may remember too much, which costs a query, and never too little: a hold whose COMMIT got no answer
-shows when the batch runs again, since the claim of its letter is lost to a dead row.
+**Why asking is enough.** Only the owner of a partition adds holds in it (a zombie is fenced by the positions, in the same
+transaction that would add one). So it knows which chains may be held: those in the table when it opened the partition, and
+those that it has added since. It asks about these in each transaction (`key_holds`) and about no others, so a worker
+without dead letters asks nothing. It may remember too much, which costs a query, but never too little: a hold whose COMMIT
+got no answer is detected when the batch runs again, since the claim of its dead letter is lost to a dead row.
 
-**The race with a release.** Whoever settles letters of a chain locks its row FOR UPDATE, settles the first one, and deletes
-the row with the last (dead_letters/retry.py). A worker that has a message of that chain locks the row FOR SHARE:
+**race: a release.** A transaction that settles dead letters of a chain locks its row FOR UPDATE, settles the first one, and
+deletes the row with the last one (dead_letters/retry.py). A worker that has a message of that chain locks the row FOR SHARE:
 
-- it gets the lock: nobody settles letters of the chain until the worker's COMMIT, after which its message is one of them,
-  and the row cannot go before that one is settled too;
-- the row is there and locked by a release: BUSY, the message is put back for a moment, and others go on;
-- no row: the last letter's effects are committed, so the message runs after them: FREE.
+- it gets the lock: no dead letter of the chain is settled until the worker's COMMIT. Then its message is one of them, and
+  the row stays until that one is settled too;
+- the row exists and is locked by a release: BUSY; the message waits for a moment, and others continue;
+- no row: the effects of the last dead letter are committed, so the message runs after them: FREE.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from consumer.core.message import Partition
 from consumer.core.outcome import Dead, Reason
 from consumer.postgres.protocol import Connection
 
-# Whether a letter d settles its message. One that was retried says that the ledger has its record as applied, and, unless it was
-# edited, with its payload: a row of this record that says something else was changed.
+# Whether a dead letter d settles its message. One that was retried is applied in the ledger, under its record and, unless it
+# was edited, with its payload: a row of this record with other contents was changed.
 SETTLES = """(d.state <> 'applied' or not exists (
         select from consumer.ledger l join consumer.topics t on t.topic = l.topic
         where (l.handler, l.id, t.name, l.partition, l."offset") = (d.handler, d.id, d.topic, d.partition, d."offset")
@@ -46,7 +45,7 @@ on conflict (handler, id, fingerprint) do update
 set state = excluded.state, chain = excluded.chain, reason = excluded.reason, error = excluded.error,
     attempts = excluded.attempts, kind = excluded.kind, error_group = excluded.error_group, trace = excluded.trace,
     died_at = now()
--- Discarded, and yet its claim was free: its ledger row went with an old generation. So it is a letter again.
+-- Discarded, but its claim was free: its ledger row was dropped with an old generation. So it is open again.
 where d.state = 'discarded' and excluded.reason not in ('id_conflict', 'too_old')
 """
 _HOLD = """
@@ -112,9 +111,9 @@ order by o.place
 async def store(
     connection: Connection, dead: Mapping[Delivery, Dead], attempts: Mapping[Delivery, int], *, publish: bool
 ) -> None:
-    """Keep dead letters, and hold the chains of those whose handler kept failing.
+    """Store dead letters, and hold the chains of those that failed.
 
-    publish: those that are new are also put on their way to the dead-letter topic.
+    publish: also queue new ones for the dead-letter topic.
     """
     letters = [
         _letter(delivery, verdict, attempts.get(delivery, delivery.attempts)) for delivery, verdict in dead.items()
@@ -128,7 +127,10 @@ async def store(
 
 
 async def key_holds(connection: Connection, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
-    """Whether the chains of these deliveries are held; of those that are, they stay so until the transaction ends."""
+    """Return whether dead letters hold the keys of these messages.
+
+    Held keys stay held until the transaction ends.
+    """
     chains = [delivery.ordering_key_hash() for delivery in deliveries]
     rows = await connection.fetch(
         _ASK,
@@ -149,7 +151,10 @@ async def key_holds(connection: Connection, deliveries: Sequence[Delivery]) -> d
 async def save_attempts(
     connection: Connection, tried: Mapping[Delivery, tuple[int, float]], settled: Iterable[Delivery]
 ) -> None:
-    """Keep attempts (how many, seconds until the next) of messages that are not settled, and forget those of settled ones."""
+    """Save the attempts of delayed messages; delete those of settled ones.
+
+    tried: attempts, and seconds until the next.
+    """
     if tried:
         await connection.executemany(_TRIED, [(*_place(message), *attempt) for message, attempt in tried.items()])
     if places := [_place(message) for message in settled]:
@@ -159,7 +164,10 @@ async def save_attempts(
 async def restore(
     connection: Connection, handlers: Sequence[int], positions: Mapping[Partition, int]
 ) -> tuple[dict[Partition, set[tuple[int, bytes]]], dict[Partition, dict[tuple[int, int], SavedAttempts]]]:
-    """What a worker must know when it opens partitions: chains that may be held, and (handler, offset) that have failed before."""
+    """Return what a worker needs to open partitions.
+
+    That is the chains that may be held, and the saved attempts by handler number and offset.
+    """
     topics = sorted({partition.topic for partition in positions})
     chains: dict[Partition, set[tuple[int, bytes]]] = {}
     tried: dict[Partition, dict[tuple[int, int], SavedAttempts]] = {}
@@ -173,7 +181,7 @@ async def restore(
 
 
 async def with_dead_letter(connection: Connection, deliveries: Sequence[Delivery]) -> list[Delivery]:
-    """Return those that have a dead letter with this id and this payload."""
+    """Return the messages whose id and payload have a dead letter."""
     rows = await connection.fetch(
         _WITH_DEAD_LETTER,
         [delivery.handler.number for delivery in deliveries],
@@ -184,7 +192,10 @@ async def with_dead_letter(connection: Connection, deliveries: Sequence[Delivery
 
 
 async def without_dead_letter(connection: Connection, keys: Sequence[tuple[int, bytes, int]]) -> list[int]:
-    """Return the places of those (handler, id, fingerprint) without dead letter that were not applied later."""
+    """Return the indexes of keys whose dead letter is missing.
+
+    keys: (handler number, id, fingerprint). A key that was applied later needs none.
+    """
     rows = await connection.fetch(
         _WITHOUT_DEAD_LETTER,
         [handler for handler, _, _ in keys],
@@ -202,7 +213,7 @@ async def replace_error(
 
 
 async def exist(connection: Connection, handler: int) -> bool:
-    """Whether there is any dead letter of a handler."""
+    """Return whether a handler has any dead letter."""
     is_any = await connection.fetchval("select exists (select from consumer.dead_letters where handler = $1)", handler)
     return bool(is_any)
 
@@ -213,7 +224,7 @@ async def forget_attempts_of(connection: Connection, handler: int) -> None:
 
 
 async def forget_attempts_in(connection: Connection, app: str, partition: Partition) -> None:
-    """Delete the attempts of a partition's messages: its offsets are other messages now."""
+    """Delete the attempts of a partition's messages, when its log is another."""
     await connection.execute(_FORGET_ATTEMPTS_IN, app, *partition)
 
 
@@ -223,7 +234,7 @@ def _place(delivery: Delivery) -> tuple[int, str, int, int]:
 
 
 def storable(text: str) -> str:
-    """What text in PostgreSQL can hold."""
+    """Replace what PostgreSQL's text cannot hold: NUL and lone surrogates."""
     return text.replace("\x00", "\\0").encode("utf-8", "replace").decode()
 
 

@@ -1,6 +1,6 @@
-"""Errors of PostgreSQL and its driver, and what each one means for a batch.
+"""Errors of PostgreSQL and its driver, and what they mean.
 
-Limitations: core/sqlstate.py holds the table of SQLSTATEs; this adds what only the driver's exceptions tell.
+core/sqlstate.py has the table of SQLSTATEs; this adds what only the driver's exceptions show.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ _CLAIM_KEY = re.compile("ledger(_[0-9]+)?_claim")
 
 
 class Outage(ConsumerError):
-    """PostgreSQL is unavailable, or a COMMIT's outcome is unknown: reconnect and run the batch again."""
+    """PostgreSQL is unavailable, or the outcome of a COMMIT is unknown.
+
+    Reconnect and run the batch again.
+    """
 
 
 class NotPrimary(Outage):
@@ -27,7 +30,10 @@ class NotPrimary(Outage):
 
 
 class OtherEpoch(Outage):
-    """The transaction ran in another epoch than its connection began in: knowledge of the ledger is void."""
+    """The transaction ran in another epoch than its connection began in.
+
+    What is known of the ledger no longer holds.
+    """
 
 
 class Conflict(ConsumerError):
@@ -35,7 +41,10 @@ class Conflict(ConsumerError):
 
 
 class Fenced(ConsumerError):
-    """A position is not what this worker last wrote: another owner moved it, or the database went back in time."""
+    """A position is not what this worker last knew.
+
+    Another owner has moved it, or the database went back in time.
+    """
 
 
 class SchemaMissing(Misconfigured):
@@ -63,7 +72,7 @@ def meaning_of(error: BaseException) -> Meaning:
 
 
 def is_definite(error: asyncpg.PostgresError) -> bool:
-    """Whether a COMMIT that failed so is certainly rolled back: PostgreSQL answered it and goes on."""
+    """Return whether a failed COMMIT is certainly rolled back."""
     match meaning_of(error):
         case Meaning.OUTAGE:
             return False
@@ -79,7 +88,10 @@ def sqlstate_of(error: BaseException) -> str | None:
 
 
 def lock_timed_out(error: BaseException) -> bool:
-    """Whether lock_timeout ended a wait; NOWAIT fails with the same SQLSTATE, at once."""
+    """Return whether lock_timeout ended a wait.
+
+    NOWAIT fails with the same SQLSTATE, at once.
+    """
     is_locked = isinstance(error, asyncpg.LockNotAvailableError)
     return is_locked and getattr(error, "server_source_function", None) == "ProcessInterrupts"
 

@@ -1,4 +1,4 @@
-"""The generations of the ledger, how long applications need them, and what was dropped.
+"""The generations of the ledger, and how long applications need them.
 
 Tables: generations, ledger_state, forgotten, retention. migrations/0001_schema.sql explains generations; claim_sql.py reads
 them for claims.
@@ -67,18 +67,21 @@ async def drop(connection: Connection, number: int) -> str:
 
 
 async def lock_version(connection: Connection) -> int:
-    """Lock the ledger against turns until the transaction ends, and return its version."""
+    """Lock the ledger against turns in this transaction; return its version."""
     version: int = await connection.fetchval("select version from consumer.ledger_state for update")
     return version
 
 
 async def horizon_text(connection: Connection) -> str:
-    """The horizon as text, to compare with an earlier one."""
+    """Return the horizon as text, to compare with an earlier one."""
     return str(await connection.fetchval("select horizon from consumer.ledger_state"))
 
 
 async def horizon_ms(connection: Connection) -> int | None:
-    """Up to which time rows may be gone, in milliseconds since 1970; None: none are."""
+    """Return up to which time rows may be gone; None: none are.
+
+    In milliseconds since 1970.
+    """
     until: int | None = await connection.fetchval(
         "select ceil(extract(epoch from horizon) * 1000)::int8 from consumer.ledger_state"
     )
@@ -86,12 +89,15 @@ async def horizon_ms(connection: Connection) -> int | None:
 
 
 async def has_forgotten(connection: Connection) -> bool:
-    """Whether any row is gone."""
+    """Return whether any row is gone."""
     return bool(await connection.fetchval("select horizon is not null from consumer.ledger_state"))
 
 
 async def forgotten_below(connection: Connection, handlers: Sequence[int]) -> dict[tuple[int, str, int], int]:
-    """Return, per handler, topic and partition, up to which offset rows may be gone."""
+    """Return up to which offset rows may be gone.
+
+    By handler, topic and partition.
+    """
     return {tuple(row)[:3]: row[3] for row in await connection.fetch(_FORGOTTEN, handlers)}
 
 
@@ -101,10 +107,13 @@ async def declare(connection: Connection, app: str, hours: float | None) -> None
 
 
 async def declared(connection: Connection, but: str | None = None) -> dict[str, float | None]:
-    """What the applications of the database declared; None also for those that declared nothing."""
+    """Return what the applications of the database declared.
+
+    None: for ever, or nothing was declared.
+    """
     return dict(await connection.fetch(_DECLARED, but))
 
 
 async def estimated_rows(connection: Connection) -> dict[int, int]:
-    """How many rows each generation has, as PostgreSQL's statistics estimate."""
+    """Return how many rows each generation has, by PostgreSQL's estimate."""
     return dict(await connection.fetch(_ROWS))

@@ -1,6 +1,7 @@
-"""What each role may do with the ledger's tables, in one place: printed as SQL, and asked of PostgreSQL at start.
+"""The rights of each role on the framework's tables.
 
-Pure: writes SQL and runs none. What it does not know: the tables of your handlers, whose rights are yours to give.
+They are printed as SQL, and checked at start. Pure: writes SQL and runs none. Limitations: you grant the rights on the
+tables of your handlers.
 `tests/postgres/test_grants.py` fails for a table or function of the schema that is not named here.
 """
 
@@ -12,9 +13,9 @@ from enum import Enum
 from consumer.core.errors import Misconfigured
 from consumer.core.identifiers import BYTES_MAX, ident
 
-# Rights of a table, as GRANT writes them. A worker applies messages, keeps dead letters and answers every command but
-# `migrate`. Of the ledger it may change one column, and delete rows only because a message that is tried again gives
-# its claim back in the transaction that made it.
+# Rights of a table, as GRANT writes them. A worker applies messages, stores dead letters and runs every command but
+# `migrate`. In the ledger it may change one column. It may delete rows, because a message that is tried again releases its
+# claim in the transaction that inserted it.
 _WORKER: Mapping[str, tuple[str, ...]] = {
     "schema_versions": ("select",),
     "installation": ("select",),
@@ -44,7 +45,7 @@ _WORKER: Mapping[str, tuple[str, ...]] = {
         "insert",
         "update (state, chain, reason, error, attempts, kind, error_group, died_at, trace)",
     ),
-    # PostgreSQL wants a right to update for a row lock; no column of these two is ever updated.
+    # PostgreSQL requires a right to update for a row lock; no column of these two is ever updated.
     "held": ("select", "insert", "update (topic)", "delete"),
     "letters_to_publish": ("select", "insert", "update (dead_letter)", "delete"),
     "attempts": ("select", "insert", "update (attempts, due_at)", "delete"),
@@ -96,7 +97,7 @@ _READER: Mapping[str, tuple[str, ...]] = {
 
 
 class For(Enum):
-    """Whom a role is for."""
+    """What a role is for."""
 
     WORKER = "worker"
     READER = "reader"
@@ -118,14 +119,12 @@ _FUNCTIONS: Mapping[For, tuple[str, ...]] = {
 
 
 def as_sql(role: str, purpose: For) -> str:
-    """The grants as a script, which takes back first what the role had on these tables. Run it as their owner.
+    """Return a role's grants, as a script for the tables' owner.
 
-    Raises Misconfigured for what can be no role's name.
+    It first revokes what the role had on them. Raises Misconfigured for text that cannot be the name of a role.
     """
     if role.lower() == "public" or len(role.encode("utf-8", "surrogatepass")) > BYTES_MAX:
-        raise Misconfigured(
-            f"{role[:80]!r} can be no role: give the name of one that logs in, of at most {BYTES_MAX} bytes"
-        )
+        raise Misconfigured(f"{role[:80]!r}: not a role; name one that logs in, of at most {BYTES_MAX} bytes")
     name = ident(role)
     lines = [
         f"-- What a {purpose.value}'s role may do in the schema of `consumer migrate`, and nothing else. Run it as the owner",
@@ -148,6 +147,6 @@ def as_sql(role: str, purpose: For) -> str:
 
 
 def needed() -> tuple[list[str], list[str]]:
-    """Tables, and what a worker must be able to do with each, side by side: what is asked at start."""
+    """Return the rights that a worker needs: tables and rights."""
     pairs = [(table, right.split(" ")[0]) for table, rights in _WORKER.items() for right in rights]
     return [table for table, _ in pairs], [right for _, right in pairs]

@@ -1,4 +1,4 @@
-"""What a database remembers of handlers: the offsets they settled, their id rules, and the code they ran.
+"""Handlers' settled offsets, id rules and code, as rows.
 
 Tables: coverage, id_rule_changes, handler_code, and the columns topics, id_rule and legacy of handlers. Limitations: the rules
 are in the package handler_records.
@@ -138,7 +138,7 @@ async def cover(connection: Connection, handler: int, ranges: Iterable[tuple[Par
 
 
 async def move_coverage_back(connection: Connection, app: str, partition: Partition, offset: int) -> None:
-    """Let the handlers that settle a partition now begin at an earlier offset."""
+    """Let the handlers of a partition begin at an earlier offset."""
     await connection.execute(_MOVE_BACK, app, *partition, offset)
 
 
@@ -176,7 +176,7 @@ async def record_id_rules(connection: Connection, app: str, rules: Mapping[str, 
 
 
 async def id_rules(connection: Connection, app: str) -> dict[str, str | None]:
-    """Return the id rules of an application's handlers, by name; None: not recorded yet."""
+    """Return the id rules of handlers, by name; None: not recorded yet."""
     return dict(await connection.fetch("select name, id_rule from consumer.handlers where app = $1", app))
 
 
@@ -197,7 +197,10 @@ async def change_id_rule(
 
 
 async def id_rule_floors(connection: Connection, app: str) -> dict[tuple[str, Partition], int]:
-    """Return, by handler and partition, below which offset messages may have ids of an earlier rule."""
+    """Return below which offset messages may have ids of an earlier rule.
+
+    By handler and partition.
+    """
     rows = await connection.fetch(_ID_RULE_FLOORS, app)
     return {(row[0], Partition(row[1], row[2])): row[3] for row in rows}
 

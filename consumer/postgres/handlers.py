@@ -29,7 +29,7 @@ async def register(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return the numbers of handlers and topics, and number new ones.
 
-    Raises Misconfigured for a name of before.
+    Raises Misconfigured for a name that was changed.
     """
     await _refuse_renamed(connection, app, sorted(handlers))
     await connection.execute(_ADD_HANDLERS, app, sorted(handlers))
@@ -40,7 +40,10 @@ async def register(
 async def known(
     connection: Connection, app: str, handlers: Iterable[str], topics: Iterable[str]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Return numbers as `register` does, but write nothing: a new name gets a negative number, which no row has."""
+    """Return numbers as `register` does, without writing.
+
+    A new name gets a negative number, which no row has.
+    """
     await _refuse_renamed(connection, app, sorted(handlers))
     by_handler, by_topic = await numbers(connection, app), await topic_numbers(connection)
     return (

@@ -1,8 +1,6 @@
 """Questions about rows of the ledger, for commands, checks and rebuilds.
 
-Reads only; claims.py writes the ledger.
-
-A query on consumer.ledger reads all of its generations.
+Reads only; claims.py writes the ledger. A query on consumer.ledger reads all of its generations.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ from consumer.ledger l join unnest($2::int2[], $3::int4[], $4::int8[], $5::int8[
   on l.topic = s.topic and l.partition = s.partition and l."offset" >= s.first and l."offset" < s.past
 where l.handler = any($1) group by 1, 2, 3, 4
 """
-# Rows that name no place that the log has: a partition that is not there, or an offset that was never written.
+# Rows whose place the log does not have: a missing partition, or an offset that was never written.
 _NOWHERE = """
 select l.handler, l.topic, l.partition, l.id, l."offset"
 from consumer.ledger l left join unnest($2::int2[], $3::int4[], $4::int8[]) as e(topic, partition, past)
@@ -67,7 +65,7 @@ where handler = $1 and topic = $2 and partition = $3 and "offset" >= $4 and "off
 
 
 async def show(connection: Connection, ids: Sequence[bytes]) -> list[Any]:
-    """Return the rows of message ids in any application, with their dead letters."""
+    """Return the rows of message ids, of all applications, with dead letters."""
     return await connection.fetch(_SHOW, [UUID(bytes=id) for id in ids])
 
 
@@ -81,7 +79,7 @@ async def settled_below(connection: Connection, handler: int) -> dict[Partition,
 
 
 async def other_handlers(connection: Connection, app: str, names: Sequence[str], topics: Sequence[str]) -> list[str]:
-    """Return an application's handlers beside these names that have applied messages of the topics."""
+    """Return an application's other handlers that applied messages of topics."""
     return [row[0] for row in await connection.fetch(_OTHER_HANDLERS, app, names, topics)]
 
 
@@ -96,8 +94,8 @@ async def claiming_record(connection: Connection, handler: int, id: UUID) -> tup
     return None if row is None else (Partition(row[0], row[1]), row[2])
 
 
-class Ranges(NamedTuple):
-    """Ranges of offsets, as columns. topics: numbers."""
+class NumberedRanges(NamedTuple):
+    """Ranges of offsets, as columns, with numbers of topics."""
 
     topics: Sequence[int]
     partitions: Sequence[int]
@@ -106,7 +104,7 @@ class Ranges(NamedTuple):
 
 
 async def block_counts(
-    connection: Connection, handlers: Sequence[int], ranges: Ranges, block_bits: int
+    connection: Connection, handlers: Sequence[int], ranges: NumberedRanges, block_bits: int
 ) -> list[tuple[int, int, int, int, int]]:
     """Count rows by handler, topic, partition and block of offsets."""
     return [tuple(row) for row in await connection.fetch(_BLOCK_COUNTS, handlers, *ranges, block_bits)]
@@ -119,7 +117,10 @@ async def rows_nowhere(
     partitions: Sequence[int],
     ends: Sequence[int],
 ) -> list[Any]:
-    """Return rows beyond the ends of their partitions: handler, topic, partition, id, offset."""
+    """Return rows beyond the ends of their partitions.
+
+    As handler, topic, partition, id and offset.
+    """
     return await connection.fetch(_NOWHERE, handlers, topics, partitions, ends, sorted(set(topics)))
 
 
@@ -131,5 +132,5 @@ async def rows_between(
 
 
 async def absent_ids(connection: Connection, handler: int, ids: Sequence[bytes]) -> set[bytes]:
-    """Return those ids that have no row."""
+    """Return the ids that have no row."""
     return {row[0].bytes for row in await connection.fetch(_ABSENT, handler, [UUID(bytes=id) for id in ids])}

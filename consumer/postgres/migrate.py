@@ -1,7 +1,7 @@
-"""The schema's migrations: numbered SQL files, applied once each, in one transaction, under one lock.
+"""Applies the schema's migrations: numbered SQL files, each once.
 
-Knows files and their checksums; what they create is in migrations/. Migrations only add (a worker of the version before
-goes on running beside a migrated schema).
+All in one transaction, under one lock. The files are in migrations/, and have checksums. Migrations only add: workers of
+the previous version continue with a migrated schema.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from consumer.postgres.server import begin_epoch
 from consumer.postgres.sql_text import transaction_control
 from consumer.postgres.sql_tokens import first_words
 
-_LOCK = 0x1DE_117  # one number for everybody who migrates; transaction-level, so it is never left behind
+_LOCK = 0x1DE_117  # one number for all who migrate; transaction-level, so it never stays behind
 _VERSIONS = """
 create schema if not exists consumer;
 create table if not exists consumer.schema_versions (
@@ -42,7 +42,7 @@ class Migration(NamedTuple):
 
 
 def migrations() -> list[Migration]:
-    """All migrations of this version of the package, oldest first."""
+    """Return all migrations of this version of the package, oldest first."""
     files = [
         path
         for path in resources.files("consumer.postgres").joinpath("migrations").iterdir()
@@ -55,7 +55,7 @@ def migrations() -> list[Migration]:
 
 
 def as_sql() -> str:
-    """All migrations as one script, with the bookkeeping, for people who apply SQL by other means."""
+    """Return all migrations as one script, to apply by other means."""
     parts = ["begin;", f"select pg_advisory_xact_lock({_LOCK});", _VERSIONS.strip()]
     for migration in migrations():
         parts += [
@@ -68,7 +68,7 @@ def as_sql() -> str:
 
 
 async def pending(connection: Connection) -> list[Migration]:
-    """Migrations that the database does not have. Changes nothing.
+    """Return the migrations that the database does not have.
 
     Raises Misconfigured for one that was altered.
     """
@@ -81,13 +81,13 @@ async def pending(connection: Connection) -> list[Migration]:
         if migration.version in applied and applied[migration.version] != migration.checksum:
             raise Misconfigured(
                 f"migration {migration.version:04} ({migration.name}) was applied with another text: the files of this installation "
-                "were changed after the fact"
+                "were changed later"
             )
     return [migration for migration in known if migration.version not in applied]
 
 
 def _line(error: Any, text: str) -> str:
-    """Where in a text PostgreSQL found the error, as :LINE."""
+    """Return the line of a text with the error, as :LINE."""
     position = getattr(error, "position", None)
     return f":{text.count(chr(10), 0, int(position) - 1) + 1}" if position and str(position).isdecimal() else ""
 
@@ -95,21 +95,18 @@ def _line(error: Any, text: str) -> str:
 async def migrate(
     connection: Connection, *own: str, names: Sequence[str] = (), new_epoch: bool = False
 ) -> list[Migration]:
-    """Apply what is pending, and then the SQL texts `own`, all in one transaction. Returns what was applied.
+    """Apply pending migrations, then the SQL texts `own`; return what was applied.
 
-    names: what to call the texts in an error. new_epoch: declare that Redis's marks are of another database.
-
-    Safe when several run at once: they wait for each other, and the later ones find nothing to do. Raises Misconfigured
-    when `own` would land in our schema, ends the transaction itself, or fails; nothing is changed then.
+    All in one transaction. names: of the texts, for errors. new_epoch: declare that Redis's marks are of another database.
+    Several may run at once: they wait for each other, and the later ones find nothing to do. Raises Misconfigured when `own`
+    would create tables in our schema, ends the transaction itself, or fails; nothing is changed then.
     """
     called = [*names, *[f"text {number}" for number in range(len(names), len(own))]]
     for name, text in zip(called, own, strict=False):
         if word := transaction_control(text):
-            raise Misconfigured(
-                f"{name}: {word} stands in it, and all of it runs in one transaction of ours: take it out"
-            )
+            raise Misconfigured(f"{name}: {word} would end the transaction that all of it runs in; remove it")
     async with connection.transaction():
-        # Whoever comes second waits here for as long as the first one takes.
+        # A second migration waits here until the first one ends.
         await connection.execute("set local lock_timeout = 0")
         await connection.execute(f"select pg_advisory_xact_lock({_LOCK})")
         await connection.execute("set local lock_timeout to default")

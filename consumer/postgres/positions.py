@@ -1,4 +1,4 @@
-"""Positions: up to which offset each partition is settled for an application, and in which log.
+"""Positions: up to which offset partitions are settled, and in which log.
 
 A position is written by compare-and-set, in the transaction of the batch that advances it, together with the counts of
 outcomes, so that each message counts once.
@@ -31,7 +31,7 @@ with moved as (
     select * from unnest($10::int2[], $11::int2[], $12::int4[], $13::text[], $14::int8[])
     on conflict (handler, topic, partition, outcome) do update set count = t.count + excluded.count
 )
--- A handler may have asked a function to set it otherwise, and what is acknowledged must be durable.
+-- A function of a handler may have changed it, and an acknowledged COMMIT must be durable.
 select count(*), (select {stamp}), set_config('synchronous_commit', 'on', true) from moved
 """
 _READ = """
@@ -107,7 +107,7 @@ class Settling(NamedTuple):
 
 
 def write_statement(stamp_sql: str) -> str:
-    """Return the statement of `write` for a server whose epoch this expression reads."""
+    """Return the statement of `write`. stamp_sql: reads the server's epoch."""
     return _WRITE.format(stamp=stamp_sql)
 
 
@@ -204,7 +204,7 @@ async def lock_app(connection: Connection, app: str) -> None:
 
 
 async def lock(connection: Connection, app: str, partition: Partition) -> int | None:
-    """Lock a position until the transaction ends, and return it; None: there is none."""
+    """Lock a position until the transaction ends; return it, if it exists."""
     offset: int | None = await connection.fetchval(
         "select next_offset from consumer.positions where (app, topic, partition) = ($1, $2, $3) for update",
         app,
@@ -227,7 +227,7 @@ async def restart(
     topic_id: uuid.UUID | None,
     salt: bytes,
 ) -> None:
-    """Begin another log in the place of the one that a position is of."""
+    """Replace the log of a position by another one."""
     await connection.execute(_RESTART, app, *partition, offset, cluster_id, topic_id, salt)
 
 
@@ -237,7 +237,7 @@ async def lock_of_handler(connection: Connection, handler: int, partitions: Sequ
 
 
 async def count_hold(connection: Connection, handler: int, partitions: Sequence[Partition]) -> None:
-    """Let the owners of partitions read the holds again: another process has added one."""
+    """Count a hold of another process: owners read the holds again."""
     await connection.execute(_COUNT_HOLD, handler, *_columns(partitions))
 
 
@@ -247,7 +247,10 @@ async def rewind(connection: Connection, app: str) -> None:
 
 
 async def salts(connection: Connection, topic: str, partition: str) -> list[bytes | None]:
-    """Return what ids derived from offsets of a partition begin with, in any application. partition: a number as text."""
+    """Return the salts of a partition's ids, of all applications.
+
+    partition: a number as text.
+    """
     rows = await connection.fetch(
         "select distinct salt from consumer.positions where topic = $1 and partition::text = $2", topic, partition
     )
@@ -278,7 +281,7 @@ async def forget_counts(connection: Connection, handler: int) -> None:
 
 
 async def exist(connection: Connection, app: str) -> bool:
-    """Whether an application has any position."""
+    """Return whether an application has any position."""
     return bool(await connection.fetchval("select exists (select from consumer.positions where app = $1)", app))
 
 
@@ -287,9 +290,7 @@ async def begin(
 ) -> None:
     """Write first positions.
 
-    One that another worker has written in the meantime stays as it is.
-
-    of_group: those that begin where another client of the Kafka group has committed.
+    One that another worker has written meanwhile stays as it is. of_group: those that begin where another client of the Kafka group has committed.
     """
     await connection.executemany(
         _BEGIN,

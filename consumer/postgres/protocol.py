@@ -1,4 +1,4 @@
-"""What the package asks of a PostgreSQL connection, as a type: six methods of an asyncpg connection."""
+"""The methods of an asyncpg connection that are used, as a type."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class Connection(Protocol):
-    """An asyncpg connection, one of its pool, or a test's stand-in for it."""
+    """An asyncpg connection, one of its pool, or a test's fake."""
 
     async def execute(self, query: str, /, *args: Any) -> str: ...
 

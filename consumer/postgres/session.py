@@ -1,4 +1,4 @@
-"""A worker's connection: transactions whose COMMIT is verified, and what a batch stores in one.
+"""A worker's connection: verified COMMITs, and what a batch stores.
 
 BEGIN and COMMIT are plain statements and their command tags are read, because a driver's transaction object hides a COMMIT
 that the server answered with ROLLBACK (measured with asyncpg 0.32: no error, nothing stored). Limitations: the SQL of the
@@ -199,7 +199,7 @@ class Session:
 
     @property
     def has_forgotten(self) -> bool:
-        """Whether rows of the ledger are gone, so that a message can be too old."""
+        """Whether rows are gone, so that messages can be too old."""
         return self.claims.has_forgotten
 
     async def too_old(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
@@ -296,7 +296,7 @@ class Session:
         return await dead_letters.restore(self.connection, numbers, offsets)
 
     async def with_dead_letter(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
-        """Return the messages that have a dead letter with their id and payload."""
+        """Return the messages whose id and payload have a dead letter."""
         return await dead_letters.with_dead_letter(self.connection, deliveries)
 
     async def without_dead_letter(self, keys: Sequence[tuple[int, bytes, int]]) -> list[int]:

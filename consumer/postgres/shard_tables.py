@@ -21,7 +21,7 @@ select $1, k.key is not null, coalesce(k.key, ''), $3 from unnest($2::bytea[]) a
 
 
 class Enrolled(NamedTuple):
-    """Which shard of an application a database is, and the names of all."""
+    """Which shard a database is, and the names of all."""
 
     shard: str
     shards: list[str]
@@ -40,13 +40,13 @@ async def enroll(connection: Connection, app: str, shard: str, shards: Sequence[
 
 
 async def enrolled(connection: Connection, app: str) -> Enrolled | None:
-    """Which shard this database is; None: none is recorded."""
+    """Return which shard this database is; None: none is recorded."""
     row = await connection.fetchrow(_ENROLLED, app)
     return None if row is None else Enrolled(*row)
 
 
 async def has_probes(connection: Connection, app: str) -> bool:
-    """Whether any key is recorded."""
+    """Return whether any key is recorded."""
     return bool(await connection.fetchval("select exists (select from consumer.route_probes where app = $1)", app))
 
 
@@ -63,7 +63,7 @@ async def probes(connection: Connection, app: str) -> list[Probe]:
 async def contradicting_probes(
     connection: Connection, app: str, keys: Sequence[bytes | None], shard: str
 ) -> list[Probe]:
-    """Return those of the keys that are recorded for another shard."""
+    """Return which of the keys are recorded for another shard."""
     return [_probe(row) for row in await connection.fetch(_OTHER_PROBES, app, keys, shard)]
 
 

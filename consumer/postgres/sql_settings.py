@@ -1,4 +1,4 @@
-"""Settings of the connection in handlers' SQL: which texts change one, and which may be set for a message.
+"""Detects settings of the connection in handlers' SQL.
 
 A text that changes a setting would change it for other messages too. Limitations: a function of the user's own that calls
 set_config is not recognized.
@@ -20,7 +20,10 @@ _SET_IN_BLOCK = re.compile(
 
 
 def changes_setting(sql: str) -> bool:
-    """Whether the text calls set_config, or changes a setting by way of pg_settings or in a DO block."""
+    """Return whether a text changes a setting.
+
+    It calls set_config, updates pg_settings, or sets one in a DO block.
+    """
     if not _SUSPECT.search(sql):
         return False
     names = _Names(sql)
@@ -28,12 +31,15 @@ def changes_setting(sql: str) -> bool:
         return True
     if not any(words[0] == "do" for words in first_words(sql)):
         return False
-    # A block runs its text, and may run texts in it: only its comments are no code.
+    # A block runs its text, and maybe strings in it: only its comments are not code.
     return any("set_config" in body.lower() or _SET_IN_BLOCK.search(body) for body in names.bodies)
 
 
 class _Names:
-    """The names of a text, those that are called, and the texts of its blocks without their comments."""
+    """The names in a text, those that are called, and its blocks.
+
+    Blocks are without their comments.
+    """
 
     def __init__(self, sql: str) -> None:
         self.all: set[str] = set()
@@ -91,7 +97,7 @@ def _character(code: int) -> str:
 
 
 def _without_comments(body: str) -> str:
-    """The text of a block, with a space for each comment."""
+    """Return the text of a block with a space for each comment."""
     parts: list[str] = []
     position = 0
     while match := re.compile(r"--[^\n\r]*|/\*|'(?:[^']|'')*(?:'|\Z)").search(body, position):

@@ -1,6 +1,6 @@
-"""Refuses SQL that would end or open a transaction, or outlast its message. Does not know what a statement does.
+"""Refuses SQL that would affect the transaction or later messages.
 
-It looks at the first words of every statement of a text.
+Looks at the first words of every statement of a text; does not know what a statement does.
 A COMMIT hidden in a function or a DO block needs no check here: PostgreSQL refuses it inside a transaction block (2D000).
 """
 
@@ -17,12 +17,12 @@ from consumer.postgres.sql_tokens import first_words
 _FORBIDDEN = frozenset(
     {
         *("begin", "start", "commit", "end", "rollback", "abort", "savepoint", "release"),
-        *("discard", "deallocate"),  # the driver's own prepared statements would be gone, for all messages that follow
+        *("discard", "deallocate"),  # they would drop the driver's prepared statements, for all later messages
     }
 )
 CHECKED_MAX = 4096
 
-# Commands of which it is known that they change no table's definition, whatever functions they call.
+# Commands that change no table's definition, apart from functions that they call.
 _NO_DDL = frozenset(
     {
         *(
@@ -50,7 +50,7 @@ _traits: dict[str, Traits] = {}
 
 
 def transaction_control(sql: str) -> str | None:
-    """The first statement of `sql` that controls the transaction, by its first words in capitals."""
+    """Return the keyword that controls the transaction, if any."""
     for words in first_words(sql):
         if words[0] in _FORBIDDEN or words == ("prepare", "transaction") or words == ("set", "transaction"):
             return words[0].upper()
@@ -59,9 +59,9 @@ def transaction_control(sql: str) -> str | None:
 
 @lru_cache(CHECKED_MAX)  # bounded: a handler may build a new text for each message
 def refuse_transaction_control(sql: str) -> None:
-    """Raise TransactionMisuse for SQL that controls the transaction, or changes what other messages of it would meet.
+    """Raise TransactionMisuse for SQL that affects other messages.
 
-    Remembers texts it has passed.
+    It controls the transaction, or changes its settings. Accepted texts are remembered.
     """
     if word := transaction_control(sql):
         raise TransactionMisuse(
@@ -101,12 +101,12 @@ class Traits(NamedTuple):
 
     @property
     def outlasts(self) -> bool:
-        """Whether later messages of the transaction would meet what it leaves beside rows."""
+        """Whether it leaves more than rows to later messages."""
         return self.changes_schema or self.sets_constraints or self.opens_cursor
 
 
 def traits(sql: str) -> Traits:
-    """Remembers texts that it has read."""
+    """Return the traits of a text; texts are remembered."""
     remembered = _traits.get(sql)
     if remembered is None:
         if len(_traits) >= CHECKED_MAX:

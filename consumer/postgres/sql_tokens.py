@@ -25,9 +25,9 @@ SKIP = re.compile(
 
 
 def first_words(sql: str) -> list[tuple[str, ...]]:
-    """The first two words of each statement of `sql`, in lower case.
+    """Return the first two words of each statement, in lower case.
 
-    The body of a function is no statement of it.
+    Statements in the body of a function are left out.
     """
     statements: list[tuple[str, ...]] = []
     words: tuple[str, ...] = ()

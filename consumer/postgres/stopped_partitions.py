@@ -1,7 +1,7 @@
-"""Partitions that this worker cannot read: tried again now and then, and kept in PostgreSQL for `consumer status`.
+"""Partitions that a worker cannot read, stored for `consumer status`.
 
-Knows one table; core/partition_faults.py decides what is said and when it is tried again. What it does not know: how a partition is
-paused and read on, which the worker does.
+Knows one table; core/partition_faults.py decides on the text and on the time of the next attempt. The worker pauses and
+resumes partitions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Stops:
 
     def __init__(self, databases: Sequence[str]) -> None:
         self._troubles: dict[Partition, UnreadablePartition] = {}
-        # By database, what it is to be told: a Stop, or None for a partition that goes on.
+        # By database, what it does not have yet: a halt, or None for a partition that continues.
         self._unsaved: dict[str, dict[Partition, UnreadablePartition | None]] = {name: {} for name in databases}
         self._refused: frozenset[str] = frozenset()
         self._refused_unsaved: dict[str, set[str]] = {name: set() for name in databases}
@@ -42,21 +42,21 @@ class Stops:
         return bool(self._troubles)
 
     def failed(self, partition: Partition, failure: ReadFailure, now: float) -> tuple[PartitionHalt, bool]:
-        """Note a failure.
+        """Record a failure.
 
-        Returns why the partition stops, and whether that is to be logged.
+        Returns why the partition halts, and whether to log it.
         """
         stop = halt_of(partition, failure)
         trouble = self._troubles.get(partition)
         if trouble is None:
             trouble = self._troubles[partition] = UnreadablePartition(stop, failure.first, now)
-        is_told = trouble.record_failure(stop, failure.first, now)
-        if is_told:
+        is_logged = trouble.record_failure(stop, failure.first, now)
+        if is_logged:
             self._save_later(partition, trouble)
-        return stop, is_told
+        return stop, is_logged
 
     def due(self, now: float, partitions: Collection[Partition]) -> list[Partition]:
-        """Those of `partitions` that are to be tried again now."""
+        """Return which of `partitions` are due for another attempt."""
         return [
             partition
             for partition, trouble in self._troubles.items()
@@ -64,9 +64,9 @@ class Stops:
         ]
 
     def went_on(self, partition: Partition, position: int, *, is_read: bool = False) -> bool:
-        """Note that a partition was read, or moved, to `position`; returns whether it had been unreadable.
+        """Record that a partition was read, or moved, to `position`.
 
-        is_read: the broker has answered a fetch from there.
+        Returns whether it was unreadable before. is_read: the broker has answered a fetch from there.
         """
         trouble = self._troubles.get(partition)
         if trouble is None or position < trouble.first or (position == trouble.first and not is_read):
@@ -76,16 +76,16 @@ class Stops:
         return True
 
     def forget(self) -> None:
-        """Drop what is known: other workers may own the partitions now.
+        """Forget all partitions: other workers may own them now.
 
         Their rows stay.
         """
         self._troubles.clear()
 
     def refused(self, topics: frozenset[str]) -> None:
-        """Note which topics the worker may not see, now.
+        """Record which topics the worker has no right to see now.
 
-        A topic's rows go when one that may see it reads on.
+        A topic's rows are deleted when a worker that has the right reads it.
         """
         for unsaved in self._refused_unsaved.values():
             unsaved |= topics - self._refused
@@ -100,12 +100,12 @@ class Stops:
         return bool(self._unsaved[database] or self._refused_unsaved[database])
 
     async def save(self, database: str, connection: Connection, app: str) -> None:
-        """Write what has changed since the last time.
+        """Write what has changed since the last call.
 
-        Raises the driver's errors, and loses nothing then.
+        Raises the driver's errors; then the next call writes it.
         """
         if refused := self._refused_unsaved[database]:
-            # Such a topic is assigned to nobody: its partitions are known from their positions.
+            # Such a topic is not assigned: its partitions are known from their positions.
             for partition, offset in (await positions.of_topics(connection, app, sorted(refused))).items():
                 stop = refused_stop(partition, offset)
                 await connection.execute(_SAVE, app, *partition, stop.reason.value, stop.text, stop.do, offset, offset)
@@ -122,19 +122,22 @@ class Stops:
                 del unsaved[partition]
 
     async def recall(self, connection: Connection, app: str, partitions: Collection[Partition], now: float) -> None:
-        """Take over what other workers wrote of partitions that are this worker's now."""
+        """Read the halts of partitions that are this worker's now."""
         for partition, (stop, first) in (await read(connection, app)).items():
             if partition in partitions and partition not in self._troubles:
                 self._troubles[partition] = UnreadablePartition(stop, first, now)
 
 
 def refused_stop(partition: Partition, offset: int) -> PartitionHalt:
-    """Why a partition has stopped whose topic the Kafka user may not see."""
+    """Return the halt of a partition that Kafka refuses to show."""
     return halt_of(partition, ReadFailure(HaltReason.NOT_ALLOWED, "its user may not see it", offset))
 
 
 async def read(connection: Connection, app: str) -> Mapping[Partition, tuple[PartitionHalt, int]]:
-    """The unreadable partitions of an application, as its workers wrote them, with the offsets where they stopped."""
+    """Return the unreadable partitions of an application.
+
+    Each with the offset where it halted.
+    """
     stopped: dict[Partition, tuple[PartitionHalt, int]] = {}
     for topic, partition, reason, why, do, first, last in await connection.fetch(_READ, app):
         missing = (first, last) if do.startswith("--") else None

@@ -1,8 +1,8 @@
-"""What waits now, as rows that any process can read: written rarely, renewed while it lasts, gone when it is over.
+"""Waiting messages, as rows that any process can read.
 
-Knows SQL; connections come in. A row is of the worker that wrote it. One that nobody renews expires, so that a killed worker
-leaves no lie; the next owner of a partition deletes what an earlier one left. The message that ended a worker for good (the
-dead-letter limit) never expires, and is deleted when a worker opens its partition again.
+A row belongs to the worker that wrote it, which renews it while the messages wait. Without renewal it expires, so a killed
+worker leaves no false row; the next owner of a partition deletes the rows of earlier ones. The row of a message that ended
+a worker for good (the dead-letter limit) does not expire; a worker that opens its partition again deletes it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Row(NamedTuple):
 
 
 async def write(connection: Connection, worker: UUID, handlers: Sequence[int], rows: Sequence[Row]) -> None:
-    """Make a worker's rows of these handlers what they are now."""
+    """Replace a worker's rows of these handlers."""
     errors = [storable(row.why.error)[:_ERROR_CHARACTERS_MAX] for row in rows]
     keys = (
         [row.handler for row in rows],
@@ -88,7 +88,7 @@ async def write(connection: Connection, worker: UUID, handlers: Sequence[int], r
 async def take_over(
     connection: Connection, worker: UUID, handlers: Sequence[int], partitions: Sequence[Partition]
 ) -> None:
-    """Delete what earlier owners of partitions have left."""
+    """Delete the rows of earlier owners of partitions."""
     await connection.execute(
         _TAKE_OVER,
         worker,
@@ -107,7 +107,10 @@ async def halt(connection: Connection, worker: UUID, row: Row) -> None:
 
 
 async def read(connection: Connection, app: str) -> tuple[list[dict[str, Any]], Mapping[Partition, tuple[int, int]]]:
-    """What waits, as `status` reports it; and per partition how many messages wait, and up to where it was read."""
+    """Return what waits, for `status`, and totals by partition.
+
+    A total is how many messages wait, and up to which offset the partition was read.
+    """
     rows = await connection.fetch(_READ, app, _EXPIRED_SECONDS)
     totals: dict[Partition, tuple[int, int]] = {}
     messages: list[dict[str, Any]] = []

@@ -1,12 +1,15 @@
-"""When to ask Redis. Knows successes, failures and hits as they are reported; knows no clock and no Redis."""
+"""Decides when to ask Redis.
+
+Pure: successes, failures and hits are reported to it.
+"""
 
 from __future__ import annotations
 
 
 class Breaker:
-    """Closed while the service answers; open from its first failure until a probe made in the background succeeds.
+    """Open from the first failure until a probe in the background succeeds.
 
-    Nobody waits for an open breaker, so an outage costs the one call that found it.
+    No caller waits for an open breaker, so an outage costs one call.
     """
 
     def __init__(self, first_pause_seconds: float = 0.5, longest_pause_seconds: float = 30.0) -> None:
@@ -28,19 +31,20 @@ class Breaker:
 
 
 class Sampler:
-    """Asks for every batch while hits are worth it, and for one batch in `every` while there are next to none.
+    """Asks for every batch while hits are frequent, else rarely.
 
-    The share of hits is an average that forgets with a half-life of about seven asked batches.
+    Rarely is one batch in `every`. The share of hits is a moving average with a half-life of about seven asked batches. worth_it: the least share for which
+    asking pays.
     """
 
     def __init__(self, worth_it: float = 0.1, every: int = 16) -> None:
         self._worth_it = worth_it
         self._every = every
-        self._share = 1.0  # innocent until measured: begin by asking
+        self._share = 1.0  # ask at first, to measure
         self._skipped = 0
 
     def should_ask(self) -> bool:
-        """Whether to ask for the next batch."""
+        """Return whether to ask for the next batch."""
         if self._share >= self._worth_it or self._skipped + 1 >= self._every:
             self._skipped = 0
             return True
@@ -48,8 +52,8 @@ class Sampler:
         return False
 
     def observed(self, asked: int, hits: int) -> None:
-        """Tell what came of asking for `asked` ids."""
+        """Record the hits among `asked` ids."""
         if asked:
             share = hits / asked
-            # A burst of duplicates (a replay) must not wait for an average to climb.
+            # A burst of duplicates (a replay) must not wait for the average to rise.
             self._share = share if share > self._share else self._share * 0.9 + share * 0.1

@@ -1,8 +1,8 @@
-"""The pre-check in Redis: a hint that a message was settled before. Written after the COMMIT, asked before it, fails open.
+"""The pre-check: asks Redis for marks before a transaction, writes them after.
 
-Knows marks and a budget; knows no PostgreSQL. The only file that imports redis. A mark says: in this epoch of the
-database, this handler has committed this id with this payload. It may be missing at any time (a flush, an eviction, an
-outage); it is never wrong, because it names the epoch, and an epoch that ended takes its marks with it.
+Knows marks and a time budget; knows no PostgreSQL. A mark says: in this epoch of the database, this handler has committed
+this id with this payload. It may be missing at any time (a flush, an eviction, an outage). It is never wrong, because it
+names the epoch, and marks of another epoch do not count.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _URL_OPTIONS = {
 
 
 class Untrusted(RedisError):
-    """An answer that does not belong to its question. The connection is dropped and nothing is believed."""
+    """An answer to another question: the connection is dropped."""
 
 
 class _Question(NamedTuple):
@@ -73,7 +73,7 @@ class Precheck:
     ) -> None:
         try:
             if {name for name, _ in parse_qsl(urlsplit(url).query)} - _URL_OPTIONS:
-                # Not quoted: it is a part of the password, when that holds a question mark.
+                # Not quoted: it is a part of the password, if that has a question mark.
                 raise Misconfigured(
                     f"CONSUMER_REDIS_URL: an unknown option after the question mark (known: {', '.join(sorted(_URL_OPTIONS))}); "
                     "percent-encode special characters of the password"
@@ -102,8 +102,11 @@ class Precheck:
         self._probe: asyncio.Task[None] | None = None
 
     async def start(self, epoch: str) -> None:
-        """Connect. Raises Misconfigured for a refused password, a right that is missing, and a certificate that is not
-        accepted; any other trouble only opens the breaker."""
+        """Connect.
+
+        Raises Misconfigured for a refused password, a missing right, and a certificate that is not accepted. Any other failure
+        only opens the breaker.
+        """
         self._epoch = epoch
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
@@ -125,11 +128,11 @@ class Precheck:
             self._failed(error)
 
     def new_epoch(self, epoch: str) -> None:
-        """The database is another one, or went back in time: the marks so far count no more."""
+        """Ignore the marks so far: the database or its history changed."""
         self._epoch = epoch
 
     async def stop(self) -> None:
-        """Let marks on their way arrive within the budget, and disconnect."""
+        """Wait within the budget for marks in flight, and disconnect."""
         if self._marking:
             await asyncio.wait(self._marking, timeout=self._budget)
         ending = [*self._marking, *([self._probe] if self._probe else [])]
@@ -144,13 +147,16 @@ class Precheck:
             pass
 
     async def check(self, deliveries: Sequence[Delivery], now_seconds: float) -> None:
-        """Settle as duplicates those that Redis knows. now_seconds: wall clock; skew only costs hits."""
+        """Set the outcome of messages that Redis knows: duplicates.
+
+        now_seconds: by the wall clock; skew only costs hits.
+        """
         if self._breaker.is_open:
             return
         questions: list[_Question] = []
         bucket = int(now_seconds // self._window)
         for handler in {delivery.handler for delivery in deliveries}:
-            # Each window has a sampler of its own: where duplicates follow soon, few of them are as old as the one before.
+            # Each window has its own sampler: where duplicates come soon, few of them are in the previous window.
             wanted_from = [
                 window
                 for window in (bucket, bucket - 1)
@@ -177,7 +183,7 @@ class Precheck:
             self._sampler(question.handler, question.bucket).observed(len(question.deliveries), len(hits))
 
     async def known(self, deliveries: Sequence[Delivery], now_seconds: float) -> set[Delivery] | None:
-        """Those that Redis has a mark for; None when it did not answer in time. Settles nothing."""
+        """Return the messages that have a mark; None without an answer."""
         by_handler: dict[Handler, list[Delivery]] = {}
         for delivery in deliveries:
             by_handler.setdefault(delivery.handler, []).append(delivery)
@@ -197,7 +203,10 @@ class Precheck:
         return {delivery for hits in answers for delivery in hits}
 
     async def _ask(self, questions: Sequence[_Question]) -> list[list[Delivery]]:
-        """Those that Redis has a mark for, of each question. Raises what the library raises, and Untrusted."""
+        """Return the messages that have a mark, for each question.
+
+        Raises what the library raises, and Untrusted.
+        """
         nonce = os.urandom(8)
         members: dict[Handler, list[bytes]] = {}
         for question in questions:
@@ -220,7 +229,10 @@ class Precheck:
         return hits
 
     def mark(self, applied: Sequence[Delivery], epoch: str, now_seconds: float) -> None:
-        """Mark what was committed in `epoch`, in the background. Call it only after the COMMIT was answered."""
+        """Mark what was committed in `epoch`, in the background.
+
+        Call it only after the COMMIT was answered.
+        """
         if self._breaker.is_open or not applied or len(self._marking) >= _MARKS_WAITING_MAX:
             return
         bucket = int(now_seconds // self._window)
@@ -245,17 +257,19 @@ class Precheck:
             self._step("marked")
 
     async def _talk(self, *commands: bytes) -> list[Any]:
-        """Send commands and return their answers. Raises what the library raises, for the first that was refused.
+        """Send commands and return their answers.
 
-        The library would pack a command's arguments one after the other, in Python, at 0.5 µs each: more than all the
-        rest of a mark costs the worker.
+        Raises what the library raises for the first one that was refused.
+
+        fast path: the library would pack a command's arguments one after the other, in Python, at 0.5 µs each, which is more
+        than the rest of a mark costs the worker.
         """
         connection = await self._redis.connection_pool.get_connection()
         try:
             await connection.send_packed_command(commands)
             return [await connection.read_response() for _ in commands]
         except BaseException:
-            await connection.disconnect(nowait=True)  # an answer that is still to come would be taken for another's
+            await connection.disconnect(nowait=True)  # an answer that comes later would be read as another command's
             raise
         finally:
             await self._redis.connection_pool.release(connection)
@@ -272,7 +286,7 @@ class Precheck:
         return sampler
 
     def _failed(self, error: Exception) -> None:
-        """Open the breaker; a probe in the background closes it. Nobody else waits for Redis until then."""
+        """Open the breaker; a probe in the background closes it."""
         if not self._breaker.is_open:
             what = "refuses what it is asked" if isinstance(error, ResponseError) else "does not answer"
             event(logging.WARNING, f"pre-check off: redis {what}; going on without it", error=describe(error))
@@ -295,7 +309,7 @@ class Precheck:
                 return
 
     async def _try(self) -> None:
-        """What a batch needs: to ask and to write. A Redis that is full or read-only fails here, as it would there."""
+        """Ask and write, as for a batch, to detect a full Redis."""
         key = f"consumer:probe:{self._app}".encode()
         answers = await self._talk(
             _packed(b"ECHO", b"probe"),
@@ -308,26 +322,32 @@ class Precheck:
 
 
 def _certificate_error(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
-    """What TLS had against a certificate, below the library's own exception."""
+    """Return the TLS error behind the library's exception, if any."""
     while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def _go_on() -> None:
-    """Raise CancelledError when this task was told to end: the library was seen to swallow that (redis 8.1)."""
+    """Raise CancelledError if this task was cancelled.
+
+    The library may swallow the cancellation (seen with redis 8.1).
+    """
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
 
 
 def _members(deliveries: Sequence[Delivery]) -> list[bytes]:
-    """Id and payload together: an id that is used again with another payload must not look known."""
+    """Return ids with fingerprints: another payload makes an id unknown."""
     return [delivery.id + _fingerprint(delivery.fingerprint) for delivery in deliveries]
 
 
 def _packed(name: bytes, key: bytes, rest: bytes | Sequence[bytes] = ()) -> bytes:
-    """A command as it travels: of two words, of three, or of two and members of _MEMBER_BYTES each."""
+    """Return a command in Redis's protocol.
+
+    Of two words, of three, or of two and members of _MEMBER_BYTES each.
+    """
     head = b"$%d\r\n%s\r\n$%d\r\n%s\r\n" % (len(name), name, len(key), key)
     if isinstance(rest, bytes):
         return b"*3\r\n%s$%d\r\n%s\r\n" % (head, len(rest), rest)

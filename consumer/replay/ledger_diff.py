@@ -100,7 +100,7 @@ async def _row_counts(
 ) -> dict[Block, int]:
     """Return how many ledger rows each block has."""
     names = {number: name for name, number in topics.items()}
-    ranges = ledger_queries.Ranges(
+    ranges = ledger_queries.NumberedRanges(
         [topics[partition.topic] for partition in spans],
         [partition.partition for partition in spans],
         [span.first for span in spans.values()],

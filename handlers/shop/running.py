@@ -18,7 +18,7 @@ from pathlib import Path
 
 from consumer import Settings
 from consumer.kafka.admin import create_topic
-from consumer.local_servers import Postgres, Server, Tansu, Valkey, die_with_parent
+from consumer.local_servers import LocalServer, Postgres, Tansu, Valkey, die_with_parent
 from consumer.postgres import migrate
 from consumer.postgres.connection import connect
 from consumer.settings import load
@@ -211,13 +211,13 @@ async def running() -> AsyncIterator[Running]:
             await found.worker.stop()
 
 
-def _end(server: Server, number: signal.Signals) -> None:
+def _end(server: LocalServer, number: signal.Signals) -> None:
     if server.process is not None and server.process.poll() is None:
         server.process.send_signal(number)
         server.process.wait(_STOP_SECONDS)
 
 
-async def _again(server: Server) -> None:
+async def _again(server: LocalServer) -> None:
     if server.process is None or server.process.poll() is not None:
         server.run()  # in this thread, whose end is its end
         await asyncio.to_thread(server.wait)

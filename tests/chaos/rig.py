@@ -24,7 +24,7 @@ from services import Kafka
 
 from chaos.application import TABLES
 from consumer import Settings
-from consumer.local_servers import EmbeddedUnavailable, Postgres, Server, Valkey, free_port
+from consumer.local_servers import EmbeddedUnavailable, LocalServer, Postgres, Valkey, free_port
 
 PARTITIONS = 4
 _MORE_OF_KAFKA = "transaction.abort.timed.out.transaction.cleanup.interval.ms=500\n"
@@ -79,7 +79,7 @@ def children(pid: int) -> list[int]:
     return pids
 
 
-def kill_tree(server: Server) -> None:
+def kill_tree(server: LocalServer) -> None:
     """SIGKILL a server and the processes that it has started, as a power cut would."""
     for pid in children(server.pid):
         with suppress(ProcessLookupError):
@@ -87,7 +87,7 @@ def kill_tree(server: Server) -> None:
     server.kill()
 
 
-async def started_again(server: Server) -> None:
+async def started_again(server: LocalServer) -> None:
     """After `kill`: the same data on the same port. Tried again while the port or the shared memory is still taken."""
     for attempt in range(20):
         server.run()

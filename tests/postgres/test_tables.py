@@ -219,7 +219,7 @@ async def test_rebuilds_and_checks_read_what_was_applied(connection: asyncpg.Con
     q = ledger_queries
     assert await q.claiming_record(connection, number, ID) == (P, 4)
     assert await q.claiming_record(connection, number, uuid4()) is None
-    assert await q.block_counts(connection, [number], q.Ranges([1], [0], [0], [9]), 2) == [(number, 1, 0, 1, 2)]
+    assert await q.block_counts(connection, [number], q.NumberedRanges([1], [0], [0], [9]), 2) == [(number, 1, 0, 1, 2)]
     assert [row[3] for row in await q.rows_nowhere(connection, [number], [1], [0], [5])] == [dead]
     assert await q.rows_between(connection, number, 1, 0, 0, 5) == [(ID, 4)]
     assert await q.absent_ids(connection, number, [ID.bytes, bytes(16)]) == {bytes(16)}

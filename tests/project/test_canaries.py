@@ -107,7 +107,7 @@ async def test_no_canary_is_found_where_it_does_not_belong(
         assert await run.wait() == 0
         texts["run"] = run.errors + (run.process.stdout.read() if run.process.stdout else "")
     assert "dead letter" in texts["run"] and "an error that ended a thread" in texts["run"]
-    assert "an error that could not be raised" in texts["run"] and "an error that nobody awaited" in texts["run"]
+    assert "an error that could not be raised" in texts["run"] and "an error that was not awaited" in texts["run"]
 
     # Every answer that reports.
     for arguments in (

@@ -435,7 +435,7 @@ async def test_postgresql_by_verify_full_and_each_wrong_certificate(
 
 
 async def test_postgresql_without_tls_is_not_spoken_to_in_clear(authority: Authority, postgres: Postgres) -> None:
-    with pytest.raises(Misconfigured, match="speaks no TLS"):
+    with pytest.raises(Misconfigured, match="has no TLS"):
         await connect(settings_for(postgres.dsn(), "x", postgres_ca_file=str(authority.file)))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from services import JARS
 
-from consumer.local_servers import Server, free_port, kafka_answers
+from consumer.local_servers import LocalServer, free_port, kafka_answers
 
 _PROPERTIES = """
 process.roles=broker,controller
@@ -39,7 +39,7 @@ replica.lag.time.max.ms=3000
 """
 
 
-class Node(Server):
+class Node(LocalServer):
     """One broker of a Cluster.
 
     After `kill`, `run` and `wait` it is back with its data.

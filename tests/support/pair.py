@@ -12,7 +12,7 @@ from pathlib import Path
 from harness import until, value
 from proxy import Proxy
 
-from consumer.local_servers import Postgres, Server
+from consumer.local_servers import LocalServer, Postgres
 
 
 class Copy(Postgres):
@@ -91,7 +91,7 @@ class Backup(Copy):
         self.wait()
 
 
-def power_cut(server: Server) -> None:
+def power_cut(server: LocalServer) -> None:
     """SIGKILL for the server and all that it has started, at once."""
     os.killpg(server.pid, signal.SIGKILL)
     server.kill()

@@ -13,14 +13,14 @@ from typing import Any
 import asyncpg
 import pytest
 
-from consumer.local_servers import Postgres, Server, _nobody
+from consumer.local_servers import LocalServer, Postgres, unprivileged_user
 
 needs_pgbouncer = pytest.mark.skipif(
     not shutil.which("pgbouncer") and not Path("/usr/sbin/pgbouncer").exists(), reason="no PgBouncer on this machine"
 )
 
 
-class Pooler(Server):
+class Pooler(LocalServer):
     """PgBouncer before a server. connections: to the server, for all clients together."""
 
     name = "pgbouncer"
@@ -35,7 +35,7 @@ class Pooler(Server):
         (self.directory / "users").write_text(f'"demo" "{self._server._password}"\n')
         if os.geteuid() == 0:
             self.directory.chmod(0o755)
-            os.chown(self.directory, *_nobody())
+            os.chown(self.directory, *unprivileged_user())
 
     def _write_config(self) -> Path:
         config = self.directory / "pgbouncer.ini"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from certificates import Authority
 
-from consumer.local_servers import EmbeddedUnavailable, Server, free_port, kafka_answers
+from consumer.local_servers import EmbeddedUnavailable, LocalServer, free_port, kafka_answers
 
 JARS = Path(__file__).resolve().parent.parent.parent / ".cache" / "kafka"
 
@@ -63,7 +63,7 @@ group.coordinator.rebalance.protocols=classic,consumer
 """
 
 
-class Kafka(Server):
+class Kafka(LocalServer):
     """Apache Kafka 4.3.
 
     `bootstrap_servers` for plain text, `sasl_servers` for SASL PLAIN in clear (alice, right), `tls_servers` for TLS with a

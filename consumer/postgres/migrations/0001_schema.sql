@@ -89,8 +89,8 @@ create table consumer.ledger (
 --
 -- Invariant: two claims that run at the same time are of the same version or of neighbouring versions, so they meet on a
 -- unique key. A claim holds the shared advisory lock of its version until its transaction ends, reads the version again once
--- it holds the lock, and is undone if the version has changed. The version is raised only when nobody holds the lock of the
--- version before the present one (a later holder of that lock reads the present version and is undone). Claims of v that
+-- it holds the lock, and is undone if the version has changed. The version is raised only when no session holds the lock of
+-- the version before the present one (a later holder of that lock reads the present version and is undone). Claims of v that
 -- ended before v + 2 began are visible to claims of v + 2, which look into N.
 create table consumer.generations (
     number       integer primary key,
@@ -175,7 +175,7 @@ create table consumer.coverage (
 );
 
 -- How messages ended. Written with the position, so each message counts once. 'kept' counts the applied messages of the
--- ledger's present rows, so that nobody has to count rows; 'applied' counts those of dropped generations.
+-- ledger's present rows, so that no query has to count rows; 'applied' counts those of dropped generations.
 -- One row per partition, because two workers that update the same row would wait for each other.
 create table consumer.outcomes (
     handler   smallint not null,
@@ -186,12 +186,12 @@ create table consumer.outcomes (
     primary key (handler, topic, partition, outcome)
 ) with (fillfactor = 50);
 
--- Partitions that workers cannot read, and why. A row is written when one stops and deleted when it goes on.
+-- Partitions that workers cannot read, and why. A row is written when one stops and deleted when it continues.
 create table consumer.stopped_partitions (
     app          text not null,
     topic        text not null,
     partition    integer not null,
-    reason       text not null,              -- Reason in core/log_identity.py
+    reason       text not null,              -- HaltReason in core/log_identity.py
     why          text not null,
     "do"         text not null,              -- options of `consumer positions`, or an instruction in words
     first_offset bigint not null,
@@ -353,7 +353,7 @@ begin
 end $$;
 
 -- One step of a turn, from the version that the caller has seen. Returns what it did (opened, moved, turned), or why it did
--- nothing: busy (another process is at it) or waiting (for claims of the version before).
+-- nothing: busy (another process does it) or waiting (for claims of the version before).
 create function consumer.turn(seen integer) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
@@ -391,7 +391,7 @@ begin
             -- A claim that names this constraint knows no generations: from now on it fails instead of missing one.
             alter index if exists consumer.ledger_claim rename to ledger_1_claim;
         end if;
-        truncate consumer.turning;  -- nobody uses it: the version before is drained, and this one does not insert into it
+        truncate consumer.turning;  -- unused: the version before is drained, and this one does not insert into it
         execute format('create table consumer.ledger_%s (constraint ledger_%s_claim primary key (handler, id)) inherits (consumer.ledger)',
                        newer, newer);
         perform consumer.share_grants();
