@@ -1,9 +1,9 @@
 """Consume at-least-once Kafka topics; apply each message's effects in PostgreSQL exactly once.
 
-Start here: an `App` holds handlers; `consumer run module:app` runs them. A batch of messages is fetched (kafka/consumer.py),
-checked against Redis (precheck/client.py), and settled in one transaction with the claims, the handlers' effects and the
-positions (transaction/apply.py, postgres/session.py). Then it is marked in Redis, and its offsets are committed to Kafka
-(worker/worker.py).
+Start here: an `App` holds handlers; `consumer run module:app` runs them. A batch of messages is fetched
+(kafka/consumer.py), checked against Redis (precheck/client.py), and settled in one transaction with the claims, the
+handlers' effects and the positions (transaction/apply.py, postgres/session.py). Then it is marked in Redis, and its
+offsets are committed to Kafka (worker/worker.py).
 """
 
 TYPE_CHECKING = False  # like typing.TYPE_CHECKING, without the slow import of typing

@@ -22,8 +22,8 @@ from consumer.logs import describe, log
 def load_app(path: str) -> App:
     """Import the App that `path` names.
 
-    The current directory is on the import path. Raises Misconfigured for a path that is not "module:attribute", a module
-    that cannot be imported, an attribute that is not an App, and an App without handlers.
+    The current directory is on the import path. Raises Misconfigured for a path that is not "module:attribute", a
+    module that cannot be imported, an attribute that is not an App, and an App without handlers.
     """
     module_name, colon, attribute = path.partition(":")
     if not colon or not module_name or not attribute:

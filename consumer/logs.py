@@ -1,8 +1,8 @@
 """Structured logs: one event per line, as text or JSON.
 
-An event of ours is a constant text and fields. Fields are names, counts, places and durations; never payloads, keys, message
-ids or the texts of exceptions (those are in the dead letters, where access is controlled). The application's loggers keep
-their level, their `extra=` and their tracebacks. Limitations: the application decides what they log.
+An event of ours is a constant text and fields. Fields are names, counts, places and durations; never payloads, keys,
+message ids or the texts of exceptions (those are in the dead letters, where access is controlled). The application's
+loggers keep their level, their `extra=` and their tracebacks. Limitations: the application decides what they log.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def event(level: int, text: str, /, **fields: Any) -> None:
 def configure(level: str, style: str, stream: TextIO | None = None, config: str | None = None) -> None:
     """Send logs to a stream, or where a file says.
 
-    stream: stderr by default. level: debug … error, for our events and for loggers without their own level. style: auto, text or json. config: the
-    path of a file that configures logging. Raises Misconfigured for a file that cannot be used.
+    stream: stderr by default. level: debug … error, for our events and for loggers without their own level. style:
+    auto, text or json. config: the path of a file that configures logging. Raises Misconfigured for a file that cannot
+    be used.
     """
     log.setLevel(level.upper())
     # The client logs every rebalance and every refused connection; what matters of that is an event of ours.

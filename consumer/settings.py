@@ -24,8 +24,8 @@ _PREFIX = "CONSUMER_"
 class Settings(BaseModel):
     """All settings, with their units in their names.
 
-    A setting that is not given is read from the environment; an empty variable counts as absent. Unknown CONSUMER_ variables
-    are ignored.
+    A setting that is not given is read from the environment; an empty variable counts as absent. Unknown CONSUMER_
+    variables are ignored.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -216,7 +216,8 @@ def _names(given: str) -> set[str]:
 def load(**flags: Any) -> Settings:
     """Return the environment's settings, with flags.
 
-    Flags that are not None override the environment. Raises Misconfigured, one line that names each variable and never its value.
+    Flags that are not None override the environment. Raises Misconfigured, one line that names each variable and never
+    its value.
     """
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})

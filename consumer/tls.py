@@ -1,7 +1,7 @@
 """Requires verified TLS for services on other machines.
 
-Knows settings, hosts and the standard library's TLS; knows no driver, and opens no connection. Limitations: the addresses
-that Kafka advertises are unknown here; the same TLS and the same checks hold there.
+Knows settings, hosts and the standard library's TLS; knows no driver, and opens no connection. Limitations: the
+addresses that Kafka advertises are unknown here; the same TLS and the same checks hold there.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ def postgres_tls(settings: Settings) -> ssl.SSLContext | None:
     """Return the TLS context for PostgreSQL; None where the DSN alone decides.
 
     For other machines it always verifies the certificate's signature and host name (libpq's verify-full), unless
-    CONSUMER_ALLOW_INSECURE names postgres. The driver's default would fall back to a connection without TLS, its `require`
-    accepts any certificate, and its `verify-full` does not use the system's certificates (asyncpg 0.32).
+    CONSUMER_ALLOW_INSECURE names postgres. The driver's default would fall back to a connection without TLS, its
+    `require` accepts any certificate, and its `verify-full` does not use the system's certificates (asyncpg 0.32).
 
-    Raises Misconfigured for a weaker sslmode and for certificates that cannot be read, and ValueError for anything but a
-    DSN.
+    Raises Misconfigured for a weaker sslmode and for certificates that cannot be read, and ValueError for anything but
+    a DSN.
     """
     addresses, options = hosts.of_postgres(settings.dsn, os.environ.get("PGHOST", ""))
     if any("@" in host for host in addresses):

@@ -1,8 +1,8 @@
 """Identifies CloudEvents by source and id, in binary and structured mode.
 
 Reads headers and, in structured mode, two fields of the body. An event whose id cannot be read is refused. With the
-offset as its id, a second send would be applied again; with the id without the source, another producer's event would be
-dropped as a duplicate.
+offset as its id, a second send would be applied again; with the id without the source, another producer's event would
+be dropped as a duplicate.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Refuses constraints in annotations that the decoder of their type would ignore.
 
-msgspec decodes Structs, dataclasses, TypedDicts, NamedTuples and plain types, and enforces `msgspec.Meta` alone; pydantic
-decodes its models, and does not know `msgspec.Meta`. A constraint that its decoder ignores would accept every value, so it
-is an error at registration. Text and objects that constrain nothing are allowed.
+msgspec decodes Structs, dataclasses, TypedDicts, NamedTuples and plain types, and enforces `msgspec.Meta` alone;
+pydantic decodes its models, and does not know `msgspec.Meta`. A constraint that its decoder ignores would accept every
+value, so it is an error at registration. Text and objects that constrain nothing are allowed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Digests that show whether a dead letter still holds its record.
 
-Knows records and bytes; knows no table. The fingerprint of a message cannot replace them: its rule may compare nothing, or
-need code that has changed since. Limitations: older dead letters have no digests; a change of both digest and record is not
-noticed; reason, error and state of a dead letter, and the value of an edit, are not covered.
+Knows records and bytes; knows no table. The fingerprint of a message cannot replace them: its rule may compare nothing,
+or need code that has changed since. Limitations: older dead letters have no digests; a change of both digest and record
+is not noticed; reason, error and state of a dead letter, and the value of an edit, are not covered.
 """
 
 from __future__ import annotations

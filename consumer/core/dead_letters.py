@@ -1,8 +1,8 @@
 """Dead letters: their states, what they block, and kinds of errors.
 
-Knows states and texts; knows no table. A *chain* is a dead letter whose handler kept failing and the later messages of its
-unit of order (the key, or the partition), which become dead letters too and wait behind it. Only the first of a chain may
-run. A dead letter for any other reason concerns its message alone, and blocks nothing.
+Knows states and texts; knows no table. A *chain* is a dead letter whose handler kept failing and the later messages of
+its unit of order (the key, or the partition), which become dead letters too and wait behind it. Only the first of a
+chain may run. A dead letter for any other reason concerns its message alone, and blocks nothing.
 """
 
 from __future__ import annotations

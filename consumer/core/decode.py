@@ -1,8 +1,8 @@
 """Decodes bytes to the type that a handler declares.
 
-Knows types and JSON; knows no topic. bytes stay bytes, str is UTF-8, a pydantic model validates itself (models.py), everything else is msgspec's: Struct,
-dataclass, TypedDict, dict, list, numbers and unions of them, with pydantic models inside them if need be. Compiled once
-for each handler. Errors about bytes that do not fit never quote them.
+Knows types and JSON; knows no topic. bytes stay bytes, str is UTF-8, a pydantic model validates itself (models.py),
+everything else is msgspec's: Struct, dataclass, TypedDict, dict, list, numbers and unions of them, with pydantic models
+inside them if need be. Compiled once for each handler. Errors about bytes that do not fit never quote them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def members(declared: Any) -> tuple[Any, ...]:
 def decoder(declared: Any, *, allow_nan: bool = False) -> Decoder:
     """Return a function that decodes bytes to `declared`.
 
-    It raises any exception for bytes that are not of the type. allow_nan: accept numbers that are not finite. Raises RegistrationError for a type that cannot be decoded from JSON.
+    It raises any exception for bytes that are not of the type. allow_nan: accept numbers that are not finite. Raises
+    RegistrationError for a type that cannot be decoded from JSON.
     """
     parts = [part for part in members(declared) if part is not type(None)]
     wanted = parts[0] if len(parts) == 1 else declared

@@ -63,7 +63,8 @@ class TransactionMisuse(ConsumerError):
 class Reject(ConsumerError):
     """Raise it in a handler to make the message a dead letter.
 
-    That happens at once, without a retry. The text is kept with the dead letter. Nothing that the handler wrote for this message is stored.
+    That happens at once, without a retry. The text is kept with the dead letter. Nothing that the handler wrote for
+    this message is stored.
     """
 
 
@@ -71,6 +72,6 @@ class RunAgain(ConsumerError):
     """Raise it in a handler to try the message again, uncounted.
 
     Everything the handler wrote for the message is undone, later messages of its unit of order wait behind it, and the
-    pauses grow as the handler's retry policy says (at least 50 ms). There is no limit: a handler whose messages must not wait
-    for ever catches the cause, looks at the age of its message, and raises `Reject`.
+    pauses grow as the handler's retry policy says (at least 50 ms). There is no limit: a handler whose messages must
+    not wait for ever catches the cause, looks at the age of its message, and raises `Reject`.
     """

@@ -1,8 +1,8 @@
 """Decides what a failure is, from its error class and from evidence.
 
-A SQLSTATE says what an error may be (sqlstate.py). Three observations say what it is: whether the connection still answers,
-whether the failure repeats when its message is alone, and whether other messages of the same handler succeed. `judge` is
-the table; `Evidence` is what one process has observed. Pure: no clock, no driver.
+A SQLSTATE says what an error may be (sqlstate.py). Three observations say what it is: whether the connection still
+answers, whether the failure repeats when its message is alone, and whether other messages of the same handler succeed.
+`judge` is the table; `Evidence` is what one process has observed. Pure: no clock, no driver.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def judge(may_be: Meaning, *, answers: bool, alone: bool, others: Others) -> Fai
 class FailureCause(NamedTuple):
     """Why a message waits.
 
-    error: its kind and its place, never a value. since: Unix seconds. systemic: the handler or a service is at fault, not
-    the message.
+    error: its kind and its place, never a value. since: Unix seconds. systemic: the handler or a service is at fault,
+    not the message.
     """
 
     error: str

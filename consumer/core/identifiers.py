@@ -33,7 +33,8 @@ def ident(name: str) -> str:
 def table_ident(name: str) -> str:
     """Return a table as SQL, from ``table`` or ``schema.table``.
 
-    Names with a dot in them are not supported. Without a schema the search path decides. Raises TypeError and ValueError as `ident`.
+    Names with a dot in them are not supported. Without a schema the search path decides. Raises TypeError and
+    ValueError as `ident`.
     """
     if not isinstance(name, str):
         raise TypeError(f"a table is named by text, not {type(name).__name__}")

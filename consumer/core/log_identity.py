@@ -1,9 +1,9 @@
 """Checks that a position still belongs to the log that is read.
 
-Compares what is stored beside a position with the log as it is now; does no I/O. An offset is a number in one log:
-a topic deleted and recreated, another cluster, or a log whose beginning was removed may have the same number for another
-record, or none. Limitations: whether two logs with different ids have the same messages is unknown. So nothing is guessed:
-a partition halts, and an operator decides how it continues.
+Compares what is stored beside a position with the log as it is now; does no I/O. An offset is a number in one log: a
+topic deleted and recreated, another cluster, or a log whose beginning was removed may have the same number for another
+record, or none. Limitations: whether two logs with different ids have the same messages is unknown. So nothing is
+guessed: a partition halts, and an operator decides how it continues.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class RecordFingerprint(NamedTuple):
 class Position(NamedTuple):
     """A position: everything below `offset` is settled.
 
-    It is an offset in the log that the ids name (None: not recorded). salt: mixed into ids that are derived from offsets; None for the first log of a name. seen: the last record settled.
-    first: where the application began.
+    It is an offset in the log that the ids name (None: not recorded). salt: mixed into ids that are derived from
+    offsets; None for the first log of a name. seen: the last record settled. first: where the application began.
     """
 
     offset: int

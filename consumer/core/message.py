@@ -74,8 +74,8 @@ class LogRecord(msgspec.Struct, frozen=True, gc=False):
     It is light, since there is one for each message: half of the client's own. The garbage collector does not track it,
     since it has no reference that could lead back to it.
 
-    `fault` says what is wrong with a record that the client could not read. Its bytes are kept, for a dead letter: the keys
-    of its `headers` are decoded with surrogateescape; encode them in the same way for the raw bytes.
+    `fault` says what is wrong with a record that the client could not read. Its bytes are kept, for a dead letter: the
+    keys of its `headers` are decoded with surrogateescape; encode them in the same way for the raw bytes.
     """
 
     topic: str

@@ -3,8 +3,8 @@
 Numbers that are not finite are refused.
 
 pydantic reads a JSON number with a point as a float before a Decimal or an int sees it. So where a float would lose
-digits, the JSON is parsed here, with such numbers as Decimals, and the model validates the result. That is correct only if
-the model reads the parsed form exactly as it reads the JSON; else the number is refused.
+digits, the JSON is parsed here, with such numbers as Decimals, and the model validates the result. That is correct only
+if the model reads the parsed form exactly as it reads the JSON; else the number is refused.
 """
 
 from __future__ import annotations

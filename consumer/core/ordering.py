@@ -1,7 +1,7 @@
 """Which messages run next, and up to where everything is settled.
 
-Decides on partitions, offsets, keys and times as numbers. A Scheduler serves some partitions with one connection, one batch at
-a time. It keeps three invariants:
+Decides on partitions, offsets, keys and times as numbers. A Scheduler serves some partitions with one connection, one
+batch at a time. It keeps three invariants:
 
 - **order**: two messages of one ordering key (a key of one handler, or its partition) never run in the wrong order. A message
   whose attempt failed is *delayed*; later ones of its key queue behind it; all others go on.
@@ -310,7 +310,8 @@ class Scheduler:
     def batch_up_to(self, partition: Partition, deliveries: Iterable[Delivery], end: int) -> Batch:
         """Return a batch of chosen deliveries, in offset order.
 
-        Everything else below `end` is settled. Deliveries whose key waits for a failed message queue behind it. The partition must be assigned.
+        Everything else below `end` is settled. Deliveries whose key waits for a failed message queue behind it. The
+        partition must be assigned.
         """
         queue = self._queues[partition]
         queue.received = max(queue.received, end)
@@ -324,7 +325,8 @@ class Scheduler:
     def batch_of(self, deliveries: Iterable[Delivery]) -> Batch:
         """Return a batch in the caller's order, across partitions.
 
-        Frontiers stay where they are. Deliveries whose key waits for a failed message queue behind it. Their partitions must be assigned.
+        Frontiers stay where they are. Deliveries whose key waits for a failed message queue behind it. Their partitions
+        must be assigned.
         """
         free = [delivery for delivery in deliveries if not (self._delayed and self._queue_behind(delivery))]
         return Batch(free, {}, self._epochs())
@@ -439,8 +441,8 @@ class Scheduler:
         """Record what a committed transaction has settled.
 
         delayed: the deliveries that are not settled, with the time of their next attempt; those that only wait behind a
-        failed one of their key are among them (their own time does not count). Of partitions that were revoked since the
-        batch was taken, nothing is recorded: their next owner reads their messages again.
+        failed one of their key are among them (their own time does not count). Of partitions that were revoked since
+        the batch was taken, nothing is recorded: their next owner reads their messages again.
         """
         failed: dict[Hashable, list[Delivery]] = {}
         for delivery in batch.deliveries:

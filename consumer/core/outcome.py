@@ -57,7 +57,8 @@ class Duplicate:
 class Dead:
     """A dead letter, stored with its bytes; the handler left no effects.
 
-    kind: class of the exception, or SQLSTATE. trace: one line of kind, place and schema objects, then the frames; no values.
+    kind: class of the exception, or SQLSTATE. trace: one line of kind, place and schema objects, then the frames; no
+    values.
     """
 
     reason: Reason

@@ -1,7 +1,8 @@
 """How long the ledger remembers, and contradictions of its settings.
 
 Pure: times are arguments, in seconds since 1970 UTC by the database's clock. docs/how-to/retention.md explains the
-arithmetic. Limitations: it cannot see that a producer sends an id again, with a new timestamp, after its row was dropped.
+arithmetic. Limitations: it cannot see that a producer sends an id again, with a new timestamp, after its row was
+dropped.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ def what_is_wrong(timestamp_ms: int) -> str:
 def may_be_forgotten(timestamp_ms: int, offset: int, until_ms: int, below: int | None) -> bool:
     """Return whether a dropped row may have been this message's.
 
-    Then a won claim proves nothing. A message is applied after it was produced, so dropped rows are of messages from before
-    `until_ms`. For a timestamp that is not a time, the offset decides: dropped rows are of records below `below`, the end of
-    what was settled in this log when they were dropped (None: nothing was).
+    Then a won claim proves nothing. A message is applied after it was produced, so dropped rows are of messages from
+    before `until_ms`. For a timestamp that is not a time, the offset decides: dropped rows are of records below
+    `below`, the end of what was settled in this log when they were dropped (None: nothing was).
     """
     if is_time(timestamp_ms):
         return timestamp_ms <= until_ms

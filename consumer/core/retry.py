@@ -13,8 +13,8 @@ class Retry:
     """How often a message whose handler raises is tried again, and when.
 
     attempts: calls in all, with the first; 1 means no retry. base, cap: seconds; the wait before attempt n+1 is random,
-    between half and all of ``min(cap, base * 2**(n-1))`` (equal jitter). on: exceptions that are retried; any other makes
-    the message a dead letter at once.
+    between half and all of ``min(cap, base * 2**(n-1))`` (equal jitter). on: exceptions that are retried; any other
+    makes the message a dead letter at once.
 
     Not only this message runs again: a batch that fails runs again as a whole, and its effects still count once.
     """

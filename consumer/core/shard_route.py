@@ -1,9 +1,10 @@
 """Asks the application's route for shards, and detects changed answers.
 
-Pure: calls the function and compares its answers; knows no database. A route must be a pure function of the message key: a
-key that moves from one shard to another is applied in the second one although it was applied in the first. Limitations:
-answers for keys that it has not seen are unknown. It remembers a bounded number of answers. Only those for applied
-messages are stored in the database: a wrong route's answer for a refused message must not count against the right route.
+Pure: calls the function and compares its answers; knows no database. A route must be a pure function of the message
+key: a key that moves from one shard to another is applied in the second one although it was applied in the first.
+Limitations: answers for keys that it has not seen are unknown. It remembers a bounded number of answers. Only those for
+applied messages are stored in the database: a wrong route's answer for a refused message must not count against the
+right route.
 """
 
 from __future__ import annotations

@@ -103,8 +103,9 @@ def meaning(sqlstate: str) -> Meaning:
 def without_values(sqlstate: str, message: str) -> str:
     """Return an error's message without the values that it quotes.
 
-    Data exceptions (class 22) quote values, between quotes or after a colon; the driver's errors about arguments are of that
-    class too. Other messages quote names only; values of rows are in their DETAIL, which is not part of the message.
+    Data exceptions (class 22) quote values, between quotes or after a colon; the driver's errors about arguments are of
+    that class too. Other messages quote names only; values of rows are in their DETAIL, which is not part of the
+    message.
     """
     if not sqlstate.startswith("22"):
         return message

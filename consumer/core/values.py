@@ -69,8 +69,8 @@ def not_finite(value: Any) -> str | None:
 def canonical(value: Any, depth: int = 0) -> bytes:
     """Return the canonical bytes of a value.
 
-    Raises TypeError for a type that has none, and RecursionError beyond _DEPTH_MAX levels: the interpreter's own limit may
-    be too high for its stack, once a library has raised it.
+    Raises TypeError for a type that has none, and RecursionError beyond _DEPTH_MAX levels: the interpreter's own limit
+    may be too high for its stack, once a library has raised it.
     """
     if depth > _DEPTH_MAX:
         raise RecursionError

@@ -2,9 +2,9 @@
 
 Decides which statements commute, and which may run once for many rows.
 
-`FACTS` asks PostgreSQL about the table behind a statement; `judge` decides with its answer. Two statements commute when what
-they touch has nothing in common. A statement of which that is not proved is a *barrier*: it keeps its place in the order
-of the messages. Knows SQL, types and names; knows no connection.
+`FACTS` asks PostgreSQL about the table behind a statement; `judge` decides with its answer. Two statements commute when
+what they touch has nothing in common. A statement of which that is not proved is a *barrier*: it keeps its place in the
+order of the messages. Knows SQL, types and names; knows no connection.
 """
 
 from __future__ import annotations
@@ -183,10 +183,10 @@ _CLOCK = re.compile(r"\b(clock_timestamp|uuidv7)\(", re.IGNORECASE)
 class Plan:
     """A statement whose effects are known.
 
-    touches: relations, foreign keys, sequences and the clock: two plans commute when they share none. relation: the table itself.
-    pins: columns whose value decides alone which rows it reads and writes, with the parameter and the type of each; two
-    executions with different values commute. types: of the parameters. rows: whether many executions may be one, else `why`.
-    sums: whether additions to one row may be one.
+    touches: relations, foreign keys, sequences and the clock: two plans commute when they share none. relation: the
+    table itself. pins: columns whose value decides alone which rows it reads and writes, with the parameter and the
+    type of each; two executions with different values commute. types: of the parameters. rows: whether many executions
+    may be one, else `why`. sums: whether additions to one row may be one.
     """
 
     shape: Shape

@@ -1,7 +1,7 @@
 """The grammar of deferred writes that is understood.
 
-A few forms of INSERT, UPDATE and DELETE are read, each of them completely; everything else is refused and runs as it is, in
-its place. Limitations: sees no table; deferred_writes/catalog.py judges the shape by the table behind it.
+A few forms of INSERT, UPDATE and DELETE are read, each of them completely; everything else is refused and runs as it
+is, in its place. Limitations: sees no table; deferred_writes/catalog.py judges the shape by the table behind it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which executions of a statement share one, judged by their arguments.
 
-Equality of keys is PostgreSQL's: a key counts only as one of the pairs of type and class in `_KEYS`, for which equality in
-Python, after normalising, is equality in PostgreSQL. All other values run one by one. Knows values; knows no connection.
+Equality of keys is PostgreSQL's: a key counts only as one of the pairs of type and class in `_KEYS`, for which equality
+in Python, after normalising, is equality in PostgreSQL. All other values run one by one. Knows values; knows no
+connection.
 """
 
 from __future__ import annotations
@@ -96,9 +97,9 @@ def split_by_key_use(
 
     None if values do not fit.
 
-    types: of the parameters. An UPDATE that met one row twice would change it once only. So the first use of each key is in the
-    first round, the second in the second: one key's writes keep their order. A round is sorted by key, so that two
-    transactions lock rows in one order. Rows to be deleted can meet as often as they like, and all go at once.
+    types: of the parameters. An UPDATE that met one row twice would change it once only. So the first use of each key
+    is in the first round, the second in the second: one key's writes keep their order. A round is sorted by key, so
+    that two transactions lock rows in one order. Rows to be deleted can meet as often as they like, and all go at once.
     """
     if any(len(execution) != shape.parameters for execution in arguments):
         return None
@@ -136,9 +137,9 @@ def sum_by_key(
 
     Returns one row for each key, and the arguments that must run one by one nevertheless.
 
-    None when the values do not fit. types: of the parameters. A key to which numbers of both signs are added is not summed:
-    on the way, its column may leave its type's range, which is an error of one message. With one sign, it does so at the end
-    if ever.
+    None when the values do not fit. types: of the parameters. A key to which numbers of both signs are added is not
+    summed: on the way, its column may leave its type's range, which is an error of one message. With one sign, it does
+    so at the end if ever.
     """
     if any(len(execution) != shape.parameters for execution in arguments):
         return None

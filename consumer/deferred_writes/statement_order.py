@@ -2,10 +2,10 @@
 
 Grouped statements leave what running them one after the other would leave.
 
-The writes of a flush are one sequence, in the order of their messages. A write joins the newest group of its statement if it
-commutes with everything in the groups after that one. What a statement touches is proved by deferred_writes/catalog.py; one without a
-plan is a barrier: it commutes with nothing, but consecutive executions of it still are one group. Knows statements and
-arguments; knows no connection.
+The writes of a flush are one sequence, in the order of their messages. A write joins the newest group of its statement
+if it commutes with everything in the groups after that one. What a statement touches is proved by
+deferred_writes/catalog.py; one without a plan is a barrier: it commutes with nothing, but consecutive executions of it
+still are one group. Knows statements and arguments; knows no connection.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Read the tokens of a deferred write; refuse unknown words.
 
-Every word of an expression is a keyword, a function or a type of the lists below, or a column. PostgreSQL resolves the names
-of tables; deferred_writes/catalog.py decides about them.
+Every word of an expression is a keyword, a function or a type of the lists below, or a column. PostgreSQL resolves the
+names of tables; deferred_writes/catalog.py decides about them.
 """
 
 from __future__ import annotations

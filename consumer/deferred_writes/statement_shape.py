@@ -1,7 +1,7 @@
 """The shape of a deferred write, and its text for many rows.
 
-`insert into t values ($1, $2)` a thousand times is `insert into t select c1, c2 from unnest($1, $2)` once; an UPDATE or an
-upsert likewise, in rounds that meet no row twice (deferred_writes/rounds.py), and a DELETE by key.
+`insert into t values ($1, $2)` a thousand times is `insert into t select c1, c2 from unnest($1, $2)` once; an UPDATE or
+an upsert likewise, in rounds that meet no row twice (deferred_writes/rounds.py), and a DELETE by key.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from consumer.deferred_writes.statement_reader import TYPES
 class Shape:
     """A statement that is understood.
 
-    kind: "insert", "upsert", "update" or "delete". table: its name as written, to be resolved by PostgreSQL.
-    keys: the columns by which rows are found, with the parameter (from 0) that each is compared with: of an UPDATE or a
-    DELETE those of its WHERE, of an upsert the one that conflicts; empty for an INSERT. assigned: the columns that an UPDATE
+    kind: "insert", "upsert", "update" or "delete". table: its name as written, to be resolved by PostgreSQL. keys: the
+    columns by which rows are found, with the parameter (from 0) that each is compared with: of an UPDATE or a DELETE
+    those of its WHERE, of an upsert the one that conflicts; empty for an INSERT. assigned: the columns that an UPDATE
     or an upsert changes. added: the columns that a parameter is added to or subtracted from, with that parameter, of an
-    UPDATE that does no more with its parameters and rows than that and the keys; else empty. inserted: of an INSERT, each
-    value's parameter, None for another expression. columns: those that an INSERT lists. names: the columns that expressions
-    mention. functions: those of FUNCTIONS that they call. borrowed: columns of an upsert whose new value stands for its
-    parameter in the form for many rows. has_rows: whether there is a form for many rows at all.
+    UPDATE that does no more with its parameters and rows than that and the keys; else empty. inserted: of an INSERT,
+    each value's parameter, None for another expression. columns: those that an INSERT lists. names: the columns that
+    expressions mention. functions: those of FUNCTIONS that they call. borrowed: columns of an upsert whose new value
+    stands for its parameter in the form for many rows. has_rows: whether there is a form for many rows at all.
     """
 
     kind: str

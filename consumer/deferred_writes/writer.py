@@ -2,9 +2,10 @@
 
 Only where that leaves what one execution for each message would leave.
 
-deferred_writes/grammar.py reads a statement, deferred_writes/catalog.py judges it by the table behind it; this asks PostgreSQL, once a connection
-and minute, and prepares the text for many rows. Limitations: a change of the schema by another session (a trigger, a rule, a
-child table) may be passed over for up to a minute; one by a handler's own statement is seen at once.
+deferred_writes/grammar.py reads a statement, deferred_writes/catalog.py judges it by the table behind it; this asks
+PostgreSQL, once a connection and minute, and prepares the text for many rows. Limitations: a change of the schema by
+another session (a trigger, a rule, a child table) may be passed over for up to a minute; one by a handler's own
+statement is seen at once.
 """
 
 from __future__ import annotations

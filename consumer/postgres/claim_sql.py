@@ -3,7 +3,8 @@
 Text only; claims.py runs it.
 
 migrations/0001_schema.sql explains generations, and how a turn goes from one to the next without holding up a claim or
-letting an id be claimed in both. With one generation a claim is a plain insert; each older one costs an index probe per id.
+letting an id be claimed in both. With one generation a claim is a plain insert; each older one costs an index probe per
+id.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from consumer.ledger_state
 class Statements(NamedTuple):
     """The statements of a claim's transaction.
 
-    Their parameters are handler, id, fingerprint, topic, partition, offset and applied, as arrays. Those that end in _alike
-    are for messages of one handler and partition.
+    Their parameters are handler, id, fingerprint, topic, partition, offset and applied, as arrays. Those that end in
+    _alike are for messages of one handler and partition.
     """
 
     claim: str

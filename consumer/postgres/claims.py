@@ -41,8 +41,8 @@ where l.handler = o.handler and l.id = o.id and l.applied_at is null
 class ExistingClaim(NamedTuple):
     """The ledger's row of an id that was claimed before.
 
-    clashes: it has another payload. same_record: this record claimed it, so this is a redelivery; otherwise the message was
-    produced again.
+    clashes: it has another payload. same_record: this record claimed it, so this is a redelivery; otherwise the message
+    was produced again.
     """
 
     dead: bool
@@ -135,9 +135,10 @@ class Claims:
     async def too_old(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         """Return messages whose row may be gone.
 
-        That their claim was won proves nothing. The horizon is that of the version of this transaction's claim. The clocks of producers and
-        of PostgreSQL may differ by `ledger_clock_skew_hours`. Records without a usable timestamp are judged by their offsets
-        (core/retention.py). Limitation: a producer that sends an id again with a new timestamp, later than rows are kept.
+        That their claim was won proves nothing. The horizon is that of the version of this transaction's claim. The
+        clocks of producers and of PostgreSQL may differ by `ledger_clock_skew_hours`. Records without a usable
+        timestamp are judged by their offsets (core/retention.py). Limitation: a producer that sends an id again with a
+        new timestamp, later than rows are kept.
         """
         horizon_ms = self.generations.horizon_ms
         if horizon_ms is None:

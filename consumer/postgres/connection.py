@@ -110,8 +110,8 @@ async def wait_for(
 ) -> T:
     """Repeat an attempt until PostgreSQL answers.
 
-    attempt: receives how many seconds it may take. after: receives the outage of a failed attempt, returns the pause before
-    the next one. Raises ServiceUnavailable after `seconds`, and any other error of an attempt at once.
+    attempt: receives how many seconds it may take. after: receives the outage of a failed attempt, returns the pause
+    before the next one. Raises ServiceUnavailable after `seconds`, and any other error of an attempt at once.
     """
     clock = asyncio.get_running_loop().time
     deadline = clock() + seconds

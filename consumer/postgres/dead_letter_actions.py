@@ -1,6 +1,7 @@
 """Locks, settles, records and publishes dead letters.
 
-For an operator's transaction, and for the publisher. Tables: dead_letters, held, letter_actions, letters_to_publish. dead_letters.py explains the locks of chains.
+For an operator's transaction, and for the publisher. Tables: dead_letters, held, letter_actions, letters_to_publish.
+dead_letters.py explains the locks of chains.
 """
 
 from __future__ import annotations

@@ -2,14 +2,16 @@
 
 For a batch's transaction and, when a partition is opened, outside of one.
 
-**Why asking is enough.** Only the owner of a partition adds holds in it (a zombie is fenced by the positions, in the same
-transaction that would add one). So it knows which chains may be held: those in the table when it opened the partition, and
-those that it has added since. It asks about these in each transaction (`key_holds`) and about no others, so a worker
-without dead letters asks nothing. It may remember too much, which costs a query, but never too little: a hold whose COMMIT
-got no answer is detected when the batch runs again, since the claim of its dead letter is lost to a dead row.
+**Why asking is enough.** Only the owner of a partition adds holds in it (a zombie is fenced by the positions, in the
+same transaction that would add one). So it knows which chains may be held: those in the table when it opened the
+partition, and those that it has added since. It asks about these in each transaction (`key_holds`) and about no others,
+so a worker without dead letters asks nothing. It may remember too much, which costs a query, but never too little: a
+hold whose COMMIT got no answer is detected when the batch runs again, since the claim of its dead letter is lost to a
+dead row.
 
-**race: a release.** A transaction that settles dead letters of a chain locks its row FOR UPDATE, settles the first one, and
-deletes the row with the last one (dead_letters/retry.py). A worker that has a message of that chain locks the row FOR SHARE:
+**race: a release.** A transaction that settles dead letters of a chain locks its row FOR UPDATE, settles the first one,
+and deletes the row with the last one (dead_letters/retry.py). A worker that has a message of that chain locks the row
+FOR SHARE:
 
 - it gets the lock: no dead letter of the chain is settled until the worker's COMMIT. Then its message is one of them, and
   the row stays until that one is settled too;

@@ -1,10 +1,11 @@
 """Compares epochs: which history of which database a connection sees.
 
-An epoch is the text ``system-timeline-nonce-started``. PostgreSQL raises the timeline whenever a standby is promoted or a backup
-is recovered to a point in time; `consumer migrate --new-epoch` changes the nonce; `started` is the server's start time.
-A server restored from a copy of its disk keeps system and timeline, but it was started again: so it is another epoch. "0"
-stands for a part that a server refuses to read. Limitations: of two servers on one timeline, the right one is unknown. A
-virtual machine that was restored with its memory is not detected (run `consumer migrate --new-epoch` then).
+An epoch is the text ``system-timeline-nonce-started``. PostgreSQL raises the timeline whenever a standby is promoted or
+a backup is recovered to a point in time; `consumer migrate --new-epoch` changes the nonce; `started` is the server's
+start time. A server restored from a copy of its disk keeps system and timeline, but it was started again: so it is
+another epoch. "0" stands for a part that a server refuses to read. Limitations: of two servers on one timeline, the
+right one is unknown. A virtual machine that was restored with its memory is not detected (run `consumer migrate
+--new-epoch` then).
 """
 
 from __future__ import annotations

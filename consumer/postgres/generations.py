@@ -1,7 +1,7 @@
 """The generations of the ledger, and how long applications need them.
 
-Tables: generations, ledger_state, forgotten, retention. migrations/0001_schema.sql explains generations; claim_sql.py reads
-them for claims.
+Tables: generations, ledger_state, forgotten, retention. migrations/0001_schema.sql explains generations; claim_sql.py
+reads them for claims.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Handlers' settled offsets, id rules and code, as rows.
 
-Tables: coverage, id_rule_changes, handler_code, and the columns topics, id_rule and legacy of handlers. Limitations: the rules
-are in the package handler_records.
+Tables: coverage, id_rule_changes, handler_code, and the columns topics, id_rule and legacy of handlers. Limitations:
+the rules are in the package handler_records.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Applies the schema's migrations: numbered SQL files, each once.
 
-All in one transaction, under one lock. The files are in migrations/, and have checksums. Migrations only add: workers of
-the previous version continue with a migrated schema.
+All in one transaction, under one lock. The files are in migrations/, and have checksums. Migrations only add: workers
+of the previous version continue with a migrated schema.
 """
 
 from __future__ import annotations
@@ -97,9 +97,10 @@ async def migrate(
 ) -> list[Migration]:
     """Apply pending migrations, then the SQL texts `own`; return what was applied.
 
-    All in one transaction. names: of the texts, for errors. new_epoch: declare that Redis's marks are of another database.
-    Several may run at once: they wait for each other, and the later ones find nothing to do. Raises Misconfigured when `own`
-    would create tables in our schema, ends the transaction itself, or fails; nothing is changed then.
+    All in one transaction. names: of the texts, for errors. new_epoch: declare that Redis's marks are of another
+    database. Several may run at once: they wait for each other, and the later ones find nothing to do. Raises
+    Misconfigured when `own` would create tables in our schema, ends the transaction itself, or fails; nothing is
+    changed then.
     """
     called = [*names, *[f"text {number}" for number in range(len(names), len(own))]]
     for name, text in zip(called, own, strict=False):

@@ -290,7 +290,8 @@ async def begin(
 ) -> None:
     """Write first positions.
 
-    One that another worker has written meanwhile stays as it is. of_group: those that begin where another client of the Kafka group has committed.
+    One that another worker has written meanwhile stays as it is. of_group: those that begin where another client of the
+    Kafka group has committed.
     """
     await connection.executemany(
         _BEGIN,

@@ -1,7 +1,7 @@
 """Detects settings of the connection in handlers' SQL.
 
-A text that changes a setting would change it for other messages too. Limitations: a function of the user's own that calls
-set_config is not recognized.
+A text that changes a setting would change it for other messages too. Limitations: a function of the user's own that
+calls set_config is not recognized.
 """
 
 from __future__ import annotations

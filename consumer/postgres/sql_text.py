@@ -1,7 +1,7 @@
 """Refuses SQL that would affect the transaction or later messages.
 
-Looks at the first words of every statement of a text; does not know what a statement does.
-A COMMIT hidden in a function or a DO block needs no check here: PostgreSQL refuses it inside a transaction block (2D000).
+Looks at the first words of every statement of a text; does not know what a statement does. A COMMIT hidden in a
+function or a DO block needs no check here: PostgreSQL refuses it inside a transaction block (2D000).
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ def refuse_transaction_control(sql: str) -> None:
 class Traits(NamedTuple):
     """What the order of a text depends on, beside what it writes.
 
-    several: it holds more than one command, which PostgreSQL takes only without parameters. changes_schema: it may be DDL;
-    functions that change the schema are not recognized. sets_constraints: SET CONSTRAINTS, makes_temporary: a temporary
-    table, opens_cursor: DECLARE; these outlast their message in the transaction.
+    several: it holds more than one command, which PostgreSQL takes only without parameters. changes_schema: it may be
+    DDL; functions that change the schema are not recognized. sets_constraints: SET CONSTRAINTS, makes_temporary: a
+    temporary table, opens_cursor: DECLARE; these outlast their message in the transaction.
     """
 
     several: bool

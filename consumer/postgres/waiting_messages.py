@@ -1,8 +1,9 @@
 """Waiting messages, as rows that any process can read.
 
-A row belongs to the worker that wrote it, which renews it while the messages wait. Without renewal it expires, so a killed
-worker leaves no false row; the next owner of a partition deletes the rows of earlier ones. The row of a message that ended
-a worker for good (the dead-letter limit) does not expire; a worker that opens its partition again deletes it.
+A row belongs to the worker that wrote it, which renews it while the messages wait. Without renewal it expires, so a
+killed worker leaves no false row; the next owner of a partition deletes the rows of earlier ones. The row of a message
+that ended a worker for good (the dead-letter limit) does not expire; a worker that opens its partition again deletes
+it.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class Breaker:
 class Sampler:
     """Asks for every batch while hits are frequent, else rarely.
 
-    Rarely is one batch in `every`. The share of hits is a moving average with a half-life of about seven asked batches. worth_it: the least share for which
-    asking pays.
+    Rarely is one batch in `every`. The share of hits is a moving average with a half-life of about seven asked batches.
+    worth_it: the least share for which asking pays.
     """
 
     def __init__(self, worth_it: float = 0.1, every: int = 16) -> None:

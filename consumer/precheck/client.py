@@ -1,8 +1,8 @@
 """The pre-check: asks Redis for marks before a transaction, writes them after.
 
-Knows marks and a time budget; knows no PostgreSQL. A mark says: in this epoch of the database, this handler has committed
-this id with this payload. It may be missing at any time (a flush, an eviction, an outage). It is never wrong, because it
-names the epoch, and marks of another epoch do not count.
+Knows marks and a time budget; knows no PostgreSQL. A mark says: in this epoch of the database, this handler has
+committed this id with this payload. It may be missing at any time (a flush, an eviction, an outage). It is never wrong,
+because it names the epoch, and marks of another epoch do not count.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Precheck:
         app: str,
         budget_seconds: float,
         window_seconds: float,
-        step: Callable[[str], None] = lambda _: None,
+        on_step: Callable[[str], None] = lambda _: None,
     ) -> None:
         try:
             if {name for name, _ in parse_qsl(urlsplit(url).query)} - _URL_OPTIONS:
@@ -94,7 +94,7 @@ class Precheck:
         self._app = app
         self._budget = budget_seconds
         self._window = window_seconds
-        self._step = step
+        self._on_step = on_step
         self._epoch = ""
         self._breaker = Breaker()
         self._samplers: dict[tuple[str, int], Sampler] = {}  # by handler and bucket
@@ -104,8 +104,8 @@ class Precheck:
     async def start(self, epoch: str) -> None:
         """Connect.
 
-        Raises Misconfigured for a refused password, a missing right, and a certificate that is not accepted. Any other failure
-        only opens the breaker.
+        Raises Misconfigured for a refused password, a missing right, and a certificate that is not accepted. Any other
+        failure only opens the breaker.
         """
         self._epoch = epoch
         try:
@@ -254,15 +254,15 @@ class Precheck:
         except (RedisError, OSError, TimeoutError) as error:
             self._failed(error)
         else:
-            self._step("marked")
+            self._on_step("marked")
 
     async def _talk(self, *commands: bytes) -> list[Any]:
         """Send commands and return their answers.
 
         Raises what the library raises for the first one that was refused.
 
-        fast path: the library would pack a command's arguments one after the other, in Python, at 0.5 µs each, which is more
-        than the rest of a mark costs the worker.
+        fast path: the library would pack a command's arguments one after the other, in Python, at 0.5 µs each, which is
+        more than the rest of a mark costs the worker.
         """
         connection = await self._redis.connection_pool.get_connection()
         try:

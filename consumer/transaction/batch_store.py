@@ -1,7 +1,7 @@
 """What a batch's transaction asks of the connection that holds it.
 
-`postgres.session.Session` does it with the ledger. A rebuild does it with temporary tables, inside a transaction that is
-rolled back.
+`postgres.session.Session` does it with the ledger. A rebuild does it with temporary tables, inside a transaction that
+is rolled back.
 """
 
 from __future__ import annotations

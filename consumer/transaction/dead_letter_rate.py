@@ -17,7 +17,8 @@ DEAD_LETTERS_MIN = 50  # below, a share means nothing: a small topic may have a 
 class TooManyDeadLetters(ConsumerError):
     """The share of dead letters is above the limit.
 
-    Nothing more is settled; the worker ends and is not started again. handler, reason, count: whose they are, the commonest reason with its place or field, and how many there are of it.
+    Nothing more is settled; the worker ends and is not started again. handler, reason, count: whose they are, the
+    commonest reason with its place or field, and how many there are of it.
     """
 
     def __init__(self, text: str, handler: str, reason: str, count: int) -> None:

@@ -34,7 +34,8 @@ async def claim(
 ) -> ClaimResult:
     """Claim the ids of a batch.
 
-    A lost claim is a duplicate, or an id conflict. Messages that are settled already, or wait behind another, are not claimed.
+    A lost claim is a duplicate, or an id conflict. Messages that are settled already, or wait behind another, are not
+    claimed.
     """
     claims, rivals = _distinct(deliveries, scheduler, outcomes)
     existing = await session.claim(claims, ids.topics) if claims else {}
@@ -52,8 +53,8 @@ def _distinct(
 ) -> tuple[list[Delivery], list[Delivery]]:
     """Return the first delivery of every id, and their rivals.
 
-    A rival has the same id and another payload. All others end here, or wait. A rival's outcome depends on what the claim of its id meets: of two payloads, the
-    ledger may hold the second.
+    A rival has the same id and another payload. All others end here, or wait. A rival's outcome depends on what the
+    claim of its id meets: of two payloads, the ledger may hold the second.
     """
     first: dict[tuple[int, bytes], Delivery] = {}
     rivals: list[Delivery] = []

@@ -1,10 +1,10 @@
 """Refuses outside effects in dry runs, whose transactions are undone.
 
-Knows contexts, threads, the event loop and Python's audit events; knows no handler's code and no driver. A context variable
-says whose code runs; tasks, threads and executor calls inherit it. What runs under a handler's or a lifespan's name may not
-connect, send to an address or start a process. Limitations: files; clients written in C that connect in threads of their own
-(`unseen_clients` names those that are loaded); connections that were opened while the application was imported, except that
-`opened_connections` finds them where /proc or /dev/fd is there.
+Knows contexts, threads, the event loop and Python's audit events; knows no handler's code and no driver. A context
+variable says whose code runs; tasks, threads and executor calls inherit it. What runs under a handler's or a lifespan's
+name may not connect, send to an address or start a process. Limitations: files; clients written in C that connect in
+threads of their own (`unseen_clients` names those that are loaded); connections that were opened while the application
+was imported, except that `opened_connections` finds them where /proc or /dev/fd is there.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class OutsideRefused(ConsumerError):
 def is_dry_run() -> bool:
     """Return whether this code runs in a dry run, which is undone.
 
-    True in handlers, lifespans and what they start while `consumer replay --call-handlers` or `consumer rebuild` runs them.
+    True in handlers, lifespans and what they start while `consumer replay --call-handlers` or `consumer rebuild` runs
+    them.
     """
     return bool(_running.get())
 

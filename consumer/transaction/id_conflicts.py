@@ -1,8 +1,8 @@
 """Says of a reused id whether the decoded values are equal.
 
 It reads the first message of the id from its log. A worker calls it after the transaction that stored the dead letters;
-without an answer they stay as they are. Limited to a few messages of a batch: where a producer rewrites every message, the
-answers are the same.
+without an answer they stay as they are. Limited to a few messages of a batch: where a producer rewrites every message,
+the answers are the same.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Starts, awaits and ends calls of handlers.
 
-A handler may raise anything, also a cancellation of its own; here all of it becomes an Exception, except the cancellation
-of this task. Limitations: it does not know what a call has written.
+A handler may raise anything, also a cancellation of its own; here all of it becomes an Exception, except the
+cancellation of this task. Limitations: it does not know what a call has written.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def start_call(handler: Handler, argument: Any, tx: Tx | None, calls: CallTracke
 
     Returns the rest to await; None when it has ended.
 
-    fast path: most handlers only defer, and never wait. They need no limit, since nothing ends code that does not yield to
-    the event loop, and no task of their own. A coroutine runs in the task that awaits it, up to its first wait, so the
-    handler sees no difference. An exception is raised by what is returned.
+    fast path: most handlers only defer, and never wait. They need no limit, since nothing ends code that does not yield
+    to the event loop, and no task of their own. A coroutine runs in the task that awaits it, up to its first wait, so
+    the handler sees no difference. An exception is raised by what is returned.
     """
     assert handler.call is not None
     if calls is not None:

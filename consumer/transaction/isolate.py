@@ -1,6 +1,7 @@
 """Decides what runs after a failed transaction.
 
-It also decides what becomes of a message that fails by itself. Pure: an error is given as `ErrorFacts`. It changes the outcome, attempts and marks of the messages at fault.
+It also decides what becomes of a message that fails by itself. Pure: an error is given as `ErrorFacts`. It changes the
+outcome, attempts and marks of the messages at fault.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def run_again(
 ) -> list[Part]:
     """Return what runs after a conflict or an outage.
 
-    The same part, or its halves when it keeps failing. A message that keeps failing alone is put aside, so that it does not hold up the others; evidence decides whether
-    that counts as an attempt. at_least, answers: see `_judged`.
+    The same part, or its halves when it keeps failing. A message that keeps failing alone is put aside, so that it does
+    not hold up the others; evidence decides whether that counts as an attempt. at_least, answers: see `_judged`.
     """
     failures = part.failures + 1
     if failures < FAILURES_MAX:

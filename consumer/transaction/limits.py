@@ -30,8 +30,8 @@ _OF_IDLE = 0.6  # of the idle timeout: a third may pass before the last call of 
 def limits(handlers: Iterable[Handler], settings: Settings) -> dict[str, float]:
     """Return the seconds that a call may take, by handler.
 
-    0 for no limit. Raises Misconfigured for a limit beyond which PostgreSQL would end the handler's idle transaction first: that looks like
-    an outage.
+    0 for no limit. Raises Misconfigured for a limit beyond which PostgreSQL would end the handler's idle transaction
+    first: that looks like an outage.
     """
     idle = settings.postgres_idle_in_transaction_timeout_seconds
     limits: dict[str, float] = {}
@@ -101,7 +101,8 @@ class Call:
 class CallTracker:
     """The running calls of one lane.
 
-    Without any, it waits for PostgreSQL, since `changed_at`. running_inline: the handler that runs at this moment and has not waited for anything yet.
+    Without any, it waits for PostgreSQL, since `changed_at`. running_inline: the handler that runs at this moment and
+    has not waited for anything yet.
     """
 
     __slots__ = ("_asking", "_limits", "changed_at", "running", "running_inline")
@@ -153,8 +154,8 @@ class CallTracker:
     def leave(self, call: Call, error: BaseException | None = None) -> None:
         """Stop tracking a call. Raises HandlerTimeout if its limit ended it.
 
-        The cancellation of this task comes first, and is raised even if the handler has swallowed it: a lane must not go on
-        after its worker has ended.
+        The cancellation of this task comes first, and is raised even if the handler has swallowed it: a lane must not
+        go on after its worker has ended.
         """
         del self.running[call.task]
         self.step()

@@ -93,7 +93,8 @@ def ended_by_handler(
 ) -> dict[str, tuple[int, list[str]]]:
     """Return how many messages ended, and why some died, by handler.
 
-    Messages that wait do not count. Duplicates do: read again from the beginning, a topic is nothing but these and its old conflicts.
+    Messages that wait do not count. Duplicates do: read again from the beginning, a topic is nothing but these and its
+    old conflicts.
     """
     counts: dict[str, int] = {}
     reasons: dict[str, list[str]] = {}

@@ -1,7 +1,8 @@
 """What the messages of a batch share: connection and deferred writes.
 
-The batch rule is kept here: a batch leaves what its messages would leave one after the other. Writes go out in the order of their messages, grouped only where deferred_writes/statement_order.py proves that
-nothing differs. With concurrency, a message takes the turn with its first statement and keeps it until its handler ends.
+The batch rule is kept here: a batch leaves what its messages would leave one after the other. Writes go out in the
+order of their messages, grouped only where deferred_writes/statement_order.py proves that nothing differs. With
+concurrency, a message takes the turn with its first statement and keeps it until its handler ends.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ class Turn:
 class Scope:
     """The deferred writes of a batch, in the order of its messages.
 
-    constraints: those of the database that are checked at COMMIT, once a statement was awaited. flush_error: what a flush
-    has failed with.
+    constraints: those of the database that are checked at COMMIT, once a statement was awaited. flush_error: what a
+    flush has failed with.
     """
 
     def __init__(self, connection: Any, bulk_writer: BulkWriter) -> None:
@@ -131,9 +132,9 @@ class Scope:
     async def flush(self, tx: Sender | None = None) -> None:
         """Send the deferred writes of ended messages, then those of `tx`.
 
-        `tx` is running. Once `tx` has begun to use the connection, only its own: what has ended since comes after it. Raises what the
-        database says. It is not known whose write it was: `flush_error` then says that the batch has failed, whatever a
-        handler does with the exception.
+        `tx` is running. Once `tx` has begun to use the connection, only its own: what has ended since comes after it.
+        Raises what the database says. It is not known whose write it was: `flush_error` then says that the batch has
+        failed, whatever a handler does with the exception.
         """
         if tx is not None and not tx.placed:
             tx.placed = True
