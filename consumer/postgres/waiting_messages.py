@@ -54,7 +54,7 @@ order by h.name, w.topic, w.partition, w.count desc, w.error
 """
 
 
-class Row(NamedTuple):
+class WaitingRow(NamedTuple):
     """Messages of one handler and partition that wait for one reason."""
 
     handler: int
@@ -64,7 +64,7 @@ class Row(NamedTuple):
     read_up_to: int
 
 
-async def write(connection: Connection, worker: UUID, handlers: Sequence[int], rows: Sequence[Row]) -> None:
+async def write(connection: Connection, worker: UUID, handlers: Sequence[int], rows: Sequence[WaitingRow]) -> None:
     """Replace a worker's rows of these handlers."""
     errors = [storable(row.why.error)[:_ERROR_CHARACTERS_MAX] for row in rows]
     keys = (
@@ -100,7 +100,7 @@ async def take_over(
     )
 
 
-async def halt(connection: Connection, worker: UUID, row: Row) -> None:
+async def halt(connection: Connection, worker: UUID, row: WaitingRow) -> None:
     """Record what ended a worker that is not started again."""
     error = storable(row.why.error)[:_ERROR_CHARACTERS_MAX]
     at = row.partition

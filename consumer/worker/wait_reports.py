@@ -19,7 +19,7 @@ from consumer.core.evidence import Evidence, FailureCause
 from consumer.core.message import Partition
 from consumer.core.ordering import Scheduler
 from consumer.postgres import positions, waiting_messages
-from consumer.postgres.waiting_messages import Row
+from consumer.postgres.waiting_messages import WaitingRow
 from consumer.transaction.dead_letter_rate import TooManyDeadLetters
 from consumer.worker.message_log import MessageLog
 
@@ -42,7 +42,7 @@ class Reporter:
         self._message_log = message_log
         self._lanes = lanes
         self._worker = uuid4()
-        self._written: list[Row] = []
+        self._written: list[WaitingRow] = []
         self._written_at = 0.0
         self._owned: set[Partition] = set()
         self._taking_over: dict[Partition, float] = {}  # until when rows of an earlier owner are searched
@@ -62,9 +62,9 @@ class Reporter:
             {"topic": partition.topic, "partition": partition.partition},
         )
 
-    def rows(self) -> tuple[list[Row], dict[int, str]]:
+    def rows(self) -> tuple[list[WaitingRow], dict[int, str]]:
         """Return the waiting messages, and the names of their handlers by number."""
-        by_error: dict[tuple[int, Partition, str], Row] = {}
+        by_error: dict[tuple[int, Partition, str], WaitingRow] = {}
         names: dict[int, str] = {}
         for lane in self._lanes:
             for head, count, read_up_to in lane.scheduler.waiting():
@@ -77,9 +77,9 @@ class Reporter:
                     why = why._replace(
                         since=min(why.since, known.why.since), systemic=why.systemic or known.why.systemic
                     )
-                    by_error[key] = Row(key[0], key[1], known.messages + count, why, read_up_to)
+                    by_error[key] = WaitingRow(key[0], key[1], known.messages + count, why, read_up_to)
                 elif len(by_error) < _ROWS_MAX:
-                    by_error[key] = Row(key[0], key[1], count, head.failure_cause, read_up_to)
+                    by_error[key] = WaitingRow(key[0], key[1], count, head.failure_cause, read_up_to)
         return sorted(by_error.values(), key=lambda row: (row.handler, row.partition, row.why.error)), names
 
     async def report(self, connection: Any) -> None:
@@ -138,10 +138,10 @@ class Reporter:
         why = FailureCause(f"stopped by the dead-letter limit; most: {error.reason}", time.time(), systemic=True)
         with suppress(Exception):  # the log says the same
             async with asyncio.timeout(_ANSWER_SECONDS):
-                row = Row(delivery.handler.number, delivery.partition, error.count, why, 0)
+                row = WaitingRow(delivery.handler.number, delivery.partition, error.count, why, 0)
                 await waiting_messages.halt(connection, self._worker, row)
 
 
-def _steady(rows: Sequence[Row]) -> list[tuple[object, ...]]:
+def _steady(rows: Sequence[WaitingRow]) -> list[tuple[object, ...]]:
     """Return what makes rows worth writing: all but the moving frontier."""
     return [(row.handler, row.partition, row.messages, row.why) for row in rows]
