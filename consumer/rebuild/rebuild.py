@@ -4,8 +4,9 @@ Handlers run through `apply_batch` on copies of their tables (shadow_tables.py),
 one transaction that is rolled back: nothing is written. The transaction sees the real state as of one moment. The positions
 of that moment say how far the topics must be replayed, so workers may go on meanwhile.
 
-A pass finds out which tables handlers write to. What it learns makes it start over, with copies of more tables. Where rows
-differ, further passes find what depends on order, on time or on first rows, and which messages are behind the difference.
+A pass finds out which tables handlers write to. What it learns makes it start over, with copies of more tables; of a long
+range, passes over its first messages learn most of this cheaply. Where rows differ, further passes find what depends on
+order, on time or on first rows, and which messages are behind the difference.
 
 Limitations: effects outside PostgreSQL happen again; what a table held before the first message is unknown (`base` gives
 it); the order between topics follows the times of the records; which of the two states is right is unknown.
@@ -38,6 +39,8 @@ from consumer.rebuild.variations import BY_RECORDS, FIRST, OTHER_ORDERS, OTHER_R
 from consumer.settings import Settings
 
 _OTHER_NUMBERS = 10_007  # where sequences start in a second rebuild
+_LONG_RANGE = 20_000  # messages, from which passes over the first ones come before the rebuild
+_FIRST_MESSAGES = 1000  # of all partitions together
 
 
 async def rebuild(
@@ -115,6 +118,7 @@ class _Rebuild:
         self._compare = compare
         self._sample_max = sample_max
         self._announce: Callable[[int, Sequence[str]], None] | None = announce  # None after the first call
+        self._has_learned = False  # which tables the first messages need
 
     async def run(self, trace: bool) -> RebuildResult:
         """Replay and compare, then replay again for the rows that differ."""
@@ -139,10 +143,14 @@ class _Rebuild:
         result.differences = [difference.as_dict() for difference in compared.differences]
         return result
 
-    def _calls(self, spans: Sequence[Span]) -> int:
-        """Return the largest number of calls that a pass can make."""
+    def _announce_once(self, spans: Sequence[Span]) -> None:
+        """Announce the largest number of calls that a pass can make, before the first pass."""
+        if self._announce is None:
+            return
         takers = Counter(topic for handler in self.state.handlers for topic in handler.topics)
-        return sum(span.length * takers[span.partition.topic] for span in spans)
+        calls = sum(span.length * takers[span.partition.topic] for span in spans)
+        self._announce(calls, [handler.name for handler in self.state.handlers])
+        self._announce = None
 
     async def _replay(
         self, result: RebuildResult, variation: Variation = FIRST
@@ -164,9 +172,12 @@ class _Rebuild:
                     if result.unknown:
                         result.notes = self.state.notes
                         return None
-                    if self._announce is not None:
-                        self._announce(self._calls(spans), [handler.name for handler in self.state.handlers])
-                        self._announce = None
+                    self._announce_once(spans)
+                    if is_first and not self._has_learned and sum(span.length for span in spans) >= _LONG_RANGE:
+                        # Each start reads ahead in every partition: while much is learned, there is little to read.
+                        await current.replay_first(_heads(spans, _FIRST_MESSAGES))
+                        self._has_learned = True
+                        continue
                     await current.replay(spans, "replay" if is_first else "again")
                     compared = await current.compare(ignored, put_back, sample_max)
                     if is_first:
@@ -253,6 +264,12 @@ class _Rebuild:
         for difference in compared.differences:
             trail = current.copies.session.trails[difference.place, difference.mark]
             difference.messages, difference.explained = trail.result()
+
+
+def _heads(spans: Sequence[Span], messages_max: int) -> list[Span]:
+    """Return the first offsets of each span, of all spans together at most so many."""
+    share = max(1, messages_max // len(spans))
+    return [span._replace(end=min(span.end, span.first + share)) for span in spans]
 
 
 def _why_unstable(uncertain: str | None, columns: str) -> tuple[str, str]:

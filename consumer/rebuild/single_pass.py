@@ -166,11 +166,8 @@ class SinglePass:
             done[partition] = offset
             state.progress(phase, sum(done.values()) - first, total)
 
-        for span in spans:
-            self._scheduler.assign(span.partition, span.first)
         state.progress(phase, 0, total)
-        # A copy is small at first, and full of dead row versions later: an index beats a scan for a single row.
-        await self.connection.execute("set local enable_seqscan = off")
+        await self._begin_replay(spans)
         slices = self.reader.slices(spans, self.ids.logs, advanced)
         try:
             async for entries in slices:
@@ -186,6 +183,23 @@ class SinglePass:
         await self.connection.execute("set local enable_seqscan to default")
         self.copies.check_doubts()
         await self.copies.check_writes()
+
+    async def replay_first(self, spans: Sequence[Span]) -> None:
+        """Run the handlers for the messages of some short spans, for what RestartPass says of their tables alone."""
+        self.history.spans = {span.partition: span for span in spans}
+        await self._begin_replay(spans)
+        slices = self.reader.slices(spans, self.ids.logs, lambda partition, offset: None)
+        try:
+            async for entries in slices:
+                await self._settle_slice(entries)
+        finally:
+            await slices.aclose()
+
+    async def _begin_replay(self, spans: Sequence[Span]) -> None:
+        for span in spans:
+            self._scheduler.assign(span.partition, span.first)
+        # A copy is small at first, and full of dead row versions later: an index beats a scan for a single row.
+        await self.connection.execute("set local enable_seqscan = off")
 
     async def _settle_slice(self, entries: Sequence[OrderEntry]) -> None:
         """Settle a slice, then the failed messages that may succeed now."""
