@@ -169,7 +169,7 @@ def test_the_settings_are_listed_as_they_are() -> None:
 # Events whose text is not a constant of the code, and where it comes from.
 _TEXTS_FROM_ELSEWHERE = {
     "notice.text",  # of handler_records/notices.py, as `consumer status` shows it
-    "each",  # warnings about the retention, with its numbers
+    "warning",  # warnings about the retention, with its numbers
     "kind.text",  # an event that log_rarely has listed
     "str(error)",  # the last line of a worker that ends: the reason is in the error
 }
