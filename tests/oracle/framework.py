@@ -108,11 +108,11 @@ def _app(case: Case, name: str, topic: str, index: Mapping[tuple[int, int], int]
 
     def register(number: int, handler: Handler) -> None:
         def begin(messages: Sequence[Message[bytes]]) -> list[CaseMessage]:
-            indexes = [index[message.partition, message.offset] for message in messages]
-            for index in indexes:
-                sighting = seen.places[number, index]
+            places = [index[message.partition, message.offset] for message in messages]
+            for place in places:
+                sighting = seen.places[number, place]
                 sighting.began, sighting.calls = next(ticks), sighting.calls + 1
-            return [case.messages[index] for index in indexes]
+            return [case.messages[place] for place in places]
 
         def end(messages: Sequence[Message[bytes]]) -> None:
             for message in messages:
