@@ -19,7 +19,7 @@ async def book(entries: list[Entry], tx: Tx) -> None:
     """One INSERT for all of them."""
     await tx.execute(
         "insert into bookings (entry_id, account, amount) select * from unnest($1::text[], $2::int[], $3::bigint[])",
-        [each.entry_id for each in entries],
-        [each.account for each in entries],
-        [each.amount for each in entries],
+        [entry.entry_id for entry in entries],
+        [entry.account for entry in entries],
+        [entry.amount for entry in entries],
     )

@@ -1,8 +1,8 @@
-"""`consumer demo`: a run on real input, from an empty machine to a proof, with a worker killed in the middle.
+"""`consumer demo`: real messages, a killed worker, every balance checked.
 
-Starts servers of its own, produces payments of which some are sent twice, runs `consumer run` as anybody would, kills a
-worker while a batch is in its hands, and compares what PostgreSQL holds with what was produced. All numbers are counted:
-what was produced by the producer, what became of it by the ledger, what was read twice from the workers' own logs.
+Starts its own servers, produces payments of which some are sent twice, runs `consumer run`, kills a worker while it has a
+batch in hand, and compares what PostgreSQL holds with what was produced. All numbers are counted: what was produced by the
+producer, outcomes by the ledger, and what was read twice from the workers' logs.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ TOPIC = "payments"
 PARTITIONS = 8
 ACCOUNTS = 1000
 DUPLICATES_PERCENT = 10
-_PRODUCE_SECONDS = 8.0  # a pace at which one can watch, and workers have something in hand when one is killed
+_PRODUCE_SECONDS = 8.0  # slow enough to watch, and for workers to have a batch in hand when one is killed
 _CHUNK = 200
 _SETTLE_SECONDS = 40.0
 _STOP_SECONDS = 20.0
-_TELL_SECONDS = 2.0  # between two lines of progress where there is no terminal for a bar
+_LINE_SECONDS = 2.0  # between two lines of progress, without a terminal for a bar
 _TABLES = f"""
 create table payments (payment_id uuid not null, account int not null, amount bigint not null);
 create table accounts (account int primary key, balance bigint not null default 0);
@@ -58,7 +58,10 @@ insert into accounts (account) select generate_series(0, {ACCOUNTS - 1});
 
 
 class _KnownEnds(LogInspection):
-    """Ends of the log as the producer knows them: Tansu gives the beginning of the last batch for the end of the log."""
+    """Ends of the log as the producer knows them.
+
+    Tansu gives the beginning of the last batch for the end of the log.
+    """
 
     def __init__(self, brokers: Brokers, ends: Mapping[Partition, int]) -> None:
         super().__init__(brokers)
@@ -67,16 +70,19 @@ class _KnownEnds(LogInspection):
     async def ends(
         self, partitions: Sequence[Partition], *, partial: bool = False, uncommitted: bool = False
     ) -> dict[Partition, int]:
-        return {each: self._ends.get(each, 0) for each in partitions}
+        return {partition: self._ends.get(partition, 0) for partition in partitions}
 
 
 class DemoFailed(ConsumerError):
-    """It could not be carried out, which says nothing about the numbers."""
+    """The demo could not run, which says nothing about the numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Payment:
-    """A message to produce. elsewhere: a repetition that goes to another partition than the first."""
+    """A message to produce. amount: in cents.
+
+    elsewhere: a repetition that goes to another partition than the first.
+    """
 
     payment_id: UUID
     account: int
@@ -85,7 +91,7 @@ class Payment:
 
 
 @dataclass(slots=True)
-class Findings:
+class DemoResult:
     """What was counted. Sums are in cents."""
 
     produced: int = 0
@@ -110,7 +116,7 @@ class Findings:
 
     @property
     def agree(self) -> bool:
-        """Whether every effect is there once, and every message accounted for."""
+        """Whether every effect is there once, and no message is missing."""
         duplicates = self.duplicates_by_batch + self.duplicates_by_precheck + self.duplicates_by_ledger
         return (
             self.applied == self.payments_stored == self.distinct
@@ -121,9 +127,15 @@ class Findings:
             and self.replays_agree
         )
 
+    def as_json(self) -> str:
+        """Return what `consumer demo --json` prints."""
+        return json.dumps({**asdict(self), "agree": self.agree}, indent=2)
+
 
 def plan(count: int, chance: random.Random) -> list[Payment]:
-    """`count` payments in the order of their production, DUPLICATES_PERCENT of which repeat an earlier one.
+    """Plan payments in the order of their production.
+
+    DUPLICATES_PERCENT of `count` repeat an earlier one.
 
     Half of the repetitions follow at once, as a producer's own retry would, and half come much later; every other one
     goes to another partition, where another worker may have it in hand at the same time.
@@ -132,17 +144,20 @@ def plan(count: int, chance: random.Random) -> list[Payment]:
     firsts = [
         Payment(uuid4(), chance.randrange(ACCOUNTS), chance.randrange(1, 100_000)) for _ in range(count - repeats)
     ]
-    placed: list[tuple[float, Payment]] = [(float(n), each) for n, each in enumerate(firsts)]
+    placed: list[tuple[float, Payment]] = [(float(n), payment) for n, payment in enumerate(firsts)]
     for n, at in enumerate(chance.sample(range(len(firsts)), repeats)):
         first = firsts[at]
         later = chance.uniform(0, 50) if n % 2 else chance.uniform(0, len(firsts) - at)
         placed.append((at + later, Payment(first.payment_id, first.account, first.amount, elsewhere=n % 4 < 2)))
-    placed.sort(key=lambda each: each[0])
-    return [each for _, each in placed]
+    placed.sort(key=lambda entry: entry[0])
+    return [payment for _, payment in placed]
 
 
 class _Reads:
-    """What the killed worker had read, and which of it others read after that: from the workers' logs."""
+    """What the killed worker had read, and what others read again.
+
+    From the workers' logs.
+    """
 
     def __init__(self) -> None:
         self._by_pid: dict[int, set[tuple[int, int]]] = {}  # partition and offset
@@ -159,14 +174,17 @@ class _Reads:
 
 
 class Demo:
-    """One demonstration. `run` returns the exit code: 0 when everything agrees, 1 when not."""
+    """One demonstration.
+
+    `run` returns the exit code: 0 if all numbers agree, else 1.
+    """
 
     def __init__(self, payments: int, workers: int, *, as_json: bool = False) -> None:
         self._payments = plan(payments, random.Random())  # noqa: S311 - amounts, not secrets
         self._workers = workers
         self._as_json = as_json
         self._console = Console(stderr=as_json, emoji=False)
-        self._found = Findings()
+        self._found = DemoResult()
         self._reads = _Reads()
         self._worker_pids: dict[int, int] = {}  # slot -> pid of the process in it
         self._victim = 0
@@ -179,16 +197,19 @@ class Demo:
         self._started_at = time.monotonic()
 
     async def run(self) -> int:
-        """Carry it out. Raises EmbeddedUnavailable, DemoFailed. What was started is ended in any case."""
+        """Run the demo, and end what was started in any case.
+
+        Raises EmbeddedUnavailable, DemoFailed.
+        """
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         async with AsyncExitStack() as stack:
-            for name in [each for each in os.environ if each.startswith("CONSUMER_")]:
+            for name in [variable for variable in os.environ if variable.startswith("CONSUMER_")]:
                 del os.environ[name]  # settings for other servers than these
-            self._tell("starting a broker (Tansu), PostgreSQL 18 and Valkey on free ports of this machine")
-            # Started in this thread, since they die with the thread that started them.
-            postgres, valkey, tansu = (stack.enter_context(each()) for each in (Postgres, Valkey, Tansu))
+            self._report("starting a broker (Tansu), PostgreSQL 18 and Valkey on free ports of this machine")
+            # Started in this thread: they die with the thread that started them.
+            postgres, valkey, tansu = (stack.enter_context(server()) for server in (Postgres, Valkey, Tansu))
             settings = load(
                 kafka_bootstrap_servers=tansu.bootstrap_servers,
                 postgres_dsn=postgres.dsn(),
@@ -221,7 +242,7 @@ class Demo:
         settled = bars.add_task("settled", total=total)
         producer = asyncio.create_task(self._produce(settings, bars, produced))
         deadline = time.monotonic() + _PRODUCE_SECONDS + _SETTLE_SECONDS
-        done, told_at = 0, time.monotonic()
+        done, printed_at = 0, time.monotonic()
         try:
             while done < total:
                 if producer.done():
@@ -234,12 +255,12 @@ class Demo:
                 counts = (await handler_counts(connection, app))["settle"]
                 done = counts["applied"] + sum(counts["duplicates"].values()) + counts["dead_lettered"]
                 bars.update(settled, completed=done, description=_of(counts))
-                if done and not self._console.is_terminal and time.monotonic() > told_at + _TELL_SECONDS:
-                    told_at = time.monotonic()
-                    self._tell(_of(counts))
+                if done and not self._console.is_terminal and time.monotonic() > printed_at + _LINE_SECONDS:
+                    printed_at = time.monotonic()
+                    self._report(_of(counts))
                 if self._victim == 0 and done > total * 0.4:
                     self._armed = True
-            await producer  # it may still be counting what all others have dealt with
+            await producer  # it may still be counting what is settled already
         finally:
             producer.cancel()
             await asyncio.gather(producer, return_exceptions=True)
@@ -250,29 +271,29 @@ class Demo:
         pace = _PRODUCE_SECONDS * _CHUNK / len(self._payments)
         async with open_producer(settings) as producer:
             await self._all_opened.wait()
-            self._tell(f"producing {len(self._payments):,} payments, {DUPLICATES_PERCENT} % of them twice")
+            self._report(f"producing {len(self._payments):,} payments, {DUPLICATES_PERCENT} % of them twice")
             for start in range(0, len(self._payments), _CHUNK):
                 due = time.monotonic() + pace
                 sent = []
-                for each in self._payments[start : start + _CHUNK]:
-                    partition = Partition(TOPIC, (each.account + each.elsewhere) % PARTITIONS)
+                for payment in self._payments[start : start + _CHUNK]:
+                    partition = Partition(TOPIC, (payment.account + payment.elsewhere) % PARTITIONS)
                     self._ends[partition] = self._ends.get(partition, 0) + 1
-                    body = {"payment_id": str(each.payment_id), "account": each.account, "amount": each.amount}
+                    body = {"payment_id": str(payment.payment_id), "account": payment.account, "amount": payment.amount}
                     sent.append(
                         await producer.send(
                             TOPIC,
                             json.dumps(body).encode(),
-                            key=str(each.account).encode(),
+                            key=str(payment.account).encode(),
                             partition=partition.partition,
-                            headers=[("message-id", str(each.payment_id).encode())],
+                            headers=[("message-id", str(payment.payment_id).encode())],
                         )
                     )
                 await asyncio.gather(*sent)
-                for each in self._payments[start : start + _CHUNK]:
+                for payment in self._payments[start : start + _CHUNK]:
                     self._found.produced += 1
-                    if each.payment_id not in seen:
-                        seen.add(each.payment_id)
-                        expected[each.account] = expected.get(each.account, 0) + each.amount
+                    if payment.payment_id not in seen:
+                        seen.add(payment.payment_id)
+                        expected[payment.account] = expected.get(payment.account, 0) + payment.amount
                 bars.update(task, completed=self._found.produced)
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
         self._expected = expected
@@ -281,7 +302,7 @@ class Demo:
 
     @asynccontextmanager
     async def _consumer_run(self, settings: Settings) -> AsyncIterator[asyncio.subprocess.Process]:
-        """`consumer run` in a process of its own; ended when the block is left, whatever happens."""
+        """Run `consumer run` as a process for as long as the block."""
         command = ["consumer", "run", "consumer.demo.application:app", "--workers", str(self._workers)]
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -291,12 +312,12 @@ class Demo:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for us, who then end it in order
+            start_new_session=True,  # Ctrl-C is for this process, which then ends it in order
             preexec_fn=die_with_parent,
         )
         listener = asyncio.create_task(self._listen(process))
         try:
-            self._tell(f"`{' '.join(command)}` is process {process.pid}")
+            self._report(f"`{' '.join(command)}` is process {process.pid}")
             yield process
         finally:
             if process.returncode is None:
@@ -309,7 +330,10 @@ class Demo:
             await asyncio.gather(listener, return_exceptions=True)
 
     async def _listen(self, process: asyncio.subprocess.Process) -> None:
-        """Read the log: who reads what. Kills the worker whose turn it is, at the moment when it has a batch in hand."""
+        """Read from the log which worker reads what.
+
+        Kills the chosen worker at the moment when it has a batch in hand.
+        """
         assert process.stderr is not None
         async for line in process.stderr:
             try:
@@ -324,13 +348,13 @@ class Demo:
                     self._kill(entry["pid"])
             elif text == "worker process started":
                 self._worker_pids[entry["worker"]] = entry["worker_pid"]
-                self._tell(f"worker {entry['worker']} is process {entry['worker_pid']}")
+                self._report(f"worker {entry['worker']} is process {entry['worker_pid']}")
             elif text == "partitions opened":
                 self._opened.add(entry["pid"])
                 if len(self._opened) == self._workers:
                     self._all_opened.set()
             elif text == "worker ended; starting another":
-                self._tell(
+                self._report(
                     f"worker {entry['worker']} ended ({entry.get('killed_by', 'by itself')}): starting another one"
                 )
             if entry.get("level") in ("error", "warning"):
@@ -341,7 +365,7 @@ class Demo:
         os.kill(pid, signal.SIGKILL)
         self._victim = pid
         self._reads.killed(pid)
-        self._tell(f"SIGKILL to process {pid}, with a batch in its hands")
+        self._report(f"SIGKILL to process {pid}, with a batch in hand")
 
     async def _stop(self, process: asyncio.subprocess.Process) -> None:
         process.terminate()
@@ -350,28 +374,28 @@ class Demo:
             raise DemoFailed(f"`consumer run` did not stop cleanly: {code}: {' | '.join(self._errors[-3:])}")
 
     async def _count(self, connection: Any) -> None:
-        """Everything from PostgreSQL, after the last worker has gone."""
+        """Count in PostgreSQL, after the last worker has ended."""
         if self._victim == 0:
             raise DemoFailed("no worker was killed: nothing was shown")
-        found = self._found
+        result = self._found
         counts = (await handler_counts(connection, app))["settle"]
-        found.applied, found.dead_lettered = counts["applied"], counts["dead_lettered"]
+        result.applied, result.dead_lettered = counts["applied"], counts["dead_lettered"]
         causes = counts["duplicates"]
-        found.duplicates_by_batch, found.duplicates_by_precheck = causes["batch"], causes["precheck"]
-        found.duplicates_by_ledger = causes["ledger"]
-        found.payments_stored = await connection.fetchval("select count(*) from payments")
+        result.duplicates_by_batch, result.duplicates_by_precheck = causes["batch"], causes["precheck"]
+        result.duplicates_by_ledger = causes["ledger"]
+        result.payments_stored = await connection.fetchval("select count(*) from payments")
         balances = dict(await connection.fetch("select account, balance from accounts"))
-        found.balance_sum = int(sum(balances.values()))
-        found.accounts_wrong = sum(balance != self._expected.get(each, 0) for each, balance in balances.items())
-        found.redelivered_after_kill = len(self._reads.again)
+        result.balance_sum = int(sum(balances.values()))
+        result.accounts_wrong = sum(balance != self._expected.get(account, 0) for account, balance in balances.items())
+        result.redelivered_after_kill = len(self._reads.again)
 
     def _log_reader(self, settings: Settings) -> KafkaConsumer:
         return KafkaConsumer(settings, None, inspect=lambda brokers: _KnownEnds(brokers, self._ends))
 
     async def _replay(self, settings: Settings) -> None:
-        """The topic once more: is anything missing, would anything happen twice, is the state what the topic says?"""
-        self._tell("replaying the topic: check, apply, rebuild")
-        found = self._found
+        """Read the topic again: is anything missing, repeated or different?"""
+        self._report("replaying the topic: check, apply, rebuild")
+        result = self._found
         modes: tuple[replay_options.Mode, ...] = ("check", "apply")
         check, apply = [
             await replay(
@@ -387,15 +411,17 @@ class Demo:
         rebuilt = await run_rebuild(
             app, settings, [TOPIC], RebuildOptions(), replay_options.Progress(), source=self._log_reader(settings)
         )
-        found.replayed = check.messages
-        found.missing_in_replay = check.total("missing")
+        result.replayed = check.messages
+        result.missing_in_replay = check.total("missing")
         assert check.effects is not None and rebuilt.rebuilt is not None
-        found.rows_written_by_replay = check.effects.total
-        found.applied_by_replay = apply.total("applied_now")
-        found.differences_in_rebuild = sum(
-            each["missing"] + each["extra"] + each["different"] for each in rebuilt.rebuilt["tables"]
+        result.rows_written_by_replay = check.effects.total
+        result.applied_by_replay = apply.total("applied_now")
+        result.differences_in_rebuild = sum(
+            table["missing"] + table["extra"] + table["different"] for table in rebuilt.rebuilt["tables"]
         )
-        found.replays_agree = all(each.ok for each in (check, apply, rebuilt)) and check.messages == found.produced
+        result.replays_agree = (
+            all(findings.ok for findings in (check, apply, rebuilt)) and check.messages == result.produced
+        )
 
     # -- what is shown ----------------------------------------------------------------------------------------------
 
@@ -408,40 +434,40 @@ class Demo:
         )
         return Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
 
-    def _tell(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         self._console.print(
             f"{time.monotonic() - self._started_at:5.1f} s  {text}", highlight=False, markup=False, soft_wrap=True
         )
 
     def _show(self) -> None:
-        found = self._found
+        result = self._found
         if self._as_json:
-            print(json.dumps({**asdict(found), "agree": found.agree}, indent=2))
+            print(result.as_json())
             return
-        table = Table(show_header=False, title=f"{found.produced:,} payments", title_justify="left")
+        table = Table(show_header=False, title=f"{result.produced:,} payments", title_justify="left")
         table.add_column()
         table.add_column(justify="right")
         for label, value in (
-            ("produced", f"{found.produced:,}"),
-            ("distinct", f"{found.distinct:,}"),
-            ("applied", f"{found.applied:,}"),
-            ("duplicates stopped within a batch", f"{found.duplicates_by_batch:,}"),
-            ("duplicates stopped by the pre-check (Redis)", f"{found.duplicates_by_precheck:,}"),
-            ("duplicates stopped by the ledger (PostgreSQL)", f"{found.duplicates_by_ledger:,}"),
-            ("redelivered after the kill", f"{found.redelivered_after_kill:,}"),
-            ("sum of balances", _money(found.balance_sum)),
-            ("expected sum", _money(found.balance_sum_expected)),
-            ("accounts with a wrong balance", f"{found.accounts_wrong:,}"),
-            ("replayed", f"{found.replayed:,}"),
-            ("missing in the replay", f"{found.missing_in_replay:,}"),
-            ("rows that the replay would have written", f"{found.rows_written_by_replay:,}"),
-            ("applied by `replay --apply`", f"{found.applied_by_replay:,}"),
-            ("differences found by `consumer rebuild`", f"{found.differences_in_rebuild:,}"),
+            ("produced", f"{result.produced:,}"),
+            ("distinct", f"{result.distinct:,}"),
+            ("applied", f"{result.applied:,}"),
+            ("duplicates stopped within a batch", f"{result.duplicates_by_batch:,}"),
+            ("duplicates stopped by the pre-check (Redis)", f"{result.duplicates_by_precheck:,}"),
+            ("duplicates stopped by the ledger (PostgreSQL)", f"{result.duplicates_by_ledger:,}"),
+            ("redelivered after the kill", f"{result.redelivered_after_kill:,}"),
+            ("sum of balances", _money(result.balance_sum)),
+            ("expected sum", _money(result.balance_sum_expected)),
+            ("accounts with a wrong balance", f"{result.accounts_wrong:,}"),
+            ("replayed", f"{result.replayed:,}"),
+            ("missing in the replay", f"{result.missing_in_replay:,}"),
+            ("rows that the replay would have written", f"{result.rows_written_by_replay:,}"),
+            ("applied by `replay --apply`", f"{result.applied_by_replay:,}"),
+            ("differences found by `consumer rebuild`", f"{result.differences_in_rebuild:,}"),
         ):
             table.add_row(label, value)
         self._console.print(table)
-        if found.agree:
-            self._console.print(f"[bold green]every payment was applied exactly once[/]  ({found.seconds} s)")
+        if result.agree:
+            self._console.print(f"[bold green]every payment was applied exactly once[/]  ({result.seconds} s)")
         else:
             self._console.print("[bold red]the numbers do not agree[/]")
 

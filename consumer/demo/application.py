@@ -1,4 +1,4 @@
-"""The application that the demo runs: one handler, as the README shows it."""
+"""The application of the demo: one handler, as in the README."""
 
 from uuid import UUID
 
@@ -19,7 +19,10 @@ class Payment(msgspec.Struct):
 
 @app.handler("payments")
 async def settle(payment: Payment, tx: Tx) -> None:
-    """No key, no check, no `on conflict`: were a payment applied twice, the balance would show it."""
+    """Apply a payment.
+
+    Without key, check or `on conflict`: a payment that is applied twice shows in the balance.
+    """
     tx.defer(
         "insert into payments values ($1, $2, $3)",
         payment.payment_id,

@@ -1,11 +1,11 @@
-"""A pytest plugin: proves of an application's own handlers that their effects in PostgreSQL are stored exactly once.
+"""A pytest plugin: proves that handlers' effects are stored exactly once.
 
 The fixture `exactly_once` gives a `Trial`: an App on a real, fresh database, with a log in memory in Kafka's place.
 What is delivered goes through the code that a worker runs (`apply_batch`, a `Scheduler`, a `Session`), as often, in such
 batches and with such crashes as a test asks for.
 
-What it does not know: effects outside this database (HTTP, mail, files, other databases, unless by asyncpg), whether a
-handler that opted out was right to, and what Kafka and Redis would have added. Every pytest run where the package is
+Limitations: it does not see effects outside this database (HTTP, mail, files, other databases, unless by asyncpg), does not
+judge whether a handler may opt out, and has no Kafka and no Redis. Every pytest run where the package is
 installed imports this file, so drivers and servers are imported where they are used.
 
 PYTEST_DONT_REWRITE: no assertion here is for pytest to explain, and it may be imported before it is registered.
@@ -38,7 +38,7 @@ DSN_OPTION = "consumer_postgres_dsn"
 
 
 class ExactlyOnce:
-    """What the fixture gives: call it to have a `Trial`."""
+    """What the fixture gives: call it to create a `Trial`."""
 
     def __init__(self, server: Server, places: Sequence[Path]) -> None:
         self._server = server
@@ -48,7 +48,9 @@ class ExactlyOnce:
     async def __call__(
         self, app: App, *, schema: str | Path | None = None, resources: Mapping[str, object] | None = None
     ) -> Trial:
-        """A trial of the App on a fresh database that holds the ledger and your schema.
+        """Create a trial of the App on a fresh database.
+
+        The database holds the ledger and your schema.
 
         schema: a file (a Path, or text without spaces; relative to the test's directory or pytest's root), or SQL.
         resources: what handlers get of it by annotation or name, in place of what the App's lifespan yields; without
@@ -79,13 +81,13 @@ class ExactlyOnce:
         raise Misconfigured(f"schema={str(schema)!r}: no such file in {' or '.join(map(str, self._places))}")
 
     async def end(self) -> None:
-        """Drop what was made."""
-        made, self._made = self._made, []
-        await self._server.drop(made)
+        """Drop the databases."""
+        databases, self._made = self._made, []
+        await self._server.drop(databases)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """pytest's hook."""
+    """Register the option with pytest."""
     parser.addini(DSN_OPTION, f"a PostgreSQL where exactly_once may create databases; {DSN_VARIABLE} wins", default="")
 
 
@@ -111,13 +113,13 @@ def _exactly_once_server(pytestconfig: pytest.Config) -> Iterator[Server]:
 
 @contextmanager
 def _address(dsn: str) -> Iterator[str]:
-    """The server that was given, or one that is started, for as long as the tests run."""
+    """Yield the given server, or start one for the test run."""
     if dsn:
         yield dsn
         return
     from consumer.local_servers import Postgres
 
-    postgres = Postgres({"fsync": "off"})  # it is not machines that crash here
+    postgres = Postgres({"fsync": "off"})  # processes crash here, not machines
     try:
         postgres.start()
     except Misconfigured as error:
@@ -134,13 +136,16 @@ def _address(dsn: str) -> Iterator[str]:
 
 @pytest.fixture
 def exactly_once(_exactly_once_server: Server, request: pytest.FixtureRequest) -> Iterator[ExactlyOnce]:
-    """`await exactly_once(app, schema="schema.sql")`: the App on a fresh database, to deliver messages to."""
-    made = ExactlyOnce(_exactly_once_server, [request.path.parent, request.config.rootpath])
-    yield made
-    _alone(made.end())
+    """Give an App a fresh database, to deliver messages to.
+
+    Use: `await exactly_once(app, schema="schema.sql")`.
+    """
+    factory = ExactlyOnce(_exactly_once_server, [request.path.parent, request.config.rootpath])
+    yield factory
+    _alone(factory.end())
 
 
 def _alone(work: Coroutine[Any, Any, None]) -> None:
-    """Run to its end on an event loop of its own, whatever loop the test had."""
+    """Run a coroutine on an event loop of its own."""
     with ThreadPoolExecutor(1) as pool:
         pool.submit(asyncio.run, work).result()

@@ -1,4 +1,6 @@
-"""What a test sends, and what it is told: messages, what became of them, and statements that were run elsewhere.
+"""What a test sends, and what it learns.
+
+Messages, their outcomes, and statements that were run elsewhere.
 
 Knows the shape of a Kafka record; knows no database and no pytest.
 """
@@ -19,16 +21,18 @@ from consumer.core.errors import Misconfigured
 from consumer.core.message import LogRecord, Message, Partition, Record
 
 STEPS = ("begun", "claimed", "handled", "before_commit", "committed")
-"""Where a crash can be asked for, in the order in which a transaction passes them. Only after the last is it stored."""
+"""The steps of a transaction, at each of which a crash can be asked for. Only after the last one is it stored."""
 
-TOLD_MAX = 20  # of one kind, in the text of an error
+SHOWN_MAX = 20  # of one kind, in the text of an error
 
 Text: TypeAlias = str | bytes | int | UUID
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sent:
-    """A message as a producer sends it. Give the same one twice to send it twice.
+    """A message as a producer sends it.
+
+    Give the same one twice to send it twice.
 
     value: bytes and None as they are; anything else becomes JSON, also a Struct, a dataclass, a pydantic model, a UUID.
     id: the `message-id` header. key: a key, without which a message is ordered with no other. headers: further ones, a
@@ -74,7 +78,10 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Outside:
-    """A statement that a handler ran on another connection than its transaction's. message: topic:partition@offset."""
+    """A statement that a handler ran outside its transaction.
+
+    message: topic:partition@offset.
+    """
 
     handler: str
     message: str
@@ -88,12 +95,12 @@ class Outside:
 
 
 def place_of(record: Record | Message[Any]) -> str:
-    """Where a message lies, for people."""
+    """Return the place of a message as text."""
     return f"{record.topic}:{record.partition}@{record.offset}"
 
 
 def name_of(message: Sent, offset: int) -> str:
-    """Where a message lies, and its id."""
+    """Return the place and the id of a message as text."""
     shown = f" (id {_shown(message.id)})" if message.id is not None else ""
     return f"{message.topic}:{message.partition}@{offset}{shown}"
 
@@ -102,14 +109,17 @@ def _shown(text: Text) -> str:
     return text.decode("utf-8", "backslashreplace") if isinstance(text, bytes) else str(text)
 
 
-def lines(found: Sequence[object]) -> str:
-    """As lines of an error's text, up to TOLD_MAX of them."""
-    more = [f"  … and {len(found) - TOLD_MAX} more"] if len(found) > TOLD_MAX else []
-    return "\n".join([*(f"  {each}" for each in found[:TOLD_MAX]), *more])
+def lines(entries: Sequence[object]) -> str:
+    """Return up to SHOWN_MAX lines of an error's text."""
+    more = [f"  … and {len(entries) - SHOWN_MAX} more"] if len(entries) > SHOWN_MAX else []
+    return "\n".join([*(f"  {entry}" for entry in entries[:SHOWN_MAX]), *more])
 
 
 def partition_of(message: Sent, app: App) -> Partition:
-    """Where to send it. Raises Misconfigured for a topic that no handler takes, and for what is no partition."""
+    """Return the partition to send a message to.
+
+    Raises Misconfigured for a topic that no handler takes, and for a wrong partition.
+    """
     if message.topic not in app.topics:
         near = difflib.get_close_matches(str(message.topic), app.topics, 1)
         hint = f", did you mean {near[0]!r}?" if near else ""
@@ -123,7 +133,10 @@ def partition_of(message: Sent, app: App) -> Partition:
 
 
 def record_of(message: Sent, offset: int) -> LogRecord:
-    """The record that a producer would have made of it. Raises Misconfigured for what cannot become bytes."""
+    """Encode a message as a producer does.
+
+    Raises Misconfigured for what cannot become bytes.
+    """
     headers = message.headers.items() if isinstance(message.headers, Mapping) else message.headers
     given = [] if message.id is None else [("message-id", _bytes(message.id, "id"))]
     return LogRecord(

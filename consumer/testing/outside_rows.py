@@ -1,4 +1,4 @@
-"""What other transactions than a worker's have changed in the tables of a database, as PostgreSQL shows it.
+"""What other transactions than a worker's changed in a database's tables.
 
 A row version has a place (ctid) and the transaction that made it (xmin), so every stored change shows in them, whatever
 connection, driver or process made it and whatever values it wrote. While the worker's transaction is open, another
@@ -57,7 +57,7 @@ class Snapshot(NamedTuple):
     def parse(cls, text: str) -> Snapshot:
         """What pg_current_snapshot() answers: xmin:xmax:list."""
         first, end, running = text.split(":")
-        return cls(int(first), int(end), frozenset(int(each) for each in running.split(",") if each))
+        return cls(int(first), int(end), frozenset(int(number) for number in running.split(",") if number))
 
     def sees(self, xid: int) -> bool:
         return xid < self.end and xid not in self.running
@@ -70,7 +70,10 @@ class Snapshot(NamedTuple):
 
 
 class OutsideRows:
-    """Follows the tables of a database from `start` on. connection: one of its own, in no transaction."""
+    """Follows the tables of a database from `start` on.
+
+    connection: one of its own, in no transaction.
+    """
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
@@ -83,35 +86,44 @@ class OutsideRows:
         self._open: set[tuple[str, str]] = set()
 
     async def start(self, own: Collection[int]) -> None:
-        """Note what is there. own: processes of the server that serve us."""
+        """Note the present state. own: server processes of this test."""
         self._open = set(await self._open_now(own))
         self._snapshot = await self._now()
         tables, locked = await _tables(self._connection)
         self._possible = [tables | dict.fromkeys(locked, _UNKNOWN)]
 
     async def changed(self) -> list[str]:
-        """The tables that others have changed since the last look. It looks at none if no transaction has ended."""
+        """Return the tables that others have changed since the last look.
+
+        Looks at none if no transaction has ended.
+        """
         now = await self._now()
-        found: list[str] = []
+        changed: list[str] = []
         if now.is_after(self._snapshot, self._own):
             there, locked = await _tables(self._connection)
-            before = min(self._possible, key=lambda each: len(_differing(each, there, locked)))
-            found = _differing(before, there, locked)
+            before = min(self._possible, key=lambda state: len(_differing(state, there, locked)))
+            changed = _differing(before, there, locked)
             self._possible = [there | {name: before[name] for name in locked if name in before}]
         self._snapshot, self._own = now, set()
-        return found
+        return changed
 
     async def left_open(self, own: Collection[int]) -> list[str]:
-        """The tables that others have changed, it seems, in transactions that have not ended and began since the start."""
+        """Return the tables that open transactions of others seem to have changed.
+
+        Only transactions that began since the start.
+        """
         now = await self._open_now(own)
         new = sorted({table for transaction, table in now if (transaction, table) not in self._open})
         self._open |= set(now)
         return new
 
     async def committing(self, transaction: Any, written: Iterable[str]) -> None:
-        """Call it in a transaction of ours right before its COMMIT, and `changed` next. written: the tables it wrote to."""
+        """Note what a transaction of ours is about to store.
+
+        Call it right before the COMMIT, and `changed` next. written: the tables that the transaction wrote to.
+        """
         names = set(written)
-        everything = any(each.startswith("pg_catalog.") for each in names)  # TRUNCATE and other DDL
+        everything = any(name.startswith("pg_catalog.") for name in names)  # TRUNCATE and other DDL
         after, _ = await _tables(transaction, None if everything else names)
         if not everything:
             after = {**self._possible[0], **after}
@@ -119,12 +131,12 @@ class OutsideRows:
         self._committing = (None if xid is None else int(xid), after)
 
     def in_doubt(self) -> None:
-        """The COMMIT is on its way: from now on both states are possible."""
+        """Note that the COMMIT was sent: both states are possible."""
         if self._committing is not None:
             self._possible.append(self._committing[1])
 
     def committed(self) -> None:
-        """The COMMIT has succeeded."""
+        """Note that the COMMIT has succeeded."""
         if self._committing is not None:
             xid, after = self._committing
             self._possible = [after]
@@ -139,7 +151,7 @@ class OutsideRows:
 
 
 async def _tables(connection: Any, only: Collection[str] | None = None) -> tuple[Tables, list[str]]:
-    """The tables with a sum over their row versions, and those that another transaction has locked for itself."""
+    """Return tables with a sum over their row versions, and locked ones."""
     rows = [row for row in await connection.fetch(_TABLES) if only is None or row[1] in only]
     there = [(row[0], row[1]) for row in rows if not row[2]]
     locked = [row[1] for row in rows if row[2]]

@@ -41,7 +41,7 @@ _RUN = ("cursor", "executemany", "fetch", "fetchmany", "fetchrow", "fetchval")  
 
 @dataclass(slots=True)
 class _Call:
-    """A handler that is running: in which transaction, on which messages, and the sessions that it used by asyncpg."""
+    """A running handler: its messages, transaction and asyncpg sessions."""
 
     handler: str
     message: str
@@ -62,7 +62,7 @@ _calling: ContextVar[_Call | None] = ContextVar(
 
 
 class Watch:
-    """Looks, after each call of a handler, at the sessions of the database that are not ours.
+    """Looks at the other sessions of the database after each call.
 
     connection: one of its own. outside: where to add what was seen.
     """
@@ -85,7 +85,7 @@ class Watch:
         await self._rows.start(self._own)
 
     def own(self, connection: Any) -> None:
-        """Note a new connection of ours: what runs on it is the transaction."""
+        """Note the connection of the transaction."""
         self._own.add(connection.get_server_pid())
         self._transaction = connection
         self._sessions += 1
@@ -110,7 +110,10 @@ class Watch:
         return call
 
     async def look(self, call: _Call | None) -> None:
-        """Note what was run since the last look: as this call's, or as what was there before."""
+        """Note what was run since the last look.
+
+        It is attributed to this call; without one, it is what was there before.
+        """
         async with self._lock:
             try:
                 rows = await self._connection.fetch(_SESSIONS, list(self._own))
@@ -134,7 +137,7 @@ class Watch:
             self._note_rows(call.handler, call.message, changed)
 
     async def committing(self, transaction: Any, written: Collection[str]) -> None:
-        """Note what the transaction of ours is about to store, and what others have stored since the last look."""
+        """Note what is about to be stored, and what others have stored."""
         async with self._lock:
             await self._rows.committing(transaction, written)
             await self._look_at_rows()
@@ -145,7 +148,7 @@ class Watch:
         self._rows.committed()
 
     async def end(self) -> None:
-        """Note what others have stored since the last look, or have not stored yet."""
+        """Note what others have stored, or not stored yet."""
         async with self._lock:
             try:
                 self._note_rows("", "", await self._rows.left_open(self._own), _LEFT_OPEN)
@@ -162,26 +165,35 @@ class Watch:
     def _note_rows(self, handler: str, message: str, tables: Collection[str], text: str = _CHANGED) -> None:
         handler = handler or " or ".join(sorted(self._called))
         if tables and self._called:  # else it was handlers that opted out
-            found = Outside(handler, message, "another connection", text.format(tables=", ".join(tables)))
-            self._outside.append(found)
+            outside = Outside(handler, message, "another connection", text.format(tables=", ".join(tables)))
+            self._outside.append(outside)
 
     def _note_blind(self, error: BaseException) -> None:
-        """A handler that ends all connections, or locks tables: what it did elsewhere cannot be seen any more."""
+        """Note that nothing can be seen any more.
+
+        A handler ended all connections, or locked tables.
+        """
         if not self._is_blind and self._called:
             self._is_blind = True
             self._note_rows("", "", [type(error).__name__], _BLIND)
 
 
 def _messages(message: Any, tx: Any) -> str:
-    """Where they lie, as far as a call tells: a batch handler is only told if it asks for Message."""
+    """Return the places of the messages, as far as known.
+
+    A batch handler knows them only if it asks for Message.
+    """
     if isinstance(tx.subject, Delivery):
         return place_of(tx.subject.record)
-    return ", ".join(place_of(each) for each in message if isinstance(each, Message))
+    return ", ".join(place_of(part) for part in message if isinstance(part, Message))
 
 
 @contextmanager
 def noting() -> Iterator[None]:
-    """Have every connection of asyncpg, and its prepared statements, tell what they run while a handler is called."""
+    """Note what asyncpg connections run while a handler is called.
+
+    Prepared statements too.
+    """
     driver = sys.modules["asyncpg"]  # loaded by the package postgres, which alone imports it
     prepared = driver.prepared_stmt.PreparedStatement
     originals = [
@@ -217,7 +229,7 @@ def _noting(name: str, original: Any) -> Any:
 
 
 def _noting_prepared(name: str, original: Any) -> Any:
-    """A statement that was prepared while no handler was called is noted where it runs."""
+    """Note a statement when it runs, if it was prepared before."""
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **options: Any) -> Any:

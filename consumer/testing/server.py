@@ -1,4 +1,4 @@
-"""The PostgreSQL that tests run on: databases made from templates, one for each schema, and dropped again.
+"""The PostgreSQL that tests run on: databases from templates.
 
 Knows addresses and databases; knows no messages.
 """
@@ -38,7 +38,10 @@ def _settings(dsn: str) -> Settings:
 
 @asynccontextmanager
 async def connection_to(settings: Settings) -> AsyncIterator[Any]:
-    """A connection, closed at the end. Raises Misconfigured or Outage, naming the place."""
+    """Connect for as long as the block.
+
+    Raises Misconfigured or Outage, naming the place.
+    """
     connection = await connect(settings)
     try:
         await connection.execute(BE_COUNTED)
@@ -48,7 +51,10 @@ async def connection_to(settings: Settings) -> AsyncIterator[Any]:
 
 
 async def close(connection: Any) -> None:
-    """In order if it can be; and let the event loop see its end, which a test's loop may not live to."""
+    """Close a connection, in order if possible.
+
+    Lets the event loop see the end, because a test's loop may end right after.
+    """
     with suppress(Exception):
         await connection.close(timeout=5)
     if not connection.is_closed():
@@ -63,7 +69,7 @@ def _of_database(dsn: str, name: str) -> str:
 
 
 class Server:
-    """A PostgreSQL on which databases are made from templates, one for each schema, and dropped again."""
+    """A PostgreSQL with a template database for each schema."""
 
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
@@ -73,7 +79,10 @@ class Server:
         self._templates: dict[str, str] = {}
 
     async def make(self, name: str, schema: str) -> str:
-        """The name of a new database with the ledger and a schema. name: what to call the schema in an error."""
+        """Create a database with the ledger and a schema; return its name.
+
+        name: what to call the schema in an error.
+        """
         template = self._templates.get(schema)
         if template is None:
             template = self._templates[schema] = await self._make_template(name, schema)
@@ -81,7 +90,10 @@ class Server:
 
     @asynccontextmanager
     async def copied(self, database: str) -> AsyncIterator[Settings]:
-        """How to connect to a copy of a database, dropped at the end. Raises Misconfigured while others are connected."""
+        """Copy a database for the block; yield how to connect.
+
+        Raises Misconfigured while others are connected.
+        """
         try:
             name = await self._create(f" template {database}")
         except Exception as error:
@@ -97,14 +109,14 @@ class Server:
             await self.drop([name])
 
     def settings(self, database: str) -> Settings:
-        """How to connect to a database."""
+        """Return how to connect to a database."""
         return _settings(_of_database(self._dsn, database))
 
     async def drop(self, databases: Sequence[str]) -> None:
-        """Drop databases, whoever is connected to them."""
+        """Drop databases, even if sessions are connected to them."""
         async with self._connected() as connection:
-            for each in databases:
-                await connection.execute(f"drop database if exists {each} with (force)")
+            for database in databases:
+                await connection.execute(f"drop database if exists {database} with (force)")
 
     async def drop_templates(self) -> None:
         """Drop what is left at the end."""

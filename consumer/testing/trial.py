@@ -1,7 +1,7 @@
-"""An App on a database and a log of its own: deliver to it, crash it, and see that no effect is stored twice.
+"""An App on a database and a log: deliver, crash, compare.
 
-Knows what was delivered and what each transaction wrote; how it is delivered is in simulated_worker.py. What it does not know: what
-the effects should be, which is for the test to say.
+Knows what was delivered and what each transaction wrote; simulated_worker.py delivers. Limitation: only the test knows what the
+effects should be.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from consumer.core.errors import Misconfigured
 from consumer.core.message import LogRecord, Partition
 from consumer.postgres import positions
 from consumer.settings import Settings
-from consumer.testing.messages import STEPS, TOLD_MAX, Delivered, Outside, Sent, lines, partition_of, record_of
+from consumer.testing.messages import SHOWN_MAX, STEPS, Delivered, Outside, Sent, lines, partition_of, record_of
 from consumer.testing.outside_rows import OutsideRows
 from consumer.testing.outside_statements import Watch
 from consumer.testing.server import connection_to
@@ -24,7 +24,9 @@ from consumer.testing.undisturbed import Contents, contents, differences
 
 
 class Trial:
-    """An App on a database and a log of its own. The fixture `exactly_once` makes one.
+    """An App on a database and a log of its own.
+
+    The fixture `exactly_once` creates one.
 
     dsn: the address of the database, for resources of the application that connect by themselves. Between two calls no
     connection is held and no handler runs. A caller may not assume that two tasks can deliver to one App at once.
@@ -48,13 +50,15 @@ class Trial:
 
     @property
     def dsn(self) -> str:
-        """The address of its database, with the password."""
+        """Return the address of its database, with the password."""
         return self._settings.dsn
 
     async def deliver(
         self, *messages: Sent, batch: int | None = None, crash_at: str | None = None, retry: bool = True
     ) -> list[Delivered]:
-        """Append messages to the log and deliver what is not settled yet, as one worker from its start to its end.
+        """Append messages to the log and deliver what is not settled yet.
+
+        Delivers as one worker does from its start to its end.
 
         batch: most messages in one transaction; all of them by default. crash_at: one of STEPS; when the first
         transaction comes to it, its connection is dropped as in a power cut, and delivering ends. retry: False leaves a
@@ -73,7 +77,9 @@ class Trial:
     async def deliver_again(
         self, *, batch: int | None = 1, crash_at: str | None = None, retry: bool = True
     ) -> list[Delivered]:
-        """Deliver everything again from the beginning of the log: the same bytes at the same offsets, in other batches.
+        """Deliver everything again from the beginning of the log.
+
+        The same bytes at the same offsets, in other batches.
 
         batch: one message at a time by default; None: all of them at once. Everything else is as in `deliver`.
         """
@@ -82,7 +88,9 @@ class Trial:
         return await self._deliver(what, batch, crash_at, retry, again=True)
 
     async def prove(self, *messages: Sent, batch: int | None = None, ignore: Collection[str] = ()) -> None:
-        """Deliver messages with a crash at every step of every transaction, and compare with one undisturbed run.
+        """Deliver with a crash at every step, and compare the rows.
+
+        Every transaction crashes at every step; the rows are compared with those of one undisturbed run.
 
         batch: most messages in one transaction; all of them by default. ignore: TABLE, COLUMN or TABLE.COLUMN to leave out
         of the comparison: values that do not follow from the message. Raises AssertionError where a message did not end,
@@ -106,7 +114,7 @@ class Trial:
                 await self._deliver(f"prove: crash at {step!r}", batch, step, True)
             before = left
         ended = await self._deliver("prove: without a crash", batch, None, True)
-        if waiting := [each for each in ended if each.outcome == "waiting"]:
+        if waiting := [delivered for delivered in ended if delivered.outcome == "waiting"]:
             raise AssertionError(f"not every message has ended:\n{lines(waiting)}")
         self.assert_nothing_outside()  # first: such rows are extra rows, too
         await self._compare(measure, ignore)
@@ -118,7 +126,10 @@ class Trial:
     async def _undisturbed(
         self, added: Sequence[tuple[Sent, LogRecord]], batch: int | None, ignore: Collection[str]
     ) -> dict[str, Contents]:
-        """The tables after one run without a crash, on a copy of the database, in batches of another size."""
+        """Return the tables after one run without a crash.
+
+        On a copy of the database, in batches of another size.
+        """
         async with self._copied() as settings:
             other = Trial(self._app, settings, self._resources, self._copied)
             other._log = [*self._log, *added]
@@ -138,19 +149,21 @@ class Trial:
     async def _compare(self, measure: Mapping[str, Contents], ignore: Collection[str]) -> None:
         __tracebackhide__ = True
         async with connection_to(self._settings) as connection:
-            found = differences(measure, await contents(connection, ignore))
-        if found:
-            raise AssertionError("with crashes, other rows are stored than in one undisturbed run:\n" + lines(found))
+            problems = differences(measure, await contents(connection, ignore))
+        if problems:
+            raise AssertionError("with crashes, other rows are stored than in one undisturbed run:\n" + lines(problems))
 
     # -- what is to be so ----------------------------------------------------------------------------------------------
 
     def assert_no_new_effects(self) -> None:
-        """Raise AssertionError when the last call wrote anything, or any call applied a message a second time.
+        """Raise AssertionError for new effects.
+
+        The last call may write nothing, and no call may apply a message a second time.
 
         Counted are the rows that each committed transaction inserted, updated and deleted outside schema `consumer`,
-        and the sequences that the last call moved. The error lists tables, rows, handlers and messages, as far as they
-        can be told. It is one, too, where it would show nothing: when nothing was applied yet, or the last call
-        delivered nothing. A caller may not assume that effects outside this database were seen.
+        and the sequences that the last call moved. The error lists tables, rows, handlers and messages, as far as that
+        is known. It is an error, too, if the call would show nothing: nothing was applied yet, or the last call delivered
+        nothing. A caller may not assume that effects outside this database were seen.
         """
         __tracebackhide__ = True
         ends = self._rounds[-1].delivered if self._rounds else []
@@ -159,19 +172,21 @@ class Trial:
         if not ends:
             raise AssertionError("the last call delivered nothing, so this would show nothing")
         problems: list[str] = []
-        for number, each in enumerate(self._rounds, 1):
+        for number, round in enumerate(self._rounds, 1):
             is_last = number == len(self._rounds)
-            for written in each.written:
-                nobody = written.is_known and not written.first
-                if written.again or (written.rows and (is_last or nobody)):
-                    problems.append(f"call {number}, {each.what}: {_account(written)}")
-            if is_last and each.sequences:
-                problems.append(f"call {number}, {each.what}: moved the sequence {', '.join(each.sequences)}")
+            for written in round.written:
+                shows_repetition = written.is_known and not written.first
+                if written.again or (written.rows and (is_last or shows_repetition)):
+                    problems.append(f"call {number}, {round.what}: {_account(written)}")
+            if is_last and round.sequences:
+                problems.append(f"call {number}, {round.what}: moved the sequence {', '.join(round.sequences)}")
         if problems:
-            raise AssertionError("there are new effects:\n" + "\n".join(f"  {each}" for each in problems[:TOLD_MAX]))
+            raise AssertionError(
+                "there are new effects:\n" + "\n".join(f"  {problem}" for problem in problems[:SHOWN_MAX])
+            )
 
     def assert_nothing_outside(self) -> None:
-        """Raise AssertionError when a handler ran a statement, or stored rows, outside its transaction.
+        """Raise AssertionError for statements and rows outside the transaction.
 
         See `outside_statements`.
         """
@@ -199,17 +214,20 @@ class Trial:
     # -- the database --------------------------------------------------------------------------------------------------
 
     async def fetch(self, sql: str, *args: Any) -> list[Any]:
-        """Rows of a query, as asyncpg gives them, on a connection of its own."""
+        """Run a query on a connection of its own; return asyncpg's rows."""
         async with connection_to(self._settings) as connection:
             return list(await connection.fetch(sql, *args))
 
     async def fetchval(self, sql: str, *args: Any) -> Any:
-        """The first column of a query's first row, or None."""
+        """Return the first column of a query's first row, or None."""
         async with connection_to(self._settings) as connection:
             return await connection.fetchval(sql, *args)
 
     async def execute(self, sql: str, *args: Any) -> str:
-        """Run a statement, stored at once; returns its command tag. Such rows are not counted as effects."""
+        """Run and commit a statement; return its command tag.
+
+        Its rows are not counted as effects.
+        """
         async with connection_to(self._settings) as connection:
             return str(await connection.execute(sql, *args))
 
@@ -222,7 +240,10 @@ class Trial:
             raise Misconfigured(f"crash_at={crash_at!r}: one of {', '.join(map(repr, STEPS))}")
 
     def _made(self, messages: Sequence[Sent]) -> list[tuple[Sent, LogRecord]]:
-        """The records that are to be appended to the log. Raises Misconfigured where one of them cannot be."""
+        """Encode messages as records at the end of the log.
+
+        Raises Misconfigured for one that cannot be encoded.
+        """
         ends: dict[Partition, int] = {}
         for _, record in self._log:
             ends[Partition(record.topic, record.partition)] = record.offset + 1
@@ -237,7 +258,7 @@ class Trial:
         return added
 
     async def _is_left(self) -> dict[Partition, int]:
-        """The positions of partitions that hold something unsettled."""
+        """Return the positions of partitions that hold something unsettled."""
         async with connection_to(self._settings) as connection:
             positions = await self._positions(connection)
         return {
@@ -249,7 +270,7 @@ class Trial:
         return await positions.next_offsets(connection, self._app.name)
 
     def _unsettled(self, positions: Mapping[Partition, int]) -> list[tuple[Sent, LogRecord]]:
-        """What lies at or after the positions, in the order in which it was sent."""
+        """Return what lies at or after the positions, as it was sent."""
         return [
             (message, record)
             for message, record in self._log
@@ -276,11 +297,11 @@ class Trial:
             records = self._unsettled(await self._positions(connection))
             if crash_at is not None and not records:
                 raise Misconfigured(f"crash_at={crash_at!r}: there is nothing to deliver, so nothing would crash")
-            found, watch = Round(what), Watch(connection, self._outside)
-            worker = SimulatedWorker(self._app, self._settings, found, records, crash_at, self._applied, watch)
+            round, watch = Round(what), Watch(connection, self._outside)
+            worker = SimulatedWorker(self._app, self._settings, round, records, crash_at, self._applied, watch)
             await worker.run(batch or len(records) or 1, retry)
-        self._rounds.append(found)
-        return list(found.delivered)
+        self._rounds.append(round)
+        return list(round.delivered)
 
 
 def _options(batch: int | None, crash_at: str | None) -> str:
@@ -288,15 +309,15 @@ def _options(batch: int | None, crash_at: str | None) -> str:
 
 
 def _account(written: Written) -> str:
-    rows = "; ".join(f"{table}: {each}" for table, each in written.rows.items()) or "no rows"
-    who = [f"\n    by {each}, a second time" for each in written.again]
+    rows = "; ".join(f"{table}: {counts}" for table, counts in written.rows.items()) or "no rows"
+    who = [f"\n    by {message}, a second time" for message in written.again]
     who += [
-        f"\n    by {each}, for the first time: that is right, so deliver_again() once more, then assert"
-        for each in written.first
+        f"\n    by {message}, for the first time: that is right, so deliver_again() once more, then assert"
+        for message in written.first
     ]
     if not who:
         who = ["\n    by no message that is known" if written.is_known else "\n    in the transaction before the crash"]
-    return rows + "".join(who[:TOLD_MAX])
+    return rows + "".join(who[:SHOWN_MAX])
 
 
 _busy: set[int] = set()
@@ -304,11 +325,14 @@ _busy: set[int] = set()
 
 @asynccontextmanager
 async def _exclusive(app: App) -> AsyncIterator[None]:
-    """An App's handlers have one database and one set of resources at a time; afterwards they are as they were."""
+    """Use an App alone, and restore its handlers afterwards.
+
+    They have one database and one set of resources at a time.
+    """
     if id(app) in _busy:
         raise Misconfigured(f"{app.name!r} is being delivered to already: one call of deliver after the other")
     _busy.add(id(app))
-    before = [(each, each.call, each.number) for each in app.handlers.values()]
+    before = [(handler, handler.call, handler.number) for handler in app.handlers.values()]
     try:
         yield
     finally:
@@ -323,6 +347,6 @@ async def _bound(app: App, resources: Mapping[str, object] | None) -> AsyncItera
         async with app.running():
             yield
         return
-    for each in app.handlers.values():
-        each.bind(resources)
+    for handler in app.handlers.values():
+        handler.bind(resources)
     yield

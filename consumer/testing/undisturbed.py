@@ -1,6 +1,6 @@
-"""What one undisturbed run stores, as the measure for runs with crashes: the rows of every table, compared as text.
+"""What one undisturbed run stores: the measure for runs with crashes.
 
-Knows the catalog and rows; knows no message. Limitations: columns whose default PostgreSQL computes (sequences, times, random
+Compares the rows of every table as text. Knows the catalog and rows; knows no message. Limitations: columns whose default PostgreSQL computes (sequences, times, random
 values) are left out; so are the columns that a test ignores; and where no worker ever differs from another, nothing shows.
 """
 
@@ -42,14 +42,17 @@ Row: TypeAlias = tuple[str | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Rows of one table: the compared columns by name, and how often each row is there."""
+    """Rows of one table: the compared columns, and how often each occurs."""
 
     columns: tuple[str, ...]
     rows: Counter[Row]
 
 
 async def contents(connection: Any, ignore: Collection[str]) -> dict[str, Contents]:
-    """All tables outside schema `consumer`. ignore: COLUMN, TABLE or TABLE.COLUMN. Raises Misconfigured for an unknown one."""
+    """Read all tables outside schema `consumer`.
+
+    ignore: COLUMN, TABLE or TABLE.COLUMN. Raises Misconfigured for an unknown one.
+    """
     columns: dict[tuple[str, str], list[str]] = {}
     unknown = set(ignore)
     for row in await connection.fetch(_COLUMNS, _MOVING):
@@ -64,23 +67,23 @@ async def contents(connection: Any, ignore: Collection[str]) -> dict[str, Conten
         raise Misconfigured(
             f"ignore={sorted(unknown)[0]!r}: no such table or column; write TABLE, COLUMN or TABLE.COLUMN"
         )
-    found: dict[str, Contents] = {}
+    tables: dict[str, Contents] = {}
     for (schema, table), kept in columns.items():
-        listed = ", ".join(f"{ident(each)}::text" for each in kept)
+        listed = ", ".join(f"{ident(column)}::text" for column in kept)
         rows = await connection.fetch(f"select {listed} from {ident(schema)}.{ident(table)}")  # noqa: S608 - by ident
-        found[f"{schema}.{table}"] = Contents(tuple(kept), Counter(tuple(each) for each in rows))
-    return found
+        tables[f"{schema}.{table}"] = Contents(tuple(kept), Counter(tuple(row) for row in rows))
+    return tables
 
 
-def differences(measure: Mapping[str, Contents], found: Mapping[str, Contents]) -> list[str]:
-    """How the tables differ from those of the undisturbed run, a line for each problem."""
+def differences(measure: Mapping[str, Contents], others: Mapping[str, Contents]) -> list[str]:
+    """Compare tables with the undisturbed run; return a line per problem."""
     problems: list[str] = []
-    for place in sorted({*measure, *found}):
-        expected, actual = measure.get(place), found.get(place)
-        if expected is None or actual is None:
+    for place in sorted({*measure, *others}):
+        expected, stored = measure.get(place), others.get(place)
+        if expected is None or stored is None:
             problems.append(f"{place}: it is there in one of the two runs only")
             continue
-        missing, extra = expected.rows - actual.rows, actual.rows - expected.rows
+        missing, extra = expected.rows - stored.rows, stored.rows - expected.rows
         if not missing and not extra:
             continue
         if missing.total() != extra.total():
@@ -89,7 +92,7 @@ def differences(measure: Mapping[str, Contents], found: Mapping[str, Contents]) 
             problems.append(
                 f"{place}: {missing.total()} rows have other values in {', '.join(names)}. They do not follow from the message: "
                 "they are random, a time, a state of the process, or depend on the batch. Take them from the message, or "
-                f"leave them out: prove(ignore=[{', '.join(repr(f'{place}.{each}') for each in names)}])"
+                f"leave them out: prove(ignore=[{', '.join(repr(f'{place}.{column}') for column in names)}])"
             )
         else:
             problems.append(_of_rows(place, expected.columns, missing, extra))
@@ -97,7 +100,7 @@ def differences(measure: Mapping[str, Contents], found: Mapping[str, Contents]) 
 
 
 def _differing(columns: tuple[str, ...], missing: Counter[Row], extra: Counter[Row]) -> list[str]:
-    """The columns whose values differ, if the rows are the same without them."""
+    """Return the columns that differ, if all others are the same."""
     differing = [n for n in range(len(columns)) if not _alike(missing, extra, [n])]
     kept = [n for n in range(len(columns)) if n not in differing]
     return [columns[n] for n in differing] if _alike(missing, extra, kept) else []
@@ -108,15 +111,15 @@ def _alike(missing: Counter[Row], extra: Counter[Row], kept: list[int]) -> bool:
 
 
 def _narrowed(rows: Counter[Row], kept: list[int]) -> Counter[Row]:
-    found: Counter[Row] = Counter()
+    counts: Counter[Row] = Counter()
     for row, count in rows.items():
-        found[tuple(row[n] for n in kept)] += count
-    return found
+        counts[tuple(row[n] for n in kept)] += count
+    return counts
 
 
 def _of_rows(place: str, columns: tuple[str, ...], missing: Counter[Row], extra: Counter[Row]) -> str:
-    told = f"{place}: {missing.total()} rows are missing and {extra.total()} are extra"
+    text = f"{place}: {missing.total()} rows are missing and {extra.total()} are extra"
     for word, rows in (("missing", missing), ("extra", extra)):
         for row in list(rows.elements())[:_SHOWN_MAX]:
-            told += f"\n    {word}: " + ", ".join(f"{name}={value}" for name, value in zip(columns, row, strict=True))
-    return told
+            text += f"\n    {word}: " + ", ".join(f"{name}={value}" for name, value in zip(columns, row, strict=True))
+    return text

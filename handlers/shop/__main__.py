@@ -41,19 +41,19 @@ class _Server(uvicorn.Server):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0 after Ctrl-C or SIGTERM, 2 when it cannot start."""
-    told = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        listener = _listener(told.port)
+        listener = _listener(options.port)
     except OSError as error:
         why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({os.strerror(error.errno or 0)})"
         print(
-            f"shop: port {told.port} of {HOST} {why}: choose another one with --port N, or --port 0 for a free one",
+            f"shop: port {options.port} of {HOST} {why}: choose another one with --port N, or --port 0 for a free one",
             file=sys.stderr,
         )
         return 2
     try:
         with listener:
-            asyncio.run(_run(listener, told.token_seconds, told.json))
+            asyncio.run(_run(listener, options.token_seconds, options.json))
     except ConsumerError as error:
         print(f"shop: {error}", file=sys.stderr)
         return 2
@@ -91,25 +91,25 @@ def _port(text: str) -> int:
 
 def _seconds(text: str) -> float:
     try:
-        found = float(text)
+        seconds = float(text)
     except ValueError:
-        found = 0.0
-    if not 0.1 <= found <= 86_400:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 86_400:
         raise argparse.ArgumentTypeError(f"{text!r}: a number of seconds, from 0.1 to 86400")
-    return found
+    return seconds
 
 
 def _listener(port: int) -> socket.socket:
     """The page's socket, taken before anything is started. Raises OSError."""
-    found = socket.socket()
+    listener = socket.socket()
     try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((HOST, port))
-        found.listen(128)  # who comes while the services start waits
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((HOST, port))
+        listener.listen(128)  # who comes while the services start waits
     except BaseException:
-        found.close()
+        listener.close()
         raise
-    return found
+    return listener
 
 
 async def _run(listener: socket.socket, token_seconds: float, as_json: bool) -> None:
@@ -118,7 +118,7 @@ async def _run(listener: socket.socket, token_seconds: float, as_json: bool) -> 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
     port = listener.getsockname()[1]
-    _tell("starting PostgreSQL, Valkey, a Kafka broker and a worker on this machine", as_json)
+    _report("starting PostgreSQL, Valkey, a Kafka broker and a worker on this machine", as_json)
     async with running() as services:
         page = Page(services, token_seconds)
         async with page.connected():
@@ -134,27 +134,27 @@ async def _run(listener: socket.socket, token_seconds: float, as_json: bool) -> 
             server = _Server(config)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             stopped = asyncio.create_task(stopping.wait())
-            _tell(f"the page is http://{HOST}:{port}   (Ctrl-C ends it)", as_json, services, port)
+            _report(f"the page is http://{HOST}:{port}   (Ctrl-C ends it)", as_json, services, port)
             await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
             stopped.cancel()
             page.stopping.set()
             server.should_exit = True
-            _tell("ending: worker, page, services", as_json)
+            _report("ending: worker, page, services", as_json)
             await serving
 
 
-def _tell(text: str, as_json: bool, services: Running | None = None, port: int = 0) -> None:
+def _report(text: str, as_json: bool, services: Running | None = None, port: int = 0) -> None:
     if not as_json:
         print(text, flush=True)
     elif services is not None:
-        found = {
+        status = {
             "page": f"http://{HOST}:{port}",
             "postgres_dsn": services.settings.dsn,
             "redis_url": services.valkey.url,
             "kafka_bootstrap_servers": services.tansu.bootstrap_servers,
-            "pids": {each.name: each.pid for each in (services.postgres, services.valkey, services.tansu)},
+            "pids": {server.name: server.pid for server in (services.postgres, services.valkey, services.tansu)},
         }
-        print(json.dumps(found), flush=True)
+        print(json.dumps(status), flush=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ _HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "referrer-policy": "same-origin",
     "x-content-type-options": "nosniff",
-    "cache-control": "no-store",  # also what Back shows is asked for anew
+    "cache-control": "no-store",  # also what Back shows is asked for again
 }
 
 

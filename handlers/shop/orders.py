@@ -79,17 +79,17 @@ class Order:
     def tap(self) -> Tap:
         """A new request to pay. Only the newest are kept."""
         self.tapped += 1
-        found = Tap(self.tapped)
-        self.taps.append(found)
+        tap = Tap(self.tapped)
+        self.taps.append(tap)
         del self.taps[:-TAPS_KEPT]
-        return found
+        return tap
 
     def send(self, message_id: str) -> Sent:
         """A new message."""
-        found = Sent(message_id)
-        self.sent.append(found)
+        sent = Sent(message_id)
+        self.sent.append(sent)
         del self.sent[:-TAPS_KEPT]
-        return found
+        return sent
 
 
 class Orders:
@@ -118,8 +118,8 @@ class Orders:
 
     def find(self, id: UUID, visitor: UUID) -> Order | None:
         """An order, if it is this visitor's: another's is as unknown as none."""
-        found = self._orders.get(id)
-        return found if found is not None and found.visitor == visitor else None
+        order = self._orders.get(id)
+        return order if order is not None and order.visitor == visitor else None
 
 
 def cents(amount: object) -> int:
@@ -127,10 +127,10 @@ def cents(amount: object) -> int:
     text = str(amount) if isinstance(amount, str | int | Decimal) and not isinstance(amount, bool) else ""
     if not _AMOUNT.fullmatch(text):
         raise ValueError("amount: a number of euros with at most two decimals, as 12.50")
-    found = int(Decimal(text) * 100)
-    if not 1 <= found <= AMOUNT_MAX:
+    cents = int(Decimal(text) * 100)
+    if not 1 <= cents <= AMOUNT_MAX:
         raise ValueError(f"amount: from 0.01 to {money(AMOUNT_MAX)}")
-    return found
+    return cents
 
 
 def money(amount: int) -> str:

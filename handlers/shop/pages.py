@@ -33,7 +33,7 @@ from handlers.shop.orders import Order, Orders, Switches, switches
 from handlers.shop.payments_api import DATABASE_AWAY, DATABASE_SECONDS, TOKENS_SECONDS, PaymentsApi
 from handlers.shop.requests import COOKIE, body_of, is_form, visitor_of
 from handlers.shop.running import Running
-from handlers.shop.view import Seen, Services, is_waiting, told, topic_of
+from handlers.shop.view import Seen, Services, describe, is_waiting, topic_of
 
 _STATIC = Path(__file__).with_name("static")
 _LOOK_SECONDS = (0.1, 0.5)  # between two looks at an order: while something is on its way, and else
@@ -102,14 +102,14 @@ class Page:
         return await self._render(order)
 
     async def _render(self, order: Order, status: int = 200, notice: str = "") -> Response:
-        found = await self._told(order)
+        view = await self._describe(order)
         layers = order.switches
         values = {
             "order": str(order.id),
             "token": order.token or "",
             "notice": notice,
-            "verdict": found["verdict"]["text"],
-            "balance": f"{found['account']['name']}: {found['account']['balance'] or 'cannot be told now'}",
+            "verdict": view["verdict"]["text"],
+            "balance": f"{view['account']['name']}: {view['account']['balance'] or 'cannot be told now'}",
             "greying_on": "checked" if layers.greying else "",
             "token_on": "checked" if layers.token else "",
             "ledger_on": "checked" if layers.ledger else "",
@@ -168,8 +168,8 @@ class Page:
         if not is_form(request):
             return response
         # Without JavaScript. No redirect: a reload sends it again, which the page is there to show.
-        told = json.loads(bytes(response.body))
-        return await self._render(order, response.status_code, f"Answer {response.status_code}: {told['detail']}")
+        refusal = json.loads(bytes(response.body))
+        return await self._render(order, response.status_code, f"Answer {response.status_code}: {refusal['detail']}")
 
     # -- the order's state ------------------------------------------------------------------------------------------
 
@@ -177,7 +177,7 @@ class Page:
 
     async def order(self, request: Request) -> Response:
         """The order as the page shows it, once."""
-        return JSONResponse(await self._told(self.payments.find_order(request)))
+        return JSONResponse(await self._describe(self.payments.find_order(request)))
 
     async def events(self, request: Request) -> Response:
         """The same by server-sent events: at once, and whenever it changes."""
@@ -191,14 +191,14 @@ class Page:
     async def _changes(self, order: Order) -> AsyncIterator[str]:
         self._watchers += 1
         clock = asyncio.get_running_loop().time
-        last, told_at = "", clock()
+        last, sent_at = "", clock()
         try:
             while not self.stopping.is_set():
                 seen = await self._seen(order)
-                found = json.dumps(self._view(order, seen))
-                if found != last or clock() - told_at > _HEARTBEAT_SECONDS:
-                    yield f"data: {found}\n\n" if found != last else ": nothing new\n\n"
-                    last, told_at = found, clock()
+                state = json.dumps(self._view(order, seen))
+                if state != last or clock() - sent_at > _HEARTBEAT_SECONDS:
+                    yield f"data: {state}\n\n" if state != last else ": nothing new\n\n"
+                    last, sent_at = state, clock()
                 try:
                     await asyncio.wait_for(self.stopping.wait(), _LOOK_SECONDS[0 if is_waiting(order, seen) else 1])
                 except TimeoutError:
@@ -206,12 +206,12 @@ class Page:
         finally:
             self._watchers -= 1
 
-    async def _told(self, order: Order) -> dict[str, Any]:
+    async def _describe(self, order: Order) -> dict[str, Any]:
         return self._view(order, await self._seen(order))
 
     def _view(self, order: Order, seen: Seen | None) -> dict[str, Any]:
         services = Services(self._kafka, seen is not None, self._redis_up, self.running.worker.pid)
-        return told(order, seen, services, self.running.worker.causes(topic_of(order)))
+        return describe(order, seen, services, self.running.worker.causes(topic_of(order)))
 
     async def _seen(self, order: Order) -> Seen | None:
         """What PostgreSQL holds now; None when it does not say."""
@@ -222,17 +222,17 @@ class Page:
                 )
         except DATABASE_AWAY:
             return None
-        found = json.loads(text)
+        row = json.loads(text)
         charges: dict[tuple[int, int], int] = {}
-        for partition, offset, _ in found["charges"] or []:
+        for partition, offset, _ in row["charges"] or []:
             charges[partition, offset] = charges.get((partition, offset), 0) + 1
         return Seen(
             charges=charges,
-            charged=sum(amount for _, _, amount in found["charges"] or []),
-            positions=dict(found["positions"] or []),
-            letters={(partition, offset): reason for partition, offset, reason in found["letters"] or []},
-            **(found["order"] or {}),
-            **({"balance": found["balance"]} if found["balance"] is not None else {}),
+            charged=sum(amount for _, _, amount in row["charges"] or []),
+            positions=dict(row["positions"] or []),
+            letters={(partition, offset): reason for partition, offset, reason in row["letters"] or []},
+            **(row["order"] or {}),
+            **({"balance": row["balance"]} if row["balance"] is not None else {}),
         )
 
     async def _probe(self) -> None:
@@ -284,7 +284,7 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 
 async def _failed(_: Request, error: Exception) -> Response:
-    """A mistake of ours. Its text may quote what was sent, so it is not told."""
+    """A mistake of ours. Its text may quote what was sent, so it is not shown."""
     problem = Problem(500, "failed", "This is our mistake. Whether something was accepted, the page shows.")
     return Response(problem.body, problem.status_code, problem.headers)
 

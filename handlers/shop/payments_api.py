@@ -66,7 +66,7 @@ class PaymentsApi:
                 if problem.code == "token_unknown" and is_its_own and not order.sent:
                     self._orders.close(
                         order
-                    )  # expired or lost: nobody can pay it, so the page loaded next shows another
+                    )  # expired or lost: no one can pay it, so the page loaded next shows another
                 if problem.code != "tokens_unavailable" or not order.switches.ledger or not is_its_own:
                     raise
                 # Redis is away, and the ledger is behind: the message id is derived from the token alone.
@@ -106,12 +106,12 @@ class PaymentsApi:
         """Give it to Kafka, for as long as the client tries. Never cancelled by an answer that would not wait."""
         headers = [("message-id", sent.message_id.encode())]
         try:
-            found = await self.producer.send_and_wait(topic_of(order), body, key=order.id.bytes, headers=headers)
+            metadata = await self.producer.send_and_wait(topic_of(order), body, key=order.id.bytes, headers=headers)
         except Exception as error:  # whatever the client raises: it may have arrived all the same
             logging.getLogger("shop").warning("kafka did not confirm a message: %s", type(error).__name__)
             sent.given_up = True
         else:
-            sent.place = (found.partition, found.offset)
+            sent.place = (metadata.partition, metadata.offset)
 
     async def _subject(self, request: Request) -> str | None:
         visitor = visitor_of(request)
@@ -127,7 +127,7 @@ class PaymentsApi:
         if not isinstance(to, str) or to not in ORDERS.moves.moves:
             raise Problem(422, "state_unknown", f"state: one of {', '.join(ORDERS.moves.moves)}")
         if version is None:
-            raise Problem(428, "version_missing", "version: the one that you have seen, so that nobody's work is lost.")
+            raise Problem(428, "version_missing", "version: the one that you have seen, so that no one's work is lost.")
         if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version < _VERSION_MAX:
             raise Problem(422, "version_invalid", "version: a whole number, at least 0")
         if given:
@@ -158,7 +158,7 @@ class PaymentsApi:
 
     def find_order(self, request: Request) -> Order:
         visitor = visitor_of(request)
-        found = self._orders.find(request.path_params["id"], visitor) if visitor is not None else None
-        if found is None:
+        order = self._orders.find(request.path_params["id"], visitor) if visitor is not None else None
+        if order is None:
             raise Problem(404, "order_unknown", "There is no such order of yours. Load the page again.")
-        return found
+        return order

@@ -43,10 +43,10 @@ async def body_of(request: Request) -> dict[str, Any]:
             pairs = (await request.form()).multi_items()
         except HTTPException as error:  # too many fields, for example
             raise Problem(error.status_code, "form_malformed", error.detail) from None
-        found: dict[str, Any] = dict(pairs)
-        if len(found) < len(pairs):
+        fields: dict[str, Any] = dict(pairs)
+        if len(fields) < len(pairs):
             raise Problem(422, "field_repeated", "A field stands there twice.")
-        return found
+        return fields
     if media_type_of(request) != "application/json":
         raise Problem(415, "media_type", "Send application/json, or a form that is application/x-www-form-urlencoded.")
     try:

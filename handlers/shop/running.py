@@ -178,9 +178,9 @@ async def running() -> AsyncIterator[Running]:
     To be called in the main thread: the servers end with the thread that has started them.
     """
     async with AsyncExitStack() as stack:
-        for name in [each for each in os.environ if each.startswith("CONSUMER_")]:
+        for name in [variable for variable in os.environ if variable.startswith("CONSUMER_")]:
             del os.environ[name]  # settings for other servers than these
-        postgres, valkey, tansu = (stack.enter_context(each()) for each in (Postgres, Valkey, Tansu))
+        postgres, valkey, tansu = (stack.enter_context(server()) for server in (Postgres, Valkey, Tansu))
         settings = load(
             kafka_bootstrap_servers=tansu.bootstrap_servers,
             postgres_dsn=postgres.dsn(),
@@ -201,14 +201,14 @@ async def running() -> AsyncIterator[Running]:
             connection.terminate()
         for topic in (TOPIC, SANDBOX_TOPIC):
             await create_topic(settings, topic, PARTITIONS)
-        found = Running(postgres, valkey, tansu, settings)
+        services = Running(postgres, valkey, tansu, settings)
         try:
-            await found.worker.start()
-            await found.worker.until_it_reads()
-            yield found
+            await services.worker.start()
+            await services.worker.until_it_reads()
+            yield services
         finally:
-            found.thaw()
-            await found.worker.stop()
+            services.thaw()
+            await services.worker.stop()
 
 
 def _end(server: LocalServer, number: signal.Signals) -> None:

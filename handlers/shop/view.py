@@ -51,7 +51,7 @@ def topic_of(order: Order) -> str:
     return TOPIC if order.switches.ledger else SANDBOX_TOPIC
 
 
-def told(order: Order, seen: Seen | None, services: Services, causes: Mapping[Place, str]) -> dict[str, Any]:
+def describe(order: Order, seen: Seen | None, services: Services, causes: Mapping[Place, str]) -> dict[str, Any]:
     """The page's content, as JSON. seen: None while PostgreSQL does not answer. causes: why a worker stopped a message."""
     tone, text = _verdict(order, seen, services)
     return {
@@ -69,8 +69,8 @@ def told(order: Order, seen: Seen | None, services: Services, causes: Mapping[Pl
         },
         "token": _token(order),
         "message_id": order.message_id,
-        "taps": [{"number": each.number, "status": each.status, "text": each.text} for each in order.taps],
-        "messages": [_message(each, order, seen, causes) for each in order.sent],
+        "taps": [{"number": tap.number, "status": tap.status, "text": tap.text} for tap in order.taps],
+        "messages": [_message(sent, order, seen, causes) for sent in order.sent],
         "services": {
             "kafka": {"up": services.kafka},
             "postgresql": {"up": services.postgresql},
@@ -82,9 +82,9 @@ def told(order: Order, seen: Seen | None, services: Services, causes: Mapping[Pl
 
 def is_waiting(order: Order, seen: Seen | None) -> bool:
     """Whether something of this order is still to happen, as far as one can tell."""
-    return any(each.status is None for each in order.taps) or any(
-        not each.given_up and (seen is None or each.place is None or not _is_settled(each.place, seen))
-        for each in order.sent
+    return any(tap.status is None for tap in order.taps) or any(
+        not sent.given_up and (seen is None or sent.place is None or not _is_settled(sent.place, seen))
+        for sent in order.sent
     )
 
 
@@ -100,8 +100,8 @@ def _state(seen: Seen | None) -> str:
 
 
 def _verdict(order: Order, seen: Seen | None, services: Services) -> tuple[str, str]:
-    in_kafka = [each for each in order.sent if each.place is not None]
-    unconfirmed = [each for each in order.sent if each.place is None]
+    in_kafka = [sent for sent in order.sent if sent.place is not None]
+    unconfirmed = [sent for sent in order.sent if sent.place is None]
     accepted = "Accepted (Kafka has it). " if in_kafka else ""
     if seen is None:
         return "wait", f"{accepted}PostgreSQL does not answer: whether it was charged cannot be told now."
@@ -110,7 +110,7 @@ def _verdict(order: Order, seen: Seen | None, services: Services) -> tuple[str, 
         return "bad", f"Charged {times} times: {money(seen.charged)} in all."
     if times == 1:
         return "ok", f"Charged once: {money(seen.charged)}."
-    waiting = [each for each in in_kafka if each.place is not None and not _is_settled(each.place, seen)]
+    waiting = [sent for sent in in_kafka if sent.place is not None and not _is_settled(sent.place, seen)]
     if waiting:
         why = "" if services.worker else " The worker is away; it will be charged when there is one again."
         return "wait", f"Accepted, not yet charged.{why}"
@@ -160,7 +160,7 @@ def _fate(sent: Sent, order: Order, seen: Seen | None, causes: Mapping[Place, st
     if sent.place is None:
         return "sent; Kafka has not confirmed it"
     if seen is None:
-        return "in Kafka; PostgreSQL does not answer, so nobody can tell more"
+        return "in Kafka; PostgreSQL does not answer, so nothing more is known"
     times = seen.charges.get(sent.place, 0)
     if not order.switches.ledger and times:
         again = "" if times == 1 else f" {times} times: it was delivered again"

@@ -160,11 +160,11 @@ async def test_a_missing_schema_is_one_line_that_names_the_command(good: Path, d
 def test_help_teaches(tmp_path: Path) -> None:
     result = consumer(tmp_path, "run", "--help")
     assert result.returncode == 0
-    for each in ("--workers", "--grace", "--wait", "CONSUMER_POSTGRES_DSN", "CONSUMER_REDIS_URL", "SIGTERM"):
-        assert each in result.stdout
+    for text in ("--workers", "--grace", "--wait", "CONSUMER_POSTGRES_DSN", "CONSUMER_REDIS_URL", "SIGTERM"):
+        assert text in result.stdout
     everything = consumer(tmp_path, "--help").stdout
-    for each in ("run", "migrate", "status", "show", "dlq", "positions", "demo"):
-        assert each in everything
+    for name in ("run", "migrate", "status", "show", "dlq", "positions", "demo"):
+        assert name in everything
 
 
 # -- reports ------------------------------------------------------------------------------------------------------------
@@ -213,14 +213,14 @@ async def reported(place: Place, tmp_path: Path) -> dict[str, Any]:
 async def test_status_tells_positions_lag_and_outcomes(reported: dict[str, Any]) -> None:
     result = consumer(reported["cwd"], "status", "reported:app", "--json", **reported["environment"])
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    settle = found["handlers"]["settle"]
+    answer = json.loads(result.stdout)
+    settle = answer["handlers"]["settle"]
     assert (settle["applied"], settle["dead_lettered"]) == (2, 2)
     assert sum(settle["duplicates"].values()) == 1
-    [id] = {each.pop("topic_id") for each in found["partitions"]}
+    [id] = {each.pop("topic_id") for each in answer["partitions"]}
     assert str(uuid.UUID(id)) == id
     good = {"stopped": None, "open_transaction": None, "waiting": 0}
-    assert found["partitions"] == [
+    assert answer["partitions"] == [
         {"topic": reported["topic"], "partition": 0, "position": 3, "end": 3, "lag": 0, "unread": 0, **good},
         {"topic": reported["topic"], "partition": 1, "position": 2, "end": 3, "lag": 1, "unread": 1, **good},
     ]
@@ -232,9 +232,14 @@ async def test_status_tells_positions_lag_and_outcomes(reported: dict[str, Any])
 async def test_show_tells_what_became_of_a_message(reported: dict[str, Any]) -> None:
     result = consumer(reported["cwd"], "show", "reported:app", "a", "--json", **reported["environment"])
     assert result.returncode == 0
-    [found] = json.loads(result.stdout)["handlers"]
-    assert (found["handler"], found["state"], found["partition"], found["offset"]) == ("settle", "applied", 0, 0)
-    assert found["at"]
+    [handler] = json.loads(result.stdout)["handlers"]
+    assert (handler["handler"], handler["state"], handler["partition"], handler["offset"]) == (
+        "settle",
+        "applied",
+        0,
+        0,
+    )
+    assert handler["at"]
     dead = consumer(reported["cwd"], "show", "reported:app", "c", **reported["environment"])
     assert dead.returncode == 0 and "dead-lettered" in dead.stdout and "rejected" in dead.stdout
     unknown = consumer(reported["cwd"], "show", "reported:app", "never seen", **reported["environment"])
@@ -243,7 +248,7 @@ async def test_show_tells_what_became_of_a_message(reported: dict[str, Any]) -> 
 
 async def test_dead_letters_are_listed_and_shown_byte_for_byte(reported: dict[str, Any]) -> None:
     result = consumer(reported["cwd"], "dlq", "list", "reported:app", "--json", **reported["environment"])
-    listed = {each["reason"]: each for each in json.loads(result.stdout)}
+    listed = {row["reason"]: row for row in json.loads(result.stdout)}
     assert set(listed) == {"unreadable", "rejected"}
     assert "value" not in listed["rejected"]
     number = str(listed["unreadable"]["letter"])

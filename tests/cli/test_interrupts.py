@@ -35,8 +35,8 @@ def console_script(directory: Path) -> list[str]:
 
 def answers_signals(process: int) -> bool:
     """Whether it has a handler of SIGTERM, as Python itself has not: what comes before is Python's own start."""
-    found = Path(f"/proc/{process}/status").read_text().partition("SigCgt:")[2].split()
-    return bool(found) and bool(int(found[0], 16) & 1 << signal.SIGTERM - 1)
+    words = Path(f"/proc/{process}/status").read_text().partition("SigCgt:")[2].split()
+    return bool(words) and bool(int(words[0], 16) & 1 << signal.SIGTERM - 1)
 
 
 def interrupted(command: list[str], cwd: Path, seconds: float) -> tuple[int, str]:
@@ -72,8 +72,8 @@ def test_ctrl_c_at_any_moment_is_one_line(tmp_path: Path, entry: str, command: s
     arguments = {"status": ["status", "x:app"], "run": ["run", "x:app"], "dlq": ["dlq", "list", "x:app"]}[command]
     arguments += ["--postgres-dsn", dsn, "--wait", "60"]
     for delay in DELAYS:
-        found = interrupted([*start, *arguments], tmp_path, delay)
-        assert found == (130, "consumer: interrupted\n"), f"after {delay} s"
+        ended = interrupted([*start, *arguments], tmp_path, delay)
+        assert ended == (130, "consumer: interrupted\n"), f"after {delay} s"
 
 
 def test_sigterm_while_the_application_is_imported_is_one_line(tmp_path: Path) -> None:
@@ -96,8 +96,8 @@ def test_sigterm_while_the_application_is_imported_is_one_line(tmp_path: Path) -
 
 def test_package_offers_every_name_that_it_lists() -> None:
     assert set(consumer._MODULES) == set(consumer.__all__)
-    for each in consumer.__all__:
-        assert getattr(consumer, each).__name__ == each
+    for name in consumer.__all__:
+        assert getattr(consumer, name).__name__ == name
     assert set(consumer.__all__) <= set(dir(consumer))
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         consumer.Nothing  # type: ignore[attr-defined]  # noqa: B018
@@ -105,10 +105,10 @@ def test_package_offers_every_name_that_it_lists() -> None:
 
 def test_package_imports_nothing_before_a_name_is_used() -> None:
     code = "import sys; before = set(sys.modules); import consumer.cli.interrupts; print(*set(sys.modules) - before)"
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
     )
-    assert set(found.stdout.split()) == {"consumer", "consumer.cli", "consumer.cli.interrupts"}
+    assert set(result.stdout.split()) == {"consumer", "consumer.cli", "consumer.cli.interrupts"}
 
 
 def test_tests_that_press_ctrl_c_pass_where_sigint_is_ignored() -> None:
@@ -116,7 +116,7 @@ def test_tests_that_press_ctrl_c_pass_where_sigint_is_ignored() -> None:
         "tests/cli/test_redrive_command.py::test_question_ends_at_once_when_interrupted[retry]",
         "tests/demo/test_demo.py::test_ended_early_it_leaves_nothing[2]",
     ]
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests],
         cwd=ROOT,
         env={name: text for name, text in os.environ.items() if not name.startswith("PYTEST_")},
@@ -124,5 +124,5 @@ def test_tests_that_press_ctrl_c_pass_where_sigint_is_ignored() -> None:
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert "2 passed" in found.stdout
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 passed" in result.stdout

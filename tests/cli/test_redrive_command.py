@@ -20,9 +20,9 @@ PATH = f"{ROOT}{os.pathsep}{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"
 
 @pytest.fixture
 async def desk(database: str) -> Desk:
-    made = Desk(database)
-    await made.open()
-    return made
+    desk = Desk(database)
+    await desk.open()
+    return desk
 
 
 def environment(desk: Desk) -> dict[str, str]:
@@ -130,8 +130,8 @@ async def test_bulk_retry_leaves_out_what_may_have_been_applied_and_says_so(desk
     assert result.returncode == 0, result.stderr
     assert "1 dead letters are left out" in result.stdout and "--reason too_old" in result.stdout
     assert await desk.done() == ["new"]
-    found = json.loads(dlq(desk, tmp_path, "retry", "redrive_desk:app", "--all", "--yes", "--json").stdout)
-    assert (found["asked"], found["left_out"], found["letters"], found["changed"]) == (0, 1, [], False)
+    answer = json.loads(dlq(desk, tmp_path, "retry", "redrive_desk:app", "--all", "--yes", "--json").stdout)
+    assert (answer["asked"], answer["left_out"], answer["letters"], answer["changed"]) == (0, 1, [], False)
     is_one_line(dlq(desk, tmp_path, "retry", "redrive_desk:app", str(old)), "may have been applied", "--yes")
     assert await desk.done() == ["new"]
     is_one_line(dlq(desk, tmp_path, "retry", "redrive_desk:app", str(new)), "applied already")
@@ -144,8 +144,8 @@ async def test_retry_json_has_one_shape(desk: Desk, tmp_path: Path) -> None:
     await desk.letter("a")
     shapes = []
     for arguments in (["--all", "--dry-run"], ["--topic", "orders", "--yes"], ["--topic", "orders", "--yes"]):
-        found = json.loads(dlq(desk, tmp_path, "retry", "redrive_desk:app", *arguments, "--json").stdout)
-        shapes.append((set(found), {frozenset(each) for each in found["letters"]} or None))
+        answer = json.loads(dlq(desk, tmp_path, "retry", "redrive_desk:app", *arguments, "--json").stdout)
+        shapes.append((set(answer), {frozenset(entry) for entry in answer["letters"]} or None))
     assert shapes[0] == shapes[1]
     assert shapes[2] == (shapes[0][0], None)
 
@@ -174,8 +174,8 @@ async def test_filter_that_names_nothing_is_an_error(desk: Desk, tmp_path: Path)
         is_one_line(dlq(desk, tmp_path, *arguments), *says)
     assert await desk.rows() == before
     for name in (desk.name, "redrive_desk:app"):
-        found = json.loads(dlq(desk, tmp_path, "list", name, "--json").stdout)
-        assert [each["letter"] for each in found] == [number]
+        rows = json.loads(dlq(desk, tmp_path, "list", name, "--json").stdout)
+        assert [row["letter"] for row in rows] == [number]
 
 
 async def test_tables_at_eighty_columns_cut_no_name(desk: Desk, tmp_path: Path) -> None:

@@ -97,14 +97,14 @@ async def test_a_good_answer_is_exit_code_0(shop: Shop) -> None:
     result = shop.replay()
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    for each in ("settle", "look", "44", "rows written for messages applied before: 0", "pg_stat_xact_all_tables"):
-        assert each in result.stdout
+    for text in ("settle", "look", "44", "rows written for messages applied before: 0", "pg_stat_xact_all_tables"):
+        assert text in result.stdout
     assert result.stdout.splitlines()[-1] == "Nothing is missing, and nothing would happen twice"
     assert shop.states == []
-    found = json.loads(shop.replay("--json").stdout)
-    assert (found["verdict"], found["exit_code"], found["messages"]) == ("ok", 0, 44)
-    assert found["handlers"]["settle"]["applied"] == 44 and found["handlers"]["look"]["skipped"] == 44
-    assert found["effects"]["rows"] == 0 and found["history"]["settle"]["rows"] == 40
+    answer = json.loads(shop.replay("--json").stdout)
+    assert (answer["verdict"], answer["exit_code"], answer["messages"]) == ("ok", 0, 44)
+    assert answer["handlers"]["settle"]["applied"] == 44 and answer["handlers"]["look"]["skipped"] == 44
+    assert answer["effects"]["rows"] == 0 and answer["history"]["settle"]["rows"] == 40
 
 
 async def test_what_is_missing_is_exit_code_1_and_repaired_by_apply(shop: Shop, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ async def test_what_cannot_be_told_is_exit_code_2(shop: Shop) -> None:
         (["--report", "x" * 300], "--report"),
         (["--report", "nowhere/x.html"], "--report nowhere/x.html"),
     ],
-    ids=lambda each: " ".join(each) if isinstance(each, list) else None,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 async def test_bad_input_is_one_line_and_exit_code_2(shop: Shop, arguments: list[str], says: str) -> None:
     is_one_line(shop.replay(*arguments), says)
@@ -192,16 +192,16 @@ async def test_republish_copies_a_range_with_its_ids(shop: Shop) -> None:
     copy = await shop.place.topic(2)
     result = shop.command("republish", "--to", copy, "--json")
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert found["mode"] == "republish" and found["messages"] == 44
+    answer = json.loads(result.stdout)
+    assert answer["mode"] == "republish" and answer["messages"] == 44
 
 
 async def test_rebuild_finds_a_changed_row(shop: Shop) -> None:
     assert shop.rebuild("--json").returncode == 0
     await query(shop.place.dsn, "update accounts set balance = balance + 1 where id = 7 returning id")
     result = shop.rebuild("--json")
-    found = json.loads(result.stdout)
-    assert (result.returncode, found["mode"], found["verdict"]) == (1, "rebuild", "no")
+    answer = json.loads(result.stdout)
+    assert (result.returncode, answer["mode"], answer["verdict"]) == (1, "rebuild", "no")
 
 
 async def test_services_that_are_not_there_are_one_line(shop: Shop) -> None:
@@ -239,9 +239,9 @@ async def test_a_kept_state_that_is_no_state_is_one_line(shop: Shop) -> None:
 
 async def test_who_reads_json_learns_of_an_error_there_too(shop: Shop) -> None:
     result = shop.replay("--json", "--from", "latest")
-    found = json.loads(result.stdout)
-    assert (found["verdict"], found["exit_code"], result.returncode) == ("unknown", 2, 2)
-    assert "the range is empty" in found["answer"] and "the range is empty" in result.stderr
+    answer = json.loads(result.stdout)
+    assert (answer["verdict"], answer["exit_code"], result.returncode) == ("unknown", 2, 2)
+    assert "the range is empty" in answer["answer"] and "the range is empty" in result.stderr
 
 
 async def test_without_a_home_it_only_cannot_be_resumed(shop: Shop) -> None:
@@ -294,8 +294,8 @@ async def test_ctrl_c_says_how_far_it_came_and_resume_goes_on(place: Place, tmp_
         == before
     )
     result = shop.replay("--call-handlers", "--resume", "--json")
-    found = json.loads(result.stdout)
-    assert result.returncode == 1 and found["handlers"]["settle"]["missing"] == 200 and found["messages"] == 200
+    answer = json.loads(result.stdout)
+    assert result.returncode == 1 and answer["handlers"]["settle"]["missing"] == 200 and answer["messages"] == 200
     assert shop.states == []
 
 

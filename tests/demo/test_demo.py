@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from consumer.demo import DUPLICATES_PERCENT, Findings, plan
+from consumer.demo import DUPLICATES_PERCENT, DemoResult, plan
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_ended_early_it_leaves_nothing(place: Path, number: signal.Signals) -> N
 
 
 def test_a_wrong_number_is_not_called_agreement() -> None:
-    good = Findings(produced=10, distinct=9, applied=9, payments_stored=9, duplicates_by_ledger=1, replays_agree=True)
+    good = DemoResult(produced=10, distinct=9, applied=9, payments_stored=9, duplicates_by_ledger=1, replays_agree=True)
     assert good.agree
     for name in ("produced", "applied", "payments_stored", "dead_lettered", "balance_sum", "accounts_wrong"):
         setattr(good, name, getattr(good, name) + 1)

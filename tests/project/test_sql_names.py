@@ -110,7 +110,7 @@ REVIEWED: dict[str, dict[str, str]] = {
     "testing/outside_rows.py": {"name": "PostgreSQL's format('%I.%I')"},
     "testing/server.py": {
         "name": "numbers of this run",
-        "each": "numbers of this run",
+        "database": "numbers of this run",
         "rest": "a constant of that file",
     },
 }

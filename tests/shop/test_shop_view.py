@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from consumer.schemes.tokens import message_id_of
 from handlers.shop.orders import TAPS_KEPT, Order, Orders, Sent, Switches, cents, money, switches
-from handlers.shop.view import Seen, Services, is_waiting, told
+from handlers.shop.view import Seen, Services, describe, is_waiting
 
 VISITOR = UUID(int=1)
 PLACES = st.tuples(st.integers(0, 2), st.integers(0, 4))
@@ -39,7 +39,7 @@ def test_nothing_is_called_charged_that_postgresql_does_not_hold(
     order = Order(
         uuid4(), VISITOR, layers, "t" * 43 if token and layers.token else None, sent=sent, unchecked=unchecked
     )
-    view = told(order, seen, up, causes)
+    view = describe(order, seen, up, causes)
     verdict = view["verdict"]["text"]
     times = sum(seen.charges.values()) if seen is not None else 0
     assert verdict.startswith("Charged") == (times > 0)

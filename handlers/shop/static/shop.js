@@ -5,7 +5,7 @@ const order = document.body.dataset.order;
 const token = document.body.dataset.token;
 const one = (id) => document.getElementById(id);
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
-const REPEATS_MAX = 4; // of a tap that was told to wait for the first one's answer
+const REPEATS_MAX = 4; // of a tap that has to wait for the first one's answer
 
 async function post(path, body, headers = {}) {
   const response = await fetch(path, {
@@ -14,10 +14,10 @@ async function post(path, body, headers = {}) {
     body: JSON.stringify(body),
     signal: AbortSignal.timeout(20000),
   });
-  return { status: response.status, after: Number(response.headers.get("retry-after")), told: await response.json() };
+  return { status: response.status, after: Number(response.headers.get("retry-after")), answer: await response.json() };
 }
 
-// One tap, until it has an answer. A tap that comes while the first is worked on is told 409, and asks again.
+// One tap, until it has an answer. A tap that comes while the first is worked on gets 409, and asks again.
 async function tap() {
   const headers = token ? { "idempotency-key": token } : {};
   for (let again = 0; ; again++) {
@@ -33,13 +33,13 @@ function say(text) {
 
 async function pay(taps) {
   const ended = await Promise.allSettled(Array.from({ length: taps }, tap));
-  const told = ended.map((each) =>
+  const lines = ended.map((each) =>
     each.status === "fulfilled"
-      ? `Answer ${each.value.status}: ${each.value.told.detail}`
+      ? `Answer ${each.value.status}: ${each.value.answer.detail}`
       : "No answer: whether it was accepted is not known. The order shows it below.",
   );
   const counts = new Map();
-  for (const each of told) counts.set(each, (counts.get(each) || 0) + 1);
+  for (const each of lines) counts.set(each, (counts.get(each) || 0) + 1);
   say([...counts].map(([text, count]) => (count > 1 ? `${count} × ${text}` : text)).join(" "));
   return ended.every((each) => each.status === "fulfilled" && each.value.status === 202);
 }
@@ -64,9 +64,9 @@ one("layers").addEventListener("submit", async (event) => {
   const { greying, token, ledger } = one("layers").elements;
   const wanted = { greying: greying.checked, token: token.checked, ledger: ledger.checked };
   try {
-    const { status, told } = await post("/orders", wanted);
+    const { status, answer } = await post("/orders", wanted);
     if (status === 201) location.reload();
-    else say(`${status}: ${told.detail}`);
+    else say(`${status}: ${answer.detail}`);
   } catch {
     say("No answer: the page's server is away.");
   }
@@ -75,8 +75,8 @@ one("layers").addEventListener("submit", async (event) => {
 let version = null;
 one("ship").addEventListener("click", async () => {
   try {
-    const { status, told } = await post(`/orders/${order}/state`, { state: "shipped", version });
-    say(status === 200 ? "Shipped." : `${status}: ${told.detail}`);
+    const { status, answer } = await post(`/orders/${order}/state`, { state: "shipped", version });
+    say(status === 200 ? "Shipped." : `${status}: ${answer.detail}`);
   } catch {
     say("No answer: the page's server is away.");
   }
@@ -90,8 +90,8 @@ for (const line of document.querySelectorAll("#services li")) {
       if (button.getAttribute("aria-disabled")) return;
       button.setAttribute("aria-disabled", "true");
       try {
-        const { status, told } = await post(`/services/${name}`, { do: what });
-        if (status !== 200) say(`${status}: ${told.detail}`);
+        const { status, answer } = await post(`/services/${name}`, { do: what });
+        if (status !== 200) say(`${status}: ${answer.detail}`);
       } catch {
         say("No answer: the page's server is away.");
       }
