@@ -122,7 +122,8 @@ async def _targets(
         targets = {partition: _target(bound, ends, at_time.get(partition)) for partition, ends in bounds.items()}
     if outside := [partition for partition, ends in bounds.items() if not ends.first <= targets[partition] <= ends.end]:
         held = ", ".join(
-            f"{_places([each])} {bounds[each].first} to {bounds[each].end}" for each in outside[:_PLACES_MAX]
+            f"{_places([partition])} {bounds[partition].first} to {bounds[partition].end}"
+            for partition in outside[:_PLACES_MAX]
         )
         raise Misconfigured(f"--move-to {to}: the log does not hold that offset; it holds {held} (nothing was changed)")
     return targets

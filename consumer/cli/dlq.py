@@ -33,10 +33,12 @@ _FILTERS = "Filters"
 class FilterFlags:
     """Filters of dead letters."""
 
-    handler: Annotated[str | None, typer.Option("--handler", help="only of this handler", rich_help_panel=_FILTERS)] = (
-        None
-    )
-    topic: Annotated[str | None, typer.Option("--topic", help="only from this topic", rich_help_panel=_FILTERS)] = None
+    handler: Annotated[
+        str | None, typer.Option("--handler", metavar="NAME", help="only of this handler", rich_help_panel=_FILTERS)
+    ] = None
+    topic: Annotated[
+        str | None, typer.Option("--topic", metavar="TOPIC", help="only of this topic", rich_help_panel=_FILTERS)
+    ] = None
     reason: Annotated[
         str | None,
         typer.Option("--reason", help=f"only for this reason: {', '.join(Reason)}", rich_help_panel=_FILTERS),
@@ -145,11 +147,11 @@ async def _rows(
 def _answer(by_group: bool, actions: bool) -> tuple[Any, Any]:
     """Choose the query and the table."""
     if actions:
-        return dead_letters.actions, _print_actions
-    return (dead_letters.error_groups, _print_groups) if by_group else (dead_letters.dead_letters, _print_dead_letters)
+        return dead_letters.actions, print_actions
+    return (dead_letters.error_groups, print_groups) if by_group else (dead_letters.dead_letters, print_dead_letters)
 
 
-def _print_actions(rows: Sequence[dict[str, Any]]) -> None:
+def print_actions(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(*names("at", "letter", "who", "what", "outcome"), "note")
     for row in rows:
         table.add_row(
@@ -163,7 +165,7 @@ def _print_actions(rows: Sequence[dict[str, Any]]) -> None:
     _print(table, "no actions")
 
 
-def _print_dead_letters(rows: Sequence[dict[str, Any]]) -> None:
+def print_dead_letters(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(
         *names("letter", "app", "handler", "from", "state", "reason", "group"),
         "error",
@@ -186,7 +188,7 @@ def _print_dead_letters(rows: Sequence[dict[str, Any]]) -> None:
     _print(table, "no dead letters")
 
 
-def _print_groups(rows: Sequence[dict[str, Any]]) -> None:
+def print_groups(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(
         *names("group"), *numbers("letters"), *names("app", "handler", "reason", "kind", "letter"), "for example"
     )

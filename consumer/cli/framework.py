@@ -159,7 +159,15 @@ def _errors_as_lines(name: str) -> Iterator[None]:
         fail(f"{name}: {logs.describe(error)}{_sqlstate(error)}", 2)
 
 
-_ARGUMENTS = {"app": "APP", "topics": "TOPIC", "message_id": "MESSAGE_ID"}
+_NAMES = {  # of parameters that are not named like their flag
+    "app": "APP",
+    "topics": "TOPIC",
+    "message_id": "MESSAGE_ID",
+    "start": "--from",
+    "handlers": "--handler",
+    "files": "--file",
+    "grants_for": "--grants",
+}
 
 
 def _parameters_of(group: Any) -> Iterator[inspect.Parameter]:
@@ -173,7 +181,7 @@ def _parameters_of(group: Any) -> Iterator[inspect.Parameter]:
 
 
 def _flag_of(name: str) -> str:
-    return _ARGUMENTS.get(name) or f"--{name.replace('_', '-')}"
+    return _NAMES.get(name) or f"--{name.replace('_', '-')}"
 
 
 def _option(name: str, field: Any) -> inspect.Parameter:

@@ -30,7 +30,6 @@ _HEADINGS = (
     ("", "Limits"),
 )
 _ORDER = (
-    "Selection",
     "Filters",
     "Range",
     "Move",

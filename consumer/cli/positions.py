@@ -23,17 +23,22 @@ from consumer.core.suggestions import UnknownName, suggestion
 from consumer.handler_records.notices import gap_text
 from consumer.settings import Settings
 
-_SELECTION, _MOVE, _OTHER = "Selection", "Move", "Other changes"
+_FILTERS, _MOVE, _OTHER = "Filters", "Move", "Other changes"
 
-_Topic = Annotated[str | None, typer.Option("--topic", help="only of this topic", rich_help_panel=_SELECTION)]
+_Topic = Annotated[
+    str | None, typer.Option("--topic", metavar="TOPIC", help="only of this topic", rich_help_panel=_FILTERS)
+]
 _Partition = Annotated[
     int | None,
-    typer.Option("--partition", min=0, help="only this partition of the topic", rich_help_panel=_SELECTION),
+    typer.Option("--partition", min=0, help="only this partition of the topic", rich_help_panel=_FILTERS),
 ]
 _Handler = Annotated[
     str | None,
     typer.Option(
-        "--handler", help="only of this handler, with --begin-here or --accept-id-rule", rich_help_panel=_SELECTION
+        "--handler",
+        metavar="NAME",
+        help="only of this handler, with --begin-here or --accept-id-rule",
+        rich_help_panel=_FILTERS,
     ),
 ]
 _To = Annotated[
@@ -88,7 +93,7 @@ def positions(
     topic: _Topic = None,
     partition: _Partition = None,
     handler: _Handler = None,
-    to: _To = None,
+    move_to: _To = None,
     dry_run: DryRun = False,
     apply_again: _ApplyAgain = False,
     adopt: _Adopt = False,
@@ -111,7 +116,7 @@ def positions(
       consumer positions shop:app --handler NEW --begin-here
     """
     loaded = load_app(app)
-    wanted = _Wanted(topic, partition, handler, to, dry_run, apply_again, adopt, begin_here, accept_id_rule)
+    wanted = _Wanted(topic, partition, handler, move_to, dry_run, apply_again, adopt, begin_here, accept_id_rule)
     _check_together(wanted)
     if handler is not None:
         changes.check_handler(loaded, app, handler)

@@ -76,13 +76,13 @@ async def _purge(settings: Settings, options: PurgeOptions, as_json: bool) -> in
     if as_json:
         print_json(answer)
     else:
-        _print(answer)
+        print_answer(answer)
     if refusal is not None:
         raise Refused(refusal)
     return 0
 
 
-def _print(answer: dict[str, Any]) -> None:
+def print_answer(answer: dict[str, Any]) -> None:
     drops = "would drop" if answer["dry_run"] else "drop"
     table = Table(*numbers("generation"), *names("from", "to"), *numbers("rows, about"), *names(drops), "because")
     for generation in answer["generations"]:

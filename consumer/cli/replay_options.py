@@ -25,7 +25,7 @@ AllowOutside = Annotated[
 ]
 Handlers = Annotated[
     list[str] | None,
-    typer.Option("--handler", help="only for this handler (may be repeated)", rich_help_panel=RANGE),
+    typer.Option("--handler", metavar="NAME", help="only for this handler (may be repeated)", rich_help_panel=RANGE),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="continue the same run after an interruption")]
 
@@ -38,6 +38,7 @@ class RangeFlags:
         str,
         typer.Option(
             "--from",
+            metavar="BOUND",
             help="earliest, position, an offset, a time (2026-11-25T10:00Z; UTC without a zone), or 24h for a day ago",
             rich_help_panel=RANGE,
         ),
@@ -46,6 +47,7 @@ class RangeFlags:
         str,
         typer.Option(
             "--until",
+            metavar="BOUND",
             help="where to stop, exclusive: latest, position, an offset, a time, or 10m ago",
             rich_help_panel=RANGE,
         ),

@@ -83,7 +83,7 @@ def _confirm(question: str) -> None:
             f"{question.removesuffix('?')}: no terminal to ask at; say --yes (--dry-run shows the dead letters)"
         )
     if not ask(question):
-        raise Refused("the answer was no: nothing was changed")
+        raise Refused("dead letters: the answer was no; nothing was changed")
 
 
 def _print_selected(numbers: Sequence[int], left_out: int, answering: Answering) -> int:

@@ -57,44 +57,44 @@ async def _probe(settings: Settings, as_json: bool) -> int:
 
 async def print_status(app: App, path: str, settings: Settings, as_json: bool, exact: bool = False) -> int:
     """Print the status in one database; return the exit code."""
-    found = await read_status(app, path, settings, exact)
+    answer = await read_status(app, path, settings, exact)
     if as_json:
-        print_json(found.as_dict())
+        print_json(answer.as_dict())
     else:
-        _print(found, path)
-    return 0 if found.is_good else 1
+        print_answer(answer, path)
+    return 0 if answer.is_good else 1
 
 
-def _print(found: Status, path: str) -> None:
-    _print_partitions(found)
-    for notice in found.notices:
+def print_answer(answer: Status, path: str) -> None:
+    _print_partitions(answer)
+    for notice in answer.notices:
         line(notice.text)
         line(f"  to resolve it: {notice.do}")
-    _print_waiting(found.waiting)
-    _print_handlers(found.handlers)
-    for name, counts in found.open_dead_letters.items():
+    _print_waiting(answer.waiting)
+    _print_handlers(answer.handlers)
+    for name, counts in answer.open_dead_letters.items():
         dead, behind = counts.get("dead", 0), counts.get("waiting", 0)
         line(
             f"{name}: {dead:,} dead letters to decide on, {behind:,} waiting behind them: "
             f"consumer dlq list {path} --handler {name}"
         )
-    for name, count in (found.miscounts or {}).items():
+    for name, count in (answer.miscounts or {}).items():
         line(
             f"{name}: {count['rows']:,} applied rows in the ledger, {count['counter']:,} counted: workers of a version before "
             "0.2 ran after the migration"
         )
 
 
-def _print_partitions(found: Status) -> None:
+def _print_partitions(answer: Status) -> None:
     table = Table(*names("topic", "partition"), *numbers("position", "end", "lag", "waiting", "unread"))
-    for partition in found.partitions:
+    for partition in answer.partitions:
         position = "-" if partition["position"] is None else f"{partition['position']:,}"
         counts = (_count(partition[name]) for name in ("end", "lag", "waiting", "unread"))
         table.add_row(partition["topic"], str(partition["partition"]), position, *counts)
-    show(table, f"{found.app}: partitions")
-    for topic in found.missing_topics:
+    show(table, f"{answer.app}: partitions")
+    for topic in answer.missing_topics:
         line(f"topic {topic} does not exist")
-    for partition in found.partitions:
+    for partition in answer.partitions:
         place = f"{partition['topic']}:{partition['partition']}"
         if stop := partition["stopped"]:
             line(f"{place} has stopped: {stop['why']}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
@@ -14,9 +15,19 @@ from consumer.settings import Settings
 
 
 def _commands(group: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The path of each command below a group."""
     if not hasattr(group, "commands"):
         return [path]
-    return [each for name, one in group.commands.items() for each in _commands(one, (*path, name))]
+    return [
+        path_of_command for name, one in group.commands.items() for path_of_command in _commands(one, (*path, name))
+    ]
+
+
+def _command(path: tuple[str, ...]) -> Any:
+    command = typer.main.get_command(whole())
+    for name in path:
+        command = command.commands[name]  # type: ignore[attr-defined]
+    return command
 
 
 COMMANDS = _commands(typer.main.get_command(whole()))
@@ -33,8 +44,8 @@ def test_help_at_80_columns_has_no_type_and_cuts_nothing(command: tuple[str, ...
     text = help_of(*command)
     assert not re.search(r"typing|Annotated|<\w|SecretStr|int range", text), text
     assert max(map(len, text.splitlines())) <= 80
-    for each in re.findall(r"CONSUMER_\w+", text):
-        assert each == "CONSUMER_WORKERS" or each.removeprefix("CONSUMER_").lower() in Settings.model_fields
+    for variable in re.findall(r"CONSUMER_\w+", text):
+        assert variable == "CONSUMER_WORKERS" or variable.removeprefix("CONSUMER_").lower() in Settings.model_fields
 
 
 def test_help_of_run_shows_every_setting_under_a_heading() -> None:
@@ -62,3 +73,44 @@ def test_help_of_run_shows_every_setting_under_a_heading() -> None:
             assert f"default: {field.default};" in words, name
     assert "default: 1; env: CONSUMER_WORKERS" in text and "1 to 256" in text
     assert "postgresql://user@host/database" in text
+
+
+PARAMETERS = {path: _command(path).params for path in COMMANDS}
+OWN_FLAGS_MAX = 7  # under one heading, beside those of settings
+
+
+@pytest.mark.parametrize("command", [path for path in COMMANDS if path != ("demo",)], ids=" ".join)
+def test_app_is_the_first_argument_of_every_command(command: tuple[str, ...]) -> None:
+    arguments = [param for param in PARAMETERS[command] if param.param_type_name == "argument"]
+    assert (arguments[0].name, arguments[0].metavar.strip("[]")) == ("app", "APP")
+    assert f"Usage: consumer {' '.join(command)} [OPTIONS] " in help_of(*command)
+    assert help_of(*command).split("[OPTIONS] ")[1].split()[0].strip("[]") == "APP"
+
+
+def test_flags_of_one_name_have_one_meaning_in_every_command() -> None:
+    meanings: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for params in PARAMETERS.values():
+        for param in params:
+            for flag in param.opts if param.param_type_name == "option" else ():
+                # `--partition` of replay may be repeated: partitions
+                meanings[flag].add((param.name.removesuffix("s"), str(param.metavar), str(param.is_flag)))
+    assert {flag: meaning for flag, meaning in meanings.items() if len(meaning) > 1} == {}
+
+
+def test_one_meaning_has_one_flag_in_every_command() -> None:
+    flags: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for params in PARAMETERS.values():
+        for param in params:
+            if param.param_type_name == "option":
+                flags[param.name.removesuffix("s")].add(tuple(opt for opt in param.opts if opt.startswith("--")))
+    assert {name: names for name, names in flags.items() if len(names) > 1} == {}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_flags_of_a_command_are_in_small_groups(command: tuple[str, ...]) -> None:
+    options = [param for param in PARAMETERS[command] if param.param_type_name == "option"]
+    own = [param for param in options if param.name not in Settings.model_fields]
+    groups = Counter(param.rich_help_panel or "Options" for param in own)
+    assert {name: count for name, count in groups.items() if count > OWN_FLAGS_MAX} == {}
+    if any(param.name == "as_json" for param in own):
+        assert groups["Answer"]
