@@ -210,7 +210,7 @@ async def reported(place: Place, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-async def test_status_tells_positions_lag_and_outcomes(reported: dict[str, Any]) -> None:
+async def test_status_has_positions_lag_and_outcomes(reported: dict[str, Any]) -> None:
     result = consumer(reported["cwd"], "status", "reported:app", "--json", **reported["environment"])
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
@@ -229,7 +229,7 @@ async def test_status_tells_positions_lag_and_outcomes(reported: dict[str, Any])
     assert "settle" in text.stdout and reported["topic"] in text.stdout
 
 
-async def test_show_tells_what_became_of_a_message(reported: dict[str, Any]) -> None:
+async def test_show_has_the_outcome_of_a_message(reported: dict[str, Any]) -> None:
     result = consumer(reported["cwd"], "show", "reported:app", "a", "--json", **reported["environment"])
     assert result.returncode == 0
     [handler] = json.loads(result.stdout)["handlers"]

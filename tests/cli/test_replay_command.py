@@ -120,7 +120,7 @@ async def test_what_is_missing_is_exit_code_1_and_repaired_by_apply(shop: Shop, 
     assert shop.replay("--partition", "1", "--from", "2", "--until", "5", "--handler", "settle").returncode == 0
 
 
-async def test_what_cannot_be_told_is_exit_code_2(shop: Shop) -> None:
+async def test_inconclusive_replay_is_exit_code_2(shop: Shop) -> None:
     await query(shop.place.dsn, "update consumer.positions set first_offset = next_offset returning 1")
     await query(shop.place.dsn, "delete from consumer.ledger returning 1")
     result = shop.replay()
@@ -237,14 +237,14 @@ async def test_a_kept_state_that_is_no_state_is_one_line(shop: Shop) -> None:
         is_one_line(shop.replay("--resume"), "--resume")
 
 
-async def test_who_reads_json_learns_of_an_error_there_too(shop: Shop) -> None:
+async def test_failed_replay_answers_in_json_too(shop: Shop) -> None:
     result = shop.replay("--json", "--from", "latest")
     answer = json.loads(result.stdout)
     assert (answer["verdict"], answer["exit_code"], result.returncode) == ("unknown", 2, 2)
     assert "the range is empty" in answer["answer"] and "the range is empty" in result.stderr
 
 
-async def test_without_a_home_it_only_cannot_be_resumed(shop: Shop) -> None:
+async def test_replay_without_a_home_cannot_be_resumed(shop: Shop) -> None:
     del shop.environment["XDG_STATE_HOME"]
     result = shop.replay(HOME="/proc/nowhere")
     assert result.returncode == 0

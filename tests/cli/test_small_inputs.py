@@ -37,7 +37,7 @@ def test_password_filter_hides_passwords_and_leaves_hints(text: str, shown: str)
     assert _URL_USER.sub(r"\1***@", text) == shown
 
 
-def test_missing_dsn_is_told_with_a_hint_that_can_be_copied(tmp_path: Path) -> None:
+def test_missing_dsn_is_an_error_with_a_hint_to_copy(tmp_path: Path) -> None:
     is_one_line(consumer(tmp_path, "migrate", "--check"), "postgresql://user@host/database")
 
 
