@@ -172,7 +172,7 @@ async def _dead_letters(contract: Contract) -> None:
 
 async def _replays(contract: Contract) -> None:
     place, topic = contract.place, contract.topic
-    redis = {"CONSUMER_REDIS_URL": place.redis_url}
+    redis: dict[str, Any] = {"CONSUMER_REDIS_URL": place.redis_url}
     await query(
         place.dsn, "delete from consumer.ledger where topic = $1 and partition = 1 and applied_at is not null", 1
     )

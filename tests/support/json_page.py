@@ -8,12 +8,13 @@ whose keys have rows.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from documents import ROOT
 
 PAGE = ROOT / "docs" / "reference" / "json.md"
-_TYPES = {
+_TYPES: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
