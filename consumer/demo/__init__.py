@@ -78,7 +78,7 @@ class DemoFailed(ConsumerError):
 
 
 @dataclass(frozen=True, slots=True)
-class Payment:
+class PlannedPayment:
     """A message to produce. amount: in cents.
 
     elsewhere: a repetition that goes to another partition than the first.
@@ -132,7 +132,7 @@ class DemoResult:
         return json.dumps({**asdict(self), "agree": self.agree}, indent=2)
 
 
-def plan(count: int, chance: random.Random) -> list[Payment]:
+def plan(count: int, chance: random.Random) -> list[PlannedPayment]:
     """Plan payments in the order of their production.
 
     DUPLICATES_PERCENT of `count` repeat an earlier one.
@@ -142,13 +142,14 @@ def plan(count: int, chance: random.Random) -> list[Payment]:
     """
     repeats = count * DUPLICATES_PERCENT // 100
     firsts = [
-        Payment(uuid4(), chance.randrange(ACCOUNTS), chance.randrange(1, 100_000)) for _ in range(count - repeats)
+        PlannedPayment(uuid4(), chance.randrange(ACCOUNTS), chance.randrange(1, 100_000))
+        for _ in range(count - repeats)
     ]
-    placed: list[tuple[float, Payment]] = [(float(n), payment) for n, payment in enumerate(firsts)]
+    placed: list[tuple[float, PlannedPayment]] = [(float(n), payment) for n, payment in enumerate(firsts)]
     for n, at in enumerate(chance.sample(range(len(firsts)), repeats)):
         first = firsts[at]
         later = chance.uniform(0, 50) if n % 2 else chance.uniform(0, len(firsts) - at)
-        placed.append((at + later, Payment(first.payment_id, first.account, first.amount, elsewhere=n % 4 < 2)))
+        placed.append((at + later, PlannedPayment(first.payment_id, first.account, first.amount, elsewhere=n % 4 < 2)))
     placed.sort(key=lambda entry: entry[0])
     return [payment for _, payment in placed]
 
@@ -184,7 +185,7 @@ class Demo:
         self._workers = workers
         self._as_json = as_json
         self._console = Console(stderr=as_json, emoji=False)
-        self._found = DemoResult()
+        self._result = DemoResult()
         self._reads = _Reads()
         self._worker_pids: dict[int, int] = {}  # slot -> pid of the process in it
         self._victim = 0
@@ -228,9 +229,9 @@ class Demo:
             await self._stop(process)
             await self._count(connection)
             await self._replay(settings)
-        self._found.seconds = round(time.monotonic() - self._started_at, 1)
+        self._result.seconds = round(time.monotonic() - self._started_at, 1)
         self._show()
-        return 0 if self._found.agree else 1
+        return 0 if self._result.agree else 1
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
@@ -290,15 +291,15 @@ class Demo:
                     )
                 await asyncio.gather(*sent)
                 for payment in self._payments[start : start + _CHUNK]:
-                    self._found.produced += 1
+                    self._result.produced += 1
                     if payment.payment_id not in seen:
                         seen.add(payment.payment_id)
                         expected[payment.account] = expected.get(payment.account, 0) + payment.amount
-                bars.update(task, completed=self._found.produced)
+                bars.update(task, completed=self._result.produced)
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
         self._expected = expected
-        self._found.distinct = len(seen)
-        self._found.balance_sum_expected = sum(expected.values())
+        self._result.distinct = len(seen)
+        self._result.balance_sum_expected = sum(expected.values())
 
     @asynccontextmanager
     async def _consumer_run(self, settings: Settings) -> AsyncIterator[asyncio.subprocess.Process]:
@@ -377,7 +378,7 @@ class Demo:
         """Count in PostgreSQL, after the last worker has ended."""
         if self._victim == 0:
             raise DemoFailed("no worker was killed: nothing was shown")
-        result = self._found
+        result = self._result
         counts = (await handler_counts(connection, app))["settle"]
         result.applied, result.dead_lettered = counts["applied"], counts["dead_lettered"]
         causes = counts["duplicates"]
@@ -395,7 +396,7 @@ class Demo:
     async def _replay(self, settings: Settings) -> None:
         """Read the topic again: is anything missing, repeated or different?"""
         self._report("replaying the topic: check, apply, rebuild")
-        result = self._found
+        result = self._result
         modes: tuple[replay_options.Mode, ...] = ("check", "apply")
         check, apply = [
             await replay(
@@ -440,7 +441,7 @@ class Demo:
         )
 
     def _show(self) -> None:
-        result = self._found
+        result = self._result
         if self._as_json:
             print(result.as_json())
             return

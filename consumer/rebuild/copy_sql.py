@@ -84,7 +84,7 @@ class Copier:
         return CopySql(statements, counters)
 
     def _sequence(self, sequence: DefaultSequence) -> tuple[list[str], str]:
-        """Return the SQL of a sequence's copy, if it is new, and its name."""
+        """Return SQL for a sequence's copy (empty if it exists), and its name."""
         for name in (sequence.name, *(f"{sequence.name[:55]}_{n}" for n in range(1, 1000))):
             own = f"pg_temp.{ident(name)}"
             if name not in self._taken:

@@ -237,6 +237,6 @@ class LedgerHistory:
         return await applied_queries.count_applied_at(self.connection, places)
 
     def note_unreadable(self, delivery: Delivery) -> None:
-        """Note a message that has no id, or whose value cannot be decoded."""
+        """Note a message without an id or with an unreadable value."""
         if len(self._unreadable) < UNREADABLE_MAX:
             self._unreadable.add((delivery.handler.number, delivery.partition, delivery.record.offset))

@@ -144,7 +144,7 @@ class _Rebuild:
         return result
 
     def _announce_once(self, spans: Sequence[Span]) -> None:
-        """Announce the largest number of calls that a pass can make, before the first pass."""
+        """Announce once how many calls a pass can make at most."""
         if self._announce is None:
             return
         takers = Counter(topic for handler in self.state.handlers for topic in handler.topics)
@@ -267,7 +267,7 @@ class _Rebuild:
 
 
 def _heads(spans: Sequence[Span], messages_max: int) -> list[Span]:
-    """Return the first offsets of each span, of all spans together at most so many."""
+    """Return the first offsets of each span, in all at most messages_max."""
     share = max(1, messages_max // len(spans))
     return [span._replace(end=min(span.end, span.first + share)) for span in spans]
 

@@ -185,7 +185,7 @@ class SinglePass:
         await self.copies.check_writes()
 
     async def replay_first(self, spans: Sequence[Span]) -> None:
-        """Run the handlers for the messages of some short spans, for what RestartPass says of their tables alone."""
+        """Run handlers for some first messages, to learn which tables they use."""
         self.history.spans = {span.partition: span for span in spans}
         await self._begin_replay(spans)
         slices = self.reader.slices(spans, self.ids.logs, lambda partition, offset: None)

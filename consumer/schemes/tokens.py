@@ -133,7 +133,7 @@ class Tokens:
         return token
 
     async def redeem(self, token: str, subject: str, payload: bytes = b"") -> Redeemed:
-        """Use a token up: one attempt returns Fresh, whoever else tries.
+        """Use a token up: exactly one attempt returns Fresh.
 
         payload: what the token is used for, as bytes; a second use for something else returns OtherPayload (a digest of
         it is kept). Raises ValueError for a subject that no token can have; RedisAway; TypeError for a payload that is

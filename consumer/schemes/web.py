@@ -263,7 +263,7 @@ class TokenTaps:
         answered: Any = self._subject(request)
         subject = await answered if inspect.isawaitable(answered) else answered
         if not subject:
-            raise Problem(403, "nobody", "No user is logged in, so no token can be valid.")
+            raise Problem(403, "no_user", "No user is logged in, so no token can be valid.")
         given = request.headers.getlist(self._header)
         if not given and self._field is not None:
             with suppress(RuntimeError):  # a form that was read before, by FastAPI for example

@@ -43,7 +43,7 @@ class ExactlyOnce:
     def __init__(self, server: Server, places: Sequence[Path]) -> None:
         self._server = server
         self._places = places
-        self._made: list[str] = []
+        self._databases: list[str] = []
 
     async def __call__(
         self, app: App, *, schema: str | Path | None = None, resources: Mapping[str, object] | None = None
@@ -66,7 +66,7 @@ class ExactlyOnce:
             raise Misconfigured(f"{app.name!r} has no handlers: are the modules that register them imported?")
         name, text = self._read(schema)
         database = await self._server.make(name, text)
-        self._made.append(database)
+        self._databases.append(database)
         return Trial(app, self._server.settings(database), resources, lambda: self._server.copied(database))
 
     def _read(self, schema: str | Path | None) -> tuple[str, str]:
@@ -82,7 +82,7 @@ class ExactlyOnce:
 
     async def end(self) -> None:
         """Drop the databases."""
-        databases, self._made = self._made, []
+        databases, self._databases = self._databases, []
         await self._server.drop(databases)
 
 

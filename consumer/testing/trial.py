@@ -70,7 +70,7 @@ class Trial:
         unknown step; nothing was delivered then.
         """
         self._check(batch, crash_at)
-        added = self._made(messages)
+        added = self._records_of(messages)
         what = f"deliver({len(messages)} message{'' if len(messages) == 1 else 's'}, {_options(batch, crash_at)})"
         return await self._deliver(what, batch, crash_at, retry, added)
 
@@ -103,7 +103,7 @@ class Trial:
         """
         __tracebackhide__ = True
         self._check(batch, None)
-        added = self._made(messages)
+        added = self._records_of(messages)
         measure = await self._undisturbed(added, None if batch == 1 else 1, ignore)
         self._log += added
         before: object = None
@@ -239,7 +239,7 @@ class Trial:
         if crash_at is not None and crash_at not in STEPS:
             raise Misconfigured(f"crash_at={crash_at!r}: one of {', '.join(map(repr, STEPS))}")
 
-    def _made(self, messages: Sequence[Sent]) -> list[tuple[Sent, LogRecord]]:
+    def _records_of(self, messages: Sequence[Sent]) -> list[tuple[Sent, LogRecord]]:
         """Encode messages as records at the end of the log.
 
         Raises Misconfigured for one that cannot be encoded.

@@ -63,9 +63,9 @@ class Nemesis:
         resources = dict.fromkeys(fault.resource for fault in faults)
         async with asyncio.TaskGroup() as group:
             for resource in resources:
-                group.create_task(self._each([fault for fault in faults if fault.resource == resource]))
+                group.create_task(self._cause_in_turn([fault for fault in faults if fault.resource == resource]))
 
-    async def _each(self, faults: list[Fault]) -> None:
+    async def _cause_in_turn(self, faults: list[Fault]) -> None:
         for fault in faults:
             await asyncio.sleep(max(0.0, self._begun + fault.at - time.monotonic()))
             fired = Fired(fault, round(time.monotonic() - self._begun, 1))

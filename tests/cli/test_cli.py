@@ -217,7 +217,7 @@ async def test_status_has_positions_lag_and_outcomes(reported: dict[str, Any]) -
     settle = answer["handlers"]["settle"]
     assert (settle["applied"], settle["dead_lettered"]) == (2, 2)
     assert sum(settle["duplicates"].values()) == 1
-    [id] = {each.pop("topic_id") for each in answer["partitions"]}
+    [id] = {partition.pop("topic_id") for partition in answer["partitions"]}
     assert str(uuid.UUID(id)) == id
     good = {"stopped": None, "open_transaction": None, "waiting": 0}
     assert answer["partitions"] == [

@@ -301,7 +301,7 @@ async def test_ctrl_c_says_how_far_it_came_and_resume_goes_on(place: Place, tmp_
 
 async def test_help_teaches(tmp_path: Path) -> None:
     text = consumer(tmp_path, "replay", "--help").stdout
-    for each in (
+    for word in (
         "--from",
         "--until",
         "--apply",
@@ -311,4 +311,4 @@ async def test_help_teaches(tmp_path: Path) -> None:
         "Exit code 0",
         "consumer replay shop:app",
     ):
-        assert each in text
+        assert word in text

@@ -32,7 +32,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
 
 def has_whole(printed: io.StringIO, *identifiers: str) -> bool:
     lines = printed.getvalue().splitlines()
-    missing = [each for each in identifiers if not any(each in line for line in lines)]
+    missing = [identifier for identifier in identifiers if not any(identifier in line for line in lines)]
     assert (missing, "…" in printed.getvalue()) == ([], False), printed.getvalue()
     return True
 

@@ -295,13 +295,13 @@ async def change_the_id(place: Place, app: App, topic: str) -> App:
     return settling(app, topic, message_id="field:id")
 
 
-async def make_the_topic_again(place: Place, app: App, topic: str) -> None:
+async def recreate_topic(place: Place, app: App, topic: str) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=place.kafka)
     await admin.start()
     await admin.delete_topics([topic])
     await admin.close()
 
-    async def made() -> bool:
+    async def exists_again() -> bool:
         try:
             await new_topic(place.kafka, 2, topic)
         except Exception:  # it is being deleted
@@ -309,7 +309,7 @@ async def make_the_topic_again(place: Place, app: App, topic: str) -> None:
             return False
         return True
 
-    while not await made():
+    while not await exists_again():
         pass
     await place.send(topic, *[payment(f"p{n}", n % 30, partition=n % 2) for n in range(600)])
 
@@ -351,7 +351,7 @@ async def begin_elsewhere(place: Place, app: App, topic: str) -> None:
         (rename_the_handler, "handler 'settle' was removed"),
         (change_the_code, "handler 'settle' has changed"),
         (change_the_id, "handler 'settle' has changed"),
-        (make_the_topic_again, "was deleted and recreated"),
+        (recreate_topic, "was deleted and recreated"),
         (remove_records, "begins at offset 290"),
         (add_a_partition, "partition '.*:2' was added"),
         (make_the_schema_again, "another one since"),

@@ -146,7 +146,7 @@ async def test_bad_tokens_are_standard_errors_and_nothing_is_published(
     is_problem(await post(shop.app, "/pay", headers=two), 422, "token_malformed")
     is_problem(await shop.tap("x" * 43), 422, "token_unknown")  # forged, or expired
     is_problem(await shop.tap(token, user="bob"), 403, "token_foreign")
-    is_problem(await shop.tap(token, user=None), 403, "nobody")
+    is_problem(await shop.tap(token, user=None), 403, "no_user")
     assert shop.published == []
     assert (await shop.tap(token)).status == 202  # none of that has used it up
     assert token not in caplog.text

@@ -374,8 +374,8 @@ def test_requests_without_a_visitor_are_refused(shop: Shop, fixed: Script, cooki
     headers = {"cookie": cookie, "content-type": "application/json", "idempotency-key": fixed.token}
     is_problem(shop.ask("POST", f"/orders/{fixed.order}/payments", '{"amount": 1}', headers), 404)
     if cookie != "shop_visitor=" + "0" * 32:  # which is a visitor, of no order
-        is_problem(shop.ask("POST", "/orders", "{}", headers), 403, "nobody")
-        is_problem(shop.ask("POST", "/services/worker", '{"do": "kill"}', headers), 403, "nobody")
+        is_problem(shop.ask("POST", "/orders", "{}", headers), 403, "no_user")
+        is_problem(shop.ask("POST", "/services/worker", '{"do": "kill"}', headers), 403, "no_user")
 
 
 @pytest.mark.parametrize("given", ['{"token": 1}', '{"token": "on"}', '{"tokens": true}', '{"ledger": null}', "[]"])

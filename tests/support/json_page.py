@@ -76,7 +76,7 @@ class Shape:
 def shapes(text: str | None = None) -> dict[str, Shape]:
     """Read the page: the shape of each command, by its heading."""
     page = PAGE.read_text("utf-8") if text is None else text
-    found = {}
+    by_command: dict[str, Shape] = {}
     for section in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
         heading, _, body = section.partition("\n")
         rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|[^|]*\|$", body, re.MULTILINE)
@@ -85,5 +85,5 @@ def shapes(text: str | None = None) -> dict[str, Shape]:
         for types in shape.rows.values():
             assert set(types) <= set(_TYPES), f"{heading}: {types}"
         for command in re.findall("`([^`]+)`", heading):
-            found[command] = shape
-    return found
+            by_command[command] = shape
+    return by_command
