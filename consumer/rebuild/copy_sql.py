@@ -84,7 +84,10 @@ class Copier:
         return CopySql(statements, counters)
 
     def _sequence(self, sequence: DefaultSequence) -> tuple[list[str], str]:
-        """Return SQL for a sequence's copy (empty if it exists), and its name."""
+        """Return the SQL for a sequence's copy, and the copy's name.
+
+        No SQL if the copy exists.
+        """
         for name in (sequence.name, *(f"{sequence.name[:55]}_{n}" for n in range(1, 1000))):
             own = f"pg_temp.{ident(name)}"
             if name not in self._taken:
