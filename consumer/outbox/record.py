@@ -62,6 +62,20 @@ class Outgoing(NamedTuple):
     offset: int | None
 
 
+class StoredStream(NamedTuple):
+    """Rows of one stream that a transaction stored.
+
+    created_ms: the timestamp of its rows, in milliseconds since 1970.
+    """
+
+    stream: int
+    source: Partition
+    topic: str
+    first: int
+    records: list[OutgoingRecord]
+    created_ms: int
+
+
 def derived_id(app: str, handler: str, input_id: bytes, ordinal: int) -> bytes:
     """Return the 16 bytes of the id of a published message.
 
@@ -168,9 +182,17 @@ def check_size(record: OutgoingRecord, bytes_max: int) -> None:
 
 def size_of(record: OutgoingRecord) -> int:
     """Return the most bytes that a batch of this record has."""
-    size = _OVERHEAD_BYTES + len(record.key or b"") + len(record.value or b"")
-    for name, value in wire_headers(record):
-        size += len(name.encode()) + len(value or b"") + _HEADER_BYTES
+    return sent_size(record.key, record.value, wire_headers(record))
+
+
+def sent_size(key: bytes | None, value: bytes | None, headers: Iterable[tuple[str, bytes | None]]) -> int:
+    """Return the most bytes that a batch of one record has.
+
+    headers: all of them.
+    """
+    size = _OVERHEAD_BYTES + len(key or b"") + len(value or b"")
+    for name, text in headers:
+        size += len(name.encode()) + len(text or b"") + _HEADER_BYTES
     return size
 
 

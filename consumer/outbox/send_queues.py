@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from consumer.core.message import Partition
-from consumer.outbox.record import OutgoingRecord, size_of, wire_headers
+from consumer.outbox.record import OutgoingRecord, sent_size, wire_headers
 from consumer.outbox.streams import Stream
 
 ROWS_MAX = 2000  # of a record batch
@@ -36,10 +36,11 @@ class Row(NamedTuple):
 
 def rows_of(stream: Stream, first: int, records: Iterable[OutgoingRecord], timestamp: int) -> list[Row]:
     """Return the rows of records that follow each other in a stream."""
-    return [
-        Row(stream, seq, record.key, record.value, wire_headers(record), timestamp, size_of(record))
-        for seq, record in enumerate(records, first)
-    ]
+    rows = []
+    for seq, record in enumerate(records, first):
+        key, value, headers = record.key, record.value, wire_headers(record)
+        rows.append(Row(stream, seq, key, value, headers, timestamp, sent_size(key, value, headers)))
+    return rows
 
 
 class SendQueue:
@@ -60,13 +61,15 @@ class SendQueue:
 class SendQueues:
     """The queues of all output partitions, and the bytes in them.
 
-    batch_bytes: of the largest record batch of each topic. bytes_max: beyond it no more rows are taken in.
+    bytes_max: beyond it no more rows are taken in. record_bytes: of the largest record that each topic takes; read when
+    a record batch is built. batch_bytes: of a record batch, at most.
     """
 
-    def __init__(self, bytes_max: int, batch_bytes: Mapping[str, int], default_batch_bytes: int) -> None:
+    def __init__(self, bytes_max: int, record_bytes: Mapping[str, int], batch_bytes: int) -> None:
         self._bytes_max = bytes_max
-        self._batch_bytes = dict(batch_bytes)
-        self._default_batch_bytes = default_batch_bytes
+        self._record_bytes = record_bytes
+        self._batch_bytes = batch_bytes
+        self._lowered: dict[str, int] = {}  # by topic, after Kafka refused a record batch for its size
         self._queues: dict[Partition, SendQueue] = {}
         self.bytes = 0
 
@@ -106,7 +109,8 @@ class SendQueues:
         queue = self._queues.get(partition)
         if queue is None or queue.in_flight:
             return []
-        bytes_max = self._batch_bytes.get(partition.topic, self._default_batch_bytes)
+        topic = partition.topic
+        bytes_max = self._lowered.get(topic) or min(self._batch_bytes, self._record_bytes.get(topic, self._batch_bytes))
         rows: list[Row] = []
         size = 0
         while queue.waiting:
@@ -152,7 +156,7 @@ class SendQueues:
             return row.stream if row.stream.is_open else None
         if for_size:
             size = sum(row.size for row in rows)
-            self._batch_bytes[partition.topic] = max(1, size // 2)
+            self._lowered[partition.topic] = max(1, size // 2)
         else:
             queue.careful = len(rows)
         self.put_back(partition)

@@ -90,4 +90,6 @@ class Stream:
         Rows that are queued of this one are not sent.
         """
         self.is_open = False
-        return Stream(self.number, self.source, self.topic, watermark, max(end, watermark), stopped)
+        following = Stream(self.number, self.source, self.topic, watermark, max(end, watermark), stopped)
+        following.saved = min(self.saved, watermark)
+        return following

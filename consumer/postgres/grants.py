@@ -62,6 +62,11 @@ _WORKER: Mapping[str, tuple[str, ...]] = {
         "update (count, since, systemic, read_up_to, worker, seen_at)",
         "delete",
     ),
+    "outbox_streams": ("select", "insert", "update (next_seq)"),
+    "outbox_published": ("select", "insert", "update (next_seq, stopped, stopped_at, updated_at)"),
+    "outbox": ("select", "insert"),
+    "outbox_generations": ("select",),
+    "outbox_actions": ("select", "insert"),
 }
 # Enough for `status`, `show` and dashboards. Of a dead letter, no byte of the message, and not the error's text, which may quote it.
 _READER: Mapping[str, tuple[str, ...]] = {
@@ -93,6 +98,11 @@ _READER: Mapping[str, tuple[str, ...]] = {
     "waiting": ("select",),
     "letter_actions": ("select (action, dead_letter, at, operator, what, outcome)",),
     "stopped_partitions": ("select",),
+    "outbox_streams": ("select",),
+    "outbox_published": ("select",),
+    "outbox": ("select (generation, stream, seq, id, topic, type, traceparent, created_at, handler, source_offset)",),
+    "outbox_generations": ("select",),
+    "outbox_actions": ("select (action, stream, at, operator, what, from_seq, to_seq)",),
 }
 
 
@@ -104,8 +114,8 @@ class For(Enum):
 
 
 TABLES: Mapping[For, Mapping[str, tuple[str, ...]]] = {For.WORKER: _WORKER, For.READER: _READER}
-# Turning the ledger to its next generation and dropping the oldest one, as its owner: `consumer run` does it in the
-# background. The last two only read.
+# Turning the ledger and the outbox to their next generations and dropping the oldest ones, as their owner: `consumer run`
+# does it in the background. is_drained and generation only read.
 _FUNCTIONS: Mapping[For, tuple[str, ...]] = {
     For.WORKER: (
         "turn(integer)",
@@ -113,6 +123,8 @@ _FUNCTIONS: Mapping[For, tuple[str, ...]] = {
         "drop_generation(integer)",
         "is_drained(integer)",
         "generation(integer)",
+        "turn_outbox(double precision, bigint)",
+        "drop_outbox(double precision)",
     ),
     For.READER: (),
 }

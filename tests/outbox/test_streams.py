@@ -155,6 +155,13 @@ def test_a_closed_stream_is_not_sent() -> None:
     assert sending.take(partition) == []
 
 
+def test_a_stream_that_stops_still_has_its_watermark_to_save() -> None:
+    stream, _ = filled(9)
+    stream.acknowledge(0)
+    stopped = stream.begin_again(stream.watermark, 9, "refused")
+    assert (stopped.watermark, stopped.saved, stopped.is_open) == (1, 0, False)
+
+
 class Sender:
     """A relay: what it has of one stream, and the state of the table that it shares with the others."""
 

@@ -45,6 +45,11 @@ HOME = {
     "letter_actions": "dead_letter_actions.py",
     "stopped_partitions": "stopped_partitions.py",
     "waiting": "waiting_messages.py",
+    "outbox_streams": "outbox.py",
+    "outbox_published": "outbox.py",
+    "outbox": "outbox.py",
+    "outbox_generations": "outbox.py",
+    "outbox_actions": "outbox.py",
 }
 # Numbers of handlers and topics are everywhere: any file of the package may join their names.
 NAMES = {"handlers", "topics"}
