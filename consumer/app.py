@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Literal, Never, TypeVar
 
@@ -16,6 +16,7 @@ from consumer.core.errors import RegistrationError
 from consumer.core.handler import Function, Handler, build, place_of
 from consumer.core.retry import Retry
 from consumer.core.shard_route import Route, check_names
+from consumer.outbox.record import RECORD_BYTES_MAX, TOPIC
 from consumer.transaction.tx import Tx
 
 F = TypeVar("F", bound=Function)
@@ -38,6 +39,7 @@ class App:
       ledger row and its effects are there, in one transaction; no transaction spans two shards. So a message that must be applied
       once must always have the same key, in every topic, and the route must never change its answer (no ``hash()``, which
       differs between processes). See docs/how-to/shards.md.
+    - publishes: the topics that `Tx.publish` may publish to. A worker checks at its start that they exist.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class App:
         lifespan: Lifespan | None = None,
         shards: Mapping[str, str] | None = None,
         route: Route | None = None,
+        publishes: Collection[str] = (),
     ) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise RegistrationError(f"App({name!r}): 1 to 200 of the characters a-z A-Z 0-9 . _ -")
@@ -56,7 +59,10 @@ class App:
             raise RegistrationError(f"App({name!r}): shards= and route= go together: give both, or neither")
         if shards is not None and (fault := _fault_of_shards(shards, route)):
             raise RegistrationError(f"App({name!r}): {fault}")
+        if fault := _fault_of_topics(publishes):
+            raise RegistrationError(f"App({name!r}): {fault}")
         self.name = name
+        self.publishes: dict[str, int] = dict.fromkeys(publishes, RECORD_BYTES_MAX)  # the bytes of a record, at most
         self.shards: Mapping[str, str] = dict(shards or {})
         self.route = route
         self._lifespan = lifespan
@@ -129,6 +135,7 @@ class App:
                 f"{handler.place}: two handlers are named {handler.name!r}, the other one at {other.place}: "
                 "give one of them another name with name="
             )
+        handler.app, handler.publishes = self.name, self.publishes
         self._handlers[handler.name] = handler
 
     @property
@@ -168,6 +175,16 @@ class App:
     def _bind(self, resources: Mapping[str, object]) -> None:
         for handler in self._handlers.values():
             handler.bind(resources)
+
+
+def _fault_of_topics(publishes: object) -> str | None:
+    """Return what is wrong with publishes=."""
+    if isinstance(publishes, str) or not isinstance(publishes, Collection):
+        return "publishes= takes a list of topics"
+    for topic in publishes:
+        if not isinstance(topic, str) or not TOPIC.fullmatch(topic):
+            return "publishes=: a topic has 1 to 249 of the characters a-z A-Z 0-9 . _ -"
+    return None
 
 
 def _fault_of_shards(shards: object, route: object) -> str | None:

@@ -117,6 +117,13 @@ class Settings(BaseModel):
         None, description="also produce dead letters to this topic, after they are kept in PostgreSQL"
     )
 
+    outbox_relay: Literal["on", "off"] = Field(
+        "on", description="off: workers publish nothing of the outbox and drop nothing of it, another relay does"
+    )
+    outbox_keep_hours: Annotated[float, Field(ge=0, le=2_000_000, allow_inf_nan=False)] = Field(
+        1, description="how long rows of the outbox are kept after they are published, at least"
+    )
+
     grace_seconds: Positive = Field(25, description="longest drain after SIGTERM")
     wait_seconds: Annotated[float, Field(ge=0, le=2_000_000, allow_inf_nan=False)] = Field(
         30, description="longest wait for Kafka and PostgreSQL at start"
@@ -145,7 +152,7 @@ class Settings(BaseModel):
         own = {name.upper(): text for name, text in os.environ.items() if text and name.upper().startswith(_PREFIX)}
         super().__init__(**{name: own[key] for name in fields if (key := _PREFIX + name.upper()) in own} | given)
 
-    @field_validator("log_level", "log_format", mode="before")
+    @field_validator("log_level", "log_format", "outbox_relay", mode="before")
     @classmethod
     def _in_lower_case(cls, given: object) -> object:
         return given.lower() if isinstance(given, str) else given

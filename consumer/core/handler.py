@@ -81,6 +81,8 @@ class Handler:
     allow_nan: bool = False
     version: str | None = None  # of its code, as the user names it
     codes: tuple[str, str] | None = None  # fingerprints of its code, once they were computed
+    app: str = ""  # its App's name, part of the ids of what it publishes
+    publishes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # its App's: topic -> bytes of a record
 
     def bind(self, resources: Mapping[str, object]) -> None:
         """Compile the call, with the lifespan's resources.

@@ -21,7 +21,8 @@ from consumer.core.log_identity import Position
 from consumer.core.message import Partition
 from consumer.core.outcome import Dead
 from consumer.deferred_writes.writer import BulkWriter
-from consumer.postgres import claims, dead_letters, grants, handlers, positions, server
+from consumer.outbox.record import Outgoing, StoredStream
+from consumer.postgres import claims, dead_letters, grants, handlers, outbox, positions, server
 from consumer.postgres.claim_sql import ADVISORY_CLASS
 from consumer.postgres.claims import Claims, ExistingClaim
 from consumer.postgres.connection import (
@@ -246,6 +247,10 @@ class Session:
         self._check_stamp(stamp)
         if moved != len(moves):
             raise Fenced("a position was moved by another worker, or the database went back in time")
+
+    async def store_outgoing(self, app: str, outgoing: Sequence[Outgoing]) -> Sequence[StoredStream]:
+        """Store what handlers publish; locks its streams until the COMMIT."""
+        return await outbox.store(self.connection, app, outgoing)
 
     async def key_holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
         """Return whether dead letters hold the keys of these messages.

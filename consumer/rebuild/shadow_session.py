@@ -13,6 +13,7 @@ from consumer.core.dead_letters import KeyHold
 from consumer.core.delivery import Batch, Delivery, PositionUpdate
 from consumer.core.outcome import Dead
 from consumer.deferred_writes.writer import BulkWriter
+from consumer.outbox.record import Outgoing, StoredStream
 from consumer.postgres.claims import ExistingClaim
 from consumer.rebuild.ledger_history import offers
 from consumer.rebuild.statement_guard import SplitBatch, StatementGuard
@@ -170,6 +171,10 @@ class ShadowSession:
     async def key_holds(self, deliveries: Sequence[Delivery]) -> dict[Delivery, KeyHold]:
         """Hold nothing back: what waits behind a dead letter was left out."""
         return dict.fromkeys(deliveries, KeyHold.FREE)
+
+    async def store_outgoing(self, app: str, outgoing: Sequence[Outgoing]) -> Sequence[StoredStream]:
+        """Store nothing: a rebuild publishes nothing."""
+        return ()
 
     async def write_positions(
         self, app: str, moves: Sequence[PositionUpdate], counts: Mapping[tuple[int, int, int, str], int]

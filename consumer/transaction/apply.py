@@ -62,6 +62,9 @@ async def apply_batch(
         result.position_updates = position_updates(scheduler, batch, result.delayed, ids.logs)
         await _save_attempts(session, batch, result)
         await session.write_positions(ids.app, result.position_updates, outcome_counts(ids, result))
+        if outgoing := handlers.outgoing(result.applied):
+            # After the positions, as every transaction locks them in this order; their owner publishes it after COMMIT.
+            result.published = await session.store_outgoing(ids.app, outgoing)
         on_step("before_commit")
         with statements_of_messages(session):  # deferred constraints are checked now
             await session.commit()  # only the command tag COMMIT counts; without an answer: Outage

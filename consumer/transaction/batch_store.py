@@ -13,6 +13,7 @@ from consumer.core.dead_letters import KeyHold
 from consumer.core.delivery import Delivery, PositionUpdate
 from consumer.core.outcome import Dead
 from consumer.deferred_writes.writer import BulkWriter
+from consumer.outbox.record import Outgoing, StoredStream
 from consumer.postgres.claims import ExistingClaim
 
 
@@ -68,3 +69,5 @@ class BatchStore(Protocol):
     async def write_positions(
         self, app: str, moves: Sequence[PositionUpdate], counts: Mapping[tuple[int, int, int, str], int], /
     ) -> None: ...
+
+    async def store_outgoing(self, app: str, outgoing: Sequence[Outgoing], /) -> Sequence[StoredStream]: ...

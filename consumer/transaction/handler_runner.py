@@ -19,12 +19,14 @@ from consumer.core.evidence import Evidence
 from consumer.core.handler import Handler
 from consumer.core.message import LogRecord, Message
 from consumer.core.outcome import SKIPPED, Reason, RetryLater
+from consumer.outbox.record import Outgoing
 from consumer.transaction.batch_store import BatchStore
 from consumer.transaction.errors import facts_of, raise_for_transaction, statements_of_messages
 from consumer.transaction.identify import decoded, take_value
 from consumer.transaction.invoke import finish_call, start_call
 from consumer.transaction.isolate import TransactionPoisoned, decide
 from consumer.transaction.limits import CallTracker, HandlerTimeout
+from consumer.transaction.publishing import in_message_order
 from consumer.transaction.result import BEHIND, HELD_BACK, NEXT_BATCH, BatchResult, FailedAttempt
 from consumer.transaction.scope import Scope, savepoint_name
 from consumer.transaction.tx import Tx
@@ -81,6 +83,11 @@ class HandlerRunner:
                 else:
                     await self._run_chunks(handler, handler.batch, deliveries)
             await self._scope.flush()
+
+    def outgoing(self, applied: Sequence[Delivery]) -> list[Outgoing]:
+        """Return what the handlers of applied messages have published, in order."""
+        publishers = self._scope.publishers
+        return in_message_order(publishers.values(), applied) if publishers else []
 
     def _runs_apart(self, handler: Handler) -> Handler | None:
         """Return the handler if its messages run apart; None for batch order."""
@@ -173,7 +180,7 @@ class HandlerRunner:
             return
         tx = Tx(self._scope, deliveries, asyncio.current_task())
         try:
-            arguments = [_argument(delivery) for delivery in deliveries]
+            arguments = tx.arguments = [_argument(delivery) for delivery in deliveries]
             await self._call(handler, lambda: start_call(handler, arguments, tx, self._calls), tx, deliveries)
         except Exception as error:
             if len(deliveries) == 1:

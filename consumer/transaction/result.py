@@ -15,6 +15,7 @@ from consumer.core.log_identity import Position
 from consumer.core.message import Partition
 from consumer.core.ordering import Scheduler
 from consumer.core.outcome import Applied, Dead, Duplicate, Outcome, Reason, RetryLater, Skipped
+from consumer.outbox.record import StoredStream
 
 TOO_OLD = Dead(
     Reason.TOO_OLD,
@@ -57,6 +58,7 @@ class BatchResult:
     dead: dict[Delivery, Dead] = field(default_factory=dict)
     delayed: dict[Delivery, float] = field(default_factory=dict)  # seconds until the next attempt; 0 behind another
     position_updates: list[PositionUpdate] = field(default_factory=list)
+    published: Sequence[StoredStream] = ()  # stored in the outbox
 
     def conclude(self, won: list[Delivery]) -> None:
         """Derive the lists. won: the messages whose claim was won."""

@@ -18,6 +18,7 @@ from consumer.core.identifiers import ident
 from consumer.deferred_writes.statement_order import Group, commute, group
 from consumer.deferred_writes.writer import BulkWriter
 from consumer.postgres.sql_text import Traits, traits
+from consumer.transaction.publishing import Publisher
 
 Writes: TypeAlias = Sequence[tuple[str, Sequence[Any]]]  # of one message, in order: SQL and arguments
 
@@ -104,6 +105,7 @@ class Scope:
         self.deferred: list[Sender] = []
         self.constraints: Sequence[str] | None = None
         self.flush_error: BaseException | None = None
+        self.publishers: dict[Sender, Publisher] = {}  # of the messages that have published something
         self._begun = False
         # What the running message leaves beside rows, until its end.
         self.makes_temporary = self.opens_cursor = self.sets_constraints = False

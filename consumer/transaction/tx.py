@@ -13,9 +13,11 @@ from contextvars import ContextVar
 from typing import Any
 
 from consumer.core.errors import TransactionMisuse
+from consumer.outbox.record import Outgoing
 from consumer.postgres.sql_settings import check_setting
 from consumer.postgres.sql_text import refuse_transaction_control, traits
 from consumer.transaction.dry_run_guard import is_dry_run
+from consumer.transaction.publishing import HeadersArgument, Publisher
 from consumer.transaction.scope import Scope, savepoint_name
 
 _CANCELLED_SECONDS = 5.0
@@ -30,7 +32,7 @@ class _Level:
     What is written inside a savepoint may be undone without the rest. lock: one statement at a time, and a savepoint inside is one long statement. writes: deferred inside a savepoint.
     """
 
-    __slots__ = ("lock", "open", "parent", "tx", "writes")
+    __slots__ = ("lock", "open", "outgoing", "parent", "tx", "writes")
 
     def __init__(self, tx: Tx | None = None, parent: _Level | None = None) -> None:
         self.tx = tx
@@ -38,6 +40,7 @@ class _Level:
         self.lock = asyncio.Lock()
         self.open = True
         self.writes: list[tuple[str, Sequence[Any]]] = []
+        self.outgoing: list[Outgoing] = []
 
 
 # The savepoint that a task is inside of. Tasks started in it are inside too; their siblings are not.
@@ -59,9 +62,11 @@ class Tx:
     """
 
     __slots__ = (
-        *("_asking", "_others", "_owner", "_root", "_scope", "_settings", "error", "is_open", "placed"),
+        *("_asking", "_others", "_owner", "_root", "_scope", "_settings", "arguments", "error", "is_open", "placed"),
         *("subject", "touched", "waited_seconds", "waiting_since", "writes"),
     )
+
+    arguments: Sequence[Any]  # of a batch handler: what it is called with; set by its caller
 
     def __init__(self, scope: Scope, subject: object, owner: asyncio.Task[Any] | None) -> None:
         self._scope = scope
@@ -112,6 +117,46 @@ class Tx:
         if not self.writes:
             self._scope.defer(self)
         self.writes.append((sql, args))
+
+    def publish(
+        self,
+        topic: str,
+        value: Any,
+        key: str | bytes | None = None,
+        headers: HeadersArgument = None,
+        id: object = None,
+        *,
+        cause: object = None,
+    ) -> None:
+        """Publish a record to a topic once this message's transaction has committed.
+
+        It is stored in the transaction, and reaches Kafka at least once, under one message id, in the order of the
+        messages of this partition. An undone savepoint and a failed message publish nothing.
+
+        - topic: one of App(publishes=[...]).
+        - value: bytes and str as they are, None as a tombstone, anything else as JSON.
+        - headers: names with str, bytes or None. `traceparent` and `tracestate` of the message are passed on.
+        - id: the message id. By default it is derived from App, handler, the message's id and how many records its
+          handler has published for it before, so that the same message always publishes the same ids. Give one where
+          concurrent tasks of the handler publish.
+        - cause: in batch handlers, the message of the list that this record is of. Required there without id.
+
+        Raises TransactionMisuse for an undeclared topic, a record that is too large, a reserved or bad header, and a
+        value that cannot become JSON.
+        """
+        self._check(None)
+        publisher = self._scope.publishers.get(self)
+        if publisher is None:
+            is_batch = isinstance(self.subject, list)
+            deliveries: Any = self.subject if is_batch else [self.subject]
+            publisher = Publisher(deliveries, self.arguments if is_batch else None)
+            self._scope.publishers[self] = publisher
+        level = _inside.get()
+        entry = publisher.build(topic, value, key, headers, id, cause)
+        if level is not None and (level := self._level()) is not self._root:
+            level.outgoing.append(entry)
+        else:
+            publisher.entries.append(entry)
 
     async def execute(self, sql: str, *args: Any, timeout: float | None = None) -> str:
         """Run a statement. Returns its command tag, for example ``UPDATE 1``.
@@ -220,6 +265,9 @@ class Tx:
                     raise
                 await self._guarded(self._scope.connection.execute(f"release savepoint {name}"))
                 self.error = outer_error
+                if level.outgoing:
+                    inner = outer.outgoing if outer is not self._root else self._scope.publishers[self].entries
+                    inner += level.outgoing
 
     def _level(self) -> _Level:
         level = _inside.get()
@@ -344,6 +392,7 @@ class Tx:
         self._scope.connection.terminate()
 
     def discard(self) -> None:
-        """Forget what was deferred and not sent."""
+        """Forget what was deferred and not sent, and what was published."""
         self.writes = []
         self._scope.deferred = [sender for sender in self._scope.deferred if sender is not self]
+        self._scope.publishers.pop(self, None)

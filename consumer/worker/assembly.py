@@ -36,6 +36,7 @@ from consumer.worker.lifetime import Lifetime
 from consumer.worker.log_monitor import LogMonitor
 from consumer.worker.message_log import MessageLog
 from consumer.worker.offset_commits import OffsetCommits
+from consumer.worker.outbox_relay import OutboxRelay
 from consumer.worker.partition_table import PartitionTable
 from consumer.worker.partitions import Partitions
 from consumer.worker.shard import LaneState, Shard
@@ -101,6 +102,7 @@ class Parts:
         self.connections = Connections(
             self.partitions, self.lifetime, self.message_log, random, is_pooled=settings.postgres_pooler
         )
+        self.relays = self._outbox_relays()
         self._shard_check = ShardCheck(app, self.router, self.shards, table, self.connections, self.lifetime)
         self._add_record_flow(report, path)
         self._add_lanes()
@@ -115,6 +117,25 @@ class Parts:
             self.lifetime,
             report,
         )
+
+    def _outbox_relays(self) -> dict[str, OutboxRelay]:
+        """Return the relay of each database; none where nothing is published."""
+        app, settings = self._app, self._settings
+        if not app.publishes or settings.outbox_relay == "off":
+            return {}
+        return {
+            shard.name: OutboxRelay(
+                app.name,
+                settings,
+                shard,
+                self.partitions.table,
+                self.connections,
+                self.lifetime,
+                app.publishes,
+                self._on_step,
+            )
+            for shard in self.shards
+        }
 
     def _add_record_flow(self, report: Report, path: str) -> None:
         """Create what fetches records, and what opens, watches and gives up partitions."""
@@ -154,6 +175,7 @@ class Parts:
             report,
             self._on_step,
             path,
+            list(self.relays.values()),
         )
         self._log_monitor = LogMonitor(
             app.topics,
@@ -170,7 +192,13 @@ class Parts:
     def _add_lanes(self) -> None:
         dead_letter_rate = DeadLetterRateLimit(self._settings.dead_letter_limit)
         self._results = BatchResults(
-            self.partitions.table, self.source, self.router, dead_letter_rate, self._evidence, self.message_log
+            self.partitions.table,
+            self.source,
+            self.router,
+            dead_letter_rate,
+            self._evidence,
+            self.message_log,
+            self.relays,
         )
         services = LaneServices(
             self._settings,
@@ -205,4 +233,5 @@ class Parts:
                 loops.append(
                     publish_loop(app.name, topic, shard.settings, open_session, self._results.dead_letters_added)
                 )
+        loops += [relay.run() for relay in self.relays.values()]
         return loops + [runner.run() for runner in self._runners]

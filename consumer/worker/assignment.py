@@ -28,11 +28,13 @@ from consumer.worker.group_check import GroupCheck
 from consumer.worker.halts import Halts
 from consumer.worker.lifetime import Lifetime
 from consumer.worker.offset_commits import OffsetCommits
+from consumer.worker.outbox_relay import OutboxRelay
 from consumer.worker.partitions import Partitions
 from consumer.worker.registration import register
 from consumer.worker.shard import LaneState, Shard
 from consumer.worker.wait_reports import Reporter
 
+_RELAY_DRAIN_SECONDS = 2.0  # for Kafka's answers to what the outbox has sent
 DRAIN_SECONDS_MAX = 20.0  # of a rebalance; below the time that the group waits for its members
 
 Report = Callable[[dict[str, Any]], None]
@@ -70,6 +72,7 @@ class Assignment:
         report: Report,
         on_step: Callable[[str], None],
         path: str,
+        relays: Sequence[OutboxRelay],
     ) -> None:
         self._app = app
         self._settings = settings
@@ -87,6 +90,7 @@ class Assignment:
         self._report = report
         self._on_step = on_step
         self._path = path
+        self._relays = relays
 
     # -- rebalances -------------------------------------------------------------------------------------------------
 
@@ -96,6 +100,8 @@ class Assignment:
         Asks no service: the client sends no heartbeat meanwhile, and PostgreSQL may be away.
         """
         self._partitions.assign(assigned)
+        for relay in self._relays:
+            relay.look()
         self._group_check.is_due = True
         self._report(
             {"member": self._source.member_id}
@@ -128,6 +134,8 @@ class Assignment:
                     await reporter.finish(shard.control.connection, stays=self._lifetime.is_stopping)
         finally:
             self._partitions.finish_revoke()
+        for relay in self._relays:
+            await relay.drain(_RELAY_DRAIN_SECONDS)
 
     async def _wait_for_lanes(self, seconds: float) -> None:
         waits = [asyncio.create_task(lane.idle.wait()) for lane in self._lanes]

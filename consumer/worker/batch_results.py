@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 
 from consumer.core.delivery import Batch
 from consumer.core.evidence import Evidence
@@ -21,6 +22,7 @@ from consumer.transaction.dead_letter_rate import DeadLetterRateLimit
 from consumer.transaction.result import CONFLICT, BatchResult, complete, ended_by_handler
 from consumer.worker import message_log
 from consumer.worker.message_log import OFFSET_IDS, MessageLog
+from consumer.worker.outbox_relay import OutboxRelay
 from consumer.worker.partition_table import PartitionTable
 from consumer.worker.shard import LaneState
 
@@ -39,7 +41,9 @@ class BatchResults:
         dead_letter_rate: DeadLetterRateLimit,
         evidence: Evidence,
         message_log: MessageLog,
+        relays: Mapping[str, OutboxRelay],
     ) -> None:
+        self._relays = relays  # by the name of their shard
         self.dead_letters_added = asyncio.Event()
         self._table = table
         self._source = source
@@ -57,6 +61,8 @@ class BatchResults:
 
     async def publish(self, lane: LaneState, session: Session, part: Batch, result: BatchResult) -> None:
         """Record what a part of a batch has settled."""
+        if result.published and (relay := self._relays.get(lane.shard.name)) is not None:
+            relay.committed(session.epoch, result.published)
         complete(lane.scheduler, part, result, time.monotonic())
         self._count(result)
         self._message_log.log_failures(result)

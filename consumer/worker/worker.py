@@ -20,6 +20,7 @@ from consumer.worker.assembly import Parts
 from consumer.worker.assignment import Report
 from consumer.worker.connections import BACKOFF_SECONDS
 from consumer.worker.loop_monitor import LoopMonitor
+from consumer.worker.outbox_topics import check_topics
 from consumer.worker.registration import register_all, start_prechecks
 
 _CANCELLED_SECONDS = 3.0  # a task that ignores its cancellation for so long is left behind
@@ -97,6 +98,8 @@ class Worker:
             starting.cancel()
             return False
         starting.result()
+        if parts.relays:
+            await check_topics(self._app, self._settings, lifetime)
         self.source.subscribe(self._app.topics, parts.assignment.on_revoked, parts.assignment.on_assigned)
         event(
             logging.INFO,

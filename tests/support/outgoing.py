@@ -1,0 +1,82 @@
+"""Reading what an App has published, and comparing it with what it has committed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from harness import Place, drained, query, until, value, working
+
+from consumer import App
+
+
+async def records_of(kafka: str, topic: str) -> list[Any]:
+    """All records of a topic, partition by partition."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=kafka, auto_offset_reset="earliest")
+    await consumer.start()
+    try:
+        await consumer._client._wait_on_metadata(topic)
+        partitions = [TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic) or ())]
+        ends = await consumer.end_offsets(partitions)
+        consumer.assign(partitions)
+        await consumer.seek_to_beginning(*partitions)
+        records: list[Any] = []
+        while any([await consumer.position(partition) < ends[partition] for partition in partitions]):
+            for batch in (await consumer.getmany(timeout_ms=200)).values():
+                records += batch
+        return sorted(records, key=lambda record: (record.partition, record.offset))
+    finally:
+        await consumer.stop()
+
+
+def ids(records: Sequence[Any]) -> list[str]:
+    """The message ids of records."""
+    return [dict(record.headers)["message-id"].decode() for record in records]
+
+
+def values(records: Sequence[Any]) -> list[Any]:
+    """The JSON values of records."""
+    return [json.loads(record.value) for record in records]
+
+
+async def all_published(place: Place, topic: str | None = None) -> None:
+    """Wait until Kafka has acknowledged every row."""
+
+    async def none_left() -> bool:
+        return bool(
+            await value(
+                place.dsn,
+                """select coalesce(bool_and(s.next_seq = p.next_seq), true)
+                   from consumer.outbox_streams s join consumer.outbox_published p using (stream)
+                   where $1::text is null or s.topic = $1""",
+                topic,
+            )
+        )
+
+    await until("everything is published", none_left)
+
+
+async def publish_all(app: App, place: Place, **more: Any) -> None:
+    """Settle and publish everything that was produced."""
+    settings = place.settings(**more)
+    async with working(app, settings):
+        await drained(app, settings)
+        await all_published(place)
+
+
+async def check_published(place: Place, out: str) -> list[Any]:
+    """Check that Kafka has what was committed, in order, and nothing else; return the first occurrences."""
+    records = await records_of(place.kafka, out)
+    first: dict[str, Any] = {}
+    for record in records:
+        first.setdefault(ids([record])[0], record)
+    committed = await query(place.dsn, "select id::text, key, seq from consumer.outbox where topic = $1", out)
+    assert set(first) == {row[0] for row in committed}, "each committed id is in Kafka, and no other"
+    seq_of = {row[0]: row[2] for row in committed}
+    by_place: dict[tuple[int, bytes], list[int]] = {}
+    for id, record in first.items():
+        by_place.setdefault((record.partition, record.key), []).append(seq_of[id])
+    assert all(seqs == sorted(seqs) for seqs in by_place.values()), "first occurrences are in the order of commits"
+    return list(first.values())

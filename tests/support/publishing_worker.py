@@ -1,0 +1,45 @@
+"""A publishing worker that ends or stops itself at a step: `publishing_worker.py TOPIC OUT APP STEP NTH [stop]`.
+
+Settings come from the environment. The steps are those of crash_worker.py and of the relay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from typing import Any
+
+from crash_worker import CrashAt, after_sending, stop_itself
+from replacing import replace
+
+from consumer import App, Message, Tx
+from consumer.logs import configure
+from consumer.postgres.session import Session
+from consumer.settings import load
+from consumer.worker.worker import Worker
+
+
+def app_of(topic: str, out: str, name: str) -> App:
+    """Forward every message, with an effect."""
+    app = App(name, publishes=[out])
+
+    @app.handler(topic)
+    async def forward(message: Message[dict[str, Any]], tx: Tx) -> None:
+        tx.defer("insert into effects values ($1, 1, 1)", str(message.value["n"]))
+        tx.publish(out, message.value, key=message.key)
+
+    return app
+
+
+def main() -> None:
+    topic, out, name, wanted, nth = sys.argv[1:6]
+    step = CrashAt(wanted, int(nth), stop_itself if "stop" in sys.argv[6:] else lambda: os._exit(137))
+    replace(Session, "commit", after_sending(step))
+    settings = load()
+    configure("debug", "json")
+    asyncio.run(Worker(app_of(topic, out, name), settings, on_step=step).run())
+
+
+if __name__ == "__main__":
+    main()
