@@ -12,6 +12,7 @@ from typing import Any
 
 from consumer.admin.counts import handler_counts, miscounts, open_dead_letters
 from consumer.admin.ledger_access import with_ledger
+from consumer.admin.outbox import summary
 from consumer.admin.partitions import PartitionHealth, partition_health, partition_lags
 from consumer.app import App
 from consumer.core.message import Partition
@@ -20,7 +21,7 @@ from consumer.handler_records.notices import Notice
 from consumer.handler_records.settled_ranges import Gap
 from consumer.kafka import group
 from consumer.kafka.consumer import KafkaConsumer
-from consumer.postgres import waiting_messages
+from consumer.postgres import outbox, waiting_messages
 from consumer.postgres.protocol import Connection
 from consumer.settings import Settings
 
@@ -40,6 +41,7 @@ class Status:
     waiting: Sequence[dict[str, Any]]
     notices: Sequence[Notice]
     gaps: Sequence[Gap]
+    outbox: Mapping[str, Any]
     miscounts: Mapping[str, dict[str, int]] | None = None
 
     @property
@@ -49,6 +51,7 @@ class Status:
             any(partition["stopped"] for partition in self.partitions)
             or any(waiting["systemic"] for waiting in self.waiting)
             or any(notice.is_problem for notice in self.notices)
+            or self.outbox["stopped"]
             or self.miscounts
         )
 
@@ -63,6 +66,7 @@ class Status:
             "waiting": self.waiting,
             "notices": [notice.as_dict() for notice in self.notices],
             "gaps": [gap_as_dict(gap) for gap in self.gaps],
+            "outbox": self.outbox,
         }
         return answer if self.miscounts is None else answer | {"miscounts": self.miscounts}
 
@@ -84,6 +88,7 @@ async def read_status(app: App, path: str, settings: Settings, exact: bool = Fal
         dead_letters = await open_dead_letters(connection, app)
         health = await partition_health(connection, source, app, partitions, members.commits)
         waiting, _ = await waiting_messages.read(connection, app.name)
+        streams = await outbox.overview(connection, app.name)
         wrong_counts = await miscounts(connection, app) if exact else None
         all_notices, coverage = await notices.gather(connection, app, path, members, missing)
         return Status(
@@ -97,6 +102,7 @@ async def read_status(app: App, path: str, settings: Settings, exact: bool = Fal
             waiting=waiting,
             notices=all_notices,
             gaps=coverage.gaps,
+            outbox=summary(streams),
             miscounts=wrong_counts,
         )
 

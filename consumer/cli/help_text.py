@@ -25,6 +25,7 @@ _HEADINGS = (
     ("precheck_", "Redis"),
     ("ledger_", "Ledger"),
     ("dead_letter_", "Dead letters"),
+    ("outbox_", "Outbox"),
     ("log_", "Logging"),
     (("grace_", "wait_", "watchdog_", "restarts_", "worker_", "allow_"), "Process"),
     ("", "Limits"),

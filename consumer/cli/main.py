@@ -27,6 +27,7 @@ _OTHERS = (
     "diagram",
     "dlq",
     "dlq_settle",
+    "outbox",
     "purge",
     "replay",
     "rebuild",

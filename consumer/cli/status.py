@@ -72,6 +72,7 @@ def print_answer(answer: Status, path: str) -> None:
         line(f"  to resolve it: {notice.do}")
     _print_waiting(answer.waiting)
     _print_handlers(answer.handlers)
+    _print_outbox(answer.outbox, path)
     for name, counts in answer.open_dead_letters.items():
         dead, behind = counts.get("dead", 0), counts.get("waiting", 0)
         line(
@@ -130,6 +131,15 @@ def _print_handlers(handlers: Mapping[str, dict[str, Any]]) -> None:
             causes,
         )
     show(table, "handlers")
+
+
+def _print_outbox(outbox: Mapping[str, Any], path: str) -> None:
+    if outbox["unpublished"]:
+        line(f"outbox: {outbox['unpublished']:,} rows not published yet, the oldest of {outbox['oldest']}")
+    for stream in outbox["stopped"]:
+        source = f"{stream['source_topic']}:{stream['source_partition']}"
+        line(f"outbox: stream {stream['stream']} from {source} to {stream['topic']} has stopped: {stream['stopped']}")
+        line(f"  to go on: consumer outbox resume {path} {stream['stream']} --why TEXT")
 
 
 def _count(number: int | None) -> str:

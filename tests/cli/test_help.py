@@ -59,6 +59,7 @@ def test_help_of_run_shows_every_setting_under_a_heading() -> None:
         "Redis",
         "Ledger",
         "Dead letters",
+        "Outbox",
         "Logging",
         "Process",
         "Limits",

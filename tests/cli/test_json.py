@@ -117,6 +117,7 @@ async def test_every_answer_has_the_documented_keys_and_no_other(contract: Contr
     await _dead_letters(contract)
     await _replays(contract)
     await _other_commands(contract)
+    await _outbox(contract)
     _demo_and_shards(contract)
     await _stops(contract)
 
@@ -195,6 +196,28 @@ async def _other_commands(contract: Contract) -> None:
     contract.run("positions --accept-id-rule", "positions", *rules, app="_rule")
     contract.run("purge", "purge", "--older-than", "0", "--dry-run")
     contract.run("purge", "purge", "--older-than", "0", "--force", CONSUMER_LEDGER_CLOCK_SKEW_HOURS="0")
+
+
+async def _outbox(contract: Contract) -> None:
+    """A stream that stopped, with one row."""
+    number = await value(
+        contract.place.dsn,
+        """with made as (
+               insert into consumer.outbox_streams (app, source_topic, source_partition, topic, next_seq)
+               values ($1, 'in', 0, 'out', 1) returning stream
+           ), known as (
+               insert into consumer.outbox_published (stream, stopped, stopped_at) select stream, 'too large', now() from made
+           )
+           insert into consumer.outbox (generation, stream, seq, id, topic, key, value, handler, source_offset, type)
+           select 1, stream, 0, gen_random_uuid(), 'out', 'k', 'v', h.handler, 7, 'made'
+           from made, consumer.handlers h where h.app = $1 limit 1 returning stream""",
+        contract.name,
+    )
+    contract.run("status", "status")
+    contract.run("outbox list", "outbox list")
+    contract.run("outbox resume", "outbox resume", str(number), "--why", "a test")
+    contract.run("outbox discard", "outbox discard", str(number), "--why", "not stopped")
+    contract.run("outbox show", "outbox show", str(number))
 
 
 def _demo_and_shards(contract: Contract) -> None:

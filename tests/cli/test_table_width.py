@@ -56,6 +56,7 @@ def test_status_is_a_table_where_it_fits_and_else_lines(terminal: io.StringIO, h
         waiting=[],
         notices=[],
         gaps=[],
+        outbox={"unpublished": 0, "oldest": None, "stopped": []},
     )
     status.print_answer(answer, "shop:app")
     assert has_whole(terminal, TOPIC, handler, "1,000,000", "123,456,789", "100")

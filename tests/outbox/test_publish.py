@@ -106,8 +106,8 @@ async def test_only_what_is_applied_is_published(place: Place) -> None:
     await place.send(topic, *[Sent({"id": str(n), "do": do}, id=str(n), key=str(n)) for n, do in enumerate(todo)])
     await publish_all(app, place)
     sent: dict[str, list[Any]] = {}
-    for each in values(await records_of(place.kafka, out)):
-        sent.setdefault(each["id"], []).append(each["n"])
+    for body in values(await records_of(place.kafka, out)):
+        sent.setdefault(body["id"], []).append(body["n"])
     kept = {
         "0": [0, "last"],
         "2": [0, "last"],
@@ -174,11 +174,11 @@ async def test_a_batch_handler_names_the_cause_of_each_record(place: Place) -> N
     await place.send(topic, *[Sent({"n": n}, id=str(n), key="k") for n in range(1, 9)])
     await publish_all(app, place)
     records = await records_of(place.kafka, out)
-    assert [each["m"] for each in values(records) if "m" in each] == list(range(1, 9))
-    held = [each["n"] for each in values(records) if "n" in each]
+    assert [body["m"] for body in values(records) if "m" in body] == list(range(1, 9))
+    held = [body["n"] for body in values(records) if "n" in body]
     assert held == [sign * n for n in (1, 2, 3, 4, 6, 7, 8) for sign in (1, -1)]  # 5 is a dead letter
     for n, one in zip(
-        held, [i for i, each in zip(ids(records), values(records), strict=True) if "n" in each], strict=True
+        held, [i for i, body in zip(ids(records), values(records), strict=True) if "n" in body], strict=True
     ):
         expected = derived_id(app.name, "book", message_id(str(abs(n)).encode()), 0 if n > 0 else 1)
         assert one == str(uuid.UUID(bytes=expected))
