@@ -69,7 +69,7 @@ def _flags(command: tuple[str, ...]) -> frozenset[str]:
 
 
 def _command_of(words: list[str]) -> tuple[str, ...]:
-    return tuple(words[:2]) if words[:1] == ["dlq"] else tuple(words[:1])
+    return tuple(words[:2]) if words[:1] in (["dlq"], ["outbox"]) else tuple(words[:1])
 
 
 def _check_consumer(line: str) -> None:
