@@ -356,7 +356,7 @@ SECTIONS = {
     "times": "By time",
     "history": "The ledger against the log",
     "precheck": "Redis",
-    "rebuild": "RebuildResult tables",
+    "rebuild": "Rebuilt tables",
     "republish": "Copied to another topic",
     "samples": "Examples",
     "ranges": "What was read",
@@ -365,7 +365,7 @@ SECTIONS = {
 
 def test_the_sections_stand_in_their_order() -> None:
     expected = list(SECTIONS.values())
-    expected.insert(expected.index("RebuildResult tables") + 1, "Differences")
+    expected.insert(expected.index("Rebuilt tables") + 1, "Differences")
     assert Parsed(render(full())).headings == ["No: 1 message is missing", *expected, "How it was run"]
     assert Parsed(render(MINIMAL)).headings == [OK, "How it was run"]
 

@@ -127,7 +127,7 @@ async def test_numbers_rise_even_when_redis_has_lost_them(own_redis: Redis, name
 
 
 async def test_another_owners_lock_is_not_given_back(redis: Redis, name: str) -> None:
-    with pytest.raises(LockLost, match="gone before"):
+    with pytest.raises(LockLost, match="lost before"):
         async with Lock(redis, name, LONG) as lock:
             await redis.set(key_of(name), "another")
     assert lock.lost.is_set()
