@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 
 import pytest
@@ -82,19 +82,26 @@ def banned_names_of(source: str, allowed: Set[str] = frozenset()) -> list[str]:
 DOCUMENTS = [*documents.PAGES, ROOT / "Makefile"]
 
 
-@pytest.mark.parametrize("path", [*DOCUMENTS, *CODE, *SQL], ids=_name)
-def test_a_file_has_no_banned_word(path: Path) -> None:
-    assert [word for word in words_of(path) if word not in ALLOWED.get(_name(path), set())] == []
+def _faults(check: Callable[[Path], list[str]], paths: Iterable[Path]) -> dict[str, list[str]]:
+    return {_name(path): faults for path in paths if (faults := check(path))}
 
 
-@pytest.mark.parametrize("path", CODE, ids=_name)
-def test_docstrings_begin_with_a_short_sentence(path: Path) -> None:
-    assert badly_formed(path) == []
+def test_no_file_has_a_banned_word() -> None:
+    def refused_words(path: Path) -> list[str]:
+        return [word for word in words_of(path) if word not in ALLOWED.get(_name(path), set())]
+
+    assert _faults(refused_words, [*DOCUMENTS, *CODE, *SQL]) == {}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=_name)
-def test_names_say_what_they_hold(path: Path) -> None:
-    assert banned_names_of(path.read_text("utf-8"), NAMES_ALLOWED.get(_name(path), set())) == []
+def test_docstrings_begin_with_a_short_sentence() -> None:
+    assert _faults(badly_formed, CODE) == {}
+
+
+def test_names_say_what_they_hold() -> None:
+    def refused_names(path: Path) -> list[str]:
+        return banned_names_of(path.read_text("utf-8"), NAMES_ALLOWED.get(_name(path), set()))
+
+    assert _faults(refused_names, SOURCES) == {}
 
 
 def test_the_checks_find_faults(tmp_path: Path) -> None:
