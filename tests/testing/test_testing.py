@@ -696,7 +696,7 @@ async def test_wrong_apps_and_schemas_are_one_line_and_leave_no_database(
         (app_of(), tmp_path / "missing.sql", "no such file in "),
         (app_of(), tmp_path, "no such file in "),
         (app_of(), tmp_path / "wrong.sql", f'{tmp_path}/wrong.sql:2: syntax error at or near "tabel"'),
-        (app_of(), "create table a (); commit;", "schema: COMMIT stands in it"),
+        (app_of(), "create table a (); commit;", "schema: COMMIT would end the transaction"),
     ]
     for app, schema, text in wrong:
         with pytest.raises(Misconfigured) as caught:
