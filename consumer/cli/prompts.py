@@ -41,7 +41,8 @@ def _confirmed(question: str) -> bool:
                 return True
             case "" | "n" | "no":
                 return False
-        typer.echo("Error: invalid input", err=True)
+            case _:
+                typer.echo("Error: invalid input", err=True)
 
 
 def _until_typed() -> None:

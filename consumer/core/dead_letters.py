@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from consumer.core.errors import Misconfigured
 from consumer.core.message import Record
-from consumer.core.outcome import Dead, Outcome, Reason, RetryLater
+from consumer.core.outcome import Applied, Dead, Duplicate, Outcome, Reason, RetryLater, Skipped
 
 
 class DeadLetterState(StrEnum):
@@ -68,7 +68,7 @@ def next_state(outcome: Outcome | None) -> Transition:
             )  # it concerns this message alone
         case RetryLater():
             return Transition(DeadLetterState.DEAD, keeps_key_blocked=True, releases_next=False)
-        case _:
+        case None | Applied() | Duplicate() | Skipped():
             return Transition(DeadLetterState.APPLIED, keeps_key_blocked=False, releases_next=True)
 
 

@@ -127,6 +127,8 @@ def _compile(function: Function, kinds: list[Any]) -> Call:
             return lambda value, message, tx: function(message)
         case ["message", "tx"]:
             return lambda value, message, tx: function(message, tx)
+        case _:
+            pass
 
     def call(value: Any, message: Any, tx: Any) -> Awaitable[object]:
         given = {"value": value, "message": message, "tx": tx}

@@ -100,6 +100,8 @@ def plain(value: Any) -> Any:
                     plain(item)
                 else:
                     object.__setattr__(value, name, plain(item))
+        case _:
+            pass
     return value
 
 

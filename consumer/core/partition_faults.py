@@ -45,6 +45,8 @@ def halt_of(partition: Partition, failure: ReadFailure) -> PartitionHalt:
                 f"the brokers give nothing from offset {first}: {failure.text}",
                 "repair the partition in Kafka; it goes on by itself",
             )
+        case _:
+            pass  # the records themselves: an operator moves past them
     records = f"record {first}" if last == first else f"records {first} to {last}"
     return PartitionHalt(
         failure.reason,

@@ -94,6 +94,8 @@ def canonical(value: Any, depth: int = 0) -> bytes:
             return b"u" + value.bytes
         case Mapping():
             return _unordered(b"{", [canonical(key, inner) + canonical(item, inner) for key, item in value.items()])
+        case _:
+            pass
     if (fields := fields_of(value)) is not None:
         items = [canonical(name) + canonical(item, inner) for name, item in fields]
         tag = getattr(getattr(type(value), "__struct_config__", None), "tag", None)  # which member of a union it is

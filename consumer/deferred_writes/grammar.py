@@ -26,9 +26,10 @@ def shape_of(sql: str) -> Shape | None:
                 return _update(StatementReader(tokens, 1))
             case "delete", "from":
                 return _delete(StatementReader(tokens, 2))
+            case _:
+                return None
     except NotUnderstood:
-        pass
-    return None
+        return None
 
 
 def _join(tokens: Sequence[Token]) -> str:

@@ -153,6 +153,8 @@ class StatementReader:
                     number = int(token.text[1:])
                     self.parameters.add(number)
                     token = Token("parameter", f"consumer_r.consumer_c{number}")
+                case _:
+                    pass
             depth += (token.text == "(") - (token.text == ")")
             if depth < 0:
                 raise NotUnderstood

@@ -191,4 +191,5 @@ def _explain(error: Exception, settings: Settings, broker: str) -> str:
             return f"no TLS with {broker} ({error.reason}): is CONSUMER_KAFKA_SECURITY_PROTOCOL={protocol} right for this port?"
         case TokenUnavailable():
             return str(error)
-    return f"{type(error).__name__}: is CONSUMER_KAFKA_SECURITY_PROTOCOL={protocol} right for {broker}?"
+        case _:
+            return f"{type(error).__name__}: is CONSUMER_KAFKA_SECURITY_PROTOCOL={protocol} right for {broker}?"

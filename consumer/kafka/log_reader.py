@@ -46,6 +46,8 @@ def parse(text: str, option: str, now_ms: int, names: str = "earliest, latest, p
             return Latest()
         case "position":
             return AtPosition()
+        case _:
+            pass
     if re.fullmatch("[0-9]{1,18}", given):
         return Offset(int(given))
     if ago := _AGO.fullmatch(given.lower()):

@@ -15,7 +15,7 @@ from consumer.core.errors import Misconfigured
 from consumer.core.handler import Handler
 from consumer.core.message import Partition
 from consumer.core.ordering import Scheduler
-from consumer.core.outcome import Cause, Dead, Duplicate, Reason, RetryLater, Skipped
+from consumer.core.outcome import Applied, Cause, Dead, Duplicate, Reason, RetryLater, Skipped
 from consumer.handler_records import handler_code
 from consumer.kafka.bounds import Span
 from consumer.postgres import applied_queries
@@ -310,6 +310,8 @@ class SinglePass:
                     self.history.note_unreadable(delivery)
                 case Skipped():
                     self.counts["unsettled"] += 1
+                case Applied():
+                    pass  # counted below
             self._errors.pop(delivery, None)
         if self._errors:
             for delivery in result.applied:

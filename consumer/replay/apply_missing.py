@@ -13,7 +13,7 @@ from functools import partial
 
 from consumer.core.delivery import Batch, Delivery
 from consumer.core.errors import CannotTell
-from consumer.core.outcome import Dead, Outcome, RetryLater
+from consumer.core.outcome import Applied, Dead, Duplicate, Outcome, RetryLater, Skipped
 from consumer.handler_records import handler_code
 from consumer.postgres.connection import translated_errors
 from consumer.postgres.errors import Conflict, Outage
@@ -114,7 +114,7 @@ class MissingMessages:
             case RetryLater():
                 self._fruitless += 1
                 return
-            case _:
+            case Applied() | Duplicate() | Skipped():
                 outcome = "applied"  # by a worker, meanwhile
         self._fruitless, self._settled_at = 0, time.monotonic()
         check.missing.pop((delivery.handler.name, delivery.id), None)

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from consumer.core.delivery import Delivery
 from consumer.core.message import Partition
-from consumer.core.outcome import Dead, Outcome, RetryLater
+from consumer.core.outcome import Applied, Dead, Duplicate, Outcome, RetryLater, Skipped
 from consumer.transaction.result import BEHIND
 
 UNCALLED = RetryLater(0.0, "its handler was not called")  # of a missing message that can be read
@@ -26,7 +26,7 @@ def would_text(outcome: Outcome | None) -> str:
             return "wait behind a failed message of its key"
         case RetryLater():
             return "fail and be tried again"
-        case _:
+        case Applied() | Duplicate() | Skipped():
             return "be a duplicate by now"
 
 

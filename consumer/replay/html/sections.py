@@ -42,7 +42,8 @@ def headline(findings: JsonRow, verdict: str) -> str:
             return _OK if findings["mode"] in ("check", "apply") else answer
         case "no":
             return f"No: {answer}"
-    return f"Could not tell: {answer}"
+        case _:
+            return f"Could not tell: {answer}"
 
 
 def header(findings: JsonRow, verdict: str, heading: str) -> Html:

@@ -23,7 +23,8 @@ def number(value: object) -> object:
             return f"{value:,}"
         case float():
             return f"{value:,.1f}"
-    return value
+        case _:
+            return value
 
 
 def drawn_count(value: object) -> int:
