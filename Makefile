@@ -30,7 +30,7 @@ test: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer ## All tests, on real Ka
 # Few examples for each property, and without the tests that are about many states: `make test` has them.
 unit: $(VENV)/dev ## Tests that need no service: pure modules and the project's structure (under 30 s)
 	@CORE_EXAMPLES=20 $(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses $(AT_A_TIME) -m unit --ignore tests/core/test_model.py \
-		--deselect tests/core/test_lanes.py::TestLaneAgainstItsModel $(ARGS)
+		--deselect tests/core/test_ordering.py::TestLaneAgainstItsModel $(ARGS)
 
 coverage: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer ## All tests, and the lines and branches that none of them runs (.cache/coverage/index.html)
 	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile --cov=consumer --cov=handlers --cov-branch \

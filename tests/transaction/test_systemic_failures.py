@@ -243,7 +243,7 @@ async def test_a_message_that_asks_to_run_again_is_shown_and_is_not_systemic(pla
 
         [row] = await until("it to be shown", shown)
         assert (row["count"], row["systemic"], row["topic"], row["partition"]) == (5, False, topic, 0)
-        assert "RunAgain at test_evidence.py:" in row["error"]
+        assert "RunAgain at test_systemic_failures.py:" in row["error"]
         assert "secret" not in row["error"]
         may.set()
         await drained(app, place.settings())
@@ -277,7 +277,7 @@ async def test_many_failures_of_one_kind_are_a_few_log_lines(place: Place, caplo
     lines = [record for record in caplog.records if "uncounted" in record.getMessage()]
     assert 1 <= len(lines) <= 12  # for at least 800 failures
     fields = lines[0].fields  # type: ignore[attr-defined]
-    assert fields["handler"] == "settle" and "test_evidence.py:" in fields["error"]
+    assert fields["handler"] == "settle" and "test_systemic_failures.py:" in fields["error"]
 
 
 async def test_dead_letter_limit_is_named_by_the_error_and_by_status(place: Place) -> None:
@@ -291,10 +291,14 @@ async def test_dead_letter_limit_is_named_by_the_error_and_by_status(place: Plac
     await place.send(topic, *[payment(f"secret{n}") for n in range(200)])
     with pytest.raises(TooManyDeadLetters) as caught:
         await consume_all(app, place.settings())
-    assert "failed: KeyError at test_evidence.py:" in str(caught.value)
+    assert "failed: KeyError at test_systemic_failures.py:" in str(caught.value)
     assert "secret" not in str(caught.value)
     [row] = await waits(place, app)
-    assert row["systemic"] and "dead-letter limit" in row["error"] and "KeyError at test_evidence.py:" in row["error"]
+    assert (
+        row["systemic"]
+        and "dead-letter limit" in row["error"]
+        and "KeyError at test_systemic_failures.py:" in row["error"]
+    )
 
 
 async def test_a_dead_letter_keeps_the_frames_of_its_error_without_values(place: Place) -> None:
@@ -316,7 +320,7 @@ async def test_a_dead_letter_keeps_the_frames_of_its_error_without_values(place:
     finally:
         await connection.close()
     assert letter is not None
-    assert letter["trace"][0].startswith("KeyError at test_evidence.py:")
+    assert letter["trace"][0].startswith("KeyError at test_systemic_failures.py:")
     assert letter["trace"][-2].endswith(" in look_up") and "secret" not in "".join(letter["trace"])
 
 
