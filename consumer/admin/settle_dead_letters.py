@@ -13,7 +13,7 @@ from consumer.core.errors import Misconfigured
 from consumer.core.outcome import Reason
 from consumer.core.suggestions import suggestion
 from consumer.dead_letters.edits import Edit
-from consumer.dead_letters.retry import Filters, Redrive, RetryResult
+from consumer.dead_letters.retry import DeadLetterRetrier, Filters, RetryResult
 from consumer.postgres.dead_letter_actions import Chain
 
 _DISCARD_AT_A_TIME = 500
@@ -51,17 +51,17 @@ class Selection(NamedTuple):
     unsure: bool
 
 
-async def select(redrive: Redrive, filters: Filters, options: SettleOptions) -> Selection:
+async def select(retrier: DeadLetterRetrier, filters: Filters, options: SettleOptions) -> Selection:
     """Select the dead letters. Raises Misconfigured for one that cannot be settled."""
     if filters.dead_letters is not None:
-        return await _select_by_number(redrive, filters, filters.dead_letters, options)
-    if filters.handler is not None and filters.handler not in redrive.handlers and not options.is_discard:
+        return await _select_by_number(retrier, filters, filters.dead_letters, options)
+    if filters.handler is not None and filters.handler not in retrier.handlers and not options.is_discard:
         raise Misconfigured(
-            f"--handler {filters.handler[:80]!r}: not known to App {redrive.app.name!r}, so nothing can run its dead letters; "
-            f"{suggestion(filters.handler, redrive.handlers)}"
+            f"--handler {filters.handler[:80]!r}: not known to App {retrier.app.name!r}, so nothing can run its dead letters; "
+            f"{suggestion(filters.handler, retrier.handlers)}"
         )
-    numbers = await redrive.select(filters, waiting=options.is_discard)
-    unsure = await redrive.unsure(filters)
+    numbers = await retrier.select(filters, waiting=options.is_discard)
+    unsure = await retrier.unsure(filters)
     is_named = filters.reason == Reason.TOO_OLD
     left_out = 0 if options.is_discard or is_named else unsure
     note = ""
@@ -74,10 +74,10 @@ async def select(redrive: Redrive, filters: Filters, options: SettleOptions) -> 
 
 
 async def _select_by_number(
-    redrive: Redrive, filters: Filters, numbers: Sequence[int], options: SettleOptions
+    retrier: DeadLetterRetrier, filters: Filters, numbers: Sequence[int], options: SettleOptions
 ) -> Selection:
-    await redrive.check(numbers, waiting=options.is_discard)
-    unsure = await redrive.unsure(filters)
+    await retrier.check(numbers, waiting=options.is_discard)
+    unsure = await retrier.unsure(filters)
     if not unsure or options.is_discard:
         return Selection(numbers, 0, None, False)
     return Selection(
@@ -89,23 +89,25 @@ async def _select_by_number(
     )
 
 
-async def settle(redrive: Redrive, numbers: Sequence[int], options: SettleOptions) -> AsyncIterator[RetryResult]:
+async def settle(
+    retrier: DeadLetterRetrier, numbers: Sequence[int], options: SettleOptions
+) -> AsyncIterator[RetryResult]:
     """Retry or discard dead letters, then run those that wait behind them.
 
     Raises CannotTell if PostgreSQL is lost: what was settled is settled, once.
     """
     if options.why is None:
-        async for result in redrive.retry(numbers, options.edit):
+        async for result in retrier.retry(numbers, options.edit):
             yield result
         return
     # First discard all of them, then run what waited behind them: else one would run that is about to be discarded.
     chains: dict[Chain, None] = {}
     for start in range(0, len(numbers), _DISCARD_AT_A_TIME):
-        if redrive.stopping():
+        if retrier.stopping():
             return
-        results, freed = await redrive.discard(numbers[start : start + _DISCARD_AT_A_TIME], options.why)
+        results, freed = await retrier.discard(numbers[start : start + _DISCARD_AT_A_TIME], options.why)
         chains |= dict.fromkeys(freed)
         for result in results:
             yield result
-    async for result in redrive.release(list(chains)):
+    async for result in retrier.release(list(chains)):
         yield result

@@ -24,7 +24,7 @@ from consumer.cli.progress import progress
 from consumer.cli.prompts import ask
 from consumer.cli.signals import Interrupted
 from consumer.core.errors import CannotTell, Misconfigured
-from consumer.dead_letters.retry import Filters, Redrive
+from consumer.dead_letters.retry import DeadLetterRetrier, Filters
 from consumer.postgres.connection import wait_for
 from consumer.settings import Settings
 
@@ -47,10 +47,10 @@ async def settle_all(
     settings.dsn  # noqa: B018 - raises when there is none
     async with running(app):
         operator = answering.operator or _user()
-        redrive = await wait_for(lambda left: Redrive.open(app, settings, operator), settings.wait_seconds)
+        retrier = await wait_for(lambda left: DeadLetterRetrier.open(app, settings, operator), settings.wait_seconds)
         try:
             await name_filters.check(
-                redrive.session.connection,
+                retrier.session.connection,
                 None,
                 filters.handler,
                 filters.topic,
@@ -58,16 +58,16 @@ async def settle_all(
                 handlers=tuple(app.handlers),
                 topics=tuple(app.topics),
             )
-            numbers, left_out, question, unsure = await select(redrive, filters, options)
+            numbers, left_out, question, unsure = await select(retrier, filters, options)
             if answering.dry_run or not numbers:
                 return _print_selected(numbers, left_out, answering)
             if question is not None and not answering.yes:
                 _confirm(question)
             if unsure:
-                redrive.allow_unsure()
-            return await _settle(redrive, numbers, left_out, options, answering, bulk=filters.dead_letters is None)
+                retrier.allow_unsure()
+            return await _settle(retrier, numbers, left_out, options, answering, bulk=filters.dead_letters is None)
         finally:
-            redrive.close()
+            retrier.close()
 
 
 def _user() -> str:
@@ -118,7 +118,7 @@ def _print_result(result: SettleResult, bulk: bool) -> None:
 
 
 async def _settle(
-    redrive: Redrive,
+    retrier: DeadLetterRetrier,
     numbers: Sequence[int],
     left_out: int,
     options: SettleOptions,
@@ -127,13 +127,13 @@ async def _settle(
     bulk: bool,
 ) -> int:
     result = SettleResult(len(numbers), left_out)
-    received = _stop_on_signals(redrive)
+    received = _stop_on_signals(retrier)
     is_complete = False
     error = ""
     try:
         with progress("dead letters") as bar:
             phase = "discarding" if options.is_discard else "retrying"
-            async for settled in settle(redrive, numbers, options):
+            async for settled in settle(retrier, numbers, options):
                 result.add(settled)
                 bar.progress(phase, min(result.reached, len(numbers)), len(numbers))
         is_complete = not received
@@ -161,7 +161,7 @@ async def _settle(
     return 0 if result.is_good(bulk) else 1
 
 
-def _stop_on_signals(redrive: Redrive) -> list[int]:
+def _stop_on_signals(retrier: DeadLetterRetrier) -> list[int]:
     """Stop after the transaction in hand on a signal.
 
     A second one cancels the transaction.
@@ -179,5 +179,5 @@ def _stop_on_signals(redrive: Redrive) -> list[int]:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
-    redrive.stopping = lambda: bool(received)
+    retrier.stopping = lambda: bool(received)
     return received

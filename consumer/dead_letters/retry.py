@@ -88,7 +88,7 @@ class RetryResult:
 
 
 @dataclass(slots=True)
-class Redrive:
+class DeadLetterRetrier:
     """An operator's session with the dead letters of one App.
 
     Open it, select, and settle; close it at the end. The App must be running (its lifespan entered) for anything but
@@ -106,7 +106,7 @@ class Redrive:
     code_is_recorded: bool = False
 
     @classmethod
-    async def open(cls, app: App, settings: Settings, operator: str) -> Redrive:
+    async def open(cls, app: App, settings: Settings, operator: str) -> DeadLetterRetrier:
         """Raises Outage, Misconfigured."""
         session = await _session(settings, operator)
         numbers, _ = await session.known_numbers(app.name, app.handlers, ())

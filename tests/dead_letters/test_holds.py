@@ -16,7 +16,7 @@ from harness import Place, Sent, consume_all, drained, query, until, value, work
 from consumer import App, Retry, RunAgain, Tx
 from consumer.admin.positions import move_position
 from consumer.core.message import Partition
-from consumer.dead_letters.retry import Filters, Redrive
+from consumer.dead_letters.retry import DeadLetterRetrier, Filters
 from consumer.replay.options import Options, Progress
 from consumer.replay.verify import replay
 
@@ -61,11 +61,11 @@ class Shop:
 
     async def retry_all(self) -> list[str]:
         async with self.app.running():
-            drive = await Redrive.open(self.app, self.settings, "test")
+            retrier = await DeadLetterRetrier.open(self.app, self.settings, "test")
             try:
-                return [done.outcome async for done in drive.retry(await drive.select(Filters(), waiting=False))]
+                return [done.outcome async for done in retrier.retry(await retrier.select(Filters(), waiting=False))]
             finally:
-                drive.close()
+                retrier.close()
 
     async def done(self) -> list[str]:
         return [row[0] for row in await query(self.place.dsn, "select id from done order by n")]

@@ -18,7 +18,7 @@ from confluent_kafka import Producer
 from harness import Place, Sent, consume_all, consumer, counts, letters, query
 
 from consumer import App, Message, Reject, Retry, Tx
-from consumer.dead_letters.retry import Redrive
+from consumer.dead_letters.retry import DeadLetterRetrier
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.rebuild.rebuild import rebuild
 from consumer.replay.options import Options, Progress
@@ -333,7 +333,7 @@ async def test_dead_letter_of_an_event_is_retried_under_its_new_id_rule(place: P
     changed = app_of(topic, dict, app.name, message_id="header:ce_id", fingerprint="value")
     numbers = [letter["letter"] for letter in await letters(place.dsn)]
     async with changed.running():
-        desk = await Redrive.open(changed, place.settings(), "operator")
+        desk = await DeadLetterRetrier.open(changed, place.settings(), "operator")
         done = [result async for result in desk.retry(numbers)]
         desk.close()
     assert [result.outcome for result in done] == ["applied", "applied"], done

@@ -1,4 +1,4 @@
-"""Settles a case by real code: real topics, workers in this process, the redrive of the command line."""
+"""Settles a case by real code: real topics, workers in this process, the retry of the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness import working
 
 from consumer import Settings
 from consumer.dead_letters.edits import Edit
-from consumer.dead_letters.retry import Filters, Redrive
+from consumer.dead_letters.retry import DeadLetterRetrier, Filters
 from verdicts.case import Case, Heal, Operate, Send, Settle
 from verdicts.drawing import EFFECTS
 from verdicts.handlers import Call, Life, Place, app_of
@@ -139,21 +139,21 @@ async def _operate(event: Operate, done: Settled, settings: Settings) -> None:
     """What an operator does with `consumer dlq`."""
     app = app_of(done.life, APP, done.topics)
     async with app.running():
-        drive = await Redrive.open(app, settings, "operator")
+        retrier = await DeadLetterRetrier.open(app, settings, "operator")
         try:
-            letters = list(await drive.select(Filters(), waiting=event.what == "discard"))[: event.most]
+            letters = list(await retrier.select(Filters(), waiting=event.what == "discard"))[: event.most]
             if event.what == "discard" and letters:
-                _, chains = await drive.discard(letters, "of no use")
-                _ = [_result async for _result in drive.release(chains)]
+                _, chains = await retrier.discard(letters, "of no use")
+                _ = [_result async for _result in retrier.release(chains)]
             elif event.what == "retry":
-                _ = [_result async for _result in drive.retry(letters)]
+                _ = [_result async for _result in retrier.retry(letters)]
             elif letters:
                 name = f"{done.case.seed}.new{event.payload}"
                 new = uuid.uuid5(uuid.NAMESPACE_OID, name).bytes if event.what == "replace" else None
                 edit = Edit(json.dumps({"m": event.payload}).encode(), new)
-                _ = [_result async for _result in drive.retry(letters[:1], edit)]
+                _ = [_result async for _result in retrier.retry(letters[:1], edit)]
         finally:
-            drive.close()
+            retrier.close()
 
 
 async def _read_order(done: Settled, connection: asyncpg.Connection) -> None:

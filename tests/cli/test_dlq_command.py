@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from harness import ROOT, consumer, is_one_line, query, until, value
-from redrive_desk import Desk
+from retry_desk import Desk
 from terminal_session import AtTerminal
 
 PATH = f"{ROOT}{os.pathsep}{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"
@@ -37,7 +37,7 @@ def dlq(desk: Desk, cwd: Path, *arguments: str, **more: str) -> Any:
 async def test_question_ends_at_once_when_interrupted(desk: Desk, tmp_path: Path, what: list[str]) -> None:
     number = await desk.letter("a")
     before = await desk.rows()
-    command = ["dlq", what[0], "redrive_desk:app", "--all", *what[1:]]
+    command = ["dlq", what[0], "retry_desk:app", "--all", *what[1:]]
     for signal_number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (None, 1)):
         with AtTerminal(tmp_path, *command, environment=environment(desk)) as terminal:
             terminal.until("[y/N]")
@@ -94,7 +94,7 @@ async def test_bulk_retry_that_is_interrupted_keeps_what_is_done(
     desk: Desk, tmp_path: Path, signal_number: int, code: int
 ) -> None:
     await desk.many(3000)
-    command = ["dlq", "retry", "redrive_desk:app", "--all", "--yes"]
+    command = ["dlq", "retry", "retry_desk:app", "--all", "--yes"]
     with AtTerminal(tmp_path, *command, environment={**environment(desk), "TEST_DESK_PAUSE": "0.002"}) as terminal:
         await until("some to be applied", lambda: value(desk.dsn, "select count(*) > 0 from done"))
         terminal.process.send_signal(signal_number)
@@ -106,14 +106,14 @@ async def test_bulk_retry_that_is_interrupted_keeps_what_is_done(
     assert await query(desk.dsn, "select state, count(*) from consumer.dead_letters group by 1 order by 1") == [
         ("applied", done), ("dead", 3000 - done),
     ]  # fmt: skip
-    result = dlq(desk, tmp_path, "retry", "redrive_desk:app", "--all", "--yes", "--json")
+    result = dlq(desk, tmp_path, "retry", "retry_desk:app", "--all", "--yes", "--json")
     assert json.loads(result.stdout)["counts"] == {"applied": 3000 - done}
     assert await value(desk.dsn, "select count(distinct id) = 3000 and count(*) = 3000 from done")
 
 
 async def test_second_interrupt_undoes_the_transaction_in_hand(desk: Desk, tmp_path: Path) -> None:
     await desk.many(20)
-    command = ["dlq", "retry", "redrive_desk:app", "--all", "--yes"]
+    command = ["dlq", "retry", "retry_desk:app", "--all", "--yes"]
     with AtTerminal(tmp_path, *command, environment={**environment(desk), "TEST_DESK_PAUSE": "3600"}) as terminal:
         begun = "select exists (select from pg_stat_activity where state = 'idle in transaction' and datname = current_database())"
         await until("the handler to run", lambda: value(desk.dsn, begun))
@@ -126,16 +126,16 @@ async def test_second_interrupt_undoes_the_transaction_in_hand(desk: Desk, tmp_p
 
 async def test_bulk_retry_leaves_out_what_may_have_been_applied_and_says_so(desk: Desk, tmp_path: Path) -> None:
     old, new = await desk.letter("old", reason="too_old"), await desk.letter("new")
-    result = dlq(desk, tmp_path, "retry", "redrive_desk:app", "--all", "--yes")
+    result = dlq(desk, tmp_path, "retry", "retry_desk:app", "--all", "--yes")
     assert result.returncode == 0, result.stderr
     assert "1 dead letters are left out" in result.stdout and "--reason too_old" in result.stdout
     assert await desk.done() == ["new"]
-    answer = json.loads(dlq(desk, tmp_path, "retry", "redrive_desk:app", "--all", "--yes", "--json").stdout)
+    answer = json.loads(dlq(desk, tmp_path, "retry", "retry_desk:app", "--all", "--yes", "--json").stdout)
     assert (answer["asked"], answer["left_out"], answer["letters"], answer["changed"]) == (0, 1, [], False)
-    is_one_line(dlq(desk, tmp_path, "retry", "redrive_desk:app", str(old)), "may have been applied", "--yes")
+    is_one_line(dlq(desk, tmp_path, "retry", "retry_desk:app", str(old)), "may have been applied", "--yes")
     assert await desk.done() == ["new"]
-    is_one_line(dlq(desk, tmp_path, "retry", "redrive_desk:app", str(new)), "applied already")
-    result = dlq(desk, tmp_path, "retry", "redrive_desk:app", "--reason", "too_old", "--yes")
+    is_one_line(dlq(desk, tmp_path, "retry", "retry_desk:app", str(new)), "applied already")
+    result = dlq(desk, tmp_path, "retry", "retry_desk:app", "--reason", "too_old", "--yes")
     assert result.returncode == 0, result.stderr
     assert await desk.done() == ["new", "old"]
 
@@ -144,7 +144,7 @@ async def test_retry_json_has_one_shape(desk: Desk, tmp_path: Path) -> None:
     await desk.letter("a")
     shapes = []
     for arguments in (["--all", "--dry-run"], ["--topic", "orders", "--yes"], ["--topic", "orders", "--yes"]):
-        answer = json.loads(dlq(desk, tmp_path, "retry", "redrive_desk:app", *arguments, "--json").stdout)
+        answer = json.loads(dlq(desk, tmp_path, "retry", "retry_desk:app", *arguments, "--json").stdout)
         shapes.append((set(answer), {frozenset(entry) for entry in answer["letters"]} or None))
     assert shapes[0] == shapes[1]
     assert shapes[2] == (shapes[0][0], None)
@@ -155,35 +155,35 @@ async def test_filter_that_names_nothing_is_an_error(desk: Desk, tmp_path: Path)
     before = await desk.rows()
     for arguments, says in (
         (["list", desk.name[:-1]], ["APP", f"did you mean {desk.name}?"]),
-        (["list", "redrive_desk:app", "--handler", "setle"], ["--handler 'setle'", "did you mean settle?"]),
+        (["list", "retry_desk:app", "--handler", "setle"], ["--handler 'setle'", "did you mean settle?"]),
         (["list", desk.name, "--handler", "setle"], ["did you mean settle?"]),
-        (["list", "redrive_desk:app", "--topic", "order"], ["--topic 'order'", "did you mean orders?"]),
-        (["list", "redrive_desk:app", "--group", "abcdef0124"], ["--group", "did you mean abcdef0123?"]),
-        (["list", "redrive_desk:app", "--reason", "fail"], ["--reason", "did you mean failed?"]),
-        (["list", "redrive_desk:app", "--state", "death"], ["--state", "did you mean dead?"]),
-        (["list", "redrive_desk:app", "--by-group", "--handler", "setle"], ["did you mean settle?"]),
-        (["list", "redrive_desk:app", "--actions", "--topic", "order"], ["did you mean orders?"]),
-        (["show", "redrive_desk:app", str(number + 1)], ["no dead letter"]),
-        (["retry", "redrive_desk:app", "--handler", "setle", "--yes"], ["did you mean settle?"]),
-        (["retry", "redrive_desk:app", "--topic", "order", "--yes"], ["did you mean orders?"]),
-        (["retry", "redrive_desk:app", "--group", "abcdef0124", "--yes"], ["did you mean abcdef0123?"]),
-        (["retry", "redrive_desk:app", str(number + 1)], ["no dead letter"]),
-        (["discard", "redrive_desk:app", "--why", "x", "--handler", "setle", "--yes"], ["did you mean settle?"]),
-        (["discard", "redrive_desk:app", "--why", "x", "--topic", "order", "--yes"], ["did you mean orders?"]),
+        (["list", "retry_desk:app", "--topic", "order"], ["--topic 'order'", "did you mean orders?"]),
+        (["list", "retry_desk:app", "--group", "abcdef0124"], ["--group", "did you mean abcdef0123?"]),
+        (["list", "retry_desk:app", "--reason", "fail"], ["--reason", "did you mean failed?"]),
+        (["list", "retry_desk:app", "--state", "death"], ["--state", "did you mean dead?"]),
+        (["list", "retry_desk:app", "--by-group", "--handler", "setle"], ["did you mean settle?"]),
+        (["list", "retry_desk:app", "--actions", "--topic", "order"], ["did you mean orders?"]),
+        (["show", "retry_desk:app", str(number + 1)], ["no dead letter"]),
+        (["retry", "retry_desk:app", "--handler", "setle", "--yes"], ["did you mean settle?"]),
+        (["retry", "retry_desk:app", "--topic", "order", "--yes"], ["did you mean orders?"]),
+        (["retry", "retry_desk:app", "--group", "abcdef0124", "--yes"], ["did you mean abcdef0123?"]),
+        (["retry", "retry_desk:app", str(number + 1)], ["no dead letter"]),
+        (["discard", "retry_desk:app", "--why", "x", "--handler", "setle", "--yes"], ["did you mean settle?"]),
+        (["discard", "retry_desk:app", "--why", "x", "--topic", "order", "--yes"], ["did you mean orders?"]),
     ):
         is_one_line(dlq(desk, tmp_path, *arguments), *says)
     assert await desk.rows() == before
-    for name in (desk.name, "redrive_desk:app"):
+    for name in (desk.name, "retry_desk:app"):
         rows = json.loads(dlq(desk, tmp_path, "list", name, "--json").stdout)
         assert [row["letter"] for row in rows] == [number]
 
 
 async def test_tables_at_eighty_columns_cut_no_name(desk: Desk, tmp_path: Path) -> None:
     number = await desk.letter("a", key="k")
-    for arguments in (["list", "redrive_desk:app"], ["list", "redrive_desk:app", "--by-group"]):
+    for arguments in (["list", "retry_desk:app"], ["list", "retry_desk:app", "--by-group"]):
         with AtTerminal(tmp_path, "dlq", *arguments, environment=environment(desk)) as terminal:
             assert terminal.end() == 0, terminal.shown
         for name in (desk.name, "settle", "abcdef0123", "failed", str(number)):
             assert any(name in line.split() for line in terminal.shown.splitlines()), (name, terminal.shown)
         assert "…" not in terminal.shown
-    assert "orders:0:0" in dlq(desk, tmp_path, "list", "redrive_desk:app").stdout
+    assert "orders:0:0" in dlq(desk, tmp_path, "list", "retry_desk:app").stdout

@@ -1,6 +1,6 @@
-"""A redrive changes ledger, dead letter and chain only where it settles.
+"""A retry changes ledger, dead letter and chain only where it settles.
 
-On real PostgreSQL, compared by rows. Without Kafka: a redrive reads no log.
+On real PostgreSQL, compared by rows. Without Kafka: a retry reads no log.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 from harness import query, until, value
-from redrive_desk import Desk
+from retry_desk import Desk
 
 from consumer.core.identity import message_id
 from consumer.core.outcome import Reason
@@ -46,7 +46,7 @@ async def check_nothing_changed(desk: Desk, number: int, before: list[object], o
 
 @pytest.mark.parametrize("fault", [*UNCHANGED, "fails", "rejected"])
 @pytest.mark.parametrize("path", ["plain", "new id", "same id", "stand-in", "field", "no ledger row", "many"])
-async def test_redrive_that_does_not_apply_leaves_the_ledger_unchanged(desk: Desk, path: str, fault: str) -> None:
+async def test_retry_that_does_not_apply_leaves_the_ledger_unchanged(desk: Desk, path: str, fault: str) -> None:
     handler = {"many": "many", "field": "field"}.get(path, "settle")
     unreadable: dict[str, Any] = (
         {"reason": "unreadable", "stored_id": b"s" * 16} if path in ("stand-in", "field") else {}
@@ -85,7 +85,7 @@ async def test_failed_retry_of_an_opted_out_handler_counts_one_attempt(desk: Des
     assert await desk.outcomes(number) == ["applied"]
 
 
-async def test_redrive_of_dead_letters_of_one_id_applies_it_once_or_keeps_both(desk: Desk) -> None:
+async def test_retry_of_dead_letters_of_one_id_applies_it_once_or_keeps_both(desk: Desk) -> None:
     """Two unreadable messages turn out to have one id.
 
     One that fails must not settle the other.
@@ -105,7 +105,7 @@ async def test_redrive_of_dead_letters_of_one_id_applies_it_once_or_keeps_both(d
     assert await desk.done() == ["a"]
 
 
-async def test_redrive_under_the_id_of_another_dead_letter_settles_nothing(desk: Desk) -> None:
+async def test_retry_under_the_id_of_another_dead_letter_settles_nothing(desk: Desk) -> None:
     held = await desk.letter("a", handler="field")
     twin = await desk.letter("a", handler="field", reason="unreadable", stored_id=b"2" * 16)
     before = await desk.rows()
@@ -115,7 +115,7 @@ async def test_redrive_under_the_id_of_another_dead_letter_settles_nothing(desk:
     assert await desk.done() == ["a"]
 
 
-async def test_redrive_of_a_batch_changes_only_applied_dead_letters(desk: Desk) -> None:
+async def test_retry_of_a_batch_changes_only_applied_dead_letters(desk: Desk) -> None:
     faults = ["", "again", "fails", "clean again", "clean fails", "", "missing", "rejected", "", "conflict"]
     numbers = []
     for n, fault in enumerate(faults):
@@ -136,7 +136,7 @@ async def test_redrive_of_a_batch_changes_only_applied_dead_letters(desk: Desk) 
     assert len(after[2]) == len(faults) - len(behind)
 
 
-async def test_redrive_that_loses_its_connection_goes_on_with_others(desk: Desk) -> None:
+async def test_retry_that_loses_its_connection_goes_on_with_others(desk: Desk) -> None:
     desk.faults["b"] = "lost"
     numbers = [await desk.letter(id, key=id) for id in ("a", "b", "c")]
     outcomes = {result.dead_letter: result.outcome for result in await desk.retry(*numbers)}
@@ -147,7 +147,7 @@ async def test_redrive_that_loses_its_connection_goes_on_with_others(desk: Desk)
     assert await desk.outcomes(numbers[1]) == ["applied"]
 
 
-async def test_redrive_that_is_cancelled_changes_nothing(desk: Desk) -> None:
+async def test_retry_that_is_cancelled_changes_nothing(desk: Desk) -> None:
     number = await desk.letter("a", key="k")
     before = await desk.rows()
     blocker = await asyncpg.connect(desk.dsn)
@@ -184,43 +184,43 @@ async def forgotten(desk: Desk) -> None:
         await query(desk.dsn, "select consumer.drop_generation($1)", number)
 
 
-async def test_redrive_after_the_ledger_turned_applies_each_dead_letter_once(desk: Desk) -> None:
+async def test_retry_after_the_ledger_turned_applies_each_dead_letter_once(desk: Desk) -> None:
     """The ledger turns after connecting, so the claim finds another version."""
     plain = await desk.letter("a", key="k")
     gone = await desk.letter("b", in_ledger=False)
     unreadable = await desk.letter("c", reason="unreadable", stored_id=b"3" * 16)
-    drive = await desk.drive()
+    retrier = await desk.retrier()
     try:
         await turned(desk)
-        outcomes = [done.outcome async for done in drive.retry([plain, gone, unreadable])]
+        outcomes = [done.outcome async for done in retrier.retry([plain, gone, unreadable])]
         assert outcomes == ["applied"] * 3
         await forgotten(desk)
         edited = await desk.letter("d")
-        assert [done.outcome async for done in drive.retry(edited, edit_of(edited, b'{"id": "d"}', "new"))] == [
+        assert [done.outcome async for done in retrier.retry(edited, edit_of(edited, b'{"id": "d"}', "new"))] == [
             "applied"
         ]
     finally:
-        drive.close()
+        retrier.close()
     assert await desk.done() == ["a", "b", "c", "d"]
 
 
 async def test_bulk_retry_leaves_out_what_may_have_been_applied(desk: Desk) -> None:
     unsure = await desk.letter("old", reason="too_old")
     sure = await desk.letter("new", reason="rejected")
-    drive = await desk.drive()
+    retrier = await desk.retrier()
     try:
-        assert list(await drive.select(Filters(), waiting=False)) == [sure]
-        assert await drive.unsure(Filters()) == 1
-        assert list(await drive.select(Filters(reason="too_old"), waiting=False)) == [unsure]
+        assert list(await retrier.select(Filters(), waiting=False)) == [sure]
+        assert await retrier.unsure(Filters()) == 1
+        assert list(await retrier.select(Filters(reason="too_old"), waiting=False)) == [unsure]
     finally:
-        drive.close()
+        retrier.close()
     before = await desk.rows()
     assert await desk.outcomes(unsure) == ["unsure"]
     assert await desk.rows() == before
     assert await desk.outcomes(unsure, unsure=True) == ["applied"]
 
 
-async def test_redrive_whose_ledger_row_was_dropped_is_unsure_when_its_time_is(desk: Desk) -> None:
+async def test_retry_whose_ledger_row_was_dropped_is_unsure_when_its_time_is(desk: Desk) -> None:
     """A claim is unsure where the ledger may have forgotten the id."""
     desk.settings = desk.settings.model_copy(update={"ledger_clock_skew_hours": 0.0})
     numbers = [
@@ -271,13 +271,13 @@ async def test_chain_runs_in_order_and_stops_where_one_fails(desk: Desk) -> None
         ("applied", 1100), ("dead", 1), ("waiting", 199),
     ]  # fmt: skip
     desk.faults = {"m1200": "again"}
-    drive = await desk.drive()
+    retrier = await desk.retrier()
     try:
-        numbers = await drive.select(Filters(), waiting=False)
+        numbers = await retrier.select(Filters(), waiting=False)
         assert len(numbers) == 1
-        results = [done async for done in drive.retry(numbers)]
+        results = [done async for done in retrier.retry(numbers)]
     finally:
-        drive.close()
+        retrier.close()
     assert [result.outcome for result in results] == ["applied"] * 100 + ["postponed"]
     desk.faults.clear()
     number = await value(
@@ -295,11 +295,11 @@ async def test_two_operators_in_batches_settle_each_dead_letter_once(desk: Desk)
     desk.faults["m7"] = "fails"
 
     async def operate(at: Desk) -> list[str]:
-        drive = await at.drive()
+        retrier = await at.retrier()
         try:
-            return [done.outcome async for done in drive.retry(await drive.select(Filters(), waiting=False))]
+            return [done.outcome async for done in retrier.retry(await retrier.select(Filters(), waiting=False))]
         finally:
-            drive.close()
+            retrier.close()
 
     one, two = await asyncio.gather(operate(desk), operate(other))
     assert one.count("applied") + two.count("applied") == 3999
@@ -311,14 +311,14 @@ async def test_two_operators_in_batches_settle_each_dead_letter_once(desk: Desk)
 
 async def test_stopping_leaves_the_rest_untouched(desk: Desk) -> None:
     await desk.many(1500)
-    drive = await desk.drive()
+    retrier = await desk.retrier()
     try:
         seen = 0
-        drive.stopping = lambda: seen >= 500
-        async for _ in drive.retry(await drive.select(Filters(), waiting=False)):
+        retrier.stopping = lambda: seen >= 500
+        async for _ in retrier.retry(await retrier.select(Filters(), waiting=False)):
             seen += 1
     finally:
-        drive.close()
+        retrier.close()
     assert len(await desk.done()) == seen == 500
     assert await query(desk.dsn, "select count(*) from consumer.dead_letters where state = 'dead'") == [(1000,)]
 
@@ -342,13 +342,15 @@ async def test_discard_names_only_the_chains_in_which_dead_letters_wait(desk: De
     alone = await desk.letter("alone", key="k1")
     first = await desk.letter("first", key="k2")
     behind = await desk.letter("behind", key="k2", reason="behind", state="waiting")
-    drive = await desk.drive()
+    retrier = await desk.retrier()
     try:
-        results, chains = await drive.discard([alone, first], "not wanted")
+        results, chains = await retrier.discard([alone, first], "not wanted")
         assert [result.outcome for result in results] == ["discarded", "discarded"]
         assert len(chains) == 1  # with 300,000 dead letters of as many keys nothing is kept in memory
-        assert [(result.dead_letter, result.outcome) async for result in drive.release(chains)] == [(behind, "applied")]
+        assert [(result.dead_letter, result.outcome) async for result in retrier.release(chains)] == [
+            (behind, "applied")
+        ]
     finally:
-        drive.close()
+        retrier.close()
     assert await desk.done() == ["behind"]
     assert await query(desk.dsn, "select count(*) from consumer.held") == [(0,)]

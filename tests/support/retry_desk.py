@@ -17,7 +17,7 @@ from consumer.core.dead_letters import ordering_key_hash
 from consumer.core.identity import fingerprint, message_id
 from consumer.core.message import LogRecord
 from consumer.dead_letters.edits import Edit
-from consumer.dead_letters.retry import Redrive, RetryResult
+from consumer.dead_letters.retry import DeadLetterRetrier, RetryResult
 
 TOPIC = "orders"
 TABLES = """
@@ -93,12 +93,12 @@ class Desk:
     async def open(self) -> None:
         await migrated(self.dsn, TABLES)
         await query(self.dsn, 'revoke all on forbidden from "test-worker"')
-        drive = await self.drive()
-        await drive.session.numbers(self.name, self.app.handlers, [TOPIC])
-        drive.close()
+        retrier = await self.retrier()
+        await retrier.session.numbers(self.name, self.app.handlers, [TOPIC])
+        retrier.close()
 
-    async def drive(self, operator: str = "test") -> Redrive:
-        return await Redrive.open(self.app, self.settings, operator)
+    async def retrier(self, operator: str = "test") -> DeadLetterRetrier:
+        return await DeadLetterRetrier.open(self.app, self.settings, operator)
 
     async def letter(
         self,
@@ -177,13 +177,13 @@ class Desk:
         self.offset += count
 
     async def retry(self, *numbers: int, edit: Edit | None = None, unsure: bool = False) -> list[RetryResult]:
-        drive = await self.drive()
+        retrier = await self.retrier()
         try:
             if unsure:
-                drive.allow_unsure()
-            return [done async for done in drive.retry(list(numbers), edit)]
+                retrier.allow_unsure()
+            return [done async for done in retrier.retry(list(numbers), edit)]
         finally:
-            drive.close()
+            retrier.close()
 
     async def outcomes(self, *numbers: int, **more: Any) -> list[str]:
         results = await self.retry(*numbers, **more)
@@ -193,7 +193,7 @@ class Desk:
         return [row[0] for row in await query(self.dsn, "select id from done order by n")]
 
     async def rows(self) -> list[Any]:
-        """Everything that a redrive may change, but for the record of actions."""
+        """Everything that a retry may change, but for the record of actions."""
         return [
             await query(self.dsn, sql)
             for sql in (

@@ -18,7 +18,7 @@ from consumer import App, Message, Reject, Tx
 from consumer.core.dead_letter_seal import REST, VALUE, altered, seal
 from consumer.core.message import LogRecord
 from consumer.dead_letters.edits import Edit, edit_of
-from consumer.dead_letters.retry import Redrive, RetryResult
+from consumer.dead_letters.retry import DeadLetterRetrier, RetryResult
 
 RECORD = LogRecord("orders", 1, 7, 1000, b"key", b"value", (("a", b"1"), ("b\udcff", None)), "")
 
@@ -62,11 +62,11 @@ def test_seal_names_the_parts_that_were_changed(changed: dict[str, Any], parts: 
 
 
 async def retried(place: Place, app: App, number: int, edit: Edit | None = None) -> list[RetryResult]:
-    drive = await Redrive.open(app, place.settings(), "test")
+    retrier = await DeadLetterRetrier.open(app, place.settings(), "test")
     try:
-        return [done async for done in drive.retry([number], edit)]
+        return [done async for done in retrier.retry([number], edit)]
     finally:
-        drive.close()
+        retrier.close()
 
 
 RULES: dict[str, Any] = {"bytes": "bytes", "value": "value", "function": lambda body: body["id"], "nothing": None}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import letters_app
+import dead_letters_app
 import pytest
 from aiokafka import AIOKafkaConsumer
 from harness import (
@@ -33,7 +33,7 @@ from harness import (
 )
 from proxy import Proxy
 
-from consumer.dead_letters.retry import Filters, Redrive
+from consumer.dead_letters.retry import DeadLetterRetrier, Filters
 from consumer.local_servers import Postgres, Valkey
 from consumer.replay.options import Options, Progress
 from consumer.replay.verify import replay
@@ -42,12 +42,12 @@ PATH = f"{ROOT}{os.pathsep}{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"
 
 
 class Shop:
-    """letters_app on a topic of its own."""
+    """dead_letters_app on a topic of its own."""
 
     def __init__(self, place: Place, topic: str, attempts: int = 1) -> None:
         self.place, self.topic = place, topic
         self.name = f"letters-{uuid4().hex[:8]}"
-        self.app = letters_app.make(self.name, topic, attempts)
+        self.app = dead_letters_app.make(self.name, topic, attempts)
         self.settings = place.settings()
         self.environment = {"TEST_APP": self.name, "TEST_TOPIC": topic, "PYTHONPATH": PATH}
 
@@ -82,7 +82,7 @@ class Shop:
         """`consumer dlq retry|discard …` as a process; its JSON."""
         what, *rest = arguments
         result = await asyncio.to_thread(
-            consumer, tmp_path, "dlq", what, "letters_app:app", *rest, "--json",
+            consumer, tmp_path, "dlq", what, "dead_letters_app:app", *rest, "--json",
             CONSUMER_POSTGRES_DSN=self.place.worker_dsn, **self.environment,
         )  # fmt: skip
         assert result.returncode == code, result.stderr + result.stdout
@@ -103,7 +103,7 @@ def sent(id: str, key: str | None = "k") -> Sent:
 @pytest.fixture
 async def shop(place: Place) -> Shop:
     await query(place.dsn, "select 1")
-    for sql in letters_app.TABLES.split(";\n"):
+    for sql in dead_letters_app.TABLES.split(";\n"):
         if sql.strip():
             await query(place.dsn, sql.split("--")[0])
     await query(place.dsn, 'grant all on faults, done to "test-worker"')
@@ -159,17 +159,17 @@ async def test_a_worker_and_an_operator_at_one_key_keep_its_order(shop: Shop) ->
     await shop.fail("fails", *ids[::40])
 
     async def operate() -> None:
-        drive = await Redrive.open(shop.app, shop.settings, "test")
+        retrier = await DeadLetterRetrier.open(shop.app, shop.settings, "test")
         try:
             while len(await shop.done()) < len(ids):
                 await query(
                     shop.place.dsn, "delete from faults where id in (select id from faults order by id limit 1)"
                 )
-                for number in await drive.select(Filters(), waiting=False):
-                    async for _ in drive.retry(number):
+                for number in await retrier.select(Filters(), waiting=False):
+                    async for _ in retrier.retry(number):
                         pass
         finally:
-            drive.close()
+            retrier.close()
 
     async with working(shop.app, shop.place.settings(batch_messages_max=7)):
         operator = asyncio.create_task(operate())
@@ -188,7 +188,7 @@ async def test_attempts_go_on_where_a_killed_worker_left_them(shop: Shop, tmp_pa
     await shop.send("bad", "behind", key="a")
     environment = {**shop.environment, "TEST_ATTEMPTS": "4", "TEST_BASE": "0.5", "TEST_CALLS": str(calls)}
     del environment["PYTHONPATH"]
-    run = ["run", "letters_app:app"]
+    run = ["run", "dead_letters_app:app"]
 
     async def attempts(n: int) -> bool:
         return bool(await query(shop.place.dsn, "select from consumer.attempts where attempts >= $1", n))
@@ -310,11 +310,11 @@ async def test_filters_choose_and_bad_input_changes_nothing(shop: Shop, tmp_path
     rows = {letter["reason"]: letter for letter in await letters(shop.place.dsn)}
     groups = {letter["group"] for letter in await letters(shop.place.dsn) if letter["reason"] == "failed"}
     assert len(groups) == 1  # the two differ in their values only
-    drive = await Redrive.open(shop.app, shop.settings, "test")
+    retrier = await DeadLetterRetrier.open(shop.app, shop.settings, "test")
     try:
 
         async def chosen(**only: Any) -> int:
-            return len(await drive.select(Filters(**only), waiting=False))
+            return len(await retrier.select(Filters(**only), waiting=False))
 
         assert await chosen() == 4
         assert await chosen(reason="failed") == 2
@@ -326,7 +326,7 @@ async def test_filters_choose_and_bad_input_changes_nothing(shop: Shop, tmp_path
         assert await chosen(older_than_seconds=86400) == 1
         assert await chosen(newer_than_seconds=86400) == 3
     finally:
-        drive.close()
+        retrier.close()
     number = str(rows["rejected"]["letter"])
     for arguments, says in (
         ((), "LETTER: dead letters are not selected"),
@@ -352,7 +352,7 @@ async def test_worker_above_the_dead_letter_limit_stops_for_good(shop: Shop, tmp
     await shop.send(*[f"m{n}" for n in range(200)], key=None)
     environment = {name: text for name, text in shop.environment.items() if name != "PYTHONPATH"}
     async with running(
-        ["run", "letters_app:app", "--workers", "2"], shop.settings, tmp_path / "run", **environment
+        ["run", "dead_letters_app:app", "--workers", "2"], shop.settings, tmp_path / "run", **environment
     ) as command:
         assert await command.wait() == 1
     assert (
@@ -430,7 +430,7 @@ async def test_dead_letters_are_published_again_after_a_crash_under_the_same_id(
 def test_a_dead_letter_topic_that_the_app_consumes_is_refused(tmp_path: Path, place: Place) -> None:
     environment = {"TEST_APP": "loop", "TEST_TOPIC": "loop-topic", "PYTHONPATH": PATH}
     result = consumer(
-        tmp_path, "run", "letters_app:app", "--dead-letter-topic", "loop-topic", CONSUMER_POSTGRES_DSN=place.worker_dsn,
+        tmp_path, "run", "dead_letters_app:app", "--dead-letter-topic", "loop-topic", CONSUMER_POSTGRES_DSN=place.worker_dsn,
         CONSUMER_KAFKA_BOOTSTRAP_SERVERS=place.kafka, **environment,
     )  # fmt: skip
     assert result.returncode == 2
