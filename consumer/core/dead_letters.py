@@ -95,7 +95,7 @@ _NUMBERS = re.compile(r"[0-9]+(?:[.,][0-9]+)*")
 _TEXT_MAX = 200
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """Return an error's text without what belongs to one message."""
     text = _QUOTED.sub("'…'", text)
     text = _NUMBERS.sub("N", _IDS.sub("N", text))
@@ -107,7 +107,7 @@ def group_of(handler: str, reason: str, kind: str, error: str) -> str:
 
     kind: the exception's class, or the SQLSTATE.
     """
-    parts = "\0".join((handler, reason, kind, normalised(error)))
+    parts = "\0".join((handler, reason, kind, normalized(error)))
     return blake2b(parts.encode("utf-8", "replace"), digest_size=5).hexdigest()
 
 

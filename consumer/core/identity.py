@@ -44,7 +44,7 @@ class HeaderId:
 class DefaultId:
     """The header message-id, else a CloudEvent's id, else the offset.
 
-    An offset does not recognise a message that is sent twice.
+    An offset does not recognize a message that is sent twice.
     """
 
 

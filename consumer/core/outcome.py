@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 
 class Cause(StrEnum):
-    """Why a message was recognised as a duplicate."""
+    """Why a message was recognized as a duplicate."""
 
     BATCH = "batch"  # the same id came earlier in the same batch
     PRECHECK = "precheck"  # Redis had the mark of a committed transaction

@@ -1,7 +1,7 @@
 """Which executions of a statement share one, judged by their arguments.
 
 Equality of keys is PostgreSQL's: a key counts only as one of the pairs of type and class in `_KEYS`, for which equality
-in Python, after normalising, is equality in PostgreSQL. All other values run one by one. Knows values; knows no
+in Python, after normalizing, is equality in PostgreSQL. All other values run one by one. Knows values; knows no
 connection.
 """
 

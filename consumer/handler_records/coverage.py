@@ -48,7 +48,7 @@ def topics_of(app: App) -> dict[str, tuple[str, ...]]:
 
 
 async def register(connection: Connection, app: App) -> None:
-    """Record the topics of the App's handlers, to recognise renamed ones."""
+    """Record the topics of the App's handlers, to recognize renamed ones."""
     await handler_history.record_topics(connection, app.name, topics_of(app))
 
 

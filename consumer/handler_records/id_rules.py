@@ -30,7 +30,7 @@ class RuleChange(NamedTuple):
         """The difference and its consequence, in one sentence."""
         return (
             f"handler {self.handler!r}: its messages were identified by {self.recorded}, and in this code by {self.declared}: "
-            "what was applied before is not recognised, and would be applied again where it is read again"
+            "what was applied before is not recognized, and would be applied again where it is read again"
         )
 
 

@@ -1,7 +1,7 @@
 """Members of a consumer group, and which of them are no workers.
 
 A member that is no worker of ours is assigned partitions, whose messages are then not applied. Workers send a mark when they
-join; those of earlier versions are recognised by their client id.
+join; those of earlier versions are recognized by their client id.
 
 Limitations: in a group that uses the newer rebalance protocol (KIP-848), for which one foreign member is enough, members are
 not named.

@@ -48,7 +48,7 @@ class Damage(NamedTuple):
     """A batch whose frame is wrong.
 
     first: the first missing offset. last: the last one, None if the bytes do not say. next_at: where in the bytes the
-    next sound batch begins. head: the first bytes of the broken one, to recognise it.
+    next sound batch begins. head: the first bytes of the broken one, to recognize it.
     """
 
     text: str
@@ -102,7 +102,7 @@ def check(log: bytes, wanted: int, end: int) -> tuple[int, Damage | None]:
 def _damage(text: str, log: bytes, position: int, first: int, end: int) -> Damage:
     """Describe the damaged batch at `position`; find the next sound one.
 
-    A batch is recognised by its format, by an offset that fits, and by counts and sizes that agree.
+    A batch is recognized by its format, by an offset that fits, and by counts and sizes that agree.
     """
     head = log[position : position + HEADER_BYTES]
     at = log.find(b"\x02", position + 1 + _FORMAT_AT)

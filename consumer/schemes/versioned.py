@@ -57,7 +57,7 @@ async def update_versioned(
     - It may not succeed: on a hot row each round lets one writer through and sends all others back. One always wins, so
       together they make progress, but one may lose as often as all others succeed. If many write one row, a row lock
       (``select … for update``) is the better way: docs/how-to/schemes.md has the measured ratio.
-    - A repetition is not silent: the same update sent twice is Stale the second time. Recognising it is the ledger's task.
+    - A repetition is not silent: the same update sent twice is Stale the second time. Recognizing it is the ledger's task.
     - Other writers are not kept out: each of them must increment the version too. A trigger can enforce that.
     """
     where = columns_of("key", key)

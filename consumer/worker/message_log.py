@@ -28,7 +28,7 @@ _KINDS_MAX = 1000  # beyond, the oldest is forgotten, so that its next failure i
 _DEAD_EACH_MAX = 20  # dead letters of one batch and kind that are logged one by one
 
 OFFSET_IDS = (
-    "messages without an id: their offset is used, which does not recognise a message that was produced twice, "
+    "messages without an id: their offset is used, which does not recognize a message that was produced twice, "
     "copied to another topic or restored; set a message-id header, or message_id= of the handler"
 )
 RETRIED = "handler failed; the message is tried again"

@@ -157,7 +157,7 @@ async def forms(message: Message[Order | None], tx: Tx) -> None:
     tx.defer(ORDER, "forms", message.topic, message.partition, key, message.offset)
     if id.int % 3:  # of a third of the messages: each statement that depends on the order is sent by itself
         return
-    # Of one partition, since two workers at once would serialise such statements only by a lock.
+    # Of one partition, since two workers at once would serialize such statements only by a lock.
     place = f"{message.topic}:{message.partition}:{key}"
     ticket, line, add, lookup, gone, new, opened, booked = FORMS
     tx.defer(ticket, id)

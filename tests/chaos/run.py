@@ -258,7 +258,7 @@ class Run:
             "marks in Redis": len(gathered.marks),
         }
         if not outcome.counts["duplicates"]:
-            self._add({"I12": ["no duplicate was recognised"]})
+            self._add({"I12": ["no duplicate was recognized"]})
         if self._ways.versions:
             await self._fill()
         before = await self._hashes()

@@ -15,7 +15,7 @@ from consumer.core.dead_letters import (
     blocks_key,
     group_of,
     next_state,
-    normalised,
+    normalized,
     ordering_key_hash,
 )
 from consumer.core.errors import Misconfigured
@@ -129,7 +129,7 @@ ALIKE = [
 
 @pytest.mark.parametrize(("one", "other"), ALIKE)
 def test_errors_that_differ_in_values_are_of_one_kind(one: str, other: str) -> None:
-    assert normalised(one) == normalised(other)
+    assert normalized(one) == normalized(other)
     assert group_of("h", "failed", "ValueError", one) == group_of("h", "failed", "ValueError", other)
 
 

@@ -197,7 +197,7 @@ def test_no_round_meets_a_row_twice_and_each_row_keeps_its_order(arguments: list
         ("insert into a values ($1, $2)", ()),
     ],
 )
-def test_additions_of_a_statement_are_recognised(sql: str, added: tuple[tuple[str, int], ...]) -> None:
+def test_additions_of_a_statement_are_recognized(sql: str, added: tuple[tuple[str, int], ...]) -> None:
     shape = shape_of(sql)
     assert shape is not None and shape.added == added
 

@@ -217,7 +217,7 @@ async def test_recreated_topic_with_messages_without_ids_is_applied_once_adopted
         await drained(app, place.settings())
     assert len(await effect_ids(place)) == 18
     await query(place.dsn, "update consumer.positions set next_offset = 0")
-    await consume_all(app, place.settings())  # and again: within the new log they are recognised
+    await consume_all(app, place.settings())  # and again: within the new log they are recognized
     assert len(await effect_ids(place)) == 18
 
 
