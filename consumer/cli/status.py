@@ -81,8 +81,8 @@ def print_answer(answer: Status, path: str) -> None:
         )
     for name, count in (answer.miscounts or {}).items():
         line(
-            f"{name}: {count['rows']:,} applied rows in the ledger, {count['counter']:,} counted: workers of a version before "
-            "0.2 ran after the migration"
+            f"{name}: {count['rows']:,} applied rows in the ledger, {count['counter']:,} counted: rows or counters were "
+            "changed by something other than a worker; the rows decide what is a duplicate"
         )
 
 

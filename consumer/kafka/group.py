@@ -1,7 +1,7 @@
 """Members of a consumer group, and which of them are no workers.
 
 A member that is no worker of ours is assigned partitions, whose messages are then not applied. Workers send a mark when they
-join; those of earlier versions are recognized by their client id.
+join; a member without it counts as a worker if it has their client id.
 
 Limitations: in a group that uses the newer rebalance protocol (KIP-848), for which one foreign member is enough, members are
 not named.
@@ -25,7 +25,7 @@ from consumer.settings import Settings
 MEMBER_MARK = b"idempotent-consumer"  # sent when a worker joins its group
 _REQUEST_SECONDS = 10
 _AGAIN_SECONDS = 0.2
-_EARLIER_CLIENT_ID = "idempotent-consumer"
+_WORKER_CLIENT_ID = "idempotent-consumer"
 NEWER_PROTOCOL = "a client with group.protocol=consumer"
 
 
@@ -82,4 +82,4 @@ async def _ask(admin: Any, group: str) -> Group:
 
 
 def _is_ours(client_id: str, sent: bytes | None) -> bool:
-    return (sent or b"").endswith(MEMBER_MARK) or client_id == _EARLIER_CLIENT_ID
+    return (sent or b"").endswith(MEMBER_MARK) or client_id == _WORKER_CLIENT_ID
