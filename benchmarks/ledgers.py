@@ -54,7 +54,7 @@ class Ledger:
     async def step(self, step: RotateGeneration | Forget | Drop) -> str:
         """A step, tried again until it is done. Tells how long the call that did it took."""
         while True:
-            state = await generations.look(self.connection)
+            state = await generations.read_state(self.connection)
             began = time.perf_counter()
             done = await task.act(self.connection, state, step)
             if done not in ("waiting", "busy"):

@@ -109,7 +109,7 @@ async def _targets(
 
     Raises Misconfigured for an offset that a log does not hold."""
     if to.strip().lower() == _COMMITTED:
-        commits = (await group.look(settings, app.name)).commits
+        commits = (await group.describe_group(settings, app.name)).commits
         if missing := [partition for partition in bounds if partition not in commits]:
             raise Misconfigured(
                 f"--move-to committed: the group {app.name!r} has committed nothing of {_places(missing)}; "

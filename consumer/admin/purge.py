@@ -81,13 +81,13 @@ class _Purge:
         if objections and not self.options.force and not self.options.dry_run:
             raise Misconfigured("; ".join(objections) + " (or --force)")
         with translated_errors(self.settings):
-            before = await generations.look(self.connection)
+            before = await generations.read_state(self.connection)
             rows = await generations.estimated_rows(self.connection)
         plan = await self._plan(before, rows, topics)
         steps: list[dict[str, Any]] = []
         end = None if self.options.dry_run else await self._act(policy, topics, steps, on_step)
         with translated_errors(self.settings):
-            after = await generations.look(self.connection)
+            after = await generations.read_state(self.connection)
         answer = {
             "dry_run": self.options.dry_run,
             "retention_hours": policy.retention,

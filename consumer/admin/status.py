@@ -83,7 +83,7 @@ async def read_status(app: App, path: str, settings: Settings, exact: bool = Fal
     async def ask(connection: Connection) -> Status:
         lags, missing = await partition_lags(connection, source, app)
         partitions = [Partition(lag["topic"], lag["partition"]) for lag in lags]
-        members = await group.look(settings, app.name)
+        members = await group.describe_group(settings, app.name)
         handlers = await handler_counts(connection, app)
         dead_letters = await open_dead_letters(connection, app)
         health = await partition_health(connection, source, app, partitions, members.commits)

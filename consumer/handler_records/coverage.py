@@ -28,7 +28,7 @@ from consumer.postgres.claim_sql import ADVISORY_CLASS
 from consumer.postgres.protocol import Connection
 
 
-class Picture(NamedTuple):
+class HandlerCoverage(NamedTuple):
     """What the ledger records of an application's handlers."""
 
     known: Mapping[str, Known]
@@ -80,7 +80,7 @@ async def cover(connection: Connection, handler: int, ranges: Iterable[tuple[Par
     await handler_history.cover(connection, handler, filled, why)
 
 
-async def look(connection: Connection, app: str) -> Picture:
+async def read_coverage(connection: Connection, app: str) -> HandlerCoverage:
     """Read what is recorded."""
     registered = await handler_history.registered(connection, app)
     settling = await positions.settling(connection, app)
@@ -91,7 +91,7 @@ async def look(connection: Connection, app: str) -> Picture:
         ranges.setdefault((covered.handler, covered.partition), []).append(settled)
         if covered.why == "declared":
             declared.setdefault((covered.handler, covered.partition), []).append(settled)
-    return Picture(
+    return HandlerCoverage(
         {
             name: Known(handler.number, frozenset(handler.topics), handler.legacy)
             for name, handler in registered.items()
@@ -114,11 +114,11 @@ async def begin_here(connection: Connection, app: App, handler: str, topics: Col
     """
     async with connection.transaction():
         await positions.lock_app(connection, app.name)
-        picture = await look(connection, app.name)
-        if handler not in picture.known:
+        recorded = await read_coverage(connection, app.name)
+        if handler not in recorded.known:
             raise Misconfigured(f"handler {handler!r}: no worker has run with it yet; start one, then run this again")
-        gaps = [gap for gap in picture.assess(app).gaps if gap.handler == handler and gap.partition.topic in topics]
-        number = picture.known[handler].number
+        gaps = [gap for gap in recorded.assess(app).gaps if gap.handler == handler and gap.partition.topic in topics]
+        number = recorded.known[handler].number
         await cover(connection, number, [(gap.partition, gap.first, gap.past) for gap in gaps], "declared")
     return gaps
 

@@ -85,7 +85,7 @@ async def record(connection: Connection, app: App) -> None:
     await handler_history.record_code(connection, app.name, codes)
 
 
-async def look(connection: Connection, app: App) -> Recorded:
+async def read_code(connection: Connection, app: App) -> Recorded:
     """What is recorded, beside the App's own code."""
     seen = await handler_history.code(connection, app.name)
     code: dict[str, Versions] = {}

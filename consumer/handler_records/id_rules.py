@@ -62,7 +62,7 @@ async def record(connection: Connection, app: App) -> None:
     await handler_history.record_id_rules(connection, app.name, declared(app))
 
 
-async def look(connection: Connection, app: App) -> IdRules:
+async def read_id_rules(connection: Connection, app: App) -> IdRules:
     """Compare the recorded rules with the App's."""
     recorded = await handler_history.id_rules(connection, app.name)
     changes = {
@@ -79,7 +79,7 @@ async def accept(connection: Connection, app: App, handler: str) -> RuleChange |
     Messages below the recorded offsets may have ids of the earlier rule. Returns None if nothing differs. The workers
     with the old rule must have stopped.
     """
-    change = (await look(connection, app)).changes.get(handler)
+    change = (await read_id_rules(connection, app)).changes.get(handler)
     if change is None:
         return None
     number = (await handlers.numbers(connection, app.name))[handler]
@@ -100,7 +100,7 @@ async def refuse_going_back(
 
     Messages there have ids of another rule.
     """
-    rules = await look(connection, app)
+    rules = await read_id_rules(connection, app)
     for partition, offset in sorted(wanted.items()):
         for handler in app.by_topic().get(partition.topic, ()):
             change = rules.changes.get(handler.name)

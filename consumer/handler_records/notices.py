@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from consumer.app import App
 from consumer.handler_records import id_rules
-from consumer.handler_records.coverage import Picture, look
+from consumer.handler_records.coverage import HandlerCoverage, read_coverage
 from consumer.handler_records.settled_ranges import Assessment, Gap
 from consumer.kafka.group import Group
 
@@ -35,19 +35,19 @@ async def gather(
     connection: Any, app: App, path: str, group: Group, missing_topics: Collection[str]
 ) -> tuple[list[Notice], Assessment]:
     """Return all notices of an App, and what its handlers have missed."""
-    picture = await look(connection, app.name)
-    assessment = picture.assess(app)
-    rules = await id_rules.look(connection, app)
+    recorded = await read_coverage(connection, app.name)
+    assessment = recorded.assess(app)
+    rules = await id_rules.read_id_rules(connection, app)
     notices = [
         *_of_id_rules(rules, path),
         *_of_handlers(assessment, app.name, path),
-        *_of_topics(picture, path, missing_topics),
+        *_of_topics(recorded, path, missing_topics),
     ]
-    if group.strangers:
+    if group.foreign_members:
         notices.append(
             Notice(
                 "stranger",
-                f"the group {app.name!r} has members that are no workers of this App ({', '.join(group.strangers)}): the "
+                f"the group {app.name!r} has members that are no workers of this App ({', '.join(group.foreign_members)}): the "
                 "messages of their partitions are not applied",
                 "give them another group id",
                 True,
@@ -58,10 +58,10 @@ async def gather(
 
 async def at_start(connection: Any, app: App, path: str) -> list[Notice]:
     """Return the notices to show before workers start."""
-    rules = await id_rules.look(connection, app)
+    rules = await id_rules.read_id_rules(connection, app)
     return [
         *_of_id_rules(rules, path),
-        *_of_handlers((await look(connection, app.name)).assess(app), app.name, path),
+        *_of_handlers((await read_coverage(connection, app.name)).assess(app), app.name, path),
     ]
 
 
@@ -121,15 +121,15 @@ def _of_handlers(assessment: Assessment, app: str, path: str) -> Iterable[Notice
         )
 
 
-def _of_topics(picture: Picture, path: str, missing_topics: Collection[str]) -> Iterable[Notice]:
-    for topic in sorted({partition.topic for partition in picture.positions} & set(missing_topics)):
+def _of_topics(recorded: HandlerCoverage, path: str, missing_topics: Collection[str]) -> Iterable[Notice]:
+    for topic in sorted({partition.topic for partition in recorded.positions} & set(missing_topics)):
         yield Notice(
             "deleted_topic",
             f"topic {topic} was deleted: the ledger holds positions of it, and nothing of it is applied",
             f"recreate it and run consumer positions {path} --topic {topic} --adopt, or remove its handlers",
             True,
         )
-    for partition, offset in sorted(picture.began_with_group.items()):
+    for partition, offset in sorted(recorded.began_with_group.items()):
         yield Notice(
             "began_with_group",
             f"{partition.topic}:{partition.partition} began at {offset}, which another client of the group had committed: "

@@ -40,15 +40,15 @@ class WorkerAssignor(RoundRobinPartitionAssignor):  # type: ignore[misc]
 class Group(NamedTuple):
     """Members and commits of a group.
 
-    strangers: client id and host of members that are no workers. settled: whether the members are known now.
+    foreign_members: client id and host of members that are no workers. settled: whether the members are known now.
     """
 
-    strangers: tuple[str, ...]
+    foreign_members: tuple[str, ...]
     commits: dict[Partition, CommittedOffset]
     settled: bool
 
 
-async def look(settings: Settings, group: str) -> Group:
+async def describe_group(settings: Settings, group: str) -> Group:
     """Return members and offsets of a group.
 
     Raises KafkaError or Misconfigured.
@@ -75,10 +75,10 @@ async def _ask(admin: Any, group: str) -> Group:
     _, _, state, _, _, members, *_ = answer.groups[0]
     if state == "Dead" and commits:  # it exists, and the classic protocol cannot tell its members
         return Group((NEWER_PROTOCOL,), commits, True)
-    strangers = tuple(
+    foreign_members = tuple(
         sorted(f"{client} at {host}" for _, client, host, sent, *_ in members if not _is_ours(client, sent))
     )
-    return Group(strangers if state == "Stable" else (), commits, state in ("Stable", "Empty", "Dead"))
+    return Group(foreign_members if state == "Stable" else (), commits, state in ("Stable", "Empty", "Dead"))
 
 
 def _is_ours(client_id: str, sent: bytes | None) -> bool:

@@ -37,7 +37,7 @@ where f.handler = any($1)
 """
 
 
-async def look(connection: Connection) -> LedgerState:
+async def read_state(connection: Connection) -> LedgerState:
     """Read the state of the ledger."""
     now, version, target, turning, horizon, *columns = await connection.fetchrow(_LOOK)
     return LedgerState(

@@ -42,7 +42,7 @@ class OmittedMessages:
 
         Call it before the transaction becomes read only.
         """
-        self.declared = (await coverage.look(connection, app)).declared
+        self.declared = (await coverage.read_coverage(connection, app)).declared
         horizon_ms = await generations.horizon_ms(connection)
         if horizon_ms is None:
             return

@@ -108,7 +108,7 @@ class SinglePass:
         numbers = await handler_names.numbers(self.connection, state.app.name)
         for place, handler in enumerate(state.handlers, 1):
             handler.number = numbers.get(handler.name, -place)
-        recorded = (await handler_code.look(self.connection, state.app)).code
+        recorded = (await handler_code.read_code(self.connection, state.app)).code
         self.history.codes = {
             handler.number: recorded[handler.name] for handler in state.handlers if handler.number > 0
         }

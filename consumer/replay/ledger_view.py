@@ -84,17 +84,17 @@ async def read_coverage(
     being named.
     """
     with translated_errors(settings):
-        picture = await coverage.look(session.connection, app.name)
+        recorded = await coverage.read_coverage(session.connection, app.name)
     chosen = {handler.name for handler in handlers}
     exempt: dict[tuple[str, Partition], Sequence[SettledRange]] = {
-        (name, partition): picture.declared[known.number, partition]
-        for name, known in picture.known.items()
+        (name, partition): recorded.declared[known.number, partition]
+        for name, known in recorded.known.items()
         if name in chosen
         for partition in partitions
-        if (known.number, partition) in picture.declared
+        if (known.number, partition) in recorded.declared
     }
     notes = []
-    for rename in picture.assess(app).renames:
+    for rename in recorded.assess(app).renames:
         if rename.new not in chosen:
             continue
         text = (
@@ -140,8 +140,8 @@ async def read_id_rules(
     Raises Misconfigured for a changed rule of a handler whose messages would be applied without naming it.
     """
     with translated_errors(settings):
-        rules = await id_rules.look(session.connection, app)
-        codes = (await handler_code.look(session.connection, app)).id_code
+        rules = await id_rules.read_id_rules(session.connection, app)
+        codes = (await handler_code.read_code(session.connection, app)).id_code
     view = IdRuleView(dict(rules.floors))
     for handler in handlers:
         if codes[handler.name].others and isinstance(handler.rule, CallableId):

@@ -99,7 +99,7 @@ async def keep_up(
     """
     waited, pause = 0.0, _PAUSE_SECONDS[0]
     while True:
-        state = await generations.look(connection)
+        state = await generations.read_state(connection)
         step = due(state, policy)
         match step:
             case Wait():

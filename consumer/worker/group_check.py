@@ -22,7 +22,7 @@ class GroupCheck:
         self.is_due = True
         self._app = app
         self._settings = settings
-        self._strangers: tuple[str, ...] = ()
+        self._foreign_members: tuple[str, ...] = ()
 
     async def run(self) -> None:
         """Check the members if that is due.
@@ -31,15 +31,15 @@ class GroupCheck:
         """
         if not self.is_due:
             return
-        members = await group.look(self._settings, self._app)
+        members = await group.describe_group(self._settings, self._app)
         self.is_due = not members.settled
-        if members.strangers and members.strangers != self._strangers:
+        if members.foreign_members and members.foreign_members != self._foreign_members:
             event(
                 logging.WARNING,
                 "another client is a member of this App's group: the messages of its partitions are not applied",
                 group=self._app,
-                clients=", ".join(members.strangers),
+                clients=", ".join(members.foreign_members),
                 do="give it another group id",
             )
         if members.settled:
-            self._strangers = members.strangers
+            self._foreign_members = members.foreign_members

@@ -132,7 +132,7 @@ async def test_coverage_id_rules_and_code_are_kept_per_handler(connection: async
 
 async def test_the_generations_and_what_was_declared_of_them(connection: asyncpg.Connection) -> None:
     await register(connection, "bill")
-    state = await generations.look(connection)
+    state = await generations.read_state(connection)
     assert (state.version, state.target, state.turning, state.horizon) == (1, 1, False, None)
     assert [type(generation) for generation in state.generations] == [Generation]
     assert await generations.turn(connection, 0) == "busy"

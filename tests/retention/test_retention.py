@@ -284,7 +284,7 @@ async def test_a_drop_waits_for_claims_and_readers_and_carries_dead_letters(clai
     await session.rollback()
     await looking.rollback()
     await claims.watcher.execute("begin; select count(*) from consumer.ledger")  # a long report
-    assert await retention.act(claims.leader, await generations.look(claims.leader), Drop(1)) == "waiting"
+    assert await retention.act(claims.leader, await generations.read_state(claims.leader), Drop(1)) == "waiting"
     assert len(await claims.claim(session, uuid4())) == 1  # is held up by neither
     await claims.watcher.execute("commit")
     await session.commit()
@@ -443,11 +443,11 @@ async def test_records_without_usable_timestamps_are_noticed_and_applied_once(
         assert [row[0] for row in await place.effects()] == ["a0", "a1", "a2"]
         owner = await asyncpg.connect(place.dsn)
         try:  # everything that was applied is forgotten
-            while await retention.act(owner, await generations.look(owner), RotateGeneration()) != "turned":
+            while await retention.act(owner, await generations.read_state(owner), RotateGeneration()) != "turned":
                 pass
-            while await retention.act(owner, await generations.look(owner), Forget(1, 0.0)) != "forgotten":
+            while await retention.act(owner, await generations.read_state(owner), Forget(1, 0.0)) != "forgotten":
                 pass
-            await retention.act(owner, await generations.look(owner), Drop(1))
+            await retention.act(owner, await generations.read_state(owner), Drop(1))
         finally:
             await owner.close()
         await send("b")  # new records: never silently lost
