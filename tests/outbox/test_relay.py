@@ -22,7 +22,7 @@ from publishing_worker import app_of
 
 from consumer import App, Reject, Settings, Tx, testing
 from consumer.admin.outbox import read_stream
-from consumer.dead_letters.retry import Filters, Redrive
+from consumer.dead_letters.retry import DeadLetterRetrier, Filters
 from consumer.postgres import outbox
 
 STEPS = ["handled", "before_commit", "commit_sent", "committed", "outbox_sending", "outbox_sent"]
@@ -260,7 +260,7 @@ async def test_a_retried_dead_letter_publishes_through_the_running_worker(place:
         await drained(app, settings)
         assert await value(place.dsn, "select count(*) from consumer.outbox") == 0
         is_broken = False
-        desk = await Redrive.open(app, settings, "me")
+        desk = await DeadLetterRetrier.open(app, settings, "me")
         try:
             letters = await desk.select(Filters(), waiting=False)
             assert [result.outcome async for result in desk.retry(letters)] == ["applied"] * 3
