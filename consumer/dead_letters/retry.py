@@ -41,7 +41,7 @@ from consumer.transaction.apply import apply_batch
 from consumer.transaction.errors import error_text
 from consumer.transaction.handler_runner import observe
 from consumer.transaction.isolate import FAILURES_MAX, Part
-from consumer.transaction.result import BEHIND, NEXT_BATCH, BatchResult, LedgerIds
+from consumer.transaction.result import BEHIND_RETRY, NEXT_BATCH, BatchResult, LedgerIds
 from consumer.transaction.settle import next_parts, pause_seconds, settle
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ _AT_A_TIME = 500  # dead letters in one transaction
 _BYTES_AT_A_TIME = 16 << 20
 _ONCE = Retry(attempts=1)  # each retry command makes one attempt
 # Left unchanged by a part of a batch that could not run them yet.
-_NOT_RUN_YET = (NEXT_BATCH, BEHIND)
+_NOT_RUN_YET = (NEXT_BATCH, BEHIND_RETRY)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ from consumer.rebuild.table_model import ColumnName
 from consumer.rebuild.variations import FIRST, SAME_ORDER, Variation
 from consumer.transaction.apply import apply_batch
 from consumer.transaction.isolate import Part, TransactionPoisoned
-from consumer.transaction.result import BEHIND, BatchResult, LedgerIds
+from consumer.transaction.result import BEHIND_RETRY, BatchResult, LedgerIds
 from consumer.transaction.settle import next_parts, pause_seconds, settle
 
 _DELAYED_MAX = 50_000  # failed messages, and those behind them, that wait for another attempt
@@ -286,7 +286,7 @@ class SinglePass:
             match outcome:
                 case RetryLater(_, text):
                     delivery.outcome = None
-                    if outcome is not BEHIND:
+                    if outcome is not BEHIND_RETRY:
                         failure = result.failures.get(delivery)
                         name = type(failure.error).__name__ if failure is not None else text.split(":")[0]
                         self._errors[delivery] = name

@@ -8,7 +8,7 @@ from uuid import UUID
 from consumer.core.delivery import Delivery
 from consumer.core.message import Partition
 from consumer.core.outcome import Applied, Dead, Duplicate, Outcome, RetryLater, Skipped
-from consumer.transaction.result import BEHIND
+from consumer.transaction.result import BEHIND_RETRY
 
 UNCALLED = RetryLater(0.0, "its handler was not called")  # of a missing message that can be read
 
@@ -22,7 +22,7 @@ def would_text(outcome: Outcome | None) -> str:
             return "be tried"
         case Dead(reason):
             return f"become a dead letter ({reason.value})"
-        case RetryLater() if outcome is BEHIND:
+        case RetryLater() if outcome is BEHIND_RETRY:
             return "wait behind a failed message of its key"
         case RetryLater():
             return "fail and be tried again"

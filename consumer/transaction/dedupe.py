@@ -15,7 +15,7 @@ from consumer.core.retention import is_time, what_is_wrong
 from consumer.postgres.claims import REDELIVERED, ExistingClaim
 from consumer.transaction.batch_store import BatchStore
 from consumer.transaction.identify import by_bytes, equal_values
-from consumer.transaction.result import BEHIND, BUSY, CONFLICT, HELD_BACK, TOO_OLD, LedgerIds
+from consumer.transaction.result import BEHIND_DEAD_LETTER, BEHIND_RETRY, BUSY, CONFLICT, TOO_OLD, LedgerIds
 
 
 class ClaimResult(NamedTuple):
@@ -81,7 +81,7 @@ def _distinct(
     for delivery in deliveries:
         match delivery.outcome:
             case None if scheduler.is_blocked(delivery):
-                outcomes[delivery] = BEHIND
+                outcomes[delivery] = BEHIND_RETRY
             case None | Dead() if delivery.handler.idempotent:
                 key = (delivery.handler.number, delivery.id)
                 earlier = first.setdefault(key, delivery)
@@ -193,7 +193,7 @@ async def hold_back(
     for delivery, hold in (await session.key_holds(possibly_held)).items():
         match hold:
             case KeyHold.HELD:
-                outcomes[delivery] = HELD_BACK
+                outcomes[delivery] = BEHIND_DEAD_LETTER
             case KeyHold.BUSY:
                 outcomes[delivery] = BUSY
             case KeyHold.FREE:

@@ -27,7 +27,7 @@ from consumer.transaction.invoke import finish_call, start_call
 from consumer.transaction.isolate import TransactionPoisoned, decide
 from consumer.transaction.limits import CallTracker, HandlerTimeout
 from consumer.transaction.publishing import in_message_order
-from consumer.transaction.result import BEHIND, HELD_BACK, NEXT_BATCH, BatchResult, FailedAttempt
+from consumer.transaction.result import BEHIND_DEAD_LETTER, BEHIND_RETRY, NEXT_BATCH, BatchResult, FailedAttempt
 from consumer.transaction.scope import Scope, savepoint_name
 from consumer.transaction.tx import Tx
 
@@ -113,10 +113,10 @@ class HandlerRunner:
             self._result.outcomes[delivery] = NEXT_BATCH
             return None
         if self._blocked and delivery.ordering_key() in self._blocked:
-            self._result.outcomes[delivery] = BEHIND
+            self._result.outcomes[delivery] = BEHIND_RETRY
             return None
         if self._held and delivery.ordering_key() in self._held:
-            self._result.outcomes[delivery] = HELD_BACK
+            self._result.outcomes[delivery] = BEHIND_DEAD_LETTER
             return None
         tx = Tx(self._scope, delivery, task)
         if self._use_savepoints:
@@ -198,7 +198,7 @@ class HandlerRunner:
     def _not_waiting(self, deliveries: list[Delivery]) -> list[Delivery]:
         """Return the messages that no failure of their key holds back."""
         outcomes = self._result.outcomes
-        for keys, outcome in ((self._blocked, BEHIND), (self._held, HELD_BACK)):
+        for keys, outcome in ((self._blocked, BEHIND_RETRY), (self._held, BEHIND_DEAD_LETTER)):
             if keys:
                 outcomes.update((message, outcome) for message in deliveries if message.ordering_key() in keys)
                 deliveries = [message for message in deliveries if message not in outcomes]
@@ -368,7 +368,7 @@ async def observe(
 
     async def one(delivery: Delivery, _: object) -> None:
         if blocked and delivery.ordering_key() in blocked:
-            delivery.outcome = BEHIND
+            delivery.outcome = BEHIND_RETRY
             return
         try:
             await _observe(delivery.handler, [delivery], calls)

@@ -17,8 +17,8 @@ from consumer.core.sqlstate import Meaning
 
 FAILURES_MAX = 4  # in a row, of a part of a batch, before it is cut
 SAVEPOINTS_MAX = 64  # more subtransactions than this in one transaction slow the whole server down
-PUT_ASIDE = "put aside"
-_ASIDE_SECONDS = 10.0
+PUT_ASIDE = "put aside"  # the text of a message that is delayed without counting an attempt
+_DELAY_SECONDS = 10.0
 _PAUSE_SECONDS_MIN = 0.05  # of a message that is never given up, whatever its policy says
 _PASSING = {Meaning.CONFLICT, Meaning.LOCKED, Meaning.OUTAGE}  # usually over by themselves
 
@@ -87,7 +87,7 @@ def run_again(
 ) -> list[Part]:
     """Return what runs after a conflict or an outage.
 
-    The same part, or its halves when it keeps failing. A message that keeps failing alone is put aside, so that it does
+    The same part, or its halves when it keeps failing. A message that keeps failing alone is delayed, so that it does
     not hold up the others; evidence decides whether that counts as an attempt. at_least, answers: see `_judged`.
     """
     failures = part.failures + 1
@@ -101,7 +101,7 @@ def run_again(
         if verdict is FailureVerdict.COUNT:
             delivery.outcome, delivery.attempts = _counted(delivery, facts, random)
         else:
-            delivery.outcome = _put_aside(random)
+            delivery.outcome = _delay_uncounted(random)
         failures = 0
     return [replace(part, failures=failures)]
 
@@ -164,7 +164,7 @@ def decide(
     if verdict is FailureVerdict.COUNT:
         return _counted(delivery, facts, random)
     if facts.timed_out:
-        return _put_aside(random), delivery.attempts
+        return _delay_uncounted(random), delivery.attempts
     delivery.reruns += 1
     pause = delivery.handler.retry.pause_seconds(delivery.reruns, random())
     return RetryLater(max(_PAUSE_SECONDS_MIN, pause), type(error).__name__), delivery.attempts
@@ -227,5 +227,5 @@ def _counted(delivery: Delivery, facts: ErrorFacts, random: Callable[[], float])
     return RetryLater(delay, text), attempts
 
 
-def _put_aside(random: Callable[[], float]) -> RetryLater:
-    return RetryLater(_ASIDE_SECONDS * (0.5 + random() / 2), PUT_ASIDE)
+def _delay_uncounted(random: Callable[[], float]) -> RetryLater:
+    return RetryLater(_DELAY_SECONDS * (0.5 + random() / 2), PUT_ASIDE)

@@ -22,9 +22,9 @@ TOO_OLD = Dead(
     "older than the ledger remembers; cannot tell whether it was applied",
 )
 CONFLICT = Dead(Reason.ID_CONFLICT, "this message id was used before with another payload")
-BEHIND = RetryLater(0.0, "waits behind a failed message of its key")
+BEHIND_RETRY = RetryLater(0.0, "waits behind a failed message of its key")
 BUSY = RetryLater(0.1, "dead letters before it are being settled")
-HELD_BACK = Dead(Reason.BEHIND, "waits behind a dead letter of its key")
+BEHIND_DEAD_LETTER = Dead(Reason.BEHIND, "waits behind a dead letter of its key")
 NEXT_BATCH = RetryLater(0.0, "batch time limit reached; it runs in the next batch")
 
 

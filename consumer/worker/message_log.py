@@ -20,7 +20,7 @@ from consumer.handler_records.notices import filling
 from consumer.handler_records.settled_ranges import HandlerChange, HandlerChanges
 from consumer.logs import event, log
 from consumer.postgres.errors import sqlstate_of
-from consumer.transaction.result import HELD_BACK, BatchResult
+from consumer.transaction.result import BEHIND_DEAD_LETTER, BatchResult
 
 _FIRST_SECONDS = 5.0  # after the first line of a kind; then twice as long each time
 _MOST_SECONDS = 600.0
@@ -99,7 +99,7 @@ class MessageLog:
         """Log a batch's dead letters and the messages that are retried."""
         by_kind: dict[tuple[object, ...], list[tuple[Delivery, BaseException | None, Outcome]]] = {}
         for delivery, outcome in result.outcomes.items():
-            if (isinstance(outcome, Dead) and outcome is not HELD_BACK) or delivery in result.failures:
+            if (isinstance(outcome, Dead) and outcome is not BEHIND_DEAD_LETTER) or delivery in result.failures:
                 failure = result.failures.get(delivery)
                 error = None if failure is None else failure.error
                 key = (delivery.handler.name, type(outcome), _error_text(delivery, error, outcome))

@@ -129,7 +129,7 @@ def test_start_without_a_position_is_decided_by_commit_and_database(
         assert "--move-to earliest" in decision.do and "--move-to committed" in decision.text
 
 
-def test_note_of_a_position_is_recognised_as_its_own() -> None:
+def test_note_of_a_position_is_recognized_as_its_own() -> None:
     text = commit_metadata([(OWN, Position(90, first=20)), (OTHER_SHARD, Position(80, first=10))])
     assert decide_start(P, CommittedOffset(90, text), 0, OWN) == StartOffset(20, "lost")
     assert decide_start(P, CommittedOffset(90, text), 0, OTHER_SHARD) == StartOffset(10, "lost")

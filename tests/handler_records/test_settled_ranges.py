@@ -73,7 +73,7 @@ def test_handlers_that_come_and_go(
     assert [handler.handler for handler in difference.late] == late
 
 
-def test_renamed_handler_is_recognised_by_the_one_that_is_gone() -> None:
+def test_renamed_handler_is_recognized_by_the_one_that_is_gone() -> None:
     known = {
         "settle": Known(1, frozenset({"payments"}), False),
         "audit": Known(2, frozenset({"audits"}), False),

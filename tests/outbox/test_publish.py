@@ -205,7 +205,7 @@ async def test_a_batch_handler_without_a_usable_cause_is_refused(place: Place, m
 
 
 async def test_the_next_app_applies_each_record_once(place: Place) -> None:
-    """A publishes, B needs no setting to recognise what comes again."""
+    """A publishes, B needs no setting to recognize what comes again."""
     topic, out = await place.topic(partitions=2), await place.topic(partitions=2)
     first, second = App(name(), publishes=[out]), App(name())
 
