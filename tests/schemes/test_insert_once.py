@@ -106,7 +106,7 @@ async def test_limit_a_deleted_row_is_new_again(connection: asyncpg.Connection) 
         ({"number": "A7"}, (), "conflict: name at least one column"),
         ({"number": "A7"}, KEY, "'year' is not in the row"),
         ({"number": "A7", "year": None}, KEY, "'year' is None"),
-        ({"": 1}, "", "no name"),
+        ({"": 1}, "", "not a name"),
     ],
 )
 async def test_a_call_that_cannot_be_meant_is_refused_before_it_is_sent(
