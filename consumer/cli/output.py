@@ -56,8 +56,11 @@ def line(text: str) -> None:
 
 
 def numbers(*titles: str) -> list[Column]:
-    """Make columns of numbers."""
-    return [Column(title, justify="right", no_wrap=True, overflow="ignore") for title in titles]
+    """Make columns of numbers.
+
+    Not overflow="ignore": rich does not align such cells.
+    """
+    return [Column(title, justify="right", no_wrap=True, overflow="fold") for title in titles]
 
 
 def names(*titles: str) -> list[Column]:
