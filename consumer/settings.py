@@ -1,31 +1,39 @@
-"""Every limit and address, from the environment and from flags.
+"""Every limit and address, from flags, the environment and a file.
 
-The variables have the prefix CONSUMER_, the flags the same names.
-
-Knows names, units and bounds; opens nothing.
+The variables have the prefix CONSUMER_; flags and the keys of the file have the same names. Knows names, units and bounds;
+setting_sources.py reads the sources.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from consumer.core.errors import Misconfigured
+from consumer.setting_sources import CONFIG_VARIABLE, Gathered, Known, Source, gather, subject_of, variable_of
 
 Positive = Annotated[float, Field(gt=0, le=2_000_000, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
-_PREFIX = "CONSUMER_"
-
-
 class Settings(BaseModel):
     """All settings, with their units in their names.
 
-    A setting that is not given is read from the environment; an empty variable counts as absent. Unknown CONSUMER_
-    variables are ignored.
+    A setting that is not given is read from the environment, then from the TOML file that CONSUMER_CONFIG names; an empty
+    variable counts as absent. CONSUMER_…_FILE names a file with the value of a secret. Unknown CONSUMER_ variables are
+    ignored. Raises Misconfigured for a file that cannot be read or has other keys.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -99,6 +107,7 @@ class Settings(BaseModel):
         description="services that may be reached off this machine without TLS that checks who answers, of kafka, postgres, redis, comma-separated",
     )
 
+    workers: Annotated[int, Field(ge=1, le=256)] = Field(1, description="worker processes, 1 to 256")
     lanes: Annotated[int, Field(ge=1, le=16)] = Field(2, description="PostgreSQL connections, and batches, at a time")
     batch_messages_max: Count = Field(2000, description="most messages in one transaction")
     batch_bytes_max: Count = Field(4 << 20, description="most payload bytes in one transaction")
@@ -147,10 +156,13 @@ class Settings(BaseModel):
         None, description="file that configures logging instead: .json or .toml for dictConfig, or .ini", min_length=1
     )
 
-    def __init__(self, **given: Any) -> None:
-        fields = type(self).model_fields
-        own = {name.upper(): text for name, text in os.environ.items() if text and name.upper().startswith(_PREFIX)}
-        super().__init__(**{name: own[key] for name in fields if (key := _PREFIX + name.upper()) in own} | given)
+    _gathered: Gathered = PrivateAttr(default_factory=Gathered)
+
+    def __init__(self, gathered: Gathered | None = None, /, **given: Any) -> None:
+        if gathered is None:
+            gathered = gather(known_settings(), given, os.environ, None)
+        super().__init__(**gathered.values)
+        self._gathered = Gathered(gathered.config, {}, gathered.sources)
 
     @field_validator("log_level", "log_format", "outbox_relay", mode="before")
     @classmethod
@@ -202,37 +214,90 @@ class Settings(BaseModel):
         """Return the same settings for another database."""
         return self.model_copy(update={"postgres_dsn": SecretStr(dsn)})
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Settings:
+        """Return a copy with other values, which count as given."""
+        copied = super().model_copy(update=update, deep=deep)
+        sources = self._gathered.sources | {name: Source("flag") for name in update or ()}
+        copied._gathered = Gathered(self._gathered.config, {}, sources)
+        return copied
+
+    @property
+    def config_file(self) -> str | None:
+        """The path of the TOML file that was read, as given."""
+        return self._gathered.config
+
+    def source_of(self, name: str) -> Source:
+        """Return where a setting's value comes from."""
+        return self._gathered.sources.get(name, Source())
+
     def dump(self) -> dict[str, str]:
         """Return the settings as environment variables, with secrets.
 
-        Only for a child process, never for a log.
+        A secret that came from a file is given as the path of its file. Only for a child process, never for a log.
         """
         environment: dict[str, str] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if value is not None:
+            if (path := self.source_of(name).secret_file) is not None:
+                environment[f"{variable_of(name)}_FILE"] = path
+            elif value is not None:
                 text = value.get_secret_value() if isinstance(value, SecretStr) else value
-                environment[f"{_PREFIX}{name.upper()}"] = str(text)
+                environment[variable_of(name)] = str(text)
         return environment
+
+    def child_environment(self) -> dict[str, str]:
+        """Return this process's environment with these settings instead of its own, for a child process.
+
+        The child reads no configuration file again: it may have changed, and the settings are all here.
+        """
+        known = known_settings()
+        replaced = {CONFIG_VARIABLE, *map(variable_of, known.types)}
+        replaced |= {f"{variable_of(name)}_FILE" for name in known.secrets}
+        kept = {name: text for name, text in os.environ.items() if name.upper() not in replaced}
+        return kept | self.dump()
+
+
+def known_settings() -> Known:
+    """Return the type of each setting, and which are secret."""
+    fields = Settings.model_fields
+    types = {name: _type_of(field.annotation) for name, field in fields.items()}
+    return Known(
+        {name: str if kind is SecretStr else kind for name, kind in types.items()},
+        {name for name, kind in types.items() if kind is SecretStr},
+    )
+
+
+def _type_of(annotation: Any) -> type:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return str
+    if origin is None:
+        assert isinstance(annotation, type)
+        return annotation
+    return _type_of(arguments[0])  # of Annotated, and of "… | None"
 
 
 def _names(given: str) -> set[str]:
     return {part.strip().lower() for part in given.split(",") if part.strip()}
 
 
-def load(**flags: Any) -> Settings:
-    """Return the environment's settings, with flags.
+def load(config: str | None = None, **flags: Any) -> Settings:
+    """Return the settings: flags win over the environment, and it wins over the file.
 
-    Flags that are not None override the environment. Raises Misconfigured, one line that names each variable and never
-    its value.
+    config: the path of a TOML file; without it CONSUMER_CONFIG names one. Flags that are None are not given. Raises
+    Misconfigured, one line that names each variable or key and never its value.
     """
+    given = {name: value for name, value in flags.items() if value is not None}
+    gathered = gather(known_settings(), given, os.environ, config)
     try:
-        return Settings(**{name: value for name, value in flags.items() if value is not None})
+        return Settings(gathered)
     except ValidationError as error:
-        problems = [
-            f"{_PREFIX}{'_'.join(map(str, error['loc'])).upper()}: {error['msg']}"
-            if error["loc"]
-            else error["msg"].removeprefix("Value error, ")
-            for error in error.errors()
-        ]
-        raise Misconfigured("; ".join(problems)) from None
+        raise Misconfigured("; ".join(_problem(gathered, dict(problem)) for problem in error.errors())) from None
+
+
+def _problem(gathered: Gathered, problem: Mapping[str, Any]) -> str:
+    if not problem["loc"]:
+        return str(problem["msg"]).removeprefix("Value error, ")
+    name = "_".join(map(str, problem["loc"]))
+    action = "; correct the file" if gathered.sources.get(name, Source()).kind == "file" else ""
+    return f"{subject_of(gathered, name)}: {problem['msg']}{action}"

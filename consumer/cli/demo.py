@@ -12,7 +12,7 @@ from consumer.cli.framework import AsJson, cli, command
 @command(cli, "demo")
 def demo(
     payments: Annotated[int, typer.Option("--payments", min=100, max=1_000_000, help="messages to produce")] = 20_000,
-    workers: Annotated[int, typer.Option("--workers", min=2, max=8, help="worker processes")] = 2,
+    workers: Annotated[int, typer.Option("--workers", metavar="NUMBER", min=2, max=8, help="worker processes")] = 2,
     as_json: AsJson = False,
 ) -> Any:
     """Produce duplicates, kill a worker, and show that every balance is right.

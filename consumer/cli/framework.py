@@ -26,6 +26,7 @@ from consumer.cli.signals import Interrupted, signal_handlers_kept, until_signal
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.kafka.errors import KafkaError
 from consumer.postgres.errors import redacted_message, sqlstate_of
+from consumer.setting_sources import CONFIG_VARIABLE
 from consumer.settings import Settings, load
 from consumer.worker.event_loop import run as run_loop
 
@@ -36,7 +37,8 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its tables cut the names of flags and variables that they should teach
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Every setting is also an environment variable: CONSUMER_ and its name, as shown beside it.",
+    epilog="Every setting is also an environment variable: CONSUMER_ and its name, as shown beside it. "
+    "--config names a file with settings; `consumer config` shows which apply.",
 )
 dlq = typer.Typer(
     help="Dead letters: messages that could not be applied, kept with their bytes.",
@@ -63,7 +65,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON", rich_help_pan
 
 POSTGRES = ("postgres_dsn", "postgres_ca_file", "postgres_pooler", "allow_insecure")
 SERVICES = ("kafka_", *POSTGRES)
-_SHORT = {"grace_seconds": "--grace", "wait_seconds": "--wait"}
+_SHORT = {"grace_seconds": "--grace", "wait_seconds": "--wait", "workers": "-w"}
 
 
 class Refused(Exception):
@@ -97,10 +99,11 @@ def command(
         @functools.wraps(function)
         def call(**given: Any) -> None:
             flags = {field: given.pop(field) for field in fields}
+            config = given.pop("config", None)
             with _errors_as_lines(name):
-                _check_text({**given, **flags})
+                _check_text({**given, **flags, "config": config})
                 if takes_settings:
-                    given["settings"] = own_settings = load(**flags)
+                    given["settings"] = own_settings = load(config, **flags)
                     logs.configure(own_settings.log_level, own_settings.log_format, config=own_settings.log_config)
                 for argument, group in groups.items():
                     given[argument] = group(**{field.name: given.pop(field.name) for field in dataclass_fields(group)})
@@ -111,6 +114,8 @@ def command(
             raise typer.Exit(result or 0)
 
         options = [_option(field, info) for field, info in fields.items()]
+        if takes_settings:
+            options.insert(0, _CONFIG)
         call.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *options]}
         app.command(name, cls=Command)(call)
@@ -212,6 +217,24 @@ def _option(name: str, field: Any) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[value_type | None, option]
     )
+
+
+_CONFIG = inspect.Parameter(
+    "config",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            envvar=CONFIG_VARIABLE,
+            help="TOML file with settings; flags and the environment win over it",
+            show_default=False,
+            rich_help_panel="Process",
+        ),
+    ],
+)
 
 
 def _sqlstate(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from consumer.cli.framework import cli
 # Each module registers its commands. `run` imports only its own, so it starts sooner.
 _RUN = "run"
 _OTHERS = (
+    "config",
     "migrate",
     "status",
     "show",

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from consumer import logs
 from consumer.admin.readiness import check_ready
@@ -34,6 +32,7 @@ _LAST_LINES_SECONDS = 2.0  # for the last log lines, whose pipe may be full
         "precheck_",
         "allow_",
         "dead_letter_",
+        "workers",
         "lanes",
         "batch_",
         "buffer_",
@@ -47,24 +46,18 @@ _LAST_LINES_SECONDS = 2.0  # for the last log lines, whose pipe may be full
         "log_",
     ),
 )
-def run(
-    app: AppPath,
-    settings: Settings,
-    workers: Annotated[
-        int, typer.Option("--workers", "-w", min=1, max=256, envvar="CONSUMER_WORKERS", help="worker processes")
-    ] = 1,
-) -> Any:
+def run(app: AppPath, settings: Settings) -> Any:
     """Run worker processes until SIGTERM or Ctrl-C.
 
     The first signal drains them, a second one ends them at once. Each worker is a member of the Kafka group named like the App. Check the configuration first with
     `consumer migrate --check` and `consumer status APP`.
     """
     loaded = load_app(app)
-    return _run(app, loaded, workers, settings)
+    return _run(app, loaded, settings)
 
 
-async def _run(path: str, app: App, workers: int, settings: Settings) -> int:
-    supervisor = Supervisor(path, app.name, workers, settings)
+async def _run(path: str, app: App, settings: Settings) -> int:
+    supervisor = Supervisor(path, app.name, settings.workers, settings)
     try:
         await supervisor.prepare()
         await check_ready(app, path, settings)

@@ -309,7 +309,7 @@ class Demo:
             sys.executable,
             "-m",
             *command,
-            env=os.environ | settings.dump(),
+            env=settings.child_environment(),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,

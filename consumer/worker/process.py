@@ -2,7 +2,7 @@
 
 The supervisor starts it and holds two pipes: orders come in on standard input ("begin", then "drain", or its end, when
 the supervisor has died), and reports go out as JSON lines on a descriptor of their own. Settings come through the
-environment, so that no secret is in a list of processes.
+environment, and secrets of files as their paths, so that no secret is in a list of processes.
 """
 
 from __future__ import annotations

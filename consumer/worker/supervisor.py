@@ -174,7 +174,7 @@ class Supervisor:
                 bufsize=0,
                 pass_fds=(report_to,),
                 process_group=0,  # its own, so that its children can be killed with it
-                env=os.environ | self._settings.dump() | {"CONSUMER_WORKER": str(slot)},
+                env=self._settings.child_environment() | {"CONSUMER_WORKER": str(slot)},
             )
         finally:
             os.close(report_to)

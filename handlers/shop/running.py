@@ -60,7 +60,7 @@ class Worker:
         await self.stop()
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "consumer", "run", "handlers.shop.application:app"),
-            env=os.environ | self._settings.dump(),
+            env=self._settings.child_environment(),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,

@@ -45,7 +45,13 @@ def test_help_at_80_columns_has_no_type_and_cuts_nothing(command: tuple[str, ...
     assert not re.search(r"typing|Annotated|<\w|SecretStr|int range", text), text
     assert max(map(len, text.splitlines())) <= 80
     for variable in re.findall(r"CONSUMER_\w+", text):
-        assert variable == "CONSUMER_WORKERS" or variable.removeprefix("CONSUMER_").lower() in Settings.model_fields
+        assert variable == "CONSUMER_CONFIG" or variable.removeprefix("CONSUMER_").lower() in Settings.model_fields
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_with_settings_takes_a_file(command: tuple[str, ...]) -> None:
+    names = {param.name for param in PARAMETERS[command]}
+    assert ("config" in names) == bool(names & set(Settings.model_fields) - {"workers"})
 
 
 def test_help_of_run_shows_every_setting_under_a_heading() -> None:

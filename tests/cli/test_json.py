@@ -225,6 +225,7 @@ def _demo_and_shards(contract: Contract) -> None:
     good = contract.place.worker_dsn
     shards = {"a": good, "b": f"postgresql://u@127.0.0.1:{free_port()}/x"}
     (contract.directory / f"{contract.module}_shards.py").write_text(SHARDED.format(shards=shards))
+    contract.run("config", "config", app="_shards")
     contract.run("with shards", "probe", "--wait", "0.5", app="_shards", fails=True)
 
 

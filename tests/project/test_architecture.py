@@ -31,6 +31,7 @@ LAYERS = [
     "outbox",
     "error_places",
     "logs",
+    "setting_sources",
     "settings",
     "tls",
     "local_servers",

@@ -31,6 +31,11 @@ class Service:
         command = [*RUN, "--workers", str(workers)]
         return running(command, self.settings, self.directory / name, **environment)
 
+    def run_with(self, *arguments: str, **environment: str) -> AbstractAsyncContextManager[Command]:
+        """Run with more arguments and another environment."""
+        environment = {"TEST_APP": self.name, "TEST_TOPIC": self.topic, **environment}
+        return running([*RUN, *arguments], self.settings, self.directory / "run", **environment)
+
     @property
     def app(self) -> App:
         """The same app, for counting."""
