@@ -94,8 +94,8 @@ def subject_of(gathered: Gathered, name: str) -> str:
 def _add_variables(gathered: Gathered, known: Known, variables: Mapping[str, str]) -> None:
     for name in known.types:
         variable = variable_of(name)
-        file_variable = f"{variable}_FILE" if name in known.secrets else None
-        if file_variable in variables:
+        file_variable = f"{variable}_FILE"
+        if name in known.secrets and file_variable in variables:
             if variable in variables:
                 raise Misconfigured(f"{variable}: {file_variable} is given, too; unset one of them")
             _add_secret(gathered, name, variables[file_variable], file_variable)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -214,7 +214,7 @@ class Settings(BaseModel):
         """Return the same settings for another database."""
         return self.model_copy(update={"postgres_dsn": SecretStr(dsn)})
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Settings:
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a copy with other values, which count as given."""
         copied = super().model_copy(update=update, deep=deep)
         sources = self._gathered.sources | {name: Source("flag") for name in update or ()}
