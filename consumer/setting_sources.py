@@ -1,4 +1,4 @@
-"""Reads settings from their sources: flags, the environment, files of secrets and a TOML file.
+"""Reads settings from flags, the environment, secret files and a TOML file.
 
 Knows precedence and text, not what a setting means. Every error is one line that names a variable or a key, and never its
 value: what stands where a path belongs may be the secret itself.
@@ -39,7 +39,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Known:
-    """The settings that exist: the type of each (str, int, float or bool), and which are secret."""
+    """The settings that exist.
+
+    types: str, int, float or bool, by name. secrets: names.
+    """
 
     types: Mapping[str, type]
     secrets: Collection[str]
@@ -47,7 +50,7 @@ class Known:
 
 @dataclass
 class Gathered:
-    """The values of all settings that are given, and where each comes from."""
+    """The values that are given, and where each comes from."""
 
     config: str | None = None
     values: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -60,7 +63,7 @@ class Gathered:
 
 
 def gather(known: Known, flags: Mapping[str, Any], environment: Mapping[str, str], config: str | None) -> Gathered:
-    """Collect the values of settings: flags win over the environment, and it wins over the file.
+    """Collect settings: flags first, then the environment, then the file.
 
     flags: by the names of settings. config: the path of a TOML file; without it CONSUMER_CONFIG names one. Empty variables
     count as absent. Raises Misconfigured.
@@ -82,7 +85,7 @@ def variable_of(name: str) -> str:
 
 
 def subject_of(gathered: Gathered, name: str) -> str:
-    """Return what an error about a setting's value names: a variable, or a key of the file."""
+    """Return the variable or key that an error names."""
     source = gathered.sources.get(name, Source())
     if source.kind == "file":
         return f"{gathered.config}: {source.place}"
@@ -104,7 +107,7 @@ def _add_variables(gathered: Gathered, known: Known, variables: Mapping[str, str
 
 
 def _add_secret(gathered: Gathered, name: str, path: str, place: str) -> None:
-    """Read a secret from its file, unless a source that wins has one."""
+    """Read a secret file, unless another source wins."""
     if name in gathered.values:
         return
     content = _read(path, _SECRET_BYTES_MAX, place, "its file")
@@ -138,7 +141,7 @@ def _read(path: str, bytes_max: int, subject: str, what: str) -> bytes:
 
 
 def _add_file(gathered: Gathered, known: Known, path: str, given_by: str) -> None:
-    """Add the values of a TOML file. Check all of its keys, also of settings that a flag overrides."""
+    """Add the values of a TOML file, whose keys are all checked."""
     import tomllib
 
     content = _read(path, _FILE_BYTES_MAX, given_by, path)
@@ -176,7 +179,7 @@ def _add_file(gathered: Gathered, known: Known, path: str, given_by: str) -> Non
 
 
 def _flat(table: Mapping[str, Any], above: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    """Return the values of a document with their keys: [kafka] client_id is (kafka, client_id)."""
+    """Return values with their keys: [kafka] client_id is (kafka, client_id)."""
     pairs: list[tuple[tuple[str, ...], Any]] = []
     for key, value in table.items():
         if isinstance(value, dict):
@@ -207,7 +210,7 @@ def _check_type(path: str, key: str, value: Any, expected: type) -> None:
 
 
 def _close_key(key: tuple[str, ...], known: Known) -> str:
-    """Suggest names of settings that are like a key, written with the same tables where possible."""
+    """Suggest keys that are like this one, in the same table."""
     name = "_".join(key).lower().replace("-", "_").removeprefix(PREFIX.lower())
     names = [*known.types, *(f"{secret}_file" for secret in known.secrets)]
     close = [match for match in get_close_matches(name, names, n=3, cutoff=0.6)]

@@ -246,7 +246,7 @@ class Settings(BaseModel):
         return environment
 
     def child_environment(self) -> dict[str, str]:
-        """Return this process's environment with these settings instead of its own, for a child process.
+        """Return the environment of a child process, with these settings.
 
         The child reads no configuration file again: it may have changed, and the settings are all here.
         """
@@ -282,7 +282,7 @@ def _names(given: str) -> set[str]:
 
 
 def load(config: str | None = None, **flags: Any) -> Settings:
-    """Return the settings: flags win over the environment, and it wins over the file.
+    """Return the settings: flags first, then the environment, then the file.
 
     config: the path of a TOML file; without it CONSUMER_CONFIG names one. Flags that are None are not given. Raises
     Misconfigured, one line that names each variable or key and never its value.

@@ -88,7 +88,7 @@ def _row(settings: Settings, name: str) -> _Row:
 
 
 def _shards(app: App) -> dict[str, _Row]:
-    """Return a masked DSN for each shard. None: its variable is not set."""
+    """Return the masked DSN of each shard; None if unset."""
     rows = {}
     for name, address in app.shards.items():
         if address.startswith("env:"):

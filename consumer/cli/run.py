@@ -28,6 +28,7 @@ _LAST_LINES_SECONDS = 2.0  # for the last log lines, whose pipe may be full
         "kafka_",
         "postgres_",
         "ledger_",
+        "outbox_",
         "redis_",
         "precheck_",
         "allow_",

@@ -8,6 +8,7 @@ import importlib
 import json
 import re
 import shlex
+import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.unit
 
 BLOCKS = [block for page in PAGES for block in documents.blocks(page)]
 SHELL = [block for block in BLOCKS if block.language in ("sh", "console")]
-LANGUAGES = {"python", "sql", "sh", "console", "ini", "text", "mermaid", "json"}
+LANGUAGES = {"python", "sql", "sh", "console", "ini", "text", "mermaid", "json", "toml"}
 # Programs that a shell block may name beside ours.
 PROGRAMS = {
     "pip",
@@ -46,10 +47,12 @@ def test_python_compiles(block: Block) -> None:
     compile(block.code, str(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
 
 
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in ("ini", "json")], ids=str)
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in ("ini", "json", "toml")], ids=str)
 def test_configuration_parses(block: Block) -> None:
     if block.language == "json":
         json.loads(block.code)
+    elif block.language == "toml":
+        tomllib.loads(block.code)
     else:
         configparser.ConfigParser().read_string(block.code)
 
@@ -157,7 +160,7 @@ def test_every_command_is_in_the_reference() -> None:
         return [name for word, one in group.commands.items() for name in names(one, (*path, word))]
 
     page = (ROOT / "docs/reference/commands.md").read_text("utf-8")
-    listed = set(re.findall(r"^\| `consumer ([a-z ]+?)(?: [A-Z][^`]*)?` \|", page, re.MULTILINE))
+    listed = set(re.findall(r"^\| `consumer ([a-z ]+?)(?: \[?[A-Z][^`]*)?` \|", page, re.MULTILINE))
     assert listed == set(names(typer.main.get_command(whole())))
 
 
