@@ -32,4 +32,4 @@ async def test_workers_get_the_file_and_the_secret(place: Place, tmp_path: Path)
         await service.settled()
         await service.stop(run)
         assert place.worker_dsn not in run.errors
-    assert len(await place.effects()) == 10
+    assert len(await place.effects()) == 2 * 10  # of two handlers
