@@ -123,7 +123,7 @@ class Page:
         """Another order, under the given switches. It is the one that the visitor's page shows from then on."""
         visitor = visitor_of(request)
         if visitor is None:
-            raise Problem(403, "nobody", "Load the page first: it makes a visitor of you.")
+            raise Problem(403, "no_user", "Load the page first: it makes a visitor of you.")
         given = await body_of(request)
         as_form = is_form(request)
         if as_form:  # an unchecked box is not sent
@@ -250,7 +250,7 @@ class Page:
         if name not in _SERVICES:
             raise Problem(404, "service_unknown", f"There are {', '.join(_SERVICES)}.")
         if visitor_of(request) is None:
-            raise Problem(403, "nobody", "Load the page first: it makes a visitor of you.")
+            raise Problem(403, "no_user", "Load the page first: it makes a visitor of you.")
         given = await body_of(request)
         match given.get("do"):
             case "stop":
