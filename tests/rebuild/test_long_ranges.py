@@ -49,3 +49,21 @@ async def test_long_range_has_every_message_and_table_that_only_late_ones_write(
     rows = {(row["table"], row["kind"]): row["count"] for row in result.differences}
     assert rows[("public.effects", "missing")] == 1 and not result.agrees
     assert ("public.late", "missing") in rows and ("public.late", "extra") in rows
+
+
+async def test_messages_that_taught_the_tables_count_once(place: Place) -> None:
+    """Nothing is learned later that would start the rebuild over and hide them."""
+
+    async def handle(body: dict[str, Any], tx: Tx) -> None:
+        tx.defer("insert into effects (id, account, amount) values ($1, $2, $3)", f"e{body['n']}", 1, body["n"])
+
+    topic = await place.topic(4)
+    app = app_with_handler(topic, handle)
+    await place.send(
+        topic,
+        *[Sent({"n": n}, id=message_id(f"m{n}"), key=f"k{n % 100}", partition=n % 4) for n in range(_COUNT)],
+    )
+    await consume_all(app, place.settings())
+    result = await rebuilt(place, app)
+    assert result.agrees and not result.unknown
+    assert (result.messages, result.applied, result.repeated) == (_COUNT, _COUNT, 0)
