@@ -50,7 +50,8 @@ _LAST_LINES_SECONDS = 2.0  # for the last log lines, whose pipe may be full
 def run(app: AppPath, settings: Settings) -> Any:
     """Run worker processes until SIGTERM or Ctrl-C.
 
-    The first signal drains them, a second one ends them at once. Each worker is a member of the Kafka group named like the App. Check the configuration first with
+    The first signal drains them, a second one ends them at once. Each worker is a member of the Kafka group named like the
+    App. Check the configuration first with
     `consumer migrate --check` and `consumer status APP`.
     """
     loaded = load_app(app)

@@ -3,7 +3,7 @@
 Decides which statements commute, and which may run once for many rows.
 
 `FACTS` asks PostgreSQL about the table behind a statement; `judge` decides with its answer. Two statements commute when
-what they touch has nothing in common. A statement of which that is not proved is a *barrier*: it keeps its place in the
+what they touch has nothing in common. A statement that is not proved to commute is a *barrier*: it keeps its place in the
 order of the messages. Knows SQL, types and names; knows no connection.
 """
 

@@ -84,7 +84,8 @@ class BatchProducer:
     def partitioner(self, topic: str) -> Callable[[bytes | None], int] | None:
         """Return what chooses the partition of a key.
 
-        It chooses as Kafka's own clients do. None where the topic's partitions are not known: see `learn`. Records without a key go to one random partition.
+        It chooses as Kafka's own clients do. None where the topic's partitions are not known: see `learn`. Records without a
+        key go to one random partition.
         """
         partitions = self._producer.client.cluster.partitions_for_topic(topic)
         if not partitions:

@@ -27,7 +27,8 @@ async def choose_spans(
 ) -> list[Span]:
     """Return the offsets that the real tables contain, of each partition.
 
-    These are all from the beginning of the log to the last settled message. Writes them to `result.ranges`, and what prevents a rebuild to `result.unknown`. Raises CannotTell for errors of Kafka.
+    These are all offsets from the beginning of the log to the last settled message. Writes them to `result.ranges`, and what
+    prevents a rebuild to `result.unknown`. Raises CannotTell for errors of Kafka.
     """
     with kafka_errors(state.settings):
         begins = await state.source.log.beginnings(state.partitions)

@@ -1,8 +1,9 @@
 """Publishes the outbox of one database.
 
-It has the streams of the partitions that this worker owns. A lane hands over its rows when its COMMIT has returned. Rows that are not in this memory (of an earlier owner, of a
-command, of a COMMIT whose answer was lost, or beyond its bound) are read from the table. The table decides, memory is a
-short cut. Limitations: does not know whether it still owns a partition; a late relay only repeats rows under their ids.
+It has the streams of the partitions that this worker owns. A lane hands over its rows when its COMMIT has returned. Rows
+that are not in memory (of an earlier owner, of a command, of a COMMIT whose answer was lost, or beyond the memory's bound)
+are read from the table. The table decides; memory is a shortcut. Limitations: does not know whether it still owns a
+partition; a late relay only repeats rows under their ids.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sends the outbox's rows to Kafka.
 
-The producer is replaced after every error. One task for each output partition, so one record batch of a partition is in flight at most. Limitations: an outage of
-Kafka is waited for as long as it takes; only what Kafka refuses for good stops a stream.
+The producer is replaced after every error. Each output partition has one task, so at most one of its record batches is in
+flight. Limitations: an outage of Kafka is waited for as long as it takes; only what Kafka refuses for good stops a stream.
 """
 
 from __future__ import annotations
