@@ -34,6 +34,7 @@ from consumer.worker.registration import register
 from consumer.worker.shard import LaneState, Shard
 from consumer.worker.wait_reports import Reporter
 
+_CONTROL_SECONDS = 2.0  # for a report that runs while partitions are given up
 _RELAY_DRAIN_SECONDS = 2.0  # for Kafka's answers to what the outbox has sent
 DRAIN_SECONDS_MAX = 20.0  # of a rebalance; below the time that the group waits for its members
 
@@ -128,14 +129,22 @@ class Assignment:
         try:
             await self._wait_for_lanes(seconds)
             await self._commits.commit()
-            for shard in self._shards:
-                if shard.control is not None and shard.control.is_usable and not shard.control_lock.locked():
-                    reporter = self._reporters[shard.name]
-                    await reporter.finish(shard.control.connection, stays=self._lifetime.is_stopping)
+            await asyncio.gather(*(self._finish_report(shard) for shard in self._shards))
         finally:
             self._partitions.finish_revoke()
         for relay in self._relays:
             await relay.drain(_RELAY_DRAIN_SECONDS)
+
+    async def _finish_report(self, shard: Shard) -> None:
+        """Bring the rows of waiting messages up to date, unless the connection stays busy.
+
+        A report that runs just now is waited for: it may have written what no longer waits.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CONTROL_SECONDS), shard.control_lock:
+                if shard.control is not None and shard.control.is_usable:
+                    reporter = self._reporters[shard.name]
+                    await reporter.finish(shard.control.connection, stays=self._lifetime.is_stopping)
 
     async def _wait_for_lanes(self, seconds: float) -> None:
         waits = [asyncio.create_task(lane.idle.wait()) for lane in self._lanes]

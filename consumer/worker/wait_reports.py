@@ -97,6 +97,7 @@ class Reporter:
         if (rows or self._written) and (
             _steady(rows) != _steady(self._written) or now - self._written_at > waiting_messages.RENEW_SECONDS
         ):
+            self._written = [*self._written, *rows]  # what may be stored if the answer is lost
             await waiting_messages.write(connection, self._worker, sorted(self._handlers), rows)
             self._written, self._written_at = rows, now
         if self._taking_over:

@@ -25,6 +25,7 @@ from consumer import App, Settings
 from consumer.admin.counts import handler_counts
 from consumer.admin.dead_letters import dead_letters
 from consumer.admin.partitions import partition_lags
+from consumer.core.message import Partition
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.postgres import grants, migrate
 from consumer.worker.worker import Worker
@@ -174,7 +175,7 @@ def fetched(worker: Worker) -> int:
 
 
 async def drained(app: App, settings: Settings, seconds: float = 30) -> None:
-    """Wait until everything produced so far is settled."""
+    """Wait until everything produced so far is settled, and no producer's transaction is open."""
     source = KafkaConsumer(settings, None)
     await source.start(10)
     try:
@@ -185,7 +186,11 @@ async def drained(app: App, settings: Settings, seconds: float = 30) -> None:
                 lags, missing = await partition_lags(connection, source, app)
             finally:
                 await connection.close()
-            return not missing and not any(lag["lag"] != 0 for lag in lags)
+            if missing or any(lag["lag"] != 0 for lag in lags):
+                return False
+            partitions = [Partition(lag["topic"], lag["partition"]) for lag in lags]
+            ends = await source.log.ends(partitions, uncommitted=True)  # an aborted transaction ends a little later
+            return all(lag["end"] == ends[partition] for lag, partition in zip(lags, partitions, strict=True))
 
         await until("no lag", no_lag, seconds)
     finally:
