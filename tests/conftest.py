@@ -1,4 +1,7 @@
-"""Real services, started once a run on free ports, and a database for each test."""
+"""Real services, started once a run, and a database for each test.
+
+The services listen on free ports.
+"""
 
 from __future__ import annotations
 

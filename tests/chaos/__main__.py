@@ -1,4 +1,7 @@
-"""The command of the harness: `make chaos`, or `python -m chaos` with tests/ on the path. `--help` lists its options."""
+"""The command of the harness: `make chaos`, or `python -m chaos`.
+
+For the latter, tests/ must be on the path. `--help` lists the options.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,7 @@ async def _runs(given: argparse.Namespace, first: int) -> int:
 
 
 def _ways(given: argparse.Namespace, seed: int) -> Ways:
-    """How a run is set up: as its seed says, but for what was asked for."""
+    """How a run is set up: by seed, unless arguments say otherwise."""
     asked = {name: getattr(given, name) for name in ("pooler", "operators", "versions")}
     return replace(ways(seed), **{name: value for name, value in asked.items() if value is not None})
 

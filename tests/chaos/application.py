@@ -1,9 +1,10 @@
-"""The application that is tormented: `consumer run chaos.application:app`. Three handlers, so three scopes, on a topic and its copy.
+"""The application under test: `consumer run chaos.application:app`.
 
-What they write has no unique key, so that doubles show. `book` defers its writes, `audit` awaits them (unless CHAOS_DEFER is set), and `forms` defers what
-only the order of the messages makes right: the oracle's forms of statements. With CHAOS_VERSION=2 it is the next version of the
-application: a handler more, `late`, and other options. A mutant of mutants.py takes the place of the real consumer when
-CHAOS_MUTANT names one.
+Three handlers, so three scopes, on a topic and its copy. What they write has no unique key, so that doubles show.
+`book` defers its writes, `audit` awaits them (unless CHAOS_DEFER is set), and `forms` defers statements that are right
+only in the order of the messages: the forms that the oracle tests, too. With CHAOS_VERSION=2 it is the next version of
+the application: one more handler, `late`, and other options. CHAOS_MUTANT names a mutant of mutants.py that replaces
+the real consumer.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ retry = Retry(attempts=2, base=_base, cap=max(60.0, _base))
 
 
 def _id(message: Message[Order | None]) -> UUID:
-    """As its producer gave it, whatever the consumer makes of it; or as an operator did."""
+    """The id that the producer or an operator gave it."""
     if message.value is not None and message.value.id is not None:
         return message.value.id
     if any(name == "ce_id" for name, _ in message.headers):
@@ -177,7 +178,7 @@ def account_of(key: str) -> UUID:
 
 
 def spelled(key: str, id: UUID) -> str:
-    """The account of a key, in one of the spellings that producers use."""
+    """The account of a key, in one spelling that producers use."""
     text = str(account_of(key))
     return (text, text.upper(), text.replace("-", ""))[id.int % 3]
 

@@ -1,6 +1,7 @@
-"""Short scenarios, each made for one mistake of mutants.py: a few messages, one fault, and the same judge as the random runs.
+"""Short scenarios, one for each mistake in mutants.py.
 
-A scenario is run with its mutant, which must be caught, and with the real consumer, which must not.
+A scenario has a few messages, one fault, and the judge of the random runs. It runs with its mutant, which must be
+caught, and with the real consumer, which must pass.
 """
 
 from __future__ import annotations
@@ -55,13 +56,14 @@ class Message:
 
 @dataclass(frozen=True)
 class Scenario:
-    """caught_by: the invariants of which at least one must be found violated, by whatever the mutant leaves.
+    """One scenario, and what must catch its mutant.
 
-    die: the step at which the first process kills itself. before, after: what is produced before it starts, and once that
-    is settled. back: at the end, the database is put back to what it was before the later ones. prepare: SQL for the database.
-    rewound: once all is settled, the database goes back in time under the worker's connections. stopped: the worker is stopped
-    for what is produced later, and started again after the commands. commands: of an operator, each with its environment.
-    settings, environment: of the worker. applied_by: ids that must have effects although a partition cannot be settled.
+    caught_by: the invariants, one of which at least must be violated. die: the step at which the first process kills
+    itself. before, after: what is produced before it starts, and once that is settled. back: at the end, restore the
+    database as it was before the later messages. prepare: SQL for the database. rewound: once all is settled, the
+    database goes back in time under the worker's connections. stopped: stop the worker while later messages are
+    produced, and start it again after the commands. commands: of an operator, each with its environment. settings,
+    environment: of the worker. applied_by: ids that must have effects although a partition cannot be settled.
     """
 
     mutant: str
@@ -138,7 +140,10 @@ SCENARIOS = [
 
 
 class Stage:
-    """Where one scenario is played: a database, a topic and an application of its own on servers that others use too."""
+    """Where a scenario runs: its own database, topic and application.
+
+    The servers are shared with others.
+    """
 
     def __init__(self, kafka: str, postgres: Any, valkey: Any, directory: Path) -> None:
         self._kafka, self._postgres, self._valkey, self._directory = kafka, postgres, valkey, directory
@@ -150,7 +155,7 @@ class Stage:
         self._kafka_counts = True  # until the database went back: then Kafka's copy is ahead for a while, as it may
 
     async def play(self, scenario: Scenario, mutant: str) -> Violations:
-        """What the judge finds: at the end, or as soon as it finds what the scenario is made for."""
+        """Return the violations: at the end, or once the expected ones appear."""
         async with _making:
             await self._admin(f"create database {self._database}")
             await migrated(self._postgres.dsn(self._database), TABLES + scenario.prepare)
@@ -211,7 +216,10 @@ class Stage:
             await asyncio.sleep(0.3)  # looking is work, too
 
     async def _look(self) -> tuple[Violations, bool, set[str]]:
-        """What is wrong now, whether everything is settled, and which ids every handler has applied. What is in flight is not wrong."""
+        """Return violations, whether all is settled, and the ids applied everywhere.
+
+        Messages in flight are no violation.
+        """
         group = await evidence.committed(self._kafka, self._name, self._topic)
         gathered = Evidence(log=self._log, edits=self._edits)
         connection = await asyncpg.connect(self._postgres.dsn(self._database))
@@ -305,7 +313,10 @@ class Stage:
         assert process.returncode in (0, 1), errors.decode()[-400:]
 
     async def _mending(self) -> dict[str, str]:
-        """The letter of `book`, and another payload for it under another id; the same each time."""
+        """The dead letter of `book`, and its new payload and id.
+
+        The same each time.
+        """
         if not self._edits:
             connection = await asyncpg.connect(self._postgres.dsn(self._database))
             try:
@@ -319,7 +330,7 @@ class Stage:
         return {"{letter}": str(self._letter), "{value}": path, "{id}": self._edits[0].id}
 
     async def _rewind(self) -> None:
-        """The database as it was before any message, with another epoch, under the connections that there are."""
+        """Empty the database under its connections, and give it another epoch."""
         self._kafka_counts = False
         connection = await asyncpg.connect(self._postgres.dsn(self._database))
         try:
@@ -346,7 +357,10 @@ class Stage:
             process.wait()
 
     async def _put_back(self) -> None:
-        """The database as it was before the later messages, as after a restore: the same place, another epoch."""
+        """Restore the database as it was before the later messages.
+
+        As after a restore: the same address, another epoch.
+        """
         self._kafka_counts = False
         await self._admin(f"drop database {self._database} with (force)")
         await self._admin(f"alter database {self._database}_before rename to {self._database}")

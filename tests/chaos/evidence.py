@@ -1,6 +1,7 @@
-"""Looks: reads the log, PostgreSQL, Redis, the group's offsets and the workers' logs, and judges nothing.
+"""Reads the log, PostgreSQL, Redis, the group's offsets and workers' logs.
 
-It goes past the proxies where it can (Kafka's clients cannot: the broker tells them the proxy's port).
+It judges nothing, and goes past the proxies where it can. Kafka's clients cannot: the broker names the proxy's port to
+them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def entry(record: Any) -> LogEntry:
 
 
 async def read_log(servers: str, topics: Sequence[str], partitions: int) -> tuple[list[LogEntry], list[Any]]:
-    """Everything that is committed in the log, and the records themselves. Raises KafkaError or TimeoutError."""
+    """Everything that is committed in the log, and the records themselves.
+
+    Raises KafkaError or TimeoutError.
+    """
     consumer = AIOKafkaConsumer(
         bootstrap_servers=servers, isolation_level="read_committed", auto_offset_reset="earliest", group_id=None
     )
@@ -66,7 +70,10 @@ async def read_log(servers: str, topics: Sequence[str], partitions: int) -> tupl
 
 
 async def no_open_transaction(servers: str, topic: str, partitions: int) -> None:
-    """Wait until everything in the log is decided. A broker that was killed ends open transactions some time after its start."""
+    """Wait until no transaction is open in the log.
+
+    A broker that was killed ends open transactions some time after its start.
+    """
     wanted = [TopicPartition(topic, n) for n in range(partitions)]
     decided = AIOKafkaConsumer(bootstrap_servers=servers, isolation_level="read_committed", group_id=None)
     written = AIOKafkaConsumer(bootstrap_servers=servers, isolation_level="read_uncommitted", group_id=None)
@@ -180,7 +187,10 @@ async def look(connection: asyncpg.Connection, app: str, evidence: Evidence) -> 
 
 
 async def settled(connection: asyncpg.Connection, app: str, topic: str) -> tuple[dict[int, int], set[Any], set[Any]]:
-    """Positions, and what is terminal: (handler, id) in the ledger, (handler, id, fingerprint) among the letters. One snapshot."""
+    """Positions, and what is terminal, in one snapshot.
+
+    Terminal: (handler, id) in the ledger, (handler, id, fingerprint) among the dead letters.
+    """
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         rows = await connection.fetch(
             "select partition, next_offset from consumer.positions where app = $1 and topic = $2", app, topic
@@ -195,7 +205,7 @@ async def settled(connection: asyncpg.Connection, app: str, topic: str) -> tuple
 
 
 async def marks(valkey: Valkey, epoch: str, app: str) -> set[tuple[str, str, int]]:
-    """What Redis says of this database's epoch: handler, id and fingerprint of each mark."""
+    """Handler, id and fingerprint of each mark of this database's epoch."""
     import redis.asyncio as client
 
     marks: set[tuple[str, str, int]] = set()
@@ -222,7 +232,7 @@ def events(logs: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def redelivered(lines: Sequence[dict[str, Any]], log: Sequence[LogEntry]) -> int:
-    """How many records were fetched again, by what the workers say that they have fetched."""
+    """How many records workers fetched again, by their own logs."""
     there = {(record.topic, record.partition, record.offset) for record in log}
     fetched, distinct = 0, set[tuple[str, int, int]]()
     for line in lines:

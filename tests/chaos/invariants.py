@@ -1,7 +1,8 @@
-"""The judge: what must be true of the log, PostgreSQL and Redis after whatever has happened. Knows no server and no clock.
+"""The judge: what must be true of log, PostgreSQL and Redis afterwards.
 
-The log decides what should be there: each id that is committed in it has, for each handler, exactly one end. The expected
-state is computed from the log alone, never from what the consumer says of itself. I1 to I16 are those of docs/explanation/chaos.md.
+It knows no server and no clock. The log decides what should be there: each id that is committed in it ends exactly once
+for each handler. The expected state comes from the log alone, never from what the consumer reports.
+docs/explanation/chaos.md describes I1 to I16.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ _EXAMPLES_MAX = 5
 
 
 class LogEntry(NamedTuple):
-    """A committed record. amount: None for one that no handler can apply. may_fail: until the handlers are mended."""
+    """A committed record.
+
+    amount: None if no handler can apply it. may_fail: it fails until the handlers are repaired.
+    """
 
     topic: str
     partition: int
@@ -49,7 +53,10 @@ class LogEntry(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the ledger. xmin: of the transaction that inserted it, 32 bits."""
+    """A row of the ledger.
+
+    xmin: 32 bits of the transaction that inserted it.
+    """
 
     handler: str
     id: str
@@ -73,7 +80,10 @@ class Letter(NamedTuple):
 
 
 class Edit(NamedTuple):
-    """A payload that an operator gave a letter, under another id: it may be applied, once, in the place of the letter."""
+    """A payload that an operator gave a dead letter under another id.
+
+    It may be applied, once, instead of the dead letter.
+    """
 
     handler: str
     id: str
@@ -98,7 +108,10 @@ class Effect(NamedTuple):
 
 @dataclass
 class Forms:
-    """The tables of the handler `forms`. tickets, lines: number and id; stock, latest: by key; accounts: by uuid."""
+    """The tables of the handler `forms`.
+
+    tickets, lines: number and id; stock, latest: by key; accounts: by uuid.
+    """
 
     tickets: list[tuple[int, str]]
     lines: list[tuple[int, str]]
@@ -109,7 +122,10 @@ class Forms:
 
 @dataclass
 class Evidence:
-    """Everything that was found. journal: by number of message, as producing.py keeps it."""
+    """All the evidence of a run.
+
+    journal: by number of message, as producing.py keeps it.
+    """
 
     log: list[LogEntry] = field(default_factory=list)
     journal: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
@@ -148,7 +164,10 @@ class _Found:
 
 
 def judge(evidence: Evidence, *, everything_settled: bool = True) -> Violations:
-    """The violations, by invariant. everything_settled: the log was consumed to its end, so what is missing is lost."""
+    """Return the violations by invariant.
+
+    everything_settled: the log was consumed to its end, so whatever is missing is lost.
+    """
     violations = _Found()
     log = _Log(evidence.log)
     _journal(evidence, log, violations)
@@ -197,7 +216,7 @@ def _journal(evidence: Evidence, log: _Log, violations: _Found) -> None:
 
 
 def _ends(handler: str, evidence: Evidence, log: _Log, violations: _Found) -> None:
-    """I1, I7: each id one end, each payload of an id that is used twice a letter."""
+    """I1, I7: an id ends once; its other payloads are dead letters."""
     counts = Counter(effect.id for effect in evidence.effects if effect.handler == handler)
     letters = {
         (letter.id, letter.fingerprint): letter.reason for letter in evidence.letters if letter.handler == handler
@@ -327,7 +346,10 @@ def _forms(evidence: Evidence, violations: _Found) -> None:
 
 
 def _expected_sums(handler: str, evidence: Evidence, log: _Log) -> Counter[str]:
-    """By key, what the applied ids come to, each counted once with the payload that the log has where it was applied."""
+    """The sum of the applied ids by key.
+
+    An id counts once, with the payload that the log has where it was applied.
+    """
     sums: Counter[str] = Counter()
     seen: set[str] = set()
     edits = {edit.id: edit for edit in evidence.edits if edit.handler == handler}
@@ -344,7 +366,10 @@ def _expected_sums(handler: str, evidence: Evidence, log: _Log) -> Counter[str]:
 
 
 def _conservation(handler: str, evidence: Evidence, log: _Log, violations: _Found) -> None:
-    """I12, for each topic. What waits holds back the position: what was applied beyond it may come again, as a duplicate."""
+    """I12, for each topic: the numbers of outcomes add up.
+
+    Waiting messages hold back the position; what was applied beyond it may come again, as a duplicate.
+    """
     for topic, records in log.records.items():
         applied = sum(
             1 for claim in evidence.ledger if claim.handler == handler and claim.topic == topic and claim.applied
@@ -356,7 +381,10 @@ def _conservation(handler: str, evidence: Evidence, log: _Log, violations: _Foun
 
 
 def _letters(evidence: Evidence, log: _Log, violations: _Found) -> None:
-    """I15: only what cannot be applied, what comes under a used id, and what waits behind such."""
+    """I15: dead letters have a reason.
+
+    Only what cannot be applied, what comes under a used id, and what waits behind such.
+    """
     at_fault: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
     # What `late` has missed is applied later: then earlier messages of a key wait behind later ones.
     letters = sorted(
@@ -401,7 +429,7 @@ def terminal(
     claims: set[tuple[str, str]],
     letters: set[tuple[str, str, int]],
 ) -> list[str]:
-    """I5: what lies below an offset and has no end, for each handler."""
+    """I5: the (handler, id) below an offset that have no end."""
     ends = []
     for record in log:
         if record.offset < offsets.get((record.topic, record.partition), 0):
@@ -418,7 +446,10 @@ def _place(entry: LogEntry) -> str:
 
 
 def account_of(key: str) -> UUID:
-    """As the application derives it. Written again here, so as not to ask the one under test."""
+    """The account, as the application derives it.
+
+    Written again here: the code under test must not answer for itself.
+    """
     return uuid5(NAMESPACE_OID, key)
 
 

@@ -1,14 +1,15 @@
-"""The whole idea in a small world, explored exhaustively: two workers, two messages, everything that can go wrong between two steps.
+"""The protocol in a small world, explored exhaustively.
 
 The log of one partition holds three records: A, A again (its producer sent it twice), B. Two workers take turns in any
-order; each may crash, be paused and believe that it still owns the partition (a zombie), lose it and get it back. Messages are settled
-one a transaction, as small steps: look (position, pre-check), claim, handle, commit, mark, copy the offset. The database may
-fail over to a standby that lacks its newest transactions, while Kafka's offset and Redis's marks stay; Redis may be emptied;
-old claims may be purged. Every state that can be reached is visited, breadth first, so a counterexample is a shortest one.
+order; each may crash, be paused and believe that it still owns the partition (a zombie), lose it and get it back. A
+transaction settles one message, in small steps: look (position, pre-check), claim, handle, commit, mark, copy the
+offset. The database may fail over to a standby that lacks its newest transactions, while Kafka's offset and Redis's
+marks stay; Redis may be emptied; old claims may be purged. Every reachable state is visited, breadth first, so a
+counterexample is a shortest one.
 
-What is checked wherever nothing is under way and all has been read: A and B have each one effect. The rules of the real
-consumer can be broken one by one (`Rules`): each broken one must lead to a state that is wrong. What the model does not
-know: batches, keys, retries, statements; those are for the runs on real servers.
+Checked wherever nothing is in flight and all is read: A and B have one effect each. The rules of the real consumer can
+be broken one by one (`Rules`): each broken one must lead to a wrong state. Limitations: no batches, keys, retries or
+statements; the runs on real servers cover those.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ END = len(LOG)
 
 @dataclass(frozen=True)
 class Rules:
-    """What the consumer does; each False is a mistake with a name in mutants.py."""
+    """The consumer's rules; each False is a mistake named in mutants.py."""
 
     commit_after_work: bool = True  # M1, M2: Kafka's offset is copied from what is durable
     positions_in_database: bool = True  # a worker begins at PostgreSQL's position, which goes back with it
@@ -42,7 +43,10 @@ class Rules:
 
 
 class Database(NamedTuple):
-    """claims: ids. effects: how often A and B were applied. position: None before the first."""
+    """The state of PostgreSQL.
+
+    claims: ids. effects: how often A and B were applied. position: None before the first.
+    """
 
     claims: frozenset[str] = frozenset()
     effects: tuple[int, int] = (0, 0)
@@ -50,7 +54,10 @@ class Database(NamedTuple):
 
 
 class Worker(NamedTuple):
-    """at: what it does next. next: its position in memory. wrote: the position that it last read or wrote."""
+    """The state of a worker.
+
+    at: its next step. next: its position in memory. wrote: the position that it last read or wrote.
+    """
 
     at: str = "down"  # down, idle, claim, handle, commit, mark, copy
     next: int = 0
@@ -229,7 +236,10 @@ def _epoch_of(worker: Worker, rules: Rules) -> int:
 def _commit(
     state: State, number: int, worker: Worker, rules: Rules, bounds: Bounds, to: object
 ) -> Iterator[tuple[str, State]]:
-    """The position moves if it is where this worker left it; else it is fenced, and reads it again."""
+    """Move the position if this worker left it there, else be fenced.
+
+    A fenced worker reads the position again.
+    """
     assert callable(to)
     offset, locks = worker.next, _unlocked(state, number)
     if rules.positions_in_database and state.database.position != worker.wrote:
@@ -253,7 +263,10 @@ def _commit(
 
 
 def is_quiescent(state: State) -> bool:
-    """Whether all workers are idle and the owner has read the log to its end in this epoch."""
+    """Whether all workers are idle and the owner has read everything.
+
+    In this epoch of the database, to the log's end.
+    """
     owner = state.workers[state.owner]
     return (
         all(worker.at in ("down", "idle") for worker in state.workers)
@@ -265,7 +278,10 @@ def is_quiescent(state: State) -> bool:
 
 
 class Explored(NamedTuple):
-    """states, quiescent: how many. wrong: the steps to the nearest state in which something is lost or doubled, and its effects."""
+    """The result of an exploration.
+
+    states, quiescent: their numbers. wrong: the steps to the nearest state with a loss or a double, and its effects.
+    """
 
     states: int
     quiescent: int
@@ -277,7 +293,10 @@ ONE_OF_EACH = Bounds()
 
 
 def explore(rules: Rules, bounds: Bounds = ONE_OF_EACH) -> Explored:
-    """Visit every state; stop at the first wrong one. A double is wrong at once, a loss when nothing is under way."""
+    """Visit every state; stop at the first wrong one.
+
+    A double is wrong at once, a loss when nothing is in flight.
+    """
     first = State()
     came: dict[State, tuple[State, str] | None] = {first: None}
     todo = deque([first])

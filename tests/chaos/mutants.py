@@ -1,7 +1,8 @@
-"""Consumers that are broken on purpose, each by one step of the real one replaced: the harness must catch every one.
+"""Consumers that are broken on purpose: the harness must catch each.
 
-M1 to M13 are mistakes of the field, each of them made by somebody; M14 to M23 are those that this project made, or nearly. A mutant is installed where the application is
-loaded, when CHAOS_MUTANT names it. None of this knows how it is caught.
+Each replaces one step of the real consumer. M1 to M13 are known mistakes of other projects; M14 to M23 are mistakes
+that this project made, or nearly made. A mutant is installed where the application is loaded, when CHAOS_MUTANT names
+it. Nothing here knows how it is caught.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ from consumer.worker.worker import Worker
 
 
 def _kafka_keeps_the_positions(where_none: str = "beginning") -> None:
-    """As most consumers do it: begin where the group has committed. PostgreSQL's positions are written and not read."""
+    """Begin where the group has committed, as most consumers do.
+
+    PostgreSQL's positions are written and not read.
+    """
 
     async def positions(
         source: KafkaConsumer, session: Session, app: str, wanted: list[Partition], label: Any, *_: Any
@@ -76,7 +80,7 @@ def _workers() -> list[Worker]:
 
 
 def m1_auto_commit() -> None:
-    """The client commits what it has handed out, whether or not anything was done with it."""
+    """The client commits whatever it has handed out, processed or not."""
     _kafka_keeps_the_positions()
     real = AIOKafkaConsumer
 
@@ -118,7 +122,7 @@ def m3_redis_first() -> None:
 
 
 def m4_select_then_insert() -> None:
-    """Look whether the id is there, and insert it if it is not; two may look before either inserts."""
+    """Select the id, and insert it if missing; two may select first."""
 
     async def claim(
         self: Session, deliveries: Sequence[Delivery], topics: Mapping[str, int]
@@ -165,7 +169,7 @@ def m5_separate_transactions() -> None:
 
 
 def m6_swallow_and_commit() -> None:
-    """A failed statement is not noticed, and the answer to COMMIT, which is ROLLBACK, is not read."""
+    """Ignore a failed statement, and the ROLLBACK that answers the COMMIT."""
     await_call, write_positions = invoke.await_call, Session.write_positions
 
     async def awaiting(call: Any, tx: Any) -> None:
@@ -205,7 +209,7 @@ def m8_offset_as_id() -> None:
 
 
 def m9_commit_past_a_failure() -> None:
-    """The position passes a message that failed and is to be tried again."""
+    """The position passes a failed message that is to be tried again."""
     moves = Scheduler.position_updates
 
     def moving(self: Scheduler, batch: Any, parked: Any, *more: Any) -> Any:
@@ -261,7 +265,7 @@ def m13_reset_to_latest() -> None:
 
 
 def m14_grouping_without_proof() -> None:
-    """Statements of several messages are regrouped whether or not that changes what they do."""
+    """Regroup statements of several messages even where that changes their effect."""
     replace(scope, "commute", lambda plans: True)
 
 
@@ -290,7 +294,7 @@ def m17_hold_forgotten_by_apply() -> None:
 
 
 def m18_waiting_bounded_for_all_partitions() -> None:
-    """Nothing is taken of any partition while too many messages wait in one."""
+    """Stop taking from all partitions while too many messages wait in one."""
     take = Scheduler._take_fresh
 
     def taking(self: Scheduler, *arguments: Any) -> Any:
@@ -307,7 +311,7 @@ def m19_id_without_its_source() -> None:
 
 
 def m20_claim_kept_of_what_waits() -> None:
-    """A message that failed and is to be tried again keeps its claim."""
+    """A failed message keeps its claim, although it is tried again."""
 
     async def release_claims(self: Session, deliveries: Any) -> None: ...
 
@@ -315,7 +319,10 @@ def m20_claim_kept_of_what_waits() -> None:
 
 
 def m21_dead_letters_hold_nothing() -> None:
-    """Messages of its key go on behind a dead letter, which is applied out of order later."""
+    """Apply messages of a key behind its dead letter.
+
+    The dead letter is applied later, out of order.
+    """
     for module in (apply, handler_runner):
         replace(module, "blocks_key", lambda dead: False)
 
@@ -351,6 +358,9 @@ MUTANTS: dict[str, Callable[[], None]] = {
 
 
 def install(name: str) -> None:
-    """Break the consumer of this process in this way; "" leaves it alone."""
+    """Break the consumer of this process in this way.
+
+    "" leaves it alone.
+    """
     if name:
         MUTANTS[name]()

@@ -31,7 +31,10 @@ _COMMAND_SECONDS_MAX = 240.0  # and for an operator's command, which waits for s
 
 @dataclass
 class Fired:
-    """A fault, when it really began, and what was seen of it; error: why it did not happen."""
+    """A fault as it happened.
+
+    When it really began, and what was seen of it. error: why it did not happen.
+    """
 
     fault: Fault
     at: float
@@ -40,7 +43,10 @@ class Fired:
 
 
 class Nemesis:
-    """Faults of one resource one after the other, resources side by side. `outcome` has what happened."""
+    """Causes the faults: one after another on a resource, resources in parallel.
+
+    `outcome` has what happened.
+    """
 
     def __init__(
         self, rig: Rig, consumers: Consumers, seed: int, database: str, app: str, topic: str, operators: Operators
@@ -58,7 +64,10 @@ class Nemesis:
         self.outcome: list[Fired] = []
 
     async def run(self, faults: list[Fault]) -> None:
-        """All of them, however late. Returns when each has happened and is over."""
+        """Cause all faults, however late.
+
+        Returns when each has happened and is over.
+        """
         self._begun = time.monotonic()
         resources = dict.fromkeys(fault.resource for fault in faults)
         async with asyncio.TaskGroup() as group:
@@ -125,7 +134,10 @@ class Nemesis:
         return f"exit code {await self._consumers.stop(command)}"
 
     async def _rewind(self, fault: Fault) -> str:
-        """With a tool like Kafka's own, which wants the group to be empty. It has no effect, and that is the point."""
+        """Rewind the group's offsets with a tool like Kafka's own.
+
+        The tool requires an empty group, so it has no effect; that is what the fault shows.
+        """
         count = len(self._consumers.running)
         for command in list(self._consumers.running):
             await self._consumers.stop(command)
@@ -193,7 +205,10 @@ class Nemesis:
         return f"away for {fault.seconds:g} s and its recovery"
 
     async def _fail_over(self, fault: Fault) -> str:
-        """The standby is cut off, the primary goes on alone for a while, then dies: what it did alone is lost."""
+        """Cut off the standby, let the primary go on, then kill it.
+
+        What the primary did alone is lost.
+        """
         self._rig.replication.black_hole()
         done, at_cut = await self._done()
         until = time.monotonic() + fault.seconds

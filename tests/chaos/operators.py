@@ -1,6 +1,7 @@
-"""Operators at work during a run: they retry, discard and mend dead letters, look at positions, replay and purge.
+"""Operators at work during a run.
 
-Each act is the command that a person would type, as a process. What they change is kept, so that the judge can allow for it.
+They retry, discard and edit dead letters, look at positions, replay and purge. Each act is the command that a person
+would type, as a process. What they change is kept, so that the judge can allow for it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ class CommandFailed(Exception):
 
 @dataclass
 class Operators:
-    """What operators do. edits: payloads that they gave letters under another id. acts: commands that came to their end."""
+    """The operators of a run.
+
+    edits: payloads that they gave dead letters under another id. acts: commands that completed.
+    """
 
     app: str
     topic: str
@@ -49,7 +53,10 @@ class Operators:
     acts: int = 0
 
     async def act(self, fault: Fault, connection: asyncpg.Connection) -> str:
-        """Do what the fault names. Raises CommandFailed when the command does not succeed in the end."""
+        """Do what the fault names.
+
+        Raises CommandFailed if the command does not succeed in the end.
+        """
         match fault.kind:
             case "retry letters":
                 return await self._run("dlq", "retry", APP, "--all", "--yes")
@@ -67,7 +74,10 @@ class Operators:
         raise AssertionError(fault.kind)
 
     async def _mend(self, connection: asyncpg.Connection, fault: Fault) -> str:
-        """Give a letter another payload under another id: another intent, and the letter is discarded."""
+        """Give a dead letter another payload under another id.
+
+        That is another message, so the dead letter itself is discarded.
+        """
         letters = await connection.fetch(_LETTERS, self.app)
         if not letters:
             return "no letters"
@@ -80,7 +90,10 @@ class Operators:
         return await self._run("dlq", "retry", APP, str(number), "--value", str(path), "--new-id", edit.id, "--yes")
 
     async def _run(self, *arguments: str) -> str:
-        """A command, again while servers are away. Exit code 1 is an answer, too: letters are left, for example."""
+        """Run a command, again while servers are away.
+
+        Exit code 1 is an answer, too: for example, dead letters are left.
+        """
         errors = ""
         for _ in range(_ATTEMPTS):
             code, errors = await self._once(*arguments)
@@ -112,5 +125,8 @@ class Operators:
 
 
 def settled(letters: Any) -> int:
-    """How many letters operators have settled, which are counted twice: as dead letters, and as applied."""
+    """How many dead letters operators have settled.
+
+    They count twice: as dead letters, and as applied.
+    """
     return sum(1 for letter in letters if letter.state in ("applied", "discarded"))

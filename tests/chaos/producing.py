@@ -1,7 +1,8 @@
-"""Sends what workload.py plans, through all faults, and keeps a journal of its own: what it meant to send, and what it knows.
+"""Sends what workload.py plans, through all faults, and keeps a journal.
 
-Three answers, as in Jepsen: *ok* (it is in the log, at this offset), *fail* (it never will be: its transaction was aborted),
-*info* (unknown). A line is on the disk before its message is sent. It never gives up, and never waits for ever.
+The journal says what it meant to send and what it knows. Three answers, as in Jepsen: *ok* (in the log, at this
+offset), *fail* (it never will be: its transaction was aborted), *info* (unknown). A line is on the disk before its
+message is sent. It never gives up, and never waits for ever.
 """
 
 from __future__ import annotations

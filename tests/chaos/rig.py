@@ -1,7 +1,7 @@
-"""The servers of the chaos runs, a proxy before each, and the worker processes.
+"""The servers of the chaos runs, a proxy before each, and workers.
 
-Kafka is known to its clients by the proxy's port only, so nothing of theirs passes beside it. PostgreSQL has a standby that
-is fed through a proxy of its own, so that its tail can be lost. What it does not know: faults; those are nemesis.py's.
+Kafka names only the proxy's port to its clients, so none of their traffic bypasses it. PostgreSQL has a standby that is
+fed through a proxy of its own, so that its tail can be lost. nemesis.py decides about faults.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ class ProxiedPooler(Pooler):
 
 
 async def _keep(pooler: Pooler) -> None:
-    """Start it again whenever it ends, as a service manager does: 1.18 ends itself for some cancel requests."""
+    """Restart the pooler whenever it ends, as a service manager does.
+
+    Version 1.18 ends itself for some cancel requests.
+    """
     while True:
         assert pooler.process is not None
         await asyncio.to_thread(pooler.process.wait)
@@ -69,7 +72,7 @@ async def _keep(pooler: Pooler) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """The children of a process, without those that are dead and not yet buried."""
+    """The children of a process, without zombies."""
     pids = []
     with suppress(OSError):
         for part in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
@@ -80,7 +83,7 @@ def children(pid: int) -> list[int]:
 
 
 def kill_tree(server: LocalServer) -> None:
-    """SIGKILL a server and the processes that it has started, as a power cut would."""
+    """SIGKILL a server and its child processes, as a power cut would."""
     for pid in children(server.pid):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -88,7 +91,10 @@ def kill_tree(server: LocalServer) -> None:
 
 
 async def started_again(server: LocalServer) -> None:
-    """After `kill`: the same data on the same port. Tried again while the port or the shared memory is still taken."""
+    """Start again after `kill`: the same data on the same port.
+
+    Tried again while the port or the shared memory is still taken.
+    """
     for attempt in range(20):
         server.run()
         try:
@@ -101,7 +107,10 @@ async def started_again(server: LocalServer) -> None:
 
 
 class Rig:
-    """The servers, shared by all runs of a session. A run gets a database, a topic and an application of its own."""
+    """The servers, shared by all runs of a session.
+
+    A run gets its own database, topic and application.
+    """
 
     def __init__(self) -> None:
         self.kafka = ProxiedKafka()
@@ -170,7 +179,10 @@ class Rig:
             self._keeping = asyncio.create_task(_keep(self.pooler))
 
     async def promote(self) -> None:
-        """The standby is the primary from now on. The old primary must be dead."""
+        """Make the standby the primary.
+
+        The old primary must be dead.
+        """
         standby, old = self.standby, self.primary
         assert standby is not None
         connection = await asyncpg.connect(standby.dsn())
@@ -193,7 +205,10 @@ class Rig:
             await proxy.accept()
 
     async def database(self) -> str:
-        """A new one with all tables. Returns its name: its address changes with a failover."""
+        """Create a database with all tables; return its name.
+
+        Its address changes with a failover.
+        """
         name = f"chaos_{uuid4().hex[:12]}"
         connection = await asyncpg.connect(self.primary.dsn())
         try:
@@ -204,7 +219,10 @@ class Rig:
         return name
 
     def settings(self, database: str, pooler: bool = False, **more: object) -> Settings:
-        """Of workers: everything through the proxies, quick timers, and a session timeout that a pause outlasts."""
+        """The settings of workers.
+
+        Everything goes through the proxies, with quick timers, and a session timeout that a pause exceeds.
+        """
         port = self.postgres_proxy.port
         if pooler:
             assert self.pooler is not None
@@ -228,7 +246,10 @@ class Rig:
 
 
 class Consumers:
-    """`consumer run` as processes, several at a time. Keeps the logs of those that have ended."""
+    """`consumer run` as processes, several at a time.
+
+    Keeps the logs of those that have ended.
+    """
 
     def __init__(
         self, settings: Settings, directory: Path, environment: dict[str, str], workers: int = 2, versions: bool = False
@@ -243,7 +264,10 @@ class Consumers:
         self.paused: set[int] = set()
 
     def start(self) -> Command:
-        """Another `consumer run`: the first with all its workers, later ones with one; with versions, every other one is of the next."""
+        """Start another `consumer run`.
+
+        The first has all its workers, later ones have one. With versions, every other one is of the next version.
+        """
         workers = 1 if self.running or self.ended else self._workers
         directory = self._directory / f"consumer-{len(self.running) + len(self.ended)}"
         directory.mkdir(parents=True)
@@ -254,7 +278,7 @@ class Consumers:
         return command
 
     def pids(self) -> list[int]:
-        """Of worker processes that are there now, and not paused, in an order that does not depend on chance."""
+        """The running, unpaused worker processes, in a deterministic order."""
         pids = []
         for command in self.running:
             alive = set(children(command.process.pid))
@@ -262,7 +286,7 @@ class Consumers:
         return pids
 
     async def opened(self, command: Command) -> None:
-        """Wait until one of its workers has opened partitions, or it has ended."""
+        """Wait until one of its workers opens partitions, or it ends."""
 
         async def has() -> bool:
             return command.process.poll() is not None or any("opened" in event["event"] for event in command.events())

@@ -1,7 +1,7 @@
-"""One run: produce, torment, watch; then heal, drain, judge; then read everything again, twice over, and judge again.
+"""One run: faults under load, then heal, drain and judge.
 
-A run counts only when each of its faults has happened, records were delivered again, and COMMITs had unknown outcomes: a
-harness that finds nothing must at least have looked.
+Then everything is read again, twice, and judged again. A run counts only if each of its faults has happened, records
+were delivered again, and COMMITs had unknown outcomes: a harness that finds nothing must at least have looked.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ _EFFECT_TABLES = "select md5(string_agg(t::text, '|' order by t::text)) from {} 
 
 @dataclass
 class Outcome:
-    """What a run came to. vacuous: why it does not count, if it does not. directory: what is kept of it, "" when nothing."""
+    """The result of a run.
+
+    vacuous: why it does not count, if it does not. directory: what is kept of it, "" when nothing.
+    """
 
     seed: int
     seconds: float
@@ -60,7 +63,10 @@ class Outcome:
 
 
 class Watch:
-    """The online checker: each second, no offset in Kafka or PostgreSQL may have anything unsettled below it."""
+    """Check each second that nothing below an offset is unsettled.
+
+    Offsets in Kafka and in PostgreSQL.
+    """
 
     def __init__(self, rig: Rig, database: str, app: str, topic: str, nemesis: Nemesis, violations: Violations) -> None:
         self._rig, self._database, self._app, self._topic, self._nemesis = rig, database, app, topic, nemesis
@@ -227,7 +233,7 @@ class Run:
                 os.kill(pid, signal.SIGCONT)
 
     async def _drained(self) -> int:
-        """Wait until the positions stand at the ends of the log; milliseconds that it took."""
+        """Wait until positions reach the ends of the log; return milliseconds."""
         started = time.monotonic()
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", _WAIT_FOR_NO_LAG, str(_DRAIN_SECONDS),
@@ -239,7 +245,10 @@ class Run:
         return int((time.monotonic() - started) * 1000)
 
     async def _settle(self, consumers: Consumers) -> None:
-        """Judge; stop the workers; replay; read again from zero and in a copy; judge again."""
+        """Judge, stop the workers, replay, read again twice, judge again.
+
+        The second time from zero, the third in a copy of the topic.
+        """
         outcome = self.outcome
         gathered, _ = await self._evidence([self._topic])
         gathered.redelivered = evidence.redelivered(evidence.events(consumers.logs), gathered.log)
@@ -283,7 +292,10 @@ class Run:
         self._logs(consumers)
 
     async def _fill(self) -> None:
-        """Give the handler that only the next version has what it has missed, as `consumer status` tells one to."""
+        """Apply what the next version's new handler has missed.
+
+        With the command that `consumer status` names.
+        """
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "consumer", "replay", "chaos.application:app", self._topic, "--apply", "--handler", "late", "--json",
             env={**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"},
@@ -386,7 +398,10 @@ class Run:
     # -- afterwards -------------------------------------------------------------------------------------------------
 
     async def _keep(self) -> None:
-        """Journal, schedule, logs, and a dump of the tables, where they outlive this process."""
+        """Keep journal, schedule, logs and a dump of the tables.
+
+        They outlive this process.
+        """
         kept = ARTEFACTS / self._name
         with suppress(Exception):
             dump = [

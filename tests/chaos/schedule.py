@@ -1,8 +1,8 @@
-"""Which fault happens when: drawn from the seed and the length of the run, and from nothing else.
+"""Which fault happens when: derived from seed and length alone.
 
-Faults of one resource never overlap, those of different ones do. Every schedule has a worker killed and a COMMIT whose
-answer is lost, because a run without them shows too little; the rest is chance. What it does not know: how long a fault
-takes on a slow machine. A fault that is late is late, and none is left out.
+Faults of one resource never overlap, those of different ones do. Every schedule kills a worker and loses the answer to
+a COMMIT, because a run without them shows too little; the rest is random. Limitations: it does not know how long a
+fault takes on a slow machine. A fault may be late, but none is left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault. at, seconds: when it begins after the start of the run, and how long it lasts. size: what its kind makes of it."""
+    """One fault.
+
+    at, seconds: when it begins after the start of the run, and how long it lasts. size: its meaning depends on the
+    kind.
+    """
 
     at: float
     resource: str
@@ -79,7 +83,10 @@ _MUST = {"workers": "kill worker", "postgres": "commit cut after"}
 
 @dataclass(frozen=True)
 class Ways:
-    """How a run is set up: with a pooler in the path, operators at work, two versions of the application in one group."""
+    """How a run is set up.
+
+    With a pooler in the path, operators at work, two versions of the application in one group.
+    """
 
     pooler: bool = False
     operators: bool = False
@@ -99,7 +106,10 @@ def ways(seed: int) -> Ways:
 
 
 def draw(seed: int, seconds: float, operators: bool = False) -> list[Fault]:
-    """The faults of a run, in the order in which they begin. The same arguments give the same faults, on any machine."""
+    """The faults of a run, in the order in which they begin.
+
+    The same arguments give the same faults, on any machine.
+    """
     faults: list[Fault] = []
     for resource, kinds in (KINDS | {"operators": OPERATORS} if operators else KINDS).items():
         chance = random.Random(f"{seed}:{resource}")

@@ -1,4 +1,7 @@
-"""The chaos harness: a short random run, twenty-three broken consumers that it must catch, and what its parts promise."""
+"""The chaos harness itself: a short run, and every mutant caught.
+
+A short random run, twenty-three broken consumers, and the promises of the harness's parts.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,10 @@ async def test_each_broken_consumer_is_caught_and_the_real_one_is_not(
 
 
 async def test_position_lost_in_a_failover_is_not_taken_from_kafka(place: Place) -> None:
-    """Found by the model (chaos/model.py): the position's row lay in the lost tail, and Kafka's commit did not."""
+    """Found by the model (chaos/model.py).
+
+    The position's row was in the lost tail, and Kafka's commit was not.
+    """
     topic = await place.topic()
     app = App(f"lost-{uuid4().hex[:8]}")
 
@@ -107,7 +113,10 @@ async def test_position_lost_in_a_failover_is_not_taken_from_kafka(place: Place)
 
 
 async def test_worker_that_opens_partitions_without_postgresql_can_be_stopped(place: Place) -> None:
-    """Found by a random run: it asked for a connection again and again, got none at once, and let nothing else run."""
+    """Found by a random run.
+
+    The worker asked for a connection again and again, got none at once, and let nothing else run.
+    """
     topic = await place.topic()
     app = App(f"stops-{uuid4().hex[:8]}")
 
@@ -129,7 +138,10 @@ async def test_worker_that_opens_partitions_without_postgresql_can_be_stopped(pl
 
 
 def test_duplicates_count_as_messages_for_the_dead_letter_limit() -> None:
-    """Found by a random run, when it read everything again: old conflicts were all that counted, and the worker stopped."""
+    """Found by a random run, when it read everything again.
+
+    Old conflicts were all that counted, and the worker stopped.
+    """
     handler: Any = type("Named", (), {"name": "book"})()
     record: Any = None
     conflict, *others = [Delivery(handler, record) for _ in range(3)]

@@ -1,4 +1,7 @@
-"""One worker of chaos/application.py without a supervisor, which may kill itself: `CHAOS_DIE=STEP:NTH` names the step of worker/worker.py."""
+"""One worker without a supervisor, which may kill itself.
+
+It runs chaos/application.py; `CHAOS_DIE=STEP:NTH` names the step of worker/worker.py.
+"""
 
 from __future__ import annotations
 

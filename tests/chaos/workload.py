@@ -1,8 +1,8 @@
-"""What is produced: an endless sequence of bursts, drawn from the seed alone.
+"""What is produced: endless bursts of messages, derived from the seed alone.
 
-10 % duplicates (a quarter of them on another partition), 2 % ids that are used again with another payload, 2 % poison, 2 %
-null values, and transactions, half of which are aborted. Keys are Zipf distributed. Poison and clashes have keys of their
-own, since what fails may hold back its key, and a hot key that is held would leave little to see.
+10 % duplicates (a quarter of them on another partition), 2 % ids that are used again with another payload, 2 % poison,
+2 % null values, and transactions, half of which are aborted. Keys are Zipf distributed. Poison and clashes have keys of
+their own, since what fails may hold back its key, and a hot key that waits would leave little to see.
 """
 
 from __future__ import annotations
@@ -33,14 +33,20 @@ class Planned:
 
 @dataclass(frozen=True)
 class Burst:
-    """Messages that are sent together. ending: "" outside a transaction, else commit or abort."""
+    """Messages that are sent together.
+
+    ending: "" outside a transaction, else commit or abort.
+    """
 
     messages: tuple[Planned, ...]
     ending: str
 
 
 def fingerprint(value: bytes | None) -> int:
-    """As documented of the ledger: 64 bits of BLAKE2b, 0 for none. Written again here, so as not to ask the one under test."""
+    """The fingerprint, as documented: 64 bits of BLAKE2b, 0 for none.
+
+    Written again here: the code under test must not answer for itself.
+    """
     return 0 if value is None else int.from_bytes(blake2b(value, digest_size=8).digest(), "big", signed=True)
 
 

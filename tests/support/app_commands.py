@@ -1,4 +1,4 @@
-"""`consumer` commands about an App of a test, through a module that commands can load."""
+"""`consumer` commands about a test's App, from a module they can load."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""A worker that ends or freezes itself: `crash_worker.py TOPIC APP STEP NTH [stop]`.
+"""A worker that ends or freezes itself at a step.
 
-Settings come from the environment. The step `commit_sent` lies between a COMMIT on its way and its answer.
+`crash_worker.py TOPIC APP STEP NTH [stop]`. Settings come from the environment. The step `commit_sent` is between
+sending a COMMIT and its answer.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def app_of(topic: str, name: str) -> App:
 
 
 class CrashAt:
-    """Ends or stops the process the nth time that a step is reached."""
+    """Ends or stops the process the nth time a step is reached."""
 
     def __init__(self, step: str, nth: int, end: Callable[[], None]) -> None:
         self._step = step

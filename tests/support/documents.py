@@ -147,7 +147,7 @@ def _parameter(function: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> i
 def _passed(
     trees: dict[Path, ast.Module], function: str, place: int, name: str, constants: dict[str, str]
 ) -> list[str]:
-    """The texts that calls of a function pass as one of its parameters."""
+    """The texts that calls of a function pass as one parameter."""
     passed: list[str] = []
     for tree in trees.values():
         for node in ast.walk(tree):
@@ -198,7 +198,7 @@ def logged() -> tuple[list[Event], list[str]]:
 
 
 def _calls(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef | None, ast.Call]]:
-    """Each call that logs an event, with the function that it is in."""
+    """Each call that logs an event, and the function around it."""
 
     def walk(
         node: ast.AST, function: ast.FunctionDef | ast.AsyncFunctionDef | None

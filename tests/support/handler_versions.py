@@ -12,7 +12,7 @@ RENAMED = "worker_app:renamed"  # with pay, which was settle
 
 
 def app_with(name: str, topic: str, *handlers: str) -> App:
-    """A version of an App, whose handlers each write a row of their own."""
+    """A version of an App, whose handlers write to their own tables."""
     app = App(name)
 
     def add(handler: str) -> None:

@@ -152,7 +152,7 @@ async def produce(kafka: str, topic: str, messages: Iterable[Sent]) -> None:
 
 @asynccontextmanager
 async def working(app: App, settings: Settings, **options: Any) -> AsyncIterator[Worker]:
-    """Run a worker in this process; stop it, and raise its failure, at the end."""
+    """Run a worker in this process; at the end, raise its failure."""
     worker = Worker(app, settings, **options)
     task = asyncio.create_task(worker.run())
     try:

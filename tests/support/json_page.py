@@ -1,4 +1,4 @@
-"""The shapes of docs/reference/json.md, as a test compares them with what commands print.
+"""The shapes of docs/reference/json.md, to compare with what commands print.
 
 Each heading of the page names the commands whose answers the table below it describes: a row for each key, by its path.
 `*` in a path stands for any name, `[]` for the items of a list. A path without a row of its own is an object or a list

@@ -13,7 +13,10 @@ PARTITIONS = 4
 
 
 def numbered_app(topic: str) -> App:
-    """Its handler inserts a row for each number, and adds it to one of 100 accounts."""
+    """An App that stores each number and adds it to an account.
+
+    There are 100 accounts.
+    """
     app = App(f"numbered-{uuid.uuid4().hex[:8]}")
 
     @app.handler(topic)
@@ -34,7 +37,7 @@ async def applied(dsn: str) -> list[int]:
 
 
 async def all_applied_once(dsn: str, numbers: Sequence[int]) -> None:
-    """Each effect once, balances as recomputed, and a claim for each effect and no other."""
+    """Check effects, balances and claims: each once, and no other."""
     assert await applied(dsn) == sorted(numbers)
     balances = dict(await query(dsn, "select id, balance from accounts where balance <> 0"))
     sums: dict[int, int] = {}

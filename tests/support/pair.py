@@ -1,4 +1,4 @@
-"""PostgreSQL servers that come from another one: a standby that follows it, and one that is restored to a point in time."""
+"""PostgreSQL servers copied from another: a standby, or a restored backup."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from consumer.local_servers import LocalServer, Postgres
 
 
 class Copy(Postgres):
-    """Begins with a base backup of `primary`. port: where that is reached, a proxy's perhaps."""
+    """A server that begins as a base backup of `primary`.
+
+    port: where that is reached, perhaps a proxy's.
+    """
 
     def __init__(self, primary: Postgres, port: int = 0, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
@@ -65,7 +68,10 @@ class Standby(Copy):
 
 
 class Backup(Copy):
-    """A base backup: `take` it, and later `restore` it up to a named restore point, with the WAL that the primary has left."""
+    """A base backup: `take` it, later `restore` it to a point.
+
+    The point is a named restore point, reached with the WAL that the primary has left.
+    """
 
     name = "backup"
 
@@ -77,7 +83,10 @@ class Backup(Copy):
         self.prepare()
 
     def restore(self, point: str, port: int) -> None:
-        """Start as a server of its own, on this port: recovery goes to the point, and then it is a primary."""
+        """Start as a server of its own, restored to the point.
+
+        Recovery goes to the point; then the server is a primary, on this port.
+        """
         data = self.directory / "data"
         self._options = {
             **self._options,
@@ -98,7 +107,7 @@ def power_cut(server: LocalServer) -> None:
 
 
 async def caught_up(primary: Postgres, standby: Postgres) -> None:
-    """Wait until the standby has replayed what the primary has written so far."""
+    """Wait until the standby has replayed what the primary has written."""
     written = await value(primary.dsn(), "select pg_current_wal_lsn()::text")
 
     async def replayed() -> bool:

@@ -70,5 +70,5 @@ def payments_app(*topics: str, name: str | None = None, balances: bool = True, *
 
 
 def lone_payment(name: str, partition: int = 0, *, id: object = SAME_AS_NAME) -> Sent:
-    """A payment whose key no other one has, so that it waits behind none."""
+    """A payment with its own key, so it waits for none."""
     return payment(name, amount=1, id=id, key=name, partition=partition)

@@ -1,11 +1,11 @@
-"""A TCP proxy that delays, cuts and silences connections, even within a request.
+"""A TCP proxy that delays, cuts and silences connections, even within requests.
 
 It may cut exactly where it hurts: it reads enough of PostgreSQL's, Kafka's and Redis's protocols to see a COMMIT, a
 Kafka request or a Redis command pass, and cuts before the server has it, after the server has done it, or while it does
 it. It counts what it saw and how often each fault fired, because a test whose fault did not fire has shown nothing.
 
-What it does not know: what is inside TLS (a connection that negotiates it is passed on unread), and packets: a black
-hole holds bytes back as a network does that loses them, and passes them on when it is over, as retransmission would.
+Limitations: it does not read TLS (a connection that negotiates it is passed on unread), and knows no packets: a black
+hole holds bytes back, as a network does that loses them, and passes them on when it is over, as retransmission would.
 
 In a test: ``async with Proxy(port, "postgres") as proxy`` and its methods. As a process of its own, with the same
 commands as lines on standard input and one JSON answer a line: ``python tests/support/proxy.py --help``.
@@ -57,7 +57,7 @@ class _Raw:
 
 
 class _Postgres(_Raw):
-    """Frontend messages of PostgreSQL's protocol 3: a COMMIT by simple query, or prepared and executed."""
+    """PostgreSQL's protocol 3: finds a COMMIT, simple or prepared."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,10 @@ class _Kafka(_Raw):
 
 
 class _Redis(_Raw):
-    """Redis's commands, as arrays of bulk strings. The first byte back counts as the answer."""
+    """Redis's protocol: commands as arrays of bulk strings.
+
+    The first byte back counts as the answer.
+    """
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, Label | None]]:
         self.rest += data
@@ -254,8 +257,10 @@ class Proxy:
     # -- faults -----------------------------------------------------------------------------------------------------
 
     def on(self, label: Label, cut: Cut, times: int | None = 1, skip: int = 0, every: int = 1) -> None:
-        """Cut connections at a request: before the server has it, after it has answered (the client never hears it),
-        or during: the client is cut off at once and the server is left alone with it.
+        """Cut connections at a request.
+
+        before: the server does not get it. after: the server has answered, and the client does not get the answer.
+        during: the client is cut off at once, and the server is left alone with the request.
 
         times: how often, None for always. skip: requests to let through first. every: then every nth request.
         """
@@ -281,7 +286,7 @@ class Proxy:
             self._gates[direction].clear()
 
     def heal(self) -> None:
-        """End latency, slices and black holes, and pass on what was held back."""
+        """End latency, slices and black holes; pass on what was withheld."""
         self.latency_seconds, self.slice_bytes = 0.0, 0
         for gate in self._gates.values():
             gate.set()

@@ -1,6 +1,7 @@
-"""A publishing worker that ends or stops itself at a step: `publishing_worker.py TOPIC OUT APP STEP NTH [stop]`.
+"""A publishing worker that ends or stops itself at a step.
 
-Settings come from the environment. The steps are those of crash_worker.py and of the relay.
+`publishing_worker.py TOPIC OUT APP STEP NTH [stop]`. Settings come from the environment. The steps are those of
+crash_worker.py and of the relay.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Dead letters inserted by SQL, and an App: tests of retries without Kafka."""
+"""Retries of dead letters without Kafka: inserted by SQL, for an App."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ create function clash() returns void language plpgsql as $$ begin raise exceptio
 
 
 class Desk:
-    """A database with one App, in which tests insert and settle dead letters."""
+    """A database with one App, to insert and settle dead letters in."""
 
     def __init__(self, dsn: str, name: str | None = None) -> None:
         self.dsn = dsn
@@ -154,7 +154,7 @@ class Desk:
         return int(number)
 
     async def many(self, count: int, key: str | None = None, size: int = 0) -> None:
-        """Insert dead letters of `settle` with the ids m0, m1 and so on.
+        """Insert dead letters of `settle` with the ids m0, m1, ….
 
         With a key, the first is failed and the others wait behind it.
         """

@@ -167,7 +167,10 @@ class Tab:
         self._load("Page.navigate", url=url)
 
     def reload(self) -> None:
-        """As the key F5: a page that came by POST is posted again."""
+        """Reload, as the key F5 does.
+
+        A page that came by POST is posted again.
+        """
         self._load("Page.reload")
 
     def back(self) -> None:

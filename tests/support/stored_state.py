@@ -8,7 +8,7 @@ from consumer import App
 
 
 async def effect_ids(place: Place) -> list[str]:
-    """The ids of all effects, in order; one that was applied twice is there twice."""
+    """The ids of all effects, in order, with repetitions."""
     return [row[0] for row in await place.effects()]
 
 

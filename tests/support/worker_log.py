@@ -20,7 +20,10 @@ def is_logged(caplog: pytest.LogCaptureFixture, text: str) -> bool:
 
 
 class WorkerLog:
-    """The log events of a test's workers, as dicts of their fields and their `text`."""
+    """The log events of a test's workers, as dicts of fields.
+
+    `text` has the event's text.
+    """
 
     def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
         self._caplog = caplog

@@ -53,7 +53,7 @@ class Service:
         await drained(self.app, self.settings, seconds)
 
     async def opened(self, command: Command, partitions: int, workers: int = 1) -> None:
-        """Wait until so many workers of a command have partitions, together so many."""
+        """Wait until so many workers have partitions, together so many."""
 
         async def all_open() -> bool:
             newest: dict[int, int] = {}
