@@ -1,4 +1,7 @@
-"""The handlers that are measured, for a worker in the benchmark's process and for `consumer run application:app`."""
+"""The handlers that are measured.
+
+For a worker in the benchmark's process and for `consumer run application:app`.
+"""
 
 from __future__ import annotations
 

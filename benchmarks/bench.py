@@ -1,6 +1,7 @@
-"""The services, the workload and the contestants of the benchmarks. Every drain is checked: a wrong effect ends the run.
+"""The services, the workload and the contestants of the benchmarks.
 
-Limitations: other work on this machine distorts the times. So contestants take turns, and the median is reported.
+Every drain is checked: a wrong effect ends the run. Limitations: other work on this machine distorts the times. So
+contestants take turns, and the median is reported.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def body(id: uuid.UUID, account: int, amount: int) -> bytes:
 
 @dataclass
 class Cpu:
-    """CPU seconds of this process, its children that have ended, and the servers."""
+    """CPU seconds of this process, its ended children, and the servers."""
 
     bench: Bench
     before: dict[str, float] = field(default_factory=dict)
@@ -108,7 +109,7 @@ class Cpu:
 
 
 def _tree_seconds(root: int) -> float:
-    """CPU seconds of a process and all below it, those that have ended included."""
+    """CPU seconds of a process and its descendants, also ended ones."""
     children: dict[int, list[int]] = {}
     own: dict[int, float] = {}
     for place in Path("/proc").iterdir():
@@ -128,7 +129,10 @@ def _tree_seconds(root: int) -> float:
 
 
 class Bench:
-    """The services, what was produced, and one method for each contestant: messages a second."""
+    """The services, the workload, and one method for each contestant.
+
+    A method returns messages a second.
+    """
 
     def __init__(self, kafka: Kafka, postgres: Postgres, valkey: Valkey) -> None:
         self.kafka = kafka
@@ -185,7 +189,10 @@ class Bench:
         return dsn
 
     async def drop(self, dsn: str) -> None:
-        """Remove a database: many full ones would be written to disk for the rest of the run."""
+        """Remove a database.
+
+        Many full ones would be written to disk for the rest of the run.
+        """
         connection = await asyncpg.connect(self.postgres.dsn())
         await connection.execute(f"drop database {dsn.rpartition('/')[2]} with (force)")
         await connection.close()
@@ -236,7 +243,7 @@ class Bench:
         return len(taken) / seconds
 
     async def _by_hand(self, produced: Produced, write: Callable[[Any, list[Payment]], Awaitable[None]]) -> float:
-        """Two connections take turns: one batch is written while the next is read and decoded."""
+        """Write one batch while the next is read, on two connections."""
         dsn = await self.database()
         connections = [await asyncpg.connect(dsn), await asyncpg.connect(dsn)]
         consumer = await self.reader(produced)
@@ -273,7 +280,10 @@ class Bench:
         return len(produced.entries) / seconds
 
     async def by_hand_executemany(self, produced: Produced) -> float:
-        """The best loop by hand for any statements: a batch a transaction, `executemany`."""
+        """The best loop by hand for any statements.
+
+        One transaction for each batch, `executemany`.
+        """
 
         async def write(connection: Any, fresh: list[Payment]) -> None:
             ordered = sorted(fresh, key=lambda payment: payment.account)  # two connections lock balances in one order
@@ -283,7 +293,10 @@ class Bench:
         return await self._by_hand(produced, write)
 
     async def by_hand_unnest(self, produced: Produced) -> float:
-        """The best loop by hand for this very workload: `unnest`, balances summed before."""
+        """The best loop by hand for this workload.
+
+        `unnest`, and balances summed before.
+        """
         return await self._by_hand(produced, write_unnest)
 
     async def ours(
@@ -296,7 +309,10 @@ class Bench:
         dsn: str | None = None,
         **more: Any,
     ) -> float:
-        """A worker in this process, or several as `consumer run` starts them. kind: a handler of application.py."""
+        """A worker in this process, or several as `consumer run` starts them.
+
+        kind: a handler of application.py.
+        """
         own = dsn is None
         dsn = dsn or await self.database(max(1000, produced.workload.keys))
         app = App(f"bench-{uuid.uuid4().hex[:8]}")
@@ -373,7 +389,7 @@ class Bench:
         return produced.applied[redis]
 
     async def again(self, produced: Produced, *, redis: bool) -> float:
-        """A worker that is given everything once more: its positions are put back to the beginning."""
+        """A worker that gets everything once more, from the first positions."""
         app, settings = await self.applied(produced, redis=redis)
         watcher = await asyncpg.connect(settings.dsn)
         await watcher.execute("update consumer.positions set next_offset = 0")

@@ -1,7 +1,8 @@
-"""One drain by FastStream, in a process of its own: `others.py` starts it with the Python that has FastStream.
+"""One drain by FastStream, in a process of its own.
 
-Writes one line of JSON: messages, and the seconds from the first message to the last COMMIT. Nothing in FastStream recognizes a
-repeated message, so the handler claims ids itself, as the loop by hand does, in the transaction that holds the effects.
+`others.py` starts it with the Python that has FastStream. Writes one line of JSON: messages, and the seconds from the
+first message to the last COMMIT. Nothing in FastStream recognizes a repeated message, so the handler claims ids itself,
+as the loop by hand does, in the transaction that holds the effects.
 """
 
 from __future__ import annotations

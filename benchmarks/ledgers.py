@@ -1,4 +1,4 @@
-"""A ledger with many rows, and the steps of its retention, for benchmarks."""
+"""A large ledger, and the steps of its retention, for benchmarks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ class Ledger:
             pass
 
     async def step(self, step: RotateGeneration | Forget | Drop) -> str:
-        """A step, tried again until it is done. Tells how long the call that did it took."""
+        """Try a step until it is done; return its seconds.
+
+        The seconds of the call that did it.
+        """
         while True:
             state = await generations.read_state(self.connection)
             began = time.perf_counter()

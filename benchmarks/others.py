@@ -1,4 +1,6 @@
-"""Against FastStream, with the same work: interleaved drains of one topic, the effects checked after each of them.
+"""The same work with FastStream: interleaved drains of one topic.
+
+Effects are checked after each drain:
 
     python -m venv .cache/others
     .cache/others/bin/pip install 'faststream[kafka]==0.7.8' asyncpg uvloop
@@ -56,7 +58,7 @@ async def faststream(bench: Bench, produced: Produced, python: str, kind: str, m
 
 
 async def _check_part(dsn: str) -> None:
-    """Raise unless the effects of a part of the topic are there once."""
+    """Raise unless the effects of a part of the topic exist once."""
     connection = await asyncpg.connect(dsn)
     [(count, ids, total)] = await connection.fetch("select count(*), count(distinct id), sum(amount) from effects")
     balance = await connection.fetchval("select sum(balance) from accounts")
@@ -84,7 +86,10 @@ async def compare(python: str, messages: int, rounds: int) -> str:
 
 
 def _rows(seconds: dict[str, list[float]]) -> list[Row]:
-    """Medians, and ratios to the first contestant within each round: the load of the machine changes between rounds."""
+    """Medians, and ratios to the first contestant within each round.
+
+    Within a round, because the load of the machine changes between rounds.
+    """
     base = next(iter(seconds.values()))
     rows: list[Row] = []
     for name, speeds in seconds.items():

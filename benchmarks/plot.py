@@ -1,4 +1,7 @@
-"""Bars as SVG, readable in light and in dark, without a library: a table and a picture of it is all that is wanted here."""
+"""Bars as SVG, readable in light and dark mode.
+
+Without a library, since a table and its picture are all that is needed here.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ _ROW, _LEFT, _WIDTH, _BAR = 26, 290, 860, 440
 
 
 def bars(title: str, values: Mapping[str, float], base: str) -> str:
-    """Horizontal bars on a linear scale up to the largest that is no limit; longer ones are cut, and say so."""
+    """Horizontal bars on a linear scale.
+
+    The scale goes up to the largest that is no limit; longer ones are cut, and say so.
+    """
     longest = max((v for name, v in values.items() if not name.startswith("limit: aiokafka")), default=1.0)
     height = _ROW * len(values) + 50
     lines = [

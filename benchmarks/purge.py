@@ -1,4 +1,4 @@
-"""Whether turning and dropping generations holds up batches: claims on two connections, timed while it happens and while not.
+"""Whether rotating and dropping generations delays batches.
 
 A ledger of 10 million rows, closed, and two connections that claim 2,000 ids at a time, commit and begin again, as lanes do.
 First nothing else happens; then the ledger turns, forgets the 10 million and drops their table, again and again. The result is the

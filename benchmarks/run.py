@@ -1,8 +1,8 @@
-"""How fast, as ratios in one run: against the loop that people write, the best loop by hand, and the limits.
+"""Speed, as ratios in one run.
 
-Real Kafka, PostgreSQL (fsync on) and Valkey, started here. Contestants take turns, round after round; the result is the
-median, with the lowest and the highest. After every drain the effects are compared with what was produced: a wrong one ends
-the run.
+Workers compete with the loop that people write, the best loop by hand, and the limits. Real Kafka, PostgreSQL (fsync
+on) and Valkey, started here. Contestants take turns, round after round; the result is the median, with the lowest and
+the highest. After every drain the effects are compared with what was produced: a wrong one ends the run.
 
     make bench                                              the table of reference
     make bench ARGS="--scenario all --write"                all of them, into docs/reference/performance.md and its plot
@@ -51,7 +51,7 @@ def section(name: str, result: Found) -> str:
 
 
 def write(names: list[str], results: dict[str, Found], options: Options) -> None:
-    """Replace the measured parts of the page, each between its own marks, and the plot."""
+    """Replace the page's measured parts, between their marks, and the plot."""
     text = PAGE.read_text("utf-8")
     for name in names:
         begin, end = f"<!-- measured: {name} -->", f"<!-- end: {name} -->"

@@ -1,4 +1,7 @@
-"""One function for each scenario: what it measures, and its rows. What a goal is compared with is measured in the same run."""
+"""One function for each scenario, which returns its rows.
+
+What a goal is compared with is measured in the same run.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ class Options:
 
 @dataclass
 class Found:
-    """What a scenario found: a sentence about it, its rows, and bars for the plot."""
+    """The result of a scenario.
+
+    A sentence about it, its rows, and bars for the plot.
+    """
 
     about: str
     rows: list[Row]
@@ -107,7 +113,10 @@ async def reference(bench: Bench, given: Options) -> Found:
 
 
 async def replays(bench: Bench, given: Options) -> Found:
-    """What is applied, once more: to a worker, and to `consumer replay`; against reading alone."""
+    """Read applied messages again, by a worker and by `consumer replay`.
+
+    Compared with reading alone.
+    """
     produced = await bench.produced(Workload(given.messages))
     base = "limit: aiokafka alone"
     contestants: dict[str, Contestant] = {
@@ -190,7 +199,10 @@ async def _timed(bench: Bench) -> str:
 async def _open_loop(
     bench: Bench, topic: str, partitions: int, rate: float, seconds: float, begun: asyncio.Event | None = None
 ) -> int:
-    """Send at a rate whatever happens: what is late is counted from when it was due, not from when it was sent."""
+    """Send at a fixed rate, whatever happens.
+
+    The latency of a late message counts from when it was due.
+    """
     producer = AIOKafkaProducer(bootstrap_servers=bench.kafka.bootstrap_servers, linger_ms=0)
     await producer.start()
     start, number, sent = time.time() + 0.1, 0, []
@@ -219,7 +231,10 @@ async def _open_loop(
 
 
 async def latency(bench: Bench, given: Options) -> Found:
-    """Produce to COMMIT at a fixed rate, each message counted from when it was due (no coordinated omission)."""
+    """Latency from produce to COMMIT at a fixed rate.
+
+    Each message counts from when it was due (no coordinated omission).
+    """
     rows: list[Row] = []
     # A broker that has just started is slow for its first ten thousands of requests: they are not what is measured.
     await _latency_at(bench, "not counted", 1000.0, 20.0)
@@ -239,7 +254,7 @@ async def latency(bench: Bench, given: Options) -> Found:
 
 
 async def _most_with_a_producer(bench: Bench, given: Options) -> float:
-    """Messages a second when they are produced as fast as one process can, and consumed by another."""
+    """Messages a second that one producer process sends while another consumes."""
     topic = await new_topic(bench.kafka.bootstrap_servers, 8)
     dsn = await _timed(bench)
     app = App(f"bench-{uuid.uuid4().hex[:8]}")
@@ -290,7 +305,10 @@ def _last_opened(command: Command) -> list[int]:
 
 
 async def killed(bench: Bench, given: Options) -> Found:
-    """SIGKILL of one of two workers under 1,000 msg/s: for how long its partitions stand still."""
+    """How long partitions stall after SIGKILL of one of two workers.
+
+    Under 1,000 messages a second.
+    """
     gaps = []
     for _ in range(given.rounds):
         topic = await new_topic(bench.kafka.bootstrap_servers, 8)
@@ -332,7 +350,7 @@ async def killed(bench: Bench, given: Options) -> Found:
 
 
 async def ledger(bench: Bench, given: Options) -> Found:
-    """A ledger that is full, and that is purged meanwhile, against an empty one."""
+    """A full ledger, also while it is purged, against an empty one."""
     produced = await bench.produced(Workload(given.messages))
     dsn = await bench.database()
     begun = time.perf_counter()
@@ -441,7 +459,10 @@ async def cost(bench: Bench, given: Options) -> Found:
 
 
 async def _without_provenance(dsn: str, count: int) -> Row:
-    """The same ids in a ledger that would not say where a message was, and when it was applied."""
+    """The same ids in a ledger without provenance.
+
+    Without where a message was, and when it was applied.
+    """
     connection = await asyncpg.connect(dsn)
     await connection.execute(
         "create table lean (fingerprint int8 not null, handler int2 not null, id uuid not null, primary key (handler, id))"

@@ -1,8 +1,9 @@
-"""What each scheme against repetition costs, in µs an operation; and what a hot row does to an optimistic lock.
+"""The cost of each scheme against repetition, and of a hot row.
 
-Real PostgreSQL (fsync on) and Valkey, started here; one client, which waits for each answer. Contestants take turns, many
-times in a round; the result is the median of the rounds. PostgreSQL's operations run in one open transaction, as in a batch: what they add
-to it. A wrong number of rows, or a lost update, ends the run.
+The cost is in µs an operation; the hot row has an optimistic lock. Real PostgreSQL (fsync on) and Valkey, started here;
+one client, which waits for each answer. Contestants take turns, many times in a round; the result is the median of the
+rounds. PostgreSQL's operations run in one open transaction, as in a batch: what they add to it. A wrong number of rows,
+or a lost update, ends the run.
 
     python benchmarks/schemes.py
     python benchmarks/schemes.py --rounds 3 --operations 200
@@ -65,7 +66,10 @@ TOPIC = "payments"
 
 
 class Bench:
-    """The services, and one method for each contestant: it does `operations` of one kind and returns the seconds."""
+    """The services, and one method for each contestant.
+
+    It does `operations` of one kind and returns the seconds.
+    """
 
     def __init__(self, dsn: str, session: Session, redis: Redis, operations: int) -> None:
         self.dsn = dsn
@@ -83,7 +87,10 @@ class Bench:
         return (1 + next(self.numbers) % ROWS for _ in range(self.operations))
 
     async def in_transaction(self, work: Callable[[], Awaitable[None]]) -> float:
-        """The seconds of some statements; they are undone, so that each round meets the same tables."""
+        """The seconds of some statements, which are then rolled back.
+
+        So each round meets the same tables.
+        """
         await self.connection.execute("begin")
         try:
             return await timed(work)
@@ -302,7 +309,10 @@ CONTESTANTS: dict[str, tuple[str, Callable[[Bench], Awaitable[float]]]] = {
 
 
 async def hot(dsn: str, tasks: int, one: Callable[[Any, Callable[[], None]], Awaitable[None]]) -> tuple[float, float]:
-    """Updates a second of one row by several connections, and attempts that were lost for each update."""
+    """Updates of one row per second, and lost attempts per update.
+
+    By several connections.
+    """
     connections = [await asyncpg.connect(dsn) for _ in range(tasks)]
     await connections[0].execute("update accounts set balance = 0, version = 0 where id = 1")
     left, lost = HOT_UPDATES, 0

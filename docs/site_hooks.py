@@ -1,4 +1,7 @@
-"""MkDocs hooks: pages of the repository's root join the site, and links into the tree work in both places."""
+"""MkDocs hooks: pages of the repository's root join the site.
+
+Links into the tree work in both places.
+"""
 
 from __future__ import annotations
 
@@ -29,20 +32,23 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> str:
-    """Point each link at the page that shows its target; a file that is no page becomes plain text."""
+    """Point each link at the page that shows its target.
+
+    A link to a file that is no page becomes plain text.
+    """
     shown = page.file.src_uri
     in_tree = {target: name for name, target in FROM_ROOT.items()}.get(shown, f"docs/{shown}")
 
-    def link(found: re.Match[str]) -> str:
-        text, address = found.groups()
+    def link(matched: re.Match[str]) -> str:
+        text, address = matched.groups()
         path, mark, anchor = address.partition("#")
         if not path or "://" in path or path.startswith("mailto:"):
-            return found[0]
+            return matched[0]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(in_tree), path))
         target = f"docs/{FROM_ROOT[target]}" if target in FROM_ROOT else target
         if not target.startswith("docs/"):
             if not (ROOT / target).exists():
-                return found[0]  # MkDocs reports it
+                return matched[0]  # MkDocs reports it
             return text
         relative = posixpath.relpath(target.removeprefix("docs/"), posixpath.dirname(shown) or ".")
         return f"[{text}]({relative}{mark}{anchor})"

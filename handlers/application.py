@@ -9,7 +9,10 @@ from consumer import App
 
 
 class Clicks:
-    """Clicks of this worker process by page, logged when it stops. Lost when it is killed: that is what an opt-out means."""
+    """Counts clicks of a worker process; logs them when it ends.
+
+    A killed process loses its counts: that is what an opt-out means.
+    """
 
     def __init__(self) -> None:
         self.pages: Counter[str] = Counter()
@@ -17,7 +20,10 @@ class Clicks:
 
 @asynccontextmanager
 async def resources(app: App) -> AsyncIterator[dict[str, object]]:
-    """Made once in each worker process, before its first message; handlers name what they want of it."""
+    """Open the resources of a worker process, before its first message.
+
+    Handlers name what they want of them.
+    """
     clicks = Clicks()
     yield {"clicks": clicks}
     if clicks.pages:

@@ -1,4 +1,4 @@
-"""Audit: one handler on three topics keeps a digest of every message, whatever is in it."""
+"""Audit: one handler on three topics keeps a digest of every message."""
 
 import hashlib
 
@@ -8,7 +8,10 @@ from handlers.application import app
 
 @app.handler("payments", "refunds", "ledger", order="none")
 async def audit(message: Message[bytes], tx: Tx) -> None:
-    """bytes: nothing is decoded, so a message that no other handler can read is in the trail all the same."""
+    """Store a digest of the bytes.
+
+    Nothing is decoded, so a message that no other handler can read is in the trail, too.
+    """
     tx.defer(
         "insert into audit_trail (topic, topic_partition, topic_offset, sha256) values ($1, $2, $3, $4)",
         message.topic,

@@ -1,4 +1,7 @@
-"""Clicks: not worth a ledger row. An opt-out is called at least once, and gets no transaction."""
+"""Clicks, which are not worth a ledger row.
+
+A handler that opts out is called at least once, and gets no transaction.
+"""
 
 from typing import TypedDict
 

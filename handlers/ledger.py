@@ -1,4 +1,7 @@
-"""Bookings: hundreds in one statement. A batch handler gets a list from which duplicates are already removed."""
+"""Bookings: hundreds in one statement.
+
+A batch handler gets a list from which duplicates are already removed.
+"""
 
 import msgspec
 

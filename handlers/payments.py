@@ -1,4 +1,4 @@
-"""Payments: each one moves money once. Two handlers, each of which applies a payment once."""
+"""Payments: two handlers, each of which applies a payment once."""
 
 from uuid import UUID
 
@@ -18,7 +18,10 @@ class Payment(msgspec.Struct):
 
 @app.handler("payments")
 async def settle(payment: Payment, tx: Tx) -> None:
-    """Deferred: no result is needed, so the writes of the whole batch go out together."""
+    """Book a payment.
+
+    Its result is not needed, so the writes are deferred: those of the whole batch go out together.
+    """
     tx.defer(
         "insert into payments (payment_id, account, amount) values ($1, $2, $3)",
         payment.payment_id,
@@ -30,7 +33,7 @@ async def settle(payment: Payment, tx: Tx) -> None:
 
 @app.handler("payments", name="receipts")
 async def receipt(message: Message[Payment], tx: Tx) -> None:
-    """The receipts of an account are numbered by where their payments stand in the log."""
+    """Number the receipts of an account, in the order of the log."""
     tx.defer(
         "insert into receipts (payment_id, account, topic_partition, topic_offset) values ($1, $2, $3, $4)",
         message.value.payment_id,

@@ -1,4 +1,7 @@
-"""Refunds: a read decides. What can never be right is rejected, what may come right later is tried again."""
+"""Refunds: a read decides.
+
+What can never be right is rejected; what may become right later is retried.
+"""
 
 from uuid import UUID
 
@@ -17,7 +20,7 @@ class Refund(msgspec.Struct):
 
 
 class PaymentNotSettled(Exception):
-    """The payment may be on its way: topics have no order among each other."""
+    """The payment may still come: topics have no order among each other."""
 
 
 @app.handler("refunds", message_id="field:refund_id", retry=Retry(attempts=6, base=0.2, cap=30))

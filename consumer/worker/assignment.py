@@ -136,7 +136,7 @@ class Assignment:
             await relay.drain(_RELAY_DRAIN_SECONDS)
 
     async def _finish_report(self, shard: Shard) -> None:
-        """Bring the rows of waiting messages up to date, unless the connection stays busy.
+        """Update the rows of waiting messages, unless the connection stays busy.
 
         A report that runs just now is waited for: it may have written what no longer waits.
         """

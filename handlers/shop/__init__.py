@@ -1,4 +1,5 @@
-"""A payment page on which one can watch a second tap being stopped, and switch off what stops it. `make shop`.
+"""A payment page that shows how a second tap is stopped.
 
-Importing this registers nothing of the example beside it: the page has an App, tables and topics of its own.
+`make shop` runs it. What stops the tap can be switched off. Importing this registers nothing of the example beside it:
+the page has an App, tables and topics of its own.
 """

@@ -1,6 +1,7 @@
-"""`make shop`: starts the services, a worker and the page on this machine, and ends and removes all of it on Ctrl-C.
+"""`make shop`: runs the services, a worker and the page.
 
-Knows arguments, one port and signals. Reachable from this machine only: there is no login.
+On Ctrl-C all of it ends and is removed. Knows arguments, one port and signals. Reachable from this machine only: there
+is no login.
 """
 
 from __future__ import annotations
@@ -33,14 +34,20 @@ _END_SECONDS = 3
 
 
 class _Server(uvicorn.Server):
-    """Signals are ours: uvicorn would raise them again when it has ended, before the services are."""
+    """A server that leaves signals to us.
+
+    uvicorn would raise them again at its end, before the services have ended.
+    """
 
     def capture_signals(self) -> Any:
         return nullcontext()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0 after Ctrl-C or SIGTERM, 2 when it cannot start."""
+    """The command.
+
+    Returns the exit code: 0 after Ctrl-C or SIGTERM, 2 when it cannot start.
+    """
     options = _parser().parse_args(arguments)
     try:
         listener = _listener(options.port)

@@ -1,7 +1,7 @@
-"""The worker's side of the payment page: one handler that the ledger protects, and the same without it.
+"""The page's worker: one handler with the ledger, one without.
 
-Both book alike: nothing in `_book` looks whether the order is charged already. What it does not know: how often the
-button was tapped.
+Both book alike: nothing in `_book` checks whether the order is charged already. Limitations: it does not know how often
+the button was tapped.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ class Payment(msgspec.Struct):
 
 
 class Bank:
-    """The sandbox's own connections: a handler that opted out gets no transaction of the worker's."""
+    """The sandbox's own connections.
+
+    A handler that opted out gets no transaction of the worker's.
+    """
 
     def __init__(self, pool: Any) -> None:
         self.pool = pool
@@ -48,7 +51,10 @@ class Bank:
 
 @asynccontextmanager
 async def resources(app: App) -> AsyncIterator[dict[str, object]]:
-    """Made once in each worker process. No connection is opened before it is needed: PostgreSQL may be away."""
+    """Make the resources of a worker process.
+
+    No connection is opened before it is needed: PostgreSQL may be away.
+    """
     async with asyncpg.create_pool(load().dsn, min_size=0, max_size=2, command_timeout=10) as pool:
         yield {"bank": Bank(pool)}
 
@@ -64,7 +70,10 @@ async def charge(message: Message[Payment], tx: Tx) -> None:
 
 @app.handler(SANDBOX_TOPIC, idempotent=False)
 async def charge_unprotected(message: Message[Payment], bank: Bank) -> None:
-    """The sandbox: at least once, in a transaction of its own. What comes twice is charged twice."""
+    """The sandbox: charge at least once, in a transaction of its own.
+
+    What comes twice is charged twice.
+    """
     try:
         async with bank.pool.acquire(timeout=5) as connection, connection.transaction():
             await _book(connection, message, protected=False)

@@ -1,7 +1,8 @@
-"""What every request passes before the page sees it, and what every answer carries.
+"""The checks of every request, and the headers of every answer.
 
-Knows ASGI and headers. Without a proxy in front, bound to this machine: who else can send a request is another site in
-the same browser (by form, by script, or by a name that it lets point here). What it does not know: who the visitor is.
+Knows ASGI and headers. There is no proxy in front, and the server is bound to this machine. So only another site in the
+same browser can send requests: by form, by script, or by a name that it points here. Limitations: it does not know who
+the visitor is.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ _HEADERS = {
 
 
 class Guard:
-    """ASGI middleware. hosts: the names, with port, by which this server may be spoken to."""
+    """ASGI middleware.
+
+    hosts: the names, with port, under which this server may be reached.
+    """
 
     def __init__(self, app: App, hosts: frozenset[str]) -> None:
         self._app = app

@@ -1,8 +1,9 @@
-"""Orders as the web process knows them: whose, under which switches, and what each tap was answered. Pure.
+"""Orders as the web process knows them. Pure.
 
-An order is fixed when it is made: its switches, its token and so the message id under which it is paid never change, and
-every tab that shows it shows the same ones. A switch that is moved makes another order. What it does not know: whether
-anything was charged (PostgreSQL does) and whether Kafka kept what it confirmed.
+Whose they are, under which switches, and the answer to each tap. An order never changes its switches, its token and so
+the message id under which it is paid, and every tab that shows it shows the same ones. Changing a switch makes another
+order. Limitations: PostgreSQL alone knows whether anything was charged; whether Kafka kept what it confirmed is unknown
+here.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ class Switches:
 
 @dataclass(slots=True)
 class Sent:
-    """A message given to Kafka. place: partition and offset, as Kafka confirmed them; None until then.
+    """A message given to Kafka.
 
-    given_up: the client waits for its confirmation no more. It may be in the log all the same.
+    place: partition and offset, as Kafka confirmed them; None until then. given_up: the client no longer waits for the
+    confirmation. The message may be in the log all the same.
     """
 
     message_id: str
@@ -54,7 +56,10 @@ class Tap:
 
 @dataclass(slots=True)
 class Order:
-    """token: None when the switch is off, and when Redis was away as the order was made."""
+    """An order.
+
+    token: None when the switch is off, and when Redis was away as the order was made.
+    """
 
     id: UUID
     visitor: UUID
@@ -68,9 +73,10 @@ class Order:
 
     @property
     def message_id(self) -> str | None:
-        """The one id under which this order is paid; None in the sandbox without a token: there, each tap has its own.
+        """The message id under which this order is paid.
 
-        Without a token the order's own id: were it another one for each tap, the ledger would see as many payments.
+        None in the sandbox without a token: there, each tap has its own. With the ledger, but without a token, it is
+        the order's own id: with another id for each tap, the ledger would see as many payments.
         """
         if self.token is not None:
             return message_id_of(self.token)
@@ -93,7 +99,10 @@ class Order:
 
 
 class Orders:
-    """The orders of all visitors; the oldest are forgotten. One open order for each visitor."""
+    """The orders of all visitors, one open order each.
+
+    The oldest are forgotten.
+    """
 
     def __init__(self) -> None:
         self._orders: OrderedDict[UUID, Order] = OrderedDict()
@@ -112,18 +121,27 @@ class Orders:
         return self._orders[id] if id is not None else None
 
     def close(self, order: Order) -> None:
-        """Show its visitor another one from now on. It can still be found."""
+        """Give its visitor another order from now on.
+
+        This one can still be found.
+        """
         if self._open.get(order.visitor) == order.id:
             del self._open[order.visitor]
 
     def find(self, id: UUID, visitor: UUID) -> Order | None:
-        """An order, if it is this visitor's: another's is as unknown as none."""
+        """Return an order of this visitor.
+
+        Another visitor's order is as unknown as none.
+        """
         order = self._orders.get(id)
         return order if order is not None and order.visitor == visitor else None
 
 
 def cents(amount: object) -> int:
-    """An amount in euros ("12.50", 12.5, 12) as cents. Raises ValueError, saying what would do."""
+    """An amount in euros ("12.50", 12.5, 12) as cents.
+
+    Raises ValueError, saying what is accepted.
+    """
     text = str(amount) if isinstance(amount, str | int | Decimal) and not isinstance(amount, bool) else ""
     if not _AMOUNT.fullmatch(text):
         raise ValueError("amount: a number of euros with at most two decimals, as 12.50")
@@ -139,7 +157,10 @@ def money(amount: int) -> str:
 
 
 def switches(given: Mapping[str, object]) -> Switches:
-    """Switches by name; those that are not named are on. Raises ValueError for another name or another value."""
+    """The switches by name; those that are not named are on.
+
+    Raises ValueError for another name or another value.
+    """
     names = ("greying", "token", "ledger")
     for name, value in given.items():
         if name not in names:

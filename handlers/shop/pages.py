@@ -1,4 +1,4 @@
-"""The payment page: its routes, what it shows, and the faults that it can make.
+"""The payment page: its routes, its content, and the faults it offers.
 
 handlers/shop/payments_api.py produces the messages; a worker elsewhere charges.
 """
@@ -57,7 +57,10 @@ select jsonb_build_object(
 
 
 class Page:
-    """The web application's state: connections, orders, and what was last seen of the services."""
+    """The web application's state.
+
+    Connections, orders, and what was last seen of the services.
+    """
 
     def __init__(self, running: Running, token_seconds: float) -> None:
         self.running = running
@@ -92,7 +95,7 @@ class Page:
     # -- pages ------------------------------------------------------------------------------------------------------
 
     async def page(self, request: Request) -> Response:
-        """The page, with the visitor's open order; a new one where there is none."""
+        """The page, with the visitor's open order, or a new one."""
         visitor = visitor_of(request)
         if visitor is None:
             visitor = uuid4()
@@ -109,7 +112,7 @@ class Page:
             "token": order.token or "",
             "notice": notice,
             "verdict": view["verdict"]["text"],
-            "balance": f"{view['account']['name']}: {view['account']['balance'] or 'cannot be told now'}",
+            "balance": f"{view['account']['name']}: {view['account']['balance'] or 'unknown now'}",
             "greying_on": "checked" if layers.greying else "",
             "token_on": "checked" if layers.token else "",
             "ledger_on": "checked" if layers.ledger else "",
@@ -120,7 +123,10 @@ class Page:
         return response
 
     async def new_order(self, request: Request) -> Response:
-        """Another order, under the given switches. It is the one that the visitor's page shows from then on."""
+        """Make another order, under the given switches.
+
+        The visitor's page shows it from now on.
+        """
         visitor = visitor_of(request)
         if visitor is None:
             raise Problem(403, "no_user", "Load the page first: it makes a visitor of you.")
@@ -148,7 +154,10 @@ class Page:
     # -- paying -----------------------------------------------------------------------------------------------------
 
     async def pay(self, request: Request) -> Response:
-        """A tap. 202: Kafka has the message, and nothing is charged yet; any other answer is a problem."""
+        """Accept a tap.
+
+        202: Kafka has the message, and nothing is charged yet; any other answer is a problem.
+        """
         order = self.payments.find_order(request)
         tap = order.tap()
         try:
@@ -245,7 +254,10 @@ class Page:
     # -- faults -----------------------------------------------------------------------------------------------------
 
     async def service(self, request: Request) -> Response:
-        """Stop or start a service, or kill the worker: to see what the page says then."""
+        """Stop or start a service, or kill the worker.
+
+        To see what the page says then.
+        """
         name = request.path_params["name"]
         if name not in _SERVICES:
             raise Problem(404, "service_unknown", f"There are {', '.join(_SERVICES)}.")
@@ -284,7 +296,10 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 
 async def _failed(_: Request, error: Exception) -> Response:
-    """A mistake of ours. Its text may quote what was sent, so it is not shown."""
+    """Answer for a bug of the page.
+
+    The error's text may quote what was sent, so it is not shown.
+    """
     problem = Problem(500, "failed", "This is our mistake. Whether something was accepted, the page shows.")
     return Response(problem.body, problem.status_code, problem.headers)
 

@@ -1,7 +1,8 @@
-"""The payments API: a tap becomes a message, and an order moves on.
+"""The payments API: a tap becomes a message, and orders advance.
 
-Read `pay` first: token and ledger are both there. Every invalid request is answered as problem+json (RFC 9457), and charges
-nothing. Limitations: does not know whether a message that Kafka took was charged, and so never says it in an answer to a tap.
+Read `pay` first: token and ledger are both there. Every invalid request is answered as problem+json (RFC 9457), and
+charges nothing. Limitations: does not know whether a message that Kafka took was charged, and so never says it in an
+answer to a tap.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ DATABASE_AWAY = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.Interface
 
 
 class PaymentsApi:
-    """Payments and moves of orders. `pool` and `producer` are set while the page is connected."""
+    """Pays and moves orders.
+
+    `pool` and `producer` are set while the page is connected.
+    """
 
     def __init__(self, orders: Orders, tokens: Tokens) -> None:
         self.pool: Any = None
@@ -46,7 +50,10 @@ class PaymentsApi:
         self._taps = TokenTaps(tokens, self._subject, field="token", again_after_seconds=_AGAIN_SECONDS)
 
     async def pay(self, request: Request, order: Order, tap: Tap) -> Response:
-        """Produce the message of a valid tap. 202: Kafka has it, and nothing is charged yet."""
+        """Produce the message of a valid tap.
+
+        202: Kafka has it, and nothing is charged yet.
+        """
         given = await body_of(request)
         given.pop("token", None)  # of the form; the header's name is Idempotency-Key
         try:
@@ -103,7 +110,10 @@ class PaymentsApi:
         return await answered.answer(response) if answered is not None else response
 
     async def _send(self, order: Order, sent: Sent, body: bytes) -> None:
-        """Give it to Kafka, for as long as the client tries. Never cancelled by an answer that would not wait."""
+        """Send to Kafka, for as long as the client tries.
+
+        An answer that does not wait never cancels it.
+        """
         headers = [("message-id", sent.message_id.encode())]
         try:
             metadata = await self.producer.send_and_wait(topic_of(order), body, key=order.id.bytes, headers=headers)
@@ -118,7 +128,10 @@ class PaymentsApi:
         return f"{visitor}/{request.path_params['id']}" if visitor is not None else None
 
     async def move(self, request: Request) -> Response:
-        """Move an order on (shipped, delivered), if it is still as the page has shown it: `version`, or 428."""
+        """Move an order on (shipped, delivered), unless it has changed meanwhile.
+
+        `version` is that of the page; without it, the answer is 428.
+        """
         order = self.find_order(request)
         if is_form(request):
             raise Problem(415, "media_type", "Send application/json.")

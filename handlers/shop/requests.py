@@ -1,4 +1,4 @@
-"""Read what a browser or a script sends: the visitor, the media type, the fields of the body."""
+"""Reads requests: the visitor, the media type, the fields of the body."""
 
 from __future__ import annotations
 

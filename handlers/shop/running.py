@@ -1,7 +1,7 @@
-"""What the page stands on: PostgreSQL, Valkey, a broker and `consumer run` as child processes, which can be stopped from it.
+"""The page's services as child processes, which the page can stop.
 
-Knows processes and the worker's log; knows no order. What it does not know: why a message was stopped by a worker whose
-log line was lost, because it was killed.
+PostgreSQL, Valkey, a broker and `consumer run`. Knows processes and the worker's log; knows no order. Limitations: if a
+worker is killed, and the line of its log is lost, it is unknown why it stopped a message.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CAUSES_KEPT = 10_000
 
 
 class Worker:
-    """`consumer run` in a process of its own: a supervisor with one worker process."""
+    """`consumer run` as a child process: a supervisor with one worker process."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -50,7 +50,10 @@ class Worker:
         return self._pid
 
     def causes(self, topic: str) -> Mapping[Place, str]:
-        """Why messages were stopped, by partition and offset: as far as it is in the log of workers."""
+        """Why messages were stopped, by partition and offset.
+
+        As far as it is in the log of workers.
+        """
         return self._causes.get(topic, {})
 
     async def start(self) -> None:
@@ -70,7 +73,10 @@ class Worker:
         self._listener = asyncio.create_task(self._listen(self._process))
 
     async def until_it_reads(self) -> None:
-        """Wait until it has its partitions, for a while: without them, taps are only accepted, and the page says so."""
+        """Wait a while until the worker has its partitions.
+
+        Without them, taps are only accepted, and the page says so.
+        """
         with suppress(TimeoutError):
             await asyncio.wait_for(self._opened.wait(), _READ_SECONDS)
 
@@ -97,7 +103,7 @@ class Worker:
         self._process, self._listener, self._pid = None, None, 0
 
     async def _listen(self, process: asyncio.subprocess.Process) -> None:
-        """Read its log to the end, so that it never waits for a reader."""
+        """Read the worker's log to the end, so the worker never blocks."""
         assert process.stderr is not None
         async for line in process.stderr:
             try:
@@ -116,7 +122,10 @@ class Worker:
 
 
 class Running:
-    """The services by name. stop and start are what people do to them from the page."""
+    """The services by name.
+
+    People stop and start them from the page.
+    """
 
     def __init__(self, postgres: Postgres, valkey: Valkey, tansu: Tansu, settings: Settings) -> None:
         self.postgres = postgres
@@ -128,7 +137,7 @@ class Running:
         self._one_at_a_time = asyncio.Lock()
 
     async def stop(self, name: str) -> None:
-        """Stop kafka, postgresql, redis or worker; nothing happens when it is stopped already."""
+        """Stop kafka, postgresql, redis or worker, unless it is stopped already."""
         async with self._one_at_a_time:
             match name:
                 case "kafka":
@@ -173,9 +182,9 @@ class Running:
 
 @asynccontextmanager
 async def running() -> AsyncIterator[Running]:
-    """Start everything; it is ended and its directories are removed when the block is left. Raises EmbeddedUnavailable.
+    """Start everything; end it and remove its directories at the end.
 
-    To be called in the main thread: the servers end with the thread that has started them.
+    Raises EmbeddedUnavailable. Call it in the main thread: the servers end with the thread that has started them.
     """
     async with AsyncExitStack() as stack:
         for name in [variable for variable in os.environ if variable.startswith("CONSUMER_")]:

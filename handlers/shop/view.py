@@ -1,7 +1,7 @@
-"""What the page says of an order: from what was sent, what PostgreSQL holds and who answers. Pure.
+"""What the page says of an order. Pure.
 
-Never says that something was charged unless PostgreSQL says so now. What it does not know: whether a message whose
-confirmation is missing will arrive.
+It follows from what was sent, what PostgreSQL holds and who answers. It never says that something was charged unless
+PostgreSQL says so now. Limitations: it does not know whether a message whose confirmation is missing will arrive.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def topic_of(order: Order) -> str:
 
 
 def describe(order: Order, seen: Seen | None, services: Services, causes: Mapping[Place, str]) -> dict[str, Any]:
-    """The page's content, as JSON. seen: None while PostgreSQL does not answer. causes: why a worker stopped a message."""
+    """The page's content, as JSON.
+
+    seen: None while PostgreSQL does not answer. causes: why a worker stopped a message.
+    """
     tone, text = _verdict(order, seen, services)
     return {
         "verdict": {"tone": tone, "text": text},
@@ -81,7 +84,7 @@ def describe(order: Order, seen: Seen | None, services: Services, causes: Mappin
 
 
 def is_waiting(order: Order, seen: Seen | None) -> bool:
-    """Whether something of this order is still to happen, as far as one can tell."""
+    """Whether something of this order may still happen."""
     return any(tap.status is None for tap in order.taps) or any(
         not sent.given_up and (seen is None or sent.place is None or not _is_settled(sent.place, seen))
         for sent in order.sent
@@ -95,7 +98,7 @@ def _is_settled(place: Place, seen: Seen) -> bool:
 
 def _state(seen: Seen | None) -> str:
     if seen is None:
-        return "cannot be told: PostgreSQL does not answer"
+        return "unknown: PostgreSQL does not answer"
     return seen.state or "not in the database yet"
 
 
@@ -104,7 +107,7 @@ def _verdict(order: Order, seen: Seen | None, services: Services) -> tuple[str, 
     unconfirmed = [sent for sent in order.sent if sent.place is None]
     accepted = "Accepted (Kafka has it). " if in_kafka else ""
     if seen is None:
-        return "wait", f"{accepted}PostgreSQL does not answer: whether it was charged cannot be told now."
+        return "wait", f"{accepted}PostgreSQL does not answer: whether it was charged is unknown now."
     times = sum(seen.charges.values())
     if times > 1:
         return "bad", f"Charged {times} times: {money(seen.charged)} in all."

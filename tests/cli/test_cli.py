@@ -1,4 +1,7 @@
-"""The command as people meet it: what bad input gets, and what the reports tell. Real processes, real services."""
+"""The command as people use it: bad input, and reports.
+
+Real processes, real services.
+"""
 
 from __future__ import annotations
 
@@ -172,7 +175,10 @@ def test_help_teaches(tmp_path: Path) -> None:
 
 @pytest.fixture
 async def reported(place: Place, tmp_path: Path) -> dict[str, Any]:
-    """A topic with two applied messages, a duplicate, an unreadable and a rejected one, and the environment to ask."""
+    """A topic with all outcomes, and the environment to ask.
+
+    Two applied messages, a duplicate, an unreadable and a rejected one.
+    """
     topic = await place.topic(2)
     name = f"cli-{uuid.uuid4().hex[:8]}"
     app = App(name)

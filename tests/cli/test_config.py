@@ -1,4 +1,7 @@
-"""Settings from a file, from files of secrets, and `consumer config`: precedence, bad input, and no secret in any text."""
+"""Settings from files, secrets from files, and `consumer config`.
+
+Precedence, bad input, and no secret in any text.
+"""
 
 from __future__ import annotations
 

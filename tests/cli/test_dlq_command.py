@@ -1,4 +1,7 @@
-"""`consumer dlq` at a terminal: questions, signals, filters, and names that can be pasted."""
+"""`consumer dlq` at a terminal.
+
+Questions, signals, filters, and names that can be pasted.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,10 @@ PASSED_ON = {"refusal", "faults + answered", "'; '.join(objections) + ' (or --fo
 
 
 def texts(path: Path) -> Iterator[tuple[int, str, str]]:
-    """The line, the expression and the text of each error; what is put into the text is `{}`."""
+    """The line, the expression and the text of each error.
+
+    What is inserted into the text is `{}`.
+    """
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         match node:
             case ast.Raise(exc=ast.Call(func=ast.Name(id=name), args=[argument])) if name in ERRORS:

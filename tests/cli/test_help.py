@@ -1,4 +1,7 @@
-"""Help at 80 columns: no Python type, no name that is cut, flags under headings with default and variable."""
+"""Help at 80 columns: every name whole, flags under headings.
+
+No Python type; each flag with its default and variable.
+"""
 
 from __future__ import annotations
 

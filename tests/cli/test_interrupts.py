@@ -1,4 +1,7 @@
-"""Ctrl-C at any moment of a command: one line and exit code 130; and tests that press it where SIGINT is ignored."""
+"""Ctrl-C at any moment of a command: one line, exit code 130.
+
+And tests that press it where SIGINT is ignored.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +37,19 @@ def console_script(directory: Path) -> list[str]:
 
 
 def answers_signals(process: int) -> bool:
-    """Whether it has a handler of SIGTERM, as Python itself has not: what comes before is Python's own start."""
+    """Whether the process has its own handler of SIGTERM.
+
+    Python itself has none: before that, it is Python's own start.
+    """
     words = Path(f"/proc/{process}/status").read_text().partition("SigCgt:")[2].split()
     return bool(words) and bool(int(words[0], 16) & 1 << signal.SIGTERM - 1)
 
 
 def interrupted(command: list[str], cwd: Path, seconds: float) -> tuple[int, str]:
-    """Exit code and standard error of a command that gets SIGINT after so many seconds."""
+    """Exit code and standard error of a command after SIGINT.
+
+    The signal comes after so many seconds.
+    """
     clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
     process = subprocess.Popen(
         command,

@@ -1,4 +1,4 @@
-"""Every command with `--json` prints what docs/reference/json.md documents, no more and no less."""
+"""Every command with `--json` prints what docs/reference/json.md documents, exactly."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What a command answers to bad addresses on every supported Python; `make pythons` runs it on others than this one.
+"""What a command answers to bad addresses on every supported Python.
 
-Kafka answers here: on Python 3.12 and later its client's cancelled tasks hid the error, and the command was "terminated".
+`make pythons` runs it on others than this one. Kafka answers here: on Python 3.12 and later its client's cancelled
+tasks hid the error, and the command was "terminated".
 """
 
 from __future__ import annotations

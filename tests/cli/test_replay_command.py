@@ -1,4 +1,7 @@
-"""`consumer replay` as people meet it: exit codes, tables, JSON, the page, Ctrl-C and --resume, and bad input."""
+"""`consumer replay` as people use it.
+
+Exit codes, tables, JSON, the page, Ctrl-C and --resume, and bad input.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ async def look(payment: Payment) -> None: ...
 
 
 class Shop:
-    """A directory with an app, its topic, and the command run in it."""
+    """A directory with an app, its topic, and commands in it."""
 
     def __init__(self, place: Place, topic: str, directory: Path) -> None:
         self.place, self.topic, self.directory = place, topic, directory

@@ -1,4 +1,7 @@
-"""Addresses, settings and arguments that cannot work: one line that says what to write, and no secret."""
+"""Addresses, settings and arguments that cannot work.
+
+One line that says what to write, and no secret.
+"""
 
 from __future__ import annotations
 

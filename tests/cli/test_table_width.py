@@ -1,4 +1,7 @@
-"""Tables at 80 columns: no identifier is cut or broken, however long it is."""
+"""Tables at 80 columns: no identifier is cut or broken.
+
+However long it is.
+"""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ async def test_writes_of_a_key_meet_each_other_in_order(connection: Counting) ->
     sent_as_arrays = 0
     for seed in range(60):
         writes = random_story(random.Random(seed))
-        if seed % 2:  # without the statement that no array can be made of, a barrier to all others
+        if seed % 2:  # without the statement that fits no array, a barrier to all others
             writes = [write for write in writes if "select" not in write[0]]
         await connection.execute("begin; select setval('numbers', 1)")
         for sql, args in writes:

@@ -1,4 +1,7 @@
-"""`consumer demo`, small: its numbers agree, a wrong balance shows, and nothing of it is left, also after Ctrl-C."""
+"""A small `consumer demo`: right numbers, wrong balances shown, nothing left.
+
+Nothing is left after Ctrl-C, either.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ from consumer.demo import DUPLICATES_PERCENT, DemoResult, plan
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A directory that PostgreSQL's own user can reach, as those of pytest are not."""
+    """A directory that PostgreSQL's own user can reach.
+
+    That user cannot reach pytest's directories.
+    """
     with TemporaryDirectory(dir="/tmp") as name:
         directory = Path(name)
         directory.chmod(0o755)

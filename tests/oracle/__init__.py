@@ -1,1 +1,4 @@
-"""A differential oracle: the framework's batches against plain asyncpg, one message at a time, on random applications."""
+"""A differential oracle: the framework's batches against plain asyncpg.
+
+One message at a time, on random applications.
+"""

@@ -1,8 +1,9 @@
-"""A case: tables, handlers and messages as plain data, which prints as Python that can be pasted into a test.
+"""A case: tables, handlers and messages as plain data.
 
-A handler is a list of steps. An argument of a step names a field of the message or a variable of an earlier step; "a+b" is
-their sum. Naming conventions say what the comparison does with a column: names ending in `_at` or `_rnd` are left out, since
-time and chance differ between two runs; names beginning with `sid` or `nid` and a digit hold values of one sequence.
+It prints as Python that can be pasted into a test. A handler is a list of steps. An argument of a step names a field of
+the message or a variable of an earlier step; "a+b" is their sum. Naming conventions say what the comparison does with a
+column: names ending in `_at` or `_rnd` are left out, since clocks and random numbers differ between two runs; names
+beginning with `sid` or `nid` and a digit hold values of one sequence.
 """
 
 from __future__ import annotations
@@ -84,7 +85,10 @@ class Copy(Step):
 
 @dataclass(frozen=True, repr=False)
 class Savepoint(Step):
-    """`async with tx.savepoint()`; fails: the body raises at its end. The handler swallows that, and errors of its statements."""
+    """`async with tx.savepoint()`.
+
+    fails: the body raises at its end. The handler swallows that, and errors of its statements.
+    """
 
     steps: tuple[Step, ...]
     fails: bool = False
@@ -109,19 +113,28 @@ class IfNone(Step):
 
 @dataclass(frozen=True, repr=False)
 class Boom(Step):
-    """Raise where the message's field `boom` says so: "raise" for an error, "reject" for a Reject."""
+    """Raise where the message's field `boom` says so.
+
+    "raise" for an error, "reject" for a Reject.
+    """
 
 
 @dataclass(frozen=True, repr=False)
 class Wait(Step):
-    """Wait for something that is not the database: other messages may run meanwhile, for so many turns of the event loop."""
+    """Wait for something that is not the database.
+
+    Other messages may run meanwhile, for so many turns of the event loop.
+    """
 
     turns: int = 1
 
 
 @dataclass(frozen=True, repr=False)
 class Gather(Step):
-    """Run steps as tasks of their own, begun in this order, and wait for all."""
+    """A token works once, for its owner, and becomes a message id.
+
+    On a real Valkey.
+    """
 
     steps: tuple[Step, ...]
 
@@ -140,7 +153,10 @@ class SetLocal(Step):
 
 @dataclass(frozen=True, repr=False)
 class Handler(Shown):
-    """A handler of the topic. batch: the most messages of one call. many: the call is one `executemany` of its only step."""
+    """A handler of the topic.
+
+    batch: the most messages of one call. many: the call is one `executemany` of its only step.
+    """
 
     steps: tuple[Step, ...]
     batch: int | None = None
@@ -151,7 +167,7 @@ class Handler(Shown):
 
 @dataclass(frozen=True, repr=False)
 class Message(Shown):
-    """A message: its Kafka key and partition, its id, and the fields that handlers read."""
+    """A message: its Kafka key, partition and id, and handlers' fields."""
 
     key: str | None
     id: int
@@ -172,7 +188,10 @@ class Message(Shown):
 
 @dataclass(frozen=True, repr=False)
 class Table(Shown):
-    """A table: its columns and constraints, and statements that follow: indexes, triggers, rules, policies, rows."""
+    """A table: its columns and constraints, and the statements that follow.
+
+    Indexes, triggers, rules, policies, rows.
+    """
 
     name: str
     columns: tuple[str, ...]
@@ -186,7 +205,10 @@ class Table(Shown):
 
 @dataclass(frozen=True, repr=False)
 class Case(Shown):
-    """An application and its messages. batch: messages of one transaction. ddl: further statements, after the tables."""
+    """An application and its messages.
+
+    batch: messages of one transaction. ddl: further statements, after the tables.
+    """
 
     tables: tuple[Table, ...]
     handlers: tuple[Handler, ...]
@@ -227,7 +249,10 @@ def arguments_of(step: Step) -> list[str]:
 
 @dataclass
 class Difference:
-    """What is wrong with a case. kind: table, outcome, order, crash or hang."""
+    """What is wrong with a case.
+
+    kind: table, outcome, order, crash or hang.
+    """
 
     kind: str
     text: str

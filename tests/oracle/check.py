@@ -1,7 +1,8 @@
-"""Runs a case on both sides and compares what they leave: tables, sequences, and the outcome of every message.
+"""Runs a case on both sides and compares what they leave.
 
-The serial side runs in the order of the batches. With `concurrency=` above 1 any order that keeps that of each key will do: some
-likely ones are tried, and all when there are few.
+Tables, sequences, and the outcome of every message. The serial side runs in the order of the batches. With
+`concurrency=` above 1 any order that keeps that of each key is right: some likely ones are tried, and all if there are
+few.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ async def check(databases: Databases, case: Case) -> Verdict:
     # A batch handler takes messages together, so their order beside those of other handlers is free, too.
     several = len(case.handlers) > 1
     is_free = any(handler.concurrency > 1 or (several and handler.batch is not None) for handler in case.handlers)
-    if wrong := _unasked(case, seen):
+    if wrong := _not_called(case, seen):
         verdict.difference = wrong
         return verdict
     is_exact = all(place.calls <= 1 and place.outcome == "applied" for place in seen.places.values() if place.calls)
@@ -80,7 +81,7 @@ async def check(databases: Databases, case: Case) -> Verdict:
 async def _compare(
     databases: Databases, case: Case, seen: Seen, order: Sequence[Place], ours: State, is_exact: bool
 ) -> Difference | None:
-    """Run one message after the other in this order, and tell the first difference."""
+    """Run the messages serially in this order; return the first difference."""
     working = {
         place[0] for place, sighting in seen.places.items() if sighting.outcome == "applied"
     }  # handlers not all of whose messages fail
@@ -102,17 +103,26 @@ async def _compare(
 
 
 def _may_wait(error: Exception) -> bool:
-    """Whether a message that fails so may be kept waiting: schema or rights do not fit the code, as far as one can tell."""
+    """Whether a message that fails like this may be kept waiting.
+
+    As far as one can see, schema or rights do not fit the code.
+    """
     return isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "")[:2] not in ("21", "22", "23", "P0")
 
 
 def _is_refused(sighting: framework.Sighting) -> bool:
-    """Whether the framework refused what the handler does, and said so. Then the message must have left nothing."""
+    """Whether the framework refused what the handler does, and said so.
+
+    Then the message must have left nothing.
+    """
     return sighting.outcome != "applied" and type(sighting.exception).__name__ == "TransactionMisuse"
 
 
 def _waits_behind(sighting: framework.Sighting) -> bool:
-    """Whether its calls were undone, because a message of its key before it has failed in the end."""
+    """Whether its calls were undone because of an earlier message.
+
+    One of its key that has failed in the end.
+    """
     return sighting.outcome != "applied" and (sighting.cause == "behind" or sighting.error.startswith("waits behind"))
 
 
@@ -126,13 +136,19 @@ def _by_batch(seen: Seen, called: Sequence[Place]) -> list[Place]:
 
 
 def _settled_order(seen: Seen) -> list[Place]:
-    """The deliveries by the last batch that each was in: one that failed and was tried again ran then."""
+    """The deliveries by the last batch that each was in.
+
+    One that failed and was retried ran then.
+    """
     taken = [place for batch in seen.batches for place in batch]
     return list(dict.fromkeys(reversed(taken)))[::-1]
 
 
-def _unasked(case: Case, seen: Seen) -> Difference | None:
-    """A message whose handler was not called, without a reason for that among the messages before it."""
+def _not_called(case: Case, seen: Seen) -> Difference | None:
+    """A message whose handler was not called without a reason.
+
+    A reason would be among the messages before it.
+    """
     settled: dict[tuple[int, int], list[int | None]] = {}  # handler and id -> payloads, the one that counts first
     stopped: dict[tuple[int, int, str | None], bool] = {}  # and whether by one that waits
     taken = [place for batch in seen.batches for place in batch]
@@ -173,7 +189,10 @@ def _unasked(case: Case, seen: Seen) -> Difference | None:
 
 
 def _is_behind(case: Case, seen: Seen, place: Place) -> bool:
-    """Whether an earlier message of the same unit waits or is a dead letter, in whichever batch it was tried last."""
+    """Whether an earlier message of the same unit blocks it.
+
+    That one waits or is a dead letter, in whichever batch it was tried last.
+    """
     handler, number = place
     message = case.messages[number]
     for (other, before), sighting in seen.places.items():
@@ -187,7 +206,10 @@ def _is_behind(case: Case, seen: Seen, place: Place) -> bool:
 
 
 def _orders(case: Case, seen: Seen, called: Sequence[Place]) -> Iterator[list[Place]]:
-    """Orders that keep that of each key: the likely ones first, then, of few messages, all."""
+    """Orders that keep that of each key.
+
+    The likely ones first, then, of few messages, all.
+    """
     likely = [
         _by_start(seen, called),
         sorted(called, key=lambda place: max(seen.places[place].ended, seen.places[place].began)),
@@ -230,7 +252,10 @@ def _keeps_keys(case: Case, seen: Seen, order: Sequence[Place]) -> bool:
 
 
 def _difference(case: Case, ours: State, theirs: State, is_exact: bool) -> Difference | None:
-    """The first table that differs. Values of a sequence are compared by rank where statements were run again."""
+    """The first table that differs.
+
+    Values of a sequence are compared by rank where statements were run again.
+    """
     if not is_exact:
         ours, theirs = _ranked(ours), _ranked(theirs)
     for name in sorted({*ours.tables, *theirs.tables}):
@@ -250,7 +275,10 @@ def _difference(case: Case, ours: State, theirs: State, is_exact: bool) -> Diffe
 
 
 def _ranked(state: State) -> State:
-    """The state with each value of a sequence replaced by its rank among all of that sequence."""
+    """The state with the values of a sequence replaced by ranks.
+
+    The rank of a value among all of that sequence.
+    """
     values: dict[str, set[int]] = {}
     for rows in state.tables.values():
         for place, column in enumerate(rows.columns):

@@ -1,4 +1,7 @@
-"""The two databases of a run: one with the ledger, for the framework, and one without. A case gets a fresh schema in both."""
+"""The two databases of a run: with the ledger, and without.
+
+The framework uses the first one. A case gets a fresh schema in both.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,10 @@ class State:
 
 
 class Databases:
-    """Two databases on one server. admin: a superuser's address, whose path ends in the database's name."""
+    """Two databases on one server.
+
+    admin: a superuser's address, whose path ends in the database's name.
+    """
 
     def __init__(self, admin: str) -> None:
         self._admin = admin
@@ -113,7 +119,10 @@ class Databases:
                 await server.close()
 
     async def reset(self, case: Case) -> None:
-        """Make the case's tables in both. Raises asyncpg.PostgresError for a schema that cannot be made."""
+        """Create the case's tables in both.
+
+        Raises asyncpg.PostgresError for a schema that cannot be created.
+        """
         self._cases += 1
         if self._cases > _CASES_MAX:
             await self._renew()

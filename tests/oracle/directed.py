@@ -1,6 +1,7 @@
-"""For each mutant a small case that shows it every time: the batch rule holds in it, and breaks in the way of that mutant.
+"""For each mutant a small case that always shows it.
 
-Random cases show most mutants too, but not within a time that a test may take.
+The batch rule holds in it, and breaks in the way of that mutant. Random cases show most mutants too, but not within a
+time that a test may take.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from oracle.case import Boom, Case, Defer, Execute, FetchVal, Handler, IfNone, M
 
 
 class Directed(NamedTuple):
-    """A case, and what the oracle says of it under the mutant: the kind, and each line that must be in the text."""
+    """A case, and what the oracle says of it under the mutant.
+
+    The kind, and each line that must be in the text.
+    """
 
     case: Case
     kind: str

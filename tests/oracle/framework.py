@@ -1,7 +1,8 @@
-"""The framework's side: a case becomes an App, and its messages are settled as a worker settles them, without Kafka.
+"""The framework's side: settles a case's messages like a worker, without Kafka.
 
-Drives `consumer.testing.simulated_worker.SimulatedWorker`, which the project keeps in step with its worker. Notes in which order the final calls of
-the handlers began and ended, and what was sent to PostgreSQL.
+The case becomes an App. Drives `consumer.testing.simulated_worker.SimulatedWorker`, which the project keeps in step
+with its worker. Records in which order the final calls of the handlers began and ended, and what was sent to
+PostgreSQL.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ _numbers = itertools.count()
 
 @dataclass
 class Sighting:
-    """What was seen of a message at a handler: its outcome and cause, and when its last call began and ended."""
+    """What was seen of a message at a handler.
+
+    Its outcome and cause, and when its last call began and ended.
+    """
 
     outcome: str
     cause: str
@@ -43,7 +47,10 @@ class Sighting:
 
 @dataclass
 class Seen:
-    """What was seen of a run. batches: the deliveries of each, in order. rewritten: executions of texts of the framework's making."""
+    """What was seen of a run.
+
+    batches: the deliveries of each, in order. rewritten: executions of statements that the framework wrote.
+    """
 
     places: dict[Place, Sighting] = field(default_factory=dict)
     batches: list[list[Place]] = field(default_factory=list)
@@ -140,7 +147,10 @@ def _app(case: Case, name: str, topic: str, index: Mapping[tuple[int, int], int]
 
 
 async def settle(dsn: str, case: Case, timeout_seconds: float = 60) -> Seen:
-    """Settle the messages of a case. Raises what is no message's fault, which is a fault of the framework."""
+    """Settle the messages of a case.
+
+    Raises errors that are no message's fault: those are faults of the framework.
+    """
     number = next(_numbers)
     topic = f"oracle-{number}"
     seen = Seen(texts={step.sql for step in case.steps() if hasattr(step, "sql")})

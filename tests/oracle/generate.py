@@ -1,4 +1,7 @@
-"""Random cases: an application as people write them, on random tables, and messages for it. The same seed, the same case."""
+"""Random cases: realistic applications on random tables, with messages.
+
+The same seed gives the same case.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +128,10 @@ def draw(seed: object, set_local: bool = False) -> Case:
 
 
 def _near_handler(draft: Draft, is_spelled: bool) -> Handler:
-    """A few plain writes, and in many cases one statement of any other form. is_spelled: what meets rows by their keys."""
+    """A few plain writes, often with one statement of another form.
+
+    is_spelled: one that finds rows by their keys.
+    """
     if is_spelled:
         first = draft.chance.choice([_add, _add, _add, _upsert, _update, _delete])
         rest = _log_row(draft, draft.table()) if draft.chance.random() < 0.3 else []
@@ -324,7 +330,7 @@ def _log(draft: Draft, t: Drawn) -> list[Step]:
 
 
 def _current(draft: Draft, t: Drawn) -> list[Step]:
-    """A row, and another one that names the number which the first was given."""
+    """A row, and another one with the number of the first."""
     if not t.serial:
         return _log(draft, t)
     sql, args = _insert_sql(draft, t, 1)
@@ -345,7 +351,10 @@ def _current(draft: Draft, t: Drawn) -> list[Step]:
 
 
 def _pair(draft: Draft, t: Drawn) -> list[Step]:
-    """An UPDATE, and an INSERT that does something only where it met no row; or a DELETE and an INSERT."""
+    """An UPDATE with an INSERT where it met no row, or similar.
+
+    Or a DELETE and an INSERT.
+    """
     key, n = draft.pool(t.kind), draft.number(t)
     if draft.chance.random() < 0.4:
         return [
@@ -458,7 +467,10 @@ def _deferred_constraints(draft: Draft, t: Drawn) -> list[Step]:
 
 
 def _alter(draft: Draft, t: Drawn) -> list[Step]:
-    """One message changes the table. What was known of it before no longer holds."""
+    """A message that alters the table.
+
+    What was known of the table before no longer holds.
+    """
     flag = draft.slot("d", Slot("once"))
     sql = draft.chance.choice(
         [

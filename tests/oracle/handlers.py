@@ -1,4 +1,7 @@
-"""Runs the steps of a handler on anything that has the methods of a Tx: the framework's, or the plain one of serial.py."""
+"""Runs a handler's steps on anything with the methods of Tx.
+
+On the framework's, or on the plain one of serial.py.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ class Oops(Exception):
 
 
 async def run(steps: Sequence[Step], tx: Any, fields: dict[str, Any], reject: type[Exception]) -> None:
-    """Run steps for one message. fields: of the message; variables are added. reject: what a refused message raises."""
+    """Run the steps for one message.
+
+    fields: of the message; variables are added. reject: what a refused message raises.
+    """
     for step in steps:
         match step:
             case Defer(sql, args):

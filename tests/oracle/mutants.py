@@ -1,6 +1,6 @@
-"""The framework, broken on purpose in the code of its batches: the oracle must find each. docs/explanation/oracle.md lists them.
+"""The framework with broken batches: the oracle must find each fault.
 
-A mutant replaces one function. Each says in its docstring what goes wrong then.
+docs/explanation/oracle.md lists them. A mutant replaces one function. Its docstring says what goes wrong then.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ def _mutant(patch: Callable[[], None]) -> Callable[[], None]:
 
 
 def install(name: str) -> None:
-    """Break the framework of this process in this way; "" leaves it alone."""
+    """Break the framework of this process in this way.
+
+    "" leaves it alone.
+    """
     if name:
         MUTANTS[name]()
 
 
 @contextmanager
 def broken(name: str) -> Iterator[list[Replacement]]:
-    """The framework is broken in this way inside the block, and whole again after it; gives what was replaced."""
+    """Break the framework inside the block; yield what was replaced."""
     with undone_at_the_end() as replacements:
         install(name)
         yield replacements
@@ -35,7 +38,10 @@ def broken(name: str) -> Iterator[list[Replacement]]:
 
 @_mutant
 def _grouping_without_proof() -> None:
-    """All statements are taken to commute: the first ones of a batch run before the second ones."""
+    """All statements count as commuting.
+
+    The first ones of a batch run before the second ones.
+    """
     from consumer.deferred_writes import statement_order
 
     replace_everywhere(statement_order, "commute", lambda plans: True)
@@ -92,7 +98,7 @@ def _rows_met_twice() -> None:
 
 @_mutant
 def _sums_beyond_the_keys() -> None:
-    """The last of several additions to a row is taken for their sum."""
+    """The last of several additions to a row replaces their sum."""
     from consumer.deferred_writes import rounds
 
     original = rounds.sum_by_key
@@ -110,7 +116,10 @@ def _sums_beyond_the_keys() -> None:
 
 @_mutant
 def _no_turns() -> None:
-    """Messages of a handler with concurrency use the connection all at once: what one reads, another changes."""
+    """Messages of a handler with concurrency use the connection at once.
+
+    What one reads, another changes.
+    """
     from consumer.transaction.scope import Turn
 
     async def take(self: Any, tx: Any) -> None: ...
@@ -184,7 +193,7 @@ def _settings_stay() -> None:
 
 @_mutant
 def _handler_after_handler() -> None:
-    """All messages of the first handler run before those of the second one."""
+    """All messages of the first handler run before the second handler's."""
     from consumer.transaction.handler_runner import HandlerRunner
 
     original = HandlerRunner.run
@@ -199,7 +208,10 @@ def _handler_after_handler() -> None:
 
 @_mutant
 def _errors_are_swallowed() -> None:
-    """A deferred write that fails in a savepoint of its message is left out, and the message counts as applied."""
+    """An error of a deferred write in a savepoint is ignored.
+
+    The write is left out, and the message counts as applied.
+    """
     from consumer.deferred_writes.writer import BulkWriter
 
     original = BulkWriter.send

@@ -1,4 +1,7 @@
-"""Random tables: types of keys, defaults, sequences, constraints, triggers, rules, policies, partitions, children and views."""
+"""Random tables, with all that may surprise a batch.
+
+Types of keys, defaults, sequences, constraints, triggers, rules, policies, partitions, children and views.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ _ACTIONS = (
 
 @dataclass
 class Drawn:
-    """A table as it is drawn: what statements need to know of it."""
+    """A random table: what statements need to know of it."""
 
     name: str
     kind: Kind
@@ -73,9 +76,10 @@ def literal(value: Any) -> str:
 
 
 def draw_tables(chance: random.Random, odd: float, is_spelled: bool) -> tuple[list[Drawn], Table]:
-    """One to three tables, and the log that anything may be written to. odd: the share of tables with features.
+    """One to three tables, and the log that anything may write.
 
-    is_spelled: one table, with a key of a type whose values people spell in several ways.
+    odd: the share of tables with features. is_spelled: one table, with a key of a type whose values people spell in
+    several ways.
     """
     kinds = [draw_kind(chance) for _ in range(2)]
     if odd < 0.5 and chance.random() < 0.7:  # the types whose keys can be grouped

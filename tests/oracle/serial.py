@@ -1,4 +1,7 @@
-"""The measure: plain asyncpg, one message after the other, one transaction for each. Imports nothing of the framework."""
+"""The reference: plain asyncpg, one message and transaction after the other.
+
+Imports nothing of the framework.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ class Rejected(Exception):
 
 
 class PlainTx:
-    """The methods of a Tx on a connection. What is deferred is sent, in order, before the next statement or at the end."""
+    """The methods of a Tx on a connection.
+
+    Deferred statements are sent, in order, before the next statement or at the end.
+    """
 
     def __init__(self, connection: asyncpg.Connection) -> None:
         self._connection = connection
@@ -84,7 +90,10 @@ class PlainTx:
 
 
 async def apply(connection: asyncpg.Connection, handler: Handler, message: Message) -> Exception | None:
-    """Run a handler on a message in a transaction of its own. Returns what failed it, if anything did."""
+    """Run a handler on a message in its own transaction.
+
+    Returns its error, if any.
+    """
     try:
         async with connection.transaction():
             tx = PlainTx(connection)

@@ -1,4 +1,7 @@
-"""One run of the oracle: cases of consecutive seeds until the time is over, and a summary of what they exercised."""
+"""One run of the oracle: cases of consecutive seeds, and a summary.
+
+The run goes on until the time is over; the summary says what the cases exercised.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from oracle.shrink import shrink
 
 @dataclass
 class Counterexample:
-    """A case on which the two sides differ, as small as it could be made."""
+    """A case on which the sides differ, as small as possible."""
 
     seed: int
     after_seconds: float
@@ -29,7 +32,10 @@ class Counterexample:
 
 @dataclass
 class Summary:
-    """What a run has exercised and found. rewritten: executions that stood for several writes; refused: messages."""
+    """What a run has exercised and found.
+
+    rewritten: executions that stood for several writes; refused: messages.
+    """
 
     seed: int
     seconds: float = 0.0
@@ -97,9 +103,10 @@ async def search(
     on_found: Callable[[Counterexample], None] = lambda _: None,
     alone: bool = False,
 ) -> None:
-    """Check cases until the time is over or `stop_at` counterexamples were found. `summary` is kept up to date.
+    """Check cases until the time is over or `stop_at` counterexamples exist.
 
-    alone: one message in each transaction of the framework, too, so that only what is not the batch's can differ.
+    `summary` is kept up to date. alone: one message in each transaction of the framework, too, so that only what is not
+    the batch's can differ.
     """
     began = time.monotonic()
     seed = summary.seed
@@ -126,7 +133,10 @@ async def search(
 
 
 async def _decided(databases: Databases, case: Case, verdict: Verdict) -> tuple[Case, Verdict]:
-    """A case of too many orders to try, with so few of its messages that all can be tried, if one of these fails."""
+    """A smaller case, of which all orders can be tried.
+
+    For one with too many orders: with few of its messages, if one of these fails.
+    """
     few = max(2, 5 // len(case.handlers))
     for start in range(0, min(len(case.messages), 8 * few), few):
         fewer = replace(case, messages=case.messages[start : start + few])
@@ -137,7 +147,7 @@ async def _decided(databases: Databases, case: Case, verdict: Verdict) -> tuple[
 
 
 async def minimal(databases: Databases, case: Case, difference: Difference, seconds: float) -> tuple[Case, Difference]:
-    """The smallest case that fails in the same way, and what is then wrong with it."""
+    """The smallest case that fails alike, and what is then wrong."""
     last = [difference]
 
     async def fails(candidate: Case) -> bool:

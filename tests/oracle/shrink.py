@@ -1,4 +1,7 @@
-"""Makes a failing case small: fewer messages, steps, tables, columns, constraints and fields, as long as it still fails."""
+"""Makes a failing case small, as long as it still fails.
+
+Fewer messages, steps, tables, columns, constraints and fields.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ Fails = Callable[[Case], Awaitable[bool]]
 
 
 async def shrink(case: Case, fails: Fails, seconds: float) -> Case:
-    """The smallest case found in that time. fails: whether a case still shows the fault."""
+    """The smallest case within that time.
+
+    fails: whether a case still shows the fault.
+    """
     until = time.monotonic() + seconds
     passes = (_fewer_messages, _simpler_handlers, _fewer_tables, _smaller_tables, _simpler_messages)
     tried = {repr(case)}  # two passes could otherwise undo each other for ever

@@ -1,4 +1,4 @@
-"""The oracle finds no difference between a batch and one message at a time, and finds those that are planted."""
+"""The oracle finds no difference in the framework, and finds planted ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Oracle:
         return await check(self.databases, case)
 
     async def expect_equal(self, case: Case) -> Verdict:
-        """Fail when the batch leaves something else than its messages one at a time."""
+        """Fail if the batch leaves something else than its messages alone."""
         verdict = await self.check(case)
         assert not verdict.invalid, verdict.invalid
         assert not verdict.undecided
@@ -112,7 +112,7 @@ async def test_a_minute_of_random_applications_is_equal(
 
 @pytest.mark.parametrize("name", MUTANTS)
 async def test_a_broken_framework_is_found(oracle: Oracle, name: str) -> None:
-    """In a case that the whole framework passes, and by what that mutant does to it."""
+    """The whole framework passes the case; the mutant fails it as described."""
     case, kind, lines = DIRECTED[name]
     await oracle.expect_equal(case)
     with broken(name):

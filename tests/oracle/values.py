@@ -1,4 +1,7 @@
-"""Types of keys, and for each the values that people send: several spellings of one value among them."""
+"""Types of keys, and values that people send for each.
+
+Several spellings of one value among them.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,10 @@ Spellings = Sequence[Any]
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of keys. pool: values, each in its spellings. fresh: the value of a number, no two alike. before: DDL it needs."""
+    """A type of keys.
+
+    pool: values, each in its spellings. fresh: the value of a number, all different. before: DDL it needs.
+    """
 
     name: str
     type: str

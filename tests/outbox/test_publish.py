@@ -1,4 +1,7 @@
-"""What handlers publish reaches Kafka in order, once for each id, and only with the effects of its message."""
+"""Published messages reach Kafka in order, with their effects only.
+
+Once for each id.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outgoing records: stable ids, exact bytes, and one clear sentence for what is refused."""
+"""Outgoing records: stable ids, exact bytes, clear refusals."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 def test_a_derived_id_never_changes() -> None:
-    """Stored for ever by those who read the topic: this value may not change in any release."""
+    """Readers of the topic store it for ever.
+
+    This value may not change in any release.
+    """
     assert derived_id("billing", "settle", ID, 0).hex() == "2889f83022edaa7830e4552d5c39e838"
 
 

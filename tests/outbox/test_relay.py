@@ -1,4 +1,7 @@
-"""The relay through crashes, late workers, refusals, commands and operators: committed ids reach Kafka, in order, no others."""
+"""The relay under faults: committed ids reach Kafka, in order, no others.
+
+Crashes, late workers, refusals, commands and operators.
+"""
 
 from __future__ import annotations
 
@@ -271,7 +274,10 @@ async def test_a_retried_dead_letter_publishes_through_the_running_worker(place:
 
 
 async def test_rows_gather_while_kafka_takes_none_and_go_out_in_order(place: Place) -> None:
-    """Many rows, read from the table in parts by a relay that begins with nothing in memory."""
+    """The relay begins with nothing in memory, and reads many rows.
+
+    It reads the table in parts.
+    """
     topic, out = await place.topic(), await place.topic(partitions=3)
     app = app_of(topic, out, name())
     await place.send(topic, *messages(0, 3000))

@@ -1,4 +1,7 @@
-"""Order and accounting of what is sent, whatever fails: senders that overlap, answers that get lost, refusals."""
+"""Order and accounting of what is sent, whatever fails.
+
+Senders that overlap, answers that get lost, refusals.
+"""
 
 from __future__ import annotations
 
@@ -163,7 +166,10 @@ def test_a_stream_that_stops_still_has_its_watermark_to_save() -> None:
 
 
 class Sender:
-    """A relay: what it has of one stream, and the state of the table that it shares with the others."""
+    """A relay, with what it knows of one stream.
+
+    And the state of the table that it shares with the others.
+    """
 
     def __init__(self, table: Table) -> None:
         self.table = table
@@ -221,7 +227,10 @@ class Table:
 
 @given(st.integers(0, 2**32))
 def test_overlapping_senders_keep_the_order_of_first_occurrences(seed: int) -> None:
-    """Owners that come and go while earlier ones still send, as after a stop by SIGSTOP."""
+    """Owners come and go while earlier ones still send.
+
+    As after a stop by SIGSTOP.
+    """
     table = Table(chance.Random(seed))
     senders: list[Sender] = []
     for _ in range(table.random.randint(20, 150)):

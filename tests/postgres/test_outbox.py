@@ -1,4 +1,7 @@
-"""The tables of the outbox: numbered without gaps in the order of commits, read as stored, dropped only when published."""
+"""The tables of the outbox: numbers, reading, dropping.
+
+Numbered without gaps in the order of commits, read as stored, dropped only when published.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +110,10 @@ async def test_many_rows_are_read_in_parts_of_bounded_size(connection: asyncpg.C
 async def test_concurrent_transactions_are_numbered_in_the_order_of_their_commits(
     dsn: str, connection: asyncpg.Connection
 ) -> None:
-    """A second one waits for the first: no number is seen before a lower one, and a rollback leaves no gap."""
+    """A second one waits for the first.
+
+    No number is seen before a lower one, and a rollback leaves no gap.
+    """
     await stored(connection, outgoing(0))
     other = await asyncpg.connect(as_worker(dsn))
     try:
@@ -221,7 +227,7 @@ async def test_a_generation_is_dropped_once_all_of_it_is_published(dsn: str, con
 async def test_no_generation_is_dropped_under_a_transaction_that_writes_it(
     dsn: str, connection: asyncpg.Connection
 ) -> None:
-    """It was open when the transaction stored its rows, and is closed before that commits."""
+    """The generation is closed after the rows are stored, before the commit."""
     await stored(connection, outgoing(0))
     writer = await asyncpg.connect(as_worker(dsn))
     try:

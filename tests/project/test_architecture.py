@@ -145,7 +145,7 @@ IMPURE_LIBRARIES = {
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The modules that a file imports, and the names it imports from packages."""
+    """A file's imported modules, and the names imported from packages."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         match node:
             case ast.Import(names):

@@ -101,7 +101,7 @@ def test_shell_commands_exist(block: Block) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_flags_in_the_text_exist(page: Path) -> None:
-    """`consumer X --flag` in one line; lone flags are checked by neighbouring words."""
+    """`consumer X --flag` in one line; lone flags by neighbouring words."""
     for line in re.findall(r"`(consumer [a-z][^`\n]*)`", page.read_text("utf-8")):
         plain = re.sub(r"[\[\]|…]", " ", line)
         words = plain.split()[1:]

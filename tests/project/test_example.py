@@ -39,7 +39,7 @@ pytest_plugins = ["consumer.testing"]
 
 @pytest.fixture
 def renamed(monkeypatch: pytest.MonkeyPatch) -> Iterator[App]:
-    """The App as a group of its own, because its topics have fixed names."""
+    """The App as its own group, because its topics are fixed."""
     monkeypatch.setattr(billing, "name", f"billing-{uuid.uuid4().hex[:8]}")
     yield billing
 

@@ -1,7 +1,7 @@
-"""The SQL of a table of schema `consumer` is in one file of consumer/postgres/.
+"""Only one file of consumer/postgres/ has a table's SQL.
 
-Reads the string constants of the source. A table belongs to the file that writes it. Other files of the package may read it
-in a join, if READ_BY says why; outside the package no SQL names one.
+Reads the string constants of the source. A table belongs to the file that writes it. Other files of the package may
+read it in a join, if READ_BY says why; outside the package no SQL names one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""TLS, SASL and rights: wrong credentials are one line that says what to check.
+"""TLS, SASL and rights: wrong credentials give one clear line.
 
-Valkey's wheel has no TLS, so a small proxy ends it. Plaintext to other hosts is refused by the address alone, so no test
-needs another host.
+It says what to check. Valkey's wheel has no TLS, so a small proxy ends it. Plaintext to other hosts is refused by the
+address alone, so no test needs another host.
 """
 
 from __future__ import annotations
@@ -218,9 +218,9 @@ async def test_kafka_that_does_not_offer_a_mechanism_is_no_outage(kafka: Kafka) 
 async def test_token_is_fetched_again_when_its_session_ends(
     kafka: Kafka, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The broker ends each session after 2 s: the worker continues with another token.
+    """The worker continues with another token after a session of 2 s.
 
-    A token that is refused before its time is not offered again.
+    The broker ends each session then. A token that is refused before its time is not offered again.
     """
     name = f"provider_{uuid.uuid4().hex[:8]}"
     (tmp_path / f"{name}.py").write_text(

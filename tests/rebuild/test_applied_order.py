@@ -1,4 +1,4 @@
-"""The order of a rebuild, against a naive sort of everything at once."""
+"""The order of a rebuild, against a naive sort of everything."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ times = st.integers(0, 30)
     st.randoms(use_true_random=False),
 )
 def test_known_times_are_sorted_however_they_come(ats: list[list[int]], most: int, chance: Any) -> None:
-    """With lookahead over the whole partition, the order is that of a sort, in any chunking."""
+    """With full lookahead, the order is a sort's, in any chunking."""
     order = AppliedOrder(PARTITIONS, lookahead=25)
     rest = {p: [entry(p, n, at) for n, at in enumerate(those)] for p, those in zip(PARTITIONS, ats, strict=True)}
     expected = sorted((at, place, offset) for place, those in enumerate(ats) for offset, at in enumerate(those))
@@ -144,7 +144,7 @@ def test_known_times_are_sorted_however_they_come(ats: list[list[int]], most: in
 
 
 def test_what_has_no_effect_splits_no_transaction() -> None:
-    """A duplicate or a dead letter has no time; a message that the ledger does not know stands alone."""
+    """Duplicates and dead letters have no time; unknown messages stand alone."""
     orders = PARTITIONS[0]
     entries = [entry(orders, offset, at) for offset, at in enumerate([None, 7, None, 7, 9, None, 9])]
     for place in (0, 2):
@@ -168,7 +168,10 @@ def test_backlog_hands_out_blocks_and_says_which_is_the_last() -> None:
 
 
 def test_retries_of_one_transaction_follow_their_actions() -> None:
-    """A retry takes the letters of a key one after the other, whatever their offsets and partitions."""
+    """A retry takes the dead letters of a key in order.
+
+    One after the other, whatever their offsets and partitions.
+    """
     order = AppliedOrder(PARTITIONS[:2])
     first = [
         entry(PARTITIONS[0], 0, 10),

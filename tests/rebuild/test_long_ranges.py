@@ -1,4 +1,7 @@
-"""A rebuild of a long range, which learns of its tables from the first messages before it begins."""
+"""A rebuild of a long range learns its tables first.
+
+From the first messages, before it begins.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ async def test_long_range_has_every_message_and_table_that_only_late_ones_write(
 
 
 async def test_messages_that_taught_the_tables_count_once(place: Place) -> None:
-    """Nothing is learned later that would start the rebuild over and hide them."""
+    """Nothing is learned later that would restart the rebuild and hide them."""
 
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tx.defer("insert into effects (id, account, amount) values ($1, $2, $3)", f"e{body['n']}", 1, body["n"])

@@ -1,4 +1,7 @@
-"""A rebuild: the state from the topics alone beside the real one, on real services; production is never written to."""
+"""A rebuild: the state from the topics alone, beside the real one.
+
+On real services; production is never written to.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,10 @@ async def test_a_state_that_the_messages_made_agrees(place: Place) -> None:
 async def test_messages_that_nothing_is_wrong_with_are_settled_together(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One by one, between savepoints, has the same result and takes eight times as long."""
+    """One by one, between savepoints, it takes eight times as long.
+
+    The result is the same.
+    """
 
     by_itself: list[Any] = []
     run_between_savepoints = HandlerRunner.run_between_savepoints
@@ -256,7 +262,7 @@ insert into rates values ('EUR', 1.5), ('USD', 2);
 
 
 async def agrees_after(place: Place, handle: Handle, messages: list[Sent], **options: Any) -> RebuildResult:
-    """Let a worker settle the messages and rebuild; fail where the two differ."""
+    """Settle the messages, then rebuild; fail where the two differ."""
     topic = await place.topic(2)
     app = app_with_handler(topic, handle, **options)
     await place.send(topic, *messages)
@@ -1021,7 +1027,7 @@ async def test_what_was_not_replayed_is_reported(place: Place) -> None:
     await migrated(
         place.dsn,
         """create function nothing() returns trigger language plpgsql as $$ begin return new; end $$;
-           create trigger told before insert on effects for each row execute function nothing()""",
+           create trigger silent before insert on effects for each row execute function nothing()""",
     )
     await place.send(first, uuid_payment("a", partition=0))
     await mark_settled(place, app)
@@ -1032,7 +1038,7 @@ async def test_what_was_not_replayed_is_reported(place: Place) -> None:
     assert "not run: other;" in notes
     assert f"handler both also takes {second}" in notes
     assert any(
-        "public.effects has triggers that do not run in a rebuild (told)" in unknown["text"]
+        "public.effects has triggers that do not run in a rebuild (silent)" in unknown["text"]
         for unknown in result.unknown
     )
     result = await rebuilt(place, app, first)

@@ -1,4 +1,7 @@
-"""Verdicts of a rebuild over tables with rows from before the first message: what is not known of them is no fault."""
+"""Rebuilds of tables with rows from before the first message.
+
+What is not known of these rows is no fault.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,10 @@ async def test_deleted_row_that_messages_had_updated_is_a_reason(place: Place, w
 
 
 async def test_rows_that_were_never_there_are_no_reason(place: Place) -> None:
-    """Statistics show that the table never lost a row; and a rejected message, or a failed one, had no effect."""
+    """Statistics show that the table never lost a row.
+
+    And a rejected message, or a failed one, had no effect.
+    """
 
     async def handle(body: dict[str, Any], tx: Tx) -> None:
         tag = await tx.execute("update people set balance = balance + 1 where id = $1", body["n"])

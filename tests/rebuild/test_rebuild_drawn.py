@@ -1,4 +1,7 @@
-"""Verdicts of a rebuild over values that are drawn: left out only where two rebuilds show it, and everything else is compared."""
+"""Rebuilds of tables with random or clock values.
+
+Values are left out only where two rebuilds show that they vary; everything else is compared.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Verdicts of a rebuild over values that follow from when a handler ran: no fault where they differ, and one where a row is lost."""
+"""Rebuilds of values that depend on when a handler ran.
+
+A different value is no fault; a lost row is one.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +106,10 @@ async def test_counts_by_day_are_no_fault_later(place: Place) -> None:
 
 
 async def test_day_that_a_message_says_is_compared(place: Place) -> None:
-    """A date that is not the rebuild's own, and a soft delete by date that was lost."""
+    """A date that is not the rebuild's own.
+
+    And a soft delete by date that was lost.
+    """
     await migrated(place.dsn, "create table due (id int primary key, day date, deleted_on date)")
     topic = await place.topic()
 
@@ -126,7 +132,10 @@ async def test_day_that_a_message_says_is_compared(place: Place) -> None:
 
 
 async def test_numbers_with_gaps_are_no_fault(place: Place) -> None:
-    """Of a default, and asked for by the handler; what a rollback took is not in the table."""
+    """Numbers of a default, and those that the handler asked for.
+
+    A number that a rollback took is not in the table.
+    """
     await migrated(place.dsn, "create table numbered (id serial primary key, n int)")
     topic = await place.topic()
 
@@ -207,7 +216,10 @@ async def test_trigger_that_sets_a_column_and_rule_are_reasons(place: Place) -> 
 
 
 async def test_rebuilds_of_one_command_see_one_moment(place: Place) -> None:
-    """A worker goes on between the first rebuild and the others, and changes the row that has lost an effect."""
+    """A worker changes rows between a command's first and later rebuilds.
+
+    It changes the row that has lost an effect.
+    """
     await migrated(place.dsn, "create table totals (id int primary key, n int not null)")
     topic = await place.topic()
 

@@ -1,4 +1,7 @@
-"""Verdicts of a rebuild: order across partitions and topics, columns that move, and reasons for doubt."""
+"""Verdicts of a rebuild: order, columns that change, reasons for doubt.
+
+Order across partitions and topics.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class Renamed(msgspec.Struct):
 
 
 async def spread(place: Place) -> None:
-    """Move the transactions of the ledger apart, as if a minute had gone by between two of them."""
+    """Move the ledger's transactions apart, as if a minute had passed."""
     await query(
         place.dsn,
         """update consumer.ledger l set applied_at = applied_at + place * interval '1 minute' from
@@ -38,7 +41,10 @@ async def spread(place: Place) -> None:
 
 
 async def test_topics_settled_one_after_the_other_are_rebuilt_in_that_order(place: Place) -> None:
-    """An order is inserted, paid and shipped by three topics; the last status depends on the order of all."""
+    """Three topics insert, pay and ship an order.
+
+    The last status depends on the order of all.
+    """
     await migrated(place.dsn, TABLES)
     app = new_app()
     topics = [await place.topic(2) for _ in range(3)]
@@ -178,7 +184,10 @@ async def test_values_that_python_draws_are_found_by_rebuilding_twice(place: Pla
 
 
 async def test_a_table_that_is_only_deleted_from_asks_for_its_first_rows(place: Place) -> None:
-    """What was deleted is gone from the real table: with today's rows nothing of it could be rebuilt."""
+    """Deleted rows are gone from the real table.
+
+    With today's rows nothing of it could be rebuilt.
+    """
     await migrated(
         place.dsn, "create table stock (id int primary key, quantity int); insert into stock values (1, 5), (2, 6)"
     )
@@ -200,7 +209,10 @@ async def test_a_table_that_is_only_deleted_from_asks_for_its_first_rows(place: 
 
 
 async def test_a_transaction_of_a_batch_handler_is_replayed_as_a_whole(place: Place) -> None:
-    """Duplicates have no time, and a slice of the rebuild may end inside a transaction: neither may cut it."""
+    """Neither duplicates nor slices may cut a transaction.
+
+    Duplicates have no time, and a slice of the rebuild may end inside a transaction.
+    """
     await migrated(place.dsn, TABLES)
     app, topic = new_app(), await place.topic()
 
@@ -337,7 +349,10 @@ async def test_rows_from_before_the_handlers_stay_a_doubt_where_they_may_matter(
 
 @pytest.mark.parametrize("declared", [True, False])
 async def test_message_that_a_new_handler_need_not_settle_is_no_conflict(place: Place, declared: bool) -> None:
-    """Both handlers see one topic; the id came with another payload before the second one was there."""
+    """Two handlers read one topic; the id came twice, with different payloads.
+
+    The first time was before the second handler was there.
+    """
     await migrated(place.dsn, TABLES)
     topic = await place.topic()
 

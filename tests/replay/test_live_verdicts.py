@@ -1,4 +1,7 @@
-"""Verdicts beside workers and operators: what they settle, forget or declare between two steps is no fault, and never hides one."""
+"""Verdicts beside workers and operators.
+
+What they settle, forget or declare between two steps is no fault, and never hides one.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ from consumer.replay.run import Run
 async def settled_meanwhile(
     place: Place, app: App, topic: str, monkeypatch: pytest.MonkeyPatch, *, settle: bool
 ) -> Findings:
-    """A check whose last look comes after a worker that has settled everything (settle), or nothing."""
+    """A check that takes its last look after a worker's.
+
+    settle: the worker has settled everything, or nothing.
+    """
     original = summary.conclude
 
     async def conclude(replay_run: Run, *args: Any, **options: Any) -> None:
@@ -58,7 +64,10 @@ async def test_letters_that_a_worker_makes_during_the_check_are_there(
 
 
 async def purge(place: Place, tmp_path: Path, hours: str = "0") -> None:
-    """Forget all rows of the ledger, by force; those of the current second only once it is over."""
+    """Purge all rows of the ledger, by force.
+
+    Those of the current second only once it is over.
+    """
     environment = {
         "CONSUMER_KAFKA_BOOTSTRAP_SERVERS": place.kafka,
         "CONSUMER_POSTGRES_DSN": place.worker_dsn,
@@ -102,7 +111,10 @@ async def test_claims_that_are_lost_while_the_ledger_turns_are_no_writes(place: 
 
 
 async def declare(place: Place, topic: str, past: int) -> None:
-    """Say that the handler record need not settle what is before an offset, as `consumer positions --begin-here` does."""
+    """Declare that the handler need not settle what is before an offset.
+
+    As `consumer positions --begin-here` does.
+    """
     await query(
         place.dsn,
         """insert into consumer.coverage (handler, topic, partition, first_offset, past_offset, why)
@@ -126,7 +138,7 @@ async def test_rebuild_leaves_out_what_a_new_handler_need_not_settle(place: Plac
     await consume_all(both, place.settings())
     findings = await rebuild(place, both, topic)
     assert findings.verdict().exit_code == 1, (
-        "the new handler has missed what was before it, and nobody said that it may"
+        "the new handler has missed what was before it, and no declaration allows it"
     )
     await declare(place, topic, 10)
     findings = await rebuild(place, both, topic)
@@ -159,7 +171,10 @@ async def test_conflicts_that_a_new_handler_need_not_settle_are_no_problem(place
 async def test_rebuild_does_not_guess_about_what_the_ledger_forgot(
     place: Place, tmp_path: Path, delivered_again: bool
 ) -> None:
-    """The ledger has forgotten messages above a position that was moved back: they were applied, or never were."""
+    """The ledger has forgotten messages above a position that was moved back.
+
+    They were applied, or never were.
+    """
     topic = await place.topic()
     app = payments_app(topic, retry=QUICK)
     settings = place.settings(redis_url=None, ledger_clock_skew_hours=0)

@@ -1,6 +1,7 @@
-"""The page of a replay: nothing that was found is lost, nothing in it is markup but our own, and it can be read.
+"""The page of a replay: complete, safe from markup, and readable.
 
-In the second half real Chromium lays it out: on a phone and on a desk, light and dark, with values that try to be script.
+Nothing that was found is lost, and nothing in it is markup but our own. In the second half real Chromium shows it: on a
+phone and on a desk, light and dark, with values that try to be script.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ MINIMAL = {"app": "billing", "mode": "check", "verdict": "ok", "answer": OK + ".
 
 
 class Parsed(HTMLParser):
-    """The page as a tree would have it: every element closed in its place, text by element."""
+    """The page as a tree: every element closed, text by element."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -210,7 +211,10 @@ def payload(number: int, unseen: str) -> str:
 
 
 def hostile(unseen: str) -> tuple[dict[str, Any], int]:
-    """Findings in which every text, and every name that is not ours, is an attack; and how many there are."""
+    """Findings whose every text and foreign name is an attack.
+
+    And their number.
+    """
     findings, number = full(), 0
 
     def next_payload() -> str:
@@ -385,7 +389,10 @@ def test_what_is_absent_is_left_out(name: str, heading: str) -> None:
 
 
 def test_no_part_of_a_part_has_to_be_there() -> None:
-    """Each key taken away alone, and each made null: the page is whole, and no Python shows."""
+    """The page is whole without any key, and shows no Python.
+
+    Each key is removed alone, and each is null once.
+    """
     whole = full()
     del whole["times"]["buckets"][2:]  # all alike
     paths = {path[:length] for path, _ in leaves(whole) for length in range(1, len(path) + 1)}
@@ -602,7 +609,10 @@ addEventListener('load', () => {
 
 
 def measured(chromium: Chromium, sources: dict[str, str], widths: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """What a script of ours sees of copies of the pages, each in a frame of each width. One start for all."""
+    """What a script of ours sees of copies of the pages.
+
+    Each in a frame of each width. One start for all.
+    """
     frames = []
     for name, source in sources.items():
         # Without the policy: ours could not run, and theirs would have nothing else in its way.

@@ -1,4 +1,7 @@
-"""What PostgreSQL counts of a transaction, and what it does not: the ground that testing.py and replay/chunk_check.py stand on."""
+"""What PostgreSQL's statistics of a transaction count, and what they omit.
+
+consumer/testing and replay/chunk_check.py rely on it.
+"""
 
 from __future__ import annotations
 

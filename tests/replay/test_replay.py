@@ -1,4 +1,4 @@
-"""Replay on real services: what it finds, what it repairs, what it leaves alone."""
+"""Replay on real services: what it finds, repairs, and leaves alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ from consumer.replay.verify import replay
 
 @pytest.fixture
 async def settled(place: Place) -> tuple[Place, App, str]:
-    """A topic of 60 messages, 10 of them twice, all applied by a worker; one is a dead letter."""
+    """A topic of 60 messages, 10 of them twice, all applied.
+
+    One is a dead letter.
+    """
     topic = await place.topic(2)
     app = payments_app(topic, retry=QUICK)
     sent = [payment(f"p{n}", n % 7, n + 1) for n in range(59)] + [payment("bad", 1, -1)]
@@ -271,9 +274,9 @@ async def test_conflict_whose_dead_letter_is_gone_is_reported(place: Place) -> N
 
 @pytest.mark.parametrize("rule", ["bytes", "value"])
 async def test_an_applied_payload_behind_a_conflicting_one_is_no_conflict(place: Place, rule: str) -> None:
-    """A worker began behind the first of two payloads with one id, and the first became the conflict later.
+    """The first of two payloads with one id became the conflict later.
 
-    The row is from before the handler compared values, if it does now.
+    A worker began behind it. The row is from before the handler compared values, if it does now.
     """
     topic = await place.topic()
     app = payments_app(topic, retry=QUICK)
@@ -290,7 +293,10 @@ async def test_an_applied_payload_behind_a_conflicting_one_is_no_conflict(place:
 
 
 async def test_message_from_before_the_ledger_is_unknown(place: Place, kafka: Any) -> None:
-    """A group that a hand-written loop has brought to offset 10, and that the framework goes on with."""
+    """The framework continues a group that another loop began.
+
+    That loop brought the group to offset 10.
+    """
     topic = await place.topic()
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}") for n in range(10)])
@@ -320,7 +326,10 @@ async def test_message_from_before_the_ledger_is_unknown(place: Place, kafka: An
 
 
 async def test_a_position_that_is_moved_back_takes_the_ledgers_beginning_with_it(place: Place) -> None:
-    """Workers will come to what lies above it, so what is absent there is missing; what lies below stays in doubt."""
+    """Absent messages above it are missing; below it they stay in doubt.
+
+    Workers will come to what is above it.
+    """
     topic = await place.topic()
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}") for n in range(10)])
@@ -883,7 +892,10 @@ async def test_several_handlers_of_several_topics(place: Place, batch: int | Non
 
 @pytest.fixture
 async def paid(place: Place, database: str) -> tuple[Place, App, str]:
-    """The demo's payments and its handler, on Kafka: 2,000 messages, 10 % of them twice, all applied."""
+    """The demo's payments and handler, on Kafka: all applied.
+
+    2,000 messages, 10 % of them twice.
+    """
     await query(database, "drop table accounts, effects")
     await query(
         database, "create table payments (payment_id uuid not null, account int not null, amount bigint not null)"
@@ -984,7 +996,7 @@ async def test_a_ledger_row_without_its_effect_is_seen_by_the_rebuild_alone(paid
 
 
 async def test_a_log_that_ends_below_the_position_is_doubted(settled: tuple[Place, App, str]) -> None:
-    """As in a recreated topic: nothing in it is missing, and it is not the log that was consumed."""
+    """A recreated topic: nothing is missing in it, but the log differs."""
     place, app, topic = settled
     await query(place.dsn, "update consumer.positions set next_offset = 1000 where partition = 1")
     findings = await run_replay(place, app, topic)
@@ -1013,7 +1025,10 @@ async def test_what_asks_to_be_run_again_for_ever_ends_an_apply(place: Place) ->
 
 
 def shop_of(pays: str, refunds: str) -> App:
-    """A refund needs its payment, which comes from another topic or partition: without it, it is rejected."""
+    """A refund is rejected unless its payment is there.
+
+    The payment comes from another topic or partition.
+    """
     app = App(f"app-{uuid.uuid4().hex[:8]}")
 
     @app.handler(pays, name="settle")
@@ -1047,7 +1062,10 @@ async def test_a_rebuild_does_not_depend_on_the_names_of_topics(place: Place, wh
 
 
 async def consume_all_of(app: App, place: Place, topic: str, messages: int) -> None:
-    """Run a worker until so many messages of a topic are settled; other topics of the app may be empty."""
+    """Run a worker until so many messages of a topic are settled.
+
+    Other topics of the App may be empty.
+    """
     async with working(app, place.settings()):
 
         async def settled() -> bool:

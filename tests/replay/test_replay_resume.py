@@ -1,4 +1,7 @@
-"""Replays that were interrupted: they end as one uninterrupted run would, or refuse because something has changed."""
+"""Interrupted replays end as uninterrupted ones, or refuse.
+
+They refuse because something has changed.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ LIMITS = Limits(chunk_deliveries=20)
 
 
 async def interrupted(place: Place, app: App, topic: str, *, at: int = 250, **options: Any) -> State:
-    """The state of a replay that is interrupted after so many offsets, as it is read from disk."""
+    """The state of a replay interrupted after so many offsets.
+
+    As it is read from disk.
+    """
     states: list[str] = []
 
     def progress(phase: str, done: int, total: int) -> None:
@@ -100,7 +106,10 @@ async def test_an_apply_with_messages_that_wait_counts_each_once(place: Place) -
 
 
 async def test_dead_letters_that_the_state_does_not_know_are_a_reason_for_doubt(place: Place) -> None:
-    """The process was killed: what it committed after the last state was saved is in the ledger only."""
+    """Killed after its last saved state, the replay may have committed more.
+
+    That is in the ledger only.
+    """
     topic = await place.topic(1)
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n % 30, -1 if n == 100 else 1) for n in range(200)])

@@ -1,4 +1,4 @@
-"""Verdicts of a check: clocks that are ahead, rows of messages that are produced meanwhile."""
+"""Verdicts of a check: clocks ahead, and messages produced meanwhile."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Whatever timestamps come, in whatever order and batches: no count is lost, the buckets stay few, and the same counts give
-the same answer. A saved state can be resumed; another one is refused.
+"""The timeline: no count lost, few buckets, the same answer always.
+
+Whatever timestamps come, in whatever order and batches. A saved state can be resumed; another one is refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A connection to the test's own database, and clients of the shared Valkey under a prefix of the test's own."""
+"""A connection to the test's own database, and clients of Valkey.
+
+Valkey is shared; each test has a prefix of its own.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +42,17 @@ async def connection(connect: Connect) -> asyncpg.Connection:
 
 @pytest.fixture(params=[False, True], ids=["bytes", "decoded"])
 async def redis(valkey: Valkey, request: pytest.FixtureRequest) -> AsyncIterator[Redis]:
-    """As applications have it: with answers as bytes, and with answers as text."""
+    """As applications have it: answers as bytes, and as text."""
     async with Redis.from_url(valkey.url, decode_responses=request.param) as client:
         yield client
 
 
 @pytest.fixture
 async def own_redis(own_valkey: Valkey) -> AsyncIterator[Redis]:
-    """A client of a Valkey that the test may stop, freeze, fill or empty."""
+    """A client of a Valkey that the test may disturb.
+
+    Stop, freeze, fill or empty.
+    """
     async with Redis.from_url(own_valkey.url) as client:
         yield client
 

@@ -31,7 +31,10 @@ async def main(url: str, dsn: str, name: str, ttl_seconds: float, fenced: bool) 
     connection = await asyncpg.connect(dsn)
 
     async def write(number: int) -> None:
-        """A write that was on its way: no cancellation of the block reaches it."""
+        """A write that was on its way.
+
+        No cancellation of the block reaches it.
+        """
         await orders.readline()
         try:
             async with connection.transaction():

@@ -1,4 +1,7 @@
-"""The schemes inside handlers, on a real worker: what is not the message's fault costs no attempt."""
+"""The schemes inside handlers, on a real worker.
+
+What is not the message's fault costs no attempt.
+"""
 
 from __future__ import annotations
 
@@ -252,7 +255,10 @@ def paying(topic: str) -> App:
 
 
 async def tap(shop: Place, topic: str, tokens: Tokens, token: str) -> object:
-    """As a web application does: redeem, and publish under the message id that the token becomes."""
+    """Redeem and publish, as a web application does.
+
+    Under the message id that the token becomes.
+    """
     answer = await tokens.redeem(token, "alice")
     if isinstance(answer, Fresh):
         await shop.send(topic, Sent({"amount": 5}, id=answer.message_id))
@@ -297,7 +303,10 @@ async def test_ledger_stops_the_second_tap_after_a_failover_forgot_the_first(sho
 
 
 async def test_limit_after_a_flush_a_new_token_is_a_new_payment(shop: Place, own_valkey: Valkey) -> None:
-    """Neither the token nor the ledger can know that a person meant the same: a business key (`insert_once`) can."""
+    """A business key (`insert_once`) recognizes it; token and ledger cannot.
+
+    They cannot know that a person meant the same payment.
+    """
     topic = await shop.topic()
     app = paying(topic)
     async with Redis.from_url(own_valkey.url) as redis:

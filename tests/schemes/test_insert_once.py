@@ -1,4 +1,7 @@
-"""One row for one business key, on a real PostgreSQL; and what that does not do."""
+"""One row for one business key; and what that does not do.
+
+On a real PostgreSQL.
+"""
 
 from __future__ import annotations
 

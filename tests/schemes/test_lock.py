@@ -1,4 +1,7 @@
-"""A lost lock is reported, and PostgreSQL refuses late writers: real processes, Valkey and PostgreSQL."""
+"""A lost lock is reported, and PostgreSQL refuses late writers.
+
+Real processes, Valkey and PostgreSQL.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,10 @@ ORDERS = {"new": {"paid", "void"}, "paid": {"shipped", "refunded"}, "shipped": {
 
 @st.composite
 def machines(draw: Any, acyclic: bool = False) -> Moves:
-    """Any machine of up to seven states, all of them starts: what cannot be reached is another test's."""
+    """Any machine of up to seven states, all of them starts.
+
+    Another test has states that cannot be reached.
+    """
     names = draw(st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=7, unique=True))
     pairs = [
         (one, other)
@@ -33,7 +36,10 @@ def machines(draw: Any, acyclic: bool = False) -> Moves:
 
 
 def paths(machine: Moves) -> set[tuple[str, str]]:
-    """Which state leads to which, by Warshall's algorithm: another one than the code's."""
+    """Which state leads to which, by Warshall's algorithm.
+
+    The code uses another one.
+    """
     single_moves = {(one, other) for one, after in machine.moves.items() for other in after}
     for middle, one, other in itertools.product(machine.moves, repeat=3):
         if (one, middle) in single_moves and (middle, other) in single_moves:

@@ -1,4 +1,7 @@
-"""A row's state moves forward only, on a real PostgreSQL; and what that does not tell."""
+"""A row's state moves forward only; and what that leaves open.
+
+On a real PostgreSQL.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,10 @@ async def test_of_two_ways_out_of_a_state_one_is_taken(connect: Connect) -> None
 
 async def test_a_row_that_moves_between_the_update_and_the_look_is_tried_again(connection: asyncpg.Connection) -> None:
     class Busy(RecordedDatabase):
-        """Another transaction commits the state that allows the move, right before the row is looked at."""
+        """Commits the state that allows the move, before the row is read.
+
+        In another transaction.
+        """
 
         async def fetch(self, sql: str, /, *args: Any) -> list[Any]:
             if not sql.startswith("update"):

@@ -1,4 +1,7 @@
-"""Writes that triggers, rules, policies and views suppress: one line that says so, and no waiting for ever."""
+"""Writes that triggers, rules, policies and views suppress.
+
+One line says so, and nothing waits for ever.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,7 @@ async def test_a_version_ahead_of_the_row_is_stale_and_no_misfit(connection: asy
 
 async def test_a_row_that_another_moves_meanwhile_is_not_taken_for_suppressed(connection: asyncpg.Connection) -> None:
     class Racing(RecordedDatabase):
-        """Another moves the row before the first statement, and back before the look."""
+        """Moves the row before the first statement, and back before the second."""
 
         raced = False
 

@@ -1,4 +1,7 @@
-"""A token is used up once, by whom it was issued to, and becomes a message id: on a real Valkey."""
+"""A token works once, for its owner, and becomes a message id.
+
+On a real Valkey.
+"""
 
 from __future__ import annotations
 
@@ -178,7 +181,10 @@ async def test_a_result_that_is_too_long_is_refused(tokens: Tokens) -> None:
 
 
 async def test_lost_answer_that_the_library_retries_is_still_fresh(valkey: Valkey, prefix: str) -> None:
-    """The reply to the first use is cut off: the library reconnects and sends the command again."""
+    """The reply to the first use is lost; the library sends again.
+
+    It reconnects before.
+    """
 
     cut = False
 

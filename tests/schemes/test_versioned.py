@@ -1,4 +1,7 @@
-"""No update is lost in any order, and what a hot row costs: on a real PostgreSQL."""
+"""No update is lost in any order; what a hot row costs.
+
+On a real PostgreSQL.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +132,7 @@ async def test_key_of_several_rows_is_an_error_and_rolled_back_by_the_caller(
 
 
 async def test_without_either_an_update_is_lost(connect: Connect) -> None:
-    """What the two tests below would show if they did not hold: read, read, write, write."""
+    """The opposite of the two tests below: read, read, write, write."""
     first, second = await connect(), await connect()
     (one, _), (other, _) = await account(first), await account(second)
     await first.execute("update accounts set balance = $1 where id = 1", one + 1)

@@ -1,4 +1,7 @@
-"""What a browser or an API client is answered, tap after tap: Starlette and FastAPI on a real Valkey."""
+"""The answers to a browser or an API client, tap after tap.
+
+Starlette and FastAPI on a real Valkey.
+"""
 
 from __future__ import annotations
 

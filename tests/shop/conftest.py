@@ -1,4 +1,7 @@
-"""One shop and one Chromium for all tests of the page; each test is a visitor of its own. Ended by Ctrl-C, it must leave nothing."""
+"""One shop and one Chromium for all tests of the page.
+
+Each test is a visitor of its own. At the end Ctrl-C must leave nothing.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ def shop() -> Iterator[Shop]:
 
 
 def ends_by_ctrl_c(shop: Shop, place: Path) -> None:
-    """Also with a page that listens to its events, and with a broker that was stopped while a message waits for it."""
+    """End the shop by Ctrl-C, also while a page listens.
+
+    And with a broker that was stopped while a message waits for it.
+    """
     script = Script(shop)
     assert left_behind(place) != []
     worker = script.view()["services"]["worker"]["pid"]

@@ -1,4 +1,4 @@
-"""`make pictures`: the pictures of docs/how-to/shop.md, taken in Chromium of the page as it runs."""
+"""`make pictures`: takes the pictures of docs/how-to/shop.md in Chromium."""
 
 from __future__ import annotations
 

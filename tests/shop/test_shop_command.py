@@ -1,4 +1,7 @@
-"""`make shop` as people meet it: its help, and what cannot be. Ctrl-C is tested where the shop of all tests ends: conftest.py."""
+"""`make shop` as people use it: its help, and bad arguments.
+
+conftest.py tests Ctrl-C, where the shop of all tests ends.
+"""
 
 from __future__ import annotations
 

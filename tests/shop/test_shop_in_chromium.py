@@ -1,6 +1,7 @@
-"""The payment page in real Chromium: whatever a person does to it, what the ledger protects is charged once.
+"""The payment page in real Chromium: an order is charged once.
 
-How often was charged is read from PostgreSQL; the page is then asked whether it says the same.
+Whatever a person does to it, with the ledger. PostgreSQL says how often it was charged; then the page must say the
+same.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ START = 1000_00
 
 
 def set_switches(tab: Tab, *, greying: bool = True, token: bool = True, ledger: bool = True) -> str:
-    """Set the page's own switches, which makes another order, and return the order."""
+    """Set the page's own switches, and return the new order."""
     before = tab.js("document.body.dataset.order")
     wanted = json.dumps({"greying": greying, "token": token, "ledger": ledger})
     tab.js(
@@ -48,7 +49,7 @@ def view(tab: Tab, order: str) -> dict[str, Any]:
 
 
 def settled(tab: Tab, order: str, taps: int) -> dict[str, Any]:
-    """Wait until at least so many taps have an answer and every message has come to its end."""
+    """Wait for so many answered taps and no message on its way."""
 
     def there() -> dict[str, Any] | None:
         shown = view(tab, order)
@@ -60,9 +61,9 @@ def settled(tab: Tab, order: str, taps: int) -> dict[str, Any]:
 async def is_charged(
     shop: Shop, tab: Tab, order: str, times: int, taps: int, *, ledger: bool, earlier: int = 0
 ) -> dict[str, Any]:
-    """Everything is settled, PostgreSQL holds so many charges and the right balance, and the page says so.
+    """Check that PostgreSQL and the page agree on so many charges.
 
-    earlier: charges of this visitor's orders before.
+    Everything is settled, and the balance is right. earlier: charges of this visitor's orders before.
     """
     shown = settled(tab, order, taps)
     assert await shop.charges(order) == times, shown
@@ -127,7 +128,10 @@ async def test_twenty_taps_at_once(shop: Shop, browser: Browser, token: bool, le
 
 @pytest.mark.parametrize(("token", "ledger"), LAYERS)
 async def test_reload_sends_it_again(shop: Shop, browser: Browser, token: bool, ledger: bool) -> None:
-    """Without JavaScript, so that the form itself is sent, and F5 sends it again. The grey button stops nothing here."""
+    """Without JavaScript F5 posts the form again.
+
+    The grey button stops nothing here.
+    """
     with opened(browser, shop) as (_, tab):
         order = set_switches(tab, token=token, ledger=ledger)
         tab.call("Emulation.setScriptExecutionDisabled", value=True)
@@ -192,7 +196,7 @@ async def test_on_a_slow_network_and_without_one(shop: Shop, browser: Browser) -
 
 
 def does(tab: Tab, name: str, what: str) -> None:
-    """Press a service's button on the page, and wait until the page says what it is."""
+    """Press a service's button, and wait until the page confirms it."""
     which = "[data-do=kill]" if what == "Kill" else ":not([data-do])"
     tab.until(f"document.querySelector('[data-service={name}] button{which}').textContent === '{what}'")
     tab.click(f"[data-service={name}] button{which}")
@@ -235,10 +239,10 @@ async def test_redis_stopped(shop: Shop, browser: Browser) -> None:
 
 @pytest.mark.parametrize("ledger", ON_OFF)
 async def test_worker_killed_between_tap_and_effect(shop: Shop, browser: Browser, ledger: bool) -> None:
-    """SIGKILL while it has the message in hand and cannot commit: for us, the positions are locked.
+    """SIGKILL while the worker has the message and cannot commit.
 
-    In the sandbox the charge is stored by then, in a transaction of its own, and the message comes again. With the ledger
-    charge and claim are in the transaction that dies.
+    The test locks the positions. In the sandbox the charge is stored by then, in a transaction of its own, and the
+    message comes again. With the ledger, charge and claim are in the transaction that is lost.
     """
     with opened(browser, shop) as (_, tab):
         order = set_switches(tab, ledger=ledger)
@@ -304,7 +308,7 @@ async def test_it_says_the_truth_while_services_are_away(shop: Shop, browser: Br
         tab.click("#tap", times=2)
         tab.until(says.format("Accepted (Kafka has it). PostgreSQL does not answer"))
         tab.until("document.getElementById('notice').textContent.includes('202: Accepted, not yet charged.')")
-        assert "cannot be told" in tab.js("document.getElementById('balance').textContent")
+        assert "unknown now" in tab.js("document.getElementById('balance').textContent")
         does(tab, "postgresql", "Start")
         shown = settled(tab, order, 2)
         assert await shop.charges(order) == 1

@@ -1,6 +1,6 @@
-"""Requests that make no sense: the status that HTTP has for each, problem+json, never a 500 and never a charge.
+"""Bad requests: the right status, problem+json, never a charge.
 
-And requests as scripts send them: twenty that are truly concurrent, for each setting of the layers.
+Never a 500. And requests as scripts send them: twenty that are truly concurrent, for each setting of the layers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def script(shop: Shop) -> Script:
 
 @pytest.fixture(scope="module")
 def fixed(shop: Shop) -> Script:
-    """One visitor for all inputs that change nothing: its order is never paid."""
+    """One visitor for all inputs that change nothing.
+
+    Its order is never paid.
+    """
     return Script(shop)
 
 

@@ -1,4 +1,7 @@
-"""What the page says, without any service: never that something was charged unless PostgreSQL says so; and amounts, orders."""
+"""What the page says, without any service.
+
+Never that something was charged unless PostgreSQL says so; and amounts, orders.
+"""
 
 from __future__ import annotations
 

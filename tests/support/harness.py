@@ -175,7 +175,7 @@ def fetched(worker: Worker) -> int:
 
 
 async def drained(app: App, settings: Settings, seconds: float = 30) -> None:
-    """Wait until everything produced so far is settled, and no producer's transaction is open."""
+    """Wait until everything produced is settled, and no transaction is open."""
     source = KafkaConsumer(settings, None)
     await source.start(10)
     try:

@@ -145,8 +145,7 @@ def read(page: bytes) -> tuple[str, str]:
 def is_settled(view: dict[str, Any]) -> bool:
     """Whether everything that this order sent has come to its end."""
     return all(tap["status"] is not None for tap in view["taps"]) and not any(
-        "not settled" in message["fate"] or message["place"] is None or "nobody can tell" in message["fate"]
-        for message in view["messages"]
+        "not settled" in message["fate"] or message["place"] is None for message in view["messages"]
     )
 
 

@@ -1,4 +1,7 @@
-"""Rows that handlers store outside their transaction: found whatever connection, driver or process stores them."""
+"""Rows that handlers store outside their transaction are noticed.
+
+Whatever connection, driver or process stores them.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ asyncio.run(main())
 
 
 class Elsewhere:
-    """Connections beside the worker's. unseen: asyncpg tells nothing of what runs in a thread, as of other drivers."""
+    """Connections beside the worker's.
+
+    unseen: run in a thread, which hides them from asyncpg, as other drivers are hidden.
+    """
 
     def __init__(self, dsn: str) -> None:
         self.dsn = dsn
@@ -203,7 +209,10 @@ async def test_rows_stored_by_another_process_are_found_at_each_crash(
 
 @pytest.mark.parametrize("calls", [1, 2, 4])
 async def test_prove_with_rows_stored_outside_by_a_single_call_fails(exactly_once: ExactlyOnce, calls: int) -> None:
-    """The first call is that of the undisturbed run, on a copy: the handler writes to the database that it knows."""
+    """The first call is the undisturbed run, on a copy.
+
+    The handler writes to the database that it knows.
+    """
     dsn: list[str] = []
     call_count = 0
 
@@ -238,7 +247,10 @@ async def test_a_function_that_stores_rows_through_dblink_is_found(exactly_once:
 
 
 async def test_what_a_transaction_of_the_worker_stores_is_not_outside(exactly_once: ExactlyOnce) -> None:
-    """Whatever kind of statement, with savepoints, rollbacks and deferred triggers, while other databases are written to."""
+    """Statements of any kind, with savepoints, rollbacks and deferred triggers.
+
+    While other databases are written to.
+    """
     app = App("shop")
     other: list[asyncpg.Connection] = []
 

@@ -1,4 +1,7 @@
-"""`prove` against handlers whose effects depend on more than the message: one undisturbed run is the measure."""
+"""`prove` against handlers whose effects depend on more than the message.
+
+It compares with one undisturbed run.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +128,7 @@ async def test_prove_leaves_out_ignored_tables(exactly_once: ExactlyOnce) -> Non
 
 
 async def test_prove_does_not_compare_what_postgresql_makes_up(exactly_once: ExactlyOnce) -> None:
-    """Sequences have gaps after a crash, and a foreign key to one has them too."""
+    """Sequences have gaps after a crash; so do foreign keys to them."""
     app = App(f"shop-{uuid.uuid4().hex[:8]}")
 
     @app.handler("payments")
@@ -171,7 +174,7 @@ BALANCES = "create table balances (account int primary key, amount int not null)
 
 @pytest.mark.parametrize("what", ["update", "insert", "deferred"])
 async def test_prove_with_another_value_after_crashes_fails(exactly_once: ExactlyOnce, what: str) -> None:
-    """As many rows as undisturbed, with one value that is another after crashes."""
+    """As many rows as undisturbed, one of them with another value."""
     app = App(f"shop-{uuid.uuid4().hex[:8]}")
     runs = itertools.count(1)
 
@@ -196,7 +199,10 @@ async def test_prove_with_another_value_after_crashes_fails(exactly_once: Exactl
 async def test_prove_with_one_wrong_answer_of_the_claim_fails(
     exactly_once: ExactlyOnce, monkeypatch: pytest.MonkeyPatch, question: int, answer: str
 ) -> None:
-    """A wrong answer in a transaction that is not stored does no harm; one that is stored doubles or loses an update."""
+    """A wrong answer doubles or loses an update, if it is stored.
+
+    In a transaction that is rolled back it does no harm.
+    """
     app = App(f"shop-{uuid.uuid4().hex[:8]}")
 
     @app.handler("payments")

@@ -1,4 +1,4 @@
-"""The pytest plugin: what it says of handlers that are right, and that it finds each way of being wrong."""
+"""The pytest plugin passes right handlers, and finds each kind of wrong."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Payment(msgspec.Struct):
 
 
 def app_of(retry: Retry | None = None) -> App:
-    """Two handlers of a topic: one that defers, one that awaits and may fail."""
+    """Two handlers of a topic: one defers, one awaits and may fail."""
     app = App("shop")
 
     @app.handler("payments")
@@ -504,7 +504,10 @@ async def test_a_pool_of_the_application_is_seen_and_its_own_statements_are_not(
 
 
 def in_a_thread(work: Any) -> None:
-    """As a driver that knows no asyncio would do it: the event loop stands still, and no context comes along."""
+    """Run as a driver does that knows no asyncio.
+
+    The event loop is blocked, and no context comes along.
+    """
     thread = threading.Thread(target=lambda: asyncio.run(work))
     thread.start()
     thread.join()
@@ -761,7 +764,10 @@ def pytest_pyfunc_call(pyfuncitem):
 def runs(
     pytester: pytest.Pytester, postgres: Postgres, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[pytest.Pytester]:
-    """A directory for a pytest of its own, on the tests' PostgreSQL, with the package as installed: its entry point."""
+    """A directory for a pytest of its own.
+
+    On the tests' PostgreSQL, with the package as installed: its entry point.
+    """
     site = tmp_path / "site"
     (site / "elsewhere-1.dist-info").mkdir(parents=True)
     (site / "elsewhere-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1\n")

@@ -1,1 +1,4 @@
-"""A judge for the verdicts of `consumer replay` and `consumer rebuild`: random applications, planted faults, and the truth."""
+"""A judge for the verdicts of `consumer replay` and `consumer rebuild`.
+
+Random applications, planted faults, and the truth.
+"""

@@ -1,4 +1,7 @@
-"""The command of the judge: `make verdicts`, or `python -m verdicts` with tests/ on the path. `--help` tells the rest."""
+"""The command of the judge: `make verdicts`, or `python -m verdicts`.
+
+For the latter, tests/ must be on the path. `--help` lists the options.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,10 @@ class When(Step):
 
 @dataclass(frozen=True, repr=False)
 class Again(Step):
-    """`if variable is None: raise RunAgain`: what is needed comes from another topic."""
+    """`if variable is None: raise RunAgain`.
+
+    The missing value comes from another topic.
+    """
 
     variable: str
 
@@ -45,7 +48,10 @@ class Draw(Step):
 
 @dataclass(frozen=True, repr=False)
 class Table(Shown):
-    """A table with its statements. seeds: its first rows. fed_by: the table whose trigger fills it."""
+    """A table with its statements.
+
+    seeds: its first rows. fed_by: the table whose trigger fills it.
+    """
 
     name: str
     ddl: tuple[str, ...]
@@ -67,7 +73,10 @@ class Handler(Shown):
 
 @dataclass(frozen=True, repr=False)
 class Send(Shown):
-    """A record. id: the number of its message id. at: milliseconds after the beginning of the history."""
+    """A record.
+
+    id: the number of its message id. at: milliseconds after the beginning of the history.
+    """
 
     payload: int
     id: int
@@ -79,14 +88,20 @@ class Send(Shown):
 
 @dataclass(frozen=True)
 class Settle:
-    """Wait until everything is settled, as far as it can be by now. restart: the workers are other ones then."""
+    """Wait until everything that can be settled is settled.
+
+    restart: the workers are then replaced.
+    """
 
     restart: bool = False
 
 
 @dataclass(frozen=True)
 class Operate:
-    """An operator at the oldest dead letters: retry, discard, edit (same id) or replace (new id), with another payload."""
+    """An operator at the oldest dead letters.
+
+    retry, discard, edit (same id) or replace (new id), with another payload.
+    """
 
     what: str
     most: int = 1
@@ -103,7 +118,10 @@ Event = Send | Settle | Operate | Heal
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong. chance: decides between the places where it can be planted. payload, other: of effects."""
+    """What goes wrong.
+
+    chance: decides between the places where it can be planted. payload, other: of effects.
+    """
 
     kind: str = "none"
     chance: int = 0
@@ -113,7 +131,10 @@ class Fault:
 
 @dataclass(frozen=True, repr=False)
 class Case(Shown):
-    """All of it. spread: the ledger's transactions are moved a minute apart, as if the history had taken that long."""
+    """All of a case.
+
+    spread: the ledger's transactions are moved a minute apart, as if the history had taken that long.
+    """
 
     seed: int
     tables: tuple[Table, ...]
@@ -130,7 +151,7 @@ class Case(Shown):
 
     @property
     def is_serial(self) -> bool:
-        """Whether no two transactions can overlap, so that there is one order of effects."""
+        """Whether transactions never overlap, so effects have one order."""
         return self.lanes == self.workers == 1
 
     @property

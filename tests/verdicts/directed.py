@@ -1,4 +1,7 @@
-"""Cases that are written by hand: the right answer of each is known, and a broken verdict gets one of them wrong."""
+"""Cases that are written by hand.
+
+The right answer of each is known, and a broken verdict gets one of them wrong.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Draws a case from a seed: an application of one to three parts, a history of messages and operators, a fault or none."""
+"""Derives a case from a seed: an application, a history, a fault.
+
+One to three parts, messages and operators, and perhaps no fault.
+"""
 
 from __future__ import annotations
 

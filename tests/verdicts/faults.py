@@ -1,4 +1,7 @@
-"""Faults that are planted when a case is settled: in rows, the ledger, dead letters and the log. Each is one change."""
+"""Faults that are planted when a case is settled.
+
+In rows, the ledger, dead letters and the log. Each is one change.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ _ANY_ROW = "(select ctid from {} where {} order by md5(ctid::text || '{}') limit
 async def plant(
     servers: Servers, done: Settled, connection: asyncpg.Connection, fault: Fault, writes: Mapping[str, set[str]]
 ) -> str:
-    """Plant a fault. writes: what messages did to each table. Returns what was changed, empty where nothing could be."""
+    """Plant a fault; return what was changed.
+
+    Empty where nothing could be. writes: what messages did to each table.
+    """
     chance = random.Random(fault.chance)
     await connection.execute("set session_replication_role = replica")
     try:

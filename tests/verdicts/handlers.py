@@ -1,4 +1,7 @@
-"""The App of a case. Its handlers run the steps of their message, note each call, and may be sabotaged while a case settles."""
+"""The App of a case.
+
+Its handlers run the steps of their message, record each call, and may be sabotaged while a case settles.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from verdicts.case import Again, Case, Draw, Fault, Handler, When
 
 
 class NotYet(Exception):
-    """What a message asks for on plain asyncpg where it asks to be run again."""
+    """Raised on plain asyncpg where a handler asks to run again."""
 
 
 class Place(NamedTuple):
@@ -27,7 +30,7 @@ class Place(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call of a handler: of which payload, with which time of the record, and the how manieth it was."""
+    """A call of a handler: its payload, record's time, and number."""
 
     turn: int
     payload: int
@@ -37,7 +40,7 @@ class Call(NamedTuple):
 async def run(
     steps: tuple[Step, ...], tx: Any, fields: dict[str, Any], reject: type[Exception], again: type[Exception]
 ) -> None:
-    """Run steps for one message on anything that has the methods of a Tx."""
+    """Run the steps for one message on anything with Tx's methods."""
     for step in steps:
         match step:
             case When(name, value, inner):
@@ -56,7 +59,10 @@ async def run(
 
 @dataclass
 class Life:
-    """What the handlers of a case do at the moment. calls: the last one of each delivery. healed: nothing fails any more."""
+    """What the handlers of a case do at the moment.
+
+    calls: the last one of each delivery. healed: nothing fails any more.
+    """
 
     case: Case
     fault: Fault = field(default_factory=Fault)
@@ -70,7 +76,10 @@ class Life:
         return {**fields, "boom": ""} if self.healed else fields
 
     def effects(self, payload: int, timestamp: int) -> list[dict[str, Any]]:
-        """The fields for which a handler runs its steps: once those of its message, unless it is sabotaged."""
+        """The fields for which a handler runs its steps.
+
+        Once those of its message, unless it is sabotaged.
+        """
         fault = self.fault
         fields = self.fields(payload, timestamp)
         if payload not in (fault.payload, fault.other):
@@ -100,7 +109,7 @@ class Life:
 
 
 def app_of(life: Life, name: str, topics: list[str]) -> App:
-    """An App with the handlers of a case, which do what its life says."""
+    """An App with the handlers of a case, controlled by its life."""
     app = App(name)
     for handler in life.case.handlers:
         _register(app, life, handler, topics[handler.topic])

@@ -1,4 +1,7 @@
-"""Judges the verdicts on one case: settles it, plants the fault, asks check and rebuild, and compares with the truth."""
+"""Judges the verdicts on one case.
+
+Settles it, plants the fault, runs check and rebuild, and compares with the truth.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,10 @@ class Answer:
 
 @dataclass
 class Judged:
-    """A case with its answers. fault: what was planted, in words, empty for none. undecided: why it could not be judged."""
+    """A case with its answers.
+
+    fault: what was planted, in words, empty for none. undecided: why it could not be judged.
+    """
 
     case: Case
     fault: str = ""
@@ -98,7 +104,10 @@ async def _judge(
 
 
 async def _plant(servers: Servers, done: Settled, judged: Judged, connection: asyncpg.Connection) -> None:
-    """Plant the fault, or see what became of that of an effect; tell whether it is visible in the rows."""
+    """Plant the fault; return whether it is visible in the rows.
+
+    The fault of an effect is planted already.
+    """
     case, life = done.case, done.life
     actual = await rows_of(connection)
     settled = Life(case, case.fault, healed=True) if case.fault.kind in EFFECTS else Life(case, healed=True)
@@ -117,7 +126,7 @@ async def _plant(servers: Servers, done: Settled, judged: Judged, connection: as
 
 
 async def _order(connection: asyncpg.Connection, done: Settled, life: Life, actual: Rows) -> Calls | None:
-    """The order in which the calls leave these rows on plain asyncpg; None where none was found."""
+    """The order in which plain asyncpg leaves these rows, or None."""
     for order in islice(possible_orders(done), _ORDERS_MAX):
         if (await replayed(connection, done.case, life, order)).rows == actual:
             return order
@@ -125,7 +134,10 @@ async def _order(connection: asyncpg.Connection, done: Settled, life: Life, actu
 
 
 def wrong_codes(kind: str, visible: bool, mode: str) -> set[int]:
-    """The exit codes that are wrong. Each mode promises to see what it looks at: a check the ledger, a rebuild the rows."""
+    """The exit codes that are wrong.
+
+    Each mode promises to see what it looks at: a check the ledger, a rebuild the rows.
+    """
     if kind == "none":
         return {1}
     if kind == "log_head":
@@ -138,7 +150,7 @@ def wrong_codes(kind: str, visible: bool, mode: str) -> set[int]:
 
 
 async def ask(servers: Servers, done: Settled, mode: Any) -> Answer:
-    """Run a check or a rebuild in this process, as the command does."""
+    """Run a check or a rebuild in this process, like the command."""
     life = Life(done.case, healed=done.life.healed)
     app = app_of(life, APP, done.topics)
     # The case's file is for the state before the first message of all; with records gone, it would be a false statement.

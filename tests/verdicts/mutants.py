@@ -1,4 +1,7 @@
-"""The verdicts, broken on purpose: the judge must find each. A mutant replaces one function and says what goes wrong then."""
+"""Broken verdicts: the judge must find each.
+
+A mutant replaces one function; its docstring says what goes wrong then.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,17 @@ def _mutant(patch: Callable[[], None]) -> Callable[[], None]:
 
 
 def install(name: str) -> None:
-    """Break the verdicts of this process in this way; "" leaves them alone."""
+    """Break the verdicts of this process in this way.
+
+    "" leaves them alone.
+    """
     if name:
         MUTANTS[name]()
 
 
 @contextmanager
 def broken(name: str) -> Iterator[list[Replacement]]:
-    """The verdicts are broken in this way inside the block, and whole again after it; gives what was replaced."""
+    """Break the verdicts inside the block; yield what was replaced."""
     with undone_at_the_end() as replacements:
         install(name)
         yield replacements
@@ -32,7 +38,10 @@ def broken(name: str) -> Iterator[list[Replacement]]:
 
 @_mutant
 def _partition_order() -> None:
-    """A rebuild takes one partition after the other, whenever their messages were applied."""
+    """A rebuild takes one partition after the other.
+
+    Whenever their messages were applied.
+    """
     from consumer.rebuild.applied_order import AppliedOrder, OrderEntry
 
     def rank(self: AppliedOrder, entry: OrderEntry, at: int) -> tuple[int, int, int, int]:
@@ -44,7 +53,10 @@ def _partition_order() -> None:
 
 @_mutant
 def _dropped_columns() -> None:
-    """Columns whose value depends on when things ran are not compared at all, not even whether they are null."""
+    """Columns that depend on when things ran are not compared.
+
+    Not even whether they are null.
+    """
     import dataclasses
 
     from consumer.rebuild import compare
@@ -63,7 +75,7 @@ def _dropped_columns() -> None:
 
 @_mutant
 def _ledger_unread() -> None:
-    """A check does not look for ledger rows whose message is not in the log."""
+    """A check does not look for ledger rows without a message."""
     from consumer.replay import ledger_diff
 
     async def compare(*_: Any) -> None:

@@ -1,7 +1,8 @@
-"""The orders in which the effects of a settled case may have come.
+"""The possible orders of the effects of a settled case.
 
-The calls of a case are noted when they begin. Where transactions overlap, that is not yet the order of their effects: a
-handler that is called later may read before the writes of an earlier one are committed. Knows calls; knows no table.
+The calls of a case are recorded when they begin. Where transactions overlap, that is not yet the order of their
+effects: a handler that is called later may read before the writes of an earlier one are committed. Knows calls; knows
+no table.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ Calls = list[tuple[Place, Call]]
 
 
 def possible_orders(done: Settled) -> Iterator[Calls]:
-    """As the calls began; where transactions may have overlapped, also the ledger's order and small changes of the first."""
+    """The order in which calls began, and likely others.
+
+    Where transactions may have overlapped: the ledger's order, and small changes of the first.
+    """
     yield done.applied
     if done.case.is_serial:
         return
@@ -29,7 +33,10 @@ def possible_orders(done: Settled) -> Iterator[Calls]:
 
 
 def _exchanged(parts: Sequence[Calls], first: int, last: int) -> Iterator[Calls]:
-    """One part moved across those between: the last to the front, or the first to the end. A partition keeps its order."""
+    """One part moved across those between.
+
+    The last to the front, or the first to the end. A partition keeps its order.
+    """
     before, across, after = parts[:first], parts[first : last + 1], parts[last + 1 :]
     for moved, others, changed in (
         (across[-1], across[:-1], [across[-1], *across[:-1]]),

@@ -1,6 +1,6 @@
-"""The parts of random applications: tables, and the steps of the handlers that fill them.
+"""The parts of random applications: tables, and their handlers' steps.
 
-A part draws its tables and handlers under a tag of its own. All handlers read the same fields: `i` (unique), `k` (a few
+A part makes its tables and handlers under a tag of its own. All handlers read the same fields: `i` (unique), `k` (a few
 values, so that messages meet), `n`, `op` (a, b or c) and `ts` (the record's time).
 """
 
@@ -19,7 +19,10 @@ KEYS = range(4)
 
 @dataclass
 class Part:
-    """Tables, and the steps of one to three handlers. first: the handler whose messages others wait for, if any."""
+    """Tables, and the steps of one to three handlers.
+
+    first: the handler whose messages others wait for, if any.
+    """
 
     tables: list[Table]
     handlers: list[list[Step]]
@@ -32,7 +35,7 @@ def _seeds(name: str, more: str = "") -> tuple[str, ...]:
 
 
 def journal(chance: random.Random, tag: str) -> Part:
-    """One row for each message, with the columns that people add to such a table."""
+    """One row for each message, with the usual extra columns."""
     name = f"journal{tag}"
     key = chance.choice(["i text primary key", "i text", "i text", "sid serial primary key, i text"])
     columns, names, values, args = [key, "k int", "n int"], ["i", "k", "n"], ["$1", "$2", "$3"], ["i", "k", "n"]
@@ -83,7 +86,7 @@ def drawn(chance: random.Random, tag: str) -> Part:
 
 
 def upsert(chance: random.Random, tag: str) -> Part:
-    """A row for each key: the last writer wins, the first one, the greatest, or the sum."""
+    """A row for each key: last, first or greatest value, or sum."""
     name = f"upsert{tag}"
     at = chance.random() < 0.4
     ddl = f"create table {name} (k int primary key, n bigint not null default 0{', changed_at timestamptz' if at else ''})"
@@ -116,7 +119,10 @@ def balance(chance: random.Random, tag: str) -> Part:
 
 
 def flow(chance: random.Random, tag: str) -> Part:
-    """Orders that are made, paid and shipped, by one handler or by three."""
+    """Orders that are made, paid and shipped.
+
+    By one handler or by three.
+    """
     name = f"flow{tag}"
     table = Table(name, (f"create table {name} (k int primary key, status text not null, paid_at timestamptz)",))
     steps: list[list[Step]] = [
@@ -130,7 +136,10 @@ def flow(chance: random.Random, tag: str) -> Part:
 
 
 def deletes(chance: random.Random, tag: str) -> Part:
-    """Rows that are inserted, updated and deleted again; maybe deleted rows are kept in another table."""
+    """Rows that are inserted, updated and deleted again.
+
+    Deleted rows may be kept in another table.
+    """
     name, kept = f"stock{tag}", f"sold{tag}"
     tables = [Table(name, (f"create table {name} (k int primary key, n int not null)",))]
     delete = f"delete from {name} where k = $1"
@@ -170,7 +179,10 @@ def soft(chance: random.Random, tag: str) -> Part:
 
 
 def triggered(chance: random.Random, tag: str) -> Part:
-    """A table whose trigger fills another one or changes the row; or a rule that does."""
+    """A table whose trigger fills another or changes the row.
+
+    Or a rule that does.
+    """
     name, log = f"watched{tag}", f"audit{tag}"
     ddl = [f"create table {name} (i text, k int, n int)"]
     tables = []
@@ -195,7 +207,10 @@ def triggered(chance: random.Random, tag: str) -> Part:
 
 
 def children(chance: random.Random, tag: str) -> Part:
-    """Parents of one topic, children of another with a foreign key. Without a parent a child waits, is refused or fails."""
+    """Parents of one topic, children of another with a foreign key.
+
+    Without a parent a child waits, is refused or fails.
+    """
     parent, child = f"parent{tag}", f"child{tag}"
     action = chance.choice(["", " on delete cascade"])
     tables = [
@@ -229,7 +244,10 @@ _PARTS: tuple[tuple[Callable[[random.Random, str], Part], int], ...] = (
 
 
 def draw_part(chance: random.Random, tag: str) -> Part:
-    """One of the parts. Each handler may fail before or after what it does."""
+    """One of the parts.
+
+    Each handler may fail before or after what it does.
+    """
     [make] = chance.choices([kind for kind, _ in _PARTS], [weight for _, weight in _PARTS])
     part = make(chance, tag)
     for steps in part.handlers:

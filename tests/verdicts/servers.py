@@ -1,4 +1,7 @@
-"""What the cases of a run share: a broker with one producer and one admin, and a server with a database for each case."""
+"""The services that all cases of a run share.
+
+A broker with one producer and one admin, and a server with a database for each case.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ _TEMPLATE = "verdicts_template"
 
 
 class Servers:
-    """The services of a run. kafka: bootstrap servers. admin: address of a database as its owner."""
+    """The services of a run.
+
+    kafka: bootstrap servers. admin: address of a database as its owner.
+    """
 
     def __init__(self, kafka: str, admin: str) -> None:
         self.kafka = kafka

@@ -1,4 +1,7 @@
-"""One run: cases of consecutive seeds until the time is over, and a summary."""
+"""One run: cases of consecutive seeds, and a summary.
+
+The run goes on until the time is over.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ from verdicts.servers import Servers
 
 @dataclass
 class Summary:
-    """What a run has judged. verdicts: "mode, fault or none, code" -> cases. unknown: "mode: reason" -> answers 2 where nothing was planted."""
+    """What a run has judged.
+
+    verdicts: "mode, fault or none, code" -> cases. unknown: "mode: reason" -> answers 2 where nothing was planted.
+    """
 
     seed: int
     seconds: float = 0.0
@@ -41,7 +47,10 @@ class Summary:
             self.wrong.append(judged)
 
     def count(self, mode: str, code: int, kind: str | None = None) -> int:
-        """Verdicts of a mode with an exit code, of one kind of fault or of all."""
+        """The verdicts of a mode with an exit code.
+
+        Of one kind of fault or of all.
+        """
         return sum(n for (m, k, c), n in self.verdicts.items() if (m, c) == (mode, code) and kind in (None, k))
 
     def wrongs(self, code: int) -> int:
@@ -91,7 +100,10 @@ async def judge_all(
     first: Iterable[Case] = (),
     on_wrong: Callable[[Judged], None] = lambda _: None,
 ) -> None:
-    """Judge cases until the time is over. first: cases that come before those of the seed. `summary` is kept up to date."""
+    """Judge cases until the time is over.
+
+    first: cases that come before those of the seed. `summary` is kept up to date.
+    """
     began = time.monotonic()
     before = list(first)
     seed = summary.seed

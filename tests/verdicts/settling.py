@@ -1,4 +1,7 @@
-"""Settles a case by real code: real topics, workers in this process, the retry of the command line."""
+"""Settles a case by real code.
+
+Real topics, workers in this process, the retry of the command line.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,10 @@ def message_id(seed: int, number: int) -> str:
 
 @dataclass
 class Settled:
-    """A case that was settled. applied: the calls that stand, in the order of their effects."""
+    """A settled case.
+
+    applied: the calls that count, in the order of their effects.
+    """
 
     case: Case
     dsn: str
@@ -116,7 +122,10 @@ async def _send(servers: Servers, done: Settled, events: list[Send], began: int)
 
 
 async def _wait(connection: asyncpg.Connection, done: Settled, last: bool) -> None:
-    """Until the positions are at the ends; before the last message, also until nothing moves any more."""
+    """Wait until the positions reach the ends.
+
+    Before the last message, also until nothing moves any more.
+    """
     deadline = time.monotonic() + _SETTLE_SECONDS
     moved, seen = time.monotonic(), (0, 0)
     while True:
@@ -157,7 +166,10 @@ async def _operate(event: Operate, done: Settled, settings: Settings) -> None:
 
 
 async def _read_order(done: Settled, connection: asyncpg.Connection) -> None:
-    """The calls that stand: of what the ledger has as applied. What an operator gives a new id has no place in the log."""
+    """The calls that count, by the ledger.
+
+    A message that an operator gave a new id has no place in the log.
+    """
     if done.case.spread:
         await _spread(connection)
     done.times = times = {Place(*row[:4]): row[4] for row in await connection.fetch(_TIMES)}
@@ -170,7 +182,10 @@ async def _read_order(done: Settled, connection: asyncpg.Connection) -> None:
 
 
 async def _spread(connection: asyncpg.Connection) -> None:
-    """Move the ledger's transactions apart; rows of handlers stay with the ledger rows of their transaction (xmin)."""
+    """Move the ledger's transactions apart.
+
+    Rows of handlers stay with the ledger rows of their transaction (xmin).
+    """
     tables = [tuple(row) for row in await connection.fetch(_TABLES)]
     moments = [row[0] for row in await connection.fetch(_APPLIED_AT)]
     for place, at in reversed(list(enumerate(moments, 1))):

@@ -1,4 +1,7 @@
-"""The judge of verdicts: a short run finds none that is wrong, directed cases are answered exactly, and broken verdicts are caught."""
+"""The judge itself: short runs, directed cases, broken verdicts.
+
+A short run finds none that is wrong, directed cases are answered exactly, and broken verdicts are caught.
+"""
 
 from __future__ import annotations
 

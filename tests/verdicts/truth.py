@@ -1,6 +1,7 @@
-"""The truth about a case, by plain asyncpg: what the messages leave, one after the other, and whether the tables hold that.
+"""The truth about a case, by plain asyncpg.
 
-Imports nothing of the code that is judged. Of columns that depend on when things ran only null or not null counts.
+What the messages leave, one after the other, and whether the tables hold that. Imports nothing of the code that is
+judged. Of columns that depend on when things ran only null or not null counts.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ _WRITES = re.compile(r"\b(insert into|update|delete from) (\w+)")
 
 @dataclass
 class Replayed:
-    """What messages leave. writes: "insert into", "update" and "delete from" by table, as the statements said."""
+    """What messages leave.
+
+    writes: "insert into", "update" and "delete from" by table, as the statements said.
+    """
 
     rows: Rows
     writes: dict[str, set[str]] = field(default_factory=dict)
@@ -48,7 +52,10 @@ class NotingTx(PlainTx):
 
 
 async def rows_of(connection: asyncpg.Connection) -> Rows:
-    """The rows of all tables, as far as two runs can have the same."""
+    """The comparable rows of all tables.
+
+    As far as two runs can have the same.
+    """
     rows_by_table: Rows = {}
     for name, columns in await connection.fetch(_COLUMNS):
         taken = [
@@ -63,7 +70,10 @@ async def rows_of(connection: asyncpg.Connection) -> Rows:
 async def replayed(
     connection: asyncpg.Connection, case: Case, life: Life, calls: Sequence[tuple[Place, Call]]
 ) -> Replayed:
-    """What these calls leave on empty tables, each in a savepoint, in a transaction that is undone."""
+    """What these calls leave on empty tables.
+
+    Each runs in a savepoint, in a transaction that is rolled back.
+    """
     sent: set[str] = set()
     steps = {handler.name: handler.steps for handler in case.handlers}
     transaction = connection.transaction()

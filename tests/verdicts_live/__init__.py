@@ -1,1 +1,4 @@
-"""Checks and rebuilds beside running producers and workers. Read campaign.py; docs/how-to/replay.md has the figures."""
+"""Checks and rebuilds beside running producers and workers.
+
+Read campaign.py; docs/how-to/replay.md has the figures.
+"""

@@ -1,4 +1,7 @@
-"""The command of the campaign: `make live`, or `python -m verdicts_live` with tests/ on the path."""
+"""The command of the campaign: `make live`, or `python -m verdicts_live`.
+
+For the latter, tests/ must be on the path.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The application of a live campaign, as workers run it and as checks and rebuilds replay it.
+"""The application of a live campaign.
 
-Two topics. `book`, `audit` and `tally` take orders; `cancel` and `audit` take cancellations, which need their order's row and are
-retried until it is there. Workers run without LIVE_MENDED, so orders that say so become dead letters; operators, checks and
-rebuilds run the mended code. LIVE_VERSION=2 has one more handler, `late`.
+Workers run it, and checks and rebuilds replay it. Two topics. `book`, `audit` and `tally` take orders; `cancel` and
+`audit` take cancellations, which need their order's row and are retried until it is there. Workers run without
+LIVE_MENDED, so orders that say so become dead letters; operators, checks and rebuilds run the repaired code.
+LIVE_VERSION=2 has one more handler, `late`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ class Cancellation(msgspec.Struct):
 
 
 def build(name: str, orders: str, cancellations: str, *, mended: bool, version: int) -> App:
-    """The App. Each replay needs one of its own, because a dry run changes how handlers are called."""
+    """Build the App.
+
+    Each replay needs one of its own, because a dry run changes how handlers are called.
+    """
     app = App(name)
     retry = Retry(attempts=4, base=0.05, cap=0.5)
 

@@ -1,4 +1,7 @@
-"""A campaign: lives one after the other, until so many checks and rebuilds have been answered."""
+"""A campaign: lives, one after the other.
+
+Until so many checks and rebuilds have been answered.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ async def servers() -> AsyncIterator[Servers]:
 async def campaign(
     where: Servers, seed: int, checks: int, rebuilds: int, tally: Tally, *, faults: bool = False, progress: Progress = lambda _: None
 ) -> None:  # fmt: skip
-    """Fill the tally. Beside the checks and rebuilds asked for, each life is checked and rebuilt at its end."""
+    """Fill the tally.
+
+    Beside the checks and rebuilds asked for, each life is checked and rebuilt at its end.
+    """
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="consumer-live-") as directory:
         while tally.count("check") < checks or tally.count("rebuild") < rebuilds:

@@ -1,6 +1,7 @@
-"""One life of a system: a database, two topics, workers, producers and disturbances; beside them checks and rebuilds in turn.
+"""One life of a system, with checks and rebuilds in turn.
 
-The truth comes from SQL at the end: each message that was produced has its effects once, or is a dead letter.
+A database, two topics, workers, producers and disturbances. The truth comes from SQL at the end: each message that was
+produced has its effects once, or is a dead letter.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ _DOUBLED = "select count(*) from (select from effects group by handler, id havin
 
 @dataclass(frozen=True)
 class Servers:
-    """Where the services are; a life makes a database and topics of its own."""
+    """Where the services are.
+
+    A life creates its own database and topics.
+    """
 
     kafka: str
     postgres: Callable[[str], str]  # a database's name to its address
@@ -43,7 +47,7 @@ class Servers:
 
 
 class Life:
-    """Use as `async with`, then ask `answer` again and again; `settle` at the end."""
+    """Use as `async with`, and call `answer` repeatedly; `settle` at the end."""
 
     def __init__(self, servers: Servers, seed: int, directory: Path, *, faults: bool = False) -> None:
         self.seed = seed
@@ -111,7 +115,10 @@ class Life:
             self._tasks.append(asyncio.create_task(self.unrest.run()))
 
     async def plant(self, kind: str | None = None) -> None:
-        """Plant a fault, of a random kind by default. From then on nothing is delivered again that may repair it."""
+        """Plant a fault, of a random kind by default.
+
+        From then on nothing is delivered again that may repair it.
+        """
         self.unrest.forbidden |= {"rewind a position", "replay --apply", "the ledger forgets"}
         kind = kind or self.chance.choice(planting.KINDS)
         async with self.unrest.busy:
@@ -121,7 +128,10 @@ class Life:
     # -- answers ----------------------------------------------------------------------------------------------------
 
     async def check(self) -> tuple[verdicts.Answer, bool | None]:
-        """One check, and whether it must notice what is planted (None: nothing is)."""
+        """One check, and whether it must notice what is planted.
+
+        None: nothing is planted.
+        """
         options, redis = self._draw()
         shown = ", ".join(f"{key}={_short(value)}" for key, value in options.items())
         what = f"check {shown or 'plain'}{'' if redis else ', without Redis'}"
@@ -129,7 +139,10 @@ class Life:
         return await self._answer(what, Options(**options), redis), seen
 
     async def rebuild(self) -> tuple[verdicts.Answer, bool | None]:
-        """One rebuild, and whether it must notice what is planted (None: nothing is)."""
+        """One rebuild, and whether it must notice what is planted.
+
+        None: nothing is planted.
+        """
         seen = None if self.planted is None else self.planted.seen_by(None)
         return await self._answer("rebuild", RebuildOptions(), True), seen
 
@@ -171,7 +184,10 @@ class Life:
     # -- the end ----------------------------------------------------------------------------------------------------
 
     async def settle(self) -> list[tuple[verdicts.Answer, bool | None]]:
-        """Let everything come to rest, and check and rebuild once more. Asserts the truth by SQL."""
+        """Let everything come to rest, and check and rebuild once more.
+
+        Asserts the truth by SQL.
+        """
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,4 +1,7 @@
-"""Faults that are planted into a live system, and which answers must notice them."""
+"""Faults that are planted into a live system.
+
+And which answers must notice them.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ KINDS = tuple(_WRITES)
 
 @dataclass(frozen=True)
 class Planted:
-    """A fault. seen_by: whether an answer promises to notice it: asked with the options of a check, None for a rebuild."""
+    """A planted fault.
+
+    seen_by: whether an answer promises to notice it: asked with the options of a check, None for a rebuild.
+    """
 
     kind: str
     text: str
@@ -45,7 +51,10 @@ class Planted:
 
 
 async def plant(kind: str, dsn: str, app: str, recent: Collection[str], chance: random.Random) -> Planted:
-    """Plant a fault. recent: ids that may be delivered again, whose effects would come back."""
+    """Plant a fault.
+
+    recent: ids that may be delivered again, whose effects would come back.
+    """
     connection = await asyncpg.connect(dsn)
     try:
         handler = chance.choice(["book", "audit"])
@@ -66,7 +75,10 @@ async def plant(kind: str, dsn: str, app: str, recent: Collection[str], chance: 
         return Planted(kind, text, lambda asked: asked is None)
 
     def by_check(asked: dict[str, object] | None) -> bool:
-        """A rebuild does not promise it, nor a check that leaves out the partition, the handler or the time."""
+        """Whether a check promises to notice it; a rebuild never does.
+
+        Nor does a check that leaves out the partition, the handler or the time.
+        """
         if asked is None or "start" in asked or str(asked.get("end", "position")) not in ("position", "latest"):
             return False
         return asked.get("partitions", (partition,)) == (partition,) and asked.get("handlers", (handler,)) == (handler,)

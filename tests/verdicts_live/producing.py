@@ -1,4 +1,7 @@
-"""Produces orders and cancellations at rates that change: with duplicates, conflicts, poison, and clocks that differ."""
+"""Produces orders and cancellations at rates that change.
+
+With duplicates, conflicts, poison, and clocks that differ.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,10 @@ _TICK_SECONDS = 0.05
 
 @dataclass
 class Producing:
-    """A task: `run` until it is cancelled. sent: by rate; kinds: by kind. recent: what may be produced again.
+    """A producing task: `run` until it is cancelled.
 
-    repeats_seconds: no message is produced again later than that. A ledger that forgets sooner would rightly apply it twice.
+    sent: by rate; kinds: by kind. recent: what may be produced again. repeats_seconds: no message is produced again
+    later than that. A ledger that forgets sooner would rightly apply it twice.
     """
 
     servers: str

@@ -1,4 +1,7 @@
-"""The campaign of checks and rebuilds beside running workers: a short one, one with a planted fault, and what its parts promise."""
+"""The campaign of checks and rebuilds beside running workers.
+
+A short one, one with a planted fault, and what its parts promise.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What disturbs a live system during its checks: kills, pauses, rebalances, operators, and changes of topic, ledger and App.
+"""What disturbs a live system during its checks.
 
-One disturbance after the other, drawn by chance. None of them makes the state wrong.
+Kills, pauses, rebalances, operators, and changes of topic, ledger and App. One disturbance after the other, at random.
+None of them makes the state wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ _SHORT = {"CONSUMER_LEDGER_GENERATION_HOURS": "0.0003", "CONSUMER_LEDGER_RETENTI
 
 
 class Workers(Consumers):
-    """`consumer run` of the campaign's application: the first with two workers, later ones with one."""
+    """`consumer run` of the campaign's application, several times.
+
+    The first with two workers, later ones with one.
+    """
 
     def start(self) -> Command:
         number = len(self.running) + len(self.ended)
@@ -45,7 +49,10 @@ class Workers(Consumers):
 
 
 class Unrest:
-    """A task: `run` until it is cancelled. done: by kind. version: of the application that checks use. failed: commands."""
+    """A disturbing task: `run` until it is cancelled.
+
+    done: by kind. version: of the application that checks use. failed: commands.
+    """
 
     def __init__(
         self, workers: Workers, producing: Producing, settings: Settings, environment: dict[str, str], dsn: str, directory: Path, chance: random.Random
@@ -70,7 +77,10 @@ class Unrest:
             await self.act(self._chance.choices(kinds, [self._WEIGHTS.get(kind, 4) for kind in kinds])[0])
 
     async def act(self, kind: str) -> None:
-        """Do it once. What fails is kept in `failed`: a disturbance that did not happen is no evidence."""
+        """Cause one disturbance.
+
+        What fails is kept in `failed`: a disturbance that did not happen is no evidence.
+        """
         try:
             async with self.busy, asyncio.timeout(120):
                 if kind not in self.forbidden and await self._KINDS[kind](self) is not False:
@@ -194,7 +204,10 @@ class Unrest:
         return None
 
     async def _add_handler(self) -> bool | None:
-        """Deploy the next version, and say that its new handler need not settle what was before."""
+        """Deploy the next version, and declare its new handler's beginning.
+
+        The new handler need not settle what was before.
+        """
         if self.version == 2:
             return False
         while self._workers.running:
@@ -206,7 +219,10 @@ class Unrest:
         return None
 
     async def _command(self, *arguments: str, **environment: str) -> bool | None:
-        """A command as an operator types it, of the mended application. False where there was nothing to do."""
+        """Run a command as an operator types it.
+
+        Of the repaired application. False where there was nothing to do.
+        """
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "consumer", *arguments, "--json",
             env={**os.environ, **self._settings.dump(), **self.environment, "LIVE_MENDED": "1", **environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"},

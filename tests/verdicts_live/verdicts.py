@@ -1,4 +1,7 @@
-"""Judges verdicts of a live system whose truth is known: its state is right until a fault is planted."""
+"""Judges verdicts of a live system whose truth is known.
+
+Its state is right until a fault is planted.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ RIGHT, WRONG = "right", "wrong"
 
 @dataclass(frozen=True)
 class Answer:
-    """One check or rebuild. kinds: of its problems and doubts, for exit codes 1 and 2. behind: only workers that lag."""
+    """One check or rebuild.
+
+    kinds: of its problems and doubts, for exit codes 1 and 2. behind: only workers that lag.
+    """
 
     what: str  # how it was asked
     code: int
@@ -54,9 +60,10 @@ def of_error(what: str, error: Exception, seconds: float) -> Answer:
 
 
 def judge(answer: Answer, seen_by: bool | None) -> str:
-    """right or wrong. seen_by: None while nothing is planted, else whether this answer must notice what is.
+    """Return right or wrong.
 
-    Messages above the positions that workers have not come to are missing by definition; that is no fault of the verdict.
+    seen_by: None while nothing is planted, else whether this answer must notice what is. Messages above the positions
+    that workers have not come to are missing by definition; that is no fault of the verdict.
     """
     if seen_by:
         return WRONG if answer.code == 0 or answer.behind else RIGHT

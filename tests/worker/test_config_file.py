@@ -1,4 +1,7 @@
-"""`consumer run` with a configuration file and a file of a secret: workers have both, and the secret is nowhere to be seen."""
+"""`consumer run` with a configuration file and a secret's file.
+
+Workers have both, and the secret is nowhere to be seen.
+"""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ async function post(path, body, headers = {}) {
 async function tap() {
   const headers = token ? { "idempotency-key": token } : {};
   for (let again = 0; ; again++) {
-    const found = await post(`/orders/${order}/payments`, { amount: one("amount").value.trim() }, headers);
-    if (found.status !== 409 || !found.after || again === REPEATS_MAX) return found;
-    await pause(again ? found.after * 1000 : 250);
+    const reply = await post(`/orders/${order}/payments`, { amount: one("amount").value.trim() }, headers);
+    if (reply.status !== 409 || !reply.after || again === REPEATS_MAX) return reply;
+    await pause(again ? reply.after * 1000 : 250);
   }
 }
 
@@ -33,15 +33,15 @@ function say(text) {
 
 async function pay(taps) {
   const ended = await Promise.allSettled(Array.from({ length: taps }, tap));
-  const lines = ended.map((each) =>
-    each.status === "fulfilled"
-      ? `Answer ${each.value.status}: ${each.value.answer.detail}`
+  const lines = ended.map((result) =>
+    result.status === "fulfilled"
+      ? `Answer ${result.value.status}: ${result.value.answer.detail}`
       : "No answer: whether it was accepted is not known. The order shows it below.",
   );
   const counts = new Map();
-  for (const each of lines) counts.set(each, (counts.get(each) || 0) + 1);
+  for (const line of lines) counts.set(line, (counts.get(line) || 0) + 1);
   say([...counts].map(([text, count]) => (count > 1 ? `${count} × ${text}` : text)).join(" "));
-  return ended.every((each) => each.status === "fulfilled" && each.value.status === 202);
+  return ended.every((result) => result.status === "fulfilled" && result.value.status === 202);
 }
 
 function grey(off) {
@@ -122,20 +122,20 @@ function list(id, lines) {
   while (shown.length > lines.length) shown[shown.length - 1].remove();
 }
 
-function show(found) {
-  version = found.order.version;
-  put("verdict", found.verdict.text);
-  one("verdict").className = `verdict ${found.verdict.tone}`;
-  put("balance", `${found.account.name}: ${found.account.balance ?? "cannot be told now"}`);
-  put("token", [found.token.short, found.token.text].filter(Boolean).join(" "));
-  put("message-id", found.message_id ?? "another one for each tap");
-  put("state", found.order.state);
-  one("ship").hidden = !found.order.next.includes("shipped");
-  put("charged", found.charged ? `${found.charged.times} ×, ${found.charged.sum} in all` : "cannot be told now");
-  list("taps", found.taps.map((each) => [`${each.number}.`, `${each.status ?? "…"} ${each.text}`]));
-  list("messages", found.messages.map((each) => [each.place ?? "not confirmed", each.fate]));
+function show(view) {
+  version = view.order.version;
+  put("verdict", view.verdict.text);
+  one("verdict").className = `verdict ${view.verdict.tone}`;
+  put("balance", `${view.account.name}: ${view.account.balance ?? "unknown now"}`);
+  put("token", [view.token.short, view.token.text].filter(Boolean).join(" "));
+  put("message-id", view.message_id ?? "another one for each tap");
+  put("state", view.order.state);
+  one("ship").hidden = !view.order.next.includes("shipped");
+  put("charged", view.charged ? `${view.charged.times} ×, ${view.charged.sum} in all` : "unknown now");
+  list("taps", view.taps.map((tap) => [`${tap.number}.`, `${tap.status ?? "…"} ${tap.text}`]));
+  list("messages", view.messages.map((message) => [message.place ?? "not confirmed", message.fate]));
   for (const line of document.querySelectorAll("#services li")) {
-    const { up, pid } = found.services[line.dataset.service];
+    const { up, pid } = view.services[line.dataset.service];
     const health = line.querySelector(".health");
     const text = up ? (pid ? `runs (process ${pid})` : "answers") : "does not answer";
     if (health.textContent !== text) health.textContent = text;
@@ -149,7 +149,7 @@ function show(found) {
   }
 }
 
-for (const each of document.querySelectorAll(".js")) each.hidden = false;
+for (const element of document.querySelectorAll(".js")) element.hidden = false;
 const events = new EventSource(`/orders/${order}/events`);
 events.onopen = () => put("stale", "");
 events.onmessage = (event) => show(JSON.parse(event.data));
