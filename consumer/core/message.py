@@ -10,6 +10,9 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from consumer.core.errors import TransactionMisuse
+from consumer.core.idempotency import idempotency_key
+
 T = TypeVar("T")
 
 
@@ -48,6 +51,7 @@ class Message(msgspec.Struct, Generic[T], frozen=True):
     since 1970 UTC, set by the producer or the broker; it need not grow with the offset.
     `id` is the 16-byte identity as hexadecimal text, the same for every delivery of the message.
     `dry_run` is true while a replay calls the handler in a transaction that is rolled back: skip effects elsewhere.
+    `app` and `handler` are the names of the App and of the handler that is called.
     """
 
     id: str
@@ -59,6 +63,24 @@ class Message(msgspec.Struct, Generic[T], frozen=True):
     timestamp: int
     value: T
     dry_run: bool = False
+    app: str = ""
+    handler: str = ""
+
+    def idempotency_key(self, step: str) -> str:
+        """Return a key to send with a request to another system.
+
+        32 hexadecimal digits, the same whenever and wherever this message runs: again after a failure or a crash, in
+        another worker, in a replay, in an operator's retry. Another App, handler, message or step has another key.
+
+        - step: names the request, such as "charge", where one message causes several.
+
+        A caller may not assume that the other system still knows the key: most forget it after some time, and then make
+        a request with it a second one. See docs/how-to/calling-other-systems.md. Raises TransactionMisuse for a step
+        that is no text or empty.
+        """
+        if not isinstance(step, str) or not step:
+            raise TransactionMisuse('idempotency_key: name the step, for example message.idempotency_key("charge")')
+        return idempotency_key(self.app, self.handler, bytes.fromhex(self.id), step)
 
 
 def as_dry_run(argument: Any) -> Any:

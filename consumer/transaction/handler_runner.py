@@ -345,6 +345,8 @@ def _message(delivery: Delivery) -> Message[Any]:
         headers=tuple(record.headers),
         timestamp=record.timestamp,
         value=take_value(delivery),
+        app=delivery.handler.app,
+        handler=delivery.handler.name,
     )
 
 

@@ -18,6 +18,7 @@ from confluent_kafka import Producer
 from harness import Place, Sent, consume_all, consumer, counts, letters, query
 
 from consumer import App, Message, Reject, Retry, Tx
+from consumer.core.idempotency import idempotency_key
 from consumer.dead_letters.retry import DeadLetterRetrier
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.rebuild.rebuild import rebuild
@@ -369,3 +370,31 @@ async def test_bytes_that_are_no_json_are_named(place: Place) -> None:
     assert ["UTF-16" in texts[0], "UTF-16" in texts[1]] == [True, True]
     assert "Confluent's wire format (schema id 7)" in texts[2]
     assert "allow_nan=True" in texts[3]
+
+
+async def test_a_key_for_other_systems_is_the_same_wherever_a_message_runs(place: Place) -> None:
+    topic = await place.topic()
+    app = App("keys-" + uuid.uuid4().hex[:8])
+    keys: list[str] = []
+    refuse = [True]
+
+    @app.handler(topic, message_id="offset")
+    async def settle(message: Message[bytes], tx: Tx) -> None:
+        keys.append(message.idempotency_key("charge"))
+        if refuse[0]:
+            raise Reject("not yet")
+        tx.defer(EFFECT, message.id, 1)
+
+    await place.send(topic, Sent({"id": "a"}))
+    await consume_all(app, place.settings())
+    refuse[0] = False
+    async with app.running():
+        desk = await DeadLetterRetrier.open(app, place.settings(), "operator")
+        done = [result async for result in desk.retry([letter["letter"] for letter in await letters(place.dsn)])]
+        desk.close()
+    assert [result.outcome for result in done] == ["applied"], done
+    await query(place.dsn, "delete from consumer.ledger")
+    findings = await replay(app, place.settings(), [topic], Options(call_handlers=True), Progress())
+    assert findings.total("missing") == 1
+    assert len(keys) == 3 and len(set(keys)) == 1
+    assert keys[0] == idempotency_key(app.name, "settle", bytes.fromhex((await place.effects())[0][0]), "charge")
