@@ -120,14 +120,14 @@ async def _count_nowhere(
 ) -> None:
     """Count rows beyond the ends of the logs."""
     names = {number: name for name, number in topics.items()}
-    for number, topic, partition, id, offset in await _rows_nowhere(connection, handlers, topics, read_ends):
+    for number, topic, partition, id, offset in await rows_nowhere(connection, handlers, topics, read_ends):
         name = handlers[number].name
         history[name]["rows"] += 1
         history[name]["without_message"] += 1
         _sample(findings, name, Partition(names[topic], partition), offset, id.bytes, "the log has no such offset")
 
 
-async def _rows_nowhere(
+async def rows_nowhere(
     connection: Connection,
     handlers: Mapping[int, Handler],
     topics: Mapping[str, int],

@@ -23,7 +23,7 @@ from consumer.postgres.sql_text import transaction_control
 from consumer.testing.messages import Outside, place_of
 from consumer.testing.outside_rows import OutsideRows
 
-_SESSIONS = """
+SESSIONS = """
 select d.sessions, a.pid, a.application_name, a.query, a.query_start
 from pg_stat_database d
 left join pg_stat_activity a on a.datid = d.datid and a.backend_type = 'client backend' and a.pid <> all($1::int[])
@@ -116,7 +116,7 @@ class Watch:
         """
         async with self._lock:
             try:
-                rows = await self._connection.fetch(_SESSIONS, list(self._own))
+                rows = await self._connection.fetch(SESSIONS, list(self._own))
                 changed = await self._rows.changed()
             except Exception as error:
                 self._note_blind(error)

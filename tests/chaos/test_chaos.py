@@ -43,7 +43,7 @@ def test_a_schedule_is_a_function_of_its_seed() -> None:
     assert set(drawn) == {kind for kinds in KINDS.values() for kind in kinds}
 
 
-def test_what_is_produced_is_a_function_of_the_seed_and_has_its_shares() -> None:
+def test_workload_is_a_function_of_the_seed_and_has_its_shares() -> None:
     bursts = list(islice(plan(3, 4), 300))
     assert bursts == list(islice(plan(3, 4), 300))
     kinds = Counter(message.kind for burst in bursts for message in burst.messages)
@@ -57,7 +57,7 @@ def test_what_is_produced_is_a_function_of_the_seed_and_has_its_shares() -> None
     assert keys[0][1] > 10 * keys[-1][1]
 
 
-def test_there_is_a_scenario_for_each_mutant() -> None:
+def test_scenarios_exist_for_every_mutant() -> None:
     assert list(MUTANTS) == [f"M{n}" for n in range(1, 24)] == [scenario.mutant for scenario in SCENARIOS]
 
 

@@ -393,9 +393,7 @@ async def test_the_current_directory_does_not_shadow_what_a_worker_imports(good:
     assert process.returncode == 0
 
 
-async def test_dead_letters_do_not_drive_the_terminal_and_partition_100_is_no_emoji(
-    place: Place, tmp_path: Path
-) -> None:
+async def test_dead_letters_send_no_terminal_codes_or_emoji(place: Place, tmp_path: Path) -> None:
     topic = await place.topic(101)
     app = App(f"cli-{uuid.uuid4().hex[:8]}")
 

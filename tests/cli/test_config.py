@@ -259,7 +259,7 @@ def test_a_secret_in_place_of_a_path_is_not_shown(monkeypatch: pytest.MonkeyPatc
     assert f"{file}: redis.url_file: its file cannot be read" in refusal(written(file, f'[redis]\nurl_file = "{DSN}"'))
 
 
-def test_what_wins_over_a_secret_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flag_and_environment_win_over_a_secret_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = file.with_name("secret")
     path.write_text(DSN)
     config = written(file, f'[postgres]\ndsn_file = "{path}"\n')
@@ -292,7 +292,7 @@ def shown_by_child(environment: dict[str, str]) -> str:
     ).stdout.strip()
 
 
-def test_a_child_process_has_the_settings_and_no_secret_of_a_file_in_its_environment(
+def test_child_process_has_settings_but_no_file_secret_in_its_environment(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = file.with_name("secret")

@@ -43,5 +43,5 @@ def test_error_says_subject_problem_and_action(path: Path) -> None:
     assert wrong == []
 
 
-def test_there_are_errors_to_check() -> None:
+def test_errors_to_check_exist() -> None:
     assert sum(len(list(texts(path))) for path in FILES) > 30

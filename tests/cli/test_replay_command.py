@@ -110,7 +110,7 @@ async def test_a_good_answer_is_exit_code_0(shop: Shop) -> None:
     assert answer["effects"]["rows"] == 0 and answer["history"]["settle"]["rows"] == 40
 
 
-async def test_what_is_missing_is_exit_code_1_and_repaired_by_apply(shop: Shop, tmp_path: Path) -> None:
+async def test_missing_message_is_exit_code_1_and_repaired_by_apply(shop: Shop, tmp_path: Path) -> None:
     await query(shop.place.dsn, 'delete from consumer.ledger where "offset" = 3 and partition = 1 returning id')
     result = shop.replay("--report", "report.html")
     assert result.returncode == 1, result.stderr

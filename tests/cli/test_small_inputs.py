@@ -137,7 +137,7 @@ async def test_pooler_that_is_not_declared_is_named_at_once(postgres: Postgres) 
         await connect(Settings(postgres_dsn=pooler.dsn(postgres.dsn())))
 
 
-def test_import_that_fails_inside_a_library_names_the_line_of_the_application(
+def test_import_failing_in_a_library_names_the_applications_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "unset_variable.py").write_text('import os\n\nURL = os.environ["NOT_SET_ANYWHERE"]\n')

@@ -110,7 +110,7 @@ def test_a_chain_is_of_one_key_of_one_partition(places: list[tuple[str, int, byt
     assert all(chain is not None and len(chain) == 16 for chain in chains)
 
 
-def test_what_is_ordered_with_nothing_holds_back_nothing() -> None:
+def test_unordered_message_holds_back_nothing() -> None:
     assert ordering_key_hash("none", record("t", 0, b"k")) is None
     assert ordering_key_hash("key", record("t", 0, None)) is None
     assert ordering_key_hash("key", record("t", 0, b"")) is not None  # an empty key is a key

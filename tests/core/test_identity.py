@@ -117,12 +117,12 @@ def test_the_sixteen_bytes_of_a_uuid_are_that_uuid(id: UUID) -> None:
         b"\x01" * 16,
     ],
 )
-def test_what_only_resembles_a_uuid_is_an_id_of_its_own(raw: bytes) -> None:
+def test_text_that_resembles_a_uuid_is_an_id_of_its_own(raw: bytes) -> None:
     assert identity.message_id(raw) == hashlib.blake2b(raw, digest_size=16).digest()
 
 
 @given(PLACES, st.none() | st.binary(min_size=16, max_size=16))
-def test_no_declared_id_is_that_of_an_offset(place: Any, salt: bytes | None) -> None:
+def test_declared_id_never_equals_an_offset_id(place: Any, salt: bytes | None) -> None:
     raw = "{}:{}:{}".format(*place).encode() + (salt or b"")
     assert identity.message_id(raw) != identity.offset_id(record(*place), salt)
     assert identity.from_object(raw, "it") != identity.offset_id(record(*place), salt)
@@ -168,7 +168,7 @@ def test_fingerprints_of_different_payloads_differ_and_fit_a_bigint(one: bytes, 
     assert -(2**63) <= identity.fingerprint(one) < 2**63
 
 
-def test_no_payload_and_an_empty_payload_are_two_things() -> None:
+def test_missing_payload_and_empty_payload_differ() -> None:
     assert identity.fingerprint(None) == identity.NO_VALUE_FINGERPRINT != identity.fingerprint(b"")
 
 

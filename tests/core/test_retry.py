@@ -44,7 +44,7 @@ def test_delays_double_until_the_cap_and_stay_there(base: float, cap: float, dra
 
 
 @given(st.integers(1, 50), st.integers(1, 100), DRAWS)
-def test_there_is_another_attempt_until_the_limit_and_none_after(limit: int, failed: int, draw: float) -> None:
+def test_retry_gives_attempts_up_to_its_limit(limit: int, failed: int, draw: float) -> None:
     delay = Retry(attempts=limit).delay_seconds(ValueError(), failed, draw)
     assert (delay is None) == (failed >= limit)
 

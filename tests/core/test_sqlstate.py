@@ -43,7 +43,7 @@ def test_any_text_has_a_meaning(code: str) -> None:
     assert isinstance(meaning(code), Meaning)
 
 
-def test_what_is_not_listed_is_the_messages_own_fault() -> None:
+def test_unlisted_sqlstate_is_the_messages_own_fault() -> None:
     assert meaning("") is Meaning.MESSAGE
     assert meaning("99999") is Meaning.MESSAGE
 

@@ -258,7 +258,7 @@ async def test_an_edit_is_the_same_intent_or_a_new_one_and_counts_once(shop: Sho
     await shop.replay_is_ok()
 
 
-async def test_what_is_discarded_leaves_a_trace_and_frees_what_waits(shop: Shop, tmp_path: Path) -> None:
+async def test_discarded_dead_letter_leaves_a_trace_and_frees_its_key(shop: Shop, tmp_path: Path) -> None:
     await shop.fail("fails", "a1", "c1")
     await shop.send("a1", "a2", "a3", key="a")
     await shop.send("c1", "c2", key="c")

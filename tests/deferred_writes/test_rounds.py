@@ -158,7 +158,7 @@ def test_any_text_is_read_or_refused(sql: str) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers()), min_size=1, max_size=60))
-def test_no_round_meets_a_row_twice_and_each_row_keeps_its_order(arguments: list[tuple[int, int]]) -> None:
+def test_round_meets_a_row_once_and_keeps_its_order(arguments: list[tuple[int, int]]) -> None:
     shape = shape_of(UPDATE)
     assert shape is not None
     numbered = [(key, place) for place, (key, _) in enumerate(arguments)]

@@ -90,7 +90,7 @@ def test_a_handler_has_the_same_code_twice() -> None:
     assert code() == code() and len(code()) == 32
 
 
-def test_what_a_handler_reaches_changes_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_helper_of_a_handler_changes_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
     before = code()
     monkeypatch.setitem(globals(), "FEE", 4)
     assert code() != before
@@ -173,7 +173,7 @@ def test_constants_are_plain_and_cannot_change() -> None:
     assert constant_text([1]) is None and constant_text((1, [2])) is None and constant_text({}) is None
 
 
-def test_when_another_code_may_have_applied_a_message() -> None:
+def test_message_counts_as_applied_by_other_code_in_these_cases() -> None:
     hour = 3_600_000_000
     now = Versions((), 5 * hour, 5 * hour)
     assert not now.may_be_other(6 * hour) and not now.may_be_other(None)

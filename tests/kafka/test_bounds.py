@@ -56,7 +56,7 @@ def test_a_span_is_what_the_bounds_say(start: Bound, end: Bound, given: LogRange
         (Earliest(), AtPosition(), log(position=3)),
     ],
 )
-def test_what_the_log_has_dropped_is_refused_by_name(start: Bound, end: Bound, given: LogRange) -> None:
+def test_offset_that_the_log_has_dropped_is_refused_by_name(start: Bound, end: Bound, given: LogRange) -> None:
     with pytest.raises(Misconfigured, match="t:3 begins at offset 10"):
         span(P, given, start, end)
 

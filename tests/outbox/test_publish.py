@@ -137,7 +137,7 @@ async def test_only_what_is_applied_is_published(place: Place) -> None:
         ({"value": b"", "cause": 1}, "for batch handlers"),
     ],
 )
-async def test_what_is_refused_fails_its_message_and_nothing_is_stored(
+async def test_refused_publish_fails_its_message_and_stores_nothing(
     place: Place, arguments: dict[str, Any], says: str
 ) -> None:
     topic, out = await place.topic(), await place.topic()

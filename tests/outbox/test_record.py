@@ -79,7 +79,7 @@ def test_a_given_id_is_the_one_that_its_header_means(id: object) -> None:
 
 
 @pytest.mark.parametrize("id", ["", b"", 1.5, True, object()])
-def test_what_is_no_id_is_refused(id: object) -> None:
+def test_invalid_outgoing_id_is_refused(id: object) -> None:
     with pytest.raises(TransactionMisuse, match="id="):
         given_id(id)
 
@@ -125,7 +125,7 @@ def test_bytes_and_text_stay_and_none_is_a_tombstone() -> None:
         ("\ud800", "lone surrogate"),
     ],
 )
-def test_what_json_cannot_hold_is_refused_without_its_value(value: object, says: str) -> None:
+def test_value_that_json_cannot_hold_is_refused_without_quoting_it(value: object, says: str) -> None:
     with pytest.raises(TransactionMisuse, match=says):
         encoded_value(value)
 

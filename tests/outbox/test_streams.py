@@ -90,7 +90,7 @@ def test_one_record_batch_of_a_partition_is_in_flight() -> None:
     assert partition in sending.ready()
 
 
-def test_what_failed_for_a_time_comes_again_first() -> None:
+def test_rows_that_failed_for_a_time_are_sent_again_first() -> None:
     _, sending = filled(30)
     partition = sending.ready()[0]
     first = sending.take(partition)

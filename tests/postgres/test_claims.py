@@ -87,7 +87,7 @@ async def claims(database: str) -> AsyncIterator[Claimants]:
 
 
 @pytest.mark.parametrize("partitions", [1, 3])
-async def test_what_is_known_is_looked_up_and_only_the_rest_is_claimed(claims: Claimants, partitions: int) -> None:
+async def test_known_ids_are_looked_up_and_only_the_rest_is_claimed(claims: Claimants, partitions: int) -> None:
     session = await claims.session()
     ids = [uuid4() for _ in range(40)]
     assert await claims.commit(session, claims.deliveries(ids, partitions)) == {}

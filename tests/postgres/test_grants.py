@@ -112,7 +112,7 @@ async def test_role_without_rights_gets_an_error_with_the_command_to_grant_them(
     is_one_line(result, "may not write to ledger", "consumer migrate --grants ROLE")
 
 
-def test_what_can_be_no_role_is_refused(tmp_path: Path) -> None:
+def test_invalid_role_is_refused(tmp_path: Path) -> None:
     for name in ("", "PUBLIC", "a" * 64):
         is_one_line(consumer(tmp_path, "migrate", "--grants", name), "role" if name else "name")
     is_one_line(consumer(tmp_path, "migrate", "--grants", "w", "--sql"), "--grants")

@@ -107,9 +107,7 @@ async def test_many_rows_are_read_in_parts_of_bounded_size(connection: asyncpg.C
     assert [row.seq for row in await outbox.rows(connection, huge.stream, 0, 2)] == [0]
 
 
-async def test_concurrent_transactions_are_numbered_in_the_order_of_their_commits(
-    dsn: str, connection: asyncpg.Connection
-) -> None:
+async def test_concurrent_transactions_are_numbered_in_commit_order(dsn: str, connection: asyncpg.Connection) -> None:
     """A second one waits for the first.
 
     No number is seen before a lower one, and a rollback leaves no gap.
@@ -224,7 +222,7 @@ async def test_a_generation_is_dropped_once_all_of_it_is_published(dsn: str, con
     assert [row.seq for row in await outbox.rows(connection, part.stream, 0, 99)] == [5, 6, 7]
 
 
-async def test_no_generation_is_dropped_under_a_transaction_that_writes_it(
+async def test_generation_is_not_dropped_under_a_transaction_that_writes_it(
     dsn: str, connection: asyncpg.Connection
 ) -> None:
     """The generation is closed after the rows are stored, before the commit."""

@@ -183,12 +183,12 @@ def test_any_text_at_all_is_judged_without_an_error_of_another_kind(sql: str) ->
 
 
 @given(st.text(max_size=60).filter(lambda text: "'" not in text))
-def test_nothing_inside_a_string_is_a_statement(text: str) -> None:
+def test_text_inside_a_string_is_no_statement(text: str) -> None:
     assert first_words(f"select '{text};commit;{text}'") == [("select",)]
 
 
 @given(st.text(max_size=60).filter(lambda text: "$t$" not in text + "$t" and not text.endswith(("$", "$t"))))
-def test_nothing_inside_a_dollar_quote_is_a_statement(text: str) -> None:
+def test_text_inside_a_dollar_quote_is_no_statement(text: str) -> None:
     assert first_words(f"select $t${text};commit;{text}$t$") == [("select",)]
 
 
@@ -203,7 +203,7 @@ def test_the_refusal_names_the_word_and_what_to_do_instead() -> None:
         refuse_transaction_control("/* x */ commit")
 
 
-def test_what_is_refused_once_is_refused_again() -> None:
+def test_refused_statement_is_refused_again() -> None:
     for _ in range(3):
         with pytest.raises(TransactionMisuse):
             refuse_transaction_control("select 1; commit")
@@ -250,7 +250,7 @@ def test_a_function_with_a_body_in_standard_sql_passes() -> None:
 @pytest.mark.parametrize(
     "statement", ["set search_path = other", "SET LOCAL role admin", "reset all", "select 1; set session x to 1"]
 )
-def test_what_other_messages_of_the_transaction_would_meet_is_refused(statement: str) -> None:
+def test_session_state_that_other_messages_would_meet_is_refused(statement: str) -> None:
     with pytest.raises(TransactionMisuse, match="other messages"):
         refuse_transaction_control(statement)
 

@@ -216,7 +216,7 @@ def test_the_list_of_pure_modules_names_files_that_exist() -> None:
     assert {name for name in PURE if not (PACKAGE / name).is_file()} == set()
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
+def test_imports_form_no_cycle() -> None:
     graph = {}
     for path in FILES:
         targets = {module_file(module) for module in imports(path) if module.partition(".")[0] == "consumer"}

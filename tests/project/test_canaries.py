@@ -47,9 +47,7 @@ def seen(text: str, secrets: set[str]) -> set[str]:
     return {secret for secret in secrets if secret in text}
 
 
-async def test_no_canary_is_found_where_it_does_not_belong(
-    place: Place, kafka: Kafka, valkey: Valkey, tmp_path: Path
-) -> None:
+async def test_canaries_stay_where_they_belong(place: Place, kafka: Kafka, valkey: Valkey, tmp_path: Path) -> None:
     topic, name = await place.topic(2), f"canary-{uuid.uuid4().hex[:8]}"
     connection = await asyncpg.connect(place.dsn)
     await connection.execute("drop table effects, accounts")

@@ -256,7 +256,7 @@ def test_compose_own_containers_are_confined(services: dict[str, dict[str, Any]]
         assert service["security_opt"] == ["no-new-privileges:true"], name
 
 
-def test_no_address_is_one_that_the_workers_would_refuse(
+def test_deployed_addresses_are_accepted_by_workers(
     monkeypatch: pytest.MonkeyPatch, services: dict[str, dict[str, Any]]
 ) -> None:
     for name in ("migrate", "workers"):

@@ -110,7 +110,7 @@ def _faults(check: Callable[[Path], list[str]], paths: Iterable[Path]) -> dict[s
     return {_name(path): faults for path in paths if (faults := check(path))}
 
 
-def test_no_file_has_a_banned_word() -> None:
+def test_files_have_no_banned_word() -> None:
     def refused_words(path: Path) -> list[str]:
         return [word for word in words_of(path) if word not in ALLOWED.get(_name(path), set())]
 

@@ -209,7 +209,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_what_is_put_into_sql_is_checked(path: Path) -> None:
+def test_values_put_into_sql_are_checked(path: Path) -> None:
     reviewed = REVIEWED.get(str(path.relative_to(PACKAGE)), {})
     unreviewed = [(line, expression) for line, expression in unchecked(path) if expression not in reviewed]
     assert not unreviewed, (
@@ -223,7 +223,7 @@ def test_the_list_holds_nothing_that_is_gone() -> None:
         assert not left, f"{name}: take {sorted(left)} from REVIEWED"
 
 
-def test_it_finds_what_it_is_to_find(tmp_path: Path) -> None:
+def test_scanner_finds_names_put_into_sql(tmp_path: Path) -> None:
     path = tmp_path / "bad.py"
     path.write_text(
         "def ask(table, n):\n"

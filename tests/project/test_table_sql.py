@@ -144,7 +144,7 @@ def test_the_lists_hold_nothing_that_is_gone() -> None:
     assert {table for table, name in HOME.items() if (name, table) not in named} == set()
 
 
-def test_it_finds_a_statement_in_the_wrong_place(tmp_path: Path) -> None:
+def test_scanner_finds_a_statement_in_the_wrong_file(tmp_path: Path) -> None:
     path = tmp_path / "wrong.py"
     path.write_text(
         '"""Reads select from consumer.ledger in prose."""\n'

@@ -1,8 +1,9 @@
-"""Test modules do not import each other; mutants cannot miss their target."""
+"""Rules for tests: names, imports, no patches of private names, mutants that hit their target."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,23 @@ pytestmark = pytest.mark.unit
 
 
 TESTS = ROOT / "tests"
+NAME_MAX = 70
+NO_SUBJECTS = {
+    "all",
+    "how",
+    "it",
+    "no",
+    "nothing",
+    "that",
+    "there",
+    "they",
+    "what",
+    "whatever",
+    "when",
+    "where",
+    "which",
+    "who",
+}
 
 
 def imported_modules(source: str) -> set[str]:
@@ -33,7 +51,7 @@ def imported_modules(source: str) -> set[str]:
     return {name.rpartition(".")[2] for name in names}
 
 
-def test_no_test_module_imports_another() -> None:
+def test_modules_of_tests_import_no_other_test_module() -> None:
     test_modules = {path.stem for path in TESTS.rglob("test_*.py")}
     assert len(test_modules) > 100
     importing = {
@@ -42,6 +60,47 @@ def test_no_test_module_imports_another() -> None:
         if (shared := imported_modules(path.read_text("utf-8")) & test_modules)
     }
     assert importing == {}, "move what they share to tests/support"
+
+
+def names_without_subject(source: str) -> list[str]:
+    """The tests whose names are too long, or begin with a word that names nothing."""
+    return [
+        node.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.name.startswith("test_")
+        and (len(node.name) > NAME_MAX or node.name.split("_")[1] in NO_SUBJECTS)
+    ]
+
+
+def private_patches(source: str) -> list[str]:
+    """The private names that a test replaces by `monkeypatch`."""
+    return [
+        node.args[1].value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "setattr"
+        and len(node.args) > 1
+        and isinstance(node.args[1], ast.Constant)
+        and str(node.args[1].value).startswith("_")
+    ]
+
+
+@pytest.mark.parametrize("check", [names_without_subject, private_patches])
+def test_tests_follow_the_rule(check: Callable[[str], list[str]]) -> None:
+    faults = {
+        str(path.relative_to(TESTS)): names for path in TESTS.rglob("*.py") if (names := check(path.read_text("utf-8")))
+    }
+    assert faults == {}
+
+
+def test_checks_of_tests_find_faults() -> None:
+    source = (
+        "async def test_what_is_lost(m):\n    m.setattr(worker, '_claim', None)\n    m.setattr(worker, 'claim', None)\n"
+    )
+    assert names_without_subject(source) == ["test_what_is_lost"]
+    assert private_patches(source) == ["_claim"]
 
 
 def test_replace_sets_an_attribute_that_exists_and_restores_it() -> None:

@@ -101,7 +101,7 @@ def test_a_weaker_mode_is_refused_by_the_address_alone(tmp_path: Path, dsn: str,
     assert "canary" not in result.stderr
 
 
-async def test_what_may_be_reached_in_clear_is_named_service_by_service() -> None:
+async def test_plaintext_is_allowed_for_named_services_only() -> None:
     dsn = f"postgresql://u@{NOWHERE}/db"
     away = settings_for(dsn, "kafka:9092", "redis://cache:6379/0")
     with pytest.raises(Misconfigured, match=r"kafka at kafka .*CONSUMER_ALLOW_INSECURE=kafka"):

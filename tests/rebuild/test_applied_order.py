@@ -143,7 +143,7 @@ def test_known_times_are_sorted_however_they_come(ats: list[list[int]], most: in
     assert order.held == 0
 
 
-def test_what_has_no_effect_splits_no_transaction() -> None:
+def test_message_without_effect_splits_no_transaction() -> None:
     """Duplicates and dead letters have no time; unknown messages stand alone."""
     orders = PARTITIONS[0]
     entries = [entry(orders, offset, at) for offset, at in enumerate([None, 7, None, 7, 9, None, 9])]

@@ -689,7 +689,7 @@ async def test_message_that_needs_another_topics_message_is_retried_in_order(pla
     assert await value(place.dsn, "select sum(amount) from effects") == 40 * 7
 
 
-async def test_what_has_failed_is_tried_again_for_as_long_as_anything_is_gained(place: Place) -> None:
+async def test_failed_messages_are_tried_again_while_any_succeeds(place: Place) -> None:
     topic = await place.topic()
 
     async def handle(body: dict[str, Any], tx: Tx) -> None:
@@ -717,7 +717,7 @@ async def waits(place: Place, app: App, topic: str) -> bool:
     return bool(rows)
 
 
-async def test_what_is_settled_above_a_position_counts_and_what_is_not_does_not(place: Place) -> None:
+async def test_only_settled_messages_above_a_position_count(place: Place) -> None:
     topic = await place.topic()
     stuck = asyncio.Event()
 
@@ -889,7 +889,7 @@ WRITE_BOTH = (INSERT, UPDATE)
         ("select 1; drop table effects", "several statements"),
     ],
 )
-async def test_what_would_leave_the_copies_is_refused_and_not_run(place: Place, sql: str, text: str) -> None:
+async def test_statement_that_would_leave_the_copies_does_not_run(place: Place, sql: str, text: str) -> None:
     await migrated(place.dsn, FUNCTIONS)
     topic = await place.topic()
 
@@ -1008,7 +1008,7 @@ async def test_columns_to_leave_out_are_checked_before_anything_runs(place: Plac
             await rebuilt(place, app, **options)
 
 
-async def test_what_was_not_replayed_is_reported(place: Place) -> None:
+async def test_messages_that_were_not_replayed_are_reported(place: Place) -> None:
     first, second = await place.topic(2), await place.topic()
     app = new_app()
 

@@ -47,7 +47,7 @@ def test_a_quoted_name_or_text_ends_where_it_ends(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a\0b"])
-def test_what_can_be_no_name_is_refused(name: str) -> None:
+def test_invalid_identifier_is_refused(name: str) -> None:
     with pytest.raises(Misconfigured):
         ident(name)
 
@@ -107,7 +107,7 @@ def test_a_text_without_a_statement_has_none(text: str) -> None:
         ("NULL::timestamp without time zone", False),
     ],
 )
-def test_which_defaults_give_another_value_another_time(expression: str, moves: bool) -> None:
+def test_volatile_defaults_are_recognized(expression: str, moves: bool) -> None:
     assert is_volatile(expression) is moves
     assert Column("c", default=expression).has_volatile_default is moves
 
@@ -161,7 +161,7 @@ def test_keys_of_a_copy_have_their_originals_names_even_if_crossed() -> None:
     assert renamings(of, list(of.constraints)) == []
 
 
-def test_what_a_copy_begins_with() -> None:
+def test_copy_begins_with_the_rows_that_its_use_needs() -> None:
     of = table(
         number("id", not_null=True), number("balance", not_null=True, default="0"), Column("note"),
         number("twice", generated=True), number("bare", not_null=True),
@@ -231,7 +231,7 @@ def touch(
 VIEW, PART = Name("public", "open_accounts"), Name("public", "accounts_1")
 
 
-def test_what_is_written_gets_a_copy_and_what_is_only_read_does_not() -> None:
+def test_written_table_gets_a_copy_and_read_table_does_not() -> None:
     decision = decide_statement(
         [touch(ACCOUNTS, written=True), touch(EFFECTS, written=True, inserted=True), touch(VIEW, "v")], {}
     )
@@ -258,7 +258,7 @@ def test_what_is_written_gets_a_copy_and_what_is_only_read_does_not() -> None:
         ([touch(Name("consumer", "ledger"), written=True)], "consumer.ledger, which is the framework's own"),
     ],
 )
-def test_what_leaves_the_copies_is_refused(touches: list[TableAccess], refusal: str) -> None:
+def test_statement_that_leaves_the_copies_is_refused(touches: list[TableAccess], refusal: str) -> None:
     decision = decide_statement(touches, {ACCOUNTS: ACCOUNTS, VIEW: ACCOUNTS, PART: ACCOUNTS})
     assert decision.refusal is not None and refusal in decision.refusal
     assert decision.copies == {}
@@ -290,7 +290,7 @@ def test_a_column_that_no_table_has_is_an_error_with_names_near_it() -> None:
         named(["zzz"], "--compare", COLUMNS)
 
 
-def test_what_is_not_compared_and_why() -> None:
+def test_columns_left_out_of_the_comparison_have_a_reason() -> None:
     of = table(
         number("id", identity=True), number("n"), Column("at", default="now()"), Column("key", default="gen_random_uuid()"),
         number("twice", generated=True), Column("seen", default="now()"), Column("stamp"), Column("x", default="x" * 99),

@@ -247,7 +247,7 @@ HOSTILE_SEEN = hostile("")[0]
 
 
 @pytest.mark.parametrize("findings", [HOSTILE, HOSTILE_SEEN], ids=["unseen", "seen"])
-def test_whatever_the_findings_hold_is_text(findings: dict[str, Any]) -> None:
+def test_findings_are_shown_as_text(findings: dict[str, Any]) -> None:
     source = render(findings)
     source.encode("utf-8")  # the half of a surrogate is an escape by now
     assert not set(source) & {"\x00", "\x1b", "\u202e", "\u200b", "\ud800"}
@@ -261,7 +261,7 @@ def test_whatever_the_findings_hold_is_text(findings: dict[str, Any]) -> None:
         assert (f'<span class="esc">{escaped}</span>' in source) == (findings is HOSTILE)
 
 
-def test_it_fetches_nothing_and_runs_nothing() -> None:
+def test_page_fetches_nothing_and_runs_nothing() -> None:
     source = render(full())
     parsed = Parsed(source)
     assert source.startswith("<!doctype html>\n<html")
@@ -343,7 +343,7 @@ def test_beside_a_good_verdict_its_reason_stands_once() -> None:
     assert Parsed(render(MINIMAL)).text.count(OK) == 2  # the title and the heading
 
 
-def test_that_only_a_part_was_looked_at_stands_beside_the_verdict() -> None:
+def test_verdict_says_that_only_a_part_was_looked_at() -> None:
     heading = "Only a part was checked"
     assert f"{heading}: key 7; handlers settle; partitions payments = 3, 4" in Parsed(render(full())).text
     for filters in ({}, None, {"key": None, "message_id": None, "handlers": None, "partitions": None}):
@@ -375,7 +375,7 @@ def test_the_sections_stand_in_their_order() -> None:
 
 
 @pytest.mark.parametrize(("name", "heading"), SECTIONS.items())
-def test_what_is_absent_is_left_out(name: str, heading: str) -> None:
+def test_page_omits_absent_parts(name: str, heading: str) -> None:
     findings = full()
     before = Parsed(render(findings)).headings
     assert heading in before
@@ -388,7 +388,7 @@ def test_what_is_absent_is_left_out(name: str, heading: str) -> None:
         assert Parsed(render({**findings, name: empty})).headings == expected
 
 
-def test_no_part_of_a_part_has_to_be_there() -> None:
+def test_page_without_any_one_key_is_whole() -> None:
     """The page is whole without any key, and shows no Python.
 
     Each key is removed alone, and each is null once.
@@ -630,7 +630,7 @@ def measured(chromium: Chromium, sources: dict[str, str], widths: tuple[int, ...
     return {page["name"]: page for page in json.loads(text)}
 
 
-def test_no_page_scrolls_sideways_and_no_value_runs(chromium: Chromium) -> None:
+def test_pages_never_scroll_sideways_and_run_no_value(chromium: Chromium) -> None:
     control = "<!doctype html><body><div class=wide style='width:2000px'>x</div><img src=x onerror='ran=1'>" + payload(
         0, ""
     )
@@ -668,7 +668,7 @@ def test_as_it_is_chromium_reads_it_as_we_wrote_it(chromium: Chromium) -> None:
 
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_is_drawn_light_and_dark(chromium: Chromium, width: int, scheme: str) -> None:
+def test_page_has_a_light_and_a_dark_look(chromium: Chromium, width: int, scheme: str) -> None:
     image = chromium.screenshot(render(full()), width, scheme)
     size, lines = png(image)
     assert size == (width, 900)

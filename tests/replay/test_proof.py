@@ -109,7 +109,7 @@ async def test_temporary_tables_have_one_name_in_every_session(connection: Any) 
     assert "pg_catalog.pg_class" in effects
 
 
-async def test_what_earlier_transactions_of_the_session_wrote_is_taken_off(connection: Any) -> None:
+async def test_writes_of_earlier_transactions_of_the_session_are_subtracted(connection: Any) -> None:
     await connection.execute("insert into things select generate_series(1, 7)")
     await written(connection, "insert into things values (8)")  # rolled back, and counted all the same
     await connection.execute("begin")

@@ -53,7 +53,7 @@ async def settled(place: Place) -> tuple[Place, App, str]:
     return place, app, topic
 
 
-async def test_all_is_applied(settled: tuple[Place, App, str]) -> None:
+async def test_check_of_a_consumed_topic_finds_everything_applied(settled: tuple[Place, App, str]) -> None:
     place, app, topic = settled
     before = await all_rows(place.dsn)
     findings = await run_replay(place, app, topic)
@@ -356,7 +356,7 @@ async def commit(place: Place, group: str, topic: str, offset: int) -> None:
     await consumer.stop()
 
 
-async def test_what_redis_says_is_held_against_the_ledger(place: Place, own_valkey: Valkey) -> None:
+async def test_marks_in_redis_are_compared_with_the_ledger(place: Place, own_valkey: Valkey) -> None:
     topic = await place.topic()
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}") for n in range(10)])
@@ -370,7 +370,9 @@ async def test_what_redis_says_is_held_against_the_ledger(place: Place, own_valk
     assert findings.precheck == {"asked": 0, "hits": 0, "wrong": 0, "unanswered": 10} and findings.ok
 
 
-async def test_what_a_worker_settles_meanwhile_is_not_missing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_message_that_a_worker_settles_meanwhile_is_not_missing(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     topic = await place.topic(2)
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n) for n in range(20)])
@@ -553,7 +555,7 @@ async def test_a_new_handler_is_filled_from_the_history(settled: tuple[Place, Ap
 
 
 @pytest.mark.parametrize("chunk", [1, 4096])
-async def test_what_fails_is_retried_in_order_and_then_a_dead_letter(place: Place, chunk: int) -> None:
+async def test_failed_message_is_retried_in_order_and_then_a_dead_letter(place: Place, chunk: int) -> None:
     topic = await place.topic()
     app = App(f"app-{uuid.uuid4().hex[:8]}")
     tries: dict[str, int] = {}
@@ -752,7 +754,7 @@ async def test_records_that_are_dropped_while_they_are_read_end_it(
 
 
 @pytest.mark.parametrize("mode", ["check", "apply"])
-async def test_what_was_interrupted_goes_on_where_it_was(place: Place, mode: str) -> None:
+async def test_interrupted_replay_resumes_where_it_was(place: Place, mode: str) -> None:
     topic = await place.topic(2)
     app = payments_app(topic, retry=QUICK)
     await place.send(topic, *[payment(f"p{n}", n % 30, partition=n % 2) for n in range(600)])
@@ -1005,7 +1007,7 @@ async def test_a_log_that_ends_below_the_position_is_doubted(settled: tuple[Plac
     ] and findings.verdict().exit_code == 2
 
 
-async def test_what_asks_to_be_run_again_for_ever_ends_an_apply(place: Place) -> None:
+async def test_endless_run_again_ends_an_apply(place: Place) -> None:
     topic = await place.topic()
     app = App(f"app-{uuid.uuid4().hex[:8]}")
 
@@ -1077,7 +1079,7 @@ async def consume_all_of(app: App, place: Place, topic: str, messages: int) -> N
         await until("the messages to be settled", settled)
 
 
-async def test_what_is_rejected_in_the_rebuild_alone_makes_it_uncertain(place: Place) -> None:
+async def test_message_rejected_in_the_rebuild_alone_makes_it_uncertain(place: Place) -> None:
     topic = await place.topic()
     app = App(f"app-{uuid.uuid4().hex[:8]}")
     changed_its_mind = False

@@ -369,12 +369,12 @@ async def begin_elsewhere(place: Place, app: App, topic: str) -> None:
     ],
     ids=lambda change: change.__name__ if callable(change) else "",
 )
-async def test_what_has_changed_is_a_refusal(place: Place, change: Change, says: str) -> None:
+async def test_resume_after_a_change_is_refused(place: Place, change: Change, says: str) -> None:
     await is_refused(place, "check", change, says)
 
 
 @pytest.mark.parametrize("change", [add_a_handler, rename_the_handler], ids=lambda change: change.__name__)
-async def test_what_has_changed_is_a_refusal_to_apply(place: Place, change: Change) -> None:
+async def test_resume_of_an_apply_after_a_change_is_refused(place: Place, change: Change) -> None:
     await is_refused(place, "apply", change, "--resume: handler")
 
 
@@ -421,7 +421,7 @@ async def test_an_interruption_before_anything_was_read_offers_no_resume(place: 
     assert not saved and "--resume" not in str(ended.value)
 
 
-def test_what_changed_names_the_first_difference() -> None:
+def test_refusal_names_the_first_difference() -> None:
     before: dict[str, dict[str, str | None]] = {"handler": {"a": "1", "b": "2"}, "topic": {"t": None}}
     assert what_changed(before, before) is None
     assert what_changed(before, {"handler": {"a": "1", "b": "2"}, "topic": {"t": "x"}}) is None  # was not known

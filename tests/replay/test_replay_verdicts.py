@@ -49,7 +49,7 @@ async def test_rows_of_messages_produced_meanwhile_are_not_beyond_the_log() -> N
         return next(reads)
 
     connection: Any = Rows()
-    rows = await ledger_diff._rows_nowhere(connection, {}, {"t": 1}, read_ends)
+    rows = await ledger_diff.rows_nowhere(connection, {}, {"t": 1}, read_ends)
     assert [row[4] for row in rows] == [12]
 
 

@@ -68,7 +68,7 @@ def naive(batches: Batches) -> dict[str, Any]:
 @given(BATCHES)
 @example([([1, END - 1, *ABSURD], "applied")])
 @example([([NOW], "applied"), ([NOW + 240_000], "missing")])
-def test_it_says_what_a_naive_count_says(batches: Batches) -> None:
+def test_timeline_equals_a_naive_count(batches: Batches) -> None:
     findings = timeline(batches).as_dict()
     assert findings == naive(batches)
     assert totals(findings) == Counter(name for times, name in batches for _ in times)

@@ -193,7 +193,7 @@ async def run_order(claims: Claims, sessions: dict[str, Session], order: str, en
         await session.rollback()
 
 
-async def test_no_order_of_two_claims_and_a_turn_lets_both_win(claims: Claims) -> None:
+async def test_two_claims_never_both_win_in_any_order_with_a_turn(claims: Claims) -> None:
     """From each phase of a turn on."""
     sessions = {"a": await claims.session(), "b": await claims.session()}
     tried = 0

@@ -53,7 +53,7 @@ def test_every_name_is_there(name: str) -> None:
     assert getattr(schemes, name).__name__ == name
 
 
-def test_they_are_loaded_when_they_are_asked_for() -> None:
+def test_schemes_are_loaded_on_first_use() -> None:
     code = (
         "import sys, consumer, consumer.schemes\n"
         "assert not [each for each in sys.modules if each.startswith('consumer.schemes.')]\n"

@@ -97,7 +97,7 @@ async def test_waiting_is_bounded(redis: Redis, name: str) -> None:
         assert 0.2 <= time.monotonic() - begun < 10
 
 
-async def test_it_is_renewed_while_the_work_lives(redis: Redis, name: str) -> None:
+async def test_lock_is_renewed_while_the_block_runs(redis: Redis, name: str) -> None:
     async with Lock(redis, name, 1.0) as lock:  # not shorter: a busy machine must not look like a dead owner
         until_seconds = time.monotonic() + 2.5
         while time.monotonic() < until_seconds:
@@ -374,7 +374,7 @@ async def test_the_fence_only_moves_forward(connection: asyncpg.Connection) -> N
     assert await connection.fetchval("select number from fences") == 8
 
 
-async def test_what_was_rolled_back_did_not_move_the_fence(connection: asyncpg.Connection) -> None:
+async def test_rolled_back_write_does_not_move_the_fence(connection: asyncpg.Connection) -> None:
     await connection.execute(TABLES)
     transaction = connection.transaction()
     await transaction.start()

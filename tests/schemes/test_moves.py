@@ -120,7 +120,7 @@ def test_terminal_states_are_final() -> None:
         )
 
 
-def test_what_the_words_mean_for_orders() -> None:
+def test_move_of_an_order_is_ready_there_early_or_late() -> None:
     machine = Moves(ORDERS)
 
     def standing(current: str, to: str, expected_from: Any = None) -> MoveStanding:

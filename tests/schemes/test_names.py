@@ -24,13 +24,13 @@ def test_a_name_is_quoted_so_that_nothing_in_it_ends_the_quotes(name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["", "a\0b", "x" * 64, "ä" * 32])
-def test_what_can_be_no_name_is_refused_not_cut(name: str) -> None:
+def test_invalid_name_is_refused_and_not_cut(name: str) -> None:
     with pytest.raises(ValueError, match="not a name"):
         ident(name)
 
 
 @pytest.mark.parametrize("name", [None, 1, b"t", ["t"]])
-def test_what_is_no_text_is_refused(name: Any) -> None:
+def test_name_that_is_no_text_is_refused(name: Any) -> None:
     with pytest.raises(TypeError):
         ident(name)
     with pytest.raises(TypeError):

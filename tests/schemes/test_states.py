@@ -63,7 +63,7 @@ def test_the_reaction_to_each_is_in_its_class() -> None:
 
 
 @pytest.mark.parametrize("final", ["shipped", "void"])
-async def test_nothing_moves_a_row_out_of_a_terminal_state(connection: asyncpg.Connection, final: str) -> None:
+async def test_row_in_a_terminal_state_never_moves(connection: asyncpg.Connection, final: str) -> None:
     await connection.execute("update orders set status = $1 where id = 1", final)
     for to in MOVES:
         if to != final:

@@ -75,7 +75,7 @@ async def test_move_that_is_suppressed_is_a_misfit(connection: asyncpg.Connectio
     assert await connection.fetchval("select status from orders where id = 1") == "new"
 
 
-async def test_what_a_policy_hides_is_not_found(connection: asyncpg.Connection) -> None:
+async def test_row_that_a_policy_hides_is_missing(connection: asyncpg.Connection) -> None:
     await connection.execute(
         "alter table orders enable row level security; create policy own on orders using (id <> 1); set role plain_writer"
     )

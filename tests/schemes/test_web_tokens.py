@@ -168,7 +168,7 @@ async def test_another_amount_under_the_same_token_is_an_error(shop: Shop, token
     assert len(shop.published) == 1
 
 
-async def test_what_is_invalid_leaves_the_token_good(shop: Shop, tokens: Tokens) -> None:
+async def test_invalid_request_leaves_the_token_unused(shop: Shop, tokens: Tokens) -> None:
     token = await tokens.issue("alice", 60)
     is_problem(await shop.tap(token, amount="-5"), 422, "amount_negative")
     assert (await shop.tap(token, amount="5")).status == 202
@@ -239,7 +239,9 @@ async def test_redis_lost_before_the_answer_is_stored_costs_only_the_replay(own_
         (lambda: StreamingResponse(iter([b"a"])), False),
     ],
 )
-async def test_which_answers_are_kept(tokens: Tokens, response: Callable[[], Response], replayed: bool) -> None:
+async def test_second_request_gets_the_kept_answer_or_a_new_one(
+    tokens: Tokens, response: Callable[[], Response], replayed: bool
+) -> None:
     shop = Shop(tokens, again_after_seconds=0)
     shop.respond = response
     install(shop.app)
@@ -383,7 +385,7 @@ async def test_answer_that_an_older_version_kept_is_replayed(tokens: Tokens) -> 
 
 
 @pytest.mark.parametrize("token", [None, 5, b"x", "", "\udcff", ["x"]])
-async def test_what_is_no_token_is_unknown(tokens: Tokens, token: Any) -> None:
+async def test_text_that_is_no_token_is_unknown(tokens: Tokens, token: Any) -> None:
     assert await tokens.redeem(token, "alice") == Unknown()
     assert await tokens.store_result(token, "alice", "x") is False
 

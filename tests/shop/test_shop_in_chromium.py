@@ -282,7 +282,7 @@ async def test_worker_killed_between_tap_and_effect(shop: Shop, browser: Browser
             assert "delivered again" in shown["messages"][0]["fate"]
 
 
-async def test_it_says_the_truth_while_services_are_away(shop: Shop, browser: Browser) -> None:
+async def test_page_says_the_truth_while_services_are_away(shop: Shop, browser: Browser) -> None:
     with opened(browser, shop) as (_, tab):
         says = "document.getElementById('verdict').textContent.startsWith({!r})"
         order = set_switches(tab, greying=False)
@@ -429,7 +429,7 @@ async def test_changes_are_announced_and_everything_has_a_name(shop: Shop, brows
         assert tab.js("document.querySelectorAll('h1').length") == 1
 
 
-async def test_it_needs_nothing_from_elsewhere(shop: Shop, browser: Browser) -> None:
+async def test_page_needs_nothing_from_elsewhere(shop: Shop, browser: Browser) -> None:
     with opened(browser, shop) as (_, tab):
         names = tab.js("performance.getEntriesByType('resource').map(each => new URL(each.name).origin)")
         assert len(names) >= 2 and set(names) == {shop.url}

@@ -287,7 +287,7 @@ def test_other_names_of_this_server(shop: Shop, host: str) -> None:
     is_problem(shop.ask("GET", "/", None, {"host": host}), 400, "host_unknown")
 
 
-def test_it_listens_on_this_machine_only(shop: Shop) -> None:
+def test_shop_listens_on_this_machine_only(shop: Shop) -> None:
     port = int(shop.host.partition(":")[2])
     for address in {
         str(address_info[4][0]) for address_info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
@@ -401,7 +401,7 @@ def test_a_body_without_a_length_is_counted(shop: Shop, fixed: Script) -> None:
         assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
-async def test_whatever_is_sent_is_no_500_and_no_charge(shop: Shop, fixed: Script) -> None:
+async def test_invalid_request_gets_no_500_and_no_charge(shop: Shop, fixed: Script) -> None:
     """Random requests, the same ones in each run."""
     chance = random.Random(7)
     paths = [

@@ -36,7 +36,7 @@ CAUSES = st.dictionaries(PLACES, st.sampled_from(["precheck", "ledger", "batch",
 
 @given(SENT, st.none() | SEEN, SWITCHES, SERVICES, CAUSES, st.booleans(), st.booleans())
 @settings(derandomize=True, database=None, deadline=None, max_examples=150)
-def test_nothing_is_called_charged_that_postgresql_does_not_hold(
+def test_order_is_called_charged_only_if_postgresql_holds_the_charge(
     sent: list[Sent], seen: Seen | None, layers: Switches, up: Services, causes: Any, token: bool, unchecked: bool
 ) -> None:
     order = Order(
@@ -64,7 +64,7 @@ def test_nothing_is_called_charged_that_postgresql_does_not_hold(
         assert is_waiting(order, seen)
 
 
-def test_all_taps_of_an_order_share_its_message_id_where_there_is_a_ledger() -> None:
+def test_taps_of_an_order_share_its_message_id_with_a_ledger() -> None:
     for greying in (True, False):
         for token in (None, "t" * 43):
             order = Order(uuid4(), VISITOR, Switches(greying, token is not None, True), token)

@@ -161,7 +161,7 @@ async def test_rows_stored_outside_are_found(
 ) -> None:
     seen = shown == "by asyncpg here"
     if shown == "by rows alone":
-        monkeypatch.setattr(outside_statements, "_SESSIONS", f"{NO_SESSIONS} where $1::int[] is not null")
+        monkeypatch.setattr(outside_statements, "SESSIONS", f"{NO_SESSIONS} where $1::int[] is not null")
     places: list[Elsewhere] = []
 
     async def act(message: Message[Any]) -> None:
@@ -192,7 +192,7 @@ async def test_rows_stored_outside_are_found(
 async def test_rows_stored_by_another_process_are_found_at_each_crash(
     exactly_once: ExactlyOnce, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outside_statements, "_SESSIONS", f"{NO_SESSIONS} where $1::int[] is not null")
+    monkeypatch.setattr(outside_statements, "SESSIONS", f"{NO_SESSIONS} where $1::int[] is not null")
     dsn: list[str] = []
 
     async def act(message: Message[Any]) -> None:
@@ -246,7 +246,7 @@ async def test_a_function_that_stores_rows_through_dblink_is_found(exactly_once:
         trial.assert_nothing_outside()
 
 
-async def test_what_a_transaction_of_the_worker_stores_is_not_outside(exactly_once: ExactlyOnce) -> None:
+async def test_rows_of_the_workers_transaction_are_not_outside(exactly_once: ExactlyOnce) -> None:
     """Statements of any kind, with savepoints, rollbacks and deferred triggers.
 
     While other databases are written to.

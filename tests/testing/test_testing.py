@@ -24,6 +24,8 @@ from consumer import App, Message, Misconfigured, RegistrationError, Reject, Ret
 from consumer.local_servers import Postgres
 from consumer.postgres.session import Session
 from consumer.testing import STEPS, Delivered, ExactlyOnce, Sent
+from consumer.testing import trial as trial_module
+from consumer.testing.simulated_worker import Round, SimulatedWorker
 from consumer.testing.trial import Trial
 
 pytest_plugins = ["pytester", "consumer.testing"]
@@ -109,7 +111,7 @@ async def test_messages_are_applied_once_and_then_duplicates(exactly_once: Exact
     assert await rows(trial) == (2, 2, 3)
 
 
-async def test_what_one_transaction_wrote_is_not_laid_to_the_next(exactly_once: ExactlyOnce) -> None:
+async def test_writes_of_one_transaction_are_not_blamed_on_the_next(exactly_once: ExactlyOnce) -> None:
     trial = await exactly_once(app_of(), schema=TABLES)
     await trial.deliver(payment(1), payment(1), payment(2), payment(2), batch=1)
     await trial.deliver_again()
@@ -268,16 +270,21 @@ async def test_prove_crashes_at_every_step_of_every_transaction(
 ) -> None:
     trial = await exactly_once(app_of(), schema=TABLES)
     crashes: list[str] = []
-    deliver = trial._deliver
 
-    async def noted(what: str, size: Any, crash_at: Any, *rest: Any, **more: Any) -> Any:
-        deliveries = await deliver(what, size, crash_at, *rest, **more)
-        if crash_at:
-            crashes.append(crash_at)
-            assert "crashed" in {delivered.outcome for delivered in deliveries}
-        return deliveries
+    class Recorded(SimulatedWorker):
+        def __init__(
+            self, app: Any, settings: Any, round: Round, records: Any, crash_at: str | None, *rest: Any
+        ) -> None:
+            super().__init__(app, settings, round, records, crash_at, *rest)
+            self.round, self.crash_at = round, crash_at
 
-    monkeypatch.setattr(trial, "_deliver", noted)
+        async def run(self, batch: int, retry: bool) -> None:
+            await super().run(batch, retry)
+            if self.crash_at:
+                crashes.append(self.crash_at)
+                assert "crashed" in {delivered.outcome for delivered in self.round.delivered}
+
+    monkeypatch.setattr(trial_module, "SimulatedWorker", Recorded)
     await trial.prove(*[payment(n) for n in range(1, 5)], batch=batch)
     assert crashes == list(STEPS) * (4 // batch if batch else 1)
     assert await rows(trial) == (4, 4, 10)
@@ -368,7 +375,9 @@ async def test_the_same_message_under_another_id_is_a_new_effect(exactly_once: E
         trial.assert_no_new_effects()
 
 
-async def test_what_deferred_triggers_write_counts(exactly_once: ExactlyOnce, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rows_written_by_deferred_triggers_count(
+    exactly_once: ExactlyOnce, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trigger = """
         create table mails (id text);
         create function mail() returns trigger language plpgsql as
@@ -798,7 +807,7 @@ async def left_behind(postgres: Postgres) -> list[Any]:
     ],
     ids=["auto", "strict", "by another plugin", "registered twice"],
 )
-async def test_it_works_in_each_mode_and_leaves_no_database(
+async def test_plugin_works_in_each_mode_and_leaves_no_database(
     runs: pytest.Pytester, postgres: Postgres, mark: str, options: list[str], plugins: str
 ) -> None:
     runs.makeconftest(plugins)
@@ -808,12 +817,12 @@ async def test_it_works_in_each_mode_and_leaves_no_database(
     assert await left_behind(postgres) == before
 
 
-def test_it_can_be_left_out(runs: pytest.Pytester) -> None:
+def test_plugin_can_be_disabled(runs: pytest.Pytester) -> None:
     runs.makepyfile("import sys\ndef test_without():\n    assert 'consumer' not in sys.modules")
     runs.runpytest_subprocess("-p", "no:consumer.testing").assert_outcomes(passed=1)
 
 
-def test_it_costs_a_run_that_does_not_use_it_no_driver_and_no_server(runs: pytest.Pytester) -> None:
+def test_unused_plugin_loads_no_driver_and_starts_no_server(runs: pytest.Pytester) -> None:
     runs.makepyfile(
         """
         import sys
@@ -954,7 +963,7 @@ def test_the_page_about_it_works_as_it_stands(runs: pytest.Pytester) -> None:
     runs.runpytest_subprocess("-W", "error").assert_outcomes(passed=3 + len(STEPS))
 
 
-async def test_what_asks_to_be_run_again_for_ever_is_left_waiting(exactly_once: ExactlyOnce) -> None:
+async def test_endless_run_again_leaves_the_message_waiting(exactly_once: ExactlyOnce) -> None:
     app = App("shop")
 
     @app.handler("payments", retry=Retry(attempts=2))

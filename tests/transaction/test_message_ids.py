@@ -223,7 +223,9 @@ COMPARED: list[tuple[Any, int, list[str]]] = [
 
 
 @pytest.mark.parametrize(("option", "rows", "reasons"), COMPARED, ids=["bytes", "value", "function", "none"])
-async def test_what_is_compared_is_what_the_handler_says(place: Place, option: Any, rows: int, reasons: Any) -> None:
+async def test_fingerprint_option_decides_which_payloads_conflict(
+    place: Place, option: Any, rows: int, reasons: Any
+) -> None:
     topic = await place.topic()
     app = app_of(topic, fingerprint=option)
     await both_ways(place, topic, app, *[rewritten(n) for n in range(3)])

@@ -320,7 +320,7 @@ ENDING = [
 ]
 
 
-async def test_no_handler_can_commit_by_any_of_these_ways(place: Place) -> None:
+async def test_commit_by_a_handler_is_refused_in_every_way(place: Place) -> None:
     """Each is refused before it is sent, or by PostgreSQL.
 
     What was written before it is not stored, and no other message suffers.

@@ -324,7 +324,7 @@ async def test_a_dead_letter_keeps_the_frames_of_its_error_without_values(place:
     assert letter["trace"][-2].endswith(" in look_up") and "secret" not in "".join(letter["trace"])
 
 
-async def test_what_waits_for_messages_of_another_topic_does_not_hold_them_up(place: Place) -> None:
+async def test_waiting_for_another_topic_does_not_delay_that_topic(place: Place) -> None:
     """B4: however many wait of one kind, new messages are read."""
     shipped, ordered = await place.topic(), await place.topic()
     app = App(f"evidence-{uuid4().hex[:8]}")

@@ -50,7 +50,7 @@ def test_json_off_a_terminal_and_text_on_one(restored: None) -> None:
     assert text.count("\n") == 1 and "\x1b" not in text  # a name cannot forge a line or drive the terminal
 
 
-async def test_no_payload_id_key_or_secret_is_logged(place: Place, kafka: Kafka, restored: None) -> None:
+async def test_logs_hold_no_payload_id_key_or_secret(place: Place, kafka: Kafka, restored: None) -> None:
     """Every failure of a message happens, at the most verbose level."""
     stream = io.StringIO()
     logs.configure("debug", "json", stream)

@@ -18,7 +18,7 @@ def turns_after_a_conflict(turns: Turns) -> int:
     return count
 
 
-def test_no_turns_are_taken_without_a_conflict() -> None:
+def test_lanes_take_no_turns_without_a_conflict() -> None:
     turns = Turns()
     turns.committed()
     assert not turns.is_needed
