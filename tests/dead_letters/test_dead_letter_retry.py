@@ -19,7 +19,7 @@ from consumer.core.identity import message_id
 from consumer.core.outcome import Reason
 from consumer.dead_letters.edits import edit_of
 from consumer.dead_letters.retry import Filters
-from consumer.postgres.session import Session
+from consumer.postgres import claims
 
 UNCHANGED = ["again", "right", "missing", "conflict", "clean again", "clean missing"]
 DEAD = {reason.value for reason in Reason}
@@ -327,9 +327,9 @@ async def test_stopping_leaves_the_rest_untouched(desk: Desk) -> None:
 async def test_handler_whose_claim_was_kept_would_be_noticed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A session that keeps its claim is caught by this file's check."""
 
-    async def keep(self: object, deliveries: object) -> None: ...
+    async def keep(connection: object, keys: object) -> None: ...
 
-    monkeypatch.setattr(Session, "release_claims", keep)
+    monkeypatch.setattr(claims, "mark_dead_again", keep)
     number = await desk.letter("a", key="k")
     desk.faults["a"] = "clean again"
     before = await desk.rows()
