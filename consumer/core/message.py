@@ -23,15 +23,9 @@ class Partition(NamedTuple):
     partition: int
 
 
-class Record(Protocol):
-    """A record, of any reader."""
+class RecordContent(Protocol):
+    """What a producer sends. timestamp: milliseconds since 1970."""
 
-    @property
-    def topic(self) -> str: ...
-    @property
-    def partition(self) -> int: ...
-    @property
-    def offset(self) -> int: ...
     @property
     def timestamp(self) -> int: ...
     @property
@@ -40,6 +34,17 @@ class Record(Protocol):
     def value(self) -> bytes | None: ...
     @property
     def headers(self) -> Sequence[tuple[str, bytes | None]]: ...
+
+
+class Record(RecordContent, Protocol):
+    """A record, of any reader."""
+
+    @property
+    def topic(self) -> str: ...
+    @property
+    def partition(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
 
 
 class Message(msgspec.Struct, Generic[T], frozen=True):

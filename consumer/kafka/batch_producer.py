@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
@@ -23,7 +23,7 @@ from aiokafka.errors import (
 )
 from aiokafka.partitioner import murmur2
 
-from consumer.core.message import Partition
+from consumer.core.message import Partition, RecordContent
 from consumer.kafka.client import connection_options, start_client
 from consumer.settings import Settings
 
@@ -47,19 +47,6 @@ class Refused(Exception):
     def __init__(self, reason: str, *, for_size: bool = False) -> None:
         super().__init__(reason)
         self.for_size = for_size
-
-
-class SendableRecord(Protocol):
-    """What is sent of a row. timestamp: milliseconds since 1970."""
-
-    @property
-    def key(self) -> bytes | None: ...
-    @property
-    def value(self) -> bytes | None: ...
-    @property
-    def headers(self) -> Sequence[tuple[str, bytes | None]]: ...
-    @property
-    def timestamp(self) -> int: ...
 
 
 class BatchProducer:
@@ -105,7 +92,7 @@ class BatchProducer:
         except TopicAuthorizationFailedError as error:
             raise Refused(_reason(error)) from None
 
-    async def send(self, partition: Partition, records: Sequence[SendableRecord]) -> None:
+    async def send(self, partition: Partition, records: Sequence[RecordContent]) -> None:
         """Send a record batch, and wait until it is acknowledged.
 
         The caller waits for one batch of a partition before it sends the next. Raises Refused, or what a new producer

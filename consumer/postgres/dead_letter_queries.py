@@ -345,6 +345,15 @@ class Ranges(NamedTuple):
         )
 
 
+class Selection(NamedTuple):
+    """Which dead letters are read. key, ids: only of these, None for all."""
+
+    handlers: Sequence[int]
+    ranges: Ranges
+    key: bytes | None
+    ids: Sequence[UUID] | None
+
+
 async def applied_edits(
     connection: Connection, handlers: Sequence[int], topics: Sequence[str], limit: int
 ) -> list[Any]:
@@ -363,11 +372,9 @@ async def applied_retries(
     return [((row[0], Partition(row[1], row[2]), row[3]), row[4]) for row in rows]
 
 
-async def sealed_sizes(
-    connection: Connection, handlers: Sequence[int], ranges: Ranges, key: bytes | None, ids: Sequence[UUID] | None
-) -> list[tuple[int, int]]:
-    """Return the numbers of dead letters in ranges, with their bytes."""
-    rows = await connection.fetch(_SEALED_SIZES, handlers, *ranges, key, ids)
+async def sealed_sizes(connection: Connection, of: Selection) -> list[tuple[int, int]]:
+    """Return the numbers of the selected dead letters, with their bytes."""
+    rows = await connection.fetch(_SEALED_SIZES, of.handlers, *of.ranges, of.key, of.ids)
     return [(row[0], row[1]) for row in rows]
 
 
@@ -376,21 +383,12 @@ async def sealed(connection: Connection, numbers: Sequence[int]) -> list[Any]:
     return await connection.fetch(_SEALED, numbers)
 
 
-async def edits_under_new_ids(
-    connection: Connection,
-    handlers: Sequence[int],
-    ranges: Ranges,
-    key: bytes | None,
-    ids: Sequence[UUID] | None,
-    *,
-    after: int,
-    limit: int,
-) -> list[Any]:
+async def edits_under_new_ids(connection: Connection, of: Selection, *, after: int, limit: int) -> list[Any]:
     """Return applied edits under new ids, with their ledger rows.
 
     after: the number of the last action that was returned before.
     """
-    return await connection.fetch(_EDITS_UNDER_NEW_IDS, handlers, *ranges, key, ids, after, limit)
+    return await connection.fetch(_EDITS_UNDER_NEW_IDS, of.handlers, *of.ranges, of.key, of.ids, after, limit)
 
 
 async def too_old(

@@ -65,11 +65,7 @@ class Checkpoint:
     async def restore(self, state: dict[str, Any], source: KafkaConsumer) -> None:
         """Continue from a saved state. Raises Misconfigured where that is not possible."""
         run = self._run
-        resume.refuse_changed(state["conditions"], run.conditions)
-        try:
-            self._restore(state)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise Misconfigured("--resume: the saved state cannot be read; run it without --resume") from None
+        resume.restore(state, run.conditions, self._restore)
         await resume.refuse_shorter_logs(source, run.findings.spans, run.resumed_at)
 
     def _state(self) -> dict[str, Any]:

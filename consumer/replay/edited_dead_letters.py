@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
-from uuid import UUID
 
 from consumer.core.dead_letters import edit_fault
 from consumer.core.delivery import Delivery
 from consumer.core.handler import Handler
 from consumer.core.message import LogRecord
 from consumer.postgres import dead_letter_queries, generations
+from consumer.postgres.dead_letter_queries import Selection
 from consumer.postgres.protocol import Connection
 from consumer.replay.findings import EDITED, Findings
 from consumer.replay.wording import problem
@@ -25,23 +25,17 @@ _EDITS_AT_ONCE = 500
 
 
 async def check(
-    connection: Connection,
-    findings: Findings,
-    handlers: Mapping[int, Handler],
-    key: bytes | None,
-    ids: Collection[bytes] | None,
+    connection: Connection, findings: Findings, handlers: Mapping[int, Handler], selection: Selection
 ) -> None:
     """Count edits whose ledger row is gone, or another one.
 
-    handlers: by number. key, ids: only of these, None for all.
+    handlers: by number.
     """
     findings.drop_samples(EDITED)  # of the part before an interruption
     has_forgotten = await generations.has_forgotten(connection)
-    ranges = dead_letter_queries.Ranges.of(findings.spans)
-    wanted = None if ids is None else [UUID(bytes=id) for id in ids]
     last_action, forgotten = 0, 0
     while rows := await dead_letter_queries.edits_under_new_ids(
-        connection, list(handlers), ranges, key, wanted, after=last_action, limit=_EDITS_AT_ONCE
+        connection, selection, after=last_action, limit=_EDITS_AT_ONCE
     ):
         last_action = rows[-1]["action"]
         for row in rows:
@@ -83,12 +77,4 @@ def _fingerprints(handler: Handler, row: Any) -> Collection[int]:
 
 def _count(findings: Findings, handler: Handler, row: Any, fault: str) -> None:
     findings.edits_changed += 1
-    findings.sample(
-        EDITED,
-        handler=handler.name,
-        topic=row["topic"],
-        partition=row["partition"],
-        offset=row["offset"],
-        id=row["new_id"].hex,
-        detail=f"dead letter {row['dead_letter']}: {fault}",
-    )
+    findings.sample_dead_letter(EDITED, handler.name, row, row["new_id"], fault)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
+from uuid import UUID
 
 from consumer.core.message import Partition
 from consumer.kafka.bounds import Span
@@ -89,6 +90,18 @@ class Findings:
         """Keep an example, if there are not enough of its kind."""
         if sum(sample["kind"] == kind for sample in self.samples) < SAMPLES_MAX:
             self.samples.append({"kind": kind, **details})
+
+    def sample_dead_letter(self, kind: str, handler: str, row: Mapping[str, Any], id: UUID, fault: str) -> None:
+        """Keep an example of a dead letter with a fault. row: its columns."""
+        self.sample(
+            kind,
+            handler=handler,
+            topic=row["topic"],
+            partition=row["partition"],
+            offset=row["offset"],
+            id=id.hex,
+            detail=f"dead letter {row['dead_letter']}: {fault}",
+        )
 
     def drop_sample(self, kind: str, handler: str, partition: Partition, offset: int) -> None:
         """Drop the examples of a message that is no problem any more."""

@@ -133,11 +133,7 @@ class _RepublishRun:
         if resumed is None:
             self.findings.spans = await resolve(source, partitions, start, end, self.findings.positions)
             return
-        resume.refuse_changed(resumed["conditions"], self.conditions)
-        try:
-            self._restore(resumed)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise Misconfigured("--resume: the saved state cannot be read; run it without --resume") from None
+        resume.restore(resumed, self.conditions, self._restore)
         await resume.refuse_shorter_logs(source, self.findings.spans, self.reached)
 
     async def _copy(self, source: KafkaConsumer) -> None:

@@ -8,7 +8,7 @@ by number, `ReplayCheck.find_deleted` one by one), and everything else that the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -44,6 +44,15 @@ def refuse_changed(before: object, now: Conditions) -> None:
         raise Misconfigured(f"--resume: the saved state cannot be read; {_AGAIN}")
     if (changed := what_changed(before, now)) is not None:
         raise Misconfigured(f"--resume: {changed} since the replay began; {_AGAIN}")
+
+
+def restore(state: Mapping[str, Any], now: Conditions, restore_state: Callable[[Any], None]) -> None:
+    """Continue from a saved state. Raises Misconfigured where that is not possible."""
+    refuse_changed(state["conditions"], now)
+    try:
+        restore_state(state)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise Misconfigured(f"--resume: the saved state cannot be read; {_AGAIN}") from None
 
 
 def conditions_of_code(app: App, handlers: Sequence[Handler], options: Any) -> Conditions:

@@ -5,13 +5,13 @@ Reads through the connection that the caller gives, and never Kafka. core/dead_l
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
-from uuid import UUID
 
 from consumer.core.dead_letter_seal import altered
 from consumer.core.handler import Handler
 from consumer.postgres import dead_letter_queries
+from consumer.postgres.dead_letter_queries import Selection
 from consumer.postgres.protocol import Connection
 from consumer.replay.findings import ALTERED, Findings
 
@@ -20,20 +20,14 @@ _BYTES_AT_ONCE = 16 << 20
 
 
 async def check(
-    connection: Connection,
-    findings: Findings,
-    handlers: Mapping[int, Handler],
-    key: bytes | None,
-    ids: Collection[bytes] | None,
+    connection: Connection, findings: Findings, handlers: Mapping[int, Handler], selection: Selection
 ) -> None:
     """Count dead letters that hold another record than their message's.
 
-    handlers: by number. key, ids: only of these, None for all.
+    handlers: by number.
     """
     findings.drop_samples(ALTERED)  # of the part before an interruption
-    ranges = dead_letter_queries.Ranges.of(findings.spans)
-    wanted = None if ids is None else [UUID(bytes=id) for id in ids]
-    sizes = await dead_letter_queries.sealed_sizes(connection, list(handlers), ranges, key, wanted)
+    sizes = await dead_letter_queries.sealed_sizes(connection, selection)
     numbers: list[int] = []
     size = 0
     for count, (number, length) in enumerate(sizes, 1):
@@ -48,12 +42,4 @@ async def check(
 def _check_one(findings: Findings, handler: Handler, row: Any) -> None:
     if parts := altered(row):
         findings.altered += 1
-        findings.sample(
-            ALTERED,
-            handler=handler.name,
-            topic=row["topic"],
-            partition=row["partition"],
-            offset=row["offset"],
-            id=row["id"].hex,
-            detail=f"dead letter {row['dead_letter']}: {' and '.join(parts)}",
-        )
+        findings.sample_dead_letter(ALTERED, handler.name, row, row["id"], " and ".join(parts))

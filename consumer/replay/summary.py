@@ -6,6 +6,7 @@ Imports kafka, postgres and handler_records.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from uuid import UUID
 
 from consumer.core.handler import Handler
 from consumer.core.message import Partition
@@ -14,6 +15,7 @@ from consumer.kafka.admin import is_compacted
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.log_reader import find_partitions
 from consumer.postgres.connection import translated_errors
+from consumer.postgres.dead_letter_queries import Ranges, Selection
 from consumer.replay import edited_dead_letters, ledger_diff, resume, sealed_dead_letters, second_look
 from consumer.replay.run import Run
 
@@ -112,8 +114,10 @@ async def _compare_ledger(run: Run, source: KafkaConsumer) -> None:
 async def _check_dead_letters(run: Run) -> None:
     connection = (await run.check.open()).connection
     handlers = {handler.number: handler for handler in run.handlers if handler.number > 0}
+    ids = None if run.message_ids is None else [UUID(bytes=id) for id in run.message_ids]
+    selection = Selection(list(handlers), Ranges.of(run.findings.spans), run.key, ids)
     for module in (sealed_dead_letters, edited_dead_letters):
-        await module.check(connection, run.findings, handlers, run.key, run.message_ids)
+        await module.check(connection, run.findings, handlers, selection)
 
 
 def _add_notes(run: Run) -> None:

@@ -264,14 +264,15 @@ async def test_dead_letters_are_listed_locked_settled_and_recorded(connection: a
     await a.mark_published(connection, [dead])
     assert await a.take_unpublished(connection, APP, 5) == []
     ranges = q.Ranges(["orders"], [0], [0], [9])
+    selection = q.Selection([handler], ranges, None, None)
     assert await q.last_number(connection) == waiting
     assert await q.count_since(connection, dead, [handler], ranges) == 1
     assert await q.too_old(connection, [handler], ["orders"]) == []
     assert await q.applied_edits(connection, [handler], ["orders"], 5) == []
-    assert await q.edits_under_new_ids(connection, [handler], ranges, None, None, after=0, limit=5) == []
+    assert await q.edits_under_new_ids(connection, selection, after=0, limit=5) == []
     await a.record(connection, [Action(dead, "me", "retry", "applied", "", None, None)])
     assert (await q.applied_retries(connection, [handler], ["orders"], 5))[0][0] == (handler, P, 1)
-    assert await q.sealed_sizes(connection, [handler], ranges, None, None) == [(dead, 5), (waiting, 5)]
+    assert await q.sealed_sizes(connection, selection) == [(dead, 5), (waiting, 5)]
     assert [row["value"] for row in await q.sealed(connection, [dead])] == [b"value"]
     assert q.Ranges.of([(P, 0, 9)]) == ranges
     id = (await q.whole(connection, [waiting]))[waiting]["id"]

@@ -76,7 +76,7 @@ def names_without_subject(source: str) -> list[str]:
 def private_patches(source: str) -> list[str]:
     """The private names that a test replaces by `monkeypatch`."""
     return [
-        node.args[1].value
+        str(node.args[1].value)
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
