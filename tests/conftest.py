@@ -5,15 +5,17 @@ The services listen on free ports.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from uuid import uuid4
 
 import asyncpg
 import pytest
-from harness import Place, migrated
+from harness import Place, migrated, query
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from services import Kafka
@@ -25,6 +27,13 @@ from consumer.local_servers import Postgres, Valkey
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+# A copy of a database is another one: with an epoch, and with beginnings of its own.
+_AS_IF_MIGRATED_NOW = """
+with installation as (update consumer.installation set made_at = now(), nonce = gen_random_uuid()),
+     outbox as (update consumer.outbox_generations set opened_at = now())
+update consumer.generations set opened_at = now()
+"""
 
 # Every run draws the same examples: a red test here is red for everybody.
 hypothesis_settings.register_profile(
@@ -83,23 +92,46 @@ def own_valkey() -> Iterator[Valkey]:
         yield server
 
 
-@pytest.fixture
-async def database(postgres: Postgres) -> str:
-    """The address of an empty database."""
+@asynccontextmanager
+async def _database(postgres: Postgres, options: str = "") -> AsyncIterator[str]:
+    """A database of one test, and its address; dropped, because autovacuum visits every database of a server."""
     name = f"test_{uuid4().hex[:12]}"
-    connection = await asyncpg.connect(postgres.dsn())
+    server = await asyncpg.connect(postgres.dsn())
     try:
-        await connection.execute(f"create database {name}")
+        await server.execute(f"create database {name} {options}")
+        yield postgres.dsn(name)
+        await server.execute(f"drop database if exists {name} with (force)")
     finally:
-        await connection.close()
-    return postgres.dsn(name)
+        await server.close()
 
 
 @pytest.fixture
-async def place(kafka: Kafka, database: str, redis_url: str) -> Place:
-    """The services, with the ledger and the tables of harness.TABLES made."""
-    await migrated(database)
-    return Place(kafka.bootstrap_servers, database, redis_url)
+async def database(postgres: Postgres) -> AsyncIterator[str]:
+    """The address of an empty database."""
+    async with _database(postgres) as dsn:
+        yield dsn
+
+
+@pytest.fixture(scope="session")
+def migrated_template(postgres: Postgres) -> str:
+    """The name of a database with the ledger and the tables of harness.TABLES."""
+
+    async def create() -> None:
+        server = await asyncpg.connect(postgres.dsn())
+        await server.execute("create database migrated_template")
+        await server.close()
+        await migrated(postgres.dsn("migrated_template"))
+
+    asyncio.run(create())
+    return "migrated_template"
+
+
+@pytest.fixture
+async def place(kafka: Kafka, postgres: Postgres, migrated_template: str, redis_url: str) -> AsyncIterator[Place]:
+    """The services, with the ledger and the tables of harness.TABLES."""
+    async with _database(postgres, f"template {migrated_template}") as dsn:
+        await query(dsn, _AS_IF_MIGRATED_NOW)
+        yield Place(kafka.bootstrap_servers, dsn, redis_url)
 
 
 @pytest.fixture

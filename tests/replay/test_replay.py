@@ -893,17 +893,17 @@ async def test_several_handlers_of_several_topics(place: Place, batch: int | Non
 
 
 @pytest.fixture
-async def paid(place: Place, database: str) -> tuple[Place, App, str]:
+async def paid(place: Place) -> tuple[Place, App, str]:
     """The demo's payments and handler, on Kafka: all applied.
 
     2,000 messages, 10 % of them twice.
     """
-    await query(database, "drop table accounts, effects")
+    await query(place.dsn, "drop table accounts, effects")
     await query(
-        database, "create table payments (payment_id uuid not null, account int not null, amount bigint not null)"
+        place.dsn, "create table payments (payment_id uuid not null, account int not null, amount bigint not null)"
     )
-    await query(database, "create table accounts (account int primary key, balance bigint not null default 0)")
-    await query(database, "insert into accounts (account) select generate_series(0, 999)")
+    await query(place.dsn, "create table accounts (account int primary key, balance bigint not null default 0)")
+    await query(place.dsn, "insert into accounts (account) select generate_series(0, 999)")
     topic = await place.topic(8)
     app = App(f"demo-{uuid.uuid4().hex[:8]}")
     app.handler(topic)(settle)
