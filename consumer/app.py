@@ -18,6 +18,7 @@ from consumer.core.retry import Retry
 from consumer.core.shard_route import Route, check_names
 from consumer.outbox.record import RECORD_BYTES_MAX, TOPIC
 from consumer.transaction.tx import Tx
+from consumer.transaction.web_publishing import Publishing, publishing
 
 F = TypeVar("F", bound=Function)
 Lifespan = Callable[["App"], AbstractAsyncContextManager[Any]]
@@ -39,7 +40,7 @@ class App:
       ledger row and its effects are there, in one transaction; no transaction spans two shards. So a message that must be applied
       once must always have the same key, in every topic, and the route must never change its answer (no ``hash()``, which
       differs between processes). See docs/how-to/shards.md.
-    - publishes: the topics that `Tx.publish` may publish to. A worker checks at its start that they exist.
+    - publishes: the topics that `Tx.publish` and `publishing` may publish to. A worker checks at its start that they exist.
     """
 
     def __init__(
@@ -137,6 +138,18 @@ class App:
             )
         handler.app, handler.publishes = self.name, self.publishes
         self._handlers[handler.name] = handler
+
+    def publishing(self, connection: Any) -> AbstractAsyncContextManager[Publishing]:
+        """Publish in a transaction of your own, in a web application for example.
+
+        ``async with app.publishing(connection) as out: out.publish(topic, value)`` stores the records when the block ends,
+        in the transaction that is open on this asyncpg connection. They commit with your writes, or not at all. A worker of
+        the App sends them, within about a second.
+
+        Raises TransactionMisuse where no transaction is open; Misconfigured where the table or the right to insert is
+        missing.
+        """
+        return publishing(connection, self.name, self.publishes)
 
     @property
     def handlers(self) -> Mapping[str, Handler]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from consumer.core.errors import Misconfigured
-from consumer.postgres import outbox
+from consumer.postgres import outbox, outbox_intake
 from consumer.postgres.connection import translated_errors
 from consumer.postgres.outbox import StreamOverview
 from consumer.postgres.protocol import Connection
@@ -34,12 +33,15 @@ class GoneOn:
         return {"stream": self.stream, "resumed": self.from_seq is not None, "discarded": discarded}
 
 
-def summary(streams: Sequence[StreamOverview]) -> dict[str, Any]:
+async def summary(connection: Connection, app: str) -> dict[str, Any]:
     """Return what `consumer status` reports of the outbox."""
-    oldest = min((stream.oldest for stream in streams if stream.oldest is not None), default=None)
+    streams = await outbox.overview(connection, app)
+    intake, since = await outbox_intake.waiting(connection, app)
+    oldest = [seconds for seconds in (since, *(stream.oldest for stream in streams)) if seconds is not None]
     return {
-        "unpublished": sum(stream.unpublished for stream in streams),
-        "oldest": time_text(oldest),
+        "unpublished": intake + sum(stream.unpublished for stream in streams),
+        "intake": intake,
+        "oldest": time_text(min(oldest, default=None)),
         "stopped": [stream_as_dict(stream) for stream in streams if stream.state.stopped is not None],
     }
 

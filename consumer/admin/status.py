@@ -21,7 +21,7 @@ from consumer.handler_records.notices import Notice
 from consumer.handler_records.settled_ranges import Gap
 from consumer.kafka import group
 from consumer.kafka.consumer import KafkaConsumer
-from consumer.postgres import outbox, waiting_messages
+from consumer.postgres import waiting_messages
 from consumer.postgres.protocol import Connection
 from consumer.settings import Settings
 
@@ -88,7 +88,7 @@ async def read_status(app: App, path: str, settings: Settings, exact: bool = Fal
         dead_letters = await open_dead_letters(connection, app)
         health = await partition_health(connection, source, app, partitions, members.commits)
         waiting, _ = await waiting_messages.read(connection, app.name)
-        streams = await outbox.overview(connection, app.name)
+        unpublished = await summary(connection, app.name)
         wrong_counts = await miscounts(connection, app) if exact else None
         all_notices, coverage = await notices.gather(connection, app, path, members, missing)
         return Status(
@@ -102,7 +102,7 @@ async def read_status(app: App, path: str, settings: Settings, exact: bool = Fal
             waiting=waiting,
             notices=all_notices,
             gaps=coverage.gaps,
-            outbox=summary(streams),
+            outbox=unpublished,
             miscounts=wrong_counts,
         )
 

@@ -48,6 +48,14 @@ _ReadOnly = Annotated[
         rich_help_panel=_PRINT,
     ),
 ]
+_PublishOnly = Annotated[
+    bool,
+    typer.Option(
+        "--publish-only",
+        help="with --grants: those of a web application's role for `app.publishing`",
+        rich_help_panel=_PRINT,
+    ),
+]
 _Files = Annotated[
     list[Path] | None,
     typer.Option(
@@ -92,6 +100,7 @@ def migrate(
     files: _Files = None,
     grants_for: _GrantsFor = None,
     read_only: _ReadOnly = False,
+    publish_only: _PublishOnly = False,
     new_epoch: _NewEpoch = False,
     rename_handler: _RenameHandler = None,
     shard: ShardName = None,
@@ -107,11 +116,15 @@ def migrate(
         raise Misconfigured(
             "--sql, --check and --grants: each changes nothing; give one of them, and neither --file nor --new-epoch"
         )
+    if read_only and publish_only:
+        raise Misconfigured("--read-only and --publish-only: give one of them")
     if grants_for is not None:
-        print(grants.as_sql(grants_for, grants.For.READER if read_only else grants.For.WORKER), end="")
+        purpose = grants.For.READER if read_only else grants.For.PUBLISHER if publish_only else grants.For.WORKER
+        print(grants.as_sql(grants_for, purpose), end="")
         return 0
-    if read_only:
-        raise Misconfigured("--read-only: no effect alone; it goes with --grants ROLE")
+    if read_only or publish_only:
+        flag = "--read-only" if read_only else "--publish-only"
+        raise Misconfigured(f"{flag}: no effect alone; it goes with --grants ROLE")
     if sql:
         print(schema.as_sql(), end="")
         return 0

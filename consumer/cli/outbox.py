@@ -15,6 +15,8 @@ from consumer.cli.framework import POSTGRES, AppOrName, AsJson, Refused, cli, co
 from consumer.cli.output import line, names, numbers, print_json, printable, show
 from consumer.cli.per_shard import NamedApp, ShardName, named_app, over
 from consumer.core.errors import Misconfigured
+from consumer.core.message import Partition
+from consumer.outbox.streams import named
 from consumer.postgres import outbox
 from consumer.postgres.dead_letters import storable
 from consumer.postgres.protocol import Connection
@@ -62,7 +64,7 @@ async def _list(named: NamedApp, settings: Settings, as_json: bool) -> int:
     for stream in streams:
         table.add_row(
             str(stream["stream"]),
-            escape(f"{stream['source_topic']}:{stream['source_partition']}"),
+            escape(_source(stream)),
             escape(stream["topic"]),
             f"{stream['published']:,}",
             f"{stream['unpublished']:,}",
@@ -100,7 +102,7 @@ async def _show(named: NamedApp, stream: int, limit: int, settings: Settings, as
     if as_json:
         print_json(answer)
         return 0
-    line(f"stream {stream}: from {answer['source_topic']}:{answer['source_partition']} to {answer['topic']}")
+    line(f"stream {stream}: from {_source(answer)} to {answer['topic']}")
     line(f"published: {answer['published']:,}, unpublished: {answer['unpublished']:,}")
     if answer["stopped"]:
         line(f"stopped since {answer['stopped_at']}: {answer['stopped']}")
@@ -205,6 +207,10 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a user without a name, as in some containers
         return "unknown"
+
+
+def _source(stream: dict[str, Any]) -> str:
+    return named(Partition(stream["source_topic"], stream["source_partition"]))
 
 
 def _number(number: int | None) -> str:

@@ -19,6 +19,8 @@ from consumer.app_loader import load_app
 from consumer.cli.framework import SERVICES, AppPath, AsJson, cli, command
 from consumer.cli.output import line, names, numbers, print_json, show
 from consumer.cli.per_shard import ShardName, over
+from consumer.core.message import Partition
+from consumer.outbox.streams import named
 from consumer.settings import Settings
 
 Exact = Annotated[bool, typer.Option("--exact", help="also count the ledger's rows, which is slow if there are many")]
@@ -135,9 +137,10 @@ def _print_handlers(handlers: Mapping[str, dict[str, Any]]) -> None:
 
 def _print_outbox(outbox: Mapping[str, Any], path: str) -> None:
     if outbox["unpublished"]:
-        line(f"outbox: {outbox['unpublished']:,} rows not published yet, the oldest of {outbox['oldest']}")
+        intake = f", {outbox['intake']:,} of them not in a stream yet" if outbox["intake"] else ""
+        line(f"outbox: {outbox['unpublished']:,} rows not published yet{intake}, the oldest of {outbox['oldest']}")
     for stream in outbox["stopped"]:
-        source = f"{stream['source_topic']}:{stream['source_partition']}"
+        source = named(Partition(stream["source_topic"], stream["source_partition"]))
         line(f"outbox: stream {stream['stream']} from {source} to {stream['topic']} has stopped: {stream['stopped']}")
         line(f"  to go on: consumer outbox resume {path} {stream['stream']} --why TEXT")
 

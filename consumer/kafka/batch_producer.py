@@ -1,7 +1,9 @@
 """Sends whole record batches, each of one output partition.
 
-Kafka takes or refuses a record batch as a whole. Limitations: an idempotent producer of aiokafka stays broken after some
-errors, and a refused batch leaves a gap in its sequence. After any error, abandon it and open another one.
+Kafka takes or refuses a record batch as a whole. The producer is not idempotent in Kafka's sense: one batch of a partition
+is in flight, so a lost answer can only repeat it, which its ids allow anyway; while that of aiokafka stays broken after some
+errors (aiokafka#1017), and a refused batch leaves a gap in its sequence. Limitations: after an error, abandon it and open
+another one.
 """
 
 from __future__ import annotations
@@ -30,11 +32,6 @@ from consumer.settings import Settings
 BATCH_BYTES = 256 << 10
 _STOP_SECONDS = 10.0
 _FOR_SIZE = (MessageSizeTooLargeError, RecordListTooLargeError)
-# Of the producer: another one sends the batch again.
-_OF_THE_PRODUCER = (
-    "OutOfOrderSequenceNumber", "DuplicateSequenceNumber", "InvalidProducerEpoch", "UnknownProducerId",
-    "InvalidProducerIdMapping", "InvalidTxnState", "ProducerFenced",
-)  # fmt: skip
 _cached_murmur2 = lru_cache(maxsize=20_000)(murmur2)
 
 
@@ -50,7 +47,7 @@ class Refused(Exception):
 
 
 class BatchProducer:
-    """An idempotent producer; all replicas in sync acknowledge every batch."""
+    """A producer of which all replicas in sync acknowledge every batch."""
 
     def __init__(self, producer: AIOKafkaProducer) -> None:
         self._producer: Any = producer
@@ -60,9 +57,7 @@ class BatchProducer:
         """Connect. Raises ServiceUnavailable or Misconfigured."""
         return cls(
             await start_client(
-                lambda: AIOKafkaProducer(
-                    **connection_options(settings), acks="all", enable_idempotence=True, max_batch_size=BATCH_BYTES
-                ),
+                lambda: AIOKafkaProducer(**connection_options(settings), acks="all", max_batch_size=BATCH_BYTES),
                 settings,
                 wait_seconds,
             )
@@ -110,7 +105,7 @@ class BatchProducer:
             future = await self._producer.send_batch(builder, partition.topic, partition=partition.partition)
             await future
         except BrokerResponseError as error:
-            if error.retriable or type(error).__name__ in _OF_THE_PRODUCER:
+            if error.retriable:
                 raise
             raise Refused(_reason(error), for_size=isinstance(error, _FOR_SIZE)) from None
 

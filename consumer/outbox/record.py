@@ -19,6 +19,7 @@ from consumer.core.message import Partition
 from consumer.core.values import not_finite
 
 Headers: TypeAlias = tuple[tuple[str, bytes | None], ...]
+HeadersArgument: TypeAlias = Mapping[str, str | bytes | None] | Iterable[tuple[str, str | bytes | None]] | None
 
 MESSAGE_ID = "message-id"
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
@@ -53,12 +54,13 @@ class OutgoingRecord(NamedTuple):
 class Outgoing(NamedTuple):
     """An outgoing record and the message that caused it.
 
-    source: the partition of that message. handler: number. offset: None where several messages caused it.
+    source: the partition of that message, or streams.INTAKE. handler: number. offset: None where several messages caused
+    it.
     """
 
     record: OutgoingRecord
     source: Partition
-    handler: int
+    handler: int | None
     offset: int | None
 
 

@@ -16,6 +16,22 @@ from collections.abc import Sequence
 
 from consumer.core.message import Partition
 
+INTAKE = Partition("", 0)  # the source of streams that no message caused: see `home`
+
+
+def home(topics: Sequence[str]) -> Partition:
+    """Return the input partition whose owner publishes what `app.publishing` stored.
+
+    topics: of the App. Kafka gives a partition to one worker of the group, so one worker does it, and another one after
+    it. While two versions of an App run, the owner of the first topic of both still has it for its own.
+    """
+    return Partition(min(topics), 0)
+
+
+def named(source: Partition) -> str:
+    """Name the source of a stream for people."""
+    return "app.publishing" if source == INTAKE else f"{source.topic}:{source.partition}"
+
 
 class Stream:
     """One stream in a worker's memory.

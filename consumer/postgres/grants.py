@@ -67,6 +67,8 @@ _WORKER: Mapping[str, tuple[str, ...]] = {
     "outbox": ("select", "insert"),
     "outbox_generations": ("select",),
     "outbox_actions": ("select", "insert"),
+    # PostgreSQL requires a right to update for a row lock; no column is ever updated.
+    "outbox_intake": ("select", "insert", "update (topic)", "delete"),
 }
 # Enough for `status`, `show` and dashboards. Of a dead letter, no byte of the message, and not the error's text, which may quote it.
 _READER: Mapping[str, tuple[str, ...]] = {
@@ -103,6 +105,12 @@ _READER: Mapping[str, tuple[str, ...]] = {
     "outbox": ("select (generation, stream, seq, id, topic, type, traceparent, created_at, handler, source_offset)",),
     "outbox_generations": ("select",),
     "outbox_actions": ("select (action, stream, at, operator, what, from_seq, to_seq)",),
+    "outbox_intake": ("select (app, place, id, topic, created_at)",),
+}
+# Enough for `app.publishing` in a web application: it inserts, and reads nothing of this schema.
+_PUBLISHER: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(_WORKER, ()),
+    "outbox_intake": ("insert (app, id, topic, key, value, headers)",),
 }
 
 
@@ -111,9 +119,14 @@ class For(Enum):
 
     WORKER = "worker"
     READER = "reader"
+    PUBLISHER = "publisher"
 
 
-TABLES: Mapping[For, Mapping[str, tuple[str, ...]]] = {For.WORKER: _WORKER, For.READER: _READER}
+TABLES: Mapping[For, Mapping[str, tuple[str, ...]]] = {
+    For.WORKER: _WORKER,
+    For.READER: _READER,
+    For.PUBLISHER: _PUBLISHER,
+}
 # Turning the ledger and the outbox to their next generations and dropping the oldest ones, as their owner: `consumer run`
 # does it in the background. is_drained and generation only read.
 _FUNCTIONS: Mapping[For, tuple[str, ...]] = {
@@ -127,6 +140,7 @@ _FUNCTIONS: Mapping[For, tuple[str, ...]] = {
         "drop_outbox(double precision)",
     ),
     For.READER: (),
+    For.PUBLISHER: (),
 }
 
 

@@ -6,14 +6,15 @@ Limitations: stores nothing; apply.py does, before the COMMIT.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
 from consumer.core.delivery import Delivery
 from consumer.core.errors import TransactionMisuse
 from consumer.core.message import Message
 from consumer.outbox.record import (
     TRACEPARENT,
+    HeadersArgument,
     Outgoing,
     OutgoingRecord,
     check_size,
@@ -25,8 +26,6 @@ from consumer.outbox.record import (
     given_id,
     trace_of,
 )
-
-HeadersArgument: TypeAlias = Mapping[str, str | bytes | None] | Iterable[tuple[str, str | bytes | None]] | None
 
 _NO_CAUSE = (
     "publish: in a batch handler, give cause= a message of its list, or id=; another run may call it with another list"

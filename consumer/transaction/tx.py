@@ -13,11 +13,11 @@ from contextvars import ContextVar
 from typing import Any
 
 from consumer.core.errors import TransactionMisuse
-from consumer.outbox.record import Outgoing
+from consumer.outbox.record import HeadersArgument, Outgoing
 from consumer.postgres.sql_settings import check_setting
 from consumer.postgres.sql_text import refuse_transaction_control, traits
 from consumer.transaction.dry_run_guard import is_dry_run
-from consumer.transaction.publishing import HeadersArgument, Publisher
+from consumer.transaction.publishing import Publisher
 from consumer.transaction.scope import Scope, savepoint_name
 
 _CANCELLED_SECONDS = 5.0

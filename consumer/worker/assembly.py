@@ -36,6 +36,7 @@ from consumer.worker.lifetime import Lifetime
 from consumer.worker.log_monitor import LogMonitor
 from consumer.worker.message_log import MessageLog
 from consumer.worker.offset_commits import OffsetCommits
+from consumer.worker.outbox_intake import OutboxIntake
 from consumer.worker.outbox_relay import OutboxRelay
 from consumer.worker.partition_table import PartitionTable
 from consumer.worker.partitions import Partitions
@@ -126,6 +127,7 @@ class Parts:
         return {
             shard.name: OutboxRelay(
                 app.name,
+                app.topics,
                 settings,
                 shard,
                 self.partitions.table,
@@ -136,6 +138,18 @@ class Parts:
             )
             for shard in self.shards
         }
+
+    def _outbox_intake(self, shard: Shard) -> OutboxIntake:
+        relay = self.relays.get(shard.name)
+        return OutboxIntake(
+            self._app.name,
+            self._app.topics,
+            shard,
+            self.partitions.table,
+            self.connections,
+            self.lifetime,
+            relay.committed if relay is not None else lambda epoch, stored: None,
+        )
 
     def _add_record_flow(self, report: Report, path: str) -> None:
         """Create what fetches records, and what opens, watches and gives up partitions."""
@@ -233,5 +247,7 @@ class Parts:
                 loops.append(
                     publish_loop(app.name, topic, shard.settings, open_session, self._results.dead_letters_added)
                 )
+            if app.publishes:
+                loops.append(self._outbox_intake(shard).run())
         loops += [relay.run() for relay in self.relays.values()]
         return loops + [runner.run() for runner in self._runners]

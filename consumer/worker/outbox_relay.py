@@ -1,6 +1,6 @@
 """Publishes the outbox of one database.
 
-It has the streams of the partitions that this worker owns. A lane hands over its rows when its COMMIT has returned. Rows
+It has the streams of the partitions that this worker owns, and with one of them those of `app.publishing`. A lane hands over its rows when its COMMIT has returned. Rows
 that are not in memory (of an earlier owner, of a command, of a COMMIT whose answer was lost, or beyond the memory's bound)
 are read from the table. The table decides; memory is a shortcut. Limitations: does not know whether it still owns a
 partition; a late relay only repeats rows under their ids.
@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
+from consumer.core.message import Partition
 from consumer.kafka.batch_producer import BATCH_BYTES
 from consumer.logs import describe, event
 from consumer.outbox.record import StoredStream
 from consumer.outbox.send_queues import Row, SendQueues, rows_of
-from consumer.outbox.streams import Stream
+from consumer.outbox.streams import INTAKE, Stream, home, named
 from consumer.postgres import outbox
 from consumer.postgres.connection import translated_errors
 from consumer.postgres.errors import Outage
@@ -42,12 +43,13 @@ _MISSING = "rows are missing in the outbox"
 class OutboxRelay:
     """Publishes one database's outbox for one worker.
 
-    record_bytes: of the largest record that each topic takes.
+    topics: of the App. record_bytes: of the largest record that each topic takes.
     """
 
     def __init__(
         self,
         app: str,
+        topics: Sequence[str],
         settings: Settings,
         shard: Shard,
         table: PartitionTable,
@@ -57,6 +59,7 @@ class OutboxRelay:
         on_step: Callable[[str], None],
     ) -> None:
         self._app = app
+        self._home = home(topics)
         self._settings = settings
         self._shard = shard
         self._table = table
@@ -185,10 +188,10 @@ class OutboxRelay:
     async def _poll(self, session: Session) -> None:
         """Learn which streams there are, and what is new in them."""
         await session.check_epoch()
-        sources = self._table.partitions()
+        sources = self._sources()
         assigned = set(sources)
         states = await outbox.streams(session.connection, self._app, sources) if sources else []
-        if assigned != set(self._table.partitions()):
+        if assigned != set(self._sources()):
             self.look()
             return
         for state in states:
@@ -197,6 +200,11 @@ class OutboxRelay:
             if stream.source not in assigned:
                 stream.is_open = False
                 del self._streams[number]
+
+    def _sources(self) -> list[Partition]:
+        """The sources whose streams this worker publishes."""
+        partitions = self._table.partitions()
+        return [*partitions, INTAKE] if self._home in partitions else partitions
 
     def _update(self, state: outbox.StreamState) -> None:
         stream = self._streams.get(state.stream)
@@ -256,7 +264,7 @@ class OutboxRelay:
             logging.ERROR,
             "publishing stopped",
             topic=stream.topic,
-            source=f"{stream.source.topic}:{stream.source.partition}",
+            source=named(stream.source),
             stream=stream.number,
             reason=reason,
             do="see `consumer outbox list APP`",

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import subprocess
-import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,11 @@ import asyncpg
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from harness import ROOT, Place, Sent, consumer, drained, new_topic, query, until, value, working
+from harness import Place, Sent, consumer, drained, new_topic, query, until, value, working
 from outgoing import all_published, check_published, publish_all, records_of, values
-from publishing_worker import app_of
+from publishing_worker import app_of, started
 
-from consumer import App, Reject, Settings, Tx, testing
+from consumer import App, Reject, Tx, testing
 from consumer.admin.outbox import read_stream
 from consumer.dead_letters.retry import DeadLetterRetrier, Filters
 from consumer.postgres import outbox
@@ -37,19 +34,6 @@ def messages(start: int, count: int = 40) -> list[Sent]:
 
 def name() -> str:
     return f"relay-{uuid.uuid4().hex[:8]}"
-
-
-def started(
-    settings: Settings, topic: str, out: str, app: str, step: str, nth: int, log: Path, *more: str
-) -> subprocess.Popen[bytes]:
-    clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
-    script = str(ROOT / "tests" / "support" / "publishing_worker.py")
-    with log.open("ab") as stderr:
-        return subprocess.Popen(
-            [sys.executable, script, topic, out, app, step, str(nth), *more],
-            env={**clean, **settings.dump(), "PYTHONPATH": str(ROOT)},
-            stderr=stderr,
-        )
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -50,6 +50,7 @@ HOME = {
     "outbox": "outbox.py",
     "outbox_generations": "outbox.py",
     "outbox_actions": "outbox.py",
+    "outbox_intake": "outbox_intake.py",
 }
 # Numbers of handlers and topics are everywhere: any file of the package may join their names.
 NAMES = {"handlers", "topics"}

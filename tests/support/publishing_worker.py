@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from crash_worker import CrashAt, after_sending, stop_itself
+from harness import ROOT
 from replacing import replace
 
-from consumer import App, Message, Tx
+from consumer import App, Message, Settings, Tx
 from consumer.logs import configure
 from consumer.postgres.session import Session
 from consumer.settings import load
@@ -31,6 +34,20 @@ def app_of(topic: str, out: str, name: str) -> App:
         tx.publish(out, message.value, key=message.key)
 
     return app
+
+
+def started(
+    settings: Settings, topic: str, out: str, app: str, step: str, nth: int, log: Path, *more: str
+) -> subprocess.Popen[bytes]:
+    """Start it as a process that logs to a file."""
+    clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
+    script = str(Path(__file__))
+    with log.open("ab") as stderr:
+        return subprocess.Popen(
+            [sys.executable, script, topic, out, app, step, str(nth), *more],
+            env={**clean, **settings.dump(), "PYTHONPATH": str(ROOT)},
+            stderr=stderr,
+        )
 
 
 def main() -> None:
