@@ -104,7 +104,8 @@ class Settings(BaseModel):
 
     allow_insecure: str = Field(
         "",
-        description="services that may be reached off this machine without TLS that checks who answers, of kafka, postgres, redis, comma-separated",
+        description="services that may be reached off this machine without TLS that checks who answers, of kafka, postgres, redis, "
+        "and http (other machines may reach ours), comma-separated",
     )
 
     workers: Annotated[int, Field(ge=1, le=256)] = Field(1, description="worker processes, 1 to 256")
@@ -133,6 +134,11 @@ class Settings(BaseModel):
         1, description="how long rows of the outbox are kept after they are published, at least"
     )
 
+    http: Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$")] | None = Field(
+        None,
+        description="HOST:PORT that serves /metrics, /livez, /readyz and /status; other machines may be let in only with "
+        "--allow-insecure http (absent: nothing is served)",
+    )
     grace_seconds: Positive = Field(25, description="longest drain after SIGTERM")
     wait_seconds: Annotated[float, Field(ge=0, le=2_000_000, allow_inf_nan=False)] = Field(
         30, description="longest wait for Kafka and PostgreSQL at start"
@@ -179,8 +185,8 @@ class Settings(BaseModel):
     @field_validator("allow_insecure")
     @classmethod
     def _services(cls, given: str) -> str:
-        if odd := sorted(_names(given) - {"kafka", "postgres", "redis"}):
-            raise ValueError(f"{odd[0][:40]!r} is none of kafka, postgres, redis")
+        if odd := sorted(_names(given) - {"kafka", "postgres", "redis", "http"}):
+            raise ValueError(f"{odd[0][:40]!r} is none of kafka, postgres, redis, http")
         return given
 
     @model_validator(mode="after")
@@ -200,6 +206,16 @@ class Settings(BaseModel):
     def insecure(self) -> set[str]:
         """The services that may be reached without TLS on other machines."""
         return _names(self.allow_insecure)
+
+    @property
+    def http_address(self) -> tuple[str, int] | None:
+        """The host and port to serve on. Raises Misconfigured for a port that is none."""
+        if self.http is None:
+            return None
+        host, _, port = self.http.rpartition(":")
+        if int(port) > 65535:
+            raise Misconfigured(f"CONSUMER_HTTP: {port} is no port; write HOST:PORT with a port up to 65535")
+        return host.strip("[]"), int(port)
 
     @property
     def dsn(self) -> str:

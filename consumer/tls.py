@@ -59,6 +59,21 @@ def check_kafka(settings: Settings) -> None:
         )
 
 
+def check_http(settings: Settings) -> tuple[str, int] | None:
+    """Return the host and port to serve on; None without CONSUMER_HTTP.
+
+    Raises Misconfigured for an address that other machines reach, unless CONSUMER_ALLOW_INSECURE allows it: there is
+    neither TLS nor a password.
+    """
+    address = settings.http_address
+    if address is not None and not hosts.is_local(address[0]) and "http" not in settings.insecure:
+        raise Misconfigured(
+            f"CONSUMER_HTTP={settings.http} would answer other machines without TLS: serve on 127.0.0.1, or allow it with "
+            "CONSUMER_ALLOW_INSECURE=http"
+        )
+    return address
+
+
 def redis_url(settings: Settings) -> str | None:
     """Return Redis's address as text, with its CA file; None without one.
 

@@ -27,7 +27,7 @@ _HEADINGS = (
     ("dead_letter_", "Dead letters"),
     ("outbox_", "Outbox"),
     ("log_", "Logging"),
-    (("grace_", "wait_", "watchdog_", "restarts_", "worker", "allow_"), "Process"),
+    (("http", "grace_", "wait_", "watchdog_", "restarts_", "worker", "allow_"), "Process"),
     ("", "Limits"),
 )
 _ORDER = (
@@ -45,6 +45,7 @@ _KINDS = (
     ("_url", "URL"),
     ("_dsn", "DSN"),
     ("_topic", "TOPIC"),
+    ("http", "HOST:PORT"),
     (("_provider",), "MODULE:NAME"),
     ("_servers", "HOST:PORT,..."),
 )

@@ -5,16 +5,20 @@ The other commands are imported only when one of them runs, so that a worker sta
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
+from collections.abc import AsyncIterator
 from typing import Any
 
-from consumer import logs
+from consumer import logs, tls
 from consumer.admin.readiness import check_ready
 from consumer.app import App
 from consumer.app_loader import load_app
 from consumer.cli.framework import AppPath, cli, command
 from consumer.core.identity import OffsetId
+from consumer.metrics.fleet import Fleet
 from consumer.settings import Settings
 from consumer.worker.supervisor import Supervisor
 
@@ -32,6 +36,7 @@ _LAST_LINES_SECONDS = 2.0  # for the last log lines, whose pipe may be full
         "redis_",
         "precheck_",
         "allow_",
+        "http",
         "dead_letter_",
         "workers",
         "lanes",
@@ -55,11 +60,41 @@ def run(app: AppPath, settings: Settings) -> Any:
     `consumer migrate --check` and `consumer status APP`.
     """
     loaded = load_app(app)
+    tls.check_http(settings)
     return _run(app, loaded, settings)
 
 
 async def _run(path: str, app: App, settings: Settings) -> int:
-    supervisor = Supervisor(path, app.name, settings.workers, settings)
+    fleet = Fleet.of(app.name, settings.workers)
+    async with _serving(app, settings, fleet):
+        return await _supervise(path, app, settings, fleet)
+
+
+@contextlib.asynccontextmanager
+async def _serving(app: App, settings: Settings, fleet: Fleet) -> AsyncIterator[None]:
+    """Serve metrics and health in this block, if wanted. Raises Misconfigured."""
+    address = tls.check_http(settings)
+    if address is None:
+        yield
+        return
+    # Only with --http: the library takes time to import.
+    from consumer.monitoring.database_figures import DatabaseFigures
+    from consumer.monitoring.endpoints import routes_of
+    from consumer.monitoring.http_server import HttpServer
+
+    server = HttpServer(routes_of(fleet))
+    await server.open(*address)
+    reading = asyncio.create_task(DatabaseFigures(app, settings, fleet.totals).run())
+    try:
+        yield
+    finally:
+        server.close()
+        reading.cancel()
+        await asyncio.wait([reading], timeout=1)
+
+
+async def _supervise(path: str, app: App, settings: Settings, fleet: Fleet) -> int:
+    supervisor = Supervisor(path, settings, fleet)
     try:
         await supervisor.prepare()
         await check_ready(app, path, settings)

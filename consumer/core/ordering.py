@@ -199,6 +199,18 @@ class Scheduler:
             if (queue := self._queues.get(chain[0].partition)) is not None
         ]
 
+    def oldest(self) -> dict[Partition, Record]:
+        """Return the first record of each partition that waits here.
+
+        Not those of a batch that was taken and is not settled yet.
+        """
+        first = {partition: queue.fetched[0] for partition, queue in self._queues.items() if queue.fetched}
+        for delivery in (*self._ready, *(chain[0] for chain in self._delayed.values())):
+            known = first.get(delivery.partition)
+            if known is None or delivery.record.offset < known.offset:
+                first[delivery.partition] = delivery.record
+        return first
+
     @property
     def delayed(self) -> int:
         """Deliveries that wait for another attempt, or behind one."""

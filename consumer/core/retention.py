@@ -143,6 +143,17 @@ def due(state: LedgerState, policy: Policy) -> Step:
     return Wait(min(turns_at, forgets_at) - state.now)
 
 
+def forgets_in_seconds(state: LedgerState, policy: Policy) -> float:
+    """Return the seconds until the oldest generation may be forgotten; 0 if it is due."""
+    oldest = next((generation for generation in state.generations if not generation.forgotten), None)
+    if oldest is None:
+        return 0.0
+    closes_at = oldest.closed_at if oldest.closed_at is not None else oldest.opened_at + policy.generation * HOUR
+    return max(
+        0.0, max(closes_at, state.now if oldest.closed_at is None else 0.0) + policy.retention * HOUR - state.now
+    )
+
+
 def wanted(own: float, others: Mapping[str, float | None]) -> tuple[float | None, list[str]]:
     """Return the retention that suits every application of the database.
 

@@ -282,6 +282,16 @@ class KafkaConsumer:
                 return int(stable)
         return None
 
+    def end_seen(self, partition: Partition) -> int | None:
+        """Return the end of a log that readers may read, as of the last fetch.
+
+        None before the first one.
+        """
+        if not self.is_assigned(partition):
+            return None
+        stable = self.consumer.last_stable_offset(TopicPartition(*partition))
+        return int(stable) if stable is not None and stable >= 0 else None
+
     async def committed(self, partition: Partition) -> int | None:
         """Return the group's committed offset. Raises KafkaError."""
         offset = await asyncio.wait_for(self.consumer.committed(TopicPartition(*partition)), _REQUEST_SECONDS)

@@ -8,7 +8,7 @@ go on. Pure.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -72,6 +72,7 @@ class SendQueues:
         self._lowered: dict[str, int] = {}  # by topic, after Kafka refused a record batch for its size
         self._queues: dict[Partition, SendQueue] = {}
         self.bytes = 0
+        self.published: Counter[str] = Counter()  # rows that Kafka has acknowledged, by topic
 
     @property
     def has_room(self) -> bool:
@@ -132,6 +133,7 @@ class SendQueues:
         for row in queue.in_flight:
             row.stream.acknowledge(row.seq)
             self.bytes -= row.size
+        self.published[partition.topic] += len(queue.in_flight)
         queue.careful = max(0, queue.careful - len(queue.in_flight))
         queue.in_flight = []
 

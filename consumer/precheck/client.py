@@ -28,6 +28,8 @@ from consumer.core.handler import Handler
 from consumer.core.hosts import certificate_fault
 from consumer.core.outcome import DUPLICATE, Cause
 from consumer.logs import describe, event
+from consumer.metrics.catalog import PRECHECK
+from consumer.metrics.recorder import Recorder
 from consumer.precheck.breaker import Breaker, Sampler
 
 _CONNECT_SECONDS = 1.0
@@ -70,6 +72,7 @@ class Precheck:
         budget_seconds: float,
         window_seconds: float,
         on_step: Callable[[str], None] = lambda _: None,
+        recorder: Recorder | None = None,
     ) -> None:
         try:
             if {name for name, _ in parse_qsl(urlsplit(url).query)} - _URL_OPTIONS:
@@ -95,6 +98,7 @@ class Precheck:
         self._budget = budget_seconds
         self._window = window_seconds
         self._on_step = on_step
+        self._recorder = recorder
         self._epoch = ""
         self._breaker = Breaker()
         self._samplers: dict[tuple[str, int], Sampler] = {}  # by handler and bucket
@@ -127,6 +131,11 @@ class Precheck:
                 raise Misconfigured(f"Redis: {fault}") from None
             self._failed(error)
 
+    @property
+    def is_off(self) -> bool:
+        """Whether Redis did not answer at last, and is not asked."""
+        return self._breaker.is_open
+
     def new_epoch(self, epoch: str) -> None:
         """Ignore the marks so far: the database or its history changed."""
         self._epoch = epoch
@@ -152,6 +161,7 @@ class Precheck:
         now_seconds: by the wall clock; skew only costs hits.
         """
         if self._breaker.is_open:
+            self._count(deliveries, [], "off")
             return
         questions: list[_Question] = []
         bucket = int(now_seconds // self._window)
@@ -168,6 +178,7 @@ class Precheck:
                 ]
                 questions += [_Question(handler, window, wanted) for window in wanted_from if wanted]
         if not questions:
+            self._count(deliveries, questions, "miss")
             return
         try:
             async with asyncio.timeout(self._budget):
@@ -175,12 +186,31 @@ class Precheck:
         except Exception as error:  # whatever the library raises: Redis is a hint
             _go_on()
             self._failed(error)
+            self._count(deliveries, questions, "late")
             return
         _go_on()
         for question, hits in zip(questions, answers, strict=True):
             for delivery in hits:
                 delivery.outcome = DUPLICATE[Cause.PRECHECK]
             self._sampler(question.handler, question.bucket).observed(len(question.deliveries), len(hits))
+        self._count(deliveries, questions, "miss", hits=len({delivery for hits in answers for delivery in hits}))
+
+    def _count(
+        self, deliveries: Sequence[Delivery], questions: Sequence[_Question], result: str, hits: int = 0
+    ) -> None:
+        """Count the messages by answer. result: of those that were asked for and no hit, or of all."""
+        if self._recorder is None:
+            return
+        protected = {delivery.handler for delivery in deliveries}
+        messages = (
+            len(deliveries)
+            if all(handler.idempotent for handler in protected)
+            else sum(delivery.handler.idempotent for delivery in deliveries)
+        )
+        asked = messages if result == "off" else sum({one.handler: len(one.deliveries) for one in questions}.values())
+        for name, count in ((result, asked - hits), ("hit", hits), ("sampled_out", messages - asked)):
+            if count > 0:
+                self._recorder.add(PRECHECK, (name,), count)
 
     async def known(self, deliveries: Sequence[Delivery], now_seconds: float) -> set[Delivery] | None:
         """Return the messages that have a mark; None without an answer."""

@@ -20,7 +20,7 @@ from consumer.transaction.errors import statements_of_messages, transaction
 from consumer.transaction.handler_runner import HandlerRunner
 from consumer.transaction.limits import CallTracker
 from consumer.transaction.position_updates import position_updates
-from consumer.transaction.result import BatchResult, LedgerIds, ended_by_handler, outcome_counts
+from consumer.transaction.result import BatchResult, LedgerIds, ended_by_handler, numbered, outcome_counts
 
 
 async def apply_batch(
@@ -61,7 +61,8 @@ async def apply_batch(
         # A position passes no message that is not settled. Compare-and-set: Fenced if another worker has moved it.
         result.position_updates = position_updates(scheduler, batch, result.delayed, ids.logs)
         await _save_attempts(session, batch, result)
-        await session.write_positions(ids.app, result.position_updates, outcome_counts(ids, result))
+        result.counts = outcome_counts(result)
+        await session.write_positions(ids.app, result.position_updates, numbered(result.counts, ids))
         if outgoing := handlers.outgoing(result.applied):
             # After the positions, as every transaction locks them in this order; their owner publishes it after COMMIT.
             result.published = await session.store_outgoing(ids.app, outgoing)

@@ -19,12 +19,18 @@ from consumer.core.delivery import Delivery
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.core.handler import Handler
 from consumer.logs import event
+from consumer.metrics.catalog import BATCH_DURATION, HANDLER_DURATION
+from consumer.metrics.recorder import Recorder
 from consumer.settings import Settings
 from consumer.transaction.tx import Tx
 
 GRACE_SECONDS = 5.0  # after the cancellation, before the connection is ended
 LAST_SECONDS = 2.0  # after that, before the worker is
 _OF_IDLE = 0.6  # of the idle timeout: a third may pass before the last call of a batch (see postgres/session.py), and some is left
+
+
+# Names of the steps of a transaction in metrics, by the event at their end.
+_STEPS = {"claimed": "claim", "handled": "handlers", "before_commit": "store", "committed": "commit"}
 
 
 def limits(handlers: Iterable[Handler], settings: Settings) -> dict[str, float]:
@@ -102,13 +108,15 @@ class CallTracker:
     """The running calls of one lane.
 
     Without any, it waits for PostgreSQL, since `changed_at`. running_inline: the handler that runs at this moment and
-    has not waited for anything yet.
+    has not waited for anything yet. recorder: takes durations.
     """
 
-    __slots__ = ("_asking", "_limits", "changed_at", "running", "running_inline")
+    __slots__ = ("_asking", "_limits", "_recorder", "_step_at", "changed_at", "running", "running_inline")
 
-    def __init__(self, limits: Mapping[str, float]) -> None:
+    def __init__(self, limits: Mapping[str, float], recorder: Recorder | None = None) -> None:
         self._limits = limits
+        self._recorder = recorder
+        self._step_at = 0.0
         self.running: dict[asyncio.Task[Any], Call] = {}
         self._asking = False
         self.changed_at = 0.0
@@ -133,9 +141,26 @@ class CallTracker:
 
         def noted(step: str) -> None:
             self.changed_at = time.monotonic()
+            if self._recorder is not None:
+                self._record_step(self._recorder, step)
             on_step(step)
 
         return noted
+
+    def _record_step(self, recorder: Recorder, step: str) -> None:
+        if (name := _STEPS.get(step)) is not None:
+            recorder.observe(BATCH_DURATION, (name,), self.changed_at - self._step_at)
+        self._step_at = self.changed_at
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether durations of calls are recorded."""
+        return self._recorder is not None
+
+    def ran(self, handler: Handler, seconds: float, calls: int = 1) -> None:
+        """Record calls that never waited. seconds: of all of them."""
+        if self._recorder is not None and calls:
+            self._recorder.observe(HANDLER_DURATION, (handler.name,), seconds / calls, calls)
 
     def waiting_seconds(self, now: float) -> float:
         """Return how long PostgreSQL has not answered, outside of handlers."""
@@ -159,6 +184,9 @@ class CallTracker:
         """
         del self.running[call.task]
         self.step()
+        if self._recorder is not None:
+            waited = 0.0 if call.tx is None else call.tx.turn_seconds(self.changed_at)
+            self._recorder.observe(HANDLER_DURATION, (call.handler.name,), self.changed_at - call.since - waited)
         ended_by_limit = call.state is not _State.RUNNING
         if call.task.uncancel() if ended_by_limit else call.task.cancelling():
             if isinstance(error, asyncio.CancelledError):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from consumer.core.delivery import Batch, Delivery, PositionUpdate
+from consumer.core.handler import Handler
 from consumer.core.log_identity import Position
 from consumer.core.message import Partition
 from consumer.core.ordering import Scheduler
@@ -37,6 +38,9 @@ class LedgerIds:
     logs: dict[Partition, Position] = field(default_factory=dict)  # as the positions were read
 
 
+OutcomeKey = tuple[Handler, str, int, str]  # handler, topic, partition, and the outcome's name in counts
+
+
 class FailedAttempt(NamedTuple):
     """An error, and the attempts so far, with this one if counted."""
 
@@ -58,6 +62,7 @@ class BatchResult:
     dead: dict[Delivery, Dead] = field(default_factory=dict)
     delayed: dict[Delivery, float] = field(default_factory=dict)  # seconds until the next attempt; 0 behind another
     position_updates: list[PositionUpdate] = field(default_factory=list)
+    counts: Mapping[OutcomeKey, int] = field(default_factory=dict)
     published: Sequence[StoredStream] = ()  # stored in the outbox
 
     def conclude(self, won: list[Delivery]) -> None:
@@ -119,13 +124,10 @@ def _reason(dead: Dead) -> str:
     return f"{dead.reason.value}: {dead.error}" if dead.reason is Reason.UNREADABLE else dead.reason.value
 
 
-def outcome_counts(ids: LedgerIds, result: BatchResult) -> dict[tuple[int, int, int, str], int]:
-    """Count messages by handler, topic, partition and outcome.
-
-    Only the owner of a partition updates these rows.
-    """
-    counts: dict[tuple[int, int, int, str], int] = {}
-    _count_applied(counts, ids, result.applied)
+def outcome_counts(result: BatchResult) -> dict[OutcomeKey, int]:
+    """Count messages by handler, topic, partition and outcome."""
+    counts: dict[OutcomeKey, int] = {}
+    _count_applied(counts, result.applied)
     for delivery, outcome in result.outcomes.items():
         match outcome:
             case Duplicate():
@@ -136,12 +138,23 @@ def outcome_counts(ids: LedgerIds, result: BatchResult) -> dict[tuple[int, int, 
                 label = "skipped"
             case Applied() | RetryLater():
                 continue
-        key = (delivery.handler.number, ids.topics[delivery.record.topic], delivery.record.partition, label)
+        key = (delivery.handler, delivery.record.topic, delivery.record.partition, label)
         counts[key] = counts.get(key, 0) + 1
     return counts
 
 
-def _count_applied(counts: dict[tuple[int, int, int, str], int], ids: LedgerIds, applied: Sequence[Delivery]) -> None:
+def numbered(counts: Mapping[OutcomeKey, int], ids: LedgerIds) -> dict[tuple[int, int, int, str], int]:
+    """Return counts by the numbers of the ledger.
+
+    Only the owner of a partition updates these rows.
+    """
+    return {
+        (handler.number, ids.topics[topic], partition, label): count
+        for (handler, topic, partition, label), count in counts.items()
+    }
+
+
+def _count_applied(counts: dict[OutcomeKey, int], applied: Sequence[Delivery]) -> None:
     # fast path: a batch holds long runs of one handler and partition, and a run costs one entry.
     start, size = 0, len(applied)
     while start < size:
@@ -156,6 +169,6 @@ def _count_applied(counts: dict[tuple[int, int, int, str], int], ids: LedgerIds,
         ):
             end += 1
         if handler.idempotent:
-            key = (handler.number, ids.topics[topic], partition, "kept")
+            key = (handler, topic, partition, "kept")
             counts[key] = counts.get(key, 0) + end - start
         start = end

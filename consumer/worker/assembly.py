@@ -16,6 +16,7 @@ from consumer.core.ordering import Scheduler
 from consumer.core.shard_route import Router
 from consumer.dead_letters.publisher import publish_loop
 from consumer.kafka.consumer import KafkaConsumer
+from consumer.metrics.recorder import Recorder
 from consumer.retention.task import Keeper, Timestamps
 from consumer.settings import Settings
 from consumer.sharding import shards as shard_registry
@@ -35,6 +36,7 @@ from consumer.worker.lane import LaneRunner, LaneServices
 from consumer.worker.lifetime import Lifetime
 from consumer.worker.log_monitor import LogMonitor
 from consumer.worker.message_log import MessageLog
+from consumer.worker.metrics_report import MetricsReport
 from consumer.worker.offset_commits import OffsetCommits
 from consumer.worker.outbox_intake import OutboxIntake
 from consumer.worker.outbox_relay import OutboxRelay
@@ -44,6 +46,7 @@ from consumer.worker.shard import LaneState, Shard
 from consumer.worker.shard_check import ShardCheck
 from consumer.worker.upkeep import Upkeep
 from consumer.worker.wait_reports import Reporter
+from consumer.worker.worker_gauges import WorkerState
 
 
 def _shards_of(app: App, settings: Settings, table: PartitionTable) -> list[Shard]:
@@ -53,7 +56,7 @@ def _shards_of(app: App, settings: Settings, table: PartitionTable) -> list[Shar
     ]
 
 
-def _lanes_of(app: App, settings: Settings, shards: list[Shard]) -> list[LaneState]:
+def _lanes_of(app: App, settings: Settings, shards: list[Shard], recorder: Recorder | None) -> list[LaneState]:
     # With several shards a poll may hold nothing for a lane but the end offset: not worth a transaction each time.
     idle_batch_seconds = settings.kafka_commit_interval_seconds if len(shards) > 1 else 0.0
     seconds_max = limits(app.handlers.values(), settings)
@@ -66,7 +69,7 @@ def _lanes_of(app: App, settings: Settings, shards: list[Shard]) -> list[LaneSta
                 settings.buffer_bytes_max // settings.lanes,
                 idle_batch_interval=idle_batch_seconds,
             )
-            lanes.append(LaneState(len(lanes), shard, scheduler, CallTracker(seconds_max), Turns()))
+            lanes.append(LaneState(len(lanes), shard, scheduler, CallTracker(seconds_max, recorder), Turns()))
     return lanes
 
 
@@ -94,7 +97,8 @@ class Parts:
         self.source = KafkaConsumer(settings, app.name, os.environ.get("CONSUMER_WORKER", "0"))
         table = PartitionTable(app.shards or [""])
         self.shards = _shards_of(app, settings, table)
-        self.lanes = _lanes_of(app, settings, self.shards)
+        self.recorder = Recorder() if settings.http is not None else None
+        self.lanes = _lanes_of(app, settings, self.shards, self.recorder)
         self._reporters = {
             shard.name: Reporter(self._evidence, self.message_log, [lane for lane in self.lanes if lane.shard is shard])
             for shard in self.shards
@@ -106,6 +110,7 @@ class Parts:
         self.relays = self._outbox_relays()
         self._shard_check = ShardCheck(app, self.router, self.shards, table, self.connections, self.lifetime)
         self._add_record_flow(report, path)
+        self.metrics_report = self._metrics_report(report)
         self._add_lanes()
         self.health = HealthMonitor(
             settings,
@@ -118,6 +123,14 @@ class Parts:
             self.lifetime,
             report,
         )
+
+    def _metrics_report(self, report: Report) -> MetricsReport | None:
+        if self.recorder is None:
+            return None
+        worker = WorkerState(
+            self.source, self.shards, self.lanes, self.partitions, self.connections, self._kafka, self.relays
+        )
+        return MetricsReport(self.recorder, self._app.handlers.values(), worker, report)
 
     def _outbox_relays(self) -> dict[str, OutboxRelay]:
         """Return the relay of each database; none where nothing is published."""
@@ -213,6 +226,7 @@ class Parts:
             self._evidence,
             self.message_log,
             self.relays,
+            None if self.metrics_report is None else self.metrics_report.batches,
         )
         services = LaneServices(
             self._settings,
@@ -236,6 +250,8 @@ class Parts:
         """Return the worker's loops; each runs until cancelled or failed."""
         app, settings, health = self._app, self._settings, self.health
         loops = [self._fetcher.run(), self._commits.run(), self._log_monitor.run()]
+        if self.metrics_report is not None:
+            loops.append(self.metrics_report.run())
         loops += [health.watch_progress(), health.send_heartbeats(), health.enforce_limits()]
         for shard in self.shards:
             reporter = self._reporters[shard.name]

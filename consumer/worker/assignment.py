@@ -38,7 +38,7 @@ _CONTROL_SECONDS = 2.0  # for a report that runs while partitions are given up
 _RELAY_DRAIN_SECONDS = 2.0  # for Kafka's answers to what the outbox has sent
 DRAIN_SECONDS_MAX = 20.0  # of a rebalance; below the time that the group waits for its members
 
-Report = Callable[[dict[str, Any]], None]
+Report = Callable[[dict[str, Any]], object]  # returns False for a report that could not be sent
 
 
 class _Read(NamedTuple):

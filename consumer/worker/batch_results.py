@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from consumer.core.delivery import Batch
+from consumer.core.delivery import Batch, Delivery
 from consumer.core.evidence import Evidence
 from consumer.core.shard_route import Router
 from consumer.kafka.consumer import KafkaConsumer
@@ -21,6 +21,7 @@ from consumer.transaction import id_conflicts
 from consumer.transaction.dead_letter_rate import DeadLetterRateLimit
 from consumer.transaction.result import CONFLICT, BatchResult, complete, ended_by_handler
 from consumer.worker import message_log
+from consumer.worker.batch_metrics import BatchMetrics
 from consumer.worker.message_log import OFFSET_IDS, MessageLog
 from consumer.worker.outbox_relay import OutboxRelay
 from consumer.worker.partition_table import PartitionTable
@@ -42,7 +43,9 @@ class BatchResults:
         evidence: Evidence,
         message_log: MessageLog,
         relays: Mapping[str, OutboxRelay],
+        metrics: BatchMetrics | None,
     ) -> None:
+        self._metrics = metrics
         self._relays = relays  # by the name of their shard
         self.dead_letters_added = asyncio.Event()
         self._table = table
@@ -64,6 +67,8 @@ class BatchResults:
         if result.published and (relay := self._relays.get(lane.shard.name)) is not None:
             relay.committed(session.epoch, result.published)
         complete(lane.scheduler, part, result, time.monotonic())
+        if self._metrics is not None:
+            self._metrics.settled(lane.shard.name, part, result, time.time())
         self._count(result)
         self._message_log.log_failures(result)
         message_log.log_duplicates(result)
@@ -76,6 +81,16 @@ class BatchResults:
             lane.shard.precheck.mark(result.applied, session.epoch, time.time())
         if any([outcome is CONFLICT for outcome in result.outcomes.values()]):
             await id_conflicts.explain(session.connection, self._source.log, result.outcomes)
+
+    def transaction_failed(self, error: Exception) -> None:
+        """Count a transaction that was undone."""
+        if self._metrics is not None:
+            self._metrics.transaction_failed(error)
+
+    def attempts_failed(self, deliveries: Iterable[Delivery], error: BaseException) -> None:
+        """Count failed attempts that are in no result."""
+        if self._metrics is not None:
+            self._metrics.attempts_failed(deliveries, error)
 
     def _count(self, result: BatchResult) -> None:
         for handler, (messages, reasons) in ended_by_handler(result.applied, result.outcomes).items():

@@ -53,7 +53,7 @@ class HealthMonitor:
         connections: Connections,
         kafka: KafkaState,
         lifetime: Lifetime,
-        report: Callable[[dict[str, Any]], None],
+        report: Callable[[dict[str, Any]], object],
     ) -> None:
         self.is_outgrown = False
         self._settings = settings

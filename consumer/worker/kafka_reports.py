@@ -25,6 +25,11 @@ class KafkaState:
         self._refused: frozenset[str] = frozenset()
         self._leaderless: dict[Partition, float] = {}
 
+    @property
+    def is_unavailable(self) -> bool:
+        """Whether Kafka did not answer at last."""
+        return self._is_unavailable
+
     def unavailable(self, error: Exception) -> None:
         """Note that Kafka does not answer."""
         if not self._is_unavailable:

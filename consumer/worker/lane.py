@@ -134,6 +134,7 @@ class LaneRunner:
         """Run the handlers that opted out of the guarantee."""
         for delivery, error in await observe(batch.deliveries, self.services.random, self.lane.calls):
             self.services.message_log.log_failure(delivery, error, delivery.outcome)
+            self.services.results.attempts_failed([delivery], error)
 
     async def _settle(self, batch: Batch, epoch: int) -> None:
         """Settle a batch in one or more transactions; publish each result."""
@@ -197,6 +198,7 @@ class LaneRunner:
         None: the partitions are read again.
         """
         lane, services = self.lane, self.services
+        services.results.transaction_failed(error)
         match error:
             case TransactionPoisoned():
                 return self._cut(part, error)
@@ -220,7 +222,7 @@ class LaneRunner:
         services, deliveries = self.services, part.batch.deliveries
         if isinstance(error.__cause__, HandlerTimeout) and error.__cause__.in_statement:
             self.lane.turns.conflicted()
-        parts = next_parts(part, error, services.random, services.evidence)
+        parts = self._next_parts(part, error)
         if len(deliveries) == 1 and isinstance(deliveries[0].outcome, RetryLater):
             services.message_log.log_failure(deliveries[0], error.__cause__, deliveries[0].outcome)
         return parts
@@ -245,9 +247,18 @@ class LaneRunner:
         # A lock timeout may have any cause: taking turns would only hold up the other lanes.
         if isinstance(error, Conflict) and not lock_timed_out(cause):
             self.lane.turns.conflicted()
-        parts = next_parts(part, error, services.random, services.evidence)
+        parts = self._next_parts(part, error)
         # The first conflict runs again almost at once; repeated failures wait ever longer.
         await services.lifetime.pause(pause_seconds(part.failures) * (0.5 + services.random() / 2))
+        return parts
+
+    def _next_parts(self, part: Part, error: Exception) -> Sequence[Part]:
+        """Return what runs next, and count the messages that were found at fault."""
+        services = self.services
+        undecided = [delivery for delivery in part.batch.deliveries if delivery.outcome is None]
+        parts = next_parts(part, error, services.random, services.evidence)
+        at_fault = [delivery for delivery in undecided if delivery.outcome is not None]
+        services.results.attempts_failed(at_fault, error.__cause__ or error)
         return parts
 
     # -- before the process ends ------------------------------------------------------------------------------------

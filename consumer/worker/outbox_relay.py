@@ -75,6 +75,11 @@ class OutboxRelay:
         self._session_lock = asyncio.Lock()
         self._next_poll = self._next_turn = 0.0
 
+    @property
+    def published(self) -> Mapping[str, int]:
+        """How many rows Kafka has acknowledged since the worker began, by topic."""
+        return self._queues.published
+
     # -- what the worker does meanwhile -------------------------------------------------------------------------------
 
     def committed(self, epoch: str, stored: Sequence[StoredStream]) -> None:

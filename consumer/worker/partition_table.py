@@ -116,6 +116,7 @@ class PartitionTable:
     def __init__(self, databases: Iterable[str]) -> None:
         self._databases = {name: _Database() for name in databases}
         self._entries: dict[Partition, _Entry] = {}
+        self.assignments = 0  # so far
         self.has_assignment = False  # False from the start of a rebalance to its end: no batch is taken then
 
     # -- assignment -------------------------------------------------------------------------------------------------
@@ -124,6 +125,7 @@ class PartitionTable:
         """Begin an assignment: every partition waits for its position."""
         self.finish_revoke()  # whether or not the end of the last assignment was seen
         self.has_assignment = True
+        self.assignments += 1
         self._next_epochs()
         self._entries = {
             partition: _Entry(number, {name: _Place() for name in self._databases})

@@ -8,14 +8,11 @@ environment, and secrets of files as their paths, so that no secret is in a list
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
 import sys
 import time
-from contextlib import suppress
-from typing import Any
 
 from consumer import logs
 from consumer.app_loader import load_app
@@ -26,11 +23,11 @@ from consumer.transaction.dead_letter_rate import TooManyDeadLetters
 from consumer.transaction.limits import HandlerUncancellable
 from consumer.worker.event_loop import run
 from consumer.worker.health import Stalled
-from consumer.worker.restart_policy import EXIT_DEAD_LETTERS, EXIT_MISCONFIGURED, EXIT_OUTGROWN
+from consumer.worker.report_pipe import ReportPipe
+from consumer.worker.restart_policy import EXIT_DEAD_LETTERS, EXIT_MISCONFIGURED, EXIT_OUTGROWN, EXIT_STALLED
 from consumer.worker.worker import Worker
 
 EXIT_FAILED = 1
-EXIT_STALLED = 75
 _SECOND_SIGNAL_SECONDS = 0.5  # sooner, it is the same order from the terminal and the supervisor
 
 
@@ -38,7 +35,6 @@ def main() -> None:
     """Entry of `python -m consumer.worker.process APP FD`."""
     path, descriptor = sys.argv[1], int(sys.argv[2])
     os.set_inheritable(descriptor, False)  # child processes of the application must not hold the pipe
-    os.set_blocking(descriptor, False)  # a supervisor that does not read must not stop the event loop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the supervisor passes it on
     try:
         settings = load()
@@ -52,7 +48,7 @@ def main() -> None:
 
 
 async def _work(path: str, settings: Settings, descriptor: int) -> int:
-    worker = Worker(load_app(path), settings, report=lambda fields: _send(descriptor, fields), path=path)
+    worker = Worker(load_app(path), settings, report=ReportPipe(descriptor).send, path=path)
     loop = asyncio.get_running_loop()
     ordered_at = 0.0
     begun = asyncio.Event()
@@ -96,11 +92,6 @@ async def _work(path: str, settings: Settings, descriptor: int) -> int:
         event(logging.ERROR, "worker failed", error=describe(error))
         return EXIT_FAILED
     return EXIT_OUTGROWN if worker.outgrown else 0
-
-
-def _send(descriptor: int, fields: dict[str, Any]) -> None:
-    with suppress(OSError):  # the supervisor is gone, which standard input reports too, or does not read
-        os.write(descriptor, json.dumps(fields).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from consumer.app import App
 from consumer.core.shard_route import Router
 from consumer.handler_records import coverage, handler_code, id_rules
 from consumer.logs import describe, event
+from consumer.metrics.recorder import Recorder
 from consumer.postgres.connection import translated_errors
 from consumer.postgres.errors import Outage
 from consumer.postgres.session import Session
@@ -71,7 +72,7 @@ async def register(app: App, shard: Shard, control: Session) -> None:
 
 
 async def start_prechecks(
-    app: App, settings: Settings, shards: Sequence[Shard], on_step: Callable[[str], None]
+    app: App, settings: Settings, shards: Sequence[Shard], on_step: Callable[[str], None], recorder: Recorder | None
 ) -> None:
     """Start the pre-check of each shard, if Redis is configured."""
     redis_url = tls.redis_url(settings)
@@ -89,5 +90,6 @@ async def start_prechecks(
             settings.precheck_budget_ms / 1000,
             settings.precheck_window_hours * 3600,
             on_step,
+            recorder,
         )
         await shard.precheck.start(shard.epoch)

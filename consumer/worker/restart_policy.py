@@ -26,8 +26,25 @@ class GiveUp:
 RestartDecision: TypeAlias = RestartAfter | GiveUp
 
 EXIT_MISCONFIGURED = 2
+EXIT_STALLED = 75  # alive, and consumed nothing; or a handler that cannot be stopped
 EXIT_OUTGROWN = 76  # drained, because it used too much memory
 EXIT_DEAD_LETTERS = 77  # stopped at the limit of dead letters: a restart would stop there too
+
+
+def reason_of(exit_code: int) -> str:
+    """Return why a process ended that was not told to, as metrics name it.
+
+    exit_code: as of a process, negative for a signal.
+    """
+    if exit_code < 0:
+        return "killed"
+    reasons = {
+        EXIT_MISCONFIGURED: "misconfigured",
+        EXIT_STALLED: "stalled",
+        EXIT_OUTGROWN: "memory",
+        EXIT_DEAD_LETTERS: "dead_letters",
+    }
+    return reasons.get(exit_code, "failed")
 
 
 @dataclass(slots=True)

@@ -24,13 +24,15 @@ from typing import Any, assert_never
 
 from consumer.kafka.admin import leave_group
 from consumer.logs import describe, event
+from consumer.metrics.fleet import Fleet
 from consumer.settings import Settings
-from consumer.worker.restart_policy import EXIT_MISCONFIGURED, GiveUp, RestartAfter, Restarts
+from consumer.worker.restart_policy import EXIT_MISCONFIGURED, GiveUp, RestartAfter, Restarts, reason_of
 
 _ROOT = str(Path(__file__).resolve().parent.parent.parent)
 _LEAVE_SECONDS = 5.0
 _AFTER_GRACE_SECONDS = 2.0
 _LAST_REPORTS_SECONDS = 1.0  # to read a dead worker's last reports
+_REPORT_BYTES_MAX = 4 << 20  # of a line; workers send less
 _KILLED_SECONDS = 5.0  # a killed process is gone by then, or the kernel does not let go of it
 
 
@@ -38,15 +40,18 @@ _KILLED_SECONDS = 5.0  # a killed process is gone by then, or the kernel does no
 class _Child:
     """One running worker process.
 
-    ended: its exit code, once it and its process group are gone.
+    number: counts the processes of this supervisor. ended: its exit code, once it and its process group are gone. is_silent: it
+    was ended because it sent no heartbeat.
     """
 
     slot: int
+    number: int
     process: subprocess.Popen[bytes]
     started_at: float
     beat_at: float
     ended: asyncio.Future[int]
     member: str = ""
+    is_silent: bool = False
     readers: list[asyncio.Task[None]] = field(default_factory=list)
 
     def kill(self) -> None:
@@ -76,10 +81,11 @@ class Supervisor:
     work.
     """
 
-    def __init__(self, path: str, app_name: str, workers: int, settings: Settings) -> None:
+    def __init__(self, path: str, settings: Settings, fleet: Fleet) -> None:
+        self._fleet = fleet
         self._path = path
-        self._group = app_name
-        self._workers = workers
+        self._group = fleet.app
+        self._workers = len(fleet.slots)
         self._settings = settings
         self._children: dict[int, _Child] = {}
         self._prepared: dict[int, _Child] = {}
@@ -120,6 +126,10 @@ class Supervisor:
             self._at_once.set()
             return
         event(logging.INFO, "stopping: workers drain", signal=signal.Signals(number).name, again="ends them at once")
+        self._stop()
+
+    def _stop(self) -> None:
+        self._fleet.is_stopping = True
         self._stopping.set()
 
     async def _run_slot(self, slot: int) -> None:
@@ -129,6 +139,9 @@ class Supervisor:
             child = self._prepared.pop(slot, None) or await self._start(slot)
             self._begin(child)
             code = await self._until_it_ends(child)
+            await self._last_reports(child)
+            reason = "no_heartbeat" if child.is_silent else reason_of(code)
+            self._fleet.ended(slot, child.number, None if self._stopping.is_set() else reason)
             await self._remove_from_group(child, code)
             if self._stopping.is_set():
                 self._code = self._code or (1 if code > 0 else 0)
@@ -153,7 +166,8 @@ class Supervisor:
                         **_exit_fields(code),
                     )
                     self._code = EXIT_MISCONFIGURED if code == EXIT_MISCONFIGURED else 1
-                    self._stopping.set()
+                    self._fleet.given_up(slot)
+                    self._stop()
                 case decision:
                     assert_never(decision)
 
@@ -181,7 +195,8 @@ class Supervisor:
         assert process.stdin is not None
         os.set_blocking(process.stdin.fileno(), False)
         now = time.monotonic()
-        child = self._children[slot] = _Child(slot, process, now, now, _when_ended(process))
+        number = self._fleet.started(slot, process.pid)
+        child = self._children[slot] = _Child(slot, number, process, now, now, _when_ended(process))
         child.readers.append(asyncio.create_task(self._listen(child, reports)))
         return child
 
@@ -196,15 +211,17 @@ class Supervisor:
                 child.process.stdin.write(order)
 
     async def _listen(self, child: _Child, descriptor: int) -> None:
-        reader = asyncio.StreamReader()
+        reader = asyncio.StreamReader(_REPORT_BYTES_MAX)
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", 0)
         )
         try:
             while line := await reader.readline():
-                with suppress(ValueError, AttributeError):
-                    child.member = json.loads(line).get("member") or child.member
                 child.beat_at = time.monotonic()
+                with suppress(ValueError, AttributeError):  # cut off, as its process was killed
+                    fields = json.loads(line)
+                    child.member = fields.get("member") or child.member
+                    self._fleet.report(child.slot, child.number, fields)
         finally:
             transport.close()
 
@@ -228,6 +245,7 @@ class Supervisor:
                         "worker sends no heartbeat: its event loop is blocked or stopped; ending it",
                         worker=child.slot,
                     )
+                    child.is_silent = True
                     child.kill()
                     return await child.code()
             self._order(child, b"drain\n")
@@ -248,7 +266,6 @@ class Supervisor:
 
         A worker that left by itself is not in it any more, which does no harm.
         """
-        await self._last_reports(child)
         self._children.pop(child.slot, None)
         if code == 0 or not child.member:
             return

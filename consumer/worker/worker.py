@@ -89,7 +89,7 @@ class Worker:
             if lifetime.is_stopping:
                 return False
             await lifetime.pause(BACKOFF_SECONDS[0])
-        await start_prechecks(self._app, self._settings, self.shards, self._on_step)
+        await start_prechecks(self._app, self._settings, self.shards, self._on_step, parts.recorder)
         starting = asyncio.create_task(self.source.start(float("inf")))
         stopping = asyncio.create_task(lifetime.stopped())
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -138,4 +138,6 @@ class Worker:
             if shard.precheck is not None:
                 await shard.precheck.stop()
         self._parts.message_log.flush(is_last=True)
+        if self._parts.metrics_report is not None:
+            self._parts.metrics_report.last()
         event(logging.INFO, "worker stopped", batches=self._parts.health.batches)

@@ -249,7 +249,7 @@ async def _stops(contract: Contract) -> None:
 def test_every_command_with_json_has_a_heading() -> None:
     with_json = {name for name, params in _commands(typer.main.get_command(whole())) if "as_json" in params}
     documented = {" ".join(word for word in heading.split() if not word.startswith("-")) for heading in shapes()}
-    assert documented - {"with shards"} == with_json
+    assert documented - {"with shards", "/status"} == with_json
 
 
 def _commands(group: Any, path: str = "") -> list[tuple[str, set[str]]]:

@@ -28,6 +28,7 @@ ROOT_MODULES_MAX = 10
 # Packages, and modules beside them, from the bottom up: each imports from its own and from those above it in this list.
 LAYERS = [
     "core",
+    "metrics",
     "outbox",
     "error_places",
     "logs",
@@ -51,6 +52,7 @@ LAYERS = [
     "replay",
     "testing",
     "admin",
+    "monitoring",
     "worker",
     "demo",
     "cli",
@@ -70,6 +72,7 @@ LIBRARIES = {
     "rich": {"cli", "demo"},
     "pytest": {"testing"},
     "uvloop": {"worker"},
+    "prometheus_client": {"monitoring"},
 }
 
 # Modules that decide without I/O, clock, randomness or event loop: the package core, and these beside their users.
@@ -86,6 +89,11 @@ PURE = {
     "handler_records/source_text.py",
     "kafka/bounds.py",
     "kafka/record_batch.py",
+    "metrics/__init__.py",
+    "metrics/catalog.py",
+    "metrics/fleet.py",
+    "metrics/recorder.py",
+    "metrics/totals.py",
     "outbox/__init__.py",
     "outbox/record.py",
     "outbox/send_queues.py",

@@ -1,7 +1,7 @@
 """Reads documents for tests, and writes their tables from the code.
 
-`python tests/support/documents.py` writes the table of docs/reference/settings.md and the events of docs/log-events.md; the meanings of
-events are kept; a new event gets an empty one, which a test refuses.
+`python tests/support/documents.py` writes the tables of docs/reference/settings.md and docs/reference/metrics.md, and the events of
+docs/log-events.md; the meanings of events are kept; a new event gets an empty one, which a test refuses.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 SETTINGS_PAGE = ROOT / "docs" / "reference" / "settings.md"
+METRICS_PAGE = ROOT / "docs" / "reference" / "metrics.md"
 EVENTS_PAGE = ROOT / "docs" / "log-events.md"
 
 _FENCE = re.compile(
@@ -91,6 +92,22 @@ def settings_table() -> str:
         default = "" if field.default is None or field.default == "" else f"`{field.default}`"
         meaning = (field.description or "").replace("|", "\\|")
         rows.append(f"| `CONSUMER_{name.upper()}` | {default} | {meaning} |")
+    return "\n".join(rows)
+
+
+# -- metrics ------------------------------------------------------------------------------------------------------------
+
+
+def metrics_table(source: str) -> str:
+    """One row for each metric of a source, in their order."""
+    from consumer.metrics.catalog import METRICS, Kind
+
+    rows = ["| metric | type | labels | meaning |", "| --- | --- | --- | --- |"]
+    for metric in METRICS:
+        if metric.source.value == source:
+            kind = "gauge" if metric.kind is Kind.HIGHEST else metric.kind.value
+            labels = ", ".join(f"`{label}`" for label in metric.labels)
+            rows.append(f"| `{metric.name}` | {kind} | {labels} | {metric.help} |")
     return "\n".join(rows)
 
 
@@ -255,6 +272,9 @@ def between(page: Path, mark: str) -> tuple[str, str, str]:
 def main() -> None:
     before, _, after = between(SETTINGS_PAGE, "settings")
     SETTINGS_PAGE.write_text(f"{before}\n{settings_table()}\n{after}", "utf-8")
+    for source in ("worker", "supervisor", "database", "replay"):
+        before, _, after = between(METRICS_PAGE, source)
+        METRICS_PAGE.write_text(f"{before}\n{metrics_table(source)}\n{after}", "utf-8")
     events, odd = logged()
     meanings = {text: meaning for text, (_, _, meaning) in documented_events().items()}
     before, _, after = between(EVENTS_PAGE, "events")

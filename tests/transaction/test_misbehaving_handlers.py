@@ -22,8 +22,7 @@ from consumer import App, Message, Retry, TransactionMisuse, Tx
 from consumer.core.errors import Misconfigured, RegistrationError
 from consumer.transaction import limits
 from consumer.transaction.limits import HandlerUncancellable
-from consumer.worker.process import EXIT_STALLED
-from consumer.worker.restart_policy import EXIT_OUTGROWN
+from consumer.worker.restart_policy import EXIT_OUTGROWN, EXIT_STALLED
 from consumer.worker.worker import Worker
 
 TWICE = Retry(attempts=2, base=0.01, cap=0.01)

@@ -1,0 +1,124 @@
+"""Reads the gauges of one worker: lag, what waits and what stopped.
+
+Reads the worker's memory; asks no service.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from consumer.core.message import Partition, Record
+from consumer.core.retention import is_time
+from consumer.kafka.consumer import KafkaConsumer
+from consumer.metrics.catalog import (
+    LAG_MESSAGES,
+    LAG_SECONDS,
+    PARTITION_STOPPED,
+    PAUSED,
+    SERVICE_WAITING,
+    WAITING,
+)
+from consumer.metrics.recorder import Gauge
+from consumer.worker.connections import Connections
+from consumer.worker.kafka_reports import KafkaState
+from consumer.worker.outbox_relay import OutboxRelay
+from consumer.worker.partitions import Partitions
+from consumer.worker.shard import LaneState, Shard
+
+
+@dataclass(slots=True)
+class WorkerState:
+    """The parts of a worker that have something to measure.
+
+    ends: of the logs of partitions that are not fetched, as Kafka answered last.
+    """
+
+    source: KafkaConsumer
+    shards: Sequence[Shard]
+    lanes: Sequence[LaneState]
+    partitions: Partitions
+    connections: Connections
+    kafka: KafkaState
+    relays: Mapping[str, OutboxRelay]
+    ends: dict[Partition, int] = field(default_factory=dict)
+    _behind_since: dict[Partition, float] = field(default_factory=dict)
+
+    def gauges(self) -> list[Gauge]:
+        """Return all gauges as of now."""
+        return [*self._services(), *self._lags(), *self._stops(), *self._waiting(), *self._paused()]
+
+    def _services(self) -> Iterator[Gauge]:
+        is_off = any(shard.precheck is not None and shard.precheck.is_off for shard in self.shards)
+        yield SERVICE_WAITING, ("kafka",), float(self.kafka.is_unavailable)
+        yield SERVICE_WAITING, ("postgresql",), float(self.connections.waiting > 0)
+        yield SERVICE_WAITING, ("redis",), float(is_off)
+
+    def _lags(self) -> Iterator[Gauge]:
+        oldest = self._oldest_records()
+        lags = dict(self._lag_messages())
+        now, wall_ms = time.monotonic(), time.time() * 1000
+        self._behind_since = {
+            partition: self._behind_since.get(partition, now) for partition, lag in lags.items() if lag
+        }
+        for partition, lag in lags.items():
+            labels = (partition.topic, str(partition.partition))
+            yield LAG_MESSAGES, labels, float(lag)
+            record = oldest.get(partition)
+            if not lag:
+                yield LAG_SECONDS, labels, 0.0
+            elif record is not None and is_time(record.timestamp):
+                yield LAG_SECONDS, labels, max(0.0, (wall_ms - record.timestamp) / 1000)
+            else:
+                yield LAG_SECONDS, labels, now - self._behind_since[partition]
+
+    def _lag_messages(self) -> Iterator[tuple[Partition, int]]:
+        positions: dict[Partition, int] = {}
+        for lane in self.lanes:
+            for partition in lane.scheduler.partitions:
+                position = lane.scheduler.position(partition)
+                positions[partition] = min(position, positions.get(partition, position))
+        for partition, position in positions.items():
+            seen, asked = self.source.end_seen(partition), self.ends.get(partition)
+            if seen is not None or asked is not None:
+                yield partition, max(0, max(seen or 0, asked or 0) - position)
+
+    def _oldest_records(self) -> dict[Partition, Record]:
+        """Return the first record of each partition that is not settled, as far as it was read."""
+        oldest: dict[Partition, Record] = {}
+        for lane in self.lanes:
+            found = lane.scheduler.oldest()
+            if lane.part is not None and not lane.idle.is_set():
+                for delivery in lane.part.deliveries:
+                    known = found.get(delivery.partition)
+                    if known is None or delivery.record.offset < known.offset:
+                        found[delivery.partition] = delivery.record
+            for partition, record in found.items():
+                if partition not in oldest or record.offset < oldest[partition].offset:
+                    oldest[partition] = record
+        return oldest
+
+    def _stops(self) -> Iterator[Gauge]:
+        table = self.partitions.table
+        for shard in self.shards:
+            for partition, halt in table.halts(shard.name).items():
+                labels = (partition.topic, str(partition.partition), halt.stop.reason.value)
+                yield PARTITION_STOPPED, labels, 1.0
+
+    def _waiting(self) -> Iterator[Gauge]:
+        counts: Counter[tuple[str, str, str]] = Counter()
+        for lane in self.lanes:
+            for head, count, _ in lane.scheduler.waiting():
+                cause = head.failure_cause
+                reason = "systemic" if cause is not None and cause.systemic else "retry"
+                counts[head.handler.name, head.record.topic, reason] += 1
+                counts[head.handler.name, head.record.topic, "behind"] += count - 1
+        for labels, count in counts.items():
+            yield WAITING, labels, float(count)
+
+    def _paused(self) -> Iterator[Gauge]:
+        """Yield 0 for each topic: there is no pause by operators yet."""
+        for topic in sorted({topic for shard in self.shards for topic in shard.by_topic}):
+            yield PAUSED, (topic,), 0.0
