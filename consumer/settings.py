@@ -209,7 +209,7 @@ class Settings(BaseModel):
 
     @property
     def http_address(self) -> tuple[str, int] | None:
-        """The host and port to serve on. Raises Misconfigured for a port that is none."""
+        """The host and port to serve on. Raises Misconfigured."""
         if self.http is None:
             return None
         host, _, port = self.http.rpartition(":")

@@ -144,7 +144,7 @@ def due(state: LedgerState, policy: Policy) -> Step:
 
 
 def forgets_in_seconds(state: LedgerState, policy: Policy) -> float:
-    """Return the seconds until the oldest generation may be forgotten; 0 if it is due."""
+    """Return the seconds until the oldest generation may be forgotten."""
     oldest = next((generation for generation in state.generations if not generation.forgotten), None)
     if oldest is None:
         return 0.0

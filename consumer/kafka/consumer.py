@@ -283,9 +283,9 @@ class KafkaConsumer:
         return None
 
     def end_seen(self, partition: Partition) -> int | None:
-        """Return the end of a log that readers may read, as of the last fetch.
+        """Return the end of a log for readers.
 
-        None before the first one.
+        As of the last fetch; None before the first one.
         """
         if not self.is_assigned(partition):
             return None

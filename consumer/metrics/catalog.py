@@ -30,7 +30,7 @@ class Source(Enum):
     WORKER = "worker"  # each worker process
     SUPERVISOR = "supervisor"  # the process of `consumer run`
     DATABASE = "database"  # its queries: all replicas show the same value, so take the maximum
-    REPLAY = "replay"  # `consumer replay --textfile`, read by Prometheus' node exporter
+    REPLAY = "replay"  # a job, from the answer of `consumer replay --json`
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +178,7 @@ RESTART_REASONS = ("killed", "failed", "stalled", "no_heartbeat", "memory", "dea
 WORKER_RESTARTS = Metric(
     "worker_restarts_total",
     Kind.COUNTER,
-    f"Worker processes that ended and were not told to, by reason: {', '.join(RESTART_REASONS)}",
+    f"Worker processes that ended on their own, by reason: {', '.join(RESTART_REASONS)}",
     ("reason",),
     source=Source.SUPERVISOR,
 )

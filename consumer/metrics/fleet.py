@@ -1,4 +1,4 @@
-"""The worker processes of one supervisor: their states, and whether they are live and ready.
+"""Worker processes of one supervisor: their states, liveness and readiness.
 
 Pure: the supervisor says what happens. Readiness is of the slots, not of the processes in them, so that neither a restart nor
 an outage ends it (as Spring Boot advises: a probe that fails with a shared service would take every replica away at once).
@@ -85,7 +85,10 @@ class Fleet:
             self.totals.report(process, beat)
 
     def ended(self, slot: int, process: int, reason: str | None) -> None:
-        """Note the end of a process. reason: None if it was told to end."""
+        """Note the end of a process.
+
+        reason: why it ended on its own; None if it was stopped.
+        """
         self.totals.end(process)
         state = self.slots[slot]
         state.phase, state.pid = Phase.ENDED, None

@@ -89,7 +89,10 @@ class Recorder:
             self.add(metric, labels, value - self._counters.get((metric, labels), 0))
 
     def observe(self, metric: Metric, labels: Labels, value: float, count: int = 1) -> None:
-        """Add a value to a histogram, `count` times. A negative value counts as 0."""
+        """Add a value to a histogram, `count` times.
+
+        A negative one counts as 0.
+        """
         series = (metric, labels)
         distribution = self._distributions.get(series)
         if distribution is None:
@@ -125,5 +128,5 @@ class Recorder:
         return beat
 
     def sent(self) -> None:
-        """Note that the last beat was sent: the next one holds what changes from now on."""
+        """Note that the last beat was sent."""
         self._changed.clear()

@@ -57,7 +57,7 @@ class Totals:
             known.gauges = gauges
 
     def end(self, process: int) -> None:
-        """Keep the counts of a process that has ended, and forget its gauges."""
+        """Keep an ended process's counts, and forget its gauges."""
         ended = self._running.pop(process, None)
         if ended is None:
             return

@@ -72,6 +72,9 @@ class Exposition:
         self._registry.register(FleetCollector(fleet))
 
     def text(self, accept: str) -> tuple[bytes, str]:
-        """Return the text and its content type. accept: the header of the request."""
+        """Return the text and its content type.
+
+        accept: the header of the request.
+        """
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type

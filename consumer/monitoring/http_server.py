@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 server for GET and HEAD, one request for each connection.
+"""A small HTTP/1.1 server: GET and HEAD, one request a connection.
 
 It holds nothing that a client sends beyond the head of its request, for a few seconds. Limitations: no TLS, no keep-alive, no
 compression; it is for probes and scrapes from the same machine or a private network.

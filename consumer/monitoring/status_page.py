@@ -59,7 +59,7 @@ def _handlers(fleet: Fleet) -> dict[str, dict[str, Any]]:
     """Count what was settled since the supervisor began, by handler."""
     handlers: dict[str, dict[str, Any]] = {}
     for (metric, labels), value in sorted(fleet.totals.counters().items(), key=lambda item: item[0][1]):
-        if metric is not MESSAGES:
+        if metric is not MESSAGES or not value:
             continue
         handler, _, outcome, cause = labels
         counts = handlers.setdefault(handler, {"applied": 0, "duplicates": {}, "dead_lettered": {}, "skipped": 0})

@@ -38,7 +38,7 @@ class OpenDeadLetters(NamedTuple):
 
 
 async def open_dead_letters(connection: Connection, app: str) -> list[OpenDeadLetters]:
-    """Count the open dead letters of an App, with the age of the oldest."""
+    """Count the open dead letters of an App, with their ages."""
     return [OpenDeadLetters(*row) for row in await connection.fetch(_DEAD_LETTERS, app)]
 
 

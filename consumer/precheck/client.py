@@ -198,7 +198,10 @@ class Precheck:
     def _count(
         self, deliveries: Sequence[Delivery], questions: Sequence[_Question], result: str, hits: int = 0
     ) -> None:
-        """Count the messages by answer. result: of those that were asked for and no hit, or of all."""
+        """Count the messages by answer.
+
+        result: of those that were asked for and no hit, or of all.
+        """
         if self._recorder is None:
             return
         protected = {delivery.handler for delivery in deliveries}

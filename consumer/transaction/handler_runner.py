@@ -108,9 +108,9 @@ class HandlerRunner:
                     await rest
 
     async def _run_timed(self, deliveries: Sequence[Delivery], task: asyncio.Task[Any] | None) -> None:
-        """Run messages in order, and record how long the calls took that never waited.
+        """Run messages in order, and record the times of their calls.
 
-        They are timed together: the clock costs as much as a short call. Those that wait are timed alone, by CallTracker.
+        Calls that never wait are timed together: the clock costs as much as a short call. CallTracker times the others.
         """
         seconds, since = 0.0, time.monotonic()
         waited: set[Delivery] = set()
@@ -135,7 +135,7 @@ class HandlerRunner:
             self._calls.ran(delivery.handler, time.monotonic() - self._now)
 
     def _start_timed(self, handler: Handler, argument: Any, tx: Tx) -> Awaitable[object] | None:
-        """Start a call, and record how long it took if it never waits."""
+        """Start a call; record its time if it never waits."""
         since = time.monotonic()
         call = start_call(handler, argument, tx, self._calls)
         if call is None and self._calls is not None:

@@ -7,7 +7,7 @@ costs a count, not the batch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ _IN_LEDGER = (Cause.LEDGER, Cause.PRECHECK)
 
 
 class SampledDuplicate(NamedTuple):
-    """A duplicate whose first delivery has a row in the ledger of a database."""
+    """A duplicate whose first delivery has a row in the ledger."""
 
     shard: str
     handler: int
@@ -94,14 +94,13 @@ class BatchMetrics:
             self._attempt_failed(delivery, failure.error)
 
     def _observe_delays(self, result: BatchResult, now_ms: float) -> None:
-        applied = result.applied
-        step = -(-len(applied) // _DELAYS_MAX) or 1
-        for first in range(0, len(applied), step):
-            delivery = applied[first]
-            if is_time(delivery.record.timestamp):
-                delay = (now_ms - delivery.record.timestamp) / 1000
-                share = min(step, len(applied) - first)
-                self._recorder.observe(DELAY, (delivery.handler.name, delivery.record.topic), delay, share)
+        for labels, applied in _by_handler_and_topic(result):
+            step = -(-len(applied) // _DELAYS_MAX) or 1
+            for first in range(0, len(applied), step):
+                timestamp = applied[first].record.timestamp
+                if is_time(timestamp):
+                    share = min(step, len(applied) - first)
+                    self._recorder.observe(DELAY, labels, (now_ms - timestamp) / 1000, share)
 
     def _sample_duplicates(self, shard: str, result: BatchResult) -> None:
         for delivery, outcome in result.outcomes.items():
@@ -134,3 +133,14 @@ class BatchMetrics:
     def _attempt_failed(self, delivery: Delivery, error: BaseException) -> None:
         kind = sqlstate_of(error) or type(error).__name__
         self._recorder.add(FAILED_ATTEMPTS, (delivery.handler.name, delivery.record.topic, kind))
+
+
+def _by_handler_and_topic(result: BatchResult) -> Iterable[tuple[tuple[str, str], Sequence[Delivery]]]:
+    """Return the applied messages of each handler and topic."""
+    kinds = {(handler.name, topic) for handler, topic, _, label in result.counts if label == "kept"}
+    if len(kinds) == 1:  # fast path: most batches are of one handler
+        return [(kinds.pop(), result.applied)]
+    groups: dict[tuple[str, str], list[Delivery]] = {}
+    for delivery in result.applied:
+        groups.setdefault((delivery.handler.name, delivery.record.topic), []).append(delivery)
+    return groups.items()

@@ -253,7 +253,7 @@ class LaneRunner:
         return parts
 
     def _next_parts(self, part: Part, error: Exception) -> Sequence[Part]:
-        """Return what runs next, and count the messages that were found at fault."""
+        """Return what runs next, and count the messages at fault."""
         services = self.services
         undecided = [delivery for delivery in part.batch.deliveries if delivery.outcome is None]
         parts = next_parts(part, error, services.random, services.evidence)

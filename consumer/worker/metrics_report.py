@@ -79,7 +79,7 @@ class MetricsReport:
     # -- sending ------------------------------------------------------------------------------------------------------
 
     def _send_soon(self) -> None:
-        """Report counters now, or a little later if they were reported just now."""
+        """Report counters, a little later if they were reported just now."""
         if self._soon is not None:
             return
         pause = self._sent_at + _SOON_SECONDS - time.monotonic()
@@ -140,7 +140,10 @@ class MetricsReport:
             self._recorder.observe(DUPLICATE_AGE, (names[handler],), seconds)
 
     async def _ask_ends(self) -> None:
-        """Ask for the ends of logs that are not fetched: the client does not see them grow."""
+        """Ask for the ends of logs that are not fetched.
+
+        The client does not see them grow.
+        """
         worker = self._worker
         stopped = [*worker.partitions.table.in_state(State.HALTED), *worker.partitions.table.in_state(State.REFUSED)]
         try:

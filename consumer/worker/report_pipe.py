@@ -23,9 +23,9 @@ class ReportPipe:
         self._rest = b""
 
     def send(self, fields: dict[str, Any]) -> bool:
-        """Send a report; return False if it was refused, and nothing of it sent.
+        """Send a report; return False if it was refused.
 
-        That is, if the pipe is full or closed, or the report too large.
+        Then nothing of it was sent: the pipe is full or closed, or the report too large.
         """
         line = json.dumps(fields, separators=(",", ":")).encode() + b"\n"
         if len(line) > _BYTES_MAX or not self._flush():
@@ -40,7 +40,7 @@ class ReportPipe:
         return True
 
     def _flush(self) -> bool:
-        """Write what is left of the last report; return whether all is written."""
+        """Write the rest of the last report; return whether all is written."""
         try:
             while self._rest:
                 self._rest = self._rest[os.write(self._descriptor, self._rest) :]

@@ -32,7 +32,7 @@ EXIT_DEAD_LETTERS = 77  # stopped at the limit of dead letters: a restart would 
 
 
 def reason_of(exit_code: int) -> str:
-    """Return why a process ended that was not told to, as metrics name it.
+    """Return why a process ended on its own, as metrics name it.
 
     exit_code: as of a process, negative for a signal.
     """

@@ -86,16 +86,16 @@ class WorkerState:
                 yield partition, max(0, max(seen or 0, asked or 0) - position)
 
     def _oldest_records(self) -> dict[Partition, Record]:
-        """Return the first record of each partition that is not settled, as far as it was read."""
+        """Return the first unsettled record of each partition, as far as read."""
         oldest: dict[Partition, Record] = {}
         for lane in self.lanes:
-            found = lane.scheduler.oldest()
+            first = lane.scheduler.oldest()
             if lane.part is not None and not lane.idle.is_set():
                 for delivery in lane.part.deliveries:
-                    known = found.get(delivery.partition)
+                    known = first.get(delivery.partition)
                     if known is None or delivery.record.offset < known.offset:
-                        found[delivery.partition] = delivery.record
-            for partition, record in found.items():
+                        first[delivery.partition] = delivery.record
+            for partition, record in first.items():
                 if partition not in oldest or record.offset < oldest[partition].offset:
                     oldest[partition] = record
         return oldest

@@ -74,7 +74,8 @@ class Scraper:
         async def reached() -> bool:
             samples = await self.look()
             return all(
-                total(samples, "messages_total", outcome=outcome) == number for outcome, number in expected.items()
+                total(samples, "messages_total", handler="settle", outcome=outcome) == number
+                for outcome, number in expected.items()
             )
 
         await until(what, reached, 60)
@@ -135,13 +136,16 @@ async def check_samples(scraper: Scraper, topic: str, ledger: dict[str, Any]) ->
 
     await until("what needs queries", gauges_are_there, 60)
     samples = await scraper.look()
-    assert total(samples, "messages_total", outcome="applied", topic=topic) == ledger["settle"]["applied"]
+    assert (
+        total(samples, "messages_total", handler="settle", outcome="applied", topic=topic)
+        == ledger["settle"]["applied"]
+    )
     for cause, number in ledger["settle"]["duplicates"].items():
-        assert total(samples, "messages_total", outcome="duplicate", cause=cause) == number, cause
+        assert total(samples, "messages_total", handler="settle", outcome="duplicate", cause=cause) == number, cause
     assert total(samples, "messages_total", cause="failed") == ledger["settle"]["dead_lettered"] == 1
     assert total(samples, "failed_attempts_total", handler="settle") == 2  # the handler allows two
     assert total(samples, "delay_seconds_count", handler="settle") == 400
-    assert total(samples, "handler_duration_seconds_count") >= 400
+    assert total(samples, "handler_duration_seconds_count", handler="settle") >= 400
     assert total(samples, "precheck_total") > 0
     committed = total(samples, "batches_total", result="committed")
     assert (

@@ -23,6 +23,8 @@ import yaml
 from consumer import tls
 from consumer.app_loader import load_app
 from consumer.cli.main import whole
+from consumer.metrics.fleet import Fleet
+from consumer.monitoring.endpoints import routes_of
 from consumer.settings import Settings, load
 
 ROOT = Path(__file__).parent.parent.parent
@@ -241,10 +243,13 @@ def test_compose_commands_are_understood(monkeypatch: pytest.MonkeyPatch, servic
     migrate = parsed(services["migrate"]["command"])
     assert migrate[""] == "migrate"
     assert all((ROOT / path).is_file() for path in migrate["files"])
-    probe, entry, *arguments = services["workers"]["healthcheck"]["test"]
-    status = parsed(arguments)
-    assert (probe, entry, status[""], status["app"]) == ("CMD", "consumer", "probe", run["app"])
-    assert status["wait_seconds"] < seconds(services["workers"]["healthcheck"]["timeout"])
+    *_, code = services["workers"]["healthcheck"]["test"]
+    compile(code, "healthcheck", "exec")
+    address = load_settings(monkeypatch, services["workers"]["environment"]).http_address
+    assert address is not None and f"127.0.0.1:{address[1]}/readyz" in code
+    assert services["workers"]["ports"] == [f"127.0.0.1:{address[1]}:{address[1]}"]
+    timeout = re.search(r"timeout=(\d+)", code)
+    assert timeout and int(timeout[1]) < seconds(services["workers"]["healthcheck"]["timeout"])
 
 
 def test_compose_own_containers_are_confined(services: dict[str, dict[str, Any]]) -> None:
@@ -268,7 +273,7 @@ def test_deployed_addresses_are_accepted_by_workers(
     config, *_ = documents(KUBERNETES)
     settings = load_settings(monkeypatch, config["data"])
     tls.check_kafka(settings)
-    assert not settings.insecure and "rediss://" in KUBERNETES.read_text("utf-8")
+    assert settings.insecure == {"http"} and "rediss://" in KUBERNETES.read_text("utf-8")
 
 
 # -- deploy/Dockerfile ------------------------------------------------------------------------------------------------
@@ -381,11 +386,14 @@ def test_kubernetes_commands_are_understood(
     assert (run[""], run["app"]) == ("run", "handlers:app")
     grace = run["grace_seconds"] or load_settings(monkeypatch, environment(objects, "Deployment")).grace_seconds
     assert spec["terminationGracePeriodSeconds"] >= grace + 10
-    probe = workers["readinessProbe"]
-    entry, *arguments = probe["exec"]["command"]
-    status = parsed(arguments)
-    assert (entry, status[""], status["app"]) == ("consumer", "probe", run["app"])
-    assert status["wait_seconds"] < probe["timeoutSeconds"] < probe["periodSeconds"]
+    address = tls.check_http(load_settings(monkeypatch, environment(objects, "Deployment")))
+    assert workers["ports"] == [{"name": "metrics", "containerPort": address[1] if address else None}]
+    annotations = objects["Deployment"]["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == str(workers["ports"][0]["containerPort"])
+    routes = routes_of(Fleet.of("any", 1))
+    for name, path in (("readinessProbe", "/readyz"), ("livenessProbe", "/livez")):
+        assert workers[name]["httpGet"] == {"path": path, "port": "metrics"} and path in routes
+        assert workers[name]["timeoutSeconds"] < workers[name]["periodSeconds"]
     _, job = pod(objects["Job"])
     migrate = parsed(job["args"])
     assert migrate[""] == "migrate"

@@ -35,6 +35,8 @@ PROGRAMS = {
     "kafka-consumer-groups.sh",
     "pre-commit",
     "psql",
+    "jq",
+    "mv",
 }
 
 

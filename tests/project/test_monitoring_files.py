@@ -146,10 +146,10 @@ def test_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
 
 
 def promtool() -> str:
-    found = shutil.which("promtool", path=f"{ROOT / '.cache' / 'prometheus' / 'usr' / 'bin'}{os.pathsep}{os.defpath}")
-    if found is None:
+    tool = shutil.which("promtool", path=f"{ROOT / '.cache' / 'prometheus' / 'usr' / 'bin'}{os.pathsep}{os.defpath}")
+    if tool is None:
         pytest.skip("no promtool here: make prometheus")
-    return found
+    return tool
 
 
 def test_alerts_fire_as_promtool_evaluates_them(tmp_path: Path) -> None:
