@@ -18,7 +18,7 @@ from consumer.core.errors import Misconfigured
 from consumer.logs import describe, event
 
 _HEAD_BYTES_MAX = 8192
-_REQUEST_SECONDS = 5.0  # from the connection to the end of the answer
+_REQUEST_SECONDS = 5.0
 _CONNECTIONS_MAX = 64
 
 TEXT = "text/plain; charset=utf-8"
@@ -49,10 +49,22 @@ def as_text(*lines: str, status: HTTPStatus = HTTPStatus.OK) -> Answer:
 
 
 class HttpServer:
-    """Serves routes by path. A route that raises costs one answer."""
+    """Serves routes by path.
 
-    def __init__(self, routes: Mapping[str, Route]) -> None:
+    A route that raises costs one answer. request_seconds: from a connection to the end of its answer. connections_max: at a time;
+    more are ended.
+    """
+
+    def __init__(
+        self,
+        routes: Mapping[str, Route],
+        *,
+        request_seconds: float = _REQUEST_SECONDS,
+        connections_max: int = _CONNECTIONS_MAX,
+    ) -> None:
         self._routes = routes
+        self._request_seconds = request_seconds
+        self._connections_max = connections_max
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._failed: set[str] = set()  # routes whose failure was logged
@@ -75,6 +87,11 @@ class HttpServer:
         event(logging.INFO, "serving metrics and health", host=host, port=port)
         return port
 
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._writers)
+
     def close(self) -> None:
         """Serve nothing more, and end every connection."""
         if self._server is not None:
@@ -83,12 +100,12 @@ class HttpServer:
             writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._writers) >= _CONNECTIONS_MAX:
+        if self.connections >= self._connections_max:
             writer.transport.abort()
             return
         self._writers.add(writer)
         try:
-            async with asyncio.timeout(_REQUEST_SECONDS):
+            async with asyncio.timeout(self._request_seconds):
                 writer.write(await self._answer(reader))
                 await writer.drain()
                 writer.close()

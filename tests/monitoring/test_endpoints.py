@@ -118,7 +118,7 @@ def test_addresses() -> None:
             address(wrong)
 
 
-def test_when_the_ledger_forgets() -> None:
+def test_time_until_the_ledger_forgets() -> None:
     hour, policy = 3600.0, Policy(retention=24, generation=6, skew=1)
 
     def state(now: float, *generations: Generation) -> LedgerState:

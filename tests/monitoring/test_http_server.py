@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from harness import until
 
 from consumer.core.errors import Misconfigured
-from consumer.monitoring import http_server
 from consumer.monitoring.http_server import Answer, HttpServer, Request, as_text
 
 pytestmark = pytest.mark.unit
@@ -25,8 +25,8 @@ def broken(_: Request) -> Answer:
 
 
 @asynccontextmanager
-async def served() -> AsyncIterator[tuple[HttpServer, int]]:
-    server = HttpServer({"/echo": echo, "/broken": broken})
+async def served(**limits: Any) -> AsyncIterator[tuple[HttpServer, int]]:
+    server = HttpServer({"/echo": echo, "/broken": broken}, **limits)
     port = await server.open("127.0.0.1", 0)
     try:
         yield server, port
@@ -68,7 +68,7 @@ async def test_get_and_head() -> None:
         (b"GET /" + b"y" * 20_000, b"431"),
     ],
 )
-async def test_what_is_refused(request_bytes: bytes, status: bytes) -> None:
+async def test_refused_requests(request_bytes: bytes, status: bytes) -> None:
     async with served() as (_, port):
         answer = await ask(port, request_bytes)
         assert answer.split(b" ", 2)[1] == status
@@ -82,19 +82,17 @@ async def test_a_page_that_fails_says_nothing_of_the_error() -> None:
         assert (await ask(port, b"GET /echo HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
 
 
-async def test_a_slow_client_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "_REQUEST_SECONDS", 0.05)
-    async with served() as (_, port):
+async def test_a_slow_client_is_ended() -> None:
+    async with served(request_seconds=0.05) as (_, port):
         assert await ask(port, b"GET /echo HTTP/1.1\r\n") == b""
 
 
-async def test_idle_connections_are_few_and_end_with_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "_CONNECTIONS_MAX", 2)
-    async with served() as (server, port):
+async def test_idle_connections_are_few_and_end_with_the_server() -> None:
+    async with served(connections_max=2) as (server, port):
         idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
 
         async def accepted() -> bool:
-            return len(server._writers) == 2
+            return server.connections == 2
 
         await until("the connections to be accepted", accepted)
         with pytest.raises(ConnectionError):
