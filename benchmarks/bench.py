@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import random
+import subprocess
 import sys
 import time
 import uuid
@@ -35,6 +36,7 @@ from consumer.local_servers import LocalServer, Postgres, Valkey  # noqa: E402
 from consumer.replay.options import Mode, Options, Progress  # noqa: E402
 from consumer.replay.rebuild_run import RebuildOptions, run_rebuild  # noqa: E402
 from consumer.replay.verify import replay  # noqa: E402
+from consumer.worker.report_pipe import ReportPipe  # noqa: E402
 from consumer.worker.worker import Worker  # noqa: E402
 
 NAIVE_MESSAGES = 4000  # of the slowest contestant, whose speed does not depend on how many there are
@@ -307,11 +309,12 @@ class Bench:
         redis: bool = False,
         workers: int = 1,
         dsn: str | None = None,
+        clock: Callable[[], float] = time.perf_counter,
         **more: Any,
     ) -> float:
         """A worker in this process, or several as `consumer run` starts them.
 
-        kind: a handler of application.py.
+        kind: a handler of application.py. clock: time.process_time for messages a second of the worker's CPU.
         """
         own = dsn is None
         dsn = dsn or await self.database(max(1000, produced.workload.keys))
@@ -325,12 +328,12 @@ class Bench:
         async with running_ as task:
             while not (before := await watcher.fetchval(SETTLED)):  # from the first commit on: joining is not measured
                 await asyncio.sleep(0.002)
-            begun = time.perf_counter()
+            begun = clock()
             while await watcher.fetchval(SETTLED) < len(produced.entries):
                 await asyncio.sleep(0.02)
                 if isinstance(task, asyncio.Task) and task.done():
                     raise SystemExit(f"the worker has ended: {task.exception()}")
-            seconds = time.perf_counter() - begun
+            seconds = clock() - begun
         await watcher.close()
         await self.check(dsn, produced.entries)
         if own:
@@ -346,13 +349,17 @@ class Bench:
 
     @asynccontextmanager
     async def working(self, app: App, settings: Settings) -> AsyncIterator[Any]:
-        worker = Worker(app, settings)
-        task = asyncio.create_task(worker.run())
-        try:
-            yield task
-        finally:
-            worker.stop()
-            await task
+        """Run a worker in this process; with metrics, another process reads its reports."""
+        with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as reader:  # noqa: ASYNC220
+            assert reader.stdin is not None
+            worker = Worker(app, settings, report=ReportPipe(reader.stdin.fileno()).send)
+            task = asyncio.create_task(worker.run())
+            try:
+                yield task
+            finally:
+                worker.stop()
+                await task
+                reader.stdin.close()
 
     @asynccontextmanager
     async def processes(

@@ -6,6 +6,7 @@ What a goal is compared with is measured in the same run.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import random
 import statistics
@@ -25,8 +26,21 @@ from ledgers import Ledger
 
 from consumer import App
 from consumer.core.retention import Drop, Forget
+from consumer.transaction.handler_runner import HandlerRunner
+from consumer.transaction.limits import CallTracker
+from consumer.worker.batch_metrics import BatchMetrics
+from consumer.worker.metrics_report import MetricsReport
 
 Row = dict[str, str]
+
+# What a worker does for metrics alone.
+METRICS = (
+    (BatchMetrics, "settled"),
+    (CallTracker, "_record_step"),
+    (HandlerRunner, "_record_times"),
+    (MetricsReport, "_send_changes"),
+    (MetricsReport, "_send_beat"),
+)
 
 
 @dataclass
@@ -549,6 +563,76 @@ async def start(bench: Bench, given: Options) -> Found:
     )
 
 
+class Stopwatch:
+    """CPU time of some methods while a block runs, those that they call included."""
+
+    def __init__(self, *methods: tuple[type, str]) -> None:
+        self.seconds = 0.0
+        self._methods = methods
+        self._is_running = False
+
+    def __enter__(self) -> Stopwatch:
+        self._originals = [getattr(owner, name) for owner, name in self._methods]
+        for (owner, name), original in zip(self._methods, self._originals, strict=True):
+            setattr(owner, name, self._timed(original))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for (owner, name), original in zip(self._methods, self._originals, strict=True):
+            setattr(owner, name, original)
+
+    def _timed(self, method: Callable[..., object]) -> Callable[..., object]:
+        @functools.wraps(method)
+        def timed(*args: object, **options: object) -> object:
+            if self._is_running:
+                return method(*args, **options)
+            self._is_running = True
+            begun = time.thread_time()
+            try:
+                return method(*args, **options)
+            finally:
+                self.seconds += time.thread_time() - begun
+                self._is_running = False
+
+        return timed
+
+
+async def metrics(bench: Bench, given: Options) -> Found:
+    """The workload of reference without and with metrics.
+
+    Where other processes disturb the times, the ratio of two runs says little; the share of one run does.
+    """
+    produced = await bench.produced(Workload(given.messages))
+    shares: dict[str, list[float]] = {"defer": [], "batch": []}
+
+    async def with_metrics(kind: str) -> float:
+        with Stopwatch(*METRICS) as watch:
+            speed = await bench.ours(produced, kind, clock=time.process_time, http="127.0.0.1:0")
+        shares[kind].append(watch.seconds / (len(produced.entries) / speed))
+        return speed
+
+    contestants: dict[str, Contestant] = {}
+    for kind in shares:
+        contestants[f"{kind}, without"] = functools.partial(bench.ours, produced, kind, clock=time.process_time)
+        contestants[f"{kind}, with metrics"] = functools.partial(with_metrics, kind)
+    speeds = await turns(contestants, given.rounds)
+    rows: list[Row] = []
+    for kind, of_kind in shares.items():
+        pairs = zip(speeds[f"{kind}, without"], speeds[f"{kind}, with metrics"], strict=True)
+        costs = sorted(before / after - 1 for before, after in pairs)
+        rows.append(
+            {
+                "handler": kind,
+                "share of CPU in metrics": f"{statistics.median(of_kind):.2%}",
+                "highest share": f"{max(of_kind):.2%}",
+                "CPU against a run without": f"{statistics.median(costs):+.1%}",
+                "lowest": f"{costs[0]:+.1%}",
+                "highest": f"{costs[-1]:+.1%}",
+            }
+        )
+    return Found("CPU time of the worker's process that goes to metrics with `--http`, in alternating runs.", rows)
+
+
 SCENARIOS: dict[str, tuple[str, Callable[[Bench, Options], Awaitable[Found]]]] = {
     "reference": ("Against the loop people write, the best by hand, and the limits", reference),
     "replay": ("Replay", replays),
@@ -561,6 +645,7 @@ SCENARIOS: dict[str, tuple[str, Callable[[Bench, Options], Awaitable[Found]]]] =
     "cost": ("Cost of a message", cost),
     "memory": ("Memory", memory),
     "start": ("Start", start),
+    "metrics": ("Metrics", metrics),
 }
 UNUSUAL = frozenset({"memory"})  # only when named: it takes long, or says nothing when short
 

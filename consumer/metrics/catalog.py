@@ -101,7 +101,7 @@ BATCHES = Metric(
 DELAY = Metric(
     "delay_seconds",
     Kind.HISTOGRAM,
-    "Time from a record's timestamp to the COMMIT of its effects; up to 32 messages of a batch stand for all of it",
+    "Time from a record's timestamp to the COMMIT of its effects; up to 16 messages of a batch stand for all of it",
     ("handler", "topic"),
     _LONG,
 )

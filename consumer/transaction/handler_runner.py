@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any
 
 from consumer.core.dead_letters import blocks_key
@@ -33,6 +34,7 @@ from consumer.transaction.scope import Scope, savepoint_name
 from consumer.transaction.tx import Tx
 
 _CALLS_AT_A_TIME = 100
+_handler_of = attrgetter("handler")
 
 
 class HandlerRunner:
@@ -113,7 +115,8 @@ class HandlerRunner:
         Calls that never wait are timed together: the clock costs as much as a short call. CallTracker times the others.
         """
         seconds, since = 0.0, time.monotonic()
-        waited: set[Delivery] = set()
+        outcomes, waited = self._result.outcomes, set[Delivery]()
+        before = len(outcomes)
         for delivery in deliveries:
             if (rest := self._start(delivery, task)) is not None:
                 seconds += self._now - since
@@ -121,12 +124,21 @@ class HandlerRunner:
                 await rest
                 since = time.monotonic()
         seconds += time.monotonic() - since
-        outcomes = self._result.outcomes
-        ran = Counter([one.handler for one in deliveries if one not in outcomes and one not in waited])
-        if ran and self._calls is not None:
-            mean = seconds / ran.total()
-            for handler, calls in ran.items():
-                self._calls.ran(handler, mean * calls, calls)
+        if waited or len(outcomes) > before:
+            deliveries = [one for one in deliveries if one not in outcomes and one not in waited]
+        self._record_times(deliveries, seconds)
+
+    def _record_times(self, deliveries: Sequence[Delivery], seconds: float) -> None:
+        """Record calls that never waited. seconds: of all of them."""
+        if self._calls is None or not deliveries:
+            return
+        handlers = set(map(_handler_of, deliveries))
+        if len(handlers) == 1:  # fast path
+            self._calls.ran(handlers.pop(), seconds, len(deliveries))
+            return
+        mean = seconds / len(deliveries)
+        for handler, calls in Counter(map(_handler_of, deliveries)).items():
+            self._calls.ran(handler, mean * calls, calls)
 
     async def _run_one(self, delivery: Delivery, task: asyncio.Task[Any] | None) -> None:
         if (rest := self._start(delivery, task)) is not None:

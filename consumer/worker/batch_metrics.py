@@ -23,7 +23,7 @@ from consumer.transaction.isolate import TransactionPoisoned
 from consumer.transaction.result import BatchResult
 
 DUPLICATES_MAX = 20  # whose age is asked for at a time
-_DELAYS_MAX = 32  # messages of a batch whose delay is recorded, each for its share of the batch
+_DELAYS_MAX = 16  # messages of a batch whose delay is recorded, each for its share of the batch
 _IN_LEDGER = (Cause.LEDGER, Cause.PRECHECK)
 
 

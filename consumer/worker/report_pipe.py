@@ -7,10 +7,12 @@ line must not be cut. Limitations: whether the supervisor reads is unknown.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from typing import Any
 
+import msgspec
+
+_encode = msgspec.json.Encoder().encode
 _BYTES_MAX = 1 << 20  # of a line; the supervisor reads no longer ones
 
 
@@ -27,7 +29,7 @@ class ReportPipe:
 
         Then nothing of it was sent: the pipe is full or closed, or the report too large.
         """
-        line = json.dumps(fields, separators=(",", ":")).encode() + b"\n"
+        line = _encode(fields) + b"\n"
         if len(line) > _BYTES_MAX or not self._flush():
             return False
         self._rest = line

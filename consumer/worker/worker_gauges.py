@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from consumer.core.delivery import Delivery
 from consumer.core.message import Partition, Record
 from consumer.core.retention import is_time
 from consumer.kafka.consumer import KafkaConsumer
@@ -91,10 +92,11 @@ class WorkerState:
         for lane in self.lanes:
             first = lane.scheduler.oldest()
             if lane.part is not None and not lane.idle.is_set():
-                for delivery in lane.part.deliveries:
-                    known = first.get(delivery.partition)
-                    if known is None or delivery.record.offset < known.offset:
-                        first[delivery.partition] = delivery.record
+                for record in _firsts(lane.part.deliveries):
+                    partition = Partition(record.topic, record.partition)
+                    known = first.get(partition)
+                    if known is None or record.offset < known.offset:
+                        first[partition] = record
             for partition, record in first.items():
                 if partition not in oldest or record.offset < oldest[partition].offset:
                     oldest[partition] = record
@@ -122,3 +124,16 @@ class WorkerState:
         """Yield 0 for each topic: there is no pause by operators yet."""
         for topic in sorted({topic for shard in self.shards for topic in shard.by_topic}):
             yield PAUSED, (topic,), 0.0
+
+
+def _firsts(deliveries: Sequence[Delivery]) -> Iterator[Record]:
+    """Yield the first record of each run of one partition.
+
+    fast path: a batch has a run of each partition, in offset order.
+    """
+    topic, partition = "", -1
+    for delivery in deliveries:
+        record = delivery.record
+        if record.partition != partition or record.topic != topic:
+            topic, partition = record.topic, record.partition
+            yield record

@@ -66,7 +66,7 @@ LIBRARIES = {
     "asyncpg": {"postgres"},
     "redis": {"precheck", "schemes"},
     "starlette": {"schemes"},
-    "msgspec": {"core", "outbox", "deferred_writes", "demo", "testing"},
+    "msgspec": {"core", "outbox", "deferred_writes", "worker", "demo", "testing"},
     "pydantic": {"core", "settings", "cli"},
     "typer": {"cli"},
     "rich": {"cli", "demo"},
