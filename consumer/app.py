@@ -53,11 +53,13 @@ class App:
         publishes: Collection[str] = (),
     ) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise RegistrationError(f"App({name!r}): 1 to 200 of the characters a-z A-Z 0-9 . _ -")
+            raise RegistrationError(f"App({name!r}): not a name; use 1 to 200 of the characters a-z A-Z 0-9 . _ -")
         if lifespan is not None and not callable(lifespan):
-            raise RegistrationError("lifespan= takes a function: an async context manager that is given the App")
+            raise RegistrationError(
+                f"App({name!r}): lifespan= is no function; give an async context manager that takes the App"
+            )
         if (shards is None) != (route is None):
-            raise RegistrationError(f"App({name!r}): shards= and route= go together: give both, or neither")
+            raise RegistrationError(f"App({name!r}): shards= and route= go together; give both, or neither")
         if shards is not None and (fault := _fault_of_shards(shards, route)):
             raise RegistrationError(f"App({name!r}): {fault}")
         if fault := _fault_of_topics(publishes):
@@ -107,7 +109,7 @@ class App:
         """
         for topic in topics:
             if callable(topic):
-                raise RegistrationError(f'{place_of(topic)}: name the topic: @app.handler("payments")')
+                raise RegistrationError(f'{place_of(topic)}: no topic; name the topic: @app.handler("payments")')
         options: dict[str, Any] = {
             "message_id": message_id,
             "fingerprint": fingerprint,
@@ -133,7 +135,7 @@ class App:
         other = self._handlers.get(handler.name)
         if other is not None:
             raise RegistrationError(
-                f"{handler.place}: two handlers are named {handler.name!r}, the other one at {other.place}: "
+                f"{handler.place}: two handlers are named {handler.name!r}, the other one at {other.place}; "
                 "give one of them another name with name="
             )
         handler.app, handler.publishes = self.name, self.publishes
@@ -193,10 +195,10 @@ class App:
 def _fault_of_topics(publishes: object) -> str | None:
     """Return what is wrong with publishes=."""
     if isinstance(publishes, str) or not isinstance(publishes, Collection):
-        return "publishes= takes a list of topics"
+        return "publishes= is no list; give a list of topics"
     for topic in publishes:
         if not isinstance(topic, str) or not TOPIC.fullmatch(topic):
-            return "publishes=: a topic has 1 to 249 of the characters a-z A-Z 0-9 . _ -"
+            return "publishes= has a name of no topic; use 1 to 249 of the characters a-z A-Z 0-9 . _ -"
     return None
 
 
@@ -206,12 +208,14 @@ def _fault_of_shards(shards: object, route: object) -> str | None:
     The text quotes no address, which may hold a password.
     """
     if not isinstance(shards, Mapping) or len(shards) < 2:
-        return "shards= takes a mapping of at least two names to DSNs (one database needs no shards)"
+        return (
+            "shards= is not a mapping of at least two names; give names with their DSNs (one database needs no shards)"
+        )
     if fault := check_names(shards):
         return f"shards=: {fault}"
     for shard, address in shards.items():
         if not isinstance(address, str) or not address.removeprefix("env:").strip():
-            return f'shards=: the address of {shard!r} is a DSN, or "env:NAME" for the variable that holds it'
+            return f'shards= has no address for {shard!r}; give a DSN, or "env:NAME" for the variable that holds it'
     if not callable(route) or inspect.iscoroutinefunction(route):
-        return "route= takes a plain function, from a key (bytes or None) to the name of a shard"
+        return "route= is no plain function; give one from a key (bytes or None) to the name of a shard"
     return None

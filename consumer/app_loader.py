@@ -27,10 +27,10 @@ def load_app(path: str) -> App:
     """
     module_name, colon, attribute = path.partition(":")
     if not colon or not module_name or not attribute:
-        raise Misconfigured(f'{path!r} does not name an App: use "module:attribute", for example "handlers:app"')
+        raise Misconfigured(f'{path!r}: does not name an App; write "module:attribute", for example "handlers:app"')
     if module_name.startswith(".") or "/" in module_name or module_name.endswith(".py"):
         better = module_name.removesuffix(".py").strip("./").replace("/", ".")
-        raise Misconfigured(f"{path!r} names a file: write the module, {better}:{attribute}")
+        raise Misconfigured(f"{path!r}: names a file; write the module, {better}:{attribute}")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -41,8 +41,10 @@ def load_app(path: str) -> App:
         raise
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise Misconfigured(f"no module {module_name!r} in {here} or among the installed packages") from None
-        raise Misconfigured(f"cannot import {module_name!r}: {error}{_place(error)}") from None
+            raise Misconfigured(
+                f"{module_name!r}: no such module in {here} or among the installed packages; change to its directory, or install it"
+            ) from None
+        raise Misconfigured(f"{module_name!r}: cannot be imported; {error}{_place(error)}") from None
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -50,19 +52,23 @@ def load_app(path: str) -> App:
             text = " ".join(str(error).split()) or "no text"
         except Exception:
             text = "no text"
-        raise Misconfigured(f"cannot import {module_name!r}: {type(error).__name__}: {text}{_place(error)}") from None
+        raise Misconfigured(
+            f"{module_name!r}: cannot be imported; {type(error).__name__}: {text}{_place(error)}"
+        ) from None
     log.disabled = False  # dictConfig in a module disables the loggers that it does not name
     target = module
     for name in attribute.split("."):
         if not hasattr(target, name):
             apps = [known for known, value in vars(module).items() if isinstance(value, App)]
-            hint = f", did you mean {module_name}:{apps[0]}?" if apps else ""
-            raise Misconfigured(f"module {module_name!r} has no attribute {attribute!r}{hint}")
+            hint = f"did you mean {module_name}:{apps[0]}?" if apps else "name the variable that holds the App"
+            raise Misconfigured(f"module {module_name!r}: no attribute {attribute!r}; {hint}")
         target = getattr(target, name)
     if not isinstance(target, App):
-        raise Misconfigured(f"{path} is a {type(target).__name__}, not a consumer.App")
+        raise Misconfigured(
+            f"{path}: a {type(target).__name__}, not a consumer.App; name the variable that holds the App"
+        )
     if not target.handlers:
-        raise Misconfigured(f"{path} has no handlers: are the modules that register them imported?")
+        raise Misconfigured(f"{path}: no handlers; import the modules that register them")
     return target
 
 
@@ -89,5 +95,7 @@ async def running(app: App) -> AsyncIterator[None]:
         except (Misconfigured, asyncio.CancelledError):
             raise
         except (Exception, SystemExit) as error:
-            raise Misconfigured(f"the lifespan of {app.name!r} failed: {describe(error)}") from None
+            raise Misconfigured(
+                f"the lifespan of {app.name!r} failed: {describe(error)}; correct what it needs"
+            ) from None
         yield

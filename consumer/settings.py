@@ -222,7 +222,7 @@ class Settings(BaseModel):
         """The DSN as text. Raises Misconfigured without one."""
         if self.postgres_dsn is None or not self.postgres_dsn.get_secret_value():
             raise Misconfigured(
-                "no PostgreSQL: set CONSUMER_POSTGRES_DSN (or --postgres-dsn) to postgresql://user@host/database"
+                "CONSUMER_POSTGRES_DSN: not set; set it (or --postgres-dsn) to postgresql://user@host/database"
             )
         return self.postgres_dsn.get_secret_value()
 

@@ -103,7 +103,7 @@ def redis_url(settings: Settings) -> str | None:
             )
         if settings.redis_ca_file is not None:
             if not Path(settings.redis_ca_file).is_file():  # the client would only say that Redis is away
-                raise Misconfigured(f"CONSUMER_REDIS_CA_FILE: no file {settings.redis_ca_file}")
+                raise Misconfigured(f"CONSUMER_REDIS_CA_FILE: no file {settings.redis_ca_file}; correct the path")
             url += ("&" if parts.query else "?") + urlencode({"ssl_ca_certs": settings.redis_ca_file})
     return url
 
@@ -123,7 +123,7 @@ def postgres_tls(settings: Settings) -> ssl.SSLContext | None:
         raise ValueError("a password that is not percent-encoded: the host would quote a part of it")
     mode = options.get("sslmode") or os.environ.get("PGSSLMODE")
     if mode not in (None, *_MODES):
-        raise Misconfigured(f"CONSUMER_POSTGRES_DSN: sslmode is one of {', '.join(_MODES)}")
+        raise Misconfigured(f"CONSUMER_POSTGRES_DSN: sslmode is unknown; use one of {', '.join(_MODES)}")
     if unread := sorted(options.keys() & _OF_LIBPQ):
         hint = "; --wait says how long to try" if unread[0] == "connect_timeout" else ""
         raise Misconfigured(
@@ -131,18 +131,18 @@ def postgres_tls(settings: Settings) -> ssl.SSLContext | None:
         )
     away = hosts.elsewhere(addresses)
     if "service" in options or (os.environ.get("PGSERVICE") and addresses == ["/"]):
-        raise Misconfigured("CONSUMER_POSTGRES_DSN: service files are not read: write the host into the address")
+        raise Misconfigured("CONSUMER_POSTGRES_DSN: service files are not read; write the host into the address")
     if settings.postgres_ca_file is None and mode not in _VERIFYING and (not away or "postgres" in settings.insecure):
         return None
     if away and mode not in (None, "verify-full") and "postgres" not in settings.insecure:
         raise Misconfigured(
-            f"PostgreSQL at {away[0]} with sslmode={mode} is refused: it does not make sure who answers. Write sslmode=verify-full "
+            f"PostgreSQL at {away[0]} with sslmode={mode}: refused, since it does not verify the server; write sslmode=verify-full "
             "into CONSUMER_POSTGRES_DSN (CONSUMER_POSTGRES_CA_FILE names a CA of your own), or allow it with "
             "CONSUMER_ALLOW_INSECURE=postgres"
         )
     if unread := [option for option in _UNREAD if option in options]:
         raise Misconfigured(
-            f"CONSUMER_POSTGRES_DSN: {unread[0]} is not supported together with verify-full: leave it out"
+            f"CONSUMER_POSTGRES_DSN: {unread[0]} is not supported together with verify-full; leave it out"
         )
     root = settings.postgres_ca_file or options.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")
     try:
@@ -155,7 +155,7 @@ def postgres_tls(settings: Settings) -> ssl.SSLContext | None:
             context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
     except (OSError, ssl.SSLError) as error:
         raise Misconfigured(
-            f"CONSUMER_POSTGRES_CA_FILE, or sslrootcert, sslcert, sslkey or sslcrl of the DSN, cannot be used: {error}"
+            f"CONSUMER_POSTGRES_CA_FILE, or sslrootcert, sslcert, sslkey or sslcrl of the DSN: {error}; name files that can be read"
         ) from None
     if mode == "verify-ca":  # refused above for other hosts, unless that is allowed
         context.check_hostname = False
@@ -167,6 +167,6 @@ def _refuse(service: str, addresses: list[str], settings: Settings, instead: str
     away = hosts.elsewhere(addresses)
     if away and service not in settings.insecure:
         raise Misconfigured(
-            f"{service} at {away[0]} would be reached off this machine without making sure who answers: {instead}, or allow it with "
+            f"{service} at {away[0]}: another machine, reached without verifying the server; {instead}, or allow it with "
             f"CONSUMER_ALLOW_INSECURE={service}"
         )

@@ -95,7 +95,7 @@ class _ConstraintWalk:
         if not decodes_itself:
             if is_pydantic(kind) and dataclasses.is_dataclass(kind):
                 raise RegistrationError(
-                    f"the pydantic dataclass {name} would be decoded by msgspec without its checks; derive {name} from "
+                    f"{name}: a pydantic dataclass, which msgspec would decode without its checks; derive {name} from "
                     "pydantic.BaseModel"
                 )
             if hasattr(kind, "__pydantic_config__"):

@@ -70,7 +70,9 @@ def decoder(declared: Any, *, allow_nan: bool = False) -> Decoder:
             return Model(declared, allow_nan=allow_nan).from_bytes
         return _msgspec(wanted, allow_nan)
     except Exception as error:  # each library has its own for a type that it cannot take
-        raise RegistrationError(f"cannot decode JSON to {declared!r}: {error}") from None
+        raise RegistrationError(
+            f"{declared!r}: JSON cannot be decoded to it ({error}); annotate another type"
+        ) from None
 
 
 def _unparsed(plain: type, declared: Any) -> Decoder:

@@ -42,7 +42,7 @@ def parse_rule(option: object) -> FingerprintRule:
     if callable(option) and not isinstance(option, type) and not inspect.iscoroutinefunction(option):
         return FingerprintRule(option)
     raise RegistrationError(
-        f'fingerprint={option!r}: use "bytes", "value", a plain function of the value, or None to compare nothing'
+        f'fingerprint={option!r}: not understood; use "bytes", "value", a plain function of the value, or None to compare nothing'
     )
 
 

@@ -85,7 +85,7 @@ def parse_rule(option: object) -> IdRule:
     elif callable(option) and not inspect.iscoroutinefunction(option):
         return CallableId(option)
     raise RegistrationError(
-        f'message_id={option!r}: use "header:NAME", "field:path.to", "offset" or a plain function of the value'
+        f'message_id={option!r}: not understood; use "header:NAME", "field:path.to", "offset" or a plain function of the value'
     )
 
 

@@ -84,7 +84,9 @@ class Message(msgspec.Struct, Generic[T], frozen=True):
         that is no text or empty.
         """
         if not isinstance(step, str) or not step:
-            raise TransactionMisuse('idempotency_key: name the step, for example message.idempotency_key("charge")')
+            raise TransactionMisuse(
+                'idempotency_key: the step has no name; name the step, for example message.idempotency_key("charge")'
+            )
         return idempotency_key(self.app, self.handler, bytes.fromhex(self.id), step)
 
 

@@ -189,22 +189,22 @@ def contradictions(
     if part > kept:
         errors.append(
             f"CONSUMER_LEDGER_GENERATION_HOURS={part:g} is more than {name}={kept:g}: a row would be kept for up to "
-            f"{kept:g} + {part:g} = {kept + part:g} hours. Set it to {kept:g} at most; a quarter, {kept / 4:g}, is usual"
+            f"{kept:g} + {part:g} = {kept + part:g} hours; set it to {kept:g} at most; a quarter, {kept / 4:g}, is usual"
         )
     elif kept / part > GENERATIONS_MAX - 2:
         errors.append(
             f"{name}={kept:g} / CONSUMER_LEDGER_GENERATION_HOURS={part:g} = {kept / part:.0f} generations, and a claim looks "
-            f"into each of them: {GENERATIONS_MAX - 2} at most, so set the second to {kept / (GENERATIONS_MAX - 2):g} at least"
+            f"into each of them: {GENERATIONS_MAX - 2} at most; set the second to {kept / (GENERATIONS_MAX - 2):g} at least"
         )
     if kept <= skew:
         errors.append(
             f"{name}={kept:g} is not more than CONSUMER_LEDGER_CLOCK_SKEW_HOURS={skew:g}: every message would be too old to "
-            "judge. Keep rows for longer"
+            "judge; keep rows for longer"
         )
     if window_hours is not None and window_hours > kept:
         errors.append(
             f"CONSUMER_PRECHECK_WINDOW_HOURS={window_hours:g} is more than {name}={kept:g}: Redis would call an id a duplicate "
-            f"that PostgreSQL has forgotten. Set it to {kept:g} at most"
+            f"that PostgreSQL has forgotten; set it to {kept:g} at most"
         )
     for log in logs:
         _check_topic(log, kept, skew, errors, warnings)
@@ -222,12 +222,12 @@ def _check_topic(log: TopicRetention, kept: float, skew: float, errors: list[str
     elif log.compacted:
         errors.append(
             f"topic {log.topic} is compacted (cleanup.policy=compact): it keeps the newest record of a key for ever, and "
-            f"{name}={kept:g} would forget it. Unset {name}, or set cleanup.policy=compact,delete with a retention.ms of "
+            f"{name}={kept:g} would forget it; unset {name}, or set cleanup.policy=compact,delete with a retention.ms of "
             f"{_ms(kept - skew)} at most"
         )
     elif log.retention_hours is None:
         errors.append(
-            f"topic {log.topic} keeps its records for ever (retention.ms=-1), and {name}={kept:g} would forget them. Unset "
+            f"topic {log.topic} keeps its records for ever (retention.ms=-1), and {name}={kept:g} would forget them; unset "
             f"{name}, or set retention.ms to {_ms(kept - skew)} at most"
         )
     elif (needed := log.retention_hours + skew) > kept:

@@ -158,7 +158,7 @@ class DeadLetterRetrier:
         for number in dead_letters:
             if number not in rows:
                 raise Misconfigured(
-                    f"no dead letter {number}; see `consumer dlq list APP --state all` (nothing was changed)"
+                    f"dead letter {number}: there is none; see `consumer dlq list APP --state all` (nothing was changed)"
                 )
             state, app, handler, first = rows[number]
             if app != self.app.name:

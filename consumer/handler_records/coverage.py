@@ -135,7 +135,7 @@ async def rename(connection: Connection, app: str, old: str, new: str, operator:
         numbers = await handlers.lock_numbers(connection, app)
         if old not in numbers:
             known = ", ".join(sorted(numbers)) or "none"
-            raise Misconfigured(f"--rename-handler: App {app!r} has no handler {old!r} in the ledger (it has: {known})")
+            raise Misconfigured(f"--rename-handler: App {app!r} has no handler {old!r} in the ledger; it has: {known}")
         if new in numbers:
             await _forget_empty(connection, app, new, numbers[new])
         await handlers.rename(connection, app, numbers[old], old, new, operator)

@@ -91,7 +91,7 @@ def span(partition: Partition, log: LogRange, start: Bound, end: Bound) -> Span:
     first = _offset(start, log, log.from_time)
     last = _offset(end, log, log.to_time)
     name = f"{partition.topic}:{partition.partition}"
-    gone = f"the log of {name} begins at offset {log.begin}: what came before was removed from it"
+    gone = f"the log of {name} begins at offset {log.begin}, and what came before was removed from it"
     match start:
         case Offset(number) if number < log.begin:
             raise Misconfigured(f"--from {number}: {gone}; --from earliest takes what is left")
@@ -100,10 +100,12 @@ def span(partition: Partition, log: LogRange, start: Bound, end: Bound) -> Span:
                 f"--from: {gone}, and that may be records of the time asked for; --from earliest takes what is left"
             )
         case AtPosition() if log.position is not None and log.position < log.begin:
-            raise Misconfigured(f"--from position: {gone}, and the position is {log.position}")
+            raise Misconfigured(
+                f"--from position: {gone}, and the position is {log.position}; --from earliest takes what is left"
+            )
     match end:
         case Offset() | Time() | AtPosition() if last < log.begin:
-            raise Misconfigured(f"--until: {gone}")
+            raise Misconfigured(f"--until: {gone}; give a later end")
     first = min(first, log.end)
     return Span(partition, first, max(first, min(last, log.end)))
 

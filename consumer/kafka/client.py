@@ -71,7 +71,9 @@ def _ssl_context(settings: Settings) -> ssl.SSLContext:
             keyfile=settings.kafka_security_key_file,
         )
     except (OSError, ssl.SSLError) as error:
-        raise Misconfigured(f"CONSUMER_KAFKA_SECURITY_CA_FILE, _CERT_FILE or _KEY_FILE: {error}") from None
+        raise Misconfigured(
+            f"CONSUMER_KAFKA_SECURITY_CA_FILE, _CERT_FILE or _KEY_FILE: {error}; name files that can be read"
+        ) from None
 
 
 def _sasl_options(settings: Settings) -> dict[str, Any]:
@@ -110,7 +112,9 @@ async def start_client(make: Callable[[], Any], settings: Settings, wait_seconds
             return client
         except ValueError as error:
             await _discard(client)
-            raise Misconfigured(f"CONSUMER_KAFKA_BOOTSTRAP_SERVERS={servers}: {error}") from None
+            raise Misconfigured(
+                f"CONSUMER_KAFKA_BOOTSTRAP_SERVERS={servers}: {error}; write host:port, comma-separated"
+            ) from None
         except (KafkaError, OSError, AssertionError) as error:  # TimeoutError is an OSError
             await _discard(client)
             reason = await _explain_refusal(settings)
@@ -179,13 +183,13 @@ def _explain(error: Exception, settings: Settings, broker: str) -> str:
             raise Misconfigured(f"Kafka at {broker}: {fault}") from None
         case UnsupportedSaslMechanismError():
             raise Misconfigured(
-                f"Kafka at {servers} does not offer {settings.kafka_sasl_mechanism} there: CONSUMER_KAFKA_SASL_MECHANISM "
-                f"({type(error).__name__})"
+                f"Kafka at {servers}: {settings.kafka_sasl_mechanism} is not offered there ({type(error).__name__}); "
+                "set CONSUMER_KAFKA_SASL_MECHANISM to one that is"
             ) from None
         case AuthenticationFailedError() | SaslAuthenticationFailed() | IllegalSaslStateError():
             given = "_TOKEN_PROVIDER" if settings.kafka_sasl_mechanism == "OAUTHBEARER" else "_USERNAME, _PASSWORD"
             raise Misconfigured(
-                f"Kafka at {servers} refused the SASL credentials ({type(error).__name__}): CONSUMER_KAFKA_SASL{given}"
+                f"Kafka at {servers}: the SASL credentials are refused ({type(error).__name__}); check CONSUMER_KAFKA_SASL{given}"
             ) from None
         case ssl.SSLError():
             return f"no TLS with {broker} ({error.reason}): is CONSUMER_KAFKA_SECURITY_PROTOCOL={protocol} right for this port?"

@@ -204,8 +204,8 @@ class KafkaConsumer:
             raise LogTruncated(Partition(*partition), position) from None
         except InvalidSessionTimeoutError:
             raise Misconfigured(
-                f"Kafka refuses CONSUMER_KAFKA_SESSION_TIMEOUT_SECONDS={self._settings.kafka_session_timeout_seconds:g}: "
-                "it must lie between the broker's group.min.session.timeout.ms and group.max.session.timeout.ms"
+                f"CONSUMER_KAFKA_SESSION_TIMEOUT_SECONDS={self._settings.kafka_session_timeout_seconds:g}: "
+                "Kafka refuses it; choose one between the broker's group.min.session.timeout.ms and group.max.session.timeout.ms"
             ) from None
         except BaseException:
             self._seek_back(received)

@@ -57,7 +57,7 @@ def parse(text: str, option: str, now_ms: int, names: str = "earliest, latest, p
         milliseconds = int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
     except (ValueError, OverflowError):
         raise Misconfigured(
-            f"{option} {given!r}: write {names}, an offset, a time such as 2026-11-25T10:00:00Z, "
+            f"{option} {given!r}: not understood; write {names}, an offset, a time such as 2026-11-25T10:00:00Z, "
             "or how long ago, such as 90m, 24h or 7d"
         ) from None
     if milliseconds > now_ms:
@@ -80,12 +80,10 @@ async def find_partitions(
     wanted: list[Partition] = []
     for topic in topics:
         if not existing[topic]:
-            raise Misconfigured(f"topic {topic!r} does not exist; check its name and the Kafka cluster")
+            raise Misconfigured(f"topic {topic!r}: does not exist; check its name and the Kafka cluster")
         for number in sorted(set(numbers or ())):
             if Partition(topic, number) not in existing[topic]:
-                raise Misconfigured(
-                    f"topic {topic!r} has no partition {number} (it has 0 to {len(existing[topic]) - 1})"
-                )
+                raise Misconfigured(f"topic {topic!r}: no partition {number}; it has 0 to {len(existing[topic]) - 1}")
         wanted += [partition for partition in existing[topic] if not numbers or partition.partition in numbers]
     return wanted
 
@@ -104,7 +102,7 @@ async def resolve(
     if isinstance(start, Time) and isinstance(end, Time) and start.milliseconds >= end.milliseconds:
         raise Misconfigured("--from: not before --until; give an earlier time")
     if isinstance(start, Offset) and isinstance(end, Offset) and start.number >= end.number:
-        raise Misconfigured(f"the range is empty: --from {start.number} is not below --until {end.number}")
+        raise Misconfigured(f"--from {start.number} --until {end.number}: the range is empty; give a lower --from")
     for bound, option in ((start, "--from"), (end, "--until")):
         if isinstance(bound, Offset) and all(bound.number > ends[partition] for partition in partitions):
             last = ", ".join(
@@ -133,7 +131,7 @@ async def resolve(
             f"{partition.topic}:{partition.partition} {begins[partition]} to {ends[partition]}"
             for partition in partitions[:8]
         )
-        raise Misconfigured(f"the range is empty: nothing lies between --from and --until (the log holds {held})")
+        raise Misconfigured(f"--from and --until: the range is empty; the log holds {held}")
     return spans
 
 

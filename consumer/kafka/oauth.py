@@ -49,7 +49,7 @@ def load_provider(path: str) -> Callable[[], Any]:
     """
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
-        raise Misconfigured(f'CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={path}: write "module:callable"')
+        raise Misconfigured(f'CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={path}: not understood; write "module:callable"')
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -62,11 +62,11 @@ def load_provider(path: str) -> Callable[[], Any]:
         raise
     except BaseException as error:
         raise Misconfigured(
-            f"CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={path} cannot be imported: {describe(error)}"
+            f"CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={path}: cannot be imported ({describe(error)}); correct the name or the module"
         ) from None
     if not callable(provider):
         raise Misconfigured(
-            f"CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={path} is a {type(provider).__name__}, which cannot be called"
+            f"CONSUMER_KAFKA_SASL_TOKEN_PROVIDER={path}: a {type(provider).__name__}, which cannot be called; name a function"
         )
     return provider  # type: ignore[no-any-return]
 

@@ -122,14 +122,16 @@ def encoded_value(value: object) -> bytes | None:
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     if (place := not_finite(value)) is not None:
-        raise TransactionMisuse(f"publish: {place} is a number that is not finite, which JSON cannot hold")
+        raise TransactionMisuse(f"publish: {place} is not finite, which JSON cannot hold; publish a finite number")
     try:
         if hasattr(value, "model_dump_json"):
             text: str = value.model_dump_json()
             return text.encode()
         return _encode(value)
     except Exception as error:
-        raise TransactionMisuse(f"publish: {_article(value)} cannot become JSON ({type(error).__name__})") from error
+        raise TransactionMisuse(
+            f"publish: {_article(value)} cannot become JSON ({type(error).__name__}); give what msgspec encodes, or bytes"
+        ) from error
 
 
 def checked_headers(headers: Mapping[str, Any] | Iterable[tuple[str, Any]] | None) -> Headers:
@@ -139,7 +141,9 @@ def checked_headers(headers: Mapping[str, Any] | Iterable[tuple[str, Any]] | Non
     try:
         pairs = list(headers.items()) if isinstance(headers, Mapping) else [(name, value) for name, value in headers]
     except (TypeError, ValueError):
-        raise TransactionMisuse("publish: headers= is no mapping, and no list of (name, value)") from None
+        raise TransactionMisuse(
+            "publish: headers= is of another type; give a mapping, or a list of (name, value)"
+        ) from None
     return tuple((_header_name(name), _header_value(name, value)) for name, value in pairs)
 
 
@@ -147,7 +151,7 @@ def _header_name(name: object) -> str:
     if not isinstance(name, str) or not name:
         raise TransactionMisuse("publish: a header has no name; give a str that is not empty")
     if b"\0" in _utf8(name, "the name of a header"):
-        raise TransactionMisuse("publish: the name of a header holds NUL")
+        raise TransactionMisuse("publish: the name of a header holds NUL; remove it")
     if name.lower() in _RESERVED:
         raise TransactionMisuse(f"publish: the header {name!r} is reserved; use id= to choose the message id")
     return name
@@ -276,7 +280,7 @@ def _utf8(text: str, what: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:
-        raise TransactionMisuse(f"publish: {what} holds a lone surrogate, which is no UTF-8") from None
+        raise TransactionMisuse(f"publish: {what} holds a lone surrogate, which is no UTF-8; remove it") from None
 
 
 def _article(value: object) -> str:

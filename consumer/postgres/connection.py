@@ -59,7 +59,7 @@ def translated_errors(settings: Settings) -> Iterator[None]:
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
         label = dsn_label(settings.dsn)
         if meaning_of(error) is Meaning.DEPLOYMENT:
-            raise Misconfigured(f"{label}: {redacted_message(error)}") from None
+            raise Misconfigured(f"{label}: {redacted_message(error)}; check the role's rights and the schema") from None
         raise Outage(f"{label}: {redacted_message(error) or str(error) or type(error).__name__}") from error
 
 
@@ -79,7 +79,7 @@ async def connect(settings: Settings, timeout_seconds: float = ATTEMPT_SECONDS) 
         )
     except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
         # InvalidPasswordError is among them: waiting does not heal any of these.
-        raise Misconfigured(f"{label}: {redacted_message(error)}") from None
+        raise Misconfigured(f"{label}: {redacted_message(error)}; check CONSUMER_POSTGRES_DSN") from None
     except ssl.SSLCertVerificationError as error:
         fault = certificate_fault(
             error.verify_code, error.verify_message, "CONSUMER_POSTGRES_CA_FILE", "CONSUMER_POSTGRES_DSN"
@@ -87,16 +87,16 @@ async def connect(settings: Settings, timeout_seconds: float = ATTEMPT_SECONDS) 
         raise Misconfigured(f"{label}: {fault}") from None
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InternalClientError) as error:
         if isinstance(error, ConnectionError) and "rejected SSL upgrade" in str(error):
-            raise Misconfigured(f"{label} has no TLS: turn it on, or see CONSUMER_ALLOW_INSECURE") from None
+            raise Misconfigured(f"{label}: no TLS; turn it on, or see CONSUMER_ALLOW_INSECURE") from None
         if isinstance(error, asyncpg.ProtocolViolationError) and "unsupported startup parameter" in str(error):
-            raise Misconfigured(f"{label} is PgBouncer: set CONSUMER_POSTGRES_POOLER=true") from None
+            raise Misconfigured(f"{label}: it is PgBouncer; set CONSUMER_POSTGRES_POOLER=true") from None
         if isinstance(error, asyncpg.PostgresError) and meaning_of(error) is Meaning.DEPLOYMENT:
-            raise Misconfigured(f"{label}: {redacted_message(error)}") from None
+            raise Misconfigured(f"{label}: {redacted_message(error)}; check the role's rights and the schema") from None
         raise Outage(f"{label}: {redacted_message(error) or str(error) or type(error).__name__}") from error
     except (ValueError, TypeError, asyncpg.InterfaceError):
         # The driver's text would quote the part that it could not read, which may be of the password.
         raise Misconfigured(
-            "CONSUMER_POSTGRES_DSN is not an address that can be used: write postgresql://user:password@host:port/database, "
+            "CONSUMER_POSTGRES_DSN: not an address that can be used; write postgresql://user:password@host:port/database, "
             "and percent-encode special characters of the password"
         ) from None
 
@@ -151,13 +151,13 @@ async def database_epoch(connection: asyncpg.Connection[Any], settings: Settings
     label = dsn_label(settings.dsn)
     standby, migrated = await server.state(connection)
     if standby:
-        raise NotPrimary(f"{label} is a standby: it cannot be written to")
+        raise NotPrimary(f"{label}: a standby, which cannot be written to; give the primary's address")
     if not migrated:
-        raise SchemaMissing(f"{label} has no ledger yet: run `consumer migrate`")
+        raise SchemaMissing(f"{label}: no ledger yet; run `consumer migrate`")
     version = await server.schema_version(connection)
     if version < SCHEMA_VERSION:
         raise SchemaMissing(
-            f"{label}: the ledger is at version {version} and this code needs {SCHEMA_VERSION}: run `consumer migrate`"
+            f"{label}: the ledger is at version {version} and this code needs {SCHEMA_VERSION}; run `consumer migrate`"
         )
     return await server.identify(connection)
 

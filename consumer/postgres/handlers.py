@@ -102,6 +102,6 @@ async def _refuse_renamed(connection: Connection, app: str, handlers: Sequence[s
     row = await connection.fetchrow(_RENAMED, app, handlers)
     if row is not None:
         raise Misconfigured(
-            f"handler {row[0]!r} of App {app!r} was renamed to {row[1]!r} in the ledger; run the code with the new name, "
+            f"handler {row[0]!r} of App {app!r}: it was renamed to {row[1]!r} in the ledger; run the code with the new name, "
             f"or rename it back with `consumer migrate {app} --rename-handler {row[1]} {row[0]}`"
         )

@@ -80,8 +80,8 @@ async def pending(connection: Connection) -> list[Migration]:
     for migration in known:
         if migration.version in applied and applied[migration.version] != migration.checksum:
             raise Misconfigured(
-                f"migration {migration.version:04} ({migration.name}) was applied with another text: the files of this installation "
-                "were changed later"
+                f"migration {migration.version:04} ({migration.name}): it was applied with another text; restore the files of this "
+                "installation, which were changed later"
             )
     return [migration for migration in known if migration.version not in applied]
 
@@ -125,7 +125,7 @@ async def migrate(
         if own and await connection.fetchval("select current_schema()") == "consumer":
             # A role named like our schema: "$user" leads the search path, and your tables would land among ours.
             raise Misconfigured(
-                "the first schema of this role's search path is `consumer`, which is ours: use a role of another name, "
+                "search_path: the first schema of this role is `consumer`, which is ours; use a role of another name, "
                 "or `alter role … set search_path = public`"
             )
         for name, text in zip(called, own, strict=False):
@@ -136,7 +136,9 @@ async def migrate(
                     if getattr(error, "sqlstate", None) is None:
                         raise
                     # Its first argument: the rest of a PostgreSQL error may quote rows.
-                    raise Misconfigured(f"{name}{_line(error, text)}: {error.args[0]} (nothing was changed)") from None
+                    raise Misconfigured(
+                        f"{name}{_line(error, text)}: {error.args[0]}; correct it (nothing was changed)"
+                    ) from None
         if new_epoch:
             await begin_epoch(connection)
     return todo

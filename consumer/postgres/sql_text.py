@@ -65,23 +65,23 @@ def refuse_transaction_control(sql: str) -> None:
     """
     if word := transaction_control(sql):
         raise TransactionMisuse(
-            f"{word} in a handler: the framework commits the claim and the effect together. "
-            "Use tx.savepoint() for a part that may fail, or raise Reject to store nothing"
+            f"{word} in a handler: the framework commits the claim and the effect together; "
+            "use tx.savepoint() for a part that may fail, or raise Reject to store nothing"
         )
     for words in first_words(sql):
         if words[0] in ("set", "reset") and words[1:] != ("constraints",):
             raise TransactionMisuse(
-                f"{words[0].upper()} in a handler: the transaction and its connection are other messages' too. "
-                "Give the role or the function that setting (alter role … set, create function … set)"
+                f"{words[0].upper()} in a handler: the transaction and its connection are other messages' too; "
+                "give the role or the function that setting (alter role … set, create function … set)"
             )
         if words[0] == "copy" and _FROM_STDIN.search(sql):  # the driver would wait for ever
             raise TransactionMisuse(
-                "COPY FROM STDIN in a handler: its rows would never come. Use await tx.copy_records_to_table(table, records=rows)"
+                "COPY FROM STDIN in a handler: its rows would never come; use await tx.copy_records_to_table(table, records=rows)"
             )
     if changes_setting(sql):
         raise TransactionMisuse(
-            "set_config in a handler: the transaction and its connection are other messages' too. "
-            'Use await tx.set_local("app.name", value) for this message, or give the role the setting (alter role … set)'
+            "set_config in a handler: the transaction and its connection are other messages' too; "
+            'use await tx.set_local("app.name", value) for this message, or give the role the setting (alter role … set)'
         )
 
 

@@ -91,7 +91,7 @@ class Precheck:
         except (ValueError, TypeError):
             # The library's text would quote the part that it could not read, which may be of the password.
             raise Misconfigured(
-                "CONSUMER_REDIS_URL is not an address that can be used: write redis://user:password@host:6379/0 (rediss:// "
+                "CONSUMER_REDIS_URL: not an address that can be used; write redis://user:password@host:6379/0 (rediss:// "
                 "for TLS), and percent-encode special characters of the password"
             ) from None
         self._app = app
@@ -117,7 +117,7 @@ class Precheck:
                 await self._try()
         except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
             raise Misconfigured(
-                f"CONSUMER_REDIS_URL: Redis refused the credentials, or they have too few rights (docs/how-to/security.md): {error}"
+                f"CONSUMER_REDIS_URL: Redis refused the credentials, or they have too few rights ({error}); see docs/how-to/security.md"
             ) from None
         except (RedisError, OSError, TimeoutError) as error:
             if isinstance(error, ResponseError) and "db index" in str(error).lower():

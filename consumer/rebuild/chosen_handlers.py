@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from consumer.core.errors import Misconfigured, Reject
 from consumer.core.handler import Call, Handler
 from consumer.core.message import Partition
 from consumer.core.retry import Retry
+from consumer.core.suggestions import suggestion
 from consumer.rebuild.absent_rows import Statement, sent_statements
 from consumer.rebuild.compare import Excuse
 from consumer.rebuild.state import RebuildState
@@ -32,14 +32,9 @@ def choose_handlers(
     topics = {partition.topic for partition in partitions}
     for name in wanted or ():
         if name not in app.handlers:
-            near = difflib.get_close_matches(name, app.handlers, 1)
-            raise Misconfigured(
-                f"App {app.name!r} has no handler {name!r}"
-                + (f", did you mean {near[0]!r}?" if near else "")
-                + f" (it has: {', '.join(app.handlers)})"
-            )
+            raise Misconfigured(f"App {app.name!r}: no handler {name!r}; {suggestion(name, app.handlers)}")
         if not topics & set(app.handlers[name].topics):
-            raise Misconfigured(f"handler {name!r} takes none of the topics {', '.join(sorted(topics))}")
+            raise Misconfigured(f"handler {name!r}: takes none of the topics {', '.join(sorted(topics))}; leave it out")
     candidates = [
         handler
         for handler in app.handlers.values()
@@ -47,9 +42,7 @@ def choose_handlers(
     ]
     chosen = [handler for handler in candidates if handler.idempotent]
     if not chosen:
-        raise Misconfigured(
-            f"no handler with a ledger takes {', '.join(sorted(topics)) or 'anything'}: nothing to rebuild"
-        )
+        raise Misconfigured(f"topics: no handler with a ledger takes {', '.join(sorted(topics)) or 'any'}; name others")
     notes: list[str] = [
         f"handler {handler.name} opted out of the ledger and was left out"
         for handler in candidates

@@ -35,11 +35,10 @@ def named(given: Sequence[str], option: str, columns: Iterable[ColumnName]) -> s
     for text in given:
         if text not in forms:
             near = difflib.get_close_matches(text, forms, 3)
-            raise Misconfigured(
-                f"{option} {text}: no table has such a column"
-                + (f", did you mean {' or '.join(near)}?" if near else "")
-                + " (write column, table.column or schema.table.column)"
+            action = (
+                f"did you mean {' or '.join(near)}?" if near else "write column, table.column or schema.table.column"
             )
+            raise Misconfigured(f"{option} {text}: no table has such a column; {action}")
         columns_named |= set(forms[text])
     return columns_named
 

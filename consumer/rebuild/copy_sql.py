@@ -54,7 +54,7 @@ class Copier:
         other = self._taken.setdefault(table.name.table, str(table.name))
         if other != str(table.name):
             raise Misconfigured(
-                f"{other} and {table.name} have one name, and a rebuild can have a copy of one of them only: "
+                f"{other} and {table.name}: they have one name, and a rebuild can copy only one of them; "
                 "rebuild their handlers one after the other with --handler"
             )
         copy = table.name.copy

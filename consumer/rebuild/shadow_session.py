@@ -188,14 +188,14 @@ class ShadowSession:
         names = ", ".join(sorted({delivery.handler.name for delivery in self.batch.deliveries}))
         if advisory:
             self.connection.refuse(
-                f"one of the handlers {names} takes advisory locks, in a function perhaps: a rebuild would keep them to its "
-                "end, and hold up the workers"
+                f"handlers {names}: one of them takes advisory locks, perhaps in a function, which would block workers until "
+                "the rebuild ends; leave it out with --handler"
             )
         for (_, name), before, now in zip(self.real_tables, self.real_counts, real_counts, strict=True):
             if now > before:
                 self.connection.refuse(
-                    f"one of the handlers {names} reads the real {name} and not its copy, in a function perhaps that names "
-                    "the schema or is bound to the table"
+                    f"handlers {names}: one of them reads the real {name} and not its copy, perhaps in a function that names "
+                    "the schema or is bound to the table; leave it out with --handler"
                 )
         if self.trails:
             touched = [((place, mark), explains) for place, mark, explains in await self._raw.fetch(_TOUCHED)]

@@ -236,7 +236,7 @@ class ShadowTables:
         No handler has inserted into them.
         """
         if self.doubts:
-            raise Misconfigured(f"{self.doubts[0]}: give the first rows with --base FILE. Nothing was changed")
+            raise Misconfigured(f"{self.doubts[0]}; give the first rows with --base FILE (nothing was changed)")
 
     async def _trace(self, traced: ComparisonResult) -> None:
         await self._run(trace_sql.SOUGHT)
@@ -274,7 +274,7 @@ class ShadowTables:
             except Exception as error:
                 if sqlstate_of(error) is None or self.guard.stopped_by is not None:
                     raise self.guard.stopped_by or error from None
-                raise Misconfigured(f"--base: {error} (in: {' '.join(statement.split())[:80]})") from None
+                raise Misconfigured(f"--base: {error}; correct {' '.join(statement.split())[:80]}") from None
         await self.session.check_constraints()
         await self._analyze()
 

@@ -143,7 +143,7 @@ class SinglePass:
         compared = compare_sql.named(put_back, "--compare", columns)
         if both := ignored & compared:
             name, column = min(both)
-            raise Misconfigured(f"--ignore and --compare both name {name}.{column}: name it once")
+            raise Misconfigured(f"--ignore and --compare: both name {name}.{column}; name it once")
         return ignored, compared
 
     async def spans(self, result: RebuildResult) -> list[Span]:

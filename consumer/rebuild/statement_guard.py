@@ -108,7 +108,7 @@ class StatementGuard:
     async def copy_records_to_table(self, table_name: str, *, schema_name: str | None = None, **options: Any) -> Any:
         if schema_name is not None:
             self._refuse(
-                None, f"names {table_name} with its schema, and so means the real table: leave schema_name out"
+                None, f"names {table_name} with its schema, and so means the real table; leave schema_name out"
             )
         # PostgreSQL plans no COPY. An INSERT into the same table is inspected instead.
         text = f"insert into {ident(table_name)} select"
@@ -143,7 +143,8 @@ class StatementGuard:
                 self._stop(RestartPass(f"{self._sender(sql)} {self._usage_text(name)}"))
             if state == _READ_ONLY:
                 self._refuse(
-                    sql, f"writes outside the copies, in a function perhaps, and PostgreSQL refused it ({error})"
+                    sql,
+                    f"writes outside the copies, perhaps in a function ({error}); leave its handler out with --handler",
                 )
             raise
 
@@ -162,11 +163,11 @@ class StatementGuard:
         raise self.stopped_by
 
     def _refuse(self, sql: str | None, what: str) -> NoReturn:
-        self.refuse(f"{self._sender(sql)} {what}")
+        self.refuse(f"{self._sender(sql)}: it {what}")
 
     def refuse(self, what: str) -> NoReturn:
         """End the rebuild. Raises Misconfigured."""
-        self._stop(Misconfigured(f"{what}. Nothing was changed"))
+        self._stop(Misconfigured(f"{what} (nothing was changed)"))
 
     async def _inspect(self, sql: str, seen_as: str | None = None) -> None:
         """Inspect a text. Returns if it may run.
@@ -179,11 +180,17 @@ class StatementGuard:
         if not words or _SAVEPOINT.fullmatch(sql):  # of the framework: Tx refuses those of a handler
             return
         if len(words) > 1:
-            self._refuse(sql, "sends several statements in one text, which cannot be inspected: send them one by one")
+            self._refuse(sql, "sends several statements in one text, which cannot be inspected; send them one by one")
         if words[0][0] not in _PLANNED and words[0] != ("set", "constraints") and words[0][0] != "show":
-            self._refuse(sql, f"runs {words[0][0].upper()}, and what that touches is not known beforehand")
+            self._refuse(
+                sql,
+                f"runs {words[0][0].upper()}, whose effects a rebuild cannot foresee; leave its handler out with --handler",
+            )
         if re.search(r"\bpg_(try_)?advisory", sql, re.IGNORECASE):
-            self._refuse(sql, "takes advisory locks: a rebuild would keep them to its end, and hold up the workers")
+            self._refuse(
+                sql,
+                "takes advisory locks, which would block workers until the rebuild ends; leave its handler out with --handler",
+            )
         if words[0][0] in _PLANNED:
             accesses = await self._accesses(sql)
             if accesses is None:

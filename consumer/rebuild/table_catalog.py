@@ -55,7 +55,7 @@ async def describe(connection: Connection, name: Name) -> Table:
     row = await connection.fetchrow(_TABLE, name.schema, name.table)
     if row is None:
         raise Misconfigured(
-            f"{name} was dropped or renamed while the rebuild ran; nothing was changed, and it can be run again"
+            f"{name}: it was dropped or renamed while the rebuild ran; run it again (nothing was changed)"
         )
     oid, row_security, triggers, rules = row
     columns = [

@@ -35,7 +35,7 @@ def literal(text: str) -> str:
     Raises Misconfigured for a text with a NUL.
     """
     if "\0" in text:
-        raise Misconfigured("text with a NUL cannot be sent to PostgreSQL")
+        raise Misconfigured("--base: the SQL has a NUL character, which PostgreSQL cannot read; remove it")
     return "'" + text.replace("'", "''") + "'"
 
 

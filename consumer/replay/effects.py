@@ -121,4 +121,4 @@ async def check_countable(connection: Any, where: str) -> None:
     where: the server and database, for the text.
     """
     if await connection.fetchval("select current_setting('track_counts')") != "on":
-        raise Misconfigured(f"{where} does not count written rows: turn track_counts on")
+        raise Misconfigured(f"{where}: it does not count written rows; turn track_counts on")

@@ -68,20 +68,22 @@ class Progress:
 def validate(options: Options) -> None:
     """Raise Misconfigured for options that contradict each other."""
     if options.call_handlers and options.mode != "check":
-        raise Misconfigured(f"--call-handlers does not go with --{options.mode}: leave it out")
+        raise Misconfigured(f"--call-handlers: not with --{options.mode}; leave it out")
     if options.allow_outside and not options.is_dry_run:
-        raise Misconfigured("--allow-outside goes with --call-handlers: nothing else calls handlers in a dry run")
+        raise Misconfigured(
+            "--allow-outside: no effect alone, since a dry run calls no handlers; it goes with --call-handlers"
+        )
     validate_filters(options.key, options.message_id, options.partitions)
 
 
 def validate_filters(key: object, message_id: object, partitions: tuple[object, ...]) -> None:
     """Raise Misconfigured for an empty filter or a wrong type."""
     if key is not None and not isinstance(key, str | bytes):
-        raise Misconfigured(f"key: text or bytes, not {type(key).__name__}")
+        raise Misconfigured(f"key: a {type(key).__name__}; give text or bytes")
     if message_id is not None and not (isinstance(message_id, str) and message_id):
-        raise Misconfigured("--message-id: the id as its producer sent it, not empty")
+        raise Misconfigured("--message-id: empty; give the id as its producer sent it")
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in partitions):
-        raise Misconfigured("--partition: a number of at least 0")
+        raise Misconfigured("--partition: below 0; give a number of at least 0")
 
 
 def filters(

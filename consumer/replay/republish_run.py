@@ -60,7 +60,7 @@ async def run_republish(
     """
     refuse_shards(app)
     if not options.target:
-        raise Misconfigured("--to: name the topic to copy to")
+        raise Misconfigured("--to: no topic; name the topic to copy to")
     validate_filters(options.key, None, options.partitions)
     work = _RepublishRun(app, settings, list(dict.fromkeys(topics)), options, progress, limits or Limits())
     return await work.run(source or KafkaConsumer(settings, None), resumed)

@@ -35,7 +35,7 @@ def choose_handlers(app: App, topics: Sequence[str], names: Sequence[str] = ()) 
     refuse_no_topics(app, topics)
     for topic in topics:
         if topic not in app.topics:
-            raise UnknownName(f"{app.name!r} has no handler of topic {topic!r}; {suggestion(topic, app.topics)}")
+            raise UnknownName(f"{app.name!r}: no handler of topic {topic!r}; {suggestion(topic, app.topics)}")
     for name in names:
         _check_name(app, topics, name)
     chosen = [
@@ -45,7 +45,7 @@ def choose_handlers(app: App, topics: Sequence[str], names: Sequence[str] = ()) 
         if any(topic in handler.topics for handler in chosen):
             continue
         if names:
-            raise Misconfigured(f"no handler of {', '.join(names)} takes topic {topic!r}")
+            raise Misconfigured(f"topic {topic!r}: no handler of {', '.join(names)} takes it; leave it out")
         raise Misconfigured(
             f"topic {topic!r}: all its handlers have idempotent=False and keep no ledger row, so there is nothing to verify; "
             "leave it out"
@@ -56,18 +56,18 @@ def choose_handlers(app: App, topics: Sequence[str], names: Sequence[str] = ()) 
 def refuse_no_topics(app: App, topics: Sequence[str]) -> None:
     """Raise Misconfigured where no topic is named."""
     if not topics:
-        raise Misconfigured(f"topics: name at least one topic of {app.name!r} (it has: {', '.join(app.topics)})")
+        raise Misconfigured(f"topics: none is named; name at least one topic of {', '.join(app.topics)}")
 
 
 def _check_name(app: App, topics: Sequence[str], name: str) -> None:
     handler = app.handlers.get(name)
     if handler is None:
-        raise UnknownName(f"{app.name!r} has no handler {name!r}; {suggestion(name, app.handlers)}")
+        raise UnknownName(f"{app.name!r}: no handler {name!r}; {suggestion(name, app.handlers)}")
     if not handler.idempotent:
         raise Misconfigured(
             f"handler {name!r}: it is not idempotent (idempotent=False) and keeps no ledger row to verify; leave it out"
         )
     if not set(topics) & set(handler.topics):
         raise Misconfigured(
-            f"handler {name!r} does not take {', '.join(topics)} (it takes: {', '.join(handler.topics)})"
+            f"handler {name!r}: does not take {', '.join(topics)}; it takes {', '.join(handler.topics)}"
         )

@@ -99,7 +99,7 @@ async def verify(
     AssertionError with the problems. Raises Misconfigured for what cannot be replayed, CannotTell when it ended early.
     """
     if apply and rebuild:
-        raise Misconfigured("apply and rebuild: choose one of them")
+        raise Misconfigured("apply and rebuild: not together; choose one of them")
     settings = settings or load()
     names = list(topics) or sorted(
         {topic for handler in app.handlers.values() if handler.idempotent for topic in handler.topics}
@@ -120,7 +120,7 @@ async def verify(
         state = _rebuild_options(options, ignore, compare, base)
         return await run_rebuild(app, settings, names, state, Progress())
     if ignore or compare or base:
-        raise Misconfigured("ignore, compare and base: they go with rebuild=True")
+        raise Misconfigured("ignore, compare and base: no effect alone; they go with rebuild=True")
     return await replay(app, settings, names, options, Progress())
 
 

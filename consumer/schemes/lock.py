@@ -293,7 +293,9 @@ async def check_fence(
         raise ValueError("check_fence: a fencing number is positive, and a bigint")
     in_transaction = getattr(tx, "is_in_transaction", None)  # a Tx is always in one
     if in_transaction is not None and not in_transaction():
-        raise TransactionMisuse("check_fence outside a transaction protects nothing: open one around it and the writes")
+        raise TransactionMisuse(
+            "check_fence: outside a transaction it protects nothing; open one around it and the writes"
+        )
     name, kept = ident(key_column), ident(number_column)
     passed = await checked(
         tx.fetchval(

@@ -54,7 +54,7 @@ async def check(app: App, router: Router, opened: Sequence[tuple[Settings, Sessi
     for name, (_, session) in zip(names, opened, strict=bool(names)):
         if (other := by_lineage.setdefault(lineage(session.epoch), name)) != name:
             raise Misconfigured(
-                f"shards {other!r} and {name!r} of App {app.name!r} are the same database; give each its own (or, if one is "
+                f"shards {other!r} and {name!r} of App {app.name!r}: they are one database; give each its own (or, if one is "
                 "a copy of the other, run `consumer migrate --new-epoch` on it)"
             )
     fixed = router.fixed_probes() if names else {}
@@ -73,8 +73,8 @@ async def _enroll(app: App, name: str, settings: Settings, session: Session) -> 
     if row is None and name:
         if await positions.exist(connection, app.name):
             raise Misconfigured(
-                f"{dsn_label(settings.dsn)} has applied messages of App {app.name!r} without shards, of which other shards know "
-                "nothing; see docs/how-to/shards.md, then run `consumer migrate APP --new-route`"
+                f"{dsn_label(settings.dsn)}: it has applied messages of App {app.name!r} without shards, which the other shards "
+                "would apply again; see docs/how-to/shards.md, then run `consumer migrate APP --new-route`"
             )
         await shard_tables.enroll(connection, app.name, name, names)
         row = await shard_tables.enrolled(connection, app.name)
@@ -82,17 +82,17 @@ async def _enroll(app: App, name: str, settings: Settings, session: Session) -> 
         return  # an App without shards
     if not name:
         raise Misconfigured(
-            f"{dsn_label(settings.dsn)} is shard {row.shard!r} of App {app.name!r}: the App has none; give it shards= and route="
+            f"{dsn_label(settings.dsn)}: it is shard {row.shard!r} of App {app.name!r}, and the App has none; give it shards= and route="
         )
     if row.shard != name:
         raise Misconfigured(
-            f"{dsn_label(settings.dsn)} is shard {row.shard!r} of App {app.name!r}, and its address is given for {name!r}: were "
-            "they swapped? A shard is renamed with `consumer migrate APP --new-route`"
+            f"{dsn_label(settings.dsn)}: it is shard {row.shard!r} of App {app.name!r}, and its address is given for {name!r}; "
+            "swap them back, or rename the shard with `consumer migrate APP --new-route`"
         )
     if row.shards != names:
         raise Misconfigured(
-            f"App {app.name!r} has the shards {', '.join(names)}, and had {', '.join(row.shards)}: keys that move would be "
-            "applied again. Move them as docs/how-to/shards.md says, then run `consumer migrate APP --new-route`"
+            f"App {app.name!r}: it has the shards {', '.join(names)}, and had {', '.join(row.shards)}, so keys that move would be "
+            "applied again; move them as docs/how-to/shards.md says, then run `consumer migrate APP --new-route`"
         )
 
 

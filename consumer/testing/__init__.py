@@ -61,9 +61,9 @@ class ExactlyOnce:
         from consumer.testing.trial import Trial
 
         if not isinstance(app, App):
-            raise Misconfigured(f"exactly_once takes a consumer.App, not a {type(app).__name__}")
+            raise Misconfigured(f"exactly_once: a {type(app).__name__}, not a consumer.App; give the App")
         if not app.handlers:
-            raise Misconfigured(f"{app.name!r} has no handlers: are the modules that register them imported?")
+            raise Misconfigured(f"{app.name!r}: no handlers; import the modules that register them")
         name, text = self._read(schema)
         database = await self._server.make(name, text)
         self._databases.append(database)
@@ -78,7 +78,9 @@ class ExactlyOnce:
             file = place / schema
             if file.is_file():
                 return str(schema), file.read_text("utf-8")
-        raise Misconfigured(f"schema={str(schema)!r}: no such file in {' or '.join(map(str, self._places))}")
+        raise Misconfigured(
+            f"schema={str(schema)!r}: no such file in {' or '.join(map(str, self._places))}; correct the path"
+        )
 
     async def end(self) -> None:
         """Drop the databases."""

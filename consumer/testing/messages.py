@@ -7,7 +7,6 @@ Knows the shape of a Kafka record; knows no database and no pytest.
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -19,9 +18,10 @@ import msgspec
 from consumer.app import App
 from consumer.core.errors import Misconfigured
 from consumer.core.message import LogRecord, Message, Partition, Record
+from consumer.core.suggestions import suggestion
 
 STEPS = ("begun", "claimed", "handled", "before_commit", "committed")
-"""The steps of a transaction, at each of which a crash can be asked for. Only after the last one is it stored."""
+"""The steps of a transaction at which `crash_at=` may crash it. Only the last one follows the COMMIT."""
 
 SHOWN_MAX = 20  # of one kind, in the text of an error
 
@@ -121,14 +121,12 @@ def partition_of(message: Sent, app: App) -> Partition:
     Raises Misconfigured for a topic that no handler takes, and for a wrong partition.
     """
     if message.topic not in app.topics:
-        near = difflib.get_close_matches(str(message.topic), app.topics, 1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
         raise Misconfigured(
-            f"no handler of {app.name!r} takes topic {message.topic!r}{hint} (there are: {', '.join(app.topics)})"
+            f"{app.name!r}: no handler of topic {message.topic!r}; {suggestion(str(message.topic), app.topics)}"
         )
     number = message.partition
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**31:
-        raise Misconfigured(f"partition={number!r}: a number from 0")
+        raise Misconfigured(f"partition={number!r}: not a number; give one from 0")
     return Partition(message.topic, number)
 
 
@@ -155,7 +153,7 @@ def _bytes(given: Text | None, what: str) -> bytes | None:
     if given is None or isinstance(given, bytes):
         return given
     if isinstance(given, bool) or not isinstance(given, str | int | UUID):
-        raise Misconfigured(f"{what} is a {type(given).__name__}: use text, bytes, int or UUID")
+        raise Misconfigured(f"{what}: a {type(given).__name__}; use text, bytes, int or UUID")
     return str(given).encode("utf-8", "surrogatepass")
 
 
@@ -165,7 +163,7 @@ def _json(message: Sent) -> bytes | None:
     try:
         return msgspec.json.encode(message.value, enc_hook=_of_model)
     except Exception as error:
-        raise Misconfigured(f"a value for {message.topic!r} cannot become JSON, give bytes: {error}") from None
+        raise Misconfigured(f"a value for {message.topic!r}: it cannot become JSON ({error}); give bytes") from None
 
 
 def _of_model(value: Any) -> Any:

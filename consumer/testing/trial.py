@@ -235,9 +235,9 @@ class Trial:
 
     def _check(self, batch: int | None, crash_at: str | None) -> None:
         if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
-            raise Misconfigured(f"batch={batch!r}: most messages in one transaction, a whole number of at least 1")
+            raise Misconfigured(f"batch={batch!r}: not a size; give the most messages in one transaction, at least 1")
         if crash_at is not None and crash_at not in STEPS:
-            raise Misconfigured(f"crash_at={crash_at!r}: one of {', '.join(map(repr, STEPS))}")
+            raise Misconfigured(f"crash_at={crash_at!r}: no step; use one of {', '.join(map(repr, STEPS))}")
 
     def _records_of(self, messages: Sequence[Sent]) -> list[tuple[Sent, LogRecord]]:
         """Encode messages as records at the end of the log.
@@ -250,7 +250,9 @@ class Trial:
         added: list[tuple[Sent, LogRecord]] = []
         for message in messages:
             if not isinstance(message, Sent):
-                raise Misconfigured(f'a {type(message).__name__} is no message: give Sent("topic", value, id=…)')
+                raise Misconfigured(
+                    f'deliver: a {type(message).__name__} is no message; give Sent("topic", value, id=…)'
+                )
             partition = partition_of(message, self._app)
             offset = ends.get(partition, 0)
             added.append((message, record_of(message, offset)))
@@ -296,7 +298,9 @@ class Trial:
                 await positions.rewind(connection, self._app.name)
             records = self._unsettled(await self._positions(connection))
             if crash_at is not None and not records:
-                raise Misconfigured(f"crash_at={crash_at!r}: there is nothing to deliver, so nothing would crash")
+                raise Misconfigured(
+                    f"crash_at={crash_at!r}: there is nothing to deliver, so nothing would crash; deliver messages"
+                )
             round, watch = Round(what), Watch(connection, self._outside)
             worker = SimulatedWorker(self._app, self._settings, round, records, crash_at, self._applied, watch)
             await worker.run(batch or len(records) or 1, retry)
@@ -330,7 +334,9 @@ async def _exclusive(app: App) -> AsyncIterator[None]:
     They have one database and one set of resources at a time.
     """
     if id(app) in _busy:
-        raise Misconfigured(f"{app.name!r} is being delivered to already: one call of deliver after the other")
+        raise Misconfigured(
+            f"{app.name!r}: it is being delivered to already; await one call of deliver after the other"
+        )
     _busy.add(id(app))
     before = [(handler, handler.call, handler.number) for handler in app.handlers.values()]
     try:

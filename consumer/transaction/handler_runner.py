@@ -294,7 +294,9 @@ class HandlerRunner:
             if tx.error is not None:
                 raise tx.error  # swallowed by the handler: PostgreSQL would store nothing of it
             if not connection.is_in_transaction():
-                raise TransactionMisuse("the handler's statements ended the transaction")
+                raise TransactionMisuse(
+                    "the transaction: the handler's statements ended it; leave COMMIT and ROLLBACK to the framework"
+                )
             if name is not None:
                 await self._scope.flush()
         except Exception:

@@ -49,8 +49,8 @@ def limits(handlers: Iterable[Handler], settings: Settings) -> dict[str, float]:
             seconds = idle / 2
         if handler.idempotent and seconds > idle * _OF_IDLE:
             raise Misconfigured(
-                f"{name} is {seconds:g} s, and PostgreSQL ends a transaction that is idle for {idle:g} s, with up to a third "
-                f"of that gone before the call: set CONSUMER_POSTGRES_IDLE_IN_TRANSACTION_TIMEOUT_SECONDS to at least "
+                f"{name}: it is {seconds:g} s, and PostgreSQL ends a transaction that is idle for {idle:g} s, with up to a third "
+                f"of that gone before the call; set CONSUMER_POSTGRES_IDLE_IN_TRANSACTION_TIMEOUT_SECONDS to at least "
                 f"{seconds / _OF_IDLE:.0f}, or the limit to at most {idle * _OF_IDLE:g} (or 0 for none)"
             )
         limits[handler.name] = seconds

@@ -287,7 +287,7 @@ class Tx:
                 self._check(None)
                 if not level.open:
                     raise TransactionMisuse(
-                        "a statement outlived the savepoint that it was started in: await it inside"
+                        "a statement: it outlived the savepoint that it was started in; await it inside"
                     )
                 await self._guarded(self._flush(level))
                 self.touched = True
@@ -319,7 +319,7 @@ class Tx:
 
     def _check(self, sql: str | None) -> None:
         if not self.is_open:
-            raise TransactionMisuse("this Tx was used after its handler had returned: await everything you start")
+            raise TransactionMisuse("this Tx: it was used after its handler had returned; await everything you start")
         if sql is not None:
             refuse_transaction_control(sql)
 
@@ -376,7 +376,9 @@ class Tx:
             if self._others:
                 self._scope.connection.terminate()  # a task that does not end: nothing may follow on this connection
         if left:
-            raise TransactionMisuse("the handler returned while a task of its own was still using its Tx: await it")
+            raise TransactionMisuse(
+                "the handler: it returned while a task of its own still used its Tx; await the task"
+            )
 
     async def _leave(self) -> None:
         await self._scope.flush(self)

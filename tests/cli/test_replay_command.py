@@ -162,7 +162,7 @@ async def test_bad_input_is_one_line_and_exit_code_2(shop: Shop, arguments: list
         ("rebuild", ["--report", "nowhere/x.html"], "--report nowhere/x.html"),
         ("rebuild", ["--handler", "nobody"], "no handler 'nobody'"),
         ("republish", ["--to", ""], "name the topic to copy to"),
-        ("republish", ["--to", "nowhere"], "'nowhere' does not exist"),
+        ("republish", ["--to", "nowhere"], "'nowhere': does not exist"),
         ("republish", ["--to", "x", "--from", "5", "--until", "5"], "the range is empty"),
     ],
 )
@@ -223,7 +223,7 @@ async def test_services_that_are_not_there_are_one_line(shop: Shop) -> None:
 async def test_a_database_without_the_ledger_is_one_line(shop: Shop, postgres: Any) -> None:
     name = f"empty_{uuid.uuid4().hex[:8]}"
     await query(postgres.dsn(), f"create database {name}")
-    is_one_line(shop.replay(CONSUMER_POSTGRES_DSN=postgres.dsn(name)), "has no ledger yet: run `consumer migrate`")
+    is_one_line(shop.replay(CONSUMER_POSTGRES_DSN=postgres.dsn(name)), "no ledger yet; run `consumer migrate`")
 
 
 async def test_a_kept_state_that_is_no_state_is_one_line(shop: Shop) -> None:

@@ -132,7 +132,7 @@ def test_argument_that_is_not_utf8_is_named(place: Place, tmp_path: Path, argume
 async def test_pooler_that_is_not_declared_is_named_at_once(postgres: Postgres) -> None:
     with (
         Pooler(postgres) as pooler,
-        pytest.raises(Misconfigured, match="is PgBouncer: set CONSUMER_POSTGRES_POOLER=true"),
+        pytest.raises(Misconfigured, match="it is PgBouncer; set CONSUMER_POSTGRES_POOLER=true"),
     ):
         await connect(Settings(postgres_dsn=pooler.dsn(postgres.dsn())))
 

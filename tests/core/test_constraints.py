@@ -154,7 +154,7 @@ REFUSED: list[tuple[Any, str]] = [
     (Converted, "AfterValidator on"),
     (Wrong, r"Wrong\.amount: msgspec\.Meta has no effect .*pydantic\.Field"),
     (Holder, r"Wrong\.amount: msgspec\.Meta has no effect"),
-    (DataHolder, r"the pydantic dataclass PydanticData .*derive PydanticData from pydantic\.BaseModel"),
+    (DataHolder, r"PydanticData: a pydantic dataclass.*derive PydanticData from pydantic\.BaseModel"),
     (DataDataHolder, "the pydantic dataclass PydanticBox"),
     (list[PydanticData], "the pydantic dataclass PydanticData"),
     (dict[str, PydanticData | None], "the pydantic dataclass PydanticData"),

@@ -157,7 +157,7 @@ def test_types_that_do_not_allow_null_refuse_it(declared: Any) -> None:
 
 @pytest.mark.parametrize("declared", [Paid | Struct, str | bytes, 3, "Struct", list["Nowhere"]], ids=str)  # type: ignore[name-defined]  # noqa: F821
 def test_a_type_that_json_cannot_give_is_refused(declared: Any) -> None:
-    with pytest.raises(RegistrationError, match="cannot decode JSON to"):
+    with pytest.raises(RegistrationError, match="JSON cannot be decoded to it"):
         decode.decoder(declared)
 
 

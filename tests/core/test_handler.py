@@ -77,7 +77,7 @@ WRONG: list[Case] = [
     (twice, T, {}, "asks for the message twice"),
     (two_tx, T, {}, "two Tx"),
     (nowhere, T, {}, "'Nowhere' is not defined"),
-    (three, T, {}, "cannot decode JSON to 3"),
+    (three, T, {}, "3: JSON cannot be decoded to it"),
     (plain, T, {}, "`async def`"),
     (generator, T, {}, "`async def`"),
     (fine, T, {"concurency": 2}, "unknown option 'concurency', did you mean 'concurrency'?"),

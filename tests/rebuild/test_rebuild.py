@@ -869,13 +869,13 @@ WRITE_BOTH = (INSERT, UPDATE)
             "reads public.accounts through the view public.open_accounts",
         ),
         ("update open_accounts set balance = $1", "public.open_accounts"),
-        ("select note($1::bigint::int)", "handler 'handle' writes outside the copies, in a function perhaps"),
-        ("select note_there($1::bigint::int)", "writes outside the copies, in a function perhaps"),
+        ("select note($1::bigint::int)", "handler 'handle': it writes outside the copies, perhaps in a function"),
+        ("select note_there($1::bigint::int)", "writes outside the copies, perhaps in a function"),
         ("select look($1::bigint::int)", "reads the real public.accounts and not its copy"),
         ("select hidden($1::bigint::int)", "public.accounts"),
         ("select nextval('tickets') + $1", "cannot execute nextval"),
         ("select setval('tickets', $1)", "cannot execute setval"),
-        ("select pg_advisory_xact_lock($1)", "handler 'handle' takes advisory locks"),
+        ("select pg_advisory_xact_lock($1)", "handler 'handle': it takes advisory locks"),
         ("select wait_for($1::bigint::int)", "takes advisory locks"),
         ("select count(*) + $1 from consumer.ledger", "consumer.ledger, which is the framework's own"),
         ("update consumer.positions set next_offset = $1", "consumer.positions, which is the framework's own"),
@@ -910,7 +910,7 @@ async def test_statement_that_would_leave_the_copies_does_not_run(place: Place, 
     with pytest.raises(Misconfigured) as caught:
         await rebuilt(place, app)
     assert text in str(caught.value) and "handle" in str(caught.value) and "\n" not in str(caught.value)
-    assert "Nothing was changed" in str(caught.value)
+    assert "nothing was changed" in str(caught.value)
     assert await all_rows(place.dsn) == before
 
 
@@ -999,10 +999,10 @@ async def test_columns_to_leave_out_are_checked_before_anything_runs(place: Plac
     result = await rebuilt(place, app, ignore=["accounts.id"], trace=False)
     assert result.tables[0]["matched_by"] == [] and (result.tables[0]["missing"], result.tables[0]["extra"]) == (1, 1)
     for options, text in [
-        ({"ignore": ["balanse"]}, "--ignore balanse: no table has such a column, did you mean balance"),
+        ({"ignore": ["balanse"]}, "--ignore balanse: no table has such a column; did you mean balance"),
         ({"compare": ["effects.balance"]}, "--compare effects.balance: no table has such a column"),
         ({"ignore": ["balance"], "compare": ["accounts.balance"]}, "both name public.accounts.balance"),
-        ({"handlers": ["setle"]}, "has no handler 'setle', did you mean 'settle'"),
+        ({"handlers": ["setle"]}, "no handler 'setle'; did you mean settle"),
     ]:
         with pytest.raises(Misconfigured, match=text):
             await rebuilt(place, app, **options)

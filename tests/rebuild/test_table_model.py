@@ -137,7 +137,7 @@ def test_copy_has_its_own_sequences_and_notes_moving_defaults() -> None:
 def test_names_in_the_one_schema_of_all_copies_do_not_meet() -> None:
     copier = Copier()
     copier.copy(table(name=Name("a", "t")))
-    with pytest.raises(Misconfigured, match=r"a\.t and b\.t have one name"):
+    with pytest.raises(Misconfigured, match=r"a\.t and b\.t: they have one name"):
         copier.copy(table(name=Name("b", "t")))
     for schema in ("a", "b"):
         sequence = DefaultSequence(f"{schema}.s", "s")

@@ -191,7 +191,9 @@ async def test_sequences_that_one_may_not_look_at_are_left_out(connection: Any) 
 async def test_a_server_that_does_not_count_is_refused(connection: Any) -> None:
     await check_countable(connection, "PostgreSQL at here/db")
     await connection.execute("set track_counts = off")
-    with pytest.raises(Misconfigured, match="PostgreSQL at here/db does not count written rows: turn track_counts on"):
+    with pytest.raises(
+        Misconfigured, match="PostgreSQL at here/db: it does not count written rows; turn track_counts on"
+    ):
         await check_countable(connection, "PostgreSQL at here/db")
 
 

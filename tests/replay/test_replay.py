@@ -454,7 +454,7 @@ async def test_a_filter_that_lets_nothing_through_is_no_proof(settled: tuple[Pla
             await run_replay(place, app, topic, **narrowed)
     with pytest.raises(Misconfigured, match="no message of the range has that key"):
         await run_replay(place, app, topic, mode="republish", target=await place.topic(), key="nope")
-    with pytest.raises(Misconfigured, match="not empty"):
+    with pytest.raises(Misconfigured, match="--message-id: empty"):
         await run_replay(place, app, topic, message_id="")
 
 
@@ -701,7 +701,7 @@ async def test_topics_that_cannot_be_are_one_clear_line(place: Place) -> None:
 
     for asked, says in (
         (("unknown",), "no handler of topic 'unknown'"),
-        (("nowhere",), "topic 'nowhere' does not exist"),
+        (("nowhere",), "topic 'nowhere': does not exist"),
         ((empty,), "the range is empty"),
         (("clicks",), "nothing to verify"),
         ((), "name at least one topic"),

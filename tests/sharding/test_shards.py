@@ -238,9 +238,9 @@ async def test_a_route_that_has_changed_is_refused_at_start(shards: Shards, west
         refused = shards.command(tmp_path, "run", "shard_app:app", route=route)
         is_one_line(refused, "the route of App", "has changed", "consumer migrate APP --new-route")
     swapped = {"TEST_EAST": as_worker(shards.dsns["west"]), "TEST_WEST": as_worker(shards.dsns["east"])}
-    is_one_line(shards.command(tmp_path, "run", "shard_app:app", **swapped), "is shard 'west'", "were they swapped?")
+    is_one_line(shards.command(tmp_path, "run", "shard_app:app", **swapped), "it is shard 'west'", "swap them back")
     same = {"TEST_WEST": as_worker(shards.dsns["east"])}
-    is_one_line(shards.command(tmp_path, "run", "shard_app:app", **same), "'east' and 'west'", "the same database")
+    is_one_line(shards.command(tmp_path, "run", "shard_app:app", **same), "'east' and 'west'", "one database")
     is_one_line(shards.command(tmp_path, "run", "shard_app:app", TEST_EAST=""), "shard 'east'", "TEST_EAST is not set")
     alone = App(shards.name)
     alone.handler(shards.topic)(shards.app().handlers["settle"].function)

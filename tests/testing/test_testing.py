@@ -672,17 +672,17 @@ async def test_wrong_calls_are_one_line_and_deliver_nothing(exactly_once: Exactl
     trial = await exactly_once(app_of(), schema=TABLES)
     number: Any = 1.5  # of a type that Sent does not take
     wrong: list[tuple[Any, dict[str, Any], str]] = [
-        ([Sent("paymens", {})], {}, "no handler of 'shop' takes topic 'paymens', did you mean 'payments'?"),
-        ([payment(1), Sent("payments", object())], {}, "cannot become JSON, give bytes: it holds a object"),
-        ([Sent("payments", {}, key=number)], {}, "key is a float: use text, bytes, int or UUID"),
-        ([Sent("payments", {}, id=True)], {}, "id is a bool"),
-        ([Sent("payments", {}, headers={"a": number})], {}, "header 'a' is a float"),
+        ([Sent("paymens", {})], {}, "'shop': no handler of topic 'paymens'; did you mean payments?"),
+        ([payment(1), Sent("payments", object())], {}, "cannot become JSON (it holds a object); give bytes"),
+        ([Sent("payments", {}, key=number)], {}, "key: a float; use text, bytes, int or UUID"),
+        ([Sent("payments", {}, id=True)], {}, "id: a bool"),
+        ([Sent("payments", {}, headers={"a": number})], {}, "header 'a': a float"),
         ([Sent("payments", {}, partition=-1)], {}, "partition=-1"),
-        ([{"id": 1}], {}, 'a dict is no message: give Sent("topic", value, id=…)'),
+        ([{"id": 1}], {}, 'a dict is no message; give Sent("topic", value, id=…)'),
         ([[payment(1)]], {}, "a list is no message"),
-        ([payment(1)], {"batch": 0}, "batch=0: most messages"),
+        ([payment(1)], {"batch": 0}, "batch=0: not a size"),
         ([payment(1)], {"batch": True}, "batch=True"),
-        ([payment(1)], {"crash_at": "commited"}, "crash_at='commited': one of 'begun', 'claimed'"),
+        ([payment(1)], {"crash_at": "commited"}, "crash_at='commited': no step; use one of 'begun', 'claimed'"),
     ]
     for messages, options, text in wrong:
         with pytest.raises(Misconfigured) as caught:
@@ -702,8 +702,8 @@ async def test_wrong_apps_and_schemas_are_one_line_and_leave_no_database(
     before = await there.fetchval(databases)
     (tmp_path / "wrong.sql").write_text("create table a (id int);\ncreate tabel b (id int);\n")
     wrong: list[tuple[Any, Any, str]] = [
-        (App("empty"), None, "'empty' has no handlers"),
-        ("handlers:app", None, "exactly_once takes a consumer.App, not a str"),
+        (App("empty"), None, "'empty': no handlers"),
+        ("handlers:app", None, "exactly_once: a str, not a consumer.App"),
         (app_of(), "missing.sql", "schema='missing.sql': no such file in "),
         (app_of(), tmp_path / "missing.sql", "no such file in "),
         (app_of(), tmp_path, "no such file in "),
