@@ -346,7 +346,10 @@ class Ranges(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Which dead letters are read. key, ids: only of these, None for all."""
+    """Which dead letters are read.
+
+    key, ids: only of these, None for all.
+    """
 
     handlers: Sequence[int]
     ranges: Ranges

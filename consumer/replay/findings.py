@@ -92,7 +92,10 @@ class Findings:
             self.samples.append({"kind": kind, **details})
 
     def sample_dead_letter(self, kind: str, handler: str, row: Mapping[str, Any], id: UUID, fault: str) -> None:
-        """Keep an example of a dead letter with a fault. row: its columns."""
+        """Keep an example of a dead letter with a fault.
+
+        row: its columns.
+        """
         self.sample(
             kind,
             handler=handler,

@@ -1,4 +1,4 @@
-"""The key of a request to another system: the same for the same request, and for no other."""
+"""Keys of requests to other systems: one for each request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules for tests: names, imports, no patches of private names, mutants that hit their target."""
+"""Rules for tests: names, imports, patches, and mutants that hit."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_modules_of_tests_import_no_other_test_module() -> None:
 
 
 def names_without_subject(source: str) -> list[str]:
-    """The tests whose names are too long, or begin with a word that names nothing."""
+    """The tests whose names are too long, or have no subject."""
     return [
         node.name
         for node in ast.walk(ast.parse(source))
