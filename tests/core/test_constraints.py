@@ -155,9 +155,9 @@ REFUSED: list[tuple[Any, str]] = [
     (Wrong, r"Wrong\.amount: msgspec\.Meta has no effect .*pydantic\.Field"),
     (Holder, r"Wrong\.amount: msgspec\.Meta has no effect"),
     (DataHolder, r"PydanticData: a pydantic dataclass.*derive PydanticData from pydantic\.BaseModel"),
-    (DataDataHolder, "the pydantic dataclass PydanticBox"),
-    (list[PydanticData], "the pydantic dataclass PydanticData"),
-    (dict[str, PydanticData | None], "the pydantic dataclass PydanticData"),
+    (DataDataHolder, "PydanticBox: a pydantic dataclass"),
+    (list[PydanticData], "PydanticData: a pydantic dataclass"),
+    (dict[str, PydanticData | None], "PydanticData: a pydantic dataclass"),
 ]
 
 

@@ -33,7 +33,7 @@ def test_other_fields_make_another_key(left: tuple[str, str, bytes, str], right:
     assert (idempotency_key(*left) == idempotency_key(*right)) == (left == right)
 
 
-def test_what_moves_from_one_field_to_the_next_makes_another_key() -> None:
+def test_text_moved_from_one_field_to_the_next_makes_another_key() -> None:
     keys = [
         idempotency_key("ab", "c", b"", ""),
         idempotency_key("a", "bc", b"", ""),

@@ -24,7 +24,7 @@ BLOCKS = [block for page in PAGES for block in documents.blocks(page)]
 README = [ROOT / "README.md"]
 TUTORIAL = [ROOT / "docs/tutorial/first-handler.md", ROOT / "docs/tutorial/failures.md"]
 # What a reader does once, or on the machine's own terms.
-_BY_THE_READER = ("pip install", "make ", "export ")
+_BY_THE_READER = ("python3 -m venv", "pip install", "make ", "export ")
 _SETTLED = """select (select coalesce(sum(next_offset), 0) from consumer.positions), (select count(*) from consumer.ledger),
                      (select count(*) from consumer.dead_letters), (select count(*) from consumer.attempts)"""
 
