@@ -141,9 +141,7 @@ def checked_headers(headers: Mapping[str, Any] | Iterable[tuple[str, Any]] | Non
     try:
         pairs = list(headers.items()) if isinstance(headers, Mapping) else [(name, value) for name, value in headers]
     except (TypeError, ValueError):
-        raise TransactionMisuse(
-            "publish: headers= is of another type; give a mapping, or a list of (name, value)"
-        ) from None
+        raise TransactionMisuse("publish: headers= is no mapping and no list; give one of (name, value)") from None
     return tuple((_header_name(name), _header_value(name, value)) for name, value in pairs)
 
 

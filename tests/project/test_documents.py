@@ -26,6 +26,8 @@ SHELL = [block for block in BLOCKS if block.language in ("sh", "console")]
 LANGUAGES = {"python", "sql", "sh", "console", "ini", "text", "mermaid", "json", "toml"}
 # Programs that a shell block may name beside ours.
 PROGRAMS = {
+    ".",
+    "python3",
     "pip",
     "python",
     "make",

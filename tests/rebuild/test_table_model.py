@@ -286,7 +286,7 @@ def test_a_column_that_no_table_has_is_an_error_with_names_near_it() -> None:
     assert named([], "--ignore", iter(())) == set()
     with pytest.raises(Misconfigured, match=r"--ignore acounts.balance: .* did you mean accounts\.balance"):
         named(["balance", "acounts.balance"], "--ignore", COLUMNS)
-    with pytest.raises(Misconfigured, match=r"--compare zzz: no table has such a column \(write"):
+    with pytest.raises(Misconfigured, match=r"--compare zzz: no table has such a column; write"):
         named(["zzz"], "--compare", COLUMNS)
 
 
