@@ -349,7 +349,10 @@ class Bench:
 
     @asynccontextmanager
     async def working(self, app: App, settings: Settings) -> AsyncIterator[Any]:
-        """Run a worker in this process; with metrics, another process reads its reports."""
+        """Run a worker in this process.
+
+        With metrics, another process reads its reports.
+        """
         with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as reader:  # noqa: ASYNC220
             assert reader.stdin is not None
             worker = Worker(app, settings, report=ReportPipe(reader.stdin.fileno()).send)

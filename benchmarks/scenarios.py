@@ -564,7 +564,10 @@ async def start(bench: Bench, given: Options) -> Found:
 
 
 class Stopwatch:
-    """CPU time of some methods while a block runs, those that they call included."""
+    """CPU time of some methods while a block runs.
+
+    The time of the functions that they call is included.
+    """
 
     def __init__(self, *methods: tuple[type, str]) -> None:
         self.seconds = 0.0

@@ -94,7 +94,10 @@ def own_valkey() -> Iterator[Valkey]:
 
 @asynccontextmanager
 async def _database(postgres: Postgres, options: str = "") -> AsyncIterator[str]:
-    """A database of one test, and its address; dropped, because autovacuum visits every database of a server."""
+    """A database of one test, and its address.
+
+    It is dropped at the end, because autovacuum visits every database of a server.
+    """
     name = f"test_{uuid4().hex[:12]}"
     server = await asyncpg.connect(postgres.dsn())
     try:
@@ -114,7 +117,10 @@ async def database(postgres: Postgres) -> AsyncIterator[str]:
 
 @pytest.fixture(scope="session")
 def migrated_template(postgres: Postgres) -> str:
-    """The name of a database with the ledger and the tables of harness.TABLES."""
+    """A database with the ledger and the tables of harness.TABLES.
+
+    Returns its name.
+    """
 
     async def create() -> None:
         server = await asyncpg.connect(postgres.dsn())

@@ -46,7 +46,7 @@ def check(handlers: Sequence[Handler], topics: Sequence[str], target: str) -> No
     for handler in handlers:
         if isinstance(handler.rule, OffsetId):
             raise Misconfigured(
-                f"handler {handler.name!r}: it identifies messages by their offset, so it would apply a copy again; copy to a topic that it does not take"
+                f"handler {handler.name!r}: it identifies messages by their offset, so it would apply a copy again; choose a topic that it does not take"
             )
 
 
@@ -68,7 +68,7 @@ async def republish(
     partitions = (await source.log.partitions([target]))[target]
     if not partitions:
         raise Misconfigured(
-            f"topic {target!r}: does not exist; create it first, with as many partitions as the one that is read"
+            f"topic {target!r}: does not exist; first make it, with as many partitions as the one that is read"
         )
     has_all_partitions = len(partitions) > max(span.partition.partition for span in spans)
     async with open_producer(settings, idempotent=True) as producer:

@@ -36,7 +36,7 @@ def as_sent(beat: dict[str, Any]) -> Any:
 
 
 class Worker:
-    """A process, its beats, and what of its counts has reached the supervisor."""
+    """A process: its beats, and which counts have reached the supervisor."""
 
     def __init__(self, totals: Totals, process: int) -> None:
         self.totals, self.process = totals, process

@@ -1,4 +1,4 @@
-"""The pages, without workers: formats, codes, and the address they may be served on."""
+"""The pages without workers: formats, codes, and allowed addresses."""
 
 from __future__ import annotations
 

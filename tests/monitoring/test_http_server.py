@@ -1,4 +1,4 @@
-"""The small HTTP server: what it answers, and what a bad client cannot do."""
+"""The small HTTP server: its answers, and bad clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What web transactions publish reaches Kafka through a worker of the App: all that was committed, and nothing else."""
+"""Publishing from web transactions: a worker sends exactly what was committed."""
 
 from __future__ import annotations
 
@@ -89,7 +89,10 @@ async def test_what_cannot_be_published_is_refused_at_once() -> None:
 
 
 async def test_commits_are_published_in_order_while_kafka_comes_and_goes(place: Place, kafka: Any) -> None:
-    """Many connections at once, rollbacks among them, a worker after another, Kafka silent in between."""
+    """Many connections publish, some roll back.
+
+    One worker follows another, and Kafka is silent in between.
+    """
     topic, out = await place.topic(partitions=2), await place.topic(partitions=3)
     app = app_of(topic, out, name())
 
@@ -139,7 +142,10 @@ async def test_commits_are_published_in_order_while_kafka_comes_and_goes(place: 
 
 @pytest.mark.parametrize("step", ["commit_sent", "outbox_sent"])
 async def test_a_worker_that_dies_is_replaced_by_another(place: Place, tmp_path: Path, step: str) -> None:
-    """Killed while it moves rows, or while it sends them. Its successor repeats what is in doubt, under the same ids."""
+    """A worker is killed while it moves or sends rows.
+
+    Its successor repeats what is in doubt, under the same ids.
+    """
     topic, out = await place.topic(), await place.topic()
     app = app_of(topic, out, name())
     async with web(place) as [connection]:

@@ -1,4 +1,7 @@
-"""The intake: rows are moved once, in an order that keeps what followed each other, and no transaction waits for another."""
+"""The intake moves rows once, in an order that keeps sequences.
+
+No transaction waits for another.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ async def committed(connection: Any, *numbers: int, topic: str = "out") -> None:
 
 
 async def move(connection: Any) -> list[int]:
-    """What a worker does; return the values in the order of the stream."""
+    """Move rows, as a worker does; return values in stream order."""
     async with connection.transaction():
         records = await outbox_intake.take(connection, APP.name)
         if records:
@@ -57,7 +60,7 @@ async def move(connection: Any) -> list[int]:
 async def test_a_transaction_that_stays_open_delays_only_its_own_rows(
     dsn: str, connection: asyncpg.Connection[Any]
 ) -> None:
-    """Its row has a lower place than those that are moved before it, and is not passed over."""
+    """Its row has a lower place than moved ones, and survives."""
     slow = await asyncpg.connect(as_worker(dsn))
     try:
         transaction = slow.transaction()
@@ -94,7 +97,10 @@ async def test_a_rollback_publishes_nothing(connection: asyncpg.Connection[Any])
 
 
 async def test_interleaved_transactions_and_workers_lose_repeat_and_reorder_nothing(dsn: str) -> None:
-    """Writers commit in any order, two workers move; what one transaction published stays in order."""
+    """Writers commit in any order, and two workers move.
+
+    What one transaction published stays in order.
+    """
     writers = [await asyncpg.connect(as_worker(dsn)) for _ in range(6)]
     movers = [await asyncpg.connect(as_worker(dsn)) for _ in range(2)]
     draw = random.Random(7)

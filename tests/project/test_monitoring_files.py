@@ -1,4 +1,7 @@
-"""The dashboard, the alerts and the pages name metrics and labels that exist, and the alerts fire when they should."""
+"""Dashboard, alerts and pages name existing metrics and labels.
+
+And the alerts fire when they should.
+"""
 
 from __future__ import annotations
 
