@@ -68,7 +68,7 @@ def check_http(settings: Settings) -> tuple[str, int] | None:
     address = settings.http_address
     if address is not None and not hosts.is_local(address[0]) and "http" not in settings.insecure:
         raise Misconfigured(
-            f"CONSUMER_HTTP={settings.http} would answer other machines without TLS: serve on 127.0.0.1, or allow it with "
+            f"CONSUMER_HTTP={settings.http}: it would answer other machines without TLS; serve on 127.0.0.1, or allow it with "
             "CONSUMER_ALLOW_INSECURE=http"
         )
     return address

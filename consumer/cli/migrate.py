@@ -117,7 +117,7 @@ def migrate(
             "--sql, --check and --grants: each changes nothing; give one of them, and neither --file nor --new-epoch"
         )
     if read_only and publish_only:
-        raise Misconfigured("--read-only and --publish-only: give one of them")
+        raise Misconfigured("--read-only and --publish-only: not together; give one of them")
     if grants_for is not None:
         purpose = grants.For.READER if read_only else grants.For.PUBLISHER if publish_only else grants.For.WORKER
         print(grants.as_sql(grants_for, purpose), end="")

@@ -62,7 +62,7 @@ class Fake:
 
 
 @pytest.mark.unit
-async def test_what_cannot_be_published_is_refused_at_once() -> None:
+async def test_invalid_publish_is_refused_at_once() -> None:
     app, fake = App("web", publishes=["out"]), Fake()
     with pytest.raises(TransactionMisuse, match=r"publishing: no transaction is open.*connection\.transaction"):
         async with app.publishing(fake):

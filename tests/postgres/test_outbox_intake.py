@@ -96,7 +96,7 @@ async def test_a_rollback_publishes_nothing(connection: asyncpg.Connection[Any])
     assert await move(connection) == [1, 5]
 
 
-async def test_interleaved_transactions_and_workers_lose_repeat_and_reorder_nothing(dsn: str) -> None:
+async def test_interleaved_writers_and_workers_lose_and_reorder_nothing(dsn: str) -> None:
     """Writers commit in any order, and two workers move.
 
     What one transaction published stays in order.

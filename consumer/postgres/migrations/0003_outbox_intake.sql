@@ -4,7 +4,7 @@
 -- insert. A worker moves the rows that it sees, which are committed, in the order of `place`, and deletes them here in the
 -- same transaction. There is no cursor, so a row that is committed late is moved late and never passed; a transaction that
 -- stays open delays its own rows only. Of two transactions, one of which began to publish after the other had committed, the
--- first one's places are lower, and whoever sees the second one's rows sees the first one's.
+-- first one's places are lower, and a reader that sees the second one's rows sees the first one's.
 create table consumer.outbox_intake (
     app        text not null,
     place      bigint generated always as identity,
