@@ -5,6 +5,7 @@ Registers only; connects to nothing.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
@@ -16,7 +17,10 @@ from consumer.core.errors import RegistrationError
 from consumer.core.handler import Function, Handler, build, place_of
 from consumer.core.retry import Retry
 from consumer.core.shard_route import Route, check_names
+from consumer.core.worker_health import EmbeddedWorker
 from consumer.outbox.record import RECORD_BYTES_MAX, TOPIC
+from consumer.postgres.application_codecs import ConnectionInit
+from consumer.settings import Settings
 from consumer.transaction.tx import Tx
 from consumer.transaction.web_publishing import Publishing, publishing
 
@@ -40,6 +44,9 @@ class App:
       ledger row and its effects are there, in one transaction; no transaction spans two shards. So a message that must be applied
       once must always have the same key, in every topic, and the route must never change its answer (no ``hash()``, which
       differs between processes). See docs/how-to/shards.md.
+    - connection_init: an async function of an asyncpg connection, called once for every connection on which handlers run, in
+      workers, replays, rebuilds, retries of dead letters and tests. It sets type codecs and ``search_path``. Statements of
+      the framework do not see the codecs. One that raises is an error at the start. See docs/how-to/codecs.md.
     - publishes: the topics that `Tx.publish` and `publishing` may publish to. A worker checks at its start that they exist.
     """
 
@@ -51,12 +58,17 @@ class App:
         shards: Mapping[str, str] | None = None,
         route: Route | None = None,
         publishes: Collection[str] = (),
+        connection_init: ConnectionInit | None = None,
     ) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise RegistrationError(f"App({name!r}): not a name; use 1 to 200 of the characters a-z A-Z 0-9 . _ -")
         if lifespan is not None and not callable(lifespan):
             raise RegistrationError(
                 f"App({name!r}): lifespan= is no function; give an async context manager that takes the App"
+            )
+        if connection_init is not None and not inspect.iscoroutinefunction(connection_init):
+            raise RegistrationError(
+                f"App({name!r}): connection_init= is no `async def` function; give one that takes an asyncpg connection"
             )
         if (shards is None) != (route is None):
             raise RegistrationError(f"App({name!r}): shards= and route= go together; give both, or neither")
@@ -68,6 +80,7 @@ class App:
         self.publishes: dict[str, int] = dict.fromkeys(publishes, RECORD_BYTES_MAX)  # the bytes of a record, at most
         self.shards: Mapping[str, str] = dict(shards or {})
         self.route = route
+        self.connection_init = connection_init
         self._lifespan = lifespan
         self._handlers: dict[str, Handler] = {}
 
@@ -139,6 +152,10 @@ class App:
                 "give one of them another name with name="
             )
         handler.app, handler.publishes = self.name, self.publishes
+        if handler.wants_session:
+            from consumer.ext.sqlalchemy import session  # only where it is asked for: it needs the extra
+
+            handler.open_session = session
         self._handlers[handler.name] = handler
 
     def publishing(self, connection: Any) -> AbstractAsyncContextManager[Publishing]:
@@ -186,6 +203,31 @@ class App:
                 resources = {}
             self._bind(resources if isinstance(resources, Mapping) else {type(resources).__name__.lower(): resources})
             yield
+
+    def worker(self, settings: Settings | None = None) -> AbstractAsyncContextManager[EmbeddedWorker]:
+        """Run one worker in this process while a block runs.
+
+        For the lifespan of a web application (``async with app.worker(settings) as worker: yield``): the services are
+        checked at the beginning, and at the end the worker drains for at most ``grace_seconds``. ``worker.health`` says
+        how it is. settings: by default from the environment.
+
+        What it gives up against ``consumer run``:
+
+        - No supervisor. A worker that has failed is not started again: ``health.state`` is ``failed`` until the process
+          restarts, so let the liveness probe look at it.
+        - A handler that swallows its cancellation, or blocks the event loop, cannot be ended: it holds up the web
+          application too.
+        - A killed process leaves the group only after the session timeout, where a supervisor removes it at once.
+        - Event loop, garbage collector, signals and logging are the host's. The process must be given time to drain.
+        - Each process of the host is one member of the group (``uvicorn --workers 4``: four), and requests and messages
+          share one core.
+
+        Raises Misconfigured and ServiceUnavailable, as ``consumer run`` does at its start.
+        """
+        # Dynamic: an App is a declaration, and below what runs it.
+        embedded: Any = importlib.import_module("consumer.worker.embedded").embedded
+        worker: AbstractAsyncContextManager[EmbeddedWorker] = embedded(self, settings)
+        return worker
 
     def _bind(self, resources: Mapping[str, object]) -> None:
         for handler in self._handlers.values():

@@ -60,7 +60,7 @@ async def _check_lifespan(app: App, settings: Settings) -> None:
 
 
 async def _check_databases(app: App, path: str, databases: list[Settings]) -> None:
-    opened = [(on, await _open_session(on)) for on in databases]
+    opened = [(on, await _open_session(app, on)) for on in databases]
     try:
         await shards.check(app, Router(tuple(app.shards) or ("",), app.route), opened)
         for on, session in opened:
@@ -74,7 +74,7 @@ async def _check_databases(app: App, path: str, databases: list[Settings]) -> No
             session.close()
 
 
-async def _open_session(settings: Settings) -> Session:
+async def _open_session(app: App, settings: Settings) -> Session:
     """Open a session, and wait for PostgreSQL as long as --wait allows."""
     outages = 0
 
@@ -85,7 +85,9 @@ async def _open_session(settings: Settings) -> Session:
             logs.event(logging.WARNING, "waiting for postgresql", place=dsn_label(settings.dsn))
         return PAUSE_SECONDS
 
-    return await wait_for(lambda left: Session.open(settings, left), settings.wait_seconds, after=after)
+    return await wait_for(
+        lambda left: Session.open(settings, left, app.connection_init), settings.wait_seconds, after=after
+    )
 
 
 async def _check_redis(app: App, settings: Settings) -> None:

@@ -51,6 +51,13 @@ class Resource:
     annotation: Any
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class OrmSession:
+    """A parameter that is filled with a session of SQLAlchemy."""
+
+    kind: Any
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Handler:
     """One handler of an App.
@@ -75,8 +82,10 @@ class Handler:
     takes_none: bool
     wants_message: bool
     wants_tx: bool
-    parameters: tuple[str | Resource, ...]  # "value" | "message" | "tx" | Resource, in the order of the signature
+    # "value" | "message" | "tx" | Resource | OrmSession, in the order of the signature
+    parameters: tuple[str | Resource | OrmSession, ...]
     call: Call | None = None  # set by bind()
+    open_session: Callable[[Any, Any], Any] | None = None  # where it takes one: from a Tx and the session's class
     number: int = -1
     allow_nan: bool = False
     version: str | None = None  # of its code, as the user names it
@@ -91,8 +100,29 @@ class Handler:
         """
         kinds: list[str | object] = []
         for parameter in self.parameters:
-            kinds.append(parameter if isinstance(parameter, str) else _Bound(self._find(parameter, resources)))
-        self.call = _compile(self.function, kinds)
+            kinds.append(_Bound(self._find(parameter, resources)) if isinstance(parameter, Resource) else parameter)
+        self.call = _compile(self.function, kinds) if self.open_session is None else self._with_session(kinds)
+
+    @property
+    def wants_session(self) -> bool:
+        return any(isinstance(parameter, OrmSession) for parameter in self.parameters)
+
+    def _with_session(self, kinds: list[Any]) -> Call:
+        """Return a call in a session that ends with it."""
+        [kind] = [kind.kind for kind in kinds if isinstance(kind, OrmSession)]
+        open_session = self.open_session
+        assert open_session is not None
+
+        async def call(value: Any, message: Any, tx: Any) -> None:
+            async with open_session(tx, kind) as session:
+                given = {"value": value, "message": message, "tx": tx}
+                arguments = [
+                    kind.value if isinstance(kind, _Bound) else session if isinstance(kind, OrmSession) else given[kind]
+                    for kind in kinds
+                ]
+                await self.function(*arguments)
+
+        return call
 
     def _find(self, wanted: Resource, resources: Mapping[str, object]) -> object:
         if isinstance(wanted.annotation, type):
@@ -291,12 +321,15 @@ def _rules(
     return rule, compared
 
 
-def _check_tx(parameters: tuple[str | Resource, ...], idempotent: bool, wrong: Wrong) -> None:
-    if not idempotent and "tx" in parameters:
+def _check_tx(parameters: tuple[str | Resource | OrmSession, ...], idempotent: bool, wrong: Wrong) -> None:
+    sessions = sum(isinstance(parameter, OrmSession) for parameter in parameters)
+    if not idempotent and ("tx" in parameters or sessions):
         raise wrong(
             "idempotent=False opts out of the ledger, so there is no transaction to hand over: "
-            "drop the Tx parameter, or drop idempotent=False"
+            f"drop the {'session' if sessions else 'Tx'} parameter, or drop idempotent=False"
         )
+    if sessions > 1:
+        raise wrong("asks for two sessions: there is one transaction")
 
 
 def _decoder(value_type: Any, allow_nan: bool, wrong: Wrong) -> decode.Decoder:
@@ -309,13 +342,13 @@ def _decoder(value_type: Any, allow_nan: bool, wrong: Wrong) -> decode.Decoder:
 
 def _signature(
     function: Function, batch: int | None, tx_type: type, wrong: Wrong
-) -> tuple[tuple[str | Resource, ...], Any, bool]:
+) -> tuple[tuple[str | Resource | OrmSession, ...], Any, bool]:
     """Return the call plan of a handler.
 
     What each parameter is filled with, the declared type of the value, and whether it is a Message.
     """
     hints = _hints(function, wrong)
-    plan: list[str | Resource] = []
+    plan: list[str | Resource | OrmSession] = []
     declared: Any = inspect.Parameter.empty
     wants_message = False
     for parameter in inspect.signature(function).parameters.values():
@@ -344,10 +377,17 @@ def _signature(
         elif message_type is not None:
             raise wrong("asks for the message twice: Message[T] holds the value as .value")
         else:
-            plan.append(Resource(parameter.name, bare))
+            plan.append(OrmSession(bare) if _is_session(bare) else Resource(parameter.name, bare))
     if declared is inspect.Parameter.empty:
         raise wrong("takes no message: its first parameter is the payload, for example `payment: Payment`")
     return tuple(plan), declared, wants_message
+
+
+def _is_session(hint: Any) -> bool:
+    """Whether this is an AsyncSession of SQLAlchemy or SQLModel."""
+    return isinstance(hint, type) and any(
+        base.__name__ == "AsyncSession" and base.__module__.startswith("sqlalchemy.") for base in hint.__mro__
+    )
 
 
 def _hints(function: Function, wrong: Wrong) -> dict[str, Any]:

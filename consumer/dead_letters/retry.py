@@ -108,7 +108,7 @@ class DeadLetterRetrier:
     @classmethod
     async def open(cls, app: App, settings: Settings, operator: str) -> DeadLetterRetrier:
         """Raises Outage, Misconfigured."""
-        session = await _session(settings, operator)
+        session = await _session(app, settings, operator)
         numbers, _ = await session.known_numbers(app.name, app.handlers, ())
         handlers = {name: replace(handler, retry=_ONCE, number=numbers[name]) for name, handler in app.handlers.items()}
         return cls(app, settings, operator, session, LedgerIds(app.name, session.topics), handlers)
@@ -387,7 +387,7 @@ class DeadLetterRetrier:
         before = self.session
         before.close()
         try:
-            session = await _session(self.settings, self.operator)
+            session = await _session(self.app, self.settings, self.operator)
         except (Outage, Misconfigured, OSError):
             raise self._lost(error, dead_letters) from None
         if session.epoch != before.epoch:
@@ -413,8 +413,8 @@ class DeadLetterRetrier:
         ]
 
 
-async def _session(settings: Settings, operator: str) -> DeadLetterSession:
-    session = await DeadLetterSession.open(settings)
+async def _session(app: App, settings: Settings, operator: str) -> DeadLetterSession:
+    session = await DeadLetterSession.open(settings, init=app.connection_init)
     session.operator = operator
     session.topics = await topic_numbers(session.connection)
     return session

@@ -26,6 +26,8 @@ from consumer.logs import event, log
 
 _LOOKED_SECONDS = 60.0
 _TEXTS_MAX = 500  # statements remembered on a connection
+_ENCODED_BY_APPLICATION = ""  # a schema of no type that is known
+PLAIN = "\n"  # ends a text whose arguments are encoded already: no codec of the application is for it
 _TOGETHER_MAX = 64  # different statements of one flush that are looked at
 
 # Constraints that are checked at COMMIT, of the schemas that this role may name.
@@ -51,7 +53,8 @@ class _JudgedStatement(NamedTuple):
 class BulkWriter:
     """What one connection knows about statements that it was given.
 
-    looks: the connection to ask with, if not the one to send with. arrays: whether many executions may become one.
+    looks: the connection to ask with, if not the one to send with. arrays: whether many executions may become one. coded:
+    oids of types that the application encodes by itself: their values are sent one by one, and are no keys.
     altered: whether a statement on this connection may have changed the schema since the transaction began.
     """
 
@@ -61,11 +64,13 @@ class BulkWriter:
         *,
         looks: Any = None,
         arrays: bool = True,
+        coded: frozenset[int] = frozenset(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connection = connection
         self._looks = connection if looks is None else looks
         self._arrays = arrays
+        self._coded = coded
         self._known: dict[str, _JudgedStatement] = {}
         self._clock = clock
         self._looked = clock()
@@ -107,7 +112,7 @@ class BulkWriter:
         Raises the database's errors.
         """
         if len(arguments) == 1:
-            await self._connection.execute(sql, *arguments[0])
+            await self.connection_for(sql).execute(sql, *arguments[0])
             return
         if len(arguments) >= ROWS_MIN:
             known = await self._look(sql)
@@ -131,10 +136,15 @@ class BulkWriter:
             for _ in arguments:
                 await self._connection.execute(sql)
             return
-        await self._connection.executemany(sql, arguments)
+        await self.connection_for(sql).executemany(sql, arguments)
+
+    def connection_for(self, sql: str) -> Any:
+        """Return the connection that a statement is sent with."""
+        return self._looks if self._coded and sql.endswith(PLAIN) else self._connection
 
     async def _run(self, known: _JudgedStatement, rows: Sequence[Sequence[Any]]) -> None:
-        await self._connection.execute(known.text, *zip(*rows, strict=True))
+        # No codec is for its types, or for none of its text: both connections encode them alike.
+        await (self._looks if self._coded else self._connection).execute(known.text, *zip(*rows, strict=True))
 
     def _count(self, sql: str, why: NotBatchedReason | None, executions: int, *, barrier: bool) -> None:
         """Count what was not batched; log each statement once."""
@@ -174,8 +184,14 @@ class BulkWriter:
                 known = _JudgedStatement(None, why)
             else:
                 prepared = await self._looks.prepare(sql, name="")
+                coded = () if sql.endswith(PLAIN) else self._coded
                 plan = judge(
-                    facts, shape, [(parameter.schema, parameter.name) for parameter in prepared.get_parameters()]
+                    facts,
+                    shape,
+                    [
+                        (_ENCODED_BY_APPLICATION if parameter.oid in coded else parameter.schema, parameter.name)
+                        for parameter in prepared.get_parameters()
+                    ],
                 )
                 known = _JudgedStatement(
                     replace(plan, rows=False, sums=False, why=plan.why or NotBatchedReason.ROWS), None

@@ -19,7 +19,9 @@ from consumer import tls
 from consumer.core.errors import Misconfigured, ServiceUnavailable
 from consumer.core.hosts import certificate_fault
 from consumer.core.sqlstate import Meaning
+from consumer.logs import describe
 from consumer.postgres import server
+from consumer.postgres.application_codecs import ApplicationConnection, ConnectionInit, OwnStatements
 from consumer.postgres.errors import NotPrimary, Outage, SchemaMissing, meaning_of, redacted_message
 from consumer.postgres.server import ServerIdentity
 from consumer.settings import Settings
@@ -63,15 +65,63 @@ def translated_errors(settings: Settings) -> Iterator[None]:
         raise Outage(f"{label}: {redacted_message(error) or str(error) or type(error).__name__}") from error
 
 
-async def connect(settings: Settings, timeout_seconds: float = ATTEMPT_SECONDS) -> asyncpg.Connection[Any]:
+async def connect(
+    settings: Settings, timeout_seconds: float = ATTEMPT_SECONDS, init: ConnectionInit | None = None
+) -> Any:
     """Connect, without looking at the database.
 
-    Raises Misconfigured or Outage, naming the server.
+    init: the App's connection_init. Where it sets codecs, the result is an OwnStatements, else asyncpg's connection. Raises
+    Misconfigured or Outage, naming the server.
     """
+    connection = await _connect(
+        settings, timeout_seconds, asyncpg.Connection if init is None else ApplicationConnection
+    )
+    if init is None:
+        return connection
+    try:
+        await _initialize(connection, init, settings, timeout_seconds)
+    except BaseException:
+        connection.terminate()
+        raise
+    return OwnStatements(connection) if connection.codecs else connection
+
+
+async def _initialize(connection: Any, init: ConnectionInit, settings: Settings, timeout_seconds: float) -> None:
+    """Call the App's connection_init, and set again what may not change."""
+    label = dsn_label(settings.dsn)
+    what = f"{label}: the App's connection_init"
+    try:
+        async with asyncio.timeout(timeout_seconds) as limit:
+            await init(connection)
+    except Exception as error:
+        if limit.expired():
+            raise Outage(f"{what} took longer than {timeout_seconds:g} s") from error
+        if connection.is_closed() or isinstance(error, OSError) or meaning_of(error) is Meaning.OUTAGE:
+            raise Outage(f"{what} lost the connection") from error
+        # asyncpg's ValueError names a type that does not exist; texts of other errors may hold anything.
+        text = redacted_message(error) or (str(error) if str(error).startswith("unknown type: ") else "")
+        raise Misconfigured(
+            f"{what} failed: {describe(error)}{f' ({text})' if text else ''}; correct it, or create what it needs"
+        ) from error
+    if connection.is_in_transaction():
+        raise Misconfigured(f"{what} left a transaction open; commit it, or begin none")
+    if not settings.postgres_pooler:
+        with translated_errors(settings):
+            await connection.execute(_limits_as_sql(settings))
+
+
+def _limits_as_sql(settings: Settings) -> str:
+    """Return statements that set the limits on which workers rely."""
+    limits = session_settings(settings).items()
+    return "; ".join(f"set {name} = '{value}'" for name, value in limits if not name.startswith(("tcp", "app")))
+
+
+async def _connect(settings: Settings, timeout_seconds: float, kind: type[asyncpg.Connection[Any]]) -> Any:
     label = dsn_label(settings.dsn)
     try:
         return await asyncpg.connect(
             settings.dsn,
+            connection_class=kind,
             timeout=timeout_seconds,
             ssl=tls.postgres_tls(settings),
             statement_cache_size=0 if settings.postgres_pooler else 100,

@@ -23,6 +23,7 @@ from consumer.core.outcome import Dead
 from consumer.deferred_writes.writer import BulkWriter
 from consumer.outbox.record import Outgoing, StoredStream
 from consumer.postgres import claims, dead_letters, grants, handlers, outbox, positions, server
+from consumer.postgres.application_codecs import ConnectionInit, Preparer, application_connection, coded_types
 from consumer.postgres.claim_sql import ADVISORY_CLASS
 from consumer.postgres.claims import Claims, ExistingClaim
 from consumer.postgres.connection import (
@@ -55,17 +56,18 @@ else (
 class Session:
     """One connection, and the transactions of batches on it.
 
-    Every method but `close` raises Outage when the connection is lost.
+    connection: for statements of ours. handler_connection: the same one, with the application's codecs. Every method but
+    `close` raises Outage when the connection is lost.
     """
 
     # A retry of dead letters or a replay settles messages too, and leaves positions and attempts to the workers.
     owns_positions: ClassVar[bool] = True
 
-    def __init__(
-        self, connection: asyncpg.Connection[Any], settings: Settings, identity: ServerIdentity, installation: str = ""
-    ) -> None:
+    def __init__(self, connection: Any, settings: Settings, identity: ServerIdentity, installation: str = "") -> None:
         self.connection = connection
-        self.bulk_writer = BulkWriter(connection)
+        self.handler_connection = application_connection(connection)
+        self.preparer = Preparer(connection.prepare)
+        self.bulk_writer = BulkWriter(self.handler_connection, looks=connection, coded=coded_types(connection))
         self._settings = settings
         self.server = identity  # when the connection was opened; a pooler may lead to another server since
         self.epoch = identity.epoch
@@ -84,12 +86,14 @@ class Session:
         self._begin = f"begin isolation level read committed{local}"
 
     @classmethod
-    async def open(cls, settings: Settings, timeout_seconds: float = ATTEMPT_SECONDS) -> Self:
+    async def open(
+        cls, settings: Settings, timeout_seconds: float = ATTEMPT_SECONDS, init: ConnectionInit | None = None
+    ) -> Self:
         """Connect and check that this is a primary with the schema.
 
-        Raises Outage, Misconfigured or SchemaMissing.
+        init: the App's connection_init. Raises Outage, Misconfigured or SchemaMissing.
         """
-        connection = await connect(settings, timeout_seconds)
+        connection = await connect(settings, timeout_seconds, init)
         try:
             detect_dead_peers(connection)
             with translated_errors(settings):

@@ -237,7 +237,7 @@ class _Rebuild:
     async def _pass(
         self, traced: ComparisonResult | None = None, variation: Variation = FIRST
     ) -> AsyncIterator[SinglePass]:
-        connection = await connect(self.state.settings)
+        connection = await connect(self.state.settings, init=self.state.app.connection_init)
         try:
             current = SinglePass(self.state, connection, variation)
             current.copies.sequence_start = _OTHER_NUMBERS if variation.shift else 1

@@ -14,6 +14,7 @@ from consumer.core.delivery import Batch, Delivery, PositionUpdate
 from consumer.core.outcome import Dead
 from consumer.deferred_writes.writer import BulkWriter
 from consumer.outbox.record import Outgoing, StoredStream
+from consumer.postgres.application_codecs import Preparer
 from consumer.postgres.claims import ExistingClaim
 from consumer.rebuild.ledger_history import offers
 from consumer.rebuild.statement_guard import SplitBatch, StatementGuard
@@ -90,9 +91,11 @@ class ShadowSession:
     has_forgotten = False  # messages that the ledger may have forgotten are left out before
 
     def __init__(self, guard: StatementGuard) -> None:
-        self.connection = guard
+        self.guard = self.handler_connection = guard
+        self.connection = self._raw = guard.own
+        self.preparer = Preparer(guard.prepare)
         # The guard inspects every text, and each row is traced to its messages: so no executions are joined.
-        self.bulk_writer = BulkWriter(guard, looks=guard.connection, arrays=False)
+        self.bulk_writer = BulkWriter(guard, looks=guard.own, arrays=False)
         self.batch_seconds_max = float("inf")  # a slow batch delays no worker, and the idle timeout is off
         self.batch: Batch | None = None  # that is settled now
         self.defer_again: str | None = None  # SQL that defers again what a check at commit made immediate
@@ -102,7 +105,6 @@ class ShadowSession:
         self.update_counts: list[int] = []  # of each copy
         self.row_counts: list[int] = []  # of each copy: inserted minus deleted
         self.trails: dict[tuple[int, str], Trail] = {}
-        self._raw = guard.connection
         self._noted: list[tuple[tuple[int, str], bool]] = []
         self._open = False
 
@@ -123,8 +125,8 @@ class ShadowSession:
             self._raw.terminate()
 
     async def commit(self) -> None:
-        if self.connection.stopped_by is not None:
-            raise self.connection.stopped_by  # a handler has swallowed it
+        if self.guard.stopped_by is not None:
+            raise self.guard.stopped_by  # a handler has swallowed it
         await self.check_constraints()
         await self._raw.execute("release savepoint rebuild_batch")
         self._open = False
@@ -187,13 +189,13 @@ class ShadowSession:
         advisory, real_counts = await self.read_counts()
         names = ", ".join(sorted({delivery.handler.name for delivery in self.batch.deliveries}))
         if advisory:
-            self.connection.refuse(
+            self.guard.refuse(
                 f"handlers {names}: one of them takes advisory locks, perhaps in a function, which would block workers until "
                 "the rebuild ends; leave it out with --handler"
             )
         for (_, name), before, now in zip(self.real_tables, self.real_counts, real_counts, strict=True):
             if now > before:
-                self.connection.refuse(
+                self.guard.refuse(
                     f"handlers {names}: one of them reads the real {name} and not its copy, perhaps in a function that names "
                     "the schema or is bound to the table; leave it out with --handler"
                 )

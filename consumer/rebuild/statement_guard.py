@@ -15,6 +15,8 @@ from uuid import uuid4
 
 from consumer.core.errors import Misconfigured
 from consumer.core.identifiers import ident
+from consumer.deferred_writes.writer import PLAIN
+from consumer.postgres.application_codecs import application_connection
 from consumer.postgres.errors import sqlstate_of
 from consumer.postgres.sql_tokens import first_words
 from consumer.rebuild import copy_sql, statement_rules
@@ -49,19 +51,37 @@ class SplitBatch(Exception):
     """Several messages of a batch touched a traced row: settle smaller parts."""
 
 
+class GuardedStatement:
+    """A prepared statement of a guard."""
+
+    def __init__(self, guard: StatementGuard, sql: str, prepared: Any) -> None:
+        self._guard = guard
+        self._sql = sql
+        self._prepared = prepared
+        self.get_attributes = prepared.get_attributes
+        self.get_statusmsg = prepared.get_statusmsg
+
+    async def fetch(self, *args: Any, timeout: float | None = None) -> Any:
+        return await self._guard.run_prepared(self._sql, self._prepared.fetch, *args, timeout=timeout)
+
+    async def executemany(self, args: Any, *, timeout: float | None = None) -> Any:
+        return await self._guard.run_prepared(self._sql, self._prepared.executemany, args, timeout=timeout)
+
+
 class StatementGuard:
     """Takes the place of the connection, and inspects each new SQL text.
 
     usage: how handlers use the tables; added to. stopped_by: what ends the pass, a refusal or something learned; kept here
-    because a handler may swallow the exception. shadows: real relations that show rows of a table with a copy. locked_here:
+    because a handler may swallow the exception. own: the connection for statements of ours. shadows: real relations that show rows of a table with a copy. locked_here:
     relations that the rebuild itself has locked, so that a lock proves nothing. reads: real relations without a copy.
     writers: handlers that sent a statement that writes. upserted: names of copies that are inserted into on conflict.
     changed: names of copies that are updated or deleted from. unplanned: a statement ran whose plan is not known, so these
     sets may be incomplete.
     """
 
-    def __init__(self, connection: Any, usage: dict[Name, TableUsage], owners: Mapping[str, str]) -> None:
-        self.connection = connection
+    def __init__(self, own: Any, usage: dict[Name, TableUsage], owners: Mapping[str, str]) -> None:
+        self.own = own
+        self.connection = connection = application_connection(own)
         self.usage = usage
         self.tables: list[Table] = []
         self.shadows: dict[Name, Name] = {}
@@ -80,7 +100,7 @@ class StatementGuard:
     async def execute(self, sql: str, *args: Any, timeout: float | None = None) -> Any:
         if sql not in self._seen:
             await self._inspect(sql)
-        return await self._run(sql, self.connection.execute, sql, *args, timeout=timeout)
+        return await self._run(sql, self._for(sql).execute, sql, *args, timeout=timeout)
 
     async def executemany(self, sql: str, args: Any, *, timeout: float | None = None) -> Any:
         if sql not in self._seen:
@@ -88,7 +108,7 @@ class StatementGuard:
         if sent_statements.get() is not None:  # a call of a handler runs; args may be an iterator
             for arguments in (args := list(args)):
                 self._note(sql, arguments)
-        return await self._run(sql, self.connection.executemany, sql, args, timeout=timeout)
+        return await self._run(sql, self._for(sql).executemany, sql, args, timeout=timeout)
 
     async def fetch(self, sql: str, *args: Any, timeout: float | None = None) -> Any:
         if sql not in self._seen:
@@ -116,6 +136,12 @@ class StatementGuard:
             await self._inspect(f"insert into {ident(table_name)} default values", text)
         return await self._run(None, self.connection.copy_records_to_table, table_name, **options)
 
+    async def prepare(self, sql: str) -> GuardedStatement:
+        """Prepare a statement without the application's codecs."""
+        if sql not in self._seen:
+            await self._inspect(sql)
+        return GuardedStatement(self, sql, await self._run(None, self.own.prepare, sql))
+
     def is_in_transaction(self) -> bool:
         return bool(self.connection.is_in_transaction())
 
@@ -124,6 +150,15 @@ class StatementGuard:
 
     def terminate(self) -> None:
         self.connection.terminate()
+
+    async def run_prepared(self, sql: str, method: Any, *args: Any, **options: Any) -> Any:
+        """Run a prepared statement, inspected again if it was forgotten."""
+        if sql not in self._seen:
+            await self._inspect(sql)
+        return await self._run(sql, lambda _, *given, **also: method(*given, **also), sql, *args, **options)
+
+    def _for(self, sql: str) -> Any:
+        return self.own if sql.endswith(PLAIN) else self.connection
 
     def _note(self, sql: str, arguments: Sequence[Any]) -> None:
         if sql in self._writing and (noted := sent_statements.get()) is not None:
@@ -245,7 +280,7 @@ class StatementGuard:
         the generic one: with values, `where id = null` would be planned as nothing at all.
         """
         name = f"consumer_{uuid4().hex}"
-        connection = self.connection
+        connection = self.own
         await connection.execute("savepoint rebuild_look")
         prepared, locks, plan = False, [], None
         try:

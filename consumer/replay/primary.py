@@ -13,6 +13,7 @@ from consumer.core.errors import CannotTell
 from consumer.core.log_identity import ObservedLog, check_log
 from consumer.kafka.errors import KafkaError, LogTruncated
 from consumer.kafka.protocol import Identity
+from consumer.postgres.application_codecs import ConnectionInit
 from consumer.postgres.connection import dsn_label, wait_for
 from consumer.postgres.epoch import lineage
 from consumer.postgres.errors import Outage
@@ -24,9 +25,10 @@ from consumer.transaction.result import LedgerIds
 class Primary:
     """Opens connections to one PostgreSQL, and refuses another one."""
 
-    def __init__(self, settings: Settings, how_far: Callable[[], str]) -> None:
+    def __init__(self, settings: Settings, how_far: Callable[[], str], init: ConnectionInit | None = None) -> None:
         self.settings = settings
         self.epoch = ""
+        self._init = init
         self._how_far = how_far
 
     async def open(self, kind: type[Session] = Session) -> Session:
@@ -34,7 +36,7 @@ class Primary:
 
         Raises ServiceUnavailable, and CannotTell for another database.
         """
-        session = await wait_for(lambda left: kind.open(self.settings, left), self.settings.wait_seconds)
+        session = await wait_for(lambda left: kind.open(self.settings, left, self._init), self.settings.wait_seconds)
         if not self.epoch:
             self.epoch = session.epoch
         elif lineage(session.epoch) != lineage(self.epoch):

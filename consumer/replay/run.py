@@ -74,7 +74,7 @@ class Run:
             self.started_at.isoformat(timespec="seconds"),
             filters(options.start, options.end, options.partitions, options.key, options.message_id, options.handlers),
         )
-        self.primary = Primary(settings, self.how_far)
+        self.primary = Primary(settings, self.how_far, app.connection_init)
         self.check = ReplayCheck(
             self.findings, self.applies, options.call_handlers, options.assume_unapplied, self.primary.open
         )

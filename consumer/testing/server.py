@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from consumer.core.errors import Misconfigured
+from consumer.postgres.application_codecs import ConnectionInit, application_connection
 from consumer.postgres.connection import connect, translated_errors
 from consumer.postgres.errors import sqlstate_of
 from consumer.postgres.migrate import migrate
@@ -37,12 +38,12 @@ def _settings(dsn: str) -> Settings:
 
 
 @asynccontextmanager
-async def connection_to(settings: Settings) -> AsyncIterator[Any]:
-    """Connect for as long as the block.
+async def connection_to(settings: Settings, init: ConnectionInit | None = None) -> AsyncIterator[Any]:
+    """Connect for as long as the block, as handlers do.
 
-    Raises Misconfigured or Outage, naming the place.
+    init: the App's connection_init. Raises Misconfigured or Outage, naming the place.
     """
-    connection = await connect(settings)
+    connection = application_connection(await connect(settings, init=init))
     try:
         await connection.execute(BE_COUNTED)
         yield connection

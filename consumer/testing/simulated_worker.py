@@ -147,12 +147,12 @@ class SimulatedWorker:
         self._report()
 
     async def _open(self) -> None:
-        session = await _Counting.open(self._settings)
+        session = await _Counting.open(self._settings, init=self._app.connection_init)
         assert isinstance(session, _Counting)
         self._session = session
         session.watch = self._watch
         await self._session.connection.execute(BE_COUNTED)
-        self._watch.own(self._session.connection)
+        self._watch.own(self._session.handler_connection)
 
     async def _start(self) -> None:
         name = self._app.name

@@ -214,13 +214,16 @@ class Trial:
     # -- the database --------------------------------------------------------------------------------------------------
 
     async def fetch(self, sql: str, *args: Any) -> list[Any]:
-        """Run a query on a connection of its own; return asyncpg's rows."""
-        async with connection_to(self._settings) as connection:
+        """Run a query on a connection of its own; return asyncpg's rows.
+
+        The App's connection_init has set its codecs.
+        """
+        async with connection_to(self._settings, self._app.connection_init) as connection:
             return list(await connection.fetch(sql, *args))
 
     async def fetchval(self, sql: str, *args: Any) -> Any:
         """Return the first column of a query's first row, or None."""
-        async with connection_to(self._settings) as connection:
+        async with connection_to(self._settings, self._app.connection_init) as connection:
             return await connection.fetchval(sql, *args)
 
     async def execute(self, sql: str, *args: Any) -> str:
@@ -228,7 +231,7 @@ class Trial:
 
         Its rows are not counted as effects.
         """
-        async with connection_to(self._settings) as connection:
+        async with connection_to(self._settings, self._app.connection_init) as connection:
             return str(await connection.execute(sql, *args))
 
     # -- how it delivers -----------------------------------------------------------------------------------------------

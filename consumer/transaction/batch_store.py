@@ -14,21 +14,26 @@ from consumer.core.delivery import Delivery, PositionUpdate
 from consumer.core.outcome import Dead
 from consumer.deferred_writes.writer import BulkWriter
 from consumer.outbox.record import Outgoing, StoredStream
+from consumer.postgres.application_codecs import Preparer
 from consumer.postgres.claims import ExistingClaim
 
 
 class BatchStore(Protocol):
     """One transaction at a time, and what a batch stores in it.
 
-    See Session for the methods. connection: runs the handlers' statements. batch_seconds_max: after which no further
-    message of a batch is started.
+    See Session for the methods. connection: runs statements of ours. handler_connection: runs the handlers'. preparer: for
+    those of an ORM. batch_seconds_max: after which no further message of a batch is started.
     """
 
     bulk_writer: BulkWriter
     batch_seconds_max: float
+    preparer: Preparer
 
     @property
     def connection(self) -> Any: ...
+
+    @property
+    def handler_connection(self) -> Any: ...
 
     @property
     def is_usable(self) -> bool: ...

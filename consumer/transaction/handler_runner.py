@@ -56,7 +56,7 @@ class HandlerRunner:
         self._calls = calls
         self._evidence = evidence
         self._session = session
-        self._scope = Scope(session.connection, session.bulk_writer)
+        self._scope = Scope(session.handler_connection, session.bulk_writer, session.connection, session.preparer)
         self._result = result
         self._use_savepoints = use_savepoints
         self._random = random

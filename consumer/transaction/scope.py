@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeAlias
 from consumer.core.identifiers import ident
 from consumer.deferred_writes.statement_order import Group, commute, group
 from consumer.deferred_writes.writer import BulkWriter
+from consumer.postgres.application_codecs import Preparer
 from consumer.postgres.sql_text import Traits, traits
 from consumer.transaction.publishing import Publisher
 
@@ -94,12 +95,18 @@ class Turn:
 class Scope:
     """The deferred writes of a batch, in the order of its messages.
 
+    connection: runs the handlers' statements. own: the same one, without the application's codecs, for statements of ours.
+    preparer: where an ORM prepares its statements.
     constraints: those of the database that are checked at COMMIT, once a statement was awaited. flush_error: what a
     flush has failed with.
     """
 
-    def __init__(self, connection: Any, bulk_writer: BulkWriter) -> None:
+    def __init__(
+        self, connection: Any, bulk_writer: BulkWriter, own: Any = None, preparer: Preparer | None = None
+    ) -> None:
         self.connection = connection
+        self.own = connection if own is None else own
+        self.preparer = preparer
         self.bulk_writer = bulk_writer
         self.turn = Turn()
         self.deferred: list[Sender] = []
@@ -199,7 +206,7 @@ class Scope:
                 self.note(kind)
             if any(kind.changes_schema for kind in kinds):  # a statement may change what the next one means
                 for sql, arguments in writes:
-                    await self.connection.execute(sql, *arguments)
+                    await self.bulk_writer.connection_for(sql).execute(sql, *arguments)
                 self.schema_changed()
             else:
                 await self._send_groups(await self._groups(writes))
@@ -250,7 +257,7 @@ class Scope:
         if self.opens_cursor:
             await self.connection.execute("close all")
         if self.makes_temporary:
-            for name, is_view in await self.connection.fetch(_TEMPORARY):
-                await self.connection.execute(_DROP[is_view].format(ident(name)))
+            for name, is_view in await self.own.fetch(_TEMPORARY):
+                await self.own.execute(_DROP[is_view].format(ident(name)))
             self.schema_changed()
         self.makes_temporary = self.opens_cursor = self.sets_constraints = False

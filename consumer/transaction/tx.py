@@ -52,6 +52,20 @@ def _refuse_several(method: str, sql: str) -> None:
         raise TransactionMisuse(_SEVERAL.format(method))
 
 
+def _compiled(statement: Any, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
+    """Return SQL and arguments of a statement that is no plain text."""
+    if isinstance(statement, str):
+        return str(statement), args
+    if args or not type(statement).__module__.startswith(("sqlalchemy.", "sqlmodel.")):
+        raise TransactionMisuse(
+            f"tx.defer takes SQL as text and its arguments, or a statement of SQLAlchemy with its values, not "
+            f"{type(statement).__name__}{' and arguments' if args else ''}"
+        )
+    from consumer.ext.sqlalchemy_statements import compiled  # only with the extra: it takes time to import
+
+    return compiled(statement)
+
+
 class Tx:
     """The PostgreSQL transaction of a handler's effects.
 
@@ -100,13 +114,16 @@ class Tx:
         """Return how long the handler has waited for its turn. now: monotonic."""
         return self.waited_seconds + (0.0 if self.waiting_since is None else now - self.waiting_since)
 
-    def defer(self, sql: str, *args: Any) -> None:
+    def defer(self, sql: Any, *args: Any) -> None:
         """Add a write whose result is not needed.
 
+        sql: text with its arguments, or an insert(), update() or delete() of SQLAlchemy's Core with its values.
         It is sent with the others of the batch, grouped by statement. The database ends up as if the write ran here. An awaited statement first sends what was deferred before it.
         Raises TransactionMisuse for transaction control, and for several commands with parameters. A caller may not assume
         that another error shows here: it shows when the write is sent, and then fails this message.
         """
+        if sql.__class__ is not str:
+            sql, args = _compiled(sql, args)
         self._check(sql)
         if args and ";" in sql and traits(sql).several:
             raise TransactionMisuse(_SEVERAL.format("defer"))
@@ -217,7 +234,7 @@ class Tx:
         none, PostgreSQL leaves the empty string. Raises TransactionMisuse for a name without a dot, or a value that is no str.
         """
         check_setting(name, value)
-        before = await self._run("fetchrow", None, _SET_LOCAL, name, value)
+        before = await self._run("fetchrow", None, _SET_LOCAL, name, value, on=self._scope.own)
         if self._settings is None:
             self._settings = {}
         self._settings.setdefault(name.lower(), before[0])
@@ -277,7 +294,11 @@ class Tx:
             level = self._root = self._root or _Level()
         return level
 
-    async def _run(self, method: str, sql: str | None, *args: Any, **options: Any) -> Any:
+    async def _run(self, method: str, sql: str | None, *args: Any, on: Any = None, **options: Any) -> Any:
+        """Run a statement in its turn, after what was deferred before it.
+
+        on: what has the method, by default the connection.
+        """
         self._check(sql)
         level = self._level()
         kind = None if sql is None else traits(sql)
@@ -292,7 +313,7 @@ class Tx:
                 await self._guarded(self._flush(level))
                 self.touched = True
                 try:
-                    return await self._guarded(getattr(self._scope.connection, method)(*args, **options))
+                    return await self._guarded(getattr(on or self._scope.connection, method)(*args, **options))
                 finally:
                     if kind is not None and kind.outlasts:
                         self._scope.note(kind)
@@ -386,7 +407,7 @@ class Tx:
             await self._scope.end_message()
         if self._settings:
             before = [value or "" for value in self._settings.values()]
-            await self._scope.connection.execute(_RESET_LOCAL, list(self._settings), before)
+            await self._scope.own.execute(_RESET_LOCAL, list(self._settings), before)
 
     def abandon(self) -> None:
         """Undo what was written, because the handler does not end."""

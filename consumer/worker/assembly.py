@@ -51,7 +51,7 @@ from consumer.worker.worker_gauges import WorkerState
 
 def _shards_of(app: App, settings: Settings, table: PartitionTable) -> list[Shard]:
     return [
-        Shard(name, own, LedgerIds(app.name, {}, table.positions(name)))
+        Shard(name, own, LedgerIds(app.name, {}, table.positions(name)), app.connection_init)
         for name, own in shard_registry.settings_of(app, settings).items()
     ]
 

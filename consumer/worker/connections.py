@@ -84,7 +84,7 @@ class Connections:
         return session
 
     async def _open_once(self, shard: Shard, timeout_seconds: float) -> Session:
-        session = await Session.open(shard.settings, timeout_seconds)
+        session = await Session.open(shard.settings, timeout_seconds, shard.init)
         if shard.epoch and is_left_behind(session.epoch, shard.epoch):
             session.close()
             raise NotPrimary(

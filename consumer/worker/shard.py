@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from consumer.core.delivery import Batch
 from consumer.core.handler import Handler
 from consumer.core.ordering import Scheduler
+from consumer.postgres.application_codecs import ConnectionInit
 from consumer.postgres.session import Session
 from consumer.settings import Settings
 from consumer.transaction.limits import CallTracker
@@ -29,6 +30,7 @@ class Shard:
     name: str
     settings: Settings  # the worker's, with the address of this database
     ids: LedgerIds
+    init: ConnectionInit | None = None  # the App's connection_init
     by_topic: dict[str, list[Handler]] = field(default_factory=dict)  # the handlers, with their numbers in its ledger
     precheck: Precheck | None = None  # its marks name the epoch of this database
     control: Session | None = None  # the connection beside the lanes

@@ -58,6 +58,21 @@ class Worker:
         """Whether it stopped because of the memory that it used."""
         return self._parts.health.is_outgrown
 
+    @property
+    def batches(self) -> int:
+        """How many transactions it has settled."""
+        return self._parts.health.batches
+
+    @property
+    def waits(self) -> bool:
+        """Whether some part of it waits for PostgreSQL."""
+        return self._parts.connections.waiting > 0
+
+    @property
+    def stops(self) -> bool:
+        """Whether it drains, or has ended."""
+        return self._parts.lifetime.is_stopping
+
     def stop(self) -> None:
         """Drain, copy positions to Kafka, and leave the group.
 

@@ -1,0 +1,106 @@
+"""A worker inside a web application: consumes, shows its health, and drains at SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+from harness import ROOT, Place, Sent, settings_for, until, value
+
+from consumer import App, Misconfigured, Tx
+from consumer.worker import embedded
+from consumer.worker.worker import Worker
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+async def test_a_web_application_consumes_and_drains_at_sigterm(place: Place, tmp_path: Path) -> None:
+    topic, port = await place.topic(), free_port()
+    clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
+    path = os.pathsep.join(map(str, [ROOT, ROOT / "tests" / "support"]))
+    named = {"TEST_TOPIC": topic, "TEST_APP": f"web-{uuid.uuid4().hex[:8]}", "PYTHONPATH": path}
+    output = (tmp_path / "log").open("wb")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "uvicorn", "web_app:web", "--port", str(port)],
+        env={**clean, **place.settings().dump(), **named}, stdout=output, stderr=output,
+    )  # fmt: skip
+
+    async def answer() -> str | None:
+        def ask() -> str | None:
+            try:
+                with urlopen(f"http://127.0.0.1:{port}/ready", timeout=5) as response:
+                    return str(response.read().decode())
+            except OSError:  # not there yet, or 503
+                return None
+
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        return await asyncio.to_thread(ask)
+
+    async def is_written(id: str) -> Any:
+        return await value(place.dsn, "select count(*) from effects where id = $1", id)
+
+    try:
+        assert '"worker":"consuming"' in await until("the web application to be ready", answer, 60)
+        await place.send(topic, Sent({"id": "a"}, id="a"))
+        await until("the first message", lambda: is_written("a"), 60)
+        await place.send(topic, Sent({"id": "slow"}, id="slow"))
+        await until("the second message to run", lambda: is_written("started"), 60)
+        assert not await is_written("slow")
+        process.send_signal(signal.SIGTERM)
+
+        async def ended() -> bool:
+            return process.poll() is not None
+
+        await until("its end", ended, 60)
+    finally:
+        process.kill()
+        process.wait()
+        output.close()
+    text = (tmp_path / "log").read_text()
+    assert await is_written("slow") == 1, text
+    assert "Application shutdown complete" in text and "Traceback" not in text
+    assert await value(place.dsn, "select next_offset from consumer.positions") == 2
+
+
+async def test_a_worker_that_fails_shows_it_and_leaves_the_program_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ready(*_: object) -> None: ...
+
+    async def fails(_: Worker) -> None:
+        raise KeyError("secret")
+
+    monkeypatch.setattr(embedded, "check_ready", ready)
+    monkeypatch.setattr(Worker, "run", fails)
+    async with App("web").worker(settings_for("postgresql://nobody@127.0.0.1:1/none", "127.0.0.1:1", None)) as worker:
+        assert worker.health.state == "starting" and not worker.health.ready
+
+        async def failed() -> bool:
+            return worker.health.state == "failed"
+
+        await until("the worker to fail", failed)
+        assert worker.health.error is not None and worker.health.error.startswith("KeyError at test_embedded.py:")
+        assert "secret" not in worker.health.error
+
+
+async def test_a_service_that_is_missing_is_an_error_at_the_start(place: Place) -> None:
+    app = App("web")
+
+    @app.handler("payments")
+    async def settle(body: dict[str, Any], tx: Tx) -> None: ...
+
+    settings = place.settings(postgres_dsn="postgresql://nobody@127.0.0.1:1/none", wait_seconds=0)
+    with pytest.raises(Misconfigured, match="PostgreSQL at 127"):
+        async with app.worker(settings):
+            pytest.fail("it has started")
