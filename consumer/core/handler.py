@@ -113,14 +113,14 @@ class Handler:
         open_session = self.open_session
         assert open_session is not None
 
-        async def call(value: Any, message: Any, tx: Any) -> None:
+        async def call(value: Any, message: Any, tx: Any) -> object:
             async with open_session(tx, kind) as session:
                 given = {"value": value, "message": message, "tx": tx}
                 arguments = [
                     kind.value if isinstance(kind, _Bound) else session if isinstance(kind, OrmSession) else given[kind]
                     for kind in kinds
                 ]
-                await self.function(*arguments)
+                return await self.function(*arguments)
 
         return call
 

@@ -1,0 +1,7 @@
+"""Tests of optional parts, where their extra is installed: `make test` installs it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+collect_ignore = [] if find_spec("sqlalchemy") and find_spec("sqlmodel") else ["test_sqlalchemy.py"]
