@@ -709,10 +709,13 @@ class _Nowhere:
     batch_seconds_max = 60.0
 
     bulk_writer: Any = None
+    preparer: Any = None
 
     @property
     def connection(self) -> _Nowhere:
         return self
+
+    handler_connection = connection
 
     def is_in_transaction(self) -> bool:
         return True
