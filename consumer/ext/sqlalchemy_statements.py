@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sqlalchemy.engine.interfaces import BindTyping
 from sqlalchemy.sql.dml import Insert, UpdateBase
 from sqlalchemy.util import LRUCache
 
@@ -23,7 +24,7 @@ class _DeferredDialect(TxDialect):
     """Renders plain parameters, without casts: such statements can be sent as arrays."""
 
     supports_statement_cache = True
-    render_bind_cast = False
+    bind_typing = BindTyping.NONE
 
 
 _dialect = _DeferredDialect()  # type: ignore[no-untyped-call]
