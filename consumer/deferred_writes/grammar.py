@@ -239,6 +239,8 @@ def _added(assigned: Mapping[str, Sequence[Token]], owner: str) -> tuple[tuple[s
     """Columns that become themselves plus or minus a parameter, with its place."""
     added: list[tuple[str, int]] = []
     for column, change in assigned.items():
+        if change[0].text == "(" and change[-1].text == ")" and not {"(", ")"} & {token.text for token in change[1:-1]}:
+            change = change[1:-1]  # as an ORM writes it
         *left, sign, last = change if len(change) > 2 else [*change, *change, *change]
         if sign.text in ("+", "-") and last.kind == "parameter" and _column(left, owner) == column:
             added.append((column, _number(last) - 1))

@@ -30,7 +30,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship,
 from sqlmodel.ext.asyncio.session import AsyncSession as SqlModelSession
 
 from consumer import App, Message, RegistrationError, Retry, TransactionMisuse, Tx
+from consumer.deferred_writes.grammar import shape_of
 from consumer.ext.sqlalchemy import session
+from consumer.ext.sqlalchemy_statements import compiled
 from consumer.postgres.session import Session
 from consumer.transaction.scope import Scope
 
@@ -365,6 +367,15 @@ async def test_deferred_statements_leave_what_a_session_of_its_own_leaves(dsn: s
         for statement in writes():
             tx.defer(statement)
     assert await query(dsn, EVERYTHING) == stored
+
+
+@pytest.mark.unit
+def test_deferred_statements_are_understood() -> None:
+    statement = update(Order).where(Order.id == 1).values(count=Order.count + 2)
+    shape = shape_of(compiled(statement)[0])
+    assert shape is not None and (shape.added, shape.keys) == ((("count", 0),), (("id", 1),))
+    shape = shape_of(compiled(insert(Order).values(reference=ONE, body={}))[0])
+    assert shape is not None and "reference" in shape.columns
 
 
 async def test_deferred_inserts_are_sent_as_arrays(dsn: str) -> None:
