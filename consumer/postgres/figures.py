@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from asyncpg.pgproto.pgproto import UUID
+
 from consumer.postgres.protocol import Connection
 
 _DEAD_LETTERS = """
@@ -57,4 +59,5 @@ async def duplicate_ages(connection: Connection, handlers: list[int], ids: list[
 
     Of those that have a row.
     """
-    return [(row[0], row[1]) for row in await connection.fetch(_DUPLICATE_AGES, handlers, ids)]
+    rows = await connection.fetch(_DUPLICATE_AGES, handlers, [UUID(id) for id in ids])
+    return [(row[0], row[1]) for row in rows]

@@ -13,12 +13,15 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from harness import Command, Place, Sent, consumer, counts, is_one_line, running, until
+from harness import ROOT, Command, Place, Sent, consumer, counts, is_one_line, running, until
+from json_page import shapes
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_server import Prometheus, prometheus
 
 from consumer import App, Tx
 from consumer.metrics.catalog import BY_NAME, PREFIX, Kind
 
+RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
@@ -108,25 +111,42 @@ async def test_counters_survive_a_killed_worker_and_equal_the_ledger(place: Plac
             return (await get(port, "/readyz"))[0] == 200
 
         await until("both workers to be ready", ready, 60)
-        scraper = Scraper(port)
-        await place.send(topic, *(message(number) for number in range(200)))
-        await scraper.until("the first messages", applied=200)
-        await place.send(topic, *(message(number) for number in range(50)), message(900, -5))
-        await scraper.until("duplicates and a dead letter", applied=200, duplicate=50, dead_lettered=1)
+        async with prometheus(port, tmp_path, RULES) as server:
+            scraper = Scraper(port)
+            await place.send(topic, *(message(number) for number in range(200)))
+            await scraper.until("the first messages", applied=200)
+            await place.send(topic, *(message(number) for number in range(50)), message(900, -5))
+            await scraper.until("duplicates and a dead letter", applied=200, duplicate=50, dead_lettered=1)
 
-        os.kill(command.worker_pids()[0], signal.SIGKILL)
+            os.kill(command.worker_pids()[0], signal.SIGKILL)
 
-        async def restarted() -> bool:
-            return total(await scraper.look(), "worker_restarts_total", reason="killed") == 1
+            async def restarted() -> bool:
+                return total(await scraper.look(), "worker_restarts_total", reason="killed") == 1
 
-        await until("the restart to be counted", restarted, 60)
-        assert (await get(port, "/readyz"))[0] == 200
-        await place.send(topic, *(message(number) for number in range(1000, 1200)))
-        await scraper.until("the messages after the restart", applied=400, duplicate=50, dead_lettered=1)
-        await check_samples(scraper, topic, await counts(app, place.dsn))
-        status = json.loads((await get(port, "/status"))[1])
-        assert status["handlers"]["settle"]["applied"] == 400 and status["restarts"] == {"killed": 1}
-        assert sum(partition["lag"] or 0 for partition in status["partitions"]) == 0
+            await until("the restart to be counted", restarted, 60)
+            assert (await get(port, "/readyz"))[0] == 200
+            await place.send(topic, *(message(number) for number in range(1000, 1200)))
+            await scraper.until("the messages after the restart", applied=400, duplicate=50, dead_lettered=1)
+            await check_samples(scraper, topic, await counts(app, place.dsn))
+            status = json.loads((await get(port, "/status"))[1])
+            assert status["handlers"]["settle"]["applied"] == 400 and status["restarts"] == {"killed": 1}
+            assert sum(partition["lag"] or 0 for partition in status["partitions"]) == 0
+            contract = shapes()["/status"]
+            assert contract.faults(status) == []
+            if server is not None:
+                await check_prometheus(server)
+
+
+async def check_prometheus(server: Prometheus) -> None:
+    """A real server has scraped the same, saw no counter fall, and evaluates the rules."""
+
+    async def has_all() -> bool:
+        return await server.query(f'sum({PREFIX}messages_total{{handler="settle"}})') == [451]
+
+    await until("Prometheus to have the last values", has_all, 60)
+    assert await server.query(f"max(resets({PREFIX}messages_total[10m]))") == [0]
+    assert await server.query(f"max(resets({PREFIX}handler_duration_seconds_count[10m]))") == [0]
+    assert await server.query(f'sum({PREFIX}worker_restarts_total{{reason="killed"}})') == [1]
 
 
 async def check_samples(scraper: Scraper, topic: str, ledger: dict[str, Any]) -> None:

@@ -6,17 +6,15 @@ And the alerts fire when they should.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import documents
 import pytest
 import yaml
+from prometheus_server import program
 
 from consumer.metrics.catalog import METRICS, PREFIX, Kind
 
@@ -148,15 +146,10 @@ def test_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
     assert expected == {rule["alert"]: {True, False} for rule in rules()}
 
 
-def promtool() -> str:
-    tool = shutil.which("promtool", path=f"{ROOT / '.cache' / 'prometheus' / 'usr' / 'bin'}{os.pathsep}{os.defpath}")
+def test_alerts_fire_as_promtool_evaluates_them() -> None:
+    tool = program("promtool")
     if tool is None:
         pytest.skip("no promtool here: make prometheus")
-    return tool
-
-
-def test_alerts_fire_as_promtool_evaluates_them(tmp_path: Path) -> None:
-    tool = promtool()
     for arguments in (["check", "rules", str(RULES)], ["test", "rules", str(CASES)]):
         done = subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=120, cwd=CASES.parent)
         assert done.returncode == 0, done.stdout + done.stderr
