@@ -103,6 +103,20 @@ def test_counters_are_monotone_and_count_each_beat_once(actions: list[tuple[str,
         assert (distribution.sum if distribution is not None else 0) == expected
 
 
+def test_an_earlier_beat_and_the_end_of_a_process_change_no_count() -> None:
+    totals = Totals()
+    worker = Worker(totals, 1)
+    for amount in (3, 4):
+        worker.count(amount)
+        worker.beat(is_sent=True)
+    worker.repeat(0)
+    assert totals.counters() == {(MESSAGES, APPLIED): 7}
+    totals.end(1)
+    assert totals.counters() == {(MESSAGES, APPLIED): 7}
+    distribution = totals.distributions()[BATCH_MESSAGES, ()]
+    assert (distribution.sum, sum(distribution.counts)) == (7, 2)
+
+
 def test_a_beat_that_was_not_sent_is_in_the_next_one() -> None:
     recorder = Recorder()
     recorder.add(MESSAGES, APPLIED, 2)
@@ -145,7 +159,8 @@ def test_kinds_are_few_over_all_workers_and_nothing_is_lost() -> None:
             recorder.add(FAILED_ATTEMPTS, ("settle", "payments", f"Error{process * 40 + kind}"))
         totals.begin(process)
         totals.report(process, as_sent(recorder.beat()))
-        totals.end(process)
+        if process < 2:
+            totals.end(process)
     counts = {labels[2]: count for (_, labels), count in totals.counters().items()}
     assert len(counts) == VALUES_MAX + 1
     assert sum(counts.values()) == 120 and counts[OTHER] == 120 - VALUES_MAX
