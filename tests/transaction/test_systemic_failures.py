@@ -25,6 +25,7 @@ from consumer.postgres.errors import Conflict, Outage
 from consumer.transaction.dead_letter_rate import TooManyDeadLetters
 from consumer.transaction.isolate import FAILURES_MAX, Part
 from consumer.transaction.settle import next_parts
+from consumer.worker.worker import Worker
 
 QUICK = Retry(attempts=2, base=0.02, cap=0.1)
 
@@ -290,7 +291,7 @@ async def test_dead_letter_limit_is_named_by_the_error_and_by_status(place: Plac
 
     await place.send(topic, *[payment(f"secret{n}") for n in range(200)])
     with pytest.raises(TooManyDeadLetters) as caught:
-        await consume_all(app, place.settings())
+        await asyncio.wait_for(Worker(app, place.settings()).run(), 60)
     assert "failed: KeyError at test_systemic_failures.py:" in str(caught.value)
     assert "secret" not in str(caught.value)
     [row] = await waits(place, app)
