@@ -18,6 +18,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
+import prefork
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
@@ -333,10 +334,13 @@ Result = subprocess.CompletedProcess[str]
 def consumer(cwd: Path, *arguments: str, **environment: str) -> Result:
     """`consumer …` with nothing from this process's own settings."""
     clean = {name: text for name, text in os.environ.items() if not name.startswith("CONSUMER_")}
+    every = {**clean, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "TERM": "dumb", **environment}
+    if all(name.startswith("CONSUMER_") or name == "PYTHONPATH" for name in environment):
+        return prefork.run(arguments, cwd, every, 60)
     return subprocess.run(
         [sys.executable, "-m", "consumer", *arguments],
         cwd=cwd,
-        env={**clean, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "TERM": "dumb", **environment},
+        env=every,
         capture_output=True,
         text=True,
         timeout=60,
