@@ -20,12 +20,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 _BYTES_MAX = 200_000  # of a request: an environment, mostly
 
 
-def run(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], seconds: float) -> Any:
+def run(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], seconds: float) -> subprocess.CompletedProcess[str]:
     """Run `consumer ARGUMENTS…` to its end; return a `subprocess.CompletedProcess` with its output as text."""
     request = json.dumps([list(arguments), str(cwd), dict(environment)]).encode()
     assert len(request) < _BYTES_MAX
