@@ -24,7 +24,9 @@ from pathlib import Path
 _BYTES_MAX = 200_000  # of a request: an environment, mostly
 
 
-def run(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], seconds: float) -> subprocess.CompletedProcess[str]:
+def run(
+    arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], seconds: float
+) -> subprocess.CompletedProcess[str]:
     """Run `consumer ARGUMENTS…` to its end; return a `subprocess.CompletedProcess` with its output as text."""
     request = json.dumps([list(arguments), str(cwd), dict(environment)]).encode()
     assert len(request) < _BYTES_MAX
