@@ -159,7 +159,7 @@ class App:
         self._handlers[handler.name] = handler
 
     def publishing(self, connection: Any) -> AbstractAsyncContextManager[Publishing]:
-        """Publish in a transaction of your own, in a web application for example.
+        """Publish in your own transaction, for example in a web application.
 
         ``async with app.publishing(connection) as out: out.publish(topic, value)`` stores the records when the block ends,
         in the transaction that is open on this asyncpg connection. They commit with your writes, or not at all. A worker of

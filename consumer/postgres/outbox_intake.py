@@ -81,7 +81,7 @@ async def is_waiting(connection: Connection, app: str) -> bool:
 
 
 async def take(connection: Connection, app: str) -> list[OutgoingRecord]:
-    """Remove the first rows, in the open transaction, and return them in order.
+    """Remove the first rows in the open transaction, and return them.
 
     At most 500, and about 8 MiB unless one is larger.
     """
