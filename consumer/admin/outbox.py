@@ -17,7 +17,7 @@ _ACTIONS_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
-class GoneOn:
+class Resumed:
     """What an action did to a stream.
 
     from_seq: the first row that was not published. to_seq: the row at which it goes on. None: it is not stopped.
@@ -85,13 +85,13 @@ async def read_stream(connection: Connection, app: str, number: int, limit: int)
     }
 
 
-async def go_on(
+async def resume(
     settings: Settings, connection: Connection, app: str, stream: int, discard: int, operator: str, why: str
-) -> GoneOn:
+) -> Resumed:
     """Let a stopped stream go on; a worker notices within a second.
 
     discard: how many of its next rows are not published. Raises Misconfigured, Outage.
     """
     with translated_errors(settings):
-        moved = await outbox.go_on(connection, app, stream, discard, operator, why)
-    return GoneOn(stream, None, None) if moved is None else GoneOn(stream, *moved)
+        moved = await outbox.resume(connection, app, stream, discard, operator, why)
+    return Resumed(stream, None, None) if moved is None else Resumed(stream, *moved)

@@ -178,9 +178,9 @@ def _act(
     _check_shard(named, shard)
 
     async def act(on: Settings) -> int:
-        async def ask(connection: Connection) -> admin.GoneOn:
+        async def ask(connection: Connection) -> admin.Resumed:
             await named.check(connection)
-            return await admin.go_on(on, connection, named.name, stream, discard, who, reason)
+            return await admin.resume(on, connection, named.name, stream, discard, who, reason)
 
         done = await with_ledger(on, ask)
         if as_json:

@@ -292,7 +292,7 @@ async def actions(connection: Connection, stream: int, limit: int) -> list[Strea
     return [StreamAction(*row) for row in await connection.fetch(_ACTIONS, stream, limit)]
 
 
-async def go_on(
+async def resume(
     connection: Connection, app: str, stream: int, discard: int, operator: str, why: str
 ) -> tuple[int, int] | None:
     """Let a stopped stream go on, and record it.

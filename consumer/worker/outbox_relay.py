@@ -111,13 +111,13 @@ class OutboxRelay:
 
         seconds: at most. The watermarks are saved.
         """
-        await self._sender.hold(seconds)
+        await self._sender.pause(seconds)
         with suppress(Exception):
             async with asyncio.timeout(_SAVE_SECONDS), self._session_lock:
                 if self._session is not None and self._session.is_usable:
                     await self._save(self._session)
         self._forget()
-        self._sender.go_on()
+        self._sender.resume()
 
     def _forget(self) -> None:
         for stream in self._streams.values():

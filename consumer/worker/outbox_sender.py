@@ -55,7 +55,7 @@ class OutboxSender:
         self._learning: set[str] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._pause = _BACKOFF_SECONDS[0]
-        self._is_held = False
+        self._is_paused = False
 
     def partitioner(self, topic: str) -> Callable[[bytes | None], int] | None:
         """Return what chooses the partition of a key.
@@ -98,7 +98,7 @@ class OutboxSender:
 
     def pump(self) -> None:
         """Send whatever waits and may be sent."""
-        if self._is_held:
+        if self._is_paused:
             return
         if self._producer is None:
             self._open_producer()
@@ -110,7 +110,7 @@ class OutboxSender:
     async def _send_all(self, partition: Partition) -> None:
         """Send the rows of an output partition, batch after batch."""
         try:
-            while (producer := self._producer) is not None and not self._is_held:
+            while (producer := self._producer) is not None and not self._is_paused:
                 rows = self._queues.take(partition)
                 if not rows:
                     return
@@ -188,22 +188,22 @@ class OutboxSender:
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    async def hold(self, seconds: float) -> None:
-        """Send nothing more until `go_on`, and wait for answers.
+    async def pause(self, seconds: float) -> None:
+        """Send nothing more until `resume`, and wait for answers.
 
         seconds: at most.
         """
-        self._is_held = True
+        self._is_paused = True
         if self._sending:
             await asyncio.wait(self._sending.values(), timeout=seconds)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Send again."""
-        self._is_held = False
+        self._is_paused = False
 
     async def close(self) -> None:
         """End every task and the producer."""
-        self._is_held = True
+        self._is_paused = True
         tasks = [*self._sending.values(), *self._background]
         for task in tasks:
             task.cancel()

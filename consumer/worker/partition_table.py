@@ -35,7 +35,7 @@ class State(Enum):
     HALTED = "halted"  # it must not go on until its position is moved or the cause is gone
 
 
-class Hold(NamedTuple):
+class AwaitPosition(NamedTuple):
     """Fetch nothing of a partition that has no position."""
 
     partition: Partition
@@ -64,7 +64,7 @@ class Seek(NamedTuple):
     topic_id: UUID | None
 
 
-Action = Hold | Pause | Resume | Seek
+Action = AwaitPosition | Pause | Resume | Seek
 
 
 class Halt(NamedTuple):
@@ -131,7 +131,7 @@ class PartitionTable:
             partition: _Entry(number, {name: _Place() for name in self._databases})
             for number, partition in enumerate(sorted(partitions))
         }
-        return [Hold(partition) for partition in self._entries]
+        return [AwaitPosition(partition) for partition in self._entries]
 
     def begin_revoke(self) -> None:
         """End an assignment.
@@ -217,7 +217,7 @@ class PartitionTable:
             self._end_stop(entry)
             return []
         entry.state, entry.offset, entry.must_seek = State.UNPOSITIONED, None, False
-        return [Hold(partition)]
+        return [AwaitPosition(partition)]
 
     def positions(self, database: str) -> dict[Partition, Position]:
         """Return the positions and logs that a database gave: a live view.

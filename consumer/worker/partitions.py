@@ -17,7 +17,7 @@ from consumer.core.message import Partition
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.logs import event
 from consumer.settings import Settings
-from consumer.worker.partition_table import Action, Hold, PartitionTable, Pause, Resume, Seek
+from consumer.worker.partition_table import Action, AwaitPosition, PartitionTable, Pause, Resume, Seek
 from consumer.worker.shard import LaneState, Shard
 from consumer.worker.wait_reports import Reporter
 
@@ -222,7 +222,7 @@ class Partitions:
     def _take(self, actions: Iterable[Action]) -> None:
         for action in actions:
             match action:
-                case Hold(partition):
+                case AwaitPosition(partition):
                     self._source.pause_until_positioned(partition)
                 case Pause(partition):
                     self._source.pause(partition)

@@ -145,7 +145,7 @@ async def command(tmp_path: Path, place: Place, *arguments: str) -> Any:
 async def resume(place: Place, app: App, stream: int, why: str) -> None:
     connection = await asyncpg.connect(place.worker_dsn)
     try:
-        assert await outbox.go_on(connection, app.name, stream, 0, "ann", why)
+        assert await outbox.resume(connection, app.name, stream, 0, "ann", why)
     finally:
         await connection.close()
 

@@ -169,18 +169,18 @@ async def test_a_stopped_stream_is_resumed_or_passes_its_rows_on_record(connecti
     [part] = await stored(connection, outgoing(*range(9)))
     stream = part.stream
     await outbox.save_watermarks(connection, {stream: 4})
-    assert await outbox.go_on(connection, APP, stream, 0, "me", "why not") is None
+    assert await outbox.resume(connection, APP, stream, 0, "me", "why not") is None
     await outbox.stop(connection, stream, "too large")
     await outbox.stop(connection, stream, "the first reason stays")
     [seen] = await outbox.overview(connection, APP)
     assert seen.state == (stream, P, "out", 4, 9, "too large") and seen.unpublished == 5
     assert seen.oldest is not None and seen.stopped_at is not None
-    assert await outbox.go_on(connection, "another", stream, 0, "me", "not mine") is None
-    assert await outbox.go_on(connection, APP, stream, 0, "me", "fixed") == (4, 4)
+    assert await outbox.resume(connection, "another", stream, 0, "me", "not mine") is None
+    assert await outbox.resume(connection, APP, stream, 0, "me", "fixed") == (4, 4)
     await outbox.stop(connection, stream, "again")
-    assert await outbox.go_on(connection, APP, stream, 1, "me", "worthless") == (4, 5)
+    assert await outbox.resume(connection, APP, stream, 1, "me", "worthless") == (4, 5)
     await outbox.stop(connection, stream, "again")
-    assert await outbox.go_on(connection, APP, stream, 1000, "me", "all of it") == (5, 9)
+    assert await outbox.resume(connection, APP, stream, 1000, "me", "all of it") == (5, 9)
     [seen] = await outbox.overview(connection, APP)
     assert (seen.unpublished, seen.oldest, seen.state.stopped) == (0, None, None)
     assert [

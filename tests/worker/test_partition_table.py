@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from consumer.core.log_identity import HaltReason, PartitionHalt, Position
 from consumer.core.message import Partition
-from consumer.worker.partition_table import Action, Hold, PartitionTable, Pause, Resume, Seek, State
+from consumer.worker.partition_table import Action, AwaitPosition, PartitionTable, Pause, Resume, Seek, State
 
 pytestmark = pytest.mark.unit
 
@@ -40,7 +40,7 @@ class Client:
     def take(self, *actions: Action | None) -> None:
         for action in actions:
             match action:
-                case Hold(partition):
+                case AwaitPosition(partition):
                     self.offsets[partition] = None
                     self.fetching.discard(partition)
                 case Pause(partition):
@@ -261,7 +261,7 @@ TestTableAgainstItsModel = TableMachine.TestCase
 def table() -> PartitionTable:
     """P0 is read from 10; it has one database."""
     table = PartitionTable([""])
-    assert table.assign([P0]) == [Hold(P0)]
+    assert table.assign([P0]) == [AwaitPosition(P0)]
     table.open("", P0, Position(10, topic_id=UUID(int=1)))
     assert table.want(P0, 10) == Seek(P0, 10, UUID(int=1))
     return table
