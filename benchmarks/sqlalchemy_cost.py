@@ -1,4 +1,4 @@
-"""What a session of SQLAlchemy costs in a handler, beside tx.execute and tx.defer.
+"""What SQLAlchemy costs in a handler, beside tx.execute and tx.defer.
 
 Without Kafka and without the ledger: begin, one call for each message, COMMIT. Contestants take turns; ratios of medians.
 Limitations: PostgreSQL is on this machine, where a round trip is short. The longer it is, the less a session costs.

@@ -1,4 +1,4 @@
-"""Tests of optional parts, where their extra is installed: `make test` installs it."""
+"""Leaves out tests whose extra is missing; `make test` installs it."""
 
 from __future__ import annotations
 

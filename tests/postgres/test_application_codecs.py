@@ -1,4 +1,4 @@
-"""App(connection_init=…): codecs and search_path on every connection of handlers, and never in statements of ours.
+"""Codecs and search_path are on connections of handlers, and not in our statements.
 
 The oracle is plain asyncpg with the same codecs.
 """
@@ -46,7 +46,7 @@ class Mood(Enum):
 
 
 async def own_types(connection: Any) -> None:
-    """Codecs of builtin and of own types; two of them change values on their way."""
+    """Codecs of builtin and of own types; two change values."""
     catalog = {"schema": "pg_catalog"}
     await connection.set_type_codec("jsonb", **catalog, encoder=json.dumps, decoder=json.loads)
     await connection.set_type_codec("numeric", **catalog, encoder=lambda pence: f"{pence / 100}", decoder=Decimal)
@@ -94,7 +94,7 @@ async def settings_of(dsn: str) -> Settings:
     return settings_for(as_worker(dsn), "127.0.0.1:1", None)
 
 
-async def test_handlers_write_and_read_what_plain_asyncpg_does_with_the_same_codecs(database: str) -> None:
+async def test_handlers_write_and_read_as_plain_asyncpg_with_the_codecs(database: str) -> None:
     settings = await settings_of(database)
     plain = await asyncpg.connect(database)
     session = await Session.open(settings, init=own_types)
@@ -128,8 +128,8 @@ async def test_handlers_write_and_read_what_plain_asyncpg_does_with_the_same_cod
 
 
 @pytest.mark.parametrize("key", ["uuid", "int8", "text"])
-async def test_deferred_writes_by_a_key_with_a_codec_are_those_of_one_after_the_other(database: str, key: str) -> None:
-    """Values that differ in Python may be one key in the database: so they are no keys here."""
+async def test_deferred_writes_by_a_key_with_a_codec_keep_their_order(database: str, key: str) -> None:
+    """Values that differ in Python may be one key in the database."""
     settings = await settings_of(database)
     await query(database, f"create table kept (key {key} primary key, log text not null default '')")
     await query(database, 'grant all on kept to "test-worker"')
@@ -159,7 +159,7 @@ def refuse(_: object) -> NoReturn:
 
 
 async def poison(connection: Any) -> None:
-    """A codec that raises for every builtin type that can have one, and another search_path."""
+    """A codec that raises for every builtin type, and another search_path."""
     scalars = await connection.fetch("""
         select typname from pg_type where typnamespace = 'pg_catalog'::regnamespace and typtype = 'b' and typelem = 0
         and typname !~ '^pg_' """)
@@ -280,7 +280,7 @@ def test_an_init_that_is_no_coroutine_function_is_refused() -> None:
         App("billing", connection_init=lambda connection: None)  # type: ignore[arg-type, return-value]
 
 
-async def test_a_codec_that_is_missing_later_stops_a_retry_and_a_rebuild_and_changes_nothing(place: Place) -> None:
+async def test_a_codec_that_is_missing_later_stops_retry_and_rebuild(place: Place) -> None:
     topic = await place.topic()
     app = App(f"codecs-{uuid.uuid4().hex[:8]}", connection_init=own_types)
     fail = True

@@ -1,4 +1,4 @@
-"""A web application with a worker inside, as docs/how-to/embed.md shows it; started by tests with uvicorn."""
+"""A web application with a worker inside, for tests with uvicorn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker inside a web application: consumes, shows its health, and drains at SIGTERM."""
+"""A worker inside a web application consumes and drains at SIGTERM."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_a_worker_that_fails_shows_it_and_leaves_the_program_alone(monkeyp
 
     monkeypatch.setattr(embedded, "check_ready", ready)
     monkeypatch.setattr(Worker, "run", fails)
-    async with App("web").worker(settings_for("postgresql://nobody@127.0.0.1:1/none", "127.0.0.1:1", None)) as worker:
+    async with App("web").worker(settings_for("postgresql://user@127.0.0.1:1/none", "127.0.0.1:1", None)) as worker:
         assert worker.health.state == "starting" and not worker.health.ready
 
         async def failed() -> bool:
@@ -100,7 +100,7 @@ async def test_a_service_that_is_missing_is_an_error_at_the_start(place: Place) 
     @app.handler("payments")
     async def settle(body: dict[str, Any], tx: Tx) -> None: ...
 
-    settings = place.settings(postgres_dsn="postgresql://nobody@127.0.0.1:1/none", wait_seconds=0)
+    settings = place.settings(postgres_dsn="postgresql://user@127.0.0.1:1/none", wait_seconds=0)
     with pytest.raises(Misconfigured, match="PostgreSQL at 127"):
         async with app.worker(settings):
             pytest.fail("it has started")
