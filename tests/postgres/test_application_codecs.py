@@ -1,4 +1,4 @@
-"""Codecs and search_path are on connections of handlers, and not in our statements.
+"""Codecs and search_path are for handlers, and not for our statements.
 
 The oracle is plain asyncpg with the same codecs.
 """
@@ -94,8 +94,9 @@ async def settings_of(dsn: str) -> Settings:
     return settings_for(as_worker(dsn), "127.0.0.1:1", None)
 
 
-async def test_handlers_write_and_read_as_plain_asyncpg_with_the_codecs(database: str) -> None:
-    settings = await settings_of(database)
+@pytest.mark.parametrize("pooler", [False, True], ids=["direct", "as behind a pooler"])
+async def test_handlers_write_and_read_as_plain_asyncpg_with_the_codecs(database: str, pooler: bool) -> None:
+    settings = (await settings_of(database)).model_copy(update={"postgres_pooler": pooler})
     plain = await asyncpg.connect(database)
     session = await Session.open(settings, init=own_types)
     try:
@@ -168,7 +169,7 @@ async def poison(connection: Any) -> None:
     await connection.execute("set search_path = elsewhere")
 
 
-async def test_no_statement_of_the_framework_meets_a_codec_of_the_application(place: Place) -> None:
+async def test_statements_of_the_framework_meet_no_codec_of_the_application(place: Place) -> None:
     topic, out = await place.topic(), await place.topic()
     app = App(f"codecs-{uuid.uuid4().hex[:8]}", connection_init=poison, publishes=[out])
     fails = {"fails"}
