@@ -139,6 +139,11 @@ class Settings(BaseModel):
         description="HOST:PORT that serves /metrics, /livez, /readyz and /status; other machines may be let in only with "
         "--allow-insecure http (absent: nothing is served)",
     )
+    tracing: Literal["off", "parent", "link"] = Field(
+        "off",
+        description="parent: OpenTelemetry spans of handlers' calls, each a child of its message's span; link: only linked to it; needs "
+        "the extra otel, and the OTEL_ variables say where spans go",
+    )
     grace_seconds: Positive = Field(25, description="longest drain after SIGTERM")
     wait_seconds: Annotated[float, Field(ge=0, le=2_000_000, allow_inf_nan=False)] = Field(
         30, description="longest wait for Kafka and PostgreSQL at start"
@@ -170,7 +175,7 @@ class Settings(BaseModel):
         super().__init__(**gathered.values)
         self._gathered = Gathered(gathered.config, {}, gathered.sources)
 
-    @field_validator("log_level", "log_format", "outbox_relay", mode="before")
+    @field_validator("log_level", "log_format", "outbox_relay", "tracing", mode="before")
     @classmethod
     def _in_lower_case(cls, given: object) -> object:
         return given.lower() if isinstance(given, str) else given

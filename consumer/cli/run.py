@@ -21,6 +21,7 @@ from consumer.core.identity import OffsetId
 from consumer.metrics.fleet import Fleet
 from consumer.settings import Settings
 from consumer.worker.supervisor import Supervisor
+from consumer.worker.tracing import check_traces
 
 _LAST_LINES_SECONDS = 2.0  # for the last log lines, whose pipe may be full
 
@@ -37,6 +38,7 @@ _LAST_LINES_SECONDS = 2.0  # for the last log lines, whose pipe may be full
         "precheck_",
         "allow_",
         "http",
+        "tracing",
         "dead_letter_",
         "workers",
         "lanes",
@@ -61,6 +63,7 @@ def run(app: AppPath, settings: Settings) -> Any:
     """
     loaded = load_app(app)
     tls.check_http(settings)
+    check_traces(settings)
     return _run(app, loaded, settings)
 
 

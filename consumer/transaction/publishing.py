@@ -6,7 +6,8 @@ Limitations: stores nothing; apply.py does, before the COMMIT.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from consumer.core.delivery import Delivery
@@ -25,6 +26,11 @@ from consumer.outbox.record import (
     encoded_value,
     given_id,
     trace_of,
+)
+
+# What returns traceparent and tracestate of the span that is current; None where nothing is traced.
+current_trace: ContextVar[Callable[[], tuple[str | None, str | None]] | None] = ContextVar(
+    "current_trace", default=None
 )
 
 _NO_CAUSE = (
@@ -65,7 +71,7 @@ class Publisher:
         source = delivery or first
         trace: tuple[str | None, str | None] = (None, None)
         if not any(name == TRACEPARENT for name, _ in own):
-            trace = trace_of(source.record.headers)
+            trace = own_trace() if (own_trace := current_trace.get()) is not None else trace_of(source.record.headers)
         record = OutgoingRecord(topic, message_id, encoded_key(key), encoded_value(value), own, *trace)
         check_size(record, bytes_max)
         return Outgoing(record, source.partition, handler.number, None if delivery is None else delivery.record.offset)

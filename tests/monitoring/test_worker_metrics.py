@@ -25,7 +25,10 @@ class Reports:
         self.totals.report(1, fields.get("metrics"))
 
     def value(self, metric: Metric, *labels: str) -> float:
-        """The value of one series; of a histogram its count. 0 without one."""
+        """The value of one series, or 0.
+
+        Of a histogram, its count.
+        """
         series: tuple[Metric, Labels] = (metric, labels)
         distribution = self.totals.distributions().get(series)
         if distribution is not None:

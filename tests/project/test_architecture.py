@@ -54,6 +54,7 @@ LAYERS = [
     "testing",
     "admin",
     "monitoring",
+    "tracing",
     "worker",
     "demo",
     "cli",
@@ -75,6 +76,7 @@ LIBRARIES = {
     "pytest": {"testing"},
     "uvloop": {"worker"},
     "prometheus_client": {"monitoring"},
+    "opentelemetry": {"tracing"},
 }
 
 # Modules that decide without I/O, clock, randomness or event loop: the package core, and these beside their users.

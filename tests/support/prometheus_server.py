@@ -1,4 +1,4 @@
-"""A real Prometheus that scrapes one address, where `make prometheus` has brought it."""
+"""A real Prometheus that scrapes one address; `make prometheus` brings it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ class Prometheus:
 
 @asynccontextmanager
 async def prometheus(port: int, directory: Path, rules: Path) -> AsyncIterator[Prometheus | None]:
-    """Scrape a port every second in this block; yields None where there is no Prometheus."""
+    """Scrape a port every second in this block.
+
+    Yields None where there is no Prometheus.
+    """
     executable = program("prometheus")
     if executable is None:
         yield None

@@ -1,0 +1,1 @@
+"""OpenTelemetry spans of handlers' calls, with the extra `otel`."""
