@@ -9,10 +9,12 @@ offsets are committed to Kafka (worker/worker.py).
 TYPE_CHECKING = False  # like typing.TYPE_CHECKING, without the slow import of typing
 if TYPE_CHECKING:
     from consumer.app import App
+    from consumer.core.effect import Call
     from consumer.core.errors import (
         CannotTell,
         ConsumerError,
         Misconfigured,
+        NotDone,
         RegistrationError,
         Reject,
         RunAgain,
@@ -28,11 +30,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "App",
+    "Call",
     "CannotTell",
     "ConsumerError",
     "Findings",
     "Message",
     "Misconfigured",
+    "NotDone",
     "RegistrationError",
     "Reject",
     "Retry",
@@ -47,11 +51,13 @@ __all__ = [
 
 _MODULES = {
     "App": "app",
+    "Call": "core.effect",
     "CannotTell": "core.errors",
     "ConsumerError": "core.errors",
     "Findings": "replay.findings",
     "Message": "core.message",
     "Misconfigured": "core.errors",
+    "NotDone": "core.errors",
     "RegistrationError": "core.errors",
     "Reject": "core.errors",
     "Retry": "core.retry",

@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import timedelta
 from typing import Any, Literal, Never, TypeVar
 
 from consumer.core import fingerprint as fingerprints
+from consumer.core.effect import ask_with, build_effect, settle_with
 from consumer.core.errors import RegistrationError
 from consumer.core.handler import Function, Handler, build, place_of
 from consumer.core.retry import Retry
@@ -144,6 +146,63 @@ class App:
 
         return register
 
+    def effect(
+        self,
+        *topics: str,
+        remembers: timedelta | Literal[0],
+        message_id: str | Callable[[Any], object] | None = None,
+        fingerprint: fingerprints.Option = "bytes",
+        name: str | None = None,
+        order: Literal["key", "partition", "none"] = "key",
+        concurrency: int = 1,
+        retry: Retry | None = None,
+        timeout: float | None = None,
+        allow_nan: bool = False,
+        version: str | None = None,
+        **unknown: Never,
+    ) -> Callable[[Function], EffectDeclaration]:
+        """Register a function that calls another system, with no transaction open.
+
+        It takes the message and a `Call`, whose key it sends, and returns a result. Before the call an intent is
+        committed; after it the result is kept, and handed to the handler that `.settled` registers. See
+        docs/how-to/calling-other-systems.md for what is promised.
+
+        - remembers: for how long the other system recognizes a key. Within it (less a tenth, at least 30 s) a call
+          whose result is not known is made again, with the same key. Later `.unsure` asks the other system; without it
+          the message is a dead letter, `effect_unknown`. 0: there is no key, and the call is made at most once.
+        - concurrency: how many calls run at the same time, of different keys.
+        - retry: an exception in the call counts as an attempt. `Reject`: a dead letter at once. `NotDone`: nothing was
+          done, tried again uncounted.
+        - timeout: seconds that one call may take, 0 for no limit.
+
+        The other options are those of `handler`. Raises RegistrationError for functions that cannot work, and for an
+        App with shards.
+        """
+        options: dict[str, Any] = {
+            "message_id": message_id,
+            "fingerprint": fingerprint,
+            "name": name,
+            "order": order,
+            "concurrency": concurrency,
+            "retry": retry,
+            "timeout": timeout,
+            "allow_nan": allow_nan,
+            "version": version,
+            **unknown,
+        }
+
+        def register(function: Function) -> EffectDeclaration:
+            if self.shards:
+                raise RegistrationError(
+                    f"{place_of(function)}: an App with shards has no effects yet; call the other system in a handler, "
+                    "with message.idempotency_key()"
+                )
+            handler = build_effect(function, topics, remembers, options, Tx)
+            self._add(handler)
+            return EffectDeclaration(handler, function)
+
+        return register
+
     def _add(self, handler: Handler) -> None:
         other = self._handlers.get(handler.name)
         if other is not None:
@@ -152,10 +211,7 @@ class App:
                 "give one of them another name with name="
             )
         handler.app, handler.publishes = self.name, self.publishes
-        if handler.wants_session:
-            from consumer.ext.sqlalchemy import session  # only where it is asked for: it needs the extra
-
-            handler.open_session = session
+        _open_sessions(handler)
         self._handlers[handler.name] = handler
 
     def publishing(self, connection: Any) -> AbstractAsyncContextManager[Publishing]:
@@ -232,6 +288,46 @@ class App:
     def _bind(self, resources: Mapping[str, object]) -> None:
         for handler in self._handlers.values():
             handler.bind(resources)
+
+
+class EffectDeclaration:
+    """What `App.effect` returns; it can be called like the function itself."""
+
+    def __init__(self, handler: Handler, function: Function) -> None:
+        self._handler = handler
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    def __call__(self, *args: Any) -> Awaitable[object]:
+        """Call the function, without anything around it."""
+        return self._function(*args)
+
+    def settled(self, function: F) -> F:
+        """Register the handler that applies the result.
+
+        It runs in one transaction with the claim, and takes the message, the result and what other handlers take, such as Tx. The function is returned unchanged.
+        """
+        settle_with(self._handler, function, Tx)
+        _open_sessions(self._handler)
+        return function
+
+    def unsure(self, function: F) -> F:
+        """Register the function that asks the other system what it has done.
+
+        It takes what the call takes, and returns the result, or None if nothing was done: then the call is made. It may
+        raise. It is asked where a call has no result, and its key may be forgotten by now. The function is returned
+        unchanged.
+        """
+        ask_with(self._handler, function)
+        return function
+
+
+def _open_sessions(handler: Handler) -> None:
+    """Let a handler that asks for a session of SQLAlchemy get one."""
+    if handler.wants_session:
+        from consumer.ext.sqlalchemy import session  # only where it is asked for: it needs the extra
+
+        handler.open_session = session
 
 
 def _fault_of_topics(publishes: object) -> str | None:

@@ -1,7 +1,8 @@
 """Dead letters: their states, what they block, and kinds of errors.
 
-Knows states and texts; knows no table. A *chain* is a dead letter whose handler kept failing and the later messages of
-its unit of order (the key, or the partition), which become dead letters too and wait behind it. Only the first of a
+Knows states and texts; knows no table. A *chain* is a dead letter whose handler kept failing, or whose effect in another
+system is unknown, and the later messages of its unit of order (the key, or the partition), which become dead letters too
+and wait behind it. Only the first of a
 chain may run. A dead letter for any other reason concerns its message alone, and blocks nothing.
 """
 
@@ -51,7 +52,7 @@ class Transition(NamedTuple):
 
 def blocks_key(verdict: Dead) -> bool:
     """Return whether later messages of its ordering key wait for it."""
-    return verdict.reason in (Reason.FAILED, Reason.BEHIND)
+    return verdict.reason in (Reason.FAILED, Reason.EFFECT_UNKNOWN, Reason.BEHIND)
 
 
 def next_state(outcome: Outcome | None) -> Transition:

@@ -45,10 +45,11 @@ class Delivery(msgspec.Struct, eq=False):
     - id, fingerprint, value: transaction/identify.py, the first step of a batch.
     - outcome: identify.py (unreadable), precheck/client.py (known to Redis), transaction/handler_runner.py (of handlers
       that opted out), transaction/isolate.py (at fault), transaction/result.py (none again, when it is retried), and
-      rebuild/, which settles what the ledger knows.
-    - attempts: handler_runner.py, isolate.py, and result.py after the COMMIT.
+      effects/ (its call failed, or waits), and rebuild/, which settles what the ledger knows.
+    - attempts: handler_runner.py, isolate.py, effects/, and result.py after the COMMIT.
     - reruns, call_alone, success_mark, failure_cause: isolate.py.
     - delayed: core/ordering.py.
+    - reply: effects/, before the transaction.
 
     A frozen Delivery would be as fast (measured: 0.98 to 1.00 times the time from `take` to `complete`), but would need
     three tables beside it (outcomes, histories of failures, decoded values), kept in step over splits, retries and
@@ -67,6 +68,7 @@ class Delivery(msgspec.Struct, eq=False):
     outcome: Outcome | None = None  # settled before its transaction: unreadable, skipped, known to Redis, at fault
     success_mark: int = -1  # successes of its handler when it failed first: see evidence.py
     failure_cause: FailureCause | None = None  # why it waits
+    reply: bytes | None = None  # what another system has answered, for the handler of an effect
 
     @property
     def partition(self) -> Partition:

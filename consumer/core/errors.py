@@ -9,6 +9,8 @@
       TransactionMisuse      a handler asked its Tx for something that would break the guarantee
       Reject                 raised by handlers: a dead letter at once
       RunAgain               raised by handlers: no failure; tried again and not counted
+        NotDone              raised by calls of effects: the other system has done nothing
+        CallNotMade          an effect's result is needed, and the other system was not called
 
 It has nothing of the drivers' exceptions: `sqlstate.py` classifies those.
 """
@@ -74,4 +76,19 @@ class RunAgain(ConsumerError):
     Everything the handler wrote for the message is undone, later messages of its unit of order wait behind it, and the
     pauses grow as the handler's retry policy says (at least 50 ms). There is no limit: a handler whose messages must
     not wait for ever catches the cause, looks at the age of its message, and raises `Reject`.
+    """
+
+
+class NotDone(RunAgain):
+    """Raise it in an effect's call where nothing was done outside.
+
+    For example where the connection was refused. The message is tried again, uncounted. Any other exception means that
+    the other system may have done what it was asked for, and that only it can say so.
+    """
+
+
+class CallNotMade(RunAgain):
+    """An effect's message ran without the result of its call.
+
+    A worker makes the call; a replay and a rebuild call no other system.
     """

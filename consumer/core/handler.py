@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from consumer.core import constraints, decode, fingerprint, identity
-from consumer.core.errors import RegistrationError
+from consumer.core.errors import CallNotMade, RegistrationError
 from consumer.core.message import Message
 from consumer.core.retry import Retry
 
@@ -59,6 +59,22 @@ class OrmSession:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
+class Effect:
+    """What an effect does before its handler runs: it calls another system.
+
+    call, unsure: their functions take a `Call` in the place of a Tx. remembers: seconds for which the other system
+    knows a key. encode, decode: its reply as the database keeps it.
+    """
+
+    call: Handler
+    remembers: float
+    reply_type: Any
+    encode: Callable[[Any], bytes]
+    decode: decode.Decoder
+    unsure: Handler | None = None
+
+
+@dataclasses.dataclass(slots=True, eq=False)
 class Handler:
     """One handler of an App.
 
@@ -82,7 +98,7 @@ class Handler:
     takes_none: bool
     wants_message: bool
     wants_tx: bool
-    # "value" | "message" | "tx" | Resource | OrmSession, in the order of the signature
+    # "value" | "message" | "tx" | "reply" | Resource | OrmSession, in the order of the signature
     parameters: tuple[str | Resource | OrmSession, ...]
     call: Call | None = None  # set by bind()
     open_session: Callable[[Any, Any], Any] | None = None  # where it takes one: from a Tx and the session's class
@@ -92,6 +108,7 @@ class Handler:
     codes: tuple[str, str] | None = None  # fingerprints of its code, once they were computed
     app: str = ""  # its App's name, part of the ids of what it publishes
     publishes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # its App's: topic -> bytes of a record
+    effect: Effect | None = None  # of a handler that gets the reply of another system
 
     def bind(self, resources: Mapping[str, object]) -> None:
         """Compile the call, with the lifespan's resources.
@@ -101,7 +118,13 @@ class Handler:
         kinds: list[str | object] = []
         for parameter in self.parameters:
             kinds.append(_Bound(self._find(parameter, resources)) if isinstance(parameter, Resource) else parameter)
-        self.call = _compile(self.function, kinds) if self.open_session is None else self._with_session(kinds)
+        self.call = (
+            _compile(self.function, kinds, self.effect) if self.open_session is None else self._with_session(kinds)
+        )
+        if self.effect is not None:
+            for other in (self.effect.call, self.effect.unsure):
+                if other is not None:
+                    other.bind(resources)
 
     @property
     def wants_session(self) -> bool:
@@ -115,7 +138,7 @@ class Handler:
 
         async def call(value: Any, message: Any, tx: Any) -> object:
             async with open_session(tx, kind) as session:
-                given = {"value": value, "message": message, "tx": tx}
+                given = _given(value, message, tx, self.effect)
                 arguments = [
                     kind.value if isinstance(kind, _Bound) else session if isinstance(kind, OrmSession) else given[kind]
                     for kind in kinds
@@ -146,9 +169,9 @@ class _Bound:
     value: object
 
 
-def _compile(function: Function, kinds: list[Any]) -> Call:
+def _compile(function: Function, kinds: list[Any], effect: Effect | None) -> Call:
     """Return a call; without a loop for the usual signatures."""
-    match kinds:
+    match [] if effect is not None else kinds:
         case ["value"]:
             return lambda value, message, tx: function(value)
         case ["value", "tx"]:
@@ -161,10 +184,24 @@ def _compile(function: Function, kinds: list[Any]) -> Call:
             pass
 
     def call(value: Any, message: Any, tx: Any) -> Awaitable[object]:
-        given = {"value": value, "message": message, "tx": tx}
+        given = _given(value, message, tx, effect)
         return function(*[kind.value if isinstance(kind, _Bound) else given[kind] for kind in kinds])
 
     return call
+
+
+def _given(value: Any, message: Any, tx: Any, effect: Effect | None) -> dict[str, Any]:
+    """Return what parameters are filled with.
+
+    The handler of an effect never runs without the other system's reply: raises CallNotMade.
+    """
+    given = {"value": value, "message": message, "tx": tx}
+    if effect is not None:
+        raw = tx.subject.reply
+        if raw is None:
+            raise CallNotMade("the other system was not called; a worker calls it")
+        given["reply"] = effect.decode(raw)
+    return given
 
 
 def place_of(function: object) -> str:
@@ -347,7 +384,7 @@ def _signature(
 
     What each parameter is filled with, the declared type of the value, and whether it is a Message.
     """
-    hints = _hints(function, wrong)
+    hints = hints_of(function, wrong)
     plan: list[str | Resource | OrmSession] = []
     declared: Any = inspect.Parameter.empty
     wants_message = False
@@ -390,7 +427,8 @@ def _is_session(hint: Any) -> bool:
     )
 
 
-def _hints(function: Function, wrong: Wrong) -> dict[str, Any]:
+def hints_of(function: Function, wrong: Wrong) -> dict[str, Any]:
+    """Return the annotations of a function. Raises what `wrong` returns."""
     inner = inspect.unwrap(function)
     closure: dict[str, Any] = {}
     if inspect.isfunction(inner):

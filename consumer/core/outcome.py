@@ -31,6 +31,7 @@ class Reason(StrEnum):
     REJECTED = "rejected"  # the handler raised Reject
     FAILED = "failed"  # the handler kept raising
     TOO_OLD = "too_old"  # older than the ledger remembers: it may have been applied
+    EFFECT_UNKNOWN = "effect_unknown"  # another system was called, and it is unknown what it has done
     BEHIND = "behind"  # it waits behind a dead letter of its key; its handler was not called
 
 

@@ -29,6 +29,7 @@ from consumer.core.retry import Retry
 from consumer.dead_letters.deliveries import delivery_of
 from consumer.dead_letters.edits import Edit
 from consumer.dead_letters.session import DeadLetter, DeadLetterSession, NotClaimable
+from consumer.effects.stage import EffectStage
 from consumer.handler_records import handler_code
 from consumer.postgres import dead_letter_queries
 from consumer.postgres.connection import dsn_label
@@ -309,16 +310,16 @@ class DeadLetterRetrier:
                 by_delivery[delivery] = dead_letter
             else:
                 yield RetryResult(dead_letter.number, *delivery, dead_letter.behind)
-        watched = [delivery for delivery in by_delivery if not delivery.handler.idempotent]
-        await observe(watched, random.random)
+        await observe([delivery for delivery in by_delivery if not delivery.handler.idempotent], random.random)
         refused: list[tuple[DeadLetter, tuple[str, str]]] = []
+        stage = EffectStage(self.names, _NOTHING_DELAYED, random.random)
 
         async def prepare(part: Part) -> bool:
             return not self.stopping()
 
         async def attempt(part: Part) -> BatchResult:
-            self.session.start({delivery: by_delivery[delivery] for delivery in part.batch.deliveries})
             try:
+                await self._start(stage, {delivery: by_delivery[delivery] for delivery in part.batch.deliveries})
                 return await apply_batch(
                     self.session,
                     self.names,
@@ -355,6 +356,13 @@ class DeadLetterRetrier:
                 {delivery: by_delivery[delivery] for delivery in part.batch.deliveries}, result
             ):
                 yield done
+
+    async def _start(self, stage: EffectStage, dead_letters: Mapping[Delivery, DeadLetter]) -> None:
+        """Prepare a transaction; effects make their calls before it."""
+        self.session.start(dead_letters)
+        if any(delivery.handler.effect is not None for delivery in dead_letters):
+            await stage.run(self.session, dead_letters)
+            self.session.start(dead_letters)
 
     async def _results_of(self, dead_letters: Mapping[Delivery, DeadLetter], settled: BatchResult) -> list[RetryResult]:
         """Return the results of a transaction.

@@ -147,6 +147,17 @@ class DeadLetterSession(Session):
             dead_letters[delivery].has_new_claim = delivery not in lost
         return lost
 
+    async def may_run(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> set[Delivery]:
+        """Return the messages that are not applied and not too old.
+
+        The ledger has most as dead, which `claim` revives.
+        """
+        existing, _ = await self.existing_claims(deliveries, topics)
+        dead = {
+            delivery for delivery, claim in existing.items() if claim.dead and not self._dead_letters[delivery].other_id
+        }
+        return dead | await super().may_run([delivery for delivery in deliveries if delivery not in dead], topics)
+
     async def too_old(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         """Return those whose new claim proves nothing.
 

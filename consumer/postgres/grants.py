@@ -69,6 +69,7 @@ _WORKER: Mapping[str, tuple[str, ...]] = {
     "outbox_actions": ("select", "insert"),
     # PostgreSQL requires a right to update for a row lock; no column is ever updated.
     "outbox_intake": ("select", "insert", "update (topic)", "delete"),
+    "effects": ("select", "insert", "update (attempts, result, result_at)", "delete"),
 }
 # Enough for `status`, `show` and dashboards. Of a dead letter, no byte of the message, and not the error's text, which may quote it.
 _READER: Mapping[str, tuple[str, ...]] = {
@@ -106,6 +107,7 @@ _READER: Mapping[str, tuple[str, ...]] = {
     "outbox_generations": ("select",),
     "outbox_actions": ("select (action, stream, at, operator, what, from_seq, to_seq)",),
     "outbox_intake": ("select (app, place, id, topic, created_at)",),
+    "effects": ("select (handler, id, payload, first_at, attempts, result_at)",),
 }
 # Enough for `app.publishing` in a web application: it inserts, and reads nothing of this schema.
 _PUBLISHER: Mapping[str, tuple[str, ...]] = {

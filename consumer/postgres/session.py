@@ -214,6 +214,15 @@ class Session:
         """
         return await self.claims.too_old(deliveries)
 
+    async def may_run(self, deliveries: Sequence[Delivery], topics: Mapping[str, int]) -> set[Delivery]:
+        """Return the messages that are neither claimed nor too old.
+
+        For what comes before their transaction. Claims nothing, so the answer may be another one there.
+        """
+        await self.claims.read_generations()
+        _, absent = await self.existing_claims(deliveries, topics)
+        return set(absent).difference(await self.too_old(absent) if absent else ())
+
     async def release_claims(self, deliveries: Sequence[Delivery]) -> None:
         """Delete claims of this transaction, for messages that will be tried again."""
         await self.claims.release(deliveries)

@@ -16,12 +16,14 @@ from consumer.core.handler import Handler
 from consumer.core.message import Partition
 from consumer.core.ordering import Scheduler
 from consumer.core.outcome import Applied, Cause, Dead, Duplicate, Reason, RetryLater, Skipped
+from consumer.effects.stage import take_results
 from consumer.handler_records import handler_code
 from consumer.kafka.bounds import Span
 from consumer.postgres import applied_queries
 from consumer.postgres import handlers as handler_names
 from consumer.postgres import positions as position_table
 from consumer.postgres.connection import database_epoch
+from consumer.postgres.effects import results_of
 from consumer.postgres.errors import Conflict
 from consumer.postgres.positions import read_positions
 from consumer.rebuild import compare_sql, drawn_columns, table_catalog
@@ -81,6 +83,7 @@ class SinglePass:
             for topic in handler.topics:
                 by_topic.setdefault(topic, []).append(handler)
         self._topics = sorted(by_topic)
+        self._has_effects = any(handler.effect is not None for handler in state.handlers)
         self._scheduler = Scheduler(by_topic, _DELAYED_MAX, state.settings.buffer_bytes_max)
         self.reader = EntryReader(state, self.history, variation, by_topic)
 
@@ -128,6 +131,10 @@ class SinglePass:
                 self.app_starts |= {partition: horizon.first} if horizon.first else {}
         numbers = [handler.number for handler in self.state.handlers]
         await self.history.read(numbers, self._topics)
+        if self._has_effects:
+            await results_of(
+                self.connection, ()
+            )  # from now on the table is locked by us, and by no handler's statement
         skew = self.state.settings.ledger_clock_skew_hours
         await self.history.omitted.read(self.connection, self.state.app.name, numbers, self._topics, skew)
 
@@ -250,6 +257,8 @@ class SinglePass:
         if not batch.deliveries:
             self._scheduler.settle(batch, {}, self._scheduler.position_updates(batch, ()))
             return
+        if self._has_effects:
+            await take_results(self.connection, batch.deliveries)  # without its result, a message fails (CallNotMade)
         async for part, result in settle([batch], self._prepare, self._attempt, self._after_failure):
             self._complete(part.batch, result)
 

@@ -14,6 +14,7 @@ from functools import partial
 from consumer.core.delivery import Batch, Delivery
 from consumer.core.errors import CannotTell
 from consumer.core.outcome import Applied, Dead, Duplicate, Outcome, RetryLater, Skipped
+from consumer.effects.stage import leave_uncalled, take_results
 from consumer.handler_records import handler_code
 from consumer.postgres.connection import translated_errors
 from consumer.postgres.errors import Conflict, Outage
@@ -37,6 +38,7 @@ class MissingMessages:
         self._code_recorded_at = float("-inf")
         self._fruitless = 0  # attempts since a message was settled
         self._settled_at = time.monotonic()
+        self._has_effects = any(handler.effect is not None for handler in run.app.handlers.values())
 
     async def would_become(self, lane: ReplayLane, missing: list[Delivery]) -> dict[Delivery, Outcome | None]:
         """Return what each missing message would become; None means applied.
@@ -136,6 +138,9 @@ class MissingMessages:
 
         async def attempt(part: Part) -> BatchResult:
             assert lane.applying is not None
+            if self._has_effects:
+                with translated_errors(run.settings):
+                    leave_uncalled(await take_results(lane.applying.connection, part.batch.deliveries))
             transaction = apply_batch if observer is None else partial(dry_run, observer=observer)
             return await transaction(
                 lane.applying,

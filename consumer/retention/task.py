@@ -37,7 +37,7 @@ from consumer.kafka.admin import topic_configs
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.errors import KafkaError
 from consumer.logs import describe, event
-from consumer.postgres import generations
+from consumer.postgres import effects, generations
 from consumer.postgres.connection import connect, database_epoch, translated_errors
 from consumer.postgres.errors import Outage, sqlstate_of
 from consumer.postgres.handlers import topic_numbers
@@ -262,6 +262,7 @@ class Keeper:
                     lambda at: reaching(self._source, topics, at, skew),
                     self._done,
                 )
+                await effects.forget(connection)
         finally:
             connection.terminate()
         if stopped.partitions:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,13 +25,13 @@ import pytest
 
 from consumer.app import App
 from consumer.core.errors import ConsumerError, Misconfigured
-from consumer.testing.messages import STEPS, Delivered, Outside, Sent
+from consumer.testing.messages import EFFECT_STEPS, STEPS, Delivered, Outside, Sent
 
 if TYPE_CHECKING:
     from consumer.testing.server import Server
     from consumer.testing.trial import Trial
 
-__all__ = ["STEPS", "Delivered", "ExactlyOnce", "Outside", "Sent", "exactly_once"]
+__all__ = ["EFFECT_STEPS", "STEPS", "Delivered", "ExactlyOnce", "Outside", "Sent", "exactly_once"]
 
 DSN_VARIABLE = "CONSUMER_TEST_POSTGRES_DSN"
 DSN_OPTION = "consumer_postgres_dsn"
@@ -46,7 +46,12 @@ class ExactlyOnce:
         self._databases: list[str] = []
 
     async def __call__(
-        self, app: App, *, schema: str | Path | None = None, resources: Mapping[str, object] | None = None
+        self,
+        app: App,
+        *,
+        schema: str | Path | None = None,
+        resources: Mapping[str, object] | None = None,
+        effects: Mapping[str, Callable[..., Awaitable[object]]] | None = None,
     ) -> Trial:
         """Create a trial of the App on a fresh database.
 
@@ -55,6 +60,8 @@ class ExactlyOnce:
         schema: a file (a Path, or text without spaces; relative to the test's directory or pytest's root), or SQL.
         resources: what handlers get of it by annotation or name, in place of what the App's lifespan yields; without
         it, the lifespan is entered for each call that delivers, as for a worker.
+        effects: by the names of effects, an async function that is called in place of the other system; it takes the
+        message and the `Call`. For the function of `.unsure`: ``"NAME.unsure"``. Required for every effect.
 
         Raises Misconfigured for an App without handlers, and for a schema that is missing or that PostgreSQL refuses.
         """
@@ -67,7 +74,7 @@ class ExactlyOnce:
         name, text = self._read(schema)
         database = await self._server.make(name, text)
         self._databases.append(database)
-        return Trial(app, self._server.settings(database), resources, lambda: self._server.copied(database))
+        return Trial(app, self._server.settings(database), resources, lambda: self._server.copied(database), effects)
 
     def _read(self, schema: str | Path | None) -> tuple[str, str]:
         if schema is None:

@@ -23,6 +23,9 @@ from consumer.core.suggestions import suggestion
 STEPS = ("begun", "claimed", "handled", "before_commit", "committed")
 """The steps of a transaction at which `crash_at=` may crash it. Only the last one follows the COMMIT."""
 
+EFFECT_STEPS = ("intended", "called", "remembered")
+"""The steps before the transaction of an effect's messages: the intent is stored, the call made, its result stored."""
+
 SHOWN_MAX = 20  # of one kind, in the text of an error
 
 Text: TypeAlias = str | bytes | int | UUID

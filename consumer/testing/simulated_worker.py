@@ -22,6 +22,7 @@ from consumer.core.log_identity import Position
 from consumer.core.message import Partition, Record
 from consumer.core.ordering import Scheduler
 from consumer.core.outcome import APPLIED, Applied, Cause, Dead, Duplicate, Outcome, RetryLater, Skipped
+from consumer.effects.stage import EffectStage
 from consumer.postgres.session import Session
 from consumer.replay.effects import Rows, rows_written, sequences_moved
 from consumer.settings import Settings
@@ -194,9 +195,25 @@ class SimulatedWorker:
         for delivery, error in await observe(batch.deliveries, _draw):
             self._failed(delivery, error)
         self._unsettled = set(batch.deliveries)
+        await self._call_other_systems(batch)
         async for part, result in settle([batch], self._prepare, self._attempt, self._after_failure):
             self._unsettled.difference_update(part.batch.deliveries)
             self._settled(part.batch, result, now)
+
+    async def _call_other_systems(self, batch: Batch) -> None:
+        """Make the calls of effects, by the stand-ins that the test gives."""
+        if not any(delivery.handler.effect is not None for delivery in batch.deliveries):
+            return
+        if not self._session.is_usable:
+            await self._open()
+        stage = EffectStage(self._names, self._lane, _draw, self._step)
+        try:
+            await stage.run(self._session, batch.deliveries)
+        except SimulatedCrash:
+            self._crashed(batch)
+            raise
+        for delivery, error in stage.failures:
+            self._failed(delivery, error)
 
     async def _prepare(self, part: Part) -> bool:
         if not self._session.is_usable:

@@ -12,10 +12,21 @@ from typing import Any
 
 from consumer.app import App
 from consumer.core.errors import Misconfigured
+from consumer.core.handler import Call, Function
 from consumer.core.message import LogRecord, Partition
 from consumer.postgres import positions
 from consumer.settings import Settings
-from consumer.testing.messages import SHOWN_MAX, STEPS, Delivered, Outside, Sent, lines, partition_of, record_of
+from consumer.testing.messages import (
+    EFFECT_STEPS,
+    SHOWN_MAX,
+    STEPS,
+    Delivered,
+    Outside,
+    Sent,
+    lines,
+    partition_of,
+    record_of,
+)
 from consumer.testing.outside_rows import OutsideRows
 from consumer.testing.outside_statements import Watch
 from consumer.testing.server import connection_to
@@ -38,11 +49,13 @@ class Trial:
         settings: Settings,
         resources: Mapping[str, object] | None,
         copied: Callable[[], AbstractAsyncContextManager[Settings]],
+        effects: Mapping[str, Function] | None = None,
     ) -> None:
         self._app = app
         self._settings = settings
         self._copied = copied  # a copy of the database, for as long as it is needed
         self._resources = resources
+        self._effects = effects or {}
         self._log: list[tuple[Sent, LogRecord]] = []
         self._applied: set[Key] = set()
         self._rounds: list[Round] = []
@@ -110,7 +123,7 @@ class Trial:
         # Each time around, the first transaction that is not stored yet meets every step. It ends when that stores
         # nothing more: all is settled, or what is left would fail for ever, since a crash begins its attempts again.
         while (left := await self._is_left()) and left != before:
-            for step in STEPS:
+            for step in _steps_of(self._app):
                 await self._deliver(f"prove: crash at {step!r}", batch, step, True)
             before = left
         ended = await self._deliver("prove: without a crash", batch, None, True)
@@ -131,7 +144,7 @@ class Trial:
         On a copy of the database, in batches of another size.
         """
         async with self._copied() as settings:
-            other = Trial(self._app, settings, self._resources, self._copied)
+            other = Trial(self._app, settings, self._resources, self._copied, self._effects)
             other._log = [*self._log, *added]
             other._applied = set(self._applied)
             other._outside = self._outside
@@ -239,8 +252,9 @@ class Trial:
     def _check(self, batch: int | None, crash_at: str | None) -> None:
         if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
             raise Misconfigured(f"batch={batch!r}: not a size; give the most messages in one transaction, at least 1")
-        if crash_at is not None and crash_at not in STEPS:
-            raise Misconfigured(f"crash_at={crash_at!r}: no step; use one of {', '.join(map(repr, STEPS))}")
+        if crash_at is not None and crash_at not in (*STEPS, *EFFECT_STEPS):
+            steps = ", ".join(map(repr, (*STEPS, *EFFECT_STEPS)))
+            raise Misconfigured(f"crash_at={crash_at!r}: no step; use one of {steps}")
 
     def _records_of(self, messages: Sequence[Sent]) -> list[tuple[Sent, LogRecord]]:
         """Encode messages as records at the end of the log.
@@ -294,6 +308,7 @@ class Trial:
         async with (
             _exclusive(self._app),
             _bound(self._app, self._resources),
+            _standing_in(self._app, self._effects),
             connection_to(self._settings) as connection,
         ):
             self._log += added
@@ -309,6 +324,15 @@ class Trial:
             await worker.run(batch or len(records) or 1, retry)
         self._rounds.append(round)
         return list(round.delivered)
+
+
+def _steps_of(app: App) -> Sequence[str]:
+    """Return the steps at which a crash repeats what is repeatable.
+
+    Of an effect that is called at most once, a crash around the call leaves a dead letter.
+    """
+    effects = [handler.effect for handler in app.handlers.values() if handler.effect is not None]
+    return (*EFFECT_STEPS, *STEPS) if effects and all(effect.remembers for effect in effects) else STEPS
 
 
 def _options(batch: int | None, crash_at: str | None) -> str:
@@ -359,3 +383,33 @@ async def _bound(app: App, resources: Mapping[str, object] | None) -> AsyncItera
     for handler in app.handlers.values():
         handler.bind(resources)
     yield
+
+
+@asynccontextmanager
+async def _standing_in(app: App, stand_ins: Mapping[str, Function]) -> AsyncIterator[None]:
+    """Let a test's functions answer instead of the other systems.
+
+    Raises Misconfigured for an effect without one, and for a name of no effect.
+    """
+    effects = {name: handler.effect for name, handler in app.handlers.items() if handler.effect is not None}
+    names = {*effects, *(f"{name}.unsure" for name, effect in effects.items() if effect.unsure is not None)}
+    if unknown := sorted(set(stand_ins) - names):
+        raise Misconfigured(f"effects={{{unknown[0]!r}: …}}: {app.name!r} has no such effect")
+    for name, effect in effects.items():
+        if name not in stand_ins:
+            raise Misconfigured(
+                f"{name!r} calls another system, which a test must not: give exactly_once an async function in its "
+                f"place, effects={{{name!r}: function}}"
+            )
+        effect.call.call = _as_call(stand_ins[name])
+        if effect.unsure is not None:
+            effect.unsure.call = _as_call(stand_ins.get(f"{name}.unsure", _not_given))
+    yield
+
+
+def _as_call(function: Function) -> Call:
+    return lambda value, message, call: function(value, call)
+
+
+async def _not_given(value: Any, call: Any) -> object:
+    raise Misconfigured("the test gives no function for .unsure, effects={'NAME.unsure': function}")

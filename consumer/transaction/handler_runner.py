@@ -385,6 +385,11 @@ def _argument(delivery: Delivery) -> Any:
     return _message(delivery) if delivery.handler.wants_message else take_value(delivery)
 
 
+def argument_of(delivery: Delivery, *, wants_message: bool) -> Any:
+    """Return what a function gets for a message. Raises Unreadable."""
+    return _message(delivery) if wants_message else take_value(delivery)
+
+
 def _message(delivery: Delivery) -> Message[Any]:
     record = delivery.record
     return Message(

@@ -223,7 +223,8 @@ def _counted(delivery: Delivery, facts: ErrorFacts, random: Callable[[], float])
     text = f"{type(facts.error).__name__}: {facts.text}"
     delay = delivery.handler.retry.delay_seconds(facts.error, attempts, random())
     if delay is None:
-        return Dead(Reason.FAILED, text, facts.code, facts.trace), attempts
+        unknown = delivery.handler.effect is not None and delivery.reply is None
+        return Dead(Reason.EFFECT_UNKNOWN if unknown else Reason.FAILED, text, facts.code, facts.trace), attempts
     return RetryLater(delay, text), attempts
 
 

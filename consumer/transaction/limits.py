@@ -36,8 +36,8 @@ _STEPS = {"claimed": "claim", "handled": "handlers", "before_commit": "store", "
 def limits(handlers: Iterable[Handler], settings: Settings) -> dict[str, float]:
     """Return the seconds that a call may take, by handler.
 
-    0 for no limit. Raises Misconfigured for a limit beyond which PostgreSQL would end the handler's idle transaction
-    first: that looks like an outage.
+    0 for no limit. Calls of effects are listed by their own names, and no transaction limits them. Raises Misconfigured
+    for a limit beyond which PostgreSQL would end the handler's idle transaction first: that looks like an outage.
     """
     idle = settings.postgres_idle_in_transaction_timeout_seconds
     limits: dict[str, float] = {}
@@ -54,6 +54,11 @@ def limits(handlers: Iterable[Handler], settings: Settings) -> dict[str, float]:
                 f"{seconds / _OF_IDLE:.0f}, or the limit to at most {idle * _OF_IDLE:g} (or 0 for none)"
             )
         limits[handler.name] = seconds
+        if (effect := handler.effect) is not None:
+            own = effect.call.timeout
+            limits[effect.call.name] = seconds if own is None else own
+            if effect.unsure is not None:
+                limits[effect.unsure.name] = limits[effect.call.name]
     return limits
 
 

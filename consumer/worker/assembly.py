@@ -243,6 +243,7 @@ class Parts:
             turn_of(self._app.name),
             self._random,
             self._on_step,
+            any(handler.effect is not None for handler in self._app.handlers.values()),
         )
         self._runners = [LaneRunner(lane, services) for lane in self.lanes]
 

@@ -1,8 +1,8 @@
 """Settles batches on one connection, in one line of steps.
 
-The steps: identify, pre-check, check the other shards, observe, settle, publish the result. A batch is settled whatever
-happens, unless its partitions go away first: then their next owner reads it again. Limitations: does not know whether
-the worker still owns its partitions. The claims and the positions in PostgreSQL do.
+The steps: identify, pre-check, check the other shards, observe, call other systems, settle, publish the result. A batch
+is settled whatever happens, unless its partitions go away first: then their next owner reads it again. Limitations: does
+not know whether the worker still owns its partitions. The claims and the positions in PostgreSQL do.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from consumer.core.delivery import Batch
 from consumer.core.errors import ConsumerError
 from consumer.core.evidence import Evidence
 from consumer.core.outcome import RetryLater
+from consumer.effects.stage import EffectStage
 from consumer.logs import describe, event
 from consumer.postgres.errors import Conflict, Fenced, Outage, lock_timed_out, sqlstate_of
 from consumer.postgres.session import Session
@@ -48,7 +49,8 @@ _LAST_WORD_SECONDS = 5.0
 class LaneServices:
     """What the lanes of one worker share.
 
-    turn: the number under which its transactions take turns after conflicts.
+    turn: the number under which its transactions take turns after conflicts. has_effects: whether any handler calls
+    another system before its transaction.
     """
 
     settings: Settings
@@ -65,6 +67,7 @@ class LaneServices:
     turn: int
     random: Callable[[], float]
     on_step: Callable[[str], None]
+    has_effects: bool
 
 
 class LaneRunner:
@@ -117,7 +120,8 @@ class LaneRunner:
         await self._pre_check(batch)
         if await self.services.shard_check.is_in_no_other_shard(self.lane, batch):
             await self._observe(batch)
-            await self._settle(batch, epoch)
+            if not self.services.has_effects or await self._call_other_systems(batch, epoch):
+                await self._settle(batch, epoch)
 
     def _identify(self, batch: Batch) -> None:
         self.services.timestamps.look(batch.deliveries)
@@ -135,6 +139,31 @@ class LaneRunner:
         for delivery, error in await observe(batch.deliveries, self.services.random, self.lane.calls):
             self.services.message_log.log_failure(delivery, error, delivery.outcome)
             self.services.results.attempts_failed([delivery], error)
+
+    async def _call_other_systems(self, batch: Batch, epoch: int) -> bool:
+        """Make the calls of effects.
+
+        Waits until PostgreSQL has their intents, and their results. Returns False if the partitions are not this
+        worker's any more.
+        """
+        lane, services = self.lane, self.services
+        stage = EffectStage(
+            lane.shard.ids, lane.scheduler, services.random, services.on_step, lane.calls, services.evidence
+        )
+        part = Part(batch)
+        while await self._prepare(part, epoch):
+            try:
+                with lane.calls.transaction():
+                    await stage.run(self._session, batch.deliveries)
+            except (Conflict, Outage, OSError) as error:
+                await self._pause_after(part, error)
+                part = replace(part, failures=part.failures + 1)
+                continue
+            for delivery, failure in stage.failures:
+                services.message_log.log_failure(delivery, failure, delivery.outcome)
+                services.results.attempts_failed([delivery], failure)
+            return True
+        return False
 
     async def _settle(self, batch: Batch, epoch: int) -> None:
         """Settle a batch in one or more transactions; publish each result."""
@@ -229,28 +258,33 @@ class LaneRunner:
 
     async def _run_again(self, part: Part, error: Conflict | Outage) -> Sequence[Part]:
         """Pause after a conflict or an outage; return what runs next."""
+        cause = error.__cause__ or error
+        # A lock timeout may have any cause: taking turns would only hold up the other lanes.
+        if isinstance(error, Conflict) and not lock_timed_out(cause):
+            self.lane.turns.conflicted()
+        parts = self._next_parts(part, error)
+        await self._pause_after(part, error)
+        return parts
+
+    async def _pause_after(self, part: Part, error: Exception) -> None:
+        """Report a conflict or an outage that goes on, and pause."""
         services, shard = self.services, self.lane.shard
         cause = error.__cause__ or error
-        if isinstance(error, Outage) or part.failures >= FAILURES_MAX:
+        if not isinstance(error, Conflict) or part.failures >= FAILURES_MAX:
             services.message_log.log_rarely(
                 logging.WARNING,
                 "the batch runs again",
                 (shard.name, describe(cause)),
                 {
-                    "why": "postgresql lost" if isinstance(error, Outage) else "conflict",
+                    "why": "conflict" if isinstance(error, Conflict) else "postgresql lost",
                     "error": describe(cause),
                     "sqlstate": sqlstate_of(cause),
                     "times": part.failures + 1,
                     **shard.label,
                 },
             )
-        # A lock timeout may have any cause: taking turns would only hold up the other lanes.
-        if isinstance(error, Conflict) and not lock_timed_out(cause):
-            self.lane.turns.conflicted()
-        parts = self._next_parts(part, error)
         # The first conflict runs again almost at once; repeated failures wait ever longer.
         await services.lifetime.pause(pause_seconds(part.failures) * (0.5 + services.random() / 2))
-        return parts
 
     def _next_parts(self, part: Part, error: Exception) -> Sequence[Part]:
         """Return what runs next, and count the messages at fault."""

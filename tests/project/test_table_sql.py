@@ -51,6 +51,7 @@ HOME = {
     "outbox_generations": "outbox.py",
     "outbox_actions": "outbox.py",
     "outbox_intake": "outbox_intake.py",
+    "effects": "effects.py",
 }
 # Numbers of handlers and topics are everywhere: any file of the package may join their names.
 NAMES = {"handlers", "topics"}
@@ -74,6 +75,8 @@ ALSO = {
     ("dead_letter_queries.py", "dead_letters"): "reads of commands",
     ("dead_letter_queries.py", "letter_actions"): "reads of commands",
     ("dead_letter_queries.py", "ledger"): "when an edited dead letter was applied",
+    ("effects.py", "ledger"): "a result goes when the ledger has forgotten its message",
+    ("effects.py", "ledger_state"): "up to when the ledger has forgotten",
     ("handlers.py", "positions"): "an application is known by its handlers or its positions",
 }
 
