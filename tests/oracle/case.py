@@ -152,6 +152,18 @@ class SetLocal(Step):
 
 
 @dataclass(frozen=True, repr=False)
+class Publish(Step):
+    """`tx.publish(topic, [arguments as text], key=…)`.
+
+    In a batch handler its message is the cause.
+    """
+
+    topic: str
+    args: tuple[str, ...] = ()
+    key: str = ""
+
+
+@dataclass(frozen=True, repr=False)
 class Handler(Shown):
     """A handler of the topic.
 
@@ -242,6 +254,8 @@ def arguments_of(step: Step) -> list[str]:
             texts = [text for row in rows for text in row]
         case SetLocal(arg=arg):
             texts = [arg]
+        case Publish(args=args, key=key):
+            texts = [*args, *([key] if key else [])]
         case _:
             texts = []
     return [name for text in texts for name in text.split("+")]
@@ -251,7 +265,7 @@ def arguments_of(step: Step) -> list[str]:
 class Difference:
     """What is wrong with a case.
 
-    kind: table, outcome, order, crash or hang.
+    kind: table, outcome, published, crash or hang.
     """
 
     kind: str

@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TypeAlias
+from uuid import UUID
 
 import asyncpg
 
+from consumer.core.identity import message_id
 from oracle import framework, serial
 from oracle.case import Case, Difference
 from oracle.databases import Databases, Rows, State
 from oracle.framework import Place, Seen
+from oracle.serial import Published
+
+Row: TypeAlias = tuple[str, int, str, str, str | None, str]  # topic, input partition, handler, id, key, value
 
 _SEARCHED_MAX = 5  # calls of which every order is tried
 
@@ -85,12 +93,15 @@ async def _compare(
     working = {
         place[0] for place, sighting in seen.places.items() if sighting.outcome == "applied"
     }  # handlers not all of whose messages fail
+    published: dict[Place, list[Published]] = {}
     await databases.reset_serial(case)
     async with databases.serial_connection() as connection:
         for place in order:
             handler, message = place
             async with asyncio.timeout(60):
-                error = await serial.apply(connection, case.handlers[handler], case.messages[message])
+                error = await serial.apply(
+                    connection, case.handlers[handler], case.messages[message], published.setdefault(place, [])
+                )
             sighting = seen.places[place]
             if (error is None) != (sighting.outcome == "applied"):
                 went = "succeeds" if error is None else f"fails with {type(error).__name__}: {error}"
@@ -99,7 +110,43 @@ async def _compare(
             if error is not None and sighting.outcome == "waiting" and not _may_wait(error) and handler in working:
                 return Difference("outcome", f"message {message} waits for ever ({sighting.error}); alone: {error}")
     theirs = await databases.state(databases.serial)
-    return _difference(case, ours, theirs, is_exact)
+    return _difference(case, ours, theirs, is_exact) or _outgoing_difference(
+        case, seen, await databases.published(seen.app), published
+    )
+
+
+def _outgoing_difference(
+    case: Case, seen: Seen, ours: Sequence[Row], published: Mapping[Place, list[Published]]
+) -> Difference | None:
+    """Return the first stream with other records than the messages publish alone.
+
+    In the order of the batches. A batch handler's records come at the place of the first message of its call, so each handler has an order of its own.
+    """
+    mine: dict[tuple[str, int, str], list[tuple[str, str | None, str]]] = defaultdict(list)
+    for topic, partition, handler, id, key, value in ours:
+        mine[topic, partition, handler].append((id, key, " ".join(json.loads(value))))
+    theirs: dict[tuple[str, int, str], list[tuple[str, str | None, str]]] = defaultdict(list)
+    for place in _by_batch(seen, list(published)):
+        message = case.messages[place[1]]
+        for topic, ordinal, key, value in published[place]:
+            id = derived_id(seen.app, f"h{place[0]}", f"m{message.id}", ordinal)
+            theirs[topic, message.partition, f"h{place[0]}"].append((id, key, " ".join(json.loads(value))))
+    for stream in sorted({*mine, *theirs}):
+        if mine[stream] != theirs[stream]:
+            extra = [f"batch only:      {row}" for row in mine[stream] if row not in theirs[stream]][:5]
+            extra += [f"one by one only: {row}" for row in theirs[stream] if row not in mine[stream]][:5]
+            return Difference("published", f"what {stream} publishes differs", extra or ["in its order"])
+    return None
+
+
+def derived_id(app: str, handler: str, input_id: str, ordinal: int) -> str:
+    """Return the id that docs/how-to/publish.md promises.
+
+    Written again here, so as not to ask the code under test.
+    """
+    fields = (app.encode(), handler.encode(), message_id(input_id.encode()), str(ordinal).encode())
+    raw = b"".join(str(len(field)).encode() + b":" + field for field in fields)
+    return str(UUID(bytes=blake2b(raw, digest_size=16, person=b"outbox").digest()))
 
 
 def _may_wait(error: Exception) -> bool:

@@ -26,6 +26,11 @@ from pg_class c join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and n
 where c.relnamespace = 'public'::regnamespace and c.relkind = 'r' and a.attname !~ '_(at|rnd)$'
 group by c.relname order by c.relname
 """
+_OUTBOX = """
+select s.topic, s.source_partition, h.name, o.id::text, convert_from(o.key, 'utf8'), convert_from(o.value, 'utf8')
+from consumer.outbox o join consumer.outbox_streams s using (stream) join consumer.handlers h using (handler)
+where s.app = $1 order by o.stream, o.seq
+"""
 _SEQUENCES = "select sequencename::text, last_value from pg_sequences where schemaname = 'public' order by 1"
 
 
@@ -149,6 +154,14 @@ class Databases:
             yield connection
         finally:
             await connection.close()
+
+    async def published(self, app: str) -> list[tuple[str, int, str, str, str | None, str]]:
+        """Return the outbox of an App, in the order of sending.
+
+        Topic, input partition, handler, id, key and value.
+        """
+        connection = self._connections[self._names[0]]
+        return [tuple(row) for row in await connection.fetch(_OUTBOX, app)]
 
     async def state(self, address: str) -> State:
         """What is in a database."""

@@ -8,7 +8,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from oracle.case import Boom, Case, Defer, Execute, FetchVal, Handler, IfNone, Message, SetLocal, Table
+from oracle.case import (
+    Boom,
+    Case,
+    Defer,
+    Execute,
+    FetchVal,
+    Handler,
+    IfNone,
+    Message,
+    Publish,
+    Savepoint,
+    SetLocal,
+    Table,
+)
 
 
 class Directed(NamedTuple):
@@ -180,5 +193,15 @@ DIRECTED: dict[str, Directed] = {
         ),
         "outcome",
         ("message 2 at handler 0 is applied", "alone it fails with CheckViolationError"),
+    ),
+    "undone-savepoints-publish": Directed(
+        Case((_LOG,), (Handler((_INSERT, Savepoint((Publish("pa", ("n",)),), fails=True))),), _adding(1, 2)),
+        "published",
+        ("what ('pa', 0, 'h0') publishes differs", "batch only:"),
+    ),
+    "published-in-the-order-of-ids": Directed(
+        Case((_LOG,), (Handler((_INSERT, Publish("pa", ("n",), "k"))),), _adding(*range(1, 9))),
+        "published",
+        ("what ('pa', 0, 'h0') publishes differs", "in its order"),
     ),
 }

@@ -20,7 +20,7 @@ from consumer.postgres.session import Session
 from consumer.settings import load
 from consumer.testing.messages import Sent, record_of
 from consumer.testing.simulated_worker import Round, SimulatedWorker
-from oracle.case import Case, Defer, Handler
+from oracle.case import Case, Defer, Handler, Publish
 from oracle.case import Message as CaseMessage
 from oracle.handlers import run, run_batch
 
@@ -49,9 +49,10 @@ class Sighting:
 class Seen:
     """What was seen of a run.
 
-    batches: the deliveries of each, in order. rewritten: executions of statements that the framework wrote.
+    app: its name. batches: the deliveries of each, in order. rewritten: executions of statements that the framework wrote.
     """
 
+    app: str = ""
     places: dict[Place, Sighting] = field(default_factory=dict)
     batches: list[list[Place]] = field(default_factory=list)
     executions: int = 0
@@ -110,7 +111,7 @@ class OracleLife(SimulatedWorker):
 
 
 def _app(case: Case, name: str, topic: str, index: Mapping[tuple[int, int], int], seen: Seen) -> App:
-    app = App(name)
+    app = App(name, publishes=sorted({step.topic for step in case.steps() if isinstance(step, Publish)}))
     ticks = itertools.count()
 
     def register(number: int, handler: Handler) -> None:
@@ -131,7 +132,7 @@ def _app(case: Case, name: str, topic: str, index: Mapping[tuple[int, int], int]
             end([message])
 
         async def many(messages: list[Message[bytes]], tx: Tx) -> None:
-            await run_batch(handler, begin(messages), tx, Reject)
+            await run_batch(handler, begin(messages), tx, Reject, messages)
             end(messages)
 
         options: dict[str, Any] = {"retry": Retry(attempts=1), "order": handler.order}
@@ -153,7 +154,7 @@ async def settle(dsn: str, case: Case, timeout_seconds: float = 60) -> Seen:
     """
     number = next(_numbers)
     topic = f"oracle-{number}"
-    seen = Seen(texts={step.sql for step in case.steps() if hasattr(step, "sql")})
+    seen = Seen(f"oracle-{number}", texts={step.sql for step in case.steps() if hasattr(step, "sql")})
     records, index = [], {}
     ends: dict[int, int] = {}
     for place, message in enumerate(case.messages):
@@ -165,7 +166,7 @@ async def settle(dsn: str, case: Case, timeout_seconds: float = 60) -> Seen:
         records.append((sent, record_of(sent, offset)))
         for handler in range(len(case.handlers)):
             seen.places[handler, place] = Sighting("not delivered", "", "", None)
-    app = _app(case, f"oracle-{number}", topic, index, seen)
+    app = _app(case, seen.app, topic, index, seen)
     for registered in app.handlers.values():
         registered.bind({})
     settings = load(postgres_dsn=dsn, postgres_pooler=False, postgres_lock_timeout_seconds=5.0)

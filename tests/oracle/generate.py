@@ -6,7 +6,7 @@ The same seed gives the same case.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
@@ -22,6 +22,7 @@ from oracle.case import (
     IfNone,
     Many,
     Message,
+    Publish,
     Savepoint,
     SetLocal,
     Step,
@@ -123,8 +124,40 @@ def draw(seed: object, set_local: bool = False) -> Case:
         count = chance.choices([3, 6, 12, 20, 40], [1, 2, 3, 4, 2])[0]
         messages = _messages(chance, slots, count, booms=chance.choice([0, 0.06]))
         batch = chance.choice([2, 5, 20, 60, 60, 60])
+    handlers = _publishing(random.Random(f"oracle:{seed}:publish"), handlers, tables)
     ddl = tuple(FUNCTIONS[need] for need in sorted(needs))
     return Case((log, *(table.table() for table in tables)), tuple(handlers), tuple(messages), batch, ddl)
+
+
+def _publishing(chance: random.Random, handlers: list[Handler], tables: list[Drawn]) -> list[Handler]:
+    """Let the handlers of two cases of five publish, too.
+
+    They publish fields of their message, or what they read.
+    """
+    if chance.random() < 0.6:
+        return handlers
+    return [
+        handler if handler.many else replace(handler, steps=_with_publish(chance, handler, tables))
+        for handler in handlers
+    ]
+
+
+def _with_publish(chance: random.Random, handler: Handler, tables: list[Drawn]) -> tuple[Step, ...]:
+    names = sorted({name for step in walk(handler.steps) for name in arguments_of(step) if name[0] != "v"})
+    steps = list(handler.steps)
+    for number in range(chance.choice([1, 1, 2, 3])):
+        args = tuple(chance.sample(names, min(len(names), chance.choice([0, 1, 2]))))
+        key = chance.choice(names) if names and chance.random() < 0.7 else ""
+        new: list[Step] = [Publish(chance.choice(["pa", "pb"]), args, key)]
+        if chance.random() < 0.2:
+            variable = f"p{number}"
+            read = FetchVal(variable, f"select count(*)::int from {chance.choice(tables).name}")
+            new = [read, Publish("pa", (*args, variable), key)]
+        if chance.random() < 0.3:
+            new = [Savepoint(tuple(new), fails=chance.random() < 0.4)]
+        at = chance.randrange(len(steps) + 1)
+        steps[at:at] = new
+    return tuple(steps)
 
 
 def _near_handler(draft: Draft, is_spelled: bool) -> Handler:

@@ -20,6 +20,7 @@ from oracle.case import (
     IfNone,
     Many,
     Message,
+    Publish,
     Savepoint,
     SetLocal,
     Step,
@@ -31,10 +32,13 @@ class Oops(Exception):
     """What a handler raises by itself."""
 
 
-async def run(steps: Sequence[Step], tx: Any, fields: dict[str, Any], reject: type[Exception]) -> None:
+async def run(
+    steps: Sequence[Step], tx: Any, fields: dict[str, Any], reject: type[Exception], cause: object = None
+) -> None:
     """Run the steps for one message.
 
-    fields: of the message; variables are added. reject: what a refused message raises.
+    fields: of the message; variables are added. reject: what a refused message raises. cause: the argument of a batch
+    handler that the message is.
     """
     for step in steps:
         match step:
@@ -52,14 +56,14 @@ async def run(steps: Sequence[Step], tx: Any, fields: dict[str, Any], reject: ty
             case Savepoint(inner, fails):
                 try:
                     async with tx.savepoint():
-                        await run(inner, tx, fields, reject)
+                        await run(inner, tx, fields, reject, cause)
                         if fails:
                             raise Oops("inside a savepoint")
                 except Exception as error:
                     if type(error).__module__.startswith("consumer"):
                         raise
             case IfNone(variable, inner, otherwise):
-                await run(inner if fields.get(variable) is None else otherwise, tx, fields, reject)
+                await run(inner if fields.get(variable) is None else otherwise, tx, fields, reject, cause)
             case Boom():
                 if fields.get("boom") == "raise":
                     raise Oops("as its message says")
@@ -71,20 +75,25 @@ async def run(steps: Sequence[Step], tx: Any, fields: dict[str, Any], reject: ty
             case Gather(inner):
                 async with asyncio.TaskGroup() as group:
                     for step in inner:
-                        group.create_task(run([step], tx, fields, reject))
+                        group.create_task(run([step], tx, fields, reject, cause))
+            case Publish(topic, args, key):
+                text = [str(value) for value in _values(args, fields)]
+                tx.publish(topic, text, key=str(fields.get(key)) if key else None, cause=cause)
             case SetLocal(name, arg):
                 await tx.set_local(name, *_values((arg,), fields))
 
 
-async def run_batch(handler: Handler, messages: Sequence[Message], tx: Any, reject: type[Exception]) -> None:
-    """Run one call of a batch handler."""
+async def run_batch(
+    handler: Handler, messages: Sequence[Message], tx: Any, reject: type[Exception], causes: Sequence[object]
+) -> None:
+    """Run one call of a batch handler. causes: its arguments, one for each message."""
     if handler.many:
         [step] = handler.steps
         assert isinstance(step, Execute)
         await tx.executemany(step.sql, [_values(step.args, message.fields) for message in messages])
         return
-    for message in messages:
-        await run(handler.steps, tx, dict(message.fields), reject)
+    for message, cause in zip(messages, causes, strict=True):
+        await run(handler.steps, tx, dict(message.fields), reject, cause)
 
 
 def _values(args: Sequence[str], fields: dict[str, Any]) -> list[Any]:

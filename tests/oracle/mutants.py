@@ -224,3 +224,33 @@ def _errors_are_swallowed() -> None:
             await self._connection.execute("rollback to savepoint oracle")
 
     replace_everywhere(BulkWriter, "send", send)
+
+
+@_mutant
+def _undone_savepoints_publish() -> None:
+    """What was published in a savepoint that is undone is published."""
+    from consumer.transaction import tx
+
+    original = tx.Tx.publish
+
+    def publish(self: Any, *arguments: Any, **options: Any) -> None:
+        token = tx._inside.set(None)  # as if it was called outside of any savepoint
+        try:
+            original(self, *arguments, **options)
+        finally:
+            tx._inside.reset(token)
+
+    replace_everywhere(tx.Tx, "publish", publish)
+
+
+@_mutant
+def _published_in_the_order_of_ids() -> None:
+    """Records of a transaction are sorted, as a statement that sorts its rows would leave them."""
+    from consumer.transaction import publishing
+
+    original = publishing.in_message_order
+
+    def sorted_by_id(publishers: Any, applied: Any) -> Any:
+        return sorted(original(publishers, applied), key=lambda outgoing: outgoing.record.id)
+
+    replace_everywhere(publishing, "in_message_order", sorted_by_id)

@@ -6,9 +6,10 @@ Imports nothing of the framework.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
 
@@ -18,6 +19,18 @@ from oracle.handlers import run, run_batch
 
 class Rejected(Exception):
     """The handler refused its message."""
+
+
+class Published(NamedTuple):
+    """A record that a message publishes.
+
+    ordinal: how many it has published before, also in undone savepoints.
+    """
+
+    topic: str
+    ordinal: int
+    key: str | None
+    value: str
 
 
 class PlainTx:
@@ -31,10 +44,16 @@ class PlainTx:
         self._deferred: list[tuple[str, Sequence[Any]]] = []
         self._depth = 0
         self._turn = asyncio.Lock()  # a connection runs one statement at a time; who asks first is first
+        self.published: list[Published] = []
+        self._ordinal = 0  # counts also what an undone savepoint has published
         self._error: Exception | None = None  # of a statement outside a savepoint: it fails the message
 
     def defer(self, sql: str, *args: Any) -> None:
         self._deferred.append((sql, args))
+
+    def publish(self, topic: str, value: list[str], key: str | None = None, cause: object = None) -> None:
+        self.published.append(Published(topic, self._ordinal, key, json.dumps(value, ensure_ascii=False)))
+        self._ordinal += 1
 
     async def flush(self) -> None:
         deferred, self._deferred = self._deferred, []
@@ -73,6 +92,7 @@ class PlainTx:
     async def savepoint(self) -> AsyncIterator[None]:
         await self.flush()
         self._depth += 1
+        before = len(self.published)
         try:
             async with self._connection.transaction():
                 try:
@@ -80,6 +100,9 @@ class PlainTx:
                     await self.flush()
                 finally:
                     self._deferred = []
+        except BaseException:
+            del self.published[before:]
+            raise
         finally:
             self._depth -= 1
 
@@ -89,10 +112,12 @@ class PlainTx:
             raise self._error
 
 
-async def apply(connection: asyncpg.Connection, handler: Handler, message: Message) -> Exception | None:
+async def apply(
+    connection: asyncpg.Connection, handler: Handler, message: Message, published: list[Published]
+) -> Exception | None:
     """Run a handler on a message in its own transaction.
 
-    Returns its error, if any.
+    published: gets what it publishes, if it succeeds. Returns its error, if any.
     """
     try:
         async with connection.transaction():
@@ -100,8 +125,9 @@ async def apply(connection: asyncpg.Connection, handler: Handler, message: Messa
             if handler.batch is None:
                 await run(handler.steps, tx, dict(message.fields), Rejected)
             else:
-                await run_batch(handler, [message], tx, Rejected)
+                await run_batch(handler, [message], tx, Rejected, [message])
             await tx.end()
     except Exception as error:
         return error
+    published += tx.published
     return None
