@@ -86,7 +86,10 @@ async def run(
 async def run_batch(
     handler: Handler, messages: Sequence[Message], tx: Any, reject: type[Exception], causes: Sequence[object]
 ) -> None:
-    """Run one call of a batch handler. causes: its arguments, one for each message."""
+    """Run one call of a batch handler.
+
+    causes: its arguments, one for each message.
+    """
     if handler.many:
         [step] = handler.steps
         assert isinstance(step, Execute)

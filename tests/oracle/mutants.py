@@ -245,7 +245,7 @@ def _undone_savepoints_publish() -> None:
 
 @_mutant
 def _published_in_the_order_of_ids() -> None:
-    """Records of a transaction are sorted, as a statement that sorts its rows would leave them."""
+    """Records of a transaction are sorted by their ids."""
     from consumer.transaction import publishing
 
     original = publishing.in_message_order
