@@ -21,6 +21,7 @@ from consumer.outbox.record import (
     headers_from_json,
 )
 from consumer.postgres.protocol import Connection
+from consumer.postgres.server import ServerIdentity
 
 _READ_ROWS_MAX = 500
 _READ_BYTES_MAX = 8 << 20
@@ -77,13 +78,15 @@ select seq, id, topic, key, value, headers::text, traceparent, tracestate, creat
 ) as sized
 where size <= $5 or seq = $2 order by seq
 """
+# Only in the epoch that the watermarks are of. In an earlier one, other rows may get these numbers.
 _SAVE = """
 update consumer.outbox_published p set next_seq = w.next_seq, updated_at = now()
 from unnest($1::int4[], $2::int8[]) as w(stream, next_seq) where p.stream = w.stream and p.next_seq < w.next_seq
+and {stamp} = $3
 """
 _STOP = """
 update consumer.outbox_published set stopped = $2, stopped_at = now(), updated_at = now()
-where stream = $1 and stopped is null
+where stream = $1 and stopped is null and {stamp} = $3
 """
 _OVERVIEW = """
 select s.stream, s.source_topic, s.source_partition, s.topic, p.next_seq, s.next_seq, p.stopped,
@@ -253,15 +256,22 @@ async def rows(connection: Connection, stream: int, first: int, end: int) -> lis
     ]
 
 
-async def save_watermarks(connection: Connection, watermarks: Mapping[int, int]) -> None:
-    """Raise watermarks of streams; none is ever lowered."""
+async def save_watermarks(connection: Connection, server: ServerIdentity, watermarks: Mapping[int, int]) -> None:
+    """Raise watermarks of streams; none is ever lowered.
+
+    server: whose rows they are. In another epoch nothing is written.
+    """
     pairs = sorted(watermarks.items())
-    await connection.execute(_SAVE, [stream for stream, _ in pairs], [next_seq for _, next_seq in pairs])
+    sql = _SAVE.format(stamp=server.stamp_sql)
+    await connection.execute(sql, [stream for stream, _ in pairs], [next_seq for _, next_seq in pairs], server.stamp)
 
 
-async def stop(connection: Connection, stream: int, reason: str) -> None:
-    """Stop a stream until an operator resumes it."""
-    await connection.execute(_STOP, stream, reason)
+async def stop(connection: Connection, server: ServerIdentity, stream: int, reason: str) -> None:
+    """Stop a stream until an operator resumes it.
+
+    server: whose stream it is. In another epoch nothing is written.
+    """
+    await connection.execute(_STOP.format(stamp=server.stamp_sql), stream, reason, server.stamp)
 
 
 async def turn(connection: Connection, seconds: float, size: int) -> str:

@@ -175,6 +175,8 @@ class OutboxRelay:
     async def _save(self, session: Session) -> None:
         """Write how far streams are acknowledged, and then why some stopped.
 
+        Behind a pooler, the database may be an earlier one by now: nothing is written then.
+
         An operator who sees that a stream stopped may discard its next row: the watermark must be true by then.
         """
         stops = list(self._stops.items())
@@ -182,12 +184,12 @@ class OutboxRelay:
             number: stream.watermark for number, stream in self._streams.items() if stream.watermark > stream.saved
         }
         if moved:
-            await outbox.save_watermarks(session.connection, moved)
+            await outbox.save_watermarks(session.connection, session.server, moved)
             for number, watermark in moved.items():
                 if (stream := self._streams.get(number)) is not None:
                     stream.saved = max(stream.saved, watermark)
         for number, reason in stops:
-            await outbox.stop(session.connection, number, reason)
+            await outbox.stop(session.connection, session.server, number, reason)
             self._stops.pop(number, None)
 
     async def _poll(self, session: Session) -> None:

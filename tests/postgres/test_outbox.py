@@ -15,6 +15,7 @@ from harness import as_worker, migrated, query, value
 from consumer.core.message import Partition
 from consumer.outbox.record import Outgoing, OutgoingRecord, StoredStream
 from consumer.postgres import outbox
+from consumer.postgres.server import identify
 
 APP = "shop"
 P, Q = Partition("orders", 0), Partition("orders", 1)
@@ -161,25 +162,38 @@ async def test_many_writers_leave_no_gap(dsn: str) -> None:
 async def test_a_watermark_only_grows(connection: asyncpg.Connection) -> None:
     [part] = await stored(connection, outgoing(*range(9)))
     for seq, expected in ((5, 5), (3, 5), (7, 7)):
-        await outbox.save_watermarks(connection, {part.stream: seq})
+        await save(connection, {part.stream: seq})
         assert await published(connection) == {(P, "out"): (expected, 9)}
+
+
+async def test_a_relay_of_another_epoch_writes_nothing(dsn: str, connection: asyncpg.Connection) -> None:
+    """Behind a pooler its connection outlives a failover."""
+    [part] = await stored(connection, outgoing(*range(9)))
+    before = await identify(connection)
+    await query(dsn, "update consumer.installation set nonce = gen_random_uuid() returning 1")
+    await outbox.save_watermarks(connection, before, {part.stream: 5})
+    await outbox.stop(connection, before, part.stream, "rows are missing")
+    [state] = await outbox.streams(connection, APP, [P])
+    assert (state.watermark, state.stopped) == (0, None)
+    await save(connection, {part.stream: 5})
+    assert await published(connection) == {(P, "out"): (5, 9)}
 
 
 async def test_a_stopped_stream_is_resumed_or_passes_its_rows_on_record(connection: asyncpg.Connection) -> None:
     [part] = await stored(connection, outgoing(*range(9)))
     stream = part.stream
-    await outbox.save_watermarks(connection, {stream: 4})
+    await save(connection, {stream: 4})
     assert await outbox.resume(connection, APP, stream, 0, "me", "why not") is None
-    await outbox.stop(connection, stream, "too large")
-    await outbox.stop(connection, stream, "the first reason stays")
+    await stop(connection, stream, "too large")
+    await stop(connection, stream, "the first reason stays")
     [seen] = await outbox.overview(connection, APP)
     assert seen.state == (stream, P, "out", 4, 9, "too large") and seen.unpublished == 5
     assert seen.oldest is not None and seen.stopped_at is not None
     assert await outbox.resume(connection, "another", stream, 0, "me", "not mine") is None
     assert await outbox.resume(connection, APP, stream, 0, "me", "fixed") == (4, 4)
-    await outbox.stop(connection, stream, "again")
+    await stop(connection, stream, "again")
     assert await outbox.resume(connection, APP, stream, 1, "me", "worthless") == (4, 5)
-    await outbox.stop(connection, stream, "again")
+    await stop(connection, stream, "again")
     assert await outbox.resume(connection, APP, stream, 1000, "me", "all of it") == (5, 9)
     [seen] = await outbox.overview(connection, APP)
     assert (seen.unpublished, seen.oldest, seen.state.stopped) == (0, None, None)
@@ -197,6 +211,14 @@ async def test_a_stopped_stream_is_resumed_or_passes_its_rows_on_record(connecti
     ]
 
 
+async def save(connection: asyncpg.Connection, watermarks: dict[int, int]) -> None:
+    await outbox.save_watermarks(connection, await identify(connection), watermarks)
+
+
+async def stop(connection: asyncpg.Connection, stream: int, reason: str) -> None:
+    await outbox.stop(connection, await identify(connection), stream, reason)
+
+
 async def generations(dsn: str) -> list[tuple[int, bool]]:
     return await query(dsn, "select generation, closed_at is null from consumer.outbox_generations order by 1")
 
@@ -212,9 +234,9 @@ async def test_a_generation_is_dropped_once_all_of_it_is_published(dsn: str, con
     await stored(connection, outgoing(7))
     assert [row.seq for row in await outbox.rows(connection, part.stream, 0, 99)] == list(range(8))
     assert await outbox.drop(connection, 0) == "unpublished"
-    await outbox.save_watermarks(connection, {part.stream: 4})
+    await save(connection, {part.stream: 4})
     assert await outbox.drop(connection, 0) == "unpublished"
-    await outbox.save_watermarks(connection, {part.stream: 6})
+    await save(connection, {part.stream: 6})
     assert await outbox.drop(connection, 3600) == "nothing"  # it is kept for an hour
     assert await outbox.drop(connection, 0) == "dropped"
     assert await outbox.drop(connection, 0) == "unpublished"
@@ -233,12 +255,12 @@ async def test_generation_is_not_dropped_under_a_transaction_that_writes_it(
         await transaction.start()
         [late] = await outbox.store(writer, APP, outgoing(1))
         assert await outbox.turn(connection, 0, 1) == "turned"
-        await outbox.save_watermarks(connection, {late.stream: 1})
+        await save(connection, {late.stream: 1})
         assert await outbox.drop(connection, 0) == "busy"
         await transaction.commit()
         assert await outbox.drop(connection, 0) == "unpublished"
         assert [row.seq for row in await outbox.rows(connection, late.stream, 0, 9)] == [0, 1]
-        await outbox.save_watermarks(connection, {late.stream: 2})
+        await save(connection, {late.stream: 2})
         assert await outbox.drop(connection, 0) == "dropped"
     finally:
         await writer.close()
@@ -250,7 +272,7 @@ async def test_an_old_transaction_elsewhere_holds_up_no_drop(dsn: str, connectio
         await old.execute("begin isolation level repeatable read")
         await old.execute("select * from effects; create table mine (a int)")
         [part] = await stored(connection, outgoing(0))
-        await outbox.save_watermarks(connection, {part.stream: 1})
+        await save(connection, {part.stream: 1})
         assert await outbox.turn(connection, 0, 1) == "turned"
         assert await outbox.drop(connection, 0) == "dropped"
     finally:
