@@ -10,8 +10,7 @@ import typer
 
 from consumer.cli import replay_run
 from consumer.cli.framework import AppPath, cli, command
-from consumer.cli.replay_options import SETTINGS, AllowOutside, AnswerFlags, Handlers, Topics
-from consumer.core.errors import Misconfigured
+from consumer.cli.replay_options import SETTINGS, AllowOutside, AnswerFlags, Handlers, Topics, base_sql
 from consumer.replay.rebuild_run import RebuildOptions
 from consumer.settings import Settings
 
@@ -45,7 +44,7 @@ class RebuildFlags:
             handlers=tuple(self.handlers or ()),
             ignore=tuple(self.ignore or ()),
             compare=tuple(self.compare or ()),
-            base=None if self.base is None else _text(self.base),
+            base=base_sql(self.base),
             trace=self.trace,
             allow_outside=self.allow_outside,
         )
@@ -68,10 +67,3 @@ def rebuild_command(
       consumer rebuild shop:app payments --ignore accounts.updated_at --json
     """
     return replay_run.start(app, settings, topics, options.engine_options(), answer.report, answer.as_json)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Misconfigured(f"--base {path}: {error}; name a text file that can be read") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,8 +19,11 @@ from consumer.cli.replay_options import (
     RangeFlags,
     Resume,
     Topics,
+    base_sql,
 )
+from consumer.core.errors import Misconfigured
 from consumer.replay.options import Options
+from consumer.replay.outgoing_run import OutgoingOptions
 from consumer.settings import Settings
 
 
@@ -48,12 +52,25 @@ class ReplayFlags(RangeFlags):
         bool,
         typer.Option("--call-handlers", help="also call the handlers of missing messages, and undo what they write"),
     ] = False
+    outgoing: Annotated[
+        bool,
+        typer.Option(
+            "--outgoing",
+            help="compare what the handlers publish with the output topics; they run as in a rebuild, and nothing is kept",
+        ),
+    ] = False
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            "--base", metavar="FILE", help="with --outgoing: SQL that creates the state before the first message"
+        ),
+    ] = None
     allow_outside: AllowOutside = False
     resume: Resume = False
 
-    def engine_options(self) -> Options:
-        """Return the options of the replay itself."""
-        return Options(
+    def engine_options(self) -> Options | OutgoingOptions:
+        """Return the options of the replay itself. Raises Misconfigured."""
+        options = Options(
             mode="apply" if self.apply else "check",
             start=self.start,
             end=self.until,
@@ -65,6 +82,15 @@ class ReplayFlags(RangeFlags):
             call_handlers=self.call_handlers,
             allow_outside=self.allow_outside,
         )
+        if self.outgoing:
+            if self.resume or options != Options(allow_outside=self.allow_outside):
+                raise Misconfigured(
+                    "--outgoing: it compares the whole of the topics; only --base, --allow-outside, --report and --json go with it"
+                )
+            return OutgoingOptions(base=base_sql(self.base), allow_outside=self.allow_outside)
+        if self.base is not None:
+            raise Misconfigured("--base: it goes with --outgoing, and with `consumer rebuild`; leave it out")
+        return options
 
 
 @command(cli, "replay", SETTINGS)
@@ -77,6 +103,8 @@ def replay_command(app: AppPath, topics: Topics, settings: Settings, options: Re
 
     Exit code 0: nothing missing, nothing written. 1: something is. 2: the result is inconclusive.
 
+    With --outgoing all handlers run, and what they publish is compared with the output topics.
+
     \b
     Examples:
       consumer replay shop:app payments
@@ -86,6 +114,8 @@ def replay_command(app: AppPath, topics: Topics, settings: Settings, options: Re
           repair what is missing
       consumer replay shop:app payments --apply --handler NEW
           fill a new handler from the topic's history
+      consumer replay shop:app payments --outgoing
+          prove that the output topics have what the handlers publish
     """
     return replay_run.start(
         app, settings, topics, options.engine_options(), answer.report, answer.as_json, options.resume

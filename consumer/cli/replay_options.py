@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from consumer.cli.framework import AsJson
+from consumer.core.errors import Misconfigured
 
 RANGE, ANSWER = "Range", "Answer"
 SETTINGS = ("kafka_", "postgres_", "allow_insecure", "redis_", "precheck_window", "lanes", "batch_messages", "parked_", "wait_", "log_")  # fmt: skip
@@ -68,3 +69,13 @@ class AnswerFlags:
         typer.Option("--report", metavar="FILE", help="write the answer as an HTML page", rich_help_panel=ANSWER),
     ] = None
     as_json: AsJson = False
+
+
+def base_sql(path: Path | None) -> str | None:
+    """Return the text of --base. Raises Misconfigured if it cannot be read."""
+    if path is None:
+        return None
+    try:
+        return path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Misconfigured(f"--base {path}: {error}; name a text file that can be read") from None

@@ -12,6 +12,7 @@ from consumer.cli.output import line, names, numbers, out, printable
 from consumer.cli.output import show as show_table
 from consumer.replay.findings import Findings, Verdict
 from consumer.replay.outcomes import OUTCOMES
+from consumer.replay.outgoing_verdict import KINDS
 
 _ALWAYS = {"applied", "dead_lettered", "missing"}
 _COLOURS = {Verdict.OK: "green", Verdict.NO: "red", Verdict.UNKNOWN: "yellow"}
@@ -31,6 +32,8 @@ def show(findings: Findings, answer: dict[str, Any]) -> None:
     _show_evidence(answer)
     if answer["rebuild"] is not None:
         _show_rebuild(answer["rebuild"])
+    if answer["outgoing"] is not None:
+        _show_outgoing(answer["outgoing"])
     if answer["samples"]:
         line("")
         for sample in sorted(answer["samples"], key=lambda sample: sample["kind"]):  # lines: a table would cut the ids
@@ -93,6 +96,35 @@ def _show_rebuild(answer: dict[str, Any]) -> None:
     show_table(table, "rebuild")
     for difference in answer["differences"]:
         _show_difference(difference)
+
+
+def _show_outgoing(answer: dict[str, Any]) -> None:
+    table = Table(*names("topic"), *numbers("handlers publish", "in kafka", "records", *KINDS), box=box.SIMPLE)
+    for row in answer["topics"]:
+        differing = {
+            kind: sum(d["count"] for d in answer["differences"] if (d["topic"], d["kind"]) == (row["topic"], kind))
+            for kind in KINDS
+        }
+        counts = [row["expected"], row["ids"], row["records"], *differing.values()]
+        table.add_row(escape(row["topic"]), *(f"{count:,}" for count in counts))
+    show_table(table, "published")
+    for sample in answer["samples"]:
+        line(f"  {_outgoing_sample(sample)}")
+
+
+def _outgoing_sample(sample: dict[str, Any]) -> str:
+    kind = (
+        f"{sample['kind']} ({sample['reason'] or sample['detail']})"
+        if sample["reason"] or sample["detail"]
+        else sample["kind"]
+    )
+    place = "" if sample["offset"] is None else f" at {sample['topic']}:{sample['partition']}:{sample['offset']}"
+    source = ""
+    if sample["source_topic"] is not None:
+        source = (
+            f", of {sample['handler']} {sample['source_topic']}:{sample['source_partition']}:{sample['source_offset']}"
+        )
+    return f"{kind}: {sample['topic']} {sample['id']}{place}{source}"
 
 
 def _show_difference(difference: dict[str, Any]) -> None:

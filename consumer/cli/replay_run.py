@@ -17,6 +17,7 @@ from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.replay.findings import Findings, Verdict
 from consumer.replay.html import page
 from consumer.replay.options import Options, Progress
+from consumer.replay.outgoing_run import OutgoingOptions, run_outgoing
 from consumer.replay.rebuild_run import RebuildOptions, run_rebuild
 from consumer.replay.republish_run import RepublishOptions, run_republish
 from consumer.replay.selection import refuse_shards
@@ -50,7 +51,7 @@ def loaded(path: str, options: AnyOptions) -> App:
     """
     before = dry_run_guard.opened_connections()
     app = load_app(path)
-    if isinstance(options, RebuildOptions):
+    if isinstance(options, RebuildOptions | OutgoingOptions):
         is_guarded = not options.allow_outside
     else:
         is_guarded = isinstance(options, Options) and options.is_dry_run and not options.allow_outside
@@ -97,7 +98,7 @@ async def run(
     report: Path | None,
     as_json: bool,
 ) -> int:
-    saved = None if isinstance(options, RebuildOptions) else SavedState(path, settings, topics, options)
+    saved = SavedState(path, settings, topics, options) if isinstance(options, Options | RepublishOptions) else None
     resumed = None
     if resume and saved is not None:
         resumed = saved.load()
@@ -141,6 +142,8 @@ async def _findings(
     match options:
         case RebuildOptions():
             return await run_rebuild(app, settings, topics, options, reports, alone=True)
+        case OutgoingOptions():
+            return await run_outgoing(app, settings, topics, options, reports, alone=True)
         case RepublishOptions():
             return await run_republish(app, settings, topics, options, reports, resumed)
         case Options():

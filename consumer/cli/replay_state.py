@@ -13,6 +13,7 @@ from consumer.cli.output import err
 from consumer.core.errors import Misconfigured
 from consumer.postgres.connection import dsn_label
 from consumer.replay.options import Options
+from consumer.replay.outgoing_run import OutgoingOptions
 from consumer.replay.rebuild_run import RebuildOptions
 from consumer.replay.republish_run import RepublishOptions
 from consumer.settings import Settings
@@ -20,13 +21,15 @@ from consumer.settings import Settings
 _STATE_VERSION = 4
 
 
-AnyOptions: TypeAlias = Options | RebuildOptions | RepublishOptions
+AnyOptions: TypeAlias = Options | OutgoingOptions | RebuildOptions | RepublishOptions
 
 
 def mode_of(options: AnyOptions) -> str:
     match options:
         case RebuildOptions():
             return "rebuild"
+        case OutgoingOptions():
+            return "outgoing"
         case RepublishOptions():
             return "republish"
         case Options():

@@ -29,7 +29,7 @@ async def report(current: SinglePass, result: RebuildResult, compared: Compariso
         text = f"{unreadable} messages were applied, and today's code cannot read them: their effects are not in the rebuild"
         result.unknown.append({"kind": "unreadable_now", "count": unreadable, "text": text})
     for name, count in sorted(current.applied_by.items()):
-        if name not in current.copies.guard.writers:
+        if name not in current.copies.guard.writers and current.state.outgoing is None:
             text = (
                 f"handler {name} ran for {count} messages and wrote nothing here, so none of its effects was compared "
                 "(a flag or a setting that is missing where the rebuild runs?)"

@@ -17,6 +17,7 @@ from consumer.outbox.record import Outgoing, StoredStream
 from consumer.postgres.application_codecs import Preparer
 from consumer.postgres.claims import ExistingClaim
 from consumer.rebuild.ledger_history import offers
+from consumer.rebuild.state import OutgoingSink
 from consumer.rebuild.statement_guard import SplitBatch, StatementGuard
 from consumer.rebuild.table_model import Name
 
@@ -105,6 +106,8 @@ class ShadowSession:
         self.update_counts: list[int] = []  # of each copy
         self.row_counts: list[int] = []  # of each copy: inserted minus deleted
         self.trails: dict[tuple[int, str], Trail] = {}
+        self.outgoing: OutgoingSink | None = None
+        self._published: Sequence[Outgoing] = ()  # by the open batch
         self._noted: list[tuple[tuple[int, str], bool]] = []
         self._open = False
 
@@ -114,7 +117,7 @@ class ShadowSession:
 
     async def begin(self) -> None:
         await self._raw.execute("savepoint rebuild_batch")
-        self._open, self._noted = True, []
+        self._open, self._noted, self._published = True, [], ()
 
     async def rollback(self) -> None:
         try:
@@ -131,6 +134,8 @@ class ShadowSession:
         await self._raw.execute("release savepoint rebuild_batch")
         self._open = False
         await self._note()
+        if self._published and self.outgoing is not None:
+            await self.outgoing.add(self._published)
 
     async def check_constraints(self) -> None:
         """Check deferred constraints as a COMMIT would, and defer them again.
@@ -175,7 +180,8 @@ class ShadowSession:
         return dict.fromkeys(deliveries, KeyHold.FREE)
 
     async def store_outgoing(self, app: str, outgoing: Sequence[Outgoing]) -> Sequence[StoredStream]:
-        """Store nothing: a rebuild publishes nothing."""
+        """Publish nothing; keep it to be compared."""
+        self._published = outgoing
         return ()
 
     async def write_positions(

@@ -64,6 +64,7 @@ class SinglePass:
         self.connection = connection
         self.copies = ShadowTables(connection, state.settings, state.usage, state.sql_owners, state.base)
         self.copies.guard.writers = state.writers
+        self.copies.session.outgoing = state.outgoing
         self.copies.real_columns = state.uncertain_columns if variation.with_real_values else {}
         state.absent = self.copies.guard.absent
         self.ids = LedgerIds(state.app.name, {})

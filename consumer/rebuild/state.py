@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from consumer.app import App
 from consumer.core.errors import CannotTell
@@ -13,6 +14,7 @@ from consumer.core.handler import Handler
 from consumer.core.message import Partition
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.errors import KafkaError, LogTruncated
+from consumer.outbox.record import Outgoing
 from consumer.rebuild.absent_rows import AbsentRows
 from consumer.rebuild.compare import ComparisonResult
 from consumer.rebuild.drawn_values import ColumnValues
@@ -24,6 +26,25 @@ NOTHING_CHANGED = "nothing was changed, and it can be run again"
 
 Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
+
+
+class OutgoingSink(Protocol):
+    """Takes what the handlers publish in the passes of a rebuild.
+
+    With one, rows that differ are only counted.
+    """
+
+    async def begin(self) -> None:
+        """Begin a pass; forget one that came to no end."""
+
+    async def add(self, outgoing: Sequence[Outgoing]) -> None:
+        """Take what a batch publishes."""
+
+    async def end(self) -> None:
+        """End a pass."""
+
+    async def differs(self) -> bool:
+        """Return whether the first pass publishes something else than is in Kafka."""
 
 
 @dataclass(slots=True)
@@ -53,6 +74,7 @@ class RebuildState:
     first_comparison: ComparisonResult = field(default_factory=ComparisonResult)
     first_values: dict[ColumnName, ColumnValues] = field(default_factory=dict)
     drawn: frozenset[ColumnName] = frozenset()
+    outgoing: OutgoingSink | None = None
     handlers: list[Handler] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

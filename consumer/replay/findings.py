@@ -18,6 +18,7 @@ from consumer.core.message import Partition
 from consumer.kafka.bounds import Span
 from consumer.replay.effect_counts import EffectCounts
 from consumer.replay.outcomes import OUTCOMES
+from consumer.replay.outgoing_verdict import outgoing_doubts, outgoing_problems
 from consumer.replay.rebuild_verdict import difference_doubts, difference_problems
 from consumer.replay.samples import sample_place
 from consumer.replay.timeline import Timeline
@@ -50,7 +51,7 @@ class Findings:
     """
 
     app: str
-    mode: str  # check | apply | rebuild | republish
+    mode: str  # check | apply | rebuild | republish | outgoing
     started_at: str
     filters: dict[str, Any] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
@@ -75,6 +76,7 @@ class Findings:
     recoded: dict[str, str] = field(default_factory=dict)  # handlers whose ids may be of other code, and why
     rebuilt: dict[str, Any] | None = None
     republished: dict[str, Any] | None = None
+    outgoing: dict[str, Any] | None = None
     seconds: float = 0.0
 
     # -- counting ---------------------------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ class Findings:
     @property
     def messages(self) -> int:
         """Records read."""
-        return sum(self.read.values()) or int((self.rebuilt or {}).get("messages", 0))
+        return sum(self.read.values()) or int((self.rebuilt or self.outgoing or {}).get("messages", 0))
 
     # -- problems and doubts ----------------------------------------------------------------------------------------
 
@@ -154,6 +156,7 @@ class Findings:
             self._edited_problem(),
             self._precheck_problem(),
             *difference_problems(self.rebuilt or {}),
+            *outgoing_problems(self.outgoing or {}),
             self._dead_lettered_problem(),
             self._not_copied_problem(),
         ]
@@ -247,7 +250,7 @@ class Findings:
             count = self._absent(name) + (self.history or {}).get(name, {}).get("without_message", 0)
             if count:
                 doubts.append(problem("id_code_changed", count, text))
-        return doubts + difference_doubts(self.rebuilt or {})
+        return doubts + difference_doubts(self.rebuilt or {}) + outgoing_doubts(self.outgoing or {})
 
     # -- the answer -------------------------------------------------------------------------------------------------
 
@@ -283,6 +286,11 @@ class Findings:
                 return f"{counted(now, 'message')} applied now; nothing is missing" if now else "Nothing was missing"
             case _, "rebuild":
                 return "The state is what the topic says: no row is missing, extra or different"
+            case _, "outgoing":
+                expected = sum(row["expected"] for row in (self.outgoing or {}).get("topics", ()))
+                return (
+                    f"The output topics have the {counted(expected, 'record')} that the handlers publish, and no others"
+                )
             case _, "republish":
                 copied = (self.republished or {}).get("copied", 0)
                 return f"{counted(copied, 'record')} copied with the message ids that they had"
@@ -315,7 +323,7 @@ class Findings:
                     "from": span.first,
                     "until": span.end,
                     "position": self.positions.get(span.partition),
-                    "read": None if self.mode == "rebuild" else self.read.get(span.partition, 0),
+                    "read": None if self.mode in ("rebuild", "outgoing") else self.read.get(span.partition, 0),
                 }
                 for span in self.spans
             ],
@@ -331,6 +339,7 @@ class Findings:
             "samples": self.samples,
             "rebuild": self.rebuilt,
             "republish": self.republished,
+            "outgoing": self.outgoing,
         }
 
     def as_state(self) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from consumer.kafka.bounds import Span
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.log_reader import find_partitions
 from consumer.rebuild.rebuild import rebuild
+from consumer.rebuild.result import RebuildResult
+from consumer.rebuild.state import OutgoingSink
 from consumer.replay.dry_handlers import with_dry_handlers
 from consumer.replay.findings import Findings
 from consumer.replay.ledger_view import read_coverage, read_view
@@ -60,11 +62,15 @@ async def run_rebuild(
     Raises Misconfigured for what cannot be rebuilt, CannotTell when it ended early. It changes nothing.
     """
     refuse_shards(app)
-    work = _RebuildRun(app, settings, list(dict.fromkeys(topics)), options, progress, source)
+    work = RebuildRun(app, settings, list(dict.fromkeys(topics)), options, progress, source)
     return await with_dry_handlers(app, work.run, allow_outside=options.allow_outside, alone=alone)
 
 
-class _RebuildRun:
+class RebuildRun:
+    """One rebuild, from its first connection to its findings."""
+
+    mode = "rebuild"
+
     def __init__(
         self,
         app: App,
@@ -78,22 +84,34 @@ class _RebuildRun:
         self.source = source or KafkaConsumer(settings, None)
         self.handlers = choose_handlers(app, topics, options.handlers)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self.findings = Findings(app.name, "rebuild", now, filters(handlers=options.handlers))
+        self.findings = Findings(app.name, self.mode, now, filters(handlers=options.handlers))
         self.stage = ""
 
     async def run(self) -> Findings:
+        """Do the work, and return the findings.
+
+        Raises CannotTell when it ended early.
+        """
         began = time.monotonic()
         try:
             with failures_as_cannot_tell(self.settings, self._how_far):
                 await self.source.start(self.settings.wait_seconds)
-                await self._rebuild()
+                await self.work()
         finally:
             await self.source.stop(5)
         self.findings.seconds = time.monotonic() - began
         return self.findings
 
-    async def _rebuild(self) -> None:
-        options, findings = self.options, self.findings
+    async def work(self) -> None:
+        """Rebuild, and write what was found."""
+        findings = self.findings
+        rebuilt, compacted = await self.rebuilt()
+        findings.rebuilt = {**rebuilt.as_dict(), "compacted": compacted}
+        findings.notes += rebuilt.notes
+
+    async def rebuilt(self, outgoing: OutgoingSink | None = None) -> tuple[RebuildResult, list[str]]:
+        """Rebuild; return also which of the topics are compacted."""
+        options = self.options
         partitions = await find_partitions(self.source, self.topics, ())
         await self._check_log(partitions)
         compacted = [topic for topic in self.topics if await is_compacted(self.settings, topic)]
@@ -109,14 +127,13 @@ class _RebuildRun:
             trace=options.trace,
             tell=self.progress.line,
             announce=self._announce,
-            progress=self._advance,
+            progress=self.advance,
+            outgoing=outgoing,
         )
-        findings.rebuilt = {**rebuilt.as_dict(), "compacted": compacted}
-        findings.notes += rebuilt.notes
-        findings.spans = [
-            Span(Partition(row["topic"], row["partition"]), row["from"], row["until"])
-            for row in findings.rebuilt["ranges"]
+        self.findings.spans = [
+            Span(Partition(row["topic"], row["partition"]), row["from"], row["until"]) for row in rebuilt.ranges
         ]
+        return rebuilt, compacted
 
     async def _check_log(self, partitions: Sequence[Partition]) -> None:
         """Read positions, and refuse topics that the ledger does not know."""
@@ -145,7 +162,8 @@ class _RebuildRun:
         self.progress.announce(text)
         self.findings.notes.append(text)
 
-    def _advance(self, phase: str, done: int, total: int) -> None:
+    def advance(self, phase: str, done: int, total: int) -> None:
+        """Report progress."""
         self.stage = f"in the rebuild ({phase}: {done:,} of {total:,}); nothing was changed"
         self.progress.progress(phase, done, total)
 

@@ -23,6 +23,7 @@ from consumer.replay.dry_handlers import with_dry_handlers
 from consumer.replay.engine import Engine
 from consumer.replay.findings import Findings
 from consumer.replay.options import Limits, Options, Progress, validate
+from consumer.replay.outgoing_run import OutgoingOptions, run_outgoing
 from consumer.replay.rebuild_run import RebuildOptions, run_rebuild
 from consumer.replay.run import Run
 from consumer.replay.selection import refuse_shards
@@ -76,6 +77,7 @@ async def verify(
     handlers: Sequence[str] = (),
     apply: bool = False,
     rebuild: bool = False,
+    outgoing: bool = False,
     ignore: Sequence[str] = (),
     compare: Sequence[str] = (),
     base: str | None = None,
@@ -92,14 +94,15 @@ async def verify(
             for a day ago. `end` itself is not included.
         apply: apply what is missing, as `consumer replay --apply`.
         rebuild: compare the tables with the topics, as `consumer rebuild`, with ignore, compare and base.
+        outgoing: compare what the handlers publish with the output topics, as `consumer replay --outgoing`, with base.
         call_handlers: call the handlers of missing messages too, and roll back what they write.
         allow_outside: let handlers connect elsewhere where rebuild or call_handlers runs them.
 
     Returns the findings: read `ok`, `verdict()`, `problems()` or `as_dict()`, or call `check()`, which raises an
     AssertionError with the problems. Raises Misconfigured for what cannot be replayed, CannotTell when it ended early.
     """
-    if apply and rebuild:
-        raise Misconfigured("apply and rebuild: not together; choose one of them")
+    if apply + rebuild + outgoing > 1:
+        raise Misconfigured("apply, rebuild and outgoing: not together; choose one of them")
     settings = settings or load()
     names = list(topics) or sorted(
         {topic for handler in app.handlers.values() if handler.idempotent for topic in handler.topics}
@@ -116,11 +119,17 @@ async def verify(
         call_handlers=call_handlers,
         allow_outside=allow_outside,
     )
+    if outgoing:
+        if options != Options(allow_outside=allow_outside) or ignore or compare:
+            raise Misconfigured("outgoing: it compares the whole of the topics; only base and allow_outside go with it")
+        return await run_outgoing(
+            app, settings, names, OutgoingOptions(base=base, allow_outside=allow_outside), Progress()
+        )
     if rebuild:
         state = _rebuild_options(options, ignore, compare, base)
         return await run_rebuild(app, settings, names, state, Progress())
     if ignore or compare or base:
-        raise Misconfigured("ignore, compare and base: no effect alone; they go with rebuild=True")
+        raise Misconfigured("ignore, compare and base: no effect alone; they go with rebuild=True, and base with outgoing=True")
     return await replay(app, settings, names, options, Progress())
 
 

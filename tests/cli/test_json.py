@@ -24,7 +24,7 @@ from consumer import App, Reject, Retry, Tx
 from consumer.schemes import StateMachine
 
 ORDERS = StateMachine("orders", "status", {{"new": {{"paid"}}, "paid": ()}})
-app = App({name!r})
+app = App({name!r}, publishes=[{out!r}])
 
 @app.handler({topic!r}, retry=Retry(attempts=1){options})
 async def settle(payment: dict, tx: Tx) -> None:
@@ -33,6 +33,7 @@ async def settle(payment: dict, tx: Tx) -> None:
     if payment.get("bad") == "failed":
         raise ValueError("no balance")
     tx.defer("insert into effects values ($1, 1, 1)", payment["id"])
+    tx.publish({out!r}, payment)
 """
 LATE = """
 @app.handler({topic!r})
@@ -49,8 +50,8 @@ async def settle(payment: dict) -> None: ...
 class Contract:
     """Runs commands and compares their answers with the page."""
 
-    def __init__(self, place: Place, directory: Path, topic: str) -> None:
-        self.place, self.directory, self.topic = place, directory, topic
+    def __init__(self, place: Place, directory: Path, topic: str, out: str) -> None:
+        self.place, self.directory, self.topic, self.out = place, directory, topic, out
         self.name = f"json-{uuid.uuid4().hex[:8]}"
         self.module = f"json_{uuid.uuid4().hex[:8]}"
         self.shapes = shapes()
@@ -60,7 +61,7 @@ class Contract:
         (directory / f"{self.module}_rule.py").write_text(self.source(", message_id='field:id'"))
 
     def source(self, options: str) -> str:
-        return APP.format(name=self.name, topic=self.topic, options=options)
+        return APP.format(name=self.name, topic=self.topic, out=self.out, options=options)
 
     def write(self, options: str) -> None:
         (self.directory / f"{self.module}.py").write_text(self.source(options))
@@ -95,7 +96,7 @@ class Contract:
 @pytest.fixture
 async def contract(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Contract:
     """Messages with every outcome, and a handler that was added later."""
-    contract = Contract(place, tmp_path, await place.topic(2))
+    contract = Contract(place, tmp_path, await place.topic(2), await place.topic())
     monkeypatch.syspath_prepend(str(tmp_path))
     await place.send(
         contract.topic,
@@ -184,6 +185,8 @@ async def _replays(contract: Contract) -> None:
     contract.run("republish", "republish", topic, "--to", await place.topic())
     await query(place.dsn, "update effects set amount = 5 where id = 'a'")
     contract.run("rebuild", "rebuild", topic)
+    await place.send(contract.out, Sent({"id": "of a stranger"}))
+    contract.run("replay", "replay", topic, "--outgoing", fails=True)  # an edited dead letter explains it
 
 
 async def _other_commands(contract: Contract) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import resources
 
-from consumer.replay.html import rebuild_sections, sections
+from consumer.replay.html import outgoing_sections, rebuild_sections, sections
 from consumer.replay.html.elements import Html, el, plain
 from consumer.replay.html.values import JsonRow
 
@@ -37,6 +37,8 @@ def render(findings: JsonRow) -> str:
         sections.precheck(findings),
         rebuild_sections.tables(findings),
         rebuild_sections.differences(findings),
+        outgoing_sections.topics(findings),
+        outgoing_sections.differences(findings),
         sections.republished(findings),
         sections.samples(findings),
         sections.ranges(findings),
