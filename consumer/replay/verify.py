@@ -129,7 +129,9 @@ async def verify(
         state = _rebuild_options(options, ignore, compare, base)
         return await run_rebuild(app, settings, names, state, Progress())
     if ignore or compare or base:
-        raise Misconfigured("ignore, compare and base: no effect alone; they go with rebuild=True, and base with outgoing=True")
+        raise Misconfigured(
+            "ignore, compare and base: no effect alone; they go with rebuild=True, and base with outgoing=True"
+        )
     return await replay(app, settings, names, options, Progress())
 
 

@@ -3,7 +3,7 @@
 Three handlers, so three scopes, on a topic and its copy. What they write has no unique key, so that doubles show.
 `book` defers its writes, `audit` awaits them (unless CHAOS_DEFER is set), and `forms` defers statements that are right
 only in the order of the messages: the forms that the oracle tests, too. With CHAOS_VERSION=2 it is the next version of
-the application: one more handler, `late`, and other options. CHAOS_MUTANT names a mutant of mutants.py that replaces
+the application: one more handler, `late`, and other options. With CHAOS_OUT `book` publishes to the topic of downstream.py. CHAOS_MUTANT names a mutant of mutants.py that replaces
 the real consumer.
 """
 
@@ -32,6 +32,11 @@ create table stock (key text not null, quantity bigint not null);       -- an UP
 create table latest (key text not null, id uuid not null);              -- a DELETE, then an INSERT
 create table accounts (id uuid primary key, balance bigint not null default 0);   -- addressed by uuids in several spellings
 create table orders (handler text, topic text, partition int, key text, offsets bigint[] not null, primary key (handler, topic, partition, key));
+create table receipts (                                                 -- of the next application: downstream.py
+    id uuid not null, key text not null, source uuid not null, n int not null, amount bigint not null,
+    partition int not null, "offset" bigint not null, seq bigint generated always as identity
+);
+create table receipt_balances (key text primary key, balance bigint not null);
 """
 EFFECT = (
     'insert into effects (handler, id, key, amount, partition, "offset", topic) values ($1, $2, $3, $4, $5, $6, $7)'
@@ -66,7 +71,8 @@ class Order(msgspec.Struct):
     id: UUID | None = None  # of a payload that an operator gave a dead letter
 
 
-app = App(os.environ.get("CHAOS_APP", "chaos"))
+out = os.environ.get("CHAOS_OUT", "")  # the topic of the next application, if there is one
+app = App(os.environ.get("CHAOS_APP", "chaos"), publishes=[out] if out else [])
 topic = os.environ.get("CHAOS_TOPIC", "chaos")
 slow_seconds = float(os.environ.get("CHAOS_SLOW", "0"))
 _base = float(os.environ.get("CHAOS_RETRY", "0.05"))
@@ -123,6 +129,8 @@ async def book(message: Message[Order | None], tx: Tx) -> None:
     tx.defer(EFFECT, "book", _id(message), key, amount, *where)
     tx.defer(BALANCE, "book", key, amount)
     tx.defer(ORDER, "book", message.topic, message.partition, key, message.offset)
+    for n in range(2 if amount % 3 == 0 else 1) if out else ():
+        tx.publish(out, {"source": str(_id(message)), "n": n, "key": key, "amount": amount}, key=key)
 
 
 @app.handler(topic, f"{topic}-copy", retry=retry)

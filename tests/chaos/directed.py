@@ -24,7 +24,7 @@ import asyncpg
 from aiokafka import AIOKafkaProducer
 from harness import ROOT, as_worker, migrated, new_topic, settings_for, until
 
-from chaos import evidence
+from chaos import evidence, second_stage
 from chaos.application import TABLES
 from chaos.invariants import HANDLERS, Edit, Evidence, LogEntry, Violations, judge, terminal
 from consumer import Settings
@@ -63,7 +63,8 @@ class Scenario:
     database as it was before the later messages. prepare: SQL for the database. rewound: once all is settled, the
     database goes back in time under the worker's connections. stopped: stop the worker while later messages are
     produced, and start it again after the commands. commands: of an operator, each with its environment. settings,
-    environment: of the worker. applied_by: ids that must have effects although a partition cannot be settled.
+    environment: of the worker. publishes: there is an output topic, which is
+    judged. applied_by: ids that must have effects although a partition cannot be settled.
     """
 
     mutant: str
@@ -82,6 +83,7 @@ class Scenario:
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     applied: list[int] = field(default_factory=list)
+    publishes: bool = False
 
 
 _MENDED, _POSTPONE = {"CHAOS_MENDED": "1"}, {"CHAOS_POSTPONE": "1"}
@@ -111,6 +113,10 @@ create function slow_down() returns trigger language plpgsql security definer as
 create trigger slows after insert on effects
     for each row when (new.amount = 777 and new.handler = 'book') execute function slow_down();
 """
+_REMOVE = """
+create function remove_from_outbox(int, bigint) returns void language plpgsql security definer as $$ begin
+    delete from consumer.outbox where stream = $1 and seq = $2; end $$;
+"""  # which the role of a worker may not
 
 SCENARIOS = [
     Scenario("M1", frozenset({"I1", "I5"}), die="handled:1", slow=0.1),
@@ -136,6 +142,9 @@ SCENARIOS = [
     Scenario("M21", frozenset({"I8"}), before=[*_GOOD, Message(0, more="fails"), Message(1), Message(2)], commands=[(_MENDED, _RETRY)]),
     Scenario("M22", frozenset({"I4"}), before=[*_GOOD, Message(0, more="late")]),
     Scenario("M23", frozenset({"I4"}), before=[*_GOOD, Message(0, more="fails")]),
+    Scenario("M24", frozenset({"I13"}), publishes=True, die="outbox_sending:1"),
+    Scenario("M25", frozenset({"I13"}), publishes=True, die="outbox_sending:1", prepare=_REMOVE),
+    Scenario("M26", frozenset({"I13"}), publishes=True),
 ]  # fmt: skip
 
 
@@ -161,6 +170,7 @@ class Stage:
             await migrated(self._postgres.dsn(self._database), TABLES + scenario.prepare)
         self._topic = await new_topic(self._kafka, _PARTITIONS, f"{self._name}-log")
         await new_topic(self._kafka, _PARTITIONS, f"{self._topic}-copy")
+        self._out = await new_topic(self._kafka, _PARTITIONS, f"{self._name}-out") if scenario.publishes else ""
         await self._send(scenario.before)
         if scenario.die:
             await self._died(self._start(scenario, mutant, die=scenario.die))
@@ -222,14 +232,21 @@ class Stage:
         """
         group = await evidence.committed(self._kafka, self._name, self._topic)
         gathered = Evidence(log=self._log, edits=self._edits)
+        published = await evidence.published(self._kafka, self._out, _PARTITIONS) if self._out else []
         connection = await asyncpg.connect(self._postgres.dsn(self._database))
         try:
             await evidence.look(connection, self._name, gathered)
+            stage, is_published = await evidence.second_stage(
+                connection, self._name, gathered, published, has_next=False
+            )
         finally:
             await connection.close()
         ends = {(record.topic, record.partition): record.offset + 1 for record in self._log}
         settled = all(gathered.positions.get(place, 0) >= end for place, end in ends.items())
         violations = judge(gathered, everything_settled=settled)
+        if self._out:
+            violations |= second_stage.judge(stage, everything_settled=settled and is_published)
+            settled = settled and is_published
         offsets = (
             {(self._topic, partition): offset for partition, offset in (group or {}).items()}
             if self._kafka_counts
@@ -287,6 +304,7 @@ class Stage:
         more = {
             "CHAOS_APP": self._name,
             "CHAOS_TOPIC": self._topic,
+            "CHAOS_OUT": self._out,
             "CHAOS_MUTANT": mutant,
             "CHAOS_DIE": die,
             "CHAOS_SLOW": str(scenario.slow),

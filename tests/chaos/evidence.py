@@ -19,6 +19,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
 from chaos.invariants import Effect, Evidence, Forms, Letter, LogEntry, Row
+from chaos.second_stage import Published, Received, SecondStage
 from chaos.workload import fingerprint
 from consumer.core.identity import event_id
 from consumer.local_servers import Valkey
@@ -186,6 +187,45 @@ async def look(connection: asyncpg.Connection, app: str, evidence: Evidence) -> 
         }
 
 
+async def published(servers: str, topic: str, partitions: int) -> list[Published]:
+    """What is in the output topic."""
+    _, records = await read_log(servers, [topic], partitions)
+    outgoing = []
+    for record in records:
+        value = json.loads(record.value)
+        body = (value["source"], value["n"], value["key"], value["amount"])
+        outgoing.append(Published(record.partition, record.offset, dict(record.headers)["message-id"].decode(), body))
+    return outgoing
+
+
+_STREAMS = """
+select p.stopped, s.next_seq = p.next_seq from consumer.outbox_streams s join consumer.outbox_published p using (stream)
+where s.app = $1
+"""
+_RECEIPTS = 'select id::text, source::text, n, key, amount, partition, "offset" from receipts order by seq'
+_NEXT_LETTERS = """
+select d.id::text from consumer.dead_letters d join consumer.handlers h using (handler) where h.app = $1 || '-next'
+"""
+
+
+async def second_stage(
+    connection: asyncpg.Connection, app: str, gathered: Evidence, records: list[Published], *, has_next: bool
+) -> tuple[SecondStage, bool]:
+    """Return the outbox, and whether all of it is published or stopped.
+
+    Read Kafka before.
+    """
+    streams = await connection.fetch(_STREAMS, app)
+    stage = SecondStage(app, gathered.log, gathered.effects, gathered.edits, records)
+    stage.stopped = [row[0] for row in streams if row[0] is not None]
+    if has_next:
+        rows = await connection.fetch(_RECEIPTS)
+        stage.received = [Received(row[0], (row[1], row[2], row[3], row[4]), row[5], row[6]) for row in rows]
+        stage.balances = {row[0]: row[1] for row in await connection.fetch("select * from receipt_balances")}
+        stage.letters = [row[0] for row in await connection.fetch(_NEXT_LETTERS, app)]
+    return stage, all(row[1] or row[0] is not None for row in streams)
+
+
 async def settled(connection: asyncpg.Connection, app: str, topic: str) -> tuple[dict[int, int], set[Any], set[Any]]:
     """Positions, and what is terminal, in one snapshot.
 
@@ -234,9 +274,10 @@ def events(logs: Sequence[Path]) -> list[dict[str, Any]]:
 def redelivered(lines: Sequence[dict[str, Any]], log: Sequence[LogEntry]) -> int:
     """How many records workers fetched again, by their own logs."""
     there = {(record.topic, record.partition, record.offset) for record in log}
+    topics = {record.topic for record in log}
     fetched, distinct = 0, set[tuple[str, int, int]]()
     for line in lines:
-        if line.get("event") == "fetched":
+        if line.get("event") == "fetched" and line["topic"] in topics:
             fetched += line["count"]
             distinct.update((line["topic"], line["partition"], at) for at in range(line["first"], line["last"] + 1))
     return max(0, fetched - len(distinct & there))  # in between may lie markers, and what was aborted

@@ -26,7 +26,7 @@ INVARIANTS = {
     "I10": "scopes are apart: each handler alone satisfies I1 and I2",
     "I11": "liveness: no lag after the faults, and SIGTERM ends everything within its grace, with exit code 0",
     "I12": "conservation: applied + duplicates + dead letters + skipped = records in the log + those delivered again",
-    "I13": "outbox: n/a, there is none yet",
+    "I13": "outbox: what the effects published is in the output topic, nothing else is; each key in order; the next application has it once",
     "I14": "purge: no id is forgotten that the log or a dead letter can still deliver",
     "I15": "outages make no dead letters",
     "I16": "no payload and no password in a log",

@@ -1,7 +1,8 @@
 """Consumers that are broken on purpose: the harness must catch each.
 
 Each replaces one step of the real consumer. M1 to M13 are known mistakes of other projects; M14 to M23 are mistakes
-that this project made, or nearly made. A mutant is installed where the application is loaded, when CHAOS_MUTANT names
+that this project made, or nearly made; M24 to M26 are of the outbox (tests/outbox/test_mutants.py has
+three more). A mutant is installed where the application is loaded, when CHAOS_MUTANT names
 it. Nothing here knows how it is caught.
 """
 
@@ -11,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from uuid import uuid4
 
 import asyncpg
 from aiokafka import AIOKafkaConsumer
@@ -27,13 +29,15 @@ from consumer.dead_letters.session import DeadLetterSession
 from consumer.handler_records.settled_ranges import HandlerChanges
 from consumer.kafka import consumer as kafka
 from consumer.kafka.consumer import KafkaConsumer
+from consumer.outbox.send_queues import Row
 from consumer.postgres.claims import REDELIVERED, ExistingClaim
 from consumer.postgres.session import Session
 from consumer.precheck.client import Precheck
 from consumer.replay.session import ReplaySession
-from consumer.transaction import apply, handler_runner, identify, invoke, scope
+from consumer.transaction import apply, handler_runner, identify, invoke, publishing, scope
 from consumer.worker import start_positions
 from consumer.worker.lane import LaneRunner
+from consumer.worker.outbox_sender import OutboxSender
 from consumer.worker.worker import Worker
 
 
@@ -348,6 +352,42 @@ def m23_a_letter_that_counts_as_applied() -> None:
         await store_dead_letters(self, dead, attempts, ())
 
     replace(Session, "store_dead_letters", burying)
+
+
+def m24_watermark_before_acknowledgement() -> None:
+    """Rows count as published when they are about to be sent."""
+    send_batch = OutboxSender._send_batch
+
+    async def sending(self: OutboxSender, producer: Any, partition: Partition, rows: list[Row]) -> None:
+        for row in rows:
+            row.stream.acknowledge(row.seq)
+        while any(row.stream.saved < row.stream.watermark for row in rows):
+            await asyncio.sleep(0.02)  # the relay saves it within a second
+        await send_batch(self, producer, partition, rows)
+
+    replace(OutboxSender, "_send_batch", sending)
+
+
+def m25_rows_removed_before_they_are_sent() -> None:
+    """The table is a queue: rows are deleted when they are taken."""
+    send_batch = OutboxSender._send_batch
+
+    async def sending(self: OutboxSender, producer: Any, partition: Partition, rows: list[Row]) -> None:
+        connection = await asyncpg.connect(self._settings.dsn)
+        try:
+            await connection.executemany(
+                "select remove_from_outbox($1, $2)", [(row.stream.number, row.seq) for row in rows]
+            )
+        finally:
+            await connection.close()
+        await send_batch(self, producer, partition, rows)
+
+    replace(OutboxSender, "_send_batch", sending)
+
+
+def m26_random_ids() -> None:
+    """An input that is applied again publishes under other ids."""
+    replace(publishing, "derived_id", lambda *_: uuid4().bytes)
 
 
 MUTANTS: dict[str, Callable[[], None]] = {

@@ -18,7 +18,7 @@ from typing import ClassVar
 import asyncpg
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from harness import WORKER
-from proxy import OFFSET_COMMIT, Cut, Proxy, Way
+from proxy import OFFSET_COMMIT, PRODUCE, Cut, Label, Proxy, Way
 
 from chaos.operators import Operators
 from chaos.rig import PARTITIONS, Consumers, Rig, kill_tree, started_again
@@ -115,16 +115,18 @@ class Nemesis:
 
     async def _kill_supervisor(self, fault: Fault) -> str:
         command = self._chance.choice(self._consumers.running)
+        again = self._consumers.application(command)
         self._consumers.kill(command)
         await asyncio.sleep(fault.seconds)
-        self._consumers.start()
+        self._consumers.start(again)
         return f"pid {command.process.pid}"
 
     async def _leave_and_join(self, fault: Fault) -> str:
         command = self._chance.choice(self._consumers.running)
+        again = self._consumers.application(command)
         code = await self._consumers.stop(command)
         await asyncio.sleep(fault.seconds)
-        self._consumers.start()
+        self._consumers.start(again)
         return f"exit code {code}"
 
     async def _join_and_leave(self, fault: Fault) -> str:
@@ -138,7 +140,7 @@ class Nemesis:
 
         The tool requires an empty group, so it has no effect; that is what the fault shows.
         """
-        count = len(self._consumers.running)
+        again = [self._consumers.application(command) for command in self._consumers.running]
         for command in list(self._consumers.running):
             await self._consumers.stop(command)
         servers = self._rig.bootstrap_servers
@@ -159,8 +161,8 @@ class Nemesis:
             finally:
                 with suppress(Exception):
                     await asyncio.wait_for(client.stop(), 3)
-        for _ in range(count):
-            self._consumers.start()
+        for application in again:
+            self._consumers.start(application)
         return f"from {before} to 1/{1 + fault.size}"
 
     # -- postgresql -------------------------------------------------------------------------------------------------
@@ -283,12 +285,37 @@ class Nemesis:
         return f"away for {fault.seconds:g} s and its start"
 
     async def _cut_offset_commits(self, fault: Fault) -> str:
+        return await self._cut_answers(OFFSET_COMMIT, fault.size)
+
+    async def _cut_acknowledgements(self, fault: Fault) -> str:
+        """Cut answers to produce requests.
+
+        Kafka has the records, and neither the relays nor the producer of the run know it.
+        """
+        return await self._cut_answers(PRODUCE, 3 * fault.size)
+
+    async def _cut_answers(self, request: Label, times: int) -> str:
         proxy = self._rig.kafka_proxy
-        before = proxy.fired[OFFSET_COMMIT, "after"]
-        proxy.on(OFFSET_COMMIT, "after", times=fault.size)
-        while proxy.fired[OFFSET_COMMIT, "after"] < before + fault.size:
+        before = proxy.fired[request, "after"]
+        proxy.on(request, "after", times=times)
+        while proxy.fired[request, "after"] < before + times:
             await asyncio.sleep(0.02)
-        return f"{fault.size} cut"
+        return f"{times} cut"
+
+    async def _turn_the_outbox(self, fault: Fault) -> str:
+        """Open another generation, and drop published ones, under load."""
+        seen: list[str] = []
+        while seen[-1:] != ["dropped"] and len(seen) < 40:
+            connection = await self._to_primary()
+            try:
+                with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                    async with asyncio.timeout(10):
+                        seen.append(await connection.fetchval("select consumer.turn_outbox(0, 1)"))
+                        seen.append(await connection.fetchval("select consumer.drop_outbox(0)"))
+            finally:
+                connection.terminate()
+            await asyncio.sleep(0.1)
+        return ", ".join(f"{seen.count(what)} {what}" for what in dict.fromkeys(seen))
 
     async def _empty_redis(self, fault: Fault) -> str:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._rig.valkey.port)
@@ -340,5 +367,7 @@ class Nemesis:
         "kill redis": _kill_redis,
         "freeze redis": _freeze_redis,
         "silence redis": _silence,
+        "cut acknowledgements": _cut_acknowledgements,
+        "turn the outbox": _turn_the_outbox,
         **dict.fromkeys(OPERATORS, _operate),
     }

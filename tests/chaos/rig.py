@@ -245,6 +245,9 @@ class Rig:
         return settings_for(proxied, self.bootstrap_servers, url, **{**quick, **more})
 
 
+APPLICATION, NEXT_APPLICATION = "chaos.application:app", "chaos.downstream:app"
+
+
 class Consumers:
     """`consumer run` as processes, several at a time.
 
@@ -259,23 +262,30 @@ class Consumers:
         self._directory = directory
         self._environment = environment
         self._workers = workers
+        self._applications: dict[int, str] = {}  # by pid
         self.running: list[Command] = []
         self.ended: list[Command] = []
         self.paused: set[int] = set()
 
-    def start(self) -> Command:
+    def start(self, application: str = APPLICATION) -> Command:
         """Start another `consumer run`.
 
         The first has all its workers, later ones have one. With versions, every other one is of the next version.
         """
-        workers = 1 if self.running or self.ended else self._workers
+        before = list(self._applications.values()).count(application)
+        workers = 1 if before or application != APPLICATION else self._workers
         directory = self._directory / f"consumer-{len(self.running) + len(self.ended)}"
         directory.mkdir(parents=True)
-        arguments = ["run", "chaos.application:app", "--workers", str(workers)]
-        version = "2" if self._versions and (len(self.running) + len(self.ended)) % 2 else "1"
+        arguments = ["run", application, "--workers", str(workers)]
+        version = "2" if self._versions and before % 2 else "1"
         command = Command(arguments, self._settings, directory, {**self._environment, "CHAOS_VERSION": version})
+        self._applications[command.process.pid] = application
         self.running.append(command)
         return command
+
+    def application(self, command: Command) -> str:
+        """What a command runs."""
+        return self._applications[command.process.pid]
 
     def pids(self) -> list[int]:
         """The running, unpaused worker processes, in a deterministic order."""

@@ -21,19 +21,29 @@ from uuid import uuid4
 
 import asyncpg
 from aiokafka import AIOKafkaProducer
-from harness import ROOT, WORKER_PASSWORD, new_topic
+from harness import ROOT, WORKER_PASSWORD, new_topic, until
 
-from chaos import evidence, workload
+from chaos import evidence, second_stage, workload
 from chaos.invariants import INVARIANTS, Evidence, LogEntry, Violations, judge, terminal
 from chaos.nemesis import Fired, Nemesis
 from chaos.operators import Operators, settled
 from chaos.producing import Producing, read
-from chaos.rig import PARTITIONS, Consumers, Rig
+from chaos.rig import APPLICATION, NEXT_APPLICATION, PARTITIONS, Consumers, Rig
 from chaos.schedule import PLAIN, Fault, Ways, draw
 
 ARTEFACTS = ROOT / ".cache" / "chaos"
 _FORMS = ("tickets", "ticket_lines", "stock", "latest", "accounts")
 _DRAIN_SECONDS = 180.0
+OUT_PARTITIONS = 3
+_IS_PUBLISHED = """
+select coalesce(bool_and(p.stopped is not null or p.next_seq = s.next_seq), true)
+from consumer.outbox_streams s join consumer.outbox_published p using (stream)
+"""
+# Everything that the outbox still has is published once more.
+_PUBLISH_AGAIN = """
+update consumer.outbox_published p set next_seq = coalesce(
+    (select min(o.seq) from consumer.outbox o where o.stream = p.stream), p.next_seq)
+"""
 _EFFECT_TABLES = "select md5(string_agg(t::text, '|' order by t::text)) from {} t"
 
 
@@ -139,7 +149,7 @@ class Run:
         self._seed = seed
         self._rate = rate
         self._workers = workers
-        self._schedule = draw(seed, seconds, ways.operators) if faults is None else faults
+        self._schedule = draw(seed, seconds, ways) if faults is None else faults
         self._ways = ways
         self._name = f"chaos-{seed}-{uuid4().hex[:6]}"
         self._directory = rig.directory / self._name
@@ -162,6 +172,10 @@ class Run:
             await rig.with_pooler()
         self._settings = rig.settings(self._database, pooler=self._ways.pooler)
         self._environment = {"CHAOS_APP": self._name, "CHAOS_TOPIC": self._topic}
+        self._out = f"{self._name}-out" if self._ways.stages else ""
+        if self._out:
+            await new_topic(rig.bootstrap_servers, OUT_PARTITIONS, self._out)
+            self._environment["CHAOS_OUT"] = self._out
         if self._seed % 2:
             self._environment["CHAOS_DEFER"] = "1"  # half of the runs group the writes of whole batches
         # Commands, and what reads everything again at the end, are of the newest version.
@@ -187,8 +201,8 @@ class Run:
 
     async def _torment(self, consumers: Consumers) -> None:
         outcome = self.outcome
-        for _ in range(2):
-            consumers.start()
+        for application in (APPLICATION, APPLICATION, *([NEXT_APPLICATION] if self._out else [])):
+            consumers.start(application)
         nemesis = Nemesis(self._rig, consumers, self._seed, self._database, self._name, self._topic, self._operators)
         outcome.faults = nemesis.outcome
         watch = Watch(self._rig, self._database, self._name, self._topic, nemesis, outcome.violations)
@@ -233,16 +247,29 @@ class Run:
                 os.kill(pid, signal.SIGCONT)
 
     async def _drained(self) -> int:
-        """Wait until positions reach the ends of the log; return milliseconds."""
+        """Wait until both stages have consumed everything; return milliseconds."""
         started = time.monotonic()
+        await self._no_lag(APPLICATION)
+        if self._out:
+            await until("everything to be published", self._is_published, _DRAIN_SECONDS)
+            await self._no_lag(NEXT_APPLICATION)
+        return int((time.monotonic() - started) * 1000)
+
+    async def _is_published(self) -> bool:
+        connection = await asyncpg.connect(self._rig.primary.dsn(self._database))
+        try:
+            return bool(await connection.fetchval(_IS_PUBLISHED))
+        finally:
+            await connection.close()
+
+    async def _no_lag(self, application: str) -> None:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", _WAIT_FOR_NO_LAG, str(_DRAIN_SECONDS),
+            sys.executable, "-c", _WAIT_FOR_NO_LAG, application, str(_DRAIN_SECONDS),
             env={**os.environ, **self._settings.dump(), **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'support'}"},
             stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         _, errors = await process.communicate()
         assert process.returncode == 0, f"lag is left: {errors.decode()[-4000:]}"
-        return int((time.monotonic() - started) * 1000)
 
     async def _settle(self, consumers: Consumers) -> None:
         """Judge, stop the workers, replay, read again twice, judge again.
@@ -257,6 +284,7 @@ class Run:
         outcome.counts["letters settled by operators"] = settled(gathered.letters)
         gathered.redelivered += settled(gathered.letters) + len(gathered.edits)
         self._add(judge(gathered))
+        await self._judge_second_stage(gathered)
         if not outcome.counts["redelivered"]:
             outcome.vacuous.append("no record was delivered again")
         outcome.counts |= {
@@ -289,7 +317,22 @@ class Run:
                 if name != "I12"
             }
         )
+        await self._judge_second_stage(again)
         self._logs(consumers)
+
+    async def _judge_second_stage(self, gathered: Evidence) -> None:
+        if not self._out:
+            return
+        records = await evidence.published(self._rig.bootstrap_servers, self._out, OUT_PARTITIONS)
+        connection = await asyncpg.connect(self._rig.primary.dsn(self._database))
+        try:
+            stage, _ = await evidence.second_stage(connection, self._name, gathered, records, has_next=True)
+        finally:
+            await connection.close()
+        self._add(second_stage.judge(stage))
+        counts = self.outcome.counts
+        counts["published"], counts["received"] = len(records), len(stage.received or ())
+        counts["published again"] = len(records) - len({record.id for record in records})
 
     async def _fill(self) -> None:
         """Apply what the next version's new handler has missed.
@@ -316,7 +359,8 @@ class Run:
 
     async def _again(self, consumers: Consumers) -> None:
         """Positions back to zero, and everything once more in the copy."""
-        await self._execute("update consumer.positions set next_offset = 0 where app = $1", self._name)
+        await self._execute("update consumer.positions set next_offset = 0")
+        await self._execute(_PUBLISH_AGAIN)
         _, records = await evidence.read_log(self._rig.bootstrap_servers, [self._topic], PARTITIONS)
         producer = AIOKafkaProducer(bootstrap_servers=self._rig.bootstrap_servers, linger_ms=5)
         await producer.start()
@@ -328,11 +372,12 @@ class Run:
             await asyncio.gather(*futures)
         finally:
             await producer.stop()
-        command = consumers.start()
+        commands = [consumers.start(), *([consumers.start(NEXT_APPLICATION)] if self._out else [])]
         await self._drained()
-        code = await consumers.stop(command)
-        if code != 0:
-            self._add({"I11": [f"exit code {code} after SIGTERM"]})
+        for command in commands:
+            code = await consumers.stop(command)
+            if code != 0:
+                self._add({"I11": [f"exit code {code} after SIGTERM"]})
 
     async def _replayed(self) -> None:
         process = await asyncio.create_subprocess_exec(
@@ -378,7 +423,7 @@ class Run:
         try:
             return [
                 await connection.fetchval(_EFFECT_TABLES.format(handler))
-                for handler in ("effects", "balances", "orders", *_FORMS)
+                for handler in ("effects", "balances", "orders", *_FORMS, "receipts", "receipt_balances")
             ]
         finally:
             await connection.close()
@@ -440,9 +485,9 @@ async def _epoch(connection: asyncpg.Connection) -> str:
 
 # In a process of its own, because the application's module reads its environment when it is imported.
 _WAIT_FOR_NO_LAG = """
-import asyncio, sys
-from chaos.application import app
+import asyncio, importlib, sys
 from consumer.settings import load
 from harness import drained
-asyncio.run(drained(app, load(), float(sys.argv[1])))
+app = importlib.import_module(sys.argv[1].partition(":")[0]).app
+asyncio.run(drained(app, load(), float(sys.argv[2])))
 """

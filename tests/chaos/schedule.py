@@ -70,6 +70,11 @@ OPERATORS: dict[str, tuple[int, float, float]] = {
     "apply what is missing": (2, 0.0, 0.0),
     "purge": (1, 0.0, 0.0),
 }
+# Of the way from the first application to the second, in runs with two stages.
+OUTBOX: dict[str, tuple[int, float, float]] = {
+    "cut acknowledgements": (3, 0.0, 0.0),
+    "turn the outbox": (2, 0.0, 0.0),
+}
 ONCE = {"fail over", "rewind the group's offsets", "kill kafka"}  # at most, for each minute: they take long
 _PAUSES = {
     "workers": (1.0, 3.0),
@@ -77,23 +82,26 @@ _PAUSES = {
     "kafka": (2.0, 6.0),
     "redis": (1.5, 5.0),
     "operators": (1.0, 3.0),
+    "outbox": (1.0, 3.0),
 }
-_MUST = {"workers": "kill worker", "postgres": "commit cut after"}
+_MUST = {"workers": "kill worker", "postgres": "commit cut after", "outbox": "cut acknowledgements"}
 
 
 @dataclass(frozen=True)
 class Ways:
     """How a run is set up.
 
-    With a pooler in the path, operators at work, two versions of the application in one group.
+    With a pooler in the path, operators at work, two versions of the application in one group, and a second application that
+    consumes what the first one publishes.
     """
 
     pooler: bool = False
     operators: bool = False
     versions: bool = False
+    stages: bool = False
 
     def __str__(self) -> str:
-        return ", ".join(name for name in ("pooler", "operators", "versions") if getattr(self, name)) or "plain"
+        return ", ".join(name for name in vars(self) if getattr(self, name)) or "plain"
 
 
 PLAIN = Ways()
@@ -102,16 +110,17 @@ PLAIN = Ways()
 def ways(seed: int) -> Ways:
     """How the run of a seed is set up."""
     chance = random.Random(f"{seed}:ways")
-    return Ways(chance.random() < 0.4, chance.random() < 0.6, chance.random() < 0.4)
+    return Ways(chance.random() < 0.4, chance.random() < 0.6, chance.random() < 0.4, chance.random() < 0.6)
 
 
-def draw(seed: int, seconds: float, operators: bool = False) -> list[Fault]:
+def draw(seed: int, seconds: float, ways: Ways = PLAIN) -> list[Fault]:
     """The faults of a run, in the order in which they begin.
 
     The same arguments give the same faults, on any machine.
     """
     faults: list[Fault] = []
-    for resource, kinds in (KINDS | {"operators": OPERATORS} if operators else KINDS).items():
+    more = {"operators": OPERATORS} if ways.operators else {}
+    for resource, kinds in (KINDS | more | ({"outbox": OUTBOX} if ways.stages else {})).items():
         chance = random.Random(f"{seed}:{resource}")
         at = chance.uniform(0.5, _PAUSES[resource][1])
         drawn: list[str] = []

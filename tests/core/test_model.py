@@ -6,6 +6,7 @@ The rules hold in every state; each broken rule does not.
 from __future__ import annotations
 
 import pytest
+from chaos import outbox_model
 from chaos.model import MUTANT_RULES, Bounds, Rules, explore
 
 pytestmark = pytest.mark.unit
@@ -30,3 +31,15 @@ def test_without_faults_nothing_goes_wrong_even_for_most_mutants() -> None:
     quiet = Bounds(crashes=0, failovers=0, faults=0, purges=0)
     fine = {name for name, rules in MUTANT_RULES.items() if explore(rules, quiet).wrong is None}
     assert fine >= set(MUTANT_RULES) - {"M8", "M13"}
+
+
+def test_senders_that_only_repeat_lose_and_reorder_nothing_in_any_state() -> None:
+    explored = outbox_model.explore(outbox_model.Rules())
+    assert not explored.wrong, explored.way
+    assert explored.states > 40_000
+
+
+@pytest.mark.parametrize("name", outbox_model.BROKEN_RULES)
+def test_a_broken_rule_of_the_outbox_is_found(name: str) -> None:
+    rules, wrong = outbox_model.BROKEN_RULES[name]
+    assert outbox_model.explore(rules).wrong == wrong

@@ -37,12 +37,15 @@ class Workers(Consumers):
     The first with two workers, later ones with one.
     """
 
-    def start(self) -> Command:
+    def start(self, application: str = APP) -> Command:
         number = len(self.running) + len(self.ended)
         directory = self._directory / f"consumer-{number}"
         directory.mkdir(parents=True)
         command = Command(
-            ["run", APP, "--workers", "1" if number else "2"], self._settings, directory, dict(self._environment)
+            ["run", application, "--workers", "1" if number else "2"],
+            self._settings,
+            directory,
+            dict(self._environment),
         )
         self.running.append(command)
         return command
