@@ -8,32 +8,36 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import uuid
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from harness import Place, Sent, consumer, drained, new_topic, query, until, value, working
-from outgoing import all_published, check_published, publish_all, records_of, values
+from outgoing import (
+    all_published,
+    check_published,
+    configure,
+    name,
+    publish_all,
+    records_of,
+    resume,
+    sizes_app,
+    stopped_reason,
+    values,
+)
 from publishing_worker import app_of, started
 
 from consumer import App, Reject, Tx, testing
 from consumer.admin.outbox import read_stream
 from consumer.dead_letters.retry import DeadLetterRetrier, Filters
-from consumer.postgres import outbox
 
 STEPS = ["handled", "before_commit", "commit_sent", "committed", "outbox_sending", "outbox_sent"]
 
 
 def messages(start: int, count: int = 40) -> list[Sent]:
     return [Sent({"n": n}, id=f"id-{n}", key=str(n % 7)) for n in range(start, start + count)]
-
-
-def name() -> str:
-    return f"relay-{uuid.uuid4().hex[:8]}"
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -96,15 +100,6 @@ async def test_a_worker_that_wakes_up_late_only_repeats(place: Place, tmp_path: 
     assert sorted(record["n"] for record in values(await check_published(place, out))) == list(range(120))
 
 
-async def configure(kafka: str, topic: str, **configs: str) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
-    await admin.start()
-    try:
-        await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, configs=configs)])
-    finally:
-        await admin.close()
-
-
 async def delete(kafka: str, topic: str) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
     await admin.start()
@@ -114,40 +109,8 @@ async def delete(kafka: str, topic: str) -> None:
         await admin.close()
 
 
-async def stopped_reason(place: Place, topic: str) -> str:
-    async def reason() -> Any:
-        rows = await query(
-            place.dsn,
-            """select p.stopped from consumer.outbox_published p join consumer.outbox_streams s using (stream)
-               where s.topic = $1""",
-            topic,
-        )
-        return rows and rows[0][0]
-
-    return str(await until("the stream to stop", reason, 60))
-
-
-def sizes_app(topic: str, *outs: str) -> App:
-    app = App(name(), publishes=outs)
-
-    @app.handler(topic)
-    async def forward(entry: dict[str, Any], tx: Tx) -> None:
-        for out in outs:
-            tx.publish(out, {"n": entry["n"], "pad": "x" * entry.get("pad", 0)}, key=str(entry["n"] % 3))
-
-    return app
-
-
 async def command(tmp_path: Path, place: Place, *arguments: str) -> Any:
     return await asyncio.to_thread(consumer, tmp_path, *arguments, CONSUMER_POSTGRES_DSN=place.worker_dsn)
-
-
-async def resume(place: Place, app: App, stream: int, why: str) -> None:
-    connection = await asyncpg.connect(place.worker_dsn)
-    try:
-        assert await outbox.resume(connection, app.name, stream, 0, "ann", why)
-    finally:
-        await connection.close()
 
 
 async def described(place: Place, app: App, stream: int) -> dict[str, Any]:

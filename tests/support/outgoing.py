@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
+import asyncpg
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from harness import Place, drained, query, until, value, working
 
-from consumer import App
+from consumer import App, Tx
+from consumer.postgres import outbox
 
 
 async def records_of(kafka: str, topic: str) -> list[Any]:
@@ -83,3 +88,54 @@ async def check_published(place: Place, out: str) -> list[Any]:
         by_place.setdefault((record.partition, record.key), []).append(seq_of[id])
     assert all(seqs == sorted(seqs) for seqs in by_place.values()), "first occurrences are in the order of commits"
     return list(first.values())
+
+
+def name() -> str:
+    """A name for an App that no other test has."""
+    return f"relay-{uuid.uuid4().hex[:8]}"
+
+
+async def configure(kafka: str, topic: str, **configs: str) -> None:
+    """Change the configuration of a topic."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
+    await admin.start()
+    try:
+        await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, configs=configs)])
+    finally:
+        await admin.close()
+
+
+async def stopped_reason(place: Place, topic: str) -> str:
+    """Wait until the stream of a topic stops; return why."""
+
+    async def reason() -> Any:
+        rows = await query(
+            place.dsn,
+            """select p.stopped from consumer.outbox_published p join consumer.outbox_streams s using (stream)
+               where s.topic = $1""",
+            topic,
+        )
+        return rows and rows[0][0]
+
+    return str(await until("the stream to stop", reason, 60))
+
+
+def sizes_app(topic: str, *outs: str) -> App:
+    """Forward messages to topics, each padded as its message says."""
+    app = App(name(), publishes=outs)
+
+    @app.handler(topic)
+    async def forward(entry: dict[str, Any], tx: Tx) -> None:
+        for out in outs:
+            tx.publish(out, {"n": entry["n"], "pad": "x" * entry.get("pad", 0)}, key=str(entry["n"] % 3))
+
+    return app
+
+
+async def resume(place: Place, app: App, stream: int, why: str) -> None:
+    """Let a stopped stream go on, as an operator."""
+    connection = await asyncpg.connect(place.worker_dsn)
+    try:
+        assert await outbox.resume(connection, app.name, stream, 0, "ann", why)
+    finally:
+        await connection.close()
