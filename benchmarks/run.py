@@ -24,6 +24,7 @@ from pathlib import Path
 
 from bench import ROOT, Bench, servers
 from plot import bars
+from publishing import publishing, publishing_latency
 from scenarios import SCENARIOS, UNUSUAL, Found, Options, table
 
 from consumer import logs
@@ -31,6 +32,10 @@ from consumer.worker.event_loop import run as run_loop
 
 PAGE = ROOT / "docs" / "reference" / "performance.md"
 PLOT = ROOT / "docs" / "reference" / "performance.svg"
+SCENARIOS |= {
+    "publishing": ("Consume, write, publish", publishing),
+    "publishing-latency": ("From COMMIT to the acknowledgement", publishing_latency),
+}
 
 
 async def run(names: list[str], options: Options) -> dict[str, Found]:
