@@ -120,11 +120,8 @@ async def verify(
         allow_outside=allow_outside,
     )
     if outgoing:
-        if options != Options(allow_outside=allow_outside) or ignore or compare:
-            raise Misconfigured("outgoing: it compares the whole of the topics; only base and allow_outside go with it")
-        return await run_outgoing(
-            app, settings, names, OutgoingOptions(base=base, allow_outside=allow_outside), Progress()
-        )
+        compared = _outgoing_options(options, ignore, compare, base)
+        return await run_outgoing(app, settings, names, compared, Progress())
     if rebuild:
         state = _rebuild_options(options, ignore, compare, base)
         return await run_rebuild(app, settings, names, state, Progress())
@@ -151,6 +148,15 @@ def _rebuild_options(
         base=base,
         allow_outside=options.allow_outside,
     )
+
+
+def _outgoing_options(
+    options: Options, ignore: Sequence[str], compare: Sequence[str], base: str | None
+) -> OutgoingOptions:
+    """Return the options of `outgoing`. Raises Misconfigured for others."""
+    if options != Options(allow_outside=options.allow_outside) or ignore or compare:
+        raise Misconfigured("outgoing: it compares the whole of the topics; only base and allow_outside go with it")
+    return OutgoingOptions(base=base, allow_outside=options.allow_outside)
 
 
 def _as_text(bound: str | int | datetime) -> str:
