@@ -104,9 +104,7 @@ async def verify(
     if apply + rebuild + outgoing > 1:
         raise Misconfigured("apply, rebuild and outgoing: not together; choose one of them")
     settings = settings or load()
-    names = list(topics) or sorted(
-        {topic for handler in app.handlers.values() if handler.idempotent for topic in handler.topics}
-    )
+    names = list(topics) or _idempotent_topics(app)
     options = Options(
         mode="apply" if apply else "check",
         start=_as_text(start),
@@ -120,16 +118,16 @@ async def verify(
         allow_outside=allow_outside,
     )
     if outgoing:
-        compared = _outgoing_options(options, ignore, compare, base)
-        return await run_outgoing(app, settings, names, compared, Progress())
+        return await run_outgoing(app, settings, names, _outgoing_options(options, ignore, compare, base), Progress())
     if rebuild:
-        state = _rebuild_options(options, ignore, compare, base)
-        return await run_rebuild(app, settings, names, state, Progress())
+        return await run_rebuild(app, settings, names, _rebuild_options(options, ignore, compare, base), Progress())
     if ignore or compare or base:
-        raise Misconfigured(
-            "ignore, compare and base: no effect alone; they go with rebuild=True, and base with outgoing=True"
-        )
+        raise Misconfigured("ignore, compare and base: no effect alone; they go with rebuild=True or outgoing=True")
     return await replay(app, settings, names, options, Progress())
+
+
+def _idempotent_topics(app: App) -> list[str]:
+    return sorted({topic for handler in app.handlers.values() if handler.idempotent for topic in handler.topics})
 
 
 def _rebuild_options(
