@@ -27,7 +27,10 @@ _BYTES_MAX = 200_000  # of a request: an environment, mostly
 def run(
     arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], seconds: float
 ) -> subprocess.CompletedProcess[str]:
-    """Run `consumer ARGUMENTS…` to its end; return a `subprocess.CompletedProcess` with its output as text."""
+    """Run `consumer ARGUMENTS…` to its end.
+
+    Returns a `subprocess.CompletedProcess` with its output as text.
+    """
     request = json.dumps([list(arguments), str(cwd), dict(environment)]).encode()
     assert len(request) < _BYTES_MAX
     answer, answering = os.pipe()
@@ -86,7 +89,10 @@ def _server() -> socket.socket:
 
 
 def _serve(requests: socket.socket) -> tuple[list[str], str, dict[str, str]] | None:
-    """Fork for each request; return in the fork with what to run, and in the server at the end, with None."""
+    """Fork for each request.
+
+    Returns in the fork with what to run, and in the server at the end, with None.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the processes that wait for commands leave no zombies
     while True:
         request, files, _, _ = socket.recv_fds(requests, _BYTES_MAX, 3)
