@@ -1,10 +1,4 @@
-<<<<<<< HEAD
 """What SQLAlchemy costs in a handler, beside tx.execute and tx.defer.
-=======
-"""The cost of a SQLAlchemy session in a handler.
-
-Compared with tx.execute and tx.defer.
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
 
 Without Kafka and without the ledger: begin, one call for each message, COMMIT. Contestants take turns; ratios of medians.
 Limitations: PostgreSQL is on this machine, where a round trip is short. The longer it is, the less a session costs.

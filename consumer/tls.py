@@ -155,7 +155,7 @@ def postgres_tls(settings: Settings) -> ssl.SSLContext | None:
             context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
     except (OSError, ssl.SSLError) as error:
         raise Misconfigured(
-            f"CONSUMER_POSTGRES_CA_FILE, or sslrootcert, sslcert, sslkey or sslcrl of the DSN: {error}; name files that can be read"
+            f"CONSUMER_POSTGRES_CA_FILE, or sslrootcert, sslcert, sslkey or sslcrl of the DSN: it cannot be used ({error}); name files that can be read"
         ) from None
     if mode == "verify-ca":  # refused above for other hosts, unless that is allowed
         context.check_hostname = False

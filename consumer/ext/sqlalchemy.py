@@ -33,11 +33,11 @@ S = TypeVar("S", bound=AsyncSession)
 
 _IDLE_MAX = 8  # of SQLAlchemy's connections, for one of the worker: messages that run at the same time use one each
 _ROLLBACK = (
-    "rollback() of a session in a handler: the transaction holds other messages too. Raise to store nothing of this "
+    "rollback() of a session in a handler: the transaction holds other messages too; raise to store nothing of this "
     "message, or use `async with s.begin_nested()` for a part that may fail"
 )
 _ROLLED_BACK = (
-    "the handler went on after its session was rolled back, but what it had written stays: raise to store nothing of this "
+    "the handler: it went on after its session was rolled back, and its writes stay; raise to store nothing of this "
     "message, or use `async with s.begin_nested()` for a part that may fail"
 )
 

@@ -17,7 +17,7 @@ from consumer.deferred_writes.writer import PLAIN
 from consumer.ext.sqlalchemy_dialect import TxDialect
 
 _SHAPES_MAX = 500
-_NOT_A_WRITE = "tx.defer takes an insert(), update() or delete() of SQLAlchemy, or SQL as text, not {}"
+_NOT_A_WRITE = "tx.defer: {} is no write; give an insert(), update() or delete() of SQLAlchemy, or SQL as text"
 
 
 class _DeferredDialect(TxDialect):

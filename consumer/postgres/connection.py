@@ -104,7 +104,7 @@ async def _initialize(connection: Any, init: ConnectionInit, settings: Settings,
             f"{what} failed: {describe(error)}{f' ({text})' if text else ''}; correct it, or create what it needs"
         ) from error
     if connection.is_in_transaction():
-        raise Misconfigured(f"{what} left a transaction open; commit it, or begin none")
+        raise Misconfigured(f"{what}: it left a transaction open; commit it, or begin none")
     if not settings.postgres_pooler:
         with translated_errors(settings):
             await connection.execute(_limits_as_sql(settings))

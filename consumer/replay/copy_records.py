@@ -46,7 +46,7 @@ def check(handlers: Sequence[Handler], topics: Sequence[str], target: str) -> No
     for handler in handlers:
         if isinstance(handler.rule, OffsetId):
             raise Misconfigured(
-                f"handler {handler.name!r}: it identifies messages by their offset, so it would apply a copy again; choose a topic that it does not take"
+                f"handler {handler.name!r}: it identifies messages by their offset, so a copy would be applied again; choose a topic that it does not take"
             )
 
 

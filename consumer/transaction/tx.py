@@ -58,8 +58,8 @@ def _compiled(statement: Any, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ..
         return str(statement), args
     if args or not type(statement).__module__.startswith(("sqlalchemy.", "sqlmodel.")):
         raise TransactionMisuse(
-            f"tx.defer takes SQL as text and its arguments, or a statement of SQLAlchemy with its values, not "
-            f"{type(statement).__name__}{' and arguments' if args else ''}"
+            f"tx.defer: no statement, but {type(statement).__name__}{' and arguments' if args else ''}; give SQL as text and its "
+            "arguments, or a statement of SQLAlchemy with its values"
         )
     from consumer.ext.sqlalchemy_statements import compiled  # only with the extra: it takes time to import
 

@@ -55,7 +55,7 @@ async def tracing(app: App, settings: Settings) -> AsyncIterator[None]:
 
 
 async def _in_thread(call: Callable[[], object]) -> None:
-    """Run a call in a thread, and leave it if it takes long.
+    """Run a call in a thread; leave it if it takes long.
 
     An exporter waits for its receiver.
     """

@@ -19,7 +19,7 @@ PASSED_ON = {
     "refusal", "faults + answered", "'; '.join(objections) + ' (or --force)'", "'; '.join(errors)", "str(error)", "guard.refused",
     "f'App({name!r}): {fault}'", "f'Kafka at {broker}: {fault}'", "f'{label}: {fault}'", "f'Redis: {fault}'", "f'CONSUMER_HTTP={host}:{port}: {problem}'",
     "'; '.join((_problem(gathered, dict(problem)) for problem in error.errors()))",
-    "_TWICE", "_NO_CAUSE", "_OTHER_CAUSE", "_SEVERAL.format(method)", "_SEVERAL.format('defer')",
+    "_TWICE", "_ROLLBACK", "_NOT_A_WRITE.format(type(statement).__name__)", "_NO_CAUSE", "_OTHER_CAUSE", "_SEVERAL.format(method)", "_SEVERAL.format('defer')",
 }  # fmt: skip
 
 

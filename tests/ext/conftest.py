@@ -1,11 +1,4 @@
-<<<<<<< HEAD
 """Leaves out tests whose extra is missing; `make test` installs it."""
-=======
-"""Tests of optional parts, where their extra is installed.
-
-`make test` installs them.
-"""
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
 
 from __future__ import annotations
 

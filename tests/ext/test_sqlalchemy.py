@@ -111,11 +111,7 @@ async def dsn(database: str) -> str:
 
 @asynccontextmanager
 async def transaction(dsn: str, init: Any = None) -> AsyncIterator[Tx]:
-<<<<<<< HEAD
     """A Tx as a worker has it, committed at the end."""
-=======
-    """A worker's Tx on a connection; committed at the end."""
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
     connection = await Session.open(settings_for(as_worker(dsn), "127.0.0.1:1", None), init=init)
     try:
         await connection.begin()
@@ -181,14 +177,7 @@ async def relations(s: AsyncSession) -> object:
 
 
 async def bulk(s: AsyncSession) -> object:
-<<<<<<< HEAD
     """Many rows: with RETURNING and without, upserts, updates by key."""
-=======
-    """Many rows at once: all forms of bulk writes.
-
-    insertmanyvalues with RETURNING, executemany without, an upsert, and updates by primary key.
-    """
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
     orders = [{"reference": uuid.UUID(int=n), "body": {"n": n}} for n in range(1, 2500)]
     ids = (await s.scalars(insert(Order).returning(Order.id), orders)).all()
     await s.execute(insert(Line), [{"order_id": id, "name": f"line {id}"} for id in ids[:100]])
@@ -253,11 +242,7 @@ async def test_a_session_on_a_tx_does_what_one_of_its_own_does(
         await query(dsn, "truncate orders, lines, notes restart identity cascade")
 
 
-<<<<<<< HEAD
 async def test_a_session_sends_first_what_was_deferred_before(dsn: str) -> None:
-=======
-async def test_session_sends_deferred_writes_first_and_frees_the_connection(dsn: str) -> None:
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
     async with transaction(dsn) as tx:
         for _ in range(3):
             tx.defer("insert into notes (body) values ($1)", "deferred")
@@ -333,11 +318,7 @@ async def test_a_cancelled_statement_closes_nothing_and_fails_the_message(dsn: s
             assert not tx._scope.connection.is_closed() and idle_of(tx) == []
 
 
-<<<<<<< HEAD
 async def test_a_load_after_the_session_is_refused(dsn: str) -> None:
-=======
-async def test_load_after_the_session_is_refused(dsn: str) -> None:
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
     async with transaction(dsn) as tx:
         async with session(tx) as s:
             order = Order(reference=ONE, body={}, lines=[Line(name="a")])
@@ -417,11 +398,7 @@ async def test_deferred_inserts_are_sent_as_arrays(dsn: str) -> None:
         (12, "not int"),
     ],
 )
-<<<<<<< HEAD
 async def test_a_statement_that_is_no_write_cannot_be_deferred(dsn: str, statement: Any, problem: str) -> None:
-=======
-async def test_statement_that_is_no_write_cannot_be_deferred(dsn: str, statement: Any, problem: str) -> None:
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
     async with transaction(dsn) as tx:
         with pytest.raises(TransactionMisuse, match=problem):
             tx.defer(statement)

@@ -138,14 +138,7 @@ async def test_counters_survive_a_killed_worker_and_equal_the_ledger(place: Plac
 
 
 async def check_prometheus(server: Prometheus) -> None:
-<<<<<<< HEAD
     """A real server has scraped the same, and saw no counter fall."""
-=======
-    """Check that a real server scrapes the same and evaluates the rules.
-
-    It sees no counter fall.
-    """
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
 
     async def has_all() -> bool:
         return await server.query(f'sum({PREFIX}messages_total{{handler="settle"}})') == [451]

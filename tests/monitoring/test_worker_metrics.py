@@ -25,15 +25,9 @@ class Reports:
         self.totals.report(1, fields.get("metrics"))
 
     def value(self, metric: Metric, *labels: str) -> float:
-<<<<<<< HEAD
         """The value of one series, or 0.
 
         Of a histogram, its count.
-=======
-        """The value of one series; of a histogram its count.
-
-        0 without one.
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
         """
         series: tuple[Metric, Labels] = (metric, labels)
         distribution = self.totals.distributions().get(series)

@@ -1,10 +1,6 @@
-<<<<<<< HEAD
 """Codecs and search_path are for handlers, and not for our statements.
-=======
-"""App(connection_init=…): codecs on connections of handlers, never in our statements.
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
 
-And the search_path. The oracle is plain asyncpg with the same codecs.
+The oracle is plain asyncpg with the same codecs.
 """
 
 from __future__ import annotations
@@ -50,14 +46,7 @@ class Mood(Enum):
 
 
 async def own_types(connection: Any) -> None:
-<<<<<<< HEAD
     """Codecs of builtin and of own types; two change values."""
-=======
-    """Codecs of builtin and own types.
-
-    Two of them change values on their way.
-    """
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
     catalog = {"schema": "pg_catalog"}
     await connection.set_type_codec("jsonb", **catalog, encoder=json.dumps, decoder=json.loads)
     await connection.set_type_codec("numeric", **catalog, encoder=lambda pence: f"{pence / 100}", decoder=Decimal)
@@ -105,14 +94,9 @@ async def settings_of(dsn: str) -> Settings:
     return settings_for(as_worker(dsn), "127.0.0.1:1", None)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("pooler", [False, True], ids=["direct", "as behind a pooler"])
 async def test_handlers_write_and_read_as_plain_asyncpg_with_the_codecs(database: str, pooler: bool) -> None:
     settings = (await settings_of(database)).model_copy(update={"postgres_pooler": pooler})
-=======
-async def test_handlers_read_and_write_like_plain_asyncpg_with_the_same_codecs(database: str) -> None:
-    settings = await settings_of(database)
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
     plain = await asyncpg.connect(database)
     session = await Session.open(settings, init=own_types)
     try:
@@ -145,16 +129,8 @@ async def test_handlers_read_and_write_like_plain_asyncpg_with_the_same_codecs(d
 
 
 @pytest.mark.parametrize("key", ["uuid", "int8", "text"])
-<<<<<<< HEAD
 async def test_deferred_writes_by_a_key_with_a_codec_keep_their_order(database: str, key: str) -> None:
     """Values that differ in Python may be one key in the database."""
-=======
-async def test_deferred_writes_by_a_key_with_a_codec_run_one_after_the_other(database: str, key: str) -> None:
-    """Values that differ in Python may be one key in the database.
-
-    So they are no keys here.
-    """
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
     settings = await settings_of(database)
     await query(database, f"create table kept (key {key} primary key, log text not null default '')")
     await query(database, 'grant all on kept to "test-worker"')
@@ -184,11 +160,7 @@ def refuse(_: object) -> NoReturn:
 
 
 async def poison(connection: Any) -> None:
-<<<<<<< HEAD
     """A codec that raises for every builtin type, and another search_path."""
-=======
-    """A codec that raises for every builtin type, and a search_path."""
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
     scalars = await connection.fetch("""
         select typname from pg_type where typnamespace = 'pg_catalog'::regnamespace and typtype = 'b' and typelem = 0
         and typname !~ '^pg_' """)
@@ -309,11 +281,7 @@ def test_an_init_that_is_no_coroutine_function_is_refused() -> None:
         App("billing", connection_init=lambda connection: None)  # type: ignore[arg-type, return-value]
 
 
-<<<<<<< HEAD
 async def test_a_codec_that_is_missing_later_stops_retry_and_rebuild(place: Place) -> None:
-=======
-async def test_codec_that_is_missing_later_stops_retry_and_rebuild(place: Place) -> None:
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
     topic = await place.topic()
     app = App(f"codecs-{uuid.uuid4().hex[:8]}", connection_init=own_types)
     fail = True

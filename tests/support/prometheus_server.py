@@ -1,11 +1,4 @@
-<<<<<<< HEAD
 """A real Prometheus that scrapes one address; `make prometheus` brings it."""
-=======
-"""A real Prometheus that scrapes one address.
-
-Where `make prometheus` has brought it.
-"""
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
 
 from __future__ import annotations
 

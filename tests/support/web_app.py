@@ -1,11 +1,4 @@
-<<<<<<< HEAD
 """A web application with a worker inside, for tests with uvicorn."""
-=======
-"""A web application with a worker inside, as docs/how-to/embed.md shows it.
-
-Tests start it with uvicorn.
-"""
->>>>>>> 480b694 (Hold the newest tests to the rules for names and docstrings)
 
 from __future__ import annotations
 
