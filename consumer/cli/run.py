@@ -87,7 +87,7 @@ async def _serving(app: App, settings: Settings, fleet: Fleet) -> AsyncIterator[
 
     server = HttpServer(routes_of(fleet))
     await server.open(*address)
-    reading = asyncio.create_task(DatabaseFigures(app, settings, fleet.totals).run())
+    reading = asyncio.create_task(DatabaseFigures(app, settings, fleet).run())
     try:
         yield
     finally:

@@ -25,8 +25,8 @@ from consumer.metrics.catalog import (
     OUTBOX_STOPPED,
     OUTBOX_UNPUBLISHED,
 )
+from consumer.metrics.fleet import Fleet
 from consumer.metrics.recorder import Gauge
-from consumer.metrics.totals import Totals
 from consumer.postgres import figures, generations, outbox
 from consumer.postgres.connection import connect, database_epoch, translated_errors
 from consumer.postgres.protocol import Connection
@@ -35,6 +35,7 @@ from consumer.settings import Settings
 from consumer.sharding import shards
 
 ROUND_SECONDS = 15.0
+_START_SECONDS = 0.5
 _STATEMENT_SECONDS = 5
 _READ_SECONDS = 12.0
 
@@ -42,15 +43,22 @@ _READ_SECONDS = 12.0
 class DatabaseFigures:
     """The loop that reads the figures of every database of an App."""
 
-    def __init__(self, app: App, settings: Settings, totals: Totals) -> None:
+    def __init__(self, app: App, settings: Settings, fleet: Fleet) -> None:
         self._app = app
         self._settings = settings
-        self._totals = totals
+        self._fleet = fleet
+        self._totals = fleet.totals
         self._failing: set[str] = set()
 
     async def run(self) -> None:
-        """Read every ROUND_SECONDS until cancelled."""
+        """Read every ROUND_SECONDS until cancelled.
+
+        From when a worker has joined its group: what is wrong before is one error of `consumer run`.
+        """
         while True:
+            if not any(slot.has_been_ready for slot in self._fleet.slots):
+                await asyncio.sleep(_START_SECONDS)
+                continue
             by_shard = shards.settings_of(self._app, self._settings)
             await asyncio.gather(*(self._read(shard, settings) for shard, settings in by_shard.items()))
             await asyncio.sleep(ROUND_SECONDS)
