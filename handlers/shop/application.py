@@ -16,7 +16,6 @@ import msgspec
 
 from consumer import App, Message, RunAgain, Tx
 from consumer.schemes.states import StateMachine, TooLate
-from consumer.schemes.unique import insert_once
 from consumer.settings import load
 
 TOPIC = "shop-payments"
@@ -59,7 +58,7 @@ async def resources(app: App) -> AsyncIterator[dict[str, object]]:
         yield {"bank": Bank(pool)}
 
 
-app = App("shop", lifespan=resources)
+app = App("shop", lifespan=resources, publishes=[TOPIC, SANDBOX_TOPIC])
 
 
 @app.handler(TOPIC)
@@ -83,13 +82,6 @@ async def charge_unprotected(message: Message[Payment], bank: Bank) -> None:
 
 async def _book(database: Any, message: Message[Payment], *, protected: bool) -> None:
     payment = message.value
-    row = {
-        "order_id": payment.order,
-        "visitor": payment.visitor,
-        "protected": protected,
-        "amount": payment.amount,
-    }
-    await insert_once(database, "shop.orders", row, conflict="order_id")
     # Paid is paid, however often: a state does not count. Therefore it is not asked whether to charge.
     with suppress(TooLate):
         await ORDERS.move(database, payment.order, "paid")

@@ -2,8 +2,7 @@
 
 Whose they are, under which switches, and the answer to each tap. An order never changes its switches, its token and so
 the message id under which it is paid, and every tab that shows it shows the same ones. Changing a switch makes another
-order. Limitations: PostgreSQL alone knows whether anything was charged; whether Kafka kept what it confirmed is unknown
-here.
+order. Limitations: PostgreSQL alone knows whether anything was charged.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from consumer.schemes.tokens import message_id_of
 
@@ -34,15 +33,16 @@ class Switches:
 
 @dataclass(slots=True)
 class Sent:
-    """A message given to Kafka.
+    """A message of a tap.
 
-    place: partition and offset, as Kafka confirmed them; None until then. given_up: the client no longer waits for the
-    confirmation. The message may be in the log all the same.
+    place: partition and offset where it was read in Kafka; None until then. is_stored: committed with the order; until then it
+    may be stored or not. tap: its header, since taps of one order share the message id.
     """
 
     message_id: str
     place: tuple[int, int] | None = None
-    given_up: bool = False
+    is_stored: bool = False
+    tap: UUID = field(default_factory=uuid4)
 
 
 @dataclass(slots=True)

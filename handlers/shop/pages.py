@@ -1,6 +1,6 @@
 """The payment page: its routes, its content, and the faults it offers.
 
-handlers/shop/payments_api.py produces the messages; a worker elsewhere charges.
+handlers/shop/payments_api.py stores the messages; a worker elsewhere sends them, and charges.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from consumer.kafka.producer import open_producer
 from consumer.local_servers import EmbeddedUnavailable
 from consumer.schemes.redis_call import RedisAway
 from consumer.schemes.tokens import Tokens
 from consumer.schemes.web import Answered, Problem, install
+from handlers.shop.application import SANDBOX_TOPIC, TOPIC
+from handlers.shop.log_watch import LogWatch
 from handlers.shop.orders import Order, Orders, Switches, switches
 from handlers.shop.payments_api import DATABASE_AWAY, DATABASE_SECONDS, TOKENS_SECONDS, PaymentsApi
 from handlers.shop.requests import COOKIE, body_of, is_form, visitor_of
@@ -70,6 +71,7 @@ class Page:
         self._redis = Redis.from_url(running.valkey.url)
         self._tokens = Tokens(self._redis, prefix="shop:token:", budget_seconds=TOKENS_SECONDS)
         self.payments = PaymentsApi(self.orders, self._tokens)
+        self._log = LogWatch(running.tansu.bootstrap_servers, (TOPIC, SANDBOX_TOPIC))
         self._watchers = 0
         self._kafka = self._redis_up = True
         self._template = Template((_STATIC / "page.html").read_text("utf-8"))
@@ -78,18 +80,17 @@ class Page:
     async def connected(self) -> AsyncIterator[None]:
         """Connections to all services, for as long as the block lasts."""
         dsn = self.running.settings.dsn
-        async with (
-            asyncpg.create_pool(dsn, min_size=0, max_size=8, command_timeout=DATABASE_SECONDS) as self.payments.pool,
-            open_producer(self.running.settings) as self.payments.producer,
-        ):
-            probing = asyncio.create_task(self._probe())
+        async with asyncpg.create_pool(
+            dsn, min_size=0, max_size=8, command_timeout=DATABASE_SECONDS
+        ) as self.payments.pool:
+            tasks = [asyncio.create_task(work) for work in (self._probe(), self._log.run())]
             try:
                 yield
             finally:
-                self.running.thaw()  # else the producer would wait for it
-                for task in [probing, *self.payments.sending]:
+                self.running.thaw()  # else the reader would wait for it
+                for task in tasks:
                     task.cancel()
-                await asyncio.gather(probing, *self.payments.sending, return_exceptions=True)
+                await asyncio.gather(*tasks, return_exceptions=True)
                 await self._redis.aclose()
 
     # -- pages ------------------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ class Page:
     async def pay(self, request: Request) -> Response:
         """Accept a tap.
 
-        202: Kafka has the message, and nothing is charged yet; any other answer is a problem.
+        202: its message is committed, and nothing is charged yet; any other answer is a problem.
         """
         order = self.payments.find_order(request)
         tap = order.tap()
@@ -179,8 +180,6 @@ class Page:
         # Without JavaScript. No redirect: a reload sends it again, which the page is there to show.
         refusal = json.loads(bytes(response.body))
         return await self._render(order, response.status_code, f"Answer {response.status_code}: {refusal['detail']}")
-
-    # -- the order's state ------------------------------------------------------------------------------------------
 
     # -- what is seen -----------------------------------------------------------------------------------------------
 
@@ -224,6 +223,8 @@ class Page:
 
     async def _seen(self, order: Order) -> Seen | None:
         """What PostgreSQL holds now; None when it does not say."""
+        for sent in order.sent:
+            sent.place = sent.place or self._log.places.get(sent.tap)
         try:
             async with self.payments.pool.acquire(timeout=DATABASE_SECONDS) as connection:
                 text = await connection.fetchval(

@@ -1,36 +1,34 @@
 """The payments API: a tap becomes a message, and orders advance.
 
-Read `pay` first: token and ledger are both there. Every invalid request is answered as problem+json (RFC 9457), and
-charges nothing. Limitations: does not know whether a message that Kafka took was charged, and so never says it in an
-answer to a tap.
+Read `pay` first: token and ledger are both there, and order and message commit together. Every invalid request is answered
+as problem+json (RFC 9457), and charges nothing. Limitations: Kafka is not asked, so a message may reach it later; whether
+it was charged is unknown here, so no answer to a tap says it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from typing import Any
 from uuid import uuid4
 
 import asyncpg
-import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from consumer.schemes.database import NotFound
 from consumer.schemes.states import NotMoved
 from consumer.schemes.tokens import Tokens
+from consumer.schemes.unique import insert_once
 from consumer.schemes.versioned import Stale, update_versioned
 from consumer.schemes.web import Problem, TokenTaps
-from handlers.shop.application import ORDERS
+from handlers.shop.application import ORDERS, app
+from handlers.shop.log_watch import TAP
 from handlers.shop.orders import Order, Orders, Sent, Tap, cents, money
 from handlers.shop.requests import body_of, has_own_token, is_form, visitor_of
 from handlers.shop.view import topic_of
 
 TOKENS_SECONDS = 2.0
 DATABASE_SECONDS = 2.0
-_KAFKA_SECONDS = 2.0
-_AGAIN_SECONDS = 6.0  # longer than an answer takes: both of the above, and a little
+_AGAIN_SECONDS = 8.0  # longer than an answer takes: the first, the second to connect and for each statement
 _VERSION_MAX = 2**63 - 1
 DATABASE_AWAY = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
@@ -38,21 +36,19 @@ DATABASE_AWAY = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.Interface
 class PaymentsApi:
     """Pays and moves orders.
 
-    `pool` and `producer` are set while the page is connected.
+    `pool` is set while the page is connected.
     """
 
     def __init__(self, orders: Orders, tokens: Tokens) -> None:
         self.pool: Any = None
-        self.producer: Any = None
-        self.sending: set[asyncio.Task[None]] = set()
         self._orders = orders
         # Bound to the order as well: one's own token of another order is foreign here.
         self._taps = TokenTaps(tokens, self._subject, field="token", again_after_seconds=_AGAIN_SECONDS)
 
     async def pay(self, request: Request, order: Order, tap: Tap) -> Response:
-        """Produce the message of a valid tap.
+        """Store the order and the message of a valid tap.
 
-        202: Kafka has it, and nothing is charged yet.
+        202: both are committed, and nothing is charged yet.
         """
         given = await body_of(request)
         given.pop("token", None)  # of the form; the header's name is Idempotency-Key
@@ -83,18 +79,18 @@ class PaymentsApi:
         elif order.switches.token and not order.switches.ledger:
             raise Problem(503, "tokens_unavailable", "Redis was away when this order was made: make a new one.", 1)
         sent = order.send(message_id or str(uuid4()))
-        body = msgspec.json.encode({"order": order.id, "visitor": order.visitor, "amount": amount})
-        task = asyncio.create_task(self._send(order, sent, body))
-        self.sending.add(task)
-        task.add_done_callback(self.sending.discard)
-        await asyncio.wait({task}, timeout=_KAFKA_SECONDS)
-        if sent.place is None:
+        try:
+            await self._store(order, sent, amount)
+        except DATABASE_AWAY:
             again = (
                 "Tapping again is safe: it is the same message id."
                 if order.switches.ledger
-                else "It may come late, and with another tap be charged twice."
+                else "If it was, another tap is charged, too."
             )
-            raise Problem(503, "kafka_unconfirmed", f"Kafka does not confirm: not accepted, not charged. {again}", 2)
+            raise Problem(
+                503, "database_unavailable", f"PostgreSQL does not confirm: perhaps not accepted. {again}", 2
+            ) from None
+        sent.is_stored = True
         tap.text = "accepted, not yet charged"
         response = JSONResponse(
             {
@@ -102,26 +98,24 @@ class PaymentsApi:
                 "detail": "Accepted, not yet charged.",
                 "amount": money(amount),
                 "message_id": sent.message_id,
-                "partition": sent.place[0],
-                "offset": sent.place[1],
             },
             202,
         )
         return await answered.answer(response) if answered is not None else response
 
-    async def _send(self, order: Order, sent: Sent, body: bytes) -> None:
-        """Send to Kafka, for as long as the client tries.
-
-        An answer that does not wait never cancels it.
-        """
-        headers = [("message-id", sent.message_id.encode())]
-        try:
-            metadata = await self.producer.send_and_wait(topic_of(order), body, key=order.id.bytes, headers=headers)
-        except Exception as error:  # whatever the client raises: it may have arrived all the same
-            logging.getLogger("shop").warning("kafka did not confirm a message: %s", type(error).__name__)
-            sent.given_up = True
-        else:
-            sent.place = (metadata.partition, metadata.offset)
+    async def _store(self, order: Order, sent: Sent, amount: int) -> None:
+        """Commit the order, if it is new, and the message that charges it."""
+        row = {"order_id": order.id, "visitor": order.visitor, "protected": order.switches.ledger, "amount": amount}
+        async with self.pool.acquire(timeout=DATABASE_SECONDS) as connection, connection.transaction():
+            await insert_once(connection, "shop.orders", row, conflict="order_id")
+            async with app.publishing(connection) as out:
+                out.publish(
+                    topic_of(order),
+                    {"order": order.id, "visitor": order.visitor, "amount": amount},
+                    key=order.id.bytes,
+                    headers={TAP: sent.tap.bytes},
+                    id=sent.message_id,
+                )
 
     async def _subject(self, request: Request) -> str | None:
         visitor = visitor_of(request)

@@ -1,7 +1,8 @@
 """What the page says of an order. Pure.
 
 It follows from what was sent, what PostgreSQL holds and who answers. It never says that something was charged unless
-PostgreSQL says so now. Limitations: it does not know whether a message whose confirmation is missing will arrive.
+PostgreSQL says so now. Limitations: it does not know whether a message whose COMMIT got no
+answer was stored.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def describe(order: Order, seen: Seen | None, services: Services, causes: Mappin
 def is_waiting(order: Order, seen: Seen | None) -> bool:
     """Whether something of this order may still happen."""
     return any(tap.status is None for tap in order.taps) or any(
-        not sent.given_up and (seen is None or sent.place is None or not _is_settled(sent.place, seen))
+        (sent.is_stored or sent.place) and (seen is None or sent.place is None or not _is_settled(sent.place, seen))
         for sent in order.sent
     )
 
@@ -103,25 +104,31 @@ def _state(seen: Seen | None) -> str:
 
 
 def _verdict(order: Order, seen: Seen | None, services: Services) -> tuple[str, str]:
-    in_kafka = [sent for sent in order.sent if sent.place is not None]
-    unconfirmed = [sent for sent in order.sent if sent.place is None]
-    accepted = "Accepted (Kafka has it). " if in_kafka else ""
+    accepted = [sent for sent in order.sent if sent.is_stored or sent.place is not None]
     if seen is None:
-        return "wait", f"{accepted}PostgreSQL does not answer: whether it was charged is unknown now."
+        begins = "Accepted (committed with the order). " if accepted else ""
+        return "wait", f"{begins}PostgreSQL does not answer: whether it was charged is unknown now."
     times = sum(seen.charges.values())
     if times > 1:
         return "bad", f"Charged {times} times: {money(seen.charged)} in all."
     if times == 1:
         return "ok", f"Charged once: {money(seen.charged)}."
-    waiting = [sent for sent in in_kafka if sent.place is not None and not _is_settled(sent.place, seen)]
-    if waiting:
-        why = "" if services.worker else " The worker is away; it will be charged when there is one again."
-        return "wait", f"Accepted, not yet charged.{why}"
-    if unconfirmed:
-        return "wait", "Sent, but Kafka has not confirmed it: not accepted yet, and not charged."
-    if in_kafka:
+    if any(sent.place is None or not _is_settled(sent.place, seen) for sent in accepted):
+        return "wait", f"Accepted, not yet charged.{_why(services)}"
+    if len(accepted) < len(order.sent):
+        return "wait", "Sent, but PostgreSQL has not confirmed it: perhaps not accepted, and not charged."
+    if accepted:
         return "bad", "Not charged: see what became of the messages."
     return "idle", "Nothing was charged."
+
+
+def _why(services: Services) -> str:
+    """Why an accepted message is not charged, if that is known."""
+    if not services.worker:
+        return " The worker is away; it will be charged when there is one again."
+    if not services.kafka:
+        return " Kafka is away: the message waits in PostgreSQL, and will be charged when Kafka is back."
+    return ""
 
 
 def _token(order: Order) -> dict[str, str]:
@@ -158,10 +165,9 @@ def _message(sent: Sent, order: Order, seen: Seen | None, causes: Mapping[Place,
 
 
 def _fate(sent: Sent, order: Order, seen: Seen | None, causes: Mapping[Place, str]) -> str:
-    if sent.given_up:
-        return "sent; Kafka never confirmed it, and may have it or not"
     if sent.place is None:
-        return "sent; Kafka has not confirmed it"
+        stored = "committed with the order" if sent.is_stored else "PostgreSQL has not confirmed it"
+        return f"{stored}; not seen in Kafka yet"
     if seen is None:
         return "in Kafka; PostgreSQL does not answer, so nothing more is known"
     times = seen.charges.get(sent.place, 0)

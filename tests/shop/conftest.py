@@ -44,7 +44,7 @@ def ends_by_ctrl_c(shop: Shop, place: Path) -> None:
         listening.sendall(head.encode())
         assert b"text/event-stream" in listening.recv(4096)
         assert script.post("/services/kafka", '{"do": "stop"}').status == 200
-        assert script.pay().status == 503
+        assert script.pay().status == 202
         shop.process.send_signal(signal.SIGINT)
         assert shop.process.wait(60) == 0
     soon(lambda: left_behind(place) == [], f"nothing to be left: {left_behind(place)}")
