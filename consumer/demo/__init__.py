@@ -1,8 +1,8 @@
 """`consumer demo`: real messages, a killed worker, every balance checked.
 
 Starts its own servers, produces payments of which some are sent twice, runs `consumer run`, kills a worker while it has a
-batch in hand, and compares what PostgreSQL holds with what was produced. All numbers are counted: what was produced by the
-producer, outcomes by the ledger, and what was read twice from the workers' logs.
+batch in hand, and compares what PostgreSQL holds, and the receipts in Kafka, with what was produced. All numbers are
+counted: what was produced by the producer, outcomes by the ledger, and what was read twice from the workers' logs.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ import random
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from consumer.admin.counts import handler_counts
+from consumer.admin.outbox import summary
 from consumer.core.errors import ConsumerError
 from consumer.core.message import Partition
 from consumer.demo.application import app
+from consumer.demo.log_facts import KnownEnds, Reads
+from consumer.demo.plan import ACCOUNTS, DUPLICATES_PERCENT, plan
+from consumer.demo.receipts import read_receipts
+from consumer.demo.result import DemoResult
 from consumer.kafka.admin import create_topic
-from consumer.kafka.brokers import Brokers
 from consumer.kafka.consumer import KafkaConsumer
-from consumer.kafka.log_inspection import LogInspection
 from consumer.kafka.producer import open_producer
 from consumer.local_servers import Postgres, Tansu, Valkey, die_with_parent
 from consumer.postgres import migrate
@@ -41,10 +42,8 @@ from consumer.replay.rebuild_run import RebuildOptions, run_rebuild
 from consumer.replay.verify import replay
 from consumer.settings import Settings, load
 
-TOPIC = "payments"
+TOPIC, RECEIPTS = "payments", "receipts"
 PARTITIONS = 8
-ACCOUNTS = 1000
-DUPLICATES_PERCENT = 10
 _PRODUCE_SECONDS = 8.0  # slow enough to watch, and for workers to have a batch in hand when one is killed
 _CHUNK = 200
 _SETTLE_SECONDS = 40.0
@@ -57,121 +56,8 @@ insert into accounts (account) select generate_series(0, {ACCOUNTS - 1});
 """
 
 
-class _KnownEnds(LogInspection):
-    """Ends of the log as the producer knows them.
-
-    Tansu gives the beginning of the last batch for the end of the log.
-    """
-
-    def __init__(self, brokers: Brokers, ends: Mapping[Partition, int]) -> None:
-        super().__init__(brokers)
-        self._ends = ends
-
-    async def ends(
-        self, partitions: Sequence[Partition], *, partial: bool = False, uncommitted: bool = False
-    ) -> dict[Partition, int]:
-        return {partition: self._ends.get(partition, 0) for partition in partitions}
-
-
 class DemoFailed(ConsumerError):
     """The demo could not run, which says nothing about the numbers."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedPayment:
-    """A message to produce. amount: in cents.
-
-    elsewhere: a repetition that goes to another partition than the first.
-    """
-
-    payment_id: UUID
-    account: int
-    amount: int
-    elsewhere: bool = False
-
-
-@dataclass(slots=True)
-class DemoResult:
-    """What was counted. Sums are in cents."""
-
-    produced: int = 0
-    distinct: int = 0
-    applied: int = 0
-    payments_stored: int = 0
-    duplicates_by_batch: int = 0  # twice in one batch
-    duplicates_by_precheck: int = 0
-    duplicates_by_ledger: int = 0
-    dead_lettered: int = 0
-    redelivered_after_kill: int = 0
-    balance_sum: int = 0
-    balance_sum_expected: int = 0
-    accounts_wrong: int = 0
-    replayed: int = 0
-    missing_in_replay: int = 0
-    rows_written_by_replay: int = 0
-    applied_by_replay: int = 0
-    differences_in_rebuild: int = 0
-    replays_agree: bool = False
-    seconds: float = 0.0
-
-    @property
-    def agree(self) -> bool:
-        """Whether every effect is there once, and no message is missing."""
-        duplicates = self.duplicates_by_batch + self.duplicates_by_precheck + self.duplicates_by_ledger
-        return (
-            self.applied == self.payments_stored == self.distinct
-            and self.applied + duplicates == self.produced
-            and self.dead_lettered == 0
-            and self.balance_sum == self.balance_sum_expected
-            and self.accounts_wrong == 0
-            and self.replays_agree
-        )
-
-    def as_json(self) -> str:
-        """Return what `consumer demo --json` prints."""
-        return json.dumps({**asdict(self), "agree": self.agree}, indent=2)
-
-
-def plan(count: int, chance: random.Random) -> list[PlannedPayment]:
-    """Plan payments in the order of their production.
-
-    DUPLICATES_PERCENT of `count` repeat an earlier one.
-
-    Half of the repetitions follow at once, as a producer's own retry would, and half come much later; every other one
-    goes to another partition, where another worker may have it in hand at the same time.
-    """
-    repeats = count * DUPLICATES_PERCENT // 100
-    firsts = [
-        PlannedPayment(uuid4(), chance.randrange(ACCOUNTS), chance.randrange(1, 100_000))
-        for _ in range(count - repeats)
-    ]
-    placed: list[tuple[float, PlannedPayment]] = [(float(n), payment) for n, payment in enumerate(firsts)]
-    for n, at in enumerate(chance.sample(range(len(firsts)), repeats)):
-        first = firsts[at]
-        later = chance.uniform(0, 50) if n % 2 else chance.uniform(0, len(firsts) - at)
-        placed.append((at + later, PlannedPayment(first.payment_id, first.account, first.amount, elsewhere=n % 4 < 2)))
-    placed.sort(key=lambda entry: entry[0])
-    return [payment for _, payment in placed]
-
-
-class _Reads:
-    """What the killed worker had read, and what others read again.
-
-    From the workers' logs.
-    """
-
-    def __init__(self) -> None:
-        self._by_pid: dict[int, set[tuple[int, int]]] = {}  # partition and offset
-        self._victims: set[tuple[int, int]] = set()
-        self.again: set[tuple[int, int]] = set()
-
-    def add(self, pid: int, partition: int, first: int, last: int) -> None:
-        read = {(partition, offset) for offset in range(first, last + 1)}
-        self._by_pid.setdefault(pid, set()).update(read)
-        self.again |= self._victims & read
-
-    def killed(self, pid: int) -> None:
-        self._victims = self._by_pid.get(pid, set())
 
 
 class Demo:
@@ -186,7 +72,7 @@ class Demo:
         self._as_json = as_json
         self._console = Console(stderr=as_json, emoji=False)
         self._result = DemoResult()
-        self._reads = _Reads()
+        self._reads = Reads()
         self._worker_pids: dict[int, int] = {}  # slot -> pid of the process in it
         self._victim = 0
         self._armed = False  # kill the next worker that reports a batch
@@ -222,12 +108,13 @@ class Demo:
             connection = await connect(settings)
             stack.callback(connection.terminate)
             await migrate.migrate(connection, _TABLES)
-            await create_topic(settings, TOPIC, PARTITIONS)
+            for topic in (TOPIC, RECEIPTS):
+                await create_topic(settings, topic, PARTITIONS)
             bars = stack.enter_context(self._bars())
             process = await stack.enter_async_context(self._consumer_run(settings))
             await self._carry_out(settings, connection, process, bars)
             await self._stop(process)
-            await self._count(connection)
+            await self._count(connection, settings)
             await self._replay(settings)
         self._result.seconds = round(time.monotonic() - self._started_at, 1)
         self._show()
@@ -243,9 +130,9 @@ class Demo:
         settled = bars.add_task("settled", total=total)
         producer = asyncio.create_task(self._produce(settings, bars, produced))
         deadline = time.monotonic() + _PRODUCE_SECONDS + _SETTLE_SECONDS
-        done, printed_at = 0, time.monotonic()
+        done, unpublished, printed_at = 0, 1, time.monotonic()
         try:
-            while done < total:
+            while done < total or unpublished:
                 if producer.done():
                     producer.result()
                 if process.returncode is not None:
@@ -254,6 +141,7 @@ class Demo:
                     raise DemoFailed(f"only {done} of {total} messages were settled: {' | '.join(self._errors[-3:])}")
                 await asyncio.sleep(0.1)  # the pace of the display
                 counts = (await handler_counts(connection, app))["settle"]
+                unpublished = (await summary(connection, app.name))["unpublished"]
                 done = counts["applied"] + sum(counts["duplicates"].values()) + counts["dead_lettered"]
                 bars.update(settled, completed=done, description=_of(counts))
                 if done and not self._console.is_terminal and time.monotonic() > printed_at + _LINE_SECONDS:
@@ -374,8 +262,8 @@ class Demo:
         if code != 0:
             raise DemoFailed(f"`consumer run` did not stop cleanly: {code}: {' | '.join(self._errors[-3:])}")
 
-    async def _count(self, connection: Any) -> None:
-        """Count in PostgreSQL, after the last worker has ended."""
+    async def _count(self, connection: Any, settings: Settings) -> None:
+        """Count in PostgreSQL and Kafka, after the last worker has ended."""
         if self._victim == 0:
             raise DemoFailed("no worker was killed: nothing was shown")
         result = self._result
@@ -389,9 +277,11 @@ class Demo:
         result.balance_sum = int(sum(balances.values()))
         result.accounts_wrong = sum(balance != self._expected.get(account, 0) for account, balance in balances.items())
         result.redelivered_after_kill = len(self._reads.again)
+        receipts = await read_receipts(settings, RECEIPTS, PARTITIONS, result.distinct, _STOP_SECONDS)
+        result.receipts, result.receipts_repeated = len(receipts), receipts.total() - len(receipts)
 
     def _log_reader(self, settings: Settings) -> KafkaConsumer:
-        return KafkaConsumer(settings, None, inspect=lambda brokers: _KnownEnds(brokers, self._ends))
+        return KafkaConsumer(settings, None, inspect=lambda brokers: KnownEnds(brokers, self._ends))
 
     async def _replay(self, settings: Settings) -> None:
         """Read the topic again: is anything missing, repeated or different?"""
@@ -445,28 +335,7 @@ class Demo:
         if self._as_json:
             print(result.as_json())
             return
-        table = Table(show_header=False, title=f"{result.produced:,} payments", title_justify="left")
-        table.add_column()
-        table.add_column(justify="right")
-        for label, value in (
-            ("produced", f"{result.produced:,}"),
-            ("distinct", f"{result.distinct:,}"),
-            ("applied", f"{result.applied:,}"),
-            ("duplicates stopped within a batch", f"{result.duplicates_by_batch:,}"),
-            ("duplicates stopped by the pre-check (Redis)", f"{result.duplicates_by_precheck:,}"),
-            ("duplicates stopped by the ledger (PostgreSQL)", f"{result.duplicates_by_ledger:,}"),
-            ("redelivered after the kill", f"{result.redelivered_after_kill:,}"),
-            ("sum of balances", _money(result.balance_sum)),
-            ("expected sum", _money(result.balance_sum_expected)),
-            ("accounts with a wrong balance", f"{result.accounts_wrong:,}"),
-            ("replayed", f"{result.replayed:,}"),
-            ("missing in the replay", f"{result.missing_in_replay:,}"),
-            ("rows that the replay would have written", f"{result.rows_written_by_replay:,}"),
-            ("applied by `replay --apply`", f"{result.applied_by_replay:,}"),
-            ("differences found by `consumer rebuild`", f"{result.differences_in_rebuild:,}"),
-        ):
-            table.add_row(label, value)
-        self._console.print(table)
+        self._console.print(result.as_table())
         if result.agree:
             self._console.print(f"[bold green]every payment was applied exactly once[/]  ({result.seconds} s)")
         else:
@@ -476,7 +345,3 @@ class Demo:
 def _of(counts: dict[str, Any]) -> str:
     duplicates = counts["duplicates"]
     return f"settled: {counts['applied']:,} applied, {sum(duplicates.values()):,} duplicates"
-
-
-def _money(cents: int) -> str:
-    return f"{cents // 100:,}.{cents % 100:02}"

@@ -1,4 +1,4 @@
-"""The application of the demo: one handler, as in the README."""
+"""The application of the demo: one handler, which publishes receipts."""
 
 from uuid import UUID
 
@@ -6,7 +6,7 @@ import msgspec
 
 from consumer import App, Tx
 
-app = App("demo")
+app = App("demo", publishes=["receipts"])
 
 
 class Payment(msgspec.Struct):
@@ -30,3 +30,4 @@ async def settle(payment: Payment, tx: Tx) -> None:
         payment.amount,
     )
     tx.defer("update accounts set balance = balance + $2 where account = $1", payment.account, payment.amount)
+    tx.publish("receipts", payment, key=str(payment.account))

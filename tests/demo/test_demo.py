@@ -19,7 +19,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from consumer.demo import DUPLICATES_PERCENT, DemoResult, plan
+from consumer.demo.plan import DUPLICATES_PERCENT, plan
+from consumer.demo.result import DemoResult
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def test_its_numbers_agree_and_it_removes_what_it_started(place: Path) -> None:
     report = json.loads(output)
     assert report["produced"] == 3000
     assert report["distinct"] == report["applied"] == report["payments_stored"] == 2700
+    assert report["receipts"] == 2700
     assert report["replayed"] == 3000 and report["replays_agree"]
     for key in ("missing_in_replay", "rows_written_by_replay", "applied_by_replay", "differences_in_rebuild"):
         assert report[key] == 0
@@ -93,9 +95,19 @@ def test_ended_early_it_leaves_nothing(place: Path, number: signal.Signals) -> N
 
 
 def test_a_wrong_number_is_not_called_agreement() -> None:
-    good = DemoResult(produced=10, distinct=9, applied=9, payments_stored=9, duplicates_by_ledger=1, replays_agree=True)
+    good = DemoResult(
+        produced=10, distinct=9, applied=9, payments_stored=9, duplicates_by_ledger=1, receipts=9, replays_agree=True
+    )
     assert good.agree
-    for name in ("produced", "applied", "payments_stored", "dead_lettered", "balance_sum", "accounts_wrong"):
+    for name in (
+        "produced",
+        "applied",
+        "payments_stored",
+        "dead_lettered",
+        "receipts",
+        "balance_sum",
+        "accounts_wrong",
+    ):
         setattr(good, name, getattr(good, name) + 1)
         assert not good.agree, name
         setattr(good, name, getattr(good, name) - 1)

@@ -26,8 +26,8 @@ from replay_runs import ledger_id, outcome_counts, run_replay
 from consumer import App, CannotTell, Message, Misconfigured, Reject, Retry, RunAgain, Tx, verify
 from consumer.admin.positions import move_position
 from consumer.core.message import Partition
-from consumer.demo import plan
 from consumer.demo.application import settle
+from consumer.demo.plan import plan
 from consumer.kafka import log_reader
 from consumer.local_servers import Valkey
 from consumer.postgres.session import Session
@@ -905,7 +905,7 @@ async def paid(place: Place) -> tuple[Place, App, str]:
     await query(place.dsn, "create table accounts (account int primary key, balance bigint not null default 0)")
     await query(place.dsn, "insert into accounts (account) select generate_series(0, 999)")
     topic = await place.topic(8)
-    app = App(f"demo-{uuid.uuid4().hex[:8]}")
+    app = App(f"demo-{uuid.uuid4().hex[:8]}", publishes=["receipts"])
     app.handler(topic)(settle)
     sent = [
         Sent(
@@ -917,7 +917,7 @@ async def paid(place: Place) -> tuple[Place, App, str]:
         for payment in plan(2000, random.Random(4))
     ]
     await place.send(topic, *sent)
-    await consume_all(app, place.settings())
+    await consume_all(app, place.settings(outbox_relay="off"))
     return place, app, topic
 
 
