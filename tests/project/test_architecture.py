@@ -322,8 +322,9 @@ SHOP = {
         "consumer.settings",
     },
     "guard": {"starlette"},
-    "pages": {"asyncpg", "redis", "starlette", "consumer.local_servers", "consumer.kafka"},
-    "payments_api": {"asyncpg", "msgspec", "starlette"},
+    "log_watch": {"aiokafka"},
+    "pages": {"asyncpg", "redis", "starlette", "consumer.local_servers"},
+    "payments_api": {"asyncpg", "starlette"},
     "requests": {"msgspec", "starlette"},
     "__main__": {"uvicorn", "consumer.core"},
 }
