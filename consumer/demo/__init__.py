@@ -28,7 +28,7 @@ from consumer.core.errors import ConsumerError
 from consumer.core.message import Partition
 from consumer.demo.application import app
 from consumer.demo.log_facts import KnownEnds, Reads
-from consumer.demo.plan import ACCOUNTS, DUPLICATES_PERCENT, plan
+from consumer.demo.plan import DUPLICATES_PERCENT, TABLES, plan
 from consumer.demo.receipts import read_receipts
 from consumer.demo.result import DemoResult
 from consumer.kafka.admin import create_topic
@@ -49,11 +49,6 @@ _CHUNK = 200
 _SETTLE_SECONDS = 40.0
 _STOP_SECONDS = 20.0
 _LINE_SECONDS = 2.0  # between two lines of progress, without a terminal for a bar
-_TABLES = f"""
-create table payments (payment_id uuid not null, account int not null, amount bigint not null);
-create table accounts (account int primary key, balance bigint not null default 0);
-insert into accounts (account) select generate_series(0, {ACCOUNTS - 1});
-"""
 
 
 class DemoFailed(ConsumerError):
@@ -107,7 +102,7 @@ class Demo:
             )
             connection = await connect(settings)
             stack.callback(connection.terminate)
-            await migrate.migrate(connection, _TABLES)
+            await migrate.migrate(connection, TABLES)
             for topic in (TOPIC, RECEIPTS):
                 await create_topic(settings, topic, PARTITIONS)
             bars = stack.enter_context(self._bars())

@@ -1,4 +1,4 @@
-"""Which payments the demo produces, and which of them twice."""
+"""Which payments the demo produces, which of them twice, and its tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from uuid import UUID, uuid4
 
 ACCOUNTS = 1000
 DUPLICATES_PERCENT = 10
+TABLES = f"""
+create table payments (payment_id uuid not null, account int not null, amount bigint not null);
+create table accounts (account int primary key, balance bigint not null default 0);
+insert into accounts (account) select generate_series(0, {ACCOUNTS - 1});
+"""
 
 
 @dataclass(frozen=True, slots=True)
