@@ -65,7 +65,7 @@ def load_app(path: str) -> App:
         target = getattr(target, name)
     if not isinstance(target, App):
         raise Misconfigured(
-            f"{path}: a {type(target).__name__}, not a consumer.App; name the variable that holds the App"
+            f"{path}: not a consumer.App, but {type(target).__name__}; name the variable that holds the App"
         )
     if not target.handlers:
         raise Misconfigured(f"{path}: no handlers; import the modules that register them")

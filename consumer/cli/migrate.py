@@ -154,7 +154,9 @@ def _read(files: Sequence[Path]) -> list[tuple[str, str]]:
         try:
             texts.append((str(path), path.read_text("utf-8-sig")))
         except (OSError, UnicodeDecodeError) as error:
-            raise Misconfigured(f"--file {path}: {error}; name a text file that can be read") from None
+            raise Misconfigured(
+                f"--file {path}: {getattr(error, 'strerror', None) or error}; name a text file that can be read"
+            ) from None
     return texts
 
 

@@ -78,4 +78,6 @@ def base_sql(path: Path | None) -> str | None:
     try:
         return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise Misconfigured(f"--base {path}: {error}; name a text file that can be read") from None
+        raise Misconfigured(
+            f"--base {path}: {getattr(error, 'strerror', None) or error}; name a text file that can be read"
+        ) from None

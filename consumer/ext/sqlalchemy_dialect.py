@@ -63,7 +63,7 @@ class Driver:
     def _tx(self) -> Any:
         if self.tx is None:
             raise TransactionMisuse(
-                "session(tx): an object of SQLAlchemy was used after it had ended; load what you need inside "
+                "session(tx): an object of SQLAlchemy was used after its session had ended; load what you need inside "
                 "`async with session(tx)`"
             )
         return self.tx

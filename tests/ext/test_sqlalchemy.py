@@ -394,8 +394,8 @@ async def test_deferred_inserts_are_sent_as_arrays(dsn: str) -> None:
     ("statement", "problem"),
     [
         (select(Note), "insert\\(\\), update\\(\\) or delete\\(\\)"),
-        (text("select 1"), "not TextClause"),
-        (12, "not int"),
+        (text("select 1"), "TextClause is no write"),
+        (12, "but int"),
     ],
 )
 async def test_a_statement_that_is_no_write_cannot_be_deferred(dsn: str, statement: Any, problem: str) -> None:

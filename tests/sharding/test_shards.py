@@ -337,7 +337,7 @@ def test_shards_that_cannot_work_are_refused_where_they_are_written(tmp_path: Pa
         ({"shards": {"east": "env:EAST"}, "route": by_crc}, "at least two"),
         ({"shards": ["east", "west"], "route": by_crc}, "a mapping"),
         ({"shards": {"east": "env:EAST", "we st": "x"}, "route": by_crc}, "cannot name a shard"),
-        ({"shards": {"east": "env:", "west": "x"}, "route": by_crc}, "address of 'east'"),
+        ({"shards": {"east": "env:", "west": "x"}, "route": by_crc}, "no address for 'east'"),
         ({"shards": two, "route": "by_crc"}, "plain function"),
     ]:
         with pytest.raises(RegistrationError, match=says):

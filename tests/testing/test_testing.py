@@ -943,7 +943,7 @@ def test_a_server_that_does_not_count_is_refused(runs: pytest.Pytester, monkeypa
         monkeypatch.setenv("CONSUMER_TEST_POSTGRES_DSN", server.dsn())
         result = runs.runpytest_subprocess("-o", "asyncio_mode=auto", "-k", "right")
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*the PostgreSQL to test on does not count written rows: turn track_counts on"])
+    result.stdout.fnmatch_lines(["*the PostgreSQL to test on: it does not count written rows; turn track_counts on"])
 
 
 def test_the_page_about_it_works_as_it_stands(runs: pytest.Pytester) -> None:
