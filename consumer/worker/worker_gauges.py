@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from consumer.core.delivery import Delivery
@@ -34,7 +34,8 @@ from consumer.worker.shard import LaneState, Shard
 class WorkerState:
     """The parts of a worker that have something to measure.
 
-    ends: of the logs of partitions that are not fetched, as Kafka answered last.
+    paused: returns the partitions that an operator has paused. ends: of the logs of partitions that are not fetched, as Kafka
+    answered last.
     """
 
     source: KafkaConsumer
@@ -44,6 +45,7 @@ class WorkerState:
     connections: Connections
     kafka: KafkaState
     relays: Mapping[str, OutboxRelay]
+    paused: Callable[[], Iterable[Partition]] = tuple
     ends: dict[Partition, int] = field(default_factory=dict)
     _behind_since: dict[Partition, float] = field(default_factory=dict)
 
@@ -121,9 +123,10 @@ class WorkerState:
             yield WAITING, labels, float(count)
 
     def _paused(self) -> Iterator[Gauge]:
-        """Yield 0 for each topic: there is no pause by operators yet."""
+        """Yield how many partitions of each topic are paused."""
+        counts = Counter(partition.topic for partition in self.paused())
         for topic in sorted({topic for shard in self.shards for topic in shard.by_topic}):
-            yield PAUSED, (topic,), 0.0
+            yield PAUSED, (topic,), float(counts[topic])
 
 
 def _firsts(deliveries: Sequence[Delivery]) -> Iterator[Record]:
