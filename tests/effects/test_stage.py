@@ -208,7 +208,7 @@ async def test_the_other_system_is_asked_before_a_message_is_given_up(
         (NotDone("refused"), DAY, 4, ("applied", "")),
     ],
 )
-async def test_what_a_call_raises_says_whether_it_may_have_been_made(
+async def test_exception_of_a_call_says_whether_it_may_have_been_made(
     exactly_once: ExactlyOnce, error: Exception, remembers: Any, calls: int, end: tuple[str, str]
 ) -> None:
     journal = Journal()
