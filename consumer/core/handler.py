@@ -366,7 +366,7 @@ def _check_tx(parameters: tuple[str | Resource | OrmSession, ...], idempotent: b
             f"drop the {'session' if sessions else 'Tx'} parameter, or drop idempotent=False"
         )
     if sessions > 1:
-        raise wrong("asks for two sessions: there is one transaction")
+        raise wrong("asks for two sessions; drop one, there is one transaction")
 
 
 def _decoder(value_type: Any, allow_nan: bool, wrong: Wrong) -> decode.Decoder:
