@@ -37,8 +37,8 @@ coverage: $(VENV)/dev $(KAFKA)/.complete chromium pgbouncer prometheus ## All te
 	$(BIN)/python -m pytest --numprocesses $(AT_A_TIME) --dist loadfile --cov=consumer --cov=handlers --cov-branch \
 		--cov-report=term:skip-covered --cov-report=html:.cache/coverage $(ARGS)
 
-release-check: $(SUPPLY)/.complete ## Build the wheel, install it in a clean environment, run the demo from it
-	@sh requirements/release-check.sh $(SUPPLY)/bin/uv $(PYTHON)
+release-check: $(SUPPLY)/.complete ## Build the wheel, install it in a clean environment, run the demo from it (KEEP=yes: for a release)
+	@KEEP=$(KEEP) sh requirements/release-check.sh $(SUPPLY)/bin/uv $(PYTHON)
 
 pythons: $(VENV)/dev $(KAFKA)/.complete ## The core and the commands on Python 3.11 to 3.13, as far as they are here
 	@sh tests/pythons.sh $(ARGS)

@@ -1,7 +1,9 @@
 #!/bin/sh
-# Build the wheel and try it as a user would: in a clean environment, from another directory. The wheel stays in dist/.
+# Build the wheel and try it as a user would: in a clean environment, from another directory. The wheel stays in dist/; with
+# KEEP=yes it also becomes the version before, which tests/upgrade/ runs beside the next one.
 set -eu
 cd "$(dirname "$0")/.."
+root=$PWD
 uv=$PWD/$1
 python=$2
 rm -rf dist
@@ -21,4 +23,8 @@ found = json.load(open("demo.json"))
 assert found["agree"] is True, found
 print(f"demo: {found['applied']:,} applied, every balance right")
 CHECK
+if [ "${KEEP:-}" = yes ]; then # of a release: the next version is tested beside this one
+  rm -f "$root"/tests/upgrade/previous/*.whl
+  cp "$wheel" "$root/tests/upgrade/previous/"
+fi
 echo "good: $wheel"

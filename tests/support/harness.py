@@ -59,7 +59,7 @@ def settings_for(dsn: str, kafka: str, redis_url: str | None = None, **more: Any
 # The role as which everything that a test runs connects: what `consumer migrate --grants` prints is all it may do with
 # our tables. Its name needs its quotes. With the test's own tables it may do what handlers may.
 WORKER, WORKER_PASSWORD = "test-worker", "worker-secret-5b1e"
-_WORKER_RIGHTS = f"""
+WORKER_RIGHTS = f"""
 do $$ begin create role "{WORKER}" login password '{WORKER_PASSWORD}'; exception when duplicate_object then null; end $$;
 do $$ declare each name; begin
     for each in select nspname from pg_namespace where nspname !~ '^(pg_.*|information_schema|consumer)$' loop
@@ -83,7 +83,7 @@ async def migrated(dsn: str, tables: str = TABLES) -> None:
     connection = await asyncpg.connect(dsn)
     try:
         await migrate.migrate(connection, tables)
-        await connection.execute(_WORKER_RIGHTS)
+        await connection.execute(WORKER_RIGHTS)
         await connection.execute(grants.as_sql(WORKER, grants.For.WORKER))
     finally:
         await connection.close()
