@@ -123,6 +123,10 @@ class Settings(BaseModel):
         description="a worker stops that would make more dead letters than this share of a handler's last 1,000 messages, and at "
         "least 50; 0: at the first one, 1: never",
     )
+    dead_letter_retention_hours: Positive | None = Field(
+        None,
+        description="erase the message of a dead letter so long after it was applied or discarded (absent: never)",
+    )
     dead_letter_topic: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$")] | None = Field(
         None, description="also produce dead letters to this topic, after they are kept in PostgreSQL"
     )

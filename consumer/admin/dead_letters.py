@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from consumer.core.dead_letter_seal import altered
+from consumer.core.dead_letter_seal import altered, is_erased
 from consumer.postgres import dead_letter_queries
 from consumer.postgres.dead_letter_queries import Matching
 from consumer.postgres.protocol import Connection
@@ -69,6 +69,7 @@ async def dead_letter(connection: Connection, number: int) -> dict[str, Any] | N
         ],
         "value": _text_or_base64(row["value"]),
         "altered": altered(row),
+        "erased": is_erased(row),
         "actions": [_action(action) for action in await dead_letter_queries.actions(connection, number, _ACTIONS_MAX)],
     }
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from consumer.core.audit import ActedBy
 from consumer.core.errors import Misconfigured
 from consumer.postgres import outbox, outbox_intake
 from consumer.postgres.connection import translated_errors
@@ -85,13 +86,11 @@ async def read_stream(connection: Connection, app: str, number: int, limit: int)
     }
 
 
-async def resume(
-    settings: Settings, connection: Connection, app: str, stream: int, discard: int, operator: str, why: str
-) -> Resumed:
+async def resume(settings: Settings, connection: Connection, app: str, stream: int, discard: int, by: ActedBy) -> Resumed:
     """Let a stopped stream go on; a worker notices within a second.
 
     discard: how many of its next rows are not published. Raises Misconfigured, Outage.
     """
     with translated_errors(settings):
-        moved = await outbox.resume(connection, app, stream, discard, operator, why)
+        moved = await outbox.resume(connection, app, stream, discard, by)
     return Resumed(stream, None, None) if moved is None else Resumed(stream, *moved)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from consumer.admin.ledger_access import with_ledger
 from consumer.admin.positions import adopt_log, move_position
 from consumer.app import App
+from consumer.core.audit import ActedBy, Entry
 from consumer.core.errors import Misconfigured
 from consumer.core.log_identity import ObservedLog, Position, check_log
 from consumer.core.message import Partition
@@ -24,6 +25,7 @@ from consumer.kafka.bounds import AtPosition, Bound, Earliest, Latest, Offset, T
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.log_reader import find_partitions, parse
 from consumer.kafka.protocol import Identity
+from consumer.postgres import audit
 from consumer.postgres.positions import read_positions
 from consumer.postgres.protocol import Connection
 from consumer.settings import Settings
@@ -65,6 +67,7 @@ async def move(
     *,
     dry_run: bool,
     apply_again: bool,
+    by: ActedBy,
 ) -> list[Move]:
     """Move the position of one partition, or of a topic.
 
@@ -90,7 +93,7 @@ async def move(
         if dry_run:
             return [Move(partition, now.get(partition), targets[partition]) for partition in sorted(partitions)]
         async with connection.transaction():
-            return [
+            moves = [
                 Move(
                     partition,
                     await move_position(connection, app.name, partition, targets[partition]),
@@ -98,8 +101,15 @@ async def move(
                 )
                 for partition in sorted(partitions)
             ]
+            await audit.record(connection, *(_moved(app, by, move) for move in moves))
+            return moves
 
     return await with_ledger(settings, change)
+
+
+def _moved(app: App, by: ActedBy, move: Move) -> Entry:
+    numbers = {"before": move.before, "position": move.position}
+    return Entry("positions move", by, "moved", app.name, *move.partition, numbers=numbers)
 
 
 async def _targets(
@@ -152,7 +162,7 @@ def _refuse_other_logs(known: Mapping[Partition, Position], identity: Identity, 
             raise Misconfigured(f"--move-to: {stop.text}; begin with it by --topic {topic} --adopt")
 
 
-async def adopt(app: App, topic: str, partition: int | None, settings: Settings) -> list[Adopted]:
+async def adopt(app: App, topic: str, partition: int | None, settings: Settings, by: ActedBy) -> list[Adopted]:
     """Begin another log, for one partition or all that stopped for this.
 
     Returns an empty list if no position is of another log; then nothing was changed.
@@ -164,33 +174,64 @@ async def adopt(app: App, topic: str, partition: int | None, settings: Settings)
         identity, firsts = await source.log.identity([topic]), await source.log.beginnings(partitions)
 
         async def change(connection: Connection) -> list[Adopted]:
-            return [
-                Adopted(partition, stop.text)
-                for partition in partitions
-                if (stop := await adopt_log(connection, source, app, partition, identity, firsts[partition]))
-                is not None
-            ]
+            adopted = []
+            for partition in partitions:
+                async with connection.transaction():
+                    stop = await adopt_log(connection, source, app, partition, identity, firsts[partition])
+                    if stop is not None:
+                        numbers = {"position": firsts[partition]}
+                        entry = Entry("positions adopt", by, "adopted", app.name, *partition, numbers=numbers)
+                        await audit.record(connection, entry)
+                        adopted.append(Adopted(partition, stop.text))
+            return adopted
 
         return await with_ledger(settings, change)
     finally:
         await source.stop(5)
 
 
-async def begin_here(app: App, handler: str, topic: str | None, settings: Settings) -> list[Gap]:
+async def begin_here(app: App, handler: str, topic: str | None, settings: Settings, by: ActedBy) -> list[Gap]:
     """Record that a handler need not settle what it has missed.
 
     Returns what it had missed; nothing was changed if that is empty.
     """
     topics = coverage.topics_of(app)[handler] if topic is None else [topic]
-    return await with_ledger(settings, lambda connection: coverage.begin_here(connection, app, handler, topics))
+
+    async def change(connection: Connection) -> list[Gap]:
+        async with connection.transaction():
+            gaps = await coverage.begin_here(connection, app, handler, topics)
+            entries = [
+                Entry(
+                    "positions begin-here",
+                    by,
+                    f"handler {handler} begins here",
+                    app.name,
+                    *gap.partition,
+                    numbers={"first": gap.first, "past": gap.past},
+                )
+                for gap in gaps
+            ]
+            await audit.record(connection, *entries)
+        return gaps
+
+    return await with_ledger(settings, change)
 
 
-async def accept_id_rule(app: App, handler: str, settings: Settings) -> id_rules.RuleChange | None:
+async def accept_id_rule(app: App, handler: str, settings: Settings, by: ActedBy) -> id_rules.RuleChange | None:
     """Record that a handler now identifies messages by another rule.
 
     Returns None if the rule is the recorded one; then nothing was changed.
     """
-    return await with_ledger(settings, lambda connection: id_rules.accept(connection, app, handler))
+
+    async def change(connection: Connection) -> id_rules.RuleChange | None:
+        async with connection.transaction():
+            changed = await id_rules.accept(connection, app, handler)
+            if changed is not None:
+                result = f"handler {handler} identifies by {changed.declared}"
+                await audit.record(connection, Entry("positions accept-id-rule", by, result, app.name))
+        return changed
+
+    return await with_ledger(settings, change)
 
 
 def check_handler(app: App, path: str, handler: str) -> None:

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 from consumer.admin.ledger_access import connected
 from consumer.admin.purge_plan import PurgeEnd, decide, decide_by_logs, longer_needs
+from consumer.core.audit import ActedBy, Entry
 from consumer.core.errors import Misconfigured
 from consumer.core.message import Partition
 from consumer.core.retention import HOUR, LedgerState, Policy, Step, contradictions, wanted
 from consumer.core.suggestions import check_known
 from consumer.kafka.consumer import KafkaConsumer
-from consumer.postgres import generations
+from consumer.postgres import audit, generations
 from consumer.postgres.connection import database_epoch, translated_errors
 from consumer.postgres.handlers import topic_numbers
 from consumer.retention import task
@@ -31,13 +32,14 @@ class PurgeOptions:
     """What to drop.
 
     hours: how long rows are kept. force: also what a log can still deliver or another App needs. retired: an App whose
-    declared retention does not count any more.
+    declared retention does not count any more. by: for the record.
     """
 
     hours: float
     dry_run: bool = False
     force: bool = False
     retired: str | None = None
+    by: ActedBy
 
 
 class PurgeResult(NamedTuple):
@@ -85,7 +87,12 @@ class _Purge:
             rows = await generations.estimated_rows(self.connection)
         plan = await self._plan(before, rows, topics)
         steps: list[dict[str, Any]] = []
+        if not self.options.dry_run:
+            await self._record("begun", retention_hours=policy.retention)
         end = None if self.options.dry_run else await self._act(policy, topics, steps, on_step)
+        if end is not None:
+            dropped = sum(step["done"] == "dropped" for step in steps)
+            await self._record("held back" if end.refusal else "done", dropped=dropped)
         with translated_errors(self.settings):
             after = await generations.read_state(self.connection)
         answer = {
@@ -116,10 +123,15 @@ class _Purge:
                 check_known("--retired", retired, declared, "this database")
                 if not self.options.dry_run:
                     await generations.declare(self.connection, retired, 0)
+                    await self._record(f"{retired} is retired")
                 declared[retired] = 0
             topics = sorted(await topic_numbers(self.connection))
         _, longer = wanted(self.options.hours, declared)
         return topics, longer
+
+    async def _record(self, result: str, **numbers: float | None) -> None:
+        with translated_errors(self.settings):
+            await audit.record(self.connection, Entry("purge", self.options.by, result, None, numbers=numbers))
 
     async def _plan(self, state: LedgerState, rows: dict[int, int], topics: Sequence[str]) -> list[dict[str, Any]]:
         plan = []

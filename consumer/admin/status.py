@@ -14,14 +14,16 @@ from consumer.admin.counts import handler_counts, miscounts, open_dead_letters
 from consumer.admin.ledger_access import with_ledger
 from consumer.admin.outbox import summary
 from consumer.admin.partitions import PartitionHealth, partition_health, partition_lags
+from consumer.admin.pauses import pause_as_dict
 from consumer.app import App
 from consumer.core.message import Partition
+from consumer.core.pauses import PauseOrder, pause_of
 from consumer.handler_records import notices
 from consumer.handler_records.notices import Notice
 from consumer.handler_records.settled_ranges import Gap
 from consumer.kafka import group
 from consumer.kafka.consumer import KafkaConsumer
-from consumer.postgres import waiting_messages
+from consumer.postgres import pauses, waiting_messages
 from consumer.postgres.protocol import Connection
 from consumer.settings import Settings
 
@@ -89,6 +91,7 @@ async def read_status(app: App, path: str, settings: Settings, exact: bool = Fal
         health = await partition_health(connection, source, app, partitions, members.commits)
         waiting, _ = await waiting_messages.read(connection, app.name)
         unpublished = await summary(connection, app.name)
+        paused = await pauses.read(connection, app.name)
         wrong_counts = await miscounts(connection, app) if exact else None
         all_notices, coverage = await notices.gather(connection, app, path, members, missing)
         return Status(
@@ -96,7 +99,8 @@ async def read_status(app: App, path: str, settings: Settings, exact: bool = Fal
             handlers=handlers,
             open_dead_letters=dead_letters,
             partitions=[
-                lag | health_as_dict(health[partition], path) for lag, partition in zip(lags, partitions, strict=True)
+                lag | health_as_dict(health[partition], path) | {"paused": _paused(paused, partition)}
+                for lag, partition in zip(lags, partitions, strict=True)
             ],
             missing_topics=missing,
             waiting=waiting,
@@ -127,6 +131,11 @@ async def probe(settings: Settings) -> None:
         await with_ledger(settings, nothing)
     finally:
         await source.stop(5)
+
+
+def _paused(paused: Sequence[PauseOrder], partition: Partition) -> dict[str, Any] | None:
+    pause = pause_of(paused, partition)
+    return None if pause is None else pause_as_dict(pause)
 
 
 def gap_as_dict(gap: Gap) -> dict[str, Any]:

@@ -256,8 +256,10 @@ async def _dlq_show(app: NamedApp, number: int, settings: Settings, as_json: boo
 
 def _print_dead_letter(answer: dict[str, Any]) -> None:
     for name, value in answer.items():
-        if name not in ("actions", "trace", "altered"):
+        if name not in ("actions", "trace", "altered", "erased"):
             line(f"{name:18} {value if isinstance(value, str) else json.dumps(value)}")
+    if answer["erased"]:
+        line(f"{'erased':18} its message, its errors and its edits; it can be discarded, and not retried")
     if altered := answer["altered"]:
         line(
             f"{'altered':18} not as its message had it: {' and '.join(altered)}; `consumer dlq retry` does not apply it as it is"

@@ -17,6 +17,7 @@ from consumer.app import App
 from consumer.app_loader import load_app
 from consumer.cli.dlq import FilterFlags
 from consumer.cli.framework import POSTGRES, AppPath, AsJson, DryRun, command, dlq
+from consumer.cli.operators import NeededWhy, Operator, Why, acted_by
 from consumer.cli.per_shard import ShardName
 from consumer.cli.settle_run import Answering, settle_all
 from consumer.core.errors import Misconfigured
@@ -28,9 +29,6 @@ from consumer.sharding.shards import settings_of
 
 All = Annotated[bool, typer.Option("--all", help="all open dead letters of the App", rich_help_panel="Filters")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="do not ask")]
-Operator = Annotated[
-    str | None, typer.Option("--operator", help="who does it, for the record (default: the user of the system)")
-]
 Letters = Annotated[
     list[int] | None,
     typer.Argument(metavar="[LETTER]...", min=1, max=2**63 - 1, help="numbers, as `consumer dlq list` shows them", show_default=False),
@@ -63,6 +61,7 @@ def dlq_retry(
             help="with --value: it is another intent, under this message id (auto: one made from the dead letter)",
         ),
     ] = None,
+    why: Why = None,
     operator: Operator = None,
     shard: ShardName = None,
     as_json: AsJson = False,
@@ -86,7 +85,8 @@ def dlq_retry(
     filters = only.filters(letters)
     _check_selected(filters, everything)
     loaded, on = _app_and_database(app, settings, shard)
-    return settle_all(loaded, on, filters, SettleOptions(edit=edit), Answering(operator, yes, dry_run, as_json))
+    by = acted_by(operator, why)
+    return settle_all(loaded, on, filters, SettleOptions(edit=edit), Answering(by, yes, dry_run, as_json))
 
 
 @command(dlq, "discard", (*POSTGRES, "dead_letter_topic", "wait_", "log_"))
@@ -95,9 +95,7 @@ def dlq_discard(
     settings: Settings,
     only: FilterFlags,
     letters: Letters = None,
-    why: Annotated[
-        str | None, typer.Option("--why", metavar="TEXT", help="the reason, for the record (required)")
-    ] = None,
+    why: NeededWhy = None,
     everything: All = False,
     yes: Yes = False,
     dry_run: DryRun = False,
@@ -110,13 +108,11 @@ def dlq_discard(
     Their messages are never applied. Those that wait behind them run, here. The dead letter stays as a record, with who
     discarded it and why; a message that comes again under its id is a duplicate.
     """
-    if why is None or not why.strip():
-        raise Misconfigured("--why: no reason is given; say --why TEXT, which is kept with the dead letters")
+    by = acted_by(operator, why, needs_why=True)
     filters = only.filters(letters)
     _check_selected(filters, everything)
     loaded, on = _app_and_database(app, settings, shard)
-    options = SettleOptions(why=why.strip())
-    return settle_all(loaded, on, filters, options, Answering(operator, yes, dry_run, as_json))
+    return settle_all(loaded, on, filters, SettleOptions(why=by.why), Answering(by, yes, dry_run, as_json))
 
 
 def _app_and_database(path: str, settings: Settings, shard: str | None) -> tuple[App, Settings]:

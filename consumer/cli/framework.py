@@ -169,6 +169,7 @@ _NAMES = {  # of parameters that are not named like their flag
     "topics": "TOPIC",
     "message_id": "MESSAGE_ID",
     "start": "--from",
+    "of_action": "--action",
     "handlers": "--handler",
     "files": "--file",
     "grants_for": "--grants",

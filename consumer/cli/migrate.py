@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import sys
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,13 +12,16 @@ import typer
 from consumer.admin.ledger_access import connected, with_ledger
 from consumer.app import App
 from consumer.cli.framework import POSTGRES, MaybeApp, cli, command
+from consumer.cli.operators import acted_by
 from consumer.cli.per_shard import ShardName, app_or_none, named_app, over
+from consumer.core.audit import Entry
 from consumer.core.errors import Misconfigured
 from consumer.handler_records import coverage
-from consumer.postgres import grants
+from consumer.postgres import audit, grants
 from consumer.postgres import migrate as schema
 from consumer.postgres.connection import dsn_label
 from consumer.postgres.errors import redacted_message, sqlstate_of
+from consumer.postgres.protocol import Connection
 from consumer.settings import Settings
 from consumer.sharding import shards
 
@@ -178,10 +179,8 @@ async def _migrate_shards(
 async def _rename(settings: Settings, app: str, old: str, new: str) -> int:
     if old == new or not new:
         raise Misconfigured("--rename-handler: OLD and NEW are one name; give two names")
-    operator = getpass.getuser() if sys.stdin is not None else ""
-
     try:
-        await with_ledger(settings, lambda connection: coverage.rename(connection, app, old, new, operator))
+        await with_ledger(settings, lambda connection: _rename_recorded(connection, app, old, new))
     except Exception as error:
         if sqlstate_of(error) is None:
             raise
@@ -190,6 +189,13 @@ async def _rename(settings: Settings, app: str, old: str, new: str) -> int:
         ) from None
     print(f"handler {old!r} of App {app!r} is {new!r} in the ledger now; workers with the old name are refused")
     return 0
+
+
+async def _rename_recorded(connection: Connection, app: str, old: str, new: str) -> None:
+    by = acted_by(None, None)
+    async with connection.transaction():
+        await coverage.rename(connection, app, old, new, by.operator)
+        await audit.record(connection, Entry("rename handler", by, f"{old} is {new}", app))
 
 
 async def _migrate(settings: Settings, check: bool, own: Sequence[tuple[str, str]], new_epoch: bool) -> int:

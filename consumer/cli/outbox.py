@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 from typing import Annotated, Any
 
 import typer
@@ -12,13 +11,13 @@ from rich.table import Table
 from consumer.admin import outbox as admin
 from consumer.admin.ledger_access import with_ledger
 from consumer.cli.framework import POSTGRES, AppOrName, AsJson, Refused, cli, command
+from consumer.cli.operators import NeededWhy, Operator, acted_by
 from consumer.cli.output import line, names, numbers, print_json, printable, show
 from consumer.cli.per_shard import NamedApp, ShardName, named_app, over
 from consumer.core.errors import Misconfigured
 from consumer.core.message import Partition
 from consumer.outbox.streams import named
 from consumer.postgres import outbox
-from consumer.postgres.dead_letters import storable
 from consumer.postgres.protocol import Connection
 from consumer.settings import Settings
 
@@ -34,10 +33,6 @@ StreamNumber = Annotated[
     typer.Argument(
         metavar="STREAM", min=1, max=2**31 - 1, help="a number, as `consumer outbox list` shows it", show_default=False
     ),
-]
-Why = Annotated[str | None, typer.Option("--why", metavar="TEXT", help="the reason, for the record (required)")]
-Operator = Annotated[
-    str | None, typer.Option("--operator", help="who does it, for the record (default: the user of the system)")
 ]
 
 
@@ -131,7 +126,7 @@ def outbox_resume(
     app: AppOrName,
     stream: StreamNumber,
     settings: Settings,
-    why: Why = None,
+    why: NeededWhy = None,
     operator: Operator = None,
     shard: ShardName = None,
     as_json: AsJson = False,
@@ -149,7 +144,7 @@ def outbox_discard(
     stream: StreamNumber,
     settings: Settings,
     rows: Annotated[int, typer.Option("--rows", min=1, max=2**62, help="how many, beginning with the refused one")] = 1,
-    why: Why = None,
+    why: NeededWhy = None,
     operator: Operator = None,
     shard: ShardName = None,
     as_json: AsJson = False,
@@ -171,16 +166,14 @@ def _act(
     shard: str | None,
     as_json: bool,
 ) -> Any:
-    if why is None or not why.strip():
-        raise Misconfigured("--why: no reason is given; say --why TEXT, which is kept on record")
-    reason, who = storable(why.strip()), storable(operator or _user())
+    by = acted_by(operator, why, needs_why=True)
     named = named_app(app)
     _check_shard(named, shard)
 
     async def act(on: Settings) -> int:
         async def ask(connection: Connection) -> admin.Resumed:
             await named.check(connection)
-            return await admin.resume(on, connection, named.name, stream, discard, who, reason)
+            return await admin.resume(on, connection, named.name, stream, discard, by)
 
         done = await with_ledger(on, ask)
         if as_json:
@@ -200,13 +193,6 @@ def _check_shard(named: NamedApp, shard: str | None) -> None:
         raise Misconfigured(
             f"--shard: each shard of App {named.name!r} has its own streams; choose one of {', '.join(named.app.shards)}"
         )
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a user without a name, as in some containers
-        return "unknown"
 
 
 def _source(stream: dict[str, Any]) -> str:

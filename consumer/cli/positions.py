@@ -15,9 +15,11 @@ from consumer.admin.status import gap_as_dict
 from consumer.app import App
 from consumer.app_loader import load_app
 from consumer.cli.framework import SERVICES, AppPath, AsJson, DryRun, Refused, cli, command
+from consumer.cli.operators import Operator, Why, acted_by
 from consumer.cli.output import line, print_json
 from consumer.cli.per_shard import ShardName, over
 from consumer.cli.status import print_status
+from consumer.core.audit import ActedBy
 from consumer.core.errors import Misconfigured
 from consumer.core.suggestions import UnknownName, suggestion
 from consumer.handler_records.notices import gap_text
@@ -99,6 +101,8 @@ def positions(
     adopt: _Adopt = False,
     begin_here: _BeginHere = False,
     accept_id_rule: _AcceptIdRule = False,
+    why: Why = None,
+    operator: Operator = None,
     shard: ShardName = None,
     as_json: AsJson = False,
 ) -> Any:
@@ -116,7 +120,8 @@ def positions(
       consumer positions shop:app --handler NEW --begin-here
     """
     loaded = load_app(app)
-    wanted = _Wanted(topic, partition, handler, move_to, dry_run, apply_again, adopt, begin_here, accept_id_rule)
+    by = acted_by(operator, why)
+    wanted = _Wanted(topic, partition, handler, move_to, dry_run, apply_again, adopt, begin_here, accept_id_rule, by)
     _check_together(wanted)
     if handler is not None:
         changes.check_handler(loaded, app, handler)
@@ -137,6 +142,7 @@ class _Wanted(NamedTuple):
     adopt: bool
     begin_here: bool
     accept_id_rule: bool
+    by: ActedBy
 
 
 def _check_together(wanted: _Wanted) -> None:
@@ -168,13 +174,13 @@ def _check_together(wanted: _Wanted) -> None:
 
 async def _run(app: App, path: str, wanted: _Wanted, settings: Settings, as_json: bool) -> int:
     if wanted.handler is not None and wanted.accept_id_rule:
-        return await _accept_id_rule(app, wanted.handler, settings, as_json)
+        return await _accept_id_rule(app, wanted.handler, wanted.by, settings, as_json)
     if wanted.handler is not None:
-        return await _begin_here(app, wanted.handler, wanted.topic, settings, as_json)
+        return await _begin_here(app, wanted.handler, wanted.topic, wanted.by, settings, as_json)
     if wanted.topic is None:
         return await print_status(app, path, settings, as_json)
     if wanted.to is None:
-        return await _adopt(app, wanted.topic, wanted.partition, settings, as_json)
+        return await _adopt(app, wanted.topic, wanted.partition, wanted.by, settings, as_json)
     moves = await changes.move(
         app,
         wanted.topic,
@@ -183,6 +189,7 @@ async def _run(app: App, path: str, wanted: _Wanted, settings: Settings, as_json
         settings,
         dry_run=wanted.dry_run,
         apply_again=wanted.apply_again,
+        by=wanted.by,
     )
     _print_moves(moves, wanted.partition is not None, wanted.dry_run, as_json)
     return 0
@@ -199,8 +206,8 @@ def _print_moves(moves: Sequence[changes.Move], is_one: bool, dry_run: bool, as_
         line(f"{topic}:{number} {verb} from {'-' if before is None else before} to {position}")
 
 
-async def _adopt(app: App, topic: str, partition: int | None, settings: Settings, as_json: bool) -> int:
-    adopted = await changes.adopt(app, topic, partition, settings)
+async def _adopt(app: App, topic: str, partition: int | None, by: ActedBy, settings: Settings, as_json: bool) -> int:
+    adopted = await changes.adopt(app, topic, partition, settings, by)
     if as_json:
         print_json([place._asdict() | {"why": why} for place, why in adopted])
     else:
@@ -213,8 +220,8 @@ async def _adopt(app: App, topic: str, partition: int | None, settings: Settings
     return 0
 
 
-async def _begin_here(app: App, handler: str, topic: str | None, settings: Settings, as_json: bool) -> int:
-    gaps = await changes.begin_here(app, handler, topic, settings)
+async def _begin_here(app: App, handler: str, topic: str | None, by: ActedBy, settings: Settings, as_json: bool) -> int:
+    gaps = await changes.begin_here(app, handler, topic, settings, by)
     if as_json:
         print_json([gap_as_dict(gap) for gap in gaps])
     elif gaps:
@@ -226,8 +233,8 @@ async def _begin_here(app: App, handler: str, topic: str | None, settings: Setti
     return 0
 
 
-async def _accept_id_rule(app: App, handler: str, settings: Settings, as_json: bool) -> int:
-    change = await changes.accept_id_rule(app, handler, settings)
+async def _accept_id_rule(app: App, handler: str, by: ActedBy, settings: Settings, as_json: bool) -> int:
+    change = await changes.accept_id_rule(app, handler, settings, by)
     if as_json:
         print_json(None if change is None else change._asdict())
     elif change is not None:

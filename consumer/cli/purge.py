@@ -14,6 +14,7 @@ from rich.table import Table
 from consumer.admin.purge import PurgeOptions, purge
 from consumer.admin.purge_plan import hours_to_keep
 from consumer.cli.framework import AsJson, DryRun, MaybeApp, Refused, cli, command
+from consumer.cli.operators import Operator, Why, acted_by
 from consumer.cli.output import err, line, names, numbers, print_json, show
 from consumer.cli.per_shard import ShardName, app_or_none, over
 from consumer.settings import Settings
@@ -44,6 +45,8 @@ def purge_command(
         str | None,
         typer.Option("--retired", metavar="NAME", help="ignore the retention declared by this decommissioned App"),
     ] = None,
+    why: Why = None,
+    operator: Operator = None,
     shard: ShardName = None,
     as_json: AsJson = False,
 ) -> Any:
@@ -56,7 +59,7 @@ def purge_command(
     Exit code 1 when something that is due was held back.
     """
     hours = hours_to_keep(older_than, settings.ledger_retention_hours, force)
-    options = PurgeOptions(hours=hours, dry_run=dry_run, force=force, retired=retired)
+    options = PurgeOptions(hours=hours, dry_run=dry_run, force=force, retired=retired, by=acted_by(operator, why))
     return over(app_or_none(app), shard, settings, as_json, lambda on: _purge(on, options, as_json))
 
 

@@ -10,6 +10,7 @@ import typer
 
 from consumer.cli import replay_run
 from consumer.cli.framework import AppPath, cli, command
+from consumer.cli.operators import Operator, Why, acted_by
 from consumer.cli.replay_options import (
     RANGE,
     SETTINGS,
@@ -67,6 +68,8 @@ class ReplayFlags(RangeFlags):
     ] = None
     allow_outside: AllowOutside = False
     resume: Resume = False
+    why: Why = None
+    operator: Operator = None
 
     def engine_options(self) -> Options | OutgoingOptions:
         """Return the options of the replay itself. Raises Misconfigured."""
@@ -118,5 +121,12 @@ def replay_command(app: AppPath, topics: Topics, settings: Settings, options: Re
           prove that the output topics have what the handlers publish
     """
     return replay_run.start(
-        app, settings, topics, options.engine_options(), answer.report, answer.as_json, options.resume
+        app,
+        settings,
+        topics,
+        options.engine_options(),
+        answer.report,
+        answer.as_json,
+        options.resume,
+        acted_by(options.operator, options.why),
     )

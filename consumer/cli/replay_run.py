@@ -7,12 +7,14 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+from consumer.admin.audit import recording
 from consumer.app import App
 from consumer.app_loader import load_app
 from consumer.cli.output import err, print_json
 from consumer.cli.progress import progress
 from consumer.cli.replay_output import show
 from consumer.cli.replay_state import AnyOptions, SavedState, mode_of
+from consumer.core.audit import ActedBy
 from consumer.core.errors import ConsumerError, Misconfigured
 from consumer.replay.findings import Findings, Verdict
 from consumer.replay.html import page
@@ -34,6 +36,7 @@ def start(
     report: Path | None,
     as_json: bool,
     resume: bool = False,
+    by: ActedBy | None = None,
 ) -> Coroutine[Any, Any, int]:
     """Check the arguments and return the run. Raises Misconfigured."""
     if report is not None:
@@ -41,7 +44,7 @@ def start(
     app = loaded(path, options)
     refuse_shards(app)
     settings.dsn  # noqa: B018 - raises when there is none
-    return run(path, app, settings, topics, options, resume=resume, report=report, as_json=as_json)
+    return run(path, app, settings, topics, options, resume=resume, report=report, as_json=as_json, by=by)
 
 
 def loaded(path: str, options: AnyOptions) -> App:
@@ -97,6 +100,7 @@ async def run(
     resume: bool,
     report: Path | None,
     as_json: bool,
+    by: ActedBy | None = None,
 ) -> int:
     saved = SavedState(path, settings, topics, options) if isinstance(options, Options | RepublishOptions) else None
     resumed = None
@@ -110,9 +114,13 @@ async def run(
     try:
         with progress("offsets") as bar:
             save = saved.save if saved is not None else None
-            findings = await _findings(
-                app, settings, topics, options, Progress(bar.line, bar.announce, bar.progress, save), resumed
-            )
+            reports = Progress(bar.line, bar.announce, bar.progress, save)
+            if isinstance(options, Options) and options.mode == "apply" and by is not None:
+                async with recording(settings, "replay apply", by, app.name, ", ".join(topics)) as numbers:
+                    findings = await _findings(app, settings, topics, options, reports, resumed)
+                    numbers |= {outcome: findings.total(outcome) for outcome in ("applied_now", "dead_lettered_now")}
+            else:
+                findings = await _findings(app, settings, topics, options, reports, resumed)
     except ConsumerError as error:
         if as_json:  # a program that reads JSON does not parse standard error
             unknown = Verdict.UNKNOWN

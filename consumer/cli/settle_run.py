@@ -6,8 +6,6 @@ A first Ctrl-C or SIGTERM lets the transaction in hand end, a second one undoes 
 from __future__ import annotations
 
 import asyncio
-import getpass
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ from consumer.cli.output import line, print_json
 from consumer.cli.progress import progress
 from consumer.cli.prompts import ask
 from consumer.cli.signals import Interrupted
+from consumer.core.audit import ActedBy
 from consumer.core.errors import CannotTell, Misconfigured
 from consumer.dead_letters.retry import DeadLetterRetrier, Filters
 from consumer.postgres.connection import wait_for
@@ -34,7 +33,7 @@ _NUMBERS_SHOWN_MAX = 200
 class Answering(NamedTuple):
     """Who acts, and how to answer."""
 
-    operator: str | None
+    by: ActedBy
     yes: bool
     dry_run: bool
     as_json: bool
@@ -46,8 +45,11 @@ async def settle_all(
     """Select, confirm and settle; return the exit code."""
     settings.dsn  # noqa: B018 - raises when there is none
     async with running(app):
-        operator = answering.operator or _user()
-        retrier = await wait_for(lambda left: DeadLetterRetrier.open(app, settings, operator), settings.wait_seconds)
+        by = answering.by
+        why = "" if options.is_discard else by.why
+        retrier = await wait_for(
+            lambda left: DeadLetterRetrier.open(app, settings, by.operator, why), settings.wait_seconds
+        )
         try:
             await name_filters.check(
                 retrier.session.connection,
@@ -62,7 +64,7 @@ async def settle_all(
             if answering.dry_run or not numbers:
                 return _print_selected(numbers, left_out, answering)
             if question is not None and not answering.yes:
-                _confirm(question)
+                confirm(question)
             if unsure:
                 retrier.allow_unsure()
             return await _settle(retrier, numbers, left_out, options, answering, bulk=filters.dead_letters is None)
@@ -70,14 +72,8 @@ async def settle_all(
             retrier.close()
 
 
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
-        return f"uid {os.getuid()}"
-
-
-def _confirm(question: str) -> None:
+def confirm(question: str) -> None:
+    """Ask; raise Misconfigured without a terminal, Refused for no."""
     if not sys.stdin.isatty():
         raise Misconfigured(
             f"{question.removesuffix('?')}: no terminal to ask at; say --yes (--dry-run shows the dead letters)"

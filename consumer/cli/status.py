@@ -68,7 +68,7 @@ async def print_status(app: App, path: str, settings: Settings, as_json: bool, e
 
 
 def print_answer(answer: Status, path: str) -> None:
-    _print_partitions(answer)
+    _print_partitions(answer, path)
     for notice in answer.notices:
         line(notice.text)
         line(f"  to resolve it: {notice.do}")
@@ -88,7 +88,7 @@ def print_answer(answer: Status, path: str) -> None:
         )
 
 
-def _print_partitions(answer: Status) -> None:
+def _print_partitions(answer: Status, path: str) -> None:
     table = Table(*names("topic", "partition"), *numbers("position", "end", "lag", "waiting", "unread"))
     for partition in answer.partitions:
         position = "-" if partition["position"] is None else f"{partition['position']:,}"
@@ -102,6 +102,11 @@ def _print_partitions(answer: Status) -> None:
         if stop := partition["stopped"]:
             line(f"{place} has stopped: {stop['why']}")
             line(f"  to go on: {stop['do']}")
+        if pause := partition["paused"]:
+            target = "" if pause["topic"] is None else f" --topic {pause['topic']}"
+            target += "" if pause["partition"] is None else f" --partition {pause['partition']}"
+            line(f"{place} is paused since {pause['since']} by {pause['operator']}: {pause['why']}")
+            line(f"  to go on: consumer resume {path}{target} --why TEXT")
         if transaction := partition["open_transaction"]:
             line(
                 f"{place} is held back at {transaction['offset']} by a producer's transaction that is open since "

@@ -15,7 +15,13 @@ from consumer.core.message import Record
 
 VALUE = "value"
 REST = "key, headers or place"
+ERASED = b""  # instead of digests, which would confirm a guess of the message
 _SIZE = 16  # bytes of each digest
+
+
+def is_erased(row: Mapping[str, Any]) -> bool:
+    """Return whether an operator has erased the message of a dead letter."""
+    return row["seal"] is not None and row["seal"] == ERASED
 
 
 def seal(record: Record) -> bytes:
@@ -29,11 +35,13 @@ def seal(record: Record) -> bytes:
 def altered(row: Mapping[str, Any]) -> list[str] | None:
     """Return which parts of a dead letter's row have changed: VALUE, REST.
 
-    None for a row without digests.
+    None for a row without digests. An erased row has nothing that could have changed.
     """
     kept = row["seal"]
     if kept is None:
         return None
+    if kept == ERASED:
+        return []
     place = (row["topic"], row["partition"], row["offset"], row["timestamp"])
     intact = {
         VALUE: kept[:_SIZE] == _of_value(row["value"]),

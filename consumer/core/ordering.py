@@ -89,6 +89,7 @@ class Scheduler:
         self._delayed: dict[Hashable, deque[Delivery]] = {}  # key -> the failed message and those behind it
         self._due: dict[Hashable, float] = {}  # key -> time of the next attempt
         self._last_epoch = 0
+        self.paused: frozenset[Partition] = frozenset()  # nothing is taken of these, whether assigned or not
 
     # -- partitions come and go -------------------------------------------------------------------------------------
 
@@ -232,22 +233,20 @@ class Scheduler:
     def _take_retries(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
         retries: list[Delivery] = []
         for key, due in self._due.items():
-            if due <= now and bytes_max > 0 and len(retries) < messages_max:
+            if due <= now and bytes_max > 0 and len(retries) < messages_max and not self._is_paused(key):
                 retries.append(self._delayed[key][0])
                 bytes_max -= size_of(retries[-1].record)
         return Batch(retries, {}, self._epochs()) if retries else None
 
     def _take_fresh(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
-        is_taken = bool(self._ready)
-        deliveries: list[Delivery] = []
-        while self._ready and len(deliveries) < messages_max:
-            deliveries.append(self._ready.popleft())
+        deliveries = self._take_ready(messages_max)
         freed = len(deliveries)
+        is_taken = freed > 0
         ends: dict[Partition, int] = {}
         segments: list[tuple[Partition, int, int]] = []
         bytes_share = self._bytes_share()
         for partition, queue in self._queues.items():
-            if queue.full:
+            if queue.full or (self.paused and partition in self.paused):
                 continue
             begin = len(deliveries)
             handlers = self._handlers.get(partition.topic, ())
@@ -268,6 +267,19 @@ class Scheduler:
             first = next(iter(self._queues))
             self._queues[first] = self._queues.pop(first)
         return Batch(_in_log_order(deliveries, freed, segments), ends, self._epochs()) if deliveries or ends else None
+
+    def _take_ready(self, messages_max: int) -> list[Delivery]:
+        """Take messages that were behind a failed one, and are free now."""
+        taken: list[Delivery] = []
+        paused: list[Delivery] = []
+        while self._ready and len(taken) < messages_max:
+            delivery = self._ready.popleft()
+            (paused if self.paused and delivery.partition in self.paused else taken).append(delivery)
+        self._ready.extendleft(reversed(paused))
+        return taken
+
+    def _is_paused(self, key: Hashable) -> bool:
+        return bool(self.paused) and self._delayed[key][0].partition in self.paused
 
     def _take_fetched(
         self,
@@ -410,8 +422,8 @@ class Scheduler:
             queue.unsettled[delivery.record.offset] = queue.unsettled.get(delivery.record.offset, 0) + 1
 
     def next_due(self) -> float | None:
-        """Return when the earliest retry is due."""
-        return min(self._due.values(), default=None)
+        """Return when the earliest retry is due; paused partitions have none."""
+        return min((due for key, due in self._due.items() if not self._is_paused(key)), default=None)
 
     # -- and are settled --------------------------------------------------------------------------------------------
 

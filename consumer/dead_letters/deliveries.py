@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from consumer.core.dead_letter_seal import is_erased
 from consumer.core.delivery import Delivery
 from consumer.core.handler import Handler
 from consumer.core.identity import OffsetId
@@ -35,6 +36,12 @@ def delivery_of(
     if handler is None:
         return "no_handler", f"{app!r} has no handler {row['handler_name']!r} any more"
     edit = dead_letter.edit
+    if is_erased(row):
+        number = dead_letter.number
+        return (
+            "erased",
+            f"its message was erased: it can only be discarded (`consumer dlq discard APP {number} --why TEXT`)",
+        )
     if parts := altered_parts(row, edit):
         return (
             "altered",

@@ -100,6 +100,7 @@ class DeadLetterRetrier:
     app: App
     settings: Settings
     operator: str
+    why: str
     session: DeadLetterSession
     names: LedgerIds
     handlers: Mapping[str, Handler] = field(default_factory=dict)
@@ -107,12 +108,12 @@ class DeadLetterRetrier:
     code_is_recorded: bool = False
 
     @classmethod
-    async def open(cls, app: App, settings: Settings, operator: str) -> DeadLetterRetrier:
+    async def open(cls, app: App, settings: Settings, operator: str, why: str = "") -> DeadLetterRetrier:
         """Raises Outage, Misconfigured."""
-        session = await _session(app, settings, operator)
+        session = await _session(app, settings, operator, why)
         numbers, _ = await session.known_numbers(app.name, app.handlers, ())
         handlers = {name: replace(handler, retry=_ONCE, number=numbers[name]) for name, handler in app.handlers.items()}
-        return cls(app, settings, operator, session, LedgerIds(app.name, session.topics), handlers)
+        return cls(app, settings, operator, why, session, LedgerIds(app.name, session.topics), handlers)
 
     def close(self) -> None:
         self.session.close()
@@ -395,7 +396,7 @@ class DeadLetterRetrier:
         before = self.session
         before.close()
         try:
-            session = await _session(self.app, self.settings, self.operator)
+            session = await _session(self.app, self.settings, self.operator, self.why)
         except (Outage, Misconfigured, OSError):
             raise self._lost(error, dead_letters) from None
         if session.epoch != before.epoch:
@@ -421,9 +422,9 @@ class DeadLetterRetrier:
         ]
 
 
-async def _session(app: App, settings: Settings, operator: str) -> DeadLetterSession:
+async def _session(app: App, settings: Settings, operator: str, why: str) -> DeadLetterSession:
     session = await DeadLetterSession.open(settings, init=app.connection_init)
-    session.operator = operator
+    session.operator, session.why = operator, why
     session.topics = await topic_numbers(session.connection)
     return session
 

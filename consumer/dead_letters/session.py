@@ -85,6 +85,7 @@ class DeadLetterSession(Session):
 
     owns_positions = False  # nor the saved attempts: those of a dead letter are in its own row
     operator: str = ""
+    why: str = ""  # given by the operator for all of them
     may_be_applied: bool = False  # the operator has said to run dead letters whose messages may have been applied
     topics: Mapping[str, int] = {}
 
@@ -251,9 +252,10 @@ class DeadLetterSession(Session):
             Action(
                 dead_letter.number,
                 storable(self.operator),
-                dead_letter.what,
+                f"dlq {dead_letter.what}",
                 dead_letter.outcome,
-                storable(dead_letter.text),
+                storable(dead_letter.why or self.why),
+                storable(dead_letter.text) if dead_letter.text != dead_letter.why else "",
                 UUID(bytes=new_id) if new_id is not None else None,
                 dead_letter.edit.value if dead_letter.edit is not None else None,
             )

@@ -1,6 +1,6 @@
 """Locks, settles, records and publishes dead letters.
 
-For an operator's transaction, and for the publisher. Tables: dead_letters, held, letter_actions, letters_to_publish.
+For an operator's transaction, and for the publisher. Tables: dead_letters, held, audit, letter_results, letters_to_publish.
 dead_letters.py explains the locks of chains.
 """
 
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
 
+from consumer.core.audit import ActedBy
+from consumer.postgres.dead_letters import storable
 from consumer.postgres.protocol import Connection
 
 _LOCK_CHAINS = """
@@ -45,9 +47,20 @@ where (h.handler, h.chain) = (o.handler, o.chain)
   and not exists (select from consumer.dead_letters d where (d.handler, d.chain) = (h.handler, h.chain))
 returning h.handler, h.chain
 """
+# In their order: a rebuild relies on the numbers of the entries.
 _RECORD = """
-insert into consumer.letter_actions (dead_letter, operator, what, outcome, note, new_id, new_value)
-select * from unnest($1::int8[], $2::text[], $3::text[], $4::text[], $5::text[], $6::uuid[], $7::bytea[])
+with actions as materialized (
+    select * from unnest($1::int8[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::uuid[], $8::bytea[])
+         with ordinality as o(dead_letter, operator, action, result, why, note, new_id, new_value, place)
+), recorded as (
+    insert into consumer.audit (app, operator, action, why, result, topic, partition, dead_letter)
+    select h.app, o.operator, o.action, o.why, o.result, d.topic, d.partition, o.dead_letter
+    from actions o join consumer.dead_letters d using (dead_letter) join consumer.handlers h using (handler) order by o.place
+    returning entry, dead_letter
+)
+insert into consumer.letter_results (entry, note, new_id, new_value)
+select r.entry, o.note, o.new_id, o.new_value from recorded r join actions o using (dead_letter)
+where o.note <> '' or o.new_id is not null or o.new_value is not null
 """
 _TO_PUBLISH = "insert into consumer.letters_to_publish (dead_letter) select unnest($1::int8[]) on conflict do nothing"
 _TAKE = """
@@ -79,13 +92,14 @@ class Settled(NamedTuple):
 class Action(NamedTuple):
     """What an operator did to a dead letter.
 
-    new_id, new_value: of an edit.
+    action: of ACTIONS in core/audit.py. note: the error of an attempt. new_id, new_value: of an edit.
     """
 
     number: int
     operator: str
-    what: str
-    outcome: str
+    action: str
+    result: str
+    why: str
     note: str
     new_id: UUID | None
     new_value: bytes | None
@@ -120,8 +134,24 @@ async def release(connection: Connection, chains: Sequence[Chain]) -> list[Chain
 
 
 async def record(connection: Connection, actions: Sequence[Action]) -> None:
-    """Record what was done to dead letters."""
+    """Record what was done to dead letters, one action on each."""
     await connection.execute(_RECORD, *map(list, zip(*actions, strict=True)))
+
+
+async def erase(connection: Connection, numbers: Sequence[int], by: ActedBy) -> int:
+    """Erase the messages of dead letters, and record it.
+
+    Returns how many were not erased before.
+    """
+    async with connection.transaction():
+        erased = [row[0] for row in await connection.fetch("select * from consumer.erase_letters($1)", numbers)]
+        actions = [
+            Action(number, storable(by.operator), "dlq erase", "erased", storable(by.why), "", None, None)
+            for number in sorted(erased)
+        ]
+        if actions:
+            await record(connection, actions)
+    return len(erased)
 
 
 async def publish(connection: Connection, numbers: Sequence[int]) -> None:

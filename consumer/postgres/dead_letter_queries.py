@@ -2,7 +2,7 @@
 
 Reads only; dead_letters.py and dead_letter_actions.py write.
 
-Tables: dead_letters, letter_actions.
+Tables: dead_letters, audit, letter_results.
 """
 
 from __future__ import annotations
@@ -45,14 +45,12 @@ select g.error_group as group, g.app, g.name as handler, g.reason, d.kind, g.cou
 from groups g join consumer.dead_letters d on d.dead_letter = g.letter order by g.count desc, g.letter
 """
 )
-_ACTIONS_OF = (
-    """
-select a.action, a.dead_letter as letter, a.at, a.operator, a.what, a.outcome, a.note, a.new_id, a.new_value
-from consumer.letter_actions a where a.dead_letter in (select d.dead_letter """
-    + _MATCHES
-    + """) order by a.action desc limit $5
+_ACTION = """
+select a.entry as action, a.dead_letter as letter, a.at, a.operator, split_part(a.action, ' ', 2) as what, a.result as outcome,
+       coalesce(nullif(r.note, ''), a.why) as note, r.new_id, r.new_value
+from consumer.audit a left join consumer.letter_results r using (entry)
 """
-)
+_ACTIONS_OF = _ACTION + " where a.dead_letter in (select d.dead_letter " + _MATCHES + ") order by a.entry desc limit $5"
 _LETTER = """
 select d.*, h.app, h.name as handler_name,
        (select count(*) from consumer.dead_letters e where (e.handler, e.chain) = (d.handler, d.chain) and e."offset" > d."offset") as behind,
@@ -60,10 +58,7 @@ select d.*, h.app, h.name as handler_name,
         and e."offset" < d."offset" order by e."offset" limit 1) as first
 from consumer.dead_letters d join consumer.handlers h using (handler) where d.dead_letter = $1
 """
-_ACTIONS = """
-select a.action, a.dead_letter as letter, a.at, a.operator, a.what, a.outcome, a.note, a.new_id, a.new_value
-from consumer.letter_actions a where $1::int8 is null or a.dead_letter = $1 order by a.action desc limit $2
-"""
+_ACTIONS = _ACTION + " where a.dead_letter = $1 order by a.entry desc limit $2"
 _OPEN = """
 select h.name, d.state, count(*) from consumer.dead_letters d join consumer.handlers h using (handler)
 where h.app = $1 and d.state in ('dead', 'waiting') group by 1, 2
@@ -71,6 +66,21 @@ where h.app = $1 and d.state in ('dead', 'waiting') group by 1, 2
 _ERROR_GROUPS = """
 select distinct d.error_group from consumer.dead_letters d join consumer.handlers h using (handler)
 where d.error_group is not null and ($1::text is null or h.app = $1) and ($2::text is null or d.error_group = $2)
+"""
+_ERASABLE = (
+    """
+select d.dead_letter, d.state in ('dead', 'waiting')
+"""
+    + _MATCHES
+    + """ and ($10::bytea is null or d.key = $10) and d.seal is distinct from '' order by d.dead_letter limit $5
+"""
+)
+_SETTLED_BEFORE = """
+select d.dead_letter from consumer.dead_letters d join consumer.handlers h using (handler)
+where h.app = $1 and d.state in ('applied', 'discarded') and d.seal is distinct from ''
+  and coalesce((select max(a.at) from consumer.audit a where a.dead_letter = d.dead_letter), d.died_at)
+      < now() - make_interval(secs => $2)
+order by d.dead_letter limit $3
 """
 _OPEN_MATCHES = """
 from consumer.dead_letters d join consumer.handlers h using (handler)
@@ -128,20 +138,20 @@ from unnest($1::int2[], $2::uuid[]) with ordinality as o(handler, chain, place) 
 order by o.place, d."offset", d.dead_letter
 """
 _APPLIED_EDITS = """
-select distinct on (d.dead_letter) d.*, a.new_id, a.new_value,
+select distinct on (d.dead_letter) d.*, r.new_id, r.new_value,
        (select (extract(epoch from l.applied_at) * 1000000)::int8 from consumer.ledger l
-        where l.handler = d.handler and l.id = coalesce(a.new_id, d.id) and l.applied_at is not null) as applied_at,
-       (extract(epoch from a.at) * 1000000)::int8 as acted_at, a.action
-from consumer.letter_actions a join consumer.dead_letters d using (dead_letter)
-where d.handler = any($1) and a.what = 'edit' and a.outcome = 'applied' and d.topic = any($2)
-order by d.dead_letter, a.action desc limit $3
+        where l.handler = d.handler and l.id = coalesce(r.new_id, d.id) and l.applied_at is not null) as applied_at,
+       (extract(epoch from a.at) * 1000000)::int8 as acted_at, a.entry as action
+from consumer.audit a join consumer.letter_results r using (entry) join consumer.dead_letters d using (dead_letter)
+where d.handler = any($1) and a.action = 'dlq edit' and a.result = 'applied' and d.topic = any($2)
+order by d.dead_letter, a.entry desc limit $3
 """
 # In one statement, so that an edit which is committed meanwhile has its row.
 # A transaction of retries settles the dead letters of a key one after the other, whatever their offsets.
 _APPLIED_RETRIES = """
-select d.handler, d.topic, d.partition, d."offset", a.action
-from consumer.letter_actions a join consumer.dead_letters d using (dead_letter)
-where d.handler = any($1) and a.what = 'retry' and a.outcome = 'applied' and d.topic = any($2) limit $3
+select d.handler, d.topic, d.partition, d."offset", a.entry
+from consumer.audit a join consumer.dead_letters d using (dead_letter)
+where d.handler = any($1) and a.action = 'dlq retry' and a.result = 'applied' and d.topic = any($2) limit $3
 """
 _SEALED_SIZES = """
 select d.dead_letter, coalesce(octet_length(d.value), 0)::int8
@@ -155,15 +165,15 @@ select dead_letter, handler, id, fingerprint, topic, partition, "offset", "times
 from consumer.dead_letters where dead_letter = any($1) order by dead_letter
 """
 _EDITS_UNDER_NEW_IDS = """
-select a.action, a.dead_letter, a.new_id, a.new_value, d.handler, d.topic, d.partition, d."offset", d."timestamp", d.key,
+select a.entry as action, a.dead_letter, r.new_id, r.new_value, d.handler, d.topic, d.partition, d."offset", d."timestamp", d.key,
        d.header_keys, d.header_values, l.fingerprint, l.applied_at is not null as applied
-from consumer.letter_actions a join consumer.dead_letters d using (dead_letter)
+from consumer.audit a join consumer.letter_results r using (entry) join consumer.dead_letters d using (dead_letter)
 join unnest($2::text[], $3::int4[], $4::int8[], $5::int8[]) as s(topic, partition, first, past)
   on d.topic = s.topic and d.partition = s.partition and d."offset" >= s.first and d."offset" < s.past
-left join consumer.ledger l on l.handler = d.handler and l.id = a.new_id
-where a.outcome = 'applied' and a.new_id is not null and d.handler = any($1) and a.action > $8
+left join consumer.ledger l on l.handler = d.handler and l.id = r.new_id
+where a.result = 'applied' and r.new_id is not null and d.handler = any($1) and a.entry > $8
   and ($6::bytea is null or d.key = $6) and ($7::uuid[] is null or d.id = any($7))
-order by a.action limit $9
+order by a.entry limit $9
 """
 # Messages that were claimed although the ledger may have forgotten their row. They may have been applied before.
 _TOO_OLD = """
@@ -266,8 +276,8 @@ async def actions_on(connection: Connection, matching: Matching) -> list[Any]:
     return await connection.fetch(_ACTIONS_OF, *matching)
 
 
-async def actions(connection: Connection, number: int | None, limit: int) -> list[Any]:
-    """Return the actions on one dead letter or on all, newest first."""
+async def actions(connection: Connection, number: int, limit: int) -> list[Any]:
+    """Return the actions on one dead letter, the newest first."""
     return await connection.fetch(_ACTIONS, number, limit)
 
 
@@ -300,6 +310,22 @@ async def select(connection: Connection, matching: OpenMatching, *, waiting: boo
 async def count_unsure(connection: Connection, matching: OpenMatching) -> int:
     """Count open dead letters that may have been applied."""
     return int(await connection.fetchval(_UNSURE, *matching))
+
+
+async def erasable(connection: Connection, matching: Matching, key: bytes | None) -> dict[int, bool]:
+    """Return dead letters that are not erased, and whether each is open.
+
+    key: only of messages with this key.
+    """
+    return dict(await connection.fetch(_ERASABLE, *matching, key))
+
+
+async def settled_before(connection: Connection, app: str, seconds: float, limit: int) -> list[int]:
+    """Return dead letters that were settled so long ago.
+
+    Leaves out erased ones.
+    """
+    return [row[0] for row in await connection.fetch(_SETTLED_BEFORE, app, seconds, limit)]
 
 
 async def standings(connection: Connection, numbers: Sequence[int]) -> dict[int, Standing]:

@@ -49,7 +49,10 @@ _WORKER: Mapping[str, tuple[str, ...]] = {
     "held": ("select", "insert", "update (topic)", "delete"),
     "letters_to_publish": ("select", "insert", "update (dead_letter)", "delete"),
     "attempts": ("select", "insert", "update (attempts, due_at)", "delete"),
-    "letter_actions": ("select", "insert"),
+    "pauses": ("select", "insert", "delete"),
+    "audit": ("select", "insert"),
+    "letter_results": ("select", "insert"),
+    "letter_actions": ("select", "insert"),  # for commands of the previous version
     "stopped_partitions": (
         "select",
         "insert",
@@ -66,7 +69,7 @@ _WORKER: Mapping[str, tuple[str, ...]] = {
     "outbox_published": ("select", "insert", "update (next_seq, stopped, stopped_at, updated_at)"),
     "outbox": ("select", "insert"),
     "outbox_generations": ("select",),
-    "outbox_actions": ("select", "insert"),
+    "outbox_actions": ("select", "insert"),  # for commands of the previous version
     # PostgreSQL requires a right to update for a row lock; no column is ever updated.
     "outbox_intake": ("select", "insert", "update (topic)", "delete"),
     "effects": ("select", "insert", "update (attempts, result, result_at)", "delete"),
@@ -99,13 +102,16 @@ _READER: Mapping[str, tuple[str, ...]] = {
     "letters_to_publish": ("select",),
     "attempts": ("select",),
     "waiting": ("select",),
-    "letter_actions": ("select (action, dead_letter, at, operator, what, outcome)",),
+    "pauses": ("select",),
+    "audit": ("select",),
+    "letter_results": (),  # may quote messages
+    "letter_actions": (),
     "stopped_partitions": ("select",),
     "outbox_streams": ("select",),
     "outbox_published": ("select",),
     "outbox": ("select (generation, stream, seq, id, topic, type, traceparent, created_at, handler, source_offset)",),
     "outbox_generations": ("select",),
-    "outbox_actions": ("select (action, stream, at, operator, what, from_seq, to_seq)",),
+    "outbox_actions": (),
     "outbox_intake": ("select (app, place, id, topic, created_at)",),
     "effects": ("select (handler, id, payload, first_at, attempts, result_at)",),
 }
@@ -140,6 +146,7 @@ _FUNCTIONS: Mapping[For, tuple[str, ...]] = {
         "generation(integer)",
         "turn_outbox(double precision, bigint)",
         "drop_outbox(double precision)",
+        "erase_letters(bigint[])",
     ),
     For.READER: (),
     For.PUBLISHER: (),

@@ -1,7 +1,6 @@
 """The outbox: streams, their rows, and how far they are published.
 
-Tables: outbox_streams, outbox_published, outbox, outbox_generations, outbox_actions. migrations/0002_outbox.sql explains
-them.
+Tables: outbox_streams, outbox_published, outbox, outbox_generations. migrations/0002_outbox.sql explains them.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from asyncpg.pgproto.pgproto import UUID
 
+from consumer.core.audit import ActedBy, Entry
 from consumer.core.message import Partition
 from consumer.outbox.record import (
     Outgoing,
@@ -20,6 +20,7 @@ from consumer.outbox.record import (
     headers_as_json,
     headers_from_json,
 )
+from consumer.postgres import audit
 from consumer.postgres.protocol import Connection
 from consumer.postgres.server import ServerIdentity
 
@@ -109,12 +110,10 @@ where s.app = $1 and p.stream = $2 and p.stopped is not null for update of p
 _GO_ON = """
 update consumer.outbox_published set next_seq = $2, stopped = null, stopped_at = null, updated_at = now() where stream = $1
 """
-_ACT = """
-insert into consumer.outbox_actions (stream, operator, what, from_seq, to_seq, why) values ($1, $2, $3, $4, $5, $6)
-"""
 _ACTIONS = """
-select extract(epoch from at)::float8, operator, what, from_seq, to_seq, why from consumer.outbox_actions
-where stream = $1 order by action desc limit $2
+select extract(epoch from at)::float8, operator, split_part(action, ' ', 2), (numbers->>'from_seq')::int8,
+       (numbers->>'to_seq')::int8, why
+from consumer.audit where stream = $1 order by entry desc limit $2
 """
 
 
@@ -302,9 +301,7 @@ async def actions(connection: Connection, stream: int, limit: int) -> list[Strea
     return [StreamAction(*row) for row in await connection.fetch(_ACTIONS, stream, limit)]
 
 
-async def resume(
-    connection: Connection, app: str, stream: int, discard: int, operator: str, why: str
-) -> tuple[int, int] | None:
+async def resume(connection: Connection, app: str, stream: int, discard: int, by: ActedBy) -> tuple[int, int] | None:
     """Let a stopped stream go on, and record it.
 
     discard: how many of its next rows are not published. Returns the first row that was not published, and the row at
@@ -317,5 +314,7 @@ async def resume(
         first, end = row
         to_seq = min(first + discard, end)
         await connection.execute(_GO_ON, stream, to_seq)
-        await connection.execute(_ACT, stream, operator, "discard" if discard else "resume", first, to_seq, why)
+        action = "outbox discard" if discard else "outbox resume"
+        numbers = {"from_seq": first, "to_seq": to_seq}
+        await audit.record(connection, Entry(action, by, "resumed", app, stream=stream, numbers=numbers))
     return first, to_seq

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from consumer.core.dead_letter_seal import is_erased
 from consumer.core.delivery import Delivery
 from consumer.core.errors import CannotTell
 from consumer.core.fingerprint import BYTES
@@ -81,6 +82,10 @@ class LedgerHistory:
         )
         if len(self._edits) > EDITS_MAX:
             raise CannotTell(f"more than {EDITS_MAX:,} dead letters were edited: a rebuild cannot follow so many")
+        if erased := sum(is_erased(row) for row in self._edits):
+            raise CannotTell(
+                f"{erased:,} dead letters were edited, applied and then erased: nothing can repeat their effects"
+            )
         retries = await dead_letter_queries.applied_retries(
             self.connection, list(handlers), list(topics), RETRIES_MAX + 1
         )

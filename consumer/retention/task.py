@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,9 +43,11 @@ from consumer.postgres.connection import connect, database_epoch, translated_err
 from consumer.postgres.errors import Outage, sqlstate_of
 from consumer.postgres.handlers import topic_numbers
 from consumer.postgres.protocol import Connection
+from consumer.retention import settled_dead_letters
 from consumer.settings import Settings
 
 ROUND_SECONDS_MAX = 60.0  # between two rounds of the background task
+_ERASE_SECONDS = 600.0  # between two looks for dead letters that are to be erased
 _PAUSE_SECONDS = (0.05, 1.0)  # between two attempts at a step that would have to wait
 _PATIENCE_SECONDS = 30.0  # of such attempts, in one round
 
@@ -220,6 +223,7 @@ class Keeper:
         self._source = source
         self._random = random
         self._logged = ""
+        self._erase_at = 0.0
 
     async def run(self) -> None:
         while True:
@@ -248,6 +252,7 @@ class Keeper:
             with translated_errors(settings):
                 await database_epoch(connection, settings)
                 await generations.declare(connection, self._app, own)
+                await self._erase_settled(connection)
                 if own is None:
                     return ROUND_SECONDS_MAX
                 hours, longer = wanted(own, await generations.declared(connection, self._app))
@@ -276,6 +281,19 @@ class Keeper:
         elif not stopped.waits:
             self._logged = ""
         return min(ROUND_SECONDS_MAX, stopped.step.seconds) if isinstance(stopped.step, Wait) else ROUND_SECONDS_MAX
+
+    async def _erase_settled(self, connection: Connection) -> None:
+        """Erase dead letters that were settled long ago.
+
+        Rarely, since it reads the whole table.
+        """
+        hours, now = self._settings.dead_letter_retention_hours, time.monotonic()
+        if hours is None or now < self._erase_at:
+            return
+        erased = await settled_dead_letters.erase(connection, self._app, hours)
+        self._erase_at = now + _ERASE_SECONDS
+        if erased:
+            event(logging.INFO, "settled dead letters are erased", count=erased)
 
     def _done(self, what: str, step: Step) -> None:
         number = getattr(step, "number", None)

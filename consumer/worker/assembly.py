@@ -256,7 +256,7 @@ class Parts:
         loops += [health.watch_progress(), health.send_heartbeats(), health.enforce_limits()]
         for shard in self.shards:
             reporter = self._reporters[shard.name]
-            upkeep = Upkeep(app, shard, self.partitions.table, reporter, self.connections, self.message_log)
+            upkeep = Upkeep(app, shard, self.partitions, reporter, self.connections, self.message_log)
             loops += [upkeep.run(), self.assignment.position_partitions(shard)]
             loops.append(Keeper(shard.settings, app.name, self.source, self._random).run())
             if (topic := settings.dead_letter_topic) is not None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from consumer.app import App
 from consumer.core.log_identity import PartitionHalt, Position
 from consumer.core.message import Partition
+from consumer.core.pauses import PauseOrder
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.errors import KafkaError
 from consumer.logs import describe, event
@@ -47,6 +48,7 @@ class _Read(NamedTuple):
     positions: Mapping[Partition, tuple[Position, PartitionHalt | None]]
     chains: start_positions.Chains
     attempts: start_positions.Attempts
+    pauses: Sequence[PauseOrder]
     ends: Mapping[Partition, int]  # of the logs, with several shards
 
 
@@ -206,10 +208,11 @@ class Assignment:
             numbers = {handler.number for handler in shard.handlers}
             chains, attempts = await start_positions.restore_queues(control, numbers, positions)
             await start_positions.restore_stops(control, self._halts.unreadable, self._app.name, positions)
+            paused = await start_positions.read_pauses(control, self._app.name)
             await control.check_epoch()  # invariant: last, so that everything read before is of this epoch
         # With several shards: another one may have applied what the log holds now, if the route has changed.
         ends = await self._source.log.ends(wanted) if len(self._shards) > 1 else {}
-        return _Read(positions, chains, attempts, ends)
+        return _Read(positions, chains, attempts, paused, ends)
 
     async def _read_positions(
         self, shard: Shard, control: Session, wanted: list[Partition]
@@ -227,6 +230,7 @@ class Assignment:
 
     def _open(self, shard: Shard, read: _Read) -> None:
         now = time.monotonic()
+        self._partitions.pause(shard, read.pauses)
         for partition, (position, stop) in read.positions.items():
             if stop is not None:
                 self._halts.halt(shard, partition, stop, position)

@@ -56,7 +56,7 @@ class Fetcher:
                 self._partitions.room.clear()
                 await self._partitions.room.wait()
                 continue
-            seconds = _POLL_PAUSED_SECONDS if self._table.has_paused else POLL_SECONDS
+            seconds = _POLL_PAUSED_SECONDS if self._table.waits_for_room else POLL_SECONDS
             try:
                 fetched = await self._source.poll(seconds, self._table.offset)
             except LogTruncated as error:

@@ -12,7 +12,7 @@ table that is out of date can only cost work.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -96,6 +96,7 @@ class _Entry:
     must_seek: bool = False  # the client may be at another offset
     out_of_range: bool = False  # of a refusal: the log does not hold the offset
     has_moved: bool = False  # something was settled since the last commit to Kafka
+    by_operator: bool = False  # paused in every database by an operator
 
 
 @dataclass(slots=True)
@@ -377,9 +378,17 @@ class PartitionTable:
         return entry is not None and (entry.state is State.READING or entry.state is State.PAUSED)
 
     @property
-    def has_paused(self) -> bool:
-        """Whether some partition is PAUSED."""
-        return any(entry.state is State.PAUSED for entry in self._entries.values())
+    def waits_for_room(self) -> bool:
+        """Whether some partition is PAUSED, and not by an operator."""
+        return any(entry.state is State.PAUSED and not entry.by_operator for entry in self._entries.values())
+
+    def pause_by_operator(self, paused: Collection[Partition]) -> None:
+        """Note which partitions no database may settle.
+
+        No room is awaited for them; `want` pauses and resumes them.
+        """
+        for partition, entry in self._entries.items():
+            entry.by_operator = partition in paused
 
     def in_state(self, state: State) -> list[Partition]:
         """The partitions in a state, in order."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from consumer.core.delivery import SavedAttempts
 from consumer.core.log_identity import PartitionHalt, Position
 from consumer.core.message import Partition
+from consumer.core.pauses import PauseOrder, paused_among
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.logs import event
 from consumer.settings import Settings
@@ -156,6 +157,35 @@ class Partitions:
                 lane.session.close()
             self.reopen_lane(lane)
 
+    # -- pauses of operators ----------------------------------------------------------------------------------------
+
+    def pause(self, shard: Shard, pauses: Sequence[PauseOrder]) -> None:
+        """Settle nothing new of what operators have paused in a shard.
+
+        The rest goes on. Call it before partitions are opened, too. What is in flight finishes.
+        """
+        paused = paused_among(pauses, self.table.partitions())
+        began, ended = paused - shard.paused, shard.paused - paused
+        shard.paused = paused
+        self.table.pause_by_operator(frozenset.intersection(*(every.paused for every in self._shards)))
+        if not began and not ended:
+            return
+        for lane in self._by_shard[shard.name]:
+            lane.scheduler.paused = paused
+            lane.wake.set()
+        for partition in began | ended:
+            self.read_on(partition)
+        self.room.set()
+        if began:
+            event(logging.INFO, "partitions are paused by an operator", count=len(began), **shard.label)
+        if ended:
+            event(logging.INFO, "paused partitions go on", count=len(ended), **shard.label)
+
+    @property
+    def paused(self) -> frozenset[Partition]:
+        """The assigned partitions that are paused in some shard."""
+        return frozenset().union(*(shard.paused for shard in self._shards))
+
     # -- fetching ---------------------------------------------------------------------------------------------------
 
     def share_room(self) -> bool:
@@ -171,7 +201,7 @@ class Partitions:
             lane.has_room = messages < self._messages_max * share and size < self._bytes_max * share
         for partition in self.table.partitions():
             self.read_on(partition)
-        self._source.set_fetch_wait(short=self.table.has_paused)
+        self._source.set_fetch_wait(short=self.table.waits_for_room)
         return not serving or any(lane.has_room for lane in serving)
 
     def read_on(self, partition: Partition) -> None:
@@ -185,7 +215,9 @@ class Partitions:
             return
         wanted = []
         for lane in self.open_lanes_of(partition):
-            if lane.scheduler.is_full(partition):
+            if lane.scheduler.paused and partition in lane.scheduler.paused:
+                lane.scheduler.drop_fetched(partition)  # as below
+            elif lane.scheduler.is_full(partition):
                 self._reporters[lane.shard.name].log_full(partition)
                 lane.scheduler.drop_fetched(partition)  # else it would take the room of the others
             elif lane.has_room:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from consumer.core.delivery import Batch
 from consumer.core.handler import Handler
+from consumer.core.message import Partition
 from consumer.core.ordering import Scheduler
 from consumer.postgres.application_codecs import ConnectionInit
 from consumer.postgres.session import Session
@@ -36,6 +37,7 @@ class Shard:
     control: Session | None = None  # the connection beside the lanes
     control_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     epoch: str = ""
+    paused: frozenset[Partition] = frozenset()  # which of the assigned partitions they cover
     registered: str = ""  # the epoch that the numbers of handlers and topics are of
     code_recorded_at: float = 0.0
     installation: str = ""

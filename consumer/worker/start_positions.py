@@ -24,12 +24,14 @@ from consumer.core.log_identity import (
     decide_start,
 )
 from consumer.core.message import Partition
+from consumer.core.pauses import PauseOrder
 from consumer.handler_records import coverage
 from consumer.handler_records.settled_ranges import HandlerChanges, as_text
 from consumer.kafka.consumer import KafkaConsumer
 from consumer.kafka.errors import CorruptRecordException, KafkaError
 from consumer.kafka.protocol import Identity
 from consumer.logs import event
+from consumer.postgres import pauses
 from consumer.postgres.errors import Outage
 from consumer.postgres.session import Session
 from consumer.postgres.stopped_partitions import Stops
@@ -163,6 +165,11 @@ async def restore_queues(
 async def restore_stops(session: Session, stops: Stops, app: str, partitions: Collection[Partition]) -> None:
     """Read which partitions other workers could not read. Raises Outage."""
     await _or_outage(session, lambda: stops.recall(session.connection, app, partitions, time.monotonic()))
+
+
+async def read_pauses(session: Session, app: str) -> Sequence[PauseOrder]:
+    """Read what operators have paused. Raises Outage."""
+    return await _or_outage(session, lambda: pauses.read(session.connection, app))
 
 
 async def _or_outage(session: Session, read: Callable[[], Awaitable[Result]]) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import uuid
 from pathlib import Path
@@ -17,6 +18,7 @@ from json_page import shapes
 from consumer.app_loader import load_app
 from consumer.cli.main import whole
 from consumer.demo.result import DemoResult
+from consumer.core.audit import ACTIONS
 from consumer.local_servers import free_port
 
 APP = """
@@ -121,6 +123,7 @@ async def test_every_answer_has_the_documented_keys_and_no_other(contract: Contr
     await _outbox(contract)
     _demo_and_shards(contract)
     await _stops(contract)
+    _audit(contract)
 
     missing = {f"{command}: {path}" for command, shape in contract.shapes.items() for path in shape.missing()}
     assert (contract.faults, sorted(missing)) == ([], [])
@@ -167,6 +170,7 @@ async def _dead_letters(contract: Contract) -> None:
     contract.run("dlq retry", "dlq retry", numbers["failed"], *edit)
     await query(place.dsn, "update consumer.dead_letters set value = 'x' where reason = 'rejected'")
     contract.run("dlq discard", "dlq discard", numbers["rejected"], "--why", "a test")
+    contract.run("dlq erase", "dlq erase", numbers["rejected"], "--why", "a test", "--yes")
     contract.run("dlq list --actions", "dlq list", "--actions")
     for number in numbers.values():
         contract.run("dlq show", "dlq show", number)
@@ -190,6 +194,10 @@ async def _replays(contract: Contract) -> None:
 
 
 async def _other_commands(contract: Contract) -> None:
+    contract.run("pause", "pause", "--topic", contract.topic, "--why", "a test")
+    contract.run("pause", "pause", "--topic", contract.topic, "--why", "again")
+    contract.run("status", "status")
+    contract.run("resume", "resume", "--why", "a test")
     contract.run("show", "show", "a")
     contract.run("show", "show", "c")
     contract.run("show", "show", "never seen")
@@ -246,6 +254,21 @@ async def _stops(contract: Contract) -> None:
     contract.run("status", "status")
     await query(place.dsn, "update consumer.positions set topic_id = gen_random_uuid()")
     contract.run("positions --adopt", "positions", "--topic", topic, "--adopt")
+
+
+def _audit(contract: Contract) -> None:
+    """What the commands before have done is on record, and no dry run."""
+    rows = contract.run("audit", "audit", "--limit", "1000")
+    elsewhere = {"outbox discard", "rename handler"}  # their own tests look
+    assert {row["action"] for row in rows} == set(ACTIONS) - elsewhere
+    assert [row["result"] for row in rows if row["action"] == "purge"] == ["done", "begun"]
+    assert [row["result"] for row in rows if row["action"] == "replay apply"] == ["done", "begun"]
+    moved = [row["numbers"]["position"] for row in rows if row["action"] == "positions move"]
+    assert moved == [0, 0]
+    assert {row["operator"] for row in rows} == {getpass.getuser()}
+    assert contract.run("audit", "audit", "--action", "purge", "--since", "1h") == [
+        row for row in rows if row["action"] == "purge"
+    ]
 
 
 @pytest.mark.unit

@@ -840,3 +840,47 @@ def test_messages_that_waited_are_in_the_order_of_the_log_too() -> None:
     assert freed is not None
     places = [(delivery.partition, delivery.record.offset) for delivery in freed.deliveries]
     assert places == [(P0, 3), (P1, 3)]
+
+
+# -- paused by an operator ---------------------------------------------------------------------------------------------
+
+
+def test_paused_partition_is_not_taken_while_others_go_on() -> None:
+    lane = lane_of(at=[P0, P1])
+    lane.add(P0, [rec(0), rec(1)])
+    lane.add(P1, [rec(0, at=P1)])
+    lane.paused = frozenset({P0})
+    batch = take(lane)
+    assert [delivery.partition for delivery in batch.deliveries] == [P1] and batch.ends == {P1: 1}
+    settle(lane, batch)
+    assert lane.take(0.0, 9, 1 << 20) is None
+    lane.paused = frozenset()
+    assert offsets(take(lane)) == [0, 1]
+
+
+def test_batch_in_flight_still_moves_a_paused_position() -> None:
+    lane = lane_of()
+    lane.add(P0, [rec(0), rec(1)])
+    batch = take(lane)
+    lane.paused = frozenset({P0})
+    lane.drop_fetched(P0)
+    settle(lane, batch)
+    assert lane.position(P0) == 2
+
+
+def test_retries_wait_for_the_end_of_a_pause_and_wake_no_lane() -> None:
+    lane = lane_of(at=[P0, P1])
+    lane.add(P0, [rec(0), rec(1)])
+    batch = take(lane)
+    settle(lane, batch, {delivery: 5.0 for delivery in batch.deliveries})
+    lane.paused = frozenset({P0})
+    assert lane.next_due() is None and lane.take(9.0, 9, 1 << 20) is None
+    lane.paused = frozenset({P1})
+    assert lane.next_due() == 5.0
+    retried = take(lane, now=9.0)
+    assert offsets(retried) == [0]
+    settle(lane, retried)  # the one behind it is free now
+    lane.paused = frozenset({P0})
+    assert lane.take(9.0, 9, 1 << 20) is None
+    lane.paused = frozenset()
+    assert offsets(take(lane, now=9.0)) == [1]

@@ -306,7 +306,7 @@ async def test_two_operators_in_batches_settle_each_dead_letter_once(desk: Desk)
     assert one.count("applied") + two.count("applied") == 3999
     assert sorted(await desk.done()) == sorted(f"m{n}" for n in range(4000) if n != 7)
     assert await query(
-        desk.dsn, "select count(*), count(distinct dead_letter) from consumer.letter_actions where outcome = 'applied'"
+        desk.dsn, "select count(*), count(distinct dead_letter) from consumer.audit where result = 'applied'"
     ) == [(3999, 3999)]
 
 

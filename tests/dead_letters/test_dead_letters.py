@@ -226,7 +226,7 @@ async def test_two_operators_settle_each_of_thousands_of_dead_letters_once(shop:
     assert one["counts"].get("applied", 0) + other["counts"].get("applied", 0) == 1000
     assert sorted(await shop.done()) == sorted(ids)
     assert await query(
-        shop.place.dsn, "select outcome, count(*), count(distinct dead_letter) from consumer.letter_actions group by 1"
+        shop.place.dsn, "select result, count(*), count(distinct dead_letter) from consumer.audit group by 1"
     ) == [("applied", 1000, 1000)]
 
 
@@ -272,9 +272,9 @@ async def test_discarded_dead_letter_leaves_a_trace_and_frees_its_key(shop: Shop
     assert await shop.done() == ["a3"]
     assert await shop.states() == {"a1": "discarded", "a2": "discarded", "a3": "applied", "c1": "dead", "c2": "waiting"}
     [action] = await query(
-        shop.place.dsn, "select operator, what, note from consumer.letter_actions where dead_letter = $1", numbers["a1"]
+        shop.place.dsn, "select operator, action, why from consumer.audit where dead_letter = $1", numbers["a1"]
     )
-    assert action == ("eve", "discard", "a test order")
+    assert action == ("eve", "dlq discard", "a test order")
     await shop.heal()
     await shop.send("a1", "a4", key="a")
     await shop.consume()
@@ -343,7 +343,7 @@ async def test_filters_choose_and_bad_input_changes_nothing(shop: Shop, tmp_path
         assert says in text, arguments
         assert len([line for line in text.splitlines() if line.strip()]) == 1
     assert (await shop.dlq(tmp_path, "retry", "--all", "--dry-run"))["changed"] is False
-    assert await value(shop.place.dsn, "select count(*) from consumer.letter_actions") == 0
+    assert await value(shop.place.dsn, "select count(*) from consumer.audit") == 0
     assert await query(shop.place.dsn, "select distinct state from consumer.dead_letters") == [("dead",)]
 
 

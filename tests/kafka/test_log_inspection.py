@@ -305,7 +305,7 @@ async def test_records_removed_ahead_of_a_worker_stop_after_what_it_has_read(
     async with working(app, settings, path=PATH) as worker:
 
         async def full() -> bool:
-            return buffered(worker)[0] >= 50 and worker.partitions.table.has_paused
+            return buffered(worker)[0] >= 50 and worker.partitions.table.waits_for_room
 
         await until("a full buffer", full)
         await remove_records(place, topic, 0, 2900)

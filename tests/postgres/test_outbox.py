@@ -12,6 +12,7 @@ import asyncpg
 import pytest
 from harness import as_worker, migrated, query, value
 
+from consumer.core.audit import ActedBy
 from consumer.core.message import Partition
 from consumer.outbox.record import Outgoing, OutgoingRecord, StoredStream
 from consumer.postgres import outbox
@@ -183,18 +184,18 @@ async def test_a_stopped_stream_is_resumed_or_passes_its_rows_on_record(connecti
     [part] = await stored(connection, outgoing(*range(9)))
     stream = part.stream
     await save(connection, {stream: 4})
-    assert await outbox.resume(connection, APP, stream, 0, "me", "why not") is None
+    assert await outbox.resume(connection, APP, stream, 0, ActedBy("me", "why not")) is None
     await stop(connection, stream, "too large")
     await stop(connection, stream, "the first reason stays")
     [seen] = await outbox.overview(connection, APP)
     assert seen.state == (stream, P, "out", 4, 9, "too large") and seen.unpublished == 5
     assert seen.oldest is not None and seen.stopped_at is not None
-    assert await outbox.resume(connection, "another", stream, 0, "me", "not mine") is None
-    assert await outbox.resume(connection, APP, stream, 0, "me", "fixed") == (4, 4)
+    assert await outbox.resume(connection, "another", stream, 0, ActedBy("me", "not mine")) is None
+    assert await outbox.resume(connection, APP, stream, 0, ActedBy("me", "fixed")) == (4, 4)
     await stop(connection, stream, "again")
-    assert await outbox.resume(connection, APP, stream, 1, "me", "worthless") == (4, 5)
+    assert await outbox.resume(connection, APP, stream, 1, ActedBy("me", "worthless")) == (4, 5)
     await stop(connection, stream, "again")
-    assert await outbox.resume(connection, APP, stream, 1000, "me", "all of it") == (5, 9)
+    assert await outbox.resume(connection, APP, stream, 1000, ActedBy("me", "all of it")) == (5, 9)
     [seen] = await outbox.overview(connection, APP)
     assert (seen.unpublished, seen.oldest, seen.state.stopped) == (0, None, None)
     assert [
@@ -284,7 +285,7 @@ async def test_a_role_of_a_worker_neither_changes_nor_deletes_rows(connection: a
         "delete from consumer.outbox",
         "update consumer.outbox set value = null",
         "drop table consumer.outbox_1",
-        "delete from consumer.outbox_actions",
+        "delete from consumer.audit",
         "update consumer.outbox_generations set closed_at = now()",
     ):
         with pytest.raises(asyncpg.InsufficientPrivilegeError):

@@ -253,11 +253,11 @@ async def test_dead_letters_are_listed_locked_settled_and_recorded(connection: a
         assert list(await a.lock(connection, [dead])) == [dead]
         assert await a.first_others(connection, [dead]) == {chain: (2, waiting)}
         await a.settle(connection, [Settled(dead, "applied", False, "failed", "error", 2, "", "group")])
-        await a.record(connection, [Action(dead, "me", "retry", "applied", "", None, None)])
+        await a.record(connection, [Action(dead, "me", "dlq retry", "applied", "", "", None, None)])
         assert await a.release(connection, [chain]) == []  # one of it is left
         await a.settle(connection, [Settled(waiting, "discarded", False, "failed", "error", 2, "", "group")])
         assert await a.release(connection, [chain]) == [chain]
-    assert [row["letter"] for row in await q.actions(connection, None, 5)] == [dead]
+    assert [row["letter"] for row in await q.actions(connection, dead, 5)] == [dead]
     assert [row["letter"] for row in await q.actions_on(connection, everything._replace(states=None))] == [dead]
     await a.publish(connection, [dead, dead])
     assert [row["dead_letter"] for row in await a.take_unpublished(connection, APP, 5)] == [dead]
@@ -270,7 +270,7 @@ async def test_dead_letters_are_listed_locked_settled_and_recorded(connection: a
     assert await q.too_old(connection, [handler], ["orders"]) == []
     assert await q.applied_edits(connection, [handler], ["orders"], 5) == []
     assert await q.edits_under_new_ids(connection, selection, after=0, limit=5) == []
-    await a.record(connection, [Action(dead, "me", "retry", "applied", "", None, None)])
+    await a.record(connection, [Action(dead, "me", "dlq retry", "applied", "", "", None, None)])
     assert (await q.applied_retries(connection, [handler], ["orders"], 5))[0][0] == (handler, P, 1)
     assert await q.sealed_sizes(connection, selection) == [(dead, 5), (waiting, 5)]
     assert [row["value"] for row in await q.sealed(connection, [dead])] == [b"value"]

@@ -229,6 +229,32 @@ async def test_while_one_server_is_down_the_other_ones_messages_go_on(shards: Sh
     await expect(shards, stream)
 
 
+async def test_one_shard_is_paused_and_the_other_ones_messages_go_on(shards: Shards, tmp_path: Path) -> None:
+    """More of them than the buffer holds; the log is read again for the shard that was paused."""
+    settings = shards.settings(buffer_messages_max=80, batch_messages_max=20, kafka_partition_fetch_bytes_max=2000)
+    working = Working(shards.app(), settings)
+    async with working:
+        stream = [payment(key, n) for n in range(8) for key in KEYS]
+        await shards.send(*stream[: len(KEYS)])
+        await settled(shards, len(KEYS))
+        paused = await asyncio.to_thread(shards.command, tmp_path, "pause", "shard_app:app", "--shard", "west", "--why", "x")  # fmt: skip
+        assert paused.returncode == 0, paused.stderr
+        [_, west_shard] = working.worker.shards
+
+        async def obeyed() -> bool:
+            return len(west_shard.paused) == 3
+
+        await until("the worker to obey", obeyed)
+        before = await shards.paid("west")
+        await shards.send(*stream[len(KEYS) :])
+        await settled(shards, 8 * sum(by_crc(key.encode()) == "east" for key in KEYS), "east")
+        assert await shards.paid("west") == before
+        resumed = await asyncio.to_thread(shards.command, tmp_path, "resume", "shard_app:app", "--why", "x")
+        assert resumed.returncode == 0, resumed.stderr
+        await settled(shards, len(stream))
+    await expect(shards, stream)
+
+
 async def test_a_route_that_has_changed_is_refused_at_start(shards: Shards, west: Postgres, tmp_path: Path) -> None:
     async with Working(shards.app(), shards.settings()):
         await shards.send(*(payment(key, 0) for key in KEYS))

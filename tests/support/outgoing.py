@@ -13,6 +13,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from harness import Place, drained, query, until, value, working
 
+from consumer.core.audit import ActedBy
 from consumer import App, Tx
 from consumer.postgres import outbox
 
@@ -136,6 +137,6 @@ async def resume(place: Place, app: App, stream: int, why: str) -> None:
     """Let a stopped stream go on, as an operator."""
     connection = await asyncpg.connect(place.worker_dsn)
     try:
-        assert await outbox.resume(connection, app.name, stream, 0, "ann", why)
+        assert await outbox.resume(connection, app.name, stream, 0, ActedBy("ann", why))
     finally:
         await connection.close()
