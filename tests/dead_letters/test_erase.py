@@ -57,7 +57,7 @@ async def test_erased_letter_holds_its_key_until_it_is_discarded(desk: Desk, tmp
     shown = await dlq(desk, tmp_path, "erase", desk.name, "--key", SECRET, "--why", "x", "--dry-run", "--json")
     assert json.loads(shown.stdout) == {"asked": 2, "erased": 0, "open": 2, "dry_run": True}
     refused = await dlq(desk, tmp_path, "erase", desk.name, "--key", SECRET, "--why", "x")
-    is_one_line(refused, "erase 2 dead letters for good (2 of them open", "say --yes")
+    is_one_line(refused, "erase 2 dead letters for good (2 of them are open", "say --yes")
     assert await desk.rows() == before and await value(desk.dsn, "select count(*) from consumer.audit") == 1
 
     done = await dlq(

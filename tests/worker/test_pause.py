@@ -13,9 +13,7 @@ from worker_service import Service, message
 RUN = "partitions are paused by an operator"
 
 
-async def test_paused_partition_stands_still_while_workers_die(
-    place: Place, tmp_path: Path
-) -> None:
+async def test_paused_partition_stands_still_while_workers_die(place: Place, tmp_path: Path) -> None:
     topic = await place.topic(2)
     service = Service(place, topic, tmp_path)
 
