@@ -184,7 +184,8 @@ class Partitions:
     @property
     def paused(self) -> frozenset[Partition]:
         """The assigned partitions that are paused in some shard."""
-        return frozenset().union(*(shard.paused for shard in self._shards))
+        paused = frozenset[Partition]().union(*(shard.paused for shard in self._shards))
+        return paused.intersection(self.table.partitions())
 
     # -- fetching ---------------------------------------------------------------------------------------------------
 

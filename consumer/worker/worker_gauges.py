@@ -34,7 +34,7 @@ from consumer.worker.shard import LaneState, Shard
 class WorkerState:
     """The parts of a worker that have something to measure.
 
-    paused: returns the partitions that an operator has paused. ends: of the logs of partitions that are not fetched, as Kafka
+    ends: of the logs of partitions that are not fetched, as Kafka
     answered last.
     """
 
@@ -45,7 +45,6 @@ class WorkerState:
     connections: Connections
     kafka: KafkaState
     relays: Mapping[str, OutboxRelay]
-    paused: Callable[[], Iterable[Partition]] = tuple
     ends: dict[Partition, int] = field(default_factory=dict)
     _behind_since: dict[Partition, float] = field(default_factory=dict)
 
@@ -124,7 +123,7 @@ class WorkerState:
 
     def _paused(self) -> Iterator[Gauge]:
         """Yield how many partitions of each topic are paused."""
-        counts = Counter(partition.topic for partition in self.paused())
+        counts = Counter(partition.topic for partition in self.partitions.paused)
         for topic in sorted({topic for shard in self.shards for topic in shard.by_topic}):
             yield PAUSED, (topic,), float(counts[topic])
 

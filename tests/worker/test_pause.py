@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 from harness import Place, Result, consumer, is_one_line, query, until
 from worker_service import Service, message
+
+from consumer.local_servers import free_port
 
 RUN = "partitions are paused by an operator"
 
@@ -35,7 +38,8 @@ async def test_paused_partition_stands_still_while_workers_die(place: Place, tmp
         return [event for event in events if event["event"] == text]
 
     target = ["--topic", topic, "--partition", "0"]
-    async with service.run(1, "first") as first:
+    port = free_port()
+    async with service.run_with("--workers", "1", "--http", f"127.0.0.1:{port}") as first:
         await place.send(topic, message("a0", 1, partition=0), message("a1", 2, partition=1))
         await settled("a0", "a1")
         paused = await command("pause", service.name, *target, "--why", "the table is repaired", "--json")
@@ -49,6 +53,11 @@ async def test_paused_partition_stands_still_while_workers_die(place: Place, tmp
         await place.send(topic, message("b0", 1, partition=0), message("b1", 2, partition=1))
         await settled("b1")
         assert not logged(first.events(), "partitions revoked")
+
+        async def measured() -> bool:
+            return f'topic="{topic}"}} 1.0' in "".join(line for line in await _metrics(port) if "_paused{" in line)
+
+        await until("the metrics to show it", measured, 60)
 
     # Killed, with its worker. Two others share the partitions.
     async with service.run(2, "second") as second:
@@ -65,6 +74,14 @@ async def test_paused_partition_stands_still_while_workers_die(place: Place, tmp
     assert await query(place.dsn, "select count(*), count(distinct id) from effects") == [(12, 12)]
     recorded = await query(place.dsn, "select action, why, topic, partition from consumer.audit order by entry")
     assert recorded == [("pause", "the table is repaired", topic, 0), ("resume", "repaired", topic, 0)]
+
+
+async def _metrics(port: int) -> list[str]:
+    def read() -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+            return str(answer.read(), "utf-8")
+
+    return (await asyncio.to_thread(read)).splitlines()
 
 
 async def test_wrong_targets_and_needless_commands_change_nothing(place: Place, tmp_path: Path) -> None:
