@@ -233,7 +233,12 @@ class Scheduler:
     def _take_retries(self, now: float, messages_max: int, bytes_max: int) -> Batch | None:
         retries: list[Delivery] = []
         for key, due in self._due.items():
-            if due <= now and bytes_max > 0 and len(retries) < messages_max and not self._is_paused(key):
+            if (
+                due <= now
+                and bytes_max > 0
+                and len(retries) < messages_max
+                and not (self.paused and self._is_paused(key))
+            ):
                 retries.append(self._delayed[key][0])
                 bytes_max -= size_of(retries[-1].record)
         return Batch(retries, {}, self._epochs()) if retries else None
@@ -279,7 +284,7 @@ class Scheduler:
         return taken
 
     def _is_paused(self, key: Hashable) -> bool:
-        return bool(self.paused) and self._delayed[key][0].partition in self.paused
+        return self._delayed[key][0].partition in self.paused
 
     def _take_fetched(
         self,
@@ -423,6 +428,8 @@ class Scheduler:
 
     def next_due(self) -> float | None:
         """Return when the earliest retry is due; paused partitions have none."""
+        if not self.paused:
+            return min(self._due.values(), default=None)
         return min((due for key, due in self._due.items() if not self._is_paused(key)), default=None)
 
     # -- and are settled --------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent.parent
 COMPOSE = ROOT / "docker-compose.yml"
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 KUBERNETES = ROOT / "deploy" / "kubernetes.yaml"
+SCALING = ROOT / "deploy" / "kubernetes-scaling.yaml"
 DURATION = re.compile(r"(?:(\d+)m)?(?:(\d+)s)?")
 DEFAULT_PASSWORD = re.compile(r"\$\{[A-Z]+_PASSWORD:-development-only\}")
 ONE_SHOT = {"topics", "migrate"}
@@ -417,3 +418,50 @@ def test_kubernetes_pods_are_confined(objects: dict[str, dict[str, Any]]) -> Non
     assert objects["Job"]["spec"]["template"]["spec"]["restartPolicy"] == "Never"
     deployment = objects["Deployment"]["spec"]
     assert deployment["selector"]["matchLabels"] == deployment["template"]["metadata"]["labels"]
+
+
+# -- deploy/kubernetes-scaling.yaml -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scaling() -> dict[str, dict[str, Any]]:
+    manifests = documents(SCALING)
+    assert [(object["apiVersion"], object["kind"]) for object in manifests] == [
+        ("policy/v1", "PodDisruptionBudget"),
+        ("v1", "Service"),
+        ("monitoring.coreos.com/v1", "ServiceMonitor"),
+        ("keda.sh/v1alpha1", "ScaledObject"),
+    ]
+    return {object["kind"]: object for object in manifests}
+
+
+def test_scaling_selects_the_pods_of_the_workers(
+    objects: dict[str, dict[str, Any]], scaling: dict[str, dict[str, Any]]
+) -> None:
+    pods = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    budget, service, monitor = scaling["PodDisruptionBudget"], scaling["Service"], scaling["ServiceMonitor"]
+    assert budget["spec"]["selector"]["matchLabels"] == service["spec"]["selector"] == pods
+    assert budget["spec"]["maxUnavailable"] < objects["Deployment"]["spec"]["replicas"]
+    assert monitor["spec"]["selector"]["matchLabels"] == service["metadata"]["labels"]
+    [port], [endpoint] = service["spec"]["ports"], monitor["spec"]["endpoints"]
+    _, workers = pod(objects["Deployment"])
+    assert endpoint["port"] == port["name"]
+    assert (port["targetPort"], port["port"]) == tuple(workers["ports"][0].values())
+    assert scaling["ScaledObject"]["spec"]["scaleTargetRef"]["name"] == objects["Deployment"]["metadata"]["name"]
+
+
+def test_scaling_follows_the_lag_of_the_app(
+    monkeypatch: pytest.MonkeyPatch, objects: dict[str, dict[str, Any]], scaling: dict[str, dict[str, Any]]
+) -> None:
+    spec = scaling["ScaledObject"]["spec"]
+    [trigger] = spec["triggers"]
+    kafka, app = trigger["metadata"], load_app("handlers:app")
+    assert trigger["type"] == "kafka" and all(isinstance(value, str) for value in kafka.values())
+    assert (kafka["consumerGroup"], kafka["topic"] in app.topics) == (app.name, True)
+    settings = load_settings(monkeypatch, environment(objects, "Deployment"))
+    assert kafka["bootstrapServers"] == settings.kafka_bootstrap_servers
+    assert (kafka["tls"] == "enable") == (settings.kafka_security_protocol == "SSL")
+    _, workers = pod(objects["Deployment"])
+    partitions = 8  # of the compose file's topics
+    assert 1 <= spec["minReplicaCount"] <= spec["maxReplicaCount"]
+    assert spec["maxReplicaCount"] * parsed(workers["args"])["workers"] <= partitions
