@@ -86,7 +86,9 @@ async def read_stream(connection: Connection, app: str, number: int, limit: int)
     }
 
 
-async def resume(settings: Settings, connection: Connection, app: str, stream: int, discard: int, by: ActedBy) -> Resumed:
+async def resume(
+    settings: Settings, connection: Connection, app: str, stream: int, discard: int, by: ActedBy
+) -> Resumed:
     """Let a stopped stream go on; a worker notices within a second.
 
     discard: how many of its next rows are not published. Raises Misconfigured, Outage.
