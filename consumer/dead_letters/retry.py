@@ -266,11 +266,11 @@ class DeadLetterRetrier:
         Each is a pair of its number and whether it waits before one that was asked for.
         """
         groups: list[list[tuple[int, bool]]] = []
-        size = _BYTES_AT_A_TIME
+        size = 0
         for number, before, length in await self._read(
             dead_letter_queries.sizes(self.session.connection, list(numbers))
         ):
-            if size + length > _BYTES_AT_A_TIME:
+            if not groups or size + length > _BYTES_AT_A_TIME:
                 groups.append([])
                 size = 0
             groups[-1].append((number, before))
