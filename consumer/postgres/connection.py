@@ -28,7 +28,7 @@ from consumer.settings import Settings
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 4  # the migration this code needs; migrations/ holds them
+SCHEMA_VERSION = 5  # the migration this code needs; migrations/ holds them
 ATTEMPT_SECONDS = 10.0  # to connect once
 _ATTEMPT_SECONDS_MIN = 0.5
 PAUSE_SECONDS = 0.5  # between attempts of a command

@@ -31,7 +31,6 @@ from publishing_worker import app_of, started
 
 from consumer import App, Reject, Tx, testing
 from consumer.admin.outbox import read_stream
-from consumer.core.audit import ActedBy
 from consumer.dead_letters.retry import DeadLetterRetrier, Filters
 
 STEPS = ["handled", "before_commit", "commit_sent", "committed", "outbox_sending", "outbox_sent"]

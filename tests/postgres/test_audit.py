@@ -46,7 +46,7 @@ async def _recorded(database: str) -> list[tuple[object, ...]]:
 async def test_actions_of_earlier_versions_move_and_their_commands_still_record(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    connection = await _at_version(database, monkeypatch, 3)
+    connection = await _at_version(database, monkeypatch, 4)
     try:
         await handlers.register(connection, "shop", ["bill"], ["orders"])
         await connection.fetch(_LETTERS)

@@ -13,8 +13,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from harness import Place, drained, query, until, value, working
 
-from consumer.core.audit import ActedBy
 from consumer import App, Tx
+from consumer.core.audit import ActedBy
 from consumer.postgres import outbox
 
 
