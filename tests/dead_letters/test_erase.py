@@ -41,7 +41,7 @@ async def quoting(dsn: str) -> list[str]:
         sql = f"select count(*) from consumer.{table} t where t::text like $1 or t::text like $2"
         if await value(dsn, sql, f"%{SECRET}%", f"%{SECRET.encode().hex()}%"):
             held.append(table)
-    return held
+    return sorted(held)
 
 
 async def test_erased_letter_holds_its_key_until_it_is_discarded(desk: Desk, tmp_path: Path) -> None:
