@@ -17,8 +17,8 @@ from json_page import shapes
 
 from consumer.app_loader import load_app
 from consumer.cli.main import whole
-from consumer.demo.result import DemoResult
 from consumer.core.audit import ACTIONS
+from consumer.demo.result import DemoResult
 from consumer.local_servers import free_port
 
 APP = """
